@@ -1,8 +1,6 @@
-"""Speed, measured beside the machine's limits.
+"""Speed, measured against the machine's limits.
 
 - rounds.py: measures limits and mixchat, round by round
-- machine_limits.py: the most that the machine can do
-- work.py: the work of a token: bytes and operations
-- random_context.py: a context of random keys and values
+- machine_limits.py: the most that the machine can do, and the work of a token
 - synthetic.py: a model of Mixtral's layer shapes with random weights
 """

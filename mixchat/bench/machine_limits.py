@@ -1,4 +1,4 @@
-"""Measures the most that this machine can do: limits to put a model's speed beside."""
+"""Measures the most that this machine can do, and counts the work of a token."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from pathlib import Path
 import torch
 
 from mixchat.base import gpu
+from mixchat.engine.kv_cache import cache_bytes
+from mixchat.kernels.pages import Bits
 from mixchat.planning.disk_speed import measure_disk
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.matrix.linear import LinearSpec
 
-_READ = 250_000_000  # floats that are summed: more than any cache of a CPU holds
-_SHAPE = (2048, 4096, 4096)  # tokens, columns, rows of the matrix product
+_SUMMED_FLOATS = 250_000_000  # more than any cache of a CPU holds
+_TOKENS, _COLUMNS, _ROWS = 2048, 4096, 4096  # of the matrix product
 _TRIES = 5
 
 
@@ -21,8 +25,8 @@ _TRIES = 5
 class Limits:
     """The limits of the device that computes.
 
-    memory: bytes a second in reading; gemm: floating-point operations a second of a matrix product,
-    in bf16, or fp32 where that is faster.
+    memory: bytes a second in reading. gemm: floating-point operations a second of a matrix product,
+    in bf16, or in fp32 if that is faster.
     """
 
     memory: float
@@ -34,12 +38,11 @@ class LimitsMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._data = torch.ones(_READ, device=device)
-        tokens, columns, rows = _SHAPE
+        self._data = torch.ones(_SUMMED_FLOATS, device=device)
         self._products = [
             (
-                torch.randn(tokens, columns).to(device, kind),
-                torch.randn(rows, columns).to(device, kind),
+                torch.randn(_TOKENS, _COLUMNS).to(device, kind),
+                torch.randn(_ROWS, _COLUMNS).to(device, kind),
             )
             for kind in (torch.bfloat16, torch.float32)
         ]
@@ -49,7 +52,7 @@ class LimitsMeter:
         """Return the best of a few tries of each."""
         memory = min(self._seconds(lambda: self._data.sum()) for _ in range(_TRIES))
         product = min(self._product_seconds(self._kind) for _ in range(2))
-        return Limits(self._data.nbytes / memory, 2 * _volume() / product)
+        return Limits(self._data.nbytes / memory, 2 * _TOKENS * _COLUMNS * _ROWS / product)
 
     def _product_seconds(self, kind: int) -> float:
         x, weight = self._products[kind]
@@ -62,19 +65,14 @@ class LimitsMeter:
         return time.perf_counter() - start
 
 
-def _volume() -> int:
-    tokens, columns, rows = _SHAPE
-    return tokens * columns * rows
-
-
 def disk_bandwidth(directory: Path, block: int) -> float | None:
-    """Return bytes a second in reading blocks as experts are read; None if not measurable."""
-    found = measure_disk(directory, block, max(4 * block, 512_000_000), lambda: None, 0.25)
-    return None if found is None else found.idle
+    """Return bytes a second in reading blocks as experts are read, None if not measurable."""
+    speed = measure_disk(directory, block, max(4 * block, 512_000_000), lambda: None, 0.25)
+    return None if speed is None else speed.idle
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float | None:
-    """Return bytes a second from page-locked RAM to a GPU; None for another device."""
+    """Return bytes a second from page-locked RAM to a GPU, None for another device."""
     if not gpu.is_gpu(device):
         return None
     source = torch.ones(size, dtype=torch.uint8)
@@ -88,3 +86,34 @@ def copy_bandwidth(device: torch.device, size: int) -> float | None:
         gpu.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return size / min(seconds)
+
+
+def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:
+    """Return the bytes that decoding one token reads.
+
+    Attention, `num_experts_per_tok` experts a layer, the head, and the keys and values of `context`
+    tokens are read.
+    """
+    config = blueprint.config
+    experts = config.num_hidden_layers * config.num_experts_per_tok * blueprint.expert.nbytes
+    head = [blueprint.head] if blueprint.head else []
+    matrices = sum(t.nbytes for spec in [*_attention(blueprint), *head] for t in spec.tensors)
+    tied = 0 if blueprint.head else blueprint.embedding.nbytes
+    cache = cache_bytes(config, context, blueprint.quantization.dtype, kv_bits)
+    return experts + matrices + tied + cache
+
+
+def operations_per_token(blueprint: Blueprint) -> int:
+    """Return multiplications and additions of a prompt's token in matrices with weights.
+
+    The head, which only the last token needs, and the products of attention are left out.
+    """
+    config, expert = blueprint.config, blueprint.expert
+    each = sum(spec.rows * spec.columns for spec in (expert.gate_up, expert.down))
+    experts = config.num_hidden_layers * config.num_experts_per_tok * each
+    return 2 * (experts + sum(spec.rows * spec.columns for spec in _attention(blueprint)))
+
+
+def _attention(blueprint: Blueprint) -> list[LinearSpec]:
+    layers = range(blueprint.config.num_hidden_layers)
+    return [spec(layer) for layer in layers for spec in (blueprint.qkv, blueprint.o)]

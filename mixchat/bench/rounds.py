@@ -1,7 +1,7 @@
 """Measures a model in rounds: the machine's limits, then mixchat, again and again.
 
-Whatever else the machine does then slows both alike. A ratio is that of one round; what is shown is
-the median of all rounds.
+Other programs then slow both alike. A ratio compares the two of one round, and the median of all
+rounds is shown.
 """
 
 from __future__ import annotations
@@ -16,25 +16,33 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
+import torch
+
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.bench.machine_limits import Limits, LimitsMeter, copy_bandwidth, disk_bandwidth
-from mixchat.bench.random_context import hold_random_context
-from mixchat.bench.work import bytes_per_token, operations_per_token
+from mixchat.bench.machine_limits import (
+    Limits,
+    LimitsMeter,
+    bytes_per_token,
+    copy_bandwidth,
+    disk_bandwidth,
+    operations_per_token,
+)
 from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
 COLD_PROMPT = 12  # tokens
-_WARM = 2  # tokens whose time is not taken
-_SPARE = 64  # tokens of the context that measuring needs beside those that are asked for
+_WARM_UP_TOKENS = 2  # their time is not taken
+_SPARE_TOKENS = 64  # of the context, which measuring needs
+_RANDOM_TOKENS = 2048  # of a random context, stored at once
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """The tasks to measure. `contexts` and `prompts` are counts of tokens.
 
-    tokens: decoded each time; rounds: how many times each task is measured.
+    tokens: how many are decoded each time. rounds: how many times each task is measured.
     """
 
     contexts: Sequence[int] = (0,)
@@ -45,14 +53,14 @@ class BenchOptions:
     @property
     def context_size(self) -> int:
         """Return the tokens of a context in which every task fits."""
-        return max([n + self.tokens for n in self.contexts] + list(self.prompts)) + _SPARE
+        return max([n + self.tokens for n in self.contexts] + list(self.prompts)) + _SPARE_TOKENS
 
 
 @dataclass
 class BenchTask:
-    """Decoding behind `length` tokens, or a prompt of `length` tokens, as measured so far.
+    """Decoding after `length` tokens, or a prompt of `length` tokens, as measured so far.
 
-    Of each round: tokens a second, and the most tokens a second that the round's limits allow.
+    rates, limit_rates: tokens a second in each round, and the most that its limits allow.
     """
 
     kind: Literal["decode", "prompt"]
@@ -80,7 +88,7 @@ class BenchTask:
 class ColdStart:
     """The first token with nothing of the model in memory: seconds from the start, bytes read.
 
-    disk, copy: bandwidths of the disk and of copies to a GPU, in bytes a second; None where they
+    disk, copy: bandwidths of the disk and of copies to a GPU, in bytes a second, None if they
     cannot be measured.
     """
 
@@ -92,7 +100,7 @@ class ColdStart:
 
 
 class Bench:
-    """An installed model that is measured on a device."""
+    """Measures an installed model on a device."""
 
     def __init__(self, directory: Path, load: LoadOptions, options: BenchOptions) -> None:
         self._directory, self._load, self._options = directory, load, options
@@ -108,7 +116,7 @@ class Bench:
         ]
 
     def start_cold(self) -> None:
-        """Load with nothing in the page cache, and generate the first token. The engine stays."""
+        """Load with nothing in the page cache, and generate the first token. Keep the engine."""
         _drop_from_page_cache(self._directory)
         start = time.perf_counter()
         # Random weights repeat themselves, which says nothing about a text.
@@ -126,14 +134,15 @@ class Bench:
         )
 
     def run(self) -> Iterator[BenchTask]:
-        """Measure round by round; yields each task right after it was measured."""
+        """Measure round by round. Yield each task right after it was measured."""
         meter = LimitsMeter(self.engine.device)
         self._rate(self._prompt(64), 1)  # brings the experts in
         for _ in range(self._options.rounds):
             for task in self.tasks:
                 self.limits.append(limits := meter.measure())
                 task.limit_rates.append(self._most(task, limits))
-                task.rates.append(self._measure(task))
+                measure = self._decode if task.kind == "decode" else self._prefill
+                task.rates.append(measure(task.length))
                 yield task
 
     def _most(self, task: BenchTask, limits: Limits) -> float:
@@ -142,37 +151,47 @@ class Bench:
             return limits.gemm / operations_per_token(self.blueprint)
         return limits.memory / bytes_per_token(self.blueprint, task.length, self._load.kv_bits)
 
-    def _measure(self, task: BenchTask) -> float:
-        return self._decode(task.length) if task.kind == "decode" else self._prefill(task.length)
-
     def _decode(self, context: int) -> float:
-        self._hold(context)
+        self._hold_random(context)
         return self._rate([0] * context + self._prompt(1), self._options.tokens)
 
     def _prefill(self, tokens: int) -> float:
-        self._hold(0)
+        self._hold_random(0)
         self._rate(self._prompt(tokens), 0)
         return tokens / self.engine.stats.prefill_seconds
 
-    def _hold(self, context: int) -> None:
-        hold_random_context(self.engine, context, self.blueprint.quantization.dtype)
+    def _hold_random(self, context: int) -> None:
+        """Let the engine hold random keys and values, since computing them would take minutes.
+
+        Their tokens are 0.
+        """
+        _, cache = self.engine.held()
+        config, heads = self.engine.config, self.engine.config.num_key_value_heads
+        self.engine.resume([])
+        while cache.length < context:
+            count = min(_RANDOM_TOKENS, context - cache.length)
+            numbers = torch.randn(count, 2 * heads, config.head_dim)
+            numbers = numbers.to(self.engine.device, self.blueprint.quantization.dtype)
+            for layer in range(config.num_hidden_layers):
+                cache.store(layer, numbers[:, :heads], numbers[:, heads:])
+            self.engine.resume([0] * (cache.length + count))
 
     def _prompt(self, tokens: int) -> list[int]:
         return [self._random.randrange(5, self.blueprint.config.vocab_size) for _ in range(tokens)]
 
     def _rate(self, prompt: list[int], tokens: int) -> float:
-        """Return tokens a second, behind the prompt and a few that are not counted."""
-        made = self.engine.generate(prompt, sampling=SamplingOptions(seed=0), stop_ids=set())
-        warm = list(islice(made, 1 + (_WARM if tokens else 0)))
+        """Return tokens a second, after the prompt and a few tokens that are not counted."""
+        answer = self.engine.generate(prompt, sampling=SamplingOptions(seed=0), stop_ids=set())
+        for _ in islice(answer, 1 + (_WARM_UP_TOKENS if tokens else 0)):
+            pass
         start = time.perf_counter()
-        count = len(list(islice(made, tokens)))
-        assert warm
+        count = len(list(islice(answer, tokens)))
         assert count == tokens
         return count / (time.perf_counter() - start)
 
 
 def _drop_from_page_cache(directory: Path) -> None:
-    """Let the kernel forget what it holds of the files, where it can be told to."""
+    """Let the kernel drop the files from its page cache, if the system has a call for that."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in filter(Path.is_file, directory.iterdir()):  # opening a FIFO would wait

@@ -41,17 +41,17 @@ from mixchat.weights.matrix.linear import type_of_bits
 
 @contextmanager
 def synthetic_model(layers: int, expert_bits: int = 4) -> Iterator[Path]:
-    """Yield the directory of such a model for a while, on the disk that holds the models."""
-    place = models_dir()
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=".bench-") as temporary:
+    """Yield the directory of such a model, on the disk that holds the models, and delete it."""
+    models = models_dir()
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=models, prefix=".bench-") as temporary:
         directory = Path(temporary) / "synthetic"
         write_synthetic(directory, layers, expert_bits)
         yield directory
 
 
 def write_synthetic(directory: Path, layers: int, expert_bits: int = 4) -> None:
-    """Write attention and head in 8 bits, as a download does by default.
+    """Write a model with attention and head in 8 bits, as a download does by default.
 
     4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits.
     """
@@ -67,8 +67,8 @@ def write_synthetic(directory: Path, layers: int, expert_bits: int = 4) -> None:
     for layer in range(layers):
         name = experts_file(layer)
         weights[name] = _write(directory / name, blueprint.expert_tensors(layer), layer + 1)
-    how = quantization.description()
-    write_manifest(directory, Manifest(Source("synthetic"), how, files, weights))
+    description = quantization.description()
+    write_manifest(directory, Manifest(Source("synthetic"), description, files, weights))
 
 
 def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> WeightsRecord:
@@ -88,7 +88,7 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(least, most + 1, spec.shape, dtype=spec.dtype, generator=generator)
     if spec.name.endswith(".absmax"):
         return (0.002 * torch.rand(spec.shape, generator=generator)).to(spec.dtype)
-    # Each layer adds little to a large embedding, or all tokens would look alike to the routers.
+    # Each layer adds little to a large embedding. Else all tokens would look alike to the routers.
     if spec.name == EMBEDDING:
         return torch.randn(spec.shape, generator=generator).to(spec.dtype)
     if spec.name.endswith("norm.weight"):

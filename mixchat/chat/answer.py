@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from typing import Literal
 
 from mixchat.text.detokenizer import Detokenizer, StopStrings
@@ -24,8 +25,22 @@ def left_out_note(turns: int) -> str:
     return f"the context is full: {count} left out from here on"
 
 
+@dataclass(frozen=True)
+class AnswerLimits:
+    """What ends an answer: a token, a string, or a count of tokens.
+
+    max_tokens: the most tokens that were requested, if any. room: the tokens that the context has
+    left.
+    """
+
+    stop_ids: Set[int]
+    stop: Sequence[str]
+    max_tokens: int | None
+    room: int
+
+
 class Answer:
-    """Takes ids, yields text to show.
+    """Takes ids, returns text to show.
 
     The next turn is built from the ids. If the text was cut, they have to end with it. With the
     stop string "\\n\\n" and the tokens `A` `.` `\\n` `\\nB` the text shown is `A.`, which ends with
@@ -33,41 +48,49 @@ class Answer:
     text alone is remembered, and the template will encode it.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopStrings) -> None:
+    def __init__(self, detokenizer: Detokenizer, limits: AnswerLimits) -> None:
         self.ids: list[int] = []
         self.text = ""
         self.reason: Reason = "interrupted"
-        self.cut = False
-        self._whole = False
-        self._detokenizer = detokenizer
-        self._stops = stops
+        self._cut = self._whole = False
+        self._detokenizer, self._limits = detokenizer, limits
+        self._stops = StopStrings(limits.stop)
         self._length = 0
         self._ends: list[int] = []
 
-    def add(self, token: int) -> Iterator[str]:
-        """Take the next id, and yield the text to show, if there is any."""
+    @property
+    def has_ended(self) -> bool:
+        """Return whether an id has ended the answer, so that `reason` is known."""
+        return self.reason != "interrupted"
+
+    def add(self, token: int) -> str:
+        """Take the next id. Return the text to show, which may be empty."""
+        limits = self._limits
+        if token in limits.stop_ids:
+            return self._end("stop")
         self.ids.append(token)
         self._ends.append(self._length)
-        yield from self._show(self._detokenizer.add(token))
+        text = self._show(self._detokenizer.add(token))
+        if self._cut:
+            return text
+        if limits.max_tokens is not None and len(self.ids) >= limits.max_tokens:
+            return text + self._end("length")
+        return text + self._end("context") if len(self.ids) >= limits.room else text
 
-    def end(self, reason: Reason) -> Iterator[str]:
-        """Yield the text that was held back, because no more ids will come."""
+    def _end(self, reason: Reason) -> str:
+        """Return the text that was held back, because no more ids will come."""
         self.reason = reason
-        yield from self._show(self._detokenizer.flush())
-        if not self.cut:
+        text = self._show(self._detokenizer.flush())
+        if not self._cut:
             self._whole = True
-            if held := self._stops.flush():
-                self.text += held
-                yield held
-
-    def run_out(self, max_tokens: int | None) -> Iterator[str]:
-        """Do as `end` does, at the limit of `max_tokens` or of the context."""
-        full = max_tokens is None or len(self.ids) < max_tokens
-        yield from self.end("context" if full else "length")
+            held = self._stops.flush()
+            self.text += held
+            text += held
+        return text
 
     def message(self, before: Message | None = None) -> Message | None:
         """Return the message to remember, joined to `before`, or None if nothing new was shown."""
-        if not (self._whole or self.cut or self.text):
+        if not (self._whole or self._cut or self.text):
             return None
         ids = tuple(self.ids) if self._whole else self._ids_of_text()
         content, partial = self.text, self.reason not in COMPLETE
@@ -76,16 +99,16 @@ class Answer:
             ids = None if ids is None or before.ids is None else before.ids + ids
         return Message("assistant", content, ids, partial)
 
-    def _show(self, text: str) -> Iterator[str]:
+    def _show(self, text: str) -> str:
+        """Take the next text. Return as much of it as can be no part of a stop string."""
         self._length += len(text)
         if self._ends:
             self._ends[-1] = self._length
         shown, stopped = self._stops.add(text)
         self.text += shown
         if stopped:
-            self.reason, self.cut = "stop_string", True
-        if shown:
-            yield shown
+            self.reason, self._cut = "stop_string", True
+        return shown
 
     def _ids_of_text(self) -> tuple[int, ...] | None:
         count = bisect_left(self._ends, len(self.text)) + 1

@@ -1,4 +1,4 @@
-"""The contract between a conversation and what answers it: an engine here, or a server."""
+"""The contract between a conversation and its backend, which is an engine here, or a server."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mixchat.engine.stats import GenerationStats
 
 Overflow = Literal["stop", "drop-oldest"]
-# Is called with the tokens of the prompt that are processed, and with their total; 0 and 0 where
-# a server will not tell them, or has not yet.
+# Is called with the tokens of the prompt that are processed, and with their total. Both are 0 if a
+# server does not tell them, or has not yet.
 OnPrefill = Callable[[int, int], object]
 LEAVE_OUT_HINT = (
     "The oldest turns can be left out: --overflow drop-oldest, or in a chat /set overflow "
@@ -27,11 +27,11 @@ LEAVE_OUT_HINT = (
 
 @dataclass(frozen=True)
 class Turn:
-    """A conversation whose last message is to be answered, and how.
+    """A conversation whose last message is to be answered, and the options of the answer.
 
-    system: what goes before the messages, if anything; first: the message before which all are
-    left out since an earlier turn; before: the answer that is to be continued; max_tokens: as
-    `ChatSession` has it.
+    system: the system prompt, if there is one. first: the first message that is in the prompt,
+    since earlier turns left the others out. before: the answer that is to be continued. max_tokens:
+    see `ChatSession`.
     """
 
     system: Sequence[Message]
@@ -50,7 +50,7 @@ class Turn:
 
 
 class Reply(Protocol):
-    """An answer while it is made. `first`: the first message that is in the prompt."""
+    """An answer while it is made. first: the first message that is in the prompt."""
 
     @property
     def first(self) -> int: ...
@@ -59,20 +59,20 @@ class Reply(Protocol):
     def reason(self) -> Reason: ...
 
     def texts(self) -> Iterator[str]:
-        """Yield the text that each token adds, which may be empty; then `reason` is known."""
+        """Yield the text that each token adds, which may be empty. Then `reason` is known."""
 
     def message(self) -> Message | None:
-        """Return what to remember, joined to the answer before; None if nothing new was shown."""
+        """Return the message to remember, joined to the answer before, None if it shows no more."""
 
     def close(self) -> None:
         """End the answer, if it has not ended."""
 
 
 class Backend(Protocol):
-    """A model that answers. `engine` is None where it runs elsewhere.
+    """A model that answers. engine: None if a server runs the model.
 
-    identity: differs where the weights do; context: None where its size is not known; stats: of
-    the last answer, as far as it has come.
+    identity: differs if the weights do. context: None if its size is not known. stats: the counts
+    of the last answer, as far as it has come.
     """
 
     @property
@@ -88,17 +88,17 @@ class Backend(Protocol):
     def stats(self) -> GenerationStats: ...
 
     def about(self) -> dict[str, str]:
-        """Return what a person may want to know of it, by label."""
+        """Return facts of the model for a person, by label."""
 
     def longest_answer(self, max_tokens: int | None) -> int | None:
-        """Return how many tokens an answer may have; None for what fits, or what a server lets."""
+        """Return how many tokens an answer may have, None for what fits, or a server allows."""
 
     def used_tokens(self, messages: Sequence[Message]) -> int | None:
-        """Return how many tokens a conversation takes; None where that is not known."""
+        """Return how many tokens a conversation takes, None if that is not known."""
 
     def reply(self, turn: Turn, on_prefill: OnPrefill) -> Reply:
         """Begin an answer.
 
-        Raises `PromptTooLongError` where the prompt does not fit the context, even without the
-        turns that may be left out.
+        Raises `PromptTooLongError` if the prompt does not fit the context, even without the turns
+        that may be left out.
         """

@@ -1,4 +1,4 @@
-"""The engine as what answers a conversation: fits it into the context, and remembers token ids."""
+"""A backend that answers with an engine: fits a conversation into the context, as token ids."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, cast
 
 from mixchat.base.errors import PromptTooLongError
 from mixchat.base.model_config import BYTES_PER_TOKEN, Context
-from mixchat.chat.answer import Answer, Reason
+from mixchat.chat.answer import Answer, AnswerLimits, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT
-from mixchat.engine.cached_prefix import shared_beginning
-from mixchat.text.detokenizer import Detokenizer, StopStrings
+from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
@@ -23,17 +22,17 @@ if TYPE_CHECKING:
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 
-# Fractions of the context, as divisors. Old turns are left out where less room is left than the
-# answer may need: --max-tokens, but at most 1/2, or 1/8 without it. Then they are left out until
+# Fractions of the context, as divisors. Old turns are left out if less room is left than the answer
+# may need. That is --max-tokens, but at most 1/2, or 1/8 without it. Turns are then left out until
 # 1/4 is free, because all that stays has to be prefilled again, which should be rare.
-_MOST, _LEAST, _ROOM = 2, 8, 4
+_MAX_NEEDED_DIVISOR, _DEFAULT_NEEDED_DIVISOR, _FREED_DIVISOR = 2, 8, 4
 
 
 class EngineBackend:
     """A `Backend`.
 
-    `advised_tokens` is the length of answers that the model's makers advise; each answer has the
-    `form`, if one is given.
+    advised_tokens: the length of answers that the model's makers advise. form: the form of each
+    answer, if there is one.
     """
 
     def __init__(
@@ -87,8 +86,6 @@ class EngineBackend:
         return EngineReply(
             self._generated(turn, prompt_ids, self._start_constraint(start), on_prefill),
             self._start_answer(turn, prompt_ids),
-            self.template.stop_ids,
-            self.longest_answer(turn.max_tokens),
             turn.before,
             first,
         )
@@ -114,8 +111,8 @@ class EngineBackend:
         return self.tokenizer.encode(answer.content) if answer.ids is None else answer.ids
 
     def _fitted(self, turn: Turn, start: Sequence[int]) -> tuple[list[int], int]:
-        """Return the prompt's ids, with the `start` of an answer behind them, and the number of the
-        first message that is in it."""
+        """Return the prompt's ids and the `start` of an answer, and the number of the first message
+        in the prompt."""
         first, size, messages = turn.first, self.engine.context_size, turn.messages
         later = turn.questions_after_first()
         while (known := _tokens_at_least(messages[first:])) > size:  # it need not be encoded
@@ -124,20 +121,21 @@ class EngineBackend:
             first = later.pop(0)
         whole = [*self.template.encode([*turn.system, *messages[first:]]), *start]
         limit = turn.max_tokens
-        least = min(limit, size // _MOST) if limit else size // _LEAST
-        room = max(least, size // _ROOM)
-        if turn.overflow == "stop" or len(whole) + max(least, 1) <= size:
+        default = size // _DEFAULT_NEEDED_DIVISOR
+        needed = min(limit, size // _MAX_NEEDED_DIVISOR) if limit else default
+        if turn.overflow == "stop" or len(whole) + max(needed, 1) <= size:
             return whole, first
+        freed = max(needed, size // _FREED_DIVISOR)
         for at in later:
             ids = [*self.template.encode([*turn.system, *messages[at:]]), *start]
-            if len(ids) + room <= size or (at == later[-1] and len(ids) < size):
+            if len(ids) + freed <= size or (at == later[-1] and len(ids) < size):
                 return ids, at
         return whole, first  # not even the last question fits
 
     def _too_long(
         self, turn: Turn, first: int, start: Sequence[int], tokens: int
     ) -> PromptTooLongError:
-        """Return the error for a prompt that does not fit; its hint says if old turns could go."""
+        """Return the error for a prompt that does not fit. Its hint says if old turns could go."""
         error, asked = self.context.prompt_too_long(tokens), turn.messages
         if len(asked) - first == 1:
             return error
@@ -147,14 +145,20 @@ class EngineBackend:
         return error
 
     def _start_answer(self, turn: Turn, prompt_ids: Sequence[int]) -> Answer:
-        # A completion, or an answer that is continued, starts in the middle of a text: its spaces
-        # depend on what comes before.
+        # A completion, or an answer that is continued, starts in the middle of a text, and its
+        # spaces depend on the text before.
         context: Sequence[int] = ()
         if self.template.continues_prompt:
             context = prompt_ids
         elif turn.before is not None:
             context = self._ids_of(turn.before)
-        return Answer(Detokenizer(self.tokenizer, context), StopStrings(turn.stop))
+        limits = AnswerLimits(
+            self.template.stop_ids,
+            turn.stop,
+            self.longest_answer(turn.max_tokens),
+            self.context.tokens - len(prompt_ids),
+        )
+        return Answer(Detokenizer(self.tokenizer, context), limits)
 
     def _start_constraint(self, start: Sequence[int]) -> Constraint | None:
         if self._form is None:
@@ -163,40 +167,34 @@ class EngineBackend:
 
     def _unread(self, prompt_ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt the engine has to process."""
+        from mixchat.engine.passes import shared_beginning
+
         held, _ = self.engine.held()
         return max(len(prompt_ids) - shared_beginning(held, prompt_ids), 1)
 
 
 class EngineReply:
-    """A `Reply` of an engine, which generates `ids`."""
+    """A `Reply` of an engine, which generates `ids`. before: the answer that is continued."""
 
     def __init__(
         self,
         ids: Generator[int, None, None],
         answer: Answer,
-        stop_ids: frozenset[int],
-        limit: int | None,
         before: Message | None,
         first: int,
     ) -> None:
         self.first, self._ids = first, ids
         self._answer, self._before = answer, before
-        self._stop_ids, self._limit = stop_ids, limit
 
     @property
     def reason(self) -> Reason:
         return self._answer.reason
 
     def texts(self) -> Iterator[str]:
-        answer = self._answer
         for token in self._ids:
-            if token in self._stop_ids:
-                yield "".join(answer.end("stop"))
+            yield self._answer.add(token)
+            if self._answer.has_ended:
                 return
-            yield "".join(answer.add(token))
-            if answer.cut:
-                return
-        yield "".join(answer.run_out(self._limit))
 
     def message(self) -> Message | None:
         return self._answer.message(self._before)
@@ -206,7 +204,7 @@ class EngineReply:
 
 
 def _tokens_at_least(messages: Sequence[Message]) -> int:
-    """Return how many tokens these have at least, without encoding them."""
+    """Return the least number of tokens that these can have, without encoding them."""
     return sum(
         len(message.content) // BYTES_PER_TOKEN if message.ids is None else len(message.ids)
         for message in messages

@@ -107,8 +107,7 @@ def save_report(session: ChatSession, model: str) -> None:
 
     A full disk, or a model that was removed meanwhile, is no reason to complain about an answer.
     """
-    from mixchat.engine.report import report_of, save_report
-    from mixchat.engine.report_path import report_path
+    from mixchat.engine.report import report_of, report_path, save_report
 
     engine = session.backend.engine
     if engine is None or engine.is_closed:

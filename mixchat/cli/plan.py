@@ -134,8 +134,7 @@ def _told(flag: str, text: str | None, parse: Callable[[str], Any]) -> Any:
 def _plan(
     outlined: Outline, options: LoadOptions, told: ToldMachine, speeds: _Speeds
 ) -> MachinePlan:
-    from mixchat.engine.report import saved_uses
-    from mixchat.engine.report_path import report_path
+    from mixchat.engine.report import report_path, saved_uses
     from mixchat.loading.loader import choose_devices
     from mixchat.planning.fitting import fit_model
     from mixchat.planning.hardware import Machine

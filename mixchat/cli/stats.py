@@ -60,8 +60,7 @@ def stats(
 
 def _last_report(name: str, is_named: bool) -> ExpertReport:
     """Return the last report of a model; if none is named, that of the last run."""
-    from mixchat.engine.report import load_report
-    from mixchat.engine.report_path import newest_report_path, report_path
+    from mixchat.engine.report import load_report, newest_report_path, report_path
 
     newest = None if is_named else newest_report_path()
     path = newest or report_path(name)

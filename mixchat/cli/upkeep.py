@@ -34,7 +34,7 @@ _SHOWN = 20  # damages
 
 def rm(model: _Model, yes: _Yes = False) -> None:
     """Remove a model from this machine."""
-    from mixchat.engine.report_path import report_path_by_key
+    from mixchat.engine.report import report_path_by_key
     from mixchat.weights import models
 
     target = models.existing_directory(checked(model, "the model's name"))

@@ -1,12 +1,9 @@
 """The model: prefill, decode, sampling.
 
-- generate.py: prefill, decode, and the KV cache reused between turns
-- batch.py: several answers at once
+- generate.py: the engine, a loaded model that answers prompts
+- batch.py: the answer loop, of one answer or several at once
+- passes.py: passes through the model, over sequences with their caches
 - chunk_sizer.py: how many tokens of prompts a pass takes
-- passes.py: passes through the model, of one sequence or of several
-- cached_prefix.py: the tokens whose keys and values a cache holds
-- cache_batch.py: the caches of several sequences
-- stats.py: counts of one answer
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
 - model.py: norm, block, logits
@@ -15,6 +12,7 @@
 - moe.py: the router, and the steps of experts
 - kv_cache.py: keys and values, and what new tokens see of them
 - prompt_cache.py: the KV cache in a file, for the next run
-- report.py, report_path.py: what a run did with its experts, and the file of it
+- stats.py: counts of one answer
+- report.py: the report of a run's experts, and its file
 - environment.py: settings that torch reads when it is loaded
 """

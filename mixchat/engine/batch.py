@@ -1,7 +1,7 @@
-"""Several answers at once: each pass has the next token of each, and pieces of new prompts.
+"""The answer loop: a pass computes the next token of each answer, and pieces of new prompts.
 
-An expert is read once for all tokens that selected it. Passes are exact: an answer has the same
-bits alone as beside others, wherever the kernels can do that (see `Linear`).
+An answer for one person is a batch of one. Several answers read an expert once for all tokens that
+selected it.
 
 V = vocab_size.
 """
@@ -9,151 +9,182 @@ V = vocab_size.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 
+from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.cached_prefix import CachedPrefix, shared_beginning
-from mixchat.engine.chunk_sizer import ChunkSizer
-from mixchat.engine.generate import PREFILL_CHUNK, Engine
-from mixchat.engine.passes import Part
+from mixchat.engine.chunk_sizer import PassSizer
+from mixchat.engine.passes import CachedPrefix, ForwardPasses, SequenceTokens, shared_beginning
 from mixchat.engine.sampling import Constraint, Sampler
-from mixchat.engine.speculation import Proposals
+from mixchat.engine.speculation import Proposals, Speculation
+from mixchat.engine.stats import GenerationStats
 
-# Seconds that a pass may take with tokens of prompts in it, where others decode in it, or not; and
-# how many times as long as a pass without them.
-_PATIENCE, _PATIENCE_ALONE, _PASSES = 0.7, 8.0, 4
-_LEAST_PIECE, _FIRST_PIECE = 16, 32  # tokens
-_WORTH_WAITING = 16  # tokens that another prompt of the pass computes
-_WORTH_COPYING = 4  # tokens; prompts of a model share their first ones anyway
+_MIN_SHARED_TO_WAIT = 16  # tokens that another prompt of the pass computes
+_MIN_SHARED_TO_COPY = 4  # tokens; all prompts of a model share their first ones
+
+OnPrefill = Callable[[int, int], object]  # is called with the tokens done, and their total
+_Pass = list[tuple["BatchedAnswer", SequenceTokens]]
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt and how to answer it; see `Engine.generate`."""
+class AnswerRequest:
+    """A prompt and how to answer it.
+
+    stop_ids: the tokens that end the answer. max_tokens: None for as many as fit. constraint: what
+    allows the next tokens. on_prefill: is called after layers, until the prompt is read.
+    """
 
     ids: Sequence[int]
     sampling: SamplingOptions
-    stop_ids: frozenset[int]
+    stop_ids: Set[int]
     max_tokens: int | None = None
     constraint: Constraint | None = None
+    on_prefill: OnPrefill = lambda done, total: None
 
 
 class BatchedAnswer:
-    """An answer in the making: `ids` are the tokens of the prompt, and those generated so far.
+    """An answer in the making: `ids` are the prompt's tokens, and those generated so far.
 
-    `cancel` may be called by any thread. `error` is why it failed.
+    `cancel` may be called by any thread. `error` is the reason why the answer failed.
     """
 
-    def __init__(self, prompt: Prompt, limit: int, proposals: Proposals) -> None:
-        self.ids = list(prompt.ids)
-        self.prompt_tokens, self.reused_tokens = len(prompt.ids), 0
-        self.stop_ids = prompt.stop_ids
-        self.sampler = Sampler(prompt.sampling, prompt.stop_ids, prompt.constraint)
-        self.proposals = proposals
-        self.held: CachedPrefix | None = None
-        self.logits: torch.Tensor | None = None  # [V] behind the last of `ids`
+    def __init__(self, request: AnswerRequest, limit: int, proposals: Proposals) -> None:
+        self.request, self.proposals, self._limit = request, proposals, limit
+        self.ids = list(request.ids)
+        self.sampler = Sampler(request.sampling, request.stop_ids, request.constraint)
+        self.stats = GenerationStats(len(self.ids), speculation=proposals.stats)
+        self.prefix: CachedPrefix | None = None
+        self.logits: torch.Tensor | None = None  # [V], from which the next token is sampled
         self.error: MixchatError | None = None
         self.is_cancelled = False
-        self._limit = limit
+        self.tokens_read = 0  # of `tokens_to_read`
 
     @property
     def generated_tokens(self) -> int:
         """Return how many tokens of the answer there are."""
-        return len(self.ids) - self.prompt_tokens
+        return self.stats.generated_tokens
 
     @property
     def tokens_left(self) -> int:
-        """Return how many tokens more may be generated."""
+        """Return how many more tokens may be generated."""
         return self._limit - self.generated_tokens
 
     @property
-    def unread(self) -> int:
-        """Return how many tokens of the prompt are still to be computed."""
-        held = 0 if self.held is None else self.held.cache.length
-        return max(self.prompt_tokens - held, 0)
+    def tokens_to_read(self) -> int:
+        """Return how many tokens of the prompt were not cached."""
+        return self.stats.prompt_tokens - self.stats.reused_tokens
 
     @property
     def has_ended(self) -> bool:
         """Return whether no token will follow."""
         if self.is_cancelled or self.error is not None or self.tokens_left <= 0:
             return True
-        return self.generated_tokens > 0 and self.ids[-1] in self.stop_ids
+        return self.generated_tokens > 0 and self.ids[-1] in self.request.stop_ids
 
     def cancel(self) -> None:
         """End the answer, before the next pass at the latest."""
         self.is_cancelled = True
 
+    def take_verified(self) -> bool:
+        """Take the logits after the last token, if an earlier pass computed them.
+
+        The token joins the cache only here, when the next one is wanted. So an answer that ends
+        leaves the cache as without speculation.
+        """
+        if self.prefix is None or not self.generated_tokens:
+            return False
+        logits = self.proposals.take(self.ids[-1])
+        if logits is None:
+            return False
+        with interrupts.deferred():
+            self.prefix.add(self.ids[-1:])
+            self.prefix.cache.advance(1)
+        self.logits = logits
+        return True
+
+    def last_token(self, *, propose: bool) -> SequenceTokens:
+        """Return the last token, which is not computed yet, and a proposal if there is one."""
+        assert self.prefix is not None
+        proposal = self.proposals.propose(self.ids, self.tokens_left - 1) if propose else []
+        return SequenceTokens(self.prefix, self.ids[-1:], proposal)
+
 
 class Batch:
-    """The answers that an engine computes now: at most one for each of its caches.
+    """The answers that an engine computes now: at most one for each of its sequences.
 
-    shared_prefix: whether an answer uses what an earlier prompt began with, too.
+    exact_prompts: compute prompts with the bits that decoding gives, as several answers need.
+    chunk: tokens of a prompt in a pass, None for as many as let others decode. shared_prefix: let
+    an answer reuse what earlier prompts began with.
     """
 
-    def __init__(self, engine: Engine, *, shared_prefix: bool = True) -> None:
-        self._engine, self._passes, self._shares = engine, engine.passes, shared_prefix
-        self._free = list(engine.sequences)  # the least recently used first
+    def __init__(
+        self,
+        passes: ForwardPasses,
+        sequences: Sequence[CachedPrefix],
+        speculation: Speculation | None,
+        *,
+        exact_prompts: bool = True,
+        chunk: int | None = None,
+        shared_prefix: bool = True,
+    ) -> None:
+        self._passes, self._sequences, self._speculation = passes, sequences, speculation
+        self._exact_prompts, self._shares = exact_prompts, shared_prefix
+        self._free = list(sequences)  # the least recently used first
         self._answers: list[BatchedAnswer] = []
-        # By whether others decode in the pass.
-        self._pieces_of = {
-            False: ChunkSizer(PREFILL_CHUNK, _LEAST_PIECE, PREFILL_CHUNK),
-            True: ChunkSizer(_FIRST_PIECE, _LEAST_PIECE, PREFILL_CHUNK),
-        }
-        self._decoding_seconds = 0.0  # of the last pass without tokens of prompts
+        self._sizer = PassSizer(chunk)
 
     @property
-    def most(self) -> int:
+    def capacity(self) -> int:
         """Return how many answers may be in the making."""
-        return len(self._engine.sequences)
-
-    @property
-    def has_room(self) -> bool:
-        """Return whether `add` may be called."""
-        return len(self._answers) < self.most
+        return len(self._sequences)
 
     @property
     def size(self) -> int:
         """Return how many answers are in the making."""
         return len(self._answers)
 
-    def add(self, prompt: Prompt) -> BatchedAnswer:
+    def add(self, request: AnswerRequest) -> BatchedAnswer:
         """Begin an answer. Raises as `Engine.generate` does."""
-        assert self.has_room
-        limit = self._engine.longest_answer(prompt.ids, prompt.max_tokens)
-        self._engine.experts.begin_turn()
-        proposals = Proposals(self._engine.speculation, prompt.stop_ids)
-        answer = BatchedAnswer(prompt, limit, proposals)
+        assert self.size < self.capacity
+        limit = self._sequences[0].longest_answer(request.ids, request.max_tokens)
+        start = time.perf_counter()
+        with interrupts.deferred():
+            self._passes.experts.begin_turn()
+        answer = BatchedAnswer(request, limit, Proposals(self._speculation, request.stop_ids))
+        answer.stats.prefill_seconds = time.perf_counter() - start
         self._answers.append(answer)
         return answer
 
     def step(self) -> list[BatchedAnswer]:
-        """Compute one pass; return the answers with something new: a token, progress, or an end.
+        """Compute one pass. Return the answers with something new: a token, progress, or an end.
 
-        An answer that has ended leaves the batch. A fault is stored in the answers that it hit.
+        An answer that has ended leaves the batch. An error is stored in the answers that it hit.
         """
         ended = [answer for answer in self._answers if answer.has_ended]
+        start = time.perf_counter()
         computed = self._compute([answer for answer in self._answers if not answer.has_ended])
+        seconds = time.perf_counter() - start
         for answer in computed:
-            self._sample(answer)
+            self._sample(answer, seconds)
         for answer in [*ended, *(answer for answer in computed if answer.has_ended)]:
             self._remove(answer)
         return [*ended, *computed]
 
     def _compute(self, answers: Sequence[BatchedAnswer]) -> list[BatchedAnswer]:
-        """Compute the logits of the next tokens; return the answers that were in the pass."""
-        verified = [answer for answer in answers if self._take_verified(answer)]
+        """Compute the logits of the next tokens. Return the answers that were in the pass."""
+        verified = [answer for answer in answers if answer.take_verified()]
         if verified:
             return verified
-        pieces = self._pieces(answers)
-        if not pieces:
+        parts = self._next_pass(answers)
+        computed = [answer for answer, _ in parts]
+        if not computed:
             return []
-        computed = [answer for answer, _ in pieces]
         try:
-            self._pass(pieces)
+            self._run_pass(parts)
         except _AllCancelledError:
             pass
         except MixchatError as error:
@@ -161,119 +192,113 @@ class Batch:
                 answer.error = error
         return computed
 
-    def _take_verified(self, answer: BatchedAnswer) -> bool:
-        """Take the logits behind the last token, if they were computed in an earlier pass."""
-        if answer.held is None or not answer.generated_tokens:
-            return False
-        logits = answer.proposals.take(answer.ids[-1])
-        if logits is None:
-            return False
-        answer.held.add(answer.ids[-1:])
-        answer.held.cache.advance(1)
-        answer.logits = logits[0]
-        return True
-
-    def _pieces(self, answers: Sequence[BatchedAnswer]) -> list[tuple[BatchedAnswer, Part]]:
-        """Return the next pass: the last token of each answer, and tokens of the first prompts.
-
-        A prompt that begins like one in this pass waits for it, to copy its beginning.
-        """
-        decoding = [answer for answer in answers if answer.generated_tokens]
-        pieces = [
-            (answer, self._next_token(answer, alone=len(answers) == 1)) for answer in decoding
-        ]
-        room = self._room(bool(decoding))
-        begun: list[BatchedAnswer] = []
+    def _next_pass(self, answers: Sequence[BatchedAnswer]) -> _Pass:
+        """Return the last token of each answer, and tokens of the prompts that came first."""
+        alone = len(answers) == 1
+        parts = [(one, one.last_token(propose=alone)) for one in answers if one.generated_tokens]
+        room = self._sizer.choose(decodes=bool(parts))
+        reading: list[BatchedAnswer] = []
         for answer in answers:
             if answer.generated_tokens or room <= 0:
                 continue
-            if answer.held is None and not self._begin(answer, begun):
+            if answer.prefix is None and not self._begin(answer, reading):
                 continue
-            assert answer.held is not None
-            begun.append(answer)
-            start = answer.held.cache.length
+            assert answer.prefix is not None
+            reading.append(answer)
+            start = answer.prefix.cache.length
             ids = answer.ids[start : start + room]
             room -= len(ids)
-            pieces.append((answer, Part(answer.held, ids)))
-        return pieces
+            parts.append((answer, SequenceTokens(answer.prefix, ids)))
+        return parts
 
-    def _next_token(self, answer: BatchedAnswer, *, alone: bool) -> Part:
-        """Return the last token, which is not computed yet; alone it may have a proposal behind."""
-        assert answer.held is not None
-        most = answer.tokens_left - 1
-        proposal = answer.proposals.propose(answer.ids, most) if alone else []
-        return Part(answer.held, answer.ids[-1:], proposal)
-
-    def _pass(self, pieces: Sequence[tuple[BatchedAnswer, Part]]) -> None:
-        def check(layer: int) -> None:
-            if all(answer.is_cancelled for answer, _ in pieces):
-                raise _AllCancelledError
-
+    def _run_pass(self, parts: _Pass) -> None:
+        """Compute a pass, and store the logits of the answers whose next token can be sampled."""
+        decodes = any(answer.generated_tokens for answer, _ in parts)
         start = time.perf_counter()
-        logits = self._passes.compute([part for _, part in pieces], exact=True, after_layer=check)
+        logits = self._passes.compute(
+            [part for _, part in parts],
+            exact=self._exact_prompts or decodes,
+            after_layer=self._after_layer(parts),
+        )
         seconds = time.perf_counter() - start
-        self._learn(pieces, seconds)
-        row = 0
-        for answer, part in pieces:
-            rows = logits[row : row + 1 + len(part.proposal)]
-            row += len(rows)
-            if len(pieces) == 1 and answer.generated_tokens:
-                rows = answer.proposals.put(part.proposal, rows, seconds)
-            if not answer.unread:
+        prompt_tokens = sum(len(part.ids) for one, part in parts if not one.generated_tokens)
+        self._sizer.add(prompt_tokens, seconds, decodes=decodes)
+        counts = [1 + len(part.proposal) for _, part in parts]
+        for (answer, part), rows in zip(parts, torch.split(logits, counts), strict=True):
+            if not answer.generated_tokens:
+                answer.tokens_read += len(part.ids)
+            elif len(parts) == 1:
+                answer.proposals.put(part.proposal, rows, seconds)
+            if answer.tokens_read == answer.tokens_to_read:
                 answer.logits = rows[0]
 
-    def _learn(self, pieces: Sequence[tuple[BatchedAnswer, Part]], seconds: float) -> None:
-        """Note how long a pass took."""
-        read = sum(len(part.ids) for answer, part in pieces if not answer.generated_tokens)
-        decodes = any(answer.generated_tokens for answer, _ in pieces)
-        if read:
-            self._pieces_of[decodes].add(read, seconds)
+    def _after_layer(self, parts: _Pass) -> Callable[[int], None]:
+        """Return a function that reports the progress of prompts, and ends a useless pass.
+
+        Of 100 tokens, a layer of 32 counts as 3.
+        """
+        layers = self._passes.model.config.num_hidden_layers
+        reading = [(one, len(part.ids)) for one, part in parts if not one.generated_tokens]
+
+        def after_layer(layer: int) -> None:
+            if all(answer.is_cancelled for answer, _ in parts):
+                raise _AllCancelledError
+            for answer, tokens in reading:
+                done = answer.tokens_read + tokens * (layer + 1) // layers
+                answer.request.on_prefill(done, answer.tokens_to_read)
+
+        return after_layer
+
+    def _sample(self, answer: BatchedAnswer, seconds: float) -> None:
+        """Add the next token to an answer whose logits were computed in a pass of `seconds`."""
+        if answer.generated_tokens:
+            answer.stats.decode_seconds += seconds
         else:
-            self._decoding_seconds = seconds
-
-    def _room(self, decodes: bool) -> int:
-        """Return how many tokens of prompts the next pass may have."""
-        patience = max(_PATIENCE, _PASSES * self._decoding_seconds) if decodes else _PATIENCE_ALONE
-        return self._pieces_of[decodes].choose(patience)
-
-    def _sample(self, answer: BatchedAnswer) -> None:
-        """Add the next token to an answer whose logits are there."""
+            answer.stats.prefill_seconds += seconds
         if answer.logits is None or answer.has_ended:
             return
         try:
             answer.logits = self._passes.checked(answer.logits)
             answer.ids.append(answer.sampler.sample(answer.logits, answer.ids))
+            answer.stats.generated_tokens += 1
         except MixchatError as error:
             answer.error = error
 
-    def _begin(self, answer: BatchedAnswer, begun: Sequence[BatchedAnswer]) -> bool:
-        """Give an answer the cache that helps it most; return False where it has to wait."""
+    def _begin(self, answer: BatchedAnswer, reading: Sequence[BatchedAnswer]) -> bool:
+        """Give an answer a cache. Return False if it waits to copy a prompt of this pass."""
         prompt = answer.ids[:-1]  # at least one token is computed, since caches have no logits
-        best = max(self._engine.sequences, key=lambda held: held.shared_with(prompt))
-        shared = best.shared_with(prompt)
-        worth = shared + _WORTH_WAITING
-        if self._shares and any(shared_beginning(each.ids, prompt) >= worth for each in begun):
-            return False
-        held = self._free[0]
-        if not self._shares:
-            held.cut(0)
-        elif shared >= _WORTH_COPYING:
-            # One that would lose most of what it holds is copied, if there is another.
-            others = [each for each in self._free if each is not best]
-            in_place = best in self._free and (2 * shared >= len(best.ids) or not others)
-            held = best if in_place else others[0]
-            if not in_place and shared > held.shared_with(prompt):
-                held.copy_from(best, shared)
-        answer.reused_tokens = held.shared_with(prompt)
-        held.cut(answer.reused_tokens)
-        self._free.remove(held)
-        answer.held = held
+        if self._shares:
+            best = max(self._sequences, key=lambda prefix: prefix.shared_with(prompt))
+            enough = best.shared_with(prompt) + _MIN_SHARED_TO_WAIT
+            if any(shared_beginning(one.ids, prompt) >= enough for one in reading):
+                return False
+            prefix = self._share(best, prompt)
+        else:
+            prefix = self._free[0]
+            prefix.cut(0)
+        answer.stats.reused_tokens = prefix.shared_with(prompt)
+        prefix.cut(answer.stats.reused_tokens)
+        self._free.remove(prefix)
+        answer.prefix = prefix
         return True
+
+    def _share(self, best: CachedPrefix, prompt: Sequence[int]) -> CachedPrefix:
+        """Return the free cache for a prompt that begins like the tokens in `best`."""
+        shared = best.shared_with(prompt)
+        if shared < _MIN_SHARED_TO_COPY:
+            return self._free[0]
+        # A cache that would lose most of its tokens is copied, if there is another.
+        others = [one for one in self._free if one is not best]
+        if best in self._free and (2 * shared >= len(best.ids) or not others):
+            return best
+        if shared > others[0].shared_with(prompt):
+            others[0].copy_from(best, shared)
+        return others[0]
 
     def _remove(self, answer: BatchedAnswer) -> None:
         self._answers.remove(answer)
-        if answer.held is not None:
-            self._free.append(answer.held)
+        if answer.prefix is not None:
+            self._free.append(answer.prefix)
 
 
 class _AllCancelledError(Exception):

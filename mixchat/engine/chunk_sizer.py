@@ -1,18 +1,52 @@
-"""Chooses how many tokens of prompts a pass takes: nobody should wait long, and little be lost."""
+"""Chooses how many tokens of prompts a pass takes: others should not wait long, nor prompts."""
 
 from __future__ import annotations
 
-_FRESH = 0.7  # weight of each earlier pass, against the one after it
-_EVEN = 0.01  # weight of the belief that a pass of no tokens takes no time
+# Tokens. With experts on disk each chunk reads most of them again, so chunks are few and large.
+PREFILL_CHUNK = 2048
+# Tokens of prompts in a pass in which other answers decode.
+_FIRST_CHUNK, _SMALLEST_CHUNK = 32, 16
+# Seconds that a pass with tokens of prompts may take if other answers decode in it, and if none do.
+_DECODING_TARGET_S, _PREFILL_TARGET_S = 0.7, 8.0
+# The first may be longer if a pass that only decodes is slow: so many times as long.
+_DECODING_TARGET_RATIO = 4
+_OLD_PASS_WEIGHT = 0.7  # of each earlier pass, against the one after it
+_PRIOR_WEIGHT = 0.01  # of the belief that a pass of no tokens takes no time
+
+
+class PassSizer:
+    """Chooses how many tokens of prompts the next pass of a batch takes; `fixed` if it is given."""
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self._fixed, self._decoding_seconds = fixed, 0.0
+        # By whether other answers decode in the pass.
+        self._sizers = {
+            False: ChunkSizer(PREFILL_CHUNK, _SMALLEST_CHUNK, PREFILL_CHUNK),
+            True: ChunkSizer(_FIRST_CHUNK, _SMALLEST_CHUNK, PREFILL_CHUNK),
+        }
+
+    def choose(self, *, decodes: bool) -> int:
+        """Return the tokens of prompts in the next pass. decodes: other answers decode in it."""
+        if self._fixed is not None:
+            return self._fixed
+        slowest = max(_DECODING_TARGET_S, _DECODING_TARGET_RATIO * self._decoding_seconds)
+        return self._sizers[decodes].choose(slowest if decodes else _PREFILL_TARGET_S)
+
+    def add(self, prompt_tokens: int, seconds: float, *, decodes: bool) -> None:
+        """Note how long a pass took."""
+        if prompt_tokens:
+            self._sizers[decodes].add(prompt_tokens, seconds)
+        else:
+            self._decoding_seconds = seconds
 
 
 class ChunkSizer:
     """Learns from passes that took `fixed + n * each` seconds for n tokens of prompts.
 
-    `fixed` is much where experts are read from disk: nearly all of them, whatever n is. Then small
-    pieces would be slow and no pass shorter, so that the tokens may take as long as `fixed` does.
-    With 0.1 s and 0.01 s a token, 60 tokens fit into 0.7 s; with 10 s and 0.01 s a token it is
-    1,000 tokens, although nobody wants to wait for longer than 0.7 s.
+    `fixed` is large if experts are read from disk: nearly all of them, for any n. Small chunks
+    would then be slow and no pass shorter, so the tokens may take as long as `fixed` does.
+    With 0.1 s and 0.01 s a token, 60 tokens fit into 0.7 s. With 10 s and 0.01 s a token the chunk
+    has 1,000 tokens, although nobody wants to wait for longer than 0.7 s.
     """
 
     def __init__(self, first: int, least: int, most: int) -> None:
@@ -23,21 +57,21 @@ class ChunkSizer:
 
     def add(self, tokens: int, seconds: float) -> None:
         """Note a pass with so many tokens of prompts."""
-        fresh = (1, tokens, seconds, tokens * tokens, tokens * seconds)
-        known = (self._weight, self._tokens, self._seconds, self._squares, self._products)
-        sums = (_FRESH * old + new for old, new in zip(known, fresh, strict=True))
+        new = (1, tokens, seconds, tokens * tokens, tokens * seconds)
+        old = (self._weight, self._tokens, self._seconds, self._squares, self._products)
+        sums = (_OLD_PASS_WEIGHT * one + other for one, other in zip(old, new, strict=True))
         self._weight, self._tokens, self._seconds, self._squares, self._products = sums
         self._last = tokens
 
-    def choose(self, patience: float) -> int:
-        """Return the tokens of the next pass, which may take so many seconds.
+    def choose(self, target: float) -> int:
+        """Return the tokens of the next pass, which should take at most `target` seconds.
 
-        It is at most twice as many as in the last pass.
+        They are at most twice as many as in the last pass.
         """
         if not self._weight:
             return self._first
         fixed, each = self._fit()
-        room = max(patience - fixed, fixed)
+        room = max(target - fixed, fixed)
         wanted = self._most if each * self._most <= room else int(room / each)
         return min(max(wanted, self._least), 2 * max(self._last, self._least), self._most)
 
@@ -46,6 +80,6 @@ class ChunkSizer:
         tokens, seconds = self._tokens / self._weight, self._seconds / self._weight
         variance = self._squares / self._weight - tokens**2
         covariance = self._products / self._weight - tokens * seconds
-        slope = covariance + _EVEN * tokens * seconds
-        each = max(slope / (variance + _EVEN * tokens**2), 0.0)
+        slope = covariance + _PRIOR_WEIGHT * tokens * seconds
+        each = max(slope / (variance + _PRIOR_WEIGHT * tokens**2), 0.0)
         return max(seconds - each * tokens, 0.0), each

@@ -9,29 +9,29 @@ from mixchat.base import interrupts, machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.quantities import format_least, format_size
 
-# Bytes. With less, native code ends the process while torch or a tokenizer is imported.
-_LEAST_ROOM = 950_000_000
+# With less, native code ends the process while torch or a tokenizer is imported.
+_MIN_ADDRESS_SPACE_BYTES = 950_000_000
 
 
 def prepare_environment() -> None:
     """Set variables that torch reads, unless they are set, and import it.
 
-    Raises `ResourceError` where a `ulimit` leaves too little memory for it.
+    Raises `ResourceError` if a `ulimit` leaves too little memory for it.
     """
-    # Large pages for large tensors: reading the weights of an expert is 5 to 8% faster.
+    # With large pages for large tensors, reading the weights of an expert is 5 to 8% faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # OpenMP's threads sleep soon after they have nothing to do. By default they keep spinning, and
     # a busy core then costs decoding three quarters of its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "torch" not in sys.modules:
-        _check_room(machine.memory_left_by_ulimit().get("ulimit -v"))
+        _check_address_space(machine.memory_left_by_ulimit().get("ulimit -v"))
         with interrupts.starting():
             import torch  # noqa: F401
 
 
-def _check_room(room: int | None) -> None:
-    if room is not None and room < _LEAST_ROOM:
-        needed, left = format_least(_LEAST_ROOM), format_size(room)
+def _check_address_space(free: int | None) -> None:
+    if free is not None and free < _MIN_ADDRESS_SPACE_BYTES:
+        needed, left = format_least(_MIN_ADDRESS_SPACE_BYTES), format_size(free)
         raise ResourceError(
             f"not enough memory: {needed} needed, ulimit -v leaves {left}", hint="Raise that limit."
         )

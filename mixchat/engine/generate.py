@@ -1,45 +1,40 @@
-"""From token ids to token ids: prefill the prompt, then decode one token at a time."""
+"""The engine: a loaded model that answers prompts, from token ids to token ids."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 
 import torch
 
-from mixchat.base import gpu, interrupts, machine
-from mixchat.base.errors import CheckpointError, PromptError
+from mixchat.base import gpu, machine
 from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.base.progress import Note
-from mixchat.engine.cached_prefix import CachedPrefix
+from mixchat.engine.batch import AnswerRequest, Batch, OnPrefill
+from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Model
-from mixchat.engine.passes import ForwardPasses, Part
-from mixchat.engine.sampling import Constraint, Sampler
-from mixchat.engine.speculation import Proposals, Speculation
+from mixchat.engine.passes import CachedPrefix, ForwardPasses
+from mixchat.engine.sampling import Constraint
+from mixchat.engine.speculation import Speculation
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.stats import ExpertStats
 from mixchat.weights.format.blueprint import Blueprint
-
-# Tokens. Where experts come from disk, each chunk reads most of them again: few, large chunks.
-PREFILL_CHUNK = 2048
-
-OnPrefill = Callable[[int, int], object]  # is called with the tokens done, and their total
 
 
 class Engine:
     """A model with its KV caches, which stay filled from call to call.
 
     A prompt that begins like the last one (a chat that continues) is prefilled only from where the
-    two differ. `sequences` has one for each cache, for a `Batch`; `generate` uses the first.
-    `note` is called with messages for a person. `identity` differs where the weights do;
-    `blueprint` is the form in which they are computed. With `exact_prompts` the tokens of a prompt
-    have the same bits as decoded ones, in chunks of any size. With `speculation` several tokens are
-    verified in one pass, which has to be exact on this device (see `Model.forward`): answers are
-    the same without it. `name` is the model's name for a person.
+    two differ. `new_batch` uses all caches, `generate` the first.
+
+    note: is called with messages for a person. identity: differs if the weights do. blueprint: the
+    form in which the weights are computed. exact_prompts: give the tokens of a prompt the bits of
+    decoded ones, in chunks of any size. speculation: verify several tokens in one pass, which has
+    to be exact on this device (see `Model.forward`), so that answers are the same without it.
+    name: the model's name for a person.
     """
 
     def __init__(
@@ -60,20 +55,19 @@ class Engine:
         self.experts, self.blueprint = experts, blueprint
         self.passes = ForwardPasses(model, experts, note, name)
         self.sequences = [CachedPrefix(cache) for cache in caches]
-        self.speculation = speculation
+        self.prefill_chunk, self.speculation = prefill_chunk, speculation
         self._stats, self._experts_before = GenerationStats(), ExpertStats()
-        self._held, self._chunk = self.sequences[0], prefill_chunk
         self.is_closed = False
 
     @property
     def context_size(self) -> int:
         """Return how many tokens prompt and answer may have together."""
-        return self._held.cache.capacity
+        return self.context.tokens
 
     @property
     def context(self) -> Context:
         """Return the size of the context, and the largest one of this model."""
-        return Context(self.context_size, self.config.max_position_embeddings)
+        return self.sequences[0].context
 
     @property
     def device(self) -> torch.device:
@@ -97,16 +91,20 @@ class Engine:
 
     def held(self) -> tuple[list[int], KVCache]:
         """Return the tokens whose keys and values the cache holds, and the cache."""
-        return self._held.ids, self._held.cache
+        return self.sequences[0].ids, self.sequences[0].cache
+
+    def resume(self, ids: Sequence[int]) -> None:
+        """Continue from these tokens, whose keys and values have been put into the cache."""
+        self.sequences[0].resume(ids)
 
     def forget(self) -> None:
-        """Empty the cache, like that of a new engine."""
-        self._held.clear()
+        """Empty the cache."""
+        self.sequences[0].clear()
 
     def close(self) -> None:
-        """Give all memory back; then it can only be asked what it is, and what it holds: nothing.
+        """Give all memory back. The engine then holds nothing, and only tells what it is.
 
-        This cannot be left to the end of the object: an error's traceback may keep it alive.
+        This cannot be left to the end of the object, since an error's traceback may keep it alive.
         """
         device, self.is_closed = self.device, True
         for sequence in self.sequences:
@@ -116,9 +114,13 @@ class Engine:
         gpu.release_unused(device)
         machine.return_freed_memory()
 
-    def resume(self, ids: Sequence[int]) -> None:
-        """Continue from these tokens, whose keys and values have been put into the cache."""
-        self._held.resume(ids)
+    def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
+        """Return how many tokens the answer to a prompt may have. Raises as `generate` does."""
+        return self.sequences[0].longest_answer(ids, max_tokens)
+
+    def new_batch(self, *, shared_prefix: bool = True) -> Batch:
+        """Return a batch of as many answers as there are caches."""
+        return Batch(self.passes, self.sequences, self.speculation, shared_prefix=shared_prefix)
 
     def generate(
         self,
@@ -132,100 +134,36 @@ class Engine:
     ) -> Iterator[int]:
         """Yield the answer's tokens as they are sampled, each allowed by `constraint`.
 
-        Ends with the first token of `stop_ids`, which is yielded too, after `max_tokens`, or when
-        the context is full. The iterator may be dropped at any point. `on_prefill` is called during
-        prefill with the tokens of the prompt that are computed, and their total. Raises
-        `PromptError` at once where the prompt is empty or leaves no room for an answer,
-        `CheckpointError` where it has tokens that the model does not know; later that, too, where
-        damaged weights give logits that are NaN or infinite.
+        The answer ends with the first token of `stop_ids`, which is yielded too, after
+        `max_tokens`, or when the context is full. The iterator may be dropped at any point.
+        `on_prefill` is called after layers with the tokens of the prompt that are computed, and
+        their total. Raises `PromptError` at once if the prompt is empty or leaves no room for an
+        answer, and `CheckpointError` if it has tokens that the model does not know. The iterator
+        raises that, too, if damaged weights give logits that are NaN or infinite.
         """
+        self.longest_answer(prompt_ids, max_tokens)
         ids = list(prompt_ids)
-        limit = self.longest_answer(ids, max_tokens)
-        sampler = Sampler(sampling, stop_ids, constraint)
-        return self._generate(ids, sampler, stop_ids, limit, on_prefill)
+        return self._generate(
+            AnswerRequest(ids, sampling, stop_ids, max_tokens, constraint, on_prefill)
+        )
 
-    def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
-        """Return how many tokens the answer to a prompt may have. Raises as `generate` does."""
-        if not ids:
-            raise PromptError("the prompt is empty")
-        if max(ids) >= self.config.vocab_size:
-            raise CheckpointError(
-                f"the tokenizer is not this model's: it gives the token {max(ids)}, "
-                f"the model has {self.config.vocab_size}"
-            )
-        if len(ids) >= self.context_size:
-            raise self.context.prompt_too_long(len(ids))
-        room = self.context_size - len(ids)
-        return room if max_tokens is None else min(max_tokens, room)
-
-    def _generate(
-        self,
-        ids: list[int],
-        sampler: Sampler,
-        stop_ids: Set[int],
-        limit: int,
-        on_prefill: OnPrefill,
-    ) -> Iterator[int]:
-        start = time.perf_counter()
-        with interrupts.deferred():
-            self.experts.begin_turn()
-        reused = self._rewind(ids)
-        self._stats = stats = GenerationStats(prompt_tokens=len(ids), reused_tokens=reused)
-        self._experts_before = self.experts.stats.copy()
-        logits = self._prefill(ids[reused:], on_prefill)
-        stats.prefill_seconds = time.perf_counter() - start
-        proposals = Proposals(self.speculation, stop_ids)
-        stats.speculation = proposals.stats
-        while True:
-            token = sampler.sample(self.passes.checked(logits[0]), ids)
-            ids.append(token)
-            stats.generated_tokens += 1
-            yield token
-            if token in stop_ids or stats.generated_tokens >= limit:
-                return
-            start = time.perf_counter()
-            logits = self._decode(ids, proposals, limit - stats.generated_tokens)
-            stats.decode_seconds += time.perf_counter() - start
-
-    def _rewind(self, ids: list[int]) -> int:
-        """Cut the cache back to the beginning that it shares with `ids`; return the length left.
-
-        At least one token has to be computed, since the cache has no logits.
-        """
-        shared = self._held.shared_with(ids[:-1])
-        self._held.cut(shared)
-        return shared
-
-    def _prefill(self, ids: list[int], on_prefill: OnPrefill) -> torch.Tensor:
-        """Return the logits of the last token.
-
-        `on_prefill` is called after layers: of 100 tokens, a layer of 32 counts as 3.
-        """
-        layers = self.config.num_hidden_layers
-        for start in range(0, len(ids), self._chunk):
-            chunk = ids[start : start + self._chunk]
-
-            def after_layer(layer: int, before: int = start, tokens: int = len(chunk)) -> None:
-                on_prefill(before + tokens * (layer + 1) // layers, len(ids))
-
-            part = Part(self._held, chunk)
-            logits = self.passes.compute([part], exact=self.exact_prompts, after_layer=after_layer)
-        return logits
-
-    def _decode(self, ids: list[int], proposals: Proposals, left: int) -> torch.Tensor:
-        """Return the logits [1, V] after the last of `ids`; `left` more tokens may be generated.
-
-        Whenever the answer ends, the cache is as without speculation: a verified token joins it
-        here, when the next one is asked for.
-        """
-        token = ids[-1]
-        verified = proposals.take(token)
-        if verified is not None:
-            with interrupts.deferred():
-                self._held.add([token])
-                self._held.cache.advance(1)
-            return verified
-        proposal = proposals.propose(ids, left - 1)
-        start = time.perf_counter()
-        logits = self.passes.compute([Part(self._held, [token], proposal)], exact=True)
-        return proposals.put(proposal, logits, time.perf_counter() - start)
+    def _generate(self, request: AnswerRequest) -> Iterator[int]:
+        batch = Batch(
+            self.passes,
+            self.sequences[:1],
+            self.speculation,
+            exact_prompts=self.exact_prompts,
+            chunk=self.prefill_chunk,
+        )
+        answer = batch.add(request)
+        self._stats, self._experts_before = answer.stats, self.experts.stats.copy()
+        while not answer.has_ended:
+            before = answer.generated_tokens
+            batch.step()
+            if answer.error is not None:
+                try:
+                    raise answer.error
+                finally:
+                    answer.error = None  # else the traceback and the answer keep each other alive
+            if answer.generated_tokens > before:
+                yield answer.ids[-1]

@@ -20,20 +20,19 @@ from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, Bits, CacheShape
 from mixchat.kernels.program import Step
 
-_STEP = 512  # tokens
-_LARGEST = 127  # of 8 bits
-
+_GROWTH = 512  # tokens for which tensors get room at once
+_INT8_MAX = 127
 # One call to the kernel computes at most so many pairs of a new token and one that it may see, but
 # at least so many new tokens.
-_MOST_PAIRS, _LEAST_TOKENS = 2**22, 64
+_MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**22, 64
 
 
 class KVCache(ABC):
     """Room for `capacity` tokens of each layer.
 
     Memory is taken as the cache fills, so that a short conversation leaves it to the experts.
-    `length` counts the tokens that all layers have stored. A forward pass that was interrupted
-    leaves it as it was, and the next one overwrites what it stored.
+    `length` counts the tokens that all layers have stored. An interrupted forward pass leaves it as
+    it was, and the next pass overwrites what was stored.
     """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
@@ -50,10 +49,10 @@ class KVCache(ABC):
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Store keys and values [T, G, h] of a layer; return the attention [T, H, h] of queries.
+        """Store keys and values [T, G, h] of a layer. Return the attention [T, H, h] of queries.
 
-        Each token of the queries [T, H, h] attends to itself and to all tokens before it, with a
-        sliding window W only to the last W of these.
+        Each token of the queries [T, H, h] attends to itself and to all tokens before it. With a
+        sliding window W it attends to the last W of these.
         """
         assert self.length + keys.shape[0] <= self.capacity
         self.store(layer, keys, values)
@@ -62,8 +61,8 @@ class KVCache(ABC):
     def restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
         """Put a layer's first `tokens`, as `content` returns them, into an empty cache.
 
-        The caller sets `length` after the last layer. Raises `CheckpointError` where the content is
-        not that of a cache of this form.
+        The caller sets `length` after the last layer. Raises `CheckpointError` if the content has
+        not the form of this cache.
         """
         assert self.length == 0
         given = {name: (tensor.dtype, tensor.shape) for name, tensor in content.items()}
@@ -74,16 +73,13 @@ class KVCache(ABC):
 
     def is_like(self, other: KVCache) -> bool:
         """Return whether the caches have the same form, for the same model and as many tokens."""
-        return (self.config, self.capacity, self.form) == (
-            other.config,
-            other.capacity,
-            other.form,
-        )
+        mine, theirs = (self.config, self.capacity), (other.config, other.capacity)
+        return mine == theirs and self.form == other.form
 
     @property
     @abstractmethod
     def form(self) -> str:
-        """Return the name of the content's form, which fits into caches of the same form."""
+        """Return the name of the form. Content fits into caches of the same form."""
 
     @abstractmethod
     def specs(self, tokens: int) -> list[TensorSpec]:
@@ -98,11 +94,11 @@ class KVCache(ABC):
         """Empty the cache, and give its memory back."""
 
     @abstractmethod
-    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None: ...
-
-    @abstractmethod
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values [T, G, h] of a layer after the first `length` tokens."""
+
+    @abstractmethod
+    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None: ...
 
     @abstractmethod
     def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
@@ -115,7 +111,7 @@ def new_cache(
     device: torch.device,
     bits: Bits | None = None,
 ) -> KVCache:
-    """Return the kind of cache that is fastest on the device. `bits` None are those of `dtype`.
+    """Return the kind of cache that is fastest on the device. bits: None for the bits of `dtype`.
 
     The kernel for CPUs takes bf16 and fp32 only.
     """
@@ -146,7 +142,7 @@ class PagedKVCache(KVCache):
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, bits
         )
         row, scales = self._shape.width * bits // 8, self._shape.scales_at
-        # The start of each in a group's part of a page, and its bytes of one token.
+        # By name: the start in a group's part of a page, and the bytes of one token.
         self._parts = {"keys": (0, row), "values": (self._shape.values_at, row)}
         if bits == 8:
             self._parts |= {"key_scales": (scales, 4), "value_scales": (scales + PAGE * 4, 4)}
@@ -157,7 +153,7 @@ class PagedKVCache(KVCache):
         return f"pages of {self._shape.bits} bits"
 
     def specs(self, tokens: int) -> list[TensorSpec]:
-        """Return specs of bytes, for whole blocks of tokens: only these are contiguous in keys."""
+        """Return specs of bytes, for whole blocks of tokens, which are contiguous in keys."""
         filled = -(-tokens // KEY_BLOCK) * KEY_BLOCK
         return [
             TensorSpec(name, torch.uint8, (self._shape.groups, filled, row))
@@ -165,10 +161,10 @@ class PagedKVCache(KVCache):
         ]
 
     def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
-        mine = self._pages[layer][: -(-tokens // PAGE)]
+        filled = self._pages[layer][: -(-tokens // PAGE)]
 
         def joined(name: str) -> torch.Tensor:
-            return torch.cat([self._part(page, name) for page in mine], dim=1)
+            return torch.cat([self._part(page, name) for page in filled], dim=1)
 
         return {spec.name: joined(spec.name)[:, : spec.shape[1]] for spec in self.specs(tokens)}
 
@@ -179,16 +175,15 @@ class PagedKVCache(KVCache):
         self._addresses = [torch.empty(0, dtype=torch.int64) for _ in layers]
 
     def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
-        mine = []
+        # First, so that no address of an old page is left. `store` looks the new ones up.
+        self._addresses[layer] = torch.empty(0, dtype=torch.int64)
+        self._pages[layer] = []
         for start in range(0, tokens, PAGE):
             page = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
             for name, tensor in content.items():
                 given = tensor[:, start : start + PAGE]
                 self._part(page, name)[:, : given.shape[1]] = given
-            mine.append(page)
-        # First, so that no address of an old page is left; `store` looks the new ones up.
-        self._addresses[layer] = torch.empty(0, dtype=torch.int64)
-        self._pages[layer] = mine
+            self._pages[layer].append(page)
 
     def _part(self, page: torch.Tensor, name: str) -> torch.Tensor:
         """Return a view of a page's keys, values or scales: [G, PAGE, bytes]."""
@@ -202,18 +197,18 @@ class PagedKVCache(KVCache):
 
     def _with_room(self, layer: int, tokens: int) -> torch.Tensor:
         """Return the addresses of a layer's pages, with room for so many new tokens."""
-        mine = self._pages[layer]
-        while len(mine) * PAGE < self.length + tokens:
-            mine.append(torch.zeros(self._shape.page_bytes, dtype=torch.uint8))
+        layer_pages = self._pages[layer]
+        while len(layer_pages) * PAGE < self.length + tokens:
+            layer_pages.append(torch.zeros(self._shape.page_bytes, dtype=torch.uint8))
         # Checked each time, because an error may have come between a page and its address.
-        if len(mine) != self._addresses[layer].numel():
-            self._addresses[layer] = torch.tensor([page.data_ptr() for page in mine])
+        if len(layer_pages) != self._addresses[layer].numel():
+            self._addresses[layer] = torch.tensor([page.data_ptr() for page in layer_pages])
         return self._addresses[layer]
 
     def steps(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
     ) -> tuple[Step, Step, Step]:
-        """Return `attend` for one token as steps, for any layer; each needs the one before it."""
+        """Return `attend` for one token as steps, for any layer. Each needs the step before it."""
         window = self.config.sliding_window
         attend = attention.attend_steps(self._shape, queries, out, window, self.capacity)
         return pages.store_step(self._shape, keys, values), *attend
@@ -230,25 +225,22 @@ class PagedKVCache(KVCache):
 
     def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         window, addresses = self.config.sliding_window, self._addresses[layer]
-        # Each call is short, because Ctrl-C is handled between two of them.
-        pieces = torch.split(queries, self._at_once(queries.shape[0]))
-        past, seen = self.length, []
-        for piece in pieces:
+        end = self.length + queries.shape[0]
+        # Each call takes some tenths of a second, because Ctrl-C is handled between two of them.
+        tokens_per_call = max(_MIN_TOKENS_PER_CALL, _MAX_PAIRS_PER_CALL // end)
+        past, attended = self.length, []
+        for piece in torch.split(queries, tokens_per_call):
             interrupts.check()
-            seen.append(attention.attend(self._shape, addresses, past, piece, window))
+            attended.append(attention.attend(self._shape, addresses, past, piece, window))
             past += piece.shape[0]
-        return seen[0] if len(seen) == 1 else torch.cat(seen)
-
-    def _at_once(self, tokens: int) -> int:
-        """Return how many new tokens the kernel computes in some tenths of a second."""
-        return max(_LEAST_TOKENS, _MOST_PAIRS // (self.length + tokens))
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 class TensorKVCache(KVCache):
     """A cache for torch's attention, on any device: keys and values [G, tokens, h] of each layer.
 
-    With `quantized` it stores 8 bits a number and a scale for each key and value, and widens those
-    of a layer whenever they are read.
+    With `quantized` it stores 8 bits a number and a scale for each key and value. A layer's numbers
+    are widened whenever they are read.
     """
 
     def __init__(
@@ -280,45 +272,35 @@ class TensorKVCache(KVCache):
         return specs
 
     def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
-        stored = self._named()
-        return {
-            spec.name: stored[spec.name][layer][:, :tokens].cpu() for spec in self.specs(tokens)
-        }
+        return {name: stored[layer][:, :tokens].cpu() for name, stored in self._stored.items()}
 
     def clear(self) -> None:
         self.length = 0
-        shape = (self.config.num_key_value_heads, 0, self.config.head_dim)
-        dtype = torch.int8 if self._quantized else self._dtype
-        empty = torch.empty(shape, dtype=dtype, device=self._device)
-        scales = torch.empty((*shape[:2], 1), dtype=torch.float32, device=self._device)
-        layers = self.config.num_hidden_layers
-        self._numbers = {"keys": [empty] * layers, "values": [empty] * layers}
-        self._scales = {"keys": [scales] * layers, "values": [scales] * layers}
+        self._stored = {  # a tensor for each layer, by name
+            spec.name: [torch.empty(spec.shape, dtype=spec.dtype, device=self._device)]
+            * self.config.num_hidden_layers
+            for spec in self.specs(0)
+        }
 
     def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
         for name, tensor in content.items():
-            self._put(self._named()[name], layer, tensor, tokens)
-
-    def _named(self) -> dict[str, list[torch.Tensor]]:
-        """Return the tensors of all layers, by the names in `content`."""
-        scales = {"key_scales": self._scales["keys"], "value_scales": self._scales["values"]}
-        return self._numbers | scales
+            self._put(name, layer, tensor)
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        end = self.length + keys.shape[0]
-        for name, given in (("keys", keys), ("values", values)):
+        for name, given in (("key", keys), ("value", values)):
             numbers = given.transpose(0, 1)  # [G, T, h]
             if self._quantized:
-                scales = numbers.float().abs().amax(-1, keepdim=True) / _LARGEST
+                scales = numbers.float().abs().amax(-1, keepdim=True) / _INT8_MAX
                 numbers = (numbers.float() / scales.clamp(min=1e-30)).round()
-                self._put(self._scales[name], layer, scales, end)
-            self._put(self._numbers[name], layer, numbers, end)
+                self._put(f"{name}_scales", layer, scales)
+            self._put(f"{name}s", layer, numbers)
 
-    def _put(self, stored: list[torch.Tensor], layer: int, new: torch.Tensor, end: int) -> None:
-        """Store after the first `length` tokens; room grows by copying, 512 tokens at a time."""
+    def _put(self, name: str, layer: int, new: torch.Tensor) -> None:
+        """Store [G, T, n] after the first `length` tokens. Room grows by copying."""
+        stored, end = self._stored[name], self.length + new.shape[1]
         old = stored[layer]
         if end > old.shape[1]:
-            room = min(-(-end // _STEP) * _STEP, self.capacity)
+            room = min(-(-end // _GROWTH) * _GROWTH, self.capacity)
             grown = old.new_empty(old.shape[0], room, old.shape[2])
             grown[:, : self.length] = old[:, : self.length]
             stored[layer] = grown
@@ -328,10 +310,10 @@ class TensorKVCache(KVCache):
         tokens, heads, _ = queries.shape
         groups = self.config.num_key_value_heads
         shared, end = heads // groups, self.length + tokens
-        keys, values = (self._widened(name, layer, end) for name in ("keys", "values"))
+        keys, values = (self._widened(name, layer, end) for name in ("key", "value"))
         mask = self._mask_of(tokens)
-        # The R = H / G heads that share a key are put one behind the other, like R times as many
-        # tokens: each key is then read once. On a CPU `enable_gqa` would read it R times.
+        # The R = H / G heads that share a key are joined like R times as many tokens, so that each
+        # key is read once. On a CPU `enable_gqa` would read it R times.
         grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
         attended = functional.scaled_dot_product_attention(
             grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
@@ -343,28 +325,27 @@ class TensorKVCache(KVCache):
         return merged.reshape(tokens, heads, -1)
 
     def _widened(self, name: str, layer: int, end: int) -> torch.Tensor:
-        stored = self._numbers[name][layer][:, :end]
+        stored = self._stored[f"{name}s"][layer][:, :end]
         if not self._quantized:
             return stored
-        return (stored * self._scales[name][layer][:, :end]).to(self._dtype)
+        return (stored * self._stored[f"{name}_scales"][layer][:, :end]).to(self._dtype)
 
     def _mask_of(self, tokens: int) -> torch.Tensor | None:
         """Return the mask, which is the same for all layers of a pass."""
-        where = (self.length, tokens)
-        if self._mask[0] != where:
-            device = self._numbers["keys"][0].device
-            mask = attention_mask(*where, self.config.sliding_window, device)
-            self._mask = (where, mask)
+        place = (self.length, tokens)
+        if self._mask[0] != place:
+            mask = attention_mask(*place, self.config.sliding_window, self._device)
+            self._mask = (place, mask)
         return self._mask[1]
 
 
 def attention_mask(
     past: int, tokens: int, window: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Return which of P + T positions each of T tokens may see [T, P + T]; None for all of them.
+    """Return which of P + T positions each of T tokens may see [T, P + T]. None is all of them.
 
-    A token sees itself and what came before, with a sliding window W only the last W of these:
-    past 1, tokens 2, window 2 gives [[1, 1, 0], [0, 1, 1]].
+    A token sees itself and all tokens before it, with a sliding window W only the last W of these.
+    Past 1, tokens 2 and window 2 give [[1, 1, 0], [0, 1, 1]].
     """
     sees_all = window is None or past + tokens <= window
     if tokens == 1 and sees_all:

@@ -1,6 +1,7 @@
 """Passes through the model: the next tokens of one sequence, or of several at once.
 
-V = vocab_size.
+T = tokens of the pass, V = vocab_size, H = num_attention_heads, G = num_key_value_heads,
+h = head_dim.
 """
 
 from __future__ import annotations
@@ -9,31 +10,111 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 
 import torch
 
 from mixchat.base import interrupts
-from mixchat.base.errors import CheckpointError
+from mixchat.base.errors import CheckpointError, PromptError
+from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
 from mixchat.engine.attention import KVContext
-from mixchat.engine.cache_batch import CacheBatch
-from mixchat.engine.cached_prefix import CachedPrefix
+from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import LAST, AfterLayer, Model
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
 
 
-@dataclass(frozen=True)
-class Part:
-    """The next tokens of a sequence.
+def shared_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many first tokens two sequences have in common."""
+    return sum(1 for _ in takewhile(bool, map(eq, one, other)))
 
-    proposal: tokens that may come behind the ids. Their keys and values are stored, but the cache
-    ends before them.
+
+class CachedPrefix:
+    """A KV cache, and the ids of the tokens in it."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self._ids: list[int] = []  # may be longer than the cache, after an interruption
+
+    @property
+    def ids(self) -> list[int]:
+        """Return the ids of the tokens that the cache holds."""
+        return self._ids[: self.cache.length]
+
+    @property
+    def context(self) -> Context:
+        """Return the size of the context, and the largest one of this model."""
+        return Context(self.cache.capacity, self.cache.config.max_position_embeddings)
+
+    def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
+        """Return how many tokens the answer to a prompt may have.
+
+        Raises `PromptError` if the prompt is empty or leaves no room for an answer, and
+        `CheckpointError` if it has tokens that the model does not know.
+        """
+        known = self.cache.config.vocab_size
+        if not ids:
+            raise PromptError("the prompt is empty")
+        if max(ids) >= known:
+            raise CheckpointError(
+                f"the tokenizer is not this model's: it gives the token {max(ids)}, "
+                f"the model has {known}"
+            )
+        room = self.cache.capacity - len(ids)
+        if room <= 0:
+            raise self.context.prompt_too_long(len(ids))
+        return room if max_tokens is None else min(max_tokens, room)
+
+    def shared_with(self, ids: Sequence[int]) -> int:
+        """Return how many first tokens the cache has in common with `ids`."""
+        return shared_beginning(self.ids, ids)
+
+    def cut(self, length: int) -> None:
+        """Keep only the first tokens."""
+        with interrupts.deferred():
+            del self._ids[length:]
+            self.cache.length = length
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Note the ids of tokens that the cache has got after its others."""
+        self._ids += ids
+
+    def resume(self, ids: Sequence[int]) -> None:
+        """Continue from these tokens, whose keys and values have been put into the cache."""
+        self._ids = list(ids)
+        self.cache.length = len(ids)
+
+    def copy_from(self, other: CachedPrefix, length: int) -> None:
+        """Hold the first tokens of another sequence, and nothing else."""
+        self.clear()
+        for layer in range(self.cache.config.num_hidden_layers):
+            self.cache.restore(layer, other.cache.content(layer, length), length)
+        self.resume(other.ids[:length])
+
+    def clear(self) -> None:
+        """Hold nothing, and give the memory back."""
+        self._ids = []
+        self.cache.clear()
+
+
+@dataclass(frozen=True)
+class SequenceTokens:
+    """The next tokens of a sequence in a pass.
+
+    proposal: tokens that may follow the ids. Their keys and values are stored, but the cache ends
+    before them.
     """
 
-    held: CachedPrefix
+    prefix: CachedPrefix
     ids: Sequence[int]
     proposal: Sequence[int] = ()
+
+    @property
+    def all_ids(self) -> list[int]:
+        """Return the ids and the proposed ones."""
+        return [*self.ids, *self.proposal]
 
 
 class ForwardPasses:
@@ -49,19 +130,18 @@ class ForwardPasses:
 
     def compute(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[SequenceTokens],
         *,
         exact: bool = False,
         after_layer: AfterLayer = lambda layer: None,
     ) -> torch.Tensor:
         """Return the logits [n, V] of the last token of each part.
 
-        With a proposal those of the last id, and of each proposed token, one below the other.
+        A part with a proposal has a row for its last id, and one for each proposed token.
         Ctrl-C is handled between layers that are not in one program, and while an expert is
         loading. An interrupted pass leaves all caches as they were.
         """
-        ids = [token for part in parts for token in (*part.ids, *part.proposal)]
-        device = self.model.device
+        ids = [token for part in parts for token in part.all_ids]
 
         def between_layers(layer: int) -> None:
             interrupts.check()
@@ -70,9 +150,9 @@ class ForwardPasses:
         def compute() -> torch.Tensor:
             return self.model.forward(
                 torch.tensor(ids),
-                _before(parts, device),
+                _context(parts, self.model.device),
                 exact=exact,
-                logits_of=_wanted(parts),
+                logits_of=_rows(parts),
                 after_layer=between_layers,
             )
 
@@ -80,8 +160,8 @@ class ForwardPasses:
         with interrupts.deferred(), torch.inference_mode():
             logits = within_memory(self.experts, compute, self._note)
             for part in parts:
-                part.held.cache.length -= len(part.proposal)
-                part.held.add(part.ids)
+                part.prefix.cache.length -= len(part.proposal)
+                part.prefix.add(part.ids)
             self.total_tokens += len(ids)
             self.total_seconds += time.perf_counter() - start
         return logits
@@ -92,27 +172,60 @@ class ForwardPasses:
         if not math.isfinite(checked.sum().item()):
             raise CheckpointError(
                 "the model computes values that are not numbers: its weights are damaged",
-                hint=f"Run: mixchat verify {self._name}. It names the damaged file; where it finds "
+                hint=f"Run: mixchat verify {self._name}. It names the damaged file. If it finds "
                 "none, the checkpoint itself is damaged.",
             )
         return checked
 
 
-def _before(parts: Sequence[Part], device: torch.device) -> KVContext:
-    if len(parts) == 1:
-        return parts[0].held.cache
-    caches = [part.held.cache for part in parts]
-    return CacheBatch(caches, [len(part.ids) + len(part.proposal) for part in parts], device)
+class _SequencesContext:
+    """The caches of several sequences as one `KVContext`: rows of a pass, in this order.
+
+    Attention is computed for one sequence after the other, everything else for all rows at once.
+    With 5 and 7 tokens in the caches, and 1 and 2 new ones, the positions are 5, 7, 8.
+    """
+
+    def __init__(self, parts: Sequence[SequenceTokens], device: torch.device) -> None:
+        self._caches = [part.prefix.cache for part in parts]
+        self._counts = [len(part.all_ids) for part in parts]
+        positions = [
+            torch.arange(cache.length, cache.length + count)
+            for cache, count in zip(self._caches, self._counts, strict=True)
+        ]
+        self._positions = torch.cat(positions).to(device)
+
+    def positions(self, tokens: int) -> torch.Tensor:
+        """Return the positions [T] of the next tokens in their sequences."""
+        assert tokens == self._positions.shape[0]
+        return self._positions
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Store keys and values [T, G, h]; return the attention [T, H, h] of queries."""
+        pieces = (torch.split(rows, self._counts) for rows in (queries, keys, values))
+        return torch.cat(
+            [cache.attend(layer, *rows) for cache, *rows in zip(self._caches, *pieces, strict=True)]
+        )
+
+    def advance(self, tokens: int) -> None:
+        """Count the new tokens in each cache."""
+        for cache, count in zip(self._caches, self._counts, strict=True):
+            cache.advance(count)
 
 
-def _wanted(parts: Sequence[Part]) -> slice | list[int]:
-    """Return the rows whose logits are wanted, of those of all parts."""
+def _context(parts: Sequence[SequenceTokens], device: torch.device) -> KVContext:
+    return parts[0].prefix.cache if len(parts) == 1 else _SequencesContext(parts, device)
+
+
+def _rows(parts: Sequence[SequenceTokens]) -> slice | list[int]:
+    """Return the rows of the pass whose logits are wanted."""
     if len(parts) == 1 and not parts[0].proposal:
         return LAST
-    wanted: list[int] = []
+    rows: list[int] = []
     start = 0
     for part in parts:
-        end = start + len(part.ids) + len(part.proposal)
-        wanted += range(start + len(part.ids) - 1, end)
+        end = start + len(part.all_ids)
+        rows += range(start + len(part.ids) - 1, end)
         start = end
-    return wanted
+    return rows

@@ -1,12 +1,12 @@
 """A file for the KV cache between two runs, so that no text is prefilled twice.
 
-It is a safetensors file. Its tensors, in this order:
+It is a safetensors file with these tensors, in this order:
 
     mixchat_prompt_cache   JSON: {"format": 1, "model": "...", "cache": "pages of 16 bits",
-                           "tokens": 700}, and "exact": true where --exact-prompts was given
+                           "tokens": 700}, and "exact": true after --exact-prompts
     ids                    the tokens whose keys and values it has
     0.keys, 0.values, ...  the content of each layer's cache
-    sha256                 of all the bytes before it
+    sha256                 of all bytes before it
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,16 @@ from mixchat.engine.kv_cache import KVCache
 from mixchat.weights.format.manifest import Manifest
 
 _FORMAT = 1
-_ABOUT, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
-_LONGEST_ABOUT = 4096  # bytes
+_DESCRIPTION, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
+_MAX_DESCRIPTION_BYTES = 4096
 
 
 def identity_of(manifest: Manifest) -> str:
-    """Return a hash that differs where a model's weights or its config do."""
+    """Return a hash that differs if a model's weights or its config do."""
     weights = {name: record.sha256 for name, record in manifest.weights.items()}
     config = manifest.files.get("config.json")
-    known = [weights, config.sha256 if config else None]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    hashes = [weights, config.sha256 if config else None]
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 class PromptCache:
@@ -49,11 +48,11 @@ class PromptCache:
         self._saved: list[int] = []  # the ids in the file
 
     def load(self) -> int:
-        """Load the file into an engine that holds nothing; return how many tokens it holds then.
+        """Load the file into an engine that holds nothing. Return how many tokens it holds then.
 
-        Of a conversation longer than the context it takes the beginning. Raises `CheckpointError`
-        where the file is damaged, or not of this model and this kind of cache: the engine still
-        holds nothing.
+        If a conversation is longer than the context, its beginning is loaded. Raises
+        `CheckpointError` if the file is damaged, or of another model or another kind of cache. The
+        engine then still holds nothing.
         """
         _, cache = self._engine.held()
         try:
@@ -67,9 +66,9 @@ class PromptCache:
         return min(len(saved), cache.capacity)
 
     def save(self) -> bool:
-        """Write the file, whole or not at all; return False where it has all that the engine holds.
+        """Write the file, whole or not at all. Return False if it has all that the engine holds.
 
-        Raises `ResourceError` where the disk is full, else another `MixchatError`.
+        Raises `ResourceError` if the disk is full, else another `MixchatError`.
         """
         ids, cache = self._engine.held()
         if ids == self._saved[: len(ids)]:
@@ -82,30 +81,27 @@ class PromptCache:
         return True
 
 
-def _about(cache: KVCache, engine: Engine, tokens: int) -> dict[str, Any]:
-    about = {"format": _FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
-    return about | ({"exact": True} if engine.exact_prompts else {})
+def _describe(cache: KVCache, engine: Engine, tokens: int) -> bytes:
+    fields = {"format": _FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
+    return json.dumps(fields | ({"exact": True} if engine.exact_prompts else {})).encode()
 
 
-def _specs(cache: KVCache, tokens: int, about: int) -> list[TensorSpec]:
-    """Return all tensors of a file with so many tokens; `about` is the length of its JSON."""
-    layers = range(cache.config.num_hidden_layers)
-    of_layers = (_layer_specs(cache, layer, tokens) for layer in layers)
+def _specs(cache: KVCache, tokens: int, description: int) -> list[TensorSpec]:
+    """Return the tensors of a file with so many tokens and a `description` of so many bytes."""
     return [
-        TensorSpec(_ABOUT, torch.uint8, (about,)),
+        TensorSpec(_DESCRIPTION, torch.uint8, (description,)),
         TensorSpec(_IDS, torch.int64, (tokens,)),
-        *chain.from_iterable(of_layers),
+        *(
+            TensorSpec(f"{layer}.{spec.name}", spec.dtype, spec.shape)
+            for layer in range(cache.config.num_hidden_layers)
+            for spec in cache.specs(tokens)
+        ),
         TensorSpec(_DIGEST, torch.uint8, (hashlib.sha256().digest_size,)),
     ]
 
 
-def _layer_specs(cache: KVCache, layer: int, tokens: int) -> list[TensorSpec]:
-    specs = cache.specs(tokens)
-    return [TensorSpec(f"{layer}.{spec.name}", spec.dtype, spec.shape) for spec in specs]
-
-
 def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> None:
-    about = json.dumps(_about(cache, engine, len(ids))).encode()
+    description = _describe(cache, engine, len(ids))
     digest = hashlib.sha256()
     with open_private_file(path) as descriptor:
 
@@ -113,22 +109,22 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> No
             digest.update(data)
             write_all(descriptor, data)
 
-        put(header_bytes(_specs(cache, len(ids), len(about))))
-        put(about)
+        put(header_bytes(_specs(cache, len(ids), len(description))))
+        put(description)
         put(tensor_bytes(torch.tensor(ids, dtype=torch.int64)))
         for layer in range(cache.config.num_hidden_layers):
-            content = cache.content(layer, len(ids))  # one at a time: all are gigabytes
+            content = cache.content(layer, len(ids))  # one layer, since all are gigabytes
             for spec in cache.specs(len(ids)):
                 put(tensor_bytes(content[spec.name]))
         put(digest.digest())
 
 
 def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
-    """Load the file into the cache, as much as fits; return the ids of all tokens in it."""
+    """Load as much of the file into the cache as fits. Return the ids of all tokens in it."""
     tokens = _tokens(file, cache, engine)
     length = min(tokens, cache.capacity)
-    start = file.header.start(_ABOUT)
-    head = torch.empty(start + file.header.spec(_ABOUT).nbytes, dtype=torch.uint8)
+    start = file.header.start(_DESCRIPTION)
+    head = torch.empty(start + file.header.spec(_DESCRIPTION).nbytes, dtype=torch.uint8)
     file.read_into(head, 0)
     digest = hashlib.sha256(tensor_bytes(head))
 
@@ -148,34 +144,33 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
 
 
 def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
-    """Return how many tokens the file has. Raises `CheckpointError` where its header is wrong."""
-    about = _read_about(file)
-    if about.get("format") != _FORMAT:
+    """Return how many tokens the file has. Raises `CheckpointError` if its header is wrong."""
+    fields = _read_description(file)
+    if fields.get("format") != _FORMAT:
         raise CheckpointError(f"{file.path} was written by another version of mixchat")
-    if about.get("model") != engine.identity:
+    if fields.get("model") != engine.identity:
         raise CheckpointError(f"{file.path} was written for another model")
-    if about.get("cache") != cache.form:
+    if fields.get("cache") != cache.form:
         raise CheckpointError(
             f"{file.path} was written for another kind of KV cache, not {cache.form}"
         )
-    if about.get("exact", False) != engine.exact_prompts:
-        how = "not written" if engine.exact_prompts else "written"
-        raise CheckpointError(f"{file.path} was {how} with --exact-prompts")
-    tokens = about.get("tokens")
-    length = file.header.spec(_ABOUT).nbytes
+    if fields.get("exact", False) != engine.exact_prompts:
+        written = "not written" if engine.exact_prompts else "written"
+        raise CheckpointError(f"{file.path} was {written} with --exact-prompts")
+    tokens = fields.get("tokens")
     if type(tokens) is not int or not 0 < tokens < 2**31:
         raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")
-    if file.header.specs != _specs(cache, tokens, length):
+    if file.header.specs != _specs(cache, tokens, file.header.spec(_DESCRIPTION).nbytes):
         raise CheckpointError(f"{file.path} is damaged (its tensors do not match its description)")
     return tokens
 
 
-def _read_about(file: SafetensorsFile) -> dict[str, Any]:
-    """Return the JSON about the file. Raises `CheckpointError` where there is none."""
-    about = None
-    if _ABOUT in file.header and file.header.spec(_ABOUT).nbytes <= _LONGEST_ABOUT:
+def _read_description(file: SafetensorsFile) -> dict[str, Any]:
+    """Return the JSON that describes the file. Raises `CheckpointError` if there is none."""
+    header, fields = file.header, None
+    if _DESCRIPTION in header and header.spec(_DESCRIPTION).nbytes <= _MAX_DESCRIPTION_BYTES:
         with suppress(ValueError, RecursionError):
-            about = json.loads(bytes(tensor_bytes(file.read(_ABOUT))))
-    if not isinstance(about, dict):
+            fields = json.loads(bytes(tensor_bytes(file.read(_DESCRIPTION))))
+    if not isinstance(fields, dict):
         raise CheckpointError(f"{file.path} is damaged (its description is missing)")
-    return about
+    return fields

@@ -1,4 +1,4 @@
-"""The report of what a run did with its experts, to look at or to save as JSON."""
+"""The report of a run's experts, and the JSON file in which it is saved."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object, write_private_file
+from mixchat.base.settings import data_dir
 from mixchat.experts.keys import ExpertKey
 
 if TYPE_CHECKING:
@@ -34,10 +35,9 @@ _JSON_NAMES = {"predictions": "guesses", "right_predictions": "right_guesses"}
 class ExpertReport:
     """Hits, misses and tiers of a run's experts, layer by layer.
 
-    `hits`, `misses` and `tiers` are lists of layers, each a list of experts; a tier is one of
-    `TIERS`: where the expert was at the end. `slots` is the count of experts that fit each of the
-    faster tiers, `tokens` how many went through the model, `seconds` how long that took. The others
-    are as in `ExpertStats`.
+    hits, misses, tiers: lists of layers, each a list of experts. A tier is one of `TIERS`, in which
+    the expert was at the end. slots: the experts that fit each of the faster tiers. tokens: how
+    many went through the model, in `seconds`. The other fields are as in `ExpertStats`.
     """
 
     model: str
@@ -63,7 +63,7 @@ class ExpertReport:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ExpertReport:
-        """Read what `to_dict` returned. Raises `TypeError`, `KeyError` or `ValueError`."""
+        """Read the result of `to_dict`. Raises `TypeError`, `KeyError` or `ValueError`."""
         report = cls(**{f.name: raw[_JSON_NAMES.get(f.name, f.name)] for f in fields(cls)})
         shape = [len(layer) for layer in report.tiers]
         for matrix in (report.hits, report.misses):
@@ -73,9 +73,9 @@ class ExpertReport:
 
 
 def report_of(engine: Engine, model: str) -> ExpertReport:
-    """Return what has become of the engine's experts since its start; `model` names it."""
-    config, experts = engine.config, engine.experts
-    layers, stats = range(config.num_hidden_layers), experts.stats
+    """Return the report of the engine's experts since its start. model: the name of the model."""
+    config, experts, stats = engine.config, engine.experts, engine.experts.stats
+    layers = range(config.num_hidden_layers)
     keys = [[ExpertKey(n, e) for e in range(config.num_local_experts)] for n in layers]
     return ExpertReport(
         model=model,
@@ -97,14 +97,32 @@ def slots_in_words(slots: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {PLACES[tier]} slots" for tier, count in slots.items())
 
 
+def report_path(name: str) -> Path:
+    """Return the path for a model's name as given to `mixchat run -m`. Raises as `resolve` does."""
+    from mixchat.weights.models import resolve
+
+    return report_path_by_key(resolve(name).key)
+
+
+def newest_report_path() -> Path | None:
+    """Return the path of the report that was written last, None without one."""
+    paths = (data_dir() / "stats").glob("*.json")
+    return max(paths, key=lambda path: path.lstat().st_mtime_ns, default=None)
+
+
+def report_path_by_key(key: str) -> Path:
+    """Return the path for an installed model's key, the name of its directory."""
+    return data_dir() / "stats" / f"{key}.json"
+
+
 def save_report(path: Path, report: ExpertReport) -> None:
-    """Write a report in place of an earlier one, whole or not at all. Raises `OSError`."""
+    """Write a report instead of an earlier one, whole or not at all. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_private_file(path, json.dumps(report.to_dict()).encode())
 
 
 def load_report(path: Path) -> ExpertReport:
-    """Return the report in a file. Raises `CheckpointError` where there is none to be drawn."""
+    """Return the report in a file. Raises `CheckpointError` if it cannot be drawn."""
     hint = "The next 'mixchat run' of the model writes a new one."
     try:
         report = ExpertReport.from_dict(read_json_object(path, follow=False))
@@ -119,9 +137,9 @@ def load_report(path: Path) -> ExpertReport:
 
 
 def saved_uses(path: Path) -> Counter[ExpertKey]:
-    """Return how often each expert was used in the run that a report is of.
+    """Return how often the run of a report used each expert.
 
-    Without a report, or with a damaged one, none was: nothing but speed depends on it.
+    Without a report, or with a damaged one, return no uses, since only speed depends on them.
     """
     try:
         report = load_report(path)
@@ -135,7 +153,7 @@ def saved_uses(path: Path) -> Counter[ExpertKey]:
 
 
 def _check(report: ExpertReport) -> None:
-    """Raise `ValueError` unless everything has the type and the range that it has to have."""
+    """Raise `ValueError` unless all values have the right types and ranges."""
     matrices = (report.hits, report.misses, report.tiers)
     if not all(isinstance(rows, list) for rows in chain(matrices, *matrices)):
         raise ValueError("hits, misses and tiers are not lists of lists")
@@ -149,7 +167,7 @@ def _check(report: ExpertReport) -> None:
     counts: list[Any] = [*whole, *report.slots.values(), *chain(*report.hits, *report.misses)]
     if not all(type(count) is int for count in counts):
         raise ValueError("a count is not a whole number")
-    # JSON as Python reads it has NaN and Infinity, and whole numbers too large for a float.
+    # Python reads NaN and Infinity in JSON, and whole numbers too large for a float.
     if not all(_in_range(number) for number in (*counts, report.stalled_seconds, report.seconds)):
         raise ValueError("a number is out of range")
 

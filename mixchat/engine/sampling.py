@@ -11,10 +11,10 @@ import torch
 
 from mixchat.base.options import SamplingOptions
 
-GREEDY_BELOW = 1e-5  # temperatures that would only overflow, and choose the best token anyway
-_HOTTEST = 1e30  # temperature: all tokens are equally likely, and no number is too large for fp32
-_LIKELIEST = 1024  # tokens that top-p looks at first
-REPEAT_WINDOW = 64  # last tokens that `repeat_penalty` is for, as in llama.cpp and ollama
+_MIN_TEMPERATURE = 1e-5  # a lower one would only overflow, and choose the best token anyway
+_MAX_TEMPERATURE = 1e30  # all tokens are equally likely, and no number is too large for fp32
+_TOP_P_TOKENS = 1024  # tokens that top-p looks at first
+_REPEAT_PENALTY_TOKENS = 64  # last tokens that `repeat_penalty` is for, as in llama.cpp and ollama
 
 
 class Constraint(Protocol):
@@ -22,12 +22,12 @@ class Constraint(Protocol):
 
     @property
     def compiled(self) -> Future[Any]:
-        """Return what is done as soon as it can be asked without a wait."""
+        """Return a future that is done as soon as `allowed` can be called without a wait."""
 
     def allowed(self) -> torch.Tensor:
         """Return the tokens that may come next, at least one: bool [V], on the CPU.
 
-        Raises `UsageError` where the form leaves none.
+        Raises `UsageError` if the form leaves none.
         """
 
     def accept(self, token: int) -> None:
@@ -35,10 +35,10 @@ class Constraint(Protocol):
 
 
 class Sampler:
-    """Draws an answer's tokens; with a seed the same logits give the same ones, on every device.
+    """Draws an answer's tokens. With a seed the same logits give the same tokens on every device.
 
-    The tokens of `stop_ids` get no `repeat_penalty`: a chat's prompt has one at the end of each
-    turn, and with a penalty short answers would not end. The penalties for presence and frequency
+    The tokens of `stop_ids` get no `repeat_penalty`. A chat's prompt has one at the end of each
+    turn, so with a penalty short answers would not end. The penalties for presence and frequency
     count the tokens that this sampler drew. A `constraint` is told each of them.
     """
 
@@ -65,10 +65,10 @@ class Sampler:
         return token
 
     def _adjusted(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
-        """Return logits [V] with penalties and biases; -inf for what the constraint forbids."""
+        """Return logits [V] with penalties and biases, -inf for what the constraint forbids."""
         options = self._options
         if options.repeat_penalty != 1:
-            recent = set(history[-REPEAT_WINDOW:]) - self._stop_ids
+            recent = set(history[-_REPEAT_PENALTY_TOKENS:]) - self._stop_ids
             logits = penalize(logits, recent, options.repeat_penalty)
         if options.presence_penalty or options.frequency_penalty:
             presence, frequency = options.presence_penalty, options.frequency_penalty
@@ -82,10 +82,10 @@ class Sampler:
         return logits
 
     def _draw(self, logits: torch.Tensor) -> int:
-        if self._options.temperature < GREEDY_BELOW:
+        if self._options.temperature < _MIN_TEMPERATURE:
             return int(logits.argmax())
         probabilities = filtered_probabilities(logits, self._options)
-        # One number and not one for each token, as `torch.multinomial` draws: a tenth of the time.
+        # One number takes a tenth of the time that `torch.multinomial` takes, with one a token.
         cumulative = probabilities.cumsum(0, dtype=torch.float64)
         assert cumulative[-1] > 0, "not of numbers"
         point = torch.rand(1, dtype=torch.float64, generator=self._generator) * cumulative[-1]
@@ -95,7 +95,7 @@ class Sampler:
 def log_probabilities(
     logits: torch.Tensor, token: int, top: int
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Return the natural log probability of a token, and the `top` likeliest ones with theirs.
+    """Return the natural log probability of a token, and the `top` likeliest tokens with theirs.
 
     logits: [V]. Among equals, the smaller token comes first.
     """
@@ -105,16 +105,16 @@ def log_probabilities(
 
 
 def raised(logits: torch.Tensor, amounts: Sequence[tuple[int, float]]) -> torch.Tensor:
-    """Add an amount to each token's logit [V]; tokens that the model does not have are ignored."""
+    """Add an amount to each token's logit [V]. Tokens that the model does not have are ignored."""
     known = [(token, amount) for token, amount in amounts if token < len(logits)]
     ids = torch.tensor([token for token, _ in known], dtype=torch.long)
     return logits.index_add(0, ids, logits.new_tensor([amount for _, amount in known]))
 
 
 def only(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Return logits [V] that are -inf where a token is not `allowed`.
+    """Return logits [V] with -inf for each token that is not `allowed`.
 
-    A tokenizer may have fewer tokens than the model, or more: those beyond are not allowed.
+    A tokenizer may have fewer tokens than the model, or more. Tokens beyond are not allowed.
     """
     size = min(len(allowed), len(logits))
     masked = torch.full_like(logits, -torch.inf)
@@ -134,7 +134,7 @@ def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> to
 
     Each filter is applied to the result of the one before. The best token always stays.
     """
-    scaled = logits / min(options.temperature, _HOTTEST)
+    scaled = logits / min(options.temperature, _MAX_TEMPERATURE)
     probabilities = scaled.softmax(0)
     if 0 < options.top_k < len(logits):
         probabilities = _only_at(_best(scaled, options.top_k), probabilities)
@@ -147,16 +147,16 @@ def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> to
 
 
 def _only_at(kept: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Return probabilities [V] that are 0 but for some: `kept`, their ids or a mask."""
+    """Return probabilities [V] that are 0 but for `kept`, which are ids or a mask."""
     result = torch.zeros_like(probabilities)
     result[kept] = probabilities[kept]
     return result / result.sum()
 
 
 def _nucleus(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the ids of the best tokens, as few as have the probability `top_p` together."""
+    """Return the ids of the best tokens, the fewest with the probability `top_p` together."""
     # Sorting all tokens takes ten times as long, and the first ones nearly always suffice.
-    for count in (_LIKELIEST, len(scaled)):
+    for count in (_TOP_P_TOKENS, len(scaled)):
         ids = _best(scaled, min(count, len(scaled)))
         mass = probabilities[ids].cumsum(0)
         if mass[-1] >= top_p:
@@ -167,9 +167,9 @@ def _nucleus(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) ->
 
 
 def _best(scaled: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the ids of the largest logits, the best first; among equals, the smaller id.
+    """Return the ids of the largest logits, the best first, and among equals the smaller id.
 
-    Those of logits that are -inf are left out.
+    Ids of logits that are -inf are left out.
     """
     if not count:
         return torch.empty(0, dtype=torch.int64)

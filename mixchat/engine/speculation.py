@@ -1,7 +1,7 @@
-"""Speculation: proposes the tokens that followed the last ones earlier, to verify them in one pass.
+"""Speculation: propose the tokens that followed the last ones earlier, and verify them in one pass.
 
 Mixtral reads up to eight experts of a layer for several tokens, and two for one. So a pass that
-verifies 16 tokens takes about as long as four or five single ones, and pays where text is quoted,
+verifies 16 tokens takes about as long as four or five single ones, and pays if text is quoted,
 edited or repeated. Verified tokens are sampled one after the other, as without speculation.
 
 V = vocab_size.
@@ -17,81 +17,82 @@ import torch
 
 from mixchat.engine.stats import SpeculationStats
 
-# Tokens that have to stand together. Fewer are chance more often: with 4, prose lost 1 to 2% before
-# proposals stopped; with 12, answers with quotes gained half as much.
-_LEAST = 8
-_SIZE = array("i").itemsize
-_MOST = 48  # tokens proposed at once
-# Of the decoding time: what may be lost where proposals fail.
-_STAKE = 0.02
-_MOST_WON = 4  # passes of one token: beyond that, what was won earlier pays for no failures now
-_FRESH = 0.2  # weight of the last pass in the mean of seconds
+# Tokens that have to be repeated. Fewer are chance more often: with 4, prose lost 1 to 2% before
+# proposals stopped, and with 12, answers with quotes gained half as much.
+_MIN_MATCH_TOKENS = 8
+_MAX_PROPOSAL_TOKENS = 48
+_TOKEN_BYTES = array("i").itemsize
+_MAX_LOST_SHARE = 0.02  # of the decoding time, if proposals fail
+_MAX_SAVED_PASSES = 4  # passes of one token; what was won before them pays for no failures now
+_LAST_PASS_WEIGHT = 0.2  # in the mean of seconds
 
 
 class Speculation:
-    """Decides whether proposals pay, by the seconds that verifying them has won or lost.
+    """Decides if proposals pay, by the seconds that verifying them has saved or lost.
 
-    It is kept from answer to answer. A token that is accepted wins the seconds of a pass of one
-    token; a pass that verifies loses what it takes longer than one. While more was lost than won,
-    nothing is proposed; each pass of one token then adds 2% of its time, until the next try. At
-    first it has what can be won at most.
+    It is kept from answer to answer. An accepted token saves the seconds of a pass of one token. A
+    pass that verifies loses the seconds that it takes longer than such a pass. While more was lost
+    than saved, nothing is proposed. Each pass of one token then adds 2% of its time, until the next
+    try. At first the most that can be saved is there.
 
-    With 1 s for one token and 3 s for a pass that verifies 16: 12 accepted win 12 - 2 = 10 s, of
-    which 4 are kept. Three passes without any lose 6 s, and the next try is 100 tokens later.
+    Let one token take 1 s, and a pass that verifies 16 of them 3 s. Then 12 accepted tokens save
+    12 - 2 = 10 s, of which 4 are kept. Three passes without any lose 6 s, and the next try is 100
+    tokens later.
     """
 
     def __init__(self) -> None:
-        self.single_seconds = 0.0  # mean of the passes of one token; 0 before the first
-        self._won = 0.0  # seconds
+        self.single_seconds = 0.0  # mean of the passes of one token, 0 before the first
+        self._saved_seconds = 0.0
         self._has_verified = False  # in the last pass
 
     @property
     def pays(self) -> bool:
         """Return whether to propose tokens."""
-        return self.single_seconds > 0 and self._won >= 0
+        return self.single_seconds > 0 and self._saved_seconds >= 0
 
     def add_single(self, seconds: float) -> None:
         """Note a pass of one token.
 
-        Behind one that verified, it may have to bring experts back: what it takes longer is lost.
+        After a pass that verified, it may have to bring experts back. The time for that is lost.
         """
         if not self.single_seconds:
-            self.single_seconds, self._won = seconds, _MOST_WON * seconds
+            self.single_seconds, self._saved_seconds = seconds, _MAX_SAVED_PASSES * seconds
         elif self._has_verified:
-            self._win(self.single_seconds - seconds)
+            self._save(self.single_seconds - seconds)
         else:
-            self.single_seconds += _FRESH * (seconds - self.single_seconds)
+            self.single_seconds += _LAST_PASS_WEIGHT * (seconds - self.single_seconds)
         self._has_verified = False
-        self._win(_STAKE * seconds)
+        self._save(_MAX_LOST_SHARE * seconds)
 
     def add_verifying(self, seconds: float) -> None:
         """Note a pass that verified proposed tokens."""
         self._has_verified = True
-        self._win(self.single_seconds - seconds)
+        self._save(self.single_seconds - seconds)
 
     def add_accepted(self) -> None:
         """Note a proposed token that was right."""
-        self._win(self.single_seconds)
+        self._save(self.single_seconds)
 
-    def _win(self, seconds: float) -> None:
-        self._won = min(self._won + seconds, _MOST_WON * self.single_seconds)
+    def _save(self, seconds: float) -> None:
+        most = _MAX_SAVED_PASSES * self.single_seconds
+        self._saved_seconds = min(self._saved_seconds + seconds, most)
 
 
 class Proposals:
-    """The proposed tokens of one answer, and the logits behind those that were verified.
+    """The proposed tokens of one answer, and the logits after those that were verified.
 
-    Without `speculation` it proposes nothing. No token of `stop_ids` is proposed: it ends the
-    answer, so that nothing comes behind it.
+    Without `speculation` it proposes nothing. No token of `stop_ids` is proposed, since nothing
+    follows it.
     """
 
     def __init__(self, speculation: Speculation | None, stop_ids: Set[int]) -> None:
         self.stats = SpeculationStats()
         self._speculation, self._stop_ids = speculation, stop_ids
         self._verified: list[tuple[int, torch.Tensor]] = []
-        self._text = bytearray()  # the tokens so far, `_SIZE` bytes each, to be searched fast
+        self._text = bytearray()  # the tokens so far as bytes, which are searched fast
 
     def take(self, token: int) -> torch.Tensor | None:
-        """Return the logits [1, V] behind the next token; None if it was not proposed."""
+        """Return the logits [V] after the next token, None if it was not proposed."""
         if not self._verified or self._verified[0][0] != token:
             self._verified.clear()
             return None
@@ -101,48 +102,47 @@ class Proposals:
         return self._verified.pop(0)[1]
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
-        """Return up to `most` tokens that may follow `ids`: as many as stood there before."""
+        """Return up to `most` tokens that may follow `ids`: as many as are repeated there."""
         if self._speculation is None or not self._speculation.pays:
             return []
         end = self._find(ids)
         if end is None:
             return []
-        count = min(_matched(ids, end), most)
+        count = min(_count_repeated(ids, end), most)
         # Text that repeats itself without an end is proposed again and again.
         following = islice(cycle(ids[end : end + count]), count)
         return list(takewhile(lambda token: token not in self._stop_ids, following))
 
-    def put(self, proposal: Sequence[int], logits: torch.Tensor, seconds: float) -> torch.Tensor:
-        """Note a pass over one token and the proposal behind it; return the first logits [1, V].
+    def put(self, proposal: Sequence[int], logits: torch.Tensor, seconds: float) -> None:
+        """Note a pass over one token and its proposal.
 
-        logits: those of all its tokens, [1 + n, V].
+        logits: the logits after each of its tokens, [1 + n, V].
         """
         if self._speculation is None:
-            return logits
+            return
         if not proposal:
             self._speculation.add_single(seconds)
-            return logits
+            return
         self._speculation.add_verifying(seconds)
         self.stats.single_seconds = self._speculation.single_seconds
         self.stats.passes += 1
         self.stats.proposed += len(proposal)
-        self._verified = [(token, logits[n : n + 1]) for n, token in enumerate(proposal, start=1)]
-        return logits[:1]
+        self._verified = [(token, logits[n]) for n, token in enumerate(proposal, start=1)]
 
     def _find(self, ids: Sequence[int]) -> int | None:
-        """Return the end of the last place where the last tokens stood before."""
-        self._text += array("i", ids[len(self._text) // _SIZE :]).tobytes()
-        last = self._text[-_LEAST * _SIZE :]
+        """Return the end of the last place where the last tokens were before."""
+        self._text += array("i", ids[len(self._text) // _TOKEN_BYTES :]).tobytes()
+        last = self._text[-_MIN_MATCH_TOKENS * _TOKEN_BYTES :]
         place = len(self._text) - len(last)
         while (place := self._text.rfind(last, 0, place + len(last) - 1)) >= 0:
-            if place % _SIZE == 0:
-                return place // _SIZE + _LEAST
+            if place % _TOKEN_BYTES == 0:
+                return place // _TOKEN_BYTES + _MIN_MATCH_TOKENS
         return None
 
 
-def _matched(ids: Sequence[int], end: int) -> int:
-    """Return how many tokens before `end` are the last ones of `ids`, up to `_MOST`."""
-    count = 0
-    while count < min(end, _MOST) and ids[end - 1 - count] == ids[-1 - count]:
+def _count_repeated(ids: Sequence[int], end: int) -> int:
+    """Return how many tokens before `end` are the last ones of `ids`."""
+    most, count = min(end, _MAX_PROPOSAL_TOKENS), 0
+    while count < most and ids[end - 1 - count] == ids[-1 - count]:
         count += 1
     return count

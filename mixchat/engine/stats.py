@@ -1,4 +1,4 @@
-"""Counts of one answer: of tokens, seconds, uses of experts, and proposed tokens."""
+"""The counts of one answer. This file imports no torch, for chats with a server."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mixchat.experts.stats import ExpertStats
 
 @dataclass
 class SpeculationStats:
-    """Counts of one answer.
+    """Counts of proposed tokens.
 
-    passes: those that verified proposals; proposed, accepted: the tokens in them; single_seconds:
-    the mean of passes of one token.
+    passes: the passes that verified proposals, with `proposed` tokens, of which some were
+    `accepted`. single_seconds: the mean of passes of one token.
     """
 
     passes: int = 0
@@ -23,10 +23,10 @@ class SpeculationStats:
 
 @dataclass
 class GenerationStats:
-    """Counts of one answer: of tokens, seconds, and uses of experts.
+    """Counts of tokens, seconds, and uses of experts.
 
-    Of an answer that a server gives, the seconds are those that passed here; `prompt_tokens` is 0
-    until the server has told it, and the experts have no counts.
+    If a server answers, the seconds are measured here, `prompt_tokens` is 0 until the server tells
+    them, and the experts have no counts.
     """
 
     prompt_tokens: int = 0

@@ -15,8 +15,9 @@ from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
 from mixchat.base.settings import models_dir
 from mixchat.engine.attention import RotaryEmbedding
+from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
-from mixchat.engine.generate import PREFILL_CHUNK, Engine
+from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Block, Embedding, Model, RMSNorm
 from mixchat.engine.prompt_cache import identity_of

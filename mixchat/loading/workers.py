@@ -14,8 +14,7 @@ from mixchat.base.errors import ServerError
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.engine.prompt_cache import identity_of
-from mixchat.engine.report import saved_uses
-from mixchat.engine.report_path import report_path_by_key
+from mixchat.engine.report import report_path_by_key, saved_uses
 from mixchat.experts.keys import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide

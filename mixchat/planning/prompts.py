@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mixchat.engine.generate import PREFILL_CHUNK
+from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import (
     SpeedRange,

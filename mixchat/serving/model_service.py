@@ -1,18 +1,17 @@
 """The service over one loaded model: a thread that computes a batch of answers, pass by pass.
 
-The thread loads the model, too: the threads that torch starts for one of ours spin while it
+The thread loads the model, too. The threads that torch starts for a thread of ours spin while it
 computes, and there should not be two sets of them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mixchat.engine.batch import Batch
 from mixchat.serving.running_job import RunningJob
 from mixchat.serving.service import (
     Done,
@@ -25,6 +24,7 @@ from mixchat.serving.service import (
 )
 
 if TYPE_CHECKING:
+    from mixchat.engine.batch import Batch
     from mixchat.engine.generate import Engine
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class ModelService:
     """A `Service`. It raises what `load` raises, in the thread that makes it.
 
-    `load` returns the engine, which has a cache for each conversation at once; `queue` is how many
-    jobs may wait beside them; `shared_prefix` is the option of `Batch`.
+    load: returns the engine, which has a cache for each answer at once. queue: how many more jobs
+    may wait. shared_prefix: see `Batch`.
     """
 
     def __init__(
@@ -49,27 +49,24 @@ class ModelService:
     ) -> None:
         self._shared_prefix = shared_prefix
         self.name, self.tokenizer, self.template = name, tokenizer, template
-        self._waiting = deque[RunningJob]()
+        self._waiting: list[RunningJob] = []
         self._running: list[RunningJob] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._stats = ServiceStats()
-        self._loaded: Engine | BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=[load], name="model", daemon=True)
+        self._ended_stats = ServiceStats()  # without the tokens of running jobs
+        loaded: Future[Engine] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=[load, loaded], name="model", daemon=True
+        )
         self._thread.start()
-        with self._changed:
-            self._changed.wait_for(lambda: self._loaded is not None)
-        if isinstance(self._loaded, BaseException):
-            raise self._loaded
-        assert self._loaded is not None
-        self._engine: Engine = self._loaded
+        self._engine = loaded.result()
         self.context = self._engine.context
         self.most_jobs: int = len(self._engine.sequences) + queue
 
     def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
         """Queue a job; return a function that cancels it. See `Service.submit`."""
         self._engine.longest_answer(job.prompt_ids, job.max_tokens)
-        running = RunningJob(job, sink, self.tokenizer)
+        running = RunningJob(job, sink, self.tokenizer, self.context.tokens)
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
@@ -87,7 +84,10 @@ class ModelService:
     def stats(self) -> ServiceStats:
         """Return the counts as they are now."""
         with self._changed:
-            return replace(self._stats, running=len(self._running), waiting=len(self._waiting))
+            stats = self._ended_stats
+            for job in self._running:
+                stats = stats.with_tokens(*job.counts())
+            return replace(stats, running=len(self._running), waiting=len(self._waiting))
 
     def close(self, patience: float = 0.0) -> None:
         """Take no more jobs, let the others run for `patience` seconds, and cancel what is left."""
@@ -101,70 +101,70 @@ class ModelService:
             self._changed.notify_all()
         self._thread.join()
 
-    def _run(self, load: Callable[[], Engine]) -> None:
+    def _run(self, load: Callable[[], Engine], loaded: Future[Engine]) -> None:
         try:
-            loaded: Engine | BaseException = load()
+            engine = load()
         except BaseException as error:
-            loaded = error
-        with self._changed:
-            self._loaded = loaded
-            self._changed.notify_all()
-        if isinstance(loaded, BaseException):
+            loaded.set_exception(error)
             return
-        batch = Batch(loaded, shared_prefix=self._shared_prefix)
+        loaded.set_result(engine)
         try:
-            while self._wait(batch):
-                try:
-                    for job in self._next_jobs(batch):
-                        self._begin(job, batch)
-                    self._step(loaded, batch)
-                except Exception as error:  # a fault of ours: nobody may wait for ever
-                    for job in tuple(self._running):
-                        self._end(job, Failed(error))
-                    batch = Batch(loaded, shared_prefix=self._shared_prefix)
+            self._answer_jobs(engine)
         finally:
             with self._changed:
                 self._closing = True
                 left = (*self._waiting, *self._running)
                 self._waiting.clear()
                 self._running.clear()
-            for job in left:  # only where the thread ends by a fault
+            for job in left:  # only if an error ends the thread
                 job.sink(Failed(ShuttingDownError("the service has ended")))
-            loaded.close()
+            engine.close()
+
+    def _answer_jobs(self, engine: Engine) -> None:
+        batch = engine.new_batch(shared_prefix=self._shared_prefix)
+        while self._wait(batch):
+            try:
+                while (job := self._take_next_job(batch)) is not None:
+                    self._begin(job, batch)
+                self._step(engine, batch)
+            except Exception as error:  # a fault of ours: nobody may wait for ever
+                for failed in tuple(self._running):
+                    self._end(failed, Failed(error))
+                batch = engine.new_batch(shared_prefix=self._shared_prefix)
 
     def _wait(self, batch: Batch) -> bool:
-        """Wait until there is something to do; return False at the end."""
+        """Wait until there is something to do. Return False at the end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._next_job(batch) or batch.size or (self._closing and not self._waiting)
             )
             return bool(self._waiting or batch.size)
 
-    def _next_jobs(self, batch: Batch) -> Iterator[RunningJob]:
-        """Yield the jobs that begin now, and those that were cancelled while they waited."""
-        while True:
-            with self._changed:
-                job = self._next_job(batch)
-                if job is None:
-                    return
+    def _take_next_job(self, batch: Batch) -> RunningJob | None:
+        with self._changed:
+            job = self._next_job(batch)
+            if job is not None:
                 self._waiting.remove(job)
                 self._running.append(job)
-            yield job
+            return job
 
     def _next_job(self, batch: Batch) -> RunningJob | None:
-        """Return a job that was cancelled, else the next one that can begin, if there is room.
+        """Return a job that was cancelled, else the first one that can begin, if there is room.
 
-        One whose form is compiled holds up no other one. At most as many as may run do that.
+        A job whose constraint is being compiled holds up no other one. At most as many constraints
+        as answers at once are compiled.
         """
         for job in self._waiting:
             if job.is_cancelled:
                 return job
-        count = sum(job.prepares for job in self._waiting)
-        for job in self._waiting if batch.has_room else ():
-            prepared = job.prepares
-            if job.is_ready(self._wake, may_prepare=count < batch.most):
+        if batch.size == batch.capacity:
+            return None
+        prepared = sum(job.has_constraint for job in self._waiting)
+        for job in self._waiting:
+            before = job.has_constraint
+            if job.is_ready(self._wake, may_prepare=prepared < batch.capacity):
                 return job
-            count += job.prepares - prepared
+            prepared += job.has_constraint - before
         return None
 
     def _wake(self) -> None:
@@ -181,20 +181,18 @@ class ModelService:
             self._end(job, Failed(error))
 
     def _step(self, engine: Engine, batch: Batch) -> None:
-        """Compute a pass, and report what is new after it."""
+        """Compute a pass, and report its news."""
         changed = batch.step() if batch.size else []
         experts = engine.experts.stats
         with self._changed:
-            self._stats = replace(
-                self._stats,
+            self._ended_stats = replace(
+                self._ended_stats,
                 busy_seconds=engine.passes.total_seconds,
                 expert_hits=experts.hits.total(),
                 expert_misses=experts.misses.total(),
                 bytes_moved=experts.bytes_moved,
             )
         for job in [job for job in self._running if job.answer in changed]:
-            with self._changed:
-                self._stats = self._stats.with_tokens(*job.new_tokens())
             last = job.report()
             if last is not None:
                 self._end(job, last)
@@ -202,13 +200,5 @@ class ModelService:
     def _end(self, job: RunningJob, last: Done | Failed) -> None:
         with self._changed:
             self._running.remove(job)
-            self._stats = _with(self._stats, last)
+            self._ended_stats = self._ended_stats.with_tokens(*job.counts()).with_end(last)
         job.sink(last)
-
-
-def _with(stats: ServiceStats, last: Done | Failed) -> ServiceStats:
-    """Return the counts with one more answer."""
-    if isinstance(last, Failed):
-        return replace(stats, failed=stats.failed + 1)
-    name = "cancelled" if last.reason == "interrupted" else "finished"
-    return replace(stats, **{name: getattr(stats, name) + 1})

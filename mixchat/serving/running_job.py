@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mixchat.chat.answer import Answer, Reason
-from mixchat.engine.batch import Batch, BatchedAnswer, Prompt
+from mixchat.chat.answer import Answer, AnswerLimits, Reason
+from mixchat.engine.batch import AnswerRequest, Batch, BatchedAnswer
 from mixchat.engine.sampling import log_probabilities
 from mixchat.serving.service import Delta, Done, Failed, Job, Reading, Sink, TokenLogprob
-from mixchat.text.detokenizer import Detokenizer, StopStrings
+from mixchat.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
@@ -17,114 +17,106 @@ if TYPE_CHECKING:
 
 
 class RunningJob:
-    """A job that waits, or whose answer is in the making. Any thread may call `cancel`."""
+    """A job that waits, or whose answer is in the making. Any thread may call `cancel`.
 
-    def __init__(self, job: Job, sink: Sink, tokenizer: Tokenizer) -> None:
+    context_size: the tokens of the context.
+    """
+
+    def __init__(self, job: Job, sink: Sink, tokenizer: Tokenizer, context_size: int) -> None:
         self._job, self.sink = job, sink
-        context = job.prompt_ids if job.continues_prompt else ()
-        self._text = Answer(Detokenizer(tokenizer, context), StopStrings(job.stop))
+        room = context_size - len(job.prompt_ids)
+        self._text = Answer(
+            Detokenizer(tokenizer, job.prompt_ids if job.continues_prompt else ()),
+            AnswerLimits(job.stop_ids, job.stop, job.max_tokens, room),
+        )
         self._tokens: list[TokenLogprob] = []  # since the last piece of text
-        self._seen, self._unread = 0, len(job.prompt_ids)
-        self._counted = (0, 0, 0)
+        self._tokens_seen = self._tokens_read = 0
         self._constraint: Constraint | None = None
-        self._fault: Exception | None = None  # of what makes it
+        self._error: Exception | None = None  # of what makes the constraint
         self.answer: BatchedAnswer | None = None
         self.is_cancelled = False
 
     def cancel(self) -> None:
-        """End the answer soon; `report` tells when."""
+        """End the answer soon. `report` tells when it has ended."""
         self.is_cancelled = True
         if self.answer is not None:
             self.answer.cancel()
 
     @property
-    def prepares(self) -> bool:
-        """Return whether its form is being compiled, or was, for an answer that has not begun."""
+    def has_constraint(self) -> bool:
+        """Return whether a constraint was made for an answer that has not begun."""
         return self._constraint is not None
 
     def is_ready(self, wake: Callable[[], object], *, may_prepare: bool) -> bool:
         """Return whether `begin` should be called.
 
-        If not and it `may_prepare`, its form is compiled in the background, and `wake` is called.
+        If the job is not ready and `may_prepare`, its constraint is compiled in the background, and
+        `wake` is called then.
         """
-        if self._job.constraint is None or self._fault is not None:
+        if self._job.constraint is None or self._error is not None:
             return True
         if self._constraint is None and may_prepare:
             try:
                 self._constraint = self._job.constraint()
             except Exception as error:
-                self._fault = error
+                self._error = error
                 return True
             self._constraint.compiled.add_done_callback(lambda compiled: wake())
         return self._constraint is not None and self._constraint.compiled.done()
 
     def begin(self, batch: Batch) -> None:
         """Let a batch compute the answer. Raises as `Batch.add` does."""
-        if self._fault is not None:
-            raise self._fault
+        if self._error is not None:
+            raise self._error
         job, constraint = self._job, self._constraint
         self._constraint = None
-        prompt = Prompt(job.prompt_ids, job.sampling, job.stop_ids, job.max_tokens, constraint)
-        self.answer = batch.add(prompt)
+        self.answer = batch.add(
+            AnswerRequest(job.prompt_ids, job.sampling, job.stop_ids, job.max_tokens, constraint)
+        )
         if self.is_cancelled:  # meanwhile
             self.answer.cancel()
 
     def report(self) -> Done | Failed | None:
-        """Tell the sink what is new after a pass; return the last event, which it has not got."""
+        """Tell the sink the news of a pass. Return the last event, which the sink has not got."""
         answer = self.answer
         assert answer is not None
         if answer.error is not None:
             return Failed(answer.error)
-        if answer.generated_tokens > self._seen:
-            self._seen += 1
-            self._take(answer, answer.ids[-1])
-        elif answer.unread < self._unread and not answer.is_cancelled:
-            self._unread = answer.unread
-            total = answer.prompt_tokens - answer.reused_tokens
-            self.sink(Reading(total - answer.unread, total))
-        if answer.is_cancelled and self._text.reason == "interrupted":
-            return self.done("interrupted")
+        if answer.generated_tokens > self._tokens_seen:
+            self._tokens_seen += 1
+            self._take(answer)
+        elif answer.tokens_read > self._tokens_read and not answer.is_cancelled:
+            self._tokens_read = answer.tokens_read
+            self.sink(Reading(answer.tokens_read, answer.tokens_to_read))
         return self.done(self._text.reason) if answer.has_ended else None
 
     def done(self, reason: Reason) -> Done:
         """Return the event of an answer that has ended."""
         self._constraint = None  # whose process ends with it
-        answer = self.answer
-        if answer is None:
+        if self.answer is None:
             return Done(reason, len(self._job.prompt_ids), 0, 0)
-        return Done(reason, answer.prompt_tokens, answer.reused_tokens, answer.generated_tokens)
+        stats = self.answer.stats
+        return Done(reason, stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens)
 
-    def new_tokens(self) -> tuple[int, int, int]:
-        """Return the tokens of the prompt that were computed since the last call, those that were
-        cached, and those that were generated."""
-        answer, before = self.answer, self._counted
-        if answer is None or answer.held is None:
+    def counts(self) -> tuple[int, int, int]:
+        """Return the prompt's tokens that were computed and cached, and the generated tokens."""
+        if self.answer is None:
             return 0, 0, 0
-        computed = answer.prompt_tokens - answer.reused_tokens - answer.unread
-        self._counted = computed, answer.reused_tokens, answer.generated_tokens
         return (
-            self._counted[0] - before[0],
-            self._counted[1] - before[1],
-            self._counted[2] - before[2],
+            self.answer.tokens_read,
+            self.answer.stats.reused_tokens,
+            self.answer.generated_tokens,
         )
 
-    def _take(self, answer: BatchedAnswer, token: int) -> None:
-        """Take the next token, and end the answer where it is the last one."""
+    def _take(self, answer: BatchedAnswer) -> None:
+        """Take the last token, and tell the sink the text that it adds."""
+        token = answer.ids[-1]
         if self._job.top_logprobs is not None and answer.logits is not None:
             own, top = log_probabilities(answer.logits, token, self._job.top_logprobs)
             self._tokens.append(TokenLogprob(token, own, top))
-        if token in answer.stop_ids:
-            self._tell(self._text.end("stop"))
-            return
-        self._tell(self._text.add(token))
-        if self._text.cut:
-            answer.cancel()
-        elif answer.tokens_left <= 0:
-            self._tell(self._text.run_out(self._job.max_tokens))
-
-    def _tell(self, pieces: Iterable[str]) -> None:
-        text = "".join(pieces)
-        ends = self._text.reason != "interrupted"
-        if text or (ends and self._tokens):
+        text = self._text.add(token)
+        if self._text.has_ended:
+            answer.cancel()  # a stop string is none of the batch's business
+        if text or (self._text.has_ended and self._tokens):
             self.sink(Delta(text, tuple(self._tokens)))
             self._tokens.clear()

@@ -22,8 +22,8 @@ class Job:
     """A prompt, and how to answer it.
 
     top_logprobs: how many of the likeliest tokens to report with each token, 0 for only its own
-    log probability, None for nothing; constraint: makes what allows the next tokens, anew for each
-    answer; stop_ids: the tokens that end the answer.
+    log probability, None for nothing. constraint: makes the constraint of one answer. stop_ids: the
+    tokens that end the answer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's natural log probability before sampling, and those of the likeliest tokens."""
+    """A token's natural log probability before sampling, and the likeliest tokens with theirs."""
 
     token: int
     logprob: float
@@ -55,7 +55,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of text, and the tokens since the last piece where they were asked for."""
+    """The next piece of text, and the tokens since the last piece if they were requested."""
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
@@ -94,8 +94,8 @@ class ShuttingDownError(ResourceError):
 class ServiceStats:
     """Counts since the start: of answers, tokens, seconds, and uses of experts.
 
-    running, waiting: jobs now; prompt_tokens: those that were processed, without cached_tokens;
-    busy_seconds: in which the model computed.
+    running, waiting: jobs now. prompt_tokens: the processed ones, without cached_tokens.
+    busy_seconds: seconds in which the model computed.
     """
 
     running: int = 0
@@ -112,13 +112,21 @@ class ServiceStats:
     bytes_moved: int = 0
 
     def with_tokens(self, prompt: int, cached: int, generated: int) -> ServiceStats:
-        """Return the counts with so many tokens more."""
+        """Return the counts with so many more tokens."""
         return replace(
             self,
             prompt_tokens=self.prompt_tokens + prompt,
             cached_tokens=self.cached_tokens + cached,
             generated_tokens=self.generated_tokens + generated,
         )
+
+    def with_end(self, last: Done | Failed) -> ServiceStats:
+        """Return the counts with one more answer, which ended so."""
+        if isinstance(last, Failed):
+            return replace(self, failed=self.failed + 1)
+        if last.reason == "interrupted":
+            return replace(self, cancelled=self.cancelled + 1)
+        return replace(self, finished=self.finished + 1)
 
 
 class Service(Protocol):
@@ -134,11 +142,11 @@ class Service(Protocol):
     template: Template
 
     def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
-        """Queue a job; return a function that cancels it, which may be called at any time.
+        """Queue a job. Return a function that cancels it, which may be called at any time.
 
-        `sink` is called in the service's thread with each event, and must not raise: `Done` or
-        `Failed` is the last, after a cancellation, too. Raises `QueueFullError`,
-        `ShuttingDownError`, and `PromptError` where the prompt leaves no room for an answer.
+        `sink` is called in the service's thread with each event, and must not raise. `Done` or
+        `Failed` is the last event, also after a cancellation. Raises `QueueFullError`,
+        `ShuttingDownError`, and `PromptError` if the prompt leaves no room for an answer.
         """
 
     def stats(self) -> ServiceStats:

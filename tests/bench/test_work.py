@@ -3,8 +3,8 @@ from dataclasses import replace
 import torch
 
 from mixchat.base.model_config import ModelConfig
+from mixchat.bench.machine_limits import bytes_per_token, operations_per_token
 from mixchat.bench.synthetic import MIXTRAL
-from mixchat.bench.work import bytes_per_token, operations_per_token
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 CONFIG = ModelConfig.from_dict({**MIXTRAL, "num_hidden_layers": 4})

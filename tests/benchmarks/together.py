@@ -27,7 +27,7 @@ from mixchat.engine.environment import prepare_environment
 
 prepare_environment()
 
-from mixchat.engine.batch import Batch, Prompt  # noqa: E402 - torch reads the environment
+from mixchat.engine.batch import AnswerRequest  # noqa: E402 - torch reads the environment
 from mixchat.engine.generate import Engine  # noqa: E402
 from mixchat.loading.loader import load_engine  # noqa: E402
 from mixchat.weights.models import installed_directory  # noqa: E402
@@ -35,16 +35,16 @@ from mixchat.weights.models import installed_directory  # noqa: E402
 _PROMPT = 16  # tokens
 
 
-def prompt(engine: Engine, number: int, tokens: int, length: int = _PROMPT) -> Prompt:
+def prompt(engine: Engine, number: int, tokens: int, length: int = _PROMPT) -> AnswerRequest:
     """Return a prompt of random tokens, whose answer is sampled: other tokens, other experts."""
     choose = random.Random(number)
     ids = [choose.randrange(3, engine.config.vocab_size) for _ in range(length)]
-    return Prompt(ids, SamplingOptions(temperature=1.0, seed=number), frozenset(), tokens)
+    return AnswerRequest(ids, SamplingOptions(temperature=1.0, seed=number), frozenset(), tokens)
 
 
 def decode(engine: Engine, at_once: int, tokens: int) -> float:
     """Return tokens a second of so many answers, all of which decode."""
-    batch = Batch(engine)
+    batch = engine.new_batch()
     seed = random.randrange(2**30)
     answers = [batch.add(prompt(engine, seed + n, tokens + 2)) for n in range(at_once)]
     while not all(answer.generated_tokens for answer in answers):
@@ -62,7 +62,7 @@ def decode(engine: Engine, at_once: int, tokens: int) -> float:
 
 def stall(engine: Engine, length: int) -> tuple[float, float]:
     """Return the longest and the median seconds between two tokens while a prompt is read."""
-    batch = Batch(engine)
+    batch = engine.new_batch()
     talking = batch.add(prompt(engine, 1, 10**6))
     for _ in range(6):
         batch.step()

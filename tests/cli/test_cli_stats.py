@@ -10,8 +10,7 @@ import pytest
 
 from mixchat.base.errors import CheckpointError, MixchatError
 from mixchat.chat.draw.heatmap import MARKS
-from mixchat.engine.report import TIERS, ExpertReport, load_report, save_report
-from mixchat.engine.report_path import report_path
+from mixchat.engine.report import TIERS, ExpertReport, load_report, report_path, save_report
 
 REPORT = ExpertReport(
     model="demo",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engine_tools
 import pytest
 import torch
 from jsonschema import Draft202012Validator
@@ -15,7 +16,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.engine.batch import Batch, Prompt
+from mixchat.engine.batch import AnswerRequest
 from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
 from mixchat.kernels.compile import kernels_available
@@ -72,15 +73,10 @@ def compiled(tokenizer: Any) -> Callable[[OutputConstraint], CompiledConstraint]
 def answer(
     engine: Engine, form: CompiledConstraint | None, seed: int, most: int = 400, **options: Any
 ) -> list[int]:
-    return list(
-        engine.generate(
-            PROMPT,
-            sampling=SamplingOptions(seed=seed, **{"temperature": 1.0, **options}),
-            stop_ids={STOP},
-            max_tokens=most,
-            constraint=None if form is None else form.start(),
-        )
-    )
+    sampling = SamplingOptions(seed=seed, **{"temperature": 1.0, **options})
+    constraint = None if form is None else form.start()
+    given = {"stop_ids": {STOP}, "max_tokens": most, "constraint": constraint}
+    return engine_tools.answer(engine, PROMPT, sampling, **given)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"min_p": 0.3}])
@@ -152,18 +148,18 @@ def test_an_answer_is_the_same_with_speculation(
         assert engines[0].stats.speculation.accepted > 0
 
 
-def prompt(seed: int, constraint: Any) -> Prompt:
+def prompt(seed: int, constraint: Any) -> AnswerRequest:
     sampling = SamplingOptions(temperature=1.0, seed=seed)
-    return Prompt([*PROMPT, seed], sampling, frozenset({STOP}), 60, constraint)
+    return AnswerRequest([*PROMPT, seed], sampling, frozenset({STOP}), 60, constraint)
 
 
-def answered(engine: Engine, *prompts: Prompt) -> list[tuple[list[int], Exception | None]]:
+def answered(engine: Engine, *prompts: AnswerRequest) -> list[tuple[list[int], Exception | None]]:
     """Answer prompts at once; return the tokens of each, and why it failed."""
-    batch = Batch(engine)
+    batch = engine.new_batch()
     answers = [batch.add(prompt) for prompt in prompts]
     while batch.size:
         batch.step()
-    return [(answer.ids[answer.prompt_tokens :], answer.error) for answer in answers]
+    return [(answer.ids[answer.stats.prompt_tokens :], answer.error) for answer in answers]
 
 
 @pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
@@ -173,7 +169,7 @@ def test_answers_of_several_forms_at_once_are_those_that_each_gets_alone(
     engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=4))
     forms = [compiled(json_schema(ORDER)), compiled(json_object()), None]
 
-    def prompts() -> list[Prompt]:
+    def prompts() -> list[AnswerRequest]:
         return [prompt(n + 20, form and form.start()) for n, form in enumerate([*forms, forms[0]])]
 
     together = answered(engine, *prompts())

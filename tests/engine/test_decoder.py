@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from engine_tools import answer, cache_content
 
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
-from mixchat.engine.passes import Part
+from mixchat.engine.passes import SequenceTokens
 from mixchat.experts.recording import RecordingRunner
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.program import Program
@@ -37,20 +38,10 @@ PROMPT, TOKENS = list(range(3, 33)), 60
 FREE = SamplingOptions(temperature=1.0, seed=5)
 
 
-@pytest.fixture(scope="module")
-def models(
-    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
-) -> Callable[[str], Path]:
-    """Return the installed model of a kind, made once."""
-    made: dict[str, Path] = {}
-
-    def model(kind: str) -> Path:
-        if kind not in made:
-            shape, how, _ = KINDS[kind]
-            made[kind] = install(make_checkpoint(**{**SHAPE, **shape}), **how)
-        return made[kind]
-
-    return model
+@pytest.fixture
+def models(model_of: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return the installed model of a kind."""
+    return lambda kind: model_of({**SHAPE, **KINDS[kind][0]}, KINDS[kind][1])
 
 
 def load(directory: Path, slots: int | None = None, **options: Any) -> Engine:
@@ -69,11 +60,7 @@ def without_programs(engine: Engine) -> Engine:
 def written(engine: Engine, tokens: int = TOKENS) -> tuple[list[int], list[torch.Tensor]]:
     """Return the answer, and every byte of the KV cache."""
     engine.forget()
-    made = list(engine.generate(PROMPT, sampling=FREE, stop_ids=set(), max_tokens=tokens))
-    ids, cache = engine.held()
-    layers = range(engine.config.num_hidden_layers)
-    parts = [cache.content(layer, len(ids)).values() for layer in layers]
-    return made, [tensor for part in parts for tensor in part]
+    return answer(engine, PROMPT, FREE, max_tokens=tokens), cache_content(engine)
 
 
 def same(one: tuple[list[int], list[torch.Tensor]], other: Any) -> bool:
@@ -101,7 +88,7 @@ def test_with_all_experts_in_memory_their_runner_is_not_asked(
     before = engine.experts.stats.copy()
     monkeypatch.setattr(type(engine.experts), "run", None)
     engine.forget()
-    engine.passes.compute([Part(engine.sequences[0], PROMPT[:1])])
+    engine.passes.compute([SequenceTokens(engine.sequences[0], PROMPT[:1])])
     since = engine.experts.stats.since(before)
     layers, choices = engine.config.num_hidden_layers, engine.config.num_experts_per_tok
     assert since.hits.total() == layers * choices

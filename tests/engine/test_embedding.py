@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_tools import answer
 from torch.nn import functional
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import LoadOptions
 from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
@@ -76,11 +77,6 @@ def test_the_table_is_held_only_where_it_is_the_head(
     assert abs(sum(new) - engine.blueprint.shared_size) < 100_000
 
 
-def text(engine: Engine) -> list[int]:
-    greedy = SamplingOptions(temperature=0)
-    return list(engine.generate([5, 17, 42], sampling=greedy, stop_ids=set(), max_tokens=4))
-
-
 @pytest.fixture
 def copied(tiny_model: Path, tmp_path: Path) -> Path:
     """A model that a test may damage."""
@@ -91,18 +87,18 @@ def test_a_file_that_is_cut_short_after_loading_ends_the_turn_with_its_name(copi
     """A mapped table would kill the process with SIGBUS here."""
     engine = load_engine(copied, CPU)
     whole = (copied / "shared.safetensors").read_bytes()
-    expected = text(engine)
+    expected = answer(engine, [5, 17, 42])
     engine.forget()
     os.truncate(copied / "shared.safetensors", 4100)
     with pytest.raises(CheckpointError, match=r"shared\.safetensors: cut short"):
-        text(engine)
+        answer(engine, [5, 17, 42])
     (copied / "shared.safetensors").write_bytes(whole)
-    assert text(engine) == expected
+    assert answer(engine, [5, 17, 42]) == expected
 
 
 def test_a_model_that_is_removed_after_loading_still_answers(copied: Path) -> None:
     engine = load_engine(copied, CPU)
-    expected = text(engine)
+    expected = answer(engine, [5, 17, 42])
     engine.forget()
     shutil.rmtree(copied)
-    assert text(engine) == expected
+    assert answer(engine, [5, 17, 42]) == expected

@@ -1,4 +1,4 @@
-"""Ctrl-C at each line of the bookkeeping: where there are fewer slots than experts, that hung."""
+"""Ctrl-C at each line of the bookkeeping, which hung with fewer slots than experts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from engine_tools import answer
 
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine import generate
 from mixchat.experts import cache, fetcher, mover
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
@@ -26,7 +26,7 @@ WHERE = {module.__file__ for module in (cache, fetcher, mover)}
 
 @contextlib.contextmanager
 def ctrl_c_at(line: int) -> Iterator[list[str]]:
-    """Presses Ctrl-C before the line that is the given one of those carried out; where that was."""
+    """Press Ctrl-C before the line of this number that is carried out, and yield its place."""
     lines, pressed = itertools.count(), list[str]()
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -52,20 +52,17 @@ def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(
 ) -> None:
     monkeypatch.setattr(mover, "_IDLE", 0)  # so that its thread is started again and again
 
-    def answer(engine: generate.Engine) -> list[int]:
-        greedy = SamplingOptions(temperature=0)
-        return list(engine.generate(PROMPT, sampling=greedy, stop_ids=set(), max_tokens=TOKENS))
-
-    expected = answer(load_engine(tiny_model, LoadOptions(device="cpu")))
+    engine = load_engine(tiny_model, LoadOptions(device="cpu"))
+    expected = answer(engine, PROMPT, max_tokens=TOKENS)
     two = MemoryBudget(size=2 * InstalledModel(tiny_model).blueprint.expert.stride)
     engine = load_engine(tiny_model, LoadOptions(device="cpu", host_memory=two))
     assert engine.experts.slots == 2
     for line in itertools.count():
         engine.forget()
         with ctrl_c_at(line) as pressed:
-            answer(engine)
+            answer(engine, PROMPT, max_tokens=TOKENS)
         if not pressed:
             break
         engine.forget()
-        assert answer(engine) == expected, pressed
+        assert answer(engine, PROMPT, max_tokens=TOKENS) == expected, pressed
     assert line > 200

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from engine_tools import answer, cache_content
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.generate import PREFILL_CHUNK, Engine
-from mixchat.engine.passes import Part
+from mixchat.engine.chunk_sizer import PREFILL_CHUNK
+from mixchat.engine.generate import Engine
+from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import chunks_are_exact, load_engine
@@ -37,21 +39,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
 needs_kernels = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
 
-@pytest.fixture(scope="module")
-def models(
-    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
-) -> Callable[[str], Path]:
-    """Return the installed model of a kind, made once."""
-    made: dict[str, Path] = {}
-
-    def model(kind: str) -> Path:
-        if kind not in made:
-            shape, how, _ = KINDS[kind]
-            checkpoint = make_checkpoint(**{"intermediate_size": 128, **shape})
-            made[kind] = install(checkpoint, **how)
-        return made[kind]
-
-    return model
+@pytest.fixture
+def models(model_of: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return the installed model of a kind."""
+    return lambda kind: model_of({"intermediate_size": 128, **KINDS[kind][0]}, KINDS[kind][1])
 
 
 @pytest.fixture
@@ -66,26 +57,22 @@ def ids_of(count: int) -> list[int]:
     return torch.randint(3, 97, (count,), generator=generator).tolist()
 
 
-def read(engine: Engine, chunks: list[int]) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """Return each layer's cache of `TOKENS` tokens read in these chunks, and the last logits."""
+def read(engine: Engine, chunks: list[int]) -> list[torch.Tensor]:
+    """Return the cache's content after `TOKENS` tokens in these chunks, and the last logits."""
     engine.forget()
     ids, start = ids_of(TOKENS), 0
     for chunk in itertools.chain(chunks, itertools.repeat(chunks[-1])):
         if start >= TOKENS:
             break
         logits = engine.passes.compute(
-            [Part(engine.sequences[0], ids[start : start + chunk])], exact=True
+            [SequenceTokens(engine.sequences[0], ids[start : start + chunk])], exact=True
         )
         start += chunk
-    _, cache = engine.held()
-    layers = range(engine.config.num_hidden_layers)
-    return [cache.content(layer, TOKENS) for layer in layers], logits
+    return [*cache_content(engine), logits]
 
 
-def same(one: Any, other: Any) -> bool:
-    contents = zip(one[0], other[0], strict=True)
-    equal = (torch.equal(a[name], b[name]) for a, b in contents for name in a)
-    return all(equal) and torch.equal(one[1], other[1])
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def at_most(most: int, chunks: tuple[int, ...]) -> tuple[int, ...]:
@@ -103,7 +90,7 @@ def test_each_token_has_the_bits_of_a_decoded_one_in_any_chunk_on_any_count_of_t
     decoded = read(engine, [1])
     ways = [*((1, (chunk,)) for chunk in CHUNKS), (2, (7,)), (2, (2048,)), (2, (33, 1, 5))]
     # Where only one by one is exact, so it is read: then many ways are the same.
-    for count, chunks in {(count, at_most(engine._chunk, chunks)) for count, chunks in ways}:
+    for count, chunks in {(count, at_most(engine.prefill_chunk, chunks)) for count, chunks in ways}:
         threads(count)
         assert same(read(engine, list(chunks)), decoded), (count, chunks)
 
@@ -114,7 +101,7 @@ def test_kernels_read_a_prompt_in_long_chunks_all_the_same(
     models: Callable[[str], Path], kind: str
 ) -> None:
     engine = load_engine(models(kind), LoadOptions(device="cpu", exact_prompts=True))
-    assert engine._chunk == PREFILL_CHUNK
+    assert engine.prefill_chunk == PREFILL_CHUNK
 
 
 @needs_kernels
@@ -157,11 +144,6 @@ def test_where_experts_lie_does_not_show(models: Callable[[str], Path]) -> None:
     assert same(read(few, [64]), read(everywhere, [1]))
 
 
-def answer(engine: Engine, prompt: list[int], tokens: int = 12) -> list[int]:
-    ids = engine.generate(prompt, sampling=FREE, stop_ids=set(), max_tokens=tokens)
-    return list(ids)
-
-
 def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -170,18 +152,18 @@ def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
     options = LoadOptions(device="cpu", exact_prompts=True)
     model, prompt = models("nf4"), ids_of(40)
     engine = load_engine(model, options)
-    first = answer(engine, prompt)
+    first = answer(engine, prompt, FREE)
     PromptCache(tmp_path / "saved", engine).save()
     longer = [*prompt, *first, *ids_of(20)]
-    expected = answer(engine, longer)
+    expected = answer(engine, longer, FREE)
     assert engine.stats.reused_tokens == len(prompt) + len(first) - 1
     resumed = load_engine(model, options)
-    assert answer(resumed, longer) == expected
+    assert answer(resumed, longer, FREE) == expected
     assert resumed.stats.reused_tokens == 0
     from_file = load_engine(model, options)
     assert PromptCache(tmp_path / "saved", from_file).load() == len(prompt) + len(first) - 1
-    assert answer(from_file, longer) == expected
-    assert same((read(resumed, [64])), (read(engine, [1])))
+    assert answer(from_file, longer, FREE) == expected
+    assert same(read(resumed, [64]), read(engine, [1]))
 
 
 @pytest.mark.parametrize("exact", [True, False])

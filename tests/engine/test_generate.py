@@ -1,14 +1,18 @@
+"""An answer for one: what it is, what it reuses, and how it ends."""
+
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
+from engine_tools import GREEDY, answer
 
-from mixchat.base.errors import CheckpointError, PromptError
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.errors import CheckpointError, MixchatError, PromptError
+from mixchat.base.options import LoadOptions
 from mixchat.engine.generate import Engine
+from mixchat.engine.moe import SparseMoE
 from mixchat.loading.loader import load_engine
 
-GREEDY = SamplingOptions(temperature=0)
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61]
 
 
@@ -19,13 +23,13 @@ def fp32_model(tiny_checkpoint: Path, install: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def engine(fp32_model: Path) -> Engine:
-    return load_engine(fp32_model, LoadOptions(device="cpu"))
+def load(fp32_model: Path) -> Callable[..., Engine]:
+    return lambda **options: load_engine(fp32_model, LoadOptions(device="cpu", **options))
 
 
-def answer(engine: Engine, prompt: list[int], max_tokens: int = 12) -> list[int]:
-    ids = engine.generate(prompt, sampling=GREEDY, stop_ids=set(), max_tokens=max_tokens)
-    return list(ids)
+@pytest.fixture
+def engine(load: Callable[..., Engine]) -> Engine:
+    return load()
 
 
 def test_greedy_text_equals_that_of_transformers(engine: Engine, tiny_checkpoint: Path) -> None:
@@ -45,119 +49,105 @@ def test_greedy_text_equals_that_of_transformers(engine: Engine, tiny_checkpoint
     assert answer(engine, PROMPT) == expected[0, len(PROMPT) :].tolist()
 
 
-def test_a_chat_that_continues_prefills_only_what_is_new(engine: Engine, fp32_model: Path) -> None:
-    first = answer(engine, PROMPT)
-    longer = [*PROMPT, *first, 7, 9, 11]
-    second = answer(engine, longer)
-    # The last token of the first answer was never fed to the model.
-    assert engine.stats.reused_tokens == len(PROMPT) + len(first) - 1
-    assert engine.stats.prompt_tokens == len(longer)
-    fresh = load_engine(fp32_model, LoadOptions(device="cpu"))
-    assert answer(fresh, longer) == second
-
-
-def test_a_prompt_that_parts_from_the_last_one_is_right(engine: Engine, fp32_model: Path) -> None:
-    answer(engine, PROMPT)
-    other = [*PROMPT[:4], 50, 51]
-    second = answer(engine, other)
-    assert engine.stats.reused_tokens == 4
-    assert answer(load_engine(fp32_model, LoadOptions(device="cpu")), other) == second
-
-
-def test_the_same_prompt_again_gives_the_same_answer(engine: Engine) -> None:
-    first = answer(engine, PROMPT)
-    assert answer(engine, PROMPT) == first
-    assert engine.stats.reused_tokens == len(PROMPT) - 1
-
-
-def test_dropping_the_answer_midway_leaves_the_next_turn_right(
-    engine: Engine, fp32_model: Path
+@pytest.mark.parametrize(
+    ("second", "reused"),
+    [
+        # The last token of the first answer was never fed to the model.
+        (lambda first: [*PROMPT, *first, 7, 9, 11], len(PROMPT) + 11),
+        (lambda first: [*PROMPT[:4], 50, 51], 4),
+        (lambda first: PROMPT, len(PROMPT) - 1),
+    ],
+    ids=["a chat that continues", "another question", "the same again"],
+)
+def test_only_what_is_new_in_a_prompt_is_computed(
+    load: Callable[..., Engine], second: Callable[[list[int]], list[int]], reused: int
 ) -> None:
+    engine = load()
+    prompt = second(answer(engine, PROMPT))
+    again = answer(engine, prompt)
+    assert engine.stats.reused_tokens == reused
+    assert engine.stats.prompt_tokens == len(prompt)
+    assert again == answer(load(), prompt)
+
+
+def test_an_answer_that_is_dropped_midway_leaves_the_next_one_right(
+    load: Callable[..., Engine],
+) -> None:
+    engine = load()
     ids = engine.generate(PROMPT, sampling=GREEDY, stop_ids=set())
-    partial = [next(ids) for _ in range(3)]
+    longer = [*PROMPT, *islice(ids, 3), 7]
     ids.close()  # type: ignore[attr-defined]
-    longer = [*PROMPT, *partial, 7]
-    fresh = load_engine(fp32_model, LoadOptions(device="cpu"))
-    assert answer(engine, longer) == answer(fresh, longer)
+    assert answer(engine, longer) == answer(load(), longer)
 
 
 def test_a_forward_pass_that_is_broken_off_leaves_the_next_turn_right(
-    engine: Engine, fp32_model: Path, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixchat.engine.moe import SparseMoE
-
     def interrupt(self: SparseMoE, hidden_states: object, **how: bool) -> None:
         raise KeyboardInterrupt
 
-    first = answer(engine, PROMPT, 4)
-    longer = [*PROMPT, *first, 7]
+    engine = load()
+    longer = [*PROMPT, *answer(engine, PROMPT, max_tokens=4), 7]
     with monkeypatch.context() as patch:
         patch.setattr(SparseMoE, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             answer(engine, longer)
-    fresh = load_engine(fp32_model, LoadOptions(device="cpu"))
-    assert answer(engine, longer) == answer(fresh, longer)
+    assert answer(engine, longer) == answer(load(), longer)
 
 
 def test_a_stop_token_ends_the_answer_and_is_its_last(engine: Engine) -> None:
     free = answer(engine, PROMPT)
     stop = free[4]
-    ids = list(engine.generate(PROMPT, sampling=GREEDY, stop_ids={stop}))
+    ids = answer(engine, PROMPT, stop_ids={stop}, max_tokens=None)
     assert ids == free[: free.index(stop) + 1]
 
 
-def test_the_answer_ends_where_the_context_is_full(fp32_model: Path) -> None:
-    small = load_engine(fp32_model, LoadOptions(device="cpu", context_size=12))
+def test_the_answer_ends_where_the_context_is_full(load: Callable[..., Engine]) -> None:
+    small = load(context_size=12)
     assert len(answer(small, PROMPT, max_tokens=100)) == 4
     assert small.stats.generated_tokens == 4
 
 
-@pytest.mark.parametrize("length", [12, 13, 500])
-def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers(
-    fp32_model: Path, length: int
+@pytest.mark.parametrize(
+    ("ids", "error", "match"),
+    [
+        ([], PromptError, "empty"),
+        ([5] * 128, PromptError, "128 tokens, the context holds 128"),
+        ([5] * 500, PromptError, "500 tokens, the context holds 128"),
+        ([5, 97], CheckpointError, "gives the token 97, the model has 97"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_is_refused_and_leaves_the_cache(
+    engine: Engine, ids: list[int], error: type[MixchatError], match: str
 ) -> None:
-    small = load_engine(fp32_model, LoadOptions(device="cpu", context_size=12))
-    with pytest.raises(PromptError, match=f"{length} tokens, the context holds 12"):
-        answer(small, [5] * length)
-
-
-def test_an_empty_prompt_is_refused(engine: Engine) -> None:
-    with pytest.raises(PromptError, match="empty"):
-        answer(engine, [])
-
-
-def test_a_refused_prompt_does_not_disturb_the_cache(engine: Engine) -> None:
     first = answer(engine, PROMPT)
-    with pytest.raises(PromptError):
-        answer(engine, [5] * 500)
+    with pytest.raises(error, match=match):
+        engine.generate(ids, sampling=GREEDY, stop_ids=set())
     assert answer(engine, PROMPT) == first
     assert engine.stats.reused_tokens == len(PROMPT) - 1
 
 
-def test_a_tokenizer_of_another_model_is_named(engine: Engine) -> None:
-    with pytest.raises(CheckpointError, match="gives the token 97, the model has 97"):
-        answer(engine, [5, 97])
-
-
-def test_the_progress_of_the_prefill_is_reported_after_each_layer(engine: Engine) -> None:
+@pytest.mark.parametrize("chunk", [2048, 5])
+def test_the_progress_of_the_prefill_is_reported_after_each_layer(
+    engine: Engine, chunk: int
+) -> None:
     seen: list[tuple[int, int]] = []
-
-    def on_prefill(done: int, total: int) -> None:
-        seen.append((done, total))
-
-    for _ in engine.generate(
-        PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=3, on_prefill=on_prefill
-    ):
-        pass
+    engine.prefill_chunk = chunk
+    answer(engine, PROMPT, max_tokens=3, on_prefill=lambda done, total: seen.append((done, total)))
     layers = engine.config.num_hidden_layers
-    assert seen == [(8 * (layer + 1) // layers, 8) for layer in range(layers)]
+    chunks = [PROMPT[start : start + chunk] for start in range(0, len(PROMPT), chunk)]
+    assert seen == [
+        (number * chunk + len(ids) * (layer + 1) // layers, len(PROMPT))
+        for number, ids in enumerate(chunks)
+        for layer in range(layers)
+    ]
 
 
 def test_the_experts_counts_of_the_stats_are_those_of_the_last_call(engine: Engine) -> None:
     layers, choices = engine.config.num_hidden_layers, engine.config.num_experts_per_tok
     counts = []
     for tokens in (5, 3):
-        answer(engine, PROMPT, tokens)
+        answer(engine, PROMPT, max_tokens=tokens)
         engine.forget()
         experts = engine.stats.experts
         counts.append(experts.hits.total() + experts.misses.total())

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_tools import answer
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import LoadOptions
 from mixchat.engine import kv_cache
 from mixchat.engine.kv_cache import (
     KVCache,
@@ -99,7 +100,7 @@ def test_an_empty_cache_takes_no_memory(kind: type[KVCache]) -> None:
         if isinstance(cache, PagedKVCache):
             return sum(page.nbytes for pages in cache._pages for page in pages)
         assert isinstance(cache, TensorKVCache)
-        return sum(layer.nbytes for layers in cache._numbers.values() for layer in layers)
+        return sum(layer.nbytes for layers in cache._stored.values() for layer in layers)
 
     cache = kind(16)
     assert held(cache) == 0
@@ -132,9 +133,7 @@ def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(
     monkeypatch.setattr(kv_cache, "kernels_available", lambda: kernel)
 
     def text() -> list[int]:
-        sampling = SamplingOptions(temperature=0)
-        prompt = list(range(5, 37))
-        return list(engine.generate(prompt, sampling=sampling, stop_ids=set(), max_tokens=20))
+        return answer(engine, range(5, 37), max_tokens=20)
 
     options = LoadOptions(device="cpu")
     engine = load_engine(tiny_model, options)

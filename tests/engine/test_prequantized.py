@@ -58,6 +58,12 @@ def save_sharded(tensors: dict[str, torch.Tensor], directory: Path, count: int) 
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+@pytest.fixture
+def in_nf4(make_checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint whose matrices are all in NF4, and what it stands for in fp32."""
+    return prequantize(make_checkpoint(**WHOLE_BLOCKS), tmp_path, quant_type="nf4")
+
+
 @pytest.mark.parametrize(
     ("how", "shards"),
     [
@@ -124,21 +130,19 @@ def test_no_code_is_changed(
     ],
 )
 def test_other_bits_than_it_has_are_refused(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, options: QuantizeOptions, said: str
+    in_nf4: tuple[Path, Path], options: QuantizeOptions, said: str
 ) -> None:
     """`download DIRECTORY --expert-bits 3` said nothing and installed 4 bits."""
-    quantized, _ = prequantize(make_checkpoint(**WHOLE_BLOCKS), tmp_path, quant_type="nf4")
-    index = DirectoryCheckpoint(quantized, Source("x")).index
+    index = DirectoryCheckpoint(in_nf4[0], Source("x")).index
     with pytest.raises(UsageError, match=said):
         make_blueprint(index, options)
     assert make_blueprint(index, QuantizeOptions(attention=4)).quantization.attention == "nf4"
 
 
 def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
-    make_checkpoint: Callable[..., Path], install: Callable[..., Path], tmp_path: Path
+    in_nf4: tuple[Path, Path], install: Callable[..., Path]
 ) -> None:
-    checkpoint = make_checkpoint(**WHOLE_BLOCKS)
-    quantized, reference = prequantize(checkpoint, tmp_path, quant_type="nf4")
+    quantized, reference = in_nf4
     (shard,) = quantized.glob("*.safetensors")
     stored, meant = load_file(shard), load_file(reference / "model.safetensors")
     moe = ".block_sparse_moe."
@@ -155,16 +159,11 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
 
 
 def test_nothing_of_it_is_searched_again(
-    make_checkpoint: Callable[..., Path],
-    install: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    in_nf4: tuple[Path, Path], install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantized, _ = prequantize(make_checkpoint(**WHOLE_BLOCKS), tmp_path, quant_type="nf4")
-
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("quantized a second time")
 
     monkeypatch.setattr(NF4, "codes", refuse)
-    with InstalledModel(install(quantized)) as installed:
+    with InstalledModel(install(in_nf4[0])) as installed:
         assert installed.manifest.quantization["scales"] == "given"

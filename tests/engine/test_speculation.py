@@ -1,18 +1,11 @@
 """The tokens that are proposed, and when that pays."""
 
 import pytest
+from engine_tools import Always
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.engine.speculation import Proposals, Speculation
-
-
-class Always(Speculation):
-    """Speculation that never stops, however slow it is."""
-
-    @property
-    def pays(self) -> bool:
-        return True
 
 
 def proposals(speculation: Speculation | None = None) -> Proposals:

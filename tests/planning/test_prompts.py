@@ -6,7 +6,7 @@ import pytest
 import torch
 from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS, measured, without_disk
 
-from mixchat.engine.generate import PREFILL_CHUNK
+from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import expected_distinct
 from mixchat.planning.machine_speeds import MachineSpeeds

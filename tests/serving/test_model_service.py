@@ -33,7 +33,7 @@ WAIT = 60  # seconds after which something hangs
 
 
 class Waiter:
-    """A sink that keeps the events, and may cancel the job behind some of them."""
+    """A sink that keeps the events, and may cancel the job after some of them."""
 
     def __init__(self, service: ModelService, job: Job, cancel_after: int | None = None) -> None:
         self.events: list[JobEvent] = []
@@ -118,7 +118,7 @@ def test_an_answer_that_nothing_stops_ends_at_its_limit_or_where_the_context_is_
 def test_a_long_prompt_tells_its_progress(
     model_service: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixchat.engine.batch.PREFILL_CHUNK", 10)
+    monkeypatch.setattr("mixchat.engine.chunk_sizer.PREFILL_CHUNK", 10)
     waiter = Waiter(model_service(), job(29))
     waiter.result()
     progress = [event for event in waiter.events if isinstance(event, Reading)]
@@ -128,7 +128,7 @@ def test_a_long_prompt_tells_its_progress(
 def test_an_idle_service_takes_as_many_jobs_at_once_as_it_says(
     model_service: Callable[..., ModelService],
 ) -> None:
-    """It took as many only where the first of them had begun before the last one came."""
+    """It took as many only if the first of them had begun before the last one came."""
     service = model_service(parallel=2, waiting=3)
     assert service.most_jobs == 5
     with service._changed:  # none begins meanwhile

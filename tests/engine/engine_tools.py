@@ -1,0 +1,38 @@
+"""What tests of engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mixchat.base.options import SamplingOptions
+from mixchat.engine.generate import Engine
+from mixchat.engine.speculation import Speculation
+
+GREEDY = SamplingOptions(temperature=0)
+
+
+class Always(Speculation):
+    """Speculation that never stops, however slow it is."""
+
+    @property
+    def pays(self) -> bool:
+        return True
+
+
+def answer(
+    engine: Engine, prompt: Sequence[int], sampling: SamplingOptions = GREEDY, **options: Any
+) -> list[int]:
+    """Return the tokens of an answer, 12 at most if nothing else is given."""
+    given = {"stop_ids": set(), "max_tokens": 12, **options}
+    return list(engine.generate(prompt, sampling=sampling, **given))
+
+
+def cache_content(engine: Engine, tokens: int | None = None) -> list[torch.Tensor]:
+    """Return keys and values of all layers, of the first tokens or of all that are held."""
+    ids, cache = engine.held()
+    layers = range(engine.config.num_hidden_layers)
+    count = len(ids) if tokens is None else tokens
+    return [tensor for layer in layers for tensor in cache.content(layer, count).values()]
