@@ -20,7 +20,7 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.engine.kv_cache import KVCache, PagedKVCache
 from mixchat.engine.model import AfterLayer, Block, KVContext
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.kernels import router, rows
 from mixchat.kernels.program import Group, Program
 from mixchat.weights.format.blueprint import Blueprint, Expert

@@ -20,8 +20,8 @@ from mixchat.engine.passes import ForwardPasses, Part
 from mixchat.engine.sampling import Constraint, Sampler
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.engine.stats import GenerationStats
+from mixchat.experts.cache import ExpertStats
 from mixchat.experts.holder import ExpertHolder
-from mixchat.experts.stats import ExpertStats
 from mixchat.weights.format.blueprint import Blueprint
 
 # Tokens. Where experts come from disk, each chunk reads most of them again: few, large chunks.

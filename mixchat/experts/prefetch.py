@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.stats import ExpertStats
-from mixchat.experts.trial import Trial
+from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.tuner import Tuner
 
 # The number of layers ahead that are predicted in decoding; trying shows which pays.
 DEPTHS = (3, 6, 0, 1)
@@ -78,7 +77,7 @@ class Prefetch:
 
     def __init__(self, routers: NextRouters, stats: ExpertStats) -> None:
         self._routers, self._stats = routers, stats
-        self.trial = Trial(DEPTHS, length=_ROUND)
+        self.tuner = Tuner(DEPTHS, length=_ROUND)
         self._started: tuple[float, int] | None = None
         self._tokens = self._needed = 0
 
@@ -93,7 +92,7 @@ class Prefetch:
             start, before = self._started
             self._judge(time.perf_counter() - start, self._stats.needed - before)
             self._started = None
-        return self._routers(layer, hidden_states, self.trial.variant)
+        return self._routers(layer, hidden_states, self.tuner.variant)
 
     def _judge(self, seconds: float, needed: int) -> None:
         """Note how long a token took, of whose experts `needed` were not there.
@@ -105,4 +104,4 @@ class Prefetch:
         self._needed += needed
         if self._needed:
             mean = self._needed / self._tokens
-            self.trial.add(seconds, 0.5 + 0.5 * needed / mean)
+            self.tuner.add(seconds, 0.5 + 0.5 * needed / mean)

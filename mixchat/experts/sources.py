@@ -13,15 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Policy
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps, no_thread
 from mixchat.experts.placement import MIN_HOST_SLOTS
-from mixchat.experts.policies import Policy
-from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertSource, new_block
-from mixchat.experts.trial import Trial
+from mixchat.experts.tuner import Tuner
 from mixchat.weights.format.blueprint import Expert, ExpertSpec
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -80,7 +77,7 @@ class DiskSource:
     def __init__(self, model: InstalledModel, stats: ExpertStats, *, choose: bool) -> None:
         self._model, self._stats = model, stats
         ways = [*_PAST_THE_CACHE, _Way()] if choose and model.open_direct() else [_Way()]
-        self._ways = Trial(ways, length=_ROUND * model.blueprint.expert.stride)
+        self._modes = Tuner(ways, length=_ROUND * model.blueprint.expert.stride)
         self._readers = _new_readers()
         self._reads: deque[Future[int]] = deque()  # those in flight
         self._stages: Sequence[torch.Tensor] = ()
@@ -102,7 +99,7 @@ class DiskSource:
                 self._reads = reads  # also where it resumes after another load
                 began = time.perf_counter()
                 while parts and len(reads) < AT_ONCE:
-                    reads.append(self._begin(key, parts.popleft(), self._ways.variant))
+                    reads.append(self._begin(key, parts.popleft(), self._modes.variant))
                 size = reads.popleft().result()
                 self._count(time.perf_counter() - began, size)
                 yield
@@ -114,7 +111,7 @@ class DiskSource:
         """Read a block that is not in RAM; each step is copied, since others use the stages."""
         parts = deque(_parts(block))
         while parts:
-            way = self._ways.variant._replace(staged=False)
+            way = self._modes.variant._replace(staged=False)
             began = time.perf_counter()
             together = [parts.popleft() for _ in range(min(AT_ONCE, len(parts)))]
             staged = [
@@ -134,7 +131,7 @@ class DiskSource:
             yield
 
     def _count(self, seconds: float, size: int) -> None:
-        self._ways.add(seconds, size)
+        self._modes.add(seconds, size)
         self._stats.read_seconds += seconds
         self._stats.bytes_read += size
 

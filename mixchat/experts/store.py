@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from mixchat.base import gpu
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
 from mixchat.weights.format.blueprint import Expert, ExpertSpec

@@ -23,9 +23,8 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
-from mixchat.experts.recording import RecordingRunner
 from mixchat.experts.sharing import in_proportion
-from mixchat.experts.trace import TraceWriter
+from mixchat.experts.trace import RecordingRunner, TraceWriter
 from mixchat.kernels import attention, rows
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts

@@ -10,8 +10,8 @@ import torch
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.engine.prompt_cache import identity_of
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
-from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import within_memory
 from mixchat.experts.workers.messages import Hello, Welcome
 from mixchat.loading.loader import choose_devices
@@ -75,7 +75,7 @@ class ServedExperts:
         missing = next((key for key in wanted if not self._experts.holds(key)), None)
         if missing is None:
             return False
-        self._experts.load(missing, beside=wanted)
+        self._experts.load(missing, pinned=wanted)
         return True
 
     def compute(

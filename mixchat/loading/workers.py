@@ -16,7 +16,7 @@ from mixchat.base.progress import Note
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.report import saved_uses
 from mixchat.engine.report_path import report_path_by_key
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide
 from mixchat.experts.workers.address import resolve_workers

@@ -22,7 +22,7 @@ from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Attention, Block, RMSNorm
 from mixchat.engine.moe import SparseMoE
 from mixchat.engine.rope import RotaryEmbedding
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.planning.calibration import interpolate
 from mixchat.weights.format.blueprint import Blueprint, Expert

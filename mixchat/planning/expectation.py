@@ -9,9 +9,9 @@ from itertools import product
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.experts.sharing import homes
+from mixchat.experts.sharing import assign_owners
 from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.hit_rate import expected_hit_rate
 from mixchat.planning.loads import layer_loads
@@ -242,7 +242,7 @@ def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
     if len(slots) == 1:
         return 1.0
     layers, experts = range(config.num_hidden_layers), range(config.num_local_experts)
-    home = homes((ExpertKey(*key) for key in product(layers, experts)), slots)
+    home = assign_owners((ExpertKey(*key) for key in product(layers, experts)), slots)
     held = [{key for key in home if home[key] == number} for number in range(len(slots))]
     most = sum(times * max(counts) for counts, times in layer_loads(config, held).items())
     return most / (len(layers) * config.num_experts_per_tok)

@@ -9,9 +9,7 @@ from functools import lru_cache
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import DEFAULT_POLICY
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import POLICIES, Passes, Policy
+from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, Passes, Policy
 from mixchat.experts.trace import Trace
 
 # Tokens of the trace for an expected hit rate, and the first of them, which fill the cache and do

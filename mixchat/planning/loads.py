@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from itertools import combinations
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.sharing import share
 
 _MOST_CHOICES = 1000  # of a router for a token that are gone through one by one

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mixchat.base import gpu
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.calibration import Measurement
 from mixchat.planning.expectation import Expectation, SpeedRange, expect

@@ -20,7 +20,7 @@ from mixchat.engine.model import LAST, Model
 from mixchat.engine.passes import Part
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.experts.holder import ExpertRunner
-from mixchat.experts.recording import RecordingRunner
+from mixchat.experts.trace import RecordingRunner
 from mixchat.kernels import coded
 from mixchat.loading.loader import load_engine
 

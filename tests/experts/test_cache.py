@@ -4,9 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import LRU, POLICIES, Passes, Policy
+from mixchat.experts.cache import LRU, POLICIES, ExpertCache, ExpertKey, Passes, Policy
 
 A, B, C, D = ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0), ExpertKey(1, 1)
 keys = st.builds(ExpertKey, st.integers(0, 3), st.integers(0, 3))

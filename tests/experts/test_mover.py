@@ -10,8 +10,8 @@ import pytest
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.mover import Mover, Steps, Transfer
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.mover import ExpertLoad, Mover, Steps
 
 PATIENCE = 60  # seconds, after which a test fails instead of hanging
 
@@ -50,16 +50,16 @@ class Work:
         layer: int = 0,
         is_prefetch: bool = False,
         stop: int = -1,
-    ) -> Transfer:
+    ) -> ExpertLoad:
         """Queue a transfer of so many steps; in step `stop` it waits for `self.stops[-1].go()`."""
-        transfer = Transfer(ExpertKey(layer, ord(name[0])), is_prefetch=is_prefetch)
+        transfer = ExpertLoad(ExpertKey(layer, ord(name[0])), is_prefetch=is_prefetch)
         here = Stop()
         if stop >= 0:
             self.stops.append(here)
         self.mover.begin(transfer, self._steps(name, steps, here, stop))
         return transfer
 
-    def prefetch(self, name: str, steps: int = 1, *, layer: int = 1, stop: int = -1) -> Transfer:
+    def prefetch(self, name: str, steps: int = 1, *, layer: int = 1, stop: int = -1) -> ExpertLoad:
         return self.begin(name, steps, layer=layer, is_prefetch=True, stop=stop)
 
     def hold(self) -> Stop:
@@ -91,7 +91,7 @@ class Work:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
-    monkeypatch.setattr("mixchat.experts.mover._IDLE", 0.02)
+    monkeypatch.setattr("mixchat.experts.mover._IDLE_S", 0.02)
     work = Work()
     yield work
     work.finish()
@@ -263,7 +263,7 @@ def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work:
         yield
         raise OSError("the disk says no")
 
-    failing = Transfer(ExpertKey(0, 0))
+    failing = ExpertLoad(ExpertKey(0, 0))
     work.mover.begin(failing, steps())
     after = work.begin("b")
     for _ in range(2):  # however often it is asked
@@ -287,7 +287,7 @@ def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work: Work) 
 
 
 def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixchat.experts.mover._IDLE", 0.02)
+    monkeypatch.setattr("mixchat.experts.mover._IDLE_S", 0.02)
     log: list[tuple[str, int]] = []
 
     def note(what: str) -> None:
@@ -307,7 +307,7 @@ def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.Mon
     others = set(threading.enumerate())
     mover = Mover(inside)
     assert log == []
-    transfer = Transfer(ExpertKey(0, 0))
+    transfer = ExpertLoad(ExpertKey(0, 0))
     mover.begin(transfer, steps())
     transfer.wait()
     for thread in set(threading.enumerate()) - others:
@@ -319,7 +319,7 @@ def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.Mon
 
 def test_whatever_comes_each_arrives_whole_or_is_closed(work: Work) -> None:
     luck = random.Random(0)
-    transfers: dict[str, Transfer] = {}
+    transfers: dict[str, ExpertLoad] = {}
     names = [chr(0x4E00 + number) for number in range(300)]
     for name in names:
         transfers[name] = work.begin(
@@ -363,7 +363,7 @@ def test_a_thread_that_fails_lets_nobody_wait() -> None:
 
     mover = Mover(refuse)
     for _ in range(2):
-        transfer = Transfer(ExpertKey(0, 0))
+        transfer = ExpertLoad(ExpertKey(0, 0))
         mover.begin(transfer, iter_nothing())
         with pytest.raises(MemoryError):
             transfer.wait()

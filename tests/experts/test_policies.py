@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routing_traces import A, B, C, D, keys, used
 
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import LRU, POLICIES, LayeredLRU, Passes, Policy
+from mixchat.experts.cache import LRU, POLICIES, ExpertKey, LayeredLRU, Passes, Policy
 
 
 @given(st.lists(st.tuples(keys, st.booleans())))

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from mixchat.experts import prefetch
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.prefetch import DEPTHS, NextRouters, Prefetch, ranked_keys
-from mixchat.experts.stats import ExpertStats
 
 L, E, D, K = 5, 8, 32, 2
 
@@ -145,7 +144,7 @@ class Decoding:
     @property
     def costs(self) -> dict[int, float]:
         """Return the cost of a token, by the depth."""
-        return dict(zip(DEPTHS, map(mean, self.prefetch.trial._costs), strict=True))
+        return dict(zip(DEPTHS, map(mean, self.prefetch.tuner._costs), strict=True))
 
     def token(self, seconds: Mapping[int, float], needed: int = 6, right: int = 0) -> int:
         """A token takes so long, by the depth. Of what it needs, `right` were predicted in time.

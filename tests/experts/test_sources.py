@@ -20,12 +20,9 @@ from hypothesis import strategies as st
 
 from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts import sources
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import LRU, ExpertCache, ExpertKey, ExpertStats
 from mixchat.experts.mover import Steps
-from mixchat.experts.policies import LRU
 from mixchat.experts.sources import DiskSource, HostSource
-from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertSource, ExpertStore, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 

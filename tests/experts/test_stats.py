@@ -2,8 +2,7 @@
 
 from collections import Counter
 
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.stats import ExpertStats
+from mixchat.experts.cache import ExpertKey, ExpertStats
 
 A, B = ExpertKey(0, 0), ExpertKey(1, 3)
 

@@ -11,9 +11,8 @@ from mixchat.base import machine
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts import memory
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import POLICIES, ExpertKey
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.policies import POLICIES
 from mixchat.experts.workers.messages import Hello
 from mixchat.loading.loader import load_engine
 from mixchat.loading.served_experts import ServedExperts, load_served_experts

@@ -34,8 +34,8 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
-from mixchat.experts.host_compute import HostCompute
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.compute import HostCompute
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
 from mixchat.experts.store import ExpertStore
@@ -213,7 +213,7 @@ def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
     dispatcher: Any = engine.experts
     sources, disks = set(), set()
     for number, device in enumerate(dispatcher._devices):
-        store = device._fetcher._store
+        store = device.fetcher._store
         assert store._side.index == device.number == number
         assert {slot.block.device.index for slot in store._slots.values()} == {number}
         held = {slot.holds for slot in store._slots.values()} - {None}

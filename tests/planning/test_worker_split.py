@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.calibration import MachineSpeeds, Measurement
 from mixchat.planning.expectation import Shape, TokenCost, token_cost

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from mixchat.base.errors import CheckpointError, MixchatError, ResourceError, ServerError
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address
 from mixchat.experts.workers.connection import (

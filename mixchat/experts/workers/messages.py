@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from mixchat import __version__
 from mixchat.base.sanitize import sanitize
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers.connection import BadMessageError
 
 MAX_ROWS = 1 << 16  # rows of a request, over all of its experts

@@ -13,7 +13,7 @@ import torch
 
 from mixchat.base.errors import MixchatError, ResourceError
 from mixchat.base.progress import Note
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError
 from mixchat.experts.workers.link import Link

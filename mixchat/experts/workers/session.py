@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from mixchat.base import interrupts
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.connection import (
     SILENCE_S,

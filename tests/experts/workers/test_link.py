@@ -36,7 +36,7 @@ from mixchat.base.errors import (
     UsageError,
 )
 from mixchat.base.options import NetworkAddress
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address, resolve

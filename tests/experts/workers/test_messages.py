@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat import __version__
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.connection import BadMessageError
 from mixchat.experts.workers.messages import Hello, Kind, Refusal, Request, Welcome

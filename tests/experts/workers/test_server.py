@@ -29,7 +29,7 @@ from worker_double import (
 )
 
 from mixchat.base.errors import MixchatError, UsageError
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import connection, messages, session
 from mixchat.experts.workers.address import Address, resolve
 from mixchat.experts.workers.connection import Connection, ConnectionLostError

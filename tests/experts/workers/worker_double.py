@@ -14,7 +14,7 @@ import torch
 
 from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.listener import Listener
