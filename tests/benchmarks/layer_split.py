@@ -66,8 +66,8 @@ def main() -> None:
     parser.add_argument("workers", nargs="+", metavar="WORKER")
     given = parser.parse_args()
     clock, links = Clock(), []
-    opened = Link.open
-    Link.open = lambda *given: links.append(opened(*given)) or links[-1]  # type: ignore
+    opened = Link.__init__
+    Link.__init__ = lambda *given: links.append(given[0]) or opened(*given)  # type: ignore
     clock.watch(RemoteWorker, "begin", "sending")
     clock.watch(RemoteWorker, "finish", "waiting")
     for method in ("begin", "prefetch", "compute_next"):

@@ -458,6 +458,16 @@ def test_what_workers_leave_to_two_gpus_is_spread_over_both(
     assert text(engine) == expected
 
 
+def hello(exact: bool = False) -> Hello:
+    return Hello(
+        model_identity="identity",
+        model_name="tiny",
+        dtype="float32",
+        hidden_size=64,
+        exact_prompts=exact,
+    )
+
+
 def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
     paper: PaperRuntime, case: Callable[[str], Case]
 ) -> None:
@@ -475,11 +485,11 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     for exact, chosen in product((False, True), ((0, 2), (1, 3))):
         keys = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in chosen]
-        served.begin(Hello("identity", "tiny", "float32", 64, exact))
+        served.begin(hello(exact))
         served.hold(keys)
         while served.load_next():
             pass
-        assert [device.slots for device in served._experts._devices] == [3, 3]
+        assert [device.fetcher.slots for device in served._experts._devices] == [3, 3]
         assert all(served._experts.holds(key) for key in keys)
         for layer in range(LAYERS):
             served.compute(layer, [(expert, 1) for expert in chosen], x, True, lambda: None)
@@ -496,7 +506,7 @@ def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(
     options = LoadOptions(MemoryBudget(size=0), (MemoryBudget(size=4 * expert),))
     served = load_served_experts(case("nf4").directory, options, notes.append)
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
-    served.begin(Hello("identity", "tiny", "float32", 64))
+    served.begin(hello())
     request = (0, [(0, 1), (2, 1)], x, True, lambda: None)
     expected = served.compute(*request)
     paper.allocations, paper.fail_at = 0, 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import socket
 import subprocess
@@ -40,10 +39,10 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address, resolve
-from mixchat.experts.workers.connection import PIECE, BadMessageError, ConnectionLostError
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.listener import Listener
-from mixchat.experts.workers.messages import Kind, Welcome
+from mixchat.experts.workers.messages import Done, Hello, Welcome, pack
+from mixchat.experts.workers.sockets import PIECE, BadMessageError, ConnectionLostError
 
 TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
 
@@ -86,7 +85,8 @@ def address_of(listener: socket.socket) -> Address:
     return resolve(str(NetworkAddress(*listener.getsockname())))
 
 
-WELCOME = messages.pack_fields(Kind.WELCOME, Welcome(6, "words"))
+DONE = pack(Done(seconds=1))
+WELCOME = pack(Welcome(slots=6, arithmetic="words"))
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
     def serve() -> None:
         while not over.is_set():
             if message := listener.receive(0.05):
-                is_hello = messages.kind_of(message.data) == Kind.HELLO
+                is_hello = isinstance(messages.unpack(message.data)[0], Hello)
                 listener.send(message.peer, welcome if is_hello else result)
         listener.close()
 
@@ -138,7 +138,7 @@ def test_single_rows_and_many_rows_may_take_turns(link: Link) -> None:
 
 @pytest.mark.parametrize("dtype", messages.DTYPES)
 def test_more_rows_than_one_message_holds_arrive_whole(worker: ThreadedWorker, dtype: str) -> None:
-    link = worker.open(dataclasses.replace(HELLO, dtype=dtype))
+    link = worker.open(HELLO.model_copy(update={"dtype": dtype}))
     x = torch.randn(40_000, HELLO.hidden_size).to(getattr(torch, dtype))  # 5 or 10 MB
     experts = [(1, 39_999), (6, 1)]
     assert torch.equal(ask(link, 1, experts, x), outputs(1, experts, x))
@@ -337,16 +337,16 @@ def test_a_worker_with_another_key_is_found_out_by_the_chat_side() -> None:
         accepted.recv(300)
 
     with impostor(pretend) as address, pytest.raises(UsageError, match="another key"):
-        Link.open(address, KEY, HELLO)
+        Link(address, KEY, HELLO)
 
 
 def test_another_version_is_refused_with_both_versions(worker: ThreadedWorker) -> None:
     with pytest.raises(CheckpointError, match=r"runs mixchat \d\S+, and this is 9\.9\.9"):
-        worker.open(dataclasses.replace(HELLO, version="9.9.9"))
+        worker.open(HELLO.model_copy(update={"version": "9.9.9"}))
 
 
 def test_another_model_is_refused_with_both_models(worker: ThreadedWorker) -> None:
-    other = dataclasses.replace(HELLO, model_identity="cd" * 32, model_name="other")
+    other = HELLO.model_copy(update={"model_identity": "cd" * 32, "model_name": "other"})
     with pytest.raises(CheckpointError, match=r"tiny \(abab\w+\), and .* other \(cdcd\w+\)"):
         worker.open(other)
 
@@ -387,7 +387,7 @@ def test_what_the_worker_s_experts_cannot_do_is_refused_in_their_words(
     worker: ThreadedWorker,
 ) -> None:
     with pytest.raises(MixchatError, match="beyond these experts"):
-        worker.open(dataclasses.replace(HELLO, exact_prompts=True))
+        worker.open(HELLO.model_copy(update={"exact_prompts": True}))
 
 
 def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
@@ -395,7 +395,7 @@ def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = address_of(listener)
     with pytest.raises(ServerError, match="no worker can be reached there") as caught:
-        Link.open(address, KEY, HELLO)
+        Link(address, KEY, HELLO)
     assert caught.value.exit_code == 5
 
 
@@ -415,7 +415,7 @@ except OSError:
     pass
 for count in range(40):
     try:
-        Link.open(address, KEY, HELLO).close()
+        Link(address, KEY, HELLO).close()
         print("opened with", count)
         break
     except ResourceError as error:
@@ -438,7 +438,7 @@ def test_something_else_than_a_worker_is_one_clear_line() -> None:
         accepted.recv(64)
 
     with impostor(answer) as address, pytest.raises(UsageError, match="is no worker"):
-        Link.open(address, KEY, HELLO)
+        Link(address, KEY, HELLO)
 
 
 def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
@@ -447,13 +447,13 @@ def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
         socket.create_server(("127.0.0.1", 0)) as listener,
         pytest.raises(ServerError, match="does not answer") as caught,
     ):
-        Link.open(address_of(listener), KEY, HELLO)
+        Link(address_of(listener), KEY, HELLO)
     assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize(
     "welcome",
-    [b"", b"\x02{}", b"\x03[]", messages.pack_done(1), b"\x02" + b"x" * 60_000],
+    [b"", b"{}", b"[]", DONE, b"x" * 60_000],
     ids=["nothing", "empty", "list", "done", "long"],
 )
 def test_an_odd_welcome_is_one_clear_line(welcome: bytes) -> None:
@@ -461,10 +461,9 @@ def test_an_odd_welcome_is_one_clear_line(welcome: bytes) -> None:
         liar(b"", welcome) as address,
         pytest.raises(ServerError, match="it sent a message"),
     ):
-        Link.open(address, KEY, HELLO)
+        Link(address, KEY, HELLO)
 
 
-DONE = messages.pack_done(1)
 ROW = HELLO.hidden_size * 2  # bytes
 NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8).numpy().tobytes()
 
@@ -476,18 +475,17 @@ NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8)
         (DONE + bytes(ROW), "rows of another size"),
         (DONE, "rows of another size"),
         (DONE + NAN, "numbers that are not finite"),
-        (DONE[:1] + b"\xff" * 8 + bytes(2 * ROW), "a message that makes no sense"),
+        (b'{"kind":"done","seconds":NaN}\n' + bytes(2 * ROW), "a message that makes no sense"),
         (DONE[:5], "a message that makes no sense"),
         (WELCOME, "a message out of turn"),
-        (b"\x4dx", "a message out of turn"),
-        (b"", "a message out of turn"),
+        (b"", "a message that makes no sense"),
     ],
-    ids=["wide", "one row", "no row", "NaN", "no time", "half a head", "welcome", "odd", "empty"],
+    ids=["wide", "one row", "no row", "NaN", "no time", "half a head", "welcome", "empty"],
 )
 def test_a_worker_that_answers_oddly_is_blamed_and_lost(answer: bytes, reason: str) -> None:
     """Rows of 640 columns ended the chat; rows of NaN were blamed on this machine's model."""
     with liar(answer) as address:
-        link = Link.open(address, KEY, HELLO)
+        link = Link(address, KEY, HELLO)
         link.start(1, TOKEN, row())
         with pytest.raises(BadMessageError, match=reason):
             link.finish()
@@ -501,7 +499,7 @@ def test_a_worker_is_not_blamed_for_what_is_not_finite_before_it_computes(link: 
 
 def test_a_message_that_is_too_long_ends_the_connection() -> None:
     with liar(bytes(2 * PIECE)) as address:
-        link = Link.open(address, KEY, HELLO)
+        link = Link(address, KEY, HELLO)
         link.start(1, TOKEN, row())
         with pytest.raises(ConnectionLostError, match="has ended"):
             link.finish()

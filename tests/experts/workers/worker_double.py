@@ -18,11 +18,11 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.listener import Listener
-from mixchat.experts.workers.messages import Hello, Welcome
+from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.server import Server
 
 KEY = bytes(range(32))
-HELLO = Hello("ab" * 32, "tiny", "bfloat16", 64)
+HELLO = Hello(model_identity="ab" * 32, model_name="tiny", dtype="bfloat16", hidden_size=64)
 PATIENCE = 60  # seconds, after which a test fails instead of hanging
 SILENCE = 1.0  # seconds, where a test waits for a worker that hangs
 
@@ -53,10 +53,10 @@ class Doubles:
         self.has_loaded, self.has_followed = threading.Event(), threading.Event()
         self.on_compute: Callable[[Callable[[], None]], None] = lambda check: None
 
-    def begin(self, hello: Hello) -> Welcome:
+    def begin(self, hello: Hello) -> str:
         if hello.exact_prompts:
             raise MixchatError("exact prompts are beyond these experts")
-        return Welcome(self.slots, "words")
+        return "words"
 
     def follow_memory(self) -> None:
         self.has_followed.set()
@@ -104,7 +104,7 @@ class ThreadedWorker:
         self._thread.start()
 
     def open(self, hello: Hello = HELLO, key: bytes = KEY, silence: float = SILENCE) -> Link:
-        return Link.open(self.address, key, hello, silence)
+        return Link(self.address, key, hello, silence)
 
     def wait_for_note(self, part: str, count: int = 1) -> str:
         """Return the line with this part, when so many lines have it."""
@@ -143,7 +143,7 @@ class WorkerProcess:
         self.pid, self.address = self._process.pid, resolve(self.next_line())
 
     def open(self, silence: float = SILENCE) -> Link:
-        return Link.open(self.address, KEY, HELLO, silence)
+        return Link(self.address, KEY, HELLO, silence)
 
     def next_line(self) -> str:
         """Return the next line that it prints: its address, its notes, `computing`, `clean`."""
