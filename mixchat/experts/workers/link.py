@@ -28,34 +28,8 @@ from mixchat.base.errors import (
     UsageError,
 )
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.workers import messages, sockets
 from mixchat.experts.workers.address import Address
-from mixchat.experts.workers.messages import (
-    Compute,
-    Done,
-    Failed,
-    Hello,
-    Hold,
-    Refusal,
-    Welcome,
-    describe_model,
-    expect,
-    pack,
-    receive_rows,
-    send_rows,
-    unpack,
-)
-from mixchat.experts.workers.sockets import (
-    HANDSHAKE_S,
-    SILENCE_S,
-    BadMessageError,
-    ConnectionLostError,
-    curve_keys,
-    endpoint,
-    open_context,
-    prepare,
-    read_events,
-    watch,
-)
 
 # Until the worker has said what it has. It may have to compute experts of another chat first.
 _WELCOME_S = 10.0
@@ -76,7 +50,11 @@ class Link:
     """A worker that has been greeted, for one request at a time: `start`, then `finish`."""
 
     def __init__(
-        self, address: Address, key: bytes, hello: Hello, silence: float = SILENCE_S
+        self,
+        address: Address,
+        key: bytes,
+        hello: messages.Hello,
+        silence: float = sockets.SILENCE_S,
     ) -> None:
         """Connect to a worker, prove the key, and say which model it is.
 
@@ -88,11 +66,12 @@ class Link:
         self.seconds_computing = 0.0  # of all requests, by the worker's own clock
         self._socket = WorkerSocket(address, key, silence)
         self._hidden_size, self._dtype = hello.hidden_size, getattr(torch, hello.dtype)
-        self._request: tuple[Compute, torch.Tensor, float] | None = None  # its rows and deadline
+        # With its rows and deadline.
+        self._request: tuple[messages.Compute, torch.Tensor, float] | None = None
         try:
             with self._closed_on_error():
                 welcome = self._greet(hello)
-        except ConnectionLostError as error:
+        except sockets.ConnectionLostError as error:
             raise ServerError(f"{address}: the worker is lost: {error.reason}") from None
         self.slots, self.arithmetic = welcome.slots, welcome.arithmetic
 
@@ -108,7 +87,7 @@ class Link:
         """
         assert len(keys) <= self.slots
         with self._closed_on_error():
-            self._socket.send(pack(Hold(keys=tuple(keys))))
+            self._socket.send(messages.pack(messages.Hold(keys=tuple(keys))))
 
     def start(self, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor) -> None:
         """Send rows to experts of a layer, each (expert, rows). Raises `ConnectionLostError`.
@@ -116,12 +95,12 @@ class Link:
         x: [n, D], contiguous and on the CPU, expert by expert, or [1, D] if all experts take the
         same row.
         """
-        request = Compute(layer=layer, experts=tuple(experts), shared_row=len(x) == 1)
+        request = messages.Compute(layer=layer, experts=tuple(experts), shared_row=len(x) == 1)
         assert self._request is None
         assert x.dtype == self._dtype
         assert x.shape == (request.rows_sent, self._hidden_size)
         with self._closed_on_error():
-            send_rows(self._socket.send, request, x)
+            messages.send_rows(self._socket.send, request, x)
         self._request = request, x, time.monotonic() + _REQUEST_S + _ROW_S * request.rows
 
     def finish(self) -> torch.Tensor:
@@ -132,14 +111,14 @@ class Link:
         assert self._request is not None
         (request, x, deadline), self._request = self._request, None
         with self._closed_on_error():
-            answer, piece = unpack(self._socket.receive(deadline))
-            if isinstance(answer, Failed):
-                raise ConnectionLostError(answer.reason)
-            done = expect(Done, answer)
+            answer, piece = messages.unpack(self._socket.receive(deadline))
+            if isinstance(answer, messages.Failed):
+                raise sockets.ConnectionLostError(answer.reason)
+            done = messages.expect(messages.Done, answer)
             y = torch.empty(request.rows, self._hidden_size, dtype=self._dtype)
-            receive_rows(y, piece, lambda: self._socket.receive(deadline))
+            messages.receive_rows(y, piece, lambda: self._socket.receive(deadline))
             if not _is_finite(y) and _is_finite(x):
-                raise BadMessageError("it sent numbers that are not finite")
+                raise sockets.BadMessageError("it sent numbers that are not finite")
         self.seconds_computing += done.seconds
         return y
 
@@ -148,12 +127,12 @@ class Link:
         self._socket.close()
         self._request = None
 
-    def _greet(self, hello: Hello) -> Welcome:
-        self._socket.send(pack(hello))
-        answer, _ = unpack(self._socket.receive(time.monotonic() + _WELCOME_S))
-        if isinstance(answer, Refusal):
+    def _greet(self, hello: messages.Hello) -> messages.Welcome:
+        self._socket.send(messages.pack(hello))
+        answer, _ = messages.unpack(self._socket.receive(time.monotonic() + _WELCOME_S))
+        if isinstance(answer, messages.Refusal):
             raise _refusal(self.address, answer, hello)
-        return expect(Welcome, answer)
+        return messages.expect(messages.Welcome, answer)
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -170,14 +149,14 @@ def _is_finite(rows: torch.Tensor) -> bool:
     return math.isfinite(rows.sum(dtype=torch.float32)) or bool(rows.isfinite().all())
 
 
-def _refusal(address: Address, refusal: Refusal, hello: Hello) -> MixchatError:
+def _refusal(address: Address, refusal: messages.Refusal, hello: messages.Hello) -> MixchatError:
     if refusal.cause == "version":
         return CheckpointError(
             f"{address}: the worker runs mixchat {refusal.text}, and this is {hello.version}",
             hint="Install the same version on both machines.",
         )
     if refusal.cause == "model":
-        mine = describe_model(hello.model_name, hello.model_identity)
+        mine = messages.describe_model(hello.model_name, hello.model_identity)
         return CheckpointError(
             f"{address}: the worker has the model {refusal.text}, and this one is {mine}",
             hint="Copy the model's directory to that machine, and start the worker with it.",
@@ -193,12 +172,12 @@ class WorkerSocket:
     It is closed when it is dropped, as links are when their engine is dropped.
     """
 
-    def __init__(self, address: Address, key: bytes, silence: float = SILENCE_S) -> None:
+    def __init__(self, address: Address, key: bytes, silence: float = sockets.SILENCE_S) -> None:
         """Connect, and prove the key.
 
         Raises `UsageError` for a wrong address or key, and `ServerError` if nobody answers.
         """
-        context = open_context()
+        context = sockets.open_context()
         # This reference keeps the sockets from the garbage collector until `_close` has closed
         # them. The end of a context would wait for open sockets for ever.
         opened: list[zmq.Socket[bytes]] = []
@@ -207,15 +186,15 @@ class WorkerSocket:
         try:
             self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
             opened.append(self._socket)
-            prepare(self._socket, curve_keys(key, b"chat"), silence)
-            self._socket.curve_serverkey = curve_keys(key, b"worker").public
+            sockets.prepare(self._socket, sockets.curve_keys(key, b"chat"), silence)
+            self._socket.curve_serverkey = sockets.curve_keys(key, b"worker").public
             self._socket.reconnect_ivl = -1  # a worker that comes back has to be greeted
             self._socket.rcvtimeo = int(1000 * _POLL_S)
             self._socket.ipv6 = address.family == socket.AF_INET6
-            self._monitor = watch(self._socket, _EVENTS)
+            self._monitor = sockets.watch(self._socket, _EVENTS)
             opened.append(self._monitor)
-            self._socket.connect(endpoint(address))
-            self._shake_hands(address, time.monotonic() + HANDSHAKE_S + _POLL_S)
+            self._socket.connect(sockets.endpoint(address))
+            self._shake_hands(address, time.monotonic() + sockets.HANDSHAKE_S + _POLL_S)
         except BaseException:
             self.close()
             raise
@@ -238,22 +217,22 @@ class WorkerSocket:
             if ended:
                 raise _lost()
             if time.monotonic() >= deadline:
-                raise ConnectionLostError("it does not answer")
+                raise sockets.ConnectionLostError("it does not answer")
             ended = self.has_ended()  # a last message may still be there
 
     def has_ended(self) -> bool:
         """Return whether the other end is known to be gone."""
         if self._socket.closed:
             return True
-        ends = [event for event, _ in read_events(self._monitor) if event == zmq.EVENT_DISCONNECTED]
-        self._ended = self._ended or bool(ends)
+        events = [event for event, _ in sockets.read_events(self._monitor)]
+        self._ended = self._ended or zmq.EVENT_DISCONNECTED in events
         return self._ended
 
     def _shake_hands(self, address: Address, deadline: float) -> None:
         while time.monotonic() < deadline:
             interrupts.check()
             self._monitor.poll(int(1000 * _POLL_S))
-            for event, value in read_events(self._monitor):
+            for event, value in sockets.read_events(self._monitor):
                 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     return
                 raise _handshake_error(address, event, value)
@@ -266,8 +245,8 @@ def _close(context: zmq.Context[zmq.Socket[bytes]], opened: list[zmq.Socket[byte
     context.destroy(linger=0)
 
 
-def _lost() -> ConnectionLostError:
-    return ConnectionLostError("it has ended, or does not answer")
+def _lost() -> sockets.ConnectionLostError:
+    return sockets.ConnectionLostError("it has ended, or does not answer")
 
 
 def _handshake_error(address: Address, event: int, value: int) -> MixchatError:

@@ -17,16 +17,8 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from mixchat.base.errors import UsageError
+from mixchat.experts.workers import sockets
 from mixchat.experts.workers.address import Address
-from mixchat.experts.workers.sockets import (
-    ConnectionLostError,
-    curve_keys,
-    endpoint,
-    open_context,
-    prepare,
-    read_events,
-    watch,
-)
 
 _BACKLOG = 128
 _DOMAIN = "mixchat"
@@ -66,20 +58,20 @@ class Listener:
         self._open: dict[int, bytes | None] = {}
         self._speaker: Peer | None = None  # the last one
         self._kept: PeerMessage | None = None
-        self._context = open_context()
+        self._context = sockets.open_context()
         self._authenticator = ThreadAuthenticator(self._context)
         try:
             self._authenticator.start()
             self._authenticator.configure_curve_callback(
-                _DOMAIN, _Admission(curve_keys(key, b"chat").public)
+                _DOMAIN, _Admission(sockets.curve_keys(key, b"chat").public)
             )
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-            prepare(self._socket, curve_keys(key, b"worker"))
+            sockets.prepare(self._socket, sockets.curve_keys(key, b"worker"))
             self._socket.curve_server, self._socket.zap_domain = True, _DOMAIN.encode()
             self._socket.router_mandatory, self._socket.backlog = True, _BACKLOG
             self._socket.ipv6 = address.family == socket.AF_INET6
-            self._monitor = watch(self._socket, _EVENTS)
-            self._socket.bind(endpoint(address))
+            self._monitor = sockets.watch(self._socket, _EVENTS)
+            self._socket.bind(sockets.endpoint(address))
         except zmq.ZMQError as error:
             self.close()
             raise _listen_error(address, error) from None
@@ -118,7 +110,7 @@ class Listener:
         try:
             self._socket.send_multipart([peer.route, data], zmq.NOBLOCK)
         except zmq.ZMQError:
-            raise ConnectionLostError("it closed the connection") from None
+            raise sockets.ConnectionLostError("it closed the connection") from None
 
     def has(self, peer: Peer) -> bool:
         """Return whether the peer is still connected, as far as `receive` has seen."""
@@ -141,7 +133,7 @@ class Listener:
     def _read_events(self) -> None:
         """Note the connections that have come and gone."""
         self._read_at = time.monotonic() + _EVENTS_S
-        for event, value in read_events(self._monitor):
+        for event, value in sockets.read_events(self._monitor):
             if event == zmq.EVENT_ACCEPTED:
                 self._open[value] = None
             elif event == zmq.EVENT_DISCONNECTED:

@@ -30,6 +30,7 @@ MAX_EXPERTS = 1 << 12  # of a layer
 MAX_SLOTS = 1 << 16  # experts that a worker is told to hold
 _MAX_TEXT = 200  # characters
 
+Cause = Literal["busy", "version", "model", "room", "other"]
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -79,7 +80,7 @@ class Refusal(WorkerMessage):
     """
 
     kind: Literal["refusal"] = "refusal"
-    cause: Literal["busy", "version", "model", "room", "other"]
+    cause: Cause
     text: _Text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,24 +17,8 @@ from mixchat import __version__
 from mixchat.base import interrupts
 from mixchat.base.errors import short_message
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.workers import messages, sockets
 from mixchat.experts.workers.listener import Listener, Peer, PeerMessage
-from mixchat.experts.workers.messages import (
-    Compute,
-    Done,
-    Failed,
-    Hello,
-    Hold,
-    Refusal,
-    Welcome,
-    WorkerMessage,
-    describe_model,
-    expect,
-    pack,
-    receive_rows,
-    send_rows,
-    unpack,
-)
-from mixchat.experts.workers.sockets import SILENCE_S, BadMessageError, ConnectionLostError
 
 _POLL_S = 0.25  # between two looks at the memory, if nothing is asked
 _MIN_SLOTS = 2
@@ -52,7 +37,7 @@ class WorkerModel(Protocol):
     def slots(self) -> int:
         """Return how many experts can be held."""
 
-    def begin(self, hello: Hello) -> str:
+    def begin(self, hello: messages.Hello) -> str:
         """Prepare for a chat, and return `LinearSpec.arithmetic`. Raises `MixchatError`."""
 
     def follow_memory(self) -> None:
@@ -86,9 +71,9 @@ class WorkerModel(Protocol):
 class _RefusedError(Exception):
     """A chat cannot be served."""
 
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.text)
-        self.refusal = refusal
+    def __init__(self, cause: messages.Cause, text: str) -> None:
+        super().__init__(text)
+        self.refusal = messages.Refusal(cause=cause, text=text)
 
 
 class Server:
@@ -121,53 +106,54 @@ class Server:
         else:
             self._converse(message.peer, hello, welcome)
 
-    def _read(self, message: PeerMessage) -> Hello:
+    def _read(self, message: PeerMessage) -> messages.Hello:
         try:
-            hello = expect(Hello, unpack(message.data)[0])
-        except BadMessageError as error:
-            raise _RefusedError(Refusal(cause="other", text=error.reason)) from None
+            hello = messages.expect(messages.Hello, messages.unpack(message.data)[0])
+        except sockets.BadMessageError as error:
+            raise _RefusedError("other", error.reason) from None
         if hello.version != __version__:
-            raise _RefusedError(Refusal(cause="version", text=__version__))
+            raise _RefusedError("version", __version__)
         model = self._model
         if (hello.model_identity, hello.hidden_size) != (model.identity, model.hidden_size):
-            text = describe_model(model.name, model.identity)
-            raise _RefusedError(Refusal(cause="model", text=text))
+            text = messages.describe_model(model.name, model.identity)
+            raise _RefusedError("model", text)
         return hello
 
-    def _begin(self, hello: Hello) -> Welcome:
+    def _begin(self, hello: messages.Hello) -> messages.Welcome:
         try:
             arithmetic = self._model.begin(hello)
         except Exception as error:
-            raise _RefusedError(Refusal(cause="other", text=_reason(error))) from error
+            raise _RefusedError("other", _reason(error)) from error
         slots = self._model.slots
         if slots < _MIN_SLOTS:
             text = f"has room for {slots} of the experts, and {_MIN_SLOTS} are the fewest"
-            raise _RefusedError(Refusal(cause="room", text=text))
-        return Welcome(slots=slots, arithmetic=arithmetic)
+            raise _RefusedError("room", text)
+        return messages.Welcome(slots=slots, arithmetic=arithmetic)
 
-    def _converse(self, peer: Peer, hello: Hello, welcome: Welcome) -> None:
+    def _converse(self, peer: Peer, hello: messages.Hello, welcome: messages.Welcome) -> None:
         session = Session(self._listener, peer, self._model, hello, self._refuse_other)
         try:
-            session.send(welcome)
+            session.send(messages.pack(welcome))
             self._note(f"{peer.name}: a chat begins")
             session.run()
         except Exception as error:
             # libzmq cannot end the connection to one peer, but the peer does when it reads this.
             reason = _reason(error)
-            with suppress(ConnectionLostError):
-                session.send(Failed(reason=reason))
+            with suppress(sockets.ConnectionLostError):
+                session.send(messages.pack(messages.Failed(reason=reason)))
         self._note(f"{peer.name}: the chat ends after {session.requests} requests: {reason}")
 
     def _refuse_other(self, message: PeerMessage) -> None:
         """Answer another peer that says hello while a chat is served."""
-        with suppress(BadMessageError):
-            expect(Hello, unpack(message.data)[0])
-            self._refuse(message.peer, Refusal(cause="busy", text="is busy with another chat"))
+        with suppress(sockets.BadMessageError):
+            messages.expect(messages.Hello, messages.unpack(message.data)[0])
+            busy = messages.Refusal(cause="busy", text="is busy with another chat")
+            self._refuse(message.peer, busy)
 
-    def _refuse(self, peer: Peer, refusal: Refusal) -> None:
+    def _refuse(self, peer: Peer, refusal: messages.Refusal) -> None:
         self._note(f"{peer.name}: a chat is refused: {refusal.cause}")
-        with suppress(ConnectionLostError):
-            self._listener.send(peer, pack(refusal))
+        with suppress(sockets.ConnectionLostError):
+            self._listener.send(peer, messages.pack(refusal))
 
 
 def _reason(error: Exception) -> str:
@@ -185,11 +171,12 @@ class Session:
         listener: Listener,
         peer: Peer,
         model: WorkerModel,
-        hello: Hello,
+        hello: messages.Hello,
         answer_other: Callable[[PeerMessage], None],
     ) -> None:
         self.requests = 0
         self._listener, self._peer, self._model = listener, peer, model
+        self.send = partial(listener.send, peer)
         self._answer_other = answer_other
         self._dtype = getattr(torch, hello.dtype)
         self._room = model.slots  # that the chat side knows of
@@ -201,15 +188,11 @@ class Session:
         An error of the experts is raised, too.
         """
         while True:
-            message, piece = unpack(self._next())
-            if isinstance(message, Hold):
+            message, piece = messages.unpack(self._next())
+            if isinstance(message, messages.Hold):
                 self._hold(message)
             else:
-                self._serve(expect(Compute, message), piece)
-
-    def send(self, message: WorkerMessage) -> None:
-        """Send a message without rows. Raises `ConnectionLostError`."""
-        self._listener.send(self._peer, pack(message))
+                self._serve(messages.expect(messages.Compute, message), piece)
 
     def _next(self) -> bytes:
         """Return the next message. Until there is one, load experts, one by one, or free them."""
@@ -220,38 +203,38 @@ class Session:
                 self._model.follow_memory()
         return message
 
-    def _hold(self, message: Hold) -> None:
+    def _hold(self, message: messages.Hold) -> None:
         _require(len(message.keys) <= self._room)
         for layer, expert in message.keys:
             _require(layer < self._model.num_layers and expert < self._model.num_experts)
         self._model.hold([ExpertKey(*key) for key in message.keys])
         self._loading = True
 
-    def _serve(self, request: Compute, piece: bytes) -> None:
+    def _serve(self, request: messages.Compute, piece: bytes) -> None:
         """Compute a request, whose rows begin with `piece`."""
         _require(request.layer < self._model.num_layers)
         _require(all(expert < self._model.num_experts for expert, _ in request.experts))
         x = torch.empty(request.rows_sent, self._model.hidden_size, dtype=self._dtype)
-        receive_rows(x, piece, self._receive_piece)
+        messages.receive_rows(x, piece, self._receive_piece)
         start = time.perf_counter()
         y = self._model.compute(request.layer, request.experts, x, request.shared_row, self._check)
         seconds = time.perf_counter() - start
         assert y.shape == (request.rows, self._model.hidden_size)
         assert y.dtype == self._dtype
-        send_rows(lambda data: self._listener.send(self._peer, data), Done(seconds=seconds), y)
+        messages.send_rows(self.send, messages.Done(seconds=seconds), y)
         self.requests += 1
 
     def _receive_piece(self) -> bytes:
-        deadline = time.monotonic() + SILENCE_S
+        deadline = time.monotonic() + sockets.SILENCE_S
         while (piece := self._receive(_POLL_S)) is None:
             if time.monotonic() >= deadline:
-                raise ConnectionLostError("its rows do not arrive")
+                raise sockets.ConnectionLostError("its rows do not arrive")
         return piece
 
     def _check(self) -> None:
         """Raise if the chat side is gone, or speaks out of turn."""
         if self._receive(0.0) is not None:
-            raise BadMessageError("it sent a message out of turn")
+            raise sockets.BadMessageError("it sent a message out of turn")
 
     def _receive(self, within: float) -> bytes | None:
         """Return the chat side's next message, if one comes within so many seconds."""
@@ -262,7 +245,7 @@ class Session:
         if not self._listener.has(self._peer):
             if message is not None:
                 self._listener.keep(message)  # of the next chat
-            raise ConnectionLostError("it closed the connection")
+            raise sockets.ConnectionLostError("it closed the connection")
         if message is not None:
             self._answer_other(message)
         return None
@@ -270,4 +253,4 @@ class Session:
 
 def _require(condition: bool) -> None:
     if not condition:
-        raise BadMessageError("it asked for what the model does not have")
+        raise sockets.BadMessageError("it asked for what the model does not have")

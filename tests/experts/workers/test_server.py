@@ -29,8 +29,7 @@ from worker_double import (
 
 from mixchat.base.errors import MixchatError, UsageError
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.workers import link as link_module
-from mixchat.experts.workers import server
+from mixchat.experts.workers import sockets
 from mixchat.experts.workers.address import Address, resolve
 from mixchat.experts.workers.link import Link, WorkerSocket
 from mixchat.experts.workers.listener import Listener
@@ -133,7 +132,7 @@ def test_who_knows_the_public_key_alone_is_sent_away(
     def half_right(key: bytes, end: bytes) -> CurveKeys:
         return curve_keys(bytes(32) if end == b"chat" else key, end)
 
-    monkeypatch.setattr(link_module, "curve_keys", half_right)
+    monkeypatch.setattr(sockets, "curve_keys", half_right)
     with pytest.raises(UsageError, match="another key"):
         WorkerSocket(worker.address, KEY)
 
@@ -298,7 +297,7 @@ def test_a_message_that_is_too_long_ends_the_chat_before_it_is_read(
 def test_rows_that_never_come_end_the_chat(
     worker: ThreadedWorker, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "SILENCE_S", 0.3)
+    monkeypatch.setattr(sockets, "SILENCE_S", 0.3)
     rows = 2 * PIECE // len(ROW)
     request = Compute(layer=1, experts=((2, rows),), shared_row=False)
     link._socket.send(pack(request, bytes(PIECE)))
