@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,11 +19,16 @@ from worker_double import (
     KEY,
     PATIENCE,
     STUCK_LAYER,
+    TOKEN,
     Doubles,
+    NeverEnding,
     ThreadedWorker,
     WorkerProcess,
+    ask,
+    assert_right,
     interrupt,
     outputs,
+    row,
 )
 
 from mixchat.base import interrupts
@@ -43,26 +48,6 @@ from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.listener import Listener
 from mixchat.experts.workers.messages import Done, Hello, Welcome, pack
 from mixchat.experts.workers.sockets import PIECE, BadMessageError, ConnectionLostError
-
-TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
-
-
-def ask(
-    link: Link, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor
-) -> torch.Tensor:
-    link.start(layer, experts, x)
-    return link.finish()
-
-
-def row() -> torch.Tensor:
-    return torch.randn(1, HELLO.hidden_size).bfloat16()
-
-
-@pytest.fixture
-def link(worker: ThreadedWorker) -> Iterator[Link]:
-    opened = worker.open()
-    yield opened
-    opened.close()
 
 
 @contextmanager
@@ -109,19 +94,11 @@ def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
     thread.join(PATIENCE)
 
 
-def test_a_worker_says_what_it_has(link: Link) -> None:
-    assert link.slots == 6
-
-
-def test_one_row_goes_to_two_experts_and_two_results_come_back(link: Link) -> None:
+@pytest.mark.parametrize("experts", [TOKEN, [(7, 1)]], ids=["two", "one"])
+def test_one_row_goes_to_all_experts(link: Link, experts: list[tuple[int, int]]) -> None:
     for layer in (1, 2, 3):
         x = row()
-        assert torch.equal(ask(link, layer, TOKEN, x), outputs(layer, TOKEN, x, True))
-
-
-def test_one_row_goes_to_one_expert(link: Link) -> None:
-    x = row()
-    assert torch.equal(ask(link, 3, [(7, 1)], x), outputs(3, [(7, 1)], x))
+        assert torch.equal(ask(link, layer, experts, x), outputs(layer, experts, x, True))
 
 
 def test_each_expert_gets_its_own_rows_of_many(link: Link) -> None:
@@ -158,8 +135,9 @@ def test_a_worker_loads_the_experts_to_hold_in_their_order(
 
 def test_a_chat_s_end_frees_the_worker_for_the_next_one(worker: ThreadedWorker) -> None:
     for _ in range(3):
-        link, x = worker.open(), row()
-        assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+        link = worker.open()
+        assert link.slots == 6
+        assert_right(link)
         link.close()
     assert "after 1 requests: it closed the connection" in worker.wait_for_note("ends", 3)
 
@@ -206,8 +184,8 @@ def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(
 ) -> None:
     """Its beats tell that it lives."""
     worker.model.on_compute = lambda check: time.sleep(3)
-    link, x = worker.open(silence=2), row()
-    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+    link = worker.open(silence=2)
+    assert_right(link)
     assert link.seconds_computing >= 3
     link.close()
 
@@ -260,18 +238,10 @@ def test_what_a_worker_cannot_compute_is_said_and_the_next_chat_is_served(
 
 
 def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker: ThreadedWorker) -> None:
-    computing = threading.Event()
-
-    def never_end(check: object) -> None:
-        computing.set()
-        while True:
-            check()  # type: ignore[operator]
-            time.sleep(0.01)
-
-    worker.model.on_compute = never_end
+    worker.model.on_compute = never_end = NeverEnding()
     link = worker.open()
     link.start(1, TOKEN, row())
-    assert computing.wait(PATIENCE)
+    assert never_end.started.wait(PATIENCE)
     link.close()
     assert "closed the connection" in worker.wait_for_note("ends")
 
@@ -299,11 +269,9 @@ def test_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
 def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
     """Between layers signals are deferred: the wait looks for them by itself."""
 
-    def send_ctrl_c(check: object) -> None:
+    def send_ctrl_c(check: Callable[[], None]) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        while True:
-            check()  # type: ignore[operator]
-            time.sleep(0.01)
+        NeverEnding()(check)
 
     worker.model.on_compute = send_ctrl_c
     link = worker.open(silence=10 * PATIENCE)
@@ -356,8 +324,7 @@ def test_a_busy_worker_is_refused_and_goes_on_with_its_chat(
 ) -> None:
     with pytest.raises(ResourceError, match="busy with another chat"):
         worker.open()
-    x = row()
-    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+    assert_right(link)
 
 
 def test_a_chat_that_follows_another_waits_for_its_end(worker: ThreadedWorker) -> None:
@@ -510,7 +477,7 @@ def test_a_worker_is_reached_over_ipv6() -> None:
         worker = ThreadedWorker(at="[::1]:0")
     except UsageError:
         pytest.skip("this machine has no IPv6")
-    link, x = worker.open(), row()
-    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+    link = worker.open()
+    assert_right(link)
     link.close()
     worker.stop()

@@ -22,9 +22,14 @@ from worker_double import (
     KEY,
     PATIENCE,
     STUCK_LAYER,
+    TOKEN,
+    NeverEnding,
     ThreadedWorker,
     WorkerProcess,
+    ask,
+    assert_right,
     outputs,
+    row,
 )
 
 from mixchat.base.errors import MixchatError, UsageError
@@ -46,18 +51,11 @@ from mixchat.experts.workers.messages import (
 )
 from mixchat.experts.workers.sockets import PIECE, ConnectionLostError, CurveKeys, curve_keys
 
-TOKEN = [(2, 1), (5, 1)]
-
-
-def row() -> torch.Tensor:
-    return torch.randn(1, HELLO.hidden_size).bfloat16()
-
 
 def assert_serves(worker: ThreadedWorker) -> None:
     """A rightful chat opens, within the deadlines of a link, and gets its rows."""
-    link, x = worker.open(silence=PATIENCE), row()
-    link.start(2, TOKEN, x)
-    assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+    link = worker.open(silence=PATIENCE)
+    assert_right(link)
     link.close()
 
 
@@ -82,9 +80,7 @@ def test_strangers_block_nobody_and_do_not_show_in_a_chat(
             with suppress(OSError):
                 stranger.sendall(said[number % len(said)])
             if number % 10 == 0:
-                x = row()
-                link.start(2, TOKEN, x)
-                assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+                assert_right(link)
     link.close()
     assert_serves(worker)
 
@@ -111,9 +107,7 @@ def test_a_worker_without_a_free_descriptor_goes_on(process: WorkerProcess) -> N
             assert time.monotonic() < deadline
             time.sleep(0.01)
         for _ in range(20):
-            x = row()
-            link.start(2, TOKEN, x)
-            assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+            assert_right(link)
     link.close()
     process.open().close()
 
@@ -145,8 +139,7 @@ def test_what_travels_is_encrypted(worker: ThreadedWorker) -> None:
     passed = bytearray()
     with forwarded(worker.address, passed) as address:
         link, x = Link(address, KEY, HELLO), torch.ones(1, HELLO.hidden_size).bfloat16()
-        link.start(2, TOKEN, x)
-        assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+        assert torch.equal(ask(link, 2, TOKEN, x), outputs(2, TOKEN, x, True))
         link.close()
     assert b"CURVE" in passed
     assert HELLO.model_identity.encode() not in passed
@@ -225,13 +218,6 @@ def test_a_connection_in_a_circle_of_references_is_collected(worker: ThreadedWor
     collecting.join(PATIENCE)
     assert not collecting.is_alive()
     assert not end.alive
-
-
-@pytest.fixture
-def link(worker: ThreadedWorker) -> Iterator[Link]:
-    opened = worker.open()
-    yield opened
-    opened.close()
 
 
 ROW = bytes(2 * HELLO.hidden_size)
@@ -332,12 +318,11 @@ def test_a_chat_may_ask_for_as_many_experts_as_it_was_told_that_there_is_room_fo
     worker: ThreadedWorker,
 ) -> None:
     """Other programs may have taken the memory since."""
-    link, x = worker.open(), row()
+    link = worker.open()
     worker.wait_for_note("begins")
     worker.model.slots = 3
     link.hold([ExpertKey(1, expert) for expert in range(6)])
-    link.start(2, TOKEN, x)
-    assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+    assert_right(link)
     link.close()
 
 
@@ -372,18 +357,10 @@ link.finish()
 def test_a_chat_side_that_is_killed_in_the_midst_of_a_request_frees_the_worker(
     worker: ThreadedWorker,
 ) -> None:
-    computing = threading.Event()
-
-    def never_end(check: object) -> None:
-        computing.set()
-        while True:
-            check()  # type: ignore[operator]
-            time.sleep(0.01)
-
-    worker.model.on_compute = never_end
+    worker.model.on_compute = never_end = NeverEnding()
     command = [sys.executable, "-c", CHAT_SIDE, str(worker.address)]
     chat = subprocess.Popen(command, cwd=os.path.dirname(__file__))
-    assert computing.wait(PATIENCE)
+    assert never_end.started.wait(PATIENCE)
     chat.kill()
     chat.wait(PATIENCE)
     worker.wait_for_note("ends")

@@ -27,6 +27,39 @@ PATIENCE = 60  # seconds, after which a test fails instead of hanging
 SILENCE = 1.0  # seconds, where a test waits for a worker that hangs
 
 
+TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
+
+
+def row() -> torch.Tensor:
+    return torch.randn(1, HELLO.hidden_size).bfloat16()
+
+
+def ask(
+    link: Link, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor
+) -> torch.Tensor:
+    link.start(layer, experts, x)
+    return link.finish()
+
+
+def assert_right(link: Link, layer: int = 2) -> None:
+    """A token's row gets the outputs of both experts."""
+    x = row()
+    assert torch.equal(ask(link, layer, TOKEN, x), outputs(layer, TOKEN, x, True))
+
+
+class NeverEnding:
+    """As `on_compute`: computes until the worker notices that nobody waits for the result."""
+
+    def __init__(self) -> None:
+        self.started = threading.Event()
+
+    def __call__(self, check: Callable[[], None]) -> None:
+        self.started.set()
+        while True:
+            check()
+            time.sleep(0.01)
+
+
 def outputs(
     layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor, shared_row: bool = False
 ) -> torch.Tensor:
