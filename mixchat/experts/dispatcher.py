@@ -208,7 +208,7 @@ class Dispatcher:
     def _divide(
         self, rows: LayerRows
     ) -> tuple[list[ExpertKey], list[tuple[WorkerExperts, list[ExpertKey]]]]:
-        """Return the experts that this machine computes, and those of each worker."""
+        """Return the experts that this machine computes, and the experts for each worker."""
         if not self._workers:
             return list(rows.counts), []
         shares = share(rows.counts, {key: self._holders(key) for key in rows.counts})
