@@ -50,7 +50,7 @@ class DeviceCompute:
         self._request()
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
-        """Start loading predicted experts, after those of `begin`."""
+        """Start loading predicted experts, after the experts of `begin`."""
         self.fetcher.prefetch(keys, pinned=self._order)
 
     def compute_next(self, rows: LayerRows) -> bool:
@@ -94,9 +94,9 @@ class HostCompute:
     """Chooses between copying an expert and computing it in RAM, and computes it there.
 
     copy_seconds: to copy one expert to the GPU. host_seconds: to compute one on the CPU, by rows.
-    Copying and computing overlap, so that of several experts some are copied and some are not. With
-    a copy in 4 ms and 3 ms for a row on the CPU, of two experts with a row each one is copied and
-    one computed. That takes 4 ms, not 8 or 6.
+    Copying and computing overlap, so some experts are copied and others computed. If a copy takes
+    4 ms and a row on the CPU 3 ms, two experts with a row each take 4 ms, not 8 or 6. One is copied
+    and one computed.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class ExpertRunner(Protocol):
     ) -> torch.Tensor:
         """Return the weighted sum of the selected experts' outputs, for each token.
 
-        hidden_states: [T, D]; selected_experts: [T, K], int64; routing_weights: [T, K], float32.
+        hidden_states: [T, D]. selected_experts: [T, K], int64. routing_weights: [T, K], float32.
         Returns [T, D] in the type of hidden_states. With `exact` a token's result does not depend
         on the others, as far as `Linear` can do that.
         """

@@ -112,9 +112,9 @@ class Link:
         (request, x, deadline), self._request = self._request, None
         with self._closed_on_error():
             answer, piece = messages.unpack(self._socket.receive(deadline))
-            if isinstance(answer, messages.Failed):
+            if isinstance(answer, messages.Ended):
                 raise sockets.ConnectionLostError(answer.reason)
-            done = messages.expect(messages.Done, answer)
+            done = messages.expect(messages.Computed, answer)
             y = torch.empty(request.rows, self._hidden_size, dtype=self._dtype)
             messages.receive_rows(y, piece, lambda: self._socket.receive(deadline))
             if not _is_finite(y) and _is_finite(x):

@@ -128,24 +128,24 @@ class Compute(WorkerMessage):
         return self
 
 
-class Done(WorkerMessage):
+class Computed(WorkerMessage):
     """The worker's answer to a request: the seconds that it computed. The result's rows follow."""
 
-    kind: Literal["done"] = "done"
+    kind: Literal["computed"] = "computed"
     seconds: float = Field(ge=0, allow_inf_nan=False)
 
 
-class Failed(WorkerMessage):
+class Ended(WorkerMessage):
     """The worker's last message: why it ends the chat."""
 
-    kind: Literal["failed"] = "failed"
+    kind: Literal["ended"] = "ended"
     reason: _Text
 
 
 _Message = TypeVar("_Message", bound=WorkerMessage)
 _ANY: TypeAdapter[WorkerMessage] = TypeAdapter(
     Annotated[
-        Hello | Welcome | Refusal | Hold | Compute | Done | Failed, Field(discriminator="kind")
+        Hello | Welcome | Refusal | Hold | Compute | Computed | Ended, Field(discriminator="kind")
     ]
 )
 
@@ -162,7 +162,7 @@ def unpack(data: bytes) -> tuple[WorkerMessage, bytes]:
         message = _ANY.validate_json(line)
     except ValidationError:
         message = None
-    if message is None or (rows and not isinstance(message, Compute | Done)):
+    if message is None or (rows and not isinstance(message, Compute | Computed)):
         raise BadMessageError("it sent a message that makes no sense")
     return message, rows
 

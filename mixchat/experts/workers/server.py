@@ -140,7 +140,7 @@ class Server:
             # libzmq cannot end the connection to one peer, but the peer does when it reads this.
             reason = _reason(error)
             with suppress(sockets.ConnectionLostError):
-                session.send(messages.pack(messages.Failed(reason=reason)))
+                session.send(messages.pack(messages.Ended(reason=reason)))
         self._note(f"{peer.name}: the chat ends after {session.requests} requests: {reason}")
 
     def _refuse_other(self, message: PeerMessage) -> None:
@@ -221,7 +221,7 @@ class Session:
         seconds = time.perf_counter() - start
         assert y.shape == (request.rows, self._model.hidden_size)
         assert y.dtype == self._dtype
-        messages.send_rows(self.send, messages.Done(seconds=seconds), y)
+        messages.send_rows(self.send, messages.Computed(seconds=seconds), y)
         self.requests += 1
 
     def _receive_piece(self) -> bytes:

@@ -46,7 +46,7 @@ from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address, resolve
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.listener import Listener
-from mixchat.experts.workers.messages import Done, Hello, Welcome, pack
+from mixchat.experts.workers.messages import Computed, Hello, Welcome, pack
 from mixchat.experts.workers.sockets import PIECE, BadMessageError, ConnectionLostError
 
 
@@ -70,7 +70,7 @@ def address_of(listener: socket.socket) -> Address:
     return resolve(str(NetworkAddress(*listener.getsockname())))
 
 
-DONE = pack(Done(seconds=1))
+DONE = pack(Computed(seconds=1))
 WELCOME = pack(Welcome(slots=6, arithmetic="words"))
 
 
@@ -442,7 +442,7 @@ NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8)
         (DONE + bytes(ROW), "rows of another size"),
         (DONE, "rows of another size"),
         (DONE + NAN, "numbers that are not finite"),
-        (b'{"kind":"done","seconds":NaN}\n' + bytes(2 * ROW), "a message that makes no sense"),
+        (b'{"kind":"computed","seconds":NaN}\n' + bytes(2 * ROW), "a message that makes no sense"),
         (DONE[:5], "a message that makes no sense"),
         (WELCOME, "a message out of turn"),
         (b"", "a message that makes no sense"),

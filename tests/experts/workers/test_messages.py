@@ -15,8 +15,8 @@ from mixchat.experts.workers.messages import (
     MAX_EXPERTS,
     MAX_SLOTS,
     Compute,
-    Done,
-    Failed,
+    Computed,
+    Ended,
     Hold,
     Refusal,
     Welcome,
@@ -38,8 +38,8 @@ experts = st.dictionaries(indices, st.integers(1, 200), min_size=1, max_size=9)
         Welcome(slots=24, arithmetic="words"),
         Refusal(cause="busy", text="is busy"),
         Hold(keys=((3, 1), (0, 7), (3, 0))),
-        Done(seconds=0.25),
-        Failed(reason="the disk says no"),
+        Computed(seconds=0.25),
+        Ended(reason="the disk says no"),
     ],
     ids=lambda message: message.kind,
 )
@@ -109,6 +109,6 @@ def test_a_welcome_that_makes_no_sense_is_refused(slots: object) -> None:
     ],
 )
 def test_the_other_end_s_text_is_safe_to_show(text: str, shown: str) -> None:
-    assert unpack(pack(Failed(reason=text)))[0] == Failed(reason=shown)
-    sent = json.dumps({"kind": "failed", "reason": text.replace("\udcff", "?")})
-    assert unpack(sent.encode())[0] == Failed(reason=shown)
+    assert unpack(pack(Ended(reason=text)))[0] == Ended(reason=shown)
+    sent = json.dumps({"kind": "ended", "reason": text.replace("\udcff", "?")})
+    assert unpack(sent.encode())[0] == Ended(reason=shown)

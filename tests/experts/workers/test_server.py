@@ -40,8 +40,8 @@ from mixchat.experts.workers.link import Link, WorkerSocket
 from mixchat.experts.workers.listener import Listener
 from mixchat.experts.workers.messages import (
     Compute,
-    Done,
-    Failed,
+    Computed,
+    Ended,
     Hold,
     Refusal,
     WorkerMessage,
@@ -238,7 +238,7 @@ ODD_MESSAGES = {
     "no JSON": b"\0x",
     "an unknown kind": b'{"kind": "x"}',
     "a second hello": pack(HELLO),
-    "a worker's word": pack(Done(seconds=1)),
+    "a worker's word": pack(Computed(seconds=1)),
     "no experts": request_with(experts=[]),
     "half a request": pack(REQUEST)[:-2],
     "no row": pack(REQUEST),
@@ -266,7 +266,7 @@ ODD_MESSAGES = {
 def test_an_odd_message_ends_the_chat_and_the_next_one_is_served(
     worker: ThreadedWorker, link: Link, name: str
 ) -> None:
-    reason = expect(Failed, answer_to(link._socket, ODD_MESSAGES[name])).reason
+    reason = expect(Ended, answer_to(link._socket, ODD_MESSAGES[name])).reason
     assert reason.endswith(("makes no sense", "out of turn", "does not have", "another size"))
     assert worker.wait_for_note("ends").endswith(reason)
     assert_serves(worker)
