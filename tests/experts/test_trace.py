@@ -1,6 +1,5 @@
 import errno
 import json
-import os
 import subprocess
 import sys
 from contextlib import closing
@@ -73,13 +72,6 @@ def test_nothing_is_recorded_after_the_end(path: Path) -> None:
     file.add(0, [0, 1])
     file.add(1, [2, 3])
     assert forwards(path) == []
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "full").symlink_to("/dev/full")
-    with pytest.raises(ResourceError, match=r"full: cannot be written \(No space left"):
-        writer(tmp_path / "full")
 
 
 def test_a_disk_that_fills_up_is_an_error_once(path: Path) -> None:

@@ -76,14 +76,6 @@ def test_what_makes_all_dearer_for_a_while_does_not_change_the_choice() -> None:
     assert best > 3600
 
 
-def test_one_way_only_is_always_the_way() -> None:
-    tuner = Tuner(["only"], 2)
-    for _ in range(300):
-        assert tuner.variant == "only"
-        tuner.add(1, 1)
-    assert set(tuner._costs[0]) == {1}
-
-
 def test_a_round_may_come_in_pieces_and_its_cost_is_by_the_unit() -> None:
     tuner = Tuner("AB", 10)
     for cost, units in ((1.0, 3), (2.0, 0), (0.5, 6)):

@@ -403,12 +403,6 @@ def test_a_worker_serves_chats_until_it_is_over() -> None:
     for _ in range(2):
         assert_serves(worker)
     worker.stop()
-
-
-def test_a_port_is_free_at_once_when_its_worker_has_ended() -> None:
-    worker = ThreadedWorker()
-    assert_serves(worker)
-    worker.stop()
-    again = ThreadedWorker(at=str(worker.address))
+    again = ThreadedWorker(at=str(worker.address))  # its port is free at once
     assert_serves(again)
     again.stop()
