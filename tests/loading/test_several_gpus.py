@@ -134,7 +134,7 @@ def test_gpus_are_named_in_any_order_and_number(
     named: dict[str, Any] = {"device": "paper:2, paper:0", "exact_prompts": exact}
     engine = load(case("nf4"), 3, EXPERTS, others=(3,), **named)
     assert engine.device == torch.device("paper", 2)
-    assert {device.number for device in engine.experts._devices} == {0, 2}  # type: ignore[attr-defined]
+    assert {device.device.index for device in engine.experts._devices} == {0, 2}  # type: ignore[attr-defined]
     assert text(engine) == expected
 
 
@@ -214,10 +214,10 @@ def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
     sources, disks = set(), set()
     for number, device in enumerate(dispatcher._devices):
         store = device.fetcher._store
-        assert store._side.index == device.number == number
+        assert store._side.index == device.device.index == number
         assert {slot.block.device.index for slot in store._slots.values()} == {number}
         held = {slot.holds for slot in store._slots.values()} - {None}
-        assert {dispatcher._home(key) for key in held} <= {number}
+        assert {dispatcher._owner(key) for key in held} <= {number}
         sources.add(id(store._source))
         disks.add(id(getattr(store._source, "_source", store._source)))
     assert len(sources) == len(disks) == len(dispatcher._devices)
@@ -349,7 +349,7 @@ def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does
     monkeypatch.setattr(paper, "allocated", failing)
     assert text(engine) == expected
     assert notes == [f"GPU {full} ran out of memory: 6 experts fit now"]
-    assert [device.slots for device in engine.experts._devices] == [[2, 4], [4, 2]][full]  # type: ignore[attr-defined]
+    assert [device.fetcher.slots for device in engine.experts._devices] == [[2, 4], [4, 2]][full]  # type: ignore[attr-defined]
 
 
 def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(
@@ -449,7 +449,7 @@ def test_what_workers_leave_to_two_gpus_is_spread_over_both(
     dispatcher: Any = engine.experts
     alone_here = {ExpertKey(*key) for key in product(range(LAYERS), range(4))} - worker.held
     here = alone_here | dispatcher._copies
-    assert Counter(map(dispatcher._home, here)) == {0: len(here) // 2, 1: len(here) // 2}
+    assert Counter(map(dispatcher._owner, here)) == {0: len(here) // 2, 1: len(here) // 2}
     assert text(engine) == expected
     assert text(engine) == expected
     held = [key for key in alone_here if dispatcher.tier(key) in ("device", "other-device")]
