@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import Policy
+from mixchat.experts.cache import ExpertKey, Policy
 from mixchat.experts.trace import Trace
 
 A, B, C, D = (ExpertKey(0, expert) for expert in range(4))

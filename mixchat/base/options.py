@@ -12,7 +12,7 @@ from mixchat.base.errors import UsageError
 from mixchat.base.quantities import MemoryBudget
 
 CacheBits = Literal[8, 16]
-DEFAULT_POLICY = "layered"  # of `experts.policies.POLICIES`
+DEFAULT_POLICY = "layered"  # of `experts.cache.POLICIES`
 
 WORKER_PORT = 7917
 _ADDRESS_HINT = f"Write it like 192.168.1.5, 192.168.1.5:{WORKER_PORT} or [fe80::1]:{WORKER_PORT}."
@@ -76,7 +76,7 @@ class LoadOptions:
     - parallel: the conversations at once, each with a KV cache of this context
     - speculation: verify several tokens in one pass if text is repeated
     - device: torch's name, or several with commas between them
-    - cache_policy: a key of `experts.policies.POLICIES`
+    - cache_policy: a key of `experts.cache.POLICIES`
     - trace: a file that gets the routing
     - workers: their addresses, HOST[:PORT]
     - key_file: the file of the workers' key

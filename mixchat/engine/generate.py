@@ -19,8 +19,8 @@ from mixchat.engine.passes import CachedPrefix, ForwardPasses
 from mixchat.engine.sampling import Constraint
 from mixchat.engine.speculation import Speculation
 from mixchat.engine.stats import GenerationStats
+from mixchat.experts.cache import ExpertStats
 from mixchat.experts.holder import ExpertHolder
-from mixchat.experts.stats import ExpertStats
 from mixchat.weights.format.blueprint import Blueprint
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from mixchat.engine.attention import SingleTokenContext
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
-from mixchat.experts.keys import ExpertKey
 from mixchat.kernels import router, rows
 from mixchat.kernels.program import Stage, alone, side_by_side
 from mixchat.weights.format.blueprint import Expert

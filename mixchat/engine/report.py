@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mixchat.experts.stats import ExpertStats
+from mixchat.experts.cache import ExpertStats
 
 
 @dataclass

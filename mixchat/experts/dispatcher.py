@@ -1,4 +1,4 @@
-"""Dispatches the rows of a layer to those who hold its experts, and combines the outputs.
+"""Dispatches the rows of a layer to the holders of its experts, and combines the outputs.
 
 T = tokens, D = hidden_size, K = num_experts_per_tok.
 """
@@ -6,56 +6,77 @@ T = tokens, D = hidden_size, K = num_experts_per_tok.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from typing import Protocol
 
 import torch
 
 from mixchat.base import gpu
-from mixchat.experts.cached_experts import CachedExperts
-from mixchat.experts.holder import WorkerExperts
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.compute import DeviceCompute
+from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.prefetch import Prefetch, ranked_keys
 from mixchat.experts.sharing import share
-from mixchat.experts.stats import ExpertStats
 from mixchat.weights.format.blueprint import Expert
 
-_HERE = 0  # this machine, among those who hold an expert
+_LOCAL = 0  # the number of this machine among the holders. Workers count from 1
+
+
+class WorkerExperts(Protocol):
+    """A worker on another machine, as the chat side sees it. No method raises its faults."""
+
+    @property
+    def held(self) -> Collection[ExpertKey]:
+        """Return the experts that it holds, or none while it is lost."""
+
+    def begin_turn(self) -> None:
+        """Connect again if the worker was lost."""
+
+    def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        """Send the rows of these experts."""
+
+    def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
+        """Store the outputs in `rows`, and return the experts that it has not computed."""
+
+    def close(self) -> None:
+        """End the chat with the worker, which can then serve another one."""
 
 
 class Dispatcher:
     """An `ExpertHolder`: the devices of this machine, and workers on others.
 
-    devices: the first one computes the rest of the model; `home` gives the index of the device that
-    computes an expert where no worker does. copies: experts that are to be held on their device
-    although a worker holds them. `stats` is that of all devices' fetchers.
+    devices: the first one computes the rest of the model. owner: the index of the device that
+    computes an expert unless a worker does. copies: experts that a worker holds and that their
+    device is to hold, too. stats: the counts of all devices' fetchers.
 
-    Rows go to the workers first; the devices compute while these do; then outputs come back. What a
-    worker fails to compute is computed at home, from the same rows, so that a fault does not show
-    in the result.
+    Rows go to the workers first. Then the devices compute, and outputs come back at the end. If a
+    worker fails, this machine computes its experts from the same rows, so that a fault does not
+    show in the result.
     """
 
     def __init__(
         self,
-        devices: Sequence[CachedExperts],
+        devices: Sequence[DeviceCompute],
         stats: ExpertStats,
         *,
-        home: Callable[[ExpertKey], int] = lambda key: 0,
+        owner: Callable[[ExpertKey], int] = lambda key: 0,
         prefetch: Prefetch | None = None,
         workers: Sequence[WorkerExperts] = (),
         copies: Set[ExpertKey] = frozenset(),
     ) -> None:
-        self._devices, self.stats, self._home = devices, stats, home
+        self._devices, self.stats, self._owner = devices, stats, owner
+        self._fetchers = [device.fetcher for device in devices]
         self._prefetch, self._workers, self._copies = prefetch, workers, copies
-        self._look_around()
+        self._note_workers()
 
     @property
     def slots(self) -> int:
-        return sum(device.slots for device in self._devices)
+        return sum(fetcher.slots for fetcher in self._fetchers)
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
         slots: dict[str, int] = {}
-        counts = [item for device in self._devices for item in device.slots_by_tier.items()]
+        counts = [item for fetcher in self._fetchers for item in fetcher.slots_by_tier.items()]
         for tier, count in sorted(counts, key=lambda item: item[0] == "host"):  # RAM comes last
             slots[tier] = slots.get(tier, 0) + count
         if self._workers:
@@ -64,58 +85,58 @@ class Dispatcher:
 
     @property
     def bytes_held(self) -> int:
-        return sum(device.bytes_held for device in self._devices)
+        return sum(fetcher.bytes_held for fetcher in self._fetchers)
 
     def tier(self, key: ExpertKey) -> str:
-        device = self._devices[self._home(key)]
+        fetcher = self._fetcher(key)
         on_worker = any(key in worker.held for worker in self._workers)
-        return "worker" if on_worker and not device.holds(key) else device.tier(key)
+        return "worker" if on_worker and not fetcher.holds(key) else fetcher.tier(key)
 
     def holds(self, key: ExpertKey) -> bool:
         """Return whether the expert is in the memory of its device."""
-        return self._devices[self._home(key)].holds(key)
+        return self._fetcher(key).holds(key)
 
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Return the first of these experts that each device has slots for."""
-        room = [device.slots for device in self._devices]
+        room = [fetcher.slots for fetcher in self._fetchers]
         fit = []
         for key in keys:
-            if room[self._home(key)]:
-                room[self._home(key)] -= 1
+            if room[self._owner(key)]:
+                room[self._owner(key)] -= 1
                 fit.append(key)
         return fit
 
-    def load(self, key: ExpertKey, beside: Collection[ExpertKey]) -> None:
-        """Bring an expert into the memory of its device; those in `beside` are not evicted."""
-        self._devices[self._home(key)].load(key, beside)
+    def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
+        """Bring an expert into the memory of its device. Those in `pinned` are not evicted."""
+        self._fetcher(key).load(key, pinned)
 
     def follow_memory(self) -> None:
-        """Hold fewer experts where other programs need the memory, or more again."""
-        for device in self._devices:
-            device.follow_memory()
+        """Hold fewer experts if other programs need the memory, or more again."""
+        for fetcher in self._fetchers:
+            fetcher.follow_memory()
 
     def close(self) -> None:
-        for device in self._devices:
-            device.close()
+        for fetcher in self._fetchers:
+            fetcher.close()
         for worker in self._workers:
             worker.close()
 
     def halve(self, number: int | None = None) -> bool:
-        full = [device for device in self._devices if number in (None, device.number)]
-        halved = [device.halve() for device in full or self._devices]
+        full = [each.fetcher for each in self._devices if number in (None, each.device.index)]
+        halved = [fetcher.halve() for fetcher in full or self._fetchers]
         return any(halved)
 
     def begin_turn(self) -> None:
         for worker in self._workers:
             worker.begin_turn()
-        self._look_around()
+        self._note_workers()
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
-        alone = len(self._devices) == 1 and not self._workers
-        return self._devices[0].resident(layers) if alone else ()
+        is_alone = len(self._fetchers) == 1 and not self._workers
+        return self._fetchers[0].resident(layers) if is_alone else ()
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
-        self._devices[0].note_hits(keys)
+        self._fetchers[0].note_hits(keys)
 
     def run(
         self,
@@ -137,20 +158,20 @@ class Dispatcher:
         *,
         exact: bool = False,
     ) -> LayerRows:
-        """Return the outputs of the selected experts; all are as in `run`."""
+        """Return the outputs of the selected experts. The arguments are as in `run`."""
         rows, predicted = self._read(layer, hidden_states, selected_experts, exact)
-        at_home, sent = self._shared(rows)
+        local, sent = self._divide(rows)
         for worker, keys in sent:
             worker.begin(rows, keys)
-        self._begin_at_home(rows, at_home)
+        self._begin(rows, local)
         self._look_ahead(rows, predicted)
-        self._finish_at_home(rows)
+        self._finish(rows)
         failed = [key for worker, _ in sent for key in worker.finish(rows)]
         self.stats.hits.update(key for _, keys in sent for key in keys if key not in failed)
         if failed:
-            self._look_around()
-            self._begin_at_home(rows, failed)
-            self._finish_at_home(rows)
+            self._note_workers()
+            self._begin(rows, failed)
+            self._finish(rows)
         return rows
 
     def _read(
@@ -158,9 +179,9 @@ class Dispatcher:
     ) -> tuple[LayerRows, torch.Tensor | None]:
         """Return the rows of each expert, and the predicted experts, on the CPU.
 
-        A GPU that decodes is waited for here, and nowhere else in a layer: what may be needed of it
-        is read together. Else the predicted ones are None, and read later: the next experts are
-        then on their way first.
+        A GPU that decodes is waited for only here in a layer, so all that may be needed of it is
+        read at once. Otherwise the predicted experts are None and are read later, so that the next
+        experts are on their way first.
         """
         decodes = hidden_states.shape[0] == 1 and gpu.is_gpu(hidden_states.device)
         on_cpu, predicts = decodes and self._needs_rows_on_cpu, decodes and self._predicts
@@ -177,43 +198,42 @@ class Dispatcher:
 
     @property
     def _predicts(self) -> bool:
-        return self._prefetch is not None and not all(part.holds_all for part in self._devices)
+        return self._prefetch is not None and not all(each.holds_all for each in self._fetchers)
 
     @property
     def _needs_rows_on_cpu(self) -> bool:
-        """Return whether rows of a GPU may be needed on the CPU: by itself, or for a worker."""
-        used = any(device.may_use_rows_on_cpu and not device.holds_all for device in self._devices)
-        return used or bool(self._workers)
+        """Return whether the CPU or a worker may need rows of a GPU."""
+        return bool(self._workers) or any(each.may_use_rows_on_cpu for each in self._devices)
 
-    def _shared(
+    def _divide(
         self, rows: LayerRows
     ) -> tuple[list[ExpertKey], list[tuple[WorkerExperts, list[ExpertKey]]]]:
-        """Return the experts that this machine computes, and those of each worker."""
+        """Return the experts that this machine computes, and the experts for each worker."""
         if not self._workers:
             return list(rows.counts), []
         shares = share(rows.counts, {key: self._holders(key) for key in rows.counts})
-        at_home = shares.pop(_HERE, [])
-        return at_home, [(self._workers[number - 1], keys) for number, keys in shares.items()]
+        local = shares.pop(_LOCAL, [])
+        return local, [(self._workers[number - 1], keys) for number, keys in shares.items()]
 
     def _holders(self, key: ExpertKey) -> list[int]:
-        """Return who can compute an expert at once: `_HERE`, or a worker counted from 1."""
+        """Return the numbers of the holders that can compute an expert at once."""
         workers = [n for n, worker in enumerate(self._workers, start=1) if key in worker.held]
-        copied = key in self._copies and self._devices[self._home(key)].holds(key)
-        return [_HERE, *workers] if copied or not workers else workers
+        is_copied = key in self._copies and self.holds(key)
+        return [_LOCAL, *workers] if is_copied or not workers else workers
 
-    def _begin_at_home(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+    def _begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         for number, device in enumerate(self._devices):
-            device.begin(rows, [key for key in keys if self._home(key) == number])
+            device.begin(rows, [key for key in keys if self._owner(key) == number])
 
-    def _finish_at_home(self, rows: LayerRows) -> None:
-        # In turns, so that what one device holds does not wait for what another one has to fetch.
-        # The first one comes last: it has the most to do, and others only have to be told.
-        left = list(reversed(self._devices))
-        while left:
-            left = [device for device in left if device.compute_next(rows)]
+    def _finish(self, rows: LayerRows) -> None:
+        # In turns, so that one device's resident experts do not wait for another one's loads. The
+        # first one comes last, because it has the most to do, and others only have to be told.
+        busy = list(reversed(self._devices))
+        while busy:
+            busy = [device for device in busy if device.compute_next(rows)]
 
     def _look_ahead(self, rows: LayerRows, predicted: torch.Tensor | None) -> None:
-        """Prefetch the copies of experts that workers compute now, and what is predicted."""
+        """Prefetch the copies of experts that workers compute now, and the predicted experts."""
         if self._prefetch is None or not self._predicts:
             return
         if predicted is None:
@@ -221,10 +241,13 @@ class Dispatcher:
         copies = [key for key in rows.counts if key in self._copies]
         keys = [*copies, *ranked_keys(rows.layer, predicted)]
         for number, device in enumerate(self._devices):
-            device.prefetch(key for key in keys if self._home(key) == number)
+            device.prefetch(key for key in keys if self._owner(key) == number)
 
-    def _look_around(self) -> None:
+    def _note_workers(self) -> None:
         """Note which experts workers hold now."""
         held = frozenset(key for worker in self._workers for key in worker.held) - self._copies
-        for number, device in enumerate(self._devices):
-            device.elsewhere = frozenset(key for key in held if self._home(key) == number)
+        for number, fetcher in enumerate(self._fetchers):
+            fetcher.on_workers = frozenset(key for key in held if self._owner(key) == number)
+
+    def _fetcher(self, key: ExpertKey) -> Fetcher:
+        return self._fetchers[self._owner(key)]

@@ -1,29 +1,27 @@
-"""Brings experts into their slots: those requested, and those predicted to be needed."""
+"""Brings the experts of one device into their slots, on request or because they are predicted."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
+from itertools import takewhile
 
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.memory import MemoryWatch
-from mixchat.experts.mover import Mover, Transfer
+from mixchat.experts.mover import ExpertLoad, Mover
 from mixchat.experts.placement import MIN_SLOTS, Placement
-from mixchat.experts.policies import Passes
-from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertStore
 from mixchat.weights.format.blueprint import Expert
 
-RESIDENT, COMING, MISSING = range(3)
-PREFETCHES_AT_ONCE = 4
+RESIDENT, LOADING, MISSING = range(3)
+_MAX_PREFETCHES = 4  # at once
 
 
 class Fetcher:
-    """Experts of a store: a cache decides in which slots, a mover brings them.
+    """Holds the experts of one device. A cache assigns their slots, a mover fills them.
 
-    An expert can be in the cache while its bytes are still on their way; `_coming` has these.
-    `stats` may be shared with other fetchers.
+    An expert can be in the cache while its bytes are still on their way. `_loads` has these.
+    Workers compute those in `on_workers` as long as they can. Several fetchers may share `stats`.
     """
 
     def __init__(
@@ -37,9 +35,10 @@ class Fetcher:
     ) -> None:
         self._cache, self._store, self._placement = cache, store, placement
         self._passes, self.stats, self._watch = passes, stats, watch
+        self.on_workers: Set[ExpertKey] = frozenset()
         self._mover = Mover(store.stream)
-        self._coming: dict[ExpertKey, Transfer] = {}
-        self._counted = 0  # bytes that the store has moved, as far as `stats` has them
+        self._loads: dict[ExpertKey, ExpertLoad] = {}
+        self._counted = 0  # of the bytes that the store has moved, those that `stats` has
 
     @property
     def slots(self) -> int:
@@ -49,20 +48,22 @@ class Fetcher:
     @property
     def slots_by_tier(self) -> dict[str, int]:
         """Return how many experts may be held in each of the faster tiers."""
-        behind = {"host": self._placement.host_slots} if self._placement.host_slots else {}
-        return {self._store.name: self.slots, **behind}
+        host = {"host": self._placement.host_slots} if self._placement.host_slots else {}
+        return {self._store.name: self.slots, **host}
 
     @property
     def bytes_held(self) -> int:
-        """Return the bytes of memory that experts take where they are computed."""
+        """Return the bytes of memory that experts take on the device."""
         return self._store.nbytes
 
-    def holds_all(self, but: Set[ExpertKey] = frozenset()) -> bool:
-        """Return whether there is nothing left to fetch of all experts `but` these."""
-        needed = self._placement.experts - len(but)
-        if self._coming or len(self._cache) < needed:
+    @property
+    def holds_all(self) -> bool:
+        """Return whether the device holds all experts that no worker computes."""
+        needed = self._placement.experts - len(self.on_workers)
+        if self._loads or len(self._cache) < needed:
             return False
-        return not but or sum(key not in but for key in self._cache) == needed
+        own = (key for key in self._cache if key not in self.on_workers)
+        return not self.on_workers or sum(1 for _ in own) == needed
 
     def tier(self, key: ExpertKey) -> str:
         """Return the tier of the expert's fastest copy: `device`, `host` or `disk`."""
@@ -73,163 +74,169 @@ class Fetcher:
         return self.state(key) == RESIDENT
 
     def state(self, key: ExpertKey) -> int:
-        """Return `RESIDENT`, `COMING` or `MISSING`."""
+        """Return `RESIDENT`, `LOADING` or `MISSING`."""
         if key not in self._cache:
             return MISSING
-        return COMING if key in self._coming else RESIDENT
+        return LOADING if key in self._loads else RESIDENT
 
-    def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
-        """Note the router's choice for a layer: cancel prefetches of its other experts."""
-        self._passes.enter(layer)
-        self.follow_memory()
-        for key, transfer in list(self._coming.items()):
-            if not transfer.is_prefetch or key.layer != layer:
-                continue
-            ended = transfer.ended
-            if key in chosen:
-                self.stats.right_predictions += 1
-                self._mover.promote(transfer)
-                if not ended:
-                    self.stats.late_predictions += 1
-                    self.stats.misses[key] += 1
-            elif not ended:
-                transfer.cancelled = True
-            if transfer.cancelled or transfer.failed:
-                self._give_up(key)
-            elif ended:
-                del self._coming[key]
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+        """Return the experts of the first layers whose experts are all in slots.
 
-    def follow_memory(self) -> None:
-        """Hold fewer experts where other programs need the memory, or more again."""
-        if self._watch is not None:
-            # A prefetch that was given up has left the cache, and its memory to the next one.
-            self.resize(self._watch.limit(len(self._store.blocks)))
-
-    def request(self, window: Sequence[ExpertKey], beside: Collection[ExpertKey] = ()) -> None:
-        """Start loading those that are missing, until only slots of others in `window` are left.
-
-        Those in `beside` are not evicted either.
+        Return nothing if any expert may be evicted for another one.
         """
-        for key in window:
-            if key not in self._cache or self._failed(key):
-                if not self._send(Transfer(key), {*window, *beside}):
-                    return
-                self.stats.misses[key] += 1
+        self.follow_memory()
+        if self._cache.limit < self._placement.experts:
+            return ()
+        whole = takewhile(lambda keys: all(map(self.holds, keys)), layers)
+        return [[self._expert(self._cache.slot_of(key)) for key in keys] for keys in whole]
 
-    def prefetch(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey]) -> None:
-        """Start loading missing experts that are predicted; evict no pinned or prefetched ones."""
-        on_their_way = sum(transfer.is_prefetch for transfer in self._coming.values())
-        room = min(PREFETCHES_AT_ONCE, self.slots // 4) - on_their_way
-        for key in keys:
-            if key in self._cache:
-                continue
-            if room <= 0 or not self._send(Transfer(key, is_prefetch=True), pinned):
-                return
-            self.stats.predictions += 1
-            room -= 1
-
-    @property
-    def has_room_for_all(self) -> bool:
-        """Return whether no expert is evicted to make room for another one."""
-        return self._cache.limit >= self._placement.experts
-
-    def expert(self, key: ExpertKey) -> Expert:
-        """Return an expert that is in its slot, without counting a use."""
-        slot = self._cache.slot_of(key)
-        assert slot is not None, key
-        return self._store.expert(slot)
-
-    def count_hits(self, layer: int, keys: Collection[ExpertKey]) -> None:
-        """Count uses of a layer's experts out of their slots; they may have lost these since."""
-        self._passes.enter(layer)
+    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+        """Count uses of a layer's experts from `resident`. They may have left their slots since."""
+        self._passes.enter(keys[0].layer)
         for key in keys:
             self.stats.hits[key] += 1
             self._cache.lookup(key)
 
+    def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
+        """Note the router's choice for a layer, and cancel prefetches of its other experts."""
+        self._passes.enter(layer)
+        self.follow_memory()
+        for key, load in list(self._loads.items()):
+            if load.is_prefetch and key.layer == layer:
+                self._settle(key, load, is_right=key in chosen)
+
+    def _settle(self, key: ExpertKey, load: ExpertLoad, *, is_right: bool) -> None:
+        ended = load.ended
+        if is_right:
+            self.stats.right_predictions += 1
+            self._mover.promote(load)
+            if not ended:
+                self.stats.late_predictions += 1
+                self.stats.misses[key] += 1
+        elif not ended:
+            load.cancelled = True
+        if load.cancelled or load.failed:
+            self._give_up(key)
+        elif ended:
+            del self._loads[key]
+
+    def request(self, window: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> None:
+        """Start loading those that are missing, until only slots of others in `window` are left.
+
+        Those in `pinned` are not evicted either.
+        """
+        for key in window:
+            if key not in self._cache or self._has_failed(key):
+                if not self._start(ExpertLoad(key), {*window, *pinned}):
+                    return
+                self.stats.misses[key] += 1
+
+    def prefetch(self, keys: Iterable[ExpertKey], pinned: Collection[ExpertKey]) -> None:
+        """Start loading missing experts that are predicted. Evict no pinned or prefetched ones."""
+        started = sum(load.is_prefetch for load in self._loads.values())
+        room = min(_MAX_PREFETCHES, self.slots // 4) - started
+        for key in keys:
+            if key in self._cache or key in self.on_workers:
+                continue
+            if room <= 0 or not self._start(ExpertLoad(key, is_prefetch=True), pinned):
+                return
+            self.stats.predictions += 1
+            room -= 1
+
     def ready(self, key: ExpertKey) -> Expert:
-        """Return the expert once it is in its slot. Raises what bringing it raised."""
-        transfer = self._coming.get(key)
-        if transfer is not None:
-            self._await(key, transfer)
+        """Return the expert once it is in its slot. Raise the error of its load."""
+        load = self._loads.get(key)
+        if load is not None:
+            self._wait(load)
         else:
             self.stats.hits[key] += 1
-        slot = self._cache.lookup(key)
-        assert slot is not None, key
-        return self._store.expert(slot)
+        return self._expert(self._cache.lookup(key))
 
-    def resize(self, limit: int) -> None:
-        """Hold no more than `limit` experts, and give the memory of the others back."""
-        if limit == self._cache.limit:
-            return
-        self._cache.resize(limit, pinned=self._coming)
-        self._release_surplus()
+    def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
+        """Bring an expert into its slot, and wait for it. Those in `pinned` are not evicted."""
+        self.request([key], pinned)
+        self.ready(key)
 
-    def _release_surplus(self) -> None:
-        """Give back the memory of free slots beyond what may be held."""
-        surplus = len(self._store.blocks) - self._cache.limit
-        if surplus > 0:
-            free = self._cache.free_slots() & set(self._store.blocks)
-            for slot in sorted(free)[:surplus]:
-                self._store.release(slot)
+    def follow_memory(self) -> None:
+        """Hold fewer experts if other programs need the memory, or more again."""
+        if self._watch is not None:
+            # The memory of a prefetch that was given up counts. The next expert gets it.
+            self.resize(self._watch.limit(len(self._store.blocks)))
 
     def halve(self) -> bool:
-        """Hold half as many experts from now on; return False where that would be too few."""
+        """Hold half as many experts from now on. Return False if those would be too few."""
         limit = self._cache.limit // 2
         if limit < MIN_SLOTS:
             return False
         self.resize(limit)
         return True
 
+    def resize(self, limit: int) -> None:
+        """Hold no more than `limit` experts, and give the memory of the others back."""
+        if limit != self._cache.limit:
+            self._cache.resize(limit, pinned=self._loads)
+            self._release_surplus()
+
     def close(self) -> None:
-        """Give the memory of all slots back at once; nothing can be fetched any more."""
-        for transfer in self._coming.values():
-            transfer.cancelled = True
-        self._coming.clear()
+        """Give the memory of all slots back at once. Nothing can be fetched after that."""
+        for load in self._loads.values():
+            load.cancelled = True
+        self._loads.clear()
         for slot in list(self._store.blocks):
             self._store.release(slot)
 
-    def _await(self, key: ExpertKey, transfer: Transfer) -> None:
+    def _expert(self, slot: int | None) -> Expert:
+        assert slot is not None
+        return self._store.expert(slot)
+
+    def _release_surplus(self) -> None:
+        """Give back the memory of free slots beyond the limit."""
+        surplus = len(self._store.blocks) - self._cache.limit
+        if surplus > 0:
+            free = self._cache.free_slots() & set(self._store.blocks)
+            for slot in sorted(free)[:surplus]:
+                self._store.release(slot)
+
+    def _wait(self, load: ExpertLoad) -> None:
         start = time.perf_counter()
         try:
-            transfer.wait()
+            load.wait()
         except BaseException:
-            if transfer.ended:  # it failed; after a signal it would still be on its way
-                self._give_up(key)
+            if load.ended:  # it failed. After a signal it would still be on its way
+                self._give_up(load.key)
             raise
         self.stats.stalled_seconds += time.perf_counter() - start
         self.stats.bytes_moved += self._store.bytes_moved - self._counted
         self._counted = self._store.bytes_moved
-        del self._coming[key]
+        del self._loads[load.key]
 
-    def _failed(self, key: ExpertKey) -> bool:
-        """Return whether the expert failed to arrive after an earlier call had stopped waiting."""
-        if key in self._coming and self._coming[key].failed:
+    def _has_failed(self, key: ExpertKey) -> bool:
+        """Return whether the expert's load has failed since somebody stopped waiting for it."""
+        if key in self._loads and self._loads[key].failed:
             self._give_up(key)
             return True
         return False
 
-    def _send(self, transfer: Transfer, pinned: Collection[ExpertKey]) -> bool:
-        """Start a transfer; return False where there is no slot for it."""
-        key = transfer.key
-        prefetches = [other for other, its in self._coming.items() if its.is_prefetch]
-        held = self._store.blocks
+    def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey]) -> bool:
+        """Start a load. Return False if there is no slot for it."""
+        key, held = load.key, self._store.blocks
+        prefetches = [other for other, queued in self._loads.items() if queued.is_prefetch]
         slot = self._cache.admit(key, {*pinned, *prefetches}, held)
-        if slot is None and not transfer.is_prefetch:
+        if slot is None and not load.is_prefetch:
             slot = self._cache.admit(key, pinned, held)
-        for other in [other for other in self._coming if other not in self._cache]:
-            self._coming[other].cancelled = True
-            del self._coming[other]
+        for other in [other for other in self._loads if other not in self._cache]:
+            self._loads.pop(other).cancelled = True
         if slot is None:
             return False
         self._release_surplus()
         try:
-            self._mover.begin(transfer, self._store.load(key, slot))
-        except BaseException:  # no memory, or no thread: nobody brings it
+            self._mover.begin(load, self._store.load(key, slot))
+        except BaseException:  # without memory or a thread nobody brings it
             self._cache.discard(key)
             raise
-        self._coming[key] = transfer
+        self._loads[key] = load
         return True
 
     def _give_up(self, key: ExpertKey) -> None:
         self._cache.discard(key)
-        del self._coming[key]
+        del self._loads[key]

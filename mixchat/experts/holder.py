@@ -1,4 +1,4 @@
-"""The contract between the model and its experts, wherever these are.
+"""The contract between the model and its experts, on whatever device or machine these are.
 
 T = tokens, D = hidden_size, K = num_experts_per_tok.
 """
@@ -8,13 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
     import torch
 
-    from mixchat.experts.keys import ExpertKey
-    from mixchat.experts.layer_rows import LayerRows
-    from mixchat.experts.stats import ExpertStats
+    from mixchat.experts.cache import ExpertKey, ExpertStats
     from mixchat.weights.format.blueprint import Expert
 
 
@@ -32,7 +30,7 @@ class ExpertRunner(Protocol):
     ) -> torch.Tensor:
         """Return the weighted sum of the selected experts' outputs, for each token.
 
-        hidden_states: [T, D]; selected_experts: [T, K], int64; routing_weights: [T, K], float32.
+        hidden_states: [T, D]. selected_experts: [T, K], int64. routing_weights: [T, K], float32.
         Returns [T, D] in the type of hidden_states. With `exact` a token's result does not depend
         on the others, as far as `Linear` can do that.
         """
@@ -40,9 +38,9 @@ class ExpertRunner(Protocol):
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
         """Return the experts of the first of these layers, as many as are in memory completely.
 
-        The model may compute them without `run`, once, and says then by `note_hits` which it used.
-        Where room has to be made for others, nothing is returned. The memory of experts is not
-        given back as long as the result lives.
+        The model may compute them without `run`, once. It then calls `note_hits` with those that it
+        used. Nothing is returned if experts have to make room for others. The memory of experts is
+        not given back as long as the result lives.
         """
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
@@ -52,16 +50,16 @@ class ExpertRunner(Protocol):
 class ExpertHolder(ExpertRunner, Protocol):
     """Holds experts and computes them: all that `Engine` needs.
 
-    On one device, spread over several, or over other machines.
+    They are on one device, on several, or on other machines.
     """
 
     @property
     def stats(self) -> ExpertStats:
-        """Return the counts since the start; they change with each run."""
+        """Return the counts since the start. They change with each run."""
 
     @property
     def slots(self) -> int:
-        """Return how many experts may be held where they are computed."""
+        """Return how many experts the devices of this machine may hold."""
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
@@ -69,39 +67,19 @@ class ExpertHolder(ExpertRunner, Protocol):
 
     @property
     def bytes_held(self) -> int:
-        """Return the bytes of memory that experts take where they are computed."""
+        """Return the bytes of memory that experts take on the devices of this machine."""
 
     def tier(self, key: ExpertKey) -> str:
         """Return the tier of the expert's fastest copy: `device`, `host` and so on."""
 
     def begin_turn(self) -> None:
-        """Take up workers again that were lost; this is called before each prompt."""
+        """Connect again to workers that were lost. This is called before each prompt."""
 
     def halve(self, number: int | None = None) -> bool:
-        """Hold half as many experts from now on; return False where that would be too few.
+        """Hold half as many experts from now on. Return False if those would be too few.
 
-        number: that of the GPU whose memory ran out; None halves those of all devices.
+        number: the GPU whose memory ran out, or None for all devices.
         """
 
     def close(self) -> None:
-        """Give all memory of experts back, and leave the workers; nothing can be computed then."""
-
-
-class WorkerExperts(Protocol):
-    """A worker on another machine, as the side that chats sees it. No method raises its faults."""
-
-    @property
-    def held(self) -> Collection[ExpertKey]:
-        """Return the experts that it holds; none while it is lost."""
-
-    def begin_turn(self) -> None:
-        """Connect again, if the worker was lost."""
-
-    def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        """Send the rows of these experts."""
-
-    def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
-        """Store the outputs in `rows`; return the experts that it has not computed."""
-
-    def close(self) -> None:
-        """End the chat with the worker, which can then serve another one."""
+        """Give all memory of experts back, and leave the workers. Nothing can be computed then."""

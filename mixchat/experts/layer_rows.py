@@ -1,26 +1,24 @@
 """The rows of hidden states that one layer's router sent to each expert, and their outputs.
 
-T = tokens, D = hidden_size, K = num_experts_per_tok.
+T = tokens, D = hidden_size, K = num_experts_per_tok, n = rows of an expert.
 """
 
 from __future__ import annotations
 
 import torch
 
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.kernels import rows
 
 
 class LayerRows:
-    """One call of a layer's experts: each expert is to be used once, with all of its rows.
+    """One call of a layer's experts. Each expert is to be used once, with all of its rows.
 
-    hidden_states: [T, D]; selected: [T, K], int64, on their device, and `on_cpu` the same on the
-    CPU; copy: the hidden states on the CPU, where they were read with the selection; exact: how
-    experts are to be computed, as in `Linear`.
+    hidden_states: [T, D]. selected: [T, K], int64, on their device. on_cpu: the same on the CPU.
+    copy: the hidden states on the CPU, if they were read with the selection. exact: as in `Linear`.
 
-    outputs: [T * K, D], those of a token side by side. Experts may be computed in any
-    order and anywhere, because the K outputs of a token stay apart until all are there, and are
-    then summed in the order of its choices.
+    outputs: [T * K, D], with the K outputs of a token in the order of its choices. They stay apart
+    until all are there, so that experts may be computed in any order and anywhere.
     """
 
     def __init__(
@@ -45,7 +43,7 @@ class LayerRows:
 
     @property
     def is_one_token(self) -> bool:
-        """Return whether all experts get the same row: that of the token that is decoded."""
+        """Return whether all experts get the same row, the one of the token that is decoded."""
         return self.hidden_states.shape[0] == 1
 
     def of(self, key: ExpertKey) -> torch.Tensor:
@@ -55,7 +53,7 @@ class LayerRows:
         return self.hidden_states[self._indices(key) // self._choices]
 
     def on_cpu(self, key: ExpertKey) -> torch.Tensor:
-        """Return an expert's rows [n, D] on the CPU, for which a GPU may be waited for."""
+        """Return an expert's rows [n, D] on the CPU. This may wait for a GPU."""
         if self.is_one_token and self._copy is not None:
             return self._copy
         return self.of(key).cpu()
@@ -74,7 +72,7 @@ class LayerRows:
         return rows.weighted_sum(outputs, routing_weights)
 
     def _indices(self, key: ExpertKey) -> torch.Tensor:
-        """Return an expert's places [n] on the device of the selection, which is not waited for."""
+        """Return an expert's places [n] on the device of the selection, without waiting for it."""
         if not self._by_key:
             keys = sorted(self.counts)
             order = self._selected.flatten().argsort(stable=True)

@@ -1,4 +1,4 @@
-"""Asks how much memory is free, and limits experts where it changes or runs out."""
+"""Asks how much memory is free, and limits experts when it changes or runs out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixchat.experts.holder import ExpertHolder
 
 CPU = torch.device("cpu")
-INTERVAL = 0.5  # seconds between two looks at the memory that is free
+INTERVAL = 0.5  # seconds between two measurements of the free memory
 
 
 def free_on(device: torch.device) -> int:
@@ -27,9 +27,9 @@ def free_on(device: torch.device) -> int:
 class MemoryWatch:
     """Limits how many experts are held while the free memory changes.
 
-    When less than half of `reserve` is free, the limit falls until all of it would be free; it
-    rises when there is room for two more. While fewer are held it is what there is room for. All
-    sizes are bytes. With a reserve of 1 GB, experts of 0.1 GB and 100 of them held:
+    When less than half of `reserve` is free, the limit falls until all of it would be free. It
+    rises when there is room for two more. While fewer are held, the free room sets it. All sizes
+    are bytes. With a reserve of 1 GB, experts of 0.1 GB and 100 of them held:
 
         free 1.0 GB -> 100      free 0.4 GB -> 94       then free 1.0 GB -> 94      1.3 GB -> 97
     """
@@ -39,14 +39,14 @@ class MemoryWatch:
     ) -> None:
         self._free, self._reserve, self._expert = free, reserve, expert
         self._slots, self._least, self._limit = slots, least, slots
-        self._looked = -INTERVAL
+        self._measured = -INTERVAL
 
     def limit(self, held: int) -> int:
-        """Return how many experts may be held, where `held` are; checks twice a second at most."""
+        """Return how many experts may be held, if `held` are. Check twice a second at most."""
         now = time.monotonic()
-        if now - self._looked < INTERVAL:
+        if now - self._measured < INTERVAL:
             return self._limit
-        self._looked = now
+        self._measured = now
         free = self._free()
         room = (free - self._reserve) // self._expert
         target = held + (room if free < self._reserve // 2 else max(room, 0))
@@ -58,9 +58,9 @@ class MemoryWatch:
 def within_memory(
     holder: ExpertHolder, compute: Callable[[], torch.Tensor], note: Note
 ) -> torch.Tensor:
-    """Return what `compute` returns. Where a GPU's memory runs out, it holds half as many experts.
+    """Call `compute`, again with half as many experts if a GPU's memory runs out.
 
-    `compute` is then called again. Raises `ResourceError` where they would be fewer than two.
+    Raises `ResourceError` if they would be fewer than two.
     """
     while True:
         try:

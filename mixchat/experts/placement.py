@@ -7,21 +7,22 @@ from dataclasses import dataclass, replace
 
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.quantities import MemoryBudget, format_least, format_size
-from mixchat.experts.sharing import home_counts, in_proportion
+from mixchat.experts.sharing import in_proportion, owner_counts
 
 MIN_SLOTS = 2
 # Fewer in RAM behind a GPU would not help, and loads that were put off need slots, too.
 MIN_HOST_SLOTS = 4
-# For the rest of the machine and temporary tensors, where no budget is given. When other programs
-# need more, experts are given up (see memory.py).
+# For the rest of the machine and temporary tensors, if no budget is given. When other programs need
+# more, experts are given up (see memory.py).
 RESERVE_FRACTION = 0.04
 RESERVE_BYTES = 10**9
 
 
 @dataclass(frozen=True)
 class Demand:
-    """The memory that a model needs, in bytes: `shared` for every token, `context` for the full KV
-    cache, `expert` for each of its `experts`.
+    """The bytes that a model needs.
+
+    shared: used for every token. context: the full KV cache. expert: each of the `experts`.
     """
 
     shared: int
@@ -31,15 +32,17 @@ class Demand:
 
     @property
     def least(self) -> int:
-        """Return the least memory that the device that computes has to have."""
+        """Return the fewest bytes with which a device can compute the model."""
         return self.shared + self.context + MIN_SLOTS * self.expert
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The counts of experts that fit: `slots` in the memory of the device that computes,
-    `other_slots` in that of each other GPU (0 where it is not used), `host_slots` in RAM behind
-    GPUs (0 where the CPU computes, or RAM holds none). `reserve`: bytes of RAM left beside them.
+    """The numbers of experts that fit, out of `experts`.
+
+    slots: in the memory of the first device. other_slots: in the memory of each other GPU, 0 if it
+    is not used. host_slots: in RAM for GPUs, 0 if the CPU computes or RAM holds none. reserve: the
+    bytes of RAM that are left free.
     """
 
     slots: int
@@ -55,26 +58,26 @@ class Placement:
 
     def at_most(self, experts: int) -> Placement:
         """Return the placement with slots for so many experts, or fewer."""
-        first, *others = map(min, self.by_device, home_counts(experts, self.by_device))
+        first, *others = map(min, self.by_device, owner_counts(experts, self.by_device))
         return replace(self, slots=first, other_slots=tuple(others))
 
-    def parts(self, homes: Sequence[int]) -> list[Placement]:
-        """Return the placement of each device's own experts: `homes` says how many these are.
+    def parts(self, owned: Sequence[int]) -> list[Placement]:
+        """Return the placement of the experts that each device owns. `owned` has their numbers.
 
-        None is brought to two devices, so that each has RAM of its own behind it: in proportion to
-        the experts that it does not hold. Of 256 experts, 60 and 30 slots with 83 in RAM behind
-        them, 171 and 85 are at home there, and 56 and 27 slots in RAM are theirs.
+        No expert is brought to two devices, so each has its part of the RAM, in proportion to the
+        experts that it does not hold. Take 256 experts, 60 and 30 slots, and 83 in RAM. The devices
+        own 171 and 85 experts, and 56 and 27 slots in RAM.
         """
-        behind = _divide_host(self.host_slots, homes, self.by_device)
+        host_slots = _divide_host(self.host_slots, owned, self.by_device)
         return [
             Placement(slots, host, count, self.reserve)
-            for slots, host, count in zip(self.by_device, behind, homes, strict=True)
+            for slots, host, count in zip(self.by_device, host_slots, owned, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class DeviceRoom:
-    """The `free` bytes of a GPU, which people know as `name`, and the budget for it."""
+    """The `free` bytes of a GPU, the `name` for people, and the budget."""
 
     name: str
     free: int
@@ -82,11 +85,11 @@ class DeviceRoom:
 
 
 def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Placement:
-    """Place experts in RAM, of which `free` bytes are free; a budget of `50%` means half of all.
+    """Place experts in RAM, of which `free` bytes are free. A budget of `50%` is half of all.
 
     Without a budget, experts also take the room of the context as long as it is empty, and give it
-    back as the conversation grows (see memory.py). Raises `UsageError` where the budget is below
-    two experts, `ResourceError` where the budget or the least that is needed does not fit.
+    back as the conversation grows (see memory.py). Raises `UsageError` if the budget is below two
+    experts, and `ResourceError` if the budget or the least that is needed does not fit.
     """
     _check(demand, free)
     room = free - demand.shared
@@ -105,17 +108,17 @@ def place_on_gpus(
 ) -> Placement:
     """Place experts in the memory of GPUs, and in RAM, of which `free_host` bytes are free.
 
-    The first GPU has all that tokens share and the context; others have experts alone, and one
+    The first GPU has all that tokens share and the context. Others have experts alone, and one
     without room for two of them is not used. A budget is for all that is on a GPU, and a fraction
-    is of its free memory; `host_budget` is as in `place_on_cpu`, and 0 for none. Raises the same
+    is of its free memory. `host_budget` is as in `place_on_cpu`, and 0 for none. Raises the same
     errors.
     """
     first, *others = rooms
     slots = [_first_slots(demand, first), *(_other_slots(demand, room) for room in others)]
-    behind = 0
+    host_slots = 0
     if sum(slots) < demand.experts:
-        behind = _host_slots(demand, free_host, host_budget)
-    placement = Placement(slots[0], behind, demand.experts, other_slots=tuple(slots[1:]))
+        host_slots = _host_slots(demand, free_host, host_budget)
+    placement = Placement(slots[0], host_slots, demand.experts, other_slots=tuple(slots[1:]))
     return placement.at_most(demand.experts)
 
 
@@ -156,21 +159,21 @@ def _allowed(room: DeviceRoom) -> int:
 
 
 def _spare(room: DeviceRoom) -> int:
-    # A budget is for weights and context; whoever gives one leaves room beside it.
+    # A budget is for weights and context. Whoever gives one leaves room for the rest.
     return _reserve(room.free) if room.budget is None else 0
 
 
-def _divide_host(slots: int, homes: Sequence[int], held: Sequence[int]) -> list[int]:
-    """Return the slots in RAM that each device has behind it, too few for none."""
-    lacking = [count - own for count, own in zip(homes, held, strict=True)]
+def _divide_host(slots: int, owned: Sequence[int], held: Sequence[int]) -> list[int]:
+    """Return the slots in RAM of each device. No device has too few to be of use."""
+    lacking = [count - own for count, own in zip(owned, held, strict=True)]
     while any(lacking):
-        share = in_proportion(slots, lacking) if slots < sum(homes) else homes
-        parts = list(map(min, share, homes))
+        share = in_proportion(slots, lacking) if slots < sum(owned) else owned
+        parts = list(map(min, share, owned))
         few = [n for n, part in enumerate(parts) if lacking[n] and part < MIN_HOST_SLOTS]
         if not few:
             return [part if lacks else 0 for part, lacks in zip(parts, lacking, strict=True)]
         lacking[min(few, key=parts.__getitem__)] = 0
-    return [0] * len(homes)
+    return [0] * len(owned)
 
 
 def _host_slots(demand: Demand, free: int, budget: MemoryBudget | None) -> int:
@@ -199,11 +202,11 @@ def _check(demand: Demand, free: int, name: str | None = None) -> None:
         )
 
 
-def _budgeted(demand: Demand, budget: MemoryBudget, least: int, what: str) -> int:
+def _budgeted(demand: Demand, budget: MemoryBudget, least: int, needed: str) -> int:
     size = budget.of(demand.experts * demand.expert)
     if size < least * demand.expert:
         raise UsageError(
-            f"--host-memory {format_size(size)} is too small: {what} take "
+            f"--host-memory {format_size(size)} is too small: {needed} take "
             f"{format_least(least * demand.expert)}"
         )
     return size // demand.expert

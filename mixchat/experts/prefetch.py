@@ -12,23 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.stats import ExpertStats
-from mixchat.experts.trial import Trial
+from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.tuner import Tuner
 
-# The number of layers ahead that are predicted in decoding; trying shows which pays.
+# Layers ahead that are predicted in decoding. Trying shows which number pays.
 DEPTHS = (3, 6, 0, 1)
-_ROUND = 2  # tokens until another depth may be tried
+_TUNER_ROUND = 2  # tokens until another depth may be tried
 
 
 class NextRouters:
     """The next layers' routers, applied to this layer's hidden states.
 
     Each layer adds little to the stream of hidden states, so the next router sees nearly what this
-    one sees, except for the weights of the norms before them: those of this layer are divided out,
-    those of the next one multiplied in.
+    one sees, except for the weights of the norms before them. This layer's weights are divided out,
+    and the next layer's multiplied in.
 
-    gates: [E, D] of each layer; norms: [D] of each layer, of the norm before its router.
+    gates: [E, D] of each layer. norms: [D] of each layer, the weights before its router.
     """
 
     def __init__(
@@ -36,13 +35,13 @@ class NextRouters:
     ) -> None:
         weighted = [gate.float() * norm.float() for gate, norm in zip(gates, norms, strict=True)]
         self._gates = torch.cat(weighted)  # [layers * E, D]
-        # Where a weight is almost zero, what was multiplied by it is lost, and counts as zero.
+        # A weight of almost zero has lost its input, which counts as zero.
         self._undo = [torch.where(norm.abs() > 1e-3, 1 / norm.float(), 0) for norm in norms]
         self._experts = gates[0].shape[0]
         self.layers, self._experts_per_token = len(gates), experts_per_token
 
     def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
-        """Return what the next `depth` layers are likely to select: [layers, T * K], int64.
+        """Return the likely choices of the next `depth` layers: [layers, T * K], int64.
 
         hidden_states: [T, D], as this layer's router sees them. The result is on their device.
         """
@@ -68,22 +67,22 @@ def ranked_keys(layer: int, choices: torch.Tensor) -> list[ExpertKey]:
 
 
 class Prefetch:
-    """Decides how far to look ahead: as far as it makes tokens come faster, or not at all.
+    """Decides how many layers to look ahead, so that tokens come fastest.
 
-    In a prefill the next layer needs most of its experts, whatever the hidden states are: a
+    In a prefill the next layer needs most of its experts, whatever the hidden states are, so a
     prediction one layer ahead cannot lose. In decoding each depth is tried, and judged by the time
-    that tokens take: wrong predictions keep the disk from what is needed, and even right ones may
-    keep the cores from computing.
+    that tokens take. Wrong predictions keep the disk from reading the needed experts, and even
+    right ones may keep the cores from computing.
     """
 
     def __init__(self, routers: NextRouters, stats: ExpertStats) -> None:
         self._routers, self._stats = routers, stats
-        self.trial = Trial(DEPTHS, length=_ROUND)
+        self.tuner = Tuner(DEPTHS, length=_TUNER_ROUND)
         self._started: tuple[float, int] | None = None
         self._tokens = self._needed = 0
 
     def predict(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return what to prefetch while `layer` is computed, as `NextRouters` returns it."""
+        """Return the choices to prefetch while `layer` is computed, as `NextRouters` does."""
         if hidden_states.shape[0] > 1:
             self._started = None
             return self._routers(layer, hidden_states, 1)
@@ -93,16 +92,16 @@ class Prefetch:
             start, before = self._started
             self._judge(time.perf_counter() - start, self._stats.needed - before)
             self._started = None
-        return self._routers(layer, hidden_states, self.trial.variant)
+        return self._routers(layer, hidden_states, self.tuner.variant)
 
     def _judge(self, seconds: float, needed: int) -> None:
-        """Note how long a token took, of whose experts `needed` were not there.
+        """Note how long a token took, which `needed` so many experts that were not there.
 
-        Tokens differ in `needed`, whatever the depth is. Half of the time is taken to go into the
-        experts that were not there, so a token with twice as many of them counts as 1.5 tokens.
+        Tokens differ in `needed`, whatever the depth is. Loading them is assumed to take half of
+        the time, so a token with twice as many of them counts as 1.5 tokens.
         """
         self._tokens += 1
         self._needed += needed
         if self._needed:
             mean = self._needed / self._tokens
-            self.trial.add(seconds, 0.5 + 0.5 * needed / mean)
+            self.tuner.add(seconds, 0.5 + 0.5 * needed / mean)

@@ -1,4 +1,4 @@
-"""Divides experts among those who can hold them, and the work of a layer: pure functions.
+"""Divides experts among their holders, and the work of a layer: pure functions.
 
 A holder is this machine, or a worker on another one. The GPUs of this machine share its experts
 among them.
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, product
 
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 
-_ROWS_LIKE_READING = 16  # an expert computes about so many rows in the time that reading it takes
+_ROWS_LIKE_READING = 16  # rows that an expert computes in about the time of reading it
 
 
 def share(
@@ -19,13 +19,13 @@ def share(
 ) -> dict[int, list[ExpertKey]]:
     """Return the experts that each holder computes, by its number.
 
-    counts: the rows of each expert; holders: the numbers of those who hold it, at least one. Of
-    several the one with least to do gets it; among equals the first. With A and B, one row each, of
-    which 0 holds A, and 0 and 1 hold B, the result is {0: [A], 1: [B]}.
+    counts: the rows of each expert. holders: the numbers of its holders, at least one. The holder
+    with least to do gets it, and the first among equals. With A and B, one row each, A held by 0,
+    and B held by 0 and 1, the result is {0: [A], 1: [B]}.
     """
     work: dict[int, float] = {}
     shares: dict[int, list[ExpertKey]] = {}
-    # Those without a choice come first, then the largest: the small ones even out what is left.
+    # Those without a choice come first, then the largest. The small ones even out the rest.
     for key in sorted(counts, key=lambda key: (len(holders[key]), -counts[key], key)):
         chosen = min(holders[key], key=lambda holder: work.get(holder, 0.0))
         work[chosen] = work.get(chosen, 0.0) + 1 + counts[key] / _ROWS_LIKE_READING
@@ -41,14 +41,14 @@ def divide(
 ) -> list[list[ExpertKey]]:
     """Return the experts that each holder is to hold, the most used ones first.
 
-    slots: how many each can hold, this machine first; `uses`: how often each expert was used
-    before. Together they hold every expert once, if they can, each the same share of every layer
-    and of its uses, as far as its slots allow. Slots that are left hold copies of the most used.
-    Where there are too few slots, the workers' are full, and this machine gets all other experts,
-    which are more than its slots: they come and go.
+    slots: how many each can hold, this machine first. uses: how often each expert was used before.
+    Together they hold every expert once, if they can, each the same share of every layer and of its
+    uses, as far as its slots allow. Slots that are left hold copies of the most used. If there are
+    too few slots, the workers' are full, and this machine gets all other experts. They are more
+    than its slots, and come and go.
 
-    Two layers of two experts and 2, 3 slots: each gets one expert of each layer, and the second a
-    copy of the most used expert of the first.
+    With two layers of two experts and 2, 3 slots, each holder gets one expert of each layer, and
+    the second a copy of the most used expert of the first.
     """
     uses = uses or {}
     every = (ExpertKey(*key) for key in product(range(layers), range(experts)))
@@ -59,21 +59,21 @@ def divide(
     return held
 
 
-def homes(keys: Iterable[ExpertKey], slots: Sequence[int]) -> dict[ExpertKey, int]:
-    """Return the GPU that computes each of these experts, by its number: its home.
+def assign_owners(keys: Iterable[ExpertKey], slots: Sequence[int]) -> dict[ExpertKey, int]:
+    """Return the owner of each expert, the number of the GPU that computes it.
 
-    slots: how many each GPU can hold. As far as the slots allow, all are home of the same part of
-    every layer; where there are too few, each is home of as many more as it has slots. Of eight
-    experts in a layer, 4 and 4 are at home on two GPUs where all fit. Where not, and the first has
-    three times as many slots, it is 6 and 2.
+    slots: how many each GPU can hold. As far as the slots allow, all own the same part of every
+    layer. If there are too few, each owns experts in proportion to its slots. Of eight experts in a
+    layer two GPUs own 4 and 4 if all fit. If they do not, and the first has three times as many
+    slots, it is 6 and 2.
     """
     keys = list(keys)
-    held = _assign(keys, home_counts(len(keys), slots), {})
+    held = _assign(keys, owner_counts(len(keys), slots), {})
     return {key: number for number, own in enumerate(held) for key in own}
 
 
-def home_counts(experts: int, slots: Sequence[int]) -> list[int]:
-    """Return how many of so many experts are at home on each GPU, as in `homes`."""
+def owner_counts(experts: int, slots: Sequence[int]) -> list[int]:
+    """Return how many of so many experts each GPU owns, as in `assign_owners`."""
     return _quotas(experts, slots) if sum(slots) >= experts else in_proportion(experts, slots)
 
 
@@ -90,10 +90,10 @@ def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
 def _assign(
     keys: Iterable[ExpertKey], quotas: Sequence[int], uses: Mapping[ExpertKey, int]
 ) -> list[list[ExpertKey]]:
-    """Return different experts for each holder, as many as its quota; the quotas sum to all."""
+    """Return different experts for each holder, as many as its quota. The quotas sum to all."""
     held: list[list[ExpertKey]] = [[] for _ in quotas]
-    for _, of_layer in groupby(sorted(keys), key=lambda key: key.layer):
-        keys_of_layer = sorted(of_layer, key=lambda key: (-uses.get(key, 0), key))
+    for _, group in groupby(sorted(keys), key=lambda key: key.layer):
+        keys_of_layer = sorted(group, key=lambda key: (-uses.get(key, 0), key))
         left = _part_of_layer(quotas, [len(keys) for keys in held], len(keys_of_layer))
         work = [0] * len(quotas)
         for key in keys_of_layer:
@@ -108,7 +108,7 @@ def _assign(
 
 
 def _quotas(total: int, slots: Sequence[int]) -> list[int]:
-    """Return how many different experts each holder gets: as equal as the slots allow."""
+    """Return how many different experts each holder gets, as equal as the slots allow."""
     if sum(slots) <= total:
         return [total - sum(slots[1:]), *slots[1:]]
     quotas = [0] * len(slots)
@@ -119,17 +119,17 @@ def _quotas(total: int, slots: Sequence[int]) -> list[int]:
 
 
 def _part_of_layer(quotas: Sequence[int], given: Sequence[int], experts: int) -> list[int]:
-    """Return how many experts of a layer each holder gets, where it was `given` some before.
+    """Return how many experts of a layer each holder gets, after it was `given` some before.
 
-    Each is to have its quota in the end, and the same part of it after each layer: those who are
-    farthest behind get one more.
+    Each is to have its quota in the end, and the same part of it after each layer. So those that
+    are farthest behind get one more.
     """
     done, every = sum(given) + experts, sum(quotas)
-    behind = [quota * done / every - had for quota, had in zip(quotas, given, strict=True)]
-    parts = [max(int(missing), 0) for missing in behind]
+    due = [quota * done / every - had for quota, had in zip(quotas, given, strict=True)]
+    parts = [max(int(missing), 0) for missing in due]
     while sum(parts) != experts:
         step = 1 if sum(parts) < experts else -1
-        owed = [missing - part for missing, part in zip(behind, parts, strict=True)]
+        owed = [missing - part for missing, part in zip(due, parts, strict=True)]
         number = max(
             (n for n in range(len(parts)) if parts[n] + step >= 0), key=lambda n: step * owed[n]
         )
@@ -144,7 +144,7 @@ def _add_copies(
     slots: Sequence[int],
     uses: Mapping[ExpertKey, int],
 ) -> None:
-    """Fill the slots that are left with copies, most used experts first, to all who lack them."""
+    """Fill the slots that are left with copies of the most used experts."""
     keys = [ExpertKey(layer, expert) for expert, layer in product(range(experts), range(layers))]
     keys.sort(key=lambda key: -uses.get(key, 0))
     for number, count in enumerate(slots):

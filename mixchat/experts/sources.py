@@ -13,47 +13,43 @@ from typing import NamedTuple
 
 import torch
 
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Policy
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps, no_thread
 from mixchat.experts.placement import MIN_HOST_SLOTS
-from mixchat.experts.policies import Policy
-from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertSource, new_block
-from mixchat.experts.trial import Trial
+from mixchat.experts.tuner import Tuner
 from mixchat.weights.format.blueprint import Expert, ExpertSpec
 from mixchat.weights.format.installed_model import InstalledModel
 
-# Bytes of a read, 2 to 8 ms: a more urgent load can come first after those that are in flight.
+# Bytes of a read, which takes 2 to 8 ms. A more urgent load waits for those that are in flight.
 STEP = 8 << 20
 AT_ONCE = 4  # reads
-_ROUND = 2  # experts that are read in one way before another one may be tried
+_TUNER_ROUND = 2  # experts that are read before another mode may be tried
+
+PageLock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast copies to a GPU
 
 
-class _Part(NamedTuple):
-    """Bytes to fill with those of an expert from `start` on."""
+class _Piece(NamedTuple):
+    """Memory to fill with bytes of an expert, from `start` on."""
 
     start: int
     bytes: torch.Tensor
 
 
-class _Way(NamedTuple):
-    """A way to read: past the page cache or through it, and into other memory first or not."""
+class _Mode(NamedTuple):
+    """Reads past the page cache if `direct`, and into other memory first if `staged`."""
 
     direct: bool = False
     staged: bool = False
-
-
-_PAST_THE_CACHE = _Way(direct=True), _Way(direct=True, staged=True)
 
 
 def _new_readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="read")
 
 
-def _parts(block: torch.Tensor) -> list[_Part]:
-    return [_Part(n * STEP, part) for n, part in enumerate(torch.split(block, STEP))]
+def _pieces(block: torch.Tensor) -> deque[_Piece]:
+    return deque(_Piece(n * STEP, part) for n, part in enumerate(torch.split(block, STEP)))
 
 
 def _end(reads: Iterable[Future[int]]) -> None:
@@ -61,33 +57,32 @@ def _end(reads: Iterable[Future[int]]) -> None:
     wait([read for read in reads if not read.cancel()])
 
 
-PageLock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast copies to a GPU
-
-
 class DiskSource:
-    """The experts' files, which have the master copies: one contiguous read an expert, in steps.
+    """The experts' files, which have the master copies. An expert is read in contiguous steps.
 
-    With `choose`, reading past the page cache is tried, too, and the fastest way is used. That
-    (O_DIRECT) takes no core and no memory, and is faster on most disks; but only through the page
-    cache come pages that other programs, or the machine's host, have cached. Where memory is short
-    and fragmented, slots are made of small pages, each of which the disk is told: with most of them
-    it gave 2.1 GB/s instead of 3.5. Then it can be faster to read into a few large pages, and copy.
+    With `choose`, reading past the page cache (O_DIRECT) is tried, too, and the fastest mode is
+    used. O_DIRECT takes no core and no memory, and is faster on most disks. But only the page cache
+    has pages that other programs, or the machine's host, have read. If memory is short and
+    fragmented, slots are made of small pages, and the disk gets the address of each. That gave 2.1
+    GB/s instead of 3.5. Then it can be faster to read into a few large pages, and copy.
 
-    Several reads are in flight, which most disks like; and while one waits for the disk, another
-    one can wait for the system to clear fresh memory. `stats` gets the bytes and the time.
+    Several reads are in flight, which most disks like. While one waits for the disk, another one
+    can wait for the system to clear fresh memory. `stats` gets the bytes and the time.
     """
 
     def __init__(self, model: InstalledModel, stats: ExpertStats, *, choose: bool) -> None:
         self._model, self._stats = model, stats
-        ways = [*_PAST_THE_CACHE, _Way()] if choose and model.open_direct() else [_Way()]
-        self._ways = Trial(ways, length=_ROUND * model.blueprint.expert.stride)
+        modes = [_Mode()]
+        if choose and model.open_direct():
+            modes = [_Mode(direct=True), _Mode(direct=True, staged=True), *modes]
+        self._tuner = Tuner(modes, length=_TUNER_ROUND * model.blueprint.expert.stride)
         self._readers = _new_readers()
         self._reads: deque[Future[int]] = deque()  # those in flight
         self._stages: Sequence[torch.Tensor] = ()
         self._free_stages = SimpleQueue[torch.Tensor]()
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
-        # A load that was put off may have left reads in flight, for a slot that is this one's now.
+        # A load that was put off may have left reads in flight into this block.
         began = time.perf_counter()
         wait(self._reads)
         self._count(time.perf_counter() - began, 0)
@@ -95,14 +90,14 @@ class DiskSource:
         yield from steps(key, block)
 
     def _steps(self, key: ExpertKey, block: torch.Tensor) -> Steps:
-        """Read a block; while a step is looked at, the next reads are in flight already."""
-        parts, reads = deque(_parts(block)), deque[Future[int]]()
+        """Read a block. The next reads are in flight between two steps."""
+        pieces, reads = _pieces(block), deque[Future[int]]()
         try:
-            while parts or reads:
-                self._reads = reads  # also where it resumes after another load
+            while pieces or reads:
+                self._reads = reads  # again, because another load may have come between two steps
                 began = time.perf_counter()
-                while parts and len(reads) < AT_ONCE:
-                    reads.append(self._begin(key, parts.popleft(), self._ways.variant))
+                while pieces and len(reads) < AT_ONCE:
+                    reads.append(self._begin(key, pieces.popleft(), self._tuner.variant))
                 size = reads.popleft().result()
                 self._count(time.perf_counter() - began, size)
                 yield
@@ -111,64 +106,64 @@ class DiskSource:
             reads.clear()
 
     def _steps_to_gpu(self, key: ExpertKey, block: torch.Tensor) -> Steps:
-        """Read a block that is not in RAM; each step is copied, since others use the stages."""
-        parts = deque(_parts(block))
-        while parts:
-            way = self._ways.variant._replace(staged=False)
+        """Read a block on a GPU. Each step is copied at once, since other loads use the stages."""
+        pieces = _pieces(block)
+        while pieces:
+            mode = self._tuner.variant._replace(staged=False)
             began = time.perf_counter()
-            together = [parts.popleft() for _ in range(min(AT_ONCE, len(parts)))]
+            targets = [pieces.popleft() for _ in range(min(AT_ONCE, len(pieces)))]
             staged = [
-                _Part(part.start, stage[: len(part.bytes)])
-                for part, stage in zip(together, self._staging(), strict=False)
+                _Piece(piece.start, stage[: len(piece.bytes)])
+                for piece, stage in zip(targets, self._staging(), strict=False)
             ]
             reads: list[Future[int]] = []
             try:
-                for part in staged:
-                    reads.append(self._begin(key, part, way))
+                for piece in staged:
+                    reads.append(self._begin(key, piece, mode))
                 size = sum(read.result() for read in reads)
             finally:
                 _end(reads)
-            for part, stage in zip(together, staged, strict=True):
-                part.bytes.copy_(stage.bytes)
+            for piece, stage in zip(targets, staged, strict=True):
+                piece.bytes.copy_(stage.bytes)
             self._count(time.perf_counter() - began, size)
             yield
 
     def _count(self, seconds: float, size: int) -> None:
-        self._ways.add(seconds, size)
+        self._tuner.add(seconds, size)
         self._stats.read_seconds += seconds
         self._stats.bytes_read += size
 
     def tier(self, key: ExpertKey) -> str:
         return "disk"
 
-    def _begin(self, key: ExpertKey, part: _Part, way: _Way) -> Future[int]:
-        if way.staged:
+    def _begin(self, key: ExpertKey, piece: _Piece, mode: _Mode) -> Future[int]:
+        if mode.staged:
             self._staging()
         try:
-            return self._readers.submit(self._read, key, part, way)
+            return self._readers.submit(self._read, key, piece, mode)
         except RuntimeError as error:
-            # The read is queued nevertheless, and a thread that is there would still do it.
+            # The read is queued nevertheless, and a running thread would still do it.
             self._readers.shutdown(cancel_futures=True)
             self._readers = _new_readers()
             raise no_thread() from error
 
-    def _read(self, key: ExpertKey, part: _Part, way: _Way) -> int:
-        """Fill a part; return its bytes."""
-        if not way.staged:
-            self._model.read_expert(*key, part.bytes, part.start, direct=way.direct)
-            return len(part.bytes)
+    def _read(self, key: ExpertKey, piece: _Piece, mode: _Mode) -> int:
+        """Fill a piece, and return the number of its bytes."""
+        if not mode.staged:
+            self._model.read_expert(*key, piece.bytes, piece.start, direct=mode.direct)
+            return len(piece.bytes)
         whole = self._free_stages.get()
         try:
-            stage = whole[: len(part.bytes)]
-            self._model.read_expert(*key, stage, part.start, direct=way.direct)
-            # Not torch's copy, which would set other threads to work.
-            part.bytes.numpy()[:] = stage.numpy()
+            stage = whole[: len(piece.bytes)]
+            self._model.read_expert(*key, stage, piece.start, direct=mode.direct)
+            # torch's copy would set other threads to work.
+            piece.bytes.numpy()[:] = stage.numpy()
         finally:
             self._free_stages.put(whole)
-        return len(part.bytes)
+        return len(piece.bytes)
 
     def _staging(self) -> Sequence[torch.Tensor]:
-        """Return memory for the reads in flight; it is taken at once, for large pages are rare."""
+        """Return memory for all reads in flight, taken at once because large pages are rare."""
         if not self._stages:
             self._stages = torch.split(new_block(AT_ONCE * STEP, CPU).fill_(0), STEP)
             for stage in self._stages:
@@ -177,12 +172,12 @@ class DiskSource:
 
 
 class HostSource:
-    """`slots` experts in RAM, in front of another source, behind the slots of a GPU.
+    """`slots` experts in RAM, between another source and the slots of a GPU.
 
-    Where it has room for all, evicting an expert from the GPU moves nothing. Where it has not, and
-    with `swaps`, RAM holds other experts than the GPU: one that goes up leaves its slot to the one
-    that it evicts there, so that both memories together hold as many as they can. With two slots
-    each, A and B on the GPU and C in RAM, a load of C into the slot of A does this:
+    If it has room for all, evicting an expert from the GPU moves nothing. If it has not, and with
+    `swaps`, RAM holds other experts than the GPU, so that both together hold as many as they can.
+    An expert that goes up leaves its slot to the one that it evicts. With two slots each, A and B
+    on the GPU and C in RAM, a load of C into the slot of A does this:
 
         RAM: C -     A comes down     RAM: C A     C goes up     RAM: - A     GPU: C B
     """
@@ -203,7 +198,7 @@ class HostSource:
         self._blocks: dict[int, torch.Tensor] = {}
         self._partial: set[ExpertKey] = set()  # loads that have started, and may be put off
         self._borrowed: set[ExpertKey] = set()
-        # The mover's thread loads, the thread that computes borrows.
+        # The mover's thread loads, and the computing thread borrows.
         self._access = threading.Lock()
 
     def tier(self, key: ExpertKey) -> str:
@@ -212,7 +207,7 @@ class HostSource:
 
     @contextmanager
     def borrow(self, key: ExpertKey) -> Iterator[Expert | None]:
-        """Yield the expert, which stays in RAM meanwhile; None if it is not there."""
+        """Yield the expert, which stays in RAM meanwhile, or None if it is not there."""
         try:
             with self._access:
                 slot = self._cache.lookup(key) if self._whole(key) else None
@@ -224,13 +219,13 @@ class HostSource:
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         if key not in self._cache and len(self._partial) >= self._cache.slots - 3:
-            # Loads that were put off leave three slots: for one that goes up, for `evicted`, and
+            # Loads that were put off leave three slots, for one that goes up, for `evicted`, and
             # for one that is borrowed.
             yield from self._source.load(key, block, evicted)
             return
         yield from self._bring(key)
         if self._swaps and evicted is not None and evicted not in self._cache:
-            with self._filling(evicted, beside=key) as slot_block:
+            with self._filling(evicted, kept=key) as slot_block:
                 slot_block.copy_(block)
         slot = self._cache.slot_of(key)
         assert slot is not None
@@ -246,11 +241,11 @@ class HostSource:
                 yield from self._source.load(key, block, None)
 
     @contextmanager
-    def _filling(self, key: ExpertKey, beside: ExpertKey | None = None) -> Iterator[torch.Tensor]:
+    def _filling(self, key: ExpertKey, kept: ExpertKey | None = None) -> Iterator[torch.Tensor]:
         """Yield a slot's block to fill with an expert, which counts as missing until then."""
         try:
-            yield self._block(self._admit(key, beside))
-        except BaseException:  # also where the transfer is cancelled
+            yield self._block(self._admit(key, kept))
+        except BaseException:  # also if the load is cancelled
             if key in self._partial:
                 with self._access:
                     self._cache.discard(key)
@@ -258,13 +253,13 @@ class HostSource:
         finally:
             self._partial.discard(key)
 
-    def _admit(self, key: ExpertKey, beside: ExpertKey | None) -> int:
+    def _admit(self, key: ExpertKey, kept: ExpertKey | None) -> int:
         with self._access:
             slot = self._cache.slot_of(key)  # an earlier load of it was put off
             if slot is None:
-                taken = {*self._partial, *self._borrowed, *([] if beside is None else [beside])}
+                pinned = {*self._partial, *self._borrowed, *([] if kept is None else [kept])}
                 self._partial.add(key)
-                slot = self._cache.admit(key, taken)
+                slot = self._cache.admit(key, pinned)
         assert slot is not None, "loads that were put off leave enough slots"
         return slot
 

@@ -1,6 +1,6 @@
 """Moves the bytes of experts from a source into slots in the fastest memory.
 
-It has no policy: the cache decides which expert goes into which slot.
+It has no policy. The cache decides which expert goes into which slot.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 
 from mixchat.base import gpu
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
 from mixchat.weights.format.blueprint import Expert, ExpertSpec
 
-_ALIGNMENT = 4096  # bytes: reading past the page cache needs it
+_ALIGNMENT = 4096  # bytes, for reads past the page cache
 
 
 class ExpertSource(Protocol):
@@ -27,7 +27,7 @@ class ExpertSource(Protocol):
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         """Fill `block` (uint8, `stride` bytes, on any device) with the expert's bytes.
 
-        `evicted` is the expert, if there is one, whose bytes are in the block now.
+        `evicted` is the expert whose bytes are in the block now, if any.
         """
 
     def tier(self, key: ExpertKey) -> str:
@@ -35,10 +35,10 @@ class ExpertSource(Protocol):
 
 
 class ExpertStore:
-    """`slots` blocks of memory on `device`, each ready to compute the expert it holds.
+    """Slots: blocks of memory on `device`, each ready to compute the expert it holds.
 
-    stored: returns the layout that a layer's experts have at the source; used: the layout that this
-    device computes. Where the two differ a block is reordered after each load, which takes a GPU a
+    stored: returns the layout of a layer's experts at the source. used: the layout that this device
+    computes. If the two differ a block is reordered after each load, which takes a GPU a
     millisecond and a CPU a second. name: the tier of slots on a GPU. `bytes_moved` counts the bytes
     that came into slots.
     """
@@ -60,28 +60,26 @@ class ExpertStore:
         self.bytes_moved = 0
 
     def stream(self) -> AbstractContextManager[object]:
-        """Return a context for whoever carries out loads, so that they overlap with computing."""
+        """Return the context in which loads overlap with computing."""
         inside: AbstractContextManager[object] = self._streams.stream(self._side)
         return inside
 
     def load(self, key: ExpertKey, slot: int) -> Steps:
-        """Return the steps that load an expert into a slot; the device may be reading it still."""
+        """Return the steps that load an expert into a slot, which the device may still read."""
         before = self._streams.Event()
         before.record(self._streams.current_stream(self._device))
         return self._load(key, self._slot(slot), before)
 
     def expert(self, slot: int) -> Expert:
-        """Return the expert in a slot; it reads the slot's bytes when it is called."""
+        """Return the expert in a slot, which reads the slot's bytes when it is called."""
         return self._slots[slot].expert
 
     def tier(self, key: ExpertKey, *, resident: bool) -> str:
-        """Return the tier of the expert: that of the slots if it is `resident`, or the source's."""
-        if not resident:
-            return self._source.tier(key)
-        return self.name
+        """Return the tier of the expert, in its slot if it is `resident`, or at the source."""
+        return self.name if resident else self._source.tier(key)
 
     def reserve(self, slots: int) -> None:
-        """Take the memory of slots 0 .. slots-1 now. Raises torch's error where it runs out."""
+        """Take the memory of slots 0 .. slots-1 now. Raises torch's error if it runs out."""
         for slot in range(slots):
             self._slot(slot)
 
@@ -96,7 +94,7 @@ class ExpertStore:
         return len(self._slots) * self._used.stride
 
     def release(self, slot: int) -> None:
-        """Give back a slot's memory; a load that is on its way there has no effect."""
+        """Give back a slot's memory. A load that is on its way there has no effect."""
         self._slots.pop(slot, None)
 
     def _slot(self, number: int) -> _Slot:
@@ -119,7 +117,7 @@ class ExpertStore:
 
 @dataclass
 class _Slot:
-    """Memory for one expert. `holds` is the expert that was loaded into it completely."""
+    """Memory for one expert. `holds` is the expert that was completely loaded into it."""
 
     block: torch.Tensor
     expert: Expert
@@ -127,7 +125,7 @@ class _Slot:
 
 
 def new_block(size: int, device: torch.device) -> torch.Tensor:
-    """Return `size` bytes from a page's start on; a CPU's are committed as they are filled."""
+    """Return `size` bytes from a page's start on. A CPU commits them as they are filled."""
     # Slots are also made in inference mode, and filled by a thread that is not in it.
     with torch.inference_mode(False):
         whole = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)

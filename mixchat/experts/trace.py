@@ -1,4 +1,4 @@
-"""Routing traces: the experts that the tokens of a run went to, recorded to a file.
+"""Records what experts are given while a model computes, and writes the routing as a trace.
 
 A trace is JSON Lines. The first line is an object:
 
@@ -12,9 +12,9 @@ experts of all tokens in order, T * experts_per_token numbers.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from mixchat.base.errors import ResourceError
@@ -22,6 +22,13 @@ from mixchat.base.output_file import OutputFile
 
 if TYPE_CHECKING:
     import torch
+
+    from mixchat.experts.cache import ExpertKey
+    from mixchat.experts.holder import ExpertRunner
+    from mixchat.weights.format.blueprint import Expert
+
+    # Takes a layer, its rows [T, D], and the experts [T, K] selected for them.
+    Record = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 FORMAT, VERSION = "mixchat-trace", 1
 _BEGINNING = f'{{"format":"{FORMAT}"'.encode()
@@ -39,28 +46,20 @@ class Trace:
     forwards: list[list[list[int]]]
 
     def tokens(self, forward: list[list[int]]) -> int:
-        """Return the count of tokens in a forward pass: one is decode, more are prefill."""
+        """Return the number of tokens in a forward pass: one is decode, more are prefill."""
         return len(forward[0]) // self.experts_per_token
 
 
 def trace_file(path: Path) -> OutputFile:
-    """Return the output to a file, pipe or device; of files only an earlier trace is replaced."""
-    return OutputFile("--trace", path, _is_ours)
-
-
-def _line(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
-
-
-def _is_ours(head: bytes) -> bool:
-    return head.startswith(_BEGINNING)
+    """Return the output to a file, pipe or device. Of files only an earlier trace is replaced."""
+    return OutputFile("--trace", path, lambda head: head.startswith(_BEGINNING))
 
 
 class TraceWriter:
     """Writes a trace, a line for each forward pass as it ends, to a `trace_file`.
 
-    Raises `UsageError` where the file cannot be created, and `ResourceError` once where writing
-    fails: nothing is recorded after that.
+    Raises `UsageError` if the file cannot be created, and `ResourceError` once if writing fails.
+    Nothing is recorded after that.
     """
 
     def __init__(
@@ -68,8 +67,8 @@ class TraceWriter:
     ) -> None:
         self._output, self._layers = trace_file(path), layers
         self._forward: list[list[int]] = []
-        # Without a buffer: all lines are there after a crash, and closing writes nothing, which
-        # could fail again.
+        # Without a buffer all lines are there after a crash, and closing writes nothing that
+        # could fail.
         self._file: BinaryIO | None = self._output.open()
         counts = dict(zip(_COUNTS, (layers, experts, experts_per_token), strict=True))
         header = {"format": FORMAT, "version": VERSION, "model": model} | counts
@@ -79,8 +78,14 @@ class TraceWriter:
             self.close()
             raise
 
+    def record(
+        self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor
+    ) -> None:
+        """Record the experts of a layer for a `RecordingRunner`."""
+        self.add(layer, selected_experts.flatten().tolist())
+
     def add(self, layer: int, selected: list[int]) -> None:
-        """Record the experts that a layer selected; layer 0 starts a forward pass.
+        """Record the experts that a layer selected. Layer 0 starts a forward pass.
 
         A forward pass that was interrupted leaves no line.
         """
@@ -89,38 +94,54 @@ class TraceWriter:
         if layer == len(self._forward):
             self._forward.append(selected)
             if len(self._forward) == self._layers:
-                self._write(self._forward)
-
-    def record(
-        self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor
-    ) -> None:
-        """Record them for a `RecordingRunner`."""
-        self.add(layer, selected_experts.flatten().tolist())
+                self._write(_line(self._forward))
 
     def close(self) -> None:
-        """Close the file; later calls of `add` record nothing."""
+        """Close the file. Later calls of `add` record nothing."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
-    def _write(self, value: object) -> None:
+    def _write(self, line: bytes) -> None:
         if self._file is None:
             return
-        rest = _line(value)
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
             self.close()
             raise ResourceError(f"{self._output}: cannot be written ({error.strerror})") from None
 
-    def __enter__(self) -> TraceWriter:
-        return self
 
-    def __exit__(
+def _line(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+class RecordingRunner:
+    """An `ExpertRunner` that lets another one compute, and records the input."""
+
+    def __init__(self, runner: ExpertRunner, record: Record) -> None:
+        self._runner, self._record = runner, record
+
+    def run(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        layer: int,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        routing_weights: torch.Tensor,
+        *,
+        exact: bool = False,
+    ) -> torch.Tensor:
+        """Run the experts, then record. A layer that Ctrl-C ends is not recorded."""
+        result = self._runner.run(
+            layer, hidden_states, selected_experts, routing_weights, exact=exact
+        )
+        self._record(layer, hidden_states, selected_experts)
+        return result
+
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+        """Return none, because only `run` records."""
+        return ()
+
+    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+        """Do nothing: without experts from `resident` there are no hits."""

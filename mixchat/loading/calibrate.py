@@ -27,7 +27,7 @@ from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import Note, Progress
 from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.engine.generate import Engine
-from mixchat.experts.recording import RecordingRunner
+from mixchat.experts.trace import RecordingRunner
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.installed_model import installed_blueprint

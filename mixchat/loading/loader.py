@@ -24,9 +24,8 @@ from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
-from mixchat.experts.recording import RecordingRunner
 from mixchat.experts.sharing import in_proportion
-from mixchat.experts.trace import TraceWriter
+from mixchat.experts.trace import RecordingRunner, TraceWriter
 from mixchat.kernels import rows
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.tiers import build_experts

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.engine.prompt_cache import identity_of
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
-from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import within_memory
-from mixchat.experts.workers.messages import Hello, Welcome
 from mixchat.loading.loader import choose_devices
 from mixchat.loading.tiers import build_experts
 from mixchat.planning.fitting import FreeMemory, fit_experts
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.installed_model import InstalledModel
 
+if TYPE_CHECKING:
+    from mixchat.experts.workers.messages import Hello
+
 
 class ServedExperts:
-    """The experts of an installed model for one chat after another: a `ServedModel`.
+    """The experts of an installed model for one chat after another: a `WorkerModel`.
 
     They stay in memory between two chats. `options` are those of loading, as far as they are about
     experts and devices. Raises `ResourceError` where fewer than two experts fit.
@@ -52,13 +55,13 @@ class ServedExperts:
         """Return how many experts can be held, now that other programs take what they take."""
         return self._experts.slots
 
-    def begin(self, hello: Hello) -> Welcome:
+    def begin(self, hello: Hello) -> str:
         if hello.exact_prompts != self._exact:
             self._exact = hello.exact_prompts
             self._drop()
         self.follow_memory()
         matrix = self._installed.blueprint.computed_on(self._device).expert.gate_up
-        return Welcome(self.slots, matrix.arithmetic(self._device, exact=self._exact))
+        return matrix.arithmetic(self._device, exact=self._exact)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if len(self._devices) > 1 and set(keys) != set(self._held):
@@ -75,7 +78,7 @@ class ServedExperts:
         missing = next((key for key in wanted if not self._experts.holds(key)), None)
         if missing is None:
             return False
-        self._experts.load(missing, beside=wanted)
+        self._experts.load(missing, pinned=wanted)
         return True
 
     def compute(

@@ -11,20 +11,15 @@ import torch
 from mixchat.base import gpu, machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.progress import Note
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.cached_experts import CachedExperts
-from mixchat.experts.dispatcher import Dispatcher
+from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, ExpertStats, Passes
+from mixchat.experts.compute import DeviceCompute, HostCompute
+from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
 from mixchat.experts.fetcher import Fetcher
-from mixchat.experts.holder import WorkerExperts
-from mixchat.experts.host_compute import HostCompute
-from mixchat.experts.keys import ExpertKey
 from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement
-from mixchat.experts.policies import POLICIES, Passes
 from mixchat.experts.prefetch import NextRouters, Prefetch
-from mixchat.experts.sharing import homes
+from mixchat.experts.sharing import assign_owners
 from mixchat.experts.sources import DiskSource, HostSource, PageLock
-from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertStore
 from mixchat.planning.measuring import measure_machine, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
@@ -65,8 +60,9 @@ def build_experts(
     }
     here = every if here is None else here
     # Experts of lost workers come beside those of here, of which each GPU has its part.
-    home = homes(here, placement.by_device) | homes(every - here, placement.by_device)
-    counts = Counter(home.values())
+    room = placement.by_device
+    owner = assign_owners(here, room) | assign_owners(every - here, room)
+    counts = Counter(owner.values())
     parts = placement.parts([counts[number] for number in range(len(used))])
     stays_cached = _stays_cached(installed, placement, used[0])
     holders = [
@@ -86,7 +82,7 @@ def build_experts(
     return Dispatcher(
         holders,
         stats,
-        home=home.__getitem__,
+        owner=owner.__getitem__,
         prefetch=_prefetch(installed, stats, used[0]) if predicts else None,
         workers=workers,
         copies=copies,
@@ -104,7 +100,7 @@ def _on_device(
     exact: bool,
     stays_cached: bool,
     is_first: bool,
-) -> CachedExperts:
+) -> DeviceCompute:
     """Return the holder of those experts that are at home on a device, in its part of a placement.
 
     Its files and RAM are read by its own mover alone.
@@ -132,7 +128,7 @@ def _on_device(
     cache = ExpertCache(slots, POLICIES[policy](passes))
     fetcher = Fetcher(cache, store, placement, passes, stats, watch)
     host = None if behind is None or exact else _host_compute(installed, behind, device, note)
-    return CachedExperts(fetcher, device, host)
+    return DeviceCompute(fetcher, device, host)
 
 
 def _stays_cached(installed: InstalledModel, placement: Placement, device: torch.device) -> bool:

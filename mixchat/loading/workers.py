@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,17 +16,17 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.report import report_path_by_key, saved_uses
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide
 from mixchat.experts.workers.address import resolve_workers
-from mixchat.experts.workers.connection import ConnectionLostError
 from mixchat.experts.workers.key_file import default_key_file, read_key_file
-from mixchat.experts.workers.link import Link
-from mixchat.experts.workers.messages import Hello
-from mixchat.experts.workers.remote_worker import RemoteWorker
 from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.installed_model import InstalledModel
+
+if TYPE_CHECKING:  # a chat without workers loads neither zmq nor pydantic
+    from mixchat.experts.workers.link import Link
+    from mixchat.experts.workers.remote_worker import RemoteWorker
 
 # Of a layer, to measure a worker with, in turn: a single one could stay in a processor's cache.
 _TRIED_EXPERTS = 4
@@ -39,6 +40,10 @@ def connect_workers(
 
     here: `LinearSpec.arithmetic` of experts on this machine; `note` tells of workers with another.
     """
+    if not options.workers:
+        return []
+    from mixchat.experts.workers.remote_worker import RemoteWorker
+
     workers = [RemoteWorker(connect, note) for connect in _connectors(installed, options)]
     for worker in workers:
         if worker.arithmetic != here:
@@ -48,6 +53,10 @@ def connect_workers(
 
 def ask_workers(installed: InstalledModel, options: LoadOptions) -> list[WorkerOffer]:
     """Return what each worker offers, by trying it. Raises `MixchatError` where one fails."""
+    if not options.workers:
+        return []
+    from mixchat.experts.workers.sockets import ConnectionLostError
+
     offers = []
     for connect in _connectors(installed, options):
         link = connect()
@@ -91,8 +100,9 @@ def _otherwise(worker: RemoteWorker, here: str) -> str:
 
 def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callable[[], Link]]:
     """Return what connects to each worker. Raises `UsageError` for addresses and keys."""
-    if not options.workers:
-        return []
+    from mixchat.experts.workers.link import Link
+    from mixchat.experts.workers.messages import Hello
+
     addresses = resolve_workers(options.workers)
     key = read_key_file(options.key_file or default_key_file())
     hello = Hello(
@@ -102,7 +112,7 @@ def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callabl
         hidden_size=installed.config.hidden_size,
         exact_prompts=options.exact_prompts,
     )
-    return [partial(Link.open, address, key, hello) for address in addresses]
+    return [partial(Link, address, key, hello) for address in addresses]
 
 
 def _offer(link: Link, installed: InstalledModel) -> WorkerOffer:

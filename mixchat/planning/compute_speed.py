@@ -22,7 +22,7 @@ from mixchat.engine.attention import RotaryEmbedding
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Block
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.planning.machine_speeds import interpolate
 from mixchat.weights.format.blueprint import Blueprint, Expert

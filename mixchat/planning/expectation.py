@@ -9,9 +9,9 @@ from itertools import product
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.experts.sharing import homes
+from mixchat.experts.sharing import assign_owners
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.routing import expected_hit_rate, layer_loads
 from mixchat.weights.format.blueprint import Blueprint
@@ -230,7 +230,7 @@ def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
     if len(slots) == 1:
         return 1.0
     layers, experts = range(config.num_hidden_layers), range(config.num_local_experts)
-    owner = homes((ExpertKey(*key) for key in product(layers, experts)), slots)
+    owner = assign_owners((ExpertKey(*key) for key in product(layers, experts)), slots)
     held = [{key for key in owner if owner[key] == number} for number in range(len(slots))]
     most = sum(times * max(counts) for counts, times in layer_loads(config, held).items())
     return most / (len(layers) * config.num_experts_per_tok)

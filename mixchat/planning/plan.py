@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mixchat.base import gpu
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import Expectation, SpeedRange, expect
 from mixchat.planning.fitting import MemoryPlan, Tier

@@ -15,9 +15,7 @@ from itertools import combinations
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import DEFAULT_POLICY
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import POLICIES, Passes, Policy
+from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, Passes, Policy
 from mixchat.experts.sharing import share
 from mixchat.experts.trace import Trace
 

@@ -8,7 +8,7 @@ from itertools import chain
 
 import torch
 
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import divide
 from mixchat.planning.expectation import (

@@ -15,8 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import POLICIES, Passes, Policy
+from mixchat.experts.cache import POLICIES, ExpertKey, Passes, Policy
 from mixchat.experts.trace import Trace
 from mixchat.planning.routing import Replay, Visit, replay_visits, synthetic_trace, visits
 

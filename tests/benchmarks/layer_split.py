@@ -23,7 +23,7 @@ prepare_environment()
 
 from mixchat.base.options import LoadOptions, SamplingOptions  # noqa: E402
 from mixchat.base.quantities import MemoryBudget  # noqa: E402
-from mixchat.experts.cached_experts import CachedExperts  # noqa: E402
+from mixchat.experts.compute import DeviceCompute  # noqa: E402
 from mixchat.experts.workers.link import Link  # noqa: E402
 from mixchat.experts.workers.remote_worker import RemoteWorker  # noqa: E402
 from mixchat.loading.loader import load_engine  # noqa: E402
@@ -66,12 +66,12 @@ def main() -> None:
     parser.add_argument("workers", nargs="+", metavar="WORKER")
     given = parser.parse_args()
     clock, links = Clock(), []
-    opened = Link.open
-    Link.open = lambda *given: links.append(opened(*given)) or links[-1]  # type: ignore
+    opened = Link.__init__
+    Link.__init__ = lambda *given: links.append(given[0]) or opened(*given)  # type: ignore
     clock.watch(RemoteWorker, "begin", "sending")
     clock.watch(RemoteWorker, "finish", "waiting")
     for method in ("begin", "prefetch", "compute_next"):
-        clock.watch(CachedExperts, method, "computing")
+        clock.watch(DeviceCompute, method, "computing")
     options = LoadOptions(given.memory, workers=tuple(given.workers), key_file=given.key_file)
     engine = load_engine(given.model, options)
     greedy = SamplingOptions(temperature=0)

@@ -1,5 +1,6 @@
 """The policies that only the benchmark has, against naive ones and against trying everything."""
 
+from contextlib import closing
 from itertools import permutations
 
 from cache_policies import LFU, NAMES, Belady, read_trace, replay
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_traces import A, B, C, keys, trace, traces, used
 
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.trace import Trace, TraceWriter
 from mixchat.planning.routing import Counts
 
@@ -148,7 +149,7 @@ def test_of_two_that_are_used_next_together_the_oracle_keeps_the_right_one() -> 
 
 def test_a_trace_that_was_recorded_is_read(tmp_path) -> None:
     path, forward = tmp_path / "a.trace", [[0, 1], [2, 3]]
-    with TraceWriter(path, "tiny", layers=2, experts=4, experts_per_token=2) as writer:
+    with closing(TraceWriter(path, "tiny", layers=2, experts=4, experts_per_token=2)) as writer:
         for layer, selected in enumerate(forward):
             writer.add(layer, selected)
     with open(path, "a") as file:

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mixchat.base.options import SamplingOptions
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.stats import ExpertStats
+from mixchat.experts.cache import ExpertKey, ExpertStats
 
 STOP = 0
 KEY = ExpertKey(0, 0)

@@ -11,7 +11,7 @@ from command_line import FAKE, Done
 from fake_mixchat import make_session
 
 from mixchat.cli.output.verbose import VerboseReport, expert_lines, generation_lines
-from mixchat.experts.stats import ExpertStats
+from mixchat.experts.cache import ExpertStats
 
 
 def prompts_in(path):

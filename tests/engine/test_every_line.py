@@ -50,7 +50,7 @@ def ctrl_c_at(line: int) -> Iterator[list[str]]:
 def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mover, "_IDLE", 0)  # so that its thread is started again and again
+    monkeypatch.setattr(mover, "_IDLE_S", 0)  # so that its thread is started again and again
 
     engine = load_engine(tiny_model, LoadOptions(device="cpu"))
     expected = answer(engine, PROMPT, max_tokens=TOKENS)

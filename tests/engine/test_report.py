@@ -14,7 +14,7 @@ from mixchat.engine.report import (
     saved_uses,
     slots_in_words,
 )
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 
 REPORT = ExpertReport(
     model="demo",

@@ -22,7 +22,7 @@ from mixchat.engine.model import LAST, Model
 from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.speculation import Proposals
 from mixchat.experts.holder import ExpertRunner
-from mixchat.experts.recording import RecordingRunner
+from mixchat.experts.trace import RecordingRunner
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 

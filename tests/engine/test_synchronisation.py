@@ -43,7 +43,7 @@ def test_a_token_waits_once_a_layer_for_the_routing_and_once_for_the_logits(
     answer = engine.generate([5, 6, 7], sampling=greedy, stop_ids=set(), max_tokens=60)
     for _ in range(30):  # until all experts are where they are computed
         next(answer)
-    assert engine.experts._devices[0].holds_all
+    assert engine.experts._devices[0].fetcher.holds_all
     waits.clear()
     for _ in range(10):
         next(answer)

@@ -4,17 +4,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.cached_experts import CachedExperts
-from mixchat.experts.dispatcher import Dispatcher
+from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
+from mixchat.experts.compute import DeviceCompute
+from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
 from mixchat.experts.fetcher import Fetcher
-from mixchat.experts.holder import WorkerExperts
-from mixchat.experts.keys import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
-from mixchat.experts.policies import Passes
 from mixchat.experts.sources import DiskSource
-from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertSource, ExpertStore
 from mixchat.kernels.compile import kernels_available
 from mixchat.weights.format.installed_model import InstalledModel
@@ -38,12 +34,12 @@ def runner(
     )
     stats = ExpertStats()
     fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
-    experts = CachedExperts(fetcher, CPU)
+    experts = DeviceCompute(fetcher, CPU)
     return Dispatcher([experts], stats, workers=workers, copies=frozenset(copies))
 
 
 def fetcher_of(dispatcher: Dispatcher) -> Fetcher:
-    return dispatcher._devices[0]._fetcher
+    return dispatcher._devices[0].fetcher
 
 
 def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:

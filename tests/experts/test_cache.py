@@ -1,14 +1,24 @@
+"""Bookkeeping of experts: slots, eviction policies, counts of uses."""
+
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from routing_traces import A, B, C, D, used
 
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import LRU, POLICIES, Passes, Policy
+from mixchat.experts.cache import (
+    LRU,
+    POLICIES,
+    ExpertCache,
+    ExpertKey,
+    ExpertStats,
+    LayeredLRU,
+    Passes,
+    Policy,
+)
 
-A, B, C, D = ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0), ExpertKey(1, 1)
 keys = st.builds(ExpertKey, st.integers(0, 3), st.integers(0, 3))
 policies = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
 
@@ -173,3 +183,78 @@ def test_a_cache_may_change_while_it_is_gone_through() -> None:
     for key in cache:
         cache.discard(key)
     assert len(cache) == 0
+
+
+@given(st.lists(st.tuples(keys, st.booleans())))
+def test_lru_gives_up_first_what_was_used_longest_ago(events: list[tuple[ExpertKey, bool]]) -> None:
+    policy, recent = LRU(), []
+    for key, goes in events:
+        recent = [other for other in recent if other != key]
+        if goes:
+            policy.forget(key)
+        else:
+            policy.use(key)
+            recent.append(key)
+    assert list(policy.victims()) == recent
+
+
+def test_layered_lru_does_as_its_docstring_says() -> None:
+    passes = Passes(3)
+    a, b, c = (ExpertKey(layer, 0) for layer in range(3))
+    layered, plain = LayeredLRU(passes), LRU()
+    for key in (a, b, c):
+        passes.enter(key.layer)
+        layered.use(key)
+        plain.use(key)
+    passes.enter(0)
+    assert list(layered.victims()) == [a, c, b]
+    assert list(plain.victims()) == [a, b, c]
+
+
+def test_layered_lru_is_lru_among_the_experts_of_a_layer() -> None:
+    passes = Passes(1)
+    policy = LayeredLRU(passes)
+    for key in (A, B, C, A, D, B):
+        passes.enter(0)
+        policy.use(key)
+    assert list(policy.victims()) == [C, A, D, B]
+
+
+def test_what_was_predicted_for_a_layer_to_come_is_given_up_after_what_has_been_used() -> None:
+    passes = Passes(4)
+    policy = LayeredLRU(passes)
+    for layer in range(4):
+        passes.enter(layer)
+        policy.use(ExpertKey(layer, 0))
+    passes.enter(0)
+    policy.use(predicted := ExpertKey(1, 1))
+    assert predicted in list(policy.victims())[-2:]
+
+
+@policies
+def test_to_forget_what_is_not_there_changes_nothing(make: Callable[[Passes], Policy]) -> None:
+    policy = make(Passes(1))
+    used(policy, A, B)
+    policy.forget(C)
+    policy.forget(A)
+    policy.forget(A)
+    assert list(policy.victims()) == [B]
+
+
+def test_the_hit_rate_is_of_all_uses_and_none_before_the_first() -> None:
+    assert ExpertStats().hit_rate == 0
+    assert ExpertStats(Counter({A: 2, B: 1}), Counter({B: 1})).hit_rate == 0.75
+
+
+def test_a_copy_stays_as_it_is() -> None:
+    stats = ExpertStats(Counter({A: 1}))
+    before = stats.copy()
+    stats.hits[A] += 1
+    stats.predictions += 1
+    assert before == ExpertStats(Counter({A: 1}))
+
+
+def test_since_is_what_came_between() -> None:
+    before = ExpertStats(Counter({A: 5}), Counter({B: 2}), 100, 1.0, 4, 3)
+    now = ExpertStats(Counter({A: 5, B: 1}), Counter({B: 4}), 250, 1.5, 6, 3)
+    assert now.since(before) == ExpertStats(Counter({B: 1}), Counter({B: 2}), 150, 0.5, 2, 0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from expert_doubles import FakeWorker, fetcher_of, routing, runner
 
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.weights.format.installed_model import InstalledModel
 
 EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]

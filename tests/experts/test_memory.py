@@ -3,13 +3,11 @@
 from collections.abc import Callable
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.base import machine
 from mixchat.experts import memory
-from mixchat.experts.memory import INTERVAL, MemoryWatch, free_on
+from mixchat.experts.memory import INTERVAL, MemoryWatch
 
 GB, EXPERT = 10**9, 10**8
 
@@ -133,8 +131,3 @@ def test_while_others_stay_as_they_are_it_does_not_swing(others: list[int]) -> N
             free = total - used - held * EXPERT
             assert free >= GB // 2 or held == 2
             assert free < GB + 2 * EXPERT or held == 100
-
-
-def test_free_on_a_cpu_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "free_memory", lambda: 12345)
-    assert free_on(torch.device("cpu")) == 12345

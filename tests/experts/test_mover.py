@@ -1,4 +1,4 @@
-"""Transfers in the background: their order, and what becomes of those nobody wants any more."""
+"""Loads in the background: their order, and what becomes of those nobody wants any more."""
 
 import random
 import signal
@@ -10,14 +10,14 @@ import pytest
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.mover import Mover, Steps, Transfer
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.mover import ExpertLoad, Mover, Steps
 
 PATIENCE = 60  # seconds, after which a test fails instead of hanging
 
 
 class Stop:
-    """A point in the steps of a transfer where the mover's thread waits for the test."""
+    """A point in the steps of a load where the mover's thread waits for the test."""
 
     def __init__(self) -> None:
         self._reached, self._passed = threading.Event(), threading.Event()
@@ -34,7 +34,7 @@ class Stop:
 
 
 class Work:
-    """Begins transfers on a mover, and notes each of their steps: `a0`, `a1`, `a there`."""
+    """Begins loads on a mover, and notes each of their steps: `a0`, `a1`, `a there`."""
 
     def __init__(self) -> None:
         self.mover = Mover()
@@ -50,16 +50,16 @@ class Work:
         layer: int = 0,
         is_prefetch: bool = False,
         stop: int = -1,
-    ) -> Transfer:
-        """Queue a transfer of so many steps; in step `stop` it waits for `self.stops[-1].go()`."""
-        transfer = Transfer(ExpertKey(layer, ord(name[0])), is_prefetch=is_prefetch)
+    ) -> ExpertLoad:
+        """Queue a load of so many steps; in step `stop` it waits for `self.stops[-1].go()`."""
+        load = ExpertLoad(ExpertKey(layer, ord(name[0])), is_prefetch=is_prefetch)
         here = Stop()
         if stop >= 0:
             self.stops.append(here)
-        self.mover.begin(transfer, self._steps(name, steps, here, stop))
-        return transfer
+        self.mover.begin(load, self._steps(name, steps, here, stop))
+        return load
 
-    def prefetch(self, name: str, steps: int = 1, *, layer: int = 1, stop: int = -1) -> Transfer:
+    def prefetch(self, name: str, steps: int = 1, *, layer: int = 1, stop: int = -1) -> ExpertLoad:
         return self.begin(name, steps, layer=layer, is_prefetch=True, stop=stop)
 
     def hold(self) -> Stop:
@@ -91,7 +91,7 @@ class Work:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
-    monkeypatch.setattr("mixchat.experts.mover._IDLE", 0.02)
+    monkeypatch.setattr("mixchat.experts.mover._IDLE_S", 0.02)
     work = Work()
     yield work
     work.finish()
@@ -103,13 +103,13 @@ def arrivals(log: list[str]) -> str:
 
 def test_they_are_carried_out_in_order_and_in_the_background(work: Work) -> None:
     held = work.hold()
-    transfers = [work.begin(name, 2) for name in "dab"]
-    assert not any(transfer.ended for transfer in transfers)
+    loads = [work.begin(name, 2) for name in "dab"]
+    assert not any(load.ended for load in loads)
     held.go()
-    for transfer in transfers:
-        transfer.wait()
-        assert transfer.ended
-        assert not transfer.failed
+    for load in loads:
+        load.wait()
+        assert load.ended
+        assert not load.failed
     assert work.finish() == ["d0", "d1", "d there", "a0", "a1", "a there", "b0", "b1", "b there"]
 
 
@@ -263,7 +263,7 @@ def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work:
         yield
         raise OSError("the disk says no")
 
-    failing = Transfer(ExpertKey(0, 0))
+    failing = ExpertLoad(ExpertKey(0, 0))
     work.mover.begin(failing, steps())
     after = work.begin("b")
     for _ in range(2):  # however often it is asked
@@ -287,7 +287,7 @@ def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work: Work) 
 
 
 def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixchat.experts.mover._IDLE", 0.02)
+    monkeypatch.setattr("mixchat.experts.mover._IDLE_S", 0.02)
     log: list[tuple[str, int]] = []
 
     def note(what: str) -> None:
@@ -307,9 +307,9 @@ def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.Mon
     others = set(threading.enumerate())
     mover = Mover(inside)
     assert log == []
-    transfer = Transfer(ExpertKey(0, 0))
-    mover.begin(transfer, steps())
-    transfer.wait()
+    load = ExpertLoad(ExpertKey(0, 0))
+    mover.begin(load, steps())
+    load.wait()
     for thread in set(threading.enumerate()) - others:
         thread.join(PATIENCE)
     assert [what for what, _ in log] == ["in", "step", "step", "out"]
@@ -319,32 +319,32 @@ def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.Mon
 
 def test_whatever_comes_each_arrives_whole_or_is_closed(work: Work) -> None:
     luck = random.Random(0)
-    transfers: dict[str, Transfer] = {}
+    loads: dict[str, ExpertLoad] = {}
     names = [chr(0x4E00 + number) for number in range(300)]
     for name in names:
-        transfers[name] = work.begin(
+        loads[name] = work.begin(
             name, luck.randint(1, 4), layer=luck.randint(0, 3), is_prefetch=luck.random() < 0.6
         )
-        other = transfers[luck.choice(list(transfers))]
+        other = loads[luck.choice(list(loads))]
         if luck.random() < 0.2:
             other.cancelled = True
         elif luck.random() < 0.2:
             work.mover.promote(other)
     log = work.finish()
-    for name, transfer in transfers.items():
+    for name, load in loads.items():
         mine = [entry for entry in log if entry[0] == name]
         steps = [entry for entry in mine if entry[1:].isdigit()]
         assert steps == [f"{name}{step}" for step in range(len(steps))]
-        assert transfer.ended == (f"{name} there" in mine)
-        assert transfer.ended or transfer.cancelled
-        if steps and not transfer.ended:
+        assert load.ended == (f"{name} there" in mine)
+        assert load.ended or load.cancelled
+        if steps and not load.ended:
             assert mine[-1] == f"{name} closed"
 
 
 def test_a_thread_that_cannot_be_started_fails_one_transfer_and_not_all_later_ones(
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mover believed that its thread was at work: whoever waited for a transfer hung."""
+    """The mover believed that its thread was at work: whoever waited for a load hung."""
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -363,10 +363,10 @@ def test_a_thread_that_fails_lets_nobody_wait() -> None:
 
     mover = Mover(refuse)
     for _ in range(2):
-        transfer = Transfer(ExpertKey(0, 0))
-        mover.begin(transfer, iter_nothing())
+        load = ExpertLoad(ExpertKey(0, 0))
+        mover.begin(load, iter_nothing())
         with pytest.raises(MemoryError):
-            transfer.wait()
+            load.wait()
 
 
 def iter_nothing() -> Steps:
@@ -376,11 +376,11 @@ def iter_nothing() -> Steps:
 def test_ctrl_c_ends_the_wait_for_a_transfer_that_does_not_come(work: Work) -> None:
     """As from a disk that hangs, where nothing between two layers is reached."""
     held = work.hold()
-    transfer = work.begin("a")
+    load = work.begin("a")
     with interrupts.deferred():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            transfer.wait()
+            load.wait()
     held.go()
-    transfer.wait()
+    load.wait()
     assert work.finish() == ["a0", "a there"]

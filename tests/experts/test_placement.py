@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.placement import Demand, DeviceRoom, Placement, place_on_cpu, place_on_gpus
-from mixchat.experts.sharing import home_counts
+from mixchat.experts.sharing import owner_counts
 
 GB = 10**9
 MIXTRAL = Demand(shared=3 * GB, context=GB, expert=GB // 10, experts=256)
@@ -222,10 +222,10 @@ def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks() -> None:
 def test_parts_of_a_placement_are_the_whole_or_less(
     experts: int, slots: list[int], data: st.DataObject
 ) -> None:
-    slots = list(map(min, slots, home_counts(experts, slots)))
+    slots = list(map(min, slots, owner_counts(experts, slots)))
     host = data.draw(st.integers(0, experts)) if sum(slots) < experts else 0
     whole = Placement(slots[0], host, experts, other_slots=tuple(slots[1:]))
-    parts = whole.parts(home_counts(experts, slots))
+    parts = whole.parts(owner_counts(experts, slots))
     assert [part.slots for part in parts] == slots
     assert sum(part.experts for part in parts) == experts
     assert sum(part.host_slots for part in parts) <= host

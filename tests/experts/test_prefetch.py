@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from mixchat.experts import prefetch
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.prefetch import DEPTHS, NextRouters, Prefetch, ranked_keys
-from mixchat.experts.stats import ExpertStats
 
 L, E, D, K = 5, 8, 32, 2
 
@@ -65,31 +64,6 @@ def test_they_are_what_the_next_routers_would_choose_now(tokens: int, depth: int
             predicted = case.predicted(layer, depth)
             assert predicted == case.slow(layer, depth)
             assert {key.layer for key in predicted} == set(range(layer + 1, L)[:depth])
-
-
-def test_of_one_token_each_layer_has_k_experts_the_likeliest_first() -> None:
-    case = Case(0, tokens=1)
-    keys = case.predicted(0, 3)
-    assert [key.layer for key in keys] == [1, 1, 2, 2, 3, 3]
-    logits = (case.normed[0] * case.norms[1]) @ case.gates[1].T
-    assert keys[0].expert == int(logits.argmax())
-
-
-def test_of_many_tokens_the_experts_that_most_of_them_choose_come_first() -> None:
-    case = Case(1, tokens=40)
-    keys = case.predicted(0, 1)
-    chosen = ((case.normed * case.norms[1]) @ case.gates[1].T).topk(K).indices
-    counts = [int((chosen == key.expert).sum()) for key in keys]
-    assert counts == sorted(counts, reverse=True)
-    assert sum(counts) == 40 * K
-    assert len(set(keys)) == len(keys)
-
-
-def test_after_the_last_layer_there_is_nothing_to_predict() -> None:
-    case = Case(0, tokens=3)
-    for depth in (0, 1, 3):
-        assert case.predicted(L - 1, depth) == []
-    assert {key.layer for key in case.predicted(L - 2, 3)} == {L - 1}
 
 
 def test_in_bf16_nearly_all_predictions_are_the_same() -> None:
@@ -145,7 +119,7 @@ class Decoding:
     @property
     def costs(self) -> dict[int, float]:
         """Return the cost of a token, by the depth."""
-        return dict(zip(DEPTHS, map(mean, self.prefetch.trial._costs), strict=True))
+        return dict(zip(DEPTHS, map(mean, self.prefetch.tuner._costs), strict=True))
 
     def token(self, seconds: Mapping[int, float], needed: int = 6, right: int = 0) -> int:
         """A token takes so long, by the depth. Of what it needs, `right` were predicted in time.

@@ -6,8 +6,8 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.sharing import divide, home_counts, homes, in_proportion, share
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.sharing import assign_owners, divide, in_proportion, owner_counts, share
 
 SLOTS = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(lambda slots: slots[0] >= 2)
 
@@ -66,10 +66,10 @@ def test_the_example_in_the_docstring() -> None:
 def test_each_expert_is_at_home_on_one_gpu_evenly_in_every_layer(
     layers: int, experts: int, slots: list[int]
 ) -> None:
-    home = homes(keys_of(layers, experts), slots)
+    home = assign_owners(keys_of(layers, experts), slots)
     assert sorted(home) == keys_of(layers, experts)
     counts = Counter(home.values())
-    assert [counts[number] for number in range(len(slots))] == home_counts(layers * experts, slots)
+    assert [counts[number] for number in range(len(slots))] == owner_counts(layers * experts, slots)
     for number, count in counts.items():
         for layer in range(layers):
             here = sum(home[ExpertKey(layer, expert)] == number for expert in range(experts))
@@ -80,7 +80,7 @@ def test_each_expert_is_at_home_on_one_gpu_evenly_in_every_layer(
 def test_gpus_are_home_of_what_they_hold_and_of_as_much_more_as_they_have_slots(
     experts: int, slots: list[int]
 ) -> None:
-    counts = home_counts(experts, slots)
+    counts = owner_counts(experts, slots)
     assert sum(counts) == experts
     if sum(slots) >= experts:  # all are held: evenly, as far as the slots allow
         assert all(count <= own for count, own in zip(counts, slots, strict=True))
@@ -97,17 +97,17 @@ def test_gpus_are_home_of_what_they_hold_and_of_as_much_more_as_they_have_slots(
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
 )
 def test_any_experts_can_be_at_home_on_gpus(keys: set[ExpertKey], slots: list[int]) -> None:
-    home = homes(keys, slots)
+    home = assign_owners(keys, slots)
     assert set(home) == keys
     counts = Counter(home.values())
-    assert [counts[number] for number in range(len(slots))] == home_counts(len(keys), slots)
+    assert [counts[number] for number in range(len(slots))] == owner_counts(len(keys), slots)
 
 
 def test_homes_of_mixtral_on_two_unequal_gpus() -> None:
-    assert home_counts(256, [200, 245]) == [128, 128]  # all fit
-    assert home_counts(256, [40, 245]) == [40, 216]
-    assert home_counts(256, [60, 30]) == [171, 85]
-    assert home_counts(256, [60, 0]) == [256, 0]
+    assert owner_counts(256, [200, 245]) == [128, 128]  # all fit
+    assert owner_counts(256, [40, 245]) == [40, 216]
+    assert owner_counts(256, [60, 30]) == [171, 85]
+    assert owner_counts(256, [60, 0]) == [256, 0]
     assert in_proportion(10, [1, 1, 1]) == [4, 3, 3]
 
 

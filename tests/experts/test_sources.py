@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +21,9 @@ from hypothesis import strategies as st
 
 from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts import sources
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import LRU, ExpertCache, ExpertKey, ExpertStats
 from mixchat.experts.mover import Steps
-from mixchat.experts.policies import LRU
 from mixchat.experts.sources import DiskSource, HostSource
-from mixchat.experts.stats import ExpertStats
 from mixchat.experts.store import ExpertSource, ExpertStore, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -161,6 +159,14 @@ class Device:
 
 def tier_of(disk: Disk, slots: int, *, swaps: bool) -> HostSource:
     return HostSource(disk, slots, layout_of(disk), LRU(), swaps=swaps, lock=lambda block: None)
+
+
+def tiers(
+    installed: InstalledModel, host_slots: int, slots: int, *, swaps: bool
+) -> tuple[Disk, HostSource, Device]:
+    disk = Disk(installed)
+    tier = tier_of(disk, host_slots, swaps=swaps)
+    return disk, tier, Device(tier, disk.stride, slots)
 
 
 def layout_of(disk: Disk) -> Any:
@@ -343,10 +349,8 @@ def test_a_file_cut_short_after_it_was_opened_is_named(
 ) -> None:
     copy = Path(shutil.copytree(directory, tmp_path / "installed"))
     with InstalledModel(copy) as installed:
-        source, size = (
-            DiskSource(installed, ExpertStats(), choose=choose),
-            installed.blueprint.expert.stride,
-        )
+        size = installed.blueprint.expert.stride
+        source = DiskSource(installed, ExpertStats(), choose=choose)
         file = copy / "experts-002.safetensors"
         os.truncate(file, file.stat().st_size - missing)
         load(source, ExpertKey(2, EXPERTS - 2), size)
@@ -364,10 +368,8 @@ def test_a_read_error_is_raised_with_the_files_name(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with InstalledModel(directory) as installed:
-        source, size = (
-            DiskSource(installed, ExpertStats(), choose=choose),
-            installed.blueprint.expert.stride,
-        )
+        size = installed.blueprint.expert.stride
+        source = DiskSource(installed, ExpertStats(), choose=choose)
         monkeypatch.setattr(os, "preadv", broken)
         said = r"experts-001\.safetensors: cannot be read \(Input/output error\)"
         with pytest.raises(CheckpointError, match=said):
@@ -400,9 +402,7 @@ def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
     host_slots: int,
     wanted: list[ExpertKey],
 ) -> None:
-    disk = Disk(installed)
-    tier = tier_of(disk, host_slots, swaps=True)
-    device = Device(tier, disk.stride, slots)
+    _, tier, device = tiers(installed, host_slots, slots, swaps=True)
     for number, key in enumerate(wanted, 1):
         device.load(key)
         there = device.contents()
@@ -414,9 +414,7 @@ def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
 def test_with_swaps_one_that_goes_up_leaves_its_place_to_the_one_it_drives_out(
     installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(installed)
-    tier = tier_of(disk, 4, swaps=True)
-    device = Device(tier, disk.stride, 2)
+    disk, tier, device = tiers(installed, 4, 2, swaps=True)
     for key in (A, B, C):  # A comes down
         device.load(key)
     assert [tier.tier(key) for key in (A, B, C)] == ["host", "disk", "disk"]
@@ -445,9 +443,7 @@ def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
     host_slots: int,
     events: list[tuple[str, ExpertKey, int]],
 ) -> None:
-    disk = Disk(installed)
-    tier = tier_of(disk, host_slots, swaps=swaps)
-    device = Device(tier, disk.stride, slots)
+    disk, tier, device = tiers(installed, host_slots, slots, swaps=swaps)
     for what, key, steps in [*events, *(("load", key, 0) for key in KEYS)]:
         in_ram, reads = tier.tier(key) == "host", disk.reads[key]
         if what == "load":
@@ -474,20 +470,22 @@ def test_more_loads_may_be_put_off_than_there_is_room_for_in_ram(
     assert len(device.contents()) == 8
 
 
+@pytest.mark.parametrize("lends", [False, True])
 def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
+    installed: InstalledModel, truth: dict[ExpertKey, str], lends: bool
 ) -> None:
-    """The one that it drives out has to find a place beside it and beside all that are half."""
-    disk = Disk(installed)
-    tier = tier_of(disk, 4, swaps=True)
-    device = Device(tier, disk.stride, 6)
-    for key in KEYS[:7]:
+    """The one that it evicts needs a slot, beside all that are half and one that is lent."""
+    disk, tier, device = tiers(installed, 4, 6, swaps=True)
+    for key in KEYS[:8]:
         device.load(key)
-    assert tier.tier(KEYS[0]) == "host"
-    for key in KEYS[8:12]:
-        device.prefetch(key, 1)
-    device.load(KEYS[0])
-    assert disk.reads[KEYS[0]] == 1
+    assert (tier.tier(A), tier.tier(B)) == ("host", "host")
+    with tier.borrow(A) if lends else nullcontext() as lent:
+        for key in KEYS[8:12]:
+            device.prefetch(key, 1)
+        device.load(B)
+        block: Any = lent
+        assert not lends or digest(block) == truth[A]
+    assert disk.reads[B] == 1
     for key in KEYS:
         device.load(key)
         assert device.contents().items() <= truth.items()
@@ -496,9 +494,7 @@ def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
 def test_what_was_half_written_over_does_not_come_down(
     installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(installed)
-    tier = tier_of(disk, 4, swaps=True)
-    device = Device(tier, disk.stride, 8)
+    _, _, device = tiers(installed, 4, 8, swaps=True)
     for key in KEYS[:8]:
         device.load(key)
     for key in KEYS[8:12]:  # those that find no place in RAM go straight into their slots
@@ -515,9 +511,7 @@ def test_what_was_half_written_over_does_not_come_down(
 def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
     installed: InstalledModel, truth: dict[ExpertKey, str]
 ) -> None:
-    disk = Disk(installed)
-    tier = tier_of(disk, 4, swaps=True)
-    device = Device(tier, disk.stride, 3)
+    disk, tier, device = tiers(installed, 4, 3, swaps=True)
     for key in (A, B, C, D):  # A comes down
         device.load(key)
     with tier.borrow(A) as lent:
@@ -530,27 +524,6 @@ def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
     device.load(A)
     assert tier.tier(A) == "disk"  # it has gone up, and left its place
     for key in KEYS[4:12]:
-        device.load(key)
-        assert device.contents().items() <= truth.items()
-
-
-def test_one_is_borrowed_and_another_goes_up_while_as_many_as_there_may_be_are_put_off(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
-    disk = Disk(installed)
-    tier = tier_of(disk, 4, swaps=True)
-    device = Device(tier, disk.stride, 6)
-    for key in KEYS[:8]:
-        device.load(key)
-    with tier.borrow(A) as lent:
-        assert tier.tier(B) == "host"
-        for key in KEYS[8:12]:
-            device.prefetch(key, 1)
-        device.load(B)
-        block: Any = lent
-        assert digest(block) == truth[A]
-    assert disk.reads[B] == 1
-    for key in KEYS:
         device.load(key)
         assert device.contents().items() <= truth.items()
 

@@ -26,7 +26,7 @@ from paper_tools import (
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.bench import machine_limits
 from mixchat.bench.machine_limits import LimitsMeter, copy_bandwidth
-from mixchat.experts.host_compute import HostCompute
+from mixchat.experts.compute import HostCompute
 from mixchat.loading import tiers
 from mixchat.loading.loader import choose_devices
 from mixchat.planning.compute_speed import Effort, layer_probe

@@ -11,9 +11,8 @@ from mixchat.base import machine
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts import memory
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import POLICIES, ExpertKey
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.policies import POLICIES
 from mixchat.experts.workers.messages import Hello
 from mixchat.loading.loader import load_engine
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
@@ -38,7 +37,7 @@ def test_rows_get_the_bits_that_they_get_in_a_prompt(
     checkpoint = make_checkpoint(hidden_size=hidden_size, intermediate_size=intermediate_size)
     model = install(checkpoint, **kind)
     served = load_served_experts(model, CPU, lambda line: None)
-    served.begin(Hello(served.identity, served.name, "float32", hidden_size))
+    served.begin(hello_of(served, "float32"))
     engine = load_engine(model, CPU)
     hidden_states = torch.randn(17, hidden_size, generator=torch.Generator().manual_seed(1))
     # One row for expert 1, after five for expert 0.
@@ -56,10 +55,20 @@ def test_rows_get_the_bits_that_they_get_in_a_prompt(
     assert torch.equal(rows.outputs, expected.outputs)
 
 
+def hello_of(served: ServedExperts, dtype: str) -> Hello:
+    """Return the first message of a chat with the worker's model."""
+    return Hello(
+        model_identity=served.identity,
+        model_name=served.name,
+        dtype=dtype,
+        hidden_size=served.hidden_size,
+    )
+
+
 def served_on_cpu(model: Path, options: LoadOptions) -> tuple[ServedExperts, Hello]:
     """Return the experts of the tiny model, 4 in each of 2 layers, and a chat for them."""
     served = load_served_experts(model, options, lambda line: None)
-    return served, Hello(served.identity, served.name, "bfloat16", 64)
+    return served, hello_of(served, "bfloat16")
 
 
 def load_all(served: ServedExperts, keys: list[ExpertKey]) -> int:
@@ -96,12 +105,15 @@ def test_experts_are_freed_for_other_programs_also_while_nothing_is_asked(
     monkeypatch.setattr(machine, "free_memory", lambda: free)
     monkeypatch.setattr(memory, "INTERVAL", 0)
     served, hello = served_on_cpu(tiny_model, LoadOptions(device="cpu"))
-    assert served.begin(hello).slots == 8
+    served.begin(hello)
+    assert served.slots == 8
     free = 0
-    assert served.begin(hello).slots == 2
+    served.begin(hello)
+    assert served.slots == 2
     free = 10**12
     every = [ExpertKey(layer, expert) for layer in range(2) for expert in range(4)]
-    assert served.begin(hello).slots == 8
+    served.begin(hello)
+    assert served.slots == 8
     assert load_all(served, every) == 8
     held = served._experts.bytes_held
     free = 0

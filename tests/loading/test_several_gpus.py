@@ -34,8 +34,8 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
-from mixchat.experts.host_compute import HostCompute
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.compute import HostCompute
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
 from mixchat.experts.store import ExpertStore
@@ -134,7 +134,7 @@ def test_gpus_are_named_in_any_order_and_number(
     named: dict[str, Any] = {"device": "paper:2, paper:0", "exact_prompts": exact}
     engine = load(case("nf4"), 3, EXPERTS, others=(3,), **named)
     assert engine.device == torch.device("paper", 2)
-    assert {device.number for device in engine.experts._devices} == {0, 2}  # type: ignore[attr-defined]
+    assert {device.device.index for device in engine.experts._devices} == {0, 2}  # type: ignore[attr-defined]
     assert text(engine) == expected
 
 
@@ -213,11 +213,11 @@ def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
     dispatcher: Any = engine.experts
     sources, disks = set(), set()
     for number, device in enumerate(dispatcher._devices):
-        store = device._fetcher._store
-        assert store._side.index == device.number == number
+        store = device.fetcher._store
+        assert store._side.index == device.device.index == number
         assert {slot.block.device.index for slot in store._slots.values()} == {number}
         held = {slot.holds for slot in store._slots.values()} - {None}
-        assert {dispatcher._home(key) for key in held} <= {number}
+        assert {dispatcher._owner(key) for key in held} <= {number}
         sources.add(id(store._source))
         disks.add(id(getattr(store._source, "_source", store._source)))
     assert len(sources) == len(disks) == len(dispatcher._devices)
@@ -349,7 +349,7 @@ def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does
     monkeypatch.setattr(paper, "allocated", failing)
     assert text(engine) == expected
     assert notes == [f"GPU {full} ran out of memory: 6 experts fit now"]
-    assert [device.slots for device in engine.experts._devices] == [[2, 4], [4, 2]][full]  # type: ignore[attr-defined]
+    assert [device.fetcher.slots for device in engine.experts._devices] == [[2, 4], [4, 2]][full]  # type: ignore[attr-defined]
 
 
 def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(
@@ -449,13 +449,23 @@ def test_what_workers_leave_to_two_gpus_is_spread_over_both(
     dispatcher: Any = engine.experts
     alone_here = {ExpertKey(*key) for key in product(range(LAYERS), range(4))} - worker.held
     here = alone_here | dispatcher._copies
-    assert Counter(map(dispatcher._home, here)) == {0: len(here) // 2, 1: len(here) // 2}
+    assert Counter(map(dispatcher._owner, here)) == {0: len(here) // 2, 1: len(here) // 2}
     assert text(engine) == expected
     assert text(engine) == expected
     held = [key for key in alone_here if dispatcher.tier(key) in ("device", "other-device")]
     assert len(held) == min(6, 2 * slots)
     worker.works = False
     assert text(engine) == expected
+
+
+def hello(exact: bool = False) -> Hello:
+    return Hello(
+        model_identity="identity",
+        model_name="tiny",
+        dtype="float32",
+        hidden_size=64,
+        exact_prompts=exact,
+    )
 
 
 def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
@@ -475,11 +485,11 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     for exact, chosen in product((False, True), ((0, 2), (1, 3))):
         keys = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in chosen]
-        served.begin(Hello("identity", "tiny", "float32", 64, exact))
+        served.begin(hello(exact))
         served.hold(keys)
         while served.load_next():
             pass
-        assert [device.slots for device in served._experts._devices] == [3, 3]
+        assert [device.fetcher.slots for device in served._experts._devices] == [3, 3]
         assert all(served._experts.holds(key) for key in keys)
         for layer in range(LAYERS):
             served.compute(layer, [(expert, 1) for expert in chosen], x, True, lambda: None)
@@ -496,7 +506,7 @@ def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(
     options = LoadOptions(MemoryBudget(size=0), (MemoryBudget(size=4 * expert),))
     served = load_served_experts(case("nf4").directory, options, notes.append)
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
-    served.begin(Hello("identity", "tiny", "float32", 64))
+    served.begin(hello())
     request = (0, [(0, 1), (2, 1)], x, True, lambda: None)
     expected = served.compute(*request)
     paper.allocations, paper.fail_at = 0, 2

@@ -19,7 +19,7 @@ from mixchat.base.progress import Note
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
-from mixchat.experts.host_compute import HostCompute
+from mixchat.experts.compute import HostCompute
 from mixchat.experts.placement import Placement
 from mixchat.experts.sources import HostSource
 from mixchat.experts.store import ExpertStore
@@ -298,7 +298,7 @@ def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(
     assert text(engine) == expected
     assert engine.experts.slots == 2
     assert (
-        len(engine.experts._devices[0]._fetcher._store._slots) == 2
+        len(engine.experts._devices[0].fetcher._store._slots) == 2
     )  # the memory of the others has gone
     free["bytes"] = 10**12
     assert text(engine) == expected
@@ -312,5 +312,5 @@ def test_experts_in_ram_do_not_come_from_disk_again(
     text(engine)
     monkeypatch.setattr(InstalledModel, "read_expert", out_of_memory)
     assert text(engine)
-    source = engine.experts._devices[0]._fetcher._store._source
+    source = engine.experts._devices[0].fetcher._store._source
     assert isinstance(source, HostSource)

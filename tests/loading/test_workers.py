@@ -124,8 +124,8 @@ def fork(nursery: Nursery) -> Iterator[Nursery]:
 @pytest.fixture
 def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a worker that hangs be lost after 2 s."""
-    real = Link.open
-    monkeypatch.setattr(Link, "open", lambda *given: real(*given, silence=2.0))
+    real = Link.__init__
+    monkeypatch.setattr(Link, "__init__", lambda *given: real(*given, silence=2.0))
 
 
 class Answer(NamedTuple):
@@ -293,9 +293,9 @@ def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The worker's answer to the layer that was interrupted must not be taken for the next one."""
-    real = Link.open
+    real = Link.__init__
     # A worker may need as long as the usual silence to notice that nobody takes what it sends.
-    monkeypatch.setattr(Link, "open", lambda *given: real(*given, silence=30.0))
+    monkeypatch.setattr(Link, "__init__", lambda *given: real(*given, silence=30.0))
     worker = fork.start(model(FAST), 8)
     engine = load(FAST, 4, [worker.address])
     start = Link.start

@@ -9,9 +9,9 @@ import pytest
 import torch
 from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS
 
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.experts.sharing import homes
+from mixchat.experts.sharing import assign_owners
 from mixchat.experts.trace import Trace
 from mixchat.planning import routing
 from mixchat.planning.expectation import (
@@ -129,7 +129,7 @@ def test_the_busiest_gpu_has_what_counting_all_choices_says(
 ) -> None:
     config = replace(CONFIG, num_experts_per_tok=chosen)
     every = [ExpertKey(*key) for key in itertools.product(range(32), range(8))]
-    home = homes(every, slots)
+    home = assign_owners(every, slots)
     most = [
         max(Counter(home[ExpertKey(layer, expert)] for expert in choice).values())
         for layer in range(32)

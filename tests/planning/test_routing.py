@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routing_traces import trace, traces
 
-from mixchat.experts.cache import ExpertCache
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.policies import POLICIES, Passes
+from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, Passes
 from mixchat.experts.trace import Trace
 from mixchat.planning.routing import Counts, layer_loads, replay, sharing, synthetic_trace
 

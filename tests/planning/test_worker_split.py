@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planning_tools import BLUEPRINT, CPU, GPU, GPU_SPEEDS, SPEEDS, without_disk
 
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import ModelSize, TokenCost, token_cost
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement

@@ -11,7 +11,7 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import CacheBits, NetworkAddress, device_names
 from mixchat.chat.parameters import LENGTHS, SAMPLING
 from mixchat.cli.flags.arguments import STDIN, checked
-from mixchat.experts.policies import POLICIES
+from mixchat.experts.cache import POLICIES
 
 # By its name in Python: the flag, and the limits of its value.
 _NUMBERS = {of.field: (f"--{name}", of) for name, of in {**SAMPLING, **LENGTHS}.items()}

@@ -30,7 +30,7 @@ from mixchat.cli.flags.config_flag import (
     settings_of,
 )
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
-from mixchat.experts.policies import POLICIES
+from mixchat.experts.cache import POLICIES
 
 # Where a flag is not given, the model's generation_config.json decides, then the engine.
 Model = Annotated[

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mixchat.chat.session import Finished
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats, SpeculationStats
-    from mixchat.experts.stats import ExpertStats
+    from mixchat.experts.cache import ExpertStats
     from mixchat.planning.plan import Prediction
 
 

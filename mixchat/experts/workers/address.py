@@ -14,15 +14,15 @@ from mixchat.base.errors import MixchatError, UsageError, short_message
 from mixchat.base.options import NetworkAddress
 from mixchat.base.progress import in_background
 
-_DEADLINE = 5.0  # seconds that looking up a name may take
-_SLICE = 0.05  # seconds between two looks for Ctrl-C
-# Most systems give `localhost` an address of IPv6, too; a worker listens on this one.
+_LOOKUP_TIMEOUT_S = 5.0
+_CTRL_C_CHECK_S = 0.05
+# Most systems give `localhost` an address of IPv6, too. A worker listens on this one.
 _LOCALHOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Address:
-    """One address of a worker: what `connect` and `bind` take, and how a person wrote it."""
+    """One address of a worker, as `connect` and `bind` take it, and as a person wrote it."""
 
     text: str
     family: socket.AddressFamily
@@ -35,7 +35,7 @@ class Address:
 
     @property
     def port(self) -> int:
-        """Return the port; 0 lets the system choose one to listen on."""
+        """Return the port. With 0 the system chooses one to listen on."""
         return int(self.target[1])
 
     def __str__(self) -> str:
@@ -43,10 +43,10 @@ class Address:
 
 
 def resolve(text: str, *, any_port: bool = False) -> Address:
-    """Return the one address that HOST[:PORT] names; with `any_port` the port may be 0.
+    """Return the one address that HOST[:PORT] names. With `any_port` the port may be 0.
 
-    Raises `UsageError` where it is malformed, where no such host is known, and where the name has
-    several addresses; `MixchatError` where looking it up takes too long.
+    Raises `UsageError` if it is malformed, no such host is known, or the name has several
+    addresses, and `MixchatError` if looking it up takes too long.
     """
     named = NetworkAddress.parse(text, any_port=any_port)
     host = _LOCALHOST if named.host == "localhost" else named.host
@@ -64,7 +64,7 @@ def resolve(text: str, *, any_port: bool = False) -> Address:
 
 
 def resolve_workers(texts: Sequence[str]) -> list[Address]:
-    """Return the address of each worker. Raises `UsageError` also where two are the same."""
+    """Return the address of each worker. Raises `UsageError` also if two are the same."""
     addresses: dict[tuple[Any, ...], Address] = {}
     for address in map(resolve, texts):
         if address.target in addresses:
@@ -75,7 +75,7 @@ def resolve_workers(texts: Sequence[str]) -> list[Address]:
 
 
 def _look_up(text: str, host: str, port: int) -> list[Any]:
-    """Return what getaddrinfo finds. It may block for long, so a thread waits for it."""
+    """Return the result of getaddrinfo, which may block for long. So a thread waits for it."""
     look_up = in_background(socket.getaddrinfo, host, port, socket.AF_UNSPEC, socket.SOCK_STREAM)
     try:
         return list(_wait(look_up, f"{text}: looking up the name takes too long"))
@@ -86,11 +86,11 @@ def _look_up(text: str, host: str, port: int) -> list[Any]:
 
 
 def _wait(work: Future[Any], fault: str) -> Any:
-    deadline = time.monotonic() + _DEADLINE
+    deadline = time.monotonic() + _LOOKUP_TIMEOUT_S
     while time.monotonic() < deadline:
         interrupts.check()
         try:
-            return work.result(_SLICE)
+            return work.result(_CTRL_C_CHECK_S)
         except TimeoutError:
             if work.done():  # the system's own deadline, in `work`
                 raise

@@ -14,18 +14,18 @@ from mixchat.base.settings import data_dir
 
 KEY_SIZE = 32  # bytes
 
-_LONGEST = 4096  # bytes of a file that is read
+_MAX_FILE = 4096  # bytes that are read
 _MODE = 0o600
-_OTHERS = 0o077  # the bits of a mode that let others in
+_OTHERS = 0o077  # the bits of a mode for others than the owner
 
 
 def default_key_file() -> Path:
-    """Return the path of the key where none is named."""
+    """Return the path of the key if none is named."""
     return data_dir() / "worker.key"
 
 
 def make_key_file(path: Path) -> None:
-    """Write a new random key. Raises `UsageError` where a file is there: it is not overwritten."""
+    """Write a new random key. Raises `UsageError` if there is a file, which is not overwritten."""
     if os.path.lexists(path):
         hint = "Copy it to the other machines; or remove it, to make another for all of them."
         raise UsageError(f"{path}: there is a key already", hint=hint)
@@ -36,19 +36,19 @@ def make_key_file(path: Path) -> None:
             file.write(secrets.token_hex(KEY_SIZE).encode() + b"\n")
             file.flush()
             os.fsync(descriptor)
-    except OSError as error:  # also where another process has made a key meanwhile
+    except OSError as error:  # also if another process has made a key meanwhile
         raise write_error(error, path, "cannot be written") from None
 
 
 def read_key_file(path: Path) -> bytes:
     """Return the key, 32 bytes.
 
-    Raises `UsageError` where the file is missing, holds no key, or can be read by others.
+    Raises `UsageError` if the file is missing, holds no key, or can be read by others.
     """
     try:
         with open(open_regular(path), "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            text = file.read(_LONGEST)
+            text = file.read(_MAX_FILE)
     except FileNotFoundError:
         hint = "Make it with `mixchat worker --new-key`, and copy it to each of the machines."
         raise UsageError(f"{path}: there is no key", hint=hint) from None

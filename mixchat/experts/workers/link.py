@@ -1,88 +1,84 @@
 """The chat side of a worker: rows go out, results come back.
 
-A fault after the beginning never waits: everything of that worker is closed, and
-`ConnectionLostError` says why, so that the experts are computed elsewhere.
+After a fault everything of that worker is closed at once, and `ConnectionLostError` says why, so
+that others compute its experts.
 
 D = hidden_size, n = rows of a request.
 """
 
 from __future__ import annotations
 
+import errno
 import math
+import socket
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import zmq
 
-from mixchat.base.errors import CheckpointError, MixchatError, ResourceError, ServerError
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.workers import messages
+from mixchat.base import interrupts
+from mixchat.base.errors import (
+    CheckpointError,
+    MixchatError,
+    ResourceError,
+    ServerError,
+    UsageError,
+)
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.workers import messages, sockets
 from mixchat.experts.workers.address import Address
-from mixchat.experts.workers.connection import (
-    SILENCE_S,
-    BadMessageError,
-    Connection,
-    ConnectionLostError,
-    receive_rows,
-    send_rows,
-)
-from mixchat.experts.workers.messages import (
-    Hello,
-    Kind,
-    Refusal,
-    Request,
-    Welcome,
-    describe_model,
-)
 
-# Until the worker has said what it has: it may have to compute experts of another chat first.
+# Until the worker has said what it has. It may have to compute experts of another chat first.
 _WELCOME_S = 10.0
 # Until a worker that lives has answered: time to load experts from a slow disk, and for each row
 # several times what a slow processor takes.
 _REQUEST_S, _ROW_S = 60.0, 0.2
+_POLL_S = 0.05  # between two checks for Ctrl-C and the connection's end
+
+_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
 
 
 class Link:
     """A worker that has been greeted, for one request at a time: `start`, then `finish`."""
 
     def __init__(
-        self, address: Address, connection: Connection, hello: Hello, welcome: Welcome
+        self,
+        address: Address,
+        key: bytes,
+        hello: messages.Hello,
+        silence: float = sockets.SILENCE_S,
     ) -> None:
-        self.address = address
-        self.slots, self.arithmetic = welcome.slots, welcome.arithmetic
-        self.seconds_computing = 0.0  # of all requests, by the worker's own clock
-        self._connection = connection
-        self._hidden_size, self._dtype = hello.hidden_size, getattr(torch, hello.dtype)
-        self._asked: tuple[Request, torch.Tensor, float] | None = None  # its rows, and its deadline
-
-    @classmethod
-    def open(cls, address: Address, key: bytes, hello: Hello, silence: float = SILENCE_S) -> Link:
         """Connect to a worker, prove the key, and say which model it is.
 
         Raises `UsageError` for a wrong address or key, `CheckpointError` for another model or
         version, `ResourceError` if the worker is busy or has too little room, and `ServerError`
         if it cannot be reached, does not answer or is lost.
         """
-        connection = Connection(address, key, silence)
+        self.address = address
+        self.seconds_computing = 0.0  # of all requests, by the worker's own clock
+        self._socket = WorkerSocket(address, key, silence)
+        self._hidden_size, self._dtype = hello.hidden_size, getattr(torch, hello.dtype)
+        # With its rows and deadline.
+        self._request: tuple[messages.Compute, torch.Tensor, float] | None = None
         try:
-            connection.send(messages.pack_fields(Kind.HELLO, hello))
-            message = connection.receive(time.monotonic() + _WELCOME_S)
-            if messages.kind_of(message) == Kind.REFUSAL:
-                raise _refusal(address, messages.unpack_refusal(message[1:]), hello)
-            welcome = messages.unpack_welcome(messages.expect(Kind.WELCOME, message))
-        except ConnectionLostError as error:
-            connection.close()
+            with self._closed_on_error():
+                welcome = self._greet(hello)
+        except sockets.ConnectionLostError as error:
             raise ServerError(f"{address}: the worker is lost: {error.reason}") from None
-        except BaseException:
-            connection.close()
-            raise
-        return cls(address, connection, hello, welcome)
+        self.slots, self.arithmetic = welcome.slots, welcome.arithmetic
 
     @property
     def is_lost(self) -> bool:
         """Return whether it is closed, or known to be gone."""
-        return self._connection.has_ended()
+        return self._socket.has_ended()
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         """Let the worker load these experts, the first ones first, while no request waits.
@@ -91,49 +87,56 @@ class Link:
         """
         assert len(keys) <= self.slots
         with self._closed_on_error():
-            self._connection.send(messages.pack_keys(keys))
+            self._socket.send(messages.pack(messages.Hold(keys=tuple(keys))))
 
     def start(self, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor) -> None:
         """Send rows to experts of a layer, each (expert, rows). Raises `ConnectionLostError`.
 
-        x: [n, D], contiguous and on the CPU, expert by expert; or [1, D] if all experts take the
+        x: [n, D], contiguous and on the CPU, expert by expert, or [1, D] if all experts take the
         same row.
         """
-        request = Request(layer, tuple(experts), len(x) == 1)
-        assert self._asked is None
+        request = messages.Compute(layer=layer, experts=tuple(experts), shared_row=len(x) == 1)
+        assert self._request is None
         assert x.dtype == self._dtype
         assert x.shape == (request.rows_sent, self._hidden_size)
         with self._closed_on_error():
-            send_rows(self._connection.send, messages.pack_request(request), x)
-        self._asked = request, x, time.monotonic() + _REQUEST_S + _ROW_S * request.rows
+            messages.send_rows(self._socket.send, request, x)
+        self._request = request, x, time.monotonic() + _REQUEST_S + _ROW_S * request.rows
 
     def finish(self) -> torch.Tensor:
         """Return the experts' outputs, [n, D] on the CPU, expert by expert.
 
         Raises `ConnectionLostError`, also if they do not come in time, or are not finite.
         """
-        assert self._asked is not None
-        (request, x, deadline), self._asked = self._asked, None
+        assert self._request is not None
+        (request, x, deadline), self._request = self._request, None
         with self._closed_on_error():
-            message = self._connection.receive(deadline)
-            if messages.kind_of(message) == Kind.FAILED:
-                raise ConnectionLostError(messages.unpack_text(message[1:]))
-            seconds, piece = messages.unpack_done(message)
+            answer, piece = messages.unpack(self._socket.receive(deadline))
+            if isinstance(answer, messages.Ended):
+                raise sockets.ConnectionLostError(answer.reason)
+            done = messages.expect(messages.Computed, answer)
             y = torch.empty(request.rows, self._hidden_size, dtype=self._dtype)
-            receive_rows(y, piece, lambda: self._connection.receive(deadline))
+            messages.receive_rows(y, piece, lambda: self._socket.receive(deadline))
             if not _is_finite(y) and _is_finite(x):
-                raise BadMessageError("it sent numbers that are not finite")
-        self.seconds_computing += seconds
+                raise sockets.BadMessageError("it sent numbers that are not finite")
+        self.seconds_computing += done.seconds
         return y
 
     def close(self) -> None:
         """End the chat with this worker, also in the midst of a request. It may be called twice."""
-        self._connection.close()
-        self._asked = None
+        self._socket.close()
+        self._request = None
+
+    def _greet(self, hello: messages.Hello) -> messages.Welcome:
+        self._socket.send(messages.pack(hello))
+        answer, _ = messages.unpack(self._socket.receive(time.monotonic() + _WELCOME_S))
+        if isinstance(answer, messages.Refusal):
+            raise _refusal(self.address, answer, hello)
+        return messages.expect(messages.Welcome, answer)
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
-        # Ctrl-C closes it, too: an answer that nobody waits for must not meet the next request.
+        # Ctrl-C closes it, too. An answer that nobody waits for must not meet the next request.
         try:
             yield
         except BaseException:
@@ -142,18 +145,18 @@ class Link:
 
 
 def _is_finite(rows: torch.Tensor) -> bool:
-    # A sum is the fastest look at all numbers. One that is not finite may be that of large ones.
+    # A sum is the fastest check of all numbers. One that is not finite may come from large ones.
     return math.isfinite(rows.sum(dtype=torch.float32)) or bool(rows.isfinite().all())
 
 
-def _refusal(address: Address, refusal: Refusal, hello: Hello) -> MixchatError:
+def _refusal(address: Address, refusal: messages.Refusal, hello: messages.Hello) -> MixchatError:
     if refusal.cause == "version":
         return CheckpointError(
             f"{address}: the worker runs mixchat {refusal.text}, and this is {hello.version}",
             hint="Install the same version on both machines.",
         )
     if refusal.cause == "model":
-        mine = describe_model(hello.model_name, hello.model_identity)
+        mine = messages.describe_model(hello.model_name, hello.model_identity)
         return CheckpointError(
             f"{address}: the worker has the model {refusal.text}, and this one is {mine}",
             hint="Copy the model's directory to that machine, and start the worker with it.",
@@ -161,3 +164,101 @@ def _refusal(address: Address, refusal: Refusal, hello: Hello) -> MixchatError:
     if refusal.cause in ("busy", "room"):
         return ResourceError(f"{address}: the worker {refusal.text}")
     return ServerError(f"{address}: the worker refuses: {refusal.text}")
+
+
+class WorkerSocket:
+    """Sends messages to a worker and receives them, for one thread.
+
+    It is closed when it is dropped, as links are when their engine is dropped.
+    """
+
+    def __init__(self, address: Address, key: bytes, silence: float = sockets.SILENCE_S) -> None:
+        """Connect, and prove the key.
+
+        Raises `UsageError` for a wrong address or key, and `ServerError` if nobody answers.
+        """
+        context = sockets.open_context()
+        # This reference keeps the sockets from the garbage collector until `_close` has closed
+        # them. The end of a context would wait for open sockets for ever.
+        opened: list[zmq.Socket[bytes]] = []
+        self.close = weakref.finalize(self, _close, context, opened)
+        self._ended = False
+        try:
+            self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+            opened.append(self._socket)
+            sockets.prepare(self._socket, sockets.curve_keys(key, b"chat"), silence)
+            self._socket.curve_serverkey = sockets.curve_keys(key, b"worker").public
+            self._socket.reconnect_ivl = -1  # a worker that comes back has to be greeted
+            self._socket.rcvtimeo = int(1000 * _POLL_S)
+            self._socket.ipv6 = address.family == socket.AF_INET6
+            self._monitor = sockets.watch(self._socket, _EVENTS)
+            opened.append(self._monitor)
+            self._socket.connect(sockets.endpoint(address))
+            self._shake_hands(address, time.monotonic() + sockets.HANDSHAKE_S + _POLL_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, message: bytes) -> None:
+        """Send a message. Raises `ConnectionLostError`."""
+        try:
+            self._socket.send(message, zmq.NOBLOCK)
+        except zmq.ZMQError:
+            raise _lost() from None
+
+    def receive(self, deadline: float) -> bytes:
+        """Return the next message. Raises `ConnectionLostError`, also after the deadline."""
+        ended = False
+        while True:
+            try:
+                return self._socket.recv()
+            except zmq.Again:
+                interrupts.check()
+            if ended:
+                raise _lost()
+            if time.monotonic() >= deadline:
+                raise sockets.ConnectionLostError("it does not answer")
+            ended = self.has_ended()  # a last message may still be there
+
+    def has_ended(self) -> bool:
+        """Return whether the other end is known to be gone."""
+        if self._socket.closed:
+            return True
+        events = [event for event, _ in sockets.read_events(self._monitor)]
+        self._ended = self._ended or zmq.EVENT_DISCONNECTED in events
+        return self._ended
+
+    def _shake_hands(self, address: Address, deadline: float) -> None:
+        while time.monotonic() < deadline:
+            interrupts.check()
+            self._monitor.poll(int(1000 * _POLL_S))
+            for event, value in sockets.read_events(self._monitor):
+                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    return
+                raise _handshake_error(address, event, value)
+        raise _handshake_error(address, _FAILED, errno.EAGAIN)
+
+
+def _close(context: zmq.Context[zmq.Socket[bytes]], opened: list[zmq.Socket[bytes]]) -> None:
+    for each in opened:
+        each.close(linger=0)
+    context.destroy(linger=0)
+
+
+def _lost() -> sockets.ConnectionLostError:
+    return sockets.ConnectionLostError("it has ended, or does not answer")
+
+
+def _handshake_error(address: Address, event: int, value: int) -> MixchatError:
+    """Return the error that the first event of a connection tells of."""
+    if event == zmq.EVENT_CLOSED:
+        hint = "Start `mixchat worker` there, with --listen and its address. Look at its firewall."
+        return ServerError(f"{address}: no worker can be reached there", hint=hint)
+    if event == zmq.EVENT_DISCONNECTED:
+        hint = "Look for the worker's port in what it printed when it started."
+        return UsageError(f"{address}: what listens there is no worker", hint=hint)
+    if value == errno.EAGAIN:
+        hint = "Is the machine switched on, and does its firewall let this port through?"
+        return ServerError(f"{address}: the worker does not answer", hint=hint)
+    hint = "Copy the key file of one machine to the other, and start the worker again."
+    return UsageError(f"{address}: the worker has another key", hint=hint)

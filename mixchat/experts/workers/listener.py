@@ -1,4 +1,4 @@
-"""The port of a worker: libzmq lets in who knows the key, and all others wait in vain.
+"""The port of a worker. libzmq lets in only peers that know the key.
 
 A stranger costs a descriptor for the two seconds of a handshake, and reaches none of our code.
 """
@@ -17,24 +17,14 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from mixchat.base.errors import UsageError
+from mixchat.experts.workers import sockets
 from mixchat.experts.workers.address import Address
-from mixchat.experts.workers.connection import (
-    SILENCE_S,
-    ConnectionLostError,
-    chat_keys,
-    endpoint,
-    open_context,
-    prepare,
-    read_events,
-    watch,
-    worker_keys,
-)
 
 _BACKLOG = 128
 _DOMAIN = "mixchat"
-_DESCRIPTORS = 1 << 14  # that this process may use for strangers, if the system lets it
-_LOOK_S = 1.0  # between two looks at who has come and gone, while a chat is busy
-_QUIET_S = 10.0  # without another line on strangers
+_MAX_DESCRIPTORS = 1 << 14  # that this process may use for strangers, if the system lets it
+_EVENTS_S = 1.0  # between two readings of the events while a chat is busy
+_QUIET_S = 10.0  # between two lines on strangers
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 _CANNOT_DECRYPT = zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
 
@@ -47,7 +37,7 @@ class Peer(NamedTuple):
     descriptor: int  # of the connection
 
 
-class Message(NamedTuple):
+class PeerMessage(NamedTuple):
     """A message of a peer."""
 
     peer: Peer
@@ -63,23 +53,25 @@ class Listener:
     def __init__(self, address: Address, key: bytes, note: Callable[[str], None]) -> None:
         """Raises `UsageError` if the address cannot be used."""
         _raise_limit()
-        self._note, self._quiet_until, self._look_at = note, 0.0, 0.0
+        self._note, self._quiet_until, self._read_at = note, 0.0, 0.0
         # The route of each connection, once it has spoken, by its descriptor.
         self._open: dict[int, bytes | None] = {}
         self._speaker: Peer | None = None  # the last one
-        self._kept: Message | None = None
-        self._context = open_context()
-        self._doorkeeper = ThreadAuthenticator(self._context)
+        self._kept: PeerMessage | None = None
+        self._context = sockets.open_context()
+        self._authenticator = ThreadAuthenticator(self._context)
         try:
-            self._doorkeeper.start()
-            self._doorkeeper.configure_curve_callback(_DOMAIN, _Admission(chat_keys(key).public))
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback(
+                _DOMAIN, _Admission(sockets.curve_keys(key, b"chat").public)
+            )
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-            prepare(self._socket, worker_keys(key), SILENCE_S)
+            sockets.prepare(self._socket, sockets.curve_keys(key, b"worker"))
             self._socket.curve_server, self._socket.zap_domain = True, _DOMAIN.encode()
             self._socket.router_mandatory, self._socket.backlog = True, _BACKLOG
             self._socket.ipv6 = address.family == socket.AF_INET6
-            self._monitor = watch(self._socket, _EVENTS)
-            self._socket.bind(endpoint(address))
+            self._monitor = sockets.watch(self._socket, _EVENTS)
+            self._socket.bind(sockets.endpoint(address))
         except zmq.ZMQError as error:
             self.close()
             raise _listen_error(address, error) from None
@@ -92,8 +84,8 @@ class Listener:
         """Return HOST:PORT, with the port that the system has chosen."""
         return self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0").removeprefix("tcp://")
 
-    def receive(self, within: float) -> Message | None:
-        """Return the next message; None if none comes within so many seconds."""
+    def receive(self, within: float) -> PeerMessage | None:
+        """Return the next message, or None if none comes within so many seconds."""
         if (kept := self._kept) is not None:
             self._kept = None
             return kept
@@ -101,15 +93,15 @@ class Listener:
         try:
             route, *frames = self._socket.recv_multipart(copy=False)
         except zmq.Again:
-            self._look_around()
+            self._read_events()
             return None
         if self._speaker is None or self._speaker.route != route.bytes:
             self._speaker = self._identified(route.bytes, frames[-1])
-        elif time.monotonic() >= self._look_at:  # or what strangers do would pile up
-            self._look_around()
-        return Message(self._speaker, frames[0].bytes if len(frames) == 1 else b"")
+        elif time.monotonic() >= self._read_at:  # or the events of strangers would pile up
+            self._read_events()
+        return PeerMessage(self._speaker, frames[0].bytes if len(frames) == 1 else b"")
 
-    def keep(self, message: Message) -> None:
+    def keep(self, message: PeerMessage) -> None:
         """Let a message be received again, as the next one."""
         self._kept = message
 
@@ -118,7 +110,7 @@ class Listener:
         try:
             self._socket.send_multipart([peer.route, data], zmq.NOBLOCK)
         except zmq.ZMQError:
-            raise ConnectionLostError("it closed the connection") from None
+            raise sockets.ConnectionLostError("it closed the connection") from None
 
     def has(self, peer: Peer) -> bool:
         """Return whether the peer is still connected, as far as `receive` has seen."""
@@ -127,21 +119,21 @@ class Listener:
     def close(self) -> None:
         """Listen no more, and end all connections."""
         with suppress(zmq.ZMQError):
-            self._doorkeeper.stop()
+            self._authenticator.stop()
         self._context.destroy(linger=0)
 
     def _identified(self, route: bytes, frame: zmq.Frame) -> Peer:
-        """Return who has sent a frame, the first one of a connection."""
-        self._look_around()  # first: the descriptor may be one that another connection had
+        """Return the peer of a frame, the first one of a connection."""
+        self._read_events()  # first: the descriptor may be one that another connection had
         peer = Peer(str(frame.get("Peer-Address")), route, int(frame.get(zmq.SRCFD)))
         if peer.descriptor in self._open:
             self._open[peer.descriptor] = route
         return peer
 
-    def _look_around(self) -> None:
-        """Note who has come and gone."""
-        self._look_at = time.monotonic() + _LOOK_S
-        for event, value in read_events(self._monitor):
+    def _read_events(self) -> None:
+        """Note the connections that have come and gone."""
+        self._read_at = time.monotonic() + _EVENTS_S
+        for event, value in sockets.read_events(self._monitor):
             if event == zmq.EVENT_ACCEPTED:
                 self._open[value] = None
             elif event == zmq.EVENT_DISCONNECTED:
@@ -152,7 +144,7 @@ class Listener:
 
 
 class _Admission:
-    """Lets in those who have a public key, and with it the secret one."""
+    """Lets in peers with this public key. CURVE has made sure that they have the secret one."""
 
     def __init__(self, public: bytes) -> None:
         self._public = public
@@ -162,9 +154,9 @@ class _Admission:
 
 
 def _raise_limit() -> None:
-    """Let this process have more descriptors: each stranger takes one for a moment."""
+    """Let this process have more descriptors, because each stranger takes one for a moment."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_MAX_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

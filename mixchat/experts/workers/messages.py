@@ -1,91 +1,112 @@
-"""The messages between both ends: each is checked for its shape before anything uses it.
+"""The messages between both ends. Each is checked for its shape before anything uses it.
 
-A message begins with its kind. Both ends say who they are in JSON. Then numbers travel in network
-byte order. Ranges that depend on the model are checked by those who know it.
+A message is a line of JSON, which names its kind, and then the first of its rows, if it has any.
+More rows follow in messages without JSON. The end that knows the model checks ranges that depend on
+it.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from enum import IntEnum
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Literal, TypeVar
+
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from mixchat import __version__
 from mixchat.base.sanitize import sanitize
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.workers.connection import BadMessageError
+from mixchat.experts.workers.sockets import PIECE, BadMessageError
 
-MAX_ROWS = 1 << 16  # rows of a request, over all of its experts
+MAX_ROWS = 1 << 16  # of a request, over all of its experts
 MAX_EXPERTS = 1 << 12  # of a layer
-MAX_SLOTS = 1 << 12  # experts that a worker is told to hold
+MAX_SLOTS = 1 << 16  # experts that a worker is told to hold
+_MAX_TEXT = 200  # characters
+
+Cause = Literal["busy", "version", "model", "room", "other"]
 DTYPES = ("bfloat16", "float16", "float32")
 
-_LONGEST = 200  # characters of a text
-_REQUEST, _EXPERT = struct.Struct(">BHBH"), struct.Struct(">HI")
-_KEY, _DONE = struct.Struct(">HH"), struct.Struct(">Bd")
 
-_Fields = TypeVar("_Fields", "Hello", "Welcome", "Refusal")
-
-
-class Kind(IntEnum):
-    """The kinds of messages."""
-
-    NOTHING = 0  # an empty message, which nobody sends
-    HELLO = 1  # chat side: who it is
-    WELCOME = 2  # worker: what it has
-    REFUSAL = 3  # worker: why it will not serve
-    HOLD = 4  # chat side: which experts to load
-    COMPUTE = 5  # chat side: which experts compute; their rows follow
-    DONE = 6  # worker: the seconds that it has computed; the result's rows follow
-    FAILED = 7  # worker: why it cannot compute
+def _clean(value: object) -> object:
+    """Return a text as one line that is safe to show. A path in it need not be UTF-8."""
+    if not isinstance(value, str):
+        return value
+    text = value[:_MAX_TEXT].encode(errors="replace").decode()
+    return " ".join(sanitize(text).split())
 
 
-@dataclass(frozen=True)
-class Hello:
-    """The chat side: its model, by identity (hexadecimal) and name, and what will travel."""
+_Text = Annotated[str, BeforeValidator(_clean)]
+_Index = Annotated[int, Field(ge=0, lt=1 << 16)]
+_Rows = Annotated[int, Field(gt=0, le=MAX_ROWS)]
 
-    model_identity: str
-    model_name: str
-    dtype: str  # of the rows: one of `DTYPES`
-    hidden_size: int
+
+class WorkerMessage(BaseModel):
+    """A message. `kind` names it on the wire."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Hello(WorkerMessage):
+    """The chat side's first message: its version of mixchat, its model, and the rows to come."""
+
+    kind: Literal["hello"] = "hello"
+    model_identity: _Text  # hexadecimal
+    model_name: _Text
+    dtype: str = Field(pattern=f"^({'|'.join(DTYPES)})$")  # of the rows
+    hidden_size: int = Field(gt=0)
     exact_prompts: bool = False
-    version: str = __version__  # mixchat's
+    version: _Text = __version__
 
 
-@dataclass(frozen=True)
-class Welcome:
-    """The worker: how many experts it can hold, and its `LinearSpec.arithmetic`."""
+class Welcome(WorkerMessage):
+    """The worker's answer: how many experts it can hold, and its `LinearSpec.arithmetic`."""
 
-    slots: int
-    arithmetic: str
+    kind: Literal["welcome"] = "welcome"
+    slots: int = Field(ge=2, le=MAX_SLOTS)
+    arithmetic: _Text
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """The reason why a worker does not serve a chat: `cause` for programs, `text` for people.
+class Refusal(WorkerMessage):
+    """The worker's answer if it does not serve the chat: `cause` for programs, `text` for people.
 
-    cause: busy, version, model, room, or other; text: the worker's own version or model, if that
-    is the cause; else a line.
+    text: the worker's own version or model, if that is the cause, and otherwise a line.
     """
 
-    cause: str
-    text: str
+    kind: Literal["refusal"] = "refusal"
+    cause: Cause
+    text: _Text
 
 
-@dataclass(frozen=True)
-class Request:
-    """Experts of a layer, each with the number of its rows, expert by expert.
+class Hold(WorkerMessage):
+    """The chat side's list of experts that the worker is to load, each (layer, expert)."""
 
-    shared_row: the one row that travels is for all of them; each has 1 row.
+    kind: Literal["hold"] = "hold"
+    keys: tuple[tuple[_Index, _Index], ...] = Field(max_length=MAX_SLOTS)
+
+    @model_validator(mode="after")
+    def _check(self) -> Hold:
+        if len(set(self.keys)) < len(self.keys):
+            raise ValueError("an expert is there twice")
+        return self
+
+
+class Compute(WorkerMessage):
+    """The chat side's request: experts of a layer, each (expert, rows). Their rows follow.
+
+    shared_row: one row follows, which is for all experts.
     """
 
-    layer: int
-    experts: tuple[tuple[int, int], ...]
-    shared_row: bool = False
+    kind: Literal["compute"] = "compute"
+    layer: _Index
+    experts: tuple[tuple[_Index, _Rows], ...] = Field(min_length=1, max_length=MAX_EXPERTS)
+    shared_row: bool
 
     @property
     def rows(self) -> int:
@@ -97,134 +118,87 @@ class Request:
         """Return the number of rows that the chat side sends."""
         return 1 if self.shared_row else self.rows
 
+    @model_validator(mode="after")
+    def _check(self) -> Compute:
+        count = len(self.experts)
+        if len({expert for expert, _ in self.experts}) < count:
+            raise ValueError("an expert is there twice")
+        if self.rows > MAX_ROWS or (self.shared_row and self.rows != count):
+            raise ValueError("it has too many rows")
+        return self
+
+
+class Computed(WorkerMessage):
+    """The worker's answer to a request: the seconds that it computed. The result's rows follow."""
+
+    kind: Literal["computed"] = "computed"
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+
+class Ended(WorkerMessage):
+    """The worker's last message: why it ends the chat."""
+
+    kind: Literal["ended"] = "ended"
+    reason: _Text
+
+
+_Message = TypeVar("_Message", bound=WorkerMessage)
+_ANY: TypeAdapter[WorkerMessage] = TypeAdapter(
+    Annotated[
+        Hello | Welcome | Refusal | Hold | Compute | Computed | Ended, Field(discriminator="kind")
+    ]
+)
+
+
+def pack(message: WorkerMessage, rows: bytes | memoryview = b"") -> bytes:
+    """Return the bytes of a message, with its first rows."""
+    return b"".join((message.model_dump_json().encode(), b"\n", rows))
+
+
+def unpack(data: bytes) -> tuple[WorkerMessage, bytes]:
+    """Return a message of any kind, and its first rows. Raises `BadMessageError`."""
+    line, _, rows = data.partition(b"\n")
+    try:
+        message = _ANY.validate_json(line)
+    except ValidationError:
+        message = None
+    if message is None or (rows and not isinstance(message, Compute | Computed)):
+        raise BadMessageError("it sent a message that makes no sense")
+    return message, rows
+
+
+def expect(kind: type[_Message], message: WorkerMessage) -> _Message:
+    """Return a message of this kind. Raises `BadMessageError` if it is of another."""
+    if not isinstance(message, kind):
+        raise BadMessageError("it sent a message out of turn")
+    return message
+
+
+def send_rows(send: Callable[[bytes], None], message: WorkerMessage, rows: torch.Tensor) -> None:
+    """Send a message and its rows, in as many pieces as they need."""
+    data = _bytes_of(rows.contiguous())
+    send(pack(message, data[:PIECE]))
+    for start in range(PIECE, len(data), PIECE):
+        send(bytes(data[start : start + PIECE]))
+
+
+def receive_rows(rows: torch.Tensor, piece: bytes, receive: Callable[[], bytes]) -> torch.Tensor:
+    """Fill `rows` with a piece and those that follow it. Raises `ConnectionLostError`."""
+    data, filled = _bytes_of(rows), 0
+    while True:
+        if len(piece) != min(PIECE, len(data) - filled):
+            raise BadMessageError("it sent rows of another size")
+        data[filled : filled + len(piece)] = piece
+        filled += len(piece)
+        if filled == len(data):
+            return rows
+        piece = receive()
+
+
+def _bytes_of(rows: torch.Tensor) -> memoryview:
+    return rows.view(-1).view(torch.uint8).numpy().data
+
 
 def describe_model(name: str, identity: str) -> str:
-    """Return what tells people one model from another."""
+    """Return a text that tells people one model from another."""
     return f"{name} ({identity[:12]})"
-
-
-def kind_of(message: bytes) -> int:
-    """Return a message's kind, which may be none of `Kind`."""
-    return message[0] if message else Kind.NOTHING
-
-
-def expect(kind: Kind, message: bytes) -> bytes:
-    """Return what a message of this kind says. Raises `BadMessageError` if it is of another."""
-    if kind_of(message) != kind:
-        raise BadMessageError("it sent a message out of turn")
-    return message[1:]
-
-
-def pack_fields(kind: Kind, value: Hello | Welcome | Refusal) -> bytes:
-    """Return the message in which one end speaks of itself."""
-    return bytes([kind]) + json.dumps(asdict(value)).encode()
-
-
-def unpack_hello(payload: bytes) -> Hello:
-    """Return the chat side's words. Raises `BadMessageError`."""
-    hello = _unpack_fields(Hello, payload)
-    _require(hello.dtype in DTYPES and hello.hidden_size > 0)
-    return hello
-
-
-def unpack_welcome(payload: bytes) -> Welcome:
-    """Return the worker's words. Raises `BadMessageError`."""
-    welcome = _unpack_fields(Welcome, payload)
-    _require(2 <= welcome.slots <= MAX_SLOTS)
-    return welcome
-
-
-def unpack_refusal(payload: bytes) -> Refusal:
-    """Return the worker's words. Raises `BadMessageError`."""
-    return _unpack_fields(Refusal, payload)
-
-
-def pack_keys(keys: Sequence[ExpertKey]) -> bytes:
-    """Return the message that names the experts to hold."""
-    return bytes([Kind.HOLD]) + b"".join(_KEY.pack(*key) for key in keys)
-
-
-def unpack_keys(payload: bytes) -> list[ExpertKey]:
-    """Return the experts to hold; none is there twice. Raises `BadMessageError`."""
-    _require(len(payload) % _KEY.size == 0)
-    keys = [ExpertKey(*numbers) for numbers in _KEY.iter_unpack(payload)]
-    _require(len(set(keys)) == len(keys) <= MAX_SLOTS)
-    return keys
-
-
-def pack_request(request: Request) -> bytes:
-    """Return the beginning of a request, before its rows."""
-    head = _REQUEST.pack(Kind.COMPUTE, request.layer, request.shared_row, len(request.experts))
-    return head + b"".join(_EXPERT.pack(*expert) for expert in request.experts)
-
-
-def unpack_request(message: bytes) -> tuple[Request, bytes]:
-    """Return a request, in which no expert is there twice, and its first rows.
-
-    Raises `BadMessageError`.
-    """
-    _require(len(message) >= _REQUEST.size)
-    _, layer, shared_row, count = _REQUEST.unpack_from(message)
-    end = _REQUEST.size + count * _EXPERT.size
-    _require(shared_row <= 1 and len(message) >= end)
-    experts = tuple(_EXPERT.iter_unpack(message[_REQUEST.size : end]))
-    request = Request(layer, experts, bool(shared_row))
-    _require(0 < len({expert for expert, _ in experts}) == count <= MAX_EXPERTS)
-    _require(all(rows > 0 for _, rows in experts) and request.rows <= MAX_ROWS)
-    _require(not shared_row or request.rows == count)
-    return request, message[end:]
-
-
-def pack_done(seconds: float) -> bytes:
-    """Return the beginning of a result, before its rows."""
-    return _DONE.pack(Kind.DONE, seconds)
-
-
-def unpack_done(message: bytes) -> tuple[float, bytes]:
-    """Return the seconds that a request was computed, and the first rows of the result.
-
-    Raises `BadMessageError`.
-    """
-    expect(Kind.DONE, message)
-    _require(len(message) >= _DONE.size)
-    _, seconds = _DONE.unpack_from(message)
-    _require(math.isfinite(seconds) and seconds >= 0)
-    return float(seconds), message[_DONE.size :]
-
-
-def pack_fault(text: str) -> bytes:
-    """Return the message of a fault in one line, which may name a path that is not UTF-8."""
-    return bytes([Kind.FAILED]) + text.encode(errors="replace")
-
-
-def unpack_text(payload: bytes) -> str:
-    """Return the other end's line, safe to show."""
-    return _clean(payload.decode(errors="replace"))
-
-
-def _unpack_fields(kind: type[_Fields], payload: bytes) -> _Fields:
-    try:
-        values = json.loads(payload)
-    except (ValueError, RecursionError):
-        raise _odd() from None
-    types = {field.name: str(field.type) for field in fields(kind)}
-    _require(isinstance(values, dict) and values.keys() == types.keys())
-    for name, value in values.items():
-        _require(type(value).__name__.replace("NoneType", "None") in types[name].split(" | "))
-        if isinstance(value, str):
-            values[name] = _clean(value)
-    result: Any = kind(**values)
-    return result  # type: ignore[no-any-return]
-
-
-def _clean(text: str) -> str:
-    return " ".join(sanitize(text[:_LONGEST]).split())
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise _odd()
-
-
-def _odd() -> BadMessageError:
-    return BadMessageError("it sent a message that makes no sense")

@@ -1,4 +1,4 @@
-"""A worker as the dispatcher sees it: its faults are noted, and it is taken up again.
+"""A worker as the dispatcher sees it. Its faults are noted, and it is tried again.
 
 D = hidden_size.
 """
@@ -13,20 +13,20 @@ import torch
 
 from mixchat.base.errors import MixchatError, ResourceError
 from mixchat.base.progress import Note
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError
 from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.sockets import BadMessageError, ConnectionLostError
 
-# A worker that hangs costs seconds to be tried: then it rests so many times as long. One that sends
-# what no worker of mixchat sends is not tried again.
-_REST = 10
+# To try a worker that hangs takes seconds. Then it rests so many times as long. A worker that sends
+# wrong messages is not tried again.
+_REST_FACTOR = 10
 
 
 class RemoteWorker:
     """The experts of a worker, an implementation of `WorkerExperts`.
 
-    `connect` opens a link to it; the first one is opened at once, and raises what is wrong.
+    `connect` opens a link to it. The first one is opened at once, and its error is raised.
     """
 
     def __init__(self, connect: Callable[[], Link], note: Note) -> None:
@@ -36,7 +36,7 @@ class RemoteWorker:
         self._held: frozenset[ExpertKey] = frozenset()
         self._unanswered: Sequence[ExpertKey] = ()
         self._rests_until = 0.0
-        self._is_told = False  # that it is lost
+        self._is_noted = False  # that it is lost
         self.slots, self.name = self._link.slots, str(self._link.address)
         self.arithmetic = self._link.arithmetic
 
@@ -47,11 +47,11 @@ class RemoteWorker:
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         """Let the worker hold these experts from now on, also when it comes back."""
         self._planned = list(keys)
-        self._take_up()
+        self._hold_planned()
 
     def begin_turn(self) -> None:
         if self._link is not None and (self._unanswered or self._link.is_lost):
-            self.close()  # an answer that was stopped in the midst of a layer, or a silent end
+            self.close()  # after an answer that was stopped in the midst of a layer, or a lost link
         self._unanswered = ()
         if self._link is None and time.monotonic() >= self._rests_until:
             self._try_again()
@@ -91,15 +91,15 @@ class RemoteWorker:
         try:
             self._link = self._connect()
         except MixchatError as error:
-            if not isinstance(error, ResourceError):  # one that is busy lives, and may soon be free
+            if not isinstance(error, ResourceError):  # a busy worker may soon be free
                 now = time.monotonic()
-                self._rests_until = now + _REST * (now - started)
-            self._tell_once(str(error).removeprefix(f"{self.name}: "))
+                self._rests_until = now + _REST_FACTOR * (now - started)
+            self._note_once(str(error).removeprefix(f"{self.name}: "))
         else:
-            self._take_up()
+            self._hold_planned()
 
-    def _take_up(self) -> None:
-        """Let the worker hold what is planned for it, as far as it has room for that by now."""
+    def _hold_planned(self) -> None:
+        """Let the worker hold its planned experts, as far as it has room for them by now."""
         assert self._link is not None
         keys = self._planned[: self._link.slots]
         try:
@@ -107,22 +107,22 @@ class RemoteWorker:
         except ConnectionLostError as error:
             self._lose(error)
         else:
-            self._held, self._is_told = frozenset(keys), False
+            self._held, self._is_noted = frozenset(keys), False
 
     def _lose(self, error: ConnectionLostError) -> None:
         self.close()
         if isinstance(error, BadMessageError):
             self._rests_until = math.inf
-        self._tell_once(error.reason)
+        self._note_once(error.reason)
 
-    def _tell_once(self, reason: str) -> None:
-        """Tell that the worker is lost, unless that was told since it last took part."""
-        if not self._is_told:
+    def _note_once(self, reason: str) -> None:
+        """Note that the worker is lost, unless that was noted since it last took part."""
+        if not self._is_noted:
             until = "from now on" if self._rests_until == math.inf else "until it is back"
             self._note(
                 f"worker {self.name} is lost ({reason}): this machine computes its experts {until}"
             )
-        self._is_told = True
+        self._is_noted = True
 
 
 def _gathered(rows: LayerRows, keys: Sequence[ExpertKey]) -> torch.Tensor:

@@ -1,48 +1,79 @@
-"""A worker: it serves one chat at a time, and refuses those that it cannot serve."""
+"""A worker. It serves one chat at a time, and refuses those that it cannot serve.
+
+D = hidden_size, n = rows of a request.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
+
+import torch
 
 from mixchat import __version__
 from mixchat.base import interrupts
 from mixchat.base.errors import short_message
-from mixchat.experts.workers import messages
-from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError
-from mixchat.experts.workers.listener import Listener, Message, Peer
-from mixchat.experts.workers.messages import Hello, Kind, Refusal, Welcome, describe_model
-from mixchat.experts.workers.session import IDLE_S, HostedExperts, Session
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.workers import messages, sockets
+from mixchat.experts.workers.listener import Listener, Peer, PeerMessage
 
-_FEWEST = 2  # experts that must find room
+_POLL_S = 0.25  # between two looks at the memory, if nothing is asked
+_MIN_SLOTS = 2
 
 
-class ServedModel(HostedExperts, Protocol):
-    """The model of a worker: what `Server` needs of it, beside its experts."""
+class WorkerModel(Protocol):
+    """The installed model that a worker serves, and its experts."""
 
-    @property
-    def identity(self) -> str:
-        """Return what names the installed model's bytes, hexadecimal."""
-
-    @property
-    def name(self) -> str:
-        """Return the model's name, for people."""
+    identity: str  # of its bytes, hexadecimal
+    name: str  # for people
+    num_layers: int
+    num_experts: int  # of a layer
+    hidden_size: int
 
     @property
-    def hidden_size(self) -> int:
-        """Return the elements of a row."""
+    def slots(self) -> int:
+        """Return how many experts can be held."""
 
-    def begin(self, hello: Hello) -> Welcome:
-        """Prepare for a chat; return what this worker has for it. Raises `MixchatError`."""
+    def begin(self, hello: messages.Hello) -> str:
+        """Prepare for a chat, and return `LinearSpec.arithmetic`. Raises `MixchatError`."""
+
+    def follow_memory(self) -> None:
+        """Free experts if other programs need the memory. Often called while nothing is asked.
+
+        Then there are fewer `slots`. When there is memory again, they become more.
+        """
+
+    def hold(self, keys: Sequence[ExpertKey]) -> None:
+        """Let these experts be the ones to hold, as far as there are slots. Load none yet."""
+
+    def load_next(self) -> bool:
+        """Load the first of the experts to hold that is missing. Return False if none is."""
+
+    def compute(
+        self,
+        layer: int,
+        experts: Sequence[tuple[int, int]],
+        x: torch.Tensor,
+        shared_row: bool,
+        check: Callable[[], None],
+    ) -> torch.Tensor:
+        """Return the outputs of experts, each (expert, rows), expert by expert: [n, D] on the CPU.
+
+        x: [n, D] on the CPU, or [1, D] with `shared_row`, for all experts. An expert that is not
+        held is loaded first. `check` is called between two experts, and raises if nobody waits for
+        the result any more.
+        """
 
 
 class _RefusedError(Exception):
-    """A chat cannot be served, for a reason that its chat side is told."""
+    """A chat cannot be served."""
 
-    def __init__(self, cause: str, text: str) -> None:
+    def __init__(self, cause: messages.Cause, text: str) -> None:
         super().__init__(text)
-        self.refusal = Refusal(cause, text)
+        self.refusal = messages.Refusal(cause=cause, text=text)
 
 
 class Server:
@@ -51,7 +82,7 @@ class Server:
     `note` gets a line when a chat begins, ends or is refused.
     """
 
-    def __init__(self, listener: Listener, model: ServedModel, note: Callable[[str], None]) -> None:
+    def __init__(self, listener: Listener, model: WorkerModel, note: Callable[[str], None]) -> None:
         self._listener, self._model, self._note = listener, model, note
 
     def serve(self, over: Callable[[], bool] = lambda: False) -> None:
@@ -60,13 +91,13 @@ class Server:
             while not over():
                 interrupts.check()
                 self._model.follow_memory()
-                if message := self._listener.receive(IDLE_S):
+                if message := self._listener.receive(_POLL_S):
                     self._serve(message)
         finally:
             self._listener.close()
 
-    def _serve(self, message: Message) -> None:
-        """Serve the chat that begins with a message. Whatever is wrong, the next can be served."""
+    def _serve(self, message: PeerMessage) -> None:
+        """Serve the chat that begins with a message. After any fault the next can be served."""
         try:
             hello = self._read(message)
             welcome = self._begin(hello)
@@ -75,47 +106,151 @@ class Server:
         else:
             self._converse(message.peer, hello, welcome)
 
-    def _read(self, message: Message) -> Hello:
+    def _read(self, message: PeerMessage) -> messages.Hello:
         try:
-            hello = messages.unpack_hello(messages.expect(Kind.HELLO, message.data))
-        except BadMessageError as error:
+            hello = messages.expect(messages.Hello, messages.unpack(message.data)[0])
+        except sockets.BadMessageError as error:
             raise _RefusedError("other", error.reason) from None
         if hello.version != __version__:
             raise _RefusedError("version", __version__)
-        mine = (self._model.identity, self._model.hidden_size)
-        if (hello.model_identity, hello.hidden_size) != mine:
-            raise _RefusedError("model", describe_model(self._model.name, self._model.identity))
+        model = self._model
+        if (hello.model_identity, hello.hidden_size) != (model.identity, model.hidden_size):
+            text = messages.describe_model(model.name, model.identity)
+            raise _RefusedError("model", text)
         return hello
 
-    def _begin(self, hello: Hello) -> Welcome:
+    def _begin(self, hello: messages.Hello) -> messages.Welcome:
         try:
-            welcome = self._model.begin(hello)
+            arithmetic = self._model.begin(hello)
         except Exception as error:
-            raise _RefusedError("other", short_message(error) or type(error).__name__) from error
-        if welcome.slots < _FEWEST:
-            text = f"has room for {welcome.slots} of the experts, and {_FEWEST} are the fewest"
+            raise _RefusedError("other", _reason(error)) from error
+        slots = self._model.slots
+        if slots < _MIN_SLOTS:
+            text = f"has room for {slots} of the experts, and {_MIN_SLOTS} are the fewest"
             raise _RefusedError("room", text)
-        return welcome
+        return messages.Welcome(slots=slots, arithmetic=arithmetic)
 
-    def _converse(self, peer: Peer, hello: Hello, welcome: Welcome) -> None:
+    def _converse(self, peer: Peer, hello: messages.Hello, welcome: messages.Welcome) -> None:
         session = Session(self._listener, peer, self._model, hello, self._refuse_other)
         try:
-            self._listener.send(peer, messages.pack_fields(Kind.WELCOME, welcome))
+            session.send(messages.pack(welcome))
             self._note(f"{peer.name}: a chat begins")
             session.run()
         except Exception as error:
             # libzmq cannot end the connection to one peer, but the peer does when it reads this.
-            reason = short_message(error) or type(error).__name__
-            with suppress(ConnectionLostError):
-                self._listener.send(peer, messages.pack_fault(reason))
+            reason = _reason(error)
+            with suppress(sockets.ConnectionLostError):
+                session.send(messages.pack(messages.Ended(reason=reason)))
         self._note(f"{peer.name}: the chat ends after {session.requests} requests: {reason}")
 
-    def _refuse_other(self, message: Message) -> None:
-        """Answer who comes while a chat is served."""
-        if messages.kind_of(message.data) == Kind.HELLO:
-            self._refuse(message.peer, Refusal("busy", "is busy with another chat"))
+    def _refuse_other(self, message: PeerMessage) -> None:
+        """Answer another peer that says hello while a chat is served."""
+        with suppress(sockets.BadMessageError):
+            messages.expect(messages.Hello, messages.unpack(message.data)[0])
+            busy = messages.Refusal(cause="busy", text="is busy with another chat")
+            self._refuse(message.peer, busy)
 
-    def _refuse(self, peer: Peer, refusal: Refusal) -> None:
+    def _refuse(self, peer: Peer, refusal: messages.Refusal) -> None:
         self._note(f"{peer.name}: a chat is refused: {refusal.cause}")
-        with suppress(ConnectionLostError):
-            self._listener.send(peer, messages.pack_fields(Kind.REFUSAL, refusal))
+        with suppress(sockets.ConnectionLostError):
+            self._listener.send(peer, messages.pack(refusal))
+
+
+def _reason(error: Exception) -> str:
+    return short_message(error) or type(error).__name__
+
+
+class Session:
+    """One chat, from its first request to the end of its connection.
+
+    `answer_other` gets the messages of other peers, which come between its own.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        peer: Peer,
+        model: WorkerModel,
+        hello: messages.Hello,
+        answer_other: Callable[[PeerMessage], None],
+    ) -> None:
+        self.requests = 0
+        self._listener, self._peer, self._model = listener, peer, model
+        self.send = partial(listener.send, peer)
+        self._answer_other = answer_other
+        self._dtype = getattr(torch, hello.dtype)
+        self._room = model.slots  # that the chat side knows of
+        self._loading = False
+
+    def run(self) -> None:
+        """Serve until the chat side is gone. Then `ConnectionLostError` is raised.
+
+        An error of the experts is raised, too.
+        """
+        while True:
+            message, piece = messages.unpack(self._next())
+            if isinstance(message, messages.Hold):
+                self._hold(message)
+            else:
+                self._serve(messages.expect(messages.Compute, message), piece)
+
+    def _next(self) -> bytes:
+        """Return the next message. Until there is one, load experts, one by one, or free them."""
+        while (message := self._receive(0.0 if self._loading else _POLL_S)) is None:
+            if self._loading:  # a request may come meanwhile
+                self._loading = self._model.load_next()
+            else:
+                self._model.follow_memory()
+        return message
+
+    def _hold(self, message: messages.Hold) -> None:
+        _require(len(message.keys) <= self._room)
+        for layer, expert in message.keys:
+            _require(layer < self._model.num_layers and expert < self._model.num_experts)
+        self._model.hold([ExpertKey(*key) for key in message.keys])
+        self._loading = True
+
+    def _serve(self, request: messages.Compute, piece: bytes) -> None:
+        """Compute a request, whose rows begin with `piece`."""
+        _require(request.layer < self._model.num_layers)
+        _require(all(expert < self._model.num_experts for expert, _ in request.experts))
+        x = torch.empty(request.rows_sent, self._model.hidden_size, dtype=self._dtype)
+        messages.receive_rows(x, piece, self._receive_piece)
+        start = time.perf_counter()
+        y = self._model.compute(request.layer, request.experts, x, request.shared_row, self._check)
+        seconds = time.perf_counter() - start
+        assert y.shape == (request.rows, self._model.hidden_size)
+        assert y.dtype == self._dtype
+        messages.send_rows(self.send, messages.Computed(seconds=seconds), y)
+        self.requests += 1
+
+    def _receive_piece(self) -> bytes:
+        deadline = time.monotonic() + sockets.SILENCE_S
+        while (piece := self._receive(_POLL_S)) is None:
+            if time.monotonic() >= deadline:
+                raise sockets.ConnectionLostError("its rows do not arrive")
+        return piece
+
+    def _check(self) -> None:
+        """Raise if the chat side is gone, or speaks out of turn."""
+        if self._receive(0.0) is not None:
+            raise sockets.BadMessageError("it sent a message out of turn")
+
+    def _receive(self, within: float) -> bytes | None:
+        """Return the chat side's next message, if one comes within so many seconds."""
+        interrupts.check()
+        message = self._listener.receive(within)
+        if message is not None and message.peer == self._peer:
+            return message.data
+        if not self._listener.has(self._peer):
+            if message is not None:
+                self._listener.keep(message)  # of the next chat
+            raise sockets.ConnectionLostError("it closed the connection")
+        if message is not None:
+            self._answer_other(message)
+        return None
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise sockets.BadMessageError("it asked for what the model does not have")

@@ -1,4 +1,4 @@
-"""Rank and rendezvous where `torchrun` starts the processes: rank 0 chats, others are workers."""
+"""Rank and rendezvous if `torchrun` starts the processes. Rank 0 chats, others are workers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from mixchat.base.errors import MixchatError, ServerError, UsageError, short_message
 from mixchat.base.options import NetworkAddress
 
-_PATIENCE = timedelta(seconds=600)  # for a worker that first has to build its model
-_FAREWELL = timedelta(seconds=5)  # for a torchrun that may have been killed
+_START_TIMEOUT = timedelta(seconds=600)  # for a worker that first has to build its model
+_END_TIMEOUT = timedelta(seconds=5)  # for a torchrun that may have been killed
 _KEY, _END = "mixchat/worker/{rank}", "mixchat/end"
 
 
 def rank() -> int | None:
-    """Return this process's rank; None where torchrun did not start it. Raises `UsageError`."""
+    """Return this process's rank, or None without torchrun. Raises `UsageError`."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     try:
@@ -41,7 +41,7 @@ def local_address() -> str:
 
 
 def publish(address: str) -> Callable[[], bool]:
-    """Tell rank 0 where this worker listens; return what says whether rank 0 has ended.
+    """Tell rank 0 this worker's address. Return a function that tells whether rank 0 has ended.
 
     Raises `MixchatError`.
     """
@@ -58,14 +58,14 @@ def publish(address: str) -> Callable[[], bool]:
 
 
 def end() -> None:
-    """Tell the workers that rank 0 has ended, if torchrun started it: it waits for theirs."""
+    """Tell the workers that rank 0 has ended, if torchrun started it. It waits for their end."""
     if rank() == 0:
         with suppress(MixchatError, RuntimeError):
-            _rendezvous(_FAREWELL).set(_END, "")
+            _rendezvous(_END_TIMEOUT).set(_END, "")
 
 
 def published() -> tuple[str, ...]:
-    """Return where the workers listen, once all have told; none without torchrun.
+    """Return the addresses of all workers, once they listen, or none without torchrun.
 
     Raises `MixchatError`.
     """
@@ -78,12 +78,12 @@ def published() -> tuple[str, ...]:
         raise ServerError(f"a worker does not start: {short_message(error)}") from None
 
 
-def _rendezvous(patience: timedelta = _PATIENCE) -> Any:
+def _rendezvous(timeout: timedelta = _START_TIMEOUT) -> Any:
     """Return the store in which torchrun lets its processes meet."""
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, *_ = next(rendezvous("env://", timeout=patience))
+        store, *_ = next(rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
         raise MixchatError(f"torchrun's store cannot be reached: {short_message(error)}") from None
     return store

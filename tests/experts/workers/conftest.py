@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 from worker_double import ThreadedWorker, WorkerProcess
 
+from mixchat.experts.workers.link import Link
+
 
 @pytest.fixture
 def worker() -> Iterator[ThreadedWorker]:
@@ -12,6 +14,13 @@ def worker() -> Iterator[ThreadedWorker]:
     threaded = ThreadedWorker()
     yield threaded
     threaded.stop()
+
+
+@pytest.fixture
+def link(worker: ThreadedWorker) -> Iterator[Link]:
+    opened = worker.open()
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_a_name_that_nobody_knows_is_wrong_use(monkeypatch: pytest.MonkeyPatch) 
 def test_a_name_server_that_hangs_ends_in_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: answer.wait())
-    monkeypatch.setattr(address, "_DEADLINE", 0.1)
+    monkeypatch.setattr(address, "_LOOKUP_TIMEOUT_S", 0.1)
     with pytest.raises(MixchatError, match="takes too long"):
         resolve("desk")
     answer.set()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,11 +19,16 @@ from worker_double import (
     KEY,
     PATIENCE,
     STUCK_LAYER,
+    TOKEN,
     Doubles,
+    NeverEnding,
     ThreadedWorker,
     WorkerProcess,
+    ask,
+    assert_right,
     interrupt,
     outputs,
+    row,
 )
 
 from mixchat.base import interrupts
@@ -36,34 +40,14 @@ from mixchat.base.errors import (
     UsageError,
 )
 from mixchat.base.options import NetworkAddress
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages
 from mixchat.experts.workers.address import Address, resolve
-from mixchat.experts.workers.connection import PIECE, BadMessageError, ConnectionLostError
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.listener import Listener
-from mixchat.experts.workers.messages import Kind, Welcome
-
-TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
-
-
-def ask(
-    link: Link, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor
-) -> torch.Tensor:
-    link.start(layer, experts, x)
-    return link.finish()
-
-
-def row() -> torch.Tensor:
-    return torch.randn(1, HELLO.hidden_size).bfloat16()
-
-
-@pytest.fixture
-def link(worker: ThreadedWorker) -> Iterator[Link]:
-    opened = worker.open()
-    yield opened
-    opened.close()
+from mixchat.experts.workers.messages import Computed, Hello, Welcome, pack
+from mixchat.experts.workers.sockets import PIECE, BadMessageError, ConnectionLostError
 
 
 @contextmanager
@@ -86,7 +70,8 @@ def address_of(listener: socket.socket) -> Address:
     return resolve(str(NetworkAddress(*listener.getsockname())))
 
 
-WELCOME = messages.pack_fields(Kind.WELCOME, Welcome(6, "words"))
+DONE = pack(Computed(seconds=1))
+WELCOME = pack(Welcome(slots=6, arithmetic="words"))
 
 
 @contextmanager
@@ -98,7 +83,7 @@ def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
     def serve() -> None:
         while not over.is_set():
             if message := listener.receive(0.05):
-                is_hello = messages.kind_of(message.data) == Kind.HELLO
+                is_hello = isinstance(messages.unpack(message.data)[0], Hello)
                 listener.send(message.peer, welcome if is_hello else result)
         listener.close()
 
@@ -109,19 +94,11 @@ def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
     thread.join(PATIENCE)
 
 
-def test_a_worker_says_what_it_has(link: Link) -> None:
-    assert link.slots == 6
-
-
-def test_one_row_goes_to_two_experts_and_two_results_come_back(link: Link) -> None:
+@pytest.mark.parametrize("experts", [TOKEN, [(7, 1)]], ids=["two", "one"])
+def test_one_row_goes_to_all_experts(link: Link, experts: list[tuple[int, int]]) -> None:
     for layer in (1, 2, 3):
         x = row()
-        assert torch.equal(ask(link, layer, TOKEN, x), outputs(layer, TOKEN, x, True))
-
-
-def test_one_row_goes_to_one_expert(link: Link) -> None:
-    x = row()
-    assert torch.equal(ask(link, 3, [(7, 1)], x), outputs(3, [(7, 1)], x))
+        assert torch.equal(ask(link, layer, experts, x), outputs(layer, experts, x, True))
 
 
 def test_each_expert_gets_its_own_rows_of_many(link: Link) -> None:
@@ -138,7 +115,7 @@ def test_single_rows_and_many_rows_may_take_turns(link: Link) -> None:
 
 @pytest.mark.parametrize("dtype", messages.DTYPES)
 def test_more_rows_than_one_message_holds_arrive_whole(worker: ThreadedWorker, dtype: str) -> None:
-    link = worker.open(dataclasses.replace(HELLO, dtype=dtype))
+    link = worker.open(HELLO.model_copy(update={"dtype": dtype}))
     x = torch.randn(40_000, HELLO.hidden_size).to(getattr(torch, dtype))  # 5 or 10 MB
     experts = [(1, 39_999), (6, 1)]
     assert torch.equal(ask(link, 1, experts, x), outputs(1, experts, x))
@@ -158,8 +135,9 @@ def test_a_worker_loads_the_experts_to_hold_in_their_order(
 
 def test_a_chat_s_end_frees_the_worker_for_the_next_one(worker: ThreadedWorker) -> None:
     for _ in range(3):
-        link, x = worker.open(), row()
-        assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+        link = worker.open()
+        assert link.slots == 6
+        assert_right(link)
         link.close()
     assert "after 1 requests: it closed the connection" in worker.wait_for_note("ends", 3)
 
@@ -206,8 +184,8 @@ def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(
 ) -> None:
     """Its beats tell that it lives."""
     worker.model.on_compute = lambda check: time.sleep(3)
-    link, x = worker.open(silence=2), row()
-    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+    link = worker.open(silence=2)
+    assert_right(link)
     assert link.seconds_computing >= 3
     link.close()
 
@@ -260,18 +238,10 @@ def test_what_a_worker_cannot_compute_is_said_and_the_next_chat_is_served(
 
 
 def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker: ThreadedWorker) -> None:
-    computing = threading.Event()
-
-    def never_end(check: object) -> None:
-        computing.set()
-        while True:
-            check()  # type: ignore[operator]
-            time.sleep(0.01)
-
-    worker.model.on_compute = never_end
+    worker.model.on_compute = never_end = NeverEnding()
     link = worker.open()
     link.start(1, TOKEN, row())
-    assert computing.wait(PATIENCE)
+    assert never_end.started.wait(PATIENCE)
     link.close()
     assert "closed the connection" in worker.wait_for_note("ends")
 
@@ -299,11 +269,9 @@ def test_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
 def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
     """Between layers signals are deferred: the wait looks for them by itself."""
 
-    def send_ctrl_c(check: object) -> None:
+    def send_ctrl_c(check: Callable[[], None]) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        while True:
-            check()  # type: ignore[operator]
-            time.sleep(0.01)
+        NeverEnding()(check)
 
     worker.model.on_compute = send_ctrl_c
     link = worker.open(silence=10 * PATIENCE)
@@ -337,16 +305,16 @@ def test_a_worker_with_another_key_is_found_out_by_the_chat_side() -> None:
         accepted.recv(300)
 
     with impostor(pretend) as address, pytest.raises(UsageError, match="another key"):
-        Link.open(address, KEY, HELLO)
+        Link(address, KEY, HELLO)
 
 
 def test_another_version_is_refused_with_both_versions(worker: ThreadedWorker) -> None:
     with pytest.raises(CheckpointError, match=r"runs mixchat \d\S+, and this is 9\.9\.9"):
-        worker.open(dataclasses.replace(HELLO, version="9.9.9"))
+        worker.open(HELLO.model_copy(update={"version": "9.9.9"}))
 
 
 def test_another_model_is_refused_with_both_models(worker: ThreadedWorker) -> None:
-    other = dataclasses.replace(HELLO, model_identity="cd" * 32, model_name="other")
+    other = HELLO.model_copy(update={"model_identity": "cd" * 32, "model_name": "other"})
     with pytest.raises(CheckpointError, match=r"tiny \(abab\w+\), and .* other \(cdcd\w+\)"):
         worker.open(other)
 
@@ -356,8 +324,7 @@ def test_a_busy_worker_is_refused_and_goes_on_with_its_chat(
 ) -> None:
     with pytest.raises(ResourceError, match="busy with another chat"):
         worker.open()
-    x = row()
-    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+    assert_right(link)
 
 
 def test_a_chat_that_follows_another_waits_for_its_end(worker: ThreadedWorker) -> None:
@@ -387,7 +354,7 @@ def test_what_the_worker_s_experts_cannot_do_is_refused_in_their_words(
     worker: ThreadedWorker,
 ) -> None:
     with pytest.raises(MixchatError, match="beyond these experts"):
-        worker.open(dataclasses.replace(HELLO, exact_prompts=True))
+        worker.open(HELLO.model_copy(update={"exact_prompts": True}))
 
 
 def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
@@ -395,7 +362,7 @@ def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = address_of(listener)
     with pytest.raises(ServerError, match="no worker can be reached there") as caught:
-        Link.open(address, KEY, HELLO)
+        Link(address, KEY, HELLO)
     assert caught.value.exit_code == 5
 
 
@@ -415,7 +382,7 @@ except OSError:
     pass
 for count in range(40):
     try:
-        Link.open(address, KEY, HELLO).close()
+        Link(address, KEY, HELLO).close()
         print("opened with", count)
         break
     except ResourceError as error:
@@ -438,7 +405,7 @@ def test_something_else_than_a_worker_is_one_clear_line() -> None:
         accepted.recv(64)
 
     with impostor(answer) as address, pytest.raises(UsageError, match="is no worker"):
-        Link.open(address, KEY, HELLO)
+        Link(address, KEY, HELLO)
 
 
 def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
@@ -447,13 +414,13 @@ def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
         socket.create_server(("127.0.0.1", 0)) as listener,
         pytest.raises(ServerError, match="does not answer") as caught,
     ):
-        Link.open(address_of(listener), KEY, HELLO)
+        Link(address_of(listener), KEY, HELLO)
     assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize(
     "welcome",
-    [b"", b"\x02{}", b"\x03[]", messages.pack_done(1), b"\x02" + b"x" * 60_000],
+    [b"", b"{}", b"[]", DONE, b"x" * 60_000],
     ids=["nothing", "empty", "list", "done", "long"],
 )
 def test_an_odd_welcome_is_one_clear_line(welcome: bytes) -> None:
@@ -461,10 +428,9 @@ def test_an_odd_welcome_is_one_clear_line(welcome: bytes) -> None:
         liar(b"", welcome) as address,
         pytest.raises(ServerError, match="it sent a message"),
     ):
-        Link.open(address, KEY, HELLO)
+        Link(address, KEY, HELLO)
 
 
-DONE = messages.pack_done(1)
 ROW = HELLO.hidden_size * 2  # bytes
 NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8).numpy().tobytes()
 
@@ -476,18 +442,17 @@ NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8)
         (DONE + bytes(ROW), "rows of another size"),
         (DONE, "rows of another size"),
         (DONE + NAN, "numbers that are not finite"),
-        (DONE[:1] + b"\xff" * 8 + bytes(2 * ROW), "a message that makes no sense"),
+        (b'{"kind":"computed","seconds":NaN}\n' + bytes(2 * ROW), "a message that makes no sense"),
         (DONE[:5], "a message that makes no sense"),
         (WELCOME, "a message out of turn"),
-        (b"\x4dx", "a message out of turn"),
-        (b"", "a message out of turn"),
+        (b"", "a message that makes no sense"),
     ],
-    ids=["wide", "one row", "no row", "NaN", "no time", "half a head", "welcome", "odd", "empty"],
+    ids=["wide", "one row", "no row", "NaN", "no time", "half a head", "welcome", "empty"],
 )
 def test_a_worker_that_answers_oddly_is_blamed_and_lost(answer: bytes, reason: str) -> None:
     """Rows of 640 columns ended the chat; rows of NaN were blamed on this machine's model."""
     with liar(answer) as address:
-        link = Link.open(address, KEY, HELLO)
+        link = Link(address, KEY, HELLO)
         link.start(1, TOKEN, row())
         with pytest.raises(BadMessageError, match=reason):
             link.finish()
@@ -501,7 +466,7 @@ def test_a_worker_is_not_blamed_for_what_is_not_finite_before_it_computes(link: 
 
 def test_a_message_that_is_too_long_ends_the_connection() -> None:
     with liar(bytes(2 * PIECE)) as address:
-        link = Link.open(address, KEY, HELLO)
+        link = Link(address, KEY, HELLO)
         link.start(1, TOKEN, row())
         with pytest.raises(ConnectionLostError, match="has ended"):
             link.finish()
@@ -512,7 +477,7 @@ def test_a_worker_is_reached_over_ipv6() -> None:
         worker = ThreadedWorker(at="[::1]:0")
     except UsageError:
         pytest.skip("this machine has no IPv6")
-    link, x = worker.open(), row()
-    assert torch.equal(ask(link, 1, TOKEN, x), outputs(1, TOKEN, x, True))
+    link = worker.open()
+    assert_right(link)
     link.close()
     worker.stop()

@@ -3,77 +3,80 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worker_double import HELLO
 
 from mixchat import __version__
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.workers import messages
-from mixchat.experts.workers.connection import BadMessageError
-from mixchat.experts.workers.messages import Hello, Kind, Refusal, Request, Welcome
-
-UNPACKERS: list[Callable[[bytes], object]] = [
-    messages.unpack_hello,
-    messages.unpack_welcome,
-    messages.unpack_refusal,
-    messages.unpack_keys,
-    messages.unpack_request,
-    messages.unpack_done,
-    messages.unpack_text,
-]
-
-HELLO = Hello("ab" * 32, "tiny", "bfloat16", 64, True)
-WELCOME = Welcome(24, "words")
+from mixchat.experts.workers.messages import (
+    MAX_EXPERTS,
+    MAX_SLOTS,
+    Compute,
+    Computed,
+    Ended,
+    Hold,
+    Refusal,
+    Welcome,
+    WorkerMessage,
+    pack,
+    unpack,
+)
+from mixchat.experts.workers.sockets import PIECE, BadMessageError
 
 untimed = settings(deadline=None)  # the machine may be busy
-experts = st.dictionaries(st.integers(0, 2**16 - 1), st.integers(1, 200), min_size=1, max_size=9)
+indices = st.integers(0, 2**16 - 1)
+experts = st.dictionaries(indices, st.integers(1, 200), min_size=1, max_size=9)
 
 
-def payload(kind: Kind, value: Hello | Welcome | Refusal) -> bytes:
-    return messages.expect(kind, messages.pack_fields(kind, value))
+@pytest.mark.parametrize(
+    "message",
+    [
+        HELLO,
+        Welcome(slots=24, arithmetic="words"),
+        Refusal(cause="busy", text="is busy"),
+        Hold(keys=((3, 1), (0, 7), (3, 0))),
+        Computed(seconds=0.25),
+        Ended(reason="the disk says no"),
+    ],
+    ids=lambda message: message.kind,
+)
+def test_a_message_arrives(message: WorkerMessage) -> None:
+    assert unpack(pack(message)) == (message, b"")
 
 
-def test_both_ends_words_arrive() -> None:
-    assert messages.unpack_hello(payload(Kind.HELLO, HELLO)) == HELLO
+def test_a_chat_side_says_its_version() -> None:
     assert HELLO.version == __version__
-    assert messages.unpack_welcome(payload(Kind.WELCOME, WELCOME)) == WELCOME
-    refusal = Refusal("busy", "is busy")
-    assert messages.unpack_refusal(payload(Kind.REFUSAL, refusal)) == refusal
 
 
 @untimed
-@given(st.integers(0, 2**16 - 1), experts)
-def test_a_request_arrives(layer: int, rows: dict[int, int]) -> None:
-    request = Request(layer, tuple(rows.items()))
-    assert messages.unpack_request(messages.pack_request(request) + b"rows") == (request, b"rows")
+@given(indices, experts, st.binary(max_size=9))
+def test_a_request_arrives_with_its_first_rows(
+    layer: int, rows: dict[int, int], piece: bytes
+) -> None:
+    request = Compute(layer=layer, experts=tuple(rows.items()), shared_row=False)
+    assert unpack(pack(request, piece)) == (request, piece)
     assert request.rows == request.rows_sent == sum(rows.values())
+    shared = Compute(layer=layer, experts=tuple((key, 1) for key in rows), shared_row=True)
+    assert unpack(pack(shared, piece)) == (shared, piece)
+    assert (shared.rows, shared.rows_sent) == (len(rows), 1)
 
 
-@untimed
-@given(st.integers(0, 2**16 - 1), st.sets(st.integers(0, 2**16 - 1), min_size=1, max_size=9))
-def test_a_request_with_one_row_for_all_arrives(layer: int, numbers: set[int]) -> None:
-    request = Request(layer, tuple((number, 1) for number in numbers), True)
-    assert messages.unpack_request(messages.pack_request(request) + b"row") == (request, b"row")
-    assert (request.rows, request.rows_sent) == (len(numbers), 1)
-
-
-@untimed
-@given(st.sets(st.builds(ExpertKey, st.integers(0, 99), st.integers(0, 99)), max_size=300))
-def test_keys_arrive_in_their_order(keys: set[ExpertKey]) -> None:
-    listed = list(keys)
-    assert messages.unpack_keys(messages.pack_keys(listed)[1:]) == listed
+def test_the_longest_messages_are_not_too_long() -> None:
+    """A socket takes `PIECE` bytes of rows, and 64 KiB before them."""
+    every = tuple((2**16 - 1 - number, 1) for number in range(MAX_EXPERTS))
+    assert len(pack(Compute(layer=2**16 - 1, experts=every, shared_row=True))) <= 1 << 16
+    keys = tuple((2**16 - 1, number) for number in range(MAX_SLOTS))
+    assert len(pack(Hold(keys=keys))) <= PIECE
 
 
 @untimed
 @given(st.binary(max_size=200))
-def test_no_bytes_raise_another_error(payload: bytes) -> None:
-    for unpack in UNPACKERS:
-        with suppress(BadMessageError):
-            unpack(payload)
+def test_no_bytes_raise_another_error(data: bytes) -> None:
+    with suppress(BadMessageError):
+        unpack(data)
 
 
 @untimed
@@ -82,32 +85,30 @@ def test_no_bytes_raise_another_error(payload: bytes) -> None:
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
         lambda value: st.lists(value) | st.dictionaries(st.sampled_from(list("ab")), value),
     ),
-    st.sampled_from(["version", "dtype", "hidden_size", "exact_prompts"]),
+    st.sampled_from(["kind", "version", "dtype", "hidden_size", "exact_prompts"]),
 )
 def test_no_json_raises_another_error(value: object, name: str) -> None:
-    fields = json.loads(payload(Kind.HELLO, HELLO))
-    for odd in (value, {**fields, name: value}):
+    for odd in (value, {**json.loads(pack(HELLO)), name: value}):
         with suppress(BadMessageError):
-            messages.unpack_hello(json.dumps(odd).encode())
+            unpack(json.dumps(odd).encode())
+
+
+@pytest.mark.parametrize("slots", [1, 10**6, 2.0, True, "2"])
+def test_a_welcome_that_makes_no_sense_is_refused(slots: object) -> None:
+    fields = {**json.loads(pack(Welcome(slots=24, arithmetic="words"))), "slots": slots}
+    with pytest.raises(BadMessageError):
+        unpack(json.dumps(fields).encode())
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("text", "shown"),
     [
-        {"slots": 1},
-        {"slots": 10**6},
-        {"slots": 2.0},
+        ("\x1b[2Jno\nfile \udcff", "[2Jno file ?"),
+        ("\x1b]0;title\x07a\u202eb", "]0;titleab"),
+        ("x" * 500, "x" * 200),
     ],
-    ids=str,
 )
-def test_a_welcome_that_makes_no_sense_is_refused(changes: dict[str, object]) -> None:
-    fields = {**json.loads(payload(Kind.WELCOME, WELCOME)), **changes}
-    with pytest.raises(BadMessageError):
-        messages.unpack_welcome(json.dumps(fields).encode())
-
-
-def test_the_other_end_s_text_is_safe_to_show() -> None:
-    assert messages.unpack_text(b"\x1b[2Jno\nfile \xff" + b"x" * 500)[:14] == "[2Jno file \ufffdxx"
-    assert len(messages.unpack_text(b"x" * 500)) == 200
-    odd = Refusal("other", "\x1b]0;title\x07a\u202eb")
-    assert messages.unpack_refusal(payload(Kind.REFUSAL, odd)).text == "]0;titleab"
+def test_the_other_end_s_text_is_safe_to_show(text: str, shown: str) -> None:
+    assert unpack(pack(Ended(reason=text)))[0] == Ended(reason=shown)
+    sent = json.dumps({"kind": "ended", "reason": text.replace("\udcff", "?")})
+    assert unpack(sent.encode())[0] == Ended(reason=shown)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mixchat.base.errors import MixchatError, ResourceError
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.workers.connection import BadMessageError, ConnectionLostError
 from mixchat.experts.workers.remote_worker import RemoteWorker
+from mixchat.experts.workers.sockets import BadMessageError, ConnectionLostError
 
 KEYS = [ExpertKey(0, 0), ExpertKey(0, 1)]
 

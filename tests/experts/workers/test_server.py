@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -23,38 +22,46 @@ from worker_double import (
     KEY,
     PATIENCE,
     STUCK_LAYER,
+    TOKEN,
+    NeverEnding,
     ThreadedWorker,
     WorkerProcess,
+    ask,
+    assert_right,
     outputs,
+    row,
 )
 
 from mixchat.base.errors import MixchatError, UsageError
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.workers import connection, messages, session
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.workers import sockets
 from mixchat.experts.workers.address import Address, resolve
-from mixchat.experts.workers.connection import Connection, ConnectionLostError
-from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.link import Link, WorkerSocket
 from mixchat.experts.workers.listener import Listener
-from mixchat.experts.workers.messages import Kind, Request
-
-TOKEN = [(2, 1), (5, 1)]
-
-
-def row() -> torch.Tensor:
-    return torch.randn(1, HELLO.hidden_size).bfloat16()
+from mixchat.experts.workers.messages import (
+    Compute,
+    Computed,
+    Ended,
+    Hold,
+    Refusal,
+    WorkerMessage,
+    expect,
+    pack,
+    unpack,
+)
+from mixchat.experts.workers.sockets import PIECE, ConnectionLostError, CurveKeys, curve_keys
 
 
 def assert_serves(worker: ThreadedWorker) -> None:
     """A rightful chat opens, within the deadlines of a link, and gets its rows."""
-    link, x = worker.open(silence=PATIENCE), row()
-    link.start(2, TOKEN, x)
-    assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+    link = worker.open(silence=PATIENCE)
+    assert_right(link)
     link.close()
 
 
-def answer_to(connection: Connection, message: bytes) -> bytes:
-    connection.send(message)
-    return connection.receive(time.monotonic() + PATIENCE)
+def answer_to(opened: WorkerSocket, message: bytes) -> WorkerMessage:
+    opened.send(message)
+    return unpack(opened.receive(time.monotonic() + PATIENCE))[0]
 
 
 def test_strangers_block_nobody_and_do_not_show_in_a_chat(
@@ -73,9 +80,7 @@ def test_strangers_block_nobody_and_do_not_show_in_a_chat(
             with suppress(OSError):
                 stranger.sendall(said[number % len(said)])
             if number % 10 == 0:
-                x = row()
-                link.start(2, TOKEN, x)
-                assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+                assert_right(link)
     link.close()
     assert_serves(worker)
 
@@ -83,7 +88,7 @@ def test_strangers_block_nobody_and_do_not_show_in_a_chat(
 def test_one_line_tells_of_many_with_another_key(worker: ThreadedWorker) -> None:
     for _ in range(3):
         with pytest.raises(UsageError, match="another key"):
-            Connection(worker.address, bytes(32))
+            WorkerSocket(worker.address, bytes(32))
     assert_serves(worker)
     assert sum("sent away" in line for line in worker.notes) == 1
 
@@ -102,9 +107,7 @@ def test_a_worker_without_a_free_descriptor_goes_on(process: WorkerProcess) -> N
             assert time.monotonic() < deadline
             time.sleep(0.01)
         for _ in range(20):
-            x = row()
-            link.start(2, TOKEN, x)
-            assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+            assert_right(link)
     link.close()
     process.open().close()
 
@@ -119,10 +122,13 @@ def test_who_knows_the_public_key_alone_is_sent_away(
     worker: ThreadedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker's public key never travels; still, the chat side has to have its own secret."""
-    other = connection.CurveKeys.derive(bytes(32), b"chat")
-    monkeypatch.setattr(connection, "chat_keys", lambda key: other)
+
+    def half_right(key: bytes, end: bytes) -> CurveKeys:
+        return curve_keys(bytes(32) if end == b"chat" else key, end)
+
+    monkeypatch.setattr(sockets, "curve_keys", half_right)
     with pytest.raises(UsageError, match="another key"):
-        Connection(worker.address, KEY)
+        WorkerSocket(worker.address, KEY)
 
 
 def test_what_travels_is_encrypted(worker: ThreadedWorker) -> None:
@@ -132,9 +138,8 @@ def test_what_travels_is_encrypted(worker: ThreadedWorker) -> None:
     """
     passed = bytearray()
     with forwarded(worker.address, passed) as address:
-        link, x = Link.open(address, KEY, HELLO), torch.ones(1, HELLO.hidden_size).bfloat16()
-        link.start(2, TOKEN, x)
-        assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+        link, x = Link(address, KEY, HELLO), torch.ones(1, HELLO.hidden_size).bfloat16()
+        assert torch.equal(ask(link, 2, TOKEN, x), outputs(2, TOKEN, x, True))
         link.close()
     assert b"CURVE" in passed
     assert HELLO.model_identity.encode() not in passed
@@ -172,32 +177,31 @@ def forwarded(target: Address, passed: bytearray) -> Iterator[Address]:
 
 
 def hello_with(**changes: object) -> bytes:
-    fields = {**json.loads(messages.pack_fields(Kind.HELLO, HELLO)[1:]), **changes}
-    return bytes([Kind.HELLO]) + json.dumps(fields).encode()
+    return json.dumps({**json.loads(pack(HELLO)), **changes}).encode()
 
 
 @pytest.mark.parametrize(
     "message",
     [
         b"",
-        b"\x01\xff\xfe",
-        b"\x01" + b"[" * 50_000,
-        b"\x01[1, 2]",
-        b"\x01{}",
+        b"\xff\xfe",
+        b"[" * 50_000,
+        b"[1, 2]",
+        b"{}",
         hello_with(dtype="float64"),
         hello_with(hidden_size=0),
         hello_with(hidden_size=True),
         hello_with(hidden_size="64"),
         hello_with(model_name=None),
         hello_with(more=1),
-        bytes([Kind.HOLD]),
+        hello_with(kind="hold"),
+        pack(HELLO, b"rows"),
     ],
     ids=lambda message: message[-30:].decode(errors="replace"),
 )
 def test_a_malformed_hello_is_refused(worker: ThreadedWorker, message: bytes) -> None:
-    opened = Connection(worker.address, KEY)
-    answer = answer_to(opened, message)
-    assert messages.unpack_refusal(messages.expect(Kind.REFUSAL, answer)).cause == "other"
+    opened = WorkerSocket(worker.address, KEY)
+    assert expect(Refusal, answer_to(opened, message)).cause == "other"
     opened.close()
     assert_serves(worker)
 
@@ -205,7 +209,7 @@ def test_a_malformed_hello_is_refused(worker: ThreadedWorker, message: bytes) ->
 def test_a_connection_in_a_circle_of_references_is_collected(worker: ThreadedWorker) -> None:
     """The garbage collector hung for ever, in whatever it interrupted: the context waited for its
     sockets, which were not closed yet."""
-    opened = Connection(worker.address, KEY)
+    opened = WorkerSocket(worker.address, KEY)
     opened.itself = opened  # type: ignore[attr-defined]
     end = opened.close
     del opened
@@ -216,39 +220,45 @@ def test_a_connection_in_a_circle_of_references_is_collected(worker: ThreadedWor
     assert not end.alive
 
 
-@pytest.fixture
-def link(worker: ThreadedWorker) -> Iterator[Link]:
-    opened = worker.open()
-    yield opened
-    opened.close()
-
-
-REQUEST = messages.pack_request(Request(1, ((2, 1), (5, 1)), True))
 ROW = bytes(2 * HELLO.hidden_size)
+REQUEST = Compute(layer=1, experts=((2, 1), (5, 1)), shared_row=True)
+
+
+def request_with(**changes: object) -> bytes:
+    fields = {**json.loads(pack(REQUEST)), **changes}
+    return json.dumps(fields).encode() + b"\n" + ROW
+
+
+def hold(*keys: object) -> bytes:
+    return json.dumps({"kind": "hold", "keys": keys}).encode()
+
 
 ODD_MESSAGES = {
     "nothing": b"",
-    "no kind": b"\0x",
-    "an unknown kind": b"\x63x",
-    "a second hello": messages.pack_fields(Kind.HELLO, HELLO),
-    "a worker's word": messages.pack_done(1),
-    "an empty request": REQUEST[:1],
-    "no experts": REQUEST[:4] + bytes(2),
-    "half a request": REQUEST[:-1],
-    "no row": REQUEST,
-    "a row of another size": REQUEST + 10 * ROW,
-    "another flag": REQUEST[:3] + b"\2" + REQUEST[4:],
-    "a layer too high": struct.pack(">BHBHHI", Kind.COMPUTE, 4, 1, 1, 2, 1) + ROW,
-    "an expert too high": struct.pack(">BHBHHI", Kind.COMPUTE, 1, 1, 1, 8, 1) + ROW,
-    "no rows": struct.pack(">BHBHHI", Kind.COMPUTE, 1, 0, 1, 2, 0),
-    "more rows than fit": struct.pack(">BHBHHI", Kind.COMPUTE, 1, 0, 1, 2, 2**32 - 1),
-    "the same expert twice": struct.pack(">BHBHHIHI", Kind.COMPUTE, 1, 1, 2, 2, 1, 2, 1),
-    "one row for two of one": struct.pack(">BHBHHI", Kind.COMPUTE, 1, 1, 1, 2, 2),
-    "half a key": bytes([Kind.HOLD]) + b"abc",
-    "a key twice": messages.pack_keys([ExpertKey(1, 2)] * 2),
-    "more keys than slots": messages.pack_keys([ExpertKey(1, expert) for expert in range(7)]),
-    "a key's layer too high": messages.pack_keys([ExpertKey(4, 0)]),
-    "a key's expert too high": messages.pack_keys([ExpertKey(0, 8)]),
+    "no JSON": b"\0x",
+    "an unknown kind": b'{"kind": "x"}',
+    "a second hello": pack(HELLO),
+    "a worker's word": pack(Computed(seconds=1)),
+    "no experts": request_with(experts=[]),
+    "half a request": pack(REQUEST)[:-2],
+    "no row": pack(REQUEST),
+    "a row of another size": pack(REQUEST, 10 * ROW),
+    "another flag": request_with(shared_row=2),
+    "a layer too high": request_with(layer=4),
+    "a layer below 0": request_with(layer=-1),
+    "an expert too high": request_with(experts=[[8, 1]]),
+    "an expert below 0": request_with(experts=[[-1, 1]]),
+    "no rows": request_with(experts=[[2, 0]], shared_row=False),
+    "more rows than fit": request_with(experts=[[2, 2**32]], shared_row=False),
+    "more rows together than fit": request_with(experts=[[2, 2**16], [3, 1]], shared_row=False),
+    "the same expert twice": request_with(experts=[[2, 1], [2, 1]]),
+    "one row for two of one": request_with(experts=[[2, 2]]),
+    "half a key": hold([1]),
+    "a key twice": hold([1, 2], [1, 2]),
+    "more keys than slots": hold(*([1, expert] for expert in range(7))),
+    "keys and rows": pack(Hold(keys=()), ROW),
+    "a key's layer too high": hold([4, 0]),
+    "a key's expert too high": hold([0, 8]),
 }
 
 
@@ -256,8 +266,7 @@ ODD_MESSAGES = {
 def test_an_odd_message_ends_the_chat_and_the_next_one_is_served(
     worker: ThreadedWorker, link: Link, name: str
 ) -> None:
-    answer = answer_to(link._connection, ODD_MESSAGES[name])
-    reason = messages.unpack_text(messages.expect(Kind.FAILED, answer))
+    reason = expect(Ended, answer_to(link._socket, ODD_MESSAGES[name])).reason
     assert reason.endswith(("makes no sense", "out of turn", "does not have", "another size"))
     assert worker.wait_for_note("ends").endswith(reason)
     assert_serves(worker)
@@ -266,7 +275,7 @@ def test_an_odd_message_ends_the_chat_and_the_next_one_is_served(
 def test_a_message_that_is_too_long_ends_the_chat_before_it_is_read(
     worker: ThreadedWorker, link: Link
 ) -> None:
-    link._connection.send(bytes(2 * connection.PIECE))
+    link._socket.send(bytes(2 * PIECE))
     assert "closed the connection" in worker.wait_for_note("ends")
     assert_serves(worker)
 
@@ -274,10 +283,10 @@ def test_a_message_that_is_too_long_ends_the_chat_before_it_is_read(
 def test_rows_that_never_come_end_the_chat(
     worker: ThreadedWorker, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "SILENCE_S", 0.3)
-    rows = 2 * connection.PIECE // len(ROW)
-    request = messages.pack_request(Request(1, ((2, rows),)))
-    link._connection.send(request + bytes(connection.PIECE))
+    monkeypatch.setattr(sockets, "SILENCE_S", 0.3)
+    rows = 2 * PIECE // len(ROW)
+    request = Compute(layer=1, experts=((2, rows),), shared_row=False)
+    link._socket.send(pack(request, bytes(PIECE)))
     assert "do not arrive" in worker.wait_for_note("ends")
     assert_serves(worker)
 
@@ -309,12 +318,11 @@ def test_a_chat_may_ask_for_as_many_experts_as_it_was_told_that_there_is_room_fo
     worker: ThreadedWorker,
 ) -> None:
     """Other programs may have taken the memory since."""
-    link, x = worker.open(), row()
+    link = worker.open()
     worker.wait_for_note("begins")
     worker.model.slots = 3
     link.hold([ExpertKey(1, expert) for expert in range(6)])
-    link.start(2, TOKEN, x)
-    assert torch.equal(link.finish(), outputs(2, TOKEN, x, True))
+    assert_right(link)
     link.close()
 
 
@@ -338,9 +346,9 @@ CHAT_SIDE = """
 import sys, torch
 from worker_double import HELLO, KEY
 from mixchat.experts.workers.address import resolve
-from mixchat.experts.workers.link import Link
+from mixchat.experts.workers.link import Link, WorkerSocket
 torch.set_num_threads(1)
-link = Link.open(resolve(sys.argv[1]), KEY, HELLO)
+link = Link(resolve(sys.argv[1]), KEY, HELLO)
 link.start(1, [(2, 1), (5, 1)], torch.zeros(1, HELLO.hidden_size).bfloat16())
 link.finish()
 """
@@ -349,18 +357,10 @@ link.finish()
 def test_a_chat_side_that_is_killed_in_the_midst_of_a_request_frees_the_worker(
     worker: ThreadedWorker,
 ) -> None:
-    computing = threading.Event()
-
-    def never_end(check: object) -> None:
-        computing.set()
-        while True:
-            check()  # type: ignore[operator]
-            time.sleep(0.01)
-
-    worker.model.on_compute = never_end
+    worker.model.on_compute = never_end = NeverEnding()
     command = [sys.executable, "-c", CHAT_SIDE, str(worker.address)]
     chat = subprocess.Popen(command, cwd=os.path.dirname(__file__))
-    assert computing.wait(PATIENCE)
+    assert never_end.started.wait(PATIENCE)
     chat.kill()
     chat.wait(PATIENCE)
     worker.wait_for_note("ends")
@@ -403,12 +403,6 @@ def test_a_worker_serves_chats_until_it_is_over() -> None:
     for _ in range(2):
         assert_serves(worker)
     worker.stop()
-
-
-def test_a_port_is_free_at_once_when_its_worker_has_ended() -> None:
-    worker = ThreadedWorker()
-    assert_serves(worker)
-    worker.stop()
-    again = ThreadedWorker(at=str(worker.address))
+    again = ThreadedWorker(at=str(worker.address))  # its port is free at once
     assert_serves(again)
     again.stop()

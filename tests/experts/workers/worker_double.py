@@ -14,17 +14,50 @@ import torch
 
 from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
-from mixchat.experts.keys import ExpertKey
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.listener import Listener
-from mixchat.experts.workers.messages import Hello, Welcome
+from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.server import Server
 
 KEY = bytes(range(32))
-HELLO = Hello("ab" * 32, "tiny", "bfloat16", 64)
+HELLO = Hello(model_identity="ab" * 32, model_name="tiny", dtype="bfloat16", hidden_size=64)
 PATIENCE = 60  # seconds, after which a test fails instead of hanging
 SILENCE = 1.0  # seconds, where a test waits for a worker that hangs
+
+
+TOKEN = [(2, 1), (5, 1)]  # what a token needs of a layer: two experts, one row each
+
+
+def row() -> torch.Tensor:
+    return torch.randn(1, HELLO.hidden_size).bfloat16()
+
+
+def ask(
+    link: Link, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor
+) -> torch.Tensor:
+    link.start(layer, experts, x)
+    return link.finish()
+
+
+def assert_right(link: Link, layer: int = 2) -> None:
+    """A token's row gets the outputs of both experts."""
+    x = row()
+    assert torch.equal(ask(link, layer, TOKEN, x), outputs(layer, TOKEN, x, True))
+
+
+class NeverEnding:
+    """As `on_compute`: computes until the worker notices that nobody waits for the result."""
+
+    def __init__(self) -> None:
+        self.started = threading.Event()
+
+    def __call__(self, check: Callable[[], None]) -> None:
+        self.started.set()
+        while True:
+            check()
+            time.sleep(0.01)
 
 
 def outputs(
@@ -53,10 +86,10 @@ class Doubles:
         self.has_loaded, self.has_followed = threading.Event(), threading.Event()
         self.on_compute: Callable[[Callable[[], None]], None] = lambda check: None
 
-    def begin(self, hello: Hello) -> Welcome:
+    def begin(self, hello: Hello) -> str:
         if hello.exact_prompts:
             raise MixchatError("exact prompts are beyond these experts")
-        return Welcome(self.slots, "words")
+        return "words"
 
     def follow_memory(self) -> None:
         self.has_followed.set()
@@ -104,7 +137,7 @@ class ThreadedWorker:
         self._thread.start()
 
     def open(self, hello: Hello = HELLO, key: bytes = KEY, silence: float = SILENCE) -> Link:
-        return Link.open(self.address, key, hello, silence)
+        return Link(self.address, key, hello, silence)
 
     def wait_for_note(self, part: str, count: int = 1) -> str:
         """Return the line with this part, when so many lines have it."""
@@ -143,7 +176,7 @@ class WorkerProcess:
         self.pid, self.address = self._process.pid, resolve(self.next_line())
 
     def open(self, silence: float = SILENCE) -> Link:
-        return Link.open(self.address, KEY, HELLO, silence)
+        return Link(self.address, KEY, HELLO, silence)
 
     def next_line(self) -> str:
         """Return the next line that it prints: its address, its notes, `computing`, `clean`."""

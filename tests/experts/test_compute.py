@@ -8,10 +8,9 @@ import torch
 from expert_doubles import fetcher_of, routing, runner
 
 from mixchat.base.errors import CheckpointError, ResourceError
-from mixchat.experts.keys import ExpertKey
-from mixchat.experts.mover import Mover, Steps, Transfer
+from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.mover import ExpertLoad, Mover, Steps
 from mixchat.experts.sources import DiskSource
-from mixchat.experts.stats import ExpertStats
 from mixchat.weights.format.installed_model import InstalledModel
 
 
@@ -71,9 +70,9 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
         missing = [ExpertKey(1, e) for e in range(4) if ExpertKey(1, e) not in fetcher._cache]
         with torch.inference_mode():
             fetcher.prefetch(missing, [])
-            for transfer in list(fetcher._coming.values()):
-                fetcher._give_up(transfer.key)
-                transfer.cancelled = True
+            for load in list(fetcher._loads.values()):
+                fetcher._give_up(load.key)
+                load.cancelled = True
             wanted = [ExpertKey(0, e) for e in range(4) if ExpertKey(0, e) not in fetcher._cache]
             for key in wanted[:1]:
                 fetcher.request([key])
@@ -90,9 +89,9 @@ def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(
         fetcher.request([ExpertKey(0, expert)])
         fetcher.ready(ExpertKey(0, expert))
     fetcher.prefetch([ExpertKey(1, 0)], [])
-    (transfer,) = fetcher._coming.values()
-    transfer.wait()
-    fetcher._give_up(transfer.key)
+    (load,) = fetcher._loads.values()
+    load.wait()
+    fetcher._give_up(load.key)
 
     class Watch:
         def limit(self, held: int) -> int:
@@ -176,12 +175,12 @@ def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
     expected = [runner(installed, 8).run(0, *routing(3, seed=seed)) for seed in range(6)]
     interrupted = runner(installed, 3)
 
-    def interrupt(transfer: Transfer) -> None:
+    def interrupt(load: ExpertLoad) -> None:
         raise KeyboardInterrupt
 
     for seed in range(6):
         with monkeypatch.context() as patch:
-            patch.setattr(Transfer, "wait", interrupt)
+            patch.setattr(ExpertLoad, "wait", interrupt)
             with contextlib.suppress(KeyboardInterrupt):
                 interrupted.run(0, *routing(3, seed=seed))
         assert torch.equal(interrupted.run(0, *routing(3, seed=seed)), expected[seed])

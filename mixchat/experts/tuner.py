@@ -9,31 +9,31 @@ from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
-_TRIES = 4  # rounds of each variant in a comparison
-_SOONEST, _LATEST = 32, 256  # rounds until another variant is compared with the best one
+_ROUNDS = 4  # of each variant in a comparison
+_MIN_WAIT, _MAX_WAIT = 32, 256  # rounds until another variant is compared with the best one
 
 
-class Trial(Generic[_T]):
+class Tuner(Generic[_T]):
     """Uses the variant that costs least, and tries the others again from time to time.
 
     A round is `length` units of work done with one variant. A machine may become faster or slower
-    within seconds, which is not to be mistaken for a difference between variants: those that are
-    compared take turns, and the cost of a variant is that of its last four rounds. With the
-    variants A and B, of which B costs a little less, the rounds are A B A B A B A B, then B B B and
-    so on, and later A B A B A B A B again. The longer the best one stays the same, the rarer that
-    becomes. Where each of A's first two rounds costs more than each of B's, A gets no third one.
+    within seconds. So the compared variants take turns, and the cost of a variant is the mean of
+    its last four rounds. With the variants A and B, of which B costs a little less, the rounds are
+    A B A B A B A B, then B B B and so on, and later A B A B A B A B again. The longer the best one
+    stays the same, the rarer comparisons become. If each of A's first two rounds costs more than
+    each of B's, A gets no third one.
     """
 
     def __init__(self, variants: Sequence[_T], length: float) -> None:
         self._variants, self._length = list(variants), length
-        self._costs = [deque[float](maxlen=_TRIES) for _ in self._variants]  # of a unit
+        self._costs = [deque[float](maxlen=_ROUNDS) for _ in self._variants]  # of a unit
         self._turns = deque[int]()  # the variants of the next rounds
         self._compared: dict[int, list[float]] = {}  # the costs in this comparison
         self._compare(range(len(self._variants)))
         self._now: int = self._turns.popleft()
         self._last_tried = self._rounds = 0
         self._done = self._spent = 0.0
-        self._wait = _SOONEST
+        self._wait = _MIN_WAIT
 
     @property
     def variant(self) -> _T:
@@ -56,12 +56,12 @@ class Trial(Generic[_T]):
         self._done = self._spent = 0.0
         self._rounds += 1
         if self._best() != best:
-            self._wait = _SOONEST
+            self._wait = _MIN_WAIT
         self._now = self._next()
 
     def _next(self) -> int:
         if not self._turns and self._rounds >= self._wait and len(self._variants) > 1:
-            self._rounds, self._wait = 0, min(2 * self._wait, _LATEST)
+            self._rounds, self._wait = 0, min(2 * self._wait, _MAX_WAIT)
             best = self._best()
             others = [n for n in range(len(self._variants)) if n != best]
             self._last_tried = next((n for n in others if n > self._last_tried), others[0])
@@ -69,7 +69,7 @@ class Trial(Generic[_T]):
         return self._turns.popleft() if self._turns else self._best()
 
     def _compare(self, variants: Sequence[int]) -> None:
-        self._turns.extend([*variants] * _TRIES)
+        self._turns.extend([*variants] * _ROUNDS)
         self._compared = {variant: [] for variant in variants}
 
     def _is_beaten(self, variant: int) -> bool:
