@@ -18,14 +18,13 @@ from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
-from mixchat.cli.calibrate import calibrate
 from mixchat.cli.chats import chats
 from mixchat.cli.config import config
-from mixchat.cli.download import download
-from mixchat.cli.flags.chat_flags import RunCommand
-from mixchat.cli.flags.config_defaults import apply_config
-from mixchat.cli.flags.config_flag import explained
+from mixchat.cli.download import calibrate, download
 from mixchat.cli.flags.habits import refuse_foreign_flags, unknown_command, unknown_flag
+from mixchat.cli.flags.headings import HeadedCommand
+from mixchat.cli.flags.run_flags import RunCommand
+from mixchat.cli.flags.settings import apply_config, explained
 from mixchat.cli.flags.shell_completion import (
     COMPLETE_VARIABLE,
     complete,
@@ -33,13 +32,12 @@ from mixchat.cli.flags.shell_completion import (
     one_of,
     show_completion,
 )
-from mixchat.cli.models import list_models, show_model
-from mixchat.cli.output.failure import print_error
+from mixchat.cli.models import convert, gc, list_models, repair, rm, show_model, verify
+from mixchat.cli.output.messages import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
 from mixchat.cli.serve import serve
 from mixchat.cli.stats import stats
-from mixchat.cli.upkeep import convert, gc, repair, rm, verify
 from mixchat.cli.worker import worker
 
 INTERRUPTED = 130
@@ -77,22 +75,26 @@ app.command(
     cls=RunCommand,
     epilog="config.toml can give most of these flags: see 'mixchat config --help'.",
 )(run_model)
-app.command("serve")(serve)
-app.command("download")(download)
-app.command("worker")(worker)
-app.command("plan")(plan)
-app.command("list")(list_models)
-app.command("show")(show_model)
-app.command("verify")(verify)
-app.command("repair")(repair)
-app.command("convert")(convert)
-app.command("calibrate")(calibrate)
-app.command("rm")(rm)
-app.command("gc")(gc)
-app.command("stats")(stats)
-app.command("bench")(bench)
-app.command("config")(config)
-app.command("chats")(chats)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "serve": serve,
+    "download": download,
+    "worker": worker,
+    "plan": plan,
+    "list": list_models,
+    "show": show_model,
+    "verify": verify,
+    "repair": repair,
+    "convert": convert,
+    "calibrate": calibrate,
+    "rm": rm,
+    "gc": gc,
+    "stats": stats,
+    "bench": bench,
+    "config": config,
+    "chats": chats,
+}
+for _name, _function in _COMMANDS.items():
+    app.command(_name, cls=HeadedCommand)(_function)
 # Their names in other programs: one line of --help has them.
 app.command("pull", hidden=True)(download)
 app.command("ls", hidden=True)(list_models)

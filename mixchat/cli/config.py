@@ -13,9 +13,18 @@ import typer
 from mixchat.base.errors import UsageError
 from mixchat.base.settings import config_file
 from mixchat.chat.printing import show, show_lines, show_path
-from mixchat.cli.flags.config_defaults import config_defaults, takes_number
-from mixchat.cli.flags.config_flag import AGAIN, ValueSource, explained, settings_of, value_source
-from mixchat.cli.output.failure import print_error
+from mixchat.cli.flags.load_flags import AsJson
+from mixchat.cli.flags.settings import (
+    AGAIN,
+    ValueSource,
+    config_defaults,
+    explained,
+    settings_of,
+    takes_number,
+    value_source,
+)
+from mixchat.cli.output.messages import print_error
+from mixchat.cli.output.report import aligned
 
 _WIDEST = 60  # characters of a value in the table
 
@@ -39,7 +48,7 @@ class CurrentSetting:
 
 def config(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: AsJson = False,
     path: Annotated[
         bool,
         typer.Option("--path", help="Print the path of config.toml, whether it exists or not."),
@@ -113,8 +122,6 @@ def _as_dict(settings: list[CurrentSetting]) -> dict[str, Any]:
 
 
 def _as_text(settings: list[CurrentSetting]) -> str:
-    from mixchat.cli.output.table import aligned
-
     path = config_file()
     rows = [("SETTING", "VALUE", "FROM")]
     rows += [(each.key, _shown(each), each.source) for each in settings]

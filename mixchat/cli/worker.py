@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mixchat.base.options import DEFAULT_POLICY, LoadOptions
+from mixchat.base.options import DEFAULT_POLICY
 from mixchat.chat.printing import say
-from mixchat.cli.flags import model_flags
-from mixchat.cli.opening import find_or_build
-from mixchat.cli.output.failure import note
-from mixchat.engine.environment import prepare_environment
-
-if TYPE_CHECKING:
-    from mixchat.experts.workers.server import Server
+from mixchat.cli.flags import load_flags
+from mixchat.cli.output.progress import TerminalReporter
+from mixchat.sessions.servers import serve_experts
 
 
 def worker(
-    model: model_flags.Model = "instruct",
+    context: typer.Context,
+    model: load_flags.Model = "instruct",
     listen: Annotated[
         str,
         typer.Option(
@@ -28,14 +23,14 @@ def worker(
             help="The address of this machine at which it listens, port 7917 by default.",
         ),
     ] = "127.0.0.1",
-    key_file: model_flags.KeyFile = None,
+    key_file: load_flags.KeyFile = None,
     new_key: Annotated[
         bool, typer.Option("--new-key", help="Make a new key in the key file, and do no more.")
     ] = False,
-    host_memory: model_flags.HostMemory = None,
-    device_memory: model_flags.DeviceMemory = None,
-    device: model_flags.Device = None,
-    cache_policy: model_flags.CachePolicy = DEFAULT_POLICY,
+    host_memory: load_flags.HostMemory = None,
+    device_memory: load_flags.DeviceMemory = None,
+    device: load_flags.Device = None,
+    cache_policy: load_flags.CachePolicy = DEFAULT_POLICY,
 ) -> None:
     """Hold experts for a chat on another machine, and compute them.
 
@@ -44,48 +39,12 @@ def worker(
     time. What travels is encrypted with that key.
     'torchrun -m mixchat run' starts both: rank 0 chats, the others are its workers.
     """
-    options = LoadOptions(
-        host_memory=model_flags.budget(host_memory),
-        device_memory=model_flags.budgets(device_memory),
-        device=device,
-        cache_policy=cache_policy,
-        key_file=model_flags.key_path(key_file),
-    )
-    if new_key:
-        from mixchat.experts.workers.key_file import default_key_file, make_key_file
-
-        path = options.key_file or default_key_file()
-        make_key_file(path)
-        say(f"wrote {path}: copy it to the other machines, and let nobody else read it")
+    options = load_flags.load_options(context.params)
+    if not new_key:
+        serve_experts(model, options, listen, TerminalReporter(), say)
         return
-    with _server(model, options, listen) as (server, address):
-        say(f"{address}: ready for a chat; Ctrl-C ends it")
-        server.serve()
+    from mixchat.experts.workers.key_file import default_key_file, make_key_file
 
-
-def serve_rank_0(model: str, options: LoadOptions) -> None:
-    """Serve rank 0 until it ends, as another process that torchrun started."""
-    from mixchat.experts.workers import torchrun
-
-    with _server(model, options, torchrun.local_address()) as (server, address):
-        server.serve(over=torchrun.publish(address))
-
-
-@contextmanager
-def _server(model: str, options: LoadOptions, listen: str) -> Iterator[tuple[Server, str]]:
-    """Yield a server that listens, and its address."""
-    from mixchat.experts.workers.address import resolve
-    from mixchat.experts.workers.key_file import default_key_file, read_key_file
-
-    key = read_key_file(options.key_file or default_key_file())
-    address = resolve(listen, any_port=True)
-    directory = find_or_build(model)
-    prepare_environment()
-    from mixchat.experts.workers.listener import Listener
-    from mixchat.experts.workers.server import Server
-    from mixchat.loading.served_experts import load_served_experts
-
-    with closing(Listener(address, key, say)) as listener:
-        served = load_served_experts(directory, options, note)
-        say(f"{served.name}: room for {served.slots} of {served.placement.experts} experts")
-        yield Server(listener, served, say), listener.address
+    path = options.key_file or default_key_file()
+    make_key_file(path)
+    say(f"wrote {path}: copy it to the other machines, and let nobody else read it")

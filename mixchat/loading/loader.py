@@ -46,16 +46,26 @@ def load_engine(
     *,
     wrap: Wrap = lambda runner: runner,
 ) -> Engine:
-    """Build the engine of an installed model. The experts stay in their files until they are used.
+    """Build the engine of an installed model, as `build_engine` does."""
+    return build_engine(InstalledModel(directory), options, note, wrap=wrap)
 
-    `note` is called with each message for the person that is no error. `wrap` puts something
-    between the model and what runs its experts. Raises `CheckpointError` where the model is
-    damaged, `UsageError` where an option cannot be used, `ResourceError` where it does not fit.
+
+def build_engine(
+    installed: InstalledModel,
+    options: LoadOptions,
+    note: Note = lambda text: None,
+    *,
+    wrap: Wrap = lambda runner: runner,
+) -> Engine:
+    """Build the engine of an open model, which it closes at the end, or if this fails.
+
+    The experts stay in their files until they are used. `note` is called with each message for a
+    person. `wrap` puts something between the model and its `ExpertRunner`. Raises
+    `CheckpointError` if the model is damaged, `UsageError` if an option cannot be used,
+    `ResourceError` if the model does not fit.
     """
-    devices = choose_devices(options.device)
-    installed = InstalledModel(directory)
     try:
-        return _assemble(installed, options, devices, note, wrap)
+        return _assemble(installed, options, choose_devices(options.device), note, wrap)
     except BaseException:
         installed.close()
         raise

@@ -63,7 +63,7 @@ def _imported() -> None:
     import chat_doubles
 
     import mixchat.chat.session
-    import mixchat.cli.start_chat  # noqa: F401
+    import mixchat.sessions.open_chat  # noqa: F401
 
     chat_doubles.make_session()
 
@@ -101,7 +101,7 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
         def work() -> None:
             from chat_doubles import make_session
 
-            from mixchat.cli.start_chat import find_chat, new_saver
+            from mixchat.sessions.open_chat import find_chat, new_saver
 
             os.close(opened)
             session = make_session("An answer")

@@ -268,7 +268,7 @@ def warm_up() -> None:
 
 def demo() -> Path:
     """Build the demo model."""
-    from mixchat.cli.opening import find_or_build
+    from mixchat.sessions.opening import find_or_build
 
     return find_or_build("demo")
 

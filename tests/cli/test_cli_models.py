@@ -6,7 +6,7 @@ import pytest
 
 from mixchat.base.errors import ModelNotFoundError
 from mixchat.base.progress import progress_bar
-from mixchat.cli.opening import find_or_build
+from mixchat.sessions.opening import find_or_build
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,

@@ -8,9 +8,9 @@ import pytest
 from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import numbers_of
-from mixchat.cli.flags.checks import within_limits
-from mixchat.cli.opening import resolve_sampling
+from mixchat.cli.flags.load_flags import within_limits
 from mixchat.cli.run import run
+from mixchat.sessions.opening import resolve_sampling
 
 NAMES = list(numbers_of(SamplingOptions()))
 NOTHING_GIVEN = dict.fromkeys(NAMES)

@@ -14,9 +14,8 @@ import pytest
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base import machine
-from mixchat.cli import plan as plan_command
 from mixchat.cli.output import plan_text
-from mixchat.loading import workers
+from mixchat.loading import plan, workers
 from mixchat.planning import fitting, machine_speed, torch_threads
 from mixchat.planning.calibration import MachineSpeeds
 from mixchat.planning.machine_speed import SAMPLES
@@ -261,7 +260,7 @@ def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, m
 def at(monkeypatch, days):
     """Let it be so many days after some moment, for what measures and what says how long ago."""
     clock = SimpleNamespace(time=lambda: 1.7e9 + 86400 * days, perf_counter=time.perf_counter)
-    for module in (machine_speed, plan_text, plan_command):
+    for module in (machine_speed, plan_text, plan):
         monkeypatch.setattr(module, "time", clock)
 
 
@@ -333,7 +332,7 @@ def test_a_second_form_is_left_out_if_the_first_took_all_the_time(run, measured,
         clock.now += 30
         return SPEEDS
 
-    for module in (machine_speed, plan_command):
+    for module in (machine_speed, plan):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(machine_speed, "MOST_SECONDS", 20)
     monkeypatch.setattr(machine_speed, "calibrate", measure_slowly)

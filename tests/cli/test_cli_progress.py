@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mixchat.base.progress import NoProgress, progress_bar
-from mixchat.cli.output.show_progress import Bars, Lines, resumable, show_progress, status
+from mixchat.cli.output.progress import Bars, Lines, resumable, show_progress, status
 
 
 class Screen(io.StringIO):

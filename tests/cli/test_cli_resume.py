@@ -10,7 +10,7 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
-from mixchat.cli.flags.chat_flags import with_last_chat
+from mixchat.cli.flags.run_flags import with_last_chat
 
 ENTER, CTRL_D = "\r", "\x04"
 

@@ -21,8 +21,8 @@ from scripted_server import (
 from terminal import Terminal
 from test_cli_startup import PRINT_MODULES
 
-from mixchat.cli import server_chat
 from mixchat.cli.app import app
+from mixchat.cli.flags import run_flags
 
 ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"
 
@@ -122,7 +122,7 @@ def test_each_flag_of_run_either_works_with_a_server_or_is_refused():
     work |= {"schema", "grammar", "jsonl", "resume_from", "keep_failed", "parallel"}
     command = typer.main.get_command(app).commands["run"]
     names = {parameter.name for parameter in command.params}
-    assert names == work | set(server_chat.OF_LOADING)
+    assert names == work | set(run_flags._FOR_LOADING)
 
 
 def lines_of(*texts):
@@ -329,18 +329,18 @@ def test_it_does_not_load_what_only_an_engine_needs(environment):
 
 
 def test_a_server_that_has_the_model_already_is_noted(mixchat, monkeypatch):
-    from mixchat.cli.output.print_answer import OutputOptions
+    from mixchat.cli.output.progress import TerminalReporter
     from mixchat.cli.run import _note_server
 
     monkeypatch.setattr(
         "mixchat.serving.client.local_server.is_served_here", lambda name: name == "demo"
     )
     said = []
-    monkeypatch.setattr(OutputOptions, "note", lambda self, text: said.append(text))
-    _note_server("instruct", OutputOptions())
-    _note_server("demo", OutputOptions(quiet=True))
+    monkeypatch.setattr(TerminalReporter, "note", lambda self, text: said.append(text))
+    _note_server("instruct", TerminalReporter())
+    _note_server("demo", TerminalReporter(quiet=True))
     assert said == []
-    _note_server("demo", OutputOptions())
+    _note_server("demo", TerminalReporter())
     assert said == [
         "a server with demo is running: --server 127.0.0.1:11435 answers without loading it again"
     ]
