@@ -22,9 +22,8 @@ from mixchat.cli.chats import chats
 from mixchat.cli.config import config
 from mixchat.cli.download import calibrate, download
 from mixchat.cli.flags.habits import refuse_foreign_flags, unknown_command, unknown_flag
-from mixchat.cli.flags.headings import HeadedCommand
 from mixchat.cli.flags.run_flags import RunCommand
-from mixchat.cli.flags.settings import apply_config, explained
+from mixchat.cli.flags.settings import HeadedCommand, apply_config, explained
 from mixchat.cli.flags.shell_completion import (
     COMPLETE_VARIABLE,
     complete,
@@ -36,19 +35,18 @@ from mixchat.cli.models import convert, gc, list_models, repair, rm, show_model,
 from mixchat.cli.output.messages import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
-from mixchat.cli.serve import serve
+from mixchat.cli.serve import serve, worker
 from mixchat.cli.stats import stats
-from mixchat.cli.worker import worker
 
-INTERRUPTED = 130
-CLOSED_PIPE = 141
-# Flags' names of before, by those of today: they still work, and nothing shows them.
+_INTERRUPTED = 130
+_CLOSED_PIPE = 141
+# Earlier names of flags by today's. They still work, and nothing shows them.
 _OLD_NAMES = {
     "--host-memory": "--expert-memory",
     "--calibrate-text": "--text",
     "--depth": "--context",
 }
-_WIDEST = 120  # columns of --help, if the terminal has more
+_MAX_COLUMNS = 120  # of --help, if the terminal has more
 
 
 class Commands(TyperGroup):
@@ -67,7 +65,7 @@ app = typer.Typer(
     help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
     # Rich would add a third to the time that --help takes, and reads brackets as markup.
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDEST},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _MAX_COLUMNS},
     epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.",
 )
 app.command(
@@ -95,7 +93,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _function in _COMMANDS.items():
     app.command(_name, cls=HeadedCommand)(_function)
-# Their names in other programs: one line of --help has them.
+# Their names in other programs, which one line of --help has.
 app.command("pull", hidden=True)(download)
 app.command("ls", hidden=True)(list_models)
 
@@ -180,7 +178,7 @@ def _exit_code(arguments: Sequence[str]) -> int:
         return code
     except (KeyboardInterrupt, typer.Abort):
         _abandon_output()
-        return INTERRUPTED
+        return _INTERRUPTED
     except SystemExit:  # by a signal
         _abandon_output()
         raise
@@ -195,8 +193,8 @@ def _code_of(error: Exception) -> int:
     if interrupts.exit_code(0):
         return interrupts.exit_code(0)
     if _comes_from_ctrl_c(error):
-        return INTERRUPTED
-    return CLOSED_PIPE if _is_closed_pipe(error) else print_error(error)
+        return _INTERRUPTED
+    return _CLOSED_PIPE if _is_closed_pipe(error) else print_error(error)
 
 
 def _comes_from_ctrl_c(error: BaseException | None) -> bool:
@@ -206,7 +204,7 @@ def _comes_from_ctrl_c(error: BaseException | None) -> bool:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
-    # Not `app()`: that turns a closed pipe into exit code 1, and prints errors its own way.
+    # `app()` would turn a closed pipe into exit code 1, and print errors its own way.
     command = _command()
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return complete(command, instruction)
@@ -219,7 +217,7 @@ def _invoke(arguments: Sequence[str]) -> int:
     except typer.BadParameter as error:
         raise explained(error) from None
     except Exception as error:
-        # Typer's error for an unknown flag has these; its class has no public name.
+        # Typer's error for an unknown flag has these. Its class has no public name.
         if flag := hasattr(error, "possibilities") and getattr(error, "option_name", None):
             raise unknown_flag(flag, error.ctx) from None  # type: ignore[attr-defined]
         raise
@@ -229,8 +227,8 @@ def _invoke(arguments: Sequence[str]) -> int:
 def _command() -> Any:
     """Return the whole command line.
 
-    Where --help is not given it is False, not None: to convert a None, Typer imports pydantic,
-    which takes as long as everything else.
+    --help is False by default. To convert a None, Typer would import pydantic, which takes as long
+    as everything else.
     """
     command: Any = typer.main.get_command(app)
     context = command.context_class(command, **command.context_settings)
@@ -239,7 +237,7 @@ def _command() -> Any:
         each.make_parser = partial(_parser_with_old_names, each.params, each.make_parser)
         for parameter in each.params:
             if parameter.param_type_name == "argument":
-                # PROMPT is enough for a person: no <list[str]> behind it.
+                # PROMPT is enough for a person, without <list[str]>.
                 parameter.display_type_rich = lambda ctx: ""
     return command
 
@@ -263,7 +261,7 @@ def _is_closed_pipe(error: Exception) -> bool:
 def _prepare_streams() -> None:
     """Ensure that there are streams to print to, and that no character can make printing fail.
 
-    Exits where standard output is closed, before a model is loaded and an answer computed in vain.
+    Exits if standard output is closed, before a model is loaded and an answer computed in vain.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
@@ -277,7 +275,7 @@ def _prepare_streams() -> None:
 
 
 def _abandon_output() -> None:
-    """Flush what can be flushed; Python would try again at exit, and print an error."""
+    """Flush what can be flushed. Python would try again at exit, and print an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -13,7 +13,7 @@ from mixchat.base.errors import UsageError
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.headings import MEASURING
+from mixchat.cli.flags.settings import MEASURING
 from mixchat.cli.flags.shell_completion import runnable_models
 from mixchat.cli.output.png import PNG, checked_picture, write_figure
 from mixchat.cli.output.progress import status

@@ -31,7 +31,7 @@ def chats(
     as_json: AsJson = False,
     rm: Annotated[bool, typer.Option("--rm", help="Remove the chat.")] = False,
 ) -> None:
-    """List the saved chats; print one as Markdown, or remove one."""
+    """List the saved chats, print one as Markdown, or remove one."""
     if rm and (chat is None or as_json):
         raise UsageError("--rm removes one chat: give its ID, and no --json")
     from mixchat.chat.saved.chat_store import ChatStore

@@ -81,15 +81,15 @@ def download(
         bool, typer.Option("--json", help="Print JSON on standard output, for programs.")
     ] = False,
 ) -> None:
-    """Download a model and store it in few bits, or resume a download.
+    """Download and quantize a model, or resume a download.
 
     One shard is fetched while the one before it is quantized and then deleted, so that the disk
     holds the result and two shards at most. Every file is checked against the hub's SHA-256. The
-    same command resumes an interrupted download; it first checks what is there, about 1 GB a
+    same command resumes an interrupted download. It first checks what is there, about 1 GB a
     second. Only safetensors, JSON and tokenizer files are fetched.
 
     A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again.
-    Attention and head get 8 bits, at hardly any cost in quality; of Mixtral, 16 bits take 1.4 GB
+    Attention and head get 8 bits, at hardly any cost in quality. Of Mixtral, 16 bits take 1.4 GB
     more, and 4 bits 0.7 GB less, at some cost. --expert-bits 3 (w1 and w3 in 3 bits, w2 in 4)
     makes 20.2 GB of Mixtral's experts instead of 24.0, at a cost that 'mixchat plan' names;
     --expert-bits 16 stores bf16, fp16 and fp32 unquantized. --calibrate runs 'mixchat calibrate'
@@ -148,8 +148,8 @@ def calibrate(
 
     The model reads a text, or writes one itself, while the inputs of its experts are recorded. Then
     each expert is read from the checkpoint again (from the hub, unless 'mixchat download
-    --keep-source' kept it), and rounded for the least error with these inputs: with weighted
-    scales, and with GPTQ. Each fifth window is held out, and a matrix gets the way with the least
+    --keep-source' kept it), and rounded for the least error with these inputs, by weighted
+    scales and by GPTQ. Each fifth window is held out, and a matrix gets the way with the least
     error on the windows that were held out. If neither way helps, it stays as a download makes it.
     The model's size and speed stay the same.
 
@@ -173,7 +173,7 @@ def calibrate(
 
 
 def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> None:
-    from mixchat.cli.output.model_reports import DownloadReport
+    from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import plan_download
 
     plan, ref = plan_download(request, progress), request.ref
@@ -188,7 +188,7 @@ def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> N
 
 def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
     """Download the model. Return its plan as JSON has it, or name and path if it was installed."""
-    from mixchat.cli.output.model_reports import DownloadReport
+    from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import download as download_model
 
     announced: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The installed models: `mixchat list`, `show`, `verify`, `repair`, `convert`, `rm` and `gc`."""
+"""`mixchat list`, `show`, `verify`, `repair`, `convert`, `rm` and `gc` for installed models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHOWN_DAMAGES = 20
 
 def list_models(as_json: AsJson = False) -> None:
     """List the models on this machine."""
-    from mixchat.cli.output.model_reports import ModelList
+    from mixchat.cli.output.reports import ModelList
     from mixchat.weights import models
 
     installed = models.list_models()
@@ -69,7 +69,7 @@ def show_model(
         say(build, stream=sys.stdout)
         return
     from mixchat.base.model_config import ModelConfig
-    from mixchat.cli.output.model_reports import ModelDetails
+    from mixchat.cli.output.reports import ModelDetails
     from mixchat.weights.format.manifest import check_files, read_manifest
 
     manifest = read_manifest(directory)
@@ -118,7 +118,7 @@ def verify(model: _Model) -> None:
 
 
 def repair(model: _Model) -> None:
-    """Repair a model: fetch and rewrite only its damaged parts."""
+    """Fetch and rewrite only the damaged parts of a model."""
     from mixchat.weights import models
 
     directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
@@ -159,16 +159,17 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Reorder a model's codes for CPU or GPU, losslessly, or round attention and head to 8 bits.
+    """Reorder a model's codes for CPU or GPU, or round 16 bits to 8.
 
     The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
     order that a GPU reads. A model in the other layout runs too, but each expert is reordered
     whenever it is loaded, which takes a CPU about a second.
 
-    --dense-bits 8 makes a model of 16 bits what 'mixchat download' makes by default: smaller and
-    faster. The 16 bits are gone then: only another download brings them back. Both flags together
-    are one conversion. The disk holds one file twice meanwhile. An interrupted conversion leaves
-    files of both forms, with which the model runs; the same command converts the rest.
+    To reorder loses nothing. --dense-bits 8 rounds attention and head, as 'mixchat download' does
+    by default. The model gets smaller and faster, and only another download brings its 16 bits
+    back. Both flags together are one conversion. The disk holds one file twice meanwhile. An
+    interrupted conversion leaves files of both forms, with which the model runs. The same command
+    converts the rest.
     """
     from mixchat.weights import models
 

@@ -1,4 +1,4 @@
-"""`mixchat plan`: whether a model fits on this machine and how fast it runs, before a download."""
+"""`mixchat plan`: the fit and the speed of a model on this machine, before a download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixchat.base.errors import UsageError
 from mixchat.base.machine import OtherPrograms
 from mixchat.base.quantities import parse_rate, parse_size, parse_sizes
 from mixchat.cli.flags import load_flags
-from mixchat.cli.flags.headings import MACHINE
+from mixchat.cli.flags.settings import MACHINE
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
 

@@ -1,4 +1,4 @@
-"""`mixchat serve`: one loaded model for every front end, over OpenAI's HTTP API."""
+"""`mixchat serve` and `mixchat worker`: a model over HTTP, and experts for another machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from mixchat.base.options import DEFAULT_POLICY
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.headings import SERVER
-from mixchat.cli.flags.settings import AGAIN
+from mixchat.cli.flags.settings import AGAIN, SERVER
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.serving.client.server_url import SERVER_PORT
-from mixchat.sessions.servers import ServeOptions, serve_http
+from mixchat.sessions.servers import ServeOptions, serve_experts, serve_http
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # an extension's has its own scheme
 
@@ -97,7 +96,7 @@ def serve(
     key_file: load_flags.KeyFile = None,
     cache_policy: load_flags.CachePolicy = DEFAULT_POLICY,
 ) -> None:
-    """Serve a model over OpenAI's HTTP API, to several clients at once.
+    """Serve a model over OpenAI's HTTP API to several clients.
 
     Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and
     /metrics. Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
@@ -108,6 +107,43 @@ def serve(
     origins = tuple(map(_checked_origin, cors or ()))
     options = ServeOptions(host, port, queue, origins, key, strict, shared_prefix)
     serve_http(model, load, options, TerminalReporter(), say)
+
+
+def worker(
+    context: typer.Context,
+    model: load_flags.Model = "instruct",
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST[:PORT]",
+            help="The address of this machine at which it listens, port 7917 by default.",
+        ),
+    ] = "127.0.0.1",
+    key_file: load_flags.KeyFile = None,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="Make a new key in the key file, and do no more.")
+    ] = False,
+    host_memory: load_flags.HostMemory = None,
+    device_memory: load_flags.DeviceMemory = None,
+    device: load_flags.Device = None,
+    cache_policy: load_flags.CachePolicy = DEFAULT_POLICY,
+) -> None:
+    """Hold experts for a chat on another machine, and compute them.
+
+    The model has to be installed here, too. 'mixchat run --worker HOST' on the other machine then
+    uses the memory and the cores of both. Only those who have the key are served, one chat at a
+    time. What travels is encrypted with that key.
+    'torchrun -m mixchat run' starts both: rank 0 chats, the others are its workers.
+    """
+    options = load_flags.load_options(context.params)
+    if not new_key:
+        serve_experts(model, options, listen, TerminalReporter(), say)
+        return
+    from mixchat.experts.workers.key_file import default_key_file, make_key_file
+
+    path = options.key_file or default_key_file()
+    make_key_file(path)
+    say(f"wrote {path}: copy it to the other machines, and let nobody else read it")
 
 
 def _checked_key(key: str) -> str:

@@ -39,7 +39,7 @@ def stats(
     as_json: AsJson = False,
     png: PNG = None,
 ) -> None:
-    """Show each expert's use in the last run, and the memory that held it."""
+    """Show each expert's use and place in the last run."""
     picture = checked_picture(png)
     is_named = value_source(context, settings_of(context.command)["model"]) != "default"
     report = _last_report(model, is_named)
@@ -69,7 +69,7 @@ def _last_report(name: str, is_named: bool) -> ExpertReport:
 
 
 def _picture(report: ExpertReport) -> Any:
-    """Return a figure of two heatmaps: the uses of each expert, and its place."""
+    """Return a figure with heatmaps of the uses and the places of experts."""
     layers, experts = len(report.tiers), len(report.tiers[0])
     title = f"{report.model}: {report.tokens:,} tokens"
     figure = new_figure(4 + 0.5 * experts, 2 + 0.25 * layers, title)

@@ -42,9 +42,9 @@ def plan(
 ) -> MachinePlan:
     """Return the plan for a model, and measure the machine if that is needed.
 
-    told: the figures of another machine; others: the other programs since the command began;
-    again: measure what is saved, too. Raises `MixchatError` if the model does not fit, an option
-    cannot be used, or a worker fails.
+    `told` has the figures of another machine, and `others` the programs that ran since the command
+    began. With `again` the machine is measured although its speeds are saved. Raises `MixchatError`
+    if the model does not fit, an option cannot be used, or a worker fails.
     """
     devices, blueprint = choose_devices(options.device), told.layout(outline.blueprint)
     here, device = devices[0], told.device(devices[0])
@@ -84,7 +84,7 @@ def _offers(outline: Outline, options: LoadOptions, reporter: Reporter) -> list[
 class _Speeds:
     """The speeds of this machine, saved or new. All measuring ends at the same time.
 
-    device: the one that computes; others and again: as `plan` has them.
+    `device` computes. `others` and `again` are as in `plan`.
     """
 
     def __init__(

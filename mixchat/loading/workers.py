@@ -28,7 +28,7 @@ from mixchat.experts.workers.remote_worker import RemoteWorker
 from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.installed_model import InstalledModel
 
-# Of a layer, to measure a worker with, in turn: a single one could stay in a processor's cache.
+# Experts of a layer that measure a worker in turn. One alone could stay in a processor's cache.
 _TRIED_EXPERTS = 4
 _TRIES = 5  # of each
 
@@ -36,9 +36,10 @@ _TRIES = 5  # of each
 def connect_workers(
     installed: InstalledModel, options: LoadOptions, here: str, note: Note
 ) -> list[RemoteWorker]:
-    """Connect to all workers that `options` name. Raises `MixchatError` where one fails.
+    """Connect to all workers that `options` name. Raises `MixchatError` if one fails.
 
-    here: `LinearSpec.arithmetic` of experts on this machine; `note` tells of workers with another.
+    `here` is the `LinearSpec.arithmetic` of experts on this machine. `note` tells of workers with
+    another.
     """
     workers = [RemoteWorker(connect, note) for connect in _connectors(installed, options)]
     for worker in workers:
@@ -48,7 +49,7 @@ def connect_workers(
 
 
 def ask_workers(installed: InstalledModel, options: LoadOptions) -> list[WorkerOffer]:
-    """Return what each worker offers, by trying it. Raises `MixchatError` where one fails."""
+    """Return the offer of each worker, by trying it. Raises `MixchatError` if one fails."""
     offers = []
     for connect in _connectors(installed, options):
         link = connect()
@@ -107,7 +108,7 @@ def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callabl
 
 
 def _offer(link: Link, installed: InstalledModel) -> WorkerOffer:
-    """Let a worker compute some experts again and again; to load them does not count."""
+    """Let a worker compute some experts again and again. The time to load them does not count."""
     experts = min(installed.config.num_local_experts, link.slots, _TRIED_EXPERTS)
     row = torch.zeros(1, installed.config.hidden_size, dtype=installed.blueprint.quantization.dtype)
     seconds, computing = [], []

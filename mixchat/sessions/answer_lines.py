@@ -31,8 +31,8 @@ _START = b'{"line": '  # of each line of the output
 class LineFiles:
     """The file of prompts, `-` for standard input, and the file of answers.
 
-    resume_from: the file that gets the answers, and may have some; None for standard output.
-    keep_failed: do not try the lines again that failed in it. parallel: answers at once.
+    `resume_from` gets the answers and may have some. None is standard output. With `keep_failed`
+    the lines that failed in it are not tried again. `parallel` lines are answered at once.
     """
 
     prompts: str
@@ -65,7 +65,7 @@ def answer_file(
 class Answers:
     """Answers on standard output, and the numbers of the lines that have one.
 
-    last: the largest number, 0 for none; count: the count of lines; failed: the lines whose last
+    `last` is the largest number, or 0. `count` counts lines, and `failed` has the lines whose last
     answer is an error.
     """
 
@@ -94,7 +94,7 @@ class Answers:
 
 
 class AnswerFile(Answers):
-    """The file of `--resume-from`: answers from an earlier run, to which the next are added.
+    """The answers of an earlier run in the file of `--resume-from`, to which the next are added.
 
     A line that failed is answered again, unless `keep_failed` is set. A line of the file that was
     cut off is removed. Raises `UsageError` if the file holds anything else.
@@ -174,7 +174,7 @@ def open_answers(path: Path | None, *, keep_failed: bool = False) -> Iterator[An
 
 @contextmanager
 def open_lines(path: str) -> Iterator[BinaryIO]:
-    """Open the file of prompts, which may be a pipe; `-` is standard input.
+    """Open the file of prompts, which may be a pipe, or standard input for `-`.
 
     Raises `UsageError` if it cannot be opened.
     """
@@ -193,7 +193,7 @@ def write_answers(lines: Iterable[Line], answers: Answers, note: Note) -> None:
     """Write each answered line as it is ready.
 
     Raises `PromptError` at the end if some line of the whole file could not be answered. Raises at
-    once what is no fault of a line. That line is not written, and a resumed run answers it.
+    once an error that is not a line's fault. A resumed run answers that line.
     """
     from mixchat.serving.requests.errors import is_fault_of_request
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The start of such a file after the 8 bytes of its header's length, by engine/prompt_cache.py.
 FILE_START = b'{"__metadata__":{"format":"pt"},"mixchat_prompt_cache":'
-_LENGTH_START = b"\xf8"  # its lowest byte: the length is 8 less than a multiple of 4096
+_LENGTH_START = b"\xf8"  # the lowest byte of a length that is 8 less than a multiple of 4096
 
 
 def checked_cache_file(path: Path) -> Path:
@@ -34,10 +34,10 @@ def checked_cache_file(path: Path) -> Path:
 class CacheSaver:
     """The KV cache of a chat's engine, loaded from a file at first and saved at the end.
 
-    named: the file of --prompt-cache, one for all chats of a run. Without it each saved chat has a
-    file next to its own: `create` writes it, else only an existing one is updated. At the end this
-    raises `MixchatError` if a file that was asked for cannot be written, unless something else went
-    wrong before. Other errors are only printed, as are those of a chat's file unless `strict`.
+    `named` is the file of --prompt-cache, one for all chats of a run. Without it each saved chat
+    has a file next to its own, which is updated if it exists, and created with `create`. At the
+    end this raises `MixchatError` if the named file, or with `strict` a chat's, cannot be written,
+    unless something else went wrong before. Other errors are only printed.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ def _is_ours(head: bytes) -> bool:
 
 
 def _has_content(path: Path) -> bool:
-    """Return whether there is a regular file that is not empty: no link, device or pipe."""
+    """Return whether there is a regular file with content, not a link, device or pipe."""
     try:
         found = path.lstat()
     except OSError:

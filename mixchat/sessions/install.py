@@ -39,7 +39,7 @@ def calibrate_model(
 ) -> None:
     """Calibrate an installed model with `text`, or with a text of so many windows that it writes.
 
-    force: take a checkpoint although nothing shows that it is the one the model was made of.
+    `force` takes a checkpoint although nothing shows that the model was made of it.
     """
     from mixchat.loading.calibrate import Text, calibration
     from mixchat.text.checkpoint_text import CheckpointText

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 class LocalModels:
     """The `ModelProvider` of models that are loaded here, with the flags of a run.
 
-    usual: the model if none is named; prompt_cache: the file of --prompt-cache; form: the form of
-    all answers, if any.
+    `usual` is the model if none is named. All answers have the `form`, if there is one.
     """
 
     place = "on this machine"

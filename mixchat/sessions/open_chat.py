@@ -1,4 +1,4 @@
-"""A chat, or one question: its session, its saved chat, its KV cache and its model."""
+"""Opens a chat or asks one question, saves it, and changes its model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ NewReport = Callable[["ChatSession", Predictor], "AfterTurn"]
 class OpenChat:
     """A model's session and its saver. It is the `ChatModels` of a chat in the terminal, too.
 
-    new_report: as `NewReport`; resumed: the saved chat to continue, in which the settings named in
-    `except_for` stay as `options` have them; autosave: save the chat after each answer.
+    The chat is saved after each answer with `autosave`. It continues the saved chat `resumed` with
+    its settings, except for those named in `except_for`.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ def saved_turn(saver: ChatSaver) -> Iterator[None]:
 def save_report(session: ChatSession, model: str) -> None:
     """Save the figures of `mixchat stats`. A server has none, a closed engine has saved them.
 
-    A full disk, or a model that was removed meanwhile, is no reason to complain about an answer.
+    A full disk, or a model that was removed meanwhile, does not spoil an answer.
     """
     from mixchat.engine.report import report_of, save_report
     from mixchat.engine.report_path import report_path

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class OpenedModel:
     """An installed model's files before its engine is built.
 
-    sampling, max_tokens: what the makers of the model advise.
+    `sampling` and `max_tokens` are the advice of the model's makers.
     """
 
     files: InstalledModel
@@ -99,8 +99,8 @@ def open_service(
 ) -> tuple[ModelService, Defaults]:
     """Find the model, load it, and return a service with it and the defaults of its answers.
 
-    queue: the jobs that may wait while `load.parallel` others are answered; sampling: the values of
-    flags, before the advice of the model's makers.
+    `queue` jobs may wait while `load.parallel` others are answered. The values of `sampling` go
+    before the advice of the model's makers.
     """
     with _opened(name, reporter) as model:
         from mixchat.loading.loader import build_engine
@@ -141,7 +141,7 @@ def _opened(name: str, reporter: Reporter) -> Iterator[OpenedModel]:
     from mixchat.text.checkpoint_text import CheckpointText
 
     directory = find_or_build(name, reporter)
-    text = CheckpointText(directory)  # first: it loads in a thread while torch is imported
+    text = CheckpointText(directory)  # it loads in a thread while torch is imported
     prepare_environment()
     with reporter.status(f"loading {name}"):
         from mixchat.weights.format.installed_model import InstalledModel

@@ -1,4 +1,4 @@
-"""The contract of the place whose models answer in `mixchat run`: this machine, or a server."""
+"""The contract of the models that answer in `mixchat run`, on this machine or a server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Predictor = Callable[[], "Prediction | None"]  # of a loaded model's speed, None
 class ChatOptions:
     """The options of all answers of a run. None leaves one to the model or the server.
 
-    sampling: the numbers of `SAMPLING`, by their names in Python.
+    `sampling` has the numbers of `SAMPLING`, by their names in Python.
     """
 
     sampling: Mapping[str, float | None]
@@ -36,7 +36,7 @@ class ChatOptions:
 
 
 class ModelProvider(Protocol):
-    """Models, and sessions with them: `LocalModels` and `ServerModels`."""
+    """Models, and sessions with them, as `LocalModels` and `ServerModels` have them."""
 
     @property
     def place(self) -> str:

@@ -33,7 +33,7 @@ class ServerModels:
     def __init__(self, url: str, form: OutputConstraint | None, reporter: Reporter) -> None:
         """Ask the server for its models. Raises `MixchatError` if that fails.
 
-        form: the form of all answers, if any.
+        All answers have the `form`, if there is one.
         """
         from mixchat.serving.client.server_client import ServerClient
 
@@ -63,7 +63,7 @@ class ServerModels:
         return self._backend(name).context or UNKNOWN
 
     def open(self, name: str, options: ChatOptions) -> ChatSession:
-        """Return a session with a model. It need not be listed: some servers know other names."""
+        """Return a session with a model. Some servers do not list all names."""
         from mixchat.chat.session import ChatSession
 
         return ChatSession(

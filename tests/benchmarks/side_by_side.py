@@ -64,7 +64,7 @@ class SideBySide:
     def as_text(self) -> str:
         """Return what `mixchat bench` prints, with two columns more."""
         from mixchat.cli.output.bench_report import BenchReport, task_table
-        from mixchat.cli.output.report import aligned
+        from mixchat.cli.output.reports import aligned
 
         more = [("LLAMA.CPP", "TIMES", "MIN - MAX")]
         for task, rates in zip(self.bench.tasks, self.rates, strict=True):

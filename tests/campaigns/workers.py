@@ -260,7 +260,7 @@ def run_part(campaign: Campaign, part: str, rounds: int | None) -> Found:
 
 def warm_up() -> None:
     """Import what workers and chat sides need."""
-    import mixchat.cli.worker
+    import mixchat.cli.serve
     import mixchat.experts.workers.server
     import mixchat.loading.loader
     import mixchat.loading.served_experts  # noqa: F401

@@ -16,8 +16,15 @@ from mixchat.base.options import CacheBits, DenseBits, LoadOptions, device_names
 from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.parameters import LENGTHS, SAMPLING
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.headings import MEMORY, MODEL, OUTPUT
-from mixchat.cli.flags.settings import AGAIN, setting, setting_argument
+from mixchat.cli.flags.settings import (
+    AGAIN,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    option,
+    setting,
+    setting_argument,
+)
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.experts.policies import POLICIES
 
@@ -65,46 +72,41 @@ def _check_workers(addresses: list[str]) -> None:
 Model = Annotated[
     str,
     setting(
-        "-m",
-        "--model",
-        panel=MODEL,
-        metavar="NAME",
+        "-m --model NAME",
+        "base, instruct, demo, ORG/NAME, or a name that 'mixchat list' shows.",
+        MODEL,
         check=checked_model,
         autocompletion=runnable_models,
-        help="base, instruct, demo, ORG/NAME, or a name that 'mixchat list' shows.",
     ),
 ]
 ContextSize = Annotated[
     int | None,
     setting(
-        "--ctx-size",
-        panel=MEMORY,
+        "--ctx-size N",
+        "Context size in tokens.",
+        MEMORY,
         check=within_limits("ctx_size"),
-        metavar="N",
-        help="Context size in tokens.",
         show_default="the model's, at most 8192",
     ),
 ]
 Parallel = Annotated[
     int,
     setting(
-        "--parallel",
-        panel=MEMORY,
-        metavar="N",
+        "--parallel N",
+        "Answers that are generated at once, each with a context of its own.",
+        MEMORY,
         min=1,
         max=64,
-        help="Answers that are generated at once, each with a context of its own.",
     ),
 ]
 KVBits = Annotated[
     int | None,
     setting(
-        "--kv-bits",
-        panel=MEMORY,
+        "--kv-bits N",
+        "Bits of each number in the KV cache: 16, or 8 to halve its memory.",
+        MEMORY,
         check=_checked_bits,
         autocompletion=one_of("8", "16"),
-        metavar="N",
-        help="Bits of each number in the KV cache: 16, or 8 to halve its memory.",
         show_default="16",
     ),
 ]
@@ -112,95 +114,90 @@ ExactPrompts = Annotated[
     bool,
     setting(
         "--exact-prompts/--no-exact-prompts",
-        panel=MEMORY,
-        show_default=False,
-        help="Process prompts with the arithmetic of decoding. This is slower, but the answers are "
+        "Process prompts with the arithmetic of decoding. This is slower, but the answers are "
         "the same whether a chat continues, is resumed, or comes from a cache.",
+        MEMORY,
+        show_default=False,
     ),
 ]
 HostMemory = Annotated[
     str | None,
     setting(
-        "--host-memory",
-        panel=MEMORY,
+        "--host-memory SIZE",
+        "RAM for experts: 300MB, 8GiB, or 50% of all experts.",
+        MEMORY,
         check=MemoryBudget.parse,
-        metavar="SIZE",
-        help="RAM for experts: 300MB, 8GiB, or 50% of all experts.",
         show_default="all that fits",
     ),
 ]
 DeviceMemory = Annotated[
     str | None,
     setting(
-        "--device-memory",
-        panel=MEMORY,
+        "--device-memory SIZE",
+        "GPU memory to use: 8GB, or 50% of the free GPU memory; 12GB,8GB of two GPUs.",
+        MEMORY,
         check=MemoryBudget.parse_list,
-        metavar="SIZE",
-        help="GPU memory to use: 8GB, or 50% of the free GPU memory; 12GB,8GB of two GPUs.",
         show_default="all that fits",
     ),
 ]
 Device = Annotated[
     str | None,
     setting(
-        "--device",
-        panel=MEMORY,
+        "--device NAME",
+        "cpu, cuda (all GPUs), cuda:N, or several: cuda:0,cuda:1.",
+        MEMORY,
         check=_check_device,
         autocompletion=one_of("cpu", "cuda"),
-        metavar="NAME",
-        help="cpu, cuda (all GPUs), cuda:N, or several: cuda:0,cuda:1.",
         show_default="cuda if there is a GPU, else cpu",
     ),
 ]
 Worker = Annotated[
     list[str] | None,
     setting(
-        "--worker",
-        panel=MEMORY,
+        "--worker HOST[:PORT]",
+        f"Compute experts on the machine HOST, too, on which 'mixchat worker' runs; {AGAIN}.",
+        MEMORY,
         check=_check_workers,
-        metavar="HOST[:PORT]",
-        help=f"Compute experts on the machine HOST, too, on which 'mixchat worker' runs; {AGAIN}.",
     ),
 ]
 KeyFile = Annotated[
     Path | None,
     setting(
-        "--key-file",
-        panel=MEMORY,
-        metavar="FILE",
-        help="The workers' key, which 'mixchat worker --new-key' makes.",
+        "--key-file FILE",
+        "The workers' key, which 'mixchat worker --new-key' makes.",
+        MEMORY,
         show_default="worker.key in the data directory",
     ),
 ]
 CachePolicy = Annotated[
     str,
     setting(
-        "--cache-policy",
-        panel=MEMORY,
+        "--cache-policy NAME",
+        "Experts that stay in memory: most recently used, counted by layer (layered) or "
+        "overall (lru).",
+        MEMORY,
         check=_check_policy,
         autocompletion=one_of(*POLICIES),
-        metavar="NAME",
-        help="Experts that stay in memory: most recently used, counted by layer (layered) or "
-        "overall (lru).",
     ),
 ]
 Trace = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        rich_help_panel=OUTPUT,
-        help="Write which experts each token is routed to, as JSON Lines. An existing FILE is "
+    option(
+        "--trace FILE",
+        "Write which experts each token is routed to, as JSON Lines. An existing FILE is "
         "replaced only if it is a trace.",
+        OUTPUT,
     ),
 ]
 ExpertBits = Annotated[
     Literal["16", "4", "3"] | None,
-    typer.Option(
-        help="Bits of each weight of the experts; 16: as they are in the checkpoint.",
+    option(
+        "--expert-bits",
+        "Bits of each weight of the experts; 16: as they are in the checkpoint.",
         show_default="4",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+AsJson = Annotated[bool, option("--json", "Print JSON, for programs.")]
 
 
 def installed_model_argument(help: str) -> Any:

@@ -11,17 +11,24 @@ import typer
 
 from mixchat.base.context import Context
 from mixchat.base.errors import UsageError
-from mixchat.chat.parameters import OVERFLOWS, SAMPLING, checked_overflow
+from mixchat.chat import parameters
+from mixchat.chat.parameters import OVERFLOWS, checked_overflow
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.saved.chat_file import LAST
-from mixchat.cli.flags import headings
 from mixchat.cli.flags.arguments import STDIN, checked
-from mixchat.cli.flags.headings import HeadedCommand
 from mixchat.cli.flags.load_flags import expanded, within_limits
 from mixchat.cli.flags.settings import (
     AGAIN,
+    CHAT,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    PROMPT,
+    SAMPLING,
+    HeadedCommand,
     chosen,
     is_given,
+    option,
     refuse_together,
     setting,
     settings_of,
@@ -48,7 +55,7 @@ _FOR_LOADING = (
     *("device", "worker", "key_file", "cache_policy", "prompt_cache", "trace"),
 )
 # `run` has a parameter of the same name for each of these options of sampling.
-_SAMPLING = tuple(number.field for number in SAMPLING.values())
+_SAMPLED = tuple(number.field for number in parameters.SAMPLING.values())
 
 
 def _check_stops(texts: list[str]) -> None:
@@ -77,296 +84,239 @@ def _check_server(text: str) -> None:
 
 File = Annotated[
     list[Path] | None,
-    typer.Option(
-        "-f",
-        "--file",
-        rich_help_panel=headings.PROMPT,
-        metavar="FILE",
-        help=f"Put the text of FILE before the question (-: standard input); {AGAIN}.",
+    option(
+        "-f --file FILE",
+        f"Put the text of FILE before the question (-: standard input); {AGAIN}.",
+        PROMPT,
     ),
 ]
 Server = Annotated[
     str | None,
     setting(
-        "--server",
-        panel=headings.MODEL,
-        check=_check_server,
-        metavar="URL",
-        help="Let a server answer that has OpenAI's API, such as 'mixchat serve': HOST[:PORT] or a "
+        "--server URL",
+        "Let a server answer that has OpenAI's API, such as 'mixchat serve': HOST[:PORT] or a "
         "URL. -m names one of its models. MIXCHAT_API_KEY is the variable for its key.",
+        MODEL,
+        check=_check_server,
         show_default="none; the first of its models",
     ),
 ]
 System = Annotated[
     str | None,
     setting(
-        "-s",
-        "--system",
-        panel=headings.PROMPT,
-        metavar="TEXT",
-        check=_check_system,
-        help="System prompt; an empty one removes it.",
+        "-s --system TEXT", "System prompt; an empty one removes it.", PROMPT, check=_check_system
     ),
 ]
 SystemFile = Annotated[
     Path | None,
     setting(
-        "--system-file",
-        panel=headings.PROMPT,
-        metavar="FILE",
+        "--system-file FILE",
+        "Take the system prompt from FILE, in place of --system.",
+        PROMPT,
         check=_check_system_file,
-        help="Take the system prompt from FILE, in place of --system.",
     ),
 ]
 # Without a flag the model's generation_config.json decides, then the engine.
 Temperature = Annotated[
     float | None,
     setting(
-        "--temp",
-        "--temperature",
-        panel=headings.SAMPLING,
+        "--temp --temperature X",
+        "Sampling temperature; 0 is greedy.",
+        SAMPLING,
         check=within_limits("temperature"),
-        metavar="X",
-        help="Sampling temperature; 0 is greedy.",
         show_default="the model's, else 0.7",
     ),
 ]
 TopP = Annotated[
     float | None,
     setting(
-        "--top-p",
-        panel=headings.SAMPLING,
+        "--top-p X",
+        "Sample from the smallest set of tokens whose probabilities sum to X.",
+        SAMPLING,
         check=within_limits("top_p"),
-        metavar="X",
-        help="Sample from the smallest set of tokens whose probabilities sum to X.",
         show_default="the model's, else 1",
     ),
 ]
 TopK = Annotated[
     int | None,
     setting(
-        "--top-k",
-        panel=headings.SAMPLING,
+        "--top-k N",
+        "Sample from the N most likely tokens; 0: from all.",
+        SAMPLING,
         check=within_limits("top_k"),
-        metavar="N",
-        help="Sample from the N most likely tokens; 0: from all.",
         show_default="the model's, else 0",
     ),
 ]
 MinP = Annotated[
     float | None,
     setting(
-        "--min-p",
-        panel=headings.SAMPLING,
+        "--min-p X",
+        "Drop tokens less likely than X times the most likely one.",
+        SAMPLING,
         check=within_limits("min_p"),
-        metavar="X",
-        help="Drop tokens less likely than X times the most likely one.",
         show_default="the model's, else 0",
     ),
 ]
 RepeatPenalty = Annotated[
     float | None,
     setting(
-        "--repeat-penalty",
-        panel=headings.SAMPLING,
+        "--repeat-penalty X",
+        "Penalty for tokens that occur among the last 64; 1: none.",
+        SAMPLING,
         check=within_limits("repeat_penalty"),
-        metavar="X",
-        help="Penalty for tokens that occur among the last 64; 1: none.",
         show_default="the model's, else 1",
     ),
 ]
 Seed = Annotated[
     int | None,
     setting(
-        "--seed",
-        panel=headings.SAMPLING,
-        check=within_limits("seed"),
-        metavar="N",
-        help="The same seed gives the same answers to the same questions, with the same settings "
+        "--seed N",
+        "The same seed gives the same answers to the same questions, with the same settings "
         "on the same machine; after --resume or --prompt-cache only with --exact-prompts.",
+        SAMPLING,
+        check=within_limits("seed"),
         show_default="random",
     ),
 ]
 MaxTokens = Annotated[
     int | None,
     setting(
-        "-n",
-        "--max-tokens",
-        panel=headings.OUTPUT,
+        "-n --max-tokens N",
+        "Maximum length of an answer in tokens; 0: as many as fit.",
+        OUTPUT,
         check=within_limits("max_tokens"),
-        metavar="N",
-        help="Maximum length of an answer in tokens; 0: as many as fit.",
         show_default="the model's, else a quarter of the context",
     ),
 ]
 Stop = Annotated[
     list[str] | None,
-    setting(
-        "--stop",
-        panel=headings.OUTPUT,
-        metavar="TEXT",
-        check=_check_stops,
-        help=f"End the answer before TEXT; {AGAIN}.",
-    ),
+    setting("--stop TEXT", f"End the answer before TEXT; {AGAIN}.", OUTPUT, check=_check_stops),
 ]
 Schema = Annotated[
     str | None,
-    typer.Option(
-        metavar="FILE|JSON",
-        rich_help_panel=headings.OUTPUT,
-        help="Hold each answer to this JSON schema, in a file or on the command line; ask for JSON "
+    option(
+        "--schema FILE|JSON",
+        "Hold each answer to this JSON schema, in a file or on the command line; ask for JSON "
         "in the PROMPT, too. Blanks between two parts are at most a new line and 20 more.",
+        OUTPUT,
     ),
 ]
 Grammar = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        rich_help_panel=headings.OUTPUT,
-        help="Hold each answer to a grammar: Lark as llguidance reads it (.lark), or llama.cpp's "
+    option(
+        "--grammar FILE",
+        "Hold each answer to a grammar: Lark as llguidance reads it (.lark), or llama.cpp's "
         "GBNF (.gbnf). For other suffixes the format is detected. llama.cpp's server takes GBNF "
         "alone.",
+        OUTPUT,
     ),
 ]
 Overflow = Annotated[
     str,
     setting(
-        "--overflow",
-        panel=headings.CHAT,
+        "--overflow POLICY",
+        "When the context is full: stop, or drop-oldest to drop the oldest turns.",
+        CHAT,
         check=_check_overflow,
         autocompletion=one_of(*OVERFLOWS),
-        metavar="POLICY",
-        help="When the context is full: stop, or drop-oldest to drop the oldest turns.",
     ),
 ]
 Resume = Annotated[
     str | None,
-    typer.Option(
-        *_RESUME,
-        rich_help_panel=headings.CHAT,
-        metavar="[ID]",
+    option(
+        "-r --resume [ID]",
+        "Resume a saved chat by its ID or name; without one, the last.",
+        CHAT,
         autocompletion=saved_chats,
-        help="Resume a saved chat by its ID or name; without one, the last.",
     ),
 ]
 Save = Annotated[
-    bool,
-    setting(
-        "--save/--no-save",
-        panel=headings.CHAT,
-        show_default="on",
-        help="Save chats, and the input history.",
-    ),
+    bool, setting("--save/--no-save", "Save chats, and the input history.", CHAT, show_default="on")
 ]
 KeepCache = Annotated[
     bool,
     setting(
         "--keep-cache/--no-keep-cache",
-        panel=headings.CHAT,
+        "Save a chat's KV cache with it, so that it resumes without prompt processing.",
+        CHAT,
         show_default=False,
-        help="Save a chat's KV cache with it, so that it resumes without prompt processing.",
     ),
 ]
 Raw = Annotated[
     bool,
     setting(
         "--raw/--no-raw",
-        panel=headings.OUTPUT,
+        "Show answers as plain text, without formatting their Markdown.",
+        OUTPUT,
         show_default=False,
-        help="Show answers as plain text, without formatting their Markdown.",
     ),
 ]
 Vi = Annotated[
-    bool,
-    setting(
-        "--vi/--no-vi",
-        panel=headings.CHAT,
-        show_default=False,
-        help="Vi key bindings at the prompt.",
-    ),
+    bool, setting("--vi/--no-vi", "Vi key bindings at the prompt.", CHAT, show_default=False)
 ]
 AnswerAsJson = Annotated[
-    bool,
-    typer.Option(
-        "--json",
-        rich_help_panel=headings.OUTPUT,
-        help="Print the answer as JSON, with token ids, counts and times.",
-    ),
+    bool, option("--json", "Print the answer as JSON, with token ids, counts and times.", OUTPUT)
 ]
 Extract = Annotated[
-    bool,
-    typer.Option(
-        "-x",
-        "--extract",
-        rich_help_panel=headings.OUTPUT,
-        help="Print only the first code block of the answer.",
-    ),
+    bool, option("-x --extract", "Print only the first code block of the answer.", OUTPUT)
 ]
 JSONLines = Annotated[
     str | None,
-    typer.Option(
-        "--jsonl",
-        metavar="FILE",
-        rich_help_panel=headings.PROMPT,
-        help='Answer each line of FILE (-: standard input), a JSON object with a "prompt" or '
+    option(
+        "--jsonl FILE",
+        'Answer each line of FILE (-: standard input), a JSON object with a "prompt" or '
         '"messages", perhaps an "id", and fields that \'mixchat serve\' takes. Several are '
         "answered at once; the answers are printed in order, a JSON object a line.",
+        PROMPT,
     ),
 ]
 ResumeFrom = Annotated[
     Path | None,
-    typer.Option(
-        "--resume-from",
-        metavar="OUT",
-        rich_help_panel=headings.PROMPT,
-        help="With --jsonl: add the answers to the file OUT, and leave out the lines that are "
+    option(
+        "--resume-from OUT",
+        "With --jsonl: add the answers to the file OUT, and leave out the lines that are "
         "answered in it. The same command resumes an interrupted run, and tries lines again that "
         "failed: the last answer of a line counts.",
+        PROMPT,
     ),
 ]
 KeepFailed = Annotated[
     bool,
-    typer.Option(
-        "--keep-failed",
-        rich_help_panel=headings.PROMPT,
-        help="With --resume-from: do not try lines again that failed in OUT.",
+    option(
+        "--keep-failed", "With --resume-from: do not try lines again that failed in OUT.", PROMPT
     ),
 ]
 PromptCache = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        rich_help_panel=headings.MEMORY,
-        help="Save the KV cache in FILE; the next run then processes only what is new. An existing "
+    option(
+        "--prompt-cache FILE",
+        "Save the KV cache in FILE; the next run then processes only what is new. An existing "
         "FILE is replaced only if it is a prompt cache.",
+        MEMORY,
     ),
 ]
 Stream = Annotated[
     bool,
     setting(
         "--stream/--no-stream",
-        panel=headings.OUTPUT,
+        "Print the answer while it is generated, not at its end.",
+        OUTPUT,
         show_default="on",
-        help="Print the answer while it is generated, not at its end.",
     ),
 ]
 Quiet = Annotated[
     bool,
     setting(
-        "-q",
-        "--quiet/--no-quiet",
-        panel=headings.OUTPUT,
-        show_default=False,
-        help="Print only errors on standard error.",
+        "-q --quiet/--no-quiet", "Print only errors on standard error.", OUTPUT, show_default=False
     ),
 ]
 Verbose = Annotated[
     bool,
     setting(
         "--verbose/--no-verbose",
-        panel=headings.OUTPUT,
+        "Print speeds and expert cache figures after each answer.",
+        OUTPUT,
         show_default=False,
-        help="Print speeds and expert cache figures after each answer.",
     ),
 ]
 
@@ -406,7 +356,7 @@ def chat_options(context: typer.Context, size: Context) -> ChatOptions:
     """Return the options of answers in a context of this size. Raises as `_system_prompt` does."""
     flags = context.params
     return ChatOptions(
-        sampling={name: flags[name] for name in _SAMPLING},
+        sampling={name: flags[name] for name in _SAMPLED},
         system=_system_prompt(context, size),
         max_tokens=flags["max_tokens"],
         stop=flags["stop"] or [],
@@ -416,7 +366,7 @@ def chat_options(context: typer.Context, size: Context) -> ChatOptions:
 
 def given_settings(context: typer.Context) -> list[str]:
     """Return the settings of a saved chat that flags of this run replace."""
-    flags = {name: name for name in ("system", *_SAMPLING)} | {"system_file": "system"}
+    flags = {name: name for name in ("system", *_SAMPLED)} | {"system_file": "system"}
     return [name for flag, name in flags.items() if is_given(context, flag)]
 
 

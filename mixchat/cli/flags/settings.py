@@ -1,4 +1,4 @@
-"""Settings: flags whose values config.toml and variables give, too."""
+"""Makes flags: settings, whose values config.toml and variables give, too, and headings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from mixchat.base.errors import UsageError
 from mixchat.base.settings import config_file, read_config
 
 PREFIX = "MIXCHAT_"
 AGAIN = "may be given again"  # of a flag with several values, which are a list in config.toml
-_DAMAGE = "mixchat.config"  # in the context's `meta`: the error that reading config.toml raised
+_DAMAGE = "mixchat.config"  # the error of reading config.toml, in the context's `meta`
 _COMMAND = "run"  # the command that has every setting as a flag
 _LARGEST_NUMBER = 10**30  # Python refuses to write numbers of thousands of digits
+
+# The headings of flags in --help.
+MODEL, PROMPT, SAMPLING, OUTPUT = "Model", "Prompt and input", "Sampling", "Output"
+MEMORY, CHAT = "Memory and speed", "Chat"
+SERVER, MACHINE, MEASURING = "Server", "Another machine", "Measuring"
+_HEADINGS = (
+    "Arguments",
+    *(MODEL, PROMPT, SERVER, MACHINE, MEASURING, SAMPLING, OUTPUT, MEMORY, CHAT),
+    "Options",
+)
 
 ValueSource = Literal["flag", "variable", "file", "default"]
 # By pydantic's names of errors.
@@ -33,18 +44,46 @@ _SOURCES: dict[str, ValueSource] = {
 }
 
 
+class HeadedCommand(TyperCommand):
+    """Shows flags under the headings of their panels, without Rich, whose import takes long."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (row := parameter.get_help_record(ctx)) is not None:
+                rows.setdefault(_heading(parameter), []).append(row)
+        for heading in sorted(rows, key=_HEADINGS.index):
+            with formatter.section(heading):
+                formatter.write_dl(rows[heading])
+
+
+def option(usage: str, help: str, heading: str | None = None, **more: Any) -> Any:
+    """Return an option whose `usage` is its flags and its metavar, as in "-n --max-tokens N".
+
+    It stands under `heading` in --help. `more` is passed to `typer.Option`.
+    """
+    flags = [word for word in usage.split() if word.startswith("-")]
+    metavar = next((word for word in usage.split() if not word.startswith("-")), None)
+    new_option: Any = typer.Option  # whose first parameter is a default, or a flag in an Annotated
+    return new_option(*flags, metavar=metavar, help=help, rich_help_panel=heading, **more)
+
+
 def setting(
-    *flags: str, check: Callable[[Any], object] | None = None, panel: str, **option: Any
+    usage: str,
+    help: str,
+    heading: str,
+    *,
+    check: Callable[[Any], object] | None = None,
+    **more: Any,
 ) -> Any:
     """Return an option whose first long flag names its key in config.toml and its variable.
 
     `check` raises `UsageError` for a value that cannot be used. The error then says which variable
-    or file gave the value. panel: the heading in --help. `option` is passed to `typer.Option`.
+    or file gave the value. The rest is as `option` has it.
     """
-    name = next(flag for flag in flags if flag.startswith("--")).partition("/")[0]
+    name = next(word for word in usage.split() if word.startswith("--")).partition("/")[0]
     variable = PREFIX + name.removeprefix("--").replace("-", "_").upper()
-    new_option: Any = typer.Option  # whose first parameter is a default, or a flag in an Annotated
-    return new_option(*flags, **_common(variable, check), rich_help_panel=panel, **option)
+    return option(usage, help, heading, **_common(variable, check), **more)
 
 
 def setting_argument(key: str, *, check: Callable[[Any], object], **argument: Any) -> Any:
@@ -255,3 +294,9 @@ def _key(parameter: Any) -> str | None:
     if not isinstance(variable, str) or not variable.startswith(PREFIX):
         return None
     return variable.removeprefix(PREFIX).replace("_", "-").lower()
+
+
+def _heading(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    return getattr(parameter, "rich_help_panel", None) or "Options"

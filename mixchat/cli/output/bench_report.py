@@ -8,9 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mixchat.base import machine
-from mixchat.cli.output.model_reports import weight_type
 from mixchat.cli.output.png import new_figure
-from mixchat.cli.output.report import Report, aligned
+from mixchat.cli.output.reports import Report, aligned, weight_type
 from mixchat.engine.report import slots_in_words
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The plan of `mixchat plan`: its verdict, its command, its text and its JSON."""
+"""The result of `mixchat plan`, with its verdict and the next command."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.quantities import format_least, format_size
 from mixchat.cli.output import plan_text
-from mixchat.cli.output.model_reports import DownloadReport, disk_as_json
 from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_text
-from mixchat.cli.output.report import Report
+from mixchat.cli.output.reports import DownloadReport, Report, disk_as_json
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.weights.make.download_plan import weights_size
@@ -32,7 +31,7 @@ class PlanReport(Report):
 
     @property
     def command(self) -> str | None:
-        """Return the command that downloads the model, or runs it as planned; None for no room."""
+        """Return the command that downloads the model, or runs it as planned. None for no room."""
         outline = self.outline
         if outline.lacking:
             return None
@@ -104,7 +103,7 @@ class PlanReport(Report):
         }
 
     def verdict(self) -> Iterator[tuple[str, str]]:
-        """Yield three lines: whether it fits, how fast it is and what to type."""
+        """Yield the lines on the fit, the speed and the next command."""
         outline = self.outline
         for need in outline.lacking:
             missing = format_least(need.needed - need.free)

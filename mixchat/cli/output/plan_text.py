@@ -14,7 +14,7 @@ from mixchat.base.quantities import (
     format_time,
     format_times,
 )
-from mixchat.cli.output.report import aligned
+from mixchat.cli.output.reports import aligned
 from mixchat.planning.calibration import IN_USE
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
@@ -91,9 +91,9 @@ def _disk(plan: MachinePlan) -> str:
 def _speeds(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     speeds = plan.measurement.typical
     for device in speeds.expert_seconds:
-        where = "the CPU" if device == "cpu" else "the GPU"
+        name = "the CPU" if device == "cpu" else "the GPU"
         pace = f", reading {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
-        yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {where}{pace}"
+        yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {name}{pace}"
     if speeds.copy_bandwidth is not None:
         yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
     if plan.gpu_is_assumed:
@@ -259,7 +259,7 @@ def _time(seconds: float) -> str:
 
 
 def speed_text(speed: SpeedRange | None) -> str:
-    """Return a speed, or why it is not known."""
+    """Return a speed, or the reason why it is unknown."""
     if speed is None:
         return "unknown, because the disk could not be measured"
     return f"{format_rates(speed.low, speed.high)} tok/s"

@@ -1,4 +1,4 @@
-"""Prints one answer on standard output: while it is generated, or as JSON, or only its code."""
+"""Prints one answer on standard output while it is generated, as JSON, or only its code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shows the progress of long work on standard error: bars on a terminal, else some lines."""
+"""Shows the progress of long work on standard error, in bars on a terminal, else in lines."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
     from mixchat.base.progress import Progress, Task
 
-SECONDS_BETWEEN_LINES = 60.0
+_LINE_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True)
 class TerminalReporter:
-    """A `Reporter` on standard error. quiet: print nothing but errors."""
+    """A `Reporter` on standard error, which prints only errors if it is `quiet`."""
 
     quiet: bool = False
 
@@ -47,7 +47,7 @@ class TerminalReporter:
 
 @contextmanager
 def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """Yield a `Progress` for this stream (standard error); its bars are closed at the end."""
+    """Yield a `Progress` for a stream, standard error by default, and close its bars."""
     stream = stream or sys.stderr
     progress = Bars(stream) if stream.isatty() else Lines(stream)
     try:
@@ -101,7 +101,7 @@ class Bars:
             console.print(Text(fitted(one_line(line), self._stream)), soft_wrap=True)
 
     def close(self) -> None:
-        """Stop the bars; they stay on the screen."""
+        """Stop the bars, which stay on the screen."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -156,7 +156,7 @@ class Lines:
         """Print how far the tasks are, if a minute has passed."""
         with self._lock:
             now = self._clock()
-            if not self._tasks or now - self._last_line < SECONDS_BETWEEN_LINES:
+            if not self._tasks or now - self._last_line < _LINE_INTERVAL_S:
                 return
             self._last_line = now
             self.note("; ".join(task.state(now) for task in self._tasks))
@@ -180,7 +180,7 @@ class _Line:
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        self._first = min(self._first, self._done)  # moved back: what was there before was damaged
+        self._first = min(self._first, self._done)  # moved back over damaged bytes
         self._lines.moved()
 
     def close(self) -> None:

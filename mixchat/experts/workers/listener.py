@@ -5,7 +5,6 @@ A stranger costs a descriptor for the two seconds of a handshake, and reaches no
 
 from __future__ import annotations
 
-import errno
 import resource
 import socket
 import time
@@ -16,8 +15,7 @@ from typing import NamedTuple
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from mixchat.base.errors import UsageError
-from mixchat.experts.workers.address import Address
+from mixchat.experts.workers.address import Address, listen_error
 from mixchat.experts.workers.connection import (
     SILENCE_S,
     ConnectionLostError,
@@ -82,7 +80,10 @@ class Listener:
             self._socket.bind(endpoint(address))
         except zmq.ZMQError as error:
             self.close()
-            raise _listen_error(address, error) from None
+            flags = "--listen HOST:PORT", "--listen"
+            raise listen_error(
+                address, OSError(error.errno, error.strerror), "worker", *flags
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -168,13 +169,3 @@ def _raise_limit() -> None:
     if soft != resource.RLIM_INFINITY and soft < most:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _listen_error(address: Address, error: zmq.ZMQError) -> UsageError:
-    if error.errno == errno.EADDRINUSE:
-        hint = "Perhaps a worker runs already. --listen HOST:PORT takes another port."
-        return UsageError(f"{address}: the port is in use", hint=hint)
-    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
-        hint = "--listen takes an address of this machine; 0.0.0.0 means all of them."
-        return UsageError(f"{address}: this machine has no such address", hint=hint)
-    return UsageError(f"{address}: cannot listen there ({error.strerror})")

@@ -28,7 +28,7 @@ from weight_tools import files_of
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import DenseBits
-from mixchat.cli.output.model_reports import ModelList
+from mixchat.cli.output.reports import ModelList
 from mixchat.weights import models
 from mixchat.weights.care import housekeeping
 from mixchat.weights.format.installed_model import InstalledModel

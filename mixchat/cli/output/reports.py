@@ -1,7 +1,9 @@
-"""The installed models, one of them in detail, and the plan of a download."""
+"""Reports, from which text and JSON are drawn: installed models, one model, a download."""
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.model_config import checkpoint_dtype
 from mixchat.base.quantities import format_least, format_size, format_time
-from mixchat.cli.output.report import Report, aligned
+from mixchat.chat.printing import one_line, show, show_lines
 from mixchat.weights.models import describe
 
 if TYPE_CHECKING:
@@ -17,6 +19,25 @@ if TYPE_CHECKING:
     from mixchat.weights.format.manifest import Manifest
     from mixchat.weights.make.download_plan import DownloadPlan, Need
     from mixchat.weights.models import ModelEntry
+
+
+class Report(ABC):
+    """The result of a command, for a person and for programs."""
+
+    @abstractmethod
+    def as_text(self) -> str:
+        """Return the result as lines for a person."""
+
+    @abstractmethod
+    def as_json(self) -> Any:
+        """Return the result for programs, with sizes in bytes and times in seconds."""
+
+    def show(self, as_json: bool) -> None:
+        """Print the result on standard output."""
+        if as_json:
+            show(json.dumps(self.as_json(), indent=2))
+        else:
+            show_lines(self.as_text())
 
 
 @dataclass(frozen=True)
@@ -75,15 +96,14 @@ class ModelDetails(Report):
         return aligned(rows)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the keys of `mixchat list --json`, and
+        """Return the keys of `mixchat list --json` and more.
 
-        revision: the branch, tag or commit that was requested, or null; weight_bytes: bytes of the
-        files of weights; scales, layout: the choice of the experts' codes, and their order;
-        attention, head: the format of their weights; layers, experts_per_layer, experts_per_token,
-        hidden_size.
+        `revision` is the branch, tag or commit that was requested, or null. `weight_bytes` counts
+        the files of weights. `scales` and `layout` are the choice of the experts' codes and their
+        order. `attention` and `head` are the types of their weights.
         """
         manifest, config, made = self.manifest, self.config, self.manifest.quantization
-        # The manifest's values, even of a damaged model: `problem` names the damage.
+        # The manifest's values, even of a damaged model, whose damage `problem` names.
         return {
             **_entry_as_json(describe(self.directory)),
             "quantization": made["quant_type"],
@@ -151,6 +171,14 @@ class DownloadReport(Report):
             "seconds": plan.seconds,
             "rounded_from": plan.rounded_from,
         }
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return the rows as lines, in columns of equal width two spaces apart."""
+    cells = [[one_line(" ".join(cell.split())) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = (map(str.ljust, row, widths) for row in cells)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def disk_as_json(disk: Sequence[Need]) -> list[dict[str, Any]]:
