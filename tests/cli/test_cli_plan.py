@@ -15,7 +15,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base import machine
 from mixchat.cli.output import plan_text
-from mixchat.loading import plan, workers
+from mixchat.loading import plan
 from mixchat.planning import fitting, machine_speed, torch_threads
 from mixchat.planning.calibration import MachineSpeeds
 from mixchat.planning.machine_speed import SAMPLES
@@ -637,7 +637,7 @@ def test_a_name_that_means_nothing_does_not_wait_for_torch(environment):
 def offered(monkeypatch):
     """Workers with these offers, whatever their addresses; returns the list to fill."""
     offers = []
-    monkeypatch.setattr(workers, "ask_workers", lambda installed, options: offers)
+    monkeypatch.setattr(plan, "ask_workers", lambda installed, options: offers)
     return offers
 
 

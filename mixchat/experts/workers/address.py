@@ -78,7 +78,7 @@ def resolve_workers(texts: Sequence[str]) -> list[Address]:
 def listen_error(
     address: Address, error: OSError, program: str, port_flag: str, host_flag: str
 ) -> UsageError:
-    """Return the error for an address on which `program` cannot listen, with the flags to change."""
+    """Return the error for an address that `program` cannot take, with the flags to change."""
     if error.errno == errno.EADDRINUSE:
         hint = f"Perhaps a {program} runs already. {port_flag} takes another port."
         return UsageError(f"{address}: the port is in use", hint=hint)
