@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +49,8 @@ def resolve_sampling(
     None stands for a flag that was not given. Advice beyond the limits of the flags is ignored.
     The seed is drawn here, so that it can be shown and repeated.
     """
+    import secrets
+
     defaults = SamplingOptions(seed=secrets.randbelow(2**32))
     return with_numbers(with_numbers(defaults, advised), given)
 
