@@ -701,17 +701,3 @@ def test_workers_are_of_no_use_before_the_model_is_installed(run, measured, offe
         "hint: Workers serve only the same model as this machine's: install it on each of them.",
     ]
     assert measured == []
-
-
-def test_its_flags_are_those_of_run(run):
-    said = run("--help").stdout.decode()
-    for flag in (
-        "--ctx-size",
-        "--host-memory",
-        "--device-memory",
-        "--device",
-        "--measure",
-        "--json",
-    ):
-        assert flag in said
-    assert "machine.json" in said

@@ -354,23 +354,15 @@ def chat(environment):
     )
 
 
-def leave(terminal):
-    terminal.wait_for(">>>")
-    terminal.type(CTRL_D)
-    assert terminal.wait_for_end() == 0
-
-
 def test_a_chat_with_a_server_from_hello_to_goodbye(chat):
     models = as_json({"data": [{"id": "tiny", "context_size": 100}, {"id": "other"}]})
     answers = [says("Hello", counts=usage(5, 2)), says("Fine")]
     with ScriptedServer(*answers, models=models) as server, chat(server) as terminal:
         terminal.wait_for("tiny; /help")
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("waiting for the server")
         terminal.wait_for("Hello")
-        terminal.wait_for(">>>")
-        terminal.type("/tokens" + ENTER)
+        terminal.enter("/tokens")
         terminal.wait_for("7 of 100 tokens (7%)")
         terminal.type("/experts" + ENTER)
         terminal.wait_for("error: a server answers here, and does not tell of its experts")
@@ -385,10 +377,9 @@ def test_a_chat_with_a_server_from_hello_to_goodbye(chat):
         terminal.wait_for("takes effect")
         terminal.type("/model other" + ENTER)
         terminal.wait_for("(the model is other from here on)")
-        terminal.wait_for(">>>")
-        terminal.type("How are you?" + ENTER)
+        terminal.enter("How are you?")
         terminal.wait_for("Fine")
-        leave(terminal)
+        terminal.leave()
     body = server.asked()[1]
     assert (body["model"], body["temperature"]) == ("other", 0.7)
     assert [m["content"] for m in body["messages"]] == ["Hi", "Hello", "How are you?"]
@@ -399,16 +390,14 @@ def test_ctrl_c_ends_the_request_and_the_chat_continues(chat):
         ScriptedServer(Answer([delta("One two")], end="hold"), says("Fine")) as server,
         chat(server) as terminal,
     ):
-        terminal.wait_for(">>>")
-        terminal.type("Count" + ENTER)
+        terminal.enter("Count")
         terminal.wait_for("One two")
         terminal.type(CTRL_C)
         assert server.gone.wait(60)
         terminal.wait_for("(stopped; /continue resumes it)")
-        terminal.wait_for(">>>")
-        terminal.type("Well?" + ENTER)
+        terminal.enter("Well?")
         terminal.wait_for("Fine")
-        leave(terminal)
+        terminal.leave()
     assert server.asked()[1]["messages"][1]["content"] == "One two"
 
 
@@ -416,16 +405,14 @@ def test_ctrl_c_ends_the_request_and_the_chat_continues(chat):
 def test_ctrl_c_ends_the_wait_for_a_server_that_is_silent(chat, head):
     silent = Answer(end="hold", head=head)
     with ScriptedServer(silent, says("Fine")) as server, chat(server) as terminal:
-        terminal.wait_for(">>>")
-        terminal.type("Count" + ENTER)
+        terminal.enter("Count")
         assert server.holds.wait(60)
         terminal.type(CTRL_C)
         assert server.gone.wait(60)
         terminal.wait_for("(stopped)")
-        terminal.wait_for(">>>")
-        terminal.type("Well?" + ENTER)
+        terminal.enter("Well?")
         terminal.wait_for("Fine")
-        leave(terminal)
+        terminal.leave()
 
 
 def test_a_server_that_goes_away_leaves_the_chat_and_what_it_said(chat):
@@ -433,15 +420,13 @@ def test_a_server_that_goes_away_leaves_the_chat_and_what_it_said(chat):
         ScriptedServer(Answer([delta("One two")], end="reset"), says(" three")) as server,
         chat(server) as terminal,
     ):
-        terminal.wait_for(">>>")
-        terminal.type("Count" + ENTER)
+        terminal.enter("Count")
         terminal.wait_for("One two")
         terminal.wait_for("error: ")
         terminal.wait_for("(what came is kept; /continue resumes it)")
-        terminal.wait_for(">>>")
-        terminal.type("/continue" + ENTER)
+        terminal.enter("/continue")
         terminal.wait_for("three")
-        leave(terminal)
+        terminal.leave()
     assert server.asked()[1]["messages"][-1]["content"] == "One two"
 
 
@@ -451,10 +436,8 @@ def test_what_a_server_sends_cannot_act_on_the_terminal(chat):
         ScriptedServer(says(evil), refusal("500 E", f"bad {evil}\nerror: x")) as server,
         chat(server) as terminal,
     ):
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("a[2Jbcd")
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("bad a[2Jbcd error: x")
-        leave(terminal)
+        terminal.leave()
