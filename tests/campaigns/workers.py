@@ -268,9 +268,10 @@ def warm_up() -> None:
 
 def demo() -> Path:
     """Build the demo model."""
+    from mixchat.cli.output.progress import TerminalReporter
     from mixchat.sessions.opening import find_or_build
 
-    return find_or_build("demo")
+    return find_or_build("demo", TerminalReporter())
 
 
 if __name__ == "__main__":
