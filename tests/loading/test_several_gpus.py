@@ -263,15 +263,6 @@ def test_ram_is_locked_for_both_gpus_and_given_back_with_their_memory(
     assert paper.memory(torch.device("paper", 1)).taken == other
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
-def test_ram_that_cannot_be_locked_is_no_fault_with_two_gpus(
-    paper: PaperRuntime, case: Cases, kind: str
-) -> None:
-    expected = text(load(case(kind), EXPERTS))
-    paper.refuses_locks = True
-    assert text(spread_out(paper, case(kind), "two over RAM for all")) == expected
-
-
 def test_a_second_gpu_with_less_memory_than_it_says_holds_half_of_its_experts(
     paper: PaperRuntime, case: Cases
 ) -> None:
