@@ -79,8 +79,8 @@ class LocalModels:
     def lines(
         self, name: str, options: ChatOptions, parallel: int
     ) -> Iterator[tuple[Begin, Context]]:
-        from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
         from mixchat.serving.requests.forms import forms_of
+        from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
         from mixchat.text.form.output_constraint import PATIENT_S
 
         load = replace(self._load, exact_prompts=True, parallel=parallel)

@@ -79,8 +79,7 @@ class ServerModels:
     def lines(
         self, name: str, options: ChatOptions, parallel: int
     ) -> Iterator[tuple[Begin, Context]]:
-        from mixchat.serving.requests.lines import LineDefaults
-        from mixchat.serving.requests.lines import answered_by
+        from mixchat.serving.requests.lines import LineDefaults, answered_by
 
         given: dict[str, Any] = {**options.sampling, "max_tokens": options.max_tokens or None}
         fields = {name: value for name, value in given.items() if value is not None}
