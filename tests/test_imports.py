@@ -15,6 +15,7 @@ ORDER = (
     "cli",
     "cli/flags",
     "cli/output",
+    "sessions",
     "bench",
     "serving/web",
     "serving/requests",

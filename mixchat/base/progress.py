@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
 _T = TypeVar("_T")
@@ -30,6 +30,22 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """Print a line."""
+
+
+class Reporter(Protocol):
+    """Tells a person about work while it runs."""
+
+    def note(self, text: str) -> None:
+        """Print a line that a person should know about."""
+
+    def error(self, error: Exception) -> object:
+        """Print an error that does not end the work."""
+
+    def status(self, text: str) -> AbstractContextManager[Callable[[str], None]]:
+        """Show a text while a block runs. Yields a function that replaces the text."""
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Show progress bars while a block runs."""
 
 
 @contextmanager

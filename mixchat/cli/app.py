@@ -18,14 +18,12 @@ from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
-from mixchat.cli.calibrate import calibrate
 from mixchat.cli.chats import chats
 from mixchat.cli.config import config
-from mixchat.cli.download import download
-from mixchat.cli.flags.chat_flags import RunCommand
-from mixchat.cli.flags.config_defaults import apply_config
-from mixchat.cli.flags.config_flag import explained
+from mixchat.cli.download import calibrate, download
 from mixchat.cli.flags.habits import refuse_foreign_flags, unknown_command, unknown_flag
+from mixchat.cli.flags.run_flags import RunCommand
+from mixchat.cli.flags.settings import HeadedCommand, apply_config, explained
 from mixchat.cli.flags.shell_completion import (
     COMPLETE_VARIABLE,
     complete,
@@ -33,24 +31,22 @@ from mixchat.cli.flags.shell_completion import (
     one_of,
     show_completion,
 )
-from mixchat.cli.models import list_models, show_model
-from mixchat.cli.output.failure import print_error
+from mixchat.cli.models import convert, gc, list_models, repair, rm, show_model, verify
+from mixchat.cli.output.messages import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
-from mixchat.cli.serve import serve
+from mixchat.cli.serve import serve, worker
 from mixchat.cli.stats import stats
-from mixchat.cli.upkeep import convert, gc, repair, rm, verify
-from mixchat.cli.worker import worker
 
-INTERRUPTED = 130
-CLOSED_PIPE = 141
-# Flags' names of before, by those of today: they still work, and nothing shows them.
+_INTERRUPTED = 130
+_CLOSED_PIPE = 141
+# Earlier names of flags by today's. They still work, and nothing shows them.
 _OLD_NAMES = {
     "--host-memory": "--expert-memory",
     "--calibrate-text": "--text",
     "--depth": "--context",
 }
-_WIDEST = 120  # columns of --help, if the terminal has more
+_MAX_COLUMNS = 120  # of --help, if the terminal has more
 
 
 class Commands(TyperGroup):
@@ -69,7 +65,7 @@ app = typer.Typer(
     help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
     # Rich would add a third to the time that --help takes, and reads brackets as markup.
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDEST},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _MAX_COLUMNS},
     epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.",
 )
 app.command(
@@ -77,23 +73,27 @@ app.command(
     cls=RunCommand,
     epilog="config.toml can give most of these flags: see 'mixchat config --help'.",
 )(run_model)
-app.command("serve")(serve)
-app.command("download")(download)
-app.command("worker")(worker)
-app.command("plan")(plan)
-app.command("list")(list_models)
-app.command("show")(show_model)
-app.command("verify")(verify)
-app.command("repair")(repair)
-app.command("convert")(convert)
-app.command("calibrate")(calibrate)
-app.command("rm")(rm)
-app.command("gc")(gc)
-app.command("stats")(stats)
-app.command("bench")(bench)
-app.command("config")(config)
-app.command("chats")(chats)
-# Their names in other programs: one line of --help has them.
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "serve": serve,
+    "download": download,
+    "worker": worker,
+    "plan": plan,
+    "list": list_models,
+    "show": show_model,
+    "verify": verify,
+    "repair": repair,
+    "convert": convert,
+    "calibrate": calibrate,
+    "rm": rm,
+    "gc": gc,
+    "stats": stats,
+    "bench": bench,
+    "config": config,
+    "chats": chats,
+}
+for _name, _function in _COMMANDS.items():
+    app.command(_name, cls=HeadedCommand)(_function)
+# Their names in other programs, which one line of --help has.
 app.command("pull", hidden=True)(download)
 app.command("ls", hidden=True)(list_models)
 
@@ -178,7 +178,7 @@ def _exit_code(arguments: Sequence[str]) -> int:
         return code
     except (KeyboardInterrupt, typer.Abort):
         _abandon_output()
-        return INTERRUPTED
+        return _INTERRUPTED
     except SystemExit:  # by a signal
         _abandon_output()
         raise
@@ -193,8 +193,8 @@ def _code_of(error: Exception) -> int:
     if interrupts.exit_code(0):
         return interrupts.exit_code(0)
     if _comes_from_ctrl_c(error):
-        return INTERRUPTED
-    return CLOSED_PIPE if _is_closed_pipe(error) else print_error(error)
+        return _INTERRUPTED
+    return _CLOSED_PIPE if _is_closed_pipe(error) else print_error(error)
 
 
 def _comes_from_ctrl_c(error: BaseException | None) -> bool:
@@ -204,7 +204,7 @@ def _comes_from_ctrl_c(error: BaseException | None) -> bool:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
-    # Not `app()`: that turns a closed pipe into exit code 1, and prints errors its own way.
+    # `app()` would turn a closed pipe into exit code 1, and print errors its own way.
     command = _command()
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return complete(command, instruction)
@@ -217,7 +217,7 @@ def _invoke(arguments: Sequence[str]) -> int:
     except typer.BadParameter as error:
         raise explained(error) from None
     except Exception as error:
-        # Typer's error for an unknown flag has these; its class has no public name.
+        # Typer's error for an unknown flag has these. Its class has no public name.
         if flag := hasattr(error, "possibilities") and getattr(error, "option_name", None):
             raise unknown_flag(flag, error.ctx) from None  # type: ignore[attr-defined]
         raise
@@ -227,8 +227,8 @@ def _invoke(arguments: Sequence[str]) -> int:
 def _command() -> Any:
     """Return the whole command line.
 
-    Where --help is not given it is False, not None: to convert a None, Typer imports pydantic,
-    which takes as long as everything else.
+    --help is False by default. To convert a None, Typer would import pydantic, which takes as long
+    as everything else.
     """
     command: Any = typer.main.get_command(app)
     context = command.context_class(command, **command.context_settings)
@@ -237,7 +237,7 @@ def _command() -> Any:
         each.make_parser = partial(_parser_with_old_names, each.params, each.make_parser)
         for parameter in each.params:
             if parameter.param_type_name == "argument":
-                # PROMPT is enough for a person: no <list[str]> behind it.
+                # PROMPT is enough for a person, without <list[str]>.
                 parameter.display_type_rich = lambda ctx: ""
     return command
 
@@ -261,7 +261,7 @@ def _is_closed_pipe(error: Exception) -> bool:
 def _prepare_streams() -> None:
     """Ensure that there are streams to print to, and that no character can make printing fail.
 
-    Exits where standard output is closed, before a model is loaded and an answer computed in vain.
+    Exits if standard output is closed, before a model is loaded and an answer computed in vain.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
@@ -275,7 +275,7 @@ def _prepare_streams() -> None:
 
 
 def _abandon_output() -> None:
-    """Flush what can be flushed; Python would try again at exit, and print an error."""
+    """Flush what can be flushed. Python would try again at exit, and print an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,8 +1,7 @@
-"""`mixchat bench`: a model's speed beside the limits of this machine."""
+"""`mixchat bench`: a model's speed next to the limits of this machine."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,23 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixchat.base.errors import UsageError
-from mixchat.base.options import LoadOptions
-from mixchat.chat.printing import say, show, show_lines
-from mixchat.cli.flags import model_flags
+from mixchat.chat.printing import say
+from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.checks import checked_bits
-from mixchat.cli.flags.quantization import ExpertBits
+from mixchat.cli.flags.settings import MEASURING
 from mixchat.cli.flags.shell_completion import runnable_models
-from mixchat.cli.output.png import PNG_HELP, checked_picture
-from mixchat.cli.output.show_progress import status
+from mixchat.cli.output.png import PNG, checked_picture, write_figure
+from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
-    from mixchat.base.output_file import OutputFile
     from mixchat.bench.rounds import Bench
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -40,19 +37,21 @@ def bench(
         int | None,
         typer.Option(
             metavar="LAYERS",
+            rich_help_panel=MEASURING,
             min=1,
             max=32,
             help="Measure LAYERS layers of Mixtral's shapes with random weights, 0.79 GB of disk "
             "each, and delete them afterwards.",
         ),
     ] = None,
-    expert_bits: ExpertBits = None,
+    expert_bits: load_flags.ExpertBits = None,
     depth: Annotated[
         list[int] | None,
         typer.Option(
             metavar="N",
+            rich_help_panel=MEASURING,
             min=0,
-            help="Measure decoding behind N tokens of context; may be given again.",
+            help="Measure decoding after N tokens of context; may be given again.",
             show_default="0",
         ),
     ] = None,
@@ -60,56 +59,62 @@ def bench(
         list[int] | None,
         typer.Option(
             metavar="N",
+            rich_help_panel=MEASURING,
             min=1,
             help="Measure a prompt of N tokens; may be given again.",
             show_default="512",
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens to decode each time.")
+        int,
+        typer.Option(
+            metavar="N", rich_help_panel=MEASURING, min=1, help="Tokens to decode each time."
+        ),
     ] = 48,
     rounds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="How many times to measure each task.")
+        int,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=MEASURING,
+            min=1,
+            help="How many times to measure each task.",
+        ),
     ] = 5,
-    kv_bits: model_flags.KVBits = None,
-    exact_prompts: model_flags.ExactPrompts = False,
-    host_memory: model_flags.HostMemory = None,
-    device_memory: model_flags.DeviceMemory = None,
-    device: model_flags.Device = None,
-    worker: model_flags.Worker = None,
-    key_file: model_flags.KeyFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
-    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help=PNG_HELP)] = None,
+    kv_bits: load_flags.KVBits = None,
+    exact_prompts: load_flags.ExactPrompts = False,
+    host_memory: load_flags.HostMemory = None,
+    device_memory: load_flags.DeviceMemory = None,
+    device: load_flags.Device = None,
+    worker: load_flags.Worker = None,
+    key_file: load_flags.KeyFile = None,
+    as_json: load_flags.AsJson = False,
+    png: PNG = None,
 ) -> None:
     """Measure a model's speed against the limits of this machine."""
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
     if expert_bits is not None and synthetic is None:
         raise UsageError("--expert-bits goes with --synthetic", hint="A model has the bits it has.")
-    drawing = checked_picture(png)
+    picture = checked_picture(png)
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
+    from mixchat.cli.output.bench_report import BenchReport
 
     options = BenchOptions(depth or (0,), prompt or (512,), tokens, rounds)
-    load = LoadOptions(
-        host_memory=model_flags.budget(host_memory),
-        device_memory=model_flags.budgets(device_memory),
-        context_size=options.context_size,
-        kv_bits=checked_bits(kv_bits),
-        exact_prompts=exact_prompts,
-        device=device,
-        workers=tuple(worker or ()),
-        key_file=model_flags.key_path(key_file),
-    )
+    load = load_flags.load_options(context.params, context_size=options.context_size)
     with _model(model, synthetic, int(expert_bits or 4)) as directory:
         done = Bench(directory, load, options)
         _measure(done, rounds)
-        _show(done, as_json, drawing)
+        report = BenchReport(done)
+        report.show(as_json)
+        if picture is not None:  # last, for it may fail
+            write_figure(picture, report.picture())
+            say(f"wrote {picture.path}")
 
 
 @contextmanager
 def _model(name: str | None, layers: int | None, bits: int) -> Iterator[Path]:
-    """Yield the model's directory, for as long as it is needed."""
+    """Yield the model's directory. A synthetic model is deleted at the end."""
     from mixchat.weights import models
 
     if layers is None:
@@ -133,16 +138,3 @@ def _measure(bench: Bench, rounds: int) -> None:
     with status(f"measuring {steps} times") as update:
         for number, _ in enumerate(bench.run(), 1):
             update(f"{number} of {steps} measured")
-
-
-def _show(bench: Bench, as_json: bool, png: OutputFile | None) -> None:
-    from mixchat.cli.output.bench_text import bench_as_dict, bench_as_text, bench_picture
-    from mixchat.cli.output.png import write_figure
-
-    if as_json:
-        show(json.dumps(bench_as_dict(bench), indent=2))
-    else:
-        show_lines(bench_as_text(bench))
-    if png is not None:  # last, for it may fail
-        write_figure(png, bench_picture(bench))
-        say(f"wrote {png.path}")

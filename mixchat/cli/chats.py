@@ -12,6 +12,7 @@ from mixchat.base.errors import UsageError
 from mixchat.chat.printing import columns, say, show
 from mixchat.chat.saved.chat_text import chat_table
 from mixchat.cli.flags.arguments import checked
+from mixchat.cli.flags.load_flags import AsJson
 from mixchat.cli.flags.shell_completion import saved_chats
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ def chats(
             help="The chat's ID, a unique prefix of it, or its name.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: AsJson = False,
     rm: Annotated[bool, typer.Option("--rm", help="Remove the chat.")] = False,
 ) -> None:
-    """List the saved chats; print one as Markdown, or remove one."""
+    """List the saved chats, print one as Markdown, or remove one."""
     if rm and (chat is None or as_json):
         raise UsageError("--rm removes one chat: give its ID, and no --json")
     from mixchat.chat.saved.chat_store import ChatStore

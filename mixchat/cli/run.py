@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixchat.base.options import DEFAULT_POLICY, LoadOptions
-from mixchat.chat.parameters import SAMPLING, checked_overflow
-from mixchat.cli.cache_file import NamedFile
-from mixchat.cli.change_model import save_report
-from mixchat.cli.flags import chat_flags, model_flags
+from mixchat.base.progress import Reporter
+from mixchat.chat.printing import say
+from mixchat.cli.flags import load_flags, run_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
-from mixchat.cli.flags.checks import checked_bits
-from mixchat.cli.flags.config_flag import is_given
-from mixchat.cli.jsonl import answer_file
-from mixchat.cli.local_models import LocalModels
-from mixchat.cli.model_provider import LineRequest, ModelProvider
+from mixchat.cli.flags.settings import is_given
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
-from mixchat.cli.server_chat import ServerModels, check_flags
-from mixchat.cli.start_chat import find_chat, new_saver, saved_turn, start_chat
-from mixchat.cli.worker import serve_rank_0
+from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
 from mixchat.experts.workers import torchrun
+from mixchat.sessions.answer_lines import LineFiles, answer_file
+from mixchat.sessions.cache_file import checked_cache_file
+from mixchat.sessions.local_models import LocalModels
+from mixchat.sessions.open_chat import OpenChat, find_chat
+from mixchat.sessions.server_models import ServerModels
+from mixchat.sessions.servers import serve_rank_0
 
 if TYPE_CHECKING:
-    from mixchat.chat.session import ChatSession, Finished
-    from mixchat.chat.terminal.active_chat import AfterTurn, Predict
-    from mixchat.planning.plan import Prediction
-
-# `run` has a parameter of the same name for each of these options of sampling.
-_SAMPLING = tuple(parameter.field for parameter in SAMPLING.values())
-# The settings of a saved chat, each where this flag is not given.
-_RESUMED = (("system", "system"), ("system", "system_file"), *((name, name) for name in _SAMPLING))
+    from mixchat.base.model_config import Context
+    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.session import ChatSession
+    from mixchat.chat.terminal.active_chat import AfterTurn
+    from mixchat.sessions.provider import ChatOptions, ModelProvider, Predictor
 
 
 def run(
@@ -47,187 +43,148 @@ def run(
             "</dev/null leaves it out. A single - reads the question from standard input.",
         ),
     ] = None,
-    file: chat_flags.File = None,
-    model: model_flags.Model = "instruct",
-    server: chat_flags.Server = None,
-    system: model_flags.System = None,
-    system_file: model_flags.SystemFile = None,
-    temperature: model_flags.Temperature = None,
-    top_p: model_flags.TopP = None,
-    top_k: model_flags.TopK = None,
-    min_p: model_flags.MinP = None,
-    repeat_penalty: model_flags.RepeatPenalty = None,
-    seed: model_flags.Seed = None,
-    max_tokens: model_flags.MaxTokens = None,
-    stop: model_flags.Stop = None,
-    schema: chat_flags.Schema = None,
-    grammar: chat_flags.Grammar = None,
-    ctx_size: model_flags.ContextSize = None,
-    overflow: chat_flags.Overflow = "stop",
-    resume: chat_flags.Resume = None,
-    save: chat_flags.Save = True,
-    keep_cache: chat_flags.KeepCache = False,
-    raw: chat_flags.Raw = False,
-    vi: chat_flags.Vi = False,
-    as_json: chat_flags.AsJson = False,
-    extract: chat_flags.Extract = False,
-    jsonl: chat_flags.JSONLines = None,
-    resume_from: chat_flags.ResumeFrom = None,
-    keep_failed: chat_flags.KeepFailed = False,
-    parallel: model_flags.Parallel = 4,
-    stream: chat_flags.Stream = True,
-    quiet: chat_flags.Quiet = False,
-    kv_bits: model_flags.KVBits = None,
-    exact_prompts: model_flags.ExactPrompts = False,
-    host_memory: model_flags.HostMemory = None,
-    device_memory: model_flags.DeviceMemory = None,
-    device: model_flags.Device = None,
-    worker: model_flags.Worker = None,
-    key_file: model_flags.KeyFile = None,
-    cache_policy: model_flags.CachePolicy = DEFAULT_POLICY,
-    prompt_cache: model_flags.PromptCache = None,
-    trace: model_flags.Trace = None,
-    verbose: model_flags.Verbose = False,
+    file: run_flags.File = None,
+    model: load_flags.Model = "instruct",
+    server: run_flags.Server = None,
+    system: run_flags.System = None,
+    system_file: run_flags.SystemFile = None,
+    temperature: run_flags.Temperature = None,
+    top_p: run_flags.TopP = None,
+    top_k: run_flags.TopK = None,
+    min_p: run_flags.MinP = None,
+    repeat_penalty: run_flags.RepeatPenalty = None,
+    seed: run_flags.Seed = None,
+    max_tokens: run_flags.MaxTokens = None,
+    stop: run_flags.Stop = None,
+    schema: run_flags.Schema = None,
+    grammar: run_flags.Grammar = None,
+    ctx_size: load_flags.ContextSize = None,
+    overflow: run_flags.Overflow = "stop",
+    resume: run_flags.Resume = None,
+    save: run_flags.Save = True,
+    keep_cache: run_flags.KeepCache = False,
+    raw: run_flags.Raw = False,
+    vi: run_flags.Vi = False,
+    as_json: run_flags.AnswerAsJson = False,
+    extract: run_flags.Extract = False,
+    jsonl: run_flags.JSONLines = None,
+    resume_from: run_flags.ResumeFrom = None,
+    keep_failed: run_flags.KeepFailed = False,
+    parallel: load_flags.Parallel = 4,
+    stream: run_flags.Stream = True,
+    quiet: run_flags.Quiet = False,
+    kv_bits: load_flags.KVBits = None,
+    exact_prompts: load_flags.ExactPrompts = False,
+    host_memory: load_flags.HostMemory = None,
+    device_memory: load_flags.DeviceMemory = None,
+    device: load_flags.Device = None,
+    worker: load_flags.Worker = None,
+    key_file: load_flags.KeyFile = None,
+    cache_policy: load_flags.CachePolicy = DEFAULT_POLICY,
+    prompt_cache: run_flags.PromptCache = None,
+    trace: load_flags.Trace = None,
+    verbose: run_flags.Verbose = False,
 ) -> None:
     """Chat with a model, or print one answer to a PROMPT or a pipe."""
-    output = OutputOptions(as_json, extract, stream, raw, quiet)
-    chat_flags.check_first_word(context, prompt or [])
-    chat_flags.check_lines(context)
-    if server:
-        check_flags(context)
-    form = chat_flags.read_form(schema, grammar)
-    named_file = None if prompt_cache is None else NamedFile.checked(prompt_cache)
+    run_flags.check_run_flags(context)
+    reporter = TerminalReporter(quiet)
+    resumed = find_chat(resume)
+    load = load_flags.load_options(context.params, parallel=1)
+    models = _models(context, load, reporter)
+    name = models.choose(model if is_given(context, "model") else None, resumed)
+    if torchrun.rank() and not server:
+        serve_rank_0(name, load, reporter, say)
+        return
+    size = models.context_of(name)
+    options = run_flags.chat_options(context, size)
+    try:
+        if jsonl is not None:
+            files = LineFiles(jsonl, resume_from, keep_failed, parallel)
+            answer_file(models, name, options, files, reporter)
+        else:
+            _converse(context, models, name, options, size, resumed, reporter)
+    finally:
+        torchrun.end()
+
+
+def _models(context: typer.Context, load: LoadOptions, reporter: Reporter) -> ModelProvider:
+    """Return the models of the server or of this machine, after a check of the flags' files."""
+    flags = context.params
+    form = run_flags.read_form(flags["schema"], flags["grammar"])
+    cache, trace = flags["prompt_cache"], load.trace
+    named = None if cache is None else checked_cache_file(cache)
     if trace is not None:
         from mixchat.experts.trace import trace_file
 
         trace_file(trace).check()
-    resumed = find_chat(resume)
-    load = LoadOptions(
-        host_memory=model_flags.budget(host_memory),
-        device_memory=model_flags.budgets(device_memory),
-        context_size=ctx_size,
-        kv_bits=checked_bits(kv_bits),
-        exact_prompts=exact_prompts,
-        device=device,
-        cache_policy=cache_policy,
-        trace=trace,
-        workers=(*(worker or ()), *_torchrun_workers()),
-        key_file=model_flags.key_path(key_file),
+    if flags["server"]:
+        return ServerModels(flags["server"], form, reporter)
+    if torchrun.rank() == 0:
+        prepare_environment()
+        load = replace(load, workers=(*load.workers, *torchrun.published()))
+    return LocalModels(
+        load,
+        reporter,
+        usual=flags["model"],
+        form=form,
+        prompt_cache=named,
+        keep_cache=flags["keep_cache"],
     )
-    sampling = {name: context.params[name] for name in _SAMPLING}
-    place: ModelProvider = (
-        ServerModels(server, output, form)
-        if server
-        else LocalModels(
-            load, output, form, usual=model, named_file=named_file, keep_cache=keep_cache
-        )
-    )
-    model = place.choose(model if is_given(context, "model") else None, resumed)
-    if not server and torchrun.rank():
-        serve_rank_0(model, load)
-        return
-    model_context = place.context_of(model)
-    system_prompt = model_flags.system_prompt(context, model_context)
-    if jsonl is not None:
-        request = LineRequest(
-            jsonl,
-            resume_from,
-            keep_failed,
-            parallel,
-            sampling=sampling,
-            system=system_prompt,
-            max_tokens=max_tokens,
-            stop=stop or [],
-        )
-        try:
-            answer_file(place, model, request, output.note)
-        finally:
-            torchrun.end()
-        return
-    if not server:
-        _note_server(model, output)
-    files = read_files(file or [], model_context, output.note)
-    question = read_prompt(" ".join(prompt) if prompt else None, files, model_context, output.note)
+
+
+def _converse(
+    context: typer.Context,
+    models: ModelProvider,
+    name: str,
+    options: ChatOptions,
+    size: Context,
+    resumed: SavedChat | None,
+    reporter: TerminalReporter,
+) -> None:
+    """Read the question and print its answer, or chat if there is none."""
+    flags = context.params
+    if not flags["server"]:
+        _note_server(name, reporter)
+    words, note = flags["prompt"], reporter.note
+    files = read_files(flags["file"] or [], size, note)
+    question = read_prompt(" ".join(words) if words else None, files, size, note)
+    output = OutputOptions(flags["as_json"], flags["extract"], flags["stream"], flags["raw"])
     output.check(question is None)
-    open_model = partial(
-        place.open,
-        sampling=sampling,
-        system=system_prompt,
-        max_tokens=max_tokens,
-        stop=stop or [],
-        overflow=checked_overflow(overflow),
+    saved_by_default = question is None or resumed is not None
+    chat = OpenChat(
+        models,
+        name,
+        options,
+        reporter,
+        new_report=_verbose_report if flags["verbose"] else _no_report,
+        autosave=flags["save"] and (saved_by_default or is_given(context, "save")),
+        resumed=resumed,
+        except_for=run_flags.given_settings(context),
     )
-    session = open_model(model)
-    saves = save and (question is None or resumed is not None or is_given(context, "save"))
-    saver = new_saver(session, model, autosave=saves)
-    if resumed is not None:
-        saver.resume(resumed, except_for=[of for of, flag in _RESUMED if is_given(context, flag)])
-
-    def hooks(model: str) -> tuple[AfterTurn, Predict]:
-        predict = place.predictor(session, model)
-        after_turn = _verbose_report(session, predict) if verbose else _nothing
-        return after_turn, _reading_seconds(predict)
-
-    after_turn, predict = hooks(model)
     try:
-        with place.cache(saver, asks_once=question is not None) as cache:
-            if question is None:
-                start_chat(
-                    saver,
-                    cache,
-                    place.changer(saver, open_model, hooks),
-                    files,
-                    raw=raw,
-                    vi=vi,
-                    after_turn=after_turn,
-                    predict=predict,
-                )
-            else:
-                with saved_turn(saver):
-                    after_turn(print_answer(session, question, output, model))
+        if question is None:
+            chat.talk(files, raw=output.raw, vi=flags["vi"])
+        else:
+            chat.ask(partial(print_answer, question=question, output=output, model=name, note=note))
     finally:
-        torchrun.end()
-        save_report(session, saver.model)
+        chat.close()
 
 
-def _torchrun_workers() -> tuple[str, ...]:
-    """Return the addresses of the workers that torchrun started, for their rank 0."""
-    if torchrun.rank() != 0:
-        return ()
-    prepare_environment()
-    return torchrun.published()
-
-
-def _verbose_report(
-    session: ChatSession, predict: Callable[[], Prediction | None]
-) -> Callable[[Finished], None]:
+def _verbose_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
     from mixchat.cli.output.verbose import VerboseReport
 
-    return VerboseReport(session.backend.engine, predict)
+    return VerboseReport(session.backend.engine, predictor)
 
 
-def _reading_seconds(
-    predict: Callable[[], Prediction | None],
-) -> Callable[[int, bool], float | None]:
-    """Return a function that predicts the seconds of a prompt, in the first turn or later."""
-
-    def seconds(tokens: int, first: bool) -> float | None:
-        predicted = predict()
-        speed = None if predicted is None else predicted.prompt(tokens, cold=first)
-        return None if speed is None else 2 * tokens / (speed.low + speed.high)
-
-    return seconds
+def _no_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
+    return lambda finished: None
 
 
-def _note_server(model: str, output: OutputOptions) -> None:
+def _note_server(model: str, reporter: TerminalReporter) -> None:
     """Tell of a server on this machine that has the model loaded already."""
     from mixchat.serving.client.local_server import is_served_here
     from mixchat.serving.client.server_url import SERVER_PORT
 
-    if not output.quiet and is_served_here(model):
+    if not reporter.quiet and is_served_here(model):
         flag = f"--server 127.0.0.1:{SERVER_PORT}"
-        output.note(f"a server with {model} is running: {flag} answers without loading it again")
-
-
-def _nothing(finished: Finished) -> None:
-    """Print nothing after a turn."""
+        reporter.note(f"a server with {model} is running: {flag} answers without loading it again")

@@ -1,46 +1,49 @@
-"""`mixchat serve`: one loaded model for every front end, over OpenAI's HTTP API."""
+"""`mixchat serve` and `mixchat worker`: a model over HTTP, and experts for another machine."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from mixchat.base.errors import UsageError
-from mixchat.base.options import DEFAULT_POLICY, LoadOptions
+from mixchat.base.options import DEFAULT_POLICY
 from mixchat.chat.printing import say
-from mixchat.cli.flags import model_flags
+from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.checks import checked_bits
-from mixchat.cli.flags.config_flag import AGAIN
-from mixchat.cli.opening import open_service
-from mixchat.cli.output.failure import note, print_error
-from mixchat.cli.output.print_answer import OutputOptions
+from mixchat.cli.flags.settings import AGAIN, SERVER
+from mixchat.cli.output.progress import TerminalReporter
 from mixchat.serving.client.server_url import SERVER_PORT
+from mixchat.sessions.servers import ServeOptions, serve_experts, serve_http
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # that of an extension has its own scheme
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # an extension's has its own scheme
 
 
 def serve(
-    model: model_flags.Model = "instruct",
+    context: typer.Context,
+    model: load_flags.Model = "instruct",
     host: Annotated[
         str,
         typer.Option(
             metavar="HOST",
+            rich_help_panel=SERVER,
             help="The address of this machine at which it listens. Any other than this machine's "
             "own loopback needs a key.",
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0: a free one.")
+        int,
+        typer.Option(
+            metavar="N", rich_help_panel=SERVER, min=0, max=65535, help="Port; 0: a free one."
+        ),
     ] = SERVER_PORT,
-    parallel: model_flags.Parallel = 4,
+    parallel: load_flags.Parallel = 4,
     queue: Annotated[
         int,
         typer.Option(
             metavar="N",
+            rich_help_panel=SERVER,
             min=0,
             max=10_000,
             help="Requests that may wait for their turn; further ones are refused (status 429).",
@@ -50,6 +53,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
+            rich_help_panel=SERVER,
             help="Let web pages of ORIGIN use the server, such as http://localhost:3000 (*: all); "
             f"{AGAIN}.",
         ),
@@ -58,6 +62,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="KEY",
+            rich_help_panel=SERVER,
             envvar="MIXCHAT_API_KEY",
             show_envvar=False,
             help="The key that each request has to carry. Better set it as MIXCHAT_API_KEY, "
@@ -68,6 +73,7 @@ def serve(
         bool,
         typer.Option(
             "--strict",
+            rich_help_panel=SERVER,
             help="Refuse fields of requests that other servers have and that have no effect here, "
             "such as think. Without it, the header x-mixchat-ignored names them.",
         ),
@@ -76,54 +82,68 @@ def serve(
         bool,
         typer.Option(
             "--shared-prefix/--no-shared-prefix",
+            rich_help_panel=SERVER,
             help="Compute only once what prompts of all clients begin with. From cached_tokens in "
             "an answer, and from the time it takes, a client learns what others asked.",
         ),
     ] = True,
-    ctx_size: model_flags.ContextSize = None,
-    kv_bits: model_flags.KVBits = None,
-    host_memory: model_flags.HostMemory = None,
-    device_memory: model_flags.DeviceMemory = None,
-    device: model_flags.Device = None,
-    worker: model_flags.Worker = None,
-    key_file: model_flags.KeyFile = None,
-    cache_policy: model_flags.CachePolicy = DEFAULT_POLICY,
+    ctx_size: load_flags.ContextSize = None,
+    kv_bits: load_flags.KVBits = None,
+    host_memory: load_flags.HostMemory = None,
+    device_memory: load_flags.DeviceMemory = None,
+    device: load_flags.Device = None,
+    worker: load_flags.Worker = None,
+    key_file: load_flags.KeyFile = None,
+    cache_policy: load_flags.CachePolicy = DEFAULT_POLICY,
 ) -> None:
-    """Serve a model over OpenAI's HTTP API, to several clients at once.
+    """Serve a model over OpenAI's HTTP API to several clients.
 
     Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and
     /metrics. Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
     """
-    load = LoadOptions(
-        host_memory=model_flags.budget(host_memory),
-        device_memory=model_flags.budgets(device_memory),
-        context_size=ctx_size,
-        kv_bits=checked_bits(kv_bits),
-        exact_prompts=True,  # an answer is the same whoever else is served
-        parallel=parallel,
-        device=device,
-        cache_policy=cache_policy,
-        workers=tuple(worker or ()),
-        key_file=model_flags.key_path(key_file),
-    )
+    # With exact prompts an answer is the same whoever else is served.
+    load = load_flags.load_options(context.params, exact_prompts=True)
     key = None if api_key is None else _checked_key(api_key)
     origins = tuple(map(_checked_origin, cors or ()))
-    from mixchat.serving.web.access import Access, bind, find_address, is_loopback, url_of
+    options = ServeOptions(host, port, queue, origins, key, strict, shared_prefix)
+    serve_http(model, load, options, TerminalReporter(), say)
 
-    address = find_address(host, port, key)
-    with bind(address) as bound:
-        service, defaults = open_service(
-            model, load, queue, OutputOptions(), shared_prefix=shared_prefix
-        )
-        defaults = replace(defaults, strict=strict)
-        from mixchat.serving.requests.forms import forms_of
-        from mixchat.serving.web.app import AppState, create_app
-        from mixchat.serving.web.server import WebServer, serve_until_signal
 
-        access = Access(key, origins, is_loopback(address))
-        app = create_app(AppState(service, defaults, print_error, note, forms_of(service)), access)
-        ready = f"{url_of(bound)}: serving {service.name}; Ctrl-C ends it"
-        serve_until_signal(WebServer(app, bound), service, lambda: say(ready), note)
+def worker(
+    context: typer.Context,
+    model: load_flags.Model = "instruct",
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST[:PORT]",
+            help="The address of this machine at which it listens, port 7917 by default.",
+        ),
+    ] = "127.0.0.1",
+    key_file: load_flags.KeyFile = None,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="Make a new key in the key file, and do no more.")
+    ] = False,
+    host_memory: load_flags.HostMemory = None,
+    device_memory: load_flags.DeviceMemory = None,
+    device: load_flags.Device = None,
+    cache_policy: load_flags.CachePolicy = DEFAULT_POLICY,
+) -> None:
+    """Hold experts for a chat on another machine, and compute them.
+
+    The model has to be installed here, too. 'mixchat run --worker HOST' on the other machine then
+    uses the memory and the cores of both. Only those who have the key are served, one chat at a
+    time. What travels is encrypted with that key.
+    'torchrun -m mixchat run' starts both: rank 0 chats, the others are its workers.
+    """
+    options = load_flags.load_options(context.params)
+    if not new_key:
+        serve_experts(model, options, listen, TerminalReporter(), say)
+        return
+    from mixchat.experts.workers.key_file import default_key_file, make_key_file
+
+    path = options.key_file or default_key_file()
+    make_key_file(path)
+    say(f"wrote {path}: copy it to the other machines, and let nobody else read it")
 
 
 def _checked_key(key: str) -> str:

@@ -1,20 +1,19 @@
-"""`mixchat stats`: how the last run of a model used its experts."""
+"""`mixchat stats`: the use of a model's experts in its last run."""
 
 from __future__ import annotations
 
 import json
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixchat.base.errors import ModelNotFoundError
 from mixchat.chat.printing import draw, say, show
-from mixchat.cli.flags.config_flag import settings_of, value_source
-from mixchat.cli.flags.model_flags import model_argument
-from mixchat.cli.output.png import PNG_HELP, checked_picture, new_figure, write_figure
+from mixchat.cli.flags.load_flags import AsJson, model_argument
+from mixchat.cli.flags.settings import settings_of, value_source
+from mixchat.cli.output.png import PNG, checked_picture, new_figure, write_figure
 
 if TYPE_CHECKING:
     from mixchat.engine.report import ExpertReport
@@ -37,13 +36,10 @@ def stats(
             "A name, as for 'mixchat run -m'.", show_default="the model of the last run"
         ),
     ] = "instruct",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
-    png: Annotated[
-        Path | None,
-        typer.Option("--png", metavar="FILE", help=PNG_HELP),
-    ] = None,
+    as_json: AsJson = False,
+    png: PNG = None,
 ) -> None:
-    """Show each expert's use in the last run, and where it was held."""
+    """Show each expert's use and place in the last run."""
     picture = checked_picture(png)
     is_named = value_source(context, settings_of(context.command)["model"]) != "default"
     report = _last_report(model, is_named)
@@ -59,7 +55,7 @@ def stats(
 
 
 def _last_report(name: str, is_named: bool) -> ExpertReport:
-    """Return the last report of a model; if none is named, that of the last run."""
+    """Return the last report of a model, or of the last run if none is named."""
     from mixchat.engine.report import load_report, newest_report_path, report_path
 
     newest = None if is_named else newest_report_path()
@@ -72,7 +68,7 @@ def _last_report(name: str, is_named: bool) -> ExpertReport:
 
 
 def _picture(report: ExpertReport) -> Any:
-    """Return a figure of two heatmaps: how often each expert was used, and where it is."""
+    """Return a figure with heatmaps of the uses and the places of experts."""
     layers, experts = len(report.tiers), len(report.tiers[0])
     title = f"{report.model}: {report.tokens:,} tokens"
     figure = new_figure(4 + 0.5 * experts, 2 + 0.25 * layers, title)

@@ -1,10 +1,10 @@
-"""Calibrates an installed model: its experts are made anew from the checkpoint, for their inputs.
+"""Re-quantizes the experts of an installed model for their inputs.
 
-First the model reads or writes some text, and the inputs of its experts are recorded beside it.
+First the model reads or writes some text, and the inputs of its experts are recorded.
 Then each expert is read from the checkpoint again, and its scales are chosen for these inputs.
 
-The text is as long as experts with so many columns want it, as the disk and the memory hold it, and
-as this machine reads it and takes it in within two hours.
+The text is as long as the experts' columns need, as the disk and the memory hold, and as this
+machine processes within two hours.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 WINDOW = 512  # tokens that are read or written in one piece
-ROWS_A_COLUMN = 2  # that an expert's widest matrix gets: more gains little
-_MOST_SECONDS = 2 * 3600  # that the default text takes
-_MEASURED = 2  # windows: the second one has found the kernels compiled
-_PRODUCT = 1024  # rows and columns of the matrices whose product is measured
+ROWS_A_COLUMN = 2  # that an expert's widest matrix gets, for more gain little
+_DEFAULT_TEXT_S = 2 * 3600
+_MEASURED_WINDOWS = 2  # of which the second one has found the kernels compiled
+_MEASURED_SIZE = 1024  # rows and columns of matrices whose product is measured
 
-# Is called with the windows done, and their total; and with a line that says what comes, once.
+# Is called with the windows done, their total, and once with a line that says what comes.
 OnWindow = Callable[[int, int, str], object]
 
 
 class Text(NamedTuple):
-    """The tokens that the model reads, in windows; without them it writes as many by chance.
+    """The tokens that the model reads, in windows. Without `ids` it writes a text by chance.
 
-    first: the token that begins each window, if the model has one; windows: how many it reads, None
-    for what suits the model and the machine.
+    `first` is the token that begins each window, if the model has one. The number of `windows` is
+    None for one that suits the model and the machine.
     """
 
     ids: Sequence[int] | None
@@ -76,7 +76,7 @@ def calibration(
 ) -> Iterator[Calibrator]:
     """Record the inputs of a model's experts, and yield the calibrator for these inputs.
 
-    If a calibration was interrupted, its inputs are used again for the layers that are left; they
+    If a calibration was interrupted, its inputs are used again for the layers that are left. They
     are removed once the block has ended well. Raises what `check_checkpoint` with `force`,
     `record_inputs` and opening the checkpoint raise.
     """
@@ -120,19 +120,19 @@ def record_inputs(
             wrap=lambda runner: RecordingRunner(runner, writer.add),
         )
         seconds = 0.0
-        for number, window in enumerate(windows[:_MEASURED]):
+        for number, window in enumerate(windows[:_MEASURED_WINDOWS]):
             on_window(number, len(windows), "")
             seconds = _run(engine, window, number)
         windows = windows[: _affordable(config, text, len(windows), seconds)]
         line = _announcement(config, text, len(windows), seconds)
-        for number, window in enumerate(windows[_MEASURED:], _MEASURED):
+        for number, window in enumerate(windows[_MEASURED_WINDOWS:], _MEASURED_WINDOWS):
             on_window(number, len(windows), line)
             line = ""
             _run(engine, window, number)
 
 
 def default_windows(config: ModelConfig, directory: Path) -> int:
-    """Return how many windows suit the shape, if the disk and the memory can hold them.
+    """Return the number of windows that suits the shape, the disk and the memory.
 
     They take half of what is free at most.
     """
@@ -144,15 +144,15 @@ def default_windows(config: ModelConfig, directory: Path) -> int:
 
 
 def _affordable(config: ModelConfig, text: Text, windows: int, seconds: float) -> int:
-    """Return how many windows are read, of which one takes so many seconds."""
+    """Return the number of windows to read, if one takes so many seconds."""
     if text.windows is not None:
         return windows
     each = seconds + _seconds_to_fit(config, 1) - _seconds_to_fit(config, 0)
-    return max(FOLD, min(windows, int(_MOST_SECONDS / each)))
+    return max(FOLD, min(windows, int(_DEFAULT_TEXT_S / each)))
 
 
 def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float) -> str:
-    """Return what comes, and how long it takes."""
+    """Return a line that says what comes, and how long it takes."""
     experts = config.num_hidden_layers * config.num_local_experts
     return (
         f"{'writes' if text.ids is None else 'reads'} {windows} windows of {WINDOW} tokens: about "
@@ -180,12 +180,12 @@ def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
 @functools.cache
 def _operations_a_second() -> float:
     """Return the speed of a product in fp32 on this machine, the best of three."""
-    matrix, seconds = torch.ones(_PRODUCT, _PRODUCT), []
+    matrix, seconds = torch.ones(_MEASURED_SIZE, _MEASURED_SIZE), []
     for _ in range(3):
         start = time.perf_counter()
         matrix @ matrix
         seconds.append(time.perf_counter() - start)
-    return 2 * _PRODUCT**3 / min(seconds)
+    return 2 * _MEASURED_SIZE**3 / min(seconds)
 
 
 def _windows(text: Text, count: int) -> Sequence[Sequence[int]]:
@@ -212,7 +212,7 @@ def _windows(text: Text, count: int) -> Sequence[Sequence[int]]:
 
 
 def _run(engine: Engine, window: Sequence[int], seed: int) -> float:
-    """Read a window, or write the rest of one that has a beginning; return the seconds it took."""
+    """Read a window, or write the rest of one that has a beginning. Return the seconds it took."""
     begin = time.monotonic()
     engine.forget()
     sampling = SamplingOptions(temperature=1.0, seed=seed)
@@ -234,21 +234,21 @@ def _check_memory(config: ModelConfig, windows: int) -> None:
 
 
 def _memory(config: ModelConfig, windows: int) -> int:
-    """Return the bytes that it takes to round an expert's w2: four matrices of its inputs."""
+    """Return the bytes that rounding an expert's w2 takes, for four matrices of its inputs."""
     width, inner = config.hidden_size, config.intermediate_size
     matrices = 4 * 4 * max(width, inner) ** 2 + 8 * width * inner
     return matrices + windows * _memory_of_window(config)
 
 
 def _memory_of_window(config: ModelConfig) -> int:
-    """Return the bytes of a window in memory: a layer's inputs, and those of an expert."""
+    """Return the bytes of a window in memory, for the inputs of a layer and of an expert."""
     width, inner = config.hidden_size, config.intermediate_size
     share = config.num_experts_per_tok / config.num_local_experts
     return int(2 * WINDOW * (width + share * (width + 2 * inner)))
 
 
 def _check_disk(directory: Path, inputs: int, note: Note) -> None:
-    """Say what the inputs and a second copy of one layer take. Raises `ResourceError`."""
+    """Note the disk that inputs and a second copy of one layer take. Raises `ResourceError`."""
     weights = read_manifest(directory).weights
     layer = max(record.size for name, record in weights.items() if name != SHARED_FILE)
     needed, free = inputs + layer, machine.free_disk(directory)

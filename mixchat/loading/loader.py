@@ -1,4 +1,4 @@
-"""Builds an `Engine` out of an installed model, a device and options: the composition root."""
+"""Builds an `Engine` out of an installed model, a device and options."""
 
 from __future__ import annotations
 
@@ -48,16 +48,26 @@ def load_engine(
     *,
     wrap: Wrap = lambda runner: runner,
 ) -> Engine:
-    """Build the engine of an installed model. The experts stay in their files until they are used.
+    """Build the engine of an installed model, as `build_engine` does."""
+    return build_engine(InstalledModel(directory), options, note, wrap=wrap)
 
-    `note` is called with each message for the person that is no error. `wrap` puts something
-    between the model and what runs its experts. Raises `CheckpointError` where the model is
-    damaged, `UsageError` where an option cannot be used, `ResourceError` where it does not fit.
+
+def build_engine(
+    installed: InstalledModel,
+    options: LoadOptions,
+    note: Note = lambda text: None,
+    *,
+    wrap: Wrap = lambda runner: runner,
+) -> Engine:
+    """Build the engine of an open model, which it closes at the end, or if this fails.
+
+    The experts stay in their files until they are used. `note` is called with each message for a
+    person. `wrap` puts something between the model and its `ExpertRunner`. Raises
+    `CheckpointError` if the model is damaged, `UsageError` if an option cannot be used,
+    `ResourceError` if the model does not fit.
     """
-    devices = choose_devices(options.device)
-    installed = InstalledModel(directory)
     try:
-        return _assemble(installed, options, devices, note, wrap)
+        return _assemble(installed, options, choose_devices(options.device), note, wrap)
     except BaseException:
         installed.close()
         raise
@@ -66,7 +76,7 @@ def load_engine(
 def choose_devices(text: str | None) -> list[torch.device]:
     """Return the named devices, else all GPUs, else the CPU. Raises `UsageError`.
 
-    The first one computes all but experts; only GPUs can have others beside them.
+    The first one computes all but experts. Only GPUs compute together.
     """
     if text is None:
         text = gpu.KIND if gpu.count() else "cpu"
@@ -77,7 +87,7 @@ def choose_devices(text: str | None) -> list[torch.device]:
     if len(devices) > 1 and not all(map(gpu.is_gpu, devices)):
         raise UsageError(f"--device {text!r}: only GPUs compute together; use cpu or cuda")
     if gpu.is_gpu(devices[0]):
-        gpu.use(devices[0])  # streams and events are those of the current one
+        gpu.use(devices[0])  # streams and events belong to the current one
     return devices
 
 
@@ -153,8 +163,8 @@ def speed_predictor(
 ) -> Callable[[], Prediction | None]:
     """Return a function that predicts how fast the engine is with the slots it has by then.
 
-    It returns None where this machine was never measured for such a model; `mixchat plan` does it.
-    So it does with workers, whose speed is not measured for it.
+    It returns None if this machine was never measured for such a model, which `mixchat plan` does,
+    or if there are workers, whose speed is not measured.
     """
     first, *others = choose_devices(device_name)
 
@@ -172,15 +182,15 @@ def speed_predictor(
 
 
 def _name_of(directory: Path) -> str:
-    """Return the name of an installed model, as commands take it; the path of one elsewhere."""
+    """Return the name of a model in `models_dir` as commands take it, else its path."""
     return directory.name if directory.parent == models_dir() else str(directory)
 
 
 def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
-    """Return whether prefill is batch invariant: a token gets the same bits alone as in a chunk.
+    """Return whether prefill gives a token the same bits alone as in a chunk.
 
-    The kernels for CPUs can compute like that. Elsewhere a prompt has to be processed token by
-    token for it.
+    The kernels for CPUs can compute like that. On other devices a prompt has to be processed token
+    by token for it.
     """
     if device.type != "cpu" or not kernels_available():
         return False
@@ -240,7 +250,7 @@ class _InstalledTensors:
 def _embedding_and_head(
     installed: InstalledModel, used: Blueprint, device: torch.device
 ) -> tuple[Embedding, Linear]:
-    """Return the embedding, whose table is in memory only where it is the head, and the head."""
+    """Return the embedding, whose table is in memory only if it is the head, and the head."""
     stored = installed.blueprint
     if stored.head is None or used.head is None:
         table = installed.tensor(stored.embedding).to(device)

@@ -1,4 +1,4 @@
-"""Builds what a worker serves: experts of an installed model, in this machine's memory."""
+"""Builds the experts of an installed model that a worker serves from its memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class ServedExperts:
-    """The experts of an installed model for one chat after another: a `WorkerModel`.
+    """The `WorkerModel` that computes experts for one chat after another.
 
-    They stay in memory between two chats. `options` are those of loading, as far as they are about
-    experts and devices. Raises `ResourceError` where fewer than two experts fit.
+    They stay in memory between two chats. Of `options` only those of experts and devices count.
+    Raises `ResourceError` if fewer than two experts fit.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ServedExperts:
 
     @property
     def slots(self) -> int:
-        """Return how many experts can be held, now that other programs take what they take."""
+        """Return how many experts the memory holds that other programs leave."""
         return self._experts.slots
 
     def begin(self, hello: Hello) -> str:
@@ -65,7 +65,7 @@ class ServedExperts:
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if len(self._devices) > 1 and set(keys) != set(self._held):
-            self._drop()  # others are to be spread over the GPUs
+            self._drop()  # other experts go to other GPUs
         self._held = list(keys)
 
     def follow_memory(self) -> None:
@@ -96,7 +96,7 @@ class ServedExperts:
         parts = torch.split(x, [count for _, count in experts])
         for (expert, count), rows in zip(experts, parts, strict=True):
             check()
-            # A copy is aligned, as rows at home are: for others MKL may round otherwise.
+            # A copy is aligned, as rows of the owner are. MKL may round others differently.
             outputs.append(self._computed(layer, rows.clone(), torch.full((count, 1), expert)))
         return torch.cat(outputs)
 
@@ -117,7 +117,7 @@ class ServedExperts:
         return self._built
 
     def _drop(self) -> None:
-        """Give the memory of all experts back, which others will need."""
+        """Free the memory of all experts."""
         if self._built is not None:
             self._built.close()
         self._built = None

@@ -1,4 +1,4 @@
-"""Builds the holder of the experts out of its tiers: slots, RAM behind a GPU's, the disk."""
+"""Builds the holder of the experts out of its tiers, which are slots, RAM and the disk."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def build_experts(
 ) -> Dispatcher:
     """Return the holder of an installed model's experts, which computes them on `devices`.
 
-    On "cpu" the slots are in RAM and are filled from disk; behind GPUs RAM is a tier of its own.
-    Each GPU has experts of its own, and a part of that RAM. `note` is called with messages for a
-    person. With `exact` an expert is always computed by the same device; with `predicts` experts
-    are prefetched. here: the experts that are not left to workers, None for all. `workers` and
-    `copies` are as in `Dispatcher`. Raises `ResourceError` where a device cannot hold two experts
+    On "cpu" the slots are in RAM and are filled from disk. With GPUs, RAM is another tier. Each GPU
+    owns some of the experts and a part of the RAM. `note` is called with messages for a person.
+    With `exact` an expert is always computed by the same device. With `predicts` experts are
+    prefetched. `here` are the experts that are not left to workers, None for all. `workers` and
+    `copies` are as in `Dispatcher`. Raises `ResourceError` if a device cannot hold two experts
     after all.
     """
     for device, slots in zip(devices, placement.by_device, strict=True):
@@ -59,7 +59,7 @@ def build_experts(
         for expert in range(config.num_local_experts)
     }
     here = every if here is None else here
-    # Experts of lost workers come beside those of here, of which each GPU has its part.
+    # The experts of lost workers are added to the GPUs, as are the experts of this machine.
     room = placement.by_device
     owner = assign_owners(here, room) | assign_owners(every - here, room)
     counts = Counter(owner.values())
@@ -101,25 +101,25 @@ def _on_device(
     stays_cached: bool,
     is_first: bool,
 ) -> DeviceCompute:
-    """Return the holder of those experts that are at home on a device, in its part of a placement.
+    """Return the holder of the experts that a device owns, in its part of a placement.
 
-    Its files and RAM are read by its own mover alone.
+    Only its mover reads its files and RAM.
     """
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
     stored, used = blueprint.expert_of, blueprint.computed_on(device).expert
     reads_once = max(placement.slots, placement.host_slots) >= placement.experts
     disk = DiskSource(installed, stats, choose=not (reads_once and stays_cached))
-    behind = None
+    in_ram = None
     if placement.host_slots:
         # Experts that come down from a device are only of use in the layout of the file.
         swaps = placement.host_slots < placement.experts and blueprint.all_in_layout_of(used)
         order, lock = POLICIES[policy](passes), _lock_for(device)
-        behind = HostSource(
+        in_ram = HostSource(
             disk, placement.host_slots, blueprint.expert, order, swaps=swaps, lock=lock
         )
     name = "device" if is_first else "other-device"
-    store = ExpertStore(behind or disk, stored=stored, used=used, device=device, name=name)
+    store = ExpertStore(in_ram or disk, stored=stored, used=used, device=device, name=name)
     slots, watch = placement.slots, None
     if device == CPU:
         watch = _watch(installed, placement)
@@ -127,7 +127,7 @@ def _on_device(
         slots = _reserve(store, slots, device, note)
     cache = ExpertCache(slots, POLICIES[policy](passes))
     fetcher = Fetcher(cache, store, placement, passes, stats, watch)
-    host = None if behind is None or exact else _host_compute(installed, behind, device, note)
+    host = None if in_ram is None or exact else _host_compute(installed, in_ram, device, note)
     return DeviceCompute(fetcher, device, host)
 
 
@@ -149,7 +149,7 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
 
 
 def _reserve(store: ExpertStore, slots: int, device: torch.device, note: Note) -> int:
-    """Take the memory of `slots` slots, or of half as many until it suffices; return the count."""
+    """Reserve so many slots, or half as many until the memory suffices. Return their count."""
     while True:
         try:
             store.reserve(slots)
@@ -195,7 +195,7 @@ def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.devic
 
 
 def _lock_for(device: torch.device) -> PageLock:
-    """Return what pins blocks in RAM from which a GPU copies; others stay as they are."""
+    """Return a function that pins blocks in RAM if a GPU copies from them."""
     if gpu.is_gpu(device):
         return lambda block: gpu.page_lock(block, device)
     return lambda block: None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a chat without workers loads neither zmq nor pydantic
     from mixchat.experts.workers.link import Link
     from mixchat.experts.workers.remote_worker import RemoteWorker
 
-# Of a layer, to measure a worker with, in turn: a single one could stay in a processor's cache.
+# Experts of a layer that measure a worker in turn. One alone could stay in a processor's cache.
 _TRIED_EXPERTS = 4
 _TRIES = 5  # of each
 
@@ -36,9 +36,10 @@ _TRIES = 5  # of each
 def connect_workers(
     installed: InstalledModel, options: LoadOptions, here: str, note: Note
 ) -> list[RemoteWorker]:
-    """Connect to all workers that `options` name. Raises `MixchatError` where one fails.
+    """Connect to all workers that `options` name. Raises `MixchatError` if one fails.
 
-    here: `LinearSpec.arithmetic` of experts on this machine; `note` tells of workers with another.
+    `here` is the `LinearSpec.arithmetic` of experts on this machine. `note` tells of workers with
+    another.
     """
     if not options.workers:
         return []
@@ -52,7 +53,7 @@ def connect_workers(
 
 
 def ask_workers(installed: InstalledModel, options: LoadOptions) -> list[WorkerOffer]:
-    """Return what each worker offers, by trying it. Raises `MixchatError` where one fails."""
+    """Return the offer of each worker, by trying it. Raises `MixchatError` if one fails."""
     if not options.workers:
         return []
     from mixchat.experts.workers.sockets import ConnectionLostError
@@ -116,7 +117,7 @@ def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callabl
 
 
 def _offer(link: Link, installed: InstalledModel) -> WorkerOffer:
-    """Let a worker compute some experts again and again; to load them does not count."""
+    """Let a worker compute some experts again and again. The time to load them does not count."""
     experts = min(installed.config.num_local_experts, link.slots, _TRIED_EXPERTS)
     row = torch.zeros(1, installed.config.hidden_size, dtype=installed.blueprint.quantization.dtype)
     seconds, computing = [], []

@@ -38,8 +38,9 @@ from transformers import AutoTokenizer
 
 from mixchat.base.options import DenseBits, LoadOptions
 from mixchat.base.progress import NoProgress
-from mixchat.cli.calibrate import calibrate_model
+from mixchat.cli.output.progress import TerminalReporter
 from mixchat.loading.loader import load_engine
+from mixchat.sessions.install import calibrate_model
 from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
@@ -146,7 +147,7 @@ def calibrated_variants(work: Path) -> list[Variant]:
     for name, kind in QUANT_TYPES.items():
         directory = copied(work / kind, work / f"{kind}-calibrated")
         if blueprint_of(directory).quantization.scales != "calibrated":
-            calibrate_model(directory, None, NoProgress())
+            calibrate_model(directory, None, NoProgress(), TerminalReporter())
         found += both_parts(name + CALIBRATED, directory)
     return found
 

@@ -54,17 +54,17 @@ class SideBySide:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `mixchat bench --json` prints, with llama.cpp's figures."""
-        from mixchat.cli.output.bench_text import bench_as_dict
+        from mixchat.cli.output.bench_report import BenchReport
 
-        found = bench_as_dict(self.bench)
+        found = BenchReport(self.bench).as_json()
         for task, ours, theirs in zip(found["tasks"], self.bench.tasks, self.rates, strict=True):
             task |= {"llama.cpp": theirs, "to_peer": median(ratios(ours.rates, theirs))}
         return found
 
     def as_text(self) -> str:
         """Return what `mixchat bench` prints, with two columns more."""
-        from mixchat.cli.output.bench_text import bench_heading, task_table
-        from mixchat.cli.output.table import aligned
+        from mixchat.cli.output.bench_report import BenchReport, task_table
+        from mixchat.cli.output.reports import aligned
 
         more = [("LLAMA.CPP", "TIMES", "MIN - MAX")]
         for task, rates in zip(self.bench.tasks, self.rates, strict=True):
@@ -72,11 +72,12 @@ class SideBySide:
             spread = f"{min(times):.2f} - {max(times):.2f}"
             more.append((f"{median(rates):.1f}", f"{median(times):.2f}", spread))
         cells = zip(task_table(self.bench.tasks), more, strict=True)
-        return f"{bench_heading(self.bench)}\n\n{aligned([row + others for row, others in cells])}"
+        table = aligned([row + others for row, others in cells])
+        return f"{BenchReport(self.bench).heading()}\n\n{table}"
 
     def picture(self) -> Any:
         """Draw what `mixchat bench --png` draws, with llama.cpp's bars."""
-        from mixchat.cli.output.bench_text import draw_rates
+        from mixchat.cli.output.bench_report import draw_rates
 
         return draw_rates(
             self.bench,

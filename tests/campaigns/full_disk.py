@@ -69,14 +69,14 @@ def _download(
     """The real download; once its plan is announced, or later, the disk is filled."""
 
     def work() -> int:
-        from mixchat.cli.output import show_progress
+        from mixchat.cli.output import progress
         from mixchat.weights import models
         from mixchat.weights.make import download
         from mixchat.weights.make.quantize_options import QuantizeOptions
 
         ref = models.resolve(rig.REPO)
         request = download.DownloadRequest(ref, QuantizeOptions(), keep_source=keep)
-        with show_progress.show_progress() as shown:
+        with progress.show_progress() as shown:
             filling = Filling(shown, disk, room, when)
 
             def announce(plan: Any) -> None:

@@ -177,7 +177,7 @@ def _open_installed(copy: Path, chance: random.Random, name: str) -> str:
     import torch
 
     from mixchat.base.progress import NoProgress
-    from mixchat.cli.download import check_text
+    from mixchat.sessions.install import check_text
     from mixchat.weights import models
     from mixchat.weights.care.repair import verify
     from mixchat.weights.format.installed_model import InstalledModel

@@ -63,7 +63,7 @@ def _imported() -> None:
     import chat_doubles
 
     import mixchat.chat.session
-    import mixchat.cli.start_chat  # noqa: F401
+    import mixchat.sessions.open_chat  # noqa: F401
 
     chat_doubles.make_session()
 
@@ -101,11 +101,12 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
         def work() -> None:
             from chat_doubles import make_session
 
-            from mixchat.cli.start_chat import find_chat, new_saver
+            from mixchat.cli.output.progress import TerminalReporter
+            from mixchat.sessions.open_chat import find_chat, new_saver
 
             os.close(opened)
             session = make_session("An answer")
-            saver = new_saver(session, "demo", autosave=True)
+            saver = new_saver(session, "demo", TerminalReporter(), autosave=True)
             chat = find_chat(id)
             assert chat
             saver.resume(chat)

@@ -71,7 +71,7 @@ def warm_up() -> None:
     torch.set_num_threads(1)
 
     import mixchat.cli.app
-    import mixchat.cli.output.show_progress
+    import mixchat.cli.output.progress
     import mixchat.text.choose
     import mixchat.weights.care.housekeeping
     import mixchat.weights.care.repair
@@ -135,7 +135,7 @@ def fork(work: Callable[[], object], output: Path | None = None) -> int:
     except SystemExit as ending:
         code = int(ending.code or 0)
     except Exception as error:
-        from mixchat.cli.output.failure import MixchatError, print_error
+        from mixchat.cli.output.messages import MixchatError, print_error
 
         if not isinstance(error, MixchatError):
             os.environ["MIXCHAT_DEBUG"] = "1"

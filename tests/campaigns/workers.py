@@ -260,7 +260,7 @@ def run_part(campaign: Campaign, part: str, rounds: int | None) -> Found:
 
 def warm_up() -> None:
     """Import what workers and chat sides need."""
-    import mixchat.cli.worker
+    import mixchat.cli.serve
     import mixchat.experts.workers.server
     import mixchat.loading.loader
     import mixchat.loading.served_experts  # noqa: F401
@@ -268,9 +268,10 @@ def warm_up() -> None:
 
 def demo() -> Path:
     """Build the demo model."""
-    from mixchat.cli.opening import find_or_build
+    from mixchat.cli.output.progress import TerminalReporter
+    from mixchat.sessions.opening import find_or_build
 
-    return find_or_build("demo")
+    return find_or_build("demo", TerminalReporter())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import mixchat.base.errors
 sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
 from chat_doubles import make_session
 
-from mixchat.cli.opening import resolve_sampling
+from mixchat.sessions.opening import resolve_sampling
 
 
 def answers():
@@ -31,12 +31,16 @@ def make_error(spec):
     return getattr(module, spec["raise"])(spec["with"])
 
 
-def open_fake(model, load, output, *, sampling, **options):
+def open_fake(model, load, options, reporter, form=None):
     session = make_session(
         *answers(),
         context_size=load.context_size or 1000,
-        sampling=resolve_sampling(sampling, {}),
-        **options,
+        sampling=resolve_sampling(options.sampling, {}),
+        system=options.system,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        overflow=options.overflow,
+        form=form,
     )
     if delay := float(os.environ.get("DELAY", "0")):
         slow_down(session.engine, delay)
@@ -45,7 +49,7 @@ def open_fake(model, load, output, *, sampling, **options):
     return session
 
 
-def predict_fake(session, model, device):
+def predict_fake(models, session, name):
     measured_at = time.time() - 3 * 86400 - 5
     decode = types.SimpleNamespace(low=18.0, high=21.0, measured_at=measured_at)
     from_disk, from_ram = (
@@ -58,7 +62,7 @@ def predict_fake(session, model, device):
     return lambda: made
 
 
-def note_nothing(model, output):
+def note_nothing(model, reporter):
     """A server that runs on this machine is none of the tests' business."""
 
 
@@ -85,8 +89,10 @@ def record(engine, path):
 
 
 if __name__ == "__main__":
-    from mixchat.cli import app, local_models, run
+    from mixchat.cli import app, run
+    from mixchat.sessions import local_models
 
-    local_models.open_session, local_models._speed_predictor = open_fake, predict_fake
+    local_models.open_session = open_fake
+    local_models.LocalModels.predictor = predict_fake
     run._note_server = note_nothing
     app.run(sys.argv[1:])

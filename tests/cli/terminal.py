@@ -47,6 +47,17 @@ class Terminal:
     def type(self, text):
         os.write(self._master, text.encode())
 
+    def enter(self, line):
+        """Type a line at the prompt of a chat."""
+        self.wait_for(">>>")
+        self.type(line + "\r")
+
+    def leave(self):
+        """End a chat with Ctrl-D."""
+        self.wait_for(">>>")
+        self.type("\x04")
+        assert self.wait_for_end() == 0
+
     def wait_for(self, text, seconds=60):
         """Return the output up to and with `text`, since the last call."""
         wanted = text.encode()

@@ -376,7 +376,7 @@ def test_as_many_windows_are_read_as_were_asked_for_and_it_is_said_beforehand(
 
 
 def test_by_default_no_more_windows_are_written_than_time_allows(mixchat, installed, monkeypatch):
-    monkeypatch.setattr(calibrate_module, "_MOST_SECONDS", 1e-9)
+    monkeypatch.setattr(calibrate_module, "_DEFAULT_TEXT_S", 1e-9)
     done = mixchat("calibrate", "mine")
     assert any(line.startswith("writes 5 windows of 32") for line in lines_of(done))
 

@@ -3,7 +3,6 @@
 import errno
 import weakref
 from collections import defaultdict
-from functools import partial
 
 import pytest
 from chat_typing import CTRL_D, Chat
@@ -12,14 +11,14 @@ from tiny_tokenizer import write_tokenizer
 import mixchat.loading.loader
 from mixchat.base.errors import MixchatError, ResourceError
 from mixchat.base.options import LoadOptions
-from mixchat.chat.saved.chat_saver import ChatSaver
-from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.cli.cache_file import CacheSaver, FileBesideChat, NamedFile
-from mixchat.cli.change_model import ModelChanger, save_report
-from mixchat.cli.opening import open_session
-from mixchat.cli.output.print_answer import OutputOptions
+from mixchat.cli.output.progress import TerminalReporter
+from mixchat.sessions.cache_file import CacheSaver
+from mixchat.sessions.local_models import LocalModels
+from mixchat.sessions.open_chat import OpenChat
+from mixchat.sessions.provider import ChatOptions
 
 LOAD = LoadOptions(device="cpu")
+REPORTER = TerminalReporter(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +44,10 @@ def home(installed, tmp_path, monkeypatch):
 @pytest.fixture
 def loads(monkeypatch):
     """Notes what is loaded, and how many engines are open then; lets loads fail."""
-    real, seen = mixchat.loading.loader.load_engine, Loads()
+    real, seen = mixchat.loading.loader.build_engine, Loads()
 
-    def load_engine(directory, options, note):
+    def build_engine(installed, options, note):
+        directory = installed.directory
         seen.names.append(directory.name)
         seen.open_then.append(sum(not engine.is_closed for engine in seen.engines))
         seen.left_over += [half() for half in seen.halves if half() is not None]
@@ -55,10 +55,10 @@ def loads(monkeypatch):
         seen.halves.append(weakref.ref(half_loaded))
         if directory.name in seen.failing:
             raise seen.failing.pop(directory.name)
-        seen.engines.append(real(directory, options, note))
+        seen.engines.append(real(installed, options, note))
         return seen.engines[-1]
 
-    monkeypatch.setattr(mixchat.loading.loader, "load_engine", load_engine)
+    monkeypatch.setattr(mixchat.loading.loader, "build_engine", build_engine)
     return seen
 
 
@@ -76,25 +76,21 @@ class Loads:
 
 @pytest.fixture
 def start(home, loads, reports):
-    """Open `first`, and return the saver of a chat with it and what changes its model."""
-
-    def hooks(model):
-        return reports[model].append, lambda tokens, first: None
+    """Open `first` in a chat."""
 
     def start(load=LOAD):
-        open_model = partial(
-            open_session,
-            load=load,
-            output=OutputOptions(False, False, True, False, True),
-            sampling={"temperature": 0.0},
-            system=None,
-            max_tokens=3,
-            stop=[],
-            overflow="stop",
+        def new_report(session, predictor):
+            return reports[chat.saver.model].append
+
+        chat = OpenChat(
+            LocalModels(load, REPORTER, usual="first"),
+            "first",
+            ChatOptions({"temperature": 0.0}, max_tokens=3),
+            REPORTER,
+            new_report=new_report,
+            autosave=True,
         )
-        session = open_model("first")
-        saver = ChatSaver(session, ChatStore(home / "chats"), "first")
-        return saver, ModelChanger(saver, load, open_model, hooks)
+        return chat
 
     return start
 
@@ -106,26 +102,26 @@ def ask(saver, question="hell"):
 
 
 def test_one_engine_is_closed_before_another_is_loaded(start, loads):
-    saver, models = start()
-    ask(saver)
-    asked, before = saver.session.history, saver.session.engine
-    models.check("second")
-    models.change("second")
+    chat = start()
+    ask(chat.saver)
+    asked, before = chat.saver.session.history, chat.saver.session.engine
+    chat.check("second")
+    chat.change("second")
     assert (loads.names, loads.open_then) == (["first", "second"], [0, 0])
     assert before.is_closed
-    assert [m.content for m in saver.session.history] == [m.content for m in asked]
-    assert saver.session.engine.context_size == 128
-    assert ask(saver, "he").reused_tokens == 0
-    assert saver.store.latest().model == "second"
+    assert [m.content for m in chat.saver.session.history] == [m.content for m in asked]
+    assert chat.saver.session.engine.context_size == 128
+    assert ask(chat.saver, "he").reused_tokens == 0
+    assert chat.saver.store.latest().model == "second"
 
 
 def test_the_statistics_of_both_are_saved(start, home):
-    saver, models = start()
-    ask(saver)
-    models.change("second")
+    chat = start()
+    ask(chat.saver)
+    chat.change("second")
     assert (home / "stats" / "first.json").exists()
-    ask(saver)
-    save_report(saver.session, saver.model)
+    ask(chat.saver)
+    chat.close()
     assert (home / "stats" / "second.json").exists()
 
 
@@ -133,30 +129,30 @@ def test_the_statistics_of_both_are_saved(start, home):
     "fault", [ResourceError("no room"), MemoryError(), KeyboardInterrupt(), OSError(errno.EIO, "x")]
 )
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(start, loads, fault):
-    saver, models = start()
-    ask(saver)
-    seed, ids = saver.session.sampling.seed, saver.session.history[1].ids
+    chat = start()
+    ask(chat.saver)
+    seed, ids = chat.saver.session.sampling.seed, chat.saver.session.history[1].ids
     loads.failing["second"] = fault
     with pytest.raises(type(fault)):
-        models.change("second")
+        chat.change("second")
     assert loads.names == ["first", "second", "first"]
     assert loads.open_then == [0, 0, 0]
     assert loads.left_over == []  # the error held what was half loaded
-    assert saver.model == "first"
-    assert saver.session.history[1].ids == ids
-    assert saver.session.sampling.seed == seed
-    assert ask(saver, "he").generated_tokens == 3
+    assert chat.saver.model == "first"
+    assert chat.saver.session.history[1].ids == ids
+    assert chat.saver.session.sampling.seed == seed
+    assert ask(chat.saver, "he").generated_tokens == 3
 
 
 def test_where_neither_can_be_loaded_the_error_names_both(start, loads):
-    saver, models = start()
+    chat = start()
     loads.failing |= {"second": ResourceError("no room"), "first": ResourceError("none either")}
     with pytest.raises(MixchatError, match="no room; nor can first be loaded again: none either"):
-        models.change("second")
-    assert saver.session.engine.is_closed
-    with CacheSaver(saver.session, FileBesideChat(saver, create=True)):
+        chat.change("second")
+    assert chat.saver.session.engine.is_closed
+    with CacheSaver(chat.saver, REPORTER, create=True):
         pass  # there is nothing to save
-    save_report(saver.session, saver.model)
+    chat.close()
 
 
 @pytest.mark.parametrize(
@@ -164,86 +160,82 @@ def test_where_neither_can_be_loaded_the_error_names_both(start, loads):
     [
         ("third", LOAD, "there is no model 'third'"),
         ("instruct", LOAD, "not on this machine"),
-        ("", LOAD, "the model's name is empty"),
+        ("", LOAD, "there is no model ''"),
         ("first", LOAD, "this chat already has the model first"),
         ("damaged", LOAD, "experts-001.safetensors"),
         ("second", LoadOptions(device="cpu", trace="trace"), "--trace records the routing of one"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_closed(start, loads, home, name, load, error):
-    saver, models = start()
-    models = ModelChanger(saver, load, models._open, models._hooks)
+    chat = start()
+    models = LocalModels(load, REPORTER, usual="first")
     damaged = home / "models" / "damaged"
     damaged.mkdir()
     for file in (home / "models" / "second").iterdir():
         if file.name != "experts-001.safetensors":
             (damaged / file.name).write_bytes(file.read_bytes())
     with pytest.raises(MixchatError, match=error):
-        models.check(name)
+        models.check(name, "first")
     assert loads.names == ["first"]
-    assert ask(saver).generated_tokens == 3
+    assert ask(chat.saver).generated_tokens == 3
 
 
-def test_a_context_that_the_other_model_cannot_have_is_said_before(start):
+def test_a_context_that_the_other_model_cannot_have_is_said_before(home):
     load = LoadOptions(device="cpu", context_size=120)
-    saver, models = start(LoadOptions(device="cpu", context_size=90))
-    models.change("second")
-    models = ModelChanger(saver, load, models._open, models._hooks)
     with pytest.raises(MixchatError, match="120"):
-        models.check("first")
+        LocalModels(load, REPORTER, usual="second").check("first", "second")
 
 
 def test_a_tokenizer_that_cannot_be_read_is_said_before(start, home):
-    saver, models = start()
+    chat = start()
     odd = home / "models" / "odd"
     odd.mkdir()
     for file in (home / "models" / "second").iterdir():
         data = b"{" if file.name == "tokenizer.json" else file.read_bytes()
         (odd / file.name).write_bytes(data)
     with pytest.raises(MixchatError, match=r"tokenizer\.json"):
-        models.check("odd")
-    assert not saver.session.engine.is_closed
+        chat.check("odd")
+    assert not chat.saver.session.engine.is_closed
 
 
 def test_others_are_those_with_another_directory(start, home):
-    saver, models = start()
-    assert models.others() == ["second"]
-    saver.model = str(home / "models" / "second")
-    assert models.others() == ["first"]
-    saver.model = "gone"
-    assert models.others() == ["first", "second"]
+    chat = start()
+    assert chat.others() == ["second"]
+    chat.saver.model = str(home / "models" / "second")
+    assert chat.others() == ["first"]
+    chat.saver.model = "gone"
+    assert chat.others() == ["first", "second"]
 
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_the_kv_cache_comes_back_with_the_model_that_stays(start, loads, tmp_path, beside):
-    saver, models = start()
-    place = FileBesideChat(saver, create=True) if beside else NamedFile(tmp_path / "cache")
+    chat = start()
+    named = None if beside else tmp_path / "cache"
     loads.failing["second"] = ResourceError("no room")
-    with CacheSaver(saver.session, place) as cache:
-        ask(saver)
+    with CacheSaver(chat.saver, REPORTER, named=named, create=True) as cache:
+        ask(chat.saver)
         with pytest.raises(ResourceError), cache.changing_model():
-            models.change("second")
-        assert ask(saver, "he").reused_tokens == 3
+            chat.change("second")
+        assert ask(chat.saver, "he").reused_tokens == 3
 
 
 def test_the_kv_cache_of_the_new_model_is_saved_in_place_of_the_old_one_s(start, capsys):
-    saver, models = start()
-    with CacheSaver(saver.session, FileBesideChat(saver, create=True)) as cache:
-        ask(saver)
+    chat = start()
+    with CacheSaver(chat.saver, REPORTER, create=True) as cache:
+        ask(chat.saver)
         with cache.changing_model():
-            models.change("second")
-        ask(saver, "he")
-    with CacheSaver(saver.session, FileBesideChat(saver, create=True)):
-        assert ask(saver, "ll").reused_tokens > 6
+            chat.change("second")
+        ask(chat.saver, "he")
+    with CacheSaver(chat.saver, REPORTER, create=True):
+        assert ask(chat.saver, "ll").reused_tokens > 6
     assert capsys.readouterr().err == ""
 
 
 def test_a_chat_types_it(start, reports):
-    saver, models = start()
-    chat = Chat(
-        saver.session, "hell\r/model second\rhe\r/model\r" + CTRL_D, models=lambda _: models
-    )
+    opened = start()
+    typed = "hell\r/model second\rhe\r/model\r" + CTRL_D
+    chat = Chat(opened.session, typed, models=lambda _: opened)
     assert chat.errors == []
     assert len(reports["second"]) == 1
     assert "(the model is second from here on)" in chat.text
-    assert saver.model == "second"
+    assert opened.saver.model == "second"

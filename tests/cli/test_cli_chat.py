@@ -17,21 +17,17 @@ def test_a_chat_from_hello_to_goodbye(environment, tmp_path):
     }
     with Terminal([*FAKE, "run", "--verbose"], variables) as terminal:
         terminal.wait_for("/help")
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("Hello")
         terminal.wait_for("(hit rate 75.0%)")
-        terminal.wait_for(">>>")
-        terminal.type("How are you?" + ENTER)
+        terminal.enter("How are you?")
         terminal.wait_for("Fine")
         terminal.wait_for(">>>")
         terminal.type(UP)
         terminal.wait_for("How are you?")
         terminal.type(ENTER)
         terminal.wait_for("Twice")
-        terminal.wait_for(">>>")
-        terminal.type(CTRL_D)
-        assert terminal.wait_for_end() == 0
+        terminal.leave()
     prompts = (tmp_path / "p").read_text().split("\n---\n")
     assert prompts[2].count("[user]How are you?") == 2
 
@@ -44,13 +40,11 @@ def test_ctrl_c_stops_an_answer_and_the_chat_continues(environment, tmp_path):
         "PROMPTS": str(tmp_path / "p"),
     }
     with Terminal([*FAKE, "run"], variables) as terminal:
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("xxx")
         terminal.type(CTRL_C)
         terminal.wait_for("(stopped; /continue resumes it)")
-        terminal.wait_for(">>>")
-        terminal.type("Well?" + ENTER)
+        terminal.enter("Well?")
         terminal.wait_for("Fine")
         terminal.wait_for(">>>")
         terminal.type(CTRL_C)
@@ -69,14 +63,11 @@ def test_ctrl_c_right_after_enter_stops_the_answer(environment, milliseconds):
     """Within 20 ms it was a key for the next prompt, and the whole answer was given."""
     variables = environment | {"SCRIPT": f'["{"x" * 9000}"]', "DELAY": "0.02"}
     with Terminal([*FAKE, "run"], variables) as terminal:
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         time.sleep(milliseconds / 1000)
         terminal.type(CTRL_C)
         terminal.wait_for("(stopped", 30)
-        terminal.wait_for(">>>")
-        terminal.type(CTRL_D)
-        assert terminal.wait_for_end() == 0
+        terminal.leave()
 
 
 def test_an_error_in_a_turn_is_one_line_and_the_chat_continues(environment):
@@ -84,14 +75,11 @@ def test_an_error_in_a_turn_is_one_line_and_the_chat_continues(environment):
         "SCRIPT": '[[{"raise": "PromptError", "with": "too long"}], "Fine"]',
     }
     with Terminal([*FAKE, "run"], variables) as terminal:
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("error: too long")
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("Fine")
-        terminal.wait_for(">>>")
-        terminal.type("/bye" + ENTER)
+        terminal.enter("/bye")
         assert terminal.wait_for_end() == 0
 
 
@@ -123,8 +111,7 @@ def test_what_is_typed_during_an_answer_is_done_line_by_line(environment, tmp_pa
         "PROMPTS": str(tmp_path / "p"),
     }
     with Terminal([*FAKE, "run"], variables) as terminal:
-        terminal.wait_for(">>>")
-        terminal.type("First" + ENTER)
+        terminal.enter("First")
         terminal.wait_for("One")
         terminal.type("Second" + ENTER + "/clear" + ENTER + "Third" + ENTER + CTRL_D)
         terminal.wait_for("Three.")
@@ -149,14 +136,11 @@ def test_prompt_question_and_error_have_colours_unless_they_are_switched_off(
     """All of a chat was grey."""
     environment = {key: value for key, value in environment.items() if key != "NO_COLOR"}
     with Terminal([*FAKE, "run"], environment | variables) as terminal:
-        terminal.wait_for(">>>")
-        terminal.type("/nonsense" + ENTER)
+        terminal.enter("/nonsense")
         terminal.wait_for("hint:")
         terminal.type("Hi" + ENTER)
         terminal.wait_for("Hello")
-        terminal.wait_for(">>>")
-        terminal.type(CTRL_D)
-        assert terminal.wait_for_end() == 0
+        terminal.leave()
     seen = pyte.Screen(80, 24)
     pyte.ByteStream(seen).feed(terminal.screen)
     colours = {

@@ -9,7 +9,8 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.cli.cache_file import CacheSaver, FileBesideChat
+from mixchat.cli.output.progress import TerminalReporter
+from mixchat.sessions.cache_file import CacheSaver
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def saver_of(tiny_model, tmp_path):
 
 
 def cache_of(saver, **options):
-    return CacheSaver(saver.session, FileBesideChat(saver, **options))
+    return CacheSaver(saver, TerminalReporter(), **options)
 
 
 def asked(saver, question):

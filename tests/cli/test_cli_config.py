@@ -8,7 +8,7 @@ import sys
 import pytest
 from test_cli_run import prompts_in
 
-from mixchat.cli.flags.config_flag import settings_of
+from mixchat.cli.flags.settings import settings_of
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_each_error_has_its_exit_code(mixchat, kind, code):
 
 @pytest.mark.parametrize("base", [MemoryError, RuntimeError])
 def test_a_gpus_memory_that_runs_out_says_what_to_try(capsys, base):
-    from mixchat.cli.output.failure import print_error
+    from mixchat.cli.output.messages import print_error
 
     error = type("OutOfMemoryError", (base,), {})("CUDA out of memory")
     assert print_error(error) == 7
@@ -145,7 +145,7 @@ def numpy_s_error():
 )
 def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatch, error):
     """Under `ulimit -v` most of these ended as "internal error", and the hint named experts."""
-    from mixchat.cli.output import failure
+    from mixchat.cli.output import messages as failure
 
     monkeypatch.setattr(failure, "memory_left_by_ulimit", lambda: {"ulimit -v": 5})
     assert failure.print_error(error) == 7
@@ -164,7 +164,7 @@ def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatc
     ],
 )
 def test_other_faults_are_not_taken_for_a_lack_of_memory(capsys, error):
-    from mixchat.cli.output.failure import print_error
+    from mixchat.cli.output.messages import print_error
 
     assert print_error(error) == 1
     assert "internal error" in capsys.readouterr().err

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from mixchat.base.errors import CheckpointError, PromptError, UsageError
-from mixchat.cli.jsonl import open_answers, write_answers
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.lines import Line
 from mixchat.serving.service import Done
+from mixchat.sessions.answer_lines import open_answers, write_answers
 from tests.tiny_tokenizer import write_tokenizer
 
 COMMAND = [sys.executable, "-m", "mixchat", "run"]
@@ -157,7 +157,7 @@ def test_a_fault_of_the_machine_is_no_answer_and_the_line_is_left_for_the_next_r
 
     out = tmp_path / "out"
     with open_answers(out) as file, pytest.raises(CheckpointError):
-        write_answers(enumerate([b"{}"] * 3, 1), file, answers, print)
+        write_answers(answers(enumerate([b"{}"] * 3, 1)), file, print)
     with open_answers(out) as file:
         assert file.last == 1
 
@@ -174,7 +174,8 @@ def answer_with(out: Path, lines: int, errors: set[int], *, keep_failed: bool = 
             yield line
 
     with open_answers(out, keep_failed=keep_failed) as file:
-        write_answers(enumerate([b"{}"] * lines, 1), file, answers, lambda text: None)
+        numbered = (line for line in enumerate([b"{}"] * lines, 1) if file.want(line[0]))
+        write_answers(answers(numbered), file, lambda text: None)
     return asked
 
 
@@ -199,7 +200,7 @@ def test_lines_that_failed_are_tried_again_and_their_last_answer_counts(tmp_path
 def test_an_answer_file_of_one_endless_line_is_not_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixchat.cli.jsonl.MAX_SIZE", 1000)
+    monkeypatch.setattr("mixchat.sessions.answer_lines.MAX_SIZE", 1000)
     out = tmp_path / "out"
     with open(out, "wb") as file:
         file.write(b'{"line": 1, "answer": "')

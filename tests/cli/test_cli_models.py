@@ -6,7 +6,8 @@ import pytest
 
 from mixchat.base.errors import ModelNotFoundError
 from mixchat.base.progress import progress_bar
-from mixchat.cli.opening import find_or_build
+from mixchat.cli.output.progress import TerminalReporter
+from mixchat.sessions.opening import find_or_build
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
@@ -192,7 +193,7 @@ def calls(monkeypatch):
 
 def test_run_builds_the_demo_model_by_itself(calls, monkeypatch, tmp_path):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
-    assert find_or_build("demo") == tmp_path / "models" / "demo"
+    assert find_or_build("demo", TerminalReporter()) == tmp_path / "models" / "demo"
     assert calls[0].ref.demo
 
 
@@ -201,14 +202,14 @@ def test_a_quiet_run_builds_the_demo_model_without_a_word(
     calls, monkeypatch, tmp_path, capsys, quiet
 ):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
-    find_or_build("demo", quiet=quiet)
+    find_or_build("demo", TerminalReporter(quiet))
     assert ("quantizing" in capsys.readouterr().err) is not quiet
 
 
 def test_run_fetches_no_other_model_by_itself(calls, monkeypatch, tmp_path):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     with pytest.raises(ModelNotFoundError) as caught:
-        find_or_build("instruct")
+        find_or_build("instruct", TerminalReporter())
     assert "mixchat download instruct" in (caught.value.hint or "")
     assert calls == []
 
@@ -216,5 +217,5 @@ def test_run_fetches_no_other_model_by_itself(calls, monkeypatch, tmp_path):
 def test_run_takes_an_installed_model_as_it_is(calls, keep, monkeypatch, tmp_path):
     installed = keep("demo", "demo")
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
-    assert find_or_build("demo") == installed
+    assert find_or_build("demo", TerminalReporter()) == installed
     assert calls == []

@@ -27,15 +27,15 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     class Engine:
         config = Config()
 
-    def load_engine(directory, options, note):
-        seen["directory"], seen["load"] = directory, options
+    def build_engine(installed, options, note):
+        seen["directory"], seen["load"] = installed.directory, options
         return Engine()
 
     def session(*arguments, **options):
         seen["session"] = options
         raise Stop
 
-    monkeypatch.setattr("mixchat.loading.loader.load_engine", load_engine)
+    monkeypatch.setattr("mixchat.loading.loader.build_engine", build_engine)
     monkeypatch.setattr("mixchat.text.checkpoint_text.CheckpointText", Text)
     monkeypatch.setattr("mixchat.chat.session.ChatSession", session)
     flags = (

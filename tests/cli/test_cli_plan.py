@@ -14,9 +14,8 @@ import pytest
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base import machine
-from mixchat.cli import plan as plan_command
 from mixchat.cli.output import plan_text
-from mixchat.loading import workers
+from mixchat.loading import plan
 from mixchat.planning import fitting, measuring, torch_threads
 from mixchat.planning.machine_speeds import MachineSpeeds
 from mixchat.planning.measuring import SAMPLES
@@ -261,7 +260,7 @@ def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, m
 def at(monkeypatch, days):
     """Let it be so many days after some moment, for what measures and what says how long ago."""
     clock = SimpleNamespace(time=lambda: 1.7e9 + 86400 * days, perf_counter=time.perf_counter)
-    for module in (measuring, plan_text, plan_command):
+    for module in (measuring, plan_text, plan):
         monkeypatch.setattr(module, "time", clock)
 
 
@@ -333,7 +332,7 @@ def test_a_second_form_is_left_out_if_the_first_took_all_the_time(run, measured,
         clock.now += 30
         return SPEEDS
 
-    for module in (measuring, plan_command):
+    for module in (measuring, plan):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(measuring, "MOST_SECONDS", 20)
     monkeypatch.setattr(measuring, "take_sample", measure_slowly)
@@ -638,7 +637,7 @@ def test_a_name_that_means_nothing_does_not_wait_for_torch(environment):
 def offered(monkeypatch):
     """Workers with these offers, whatever their addresses; returns the list to fill."""
     offers = []
-    monkeypatch.setattr(workers, "ask_workers", lambda installed, options: offers)
+    monkeypatch.setattr(plan, "ask_workers", lambda installed, options: offers)
     return offers
 
 
@@ -702,17 +701,3 @@ def test_workers_are_of_no_use_before_the_model_is_installed(run, measured, offe
         "hint: Workers serve only the same model as this machine's: install it on each of them.",
     ]
     assert measured == []
-
-
-def test_its_flags_are_those_of_run(run):
-    said = run("--help").stdout.decode()
-    for flag in (
-        "--ctx-size",
-        "--host-memory",
-        "--device-memory",
-        "--device",
-        "--measure",
-        "--json",
-    ):
-        assert flag in said
-    assert "machine.json" in said

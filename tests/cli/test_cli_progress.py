@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from mixchat.base.progress import NoProgress, progress_bar
-from mixchat.cli.output.show_progress import Bars, Lines, resumable, show_progress, status
+from mixchat.base.progress import progress_bar
+from mixchat.cli.output.progress import Bars, Lines, resumable, show_progress, status
 
 
 class Screen(io.StringIO):
@@ -192,14 +192,6 @@ def test_a_bar_is_closed_by_an_error_in_its_block():
     with pytest.raises(KeyboardInterrupt), progress_bar(lines, "fetching", 10):
         raise KeyboardInterrupt
     assert out.getvalue().splitlines()[-1] == "fetching: 0 bytes in less than 1 s"
-
-
-def test_no_progress_takes_everything_and_prints_nothing(capsys):
-    with progress_bar(NoProgress(), "x", 1) as task:
-        task.advance(1)
-        task.close()
-    NoProgress().note("x")
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_status_is_for_terminals_only_and_its_text_is_no_markup():

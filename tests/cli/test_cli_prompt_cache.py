@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from mixchat.cli.cache_file import FILE_START
+from mixchat.sessions.cache_file import FILE_START
+from mixchat.sessions.local_models import LocalModels
 
 _FIRST = 30  # the tiny model's 97 tokens are the characters from here on
 
@@ -43,19 +44,18 @@ def ask(mixchat, monkeypatch, exact_model):
     """Runs `mixchat run ARGS` with the tiny model, greedily, for 8 tokens."""
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
-    from mixchat.cli.opening import resolve_sampling
     from mixchat.loading.loader import load_engine
+    from mixchat.sessions.opening import resolve_sampling
 
-    def opened(model, load, output, *, sampling, **options):
+    def opened(model, load, options, reporter, form=None):
         engine = load_engine(exact_model, replace(load, device="cpu"))
         return ChatSession(
-            EngineBackend(engine, Tokenizer(), Template(), form=options.pop("form")),
-            sampling=resolve_sampling(sampling, {}),
-            **options,
+            EngineBackend(engine, Tokenizer(), Template(), form=form),
+            **vars(replace(options, sampling=resolve_sampling(options.sampling, {}))),
         )
 
-    monkeypatch.setattr("mixchat.cli.local_models.open_session", opened)
-    monkeypatch.setattr("mixchat.cli.local_models._speed_predictor", lambda *given: lambda: None)
+    monkeypatch.setattr("mixchat.sessions.local_models.open_session", opened)
+    monkeypatch.setattr(LocalModels, "predictor", lambda *given: lambda: None)
     return lambda *arguments: mixchat(
         *("run", "-s", "A long text.", "--temp", "0", "-n", "8", *arguments), fake=False
     )
@@ -83,15 +83,13 @@ def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
 
 
 def test_a_chat_is_saved_at_its_end(ask, tmp_path, monkeypatch):
-    from mixchat.cli import run
-
-    def chat(saver, cache, models, files, *, after_turn, **others):
+    def chat(repl):
         for question in ("Why?", "Where?"):
-            *_, finished = saver.session.ask(question)
-            after_turn(finished)
+            *_, finished = repl._chat.session.ask(question)
+            repl._chat._after_turn(finished)
 
-    monkeypatch.setattr(run, "start_chat", chat)
-    monkeypatch.setattr(run, "read_prompt", lambda *given: None)
+    monkeypatch.setattr("mixchat.chat.terminal.repl.Repl.run", chat)
+    monkeypatch.setattr("mixchat.cli.run.read_prompt", lambda *given: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     flags = ("--prompt-cache", str(tmp_path / "f"), "--verbose")
     assert reused(ask(*flags)) == 0

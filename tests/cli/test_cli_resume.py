@@ -10,7 +10,7 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
-from mixchat.cli.flags.chat_flags import with_last_chat
+from mixchat.cli.flags.run_flags import with_last_chat
 
 ENTER, CTRL_D = "\r", "\x04"
 
@@ -25,12 +25,9 @@ def chat(environment, tmp_path):
         script = {"SCRIPT": json.dumps(answers), "PROMPTS": str(prompts)}
         with Terminal([*FAKE, "run", *flags], environment | script | variables) as terminal:
             for question, answer in zip(questions, answers, strict=True):
-                terminal.wait_for(">>>")
-                terminal.type(question + ENTER)
+                terminal.enter(question)
                 terminal.wait_for(answer)
-            terminal.wait_for(">>>")
-            terminal.type(CTRL_D)
-            assert terminal.wait_for_end() == 0
+            terminal.leave()
         return prompts.read_text().split("\n---\n")[:-1]
 
     return chat
@@ -70,8 +67,7 @@ def test_a_turn_that_fails_to_be_printed_is_saved_all_the_same(chat, mixchat, pr
 def test_a_chat_whose_terminal_is_closed_keeps_what_was_said(environment, ids, process):
     variables = environment | {"SCRIPT": json.dumps(["x" * 500]), "DELAY": "0.05"}
     with Terminal([*FAKE, "run"], variables) as terminal:
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("xxx")
         terminal.process.send_signal(signal.SIGHUP)
         assert terminal.wait_for_end() == 129

@@ -110,10 +110,6 @@ def test_the_flags_reach_the_session(mixchat, tmp_path):
     assert prompts_in(tmp_path / "prompts") == ["[system]Be brief[user]Hi"]
 
 
-def test_max_tokens_is_kept(mixchat):
-    assert mixchat("run", "Hi", "--max-tokens", "2").stdout == b"He\n"
-
-
 def test_the_default_length_of_an_answer_is_said_on_stderr_where_it_cuts(mixchat):
     done = mixchat("run", "Hi", "--ctx-size", "16", "--json")
     assert json.loads(done.stdout)["stop_reason"] == "length"

@@ -21,8 +21,8 @@ from scripted_server import (
 from terminal import Terminal
 from test_cli_startup import PRINT_MODULES
 
-from mixchat.cli import server_chat
 from mixchat.cli.app import app
+from mixchat.cli.flags import run_flags
 
 ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"
 
@@ -122,7 +122,7 @@ def test_each_flag_of_run_either_works_with_a_server_or_is_refused():
     work |= {"schema", "grammar", "jsonl", "resume_from", "keep_failed", "parallel"}
     command = typer.main.get_command(app).commands["run"]
     names = {parameter.name for parameter in command.params}
-    assert names == work | set(server_chat.OF_LOADING)
+    assert names == work | set(run_flags._FOR_LOADING)
 
 
 def lines_of(*texts):
@@ -329,18 +329,18 @@ def test_it_does_not_load_what_only_an_engine_needs(environment):
 
 
 def test_a_server_that_has_the_model_already_is_noted(mixchat, monkeypatch):
-    from mixchat.cli.output.print_answer import OutputOptions
+    from mixchat.cli.output.progress import TerminalReporter
     from mixchat.cli.run import _note_server
 
     monkeypatch.setattr(
         "mixchat.serving.client.local_server.is_served_here", lambda name: name == "demo"
     )
     said = []
-    monkeypatch.setattr(OutputOptions, "note", lambda self, text: said.append(text))
-    _note_server("instruct", OutputOptions())
-    _note_server("demo", OutputOptions(quiet=True))
+    monkeypatch.setattr(TerminalReporter, "note", lambda self, text: said.append(text))
+    _note_server("instruct", TerminalReporter())
+    _note_server("demo", TerminalReporter(quiet=True))
     assert said == []
-    _note_server("demo", OutputOptions())
+    _note_server("demo", TerminalReporter())
     assert said == [
         "a server with demo is running: --server 127.0.0.1:11435 answers without loading it again"
     ]
@@ -354,23 +354,15 @@ def chat(environment):
     )
 
 
-def leave(terminal):
-    terminal.wait_for(">>>")
-    terminal.type(CTRL_D)
-    assert terminal.wait_for_end() == 0
-
-
 def test_a_chat_with_a_server_from_hello_to_goodbye(chat):
     models = as_json({"data": [{"id": "tiny", "context_size": 100}, {"id": "other"}]})
     answers = [says("Hello", counts=usage(5, 2)), says("Fine")]
     with ScriptedServer(*answers, models=models) as server, chat(server) as terminal:
         terminal.wait_for("tiny; /help")
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("waiting for the server")
         terminal.wait_for("Hello")
-        terminal.wait_for(">>>")
-        terminal.type("/tokens" + ENTER)
+        terminal.enter("/tokens")
         terminal.wait_for("7 of 100 tokens (7%)")
         terminal.type("/experts" + ENTER)
         terminal.wait_for("error: a server answers here, and does not tell of its experts")
@@ -385,10 +377,9 @@ def test_a_chat_with_a_server_from_hello_to_goodbye(chat):
         terminal.wait_for("takes effect")
         terminal.type("/model other" + ENTER)
         terminal.wait_for("(the model is other from here on)")
-        terminal.wait_for(">>>")
-        terminal.type("How are you?" + ENTER)
+        terminal.enter("How are you?")
         terminal.wait_for("Fine")
-        leave(terminal)
+        terminal.leave()
     body = server.asked()[1]
     assert (body["model"], body["temperature"]) == ("other", 0.7)
     assert [m["content"] for m in body["messages"]] == ["Hi", "Hello", "How are you?"]
@@ -399,16 +390,14 @@ def test_ctrl_c_ends_the_request_and_the_chat_continues(chat):
         ScriptedServer(Answer([delta("One two")], end="hold"), says("Fine")) as server,
         chat(server) as terminal,
     ):
-        terminal.wait_for(">>>")
-        terminal.type("Count" + ENTER)
+        terminal.enter("Count")
         terminal.wait_for("One two")
         terminal.type(CTRL_C)
         assert server.gone.wait(60)
         terminal.wait_for("(stopped; /continue resumes it)")
-        terminal.wait_for(">>>")
-        terminal.type("Well?" + ENTER)
+        terminal.enter("Well?")
         terminal.wait_for("Fine")
-        leave(terminal)
+        terminal.leave()
     assert server.asked()[1]["messages"][1]["content"] == "One two"
 
 
@@ -416,16 +405,14 @@ def test_ctrl_c_ends_the_request_and_the_chat_continues(chat):
 def test_ctrl_c_ends_the_wait_for_a_server_that_is_silent(chat, head):
     silent = Answer(end="hold", head=head)
     with ScriptedServer(silent, says("Fine")) as server, chat(server) as terminal:
-        terminal.wait_for(">>>")
-        terminal.type("Count" + ENTER)
+        terminal.enter("Count")
         assert server.holds.wait(60)
         terminal.type(CTRL_C)
         assert server.gone.wait(60)
         terminal.wait_for("(stopped)")
-        terminal.wait_for(">>>")
-        terminal.type("Well?" + ENTER)
+        terminal.enter("Well?")
         terminal.wait_for("Fine")
-        leave(terminal)
+        terminal.leave()
 
 
 def test_a_server_that_goes_away_leaves_the_chat_and_what_it_said(chat):
@@ -433,15 +420,13 @@ def test_a_server_that_goes_away_leaves_the_chat_and_what_it_said(chat):
         ScriptedServer(Answer([delta("One two")], end="reset"), says(" three")) as server,
         chat(server) as terminal,
     ):
-        terminal.wait_for(">>>")
-        terminal.type("Count" + ENTER)
+        terminal.enter("Count")
         terminal.wait_for("One two")
         terminal.wait_for("error: ")
         terminal.wait_for("(what came is kept; /continue resumes it)")
-        terminal.wait_for(">>>")
-        terminal.type("/continue" + ENTER)
+        terminal.enter("/continue")
         terminal.wait_for("three")
-        leave(terminal)
+        terminal.leave()
     assert server.asked()[1]["messages"][-1]["content"] == "One two"
 
 
@@ -451,10 +436,8 @@ def test_what_a_server_sends_cannot_act_on_the_terminal(chat):
         ScriptedServer(says(evil), refusal("500 E", f"bad {evil}\nerror: x")) as server,
         chat(server) as terminal,
     ):
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("a[2Jbcd")
-        terminal.wait_for(">>>")
-        terminal.type("Hi" + ENTER)
+        terminal.enter("Hi")
         terminal.wait_for("bad a[2Jbcd error: x")
-        leave(terminal)
+        terminal.leave()

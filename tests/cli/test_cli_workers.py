@@ -11,7 +11,7 @@ GIVEN = ("--worker", "192.168.1.5", "--worker", "helper:80", "--key-file", "a.ke
 TAKEN_BY = {
     "run": "fake_mixchat.open_fake",
     "bench": "mixchat.bench.rounds.Bench",
-    "plan": "mixchat.cli.plan._plan",
+    "plan": "mixchat.loading.plan.plan",
 }
 
 

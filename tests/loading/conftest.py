@@ -6,7 +6,7 @@ from pathlib import Path
 import paper_gpu
 import pytest
 from paper_gpu import PaperRuntime
-from paper_tools import CONTEXT, KINDS, LAYERS, Case, logits, speeds
+from paper_tools import CONTEXT, KINDS, LAYERS, Case, Cases, logits, speeds
 
 from mixchat.base.options import LoadOptions
 from mixchat.loading import tiers
@@ -23,9 +23,7 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperRuntime]:
 
 
 @pytest.fixture(scope="module")
-def case(
-    make_checkpoint: Callable[..., Path], install: Callable[..., Path]
-) -> Callable[[str], Case]:
+def case(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Cases:
     """Return the case of a kind, made when it is first asked for."""
     made: dict[str, Case] = {}
 

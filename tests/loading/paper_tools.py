@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Case(NamedTuple):
     blueprint: Blueprint
     expected: torch.Tensor
 
+
+Cases = Callable[[str], Case]  # by the kind of quantization
 
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"quant_type": "none"},

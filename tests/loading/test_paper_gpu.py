@@ -1,6 +1,5 @@
 """All that is written for CUDA, run on a GPU on paper (see paper_gpu.py) beside the CPU."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from paper_tools import (
     LAYERS,
     PROMPT,
     TOLERANCES,
-    Case,
+    Cases,
     apart,
     demand_of,
     load,
@@ -46,7 +45,7 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_computes_what_the_cpu_computes_wherever_experts_are(
-    paper: PaperRuntime, case: Callable[[str], Case], kind: str, place: str
+    paper: PaperRuntime, case: Cases, kind: str, place: str
 ) -> None:
     slots, host = PLACES[place]
     engine = load(case(kind), slots, host)
@@ -57,7 +56,7 @@ def test_a_gpu_computes_what_the_cpu_computes_wherever_experts_are(
 
 @pytest.mark.parametrize("place", list(PLACES)[1:])
 def test_where_experts_are_does_not_show_in_what_a_gpu_computes(
-    paper: PaperRuntime, case: Callable[[str], Case], place: str
+    paper: PaperRuntime, case: Cases, place: str
 ) -> None:
     expected = logits(load(case("nf4"), EXPERTS, kv_bits=8))
     assert torch.equal(logits(load(case("nf4"), *PLACES[place], kv_bits=8)), expected)
@@ -65,10 +64,7 @@ def test_where_experts_are_does_not_show_in_what_a_gpu_computes(
 
 @pytest.mark.parametrize("kind", ["fp32", "nf4, reordered"])
 def test_what_the_cpu_computes_for_a_gpu_is_right(
-    paper: PaperRuntime,
-    case: Callable[[str], Case],
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1.0, expert=1e-9))
     computed = []
@@ -93,7 +89,7 @@ WAITS = {"all in RAM": (3, EXPERTS, False), "computed there": (3, EXPERTS, True)
 
 @pytest.mark.parametrize("place", WAITS)
 def test_a_token_waits_once_a_layer_and_once_for_the_logits(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, place: str
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """With experts missing it was twice a layer: for the choice and for the predictions.
 
@@ -115,7 +111,7 @@ def test_a_token_waits_once_a_layer_and_once_for_the_logits(
 
 
 def test_a_prompt_waits_twice_a_layer_at_most_however_many_experts_it_needs(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     """For the choice and for the predictions; it was once for each expert, too."""
     engine = load(case("fp32"), 3, EXPERTS)
@@ -125,7 +121,7 @@ def test_a_prompt_waits_twice_a_layer_at_most_however_many_experts_it_needs(
 
 
 def test_a_gpu_with_less_memory_than_it_says_holds_half_of_the_experts(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     expected = logits(load(case("nf4"), EXPERTS))
     notes: list[str] = []
@@ -137,7 +133,7 @@ def test_a_gpu_with_less_memory_than_it_says_holds_half_of_the_experts(
 
 
 def test_a_gpu_that_never_has_memory_for_two_experts_is_refused(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paper, "mem_get_info", lambda device: (10**9, 10**9))
     paper.memory(torch.device("paper", 0)).total = 0
@@ -147,7 +143,7 @@ def test_a_gpu_that_never_has_memory_for_two_experts_is_refused(
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
 def test_a_gpu_may_run_out_of_memory_at_any_time(
-    paper: PaperRuntime, case: Callable[[str], Case], kind: str
+    paper: PaperRuntime, case: Cases, kind: str
 ) -> None:
     """Also in the thread that moves experts, which reorders them in memory of the GPU."""
     expected = text(load(case(kind), EXPERTS))
@@ -165,7 +161,7 @@ def test_a_gpu_may_run_out_of_memory_at_any_time(
 
 
 def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     notes: list[str] = []
     engine = load(case("nf4"), 5, EXPERTS, notes.append)
@@ -181,7 +177,7 @@ def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(
 
 @pytest.mark.parametrize("place", ["all resident", "over RAM for all"])
 def test_a_model_takes_the_memory_that_it_was_said_to_take(
-    paper: PaperRuntime, case: Callable[[str], Case], place: str
+    paper: PaperRuntime, case: Cases, place: str
 ) -> None:
     slots, host = PLACES[place]
     before, _ = settled(paper)
@@ -199,7 +195,7 @@ def test_a_model_takes_the_memory_that_it_was_said_to_take(
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
 def test_8_bits_are_widened_where_all_experts_fit_beside_that(
-    paper: PaperRuntime, case: Callable[[str], Case], kind: str
+    paper: PaperRuntime, case: Cases, kind: str
 ) -> None:
     before, _ = settled(paper)
     engine = load(case(kind), EXPERTS, more=1_000_000)
@@ -213,7 +209,7 @@ def test_8_bits_are_widened_where_all_experts_fit_beside_that(
 
 @pytest.mark.parametrize(("slots", "more"), [(EXPERTS, 0), (EXPERTS - 1, 1000)])
 def test_8_bits_stay_where_they_are_needed_for_experts(
-    paper: PaperRuntime, case: Callable[[str], Case], slots: int, more: int
+    paper: PaperRuntime, case: Cases, slots: int, more: int
 ) -> None:
     engine = load(case("nf4"), slots, more=more)
     assert engine.blueprint == case("nf4").blueprint
@@ -221,7 +217,7 @@ def test_8_bits_stay_where_they_are_needed_for_experts(
 
 
 def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unpins_the_hosts(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     """Pinned pages stayed so; the next block at that address could not be pinned."""
 
@@ -236,7 +232,7 @@ def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unpins_the_hos
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
 def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(
-    paper: PaperRuntime, case: Callable[[str], Case], kind: str
+    paper: PaperRuntime, case: Cases, kind: str
 ) -> None:
     """CUDA reports the refusal again at the next kernel, which was one that reorders an expert."""
     expected = text(load(case(kind), EXPERTS))
@@ -256,7 +252,7 @@ def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_re
 
 
 def test_the_second_of_two_gpus_computes_what_the_first_does(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     """Every tensor of its is in its memory: mixed memories are an error."""
     expected = logits(load(case("nf4"), 3, EXPERTS))
@@ -267,7 +263,7 @@ def test_the_second_of_two_gpus_computes_what_the_first_does(
 
 
 def test_planning_looks_at_a_gpu_and_measures_it(
-    paper: PaperRuntime, case: Callable[[str], Case], tmp_path: Path
+    paper: PaperRuntime, case: Cases, tmp_path: Path
 ) -> None:
     device, blueprint = torch.device("paper", 0), case("nf4").blueprint
     there = Machine.now(tmp_path, [device])

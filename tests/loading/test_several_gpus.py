@@ -19,6 +19,7 @@ from paper_tools import (
     PROMPT,
     TOLERANCES,
     Case,
+    Cases,
     apart,
     demand_of,
     load,
@@ -86,7 +87,7 @@ def spread_out(paper: PaperRuntime, case: Case, name: str, **options: Any) -> En
 
 
 @pytest.fixture(scope="module")
-def alone(case: Callable[[str], Case]) -> Callable[[PaperRuntime, str], torch.Tensor]:
+def alone(case: Cases) -> Callable[[PaperRuntime, str], torch.Tensor]:
     """Return what one GPU that holds all experts of a kind computes."""
     found: dict[str, torch.Tensor] = {}
 
@@ -103,7 +104,7 @@ def alone(case: Callable[[str], Case]) -> Callable[[PaperRuntime, str], torch.Te
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_gpus_compute_what_one_computes(
     paper: PaperRuntime,
-    case: Callable[[str], Case],
+    case: Cases,
     alone: Callable[[PaperRuntime, str], torch.Tensor],
     kind: str,
     name: str,
@@ -118,7 +119,7 @@ def test_several_gpus_compute_what_one_computes(
 
 @pytest.mark.parametrize("name", ["two hold all", "two over RAM for some", "three over the disk"])
 def test_an_answer_after_a_prompt_is_that_of_one_gpu(
-    paper: PaperRuntime, case: Callable[[str], Case], name: str
+    paper: PaperRuntime, case: Cases, name: str
 ) -> None:
     expected = text(load(case("nf4"), EXPERTS, kv_bits=8))
     engine = spread_out(paper, case("nf4"), name, kv_bits=8)
@@ -127,7 +128,7 @@ def test_an_answer_after_a_prompt_is_that_of_one_gpu(
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_gpus_are_named_in_any_order_and_number(
-    paper: PaperRuntime, case: Callable[[str], Case], exact: bool
+    paper: PaperRuntime, case: Cases, exact: bool
 ) -> None:
     expected = text(load(case("nf4"), EXPERTS, exact_prompts=exact))
     paper.devices = 3
@@ -140,10 +141,7 @@ def test_gpus_are_named_in_any_order_and_number(
 
 @pytest.mark.parametrize("kind", ["fp32", "nf4, reordered"])
 def test_what_the_cpu_computes_for_several_gpus_is_right(
-    paper: PaperRuntime,
-    case: Callable[[str], Case],
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1.0, expert=1e-9))
     computed = []
@@ -165,11 +163,7 @@ def test_what_the_cpu_computes_for_several_gpus_is_right(
     [*product(SPREADS, [False]), *((name, True) for name in SPREADS if SPREADS[name].host)],
 )
 def test_a_token_waits_as_often_as_with_one_gpu(
-    paper: PaperRuntime,
-    case: Callable[[str], Case],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    on_host: bool,
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, name: str, on_host: bool
 ) -> None:
     """Once a layer, for the choice, and once for the logits: rows and outputs need no wait."""
     if on_host:
@@ -188,7 +182,7 @@ def test_a_token_waits_as_often_as_with_one_gpu(
 
 @pytest.mark.parametrize("name", SPREADS)
 def test_a_prompt_waits_as_often_as_with_one_gpu(
-    paper: PaperRuntime, case: Callable[[str], Case], name: str
+    paper: PaperRuntime, case: Cases, name: str
 ) -> None:
     engine = spread_out(paper, case("fp32"), name)
     paper.waits = 0
@@ -198,7 +192,7 @@ def test_a_prompt_waits_as_often_as_with_one_gpu(
 
 @pytest.mark.parametrize("name", SPREADS)
 def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, name: str
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A slot is filled once its own GPU, and not the current one, has read what was in it."""
     waited, wait = set(), Event.wait
@@ -225,9 +219,7 @@ def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
 
 
 @pytest.mark.parametrize("name", SPREADS)
-def test_a_report_tells_the_gpus_apart(
-    paper: PaperRuntime, case: Callable[[str], Case], name: str
-) -> None:
+def test_a_report_tells_the_gpus_apart(paper: PaperRuntime, case: Cases, name: str) -> None:
     engine, most = spread_out(paper, case("nf4"), name), SPREADS[name].tiers
     text(engine)
     report = report_of(engine, "tiny")
@@ -242,7 +234,7 @@ def test_a_report_tells_the_gpus_apart(
 
 @pytest.mark.parametrize("name", ["two hold all", "three over RAM for all"])
 def test_each_gpu_takes_the_memory_that_it_was_said_to_take(
-    paper: PaperRuntime, case: Callable[[str], Case], name: str
+    paper: PaperRuntime, case: Cases, name: str
 ) -> None:
     settled(paper)
     devices = [torch.device("paper", number) for number in range(1 + len(SPREADS[name].others))]
@@ -259,7 +251,7 @@ def test_each_gpu_takes_the_memory_that_it_was_said_to_take(
 
 
 def test_ram_is_locked_for_both_gpus_and_given_back_with_their_memory(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     before = settled(paper)
     other = paper.memory(torch.device("paper", 1)).taken
@@ -271,17 +263,8 @@ def test_ram_is_locked_for_both_gpus_and_given_back_with_their_memory(
     assert paper.memory(torch.device("paper", 1)).taken == other
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
-def test_ram_that_cannot_be_locked_is_no_fault_with_two_gpus(
-    paper: PaperRuntime, case: Callable[[str], Case], kind: str
-) -> None:
-    expected = text(load(case(kind), EXPERTS))
-    paper.refuses_locks = True
-    assert text(spread_out(paper, case(kind), "two over RAM for all")) == expected
-
-
 def test_a_second_gpu_with_less_memory_than_it_says_holds_half_of_its_experts(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     expected = text(load(case("nf4"), EXPERTS))
     notes: list[str] = []
@@ -293,7 +276,7 @@ def test_a_second_gpu_with_less_memory_than_it_says_holds_half_of_its_experts(
 
 
 def test_a_second_gpu_that_holds_no_two_experts_after_all_is_named(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slot = ExpertStore._slot
 
@@ -309,7 +292,7 @@ def test_a_second_gpu_that_holds_no_two_experts_after_all_is_named(
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
 def test_several_gpus_may_run_out_of_memory_at_any_time(
-    paper: PaperRuntime, case: Callable[[str], Case], kind: str
+    paper: PaperRuntime, case: Cases, kind: str
 ) -> None:
     expected = text(load(case(kind), EXPERTS))
     for after in range(1, 1000, 240):
@@ -329,7 +312,7 @@ def test_several_gpus_may_run_out_of_memory_at_any_time(
 
 @pytest.mark.parametrize("full", [0, 1])
 def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does_not(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, full: int
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, full: int
 ) -> None:
     expected = text(load(case("nf4"), EXPERTS))
     notes: list[str] = []
@@ -353,7 +336,7 @@ def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does
 
 
 def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     paper.devices = 2
     engine = load(case("nf4"), 4, EXPERTS, others=(2,))
@@ -365,7 +348,7 @@ def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(
 
 
 def test_where_torch_does_not_say_which_gpu_ran_out_of_memory_all_give_up_experts(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = text(load(case("nf4"), EXPERTS))
     notes: list[str] = []
@@ -385,7 +368,7 @@ def test_where_torch_does_not_say_which_gpu_ran_out_of_memory_all_give_up_expert
 
 @pytest.mark.parametrize("name", ["two over RAM for all", "three over the disk"])
 def test_ctrl_c_at_any_moment_leaves_an_engine_that_answers_the_same(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, name: str
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     expected = text(load(case("nf4"), EXPERTS))
     engine, check = spread_out(paper, case("nf4"), name), interrupts.check
@@ -436,7 +419,7 @@ class NearbyWorker:
 
 @pytest.mark.parametrize("slots", [2, 4, 5])
 def test_what_workers_leave_to_two_gpus_is_spread_over_both(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, slots: int
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
     """Every second expert was left to them, and all of these were at home on the same GPU."""
     alone = load(case("nf4"), EXPERTS)
@@ -469,7 +452,7 @@ def hello(exact: bool = False) -> Hello:
 
 
 def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     paper.devices = 2
     expert = case("nf4").blueprint.expert.stride
@@ -498,7 +481,7 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
 
 
 def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     """Each answer lost the worker at the same place, since the next chat found it as full again."""
     expert = case("nf4").blueprint.expert.stride
@@ -518,9 +501,7 @@ def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(
         served.compute(*request)
 
 
-def test_a_gpu_without_room_for_two_experts_is_left_out(
-    paper: PaperRuntime, case: Callable[[str], Case]
-) -> None:
+def test_a_gpu_without_room_for_two_experts_is_left_out(paper: PaperRuntime, case: Cases) -> None:
     """A screen's GPU may have nothing free; whoever names no budget gets what the others hold."""
     expected = text(load(case("nf4"), EXPERTS))
     notes: list[str] = []
@@ -533,7 +514,7 @@ def test_a_gpu_without_room_for_two_experts_is_left_out(
 
 
 def test_budgets_are_for_all_gpus_or_for_each_and_errors_name_the_gpu(
-    paper: PaperRuntime, case: Callable[[str], Case]
+    paper: PaperRuntime, case: Cases
 ) -> None:
     paper.devices = 3
     with pytest.raises(UsageError, match="has 2 values, and there are 3 GPUs"):
@@ -574,7 +555,7 @@ def test_planning_looks_at_every_gpu(paper: PaperRuntime, tmp_path: Path) -> Non
 
 
 def test_the_speed_with_the_slots_of_all_gpus_is_predicted(
-    paper: PaperRuntime, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (sample,) = speeds(copy=1e9, expert=1e-3).samples
     known = Measurement(1.7e9, (replace(sample, expert_seconds={"paper:0": {1: 1e-4, 8: 2e-4}}),))

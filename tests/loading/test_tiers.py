@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixchat.base.errors import CheckpointError, ResourceError
+from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import Note
 from mixchat.base.quantities import MemoryBudget
@@ -22,7 +22,6 @@ from mixchat.engine.report import report_of
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.placement import Placement
 from mixchat.experts.sources import HostSource
-from mixchat.experts.store import ExpertStore
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
@@ -203,48 +202,6 @@ def test_of_two_experts_one_is_copied_while_the_other_is_computed() -> None:
 
 def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_a_device_with_less_memory_than_it_says_holds_half_as_many(
-    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notes: list[str] = []
-    block = ExpertStore._slot
-    monkeypatch.setattr(
-        ExpertStore, "_slot", lambda self, n: block(self, n) if n < 4 else out_of_memory()
-    )
-    engine = load(tiny_model, 7, 8, expert_size, note=notes.append)
-    assert notes == ["cpu:0 has less memory than it says: it holds 3 experts"]
-    assert engine.experts.slots == 3
-    assert text(engine) == expected
-
-
-def test_a_device_that_holds_no_two_experts_is_refused(
-    tiny_model: Path, expert_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ExpertStore, "_slot", out_of_memory)
-    with pytest.raises(ResourceError, match="not even two experts"):
-        load(tiny_model, 8, 8, expert_size)
-
-
-def test_a_device_that_runs_out_of_memory_continues_with_half_of_the_experts(
-    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notes: list[str] = []
-    engine = load(tiny_model, 8, 8, expert_size, note=notes.append)
-    head, calls = engine.passes.model._head, iter(range(1000))
-
-    def sometimes(x: torch.Tensor, **how: Any) -> torch.Tensor:
-        if next(calls) in (0, 9):
-            out_of_memory()
-        return head(x, **how)
-
-    monkeypatch.setattr(engine.passes.model, "_head", sometimes)
-    assert text(engine) == expected
-    assert notes == [f"the device ran out of memory: {n} experts fit now" for n in (4, 2)]
-    monkeypatch.setattr(engine.passes.model, "forward", out_of_memory)
-    with pytest.raises(ResourceError, match="two experts in it"):
-        text(engine)
 
 
 def test_a_disk_that_fails_ends_the_turn_and_not_the_chat(

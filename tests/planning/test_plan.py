@@ -13,8 +13,7 @@ from planning_tools import BLUEPRINT, CPU, GPU, GPU_SPEEDS, SPEEDS, measured, wi
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.cli.output.plan_json import plan_as_dict
-from mixchat.cli.output.plan_text import plan_as_text
+from mixchat.cli.output.plan_report import PlanReport
 from mixchat.experts.placement import Placement
 from mixchat.loading.loader import load_engine
 from mixchat.planning import fitting, measuring
@@ -176,15 +175,15 @@ def test_of_two_gpus_the_first_may_have_more_beside_the_budget_of_each() -> None
 
 def test_a_plan_for_two_gpus_names_both() -> None:
     outline = Outline("a model", BLUEPRINT, Path("models"), installed=True)
-    shown = plan_as_text(outline, on_two_gpus(11, 11, 64))
+    shown = PlanReport(outline, on_two_gpus(11, 11, 64)).as_text()
     assert "GPU       a GPU, 11 GB, 11 GB free" in shown
     assert "cuda:1    another GPU, 11 GB, 11 GB free" in shown
     assert re.search(r"cuda:1  +\d+ experts; \S+ GB left free", shown)
     assert "are on the GPUs" in shown
     assert "+8 GB on the first GPU" in shown
-    unused = plan_as_text(outline, on_two_gpus(11, 0.5, 64))
+    unused = PlanReport(outline, on_two_gpus(11, 0.5, 64)).as_text()
     assert "cuda:1  not used, for two experts do not fit; 500 MB left free" in unused
-    found = json.loads(json.dumps(plan_as_dict(outline, on_two_gpus(11, 11, 64))))
+    found = json.loads(json.dumps(PlanReport(outline, on_two_gpus(11, 11, 64)).as_json()))
     assert found["machine"]["other_gpus"] == [
         {"device": "cuda:1", "name": "another GPU", "memory": 11 * GB}
     ]

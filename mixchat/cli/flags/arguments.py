@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,13 +15,14 @@ from mixchat.base.progress import Note
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
 
 STDIN = "-"
-_PATIENCE = 1.0  # seconds before the note
+_NOTE_AFTER_S = 1.0
+_LONGEST_CALIBRATION = 2**21  # bytes, more than the tokens of a calibration take
 
 
 def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path, str]:
     """Return the texts of files, by path; `-` is standard input.
 
-    Raises `PromptError` where one of them is empty, not text, or too long for the context.
+    Raises `PromptError` if one of them is empty, not text, or too long for the context.
     """
     return {
         path: _required_stdin(context, note)
@@ -33,12 +35,12 @@ def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path
 def read_prompt(
     argument: str | None, files: Mapping[Path, str], context: Context, note: Note
 ) -> str | None:
-    """Return the prompt: standard input if it is not a terminal, the texts of files, `argument`;
-    with a blank line between them. None, for a chat, if there is neither input nor argument.
+    """Return the prompt, or None for a chat if there is neither input nor argument.
 
-    An argument `-` asks for standard input, terminal or not. Where one of the files is standard
-    input, it is not read again. Raises `PromptError` if the prompt is empty, not text, or too long
-    for the context.
+    It joins standard input if it is not a terminal, the texts of files, and `argument`, with blank
+    lines between them. An argument `-` asks for standard input, terminal or not. Standard input
+    that is one of the files is not read again. Raises `PromptError` if the prompt is empty, not
+    text, or too long for the context.
     """
     named, piped = STDIN in map(str, files), None
     if not named and (argument == STDIN or not stdin_is_terminal()):
@@ -57,17 +59,30 @@ def read_prompt(
     return prompt
 
 
+def read_beginning(path: Path) -> str:
+    """Return the beginning of a text to calibrate with. Raises `UsageError` if it is not text."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LONGEST_CALIBRATION)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        return decoder.decode(data, len(data) < _LONGEST_CALIBRATION)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not text (UTF-8)") from None
+
+
 def stdin_is_terminal() -> bool:
-    """Return whether standard input is a terminal; a closed one is not."""
+    """Return whether standard input is a terminal. A closed one is none."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def checked(argument: str, what: str) -> str:
+def checked(argument: str, name: str) -> str:
     """Return `argument`. Raises `UsageError` if it is empty or not UTF-8."""
     if not argument:
-        raise UsageError(f"{what} is empty")
+        raise UsageError(f"{name} is empty")
     if not _is_text(argument):
-        raise UsageError(f"{what} is not UTF-8: {argument!r}")
+        raise UsageError(f"{name} is not UTF-8: {argument!r}")
     return argument
 
 
@@ -88,12 +103,12 @@ def _read_stdin(context: Context, note: Note) -> str:
 
 @contextmanager
 def _note_if_it_takes_long(note: Note) -> Iterator[None]:
-    """Tell a person at a terminal that standard input is read: nothing may ever come."""
+    """Tell a person at a terminal that standard input is read, which may never end."""
     if not sys.stderr.isatty():
         yield
         return
-    how = "Ctrl-D ends it" if stdin_is_terminal() else "</dev/null leaves it out"
-    timer = threading.Timer(_PATIENCE, note, [f"reading standard input; {how}"])
+    hint = "Ctrl-D ends it" if stdin_is_terminal() else "</dev/null leaves it out"
+    timer = threading.Timer(_NOTE_AFTER_S, note, [f"reading standard input; {hint}"])
     timer.daemon = True
     timer.start()
     try:
@@ -103,7 +118,7 @@ def _note_if_it_takes_long(note: Note) -> Iterator[None]:
 
 
 def _is_text(argument: str) -> bool:
-    """Return whether an argument is UTF-8: Python decodes other bytes as lone surrogates."""
+    """Return whether an argument is UTF-8. Python decodes other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from mixchat.base.errors import UsageError
 
-_NEAR = 0.65  # of difflib: `temprature` is near, `threads` and `stream` are not
-# By the answer: the names in ollama, llama.cpp and llm. A command that lacks the first flag of an
-# answer does not give it.
+_NEAR_RATIO = 0.65  # of difflib, by which `temprature` is near, unlike `threads` and `stream`
+# The names of flags in ollama, llama.cpp and llm, by the answer. A command that lacks the first
+# flag of an answer does not give it.
 _FLAGS_BY_ANSWER = {
     "Experts go to the GPU by themselves; see --device-memory.": (
         "-ngl --ngl --gpu-layers --n-gpu-layers --num-gpu -ncmoe --n-cpu-moe -cmoe --cpu-moe -ot"
@@ -55,7 +55,7 @@ _COMMANDS_BY_ANSWER = {
     "'mixchat serve' answers over HTTP.": "server",
     "'mixchat download' installs a model.": "install get import create",
     "'mixchat rm' removes a model.": "remove delete uninstall",
-    "A model is rounded when it is installed: see 'mixchat download --help'.": "quantize",
+    "A model is quantized when it is installed: see 'mixchat download --help'.": "quantize",
 }
 _COMMANDS = {
     name: answer for answer, names in _COMMANDS_BY_ANSWER.items() for name in names.split()
@@ -71,7 +71,7 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
 
 
 def unknown_flag(flag: str, context: Any) -> UsageError:
-    """Return the error for a flag that a command lacks; its hint is the best answer known."""
+    """Return the error for a flag that a command lacks, with the best hint that is known."""
     known = [opt for parameter in context.command.params for opt in _opts(parameter)]
     answer = _FLAGS.get(flag)
     if answer is not None and (named := re.match(r"--[a-z-]+", answer)) and named[0] not in known:
@@ -85,7 +85,7 @@ def unknown_flag(flag: str, context: Any) -> UsageError:
 
 
 def unknown_command(name: str, known: Iterable[str]) -> UsageError:
-    """Return the error for a command that does not exist; its hint is the best answer known."""
+    """Return the error for a command that does not exist, with the best hint that is known."""
     near = _near(name, {each: each for each in known})
     answer = f"Did you mean 'mixchat {near}'?" if near else "'mixchat --help' shows all commands."
     return UsageError(f"there is no command {name!r}", hint=_COMMANDS.get(name, answer))
@@ -96,5 +96,5 @@ def _opts(parameter: Any) -> list[str]:
 
 
 def _near(word: str, known: Mapping[str, str]) -> str | None:
-    found = get_close_matches(word.lower(), known, 1, _NEAR) if len(word) > 1 else []
+    found = get_close_matches(word.lower(), known, 1, _NEAR_RATIO) if len(word) > 1 else []
     return known[found[0]] if found else None

@@ -1,4 +1,4 @@
-"""Completion in a shell: of commands, flags, and the names of models and chats."""
+"""Completes commands, flags, and the names of models and chats in a shell."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def complete(group: Any, instruction: str) -> int:
     """Print the completions of the words of a command line, which the shell gives."""
     completion = _typer_completion()
     completion.completion_init()
-    # Importing Rich for the help beside a completion would take longer than all the rest.
+    # To import Rich for the help of a completion would take longer than all the rest.
     cast("dict[str, Any]", sys.modules).setdefault("rich", None)
     for command in group.commands.values():
         command.hidden = False  # a name in no list is completed all the same
@@ -79,7 +79,7 @@ def _script(shell: str) -> str:
 
 
 def _typer_completion() -> Any:
-    """Return Typer's own completion module; its options would import pydantic at each start."""
+    """Return Typer's own completion module. Its options would import pydantic at each start."""
     return import_module("typer.completion")
 
 
@@ -98,7 +98,7 @@ def _shell() -> str:
 
 
 def _parse_lightly(command: Any, context: Any, words: list[str]) -> list[str]:
-    """Set the parameters that the words give, unconverted: to convert would import pydantic."""
+    """Set the parameters that the words give, unconverted, for converting imports pydantic."""
     given, rest, _ = command.make_parser(context).parse_args(args=words)
     for parameter in command.params:
         value, source = parameter.consume_value(context, given)
@@ -109,7 +109,7 @@ def _parse_lightly(command: Any, context: Any, words: list[str]) -> list[str]:
 
 
 def _drop_equals_signs() -> None:
-    """Drop the `=` words: bash makes three of --model=demo, click expects the first and last."""
+    """Drop the `=` words. Bash makes three of --model=demo, click expects the first and last."""
     words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
     dropped = [i for i, word in enumerate(words) if word == "=" and i < here]
     os.environ["COMP_WORDS"] = "\n".join(w for i, w in enumerate(words) if i not in dropped)
@@ -119,7 +119,7 @@ def _drop_equals_signs() -> None:
 def _with_escaped_spaces(lines: str) -> str:
     """Return the lines with escaped spaces, because bash does not quote a word with spaces.
 
-    Where the word starts with a quote, it stays in quotes, and its spaces stay as they are.
+    A word that starts with a quote stays in quotes, and its spaces stay as they are.
     """
     words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
     quoted = words[here : here + 1] and words[here].startswith(("'", '"'))
@@ -136,14 +136,14 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
 
 
 def runnable_models(incomplete: str) -> list[str]:
-    """Complete to a model: one of those with a fixed name, or an installed one."""
+    """Complete to a model with a fixed name, or an installed one."""
     from mixchat.weights.models import ALIASES, DEMO
 
     return one_of(*dict.fromkeys([*ALIASES, DEMO, *_installed()]))(incomplete)
 
 
 def saved_chats(incomplete: str) -> list[str]:
-    """Complete to a chat's name, if a shell can be given it, or to its ID; the newest first."""
+    """Complete to a chat's name, if a shell can be given it, or to its ID, the newest first."""
     from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()

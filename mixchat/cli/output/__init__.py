@@ -1,13 +1,11 @@
-"""The output of commands: text, JSON, progress, errors.
+"""The text, JSON, progress and errors that commands print.
 
 - print_answer.py: one answer, on a terminal, into a pipe, or as JSON
-- plan_verdict.py, plan_text.py, plan_json.py: a plan
-- model_text.py: the installed models
-- download_text.py: the plan of a download
-- table.py: columns of equal width
-- bench_text.py: the results of mixchat bench
 - verbose.py: the figures of --verbose
-- failure.py: errors, notes and questions on standard error
-- show_progress.py, bars.py: bars on a terminal of any width, lines elsewhere
-- png.py: pictures, where matplotlib is installed
+- reports.py: the base of reports, and those on models and downloads
+- plan_report.py, plan_text.py: a plan
+- bench_report.py: the result of mixchat bench
+- messages.py: errors, notes and questions on standard error
+- progress.py, bars.py: bars on a terminal of any width, lines elsewhere
+- png.py: pictures, if matplotlib is installed
 """

@@ -1,4 +1,4 @@
-"""Progress bars that fit the terminal: the narrower it is, the fewer the figures."""
+"""Progress bars that fit the terminal. A narrow one shows fewer figures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-_WIDE, _NARROW = 80, 56  # columns; with fewer no speed, with still fewer no bytes
+_WIDE, _NARROW = 80, 56  # columns that show a speed, and those that show bytes
 _FIGURES = {"percent": 4, "bytes": 14, "speed": 10, "time": 8}  # maximum width in columns
-_SHORTEST, _LONGEST = 8, 40  # columns of a bar
+_MIN_BAR, _MAX_BAR = 8, 40  # columns
 
 
 class FittingBars(Progress):
@@ -43,17 +43,17 @@ class FittingBars(Progress):
 
 
 def _columns(width: int, longest: int) -> tuple[ProgressColumn, ...]:
-    """Return name and bar; bytes, speed and time, or a percentage where they do not fit.
+    """Return the columns of name, bar and figures, with a percentage if bytes do not fit.
 
-    `longest` is the length of the longest name: it is cut before the bar gets too short.
+    longest: the length of the longest name, which is cut before the bar gets too short.
     """
     figures = _figures(width)
     left = width - sum(_FIGURES[name] + 1 for name in figures) - 1
-    room = max(min(longest, left - _SHORTEST), 1)
+    room = max(min(longest, left - _MIN_BAR), 1)
     name = Column(no_wrap=True, overflow="ellipsis", max_width=room)
     return (
         TextColumn("{task.description}", markup=False, table_column=name),
-        BarColumn(bar_width=max(min(left - room, _LONGEST), 1)),
+        BarColumn(bar_width=max(min(left - room, _MAX_BAR), 1)),
         *figures.values(),
     )
 

@@ -1,9 +1,9 @@
-"""The plan of `mixchat plan` as text for a person."""
+"""The sections of a plan as text for a person."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -14,47 +14,36 @@ from mixchat.base.quantities import (
     format_time,
     format_times,
 )
-from mixchat.cli.output import download_text
-from mixchat.cli.output.plan_verdict import count_text, gpus_text, speed_text, verdict
-from mixchat.cli.output.table import aligned
+from mixchat.cli.output.reports import aligned
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.machine_speeds import IN_USE
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
-    from mixchat.planning.expectation import Expectation, TokenCost
+    from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
     from mixchat.planning.machine_speeds import Measurement
     from mixchat.planning.plan import MachinePlan, Variant
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
-Rows = Sequence[tuple[str, str]]
+
+def sections(outline: Outline, plan: MachinePlan) -> Iterator[str]:
+    """Yield the sections of a plan after its verdict."""
+    yield section("the machine" if plan.told.is_another else "this machine", _machine(plan))
+    yield section(f"the model: {outline.name}", _model(outline, plan))
+    yield section("what goes where", _places(plan))
+    yield section("what to expect", _expected(plan))
+    if plan.in_3_bits:
+        yield section("with experts in fewer bits", _in_3_bits(plan, plan.in_3_bits))
+    if plan.spread:
+        yield section("with workers", _spread(plan, plan.spread))
+    yield section("what more memory would give", _more(plan))
 
 
-def plan_as_text(found: Outline, plan: MachinePlan) -> str:
-    """Return all of a plan, in sections."""
-    sections: list[tuple[str, Rows]] = [
-        ("verdict", list(verdict(found, plan))),
-        ("the machine" if plan.told.is_another else "this machine", list(_machine(plan))),
-        (f"the model: {found.name}", list(_model(found, plan))),
-        ("what goes where", list(_places(plan))),
-        ("what to expect", list(_expected(plan))),
-        *(
-            [("with experts in fewer bits", list(_in_3_bits(plan, form)))]
-            if (form := plan.in_3_bits)
-            else []
-        ),
-        *([("with workers", list(_spread(plan, plan.spread)))] if plan.spread else []),
-        ("what more memory would give", list(_more(plan))),
-    ]
-    texts = [_section(title, aligned(rows)) for title, rows in sections]
-    if not found.installed and not plan.told.is_another:
-        texts.append(_section("to download it", _download(found)))
-    return "\n\n".join(texts)
-
-
-def _section(title: str, text: str) -> str:
+def section(title: str, content: str | Iterable[tuple[str, str]]) -> str:
+    """Return a title and below it the lines of a text, or of rows of cells."""
+    text = content if isinstance(content, str) else aligned(list(content))
     indented = "\n".join(f"  {line}" for line in text.splitlines())
     return f"{title[0].upper()}{title[1:]}\n{indented}"
 
@@ -101,9 +90,9 @@ def _disk(plan: MachinePlan) -> str:
 def _speeds(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     speeds = plan.measurement.typical
     for device in speeds.expert_seconds:
-        where = "the CPU" if device == "cpu" else "the GPU"
+        name = "the CPU" if device == "cpu" else "the GPU"
         pace = f", reading {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
-        yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {where}{pace}"
+        yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {name}{pace}"
     if speeds.copy_bandwidth is not None:
         yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
     if plan.gpu_is_assumed:
@@ -121,8 +110,8 @@ def _measured(made: Measurement) -> Iterator[tuple[str, str]]:
         yield "", "measured on a busy machine: better figures come when it is idle"
 
 
-def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    config, demand = found.blueprint.config, plan.fit.demand
+def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
+    config, demand = outline.blueprint.config, plan.fit.demand
     of_a_layer = f"{config.num_experts_per_tok} of {config.num_local_experts} a token"
     each = f"{demand.experts} of {format_size(demand.expert)} each"
     yield (
@@ -136,8 +125,8 @@ def _model(found: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     each = f" for each of {parallel} answers at once" if parallel > 1 else ""
     size, tokens = format_size(demand.context), count_text(plan.fit.context, "token")
     yield "context", f"{size} for {tokens}{each}"
-    when = "installed" if found.installed else "once it is downloaded"
-    yield "disk", f"{format_size(found.blueprint.size)}, {when}"
+    when = "installed" if outline.installed else "once it is downloaded"
+    yield "disk", f"{format_size(outline.blueprint.size)}, {when}"
 
 
 def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -253,12 +242,6 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield f"+{format_size(more.bytes)} {what}", _pace(more.expected)
 
 
-def _download(found: Outline) -> str:
-    if found.download is not None:
-        return download_text.download_as_text(found.download)
-    return f"'mixchat download {found.name} --dry-run' asks the hub what it takes."
-
-
 def _pace(expected: Expectation) -> str:
     each = " for each answer" if expected.answers > 1 else ""
     return f"{speed_text(expected.speed)}{each}"
@@ -272,3 +255,20 @@ def _time(seconds: float) -> str:
     if seconds < 0.9995:  # above that, 1e+03 ms
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 60 else format_time(seconds)
+
+
+def speed_text(speed: SpeedRange | None) -> str:
+    """Return a speed, or the reason why it is unknown."""
+    if speed is None:
+        return "unknown, because the disk could not be measured"
+    return f"{format_rates(speed.low, speed.high)} tok/s"
+
+
+def gpus_text(plan: MachinePlan) -> str:
+    """Return what a sentence calls the GPUs."""
+    return "the GPUs" if plan.machine.free.others else "the GPU"
+
+
+def count_text(count: int, unit: str) -> str:
+    """Return `1 layer` or `2 layers`."""
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"

@@ -1,23 +1,30 @@
-"""Pictures in PNG, drawn by matplotlib where it is installed."""
+"""Pictures in PNG, drawn by matplotlib if it is installed."""
 
 from __future__ import annotations
 
 import io
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from mixchat.base.errors import MissingDependencyError
 from mixchat.base.output_file import OutputFile
 
-# Bytes near the start of a picture that mixchat drew; the second is a text chunk of PNG.
+# Bytes near the start of a picture that mixchat drew. The second are a text chunk of PNG.
 _PNG, _SOFTWARE = b"\x89PNG\r\n", b"tEXtSoftware\0mixchat"
-_LARGEST = 40.0  # inches, at 100 dots an inch
-_LEAST = (8.0, 4.0)
-PNG_HELP = (
-    "Draw a picture into FILE (needs matplotlib). An existing FILE is replaced only if mixchat "
-    "drew it."
-)
+_LARGEST_INCHES = 40.0  # at 100 dots an inch
+_SMALLEST_INCHES = (8.0, 4.0)
+PNG = Annotated[
+    Path | None,
+    typer.Option(
+        "--png",
+        metavar="FILE",
+        help="Draw a picture into FILE (needs matplotlib). An existing FILE is replaced only if "
+        "mixchat drew it.",
+    ),
+]
 
 
 def new_figure(width: float, height: float, title: str) -> Any:
@@ -30,7 +37,11 @@ def new_figure(width: float, height: float, title: str) -> Any:
         raise MissingDependencyError(
             "--png needs matplotlib, which is not installed", hint="pip install matplotlib"
         ) from None
-    size = (min(max(width, _LEAST[0]), _LARGEST), min(max(height, _LEAST[1]), _LARGEST))
+    least_width, least_height = _SMALLEST_INCHES
+    size = (
+        min(max(width, least_width), _LARGEST_INCHES),
+        min(max(height, least_height), _LARGEST_INCHES),
+    )
     figure = figures.Figure(figsize=size, dpi=100, layout="constrained")
     canvases.FigureCanvasAgg(figure)
     plain = ascii(" ".join(title.split()))[1:-1]  # no font has all characters

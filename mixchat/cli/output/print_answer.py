@@ -1,4 +1,4 @@
-"""Prints one answer on standard output: while it is generated, or as JSON, or only its code."""
+"""Prints one answer on standard output while it is generated, as JSON, or only its code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from mixchat.base.errors import NoCodeError, UsageError
+from mixchat.base.progress import Note
 from mixchat.chat.printing import show, show_piece
-from mixchat.cli.output.failure import note
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Event, Finished
@@ -19,32 +19,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """The options of printing an answer. `quiet`: nothing but errors on standard error."""
+    """The options of printing an answer."""
 
     as_json: bool = False
     extract: bool = False
     stream: bool = True
     raw: bool = False
-    quiet: bool = False
 
-    def note(self, text: str) -> None:
-        """Print a note on standard error, unless `quiet`."""
-        if not self.quiet:
-            note(text)
-
-    def check(self, chat: bool) -> None:
+    def check(self, is_chat: bool) -> None:
         """Raise `UsageError` for flags that exclude each other, or that a chat does not have."""
         if self.as_json and self.extract:
             raise UsageError("--json and --extract exclude each other")
-        if chat and (self.as_json or self.extract):
+        if is_chat and (self.as_json or self.extract):
             flag = "--json" if self.as_json else "--extract"
             raise UsageError(f"{flag} needs a question, not a chat", hint="Give a PROMPT.")
-        if chat and not sys.stdout.isatty():
+        if is_chat and not sys.stdout.isatty():
             raise UsageError("a chat needs a terminal to write to", hint="Give a PROMPT.")
 
 
 def print_answer(
-    session: ChatSession, question: str, output: OutputOptions, model: str
+    session: ChatSession, question: str, output: OutputOptions, model: str, note: Note
 ) -> Finished:
     """Ask the question, print the answer, and return how it ended.
 
@@ -52,26 +46,26 @@ def print_answer(
     extract. A closed pipe is noticed at the next token.
     """
     if output.as_json or output.extract or not output.stream:
-        finished = _collect(session, question, lambda text: None, output)
+        finished = _collect(session, question, lambda text: None, note)
         _raise_if_interrupted(finished)
         _print_whole(session, finished, output, model)
     elif sys.stdout.isatty():
         finished = _draw(session, question, output.raw)
     else:
-        finished = _pipe(session, question, output)
+        finished = _pipe(session, question, note)
     _raise_if_interrupted(finished)
     if finished.reason == "context" and session.context is not None:
         size = session.context.tokens
-        output.note(f"the answer is cut off: the context of {size} tokens is full")
+        note(f"the answer is cut off: the context of {size} tokens is full")
     if finished.reason == "length" and session.max_tokens is None:
         from mixchat.chat.answer import cut_off_note
 
-        output.note(cut_off_note(finished.stats.generated_tokens, "-n N"))
+        note(cut_off_note(finished.stats.generated_tokens, "-n N"))
     return finished
 
 
 def _collect(
-    session: ChatSession, question: str, take: Callable[[str], object], output: OutputOptions
+    session: ChatSession, question: str, take: Callable[[str], object], note: Note
 ) -> Finished:
     from mixchat.chat.answer import left_out_note
     from mixchat.chat.session import LeftOut, TextDelta
@@ -81,7 +75,7 @@ def _collect(
             if isinstance(event, TextDelta):
                 take(event.text)
             elif isinstance(event, LeftOut):
-                output.note(left_out_note(event.turns))
+                note(left_out_note(event.turns))
             else:
                 return event
     raise AssertionError("an answer has an end")
@@ -96,7 +90,7 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
         return screen.show(session.ask(question, on_prefill))
 
 
-def _pipe(session: ChatSession, question: str, output: OutputOptions) -> Finished:
+def _pipe(session: ChatSession, question: str, note: Note) -> Finished:
     """Print the text for a program, each piece at once, with a newline at the end."""
     last = ""
 
@@ -105,7 +99,7 @@ def _pipe(session: ChatSession, question: str, output: OutputOptions) -> Finishe
         last = text
         show_piece(text)
 
-    finished = _collect(session, question, take, output)
+    finished = _collect(session, question, take, note)
     show_piece("" if last.endswith("\n") else "\n")
     return finished
 
@@ -134,10 +128,9 @@ def _first_block(answer: str) -> str:
 
 
 def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:
-    """Return the last answer as JSON has it.
+    """Return the last answer as JSON has it: text, ids, counts of tokens, seconds, reason.
 
-    It has the text, the ids (null where the text was cut within a token, or a server answered),
-    counts of tokens, seconds, and the reason why it ended.
+    The ids are null if the text was cut within a token, or a server answered.
     """
     stats, answer, context = finished.stats, session.history[-1], session.context
     decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds

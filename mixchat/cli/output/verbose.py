@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class VerboseReport:
-    """Prints the figures of a turn; `predict` returns the speed that was predicted.
+    """Prints the figures of a turn, and the speed that `predict` returns.
 
-    `engine` is None where a server answers, which does not tell of its experts.
+    `engine` is None if a server answers, which does not tell of its experts.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class VerboseReport:
 def generation_lines(
     stats: GenerationStats, predicted: Prediction | None, *, first: bool
 ) -> list[str]:
-    """Return tokens and rates of prefill and decode, beside those that were predicted.
+    """Return tokens and rates of prefill and decode, and the predicted rates.
 
-    first: it was the first turn, whose prompt brings the experts from disk.
+    `first` is set for the first turn, whose prompt brings the experts from disk.
     """
     new = stats.prompt_tokens - stats.reused_tokens
     # The first token comes from the prefill.

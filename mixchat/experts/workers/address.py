@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Sequence
@@ -72,6 +73,19 @@ def resolve_workers(texts: Sequence[str]) -> list[Address]:
             raise UsageError(f"the same worker is named twice: {both}", hint="Name it once.")
         addresses[address.target] = address
     return list(addresses.values())
+
+
+def listen_error(
+    address: Address, error: OSError, program: str, port_flag: str, host_flag: str
+) -> UsageError:
+    """Return the error for an address that `program` cannot take, with the flags to change."""
+    if error.errno == errno.EADDRINUSE:
+        hint = f"Perhaps a {program} runs already. {port_flag} takes another port."
+        return UsageError(f"{address}: the port is in use", hint=hint)
+    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+        hint = f"{host_flag} takes an address of this machine; 0.0.0.0 means all of them."
+        return UsageError(f"{address}: this machine has no such address", hint=hint)
+    return UsageError(f"{address}: cannot listen there ({error.strerror})")
 
 
 def _look_up(text: str, host: str, port: int) -> list[Any]:

@@ -5,7 +5,6 @@ A stranger costs a descriptor for the two seconds of a handshake, and reaches no
 
 from __future__ import annotations
 
-import errno
 import resource
 import socket
 import time
@@ -16,9 +15,8 @@ from typing import NamedTuple
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from mixchat.base.errors import UsageError
 from mixchat.experts.workers import sockets
-from mixchat.experts.workers.address import Address
+from mixchat.experts.workers.address import Address, listen_error
 
 _BACKLOG = 128
 _DOMAIN = "mixchat"
@@ -74,7 +72,10 @@ class Listener:
             self._socket.bind(sockets.endpoint(address))
         except zmq.ZMQError as error:
             self.close()
-            raise _listen_error(address, error) from None
+            flags = "--listen HOST:PORT", "--listen"
+            raise listen_error(
+                address, OSError(error.errno, error.strerror), "worker", *flags
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -160,13 +161,3 @@ def _raise_limit() -> None:
     if soft != resource.RLIM_INFINITY and soft < most:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _listen_error(address: Address, error: zmq.ZMQError) -> UsageError:
-    if error.errno == errno.EADDRINUSE:
-        hint = "Perhaps a worker runs already. --listen HOST:PORT takes another port."
-        return UsageError(f"{address}: the port is in use", hint=hint)
-    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
-        hint = "--listen takes an address of this machine; 0.0.0.0 means all of them."
-        return UsageError(f"{address}: this machine has no such address", hint=hint)
-    return UsageError(f"{address}: cannot listen there ({error.strerror})")

@@ -7,7 +7,6 @@ its name is in the Host header.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import hmac
 import socket
@@ -21,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import NetworkAddress
-from mixchat.experts.workers.address import Address, resolve
+from mixchat.experts.workers.address import Address, listen_error, resolve
 from mixchat.serving.requests.errors import RequestError, to_json
 
 _ANY = "*"
@@ -59,7 +58,7 @@ def bind(address: Address) -> socket.socket:
         bound.bind(address.target)
     except OSError as error:
         bound.close()
-        raise _bind_error(address, error) from None
+        raise listen_error(address, error, "server", "--port N", "--host") from None
     return bound
 
 
@@ -67,16 +66,6 @@ def url_of(bound: socket.socket) -> str:
     """Return the URL for clients of OpenAI's API."""
     host, port = bound.getsockname()[:2]
     return f"http://{NetworkAddress(host, port)}/v1"
-
-
-def _bind_error(address: Address, error: OSError) -> UsageError:
-    if error.errno == errno.EADDRINUSE:
-        hint = "Perhaps a server runs already. --port N takes another port."
-        return UsageError(f"{address}: the port is in use", hint=hint)
-    if error.errno == errno.EADDRNOTAVAIL:
-        hint = "--host takes an address of this machine; 0.0.0.0 means all of them."
-        return UsageError(f"{address}: this machine has no such address", hint=hint)
-    return UsageError(f"{address}: cannot listen there ({error.strerror})")
 
 
 @dataclass(frozen=True)

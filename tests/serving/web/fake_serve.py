@@ -5,16 +5,17 @@ import sys
 from scripted_service import ScriptedService
 
 from mixchat.base.options import SamplingOptions
-from mixchat.cli import app, serve
+from mixchat.cli import app
 from mixchat.serving.requests.options import Defaults
+from mixchat.sessions import servers
 
 
-def open_fake(model, load, queue, output, shared_prefix=True):
+def open_fake(model, load, queue, reporter, shared_prefix=True):
     service = ScriptedService(parallel=load.parallel, queue=queue)
     service.name = model
     return service, Defaults(SamplingOptions())
 
 
 if __name__ == "__main__":
-    serve.open_service = open_fake
+    servers.open_service = open_fake
     app.run(["serve", *sys.argv[1:]])

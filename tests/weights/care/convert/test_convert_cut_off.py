@@ -27,7 +27,7 @@ from convert_tools import (
 from weight_tools import files_of
 
 from mixchat.base.options import DenseBits
-from mixchat.cli.output.model_text import list_as_text
+from mixchat.cli.output.reports import ModelList
 from mixchat.weights import models
 from mixchat.weights.care import housekeeping
 from mixchat.weights.format.manifest import MANIFESTS
@@ -177,7 +177,7 @@ class TestCutOff:
             pack(installed)
         entry = models.describe(installed)
         assert (entry.problem, entry.partly) == (None, "converted")
-        assert "nf4, partly converted" in list_as_text([entry])
+        assert "nf4, partly converted" in ModelList([entry]).as_text()
         assert list(housekeeping._left_in(installed)) == []
 
     def test_a_new_file_stays_if_no_manifest_tells_whether_it_is_used(

@@ -1,4 +1,4 @@
-"""Shows the progress of long work on standard error: bars on a terminal, else some lines."""
+"""Shows the progress of long work on standard error, in bars on a terminal, else in lines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+from mixchat.base.progress import NoProgress
 from mixchat.base.quantities import format_size, format_time
 from mixchat.chat.printing import fitted, one_line, say
+from mixchat.cli.output import messages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,12 +22,32 @@ if TYPE_CHECKING:
 
     from mixchat.base.progress import Progress, Task
 
-SECONDS_BETWEEN_LINES = 60.0
+_LINE_INTERVAL_S = 60.0
+
+
+@dataclass(frozen=True)
+class TerminalReporter:
+    """A `Reporter` on standard error, which prints only errors if it is `quiet`."""
+
+    quiet: bool = False
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            messages.note(text)
+
+    def error(self, error: Exception) -> int:
+        return messages.print_error(error)
+
+    def status(self, text: str) -> AbstractContextManager[Callable[[str], None]]:
+        return nullcontext(lambda text: None) if self.quiet else status(text)
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        return nullcontext(NoProgress()) if self.quiet else show_progress()
 
 
 @contextmanager
 def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """Yield a `Progress` for this stream (standard error); its bars are closed at the end."""
+    """Yield a `Progress` for a stream, standard error by default, and close its bars."""
     stream = stream or sys.stderr
     progress = Bars(stream) if stream.isatty() else Lines(stream)
     try:
@@ -50,12 +73,12 @@ def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], 
 
 
 @contextmanager
-def resumable(progress: Progress, how: str = "the same command resumes") -> Iterator[None]:
-    """Print at Ctrl-C how to resume the work, or to start it again."""
+def resumable(progress: Progress, hint: str = "the same command resumes") -> Iterator[None]:
+    """Print at Ctrl-C how to resume the work, or how to start it again."""
     try:
         yield
     except KeyboardInterrupt:
-        progress.note(f"interrupted; {how}")
+        progress.note(f"interrupted; {hint}")
         raise
 
 
@@ -78,7 +101,7 @@ class Bars:
             console.print(Text(fitted(one_line(line), self._stream)), soft_wrap=True)
 
     def close(self) -> None:
-        """Stop the bars; they stay on the screen."""
+        """Stop the bars, which stay on the screen."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
@@ -116,8 +139,8 @@ class Lines:
         with self._lock:
             task = _Line(self, what, total, done, self._clock())
             self._tasks.append(task)
-            here = f", {format_size(done)} of it already done" if done else ""
-            self.note(f"{what}: {format_size(total)}{here}")
+            before = f", {format_size(done)} of it already done" if done else ""
+            self.note(f"{what}: {format_size(total)}{before}")
         return task
 
     def note(self, text: str) -> None:
@@ -133,7 +156,7 @@ class Lines:
         """Print how far the tasks are, if a minute has passed."""
         with self._lock:
             now = self._clock()
-            if not self._tasks or now - self._last_line < SECONDS_BETWEEN_LINES:
+            if not self._tasks or now - self._last_line < _LINE_INTERVAL_S:
                 return
             self._last_line = now
             self.note("; ".join(task.state(now) for task in self._tasks))
@@ -147,24 +170,24 @@ class Lines:
 
 
 class _Line:
-    """The progress of one task. Its rate is that since the last line."""
+    """The progress of one task. Its rate counts from the last line on."""
 
-    def __init__(self, lines: Lines, what: str, total: int, done: int, now: float) -> None:
-        self._lines, self._what = lines, what
+    def __init__(self, lines: Lines, name: str, total: int, done: int, now: float) -> None:
+        self._lines, self._name = lines, name
         self._total, self._done, self._first = total, done, done
         self._began = self._last = now
         self._last_done = done
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        self._first = min(self._first, self._done)  # moved back: what was there before was damaged
+        self._first = min(self._first, self._done)  # moved back over damaged bytes
         self._lines.moved()
 
     def close(self) -> None:
         self._lines.ended(self)
 
     def state(self, now: float) -> str:
-        text = f"{self._what}: {format_size(self._done)} of {format_size(self._total)}"
+        text = f"{self._name}: {format_size(self._done)} of {format_size(self._total)}"
         seconds, came = now - self._last, self._done - self._last_done
         self._last, self._last_done = now, self._done
         if seconds <= 0 or came <= 0:
@@ -175,7 +198,7 @@ class _Line:
     def outcome(self, now: float) -> str:
         came = format_size(self._done - self._first)
         took = now - self._began
-        return f"{self._what}: {came} in {'less than 1 s' if took < 1 else format_time(took)}"
+        return f"{self._name}: {came} in {'less than 1 s' if took < 1 else format_time(took)}"
 
 
 def _console(stream: TextIO) -> Console:

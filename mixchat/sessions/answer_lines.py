@@ -1,4 +1,4 @@
-"""`mixchat run --jsonl`: the file of prompts, the file of answers, and where to continue."""
+"""Answers a file of prompts for `mixchat run --jsonl`, and resumes the file of answers."""
 
 from __future__ import annotations
 
@@ -7,49 +7,66 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.files import MAX_SIZE, open_regular, write_all, write_error
 from mixchat.base.lock import lock_open_file
-from mixchat.base.progress import Note
+from mixchat.base.progress import Note, Reporter
 from mixchat.chat.printing import show
-from mixchat.cli.flags.arguments import STDIN
-from mixchat.cli.model_provider import LineRequest, ModelProvider
+from mixchat.sessions.provider import ChatOptions, ModelProvider
 
 if TYPE_CHECKING:
     from mixchat.serving.requests.lines import Line
 
+_STDIN = "-"
 _START = b'{"line": '  # of each line of the output
 
 
-def answer_file(place: ModelProvider, model: str, request: LineRequest, note: Note) -> None:
-    """Answer a file of prompts, `request.parallel` at once.
+@dataclass(frozen=True)
+class LineFiles:
+    """The file of prompts, `-` for standard input, and the file of answers.
 
-    Raises `UsageError` where a file cannot be used, before the model is loaded; `PromptError` at
-    the end where some lines could not be answered.
+    `resume_from` gets the answers and may have some. None is standard output. With `keep_failed`
+    the lines that failed in it are not tried again. `parallel` lines are answered at once.
+    """
+
+    prompts: str
+    resume_from: Path | None
+    keep_failed: bool
+    parallel: int
+
+
+def answer_file(
+    models: ModelProvider, name: str, options: ChatOptions, files: LineFiles, reporter: Reporter
+) -> None:
+    """Answer a file of prompts, `files.parallel` at once.
+
+    Raises `UsageError` if a file cannot be used, before the model is loaded. Raises `PromptError`
+    at the end if some lines could not be answered.
     """
     with (
-        open_lines(request.source) as file,
-        open_answers(request.resume_from, keep_failed=request.keep_failed) as answers,
-        place.lines(model, request) as (begin, context),
+        open_lines(files.prompts) as file,
+        open_answers(files.resume_from, keep_failed=files.keep_failed) as answers,
+        models.lines(name, options, files.parallel) as (begin, context),
     ):
         from mixchat.serving.requests.lines import answer_lines, longest_line, numbered_lines
 
-        lines = numbered_lines(file, longest_line(context))
-        write_answers(
-            lines, answers, lambda lines: answer_lines(lines, begin, request.parallel), note
+        lines = (
+            line for line in numbered_lines(file, longest_line(context)) if answers.want(line[0])
         )
+        write_answers(answer_lines(lines, begin, files.parallel), answers, reporter.note)
 
 
 class Answers:
     """Answers on standard output, and the numbers of the lines that have one.
 
-    last: the largest number, 0 for none; count: how many lines; failed: those whose last answer is
-    an error.
+    `last` is the largest number, or 0. `count` counts lines, and `failed` has the lines whose last
+    answer is an error.
     """
 
     def __init__(self) -> None:
@@ -66,7 +83,7 @@ class Answers:
         show(json.dumps(answer))
 
     def note(self, answer: dict[str, Any]) -> None:
-        """Note the answer of a line: the last one counts."""
+        """Note the answer of a line. Its last answer counts."""
         number = answer["line"]
         self.count += number > self.last
         self.last = max(self.last, number)
@@ -77,10 +94,10 @@ class Answers:
 
 
 class AnswerFile(Answers):
-    """The file of `--resume-from`: answers from an earlier run, to which the next are added.
+    """The answers of an earlier run in the file of `--resume-from`, to which the next are added.
 
     A line that failed is answered again, unless `keep_failed` is set. A line of the file that was
-    cut off is removed. Raises `UsageError` where the file holds anything else.
+    cut off is removed. Raises `UsageError` if the file holds anything else.
     """
 
     def __init__(self, path: Path, descriptor: int, *, keep_failed: bool = False) -> None:
@@ -98,7 +115,7 @@ class AnswerFile(Answers):
         return number > self._before or number in self._again
 
     def write(self, answer: dict[str, Any]) -> None:
-        """Add a line. Raises `ResourceError` where the disk is full."""
+        """Add a line. Raises `ResourceError` if the disk is full."""
         try:
             write_all(self._descriptor, json.dumps(answer).encode() + b"\n")
         except OSError as error:
@@ -117,7 +134,7 @@ class AnswerFile(Answers):
         return size
 
     def _checked(self, line: bytes) -> dict[str, Any]:
-        """Return an answer. No line is answered again after an answer that is no error."""
+        """Return an answer. No line is answered again after an answer without an error."""
         try:
             answer: dict[str, Any] = json.loads(line)
             number = answer["line"]
@@ -135,7 +152,7 @@ class AnswerFile(Answers):
 def open_answers(path: Path | None, *, keep_failed: bool = False) -> Iterator[Answers]:
     """Open the file of `--resume-from`, or standard output.
 
-    Raises `UsageError` where the file cannot be written, or another process is writing it.
+    Raises `UsageError` if the file cannot be written, or another process is writing it.
     """
     if path is None:
         yield Answers()
@@ -156,39 +173,33 @@ def open_answers(path: Path | None, *, keep_failed: bool = False) -> Iterator[An
 
 
 @contextmanager
-def open_lines(source: str) -> Iterator[BinaryIO]:
-    """Open the file of prompts, which may be a pipe; `-` is standard input.
+def open_lines(path: str) -> Iterator[BinaryIO]:
+    """Open the file of prompts, which may be a pipe, or standard input for `-`.
 
     Raises `UsageError` if it cannot be opened.
     """
-    if source == STDIN:
+    if path == _STDIN:
         yield io.BytesIO() if sys.stdin is None else sys.stdin.buffer
         return
     try:
-        file = open(source, "rb")  # noqa: SIM115 - an error of reading is another one
+        file = open(path, "rb")  # noqa: SIM115 - an error of reading is another one
     except OSError as error:
-        raise UsageError(f"--jsonl {source}: {error.strerror}") from None
+        raise UsageError(f"--jsonl {path}: {error.strerror}") from None
     with file:
         yield file
 
 
-def write_answers(
-    lines: Iterable[tuple[int, bytes]],
-    answers: Answers,
-    answer: Callable[[Iterable[tuple[int, bytes]]], Iterator[Line]],
-    note: Note,
-) -> None:
-    """Answer the lines that have no answer yet, and write each as it is ready.
+def write_answers(lines: Iterable[Line], answers: Answers, note: Note) -> None:
+    """Write each answered line as it is ready.
 
-    Raises `PromptError` at the end if some line of the whole file could not be answered, and at
-    once what is no fault of a line: that line is not written, and is answered where the run is
-    resumed.
+    Raises `PromptError` at the end if some line of the whole file could not be answered. Raises at
+    once an error that is not a line's fault. A resumed run answers that line.
     """
     from mixchat.serving.requests.errors import is_fault_of_request
 
     count = tokens = 0
     start = time.perf_counter()
-    for line in answer(item for item in lines if answers.want(item[0])):
+    for line in lines:
         if isinstance(line.done, Exception) and not is_fault_of_request(line.done):
             raise line.done
         answers.write(line.as_dict())

@@ -1,4 +1,4 @@
-"""Prints errors, notes and questions on standard error; chooses the exit code of an error."""
+"""Prints errors, notes and questions on standard error, and chooses exit codes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _as_ours(error: Exception) -> MixchatError | None:
         place = f"{error.filename}: " if error.filename else ""
         full = error.errno in DISK_FULL
         return (ResourceError if full else MixchatError)(f"{place}{error.strerror}")
-    # Typer's own errors have this method; their class has no public name in every release.
+    # Typer's own errors have this method. Their class has no public name in every release.
     if format_message := getattr(error, "format_message", None):
         ctx = getattr(error, "ctx", None)
         command = ctx.command_path if ctx else "mixchat"
@@ -94,12 +94,12 @@ def _is_lack_of_memory(error: BaseException) -> bool:
         text = str(error).lower()
         if any(words in text for words in _NO_MEMORY) and "static tls" not in text:
             return True
-    # numpy only says that it cannot be imported; the reason is in the error before.
+    # numpy only says that it cannot be imported. The reason is in the error before.
     before = error.__cause__ or error.__context__
     return before is not None and _is_lack_of_memory(before)
 
 
 def _print_line(text: str, style: str = "") -> None:
-    """Print one line: a file's name in the text may hold a newline or an escape."""
+    """Print one line, although a file's name in the text may hold a newline or an escape."""
     with suppress(OSError):
         say(" ".join(text.split()), style=style)

@@ -1,0 +1,302 @@
+"""Makes flags: settings, whose values config.toml and variables give, too, and headings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+from mixchat.base.errors import UsageError
+from mixchat.base.settings import config_file, read_config
+
+PREFIX = "MIXCHAT_"
+AGAIN = "may be given again"  # of a flag with several values, which are a list in config.toml
+_DAMAGE = "mixchat.config"  # the error of reading config.toml, in the context's `meta`
+_COMMAND = "run"  # the command that has every setting as a flag
+_LARGEST_NUMBER = 10**30  # Python refuses to write numbers of thousands of digits
+
+# The headings of flags in --help.
+MODEL, PROMPT, SAMPLING, OUTPUT = "Model", "Prompt and input", "Sampling", "Output"
+MEMORY, CHAT = "Memory and speed", "Chat"
+SERVER, MACHINE, MEASURING = "Server", "Another machine", "Measuring"
+_HEADINGS = (
+    "Arguments",
+    *(MODEL, PROMPT, SERVER, MACHINE, MEASURING, SAMPLING, OUTPUT, MEMORY, CHAT),
+    "Options",
+)
+
+ValueSource = Literal["flag", "variable", "file", "default"]
+# By pydantic's names of errors.
+_KINDS = {
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+}
+_LIMITS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le")}
+_SOURCES: dict[str, ValueSource] = {
+    "COMMANDLINE": "flag",
+    "ENVIRONMENT": "variable",
+    "DEFAULT_MAP": "file",
+}
+
+
+class HeadedCommand(TyperCommand):
+    """Shows flags under the headings of their panels, without Rich, whose import takes long."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (row := parameter.get_help_record(ctx)) is not None:
+                rows.setdefault(_heading(parameter), []).append(row)
+        for heading in sorted(rows, key=_HEADINGS.index):
+            with formatter.section(heading):
+                formatter.write_dl(rows[heading])
+
+
+def option(usage: str, help: str, heading: str | None = None, **more: Any) -> Any:
+    """Return an option whose `usage` is its flags and its metavar, as in "-n --max-tokens N".
+
+    It stands under `heading` in --help. `more` is passed to `typer.Option`.
+    """
+    flags = [word for word in usage.split() if word.startswith("-")]
+    metavar = next((word for word in usage.split() if not word.startswith("-")), None)
+    new_option: Any = typer.Option  # whose first parameter is a default, or a flag in an Annotated
+    return new_option(*flags, metavar=metavar, help=help, rich_help_panel=heading, **more)
+
+
+def setting(
+    usage: str,
+    help: str,
+    heading: str,
+    *,
+    check: Callable[[Any], object] | None = None,
+    **more: Any,
+) -> Any:
+    """Return an option whose first long flag names its key in config.toml and its variable.
+
+    `check` raises `UsageError` for a value that cannot be used. The error then says which variable
+    or file gave the value. The rest is as `option` has it.
+    """
+    name = next(word for word in usage.split() if word.startswith("--")).partition("/")[0]
+    variable = PREFIX + name.removeprefix("--").replace("-", "_").upper()
+    return option(usage, help, heading, **_common(variable, check), **more)
+
+
+def setting_argument(key: str, *, check: Callable[[Any], object], **argument: Any) -> Any:
+    """Return an argument whose default is the setting `key`."""
+    return typer.Argument(**_common(PREFIX + key.upper(), check), **argument)
+
+
+def settings_of(command: Any) -> dict[str, Any]:
+    """Return the parameters of a click command that are settings, by their keys in config.toml."""
+    return {key: parameter for parameter in command.params if (key := _key(parameter))}
+
+
+def value_source(context: typer.Context, parameter: Any) -> ValueSource:
+    """Return the source of a parameter's value."""
+    source = context.get_parameter_source(parameter.name)
+    return _SOURCES.get(source.name, "default") if source else "default"
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Return whether a flag gives a parameter, by its name in Python."""
+    source = context.get_parameter_source(name)
+    return source is not None and _SOURCES.get(source.name) == "flag"
+
+
+def refuse_together(
+    context: typer.Context, flag: str, others: Iterable[str], hint: str | None = None
+) -> None:
+    """Raise `UsageError` if flags are given, by their names in Python, that `flag` excludes."""
+    names = set(others)
+    given = [
+        _shown(parameter)
+        for parameter in context.command.params
+        if parameter.name in names and is_given(context, parameter.name)
+    ]
+    if given:
+        raise UsageError(f"{flag} does not go with {', '.join(given)}", hint=hint)
+
+
+def chosen(context: typer.Context, *parameters: Any) -> Any:
+    """Return the one that counts of settings that exclude each other, None if none is given.
+
+    A flag goes before a variable, and a variable before config.toml. Raises `UsageError` if one
+    source gives two.
+    """
+    for source in ("flag", "variable", "file"):
+        given = [each for each in parameters if value_source(context, each) == source]
+        if len(given) > 1:
+            raise UsageError(f"{_names_in(source, given)} exclude each other")
+        if given:
+            return given[0]
+    return None
+
+
+def apply_config(context: typer.Context) -> None:
+    """Make the values of config.toml the defaults of the command that will run."""
+    commands = context.command.commands  # type: ignore[attr-defined]
+    if not settings_of(commands[context.invoked_subcommand]):
+        return
+    try:
+        context.default_map = config_defaults(commands)
+    except UsageError as error:
+        context.meta[_DAMAGE] = error  # until a setting is needed, for --help needs none
+
+
+def config_defaults(commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return for each command the values of config.toml, by parameter, as strings from a shell.
+
+    Raises `UsageError` for a file that cannot be read, an unknown key, a value of a wrong type.
+    """
+    path = config_file()
+    known, values = settings_of(commands[_COMMAND]), read_config(path)
+    if unknown := [key for key in values if key not in known]:
+        raise _unknown(path, unknown[0], known, commands[_COMMAND])
+    given = {key: _as_given(f"{path}: {key}", known[key], values[key]) for key in values}
+    return {
+        name: {
+            parameter.name: given[key]
+            for key, parameter in settings_of(command).items()
+            if key in given
+        }
+        for name, command in commands.items()
+    }
+
+
+def takes_number(parameter: Any) -> bool:
+    """Return whether the values of a parameter are numbers, by its metavar."""
+    return parameter.metavar in ("N", "X")
+
+
+def explained(error: typer.BadParameter) -> Exception:
+    """Return the error with the value, what is allowed, and the variable or file that gave it."""
+    context: Any = error.ctx
+    message = error.message
+    if (details := getattr(error.__cause__, "errors", None)) is not None:
+        message = f"{_shown(error.param)} has to be {_allowed(details()[0])}"
+    elif context is None or value_source(context, error.param) in ("flag", "default"):
+        return error
+    return _named(context, error.param, message, f"'{context.command_path} --help' explains it.")
+
+
+def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> UsageError:
+    """Return the error for a key that is not a setting. Its hint names the most similar one."""
+    hint = "'mixchat config' shows every setting."
+    for parameter in command.params:
+        if f"--{key}" in parameter.opts and parameter not in known.values():
+            return UsageError(f"{path}: {key} is a flag of one run, not a setting", hint=hint)
+    flags = {flag[2:]: name for name, p in known.items() for flag in p.opts if flag[:2] == "--"}
+    if near := get_close_matches(key.lower().replace("_", "-"), flags, 1):
+        hint = f"Did you mean {flags[near[0]]}? {hint}"
+    return UsageError(f"{path}: there is no setting {key!r}", hint=hint)
+
+
+def _as_given(place: str, parameter: Any, value: Any) -> Any:
+    """Return a value of TOML as the shell would give it, so that it is checked like a flag."""
+    if getattr(parameter, "is_flag", False):
+        if not isinstance(value, bool):
+            raise UsageError(f"{place} has to be true or false, not {value!r:.40}")
+        return value
+    if parameter.multiple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise UsageError(f'{place} has to be a list of texts, such as ["END"]')
+        return [_as_text(place, item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        wanted = "a number" if takes_number(parameter) else "text in quotes"
+        raise UsageError(f"{place} has to be {wanted}, not {_kind(value)}")
+    return _as_text(place, value)
+
+
+def _as_text(place: str, value: str | int | float) -> str:
+    if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        raise UsageError(f"{place} is too large a number")
+    text = str(value)
+    if "\0" in text:
+        raise UsageError(f"{place} has a NUL character, which no text has")
+    return text
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a table"
+    return "a date or time"
+
+
+def _shown(parameter: Any) -> str:
+    """Return a flag, or the word that help has for an argument."""
+    long = next((opt for opt in parameter.opts if opt.startswith("--")), None)
+    return str(long or parameter.metavar)
+
+
+def _allowed(detail: Mapping[str, Any]) -> str:
+    """Return `a number, not 'hot'` for pydantic's description of an error."""
+    kind, given = detail["type"], detail.get("ctx", {})
+    _, listed, choices = detail["msg"].rstrip(".").partition(" is not one of ")
+    if listed:
+        allowed = " or ".join(choices.replace("'", "").rsplit(", ", 1))
+    elif kind in _LIMITS:
+        word, limit = _LIMITS[kind]
+        allowed = f"{word} {given[limit]}"
+    else:
+        allowed = _KINDS.get(kind, detail["msg"])
+    return f"{allowed}, not {detail['input']!r}"
+
+
+def _names_in(source: ValueSource, parameters: Sequence[Any]) -> str:
+    """Return the names that settings have in a source of values."""
+    if source == "file":
+        return f"{config_file()}: {' and '.join(str(_key(each)) for each in parameters)}"
+    if source == "variable":
+        return " and ".join(each.envvar for each in parameters)
+    return " and ".join(f"--{_key(each)}" for each in parameters)
+
+
+def _common(variable: str, check: Callable[[Any], object] | None) -> dict[str, Any]:
+    return {"envvar": variable, "show_envvar": False, "callback": _checker(check)}
+
+
+def _checker(check: Callable[[Any], object] | None) -> Callable[..., Any]:
+    def checked(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
+        if damage := context.meta.get(_DAMAGE):
+            raise damage
+        if value is not None and check is not None:
+            try:
+                check(value)
+            except UsageError as error:
+                raise _named(context, parameter, str(error), error.hint) from None
+        return value
+
+    return checked
+
+
+def _named(context: typer.Context, parameter: Any, message: str, hint: str | None) -> UsageError:
+    """Return the error with the name of the variable or the file that gave a value."""
+    name = {
+        "variable": parameter.envvar,
+        "file": f"{config_file()}: {_key(parameter)}",
+    }.get(value_source(context, parameter))
+    if name is None:
+        return UsageError(message, hint=hint)
+    flag = next((flag for flag in parameter.opts if message.startswith(f"{flag} ")), None)
+    problem = f" {message[len(flag) + 1 :]}" if flag else f": {message}"
+    return UsageError(name + problem, hint=hint)
+
+
+def _key(parameter: Any) -> str | None:
+    variable = parameter.envvar
+    if not isinstance(variable, str) or not variable.startswith(PREFIX):
+        return None
+    return variable.removeprefix(PREFIX).replace("_", "-").lower()
+
+
+def _heading(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    return getattr(parameter, "rich_help_panel", None) or "Options"

@@ -1,0 +1,136 @@
+"""The result of `mixchat bench` as text, JSON and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from mixchat.base import machine
+from mixchat.cli.output.png import new_figure
+from mixchat.cli.output.reports import Report, aligned, weight_type
+from mixchat.engine.report import slots_in_words
+
+if TYPE_CHECKING:
+    from mixchat.bench.rounds import Bench, BenchTask
+
+_COLOURS = ("#2a788e", "#e0e0e0", "#a5db36")
+
+
+@dataclass(frozen=True)
+class BenchReport(Report):
+    """The speed of a model next to the limits of this machine."""
+
+    bench: Bench
+
+    def as_text(self) -> str:
+        return f"{self.heading()}\n\n{aligned(task_table(self.bench.tasks))}"
+
+    def heading(self) -> str:
+        """Return the machine, the model, the limits and the cold start, a line for each."""
+        bench, cold = self.bench, self.bench.cold_start
+        memory = median(limits.memory for limits in bench.limits) / 1e9
+        gemm = median(limits.gemm for limits in bench.limits) / 1e12
+        limits = f"Limits: memory {memory:.1f} GB/s, matrix products {gemm:.2f} TFLOP/s"
+        if cold.disk is not None:
+            limits += f", disk {cold.disk / 1e9:.1f} GB/s"
+        if cold.copy is not None:
+            limits += f", copies to the GPU {cold.copy / 1e9:.1f} GB/s"
+        start = (
+            f"Cold start: first token after {cold.first_token_seconds:.1f} s, "
+            f"{cold.bytes / 1e9:.2f} GB from disk"
+        )
+        slots = bench.engine.slots_by_tier
+        places = [f"Experts: {slots_in_words(slots)}"] if "worker" in slots else []
+        return "\n".join((_machine(bench), _model(bench), *places, limits, start))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures of each round, rates in tokens a second, the rest in SI units."""
+        bench, cold = self.bench, self.bench.cold_start
+        return {
+            "machine": _machine(bench),
+            "model": _model(bench),
+            "slots": bench.engine.slots_by_tier,
+            "limits": {
+                "memory": [limits.memory for limits in bench.limits],
+                "gemm": [limits.gemm for limits in bench.limits],
+                "disk": cold.disk,
+                "copy": cold.copy,
+            },
+            "cold": {
+                "load_seconds": cold.load_seconds,
+                "first_token_seconds": cold.first_token_seconds,
+                "bytes": cold.bytes,
+            },
+            "tasks": [_task_as_json(task) for task in bench.tasks],
+        }
+
+    def picture(self) -> Any:
+        """Draw bars for each task: mixchat, and the most that the limits allow."""
+        tasks = self.bench.tasks
+        rates = [{"mixchat": task.rates, "limit": task.limit_rates} for task in tasks]
+        return draw_rates(self.bench, rates)
+
+
+def task_table(tasks: Sequence[BenchTask]) -> list[tuple[str, ...]]:
+    """Return a head and a row for each task, as cells."""
+    return [("", "TOK/S", "MIN - MAX", "OF THE LIMIT"), *map(_cells, tasks)]
+
+
+def draw_rates(bench: Bench, rates: Sequence[Mapping[str, Sequence[float]]]) -> Any:
+    """Draw bars for each task of a bench. `rates` are tokens a second of each round, by name."""
+    title = f"{_model(bench)}, {machine.cpu_name()}"
+    figure = new_figure(3 + 2.5 * len(rates), 5, title)
+    panels = figure.subplots(1, len(rates), squeeze=False)[0]
+    for axes, task, bars in zip(panels, bench.tasks, rates, strict=True):
+        middle = [median(values) for values in bars.values()]
+        below = [one - min(values) for one, values in zip(middle, bars.values(), strict=True)]
+        above = [max(values) - one for one, values in zip(middle, bars.values(), strict=True)]
+        axes.bar(list(bars), middle, yerr=[below, above], color=_COLOURS[: len(bars)])
+        axes.set(title=task.name, ylabel="tok/s" if task is bench.tasks[0] else "")
+    return figure
+
+
+def _task_as_json(task: BenchTask) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "limited_by": task.limited_by,
+        "mixchat": task.rates,
+        "limit": task.limit_rates,
+        # Scripts may read these two, which tests/benchmarks/side_by_side.py fills.
+        "llama.cpp": [],
+        "to_peer": None,
+        "of_limit": task.of_limit,
+    }
+
+
+def _cells(task: BenchTask) -> tuple[str, ...]:
+    spread = f"{min(task.rates):.1f} - {max(task.rates):.1f}"
+    limit = f"{task.of_limit:.0%} ({task.limited_by})"
+    return task.name, f"{median(task.rates):.1f}", spread, limit
+
+
+def _machine(bench: Bench) -> str:
+    import torch
+
+    from mixchat.kernels.compile import instruction_set
+
+    count = torch.get_num_threads()
+    threads = f"{count} {'thread' if count == 1 else 'threads'}"
+    kernels = f"{instruction_set() or 'no'} kernels"
+    others = " and other GPUs" if "other-device" in bench.engine.slots_by_tier else ""
+    devices = f"{bench.engine.device}{others}"
+    return f"{machine.cpu_name()}: {threads}, {kernels}, computing on {devices}"
+
+
+def _model(bench: Bench) -> str:
+    """Return the shape of the model, and the types of its weights."""
+    config, stored = bench.blueprint.config, bench.blueprint.quantization
+    dense = str(stored.dtype).removeprefix("torch.")
+    types = {"experts": stored.quant_type, "attention": stored.attention, "head": stored.head}
+    in_words = ", ".join(f"{part} in {weight_type(kind, dense)}" for part, kind in types.items())
+    return (
+        f"{config.num_hidden_layers} layers of {config.num_local_experts} experts, "
+        f"{config.num_experts_per_tok} a token; {in_words}"
+    )

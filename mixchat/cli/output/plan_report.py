@@ -1,0 +1,208 @@
+"""The result of `mixchat plan`, with its verdict and the next command."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mixchat.base.quantities import format_least, format_size
+from mixchat.cli.output import plan_text
+from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_text
+from mixchat.cli.output.reports import DownloadReport, Report, disk_as_json
+from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
+from mixchat.planning.prompts import LONG_PROMPT, PROMPT
+
+if TYPE_CHECKING:
+    from mixchat.planning.expectation import TokenCost
+    from mixchat.planning.plan import MachinePlan, Upgrade, Variant
+    from mixchat.planning.worker_split import WorkerSplit
+    from mixchat.weights.make.outline import Outline
+
+
+@dataclass(frozen=True)
+class PlanReport(Report):
+    """The plan of a model on a machine."""
+
+    outline: Outline
+    plan: MachinePlan
+
+    @property
+    def command(self) -> str | None:
+        """Return the command that downloads the model, or runs it as planned. None for no room."""
+        outline = self.outline
+        if outline.lacking:
+            return None
+        if not outline.installed:
+            return shlex.join(("mixchat", "download", *outline.arguments))
+        options = self.plan.fit.options
+        serves = ("serve", "-m", outline.name, "--parallel", str(options.parallel))
+        run = serves if options.parallel > 1 else ("run", "-m", outline.name)
+        flags = {
+            "--ctx-size": options.context_size,
+            "--kv-bits": options.kv_bits,
+            "--device": options.device,
+            "--host-memory": options.host_memory,
+            "--device-memory": ",".join(map(str, options.device_memory)) or None,
+            "--worker": " --worker ".join(options.workers) or None,
+        }
+        given = (f"{flag} {value}" for flag, value in flags.items() if value is not None)
+        return " ".join((shlex.join(("mixchat", *run)), *given))
+
+    def as_text(self) -> str:
+        outline, plan = self.outline, self.plan
+        texts = [section("verdict", self.verdict()), *plan_text.sections(outline, plan)]
+        if not outline.installed and not plan.told.is_another:
+            texts.append(section("to download it", self._download()))
+        return "\n\n".join(texts)
+
+    def as_json(self) -> dict[str, Any]:
+        outline, plan = self.outline, self.plan
+        fit, expected, first, prompt = plan.fit, plan.expected, plan.first_token, plan.prompt
+        return {
+            "model": outline.name,
+            "path": str(outline.directory),
+            "kept": outline.installed,
+            "kept_bytes": outline.blueprint.size,
+            "quantization": outline.blueprint.quantization.description(),
+            "fits": not outline.lacking,
+            "disk": disk_as_json(outline.disk),
+            "tokens_per_second": expected.tokens_per_second,
+            "together": expected.together and asdict(expected.together),
+            "verdict": expected.speed and expected.speed.in_words,
+            "command": self.command,
+            "told": asdict(plan.told),
+            "assumed": _assumed(plan),
+            "machine": asdict(plan.machine),
+            "device": str(plan.device),
+            "speeds": asdict(plan.measurement.typical),
+            "fit": {
+                "context": fit.context,
+                "parallel": fit.options.parallel,
+                "largest_context": fit.largest_context,
+                "demand": asdict(fit.demand),
+                "placement": asdict(fit.placement),
+            },
+            "held": expected.held,
+            "hit_rate": expected.hit_rate,
+            "host_hit_rate": expected.host_hit_rate,
+            "cost": _cost_as_json(expected.cost),
+            "speed": expected.speed and asdict(expected.speed),
+            "measured_at": plan.measurement.measured_at,
+            "measured_on": {"cpu": plan.measurement.cpu, "directory": plan.measurement.directory},
+            "busy": plan.measurement.busy,
+            "samples": len(plan.measurement.samples),
+            "prompt": prompt and asdict(prompt) | {"tokens": LONG_PROMPT},
+            "first_token": first and asdict(first) | {"seconds": first.seconds, "tokens": PROMPT},
+            "in_3_bits": plan.in_3_bits and _form_as_json(plan.in_3_bits),
+            "workers": plan.spread and _spread_as_json(plan, plan.spread),
+            "what_more_buys": [_more_as_json(more) for more in plan.more],
+            "download": outline.download and DownloadReport(outline.download).as_json(),
+        }
+
+    def verdict(self) -> Iterator[tuple[str, str]]:
+        """Yield the lines on the fit, the speed and the next command."""
+        outline = self.outline
+        for need in outline.lacking:
+            missing = format_least(need.needed - need.free)
+            place = f" in {need.place}" if self.plan.told.free_disk is None else ""
+            yield (
+                "it does not fit",
+                f"{missing} of disk are missing: the download takes up to "
+                f"{format_least(need.needed)}{place}, {format_size(need.free)} are free",
+            )
+        if not outline.lacking:
+            here = outline.installed and not self.plan.told.is_another
+            yield "it runs here" if here else "it fits", _held(self.plan)
+        yield "speed", _speed_in_words(self.plan)
+        if self.command:
+            yield "type", self.command
+        else:
+            yield "to do", "free some space, or set MIXCHAT_HOME to a directory on a larger disk"
+
+    def _download(self) -> str:
+        if self.outline.download is not None:
+            return DownloadReport(self.outline.download).as_text()
+        return f"'mixchat download {self.outline.name} --dry-run' asks the hub what it takes."
+
+
+def _held(plan: MachinePlan) -> str:
+    """Return the places of the experts, the fastest memory first."""
+    placement, expected = plan.fit.placement, plan.expected
+    first = sum(placement.by_device)
+    place = "in RAM" if plan.machine.free.device is None else f"on {gpus_text(plan)}"
+    parts = [f"{first} of {count_text(placement.experts, 'expert')} {place}"]
+    if expected.held > first:
+        parts.append(f"{expected.held - first} in RAM")
+    if expected.held < placement.experts:
+        parts.append(f"{placement.experts - expected.held} on disk, read when a token needs them")
+    return ", ".join(parts)
+
+
+def _speed_in_words(plan: MachinePlan) -> str:
+    expected, text = plan.expected, speed_text(plan.expected.speed)
+    if plan.spread is not None:
+        workers = count_text(len(plan.spread.offers), "worker")
+        beside = f"{text} without" if expected.answers == 1 else "one answer at a time"
+        expected = plan.spread.expected
+        text = f"{speed_text(expected.speed)} with {workers}, {beside}"
+    elif expected.answers > 1 and expected.speed is not None:
+        together = speed_text(expected.together)
+        text = f"{text} for each of {expected.answers} answers at once, {together} together"
+    if expected.speed is not None:
+        text += f", {expected.speed.in_words}"
+    if plan.gpu_is_assumed:
+        return f"{text} (of a GPU whose speed is assumed)"
+    return f"{text} (measured on a busy machine)" if plan.measurement.busy else text
+
+
+def _assumed(plan: MachinePlan) -> dict[str, float] | None:
+    """Return the speeds of a GPU that could not be measured, None if none is assumed."""
+    if not plan.gpu_is_assumed:
+        return None
+    return {"gpu_memory": GPU_MEMORY, "gpu_bus": GPU_BUS, "gpu_compute": GPU_COMPUTE}
+
+
+def _form_as_json(form: Variant) -> dict[str, Any]:
+    expected = form.expected
+    return {
+        "kept_bytes": form.fit.blueprint.size,
+        "held": expected.held,
+        "tokens_per_second": expected.tokens_per_second,
+        "speed": expected.speed and asdict(expected.speed),
+    }
+
+
+def _cost_as_json(cost: TokenCost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    return asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden}
+
+
+def _spread_as_json(plan: MachinePlan, spread: WorkerSplit) -> dict[str, Any]:
+    expected, of_workers = spread.expected, zip(spread.offers, spread.held, strict=True)
+    return {
+        "offers": [asdict(offer) | {"held": held} for offer, held in of_workers],
+        "experts": {
+            "here": spread.here,
+            "copies": spread.copies,
+            "workers": spread.on_workers,
+            "disk": plan.fit.placement.experts - expected.held,
+        },
+        "tokens_per_second": expected.tokens_per_second,
+        "hit_rate": expected.hit_rate,
+        "host_hit_rate": expected.host_hit_rate,
+        "cost": _cost_as_json(expected.cost),
+        "speed": expected.speed and asdict(expected.speed),
+    }
+
+
+def _more_as_json(more: Upgrade) -> dict[str, Any]:
+    return {
+        "tier": more.tier,
+        "bytes": more.bytes,
+        "placement": asdict(more.fit.placement),
+        "tokens_per_second": more.expected.tokens_per_second,
+        "speed": more.expected.speed and asdict(more.expected.speed),
+    }

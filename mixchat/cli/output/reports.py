@@ -1,0 +1,203 @@
+"""Reports, from which text and JSON are drawn: installed models, one model, a download."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixchat.base.model_config import checkpoint_dtype
+from mixchat.base.quantities import format_least, format_size, format_time
+from mixchat.chat.printing import one_line, show, show_lines
+from mixchat.weights.models import describe
+
+if TYPE_CHECKING:
+    from mixchat.base.model_config import ModelConfig
+    from mixchat.weights.format.manifest import Manifest
+    from mixchat.weights.make.download_plan import DownloadPlan, Need
+    from mixchat.weights.models import ModelEntry
+
+
+class Report(ABC):
+    """The result of a command, for a person and for programs."""
+
+    @abstractmethod
+    def as_text(self) -> str:
+        """Return the result as lines for a person."""
+
+    @abstractmethod
+    def as_json(self) -> Any:
+        """Return the result for programs, with sizes in bytes and times in seconds."""
+
+    def show(self, as_json: bool) -> None:
+        """Print the result on standard output."""
+        if as_json:
+            show(json.dumps(self.as_json(), indent=2))
+        else:
+            show_lines(self.as_text())
+
+
+@dataclass(frozen=True)
+class ModelList(Report):
+    """The models on this machine."""
+
+    models: Sequence[ModelEntry]
+
+    def as_text(self) -> str:
+        table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
+        for model in self.models:
+            quantization, context = model.problem or model.quantization, str(model.context or "-")
+            quantization += f", partly {model.partly}" if model.partly else ""
+            size, commit = format_size(model.size), (model.commit or "-")[:12]
+            table.append((model.key, size, quantization, context, commit, model.source or "-"))
+        return aligned(table)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [_entry_as_json(model) for model in self.models]
+
+
+@dataclass(frozen=True)
+class ModelDetails(Report):
+    """An installed model in detail."""
+
+    directory: Path
+    manifest: Manifest
+    config: ModelConfig
+
+    def as_text(self) -> str:
+        manifest, config, made = self.manifest, self.config, self.manifest.quantization
+        rows = [
+            ("path", str(self.directory)),
+            ("source", manifest.source.repo),
+            ("commit", manifest.source.commit or "none"),
+            ("revision", manifest.source.revision or "none given"),
+            ("size", format_size(manifest.size)),
+            ("experts", str(made["quant_type"])),
+            ("scales", str(made["scales"])),
+            ("layout", str(made["layout"])),
+            ("attention", weight_type(made["attention"], made["dtype"])),
+            ("head", weight_type(made["head"], made["dtype"])),
+            ("dtype", f"{made['dtype']}{self._rounded()}"),
+            ("layers", str(config.num_hidden_layers)),
+            (
+                "experts per layer",
+                f"{config.num_local_experts}, {config.num_experts_per_tok} per token",
+            ),
+            ("hidden size", str(config.hidden_size)),
+            ("context", f"{config.max_position_embeddings} tokens"),
+        ]
+        if manifest.partly:
+            command = {"calibrated": "calibrate", "converted": "convert"}[manifest.partly]
+            rest = f"mixchat {command} {self.directory.name}"
+            rows.append(("unfinished", f"only some layers are {manifest.partly}; the rest: {rest}"))
+        return aligned(rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys of `mixchat list --json` and more.
+
+        `revision` is the branch, tag or commit that was requested, or null. `weight_bytes` counts
+        the files of weights. `scales` and `layout` are the choice of the experts' codes and their
+        order. `attention` and `head` are the types of their weights.
+        """
+        manifest, config, made = self.manifest, self.config, self.manifest.quantization
+        # The manifest's values, even of a damaged model, whose damage `problem` names.
+        return {
+            **_entry_as_json(describe(self.directory)),
+            "quantization": made["quant_type"],
+            "context": config.max_position_embeddings,
+            "source": manifest.source.repo,
+            "commit": manifest.source.commit,
+            "revision": manifest.source.revision,
+            "weight_bytes": manifest.size,
+            "scales": made["scales"],
+            "layout": made["layout"],
+            "attention": weight_type(made["attention"], made["dtype"]),
+            "head": weight_type(made["head"], made["dtype"]),
+            "layers": config.num_hidden_layers,
+            "experts_per_layer": config.num_local_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "hidden_size": config.hidden_size,
+        }
+
+    def _rounded(self) -> str:
+        before, dtype = checkpoint_dtype(self.directory), self.manifest.quantization["dtype"]
+        return f", rounded from {before}" if before not in (None, dtype, "bfloat16") else ""
+
+
+@dataclass(frozen=True)
+class DownloadReport(Report):
+    """The plan of a download."""
+
+    plan: DownloadPlan
+
+    def as_text(self) -> str:
+        plan = self.plan
+        commit = f" at {plan.commit[:12]}" if plan.commit else ""
+        fetch = format_size(plan.fetch)
+        if plan.fetch < plan.checkpoint and plan.commit:
+            fetch += f" of {format_size(plan.checkpoint)}; the rest is here already"
+        rows = [
+            ("from", plan.source + commit),
+            ("fetch", fetch),
+            ("install", f"{format_size(plan.installed)} in {plan.target}"),
+            *(("disk", f"{_need_text(need)} in {need.place}") for need in plan.disk),
+            ("memory", _need_text(plan.memory)),
+        ]
+        if plan.seconds is not None:
+            rate = f", at {format_size(int(plan.rate))}/s as measured now" if plan.rate else ""
+            rows.append(("time", f"about {format_time(plan.seconds)}{rate}"))
+        if plan.rounded_from is not None:
+            stored = "are stored as bf16, which rounds them to 8 bits of precision"
+            rows.append(("note", f"{plan.rounded_from} weights {stored}"))
+        return aligned(rows)
+
+    def as_json(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "name": plan.name,
+            "path": str(plan.target),
+            "source": plan.source,
+            "commit": plan.commit,
+            "quantization": dict(plan.quantization),
+            "checkpoint_bytes": plan.checkpoint,
+            "fetch_bytes": plan.fetch,
+            "kept_bytes": plan.installed,
+            "disk": disk_as_json(plan.disk),
+            "memory": {"needed_bytes": plan.memory.needed, "free_bytes": plan.memory.free},
+            "bytes_per_second": plan.rate,
+            "seconds": plan.seconds,
+            "rounded_from": plan.rounded_from,
+        }
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return the rows as lines, in columns of equal width two spaces apart."""
+    cells = [[one_line(" ".join(cell.split())) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = (map(str.ljust, row, widths) for row in cells)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def disk_as_json(disk: Sequence[Need]) -> list[dict[str, Any]]:
+    """Return the bytes that a download needs of each disk."""
+    return [
+        {"path": str(need.place), "needed_bytes": need.needed, "free_bytes": need.free}
+        for need in disk
+    ]
+
+
+def weight_type(quant_type: str, dtype: str) -> str:
+    """Return the type of weights as a word, `dtype` if they are not quantized."""
+    return dtype if quant_type == "none" else quant_type
+
+
+def _entry_as_json(model: ModelEntry) -> dict[str, Any]:
+    keys = ("bytes", "quantization", "partly", "context", "source", "commit", "problem")
+    return {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
+
+
+def _need_text(need: Need) -> str:
+    return f"{format_least(need.needed)} at most, {format_size(need.free)} free"

@@ -1,0 +1,12 @@
+"""Opens chats, services and workers for the command line. It alone joins chat, serving and loading.
+
+- provider.py: the contract of the place whose models answer, and the options of a chat
+- local_models.py: the models of this machine
+- server_models.py: the models of a server
+- opening.py: loads a model for a chat or for a service
+- open_chat.py: a chat or one question: session, saved chat, KV cache, change of model
+- install.py: checks the text of a checkpoint, and calibrates a model
+- cache_file.py: the KV cache in a file
+- answer_lines.py: a file of prompts, and the file of answers
+- servers.py: serves a model over HTTP, or experts to other machines
+"""

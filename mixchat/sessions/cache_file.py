@@ -1,0 +1,160 @@
+"""Saves the engine's KV cache in a file, so that the next run processes only what is new."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixchat.base import interrupts
+from mixchat.base.errors import CheckpointError, MixchatError
+from mixchat.base.output_file import OutputFile
+from mixchat.base.progress import Reporter
+from mixchat.base.sanitize import sanitize
+
+if TYPE_CHECKING:
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.engine.prompt_cache import PromptCache
+
+# The start of such a file after the 8 bytes of its header's length, by engine/prompt_cache.py.
+FILE_START = b'{"__metadata__":{"format":"pt"},"mixchat_prompt_cache":'
+_LENGTH_START = b"\xf8"  # the lowest byte of a length that is 8 less than a multiple of 4096
+
+
+def checked_cache_file(path: Path) -> Path:
+    """Return the file that --prompt-cache means, a link followed. Raises `UsageError`.
+
+    This is done before the model is loaded, which takes long.
+    """
+    return _output(path).check().place
+
+
+class CacheSaver:
+    """The KV cache of a chat's engine, loaded from a file at first and saved at the end.
+
+    `named` is the file of --prompt-cache, one for all chats of a run. Without it each saved chat
+    has a file next to its own, which is updated if it exists, and created with `create`. At the
+    end this raises `MixchatError` if the named file, or with `strict` a chat's, cannot be written,
+    unless something else went wrong before. Other errors are only printed.
+    """
+
+    def __init__(
+        self,
+        saver: ChatSaver,
+        reporter: Reporter,
+        *,
+        named: Path | None = None,
+        create: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self._saver, self._reporter, self._named, self._create = saver, reporter, named, create
+        self._strict = named is not None or (create and strict)
+        self._loaded: PromptCache | None = None
+
+    def __enter__(self) -> CacheSaver:
+        self._load()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self._save_or_tell(lambda error: self._reporter.note(str(error)))
+        elif self._strict:
+            self._save()
+        else:
+            self._save_or_tell(self._reporter.error)
+
+    def leave_chat(self) -> None:
+        """Save the cache of a chat, before another one is started or resumed."""
+        if self._named is None:
+            self._save_or_tell(self._reporter.error)
+
+    def enter_chat(self) -> None:
+        """Load the cache of a chat that was resumed."""
+        if self._named is None:
+            self._load()
+
+    @contextmanager
+    def changing_model(self) -> Iterator[None]:
+        """Save the cache before the block replaces the engine, and load it again if that fails.
+
+        The new engine's cache is saved in its place.
+        """
+        self._save_or_tell(self._reporter.error)
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            if not self._saver.session.engine.is_closed:
+                self._load()
+            raise
+        self._loaded = None
+
+    @property
+    def _path(self) -> Path:
+        return self._named or self._saver.kv_path
+
+    def _load(self) -> None:
+        engine, path = self._saver.session.engine, self._path
+        engine.forget()  # what it holds may be of another chat
+        self._loaded = None
+        if not _has_content(path):
+            return
+        from mixchat.engine.prompt_cache import PromptCache
+
+        self._loaded = PromptCache(path, engine)
+        try:
+            with self._reporter.status(sanitize(f"reading {path}")):
+                self._loaded.load()
+        except CheckpointError as error:
+            self._reporter.note(f"{error}; it will be written again")
+
+    def _save_or_tell(self, tell: Callable[[MixchatError], object]) -> None:
+        try:
+            self._save()
+        except MixchatError as error:
+            tell(error)
+
+    def _save(self) -> None:
+        if not self._is_wanted():
+            return
+        from mixchat.engine.prompt_cache import PromptCache
+
+        cache, path = self._loaded, self._path
+        if cache is None or cache.path != path:  # no file yet, or another chat's
+            cache = PromptCache(path, self._saver.session.engine)
+        with interrupts.saving(), self._reporter.status(sanitize(f"writing {path}")):
+            cache.save()
+
+    def _is_wanted(self) -> bool:
+        """Return whether to write the file, and remove a chat's if every turn was undone.
+
+        Raises `UsageError` if another file has been put in the place of the named one.
+        """
+        if self._named is not None:
+            _output(self._named).check()
+            return True
+        if not self._saver.autosave or not (self._create or _has_content(self._path)):
+            return False
+        if not self._saver.session.history:
+            self._path.unlink(missing_ok=True)
+            return False
+        return True
+
+
+def _output(path: Path) -> OutputFile:
+    return OutputFile("--prompt-cache", path, _is_ours, streams=False)
+
+
+def _is_ours(head: bytes) -> bool:
+    """Return whether a file is, or before some damage was, a prompt cache, by its beginning."""
+    return head[:1] == _LENGTH_START and FILE_START.startswith(head[8 : 8 + len(FILE_START)])
+
+
+def _has_content(path: Path) -> bool:
+    """Return whether there is a regular file with content, not a link, device or pipe."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0

@@ -1,0 +1,84 @@
+"""Checks a checkpoint's text for a download, and calibrates an installed model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+from mixchat.base.options import DenseBits
+from mixchat.base.progress import Progress, Reporter
+from mixchat.base.quantities import format_time
+
+
+def check_text(checkpoint: Path) -> None:
+    """Raise `CheckpointError` if a checkpoint's tokenizer or template cannot be used."""
+    from mixchat.text.checkpoint_text import CheckpointText
+
+    with closing(CheckpointText(checkpoint)) as text:
+        text.template()
+
+
+def is_uncalibrated(directory: Path) -> bool:
+    """Return whether a model is not calibrated, or not in all layers."""
+    from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
+
+    calibrated = read_manifest(directory).quantization["scales"] == "calibrated"
+    return not calibrated or (directory / INPUTS_DIR).exists()
+
+
+def calibrate_model(
+    directory: Path,
+    text: str | None,
+    progress: Progress,
+    reporter: Reporter,
+    windows: int | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Calibrate an installed model with `text`, or with a text of so many windows that it writes.
+
+    `force` takes a checkpoint although nothing shows that the model was made of it.
+    """
+    from mixchat.loading.calibrate import Text, calibration
+    from mixchat.text.checkpoint_text import CheckpointText
+    from mixchat.weights.care.convert import convert, find_target
+    from mixchat.weights.care.housekeeping import not_in_use
+    from mixchat.weights.make.download import local_errors
+
+    with closing(CheckpointText(directory)) as files:
+        tokenizer = files.tokenizer()
+        ids = None if text is None else tokenizer.encode(text)
+        tokens = Text(ids, tokenizer.bos_id, windows)
+
+    with local_errors(), not_in_use(directory):
+        target = find_target(directory, None, DenseBits(), calibrated=True)
+        with ExitStack() as stack:
+            doing = "writing text" if text is None else "reading text"
+            with _shown_windows(doing, progress, reporter) as on_window:
+                made = calibration(directory, tokens, progress, on_window, force=force)
+                remake = stack.enter_context(made)
+            convert(directory, target, progress, remake)
+
+
+@contextmanager
+def _shown_windows(
+    doing: str, progress: Progress, reporter: Reporter
+) -> Iterator[Callable[[int, int, str], None]]:
+    """Show how many windows the model has read or written, and how long the rest takes."""
+    start = time.monotonic()
+    with ExitStack() as stack:
+        update = stack.enter_context(reporter.status(doing))
+
+        def show(done: int, total: int, line: str) -> None:
+            nonlocal update
+            if line:
+                stack.close()  # it would write over the line
+                progress.note(line)
+                update = stack.enter_context(reporter.status(doing))
+            if done:
+                left = (time.monotonic() - start) / done * (total - done)
+                update(f"{doing}: {done} of {total} windows, {format_time(left)} left")
+
+        yield show

@@ -1,0 +1,144 @@
+"""The models of this machine, for `mixchat run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixchat.base.errors import MixchatError, UsageError
+from mixchat.base.model_config import DEFAULT_TOKENS, Context, ModelConfig
+from mixchat.base.options import LoadOptions
+from mixchat.base.progress import Reporter
+from mixchat.sessions.cache_file import CacheSaver
+from mixchat.sessions.opening import find_or_build, open_service, open_session
+from mixchat.sessions.provider import ChatOptions, Predictor
+
+if TYPE_CHECKING:
+    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.session import ChatSession
+    from mixchat.serving.requests.lines import Begin
+    from mixchat.text.form.output_constraint import OutputConstraint
+
+
+class LocalModels:
+    """The `ModelProvider` of models that are loaded here, with the flags of a run.
+
+    `usual` is the model if none is named. All answers have the `form`, if there is one.
+    """
+
+    place = "on this machine"
+
+    def __init__(
+        self,
+        load: LoadOptions,
+        reporter: Reporter,
+        *,
+        usual: str,
+        form: OutputConstraint | None = None,
+        prompt_cache: Path | None = None,
+        keep_cache: bool = False,
+    ) -> None:
+        self._load, self._reporter, self._usual, self._form = load, reporter, usual, form
+        self._prompt_cache, self._keep_cache = prompt_cache, keep_cache
+
+    def choose(self, given: str | None, resumed: SavedChat | None) -> str:
+        """Return a model. The usual one continues a server's chat whose model is unknown here."""
+        from mixchat.serving.client.server_backend import ServerBackend
+        from mixchat.weights.models import is_model
+
+        if given is not None:
+            return given
+        if resumed is None or (
+            resumed.identity == ServerBackend.identity and not is_model(resumed.model)
+        ):
+            return self._usual
+        return resumed.model
+
+    def context_of(self, name: str) -> Context:
+        """Return the context that a model will have, the default one until it is installed.
+
+        Raises `UsageError` for a size that the model cannot do.
+        """
+        from mixchat.weights.models import installed_directory
+
+        try:
+            config = ModelConfig.from_file(installed_directory(name) / "config.json")
+        except MixchatError:  # `open` raises it again, or builds the demo
+            return Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
+        return Context.of(config, self._load.context_size)
+
+    def open(self, name: str, options: ChatOptions) -> ChatSession:
+        return open_session(name, self._load, options, self._reporter, form=self._form)
+
+    @contextmanager
+    def lines(
+        self, name: str, options: ChatOptions, parallel: int
+    ) -> Iterator[tuple[Begin, Context]]:
+        from mixchat.serving.requests.forms import forms_of
+        from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
+        from mixchat.text.form.output_constraint import PATIENT_S
+
+        load = replace(self._load, exact_prompts=True, parallel=parallel)
+        service, defaults = open_service(
+            name, load, AHEAD * parallel, self._reporter, options.sampling
+        )
+        if options.max_tokens is not None:
+            defaults = replace(defaults, max_tokens=options.max_tokens)
+        seed = options.sampling["seed"]
+        fields = {"stop": list(options.stop)} | ({} if seed is None else {"seed": seed})
+        given = LineDefaults(fields, options.system)
+        with closing(service):
+            begin = answered_here(service, defaults, given, forms_of(service, PATIENT_S))
+            yield begin, self.context_of(name)
+
+    def predictor(self, session: ChatSession, name: str) -> Predictor:
+        from mixchat.loading.loader import speed_predictor
+        from mixchat.weights.models import installed_directory
+
+        return speed_predictor(installed_directory(name), self._load.device, session.engine)
+
+    def cache(self, saver: ChatSaver, *, asks_once: bool) -> CacheSaver:
+        return CacheSaver(
+            saver,
+            self._reporter,
+            named=self._prompt_cache,
+            create=self._keep_cache,
+            strict=asks_once,
+        )
+
+    def others(self, current: str) -> list[str]:
+        from mixchat.weights.models import installed_directory, installed_names
+
+        directory = _directory_of(current)
+        return [name for name in installed_names() if installed_directory(name) != directory]
+
+    def check(self, name: str, current: str) -> None:
+        """Raise `MixchatError` if a chat cannot change to a model. The demo is built for it."""
+        from mixchat.text.checkpoint_text import CheckpointText
+        from mixchat.weights.format.installed_model import InstalledModel
+
+        if self._load.trace is not None:
+            raise UsageError("the model cannot change: --trace records the routing of one model")
+        directory = find_or_build(name, self._reporter)
+        if directory == _directory_of(current):
+            raise UsageError(f"this chat already has the model {name}")
+        with (
+            closing(CheckpointText(directory)) as text,
+            self._reporter.status(f"checking {name}"),
+            InstalledModel(directory) as installed,
+        ):
+            Context.of(installed.config, self._load.context_size)
+            text.tokenizer()
+
+
+def _directory_of(name: str) -> Path | None:
+    """Return the directory of an installed model, None if it is gone."""
+    from mixchat.weights.models import installed_directory
+
+    with suppress(MixchatError):
+        return installed_directory(name)
+    return None

@@ -1,0 +1,161 @@
+"""Loads a model for a chat or for a service. All that takes long starts here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from mixchat.base.errors import ModelNotFoundError
+from mixchat.base.model_config import advised_length, advised_sampling
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.progress import Reporter
+from mixchat.chat.parameters import with_numbers
+from mixchat.engine.environment import prepare_environment
+from mixchat.sessions.provider import ChatOptions
+
+if TYPE_CHECKING:
+    from mixchat.chat.session import ChatSession
+    from mixchat.serving.model_service import ModelService
+    from mixchat.serving.requests.options import Defaults
+    from mixchat.text.form.output_constraint import OutputConstraint
+    from mixchat.text.template import Template
+    from mixchat.text.tokenizer import Tokenizer
+    from mixchat.weights.format.installed_model import InstalledModel
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """An installed model's files before its engine is built.
+
+    `sampling` and `max_tokens` are the advice of the model's makers.
+    """
+
+    files: InstalledModel
+    tokenizer: Tokenizer
+    template: Template
+    sampling: Mapping[str, float]
+    max_tokens: int | None
+
+
+def resolve_sampling(
+    given: Mapping[str, float | None], advised: Mapping[str, float]
+) -> SamplingOptions:
+    """Return the values of flags, else the advice of the model's makers, else the defaults.
+
+    None stands for a flag that was not given. Advice beyond the limits of the flags is ignored.
+    The seed is drawn here, so that it can be shown and repeated.
+    """
+    import secrets
+
+    defaults = SamplingOptions(seed=secrets.randbelow(2**32))
+    return with_numbers(with_numbers(defaults, advised), given)
+
+
+def open_session(
+    name: str,
+    load: LoadOptions,
+    options: ChatOptions,
+    reporter: Reporter,
+    form: OutputConstraint | None = None,
+) -> ChatSession:
+    """Find the model, load it, and return a session with it whose answers have the given form."""
+    with _opened(name, reporter) as model:
+        from mixchat.chat.engine_backend import EngineBackend
+        from mixchat.chat.session import ChatSession
+        from mixchat.loading.loader import build_engine
+        from mixchat.text.form.constraint import ConstraintCompiler
+
+        compiled = None
+        if form is not None:
+            compiled = ConstraintCompiler(model.tokenizer, model.template.stop_ids).compile(form)
+        backend = EngineBackend(
+            build_engine(model.files, load, reporter.note),
+            model.tokenizer,
+            model.template,
+            advised_tokens=model.max_tokens,
+            form=compiled,
+        )
+        return ChatSession(
+            backend,
+            system=options.system,
+            sampling=resolve_sampling(options.sampling, model.sampling),
+            max_tokens=options.max_tokens,
+            stop=options.stop,
+            overflow=options.overflow,
+        )
+
+
+def open_service(
+    name: str,
+    load: LoadOptions,
+    queue: int,
+    reporter: Reporter,
+    sampling: Mapping[str, float | None] = MappingProxyType({}),
+    *,
+    shared_prefix: bool = True,
+) -> tuple[ModelService, Defaults]:
+    """Find the model, load it, and return a service with it and the defaults of its answers.
+
+    `queue` jobs may wait while `load.parallel` others are answered. The values of `sampling` go
+    before the advice of the model's makers.
+    """
+    with _opened(name, reporter) as model:
+        from mixchat.loading.loader import build_engine
+        from mixchat.serving.model_service import ModelService
+        from mixchat.serving.requests.options import Defaults
+
+        service = ModelService(
+            name,
+            lambda: build_engine(model.files, load, reporter.note),
+            model.tokenizer,
+            model.template,
+            queue=queue,
+            shared_prefix=shared_prefix,
+        )
+    return service, Defaults(resolve_sampling(sampling, model.sampling), model.max_tokens)
+
+
+def find_or_build(name: str, reporter: Reporter) -> Path:
+    """Return the directory of an installed model. The demo is built first if it is missing."""
+    from mixchat.weights import models
+
+    try:
+        return models.installed_directory(name)
+    except ModelNotFoundError:
+        if not (ref := models.resolve(name)).demo:
+            raise
+    prepare_environment()
+    from mixchat.weights.make.download import DownloadRequest, download
+    from mixchat.weights.make.quantize_options import QuantizeOptions
+
+    with reporter.progress() as progress:
+        return download(DownloadRequest(ref, QuantizeOptions()), progress)
+
+
+@contextmanager
+def _opened(name: str, reporter: Reporter) -> Iterator[OpenedModel]:
+    """Open a model's files, and show that it is loading while the block runs."""
+    from mixchat.text.checkpoint_text import CheckpointText
+
+    directory = find_or_build(name, reporter)
+    text = CheckpointText(directory)  # it loads in a thread while torch is imported
+    prepare_environment()
+    with reporter.status(f"loading {name}"):
+        from mixchat.weights.format.installed_model import InstalledModel
+
+        files = InstalledModel(directory)  # its hint names `repair`, if need be
+        try:
+            yield OpenedModel(
+                files,
+                text.tokenizer(),
+                text.template(files.config.eos_token_ids),
+                advised_sampling(directory),
+                advised_length(directory),
+            )
+        except BaseException:
+            files.close()
+            raise

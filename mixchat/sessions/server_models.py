@@ -1,0 +1,135 @@
+"""The models of a server, for `mixchat run --server`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from mixchat.base.errors import ModelNotFoundError, UsageError
+from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
+from mixchat.base.options import RequestedSampling
+from mixchat.base.progress import Reporter
+from mixchat.chat.parameters import with_numbers
+from mixchat.serving.client.server_url import ServerURL
+from mixchat.sessions.provider import ChatOptions, Predictor
+
+if TYPE_CHECKING:
+    from mixchat.chat.saved.chat_file import SavedChat
+    from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.session import ChatSession
+    from mixchat.serving.client.server_backend import ServerBackend
+    from mixchat.serving.client.server_json import ListedModel
+    from mixchat.serving.requests.lines import Begin
+    from mixchat.text.form.output_constraint import OutputConstraint
+
+KEY_VARIABLE = "MIXCHAT_API_KEY"
+
+
+class ServerModels:
+    """The `ModelProvider` of a server."""
+
+    def __init__(self, url: str, form: OutputConstraint | None, reporter: Reporter) -> None:
+        """Ask the server for its models. Raises `MixchatError` if that fails.
+
+        All answers have the `form`, if there is one.
+        """
+        from mixchat.serving.client.server_client import ServerClient
+
+        self._url = ServerURL.parse(url)
+        self._form = {} if form is None else form.request_fields()
+        self._client = ServerClient(self._url, os.environ.get(KEY_VARIABLE))
+        with reporter.status(f"asking {self._url}"):
+            self._models = {model.name: model for model in self._client.models()}
+
+    @property
+    def place(self) -> str:
+        return f"on {self._url}"
+
+    def choose(self, given: str | None, resumed: SavedChat | None) -> str:
+        """Return a model. The usual one is the first that the server lists."""
+        if given is not None:
+            return given
+        if resumed is not None and resumed.model in self._models:
+            return resumed.model
+        if not self._models:
+            hint = "Name one with -m MODEL, or check the URL."
+            raise ModelNotFoundError(f"{self._url} lists no models", hint=hint)
+        return next(iter(self._models))
+
+    def context_of(self, name: str) -> Context:
+        """Return the context of a model, a large one if the server does not tell."""
+        return self._backend(name).context or UNKNOWN_CONTEXT
+
+    def open(self, name: str, options: ChatOptions) -> ChatSession:
+        """Return a session with a model. Some servers do not list all names."""
+        from mixchat.chat.session import ChatSession
+
+        return ChatSession(
+            self._backend(name),
+            system=options.system,
+            sampling=with_numbers(RequestedSampling(), options.sampling),
+            max_tokens=options.max_tokens,
+            stop=options.stop,
+            overflow=options.overflow,
+        )
+
+    @contextmanager
+    def lines(
+        self, name: str, options: ChatOptions, parallel: int
+    ) -> Iterator[tuple[Begin, Context]]:
+        from mixchat.serving.requests.lines import LineDefaults, answered_by
+
+        given: dict[str, Any] = {**options.sampling, "max_tokens": options.max_tokens or None}
+        fields = {name: value for name, value in given.items() if value is not None}
+        if options.stop:
+            fields["stop"] = list(options.stop)
+        defaults = LineDefaults(fields, options.system)
+        yield (
+            answered_by(self._client, self._model(name), defaults, parallel),
+            self.context_of(name),
+        )
+
+    def predictor(self, session: ChatSession, name: str) -> Predictor:
+        """Return a function that returns None, for nobody knows how fast a server is."""
+        return lambda: None
+
+    def cache(self, saver: ChatSaver, *, asks_once: bool) -> ServerCache:
+        return ServerCache()
+
+    def others(self, current: str) -> list[str]:
+        return [name for name in self._models if name != current]
+
+    def check(self, name: str, current: str) -> None:
+        if name == current:
+            raise UsageError(f"this chat already has the model {name}")
+        if self._models and name not in self._models:
+            hint = "/model shows those that it has."
+            raise ModelNotFoundError(f"the server has no model {name!r}", hint=hint)
+
+    def _backend(self, name: str) -> ServerBackend:
+        from mixchat.serving.client.server_backend import ServerBackend
+
+        return ServerBackend(self._client, self._model(name), self._form)
+
+    def _model(self, name: str) -> ListedModel:
+        from mixchat.serving.client.server_json import ListedModel
+
+        return self._models.get(name, ListedModel(name))
+
+
+class ServerCache:
+    """The `ChatCache` of a chat with a server, whose KV cache stays with the server."""
+
+    def __enter__(self) -> ServerCache:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def leave_chat(self) -> None: ...
+
+    def enter_chat(self) -> None: ...
+
+    def changing_model(self) -> AbstractContextManager[None]:
+        return nullcontext()
