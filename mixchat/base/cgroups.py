@@ -1,8 +1,8 @@
-"""The limits of memory and CPU time that control groups of versions 1 and 2 set, at every level.
+"""The limits of memory and CPU time that control groups set, at every level.
 
-A process is in one group of each hierarchy, and the limits of that group and of all groups above
-it apply. In version 2 there is one hierarchy; in version 1 each controller ("memory", "cpu") may
-have its own. A machine can have both at once, each with some of the controllers.
+A process is in one group of each hierarchy, and the limits of that group and of all groups above it
+apply. Version 2 has one hierarchy. In version 1 each controller ("memory", "cpu") may have its own.
+A machine can have both versions at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
-VERSION_2 = ""  # the hierarchy of version 2. In version 1 a controller names its hierarchy.
+VERSION_2 = ""  # the hierarchy of version 2
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,24 @@ class _Memory:
 
 
 _MEMORY = {
-    # A limit that is not set is a huge number in version 1 and "max" in version 2.
+    # No limit is a huge number in version 1 and "max" in version 2.
     "memory": _Memory(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
-    # Above memory.high a process is not killed, but it is slowed down until it hardly runs.
+    # Above memory.high a process hardly runs.
     VERSION_2: _Memory(("memory.max", "memory.high"), "memory.current", "inactive_file"),
 }
 
 
 def memory_limit(process: Path = PROCESS) -> int | None:
-    """Return the bytes that this process's groups may use; None without a limit."""
+    """Return the bytes that this process's groups may use, or None without a limit."""
     return _least(
         _limit(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
     )
 
 
 def memory_room(process: Path = PROCESS) -> int | None:
-    """Return the bytes that are left below every limit; None without a limit.
+    """Return the bytes that are left below every limit, or None without a limit.
 
-    Pages of files that are cached but not in use count as free, because the kernel drops them
-    first. If 5 of 8 GB are used in a group, and 9 of 10 GB in the group above it, 1 GB is left.
+    Cached pages that are not in use count as free, because the kernel drops them first.
     """
     return _least(
         _room(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
@@ -53,12 +52,12 @@ def memory_room(process: Path = PROCESS) -> int | None:
 
 
 def cores(process: Path = PROCESS) -> int | None:
-    """Return the cores that the tightest quota of CPU time allows, rounded up; None without one."""
+    """Return the cores that the tightest quota of CPU time allows, rounded up, or None."""
     return _least(_quota(group) for name in ("cpu", VERSION_2) for group in groups(process, name))
 
 
 def groups(process: Path, hierarchy: str) -> Iterator[Path]:
-    """Yield the directories of the process's group and of each group above it that is mounted.
+    """Yield the directories of the process's group and of each mounted group above it.
 
     hierarchy: a controller of version 1, or `VERSION_2`. In a container only the host may know the
     path of the group. Then the mounted directory is the group.
@@ -116,7 +115,7 @@ def _room(group: Path, files: _Memory) -> int | None:
 
 
 def _quota(group: Path) -> int | None:
-    """Return the cores of a group. Quota and period are in two files in version 1, in one in 2."""
+    """Return the cores of a group. Version 1 has quota and period in two files."""
     quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
     if pair := re.fullmatch(r"(\d+) (\d+)", "".join(_lines(group / "cpu.max"))):
         quota, period = int(pair[1]), int(pair[2])
@@ -128,7 +127,6 @@ def _least(numbers: Iterable[int | None]) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None if it is missing, a word or negative."""
     text = "".join(_lines(path)).strip()
     return int(text) if text.isdecimal() else None
 
@@ -141,5 +139,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    """Return a path without escapes. mountinfo writes a space as `\\040`."""
+    """Return a path without mountinfo's octal escapes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -1,7 +1,6 @@
-"""The tree of errors. Each has its exit code and, usually, a hint that says what to do.
+"""The tree of errors. Each has its exit code and, usually, a hint.
 
-Every error that a person can cause or cure is a `MixchatError`. The command line catches that class
-in one place and prints `error: <message>` and the hint. Any other error that escapes is a bug.
+Every error that a person can cause or cure is a `MixchatError`. Any other that escapes is a bug.
 
 | exit code | meaning                                                          |
 | --------- | ---------------------------------------------------------------- |
@@ -29,7 +28,7 @@ class MixchatError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        # A message may quote untrusted text of any length. Its start says what is wrong.
+        # A message may quote untrusted text of any length.
         super().__init__(
             message
             if len(message) <= _MESSAGE_LENGTH_MAX
@@ -45,7 +44,7 @@ class UsageError(MixchatError):
 
 
 class PromptError(MixchatError):
-    """The prompt is empty, is not text, or is longer than the context."""
+    """The prompt cannot be used."""
 
     exit_code = 3
 
@@ -55,13 +54,13 @@ class PromptTooLongError(PromptError):
 
 
 class ModelNotFoundError(MixchatError):
-    """No model of that name exists, on this machine or on the hub."""
+    """No model of that name exists, here or on the hub."""
 
     exit_code = 4
 
 
 class ChatNotFoundError(MixchatError):
-    """No chat of that ID or name is saved, or several match it."""
+    """No saved chat has that ID or name, or several match it."""
 
     exit_code = 4
 
@@ -73,19 +72,19 @@ class HubError(MixchatError):
 
 
 class ServerError(MixchatError):
-    """A server or worker cannot be reached, does not answer, refuses, or sends something wrong."""
+    """A server or worker cannot be reached, refuses, or sends something wrong."""
 
     exit_code = 5
 
 
 class CheckpointError(MixchatError):
-    """A checkpoint, an installed model or a saved chat is damaged, incomplete or unsupported."""
+    """A checkpoint, an installed model or a saved chat is damaged or unsupported."""
 
     exit_code = 6
 
 
 class ResourceError(MixchatError):
-    """There is not enough disk or memory. The message has the needed and the free amount."""
+    """There is not enough disk or memory."""
 
     exit_code = 7
 
@@ -103,6 +102,6 @@ class NoCodeError(MixchatError):
 
 
 def short_message(message: object) -> str:
-    """Return a library's message on one line, at most 200 characters long, to follow our own."""
+    """Return a library's message on one line of at most 200 characters."""
     line = " ".join(str(message).split())
     return line if len(line) <= _FOREIGN_LENGTH_MAX else line[: _FOREIGN_LENGTH_MAX - 1] + "\u2026"

@@ -1,7 +1,7 @@
 """Reads mixchat's own files with clear errors, and writes them whole or not at all.
 
-None of them is a symbolic link. Reading refuses a link (`follow=False`), writing replaces it.
-Anything that is neither a regular file nor a link (device, FIFO, socket, directory) is not touched.
+Reading refuses a link (`follow=False`), writing replaces it. Anything that is neither a regular
+file nor a link is not touched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mixchat.base.quantities import format_size
 
 MAX_SIZE = 100_000_000  # bytes, of small files of checkpoints and of chats
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# A path cannot be written: the permissions are missing, or something else is there.
+# The permissions are missing, or something else is there.
 NOT_WRITABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -41,7 +41,7 @@ NOT_WRITABLE = (
 
 
 def write_error(error: OSError, path: Path, fault: str) -> MixchatError:
-    """Return the error, of the cause's class, for a file that cannot be written or removed."""
+    """Return the error, of the cause's class, for a file that cannot be written."""
     kind = MixchatError
     if error.errno in DISK_FULL:
         kind = ResourceError
@@ -55,8 +55,8 @@ def open_regular(
 ) -> int:
     """Open a regular file and return its descriptor. Without `follow`, a link is refused.
 
-    Opening a FIFO could wait forever for its other end, and a device may be anything. Raises
-    `OSError`, whose `strerror` names what is there instead.
+    A FIFO could wait forever for its other end. Raises `OSError`, whose `strerror` names what is
+    there instead.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -122,10 +122,9 @@ def json_object(data: bytes, name: str) -> dict[str, Any]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all. Raises `OSError`.
 
-    For the files of a model, which one process writes. Until the file is whole it has a temporary
-    name that the next attempt uses again. Raises `OSError`, and leaves no other file.
+    One process at a time may write it, because its temporary name is always the same.
     """
     temporary = temporary_path(path)
     temporary.unlink(missing_ok=True)
@@ -141,14 +140,14 @@ def write_file(path: Path, data: bytes) -> None:
 def write_private_file(path: Path, data: bytes) -> None:
     """Write a file that only its owner can read, safe for several processes.
 
-    Raises as `write_file` does.
+    Raises `OSError`.
     """
     with open_private_file(path) as descriptor:
         write_all(descriptor, data)
 
 
 def read_all(descriptor: int, start: int, target: memoryview) -> int:
-    """Fill `target` from offset `start` on; return the number of bytes before the file's end."""
+    """Fill `target` from offset `start` on, and return the number of bytes that were there."""
     done = 0
     while done < len(target) and (count := os.preadv(descriptor, [target[done:]], start + done)):
         done += count
@@ -166,7 +165,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 def open_private_file(path: Path) -> Iterator[int]:
     """Open a new file that only its owner can read, and rename it to `path` at the end.
 
-    Its temporary name is random, so that two processes with one `path` do not share a file.
+    Its temporary name is random, so that processes do not share it.
     """
     _check_replaceable(path)
     descriptor, name = tempfile.mkstemp(".tmp", f"{path.name[:40]}.", path.parent)
@@ -192,7 +191,6 @@ def removed_on_error(path: Path) -> Iterator[None]:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raise `OSError` if something is there that is neither a regular file nor a link."""
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
@@ -211,7 +209,7 @@ def rename_durably(temporary: Path, path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Sync a directory, which makes the names of its files durable."""
+    """Make the names of a directory's files durable."""
     fd = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(fd)

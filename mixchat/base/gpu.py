@@ -1,7 +1,7 @@
 """Asks a GPU's runtime for the GPUs, their memory, streams and waits.
 
-Torch has a module for each kind of device, with the same functions: `torch.cuda` for GPUs of NVIDIA
-and AMD. No other module names it, so that the suite can run all code for GPUs on another kind.
+No other module names torch's module for a kind of device (`torch.cuda`), so that the suite can run
+all code for GPUs on another kind.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ KIND = "cuda"
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Return whether the device is a GPU; "cpu" and "cpu:0" are not."""
+    """Return whether the device is a GPU."""
     return device.type == KIND
 
 
 def count() -> int:
-    """Return the number of GPUs that torch sees and can use."""
+    """Return the number of GPUs that torch can use."""
     runtime = _runtime()
     return int(runtime.device_count()) if runtime.is_available() else 0
 
 
 def use(device: torch.device) -> None:
-    """Make the GPU the current one of this thread, torch's default for calls without an index."""
+    """Make the GPU torch's default in this thread."""
     _runtime().set_device(device)
 
 
@@ -55,13 +55,13 @@ def number_in(error: torch.OutOfMemoryError) -> int | None:
 
 
 def release_unused(device: torch.device) -> None:
-    """Give memory that torch keeps for later use back to the GPU, so that it counts as free."""
+    """Give memory that torch keeps for later use back to the GPU."""
     if is_gpu(device):
         _runtime().empty_cache()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all its work. Other devices are done always."""
+    """Wait until a GPU has done all its work."""
     if is_gpu(device):
         _runtime().synchronize(device)
 
@@ -75,12 +75,11 @@ def page_lock(block: torch.Tensor, device: torch.device) -> None:
     """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
 
     `torch.empty(pin_memory=True)` would round 24 GB up to 32. If the system refuses (WSL2 limits
-    it), the tensor stays as it is, and copies are slower but right. The pages are unpinned when the
-    tensor object is deleted.
+    it), copies are slower. The pages are unpinned when the tensor is deleted.
     """
     runtime, address = _runtime().cudart(), block.data_ptr()
     if int(runtime.cudaHostRegister(address, block.nbytes, 0)):
-        # CUDA reports the refusal once more, at this thread's next kernel, which is this one.
+        # CUDA reports the refusal once more, at this thread's next kernel.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)
         return
@@ -89,9 +88,9 @@ def page_lock(block: torch.Tensor, device: torch.device) -> None:
 
 
 def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return tensors of one device on the CPU. A GPU is waited for once, not once for each.
+    """Return tensors of one device on the CPU. A GPU is waited for only once.
 
-    The tensors with the widest numbers come first, because each begins where another ends.
+    The tensors with the widest numbers come first, because each begins at the end of another.
     """
     if not is_gpu(tensors[0].device):
         return list(tensors)

@@ -1,17 +1,12 @@
 """Ctrl-C, SIGTERM and SIGHUP, and the moment at which each takes effect.
 
-A process goes through three states:
+- While a process starts (`use_defaults`, `starting`), the system's default action ends it at once.
+  An import could swallow an exception, and Python runs no handler while a large library loads.
+- In ordinary code, a signal raises `KeyboardInterrupt` or `SystemExit(128 + number)`.
+- In `deferred`, a signal is stored. `check`, called when nothing is half done, raises its
+  exception, and so does the block's end.
 
-- It starts, and nothing is open yet (`use_defaults`, `starting`). The system's default action ends
-  it at once. An exception would be swallowed by an import, or break it, and Python runs no handler
-  while a large library is loaded.
-- Ordinary code. A signal raises `KeyboardInterrupt` or `SystemExit(128 + number)`.
-- Code in `deferred`, whose bookkeeping must not be interrupted between two lines. A signal is
-  stored. `check`, called when nothing is half done, raises its exception, and so does the block's
-  end.
-
-SIGTERM and SIGHUP end the process within a second, except while something is being saved, or native
-code runs longer.
+SIGTERM and SIGHUP end the process within a second, except while something is being saved.
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ from typing import Any
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _SIGNALS = (signal.SIGINT, *_ENDING)
-_CTRL_C_TIMEOUT_S = 0.3  # until a first Ctrl-C that did not end the answer raises
+_CTRL_C_TIMEOUT_S = 0.3  # until a Ctrl-C that did not end the answer raises
 _END_TIMEOUT_S = 0.7  # until a process that must end is ended by force
 _RAISE_AGAIN_S = 0.01  # until an exception that was swallowed is raised again
 _MAIN = threading.main_thread().ident
@@ -40,8 +35,8 @@ _SHOW_CURSOR, _NO_PASTE_MARKS = "\x1b[?25h", "\x1b[?2004l"
 class _SignalState:
     """The state of the main thread, which alone gets signals."""
 
-    deferred = 0  # the number of `deferred` blocks around it
-    saving = 0  # the number of `saving` blocks around it
+    deferred = 0  # `deferred` blocks around it
+    saving = 0  # `saving` blocks around it
     pending: int | None = None  # a signal that came in a `deferred` block
     ending: int | None = None  # the signal that ends the process
     swallowed = False  # whether the exception of `ending` was swallowed
@@ -60,7 +55,7 @@ def use_defaults() -> None:
 
 
 def install() -> None:
-    """Install our handlers, except for a signal that is ignored, as after `nohup`."""
+    """Install our handlers, except for signals that are ignored."""
     _state.terminal = _terminal_attributes()
     if not isinstance(sys.unraisablehook, _RaiseAgain):
         sys.unraisablehook = _RaiseAgain(sys.unraisablehook)
@@ -84,10 +79,7 @@ def starting() -> Iterator[None]:
 
 
 def deferred() -> _Deferred:
-    """Defer signals until the end of this block, or until `check` is called in it.
-
-    Only the main thread gets signals, and in other threads nothing is done.
-    """
+    """Defer signals until the end of this block, or until `check` is called in it."""
     return _Deferred()
 
 
@@ -112,14 +104,14 @@ def check() -> None:
 def stopping(stop: Callable[[], bool]) -> Iterator[None]:
     """Let the first Ctrl-C call `stop`, which returns whether the answer will end soon.
 
-    If it will not, or if it has not ended 0.3 s later, Ctrl-C raises as in ordinary code.
+    If it will not, or has not ended 0.3 s later, Ctrl-C raises as in ordinary code.
     """
     before = _take_ctrl_c()
     _state.stop = stop
     try:
         yield
     finally:
-        _state.stop = None  # first, because a signal that comes now is not for this answer
+        _state.stop = None  # first: a signal that comes now is not for this answer
         _give_back(before)
 
 
@@ -168,7 +160,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _stop_answer() -> bool:
-    """Stop the current answer, if there is one; return whether that is enough."""
+    """Stop the current answer, if there is one, and return whether that is enough."""
     overdue, _state.overdue = _state.overdue, None
     if overdue is not None:
         return overdue is not _state.stop  # that answer has ended meanwhile
@@ -196,10 +188,7 @@ def _end_in_time() -> None:
 
 
 class _RaiseAgain:
-    """A hook for exceptions that were swallowed, as by a callback of the import system.
-
-    One of ours is raised again a little later. `others` gets all other exceptions.
-    """
+    """A hook for exceptions that were swallowed. It raises ours again a little later."""
 
     def __init__(self, others: Callable[[Any], object]) -> None:
         self._others = others
@@ -221,7 +210,7 @@ def _send_again(number: int) -> None:
 
 
 def _in_thread(work: Callable[..., None], *arguments: Any) -> None:
-    # `threading.Thread` could wait for a lock that the main thread holds while the handler runs.
+    # `threading.Thread` could wait for a lock that the main thread holds.
     with suppress(RuntimeError):  # the limit of threads is reached
         _thread.start_new_thread(work, arguments)
 
@@ -240,7 +229,7 @@ def _is_main() -> bool:
 
 
 def _take_ctrl_c() -> Callable[..., Any] | None:
-    """Install our handler of Ctrl-C, if it is not installed, and return the one it replaces."""
+    """Install our handler of Ctrl-C, if need be, and return the one it replaces."""
     before = signal.getsignal(signal.SIGINT)
     if before is _handle or not callable(before) or not _is_main():
         return None
@@ -263,7 +252,6 @@ def _terminal_attributes() -> list[Any] | None:
 
 
 def _restore_terminal() -> None:
-    """Restore the terminal, which an answer or a bar has changed."""
     if _state.terminal is None:
         return
     import termios

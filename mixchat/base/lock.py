@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-# filelock is imported when the first lock is taken: `mixchat --help` takes none.
+# filelock is imported late, because `mixchat --help` takes no lock.
 
 _POLL_S = 0.02  # between two attempts to take a lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -22,11 +22,10 @@ class Busy(Exception):
 def exclusive_lock(
     target: Path, *, on_wait: Callable[[], object] | None = None, timeout: float = math.inf
 ) -> Iterator[None]:
-    """Hold the exclusive right to write `target`, a file or a directory, by a lock file next to it.
+    """Hold the exclusive right to write `target`, by a lock file next to it.
 
     If another process holds it, `on_wait` is called once, and this one waits for `timeout` seconds.
-    Raises `Busy` after that, or at once without `on_wait`, and `OSError`. The lock file is removed
-    at the end.
+    Raises `Busy` after that, or at once without `on_wait`, and `OSError`.
     """
     # No model, chat or file of mixchat begins with a dot.
     path = target.parent / f".{target.name}.lock"
@@ -49,15 +48,15 @@ def lock_file(
     cancelled: Callable[[], bool] | None = None,
     remove: bool = False,
 ) -> Iterator[None]:
-    """Hold the lock of the lock file `path`, which is created; with `remove` it is removed again.
+    """Hold the lock of the lock file `path`, which is created, and removed with `remove`.
 
-    Raises `Busy` if the lock is not free within `timeout` seconds, or once `cancelled` returns
-    True, and `OSError`. A file system without locks, as some on networks, excludes nobody.
+    Raises `Busy` after `timeout` seconds, or once `cancelled` returns True, and `OSError`. A file
+    system without locks, as some on networks, excludes nobody.
     """
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The group may write it, as huggingface_hub's: users may share a cache.
+    # The group may write it, because users may share a cache.
     lock = FileLock(path, mode=0o664, fallback_to_soft=False)
     try:
         lock.acquire(timeout=timeout, poll_interval=_POLL_S, cancel_check=cancelled)
@@ -76,9 +75,9 @@ def lock_file(
 
 
 def lock_open_file(descriptor: int) -> bool:
-    """Lock an open file until it is closed; return False if another process holds the lock.
+    """Lock an open file until it is closed. Return False if another process holds the lock.
 
-    It suits a file that is never replaced by another one, which needs no lock file next to it.
+    The file must never be replaced by another one.
     """
     from filelock import lock_descriptor
 

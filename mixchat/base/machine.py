@@ -1,4 +1,4 @@
-"""This machine's processor, memory and disk, and their free share."""
+"""The processor, memory and disk of this machine, and their free share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PAGES = Path("/proc/self/statm")
 
 
 def cpu_name() -> str:
-    """Return the name of the processor, as far as the system knows it."""
+    """Return the name of the processor."""
     try:
         for line in _CPU_INFO.read_text(errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -29,7 +29,7 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may use, by its affinity and its quota of CPU time."""
+    """Return the cores that this process may use, by its affinity and its quota."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -45,7 +45,7 @@ class OtherPrograms:
         self._start = _times()
 
     def share(self) -> float:
-        """Return their share of the cores' time so far, 0 to 1; 0 if the system has no counts."""
+        """Return their share of the cores' time so far, 0 to 1, or 0 if it is not known."""
         taken, idle, own = (now - before for now, before in zip(_times(), self._start, strict=True))
         whole = taken + idle
         return max(taken - own, 0.0) / whole if whole > 0 else 0.0
@@ -60,13 +60,13 @@ def _times() -> tuple[float, float, float]:
     except OSError:  # a sandbox without /proc/stat
         return 0.0, 0.0, 0.0
     idle = times.pop("idle") + times.pop("iowait", 0.0)
-    # A guest's time is in the user's time already.
+    # A guest's time is in the user's time.
     working = sum(seconds for name, seconds in times.items() if not name.startswith("guest"))
     return working, idle, time.process_time()
 
 
 def total_memory() -> int:
-    """Return the bytes of RAM, used or not, within the limits of control groups."""
+    """Return the bytes of RAM, within the limits of control groups."""
     import psutil
 
     whole = int(psutil.virtual_memory().total)
@@ -80,10 +80,9 @@ def free_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Return memory to the system that the C library keeps after it was freed.
+    """Return freed memory that the C library keeps to the system.
 
-    After a model, glibc keeps hundreds of megabytes between blocks that are still in use. Other
-    libraries have no such function.
+    glibc keeps hundreds of megabytes after a model. Other libraries have no such function.
     """
     import ctypes
 
@@ -94,8 +93,7 @@ def return_freed_memory() -> None:
 def tightest_memory_limit() -> str | None:
     """Return the limit that leaves the least memory, a "control group" or a `ulimit`.
 
-    None if the machine itself leaves less. A container, systemd or a batch system sets a control
-    group.
+    None if the machine itself leaves less.
     """
     free = _free_by_limit()
     tightest = min(free, key=free.__getitem__)
@@ -103,7 +101,7 @@ def tightest_memory_limit() -> str | None:
 
 
 def _free_by_limit() -> dict[str, int]:
-    """Return the bytes that each limit leaves, by its name; "" is the machine itself."""
+    """Return the bytes that each limit leaves, by its name. "" is the machine itself."""
     import psutil
 
     free = {"": int(psutil.virtual_memory().available)}
@@ -114,7 +112,7 @@ def _free_by_limit() -> dict[str, int]:
 
 
 def memory_left_by_ulimit() -> dict[str, int]:
-    """Return the bytes that each `ulimit` of a shell or a batch system leaves, by its name."""
+    """Return the bytes that each `ulimit` leaves, by its name."""
     try:
         pages = [int(field) for field in _PAGES.read_text().split()]  # see proc_pid_statm(5)
     except OSError:  # not Linux
@@ -144,7 +142,7 @@ def same_disk(one: Path, other: Path) -> bool:
 
 
 def disk_usage(path: Path) -> int:
-    """Return the bytes that a file, or all files in a directory, use. Holes and links use none."""
+    """Return the bytes that a file, or all files in a directory, use on disk."""
     if path.is_symlink() or not path.exists():
         return 0
     if path.is_file():

@@ -34,7 +34,7 @@ _DEFAULTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a `MixtralForCausalLM`; `from_dict` and `from_file` build and check it."""
+    """The shape of a `MixtralForCausalLM`. `from_dict` checks it."""
 
     vocab_size: int
     hidden_size: int
@@ -54,10 +54,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read the keys of a config.json.
-
-        Raises `CheckpointError` if it is not a Mixtral, or a value is missing or impossible.
-        """
+        """Read the keys of a config.json. Raises `CheckpointError` if they are not a Mixtral's."""
         kind = raw.get("model_type")
         if kind != "mixtral":
             raise CheckpointError(
@@ -90,7 +87,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
-        """Read a config.json. Raises `CheckpointError` if it cannot be read, or is wrong."""
+        """Read a config.json. Raises `CheckpointError`."""
         return cls.from_dict(read_json_object(path))
 
     def _check(self) -> None:
@@ -117,17 +114,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens that prompt and answer may have together, and the largest number of this model."""
+    """The tokens of prompt and answer together, and the largest number of this model."""
 
     tokens: int
     largest: int
 
     @classmethod
     def of(cls, config: ModelConfig, tokens: int | None) -> Context:
-        """Return a context of `tokens`, or of the default size for None.
-
-        Raises `UsageError` if the model cannot do that many.
-        """
+        """Return a context of `tokens`, or of the default size. Raises `UsageError`."""
         largest = config.max_position_embeddings
         if tokens is None:
             return cls(min(DEFAULT_TOKENS, largest), largest)
@@ -142,7 +136,7 @@ class Context:
 
     @property
     def longest_text(self) -> int:
-        """Return the bytes that a text may have. A longer one need not be read to its end."""
+        """Return the bytes that a text may have."""
         return self.tokens * BYTES_PER_TOKEN
 
     def check_text(self, text: str, name: str) -> None:
@@ -171,17 +165,14 @@ UNKNOWN_CONTEXT = Context(2**20, 2**20)
 
 
 def checkpoint_dtype(directory: Path) -> str | None:
-    """Return the type of the checkpoint's weights in config.json ("float16"); None without one.
-
-    Raises `CheckpointError` if the file cannot be read.
-    """
+    """Return the type of the weights in config.json, or None. Raises `CheckpointError`."""
     raw = read_json_object(directory / "config.json")
     value = raw.get("dtype", raw.get("torch_dtype"))
     return value if value in ("bfloat16", "float16", "float32") else None
 
 
 def advised_sampling(directory: Path) -> dict[str, float]:
-    """Return the sampling that generation_config.json recommends, by the names of mixchat's flags.
+    """Return the sampling that generation_config.json recommends, by mixchat's flags.
 
     Raises `CheckpointError` if the file is not JSON.
     """
@@ -197,7 +188,7 @@ def advised_sampling(directory: Path) -> dict[str, float]:
 
 
 def advised_length(directory: Path) -> int | None:
-    """Return the tokens of the longest answer by generation_config.json; None if it sets none.
+    """Return the tokens of the longest answer by generation_config.json, or None.
 
     `max_length`, which includes the prompt, counts if `max_new_tokens` is missing. Raises
     `CheckpointError` if the file is not JSON.
@@ -234,7 +225,7 @@ def _flag(values: dict[str, Any], key: str) -> bool:
 
 
 def _rope(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the settings of a plain rotary embedding under `key`. Others are not supported."""
+    """Return the settings of a plain rotary embedding. Others are not supported."""
     rope = raw.get(key) or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"config.json: {key} is {rope!r}, not an object")

@@ -34,8 +34,8 @@ class SamplingOptions:
     """The options of the sampler.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch that
-    filter off. `seed` None draws a seed. `presence_penalty` is taken off the logit of each token
-    that the answer has, `frequency_penalty` once for each time. `logit_bias` is added, by token.
+    filter off. `presence_penalty` is taken off the logit of each token that the answer has,
+    `frequency_penalty` once for each time. `logit_bias` is added, by token.
     """
 
     temperature: float = 0.7
@@ -51,7 +51,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class RequestedSampling:
-    """The options of sampling that a server is asked for, as above. None is not sent.
+    """The options of sampling that a server is asked for. None is not sent.
 
     Many servers refuse an option that they do not have.
     """
@@ -119,9 +119,9 @@ class NetworkAddress:
 
     @classmethod
     def parse(cls, text: str, *, any_port: bool = False) -> NetworkAddress:
-        """Read `HOST`, `HOST:PORT` or `[IPV6]:PORT`. The default port is `WORKER_PORT`.
+        """Read `HOST`, `HOST:PORT` or `[IPV6]:PORT`. Raises `UsageError`.
 
-        With `any_port` the port may be 0. Raises `UsageError` on anything else.
+        The default port is `WORKER_PORT`. With `any_port` it may be 0.
         """
         match = _ADDRESS.fullmatch(f"[{text}]" if _is_ipv6(text) else text)
         if match is None or not (match["host"] or _is_ipv6(match["six"])):

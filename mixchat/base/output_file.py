@@ -1,8 +1,7 @@
 """Files that a person names for output. A mistyped name must not overwrite another file.
 
-An existing file is replaced only if the same flag wrote it, which its first bytes show, or if it is
-empty. A link that a person names is followed. A pipe, or a device such as /dev/null or /dev/stdout,
-is written to if a stream is enough.
+An existing file is replaced only if it is empty or the same flag wrote it. Links are followed. A
+pipe or a device (/dev/null) is written to if a stream is enough.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _HEAD_BYTES = 4096  # of a file, which show the flag that wrote it
 
 
 def _never(head: bytes) -> bool:
-    """Return False for every file, since a person may have edited it."""
+    """Return False, since a person may have edited the file."""
     return False
 
 
@@ -30,8 +29,8 @@ def _never(head: bytes) -> bool:
 class OutputFile:
     """An output file that `flag` names. `ours` tells by its first bytes whether the flag wrote it.
 
-    With `streams` a pipe or a device can be used, too. Without, the file is replaced as a whole.
-    Raises `UsageError`, with a hint, if the path cannot be used.
+    With `streams` a pipe or a device can be used, too. Raises `UsageError` if the path cannot be
+    used.
     """
 
     flag: str
@@ -57,7 +56,7 @@ class OutputFile:
             self.write_first(file, data)
 
     def write_first(self, file: BinaryIO, data: bytes) -> None:
-        """Write all of `data` to the file that `open` returned, or leave no file, as `write`."""
+        """Write all of `data` to the file that `open` returned, or leave no file."""
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         try:
             while data:
@@ -69,7 +68,7 @@ class OutputFile:
             raise self.write_error(error) from None
 
     def open(self) -> BinaryIO:
-        """Return the file, empty and open for writing, without a buffer. Raises as `write` does."""
+        """Return the file, empty and open for writing, without a buffer."""
         self.check()
         try:
             return open(self._descriptor(), "wb", buffering=0)
@@ -83,14 +82,13 @@ class OutputFile:
 
     @property
     def place(self) -> Path:
-        """Return the path of the file itself, links followed."""
+        """Return the path with links followed."""
         return Path(os.path.realpath(self.path))
 
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
 
     def _mode(self) -> int | None:
-        """Return the mode of the file, links followed; None if there is none."""
         try:
             return os.stat(self.path).st_mode
         except FileNotFoundError:

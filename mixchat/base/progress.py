@@ -26,7 +26,7 @@ class Progress(Protocol):
     """Shows several progress bars at a time, and lines between them."""
 
     def task(self, what: str, total: int, done: int = 0) -> Task:
-        """Return a new bar named `what`, full at `total` bytes, of which `done` are done."""
+        """Return a new bar, full at `total` bytes, of which `done` are done."""
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -42,7 +42,7 @@ class Reporter(Protocol):
         """Print an error that does not end the work."""
 
     def status(self, text: str) -> AbstractContextManager[Callable[[str], None]]:
-        """Show a text while a block runs. Yields a function that replaces the text."""
+        """Show a text while a block runs. Yields a function that replaces it."""
 
     def progress(self) -> AbstractContextManager[Progress]:
         """Show progress bars while a block runs."""

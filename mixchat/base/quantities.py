@@ -22,7 +22,7 @@ class MemoryBudget:
 
     @classmethod
     def parse(cls, text: str) -> MemoryBudget:
-        """Read `300MB`, `1.5 GiB`, `2000000` or `50%`. Raises `UsageError` on anything else."""
+        """Read `300MB`, `1.5 GiB`, `2000000` or `50%`. Raises `UsageError`."""
         match = _SIZE.fullmatch(text)
         if match is None:
             raise UsageError(
@@ -45,7 +45,7 @@ class MemoryBudget:
 
     @classmethod
     def parse_list(cls, text: str) -> tuple[MemoryBudget, ...]:
-        """Read amounts with commas between them, like `12GB,8GB`. Raises `UsageError`."""
+        """Read amounts like `12GB,8GB`. Raises `UsageError`."""
         return tuple(cls.parse(part) for part in text.split(","))
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class MemoryBudget:
 
 
 def parse_size(text: str) -> int:
-    """Return `16GB` in bytes. Raises `UsageError` on anything else."""
+    """Return `16GB` in bytes. Raises `UsageError`."""
     size = MemoryBudget.parse(text).size
     if size is None:
         raise UsageError(f"{text!r} is a part of nothing", hint="Write a size like 16GB.")
@@ -66,17 +66,17 @@ def parse_size(text: str) -> int:
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
-    """Return `12GB,8GB` in bytes. Raises `UsageError` as `parse_size` does."""
+    """Return `12GB,8GB` in bytes. Raises `UsageError`."""
     return tuple(map(parse_size, text.split(",")))
 
 
 def parse_rate(text: str) -> int:
-    """Return `3GB/s` in bytes a second. Raises `UsageError` on anything else."""
+    """Return `3GB/s` in bytes a second. Raises `UsageError`."""
     return parse_size(re.sub(r"\s*/\s*s\s*$", "", text, flags=re.IGNORECASE))
 
 
 def format_least(size: int) -> str:
-    """Return a number of bytes that is needed, rounded up, so that the written amount is enough."""
+    """Return a number of bytes that is needed, rounded up."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             tenths = -(-size * 10 // factor)
@@ -85,7 +85,7 @@ def format_least(size: int) -> str:
 
 
 def format_size(size: int) -> str:
-    """Return `93405585408` bytes as `93.4 GB`, with three digits and decimal units."""
+    """Return `93405585408` bytes as `93.4 GB`."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             value = size / factor
@@ -94,13 +94,13 @@ def format_size(size: int) -> str:
 
 
 def format_rates(low: float, high: float) -> str:
-    """Return `0.617` and `0.912` as `0.62 to 0.91`, with two digits, and equal rates as one."""
+    """Return `0.617` and `0.912` as `0.62 to 0.91`, and equal rates as one."""
     texts = [f"{rate:.0f}" if rate >= 9.95 else f"{rate:.2g}" for rate in (low, high)]
     return " to ".join(dict.fromkeys(texts))
 
 
 def format_times(low: float, high: float) -> str:
-    """Return `8.31` and `11.9` as `8 to 12 s`, with two digits, and equal times as one."""
+    """Return `8.31` and `11.9` as `8 to 12 s`, and equal times as one."""
     if high >= 59.5:
         return " to ".join(dict.fromkeys(map(format_time, (low, high))))
     texts = [f"{time:.0f}" if time >= 9.95 else f"{time:.2g}" for time in (low, high)]
@@ -117,7 +117,7 @@ def format_age(seconds: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Return `95` as `2 min`, in seconds below a minute, minutes below two hours, else both."""
+    """Return `95` as `2 min`, with seconds below a minute, and hours from two on."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

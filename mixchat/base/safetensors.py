@@ -1,9 +1,8 @@
-"""Safetensors files, read and written with plain reads and writes. Nothing is mapped or executed.
+"""Safetensors files, read and written with plain reads and writes.
 
-A mapped file that is cut short kills the process with SIGBUS. A short `pread` is a clear error.
-
-The format (github.com/huggingface/safetensors) has eight bytes with the header's length, little
-endian, then the header in JSON, then the tensors' bytes without gaps.
+Nothing is mapped, because a mapped file that is cut short kills the process with SIGBUS. A file has
+eight bytes with the header's length (little endian), the header in JSON, then the tensors' bytes
+without gaps (github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's name, element type and shape: its entry in a header, without its offsets."""
+    """A tensor's name, element type and shape."""
 
     name: str
     dtype: torch.dtype
@@ -59,10 +58,10 @@ class TensorSpec:
 
 
 class Header:
-    """The header of a safetensors file: the tensors, in the order of their bytes.
+    """The header of a safetensors file, with the tensors in the order of their bytes.
 
     `size` is the whole file's, in bytes. `where` names the file in messages. Raises
-    `CheckpointError` if the format does not allow the header, or it leaves bytes of the file out.
+    `CheckpointError` if the format does not allow the header.
     """
 
     def __init__(self, text: bytes | bytearray, size: int, where: str) -> None:
@@ -75,7 +74,7 @@ class Header:
 
     @classmethod
     def of(cls, specs: Sequence[TensorSpec], where: str) -> Header:
-        """Return the header of a file with these tensors; their data starts at a page."""
+        """Return the header of a file with these tensors, whose data starts at a page."""
         start = header_bytes(specs)
         return cls(start[8:], len(start) + sum(spec.nbytes for spec in specs), where)
 
@@ -93,11 +92,11 @@ class Header:
         return name in self._entries
 
     def spec(self, name: str) -> TensorSpec:
-        """Return the tensor of this name. Raises `CheckpointError` if there is none."""
+        """Return a tensor's spec. Raises `CheckpointError` if there is none."""
         return self._entry(name)[0]
 
     def start(self, name: str) -> int:
-        """Return the offset of the tensor's bytes from the beginning of the file."""
+        """Return the offset of the tensor's bytes from the file's beginning."""
         return self._entry(name)[1]
 
     def _entry(self, name: str) -> tuple[TensorSpec, int]:
@@ -116,10 +115,7 @@ def header_length(first: bytes | bytearray, size: int, where: str) -> int:
 
 
 class SafetensorsFile:
-    """An open safetensors file, whose `header` has been read and checked.
-
-    Raises `CheckpointError` if the file is missing, cut short, or not what the format allows.
-    """
+    """An open safetensors file, whose `header` has been checked. Raises `CheckpointError`."""
 
     def __init__(self, path: Path, *, follow: bool = True) -> None:
         self.path = path
@@ -149,8 +145,7 @@ class SafetensorsFile:
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Return a new tensor with these rows of `name`, whose numbers [n] may repeat.
 
-        Each is read once, in the order of the file, because a hard disk seeks forward. Raises
-        `CheckpointError` if some miss.
+        Each is read once, in the file's order, because a hard disk seeks forward.
         """
         spec = self.header.spec(name)
         first, size = self.header.start(name), spec.nbytes // spec.shape[0]
@@ -168,13 +163,11 @@ class SafetensorsFile:
         return block[[places[number] for number in numbers]]
 
     def open_direct(self) -> bool:
-        """Open the file again, past the page cache, and return whether that is possible.
-
-        If another process has replaced the file since, the new file is not read.
-        """
+        """Open the file again, past the page cache, and return whether that is possible."""
         if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):
                 descriptor = open_regular(self.path, os.O_RDONLY | os.O_DIRECT)
+                # Another process may have replaced the file since.
                 if os.path.samestat(os.fstat(descriptor), os.fstat(self._fd)):
                     self._direct_fd = descriptor
                 else:
@@ -182,7 +175,7 @@ class SafetensorsFile:
         return self._direct_fd >= 0
 
     def read_into(self, block: torch.Tensor, start: int, *, direct: bool = False) -> None:
-        """Fill `block` (uint8, contiguous, on the CPU) with the bytes of the file from `start` on.
+        """Fill `block` (uint8, contiguous, on the CPU) from offset `start` of the file on.
 
         `direct`, after `open_direct`, reads past the page cache. Then start, address and length
         must be multiples of the disk's block size.
@@ -209,8 +202,8 @@ class SafetensorsFile:
         self._fd = self._direct_fd = -1
 
     def __del__(self) -> None:
-        # An engine that is dropped would leave 33 files open. After some thirty engines the
-        # terminal's library, which uses select(), would loop forever.
+        # A dropped engine would leave 33 files open. From descriptor 1024 on, the terminal's
+        # library, which uses select(), loops forever.
         self.close()
 
     def __enter__(self) -> SafetensorsFile:
@@ -228,7 +221,6 @@ class SafetensorsFile:
 def _check_header(
     where: str, header: Any, base: int, size: int
 ) -> dict[str, tuple[TensorSpec, int]]:
-    """Return each tensor and its offset, in the order of their bytes, which must fill the file."""
     if not isinstance(header, dict):
         raise CheckpointError(f"{where}: not a safetensors file (bad header)")
     header.pop("__metadata__", None)
@@ -266,17 +258,16 @@ def _parse_entry(where: str, name: str, raw: Any, base: int) -> tuple[TensorSpec
 
 
 class SafetensorsWriter:
-    """A context manager that writes one file whose tensors are known beforehand, in their order.
+    """A context manager that writes one file with these tensors, in their order.
 
-    The bytes go to `<name>.tmp`, which is synced and renamed at the end, so that a file under its
-    final name is always whole. After an error the temporary file is removed.
+    The bytes go to `<name>.tmp`, which is synced and renamed at the end, or removed after an error.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
         self.path = path
         self._todo = list(specs)[::-1]
         self._temporary = temporary_path(path)
-        # A new file, so that nothing is written through a link planted under the temporary name.
+        # So that nothing is written through a link planted under this name.
         self._temporary.unlink(missing_ok=True)
         self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed in __exit__
         self._file.write(header_bytes(self._todo[::-1]))
@@ -314,16 +305,16 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Return the SHA-256 of a tensor's bytes in hex, as in manifests."""
+    """Return the SHA-256 of a tensor's bytes in hex."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def wrong_tensors(
     descriptor: int, header: Header, digests: Mapping[str, str], task: Task
 ) -> Iterator[str]:
-    """Yield the tensors of an open file whose bytes have another SHA-256 than `digests` says.
+    """Yield the tensors of an open file whose bytes have another SHA-256 than in `digests`.
 
-    Raises `OSError` if the file cannot be read. `task` advances by the bytes of each tensor.
+    `task` advances by the bytes of each. Raises `OSError` if the file cannot be read.
     """
     for name, sha256 in digests.items():
         data = memoryview(bytearray(header.spec(name).nbytes))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 _C0 = set(range(0x20)) - {ord("\n"), ord("\t")}
 _DEL_AND_C1 = range(0x7F, 0xA0)
-# Marks, embeddings, overrides and isolates, which can change the order in which text is shown.
+# They can change the order in which text is shown.
 _BIDI = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-# A lone surrogate cannot be written in UTF-8 at all.
+# A lone surrogate cannot be written in UTF-8.
 _SURROGATES = range(0xD800, 0xE000)
 
 VISIBLE = dict.fromkeys(_BIDI, "\ufffd")
@@ -18,6 +18,6 @@ _DROPPED = dict.fromkeys([*_C0, *_DEL_AND_C1, *_BIDI, *_SURROGATES])
 def sanitize(text: str) -> str:
     """Return `text` without control characters, except newline and tab, and without bidi controls.
 
-    Each character is judged by itself, so text may be cut into pieces anywhere.
+    Text may be cut into pieces anywhere.
     """
     return text.translate(_DROPPED)

@@ -28,7 +28,7 @@ def models_dir() -> Path:
 
 
 def config_file() -> Path:
-    """Return the file of settings, `MIXCHAT_CONFIG` or config.toml in the system's place."""
+    """Return the file of settings, `MIXCHAT_CONFIG` or the system's config.toml."""
     if name := os.environ.get("MIXCHAT_CONFIG"):
         return Path(name).expanduser().absolute()
     import platformdirs
@@ -37,7 +37,7 @@ def config_file() -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the settings of a file, none if it is missing unless `MIXCHAT_CONFIG` names it.
+    """Return the settings of a file. It may be missing unless `MIXCHAT_CONFIG` names it.
 
     Raises `UsageError` if it cannot be read, or is not TOML.
     """
