@@ -1,13 +1,12 @@
 """The tensors of an installed model by file, with their names, types and shapes.
 
-An installed model is `shared.safetensors` (all that every token needs) and, for each layer, one
-`experts-LLL.safetensors`. Some of Mixtral's matrices are stored fused, because one large
-multiplication is faster than two or three small ones. `qkv_proj` is q above k above v, and an
-expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection:
-out = w2(silu(w1 x) * w3 x).
+`shared.safetensors` has all that every token needs. Each layer has one `experts-LLL.safetensors`.
+Some matrices are stored fused, because one large multiplication is faster than several small ones.
+`qkv_proj` is q above k above v, and an expert's `w13` is w1 (gate) above w3 (up). w2 is the down
+projection, out = w2(silu(w1 x) * w3 x).
 
-An expert is one contiguous block of w13, then w2, then zeros up to a multiple of 4096 bytes. So
-each begins on a page boundary, on disk and in memory. For Mixtral 8x7B in NF4:
+An expert is one block of w13, then w2, then zeros up to a multiple of 4096 bytes, so that each
+begins on a page boundary, on disk and in memory. For Mixtral 8x7B in NF4:
 
     w13.absmax 3,670,016 | w13.codes 58,720,256 | w2.absmax 1,835,008 | w2.codes 29,360,128
     = 93,585,408 bytes = 22,848 pages, no padding
@@ -52,8 +51,8 @@ class Quantization:
     """The types of the matrices. `dtype` is the type of all other tensors.
 
     The experts are of `quant_type`. Attention and head are "int8", "none" (dense, in `dtype`), or
-    in 4 bits. `scales` says how the scales of the experts are chosen, and those in 4 bits of
-    attention and head, which are searched if the experts are calibrated.
+    in 4 bits. `scales` says how scales in 4 bits are chosen. Those of attention and head are
+    searched if the experts are calibrated.
     """
 
     quant_type: QuantType = "nf4"
@@ -77,7 +76,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert, which is a function of x [n, D]. `exact` is as in `Linear`."""
+    """One expert, a function of x [n, D]. `exact` is as in `Linear`."""
 
     gate_up: Linear
     down: Linear
@@ -94,8 +93,8 @@ class Expert:
     def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[int]]:
         """Return `__call__` as stages that map a row x [1, D] to `out` [1, D].
 
-        Also returns the places of `addresses` in the stages: other addresses that are written
-        there make them compute another expert of the same form.
+        Also returns the places of `addresses` in the stages. Other addresses written there make
+        them compute another expert of the same form.
         """
         up, down = as_packed(self.gate_up), as_packed(self.down)
         gate_up = torch.empty(1, up.rows, dtype=x.dtype)
@@ -115,7 +114,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """The block of bytes of one expert. Its matrices take `nbytes`, the block takes `stride`."""
+    """The block of an expert. Its matrices take `nbytes`, the block takes `stride`."""
 
     gate_up: LinearSpec
     down: LinearSpec
@@ -136,7 +135,7 @@ class ExpertSpec:
         return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
     def tensors(self, expert: int) -> list[TensorSpec]:
-        """Return the block as tensors of a safetensors file, which allows no holes between them."""
+        """Return the block as tensors of a safetensors file, which allows no holes."""
         specs = [
             replace(spec, name=f"{expert}.{spec.name}")
             for spec in (*self.gate_up.tensors, *self.down.tensors)
@@ -170,8 +169,8 @@ class ExpertSpec:
 class Blueprint:
     """The tensors of a model of this shape and quantization, and how they are computed.
 
-    layers: the quantization of each layer's experts, if not all have `quantization`. Their layouts
-    and scales may differ, but not the size of a block.
+    layers: the quantization of each layer's experts, if not all have `quantization`. The size of a
+    block may not differ.
     """
 
     config: ModelConfig
@@ -285,7 +284,7 @@ class Blueprint:
         }
 
     def headers(self) -> dict[str, Header]:
-        """Return the header of each file of weights by name, which has its size, too."""
+        """Return the header of each file of weights by name."""
         return {name: Header.of(specs, name) for name, specs in self.files().items()}
 
     @property
@@ -297,7 +296,7 @@ class Blueprint:
     def shared_size(self) -> int:
         """Return the bytes of the shared tensors that are held in memory.
 
-        The embedding is held only if it is the head, too, since a token needs one row of it.
+        The embedding is held only if it is the head, too. A token needs one row of it.
         """
         size = sum(spec.nbytes for spec in self.shared_tensors())
         return size if self.head is None else size - self.embedding.nbytes
@@ -319,8 +318,7 @@ class Blueprint:
     def widened(self) -> Blueprint:
         """Return the same model with its matrices in 8 bits made dense.
 
-        A head in 8 bits stays so if the config ties it to the embedding. Dense, it would be the
-        embedding, which is another matrix.
+        A tied head in 8 bits stays so. Dense, it would be the embedding, which is another matrix.
         """
         stored, head = self.quantization, self.quantization.head
         if not self.config.tie_word_embeddings:

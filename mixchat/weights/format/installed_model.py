@@ -18,7 +18,7 @@ from mixchat.weights.format.model_files import check_files, path_of
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 
-Stamp: TypeAlias = tuple[int, ...] | None  # identifies a file's content, None if it is missing
+Stamp: TypeAlias = tuple[int, ...] | None  # of a file's content, None if it is missing
 
 
 def _stamp(path: Path) -> Stamp:
@@ -52,10 +52,8 @@ def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
 class InstalledModel:
     """An installed model, open for reading.
 
-    Opening checks the manifest, each file's size, and that each header names exactly the tensors,
-    types and shapes that the config asks for. It hashes no bytes, since 24 GB would take half a
-    minute. The open files stay as they are, even if another process replaces them. Raises
-    `CheckpointError`, also if the model is changed while its files are opened.
+    Opening checks sizes and headers, but hashes no bytes, since 24 GB would take half a minute. The
+    open files stay as they are, even if another process replaces them. Raises `CheckpointError`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -95,7 +93,7 @@ class InstalledModel:
         return self._shared.read_rows(spec.name, numbers)
 
     def linear(self, target: LinearSpec, device: torch.device) -> Linear:
-        """Read the shared linear map of the name of `target` to `device`, in its layout.
+        """Read the shared matrix named as `target` to `device`, in its layout.
 
         8 bits are widened if `target` is dense.
         """
@@ -109,7 +107,7 @@ class InstalledModel:
         return target.build(tensors)
 
     def open_direct(self) -> bool:
-        """Prepare `direct` reads, past the page cache, and return whether they are possible."""
+        """Prepare `direct` reads and return whether they are possible."""
         return all(file.open_direct() for file in self._experts)
 
     def read_expert(
@@ -117,8 +115,8 @@ class InstalledModel:
     ) -> None:
         """Fill `block` (uint8, on the CPU) with an expert's bytes from `begin` on, in one read.
 
-        An expert has `stride` bytes. With `direct`, the read goes past the page cache. Then
-        `begin`, the block's address and its length have to be multiples of 4096.
+        An expert has `stride` bytes. `direct` goes past the page cache. Then `begin`, the block's
+        address and its length have to be multiples of 4096.
         """
         start = self._expert_base[layer] + expert * self.blueprint.expert.stride + begin
         self._experts[layer].read_into(block, start, direct=direct)

@@ -1,8 +1,7 @@
 """The record of an unfinished model's finished tensors, so that none is made twice.
 
 The first line of `journal.jsonl`, the head, says what is being made, and of what. Each further line
-names tensors that are written and synced, with their SHA-256s. A line that a power cut has cut
-short is ignored.
+names tensors that are written and synced, with their SHA-256s.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class Journal:
         self._unsaved.clear()
 
     def forget(self, lost: Mapping[str, Collection[str]]) -> None:
-        """Remove these tensors of these files from the record, durably."""
+        """Remove these tensors from the record, durably."""
         for file, tensors in lost.items():
             for tensor in tensors:
                 del self.made[file][tensor]
@@ -100,7 +99,6 @@ class Journal:
             self._whole += len(line)
 
     def _opened(self) -> BinaryIO:
-        """Open the file to write at its end. A link in its place is refused."""
         return open(open_regular(self._path, os.O_WRONLY | os.O_APPEND, follow=False), "ab")
 
 

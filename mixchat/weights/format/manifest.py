@@ -10,11 +10,10 @@
  "checkpoint": {"model.layers.0.block_sparse_moe.experts.0.w1.weight": "...", ...},
  "sha256": "..."}
 
-Weights have a SHA-256 for each tensor, so that a damaged one can be named and rebuilt alone.
-`unlike` has the values of `quantization` that a file does not have yet while a conversion is
-unfinished. `checkpoint` has the SHA-256 of each tensor of the checkpoint that the model was made
-of. The last SHA-256 is the manifest's own, over all other keys. The same bytes are stored once more
-as `mixchat.copy.json`, because nothing else could restore a damaged manifest.
+Weights have a SHA-256 for each tensor, so that a damaged one can be rebuilt alone. `unlike` has the
+values of `quantization` that a file lacks while a conversion is unfinished. `checkpoint` has the
+SHA-256s of the checkpoint's tensors. The last SHA-256 is over all other keys. `mixchat.copy.json`
+has the same bytes, because nothing else could restore a damaged manifest.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ _KEYS = ("quant_type", "blocksize", "scales", "layout", *_DENSE_PARTS, "dtype")
 class Source:
     """The checkpoint of an installed model, by a hub id and commit, a path, or "demo".
 
-    `revision` is the branch, tag or commit that was requested.
+    `revision` is the requested branch, tag or commit.
     """
 
     repo: str
@@ -77,7 +76,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class WeightsRecord:
-    """The size in bytes of a file of weights, and the SHA-256 of each of its tensors by name.
+    """The size in bytes of a file of weights, and the SHA-256 of each tensor by name.
 
     unlike: the values of the manifest's `quantization` that the file does not have yet.
     """
@@ -89,7 +88,7 @@ class WeightsRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `mixchat.json`. `quantization` has the keys and values shown above."""
+    """The content of `mixchat.json`."""
 
     source: Source
     quantization: dict[str, Any]
@@ -104,12 +103,12 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Return the bytes of all files of weights, which a download's plan predicts."""
+        """Return the bytes of all files of weights."""
         return sum(record.size for record in self.weights.values())
 
     @property
     def partly(self) -> str | None:
-        """Return "converted" or "calibrated" if not all files are so yet, else None."""
+        """Return "converted" or "calibrated" if only some files are so, else None."""
         unlike = {key for record in self.weights.values() for key in record.unlike}
         return ("calibrated" if unlike == {"scales"} else "converted") if unlike else None
 
@@ -125,7 +124,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
-    """Read and check a model's manifest. Raises `CheckpointError` with one clear line."""
+    """Read and check a model's manifest. Raises `CheckpointError`."""
     if not is_installed(directory):
         raise CheckpointError(f"{directory}: not a finished model (no {MANIFEST_FILE})")
     try:
@@ -150,7 +149,6 @@ def _hint_outside(directory: Path) -> str | None:
 
 
 def _hint_for_manifest(directory: Path) -> str:
-    """Return the hint for a manifest that cannot be read, with or without an intact copy."""
     if any(is_manifest(directory / name) for name in MANIFESTS):
         return repair_hint(directory)
     return _hint_outside(directory) or (
@@ -181,7 +179,6 @@ def _other_format(path: Path, version: object) -> CheckpointError:
 
 
 def _parse(path: Path, raw: dict[str, Any]) -> Manifest:
-    """Return the manifest in a document. Raises `CheckpointError`, which names `path`."""
     try:
         manifest = Manifest(
             source=Source(**raw["source"]),
@@ -197,7 +194,7 @@ def _parse(path: Path, raw: dict[str, Any]) -> Manifest:
 
 
 def upgrade_manifest(directory: Path) -> None:
-    """Rewrite a manifest of the format before this one. The files of weights are the same."""
+    """Rewrite a manifest of the format before this one. The weights stay the same."""
     path = directory / MANIFEST_FILE
     with suppress(CheckpointError):
         raw = read_json_object(path)
@@ -212,12 +209,12 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def is_installed(directory: Path) -> bool:
-    """Return whether a directory has a manifest, or its copy. They are written last."""
+    """Return whether a directory has a manifest, or its copy."""
     return any((directory / name).is_file() for name in MANIFESTS)
 
 
 def is_manifest(path: Path) -> bool:
-    """Return whether the file is a manifest that can be read, to the byte as mixchat writes it."""
+    """Return whether the file is a manifest, to the byte as mixchat writes it."""
     try:
         _read(path)
         return read_bytes(path) == _dumped(read_json_object(path))
@@ -226,10 +223,7 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_either_manifest(directory: Path) -> Manifest:
-    """Read the manifest, or its copy if only that is intact.
-
-    Raises `CheckpointError` if neither is.
-    """
+    """Read the manifest, or its copy if only that is intact. Raises `CheckpointError`."""
     try:
         return read_manifest(directory)
     except CheckpointError:
@@ -239,10 +233,7 @@ def read_either_manifest(directory: Path) -> Manifest:
 
 
 def restore_manifests(directory: Path) -> None:
-    """Make the copy equal to the manifest, or the manifest to its copy if only that is intact.
-
-    Raises `CheckpointError` if neither is intact.
-    """
+    """Make manifest and copy equal, from the one that is intact. Raises `CheckpointError`."""
     intact = [name for name in MANIFESTS if is_manifest(directory / name)]
     found = read_bytes(directory / intact[0]) if intact else None
     data = found or read_either_manifest(directory).serialized()
@@ -262,7 +253,6 @@ def _digest(document: dict[str, Any]) -> str:
 
 
 def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
-    """Raise `CheckpointError`, which names `path`, for values that a manifest cannot have."""
     four_bits = {"none": (), "fp4": ("fp4",)}.get(quantization["quant_type"], ("nf4",))
     of_parts = dict.fromkeys(_DENSE_PARTS, ("none", "int8", *four_bits))
     for key, allowed in (_QUANTIZATION | of_parts).items():
@@ -272,7 +262,7 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    """Raise `CheckpointError` or `AttributeError` for a part that is not what it should be."""
+    """Raise `CheckpointError` or `AttributeError` for a part that is malformed."""
     source, records = manifest.source, manifest.weights.values()
     _check_quantization(path, manifest.quantization)
     for record in records:

@@ -1,14 +1,11 @@
 """The files of an installed model, and the replacement of one while the model stays usable.
 
-A file is replaced safely also if the power fails. The new file gets a name that follows from the
-SHA-256s of its tensors. Then the manifest is written, and from that moment on the model has the new
-file. Then the new file gets the name of the old one. `path_of` takes the first of these that is
-there:
+The replacement survives a power cut. The new file gets a name that follows from the SHA-256s of its
+tensors. Then the manifest is written, and the model has the new file. Then the file gets its final
+name. `path_of` takes the first of these that is there:
 
     experts-003.safetensors.5ee86d3270a1f2c4.new    only if the manifest has these SHA-256s
     experts-003.safetensors
-
-A killed process may leave a new file whose SHA-256s the manifest does not have.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ def path_of(directory: Path, manifest: Manifest, name: str) -> Path:
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """Compare each file's size with the manifest. Raises `CheckpointError` with the first fault."""
+    """Compare each file's size with the manifest. Raises `CheckpointError`."""
     for name, expected in manifest.sizes.items():
         path = path_of(directory, manifest, name)
         if not path.is_file():
@@ -62,7 +59,7 @@ def replace_file(directory: Path, manifest: Manifest, name: str, written: Path) 
 def finish_replacement(directory: Path) -> None:
     """Finish a replacement that was cut off, and remove other new files.
 
-    The caller has the model's lock. Raises as `place_new_files` does.
+    The caller has the model's lock. Raises `CheckpointError`.
     """
     place_new_files(directory)
     for left in directory.glob(f"*{NEW_SUFFIX}"):
@@ -72,8 +69,7 @@ def finish_replacement(directory: Path) -> None:
 def place_new_files(directory: Path) -> None:
     """Give the model's new files their final names, and make both manifests equal.
 
-    The caller has the model's lock. Raises `CheckpointError` if both manifests are damaged, since
-    then nothing tells which new files are the model's.
+    The caller has the model's lock. Raises `CheckpointError` if both manifests are damaged.
     """
     restore_manifests(directory)
     manifest = read_manifest(directory)

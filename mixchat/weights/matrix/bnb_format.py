@@ -1,4 +1,4 @@
-"""Reads matrices that bitsandbytes has already quantized to 4 bits, as checkpoints on the hub are.
+"""Reads matrices that bitsandbytes has already quantized to 4 bits.
 
 Such a matrix `X` (a name that ends in ".weight") is several tensors:
 
@@ -9,7 +9,7 @@ Such a matrix `X` (a name that ends in ".weight") is several tensors:
     X.nested_quant_map   F32 [256], the numbers that the nested absmax stands for
     X.quant_state.bitsandbytes__nf4   or __fp4: a JSON object in U8, with shape, block sizes, ...
 
-All of it is untrusted. Whatever is wrong with it ends as one line that names the tensor.
+All of it is untrusted.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mixchat.weights.matrix.quant_type import BLOCKSIZE
 _STATES = {kind: f"quant_state.bitsandbytes__{kind}" for kind in FOUR_BIT}
 _NESTED = ("nested_absmax", "nested_quant_map")
 _COMPONENTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
-_MAX_STATE = 4096  # bytes of JSON, of which bitsandbytes writes less than 200
+_MAX_STATE = 4096  # bytes of JSON, 200 of bitsandbytes'
 _KEYS = frozenset(("quant_type", "blocksize", "dtype", "shape"))
 _NESTED_KEYS = frozenset(("nested_blocksize", "nested_dtype", "nested_offset"))
 _BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own, less 32
 _FLOATS = ("bfloat16", "float16", "float32")
-# The values of `bnb_4bit_quant_storage`. The bytes are the same, only their type differs.
+# The values of `bnb_4bit_quant_storage`, with the same bytes.
 _STORAGE = (torch.uint8, torch.int8, *(getattr(torch, name) for name in _FLOATS), torch.float64)
 _MAX_OFFSET = torch.finfo(torch.float32).max
 
@@ -72,23 +72,20 @@ class _QuantState:
 
 
 def component_names(name: str, available: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the tensors that make up the matrix `name`, beginning with its own.
-
-    `available` are all names of the checkpoint, as a set or a dictionary.
-    """
+    """Return the names of the tensors that make up the matrix `name`, its own first."""
     others = (f"{name}.{part}" for part in _COMPONENTS)
     return (name, *(other for other in others if other in available))
 
 
 def is_quantized(name: str, available: Collection[str]) -> bool:
-    """Return whether the names say that bitsandbytes has quantized the matrix `name`."""
+    """Return whether the names say that the matrix `name` is quantized."""
     return len(component_names(name, available)) > 1
 
 
 def quant_type(name: str, available: Collection[str]) -> FourBit | None:
     """Return the type of the matrix `name`, from the names alone, or None if it is dense.
 
-    Raises `CheckpointError` if it is quantized, but to neither NF4 nor FP4, or to both.
+    Raises `CheckpointError` unless it is NF4 or FP4.
     """
     if not is_quantized(name, available):
         return None
@@ -110,8 +107,8 @@ def read_matrix(
 ) -> Quantized4bit:
     """Read and check the quantized matrix `name` of shape [rows, columns].
 
-    `read` gives a tensor by its name. It must not check for NaN, because codes can be stored as a
-    float type. Raises `CheckpointError` with one line if anything is not as bitsandbytes writes it.
+    `read` must not check for NaN, because codes can be stored as a float type. Raises
+    `CheckpointError`.
     """
     kind = quant_type(name, available)
     if kind is None:
@@ -126,8 +123,6 @@ def read_matrix(
 
 @dataclass(frozen=True)
 class _Components:
-    """The tensors of one matrix."""
-
     name: str
     get: Callable[[str], torch.Tensor]
     available: Collection[str]
@@ -182,7 +177,6 @@ def _nested(raw: dict[str, Any], check: Callable[[str, bool], None]) -> _Nested:
 
 
 def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """Parse the JSON object in a tensor, and check its keys."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > _MAX_STATE:
         raise CheckpointError(f"{name}: not a description of at most {_MAX_STATE} bytes")
     try:
@@ -199,13 +193,12 @@ def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
 def _check_table(matrix: _Components, kind: FourBit) -> None:
     numbers = matrix.numbers("quant_map", torch.float32, 16)
     standard = FOUR_BIT[kind].levels
-    # Not bit by bit, because devices round the table differently, and kernels have other tables.
+    # Not bit by bit, because devices round the table differently.
     if not torch.allclose(numbers, standard, rtol=0, atol=1e-6):
         raise CheckpointError(f"{matrix.name}.quant_map: not the table of {kind}")
 
 
 def _read_codes(matrix: _Components, size: int) -> torch.Tensor:
-    """Read the codes as flat uint8, `size` bytes."""
     name = matrix.name
     codes = matrix.read(name)
     if codes.dtype not in _STORAGE:
@@ -233,14 +226,11 @@ def _read_absmax(matrix: _Components, state: _QuantState, weights: int) -> torch
 
 
 def _unnest(matrix: _Components, nested: _Nested, count: int) -> torch.Tensor:
-    """Dequantize the absmax as bitsandbytes does (`dequantize_blockwise`, plus the offset).
-
-    Returns fp32 [count].
-    """
+    """Dequantize the absmax to fp32 [count] as bitsandbytes does (`dequantize_blockwise`)."""
     codes = matrix.numbers("absmax", torch.uint8, count)
     numbers = matrix.numbers("nested_quant_map", torch.float32, 256)
     scales = matrix.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))
     wide = scales.repeat_interleave(nested.blocksize)[:count]
-    # In `nested.dtype`, as bitsandbytes does it, which is not fp32 if saved after a run on a CPU.
+    # `nested.dtype` is not fp32 if saved after a run on a CPU.
     absmax = (numbers[codes.int()] * wide).to(nested.dtype)
     return absmax.add_(torch.tensor(nested.offset, dtype=torch.float32)).float()

@@ -4,22 +4,15 @@ A block is 64 weights that share one scale. The code of a weight stands for the 
 weight / scale.
 
 - By default the scale is absmax, the largest magnitude of the block. For NF4 the result has
-  bitsandbytes' bits. bitsandbytes makes a binary search for each weight. Here the code of a weight
-  is the count of the boundaries below it, by 15 comparisons, each one fast pass of numpy.
-- With `search`, the scale is absmax times the best of 32 factors, if that lowers the squared error
-  of the block. The error is a sum over the block's weights, and each summand depends only on
-  weight / absmax and on the factor. A table holds these summands, a row for each step of
-  weight / absmax and a column for each factor, and `embedding_bag` adds up its rows. Half of the
-  factors are negative, because some blocks fit the mirror image of the levels better. Readers need
-  not know of it. A weight is its level times its scale, as always.
-- With `inputs`, three ways are tried. They are searched scales, weighted scales (a weight's squared
-  error counts as much as the inputs of its column are large), and weighted scales with weights that
-  are rounded for the least error of products with the inputs (`gptq.py`). The way with the least
-  error of products with other inputs, which were held out, is taken. So codes that fit the noise of
-  few inputs are not.
+  bitsandbytes' bits.
+- With `search`, the scale is absmax times the best of 32 factors, if that lowers the squared
+  error of the block. Half of the factors are negative, because some blocks fit the mirror image
+  of the levels better.
+- With `inputs`, three ways are tried. They are searched scales, weighted scales (a weight's
+  squared error counts as much as the inputs of its column are large), and GPTQ with weighted
+  scales (`gptq.py`). Inputs that were held out decide.
 
-N = weights, B = blocks (of 64 weights), C = columns, F = factors (32), S = rows of the table
-(1025).
+N = weights, B = blocks, C = columns, F = factors (32), S = rows of the table (1025).
 """
 
 from __future__ import annotations
@@ -43,16 +36,16 @@ from mixchat.weights.matrix.quant_type import (
 
 Pack = Callable[[torch.Tensor], torch.Tensor]  # of codes [B, 64], one a byte
 _TINY = 1e-38  # the least absmax that bitsandbytes divides by
-_PIECE = 2**19  # weights in one pass; between passes the threads wait for Python's lock
-_MAX_THREADS = 6  # of about 13 MB each, because more would mostly wait for that lock
+_PIECE = 2**19  # weights in one pass
+_MAX_THREADS = 6  # of about 13 MB each; more would mostly wait for Python's lock
 _STEPS = 512  # of the table, from 0 to 1
 _MARGIN = 1e-5  # in the squared error of a block with absmax 1, more than rounding can add
 
 
 class Grid:
-    """The levels of a type, rising, and the 32 factors that the search tries.
+    """The levels of a type, rising, and the factors that the search tries.
 
-    16 factors go from `smallest` to `largest`, and 16 are their negatives.
+    16 go from `smallest` to `largest`, and 16 are their negatives.
     """
 
     def __init__(self, levels: torch.Tensor, smallest: float, largest: float) -> None:
@@ -90,11 +83,8 @@ def encode(
     """Return packed codes, flat, and scales (bf16 [ceil(N / 64)]) of a matrix on the CPU.
 
     `weight` [rows, C] is of any float type and finite. It is rounded to bf16 first, which makes
-    absmax exact. A last block of fewer than 64 weights is filled up with zeros.
-
-    With `search` no block's squared error, before the product of level and scale is rounded, is
-    larger than without. A short last block has absmax for its scale. A block's result depends
-    neither on its neighbours nor on the count of threads.
+    absmax exact. A last block of fewer than 64 weights is filled up with zeros and has absmax for
+    its scale. With `search` no block's squared error is larger than without.
     """
     if inputs is None:
         codes, scales = _rounded(grid, weight, search, None, pack)
@@ -106,8 +96,7 @@ def encode(
 def _best(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Encoded:
     """Return the codes with the least error of products that were held out, plain ones if alike.
 
-    All ways are judged by rows that none has seen. The winner is taken as it was judged. To round
-    again for all rows would take as long again, and its result would be unjudged.
+    The winner is taken as it was judged. To round again for all rows would take as long again.
     """
     best: Encoded | None = None
     taken: Way = "plain"
@@ -122,7 +111,7 @@ def _best(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Encoded:
 
 
 def _ways(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[Way, Encoded]]:
-    """Yield the codes and scales of each way. C has to be a multiple of 64 for GPTQ."""
+    """Yield the codes and scales of each way. GPTQ needs C to be a multiple of 64."""
     yield "plain", _rounded(grid, weight, True, None)
     codes, scales = _rounded(grid, weight, True, mean_squares(inputs))
     yield "weighted", (codes, scales)
@@ -149,8 +138,8 @@ def _rounded(
 ) -> Encoded:
     """Return codes [B, bytes of a block], each the nearest to its weight, and scales [B].
 
-    `importance` is of each column [C], fp32. `pack` is applied to each piece, so that codes that
-    take a byte each are never there for the whole matrix.
+    `importance` is fp32 [C]. `pack` is applied to each piece, so that codes of a byte each are
+    never there for the whole matrix.
     """
     flat, columns = weight.detach().reshape(-1), weight.shape[-1]
     count = absmax_size(*weight.shape)
@@ -183,7 +172,7 @@ def _rounded(
 def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> None:
     """Call `work` with the first of all `pieces`, with the second, and so on, in some threads.
 
-    torch's own threads would wait for each other after every operation, and long if cores are busy.
+    torch's own threads would wait for each other after every operation.
     """
     threads = torch.get_num_threads()
     try:
@@ -194,9 +183,9 @@ def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> Non
 
 
 def _work_alone() -> None:
-    """Keep torch from starting threads in this one, which would only wait for each other.
+    """Keep torch from starting threads in this one.
 
-    torch also gives this count to threads that start later. `each_in_threads` restores the old one.
+    Threads that start later get this count, too, so `each_in_threads` restores the old one.
     """
     torch.set_num_threads(1)
 
@@ -223,10 +212,10 @@ def _quantize_piece(
 
 
 def _scale(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight / absmax [B, 64] and absmax [B] of fp32 blocks, rounded as bitsandbytes rounds.
+    """Return weight / absmax [B, 64] and absmax [B] of fp32 blocks, rounded as bitsandbytes does.
 
-    bitsandbytes divides in a short last block, which rounds differently. No quotient of bf16
-    numbers is so near to a boundary that this would matter (a test tries all).
+    bitsandbytes divides in a short last block, which rounds differently, but never across a
+    boundary (a test tries all bf16 numbers).
     """
     absmax = weight.abs().amax(-1)
     scaled = weight * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)

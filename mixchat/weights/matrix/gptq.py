@@ -1,14 +1,11 @@
-"""Rounds a matrix by GPTQ, so that its products with given inputs change little.
+"""Rounds a matrix by GPTQ (Frantar et al., arXiv:2210.17323).
 
 Columns are rounded one after the other. What rounding a column changes in the products is made up
-for in the columns after it, as far as the inputs of both go together. With H the mean of x x^T
-over the inputs x, and U the upper triangle of inverse(H) = U^T U, an error e in column i changes
-column j > i by -e * U[i, j] / U[i, i]. GPTQ is due to Frantar et al. (arXiv:2210.17323).
+for in the columns after it. With H the mean of x x^T over the inputs x, and U the upper triangle of
+inverse(H) = U^T U, an error e in column i changes column j > i by -e * U[i, j] / U[i, i].
 
-The scales are chosen before, for the least error weighted by H's diagonal (`encode.py`).
-
-With few rows for its columns, H is mostly noise, and error feedback follows the noise. The products
-with other inputs get worse. So H is shrunk toward its diagonal, the more the fewer the rows are.
+The scales are chosen before, for the least error weighted by H's diagonal (`encode.py`). With few
+rows, H is mostly noise, so it is shrunk toward its diagonal.
 
 R = rows, C = columns, n = inputs, B = blocks of 64 weights.
 """
@@ -27,11 +24,10 @@ _TINY = 1e-38
 
 
 def shrinkage(rows: int, columns: int) -> float:
-    """Return by how much H of so many inputs is shrunk. 0 leaves it, 1 leaves its diagonal alone.
+    """Return by how much H of so many inputs is shrunk. 1 leaves its diagonal alone.
 
-    It is .91 for a quarter of a row a column, .71 for one, .45 for four. On the demo's matrices it
-    was best or within 3% of the best of several formulas and of Ledoit and Wolf's estimate, which
-    shrinks less, for inputs of other texts than were calibrated with.
+    On the demo's matrices it was best or within 3% of the best of several formulas and of Ledoit
+    and Wolf's estimate, for inputs of other texts than were calibrated with.
     """
     return math.sqrt(columns / (columns + rows))
 
@@ -53,8 +49,8 @@ def inverse_factor(inputs: torch.Tensor) -> torch.Tensor:
 def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
     """Return the mean square of each column of inputs [n, C], which is H's diagonal, fp32 [C].
 
-    It is drawn toward the mean of all columns, as if some more inputs were like that, which counts
-    if inputs are few. None is less than a thousandth of the mean, so no column is given up.
+    It is drawn toward the mean of all columns, which counts if inputs are few. None is less than a
+    thousandth of the mean, so no column is given up.
     """
     squares = torch.zeros(inputs.shape[1])
     for piece in torch.split(inputs, _PIECE):

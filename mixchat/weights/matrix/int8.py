@@ -1,16 +1,14 @@
 """8-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
 
-A code is an integer from -127 to 127, and a weight is code / 127 times the scale of its block:
-`absmax`, the largest magnitude in the block, rounded to bf16. Blocks and scales lie as in
-`nf4.py`, and the layouts have the same names, with one code a byte:
+A code is an integer from -127 to 127, and a weight is code / 127 times `absmax`, the largest
+magnitude in its block, rounded to bf16. The layouts are as in `nf4.py`, with one code a byte:
 
-- "bitsandbytes": row after row. (The name is NF4's; bitsandbytes has no part in it.)
-- "cpu-packed": the kernel for CPUs reads it. Rows are taken 32 at a time. For a pair of columns
-  (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 64 bytes. `absmax` is
-  transposed: [columns / 64, rows].
+- "bitsandbytes": row after row. (bitsandbytes itself has no part in it.)
+- "cpu-packed": rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes
+  row0[2j], row0[2j+1], row1[2j], ... are one line of 64 bytes.
 
-If whole blocks make up a row, rows of zeros fill up the last band in both layouts, so that a head
-of 32002 rows can be packed, too. S rows are stored (`stored_rows`).
+If whole blocks make up a row, rows of zeros fill up the last band, so that a head of 32002 rows can
+be packed, too. S rows are stored.
 
 N = weights, R = rows, C = columns.
 """
@@ -32,7 +30,7 @@ from mixchat.weights.matrix.quant_type import (
 )
 
 _LARGEST = 127  # code
-_PIECE = 2**18  # weights, whose temporary tensors, of some MB, fit in the caches
+_PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
 
 class _Int8Codes(RowCodes):
@@ -40,7 +38,6 @@ class _Int8Codes(RowCodes):
     for_experts, widened_on_gpu = False, True
 
     def stored_rows(self, rows: int, columns: int) -> int:
-        """Return the count of rows that are stored, with the rows of zeros."""
         return -(-rows // BAND) * BAND if columns % BLOCKSIZE == 0 else rows
 
     def codes_size(self, rows: int, columns: int) -> int:

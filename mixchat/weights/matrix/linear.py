@@ -55,7 +55,7 @@ def type_of_bits(bits: int, preferred: QuantType = "nf4") -> QuantType:
 
 
 class PackedLinear:
-    """Codes in the layout of the kernel for CPUs, which is as fast as memory can be read."""
+    """Codes in the layout of the kernel for CPUs."""
 
     def __init__(self, matrix: QuantizedMatrix, rows: int) -> None:
         self._matrix = matrix
@@ -69,7 +69,7 @@ class PackedLinear:
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
         """Return the steps that write x [1, C] times the matrix to `out` [1, R].
 
-        The second one needs the first. They do not keep the matrix alive. None has rows of zeros.
+        The second one needs the first. They do not keep the matrix alive. R has no rows of zeros.
         """
         assert out.shape[-1] == self._matrix.shape[0]
         return quantized_matmul_steps(x, self._matrix, out)
@@ -99,7 +99,7 @@ class LinearSpec:
 
     @property
     def can_be_exact(self) -> bool:
-        """Return whether the kernels for CPUs can compute this matrix batch-invariantly."""
+        """Return whether CPUs can compute this matrix batch-invariantly."""
         return self.packed or TYPES[self.quant_type].can_be_exact(self.columns, self.dtype)
 
     @property
@@ -110,12 +110,11 @@ class LinearSpec:
 
     @property
     def stored_rows(self) -> int:
-        """Return the count of rows that `tensors` hold. With 8 bits, some more can be of zeros."""
+        """Return the count of rows that `tensors` hold, with rows of zeros in 8 bits."""
         return TYPES[self.quant_type].stored_rows(self.rows, self.columns)
 
     @property
     def _codes(self) -> BlockCodes:
-        """Return the type of a matrix that is not dense."""
         kind = TYPES[self.quant_type]
         assert isinstance(kind, BlockCodes)
         return kind
@@ -123,7 +122,7 @@ class LinearSpec:
     def arithmetic(self, device: torch.device, *, exact: bool) -> str:
         """Return a name for how many rows are computed there. If it is equal, so are the bits.
 
-        The kernels add up integers, so they do not depend on the width of a CPU's registers.
+        The kernels add up integers, so a CPU's registers do not matter.
         """
         instructions = instruction_set()
         if device.type != "cpu":
@@ -148,11 +147,10 @@ class LinearSpec:
         return self._arranged(kind.encode(weight, self.dtype, search=search, inputs=inputs))
 
     def stack_quantized(self, matrices: Sequence[Quantized4bit]) -> list[torch.Tensor]:
-        """Return the tensors that hold these 4-bit matrices, one above the other, as they are.
+        """Return the tensors that hold these 4-bit matrices, one above the other.
 
-        Their rows add up to R, each has C columns. No code changes. absmax is rounded to bf16.
-        Raises `CheckpointError` if one is of another type than this, or if one above another does
-        not end with a whole block.
+        Their rows add up to R, each has C columns. absmax is rounded to bf16. Raises
+        `CheckpointError` if one has another type, or ends within a block and is not the last.
         """
         assert sum(matrix.rows for matrix in matrices) == self.rows
         assert all(matrix.columns == self.columns for matrix in matrices)
@@ -169,11 +167,9 @@ class LinearSpec:
         return self._arranged([absmax, torch.cat([matrix.codes for matrix in matrices])])
 
     def _arranged(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return tensors that every device reads in the layout of this spec."""
         return self._reordered(tensors, packed=True) if self.packed else tensors
 
     def _reordered(self, tensors: Sequence[torch.Tensor], *, packed: bool) -> list[torch.Tensor]:
-        """Return absmax and codes in the packed layout, or out of it."""
         absmax, codes = tensors
         kind = self._codes
         reorder = kind.to_packed_layout if packed else kind.to_bitsandbytes_layout
@@ -190,16 +186,13 @@ class LinearSpec:
         return PackedLinear(matrix, self.rows)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the matrix [R, C] as `dtype`, out of codes that are not `packed`.
-
-        On a GPU that has room for it, `DenseLinear` is faster with it.
-        """
+        """Return the matrix [R, C] as `dtype`, out of codes that are not `packed`."""
         assert not self.packed
         absmax, codes = tensors
         return self._codes.dequantize(codes, absmax, (self.rows, self.columns), self.dtype)
 
     def convert(self, tensors: Sequence[torch.Tensor], to: LinearSpec) -> None:
-        """Rewrite these tensors in place from this layout to the layout of `to`. Lossless."""
+        """Rewrite these tensors in place in the layout of `to`. Lossless."""
         if self.packed == to.packed:
             return
         for tensor, new in zip(tensors, self._reordered(tensors, packed=to.packed), strict=True):

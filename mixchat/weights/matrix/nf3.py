@@ -3,20 +3,17 @@
 A code is an index into a table of 8 levels from -1 to 1. A weight is its level times the scale of
 its block, which is chosen for the least error (`encode.py`) and can be negative.
 
-The levels leave the least error in blocks of 64 normal numbers with such scales, as found by
-Lloyd's algorithm. It is 0.164 of the weights' norm. They are not symmetric, because a scale has a
-sign. The best symmetric ones leave 0.171, and the quantiles of a normal with a zero, made as NF4's,
-0.172.
+The levels leave the least error in blocks of 64 normal numbers with such scales, by Lloyd's
+algorithm. It is 0.164 of the weights' norm. The best symmetric ones leave 0.171.
 
-Eight codes c0 to c7 lie in three bytes. Each byte has two of the first six, 3 bits and 3 bits above
-them. The two highest bits of all three hold the last two codes, z = c6 + 8 * c7:
+Eight codes c0 to c7 lie in three bytes. Each byte has two of the first six, and above them two bits
+of z = c6 + 8 * c7:
 
     c0 + 8 * c1 + 64 * (z & 3),  c2 + 8 * c3 + 64 * (z >> 2 & 3),  c4 + 8 * c5 + 64 * (z >> 4)
 
-The layouts have the names and the scales of those in `nf4.py`, and differ in which codes these are:
+The layouts have the names and the scales of those in `nf4.py`. The eight codes differ:
 
-- "bitsandbytes": eight weights of a row, one behind the other. The last block is filled up.
-  (bitsandbytes itself has no part in it.)
+- "bitsandbytes": eight weights of a row, one after the other. The last block is filled up.
 - "cpu-packed": the kernel for CPUs reads it. Rows are taken 32 at a time, and columns 8 at a time:
   96 bytes, first all first ones of the three, then all second ones, then all third ones. Byte i of
   32 holds row i / 2 (the even codes) and row 16 + i / 2 (the odd ones). Codes 0 and 1 are of column
@@ -47,7 +44,7 @@ _GROUP = 8  # codes
 class _NF3Codes(RowCodes):
     name, bits, units = "nf3", _BITS, THREE_BITS
     levels = torch.tensor([-0.8042, -0.4888, -0.256, -0.0527, 0.1437, 0.3527, 0.6081, 1.0])
-    # 3 bits cost most in the down projection. For a tenth more bytes the demo loses a third less.
+    # For a tenth more bytes the demo loses a third less.
     down_type = "nf4"
 
     def __init__(self) -> None:
@@ -60,7 +57,7 @@ class _NF3Codes(RowCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
     ) -> Encoded:
-        """Always search, because from absmax the error would be half as large again."""
+        """Search scales always, because with absmax the error would be half as large again."""
         return encode(self._grid, weight, _pack_blocks, search=True, inputs=inputs)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:

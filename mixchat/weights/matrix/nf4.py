@@ -1,23 +1,16 @@
 """4-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
 
-A code is an index into a table of 16 levels from -1 to 1, NF4's or FP4's (three bits of a float
-and a sign). FP4 occurs only in checkpoints that were quantized elsewhere. A weight is its level
-times the scale of its block.
-
-A `layout` is one of two orders of the same codes:
+A code is an index into a table of 16 levels from -1 to 1, NF4's (QLoRA, arXiv:2305.14314) or FP4's
+(three bits of a float and a sign). FP4 occurs only in checkpoints that were quantized elsewhere. A
+weight is its level times the scale of its block.
 
 - "bitsandbytes": row after row, two codes a byte, the even column in the high nibble; `absmax` is
-  one value a block, in the same order. `quantize_4bit` writes it, and every device can read it.
-- "cpu-packed": the kernel for CPUs (`kernels/`) reads it, and so does bitsandbytes' own kernel
-  for AVX512-BF16. Rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes
-  row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes, the first 32 codes in the low
-  nibbles, the other 32 in the high ones. `absmax` is transposed, [columns / 64, rows].
+  one value a block, in the same order.
+- "cpu-packed": the kernel for CPUs (`kernels/`) reads it. Rows are taken 32 at a time. For a pair
+  of columns (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes,
+  the first 32 codes in the low nibbles. `absmax` is transposed, [columns / 64, rows].
 
-Both hold the same numbers in the same count of bytes, so one turns into the other without loss.
-`absmax` is stored in bf16, because the largest weight of a block of bf16 weights is a bf16 number.
-Scales from elsewhere are rounded by `round_absmax`.
-
-NF4 is due to Dettmers et al., QLoRA (arXiv:2305.14314).
+`absmax` is stored in bf16. For bf16 weights that is exact.
 """
 
 from __future__ import annotations
@@ -42,7 +35,7 @@ from mixchat.weights.matrix.quant_type import (
 )
 
 FourBit = Literal["nf4", "fp4"]
-_CHUNK = 2**23  # weights, so that quantize_4bit's temporary tensors take about 150 MB at most
+_CHUNK = 2**23  # weights, for which quantize_4bit's temporary tensors take 150 MB
 
 
 class FourBitCodes(BlockCodes):
@@ -75,8 +68,8 @@ class FourBitCodes(BlockCodes):
     def dequantize(
         self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
     ) -> torch.Tensor:
-        # As one long row, because on a CPU bitsandbytes reads wrong blocks if there are 16, 32, 48,
-        # 80, ... columns, and compiles a kernel first if their count is odd.
+        # As one long row, because on a CPU bitsandbytes reads wrong blocks of 16, 32, 48, 80, ...
+        # columns, and compiles a kernel first for an odd count.
         state = self._quant_state(absmax, (1, 2 * codes.numel()), dtype)
         flat: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
         return flat.view(-1)[: shape[0] * shape[1]].view(shape)
@@ -156,8 +149,8 @@ FOUR_BIT: dict[FourBit, FourBitCodes] = {"nf4": NF4, "fp4": FP4}
 
 @functools.cache
 def _package() -> Any:
-    """Import the package bitsandbytes, late, because that takes two seconds."""
-    # It warns that the optional package `kernels`, which would ask the hub, is not installed.
+    """Import bitsandbytes late, because that takes two seconds."""
+    # It warns that the optional package `kernels` is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return importlib.import_module("bitsandbytes")
 
@@ -180,8 +173,6 @@ def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
 def round_absmax(absmax: torch.Tensor) -> torch.Tensor:
     """Round scales to bf16, as they are stored. This changes one by 1 part in 256 at most.
 
-    Nothing else of a quantized checkpoint changes. The packed kernel reads bf16, and bitsandbytes
-    itself rounds so on CPUs that have it. Scales that were taken from bf16 weights and not
-    quantized themselves (no "double quantization") are bf16 numbers already.
+    Scales of bf16 weights, not quantized themselves (no "double quantization"), stay as they are.
     """
     return absmax.to(torch.bfloat16)

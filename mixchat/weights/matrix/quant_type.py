@@ -1,8 +1,5 @@
 """The bases of quantization types. One object for each type says all that depends on it.
 
-`DENSE` is here. Codes of 3, 4 and 8 bits are in `nf3.py`, `nf4.py` and `int8.py`, and `TYPES` in
-`linear.py` lists all types.
-
 N = weights, B = blocks of 64 weights, R = rows (out features), C = columns (in features).
 """
 
@@ -24,7 +21,7 @@ from mixchat.kernels.units import UnitSet, level_tables
 
 BLOCKSIZE = BLOCK  # weights that share a scale
 _REORDERED = 2**21  # weights whose codes are reordered at once
-_PIECE = 2**18  # weights, whose temporary tensors, of some MB, fit in the caches
+_PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
 QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]  # the names
 Shape = tuple[int, int]  # R, C
@@ -37,8 +34,8 @@ class Inputs(NamedTuple):
 
     fit: torch.Tensor  # rows [n, C] for which each way is tried
     held_out: torch.Tensor  # others [m, C], which decide between the ways
-    # Called with the way that was taken, and with the sum of squared errors of the products with
-    # `held_out`, in that way and in the plain one.
+    # Called with the way taken, and the sum of squared errors of the products with `held_out` in
+    # that way and in the plain one.
     chosen: Callable[[Way, float, float], object]
 
 
@@ -46,14 +43,14 @@ class Linear(Protocol):
     """A map from [..., C] to [..., R].
 
     `exact` means batch invariant. A token's result then has the same bits however many are computed
-    with it, if `LinearSpec.can_be_exact`. One alone is always computed like that.
+    with it, if `LinearSpec.can_be_exact`. One alone is always exact.
     """
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor: ...
 
 
 class QuantizationType(ABC):
-    """A type of matrices, with its tensors, how they are made of weights, and how they compute."""
+    """A type of matrices. It makes their tensors of weights, and computes with them."""
 
     name: QuantType
     bits: int  # of a weight
@@ -70,12 +67,12 @@ class QuantizationType(ABC):
         return False
 
     def can_be_exact(self, columns: int, dtype: torch.dtype) -> bool:
-        """Return whether the map of `build` can compute batch-invariantly on a CPU."""
+        """Return whether `build`'s map can be batch invariant on a CPU."""
         return False
 
     @abstractmethod
     def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
-        """Return the tensors that hold a matrix, in order. `dtype` is the type of dense ones."""
+        """Return the tensors that hold a matrix. `dtype` is the type of dense ones."""
 
     @abstractmethod
     def encode(
@@ -84,12 +81,12 @@ class QuantizationType(ABC):
         """Return the tensors that hold `weight` [R, C], in the layout that every device reads.
 
         With `search`, scales are searched. With `inputs`, codes are chosen for the least error of
-        products with them. A type that cannot do that ignores both.
+        products with them. Some types ignore both.
         """
 
     @abstractmethod
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
-        """Return the map over these tensors of `encode`, which are used in place."""
+        """Return the map over these tensors, which are used in place."""
 
 
 class DenseLinear:
@@ -126,9 +123,8 @@ DENSE = _DenseType()
 class BlockCodes(QuantizationType):
     """Codes with one scale (`absmax`, bf16) for each block of 64 weights, in two layouts.
 
-    The layout "bitsandbytes" goes row after row. The kernel for CPUs reads "cpu-packed". In it, 32
-    rows, a band, lie interleaved, and `absmax` is transposed, [C / 64, R]. Both hold the same
-    numbers in as many bytes, so one turns into the other without loss.
+    "bitsandbytes" goes row after row. "cpu-packed", for CPUs, interleaves bands of 32 rows, with
+    `absmax` transposed, [C / 64, R]. Both hold the same numbers in as many bytes.
     """
 
     units: UnitSet  # of the kernel
@@ -137,14 +133,14 @@ class BlockCodes(QuantizationType):
 
     @functools.cached_property
     def level_table(self) -> torch.Tensor | None:
-        """Return the levels in the form that the kernel reads."""
+        """Return the levels in the kernel's form."""
         return None if self.levels is None else level_tables(self.levels)
 
     def can_pack(self, rows: int, columns: int) -> bool:
         return rows % BAND == 0 and columns % BLOCKSIZE == 0
 
     def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
-        """Return absmax and codes. absmax comes first, so that it is aligned."""
+        """Return absmax and codes. absmax is first, so that it is aligned."""
         rows, columns = self.stored_rows(*shape), shape[1]
         scales, size = absmax_size(rows, columns), self.codes_size(rows, columns)
         return [
@@ -170,9 +166,9 @@ class BlockCodes(QuantizationType):
     def codes(
         self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
     ) -> Encoded:
-        """Return flat codes and absmax of a matrix on the CPU. Layout "bitsandbytes".
+        """Return flat codes and absmax of `weight` [R, C], finite floats on the CPU.
 
-        `weight` [R, C] is of any float type and finite.
+        Layout "bitsandbytes".
         """
 
     @abstractmethod
@@ -199,19 +195,19 @@ class BlockCodes(QuantizationType):
 
     @abstractmethod
     def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        """Return packed codes of some bands in the order of "bitsandbytes", as `packed`."""
+        """Return packed codes of some bands in the order of "bitsandbytes"."""
 
     def to_packed_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
-        """Reorder from "bitsandbytes" to "cpu-packed" into new tensors, with all stored rows."""
+        """Reorder from "bitsandbytes" to "cpu-packed" into new tensors."""
         scales = _transposed(absmax, rows, columns // BLOCKSIZE)
         return self._reordered(self.packed, codes, columns), scales
 
     def to_bitsandbytes_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
-        """Reorder from "cpu-packed" to "bitsandbytes", as `to_packed_layout`."""
+        """Reorder from "cpu-packed" to "bitsandbytes" into new tensors."""
         scales = _transposed(absmax, columns // BLOCKSIZE, rows)
         return self._reordered(self.unpacked, codes, columns), scales
 
@@ -231,7 +227,7 @@ class BlockCodes(QuantizationType):
 
 
 class PlainLinear:
-    """Codes in the layout "bitsandbytes", which are right on every device and slow on a CPU."""
+    """Codes in the layout "bitsandbytes", right on every device and slow on a CPU."""
 
     def __init__(
         self, kind: BlockCodes, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape
@@ -243,7 +239,7 @@ class PlainLinear:
 
 
 class RowCodes(BlockCodes):
-    """Codes that are turned into some dense rows at a time, to multiply by them."""
+    """Codes that are multiplied as dense rows, some at a time."""
 
     @abstractmethod
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -298,5 +294,5 @@ def in_blocks(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return scales that lie as [height, width] in the order [width, height], in a new tensor."""
+    """Return scales [height, width] in the order [width, height], in a new tensor."""
     return absmax.view(height, width).T.contiguous().view(-1)
