@@ -39,7 +39,7 @@ class ShardReader(Protocol):
 
 
 class Checkpoint:
-    """A checkpoint whose files are on this disk. Others are fetched to it, shard by shard.
+    """A checkpoint whose files are on this disk, or fetched to it shard by shard.
 
     `size`: bytes to fetch for all of its weights. `fingerprint` differs if its weights differ.
     `cache`: the directory in which fetched shards stay, if they do.
@@ -80,8 +80,7 @@ class Checkpoint:
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
         """Measure for a second how fast these shards come, in bytes a second.
 
-        Return None if nothing has to be fetched, or nothing comes. With `keep`, `fetch` continues
-        after the bytes that came.
+        Return None if nothing comes. With `keep`, `fetch` continues after these bytes.
         """
         return None
 
@@ -92,8 +91,7 @@ class Checkpoint:
 class DirectoryCheckpoint(Checkpoint):
     """A checkpoint in a directory. The constructor reads every shard's header.
 
-    `fingerprint` stands for the files' sizes and times, unless given. Raises `CheckpointError` if
-    it is not a complete Mixtral in safetensors.
+    Raises `CheckpointError` if it is not a complete Mixtral in safetensors.
     """
 
     def __init__(self, directory: Path, source: Source, fingerprint: str | None = None) -> None:
@@ -140,9 +138,9 @@ def other_checkpoint(checkpoint: Checkpoint, file: str, difference: str) -> Chec
 
 
 class CheckpointReader:
-    """A context manager that reads a tensor from the shard that holds it.
+    """A context manager that reads tensors and checks their known SHA-256s.
 
-    expected: the known SHA-256s of tensors. `digests`: the SHA-256s of the tensors that were read.
+    `digests`: the SHA-256s of the tensors that were read.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The index of a Hugging Face checkpoint, with its files, the shard and shape of each tensor.
+"""The index of a Hugging Face checkpoint, with the shard and shape of each tensor.
 
-Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code and are never read.
+Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ Read = Callable[[str], torch.Tensor]
 class CheckpointIndex:
     """The tensors of a `MixtralForCausalLM`, by the headers of its shards.
 
-    `weight_map` is the index file's, None for a checkpoint of one file. `where` names the
-    checkpoint in messages. Raises `CheckpointError`, which names the first fault, unless all
-    tensors are there, with the shapes of the config, and no others.
+    `weight_map` is None for a checkpoint of one file. `where` names the checkpoint in messages.
+    Raises `CheckpointError` unless all tensors are there, with the config's shapes, and no others.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class CheckpointIndex:
         return sum(self._headers[self._weight_map[name]].spec(name).nbytes for name in tensors)
 
     def components(self, matrix: str) -> tuple[str, ...]:
-        """Return the tensors that make up a matrix, several if bitsandbytes quantized it."""
+        """Return the tensors of a matrix, several if bitsandbytes quantized it."""
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> FourBit | None:
@@ -103,7 +102,7 @@ class CheckpointIndex:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Return the types of all matrices and vectors that are not quantized already."""
+        """Return the types of all tensors that are not quantized."""
         dense = (name for name in self._shapes if self.quant_type(name) is None)
         return {self._headers[self._weight_map[name]].spec(name).dtype for name in dense}
 
@@ -113,7 +112,7 @@ class CheckpointIndex:
             tensor = read(matrix)
         else:
             tensor = self.read_4bit(matrix, read).dense(torch.bfloat16)
-        least, most = tensor.aminmax()  # NaN wins; unlike isfinite() it needs no second tensor
+        least, most = tensor.aminmax()  # NaN wins; isfinite() would need a second tensor
         if not (torch.isfinite(least) and torch.isfinite(most)):
             kind = "NaN" if torch.isnan(least) else "infinity"
             raise CheckpointError(f"{self._place(matrix)}: {matrix} holds {kind}")
@@ -213,12 +212,10 @@ def expected_index(
 def read_weight_map(
     names: Collection[str], index: bytes | None, *, where: str
 ) -> dict[str, str] | None:
-    """Return the shard of each tensor, for a checkpoint with the files `names` at its top level.
+    """Return the shard of each tensor of a checkpoint, or None if it has no index.
 
-    `index` is the content of `model.safetensors.index.json`. Only the shards that it names are
-    read. Copies (`consolidated.*`) and adapters are ignored. Return None if there is no index, and
-    all tensors are in `model.safetensors`. `where` names the checkpoint in messages. Raises
-    `CheckpointError` if there is nothing that can be read.
+    `names` are the files at its top level, `index` is the content of its index. Raises
+    `CheckpointError` if nothing can be read.
     """
     if index is not None:
         weight_map = _parse(index, where)
@@ -247,7 +244,7 @@ def shard_files(weight_map: dict[str, str] | None) -> list[str]:
 
 
 def _parse(index: bytes, where: str) -> dict[str, str]:
-    """Return the index's map from tensor to file. Raises unless each is a shard's plain name."""
+    """Return the index's map from tensor to file. Each must be a shard's plain name."""
     try:
         weight_map = dict(json.loads(index)["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

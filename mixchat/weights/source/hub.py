@@ -1,4 +1,4 @@
-"""Looks up a checkpoint on the hub, with its files at one commit and the headers of its shards."""
+"""Looks up a checkpoint on the hub, with its files and the headers of its shards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class RemoteFile:
     """A file of a commit on the hub, with its size in bytes, and its SHA-256 if it is large (LFS).
 
-    `git_sha1` is the hash by which git and huggingface_hub's cache name a small one.
+    `git_sha1` is git's hash of a small one.
     """
 
     repo_id: str
@@ -68,13 +68,13 @@ class RemoteFile:
 
     @property
     def blob(self) -> Path:
-        """Return the path of the file in huggingface_hub's cache, by its hash if it has one."""
+        """Return its path in huggingface_hub's cache, by its hash if it has one."""
         name = self.sha256 or self.git_sha1
         return repo_dir(self.repo_id) / "blobs" / name if name else self.pointer
 
     @property
     def pointer(self) -> Path:
-        """Return the path of the link to the blob in that cache, by its commit and name."""
+        """Return the path of the link to the blob in that cache."""
         return snapshot_dir(self.repo_id, self.commit) / self.path
 
 
@@ -82,7 +82,7 @@ class RemoteFile:
 class HubListing:
     """The files of one commit that make up a checkpoint, and its tensors.
 
-    `read` has the content of the small files that were needed to find the tensors.
+    `read` has the content of the small files that were read already.
     """
 
     repo_id: str
@@ -118,7 +118,7 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
 
 
 def fetch_small(file: RemoteFile) -> bytes:
-    """Return the content of a small file, from huggingface_hub's cache if it is there undamaged.
+    """Return the content of a small file, from huggingface_hub's cache or the hub.
 
     Raises `HubError` if the hub sends another file than it lists.
     """
@@ -136,7 +136,7 @@ def fetch_small(file: RemoteFile) -> bytes:
 
 
 def cache_dir() -> Path:
-    """Return huggingface_hub's cache, `HF_HUB_CACHE` or a directory in `HF_HOME`."""
+    """Return huggingface_hub's cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
@@ -153,7 +153,7 @@ def repo_dir(repo_id: str) -> Path:
 
 
 def write_ref(repo_id: str, revision: str | None, commit: str) -> None:
-    """Record in the cache the commit of a branch or tag, so that it can be found offline."""
+    """Record the commit of a branch or tag in the cache, so that it can be found offline."""
     from huggingface_hub import constants
 
     name = revision or constants.DEFAULT_REVISION
@@ -171,7 +171,7 @@ def blob_lock(
     timeout: float = math.inf,
     cancelled: Callable[[], bool] | None = None,
 ) -> Iterator[None]:
-    """Hold the lock of a blob in the cache, which huggingface_hub and its users respect, too.
+    """Hold the lock of a blob in the cache, which huggingface_hub respects, too.
 
     `repo` is the name of its directory. Raises `Busy` as `lock_file` does.
     """
@@ -190,7 +190,7 @@ def _has_listed_bytes(data: bytes, file: RemoteFile) -> bool:
 
 
 def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
-    """Return the headers of all shards, by one or two requests for each, several at once."""
+    """Return the headers of all shards, several at once."""
     stop = Event()
 
     def read(names: list[str]) -> dict[str, Header]:

@@ -31,16 +31,15 @@ from mixchat.weights.source.transfer import (
 )
 
 SOURCE_DIR = "source"
-_PROBE_S = 1.0  # to measure how fast the hub sends
+_PROBE_S = 1.0  # to measure the hub's speed
 
 
 class HubCheckpoint(Checkpoint):
     """The files of one commit.
 
-    A shard is fetched to `source/` in `target` and removed when it is released. `close` removes the
-    small files. With `keep_source` all are fetched to huggingface_hub's cache, where other tools
-    find them, and stay. A file that is in this cache already is used, or fetched again if its bytes
-    do not have the hash after which it is named. Nothing is removed from the cache.
+    A shard is fetched to `source/` in `target` and removed when it is released. With `keep_source`
+    all are fetched to huggingface_hub's cache and stay. A file that is in this cache already is
+    used if its hash is right. Nothing is removed from the cache.
     """
 
     def __init__(
@@ -127,12 +126,11 @@ class HubCheckpoint(Checkpoint):
         return came.bytes / (time.monotonic() - start) if came.bytes > 0 else None
 
     def _fetch_and_discard(self, shard: str, came: Task, stop: Event) -> None:
-        # No error is a reason to fail, since this only measures the speed.
+        # This only measures the speed.
         with suppress(HubError), plain_errors(self._remote.repo_id):
             fetch_and_discard(self._remote.shards[shard].url, came, stop)
 
     def _fetch_to_target(self, file: RemoteFile, task: Task, stop: Event) -> Path:
-        """Return the file in `source/`, fetched if need be."""
         path = self._directory / file.path
         if not path.exists():
             _fetch(file, path, task, stop)
@@ -142,13 +140,12 @@ class HubCheckpoint(Checkpoint):
         return path
 
     def _path(self, file: RemoteFile) -> Path:
-        """Return the path to which the file is fetched."""
         return file.blob if self.cache else self._directory / file.path
 
     def _linked(self, file: RemoteFile, path: Path) -> Path:
         """Link snapshots/<commit>/<name> to blobs/<hash>, as the cache has it, and return it.
 
-        If something else has that name already it stays, and the blob is returned.
+        If something else has that name, the blob is returned.
         """
         pointer = file.pointer
         if not pointer.exists():
@@ -162,7 +159,7 @@ class HubCheckpoint(Checkpoint):
 def _cached(file: RemoteFile) -> Path | None:
     """Return the file in huggingface_hub's cache, if it is there by the name of its blob.
 
-    In a cache without links it has no such name, and is known by its size.
+    In a cache without links it is known by its size.
     """
     blob = file.blob
     for path in (file.pointer, blob):
@@ -175,7 +172,7 @@ def _cached(file: RemoteFile) -> Path | None:
 
 
 def _fill_cache(file: RemoteFile, task: Task, stop: Event) -> None:
-    """Fetch the cache's blob, unless it is there and undamaged. Wait for its lock until `stop`."""
+    """Fetch the cache's blob, unless it is there and undamaged."""
     repo = hub.repo_dir(file.repo_id).name
     try:
         with hub.blob_lock(repo, str(file.sha256), cancelled=stop.is_set):
@@ -206,7 +203,7 @@ class _Count:
 
 
 class _RemoteShard:
-    """Reads single tensors of a shard on the hub, without fetching the shard."""
+    """Reads single tensors of a shard on the hub."""
 
     def __init__(self, file: RemoteFile, header: Header) -> None:
         self._file, self._header = file, header

@@ -25,7 +25,7 @@ _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
 def endpoint() -> str:
     """Return the hub's address, `HF_ENDPOINT` or its usual one. Raises `UsageError` if invalid.
 
-    It is read at each call, because huggingface_hub reads it once, at import.
+    huggingface_hub would read it only once.
     """
     from huggingface_hub import constants
 
@@ -62,7 +62,6 @@ def plain_errors(repo_id: str, home: str = "MIXCHAT_HOME") -> Iterator[None]:
 
 
 def _silence() -> None:
-    """Turn off the warnings, bars and logs of huggingface_hub."""
     # By stacklevel, some of its warnings name our modules as their source.
     for module in ("huggingface_hub", r"mixchat\.weights"):
         warnings.filterwarnings("ignore", module=module)
@@ -73,7 +72,7 @@ def _silence() -> None:
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether the same request may succeed later, as after a lost connection."""
+    """Return whether the same request may succeed later."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -82,7 +81,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
-    """Return our error for `error`. The classes are nested, so the narrow ones come first."""
+    """Return our error. The classes are nested, so the narrow ones come first."""
     from huggingface_hub import errors
 
     host = urlsplit(endpoint()).netloc.rpartition("@")[2]
@@ -149,7 +148,7 @@ def _failed_here(error: OSError, repo_id: str, home: str) -> MixchatError:
 
 
 def _no_answer(error: BaseException | None, host: str) -> HubError:
-    # By name, because the classes belong to a client library that differs between releases.
+    # By name, because the client library differs between releases.
     if type(error).__name__ in ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError"):
         return HubError(
             f"the connection to the hub at {host} broke",

@@ -1,7 +1,6 @@
 """Requests bytes of a file on the hub, and checks that the answer holds them.
 
-A proxy may send other bytes than requested, and a network may send a page to log in. Neither may be
-taken for the file, nor cost the bytes that have arrived.
+A proxy may send other bytes than requested, and a network may send a page to log in.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _BUSY = (429, 503)
 
 
 class WrongAnswer(HubError):
-    """The answer holds other bytes than requested. Another attempt may bring the right ones."""
+    """The answer holds other bytes than requested. Another attempt may succeed."""
 
 
 @dataclass
 class RemoteBytes:
-    """A file on the hub. `size` is the size of the whole file, None if it is not known.
+    """A file on the hub. `size` is None if it is not known.
 
-    `ranges`: request parts of it. It is False once the hub has sent another part than requested.
+    `ranges` is False once the hub has sent another part than requested.
     """
 
     url: str
@@ -96,7 +95,7 @@ class RemoteBytes:
 def read_json(url: str) -> Any:
     """Return the JSON that the hub answers with.
 
-    Raises `ValueError` or `RecursionError` if the answer is not JSON, or has more than 16 MiB.
+    Raises `ValueError` or `RecursionError` if it is not JSON, or has more than 16 MiB.
     """
     data = bytearray()
     with _answer(url, {}) as response:
@@ -110,14 +109,13 @@ def read_json(url: str) -> Any:
 
 @contextmanager
 def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
-    """Yield the hub's answer, whose body is not read yet."""
     from huggingface_hub import get_session
     from huggingface_hub.utils import get_token_to_send  # type: ignore[attr-defined]
 
-    # build_hf_headers() would ask the hub for a list of agents, without a limit, and cache it.
+    # build_hf_headers() would ask the hub for a list of agents, without a limit.
     headers = {"User-Agent": f"mixchat/{__version__}", "Accept-Encoding": "identity", **headers}
     if token := get_token_to_send(None):
-        # Redirects lead to a store of blobs on another host, to which the client sends no token.
+        # The client sends it to no other host after a redirect.
         headers["Authorization"] = f"Bearer {token}"
     with get_session().stream(
         "GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True

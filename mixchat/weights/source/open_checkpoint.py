@@ -30,8 +30,8 @@ def open_checkpoint(
 ) -> Iterator[Checkpoint]:
     """Open the checkpoint of `source` for a model in `target`.
 
-    `check` is called with the directory of its small files, and may raise. The demo's are pinned by
-    a hash and need no check. Raises what opening a directory or asking the hub raises.
+    `check` is called with the directory of its small files, and may raise. The demo's are pinned.
+    Raises what opening a directory or asking the hub raises.
     """
     with closing(_open_checkpoint(source, target, progress, keep_source)) as checkpoint:
         if check is not None and source.repo != DEMO:
@@ -67,7 +67,7 @@ def _look_up(source: Source) -> hub.HubListing:
 def _offline_snapshot(source: Source) -> Path | None:
     """Return the snapshot in huggingface_hub's cache if `HF_HUB_OFFLINE` is set, else None.
 
-    Raises `HubError` if it is set and the snapshot is not complete.
+    Raises `HubError` if the snapshot is not complete.
     """
     from huggingface_hub import constants
 
@@ -89,7 +89,7 @@ def _offline_snapshot(source: Source) -> Path | None:
 
 
 def _is_complete(snapshot: Path) -> bool:
-    """Return whether the shards are there, too, since the cache may hold the small files alone."""
+    """Return whether the shards are there, too."""
     try:
         names = [path.name for path in snapshot.iterdir() if path.exists()]
         index = read_bytes(snapshot / INDEX) if INDEX in names else None

@@ -1,8 +1,8 @@
 """Fetches a file from the hub, resumed after an interruption, or a range of one.
 
-huggingface_hub restarts a file after an interruption and compares sizes, not hashes. Here the bytes
-go to `<file>.mixchat.part`. The next attempt, also of the next process, continues after them. The
-SHA-256 of the complete file is checked before it gets its name.
+huggingface_hub restarts a file after an interruption and compares no hashes. Here the bytes go to
+`<file>.mixchat.part`, and the next attempt continues after them. The SHA-256 is checked before the
+file gets its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_a
 PART_SUFFIX = ".mixchat.part"
 _CHUNK_BYTES = 1 << 20
 _SYNC_BYTES = 1 << 28  # that a power cut can take back
-# Before each further attempt. The list starts again whenever new bytes have come.
+# Before each further attempt.
 _WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -43,7 +43,7 @@ def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: E
     part = part_path(path)
     if part.is_symlink() or not part.is_file():  # a planted link must not be followed
         part.unlink(missing_ok=True)
-    # A power cut may have damaged the bytes of an earlier attempt. Then try once without them.
+    # A power cut may have damaged the bytes of an earlier attempt.
     attempts = 2 if part.exists() else 1
     for _ in range(attempts):
         if _Download(url, part, size, task, stop).run(sha256):
@@ -61,7 +61,7 @@ def is_intact(path: Path, size: int, sha256: str, stop: Event) -> bool:
 
 
 def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None = None) -> bytearray:
-    """Return `size` bytes of `url` from byte `start` on. `of` is the size of the file, if known.
+    """Return `size` bytes of `url` from byte `start` on. `of` is the file's size, if known.
 
     Raises as `fetch_file` does.
     """
@@ -97,7 +97,7 @@ def has_beginning(
 ) -> bool:
     """Return whether the hub sends a file of this size and SHA-256 that begins with these bytes.
 
-    All of it is fetched. Raises as `fetch_and_discard` does.
+    All of it is fetched.
     """
     digest, first, done = hashlib.sha256(), bytearray(), 0
     with RemoteBytes(url, size).stream(0, None) as (response, _):
@@ -113,7 +113,7 @@ def has_beginning(
 
 
 def wrong_bytes(name: str) -> HubError:
-    """Return the error for a file that had the wrong hash and has been removed."""
+    """Return the error for a file that had the wrong hash and was removed."""
     return HubError(
         f"{name}: the bytes differ from those that the hub lists (SHA-256); they were removed",
         hint="Run the same command again.",
@@ -149,7 +149,7 @@ class _Download:
         with self._remote.stream(self._done, None) as (response, first):
             known = self._done - first  # bytes of the answer that are there already
             with open(self._part, "ab", buffering=0) as file:
-                # As they come, since a chunk of a fixed size would be lost if the connection broke.
+                # A chunk of a fixed size would be lost if the connection broke.
                 for chunk in response.iter_bytes():
                     known, chunk = max(0, known - len(chunk)), chunk[known:]
                     if self._done + len(chunk) > self._size:
@@ -217,7 +217,6 @@ def _failure(attempt: Callable[[], None]) -> Exception | None:
 
 
 def _hash_into(digest: hashlib._Hash, path: Path, stop: Event) -> int:
-    """Feed the file to `digest` and return its size in bytes."""
     done = 0
     with open(open_regular(path), "rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -1,11 +1,8 @@
 """Sparse upcycling turns a dense Llama in GGUF into a Mixtral checkpoint that computes the same.
 
 Every expert is the dense feed-forward block with another permutation of the inner channels. All
-compute the same function, but no two have the same bytes, so that mixed-up matrices ruin the text
-and are noticed. The router is random. The routing weights of a token sum to one, so the output is
-the dense model's whichever experts it picks. (Komatsuzaki et al., 2212.05055.)
-
-The tokenizer of the GGUF file becomes Hugging Face's tokenizer.json and its config.
+compute the same, but no two have the same bytes, so that mixed-up matrices are noticed. The router
+is random. (Komatsuzaki et al., 2212.05055.)
 """
 
 from __future__ import annotations
@@ -40,8 +37,8 @@ def upcycle(
 ) -> None:
     """Write the Mixtral that `config` (a config.json) describes from the dense model in `gguf`.
 
-    `target` is an existing directory. One tensor is in memory at a time. The bytes depend on the
-    input alone. Raises `CheckpointError` if the dense model does not fit `config`.
+    The bytes depend on the input alone. Raises `CheckpointError` if the model does not fit
+    `config`.
     """
     from gguf import GGUFReader
 
@@ -113,15 +110,15 @@ class _Dense:
 def _unpermute(weight: Floats, heads: int) -> Floats:
     """Undo llama.cpp's order of the rows of q and k, [out, in], the same shape.
 
-    It interleaves the two halves of each head's rotary dimensions. With one head of 4 rows,
-    0 2 1 3 becomes 0 1 2 3 (each row named by its place in Hugging Face's order).
+    It interleaves the two halves of each head's rotary dimensions. With one head of 4 rows, 0 2 1 3
+    becomes 0 1 2 3.
     """
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, -1)
 
 
 def _to_bf16(values: Floats) -> torch.Tensor:
-    # If dequantizing is a no-op, this is a read-only view of the mapped file, and torch would warn.
+    # torch would warn of a read-only view of the mapped file.
     owned = values if values.flags.writeable else values.copy()
     return torch.from_numpy(owned).to(torch.bfloat16)
 
@@ -173,7 +170,7 @@ def write_tokenizer(metadata: Mapping[str, Any], target: Path, *, context: int) 
     tokenizer = Tokenizer(
         models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
     )
-    # llama.cpp calls it "smollm". Each digit stands by itself, then comes GPT-2's pattern.
+    # Each digit stands by itself, then comes GPT-2's pattern.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
