@@ -44,8 +44,7 @@ _NAMES_HINT = (
 class ModelRef:
     """The model that a name means. `key` is the name of its directory in `models_dir()`.
 
-    At most one is set of `repo` (on the hub), `path` (a directory, absolute), and `demo`. None is
-    for a model that is here under another key.
+    At most one is set of `repo` (on the hub), `path` (absolute) and `demo`.
     """
 
     name: str
@@ -68,7 +67,7 @@ class ModelRef:
     def find_source(self, unfinished: Source | None, revision: str | None = None) -> Source:
         """Return the source of the download. An `unfinished` one keeps its commit.
 
-        Raises `ModelNotFoundError` for an unfinished model whose directory names no source.
+        Raises `ModelNotFoundError` if nothing names a source.
         """
         if self.source_repo is None:
             if unfinished is None:
@@ -86,9 +85,8 @@ class ModelRef:
 class ModelEntry:
     """A model in the data directory. `problem` is None if it is finished and can be read.
 
-    `bytes` is its size on disk, `weights` the size of its files of weights, which a plan predicts.
-    `context` is the longest conversation in tokens. `partly` is "converted" or "calibrated" if only
-    some layers are.
+    `bytes` is its size on disk, `weights` the size of its files of weights. `context` is in tokens.
+    `partly` is "converted" or "calibrated" if only some layers are.
     """
 
     key: str
@@ -104,7 +102,7 @@ class ModelEntry:
 
     @property
     def size(self) -> int:
-        """Return the bytes to show to a person, the same before and after a download."""
+        """Return the bytes to show, the same before and after a download."""
         return self.bytes if self.weights is None else self.weights
 
 
@@ -112,8 +110,7 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
     """Return the model that `name` means, as an alias, `demo`, a key, ORG/NAME or a directory.
 
     ORG/NAME always means the hub, and ./ORG/NAME a directory. `key` is another name to install the
-    model under. Raises `ModelNotFoundError` if `name` means nothing, `UsageError` if the key cannot
-    be a directory's name. Touches no network.
+    model under. Raises `ModelNotFoundError` or `UsageError`. Touches no network.
     """
     if key is not None and not _is_own_key(key):
         raise UsageError(
@@ -140,7 +137,7 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
 def installed_directory(name: str, *, anywhere: bool = True) -> Path:
     """Return the directory of an installed model. Raises `ModelNotFoundError` if there is none.
 
-    With `anywhere`, `name` may also be the path of an installed model outside the data directory.
+    With `anywhere`, `name` may also be a path outside the data directory.
     """
     path = _directory_of(name) if anywhere else None
     if path is not None and is_installed(path):
@@ -177,7 +174,7 @@ def is_model(name: str) -> bool:
 
 
 def existing_directory(name: str) -> Path:
-    """Return the directory of a model in the data directory, whatever its state.
+    """Return the directory of a model in the data directory, finished or not.
 
     Raises `ModelNotFoundError` if there is none.
     """
@@ -196,7 +193,7 @@ def list_models() -> list[ModelEntry]:
 
 
 def installed_names() -> list[str]:
-    """Return a name of every finished model in `models_dir()`, the shortest that it has."""
+    """Return the shortest name of every finished model in `models_dir()`."""
     short = {resolve(name).key: name for name in (*ALIASES, DEMO)}
     keys = [directory.name for directory in _directories() if is_installed(directory)]
     return [short.get(key, key) for key in keys]
@@ -226,7 +223,6 @@ def describe(directory: Path) -> ModelEntry:
 
 
 def _directories() -> list[Path]:
-    """Return the directories of all models, finished or not."""
     try:
         entries = sorted(models_dir().iterdir())
     except OSError:
@@ -235,7 +231,7 @@ def _directories() -> list[Path]:
 
 
 def _directory_of(name: str) -> Path | None:
-    """Return the directory that `name` means, if it is not the name of a model."""
+    """Return the directory that `name` means, unless it names a model."""
     if name == DEMO or name in ALIASES or _is_repo_id(name):
         return None
     if _is_key(name) and (models_dir() / name).is_dir():
@@ -245,7 +241,7 @@ def _directory_of(name: str) -> Path | None:
 
 
 def _meant(name: str) -> str | None:
-    """Return the name here of a model that other programs call `name`, or that is spelled so."""
+    """Return the model here that other programs call `name`, or that is spelled like it."""
     lower = name.lower()
     if re.match(r"mixtral\b", lower):
         return "base" if re.search(r"\b(base|text)\b", lower) else "instruct"
@@ -255,7 +251,6 @@ def _meant(name: str) -> str | None:
 
 
 def _no_model_in(directory: Path) -> ModelNotFoundError:
-    """Return the error for a directory in which there is no installed model."""
     if (directory / "config.json").exists():
         place = shlex.quote(str(directory))
         hint = f"Install the checkpoint in it first: mixchat download {place} --name NAME"
@@ -297,10 +292,9 @@ def _is_own_key(key: str) -> bool:
 
 
 def _is_clean(name: str) -> bool:
-    """Return whether the name can be looked up, without control characters and not too long."""
+    """Return whether the name can be looked up."""
     return 0 < len(name) < 4096 and name.isprintable()
 
 
 def _shown(name: str) -> str:
-    """Return the name on one line, short, with everything unprintable escaped."""
     return repr(name if len(name) <= 80 else name[:77] + "...")

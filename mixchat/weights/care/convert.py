@@ -1,10 +1,8 @@
 """Converts an installed model, file by file.
 
-The codes get their other layout, losslessly. Or attention and head are rounded from 16 bits to 8,
-as a download rounds them. Or the experts are made anew from the checkpoint. Each file that changes
-is written next to the old one and replaces it (`model_files.py`), so that the model can be used at
-every moment, with converted and old files mixed. The disk has to hold one file more, not a second
-model.
+Codes get their other layout, attention and head are rounded from 16 bits to 8, or experts are made
+anew from the checkpoint. The model can be used at every moment, with converted and old files mixed
+(`model_files.py`). The disk has to hold one file more.
 """
 
 from __future__ import annotations
@@ -50,11 +48,10 @@ _MANIFESTS_BYTES = 4_000_000
 def find_target(
     directory: Path, layout: Layout | None, bits: DenseBits, *, calibrated: bool = False
 ) -> Quantization:
-    """Return the quantization to convert to.
+    """Return the quantization to convert to, by default the layout that is fastest here.
 
-    Without a layout, bits and `calibrated`, it has the layout that this machine computes fastest.
-    The manifest is brought to today's format. Raises `UsageError` if no matrix is in 4 bits, and if
-    a conversion cannot make this quantization.
+    The manifest is brought to today's format. Raises `UsageError` if a conversion cannot make this
+    quantization.
     """
     upgrade_manifest(directory)
     now = Quantization.from_description(read_manifest(directory).quantization)
@@ -76,7 +73,6 @@ def find_target(
 
 
 def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) -> QuantType:
-    """Return the type that a part gets. Raises `UsageError` if a conversion cannot give it."""
     has = TYPES[stored].bits
     if bits in (None, has):
         return stored
@@ -94,12 +90,11 @@ def convert(
     progress: Progress,
     calibrator: Calibrator | None = None,
 ) -> bool:
-    """Convert an installed model to the `target` of `find_target`.
+    """Convert an installed model to the `target` of `find_target`. Return False if it is so.
 
-    Return False if it is so already. `calibrator` makes experts anew. Files that an interrupted
-    conversion has replaced are not converted again. Raises `CheckpointError` if a file is not what
-    the manifest says, `ResourceError` if the disk has no room for one file more. After a failure
-    the model can be used, and the next call converts the rest.
+    `calibrator` makes experts anew. Raises `CheckpointError` if a file is not what the manifest
+    says, `ResourceError` if the disk has no room for one file more. The next call resumes after a
+    failure.
     """
     finish_replacement(directory)
     manifest = read_manifest(directory)
@@ -167,7 +162,6 @@ class _Converter:
             self._calibrator.inputs.remove(expert[0])
 
     def _after(self, made: Mapping[str, WeightsRecord] = MappingProxyType({})) -> Manifest:
-        """Return the manifest with these records, while `self._files` are not converted."""
         now, weights = self._manifest, {}
         target, own = self._target.description(), self._new.quantizations()
         for name, record in {**now.weights, **made}.items():
@@ -204,7 +198,7 @@ class _Converter:
         return digests
 
     def _made(self, file: SafetensorsFile, old: ModelPart, new: ModelPart) -> list[torch.Tensor]:
-        """Read the tensors of a part, compare them with the manifest, and convert them."""
+        """Return the tensors of a part, compared with the manifest and converted."""
         tensors = [file.read(spec.name) for spec in old.tensors]
         expected = self._manifest.weights[old.file].sha256
         for spec, tensor in zip(old.tensors, tensors, strict=True):
@@ -248,7 +242,7 @@ def _files_that_change(
 
 
 def _pairs(old: Blueprint, new: Blueprint) -> Iterator[tuple[ModelPart, ModelPart]]:
-    """Yield each part of the old model with the part of the new model that is made of it.
+    """Yield each part of the old model with the part that is made of it.
 
     A head that gets a matrix, and had none, is made of the embedding.
     """

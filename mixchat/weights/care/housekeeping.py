@@ -49,7 +49,7 @@ def remove(target: Path) -> None:
         if target.is_symlink():
             target.unlink()
             return
-        # The manifests first. Without them nothing takes the rest for a model.
+        # Without manifests nothing takes the rest for a model.
         for name in (MANIFEST_COPY, MANIFEST_FILE):
             (target / name).unlink(missing_ok=True)
         shutil.rmtree(target)
@@ -71,14 +71,13 @@ def not_in_use(target: Path) -> Iterator[None]:
 def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
     """Remove the leftovers of killed processes, and yield each as it is found.
 
-    Resumable work is removed only with `unfinished`. Models that another process is working on stay
-    as they are.
+    Resumable work is removed only with `unfinished`. Models in use stay as they are.
     """
     for target in _targets():
         with suppress(Busy), exclusive_lock(target):
             for leftover in _left_in(target):
                 yield _cleared(leftover, unfinished)
-    # Only --keep-source puts files into huggingface_hub's cache, and other tools use those.
+    # Other tools use the files that --keep-source puts into huggingface_hub's cache.
     for path in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
         blob = path.name.removesuffix(PART_SUFFIX)
         with suppress(Busy), hub.blob_lock(path.parents[1].name, blob, timeout=1):

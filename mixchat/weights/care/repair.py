@@ -1,7 +1,4 @@
-"""Compares an installed model with its manifest, and rebuilds what is damaged.
-
-The checkpoint is the one that the model was made of. Only the tensors of damaged parts are read.
-"""
+"""Compares an installed model with its manifest, and rebuilds what is damaged."""
 
 from __future__ import annotations
 
@@ -49,8 +46,7 @@ class Damage:
 def verify(directory: Path, progress: Progress) -> list[Damage]:
     """Read every byte of an installed model, and return all that differs from the manifest.
 
-    Raises `CheckpointError` if neither the manifest nor its copy can be read, since then there is
-    nothing to compare with.
+    Raises `CheckpointError` if neither the manifest nor its copy can be read.
     """
     manifest = read_either_manifest(directory)
     with progress_bar(progress, f"verifying {directory.name}", manifest.size) as task:
@@ -65,10 +61,9 @@ def verify(directory: Path, progress: Progress) -> list[Damage]:
 def repair(
     directory: Path, damages: Sequence[Damage], checkpoint: Checkpoint, progress: Progress
 ) -> None:
-    """Rebuild what is damaged.
+    """Rebuild what is damaged. May be repeated after a failure.
 
-    Raises `CheckpointError` if the checkpoint no longer has the same bytes, and what reading it
-    raises. May be repeated after a failure.
+    Raises `CheckpointError` if the checkpoint no longer has the same bytes.
     """
     finish_replacement(directory)
     manifest = read_manifest(directory)

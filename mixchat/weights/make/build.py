@@ -1,9 +1,7 @@
 """Builds an installed model out of shards as they come, and resumes an interrupted build.
 
-While one shard is quantized, a thread fetches the next. A shard is released as soon as all of its
-tensors have been used. Tensors of parts that also need a later shard are spilled to a small file.
-The journal records what is done, so that at most a few seconds of quantizing are lost. Before work
-continues, the files are checked against it.
+While one shard is quantized, a thread fetches the next. Tensors of parts that also need a later
+shard are spilled to a small file. The journal records what is done.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from mixchat.weights.make.writer import ModelWriter
 from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_index import COMPANION_FILES
 
-_CHECKPOINT = "checkpoint"  # the tensors that were read of it, in the journal
+_CHECKPOINT = "checkpoint"  # its tensors that were read, in the journal
 _SAVE_INTERVAL_S = 2.0
 _STOP_TIMEOUT_S = 0.3
 NO_PROGRESS = NoProgress()
@@ -47,9 +45,8 @@ NO_PROGRESS = NoProgress()
 class Build:
     """The build of the model `blueprint` of `checkpoint` in the directory `target`.
 
-    The target is read once, by the constructor, which changes nothing there. `parts` are left to
-    make, and they need `shards`, in this order. `head` is the journal's first line. Work under
-    another first line is not resumed.
+    `parts` are left to make, and they need `shards`, in this order. `head` is the journal's first
+    line. Work under another first line is not resumed.
     """
 
     def __init__(
@@ -74,8 +71,7 @@ class Build:
         """Make what is left. The manifest is written last, and makes the model an installed one.
 
         `ahead`: fetch the next shard while one is quantized, which takes the disk of both. Raises
-        `CheckpointError` if the checkpoint is not what its headers said, or not finite, and what
-        fetching raises.
+        `CheckpointError` if the checkpoint is not finite, and what fetching raises.
         """
         self.target.mkdir(parents=True, exist_ok=True)
         companions = _read_companions(self.checkpoint.companions())
@@ -191,7 +187,7 @@ class Build:
 
 
 def finish_interrupted(target: Path) -> None:
-    """Take the last steps of a build whose process was killed after it wrote the manifest.
+    """Take the last steps of a build that was killed after it wrote the manifest.
 
     The journal is removed last, because a model that has one is unfinished.
     """
@@ -208,7 +204,7 @@ def _size(path: Path) -> int | None:
 
 
 def _read_companions(directory: Path) -> dict[str, bytes]:
-    """Read the small files now, because hours later they may be gone, or the hub out of reach."""
+    """Read the small files now, because hours later they may be gone."""
     paths = {name: directory / name for name in COMPANION_FILES}
     return {name: read_bytes(path) for name, path in paths.items() if path.exists()}
 

@@ -1,13 +1,12 @@
 """Calibration records the inputs of experts, and makes experts anew for these inputs.
 
-The inputs are recorded while a model reads or writes text. Each layer has two files. `inputs-LLL`
-has the rows that its experts got, bf16 [N, D], and `selected-LLL` the experts that the router chose
-for each, uint8 [N, K]. They have no header, because the model's config gives D and K.
+Each layer has two files. `inputs-LLL` has the rows that its experts got, bf16 [N, D], and
+`selected-LLL` the experts that the router chose for each, uint8 [N, K]. They have no header,
+because the model's config gives D and K.
 
-An expert learns from the rows of the tokens that chose it, and from a few of all tokens, because an
-expert that hardly any token chose must not be fitted to those alone. Each fifth window of the text
-is held out. Its rows judge what the rest has taught (`encode.py`). Whole windows are held out,
-because neighbours are alike.
+An expert learns from the rows of the tokens that chose it, and from a few others, because few rows
+alone would mislead it. Each fifth window of the text is held out and judges the result
+(`encode.py`). Whole windows are held out, because neighbours are alike.
 
 N = tokens, D = hidden_size, F = intermediate_size, K = num_experts_per_tok.
 """
@@ -35,13 +34,13 @@ from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader, othe
 from mixchat.weights.source.checkpoint_index import CONFIG
 
 FOLD = 5  # windows, of which the last is held out
-_ROWS_OF_ALL = 32  # of any tokens, besides those of the expert
+_ROWS_OF_ALL = 32  # of any tokens
 
 
 class InputsWriter:
     """A context manager that writes the rows of each layer as they come.
 
-    The directory gets its name once all is written. One that is there already is replaced.
+    The directory gets its name once all is written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -112,8 +111,7 @@ class ExpertInputs:
 class Calibrator:
     """Makes the parts of experts anew from the checkpoint. An expert's w2 comes after its w13.
 
-    `reader` reads the checkpoint that `check_checkpoint` has checked. `window` is the number of
-    tokens that were read or written in one piece.
+    `window` is the number of tokens that were read or written in one piece.
     """
 
     def __init__(
@@ -151,7 +149,7 @@ class Calibrator:
         self._errors += (error / plain) ** 0.5 if plain else 1.0
 
     def _rows(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows [n, D] that an expert learns from, and those that are held out."""
+        """Return the rows [n, D] that an expert learns from, and those held out."""
         every, chosen = self.inputs.of(layer, expert)
         last = torch.arange(len(every)) // self._window % FOLD == FOLD - 1
         return _some(every, chosen, ~last), _some(every, chosen, last)
@@ -174,12 +172,11 @@ def check_checkpoint(
     *,
     force: bool,
 ) -> None:
-    """Check, before hours of work, that the model `name` was made of this checkpoint.
+    """Check that the model `name` was made of this checkpoint.
 
-    One part of an expert is read. `reader` compares the others as they are read, by the SHA-256s in
-    the manifest. It reads none beforehand if the hub's commit shows that the checkpoint is the
-    same. Raises `CheckpointError` if the checkpoint is another one, and `UsageError` if nothing
-    shows that it is the same, unless `force` is set.
+    One part of an expert is read, unless the hub's commit shows that the checkpoint is the same.
+    `reader` compares the others later. Raises `CheckpointError` if it is another one, and
+    `UsageError` if nothing shows that it is the same, unless `force` is set.
     """
     if checkpoint.index.config != blueprint.config:
         raise other_checkpoint(checkpoint, CONFIG, "its values differ")

@@ -52,11 +52,9 @@ def download(
 ) -> Path:
     """Install the model and return its directory. Do nothing if it is installed already.
 
-    `announce` is called with the plan before any weight is fetched. If another process is
-    installing the same model, this one waits for it. Unfinished work stays on disk, also after
-    Ctrl-C, and the next call resumes it. Raises `ResourceError` if disk or memory do not suffice,
-    `UsageError` if another model, or this one with other options, is installed under the name, and
-    what fetching and quantizing raise.
+    `announce` is called with the plan before any weight is fetched. Unfinished work stays on disk,
+    and the next call resumes it. Raises `ResourceError` if disk or memory do not suffice,
+    `UsageError` if another model, or this one with other options, is installed under the name.
     """
     if installed := _find_installed(request):
         return installed
@@ -74,7 +72,7 @@ def download(
 
 
 def plan_download(request: DownloadRequest, progress: Progress) -> DownloadPlan | None:
-    """Return the plan of `download`, or None if the model is installed. Fetches no weights."""
+    """Return the plan of `download`, or None if the model is installed."""
     if _find_installed(request):
         return None
     with _open_build(request, progress) as build:
@@ -101,7 +99,6 @@ def _install(
 def _open_build(
     request: DownloadRequest, progress: Progress, check: Check | None = None
 ) -> Iterator[Build]:
-    """Open the checkpoint, and read the state of the target."""
     target = request.ref.directory
     journal = Journal(target)
     source = request.ref.find_source(journal.source, request.revision)
@@ -119,7 +116,7 @@ def _discard_other_work(build: Build, progress: Progress) -> None:
         shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
     if head == build.head or not target.exists():
         return
-    # Without a journal no part is made, but the first shard may have been fetched in part.
+    # Without a journal, the first shard may have been fetched in part.
     same_weights = head is None or head.get("fingerprint") == checkpoint.fingerprint
     if head is not None:
         progress.note("the unfinished download had other weights or options: starting again")
@@ -154,7 +151,6 @@ def _find_installed(request: DownloadRequest) -> Path | None:
 
 
 def _check_same(request: DownloadRequest, target: Path) -> None:
-    """Raise if the installed model is another than the requested one, or is damaged."""
     manifest = read_manifest(target)
     check_files(target, manifest)
     source, key, revision = manifest.source, request.ref.key, request.revision
@@ -176,15 +172,14 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
 
 
 def _begins(commit: str | None, revision: str | None) -> bool:
-    """Return whether the revision is the commit or its first seven or more digits, as in git."""
+    """Return whether the revision is the commit or at least seven of its first digits."""
     return len(revision or "") >= _COMMIT_DIGITS_MIN and (commit or "").startswith(revision or "")
 
 
 def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
     """Return whether a model is quantized as requested.
 
-    Bits that were not requested may be any, and so may the experts' scales, which a calibration
-    changes.
+    The experts' scales may be any, because a calibration changes them.
     """
     given = made["scales"] == "given" and made["quant_type"] != "none"
 

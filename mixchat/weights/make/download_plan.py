@@ -18,7 +18,7 @@ from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import rounded_from
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, expert_tensor
 
-_PROCESS_BYTES = 400_000_000  # of memory, with torch, before it has touched a weight
+_PROCESS_BYTES = 400_000_000  # of memory, with torch, without weights
 _SMALL_FILES_BYTES = 16_000_000  # manifest, journal, tokenizer
 _SAMPLE_SHAPE = (1024, 4096)
 _WEIGHTS_A_SECOND_MAX = 5e8  # that are read, hashed and written
@@ -42,10 +42,10 @@ class Need:
 class DownloadPlan:
     """The plan of a download. Sizes in bytes, `rate` in bytes a second, `seconds` in all.
 
-    `checkpoint` is the size of the checkpoint's weights, `fetch` the bytes of it still missing,
-    `installed` the size of the installed weights. `disk` is the most that is needed at once, beyond
-    what is there. `ahead`: the disk has room to fetch a shard while another one is quantized.
-    `rounded_from`: the type of weights ("fp16") that are rounded to bf16, if any are.
+    `checkpoint`, `fetch` and `installed` are the bytes of the checkpoint's weights, of those still
+    missing, and of the installed weights. `disk` is the most that is needed at once, beyond what is
+    there. `ahead`: a shard can be fetched while another one is quantized. `rounded_from`: the type
+    of weights ("fp16") that are rounded to bf16.
     """
 
     name: str
@@ -69,7 +69,7 @@ class DownloadPlan:
         return all(need.suffices for need in (*self.disk, self.memory))
 
     def check(self) -> None:
-        """Raise `ResourceError`, with the bytes needed and free, if disk or memory is short."""
+        """Raise `ResourceError` if disk or memory is short."""
         for need in self.disk:
             if not need.suffices:
                 raise ResourceError(
@@ -132,9 +132,8 @@ def find_disk_needs(
 ) -> tuple[tuple[Need, ...], bool]:
     """Return the need of each disk beyond what is in `target`, and whether a shard fits ahead.
 
-    Without room to fetch ahead, less is needed. `temporary` is as for `estimate_peak_disk`.
-    `caches` are other directories and the bytes that they get. free_disk: the free bytes of another
-    machine's disks, which hold nothing of the model yet.
+    `temporary` is as for `estimate_peak_disk`. `caches` are other directories and the bytes that
+    they get. free_disk: the free bytes of another machine's disks.
     """
     here = machine.disk_usage(target) if free_disk is None else 0
 
@@ -148,7 +147,7 @@ def find_disk_needs(
 
 
 def add_up_needs(*needed: tuple[Path, int]) -> tuple[Need, ...]:
-    """Return the need of each disk, which adds up the bytes of its places."""
+    """Return the need of each disk, which adds up its places."""
     found: list[Need] = []
     for place, size in needed:
         for number, need in enumerate(found):
@@ -167,10 +166,10 @@ def estimate_peak_disk(
     *,
     ahead: bool = True,
 ) -> int:
-    """Return the most bytes on disk during a build, of model, spilled tensors and fetched shards.
+    """Return the most bytes on disk during a build, of model, spilled tensors and shards.
 
-    `temporary` gives the bytes that a shard takes until it is released. Shards come in their order,
-    with `ahead` one while the one before is quantized.
+    `temporary` gives the bytes that a shard takes until it is released. With `ahead` a shard is
+    fetched while the one before is quantized.
     """
     number_of = {shard: number for number, shard in enumerate(index.shards)}
     count = len(number_of)
@@ -215,7 +214,7 @@ def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
 
 
 def _quantizing_seconds(index: CheckpointIndex, blueprint: Blueprint) -> float:
-    """Return how many seconds this machine quantizes all experts, by trying some weights."""
+    """Return the seconds in which this machine quantizes all experts, by trying some weights."""
     layout = blueprint.expert
     weights = layout.gate_up.rows * layout.gate_up.columns + layout.down.rows * layout.down.columns
     spec = replace(layout.down, rows=_SAMPLE_SHAPE[0], columns=_SAMPLE_SHAPE[1])

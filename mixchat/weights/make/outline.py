@@ -1,4 +1,4 @@
-"""Outlines a model, with its tensors and the needs of its download, before weights are fetched."""
+"""Outlines a model, with its tensors and the needs of its download, before it is fetched."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ _SHARD_BYTES_MAX = 5e9  # of a checkpoint that transformers writes
 class Outline:
     """A model's tensors, and the directory in which it is installed or will be.
 
-    An installed model has no needs of `disk`. `download` is the plan of the download, None for an
-    installed model, or if only the hub knows it. `arguments` are for the 'mixchat download' that
-    makes this model.
+    `download` is None for an installed model, or if only the hub knows it. `arguments` are for the
+    'mixchat download' that makes this model.
     """
 
     name: str
@@ -68,7 +67,7 @@ class Outline:
 
     @property
     def lacking(self) -> list[Need]:
-        """Return the disks that have less room than the download needs."""
+        """Return the disks that have too little room."""
         return [need for need in self.disk if not need.suffices]
 
 
@@ -81,9 +80,8 @@ def outline(
     """Return the outline of a model, with the default options if it is not installed.
 
     bits: of its experts. If it is installed with others, this is the outline of a second download.
-    free_disk: the free bytes of another machine's disk, to which it is downloaded. Asks the hub
-    only for one of its models that is neither installed nor in `models.ALIASES`. Raises what
-    `models.installed_directory` and opening a checkpoint raise.
+    free_disk: the free bytes of another machine's disk. Asks the hub only for one of its models
+    that is neither installed nor in `models.ALIASES`. Raises what opening a checkpoint raises.
     """
     source, target = None, ref.directory
     flags = [] if bits is None else ["--expert-bits", str(bits)]
@@ -104,7 +102,6 @@ def outline(
 
 
 def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
-    """Return the source and the outline of an installed model."""
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     blueprint = installed_blueprint(directory, manifest)

@@ -29,8 +29,8 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read, exper
 class ModelPart:
     """Consecutive tensors in `file`, and the checkpoint's matrices they are made of.
 
-    `linear` is None for tensors that are never quantized (norms, gates, the embedding). `expert` is
-    the layer and the number of the part's expert.
+    `linear` is None for tensors that are never quantized. `expert` is a layer and an expert's
+    number.
     """
 
     file: str
@@ -45,14 +45,11 @@ class ModelPart:
         return sum(spec.nbytes for spec in self.tensors)
 
     def components(self, index: CheckpointIndex) -> list[str]:
-        """Return the names of the checkpoint's tensors that have to be read."""
+        """Return the checkpoint's tensors that have to be read."""
         return [name for source in self.sources for name in index.components(source)]
 
     def make(self, index: CheckpointIndex, read: Read) -> list[torch.Tensor]:
-        """Return the tensors of this part. `read` reads a tensor of the checkpoint by its name.
-
-        Raises `CheckpointError` if a weight is not finite.
-        """
+        """Return the tensors of this part. Raises `CheckpointError` if a weight is not finite."""
         linear = self.linear
         if linear is None:
             return [self.dense(index, read)]
@@ -68,7 +65,7 @@ class ModelPart:
         return self._stacked(self.linear, index, read)
 
     def encoded(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
-        """Return the tensors of this part for its matrix. `inputs` is as in `LinearSpec.encode`."""
+        """Return the tensors of this part for its matrix."""
         assert self.linear is not None
         return self._padded(self.linear.encode(weight, inputs))
 
@@ -77,10 +74,9 @@ class ModelPart:
         return made + padding
 
     def _stacked(self, linear: LinearSpec, index: CheckpointIndex, read: Read) -> torch.Tensor:
-        """Return the matrices one above the other, read one at a time."""
         if len(self.sources) == 1:
             only = index.read_dense(self.sources[0], read)
-            # From 16 bits, like `mixchat convert`, so that `mixchat repair` gives the same bytes.
+            # From 16 bits, as `mixchat convert` does, so that `repair` gives the same bytes.
             return only.to(linear.dtype) if linear.quant_type == "int8" else only
         whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
         start = 0

@@ -19,8 +19,7 @@ from mixchat.weights.source.checkpoint_index import (
 )
 
 # The gain in perplexity by the type of the experts, and if they are calibrated. It is the demo
-# model's mean over five texts. `tests/benchmarks/quality.py` prints this line with README's table.
-# A larger model loses less.
+# model's mean over five texts, as `tests/benchmarks/quality.py` prints it.
 DEMO_LOSS: dict[QuantType, tuple[float, float]] = {"nf4": (0.146, 0.063), "nf3": (0.486, 0.195)}
 DENSE_BITS = 8  # of attention and head, unless others are requested
 
@@ -29,9 +28,9 @@ DENSE_BITS = 8  # of attention and head, unless others are requested
 class QuantizeOptions:
     """The options of quantization. `quant_type` of the experts is "nf4", "nf3" or "none".
 
-    attention, head: the bits of their weights, 16, 8 or 4; None for the default, `DENSE_BITS`, or
-    16 if the experts are not quantized. `scales` says how the scale of each block of 4-bit weights
-    is chosen. "absmax" is for comparison with bitsandbytes. `layout` None takes `best_layout`.
+    attention, head: the bits of their weights, 16, 8 or 4. None is `DENSE_BITS`, or 16 if the
+    experts are not quantized. `scales` says how the scale of each block is chosen. `layout` None
+    takes `best_layout`.
     """
 
     quant_type: QuantType = "nf4"
@@ -42,7 +41,7 @@ class QuantizeOptions:
 
 
 def best_layout() -> Layout:
-    """Return the layout that this machine computes with. A GPU reads bitsandbytes' own."""
+    """Return the layout that is computed here. A GPU reads bitsandbytes' own."""
     if gpu.count() or not kernels_available():
         return "bitsandbytes"
     return "cpu-packed"
@@ -51,9 +50,8 @@ def best_layout() -> Layout:
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
     """Return the blueprint of the model that these options make of this checkpoint.
 
-    Matrices that bitsandbytes has quantized stay so. The experts decide the type, and attention and
-    head follow if all of their matrices have it. Raises `UsageError` if the options ask for other
-    bits.
+    Matrices that bitsandbytes has quantized stay so. Raises `UsageError` if the options ask for
+    other bits.
     """
     given_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
     if given_4bit and options.quant_type != "nf4":
@@ -89,7 +87,7 @@ def _has_4_bits(index: CheckpointIndex, part: str) -> UsageError:
 
 
 def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
-    """Return the model with experts in 3 bits, or None if its checkpoint has them in 4 already."""
+    """Return the model with experts in 3 bits, or None if its checkpoint has them in 4."""
     stored = blueprint.quantization
     if stored.quant_type != "nf4" or stored.scales == "given":
         return None

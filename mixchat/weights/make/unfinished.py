@@ -1,10 +1,8 @@
 """The files of an unfinished model, with spilled tensors, and the check of finished parts.
 
-A tensor is spilled to disk if the part that needs it also needs a later shard.
-
-A disk may have changed a byte since it was written. The finished model's manifest would list the
-SHA-256 of the right bytes, and only `verify` would find the fault. So finished parts are compared
-with the journal before work continues.
+A tensor is spilled to disk if the part that needs it also needs a later shard. Finished parts are
+compared with the journal before work continues. A manifest would hide what the disk has changed
+meanwhile.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ SPILL_PREFIX = "aside-"  # of file names
 class Spill:
     """The spill files in `directory`, one for each shard that has spilled tensors.
 
-    `recorded` is the journal's record by file. A file that is not in it is ignored.
+    A file that is not in the journal's record `recorded` is ignored.
     """
 
     def __init__(self, directory: Path, recorded: Mapping[str, Collection[str]]) -> None:
@@ -46,7 +44,7 @@ class Spill:
 
     @property
     def names(self) -> set[str]:
-        """Return the names of the tensors that are spilled."""
+        """Return the names of the spilled tensors."""
         return set().union(*self._files.values())
 
     def read(self, name: str) -> torch.Tensor:
@@ -58,7 +56,7 @@ class Spill:
     def write(
         self, shard: str, file: SafetensorsFile, names: list[str]
     ) -> tuple[str, dict[str, str]]:
-        """Copy tensors of `file`, and return the copy's name and the SHA-256 of each tensor."""
+        """Copy tensors of `file`, and return the copy's name and the SHA-256 of each."""
         path, digests = self._directory / f"{SPILL_PREFIX}{shard}", {}
         with SafetensorsWriter(path, [file.header.spec(name) for name in names]) as writer:
             for name in names:
@@ -97,7 +95,6 @@ def find_damaged(
 
 
 def _spill_headers(directory: Path) -> dict[str, Header]:
-    """Return the headers of the spill files, which are complete unless the disk is at fault."""
     headers = {}
     for path in directory.glob(SPILL_PREFIX + "*"):
         with suppress(CheckpointError), SafetensorsFile(path) as file:

@@ -18,8 +18,7 @@ from mixchat.weights.make.parts import ModelPart
 class ModelWriter:
     """The files of weights in `directory`, open for writing.
 
-    They have their full size and their names from the start, with holes for what is not written
-    yet. Without a manifest they are not a model.
+    They have their full size from the start, with holes. Without a manifest they are not a model.
     """
 
     def __init__(self, directory: Path, blueprint: Blueprint) -> None:
