@@ -1,12 +1,12 @@
 """The tensors of an installed model by file, with their names, types and shapes.
 
 `shared.safetensors` has all that every token needs. Each layer has one `experts-LLL.safetensors`.
-Some matrices are stored fused, because one large multiplication is faster than several small ones.
-`qkv_proj` is q above k above v, and an expert's `w13` is w1 (gate) above w3 (up). w2 is the down
-projection, out = w2(silu(w1 x) * w3 x).
+Some matrices are fused, because one large multiplication is faster. `qkv_proj` is q above k above
+v, and an expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection, out = w2(silu(w1 x)
+* w3 x).
 
-An expert is one block of w13, then w2, then zeros up to a multiple of 4096 bytes, so that each
-begins on a page boundary, on disk and in memory. For Mixtral 8x7B in NF4:
+An expert is w13, then w2, then zeros up to a multiple of 4096 bytes, so that each begins on a page
+boundary, on disk and in memory. For Mixtral 8x7B in NF4:
 
     w13.absmax 3,670,016 | w13.codes 58,720,256 | w2.absmax 1,835,008 | w2.codes 29,360,128
     = 93,585,408 bytes = 22,848 pages, no padding
@@ -63,13 +63,12 @@ class Quantization:
     scales: Scales = "search"
 
     def description(self) -> dict[str, Any]:
-        """Return the values that the manifest has."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Quantization:
-        """Read a manifest's description, which has been checked."""
+        """Read a manifest's description."""
         values = {key: value for key, value in description.items() if key != "blocksize"}
         return cls(**{**values, "dtype": getattr(torch, values["dtype"])})
 
@@ -87,7 +86,7 @@ class Expert:
 
     @property
     def addresses(self) -> list[int]:
-        """Return the addresses of codes and absmax of both matrices, which are packed."""
+        """Return the addresses of codes and absmax of both matrices."""
         return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
 
     def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[int]]:
@@ -121,12 +120,10 @@ class ExpertSpec:
 
     @cached_property
     def nbytes(self) -> int:
-        """Return the bytes of the matrices."""
         return sum(spec.nbytes for spec in (*self.gate_up.tensors, *self.down.tensors))
 
     @property
     def packed(self) -> tuple[bool, bool]:
-        """Return whether gate_up and down have the packed layout."""
         return self.gate_up.packed, self.down.packed
 
     @cached_property
@@ -169,8 +166,7 @@ class ExpertSpec:
 class Blueprint:
     """The tensors of a model of this shape and quantization, and how they are computed.
 
-    layers: the quantization of each layer's experts, if not all have `quantization`. The size of a
-    block may not differ.
+    layers: the quantization of each layer's experts, if not all have `quantization`.
     """
 
     config: ModelConfig
@@ -178,13 +174,11 @@ class Blueprint:
     layers: tuple[Quantization, ...] = ()
 
     def quantizations(self) -> dict[str, Quantization]:
-        """Return the quantization of each file of weights."""
         layers = self.layers or (self.quantization,) * self.config.num_hidden_layers
         experts = {experts_file(layer): own for layer, own in enumerate(layers)}
         return {SHARED_FILE: self.quantization} | experts
 
     def expert_of(self, layer: int) -> ExpertSpec:
-        """Return an expert's block in a layer."""
         if not self.layers:
             return self.expert
         return Blueprint(self.config, self.layers[layer]).expert
@@ -196,7 +190,6 @@ class Blueprint:
 
     @cached_property
     def expert(self) -> ExpertSpec:
-        """Return an expert's block, as `quantization` has it."""
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         kind, scales = self.quantization.quant_type, self.quantization.scales
         down = TYPES[kind].down_type or kind
@@ -213,7 +206,6 @@ class Blueprint:
         return self._linear(name, rows, config.hidden_size, self.quantization.attention)
 
     def o(self, layer: int) -> LinearSpec:
-        """Return the attention's output projection of a layer."""
         columns = self.config.num_attention_heads * self.config.head_dim
         name = f"{layer_prefix(layer)}self_attn.o_proj"
         return self._linear(name, self.config.hidden_size, columns, self.quantization.attention)
@@ -234,7 +226,7 @@ class Blueprint:
         return {spec.name: spec for spec in (*specs, self.head) if spec is not None}
 
     def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
-        """Return the weights of a layer's norms before attention and before the experts."""
+        """Return the weights of a layer's norms before attention and experts."""
         prefix, shape = layer_prefix(layer), (self.config.hidden_size,)
         return (
             TensorSpec(f"{prefix}input_layernorm.weight", self.quantization.dtype, shape),
@@ -249,13 +241,11 @@ class Blueprint:
 
     @property
     def embedding(self) -> TensorSpec:
-        """Return the token embedding."""
         shape = (self.config.vocab_size, self.config.hidden_size)
         return TensorSpec(EMBEDDING, self.quantization.dtype, shape)
 
     @property
     def norm(self) -> TensorSpec:
-        """Return the weight of the last norm."""
         return TensorSpec(NORM, self.quantization.dtype, (self.config.hidden_size,))
 
     def shared_tensors(self) -> Iterator[TensorSpec]:
@@ -271,55 +261,47 @@ class Blueprint:
             yield from self.head.tensors
 
     def expert_tensors(self, layer: int) -> Iterator[TensorSpec]:
-        """Yield the tensors of a layer's `experts-LLL.safetensors`, in their order."""
+        """Yield the tensors of a layer's experts, in their order."""
         layout = self.expert_of(layer)
         for expert in range(self.config.num_local_experts):
             yield from layout.tensors(expert)
 
     def files(self) -> dict[str, list[TensorSpec]]:
-        """Return the files of weights by name, each with its tensors in their order."""
+        """Return the files of weights by name, with their tensors in order."""
         layers = range(self.config.num_hidden_layers)
         return {SHARED_FILE: list(self.shared_tensors())} | {
             experts_file(layer): list(self.expert_tensors(layer)) for layer in layers
         }
 
     def headers(self) -> dict[str, Header]:
-        """Return the header of each file of weights by name."""
         return {name: Header.of(specs, name) for name, specs in self.files().items()}
 
     @property
     def size(self) -> int:
-        """Return the bytes of the files of weights."""
         return sum(header.size for header in self.headers().values())
 
     @property
     def shared_size(self) -> int:
-        """Return the bytes of the shared tensors that are held in memory.
-
-        The embedding is held only if it is the head, too. A token needs one row of it.
-        """
+        """Return the bytes of the shared tensors that are held in memory."""
+        # The embedding is held only if it is the head, too, since a token needs one row of it.
         size = sum(spec.nbytes for spec in self.shared_tensors())
         return size if self.head is None else size - self.embedding.nbytes
 
     @property
     def expert_count(self) -> int:
-        """Return the count of experts in all layers together."""
         return self.config.num_hidden_layers * self.config.num_local_experts
 
     def computed_on(self, device: torch.device) -> Blueprint:
-        """Return the same model with its codes in the layout that this device computes fastest."""
+        """Return the same model in the layout that this device computes fastest."""
         packed = device.type == "cpu" and kernels_available()
         return self.in_layout("cpu-packed" if packed else "bitsandbytes")
 
     def in_layout(self, layout: Layout) -> Blueprint:
-        """Return the same model with its codes in this layout."""
         return Blueprint(self.config, replace(self.quantization, layout=layout))
 
     def widened(self) -> Blueprint:
-        """Return the same model with its matrices in 8 bits made dense.
-
-        A tied head in 8 bits stays so. Dense, it would be the embedding, which is another matrix.
-        """
+        """Return the same model with its matrices in 8 bits made dense."""
+        # A tied head in 8 bits stays so. Dense, it would be the embedding, another matrix.
         stored, head = self.quantization, self.quantization.head
         if not self.config.tie_word_embeddings:
             head = _widened(head)

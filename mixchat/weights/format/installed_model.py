@@ -30,10 +30,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
-    """Return the blueprint of an installed model.
-
-    Raises `CheckpointError` if the manifest lists other tensors.
-    """
+    """Return the blueprint of an installed model. Raises `CheckpointError`."""
     config = ModelConfig.from_file(directory / "config.json")
     names = [SHARED_FILE, *map(experts_file, range(config.num_hidden_layers))]
     for name in names:
@@ -52,8 +49,8 @@ def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
 class InstalledModel:
     """An installed model, open for reading.
 
-    Opening checks sizes and headers, but hashes no bytes, since 24 GB would take half a minute. The
-    open files stay as they are, even if another process replaces them. Raises `CheckpointError`.
+    Opening checks sizes and headers, but hashes no bytes, since 24 GB would take half a minute.
+    Raises `CheckpointError`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -85,7 +82,6 @@ class InstalledModel:
         self._expert_base = [file.header.start(first) for file in self._experts]
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """Read a shared tensor to the CPU."""
         return self._shared.read(spec.name)
 
     def rows(self, spec: TensorSpec, numbers: torch.Tensor) -> torch.Tensor:
@@ -115,14 +111,13 @@ class InstalledModel:
     ) -> None:
         """Fill `block` (uint8, on the CPU) with an expert's bytes from `begin` on, in one read.
 
-        An expert has `stride` bytes. `direct` goes past the page cache. Then `begin`, the block's
-        address and its length have to be multiples of 4096.
+        `direct` goes past the page cache. Then `begin`, the block's address and its length have to
+        be multiples of 4096.
         """
         start = self._expert_base[layer] + expert * self.blueprint.expert.stride + begin
         self._experts[layer].read_into(block, start, direct=direct)
 
     def close(self) -> None:
-        """Close all files."""
         for file in self._files:
             file.close()
 

@@ -39,7 +39,7 @@ class Journal:
 
     @property
     def source(self) -> Source | None:
-        """Return the source of the unfinished model, or None if the journal does not say it."""
+        """Return the source of the unfinished model, or None."""
         try:
             source = Source(**(self.head or {})["source"])
         except (KeyError, TypeError):
@@ -52,7 +52,7 @@ class Journal:
         return self.made if self.head == head else {}
 
     def start(self, head: dict[str, Any]) -> None:
-        """Prepare the file for further lines. A journal with another head is replaced."""
+        """Prepare the file for further lines. Another head replaces it."""
         if self.head == head:
             with self._opened() as journal:
                 journal.truncate(self._whole)
@@ -65,7 +65,7 @@ class Journal:
         self._unsaved.append((file, digests))
 
     def save(self) -> None:
-        """Make the notes durable. The tensors themselves must be durable already."""
+        """Make the notes durable. The tensors must be durable already."""
         with self._opened() as journal:
             journal.write(b"".join(_line_of(file, made) for file, made in self._unsaved))
             journal.flush()
@@ -84,7 +84,6 @@ class Journal:
             write_file(self._path, b"".join([_line(self.head), *lines]))
 
     def _read(self, lines: list[bytes]) -> None:
-        """Read whole lines, up to the first one that is damaged."""
         for line in lines:
             try:
                 record: Any = json.loads(line) if line.endswith(b"\n") else None

@@ -70,7 +70,6 @@ class FileRecord:
 
     @classmethod
     def of(cls, data: bytes) -> FileRecord:
-        """Return the record of a file with these bytes."""
         return cls(len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -103,7 +102,6 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Return the bytes of all files of weights."""
         return sum(record.size for record in self.weights.values())
 
     @property
@@ -113,11 +111,10 @@ class Manifest:
         return ("calibrated" if unlike == {"scales"} else "converted") if unlike else None
 
     def quantization_of(self, name: str) -> dict[str, Any]:
-        """Return the quantization that a file of weights has now."""
+        """Return the quantization that a file has now."""
         return self.quantization | self.weights[name].unlike
 
     def serialized(self) -> bytes:
-        """Return the bytes of `mixchat.json`."""
         document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
         document["quantization"] = {key: self.quantization[key] for key in _KEYS}
         return _dumped({**document, "sha256": _digest(document)})
@@ -142,7 +139,6 @@ def repair_hint(directory: Path) -> str:
 
 
 def _hint_outside(directory: Path) -> str | None:
-    """Return the hint for a model outside of the data directory, which has no name."""
     if directory.absolute().parent == models_dir():
         return None
     return f"Copy it again: 'mixchat repair' works only on models in {models_dir()}."
@@ -262,7 +258,6 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    """Raise `CheckpointError` or `AttributeError` for a part that is malformed."""
     source, records = manifest.source, manifest.weights.values()
     _check_quantization(path, manifest.quantization)
     for record in records:

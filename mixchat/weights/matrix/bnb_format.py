@@ -28,7 +28,7 @@ from mixchat.weights.matrix.quant_type import BLOCKSIZE
 _STATES = {kind: f"quant_state.bitsandbytes__{kind}" for kind in FOUR_BIT}
 _NESTED = ("nested_absmax", "nested_quant_map")
 _COMPONENTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
-_MAX_STATE = 4096  # bytes of JSON, 200 of bitsandbytes'
+_MAX_STATE = 4096  # bytes of JSON
 _KEYS = frozenset(("quant_type", "blocksize", "dtype", "shape"))
 _NESTED_KEYS = frozenset(("nested_blocksize", "nested_dtype", "nested_offset"))
 _BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes' own, less 32
@@ -49,15 +49,13 @@ class Quantized4bit:
     absmax: torch.Tensor  # one per 64 weights, fp32 as bitsandbytes computes with it, or bf16
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32), as bitsandbytes does."""
+        """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
         shape = (self.rows, self.columns)
         return FOUR_BIT[self.quant_type].dequantize(self.codes, self.absmax, shape, dtype)
 
 
 @dataclass(frozen=True)
 class _Nested:
-    """The quantization of the absmax itself."""
-
     blocksize: int
     dtype: torch.dtype
     offset: float
@@ -72,18 +70,18 @@ class _QuantState:
 
 
 def component_names(name: str, available: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the tensors that make up the matrix `name`, its own first."""
+    """Return the names of the tensors that make up a matrix, its own first."""
     others = (f"{name}.{part}" for part in _COMPONENTS)
     return (name, *(other for other in others if other in available))
 
 
 def is_quantized(name: str, available: Collection[str]) -> bool:
-    """Return whether the names say that the matrix `name` is quantized."""
+    """Return whether the names say that the matrix is quantized."""
     return len(component_names(name, available)) > 1
 
 
 def quant_type(name: str, available: Collection[str]) -> FourBit | None:
-    """Return the type of the matrix `name`, from the names alone, or None if it is dense.
+    """Return the type of a matrix, from the names alone, or None if it is dense.
 
     Raises `CheckpointError` unless it is NF4 or FP4.
     """
@@ -105,10 +103,9 @@ def read_matrix(
     rows: int,
     columns: int,
 ) -> Quantized4bit:
-    """Read and check the quantized matrix `name` of shape [rows, columns].
+    """Read and check a quantized matrix [rows, columns]. Raises `CheckpointError`.
 
-    `read` must not check for NaN, because codes can be stored as a float type. Raises
-    `CheckpointError`.
+    `read` must not check for NaN, because codes can be stored as a float type.
     """
     kind = quant_type(name, available)
     if kind is None:
@@ -128,7 +125,6 @@ class _Components:
     available: Collection[str]
 
     def read(self, name: str) -> torch.Tensor:
-        """Read the tensor `name`, whatever its type and shape."""
         if name not in self.available:
             raise CheckpointError(f"{name}: the tensor is missing")
         return self.get(name)
@@ -226,7 +222,7 @@ def _read_absmax(matrix: _Components, state: _QuantState, weights: int) -> torch
 
 
 def _unnest(matrix: _Components, nested: _Nested, count: int) -> torch.Tensor:
-    """Dequantize the absmax to fp32 [count] as bitsandbytes does (`dequantize_blockwise`)."""
+    """Return the absmax in fp32 [count], as bitsandbytes' `dequantize_blockwise` does."""
     codes = matrix.numbers("absmax", torch.uint8, count)
     numbers = matrix.numbers("nested_quant_map", torch.float32, 256)
     scales = matrix.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))

@@ -1,16 +1,13 @@
 """Encodes a matrix in codes of levels on the CPU, as bitsandbytes does or with better scales.
 
-A block is 64 weights that share one scale. The code of a weight stands for the level nearest to
-weight / scale.
+A block is 64 weights that share one scale. A code stands for the level nearest to weight / scale.
 
 - By default the scale is absmax, the largest magnitude of the block. For NF4 the result has
   bitsandbytes' bits.
-- With `search`, the scale is absmax times the best of 32 factors, if that lowers the squared
-  error of the block. Half of the factors are negative, because some blocks fit the mirror image
-  of the levels better.
-- With `inputs`, three ways are tried. They are searched scales, weighted scales (a weight's
-  squared error counts as much as the inputs of its column are large), and GPTQ with weighted
-  scales (`gptq.py`). Inputs that were held out decide.
+- With `search`, the scale is absmax times the best of 32 factors. Half of them are negative,
+  because some blocks fit the mirror image of the levels better.
+- With `inputs`, searched scales, weighted scales (by the inputs of a column), and GPTQ with
+  weighted scales (`gptq.py`) are tried. Inputs that were held out decide.
 
 N = weights, B = blocks, C = columns, F = factors (32), S = rows of the table (1025).
 """
@@ -39,7 +36,7 @@ _TINY = 1e-38  # the least absmax that bitsandbytes divides by
 _PIECE = 2**19  # weights in one pass
 _MAX_THREADS = 6  # of about 13 MB each; more would mostly wait for Python's lock
 _STEPS = 512  # of the table, from 0 to 1
-_MARGIN = 1e-5  # in the squared error of a block with absmax 1, more than rounding can add
+_MARGIN = 1e-5  # more than rounding can add to the squared error of a block with absmax 1
 
 
 class Grid:
@@ -82,9 +79,9 @@ def encode(
 ) -> Encoded:
     """Return packed codes, flat, and scales (bf16 [ceil(N / 64)]) of a matrix on the CPU.
 
-    `weight` [rows, C] is of any float type and finite. It is rounded to bf16 first, which makes
-    absmax exact. A last block of fewer than 64 weights is filled up with zeros and has absmax for
-    its scale. With `search` no block's squared error is larger than without.
+    `weight` [rows, C] is of any float type and finite. It is rounded to bf16, which makes absmax
+    exact. A short last block is filled up with zeros and has absmax for its scale. With `search` no
+    block's squared error grows.
     """
     if inputs is None:
         codes, scales = _rounded(grid, weight, search, None, pack)
@@ -94,10 +91,7 @@ def encode(
 
 
 def _best(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Encoded:
-    """Return the codes with the least error of products that were held out, plain ones if alike.
-
-    The winner is taken as it was judged. To round again for all rows would take as long again.
-    """
+    """Return the codes with the least error of products that were held out, plain ones if alike."""
     best: Encoded | None = None
     taken: Way = "plain"
     errors: dict[Way, float] = {}
@@ -138,8 +132,7 @@ def _rounded(
 ) -> Encoded:
     """Return codes [B, bytes of a block], each the nearest to its weight, and scales [B].
 
-    `importance` is fp32 [C]. `pack` is applied to each piece, so that codes of a byte each are
-    never there for the whole matrix.
+    `importance` is fp32 [C]. `pack` is applied to each piece, which bounds the memory.
     """
     flat, columns = weight.detach().reshape(-1), weight.shape[-1]
     count = absmax_size(*weight.shape)
@@ -170,7 +163,7 @@ def _rounded(
 
 
 def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> None:
-    """Call `work` with the first of all `pieces`, with the second, and so on, in some threads.
+    """Call `work` with the first of all `pieces`, with the second, and so on, in threads.
 
     torch's own threads would wait for each other after every operation.
     """
@@ -183,10 +176,7 @@ def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> Non
 
 
 def _work_alone() -> None:
-    """Keep torch from starting threads in this one.
-
-    Threads that start later get this count, too, so `each_in_threads` restores the old one.
-    """
+    """Keep torch from starting threads in this one, and in those that start later."""
     torch.set_num_threads(1)
 
 
@@ -214,8 +204,7 @@ def _quantize_piece(
 def _scale(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight / absmax [B, 64] and absmax [B] of fp32 blocks, rounded as bitsandbytes does.
 
-    bitsandbytes divides in a short last block, which rounds differently, but never across a
-    boundary (a test tries all bf16 numbers).
+    In a short last block it divides, but no bf16 number gets another code (a test tries all).
     """
     absmax = weight.abs().amax(-1)
     scaled = weight * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)
@@ -230,7 +219,6 @@ def _search(
     scales: torch.Tensor,
     importance: torch.Tensor | None,
 ) -> None:
-    """Replace codes and scales of absmax by better ones, in the blocks that have some."""
     unit = absmax.clamp(min=_TINY)  # `scaled` is weight / unit
     trial = (absmax * _best_factor(grid, scaled, importance)).to(torch.bfloat16)
     ratio = trial.float() / unit
@@ -245,7 +233,6 @@ def _search(
 
 
 def _best_factor(grid: Grid, scaled: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
-    """Return the factor [B] with the least squared error by the table."""
     steps = (scaled * _STEPS + (_STEPS + 0.5)).to(torch.int32)  # rounded to the nearest
     errors = torch.nn.functional.embedding_bag(
         steps, grid.error_table, mode="sum", per_sample_weights=importance

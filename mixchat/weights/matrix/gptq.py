@@ -1,11 +1,10 @@
 """Rounds a matrix by GPTQ (Frantar et al., arXiv:2210.17323).
 
-Columns are rounded one after the other. What rounding a column changes in the products is made up
-for in the columns after it. With H the mean of x x^T over the inputs x, and U the upper triangle of
-inverse(H) = U^T U, an error e in column i changes column j > i by -e * U[i, j] / U[i, i].
+Columns are rounded one after the other. Later columns make up for what that changes in the
+products. With H the mean of x x^T over the inputs x, and U the upper triangle of inverse(H) = U^T
+U, an error e in column i changes column j > i by -e * U[i, j] / U[i, i].
 
-The scales are chosen before, for the least error weighted by H's diagonal (`encode.py`). With few
-rows, H is mostly noise, so it is shrunk toward its diagonal.
+With few rows, H is mostly noise, so it is shrunk toward its diagonal.
 
 R = rows, C = columns, n = inputs, B = blocks of 64 weights.
 """
@@ -26,8 +25,8 @@ _TINY = 1e-38
 def shrinkage(rows: int, columns: int) -> float:
     """Return by how much H of so many inputs is shrunk. 1 leaves its diagonal alone.
 
-    On the demo's matrices it was best or within 3% of the best of several formulas and of Ledoit
-    and Wolf's estimate, for inputs of other texts than were calibrated with.
+    On the demo's matrices it was best or within 3% of the best of several formulas, for other texts
+    than were calibrated with.
     """
     return math.sqrt(columns / (columns + rows))
 
@@ -49,8 +48,7 @@ def inverse_factor(inputs: torch.Tensor) -> torch.Tensor:
 def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
     """Return the mean square of each column of inputs [n, C], which is H's diagonal, fp32 [C].
 
-    It is drawn toward the mean of all columns, which counts if inputs are few. None is less than a
-    thousandth of the mean, so no column is given up.
+    It is drawn toward the mean of all columns. None is less than a thousandth of the mean.
     """
     squares = torch.zeros(inputs.shape[1])
     for piece in torch.split(inputs, _PIECE):

@@ -3,7 +3,7 @@
 A code is an integer from -127 to 127, and a weight is code / 127 times `absmax`, the largest
 magnitude in its block, rounded to bf16. The layouts are as in `nf4.py`, with one code a byte:
 
-- "bitsandbytes": row after row. (bitsandbytes itself has no part in it.)
+- "bitsandbytes": row after row.
 - "cpu-packed": rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes
   row0[2j], row0[2j+1], row1[2j], ... are one line of 64 bytes.
 
@@ -46,7 +46,7 @@ class _Int8Codes(RowCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
     ) -> Encoded:
-        """Return int8 codes [S * C] and absmax. A code is the nearest for the rounded absmax."""
+        """Return int8 codes [S * C] and absmax."""
         flat = weight.detach().reshape(-1)
         rows, columns = weight.shape
         stored = self.stored_rows(rows, columns)
@@ -76,7 +76,6 @@ INT8 = _Int8Codes()
 
 @torch.inference_mode()  # a caller's holds for its own thread only
 def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    """Fill `codes` and `absmax` for some blocks, of which the last may be short."""
     blocks = in_blocks(weight.float())
     absmax.copy_(blocks.abs().amax(-1))
     scale = absmax.float().unsqueeze(-1)

@@ -63,13 +63,12 @@ class PackedLinear:
 
     @property
     def addresses(self) -> tuple[int, int]:
-        """Return the addresses of codes and absmax."""
         return self._matrix.codes.data_ptr(), self._matrix.absmax.data_ptr()
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
         """Return the steps that write x [1, C] times the matrix to `out` [1, R].
 
-        The second one needs the first. They do not keep the matrix alive. R has no rows of zeros.
+        The second one needs the first. They do not keep the matrix alive.
         """
         assert out.shape[-1] == self._matrix.shape[0]
         return quantized_matmul_steps(x, self._matrix, out)
@@ -104,13 +103,13 @@ class LinearSpec:
 
     @property
     def packed(self) -> bool:
-        """Return whether the packed layout is requested, and possible for the shape."""
+        """Return whether the packed layout is requested and possible."""
         kind = TYPES[self.quant_type]
         return self.layout == "cpu-packed" and kind.can_pack(self.stored_rows, self.columns)
 
     @property
     def stored_rows(self) -> int:
-        """Return the count of rows that `tensors` hold, with rows of zeros in 8 bits."""
+        """Return the count of rows that `tensors` hold, with rows of zeros."""
         return TYPES[self.quant_type].stored_rows(self.rows, self.columns)
 
     @property
@@ -120,10 +119,7 @@ class LinearSpec:
         return kind
 
     def arithmetic(self, device: torch.device, *, exact: bool) -> str:
-        """Return a name for how many rows are computed there. If it is equal, so are the bits.
-
-        The kernels add up integers, so a CPU's registers do not matter.
-        """
+        """Return a name for how many rows are computed there. If it is equal, so are the bits."""
         instructions = instruction_set()
         if device.type != "cpu":
             return gpu.name(device)
@@ -139,18 +135,15 @@ class LinearSpec:
         return TYPES[self.quant_type].tensors(self.name, shape, self.dtype)
 
     def encode(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
-        """Return the tensors that hold `weight` [R, C].
-
-        Codes of 3 or 4 bits are chosen for the least error of products with the inputs.
-        """
+        """Return the tensors that hold `weight` [R, C], with codes that suit the inputs."""
         kind, search = TYPES[self.quant_type], self.scales == "search"
         return self._arranged(kind.encode(weight, self.dtype, search=search, inputs=inputs))
 
     def stack_quantized(self, matrices: Sequence[Quantized4bit]) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other.
 
-        Their rows add up to R, each has C columns. absmax is rounded to bf16. Raises
-        `CheckpointError` if one has another type, or ends within a block and is not the last.
+        absmax is rounded to bf16. Raises `CheckpointError` if one has another type, or ends within
+        a block and is not the last.
         """
         assert sum(matrix.rows for matrix in matrices) == self.rows
         assert all(matrix.columns == self.columns for matrix in matrices)

@@ -3,8 +3,8 @@
 A code is an index into a table of 8 levels from -1 to 1. A weight is its level times the scale of
 its block, which is chosen for the least error (`encode.py`) and can be negative.
 
-The levels leave the least error in blocks of 64 normal numbers with such scales, by Lloyd's
-algorithm. It is 0.164 of the weights' norm. The best symmetric ones leave 0.171.
+The levels leave the least error in blocks of 64 normal numbers (Lloyd's algorithm), 0.164 of the
+weights' norm. The best symmetric ones leave 0.171.
 
 Eight codes c0 to c7 lie in three bytes. Each byte has two of the first six, and above them two bits
 of z = c6 + 8 * c7:
@@ -51,13 +51,12 @@ class _NF3Codes(RowCodes):
         self._grid = Grid(self.levels, 0.60, 1.20)
 
     def codes_size(self, rows: int, columns: int) -> int:
-        """Return the bytes of the codes, with those that fill up the last block."""
         return absmax_size(rows, columns) * BLOCKSIZE * _BITS // 8
 
     def codes(
         self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
     ) -> Encoded:
-        """Search scales always, because with absmax the error would be half as large again."""
+        """Search always, because with absmax the error would be half as large again."""
         return encode(self._grid, weight, _pack_blocks, search=True, inputs=inputs)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:

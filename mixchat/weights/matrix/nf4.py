@@ -75,7 +75,7 @@ class FourBitCodes(BlockCodes):
         return flat.view(-1)[: shape[0] * shape[1]].view(shape)
 
     def _quant_state(self, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype) -> Any:
-        """Return bitsandbytes' description of a matrix, which becomes `dtype` when computed."""
+        """Return bitsandbytes' description of a matrix, which it computes as `dtype`."""
         return _functional().QuantState(
             absmax=absmax.float(),
             shape=torch.Size(shape),
@@ -133,7 +133,6 @@ class _FP4Codes(FourBitCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
     ) -> Encoded:
-        """Needed for the dense matrices of a checkpoint whose other matrices are FP4."""
         flat = weight.to(torch.bfloat16).reshape(-1)
         pieces = [
             _functional().quantize_4bit(piece, blocksize=BLOCKSIZE, quant_type="fp4")
@@ -171,8 +170,5 @@ def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
 
 
 def round_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """Round scales to bf16, as they are stored. This changes one by 1 part in 256 at most.
-
-    Scales of bf16 weights, not quantized themselves (no "double quantization"), stay as they are.
-    """
+    """Round scales to bf16, as they are stored. This changes one by 1 part in 256 at most."""
     return absmax.to(torch.bfloat16)

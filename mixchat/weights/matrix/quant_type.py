@@ -43,7 +43,7 @@ class Linear(Protocol):
     """A map from [..., C] to [..., R].
 
     `exact` means batch invariant. A token's result then has the same bits however many are computed
-    with it, if `LinearSpec.can_be_exact`. One alone is always exact.
+    with it, if `LinearSpec.can_be_exact`.
     """
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor: ...
@@ -59,11 +59,10 @@ class QuantizationType(ABC):
     widened_on_gpu = False  # whether a GPU with room computes with it as a dense matrix
 
     def stored_rows(self, rows: int, columns: int) -> int:
-        """Return the count of rows that the tensors hold."""
         return rows
 
     def can_pack(self, rows: int, columns: int) -> bool:
-        """Return whether a matrix of this shape has the layout of the kernel for CPUs."""
+        """Return whether a matrix of this shape can have the layout "cpu-packed"."""
         return False
 
     def can_be_exact(self, columns: int, dtype: torch.dtype) -> bool:
@@ -80,8 +79,7 @@ class QuantizationType(ABC):
     ) -> list[torch.Tensor]:
         """Return the tensors that hold `weight` [R, C], in the layout that every device reads.
 
-        With `search`, scales are searched. With `inputs`, codes are chosen for the least error of
-        products with them. Some types ignore both.
+        With `search`, scales are searched. With `inputs`, codes suit them. Some types ignore both.
         """
 
     @abstractmethod
@@ -123,8 +121,8 @@ DENSE = _DenseType()
 class BlockCodes(QuantizationType):
     """Codes with one scale (`absmax`, bf16) for each block of 64 weights, in two layouts.
 
-    "bitsandbytes" goes row after row. "cpu-packed", for CPUs, interleaves bands of 32 rows, with
-    `absmax` transposed, [C / 64, R]. Both hold the same numbers in as many bytes.
+    "bitsandbytes" goes row after row. "cpu-packed" interleaves bands of 32 rows, with `absmax`
+    transposed, [C / 64, R].
     """
 
     units: UnitSet  # of the kernel
@@ -133,7 +131,6 @@ class BlockCodes(QuantizationType):
 
     @functools.cached_property
     def level_table(self) -> torch.Tensor | None:
-        """Return the levels in the kernel's form."""
         return None if self.levels is None else level_tables(self.levels)
 
     def can_pack(self, rows: int, columns: int) -> bool:
@@ -191,16 +188,16 @@ class BlockCodes(QuantizationType):
 
     @abstractmethod
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        """Return the codes of some bands in the order of "cpu-packed", in any shape and type."""
+        """Return the codes of some bands as "cpu-packed", in any shape and type."""
 
     @abstractmethod
     def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        """Return packed codes of some bands in the order of "bitsandbytes"."""
+        """Return packed codes of some bands as "bitsandbytes"."""
 
     def to_packed_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
-        """Reorder from "bitsandbytes" to "cpu-packed" into new tensors."""
+        """Reorder from "bitsandbytes" to "cpu-packed" into new tensors. `rows` are all stored ones."""
         scales = _transposed(absmax, rows, columns // BLOCKSIZE)
         return self._reordered(self.packed, codes, columns), scales
 
@@ -217,7 +214,7 @@ class BlockCodes(QuantizationType):
         codes: torch.Tensor,
         columns: int,
     ) -> torch.Tensor:
-        """Reorder some bands at a time, which bounds the temporary tensors."""
+        """Reorder some bands at a time, which bounds the memory."""
         result = torch.empty_like(codes)
         size = max(1, _REORDERED // (columns * BAND)) * BAND * columns * self.bits // 8
         for old, new in zip(torch.split(codes, size), torch.split(result, size), strict=True):
@@ -250,7 +247,7 @@ class RowCodes(BlockCodes):
     ) -> Iterator[torch.Tensor]:
         """Yield the matrix as `dtype`, some rows at a time. Layout "bitsandbytes"."""
         rows, columns = shape
-        # Blocks continue from row to row. With 64 rows, one ends.
+        # With 64 rows, a block ends.
         size = max(1, _PIECE // (columns * BLOCKSIZE)) * BLOCKSIZE * columns
         scales = torch.split(absmax[: absmax_size(rows, columns)], size // BLOCKSIZE)
         for number, scale in enumerate(scales):
@@ -294,5 +291,5 @@ def in_blocks(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return scales [height, width] in the order [width, height], in a new tensor."""
+    """Return scales [height, width] as [width, height], in a new tensor."""
     return absmax.view(height, width).T.contiguous().view(-1)
