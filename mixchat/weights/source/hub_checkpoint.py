@@ -38,8 +38,8 @@ class HubCheckpoint(Checkpoint):
     """The files of one commit.
 
     A shard is fetched to `source/` in `target` and removed when it is released. With `keep_source`
-    all are fetched to huggingface_hub's cache and stay. A file that is in this cache already is
-    used if its hash is right. Nothing is removed from the cache.
+    all are fetched to huggingface_hub's cache and stay. A file in this cache is used if its hash is
+    right.
     """
 
     def __init__(
@@ -143,10 +143,7 @@ class HubCheckpoint(Checkpoint):
         return file.blob if self.cache else self._directory / file.path
 
     def _linked(self, file: RemoteFile, path: Path) -> Path:
-        """Link snapshots/<commit>/<name> to blobs/<hash>, as the cache has it, and return it.
-
-        If something else has that name, the blob is returned.
-        """
+        """Link snapshots/<commit>/<name> to blobs/<hash>, and return the file's path."""
         pointer = file.pointer
         if not pointer.exists():
             pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +154,7 @@ class HubCheckpoint(Checkpoint):
 
 
 def _cached(file: RemoteFile) -> Path | None:
-    """Return the file in huggingface_hub's cache, if it is there by the name of its blob.
+    """Return the file in huggingface_hub's cache, if it is there.
 
     In a cache without links it is known by its size.
     """
@@ -172,7 +169,6 @@ def _cached(file: RemoteFile) -> Path | None:
 
 
 def _fill_cache(file: RemoteFile, task: Task, stop: Event) -> None:
-    """Fetch the cache's blob, unless it is there and undamaged."""
     repo = hub.repo_dir(file.repo_id).name
     try:
         with hub.blob_lock(repo, str(file.sha256), cancelled=stop.is_set):
@@ -191,8 +187,6 @@ def _is_intact(file: RemoteFile, path: Path, stop: Event) -> bool:
 
 
 class _Count:
-    """A `Task` that counts bytes and shows nothing."""
-
     bytes = 0
 
     def advance(self, amount: int) -> None:
@@ -203,8 +197,6 @@ class _Count:
 
 
 class _RemoteShard:
-    """Reads single tensors of a shard on the hub."""
-
     def __init__(self, file: RemoteFile, header: Header) -> None:
         self._file, self._header = file, header
 

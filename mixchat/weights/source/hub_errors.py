@@ -23,9 +23,9 @@ _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
 
 
 def endpoint() -> str:
-    """Return the hub's address, `HF_ENDPOINT` or its usual one. Raises `UsageError` if invalid.
+    """Return the hub's address, `HF_ENDPOINT` or its usual one. Raises `UsageError`.
 
-    huggingface_hub would read it only once.
+    huggingface_hub would read it only once, at import.
     """
     from huggingface_hub import constants
 
@@ -46,7 +46,7 @@ def endpoint() -> str:
 
 @contextmanager
 def plain_errors(repo_id: str, home: str = "MIXCHAT_HOME") -> Iterator[None]:
-    """Turn whatever huggingface_hub raises inside into one of our errors, and silence it.
+    """Turn what huggingface_hub raises inside into one of our errors, and silence it.
 
     `home` is the variable that names the directory written to.
     """
@@ -81,7 +81,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
-    """Return our error. The classes are nested, so the narrow ones come first."""
+    """Return our error. The narrow classes come first."""
     from huggingface_hub import errors
 
     host = urlsplit(endpoint()).netloc.rpartition("@")[2]

@@ -42,9 +42,9 @@ class RemoteBytes:
 
     @contextmanager
     def stream(self, start: int, end: int | None) -> Iterator[tuple[Any, int]]:
-        """Yield the answer and its first byte, which is `start`, or 0 if the whole file is sent.
+        """Yield the answer and its first byte, which is `start`, or 0 for the whole file.
 
-        Raises `WrongAnswer` if another file is sent, or another part of it.
+        Raises `WrongAnswer` for other bytes.
         """
         headers = {}
         if self.ranges and (start or end is not None):
@@ -93,9 +93,9 @@ class RemoteBytes:
 
 
 def read_json(url: str) -> Any:
-    """Return the JSON that the hub answers with.
+    """Return the JSON that the hub answers with, of at most 16 MiB.
 
-    Raises `ValueError` or `RecursionError` if it is not JSON, or has more than 16 MiB.
+    Raises `ValueError` or `RecursionError`.
     """
     data = bytearray()
     with _answer(url, {}) as response:
@@ -124,7 +124,7 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
 
 
 def _raise_for_status(response: Any) -> None:
-    """Raise the error of a status. The body, which may have no end, is left unread."""
+    """Raise the error of a status without reading the body, which may have no end."""
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
     kept = [(name, text) for name, text in response.headers.items() if "content-" not in name]
@@ -134,7 +134,7 @@ def _raise_for_status(response: Any) -> None:
 
 
 def retry_after(failure: Exception | None) -> float:
-    """Return the seconds that a busy server asks to wait (Retry-After), at most 300."""
+    """Return the seconds that a busy server asks to wait, at most 300."""
     response = getattr(failure, "response", None)
     if response is None or response.status_code not in _BUSY:
         return 0.0
@@ -143,7 +143,6 @@ def retry_after(failure: Exception | None) -> float:
 
 
 def _seconds(retry_after: str) -> float:
-    """Return the seconds that the header gives as a number or as a date, 0 if neither."""
     if retry_after.isdecimal():
         return float(retry_after)
     try:

@@ -31,7 +31,6 @@ def open_checkpoint(
     """Open the checkpoint of `source` for a model in `target`.
 
     `check` is called with the directory of its small files, and may raise. The demo's are pinned.
-    Raises what opening a directory or asking the hub raises.
     """
     with closing(_open_checkpoint(source, target, progress, keep_source)) as checkpoint:
         if check is not None and source.repo != DEMO:
@@ -55,7 +54,7 @@ def _open_checkpoint(
 
 
 def _look_up(source: Source) -> hub.HubListing:
-    """Look up the commit that the download started with, else the revision's newest one."""
+    """Look up the commit that the download started with, else the newest one."""
     if source.commit is not None:
         try:
             return hub.look_up(source.repo, source.commit)
@@ -65,10 +64,7 @@ def _look_up(source: Source) -> hub.HubListing:
 
 
 def _offline_snapshot(source: Source) -> Path | None:
-    """Return the snapshot in huggingface_hub's cache if `HF_HUB_OFFLINE` is set, else None.
-
-    Raises `HubError` if the snapshot is not complete.
-    """
+    """Return the snapshot in the cache if `HF_HUB_OFFLINE` is set, else None."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
@@ -89,7 +85,6 @@ def _offline_snapshot(source: Source) -> Path | None:
 
 
 def _is_complete(snapshot: Path) -> bool:
-    """Return whether the shards are there, too."""
     try:
         names = [path.name for path in snapshot.iterdir() if path.exists()]
         index = read_bytes(snapshot / INDEX) if INDEX in names else None

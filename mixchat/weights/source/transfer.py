@@ -1,8 +1,7 @@
 """Fetches a file from the hub, resumed after an interruption, or a range of one.
 
 huggingface_hub restarts a file after an interruption and compares no hashes. Here the bytes go to
-`<file>.mixchat.part`, and the next attempt continues after them. The SHA-256 is checked before the
-file gets its name.
+`<file>.mixchat.part`, and the next attempt continues after them.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ def part_path(path: Path) -> Path:
 
 
 def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: Event) -> None:
-    """Fetch `url` to `path`, resuming after the bytes that an earlier attempt left.
+    """Fetch `url` to `path`, resuming after the bytes of an earlier attempt.
 
     Advances `task` by the bytes that come. Raises `HubError` if they have another SHA-256,
-    `Stopped` once `stop` is set, and what huggingface_hub raises if the last attempt fails.
+    `Stopped` once `stop` is set, and what huggingface_hub raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_path(path)
@@ -61,7 +60,7 @@ def is_intact(path: Path, size: int, sha256: str, stop: Event) -> bool:
 
 
 def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None = None) -> bytearray:
-    """Return `size` bytes of `url` from byte `start` on. `of` is the file's size, if known.
+    """Return `size` bytes of `url` from byte `start` on. `of` is the file's size.
 
     Raises as `fetch_file` does.
     """
@@ -95,7 +94,7 @@ def fetch_and_discard(url: str, task: Task, stop: Event) -> None:
 def has_beginning(
     url: str, size: int, sha256: str, beginning: bytes | bytearray, stop: Event
 ) -> bool:
-    """Return whether the hub sends a file of this size and SHA-256 that begins with these bytes.
+    """Return whether the hub's file has this size and SHA-256, and begins with these bytes.
 
     All of it is fetched.
     """
@@ -121,8 +120,6 @@ def wrong_bytes(name: str) -> HubError:
 
 
 class _Download:
-    """The download of one file, with the part on disk and its hash."""
-
     def __init__(self, url: str, part: Path, size: int, task: Task, stop: Event) -> None:
         self._url, self._part, self._size = url, part, size
         self._remote = RemoteBytes(url, size)
@@ -182,7 +179,7 @@ class _Download:
 def _retry(
     attempt: Callable[[], None], done: Callable[[], int], size: int, stop: Event, url: str
 ) -> None:
-    """Repeat `attempt` until `done` is `size`, with pauses that start short again after progress.
+    """Repeat `attempt` until `done` is `size`. The pauses start short again after progress.
 
     Bytes that are fetched a second time do not count, because that could repeat for ever.
     """
@@ -201,7 +198,6 @@ def _retry(
 
 
 def _failure(attempt: Callable[[], None]) -> Exception | None:
-    """Return the error of an attempt if another attempt may succeed, else raise it."""
     from huggingface_hub import errors
 
     http_error: type[Exception] = vars(errors)["HTTPError"]

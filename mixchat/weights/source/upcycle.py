@@ -37,8 +37,7 @@ def upcycle(
 ) -> None:
     """Write the Mixtral that `config` (a config.json) describes from the dense model in `gguf`.
 
-    The bytes depend on the input alone. Raises `CheckpointError` if the model does not fit
-    `config`.
+    Raises `CheckpointError` if they do not fit.
     """
     from gguf import GGUFReader
 
@@ -55,8 +54,6 @@ def upcycle(
 
 
 class _Dense:
-    """The dense model's tensors, dequantized one at a time."""
-
     def __init__(self, tensors: dict[str, Any], config: ModelConfig) -> None:
         self._tensors, self._config = tensors, config
         # Not numpy's newer Generator, whose streams may change between releases.
@@ -154,8 +151,8 @@ def _check(spec: TensorSpec, name: str, tensor: torch.Tensor) -> None:
 def write_tokenizer(metadata: Mapping[str, Any], target: Path, *, context: int) -> None:
     """Write tokenizer.json and tokenizer_config.json (with the chat template) into `target`.
 
-    `metadata` has the GGUF file's keys, `context` is the longest input in tokens. Raises
-    `CheckpointError` on any kind of tokenizer but the demo model's.
+    `metadata` has the GGUF file's keys, `context` is in tokens. Raises `CheckpointError` on any
+    other tokenizer than the demo model's.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
