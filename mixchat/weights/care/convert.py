@@ -1,8 +1,7 @@
 """Converts an installed model, file by file.
 
-Codes get their other layout, attention and head are rounded from 16 bits to 8, or experts are made
-anew from the checkpoint. The model can be used at every moment, with converted and old files mixed
-(`model_files.py`). The disk has to hold one file more.
+The model can be used at every moment, with converted and old files mixed (`model_files.py`). The
+disk has to hold one file more.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def find_target(
 ) -> Quantization:
     """Return the quantization to convert to, by default the layout that is fastest here.
 
-    The manifest is brought to today's format. Raises `UsageError` if a conversion cannot make this
-    quantization.
+    Brings the manifest to today's format. Raises `UsageError` if a conversion cannot make it.
     """
     upgrade_manifest(directory)
     now = Quantization.from_description(read_manifest(directory).quantization)
@@ -92,9 +90,8 @@ def convert(
 ) -> bool:
     """Convert an installed model to the `target` of `find_target`. Return False if it is so.
 
-    `calibrator` makes experts anew. Raises `CheckpointError` if a file is not what the manifest
-    says, `ResourceError` if the disk has no room for one file more. The next call resumes after a
-    failure.
+    `calibrator` makes experts anew. Raises `CheckpointError` for damaged files, `ResourceError` if
+    the disk has no room for one file more. The next call resumes after a failure.
     """
     finish_replacement(directory)
     manifest = read_manifest(directory)
@@ -103,8 +100,6 @@ def convert(
 
 
 class _Converter:
-    """One run of a conversion, which may resume an earlier run."""
-
     def __init__(
         self,
         directory: Path,
@@ -122,7 +117,6 @@ class _Converter:
         self._files = _files_that_change(self._old, self._new, self._remade)
 
     def run(self) -> bool:
-        """Convert the files that change, and return whether there are any."""
         if not self._files:
             return self._rename_quantization()
         self._check_disk()
@@ -134,7 +128,7 @@ class _Converter:
         return True
 
     def _rename_quantization(self) -> bool:
-        """Write the target to the manifest of a model of which no file changes."""
+        """Write the target to the manifest if no file changes."""
         after = self._after()
         if after != self._manifest:
             write_manifest(self._directory, after)
@@ -173,7 +167,7 @@ class _Converter:
         return replace(now, quantization=target, weights=weights, checkpoint=checkpoint)
 
     def _rewrite(self, name: str, path: Path, task: Task) -> dict[str, str]:
-        """Write a converted file, and return the SHA-256 in hex of each of its tensors."""
+        """Write a converted file, and return its tensors' SHA-256s in hex."""
         digests: dict[str, str] = {}
         with (
             SafetensorsFile(self._directory / name) as file,
@@ -198,7 +192,6 @@ class _Converter:
         return digests
 
     def _made(self, file: SafetensorsFile, old: ModelPart, new: ModelPart) -> list[torch.Tensor]:
-        """Return the tensors of a part, compared with the manifest and converted."""
         tensors = [file.read(spec.name) for spec in old.tensors]
         expected = self._manifest.weights[old.file].sha256
         for spec, tensor in zip(old.tensors, tensors, strict=True):
@@ -227,7 +220,7 @@ def _converted(old: Blueprint, target: Quantization, remade: set[int]) -> Bluepr
 def _files_that_change(
     old: Blueprint, new: Blueprint, remade: set[int]
 ) -> dict[str, list[tuple[ModelPart, ModelPart]]]:
-    """Return the parts, before and after, of each file with a matrix that changes.
+    """Return the parts, before and after, of each file that changes.
 
     remade: the layers whose experts all change.
     """
@@ -244,7 +237,7 @@ def _files_that_change(
 def _pairs(old: Blueprint, new: Blueprint) -> Iterator[tuple[ModelPart, ModelPart]]:
     """Yield each part of the old model with the part that is made of it.
 
-    A head that gets a matrix, and had none, is made of the embedding.
+    A new head is made of the embedding.
     """
     before = {(part.sources, part.linear is None): part for part in model_parts(old)}
     for after in model_parts(new):

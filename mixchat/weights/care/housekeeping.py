@@ -32,7 +32,7 @@ from mixchat.weights.source.transfer import PART_SUFFIX
 class Leftover:
     """A file or directory that no finished model needs, and its bytes.
 
-    `resumable`: a download or a calibration can resume this work.
+    `resumable`: a download or a calibration can resume it.
     """
 
     path: Path

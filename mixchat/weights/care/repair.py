@@ -100,7 +100,6 @@ def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterato
 
 
 def _damages_of(descriptor: int, name: str, header: Header, task: Task) -> Iterator[Damage]:
-    """Yield the damages of an open file, but not of its tensors."""
     if os.fstat(descriptor).st_size != header.size:
         yield Damage(name, SIZE)
     beginning = header.beginning
@@ -116,7 +115,7 @@ def _repair_weights(
     checkpoint: Checkpoint,
     progress: Progress,
 ) -> None:
-    """Rebuild the parts with damaged tensors. Opening a file repairs its header and its size."""
+    """Rebuild the damaged parts. Opening a file repairs its header and its size."""
     blueprint, index = installed_blueprint(directory, manifest), checkpoint.index
     damaged = [part for part in model_parts(blueprint) if _is_damaged(part, damages)]
     total = sum(index.nbytes(part.components(index)) for part in damaged)

@@ -45,8 +45,7 @@ NO_PROGRESS = NoProgress()
 class Build:
     """The build of the model `blueprint` of `checkpoint` in the directory `target`.
 
-    `parts` are left to make, and they need `shards`, in this order. `head` is the journal's first
-    line. Work under another first line is not resumed.
+    `parts` are left to make, and they need `shards`. Work under another `head` is not resumed.
     """
 
     def __init__(
@@ -68,10 +67,10 @@ class Build:
         self._find_work()
 
     def run(self, progress: Progress = NO_PROGRESS, *, ahead: bool = True) -> None:
-        """Make what is left. The manifest is written last, and makes the model an installed one.
+        """Make what is left. The manifest is written last.
 
         `ahead`: fetch the next shard while one is quantized, which takes the disk of both. Raises
-        `CheckpointError` if the checkpoint is not finite, and what fetching raises.
+        `CheckpointError` if a weight is not finite, and what fetching raises.
         """
         self.target.mkdir(parents=True, exist_ok=True)
         companions = _read_companions(self.checkpoint.companions())
@@ -82,7 +81,6 @@ class Build:
             self._finish(files, companions)
 
     def _find_work(self) -> None:
-        """Find the parts that are not made yet, the shards they need, and the spilled tensors."""
         recorded = self.journal.made_under(self.head)
         sizes = {name: header.size for name, header in self.blueprint.headers().items()}
         made = {
@@ -122,7 +120,7 @@ class Build:
                 self.checkpoint.release(shard)
 
     def _take(self, shard: str, path: Path, files: ModelWriter, task: Task) -> None:
-        """Make the parts that can be made now, and spill what the others need of this shard."""
+        """Make the parts that can be made now, and spill what the others need."""
         with SafetensorsFile(path) as file:
             if file.header.specs != self._index.header(shard).specs:
                 raise HubError(f"{path}: not the tensors that its header listed at first")
@@ -187,16 +185,13 @@ class Build:
 
 
 def finish_interrupted(target: Path) -> None:
-    """Take the last steps of a build that was killed after it wrote the manifest.
-
-    The journal is removed last, because a model that has one is unfinished.
-    """
+    """Take the last steps of a build that was killed after it wrote the manifest."""
     if not (target / JOURNAL_FILE).exists() or not is_installed(target):
         return
     restore_manifests(target)
     for path in target.glob(SPILL_PREFIX + "*"):
         path.unlink()
-    (target / JOURNAL_FILE).unlink()
+    (target / JOURNAL_FILE).unlink()  # last, because a model that has one is unfinished
 
 
 def _size(path: Path) -> int | None:
@@ -204,7 +199,6 @@ def _size(path: Path) -> int | None:
 
 
 def _read_companions(directory: Path) -> dict[str, bytes]:
-    """Read the small files now, because hours later they may be gone."""
     paths = {name: directory / name for name in COMPANION_FILES}
     return {name: read_bytes(path) for name, path in paths.items() if path.exists()}
 
@@ -212,7 +206,7 @@ def _read_companions(directory: Path) -> dict[str, bytes]:
 def _fetched(
     checkpoint: Checkpoint, shards: list[str], progress: Progress, ahead: bool
 ) -> Generator[tuple[str, Path], None, None]:
-    """Yield each shard's name and path. With `ahead` a thread fetches the next one meanwhile."""
+    """Yield each shard's name and path. With `ahead` a thread fetches the next one."""
     missing = sum(checkpoint.missing(shard) for shard in shards)
     shown = progress if missing else NO_PROGRESS
     title, done = f"fetching {checkpoint.source.repo}", checkpoint.size - missing

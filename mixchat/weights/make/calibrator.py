@@ -1,12 +1,11 @@
 """Calibration records the inputs of experts, and makes experts anew for these inputs.
 
 Each layer has two files. `inputs-LLL` has the rows that its experts got, bf16 [N, D], and
-`selected-LLL` the experts that the router chose for each, uint8 [N, K]. They have no header,
-because the model's config gives D and K.
+`selected-LLL` the experts that the router chose for each, uint8 [N, K].
 
-An expert learns from the rows of the tokens that chose it, and from a few others, because few rows
-alone would mislead it. Each fifth window of the text is held out and judges the result
-(`encode.py`). Whole windows are held out, because neighbours are alike.
+An expert learns from the rows of the tokens that chose it, and from a few others. Each fifth window
+of the text is held out and judges the result (`encode.py`). Neighbours are alike, so whole windows
+are held out.
 
 N = tokens, D = hidden_size, F = intermediate_size, K = num_experts_per_tok.
 """
@@ -38,10 +37,7 @@ _ROWS_OF_ALL = 32  # of any tokens
 
 
 class InputsWriter:
-    """A context manager that writes the rows of each layer as they come.
-
-    The directory gets its name once all is written.
-    """
+    """A context manager that writes the rows of each layer as they come."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._temporary = directory, temporary_path(directory)
@@ -77,11 +73,9 @@ class ExpertInputs:
 
     @property
     def layers(self) -> set[int]:
-        """Return the layers whose inputs are there."""
         return {int(path.name[-3:]) for path in self._directory.glob("selected-*")}
 
     def remove(self, layer: int) -> None:
-        """Remove the inputs of a layer."""
         inputs, selected = _paths(self._directory, layer)
         selected.unlink()  # first, because `layers` goes by these files
         inputs.unlink()
@@ -89,7 +83,7 @@ class ExpertInputs:
     def of(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of all tokens, bf16 [N, D], and a mask of those that chose the expert.
 
-        Raises `CheckpointError` if the files are missing or damaged.
+        Raises `CheckpointError`.
         """
         if layer != self._layer:
             self._inputs, self._selected = self._read(layer)
@@ -111,7 +105,7 @@ class ExpertInputs:
 class Calibrator:
     """Makes the parts of experts anew from the checkpoint. An expert's w2 comes after its w13.
 
-    `window` is the number of tokens that were read or written in one piece.
+    `window` is in tokens.
     """
 
     def __init__(
@@ -124,7 +118,6 @@ class Calibrator:
 
     @torch.inference_mode()
     def make(self, part: ModelPart) -> list[torch.Tensor]:
-        """Return the tensors of an expert's part."""
         assert part.linear is not None
         assert part.expert is not None
         weight = part.dense(self._index, self.reader.read)
@@ -156,7 +149,7 @@ class Calibrator:
 
 
 def _some(every: torch.Tensor, chosen: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a part [N] of all that chose an expert, and a few others."""
+    """Return the rows of a part [N] that chose an expert, and a few others."""
     places = part.nonzero().squeeze(-1)
     few = places[:: max(1, len(places) // _ROWS_OF_ALL)][:_ROWS_OF_ALL]
     return torch.cat((every[part & chosen], every[few]))
@@ -172,11 +165,10 @@ def check_checkpoint(
     *,
     force: bool,
 ) -> None:
-    """Check that the model `name` was made of this checkpoint.
+    """Check that the model `name` was made of this checkpoint, by one part of an expert.
 
-    One part of an expert is read, unless the hub's commit shows that the checkpoint is the same.
-    `reader` compares the others later. Raises `CheckpointError` if it is another one, and
-    `UsageError` if nothing shows that it is the same, unless `force` is set.
+    Raises `CheckpointError` if it is another one, and `UsageError` if nothing shows that it is the
+    same, unless `force` is set.
     """
     if checkpoint.index.config != blueprint.config:
         raise other_checkpoint(checkpoint, CONFIG, "its values differ")
@@ -197,7 +189,7 @@ def check_checkpoint(
 
 
 def inputs_size(config: ModelConfig, tokens: int) -> int:
-    """Return the bytes that the inputs of so many tokens take on disk."""
+    """Return the bytes of the inputs of so many tokens on disk."""
     row = 2 * config.hidden_size + config.num_experts_per_tok
     return config.num_hidden_layers * tokens * row
 

@@ -33,8 +33,8 @@ _COMMIT_DIGITS_MIN = 7
 class DownloadRequest:
     """The model to download, and the options for it.
 
-    `keep_source` leaves fetched shards in the hub's cache. `check` is called with the directory of
-    the small files before any weight is fetched, and may raise.
+    `keep_source` leaves fetched shards in the hub's cache. `check` gets the directory of the small
+    files before any weight is fetched, and may raise.
     """
 
     ref: ModelRef
@@ -52,9 +52,9 @@ def download(
 ) -> Path:
     """Install the model and return its directory. Do nothing if it is installed already.
 
-    `announce` is called with the plan before any weight is fetched. Unfinished work stays on disk,
-    and the next call resumes it. Raises `ResourceError` if disk or memory do not suffice,
-    `UsageError` if another model, or this one with other options, is installed under the name.
+    `announce` is called with the plan before any weight is fetched. The next call resumes
+    unfinished work. Raises `ResourceError` if disk or memory do not suffice, `UsageError` if
+    another model is installed under the name.
     """
     if installed := _find_installed(request):
         return installed
@@ -110,7 +110,7 @@ def _open_build(
 
 
 def _discard_other_work(build: Build, progress: Progress) -> None:
-    """Remove unfinished work of other weights or options, but keep shards that can be used."""
+    """Remove work of other weights or options, but keep shards that can be used."""
     target, checkpoint, head = build.target, build.checkpoint, build.journal.head
     if checkpoint.cache is not None:  # shards are fetched to the cache now
         shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
@@ -129,7 +129,7 @@ def _discard_other_work(build: Build, progress: Progress) -> None:
 
 
 def _find_installed(request: DownloadRequest) -> Path | None:
-    """Return the model's directory if it is installed as requested, None if it is not installed.
+    """Return the model's directory if it is installed as requested, else None.
 
     Raises `UsageError` if another model, or this one with other options, has its name.
     """
@@ -172,15 +172,12 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
 
 
 def _begins(commit: str | None, revision: str | None) -> bool:
-    """Return whether the revision is the commit or at least seven of its first digits."""
+    """Return whether the revision is the commit or at least its first seven digits."""
     return len(revision or "") >= _COMMIT_DIGITS_MIN and (commit or "").startswith(revision or "")
 
 
 def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
-    """Return whether a model is quantized as requested.
-
-    The experts' scales may be any, because a calibration changes them.
-    """
+    """Return whether a model is quantized as requested. Its scales may be any."""
     given = made["scales"] == "given" and made["quant_type"] != "none"
 
     def fits(part: str, bits: int | None) -> bool:
@@ -192,7 +189,7 @@ def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
 
 @contextmanager
 def local_errors() -> Iterator[None]:
-    """Turn the errors of a full disk or a read-only directory into one line."""
+    """Turn the errors of a full disk or a read-only directory into ours."""
     try:
         yield
     except OSError as error:

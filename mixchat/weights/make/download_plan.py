@@ -34,7 +34,6 @@ class Need:
 
     @property
     def suffices(self) -> bool:
-        """Return whether there is as much free as is needed."""
         return self.needed <= self.free
 
 
@@ -42,10 +41,9 @@ class Need:
 class DownloadPlan:
     """The plan of a download. Sizes in bytes, `rate` in bytes a second, `seconds` in all.
 
-    `checkpoint`, `fetch` and `installed` are the bytes of the checkpoint's weights, of those still
-    missing, and of the installed weights. `disk` is the most that is needed at once, beyond what is
-    there. `ahead`: a shard can be fetched while another one is quantized. `rounded_from`: the type
-    of weights ("fp16") that are rounded to bf16.
+    `fetch` are the bytes of the `checkpoint` still missing. `disk` is the most that is needed at
+    once, beyond what is there. `ahead`: a shard can be fetched while another one is quantized.
+    `rounded_from`: the type of weights ("fp16") that are rounded to bf16.
     """
 
     name: str
@@ -65,7 +63,6 @@ class DownloadPlan:
 
     @property
     def fits(self) -> bool:
-        """Return whether disk and memory suffice."""
         return all(need.suffices for need in (*self.disk, self.memory))
 
     def check(self) -> None:
@@ -111,7 +108,7 @@ def make_plan(build: Build, free_disk: int | None = None) -> DownloadPlan:
 
 
 def estimate_time(plan: DownloadPlan, build: Build, *, keep: bool) -> DownloadPlan:
-    """Return the plan with its time, by fetching for a second. With `keep`, those bytes stay."""
+    """Return the plan with its time, by fetching for a second. `keep` keeps those bytes."""
     rate = build.checkpoint.rate(build.shards, keep=keep)
     if rate is None and plan.fetch:
         return plan
@@ -132,8 +129,8 @@ def find_disk_needs(
 ) -> tuple[tuple[Need, ...], bool]:
     """Return the need of each disk beyond what is in `target`, and whether a shard fits ahead.
 
-    `temporary` is as for `estimate_peak_disk`. `caches` are other directories and the bytes that
-    they get. free_disk: the free bytes of another machine's disks.
+    `temporary` is as for `estimate_peak_disk`. `caches` get so many bytes. free_disk: the free
+    bytes of another machine's disks.
     """
     here = machine.disk_usage(target) if free_disk is None else 0
 
@@ -166,7 +163,7 @@ def estimate_peak_disk(
     *,
     ahead: bool = True,
 ) -> int:
-    """Return the most bytes on disk during a build, of model, spilled tensors and shards.
+    """Return the most bytes on disk during a build.
 
     `temporary` gives the bytes that a shard takes until it is released. With `ahead` a shard is
     fetched while the one before is quantized.
@@ -200,7 +197,7 @@ def find_memory_need(index: CheckpointIndex, blueprint: Blueprint) -> Need:
 
 
 def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
-    """Return the bytes of a part while it is made, with one of its matrices at a time."""
+    """Return the bytes of a part while it is made, one matrix at a time."""
     sources = [index.nbytes(index.components(name)) for name in part.sources]
     stacked = 0
     if part.linear is not None:
@@ -214,7 +211,7 @@ def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
 
 
 def _quantizing_seconds(index: CheckpointIndex, blueprint: Blueprint) -> float:
-    """Return the seconds in which this machine quantizes all experts, by trying some weights."""
+    """Return the seconds in which this machine quantizes all experts."""
     layout = blueprint.expert
     weights = layout.gate_up.rows * layout.gate_up.columns + layout.down.rows * layout.down.columns
     spec = replace(layout.down, rows=_SAMPLE_SHAPE[0], columns=_SAMPLE_SHAPE[1])

@@ -67,7 +67,6 @@ class Outline:
 
     @property
     def lacking(self) -> list[Need]:
-        """Return the disks that have too little room."""
         return [need for need in self.disk if not need.suffices]
 
 
@@ -79,9 +78,9 @@ def outline(
 ) -> Outline:
     """Return the outline of a model, with the default options if it is not installed.
 
-    bits: of its experts. If it is installed with others, this is the outline of a second download.
+    bits: of its experts. If it is installed with others, the outline is of a second download.
     free_disk: the free bytes of another machine's disk. Asks the hub only for one of its models
-    that is neither installed nor in `models.ALIASES`. Raises what opening a checkpoint raises.
+    that is neither installed nor in `models.ALIASES`.
     """
     source, target = None, ref.directory
     flags = [] if bits is None else ["--expert-bits", str(bits)]

@@ -1,7 +1,6 @@
 """The parts of an installed model, each made of a few matrices of the checkpoint.
 
-Parts can be made in any order and made again, and only one is in memory. An expert has two parts,
-`w13` (of w1 and w3), and `w2` with the zeros that follow it.
+Only one is in memory. An expert has two, `w13` (of w1 and w3), and `w2` with the zeros that follow.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ class ModelPart:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes on disk."""
         return sum(spec.nbytes for spec in self.tensors)
 
     def components(self, index: CheckpointIndex) -> list[str]:
@@ -65,7 +63,6 @@ class ModelPart:
         return self._stacked(self.linear, index, read)
 
     def encoded(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
-        """Return the tensors of this part for its matrix."""
         assert self.linear is not None
         return self._padded(self.linear.encode(weight, inputs))
 

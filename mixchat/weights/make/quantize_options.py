@@ -29,8 +29,7 @@ class QuantizeOptions:
     """The options of quantization. `quant_type` of the experts is "nf4", "nf3" or "none".
 
     attention, head: the bits of their weights, 16, 8 or 4. None is `DENSE_BITS`, or 16 if the
-    experts are not quantized. `scales` says how the scale of each block is chosen. `layout` None
-    takes `best_layout`.
+    experts are not quantized. `layout` None takes `best_layout`.
     """
 
     quant_type: QuantType = "nf4"
@@ -41,7 +40,7 @@ class QuantizeOptions:
 
 
 def best_layout() -> Layout:
-    """Return the layout that is computed here. A GPU reads bitsandbytes' own."""
+    """Return the layout that this machine computes with."""
     if gpu.count() or not kernels_available():
         return "bitsandbytes"
     return "cpu-packed"
@@ -50,8 +49,7 @@ def best_layout() -> Layout:
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
     """Return the blueprint of the model that these options make of this checkpoint.
 
-    Matrices that bitsandbytes has quantized stay so. Raises `UsageError` if the options ask for
-    other bits.
+    Matrices that bitsandbytes has quantized stay so. Raises `UsageError` for other bits.
     """
     given_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
     if given_4bit and options.quant_type != "nf4":
@@ -87,7 +85,7 @@ def _has_4_bits(index: CheckpointIndex, part: str) -> UsageError:
 
 
 def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
-    """Return the model with experts in 3 bits, or None if its checkpoint has them in 4."""
+    """Return the model with experts in 3 bits, or None if its checkpoint has 4."""
     stored = blueprint.quantization
     if stored.quant_type != "nf4" or stored.scales == "given":
         return None
@@ -102,7 +100,7 @@ def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:
 
 
 def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
-    """Return the type that holds all weights exactly, or bf16 if fp16 is mixed with it."""
+    """Return the type that holds all weights exactly, or bf16 for mixed ones."""
     if index.dtype == torch.float32:
         return torch.float32
     return torch.float16 if index.dtypes == {torch.float16} else torch.bfloat16

@@ -1,8 +1,7 @@
 """The files of an unfinished model, with spilled tensors, and the check of finished parts.
 
 A tensor is spilled to disk if the part that needs it also needs a later shard. Finished parts are
-compared with the journal before work continues. A manifest would hide what the disk has changed
-meanwhile.
+checked before work continues, because the manifest would not show what a disk has changed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SPILL_PREFIX = "aside-"  # of file names
 class Spill:
     """The spill files in `directory`, one for each shard that has spilled tensors.
 
-    A file that is not in the journal's record `recorded` is ignored.
+    A file that `recorded`, the journal's record, lacks is ignored.
     """
 
     def __init__(self, directory: Path, recorded: Mapping[str, Collection[str]]) -> None:
@@ -44,11 +43,9 @@ class Spill:
 
     @property
     def names(self) -> set[str]:
-        """Return the names of the spilled tensors."""
         return set().union(*self._files.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a spilled tensor."""
         holder = next(file for file, names in self._files.items() if name in names)
         with SafetensorsFile(self._directory / holder) as file:
             return file.read(name)
@@ -56,7 +53,7 @@ class Spill:
     def write(
         self, shard: str, file: SafetensorsFile, names: list[str]
     ) -> tuple[str, dict[str, str]]:
-        """Copy tensors of `file`, and return the copy's name and the SHA-256 of each."""
+        """Copy tensors of `file`, and return the copy's name and their SHA-256s."""
         path, digests = self._directory / f"{SPILL_PREFIX}{shard}", {}
         with SafetensorsWriter(path, [file.header.spec(name) for name in names]) as writer:
             for name in names:
@@ -67,7 +64,6 @@ class Spill:
         return path.name, digests
 
     def keep_only(self, names: set[str]) -> None:
-        """Remove the files that hold none of `names`."""
         for holder in [file for file, held in self._files.items() if not held & names]:
             (self._directory / holder).unlink()
             del self._files[holder]
@@ -79,7 +75,7 @@ def find_damaged(
     made: Mapping[str, Mapping[str, str]],
     progress: Progress,
 ) -> dict[str, set[str]]:
-    """Return the tensors of `made` whose bytes have changed since they were written, by file."""
+    """Return the tensors of `made` whose bytes have changed, by file."""
     headers = blueprint.headers() | _spill_headers(directory)
     known = {name: _known(headers[name], made[name]) for name in made if name in headers}
     whole = sum(headers[name].spec(tensor).nbytes for name in known for tensor in known[name])
@@ -103,7 +99,6 @@ def _spill_headers(directory: Path) -> dict[str, Header]:
 
 
 def _known(header: Header, digests: Mapping[str, str]) -> dict[str, str]:
-    """Return the digests of the tensors that the file has, in the order of their bytes."""
     return {spec.name: digests[spec.name] for spec in header.specs if spec.name in digests}
 
 

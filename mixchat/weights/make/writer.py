@@ -16,10 +16,7 @@ from mixchat.weights.make.parts import ModelPart
 
 
 class ModelWriter:
-    """The files of weights in `directory`, open for writing.
-
-    They have their full size from the start, with holes. Without a manifest they are not a model.
-    """
+    """The files of weights in `directory`, open for writing, with holes at first."""
 
     def __init__(self, directory: Path, blueprint: Blueprint) -> None:
         self._directory = directory
@@ -29,7 +26,7 @@ class ModelWriter:
         self._unnamed = False
 
     def write(self, part: ModelPart, tensors: Sequence[torch.Tensor]) -> dict[str, str]:
-        """Write the tensors of a part, and return the SHA-256 in hex of each by name."""
+        """Write the tensors of a part, and return their SHA-256s in hex by name."""
         descriptor = self._open(part.file)
         header = self._headers[part.file]
         digests = {}
@@ -58,7 +55,6 @@ class ModelWriter:
         return {name: header.size for name, header in self._headers.items()}
 
     def close(self) -> None:
-        """Close all files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
