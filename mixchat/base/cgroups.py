@@ -1,8 +1,7 @@
 """The limits of memory and CPU time that control groups set, at every level.
 
-A process is in one group of each hierarchy, and the limits of that group and of all groups above it
-apply. Version 2 has one hierarchy. In version 1 each controller ("memory", "cpu") may have its own.
-A machine can have both versions at once.
+The limits of a process's group and of all groups above it apply. Version 2 has one hierarchy. In
+version 1 each controller ("memory", "cpu") may have its own. A machine can have both versions.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ VERSION_2 = ""  # the hierarchy of version 2
 
 @dataclass(frozen=True)
 class _Memory:
-    """The names of a group's files about memory. `reclaimable` is a line of memory.stat."""
+    """The names of a group's files. `reclaimable` is a line of memory.stat."""
 
     limits: tuple[str, ...]
     used: str
@@ -35,14 +34,14 @@ _MEMORY = {
 
 
 def memory_limit(process: Path = PROCESS) -> int | None:
-    """Return the bytes that this process's groups may use, or None without a limit."""
+    """Return the bytes that this process's groups may use, or None."""
     return _least(
         _limit(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
     )
 
 
 def memory_room(process: Path = PROCESS) -> int | None:
-    """Return the bytes that are left below every limit, or None without a limit.
+    """Return the bytes that are left below every limit, or None.
 
     Cached pages that are not in use count as free, because the kernel drops them first.
     """
@@ -59,8 +58,7 @@ def cores(process: Path = PROCESS) -> int | None:
 def groups(process: Path, hierarchy: str) -> Iterator[Path]:
     """Yield the directories of the process's group and of each mounted group above it.
 
-    hierarchy: a controller of version 1, or `VERSION_2`. In a container only the host may know the
-    path of the group. Then the mounted directory is the group.
+    hierarchy: a controller of version 1, or `VERSION_2`.
     """
     path = _memberships(process).get(hierarchy)
     if path is None:
@@ -74,6 +72,7 @@ def groups(process: Path, hierarchy: str) -> Iterator[Path]:
     else:
         if not mounts:
             return
+        # In a container only the host may know the path of the group.
         point = group = mounts[0][1]
     yield group
     while group != point:
@@ -134,7 +133,7 @@ def _number(path: Path) -> int | None:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(errors="replace").splitlines()
-    except OSError:  # no such controller, no such file in this version, or no Linux
+    except OSError:  # no such controller or file, or no Linux
         return []
 
 

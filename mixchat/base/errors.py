@@ -1,6 +1,6 @@
 """The tree of errors. Each has its exit code and, usually, a hint.
 
-Every error that a person can cause or cure is a `MixchatError`. Any other that escapes is a bug.
+Every error that a person can cause or cure is a `MixchatError`. Any other is a bug.
 
 | exit code | meaning                                                          |
 | --------- | ---------------------------------------------------------------- |
@@ -23,7 +23,7 @@ _FOREIGN_LENGTH_MAX = 200  # characters of a library's message
 
 
 class MixchatError(Exception):
-    """The base of all errors with a message for a person. `hint` says what to do."""
+    """The base of all errors with a message for a person."""
 
     exit_code = 1
 
@@ -38,7 +38,7 @@ class MixchatError(Exception):
 
 
 class UsageError(MixchatError):
-    """A value on the command line or in the environment cannot be used."""
+    """A value on the command line or in the environment is wrong."""
 
     exit_code = 2
 
@@ -50,17 +50,17 @@ class PromptError(MixchatError):
 
 
 class PromptTooLongError(PromptError):
-    """The prompt leaves no room for an answer in the context."""
+    """The prompt leaves no room for an answer."""
 
 
 class ModelNotFoundError(MixchatError):
-    """No model of that name exists, here or on the hub."""
+    """No model of that name exists."""
 
     exit_code = 4
 
 
 class ChatNotFoundError(MixchatError):
-    """No saved chat has that ID or name, or several match it."""
+    """No saved chat has that name, or several match it."""
 
     exit_code = 4
 
@@ -78,7 +78,7 @@ class ServerError(MixchatError):
 
 
 class CheckpointError(MixchatError):
-    """A checkpoint, an installed model or a saved chat is damaged or unsupported."""
+    """A checkpoint, an installed model or a chat is damaged or unsupported."""
 
     exit_code = 6
 
@@ -90,13 +90,13 @@ class ResourceError(MixchatError):
 
 
 class MissingDependencyError(MixchatError):
-    """An optional package, or a tool such as pip, is not installed."""
+    """An optional package, or a tool such as pip, is missing."""
 
     exit_code = 8
 
 
 class NoCodeError(MixchatError):
-    """An answer contains no code block, and `--extract` asked for one."""
+    """An answer contains no code block."""
 
     exit_code = 9
 

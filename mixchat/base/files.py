@@ -41,7 +41,7 @@ NOT_WRITABLE = (
 
 
 def write_error(error: OSError, path: Path, fault: str) -> MixchatError:
-    """Return the error, of the cause's class, for a file that cannot be written."""
+    """Return the error for a file that cannot be written."""
     kind = MixchatError
     if error.errno in DISK_FULL:
         kind = ResourceError
@@ -56,7 +56,7 @@ def open_regular(
     """Open a regular file and return its descriptor. Without `follow`, a link is refused.
 
     A FIFO could wait forever for its other end. Raises `OSError`, whose `strerror` names what is
-    there instead.
+    there.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -80,14 +80,13 @@ def _not_regular(path: Path) -> OSError:
 
 
 def read_bytes(path: Path, *, follow: bool = True) -> bytes:
-    """Return the bytes of a regular file.
+    """Return the bytes of a regular file. Raises `CheckpointError`.
 
-    Raises `CheckpointError` if it cannot be read, or is far too large. mixchat's own files are read
-    without `follow`, so that nobody's link decides which file is read.
+    mixchat's own files are read without `follow`, so that nobody's link decides which file is read.
     """
     try:
         with open(open_regular(path, follow=follow), "rb") as file:
-            data = file.read(MAX_SIZE + 1)  # whatever its size is said to be
+            data = file.read(MAX_SIZE + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
     except OSError as error:
@@ -98,7 +97,7 @@ def read_bytes(path: Path, *, follow: bool = True) -> bytes:
 
 
 def require_regular(path: Path) -> None:
-    """Raise `CheckpointError` unless there is a regular file that can be opened."""
+    """Raise `CheckpointError` unless there is a regular file."""
     try:
         os.close(open_regular(path))
     except OSError as error:
@@ -106,7 +105,7 @@ def require_regular(path: Path) -> None:
 
 
 def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises `CheckpointError` if there is none."""
+    """Return the object in a JSON file. Raises `CheckpointError`."""
     return json_object(read_bytes(path, follow=follow), str(path))
 
 
@@ -122,10 +121,7 @@ def json_object(data: bytes, name: str) -> dict[str, Any]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises `OSError`.
-
-    One process at a time may write it, because its temporary name is always the same.
-    """
+    """Write a file whole or not at all, for one process at a time. Raises `OSError`."""
     temporary = temporary_path(path)
     temporary.unlink(missing_ok=True)
     with removed_on_error(temporary):
@@ -138,16 +134,13 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_private_file(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read, safe for several processes.
-
-    Raises `OSError`.
-    """
+    """Write a file that only its owner can read, safe for several processes."""
     with open_private_file(path) as descriptor:
         write_all(descriptor, data)
 
 
 def read_all(descriptor: int, start: int, target: memoryview) -> int:
-    """Fill `target` from offset `start` on, and return the number of bytes that were there."""
+    """Fill `target` from offset `start` on, and return how many bytes were there."""
     done = 0
     while done < len(target) and (count := os.preadv(descriptor, [target[done:]], start + done)):
         done += count
@@ -155,7 +148,7 @@ def read_all(descriptor: int, start: int, target: memoryview) -> int:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of `data`, in as many pieces as the system takes."""
+    """Write all of `data`."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
@@ -163,10 +156,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 @contextmanager
 def open_private_file(path: Path) -> Iterator[int]:
-    """Open a new file that only its owner can read, and rename it to `path` at the end.
-
-    Its temporary name is random, so that processes do not share it.
-    """
+    """Open a new file that only its owner can read, and rename it to `path` at the end."""
     _check_replaceable(path)
     descriptor, name = tempfile.mkstemp(".tmp", f"{path.name[:40]}.", path.parent)
     with removed_on_error(Path(name)):
@@ -203,7 +193,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def rename_durably(temporary: Path, path: Path) -> None:
-    """Rename a file that is whole and synced, and sync the directory."""
+    """Rename a file that is synced, and sync the directory."""
     os.replace(temporary, path)
     sync_directory(path.parent)
 

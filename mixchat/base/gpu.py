@@ -1,7 +1,6 @@
 """Asks a GPU's runtime for the GPUs, their memory, streams and waits.
 
-No other module names torch's module for a kind of device (`torch.cuda`), so that the suite can run
-all code for GPUs on another kind.
+No other module names `torch.cuda`, so that the suite can run all code for GPUs on another device.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ def count() -> int:
 
 
 def use(device: torch.device) -> None:
-    """Make the GPU torch's default in this thread."""
+    """Make the GPU this thread's default."""
     _runtime().set_device(device)
 
 
 def name(device: torch.device) -> str:
-    """Return the name that a GPU has for people."""
+    """Return a GPU's name for people."""
     return str(_runtime().get_device_name(device))
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory that a GPU has."""
+    """Return the bytes of a GPU's memory."""
     return int(_runtime().get_device_properties(device).total_memory)
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of a GPU's memory that nobody has taken."""
+    """Return the bytes of a GPU's memory that are free."""
     return int(_runtime().mem_get_info(device)[0])
 
 
 def number_in(error: torch.OutOfMemoryError) -> int | None:
-    """Return the number of the GPU whose memory ran out, if torch says it."""
+    """Return the number of the GPU whose memory ran out, or None."""
     found = re.search(r"\bGPU (\d+)\b", str(error))
     return None if found is None else int(found[1])
 
@@ -67,7 +66,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def streams(device: torch.device) -> Any:
-    """Return torch's module of a device's streams and events, which do nothing on a CPU."""
+    """Return torch's module of a device's streams, which do nothing on a CPU."""
     return torch.get_device_module(device)
 
 
@@ -75,7 +74,7 @@ def page_lock(block: torch.Tensor, device: torch.device) -> None:
     """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
 
     `torch.empty(pin_memory=True)` would round 24 GB up to 32. If the system refuses (WSL2 limits
-    it), copies are slower. The pages are unpinned when the tensor is deleted.
+    it), copies are slower.
     """
     runtime, address = _runtime().cudart(), block.data_ptr()
     if int(runtime.cudaHostRegister(address, block.nbytes, 0)):
@@ -88,9 +87,9 @@ def page_lock(block: torch.Tensor, device: torch.device) -> None:
 
 
 def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return tensors of one device on the CPU. A GPU is waited for only once.
+    """Return tensors of one device on the CPU, with one wait for a GPU.
 
-    The tensors with the widest numbers come first, because each begins at the end of another.
+    The tensors with the widest numbers come first, for alignment.
     """
     if not is_gpu(tensors[0].device):
         return list(tensors)

@@ -1,10 +1,9 @@
 """Ctrl-C, SIGTERM and SIGHUP, and the moment at which each takes effect.
 
 - While a process starts (`use_defaults`, `starting`), the system's default action ends it at once.
-  An import could swallow an exception, and Python runs no handler while a large library loads.
+  Python runs no handler while a large library loads.
 - In ordinary code, a signal raises `KeyboardInterrupt` or `SystemExit(128 + number)`.
-- In `deferred`, a signal is stored. `check`, called when nothing is half done, raises its
-  exception, and so does the block's end.
+- In `deferred`, a signal is stored. `check` raises its exception, and so does the block's end.
 
 SIGTERM and SIGHUP end the process within a second, except while something is being saved.
 """
@@ -25,8 +24,8 @@ from typing import Any
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _SIGNALS = (signal.SIGINT, *_ENDING)
 _CTRL_C_TIMEOUT_S = 0.3  # until a Ctrl-C that did not end the answer raises
-_END_TIMEOUT_S = 0.7  # until a process that must end is ended by force
-_RAISE_AGAIN_S = 0.01  # until an exception that was swallowed is raised again
+_END_TIMEOUT_S = 0.7  # until it is ended by force
+_RAISE_AGAIN_S = 0.01  # until a swallowed exception is raised again
 _MAIN = threading.main_thread().ident
 
 _SHOW_CURSOR, _NO_PASTE_MARKS = "\x1b[?25h", "\x1b[?2004l"
@@ -38,10 +37,10 @@ class _SignalState:
     deferred = 0  # `deferred` blocks around it
     saving = 0  # `saving` blocks around it
     pending: int | None = None  # a signal that came in a `deferred` block
-    ending: int | None = None  # the signal that ends the process
-    swallowed = False  # whether the exception of `ending` was swallowed
+    ending: int | None = None  # the signal that ends it
+    swallowed = False  # whether its exception was swallowed
     stop: Callable[[], bool] | None = None  # of the `stopping` block it is in
-    overdue: Callable[[], bool] | None = None  # the `stop` that was called too long ago
+    overdue: Callable[[], bool] | None = None  # a `stop` called too long ago
     terminal: list[Any] | None = None  # its attributes at the beginning
 
 
@@ -65,7 +64,7 @@ def install() -> None:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Let a signal end the process at once in this block, which imports and opens nothing."""
+    """Let a signal end the process at once in this block, which opens nothing."""
     if not _is_main():
         yield
         return
@@ -94,7 +93,7 @@ def saving() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise the exception of a deferred signal. Call it only when nothing is half done."""
+    """Raise the exception of a deferred signal. Nothing may be half done."""
     if _state.pending is not None and _is_main():
         number, _state.pending = _state.pending, None
         raise _exception(number)
@@ -160,7 +159,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _stop_answer() -> bool:
-    """Stop the current answer, if there is one, and return whether that is enough."""
+    """Stop the current answer, and return whether that is enough."""
     overdue, _state.overdue = _state.overdue, None
     if overdue is not None:
         return overdue is not _state.stop  # that answer has ended meanwhile
@@ -171,7 +170,7 @@ def _stop_answer() -> bool:
 
 
 def _repeat_ctrl_c(stop: Callable[[], bool]) -> None:
-    """Send Ctrl-C again if the answer that `stop` should end still runs."""
+    """Send Ctrl-C again if the answer of `stop` still runs."""
     time.sleep(_CTRL_C_TIMEOUT_S)
     if _state.stop is stop and _MAIN is not None:
         _state.overdue = stop
@@ -179,7 +178,7 @@ def _repeat_ctrl_c(stop: Callable[[], bool]) -> None:
 
 
 def _end_in_time() -> None:
-    """End the process if the main thread is stuck, or has lost the exception."""
+    """End the process if the main thread is stuck."""
     time.sleep(_END_TIMEOUT_S)
     while _state.saving:
         time.sleep(0.01)
@@ -188,7 +187,7 @@ def _end_in_time() -> None:
 
 
 class _RaiseAgain:
-    """A hook for exceptions that were swallowed. It raises ours again a little later."""
+    """A hook that raises our exceptions again if they were swallowed."""
 
     def __init__(self, others: Callable[[Any], object]) -> None:
         self._others = others
@@ -216,7 +215,7 @@ def _in_thread(work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _handled() -> list[signal.Signals]:
-    """Return the signals that are not ignored, and not handled outside of Python."""
+    """Return the signals that are not ignored, nor handled outside of Python."""
     return [n for n in _SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
 
 
@@ -229,7 +228,7 @@ def _is_main() -> bool:
 
 
 def _take_ctrl_c() -> Callable[..., Any] | None:
-    """Install our handler of Ctrl-C, if need be, and return the one it replaces."""
+    """Install our handler of Ctrl-C, if need be, and return the old one."""
     before = signal.getsignal(signal.SIGINT)
     if before is _handle or not callable(before) or not _is_main():
         return None

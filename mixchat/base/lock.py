@@ -24,7 +24,7 @@ def exclusive_lock(
 ) -> Iterator[None]:
     """Hold the exclusive right to write `target`, by a lock file next to it.
 
-    If another process holds it, `on_wait` is called once, and this one waits for `timeout` seconds.
+    If another process holds it, `on_wait` is called, and this one waits for `timeout` seconds.
     Raises `Busy` after that, or at once without `on_wait`, and `OSError`.
     """
     # No model, chat or file of mixchat begins with a dot.
@@ -51,7 +51,7 @@ def lock_file(
     """Hold the lock of the lock file `path`, which is created, and removed with `remove`.
 
     Raises `Busy` after `timeout` seconds, or once `cancelled` returns True, and `OSError`. A file
-    system without locks, as some on networks, excludes nobody.
+    system without locks excludes nobody.
     """
     from filelock import FileLock, Timeout
 
@@ -75,10 +75,7 @@ def lock_file(
 
 
 def lock_open_file(descriptor: int) -> bool:
-    """Lock an open file until it is closed. Return False if another process holds the lock.
-
-    The file must never be replaced by another one.
-    """
+    """Lock an open file until it is closed. Return False if another process has the lock."""
     from filelock import lock_descriptor
 
     try:

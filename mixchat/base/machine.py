@@ -29,7 +29,7 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may use, by its affinity and its quota."""
+    """Return the cores that this process may use, by affinity and quota."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -45,14 +45,14 @@ class OtherPrograms:
         self._start = _times()
 
     def share(self) -> float:
-        """Return their share of the cores' time so far, 0 to 1, or 0 if it is not known."""
+        """Return their share of the cores' time so far, 0 to 1, or 0 if not known."""
         taken, idle, own = (now - before for now, before in zip(_times(), self._start, strict=True))
         whole = taken + idle
         return max(taken - own, 0.0) / whole if whole > 0 else 0.0
 
 
 def _times() -> tuple[float, float, float]:
-    """Return the seconds in which the cores worked, were idle, and worked for this process."""
+    """Return the seconds in which the cores worked, idled, and worked for this process."""
     import psutil
 
     try:
@@ -60,7 +60,7 @@ def _times() -> tuple[float, float, float]:
     except OSError:  # a sandbox without /proc/stat
         return 0.0, 0.0, 0.0
     idle = times.pop("idle") + times.pop("iowait", 0.0)
-    # A guest's time is in the user's time.
+    # The user's time includes a guest's.
     working = sum(seconds for name, seconds in times.items() if not name.startswith("guest"))
     return working, idle, time.process_time()
 
@@ -75,14 +75,14 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Return the bytes of RAM that can be allocated without swapping, within all limits."""
+    """Return the bytes of RAM that can be allocated without swapping."""
     return min(_free_by_limit().values())
 
 
 def return_freed_memory() -> None:
     """Return freed memory that the C library keeps to the system.
 
-    glibc keeps hundreds of megabytes after a model. Other libraries have no such function.
+    glibc keeps hundreds of megabytes after a model.
     """
     import ctypes
 
@@ -91,17 +91,14 @@ def return_freed_memory() -> None:
 
 
 def tightest_memory_limit() -> str | None:
-    """Return the limit that leaves the least memory, a "control group" or a `ulimit`.
-
-    None if the machine itself leaves less.
-    """
+    """Return the limit that leaves the least memory, a "control group" or a `ulimit`, or None."""
     free = _free_by_limit()
     tightest = min(free, key=free.__getitem__)
     return tightest or None
 
 
 def _free_by_limit() -> dict[str, int]:
-    """Return the bytes that each limit leaves, by its name. "" is the machine itself."""
+    """Return the bytes that each limit leaves. "" is the machine itself."""
     import psutil
 
     free = {"": int(psutil.virtual_memory().available)}
@@ -127,7 +124,7 @@ def memory_left_by_ulimit() -> dict[str, int]:
 
 
 def nearest_existing(directory: Path) -> Path:
-    """Return the directory, or the nearest one above it that exists."""
+    """Return the nearest directory, from this one up, that exists."""
     return next(place for place in (directory, *directory.parents) if place.exists())
 
 

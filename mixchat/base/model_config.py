@@ -13,7 +13,7 @@ from mixchat.base.quantities import format_size
 DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each
 # An upper bound: Mistral's longest token has 16 characters, the demo's 81, GPT-4's 128 spaces.
 BYTES_PER_TOKEN = 128
-_USUAL = 4  # fraction of the context that an answer may take by default
+_USUAL = 4  # an answer may take 1/4 of the context by default
 
 _POSITIVE_INTS = (
     "vocab_size",
@@ -27,8 +27,8 @@ _POSITIVE_INTS = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
-_MAX_EXPERTS = 100_000  # in all layers, more than any model has, and still quick to list
-# The values of transformers' MixtralConfig for keys that a config.json lacks.
+_MAX_EXPERTS = 100_000  # in all layers, more than any model has
+# The defaults of transformers' MixtralConfig.
 _DEFAULTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 
@@ -114,7 +114,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens of prompt and answer together, and the largest number of this model."""
+    """The tokens of prompt and answer together, and the model's largest number."""
 
     tokens: int
     largest: int
@@ -131,7 +131,7 @@ class Context:
 
     @property
     def usual_answer(self) -> int:
-        """Return the default length of an answer in tokens, since some models never end."""
+        """Return the default length of an answer in tokens."""
         return self.tokens // _USUAL
 
     @property
@@ -140,12 +140,12 @@ class Context:
         return self.tokens * BYTES_PER_TOKEN
 
     def check_text(self, text: str, name: str) -> None:
-        """Raise `PromptTooLongError` if a text cannot fit, before it is turned into tokens."""
+        """Raise `PromptTooLongError` if a text cannot fit, before it is tokenized."""
         if len(text) > self.longest_text:
             raise self.text_too_long(name)
 
     def text_too_long(self, name: str) -> PromptTooLongError:
-        """Return the error for a text that has more bytes than can fit."""
+        """Return the error for a text that has too many bytes."""
         return self._too_long(name, f"more than {format_size(self.longest_text)}")
 
     def prompt_too_long(self, tokens: int) -> PromptTooLongError:
@@ -172,10 +172,7 @@ def checkpoint_dtype(directory: Path) -> str | None:
 
 
 def advised_sampling(directory: Path) -> dict[str, float]:
-    """Return the sampling that generation_config.json recommends, by mixchat's flags.
-
-    Raises `CheckpointError` if the file is not JSON.
-    """
+    """Return generation_config.json's sampling, by mixchat's flags. Raises `CheckpointError`."""
     raw = _generation_config(directory)
     values = {name: raw.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
     values["repeat_penalty"] = raw.get("repetition_penalty")
@@ -191,7 +188,7 @@ def advised_length(directory: Path) -> int | None:
     """Return the tokens of the longest answer by generation_config.json, or None.
 
     `max_length`, which includes the prompt, counts if `max_new_tokens` is missing. Raises
-    `CheckpointError` if the file is not JSON.
+    `CheckpointError`.
     """
     raw = _generation_config(directory)
     named = (raw.get(name) for name in ("max_new_tokens", "max_length"))
@@ -225,7 +222,7 @@ def _flag(values: dict[str, Any], key: str) -> bool:
 
 
 def _rope(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the settings of a plain rotary embedding. Others are not supported."""
+    """Return the settings of a plain rotary embedding."""
     rope = raw.get(key) or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"config.json: {key} is {rope!r}, not an object")

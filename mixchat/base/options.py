@@ -1,4 +1,4 @@
-"""The options of sampling and of loading a model, which flags give and the engine takes."""
+"""The options of sampling and of loading a model, and a worker's address."""
 
 from __future__ import annotations
 
@@ -51,10 +51,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class RequestedSampling:
-    """The options of sampling that a server is asked for. None is not sent.
-
-    Many servers refuse an option that they do not have.
-    """
+    """The options of sampling that a server is asked for. None is not sent."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -72,7 +69,7 @@ class LoadOptions:
     - device_memory: memory to take on a GPU, one amount for all GPUs or one for each
     - context_size: in tokens
     - kv_bits: bits of a number in the KV cache, None for the model's dtype
-    - exact_prompts: compute batch-invariantly, so that a prompt's tokens get the bits of decode
+    - exact_prompts: compute batch-invariantly, with the bits of decode
     - parallel: the conversations at once, each with a KV cache of this context
     - speculation: verify several tokens in one pass if text is repeated
     - device: torch's name, or several with commas between them
@@ -97,7 +94,7 @@ class LoadOptions:
 
 
 def device_names(text: str) -> list[str]:
-    """Return the names in a list of devices. Raises `UsageError` if they do not go together."""
+    """Return the names in a list of devices. Raises `UsageError`."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if names.count(name) > 1:
@@ -112,7 +109,7 @@ def device_names(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class NetworkAddress:
-    """A host, by its name or its address in numbers, and a port."""
+    """A host, by name or number, and a port."""
 
     host: str
     port: int

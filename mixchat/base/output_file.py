@@ -1,7 +1,6 @@
 """Files that a person names for output. A mistyped name must not overwrite another file.
 
-An existing file is replaced only if it is empty or the same flag wrote it. Links are followed. A
-pipe or a device (/dev/null) is written to if a stream is enough.
+An existing file is replaced only if it is empty or the same flag wrote it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import BinaryIO
 from mixchat.base.errors import MixchatError, ResourceError, UsageError
 from mixchat.base.files import DISK_FULL, open_regular
 
-_HEAD_BYTES = 4096  # of a file, which show the flag that wrote it
+_HEAD_BYTES = 4096  # which show the flag that wrote a file
 
 
 def _never(head: bytes) -> bool:
@@ -27,10 +26,9 @@ def _never(head: bytes) -> bool:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """An output file that `flag` names. `ours` tells by its first bytes whether the flag wrote it.
+    """An output file that `flag` names. `ours` tells by its first bytes if the flag wrote it.
 
-    With `streams` a pipe or a device can be used, too. Raises `UsageError` if the path cannot be
-    used.
+    With `streams` a pipe or a device can be used. Raises `UsageError`.
     """
 
     flag: str
@@ -39,7 +37,7 @@ class OutputFile:
     streams: bool = True
 
     def check(self) -> OutputFile:
-        """Check, before anything is computed, that the file can be written later."""
+        """Check, before anything is computed, that the file can be written."""
         try:
             mode = self._mode()
             if mode is not None and not self._may_be_replaced(mode):
@@ -51,12 +49,12 @@ class OutputFile:
         return self
 
     def write(self, data: bytes) -> None:
-        """Write all of `data`, or leave no file. Raises `ResourceError` if the disk is full."""
+        """Write all of `data`, or leave no file. Raises `ResourceError` or `UsageError`."""
         with self.open() as file:
             self.write_first(file, data)
 
     def write_first(self, file: BinaryIO, data: bytes) -> None:
-        """Write all of `data` to the file that `open` returned, or leave no file."""
+        """Write all of `data` to the opened file, or leave no file."""
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         try:
             while data:
@@ -82,7 +80,6 @@ class OutputFile:
 
     @property
     def place(self) -> Path:
-        """Return the path with links followed."""
         return Path(os.path.realpath(self.path))
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
 _T = TypeVar("_T")
-Note = Callable[[str], object]  # prints a line that a person should see
+Note = Callable[[str], object]  # prints a line
 
 
 class Task(Protocol):
@@ -23,7 +23,7 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Shows several progress bars at a time, and lines between them."""
+    """Shows several progress bars, and lines between them."""
 
     def task(self, what: str, total: int, done: int = 0) -> Task:
         """Return a new bar, full at `total` bytes, of which `done` are done."""
@@ -36,13 +36,13 @@ class Reporter(Protocol):
     """Tells a person about work while it runs."""
 
     def note(self, text: str) -> None:
-        """Print a line that a person should know about."""
+        """Print a line."""
 
     def error(self, error: Exception) -> object:
         """Print an error that does not end the work."""
 
     def status(self, text: str) -> AbstractContextManager[Callable[[str], None]]:
-        """Show a text while a block runs. Yields a function that replaces it."""
+        """Show a text during a block. Yields a function that replaces it."""
 
     def progress(self) -> AbstractContextManager[Progress]:
         """Show progress bars while a block runs."""
@@ -77,7 +77,7 @@ class _NoTask:
 
 
 def in_background(work: Callable[..., _T], *arguments: object) -> Future[_T]:
-    """Start `work` in a daemon thread, which cannot delay the exit of the process."""
+    """Start `work` in a daemon thread, which cannot delay the exit."""
     future: Future[_T] = Future()
 
     def run() -> None:

@@ -49,7 +49,6 @@ class MemoryBudget:
         return tuple(cls.parse(part) for part in text.split(","))
 
     def __str__(self) -> str:
-        """Return the text that `parse` reads as this budget."""
         return str(self.size) if self.fraction is None else f"{100 * self.fraction:.6g}%"
 
     def of(self, whole: int) -> int:
@@ -76,7 +75,7 @@ def parse_rate(text: str) -> int:
 
 
 def format_least(size: int) -> str:
-    """Return a number of bytes that is needed, rounded up."""
+    """Return a number of bytes as text, rounded up."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             tenths = -(-size * 10 // factor)
@@ -108,7 +107,7 @@ def format_times(low: float, high: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """Return `7200` as `2 hours ago`. Less than a minute, or a time in the future, is `now`."""
+    """Return `7200` as `2 hours ago`, and less than a minute as `now`."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         count = int(seconds // length)
         if count >= 1:
@@ -117,7 +116,7 @@ def format_age(seconds: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Return `95` as `2 min`, with seconds below a minute, and hours from two on."""
+    """Return `95` as `2 min`."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

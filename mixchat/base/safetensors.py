@@ -1,8 +1,7 @@
 """Safetensors files, read and written with plain reads and writes.
 
-Nothing is mapped, because a mapped file that is cut short kills the process with SIGBUS. A file has
-eight bytes with the header's length (little endian), the header in JSON, then the tensors' bytes
-without gaps (github.com/huggingface/safetensors).
+A mapped file that is cut short would kill the process with SIGBUS. A file has eight bytes with the
+header's length (little endian), the header in JSON, then the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mixchat.base.files import open_regular, read_all, rename_durably, temporary
 from mixchat.base.progress import Task
 
 ALIGNMENT = 4096
-# Bytes. A Mixtral's headers have some 100 kB; 100 MB, the reference's limit, take 2 GB to read.
+# Bytes, 100 times a Mixtral's. 100 MB, the reference's limit, take 2 GB to read.
 _MAX_HEADER = 10_000_000
 _MAX_DIMENSIONS = 8
 _DTYPES = {
@@ -53,15 +52,13 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Return the size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class Header:
     """The header of a safetensors file, with the tensors in the order of their bytes.
 
-    `size` is the whole file's, in bytes. `where` names the file in messages. Raises
-    `CheckpointError` if the format does not allow the header.
+    `size` is the whole file's, in bytes. `where` names it in messages. Raises `CheckpointError`.
     """
 
     def __init__(self, text: bytes | bytearray, size: int, where: str) -> None:
@@ -85,14 +82,13 @@ class Header:
 
     @property
     def specs(self) -> list[TensorSpec]:
-        """Return the tensors, in the order of their bytes in the file."""
         return [spec for spec, _ in self._entries.values()]
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def spec(self, name: str) -> TensorSpec:
-        """Return a tensor's spec. Raises `CheckpointError` if there is none."""
+        """Return a tensor's spec. Raises `CheckpointError`."""
         return self._entry(name)[0]
 
     def start(self, name: str) -> int:
@@ -136,7 +132,7 @@ class SafetensorsFile:
             raise
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a new tensor with the bytes of `name`. Raises `CheckpointError` if some miss."""
+        """Return a new tensor with the bytes of `name`. Raises `CheckpointError`."""
         spec = self.header.spec(name)
         block = torch.empty(spec.nbytes, dtype=torch.uint8)
         self.read_into(block, self.header.start(name))
@@ -156,14 +152,14 @@ class SafetensorsFile:
         block = torch.empty(len(starts), *spec.shape[1:], dtype=spec.dtype)
         if len(starts) > 1 and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # the read will say what is wrong
-                for start in starts:  # a disk that works on many at once takes a quarter as long
+                for start in starts:  # many at once take a quarter as long
                     os.posix_fadvise(self._fd, start, size, os.POSIX_FADV_WILLNEED)
         for start, row in zip(starts, block.view(torch.uint8), strict=True):
             self.read_into(row, start)
         return block[[places[number] for number in numbers]]
 
     def open_direct(self) -> bool:
-        """Open the file again, past the page cache, and return whether that is possible."""
+        """Open the file past the page cache, and return whether that is possible."""
         if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):
                 descriptor = open_regular(self.path, os.O_RDONLY | os.O_DIRECT)
@@ -175,7 +171,7 @@ class SafetensorsFile:
         return self._direct_fd >= 0
 
     def read_into(self, block: torch.Tensor, start: int, *, direct: bool = False) -> None:
-        """Fill `block` (uint8, contiguous, on the CPU) from offset `start` of the file on.
+        """Fill `block` (uint8, contiguous, on the CPU) from offset `start` on.
 
         `direct`, after `open_direct`, reads past the page cache. Then start, address and length
         must be multiples of the disk's block size.
@@ -195,7 +191,6 @@ class SafetensorsFile:
             )
 
     def close(self) -> None:
-        """Close the file; further reads fail."""
         for descriptor in (self._fd, self._direct_fd):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -260,7 +255,7 @@ def _parse_entry(where: str, name: str, raw: Any, base: int) -> tuple[TensorSpec
 class SafetensorsWriter:
     """A context manager that writes one file with these tensors, in their order.
 
-    The bytes go to `<name>.tmp`, which is synced and renamed at the end, or removed after an error.
+    The bytes go to `<name>.tmp`, which is renamed at the end, or removed after an error.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
@@ -273,7 +268,7 @@ class SafetensorsWriter:
         self._file.write(header_bytes(self._todo[::-1]))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor, which must be `name` with the type and shape announced."""
+        """Append the next tensor, which must be as announced."""
         spec = self._todo.pop()
         assert (spec.name, spec.dtype, spec.shape) == (name, tensor.dtype, tuple(tensor.shape)), (
             f"expected {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}"
@@ -299,7 +294,7 @@ class SafetensorsWriter:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    """Return the bytes of a tensor on the CPU, if possible without a copy."""
     view: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return view
 
@@ -314,7 +309,7 @@ def wrong_tensors(
 ) -> Iterator[str]:
     """Yield the tensors of an open file whose bytes have another SHA-256 than in `digests`.
 
-    `task` advances by the bytes of each. Raises `OSError` if the file cannot be read.
+    `task` advances by their bytes. Raises `OSError` if the file cannot be read.
     """
     for name, sha256 in digests.items():
         data = memoryview(bytearray(header.spec(name).nbytes))

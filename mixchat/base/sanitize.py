@@ -1,4 +1,4 @@
-"""Removes cursor moves, titles and bidi controls, which act on a terminal, from untrusted text."""
+"""Removes what acts on a terminal (cursor moves, titles, bidi controls) from untrusted text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DROPPED = dict.fromkeys([*_C0, *_DEL_AND_C1, *_BIDI, *_SURROGATES])
 
 
 def sanitize(text: str) -> str:
-    """Return `text` without control characters, except newline and tab, and without bidi controls.
+    """Return `text` without bidi controls, and control characters but newline and tab.
 
     Text may be cut into pieces anywhere.
     """

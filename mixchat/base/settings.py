@@ -23,7 +23,7 @@ def data_dir() -> Path:
 
 
 def models_dir() -> Path:
-    """Return the directory with a directory for each model."""
+    """Return the directory of all models."""
     return data_dir() / "models"
 
 
@@ -39,7 +39,7 @@ def config_file() -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """Return the settings of a file. It may be missing unless `MIXCHAT_CONFIG` names it.
 
-    Raises `UsageError` if it cannot be read, or is not TOML.
+    Raises `UsageError`.
     """
     try:
         with open(path, "rb") as file:
