@@ -102,6 +102,6 @@ class NoCodeError(MixchatError):
 
 
 def short_message(message: object) -> str:
-    """Return a library's message on one line of at most 200 characters."""
+    """Return a library's message on one line, at most 200 characters."""
     line = " ".join(str(message).split())
     return line if len(line) <= _FOREIGN_LENGTH_MAX else line[: _FOREIGN_LENGTH_MAX - 1] + "\u2026"

@@ -110,7 +110,7 @@ def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
 
 
 def json_object(data: bytes, name: str) -> dict[str, Any]:
-    """Return an object in JSON. Raises `CheckpointError`, which names the file."""
+    """Return an object in JSON. Raises `CheckpointError`, which has `name`."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -134,7 +134,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_private_file(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read, safe for several processes."""
+    """Write a private file, safe for several processes. Raises `OSError`."""
     with open_private_file(path) as descriptor:
         write_all(descriptor, data)
 
@@ -171,7 +171,7 @@ def open_private_file(path: Path) -> Iterator[int]:
 
 @contextmanager
 def removed_on_error(path: Path) -> Iterator[None]:
-    """Remove a file if the block ends with an error."""
+    """Remove a file if the block fails."""
     try:
         yield
     except BaseException:

@@ -54,13 +54,13 @@ def number_in(error: torch.OutOfMemoryError) -> int | None:
 
 
 def release_unused(device: torch.device) -> None:
-    """Give memory that torch keeps for later use back to the GPU."""
+    """Give memory that torch keeps back to the GPU."""
     if is_gpu(device):
         _runtime().empty_cache()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all its work."""
+    """Wait until a GPU has done its work."""
     if is_gpu(device):
         _runtime().synchronize(device)
 

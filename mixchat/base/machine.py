@@ -29,7 +29,7 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may use, by affinity and quota."""
+    """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:

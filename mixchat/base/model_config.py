@@ -140,7 +140,7 @@ class Context:
         return self.tokens * BYTES_PER_TOKEN
 
     def check_text(self, text: str, name: str) -> None:
-        """Raise `PromptTooLongError` if a text cannot fit, before it is tokenized."""
+        """Raise `PromptTooLongError` if a text cannot fit."""
         if len(text) > self.longest_text:
             raise self.text_too_long(name)
 
@@ -149,7 +149,7 @@ class Context:
         return self._too_long(name, f"more than {format_size(self.longest_text)}")
 
     def prompt_too_long(self, tokens: int) -> PromptTooLongError:
-        """Return the error for a prompt that leaves no room for an answer."""
+        """Return the error for a prompt without room for an answer."""
         return self._too_long("the prompt", f"{tokens} tokens", tokens)
 
     def _too_long(self, name: str, size: str, tokens: int = 0) -> PromptTooLongError:

@@ -23,7 +23,7 @@ _ADDRESS = re.compile(
 
 
 class DenseBits(NamedTuple):
-    """The bits of a weight of attention and of head, 16, 8 or 4, or None if not requested."""
+    """The bits of a weight of attention and of head, 16, 8 or 4, or None."""
 
     attention: int | None = None
     head: int | None = None
@@ -118,7 +118,7 @@ class NetworkAddress:
     def parse(cls, text: str, *, any_port: bool = False) -> NetworkAddress:
         """Read `HOST`, `HOST:PORT` or `[IPV6]:PORT`. Raises `UsageError`.
 
-        The default port is `WORKER_PORT`. With `any_port` it may be 0.
+        With `any_port` the port may be 0.
         """
         match = _ADDRESS.fullmatch(f"[{text}]" if _is_ipv6(text) else text)
         if match is None or not (match["host"] or _is_ipv6(match["six"])):

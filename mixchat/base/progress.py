@@ -26,7 +26,7 @@ class Progress(Protocol):
     """Shows several progress bars, and lines between them."""
 
     def task(self, what: str, total: int, done: int = 0) -> Task:
-        """Return a new bar, full at `total` bytes, of which `done` are done."""
+        """Return a new bar, full at `total` bytes."""
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -45,12 +45,12 @@ class Reporter(Protocol):
         """Show a text during a block. Yields a function that replaces it."""
 
     def progress(self) -> AbstractContextManager[Progress]:
-        """Show progress bars while a block runs."""
+        """Show progress bars during a block."""
 
 
 @contextmanager
 def progress_bar(progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Task]:
-    """Show a bar named `what` while the block runs."""
+    """Show a bar named `what` during a block."""
     task = progress.task(what, total, done)
     try:
         yield task

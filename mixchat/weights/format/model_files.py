@@ -59,7 +59,7 @@ def replace_file(directory: Path, manifest: Manifest, name: str, written: Path) 
 def finish_replacement(directory: Path) -> None:
     """Finish a replacement that was cut off, and remove other new files.
 
-    The caller has the model's lock.
+    The caller has the model's lock. Raises as `place_new_files` does.
     """
     place_new_files(directory)
     for left in directory.glob(f"*{NEW_SUFFIX}"):

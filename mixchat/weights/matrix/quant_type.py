@@ -197,7 +197,7 @@ class BlockCodes(QuantizationType):
     def to_packed_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
-        """Reorder from "bitsandbytes" to "cpu-packed" into new tensors. `rows` are all stored ones."""
+        """Reorder from "bitsandbytes" to "cpu-packed" into new tensors. `rows` are stored ones."""
         scales = _transposed(absmax, rows, columns // BLOCKSIZE)
         return self._reordered(self.packed, codes, columns), scales
 
