@@ -110,7 +110,7 @@ def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
 
 
 def json_object(data: bytes, name: str) -> dict[str, Any]:
-    """Return an object in JSON. Raises `CheckpointError`, which has `name`."""
+    """Return an object in JSON. Raises `CheckpointError`, which names the file."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
