@@ -17,13 +17,13 @@ from mixchat.base.progress import in_background
 
 _LOOKUP_TIMEOUT_S = 5.0
 _CTRL_C_CHECK_S = 0.05
-# Most systems give `localhost` an address of IPv6, too. A worker listens on this one.
+# `localhost` may have an IPv6 address, too. Workers listen on this one.
 _LOCALHOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Address:
-    """One address of a worker, as `connect` and `bind` take it, and as a person wrote it."""
+    """One address of a worker, as `connect` and `bind` take it."""
 
     text: str
     family: socket.AddressFamily
@@ -46,8 +46,8 @@ class Address:
 def resolve(text: str, *, any_port: bool = False) -> Address:
     """Return the one address that HOST[:PORT] names. With `any_port` the port may be 0.
 
-    Raises `UsageError` if it is malformed, no such host is known, or the name has several
-    addresses, and `MixchatError` if looking it up takes too long.
+    Raises `UsageError` if it is malformed, unknown or has several addresses, and `MixchatError` if
+    looking it up takes too long.
     """
     named = NetworkAddress.parse(text, any_port=any_port)
     host = _LOCALHOST if named.host == "localhost" else named.host
@@ -78,7 +78,7 @@ def resolve_workers(texts: Sequence[str]) -> list[Address]:
 def listen_error(
     address: Address, error: OSError, program: str, port_flag: str, host_flag: str
 ) -> UsageError:
-    """Return the error for an address that `program` cannot take, with the flags to change."""
+    """Return the error for an address that `program` cannot take."""
     if error.errno == errno.EADDRINUSE:
         hint = f"Perhaps a {program} runs already. {port_flag} takes another port."
         return UsageError(f"{address}: the port is in use", hint=hint)
@@ -89,7 +89,7 @@ def listen_error(
 
 
 def _look_up(text: str, host: str, port: int) -> list[Any]:
-    """Return the result of getaddrinfo, which may block for long. So a thread waits for it."""
+    """Call getaddrinfo in a thread, because it may block for long."""
     look_up = in_background(socket.getaddrinfo, host, port, socket.AF_UNSPEC, socket.SOCK_STREAM)
     try:
         return list(_wait(look_up, f"{text}: looking up the name takes too long"))

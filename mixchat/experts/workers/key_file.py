@@ -1,4 +1,4 @@
-"""The key that a worker and the chat side know, in a file that only its owner can read."""
+"""The key of both ends, in a file that only its owner can read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY_SIZE = 32  # bytes
 
 _MAX_FILE = 4096  # bytes that are read
 _MODE = 0o600
-_OTHERS = 0o077  # the bits of a mode for others than the owner
+_OTHERS = 0o077  # the mode's bits for others than the owner
 
 
 def default_key_file() -> Path:
@@ -25,7 +25,7 @@ def default_key_file() -> Path:
 
 
 def make_key_file(path: Path) -> None:
-    """Write a new random key. Raises `UsageError` if there is a file, which is not overwritten."""
+    """Write a new random key. Raises `UsageError` if there is a file."""
     if os.path.lexists(path):
         hint = "Copy it to the other machines; or remove it, to make another for all of them."
         raise UsageError(f"{path}: there is a key already", hint=hint)
@@ -41,10 +41,7 @@ def make_key_file(path: Path) -> None:
 
 
 def read_key_file(path: Path) -> bytes:
-    """Return the key, 32 bytes.
-
-    Raises `UsageError` if the file is missing, holds no key, or can be read by others.
-    """
+    """Return the key, 32 bytes. Raises `UsageError` if it is missing, damaged, or open to others."""
     try:
         with open(open_regular(path), "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)

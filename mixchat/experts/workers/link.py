@@ -1,7 +1,6 @@
-"""The chat side of a worker: rows go out, results come back.
+"""The chat side of a worker.
 
-After a fault everything of that worker is closed at once, and `ConnectionLostError` says why, so
-that others compute its experts.
+A fault closes the link at once, and `ConnectionLostError` says why.
 
 D = hidden_size, n = rows of a request.
 """
@@ -31,10 +30,9 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import messages, sockets
 from mixchat.experts.workers.address import Address
 
-# Until the worker has said what it has. It may have to compute experts of another chat first.
+# For the greeting. The worker may have to compute experts of another chat first.
 _WELCOME_S = 10.0
-# Until a worker that lives has answered: time to load experts from a slow disk, and for each row
-# several times what a slow processor takes.
+# For an answer: loading from a slow disk, and for each row several times a slow processor's time.
 _REQUEST_S, _ROW_S = 60.0, 0.2
 _POLL_S = 0.05  # between two checks for Ctrl-C and the connection's end
 
@@ -56,14 +54,14 @@ class Link:
         hello: messages.Hello,
         silence: float = sockets.SILENCE_S,
     ) -> None:
-        """Connect to a worker, prove the key, and say which model it is.
+        """Connect to a worker, prove the key, and name the model.
 
         Raises `UsageError` for a wrong address or key, `CheckpointError` for another model or
         version, `ResourceError` if the worker is busy or has too little room, and `ServerError`
-        if it cannot be reached, does not answer or is lost.
+        if it does not answer.
         """
         self.address = address
-        self.seconds_computing = 0.0  # of all requests, by the worker's own clock
+        self.seconds_computing = 0.0  # by the worker's clock
         self._socket = WorkerSocket(address, key, silence)
         self._hidden_size, self._dtype = hello.hidden_size, getattr(torch, hello.dtype)
         # With its rows and deadline.
@@ -77,13 +75,12 @@ class Link:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether it is closed, or known to be gone."""
         return self._socket.has_ended()
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
-        """Let the worker load these experts, the first ones first, while no request waits.
+        """Let the worker load these experts while it is idle, and hold no others.
 
-        It holds no others, and at most `slots`. Raises `ConnectionLostError`.
+        They are `slots` at most, the first ones first. Raises `ConnectionLostError`.
         """
         assert len(keys) <= self.slots
         with self._closed_on_error():
@@ -92,8 +89,7 @@ class Link:
     def start(self, layer: int, experts: Sequence[tuple[int, int]], x: torch.Tensor) -> None:
         """Send rows to experts of a layer, each (expert, rows). Raises `ConnectionLostError`.
 
-        x: [n, D], contiguous and on the CPU, expert by expert, or [1, D] if all experts take the
-        same row.
+        x: [n, D], contiguous and on the CPU, expert by expert, or [1, D] for all experts.
         """
         request = messages.Compute(layer=layer, experts=tuple(experts), shared_row=len(x) == 1)
         assert self._request is None
@@ -104,9 +100,9 @@ class Link:
         self._request = request, x, time.monotonic() + _REQUEST_S + _ROW_S * request.rows
 
     def finish(self) -> torch.Tensor:
-        """Return the experts' outputs, [n, D] on the CPU, expert by expert.
+        """Return the outputs [n, D] on the CPU, expert by expert.
 
-        Raises `ConnectionLostError`, also if they do not come in time, or are not finite.
+        Raises `ConnectionLostError`, also if they come too late or are not finite.
         """
         assert self._request is not None
         (request, x, deadline), self._request = self._request, None
@@ -123,7 +119,7 @@ class Link:
         return y
 
     def close(self) -> None:
-        """End the chat with this worker, also in the midst of a request. It may be called twice."""
+        """End the chat, also in the midst of a request. It may be called twice."""
         self._socket.close()
         self._request = None
 
@@ -136,7 +132,7 @@ class Link:
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
-        # Ctrl-C closes it, too. An answer that nobody waits for must not meet the next request.
+        # Also after Ctrl-C, since its answer must not meet the next request.
         try:
             yield
         except BaseException:
@@ -145,7 +141,7 @@ class Link:
 
 
 def _is_finite(rows: torch.Tensor) -> bool:
-    # A sum is the fastest check of all numbers. One that is not finite may come from large ones.
+    # A sum is the fastest check, but is not finite for large numbers either.
     return math.isfinite(rows.sum(dtype=torch.float32)) or bool(rows.isfinite().all())
 
 
@@ -167,19 +163,12 @@ def _refusal(address: Address, refusal: messages.Refusal, hello: messages.Hello)
 
 
 class WorkerSocket:
-    """Sends messages to a worker and receives them, for one thread.
-
-    It is closed when it is dropped, as links are when their engine is dropped.
-    """
+    """Exchanges messages with a worker, for one thread. It is closed when it is dropped."""
 
     def __init__(self, address: Address, key: bytes, silence: float = sockets.SILENCE_S) -> None:
-        """Connect, and prove the key.
-
-        Raises `UsageError` for a wrong address or key, and `ServerError` if nobody answers.
-        """
+        """Connect. Raises `UsageError` for a wrong address or key, `ServerError` without answer."""
         context = sockets.open_context()
-        # This reference keeps the sockets from the garbage collector until `_close` has closed
-        # them. The end of a context would wait for open sockets for ever.
+        # Keeps the sockets until `_close`. The end of a context would wait for open ones for ever.
         opened: list[zmq.Socket[bytes]] = []
         self.close = weakref.finalize(self, _close, context, opened)
         self._ended = False
@@ -221,7 +210,6 @@ class WorkerSocket:
             ended = self.has_ended()  # a last message may still be there
 
     def has_ended(self) -> bool:
-        """Return whether the other end is known to be gone."""
         if self._socket.closed:
             return True
         events = [event for event, _ in sockets.read_events(self._monitor)]
@@ -250,7 +238,6 @@ def _lost() -> sockets.ConnectionLostError:
 
 
 def _handshake_error(address: Address, event: int, value: int) -> MixchatError:
-    """Return the error that the first event of a connection tells of."""
     if event == zmq.EVENT_CLOSED:
         hint = "Start `mixchat worker` there, with --listen and its address. Look at its firewall."
         return ServerError(f"{address}: no worker can be reached there", hint=hint)

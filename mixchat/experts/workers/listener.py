@@ -1,7 +1,4 @@
-"""The port of a worker. libzmq lets in only peers that know the key.
-
-A stranger costs a descriptor for the two seconds of a handshake, and reaches none of our code.
-"""
+"""The port of a worker. libzmq lets in only peers that know the key."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from mixchat.experts.workers.address import Address, listen_error
 
 _BACKLOG = 128
 _DOMAIN = "mixchat"
-_MAX_DESCRIPTORS = 1 << 14  # that this process may use for strangers, if the system lets it
+_MAX_DESCRIPTORS = 1 << 14  # for strangers, if the system lets it
 _EVENTS_S = 1.0  # between two readings of the events while a chat is busy
 _QUIET_S = 10.0  # between two lines on strangers
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -43,16 +40,13 @@ class PeerMessage(NamedTuple):
 
 
 class Listener:
-    """Listens at an address, from now on until `close`, for one thread at a time.
-
-    `note` gets a line now and then on somebody with another key.
-    """
+    """Listens at an address until `close`, for one thread at a time."""
 
     def __init__(self, address: Address, key: bytes, note: Callable[[str], None]) -> None:
-        """Raises `UsageError` if the address cannot be used."""
+        """Listen. Raises `UsageError` if the address cannot be used."""
         _raise_limit()
         self._note, self._quiet_until, self._read_at = note, 0.0, 0.0
-        # The route of each connection, once it has spoken, by its descriptor.
+        # By descriptor: the route of the connection, once it has spoken.
         self._open: dict[int, bytes | None] = {}
         self._speaker: Peer | None = None  # the last one
         self._kept: PeerMessage | None = None
@@ -124,15 +118,13 @@ class Listener:
         self._context.destroy(linger=0)
 
     def _identified(self, route: bytes, frame: zmq.Frame) -> Peer:
-        """Return the peer of a frame, the first one of a connection."""
-        self._read_events()  # first: the descriptor may be one that another connection had
+        self._read_events()  # first, since another connection may have had the descriptor
         peer = Peer(str(frame.get("Peer-Address")), route, int(frame.get(zmq.SRCFD)))
         if peer.descriptor in self._open:
             self._open[peer.descriptor] = route
         return peer
 
     def _read_events(self) -> None:
-        """Note the connections that have come and gone."""
         self._read_at = time.monotonic() + _EVENTS_S
         for event, value in sockets.read_events(self._monitor):
             if event == zmq.EVENT_ACCEPTED:
@@ -145,7 +137,7 @@ class Listener:
 
 
 class _Admission:
-    """Lets in peers with this public key. CURVE has made sure that they have the secret one."""
+    """Lets in peers with this public key. CURVE has checked the secret one."""
 
     def __init__(self, public: bytes) -> None:
         self._public = public
@@ -155,7 +147,7 @@ class _Admission:
 
 
 def _raise_limit() -> None:
-    """Let this process have more descriptors, because each stranger takes one for a moment."""
+    """Allow more descriptors, because each stranger takes one for a moment."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_MAX_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < most:

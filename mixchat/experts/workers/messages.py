@@ -1,8 +1,6 @@
-"""The messages between both ends. Each is checked for its shape before anything uses it.
+"""The messages of both ends. Each is checked for its shape before anything uses it.
 
-A message is a line of JSON, which names its kind, and then the first of its rows, if it has any.
-More rows follow in messages without JSON. The end that knows the model checks ranges that depend on
-it.
+A message is a line of JSON, and then the first of its rows. More rows follow without JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _clean(value: object) -> object:
-    """Return a text as one line that is safe to show. A path in it need not be UTF-8."""
+    """Return a text as one line that is safe to show."""
     if not isinstance(value, str):
         return value
     text = value[:_MAX_TEXT].encode(errors="replace").decode()
@@ -54,7 +52,7 @@ class WorkerMessage(BaseModel):
 
 
 class Hello(WorkerMessage):
-    """The chat side's first message: its version of mixchat, its model, and the rows to come."""
+    """The chat side's first message, with its version and its model."""
 
     kind: Literal["hello"] = "hello"
     model_identity: _Text  # hexadecimal
@@ -66,7 +64,7 @@ class Hello(WorkerMessage):
 
 
 class Welcome(WorkerMessage):
-    """The worker's answer: how many experts it can hold, and its `LinearSpec.arithmetic`."""
+    """The worker's answer, with the number of experts that it can hold."""
 
     kind: Literal["welcome"] = "welcome"
     slots: int = Field(ge=2, le=MAX_SLOTS)
@@ -74,9 +72,9 @@ class Welcome(WorkerMessage):
 
 
 class Refusal(WorkerMessage):
-    """The worker's answer if it does not serve the chat: `cause` for programs, `text` for people.
+    """The worker's answer if it does not serve the chat.
 
-    text: the worker's own version or model, if that is the cause, and otherwise a line.
+    text: the worker's version or model, if that is the cause, and otherwise a line for people.
     """
 
     kind: Literal["refusal"] = "refusal"
@@ -85,7 +83,7 @@ class Refusal(WorkerMessage):
 
 
 class Hold(WorkerMessage):
-    """The chat side's list of experts that the worker is to load, each (layer, expert)."""
+    """The chat side's list of experts to load, each (layer, expert)."""
 
     kind: Literal["hold"] = "hold"
     keys: tuple[tuple[_Index, _Index], ...] = Field(max_length=MAX_SLOTS)
@@ -98,10 +96,7 @@ class Hold(WorkerMessage):
 
 
 class Compute(WorkerMessage):
-    """The chat side's request: experts of a layer, each (expert, rows). Their rows follow.
-
-    shared_row: one row follows, which is for all experts.
-    """
+    """A request for experts of a layer, each (expert, rows). `shared_row` is one row for all."""
 
     kind: Literal["compute"] = "compute"
     layer: _Index
@@ -115,7 +110,7 @@ class Compute(WorkerMessage):
 
     @property
     def rows_sent(self) -> int:
-        """Return the number of rows that the chat side sends."""
+        """Return the number of rows that follow."""
         return 1 if self.shared_row else self.rows
 
     @model_validator(mode="after")
@@ -129,7 +124,7 @@ class Compute(WorkerMessage):
 
 
 class Computed(WorkerMessage):
-    """The worker's answer to a request: the seconds that it computed. The result's rows follow."""
+    """The worker's answer, with the seconds that it computed. The result's rows follow."""
 
     kind: Literal["computed"] = "computed"
     seconds: float = Field(ge=0, allow_inf_nan=False)
@@ -168,14 +163,14 @@ def unpack(data: bytes) -> tuple[WorkerMessage, bytes]:
 
 
 def expect(kind: type[_Message], message: WorkerMessage) -> _Message:
-    """Return a message of this kind. Raises `BadMessageError` if it is of another."""
+    """Return the message. Raises `BadMessageError` if it is of another kind."""
     if not isinstance(message, kind):
         raise BadMessageError("it sent a message out of turn")
     return message
 
 
 def send_rows(send: Callable[[bytes], None], message: WorkerMessage, rows: torch.Tensor) -> None:
-    """Send a message and its rows, in as many pieces as they need."""
+    """Send a message and its rows, in pieces."""
     data = _bytes_of(rows.contiguous())
     send(pack(message, data[:PIECE]))
     for start in range(PIECE, len(data), PIECE):
@@ -183,7 +178,7 @@ def send_rows(send: Callable[[bytes], None], message: WorkerMessage, rows: torch
 
 
 def receive_rows(rows: torch.Tensor, piece: bytes, receive: Callable[[], bytes]) -> torch.Tensor:
-    """Fill `rows` with a piece and those that follow it. Raises `ConnectionLostError`."""
+    """Fill `rows` with a piece and those that follow. Raises `ConnectionLostError`."""
     data, filled = _bytes_of(rows), 0
     while True:
         if len(piece) != min(PIECE, len(data) - filled):

@@ -1,4 +1,4 @@
-"""A worker as the dispatcher sees it. Its faults are noted, and it is tried again.
+"""A worker as the dispatcher sees it, which may be lost and come back.
 
 D = hidden_size.
 """
@@ -18,16 +18,12 @@ from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.workers.link import Link
 from mixchat.experts.workers.sockets import BadMessageError, ConnectionLostError
 
-# To try a worker that hangs takes seconds. Then it rests so many times as long. A worker that sends
-# wrong messages is not tried again.
+# To try a worker that hangs takes seconds. Then it rests so many times as long.
 _REST_FACTOR = 10
 
 
 class RemoteWorker:
-    """The experts of a worker, an implementation of `WorkerExperts`.
-
-    `connect` opens a link to it. The first one is opened at once, and its error is raised.
-    """
+    """The experts of a worker. The error of the first `connect` is raised."""
 
     def __init__(self, connect: Callable[[], Link], note: Note) -> None:
         self._connect, self._note = connect, note
@@ -51,13 +47,13 @@ class RemoteWorker:
 
     def begin_turn(self) -> None:
         if self._link is not None and (self._unanswered or self._link.is_lost):
-            self.close()  # after an answer that was stopped in the midst of a layer, or a lost link
+            self.close()  # after an answer that was stopped in a layer, or a lost link
         self._unanswered = ()
         if self._link is None and time.monotonic() >= self._rests_until:
             self._try_again()
 
     def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        x = _gathered(rows, keys)  # first: a GPU's memory may run out in it
+        x = _gathered(rows, keys)  # first, since a GPU's memory may run out in it
         unanswered, self._unanswered = self._unanswered, keys
         try:
             assert self._link is not None
@@ -99,7 +95,7 @@ class RemoteWorker:
             self._hold_planned()
 
     def _hold_planned(self) -> None:
-        """Let the worker hold its planned experts, as far as it has room for them by now."""
+        """Hold the planned experts, as far as there is room by now."""
         assert self._link is not None
         keys = self._planned[: self._link.slots]
         try:
@@ -116,7 +112,6 @@ class RemoteWorker:
         self._note_once(error.reason)
 
     def _note_once(self, reason: str) -> None:
-        """Note that the worker is lost, unless that was noted since it last took part."""
         if not self._is_noted:
             until = "from now on" if self._rests_until == math.inf else "until it is back"
             self._note(
@@ -126,7 +121,7 @@ class RemoteWorker:
 
 
 def _gathered(rows: LayerRows, keys: Sequence[ExpertKey]) -> torch.Tensor:
-    """Return the rows of experts on the CPU, expert by expert: [n, D], or one token's [1, D]."""
+    """Return the rows of experts on the CPU, [n, D], or one token's [1, D]."""
     if rows.is_one_token:
         return rows.on_cpu(keys[0])
     return torch.cat([rows.of(key) for key in keys]).cpu()

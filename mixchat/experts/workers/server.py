@@ -1,4 +1,4 @@
-"""A worker. It serves one chat at a time, and refuses those that it cannot serve.
+"""A worker, which serves one chat at a time.
 
 D = hidden_size, n = rows of a request.
 """
@@ -41,16 +41,13 @@ class WorkerModel(Protocol):
         """Prepare for a chat, and return `LinearSpec.arithmetic`. Raises `MixchatError`."""
 
     def follow_memory(self) -> None:
-        """Free experts if other programs need the memory. Often called while nothing is asked.
-
-        Then there are fewer `slots`. When there is memory again, they become more.
-        """
+        """Free experts if other programs need the memory, or allow more `slots` again."""
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
-        """Let these experts be the ones to hold, as far as there are slots. Load none yet."""
+        """Choose the experts to hold, as far as there are slots. Load none yet."""
 
     def load_next(self) -> bool:
-        """Load the first of the experts to hold that is missing. Return False if none is."""
+        """Load the first chosen expert that is missing. Return False if none is."""
 
     def compute(
         self,
@@ -60,33 +57,27 @@ class WorkerModel(Protocol):
         shared_row: bool,
         check: Callable[[], None],
     ) -> torch.Tensor:
-        """Return the outputs of experts, each (expert, rows), expert by expert: [n, D] on the CPU.
+        """Return the outputs [n, D] of experts, each (expert, rows), on the CPU.
 
-        x: [n, D] on the CPU, or [1, D] with `shared_row`, for all experts. An expert that is not
-        held is loaded first. `check` is called between two experts, and raises if nobody waits for
-        the result any more.
+        x: [n, D] on the CPU, or [1, D] with `shared_row`. `check` is called between two experts,
+        and raises if nobody waits for the result any more.
         """
 
 
 class _RefusedError(Exception):
-    """A chat cannot be served."""
-
     def __init__(self, cause: messages.Cause, text: str) -> None:
         super().__init__(text)
         self.refusal = messages.Refusal(cause=cause, text=text)
 
 
 class Server:
-    """Serves the chats that come to a listener, and closes it at the end.
-
-    `note` gets a line when a chat begins, ends or is refused.
-    """
+    """Serves the chats that come to a listener, and closes it at the end."""
 
     def __init__(self, listener: Listener, model: WorkerModel, note: Callable[[str], None]) -> None:
         self._listener, self._model, self._note = listener, model, note
 
     def serve(self, over: Callable[[], bool] = lambda: False) -> None:
-        """Serve one chat after another until it is `over`, or until Ctrl-C."""
+        """Serve one chat after another until it is `over`, or Ctrl-C."""
         try:
             while not over():
                 interrupts.check()
@@ -97,7 +88,6 @@ class Server:
             self._listener.close()
 
     def _serve(self, message: PeerMessage) -> None:
-        """Serve the chat that begins with a message. After any fault the next can be served."""
         try:
             hello = self._read(message)
             welcome = self._begin(hello)
@@ -137,14 +127,13 @@ class Server:
             self._note(f"{peer.name}: a chat begins")
             session.run()
         except Exception as error:
-            # libzmq cannot end the connection to one peer, but the peer does when it reads this.
+            # libzmq cannot end one connection. The peer ends it when it reads this.
             reason = _reason(error)
             with suppress(sockets.ConnectionLostError):
                 session.send(messages.pack(messages.Ended(reason=reason)))
         self._note(f"{peer.name}: the chat ends after {session.requests} requests: {reason}")
 
     def _refuse_other(self, message: PeerMessage) -> None:
-        """Answer another peer that says hello while a chat is served."""
         with suppress(sockets.BadMessageError):
             messages.expect(messages.Hello, messages.unpack(message.data)[0])
             busy = messages.Refusal(cause="busy", text="is busy with another chat")
@@ -161,10 +150,7 @@ def _reason(error: Exception) -> str:
 
 
 class Session:
-    """One chat, from its first request to the end of its connection.
-
-    `answer_other` gets the messages of other peers, which come between its own.
-    """
+    """One chat, from its first request on. `answer_other` gets messages of other peers."""
 
     def __init__(
         self,
@@ -183,10 +169,7 @@ class Session:
         self._loading = False
 
     def run(self) -> None:
-        """Serve until the chat side is gone. Then `ConnectionLostError` is raised.
-
-        An error of the experts is raised, too.
-        """
+        """Serve until `ConnectionLostError` or an error of the experts is raised."""
         while True:
             message, piece = messages.unpack(self._next())
             if isinstance(message, messages.Hold):
@@ -195,7 +178,7 @@ class Session:
                 self._serve(messages.expect(messages.Compute, message), piece)
 
     def _next(self) -> bytes:
-        """Return the next message. Until there is one, load experts, one by one, or free them."""
+        """Return the next message. Load or free experts until there is one."""
         while (message := self._receive(0.0 if self._loading else _POLL_S)) is None:
             if self._loading:  # a request may come meanwhile
                 self._loading = self._model.load_next()
@@ -211,7 +194,6 @@ class Session:
         self._loading = True
 
     def _serve(self, request: messages.Compute, piece: bytes) -> None:
-        """Compute a request, whose rows begin with `piece`."""
         _require(request.layer < self._model.num_layers)
         _require(all(expert < self._model.num_experts for expert, _ in request.experts))
         x = torch.empty(request.rows_sent, self._model.hidden_size, dtype=self._dtype)
@@ -232,12 +214,11 @@ class Session:
         return piece
 
     def _check(self) -> None:
-        """Raise if the chat side is gone, or speaks out of turn."""
         if self._receive(0.0) is not None:
             raise sockets.BadMessageError("it sent a message out of turn")
 
     def _receive(self, within: float) -> bytes | None:
-        """Return the chat side's next message, if one comes within so many seconds."""
+        """Return the next message, or None after so many seconds."""
         interrupts.check()
         message = self._listener.receive(within)
         if message is not None and message.peer == self._peer:

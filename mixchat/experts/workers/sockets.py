@@ -1,7 +1,7 @@
-"""What both ends of a connection have in common: libzmq's sockets, their keys and limits.
+"""What both ends of a connection share: libzmq's sockets, their keys and limits.
 
-libzmq encrypts what travels, lets both ends prove the key (CURVE), and checks by heartbeats that
-the other end lives. Its own thread does that, also while this process computes.
+A thread of libzmq encrypts, proves the key (CURVE), and checks by heartbeats that the other end
+lives, also while this process computes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from zmq.utils.monitor import recv_monitor_message
 from mixchat.base.errors import ResourceError
 from mixchat.experts.workers.address import Address
 
-SILENCE_S = 5.0  # without a sign of life the other end counts as lost
+SILENCE_S = 5.0  # without a sign of life
 HANDSHAKE_S = 2.0  # to connect, and to prove the key
-PIECE = 1 << 20  # bytes of rows in a message, so that many rows do not hold up the heartbeats
+PIECE = 1 << 20  # bytes of rows in a message, few enough for the heartbeats
 
-_MAX_HEAD = 1 << 16  # bytes of a message before its rows
+_MAX_HEAD = 1 << 16  # bytes before the rows
 _HEARTBEATS = 5  # in the time of the silence
-_MAX_QUEUED = 1024  # messages that may wait until this process reads them
-_DESCRIPTORS = 32  # more than the sockets, threads and monitors of one end take
+_MAX_QUEUED = 1024  # unread messages
+_DESCRIPTORS = 32  # more than one end takes
 
 
 class ConnectionLostError(Exception):
@@ -49,18 +49,15 @@ class CurveKeys(NamedTuple):
 
 
 def curve_keys(key: bytes, end: bytes) -> CurveKeys:
-    """Return the pair of keys of an `end`, `worker` or `chat`. Whoever knows `key` derives both.
-
-    So even the public keys are known only to those who know `key`.
-    """
+    """Return the keys of an `end`, `worker` or `chat`. Whoever knows `key` derives both."""
     secret = z85.encode(hmac.digest(key, b"mixchat worker 2 " + end, "sha256"))
     return CurveKeys(zmq.curve_public(secret), secret)
 
 
 def open_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """Return a context for sockets.
+    """Return a context. Raises `ResourceError` if few descriptors are left.
 
-    Raises `ResourceError` if few descriptors are left, because libzmq would abort this process.
+    libzmq would abort this process.
     """
     spare: list[int] = []
     try:
@@ -87,17 +84,17 @@ def prepare(prepared: zmq.Socket[bytes], keys: CurveKeys, silence: float = SILEN
 
 
 def watch(watched: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
-    """Return the socket that tells of a socket's connections."""
+    """Return the socket that tells of connections."""
     name = f"inproc://monitor-{id(watched)}"
     watched.monitor(name, events)
     monitor: zmq.Socket[bytes] = watched.context.socket(zmq.PAIR)
-    monitor.linger, monitor.rcvhwm = 0, 0  # or libzmq's thread would wait for the reader
+    monitor.linger, monitor.rcvhwm = 0, 0  # or libzmq would wait for the reader
     monitor.connect(name)
     return monitor
 
 
 def read_events(monitor: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
-    """Return the events since the last call, each as its kind and a number."""
+    """Return the events since the last call, each as (kind, number)."""
     while True:
         try:
             event = recv_monitor_message(monitor, zmq.NOBLOCK)

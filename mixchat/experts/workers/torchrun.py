@@ -1,4 +1,4 @@
-"""Rank and rendezvous if `torchrun` starts the processes. Rank 0 chats, others are workers."""
+"""Rank and rendezvous of `torchrun`'s processes. Rank 0 chats, others are workers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from mixchat.base.errors import MixchatError, ServerError, UsageError, short_message
 from mixchat.base.options import NetworkAddress
 
-_START_TIMEOUT = timedelta(seconds=600)  # for a worker that first has to build its model
-_END_TIMEOUT = timedelta(seconds=5)  # for a torchrun that may have been killed
+_START_TIMEOUT = timedelta(seconds=600)  # for a worker that first builds its model
+_END_TIMEOUT = timedelta(seconds=5)  # for a torchrun that was killed
 _KEY, _END = "mixchat/worker/{rank}", "mixchat/end"
 
 
@@ -34,7 +34,7 @@ def local_address() -> str:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
         family, kind, protocol, _, target = found[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(target)  # of a datagram socket: nothing is sent
+            probe.connect(target)  # a datagram socket sends nothing
             return str(NetworkAddress(probe.getsockname()[0], 0))
     except OSError as error:
         raise UsageError(f"torchrun's MASTER_ADDR {host!r} cannot be reached ({error})") from None
@@ -58,17 +58,14 @@ def publish(address: str) -> Callable[[], bool]:
 
 
 def end() -> None:
-    """Tell the workers that rank 0 has ended, if torchrun started it. It waits for their end."""
+    """Tell the workers that rank 0 has ended."""
     if rank() == 0:
         with suppress(MixchatError, RuntimeError):
             _rendezvous(_END_TIMEOUT).set(_END, "")
 
 
 def published() -> tuple[str, ...]:
-    """Return the addresses of all workers, once they listen, or none without torchrun.
-
-    Raises `MixchatError`.
-    """
+    """Return the addresses of all workers, or none without torchrun. Raises `MixchatError`."""
     if rank() is None:
         return ()
     store, size = _rendezvous(), int(os.environ["WORLD_SIZE"])
@@ -79,7 +76,6 @@ def published() -> tuple[str, ...]:
 
 
 def _rendezvous(timeout: timedelta = _START_TIMEOUT) -> Any:
-    """Return the store in which torchrun lets its processes meet."""
     from torch.distributed.rendezvous import rendezvous
 
     try:
