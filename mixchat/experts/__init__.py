@@ -4,9 +4,9 @@
 - dispatcher.py: sends each layer's rows to the holders of its experts, and combines the outputs
 - layer_rows.py: the rows of each expert, and their outputs
 - sharing.py: divides the experts, and the work of a layer, among their holders
-- compute.py: computes experts on one device, or on the CPU if that is sooner than a copy to the GPU
+- compute.py: computes experts on one device, and some experts of a GPU on the CPU
 - fetcher.py: brings experts into their slots
-- cache.py: the name of an expert, its slot, eviction policies, and counts of uses
+- cache.py: slots, eviction policies, and counts of uses
 - prefetch.py: predicts which experts the next layers need
 - mover.py: loads experts in the background, requested ones first
 - store.py: moves bytes into slots, without a policy
@@ -14,6 +14,6 @@
 - placement.py: how many experts fit in each memory
 - memory.py: how much memory is free, while that changes
 - tuner.py: tries variants of the same work and uses the cheapest
-- trace.py: records what experts are given, and the experts of each token
+- trace.py: records what experts are given, and the routing
 - workers/: experts on other machines, from both ends of the connection
 """

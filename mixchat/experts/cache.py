@@ -1,14 +1,12 @@
-"""Bookkeeping of experts without a tensor: keys, slots, eviction policies and counts of uses.
+"""Keys, slots, eviction policies and counts of uses of experts, without a tensor.
 
-The policy `layered`, the default, evicts the least recently used expert, counted in passes of its
-own layer. `lru` counts all uses. Hit rates in decoding, for a cache that holds 25, 50 and 75% of
-the experts, on a trace with experts repeated as in the Mixtral paper, and on a story by the demo
-model (tests/benchmarks/cache_policies.py, which has `lfu` and the best possible policy, too):
+Hit rates in decoding, in percent, for a cache that holds 25, 50 and 75% of the experts
+(tests/benchmarks/cache_policies.py):
 
-| trace            | layered          | lru              | lfu              | best possible    |
-| ---------------- | ---------------- | ---------------- | ---------------- | ---------------- |
-| as in the paper  | 30.3, 53.3, 76.2 | 30.3, 46.4, 73.8 | 23.5, 48.5, 73.9 | 56.6, 78.7, 92.1 |
-| a demo's story   | 50.2, 77.2, 94.1 | 50.1, 74.8, 93.6 | 54.1, 80.9, 95.3 | 70.1, 90.2, 98.1 |
+| trace                          | layered (default) | lru              | best possible    |
+| ------------------------------ | ----------------- | ---------------- | ---------------- |
+| repeats as in Mixtral's paper  | 30.3, 53.3, 76.2  | 30.3, 46.4, 73.8 | 56.6, 78.7, 92.1 |
+| a demo's story                 | 50.2, 77.2, 94.1  | 50.1, 74.8, 93.6 | 70.1, 90.2, 98.1 |
 """
 
 from __future__ import annotations
@@ -30,15 +28,7 @@ class ExpertKey(NamedTuple):
 class ExpertCache:
     """Maps experts to slots 0 .. slots-1. If all are taken, the policy says which to evict.
 
-    `limit` is the number of slots that are used. `resize` changes it.
-
-    With two slots, the policy LRU, and A = (0, 0), B = (0, 1), C = (1, 0):
-
-        lookup(A) -> None    admit(A) -> 0        order: A
-        lookup(B) -> None    admit(B) -> 1        order: A B
-        lookup(A) -> 0                            order: B A
-        lookup(C) -> None    admit(C) -> 1        order: A C    (B is evicted, its slot reused)
-        discard(C)                                order: A      (slot 1 is free again)
+    `limit` of the slots are used.
     """
 
     def __init__(self, slots: int, policy: Policy | None = None) -> None:
@@ -70,9 +60,9 @@ class ExpertCache:
     def admit(
         self, key: ExpertKey, pinned: Collection[ExpertKey] = (), preferred: Collection[int] = ()
     ) -> int | None:
-        """Return a slot for an expert that has none, and count a use. Evict if none is free.
+        """Return a slot for an expert that has none, and count a use.
 
-        Of free slots, take one of `preferred` if possible. Experts in `pinned` are not evicted.
+        Free slots come first, and of these `preferred` ones. Experts in `pinned` are not evicted.
         Return None if there are no others.
         """
         assert key not in self._slots
@@ -95,10 +85,7 @@ class ExpertCache:
         self._policy.forget(key)
 
     def resize(self, limit: int, pinned: Collection[ExpertKey] = ()) -> None:
-        """Use `limit` of the slots from now on, at least one, and evict the experts beyond it.
-
-        Experts in `pinned` stay, even if they are more than `limit`.
-        """
+        """Use `limit` of the slots, at least one. Evict the others, but none in `pinned`."""
         self.limit = max(1, min(limit, self.slots))
         while len(self._slots) > self.limit:
             victim = self._victim(pinned)
@@ -107,7 +94,7 @@ class ExpertCache:
             self.discard(victim)
 
     def free_slots(self) -> set[int]:
-        """Return the slots without an expert, including those beyond the limit."""
+        """Return the slots without an expert, also beyond the limit."""
         return set(range(self.slots)) - set(self._slots.values())
 
     def _victim(self, pinned: Collection[ExpertKey]) -> ExpertKey | None:
@@ -118,10 +105,10 @@ class Policy(Protocol):
     """Orders the experts of a cache for eviction."""
 
     def use(self, key: ExpertKey) -> None:
-        """Note a use of the expert, which may be new in the cache."""
+        """Note a use of the expert, which may be new."""
 
     def forget(self, key: ExpertKey) -> None:
-        """Drop the expert, if it is in the cache."""
+        """Drop the expert, if it is there."""
 
     def victims(self) -> Iterable[ExpertKey]:
         """Return all experts in the order of eviction."""
@@ -145,19 +132,15 @@ class LRU:
 
 
 class LayeredLRU:
-    """Least recently used first, counted in passes of an expert's own layer. Among equals, the one
-    whose layer comes last is evicted first.
+    """Least recently used first, counted in passes of an expert's layer, the last layer first.
 
-    A model visits its layers in a cycle, so that the expert used longest ago belongs to the layer
-    that comes next. LRU evicts it just before it may be needed. Take three layers with one expert
-    each, A, B and C, used in this order, and the model in the first layer again, with another
-    expert. The order is A C B, because A was not needed in this pass, and C's layer comes after
-    B's. The order of LRU is A B C.
+    LRU evicts experts of the next layer, just before they may be needed. If three layers have used
+    A, B and C, and the first one now uses another expert, the order is A C B. LRU has A B C.
     """
 
     def __init__(self, passes: Passes) -> None:
         self._passes = passes
-        # By layer: the pass in which an expert was used, the most recently used one at the end.
+        # By layer: the pass in which an expert was used, the most recent one at the end.
         self._used: dict[int, OrderedDict[ExpertKey, int]] = {}
 
     def use(self, key: ExpertKey) -> None:
@@ -178,19 +161,17 @@ class LayeredLRU:
 
 
 class Passes:
-    """Counts how often a model has reached each of its layers, and in which one it is."""
+    """Counts how often a model has reached each of its layers."""
 
     def __init__(self, layers: int) -> None:
         self._counts = [0] * layers
         self._at = 0
 
     def enter(self, layer: int) -> None:
-        """Note that the model has reached a layer."""
         self._counts[layer] += 1
         self._at = layer
 
     def count(self, layer: int) -> int:
-        """Return how often the model has reached the layer."""
         return self._counts[layer]
 
     def until(self, layer: int) -> int:
@@ -208,10 +189,9 @@ POLICIES: dict[str, Callable[[Passes], Policy]] = {
 class ExpertStats:
     """Cumulative counts.
 
-    hits, misses: uses of an expert found in fast memory or not, by expert. What a worker computes
-    is a hit. bytes_moved: bytes brought into fast memory. stalled_seconds: time spent waiting for
-    them. bytes_read: bytes of experts read from disk, in read_seconds, summed over GPUs that read
-    at once. predictions: experts that were prefetched. right_predictions: those that a router then
+    hits, misses: uses of an expert found in fast memory or not. A worker's are hits. bytes_moved:
+    into fast memory. stalled_seconds: waiting for these. bytes_read: from disk, in read_seconds,
+    summed over GPUs. predictions: prefetched experts. right_predictions: those that a router then
     selected. late_predictions: the right ones that had not arrived by then. They are misses, too.
     """
 
@@ -232,17 +212,16 @@ class ExpertStats:
 
     @property
     def hit_rate(self) -> float:
-        """Return the hits among all uses, 0 to 1, and 0 before the first use."""
+        """Return the share of hits, 0 to 1, and 0 before the first use."""
         hits = self.hits.total()
         uses = hits + self.misses.total()
         return hits / uses if uses else 0.0
 
     def copy(self) -> ExpertStats:
-        """Return the counts as they are now."""
         return self.since(ExpertStats())
 
     def since(self, before: ExpertStats) -> ExpertStats:
-        """Return the counts between an earlier time and this one."""
+        """Return the counts since an earlier time."""
         return ExpertStats(
             **{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)}
         )

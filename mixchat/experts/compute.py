@@ -19,11 +19,10 @@ _LOADS_AHEAD = 2  # experts on their way while one is computed
 
 
 class DeviceCompute:
-    """Computes experts out of the slots of `device`, which a `Fetcher` fills. Two are enough.
+    """Computes experts out of the slots of `device`. Two slots are enough.
 
     Experts in their slots come first. Otherwise a prefill with more experts than slots would evict
-    each just before its turn. While one is computed, the next ones are on their way, and after them
-    the predicted ones.
+    each just before its turn.
     """
 
     def __init__(
@@ -35,29 +34,25 @@ class DeviceCompute:
 
     @property
     def may_use_rows_on_cpu(self) -> bool:
-        """Return whether the CPU may compute experts of this GPU."""
         return self._host is not None and not self.fetcher.holds_all
 
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
-        """Start loading the first of these experts. `compute_next` computes them."""
+        """Start loading the first of these experts, for `compute_next`."""
         self.fetcher.settle(rows.layer, keys)
         self._on_host = self._chosen_for_host(rows, keys)
         by_state = sorted(keys, key=self.fetcher.state)
-        # The CPU's experts come second, so that the GPU has work of its own meanwhile.
+        # The CPU's experts come second, so that the GPU has work meanwhile.
         self._order = sorted(
             by_state, key=lambda key: key not in self._on_host and not self.fetcher.holds(key)
         )
         self._request()
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
-        """Start loading predicted experts, after the experts of `begin`."""
+        """Start loading predicted experts, after those of `begin`."""
         self.fetcher.prefetch(keys, pinned=self._order)
 
     def compute_next(self, rows: LayerRows) -> bool:
-        """Wait for the next expert of `begin`, compute it, and store its output in `rows`.
-
-        Return False if none was left.
-        """
+        """Compute the next expert of `begin` into `rows`. Return False if none was left."""
         if not self._order:
             return False
         interrupts.check()
@@ -67,7 +62,6 @@ class DeviceCompute:
         return True
 
     def _chosen_for_host(self, rows: LayerRows, keys: Iterable[ExpertKey]) -> set[ExpertKey]:
-        """Return the experts without a slot that the CPU computes for a GPU."""
         if self._host is None:
             return set()
         missing = {key: rows.counts[key] for key in keys if self.fetcher.state(key) == MISSING}
@@ -94,9 +88,7 @@ class HostCompute:
     """Chooses between copying an expert and computing it in RAM, and computes it there.
 
     copy_seconds: to copy one expert to the GPU. host_seconds: to compute one on the CPU, by rows.
-    Copying and computing overlap, so some experts are copied and others computed. If a copy takes
-    4 ms and a row on the CPU 3 ms, two experts with a row each take 4 ms, not 8 or 6. One is copied
-    and one computed.
+    Both overlap, so some experts are copied and others computed.
     """
 
     def __init__(
@@ -111,7 +103,7 @@ class HostCompute:
     def choose(self, missing: Mapping[ExpertKey, int]) -> list[ExpertKey]:
         """Return the experts to compute on the CPU. `missing` maps each to its rows.
 
-        Those with few rows come first, because a copy costs the same for any number of rows.
+        Few rows come first, because a copy costs the same for any number.
         """
         held = [key for key in missing if self._source.tier(key) == "host"]
         held.sort(key=missing.__getitem__)

@@ -1,4 +1,4 @@
-"""Dispatches the rows of a layer to the holders of its experts, and combines the outputs.
+"""Sends the rows of a layer to the holders of its experts, and combines the outputs.
 
 T = tokens, D = hidden_size, K = num_experts_per_tok.
 """
@@ -19,11 +19,11 @@ from mixchat.experts.prefetch import Prefetch, ranked_keys
 from mixchat.experts.sharing import share
 from mixchat.weights.format.blueprint import Expert
 
-_LOCAL = 0  # the number of this machine among the holders. Workers count from 1
+_LOCAL = 0  # this machine among the holders. Workers count from 1
 
 
 class WorkerExperts(Protocol):
-    """A worker on another machine, as the chat side sees it. No method raises its faults."""
+    """A worker on another machine. No method raises its faults."""
 
     @property
     def held(self) -> Collection[ExpertKey]:
@@ -39,19 +39,17 @@ class WorkerExperts(Protocol):
         """Store the outputs in `rows`, and return the experts that it has not computed."""
 
     def close(self) -> None:
-        """End the chat with the worker, which can then serve another one."""
+        """End the chat with the worker."""
 
 
 class Dispatcher:
     """An `ExpertHolder`: the devices of this machine, and workers on others.
 
     devices: the first one computes the rest of the model. owner: the index of the device that
-    computes an expert unless a worker does. copies: experts that a worker holds and that their
-    device is to hold, too. stats: the counts of all devices' fetchers.
+    computes an expert unless a worker does. copies: experts of workers that this machine is to
+    hold, too.
 
-    Rows go to the workers first. Then the devices compute, and outputs come back at the end. If a
-    worker fails, this machine computes its experts from the same rows, so that a fault does not
-    show in the result.
+    If a worker fails, this machine computes its experts from the same rows.
     """
 
     def __init__(
@@ -93,7 +91,6 @@ class Dispatcher:
         return "worker" if on_worker and not fetcher.holds(key) else fetcher.tier(key)
 
     def holds(self, key: ExpertKey) -> bool:
-        """Return whether the expert is in the memory of its device."""
         return self._fetcher(key).holds(key)
 
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
@@ -107,11 +104,10 @@ class Dispatcher:
         return fit
 
     def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
-        """Bring an expert into the memory of its device. Those in `pinned` are not evicted."""
+        """Bring an expert into the memory of its device, and evict none in `pinned`."""
         self._fetcher(key).load(key, pinned)
 
     def follow_memory(self) -> None:
-        """Hold fewer experts if other programs need the memory, or more again."""
         for fetcher in self._fetchers:
             fetcher.follow_memory()
 
@@ -158,7 +154,7 @@ class Dispatcher:
         *,
         exact: bool = False,
     ) -> LayerRows:
-        """Return the outputs of the selected experts. The arguments are as in `run`."""
+        """Return the experts' outputs. The arguments are as in `run`."""
         rows, predicted = self._read(layer, hidden_states, selected_experts, exact)
         local, sent = self._divide(rows)
         for worker, keys in sent:
@@ -177,11 +173,10 @@ class Dispatcher:
     def _read(
         self, layer: int, hidden_states: torch.Tensor, selected: torch.Tensor, exact: bool
     ) -> tuple[LayerRows, torch.Tensor | None]:
-        """Return the rows of each expert, and the predicted experts, on the CPU.
+        """Return the rows of each expert, and the predicted experts on the CPU.
 
-        A GPU that decodes is waited for only here in a layer, so all that may be needed of it is
-        read at once. Otherwise the predicted experts are None and are read later, so that the next
-        experts are on their way first.
+        A GPU that decodes is waited for only here, so all is read at once. Otherwise the
+        predicted experts are None, so that the next experts are on their way first.
         """
         decodes = hidden_states.shape[0] == 1 and gpu.is_gpu(hidden_states.device)
         on_cpu, predicts = decodes and self._needs_rows_on_cpu, decodes and self._predicts
@@ -202,13 +197,11 @@ class Dispatcher:
 
     @property
     def _needs_rows_on_cpu(self) -> bool:
-        """Return whether the CPU or a worker may need rows of a GPU."""
         return bool(self._workers) or any(each.may_use_rows_on_cpu for each in self._devices)
 
     def _divide(
         self, rows: LayerRows
     ) -> tuple[list[ExpertKey], list[tuple[WorkerExperts, list[ExpertKey]]]]:
-        """Return the experts that this machine computes, and the experts for each worker."""
         if not self._workers:
             return list(rows.counts), []
         shares = share(rows.counts, {key: self._holders(key) for key in rows.counts})
@@ -216,7 +209,6 @@ class Dispatcher:
         return local, [(self._workers[number - 1], keys) for number, keys in shares.items()]
 
     def _holders(self, key: ExpertKey) -> list[int]:
-        """Return the numbers of the holders that can compute an expert at once."""
         workers = [n for n, worker in enumerate(self._workers, start=1) if key in worker.held]
         is_copied = key in self._copies and self.holds(key)
         return [_LOCAL, *workers] if is_copied or not workers else workers
@@ -226,14 +218,14 @@ class Dispatcher:
             device.begin(rows, [key for key in keys if self._owner(key) == number])
 
     def _finish(self, rows: LayerRows) -> None:
-        # In turns, so that one device's resident experts do not wait for another one's loads. The
-        # first one comes last, because it has the most to do, and others only have to be told.
+        # In turns, so that no device waits for another one's loads. The first one has most to do
+        # and comes last.
         busy = list(reversed(self._devices))
         while busy:
             busy = [device for device in busy if device.compute_next(rows)]
 
     def _look_ahead(self, rows: LayerRows, predicted: torch.Tensor | None) -> None:
-        """Prefetch the copies of experts that workers compute now, and the predicted experts."""
+        """Prefetch this machine's copies of experts that workers compute, and predicted experts."""
         if self._prefetch is None or not self._predicts:
             return
         if predicted is None:
@@ -244,7 +236,6 @@ class Dispatcher:
             device.prefetch(key for key in keys if self._owner(key) == number)
 
     def _note_workers(self) -> None:
-        """Note which experts workers hold now."""
         held = frozenset(key for worker in self._workers for key in worker.held) - self._copies
         for number, fetcher in enumerate(self._fetchers):
             fetcher.on_workers = frozenset(key for key in held if self._owner(key) == number)

@@ -1,4 +1,4 @@
-"""Brings the experts of one device into their slots, on request or because they are predicted."""
+"""Brings the experts of one device into their slots, on request or by prediction."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MAX_PREFETCHES = 4  # at once
 class Fetcher:
     """Holds the experts of one device. A cache assigns their slots, a mover fills them.
 
-    An expert can be in the cache while its bytes are still on their way. `_loads` has these.
-    Workers compute those in `on_workers` as long as they can. Several fetchers may share `stats`.
+    An expert in the cache may still be on its way, in `_loads`. Workers compute those in
+    `on_workers` as long as they can. Several fetchers may share `stats`.
     """
 
     def __init__(
@@ -38,22 +38,19 @@ class Fetcher:
         self.on_workers: Set[ExpertKey] = frozenset()
         self._mover = Mover(store.stream)
         self._loads: dict[ExpertKey, ExpertLoad] = {}
-        self._counted = 0  # of the bytes that the store has moved, those that `stats` has
+        self._counted = 0  # bytes moved that `stats` has
 
     @property
     def slots(self) -> int:
-        """Return how many experts may be held."""
         return self._cache.limit
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
-        """Return how many experts may be held in each of the faster tiers."""
         host = {"host": self._placement.host_slots} if self._placement.host_slots else {}
         return {self._store.name: self.slots, **host}
 
     @property
     def bytes_held(self) -> int:
-        """Return the bytes of memory that experts take on the device."""
         return self._store.nbytes
 
     @property
@@ -66,7 +63,7 @@ class Fetcher:
         return not self.on_workers or sum(1 for _ in own) == needed
 
     def tier(self, key: ExpertKey) -> str:
-        """Return the tier of the expert's fastest copy: `device`, `host` or `disk`."""
+        """Return the expert's fastest tier: `device`, `host` or `disk`."""
         return self._store.tier(key, resident=self.holds(key))
 
     def holds(self, key: ExpertKey) -> bool:
@@ -80,10 +77,6 @@ class Fetcher:
         return LOADING if key in self._loads else RESIDENT
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
-        """Return the experts of the first layers whose experts are all in slots.
-
-        Return nothing if any expert may be evicted for another one.
-        """
         self.follow_memory()
         if self._cache.limit < self._placement.experts:
             return ()
@@ -91,14 +84,14 @@ class Fetcher:
         return [[self._expert(self._cache.slot_of(key)) for key in keys] for keys in whole]
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
-        """Count uses of a layer's experts from `resident`. They may have left their slots since."""
+        """Count uses of experts from `resident`, which may have left their slots since."""
         self._passes.enter(keys[0].layer)
         for key in keys:
             self.stats.hits[key] += 1
             self._cache.lookup(key)
 
     def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
-        """Note the router's choice for a layer, and cancel prefetches of its other experts."""
+        """Cancel the prefetches of a layer that its router has not chosen."""
         self._passes.enter(layer)
         self.follow_memory()
         for key, load in list(self._loads.items()):
@@ -121,10 +114,7 @@ class Fetcher:
             del self._loads[key]
 
     def request(self, window: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> None:
-        """Start loading those that are missing, until only slots of others in `window` are left.
-
-        Those in `pinned` are not evicted either.
-        """
+        """Start loading missing experts, until only slots of `window` and `pinned` are left."""
         for key in window:
             if key not in self._cache or self._has_failed(key):
                 if not self._start(ExpertLoad(key), {*window, *pinned}):
@@ -132,7 +122,7 @@ class Fetcher:
                 self.stats.misses[key] += 1
 
     def prefetch(self, keys: Iterable[ExpertKey], pinned: Collection[ExpertKey]) -> None:
-        """Start loading missing experts that are predicted. Evict no pinned or prefetched ones."""
+        """Start loading predicted experts. Evict no pinned or prefetched ones."""
         started = sum(load.is_prefetch for load in self._loads.values())
         room = min(_MAX_PREFETCHES, self.slots // 4) - started
         for key in keys:
@@ -144,7 +134,7 @@ class Fetcher:
             room -= 1
 
     def ready(self, key: ExpertKey) -> Expert:
-        """Return the expert once it is in its slot. Raise the error of its load."""
+        """Wait for an expert, and return it. Raise the error of its load."""
         load = self._loads.get(key)
         if load is not None:
             self._wait(load)
@@ -153,18 +143,18 @@ class Fetcher:
         return self._expert(self._cache.lookup(key))
 
     def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
-        """Bring an expert into its slot, and wait for it. Those in `pinned` are not evicted."""
+        """Bring an expert into its slot. Those in `pinned` are not evicted."""
         self.request([key], pinned)
         self.ready(key)
 
     def follow_memory(self) -> None:
         """Hold fewer experts if other programs need the memory, or more again."""
         if self._watch is not None:
-            # The memory of a prefetch that was given up counts. The next expert gets it.
+            # The memory of a prefetch that was given up counts, since the next expert gets it.
             self.resize(self._watch.limit(len(self._store.blocks)))
 
     def halve(self) -> bool:
-        """Hold half as many experts from now on. Return False if those would be too few."""
+        """Hold half as many experts. Return False if those would be too few."""
         limit = self._cache.limit // 2
         if limit < MIN_SLOTS:
             return False
@@ -172,13 +162,13 @@ class Fetcher:
         return True
 
     def resize(self, limit: int) -> None:
-        """Hold no more than `limit` experts, and give the memory of the others back."""
+        """Hold no more than `limit` experts, and free the memory of the others."""
         if limit != self._cache.limit:
             self._cache.resize(limit, pinned=self._loads)
             self._release_surplus()
 
     def close(self) -> None:
-        """Give the memory of all slots back at once. Nothing can be fetched after that."""
+        """Free the memory of all slots. Nothing can be fetched after that."""
         for load in self._loads.values():
             load.cancelled = True
         self._loads.clear()
@@ -190,7 +180,6 @@ class Fetcher:
         return self._store.expert(slot)
 
     def _release_surplus(self) -> None:
-        """Give back the memory of free slots beyond the limit."""
         surplus = len(self._store.blocks) - self._cache.limit
         if surplus > 0:
             free = self._cache.free_slots() & set(self._store.blocks)
@@ -218,7 +207,7 @@ class Fetcher:
         return False
 
     def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey]) -> bool:
-        """Start a load. Return False if there is no slot for it."""
+        """Return False if there is no slot."""
         key, held = load.key, self._store.blocks
         prefetches = [other for other, queued in self._loads.items() if queued.is_prefetch]
         slot = self._cache.admit(key, {*pinned, *prefetches}, held)

@@ -1,4 +1,4 @@
-"""The contract between the model and its experts, on whatever device or machine these are.
+"""The contract between the model and its experts.
 
 T = tokens, D = hidden_size, K = num_experts_per_tok.
 """
@@ -28,38 +28,33 @@ class ExpertRunner(Protocol):
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        """Return the weighted sum of the selected experts' outputs, for each token.
+        """Return the weighted sum of the experts' outputs, [T, D] in the type of hidden_states.
 
         hidden_states: [T, D]. selected_experts: [T, K], int64. routing_weights: [T, K], float32.
-        Returns [T, D] in the type of hidden_states. With `exact` a token's result does not depend
-        on the others, as far as `Linear` can do that.
+        With `exact` a token's result does not depend on the others, as far as `Linear` can do it.
         """
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
         """Return the experts of the first of these layers, as many as are in memory completely.
 
-        The model may compute them without `run`, once. It then calls `note_hits` with those that it
-        used. Nothing is returned if experts have to make room for others. The memory of experts is
-        not given back as long as the result lives.
+        The model may compute them without `run`, once. It then calls `note_hits`. Nothing is
+        returned if experts have to make room for others. The memory is kept while the result lives.
         """
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
-        """Note that these experts of a layer, which `resident` has returned, were used."""
+        """Note uses of a layer's experts that `resident` has returned."""
 
 
 class ExpertHolder(ExpertRunner, Protocol):
-    """Holds experts and computes them: all that `Engine` needs.
-
-    They are on one device, on several, or on other machines.
-    """
+    """Holds experts and computes them: all that `Engine` needs."""
 
     @property
     def stats(self) -> ExpertStats:
-        """Return the counts since the start. They change with each run."""
+        """Return the counts since the start, which change with each run."""
 
     @property
     def slots(self) -> int:
-        """Return how many experts the devices of this machine may hold."""
+        """Return how many experts this machine's devices may hold."""
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
@@ -67,19 +62,16 @@ class ExpertHolder(ExpertRunner, Protocol):
 
     @property
     def bytes_held(self) -> int:
-        """Return the bytes of memory that experts take on the devices of this machine."""
+        """Return the bytes that experts take on this machine's devices."""
 
     def tier(self, key: ExpertKey) -> str:
         """Return the tier of the expert's fastest copy: `device`, `host` and so on."""
 
     def begin_turn(self) -> None:
-        """Connect again to workers that were lost. This is called before each prompt."""
+        """Connect again to lost workers. This is called before each prompt."""
 
     def halve(self, number: int | None = None) -> bool:
-        """Hold half as many experts from now on. Return False if those would be too few.
-
-        number: the GPU whose memory ran out, or None for all devices.
-        """
+        """Hold half as many experts, on one GPU or on all. Return False if that is too few."""
 
     def close(self) -> None:
-        """Give all memory of experts back, and leave the workers. Nothing can be computed then."""
+        """Free all experts, and leave the workers. Nothing can be computed then."""

@@ -1,4 +1,4 @@
-"""The rows of hidden states that one layer's router sent to each expert, and their outputs.
+"""The rows of one layer for each expert, and the experts' outputs.
 
 T = tokens, D = hidden_size, K = num_experts_per_tok, n = rows of an expert.
 """
@@ -15,10 +15,8 @@ class LayerRows:
     """One call of a layer's experts. Each expert is to be used once, with all of its rows.
 
     hidden_states: [T, D]. selected: [T, K], int64, on their device. on_cpu: the same on the CPU.
-    copy: the hidden states on the CPU, if they were read with the selection. exact: as in `Linear`.
-
-    outputs: [T * K, D], with the K outputs of a token in the order of its choices. They stay apart
-    until all are there, so that experts may be computed in any order and anywhere.
+    copy: the hidden states on the CPU, if they were read. outputs: [T * K, D], with the K outputs
+    of a token in the order of its choices.
     """
 
     def __init__(
@@ -43,7 +41,7 @@ class LayerRows:
 
     @property
     def is_one_token(self) -> bool:
-        """Return whether all experts get the same row, the one of the token that is decoded."""
+        """Return whether all experts get the same row."""
         return self.hidden_states.shape[0] == 1
 
     def of(self, key: ExpertKey) -> torch.Tensor:
@@ -72,7 +70,7 @@ class LayerRows:
         return rows.weighted_sum(outputs, routing_weights)
 
     def _indices(self, key: ExpertKey) -> torch.Tensor:
-        """Return an expert's places [n] on the device of the selection, without waiting for it."""
+        """Return an expert's places [n], without waiting for the device."""
         if not self._by_key:
             keys = sorted(self.counts)
             order = self._selected.flatten().argsort(stable=True)

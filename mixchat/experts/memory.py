@@ -1,4 +1,4 @@
-"""Asks how much memory is free, and limits experts when it changes or runs out."""
+"""Asks how much memory is free, and limits experts by it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixchat.experts.holder import ExpertHolder
 
 CPU = torch.device("cpu")
-INTERVAL = 0.5  # seconds between two measurements of the free memory
+INTERVAL = 0.5  # seconds between two measurements
 
 
 def free_on(device: torch.device) -> int:
@@ -25,13 +25,10 @@ def free_on(device: torch.device) -> int:
 
 
 class MemoryWatch:
-    """Limits how many experts are held while the free memory changes.
+    """Limits how many experts are held while the free memory, in bytes, changes.
 
     When less than half of `reserve` is free, the limit falls until all of it would be free. It
-    rises when there is room for two more. While fewer are held, the free room sets it. All sizes
-    are bytes. With a reserve of 1 GB, experts of 0.1 GB and 100 of them held:
-
-        free 1.0 GB -> 100      free 0.4 GB -> 94       then free 1.0 GB -> 94      1.3 GB -> 97
+    rises when there is room for two more. While fewer are held, the free room sets it.
     """
 
     def __init__(
@@ -42,7 +39,7 @@ class MemoryWatch:
         self._measured = -INTERVAL
 
     def limit(self, held: int) -> int:
-        """Return how many experts may be held, if `held` are. Check twice a second at most."""
+        """Return how many experts may be held, if `held` are. Measure twice a second at most."""
         now = time.monotonic()
         if now - self._measured < INTERVAL:
             return self._limit
@@ -58,7 +55,7 @@ class MemoryWatch:
 def within_memory(
     holder: ExpertHolder, compute: Callable[[], torch.Tensor], note: Note
 ) -> torch.Tensor:
-    """Call `compute`, again with half as many experts if a GPU's memory runs out.
+    """Call `compute`, again with half the experts if a GPU's memory runs out.
 
     Raises `ResourceError` if they would be fewer than two.
     """

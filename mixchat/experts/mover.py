@@ -1,8 +1,7 @@
 """Loads experts in the background: requested ones first, then prefetches.
 
-One thread is enough, because each load has several reads in flight. The thread ends when it has had
-nothing to do for a while. It is not a daemon, because Python ends daemons in the middle of torch's
-code, which then aborts the process.
+The thread is not a daemon, because Python ends daemons in the middle of torch's code, which then
+aborts the process.
 """
 
 from __future__ import annotations
@@ -17,18 +16,17 @@ from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertKey
 
 _IDLE_S = 0.1  # until the thread ends
-_SIGNAL_CHECK_S = 0.05  # between two checks for a signal while somebody waits
+_SIGNAL_CHECK_S = 0.05  # between two checks for a signal
 
-# The steps of loading an expert, a few milliseconds each. Between two of them it can be put off.
+# The steps of loading an expert, a few milliseconds each. It can be put off between two.
 Steps = Generator[None, None, None]
 
 
 class ExpertLoad:
     """One expert on its way into a slot.
 
-    A prefetch is put off when an expert is requested, even after some of its steps. `cancelled` may
-    be set at any time. A step that has started ends nevertheless. The slot can be given to another
-    load at once, because that one is carried out afterwards.
+    `cancelled` may be set at any time. A step that has started ends nevertheless. Another load can
+    get the slot at once, because it is carried out afterwards.
     """
 
     def __init__(self, key: ExpertKey, *, is_prefetch: bool = False) -> None:
@@ -45,14 +43,10 @@ class ExpertLoad:
 
     @property
     def failed(self) -> bool:
-        """Return whether it has ended without arriving."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Return when the expert is in its slot. Raise the error of its steps.
-
-        A signal that ends the wait leaves the expert on its way.
-        """
+        """Wait for the expert. Raise the error of its steps. A signal leaves it on its way."""
         while not self._ended.wait(_SIGNAL_CHECK_S):
             interrupts.check()
         if self._error is not None:
@@ -85,7 +79,7 @@ class Mover:
             self._changed.notify()
 
     def promote(self, load: ExpertLoad) -> None:
-        """Carry out a prefetch as a request, because its prediction was right."""
+        """Carry out a prefetch as a request."""
         with self._changed:
             load.is_prefetch = False
             if load in self._prefetches:
@@ -101,7 +95,7 @@ class Mover:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """End all loads with the error, so that nobody waits. A later one gets a new thread."""
+        """End all loads, so that nobody waits. A later one gets a new thread."""
         with self._changed:
             self._works = False
             for load in (*self._requested, *self._prefetches):
@@ -128,11 +122,10 @@ class Mover:
         with self._changed:
             if not (load.is_prefetch and self._requested):
                 return False
-            self._prefetches.insert(0, load)  # it continues before others of its layer start
+            self._prefetches.insert(0, load)  # before others of its layer
             return True
 
     def _next(self) -> ExpertLoad | None:
-        """Return the load to carry out now, or None if none came for a while."""
         with self._changed:
             if not (self._requested or self._prefetches or _program_is_over()):
                 self._changed.wait(_IDLE_S)
@@ -154,7 +147,7 @@ def _start(work: Callable[[], None]) -> None:
 
 
 def no_thread() -> ResourceError:
-    """Return the error if the system gives no thread to read experts."""
+    """Return the error if no thread can be started."""
     return ResourceError(
         "cannot start a thread to read experts",
         hint="The limit of processes is reached: end some, or raise it (ulimit -u).",

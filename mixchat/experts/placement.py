@@ -1,4 +1,4 @@
-"""Counts the experts that fit in memory: pure functions from free bytes to slots, or an error."""
+"""Counts the experts that fit in memory."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ from mixchat.base.quantities import MemoryBudget, format_least, format_size
 from mixchat.experts.sharing import in_proportion, owner_counts
 
 MIN_SLOTS = 2
-# Fewer in RAM behind a GPU would not help, and loads that were put off need slots, too.
+# Fewer would not help a GPU, and loads that were put off need slots, too.
 MIN_HOST_SLOTS = 4
-# For the rest of the machine and temporary tensors, if no budget is given. When other programs need
-# more, experts are given up (see memory.py).
+# For the rest of the machine and temporary tensors, if no budget is given (see memory.py).
 RESERVE_FRACTION = 0.04
 RESERVE_BYTES = 10**9
 
 
 @dataclass(frozen=True)
 class Demand:
-    """The bytes that a model needs.
-
-    shared: used for every token. context: the full KV cache. expert: each of the `experts`.
-    """
+    """The bytes that a model needs. `context` is the full KV cache, `expert` is for each."""
 
     shared: int
     context: int
@@ -40,9 +36,8 @@ class Demand:
 class Placement:
     """The numbers of experts that fit, out of `experts`.
 
-    slots: in the memory of the first device. other_slots: in the memory of each other GPU, 0 if it
-    is not used. host_slots: in RAM for GPUs, 0 if the CPU computes or RAM holds none. reserve: the
-    bytes of RAM that are left free.
+    slots: on the first device. other_slots: on each other GPU, 0 if it is not used. host_slots: in
+    RAM for GPUs, 0 if the CPU computes. reserve: the bytes of RAM that are left free.
     """
 
     slots: int
@@ -53,20 +48,17 @@ class Placement:
 
     @property
     def by_device(self) -> tuple[int, ...]:
-        """Return the slots of each device."""
         return self.slots, *self.other_slots
 
     def at_most(self, experts: int) -> Placement:
-        """Return the placement with slots for so many experts, or fewer."""
+        """Return the placement of so many experts, or fewer."""
         first, *others = map(min, self.by_device, owner_counts(experts, self.by_device))
         return replace(self, slots=first, other_slots=tuple(others))
 
     def parts(self, owned: Sequence[int]) -> list[Placement]:
         """Return the placement of the experts that each device owns. `owned` has their numbers.
 
-        No expert is brought to two devices, so each has its part of the RAM, in proportion to the
-        experts that it does not hold. Take 256 experts, 60 and 30 slots, and 83 in RAM. The devices
-        own 171 and 85 experts, and 56 and 27 slots in RAM.
+        A device's part of the RAM is in proportion to the experts that it does not hold.
         """
         host_slots = _divide_host(self.host_slots, owned, self.by_device)
         return [
@@ -77,7 +69,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class DeviceRoom:
-    """The `free` bytes of a GPU, the `name` for people, and the budget."""
+    """The `free` bytes of a GPU, and its budget."""
 
     name: str
     free: int
@@ -87,9 +79,9 @@ class DeviceRoom:
 def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Placement:
     """Place experts in RAM, of which `free` bytes are free. A budget of `50%` is half of all.
 
-    Without a budget, experts also take the room of the context as long as it is empty, and give it
-    back as the conversation grows (see memory.py). Raises `UsageError` if the budget is below two
-    experts, and `ResourceError` if the budget or the least that is needed does not fit.
+    Without a budget, experts also take the room of the context as long as it is empty. Raises
+    `UsageError` if the budget is below two experts, and `ResourceError` if the budget or the least
+    that is needed does not fit.
     """
     _check(demand, free)
     room = free - demand.shared
@@ -106,12 +98,11 @@ def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Plac
 def place_on_gpus(
     demand: Demand, rooms: Sequence[DeviceRoom], free_host: int, host_budget: MemoryBudget | None
 ) -> Placement:
-    """Place experts in the memory of GPUs, and in RAM, of which `free_host` bytes are free.
+    """Place experts on GPUs, and in RAM, of which `free_host` bytes are free.
 
-    The first GPU has all that tokens share and the context. Others have experts alone, and one
-    without room for two of them is not used. A budget is for all that is on a GPU, and a fraction
-    is of its free memory. `host_budget` is as in `place_on_cpu`, and 0 for none. Raises the same
-    errors.
+    The first GPU also has the shared weights and the context. Others without room for two experts
+    are not used. A fraction as a budget is of a GPU's free memory. `host_budget` and the errors
+    are as in `place_on_cpu`.
     """
     first, *others = rooms
     slots = [_first_slots(demand, first), *(_other_slots(demand, room) for room in others)]
@@ -148,7 +139,6 @@ def _other_slots(demand: Demand, room: DeviceRoom) -> int:
 
 
 def _allowed(room: DeviceRoom) -> int:
-    """Return the bytes that may be taken on a GPU. Raises `ResourceError`."""
     allowed = room.free if room.budget is None else room.budget.of(room.free)
     if allowed > room.free:
         raise ResourceError(
@@ -159,12 +149,12 @@ def _allowed(room: DeviceRoom) -> int:
 
 
 def _spare(room: DeviceRoom) -> int:
-    # A budget is for weights and context. Whoever gives one leaves room for the rest.
+    # Whoever gives a budget leaves room for the rest.
     return _reserve(room.free) if room.budget is None else 0
 
 
 def _divide_host(slots: int, owned: Sequence[int], held: Sequence[int]) -> list[int]:
-    """Return the slots in RAM of each device. No device has too few to be of use."""
+    """Return the slots in RAM of each device, never too few to be of use."""
     lacking = [count - own for count, own in zip(owned, held, strict=True)]
     while any(lacking):
         share = in_proportion(slots, lacking) if slots < sum(owned) else owned

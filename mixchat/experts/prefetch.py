@@ -1,4 +1,4 @@
-"""Predicts which experts the next layers will need, before their routers are reached.
+"""Predicts the experts of the next layers, before their routers are reached.
 
 T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 """
@@ -15,17 +15,16 @@ from torch.nn import functional
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.tuner import Tuner
 
-# Layers ahead that are predicted in decoding. Trying shows which number pays.
+# Layers to look ahead in decoding. Trying shows which number pays.
 DEPTHS = (3, 6, 0, 1)
-_TUNER_ROUND = 2  # tokens until another depth may be tried
+_TUNER_ROUND = 2  # tokens
 
 
 class NextRouters:
     """The next layers' routers, applied to this layer's hidden states.
 
-    Each layer adds little to the stream of hidden states, so the next router sees nearly what this
-    one sees, except for the weights of the norms before them. This layer's weights are divided out,
-    and the next layer's multiplied in.
+    Each layer adds little to the hidden states, so the next router sees nearly the same, except for
+    the weights of the norms. They are divided out, and the next layer's multiplied in.
 
     gates: [E, D] of each layer. norms: [D] of each layer, the weights before its router.
     """
@@ -43,7 +42,7 @@ class NextRouters:
     def __call__(self, layer: int, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
         """Return the likely choices of the next `depth` layers: [layers, T * K], int64.
 
-        hidden_states: [T, D], as this layer's router sees them. The result is on their device.
+        hidden_states: [T, D], as this layer's router sees them.
         """
         first, last = layer + 1, min(layer + 1 + depth, self.layers)
         if first >= last:
@@ -55,9 +54,9 @@ class NextRouters:
 
 
 def ranked_keys(layer: int, choices: torch.Tensor) -> list[ExpertKey]:
-    """Return the experts that the layers after `layer` select, by `NextRouters`, on the CPU.
+    """Return the experts of the layers after `layer`, the nearest layer's first.
 
-    The nearest layer comes first, and in it the experts that most tokens select.
+    In a layer, those of most tokens come first. choices: by `NextRouters`, on the CPU.
     """
     return [
         ExpertKey(ahead, expert)
@@ -69,10 +68,9 @@ def ranked_keys(layer: int, choices: torch.Tensor) -> list[ExpertKey]:
 class Prefetch:
     """Decides how many layers to look ahead, so that tokens come fastest.
 
-    In a prefill the next layer needs most of its experts, whatever the hidden states are, so a
-    prediction one layer ahead cannot lose. In decoding each depth is tried, and judged by the time
-    that tokens take. Wrong predictions keep the disk from reading the needed experts, and even
-    right ones may keep the cores from computing.
+    In a prefill the next layer needs most of its experts, so one layer ahead cannot lose. In
+    decoding each depth is tried. Wrong predictions keep the disk busy, and even right ones may keep
+    the cores from computing.
     """
 
     def __init__(self, routers: NextRouters, stats: ExpertStats) -> None:
@@ -82,7 +80,7 @@ class Prefetch:
         self._tokens = self._needed = 0
 
     def predict(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the choices to prefetch while `layer` is computed, as `NextRouters` does."""
+        """Return the choices to prefetch while `layer` is computed."""
         if hidden_states.shape[0] > 1:
             self._started = None
             return self._routers(layer, hidden_states, 1)
@@ -97,8 +95,7 @@ class Prefetch:
     def _judge(self, seconds: float, needed: int) -> None:
         """Note how long a token took, which `needed` so many experts that were not there.
 
-        Tokens differ in `needed`, whatever the depth is. Loading them is assumed to take half of
-        the time, so a token with twice as many of them counts as 1.5 tokens.
+        Loading is assumed to take half of the time, so twice as many count as 1.5 tokens.
         """
         self._tokens += 1
         self._needed += needed

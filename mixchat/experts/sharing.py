@@ -1,7 +1,6 @@
-"""Divides experts among their holders, and the work of a layer: pure functions.
+"""Divides experts, and the work of a layer, among holders.
 
-A holder is this machine, or a worker on another one. The GPUs of this machine share its experts
-among them.
+A holder is this machine, or a worker on another one.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ def share(
 ) -> dict[int, list[ExpertKey]]:
     """Return the experts that each holder computes, by its number.
 
-    counts: the rows of each expert. holders: the numbers of its holders, at least one. The holder
-    with least to do gets it, and the first among equals. With A and B, one row each, A held by 0,
-    and B held by 0 and 1, the result is {0: [A], 1: [B]}.
+    counts: the rows of each expert. holders: the numbers of its holders, at least one. The one with
+    least to do gets it.
     """
     work: dict[int, float] = {}
     shares: dict[int, list[ExpertKey]] = {}
@@ -42,13 +40,9 @@ def divide(
     """Return the experts that each holder is to hold, the most used ones first.
 
     slots: how many each can hold, this machine first. uses: how often each expert was used before.
-    Together they hold every expert once, if they can, each the same share of every layer and of its
-    uses, as far as its slots allow. Slots that are left hold copies of the most used. If there are
-    too few slots, the workers' are full, and this machine gets all other experts. They are more
-    than its slots, and come and go.
-
-    With two layers of two experts and 2, 3 slots, each holder gets one expert of each layer, and
-    the second a copy of the most used expert of the first.
+    Each holder gets the same share of every layer and of its uses, as far as its slots allow. Slots
+    that are left hold copies of the most used. If there are too few slots, this machine gets more
+    experts than it has slots, and they come and go.
     """
     uses = uses or {}
     every = (ExpertKey(*key) for key in product(range(layers), range(experts)))
@@ -62,10 +56,8 @@ def divide(
 def assign_owners(keys: Iterable[ExpertKey], slots: Sequence[int]) -> dict[ExpertKey, int]:
     """Return the owner of each expert, the number of the GPU that computes it.
 
-    slots: how many each GPU can hold. As far as the slots allow, all own the same part of every
-    layer. If there are too few, each owns experts in proportion to its slots. Of eight experts in a
-    layer two GPUs own 4 and 4 if all fit. If they do not, and the first has three times as many
-    slots, it is 6 and 2.
+    slots: how many each GPU can hold. If all fit, all own the same part of every layer. Otherwise
+    each owns experts in proportion to its slots.
     """
     keys = list(keys)
     held = _assign(keys, owner_counts(len(keys), slots), {})
@@ -73,7 +65,7 @@ def assign_owners(keys: Iterable[ExpertKey], slots: Sequence[int]) -> dict[Exper
 
 
 def owner_counts(experts: int, slots: Sequence[int]) -> list[int]:
-    """Return how many of so many experts each GPU owns, as in `assign_owners`."""
+    """Return how many experts each GPU owns, as in `assign_owners`."""
     return _quotas(experts, slots) if sum(slots) >= experts else in_proportion(experts, slots)
 
 
@@ -90,7 +82,7 @@ def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
 def _assign(
     keys: Iterable[ExpertKey], quotas: Sequence[int], uses: Mapping[ExpertKey, int]
 ) -> list[list[ExpertKey]]:
-    """Return different experts for each holder, as many as its quota. The quotas sum to all."""
+    """Return different experts for each holder. The quotas sum to all."""
     held: list[list[ExpertKey]] = [[] for _ in quotas]
     for _, group in groupby(sorted(keys), key=lambda key: key.layer):
         keys_of_layer = sorted(group, key=lambda key: (-uses.get(key, 0), key))
@@ -121,8 +113,7 @@ def _quotas(total: int, slots: Sequence[int]) -> list[int]:
 def _part_of_layer(quotas: Sequence[int], given: Sequence[int], experts: int) -> list[int]:
     """Return how many experts of a layer each holder gets, after it was `given` some before.
 
-    Each is to have its quota in the end, and the same part of it after each layer. So those that
-    are farthest behind get one more.
+    Each is to have the same part of its quota after each layer.
     """
     done, every = sum(given) + experts, sum(quotas)
     due = [quota * done / every - had for quota, had in zip(quotas, given, strict=True)]
@@ -144,7 +135,6 @@ def _add_copies(
     slots: Sequence[int],
     uses: Mapping[ExpertKey, int],
 ) -> None:
-    """Fill the slots that are left with copies of the most used experts."""
     keys = [ExpertKey(layer, expert) for expert, layer in product(range(experts), range(layers))]
     keys.sort(key=lambda key: -uses.get(key, 0))
     for number, count in enumerate(slots):

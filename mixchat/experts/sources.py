@@ -1,4 +1,4 @@
-"""The sources of experts: their file on disk, and RAM in front of it."""
+"""Sources of experts: their file on disk, and RAM in front of it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mixchat.experts.tuner import Tuner
 from mixchat.weights.format.blueprint import Expert, ExpertSpec
 from mixchat.weights.format.installed_model import InstalledModel
 
-# Bytes of a read, which takes 2 to 8 ms. A more urgent load waits for those that are in flight.
+# Bytes of a read, which takes 2 to 8 ms. A more urgent load waits for reads in flight.
 STEP = 8 << 20
 AT_ONCE = 4  # reads
-_TUNER_ROUND = 2  # experts that are read before another mode may be tried
+_TUNER_ROUND = 2  # experts
 
-PageLock = Callable[[torch.Tensor], None]  # prepares a block in RAM for fast copies to a GPU
+PageLock = Callable[[torch.Tensor], None]  # pins a block in RAM for copies to a GPU
 
 
 class _Piece(NamedTuple):
-    """Memory to fill with bytes of an expert, from `start` on."""
+    """A part of an expert, from byte `start` on."""
 
     start: int
     bytes: torch.Tensor
@@ -53,21 +53,17 @@ def _pieces(block: torch.Tensor) -> deque[_Piece]:
 
 
 def _end(reads: Iterable[Future[int]]) -> None:
-    """Return when none of these reads fills any memory, which may be another expert's by then."""
+    """Cancel or await reads, before their memory is another expert's."""
     wait([read for read in reads if not read.cancel()])
 
 
 class DiskSource:
-    """The experts' files, which have the master copies. An expert is read in contiguous steps.
+    """The experts' files, which have the master copies.
 
     With `choose`, reading past the page cache (O_DIRECT) is tried, too, and the fastest mode is
-    used. O_DIRECT takes no core and no memory, and is faster on most disks. But only the page cache
-    has pages that other programs, or the machine's host, have read. If memory is short and
-    fragmented, slots are made of small pages, and the disk gets the address of each. That gave 2.1
-    GB/s instead of 3.5. Then it can be faster to read into a few large pages, and copy.
-
-    Several reads are in flight, which most disks like. While one waits for the disk, another one
-    can wait for the system to clear fresh memory. `stats` gets the bytes and the time.
+    used. O_DIRECT takes no core and no memory, but only the page cache has pages that others have
+    read. In fragmented memory slots are made of small pages, which gave 2.1 GB/s instead of 3.5.
+    Then it can be faster to read into a few large pages, and copy.
     """
 
     def __init__(self, model: InstalledModel, stats: ExpertStats, *, choose: bool) -> None:
@@ -77,7 +73,7 @@ class DiskSource:
             modes = [_Mode(direct=True), _Mode(direct=True, staged=True), *modes]
         self._tuner = Tuner(modes, length=_TUNER_ROUND * model.blueprint.expert.stride)
         self._readers = _new_readers()
-        self._reads: deque[Future[int]] = deque()  # those in flight
+        self._reads: deque[Future[int]] = deque()  # in flight
         self._stages: Sequence[torch.Tensor] = ()
         self._free_stages = SimpleQueue[torch.Tensor]()
 
@@ -90,11 +86,11 @@ class DiskSource:
         yield from steps(key, block)
 
     def _steps(self, key: ExpertKey, block: torch.Tensor) -> Steps:
-        """Read a block. The next reads are in flight between two steps."""
+        """Read a block, with the next reads in flight between two steps."""
         pieces, reads = _pieces(block), deque[Future[int]]()
         try:
             while pieces or reads:
-                self._reads = reads  # again, because another load may have come between two steps
+                self._reads = reads  # another load may have come between two steps
                 began = time.perf_counter()
                 while pieces and len(reads) < AT_ONCE:
                     reads.append(self._begin(key, pieces.popleft(), self._tuner.variant))
@@ -106,7 +102,7 @@ class DiskSource:
             reads.clear()
 
     def _steps_to_gpu(self, key: ExpertKey, block: torch.Tensor) -> Steps:
-        """Read a block on a GPU. Each step is copied at once, since other loads use the stages."""
+        """Copy each step at once, since other loads use the stages."""
         pieces = _pieces(block)
         while pieces:
             mode = self._tuner.variant._replace(staged=False)
@@ -148,7 +144,6 @@ class DiskSource:
             raise no_thread() from error
 
     def _read(self, key: ExpertKey, piece: _Piece, mode: _Mode) -> int:
-        """Fill a piece, and return the number of its bytes."""
         if not mode.staged:
             self._model.read_expert(*key, piece.bytes, piece.start, direct=mode.direct)
             return len(piece.bytes)
@@ -163,7 +158,7 @@ class DiskSource:
         return len(piece.bytes)
 
     def _staging(self) -> Sequence[torch.Tensor]:
-        """Return memory for all reads in flight, taken at once because large pages are rare."""
+        """Return all stages, which are made at once because large pages are rare."""
         if not self._stages:
             self._stages = torch.split(new_block(AT_ONCE * STEP, CPU).fill_(0), STEP)
             for stage in self._stages:
@@ -174,10 +169,9 @@ class DiskSource:
 class HostSource:
     """`slots` experts in RAM, between another source and the slots of a GPU.
 
-    If it has room for all, evicting an expert from the GPU moves nothing. If it has not, and with
-    `swaps`, RAM holds other experts than the GPU, so that both together hold as many as they can.
-    An expert that goes up leaves its slot to the one that it evicts. With two slots each, A and B
-    on the GPU and C in RAM, a load of C into the slot of A does this:
+    With `swaps`, RAM holds other experts than the GPU. An expert that goes up leaves its slot to
+    the one that it evicts. With two slots each, A and B on the GPU and C in RAM, a load of C into
+    the slot of A does this:
 
         RAM: C -     A comes down     RAM: C A     C goes up     RAM: - A     GPU: C B
     """
@@ -196,7 +190,7 @@ class HostSource:
         self._source, self._layout, self._swaps, self._lock = source, layout, swaps, lock
         self._cache = ExpertCache(slots, policy)
         self._blocks: dict[int, torch.Tensor] = {}
-        self._partial: set[ExpertKey] = set()  # loads that have started, and may be put off
+        self._partial: set[ExpertKey] = set()  # started loads, which may be put off
         self._borrowed: set[ExpertKey] = set()
         # The mover's thread loads, and the computing thread borrows.
         self._access = threading.Lock()
@@ -219,8 +213,7 @@ class HostSource:
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         if key not in self._cache and len(self._partial) >= self._cache.slots - 3:
-            # Loads that were put off leave three slots, for one that goes up, for `evicted`, and
-            # for one that is borrowed.
+            # Those put off leave slots for one that goes up, for `evicted`, and a borrowed one.
             yield from self._source.load(key, block, evicted)
             return
         yield from self._bring(key)
@@ -242,7 +235,7 @@ class HostSource:
 
     @contextmanager
     def _filling(self, key: ExpertKey, kept: ExpertKey | None = None) -> Iterator[torch.Tensor]:
-        """Yield a slot's block to fill with an expert, which counts as missing until then."""
+        """Yield a slot's block. Its expert counts as missing until it is filled."""
         try:
             yield self._block(self._admit(key, kept))
         except BaseException:  # also if the load is cancelled

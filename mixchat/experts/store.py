@@ -1,7 +1,4 @@
-"""Moves the bytes of experts from a source into slots in the fastest memory.
-
-It has no policy. The cache decides which expert goes into which slot.
-"""
+"""Moves the bytes of experts from a source into slots, without a policy."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ class ExpertSource(Protocol):
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
         """Fill `block` (uint8, `stride` bytes, on any device) with the expert's bytes.
 
-        `evicted` is the expert whose bytes are in the block now, if any.
+        `evicted` is the expert that is in the block now, if any.
         """
 
     def tier(self, key: ExpertKey) -> str:
@@ -37,10 +34,9 @@ class ExpertSource(Protocol):
 class ExpertStore:
     """Slots: blocks of memory on `device`, each ready to compute the expert it holds.
 
-    stored: returns the layout of a layer's experts at the source. used: the layout that this device
-    computes. If the two differ a block is reordered after each load, which takes a GPU a
-    millisecond and a CPU a second. name: the tier of slots on a GPU. `bytes_moved` counts the bytes
-    that came into slots.
+    stored: returns a layer's layout at the source. used: the layout that this device computes. If
+    they differ a block is reordered after its load, which takes a GPU a millisecond and a CPU a
+    second. name: the tier of slots on a GPU.
     """
 
     def __init__(
@@ -75,11 +71,11 @@ class ExpertStore:
         return self._slots[slot].expert
 
     def tier(self, key: ExpertKey, *, resident: bool) -> str:
-        """Return the tier of the expert, in its slot if it is `resident`, or at the source."""
+        """Return the tier of the expert, at the source unless it is `resident`."""
         return self.name if resident else self._source.tier(key)
 
     def reserve(self, slots: int) -> None:
-        """Take the memory of slots 0 .. slots-1 now. Raises torch's error if it runs out."""
+        """Take the memory of slots 0 .. slots-1. Raises torch's error if it runs out."""
         for slot in range(slots):
             self._slot(slot)
 
@@ -90,11 +86,10 @@ class ExpertStore:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of memory that the slots take."""
         return len(self._slots) * self._used.stride
 
     def release(self, slot: int) -> None:
-        """Give back a slot's memory. A load that is on its way there has no effect."""
+        """Free a slot's memory. A load on its way there has no effect."""
         self._slots.pop(slot, None)
 
     def _slot(self, number: int) -> _Slot:
@@ -117,7 +112,7 @@ class ExpertStore:
 
 @dataclass
 class _Slot:
-    """Memory for one expert. `holds` is the expert that was completely loaded into it."""
+    """Memory for one expert. `holds` is the expert that was completely loaded."""
 
     block: torch.Tensor
     expert: Expert

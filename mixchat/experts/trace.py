@@ -1,12 +1,12 @@
-"""Records what experts are given while a model computes, and writes the routing as a trace.
+"""Records what experts are given, and writes the routing as a trace.
 
 A trace is JSON Lines. The first line is an object:
 
     {"format": "mixchat-trace", "version": 1, "model": "instruct", "layers": 32, "experts": 8,
      "experts_per_token": 2}
 
-Each other line is one forward pass of T tokens: a list of `layers` lists, each with the selected
-experts of all tokens in order, T * experts_per_token numbers.
+Each other line is a forward pass of T tokens: a list of `layers` lists, each with the experts of
+all tokens in order, T * experts_per_token numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Trace:
     forwards: list[list[list[int]]]
 
     def tokens(self, forward: list[list[int]]) -> int:
-        """Return the number of tokens in a forward pass: one is decode, more are prefill."""
+        """Return the tokens of a forward pass. One is decode, more are prefill."""
         return len(forward[0]) // self.experts_per_token
 
 
@@ -56,10 +56,9 @@ def trace_file(path: Path) -> OutputFile:
 
 
 class TraceWriter:
-    """Writes a trace, a line for each forward pass as it ends, to a `trace_file`.
+    """Writes a trace to a `trace_file`, a line for each forward pass as it ends.
 
     Raises `UsageError` if the file cannot be created, and `ResourceError` once if writing fails.
-    Nothing is recorded after that.
     """
 
     def __init__(
@@ -67,8 +66,7 @@ class TraceWriter:
     ) -> None:
         self._output, self._layers = trace_file(path), layers
         self._forward: list[list[int]] = []
-        # Without a buffer all lines are there after a crash, and closing writes nothing that
-        # could fail.
+        # Without a buffer a crash loses no line, and closing writes nothing that could fail.
         self._file: BinaryIO | None = self._output.open()
         counts = dict(zip(_COUNTS, (layers, experts, experts_per_token), strict=True))
         header = {"format": FORMAT, "version": VERSION, "model": model} | counts
@@ -81,14 +79,11 @@ class TraceWriter:
     def record(
         self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor
     ) -> None:
-        """Record the experts of a layer for a `RecordingRunner`."""
+        """Record a layer for a `RecordingRunner`."""
         self.add(layer, selected_experts.flatten().tolist())
 
     def add(self, layer: int, selected: list[int]) -> None:
-        """Record the experts that a layer selected. Layer 0 starts a forward pass.
-
-        A forward pass that was interrupted leaves no line.
-        """
+        """Record a layer's experts. Layer 0 starts a pass. An interrupted one leaves no line."""
         if layer == 0:
             self._forward = []
         if layer == len(self._forward):
@@ -118,7 +113,7 @@ def _line(value: object) -> bytes:
 
 
 class RecordingRunner:
-    """An `ExpertRunner` that lets another one compute, and records the input."""
+    """Lets another `ExpertRunner` compute, and records its input."""
 
     def __init__(self, runner: ExpertRunner, record: Record) -> None:
         self._runner, self._record = runner, record
@@ -144,4 +139,4 @@ class RecordingRunner:
         return ()
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
-        """Do nothing: without experts from `resident` there are no hits."""
+        """Do nothing, because `resident` returns none."""

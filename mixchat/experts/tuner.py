@@ -10,18 +10,15 @@ from typing import Generic, TypeVar
 _T = TypeVar("_T")
 
 _ROUNDS = 4  # of each variant in a comparison
-_MIN_WAIT, _MAX_WAIT = 32, 256  # rounds until another variant is compared with the best one
+_MIN_WAIT, _MAX_WAIT = 32, 256  # rounds until the next comparison
 
 
 class Tuner(Generic[_T]):
     """Uses the variant that costs least, and tries the others again from time to time.
 
-    A round is `length` units of work done with one variant. A machine may become faster or slower
-    within seconds. So the compared variants take turns, and the cost of a variant is the mean of
-    its last four rounds. With the variants A and B, of which B costs a little less, the rounds are
-    A B A B A B A B, then B B B and so on, and later A B A B A B A B again. The longer the best one
-    stays the same, the rarer comparisons become. If each of A's first two rounds costs more than
-    each of B's, A gets no third one.
+    A round is `length` units of work with one variant. A machine's speed changes within seconds, so
+    the compared variants take turns. The cost of a variant is the mean of its last four rounds. The
+    longer the best one stays the same, the rarer comparisons become.
     """
 
     def __init__(self, variants: Sequence[_T], length: float) -> None:
@@ -37,11 +34,10 @@ class Tuner(Generic[_T]):
 
     @property
     def variant(self) -> _T:
-        """Return the variant to use now."""
         return self._variants[self._now]
 
     def add(self, cost: float, units: float) -> None:
-        """Note the `cost` of `units` of work, done with the present variant."""
+        """Note the `cost` of `units` of work with the present variant."""
         self._spent += cost
         self._done += units
         if self._done >= self._length:
