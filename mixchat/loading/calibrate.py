@@ -1,10 +1,7 @@
 """Re-quantizes the experts of an installed model for their inputs.
 
-First the model reads or writes some text, and the inputs of its experts are recorded.
-Then each expert is read from the checkpoint again, and its scales are chosen for these inputs.
-
-The text is as long as the experts' columns need, as the disk and the memory hold, and as this
-machine processes within two hours.
+First the model reads or writes some text, and the inputs of its experts are recorded. Then each
+expert is read from the checkpoint again, and its scales are chosen for these inputs.
 """
 
 from __future__ import annotations
@@ -43,21 +40,21 @@ from mixchat.weights.make.calibrator import (
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
-WINDOW = 512  # tokens that are read or written in one piece
-ROWS_A_COLUMN = 2  # that an expert's widest matrix gets, for more gain little
+WINDOW = 512  # tokens in one piece
+ROWS_A_COLUMN = 2  # for an expert's widest matrix, since more gain little
 _DEFAULT_TEXT_S = 2 * 3600
-_MEASURED_WINDOWS = 2  # of which the second one has found the kernels compiled
-_MEASURED_SIZE = 1024  # rows and columns of matrices whose product is measured
+_MEASURED_WINDOWS = 2  # the second one finds the kernels compiled
+_MEASURED_SIZE = 1024  # rows and columns
 
-# Is called with the windows done, their total, and once with a line that says what comes.
+# Takes the windows done, their total, and once a line that says what comes.
 OnWindow = Callable[[int, int, str], object]
 
 
 class Text(NamedTuple):
-    """The tokens that the model reads, in windows. Without `ids` it writes a text by chance.
+    """The tokens that the model reads, in windows. Without `ids` it writes a text.
 
-    `first` is the token that begins each window, if the model has one. The number of `windows` is
-    None for one that suits the model and the machine.
+    `first` begins each window, if the model has such a token. `windows` is None for a number that
+    suits the model and the machine.
     """
 
     ids: Sequence[int] | None
@@ -74,11 +71,10 @@ def calibration(
     *,
     force: bool = False,
 ) -> Iterator[Calibrator]:
-    """Record the inputs of a model's experts, and yield the calibrator for these inputs.
+    """Record the inputs of a model's experts, and yield the calibrator for them.
 
-    If a calibration was interrupted, its inputs are used again for the layers that are left. They
-    are removed once the block has ended well. Raises what `check_checkpoint` with `force`,
-    `record_inputs` and opening the checkpoint raise.
+    An interrupted calibration's inputs are used again. They are removed once the block has ended
+    well. `force` is as in `check_checkpoint`.
     """
     manifest, path = read_manifest(directory), directory / INPUTS_DIR
     blueprint = installed_blueprint(directory, manifest)
@@ -106,8 +102,8 @@ def record_inputs(
 ) -> None:
     """Record in `target` the inputs of an installed model's experts.
 
-    `note` is called with the disk that the calibration takes. Raises `UsageError` if the text is
-    too short, `ResourceError` if the disk or the memory is, and what loading raises.
+    Raises `UsageError` if the text is too short, `ResourceError` if the disk or the memory is, and
+    what loading raises.
     """
     config = ModelConfig.from_file(directory / "config.json")
     windows = _windows(text, text.windows or default_windows(config, directory))
@@ -132,10 +128,7 @@ def record_inputs(
 
 
 def default_windows(config: ModelConfig, directory: Path) -> int:
-    """Return the number of windows that suits the shape, the disk and the memory.
-
-    They take half of what is free at most.
-    """
+    """Return how many windows suit the shape, within half of the free disk and memory."""
     width = max(config.hidden_size, config.intermediate_size)
     tokens = ROWS_A_COLUMN * width * config.num_local_experts / config.num_experts_per_tok
     disk = machine.free_disk(directory) / 2 / inputs_size(config, WINDOW)
@@ -144,7 +137,6 @@ def default_windows(config: ModelConfig, directory: Path) -> int:
 
 
 def _affordable(config: ModelConfig, text: Text, windows: int, seconds: float) -> int:
-    """Return the number of windows to read, if one takes so many seconds."""
     if text.windows is not None:
         return windows
     each = seconds + _seconds_to_fit(config, 1) - _seconds_to_fit(config, 0)
@@ -152,7 +144,6 @@ def _affordable(config: ModelConfig, text: Text, windows: int, seconds: float) -
 
 
 def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float) -> str:
-    """Return a line that says what comes, and how long it takes."""
     experts = config.num_hidden_layers * config.num_local_experts
     return (
         f"{'writes' if text.ids is None else 'reads'} {windows} windows of {WINDOW} tokens: about "
@@ -162,10 +153,10 @@ def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float)
 
 
 def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
-    """Return about how long it takes to round all experts, by a product on this machine.
+    """Return about how long it takes to round all experts, by a measured product.
 
-    It is the count of operations of a Hessian, its inverse's factor, the feedback, and errors. C =
-    columns, R = rows.
+    The operations are a Hessian, its inverse's factor, the feedback, and errors. C = columns, R =
+    rows.
     """
     rows = windows * WINDOW * config.num_experts_per_tok / config.num_local_experts
     width, inner = config.hidden_size, config.intermediate_size
@@ -179,7 +170,7 @@ def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
 
 @functools.cache
 def _operations_a_second() -> float:
-    """Return the speed of a product in fp32 on this machine, the best of three."""
+    """Return the speed of a product in fp32, the best of three."""
     matrix, seconds = torch.ones(_MEASURED_SIZE, _MEASURED_SIZE), []
     for _ in range(3):
         start = time.perf_counter()
@@ -189,10 +180,7 @@ def _operations_a_second() -> float:
 
 
 def _windows(text: Text, count: int) -> Sequence[Sequence[int]]:
-    """Return the tokens of so many windows to read, or the first one if the model writes.
-
-    A text has to be long enough for `text.windows`, or for the least that some can be held out of.
-    """
+    """Return the tokens of so many windows, or the first token of each if the model writes."""
     start = [] if text.first is None else [text.first]
     if text.ids is None:
         if not start:
@@ -212,7 +200,7 @@ def _windows(text: Text, count: int) -> Sequence[Sequence[int]]:
 
 
 def _run(engine: Engine, window: Sequence[int], seed: int) -> float:
-    """Read a window, or write the rest of one that has a beginning. Return the seconds it took."""
+    """Return the seconds that it took to read a window, or to write it."""
     begin = time.monotonic()
     engine.forget()
     sampling = SamplingOptions(temperature=1.0, seed=seed)
@@ -223,7 +211,6 @@ def _run(engine: Engine, window: Sequence[int], seed: int) -> float:
 
 
 def _check_memory(config: ModelConfig, windows: int) -> None:
-    """Raise `ResourceError` if the memory does not suffice to round an expert's w2."""
     needed = _memory(config, windows)
     if needed > (free := machine.free_memory()):
         raise ResourceError(
@@ -234,21 +221,20 @@ def _check_memory(config: ModelConfig, windows: int) -> None:
 
 
 def _memory(config: ModelConfig, windows: int) -> int:
-    """Return the bytes that rounding an expert's w2 takes, for four matrices of its inputs."""
+    """Return the bytes to round an expert's w2, for four matrices of its inputs."""
     width, inner = config.hidden_size, config.intermediate_size
     matrices = 4 * 4 * max(width, inner) ** 2 + 8 * width * inner
     return matrices + windows * _memory_of_window(config)
 
 
 def _memory_of_window(config: ModelConfig) -> int:
-    """Return the bytes of a window in memory, for the inputs of a layer and of an expert."""
+    """Return the bytes of a window's inputs, of a layer and of an expert."""
     width, inner = config.hidden_size, config.intermediate_size
     share = config.num_experts_per_tok / config.num_local_experts
     return int(2 * WINDOW * (width + share * (width + 2 * inner)))
 
 
 def _check_disk(directory: Path, inputs: int, note: Note) -> None:
-    """Note the disk that inputs and a second copy of one layer take. Raises `ResourceError`."""
     weights = read_manifest(directory).weights
     layer = max(record.size for name, record in weights.items() if name != SHARED_FILE)
     needed, free = inputs + layer, machine.free_disk(directory)

@@ -61,10 +61,9 @@ def build_engine(
 ) -> Engine:
     """Build the engine of an open model, which it closes at the end, or if this fails.
 
-    The experts stay in their files until they are used. `note` is called with each message for a
-    person. `wrap` puts something between the model and its `ExpertRunner`. Raises
-    `CheckpointError` if the model is damaged, `UsageError` if an option cannot be used,
-    `ResourceError` if the model does not fit.
+    `note` gets messages for a person. `wrap` puts something between the model and its
+    `ExpertRunner`. Raises `CheckpointError` if the model is damaged, `UsageError` if an option
+    cannot be used, `ResourceError` if the model does not fit.
     """
     try:
         return _assemble(installed, options, choose_devices(options.device), note, wrap)
@@ -76,7 +75,7 @@ def build_engine(
 def choose_devices(text: str | None) -> list[torch.device]:
     """Return the named devices, else all GPUs, else the CPU. Raises `UsageError`.
 
-    The first one computes all but experts. Only GPUs compute together.
+    The first one computes all but experts.
     """
     if text is None:
         text = gpu.KIND if gpu.count() else "cpu"
@@ -136,7 +135,7 @@ def _assemble(
     runner = wrap(experts)
     if options.trace is not None:
         runner = RecordingRunner(runner, _trace_writer(options.trace, installed).record)
-    # A worker computes many rows otherwise than one. A record has the tokens of the text only.
+    # Workers compute many rows otherwise than one. A record has only the text's tokens.
     alone = not workers and runner is experts
     speculates = options.speculation and alone and passes_are_exact(used, device)
     model = _build_model(installed, used, runner, context, device)
@@ -161,10 +160,9 @@ def _assemble(
 def speed_predictor(
     directory: Path, device_name: str | None, engine: Engine
 ) -> Callable[[], Prediction | None]:
-    """Return a function that predicts how fast the engine is with the slots it has by then.
+    """Return a function that predicts the engine's speed with the slots it has by then.
 
-    It returns None if this machine was never measured for such a model, which `mixchat plan` does,
-    or if there are workers, whose speed is not measured.
+    It returns None if this machine was not measured for such a model, or if there are workers.
     """
     first, *others = choose_devices(device_name)
 
@@ -182,16 +180,11 @@ def speed_predictor(
 
 
 def _name_of(directory: Path) -> str:
-    """Return the name of a model in `models_dir` as commands take it, else its path."""
     return directory.name if directory.parent == models_dir() else str(directory)
 
 
 def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
-    """Return whether prefill gives a token the same bits alone as in a chunk.
-
-    The kernels for CPUs can compute like that. On other devices a prompt has to be processed token
-    by token for it.
-    """
+    """Return whether prefill gives a token the same bits alone as in a chunk."""
     if device.type != "cpu" or not kernels_available():
         return False
     matrices = (used.expert.gate_up, used.expert.down, used.qkv(0), used.o(0))
@@ -235,8 +228,6 @@ def _build_model(
 
 
 class _InstalledTensors:
-    """The shared tensors of an installed model, read to a device: `ModelTensors`."""
-
     def __init__(self, installed: InstalledModel, device: torch.device) -> None:
         self._installed, self._device = installed, device
 

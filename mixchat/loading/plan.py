@@ -1,4 +1,4 @@
-"""Plans a model on this machine, or on one that a person tells about."""
+"""Plans a model on this machine, or on one that a person describes."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ def plan(
     others: OtherPrograms,
     again: bool = False,
 ) -> MachinePlan:
-    """Return the plan for a model, and measure the machine if that is needed.
+    """Return the plan for a model, and measure the machine if that is needed, or `again`.
 
-    `told` has the figures of another machine, and `others` the programs that ran since the command
-    began. With `again` the machine is measured although its speeds are saved. Raises `MixchatError`
-    if the model does not fit, an option cannot be used, or a worker fails.
+    `told` has the figures of another machine, and `others` the programs since the command began.
+    Raises `MixchatError` if the model does not fit, an option cannot be used, or a worker fails.
     """
     devices, blueprint = choose_devices(options.device), told.layout(outline.blueprint)
     here, device = devices[0], told.device(devices[0])
@@ -81,10 +80,7 @@ def _offers(outline: Outline, options: LoadOptions, reporter: Reporter) -> list[
 
 
 class _Speeds:
-    """The speeds of this machine, saved or new. All measuring ends at the same time.
-
-    `device` computes. `others` and `again` are as in `plan`.
-    """
+    """The speeds of this machine, saved or new. All measuring ends at the same time."""
 
     def __init__(
         self,
@@ -101,7 +97,7 @@ class _Speeds:
         self._until: float | None = None  # None if nothing was measured yet
 
     def of(self, blueprint: Blueprint) -> Measurement:
-        """Return the saved measurement of a model, or measure this machine if it is outdated."""
+        """Return the saved measurement, or measure this machine if it is outdated."""
         if (saved := self._saved(blueprint)) is not None:
             return saved
         self._until = self._until or measuring_ends()
@@ -109,7 +105,7 @@ class _Speeds:
             return measure_machine(blueprint, self._outline.directory, self._device, self._until)
 
     def of_a_second(self, blueprint: Blueprint) -> Measurement | None:
-        """Return the same for a second model, or None and a note if the time for it is over."""
+        """Return the same for a second model, or None and a note if the time is over."""
         if self._until is None or time.perf_counter() < self._until:
             return self.of(blueprint)
         if (saved := self._saved(blueprint)) is None:
@@ -133,7 +129,6 @@ class _Speeds:
         return None
 
     def _note_once(self, text: str) -> None:
-        """Print a note, unless it was printed for another model."""
         if text not in self._notes:
             self._reporter.note(text)
         self._notes.add(text)

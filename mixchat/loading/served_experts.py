@@ -1,4 +1,4 @@
-"""Builds the experts of an installed model that a worker serves from its memory."""
+"""Builds the experts that a worker serves."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 
 class ServedExperts:
-    """The `WorkerModel` that computes experts for one chat after another.
+    """The `WorkerModel` of an installed model, whose experts stay in memory between two chats.
 
-    They stay in memory between two chats. Of `options` only those of experts and devices count.
     Raises `ResourceError` if fewer than two experts fit.
     """
 
@@ -52,7 +51,6 @@ class ServedExperts:
 
     @property
     def slots(self) -> int:
-        """Return how many experts the memory holds that other programs leave."""
         return self._experts.slots
 
     def begin(self, hello: Hello) -> str:
@@ -96,7 +94,7 @@ class ServedExperts:
         parts = torch.split(x, [count for _, count in experts])
         for (expert, count), rows in zip(experts, parts, strict=True):
             check()
-            # A copy is aligned, as rows of the owner are. MKL may round others differently.
+            # A copy is aligned, as the owner's rows are. MKL may round others differently.
             outputs.append(self._computed(layer, rows.clone(), torch.full((count, 1), expert)))
         return torch.cat(outputs)
 
@@ -117,7 +115,6 @@ class ServedExperts:
         return self._built
 
     def _drop(self) -> None:
-        """Free the memory of all experts."""
         if self._built is not None:
             self._built.close()
         self._built = None

@@ -1,4 +1,4 @@
-"""Builds the holder of the experts out of its tiers, which are slots, RAM and the disk."""
+"""Builds the holder of the experts out of slots, RAM and the disk."""
 
 from __future__ import annotations
 
@@ -40,12 +40,10 @@ def build_experts(
 ) -> Dispatcher:
     """Return the holder of an installed model's experts, which computes them on `devices`.
 
-    On "cpu" the slots are in RAM and are filled from disk. With GPUs, RAM is another tier. Each GPU
-    owns some of the experts and a part of the RAM. `note` is called with messages for a person.
-    With `exact` an expert is always computed by the same device. With `predicts` experts are
-    prefetched. `here` are the experts that are not left to workers, None for all. `workers` and
-    `copies` are as in `Dispatcher`. Raises `ResourceError` if a device cannot hold two experts
-    after all.
+    On "cpu" the slots are in RAM. With GPUs, RAM is another tier, and each GPU owns some of the
+    experts. With `exact` an expert is always computed by the same device. `here` are the
+    experts that are not left to workers, None for all. `workers` and `copies` are as in
+    `Dispatcher`. Raises `ResourceError` if a device cannot hold two experts.
     """
     for device, slots in zip(devices, placement.by_device, strict=True):
         if not slots:
@@ -59,7 +57,7 @@ def build_experts(
         for expert in range(config.num_local_experts)
     }
     here = every if here is None else here
-    # The experts of lost workers are added to the GPUs, as are the experts of this machine.
+    # If workers are lost, the GPUs compute their experts, too.
     room = placement.by_device
     owner = assign_owners(here, room) | assign_owners(every - here, room)
     counts = Counter(owner.values())
@@ -101,10 +99,7 @@ def _on_device(
     stays_cached: bool,
     is_first: bool,
 ) -> DeviceCompute:
-    """Return the holder of the experts that a device owns, in its part of a placement.
-
-    Only its mover reads its files and RAM.
-    """
+    """Return the holder of a device's experts. Only its mover reads its files and RAM."""
     passes = Passes(installed.config.num_hidden_layers)
     blueprint = installed.blueprint
     stored, used = blueprint.expert_of, blueprint.computed_on(device).expert
@@ -112,7 +107,7 @@ def _on_device(
     disk = DiskSource(installed, stats, choose=not (reads_once and stays_cached))
     in_ram = None
     if placement.host_slots:
-        # Experts that come down from a device are only of use in the layout of the file.
+        # Experts that come down from a device are only of use in the file's layout.
         swaps = placement.host_slots < placement.experts and blueprint.all_in_layout_of(used)
         order, lock = POLICIES[policy](passes), _lock_for(device)
         in_ram = HostSource(
@@ -132,7 +127,7 @@ def _on_device(
 
 
 def _stays_cached(installed: InstalledModel, placement: Placement, device: torch.device) -> bool:
-    """Return whether the page cache can hold all experts, so that the next start finds them."""
+    """Return whether the page cache can hold all experts for the next start."""
     held = placement.slots if device == CPU else placement.host_slots
     room = machine.free_memory() // installed.blueprint.expert.stride - held
     return room >= installed.blueprint.expert_count
@@ -149,7 +144,7 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
 
 
 def _reserve(store: ExpertStore, slots: int, device: torch.device, note: Note) -> int:
-    """Reserve so many slots, or half as many until the memory suffices. Return their count."""
+    """Reserve so many slots, or half as many until they fit. Return their count."""
     while True:
         try:
             store.reserve(slots)
@@ -195,7 +190,6 @@ def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.devic
 
 
 def _lock_for(device: torch.device) -> PageLock:
-    """Return a function that pins blocks in RAM if a GPU copies from them."""
     if gpu.is_gpu(device):
         return lambda block: gpu.page_lock(block, device)
     return lambda block: None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a chat without workers loads neither zmq nor pydantic
     from mixchat.experts.workers.link import Link
     from mixchat.experts.workers.remote_worker import RemoteWorker
 
-# Experts of a layer that measure a worker in turn. One alone could stay in a processor's cache.
+# Experts that measure a worker in turn. One alone could stay in a processor's cache.
 _TRIED_EXPERTS = 4
 _TRIES = 5  # of each
 
@@ -38,8 +38,7 @@ def connect_workers(
 ) -> list[RemoteWorker]:
     """Connect to all workers that `options` name. Raises `MixchatError` if one fails.
 
-    `here` is the `LinearSpec.arithmetic` of experts on this machine. `note` tells of workers with
-    another.
+    `here` is this machine's `LinearSpec.arithmetic`. `note` tells of workers with another.
     """
     if not options.workers:
         return []
@@ -100,7 +99,6 @@ def _otherwise(worker: RemoteWorker, here: str) -> str:
 
 
 def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callable[[], Link]]:
-    """Return what connects to each worker. Raises `UsageError` for addresses and keys."""
     from mixchat.experts.workers.link import Link
     from mixchat.experts.workers.messages import Hello
 
@@ -117,7 +115,7 @@ def _connectors(installed: InstalledModel, options: LoadOptions) -> list[Callabl
 
 
 def _offer(link: Link, installed: InstalledModel) -> WorkerOffer:
-    """Let a worker compute some experts again and again. The time to load them does not count."""
+    """Measure a worker. The time to load experts does not count."""
     experts = min(installed.config.num_local_experts, link.slots, _TRIED_EXPERTS)
     row = torch.zeros(1, installed.config.hidden_size, dtype=installed.blueprint.quantization.dtype)
     seconds, computing = [], []
