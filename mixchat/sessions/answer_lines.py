@@ -31,8 +31,7 @@ _START = b'{"line": '  # of each line of the output
 class LineFiles:
     """The file of prompts, `-` for standard input, and the file of answers.
 
-    `resume_from` gets the answers and may have some. None is standard output. With `keep_failed`
-    the lines that failed in it are not tried again. `parallel` lines are answered at once.
+    `resume_from` is None for standard output. With `keep_failed` failed lines are not tried again.
     """
 
     prompts: str
@@ -44,10 +43,10 @@ class LineFiles:
 def answer_file(
     models: ModelProvider, name: str, options: ChatOptions, files: LineFiles, reporter: Reporter
 ) -> None:
-    """Answer a file of prompts, `files.parallel` at once.
+    """Answer a file of prompts.
 
-    Raises `UsageError` if a file cannot be used, before the model is loaded. Raises `PromptError`
-    at the end if some lines could not be answered.
+    Raises `UsageError` if a file cannot be used, before the model is loaded, and `PromptError` at
+    the end if some lines could not be answered.
     """
     with (
         open_lines(files.prompts) as file,
@@ -65,8 +64,7 @@ def answer_file(
 class Answers:
     """Answers on standard output, and the numbers of the lines that have one.
 
-    `last` is the largest number, or 0. `count` counts lines, and `failed` has the lines whose last
-    answer is an error.
+    `last` is the largest number. `failed` has the lines whose last answer is an error.
     """
 
     def __init__(self) -> None:
@@ -78,7 +76,6 @@ class Answers:
         return True
 
     def write(self, answer: dict[str, Any]) -> None:
-        """Print the answer of a line."""
         self.note(answer)
         show(json.dumps(answer))
 
@@ -94,10 +91,10 @@ class Answers:
 
 
 class AnswerFile(Answers):
-    """The answers of an earlier run in the file of `--resume-from`, to which the next are added.
+    """The file of `--resume-from`, to which answers are added.
 
-    A line that failed is answered again, unless `keep_failed` is set. A line of the file that was
-    cut off is removed. Raises `UsageError` if the file holds anything else.
+    A line that failed is answered again, unless `keep_failed` is set. A line that was cut off is
+    removed. Raises `UsageError` if the file holds anything else.
     """
 
     def __init__(self, path: Path, descriptor: int, *, keep_failed: bool = False) -> None:
@@ -111,7 +108,6 @@ class AnswerFile(Answers):
         self._again = frozenset(() if keep_failed else self.failed)
 
     def want(self, number: int) -> bool:
-        """Return whether a line has no answer yet, or one that is an error."""
         return number > self._before or number in self._again
 
     def write(self, answer: dict[str, Any]) -> None:
@@ -123,7 +119,7 @@ class AnswerFile(Answers):
         self.note(answer)
 
     def _read(self, file: BinaryIO) -> int:
-        """Note the answers, and return the bytes of the whole lines."""
+        """Return the bytes of the whole lines."""
         size = 0
         while line := file.readline(MAX_SIZE):
             cut_off = not line.endswith(b"\n") and len(line) < MAX_SIZE
@@ -152,7 +148,7 @@ class AnswerFile(Answers):
 def open_answers(path: Path | None, *, keep_failed: bool = False) -> Iterator[Answers]:
     """Open the file of `--resume-from`, or standard output.
 
-    Raises `UsageError` if the file cannot be written, or another process is writing it.
+    Raises `UsageError` if it cannot be written, or another process is writing it.
     """
     if path is None:
         yield Answers()
@@ -174,10 +170,7 @@ def open_answers(path: Path | None, *, keep_failed: bool = False) -> Iterator[An
 
 @contextmanager
 def open_lines(path: str) -> Iterator[BinaryIO]:
-    """Open the file of prompts, which may be a pipe, or standard input for `-`.
-
-    Raises `UsageError` if it cannot be opened.
-    """
+    """Open the file of prompts, or standard input for `-`. Raises `UsageError` if that fails."""
     if path == _STDIN:
         yield io.BytesIO() if sys.stdin is None else sys.stdin.buffer
         return
@@ -192,8 +185,8 @@ def open_lines(path: str) -> Iterator[BinaryIO]:
 def write_answers(lines: Iterable[Line], answers: Answers, note: Note) -> None:
     """Write each answered line as it is ready.
 
-    Raises `PromptError` at the end if some line of the whole file could not be answered. Raises at
-    once an error that is not a line's fault. A resumed run answers that line.
+    Raises `PromptError` at the end if some line could not be answered. Raises at once an error that
+    is not a line's fault.
     """
     from mixchat.serving.requests.errors import is_fault_of_request
 

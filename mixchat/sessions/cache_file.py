@@ -1,4 +1,4 @@
-"""Saves the engine's KV cache in a file, so that the next run processes only what is new."""
+"""Saves the engine's KV cache in a file for the next run."""
 
 from __future__ import annotations
 
@@ -18,26 +18,22 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.engine.prompt_cache import PromptCache
 
-# The start of such a file after the 8 bytes of its header's length, by engine/prompt_cache.py.
+# The start of such a file after 8 bytes with its header's length (engine/prompt_cache.py).
 FILE_START = b'{"__metadata__":{"format":"pt"},"mixchat_prompt_cache":'
 _LENGTH_START = b"\xf8"  # the lowest byte of a length that is 8 less than a multiple of 4096
 
 
 def checked_cache_file(path: Path) -> Path:
-    """Return the file that --prompt-cache means, a link followed. Raises `UsageError`.
-
-    This is done before the model is loaded, which takes long.
-    """
+    """Return the file that --prompt-cache means, a link followed. Raises `UsageError`."""
     return _output(path).check().place
 
 
 class CacheSaver:
     """The KV cache of a chat's engine, loaded from a file at first and saved at the end.
 
-    `named` is the file of --prompt-cache, one for all chats of a run. Without it each saved chat
-    has a file next to its own, which is updated if it exists, and created with `create`. At the
-    end this raises `MixchatError` if the named file, or with `strict` a chat's, cannot be written,
-    unless something else went wrong before. Other errors are only printed.
+    `named` is the file of --prompt-cache, for all chats of a run. Otherwise each saved chat has its
+    own, which is made only with `create`. If the named file, or with `strict` a chat's, cannot be
+    written, `MixchatError` is raised at the end.
     """
 
     def __init__(
@@ -66,21 +62,16 @@ class CacheSaver:
             self._save_or_tell(self._reporter.error)
 
     def leave_chat(self) -> None:
-        """Save the cache of a chat, before another one is started or resumed."""
         if self._named is None:
             self._save_or_tell(self._reporter.error)
 
     def enter_chat(self) -> None:
-        """Load the cache of a chat that was resumed."""
         if self._named is None:
             self._load()
 
     @contextmanager
     def changing_model(self) -> Iterator[None]:
-        """Save the cache before the block replaces the engine, and load it again if that fails.
-
-        The new engine's cache is saved in its place.
-        """
+        """Save the cache before the block replaces the engine, and load it again if that fails."""
         self._save_or_tell(self._reporter.error)
         try:
             yield
@@ -127,10 +118,7 @@ class CacheSaver:
             cache.save()
 
     def _is_wanted(self) -> bool:
-        """Return whether to write the file, and remove a chat's if every turn was undone.
-
-        Raises `UsageError` if another file has been put in the place of the named one.
-        """
+        """Return whether to write the file. Remove a chat's if every turn was undone."""
         if self._named is not None:
             _output(self._named).check()
             return True
@@ -147,12 +135,10 @@ def _output(path: Path) -> OutputFile:
 
 
 def _is_ours(head: bytes) -> bool:
-    """Return whether a file is, or before some damage was, a prompt cache, by its beginning."""
     return head[:1] == _LENGTH_START and FILE_START.startswith(head[8 : 8 + len(FILE_START)])
 
 
 def _has_content(path: Path) -> bool:
-    """Return whether there is a regular file with content, not a link, device or pipe."""
     try:
         found = path.lstat()
     except OSError:

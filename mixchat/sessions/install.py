@@ -37,7 +37,7 @@ def calibrate_model(
     *,
     force: bool = False,
 ) -> None:
-    """Calibrate an installed model with `text`, or with a text of so many windows that it writes.
+    """Calibrate an installed model with `text`, or with `windows` of text that it writes.
 
     `force` takes a checkpoint although nothing shows that the model was made of it.
     """
@@ -66,7 +66,6 @@ def calibrate_model(
 def _shown_windows(
     doing: str, progress: Progress, reporter: Reporter
 ) -> Iterator[Callable[[int, int, str], None]]:
-    """Show how many windows the model has read or written, and how long the rest takes."""
     start = time.monotonic()
     with ExitStack() as stack:
         update = stack.enter_context(reporter.status(doing))

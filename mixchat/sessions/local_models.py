@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 
 class LocalModels:
-    """The `ModelProvider` of models that are loaded here, with the flags of a run.
-
-    `usual` is the model if none is named. All answers have the `form`, if there is one.
-    """
+    """The `ModelProvider` of models that are loaded here. `usual` is the one if none is named."""
 
     place = "on this machine"
 
@@ -59,7 +56,7 @@ class LocalModels:
         return resumed.model
 
     def context_of(self, name: str) -> Context:
-        """Return the context that a model will have, the default one until it is installed.
+        """Return a model's context, the default one until it is installed.
 
         Raises `UsageError` for a size that the model cannot do.
         """
@@ -117,7 +114,7 @@ class LocalModels:
         return [name for name in installed_names() if installed_directory(name) != directory]
 
     def check(self, name: str, current: str) -> None:
-        """Raise `MixchatError` if a chat cannot change to a model. The demo is built for it."""
+        """Raise `MixchatError` if a chat cannot change. The demo is built for it."""
         from mixchat.text.checkpoint_text import CheckpointText
         from mixchat.weights.format.installed_model import InstalledModel
 
@@ -136,7 +133,6 @@ class LocalModels:
 
 
 def _directory_of(name: str) -> Path | None:
-    """Return the directory of an installed model, None if it is gone."""
     from mixchat.weights.models import installed_directory
 
     with suppress(MixchatError):

@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession, Finished
     from mixchat.chat.terminal.active_chat import AfterTurn, Predict
 
-# Makes the report that is called after each turn of a session.
+# Makes the report after each turn of a session.
 NewReport = Callable[["ChatSession", Predictor], "AfterTurn"]
 
 
 class OpenChat:
-    """A model's session and its saver. It is the `ChatModels` of a chat in the terminal, too.
+    """A model's session and its saver, and the `ChatModels` of the terminal.
 
-    The chat is saved after each answer with `autosave`. It continues the saved chat `resumed` with
-    its settings, except for those named in `except_for`.
+    The saved chat `resumed` is continued with its settings, except for those in `except_for`.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class OpenChat:
             self.saver.resume(resumed, except_for)
 
     def ask(self, answer: Callable[[ChatSession], Finished]) -> None:
-        """Let `answer` ask one question, and save the answer if the chat is to be saved."""
+        """Let `answer` ask one question, and save the answer."""
         after_turn, _ = self._hooks()
         with self._models.cache(self.saver, asks_once=True), saved_turn(self.saver):
             after_turn(answer(self.session))
@@ -100,7 +99,7 @@ class OpenChat:
         self._models.check(name, self.saver.model)
 
     def change(self, name: str) -> tuple[AfterTurn, Predict]:
-        """Give the memory of one model back, and load another one."""
+        """Free the memory of one model, and load another one."""
         engine, before = self.session.backend.engine, self.saver.model
         if engine is not None:
             save_report(self.session, before)
@@ -131,7 +130,6 @@ class OpenChat:
             ) from None
 
     def _hooks(self) -> tuple[AfterTurn, Predict]:
-        """Return what is called after each turn, and a function that predicts reading times."""
         predictor = self._models.predictor(self.session, self.saver.model)
         return self._new_report(self.session, predictor), _reading_seconds(predictor)
 
@@ -151,7 +149,7 @@ def find_chat(wanted: str | None) -> SavedChat | None:
 
 
 def new_saver(session: ChatSession, model: str, reporter: Reporter, *, autosave: bool) -> ChatSaver:
-    """Return the saver of a session's chat, which reports its failures."""
+    """Return the saver of a session's chat."""
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.saved.chat_store import ChatStore
 
@@ -163,8 +161,7 @@ def new_saver(session: ChatSession, model: str, reporter: Reporter, *, autosave:
 def saved_turn(saver: ChatSaver) -> Iterator[None]:
     """Save the answer that the block brings, even if it could not be printed.
 
-    Raises `ResourceError` if it cannot be saved, for a script that asked for it has to know. After
-    another error, a failure to save is only printed.
+    Raises `ResourceError` if it cannot be saved. After another error, this one is only printed.
     """
     before = saver.session.history
     try:
@@ -184,10 +181,7 @@ def saved_turn(saver: ChatSaver) -> Iterator[None]:
 
 
 def save_report(session: ChatSession, model: str) -> None:
-    """Save the figures of `mixchat stats`. A server has none, a closed engine has saved them.
-
-    A full disk, or a model that was removed meanwhile, does not spoil an answer.
-    """
+    """Save the figures of `mixchat stats`, if possible. A server has none."""
     from mixchat.engine.report import report_of, report_path, save_report
 
     engine = session.backend.engine
@@ -198,7 +192,6 @@ def save_report(session: ChatSession, model: str) -> None:
 
 
 def _reading_seconds(predictor: Predictor) -> Predict:
-    """Return a function that predicts the seconds of a prompt, in the first turn or later."""
 
     def seconds(tokens: int, first: bool) -> float | None:
         predicted = predictor()
@@ -209,7 +202,7 @@ def _reading_seconds(predictor: Predictor) -> Predict:
 
 
 def _free_frames(error: BaseException | None) -> None:
-    """Drop the variables of an error's frames, which hold what was loaded until then."""
+    """Drop the variables of an error's frames, which hold what was loaded."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

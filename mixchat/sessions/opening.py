@@ -1,4 +1,4 @@
-"""Loads a model for a chat or for a service. All that takes long starts here."""
+"""Loads a model for a chat or for a service."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """An installed model's files before its engine is built.
-
-    `sampling` and `max_tokens` are the advice of the model's makers.
-    """
+    """An installed model's files and its makers' advice, before its engine is built."""
 
     files: InstalledModel
     tokenizer: Tokenizer
@@ -46,8 +43,7 @@ def resolve_sampling(
 ) -> SamplingOptions:
     """Return the values of flags, else the advice of the model's makers, else the defaults.
 
-    None stands for a flag that was not given. Advice beyond the limits of the flags is ignored.
-    The seed is drawn here, so that it can be shown and repeated.
+    The seed is drawn here, so that it can be shown.
     """
     import secrets
 
@@ -62,7 +58,7 @@ def open_session(
     reporter: Reporter,
     form: OutputConstraint | None = None,
 ) -> ChatSession:
-    """Find the model, load it, and return a session with it whose answers have the given form."""
+    """Return a session with a model."""
     with _opened(name, reporter) as model:
         from mixchat.chat.engine_backend import EngineBackend
         from mixchat.chat.session import ChatSession
@@ -98,10 +94,9 @@ def open_service(
     *,
     shared_prefix: bool = True,
 ) -> tuple[ModelService, Defaults]:
-    """Find the model, load it, and return a service with it and the defaults of its answers.
+    """Return a service with a model, and the defaults of its answers.
 
-    `queue` jobs may wait while `load.parallel` others are answered. The values of `sampling` go
-    before the advice of the model's makers.
+    `queue` jobs may wait while `load.parallel` others are answered.
     """
     with _opened(name, reporter) as model:
         from mixchat.loading.loader import build_engine
@@ -120,7 +115,7 @@ def open_service(
 
 
 def find_or_build(name: str, reporter: Reporter) -> Path:
-    """Return the directory of an installed model. The demo is built first if it is missing."""
+    """Return the directory of an installed model. A missing demo is built first."""
     from mixchat.weights import models
 
     try:
@@ -138,7 +133,7 @@ def find_or_build(name: str, reporter: Reporter) -> Path:
 
 @contextmanager
 def _opened(name: str, reporter: Reporter) -> Iterator[OpenedModel]:
-    """Open a model's files, and show that it is loading while the block runs."""
+    """Yield an open model, and show that it is loading meanwhile."""
     from mixchat.text.checkpoint_text import CheckpointText
 
     directory = find_or_build(name, reporter)

@@ -1,4 +1,4 @@
-"""The contract of the models that answer in `mixchat run`, on this machine or a server."""
+"""The contract of the models of `mixchat run`, on this machine or a server."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Predictor = Callable[[], "Prediction | None"]  # of a loaded model's speed, None
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """The options of all answers of a run. None leaves one to the model or the server.
+    """The options of a run's answers. None leaves one to the model or the server.
 
-    `sampling` has the numbers of `SAMPLING`, by their names in Python.
+    `sampling` is by the Python names of `SAMPLING`.
     """
 
     sampling: Mapping[str, float | None]
@@ -36,11 +36,11 @@ class ChatOptions:
 
 
 class ModelProvider(Protocol):
-    """Models, and sessions with them, as `LocalModels` and `ServerModels` have them."""
+    """Models, and sessions with them."""
 
     @property
     def place(self) -> str:
-        """Return the place of the models as a chat names it, such as `on this machine`."""
+        """Return the place as a chat names it, such as `on this machine`."""
 
     def choose(self, given: str | None, resumed: SavedChat | None) -> str:
         """Return the given model, else the resumed chat's if it is there, else the usual one.
@@ -49,7 +49,7 @@ class ModelProvider(Protocol):
         """
 
     def context_of(self, name: str) -> Context:
-        """Return the context that a model will have."""
+        """Return a model's context."""
 
     def open(self, name: str, options: ChatOptions) -> ChatSession:
         """Return a session with a model."""
@@ -60,7 +60,7 @@ class ModelProvider(Protocol):
         """Load a model. Yield the function that begins a line's answer, and the model's context."""
 
     def predictor(self, session: ChatSession, name: str) -> Predictor:
-        """Return a function that predicts how fast the session's model is."""
+        """Return a function that predicts the speed of the session's model."""
 
     def cache(self, saver: ChatSaver, *, asks_once: bool) -> AbstractContextManager[ChatCache]:
         """Return the keeper of the KV cache while the chat is open."""
@@ -69,4 +69,4 @@ class ModelProvider(Protocol):
         """Return the names of the other models. It is called while a name is typed."""
 
     def check(self, name: str, current: str) -> None:
-        """Raise `MixchatError` if a chat cannot change from one model to another."""
+        """Raise `MixchatError` if a chat cannot change its model."""

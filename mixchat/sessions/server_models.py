@@ -31,10 +31,7 @@ class ServerModels:
     """The `ModelProvider` of a server."""
 
     def __init__(self, url: str, form: OutputConstraint | None, reporter: Reporter) -> None:
-        """Ask the server for its models. Raises `MixchatError` if that fails.
-
-        All answers have the `form`, if there is one.
-        """
+        """Ask the server for its models. Raises `MixchatError` if that fails."""
         from mixchat.serving.client.server_client import ServerClient
 
         self._url = ServerURL.parse(url)
@@ -59,11 +56,11 @@ class ServerModels:
         return next(iter(self._models))
 
     def context_of(self, name: str) -> Context:
-        """Return the context of a model, a large one if the server does not tell."""
+        """Return a model's context, a large one if the server does not tell."""
         return self._backend(name).context or UNKNOWN_CONTEXT
 
     def open(self, name: str, options: ChatOptions) -> ChatSession:
-        """Return a session with a model. Some servers do not list all names."""
+        """Return a session with a model, which need not be listed."""
         from mixchat.chat.session import ChatSession
 
         return ChatSession(
@@ -92,7 +89,6 @@ class ServerModels:
         )
 
     def predictor(self, session: ChatSession, name: str) -> Predictor:
-        """Return a function that returns None, for nobody knows how fast a server is."""
         return lambda: None
 
     def cache(self, saver: ChatSaver, *, asks_once: bool) -> ServerCache:
@@ -120,7 +116,7 @@ class ServerModels:
 
 
 class ServerCache:
-    """The `ChatCache` of a chat with a server, whose KV cache stays with the server."""
+    """The `ChatCache` of a server, which keeps its KV cache."""
 
     def __enter__(self) -> ServerCache:
         return self

@@ -20,7 +20,7 @@ Say = Callable[[str], None]  # prints a line for a person
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The options of a server, as the flags of `mixchat serve` give them."""
+    """The flags of `mixchat serve`."""
 
     host: str
     port: int
@@ -34,7 +34,7 @@ class ServeOptions:
 def serve_http(
     model: str, load: LoadOptions, options: ServeOptions, reporter: Reporter, say: Say
 ) -> None:
-    """Serve a model over HTTP until a signal ends it. The port is taken before the model loads."""
+    """Serve a model over HTTP until a signal. The port is taken before the model loads."""
     from mixchat.serving.web.access import Access, bind, find_address, is_loopback, url_of
 
     address = find_address(options.host, options.port, options.key)
@@ -62,7 +62,7 @@ def serve_experts(model: str, load: LoadOptions, listen: str, reporter: Reporter
 
 
 def serve_rank_0(model: str, load: LoadOptions, reporter: Reporter, say: Say) -> None:
-    """Serve rank 0 until it ends, as another process that torchrun started."""
+    """Serve experts to torchrun's rank 0 until it ends."""
     from mixchat.experts.workers import torchrun
 
     listen = torchrun.local_address()
@@ -74,7 +74,6 @@ def serve_rank_0(model: str, load: LoadOptions, reporter: Reporter, say: Say) ->
 def _expert_server(
     model: str, load: LoadOptions, listen: str, reporter: Reporter, say: Say
 ) -> Iterator[tuple[Server, str]]:
-    """Yield a server that listens, and its address."""
     from mixchat.experts.workers.address import resolve
     from mixchat.experts.workers.key_file import default_key_file, read_key_file
 
