@@ -132,10 +132,10 @@ class LRU:
 
 
 class LayeredLRU:
-    """Least recently used first, counted in passes of an expert's layer, the last layer first.
+    """Least recently used first, counted in passes of an expert's own layer.
 
-    LRU evicts experts of the next layer, just before they may be needed. If three layers have used
-    A, B and C, and the first one now uses another expert, the order is A C B. LRU has A B C.
+    Among equals, the one whose layer comes last is evicted first. LRU evicts experts of the next
+    layer just before they may be needed.
     """
 
     def __init__(self, passes: Passes) -> None:

@@ -225,7 +225,6 @@ class Dispatcher:
             busy = [device for device in busy if device.compute_next(rows)]
 
     def _look_ahead(self, rows: LayerRows, predicted: torch.Tensor | None) -> None:
-        """Prefetch this machine's copies of experts that workers compute, and predicted experts."""
         if self._prefetch is None or not self._predicts:
             return
         if predicted is None:

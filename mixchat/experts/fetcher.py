@@ -143,7 +143,6 @@ class Fetcher:
         return self._expert(self._cache.lookup(key))
 
     def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
-        """Bring an expert into its slot. Those in `pinned` are not evicted."""
         self.request([key], pinned)
         self.ready(key)
 
@@ -154,7 +153,6 @@ class Fetcher:
             self.resize(self._watch.limit(len(self._store.blocks)))
 
     def halve(self) -> bool:
-        """Hold half as many experts. Return False if those would be too few."""
         limit = self._cache.limit // 2
         if limit < MIN_SLOTS:
             return False
@@ -207,7 +205,6 @@ class Fetcher:
         return False
 
     def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey]) -> bool:
-        """Return False if there is no slot."""
         key, held = load.key, self._store.blocks
         prefetches = [other for other, queued in self._loads.items() if queued.is_prefetch]
         slot = self._cache.admit(key, {*pinned, *prefetches}, held)

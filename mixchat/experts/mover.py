@@ -38,7 +38,6 @@ class ExpertLoad:
 
     @property
     def ended(self) -> bool:
-        """Return whether it has arrived, or failed."""
         return self._ended.is_set()
 
     @property

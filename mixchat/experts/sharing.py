@@ -42,7 +42,7 @@ def divide(
     slots: how many each can hold, this machine first. uses: how often each expert was used before.
     Each holder gets the same share of every layer and of its uses, as far as its slots allow. Slots
     that are left hold copies of the most used. If there are too few slots, this machine gets more
-    experts than it has slots, and they come and go.
+    experts than it has slots.
     """
     uses = uses or {}
     every = (ExpertKey(*key) for key in product(range(layers), range(experts)))
@@ -56,8 +56,8 @@ def divide(
 def assign_owners(keys: Iterable[ExpertKey], slots: Sequence[int]) -> dict[ExpertKey, int]:
     """Return the owner of each expert, the number of the GPU that computes it.
 
-    slots: how many each GPU can hold. If all fit, all own the same part of every layer. Otherwise
-    each owns experts in proportion to its slots.
+    slots: how many each GPU can hold. If all fit, all own the same part of every layer, as far
+    as their slots allow. Otherwise each owns experts in proportion to its slots.
     """
     keys = list(keys)
     held = _assign(keys, owner_counts(len(keys), slots), {})
@@ -82,7 +82,6 @@ def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
 def _assign(
     keys: Iterable[ExpertKey], quotas: Sequence[int], uses: Mapping[ExpertKey, int]
 ) -> list[list[ExpertKey]]:
-    """Return different experts for each holder. The quotas sum to all."""
     held: list[list[ExpertKey]] = [[] for _ in quotas]
     for _, group in groupby(sorted(keys), key=lambda key: key.layer):
         keys_of_layer = sorted(group, key=lambda key: (-uses.get(key, 0), key))

@@ -170,10 +170,7 @@ class HostSource:
     """`slots` experts in RAM, between another source and the slots of a GPU.
 
     With `swaps`, RAM holds other experts than the GPU. An expert that goes up leaves its slot to
-    the one that it evicts. With two slots each, A and B on the GPU and C in RAM, a load of C into
-    the slot of A does this:
-
-        RAM: C -     A comes down     RAM: C A     C goes up     RAM: - A     GPU: C B
+    the one that it evicts.
     """
 
     def __init__(

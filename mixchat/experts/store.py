@@ -112,7 +112,7 @@ class ExpertStore:
 
 @dataclass
 class _Slot:
-    """Memory for one expert. `holds` is the expert that was completely loaded."""
+    """`holds` is the expert that was completely loaded."""
 
     block: torch.Tensor
     expert: Expert

@@ -92,7 +92,7 @@ class TraceWriter:
                 self._write(_line(self._forward))
 
     def close(self) -> None:
-        """Close the file. Later calls of `add` record nothing."""
+        """Close the file."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -127,7 +127,7 @@ class RecordingRunner:
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        """Run the experts, then record. A layer that Ctrl-C ends is not recorded."""
+        """Run the experts, then record."""
         result = self._runner.run(
             layer, hidden_states, selected_experts, routing_weights, exact=exact
         )

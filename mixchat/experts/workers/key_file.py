@@ -41,7 +41,7 @@ def make_key_file(path: Path) -> None:
 
 
 def read_key_file(path: Path) -> bytes:
-    """Return the key, 32 bytes. Raises `UsageError` if it is missing, damaged, or open to others."""
+    """Return the key, 32 bytes. Raises `UsageError` if it is missing, damaged or open to others."""
     try:
         with open(open_regular(path), "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)

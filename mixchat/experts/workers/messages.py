@@ -33,7 +33,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _clean(value: object) -> object:
-    """Return a text as one line that is safe to show."""
     if not isinstance(value, str):
         return value
     text = value[:_MAX_TEXT].encode(errors="replace").decode()
@@ -96,7 +95,7 @@ class Hold(WorkerMessage):
 
 
 class Compute(WorkerMessage):
-    """A request for experts of a layer, each (expert, rows). `shared_row` is one row for all."""
+    """A request for experts of a layer, each (expert, rows). With `shared_row` all get one row."""
 
     kind: Literal["compute"] = "compute"
     layer: _Index

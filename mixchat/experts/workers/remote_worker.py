@@ -95,7 +95,6 @@ class RemoteWorker:
             self._hold_planned()
 
     def _hold_planned(self) -> None:
-        """Hold the planned experts, as far as there is room by now."""
         assert self._link is not None
         keys = self._planned[: self._link.slots]
         try:

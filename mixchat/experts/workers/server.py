@@ -218,7 +218,6 @@ class Session:
             raise sockets.BadMessageError("it sent a message out of turn")
 
     def _receive(self, within: float) -> bytes | None:
-        """Return the next message, or None after so many seconds."""
         interrupts.check()
         message = self._listener.receive(within)
         if message is not None and message.peer == self._peer:

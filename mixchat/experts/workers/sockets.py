@@ -1,7 +1,6 @@
 """What both ends of a connection share: libzmq's sockets, their keys and limits.
 
-A thread of libzmq encrypts, proves the key (CURVE), and checks by heartbeats that the other end
-lives, also while this process computes.
+A thread of libzmq encrypts, proves the key (CURVE), and checks that the other end lives.
 """
 
 from __future__ import annotations
