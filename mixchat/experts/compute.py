@@ -48,7 +48,7 @@ class DeviceCompute:
         self._request()
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
-        """Start loading predicted experts, after those of `begin`."""
+        """Start loading predicted experts, after the experts of `begin`."""
         self.fetcher.prefetch(keys, pinned=self._order)
 
     def compute_next(self, rows: LayerRows) -> bool:

@@ -67,7 +67,6 @@ class Fetcher:
         return self._store.tier(key, resident=self.holds(key))
 
     def holds(self, key: ExpertKey) -> bool:
-        """Return whether the expert is whole in its slot."""
         return self.state(key) == RESIDENT
 
     def state(self, key: ExpertKey) -> int:
@@ -91,7 +90,7 @@ class Fetcher:
             self._cache.lookup(key)
 
     def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
-        """Cancel the prefetches of a layer that its router has not chosen."""
+        """Note a router's choice, and cancel the other prefetches of its layer."""
         self._passes.enter(layer)
         self.follow_memory()
         for key, load in list(self._loads.items()):

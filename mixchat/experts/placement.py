@@ -19,7 +19,7 @@ RESERVE_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Demand:
-    """The bytes that a model needs. `context` is the full KV cache, `expert` is for each."""
+    """The bytes that a model needs. `context` is the full KV cache, `expert` is for one."""
 
     shared: int
     context: int
@@ -28,7 +28,6 @@ class Demand:
 
     @property
     def least(self) -> int:
-        """Return the fewest bytes with which a device can compute the model."""
         return self.shared + self.context + MIN_SLOTS * self.expert
 
 

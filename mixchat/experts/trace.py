@@ -46,7 +46,7 @@ class Trace:
     forwards: list[list[list[int]]]
 
     def tokens(self, forward: list[list[int]]) -> int:
-        """Return the tokens of a forward pass. One is decode, more are prefill."""
+        """Return the number of tokens. One is decode, more are prefill."""
         return len(forward[0]) // self.experts_per_token
 
 
@@ -92,7 +92,6 @@ class TraceWriter:
                 self._write(_line(self._forward))
 
     def close(self) -> None:
-        """Close the file."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -127,7 +126,6 @@ class RecordingRunner:
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        """Run the experts, then record."""
         result = self._runner.run(
             layer, hidden_states, selected_experts, routing_weights, exact=exact
         )

@@ -153,7 +153,7 @@ def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float)
 
 
 def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
-    """Return about how long it takes to round all experts, by a measured product.
+    """Return about how long it takes to round all experts.
 
     The operations are a Hessian, its inverse's factor, the feedback, and errors. C = columns, R =
     rows.

@@ -119,7 +119,7 @@ class AnswerFile(Answers):
         self.note(answer)
 
     def _read(self, file: BinaryIO) -> int:
-        """Return the bytes of the whole lines."""
+        """Note the answers. Return the bytes of the whole lines."""
         size = 0
         while line := file.readline(MAX_SIZE):
             cut_off = not line.endswith(b"\n") and len(line) < MAX_SIZE
@@ -130,7 +130,6 @@ class AnswerFile(Answers):
         return size
 
     def _checked(self, line: bytes) -> dict[str, Any]:
-        """Return an answer. No line is answered again after an answer without an error."""
         try:
             answer: dict[str, Any] = json.loads(line)
             number = answer["line"]

@@ -99,7 +99,6 @@ class OpenChat:
         self._models.check(name, self.saver.model)
 
     def change(self, name: str) -> tuple[AfterTurn, Predict]:
-        """Free the memory of one model, and load another one."""
         engine, before = self.session.backend.engine, self.saver.model
         if engine is not None:
             save_report(self.session, before)

@@ -40,7 +40,7 @@ class PeerMessage(NamedTuple):
 
 
 class Listener:
-    """Listens at an address until `close`, for one thread at a time."""
+    """Listens at an address until `close`, for one thread."""
 
     def __init__(self, address: Address, key: bytes, note: Callable[[str], None]) -> None:
         """Listen. Raises `UsageError` if the address cannot be used."""

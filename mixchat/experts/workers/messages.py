@@ -63,7 +63,7 @@ class Hello(WorkerMessage):
 
 
 class Welcome(WorkerMessage):
-    """The worker's answer, with the number of experts that it can hold."""
+    """The worker's answer, with its slots and its `LinearSpec.arithmetic`."""
 
     kind: Literal["welcome"] = "welcome"
     slots: int = Field(ge=2, le=MAX_SLOTS)

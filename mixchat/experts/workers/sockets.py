@@ -48,7 +48,10 @@ class CurveKeys(NamedTuple):
 
 
 def curve_keys(key: bytes, end: bytes) -> CurveKeys:
-    """Return the keys of an `end`, `worker` or `chat`. Whoever knows `key` derives both."""
+    """Return the keys of an `end`, `worker` or `chat`. Whoever knows `key` derives both.
+
+    Nobody else knows even the public keys.
+    """
     secret = z85.encode(hmac.digest(key, b"mixchat worker 2 " + end, "sha256"))
     return CurveKeys(zmq.curve_public(secret), secret)
 
@@ -56,7 +59,7 @@ def curve_keys(key: bytes, end: bytes) -> CurveKeys:
 def open_context() -> zmq.Context[zmq.Socket[bytes]]:
     """Return a context. Raises `ResourceError` if few descriptors are left.
 
-    libzmq would abort this process.
+    Otherwise libzmq would abort this process.
     """
     spare: list[int] = []
     try:

@@ -65,7 +65,10 @@ def end() -> None:
 
 
 def published() -> tuple[str, ...]:
-    """Return the addresses of all workers, or none without torchrun. Raises `MixchatError`."""
+    """Return the addresses of all workers, once they listen, or none without torchrun.
+
+    Raises `MixchatError`.
+    """
     if rank() is None:
         return ()
     store, size = _rendezvous(), int(os.environ["WORLD_SIZE"])
