@@ -17,8 +17,9 @@ class Tuner(Generic[_T]):
     """Uses the variant that costs least, and tries the others again from time to time.
 
     A round is `length` units of work with one variant. A machine's speed changes within seconds, so
-    the compared variants take turns. The cost of a variant is the mean of its last four rounds. The
-    longer the best one stays the same, the rarer comparisons become.
+    the compared variants take turns. A variant's cost is the mean of the last four rounds. If B is
+    a little cheaper than A, the rounds are A B A B A B A B, then B B B and so on, and later
+    A B A B A B A B again. The longer the best one stays the same, the rarer comparisons become.
     """
 
     def __init__(self, variants: Sequence[_T], length: float) -> None:
