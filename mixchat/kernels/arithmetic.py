@@ -29,7 +29,7 @@ def exponential(function: Function, x: Value) -> Value:
 
 
 def as_fp32(pointer: Pointer, place: Value, bf16: bool, count: int | None = None) -> Value:
-    """Load number `place` of a tensor in bf16 (`bf16`) or fp32, or `count` numbers from there."""
+    """Load number `place` of a tensor in bf16 or fp32, or `count` numbers from there."""
     short, integer, real = (
         kind if count is None else vector(kind, count) for kind in (i16, i32, f32)
     )
@@ -39,7 +39,7 @@ def as_fp32(pointer: Pointer, place: Value, bf16: bool, count: int | None = None
 
 
 def store_fp32(pointer: Pointer, value: Value, place: Value, bf16: bool) -> None:
-    """Store fp32 numbers in a tensor, from its number `place` on, rounded if it is in `bf16`."""
+    """Store fp32 numbers from number `place` of a tensor in bf16 or fp32 on."""
     if bf16:
         pointer.store(rounded_to_bf16(value), place * 2)
     else:
@@ -55,10 +55,7 @@ def rounded_to_bf16(value: Value) -> Value:
 
 
 def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> Value:
-    """Return the sum or the maximum of a vector, whose halves are combined again and again.
-
-    A sum is rounded differently in `Function.total`, which adds from the first to the last.
-    """
+    """Return the sum or maximum of a vector by halves. `Function.total` rounds sums differently."""
     count = value.type.count
     while count > 1:
         count //= 2
@@ -69,6 +66,5 @@ def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> V
 
 
 def _as_many(element: Any, value: Value) -> Any:
-    """Return the type of a vector of `element`, as long as the value, or `element` for a number."""
     count = getattr(value.type, "count", None)
     return element if count is None else vector(element, count)

@@ -1,8 +1,7 @@
 """A small language for writing vector code in Python, with values, pointers and loops.
 
-The Python code runs once, and what it does with values is written down as instructions. `a + b`
-adds nothing but writes an addition. The result is a module of LLVM's intermediate representation,
-which `compile.py` turns into machine code. A function that doubles n numbers, 8 at a time:
+The Python code runs once and writes instructions down. `a + b` writes an addition. The result is a
+module of LLVM's intermediate representation. A function that doubles n numbers, 8 at a time:
 
     function = Function(module, "double", numbers=1)
     pointer, (n,) = function.pointer, function.numbers
@@ -10,8 +9,7 @@ which `compile.py` turns into machine code. A function that doubles n numbers, 8
         pointer.store(pointer.load(vector(f32, 8), place * 4) * 2, place * 4)
     function.finish()
 
-`vector(f32, 8)` is the type of 8 fp32 numbers side by side, offsets are in bytes, and a Python
-number stands for a constant, in a vector for the same one in every place.
+Offsets are in bytes. A Python number stands for a constant, in every place of a vector.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ class Value:
 
     @property
     def type(self) -> Any:
-        """Return LLVM's type."""
         return self.raw.type
 
     @property
@@ -71,11 +68,11 @@ class Value:
         return self._binary(other, "", "fdiv")
 
     def __floordiv__(self, other: Value | int) -> Value:
-        """Divide integers as unsigned ones."""
+        """Divide unsigned integers."""
         return self._binary(other, "udiv")
 
     def __mod__(self, other: Value | int) -> Value:
-        """Return the remainder of unsigned integers."""
+        """Take the remainder of unsigned integers."""
         return self._binary(other, "urem")
 
     def __and__(self, other: Value | int) -> Value:
@@ -88,7 +85,7 @@ class Value:
         return self._binary(other, "shl")
 
     def __rshift__(self, other: int) -> Value:
-        """Shift to the right, with zeros from the left."""
+        """Shift in zeros from the left."""
         return self._binary(other, "lshr")
 
     def __neg__(self) -> Value:
@@ -102,12 +99,10 @@ class Value:
         return self._wrap(self._builder.icmp_signed(operator, self.raw, right))
 
     def choose(self, yes: Value, no: Value | float) -> Value:
-        """Return `yes` if this bit is set, else `no`."""
         other = self._function.constant(yes.type, no)
         return self._wrap(self._builder.select(self.raw, yes.raw, other.raw))
 
     def bits_as(self, kind: Any) -> Value:
-        """Return the same bits, read as another type."""
         return self._wrap(self._builder.bitcast(self.raw, kind))
 
     def widened(self, kind: Any) -> Value:
@@ -119,7 +114,6 @@ class Value:
         return self._wrap(self._builder.sext(self.raw, kind))
 
     def narrowed(self, kind: Any) -> Value:
-        """Return the lowest bits."""
         return self._wrap(self._builder.trunc(self.raw, kind))
 
     def as_float(self, kind: Any) -> Value:
@@ -127,7 +121,7 @@ class Value:
         return self._wrap(self._builder.sitofp(self.raw, kind))
 
     def as_integer(self, kind: Any) -> Value:
-        """Convert floats to signed integers, without the digits after the point."""
+        """Convert floats to signed integers, rounded towards 0."""
         return self._wrap(self._builder.fptosi(self.raw, kind))
 
     def arithmetic_shift(self, bits: int) -> Value:
@@ -135,7 +129,6 @@ class Value:
         return self._binary(bits, "ashr")
 
     def broadcast(self, count: int) -> Value:
-        """Return a vector that has this number in every place."""
         kind = vector(self.type, count)
         first = self._builder.insert_element(ir.Constant(kind, ir.Undefined), self.raw, i32(0))
         return self._wrap(first).shuffled([0] * count)
@@ -148,7 +141,6 @@ class Value:
 
 
 def _suffix(kind: Any) -> str:
-    """Return LLVM's ending of the name of a function for floats of this type."""
     return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
 
 
@@ -159,27 +151,26 @@ class Pointer:
         self._function, self._builder, self.raw = function, function.builder, raw
 
     def plus(self, offset: Value | int) -> Pointer:
-        """Return the pointer `offset` bytes further."""
         moved = self._builder.gep(self.raw, [self._function.constant(i64, offset).raw])
         return Pointer(self._function, moved)
 
     def load(self, kind: Any, offset: Value | int = 0) -> Value:
-        """Load a value of this type, which need not be aligned."""
+        """Load a value, aligned or not."""
         address = self._builder.bitcast(self.plus(offset).raw, kind.as_pointer())
         return Value(self._function, self._builder.load(address, align=1))
 
     def store(self, value: Value, offset: Value | int = 0) -> None:
-        """Store the value, which need not be aligned."""
+        """Store a value, aligned or not."""
         address = self._builder.bitcast(self.plus(offset).raw, value.type.as_pointer())
         self._builder.store(value.raw, address, align=1)
 
     def prefetch(self, offset: Value | int) -> None:
-        """Prefetch the line into the first cache. An address that does not exist does no harm."""
+        """Prefetch the line into the first cache. The address need not exist."""
         read, keep, data = (self._function.constant(i32, number) for number in (0, 3, 1))
         self._function.call("llvm.prefetch.p0", void, self.plus(offset), read, keep, data)
 
     def take_next(self) -> Value:
-        """Add one to the 64-bit number there, atomically, and return the old number."""
+        """Add one to the 64-bit number there, atomically. Return the old number."""
         address = self._builder.bitcast(self.raw, i64.as_pointer())
         return Value(self._function, self._builder.atomic_rmw("add", address, i64(1), "monotonic"))
 
@@ -190,8 +181,7 @@ class Function:
     def __init__(self, module: Any, name: str, numbers: int = 0) -> None:
         kind = ir.FunctionType(void, [_byte_pointer] + [i64] * numbers)
         self.raw = ir.Function(module, kind, name)
-        # Vectors that have no register lie on the stack. Its start is a matter of luck in
-        # each process, and a vector that is in two cache lines takes longer to load.
+        # A vector on the stack that is in two cache lines takes longer to load.
         self.raw.attributes.add("nounwind")  # llvmlite writes no alignment without an attribute
         self.raw.attributes.alignstack = _CACHE_LINE
         self._module = module
@@ -210,11 +200,10 @@ class Function:
         return Value(self, ir.Constant(kind, [kind.element(one) for one in numbers]))
 
     def address(self, number: Value) -> Pointer:
-        """Return a 64-bit number as a pointer."""
         return Pointer(self, self.builder.inttoptr(number.raw, _byte_pointer))
 
     def call(self, name: str, returns: Any, *arguments: Value | Pointer) -> Value:
-        """Call one of LLVM's own functions. Many of them stand for an instruction of the CPU."""
+        """Call one of LLVM's own functions."""
         raw = [argument.raw for argument in arguments]
         function = self._module.globals.get(name)
         if function is None:
@@ -223,11 +212,11 @@ class Function:
         return Value(self, self.builder.call(function, raw))
 
     def maximum(self, one: Value, other: Value) -> Value:
-        """Return the larger of two numbers, place by place. Integers are signed."""
+        """Take the larger numbers, place by place. Integers are signed."""
         return one.compare(">", other).choose(one, other)
 
     def minimum(self, one: Value, other: Value) -> Value:
-        """Return the smaller of two numbers, place by place. Integers are signed."""
+        """Take the smaller numbers, place by place. Integers are signed."""
         return one.compare("<", other).choose(one, other)
 
     def multiply_add(self, one: Value, other: Value, third: Value) -> Value:
@@ -235,16 +224,16 @@ class Function:
         return self.call(f"llvm.fma.{_suffix(one.type)}", one.type, one, other, third)
 
     def total(self, value: Value) -> Value:
-        """Return the sum of a vector of floats, added up from the first to the last."""
+        """Add up a vector of floats, from the first to the last."""
         name = f"llvm.vector.reduce.fadd.{_suffix(value.type)}"
         return self.call(name, f32, self.constant(f32, 0.0), value)
 
     def rounded(self, value: Value) -> Value:
-        """Round floats to the nearest integers, which are floats too."""
+        """Round floats to the nearest integers, as floats."""
         return self.call(f"llvm.rint.{_suffix(value.type)}", value.type, value)
 
     def scratch(self, size: int) -> Pointer:
-        """Reserve `size` bytes on the stack of the thread that runs the function."""
+        """Reserve `size` bytes on the stack."""
         kind = ir.ArrayType(i8, size)
         with self.builder.goto_entry_block():
             space = self.builder.alloca(kind)
@@ -252,11 +241,10 @@ class Function:
         return Pointer(self, self.builder.bitcast(space, _byte_pointer))
 
     def call_own(self, other: Function, pointer: Pointer, *numbers: Value) -> None:
-        """Call a function that is written in the same module."""
+        """Call a function of the same module."""
         self.builder.call(other.raw, [pointer.raw, *(number.raw for number in numbers)])
 
     def call_address(self, address: Value, returns: Any, *pointers: Pointer) -> Value:
-        """Call the function at an address."""
         kind = ir.FunctionType(returns, [_byte_pointer] * len(pointers)).as_pointer()
         function = self.builder.inttoptr(address.raw, kind)
         return Value(self, self.builder.call(function, [pointer.raw for pointer in pointers]))
@@ -267,8 +255,8 @@ class Function:
     ) -> Iterator[tuple[Value, list[Value]]]:
         """Loop over what is written inside, as Python does over range(start, end, step).
 
-        Yields the counter, and a list of the values carried from one turn to the next. Each turn
-        replaces its elements. After the loop the list holds the values of the last turn.
+        Yields the counter, and a list of the carried values. Each turn replaces its elements. After
+        the loop it holds the last ones.
         """
         builder = self.builder
         first, last = self.constant(i64, start).raw, self.constant(i64, end).raw
@@ -302,8 +290,7 @@ class Function:
     def each_item(self, counter: Pointer, count: Value) -> Iterator[Value]:
         """Run what is written inside once for each item of work, a number below `count`.
 
-        Threads that run this function together share the items. Each takes the next free one, so
-        that a fast core does more of them than a slow one.
+        Each of the threads that run this function takes the next free one.
         """
         builder = self.builder
         head, body, after = (self.raw.append_basic_block() for _ in range(3))
@@ -317,5 +304,4 @@ class Function:
         builder.position_at_end(after)
 
     def finish(self) -> None:
-        """End the function."""
         self.builder.ret_void()

@@ -1,17 +1,14 @@
 """x times a matrix of 3-bit, 4-bit or 8-bit codes, at the speed at which memory can be read.
 
-The codes are in the layout "cpu-packed" of `nf3.py`, `nf4.py` and `int8.py` in `weights/matrix/`:
-32 rows, a band, lie interleaved, pair of columns by pair of columns. First `round_x` rounds x to
-integers, in blocks of 64 columns with a scale for each. Then `multiply` turns the codes into
-integers (`units.py`), adds the products up exactly, and turns only the sum over a block into a
-float, times the scales of the weights and of x (`tile.py`).
+The codes are in the layout "cpu-packed" of `weights/matrix/`: 32 rows, a band, lie interleaved,
+pair of columns by pair of columns. `round_x` rounds x to integers, in blocks of 64 columns with a
+scale for each. `multiply` turns the codes into integers, adds the products of a block up exactly,
+and only then scales them as floats.
 
 For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
-double precision is about 1.5e-4 of the result, an eighth of what rounding the 16 levels to bf16
-costs. For many tokens the limit is computing and not memory. Then x has 7 bits and a sign if the
-CPU multiplies bytes. The error is 8e-3 of the result, while rounding the weights to 4 bits has cost
-9e-2. For 8-bit codes x always has 15 bits and a sign, with an error of 2e-5, while rounding the
-weights has cost 6e-3.
+double precision is about 1.5e-4 of the result. For many tokens x has 7 bits and a sign if the CPU
+multiplies bytes. The error is 8e-3, while rounding the weights to 4 bits has cost 9e-2. For 8-bit
+codes x has 15 bits and a sign, with an error of 2e-5, while rounding the weights has cost 6e-3.
 
 N = tokens, R = rows (out features), C = columns (in features), B = C / 64 blocks.
 """
@@ -37,9 +34,9 @@ from mixchat.kernels.program import Step, copy_of
 from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import Unit, UnitSet
 
-_STREAMS = 2  # bands that are read at once if there is one token; with more, memory was slower
-# Bytes that a stream goes through in one item of work, if enough items are left for each thread.
-# Its start is read more slowly, before the CPU has found out what will be read next.
+_STREAMS = 2  # bands that are read at once for one token; memory was slower with more
+# Bytes of a stream in one item of work, if enough items are left for each thread. The start of a
+# stream is read more slowly.
 _STREAM_BYTES, _ITEMS = 2**20, 8
 _X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -60,9 +57,8 @@ def quantized_matmul(
 ) -> torch.Tensor:
     """Return x [..., C] times the transposed matrix, [..., R] in the type of x, on the CPU.
 
-    Types but fp32 and bf16 are computed as fp32. Each row of x is computed by itself. With 3 and 4
-    bits its result depends on the count of rows, because many are rounded more coarsely than few.
-    With `exact`, many are computed as one is, and with 8-bit codes they always are.
+    Types but fp32 and bf16 are computed as fp32. With 3 and 4 bits many rows are rounded more
+    coarsely than few, unless `exact`.
     """
     rows, columns = matrix.shape
     rounded = x if x.dtype in _DTYPES else x.float()
@@ -86,7 +82,7 @@ def quantized_matmul_steps(
     assert instructions is not None
     unit = units.unit_for(instructions, 1 if exact else tokens)
     size = unit.x_type.width // 8
-    # One allocation instead of three, which would take as long as rounding one token.
+    # Three allocations would take as long as rounding one token.
     blocks = tokens * columns // BLOCK
     scratch = torch.empty(blocks * (8 + BLOCK * size), dtype=torch.uint8)
     start = scratch.data_ptr()
@@ -115,14 +111,13 @@ def quantized_matmul_steps(
 
 
 def _run_length(rows: int, band_bytes: int) -> int:
-    """Return how many bands in a row are a stream's part of an item of work."""
+    """Return the bands in a row of a stream's part of an item of work."""
     most = rows // BAND // (_STREAMS * _ITEMS * torch.get_num_threads())
     return max(1, min(most, _STREAM_BYTES // band_bytes))
 
 
 @functools.cache
 def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Compiled:
-    """Compile both functions for x in bf16 (`bf16`) or fp32."""
     module = ir.Module("quantized_matmul")
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, _STREAMS, 1)
@@ -132,7 +127,7 @@ def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Com
 
 
 def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
-    """Write `round_x`, x as integers and a scale for each block. An item of work is a token."""
+    """Write `round_x`. An item of work is a token."""
     function = Function(module, "round_x")
     given = SIGNATURE.read_by(function)
     x, x_integers = given.pointer("x"), given.pointer("x_integers")
@@ -164,11 +159,7 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
 
 
 def _largest(function: Function, pieces: Sequence[Value]) -> Value:
-    """Return the largest magnitude.
-
-    Without the sign, the bits of floats have the order of the floats. NaN comes last. It becomes
-    the scale, and so every result is NaN.
-    """
+    """Return the largest magnitude. NaN comes last, and makes every result NaN."""
     lanes = pieces[0].type.count
     bits = [piece.bits_as(vector(i32, lanes)) & 0x7FFFFFFF for piece in pieces]
     largest = functools.reduce(lambda one, two: one.compare("<", two).choose(two, one), bits)

@@ -1,7 +1,7 @@
 """The product of some rows of a matrix of codes with some tokens, in the CPU's registers.
 
-A band is 32 rows, which lie interleaved in the layout "cpu-packed". A block is 64 columns, whose
-weights share a scale (`absmax`) in each row. x has a scale for each block, too (`x_scales`).
+A band is 32 rows, interleaved in the layout "cpu-packed". A block is 64 columns, whose weights
+share a scale (`absmax`) in each row. x has a scale for each block, too (`x_scales`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from mixchat.kernels.units import Unit
 BAND = 32  # rows
 BLOCK = 64  # columns
 _AHEAD = 4  # blocks early, scales are prefetched, which lie far apart
-# How many bytes early codes are prefetched. The CPU's own prefetcher stops at the end of each page,
-# and the products with several tokens fill the time in which the CPU would look ahead itself.
+# How many bytes early codes are prefetched. The CPU's prefetcher stops at the end of each page.
 _CODES_AHEAD = 3072
 _LINE = 64  # bytes of a cache line
 
@@ -41,9 +40,9 @@ SIGNATURE = Signature(
 class Tile:
     """A function for the product of some bands with some tokens, whose sums fit in registers.
 
-    In each block products of integers are added up, without rounding. The sum is multiplied with
-    both scales and added to the result as a float. The function's numbers are the first band, the
-    first token, and how many bands the bands lie apart. Its other arguments are `SIGNATURE`.
+    In each block products of integers are added up, without rounding. The sum, times both scales,
+    is added to the result as a float. The function's numbers are the first band, the first token,
+    and how many bands the bands lie apart.
     """
 
     def __init__(self, module: Any, unit: type[Unit], bf16: bool, bands: int, tokens: int) -> None:
@@ -103,7 +102,6 @@ class Tile:
         return sums
 
     def _prefetch(self, column: Value) -> None:
-        """Prefetch what one turn of the loop over columns will read `_CODES_AHEAD` bytes later."""
         unit = self._unit
         start = self._bytes_of(column) + _CODES_AHEAD
         for codes in self._bands:
@@ -111,11 +109,10 @@ class Tile:
                 codes.prefetch(start + line)
 
     def _bytes_of(self, columns: Value) -> Value:
-        """Return the bytes of the codes of so many columns of a band."""
         return columns * (BAND * self._unit.bits // 8)
 
     def _starts(self, block: Value) -> list[Value]:
-        """Return the first values of the sums, minus what the unit's offset will add to them."""
+        """Return minus what the unit's offset will add to the sums."""
         unit, whole = self._unit, vector(i32, self._unit.lanes)
         if not unit.offset:
             count = self.bands * self.tokens * self._parts
@@ -127,16 +124,14 @@ class Tile:
         return [one for one in offsets for _ in range(self._parts)] * self.bands
 
     def _x_at(self, token: int, column: Value) -> Value:
-        """Load 32 bits of x."""
         place = (self._token + token) * self._columns + column
         return self._x.load(i32, place * (self._unit.x_type.width // 8))
 
     def _block_of(self, token: int, block: Value) -> Value:
-        """Return the offset in bytes of a block in `x_scales` and `x_sums`."""
+        """Return a block's offset in bytes in `x_scales` and `x_sums`."""
         return ((self._token + token) * self._blocks + block) * 4
 
     def _add(self, block: Value, sums: list[Value], totals: list[Value]) -> None:
-        """Add a block's sums, times their scales, to the totals."""
         function, unit, parts = self.function, self._unit, self._parts
         floats = vector(f32, unit.lanes)
         x_scales = [

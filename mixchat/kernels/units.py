@@ -1,23 +1,21 @@
 """Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
 
-The numbers are integers. They are the levels that the codes stand for (-1 to 1, times
-`largest_level`) and x (scaled to at most `largest_x`). A unit reads some columns of 32 rows in the
-layout "cpu-packed". It turns the codes into levels, and adds their products with x to sums of 32
-bits, one for each row. Codes of 3 and 4 bits are looked up in a table. 8-bit codes are their levels
-themselves. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
+A unit reads some columns of 32 rows in the layout "cpu-packed". It turns the codes into levels
+(integers, -1 to 1 times `largest_level`), and adds their products with x (integers up to
+`largest_x`) to sums of 32 bits. "Words" have 16 bits. The sum over a block of 64 columns never
+overflows:
 
     3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
     8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
 
-3 and 4 bits have the same way in all but the first step. A line is 32 bytes for a pair of columns,
-with two codes in a byte. A row 0 to 15 has its low bits, a row 16 to 31 the bits above them. With 4
-bits the line is what lies in memory. With 3 bits, three lines in memory hold 6 bits of each byte,
-and the two bits left over in each of them make up a fourth line. Bits that are no part of a code
-may remain above it, because the table is repeated.
+A line is 32 bytes for a pair of columns, with two codes in a byte. Rows 0 to 15 have the low bits,
+rows 16 to 31 the bits above. With 3 bits, three lines in memory hold 6 bits of each byte, and the
+two bits left over in each make up a fourth line. Other bits may remain above a code, because the
+table is repeated.
 
-The instruction for bytes takes unsigned levels, so 128 is added to each. So a sum is too large by
-128 times the sum of x over the block. That is known beforehand, so the sums start at minus that.
+The instruction for bytes takes unsigned levels, so 128 is added to each. The sums start at minus
+128 times the sum of x.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ import torch
 from mixchat.kernels.compile import InstructionSet, has_feature
 from mixchat.kernels.emit import Function, Pointer, Value, i8, i16, i32, vector
 
-MANY = 16  # tokens from which on x has 8 bits, on CPUs that gain by it
+MANY = 16  # tokens from which on x has 8 bits
 LINE = 32  # bytes
-# The CPU's feature with which one instruction multiplies and adds to the sums. Bytes need it.
+# The feature that multiplies and adds in one instruction. Bytes need it.
 VNNI: dict[InstructionSet, str] = {"avx512": "avx512vnni", "avx2": "avxvnni"}
 _BYTES_AT = 32  # bytes of the table with the levels as words, before the levels as bytes
 
@@ -40,7 +38,7 @@ _BYTES_AT = 32  # bytes of the table with the levels as words, before the levels
 class Unit(ABC):
     """A choice of instructions, for one function that is being written.
 
-    `table` points to the result of `level_tables`, which units for 8-bit codes do not read.
+    `table` points to the result of `level_tables`. Units for 8-bit codes do not read it.
     """
 
     bits: ClassVar[int] = 4  # of a code
@@ -58,31 +56,29 @@ class Unit(ABC):
 
     @classmethod
     def widths(cls) -> tuple[int, ...]:
-        """Return how many tokens are computed at once, the most first, as registers allow."""
+        """Return how many tokens are computed at once, the most first."""
         return cls._widths
 
     @abstractmethod
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
         """Load the codes of `columns` columns, and return their levels.
 
-        Each list has a vector of levels for each vector of sums. A lane, one row, has as many
-        levels as 32 bits of x have numbers. The first list is for the first of them, and so on.
+        Each list has a vector of levels for each vector of sums. A lane is one row.
         """
 
     @abstractmethod
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         """Return the sums plus, lane by lane, the products of the levels with x.
 
-        `x` is one number of 32 bits, in which lie as many numbers of x as a lane has levels.
+        `x` is 32 bits that hold as many numbers as a lane has levels.
         """
 
     def in_order(self, sums: list[Value]) -> list[Value]:
-        """Return the sums in the order of the rows."""
         return sums
 
 
 class _WordUnit(Unit):
-    """Adds both products of each pair of words. With VNNI, LLVM makes one instruction of it."""
+    """Adds both products of each pair of words, which LLVM joins to one instruction with VNNI."""
 
     _multiply: ClassVar[str]
 
@@ -91,7 +87,6 @@ class _WordUnit(Unit):
         self._words = vector(i16, 2 * self.lanes)
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        """Add both products of each pair."""
         pairs = x.broadcast(self.lanes).bits_as(self._words)
         return sums + self.function.call(self._multiply, vector(i32, self.lanes), levels, pairs)
 
@@ -110,26 +105,23 @@ class _Lookup(Unit):
     shift: ClassVar[int] = 4
 
     def lines(self, codes: Pointer, place: Value) -> list[Value]:
-        """Load the lines of `columns` columns, in the type of `line`."""
         return [self.line(codes, place)]
 
     def line(self, codes: Pointer, place: Value) -> Value:
-        """Load a line as bytes, unless the unit wants another type."""
         return codes.load(vector(i8, LINE), place)
 
     def shifted(self, line: Value, by: int) -> Value:
-        """Return a line, or two, with its bits shifted right. Any bits can be above them."""
+        """Return lines with their bits shifted right. Any bits can be above them."""
         words = vector(i16, line.type.count // 2)
         return (line.bits_as(words) >> by).bits_as(line.type)
 
 
 class _ThreeBits(_Lookup):
-    """Takes lines out of 3 bits. The two bits left over in three lines are a fourth one."""
+    """Makes a fourth line of the two bits left over in three."""
 
     bits, columns, shift = 3, 8, 3
 
     def lines(self, codes: Pointer, place: Value) -> list[Value]:
-        """Return four lines."""
         one, two, three = (self.line(codes, place + LINE * number) for number in range(3))
         parts = (
             (self.shifted(one, 6), 0x03),
@@ -150,11 +142,9 @@ class Avx512(_Lookup, _Avx512Words):
         self._twice = table.load(vector(i16, 16)).shuffled([*range(16), *range(16)])
 
     def line(self, codes: Pointer, place: Value) -> Value:
-        """Load a line as words."""
         return super().line(codes, place).widened(self._words)
 
     def shifted(self, line: Value, by: int) -> Value:
-        """Return a line with its bits shifted right."""
         return line >> by
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
@@ -171,13 +161,9 @@ class Avx512(_Lookup, _Avx512Words):
 
 
 class _Avx2Order(Unit):
-    """Has vectors of rows 0-3 and 8-11, of rows 4-7 and 12-15, and the same from row 16 on.
-
-    AVX2 gives that when it interleaves two vectors, for it does so in each half alone.
-    """
+    """Has rows 0-3 and 8-11, then 4-7 and 12-15, as AVX2 interleaves vectors in each half alone."""
 
     def in_order(self, sums: list[Value]) -> list[Value]:
-        """Return the sums in the order of the rows."""
         lower, upper = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
         return [
             one.shuffled(rows, other)
@@ -187,7 +173,7 @@ class _Avx2Order(Unit):
 
 
 def _interleaved(one: Value, other: Value) -> list[Value]:
-    """Return the numbers of two vectors by turns, in two vectors, for `_Avx2Order`."""
+    """Return the numbers of two vectors by turns."""
     count = one.type.count
     half, quarter = count // 2, count // 4
     mixed = []
@@ -198,7 +184,7 @@ def _interleaved(one: Value, other: Value) -> list[Value]:
 
 
 class Avx2(_Avx2Order, _Lookup, _Avx2Words):
-    """AVX2. It looks up the low and the high bytes of the levels, and joins them to words."""
+    """AVX2. It looks up the low and the high bytes of the levels."""
 
     unrolled = 2
 
@@ -210,11 +196,10 @@ class Avx2(_Avx2Order, _Lookup, _Avx2Words):
 
     @classmethod
     def widths(cls) -> tuple[int, ...]:
-        """Return fewer for the instruction of AVX-VNNI, which is slow with sums on the stack."""
+        """Return fewer for AVX-VNNI, which is slow with sums on the stack."""
         return (2, 1) if has_feature(VNNI["avx2"]) else (4, 3, 2, 1)
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
-        """Return the levels of each pair of columns."""
         return [
             [
                 words
@@ -233,7 +218,7 @@ class Avx2(_Avx2Order, _Lookup, _Avx2Words):
 
 
 class _Bytes(_Lookup):
-    """Looks up levels of 8 bits, for x in 8 bits, with four products in an instruction and lane."""
+    """Looks up levels of 8 bits, for x in 8 bits, with four products in a lane."""
 
     columns = 4
     x_type, largest_x, largest_level, offset = i8, 127, 127, 128
@@ -247,7 +232,6 @@ class _Bytes(_Lookup):
         self._levels = table.plus(_BYTES_AT).load(vector(i8, 16)).shuffled([*range(16)] * times)
 
     def lines(self, codes: Pointer, place: Value) -> list[Value]:
-        """Load the lines of two pairs of columns."""
         return [self.line(codes, place), self.line(codes, place + LINE)]
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
@@ -268,7 +252,6 @@ class _Bytes(_Lookup):
         """Return the words of two lines by turns, so that a row's four codes lie together."""
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        """Add all four products of each lane."""
         # LLVM 20 declares the operands as 32-bit numbers. Later versions accept that.
         kind = vector(i32, self.lanes)
         return self.function.call(
@@ -283,7 +266,6 @@ class Avx512Bytes(_Bytes):
     _look_up, _multiply = "llvm.x86.avx512.pshuf.b.512", "llvm.x86.avx512.vpdpbusd.512"
 
     def mixed(self, pair: Value, other: Value) -> list[Value]:
-        """Return one vector of 16 rows."""
         return [pair.shuffled([place + 16 * odd for place in range(16) for odd in (0, 1)], other)]
 
 
@@ -294,7 +276,6 @@ class Avx2Bytes(_Avx2Order, _Bytes):
     _look_up, _multiply = "llvm.x86.avx2.pshuf.b", "llvm.x86.avx512.vpdpbusd.256"
 
     def mixed(self, pair: Value, other: Value) -> list[Value]:
-        """Return two vectors of 8 rows, as `_Avx2Order` has them."""
         return _interleaved(pair, other)
 
 
@@ -324,7 +305,6 @@ class _Int8(_WordUnit):
     bits, largest_x, largest_level = 8, 32767, 127
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
-        """Return the codes, of as many rows a vector as it has lanes."""
         size = 2 * self.lanes
         return [
             [
@@ -347,7 +327,7 @@ class Avx2Int8(_Int8, _Avx2Words):
 
 
 class UnitSet(NamedTuple):
-    """The units for codes of so many bits, with x in words and perhaps in bytes."""
+    """The units for codes of so many bits."""
 
     bits: int
     words: dict[InstructionSet, type[Unit]]
@@ -374,10 +354,7 @@ EIGHT_BITS = UnitSet(8, words={"avx512": Avx512Int8, "avx2": Avx2Int8}, bytes={}
 
 
 def level_tables(levels: torch.Tensor) -> torch.Tensor:
-    """Return the table that units read, uint8, for 16 or 8 levels, fp32, -1 to 1.
-
-    It has the levels as words, then as bytes.
-    """
+    """Return the table that units read, uint8, of 16 or 8 levels, fp32, as words and as bytes."""
     sixteen = levels.repeat(16 // len(levels))
     words = (sixteen * Unit.largest_level).round().to(torch.int16).view(torch.uint8)
     assert len(words) == _BYTES_AT
