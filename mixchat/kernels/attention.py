@@ -1,8 +1,8 @@
 """Attention of new tokens over a cache in pages, at the speed at which memory can be read.
 
-Everything is computed in fp32. `attend` computes an online softmax (Milakov & Gimelshein,
+All is computed in fp32. `attend` computes an online softmax (Milakov & Gimelshein,
 arXiv:1805.02867) over 512 keys in each item of work. `merge` combines these parts. A row is a pair
-of new token and head. Each row is computed by itself, so its result does not depend on the others.
+of new token and head.
 
 T = new tokens, P = tokens before them, H = heads, G = groups (of R = H / G heads), h = head_dim.
 """
@@ -44,11 +44,10 @@ _SIGNATURE = Signature(
 def attend(
     shape: CacheShape, pages: torch.Tensor, past: int, queries: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """Return the attention [T, H, h] of `queries` [T, H, h] over the cache, in their type.
+    """Return the attention [T, H, h] of `queries` [T, H, h], fp32 or bf16, over the cache.
 
-    fp32 or bf16. The cache holds the keys and values of these tokens already. A token attends to
-    itself and all before it, with a sliding window to the last `window` of these. `pages` as for
-    `store`.
+    The cache holds the keys and values of these tokens already. A token attends to itself and all
+    before it, or to the last `window` of these. `pages` as for `store`.
     """
     queries = queries.contiguous()
     out = torch.empty_like(queries)
@@ -68,7 +67,7 @@ def attend_steps(
 ) -> tuple[Step, Step]:
     """Return the steps of `attend`, for at most so many keys. The second one needs the first.
 
-    `pages`, their address, `past` and `splits`, by `count_splits`, are still to be set.
+    The address `pages`, `past` and `splits` (see `count_splits`) are still to be set.
     """
     rows = queries.shape[0] * shape.heads
     parts = torch.empty(rows * count_splits(most_keys), shape.width + 2)
@@ -90,18 +89,16 @@ def attend_steps(
 
 
 def count_splits(keys: int) -> int:
-    """Return the parts into which so many keys, old and new, are split."""
+    """Return the parts into which so many keys are split."""
     return -(-keys // _SPLIT)
 
 
 def _rows(shape: CacheShape) -> int:
-    """Return the most rows of one item of work."""
     return max(_ROWS, shape.shared)
 
 
 @functools.cache
 def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    """Compile the functions for new tokens in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("attention")
     _AttendKernel(module, shape, LANES[instructions], bf16).write()
@@ -112,8 +109,7 @@ def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool
 class _AttendKernel:
     """The function `attend`, for some rows of a group and one split of up to `_SPLIT` keys.
 
-    For each row and split it stores largest score, sum of weights and weighted sum of values, which
-    are width + 2 floats, for `merge`.
+    For each row and split it stores the largest score, the sum of weights and the weighted values.
     """
 
     def __init__(self, module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
@@ -154,12 +150,12 @@ class _AttendKernel:
         function.finish()
 
     def _row(self, row: Value, first: Value, group: Value) -> Value:
-        """Return the number of a row of this item among all T * H rows."""
+        """Return a row's number among all T * H rows."""
         shared = self.shape.shared
         return (first + row // shared) * self.shape.heads + group * shared + row % shared
 
     def _begin(self, first: Value, group: Value, rows: Value) -> None:
-        """Prepare the queries in fp32, times 1 / sqrt(h), and an empty state."""
+        """Prepare the queries times 1 / sqrt(h), and an empty state."""
         function, shape, lanes = self.function, self.shape, self.lanes
         queries, bf16 = self._given.pointer("queries"), self._bf16
         zeros = function.constant(self.floats, 0.0)
@@ -176,7 +172,7 @@ class _AttendKernel:
             self._state.store(function.constant(f32, 0.0), row * 8 + 4)
 
     def _unpacked(self, words: Value) -> list[Value]:
-        """Return the numbers in the words, as floats, the numbers in the low bits first."""
+        """Return the numbers in the words as floats, the low bits first."""
         if self.shape.bits == 32:
             return [words.bits_as(self.floats)]
         if self.shape.bits == 16:
@@ -190,18 +186,16 @@ class _AttendKernel:
     def _tiles(
         self, rows: Value
     ) -> Iterator[tuple[int, AbstractContextManager[tuple[Value, list[Value]]]]]:
-        """Divide the rows into tiles. Yield the rows of a tile, and a loop over such tiles."""
         whole = rows // _TILE * _TILE
         yield _TILE, self.function.loop(0, whole, _TILE)
         yield 1, self.function.loop(whole, rows, 1)
 
     def _score(self, page: Pointer, here: Value, rows: Value) -> None:
-        """Compute the scores, which are queries times keys."""
         function, shape, lanes = self.function, self.shape, self.lanes
         words, per_word = shape.width // shape.per_word, shape.per_word
         zero = function.constant(self.floats, 0.0)
         block_bytes = words * KEY_BLOCK * 4
-        # Keys and values of a token have as many bytes. While keys are read, values are prefetched.
+        # Keys and values have as many bytes. Values are prefetched meanwhile.
         values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
         for count, tiles in self._tiles(rows):
             with tiles as (row, _), function.loop(0, _KEYS, _VECTORS * lanes) as (start, _):
@@ -237,7 +231,7 @@ class _AttendKernel:
                         self._scores.store(score if scale is None else score * scale, where * 4)
 
     def _weigh(self, page: Pointer, key: Value, first: Value, rows: Value) -> None:
-        """Turn scores into weights e^(score - largest), and scale down the sums so far."""
+        """Turn scores into weights e^(score - largest), and scale the sums down."""
         function, shape, lanes = self.function, self.shape, self.lanes
         past = self._given.number("past")
         window = self._given.number("window").narrowed(i32).broadcast(lanes)
@@ -248,7 +242,6 @@ class _AttendKernel:
             token = past + first + row // shape.shared
             scores = []
             for number in range(count):
-                # The distance back from the token, which is 0 for the token itself.
                 back = (token - key - number * lanes).narrowed(i32).broadcast(lanes) - steps
                 seen = back.compare(">=", 0) & back.compare("<", window)
                 score = self._scores.load(self.floats, (row * _KEYS + number * lanes) * 4)
@@ -277,7 +270,6 @@ class _AttendKernel:
     def _add_values(
         self, page: Pointer, here: Value, rows: Value, next_page: Pointer, next_here: Value
     ) -> None:
-        """Add weights times values to the sums."""
         function, shape, lanes = self.function, self.shape, self.lanes
         per_word = shape.per_word
         values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
@@ -312,7 +304,6 @@ class _AttendKernel:
                     self._sums.store(total, target)
 
     def _end(self, first: Value, group: Value, rows: Value, split: Value, splits: Value) -> None:
-        """Store the results of this split."""
         function, shape, lanes = self.function, self.shape, self.lanes
         parts, size = self._given.pointer("parts"), shape.width + 2
         with function.loop(0, rows, 1) as (row, _):
@@ -324,7 +315,7 @@ class _AttendKernel:
 
 
 def _write_merge(module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
-    """Write `merge`, which combines the splits of a row. An item of work is a row."""
+    """Write `merge`. An item of work is a row."""
     function = Function(module, "merge")
     given = _SIGNATURE.read_by(function)
     parts, out, splits = given.pointer("parts"), given.pointer("out"), given.number("splits")

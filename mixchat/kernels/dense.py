@@ -1,9 +1,8 @@
 """x times a dense matrix, by torch or by a kernel that computes each row of x by itself.
 
-torch adds up the products of one token and of many in different orders. In the kernel each number
-of the result is the sum of a vector of fp32 numbers, to which products are added from the first
-column to the last. So the result depends neither on other tokens or rows nor on the count of
-threads, and many rows give the same bits as one alone.
+In the kernel each number of the result is the sum of a vector of fp32 numbers, to which products
+are added from the first column to the last. So its bits depend on no other tokens or rows, and not
+on the count of threads.
 
 N = tokens, R = rows (out features), C = columns (in features).
 """
@@ -32,17 +31,16 @@ from mixchat.kernels.compile import (
 from mixchat.kernels.emit import Function, Value, f32, vector
 from mixchat.kernels.program import Signature
 
-_MANY = 32  # tokens from which on it pays to widen the weights to fp32
+_MANY = 32  # tokens from which on widening the weights to fp32 pays
 _WIDENED = 2**23  # weights that are widened at once
 _GROUP = 32  # rows of one item of work
 _X_BYTES = 2**18  # of x in one item of work, which fit in the second-level cache
-# Rows and tokens that are computed at once, the most first, as many as there are registers for.
+# Rows and tokens that are computed at once, the most first, as registers allow.
 _TILES: dict[InstructionSet, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "avx512": ((8, 1), (3, 1)),
     "avx2": ((4, 1), (2, 1)),
 }
-# How many bytes early weights are prefetched. The CPU's own prefetcher stops at the end of each
-# page. Without this, one token in bf16 took 10% longer than with torch's own product.
+# How many bytes early weights are prefetched. The CPU's prefetcher stops at the end of each page.
 _AHEAD = 1024
 _SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk")
 
@@ -68,10 +66,7 @@ def dense_matmul(x: torch.Tensor, weight: torch.Tensor, *, exact: bool = False) 
 
 
 def _in_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute in fp32, which is up to four times as fast on CPUs without instructions for 16 bits.
-
-    Some rows at a time, to have no fp32 copy of the whole matrix in memory.
-    """
+    """Compute in fp32 on CPUs without instructions for 16 bits, up to four times as fast."""
     wide, height = x.float(), max(1, _WIDENED // weight.shape[1])
     pieces = (functional.linear(wide, piece.float()) for piece in torch.split(weight, height))
     return torch.cat([piece.to(x.dtype) for piece in pieces], dim=-1)
@@ -79,10 +74,9 @@ def _in_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Compute without oneDNN.
+    """Compute without oneDNN, which is half as fast for one token in bf16 with AVX512-BF16.
 
-    For one token in bf16, torch's own product is as fast as memory can be read. oneDNN's is half as
-    fast on CPUs with AVX512-BF16. `torch.backends.mkldnn.flags` warns about GPUs.
+    `torch.backends.mkldnn.flags` warns about GPUs.
     """
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
@@ -93,9 +87,9 @@ def _without_onednn() -> Iterator[None]:
 
 
 def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return x [..., C] times the transposed weight [R, C].
+    """Return x [..., C] times the transposed weight [R, C], each row of x by itself.
 
-    fp32 or bf16, added up in fp32. Each row of x is computed as it would be alone.
+    fp32 or bf16, added up in fp32.
     """
     height, columns = weight.shape
     weight = weight.contiguous()
@@ -117,7 +111,6 @@ def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    """Compile the function for numbers in bf16 (`bf16`) or fp32."""
     assert instructions is not None
     module = ir.Module("dense")
     heights, widths = _TILES[instructions]
@@ -128,7 +121,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 class _DenseTile:
-    """A function for the product of some rows with some tokens, whose sums fit in registers."""
+    """A function for the product of some rows with some tokens, in registers."""
 
     def __init__(self, module: Any, lanes: int, bf16: bool, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self._lanes, self._bf16 = rows, tokens, lanes, bf16
@@ -186,7 +179,6 @@ def _write_multiply(module: Any, tiles: Sequence[Sequence[_DenseTile]]) -> None:
 def _write_tokens(
     function: Function, tiles: Sequence[_DenseTile], row: Value, start: Value, end: Value
 ) -> None:
-    """Write the product of the tokens from `start` to `end` with a tile's rows, from `row` on."""
     for tile in tiles:
         after = start + (end - start) // tile.tokens * tile.tokens
         with function.loop(start, after, tile.tokens) as (token, _):

@@ -6,8 +6,7 @@ its values, in words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits)
 - keys in blocks of 16 tokens: for each word of a key one vector, with a token in each lane;
 - values: for each word of tokens (1, 2 or 4 of them) vectors, a number of the head in each lane.
 
-Shifts unpack a word without moving numbers between lanes. With 8 bits each key and each value has a
-scale, after the values.
+With 8 bits each key and each value has a scale, after the values.
 
 With bf16 and h = 128, take token 37 of a page. Its key's numbers 6 and 7 are the word 3 of block 2,
 lane 5. Its value's number 6 is the upper half of word 18, lane 6.
@@ -32,7 +31,7 @@ from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i32, i64
 from mixchat.kernels.program import Arguments, Signature, Step
 
 Bits = Literal[32, 16, 8]
-PAGE = 512  # tokens, 2 MB of Mixtral in bf16, as much as a large page of memory
+PAGE = 512  # tokens, 2 MB of Mixtral in bf16, a large page of memory
 KEY_BLOCK = 16  # tokens whose keys lie side by side
 _WIDTH = 32  # h is padded to a multiple of this
 _LARGEST = 127  # of signed 8-bit numbers
@@ -60,7 +59,6 @@ class CacheShape:
 
     @property
     def per_word(self) -> int:
-        """Return the numbers in a word of 32 bits."""
         return 32 // self.bits
 
     @property
@@ -75,12 +73,10 @@ class CacheShape:
 
     @property
     def group_bytes(self) -> int:
-        """Return the bytes of a group's part of a page."""
         return self.scales_at + (2 * PAGE * 4 if self.bits == 8 else 0)
 
     @property
     def page_bytes(self) -> int:
-        """Return the bytes of a page."""
         return self.groups * self.group_bytes
 
 
@@ -97,7 +93,7 @@ def store(
 
 
 def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor) -> Step:
-    """Return `store` as a step whose `pages`, their address, and `past` are still to be set."""
+    """Return `store` as a step. The address `pages` and `past` are still to be set."""
     tokens = keys.shape[0]
     numbers = _SIGNATURE.numbers(keys=keys.data_ptr(), values=values.data_ptr(), tokens=tokens)
     compiled = _compiled(shape, instruction_set(), keys.dtype == torch.bfloat16)
@@ -106,7 +102,7 @@ def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor) -> S
 
 
 def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) -> Pointer:
-    """Return the address of a group's part of the page with this token."""
+    """Return the address of a group's part of the token's page."""
     page = given.pointer("pages").load(i64, token // PAGE * 8)
     return given.function.address(page + group * shape.group_bytes)
 
@@ -120,7 +116,7 @@ def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool
 
 
 class _StoreKernel:
-    """The function `store`, which goes number by number. An item of work is a token."""
+    """The function `store`. An item of work is a token."""
 
     def __init__(self, module: Any, shape: CacheShape, bf16: bool) -> None:
         self.shape, self._bf16 = shape, bf16
@@ -153,7 +149,7 @@ class _StoreKernel:
     def _encoded(
         self, source: Pointer, first: Value, scale: Pointer
     ) -> Iterator[tuple[Value, Value]]:
-        """Loop over a head's numbers, and yield the place of each and how it is stored."""
+        """Yield the place of each number of a head, and how it is stored."""
         factor = self._scaled(source, first, scale) if self.shape.bits == 8 else None
         with self.function.loop(0, self.shape.head_dim, 1) as (place, _):
             number = as_fp32(source, first + place, self._bf16)
@@ -164,7 +160,7 @@ class _StoreKernel:
             yield place, stored
 
     def _scaled(self, source: Pointer, first: Value, scale: Pointer) -> Value:
-        """Store the scale of a head's numbers, and return the factor by which they are stored."""
+        """Store the scale of a head's numbers, and return its inverse."""
         function, zero = self.function, self.function.constant(f32, 0.0)
         with function.loop(0, self.shape.head_dim, 1, [zero]) as (place, largest):
             number = as_fp32(source, first + place, self._bf16)

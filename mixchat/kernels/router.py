@@ -1,4 +1,4 @@
-"""The router's choice, which is the best experts of each token and the softmax over their logits.
+"""Chooses the best experts of each token, with the softmax over their logits.
 
 T = tokens, D = columns, E = experts, K = experts of a token.
 """
@@ -19,8 +19,8 @@ from mixchat.kernels.program import Signature, Step
 
 _MAX_EXPERTS = 1024  # because their logits are on the stack
 _FEW = 4  # tokens that one thread finishes before a second one has started
-# No expert is chosen twice, because all others are above `_START`, however low their logits are. As
-# in torch, NaN is above all numbers.
+# Experts that are left are above `_START`, however low their logits are. As in torch, NaN is above
+# all numbers.
 _CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
 _SIGNATURE = Signature(
     "x", "gate", "logits", "experts", "weights", "tokens", "columns", "count", "choices"
@@ -29,17 +29,16 @@ _LOOK_UP = Signature("experts", "table", "targets", "choices", "columns")
 
 
 def can_route(x: torch.Tensor, gate: torch.Tensor) -> bool:
-    """Return whether the kernel takes these. `route` falls back to torch for others."""
+    """Return whether the kernel takes these."""
     experts, columns = gate.shape
     return rows.can_compute(x.dtype, columns, x.device.type) and experts <= _MAX_EXPERTS
 
 
 def route(x: torch.Tensor, gate: torch.Tensor, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the experts [T, K], int64, with the largest logits x gate^T, and the softmax over
-    these logits [T, K], fp32.
+    """Return the experts [T, K], int64, with the largest logits, and their softmax [T, K], fp32.
 
-    With x [T, D] and gate [E, D], fp32. All is computed in fp32, because rounding the logits could
-    change which expert comes second. Of equal logits the kernel takes the first.
+    The logits are x [T, D] times gate [E, D], in fp32, because rounding them could change the
+    choice. Of equal logits the kernel takes the first.
     """
     if not can_route(x, gate):
         router_logits = functional.linear(x.float(), gate)  # [T, E]
@@ -77,8 +76,8 @@ def route_step(
 def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> Step:
     """Return a step that writes, for each chosen expert, the numbers that a table has for it.
 
-    All are int64 and contiguous. `experts` [K] are the chosen ones, `table` has a row [E, n] for
-    each expert, and `targets` [K, n] are the addresses to write to.
+    All are contiguous int64. `experts` [K] choose rows of `table` [E, n]. `targets` [K, n] are the
+    addresses to write to.
     """
     numbers = _LOOK_UP.numbers(
         experts=experts.data_ptr(),
@@ -93,7 +92,6 @@ def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tens
 
 @functools.cache
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    """Return the function for x in fp32, or in bf16."""
     assert instructions is not None
     module = ir.Module("router")
     _Route(module, LANES[instructions], bf16).write()
@@ -102,7 +100,6 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 def _write_look_up(module: ir.Module) -> None:
-    """Write `look_up`, which is one item of work."""
     function = Function(module, "look_up")
     given = _LOOK_UP.read_by(function)
     experts, table, targets = (given.pointer(name) for name in ("experts", "table", "targets"))
@@ -119,7 +116,7 @@ def _write_look_up(module: ir.Module) -> None:
 
 
 class _Route:
-    """A function that routes token after token. A token is an item of work."""
+    """A function that routes token after token. An item of work is a token."""
 
     def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
         self._function, self._lanes, self._bf16 = Function(module, "route"), lanes, bf16
@@ -150,12 +147,12 @@ class _Route:
         return function.total(sums[0])
 
     def _rank(self, logit: Value) -> Value:
-        """Return the number by which an expert is chosen, its logit or a finite number for NaN."""
+        """Return the logit, or a finite number for NaN."""
         finite = self._function.maximum(logit, self._function.constant(f32, _LOWEST))
         return logit.compare("==", logit).choose(finite, _NO_NUMBER)
 
     def _choose(self, token: Value, place: Value, count: Value) -> None:
-        """Store the best expert that is left, with its logit in place of its weight."""
+        """Store the best expert that is left, and its logit instead of its weight."""
         function, given = self._function, self._given
         start = [function.constant(i64, 0), function.constant(f32, _START)]
         with function.loop(0, count, 1, start) as (expert, best):

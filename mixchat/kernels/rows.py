@@ -1,10 +1,7 @@
 """The operations on a token's row between the matrices, each in one pass over the row.
 
-A token has few numbers, but torch takes four to nine operations for what is one here. While the
-weights stream through the caches, each operation has to bring its code and data back, which takes
-20 us in place of 2. The kernels compute in fp32 and round once, unless a docstring says more.
-
-Each function computes the same formula in torch if its kernel does not take the rows.
+torch takes four to nine operations for what is one here, and 20 us in place of 2. The kernels
+compute in fp32 and round once. Functions fall back to torch if their kernel does not take the rows.
 
 T = tokens, D = columns, K = experts of a token, h = head_dim.
 """
@@ -38,7 +35,7 @@ _SIGNATURE = Signature(
 
 
 def can_compute(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> bool:
-    """Return whether the kernels take rows of `columns` numbers of this type, on such a device."""
+    """Return whether the kernels take rows of `columns` numbers of this type."""
     instructions = instruction_set()
     if device_type != "cpu" or instructions is None or dtype not in _DTYPES:
         return False
@@ -46,7 +43,7 @@ def can_compute(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> b
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x [T, D] / rms(x), rounded to the type of x, times weight [D], like transformers."""
+    """Return x [T, D] / rms(x), rounded to the type of x, times weight [D]."""
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
         wide = x.float()
         mean = (wide * wide).mean(-1, keepdim=True)
@@ -57,7 +54,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> Step:
-    """Return `rms_norm` as a step, for tensors that are contiguous."""
+    """Return `rms_norm` as a step, for contiguous tensors."""
     whole = struct.unpack("i", struct.pack("f", eps))[0]
     given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": whole}
     return _step("rms_norm", x, out, weight, **given)
@@ -79,7 +76,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rotate_step(x: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return `rotate` as a step whose `cos` and `sin`, addresses, are still to be set."""
+    """Return `rotate` as a step. `cos` and `sin` are still to be set."""
     return _step("rotate", x, out, columns=x.shape[2], count=x.shape[1], stride=x.stride(0))
 
 
@@ -96,7 +93,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_step(gate_up: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return `swiglu` as a step, for tensors that are contiguous."""
+    """Return `swiglu` as a step, for contiguous tensors."""
     return _step("swiglu", gate_up, out, columns=out.shape[-1])
 
 
@@ -111,13 +108,13 @@ def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def weighted_sum_step(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return `weighted_sum` as a step, for tensors that are contiguous."""
+    """Return `weighted_sum` as a step, for contiguous tensors."""
     given = {"weight": weights.data_ptr(), "columns": x.shape[2], "count": x.shape[1]}
     return _step("weighted_sum", x, out, weights, **given)
 
 
 def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return x + other [T, D] as a step, for tensors that are contiguous."""
+    """Return x + other [T, D] as a step, for contiguous tensors."""
     return _step("add", x, out, other, weight=other.data_ptr(), columns=x.shape[-1])
 
 
@@ -132,7 +129,6 @@ def _step(
 
 @functools.cache
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    """Return all functions for rows in fp32, or in bf16."""
     assert instructions is not None
     module = ir.Module("rows")
     for kind in (_RMSNorm, _Rotate, _Swiglu, _WeightedSum, _Add):
@@ -141,7 +137,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 class _Rows(ABC):
-    """A function that computes row after row. A token is an item of work."""
+    """A function that computes row after row. An item of work is a token."""
 
     name: str
 
@@ -157,15 +153,12 @@ class _Rows(ABC):
         self.function.finish()
 
     @abstractmethod
-    def row(self, token: Value) -> None:
-        """Write the code for one token."""
+    def row(self, token: Value) -> None: ...
 
     def load(self, pointer: Pointer, place: Value) -> Value:
-        """Load numbers in the type of the rows, as fp32."""
         return as_fp32(pointer, place, self._bf16, self.lanes)
 
     def store(self, value: Value, place: Value) -> None:
-        """Round to the type of the rows, and store."""
         store_fp32(self.out, value, place, self._bf16)
 
     def rounded(self, value: Value) -> Value:
