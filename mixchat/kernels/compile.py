@@ -12,8 +12,7 @@ import torch
 from mixchat.kernels.object_cache import ObjectCache
 from mixchat.kernels.threads import NativeFunction
 
-# Increase it when kernels become faster or slower, or are compiled differently. Then earlier
-# measurements and cached machine code are no longer used.
+# Increase it if kernels change. Then old measurements and machine code are not used.
 KERNELS = 5
 InstructionSet = Literal["avx512", "avx2"]
 _NEEDED: dict[InstructionSet, tuple[str, ...]] = {
@@ -21,7 +20,7 @@ _NEEDED: dict[InstructionSet, tuple[str, ...]] = {
     "avx2": ("avx2", "fma"),
 }
 LANES: dict[InstructionSet, int] = {"avx512": 16, "avx2": 8}  # fp32 numbers in a register
-# On some CPUs LLVM prefers vectors of 256 bits, and would split those of 512 bits.
+# On some CPUs LLVM would split vectors of 512 bits.
 _FULL_WIDTH = "-prefer-256-bit"
 
 
@@ -29,7 +28,7 @@ _FULL_WIDTH = "-prefer-256-bit"
 def instruction_set() -> InstructionSet | None:
     """Return the best instruction set that kernels are written for, or None if the CPU has none.
 
-    As with torch's kernels, `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it.
+    `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX512", "AVX2"):
@@ -48,7 +47,6 @@ class Compiled:
         self._functions: dict[str, NativeFunction] = {}
 
     def function(self, name: str) -> NativeFunction:
-        """Return the function of this name."""
         if name not in self._functions:
             address = self._engine.get_function_address(name)
             self._functions[name] = NativeFunction(address, owner=self._engine)
@@ -102,7 +100,7 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
 
 
 def _optimize(parsed: Any, machine: Any) -> None:
-    # Loops are unrolled and vectorized as they are written. LLVM's own choices cost registers.
+    # LLVM's own choices cost registers.
     tuning = llvm.create_pipeline_tuning_options(speed_level=2)
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
     passes = llvm.create_pass_builder(machine, tuning)

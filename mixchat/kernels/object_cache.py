@@ -28,9 +28,9 @@ _LINKS_REFUSED = os.O_NOFOLLOW | os.O_CLOEXEC
 class ObjectCache:
     """The machine code of one module, for one CPU and one compiler.
 
-    A file is a SHA-256 and the code that it belongs to. A user who can write the file, its
-    directory or one above can run code as the user who reads it. If others than the owner and
-    root can do so, the cache is not used, and the code is compiled at each start.
+    A file is a SHA-256 and its code. A user who can write the file, its directory or one above can
+    run code as the user who reads it. If any but the owner and root can do so, the cache is not
+    used.
     """
 
     def __init__(self, source: str, target: str, directory: Path | None = None) -> None:
@@ -50,7 +50,7 @@ class ObjectCache:
         return code if hashlib.sha256(code).digest() == digest else None
 
     def save(self, code: bytes) -> None:
-        """Write the code if that is possible, and remove the oldest files if there are too many."""
+        """Write the code if that is possible, and remove the oldest of too many files."""
         with contextlib.suppress(OSError):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _trusted_directory(self._directory):
@@ -70,7 +70,7 @@ class ObjectCache:
 def _trusted_directory(directory: Path) -> Iterator[int]:
     """Open the directory. Raises `PermissionError` if another user may change it or one above.
 
-    If it is a link itself, it is not followed. Links above it are resolved first.
+    If it is a link itself, it is not followed.
     """
     above = directory.parent.resolve(strict=True)
     place = os.open(above / directory.name, os.O_RDONLY | os.O_DIRECTORY | _LINKS_REFUSED)
@@ -103,8 +103,7 @@ def _check_trusted(status: os.stat_result, *, above: bool = False) -> None:
 def _above_writable(status: os.stat_result) -> int:
     """Return the bits that let others replace files in a directory.
 
-    In a sticky one, as /tmp is, others can make files but not replace ours. If each user has a
-    private group, many systems make all directories writable for that group.
+    In a sticky one (/tmp) nobody else can. Many systems let a user's private group write.
     """
     if status.st_mode & stat.S_ISVTX:
         return 0

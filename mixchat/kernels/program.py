@@ -1,7 +1,7 @@
 """Kernels with their arguments, and programs of many steps in one call, without Python.
 
-For one token, Python takes as long to prepare a small kernel as the kernel takes, and the other
-threads fall asleep meanwhile. A program is prepared once. Then all threads walk through it.
+For one token, Python takes as long to prepare a small kernel as the kernel takes. A program is
+prepared once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def copy_of(numbers: Numbers) -> Numbers:
 class Signature:
     """The names of a kernel's arguments, in their order. Each is a 64-bit number.
 
-    The counter of `Function.each_item`, which starts at 0, comes before them.
+    The counter of `Function.each_item` comes before them.
     """
 
     def __init__(self, *names: str) -> None:
@@ -45,16 +45,13 @@ class Signature:
         return array
 
     def set(self, numbers: Numbers, **given: int) -> None:
-        """Replace some arguments."""
         for name, number in given.items():
             numbers[self._places[name]] = number
 
     def address(self, numbers: Numbers, name: str) -> int:
-        """Return the address at which an argument lies."""
         return ctypes.addressof(numbers) + 8 * self._places[name]
 
     def read_by(self, function: Function) -> Arguments:
-        """Return the arguments as the function reads them."""
         return Arguments(function, self._places)
 
 
@@ -65,15 +62,13 @@ class Arguments:
         self.function, self._places = function, places
 
     def load(self, name: str, kind: Any) -> Value:
-        """Load an argument of this type, from the lowest of its 64 bits."""
+        """Load an argument from the lowest of its 64 bits."""
         return self.function.pointer.load(kind, 8 * self._places[name])
 
     def number(self, name: str) -> Value:
-        """Load a 64-bit number."""
         return self.load(name, i64)
 
     def pointer(self, name: str) -> Pointer:
-        """Load an address."""
         return self.function.address(self.number(name))
 
 
@@ -84,24 +79,22 @@ class Step:
     function: NativeFunction
     signature: Signature
     numbers: Numbers
-    keeps: tuple[torch.Tensor | None, ...]  # that the arguments point to, which must live as long
+    keeps: tuple[torch.Tensor | None, ...]  # that the arguments point to
     threads: int | None = None  # that `run` uses, None for all
 
     def run(self) -> None:
-        """Run it now, and wait for it."""
         self.function.run(self.numbers, self.threads or torch.get_num_threads())
         self.numbers[0] = 0
 
     def copy(self) -> Step:
-        """Return the same step with another array of arguments, for the same tensors."""
+        """Return the step with its own array of arguments, for the same tensors."""
         return replace(self, numbers=copy_of(self.numbers))
 
     def set(self, **given: int) -> None:
-        """Replace some arguments."""
         self.signature.set(self.numbers, **given)
 
     def address(self, name: str) -> int:
-        """Return the address of an argument, for a step that writes it."""
+        """Return the address of an argument."""
         return self.signature.address(self.numbers, name)
 
 
@@ -110,7 +103,7 @@ class Stage:
     """Steps of a program between two points at which all threads wait for each other.
 
     All threads share the work of the steps, which must not need each other. If the stage is
-    `alone`, one thread runs them, one after the other.
+    `alone`, one thread runs them in order.
     """
 
     steps: Sequence[Step]
@@ -118,17 +111,17 @@ class Stage:
 
 
 def together(*steps: Step) -> Stage:
-    """Return the stage of steps whose work all threads share."""
+    """Return a stage whose work all threads share."""
     return Stage(steps)
 
 
 def alone(*steps: Step) -> Stage:
-    """Return the stage of steps that one thread runs in this order."""
+    """Return a stage that one thread runs in this order."""
     return Stage(steps, alone=True)
 
 
 def side_by_side(parts: Sequence[Sequence[Stage]]) -> list[Stage]:
-    """Return stages that each have the steps of one stage of every part, whose kinds are alike."""
+    """Join the first stages of all parts, the second ones, and so on. Kinds are alike."""
     return [
         Stage([step for stage in stages for step in stage.steps], alone=stages[0].alone)
         for stages in zip(*parts, strict=True)
@@ -136,8 +129,8 @@ def side_by_side(parts: Sequence[Sequence[Stage]]) -> list[Stage]:
 
 
 _SIGNATURE = Signature("steps", "stages", "count", "barrier", "team_size")
-_STEP_BYTES = 16  # in `steps`, for the addresses of its function and of its arguments
-# In `stages`, for the ends of the shared steps and of the others, and the threads that arrived.
+_STEP_BYTES = 16  # in `steps`: the addresses of function and arguments
+# In `stages`: the ends of the shared steps and of the others, and the threads that arrived.
 _STAGE_BYTES = 24
 
 
@@ -159,7 +152,6 @@ class Program:
         )
 
     def run(self) -> None:
-        """Run all steps, on torch's threads."""
         if threads.team_functions() is None:
             for step in self._steps:
                 step.run()
@@ -168,7 +160,7 @@ class Program:
 
 
 def _ends(stages: Sequence[Stage]) -> list[list[int]]:
-    """Return the table `stages`, in which the thread that is ready last runs what follows alone.
+    """Return the table `stages`. The thread that is ready last runs what follows alone.
 
     For 2 shared steps, 1 alone, 3 alone and 1 shared it is [[2, 6, 0], [7, 7, 0]].
     """
@@ -212,7 +204,6 @@ class _Walk:
                 self._call(step)
             arrived = here.plus(16)
             with function.when(arrived.take_next().compare("==", team - 1)):
-                # The counters of work start at 0 again the next time.
                 arrived.store(function.constant(i64, 0))
                 with function.loop(first, shared_end, 1) as (step, _):
                     self._arguments_of(step).store(function.constant(i64, 0))

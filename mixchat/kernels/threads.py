@@ -1,4 +1,4 @@
-"""Runs a compiled function on several cores at once, on the threads that torch uses too."""
+"""Runs a compiled function on several cores at once, on torch's threads."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ class NativeFunction:
 
     @property
     def address(self) -> int:
-        """Return the address of its code."""
         return self._address
 
     def run(self, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:
-        """Call it from `threads` threads, of which this is one, and wait for all of them.
-
-        Each is called with the address of `arguments`. The function itself shares out the work.
-        """
+        """Call it from `threads` threads with the address of `arguments`. Wait for all of them."""
         where = ctypes.addressof(arguments)
         if threads == 1:
             self._call(where)
@@ -44,7 +40,7 @@ class NativeFunction:
 def team_functions() -> tuple[int, int] | None:
     """Return the addresses of two functions for the threads of a run, or None without OpenMP.
 
-    At the first one they wait for each other, the second one returns their count, 32 bits.
+    The first one is a barrier. The second one returns the count of threads, 32 bits.
     """
     library = _library()
     if library is None:
@@ -56,10 +52,7 @@ def team_functions() -> tuple[int, int] | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Return the OpenMP library that torch has loaded, or None.
-
-    A second library's threads would compete with torch's.
-    """
+    """Return the OpenMP library that torch has loaded. A second one's threads would compete."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -69,7 +62,7 @@ def _library() -> ctypes.CDLL | None:
         if Path(name).name.startswith(("libgomp", "libiomp", "libomp")):
             library = ctypes.CDLL(name)
             if all(hasattr(library, name) for name in _NEEDED):
-                entry = library.GOMP_parallel  # runs a function on several threads
+                entry = library.GOMP_parallel
                 entry.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
                 entry.restype = None
                 return library
