@@ -1,7 +1,6 @@
-"""The answer loop: a pass computes the next token of each answer, and pieces of new prompts.
+"""The answer loop. A pass computes the next token of each answer, and pieces of new prompts.
 
-An answer for one person is a batch of one. Several answers read an expert once for all tokens that
-selected it.
+Several answers read an expert once for all tokens that selected it.
 
 V = vocab_size.
 """
@@ -34,8 +33,7 @@ _Pass = list[tuple["BatchedAnswer", SequenceTokens]]
 class AnswerRequest:
     """A prompt and how to answer it.
 
-    stop_ids: the tokens that end the answer. max_tokens: None for as many as fit. constraint: what
-    allows the next tokens. on_prefill: is called after layers, until the prompt is read.
+    max_tokens: None for as many as fit. on_prefill: is called after layers.
     """
 
     ids: Sequence[int]
@@ -47,7 +45,7 @@ class AnswerRequest:
 
 
 class BatchedAnswer:
-    """An answer in the making: `ids` are the prompt's tokens, and those generated so far.
+    """An answer in the making. `ids` are its prompt's tokens and its own.
 
     `cancel` may be called by any thread. `error` is the reason why the answer failed.
     """
@@ -65,12 +63,10 @@ class BatchedAnswer:
 
     @property
     def generated_tokens(self) -> int:
-        """Return how many tokens of the answer there are."""
         return self.stats.generated_tokens
 
     @property
     def tokens_left(self) -> int:
-        """Return how many more tokens may be generated."""
         return self._limit - self.generated_tokens
 
     @property
@@ -86,14 +82,12 @@ class BatchedAnswer:
         return self.generated_tokens > 0 and self.ids[-1] in self.request.stop_ids
 
     def cancel(self) -> None:
-        """End the answer, before the next pass at the latest."""
         self.is_cancelled = True
 
     def take_verified(self) -> bool:
         """Take the logits after the last token, if an earlier pass computed them.
 
-        The token joins the cache only here, when the next one is wanted. So an answer that ends
-        leaves the cache as without speculation.
+        The token joins the cache only now, so an answer that ends leaves it as without speculation.
         """
         if self.prefix is None or not self.generated_tokens:
             return False
@@ -107,18 +101,17 @@ class BatchedAnswer:
         return True
 
     def last_token(self, *, propose: bool) -> SequenceTokens:
-        """Return the last token, which is not computed yet, and a proposal if there is one."""
+        """Return the last token, not computed yet, and perhaps a proposal."""
         assert self.prefix is not None
         proposal = self.proposals.propose(self.ids, self.tokens_left - 1) if propose else []
         return SequenceTokens(self.prefix, self.ids[-1:], proposal)
 
 
 class Batch:
-    """The answers that an engine computes now: at most one for each of its sequences.
+    """The answers that an engine computes now, at most one for each of its sequences.
 
-    exact_prompts: compute prompts with the bits that decoding gives, as several answers need.
-    chunk: tokens of a prompt in a pass, None for as many as let others decode. shared_prefix: let
-    an answer reuse what earlier prompts began with.
+    exact_prompts: compute prompts with the bits of decoding. chunk: tokens of a prompt in a pass,
+    None for as many as let others decode. shared_prefix: let an answer reuse earlier prompts.
     """
 
     def __init__(
@@ -139,12 +132,10 @@ class Batch:
 
     @property
     def capacity(self) -> int:
-        """Return how many answers may be in the making."""
         return len(self._sequences)
 
     @property
     def size(self) -> int:
-        """Return how many answers are in the making."""
         return len(self._answers)
 
     def add(self, request: AnswerRequest) -> BatchedAnswer:
@@ -162,7 +153,7 @@ class Batch:
     def step(self) -> list[BatchedAnswer]:
         """Compute one pass. Return the answers with something new: a token, progress, or an end.
 
-        An answer that has ended leaves the batch. An error is stored in the answers that it hit.
+        Answers that have ended leave the batch. An error is stored in the answers that it hit.
         """
         ended = [answer for answer in self._answers if answer.has_ended]
         start = time.perf_counter()
@@ -175,7 +166,6 @@ class Batch:
         return [*ended, *computed]
 
     def _compute(self, answers: Sequence[BatchedAnswer]) -> list[BatchedAnswer]:
-        """Compute the logits of the next tokens. Return the answers that were in the pass."""
         verified = [answer for answer in answers if answer.take_verified()]
         if verified:
             return verified
@@ -193,7 +183,7 @@ class Batch:
         return computed
 
     def _next_pass(self, answers: Sequence[BatchedAnswer]) -> _Pass:
-        """Return the last token of each answer, and tokens of the prompts that came first."""
+        """Return the last token of each answer, and tokens of the first prompts."""
         alone = len(answers) == 1
         parts = [(one, one.last_token(propose=alone)) for one in answers if one.generated_tokens]
         room = self._sizer.choose(decodes=bool(parts))
@@ -212,7 +202,6 @@ class Batch:
         return parts
 
     def _run_pass(self, parts: _Pass) -> None:
-        """Compute a pass, and store the logits of the answers whose next token can be sampled."""
         decodes = any(answer.generated_tokens for answer, _ in parts)
         start = time.perf_counter()
         logits = self._passes.compute(
@@ -250,7 +239,6 @@ class Batch:
         return after_layer
 
     def _sample(self, answer: BatchedAnswer, seconds: float) -> None:
-        """Add the next token to an answer whose logits were computed in a pass of `seconds`."""
         if answer.generated_tokens:
             answer.stats.decode_seconds += seconds
         else:
@@ -283,7 +271,7 @@ class Batch:
         return True
 
     def _share(self, best: CachedPrefix, prompt: Sequence[int]) -> CachedPrefix:
-        """Return the free cache for a prompt that begins like the tokens in `best`."""
+        """Return the free cache for a prompt that begins like `best`."""
         shared = best.shared_with(prompt)
         if shared < _MIN_SHARED_TO_COPY:
             return self._free[0]

@@ -1,21 +1,21 @@
-"""Chooses how many tokens of prompts a pass takes: others should not wait long, nor prompts."""
+"""Chooses how many tokens of prompts a pass takes, so that neither prompts nor others wait long."""
 
 from __future__ import annotations
 
-# Tokens. With experts on disk each chunk reads most of them again, so chunks are few and large.
+# Tokens. Chunks are large, because each reads most experts on disk again.
 PREFILL_CHUNK = 2048
 # Tokens of prompts in a pass in which other answers decode.
 _FIRST_CHUNK, _SMALLEST_CHUNK = 32, 16
-# Seconds that a pass with tokens of prompts may take if other answers decode in it, and if none do.
+# Seconds that a pass may take if other answers decode in it, and if none do.
 _DECODING_TARGET_S, _PREFILL_TARGET_S = 0.7, 8.0
-# The first may be longer if a pass that only decodes is slow: so many times as long.
+# The first may be so many times as long as a pass that only decodes.
 _DECODING_TARGET_RATIO = 4
 _OLD_PASS_WEIGHT = 0.7  # of each earlier pass, against the one after it
 _PRIOR_WEIGHT = 0.01  # of the belief that a pass of no tokens takes no time
 
 
 class PassSizer:
-    """Chooses how many tokens of prompts the next pass of a batch takes; `fixed` if it is given."""
+    """Chooses how many tokens of prompts the next pass takes, or `fixed` if given."""
 
     def __init__(self, fixed: int | None = None) -> None:
         self._fixed, self._decoding_seconds = fixed, 0.0
@@ -26,14 +26,13 @@ class PassSizer:
         }
 
     def choose(self, *, decodes: bool) -> int:
-        """Return the tokens of prompts in the next pass. decodes: other answers decode in it."""
+        """Return the tokens of prompts in the next pass."""
         if self._fixed is not None:
             return self._fixed
         slowest = max(_DECODING_TARGET_S, _DECODING_TARGET_RATIO * self._decoding_seconds)
         return self._sizers[decodes].choose(slowest if decodes else _PREFILL_TARGET_S)
 
     def add(self, prompt_tokens: int, seconds: float, *, decodes: bool) -> None:
-        """Note how long a pass took."""
         if prompt_tokens:
             self._sizers[decodes].add(prompt_tokens, seconds)
         else:
@@ -43,10 +42,9 @@ class PassSizer:
 class ChunkSizer:
     """Learns from passes that took `fixed + n * each` seconds for n tokens of prompts.
 
-    `fixed` is large if experts are read from disk: nearly all of them, for any n. Small chunks
-    would then be slow and no pass shorter, so the tokens may take as long as `fixed` does.
-    With 0.1 s and 0.01 s a token, 60 tokens fit into 0.7 s. With 10 s and 0.01 s a token the chunk
-    has 1,000 tokens, although nobody wants to wait for longer than 0.7 s.
+    If experts are read from disk, `fixed` is large. The tokens may then take as long. With 0.1 s
+    and 0.01 s a token, 60 tokens fit into 0.7 s. With 10 s and 0.01 s a token the chunk has 1,000
+    tokens.
     """
 
     def __init__(self, first: int, least: int, most: int) -> None:
@@ -56,7 +54,6 @@ class ChunkSizer:
         self._last = first
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Note a pass with so many tokens of prompts."""
         new = (1, tokens, seconds, tokens * tokens, tokens * seconds)
         old = (self._weight, self._tokens, self._seconds, self._squares, self._products)
         sums = (_OLD_PASS_WEIGHT * one + other for one, other in zip(old, new, strict=True))
@@ -64,10 +61,7 @@ class ChunkSizer:
         self._last = tokens
 
     def choose(self, target: float) -> int:
-        """Return the tokens of the next pass, which should take at most `target` seconds.
-
-        They are at most twice as many as in the last pass.
-        """
+        """Return the tokens for `target` seconds, at most twice those of the last pass."""
         if not self._weight:
             return self._first
         fixed, each = self._fit()

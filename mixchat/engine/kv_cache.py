@@ -22,24 +22,21 @@ from mixchat.kernels.program import Step
 
 _GROWTH = 512  # tokens for which tensors get room at once
 _INT8_MAX = 127
-# One call to the kernel computes at most so many pairs of a new token and one that it may see, but
-# at least so many new tokens.
+# In a call to the kernel: most pairs of a new token and one that it may see, and fewest new tokens.
 _MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**22, 64
 
 
 class KVCache(ABC):
-    """Room for `capacity` tokens of each layer.
+    """Room for `capacity` tokens of each layer, taken as the cache fills.
 
-    Memory is taken as the cache fills, so that a short conversation leaves it to the experts.
     `length` counts the tokens that all layers have stored. An interrupted forward pass leaves it as
-    it was, and the next pass overwrites what was stored.
+    it was.
     """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
         self.config, self.capacity, self.length = config, capacity, 0
 
     def positions(self, tokens: int) -> slice:
-        """Return the positions of the next tokens."""
         return slice(self.length, self.length + tokens)
 
     def advance(self, tokens: int) -> None:
@@ -51,8 +48,8 @@ class KVCache(ABC):
     ) -> torch.Tensor:
         """Store keys and values [T, G, h] of a layer. Return the attention [T, H, h] of queries.
 
-        Each token of the queries [T, H, h] attends to itself and to all tokens before it. With a
-        sliding window W it attends to the last W of these.
+        A token attends to itself and to all tokens before it, or to the last W of these with a
+        window W.
         """
         assert self.length + keys.shape[0] <= self.capacity
         self.store(layer, keys, values)
@@ -62,7 +59,7 @@ class KVCache(ABC):
         """Put a layer's first `tokens`, as `content` returns them, into an empty cache.
 
         The caller sets `length` after the last layer. Raises `CheckpointError` if the content has
-        not the form of this cache.
+        another form.
         """
         assert self.length == 0
         given = {name: (tensor.dtype, tensor.shape) for name, tensor in content.items()}
@@ -72,7 +69,6 @@ class KVCache(ABC):
         self._restore(layer, content, tokens)
 
     def is_like(self, other: KVCache) -> bool:
-        """Return whether the caches have the same form, for the same model and as many tokens."""
         mine, theirs = (self.config, self.capacity), (other.config, other.capacity)
         return mine == theirs and self.form == other.form
 
@@ -111,10 +107,7 @@ def new_cache(
     device: torch.device,
     bits: Bits | None = None,
 ) -> KVCache:
-    """Return the kind of cache that is fastest on the device. bits: None for the bits of `dtype`.
-
-    The kernel for CPUs takes bf16 and fp32 only.
-    """
+    """Return the fastest kind of cache on the device. bits: None for the bits of `dtype`."""
     if device.type == "cpu" and dtype != torch.float16 and kernels_available():
         return PagedKVCache(config, capacity, bits or _bits(dtype))
     return TensorKVCache(config, capacity, dtype, device, quantized=bits == 8)
@@ -123,7 +116,7 @@ def new_cache(
 def cache_bytes(
     config: ModelConfig, capacity: int, dtype: torch.dtype, bits: Bits | None = None
 ) -> int:
-    """Return the bytes that a cache of this capacity takes when it is full."""
+    """Return the bytes that a full cache takes."""
     bits = bits or _bits(dtype)
     size = config.head_dim * bits // 8 + (4 if bits == 8 else 0)
     return 2 * config.num_hidden_layers * capacity * config.num_key_value_heads * size
@@ -134,7 +127,7 @@ def _bits(dtype: torch.dtype) -> Bits:
 
 
 class PagedKVCache(KVCache):
-    """A cache for the CPU's kernel: pages of 512 tokens, which never move as others are added."""
+    """A cache for the CPU's kernel, in pages of 512 tokens, which never move."""
 
     def __init__(self, config: ModelConfig, capacity: int, bits: Bits) -> None:
         super().__init__(config, capacity)
@@ -142,7 +135,7 @@ class PagedKVCache(KVCache):
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, bits
         )
         row, scales = self._shape.width * bits // 8, self._shape.scales_at
-        # By name: the start in a group's part of a page, and the bytes of one token.
+        # The start in a group's part of a page, and the bytes of one token.
         self._parts = {"keys": (0, row), "values": (self._shape.values_at, row)}
         if bits == 8:
             self._parts |= {"key_scales": (scales, 4), "value_scales": (scales + PAGE * 4, 4)}
@@ -153,7 +146,7 @@ class PagedKVCache(KVCache):
         return f"pages of {self._shape.bits} bits"
 
     def specs(self, tokens: int) -> list[TensorSpec]:
-        """Return specs of bytes, for whole blocks of tokens, which are contiguous in keys."""
+        """Return specs of bytes, for whole blocks of tokens."""
         filled = -(-tokens // KEY_BLOCK) * KEY_BLOCK
         return [
             TensorSpec(name, torch.uint8, (self._shape.groups, filled, row))
@@ -175,7 +168,7 @@ class PagedKVCache(KVCache):
         self._addresses = [torch.empty(0, dtype=torch.int64) for _ in layers]
 
     def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
-        # First, so that no address of an old page is left. `store` looks the new ones up.
+        # First, so that no address of an old page is left.
         self._addresses[layer] = torch.empty(0, dtype=torch.int64)
         self._pages[layer] = []
         for start in range(0, tokens, PAGE):
@@ -186,7 +179,7 @@ class PagedKVCache(KVCache):
             self._pages[layer].append(page)
 
     def _part(self, page: torch.Tensor, name: str) -> torch.Tensor:
-        """Return a view of a page's keys, values or scales: [G, PAGE, bytes]."""
+        """Return a view of a page's keys, values or scales, [G, PAGE, bytes]."""
         start, row = self._parts[name]
         groups = self._shape.groups
         return page.view(groups, -1)[:, start : start + PAGE * row].view(groups, PAGE, row)
@@ -196,11 +189,11 @@ class PagedKVCache(KVCache):
         pages.store(self._shape, addresses, self.length, keys, values)
 
     def _with_room(self, layer: int, tokens: int) -> torch.Tensor:
-        """Return the addresses of a layer's pages, with room for so many new tokens."""
+        """Return the addresses of a layer's pages."""
         layer_pages = self._pages[layer]
         while len(layer_pages) * PAGE < self.length + tokens:
             layer_pages.append(torch.zeros(self._shape.page_bytes, dtype=torch.uint8))
-        # Checked each time, because an error may have come between a page and its address.
+        # An error may have come between a page and its address.
         if len(layer_pages) != self._addresses[layer].numel():
             self._addresses[layer] = torch.tensor([page.data_ptr() for page in layer_pages])
         return self._addresses[layer]
@@ -208,13 +201,13 @@ class PagedKVCache(KVCache):
     def steps(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
     ) -> tuple[Step, Step, Step]:
-        """Return `attend` for one token as steps, for any layer. Each needs the step before it."""
+        """Return `attend` for one token as steps. Each needs the step before it."""
         window = self.config.sliding_window
         attend = attention.attend_steps(self._shape, queries, out, window, self.capacity)
         return pages.store_step(self._shape, keys, values), *attend
 
     def set_place(self, steps: tuple[Step, Step, Step], layer: int) -> None:
-        """Let the steps store the next token of a layer, and attend to all tokens up to it."""
+        """Let the steps compute the next token of a layer."""
         assert self.length < self.capacity
         pages = self._with_room(layer, 1).data_ptr()
         splits = attention.count_splits(self.length + 1)
@@ -226,7 +219,7 @@ class PagedKVCache(KVCache):
     def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         window, addresses = self.config.sliding_window, self._addresses[layer]
         end = self.length + queries.shape[0]
-        # Each call takes some tenths of a second, because Ctrl-C is handled between two of them.
+        # Ctrl-C is handled between two calls of some tenths of a second.
         tokens_per_call = max(_MIN_TOKENS_PER_CALL, _MAX_PAIRS_PER_CALL // end)
         past, attended = self.length, []
         for piece in torch.split(queries, tokens_per_call):
@@ -237,10 +230,9 @@ class PagedKVCache(KVCache):
 
 
 class TensorKVCache(KVCache):
-    """A cache for torch's attention, on any device: keys and values [G, tokens, h] of each layer.
+    """A cache for torch's attention, on any device, of keys and values [G, tokens, h].
 
-    With `quantized` it stores 8 bits a number and a scale for each key and value. A layer's numbers
-    are widened whenever they are read.
+    With `quantized` it stores 8 bits a number and a scale for each key and value.
     """
 
     def __init__(
@@ -262,7 +254,7 @@ class TensorKVCache(KVCache):
         return f"{self._dtype} tensors{' in 8 bits' if self._quantized else ''}"
 
     def specs(self, tokens: int) -> list[TensorSpec]:
-        """Return specs of keys and values [G, tokens, h]; in 8 bits also scales [G, tokens, 1]."""
+        """Return specs of keys and values [G, tokens, h], and of scales [G, tokens, 1]."""
         groups, width = self.config.num_key_value_heads, self.config.head_dim
         dtype = torch.int8 if self._quantized else self._dtype
         specs = [TensorSpec(name, dtype, (groups, tokens, width)) for name in ("keys", "values")]
@@ -276,7 +268,7 @@ class TensorKVCache(KVCache):
 
     def clear(self) -> None:
         self.length = 0
-        self._stored = {  # a tensor for each layer, by name
+        self._stored = {  # a tensor for each layer
             spec.name: [torch.empty(spec.shape, dtype=spec.dtype, device=self._device)]
             * self.config.num_hidden_layers
             for spec in self.specs(0)
@@ -312,8 +304,8 @@ class TensorKVCache(KVCache):
         shared, end = heads // groups, self.length + tokens
         keys, values = (self._widened(name, layer, end) for name in ("key", "value"))
         mask = self._mask_of(tokens)
-        # The R = H / G heads that share a key are joined like R times as many tokens, so that each
-        # key is read once. On a CPU `enable_gqa` would read it R times.
+        # The R = H / G heads that share a key are joined like R times as many tokens. On a CPU
+        # `enable_gqa` would read each key R times.
         grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
         attended = functional.scaled_dot_product_attention(
             grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
@@ -331,7 +323,7 @@ class TensorKVCache(KVCache):
         return (stored * self._stored[f"{name}_scales"][layer][:, :end]).to(self._dtype)
 
     def _mask_of(self, tokens: int) -> torch.Tensor | None:
-        """Return the mask, which is the same for all layers of a pass."""
+        """Return the mask of a pass, the same for all layers."""
         place = (self.length, tokens)
         if self._mask[0] != place:
             mask = attention_mask(*place, self.config.sliding_window, self._device)
@@ -344,7 +336,6 @@ def attention_mask(
 ) -> torch.Tensor | None:
     """Return which of P + T positions each of T tokens may see [T, P + T]. None is all of them.
 
-    A token sees itself and all tokens before it, with a sliding window W only the last W of these.
     Past 1, tokens 2 and window 2 give [[1, 1, 0], [0, 1, 1]].
     """
     sees_all = window is None or past + tokens <= window

@@ -1,7 +1,7 @@
-"""Passes through the model: the next tokens of one sequence, or of several at once.
+"""Passes through the model, for the next tokens of one sequence or of several at once.
 
-T = tokens of the pass, V = vocab_size, H = num_attention_heads, G = num_key_value_heads,
-h = head_dim.
+T = tokens of the pass, V = vocab_size, H = num_attention_heads, G = num_key_value_heads, h =
+head_dim.
 """
 
 from __future__ import annotations
@@ -40,19 +40,17 @@ class CachedPrefix:
 
     @property
     def ids(self) -> list[int]:
-        """Return the ids of the tokens that the cache holds."""
         return self._ids[: self.cache.length]
 
     @property
     def context(self) -> Context:
-        """Return the size of the context, and the largest one of this model."""
         return Context(self.cache.capacity, self.cache.config.max_position_embeddings)
 
     def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
         """Return how many tokens the answer to a prompt may have.
 
-        Raises `PromptError` if the prompt is empty or leaves no room for an answer, and
-        `CheckpointError` if it has tokens that the model does not know.
+        Raises `PromptError` if the prompt is empty or too long, and `CheckpointError` if it has
+        tokens that the model does not know.
         """
         known = self.cache.config.vocab_size
         if not ids:
@@ -68,26 +66,23 @@ class CachedPrefix:
         return room if max_tokens is None else min(max_tokens, room)
 
     def shared_with(self, ids: Sequence[int]) -> int:
-        """Return how many first tokens the cache has in common with `ids`."""
         return shared_beginning(self.ids, ids)
 
     def cut(self, length: int) -> None:
-        """Keep only the first tokens."""
         with interrupts.deferred():
             del self._ids[length:]
             self.cache.length = length
 
     def add(self, ids: Sequence[int]) -> None:
-        """Note the ids of tokens that the cache has got after its others."""
+        """Note tokens that have joined the cache."""
         self._ids += ids
 
     def resume(self, ids: Sequence[int]) -> None:
-        """Continue from these tokens, whose keys and values have been put into the cache."""
+        """Continue from these tokens, which have been put into the cache."""
         self._ids = list(ids)
         self.cache.length = len(ids)
 
     def copy_from(self, other: CachedPrefix, length: int) -> None:
-        """Hold the first tokens of another sequence, and nothing else."""
         self.clear()
         for layer in range(self.cache.config.num_hidden_layers):
             self.cache.restore(layer, other.cache.content(layer, length), length)
@@ -103,8 +98,7 @@ class CachedPrefix:
 class SequenceTokens:
     """The next tokens of a sequence in a pass.
 
-    proposal: tokens that may follow the ids. Their keys and values are stored, but the cache ends
-    before them.
+    proposal: tokens that may follow the ids. The cache ends before them.
     """
 
     prefix: CachedPrefix
@@ -113,14 +107,13 @@ class SequenceTokens:
 
     @property
     def all_ids(self) -> list[int]:
-        """Return the ids and the proposed ones."""
         return [*self.ids, *self.proposal]
 
 
 class ForwardPasses:
     """Computes passes, and counts their tokens and seconds.
 
-    `note` is called with messages for a person; `name` is the model's name for one.
+    note: is called with messages for a person.
     """
 
     def __init__(self, model: Model, experts: ExpertHolder, note: Note, name: str) -> None:
@@ -135,9 +128,8 @@ class ForwardPasses:
         exact: bool = False,
         after_layer: AfterLayer = lambda layer: None,
     ) -> torch.Tensor:
-        """Return the logits [n, V] of the last token of each part.
+        """Return the logits [n, V] of the last token of each part, and of each proposed token.
 
-        A part with a proposal has a row for its last id, and one for each proposed token.
         Ctrl-C is handled between layers that are not in one program, and while an expert is
         loading. An interrupted pass leaves all caches as they were.
         """
@@ -179,9 +171,8 @@ class ForwardPasses:
 
 
 class _SequencesContext:
-    """The caches of several sequences as one `KVContext`: rows of a pass, in this order.
+    """The caches of several sequences as one `KVContext`.
 
-    Attention is computed for one sequence after the other, everything else for all rows at once.
     With 5 and 7 tokens in the caches, and 1 and 2 new ones, the positions are 5, 7, 8.
     """
 
@@ -195,21 +186,18 @@ class _SequencesContext:
         self._positions = torch.cat(positions).to(device)
 
     def positions(self, tokens: int) -> torch.Tensor:
-        """Return the positions [T] of the next tokens in their sequences."""
         assert tokens == self._positions.shape[0]
         return self._positions
 
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Store keys and values [T, G, h]; return the attention [T, H, h] of queries."""
         pieces = (torch.split(rows, self._counts) for rows in (queries, keys, values))
         return torch.cat(
             [cache.attend(layer, *rows) for cache, *rows in zip(self._caches, *pieces, strict=True)]
         )
 
     def advance(self, tokens: int) -> None:
-        """Count the new tokens in each cache."""
         for cache, count in zip(self._caches, self._counts, strict=True):
             cache.advance(count)
 
@@ -219,7 +207,6 @@ def _context(parts: Sequence[SequenceTokens], device: torch.device) -> KVContext
 
 
 def _rows(parts: Sequence[SequenceTokens]) -> slice | list[int]:
-    """Return the rows of the pass whose logits are wanted."""
     if len(parts) == 1 and not parts[0].proposal:
         return LAST
     rows: list[int] = []
