@@ -31,7 +31,7 @@ class RotaryEmbedding:
         frequencies = 1.0 / theta**exponents  # [h / 2]
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
         self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device, dtype)
-        # Both are [context, h]. `sin` has the sign, so that a rotation is one roll and no negation.
+        # [context, h]. `sin` has the sign, so that a rotation needs no negation.
         self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device, dtype)
 
     def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
@@ -39,12 +39,12 @@ class RotaryEmbedding:
         return rows.rotate(x, self._cos[positions], self._sin[positions])
 
     def set_position(self, step: Step, position: int) -> None:
-        """Let a step of `rows.rotate_step` rotate one token, which is at `position`."""
+        """Let a step of `rows.rotate_step` rotate one token at `position`."""
         step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
 
 
 class KVContext(Protocol):
-    """The tokens before a pass, in a `KVCache` or in the caches of several sequences together."""
+    """The tokens before a pass, in the caches of one or several sequences."""
 
     def positions(self, tokens: int) -> slice | torch.Tensor:
         """Return the positions of the next T tokens in their sequences."""
@@ -52,18 +52,17 @@ class KVContext(Protocol):
     def attend(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
-        """Store a layer's keys and values [T, G, h]; return the attention [T, H, h] of queries."""
+        """Store a layer's keys and values [T, G, h]. Return the attention [T, H, h]."""
 
     def advance(self, tokens: int) -> None:
-        """Count so many new tokens, after all layers have stored them."""
+        """Count new tokens, after all layers have stored them."""
 
 
 class SingleTokenContext:
     """The tensors and steps with which all layers compute the next token of a cache.
 
-    A tensor is made once. Every layer and every token writes to it anew. Of the hidden states
-    [1, D], `x` is read and added to by each part, `normed` is what a part gets, and `added` what it
-    adds.
+    Of the hidden states [1, D], `x` is read and added to by each part, `normed` is what a part
+    gets, and `added` what it adds. Every layer and every token writes to them anew.
     """
 
     def __init__(self, cache: PagedKVCache, hidden_size: int, dtype: torch.dtype) -> None:
@@ -77,7 +76,7 @@ class SingleTokenContext:
         self._layers: dict[int, tuple[Step, Step, Step]] = {}
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        """Return the tensor of this name and shape, in the type of the hidden states."""
+        """Return the tensor of this name, in the type of the hidden states."""
         if (name, shape) not in self._tensors:
             self._tensors[name, shape] = torch.empty(shape, dtype=self._dtype)
         return self._tensors[name, shape]
@@ -96,7 +95,7 @@ class SingleTokenContext:
         values: torch.Tensor,
         out: torch.Tensor,
     ) -> tuple[Step, Step, Step]:
-        """Return `KVContext.attend` as steps that write `out`. Each needs the one before it."""
+        """Return `KVContext.attend` as steps. Each needs the one before it."""
         if self._attention is None:
             self._attention = self._cache.steps(queries, keys, values, out)
         store, attend, merge = self._attention
@@ -112,7 +111,7 @@ class SingleTokenContext:
 
 
 class Attention:
-    """Causal grouped-query attention of one layer, over the cache and the new tokens."""
+    """Causal grouped-query attention of one layer."""
 
     def __init__(
         self,
@@ -137,7 +136,7 @@ class Attention:
         return self._o_proj(attended.reshape(tokens, -1), exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token as stages that map `normed` to `added`."""
+        """Return `__call__` for one token, from `normed` to `added`."""
         config = self._config
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         qkv = context.tensor("qkv", 1, heads + 2 * groups, config.head_dim)

@@ -1,9 +1,7 @@
 """Decodes the layers for one token as programs of kernels.
 
-A program joins the stages that the parts of a `Block` state next to their `__call__`. They are the
-same kernels, so the result has the same bits. It saves the time that Python takes between them. If
-all experts are in memory, one program goes through all layers. Else it ends with the router of a
-layer, whose runner has to bring some.
+A program gives the same bits as the `__call__` of a `Block`, and saves the time of Python between
+kernels. It ends with the router of a layer whose runner has to bring experts.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from mixchat.weights.format.blueprint import Blueprint, Expert
 class Decoder:
     """Computes the layers for the next token of a cache (a `SingleTokenDecoder`).
 
-    It takes this cache, and others of the same capacity and form.
+    It takes caches of the same capacity and form as this one.
     """
 
     def __init__(
@@ -50,8 +48,8 @@ class Decoder:
         return self._context.x
 
     def _run_from(self, start: int) -> int:
-        """Compute layers up to the first whose experts have to be brought, and return its end."""
-        # It keeps the memory of these experts until the program has ended.
+        """Compute layers up to the first whose experts have to be brought. Return its end."""
+        # Keeps the memory of these experts until the program has ended.
         resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
         layers = self._layers[start : start + len(resident) + 1]
         end = start + len(layers)
@@ -68,7 +66,7 @@ class Decoder:
 
 
 def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Decoder | None:
-    """Return the decoder of a model that computes `used`, or None if kernels cannot do it all."""
+    """Return the decoder of a model that computes `used`, or None if kernels cannot do it."""
     config, dtype = used.config, used.quantization.dtype
     columns = config.hidden_size, config.intermediate_size, config.head_dim // 2
     matrices = used.qkv(0), used.o(0), used.expert.gate_up, used.expert.down
@@ -80,7 +78,7 @@ def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Dec
 
 
 class _Layer:
-    """The stages of a layer. They end with the router if not all of its experts are in memory."""
+    """The stages of a layer, which may end with the router."""
 
     def __init__(self, block: Block, context: SingleTokenContext) -> None:
         self._block, self._context, self.keys = block, context, block.moe.keys
@@ -91,7 +89,7 @@ class _Layer:
         self._experts: Sequence[weakref.ref[Expert]] = ()
 
     def use(self, experts: Sequence[Expert]) -> bool:
-        """Let the stages end with these experts, the layer's E. Without any, end with the router.
+        """Let the stages end with these experts, or with the router if there are none.
 
         Returns False if they do already.
         """
@@ -107,7 +105,7 @@ class _Layer:
         return True
 
     def finish(self) -> None:
-        """Let the runner compute the experts that are not in the stages, or note those that are."""
+        """Compute the experts that are not in the stages, or note the uses of those that are."""
         if self._experts:
             selected = self._routing[0][0].tolist()
             self._block.moe.runner.note_hits([self.keys[expert] for expert in selected])

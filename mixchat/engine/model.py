@@ -28,10 +28,9 @@ Embedding = Callable[[torch.Tensor], torch.Tensor]  # from ids [T], on the CPU, 
 
 
 class ModelTensors(Protocol):
-    """The tensors of a model on the device that computes it, by their names."""
+    """The tensors of a model on the device that computes it."""
 
-    def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """Return a dense tensor."""
+    def tensor(self, spec: TensorSpec) -> torch.Tensor: ...
 
     def linear(self, spec: LinearSpec) -> Linear:
         """Return a matrix in this form, which may differ from the stored one."""
@@ -48,12 +47,12 @@ class RMSNorm:
         return rows.rms_norm(x, self.weight, self.eps)
 
     def stage(self, x: torch.Tensor, out: torch.Tensor) -> Stage:
-        """Return `__call__` for one token as a stage that maps x [1, D] to `out` [1, D]."""
+        """Return `__call__` for one token as a stage, from x [1, D] to `out` [1, D]."""
         return alone(rows.rms_norm_step(x, self.weight, self.eps, out))
 
 
 class Block:
-    """One layer, attention and then the experts. Each reads the normed x, and is added to x."""
+    """One layer, attention and then the experts."""
 
     def __init__(
         self, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: SparseMoE
@@ -70,7 +69,6 @@ class Block:
         rope: RotaryEmbedding,
         runner: ExpertRunner,
     ) -> Block:
-        """Build a layer of the model that is computed as `used`."""
         config = used.config
         attention_norm, moe_norm = (
             RMSNorm(tensors.tensor(spec), config.rms_norm_eps) for spec in used.norms(layer)
@@ -100,7 +98,7 @@ class Block:
     def expert_stages(
         self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]
     ) -> list[Stage]:
-        """Return the stages after the router, if all of the layer's experts are in memory."""
+        """Return the stages after the router, if all experts are in memory."""
         x = context.x
         return [
             *self.moe.expert_stages(routing, context, experts),
@@ -109,15 +107,14 @@ class Block:
 
 
 class SingleTokenDecoder(Protocol):
-    """Another way to compute the blocks for the next token of a cache, with the same bits."""
+    """Computes the blocks for the next token of a cache, with the same bits."""
 
     def run(
         self, x: torch.Tensor, before: KVContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
         """Map the token's row [1, D] to the one after all layers, which the next call overwrites.
 
-        `after_layer` is called with the number of a layer, though not after each. Returns None
-        if it cannot be done for this cache.
+        Returns None if it cannot be done for this cache.
         """
 
 
@@ -138,16 +135,13 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the hidden states and of the logits."""
         return self._norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type of the hidden states."""
         return self._norm.weight.dtype
 
     def decode_by(self, decoder: SingleTokenDecoder | None) -> None:
-        """Let a decoder compute the blocks for each single token."""
         self._decoder = decoder
 
     def forward(
@@ -161,9 +155,8 @@ class Model:
     ) -> torch.Tensor:
         """Return the logits [n, V] of the last token, or of others. The ids [T] join the cache.
 
-        The ids are on the CPU. The cache must have room for P + T tokens. With `exact`
-        each token has the bits that it has alone in a call, if all matrices can be computed so (see
-        `Linear`). `after_layer` is called after layers with their number.
+        The ids are on the CPU. The cache must have room for P + T tokens. With `exact` each token
+        has the bits that it has alone in a call, if all matrices can be computed so.
         """
         x = self._embedding(ids)  # [T, D]
         decoded = None

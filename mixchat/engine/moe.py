@@ -1,4 +1,4 @@
-"""The mixture of experts of one layer, a router and whatever runs the experts that it selects.
+"""The mixture of experts of one layer, a router and a runner of the experts that it selects.
 
 T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 """
@@ -35,16 +35,14 @@ class SparseMoE:
 
     @property
     def keys(self) -> list[ExpertKey]:
-        """Return the keys of the layer's experts."""
         return [ExpertKey(self._layer, expert) for expert in range(self._gate.shape[0])]
 
     def empty_routing(self) -> Routing:
-        """Return room for the routing of one token."""
         count = self._experts_per_token
         return torch.empty(1, count, dtype=torch.int64), torch.empty(1, count)
 
     def router_stage(self, routing: Routing, context: SingleTokenContext) -> Stage:
-        """Return the router for one token as a stage that fills `routing` for `normed`."""
+        """Return the router for one token as a stage that fills `routing`."""
         return alone(router.route_step(context.normed, self._gate, *routing))
 
     def expert_stages(
@@ -52,7 +50,7 @@ class SparseMoE:
     ) -> list[Stage]:
         """Return a runner's work for one token as stages that map `normed` to `added`.
 
-        `experts` are the layer's E. In each run the addresses of the selected ones are looked up.
+        `experts` are the layer's E.
         """
         selected, weights = routing
         outputs = context.tensor("outputs", 1, self._experts_per_token, context.x.shape[1])
@@ -68,7 +66,7 @@ class SparseMoE:
         ]
 
     def run_routed(self, routing: Routing, context: SingleTokenContext) -> torch.Tensor:
-        """Let the runner compute one token, and return what is to be added for `normed`."""
+        """Return what the runner adds for `normed`."""
         # Copies, because a runner may hold on to what it is given.
         selected, weights = (tensor.clone() for tensor in routing)
         return self.runner.run(self._layer, context.normed.clone(), selected, weights)

@@ -11,10 +11,10 @@ import torch
 
 from mixchat.base.options import SamplingOptions
 
-_MIN_TEMPERATURE = 1e-5  # a lower one would only overflow, and choose the best token anyway
+_MIN_TEMPERATURE = 1e-5  # a lower one would only overflow
 _MAX_TEMPERATURE = 1e30  # all tokens are equally likely, and no number is too large for fp32
 _TOP_P_TOKENS = 1024  # tokens that top-p looks at first
-_REPEAT_PENALTY_TOKENS = 64  # last tokens that `repeat_penalty` is for, as in llama.cpp and ollama
+_REPEAT_PENALTY_TOKENS = 64  # last tokens, as in llama.cpp and ollama
 
 
 class Constraint(Protocol):
@@ -22,24 +22,23 @@ class Constraint(Protocol):
 
     @property
     def compiled(self) -> Future[Any]:
-        """Return a future that is done as soon as `allowed` can be called without a wait."""
+        """Return a future that is done once `allowed` does not have to wait."""
 
     def allowed(self) -> torch.Tensor:
-        """Return the tokens that may come next, at least one: bool [V], on the CPU.
+        """Return the tokens that may come next, bool [V] on the CPU.
 
-        Raises `UsageError` if the form leaves none.
+        Raises `UsageError` if there are none.
         """
 
     def accept(self, token: int) -> None:
-        """Take the next token of the answer, which was allowed."""
+        """Take the next token of the answer."""
 
 
 class Sampler:
     """Draws an answer's tokens. With a seed the same logits give the same tokens on every device.
 
-    The tokens of `stop_ids` get no `repeat_penalty`. A chat's prompt has one at the end of each
-    turn, so with a penalty short answers would not end. The penalties for presence and frequency
-    count the tokens that this sampler drew. A `constraint` is told each of them.
+    The tokens of `stop_ids` get no `repeat_penalty`, or short answers would not end. The penalties
+    for presence and frequency count the tokens that this sampler drew.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Sampler:
         return token
 
     def _adjusted(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
-        """Return logits [V] with penalties and biases, -inf for what the constraint forbids."""
+        """Return logits [V] with penalties and biases, -inf for what is forbidden."""
         options = self._options
         if options.repeat_penalty != 1:
             recent = set(history[-_REPEAT_PENALTY_TOKENS:]) - self._stop_ids
@@ -85,7 +84,7 @@ class Sampler:
         if self._options.temperature < _MIN_TEMPERATURE:
             return int(logits.argmax())
         probabilities = filtered_probabilities(logits, self._options)
-        # One number takes a tenth of the time that `torch.multinomial` takes, with one a token.
+        # It takes a tenth of the time of `torch.multinomial`.
         cumulative = probabilities.cumsum(0, dtype=torch.float64)
         assert cumulative[-1] > 0, "not of numbers"
         point = torch.rand(1, dtype=torch.float64, generator=self._generator) * cumulative[-1]
@@ -105,17 +104,14 @@ def log_probabilities(
 
 
 def raised(logits: torch.Tensor, amounts: Sequence[tuple[int, float]]) -> torch.Tensor:
-    """Add an amount to each token's logit [V]. Tokens that the model does not have are ignored."""
+    """Add an amount to each token's logit [V]. Unknown tokens are ignored."""
     known = [(token, amount) for token, amount in amounts if token < len(logits)]
     ids = torch.tensor([token for token, _ in known], dtype=torch.long)
     return logits.index_add(0, ids, logits.new_tensor([amount for _, amount in known]))
 
 
 def only(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Return logits [V] with -inf for each token that is not `allowed`.
-
-    A tokenizer may have fewer tokens than the model, or more. Tokens beyond are not allowed.
-    """
+    """Return logits [V] with -inf for each token that is not `allowed`. None beyond its end is."""
     size = min(len(allowed), len(logits))
     masked = torch.full_like(logits, -torch.inf)
     masked[:size] = logits[:size].masked_fill(~allowed[:size], -torch.inf)
@@ -130,9 +126,9 @@ def penalize(logits: torch.Tensor, recent: Iterable[int], penalty: float) -> tor
 
 
 def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """Return probabilities [V] after temperature, then top-k, top-p and min-p, in that order.
+    """Return probabilities [V] after temperature, then top-k, top-p and min-p.
 
-    Each filter is applied to the result of the one before. The best token always stays.
+    The best token always stays.
     """
     scaled = logits / min(options.temperature, _MAX_TEMPERATURE)
     probabilities = scaled.softmax(0)
@@ -147,15 +143,15 @@ def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> to
 
 
 def _only_at(kept: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Return probabilities [V] that are 0 but for `kept`, which are ids or a mask."""
+    """Return probabilities [V] that are 0 but for `kept`, ids or a mask."""
     result = torch.zeros_like(probabilities)
     result[kept] = probabilities[kept]
     return result / result.sum()
 
 
 def _nucleus(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the ids of the best tokens, the fewest with the probability `top_p` together."""
-    # Sorting all tokens takes ten times as long, and the first ones nearly always suffice.
+    """Return the ids of the fewest best tokens that have the probability `top_p` together."""
+    # Sorting all tokens takes ten times as long.
     for count in (_TOP_P_TOKENS, len(scaled)):
         ids = _best(scaled, min(count, len(scaled)))
         mass = probabilities[ids].cumsum(0)
@@ -167,10 +163,7 @@ def _nucleus(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) ->
 
 
 def _best(scaled: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the ids of the largest logits, the best first, and among equals the smaller id.
-
-    Ids of logits that are -inf are left out.
-    """
+    """Return the ids of the largest finite logits, the best first. Equals keep their order."""
     if not count:
         return torch.empty(0, dtype=torch.int64)
     least = scaled.topk(count).values[-1].clamp(min=torch.finfo(scaled.dtype).min)
