@@ -11,7 +11,7 @@
 - decoder.py: the blocks for one token, as programs of kernels
 - moe.py: the router, and the steps of experts
 - kv_cache.py: keys and values, and what new tokens see of them
-- prompt_cache.py: the KV cache in a file, for the next run
+- prompt_cache.py: the KV cache in a file
 - stats.py: counts of one answer
 - report.py: the report of a run's experts, and its file
 - environment.py: settings that torch reads when it is loaded

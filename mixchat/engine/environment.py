@@ -20,8 +20,8 @@ def prepare_environment() -> None:
     """
     # With large pages for large tensors, reading the weights of an expert is 5 to 8% faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # OpenMP's threads sleep soon after they have nothing to do. By default they keep spinning, and
-    # a busy core then costs decoding three quarters of its speed.
+    # By default OpenMP's idle threads keep spinning. If a core is busy, decoding then loses three
+    # quarters of its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "torch" not in sys.modules:
         _check_address_space(machine.memory_left_by_ulimit().get("ulimit -v"))

@@ -1,4 +1,4 @@
-"""The engine: a loaded model that answers prompts, from token ids to token ids."""
+"""The engine, a loaded model that answers prompts, from token ids to token ids."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ from mixchat.weights.format.blueprint import Blueprint
 class Engine:
     """A model with its KV caches, which stay filled from call to call.
 
-    A prompt that begins like the last one (a chat that continues) is prefilled only from where the
-    two differ. `new_batch` uses all caches, `generate` the first.
+    A prompt that begins like the last one is prefilled only from the first difference on.
+    `new_batch` uses all caches, `generate` the first.
 
     note: is called with messages for a person. identity: differs if the weights do. blueprint: the
-    form in which the weights are computed. exact_prompts: give the tokens of a prompt the bits of
-    decoded ones, in chunks of any size. speculation: verify several tokens in one pass, which has
-    to be exact on this device (see `Model.forward`), so that answers are the same without it.
-    name: the model's name for a person.
+    form in which the weights are computed. exact_prompts: give prompts the bits of decoding.
+    speculation: verify several tokens in one pass, which has to be exact on this device.
     """
 
     def __init__(
@@ -66,45 +64,42 @@ class Engine:
 
     @property
     def context(self) -> Context:
-        """Return the size of the context, and the largest one of this model."""
         return self.sequences[0].context
 
     @property
     def device(self) -> torch.device:
-        """Return the device on which the model computes."""
         return self.passes.model.device
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
-        """Return how many experts may be held in each tier but the disk, the fastest one first."""
+        """Return how many experts each tier but the disk may hold, the fastest first."""
         return self.experts.slots_by_tier
 
     @property
     def expert_bytes(self) -> int:
-        """Return the bytes of memory that experts take where they are computed."""
+        """Return the bytes of experts on the devices that compute them."""
         return self.experts.bytes_held
 
     @property
     def stats(self) -> GenerationStats:
-        """Return the counts of the last call of `generate`, as far as it has come."""
+        """Return the counts of the last call of `generate` so far."""
         return replace(self._stats, experts=self.experts.stats.since(self._experts_before))
 
     def held(self) -> tuple[list[int], KVCache]:
-        """Return the tokens whose keys and values the cache holds, and the cache."""
+        """Return the tokens that the cache holds, and the cache."""
         return self.sequences[0].ids, self.sequences[0].cache
 
     def resume(self, ids: Sequence[int]) -> None:
-        """Continue from these tokens, whose keys and values have been put into the cache."""
+        """Continue from these tokens, which have been put into the cache."""
         self.sequences[0].resume(ids)
 
     def forget(self) -> None:
-        """Empty the cache."""
         self.sequences[0].clear()
 
     def close(self) -> None:
-        """Give all memory back. The engine then holds nothing, and only tells what it is.
+        """Give all memory back.
 
-        This cannot be left to the end of the object, since an error's traceback may keep it alive.
+        An error's traceback may keep the object alive.
         """
         device, self.is_closed = self.device, True
         for sequence in self.sequences:
@@ -115,11 +110,10 @@ class Engine:
         machine.return_freed_memory()
 
     def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
-        """Return how many tokens the answer to a prompt may have. Raises as `generate` does."""
+        """Return how many tokens an answer may have. Raises as `generate` does."""
         return self.sequences[0].longest_answer(ids, max_tokens)
 
     def new_batch(self, *, shared_prefix: bool = True) -> Batch:
-        """Return a batch of as many answers as there are caches."""
         return Batch(self.passes, self.sequences, self.speculation, shared_prefix=shared_prefix)
 
     def generate(
@@ -135,11 +129,11 @@ class Engine:
         """Yield the answer's tokens as they are sampled, each allowed by `constraint`.
 
         The answer ends with the first token of `stop_ids`, which is yielded too, after
-        `max_tokens`, or when the context is full. The iterator may be dropped at any point.
-        `on_prefill` is called after layers with the tokens of the prompt that are computed, and
-        their total. Raises `PromptError` at once if the prompt is empty or leaves no room for an
-        answer, and `CheckpointError` if it has tokens that the model does not know. The iterator
-        raises that, too, if damaged weights give logits that are NaN or infinite.
+        `max_tokens`, or if the context is full. `on_prefill` is called after layers with the tokens
+        of the prompt that are computed, and their total.
+
+        Raises `PromptError` at once if the prompt is empty or too long, and `CheckpointError` if it
+        has unknown tokens. The iterator raises that, too, if logits are NaN or infinite.
         """
         self.longest_answer(prompt_ids, max_tokens)
         ids = list(prompt_ids)

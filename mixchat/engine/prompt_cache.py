@@ -41,7 +41,7 @@ def identity_of(manifest: Manifest) -> str:
 
 
 class PromptCache:
-    """The engine's KV cache in the file `path`. A link there is not read, and is replaced."""
+    """The engine's KV cache in the file `path`. A link there is replaced, not read."""
 
     def __init__(self, path: Path, engine: Engine) -> None:
         self.path, self._engine = path, engine
@@ -50,9 +50,8 @@ class PromptCache:
     def load(self) -> int:
         """Load the file into an engine that holds nothing. Return how many tokens it holds then.
 
-        If a conversation is longer than the context, its beginning is loaded. Raises
-        `CheckpointError` if the file is damaged, or of another model or another kind of cache. The
-        engine then still holds nothing.
+        A conversation that is longer than the context is cut. Raises `CheckpointError` if the file
+        is damaged, or of another model or kind of cache. The engine then holds nothing.
         """
         _, cache = self._engine.held()
         try:
@@ -66,7 +65,7 @@ class PromptCache:
         return min(len(saved), cache.capacity)
 
     def save(self) -> bool:
-        """Write the file, whole or not at all. Return False if it has all that the engine holds.
+        """Write the file, whole or not at all. Return False if it is up to date.
 
         Raises `ResourceError` if the disk is full, else another `MixchatError`.
         """
@@ -87,7 +86,6 @@ def _describe(cache: KVCache, engine: Engine, tokens: int) -> bytes:
 
 
 def _specs(cache: KVCache, tokens: int, description: int) -> list[TensorSpec]:
-    """Return the tensors of a file with so many tokens and a `description` of so many bytes."""
     return [
         TensorSpec(_DESCRIPTION, torch.uint8, (description,)),
         TensorSpec(_IDS, torch.int64, (tokens,)),
@@ -120,7 +118,7 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> No
 
 
 def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
-    """Load as much of the file into the cache as fits. Return the ids of all tokens in it."""
+    """Load what fits into the cache. Return the ids of all tokens in the file."""
     tokens = _tokens(file, cache, engine)
     length = min(tokens, cache.capacity)
     start = file.header.start(_DESCRIPTION)
@@ -144,7 +142,7 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
 
 
 def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
-    """Return how many tokens the file has. Raises `CheckpointError` if its header is wrong."""
+    """Return how many tokens the file has. Raises `CheckpointError` for a wrong header."""
     fields = _read_description(file)
     if fields.get("format") != _FORMAT:
         raise CheckpointError(f"{file.path} was written by another version of mixchat")
@@ -166,7 +164,6 @@ def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
 
 
 def _read_description(file: SafetensorsFile) -> dict[str, Any]:
-    """Return the JSON that describes the file. Raises `CheckpointError` if there is none."""
     header, fields = file.header, None
     if _DESCRIPTION in header and header.spec(_DESCRIPTION).nbytes <= _MAX_DESCRIPTION_BYTES:
         with suppress(ValueError, RecursionError):

@@ -18,7 +18,7 @@ from mixchat.experts.cache import ExpertKey
 if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
 
-# The places where an expert can be, the fastest first, each with its name for people.
+# The places of experts, the fastest first, with their names for people.
 PLACES = {
     "device": "GPU",
     "other-device": "other GPU",
@@ -27,17 +27,17 @@ PLACES = {
     "disk": "disk",
 }
 TIERS = tuple(PLACES)
-# Fields whose names in JSON are those of version 1, which scripts read.
+# Scripts read these names of version 1.
 _JSON_NAMES = {"predictions": "guesses", "right_predictions": "right_guesses"}
 
 
 @dataclass(frozen=True)
 class ExpertReport:
-    """Hits, misses and tiers of a run's experts, layer by layer.
+    """Hits, misses and tiers of a run's experts.
 
-    hits, misses, tiers: lists of layers, each a list of experts. A tier is one of `TIERS`, in which
-    the expert was at the end. slots: the experts that fit each of the faster tiers. tokens: how
-    many went through the model, in `seconds`. The other fields are as in `ExpertStats`.
+    hits, misses, tiers: lists of layers, each a list of experts. A tier is one of `TIERS`. slots:
+    the experts that fit each of the faster tiers. tokens: how many went through the model, in
+    `seconds`. The other fields are as in `ExpertStats`.
     """
 
     model: str
@@ -58,7 +58,6 @@ class ExpertReport:
         return [tier for tier in TIERS if tier in {*self.slots, *chain(*self.tiers)}]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
         return {_JSON_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
@@ -73,7 +72,7 @@ class ExpertReport:
 
 
 def report_of(engine: Engine, model: str) -> ExpertReport:
-    """Return the report of the engine's experts since its start. model: the name of the model."""
+    """Return the report of the engine's experts since its start."""
     config, experts, stats = engine.config, engine.experts, engine.experts.stats
     layers = range(config.num_hidden_layers)
     keys = [[ExpertKey(n, e) for e in range(config.num_local_experts)] for n in layers]
@@ -93,30 +92,30 @@ def report_of(engine: Engine, model: str) -> ExpertReport:
 
 
 def slots_in_words(slots: Mapping[str, int]) -> str:
-    """Return counts of slots by tier as `12 RAM slots, 8 worker slots`."""
+    """Return counts of slots as `12 RAM slots, 8 worker slots`."""
     return ", ".join(f"{count} {PLACES[tier]} slots" for tier, count in slots.items())
 
 
 def report_path(name: str) -> Path:
-    """Return the path for a model's name as given to `mixchat run -m`. Raises as `resolve` does."""
+    """Return the path for a model's name. Raises as `resolve` does."""
     from mixchat.weights.models import resolve
 
     return report_path_by_key(resolve(name).key)
 
 
 def newest_report_path() -> Path | None:
-    """Return the path of the report that was written last, None without one."""
+    """Return the path of the last report, None without one."""
     paths = (data_dir() / "stats").glob("*.json")
     return max(paths, key=lambda path: path.lstat().st_mtime_ns, default=None)
 
 
 def report_path_by_key(key: str) -> Path:
-    """Return the path for an installed model's key, the name of its directory."""
+    """Return the path for an installed model's key."""
     return data_dir() / "stats" / f"{key}.json"
 
 
 def save_report(path: Path, report: ExpertReport) -> None:
-    """Write a report instead of an earlier one, whole or not at all. Raises `OSError`."""
+    """Write a report, whole or not at all. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_private_file(path, json.dumps(report.to_dict()).encode())
 
@@ -137,10 +136,7 @@ def load_report(path: Path) -> ExpertReport:
 
 
 def saved_uses(path: Path) -> Counter[ExpertKey]:
-    """Return how often the run of a report used each expert.
-
-    Without a report, or with a damaged one, return no uses, since only speed depends on them.
-    """
+    """Return how often each expert was used. Without a valid report there are no uses."""
     try:
         report = load_report(path)
     except CheckpointError:

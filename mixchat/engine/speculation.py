@@ -1,8 +1,7 @@
-"""Speculation: propose the tokens that followed the last ones earlier, and verify them in one pass.
+"""Proposes tokens that followed the last ones earlier, and verifies them in one pass.
 
-Mixtral reads up to eight experts of a layer for several tokens, and two for one. So a pass that
-verifies 16 tokens takes about as long as four or five single ones, and pays if text is quoted,
-edited or repeated. Verified tokens are sampled one after the other, as without speculation.
+A pass that verifies 16 tokens takes about as long as four or five single ones, and pays if text is
+repeated. Verified tokens are sampled one after the other, as without speculation.
 
 V = vocab_size.
 """
@@ -17,26 +16,25 @@ import torch
 
 from mixchat.engine.stats import SpeculationStats
 
-# Tokens that have to be repeated. Fewer are chance more often: with 4, prose lost 1 to 2% before
-# proposals stopped, and with 12, answers with quotes gained half as much.
+# Tokens that have to be repeated. With 4, prose lost 1 to 2% before proposals stopped. With 12,
+# answers with quotes gained half as much.
 _MIN_MATCH_TOKENS = 8
 _MAX_PROPOSAL_TOKENS = 48
 _TOKEN_BYTES = array("i").itemsize
 _MAX_LOST_SHARE = 0.02  # of the decoding time, if proposals fail
-_MAX_SAVED_PASSES = 4  # passes of one token; what was won before them pays for no failures now
+_MAX_SAVED_PASSES = 4  # passes of one token
 _LAST_PASS_WEIGHT = 0.2  # in the mean of seconds
 
 
 class Speculation:
     """Decides if proposals pay, by the seconds that verifying them has saved or lost.
 
-    It is kept from answer to answer. An accepted token saves the seconds of a pass of one token. A
-    pass that verifies loses the seconds that it takes longer than such a pass. While more was lost
-    than saved, nothing is proposed. Each pass of one token then adds 2% of its time, until the next
-    try. At first the most that can be saved is there.
+    An accepted token saves the seconds of a pass of one token. A pass that verifies loses the
+    seconds that it takes longer. While more was lost than saved, nothing is proposed. Each pass of
+    one token then adds 2% of its time.
 
-    Let one token take 1 s, and a pass that verifies 16 of them 3 s. Then 12 accepted tokens save
-    12 - 2 = 10 s, of which 4 are kept. Three passes without any lose 6 s, and the next try is 100
+    Let one token take 1 s, and a pass that verifies 16 of them 3 s. Then 12 accepted tokens save 12
+    - 2 = 10 s, of which 4 are kept. Three passes without any lose 6 s, and the next try is 100
     tokens later.
     """
 
@@ -47,14 +45,10 @@ class Speculation:
 
     @property
     def pays(self) -> bool:
-        """Return whether to propose tokens."""
         return self.single_seconds > 0 and self._saved_seconds >= 0
 
     def add_single(self, seconds: float) -> None:
-        """Note a pass of one token.
-
-        After a pass that verified, it may have to bring experts back. The time for that is lost.
-        """
+        """Note a pass of one token. Bringing experts back after verifying is lost time."""
         if not self.single_seconds:
             self.single_seconds, self._saved_seconds = seconds, _MAX_SAVED_PASSES * seconds
         elif self._has_verified:
@@ -65,7 +59,7 @@ class Speculation:
         self._save(_MAX_LOST_SHARE * seconds)
 
     def add_verifying(self, seconds: float) -> None:
-        """Note a pass that verified proposed tokens."""
+        """Note a pass that verified tokens."""
         self._has_verified = True
         self._save(self.single_seconds - seconds)
 
@@ -81,8 +75,7 @@ class Speculation:
 class Proposals:
     """The proposed tokens of one answer, and the logits after those that were verified.
 
-    Without `speculation` it proposes nothing. No token of `stop_ids` is proposed, since nothing
-    follows it.
+    No token of `stop_ids` is proposed, and none without `speculation`.
     """
 
     def __init__(self, speculation: Speculation | None, stop_ids: Set[int]) -> None:
@@ -102,22 +95,18 @@ class Proposals:
         return self._verified.pop(0)[1]
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
-        """Return up to `most` tokens that may follow `ids`: as many as are repeated there."""
+        """Return up to `most` tokens that may follow `ids`."""
         if self._speculation is None or not self._speculation.pays:
             return []
         end = self._find(ids)
         if end is None:
             return []
         count = min(_count_repeated(ids, end), most)
-        # Text that repeats itself without an end is proposed again and again.
         following = islice(cycle(ids[end : end + count]), count)
         return list(takewhile(lambda token: token not in self._stop_ids, following))
 
     def put(self, proposal: Sequence[int], logits: torch.Tensor, seconds: float) -> None:
-        """Note a pass over one token and its proposal.
-
-        logits: the logits after each of its tokens, [1 + n, V].
-        """
+        """Note a pass over one token and n proposed ones, with the logits [1 + n, V]."""
         if self._speculation is None:
             return
         if not proposal:

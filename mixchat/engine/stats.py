@@ -11,8 +11,7 @@ from mixchat.experts.cache import ExpertStats
 class SpeculationStats:
     """Counts of proposed tokens.
 
-    passes: the passes that verified proposals, with `proposed` tokens, of which some were
-    `accepted`. single_seconds: the mean of passes of one token.
+    passes: those that verified proposals. single_seconds: the mean of passes of one token.
     """
 
     passes: int = 0
@@ -25,8 +24,7 @@ class SpeculationStats:
 class GenerationStats:
     """Counts of tokens, seconds, and uses of experts.
 
-    If a server answers, the seconds are measured here, `prompt_tokens` is 0 until the server tells
-    them, and the experts have no counts.
+    If a server answers, the seconds are measured here, and the experts have no counts.
     """
 
     prompt_tokens: int = 0
