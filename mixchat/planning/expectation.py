@@ -1,4 +1,7 @@
-"""Predicts how fast a model decodes, from what was measured and what memory holds."""
+"""Predicts how fast a model decodes, from what was measured and what memory holds.
+
+Costs and speeds are None if the disk is needed and was not measured.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.routing import expected_hit_rate, layer_loads
 from mixchat.weights.format.blueprint import Blueprint
 
-# The part that is read of what could be read while the cores compute. Prefetching does not start
-# early enough for all of it, as `tests/benchmarks/beyond_memory.py` measures.
+# The part that is read of what could be read while the cores compute, by
+# `tests/benchmarks/beyond_memory.py`. Prefetching starts too late for all.
 OVERLAP = 0.5
 # Tokens a second. People read 238 words a minute (Brysbaert 2019, doi 10.1016/j.jml.2019.104047)
-# of some 1.3 tokens each. Below the other figure, 200 words take four minutes.
+# of some 1.3 tokens each. With the other figure, 200 words take four minutes.
 READING = 5.0
 SLOWEST = 1.0
 
@@ -37,9 +40,9 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class TokenCost:
-    """The seconds of one decoded token, or of a prompt, and their parts."""
+    """The seconds of one decoded token, or of a prompt."""
 
-    computing: float  # seconds for the layers, the chosen experts and the head
+    computing: float  # seconds for layers, chosen experts and head
     copying: float  # seconds for `copied` experts from RAM to a GPU
     reading: float  # seconds for `read` experts from an idle disk
     copied: float
@@ -49,19 +52,18 @@ class TokenCost:
 
     @property
     def hidden(self) -> float:
-        """Return the seconds saved because moving and computing run at the same time."""
+        """Return the seconds saved because moving and computing overlap."""
         overlapping = self.computing * self.slowed + self.waiting
         return OVERLAP * min(overlapping, self.copying + self.reading)
 
     @property
     def seconds(self) -> float:
-        """Return the seconds in all."""
         return self.computing + self.waiting + self.copying + self.reading - self.hidden
 
 
 @dataclass(frozen=True)
 class SpeedRange:
-    """Tokens a second of one answer, by the slowest and by the fastest sample of a measurement."""
+    """Tokens a second of one answer, by the slowest and the fastest sample."""
 
     low: float
     high: float
@@ -69,7 +71,7 @@ class SpeedRange:
 
     @property
     def in_words(self) -> str:
-        """Return what this speed of decoding means for a person who reads along."""
+        """Return what this speed means for a reader."""
         if self.low >= READING:
             return "faster than you read"
         if self.high >= READING:
@@ -81,14 +83,11 @@ class SpeedRange:
 
 @dataclass(frozen=True)
 class Expectation:
-    """The speed of a model in decoding, with a placement of its experts.
-
-    `cost` and `speed` are None if the disk is needed and was not measured.
-    """
+    """The speed of a model in decoding, with a placement of its experts."""
 
     held: int  # different experts in the slots and in RAM
     hit_rate: float  # of the slots, 0 to 1
-    host_hit_rate: float  # of the slots and RAM together
+    host_hit_rate: float  # of slots and RAM together
     cost: TokenCost | None  # by the typical figures of all samples
     speed: SpeedRange | None  # of each answer
     answers: int = 1  # generated at once
@@ -100,7 +99,6 @@ class Expectation:
 
     @property
     def together(self) -> SpeedRange | None:
-        """Return the speed of all answers together."""
         speed, answers = self.speed, self.answers
         return speed and replace(speed, low=answers * speed.low, high=answers * speed.high)
 
@@ -114,9 +112,8 @@ def expect(
 ) -> Expectation:
     """Return the speed of the model in decoding on `device`, and on the other GPUs of a placement.
 
-    Each of `answers` gets a token in each pass. All GPUs count as fast as `device`, and as near to
-    RAM. They compute and bring experts up at the same time, so the one with the most of a token's
-    experts decides. They share the disk. Sending rows counts as no time.
+    Each of `answers` gets a token in each pass. All GPUs count as fast as `device`. The busiest one
+    decides. They share the disk. Sending rows counts as no time.
     """
     held = held_together(blueprint, device, placement)
     hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))
@@ -143,7 +140,7 @@ def expect(
 def speed_range(
     costs: Sequence[TokenCost | None], measured_at: float, tokens: int = 1
 ) -> SpeedRange | None:
-    """Return the range of speeds with these costs of so many tokens; None if no cost is known."""
+    """Return the range of speeds with these costs of so many tokens."""
     seconds = [cost.seconds for cost in costs if cost is not None]
     if not seconds:
         return None
@@ -163,10 +160,9 @@ def token_cost(
 ) -> TokenCost | None:
     """Return the cost of a decoded token of each of several answers on `device`.
 
-    The slots hold the part `hit_rate` of the experts used, and together with RAM they hold
-    `host_hit_rate`. The busiest GPU has the part `busiest` of a layer's chosen experts. `uses` is
-    how many experts of a layer all answers use together, None for one answer. Returns None if the
-    disk is needed and was not measured.
+    The slots hold the part `hit_rate` of the experts used, together with RAM `host_hit_rate`. The
+    busiest GPU has the part `busiest` of a layer's chosen experts. All answers use `uses` experts
+    of a layer together, None for one answer.
     """
     one = speeds.expert_time(device, 1)
     # More rows slow all matrices alike.
@@ -194,8 +190,7 @@ def moving_cost(
 ) -> TokenCost | None:
     """Return the cost of computing for so long, if so many experts are missing in the slots.
 
-    `read` of them come from disk, and the busiest GPU brings up the part `busiest` of them. Returns
-    None if the disk is needed and was not measured.
+    `read` of them come from disk. The busiest GPU brings up the part `busiest`.
     """
     if read and speeds.disk_bandwidth is None:
         return None
@@ -215,8 +210,7 @@ def moving_cost(
 def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
     """Return how many different experts the slots and RAM can hold together."""
     slots, behind = sum(placement.by_device), placement.host_slots
-    # If the layout on the GPU is not the file's, experts cannot come down into RAM. Then the
-    # experts on the GPU are in RAM, too.
+    # If the layout on the GPU is not the file's, the experts on the GPU are in RAM, too.
     apart = blueprint.expert == blueprint.computed_on(device).expert
     return min(slots + behind if apart else max(slots, behind), placement.experts)
 
@@ -224,8 +218,8 @@ def held_together(blueprint: Blueprint, device: torch.device, placement: Placeme
 def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
     """Return the part of a token's experts of a layer, 0 to 1, that the busiest GPU has on average.
 
-    `slots` are the counts of each GPU. With 4 of 8 experts on each of two, both of a token's
-    experts are on the same GPU 3 times in 7, so the busiest has 1.43 of 2.
+    With 4 of 8 experts on each of two, both of a token's experts are on the same GPU 3 times in 7,
+    so the busiest has 1.43 of 2.
     """
     if len(slots) == 1:
         return 1.0
@@ -249,9 +243,9 @@ def size_of(blueprint: Blueprint) -> ModelSize:
 
 
 def expected_distinct(config: ModelConfig, tokens: int) -> float:
-    """Return how many experts of a layer so many tokens use together, each choosing by chance.
+    """Return how many experts of a layer so many tokens use together, chosen by chance.
 
-    Of 8 experts with 2 a token, one token uses 2, two tokens use 3.5, and 20 tokens use 7.97.
+    Of 8 experts with 2 a token, two tokens use 3.5.
     """
     experts = config.num_local_experts
     return experts * (1 - (1 - config.num_experts_per_tok / experts) ** tokens)

@@ -1,4 +1,7 @@
-"""Plans a model on a machine before it is loaded, and predicts its speed once it is."""
+"""Plans a model on a machine before it is loaded, and predicts its speed once it is.
+
+Speeds are None if the disk is needed and was not measured.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ _GPU_STEP = 8 * 10**9
 
 @dataclass(frozen=True)
 class Upgrade:
-    """A machine with `bytes` more of a tier, and the places and the speed of the model there."""
+    """A machine with `bytes` more of a tier, and the model there."""
 
     tier: Tier
     bytes: int
@@ -36,7 +39,7 @@ class Upgrade:
 
 @dataclass(frozen=True)
 class Variant:
-    """The same model with experts of another type, with its places and its speed."""
+    """The same model with experts of another type."""
 
     fit: MemoryPlan
     expected: Expectation
@@ -46,8 +49,7 @@ class Variant:
 class MachinePlan:
     """A model on a machine, with its places, its speed, and what more memory would give.
 
-    `prompt` and `first_token` are of one answer. Both are None if the disk is needed and could not
-    be measured. Only `spread` counts workers.
+    `prompt` and `first_token` are of one answer. Only `spread` counts workers.
     """
 
     machine: Machine
@@ -87,7 +89,7 @@ def plan_model(
 ) -> MachinePlan:
     """Return the plan for a model that fits on a machine that was measured.
 
-    `offers` come from workers. `uses` is how often each expert was used, if that is known.
+    `uses` counts uses of experts.
     """
     computed, placement = fit.computed, fit.placement
     return MachinePlan(
@@ -104,7 +106,7 @@ def plan_model(
 
 
 def _upgrades(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Iterator[Upgrade]:
-    """Yield the steps of memory that hold more experts than the ones before."""
+    """Yield the steps of memory that hold more experts."""
     steps: list[tuple[Tier, int]] = [("host", step) for step in _RAM_STEPS]
     if fit.free.device is not None:
         steps.append(("device", _GPU_STEP))
@@ -123,7 +125,7 @@ def _counts(placement: Placement) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The speed of a loaded model, with the experts that its slots hold by now."""
+    """The speed of a loaded model, with the experts in its slots by now."""
 
     blueprint: Blueprint
     device: torch.device
@@ -131,7 +133,6 @@ class Prediction:
     placement: Placement
 
     def decode(self) -> SpeedRange | None:
-        """Return the speed of decoding; None if the disk is needed and was not measured."""
         return expect(self.blueprint, self.device, self.measurement, self.placement).speed
 
     def prompt(self, tokens: int, *, cold: bool) -> SpeedRange | None:
@@ -143,9 +144,6 @@ class Prediction:
 def predict_speed(
     blueprint: Blueprint, directory: Path, device: torch.device, placement: Placement
 ) -> Prediction | None:
-    """Return the prediction for a loaded model, by the saved measurement.
-
-    None if this machine was never measured for a model of its shape, which `mixchat plan` does.
-    """
+    """Return the prediction for a loaded model, None without a saved measurement."""
     saved = saved_measurement(blueprint, directory, device)
     return None if saved is None else Prediction(blueprint, device, saved, placement)

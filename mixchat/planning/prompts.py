@@ -1,4 +1,7 @@
-"""Predicts how long prompts take: a cold start until the first token, and a long one."""
+"""Predicts how long prompts take, in a cold start and later.
+
+Costs and speeds are None if the disk is needed and was not measured.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ LONG_PROMPT = 512  # tokens of a long prompt
 
 @dataclass(frozen=True)
 class FirstToken:
-    """The seconds until the first token of a prompt of `PROMPT` tokens, with all of it on disk."""
+    """The seconds until the first token of a prompt of `PROMPT` tokens, all on disk."""
 
     starting: float  # to read what all tokens share, before the prompt
     prompt: TokenCost
@@ -36,18 +39,13 @@ class FirstToken:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds in all, by the typical figures."""
         return self.starting + self.prompt.seconds
 
 
 def first_token(
     blueprint: Blueprint, device: torch.device, measurement: Measurement, prompt: int = PROMPT
 ) -> FirstToken | None:
-    """Return the cost of a prompt of so many tokens while nothing is in memory.
-
-    It is the cost on one GPU, because with several only the disk counts, which they share. Returns
-    None if the disk was not measured.
-    """
+    """Return the cost of a prompt of so many tokens while nothing is in memory, on one GPU."""
     parts = [
         (blueprint.shared_size / speeds.disk_bandwidth_fresh, cost)
         for speeds in (measurement.typical, *measurement.samples)
@@ -67,10 +65,9 @@ def prompt_speed(
     placement: Placement | None,
     prompt: int = LONG_PROMPT,
 ) -> SpeedRange | None:
-    """Return the tokens a second of a prompt of so many tokens, once the slots hold experts.
+    """Return the tokens a second of a prompt of so many tokens.
 
-    With no placement, nothing holds any yet. Returns None if the disk is needed and was not
-    measured.
+    With no placement, the slots hold nothing yet.
     """
     missing = read = 1.0
     if placement is not None:
@@ -94,8 +91,8 @@ def prompt_cost(
 ) -> TokenCost | None:
     """Return the cost of a prompt of so many tokens, computed in chunks.
 
-    No slot holds the part `missing` of the experts used, and the part `read` comes from disk, 0 to
-    1. Each chunk brings them in again. Returns None if the disk is needed and was not measured.
+    In each chunk no slot holds the part `missing` of the experts used, 0 to 1, and the part `read`
+    comes from disk.
     """
     config, name = blueprint.config, str(device)
     one, size = speeds.expert_time(name, 1), size_of(blueprint)

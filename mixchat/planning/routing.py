@@ -1,7 +1,4 @@
-"""Follows a router's choices, on average: hit rates of caches, and loads of several holders.
-
-Hit rates come from a routing trace that is replayed without a model.
-"""
+"""Follows a router's choices, for hit rates of caches and loads of several holders."""
 
 from __future__ import annotations
 
@@ -19,15 +16,15 @@ from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, Passes, Poli
 from mixchat.experts.sharing import share
 from mixchat.experts.trace import Trace
 
-# Tokens of the trace for an expected hit rate. The first ones fill the cache and do not count.
+# Tokens of the trace. The first ones fill the cache and do not count.
 _TOKENS, _COLD = 300, 100
-# The chance that two tokens in a row share an expert, in three of 32 layers. It is the middle of
-# table 5 of the Mixtral paper (arXiv 2401.04088), for texts of many kinds. By chance it is 13/28.
+# The chance that two tokens in a row share an expert, in three of 32 layers, by table 5 of the
+# Mixtral paper (arXiv 2401.04088). By chance it is 13/28.
 _SHARING = ((0, 0.48), (15, 0.645), (31, 0.50))
 
 
 def sharing(layer: int, layers: int) -> float:
-    """Return the chance that two tokens in a row have an expert in common, from 0 to 1."""
+    """Return the chance that two tokens in a row share an expert, from 0 to 1."""
     depth = layer * 31 / max(layers - 1, 1)
     (low, first), (high, last) = _SHARING[:2] if depth <= _SHARING[1][0] else _SHARING[1:]
     return first + (last - first) * (depth - low) / (high - low)
@@ -43,8 +40,7 @@ def synthetic_trace(
 ) -> Trace:
     """Return a trace of `tokens` decode steps that repeat experts as often as Mixtral does.
 
-    Every expert is as likely as every other, and two tokens in a row share one or more with the
-    probability `sharing`. A real text would have a longer memory.
+    Two tokens in a row share one or more with the probability `sharing`.
     """
     assert 2 * experts_per_token <= experts, "any two tokens share experts"
     generator = random.Random(seed)
@@ -61,9 +57,7 @@ def _chain(
 ) -> list[list[int]]:
     """Return sets of experts, each sharing with the one before with the probability `share`.
 
-    Whether it shares is drawn first, then the set, uniformly among the sets that do. "Shares with"
-    is symmetric, so a step from a to b is as likely as one from b to a. So the sets, and with them
-    the experts, stay uniformly distributed.
+    The experts stay uniformly distributed.
     """
     chain = [generator.sample(range(experts), choices)]
     while len(chain) < tokens:
@@ -77,14 +71,14 @@ def _chain(
 
 @dataclass
 class Counts:
-    """Uses of experts that were in the cache, and of those that were not."""
+    """Uses of experts that were in the cache, and of others."""
 
     hits: int = 0
     misses: int = 0
 
     @property
     def hit_rate(self) -> float | None:
-        """Return the hits among all uses, 0 to 1; None if there were no uses."""
+        """Return the hits among all uses, 0 to 1, or None without uses."""
         uses = self.hits + self.misses
         return self.hits / uses if uses else None
 
@@ -99,7 +93,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Visit:
-    """The experts that one layer asks for in one forward pass, each once."""
+    """The different experts that a layer asks for in a forward pass."""
 
     experts: list[ExpertKey]
     prefill: bool
@@ -117,16 +111,13 @@ def visits(trace: Trace) -> list[Visit]:
 
 
 def replay(trace: Trace, slots: int, policy: str) -> Replay:
-    """Return what a cache with so many slots does in a trace, by this name of `POLICIES`."""
+    """Return what a cache does in a trace, by this name of `POLICIES`."""
     passes = Passes(trace.layers)
     return replay_visits(visits(trace), slots, POLICIES[policy](passes), passes)
 
 
 def replay_visits(trace: Iterable[Visit], slots: int, policy: Policy, passes: Passes) -> Replay:
-    """Return what a cache does with these visits.
-
-    As the runner does, each layer uses each of its experts once, those in the cache first.
-    """
+    """Return what a cache does with these visits, each with the experts in the cache first."""
     cache, result = ExpertCache(slots, policy), Replay()
     for visit in trace:
         passes.enter(visit.experts[0].layer)
@@ -146,7 +137,7 @@ def expected_hit_rate(
 ) -> float:
     """Return the hit rate, 0 to 1, of so many slots in texts like the Mixtral paper's.
 
-    Only the experts `among` use the slots, because others are on workers. None stands for all.
+    Only the experts `among` use the slots, or all for None.
     """
     layers, experts = config.num_hidden_layers, config.num_local_experts
     total = layers * experts if among is None else len(among)
@@ -158,14 +149,13 @@ def expected_hit_rate(
     if among is not None:
         trace = _only(among, trace)
     cold = replace(trace, forwards=trace.forwards[:_COLD])
-    # The cache does the same in both, so the difference belongs to the rest of the trace.
+    # The rest of the trace is the difference.
     whole, filling = (replay(part, slots, DEFAULT_POLICY).decode for part in (trace, cold))
     hits, misses = whole.hits - filling.hits, whole.misses - filling.misses
     return hits / (hits + misses)
 
 
 def _only(among: frozenset[ExpertKey], trace: Trace) -> Trace:
-    """Return the trace without the uses of other experts."""
     forwards = [
         [
             [expert for expert in selected if ExpertKey(layer, expert) in among]
@@ -181,10 +171,10 @@ def _paper_trace(layers: int, experts: int, experts_per_token: int) -> Trace:
     return synthetic_trace(layers, experts, experts_per_token, tokens=_TOKENS)
 
 
-_MAX_CHOICES = 1000  # of a router for a token that are gone through one by one
+_MAX_CHOICES = 1000  # that are gone through one by one
 
-# By the counts of a layer's experts that each holder computes for a token, this machine first, the
-# number of layers that have these counts on average.
+# The average count of layers, by the experts that each holder computes there for a token. This
+# machine comes first.
 Loads = Mapping[tuple[int, ...], float]
 
 
@@ -193,9 +183,8 @@ def layer_loads(
 ) -> dict[tuple[int, ...], float]:
     """Return how many experts each holder computes in a layer, if every choice is as likely.
 
-    `held` are the experts of each holder, and each expert has at least one. With two holders of
-    four of eight experts each, one layer and 2 experts a token, the result is {(2, 0): 6/28,
-    (1, 1): 16/28, (0, 2): 6/28}.
+    With two holders of four of eight experts each, one layer and 2 experts a token, the result is
+    {(2, 0): 6/28, (1, 1): 16/28, (0, 2): 6/28}.
     """
     choices = _choices(config.num_local_experts, config.num_experts_per_tok)
     times: Counter[tuple[int, ...]] = Counter()
@@ -209,7 +198,7 @@ def layer_loads(
 
 
 def _choices(experts: int, chosen: int) -> list[tuple[int, ...]]:
-    """Return all choices of a router, or some of them if there are too many."""
+    """Return all choices of a router, or some of too many."""
     if math.comb(experts, chosen) <= _MAX_CHOICES:
         return list(combinations(range(experts), chosen))
     generator = random.Random(0)

@@ -32,12 +32,12 @@ class WorkerOffer:
     address: str
     slots: int
     expert_seconds: float  # for an expert with one row
-    round_trip: float  # seconds for a row to get there and an output to come back, not computing
+    round_trip: float  # seconds for a row to get there and an output to come back
 
 
 @dataclass(frozen=True)
 class WorkerSplit:
-    """A model's experts on this machine and on workers, and the speed of the model then."""
+    """A model's experts on this machine and on workers, and its speed."""
 
     offers: tuple[WorkerOffer, ...]
     held: tuple[int, ...]  # experts on each worker
@@ -57,8 +57,7 @@ def spread_model(
 ) -> WorkerSplit:
     """Return the split of experts and the speed of decoding, with at least one worker.
 
-    The placement is of this machine alone, whose GPUs count as one. `uses` is how often each expert
-    was used, if that is known.
+    The placement is of this machine alone, whose GPUs count as one. `uses` counts uses of experts.
     """
     config = blueprint.config
     slots = [sum(placement.by_device), *(offer.slots for offer in offers)]
@@ -98,8 +97,8 @@ def spread_cost(
 ) -> TokenCost | None:
     """Return the cost of a decoded token, most of which runs on `device`.
 
-    Rows go out first. This machine computes meanwhile, and then waits for the slowest worker. The
-    hit rates count the experts that this machine computes, as in `token_cost`.
+    Rows go out first. This machine computes, then waits for the slowest worker. The hit rates are
+    of this machine.
     """
     one = speeds.expert_time(device, 1)
     here = _uses_here(loads)
@@ -114,7 +113,7 @@ def spread_cost(
 
 
 def _slowest(counts: Sequence[int], offers: Sequence[WorkerOffer]) -> float:
-    """Return the seconds until the last worker has sent what it computes; 0 if none computes."""
+    """Return the seconds until the last worker has sent what it computes."""
     pairs = zip(counts, offers, strict=True)
     times = [offer.round_trip + n * offer.expert_seconds for n, offer in pairs if n]
     return max(times, default=0.0)
