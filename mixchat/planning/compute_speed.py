@@ -1,8 +1,7 @@
 """Measures how fast experts and layers are computed, and experts copied.
 
-All figures are means of a few repetitions. A token is the sum of many, and medians miss it if other
-programs take the cores now and then (they promised 2.9 times the speed). Weights are constant,
-because no kernel's time depends on their numbers.
+All figures are means of a few repetitions. Medians miss it if other programs take the cores now and
+then. They promised 2.9 times the speed.
 """
 
 from __future__ import annotations
@@ -32,30 +31,28 @@ from mixchat.weights.matrix.quant_type import Linear
 Copy = Callable[[torch.Tensor, torch.Tensor], object]  # to a block on the device, from one in RAM
 
 ROWS = (1, 8, 64, 512)
-# With this in each byte, codes, scales and weights alike, in 16 or 32 bits, are ordinary numbers,
-# which slow no arithmetic.
+# With this in each byte, codes, scales and weights are ordinary numbers, which slow no arithmetic.
 _FILLING = 0x3C
 _CONTEXT = 128  # tokens before the one that a layer computes
-_COPIES = 4  # layers in turn, so that no cache of the CPU holds one
+_COPIES = 4  # layers in turn, so that no CPU cache holds one
 
 
 @dataclass(frozen=True)
 class Effort:
     """The amounts to measure. A figure that is begun after `until` is the result of one try."""
 
-    file_bytes: int = 512_000_000  # of the file to read if no model is there, at least four experts
-    pool_bytes: int = 256_000_000  # of experts computed in turn, so that no CPU cache holds them
+    file_bytes: int = 512_000_000  # of the file to read if no model is there
+    pool_bytes: int = 256_000_000  # of experts, so that no CPU cache holds them
     seconds: float = 0.25  # for a figure at least; some take many times that
     until: float = math.inf  # when to end, by `time.perf_counter`
 
     @property
     def is_over(self) -> bool:
-        """Return whether it is time to end."""
         return time.perf_counter() >= self.until
 
 
 SAMPLE_EFFORT = Effort(seconds=0.1)  # for one of several samples
-_MAX_THREADS_S = 10.0  # to measure counts of threads, which takes an idle machine three seconds
+_MAX_THREADS_S = 10.0  # to measure counts of threads
 
 
 @torch.inference_mode()
@@ -64,13 +61,13 @@ def thread_seconds(
 ) -> dict[int, float]:
     """Return seconds of one expert for one row by count of threads, the best of two rounds.
 
-    On a busy machine there may be one round. Afterwards torch uses as many threads as before.
+    On a busy machine there may be one round.
     """
     effort = replace(effort, until=time.perf_counter() + _MAX_THREADS_S)
     before, experts = torch.get_num_threads(), ExpertTimer(blueprint, CPU, effort)
     seconds = dict.fromkeys(counts, math.inf)
     try:
-        for count in [*counts, *counts]:  # a machine's pace may change from one to the next
+        for count in [*counts, *counts]:  # a machine's pace may change
             if effort.is_over and seconds[count] < math.inf:
                 break
             torch.set_num_threads(count)
@@ -81,7 +78,7 @@ def thread_seconds(
 
 
 class ExpertTimer:
-    """Experts on a device that are computed in turn, and the time that takes."""
+    """Computes experts on a device in turn, and measures the time."""
 
     def __init__(self, blueprint: Blueprint, device: torch.device, effort: Effort) -> None:
         layout = blueprint.computed_on(device).expert
@@ -98,7 +95,7 @@ class ExpertTimer:
         next(self._turns)(self._one_row)
 
     def seconds(self) -> dict[int, float]:
-        """Return seconds of an expert by count of rows, without the last ones if they take long."""
+        """Return seconds of an expert by count of rows, but not for slow counts."""
         seconds: dict[int, float] = {}
         for rows in ROWS:
             slow = len(seconds) > 1 and interpolate(seconds, rows) > 10 * self._effort.seconds
@@ -120,7 +117,7 @@ class ExpertTimer:
         return numbers.view(count, self._columns).to(self._dtype)
 
     def _seconds_for(self, x: torch.Tensor) -> float:
-        # Other devices work while the next call is prepared, as they do in decoding.
+        # Other devices work while the next call is prepared.
         calls = 1 if self._device == CPU else len(self._blocks)
 
         def run() -> None:
@@ -130,7 +127,7 @@ class ExpertTimer:
         return self.mean_of(run) / calls
 
     def mean_of(self, run: Callable[[], object]) -> float:
-        """Return the seconds that `run` takes, without the first time, when much is set up."""
+        """Return the seconds that `run` takes after the first time."""
         samples: list[float] = []
         least, most = self._effort.seconds, 3 * self._effort.seconds
         self._seconds_of(run)
@@ -148,7 +145,7 @@ class ExpertTimer:
 
 
 def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None]:
-    """Return a function that computes one token through a layer of this shape but its experts."""
+    """Return a function that computes one token through a layer without experts."""
     config, dtype = blueprint.config, blueprint.quantization.dtype
     used = blueprint.computed_on(device)
     rope = RotaryEmbedding(config.head_dim, config.rope_theta, 2 * _CONTEXT, dtype, device)
@@ -193,7 +190,7 @@ class _NoExperts:
 
 
 class _FilledTensors:
-    """Tensors with `_FILLING` in each byte, instead of a model's (`ModelTensors`)."""
+    """Tensors with `_FILLING` in each byte."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -29,17 +29,16 @@ _SYNC_BYTES = 2**24  # that are written between two syncs
 _ROUNDS = 3
 _FRESH = 6  # times as long as for another figure
 _EXPERTS = "experts-*.safetensors"
-_MIN_BLOCKS = 32  # of a model; fewer would be read again and again, out of some cache
-_F_NOCACHE = 48  # the command of macOS's fcntl(2) that keeps a file out of the page cache
+_MIN_BLOCKS = 32  # of a model; fewer would be read out of some cache
+_F_NOCACHE = 48  # macOS's command to keep a file out of the page cache
 
-Places = list[tuple[int, int]]  # to read a block from: a file's descriptor, and the offset
+Places = list[tuple[int, int]]  # a file's descriptor, and the offset
 
 
 class DiskRates(NamedTuple):
     """Bytes a second.
 
-    In a cold start the system clears fresh memory page by page. On a machine whose host gives it
-    only then, that took up to eight times as long as reading.
+    In a cold start the system clears fresh memory, which took up to eight times as long as reading.
     """
 
     busy: float  # while the cores compute
@@ -55,14 +54,13 @@ def measure_disk(
     seconds: float,
     until: float = math.inf,
 ) -> DiskRates | None:
-    """Return bytes a second, busy with `work` done meanwhile; None if they are not measurable.
+    """Return bytes a second, busy with `work` done meanwhile, or None if they are not measurable.
 
-    All are of the faster way to read, through the page cache or past it (O_DIRECT). Blocks of
-    `block` bytes are read for about `seconds` a figure. They are experts of the model in
-    `directory`, or else a file of up to `size` bytes that is written there. A machine's host still
-    holds what was just written, and gives it several times as fast as what nobody has read for
-    long. It ends at `until`, by `time.perf_counter`, if at least one block was read for each
-    figure.
+    They are of the faster way to read, through the page cache or past it (O_DIRECT). Blocks of
+    `block` bytes are read for about `seconds` a figure, of the model in `directory`, or else of a
+    file of up to `size` bytes that is written there. A host gives what was just written several
+    times as fast. It ends at `until`, by `time.perf_counter`, if at least one block was read for
+    each figure.
     """
     try:
         with ExitStack() as stack:
@@ -79,7 +77,6 @@ def measure_disk(
 
 @contextmanager
 def _installed(directory: Path, block: int) -> Iterator[Places]:
-    """Yield the blocks of an installed model's experts."""
     with ExitStack() as stack:
         files = [
             stack.enter_context(path.open("rb", buffering=0))
@@ -96,8 +93,8 @@ def _installed(directory: Path, block: int) -> Iterator[Places]:
 def _written(
     directory: Path, block: int, size: int, seconds: float, until: float
 ) -> Iterator[tuple[int, Places]]:
-    """Yield the size of the blocks of a file that is written for it, and the blocks, if any fit."""
-    # A tenth of what is free, so that nobody else runs out of disk.
+    """Yield the size of the blocks of a new file, and the blocks, if any fit."""
+    # So that nobody else runs out of disk.
     size = min(size, machine.free_disk(directory) // 10)
     if size < block:
         yield block, []
@@ -114,7 +111,7 @@ def _written(
 
 
 def _drops_pages() -> bool:
-    """Return whether the page cache can drop a file's pages. On macOS it only takes none at all."""
+    """Return whether the page cache can drop a file's pages, as macOS's cannot."""
     return hasattr(os, "posix_fadvise")
 
 
@@ -133,7 +130,7 @@ def _fill(fd: int, size: int, until: float) -> int:
 
 
 class _Disk:
-    """Reads blocks that are not in the page cache, in each way in turn."""
+    """Reads blocks that are not in the page cache."""
 
     def __init__(
         self,
@@ -145,13 +142,13 @@ class _Disk:
     ) -> None:
         self._readers, self._until = readers, until
         self._block, self._seconds, self._count = block, seconds, len(places)
-        # Each time others, and none again before all were read.
+        # None again before all were read.
         self._places = cycle(random.sample(places, len(places)))
         self._fds = {fd for fd, _ in places}
-        # Large pages, if the environment asks for them, and aligned, as the slots of experts.
+        # Aligned, and perhaps of large pages, as slots are.
         memory = torch.zeros(block + ALIGNMENT, dtype=torch.uint8)
         skipped = -memory.data_ptr() % ALIGNMENT
-        # Filled, so that the system gives no page while time is taken.
+        # Filled, so that no page is given while time is taken.
         self._target = memory[skipped : skipped + block].fill_(1).numpy().data
 
     @property
@@ -159,7 +156,6 @@ class _Disk:
         return time.perf_counter() >= self._until
 
     def measure(self, work: Callable[[], None]) -> DiskRates:
-        """Return bytes a second, busy with `work` done meanwhile."""
         busy: dict[bool, list[float]] = {}
         idle: dict[bool, list[float]] = {}
         ways = self._ways()
@@ -172,12 +168,12 @@ class _Disk:
             if self._is_over or (has_tried_all and time.perf_counter() > until):
                 break
         direct = max(busy, key=lambda way: harmonic_mean(busy[way]))
-        # Each round reads as many bytes, so a slow one weighs as much as it takes time.
+        # Each round reads as many bytes.
         computing, alone = harmonic_mean(busy[direct]), harmonic_mean(idle[direct])
         return DiskRates(computing, alone, self._fresh_rate(direct))
 
     def _rate_during(self, work: Callable[[], None], direct: bool) -> float:
-        # As in use, other threads read and the main one computes.
+        # As in use, the main thread computes.
         with ThreadPoolExecutor(1) as pool:
             rate = pool.submit(self._rate, direct)
             while not rate.done():
@@ -185,11 +181,8 @@ class _Disk:
             return rate.result()
 
     def _fresh_rate(self, direct: bool) -> float:
-        """Return bytes a second into fresh memory.
-
-        It takes longer than the others, because the first memory is often what was just given back.
-        """
-        most = machine.free_memory() // 8  # as much again may go into the page cache
+        """Return bytes a second into fresh memory. The first may be what was just given back."""
+        most = machine.free_memory() // 8  # as much may go into the page cache
         taken: list[torch.Tensor] = []  # kept, so that the next memory is fresh, too
         self._set_direct(direct)
         spent = 0.0
@@ -201,7 +194,6 @@ class _Disk:
         return len(taken) * self._block / spent
 
     def _rate(self, direct: bool) -> float:
-        """Return bytes a second over all blocks, or as many as there is time for."""
         self._set_direct(direct)
         done, spent = 0, 0.0
         for fd, start in islice(self._places, self._count):
@@ -212,10 +204,7 @@ class _Disk:
         return done / spent
 
     def _read(self, fd: int, start: int, target: memoryview) -> float:
-        """Read a block that is not in the page cache, and return the seconds that took.
-
-        It reads in steps, several at once, as experts are read.
-        """
+        """Read a block in steps, as experts are read. Return the seconds that took."""
         if _drops_pages():
             os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
         started = time.perf_counter()
@@ -229,7 +218,7 @@ class _Disk:
         return time.perf_counter() - started
 
     def _ways(self) -> list[bool]:
-        """Return whether to read past the page cache, for each way that is possible here."""
+        """Return whether to read past the page cache, for each possible way."""
         if not _drops_pages():
             return [True]
         try:
@@ -245,7 +234,7 @@ class _Disk:
 
 
 def _set_direct(fd: int, direct: bool) -> None:
-    """Let a file be read and written past the page cache, or through it."""
+    """Read and write a file past the page cache, or through it."""
     if not _drops_pages():
         fcntl.fcntl(fd, _F_NOCACHE, int(direct))
         return

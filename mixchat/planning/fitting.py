@@ -36,7 +36,7 @@ class FreeMemory:
 
     host: int
     device: int | None = None  # on the GPU that computes; None if the CPU does
-    limit: str | None = None  # what allows less RAM than is free, by `tightest_memory_limit`
+    limit: str | None = None  # of RAM, by `tightest_memory_limit`
     others: Mapping[str, int] = field(default_factory=dict)  # on other GPUs, by their names
 
     @classmethod
@@ -76,9 +76,9 @@ class MemoryPlan:
     placement: Placement
 
     def with_more(self, tier: Tier, size: int) -> MemoryPlan:
-        """Return the plan with `size` bytes more in a tier. A budget for it grows as much.
+        """Return the plan with `size` bytes more in a tier, on the first of several GPUs.
 
-        Of several GPUs the first one has more.
+        A budget for it grows as much.
         """
         options, demand = self.options, self.demand
         if tier == "host":
@@ -95,8 +95,8 @@ class MemoryPlan:
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> MemoryPlan:
     """Return the places of the model. Raises `UsageError` and `ResourceError` if it cannot.
 
-    Matrices of 8 bits keep them in memory. A GPU would widen them for each token. So they are
-    widened to 16 bits once if all experts fit into the GPUs' memory nevertheless.
+    A GPU would widen matrices of 8 bits for each token. So they are widened once if all experts fit
+    nevertheless.
     """
     wide = blueprint.widened()
     if free.device is not None and wide != blueprint:
@@ -152,7 +152,6 @@ def _place(demand: Demand, free: FreeMemory, options: LoadOptions) -> Placement:
 def _room_for_context(
     demand: Demand, free: FreeMemory, options: LoadOptions, placement: Placement
 ) -> int:
-    """Return the bytes that the fewest experts that the options allow leave for the context."""
     least = MIN_SLOTS
     if free.device is not None:
         first = free.rooms(options.device_memory)[0]

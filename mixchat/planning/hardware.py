@@ -14,11 +14,10 @@ from mixchat.planning.fitting import FreeMemory, MemoryPlan
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-# The memory of a described machine that other programs need: bytes, and a part of all at most.
+# Bytes that other programs need on a described machine, and the most of all.
 _TAKEN_RAM, _TAKEN_GPU, _TAKEN_PART = 2 * 10**9, 5 * 10**8, 0.25
-# The speeds of a described GPU, which is not here to be measured, are a cheap card's for a PC. They
-# are bytes a second of its memory and of the bus to it, operations a second, and the seconds to
-# start the kernels of a layer.
+# A cheap card's speeds stand for a described GPU. They are bytes a second of its memory and of the
+# bus to it, operations a second, and the seconds to start the kernels of a layer.
 GPU_MEMORY, GPU_BUS, GPU_COMPUTE = 3e11, 1.2e10, 2e13
 _STARTING = 2e-4
 
@@ -47,7 +46,7 @@ class Machine:
 
     @classmethod
     def now(cls, directory: Path, devices: Sequence[torch.device]) -> Machine:
-        """Return this machine, with the disk of `directory`, which need not be there yet."""
+        """Return this machine, with the disk of `directory`, which need not exist."""
         device, *others = devices
         return cls(
             cpu=machine.cpu_name(),
@@ -67,7 +66,7 @@ class Machine:
 class ToldMachine:
     """The figures that a person tells about a machine, in bytes and bytes a second.
 
-    Figures that are None, or nothing, are this machine's. So is the speed of the CPU.
+    Others are this machine's. So is the speed of the CPU.
     """
 
     ram: int | None = None
@@ -77,11 +76,10 @@ class ToldMachine:
 
     @property
     def is_another(self) -> bool:
-        """Return whether anything is told."""
         return self != NOTHING_TOLD
 
     def device(self, here: torch.device) -> torch.device:
-        """Return the device that computes there, if `here` does so on this machine."""
+        """Return the device that computes there, if `here` does on this machine."""
         return torch.device(gpu.KIND, 0) if self.gpus else here
 
     def layout(self, blueprint: Blueprint) -> Blueprint:
@@ -89,11 +87,10 @@ class ToldMachine:
         return blueprint.in_layout("bitsandbytes") if self.gpus else blueprint
 
     def measurable(self, fit: MemoryPlan, here: torch.device) -> Blueprint:
-        """Return the form of the model that the device `here` can measure."""
+        """Return the form of the model that `here` can measure."""
         return fit.computed if here.type == self.device(here).type else fit.blueprint
 
     def machine(self, here: Machine) -> Machine:
-        """Return the machine that is told about."""
         memory, free = here.memory, here.free
         if self.ram is not None:
             memory, free = self.ram, replace(free, host=_free(self.ram, _TAKEN_RAM), limit=None)
@@ -105,7 +102,7 @@ class ToldMachine:
     def measurement(
         self, here: Measurement, computed: Blueprint, device: torch.device
     ) -> Measurement:
-        """Return a measurement of this machine with what is told, and what follows from it."""
+        """Return a measurement of this machine with what is told."""
         samples = tuple(self._sample(sample, computed, str(device)) for sample in here.samples)
         return replace(here, samples=samples)
 

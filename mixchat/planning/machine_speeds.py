@@ -1,4 +1,4 @@
-"""The measured figures: the speed at which a machine reads, copies and computes experts."""
+"""The speeds at which a machine reads, copies and computes experts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from mixchat.base.quantities import format_age
 _LIFETIME_S = 30 * 86400  # a measurement is trusted for so long
 _BUSY_LIFETIME_S = 600  # a busy machine is measured again after so long
 BUSY = 0.2  # of the cores' time that other programs take
-# The part of the disk's measured speed that reads into slots have. Slots take nearly all memory, so
-# many are made of small pages. `tests/benchmarks/beyond_memory.py` measures 0.7 to 0.95.
+# The part of the disk's measured speed that reads into slots of small pages have.
+# `tests/benchmarks/beyond_memory.py` measures 0.7 to 0.95.
 IN_USE = 0.85
-_MAX_SPREAD = 1.5  # of a steady machine: the fastest sample's speed over the slowest sample's
-# The figures that are one number each. The disk's are None if it could not be measured, for lack of
-# room or of the right to write.
+_MAX_SPREAD = 1.5  # of a steady machine, the fastest over the slowest sample
+# The figures that are one number each. The disk's are None if it could not be measured.
 _FIGURES = (
     "disk_bandwidth",
     "disk_bandwidth_idle",
@@ -45,10 +44,9 @@ class MachineSpeeds:
 
     @classmethod
     def from_dict(cls, entry: Any, devices: set[str]) -> MachineSpeeds:
-        """Read what `dataclasses.asdict` wrote. Other keys do no harm.
+        """Read what `dataclasses.asdict` wrote.
 
-        Raises one of several errors if a figure is missing or impossible, or if the figures are not
-        of exactly these devices.
+        Raises one of several errors if a figure is missing, impossible or of other devices.
         """
         seconds = {
             device: {int(rows): _figure(seconds) for rows, seconds in by_rows.items()}
@@ -62,7 +60,7 @@ class MachineSpeeds:
 
     @property
     def in_use(self) -> MachineSpeeds:
-        """Return the figures with the disk as tokens have it, which wait for experts in slots."""
+        """Return the figures with the disk as reads into slots have it."""
         busy, idle = self.disk_bandwidth, self.disk_bandwidth_idle
         return replace(
             self,
@@ -79,8 +77,7 @@ class MachineSpeeds:
     def expert_time(self, device: str, rows: float) -> float:
         """Return the seconds of one expert for `rows` rows, at least 1, on "cpu" or the device.
 
-        With 1 s for 8 rows and 5 s for 64, 36 rows take 3 s. Beyond the last count measured, time
-        grows as between the last two, and never falls.
+        With 1 s for 8 rows and 5 s for 64, 36 rows take 3 s. Time grows on beyond the last count.
         """
         return interpolate(self.expert_seconds[device], rows)
 
@@ -97,7 +94,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, entry: Any, devices: set[str]) -> Measurement | None:
-        """Read what `dataclasses.asdict` wrote for these devices; None if it is damaged."""
+        """Read what `dataclasses.asdict` wrote, or None if it is damaged."""
         try:
             samples = tuple(MachineSpeeds.from_dict(sample, devices) for sample in entry["samples"])
             measured_at, others = _figure(entry["measured_at"]), float(entry["others"])
@@ -114,15 +111,12 @@ class Measurement:
 
     @property
     def busy(self) -> bool:
-        """Return whether other programs wanted the cores or the memory meanwhile."""
+        """Return whether other programs wanted the cores or the memory."""
         speeds = [sample.memory_bandwidth for sample in self.samples]
         return self.others > BUSY or max(speeds) > _MAX_SPREAD * min(speeds)
 
     def outdated(self, now: float) -> str | None:
-        """Return why to measure again, as the end of a sentence, or None without a reason.
-
-        A machine that was busy is given some time first.
-        """
+        """Return why to measure again, as the end of a sentence, or None."""
         age = now - self.measured_at
         if age > _LIFETIME_S:
             return f"the last time was {format_age(age)}"
@@ -132,12 +126,12 @@ class Measurement:
 
     @property
     def in_use(self) -> tuple[MachineSpeeds, ...]:
-        """Return the typical figures and then each sample, with the disk as tokens have it."""
+        """Return the typical figures and then each sample, by `MachineSpeeds.in_use`."""
         return tuple(one.in_use for one in (self.typical, *self.samples))
 
     @property
     def typical(self) -> MachineSpeeds:
-        """Return the median of each figure, and of seconds for the counts that every sample has."""
+        """Return the median of each figure."""
         figures: dict[str, Any] = {}
         for name in _FIGURES:
             values = [getattr(sample, name) for sample in self.samples]
@@ -156,7 +150,7 @@ def _medians(samples: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 def interpolate(seconds: dict[int, float], rows: float) -> float:
-    """Return the seconds for `rows` rows, out of at least two measured counts of rows."""
+    """Return the seconds for `rows` rows, by two or more measured counts."""
     points = sorted(seconds.items())
     for (fewer, sooner), (more, later) in itertools.pairwise(points):
         slope = (later - sooner) / (more - fewer)
@@ -166,7 +160,7 @@ def interpolate(seconds: dict[int, float], rows: float) -> float:
 
 
 def _figure(value: Any) -> float:
-    """Return a speed or a time. Raises `ValueError` or `TypeError` if it cannot be one."""
+    """Return a positive number. Raises `ValueError` or `TypeError` if it cannot be one."""
     if not 0 < value < math.inf:
         raise ValueError
     return float(value)

@@ -31,22 +31,22 @@ from mixchat.planning.disk_speed import measure_disk
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-_FORMAT = 3  # of machine.json; entries of another format are measured again
+_FORMAT = 3  # of machine.json
 SAMPLES = 3  # of a measurement
-MOST_SECONDS = 20.0  # that measuring takes, unless one try of each figure takes longer
-_MAX_ENTRIES = 32  # in machine.json, because the numbers of some disks change with every start
+MOST_SECONDS = 20.0  # unless one try of each figure takes longer
+_MAX_ENTRIES = 32  # because the numbers of some disks change with every start
 
 
 def saved_measurement(
     blueprint: Blueprint, directory: Path, device: torch.device
 ) -> Measurement | None:
-    """Return the saved measurement for a model of this shape in `directory`, if there is one."""
+    """Return the saved measurement for a model of this shape in `directory`."""
     key = measurement_key(blueprint, directory, device)
     return load_measurement(measurement_file(), key, device)
 
 
 def measuring_ends() -> float:
-    """Return when measuring that begins now has to end, by `time.perf_counter`."""
+    """Return when measuring has to end, by `time.perf_counter`."""
     return time.perf_counter() + MOST_SECONDS
 
 
@@ -55,7 +55,7 @@ def measure_machine(
 ) -> Measurement:
     """Measure this machine, and save the result in place of what was known.
 
-    It ends at `until`, as `measuring_ends` returns it. A busy machine gets fewer samples by then.
+    It ends at `until`, as `measuring_ends` returns it.
     """
     key, layer = measurement_key(blueprint, directory, device), layer_probe(blueprint, device)
     until = measuring_ends() if until is None else until
@@ -80,9 +80,8 @@ def take_sample(
 ) -> MachineSpeeds:
     """Take one sample for a model of this shape, computed on `device`.
 
-    `layer` computes all of a layer but its experts, for one token. The disk of `directory`, the
-    model's, is measured. If no model is there, a file is written that never has a name. It is gone
-    with the process, however that ends. Torch uses as many threads as it was set to before.
+    `layer` computes all of a layer but its experts, for one token. If no model is in `directory`, a
+    file without a name is written.
     """
     stride = blueprint.expert.stride
     host = ExpertTimer(blueprint, CPU, effort)
@@ -125,12 +124,12 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
 
 
 def measurement_file() -> Path:
-    """Return the file that remembers how fast this machine is."""
+    """Return the file that remembers measurements."""
     return data_dir() / "machine.json"
 
 
 def load_measurement(path: Path, key: str, device: torch.device) -> Measurement | None:
-    """Return the measurement that `path` has under `key`; None if it is missing or damaged."""
+    """Return the measurement of `path` under `key`, or None if it is missing or damaged."""
     return Measurement.from_dict(_read(path).get(key), {str(CPU), str(device)})
 
 
@@ -141,11 +140,10 @@ def measure_and_save(
     sample: Callable[[], MachineSpeeds],
     until: float = math.inf,
 ) -> Measurement:
-    """Take `SAMPLES` samples, and save them in `path` under `key` in place of what was there.
+    """Take `SAMPLES` samples, and save them in `path` under `key`.
 
-    The disk of `directory` is measured. No sample begins that would end after `until`. A damaged
-    file is replaced, and one that cannot be written is ignored. A measurement without figures of
-    the disk is not saved, because there may be room the next time.
+    No sample begins that would end after `until`. A file that cannot be written is ignored. Without
+    figures of the disk nothing is saved.
     """
     now, others = time.time(), machine.OtherPrograms()
     started, samples = time.perf_counter(), [sample()]
@@ -161,7 +159,7 @@ def measure_and_save(
 
 
 def _save(path: Path, key: str, measured: Measurement) -> None:
-    # Read only now, because another process may have measured meanwhile.
+    # Another process may have measured meanwhile.
     others = [(other, entry) for other, entry in _read(path).items() if other != key]
     machines = dict([*others[1 - _MAX_ENTRIES :], (key, asdict(measured))])
     content = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
@@ -171,7 +169,7 @@ def _save(path: Path, key: str, measured: Measurement) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the entries of the file; none if it is missing, damaged or of another format."""
+    """Return the entries of the file, none if it is missing, damaged or of another format."""
     try:
         content = read_json_object(path, follow=False)
     except CheckpointError:

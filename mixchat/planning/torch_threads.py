@@ -1,4 +1,4 @@
-"""Chooses how many threads torch uses. If several counts are possible, it measures them once."""
+"""Chooses how many threads torch uses, and measures possible counts once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mixchat.kernels.compile import KERNELS
 from mixchat.planning.compute_speed import thread_seconds
 from mixchat.weights.format.blueprint import Blueprint
 
-# Bytes. A matrix of such an expert takes some 50 microseconds. Threads gain little from sharing it,
-# and lose ten times as much in waiting for each other if another program wants a core, too.
+# Bytes. Threads gain little from sharing such an expert's matrix (some 50 microseconds), and lose
+# ten times as much in waiting if another program wants a core.
 SMALL_EXPERT = 4_000_000
-_MIN_GAIN = 1.05  # times the speed of torch's own count that another one needs
+_MIN_GAIN = 1.05  # times the speed of torch's own count
 
 Measure = Callable[[Sequence[int]], Mapping[int, float]]  # seconds by count
 
 
 def choose_threads(blueprint: Blueprint) -> None:
-    """Let torch use as many threads as are best for a model of this shape, from now on."""
+    """Let torch use the best count of threads for a model of this shape."""
     physical = _cores()
     if os.environ.get("OMP_NUM_THREADS"):  # set by a person
         return
@@ -43,16 +43,16 @@ def choose_threads(blueprint: Blueprint) -> None:
 
 @functools.cache
 def _cores() -> int:
-    """Return how many cores torch sees, which are its threads until another count is set."""
+    """Return torch's threads until another count is set."""
     return torch.get_num_threads()
 
 
 def candidates(physical: int, usable: int) -> list[int]:
-    """Return the counts worth a try; the first one is torch's own.
+    """Return the counts worth a try, torch's own first.
 
-    Torch uses as many threads as there are `physical` cores. A core may run two threads, which
-    makes more cores `usable`. Some cores may be too slow to help. A container may get less time
-    than its cores have. With 8 cores of two threads the counts are 8, 16 and 6.
+    Torch uses as many threads as there are `physical` cores. With two threads a core, more are
+    `usable`. A container may get less time than its cores have. With 8 cores of two threads the
+    counts are 8, 16 and 6.
     """
     counts = [min(physical, usable), usable]
     if physical >= 4:
@@ -63,7 +63,7 @@ def candidates(physical: int, usable: int) -> list[int]:
 def known_or_best(path: Path, counts: Sequence[int], measure: Measure) -> int:
     """Return the count that `path` has for this machine, else the best by `measure`, saved there.
 
-    It measures only once, because with another count results may be rounded differently.
+    It measures only once, because other counts may round differently.
     """
     if len(counts) == 1:
         return counts[0]
