@@ -34,7 +34,7 @@ class Limits:
 
 
 class LimitsMeter:
-    """Measures the limits again and again, because they change with what else the machine does."""
+    """Measures the limits again and again, because they change."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -49,7 +49,7 @@ class LimitsMeter:
         self._kind = min((0, 1), key=self._product_seconds)
 
     def measure(self) -> Limits:
-        """Return the best of a few tries of each."""
+        """Return the best of a few tries."""
         memory = min(self._seconds(lambda: self._data.sum()) for _ in range(_TRIES))
         product = min(self._product_seconds(self._kind) for _ in range(2))
         return Limits(self._data.nbytes / memory, 2 * _TOKENS * _COLUMNS * _ROWS / product)
@@ -89,11 +89,7 @@ def copy_bandwidth(device: torch.device, size: int) -> float | None:
 
 
 def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:
-    """Return the bytes that decoding one token reads.
-
-    Attention, `num_experts_per_tok` experts a layer, the head, and the keys and values of `context`
-    tokens are read.
-    """
+    """Return the bytes that decoding a token reads, after `context` others."""
     config = blueprint.config
     experts = config.num_hidden_layers * config.num_experts_per_tok * blueprint.expert.nbytes
     head = [blueprint.head] if blueprint.head else []
@@ -104,10 +100,7 @@ def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) ->
 
 
 def operations_per_token(blueprint: Blueprint) -> int:
-    """Return multiplications and additions of a prompt's token in matrices with weights.
-
-    The head, which only the last token needs, and the products of attention are left out.
-    """
+    """Return operations of a prompt's token in all matrices with weights but the head."""
     config, expert = blueprint.config, blueprint.expert
     each = sum(spec.rows * spec.columns for spec in (expert.gate_up, expert.down))
     experts = config.num_hidden_layers * config.num_experts_per_tok * each

@@ -1,7 +1,6 @@
-"""Measures a model in rounds: the machine's limits, then mixchat, again and again.
+"""Measures a model in rounds, the machine's limits and then mixchat.
 
-Other programs then slow both alike. A ratio compares the two of one round, and the median of all
-rounds is shown.
+Other programs slow both alike. The median of the ratios is shown.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 COLD_PROMPT = 12  # tokens
 _WARM_UP_TOKENS = 2  # their time is not taken
-_SPARE_TOKENS = 64  # of the context, which measuring needs
+_SPARE_TOKENS = 64  # of the context
 _RANDOM_TOKENS = 2048  # of a random context, stored at once
 
 
@@ -42,7 +41,7 @@ _RANDOM_TOKENS = 2048  # of a random context, stored at once
 class BenchOptions:
     """The tasks to measure. `contexts` and `prompts` are counts of tokens.
 
-    tokens: how many are decoded each time. rounds: how many times each task is measured.
+    tokens: how many are decoded each time. rounds: how often each task is measured.
     """
 
     contexts: Sequence[int] = (0,)
@@ -58,7 +57,7 @@ class BenchOptions:
 
 @dataclass
 class BenchTask:
-    """Decoding after `length` tokens, or a prompt of `length` tokens, as measured so far.
+    """Decoding after `length` tokens, or a prompt of `length` tokens.
 
     rates, limit_rates: tokens a second in each round, and the most that its limits allow.
     """
@@ -70,12 +69,10 @@ class BenchTask:
 
     @property
     def name(self) -> str:
-        """Return the task in words."""
         return f"{'decode behind' if self.kind == 'decode' else 'prompt of'} {self.length:,} tokens"
 
     @property
     def limited_by(self) -> str:
-        """Return the limit that applies."""
         return "memory" if self.kind == "decode" else "compute"
 
     @property
@@ -86,10 +83,9 @@ class BenchTask:
 
 @dataclass(frozen=True)
 class ColdStart:
-    """The first token with nothing of the model in memory: seconds from the start, bytes read.
+    """The first token with nothing of the model in memory.
 
-    disk, copy: bandwidths of the disk and of copies to a GPU, in bytes a second, None if they
-    cannot be measured.
+    disk, copy: bandwidths in bytes a second, None if they cannot be measured.
     """
 
     load_seconds: float
@@ -116,10 +112,10 @@ class Bench:
         ]
 
     def start_cold(self) -> None:
-        """Load with nothing in the page cache, and generate the first token. Keep the engine."""
+        """Load with nothing in the page cache, and generate the first token."""
         _drop_from_page_cache(self._directory)
         start = time.perf_counter()
-        # Random weights repeat themselves, which says nothing about a text.
+        # Random weights repeat themselves.
         self.engine = load_engine(self._directory, replace(self._load, speculation=False))
         loaded = time.perf_counter()
         self._rate(self._prompt(COLD_PROMPT), 0)
@@ -134,7 +130,7 @@ class Bench:
         )
 
     def run(self) -> Iterator[BenchTask]:
-        """Measure round by round. Yield each task right after it was measured."""
+        """Yield each task right after it was measured."""
         meter = LimitsMeter(self.engine.device)
         self._rate(self._prompt(64), 1)  # brings the experts in
         for _ in range(self._options.rounds):
@@ -146,7 +142,6 @@ class Bench:
                 yield task
 
     def _most(self, task: BenchTask, limits: Limits) -> float:
-        """Return the most tokens a second that the limits allow."""
         if task.kind == "prompt":
             return limits.gemm / operations_per_token(self.blueprint)
         return limits.memory / bytes_per_token(self.blueprint, task.length, self._load.kv_bits)
@@ -161,10 +156,7 @@ class Bench:
         return tokens / self.engine.stats.prefill_seconds
 
     def _hold_random(self, context: int) -> None:
-        """Let the engine hold random keys and values, since computing them would take minutes.
-
-        Their tokens are 0.
-        """
+        """Hold random keys and values, since computing them would take minutes."""
         _, cache = self.engine.held()
         config, heads = self.engine.config, self.engine.config.num_key_value_heads
         self.engine.resume([])
@@ -180,7 +172,7 @@ class Bench:
         return [self._random.randrange(5, self.blueprint.config.vocab_size) for _ in range(tokens)]
 
     def _rate(self, prompt: list[int], tokens: int) -> float:
-        """Return tokens a second, after the prompt and a few tokens that are not counted."""
+        """Return tokens a second after `_WARM_UP_TOKENS`."""
         answer = self.engine.generate(prompt, sampling=SamplingOptions(seed=0), stop_ids=set())
         for _ in islice(answer, 1 + (_WARM_UP_TOKENS if tokens else 0)):
             pass
@@ -191,7 +183,6 @@ class Bench:
 
 
 def _drop_from_page_cache(directory: Path) -> None:
-    """Let the kernel drop the files from its page cache, if the system has a call for that."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in filter(Path.is_file, directory.iterdir()):  # opening a FIFO would wait

@@ -1,8 +1,6 @@
 """Writes an installed model with Mixtral's layer shapes and random weights, to measure speed.
 
-    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS]    (0.79 GB a layer in 4 bits)
-
-It is written in mixchat's format, so that no checkpoint in bf16 is needed.
+python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS]    (0.79 GB a layer in 4 bits)
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ from mixchat.weights.matrix.linear import type_of_bits
 
 @contextmanager
 def synthetic_model(layers: int, expert_bits: int = 4) -> Iterator[Path]:
-    """Yield the directory of such a model, on the disk that holds the models, and delete it."""
+    """Yield the directory of such a model, then delete it."""
     models = models_dir()
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=".bench-") as temporary:
@@ -88,7 +86,7 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(least, most + 1, spec.shape, dtype=spec.dtype, generator=generator)
     if spec.name.endswith(".absmax"):
         return (0.002 * torch.rand(spec.shape, generator=generator)).to(spec.dtype)
-    # Each layer adds little to a large embedding. Else all tokens would look alike to the routers.
+    # Else all tokens would look alike to the routers.
     if spec.name == EMBEDDING:
         return torch.randn(spec.shape, generator=generator).to(spec.dtype)
     if spec.name.endswith("norm.weight"):

@@ -22,7 +22,7 @@ from mixchat.kernels.program import Step
 
 _GROWTH = 512  # tokens for which tensors get room at once
 _INT8_MAX = 127
-# In a call to the kernel: most pairs of a new token and one that it may see, and fewest new tokens.
+# Of a call to the kernel. Pairs are of a new token and one that it may see.
 _MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**22, 64
 
 
