@@ -1,6 +1,8 @@
 """Writes an installed model with Mixtral's layer shapes and random weights, to measure speed.
 
-python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS]    (0.79 GB a layer in 4 bits)
+    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS]    (0.79 GB a layer in 4 bits)
+
+No checkpoint in bf16 is needed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The model: prefill, decode, sampling.
 
 - generate.py: the engine, a loaded model that answers prompts
-- batch.py: the answer loop, of one answer or several at once
-- passes.py: passes through the model, over sequences with their caches
+- batch.py: the answer loop, of one answer or several
+- passes.py: passes through the model
 - chunk_sizer.py: how many tokens of prompts a pass takes
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
@@ -13,6 +13,6 @@
 - kv_cache.py: keys and values, and what new tokens see of them
 - prompt_cache.py: the KV cache in a file
 - stats.py: counts of one answer
-- report.py: the report of a run's experts, and its file
+- report.py: the report of a run's experts
 - environment.py: settings that torch reads when it is loaded
 """

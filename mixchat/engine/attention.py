@@ -61,8 +61,7 @@ class KVContext(Protocol):
 class SingleTokenContext:
     """The tensors and steps with which all layers compute the next token of a cache.
 
-    Of the hidden states [1, D], `x` is read and added to by each part, `normed` is what a part
-    gets, and `added` what it adds. Every layer and every token writes to them anew.
+    Of the hidden states [1, D], each part gets `normed`, and adds `added` to `x`.
     """
 
     def __init__(self, cache: PagedKVCache, hidden_size: int, dtype: torch.dtype) -> None:

@@ -47,7 +47,7 @@ class AnswerRequest:
 class BatchedAnswer:
     """An answer in the making. `ids` are its prompt's tokens and its own.
 
-    `cancel` may be called by any thread. `error` is the reason why the answer failed.
+    Any thread may call `cancel`. `error` is why the answer failed.
     """
 
     def __init__(self, request: AnswerRequest, limit: int, proposals: Proposals) -> None:
@@ -101,7 +101,7 @@ class BatchedAnswer:
         return True
 
     def last_token(self, *, propose: bool) -> SequenceTokens:
-        """Return the last token, not computed yet, and perhaps a proposal."""
+        """Return the last token and perhaps a proposal."""
         assert self.prefix is not None
         proposal = self.proposals.propose(self.ids, self.tokens_left - 1) if propose else []
         return SequenceTokens(self.prefix, self.ids[-1:], proposal)
@@ -183,7 +183,6 @@ class Batch:
         return computed
 
     def _next_pass(self, answers: Sequence[BatchedAnswer]) -> _Pass:
-        """Return the last token of each answer, and tokens of the first prompts."""
         alone = len(answers) == 1
         parts = [(one, one.last_token(propose=alone)) for one in answers if one.generated_tokens]
         room = self._sizer.choose(decodes=bool(parts))
@@ -271,7 +270,6 @@ class Batch:
         return True
 
     def _share(self, best: CachedPrefix, prompt: Sequence[int]) -> CachedPrefix:
-        """Return the free cache for a prompt that begins like `best`."""
         shared = best.shared_with(prompt)
         if shared < _MIN_SHARED_TO_COPY:
             return self._free[0]

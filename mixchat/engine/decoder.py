@@ -48,7 +48,7 @@ class Decoder:
         return self._context.x
 
     def _run_from(self, start: int) -> int:
-        """Compute layers up to the first whose experts have to be brought. Return its end."""
+        """Compute layers up to the first without experts in memory. Return its end."""
         # Keeps the memory of these experts until the program has ended.
         resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
         layers = self._layers[start : start + len(resident) + 1]
@@ -105,7 +105,6 @@ class _Layer:
         return True
 
     def finish(self) -> None:
-        """Compute the experts that are not in the stages, or note the uses of those that are."""
         if self._experts:
             selected = self._routing[0][0].tolist()
             self._block.moe.runner.note_hits([self.keys[expert] for expert in selected])

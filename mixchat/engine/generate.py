@@ -97,10 +97,7 @@ class Engine:
         self.sequences[0].clear()
 
     def close(self) -> None:
-        """Give all memory back.
-
-        An error's traceback may keep the object alive.
-        """
+        """Give all memory back. An error's traceback may keep the object alive."""
         device, self.is_closed = self.device, True
         for sequence in self.sequences:
             sequence.clear()

@@ -48,8 +48,7 @@ class KVCache(ABC):
     ) -> torch.Tensor:
         """Store keys and values [T, G, h] of a layer. Return the attention [T, H, h] of queries.
 
-        A token attends to itself and to all tokens before it, or to the last W of these with a
-        window W.
+        A token attends to itself and to all before it, or to the last W of these with a window W.
         """
         assert self.length + keys.shape[0] <= self.capacity
         self.store(layer, keys, values)
@@ -288,7 +287,7 @@ class TensorKVCache(KVCache):
             self._put(f"{name}s", layer, numbers)
 
     def _put(self, name: str, layer: int, new: torch.Tensor) -> None:
-        """Store [G, T, n] after the first `length` tokens. Room grows by copying."""
+        """Store [G, T, n] after the first `length` tokens."""
         stored, end = self._stored[name], self.length + new.shape[1]
         old = stored[layer]
         if end > old.shape[1]:

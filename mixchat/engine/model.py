@@ -85,7 +85,7 @@ class Block:
         return x + self.moe(self._moe_norm(x), exact=exact)
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token up to the router, as stages that fill `routing`."""
+        """Return stages for one token up to the router, which fill `routing`."""
         x, normed = context.x, context.normed
         return [
             self._attention_norm.stage(x, normed),

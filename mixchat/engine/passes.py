@@ -1,7 +1,7 @@
 """Passes through the model, for the next tokens of one sequence or of several at once.
 
-T = tokens of the pass, V = vocab_size, H = num_attention_heads, G = num_key_value_heads, h =
-head_dim.
+T = tokens of the pass, V = vocab_size, H = num_attention_heads, G = num_key_value_heads,
+h = head_dim.
 """
 
 from __future__ import annotations

@@ -30,12 +30,11 @@ class Speculation:
     """Decides if proposals pay, by the seconds that verifying them has saved or lost.
 
     An accepted token saves the seconds of a pass of one token. A pass that verifies loses the
-    seconds that it takes longer. While more was lost than saved, nothing is proposed. Each pass of
-    one token then adds 2% of its time.
+    seconds that it takes longer. While more was lost than saved, nothing is proposed, and each pass
+    of one token adds 2% of its time.
 
-    Let one token take 1 s, and a pass that verifies 16 of them 3 s. Then 12 accepted tokens save 12
-    - 2 = 10 s, of which 4 are kept. Three passes without any lose 6 s, and the next try is 100
-    tokens later.
+    Let one token take 1 s, and a pass that verifies 16 of them 3 s. Then 12 accepted tokens save 10
+    s, of which 4 are kept. Three passes without any lose 6 s, and the next try is 100 tokens later.
     """
 
     def __init__(self) -> None:

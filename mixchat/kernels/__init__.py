@@ -3,17 +3,17 @@
 Read emit.py first, then units.py, tile.py and quantized_matmul.py.
 
 - emit.py: a small language for writing vector code in Python
-- arithmetic.py: functions of numbers that no single instruction computes
-- compile.py: compiles to machine code of this CPU
+- arithmetic.py: functions that no single instruction computes
+- compile.py: machine code of this CPU
 - object_cache.py: caches machine code from run to run
-- threads.py: runs functions on several cores, with torch's threads
+- threads.py: runs functions on torch's threads
 - program.py: the arguments of a kernel, and many kernels in one call
-- units.py: turns codes into numbers and multiplies, by AVX2 or AVX-512
-- tile.py: some rows of a matrix of codes times some tokens, in registers
-- quantized_matmul.py: x times a matrix of codes of 3, 4 or 8 bits
-- rows.py: norm, rotation, gating and weighted sums of a token's row
+- units.py: turns codes into numbers and multiplies
+- tile.py: some rows of a matrix of codes times some tokens
+- quantized_matmul.py: x times a matrix of codes
+- rows.py: norm, rotation, gating and weighted sums
 - router.py: the best experts of a token
 - pages.py: keys and values in pages
 - attention.py: attention over these pages
-- dense.py: x times a dense matrix, each row of x by itself
+- dense.py: x times a dense matrix
 """

@@ -1,8 +1,7 @@
 """Attention of new tokens over a cache in pages, at the speed at which memory can be read.
 
-All is computed in fp32. `attend` computes an online softmax (Milakov & Gimelshein,
-arXiv:1805.02867) over 512 keys in each item of work. `merge` combines these parts. A row is a pair
-of new token and head.
+`attend` computes an online softmax (Milakov & Gimelshein, arXiv:1805.02867) in fp32, over 512 keys
+in each item of work. `merge` combines these parts. A row is a pair of new token and head.
 
 T = new tokens, P = tokens before them, H = heads, G = groups (of R = H / G heads), h = head_dim.
 """
@@ -109,7 +108,7 @@ def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool
 class _AttendKernel:
     """The function `attend`, for some rows of a group and one split of up to `_SPLIT` keys.
 
-    For each row and split it stores the largest score, the sum of weights and the weighted values.
+    It stores the largest score, the sum of weights and the weighted values.
     """
 
     def __init__(self, module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
@@ -150,7 +149,6 @@ class _AttendKernel:
         function.finish()
 
     def _row(self, row: Value, first: Value, group: Value) -> Value:
-        """Return a row's number among all T * H rows."""
         shared = self.shape.shared
         return (first + row // shared) * self.shape.heads + group * shared + row % shared
 
@@ -195,7 +193,7 @@ class _AttendKernel:
         words, per_word = shape.width // shape.per_word, shape.per_word
         zero = function.constant(self.floats, 0.0)
         block_bytes = words * KEY_BLOCK * 4
-        # Keys and values have as many bytes. Values are prefetched meanwhile.
+        # Values have as many bytes, and are prefetched meanwhile.
         values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
         for count, tiles in self._tiles(rows):
             with tiles as (row, _), function.loop(0, _KEYS, _VECTORS * lanes) as (start, _):

@@ -1,8 +1,7 @@
 """x times a dense matrix, by torch or by a kernel that computes each row of x by itself.
 
 In the kernel each number of the result is the sum of a vector of fp32 numbers, to which products
-are added from the first column to the last. So its bits depend on no other tokens or rows, and not
-on the count of threads.
+are added from the first column to the last. So its bits depend on no other rows or threads.
 
 N = tokens, R = rows (out features), C = columns (in features).
 """
@@ -121,7 +120,7 @@ def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
 
 
 class _DenseTile:
-    """A function for the product of some rows with some tokens, in registers."""
+    """The product of some rows with some tokens, in registers."""
 
     def __init__(self, module: Any, lanes: int, bf16: bool, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self._lanes, self._bf16 = rows, tokens, lanes, bf16

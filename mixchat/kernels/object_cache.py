@@ -28,9 +28,8 @@ _LINKS_REFUSED = os.O_NOFOLLOW | os.O_CLOEXEC
 class ObjectCache:
     """The machine code of one module, for one CPU and one compiler.
 
-    A file is a SHA-256 and its code. A user who can write the file, its directory or one above can
-    run code as the user who reads it. If any but the owner and root can do so, the cache is not
-    used.
+    A user who can write the file, its directory or one above can run code as the user who reads it.
+    If any but the owner and root can do so, the cache is not used.
     """
 
     def __init__(self, source: str, target: str, directory: Path | None = None) -> None:

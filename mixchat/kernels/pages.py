@@ -3,8 +3,8 @@
 A page holds 512 tokens of a layer. In it each group (the heads that share keys) has its keys, then
 its values, in words of 32 bits that hold 1, 2 or 4 numbers (fp32, bf16, 8 bits):
 
-- keys in blocks of 16 tokens: for each word of a key one vector, with a token in each lane;
-- values: for each word of tokens (1, 2 or 4 of them) vectors, a number of the head in each lane.
+- keys in blocks of 16 tokens, for each word of a key one vector, with a token in each lane
+- values, for each word of tokens vectors, with a number of the head in each lane
 
 With 8 bits each key and each value has a scale, after the values.
 

@@ -102,8 +102,8 @@ class Step:
 class Stage:
     """Steps of a program between two points at which all threads wait for each other.
 
-    All threads share the work of the steps, which must not need each other. If the stage is
-    `alone`, one thread runs them in order.
+    All threads share the work of the steps, which must not need each other. One thread runs them in
+    order if the stage is `alone`.
     """
 
     steps: Sequence[Step]
@@ -121,7 +121,7 @@ def alone(*steps: Step) -> Stage:
 
 
 def side_by_side(parts: Sequence[Sequence[Stage]]) -> list[Stage]:
-    """Join the first stages of all parts, the second ones, and so on. Kinds are alike."""
+    """Join the first stages of all parts, the second ones, and so on."""
     return [
         Stage([step for stage in stages for step in stage.steps], alone=stages[0].alone)
         for stages in zip(*parts, strict=True)

@@ -1,14 +1,13 @@
 """x times a matrix of 3-bit, 4-bit or 8-bit codes, at the speed at which memory can be read.
 
-The codes are in the layout "cpu-packed" of `weights/matrix/`: 32 rows, a band, lie interleaved,
-pair of columns by pair of columns. `round_x` rounds x to integers, in blocks of 64 columns with a
-scale for each. `multiply` turns the codes into integers, adds the products of a block up exactly,
-and only then scales them as floats.
+The layout "cpu-packed" of `weights/matrix/` interleaves 32 rows, a band, pair of columns by pair of
+columns. `round_x` rounds x to integers, in blocks of 64 columns with a scale for each. `multiply`
+adds the products of a block up exactly, and only then scales them as floats.
 
 For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
 double precision is about 1.5e-4 of the result. For many tokens x has 7 bits and a sign if the CPU
 multiplies bytes. The error is 8e-3, while rounding the weights to 4 bits has cost 9e-2. For 8-bit
-codes x has 15 bits and a sign, with an error of 2e-5, while rounding the weights has cost 6e-3.
+codes x has 15 bits and a sign. The error is 2e-5, while rounding the weights has cost 6e-3.
 
 N = tokens, R = rows (out features), C = columns (in features), B = C / 64 blocks.
 """
@@ -35,8 +34,7 @@ from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
 from mixchat.kernels.units import Unit, UnitSet
 
 _STREAMS = 2  # bands that are read at once for one token; memory was slower with more
-# Bytes of a stream in one item of work, if enough items are left for each thread. The start of a
-# stream is read more slowly.
+# Bytes of a stream in one item of work, if enough items are left for each thread.
 _STREAM_BYTES, _ITEMS = 2**20, 8
 _X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -72,7 +70,7 @@ def quantized_matmul(
 def quantized_matmul_steps(
     flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor, *, exact: bool = False
 ) -> tuple[Step, Step]:
-    """Return `quantized_matmul` as steps for x [N, C], contiguous, which write `out` [N, R].
+    """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
     The second one needs the first. They do not keep codes and absmax alive.
     """
@@ -111,7 +109,7 @@ def quantized_matmul_steps(
 
 
 def _run_length(rows: int, band_bytes: int) -> int:
-    """Return the bands in a row of a stream's part of an item of work."""
+    """Return a stream's bands in an item of work."""
     most = rows // BAND // (_STREAMS * _ITEMS * torch.get_num_threads())
     return max(1, min(most, _STREAM_BYTES // band_bytes))
 

@@ -81,7 +81,7 @@ def rotate_step(x: torch.Tensor, out: torch.Tensor) -> Step:
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [T, D] for gate and up side by side, [T, 2 * D]."""
+    """Return silu(gate) * up [T, D] for gate and up, [T, 2 * D]."""
     columns = gate_up.shape[-1] // 2
     if not can_compute(gate_up.dtype, columns, gate_up.device.type):
         gate, up = gate_up.chunk(2, dim=-1)
@@ -98,7 +98,7 @@ def swiglu_step(gate_up: torch.Tensor, out: torch.Tensor) -> Step:
 
 
 def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the sum [T, D] of x [T, K, D], each row times its weight [T, K], which is fp32."""
+    """Return the sum [T, D] of x [T, K, D] times its weights [T, K], fp32."""
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
         return (x.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
     x, weights = x.contiguous(), weights.contiguous()

@@ -40,9 +40,8 @@ SIGNATURE = Signature(
 class Tile:
     """A function for the product of some bands with some tokens, whose sums fit in registers.
 
-    In each block products of integers are added up, without rounding. The sum, times both scales,
-    is added to the result as a float. The function's numbers are the first band, the first token,
-    and how many bands the bands lie apart.
+    In each block products of integers are added up, without rounding, and scaled. The function's
+    numbers are the first band, the first token, and how many bands the bands lie apart.
     """
 
     def __init__(self, module: Any, unit: type[Unit], bf16: bool, bands: int, tokens: int) -> None:
@@ -77,12 +76,12 @@ class Tile:
         function.finish()
 
     def _split(self, place: int) -> tuple[int, int, int]:
-        """Return band, token and part of a place in the list of sums."""
+        """Return band, token and part of a place in the sums."""
         tokens, parts = self.tokens, self._parts
         return place // (tokens * parts), place // parts % tokens, place % parts
 
     def _sums(self, block: Value) -> list[Value]:
-        """Return the sums of one block's products, in the unit's order of the rows."""
+        """Return the sums of one block, in the unit's order of the rows."""
         unit, parts = self._unit, self._parts
         starts = self._starts(block)
         steps = BLOCK // unit.columns

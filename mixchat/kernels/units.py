@@ -1,9 +1,8 @@
 """Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
 
-A unit reads some columns of 32 rows in the layout "cpu-packed". It turns the codes into levels
-(integers, -1 to 1 times `largest_level`), and adds their products with x (integers up to
-`largest_x`) to sums of 32 bits. "Words" have 16 bits. The sum over a block of 64 columns never
-overflows:
+A unit turns codes of 32 rows into levels (integers, -1 to 1 times `largest_level`), and adds their
+products with x (integers up to `largest_x`) to sums of 32 bits. "Words" have 16 bits. The sum over
+a block of 64 columns never overflows:
 
     3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
@@ -100,7 +99,7 @@ class _Avx2Words(_WordUnit):
 
 
 class _Lookup(Unit):
-    """Looks codes up in a table. `shift` is how far apart the two codes of a byte are."""
+    """Looks codes up in a table. `shift` is the distance of the two codes of a byte."""
 
     shift: ClassVar[int] = 4
 
@@ -133,7 +132,7 @@ class _ThreeBits(_Lookup):
 
 
 class Avx512(_Lookup, _Avx512Words):
-    """AVX-512. One instruction looks up 32 codes, by 5 bits each, so the table is there twice."""
+    """AVX-512. One instruction looks up 32 codes, by 5 bits each, so the table is doubled."""
 
     _widths, unrolled = (8, 4, 3, 2, 1), 4
 

@@ -112,8 +112,8 @@ def expect(
 ) -> Expectation:
     """Return the speed of the model in decoding on `device`, and on the other GPUs of a placement.
 
-    Each of `answers` gets a token in each pass. All GPUs count as fast as `device`. The busiest one
-    decides. They share the disk. Sending rows counts as no time.
+    Each of `answers` gets a token in each pass. All GPUs count as fast as `device`, and share the
+    disk. The busiest one decides. Sending rows counts as no time.
     """
     held = held_together(blueprint, device, placement)
     hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))

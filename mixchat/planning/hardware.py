@@ -14,7 +14,7 @@ from mixchat.planning.fitting import FreeMemory, MemoryPlan
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-# Bytes that other programs need on a described machine, and the most of all.
+# Bytes that other programs need on a described machine, and the largest part of all.
 _TAKEN_RAM, _TAKEN_GPU, _TAKEN_PART = 2 * 10**9, 5 * 10**8, 0.25
 # A cheap card's speeds stand for a described GPU. They are bytes a second of its memory and of the
 # bus to it, operations a second, and the seconds to start the kernels of a layer.
@@ -66,7 +66,7 @@ class Machine:
 class ToldMachine:
     """The figures that a person tells about a machine, in bytes and bytes a second.
 
-    Others are this machine's. So is the speed of the CPU.
+    Figures that are not told are this machine's. So is the speed of the CPU.
     """
 
     ram: int | None = None

@@ -183,8 +183,8 @@ def layer_loads(
 ) -> dict[tuple[int, ...], float]:
     """Return how many experts each holder computes in a layer, if every choice is as likely.
 
-    With two holders of four of eight experts each, one layer and 2 experts a token, the result is
-    {(2, 0): 6/28, (1, 1): 16/28, (0, 2): 6/28}.
+    Each expert has a holder. With two holders of four of eight experts each, one layer and 2
+    experts a token, the result is {(2, 0): 6/28, (1, 1): 16/28, (0, 2): 6/28}.
     """
     choices = _choices(config.num_local_experts, config.num_experts_per_tok)
     times: Counter[tuple[int, ...]] = Counter()
