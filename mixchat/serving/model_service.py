@@ -1,7 +1,6 @@
-"""The service over one loaded model: a thread that computes a batch of answers, pass by pass.
+"""The service over one loaded model, whose thread computes a batch of answers, pass by pass.
 
-The thread loads the model, too. The threads that torch starts for a thread of ours spin while it
-computes, and there should not be two sets of them.
+Torch starts spinning threads for each thread that uses it, so this one loads the model, too.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ if TYPE_CHECKING:
 
 
 class ModelService:
-    """A `Service`. It raises what `load` raises, in the thread that makes it.
+    """A `Service` over the engine of `load`, which has a cache for each answer at once.
 
-    load: returns the engine, which has a cache for each answer at once. queue: how many more jobs
-    may wait. shared_prefix: see `Batch`.
+    `queue` more jobs may wait. Raises what `load` raises.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class ModelService:
         self.most_jobs: int = len(self._engine.sequences) + queue
 
     def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
-        """Queue a job; return a function that cancels it. See `Service.submit`."""
+        """Queue a job as `Service.submit` does."""
         self._engine.longest_answer(job.prompt_ids, job.max_tokens)
         running = RunningJob(job, sink, self.tokenizer, self.context.tokens)
         with self._changed:
@@ -133,7 +131,7 @@ class ModelService:
                 batch = engine.new_batch(shared_prefix=self._shared_prefix)
 
     def _wait(self, batch: Batch) -> bool:
-        """Wait until there is something to do. Return False at the end."""
+        """Wait for something to do. Return False at the end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._next_job(batch) or batch.size or (self._closing and not self._waiting)
@@ -149,10 +147,10 @@ class ModelService:
             return job
 
     def _next_job(self, batch: Batch) -> RunningJob | None:
-        """Return a job that was cancelled, else the first one that can begin, if there is room.
+        """Return a job that was cancelled, else the first one that can begin.
 
-        A job whose constraint is being compiled holds up no other one. At most as many constraints
-        as answers at once are compiled.
+        A job whose constraint is being compiled holds up no other one. No more constraints are
+        compiled than answers fit at once.
         """
         for job in self._waiting:
             if job.is_cancelled:
@@ -181,7 +179,6 @@ class ModelService:
             self._end(job, Failed(error))
 
     def _step(self, engine: Engine, batch: Batch) -> None:
-        """Compute a pass, and report its news."""
         changed = batch.step() if batch.size else []
         experts = engine.experts.stats
         with self._changed:

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 class RunningJob:
-    """A job that waits, or whose answer is in the making. Any thread may call `cancel`.
-
-    context_size: the tokens of the context.
-    """
+    """A job that waits, or whose answer is in the making. Any thread may call `cancel`."""
 
     def __init__(self, job: Job, sink: Sink, tokenizer: Tokenizer, context_size: int) -> None:
         self._job, self.sink = job, sink
@@ -50,8 +47,7 @@ class RunningJob:
     def is_ready(self, wake: Callable[[], object], *, may_prepare: bool) -> bool:
         """Return whether `begin` should be called.
 
-        If the job is not ready and `may_prepare`, its constraint is compiled in the background, and
-        `wake` is called then.
+        If not, and `may_prepare`, compile the constraint in the background and then call `wake`.
         """
         if self._job.constraint is None or self._error is not None:
             return True
@@ -77,7 +73,7 @@ class RunningJob:
             self.answer.cancel()
 
     def report(self) -> Done | Failed | None:
-        """Tell the sink the news of a pass. Return the last event, which the sink has not got."""
+        """Tell the sink the news of a pass, but return the last event."""
         answer = self.answer
         assert answer is not None
         if answer.error is not None:
@@ -109,7 +105,6 @@ class RunningJob:
         )
 
     def _take(self, answer: BatchedAnswer) -> None:
-        """Take the last token, and tell the sink the text that it adds."""
         token = answer.ids[-1]
         if self._job.top_logprobs is not None and answer.logits is not None:
             own, top = log_probabilities(answer.logits, token, self._job.top_logprobs)

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 class Job:
     """A prompt, and how to answer it.
 
-    top_logprobs: how many of the likeliest tokens to report with each token, 0 for only its own
-    log probability, None for nothing. constraint: makes the constraint of one answer. stop_ids: the
-    tokens that end the answer.
+    top_logprobs is the number of likeliest tokens to report with each token. 0 reports only its own
+    log probability, None nothing.
     """
 
     prompt_ids: tuple[int, ...]
@@ -63,7 +62,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer, with its counts of tokens; a stop token counts as generated."""
+    """The end of an answer. A stop token counts as generated."""
 
     reason: Reason
     prompt_tokens: int
@@ -87,15 +86,15 @@ class QueueFullError(ResourceError):
 
 
 class ShuttingDownError(ResourceError):
-    """The service is ending, and takes no new job."""
+    """The service is ending."""
 
 
 @dataclass(frozen=True)
 class ServiceStats:
-    """Counts since the start: of answers, tokens, seconds, and uses of experts.
+    """The counts of a service since its start.
 
-    running, waiting: jobs now. prompt_tokens: the processed ones, without cached_tokens.
-    busy_seconds: seconds in which the model computed.
+    running and waiting are jobs now. prompt_tokens does not count cached_tokens. The model computed
+    for busy_seconds.
     """
 
     running: int = 0
@@ -121,7 +120,7 @@ class ServiceStats:
         )
 
     def with_end(self, last: Done | Failed) -> ServiceStats:
-        """Return the counts with one more answer, which ended so."""
+        """Return the counts with one more ended answer."""
         if isinstance(last, Failed):
             return replace(self, failed=self.failed + 1)
         if last.reason == "interrupted":
@@ -132,7 +131,7 @@ class ServiceStats:
 class Service(Protocol):
     """A loaded model that answers several jobs at once. Any thread may call it.
 
-    most_jobs: the most that it takes at once, to run and to wait.
+    most_jobs counts those that run and those that wait.
     """
 
     name: str
@@ -142,11 +141,11 @@ class Service(Protocol):
     template: Template
 
     def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
-        """Queue a job. Return a function that cancels it, which may be called at any time.
+        """Queue a job, and return a function that cancels it at any time.
 
-        `sink` is called in the service's thread with each event, and must not raise. `Done` or
-        `Failed` is the last event, also after a cancellation. Raises `QueueFullError`,
-        `ShuttingDownError`, and `PromptError` if the prompt leaves no room for an answer.
+        The service's thread calls `sink` with each event, which must not raise. `Done` or `Failed`
+        is the last event, also after a cancellation. Raises `QueueFullError`, `ShuttingDownError`,
+        and `PromptError` if the prompt leaves no room for an answer.
         """
 
     def stats(self) -> ServiceStats:

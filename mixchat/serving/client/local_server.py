@@ -1,4 +1,4 @@
-"""Looks for a server on this machine, before each `mixchat run` that loads a model."""
+"""Looks for a server on this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _GLANCE_S = 0.05
 
 
 def is_served_here(model: str) -> bool:
-    """Return whether a server on this machine, at the usual port, has a model of this name.
+    """Return whether a server at the usual port here has this model, within 50 ms.
 
-    It takes 50 ms at most. No key is sent, because any user's program may listen there.
+    No key is sent, because any user's program may listen there.
     """
     try:  # before the library for HTTP is imported, which takes longer
         create_connection(("127.0.0.1", SERVER_PORT), _GLANCE_S).close()

@@ -1,4 +1,4 @@
-"""A server that answers a conversation. It gets messages, and sends text."""
+"""A server that answers a conversation."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ _NO_TURN = Turn((), (), 0, None, RequestedSampling(), None, (), "stop")
 
 
 class ServerBackend:
-    """A `Backend` for a model of a server.
-
-    `form` has the fields of each request that give its answer a form.
-    """
+    """A `Backend` for a model of a server. `form` are the fields for the form of answers."""
 
     identity = "server"
     engine = None
@@ -51,14 +48,14 @@ class ServerBackend:
         return max_tokens or None
 
     def used_tokens(self, messages: Sequence[Message]) -> int | None:
-        """Return what the server has counted for just these messages, if anything."""
+        """Return the server's count for just these messages, if it gave one."""
         counted, tokens = self._counted
         return tokens if counted == _texts(messages) else None
 
     def reply(self, turn: Turn, on_prefill: OnPrefill) -> ServerReply:
-        """Send the conversation. Only the server can tell that it is too long.
+        """Send the conversation.
 
-        If turns may be left out then, the older half of them is.
+        If the server says that it is too long, the older half of its turns is left out, if allowed.
         """
         on_prefill(0, 0)
         first, later = turn.first, turn.questions_after_first()
@@ -192,7 +189,7 @@ class ServerReply:
             self._time()
 
     def _count(self, tokens: int) -> None:
-        """Note the tokens of prompt and answer, which may say why the answer is cut off."""
+        """Note the tokens, which may tell that the context is full."""
         message, context = self.message(), self._backend.context
         if self.reason == "length" and context is not None and tokens >= context.tokens:
             self.reason = "context"

@@ -1,4 +1,4 @@
-"""Asks a server with OpenAI's API for its models, and for answers as they are made."""
+"""Asks a server with OpenAI's API for its models and for answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _END_TIMEOUT_S = 2.0  # for what comes after the last piece of an answer
 _READ_S = 0.2  # of each attempt to read
 _MAX_BODY = 2**24  # bytes of a list of models, or of an error
 _START_HINT = "Start it with 'mixchat serve', or check the URL."
-# A machine that was switched off is noticed, although nothing limits the silence.
+# It notices a machine that was switched off, because nothing limits the silence.
 _KEEPALIVE: list[httpcore2.SOCKET_OPTION] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
 _FAULTS = (
     httpcore2.NetworkError,
@@ -41,9 +41,8 @@ _FAULTS = (
 class ServerClient:
     """The client of one server. Each request has its own connection.
 
-    `key` is sent to this server alone, because redirects are not followed. A long prompt may take
-    the server minutes, so nothing limits its silence. Ctrl-C ends the wait at once. All methods
-    raise `MixchatError`, in one line, if the server is at fault.
+    Redirects are not followed, so only this server gets the `key`. A long prompt may take minutes,
+    so nothing but Ctrl-C limits the server's silence. Methods raise `MixchatError`.
     """
 
     def __init__(self, url: ServerURL, key: str | None = None) -> None:
@@ -62,8 +61,7 @@ class ServerClient:
     def chat(self, body: Mapping[str, Any]) -> HTTPReply:
         """Send a request for a streamed answer, and return the stream, which has to be closed.
 
-        Raises `PromptTooLongError` if the server says that the prompt does not fit the context,
-        and `ModelNotFoundError` if it does not have the model.
+        Raises `PromptTooLongError` or `ModelNotFoundError` if the server says so.
         """
         with ExitStack() as opened:
             reply = self._request("POST", "/chat/completions", json.dumps(body).encode())
@@ -114,7 +112,7 @@ class ServerClient:
         return headers
 
     def _check(self, reply: HTTPReply) -> None:
-        """Raise what the status of a reply means, unless that is success."""
+        """Raise what a status other than success means."""
         if 200 <= reply.status < 300:
             return
         if 300 <= reply.status < 400:
@@ -149,10 +147,7 @@ class ServerClient:
 
 
 class HTTPReply:
-    """The reply to a request, from its headers on.
-
-    `close` closes the connection, which ends an answer that is being made.
-    """
+    """The reply to a request. `close` also ends an answer that is being made."""
 
     def __init__(
         self, url: ServerURL, response: httpcore2.Response, close: Callable[[], None]
@@ -183,7 +178,7 @@ class HTTPReply:
         return self._pieces("broke off in the middle of the answer")
 
     def hurry(self) -> None:
-        """Wait no longer than 2 s from here on, because the answer has come."""
+        """Wait no longer than 2 s from here on."""
         self._response.extensions["network_stream"].deadline = time.monotonic() + _END_TIMEOUT_S
 
     def _pieces(self, fault: str) -> Iterator[bytes]:
@@ -201,10 +196,9 @@ class _PatientNetwork(httpcore2.SyncBackend):
 
 
 class _PatientStream(httpcore2.NetworkStream):
-    """A connection that reads until `deadline`.
+    """A connection that reads until `deadline`, in short attempts.
 
-    A signal that comes just before a read begins to block is not handled before that read ends. So
-    each attempt is short, and the next one follows.
+    A signal just before a read blocks is handled only after that read.
     """
 
     deadline = math.inf  # seconds of the monotonic clock
@@ -236,7 +230,6 @@ def _fault(url: ServerURL, fault: str, error: Exception) -> ServerError:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the reason in a few words, if possible the words of the operating system."""
     if isinstance(error, httpcore2.RemoteProtocolError):
         closed = str(error).startswith(("peer closed", "Server disconnected"))
         return "the connection was closed" if closed else "that is not HTTP"

@@ -1,4 +1,4 @@
-"""Reads what a server with OpenAI's API sends, which are models, events and errors."""
+"""Reads what a server with OpenAI's API sends."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mixchat.base.sanitize import sanitize
 
 _MAX_EVENT = 2**20  # bytes, because a server could fill the memory
 _MAX_NAME = 200  # characters
-# The codes, and words of a message, that servers have for a prompt that does not fit.
+# Codes and words of servers for a prompt that does not fit.
 _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error", "maximum context length")
 _NO_MODEL = "model_not_found"
 
 
 class BusyError(ServerError):
-    """The server takes no more requests for now. Another attempt may do better in `seconds`."""
+    """The server is busy. Another attempt may do better in `seconds`."""
 
     seconds = 2.0
 
@@ -41,7 +41,7 @@ _BY_STATUS: dict[int, type[ServerError]] = {
 
 @dataclass(frozen=True)
 class ListedModel:
-    """A model of a server. `context_size` is in tokens, or None if the server does not tell it."""
+    """A model of a server. `context_size` is in tokens, or None if unknown."""
 
     name: str
     context_size: int | None = None
@@ -49,7 +49,7 @@ class ListedModel:
 
 @dataclass(frozen=True)
 class Comment:
-    """A line of a stream between events, which servers send to keep a silent connection open."""
+    """A line between events, which keeps a silent connection open."""
 
     text: str
 
@@ -73,9 +73,9 @@ class Piece:
 
 
 def read_models(body: bytes) -> list[ListedModel]:
-    """Return the models of a list, but those whose names cannot be shown.
+    """Return the listed models whose names can be shown. Raises `ServerError`.
 
-    mixchat's own server tells the size of the context as `context_size`. Raises `ServerError`.
+    mixchat's own server tells the size of the context as `context_size`.
     """
     listed = _object(_json(body)).get("data")
     if not isinstance(listed, list):
@@ -90,8 +90,8 @@ def read_models(body: bytes) -> list[ListedModel]:
 def events(pieces: Iterable[bytes]) -> Iterator[str | Comment]:
     """Yield the data of each server-sent event, and comments. Pieces may be cut anywhere.
 
-    Lines end with LF or CRLF. What is not UTF-8 becomes U+FFFD. Raises `ServerError` if an event is
-    longer than 1 MiB.
+    Lines end with LF or CRLF. Bad UTF-8 becomes U+FFFD. Raises `ServerError` for an event of more
+    than 1 MiB.
     """
     data: list[str] = []
     size = 0
@@ -176,7 +176,7 @@ def parsed_error(body: bytes) -> object:
 
 
 def _error(raw: object) -> tuple[str, str]:
-    """Return the code and the message of an error, in one of the forms that servers have."""
+    """Return code and message, in any of the forms that servers have."""
     found = raw.get("error", raw) if isinstance(raw, dict) else raw
     if not isinstance(found, dict):
         return "", short_message(found or "")
@@ -198,7 +198,6 @@ def _object(raw: object) -> Mapping[str, Any]:
 
 
 def _is_name(name: object) -> bool:
-    """Return whether a model's name can be shown, and typed."""
     if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME:
         return False
     return name.isprintable() and sanitize(name) == name

@@ -1,4 +1,4 @@
-"""The URL of a server with OpenAI's API, from text such as `127.0.0.1:11435`."""
+"""The URL of a server with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ServerURL:
 
     @classmethod
     def parse(cls, text: str) -> ServerURL:
-        """Read `HOST[:PORT]`, or a URL of http or https. Without a path it is `/v1`.
+        """Read `HOST[:PORT]`, or a URL of http or https. The default path is `/v1`.
 
-        A host alone has mixchat's own port, 11435. Raises `UsageError` on anything else.
+        A host alone has port 11435. Raises `UsageError` on anything else.
         """
         bare = "://" not in text
         try:

@@ -9,15 +9,15 @@ from typing import Any
 
 from mixchat.serving.requests.errors import RequestError, plain
 
-_MAX_LEVELS = 64  # of nested lists and objects, which a JSON schema may need
-_MAX_QUOTE = 80  # characters of a name, a number or a reader's message
+_MAX_LEVELS = 64  # of nested lists and objects
+_MAX_QUOTE = 80  # characters
 
 
 def read_object(body: bytes, name: str = "the body") -> dict[str, Any]:
     """Return the JSON object in `body`, which messages call `name`.
 
-    Raises `RequestError` for any other JSON, for NaN and other numbers beyond a double, for a field
-    that is given twice, for half a surrogate pair, and for more than 64 levels.
+    Raises `RequestError` for other JSON, numbers beyond a double, a field given twice, half a
+    surrogate pair, and more than 64 levels.
     """
     try:
         value = json.loads(
@@ -62,7 +62,7 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any, path: str, depth: int) -> None:
-    """Raise `RequestError` for text that no tokenizer takes, and for too many levels."""
+    """Refuse text that no tokenizer takes, and too many levels."""
     if depth > _MAX_LEVELS:
         raise _too_deep(path)
     if isinstance(value, str):

@@ -63,7 +63,6 @@ def _no_tool(given: Any) -> Any:
 
 
 def _text(given: Any, parts_of: Callable[[Any], list[_Part]]) -> Any:
-    """Return a string as it is, and joined parts."""
     if isinstance(given, str):
         return given
     if not isinstance(given, list):
@@ -109,7 +108,7 @@ class _ChatFields(SharedFields):
 def read_chat(
     body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
 ) -> ParsedRequest:
-    """Return the jobs of a body. It may take seconds to encode a long conversation.
+    """Return the jobs of a body, which takes seconds for a long conversation.
 
     Raises `RequestError`, and `PromptError` if the template cannot express the conversation.
     """

@@ -33,10 +33,10 @@ _Model = TypeVar("_Model", bound="RequestObject")
 
 
 class RequestObject(BaseModel):
-    """A JSON object. Its types are exact, so true is not 1. Unknown fields are refused.
+    """A JSON object of exact types, in which true is not 1. Unknown fields are refused.
 
-    null counts as not given. `ignored` names the fields that may have any value. A field in
-    `never_null` is refused as a wrong value, not as a missing one.
+    null counts as not given. The `ignored` fields may have any value. null in a `never_null` field
+    is a wrong value, not a missing one.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -59,7 +59,7 @@ class RequestObject(BaseModel):
 
 
 def validated(model: type[_Model], given: object) -> _Model:
-    """Return JSON as a model. Raises `RequestError` about the first field that is wrong."""
+    """Return JSON as a model. Raises `RequestError` about the first wrong field."""
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -79,12 +79,12 @@ def _request_error(details: ErrorDetails) -> RequestError:
 
 
 def wrong(code: str | None, reason: str) -> PydanticCustomError:
-    """Return the error to raise in a validator, with a code of OpenAI's."""
+    """Return a validator's error, with a code of OpenAI's."""
     return PydanticCustomError("wrong", reason, {"code": code})
 
 
 def only(allowed: Container[object], code: str, reason: str) -> AfterValidator:
-    """Return a validator that refuses all values but some."""
+    """Return a validator that refuses other values."""
 
     def check(value: Any) -> Any:
         if value not in allowed:
@@ -95,7 +95,7 @@ def only(allowed: Container[object], code: str, reason: str) -> AfterValidator:
 
 
 def max_items(limit: int) -> BeforeValidator:
-    """Return a validator that refuses a longer list, before each item is checked."""
+    """Return a validator that refuses a longer list before its items are checked."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list) and len(value) > limit:

@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
 _MAX_FORM = 100_000  # bytes of a schema or a grammar. They take 2 s, and twice as many 8 s
-_MAX_CACHED_FORMS = 64  # programs ask with the same schema again and again
+_MAX_CACHED_FORMS = 64
 
 
-# Compiles a JSON schema, a grammar's text, or None for any JSON object. Closing `at_end` ends it.
-# Raises `MixchatError` if the form is wrong. The returned function makes a constraint from the
-# tokens of an answer's beginning, for an answer that is `continued` or not.
+# Compiles a JSON schema, a grammar's text, or None for any JSON object, until `at_end` is closed.
+# Raises `MixchatError`. Its result takes the tokens of an answer's beginning, and `continued`.
 Compile: TypeAlias = "Callable[..., Callable[..., Constraint]]"
 
 
@@ -89,10 +88,8 @@ def constraint_of(
 ) -> MakeConstraint | None:
     """Return what makes the constraint of an answer, None for text of any form.
 
-    `before` are the tokens of the answer's beginning, which has to have the form, too. `continued`
-    tells whether the answer continues the text of its prompt.
-
-    Raises `RequestError` if the form cannot be read or met.
+    The tokens `before` begin the answer, and have to have the form, too. `continued` tells whether
+    the answer continues its prompt. Raises `RequestError` if the form cannot be read or met.
     """
     field, code, form = "response_format", "invalid_schema", fields.response_format
     given: dict[str, Any] | str | None = None
@@ -119,7 +116,7 @@ def no_forms(given: dict[str, Any] | str | None, at_end: ExitStack | None = None
 
 
 def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
-    """Return what compiles forms for a service's answers, each within so many seconds."""
+    """Return what compiles forms for a service, each within so many seconds."""
     checked: dict[str, OutputConstraint] = {}
 
     @cache

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from mixchat.serving.requests.forms import Compile
     from mixchat.serving.requests.options import Defaults
 
-AHEAD = 2  # lines that are read for each answer that is generated
+AHEAD = 2  # lines read for each answer at once
 _BYTES_PER_BYTE = 6  # of a line for each byte of a prompt, as in \u0041
 _MAX_LINE_EXTRA = 1_000_000  # bytes of a line besides its prompt, as for a schema
 _MAX_LINE = 100_000_000  # bytes, for a context of any size
-_MAX_SKIPPED = 1_000_000_000  # bytes of a line that is too long, before its end is given up
+_MAX_SKIPPED = 1_000_000_000  # bytes of a line that is too long
 _READ_SIZE = 1 << 20  # bytes
 _BUSY_TIMEOUT_S = 600.0
 _NOT_IN_FILES = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
@@ -36,10 +36,7 @@ _NOT_IN_FILES = ("n", "stream", "stream_options", "logprobs", "top_logprobs")
 
 @dataclass(frozen=True)
 class LineDefaults:
-    """The defaults of a line that does not say otherwise.
-
-    `fields` are values of a request, by their names. `system` is the system prompt.
-    """
+    """The defaults of a line: values of a request by their names, and the system prompt."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
@@ -48,8 +45,7 @@ class LineDefaults:
 class Line:
     """A line of the input, and its answer once `is_ready` is set.
 
-    `id` is the line's "id", which is copied into the output. `done` is the end of its answer, or
-    the reason for having none.
+    `id` is copied into the output. `done` is the end of the answer, or the reason for having none.
     """
 
     def __init__(self, number: int) -> None:
@@ -98,9 +94,9 @@ def longest_line(context: Context) -> int:
 
 
 def numbered_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with its number, from 1 on. A longer line is cut to `longest` + 1 bytes.
+    """Yield each line with its number from 1 on, cut to `longest` + 1 bytes.
 
-    Raises `PromptError` if a line has no end within 1 GB, as /dev/zero has none.
+    Raises `PromptError` if a line has no end within 1 GB, as in /dev/zero.
     """
     number = 0
     while line := file.readline(longest + 1):
@@ -121,8 +117,8 @@ def numbered_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
 def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int) -> Iterator[Line]:
     """Yield the numbered lines in their order, each with its answer, without the empty lines.
 
-    A thread reads a few lines ahead, so that an answer need not wait for the next line of a slow
-    pipe. Raises what reading raises, once all lines before it are yielded.
+    A thread reads ahead, so that no answer waits for a slow pipe. Raises what reading raises, after
+    all lines before it.
     """
     begun: queue.SimpleQueue[Line | BaseException | None] = queue.SimpleQueue()
     room = threading.Semaphore(AHEAD * at_once)
@@ -148,7 +144,6 @@ def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int)
 
 
 def _begun(line: Line, text: bytes, begin: Begin) -> Line:
-    """Return a line whose answer is on its way. An error of the line is its answer."""
     try:
         begin(line, text)
     except Exception as error:
@@ -199,7 +194,7 @@ def answered_by(
 
 
 def _ask(line: Line, backend: ServerBackend, body: Mapping[str, Any]) -> Done:
-    """Ask the server, again if it is busy. Raises `RequestError` if the line is at fault."""
+    """Ask the server, and ask again while it is busy."""
     from mixchat.serving.client.server_json import BusyError, RefusedError
 
     deadline = time.monotonic() + _BUSY_TIMEOUT_S

@@ -45,7 +45,7 @@ from mixchat.serving.service import Job, Service
 _MAX_ANSWERS = 16  # of one request
 _MAX_LOGPROBS = 20
 _MAX_STOPS, _MAX_STOP_LENGTH = 32, 500  # strings, characters
-# Fields of other servers that only tune an answer, each with the value that applies here anyway.
+# Other servers' fields that only tune an answer, each with the value that applies here.
 _FOREIGN = {
     "cache_prompt": True,
     "chat_template_kwargs": {},
@@ -81,9 +81,9 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """The `n` jobs for each prompt of a request, and the way to send their answers.
+    """The `n` jobs for each prompt of a request, and how to send their answers.
 
-    `ignored` names the fields without an effect, which the client should know.
+    `ignored` names the fields without an effect.
     """
 
     jobs: tuple[Job, ...]
@@ -146,7 +146,7 @@ _Fields = TypeVar("_Fields", bound=SharedFields)
 
 
 def max_answers(service: Service) -> int:
-    """Return how many answers a request may have, which the service can take at once."""
+    """Return how many answers a request may have."""
     return min(_MAX_ANSWERS, service.most_jobs)
 
 
@@ -155,7 +155,7 @@ def read_fields(
 ) -> tuple[_Fields, Job, tuple[str, ...]]:
     """Return a body's fields, a job with its options, and the names of fields without an effect.
 
-    Raises `RequestError` for the first field that cannot be used.
+    Raises `RequestError` for the first wrong field.
     """
     _check_model(body.get("model"), service.name)
     ignored: tuple[str, ...] = ()
@@ -206,7 +206,7 @@ def _check_model(given: object, served: str) -> None:
 
 
 def _without_foreign(body: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return a body without other servers' fields, and the names of those without an effect."""
+    """Return the body without other servers' fields, and the names of those to note."""
     named = tuple(
         name for name, usual in _FOREIGN.items() if body.get(name) not in (None, [], usual)
     )

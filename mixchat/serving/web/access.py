@@ -1,8 +1,7 @@
 """The address that the server listens on, and the requests that it turns away.
 
-A web page that a person has open can send requests to this machine. Its origin has to be one of
-`--cors`. A page whose host name resolves to 127.0.0.1 (DNS rebinding) has no foreign origin, but
-its name is in the Host header.
+Web pages can send requests to this machine. Their origin has to be one of `--cors`. DNS rebinding
+gives them no foreign origin, but a foreign name in the Host header.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ IGNORED = "x-mixchat-ignored"  # the header that names a request's fields withou
 
 
 def find_address(host: str, port: int, key: str | None) -> Address:
-    """Return the address to listen on. A port of 0 lets the system choose one.
+    """Return the address to listen on. Port 0 lets the system choose one.
 
-    Raises `UsageError` if there is no such host, or if others can reach it without a key.
+    Raises `UsageError` for an unknown host, or one that others can reach without a key.
     """
     host = host.removeprefix("[").removesuffix("]")  # as IPv6 is written in a URL
     address = resolve(str(NetworkAddress(host, port)), any_port=True)
@@ -49,9 +48,9 @@ def is_loopback(address: Address) -> bool:
 
 
 def bind(address: Address) -> socket.socket:
-    """Return a socket with this address, on which nobody listens yet. Raises `UsageError`."""
-    # asyncio sets TCP_NODELAY only if the protocol is named. Without it each answer on a connection
-    # that stays open takes 40 ms more.
+    """Return a socket that is bound to this address. Raises `UsageError`."""
+    # asyncio sets TCP_NODELAY only if the protocol is named. Else a kept connection costs 40 ms
+    # more for each answer.
     bound = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,8 +71,8 @@ def url_of(bound: socket.socket) -> str:
 class Access:
     """The clients that may use the server.
 
-    A request needs the `key`, if there is one. `origins` are of the web pages that may use it, or
-    "*". If `local_only`, no other machine can reach it.
+    They need the `key`, if there is one. `origins` are those of allowed web pages, or "*". No other
+    machine can reach the server if `local_only`.
     """
 
     key: str | None = None
@@ -104,7 +103,7 @@ def error_response(error: RequestError) -> Response:
 
 
 class _HeaderCheck:
-    """Checks a request's origin and host, and that its length is clear."""
+    """Checks a request's origin, host and length."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
@@ -154,7 +153,6 @@ def _digest(key: bytes) -> bytes:
 
 
 def _is_local(host: str) -> bool:
-    """Return whether the Host header names this machine, as localhost or a loopback address."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     if name.lower() == "localhost":
         return True

@@ -1,7 +1,6 @@
 """The jobs of one request while they run, and their answers, whole or as a stream.
 
-A comment of a stream starts with a colon. It keeps proxies from cutting a silent connection while
-a prompt is read, or while the job waits for its turn.
+Comments in a stream keep proxies from cutting a silent connection.
 """
 
 from __future__ import annotations
@@ -41,12 +40,11 @@ _HEADERS = [
 class PendingAnswers:
     """The answers to one request, each with a number.
 
-    A slow client holds nobody up, because events wait here. There are no more of them than an
-    answer has tokens.
+    Events wait here, so a slow client holds nobody up. An answer has about one for each token.
     """
 
     def __init__(self, service: Service, jobs: Sequence[Job]) -> None:
-        """Submit nothing yet. To be called in the event loop, as `next` and `collect`."""
+        """Submit nothing yet. This, `next` and `collect` need the event loop."""
         self._service, self._jobs = service, jobs
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
@@ -61,7 +59,7 @@ class PendingAnswers:
         return self._unfinished == 0
 
     def submit(self) -> None:
-        """Submit all jobs, or none. Raises what `Service.submit` does. It may block a moment."""
+        """Submit all jobs or none, which may block. Raises as `Service.submit` does."""
         try:
             for number, job in enumerate(self._jobs):
                 self._cancels.append(self._service.submit(job, partial(self._hear, number)))
@@ -75,10 +73,10 @@ class PendingAnswers:
             cancel()
 
     async def next(self, timeout: float) -> list[tuple[int, JobEvent]]:
-        """Return the events that have come, each with its answer's number. Wait for one.
+        """Wait for events, and return them with their answers' numbers.
 
-        Returns none if nothing happens for `timeout` seconds. After the events before it, raises
-        the error of an answer that failed, and `ShuttingDownError` if the service ended one.
+        Returns none after `timeout` seconds. Raises the error of a failed answer after the events
+        before it, and `ShuttingDownError` if the service ended an answer.
         """
         if self._error is None:
             # Not `asyncio.wait_for`, which may lose a cancellation that comes with an event.
@@ -129,9 +127,9 @@ def _joined(parts: Sequence[Delta]) -> Delta:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
-    """Return the result of `work`, once the request's body is read.
+    """Return the result of `work`, or end it with `ClientDisconnect` if the client leaves.
 
-    If the client leaves first, end the work and raise `ClientDisconnect`.
+    The request's body has to be read before.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_leaving(receive))
@@ -166,7 +164,6 @@ class AnswerStream:
         self._explain, self._include_usage = explain, include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all, or until the client leaves."""
         try:
             with suppress(ClientDisconnect):
                 await while_connected(receive, self._send(send))
@@ -181,7 +178,7 @@ class AnswerStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of each event. An error is an event, too, since the status is sent."""
+        """Yield the bytes of events. An error is one, too, since the status is sent."""
         try:
             yield b"".join(map(_event, self._responses.openings()))
             async for piece in self._answered():
@@ -195,7 +192,7 @@ class AnswerStream:
         while not self._answers.finished:
             events = await self._answers.next(PING_S)
             done |= {number: event for number, event in events if isinstance(event, Done)}
-            # Events that came together are sent together, which is less for a slow client.
+            # Events that came together are sent together, for slow clients.
             pieces = [self._piece(number, event) for number, event in events]
             yield b"".join(pieces) or b": waiting\n\n"
         if self._include_usage:

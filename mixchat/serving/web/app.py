@@ -55,8 +55,7 @@ Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
 class AppState:
     """The objects that routes share.
 
-    `report` gets errors that are faults of mixchat itself. `note` gets a line for each field that
-    requests have without an effect, once.
+    `report` gets mixchat's own faults. `note` gets a line for each field without an effect, once.
     """
 
     service: Service
@@ -72,7 +71,7 @@ class AppState:
         self.form_checks = CapacityLimiter(_MAX_FORM_CHECKS)
 
     def note_ignored(self, names: Sequence[str]) -> None:
-        """Note the fields without an effect that were not noted before."""
+        """Note the fields without an effect, each once."""
         for name in names:
             if name not in self._noted:
                 self._noted.add(name)
@@ -150,7 +149,7 @@ async def _answer(
 
 
 async def _read(state: AppState, body: bytes, read: Read) -> ParsedRequest:
-    """Return what a body asks for. If the client leaves, the check of its schema ends."""
+    """Parse a body. The check of its schema ends if the client leaves."""
     limiter = state.form_checks if b"response_format" in body else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
@@ -220,7 +219,7 @@ async def _detokenize(state: AppState, request: Request) -> Response:
 
 
 async def _body(state: AppState, request: Request) -> bytes:
-    """Return the body. Raises `RequestError` if it is too long, before all of it is read."""
+    """Return the body. Refuse a long one before all of it is read."""
     limit = state.service.context.longest_text + _MAX_BODY_EXTRA
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("the body is compressed: send it as it is", status=415)
@@ -251,7 +250,7 @@ def _no_such_route(request: Request, error: Exception) -> Response:
 class _ResponseHeaders:
     """Gives every response an ID, forbids to cache it, and names fields without an effect.
 
-    An ID that a client sends is ignored, because it could forge another line in somebody's log.
+    A client's own ID is ignored, because it could forge a line in a log.
     """
 
     def __init__(self, app: ASGIApp) -> None:

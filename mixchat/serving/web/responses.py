@@ -34,7 +34,7 @@ _METRICS = (
 
 
 class TokenTexts:
-    """The bytes of each token. A control token adds none to a text and has its name here."""
+    """The bytes of each token, or a control token's name."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -58,7 +58,7 @@ class TokenTexts:
 class ResponseBuilder(ABC):
     """Builds the objects of one request's answers.
 
-    `seed` is mixchat's own field. It tells the seed that was drawn if the request gave none.
+    `seed` is mixchat's own field. It also tells a seed that was drawn.
     """
 
     prefix: str  # of the ID
@@ -76,7 +76,7 @@ class ResponseBuilder(ABC):
         }
 
     def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
-        """Return the body of answers that are sent at once."""
+        """Return the body of whole answers."""
         choices = [
             self._choice(number, text, _FINISH[done.reason], whole=True)
             for number, (text, done) in enumerate(answers)
@@ -109,7 +109,7 @@ class ResponseBuilder(ABC):
         return {**self._head, "object": self.chunk_name, "choices": list(choices), **usage}
 
     def _usage(self, done: Sequence[Done]) -> JSON:
-        """Return the counts. A prompt counts once, however many answers it has."""
+        """Count a prompt once, however many answers it has."""
         prompt = sum(len(job.prompt_ids) for job in self._request.jobs[:: self._request.n])
         generated = sum(each.generated_tokens for each in done)
         cached = min(prompt, sum(each.cached_tokens for each in done[:: self._request.n]))

@@ -1,9 +1,7 @@
 """uvicorn in a thread, from the first request to an orderly end.
 
-uvicorn itself waits for ever for the first byte of a request, for the rest of one, and for a client
-that takes no more of an answer. Anybody could use up all connections that way. The main thread
-waits for a signal, and mixchat's own handlers stay, because uvicorn installs its handlers only in
-the main thread.
+uvicorn itself waits for ever for a request and for a slow reader, so anybody could use up all
+connections. Outside the main thread it leaves mixchat's signal handlers in place.
 """
 
 from __future__ import annotations
@@ -28,13 +26,13 @@ from mixchat.base.progress import Note, in_background
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.service import Service
 
-_CLIENT_TIMEOUT_S = 30.0  # for a whole request to come, and for a client to take what is sent
-_MAX_WAITING = 256  # connections from which a whole request has yet to come
+_CLIENT_TIMEOUT_S = 30.0  # for a whole request to come, and for a client to read
+_MAX_WAITING = 256  # connections without a whole request yet
 _WAITING_GRACE_S = 1.0
-_ANSWER_TIMEOUT_S = 7.0  # for running answers to come to their end
+_ANSWER_TIMEOUT_S = 7.0  # for running answers to end
 _CLOSE_TIMEOUT_S = 0.5  # more, until the service is left to itself
 _FLUSH_TIMEOUT_S = 1  # for what is computed to be sent
-_OPEN_FILES = 8192  # the usual limit of 1,024 would bound the connections
+_OPEN_FILES = 8192  # the usual limit is 1,024
 
 
 def _refusal(status: str, message: str, code: str) -> bytes:
@@ -50,10 +48,10 @@ _NOT_HTTP = _refusal("400 Bad Request", "this is not a valid request of HTTP", "
 
 
 class WaitingConnections:
-    """The connections from which a whole request has yet to come, oldest first.
+    """The connections without a whole request yet, oldest first.
 
-    If there are more than `limit`, those are closed that have waited for `grace` seconds. A request
-    that came together with many connections has its turn first.
+    Above `limit`, those are closed that have waited for `grace` seconds, so that a whole request
+    has its turn before.
     """
 
     def __init__(self, limit: int = _MAX_WAITING, grace: float = _WAITING_GRACE_S) -> None:
@@ -76,7 +74,7 @@ class WaitingConnections:
 
 
 class ClientConnection(H11Protocol):
-    """One connection of a client, which may carry many requests, one after the other."""
+    """A client's connection, which may carry many requests in turn."""
 
     def __init__(
         self, *args: Any, waiting: WaitingConnections, timeout: float, **options: Any
@@ -118,7 +116,7 @@ class ClientConnection(H11Protocol):
         self._stop_stall()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP, in JSON as all other refusals."""
+        """Refuse what is not HTTP, in JSON."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
             self.transport.write(_NOT_HTTP)
@@ -180,7 +178,7 @@ class WebServer:
         self._over: Future[None] | None = None
 
     def start(self) -> None:
-        """Start to serve, and return as soon as it does. Raises `OSError` if it cannot."""
+        """Start, and wait until it serves. Raises `OSError` if it cannot."""
         _allow_files()
         self._over = in_background(self._server.run, [self._bound])
         self._over.add_done_callback(lambda over: self._server.ready.set())
@@ -220,10 +218,10 @@ class _Server(Server):
 def serve_until_signal(
     server: WebServer, service: Service, ready: Callable[[], object], note: Note
 ) -> None:
-    """Serve until a signal comes, and raise its exception when all has ended, within 10 s.
+    """Serve until a signal, and raise its exception when all has ended, within 10 s.
 
-    Meanwhile new requests are refused, and running answers have 7 s. A second Ctrl-C ends them at
-    once.
+    After the signal new requests are refused, and running answers have 7 s. A second Ctrl-C ends
+    them at once.
     """
     with interrupts.saving():
         server.start()
@@ -245,7 +243,6 @@ def serve_until_signal(
 
 
 def _allow_files() -> None:
-    """Raise the limit on open files as far as it may be raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
