@@ -80,7 +80,6 @@ class ModelService:
         return cancel
 
     def stats(self) -> ServiceStats:
-        """Return the counts as they are now."""
         with self._changed:
             stats = self._ended_stats
             for job in self._running:
@@ -88,7 +87,6 @@ class ModelService:
             return replace(stats, running=len(self._running), waiting=len(self._waiting))
 
     def close(self, patience: float = 0.0) -> None:
-        """Take no more jobs, let the others run for `patience` seconds, and cancel what is left."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -147,10 +145,9 @@ class ModelService:
             return job
 
     def _next_job(self, batch: Batch) -> RunningJob | None:
-        """Return a job that was cancelled, else the first one that can begin.
+        """Return a cancelled job, else the first one that can begin.
 
-        A job whose constraint is being compiled holds up no other one. No more constraints are
-        compiled than answers fit at once.
+        No more constraints are compiled than answers fit at once.
         """
         for job in self._waiting:
             if job.is_cancelled:

@@ -95,7 +95,7 @@ class RunningJob:
         return Done(reason, stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens)
 
     def counts(self) -> tuple[int, int, int]:
-        """Return the prompt's tokens that were computed and cached, and the generated tokens."""
+        """Return the computed, cached and generated tokens."""
         if self.answer is None:
             return 0, 0, 0
         return (

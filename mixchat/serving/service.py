@@ -46,7 +46,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Reading:
-    """So many of the prompt's tokens that were not cached are processed."""
+    """So many of the prompt's uncached tokens are processed."""
 
     done: int
     total: int
@@ -54,7 +54,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of text, and the tokens since the last piece if they were requested."""
+    """The next piece of text, and the tokens since the last piece if requested."""
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
@@ -72,7 +72,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The answer cannot be given, or not be finished."""
+    """The answer cannot be given or finished."""
 
     error: Exception
 
@@ -82,7 +82,7 @@ Sink: TypeAlias = "Callable[[JobEvent], object]"
 
 
 class QueueFullError(ResourceError):
-    """So many jobs are waiting that no other one is taken."""
+    """Too many jobs are waiting."""
 
 
 class ShuttingDownError(ResourceError):

@@ -17,14 +17,14 @@ from mixchat.serving.client.server_client import HTTPReply, ServerClient
 from mixchat.serving.client.server_json import Comment, ListedModel, Piece, events, read_piece
 from mixchat.text.messages import Message
 
-# The comment that mixchat's own server sends while it reads a prompt.
+# The comment of mixchat's own server while it reads a prompt.
 _READING = re.compile(r"read ([0-9]{1,9}) of ([0-9]{1,9}) tokens", re.ASCII)
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 _NO_TURN = Turn((), (), 0, None, RequestedSampling(), None, (), "stop")
 
 
 class ServerBackend:
-    """A `Backend` for a model of a server. `form` are the fields for the form of answers."""
+    """A `Backend` for a model of a server. `form` has the fields for the form of answers."""
 
     identity = "server"
     engine = None
@@ -55,7 +55,7 @@ class ServerBackend:
     def reply(self, turn: Turn, on_prefill: OnPrefill) -> ServerReply:
         """Send the conversation.
 
-        If the server says that it is too long, the older half of its turns is left out, if allowed.
+        If the server finds it too long, its older half may be left out.
         """
         on_prefill(0, 0)
         first, later = turn.first, turn.questions_after_first()
@@ -84,7 +84,6 @@ class ServerBackend:
         return ServerReply(self, stream, turn, first, started, on_prefill)
 
     def count(self, messages: Sequence[Message], tokens: int) -> None:
-        """Note how many tokens a conversation takes."""
         self._counted = (_texts(messages), tokens)
 
     def _body(self, turn: Turn, first: int) -> dict[str, Any]:
@@ -121,11 +120,11 @@ class ServerReply:
         self.close = stream.close
         self._backend, self._stream, self._turn = backend, stream, turn
         self._on_prefill = on_prefill
-        self._started, self._first_piece = started, 0.0  # times
+        self._started, self._first_piece = started, 0.0
         self._text = ""
 
     def texts(self) -> Iterator[str]:
-        """Yield the text as it comes. Raises `ServerError` if the server goes away too early."""
+        """Yield the text as it comes. Raises `ServerError` if it breaks off."""
         try:
             yield from self._pieces()
         except ServerError:

@@ -24,7 +24,7 @@ from mixchat.serving.client.server_json import (
 from mixchat.serving.client.server_url import ServerURL
 
 _CONNECT_TIMEOUT_S = 10.0
-_END_TIMEOUT_S = 2.0  # for what comes after the last piece of an answer
+_END_TIMEOUT_S = 2.0  # after the last piece of an answer
 _READ_S = 0.2  # of each attempt to read
 _MAX_BODY = 2**24  # bytes of a list of models, or of an error
 _START_HINT = "Start it with 'mixchat serve', or check the URL."
@@ -51,7 +51,7 @@ class ServerClient:
             raise UsageError("the key in MIXCHAT_API_KEY has characters that no key can have")
 
     def models(self) -> list[ListedModel]:
-        """Return the models of the server, or nothing if it does not list them."""
+        """Return the server's models, or nothing if it does not list them."""
         with closing(self._request("GET", "/models")) as reply:
             if reply.status in (404, 405, 501):
                 return []
@@ -158,7 +158,6 @@ class HTTPReply:
         self.kind = (self.header("Content-Type") or "").partition(";")[0].strip().lower()
 
     def header(self, name: str) -> str | None:
-        """Return the value of a header."""
         for key, value in self._response.headers:
             if key.lower() == name.lower().encode():
                 return value.decode("latin-1")
@@ -189,17 +188,14 @@ class HTTPReply:
 
 
 class _PatientNetwork(httpcore2.SyncBackend):
-    """Connections that wait for as long as it takes, and let Ctrl-C in meanwhile."""
+    """Connections that wait without end, but let Ctrl-C in."""
 
     def connect_tcp(self, *args: Any, **options: Any) -> _PatientStream:
         return _PatientStream(super().connect_tcp(*args, **options))
 
 
 class _PatientStream(httpcore2.NetworkStream):
-    """A connection that reads until `deadline`, in short attempts.
-
-    A signal just before a read blocks is handled only after that read.
-    """
+    """A connection that reads in short attempts. A signal may have to wait for one to end."""
 
     deadline = math.inf  # seconds of the monotonic clock
 

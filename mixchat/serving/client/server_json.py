@@ -30,7 +30,7 @@ class BusyError(ServerError):
 
 
 class RefusedError(ServerError):
-    """The server refuses this request, and may take others."""
+    """The server refuses this request."""
 
 
 _BY_STATUS: dict[int, type[ServerError]] = {
@@ -73,10 +73,7 @@ class Piece:
 
 
 def read_models(body: bytes) -> list[ListedModel]:
-    """Return the listed models whose names can be shown. Raises `ServerError`.
-
-    mixchat's own server tells the size of the context as `context_size`.
-    """
+    """Return the listed models whose names can be shown. Raises `ServerError`."""
     listed = _object(_json(body)).get("data")
     if not isinstance(listed, list):
         raise ServerError("the server sends no list of models: is it one with OpenAI's API?")
@@ -90,8 +87,7 @@ def read_models(body: bytes) -> list[ListedModel]:
 def events(pieces: Iterable[bytes]) -> Iterator[str | Comment]:
     """Yield the data of each server-sent event, and comments. Pieces may be cut anywhere.
 
-    Lines end with LF or CRLF. Bad UTF-8 becomes U+FFFD. Raises `ServerError` for an event of more
-    than 1 MiB.
+    Lines end with LF or CRLF. Bad UTF-8 becomes U+FFFD. Raises `ServerError` beyond 1 MiB.
     """
     data: list[str] = []
     size = 0
@@ -156,7 +152,7 @@ def read_piece(data: str) -> Piece:
 
 
 def error_of(status: int, raw: object) -> MixchatError:
-    """Return the error that a server reports in JSON, with an HTTP status or, in a stream, 0."""
+    """Return the error that a server reports in JSON. `status` is 0 in a stream."""
     code, said = _error(raw)
     if any(words in code or words in said for words in _TOO_LONG):
         return PromptTooLongError(f"the server says: {said or code}")
@@ -167,7 +163,7 @@ def error_of(status: int, raw: object) -> MixchatError:
 
 
 def parsed_error(body: bytes) -> object:
-    """Return the JSON of an error's body, or its text if it is not JSON."""
+    """Return the JSON of an error's body, else its text."""
     try:
         return _json(body)
     except ServerError:
@@ -176,7 +172,6 @@ def parsed_error(body: bytes) -> object:
 
 
 def _error(raw: object) -> tuple[str, str]:
-    """Return code and message, in any of the forms that servers have."""
     found = raw.get("error", raw) if isinstance(raw, dict) else raw
     if not isinstance(found, dict):
         return "", short_message(found or "")

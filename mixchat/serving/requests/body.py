@@ -1,4 +1,4 @@
-"""JSON from the bytes of a body, which every reader of JSON understands alike."""
+"""JSON from the bytes of a body, which every reader understands alike."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """The body of a chat, turned into jobs.
 
-| field                              | taken as                                              |
-| ---------------------------------- | ----------------------------------------------------- |
-| messages                           | system, developer, user, assistant, in text only      |
-| messages[-1] of the assistant      | the beginning of the answer, which continues it       |
-| messages[].name                    | ignored, since the templates have no place for it     |
-| logprobs, top_logprobs             | at most 20                                            |
-| modalities, reasoning_effort       | ["text"] and "none", as these models do             |
-| tools, functions                   | ignored and named, or refused if they force a call    |
-| audio, and so on                   | refused, since these models cannot do that            |
+| field                         | taken as                                           |
+| ----------------------------- | -------------------------------------------------- |
+| messages                      | system, developer, user, assistant, in text only   |
+| messages[-1] of the assistant | the beginning of the answer                        |
+| messages[].name               | ignored                                            |
+| logprobs, top_logprobs        | at most 20                                         |
+| modalities, reasoning_effort  | only ["text"] and "none"                           |
+| tools, functions              | ignored and named, or refused if they force a call |
+| audio, and so on              | refused                                            |
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ class _ChatMessage(RequestObject):
     content: Annotated[list[_Part], FailFast(), max_items(_MAX_PARTS), WrapValidator(_text)]
 
     def message(self) -> Message:
-        """Return the message for the template."""
         return Message("system" if self.role == "developer" else self.role, str(self.content))
 
 
@@ -113,7 +112,7 @@ def read_chat(
     Raises `RequestError`, and `PromptError` if the template cannot express the conversation.
     """
     fields, job, ignored = read_fields(_ChatFields, body, service, defaults)
-    # Open WebUI and others offer tools with each question, and can do without a call.
+    # Open WebUI and others offer tools with each question, and need no call.
     ignored += tuple(n for n in ("tools", "functions") if getattr(fields, n) not in (None, []))
     if fields.top_logprobs and not fields.logprobs:
         raise field_error("top_logprobs", "needs logprobs: true", "invalid_value")

@@ -1,11 +1,11 @@
 """The body of a completion, turned into jobs.
 
-| field           | taken as                                                               |
-| --------------- | ---------------------------------------------------------------------- |
-| prompt          | a string, a list of strings, token ids, or a list of lists of them     |
-| logprobs        | at most 20                                                             |
-| echo, suffix    | refused, unless they are false and empty                               |
-| best_of         | only if it equals n                                                    |
+| field        | taken as                                 |
+| ------------ | ---------------------------------------- |
+| prompt       | a string, token ids, or a list of either |
+| logprobs     | at most 20                               |
+| echo, suffix | only false and empty                     |
+| best_of      | only if it equals n                      |
 """
 
 from __future__ import annotations

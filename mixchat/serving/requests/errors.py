@@ -16,10 +16,10 @@ from mixchat.base.errors import (
 from mixchat.serving.service import QueueFullError, ShuttingDownError
 
 _INVALID = "invalid_request_error"
-_RETRY_S = 2  # until a client that met a full queue should try again
+_RETRY_S = 2  # for a client that met a full queue
 _MAX_PATH = 80  # characters
-_MAX_VALUE = 60  # characters of a value in a message
-# The status, type and code of errors. The first class that fits counts.
+_MAX_VALUE = 60  # characters
+# Status, type and code. The first class that fits counts.
 _KINDS = (
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ShuttingDownError, 503, "server_error", "shutting_down"),
@@ -31,10 +31,7 @@ _KINDS = (
 
 
 class RequestError(Exception):
-    """A request that cannot be answered.
-
-    `param` is the path of the wrong field. `kind` and `code` are OpenAI's `type` and `code`.
-    """
+    """A request that cannot be answered. `param` is the wrong field, `kind` OpenAI's `type`."""
 
     def __init__(
         self,
@@ -57,11 +54,11 @@ class RequestError(Exception):
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """Return an error with the status and the code that clients know it by."""
+    """Return an error with the status and code that clients know."""
     if isinstance(error, RequestError):
         return error
     if not isinstance(error, MixchatError):
-        # The exact fault is for the person who runs the server, not for a client.
+        # Only the person who runs the server gets the exact fault.
         return RequestError("internal error", status=500, kind="server_error")
     message = f"{error}. {error.hint}" if error.hint else str(error)
     for kind, status, word, code in _KINDS:
@@ -82,7 +79,7 @@ def field_error(path: str, reason: str, code: str | None = None) -> RequestError
 
 
 def value_error(path: str, allowed: str, value: object) -> RequestError:
-    """Return the error about a value at `path` that is not one of those allowed."""
+    """Return the error about a value that is not allowed."""
     return field_error(path, f"has to be {allowed}, not {shown(value)}", "invalid_value")
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
 
 MakeConstraint: TypeAlias = "Callable[[], Constraint]"
-_MAX_FORM = 100_000  # bytes of a schema or a grammar. They take 2 s, and twice as many 8 s
+_MAX_FORM = 100_000  # bytes of a schema or a grammar, which take 2 s
 _MAX_CACHED_FORMS = 64
 
 
@@ -88,8 +88,8 @@ def constraint_of(
 ) -> MakeConstraint | None:
     """Return what makes the constraint of an answer, None for text of any form.
 
-    The tokens `before` begin the answer, and have to have the form, too. `continued` tells whether
-    the answer continues its prompt. Raises `RequestError` if the form cannot be read or met.
+    The tokens `before` begin the answer. `continued` tells whether it continues its prompt. Raises
+    `RequestError` if the form cannot be read or met.
     """
     field, code, form = "response_format", "invalid_schema", fields.response_format
     given: dict[str, Any] | str | None = None

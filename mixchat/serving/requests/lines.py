@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 AHEAD = 2  # lines read for each answer at once
 _BYTES_PER_BYTE = 6  # of a line for each byte of a prompt, as in \u0041
-_MAX_LINE_EXTRA = 1_000_000  # bytes of a line besides its prompt, as for a schema
+_MAX_LINE_EXTRA = 1_000_000  # bytes of a line besides its prompt
 _MAX_LINE = 100_000_000  # bytes, for a context of any size
 _MAX_SKIPPED = 1_000_000_000  # bytes of a line that is too long
 _READ_SIZE = 1 << 20  # bytes
@@ -56,14 +56,12 @@ class Line:
         self.is_ready = threading.Event()
 
     def take(self, event: JobEvent) -> None:
-        """Take an event of the service."""
         if isinstance(event, Delta):
             self.text += event.text
         elif isinstance(event, Done | Failed):
             self.end(event if isinstance(event, Done) else event.error)
 
     def end(self, done: Done | Exception) -> None:
-        """Note the end."""
         self.done = done
         self.is_ready.set()
 
@@ -84,12 +82,12 @@ class Line:
         }
 
 
-# Starts the answer of a line, which the line takes. An error that it raises is the answer.
+# Starts the answer of a line. An error that it raises is the answer.
 Begin: TypeAlias = "Callable[[Line, bytes], object]"
 
 
 def longest_line(context: Context) -> int:
-    """Return the bytes that a line of prompts may have."""
+    """Return the most bytes that a line may have."""
     return min(context.longest_text * _BYTES_PER_BYTE + _MAX_LINE_EXTRA, _MAX_LINE)
 
 
@@ -115,7 +113,7 @@ def numbered_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes]]:
 
 
 def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int) -> Iterator[Line]:
-    """Yield the numbered lines in their order, each with its answer, without the empty lines.
+    """Yield the numbered lines with their answers, in their order, without empty lines.
 
     A thread reads ahead, so that no answer waits for a slow pipe. Raises what reading raises, after
     all lines before it.

@@ -1,21 +1,21 @@
 """The fields that chat and completion share.
 
-| field                                          | taken as                                  |
-| ---------------------------------------------- | ----------------------------------------- |
-| temperature, top_p, seed                       | OpenAI's, else the model's advice         |
-| top_k, min_p, repeat_penalty                   | mixchat's own, with the limits of `run`   |
-| presence_penalty, frequency_penalty            | OpenAI's                                  |
-| logit_bias                                     | by token id, -100 to 100                  |
-| max_tokens, max_completion_tokens              | 0 for as many as fit                      |
-| n                                              | OpenAI's, up to what the server can take  |
-| stop, stream, stream_options.include_usage     | OpenAI's                                  |
-| response_format, grammar                       | see forms.py                              |
-| model                                          | the one that is served, or not given      |
-| user, metadata, service_tier, prompt_cache_key | ignored, since they change no answer      |
-| safety_identifier, store (false)               | ignored                                   |
-| repetition_penalty                             | as repeat_penalty, the name of llama.cpp  |
-| _FOREIGN, of other servers                     | ignored and named, or refused if strict   |
-| all others                                     | refused by their names                    |
+| field                                          | taken as                                |
+| ---------------------------------------------- | --------------------------------------- |
+| temperature, top_p, seed                       | OpenAI's, else the model's advice       |
+| top_k, min_p, repeat_penalty                   | mixchat's own, with the limits of `run` |
+| presence_penalty, frequency_penalty            | OpenAI's                                |
+| logit_bias                                     | by token id, -100 to 100                |
+| max_tokens, max_completion_tokens              | 0 for as many as fit                    |
+| n                                              | up to what the server can take          |
+| stop, stream, stream_options.include_usage     | OpenAI's                                |
+| response_format, grammar                       | see forms.py                            |
+| model                                          | the served one, if given                |
+| user, metadata, service_tier, prompt_cache_key | ignored                                 |
+| safety_identifier, store (false)               | ignored                                 |
+| repetition_penalty                             | as repeat_penalty                       |
+| _FOREIGN                                       | ignored and named, or refused if strict |
+| all others                                     | refused                                 |
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mixchat.serving.service import Job, Service
 _MAX_ANSWERS = 16  # of one request
 _MAX_LOGPROBS = 20
 _MAX_STOPS, _MAX_STOP_LENGTH = 32, 500  # strings, characters
-# Other servers' fields that only tune an answer, each with the value that applies here.
+# Other servers' fields that only tune an answer, with the values that apply here.
 _FOREIGN = {
     "cache_prompt": True,
     "chat_template_kwargs": {},
@@ -206,7 +206,6 @@ def _check_model(given: object, served: str) -> None:
 
 
 def _without_foreign(body: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the body without other servers' fields, and the names of those to note."""
     named = tuple(
         name for name, usual in _FOREIGN.items() if body.get(name) not in (None, [], usual)
     )

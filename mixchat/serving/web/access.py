@@ -1,7 +1,7 @@
 """The address that the server listens on, and the requests that it turns away.
 
-Web pages can send requests to this machine. Their origin has to be one of `--cors`. DNS rebinding
-gives them no foreign origin, but a foreign name in the Host header.
+A web page's origin has to be one of `--cors`. DNS rebinding gives a page no foreign origin, but a
+foreign Host header.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mixchat.serving.requests.errors import RequestError, to_json
 
 _ANY = "*"
 _OPEN_PATH = "/health"  # needs no key, because it tells nothing
-IGNORED = "x-mixchat-ignored"  # the header that names a request's fields without an effect
+IGNORED = "x-mixchat-ignored"  # names a request's fields without an effect
 
 
 def find_address(host: str, port: int, key: str | None) -> Address:
@@ -71,8 +71,7 @@ def url_of(bound: socket.socket) -> str:
 class Access:
     """The clients that may use the server.
 
-    They need the `key`, if there is one. `origins` are those of allowed web pages, or "*". No other
-    machine can reach the server if `local_only`.
+    `origins` are the web pages' own, or "*". No other machine can reach it if `local_only`.
     """
 
     key: str | None = None
@@ -127,7 +126,7 @@ class _HeaderCheck:
 
 
 class _KeyCheck:
-    """Checks the key, in a time that does not depend on how much of it is right."""
+    """Checks the key, in a time that does not tell how much of it is right."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._digest = app, _digest(key.encode())

@@ -40,7 +40,7 @@ _HEADERS = [
 class PendingAnswers:
     """The answers to one request, each with a number.
 
-    Events wait here, so a slow client holds nobody up. An answer has about one for each token.
+    Events wait here, so a slow client holds nobody up.
     """
 
     def __init__(self, service: Service, jobs: Sequence[Job]) -> None:

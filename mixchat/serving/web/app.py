@@ -41,7 +41,7 @@ from mixchat.serving.web.responses import (
     to_prometheus,
 )
 
-_MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt, as for a schema
+_MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
 _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
 _MAX_WAITING_CHECKS = 16
 _CHAT_PATH = "/v1/chat/completions"

@@ -42,7 +42,7 @@ class TokenTexts:
         self._bytes: Sequence[bytes] = ()
 
     def load(self) -> None:
-        """Ask the tokenizer, which may take a second the first time."""
+        """Ask the tokenizer, which may take a second."""
         self._bytes = self._bytes or self._tokenizer.token_bytes().within
 
     def bytes_of(self, token: int) -> bytes:

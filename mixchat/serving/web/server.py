@@ -26,7 +26,7 @@ from mixchat.base.progress import Note, in_background
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.service import Service
 
-_CLIENT_TIMEOUT_S = 30.0  # for a whole request to come, and for a client to read
+_CLIENT_TIMEOUT_S = 30.0  # for a whole request, and for a client to read
 _MAX_WAITING = 256  # connections without a whole request yet
 _WAITING_GRACE_S = 1.0
 _ANSWER_TIMEOUT_S = 7.0  # for running answers to end
@@ -69,7 +69,6 @@ class WaitingConnections:
             oldest.give_up()
 
     def remove(self, connection: ClientConnection) -> None:
-        """Remove a connection, if it is here."""
         self._since.pop(connection, None)
 
 
