@@ -40,7 +40,7 @@ from mixchat.cli.stats import stats
 
 _INTERRUPTED = 130
 _CLOSED_PIPE = 141
-# Earlier names of flags by today's. They still work, and nothing shows them.
+# Earlier names of flags by today's, which still work.
 _OLD_NAMES = {
     "--host-memory": "--expert-memory",
     "--calibrate-text": "--text",
@@ -50,7 +50,7 @@ _MAX_COLUMNS = 120  # of --help, if the terminal has more
 
 
 class Commands(TyperGroup):
-    """Refuses a command that does not exist with the best answer that is known."""
+    """Answers a command that does not exist with a hint."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
@@ -63,7 +63,7 @@ app = typer.Typer(
     cls=Commands,
     add_completion=False,  # see flags/shell_completion.py
     help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
-    # Rich would add a third to the time that --help takes, and reads brackets as markup.
+    # Rich would add a third to the time of --help, and reads brackets as markup.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _MAX_COLUMNS},
     epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.",
@@ -93,7 +93,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _function in _COMMANDS.items():
     app.command(_name, cls=HeadedCommand)(_function)
-# Their names in other programs, which one line of --help has.
+# Their names in other programs.
 app.command("pull", hidden=True)(download)
 app.command("ls", hidden=True)(list_models)
 
@@ -165,7 +165,7 @@ def _mixchat(
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run one command line (`sys.argv` by default) and exit with its exit code."""
     _prepare_streams()
-    # A signal ends it like Ctrl-C, so that unfinished files are removed before it exits.
+    # A signal ends it like Ctrl-C, so that unfinished files are removed.
     interrupts.install()
     code = _exit_code(sys.argv[1:] if arguments is None else arguments)
     sys.exit(interrupts.exit_code(code))
@@ -189,7 +189,7 @@ def _exit_code(arguments: Sequence[str]) -> int:
 
 
 def _code_of(error: Exception) -> int:
-    """Return the exit code for an error, and print it unless a signal caused it in a library."""
+    """Return an error's exit code, and print it unless a signal caused it."""
     if interrupts.exit_code(0):
         return interrupts.exit_code(0)
     if _comes_from_ctrl_c(error):
@@ -204,7 +204,7 @@ def _comes_from_ctrl_c(error: BaseException | None) -> bool:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
-    # `app()` would turn a closed pipe into exit code 1, and print errors its own way.
+    # `app()` would give a closed pipe exit code 1, and print errors its own way.
     command = _command()
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         return complete(command, instruction)
@@ -217,7 +217,7 @@ def _invoke(arguments: Sequence[str]) -> int:
     except typer.BadParameter as error:
         raise explained(error) from None
     except Exception as error:
-        # Typer's error for an unknown flag has these. Its class has no public name.
+        # Typer's error for an unknown flag has these, but no public class.
         if flag := hasattr(error, "possibilities") and getattr(error, "option_name", None):
             raise unknown_flag(flag, error.ctx) from None  # type: ignore[attr-defined]
         raise
@@ -227,8 +227,8 @@ def _invoke(arguments: Sequence[str]) -> int:
 def _command() -> Any:
     """Return the whole command line.
 
-    --help is False by default. To convert a None, Typer would import pydantic, which takes as long
-    as everything else.
+    If the default of --help were None, Typer would import pydantic, which takes as long as the
+    rest.
     """
     command: Any = typer.main.get_command(app)
     context = command.context_class(command, **command.context_settings)
@@ -237,7 +237,7 @@ def _command() -> Any:
         each.make_parser = partial(_parser_with_old_names, each.params, each.make_parser)
         for parameter in each.params:
             if parameter.param_type_name == "argument":
-                # PROMPT is enough for a person, without <list[str]>.
+                # A person needs only PROMPT, without <list[str]>.
                 parameter.display_type_rich = lambda ctx: ""
     return command
 
@@ -259,10 +259,7 @@ def _is_closed_pipe(error: Exception) -> bool:
 
 
 def _prepare_streams() -> None:
-    """Ensure that there are streams to print to, and that no character can make printing fail.
-
-    Exits if standard output is closed, before a model is loaded and an answer computed in vain.
-    """
+    """Ensure streams that take any character. Exit at once if standard output is closed."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
     if sys.stdout is None:
@@ -275,7 +272,7 @@ def _prepare_streams() -> None:
 
 
 def _abandon_output() -> None:
-    """Flush what can be flushed. Python would try again at exit, and print an error."""
+    """Flush, or drop what Python would fail to flush at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

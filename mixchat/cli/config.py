@@ -97,7 +97,7 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
 
 
 def _settings(command: Any, given: dict[str, Any]) -> Iterator[CurrentSetting]:
-    """Have click parse each setting by itself, so that a bad one does not hide the others."""
+    """Parse each setting by itself, so that a bad one does not hide the others."""
     context = command.context_class(command, info_name="run", default_map=given)
     for key, parameter in settings_of(command).items():
         problem: Exception | None = None
@@ -147,7 +147,6 @@ def _default(parameter: Any) -> str:
 
 
 def _example(settings: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of config.toml, each setting with its help and commented out."""
     yield "# The settings of mixchat. To set one, remove the # from its line, and replace what is"
     yield "# in capital letters. A variable (such as MIXCHAT_TEMP) overrides it, and a flag both."
     for key, parameter in settings.items():
@@ -168,5 +167,5 @@ def _example_value(parameter: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Return the value as TOML, which has strings, lists and booleans as in JSON."""
+    """Return TOML, which has strings, lists and booleans as in JSON."""
     return json.dumps(value, ensure_ascii=False)

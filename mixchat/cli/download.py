@@ -188,7 +188,7 @@ def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> N
 
 
 def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
-    """Download the model. Return its plan as JSON has it, or name and path if it was installed."""
+    """Download the model, and return its plan as JSON."""
     from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import download as download_model
 

@@ -74,7 +74,7 @@ def show_model(
     manifest = read_manifest(directory)
     config = ModelConfig.from_file(directory / "config.json")
     ModelDetails(directory, manifest, config).show(as_json)
-    check_files(directory, manifest)  # last, for it raises an error if the model is damaged
+    check_files(directory, manifest)  # last, for it may fail
 
 
 def rm(model: _Model, yes: _Yes = False) -> None:
@@ -225,7 +225,7 @@ def gc(
 
 
 def _ask(question: str) -> None:
-    """Ask for confirmation. Raises `typer.Abort` without it, `UsageError` without a terminal."""
+    """Raise `typer.Abort` without confirmation, and `UsageError` without a terminal."""
     if not stdin_is_terminal():
         raise UsageError(
             "cannot ask for confirmation: standard input is not a terminal",

@@ -94,7 +94,7 @@ def plan(
         raise UsageError("--gpu tells about a GPU of another machine, --device names one of this")
     from mixchat.weights import models
 
-    ref = models.resolve(model)  # a name that means nothing is refused before torch loads
+    ref = models.resolve(model)  # refuses a wrong name before torch loads
     prepare_environment()
     from mixchat.cli.output.plan_report import PlanReport
     from mixchat.loading.plan import plan as plan_machine
@@ -112,7 +112,7 @@ def plan(
 
 
 def _told(flag: str, text: str | None, parse: Callable[[str], Any]) -> Any:
-    """Return the figure of a flag, None if it is not given. Raises `UsageError` with its name."""
+    """Parse the figure of a flag. Raises `UsageError` with the flag's name."""
     try:
         return None if text is None else parse(text)
     except UsageError as error:

@@ -108,7 +108,7 @@ def run(
 
 
 def _models(context: typer.Context, load: LoadOptions, reporter: Reporter) -> ModelProvider:
-    """Return the models of the server or of this machine, after a check of the flags' files."""
+    """Check the flags' files, and return the models of the server or of this machine."""
     flags = context.params
     form = run_flags.read_form(flags["schema"], flags["grammar"])
     cache, trace = flags["prompt_cache"], load.trace
@@ -141,7 +141,7 @@ def _converse(
     resumed: SavedChat | None,
     reporter: TerminalReporter,
 ) -> None:
-    """Read the question and print its answer, or chat if there is none."""
+    """Answer the question, or chat if there is none."""
     flags = context.params
     if not flags["server"]:
         _note_server(name, reporter)
@@ -181,7 +181,7 @@ def _no_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
 
 
 def _note_server(model: str, reporter: TerminalReporter) -> None:
-    """Tell of a server on this machine that has the model loaded already."""
+    """Tell of a server here that has the model loaded."""
     from mixchat.serving.client.local_server import is_served_here
     from mixchat.serving.client.server_url import SERVER_PORT
 

@@ -101,7 +101,7 @@ def serve(
     Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and
     /metrics. Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
     """
-    # With exact prompts an answer is the same whoever else is served.
+    # Exact prompts make an answer the same whoever else is served.
     load = load_flags.load_options(context.params, exact_prompts=True)
     key = None if api_key is None else _checked_key(api_key)
     origins = tuple(map(_checked_origin, cors or ()))

@@ -55,7 +55,7 @@ def stats(
 
 
 def _last_report(name: str, is_named: bool) -> ExpertReport:
-    """Return the last report of a model, or of the last run if none is named."""
+    """Return the model's last report, or the last run's if none is named."""
     from mixchat.engine.report import load_report, newest_report_path, report_path
 
     newest = None if is_named else newest_report_path()
@@ -68,7 +68,6 @@ def _last_report(name: str, is_named: bool) -> ExpertReport:
 
 
 def _picture(report: ExpertReport) -> Any:
-    """Return a figure with heatmaps of the uses and the places of experts."""
     layers, experts = len(report.tiers), len(report.tiers[0])
     title = f"{report.model}: {report.tokens:,} tokens"
     figure = new_figure(4 + 0.5 * experts, 2 + 0.25 * layers, title)

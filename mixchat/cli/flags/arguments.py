@@ -16,13 +16,13 @@ from mixchat.chat.plain_text import decode, read_stream, read_text_file
 
 STDIN = "-"
 _NOTE_AFTER_S = 1.0
-_LONGEST_CALIBRATION = 2**21  # bytes, more than the tokens of a calibration take
+_LONGEST_CALIBRATION = 2**21  # bytes, more than a calibration takes
 
 
 def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path, str]:
-    """Return the texts of files, by path; `-` is standard input.
+    """Return the texts of files by path. `-` is standard input.
 
-    Raises `PromptError` if one of them is empty, not text, or too long for the context.
+    Raises `PromptError` if one is empty, not text, or too long for the context.
     """
     return {
         path: _required_stdin(context, note)
@@ -37,10 +37,9 @@ def read_prompt(
 ) -> str | None:
     """Return the prompt, or None for a chat if there is neither input nor argument.
 
-    It joins standard input if it is not a terminal, the texts of files, and `argument`, with blank
-    lines between them. An argument `-` asks for standard input, terminal or not. Standard input
-    that is one of the files is not read again. Raises `PromptError` if the prompt is empty, not
-    text, or too long for the context.
+    It joins piped standard input, the texts of files and `argument` with blank lines. An argument
+    `-` asks for standard input, which is read only once. Raises `PromptError` if the prompt is
+    empty, not text, or too long for the context.
     """
     named, piped = STDIN in map(str, files), None
     if not named and (argument == STDIN or not stdin_is_terminal()):
@@ -97,13 +96,12 @@ def _read_stdin(context: Context, note: Note) -> str:
     if sys.stdin is None:  # closed
         return ""
     with _note_if_it_takes_long(note):
-        # Python would decode it by the locale, some of which accept any bytes.
+        # Python would decode it by the locale, which may accept any bytes.
         return read_stream(sys.stdin.buffer, "standard input", context)
 
 
 @contextmanager
 def _note_if_it_takes_long(note: Note) -> Iterator[None]:
-    """Tell a person at a terminal that standard input is read, which may never end."""
     if not sys.stderr.isatty():
         yield
         return
@@ -118,7 +116,7 @@ def _note_if_it_takes_long(note: Note) -> Iterator[None]:
 
 
 def _is_text(argument: str) -> bool:
-    """Return whether an argument is UTF-8. Python decodes other bytes as lone surrogates."""
+    """Return whether it is UTF-8. Python decodes other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 

@@ -1,4 +1,4 @@
-"""Answers to the flags and commands of other programs, and to words that are misspelled."""
+"""Answers to other programs' flags and commands, and to misspelled words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from mixchat.base.errors import UsageError
 
 _NEAR_RATIO = 0.65  # of difflib, by which `temprature` is near, unlike `threads` and `stream`
-# The names of flags in ollama, llama.cpp and llm, by the answer. A command that lacks the first
-# flag of an answer does not give it.
+# Flags of ollama, llama.cpp and llm, by the answer. A command that lacks the answer's first flag
+# does not give it.
 _FLAGS_BY_ANSWER = {
     "Experts go to the GPU by themselves; see --device-memory.": (
         "-ngl --ngl --gpu-layers --n-gpu-layers --num-gpu -ncmoe --n-cpu-moe -cmoe --cpu-moe -ot"
@@ -71,7 +71,7 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
 
 
 def unknown_flag(flag: str, context: Any) -> UsageError:
-    """Return the error for a flag that a command lacks, with the best hint that is known."""
+    """Return the error for a flag that a command lacks, with the best hint."""
     known = [opt for parameter in context.command.params for opt in _opts(parameter)]
     answer = _FLAGS.get(flag)
     if answer is not None and (named := re.match(r"--[a-z-]+", answer)) and named[0] not in known:
@@ -85,7 +85,7 @@ def unknown_flag(flag: str, context: Any) -> UsageError:
 
 
 def unknown_command(name: str, known: Iterable[str]) -> UsageError:
-    """Return the error for a command that does not exist, with the best hint that is known."""
+    """Return the error for an unknown command, with the best hint."""
     near = _near(name, {each: each for each in known})
     answer = f"Did you mean 'mixchat {near}'?" if near else "'mixchat --help' shows all commands."
     return UsageError(f"there is no command {name!r}", hint=_COMMANDS.get(name, answer))

@@ -27,7 +27,7 @@ from mixchat.cli.flags.settings import (
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.experts.cache import POLICIES
 
-# The flag of each number and the limits of its value, by its name in Python.
+# Each number's flag and limits, by its name in Python.
 _NUMBERS = {number.field: (f"--{name}", number) for name, number in {**SAMPLING, **LENGTHS}.items()}
 
 
@@ -38,7 +38,7 @@ def within_limits(name: str) -> Callable[[Any], None]:
 
 
 def checked_model(name: str) -> str:
-    """Return the name, if it is not empty and UTF-8. Raises `UsageError`."""
+    """Return the name. Raises `UsageError` if it is empty or not UTF-8."""
     return checked(name, "the model's name")
 
 
@@ -217,14 +217,11 @@ def model_argument(help: str, **argument: Any) -> Any:
 
 
 def expanded(path: Path) -> Path:
-    """Return a path with the home directory for a ~ in front.
-
-    A shell replaces none in --key-file=~/FILE, in a variable or in config.toml.
-    """
+    """Expand ~ in a path, which no shell does in --key-file=~/FILE or in a variable."""
     return Path(os.path.expanduser(path))
 
 
-# The field of `LoadOptions` and the reader of its value, by the parameter's name.
+# The field of `LoadOptions` and its reader, by the parameter's name.
 _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "host_memory": ("host_memory", MemoryBudget.parse),
     "device_memory": ("device_memory", MemoryBudget.parse_list),
@@ -241,9 +238,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def load_options(flags: Mapping[str, Any], **fixed: Any) -> LoadOptions:
-    """Return the options of loading that a command's flags give, by their names in Python.
+    """Return the options that flags give, by their names in Python, and the `fixed` ones.
 
-    fixed: the options that this command does not leave to flags. Raises `UsageError`.
+    Raises `UsageError`.
     """
     given = {
         field: read(flags[name])
@@ -254,10 +251,7 @@ def load_options(flags: Mapping[str, Any], **fixed: Any) -> LoadOptions:
 
 
 def parse_dense_bits(text: str | None) -> DenseBits:
-    """Return the requested bits: "8" is for both, "attention=8,head=16" for each or one of them.
-
-    Raises `UsageError`.
-    """
+    """Return the bits that "8" or "attention=8,head=16" requests. Raises `UsageError`."""
     if text is None:
         return DenseBits()
     if "=" not in text:

@@ -43,18 +43,18 @@ if TYPE_CHECKING:
 _RESUME = ("-r", "--resume")
 _DASHES = "mixchat.dashes"  # in the context's `meta`
 _LONGEST_SHOWN = 60  # characters of a question
-# The parameters of `run` that concern a chat or one answer, not a file of prompts.
+# Parameters of `run` for a chat or one answer, not for a file of prompts.
 _NOT_FOR_LINES = (
     *("prompt", "file", "resume", "save", "keep_cache", "overflow", "raw", "vi"),
     *("as_json", "extract", "stream", "prompt_cache", "trace", "verbose", "schema", "grammar"),
 )
 _FOR_LINES = ("resume_from", "keep_failed", "parallel")
-# The parameters of `run` that concern loading a model, which a server has done.
+# Parameters for loading a model, which a server has done.
 _FOR_LOADING = (
     *("ctx_size", "keep_cache", "kv_bits", "exact_prompts", "host_memory", "device_memory"),
     *("device", "worker", "key_file", "cache_policy", "prompt_cache", "trace"),
 )
-# `run` has a parameter of the same name for each of these options of sampling.
+# The options of sampling, which are parameters of `run`, too.
 _SAMPLED = tuple(number.field for number in parameters.SAMPLING.values())
 
 
@@ -322,10 +322,7 @@ Verbose = Annotated[
 
 
 class RunCommand(HeadedCommand):
-    """Accepts `--resume` without a value, at the end or before another flag.
-
-    It also records whether there was a `--`, after which all words are the PROMPT.
-    """
+    """Accepts `--resume` without a value, and notes a `--`, which makes all words the PROMPT."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[_DASHES] = "--" in args
@@ -353,7 +350,7 @@ def check_run_flags(context: typer.Context) -> None:
 
 
 def chat_options(context: typer.Context, size: Context) -> ChatOptions:
-    """Return the options of answers in a context of this size. Raises as `_system_prompt` does."""
+    """Return the options of answers. Raises as `_system_prompt` does."""
     flags = context.params
     return ChatOptions(
         sampling={name: flags[name] for name in _SAMPLED},
@@ -371,10 +368,7 @@ def given_settings(context: typer.Context) -> list[str]:
 
 
 def read_form(schema: str | None, grammar: Path | None) -> OutputConstraint | None:
-    """Return the form of --schema or --grammar, None without one.
-
-    Raises `UsageError` with the place of what cannot be read or met.
-    """
+    """Return the form of --schema or --grammar. Raises `UsageError` with the place of a fault."""
     if schema is not None and grammar is not None:
         raise UsageError("--schema and --grammar exclude each other")
     from mixchat.text.form.output_constraint import read_grammar, read_schema
@@ -385,9 +379,9 @@ def read_form(schema: str | None, grammar: Path | None) -> OutputConstraint | No
 
 
 def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
-    """Raise `UsageError` if the first word of the PROMPT is a model's name, as for `ollama run`.
+    """Refuse a model's name as the first word of the PROMPT, as in `ollama run`.
 
-    It is accepted in quotes with other words, after a `--`, or if a model, chat or server is named.
+    It is accepted after a `--`, or if a model, chat or server is named.
     """
     from mixchat.weights.models import is_model
 
@@ -405,7 +399,6 @@ def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
 
 
 def _check_lines(context: typer.Context) -> None:
-    """Raise `UsageError` for flags that do not go with `--jsonl`, or only with it."""
     if context.params["jsonl"] is not None:
         refuse_together(context, "--jsonl", _NOT_FOR_LINES)
         if context.params["keep_failed"] and context.params["resume_from"] is None:
@@ -415,11 +408,7 @@ def _check_lines(context: typer.Context) -> None:
 
 
 def _system_prompt(context: typer.Context, size: Context) -> str | None:
-    """Return the text of --system, or of the file of --system-file, None without one.
-
-    Raises `UsageError` if both are given, `PromptError` if the file is empty, not text, too long
-    for the context, or cannot be read.
-    """
+    """Return the system prompt. Raises `UsageError` for two, `PromptError` for a bad file."""
     settings = settings_of(context.command)
     setting = chosen(context, settings["system"], settings["system-file"])
     if setting is None:

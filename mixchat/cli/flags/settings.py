@@ -1,4 +1,4 @@
-"""Makes flags: settings, whose values config.toml and variables give, too, and headings."""
+"""Makes flags, and settings, whose values config.toml and variables give, too."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mixchat.base.errors import UsageError
 from mixchat.base.settings import config_file, read_config
 
 PREFIX = "MIXCHAT_"
-AGAIN = "may be given again"  # of a flag with several values, which are a list in config.toml
-_DAMAGE = "mixchat.config"  # the error of reading config.toml, in the context's `meta`
-_COMMAND = "run"  # the command that has every setting as a flag
+AGAIN = "may be given again"  # of a flag with several values
+_DAMAGE = "mixchat.config"  # the error of config.toml, in the context's `meta`
+_COMMAND = "run"  # has every setting as a flag
 _LARGEST_NUMBER = 10**30  # Python refuses to write numbers of thousands of digits
 
 # The headings of flags in --help.
@@ -45,7 +45,7 @@ _SOURCES: dict[str, ValueSource] = {
 
 
 class HeadedCommand(TyperCommand):
-    """Shows flags under the headings of their panels, without Rich, whose import takes long."""
+    """Shows flags under headings, without Rich, whose import takes long."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         rows: dict[str, list[tuple[str, str]]] = {}
@@ -58,10 +58,7 @@ class HeadedCommand(TyperCommand):
 
 
 def option(usage: str, help: str, heading: str | None = None, **more: Any) -> Any:
-    """Return an option whose `usage` is its flags and its metavar, as in "-n --max-tokens N".
-
-    It stands under `heading` in --help. `more` is passed to `typer.Option`.
-    """
+    """Return an option. `usage` is its flags and its metavar, as in "-n --max-tokens N"."""
     flags = [word for word in usage.split() if word.startswith("-")]
     metavar = next((word for word in usage.split() if not word.startswith("-")), None)
     new_option: Any = typer.Option  # whose first parameter is a default, or a flag in an Annotated
@@ -78,8 +75,7 @@ def setting(
 ) -> Any:
     """Return an option whose first long flag names its key in config.toml and its variable.
 
-    `check` raises `UsageError` for a value that cannot be used. The error then says which variable
-    or file gave the value. The rest is as `option` has it.
+    `check` raises `UsageError`, which then tells the variable or file that gave the value.
     """
     name = next(word for word in usage.split() if word.startswith("--")).partition("/")[0]
     variable = PREFIX + name.removeprefix("--").replace("-", "_").upper()
@@ -92,7 +88,7 @@ def setting_argument(key: str, *, check: Callable[[Any], object], **argument: An
 
 
 def settings_of(command: Any) -> dict[str, Any]:
-    """Return the parameters of a click command that are settings, by their keys in config.toml."""
+    """Return a click command's settings, by their keys in config.toml."""
     return {key: parameter for parameter in command.params if (key := _key(parameter))}
 
 
@@ -111,7 +107,7 @@ def is_given(context: typer.Context, name: str) -> bool:
 def refuse_together(
     context: typer.Context, flag: str, others: Iterable[str], hint: str | None = None
 ) -> None:
-    """Raise `UsageError` if flags are given, by their names in Python, that `flag` excludes."""
+    """Raise `UsageError` if `flag` excludes given flags of `others`, named as in Python."""
     names = set(others)
     given = [
         _shown(parameter)
@@ -125,8 +121,8 @@ def refuse_together(
 def chosen(context: typer.Context, *parameters: Any) -> Any:
     """Return the one that counts of settings that exclude each other, None if none is given.
 
-    A flag goes before a variable, and a variable before config.toml. Raises `UsageError` if one
-    source gives two.
+    Flags go before variables, and variables before config.toml. Raises `UsageError` if one source
+    gives two.
     """
     for source in ("flag", "variable", "file"):
         given = [each for each in parameters if value_source(context, each) == source]
@@ -151,7 +147,7 @@ def apply_config(context: typer.Context) -> None:
 def config_defaults(commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return for each command the values of config.toml, by parameter, as strings from a shell.
 
-    Raises `UsageError` for a file that cannot be read, an unknown key, a value of a wrong type.
+    Raises `UsageError` for a bad file, key or type.
     """
     path = config_file()
     known, values = settings_of(commands[_COMMAND]), read_config(path)
@@ -174,7 +170,7 @@ def takes_number(parameter: Any) -> bool:
 
 
 def explained(error: typer.BadParameter) -> Exception:
-    """Return the error with the value, what is allowed, and the variable or file that gave it."""
+    """Return the error with the value, what is allowed, and its source."""
     context: Any = error.ctx
     message = error.message
     if (details := getattr(error.__cause__, "errors", None)) is not None:
@@ -185,7 +181,6 @@ def explained(error: typer.BadParameter) -> Exception:
 
 
 def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> UsageError:
-    """Return the error for a key that is not a setting. Its hint names the most similar one."""
     hint = "'mixchat config' shows every setting."
     for parameter in command.params:
         if f"--{key}" in parameter.opts and parameter not in known.values():
@@ -197,7 +192,7 @@ def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> Usage
 
 
 def _as_given(place: str, parameter: Any, value: Any) -> Any:
-    """Return a value of TOML as the shell would give it, so that it is checked like a flag."""
+    """Return TOML as the shell would give it, so that it is checked like a flag."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
             raise UsageError(f"{place} has to be true or false, not {value!r:.40}")
@@ -230,7 +225,7 @@ def _kind(value: Any) -> str:
 
 
 def _shown(parameter: Any) -> str:
-    """Return a flag, or the word that help has for an argument."""
+    """Return a flag, or an argument's metavar."""
     long = next((opt for opt in parameter.opts if opt.startswith("--")), None)
     return str(long or parameter.metavar)
 
@@ -250,7 +245,6 @@ def _allowed(detail: Mapping[str, Any]) -> str:
 
 
 def _names_in(source: ValueSource, parameters: Sequence[Any]) -> str:
-    """Return the names that settings have in a source of values."""
     if source == "file":
         return f"{config_file()}: {' and '.join(str(_key(each)) for each in parameters)}"
     if source == "variable":
@@ -277,7 +271,6 @@ def _checker(check: Callable[[Any], object] | None) -> Callable[..., Any]:
 
 
 def _named(context: typer.Context, parameter: Any, message: str, hint: str | None) -> UsageError:
-    """Return the error with the name of the variable or the file that gave a value."""
     name = {
         "variable": parameter.envvar,
         "file": f"{config_file()}: {_key(parameter)}",

@@ -18,12 +18,12 @@ from mixchat.base.errors import UsageError
 from mixchat.base.settings import models_dir
 from mixchat.chat.printing import one_line, say, show, show_piece
 
-COMPLETE_VARIABLE = "_MIXCHAT_COMPLETE"  # the scripts of --install-completion set it
+COMPLETE_VARIABLE = "_MIXCHAT_COMPLETE"  # set by the scripts of --install-completion
 _PROGRAM = "mixchat"
 # Other characters have a meaning in some shell.
 _HARMLESS = re.compile(r"[\w.,+@%/-]+( [\w.,+@%/-]+)*")
 _SHELLS = ("bash", "zsh", "fish")
-# Zsh runs the file at the first Tab. Typer's only defines a function then, and completes nothing.
+# Zsh runs the file at the first Tab. Typer's only defines a function then.
 _ZSH_ENDING = """
 if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
   _mixchat_completion "$@"
@@ -31,10 +31,10 @@ fi"""
 
 
 def complete(group: Any, instruction: str) -> int:
-    """Print the completions of the words of a command line, which the shell gives."""
+    """Print the completions of the command line that the shell gives."""
     completion = _typer_completion()
     completion.completion_init()
-    # To import Rich for the help of a completion would take longer than all the rest.
+    # Importing Rich would take longer than all the rest.
     cast("dict[str, Any]", sys.modules).setdefault("rich", None)
     for command in group.commands.values():
         command.hidden = False  # a name in no list is completed all the same
@@ -79,7 +79,7 @@ def _script(shell: str) -> str:
 
 
 def _typer_completion() -> Any:
-    """Return Typer's own completion module. Its options would import pydantic at each start."""
+    """Import Typer's completion here, for its options would import pydantic at each start."""
     return import_module("typer.completion")
 
 
@@ -98,7 +98,7 @@ def _shell() -> str:
 
 
 def _parse_lightly(command: Any, context: Any, words: list[str]) -> list[str]:
-    """Set the parameters that the words give, unconverted, for converting imports pydantic."""
+    """Set the given parameters without conversion, which imports pydantic."""
     given, rest, _ = command.make_parser(context).parse_args(args=words)
     for parameter in command.params:
         value, source = parameter.consume_value(context, given)
@@ -109,7 +109,7 @@ def _parse_lightly(command: Any, context: Any, words: list[str]) -> list[str]:
 
 
 def _drop_equals_signs() -> None:
-    """Drop the `=` words. Bash makes three of --model=demo, click expects the first and last."""
+    """Drop the `=` words. Bash makes three words of --model=demo, and click expects two."""
     words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
     dropped = [i for i, word in enumerate(words) if word == "=" and i < here]
     os.environ["COMP_WORDS"] = "\n".join(w for i, w in enumerate(words) if i not in dropped)
@@ -117,10 +117,7 @@ def _drop_equals_signs() -> None:
 
 
 def _with_escaped_spaces(lines: str) -> str:
-    """Return the lines with escaped spaces, because bash does not quote a word with spaces.
-
-    A word that starts with a quote stays in quotes, and its spaces stay as they are.
-    """
+    """Escape spaces, which bash does not do, unless the word starts with a quote."""
     words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
     quoted = words[here : here + 1] and words[here].startswith(("'", '"'))
     return lines if quoted else lines.replace(" ", "\\ ")
@@ -136,14 +133,14 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
 
 
 def runnable_models(incomplete: str) -> list[str]:
-    """Complete to a model with a fixed name, or an installed one."""
+    """Complete to a fixed name or an installed model."""
     from mixchat.weights.models import ALIASES, DEMO
 
     return one_of(*dict.fromkeys([*ALIASES, DEMO, *_installed()]))(incomplete)
 
 
 def saved_chats(incomplete: str) -> list[str]:
-    """Complete to a chat's name, if a shell can be given it, or to its ID, the newest first."""
+    """Complete to a chat's name or ID, the newest first."""
     from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
@@ -155,7 +152,6 @@ def saved_chats(incomplete: str) -> list[str]:
 
 
 def _installed() -> list[str]:
-    """Return the names of the directories of models, without reading what is in them."""
     try:
         entries = [entry for entry in models_dir().iterdir() if entry.is_dir()]
     except OSError:

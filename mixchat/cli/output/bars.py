@@ -1,4 +1,4 @@
-"""Progress bars that fit the terminal. A narrow one shows fewer figures."""
+"""Progress bars that fit the terminal."""
 
 from __future__ import annotations
 
@@ -43,10 +43,7 @@ class FittingBars(Progress):
 
 
 def _columns(width: int, longest: int) -> tuple[ProgressColumn, ...]:
-    """Return the columns of name, bar and figures, with a percentage if bytes do not fit.
-
-    longest: the length of the longest name, which is cut before the bar gets too short.
-    """
+    """Return the columns. `longest` is the longest name, which is cut before the bar gets short."""
     figures = _figures(width)
     left = width - sum(_FIGURES[name] + 1 for name in figures) - 1
     room = max(min(longest, left - _MIN_BAR), 1)

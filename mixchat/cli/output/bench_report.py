@@ -28,7 +28,7 @@ class BenchReport(Report):
         return f"{self.heading()}\n\n{aligned(task_table(self.bench.tasks))}"
 
     def heading(self) -> str:
-        """Return the machine, the model, the limits and the cold start, a line for each."""
+        """Return machine, model, limits and cold start, a line for each."""
         bench, cold = self.bench, self.bench.cold_start
         memory = median(limits.memory for limits in bench.limits) / 1e9
         gemm = median(limits.gemm for limits in bench.limits) / 1e12
@@ -125,7 +125,6 @@ def _machine(bench: Bench) -> str:
 
 
 def _model(bench: Bench) -> str:
-    """Return the shape of the model, and the types of its weights."""
     config, stored = bench.blueprint.config, bench.blueprint.quantization
     dense = str(stored.dtype).removeprefix("torch.")
     types = {"experts": stored.quant_type, "attention": stored.attention, "head": stored.head}

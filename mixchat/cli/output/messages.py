@@ -25,7 +25,7 @@ _NO_MEMORY = (
 
 
 def note(text: str) -> None:
-    """Print a line about something that a person should know, but that did not fail."""
+    """Print a note in one line."""
     say(f"note: {' '.join(text.split())}")
 
 
@@ -37,7 +37,7 @@ def confirmed(question: str) -> bool:
 
 
 def print_error(error: Exception) -> int:
-    """Print `error` in one line, and its hint in a second one. Return the exit code."""
+    """Print `error` and its hint, in a line each. Return the exit code."""
     known = _as_ours(error)
     if known is None:
         known = MixchatError(
@@ -61,7 +61,7 @@ def _as_ours(error: Exception) -> MixchatError | None:
         place = f"{error.filename}: " if error.filename else ""
         full = error.errno in DISK_FULL
         return (ResourceError if full else MixchatError)(f"{place}{error.strerror}")
-    # Typer's own errors have this method. Their class has no public name in every release.
+    # Typer's own errors have this method, but no public class in every release.
     if format_message := getattr(error, "format_message", None):
         ctx = getattr(error, "ctx", None)
         command = ctx.command_path if ctx else "mixchat"
@@ -85,7 +85,6 @@ def _is_of_gpu(error: BaseException) -> bool:
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, for an array or while a library was loaded."""
     if isinstance(error, MemoryError) or _is_of_gpu(error):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -94,12 +93,12 @@ def _is_lack_of_memory(error: BaseException) -> bool:
         text = str(error).lower()
         if any(words in text for words in _NO_MEMORY) and "static tls" not in text:
             return True
-    # numpy only says that it cannot be imported. The reason is in the error before.
+    # numpy only says that it cannot be imported. The error before has the reason.
     before = error.__cause__ or error.__context__
     return before is not None and _is_lack_of_memory(before)
 
 
 def _print_line(text: str, style: str = "") -> None:
-    """Print one line, although a file's name in the text may hold a newline or an escape."""
+    """Print one line, although a file's name in it may hold a newline."""
     with suppress(OSError):
         say(" ".join(text.split()), style=style)

@@ -128,7 +128,6 @@ class PlanReport(Report):
 
 
 def _held(plan: MachinePlan) -> str:
-    """Return the places of the experts, the fastest memory first."""
     placement, expected = plan.fit.placement, plan.expected
     first = sum(placement.by_device)
     place = "in RAM" if plan.machine.free.device is None else f"on {gpus_text(plan)}"
@@ -158,7 +157,6 @@ def _speed_in_words(plan: MachinePlan) -> str:
 
 
 def _assumed(plan: MachinePlan) -> dict[str, float] | None:
-    """Return the speeds of a GPU that could not be measured, None if none is assumed."""
     if not plan.gpu_is_assumed:
         return None
     return {"gpu_memory": GPU_MEMORY, "gpu_bus": GPU_BUS, "gpu_compute": GPU_COMPUTE}

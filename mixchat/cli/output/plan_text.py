@@ -42,7 +42,7 @@ def sections(outline: Outline, plan: MachinePlan) -> Iterator[str]:
 
 
 def section(title: str, content: str | Iterable[tuple[str, str]]) -> str:
-    """Return a title and below it the lines of a text, or of rows of cells."""
+    """Return a title and indented lines, from a text or from rows of cells."""
     text = content if isinstance(content, str) else aligned(list(content))
     indented = "\n".join(f"  {line}" for line in text.splitlines())
     return f"{title[0].upper()}{title[1:]}\n{indented}"
@@ -194,7 +194,6 @@ def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
 
 
 def _in_3_bits(plan: MachinePlan, form: Variant) -> Iterator[tuple[str, str]]:
-    """Compare what a download gives by default with `--expert-bits 3`."""
     for bits, fit, expected in (
         ("4 bits", plan.fit, plan.expected),
         ("3 bits", form.fit, form.expected),

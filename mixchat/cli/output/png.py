@@ -12,7 +12,7 @@ import typer
 from mixchat.base.errors import MissingDependencyError
 from mixchat.base.output_file import OutputFile
 
-# Bytes near the start of a picture that mixchat drew. The second are a text chunk of PNG.
+# Bytes near the start of mixchat's pictures. The second are a text chunk of PNG.
 _PNG, _SOFTWARE = b"\x89PNG\r\n", b"tEXtSoftware\0mixchat"
 _LARGEST_INCHES = 40.0  # at 100 dots an inch
 _SMALLEST_INCHES = (8.0, 4.0)

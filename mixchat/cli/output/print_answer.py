@@ -1,4 +1,4 @@
-"""Prints one answer on standard output while it is generated, as JSON, or only its code."""
+"""Prints one answer on standard output."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def print_answer(
 ) -> Finished:
     """Ask the question, print the answer, and return how it ended.
 
-    Raises `KeyboardInterrupt` if it was interrupted, `NoCodeError` if there is no code block to
-    extract. A closed pipe is noticed at the next token.
+    Raises `KeyboardInterrupt` if interrupted, and `NoCodeError` if there is no code to extract.
     """
     if output.as_json or output.extract or not output.stream:
         finished = _collect(session, question, lambda text: None, note)
@@ -82,7 +81,6 @@ def _collect(
 
 
 def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
-    """Print the answer on a terminal, as in a chat."""
     from mixchat.chat.terminal.screen import Screen
 
     screen = Screen(raw=raw)
@@ -91,7 +89,6 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
 
 
 def _pipe(session: ChatSession, question: str, note: Note) -> Finished:
-    """Print the text for a program, each piece at once, with a newline at the end."""
     last = ""
 
     def take(text: str) -> None:
@@ -128,10 +125,7 @@ def _first_block(answer: str) -> str:
 
 
 def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:
-    """Return the last answer as JSON has it: text, ids, counts of tokens, seconds, reason.
-
-    The ids are null if the text was cut within a token, or a server answered.
-    """
+    """Return the last answer as JSON. The ids are null from a server, or if cut within a token."""
     stats, answer, context = finished.stats, session.history[-1], session.context
     decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds
     return {

@@ -1,4 +1,4 @@
-"""Shows the progress of long work on standard error, in bars on a terminal, else in lines."""
+"""Shows the progress of long work on standard error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TerminalReporter:
 
 @contextmanager
 def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """Yield a `Progress` for a stream, standard error by default, and close its bars."""
+    """Yield a `Progress` for a stream, standard error by default."""
     stream = stream or sys.stderr
     progress = Bars(stream) if stream.isatty() else Lines(stream)
     try:
@@ -58,10 +58,7 @@ def show_progress(stream: TextIO | None = None) -> Iterator[Progress]:
 
 @contextmanager
 def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
-    """Show `text` on a terminal as long as something takes, and remove it afterwards.
-
-    Yields a function that replaces the text.
-    """
+    """Show `text` on a terminal meanwhile. Yield a function that replaces it."""
     stream = stream or sys.stderr
     if not stream.isatty():
         yield lambda text: None
@@ -127,7 +124,7 @@ class _Bar:
 
 
 class Lines:
-    """Prints a line when a task starts and ends, and one a minute with all tasks in between."""
+    """Prints a line when a task starts and ends, and one a minute in between."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock

@@ -1,4 +1,4 @@
-"""Reports, from which text and JSON are drawn: installed models, one model, a download."""
+"""Reports as text and JSON, on installed models, one model, or a download."""
 
 from __future__ import annotations
 
@@ -98,12 +98,11 @@ class ModelDetails(Report):
     def as_json(self) -> dict[str, Any]:
         """Return the keys of `mixchat list --json` and more.
 
-        `revision` is the branch, tag or commit that was requested, or null. `weight_bytes` counts
-        the files of weights. `scales` and `layout` are the choice of the experts' codes and their
-        order. `attention` and `head` are the types of their weights.
+        `revision` is the requested branch, tag or commit, or null. `weight_bytes` counts the files
+        of weights. `scales` and `layout` tell the choice and the order of the experts' codes.
         """
         manifest, config, made = self.manifest, self.config, self.manifest.quantization
-        # The manifest's values, even of a damaged model, whose damage `problem` names.
+        # The manifest's values, even of a damaged model.
         return {
             **_entry_as_json(describe(self.directory)),
             "quantization": made["quant_type"],

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 class VerboseReport:
-    """Prints the figures of a turn, and the speed that `predict` returns.
-
-    `engine` is None if a server answers, which does not tell of its experts.
-    """
+    """Prints a turn's figures and the predicted speed. `engine` is None if a server answers."""
 
     def __init__(
         self,
@@ -36,7 +33,6 @@ class VerboseReport:
         self._first = True
 
     def __call__(self, finished: Finished) -> None:
-        """Print the figures of the turn that has just ended."""
         seed = "left to the server" if finished.seed is None else finished.seed
         lines = [
             *generation_lines(finished.stats, self._predict(), first=self._first),
@@ -56,9 +52,9 @@ class VerboseReport:
 def generation_lines(
     stats: GenerationStats, predicted: Prediction | None, *, first: bool
 ) -> list[str]:
-    """Return tokens and rates of prefill and decode, and the predicted rates.
+    """Return tokens, rates and predicted rates of prefill and decode.
 
-    `first` is set for the first turn, whose prompt brings the experts from disk.
+    The prompt of the first turn brings the experts from disk.
     """
     new = stats.prompt_tokens - stats.reused_tokens
     # The first token comes from the prefill.
