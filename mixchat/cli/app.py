@@ -1,4 +1,4 @@
-"""The commands, and the one place that turns an error into an exit code."""
+"""The commands, and the exit codes of their errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _OLD_NAMES = {
     "--calibrate-text": "--text",
     "--depth": "--context",
 }
-_MAX_COLUMNS = 120  # of --help, if the terminal has more
+_MAX_COLUMNS = 120  # of --help
 
 
 class Commands(TyperGroup):
@@ -227,8 +227,7 @@ def _invoke(arguments: Sequence[str]) -> int:
 def _command() -> Any:
     """Return the whole command line.
 
-    If the default of --help were None, Typer would import pydantic, which takes as long as the
-    rest.
+    With None as the default of --help, Typer would import pydantic, which takes long.
     """
     command: Any = typer.main.get_command(app)
     context = command.context_class(command, **command.context_settings)
@@ -237,7 +236,7 @@ def _command() -> Any:
         each.make_parser = partial(_parser_with_old_names, each.params, each.make_parser)
         for parameter in each.params:
             if parameter.param_type_name == "argument":
-                # A person needs only PROMPT, without <list[str]>.
+                # PROMPT is enough without <list[str]>.
                 parameter.display_type_rich = lambda ctx: ""
     return command
 

@@ -1,4 +1,4 @@
-"""`mixchat bench`: a model's speed next to the limits of this machine."""
+"""`mixchat bench`: a model's speed against this machine's limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mixchat chats`: lists the saved chats, prints one, or removes one."""
+"""`mixchat chats`: the saved chats."""
 
 from __future__ import annotations
 

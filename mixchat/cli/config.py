@@ -1,4 +1,4 @@
-"""`mixchat config`: the settings in force, and the source of each."""
+"""`mixchat config`: the settings in force and their sources."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LONGEST_VALUE = 60  # characters in the table
 
 @dataclass(frozen=True)
 class CurrentSetting:
-    """A setting in force. `value` is None if nothing gives one, and there is no default."""
+    """A setting in force. `value` is None if nothing gives one."""
 
     key: str
     value: Any
@@ -40,7 +40,7 @@ class CurrentSetting:
 
     @property
     def source(self) -> str:
-        """Return the name of the variable or of the file, or `default`."""
+        """Return the name of the variable or file, or `default`."""
         named = {"variable": str(self.parameter.envvar), "file": config_file().name}
         return named.get(self.given_by, "default")
 

@@ -1,4 +1,4 @@
-"""`mixchat download` and `mixchat calibrate`: download a model, quantize it, and calibrate it."""
+"""`mixchat download` and `mixchat calibrate`."""
 
 from __future__ import annotations
 

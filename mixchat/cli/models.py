@@ -1,4 +1,4 @@
-"""`mixchat list`, `show`, `verify`, `repair`, `convert`, `rm` and `gc` for installed models."""
+"""`mixchat list`, `show`, `verify`, `repair`, `convert`, `rm` and `gc`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mixchat plan`: the fit and the speed of a model on this machine, before a download."""
+"""`mixchat plan`: a model's fit and speed on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mixchat run`: a chat in the terminal, or one answer for a prompt or a pipe."""
+"""`mixchat run`: a chat, or one answer."""
 
 from __future__ import annotations
 
@@ -141,7 +141,6 @@ def _converse(
     resumed: SavedChat | None,
     reporter: TerminalReporter,
 ) -> None:
-    """Answer the question, or chat if there is none."""
     flags = context.params
     if not flags["server"]:
         _note_server(name, reporter)
@@ -181,7 +180,7 @@ def _no_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
 
 
 def _note_server(model: str, reporter: TerminalReporter) -> None:
-    """Tell of a server here that has the model loaded."""
+    """Tell of a server here that has the model."""
     from mixchat.serving.client.local_server import is_served_here
     from mixchat.serving.client.server_url import SERVER_PORT
 

@@ -34,14 +34,14 @@ class RunningJob:
         self.is_cancelled = False
 
     def cancel(self) -> None:
-        """End the answer soon. `report` tells when it has ended."""
+        """End the answer soon. `report` tells when."""
         self.is_cancelled = True
         if self.answer is not None:
             self.answer.cancel()
 
     @property
     def has_constraint(self) -> bool:
-        """Return whether a constraint was made for an answer that has not begun."""
+        """Return whether a constraint waits for its answer to begin."""
         return self._constraint is not None
 
     def is_ready(self, wake: Callable[[], object], *, may_prepare: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The contract between those who ask (HTTP, a file of prompts) and the service that answers."""
+"""The contract between those who ask and the service that answers."""
 
 from __future__ import annotations
 
@@ -93,8 +93,7 @@ class ShuttingDownError(ResourceError):
 class ServiceStats:
     """The counts of a service since its start.
 
-    running and waiting are jobs now. prompt_tokens does not count cached_tokens. The model computed
-    for busy_seconds.
+    running and waiting are jobs now. prompt_tokens does not count cached_tokens.
     """
 
     running: int = 0
@@ -111,7 +110,7 @@ class ServiceStats:
     bytes_moved: int = 0
 
     def with_tokens(self, prompt: int, cached: int, generated: int) -> ServiceStats:
-        """Return the counts with so many more tokens."""
+        """Return the counts with more tokens."""
         return replace(
             self,
             prompt_tokens=self.prompt_tokens + prompt,
@@ -143,9 +142,9 @@ class Service(Protocol):
     def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
         """Queue a job, and return a function that cancels it at any time.
 
-        The service's thread calls `sink` with each event, which must not raise. `Done` or `Failed`
-        is the last event, also after a cancellation. Raises `QueueFullError`, `ShuttingDownError`,
-        and `PromptError` if the prompt leaves no room for an answer.
+        The service's thread calls `sink` with each event, which must not raise. The last one is
+        `Done` or `Failed`. Raises `QueueFullError`, `ShuttingDownError`, and `PromptError` if the
+        prompt leaves no room for an answer.
         """
 
     def stats(self) -> ServiceStats:

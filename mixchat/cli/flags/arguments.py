@@ -59,7 +59,7 @@ def read_prompt(
 
 
 def read_beginning(path: Path) -> str:
-    """Return the beginning of a text to calibrate with. Raises `UsageError` if it is not text."""
+    """Return the beginning of a text to calibrate with. Raises `UsageError`."""
     try:
         with open(path, "rb") as file:
             data = file.read(_LONGEST_CALIBRATION)
@@ -72,7 +72,7 @@ def read_beginning(path: Path) -> str:
 
 
 def stdin_is_terminal() -> bool:
-    """Return whether standard input is a terminal. A closed one is none."""
+    """Return whether standard input is an open terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 

@@ -63,7 +63,7 @@ _COMMANDS = {
 
 
 def refuse_foreign_flags(arguments: Sequence[str]) -> None:
-    """Raise `UsageError` for a flag of another program that would be read as one of ours."""
+    """Raise `UsageError` for another program's flag that click would misread."""
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     for flag in own:
         if flag in _NEVER_OURS:

@@ -200,12 +200,12 @@ AsJson = Annotated[bool, option("--json", "Print JSON, for programs.")]
 
 
 def installed_model_argument(help: str) -> Any:
-    """Return the argument MODEL of a command that needs one."""
+    """Return the argument MODEL."""
     return typer.Argument(metavar="MODEL", autocompletion=runnable_models, help=help)
 
 
 def model_argument(help: str, **argument: Any) -> Any:
-    """Return the argument MODEL of a command, whose default is the setting `model`."""
+    """Return the argument MODEL, whose default is the setting `model`."""
     return setting_argument(
         "model",
         metavar="MODEL",
@@ -238,10 +238,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def load_options(flags: Mapping[str, Any], **fixed: Any) -> LoadOptions:
-    """Return the options that flags give, by their names in Python, and the `fixed` ones.
-
-    Raises `UsageError`.
-    """
+    """Return the options that flags give, and the `fixed` ones. Raises `UsageError`."""
     given = {
         field: read(flags[name])
         for name, (field, read) in _FIELDS.items()

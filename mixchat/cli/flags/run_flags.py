@@ -116,7 +116,7 @@ SystemFile = Annotated[
         check=_check_system_file,
     ),
 ]
-# Without a flag the model's generation_config.json decides, then the engine.
+# Without a flag, generation_config.json decides, then the engine.
 Temperature = Annotated[
     float | None,
     setting(
@@ -330,7 +330,7 @@ class RunCommand(HeadedCommand):
 
 
 def with_last_chat(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments, with a value for each `--resume` that has none."""
+    """Return the arguments with a value for each bare `--resume`."""
     given = list(arguments)
     end = given.index("--") if "--" in given else len(given)
     for place in range(end):
@@ -341,7 +341,7 @@ def with_last_chat(arguments: Sequence[str]) -> list[str]:
 
 
 def check_run_flags(context: typer.Context) -> None:
-    """Raise `UsageError` for flags of `run` that exclude each other."""
+    """Raise `UsageError` for flags that exclude each other."""
     _check_first_word(context, context.params["prompt"] or [])
     _check_lines(context)
     if context.params["server"]:
@@ -362,7 +362,7 @@ def chat_options(context: typer.Context, size: Context) -> ChatOptions:
 
 
 def given_settings(context: typer.Context) -> list[str]:
-    """Return the settings of a saved chat that flags of this run replace."""
+    """Return the settings of a saved chat that this run's flags replace."""
     flags = {name: name for name in ("system", *_SAMPLED)} | {"system_file": "system"}
     return [name for flag, name in flags.items() if is_given(context, flag)]
 

@@ -119,10 +119,10 @@ def refuse_together(
 
 
 def chosen(context: typer.Context, *parameters: Any) -> Any:
-    """Return the one that counts of settings that exclude each other, None if none is given.
+    """Return the one that counts of settings that exclude each other, if any.
 
-    Flags go before variables, and variables before config.toml. Raises `UsageError` if one source
-    gives two.
+    Flags go before variables, and these before config.toml. Raises `UsageError` for two in one
+    source.
     """
     for source in ("flag", "variable", "file"):
         given = [each for each in parameters if value_source(context, each) == source]
@@ -134,7 +134,7 @@ def chosen(context: typer.Context, *parameters: Any) -> Any:
 
 
 def apply_config(context: typer.Context) -> None:
-    """Make the values of config.toml the defaults of the command that will run."""
+    """Make the values of config.toml the defaults of the invoked command."""
     commands = context.command.commands  # type: ignore[attr-defined]
     if not settings_of(commands[context.invoked_subcommand]):
         return
@@ -165,7 +165,7 @@ def config_defaults(commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def takes_number(parameter: Any) -> bool:
-    """Return whether the values of a parameter are numbers, by its metavar."""
+    """Return whether a parameter takes numbers, by its metavar."""
     return parameter.metavar in ("N", "X")
 
 
@@ -192,7 +192,7 @@ def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> Usage
 
 
 def _as_given(place: str, parameter: Any, value: Any) -> Any:
-    """Return TOML as the shell would give it, so that it is checked like a flag."""
+    """Return TOML as the shell would give it."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
             raise UsageError(f"{place} has to be true or false, not {value!r:.40}")
@@ -225,7 +225,6 @@ def _kind(value: Any) -> str:
 
 
 def _shown(parameter: Any) -> str:
-    """Return a flag, or an argument's metavar."""
     long = next((opt for opt in parameter.opts if opt.startswith("--")), None)
     return str(long or parameter.metavar)
 

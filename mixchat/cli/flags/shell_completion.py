@@ -51,7 +51,7 @@ def complete(group: Any, instruction: str) -> int:
 
 
 def install_completion(wanted: bool) -> None:
-    """Install completion for the shell that runs mixchat. Raises `UsageError`."""
+    """Install completion for the running shell. Raises `UsageError`."""
     if wanted:
         shell = _shell()
         _, path = _typer_completion().install(
@@ -66,7 +66,7 @@ def install_completion(wanted: bool) -> None:
 
 
 def show_completion(wanted: bool) -> None:
-    """Print the completion script for the shell that runs mixchat. Raises `UsageError`."""
+    """Print the running shell's completion script. Raises `UsageError`."""
     if wanted:
         show(_script(_shell()))
         raise typer.Exit

@@ -33,7 +33,6 @@ class FittingBars(Progress):
         super().__init__(console=console, speed_estimate_period=20)
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        """Return one frame of the tasks."""
         tasks = list(tasks)
         longest = max((cell_len(task.description) for task in tasks), default=0)
         if self._fits != (self._terminal.width, longest):

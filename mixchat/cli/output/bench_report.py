@@ -46,7 +46,7 @@ class BenchReport(Report):
         return "\n".join((_machine(bench), _model(bench), *places, limits, start))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the figures of each round, rates in tokens a second, the rest in SI units."""
+        """Return figures by round, rates in tokens a second, the rest in SI units."""
         bench, cold = self.bench, self.bench.cold_start
         return {
             "machine": _machine(bench),
@@ -67,7 +67,7 @@ class BenchReport(Report):
         }
 
     def picture(self) -> Any:
-        """Draw bars for each task: mixchat, and the most that the limits allow."""
+        """Draw bars for each task and its limit."""
         tasks = self.bench.tasks
         rates = [{"mixchat": task.rates, "limit": task.limit_rates} for task in tasks]
         return draw_rates(self.bench, rates)
@@ -79,7 +79,7 @@ def task_table(tasks: Sequence[BenchTask]) -> list[tuple[str, ...]]:
 
 
 def draw_rates(bench: Bench, rates: Sequence[Mapping[str, Sequence[float]]]) -> Any:
-    """Draw bars for each task of a bench. `rates` are tokens a second of each round, by name."""
+    """Draw bars for each task, from tokens a second of each round by name."""
     title = f"{_model(bench)}, {machine.cpu_name()}"
     figure = new_figure(3 + 2.5 * len(rates), 5, title)
     panels = figure.subplots(1, len(rates), squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""Prints errors, notes and questions on standard error, and chooses exit codes."""
+"""Prints errors, notes and questions on standard error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def note(text: str) -> None:
 
 
 def confirmed(question: str) -> bool:
-    """Ask on standard error, and return whether the answer is yes. Raises `typer.Abort`."""
+    """Ask on standard error. Raises `typer.Abort`."""
     import typer
 
     return typer.confirm(one_line(question), err=True)
@@ -61,7 +61,7 @@ def _as_ours(error: Exception) -> MixchatError | None:
         place = f"{error.filename}: " if error.filename else ""
         full = error.errno in DISK_FULL
         return (ResourceError if full else MixchatError)(f"{place}{error.strerror}")
-    # Typer's own errors have this method, but no public class in every release.
+    # Typer's own errors have this method, but no public class.
     if format_message := getattr(error, "format_message", None):
         ctx = getattr(error, "ctx", None)
         command = ctx.command_path if ctx else "mixchat"

@@ -30,7 +30,7 @@ class PlanReport(Report):
 
     @property
     def command(self) -> str | None:
-        """Return the command that downloads the model, or runs it as planned. None for no room."""
+        """Return the command that downloads or runs the model, None if it does not fit."""
         outline = self.outline
         if outline.lacking:
             return None

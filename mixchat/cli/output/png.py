@@ -50,7 +50,7 @@ def new_figure(width: float, height: float, title: str) -> Any:
 
 
 def checked_picture(path: Path | None) -> OutputFile | None:
-    """Return the file, pipe or device of `--png`, if it can be written. Raises `UsageError`."""
+    """Return the file of `--png` if it can be written. Raises `UsageError`."""
     return None if path is None else OutputFile("--png", path, _is_ours).check()
 
 

@@ -27,7 +27,7 @@ class OutputOptions:
     raw: bool = False
 
     def check(self, is_chat: bool) -> None:
-        """Raise `UsageError` for flags that exclude each other, or that a chat does not have."""
+        """Raise `UsageError` for flags that do not go together."""
         if self.as_json and self.extract:
             raise UsageError("--json and --extract exclude each other")
         if is_chat and (self.as_json or self.extract):

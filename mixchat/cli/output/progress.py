@@ -27,7 +27,7 @@ _LINE_INTERVAL_S = 60.0
 
 @dataclass(frozen=True)
 class TerminalReporter:
-    """A `Reporter` on standard error, which prints only errors if it is `quiet`."""
+    """A `Reporter` on standard error. A `quiet` one prints only errors."""
 
     quiet: bool = False
 
@@ -71,7 +71,7 @@ def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], 
 
 @contextmanager
 def resumable(progress: Progress, hint: str = "the same command resumes") -> Iterator[None]:
-    """Print at Ctrl-C how to resume the work, or how to start it again."""
+    """Print at Ctrl-C how to resume or restart the work."""
     try:
         yield
     except KeyboardInterrupt:
@@ -145,12 +145,11 @@ class Lines:
             say(*text.split("\n"), stream=self._stream)
 
     def close(self) -> None:
-        """Print how far each task came."""
         for task in list(self._tasks):
             task.close()
 
     def moved(self) -> None:
-        """Print how far the tasks are, if a minute has passed."""
+        """Print the tasks' progress once a minute."""
         with self._lock:
             now = self._clock()
             if not self._tasks or now - self._last_line < _LINE_INTERVAL_S:
@@ -159,7 +158,6 @@ class Lines:
             self.note("; ".join(task.state(now) for task in self._tasks))
 
     def ended(self, task: _Line) -> None:
-        """Print how long the task took."""
         with self._lock:
             if task in self._tasks:
                 self._tasks.remove(task)
@@ -167,7 +165,7 @@ class Lines:
 
 
 class _Line:
-    """The progress of one task. Its rate counts from the last line on."""
+    """A task's progress. Its rate counts from the last line on."""
 
     def __init__(self, lines: Lines, name: str, total: int, done: int, now: float) -> None:
         self._lines, self._name = lines, name

@@ -173,7 +173,7 @@ class DownloadReport(Report):
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Return the rows as lines, in columns of equal width two spaces apart."""
+    """Return the rows as lines of aligned columns."""
     cells = [[one_line(" ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     padded = (map(str.ljust, row, widths) for row in cells)
@@ -189,7 +189,7 @@ def disk_as_json(disk: Sequence[Need]) -> list[dict[str, Any]]:
 
 
 def weight_type(quant_type: str, dtype: str) -> str:
-    """Return the type of weights as a word, `dtype` if they are not quantized."""
+    """Return the name of a type of weights, `dtype` if they are not quantized."""
     return dtype if quant_type == "none" else quant_type
 
 

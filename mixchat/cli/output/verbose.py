@@ -99,7 +99,7 @@ def _speed_predicted(predicted: Prediction | None) -> str:
 
 
 def expert_lines(did: ExpertStats, slots: Mapping[str, int]) -> list[str]:
-    """Return a turn's use of the slots of experts, and of prefetching."""
+    """Return a turn's use of experts and of prefetching."""
     hits, misses = did.hits.total(), did.misses.total()
     rate = f"hit rate {did.hit_rate:.1%}" if hits + misses else "none used"
     moved, waited = format_size(did.bytes_moved), did.stalled_seconds

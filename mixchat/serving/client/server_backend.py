@@ -24,7 +24,7 @@ _NO_TURN = Turn((), (), 0, None, RequestedSampling(), None, (), "stop")
 
 
 class ServerBackend:
-    """A `Backend` for a model of a server. `form` has the fields for the form of answers."""
+    """A `Backend` for a server's model. `form` has the fields for the form of answers."""
 
     identity = "server"
     engine = None
@@ -48,7 +48,7 @@ class ServerBackend:
         return max_tokens or None
 
     def used_tokens(self, messages: Sequence[Message]) -> int | None:
-        """Return the server's count for just these messages, if it gave one."""
+        """Return the server's count for just these messages, if any."""
         counted, tokens = self._counted
         return tokens if counted == _texts(messages) else None
 
@@ -104,7 +104,7 @@ class ServerBackend:
 
 
 class ServerReply:
-    """A `Reply` of a server, whose text is in `stream`."""
+    """A server's `Reply`, whose text is in `stream`."""
 
     def __init__(
         self,

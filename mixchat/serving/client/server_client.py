@@ -39,7 +39,7 @@ _FAULTS = (
 
 
 class ServerClient:
-    """The client of one server. Each request has its own connection.
+    """The client of one server, with a connection for each request.
 
     Redirects are not followed, so only this server gets the `key`. A long prompt may take minutes,
     so nothing but Ctrl-C limits the server's silence. Methods raise `MixchatError`.
@@ -147,7 +147,7 @@ class ServerClient:
 
 
 class HTTPReply:
-    """The reply to a request. `close` also ends an answer that is being made."""
+    """The reply to a request. `close` also ends its answer."""
 
     def __init__(
         self, url: ServerURL, response: httpcore2.Response, close: Callable[[], None]

@@ -46,7 +46,7 @@ class _CompletionFields(SharedFields):
 def read_completion(
     body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
 ) -> ParsedRequest:
-    """Return the jobs of a body. Raises `RequestError`, and `PromptError` for a bad prompt."""
+    """Return the jobs of a body. Raises `RequestError` and `PromptError`."""
     fields, job, ignored = read_fields(_CompletionFields, body, service, defaults)
     if fields.best_of not in (None, fields.n):
         raise field_error("best_of", "has to equal n", "unsupported_value")
@@ -61,7 +61,7 @@ def read_completion(
 
 
 def token_ids(items: list[Any], vocab_size: int, path: str) -> list[int]:
-    """Return the items, if all are ids of tokens. Raises `RequestError`."""
+    """Return the items as token ids. Raises `RequestError`."""
     limits = NumberParameter(
         "token", int, lambda x: 0 <= x < vocab_size, f"a token id, 0 to {vocab_size - 1}"
     )

@@ -69,7 +69,7 @@ def as_request_error(error: Exception) -> RequestError:
 
 
 def is_fault_of_request(error: Exception) -> bool:
-    """Return whether the request is at fault and the server is well."""
+    """Return whether the request is at fault."""
     return as_request_error(error).status < 500
 
 
@@ -84,12 +84,12 @@ def value_error(path: str, allowed: str, value: object) -> RequestError:
 
 
 def plain(path: str) -> str:
-    """Return a field's path as short ASCII, because a client chose its names."""
+    """Return a field's path as short ASCII, because a client chose it."""
     return ascii(path[:_MAX_PATH])[1:-1]
 
 
 def shown(value: object) -> str:
-    """Return a value for a message, as short ASCII."""
+    """Return a value as short ASCII."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     if isinstance(value, int) and abs(value) > 10**_MAX_VALUE:

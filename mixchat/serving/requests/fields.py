@@ -1,4 +1,4 @@
-"""The fields of a request as pydantic models, and OpenAI's errors for wrong ones."""
+"""The fields of a request as pydantic models, and OpenAI's errors."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _Model = TypeVar("_Model", bound="RequestObject")
 class RequestObject(BaseModel):
     """A JSON object of exact types, in which true is not 1. Unknown fields are refused.
 
-    null counts as not given. The `ignored` fields may have any value. null in a `never_null` field
-    is a wrong value, not a missing one.
+    null counts as not given, but as a wrong value of a `never_null` field. The `ignored` fields may
+    have any value.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -95,7 +95,7 @@ def only(allowed: Container[object], code: str, reason: str) -> AfterValidator:
 
 
 def max_items(limit: int) -> BeforeValidator:
-    """Return a validator that refuses a longer list before its items are checked."""
+    """Return a validator that refuses long lists before it checks their items."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list) and len(value) > limit:
@@ -117,7 +117,7 @@ def number(limits: NumberParameter) -> PlainValidator:
 
 
 def checked_number(value: Any, limits: NumberParameter, path: str) -> Any:
-    """Return `value` if it is a number within its limits. Raises `RequestError`."""
+    """Return a number within its limits. Raises `RequestError`."""
     if not _fits(value, limits):
         raise value_error(path, limits.limits, value)
     return value

@@ -1,4 +1,4 @@
-"""The form of an answer, from a JSON schema or a grammar, or any JSON object."""
+"""The form of an answer, from a JSON schema or a grammar."""
 
 from __future__ import annotations
 

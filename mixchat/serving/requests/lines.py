@@ -1,4 +1,4 @@
-"""A file of prompts, a JSON object a line. Several are answered at once, in their order."""
+"""A file of prompts, a JSON object a line."""
 
 from __future__ import annotations
 
@@ -66,7 +66,6 @@ class Line:
         self.is_ready.set()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the answer for the output."""
         found = {"line": self.number} | ({} if self.id is None else {"id": self.id})
         if not isinstance(self.done, Done):
             return found | {"error": str(self.done)}
@@ -167,7 +166,7 @@ def answered_here(
 def answered_by(
     client: ServerClient, model: ListedModel, given: LineDefaults, at_once: int
 ) -> Begin:
-    """Return what lets a server answer lines, at most `at_once` at a time."""
+    """Return what lets a server answer `at_once` lines at a time."""
     from mixchat.serving.client.server_backend import ServerBackend
 
     context = ServerBackend(client, model).context or UNKNOWN_CONTEXT
@@ -215,7 +214,7 @@ def _ask(line: Line, backend: ServerBackend, body: Mapping[str, Any]) -> Done:
 
 
 def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -> dict[str, Any]:
-    """Return the body of a line's request. Raises `RequestError` and `PromptError`."""
+    """Return a line's request. Raises `RequestError` and `PromptError`."""
     if len(text) > longest_line(context):
         raise context.text_too_long("the line")
     body = read_object(text, "the line")

@@ -178,7 +178,7 @@ def read_fields(
 def parsed(
     fields: SharedFields, job: Job, prompts: Sequence[Sequence[int]], ignored: tuple[str, ...]
 ) -> ParsedRequest:
-    """Return the request with `n` jobs like `job` for each prompt, each with its own seed."""
+    """Return the request with `n` jobs for each prompt, each with its own seed."""
     seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
     jobs = tuple(
         replace(

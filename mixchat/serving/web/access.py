@@ -102,8 +102,6 @@ def error_response(error: RequestError) -> Response:
 
 
 class _HeaderCheck:
-    """Checks a request's origin, host and length."""
-
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
 
@@ -113,7 +111,7 @@ class _HeaderCheck:
 
     def _fault(self, headers: Headers) -> RequestError | None:
         if "content-length" in headers and "transfer-encoding" in headers:
-            # A proxy that reads the other one would see other requests in the same bytes.
+            # A proxy that reads the other one would see other requests.
             message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
             return RequestError(message, headers={"Connection": "close"})
         message, origins = "", self._access.origins

@@ -150,7 +150,7 @@ async def _leaving(receive: Receive) -> None:
 
 
 class AnswerStream:
-    """A response of ASGI that sends answers as they come, and ends them if the client leaves."""
+    """A response of ASGI with answers as they come, which end if the client leaves."""
 
     def __init__(
         self,

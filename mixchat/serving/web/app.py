@@ -78,7 +78,7 @@ class AppState:
                 self.note(f"requests have the field {name}, which has no effect here")
 
     def explain(self, error: Exception) -> RequestError:
-        """Return the error for the client, and report it if mixchat is at fault."""
+        """Return the client's error, and report a fault of mixchat."""
         explained = as_request_error(error)
         if explained.status == 500:
             self.report(error)
@@ -266,6 +266,6 @@ class _ResponseHeaders:
                     headers[IGNORED] = ", ".join(ignored)
             await send(message)
 
-        # An error of the routes was answered and reported. Starlette raises it again.
+        # Starlette raises an error again that was answered and reported.
         with suppress(Exception):
             await self._app(scope, receive, with_headers)

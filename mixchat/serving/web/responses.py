@@ -51,7 +51,7 @@ class TokenTexts:
         return known or self._names.get(token, b"")
 
     def __getitem__(self, token: int) -> str:
-        """Return the text of a token alone, with U+FFFD for a part of a character."""
+        """Return a token's text, with U+FFFD for a part of a character."""
         return self.bytes_of(token).decode(errors="replace")
 
 
@@ -85,7 +85,7 @@ class ResponseBuilder(ABC):
         return {**self._head, "object": self.name, "choices": choices, "usage": usage}
 
     def openings(self) -> list[JSON]:
-        """Return the chunks that come before all text."""
+        """Return the first chunks."""
         return []
 
     def piece(self, number: int, delta: Delta) -> JSON:
@@ -127,7 +127,7 @@ class ChatResponses(ResponseBuilder):
     prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def openings(self) -> list[JSON]:
-        """Return a chunk for each answer, which names its role."""
+        """Return a chunk for each answer with its role."""
         role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         numbers = range(len(self._request.jobs))
         return [self._chunk({"index": n, **role, "finish_reason": None}) for n in numbers]

@@ -59,7 +59,7 @@ class WaitingConnections:
         self._since: dict[ClientConnection, float] = {}
 
     def add(self, connection: ClientConnection) -> None:
-        """Add a connection, and close the oldest ones if there are too many."""
+        """Add a connection, and close the oldest of too many."""
         now = connection.loop.time()
         self._since[connection] = now
         while len(self._since) > self._limit:
@@ -129,7 +129,7 @@ class ClientConnection(H11Protocol):
         self.transport.close()
 
     def _wait(self) -> None:
-        self._stop_waiting()  # for the rest of a request that was answered before its end
+        self._stop_waiting()  # for the rest of a request that was answered early
         self._begun = False
         self._deadline = self.loop.call_later(self._timeout, self.give_up)
         self._waiting.add(self)
@@ -145,7 +145,7 @@ class ClientConnection(H11Protocol):
 
 
 class WebServer:
-    """Serves an application of ASGI in a thread, on a socket that is bound."""
+    """Serves an application of ASGI in a thread, on a bound socket."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class WebServer:
         timeout: float = _CLIENT_TIMEOUT_S,
         waiting: WaitingConnections | None = None,
     ) -> None:
-        """Serve nothing yet. `timeout` is for a request to come, and for a client to read."""
+        """Serve nothing yet. Clients have `timeout` seconds to send, and to read."""
         protocol: Any = partial(
             ClientConnection, waiting=waiting or WaitingConnections(), timeout=timeout
         )
@@ -186,13 +186,12 @@ class WebServer:
             self._over.result()
 
     def join(self) -> None:
-        """Wait until it has ended. Raises what ended it."""
+        """Wait for the end. Raises what ended it."""
         assert self._over is not None
         self._over.result()
 
     @property
     def connections(self) -> int:
-        """Return how many connections are open."""
         return len(self._server.server_state.connections)
 
     def stop(self) -> None:
@@ -203,8 +202,6 @@ class WebServer:
 
 
 class _Server(Server):
-    """Sets `ready` as soon as it serves."""
-
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.ready = threading.Event()
