@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 
 
 class ModelService:
-    """A `Service` over the engine of `load`, which has a cache for each answer at once.
-
-    `queue` more jobs may wait. Raises what `load` raises.
-    """
+    """A `Service` over the engine of `load`. `queue` more jobs may wait. Raises as `load` does."""
 
     def __init__(
         self,

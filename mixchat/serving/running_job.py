@@ -1,4 +1,4 @@
-"""A job with its answer, from tokens to the events that its sink gets."""
+"""A job with its answer, from tokens to events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RunningJob:
-    """A job that waits, or whose answer is in the making. Any thread may call `cancel`."""
+    """A job that waits or is answered. Any thread may call `cancel`."""
 
     def __init__(self, job: Job, sink: Sink, tokenizer: Tokenizer, context_size: int) -> None:
         self._job, self.sink = job, sink

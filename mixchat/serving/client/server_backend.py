@@ -72,7 +72,7 @@ class ServerBackend:
                 first, later = later[half], later[half + 1 :]
 
     def send(self, body: Mapping[str, Any]) -> ServerReply:
-        """Send a request as it is, for an answer outside a chat."""
+        """Send a request outside a chat."""
         return self._send(body, _NO_TURN, 0, lambda done, total: None)
 
     def _send(
@@ -188,7 +188,6 @@ class ServerReply:
             self._time()
 
     def _count(self, tokens: int) -> None:
-        """Note the tokens, which may tell that the context is full."""
         message, context = self.message(), self._backend.context
         if self.reason == "length" and context is not None and tokens >= context.tokens:
             self.reason = "context"

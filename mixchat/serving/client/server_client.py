@@ -1,4 +1,4 @@
-"""Asks a server with OpenAI's API for its models and for answers."""
+"""The client of a server with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _FAULTS = (
 class ServerClient:
     """The client of one server, with a connection for each request.
 
-    Redirects are not followed, so only this server gets the `key`. A long prompt may take minutes,
-    so nothing but Ctrl-C limits the server's silence. Methods raise `MixchatError`.
+    Only this server gets the `key`, because redirects are not followed. Nothing but Ctrl-C limits
+    the server's silence. Methods raise `MixchatError`.
     """
 
     def __init__(self, url: ServerURL, key: str | None = None) -> None:

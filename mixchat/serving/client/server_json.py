@@ -131,7 +131,7 @@ def _check_size(size: int) -> None:
 
 
 def read_piece(data: str) -> Piece:
-    """Return a piece of an answer. Raises `ServerError`, also for an error in the stream."""
+    """Return a piece of an answer, or raise the `ServerError` in it."""
     raw = _object(_json(data))
     if raw.get("error"):
         raise ServerError(str(error_of(0, raw)))

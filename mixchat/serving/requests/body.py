@@ -62,7 +62,6 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any, path: str, depth: int) -> None:
-    """Refuse text that no tokenizer takes, and too many levels."""
     if depth > _MAX_LEVELS:
         raise _too_deep(path)
     if isinstance(value, str):

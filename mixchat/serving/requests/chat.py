@@ -109,7 +109,7 @@ def read_chat(
 ) -> ParsedRequest:
     """Return the jobs of a body, which takes seconds for a long conversation.
 
-    Raises `RequestError`, and `PromptError` if the template cannot express the conversation.
+    Raises `RequestError` and `PromptError`.
     """
     fields, job, ignored = read_fields(_ChatFields, body, service, defaults)
     # Open WebUI and others offer tools with each question, and need no call.

@@ -69,7 +69,6 @@ def token_ids(items: list[Any], vocab_size: int, path: str) -> list[int]:
 
 
 def _prompts(given: Any, limit: int) -> dict[str, str | list[Any]]:
-    """Return each prompt by its path, as text or as token ids."""
     if isinstance(given, str):
         return {"prompt": given}
     if not isinstance(given, list) or not given:

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's format, with a status and a body."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mixchat.serving.requests.options import Defaults
 
 AHEAD = 2  # lines read for each answer at once
-_BYTES_PER_BYTE = 6  # of a line for each byte of a prompt, as in \u0041
+_BYTES_PER_BYTE = 6  # for each byte of a prompt, as in \u0041
 _MAX_LINE_EXTRA = 1_000_000  # bytes of a line besides its prompt
 _MAX_LINE = 100_000_000  # bytes, for a context of any size
 _MAX_SKIPPED = 1_000_000_000  # bytes of a line that is too long
@@ -191,7 +191,6 @@ def answered_by(
 
 
 def _ask(line: Line, backend: ServerBackend, body: Mapping[str, Any]) -> Done:
-    """Ask the server, and ask again while it is busy."""
     from mixchat.serving.client.server_json import BusyError, RefusedError
 
     deadline = time.monotonic() + _BUSY_TIMEOUT_S

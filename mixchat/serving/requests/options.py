@@ -1,21 +1,21 @@
 """The fields that chat and completion share.
 
-| field                                          | taken as                                |
-| ---------------------------------------------- | --------------------------------------- |
-| temperature, top_p, seed                       | OpenAI's, else the model's advice       |
-| top_k, min_p, repeat_penalty                   | mixchat's own, with the limits of `run` |
-| presence_penalty, frequency_penalty            | OpenAI's                                |
-| logit_bias                                     | by token id, -100 to 100                |
-| max_tokens, max_completion_tokens              | 0 for as many as fit                    |
-| n                                              | up to what the server can take          |
-| stop, stream, stream_options.include_usage     | OpenAI's                                |
-| response_format, grammar                       | see forms.py                            |
-| model                                          | the served one, if given                |
-| user, metadata, service_tier, prompt_cache_key | ignored                                 |
-| safety_identifier, store (false)               | ignored                                 |
-| repetition_penalty                             | as repeat_penalty                       |
-| _FOREIGN                                       | ignored and named, or refused if strict |
-| all others                                     | refused                                 |
+| field                                      | taken as                                |
+| ------------------------------------------ | --------------------------------------- |
+| temperature, top_p, seed                   | OpenAI's, else the model's advice       |
+| top_k, min_p, repeat_penalty               | mixchat's own, with the limits of `run` |
+| presence_penalty, frequency_penalty        | OpenAI's                                |
+| logit_bias                                 | by token id, -100 to 100                |
+| max_tokens, max_completion_tokens          | 0 for as many as fit                    |
+| n                                          | up to what the server can take          |
+| stop, stream, stream_options.include_usage | OpenAI's                                |
+| response_format, grammar                   | see forms.py                            |
+| model                                      | the served one, if given                |
+| user, metadata and other labels            | ignored                                 |
+| store                                      | only false                              |
+| repetition_penalty                         | as repeat_penalty                       |
+| _FOREIGN                                   | ignored and named, or refused if strict |
+| all others                                 | refused                                 |
 """
 
 from __future__ import annotations

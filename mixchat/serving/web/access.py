@@ -1,4 +1,4 @@
-"""The address that the server listens on, and the requests that it turns away.
+"""The server's address, and the requests that it turns away.
 
 A web page's origin has to be one of `--cors`. DNS rebinding gives a page no foreign origin, but a
 foreign Host header.
@@ -95,7 +95,7 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
 
 
 def error_response(error: RequestError) -> Response:
-    """Return the response to a request that cannot be answered."""
+    """Return the response for an error."""
     return Response(
         to_json(error.body), error.status, headers=error.headers, media_type="application/json"
     )
@@ -124,7 +124,7 @@ class _HeaderCheck:
 
 
 class _KeyCheck:
-    """Checks the key, in a time that does not tell how much of it is right."""
+    """Checks the key in constant time."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._digest = app, _digest(key.encode())

@@ -1,4 +1,4 @@
-"""The jobs of one request while they run, and their answers, whole or as a stream.
+"""The jobs of one request while they run, whole or as a stream.
 
 Comments in a stream keep proxies from cutting a silent connection.
 """

@@ -149,7 +149,7 @@ async def _answer(
 
 
 async def _read(state: AppState, body: bytes, read: Read) -> ParsedRequest:
-    """Parse a body. The check of its schema ends if the client leaves."""
+    """Parse a body, unless the client leaves."""
     limiter = state.form_checks if b"response_format" in body else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
@@ -250,7 +250,7 @@ def _no_such_route(request: Request, error: Exception) -> Response:
 class _ResponseHeaders:
     """Gives every response an ID, forbids to cache it, and names fields without an effect.
 
-    A client's own ID is ignored, because it could forge a line in a log.
+    A client's own ID could forge a line in a log.
     """
 
     def __init__(self, app: ASGIApp) -> None:

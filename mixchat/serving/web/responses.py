@@ -1,4 +1,4 @@
-"""The objects of OpenAI's API that a response holds, and counts for Prometheus."""
+"""OpenAI's response objects, and counts for Prometheus."""
 
 from __future__ import annotations
 
@@ -56,10 +56,7 @@ class TokenTexts:
 
 
 class ResponseBuilder(ABC):
-    """Builds the objects of one request's answers.
-
-    `seed` is mixchat's own field. It also tells a seed that was drawn.
-    """
+    """Builds one request's answers. `seed` is mixchat's own field, also for a drawn seed."""
 
     prefix: str  # of the ID
     name: str  # of the object
@@ -85,7 +82,7 @@ class ResponseBuilder(ABC):
         return {**self._head, "object": self.name, "choices": choices, "usage": usage}
 
     def openings(self) -> list[JSON]:
-        """Return the first chunks."""
+        """Return the chunks before all text."""
         return []
 
     def piece(self, number: int, delta: Delta) -> JSON:
@@ -97,7 +94,7 @@ class ResponseBuilder(ABC):
         return self._chunk(self._choice(number, Delta(""), _FINISH[done.reason]))
 
     def usage(self, done: Sequence[Done]) -> JSON:
-        """Return the chunk that has only the counts of tokens."""
+        """Return the chunk with the counts of tokens."""
         return self._chunk() | {"usage": self._usage(done)}
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """uvicorn in a thread, from the first request to an orderly end.
 
-uvicorn itself waits for ever for a request and for a slow reader, so anybody could use up all
-connections. Outside the main thread it leaves mixchat's signal handlers in place.
+uvicorn itself waits for ever for a request and for a slow reader. Outside the main thread it leaves
+mixchat's signal handlers in place.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ _NOT_HTTP = _refusal("400 Bad Request", "this is not a valid request of HTTP", "
 class WaitingConnections:
     """The connections without a whole request yet, oldest first.
 
-    Above `limit`, those are closed that have waited for `grace` seconds, so that a whole request
-    has its turn before.
+    Above `limit`, those are closed that have waited for `grace` seconds.
     """
 
     def __init__(self, limit: int = _MAX_WAITING, grace: float = _WAITING_GRACE_S) -> None:
@@ -73,7 +72,7 @@ class WaitingConnections:
 
 
 class ClientConnection(H11Protocol):
-    """A client's connection, which may carry many requests in turn."""
+    """A client's connection, for many requests in turn."""
 
     def __init__(
         self, *args: Any, waiting: WaitingConnections, timeout: float, **options: Any
@@ -216,8 +215,7 @@ def serve_until_signal(
 ) -> None:
     """Serve until a signal, and raise its exception when all has ended, within 10 s.
 
-    After the signal new requests are refused, and running answers have 7 s. A second Ctrl-C ends
-    them at once.
+    Running answers have 7 s then, and none after a second Ctrl-C.
     """
     with interrupts.saving():
         server.start()
