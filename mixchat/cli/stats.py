@@ -55,7 +55,6 @@ def stats(
 
 
 def _last_report(name: str, is_named: bool) -> ExpertReport:
-    """Return the model's last report, or the last run's if none is named."""
     from mixchat.engine.report import load_report, newest_report_path, report_path
 
     newest = None if is_named else newest_report_path()

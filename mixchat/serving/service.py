@@ -110,7 +110,6 @@ class ServiceStats:
     bytes_moved: int = 0
 
     def with_tokens(self, prompt: int, cached: int, generated: int) -> ServiceStats:
-        """Return the counts with more tokens."""
         return replace(
             self,
             prompt_tokens=self.prompt_tokens + prompt,
@@ -119,7 +118,6 @@ class ServiceStats:
         )
 
     def with_end(self, last: Done | Failed) -> ServiceStats:
-        """Return the counts with one more ended answer."""
         if isinstance(last, Failed):
             return replace(self, failed=self.failed + 1)
         if last.reason == "interrupted":

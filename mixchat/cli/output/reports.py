@@ -33,7 +33,6 @@ class Report(ABC):
         """Return the result for programs, with sizes in bytes and times in seconds."""
 
     def show(self, as_json: bool) -> None:
-        """Print the result on standard output."""
         if as_json:
             show(json.dumps(self.as_json(), indent=2))
         else:

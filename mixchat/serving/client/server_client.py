@@ -112,7 +112,6 @@ class ServerClient:
         return headers
 
     def _check(self, reply: HTTPReply) -> None:
-        """Raise what a status other than success means."""
         if 200 <= reply.status < 300:
             return
         if 300 <= reply.status < 400:
@@ -173,7 +172,6 @@ class HTTPReply:
         return bytes(body[:_MAX_BODY])
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the body as it comes."""
         return self._pieces("broke off in the middle of the answer")
 
     def hurry(self) -> None:

@@ -49,7 +49,6 @@ class RequestError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """Return the JSON that the client gets."""
         return {"error": {"message": str(self), **self._fields}}
 
 

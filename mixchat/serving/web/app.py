@@ -71,7 +71,6 @@ class AppState:
         self.form_checks = CapacityLimiter(_MAX_FORM_CHECKS)
 
     def note_ignored(self, names: Sequence[str]) -> None:
-        """Note the fields without an effect, each once."""
         for name in names:
             if name not in self._noted:
                 self._noted.add(name)

@@ -86,11 +86,9 @@ class ResponseBuilder(ABC):
         return []
 
     def piece(self, number: int, delta: Delta) -> JSON:
-        """Return the chunk of a piece of text."""
         return self._chunk(self._choice(number, delta, None))
 
     def ending(self, number: int, done: Done) -> JSON:
-        """Return the last chunk of an answer."""
         return self._chunk(self._choice(number, Delta(""), _FINISH[done.reason]))
 
     def usage(self, done: Sequence[Done]) -> JSON:

@@ -121,7 +121,7 @@ class ClientConnection(H11Protocol):
         self.transport.close()
 
     def give_up(self) -> None:
-        """Close the connection, and say so if a part of a request has come."""
+        """Close the connection, and say so to a client that has begun a request."""
         self._stop_waiting()
         if self._begun and not (self.cycle and self.cycle.response_started):
             self.transport.write(_TOO_SLOW)
