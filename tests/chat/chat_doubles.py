@@ -8,29 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from mixchat.base.options import SamplingOptions
+from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
 
 STOP = 0
 KEY = ExpertKey(0, 0)
-
-
-@dataclass
-class SpeculationStats:
-    passes: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    single_seconds: float = 0.0
-
-
-@dataclass
-class Stats:
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    experts: ExpertStats = field(default_factory=ExpertStats)
-    speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
 
 @dataclass
@@ -64,7 +46,7 @@ class ScriptedEngine:
         self.context_size = context_size
         self.config = Config()
         self.identity = "scripted"
-        self.stats = Stats()
+        self.stats = GenerationStats()
         self.experts = Experts()
         self.slots_by_tier, self.expert_bytes = self.experts.slots_by_tier, 16_000_000
         self.passes = SimpleNamespace(total_tokens=1, total_seconds=1.0)
@@ -96,7 +78,7 @@ class ScriptedEngine:
         self.prompts.append(list(prompt_ids))
         self.samplings.append(sampling)
         self.constraints.append(constraint)
-        self.stats = Stats(prompt_tokens=len(prompt_ids), prefill_seconds=0.5, decode_seconds=0.25)
+        self.stats = GenerationStats(len(prompt_ids), prefill_seconds=0.5, decode_seconds=0.25)
         room = self.context_size - len(prompt_ids)
         try:
             for item in [*self.script.pop(0), chr(STOP)]:

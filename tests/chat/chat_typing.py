@@ -57,7 +57,7 @@ class Chat:
                 store or ChatStore(Path("/nowhere")),
                 "demo",
                 autosave=store is not None,
-                warn=self.warn,
+                warn=self.errors.append,
             )
             self.active = ActiveChat(
                 self.saver,
@@ -69,9 +69,6 @@ class Chat:
             )
             Repl(self.active, ChatPrompt(None, completions(self.active), self.active.status)).run()
             self.text = out.getvalue()
-
-    def warn(self, error):
-        self.errors.append(error)
 
 
 def prompts_of(session):

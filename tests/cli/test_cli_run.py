@@ -6,11 +6,11 @@ import signal
 import subprocess
 
 import pytest
-from chat_doubles import SpeculationStats, Stats
 from command_line import FAKE, Done
 from fake_mixchat import make_session
 
 from mixchat.cli.output.verbose import VerboseReport, expert_lines, generation_lines
+from mixchat.engine.stats import GenerationStats, SpeculationStats
 from mixchat.experts.cache import ExpertStats
 
 
@@ -162,7 +162,9 @@ def test_verbose_tells_how_fast_files_were_read():
 
 def test_verbose_tells_of_tokens_that_were_proposed():
     did = SpeculationStats(passes=3, proposed=48, accepted=30, single_seconds=0.1)
-    stats = Stats(prompt_tokens=9, generated_tokens=41, decode_seconds=2.0, speculation=did)
+    stats = GenerationStats(
+        prompt_tokens=9, generated_tokens=41, decode_seconds=2.0, speculation=did
+    )
     assert generation_lines(stats, None, first=True)[3:] == [
         "decode   41 tokens, 20.0 tok/s",
         "proposed 48 tokens, 30 of them accepted, in 3 passes (10.0 tok/s without)",

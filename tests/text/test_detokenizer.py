@@ -160,23 +160,3 @@ def test_an_example() -> None:
     assert stop.add("Dx") == ("", True)
     assert stop.add("more") == ("", True)
     assert stop.flush() == ""
-
-
-def test_the_one_that_ends_first_counts_even_in_one_chunk() -> None:
-    assert shown(["b", "abc"], ["abc"]) == shown(["b", "abc"], ["a", "b", "c"]) == ("a", True)
-    assert shown(["b", "ab"], ["ab"]) == shown(["b", "ab"], ["a", "b"]) == ("", True)
-
-
-def test_text_that_is_not_a_stop_string_after_all_is_shown() -> None:
-    stop = StopStrings(["\nUser:"])
-    assert stop.add("a\nUs") == ("a", False)
-    assert stop.add("a") == ("\nUsa", False)
-    assert stop.add("\n") == ("", False)
-    assert stop.flush() == "\n"
-    assert stop.flush() == ""
-
-
-def test_no_stop_strings_hold_nothing_back() -> None:
-    stop = StopStrings(["", ""])
-    assert stop.add("anything") == ("anything", False)
-    assert stop.flush() == ""

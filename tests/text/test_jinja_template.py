@@ -74,6 +74,10 @@ def speakers(
     return found
 
 
+def jinja(source: str, tokenizer: Any, file: str = "x", **variables: str) -> JinjaTemplate:
+    return JinjaTemplate(ChatTemplate(source, Path(file)), tokenizer, variables=variables)
+
+
 def conversation(questions: list[str], answers: list[str]) -> list[Message]:
     messages = []
     for question, answer in zip(questions, answers, strict=False):
@@ -107,17 +111,14 @@ def test_ordinary_talk_gets_transformers_ids(
     )
 
 
-def test_the_simplest_case_by_hand(checkpoints: Any) -> None:
-    tokenizer = load_tokenizer(checkpoints["byte-level"])
-    template = load_template(checkpoints["byte-level"], tokenizer)
-    start, end = (
-        tokenizer.control_tokens.get("<|im_start|>"),
-        tokenizer.control_tokens.get("<|im_end|>"),
-    )
+def test_the_simplest_case_by_hand(checkpoints: Any, byte_level: Any) -> None:
+    template = load_template(checkpoints["byte-level"], byte_level)
+    encode, controls = byte_level.encode, byte_level.control_tokens
+    start, end = controls["<|im_start|>"], controls["<|im_end|>"]
     assert template.encode([Message("system", "S"), Message("user", "a < b")]) == [
-        start, *tokenizer.encode("system\nS"), end, *tokenizer.encode("\n"),
-        start, *tokenizer.encode("user\na < b"), end, *tokenizer.encode("\n"),
-        start, *tokenizer.encode("assistant\n"),
+        start, *encode("system\nS"), end, *encode("\n"),
+        start, *encode("user\na < b"), end, *encode("\n"),
+        start, *encode("assistant\n"),
     ]  # fmt: skip
 
 
@@ -150,12 +151,11 @@ def test_no_message_adds_a_control_token_to_any_tokenizer(
 @settings(deadline=None, max_examples=60)
 @given(messages=talk(anything))
 def test_no_template_assembles_a_control_token(
-    forger: str, messages: list[Message], checkpoints: Any
+    forger: str, messages: list[Message], byte_level: Any
 ) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
-    template = JinjaTemplate(ChatTemplate(FORGERS[forger], Path("x")), tokenizer)
-    assert build.controls_in(tokenizer, template.encode(messages)) == [
-        tokenizer.control_tokens.get("<|im_end|>")
+    template = jinja(FORGERS[forger], byte_level)
+    assert build.controls_in(byte_level, template.encode(messages)) == [
+        byte_level.control_tokens.get("<|im_end|>")
     ]
 
 
@@ -179,28 +179,25 @@ def test_no_template_assembles_a_control_token(
     ],
 )
 def test_a_simple_encoding_would_assemble_these_tokens(
-    forger: str, texts: list[str], checkpoints: Any
+    forger: str, texts: list[str], byte_level: Any
 ) -> None:
     """Each of them forges a token if the rendered text is simply encoded."""
     from jinja2 import Environment
 
-    tokenizer = build.loaded(checkpoints["byte-level"])
     messages = conversation([texts[0], texts[2]], [texts[1]])
     rendered = Environment().from_string(FORGERS[forger]).render(messages=as_dicts(messages))
-    naive = build.controls_in(tokenizer, tokenizer.encode_template(rendered))
+    naive = build.controls_in(byte_level, byte_level.encode_template(rendered))
     if forger != "quotes":  # Jinja's own filter escapes what transformers' leaves
         assert len(naive) > 1, "or there would be nothing to prevent"
-    template = JinjaTemplate(ChatTemplate(FORGERS[forger], Path("x")), tokenizer)
-    assert len(build.controls_in(tokenizer, template.encode(messages))) == 1
+    template = jinja(FORGERS[forger], byte_level)
+    assert len(build.controls_in(byte_level, template.encode(messages))) == 1
 
 
 @settings(deadline=None, max_examples=100)
 @given(text=anything)
-def test_hostile_text_arrives_as_it_was_typed(text: str, checkpoints: Any) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
-    template = JinjaTemplate(ChatTemplate(build.CHATML, Path("x")), tokenizer)
-    ids = template.encode([Message("user", text)])
-    assert tokenizer.decode(ids) == f"user\n{text}\nassistant\n"
+def test_hostile_text_arrives_as_it_was_typed(text: str, byte_level: Any) -> None:
+    ids = jinja(build.CHATML, byte_level).encode([Message("user", text)])
+    assert byte_level.decode(ids) == f"user\n{text}\nassistant\n"
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama-old", "llama-new"])
@@ -242,31 +239,16 @@ def test_ids_and_text_are_the_same_to_a_template(speakers: Any) -> None:
     ids=["refuses", "refuses-too", "leaves-out", "fails"],
 )
 def test_without_a_system_role_its_text_goes_to_the_first_question(
-    source: str, checkpoints: Any
+    source: str, byte_level: Any
 ) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
-    variables = {"bos_token": "", "eos_token": "<|endoftext|>"}
-    template = JinjaTemplate(ChatTemplate(source, Path("x")), tokenizer, variables=variables)
+    template = jinja(source, byte_level, bos_token="", eos_token="<|endoftext|>")
     rest = [Message("assistant", "b"), Message("user", "c")]
     assert template.encode([Message("system", "S</s>"), Message("user", "a"), *rest]) == (
         template.encode([Message("user", "S</s>\n\na"), *rest])
     )
 
 
-def test_a_system_role_is_used_if_there_is_one(checkpoints: Any) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
-    template = load_template(checkpoints["byte-level"], tokenizer)
-    text = tokenizer.decode(template.encode([Message("system", "S"), Message("user", "a")]))
-    assert text == "system\nS\nuser\na\nassistant\n"
-
-
-def rendered(source: str, tokenizer: Any, **variables: str) -> str:
-    template = JinjaTemplate(ChatTemplate(source, Path("x")), tokenizer, variables=variables)
-    return str(tokenizer.decode(template.encode([Message("user", "Hi")])))
-
-
-def test_the_helpers_that_transformers_gives(checkpoints: Any) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
+def test_the_helpers_that_transformers_gives(byte_level: Any) -> None:
     for source, expected in {
         "{{ {'a': '<é>'} | tojson }}": '{"a": "<é>"}',
         "{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}": '{\n "a": 2,\n "b": 1\n}',
@@ -281,7 +263,8 @@ def test_the_helpers_that_transformers_gives(checkpoints: Any) -> None:
         "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}": "Hi",
         "{{ 'ab' * 3 }}{{ 3 * [1] }}{{ 2 ** 10 }}{{ 6 * 7 }}": "ababab[1, 1, 1]102442",
     }.items():  # fmt: skip
-        assert rendered(source, tokenizer) == expected
+        ids = jinja(source, byte_level).encode([Message("user", "Hi")])
+        assert byte_level.decode(ids) == expected
 
 
 def test_the_special_tokens_by_name(tmp_path: Path) -> None:
@@ -308,19 +291,9 @@ def test_sentencepieces_own_tokens_have_their_names(tmp_path: Path) -> None:
     assert ids == [1, *tokenizer.encode("### <s>"), 2]
 
 
-def test_a_refusal_is_about_the_prompt_and_one_line(checkpoints: Any) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
-    source = "{% if messages | length > 1 %}{{ raise_exception('Only\n  one') }}{% endif %}"
-    template = JinjaTemplate(ChatTemplate(source, Path("x")), tokenizer)
-    messages = conversation(["a", "b"], ["c"])
+def test_a_template_that_always_refuses_can_be_loaded_and_says_why(byte_level: Any) -> None:
+    template = jinja("{{ raise_exception('Only\n  one') }}", byte_level)
     with pytest.raises(PromptError, match=r"refuses the conversation: Only one$"):
-        template.encode(messages)
-
-
-def test_a_template_that_always_refuses_can_be_loaded(checkpoints: Any) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
-    template = JinjaTemplate(ChatTemplate("{{ raise_exception('No') }}", Path("x")), tokenizer)
-    with pytest.raises(PromptError, match=r"No$"):
         template.encode([Message("user", "Hi")])
 
 
@@ -356,17 +329,9 @@ def test_a_broken_or_hostile_template_is_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_fails_later_is_named_too(checkpoints: Any) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
+def test_a_template_that_fails_later_is_named_too(byte_level: Any) -> None:
     source = "{% if messages | length > 1 %}{{ messages[0].a.b }}{% endif %}"
-    template = JinjaTemplate(ChatTemplate(source, Path("there")), tokenizer)
+    template = jinja(source, byte_level, file="there")
     template.encode([Message("user", "a")])
     with pytest.raises(CheckpointError, match=r"^there: the chat template fails: "):
         template.encode(conversation(["a", "b"], ["c"]))
-
-
-def test_half_a_surrogate_pair_is_refused(checkpoints: Any) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
-    template = load_template(checkpoints["byte-level"], tokenizer)
-    with pytest.raises(PromptError, match="lone surrogate"):
-        template.encode([Message("user", "a\udc80")])

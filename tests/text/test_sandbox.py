@@ -64,6 +64,7 @@ def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory: Path) -> N
         assert sandboxed.encode_template("<s>AxB", inserts) == tokenizer.encode_template(
             "<s>AxB", inserts
         )
+        assert sandboxed.token_bytes() == tokenizer.token_bytes()
         assert sandboxed.decode([*ids, 10**9]) == tokenizer.decode([*ids, 10**9])
         streams = (Detokenizer(sandboxed), Detokenizer(tokenizer))
         assert [streams[0].add(i) for i in ids] == [streams[1].add(i) for i in ids]
@@ -114,12 +115,11 @@ def test_a_template_may_become_hostile_later(tmp_path: Path) -> None:
         assert template.encode([Message("user", "a")]) == good
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
-def test_a_child_that_ends_is_replaced(number: int, sandboxed: CheckpointText) -> None:
+def test_a_child_that_ends_is_replaced(sandboxed: CheckpointText) -> None:
     tokenizer = sandboxed.tokenizer()
     ids = tokenizer.encode("Hello")
-    process_of(sandboxed).send_signal(number)
-    with pytest.raises(CheckpointError, match=rf"the tokenizer ends .*\(signal {number:d}\)"):
+    process_of(sandboxed).kill()
+    with pytest.raises(CheckpointError, match=r"the tokenizer ends .*\(signal 9\)"):
         tokenizer.encode("Hello")
     assert tokenizer.encode("Hello") == ids
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_strategies import anything
 
-from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.tokenizer import TokenBytes
 
@@ -93,30 +91,15 @@ def test_a_word_loses_its_space_only_at_the_start_of_a_text(v1: Any) -> None:
     assert (tokens.within[hello], tokens.first[hello]) == (b" Hello", b"Hello")
 
 
-def test_control_tokens_have_no_bytes(tokenizer: Any, tokens: TokenBytes) -> None:
+def test_every_token_has_an_entry_and_control_tokens_have_no_bytes(
+    tokenizer: Any, tokens: TokenBytes
+) -> None:
+    assert len(tokens.within) == tokenizer.vocab_size
     controls = tokenizer.control_tokens.values()
     assert [tokens.within[i] for i in controls] == [b""] * len(controls)
     assert not tokens.first.keys() & set(controls)
 
 
-def test_every_token_has_an_entry(tokenizer: Any, tokens: TokenBytes) -> None:
-    assert len(tokens.within) == tokenizer.vocab_size
-
-
-def test_added_tokens_that_people_may_write_are_text(checkpoints: Any) -> None:
-    text = CheckpointText(checkpoints["byte-level"])
-    try:
-        tokenizer = text.tokenizer()
-        tokens = tokenizer.token_bytes()
-        (added,) = tokenizer.encode("blockchain")
-        assert tokens.within[added] == b"blockchain"
-    finally:
-        text.close()
-
-
-def test_the_sandbox_gives_the_same_bytes(directory: Path, tokens: TokenBytes) -> None:
-    text = CheckpointText(directory)
-    try:
-        assert text.tokenizer().token_bytes() == tokens
-    finally:
-        text.close()
+def test_added_tokens_that_people_may_write_are_text(byte_level: Any) -> None:
+    (added,) = byte_level.encode("blockchain")
+    assert byte_level.token_bytes().within[added] == b"blockchain"

@@ -67,16 +67,10 @@ def test_every_control_token_can_be_typed_as_text(tokenizer: Any) -> None:
 
 @few
 @given(text=anything)
-def test_typed_text_decodes_to_itself(text: str, v1: Any) -> None:
+def test_typed_text_decodes_to_itself(text: str, v1: Any, byte_level: Any) -> None:
     # SentencePiece writes a space as U+2581, so a typed U+2581 becomes a space.
     assert v1.decode(v1.encode(text)) == text.replace("\u2581", " ")
-
-
-@few
-@given(text=anything)
-def test_typed_text_decodes_to_itself_from_bytes_too(text: str, checkpoints: Any) -> None:
-    tokenizer = build.loaded(checkpoints["byte-level"])
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert byte_level.decode(byte_level.encode(text)) == text
 
 
 def test_a_template_may_write_control_tokens(tokenizer: Any) -> None:
@@ -129,13 +123,6 @@ def test_control_tokens_and_unknown_ids_have_no_text(tokenizer: Any) -> None:
     assert tokenizer.decode([*special, *ids[:1], *strange, *ids[1:], *special]) == "to be"
 
 
-def test_ids_of_control_tokens_are_known_by_their_text(tokenizer: Any) -> None:
-    assert tokenizer.control_tokens.get("no such token") is None
-    assert tokenizer.control_tokens.get("the") is None
-    assert all(tokenizer.control_tokens.get(t) == i for t, i in tokenizer.control_tokens.items())
-    assert max(tokenizer.control_tokens.values()) < tokenizer.vocab_size
-
-
 def test_half_a_surrogate_pair_is_refused(tokenizer: Any) -> None:
     with pytest.raises(PromptError, match="lone surrogate at character 2"):
         tokenizer.encode("ab\udc80")
@@ -179,13 +166,6 @@ def test_without_legacy_text_after_a_control_token_gets_no_space(tmp_path: Path)
     assert tokenizer.encode_template("Hello</s>Hello") == [22557, 2, 16230]
 
 
-def test_third_generation_instruct_tokens_are_control_tokens(tmp_path: Path) -> None:
-    build.write_checkpoint(tmp_path, model_file=build.V3_FILE)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode_template("[INST]") == [tokenizer.control_tokens.get("[INST]")] == [3]
-    assert build.controls_in(tokenizer, tokenizer.encode("[INST] a [/INST]")) == []
-
-
 def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) -> None:
     """Some fine-tunes write their markup into tokenizer.model, so that any text can spell it."""
     import io
@@ -216,19 +196,17 @@ def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) ->
         assert tokenizer.encode(text) == original.encode(text)
 
 
-def test_added_words_that_are_not_markup_are_unchanged(checkpoints: Any) -> None:
-    tokenizer = load_tokenizer(checkpoints["byte-level"])
-    assert len(tokenizer.encode("blockchain")) == 1
-    assert tokenizer.control_tokens.get("blockchain") is None
-    assert build.controls_in(tokenizer, tokenizer.encode("<tool>[TOOL_CALLS]")) == []
-    tool = tokenizer.control_tokens.get("<tool>")
-    assert tokenizer.encode_template("a<tool>b")[1] == tool
-    assert tokenizer.decode(tokenizer.encode_template("a<tool>b")) == "a<tool>b"
+def test_added_words_that_are_not_markup_are_unchanged(byte_level: Any) -> None:
+    assert len(byte_level.encode("blockchain")) == 1
+    assert byte_level.control_tokens.get("blockchain") is None
+    ids = byte_level.encode_template("a<tool>b")
+    assert ids[1] == byte_level.control_tokens.get("<tool>")
+    assert byte_level.decode(ids) == "a<tool>b"
 
 
-def edited(tmp_path: Path, change: Callable[[dict[str, Any]], None], **config: Any) -> Path:
+def edited(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Return a byte-level checkpoint whose tokenizer.json was changed."""
-    build.write_checkpoint(tmp_path, build.byte_level(), **config)
+    build.write_checkpoint(tmp_path, build.byte_level())
     file = tmp_path / "tokenizer.json"
     spec = json.loads(file.read_text())
     change(spec)
@@ -271,12 +249,11 @@ def test_truncation_and_padding_in_the_file_do_not_count(tmp_path: Path) -> None
 
 
 def test_tokens_that_only_the_settings_name_are_added(tmp_path: Path) -> None:
-    def nothing(spec: dict[str, Any]) -> None:
-        pass
-
-    size = load_tokenizer(edited(tmp_path, nothing)).vocab_size
+    size = build.byte_level().get_vocab_size()
     added = {str(size): {"content": "<|tool|>", "special": False}}
-    edited(tmp_path, nothing, added_tokens_decoder=added, eos_token="<|im_end|>")
+    build.write_checkpoint(
+        tmp_path, build.byte_level(), added_tokens_decoder=added, eos_token="<|im_end|>"
+    )
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.control_tokens.get("<|tool|>") == size
     assert tokenizer.vocab_size == size + 1
@@ -329,33 +306,29 @@ def test_a_character_may_have_a_control_token_inside(tokenizer: Any, kind: str) 
     assert tokenizer.decode([one, 1, two, tokenizer.vocab_size + 5, three]) == "€"
 
 
+NAMED = [{"name": "rag", "template": build.MISTRAL}, {"name": "default", "template": build.CHATML}]
+
+
 @pytest.mark.parametrize(
-    ("template", "kind"),
+    ("files", "template", "kind"),
     [
-        (None, SentencePieceTokenizer),
-        (build.MISTRAL, SentencePieceTokenizer),
-        (build.CHATML, JsonTokenizer),
-        (build.LLAMA2, JsonTokenizer),
-        (build.ALPACA, JsonTokenizer),
-        (
-            [{"name": n, "template": t} for n, t in
-             (("rag", build.MISTRAL), ("default", build.CHATML))],
-            JsonTokenizer,
-        ),
+        ("both", None, SentencePieceTokenizer),
+        ("both", build.MISTRAL, SentencePieceTokenizer),
+        ("both", build.CHATML, JsonTokenizer),
+        ("both", build.LLAMA2, JsonTokenizer),
+        ("both", NAMED, JsonTokenizer),
+        ("tokenizer.model", build.CHATML, SentencePieceTokenizer),
+        ("tokenizer.json", build.MISTRAL, JsonTokenizer),
     ],
-)  # fmt: skip
-def test_the_choice_between_both_files(template: Any, kind: type, tmp_path: Path) -> None:
+)
+def test_the_choice_of_a_file(files: str, template: Any, kind: type, tmp_path: Path) -> None:
     build.write_checkpoint(
-        tmp_path, build.byte_level(), model_file=build.V1_FILE, template=template
+        tmp_path,
+        None if files == "tokenizer.model" else build.byte_level(),
+        model_file=None if files == "tokenizer.json" else build.V1_FILE,
+        template=template,
     )
     assert type(load_tokenizer(tmp_path)) is kind
-
-
-def test_one_file_is_enough(tmp_path: Path) -> None:
-    build.write_checkpoint(tmp_path / "a", model_file=build.V1_FILE, template=build.CHATML)
-    build.write_checkpoint(tmp_path / "b", build.byte_level(), template=build.MISTRAL)
-    assert type(load_tokenizer(tmp_path / "a")) is SentencePieceTokenizer
-    assert type(load_tokenizer(tmp_path / "b")) is JsonTokenizer
 
 
 def assert_names_the_file(error: CheckpointError, file: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-
-from mixchat.text.choose import load_tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 V1_FILE = DATA / "tokenizer.model.v1"
@@ -178,12 +175,6 @@ def write_checkpoint(
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
         (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
-
-
-@cache
-def loaded(directory: Path) -> Any:
-    """Return the tokenizer of a checkpoint that no test changes."""
-    return load_tokenizer(directory)
 
 
 def controls_in(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -22,13 +22,25 @@ def talk(session, *questions):
         list(session.ask(question))
 
 
-def gone_on_with(store, session, question, **options):
-    """The saver of another run, in which the last chat was resumed."""
+def saver_after(store, session, *questions, **options):
+    """The saver of a chat with these questions, which is saved."""
+    saver = ChatSaver(session, store, "demo", **options)
+    talk(session, *questions)
+    saver.save()
+    return saver
+
+
+def resumed(store, session, question, **options):
+    """The saver of a run that resumed the last chat, and got an answer that is not saved yet."""
     saver = ChatSaver(session, store, "demo", **options)
     saver.resume(store.latest())
     talk(session, question)
-    saver.save()
     return saver
+
+
+def questions_in(store):
+    whole = [store.load(saved.id) for saved in store.all() if saved.problem is None]
+    return sorted([m.content for m in chat.messages if m.role == "user"] for chat in whole)
 
 
 def test_nothing_is_written_before_something_was_said(session_of, store):
@@ -49,9 +61,7 @@ def test_each_save_has_all_that_was_said(session_of, store):
 def test_a_chat_comes_back_as_it_was(session_of, store):
     session = session_of("Hel", system="Be brief", max_tokens=3)
     session.sampling = SamplingOptions(temperature=0.25, top_k=7, seed=9)
-    talk(session, "Hi")
-    saver = ChatSaver(session, store, "demo")
-    saver.save()
+    saver = saver_after(store, session, "Hi")
     other = session_of("more")
     ChatSaver(other, store, "demo").resume(store.load(saver.chat.id))
     assert other.history == session.history
@@ -62,30 +72,22 @@ def test_a_chat_comes_back_as_it_was(session_of, store):
 
 
 def test_a_resumed_chat_is_written_to_its_own_file(session_of, store):
-    session = session_of("Hello")
-    first = ChatSaver(session, store, "demo")
-    talk(session, "Hi")
-    first.save()
-    gone_on_with(store, session_of("Fine"), "Again")
+    first = saver_after(store, session_of("Hello"), "Hi")
+    resumed(store, session_of("Fine"), "Again").save()
     assert [(saved.id, saved.turns) for saved in store.all()] == [(first.chat.id, 2)]
 
 
 def test_what_a_flag_gives_is_not_taken_from_the_chat(session_of, store):
     session = session_of("Hello", system="Be brief")
     session.sampling = SamplingOptions(temperature=0.25, top_k=7)
-    talk(session, "Hi")
-    saver = ChatSaver(session, store, "demo")
-    saver.save()
+    saver_after(store, session, "Hi")
     other = session_of(system="Be long", sampling=SamplingOptions(temperature=0.9))
     ChatSaver(other, store, "demo").resume(store.latest(), except_for=["system", "temperature"])
     assert (other.system, other.sampling.temperature, other.sampling.top_k) == ("Be long", 0.9, 7)
 
 
 def test_tokens_of_another_model_are_forgotten_and_their_text_is_not(session_of, store):
-    session = session_of("Hello")
-    talk(session, "Hi")
-    saver = ChatSaver(session, store, "demo")
-    saver.save()
+    saver_after(store, session_of("Hello"), "Hi")
     other = session_of()
     other.engine.identity = "other weights"
     ChatSaver(other, store, "other").resume(store.latest())
@@ -93,10 +95,7 @@ def test_tokens_of_another_model_are_forgotten_and_their_text_is_not(session_of,
 
 
 def test_sampling_that_cannot_be_is_left_out(session_of, store):
-    session = session_of("Hello")
-    talk(session, "Hi")
-    saver = ChatSaver(session, store, "demo")
-    saver.save()
+    saver = saver_after(store, session_of("Hello"), "Hi")
     path = store.directory / f"{saver.chat.id}.json"
     raw = json.loads(path.read_text())
     raw["sampling"] = {"temperature": -1, "top_p": 0.5, "unheard_of": 3, "top_k": None, "seed": 4.0}
@@ -107,17 +106,6 @@ def test_sampling_that_cannot_be_is_left_out(session_of, store):
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.5, 0)
     assert sampling.seed == 4
     assert type(sampling.seed) is int
-
-
-def test_begin_leaves_the_old_chat_as_it_is(session_of, store):
-    session = session_of("Hello", "Fine")
-    saver = ChatSaver(session, store, "demo")
-    for question in ("one", "two"):
-        talk(session, question)
-        saver.save()
-        session.clear()
-        saver.start_new()
-    assert sorted(saved.question for saved in store.all()) == ["one", "two"]
 
 
 def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_continues(session_of, tmp_path):
@@ -134,46 +122,24 @@ def test_a_disk_that_cannot_be_written_is_said_once_and_the_chat_continues(sessi
 def test_a_chat_that_was_changed_in_another_session_is_saved_as_a_new_one(session_of, store):
     """The one that was saved last won, and the other's turns were gone."""
     session, said = session_of("Hello", "here"), []
-    first = ChatSaver(session, store, "demo", note=said.append)
-    talk(session, "Hi")
-    first.save()
-    second = gone_on_with(store, session_of("there"), "second", note=said.append)
+    first = saver_after(store, session, "Hi", note=said.append)
+    second = resumed(store, session_of("there"), "second", note=said.append)
+    second.save()
     assert said == []
     talk(session, "first")
     first.save()
     assert said == [f"this chat was changed in another session; saved as {first.chat.id}"]
-    contents = {
-        saved.id: [m.content for m in store.load(saved.id).messages] for saved in store.all()
-    }
-    assert contents == {
-        second.chat.id: ["Hi", "Hello", "second", "there"],
-        first.chat.id: ["Hi", "Hello", "first", "here"],
-    }
+    assert [m.content for m in store.load(second.chat.id).messages[2:]] == ["second", "there"]
+    assert [m.content for m in store.load(first.chat.id).messages[2:]] == ["first", "here"]
     first.save()
     assert len(said) == 1
-
-
-def resumed(store, session, question, **options):
-    """The saver of a run that resumed the last chat, and got an answer that is not saved yet."""
-    saver = ChatSaver(session, store, "demo", **options)
-    saver.resume(store.latest())
-    talk(session, question)
-    return saver
-
-
-def questions_in(store):
-    return sorted(
-        [m.content for m in store.load(saved.id).messages if m.role == "user"]
-        for saved in store.all()
-    )
 
 
 def test_a_turn_is_not_lost_if_another_is_saved_between_the_look_and_the_write(
     session_of, store, monkeypatch
 ):
     """Of two processes that resumed one chat, 11 of 60 times one's turn was in no file."""
-    talk(session := session_of("Hello"), "Hi")
-    ChatSaver(session, store, "demo").save()
+    saver_after(store, session_of("Hello"), "Hi")
     said = []
     first = resumed(store, session_of("a"), "first", note=said.append)
     second = resumed(store, session_of("b"), "second", note=said.append)
@@ -198,8 +164,7 @@ def test_a_turn_is_not_lost_if_another_is_saved_between_the_look_and_the_write(
 
 def test_a_name_is_not_written_over_a_turn_of_another_window(session_of, store, monkeypatch):
     """It was looked at the file, the file was written, and then written once more with the name."""
-    talk(session := session_of("Hello"), "Hi")
-    ChatSaver(session, store, "demo").save()
+    saver_after(store, session_of("Hello"), "Hi")
     first = resumed(store, session_of("a"), "first")
     second = resumed(store, session_of("b"), "second")
     rename = store.rename
@@ -220,18 +185,12 @@ def test_a_name_is_not_written_over_a_turn_of_another_window(session_of, store, 
 @pytest.mark.parametrize("damage", [b"{", b'{"format": 99}'])
 def test_a_file_that_cannot_be_read_any_more_is_not_overwritten(session_of, store, damage):
     """A newer mixchat may have resumed the chat meanwhile, and its turns would be gone."""
-    talk(session := session_of("Hello"), "Hi")
-    (saver := ChatSaver(session, store, "demo")).save()
+    saver = saver_after(store, session_of("Hello"), "Hi")
     path = store.directory / f"{saver.chat.id}.json"
     path.write_bytes(damage)
     saver.save()
     assert path.read_bytes() == damage
-    assert questions_in_whole(store) == [["Hi"]]
-
-
-def questions_in_whole(store):
-    whole = [saved.id for saved in store.all() if saved.problem is None]
-    return [[m.content for m in store.load(id).messages[::2]] for id in whole]
+    assert questions_in(store) == [["Hi"]]
 
 
 def test_a_new_chat_whose_id_another_was_given_is_saved_under_one_of_its_own(
@@ -248,39 +207,22 @@ def test_a_new_chat_whose_id_another_was_given_is_saved_under_one_of_its_own(
 
 
 def test_a_chat_that_was_removed_elsewhere_is_saved_again(session_of, store):
-    talk(session := session_of("Hello", "Fine"), "Hi")
-    (saver := ChatSaver(session, store, "demo")).save()
+    saver = saver_after(store, session := session_of("Hello", "Fine"), "Hi")
     store.remove(saver.chat.id)
     talk(session, "And you?")
     saver.save()
     assert questions_in(store) == [["Hi", "And you?"]]
 
 
-def test_a_name_does_not_overwrite_what_another_window_wrote(session_of, store):
-    session = session_of("Hello")
-    first = ChatSaver(session, store, "demo")
-    talk(session, "Hi")
-    first.save()
-    second = gone_on_with(store, session_of("there"), "second")
-    first.rename("mine")
-    assert len(store.load(second.chat.id).messages) == 4
-    assert len(store.load("mine").messages) == 2
-
-
 def test_taking_the_last_turn_back_reaches_the_disk(session_of, store):
-    session = session_of("Hello")
-    saver = ChatSaver(session, store, "demo")
-    talk(session, "Hi")
-    saver.save()
+    saver = saver_after(store, session := session_of("Hello"), "Hi")
     session.undo()
     saver.save()
     assert store.load(saver.chat.id).messages == ()
 
 
 def test_a_loaded_chat_is_saved_only_if_all_are(session_of, store):
-    session = session_of("a", "b")
-    talk(session, "one")
-    ChatSaver(session, store, "demo").save()
+    saver_after(store, session_of("a"), "one")
     other = session_of("c", "d")
     saver = ChatSaver(other, store, "demo", autosave=False)
     talk(other, "mine")

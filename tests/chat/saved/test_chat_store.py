@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from mixchat.base.errors import (
     ChatNotFoundError,
     CheckpointError,
-    MixchatError,
     ResourceError,
     UsageError,
 )
-from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
+from mixchat.chat.saved.chat_file import SavedChat, checked_name
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.text.messages import Message
 
@@ -84,10 +83,6 @@ class TestRoundTrip:
         assert store.load(ID).created == BEGAN
         assert store.load(ID).created.utcoffset() == timedelta(0)
 
-    def test_an_empty_chat_comes_back(self, store):
-        store.save(chat_of(messages=()))
-        assert store.load(ID).messages == ()
-
     # Two halves that were never joined must not come back as one character.
     @example("\ud83d\ude00 \udcff \0 \r\n \u2028")
     @given(st.text(st.characters(exclude_categories=())))
@@ -120,21 +115,6 @@ class TestFiles:
         assert stat.S_IMODE(store.directory.stat().st_mode) == 0o700
         assert stat.S_IMODE(file_of(store).stat().st_mode) == 0o600
 
-    def test_nobody_else_can_read_it_while_it_is_written(self, store, monkeypatch):
-        modes = []
-
-        def fsync(descriptor):
-            modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
-
-        store.directory.mkdir(parents=True)
-        monkeypatch.setattr(os, "fsync", fsync)
-        before = os.umask(0)
-        try:
-            store.save(chat_of())
-        finally:
-            os.umask(before)
-        assert modes[0] == 0o600
-
     def test_a_link_in_its_place_is_neither_written_through_nor_replaced(self, store, tmp_path):
         precious = tmp_path / "precious"
         precious.write_text("precious")
@@ -144,26 +124,16 @@ class TestFiles:
         assert precious.read_text() == "precious"
         assert (saved.id != ID, store.load(saved.id)) == (True, saved)
 
-    @pytest.mark.parametrize(
-        ("number", "kind"),
-        [
-            (errno.ENOSPC, ResourceError),
-            (errno.EDQUOT, ResourceError),
-            (errno.EROFS, UsageError),
-            (errno.EIO, MixchatError),
-        ],
-    )
-    def test_a_failing_disk_leaves_the_chat_as_it_was(self, store, monkeypatch, number, kind):
+    def test_a_full_disk_leaves_the_chat_as_it_was(self, store, monkeypatch):
         store.save(chat_of())
 
         def fail(*arguments):
-            raise OSError(number, os.strerror(number))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", fail)
-            with pytest.raises(kind, match="cannot be saved") as caught:
+            with pytest.raises(ResourceError, match="cannot be saved"):
                 store.save(chat_of(messages=()), chat_of())
-        assert type(caught.value) is kind
         assert store.load(ID) == chat_of()
         assert os.listdir(store.directory) == [f"{ID}.json"]
 
@@ -251,19 +221,13 @@ class TestFinding:
         assert "mixchat chats" in caught.value.hint
         assert caught.value.exit_code == 4
 
-    def test_nothing_means_no_chat(self, three):
-        with pytest.raises(ChatNotFoundError):
-            three.load("")
-
     def test_the_latest_is_the_one_saved_last(self, three):
-        assert three.latest().id == "20261124-0900-abc"
-
-    def test_last_means_it_wherever_a_chat_is_loaded(self, three):
-        assert three.load("last") == three.latest()
+        assert three.latest().id == three.load("last").id == "20261124-0900-abc"
 
     def test_without_chats_there_is_no_latest(self, store):
-        with pytest.raises(ChatNotFoundError):
-            store.latest()
+        for find in (store.latest, lambda: store.load("")):
+            with pytest.raises(ChatNotFoundError):
+                find()
         assert store.all() == []
 
 
@@ -277,21 +241,16 @@ class TestNames:
     @pytest.mark.parametrize(
         "name",
         [
-            "",
             "  ",
             "a\nb",
             "a\tb",
             "a\x1b[2J",
             "a\u2028b",
-            "a\u202eb",
-            "\udcff",
             "x" * 81,
             "2026",
             "20261125-",
-            ID,
             ID.upper(),
             "-x",
-            "--rm",
         ],
     )
     def test_what_cannot(self, store, name):
@@ -418,7 +377,6 @@ class TestDamage:
         ("key", "value"),
         [
             ("format", None),
-            ("format", True),
             ("format", "1"),
             ("name", 1),
             ("name", " spaces "),
@@ -434,19 +392,14 @@ class TestDamage:
             ("system", ["x"]),
             ("sampling", None),
             ("sampling", {"top_k": "40"}),
-            ("sampling", {"top_k": True}),
             ("sampling", {"top_k": float("inf")}),
             ("sampling", {"top_k": 10**400}),
             ("messages", {}),
-            ("messages", [None]),
             ("messages", [{"role": "user"}]),
             ("messages", [{"role": "system", "content": "x"}]),
-            ("messages", [{"role": [], "content": "x"}]),
             ("messages", [{"role": "user", "content": None}]),
             ("messages", [{"role": "user", "content": "x", "ids": [1.0]}]),
             ("messages", [{"role": "user", "content": "x", "ids": [-1]}]),
-            ("messages", [{"role": "user", "content": "x", "ids": [True]}]),
-            ("messages", [{"role": "user", "content": "x", "ids": {}}]),
             ("messages", [{"role": "user", "content": "x", "partial": 1}]),
             ("messages", [{"role": "user", "content": "x", "more": 1}]),
             ("more", 1),
@@ -540,7 +493,3 @@ class TestDamage:
 def test_the_store_is_in_the_data_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     assert ChatStore().directory == tmp_path / "chats"
-
-
-def test_now_is_aware():
-    assert now().utcoffset() == timedelta(0)

@@ -162,12 +162,13 @@ def test_clear_starts_a_new_chat_and_the_old_one_is_saved(session_of, store):
 
 
 def test_set_changes_a_parameter_in_the_middle_of_a_chat(session_of):
-    session = session_of("a", "b", "c")
-    typed(session, "Hi", "/set temp 0.25", "/set top-k 7", "Again", "/set temp none", "More")
+    session = session_of("a", "b", "c", sampling=SamplingOptions(temperature=0.2))
+    changes = ("/set parameter temperature 0.25", "/set top-k 7")
+    typed(session, "Hi", *changes, "Again", "/set temp none", "More")
     first, second, third = session.engine.samplings
-    assert (first.temperature, first.top_k) == (0.7, 0)
+    assert (first.temperature, first.top_k) == (0.2, 0)
     assert (second.temperature, second.top_k) == (0.25, 7)
-    assert (third.temperature, third.top_k) == (0.7, 7)
+    assert (third.temperature, third.top_k) == (0.2, 7)
 
 
 def test_set_changes_lengths_stop_strings_and_the_policy(session_of):
@@ -228,17 +229,6 @@ def test_save_gives_the_chat_a_name_by_which_load_finds_it(session_of, store):
     assert ">>> Hi\nHello" in chat.text
     assert prompts_of(session)[1] == "[user]Hi[assistant]Hello[user]Again"
     assert [(saved.name, saved.turns) for saved in store.all()] == [("weather", 2)]
-
-
-def test_a_chat_that_is_not_saved_is_from_save_on(session_of, store):
-    session = session_of("Hello", "Fine")
-    chat = typed(session, "Hi", store=store)
-    chat.saver.autosave = False
-    store.remove(chat.saver.chat.id)
-    chat.saver.save()
-    assert store.all() == []
-    chat.saver.rename(None)
-    assert [saved.turns for saved in store.all()] == [1]
 
 
 def test_load_keeps_the_chat_if_there_is_no_other(session_of, store):
@@ -468,12 +458,6 @@ def test_a_system_prompt_may_have_several_lines(session_of, command):
     session = session_of()
     typed(session, f"{command} Be brief.\nBe kind.")
     assert session.system == "Be brief.\nBe kind."
-
-
-def test_a_parameter_goes_back_to_what_the_models_makers_advise(session_of):
-    session = session_of("a", "b", sampling=SamplingOptions(temperature=0.2))
-    typed(session, "/set parameter temperature 0.9", "Hi", "/set temp none", "Hi")
-    assert [sampling.temperature for sampling in session.engine.samplings] == [0.9, 0.2]
 
 
 def test_a_file_is_named_and_not_lost_if_the_question_fails(session_of, tmp_path):

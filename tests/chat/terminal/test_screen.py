@@ -5,11 +5,11 @@ import time
 
 import pyte
 import pytest
-from chat_doubles import Stats
 
 from mixchat.chat.session import LeftOut, TextDelta
 from mixchat.chat.terminal.active_chat import ReadingTime
 from mixchat.chat.terminal.screen import Screen
+from mixchat.engine.stats import GenerationStats
 from mixchat.text.messages import Message
 
 
@@ -63,12 +63,6 @@ def test_the_rest_of_an_answer_is_drawn_as_what_it_continues_with():
     out = Tty()
     Screen(out).show(answered("# Example\n", "x\n```\n", end="end"), "```\na\n")
     assert out.shown[1:] == ["# Example", "x", "─" * 20]
-
-
-def test_what_is_said_breaks_between_words():
-    out = Tty()
-    Screen(out).say("(this is a note that takes more than one row of forty)")
-    assert out.getvalue() == "(this is a note that takes more than one\n row of forty)\n"
 
 
 @pytest.mark.parametrize(("raw", "out"), [(True, Tty()), (False, io.StringIO())])
@@ -243,7 +237,8 @@ def test_before_anything_was_read_it_is_what_is_predicted_for_the_turn() -> None
     asked = []
     reading = ReadingTime(lambda tokens, first: asked.append((tokens, first)) or 7.0)
     assert reading.seconds(3200) == 7.0
-    reading.note(Stats(prompt_tokens=90, reused_tokens=80, prefill_seconds=9.0))  # too short
+    too_short = GenerationStats(prompt_tokens=90, reused_tokens=80, prefill_seconds=9.0)
+    reading.note(too_short)
     assert reading.seconds(100) == 7.0
     assert asked == [(3200, True), (100, False)]
 
@@ -251,5 +246,5 @@ def test_before_anything_was_read_it_is_what_is_predicted_for_the_turn() -> None
 def test_after_a_long_prompt_it_is_at_the_pace_of_that() -> None:
     reading = ReadingTime(lambda tokens, first: None)
     assert reading.seconds(3200) is None
-    reading.note(Stats(prompt_tokens=500, reused_tokens=400, prefill_seconds=2.0))
+    reading.note(GenerationStats(prompt_tokens=500, reused_tokens=400, prefill_seconds=2.0))
     assert reading.seconds(3200) == pytest.approx(64.0)

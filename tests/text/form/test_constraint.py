@@ -9,7 +9,6 @@ import torch
 from form_walks import STOP, ByteTokenizer, compiled
 
 from mixchat.base.errors import PromptError, UsageError
-from mixchat.text.choose import load_tokenizer
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
 from mixchat.text.form.output_constraint import json_object, lark_grammar
@@ -107,26 +106,21 @@ def test_what_is_shown_of_random_answers_has_the_form(seed: int, tokenizer: Any,
     """For each kind of tokenizer, at the start of a text and after a prompt."""
     pattern = r"(é|€|🙂| a|  |\n|[a-z,.])" if kind != "unigram" else "( |[a-e])"
     stop = tokenizer.eos_id or tokenizer.control_tokens.get("<|im_end|>")
-    form = ConstraintCompiler(tokenizer, {stop}).compile(
-        lark_grammar(f"start: /{pattern}{{1,30}}/")
-    )
+    constraint = lark_grammar(f"start: /{pattern}{{1,30}}/")
+    form = ConstraintCompiler(tokenizer, {stop}).compile(constraint)
     for before in ([], tokenizer.encode("Once upon")):
-        constraint, ids = form.start(continued=bool(before)), list[int]()
+        answer, ids = form.start(continued=bool(before)), list[int]()
         generator = torch.Generator().manual_seed(seed)
         while True:
-            weights = constraint.allowed().float()
+            weights = answer.allowed().float()
             token = int(torch.multinomial(weights, 1, generator=generator))
-            constraint.accept(token)
+            answer.accept(token)
             if token == stop:
                 break
             ids.append(token)
         detokenizer = Detokenizer(tokenizer, before)
         text = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
-        assert compiled(form_of(pattern)).start(text.encode()).allowed()[STOP], text
-
-
-def form_of(pattern: str) -> Any:
-    return lark_grammar(f"start: /{pattern}{{1,30}}/")
+        assert compiled(constraint).start(text.encode()).allowed()[STOP], text
 
 
 def test_tokens_of_mistrals_vocabulary_spell_json(v1: Any) -> None:
@@ -135,15 +129,3 @@ def test_tokens_of_mistrals_vocabulary_spell_json(v1: Any) -> None:
         assert constraint.allowed()[token]
         constraint.accept(token)
     assert allowed(constraint) == {2}
-
-
-def test_the_sandboxed_tokenizer_is_taken_as_well(checkpoints: Any) -> None:
-    from mixchat.text.checkpoint_text import CheckpointText
-
-    text = CheckpointText(checkpoints["spm"])
-    try:
-        form = ConstraintCompiler(text.tokenizer(), {2}).compile(json_object())
-        known = ConstraintCompiler(load_tokenizer(checkpoints["spm"]), {2}).compile(json_object())
-        assert torch.equal(form.start().allowed(), known.start().allowed())
-    finally:
-        text.close()
