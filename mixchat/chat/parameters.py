@@ -70,7 +70,8 @@ def values(session: ChatSession) -> dict[str, str]:
     """Return all parameters as they are now."""
     sampling = {name: getattr(session.sampling, number.field) for name, number in SAMPLING.items()}
     stop = ", ".join(map(repr, session.stop)) or "none"
-    limit = "what fits" if session.max_tokens == 0 else session.longest_answer
+    longest = session.backend.longest_answer(session.max_tokens)
+    limit = "what fits" if session.max_tokens == 0 else longest
     others = {"max-tokens": limit, "stop": stop, "overflow": session.overflow}
     return {
         name: "left to the server" if value is None else str(value)

@@ -104,11 +104,6 @@ class ChatSession:
         return self.backend.stats
 
     @property
-    def longest_answer(self) -> int | None:
-        """Return the limit of an answer in tokens, None if the context or a server decides."""
-        return self.backend.longest_answer(self.max_tokens)
-
-    @property
     def used_tokens(self) -> int | None:
         """Return how many tokens the conversation takes now, None if that is not known."""
         if not self.history:
@@ -165,12 +160,9 @@ class ChatSession:
     def ask(self, text: str, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
         """Send `text`, and yield the answer piece by piece, then `Finished`.
 
-        `on_prefill` is called before the prompt is processed, with 0 and its tokens, and meanwhile.
-
         Of an answer that is cut short (`interrupt`, Ctrl-C, closing the iterator, a server that
         goes away) the part that was shown is remembered. If nothing was shown, or the turn fails,
-        the conversation is unchanged. Raises `PromptError` in place of the first event if the
-        conversation does not fit the context and `overflow` lets no turns be left out.
+        the conversation is unchanged. Raises `PromptError` if it does not fit the context.
         """
         return self._answer([*self.history, Message("user", text)], on_prefill)
 

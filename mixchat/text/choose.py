@@ -35,9 +35,9 @@ _MISTRAL_V1 = frozenset({"<s>", "</s>", "<unk>", "[INST]", "[/INST]"})
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Load the tokenizer of the checkpoint in `directory`.
 
-    SentencePiece's tokenizer.model is the original of Mistral's own models and comes first. A
-    fine-tune that brings another chat template also brings control tokens, which tokenizer.json
-    describes better. Raises `CheckpointError` if there is neither, or one cannot be read.
+    tokenizer.model, the original of Mistral's own models, comes first. A fine-tune with another
+    chat template also brings control tokens, which tokenizer.json describes better. Raises
+    `CheckpointError` if there is neither, or one cannot be read.
     """
     spm_file, json_file = directory / _SENTENCEPIECE_FILE, directory / _JSON_FILE
     template = read_chat_template(directory)

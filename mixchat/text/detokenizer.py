@@ -16,10 +16,8 @@ _MAX_WINDOW = 2 * _KEPT_TOKENS  # tokens
 class Detokenizer:
     """Turns ids into text, one at a time. Each costs the decoding of a short window.
 
-    The texts of `add` and `flush`, joined, are `tokenizer.decode(ids)`. After a prompt they are the
-    text that `decode(prompt + ids)` adds to `decode(prompt)`, so that a first word keeps its space.
-
-    An example in which "\u20ac" is three byte tokens:
+    The texts of `add` and `flush`, joined, are what `decode(prompt + ids)` adds to
+    `decode(prompt)`. If "\u20ac" is three byte tokens:
         add(▁a) = "a", add(<0xE2>) = "", add(<0x82>) = "", add(<0xAC>) = "\u20ac"
     """
 

@@ -32,10 +32,9 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which no text needs
 class JsonTokenizer:
     """A `Tokenizer` that gives each control token of tokenizer.json a secret name.
 
-    The package finds an added token in any text that spells it. So before it reads the file, each
-    control token is renamed to a mark with a random number, which nobody can type. `<|im_end|>` is
-    then plain text, and a template's own `<|im_end|>` is replaced by its mark first. Only names
-    change, so ordinary text is encoded exactly as by the original.
+    The package finds an added token in any text that spells it. So each control token is renamed to
+    a mark with a random number, which nobody can type. `<|im_end|>` is then plain text, and a
+    template's own one is replaced by its mark. Ordinary text is encoded as by the original.
     """
 
     def __init__(self, file: Path) -> None:
@@ -53,7 +52,9 @@ class JsonTokenizer:
         self._splice = f"{_OPEN}{secret}{_CLOSE}"
         self._tokenizer = _build(_renamed(spec, added, self._marks), file)
         self.vocab_size: int = self._tokenizer.get_vocab_size()
-        self.control_tokens: Mapping[str, int] = dict(self._ids_of(self._marks))
+        self.control_tokens: Mapping[str, int] = {
+            token: _id_of(self._tokenizer, mark) for token, mark in self._marks.items()
+        }
         self._splice_id = _add_splice(self._tokenizer, self._splice)
 
         special = {t.content for t in controls if t.special or t.content in names.values()}
@@ -121,9 +122,8 @@ class JsonTokenizer:
     ) -> list[int] | None:
         """Encode `parts` as one text with `answers` between them.
 
-        With `continued` a part after an answer is encoded after a newline, which is dropped again,
-        so that the part gets no leading space. Returns None if the newline's tokens cannot be
-        separated from the part's.
+        With `continued` a part after an answer gets no leading space, because it is encoded after a
+        newline. Returns None if the newline's tokens cannot be separated from the part's.
         """
         lines = [continued and part != "" and not part.startswith(_OPEN) for part in parts]
         text = parts[0] + "".join(
@@ -157,12 +157,6 @@ class JsonTokenizer:
 
     def _valid(self, run: bytearray) -> Iterator[int]:
         return (self._bytes[byte] for byte in run.decode("utf-8", "replace").encode("utf-8"))
-
-    def _ids_of(self, marks: Mapping[str, str]) -> Iterator[tuple[str, int]]:
-        for content, mark in marks.items():
-            token_id = self._tokenizer.token_to_id(mark)
-            assert token_id is not None, content
-            yield content, token_id
 
     def _byte_ids(self) -> dict[int, int]:
         """Return the id of each byte's token, or nothing unless all 256 exist."""
@@ -257,8 +251,12 @@ def _add_splice(tokenizer: tokenizers.Tokenizer, text: str) -> int:
     from tokenizers import AddedToken as Added
 
     tokenizer.add_special_tokens([Added(text, normalized=False, special=True)])
-    token_id = tokenizer.token_to_id(text)
-    assert token_id is not None
+    return _id_of(tokenizer, text)
+
+
+def _id_of(tokenizer: tokenizers.Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None, token
     return token_id
 
 

@@ -107,13 +107,11 @@ class JinjaTemplate:
 class _Cover:
     """Hides characters of the messages that could become a control token while the template runs.
 
-    A control token in the rendered text begins with its first character and ends with its last.
-    So each character of a message that is the first or the last one of any control token is
-    replaced by a character that occurs nowhere, and only the tokenizer restores it, inside plain
-    text. No token can then take either end from a message, whether it is whole there, split over
-    two messages, or assembled by a template that trims, cuts or joins. A token may also take only
-    its middle from a message ("<|" + "im_end" + "|>"). So a message that is part of a control token
-    is replaced as a whole.
+    Each character of a message that begins or ends any control token is replaced by a character
+    that occurs nowhere, and only the tokenizer restores it, inside plain text. No token can then
+    take either end from a message, whatever a template trims, cuts or joins. A token may also take
+    only its middle from a message ("<|" + "im_end" + "|>"). So a message that is part of a control
+    token is replaced as a whole.
 
     Lengths stay the same, white space stays white space, and a message without such characters
     stays as it is. With `<|im_end|>` known, "a < b" is rendered as "a \U00100000 b".
@@ -153,13 +151,10 @@ class TemplateRefusal(Exception):
 
 
 def compile_template(source: str) -> Callable[..., str]:
-    """Return a function that renders a chat template with the variables it is called with.
+    """Return a function that renders a chat template with transformers' helpers.
 
-    The template gets the helpers that transformers gives it, and nothing more. It cannot reach
-    Python's internals. Only the sandbox process limits its time and memory. Raises
-    `jinja2.TemplateSyntaxError`. Rendering raises `TemplateRefusal` if the template refuses the
-    messages, `jinja2.SecurityError` if it reaches for Python's internals, and any other exception
-    if it is broken.
+    Only the sandbox process limits its time and memory. Rendering raises `TemplateRefusal` if the
+    template refuses the messages, and any other exception if it is broken or hostile.
     """
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -180,16 +175,12 @@ def compile_template(source: str) -> Callable[..., str]:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment.from_string(source).render
 
 
 def _raise_exception(message: object) -> NoReturn:
     raise TemplateRefusal(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
 
 
 def _tojson(

@@ -63,15 +63,12 @@ class _Rest:
 class MarkdownStream:
     """Draws the text it is fed. When it is closed, the screen shows the same as `render` of all.
 
-    Text that cannot change any more is printed once. Below it is the tail, cut to the screen's
-    height. Between frames the hidden cursor is at the start of the tail. Whatever a resized window
-    does to the rows, the rows from the cursor on are the tail, and the rows above are final. Only a
-    terminal gets a tail.
+    Text that cannot change any more is printed once. In a terminal the tail is below it, cut to the
+    screen's height. Between frames the hidden cursor is at the start of the tail, so after any
+    resizing the rows from the cursor on are the tail. Nothing else may write before `close`.
 
     `before` is the text that the fed text continues. If it ends in a code block, the drawing starts
     with that block's last line. `below` returns a line to show faintly below the tail, or nothing.
-
-    At first the cursor has to be at the start of a line. Nothing else may write before `close`.
     """
 
     def __init__(
@@ -89,7 +86,6 @@ class MarkdownStream:
         self._shown: tuple[list[str], ConsoleOptions] | None = None
         self._next_frame = clock()
         self._size = console.size
-        self._closed = False
 
     def feed(self, text: str) -> None:
         """Take the next piece, and draw unless too much time was spent on drawing."""
@@ -112,18 +108,15 @@ class MarkdownStream:
 
     def pause(self) -> None:
         """Erase the tail until more is fed, because something else is about to write."""
-        if self._shown is not None and not self._closed:
+        if self._shown is not None:
             self._write([], after=_SHOW_CURSOR)
             self._shown = None
 
     def close(self) -> None:
         """Draw all that is left, and leave the cursor at the start of a line."""
-        if self._closed:
-            return
         with interrupts.deferred():  # no half frame, and none that is drawn twice
             final = self._rows(self._rest.blocks(self._rest.text))
             self._write(final, after=_SHOW_CURSOR)
-            self._closed = True
 
     def _resumed(self, before: str) -> _Rest:
         found = broken_off(before)

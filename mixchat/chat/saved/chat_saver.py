@@ -48,7 +48,19 @@ class ChatSaver:
 
     def start_new(self) -> None:
         """Start a new chat. The old one stays as it was saved."""
-        self.chat, self._has_file = self._new_chat(), False
+        started = now()
+        self.chat = SavedChat(
+            id=self.store.new_id(started),
+            name=None,
+            model=self.model,
+            identity=self.session.backend.identity,
+            created=started,
+            updated=started,
+            system=self.session.system,
+            sampling={},
+            messages=(),
+        )
+        self._has_file = False
         self.autosave = self._autosave_at_first
 
     def save(self) -> None:
@@ -116,17 +128,3 @@ class ChatSaver:
         if self._has_file and chat.id != self.chat.id:
             self._note(f"this chat was changed in another session; saved as {chat.id}")
         self.chat, self._has_file = chat, True
-
-    def _new_chat(self) -> SavedChat:
-        started = now()
-        return SavedChat(
-            id=self.store.new_id(started),
-            name=None,
-            model=self.model,
-            identity=self.session.backend.identity,
-            created=started,
-            updated=started,
-            system=self.session.system,
-            sampling={},
-            messages=(),
-        )

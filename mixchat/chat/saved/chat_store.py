@@ -83,9 +83,7 @@ class ChatStore:
         """Save a chat in place of `known`, which its file should hold. None stands for no file.
 
         If the file holds anything else, another session has changed it. Then it stays, and the chat
-        is saved under a new ID. Returns the chat as it was saved. Raises `UsageError` for a wrong
-        name or a directory that cannot be written to, `ResourceError` if the disk is full, else
-        another `MixchatError`.
+        is saved under a new ID. Returns the chat as it was saved. Raises `MixchatError`.
         """
         with self._locked(chat.id):
             return self._save(chat, known)

@@ -28,13 +28,13 @@ def chat_table(chats: Sequence[ChatSummary], width: int | None) -> str:
 
     A terminal of `width` cells gets as many columns as leave room for a question.
     """
-    from rich.cells import cell_len
+    from rich.cells import cell_len, set_cell_size
 
     rows = [_HEADINGS, *map(_cells, chats)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     count, room = _fitting(widths, width)
     last = ["ABOUT", *(_about(summary, room) for summary in chats)]
-    columns = ("  ".join(map(_padded, row[:count], widths)) for row in rows)
+    columns = ("  ".join(map(set_cell_size, row[:count], widths)) for row in rows)
     return "\n".join(map("  ".join, zip(columns, last, strict=True)))
 
 
@@ -47,12 +47,6 @@ def _fitting(widths: Sequence[int], width: int | None) -> tuple[int, int]:
         if room >= _MIN_QUESTION_WIDTH:
             break
     return count, max(room, _MIN_QUESTION_WIDTH)
-
-
-def _padded(cell: str, width: int) -> str:
-    from rich.cells import cell_len
-
-    return cell + " " * (width - cell_len(cell))
 
 
 def _cells(summary: ChatSummary) -> tuple[str, str, str, str]:
@@ -109,9 +103,8 @@ def to_json(chat: SavedChat) -> str:
 def to_markdown(chat: SavedChat) -> str:
     """Return the chat as Markdown (CommonMark), a heading for each turn.
 
-    Answers are word for word. Questions are quoted, so that no heading in them can pass for one of
-    ours. An answer is quoted too if it would swallow the text after it, as an unfinished code block
-    does.
+    Questions are quoted, so that no heading in them can pass for one of ours. An answer is quoted
+    only if it would swallow the text after it, as an unfinished code block does.
     """
     title = _escaped(chat.name or _first_question(chat) or "A chat")
     facts = [

@@ -66,9 +66,8 @@ class ChatModels(Protocol):
 class ActiveChat:
     """A chat on a screen, with its session, its saver, its KV cache and its models.
 
-    An error of a turn is passed to `report`, the end of an answer to `after_turn`. `predict`
-    returns the seconds that a prompt should take. `attached` has the texts that go before the next
-    question, by the names of their files.
+    An error of a turn is passed to `report`, the end of an answer to `after_turn`. `attached` has
+    the texts that go before the next question, by the names of their files.
     """
 
     def __init__(
@@ -85,16 +84,12 @@ class ActiveChat:
         self.session, self.saver, self.screen = saver.session, saver, screen
         self.report, self._after_turn = report, after_turn
         self.attached: dict[str, str] = {}
-        self.left = False
+        self.left = False  # this turn is the last one
+        self.draft = ""  # the last question, offered at the prompt, whose text replaces it
         self._cache, self.models = cache, models
-        self._draft = ""
         self._warned = False
         self._figures = Figures(self.session)
         self._reading = ReadingTime(predict)
-
-    def leave(self) -> None:
-        """Let this turn be the last one."""
-        self.left = True
 
     def resume(self, chat: SavedChat) -> None:
         """Continue a saved chat."""
@@ -123,8 +118,7 @@ class ActiveChat:
             self.screen.say(f"(stopped; the model is still {one_line(self.saver.model)})")
             return
         finally:
-            if self.session.is_closed:
-                self.leave()
+            self.left = self.session.is_closed
         self._figures, self._warned = Figures(self.session), False
         self._reading = ReadingTime(predict)
         self.saver.save()
@@ -145,15 +139,6 @@ class ActiveChat:
         self.attached[str(path)] = text
         count = f"{len(text):,} characters"
         self.screen.say(f"({one_line(path.name)}, {count}, goes before the next question)")
-
-    def edit(self, question: str) -> None:
-        """Offer the last question at the prompt. The text that is sent there replaces it."""
-        self._draft = question
-
-    def take_draft(self) -> str:
-        """Return the question that `edit` offers, once."""
-        draft, self._draft = self._draft, ""
-        return draft
 
     def ask(self, text: str, *, instead: bool) -> None:
         """Ask, with the texts of files before it. With `instead`, replace the last question."""
@@ -176,8 +161,12 @@ class ActiveChat:
         """Ask, show the answer, or the rest of one that has `said` something, and save the chat."""
         before = self.session.history
         try:
-            with interrupts.stopping(self.session.interrupt), unseen_keys(self.screen.pause):
-                finished = self._shown(ask, said)
+            with (
+                interrupts.stopping(self.session.interrupt),
+                unseen_keys(self.screen.pause),
+                self.screen.waiting(self._reading.seconds) as on_prefill,
+            ):
+                finished = self.screen.show(ask(on_prefill=on_prefill), said, self._status_now)
         except KeyboardInterrupt:
             self.screen.say("(stopped)\n")
         except Exception as error:
@@ -208,10 +197,6 @@ class ActiveChat:
     def _status_now(self) -> str:
         """Return the status line in the middle of an answer."""
         return self._figures.line_now(self.saver.model, shutil.get_terminal_size().columns)
-
-    def _shown(self, ask: Ask, said: str) -> Finished:
-        with self.screen.waiting(self._reading.seconds) as on_prefill:
-            return self.screen.show(ask(on_prefill=on_prefill), said, self._status_now)
 
     def _ended(self, finished: Finished, said: str, remembered: bool) -> None:
         note = _ENDINGS.get(finished.reason)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.model_config import UNKNOWN_CONTEXT
+from mixchat.base.sanitize import sanitize
 from mixchat.chat import parameters
 from mixchat.chat.plain_text import read_text_file
-from mixchat.chat.printing import one_line
+from mixchat.chat.printing import draw, one_line, show
 from mixchat.chat.saved.chat_text import chat_table, write_export
 from mixchat.chat.terminal.command_help import help_text, hint_for
 from mixchat.chat.terminal.completion import (
@@ -27,6 +27,7 @@ from mixchat.chat.terminal.other_programs import copy
 if TYPE_CHECKING:
     from mixchat.base.model_config import Context
     from mixchat.chat.terminal.active_chat import ActiveChat
+    from mixchat.text.messages import Role
 
 _PIPED_WIDTH = 80  # columns, without a terminal
 _MAX_LISTED = 20  # chats that /chats lists
@@ -97,7 +98,7 @@ def _usage(name: str, command: Command) -> str:
 
 
 def _bye(chat: ActiveChat, argument: str) -> None:
-    chat.leave()
+    chat.left = True
 
 
 def _clear(chat: ActiveChat, argument: str) -> None:
@@ -177,9 +178,15 @@ def _chats(chat: ActiveChat, argument: str) -> None:
     if not saved:
         chat.screen.say("(there are no saved chats yet)")
         return
-    chat.screen.show_table(chat_table(saved[:_MAX_LISTED], chat.screen.width))
+    show(sanitize(chat_table(saved[:_MAX_LISTED], chat.screen.width)), chat.screen.out)
     if len(saved) > _MAX_LISTED:
         chat.screen.say(f"({len(saved) - _MAX_LISTED} more: mixchat chats)")
+
+
+def _last(chat: ActiveChat, role: Role) -> str | None:
+    """Return the last question or answer."""
+    history = reversed(chat.session.history)
+    return next((message.content for message in history if message.role == role), None)
 
 
 def _regen(chat: ActiveChat, argument: str) -> None:
@@ -187,40 +194,36 @@ def _regen(chat: ActiveChat, argument: str) -> None:
 
 
 def _continue(chat: ActiveChat, argument: str) -> None:
-    answers = [message for message in chat.session.history if message.role == "assistant"]
-    said = answers[-1].content if answers else ""
-    chat.answer(chat.session.continue_answer, said)
+    chat.answer(chat.session.continue_answer, _last(chat, "assistant") or "")
 
 
 def _undo(chat: ActiveChat, argument: str) -> None:
-    taken = chat.session.undo(_count(argument))
+    try:
+        count = int(argument or 1)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
+    taken = chat.session.undo(count)
     if not taken:
         raise PromptError("there is nothing to undo")
     chat.saver.save()
     chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} removed)")
 
 
-def _count(argument: str) -> int:
-    with suppress(ValueError):
-        if (count := int(argument or 1)) > 0:
-            return count
-    raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
-
-
 def _edit(chat: ActiveChat, argument: str) -> None:
-    questions = [message for message in chat.session.history if message.role == "user"]
-    if not questions:
+    question = _last(chat, "user")
+    if question is None:
         raise PromptError("nothing has been asked yet")
-    chat.edit(questions[-1].content)
+    chat.draft = question
 
 
 def _copy(chat: ActiveChat, argument: str) -> None:
     if argument not in ("", "code"):
         raise UsageError("/copy copies the last answer, /copy code its last code block")
-    answers = [m.content for m in chat.session.history if m.role == "assistant"]
-    if not answers:
+    text = _last(chat, "assistant")
+    if text is None:
         raise PromptError("nothing has been answered yet")
-    text = answers[-1]
     if argument == "code":
         from mixchat.chat.draw.markdown_rules import code_blocks
 
@@ -272,7 +275,7 @@ def _experts(chat: ActiveChat, argument: str) -> None:
     from mixchat.engine.report import report_of
 
     report = report_of(chat.session.engine, chat.saver.model)
-    chat.screen.draw(drawn(report, chat.screen.out))
+    draw(drawn(report, chat.screen.out), chat.screen.out)
 
 
 def _raw(chat: ActiveChat, argument: str) -> None:
@@ -290,13 +293,10 @@ def _export(chat: ActiveChat, argument: str) -> None:
     chat.screen.say(f"(written to {one_line(str(path))})")
 
 
-def _parameter_names(chat: ActiveChat) -> CompleteArgument:
-    def complete(text: str) -> Iterable[str]:
-        if text.startswith("overflow "):
-            return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
-        return [f"{name} " for name in parameters.NAMES]
-
-    return complete
+def _parameter_names(text: str) -> Iterable[str]:
+    if text.startswith("overflow "):
+        return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
+    return [f"{name} " for name in parameters.NAMES]
 
 
 def _saved_chats(chat: ActiveChat) -> CompleteArgument:
@@ -334,7 +334,7 @@ COMMANDS: dict[str, Command] = {
         "[NAME VALUE]",
         "set a parameter",
         "show the parameters, or change one: /set temp 0.2; /set temp none restores its default",
-        _parameter_names,
+        lambda chat: _parameter_names,
     ),
     "show": Command(
         _show, "", "model and settings", "show model, chat, system prompt and parameters"

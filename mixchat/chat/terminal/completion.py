@@ -49,7 +49,8 @@ def file_names(text: str) -> Iterator[str]:
     except (OSError, ValueError):  # the latter for a NUL in the text
         return
     for name, is_directory in entries:
-        place = folder + slash or _place_of(name)
+        has_meaning = name.startswith((*_QUOTES, "~"))
+        place = folder + slash or ("./" if has_meaning else "")
         yield quote + place + name + ("/" if is_directory else quote)
 
 
@@ -64,11 +65,6 @@ def file_argument(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def _place_of(name: str) -> str:
-    """Return `./` before a name that starts with a quote or `~`, which would have a meaning."""
-    return "./" if name.startswith((*_QUOTES, "~")) else ""
-
-
 def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
     with os.scandir(folder) as entries:
         fitting = (entry for entry in entries if _offered(entry.name, start))
@@ -78,11 +74,8 @@ def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
 def _offered(name: str, start: str) -> bool:
     hidden = name.startswith(".") and not start.startswith(".")
     # A name with a newline or an escape cannot be typed, or shown as it is.
-    return name.startswith(start) and not hidden and not {"\n", "\t"} & set(name) and _plain(name)
-
-
-def _plain(name: str) -> bool:
-    return sanitize(name) == name
+    plain = sanitize(name) == name and not {"\n", "\t"} & set(name)
+    return name.startswith(start) and not hidden and plain
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:

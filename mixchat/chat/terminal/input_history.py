@@ -20,9 +20,8 @@ _MAX_FILE_BYTES = 4_000_000  # pasted files are entries, too
 class InputHistory(History):
     """Entries in the form of prompt-toolkit's `FileHistory`, in `path`, or in memory if it is None.
 
-    It never raises. An error with the file is described in `fault`, and from then on, as without a
-    file, entries are in memory. A link, or anything but a regular file, is left as it is. Several
-    chats can write to one file. Each reads the others' entries when it starts.
+    It never raises. After an error with the file, described in `fault`, entries are in memory. A
+    link, or anything but a regular file, is left as it is. Several chats can write to one file.
     """
 
     def __init__(self, path: Path | None) -> None:

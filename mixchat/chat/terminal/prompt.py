@@ -18,12 +18,10 @@ from prompt_toolkit.filters import (
     vi_navigation_mode,
 )
 from prompt_toolkit.formatted_text import StyleAndTextTuples
-from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.key_binding.vi_state import InputMode
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
-from prompt_toolkit.output import Output
 from prompt_toolkit.styles import Style
 
 from mixchat.base.errors import MixchatError
@@ -38,9 +36,7 @@ from mixchat.chat.terminal.typeahead import reading_keys
 
 _PROMPT, _CONTINUED = ">>> ", "... "
 _QUOTES = '"""'
-_ESC_TIMEOUT_S = (
-    0.05  # seconds until Esc is a key by itself in vi mode, not the start of an arrow key
-)
+_ESC_TIMEOUT_S = 0.05  # until Esc is a key by itself in vi mode, not the start of an arrow key
 
 _STYLE = Style.from_dict(
     {
@@ -65,8 +61,6 @@ class ChatPrompt:
         commands: Mapping[str, CommandCompletion],
         status: Callable[[], str],
         vi: bool = False,
-        input: Input | None = None,
-        output: Output | None = None,
         warn: Callable[[str], object] = say,
     ) -> None:
         self.typed = False  # there was text when Ctrl-C was pressed
@@ -77,7 +71,7 @@ class ChatPrompt:
         self._to_editor = False
         self._history = InputHistory(history)
         self._warned = False
-        self._session = self._new_session(commands, vi, input, output)
+        self._session = self._new_session(commands, vi)
 
     def read(self, default: str = "") -> str:
         """Return the text, which the user edits from `default`, without newlines at its end.
@@ -119,17 +113,13 @@ class ChatPrompt:
             self._warn(self._history.fault)
 
     def _new_session(
-        self,
-        commands: Mapping[str, CommandCompletion],
-        vi: bool,
-        input: Input | None,
-        output: Output | None,
+        self, commands: Mapping[str, CommandCompletion], vi: bool
     ) -> PromptSession[str]:
         session: PromptSession[str] = PromptSession(
             history=self._history,
             completer=CommandCompleter(commands),
             # Room for the menu is reserved only if there may be one.
-            complete_while_typing=Condition(_begins_like_a_command),
+            complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
             auto_suggest=AutoSuggestFromHistory(),
             prompt_continuation=_continuation,
             bottom_toolbar=self._bottom_line,
@@ -138,8 +128,6 @@ class ChatPrompt:
             enable_suspend=True,
             style=_STYLE,
             input_processors=[_VisibleText()],
-            input=input,
-            output=output,
         )
         if vi:
             session.app.ttimeoutlen = _ESC_TIMEOUT_S
@@ -158,7 +146,7 @@ class ChatPrompt:
         focused = has_focus(DEFAULT_BUFFER)
         inserting = focused & (emacs_insert_mode | vi_insert_mode)
         # The prompt takes colours, typed or pasted as \x1b[31m, for a mouse, and fails.
-        keys.add(Keys.Vt100MouseEvent)(_ignored)
+        keys.add(Keys.Vt100MouseEvent)(lambda event: None)
         keys.add("c-j", filter=inserting)(_add_line)
         # In vi mode this is Esc and then Enter, which sends the text as in every shell.
         keys.add("escape", "enter", filter=inserting & emacs_mode)(_add_line)
@@ -208,10 +196,6 @@ def _continuation(width: int, line: int, wraps: int) -> StyleAndTextTuples:
     return [("class:prompt", " " * width if wraps else _CONTINUED)]
 
 
-def _begins_like_a_command() -> bool:
-    return get_app().current_buffer.text.startswith("/")
-
-
 def _on_directory() -> bool:
     state = get_app().current_buffer.complete_state
     chosen = state.current_completion if state else None
@@ -231,10 +215,7 @@ def _complete_further(event: KeyPressEvent) -> None:
 
 
 class _VisibleText(Processor):
-    """Shows a person's words in their colour, and no character that would act on the terminal.
-
-    Characters that would reverse the direction of text are shown as visible ones.
-    """
+    """Shows a person's words in their colour, and bidi controls as visible characters."""
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
         """Replace one character by one, so that the cursor stays in its place."""
@@ -246,10 +227,6 @@ class _VisibleText(Processor):
 
 def _coloured(style: str) -> str:
     return style if "auto-suggestion" in style else f"class:words {style}"
-
-
-def _ignored(event: KeyPressEvent) -> None:
-    """Do nothing."""
 
 
 def _add_line(event: KeyPressEvent) -> None:

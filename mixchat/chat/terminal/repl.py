@@ -36,13 +36,13 @@ class Repl:
                 self._after_ctrl_c()
 
     def _turn(self) -> None:
-        draft = self._chat.take_draft()
+        draft, self._chat.draft = self._chat.draft, ""
         text = self._prompt.read(draft).strip()
         self._about_to_leave = False
         command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
         typed = not self._prompt.quoted and text != draft
         if typed and text.lower() in commands.LEAVING:
-            self._chat.leave()
+            self._chat.left = True
         elif command and typed:
             self._run_command(command[1], (command[2] or "").strip())
         elif text or self._chat.attached:
@@ -64,7 +64,7 @@ class Repl:
             self._chat.stopped()
             return
         if self._about_to_leave and not self._prompt.typed:
-            self._chat.leave()
+            self._chat.left = True
             return
         self._about_to_leave = True
         self._chat.screen.say("(Ctrl-C again, Ctrl-D or /bye leaves)")

@@ -45,22 +45,12 @@ class Screen:
         self.out, self.raw = out or sys.stdout, raw
         self._clock = clock
         self._waiting: _WaitingLine | None = None
-        self._answer: MarkdownStream | _PlainWriter | None = (
-            None  # of the answer that is being shown
-        )
+        self._answer: MarkdownStream | _PlainWriter | None = None  # that is being shown
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
         """Show one line or several, broken between words if the terminal is too narrow."""
         printing.say(*text.split("\n"), stream=self.out)
-
-    def show_table(self, text: str) -> None:
-        """Show rows of columns, which fit as they are."""
-        printing.show(sanitize(f"{text}\n"), self.out)
-
-    def draw(self, text: str) -> None:
-        """Show our own drawing, with its escapes for colours."""
-        printing.draw(text, self.out)
 
     @property
     def width(self) -> int | None:
@@ -73,8 +63,7 @@ class Screen:
         """Show an answer as it comes. Returns its last event. Leaves the cursor at a new line.
 
         `before` is the earlier part of an answer that is continued. It is not shown again. `below`
-        returns a line to show below the text while the text is drawn, or nothing. An exception is
-        passed on when all the text so far is on the screen.
+        returns a line to show below the text while the text is drawn, or nothing.
         """
         writer = self._answer = self._writer(before, below)
         try:
@@ -143,9 +132,9 @@ class Screen:
     ) -> Iterator[Callable[[int, int], None]]:
         """Yield a function that shows the progress of prompt processing, if it takes long.
 
-        It is called with the tokens processed so far and the tokens of the whole prompt, at first
-        with 0. If many seconds are `expected`, they are shown then. Both counts are 0 while a
-        server tells nothing. The line is erased when the answer starts, or at the end.
+        It is called with the tokens processed so far and the tokens of the whole prompt. Both
+        counts are 0 while a server tells nothing. If many seconds are `expected`, they are shown
+        at first. The line is erased when the answer starts, or at the end.
         """
         line = _WaitingLine(self.out, self._clock, self._terminal, expected)
         self._waiting = line

@@ -32,9 +32,8 @@ def status_line(
 ) -> str:
     """Return `demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts`.
 
-    `used` and `size` are tokens of the context, `speed` tokens a second, `hit_rate` 0 to 1,
-    `memory` bytes, `on_workers` experts (`128 on workers`). A figure that is None is left out, and
-    `size` is not shown alone. To fit into `width` cells, workers, memory, hits, speed and the model
+    `used` and `size` are tokens of the context, `memory` is bytes, `on_workers` experts. A figure
+    that is None is left out. To fit into `width` cells, workers, memory, hits, speed and the model
     are left out, in this order. Then the tokens become `1,234/8,192 (15%)`, then `15%`. From 80% of
     the context on they start with `!`.
     """

@@ -72,13 +72,9 @@ def _set(fd: int, attributes: list[Any], marks: bytes) -> None:
 def reading_keys(source: Input) -> Iterator[None]:
     """Pass the keys that wait in the terminal to the prompt within, as if they were typed there.
 
-    So each line is sent by its Enter, Ctrl-D leaves, and a marked paste is not sent. Outside a
-    prompt the terminal turns Enter into a newline, which the prompt would take for Ctrl-J. Then a
-    line would not be sent. The same is true for a line that comes after the first look, so there is
-    a second one when the terminal no longer does that.
-
-    Raises `KeyboardInterrupt` at the end if Ctrl-C came after the Enter that ended the prompt. The
-    terminal did not make a signal of it yet.
+    Outside a prompt the terminal turns Enter into a newline, which the prompt would take for
+    Ctrl-J. A line may come after the first look, so there is a second one in raw mode. Raises
+    `KeyboardInterrupt` at the end if Ctrl-C came after the Enter that ended the prompt.
     """
     _take(source, _waiting_bytes)
     with source.raw_mode():

@@ -60,12 +60,6 @@ def ll_tokenizer(tokens: Sequence[bytes], stop_ids: Sequence[int]) -> LLTokenize
     return LLTokenizer(wrapped, eos_token=list(stop_ids))
 
 
-def check_grammar(grammar: str) -> None:
-    """Raise `UsageError` with the line and column if a Lark grammar cannot be used."""
-    if (fault := find_fault(grammar)) is not None:
-        raise grammar_error(fault)
-
-
 def find_fault(grammar: str) -> Fault | None:
     """Return what is wrong with a Lark grammar, None if it allows some first byte."""
     from llguidance import LLMatcher

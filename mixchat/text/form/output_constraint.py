@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.base.errors import CheckpointError, UsageError
-from mixchat.text.form.grammar import check_grammar, lark_from_gbnf, looks_like_gbnf
+from mixchat.text.form.grammar import (
+    find_fault,
+    grammar_error,
+    lark_from_gbnf,
+    looks_like_gbnf,
+)
 from mixchat.text.form.schema import check_schema, tightened
 from mixchat.text.sandbox import Sandbox, SandboxCall
 
@@ -78,7 +83,8 @@ def lark_grammar(text: str) -> OutputConstraint:
 
     Raises `UsageError` with the line and column if it cannot be read.
     """
-    check_grammar(text)
+    if (fault := find_fault(text)) is not None:
+        raise grammar_error(fault)
     return OutputConstraint(text, text=text)
 
 

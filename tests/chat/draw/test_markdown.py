@@ -295,15 +295,6 @@ def test_ctrl_c_in_a_frame_waits_for_its_end(monkeypatch, ctrl_c, where, at):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_closing_twice_writes_once():
-    terminal = Terminal()
-    stream = MarkdownStream(terminal.console)
-    stream.feed("one")
-    stream.close()
-    stream.close()
-    assert terminal.rows == ["one"]
-
-
 def test_a_file_gets_the_text_without_any_escapes():
     file, text = io.StringIO(), markdown(5)
     with closing(MarkdownStream(Console(file=file, width=50, _environ={}))) as stream:

@@ -59,9 +59,8 @@ def typing(warnings):
             rescue.append(threading.Timer(60, source.send_text, [CTRL_C + CTRL_C + CTRL_D]))
             rescue[-1].start()
             options = {"history": None, "warn": warnings.append} | options
-            prompt = ChatPrompt(
-                commands=COMMANDS, status=bar, input=source, output=DummyOutput(), **options
-            )
+            with create_app_session(source, DummyOutput()):
+                prompt = ChatPrompt(commands=COMMANDS, status=bar, **options)
             while True:
                 try:
                     read.append(prompt.read(default))
@@ -80,13 +79,9 @@ def test_enter_sends_a_line_as_it_is(typing):
     assert typing("  Hi <b>& [x] \r\r") == ["  Hi <b>& [x] ", ""]
 
 
-@pytest.mark.parametrize("vi", [False, True])
-def test_ctrl_j_adds_a_line(typing, vi):
-    assert typing("a" + CTRL_J + "b" + ENTER, vi=vi) == ["a\nb"]
-
-
-def test_alt_enter_adds_a_line(typing):
-    assert typing("a" + ALT_ENTER + "b" + ENTER) == ["a\nb"]
+@pytest.mark.parametrize(("key", "vi"), [(CTRL_J, False), (CTRL_J, True), (ALT_ENTER, False)])
+def test_a_key_adds_a_line(typing, key, vi):
+    assert typing("a" + key + "b" + ENTER, vi=vi) == ["a\nb"]
 
 
 def test_newlines_at_the_end_are_not_sent(typing):
@@ -101,14 +96,6 @@ def test_pasted_lines_are_not_sent_before_enter(typing, newline):
 
 def test_quotes_hold_several_lines(typing):
     assert typing('"""\ra\r  b\r\rc\r"""\rnext\r') == ["a\n  b\n\nc", "next"]
-
-
-def test_what_was_quoted_is_told_from_a_command():
-    with create_pipe_input() as source:
-        source.send_text('"""\r/bye\r"""\r/bye\r')
-        prompt = ChatPrompt(None, COMMANDS, bar, input=source, output=DummyOutput())
-        assert (prompt.read(), prompt.quoted) == ("/bye", True)
-        assert (prompt.read(), prompt.quoted) == ("/bye", False)
 
 
 def test_quotes_that_were_pasted_open_are_closed_by_hand(typing):
@@ -156,26 +143,15 @@ def test_ctrl_d_deletes_text_if_there_is_some(typing):
     assert typing("ab\x01" + CTRL_D + ENTER) == ["b"]
 
 
-@pytest.fixture
-def recalling(typing, tmp_path):
-    """Types into a new chat after one in which `before` was typed: gives what was read."""
-
-    def recall(before, keys):
-        path = tmp_path / "new" / "history"
-        typing(before, history=path)
-        with look(history=path) as screen:
-            screen.type(keys)
-            return screen.read()
-
-    return recall
-
-
-def test_up_and_down_walk_through_the_chats_before(recalling):
-    assert recalling("a\rb\rc\r", UP + UP + UP + DOWN + "!" + ENTER) == "b!"
-
-
-def test_ctrl_r_finds_what_was_sent(recalling):
-    assert recalling("find me\rother\r", CTRL_R + "fi" + ENTER + ENTER) == "find me"
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [(UP + UP + UP + DOWN + "!" + ENTER, "b!"), (CTRL_R + "fi" + ENTER + ENTER, "find me")],
+)
+def test_what_was_sent_in_earlier_chats_is_found(typing, tmp_path, keys, found):
+    typing("find me\rb\rc\r", history=tmp_path / "history")
+    with look(history=tmp_path / "history") as screen:
+        screen.type(keys)
+        assert screen.read() == found
 
 
 @pytest.mark.parametrize("key", [RIGHT, CTRL_F, "\x05"])
@@ -273,10 +249,9 @@ def test_escape_and_enter_send_the_text_in_vi_mode(typing):
 
 
 def test_bytes_that_are_no_text_become_question_marks():
-    with create_pipe_input() as source:
+    with create_pipe_input() as source, create_app_session(source, DummyOutput()):
         source.send_bytes(b"a\xffb\r")
-        prompt = ChatPrompt(None, {}, bar, input=source, output=DummyOutput())
-        assert prompt.read() == "a?b"
+        assert ChatPrompt(None, {}, bar).read() == "a?b"
 
 
 class Eyes:
@@ -294,7 +269,8 @@ class Eyes:
         output = Vt100_Output(self._out, lambda: Size(rows, width), term="xterm")
         options = {"history": None, "commands": COMMANDS, "status": bar} | options
         self._source = Vt100Input(self._in)
-        self.prompt = ChatPrompt(input=self._source, output=output, **options)
+        with create_app_session(self._source, output):
+            self.prompt = ChatPrompt(**options)
         self._thread = None
 
     def ask(self):
@@ -483,19 +459,12 @@ def test_what_turns_text_around_is_not_in_the_menu():
     assert [completion.display_text for completion in completions] == ["ab[31m"]
 
 
-def test_a_line_that_was_typed_before_the_prompt_is_sent():
-    with look(ask=False) as screen:
-        screen.type("ahead é" + ENTER + ENTER)
-        screen.ask()
-        assert screen.read() == "ahead é"
-
-
 def test_several_lines_from_before_the_prompt_are_sent_one_after_the_other():
     """They were put together into one that waited: commands among them became text."""
     with look(ask=False) as screen:
-        screen.type("one" + ENTER + "/two" + ENTER + ENTER + "thr")
+        screen.type("one é" + ENTER + "/two" + ENTER + ENTER + "thr")
         screen.ask()
-        assert screen.read() == "one"
+        assert screen.read() == "one é"
         screen.ask()
         assert screen.read() == "/two"
         screen.ask()
