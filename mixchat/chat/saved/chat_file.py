@@ -73,11 +73,10 @@ def checked_name(name: str) -> str:
     return name
 
 
-def serialized(chat: SavedChat) -> bytes:
-    """Return the content of a chat's file. Raises `UsageError` if its name cannot be one."""
-    raw = {
-        "format": _FORMAT,
-        "name": None if chat.name is None else checked_name(chat.name),
+def as_json(chat: SavedChat) -> dict[str, Any]:
+    """Return the chat as JSON has it, without its ID. Times are in UTC."""
+    return {
+        "name": chat.name,
         "model": chat.model,
         "identity": chat.identity,
         "created": chat.created.astimezone(timezone.utc).isoformat(),
@@ -89,6 +88,12 @@ def serialized(chat: SavedChat) -> bytes:
             for message in chat.messages
         ],
     }
+
+
+def serialized(chat: SavedChat) -> bytes:
+    """Return the content of a chat's file. Raises `UsageError` if its name cannot be one."""
+    name = None if chat.name is None else checked_name(chat.name)
+    raw = {"format": _FORMAT, **as_json(chat), "name": name}
     # json.loads reads a lone surrogate, which UTF-8 does not have, as it was written.
     text = json.dumps(raw, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "surrogatepass")

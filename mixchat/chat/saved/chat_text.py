@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mixchat.base.output_file import OutputFile
 from mixchat.chat.printing import one_line
+from mixchat.chat.saved.chat_file import as_json
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
@@ -87,16 +89,9 @@ def to_json(chat: SavedChat) -> str:
     has role (user, assistant), content, and "partial": true if the answer was stopped. Token ids
     are left out.
     """
-    raw = {
-        "id": chat.id,
-        "name": chat.name,
-        "model": chat.model,
-        "created": chat.created.isoformat(),
-        "updated": chat.updated.isoformat(),
-        "system": chat.system,
-        "sampling": dict(chat.sampling),
-        "messages": [_as_openai_message(message) for message in chat.messages],
-    }
+    messages = tuple(replace(message, ids=None) for message in chat.messages)
+    raw = {"id": chat.id, **as_json(replace(chat, messages=messages))}
+    del raw["identity"]
     return _well_formed(json.dumps(raw, indent=2, ensure_ascii=False)) + "\n"
 
 
@@ -127,11 +122,6 @@ def write_export(chat: SavedChat, path: Path) -> None:
     """
     text = to_json(chat) if path.suffix == ".json" else to_markdown(chat)
     OutputFile("/export", path, streams=False).write(text.encode())
-
-
-def _as_openai_message(message: Message) -> dict[str, Any]:
-    raw: dict[str, Any] = {"role": message.role, "content": message.content}
-    return raw | {"partial": True} if message.partial else raw
 
 
 def _turn(message: Message) -> list[str]:
