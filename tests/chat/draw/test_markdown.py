@@ -106,11 +106,8 @@ def test_every_piece_may_be_drawn(make):
     "text",
     [
         "- a\n+",
-        "- a\n+b",
         "- a\n-",
-        "- a\n---",
         "- a\n--- b",
-        "a\n-",
         "a\n- b",
         "a\n===\nb",
         "a\n| b |\n|---|\n| c |\nd",
@@ -119,10 +116,8 @@ def test_every_piece_may_be_drawn(make):
         "1. a\n2. b\n3) c",
         "```\na\n``",
         "```\n\n\n",
-        "    a\n\n\n    b\n\n\nc",
         "> a\nb\n\n> c\n>\n> d",
         "\n\n \na",
-        "\n",
         "",
     ],
 )

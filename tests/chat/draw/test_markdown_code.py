@@ -26,14 +26,10 @@ class Pair(Base):
 print(Pair.__doc__, __FILE__)'''
 
 
-def test_code_without_a_fence_keeps_its_underscores_and_its_spaces():
-    """`def __init__(self):` was shown as `def init(self):`, in bold, and nothing was indented."""
-    assert rows_of(CLASS) == CLASS.split("\n")
-
-
 @pytest.mark.parametrize(
     "text",
     [
+        CLASS,
         "function f() {\n  return 1;\n\n  // 2\n}",
         "A poem:\n\n   roses\n      are red",
         "the __init__ method, self.__class__.__name__ and a(__x__)",
@@ -41,7 +37,8 @@ def test_code_without_a_fence_keeps_its_underscores_and_its_spaces():
         "#include <stdio.h>\nint main() {\n    return 0;\n}",
     ],
 )
-def test_what_may_be_code_stays_as_typed(text):
+def test_code_without_a_fence_keeps_its_underscores_and_its_spaces(text):
+    """`def __init__(self):` was shown as `def init(self):`, in bold, and nothing was indented."""
     assert rows_of(text) == text.split("\n")
 
 
@@ -75,14 +72,6 @@ def test_a_code_block_that_broke_off_is_resumed_as_code():
     ]
 
 
-def test_an_end_of_a_fence_that_broke_off_is_completed():
-    assert resumed("```\na\n``", "`\n# b\n").rows[1:] == ["────────────────────", "b"]
-
-
-def test_a_language_that_broke_off_is_completed():
-    assert resumed("```py", "thon\na\n```").rows[0] == "── python ──────────"
-
-
 @pytest.mark.parametrize("size", [4, 10**6])
 @pytest.mark.parametrize("mark", ["", "> ", "1. ", "- a\n\n> "])
 @pytest.mark.parametrize("seed", range(2))
@@ -107,13 +96,21 @@ def test_the_rest_of_a_block_looks_as_in_the_whole_text(seed, mark, size):
         ]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "rows"),
+    [
+        ("```\na\n``", "`\n# b\n", ["────────────────────", "b"]),
+        ("```py", "thon\na\n```", ["── python ──────────", "a", "────────────────────"]),
+        ("- a\n  ```py", "`x\n- b\n", ["• a", "  ```py`x", "• b"]),  # no fence after all
+    ],
+)
+def test_what_broke_off_within_a_mark_is_completed(before, after, rows):
+    assert resumed(before, after).rows[-len(rows) :] == rows
+
+
 @pytest.mark.parametrize("before", ["", "Hello", "```\na\n```\n", "```\na\n```", "- a\n  b", "`a"])
 def test_what_broke_off_in_no_code_block_is_resumed_as_it_comes(before):
     assert resumed(before, "# x\n").rows == ["x"]
-
-
-def test_what_only_looked_like_a_fence_is_shown():
-    assert resumed("- a\n  ```py", "`x\n- b\n").rows == ["• a", "  ```py`x", "• b"]
 
 
 def test_where_nothing_more_comes_nothing_is_drawn():

@@ -35,16 +35,7 @@ def rights(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-ODD = [
-    "two\nlines",
-    "\n",
-    "a\n\n# no comment\n+b",
-    "+",
-    "é 模 🙂",
-    "line\u2028separator\x85\x0c",
-    "\\",
-    "\r",
-]
+ODD = ["two\nlines", "\n", "a\n\n# no comment\n+b", "é 模 🙂", "line\u2028separator\x85\x0c", "\r"]
 
 
 def test_entries_come_back_as_they_were(path):

@@ -26,11 +26,10 @@ def test_what_is_not_known_is_left_out():
     assert line(speed=None, hit_rate=0.5) == "demo · 1,234 of 8,192 tokens (15%) · 50% hits"
     assert status_line("demo", 0, 8192) == "demo · 0 of 8,192 tokens (0%)"
     assert status_line("", 0, 8192, speed=2) == "0 of 8,192 tokens (0%) · 2.0 tok/s"
-
-
-def test_what_is_zero_is_known():
-    known = line(speed=0.0, hit_rate=0.0, memory=0)
-    assert known == "demo · 1,234 of 8,192 tokens (15%) · 0.0 tok/s · 0% hits · 0 bytes experts"
+    assert line(speed=0.0, hit_rate=0.0, memory=0).endswith("0.0 tok/s · 0% hits · 0 bytes experts")
+    assert status_line("big", 1234, None, speed=31.24) == "big · 1,234 tokens · 31.2 tok/s"
+    assert status_line("big", None, 8192, speed=31.24) == "big · 31.2 tok/s"
+    assert status_line("big", None, None, width=2) == ""
 
 
 @pytest.mark.parametrize(
@@ -73,10 +72,3 @@ def test_a_context_of_no_tokens_is_full():
 def test_wide_characters_are_not_cut_in_half():
     assert cut("模型名", 4) == "模…"
     assert cut("模型名", 6) == "模型名"
-
-
-def test_what_a_server_does_not_tell_is_left_out():
-    assert status_line("big", 1234, None, speed=31.24) == "big · 1,234 tokens · 31.2 tok/s"
-    assert status_line("big", 1234, None, width=7) == "1,234"
-    assert status_line("big", None, 8192, speed=31.24) == "big · 31.2 tok/s"
-    assert status_line("big", None, None, width=2) == ""

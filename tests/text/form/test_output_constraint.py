@@ -270,21 +270,30 @@ def test_the_options_of_a_grammar_cannot_force_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grammar", "message"),
+    ("read", "grammar", "message"),
     [
-        ('start: "a" b\n', ' at line 1, column 8: unknown name: "b"'),
-        ("start: A\n\nA: /(/", ' at line 3, column 4: invalid regex "(" (in regex): '
+        (lark_grammar, 'start: "a" b\n', ' at line 1, column 8: unknown name: "b"'),
+        (lark_grammar, "start: A\n\nA: /(/", ' at line 3, column 4: invalid regex "(" (in regex): '
          "regex parse error: unclosed group"),
-        ("", ": no start rule found"),
-        ("start: x\nx: y\ny: x", ": no text has this form"),
-        ("start: <foo>", ' at line 1, column 8: unknown special token: "<foo>"'),
+        (lark_grammar, "", ": no start rule found"),
+        (lark_grammar, "start: x\nx: y\ny: x", ": no text has this form"),
+        (lark_grammar, "start: <foo>", ' at line 1, column 8: unknown special token: "<foo>"'),
+        (gbnf_grammar, 'root ::= "a', " at line 1: Unexpected end of input"),
+        (gbnf_grammar, 'root ::= "a"\nroot = "b"', " at line 2: Expected ::="),
+        (gbnf_grammar, 'root ::= "a"\n\nq ::= zz', " at line 3: Rule 'zz' not found"),
+        (gbnf_grammar, 'foo ::= "a"', ": No 'root' rule found"),
+        (gbnf_grammar, 'root ::= "a"\nb ::= "c"\nroot ::= "b"',
+         " at line 3: the rule root is there twice"),
+        (gbnf_grammar, '# c\nroot ::= "a" |\n  other\n\n# d\nother ::= "x" [z-a]',
+         ' at line 6: invalid regex "[z-a]" (in regex): regex parse error: invalid character class '
+         "range, the start must be <= the end"),
     ],
 )  # fmt: skip
 def test_a_grammar_that_cannot_be_used_is_refused_with_its_place(
-    grammar: str, message: str
+    read: Callable[[str], Any], grammar: str, message: str
 ) -> None:
     with pytest.raises(UsageError) as error:
-        lark_grammar(grammar)
+        read(grammar)
     assert str(error.value) == f"the grammar cannot be used{message}"
 
 
@@ -303,39 +312,15 @@ def test_a_gbnf_grammar_allows_what_it_says() -> None:
     assert not any(has_form(form, text) for text in ("milk", "- ", "* ABC", "- a\n\n"))
 
 
-@pytest.mark.parametrize(
-    ("grammar", "message"),
-    [
-        ('root ::= "a', " at line 1: Unexpected end of input"),
-        ('root ::= "a"\nroot = "b"', " at line 2: Expected ::="),
-        ('root ::= "a"\n\nq ::= zz', " at line 3: Rule 'zz' not found"),
-        ('foo ::= "a"', ": No 'root' rule found"),
-        ('root ::= "a"\nb ::= "c"\nroot ::= "b"', " at line 3: the rule root is there twice"),
-        ('# c\nroot ::= "a" |\n  other\n\n# d\nother ::= "x" [z-a]', ' at line 6: invalid regex '
-         '"[z-a]" (in regex): regex parse error: invalid character class range, the start must be '
-         "<= the end"),
-    ],
-)  # fmt: skip
-def test_a_gbnf_grammar_that_cannot_be_used_is_refused_with_its_line(
-    grammar: str, message: str
-) -> None:
-    with pytest.raises(UsageError) as error:
-        gbnf_grammar(grammar)
-    assert str(error.value) == f"the grammar cannot be used{message}"
-
-
 NUMBER = '{"type": "integer", "maximum": 5}'
 
 
 @pytest.mark.parametrize("text", [NUMBER, f"\n {NUMBER}\n", f"\ufeff{NUMBER}"])
-def test_a_schema_is_read_from_a_file(tmp_path: Path, text: str) -> None:
+def test_a_schema_is_read_from_a_file_or_the_command_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "s.json").write_text(text, encoding="utf-8")
-    form = compiled(read_schema(str(tmp_path / "s.json")))
-    assert (has_form(form, "5"), has_form(form, "6")) == (True, False)
-
-
-def test_a_schema_is_taken_from_the_command_line() -> None:
-    assert has_form(compiled(read_schema(f"  {NUMBER}")), "5")
+    for value in (str(tmp_path / "s.json"), f"  {NUMBER}"):
+        form = compiled(read_schema(value))
+        assert (has_form(form, "5"), has_form(form, "6")) == (True, False)
 
 
 @pytest.mark.parametrize(
