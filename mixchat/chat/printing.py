@@ -107,7 +107,6 @@ def _indent(line: str, width: int) -> int:
 
 
 def _cells(text: str) -> int:
-    """Return how many columns a text takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len

@@ -40,7 +40,8 @@ _CODES = {"bold": "1", "red": "31", "green": "32"}
 
 def painted(text: str, style: str, stream: TextIO) -> str:
     """Return `text` with the escapes for a style, if `stream` is a terminal that shows colours."""
-    if not text or not _has_colours(stream):
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if not text or plain or not stream.isatty():
         return text
     codes = ";".join(_CODES[word] for word in style.split())
     return f"\x1b[{codes}m{text}\x1b[0m"
@@ -49,8 +50,3 @@ def painted(text: str, style: str, stream: TextIO) -> str:
 def for_prompt(style: str) -> str:
     """Return a style in the words of prompt-toolkit, which follows NO_COLOR by itself."""
     return " ".join(f"ansi{word}" if word in ("red", "green") else word for word in style.split())
-
-
-def _has_colours(stream: TextIO) -> bool:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain

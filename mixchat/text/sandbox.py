@@ -198,7 +198,6 @@ class _Child:
         raise CheckpointError(f"{call.subject} {fault}")
 
     def _ending(self, allowed: float) -> str:
-        """Return how the child ended by itself."""
         assert self._process.stderr is not None
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1)

@@ -301,6 +301,5 @@ def _leaf(token: Token) -> str:
 
 
 def _target(token: Token, name: str) -> str:
-    """Return a link's address and its title."""
     title = f' "{token.attrs["title"]}"' if "title" in token.attrs else ""
     return f"{token.attrs[name]}{title}"

@@ -162,7 +162,6 @@ class MarkdownStream:
         return self._rows(final), rest
 
     def _rows(self, drawn: Iterable[MarkdownBlock]) -> list[str]:
-        """Return the rows of blocks, as the text to write."""
         lines = []
         for block in drawn:
             for part in [Text(), block.drawn] if block.gap else [block.drawn]:

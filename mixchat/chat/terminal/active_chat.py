@@ -195,7 +195,6 @@ class ActiveChat:
         return self._figures.line(self.saver.model, shutil.get_terminal_size().columns)
 
     def _status_now(self) -> str:
-        """Return the status line in the middle of an answer."""
         return self._figures.line_now(self.saver.model, shutil.get_terminal_size().columns)
 
     def _ended(self, finished: Finished, said: str, remembered: bool) -> None:

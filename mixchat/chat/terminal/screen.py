@@ -123,7 +123,6 @@ class Screen:
 
     @property
     def _draws(self) -> bool:
-        """Return whether answers are drawn as Markdown."""
         return self._terminal and not self.raw
 
     @contextmanager

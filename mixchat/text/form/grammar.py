@@ -136,7 +136,6 @@ def _line_in_gbnf(text: str, lark: str, line: int) -> int:
 
 
 def _lines(text: str) -> list[int]:
-    """Return the line of each rule."""
     return [text.count("\n", 0, match.start(1)) + 1 for match in _RULE.finditer(text)]
 
 
