@@ -343,10 +343,11 @@ def look(width=60, rows=12, ask=True, **options):
         eyes.close()
 
 
-def test_the_bottom_line_shows_its_text_as_it_is():
+def test_the_bottom_line_shows_its_text_as_it_is_below_no_room_for_a_menu():
     with look() as screen:
         screen.wait_for("demo <b>&[x]")
         assert screen.reversed("demo")
+        assert [line[:4] for line in screen.lines] == [">>>", "demo"]
 
 
 def test_the_bottom_line_is_one_line_of_any_window():
@@ -368,12 +369,6 @@ def test_new_lines_have_a_prompt_and_wrapped_ones_have_none():
         screen.type("a" * 20 + CTRL_J + "b")
         screen.wait_for("... b")
         assert screen.lines[:3] == [">>> " + "a" * 16, "    aaaa", "... b"]
-
-
-def test_a_prompt_takes_no_room_for_a_menu_before_there_is_one():
-    with look() as screen:
-        screen.wait_for("demo")
-        assert [line[:4] for line in screen.lines] == [">>>", "demo"]
 
 
 def test_a_slash_opens_the_menu_and_tab_takes_from_it():
