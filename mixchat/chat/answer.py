@@ -40,11 +40,11 @@ class AnswerLimits:
 
 
 class Answer:
-    """Takes ids, returns text to show.
+    r"""Takes ids, returns text to show.
 
     The next turn is built from the ids. If the text was cut, they have to end with it. With the
-    stop string "\\n\\n" and the tokens `A` `.` `\\n` `\\nB` the text shown is `A.`, which ends with
-    the second token, so two ids are remembered. With `A` `.\\n` `\\nB` no token ends there, so the
+    stop string "\n\n" and the tokens `A` `.` `\n` `\nB` the text shown is `A.`, which ends with
+    the second token, so two ids are remembered. With `A` `.\n` `\nB` no token ends there, so the
     text alone is remembered, and the template will encode it.
     """
 

@@ -112,7 +112,8 @@ class EngineBackend:
 
     def _fitted(self, turn: Turn, start: Sequence[int]) -> tuple[list[int], int]:
         """Return the prompt's ids and the `start` of an answer, and the number of the first message
-        in the prompt."""
+        in the prompt.
+        """
         first, size, messages = turn.first, self.engine.context_size, turn.messages
         later = turn.questions_after_first()
         while (known := _tokens_at_least(messages[first:])) > size:  # it need not be encoded
