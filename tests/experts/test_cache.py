@@ -30,7 +30,7 @@ def filled(*experts: ExpertKey, policy: Policy | None = None) -> ExpertCache:
     return cache
 
 
-def test_the_docstrings_example() -> None:
+def test_the_least_recently_used_expert_gives_its_slot() -> None:
     cache = ExpertCache(2)
     assert cache.lookup(A) is None
     assert cache.admit(A) == 0
@@ -198,7 +198,7 @@ def test_lru_gives_up_first_what_was_used_longest_ago(events: list[tuple[ExpertK
     assert list(policy.victims()) == recent
 
 
-def test_layered_lru_does_as_its_docstring_says() -> None:
+def test_layered_lru_evicts_the_layer_that_is_needed_last() -> None:
     passes = Passes(3)
     a, b, c = (ExpertKey(layer, 0) for layer in range(3))
     layered, plain = LayeredLRU(passes), LRU()

@@ -46,7 +46,7 @@ def look(clock: Clock) -> Callable[[float, int], int]:
     return look
 
 
-def test_the_docstrings_example(look: Callable[[float, int], int]) -> None:
+def test_slots_follow_the_free_memory_with_a_margin(look: Callable[[float, int], int]) -> None:
     assert look(1.0, 100) == 100
     assert look(0.4, 100) == 94
     assert look(1.0, 94) == 94

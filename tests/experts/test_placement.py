@@ -204,7 +204,6 @@ def test_a_budget_of_a_gpu_names_it_in_errors() -> None:
 
 
 def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks() -> None:
-    # The example in the docstring.
     parts = Placement(60, 83, 256, other_slots=(30,)).parts([171, 85])
     assert [(part.slots, part.host_slots, part.experts) for part in parts] == [
         (60, 56, 171),

@@ -57,7 +57,7 @@ def test_slots_that_are_left_hold_copies_of_the_most_used() -> None:
     assert len(copied) == 2
 
 
-def test_the_example_in_the_docstring() -> None:
+def test_a_holder_gets_the_most_used_expert_first() -> None:
     uses = {ExpertKey(0, 0): 3}
     assert divide(2, 2, [2, 3], uses)[1][0] == ExpertKey(0, 0)
 
