@@ -182,8 +182,8 @@ def convert(
     from mixchat.weights.make.download import local_errors
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
+        target = find_target(directory, layout, bits)  # it mends the manifest of an older format
         before = read_manifest(directory).quantization
-        target = find_target(directory, layout, bits)
         changed = convert_model(directory, target, progress)
     rounded = [part for part in bits._fields if before[part] != getattr(target, part)]
     if rounded:

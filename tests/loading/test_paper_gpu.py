@@ -280,8 +280,9 @@ def test_the_bench_measures_a_gpus_limits(
     paper: PaperRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("paper", 0)
-    monkeypatch.setattr(machine_limits, "_READ", 1000)
-    monkeypatch.setattr(machine_limits, "_SHAPE", (8, 8, 8))
+    monkeypatch.setattr(machine_limits, "_SUMMED_FLOATS", 1000)
+    for dimension in ("_TOKENS", "_COLUMNS", "_ROWS"):
+        monkeypatch.setattr(machine_limits, dimension, 8)
     limits = LimitsMeter(device).measure()
     assert min(limits.memory, limits.gemm) > 0
     assert (copy_bandwidth(device, 4096) or 0) > 0
