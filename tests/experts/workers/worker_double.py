@@ -220,6 +220,7 @@ class _StuckDoubles(Doubles):
 def main() -> None:
     """Serve at some port, which is printed."""
     torch.set_num_threads(1)
+    interrupts._END_TIMEOUT_S = PATIENCE  # a busy machine takes longer to close a listener
     interrupts.install()
 
     def note(line: str) -> None:
