@@ -128,7 +128,9 @@ def write_model(work: Path) -> tuple[Path, Path]:
         write_gguf(source, gguf, tensors, config)
         unfinished = work / "checkpoint.part"
         unfinished.mkdir()
-        upcycle(gguf, unfinished, config, demo.GENERATION, NoProgress())
+        upcycle(gguf, unfinished, config, NoProgress())
+        # The sampling with which the model writes the text that it is calibrated on.
+        (unfinished / "generation_config.json").write_text(json.dumps(demo.GENERATION))
         unfinished.rename(checkpoint)
     return gguf, checkpoint
 
