@@ -38,6 +38,7 @@ ORDER = (
     "weights",
     "weights/format",
     "weights/matrix",
+    "weights/families",
     "kernels",
     "base",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mixchat.base.errors import CheckpointError, PromptTooLongError, UsageError
 from mixchat.base.files import read_json_object
@@ -15,27 +15,53 @@ DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each
 BYTES_PER_TOKEN = 128
 _USUAL = 4  # an answer may take 1/4 of the context by default
 
-_POSITIVE_INTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "max_position_embeddings",
-)
 _MAX_EXPERTS = 100_000  # in all layers, more than any model has
-# The defaults of transformers' MixtralConfig.
-_DEFAULTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
+
+LayerType = Literal["full_attention", "sliding_attention"]
+RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """The rotary embedding of a layer, under Hugging Face's names. None is its default.
+
+    `original_max_position_embeddings` is the context that the model was first trained for.
+    """
+
+    rope_theta: float
+    rope_type: RopeType = "default"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a `MixtralForCausalLM`. `from_dict` checks it."""
+    """The shape and the features of a model, under Hugging Face's names.
 
+    `intermediate_size` is an expert's. Only `weights/` asks for `model_type`.
+
+    layer_types: one a layer, all "full_attention" if it is empty. `sliding_window` is in tokens.
+    sliding_rope_parameters: of sliding layers, if they differ.
+    norm_topk_prob: whether the weights of the chosen experts sum to one.
+    qk_norm: an RMSNorm of queries and keys before they rotate, of each head or all heads together.
+    clip_qkv: the largest absolute value of queries, keys and values.
+    attention_bias: of the q, k, v and o projections. `moe_bias`: of the router and the experts.
+    attention_sinks: one logit a head in the sum of the softmax.
+    swiglu_limit: experts compute (up + 1) * gate * sigmoid(swiglu_alpha * gate), with gate and up
+    clamped, and otherwise silu(gate) * up.
+    """
+
+    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -47,50 +73,35 @@ class ModelConfig:
     num_experts_per_tok: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    eos_token_ids: tuple[int, ...]
+    rope_parameters: RopeParameters
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    layer_types: tuple[LayerType, ...] = ()
+    sliding_rope_parameters: RopeParameters | None = None
+    norm_topk_prob: bool = True
+    qk_norm: Literal["head", "projection"] | None = None
+    clip_qkv: float | None = None
+    attention_bias: bool = False
+    attention_sinks: bool = False
+    moe_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
 
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read the keys of a config.json. Raises `CheckpointError` if they are not a Mixtral's."""
-        kind = raw.get("model_type")
-        if kind != "mixtral":
-            raise CheckpointError(
-                f"not a Mixtral checkpoint: config.json says model_type {kind!r}",
-                hint="mixchat runs MixtralForCausalLM checkpoints only.",
-            )
-        if raw.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported")
-        values = {**_DEFAULTS, "num_key_value_heads": raw.get("num_attention_heads")}
-        values |= {key: raw[key] for key in _POSITIVE_INTS if raw.get(key) is not None}
-        values["num_key_value_heads"] = (
-            values["num_key_value_heads"] or values["num_attention_heads"]
-        )
-        if "head_dim" not in values:
-            hidden, heads = _positive_int(values, "hidden_size"), "num_attention_heads"
-            values["head_dim"] = hidden // _positive_int(values, heads)
-        rope = {**_rope(raw, "rope_scaling"), **_rope(raw, "rope_parameters")}
-        window, eos = raw.get("sliding_window"), raw.get("eos_token_id")
-        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        config = cls(
-            **{key: _positive_int(values, key) for key in _POSITIVE_INTS},
-            rms_norm_eps=_positive_number(raw, "rms_norm_eps", 1e-5),
-            rope_theta=_positive_number({**raw, **rope}, "rope_theta", 1e6),
-            sliding_window=None if window is None else _positive_int(raw, "sliding_window"),
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-            eos_token_ids=tuple(_whole_number("eos_token_id", token) for token in eos_ids),
-        )
-        config._check()
-        return config
+    def window(self, layer: int) -> int | None:
+        """Return how many of the last tokens a layer attends to, or None for all."""
+        return self.sliding_window if self._is_sliding(layer) else None
 
-    @classmethod
-    def from_file(cls, path: Path) -> ModelConfig:
-        """Read a config.json. Raises `CheckpointError`."""
-        return cls.from_dict(read_json_object(path))
+    def rope(self, layer: int) -> RopeParameters:
+        if self._is_sliding(layer) and self.sliding_rope_parameters is not None:
+            return self.sliding_rope_parameters
+        return self.rope_parameters
 
-    def _check(self) -> None:
+    def _is_sliding(self, layer: int) -> bool:
+        return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if the numbers do not fit together."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"config.json: {self.num_attention_heads} attention heads cannot share "
@@ -109,6 +120,11 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json: {self.num_experts_per_tok} experts per token of only "
                 f"{self.num_local_experts}"
+            )
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise CheckpointError(
+                f"config.json: {len(self.layer_types)} layer_types for {self.num_hidden_layers} "
+                "layers"
             )
 
 
@@ -198,45 +214,3 @@ def advised_length(directory: Path) -> int | None:
 def _generation_config(directory: Path) -> dict[str, Any]:
     path = directory / "generation_config.json"
     return read_json_object(path) if path.exists() else {}
-
-
-def _positive_int(values: dict[str, Any], key: str) -> int:
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive whole number")
-    return value
-
-
-def _positive_number(values: dict[str, Any], key: str, default: float) -> float:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive number")
-    return float(value)
-
-
-def _flag(values: dict[str, Any], key: str) -> bool:
-    value = values.get(key, False)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} is {value!r}, not true or false")
-    return value
-
-
-def _rope(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the settings of a plain rotary embedding."""
-    rope = raw.get(key) or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"config.json: {key} is {rope!r}, not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or "factor" in rope:
-        raise CheckpointError(
-            f"config.json: rope type {kind!r} with scaling is not supported",
-            hint="Models whose context was stretched (linear, dynamic, yarn, llama3) do not run "
-            "yet; choose one with plain rotary embeddings.",
-        )
-    return rope
-
-
-def _whole_number(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"config.json: {key} is {value!r}, not a whole number")
-    return value

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from mixchat.base.files import write_file
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
 from mixchat.base.settings import models_dir
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import (
     EMBEDDING,
     SHARED_FILE,
@@ -58,7 +58,7 @@ def write_synthetic(directory: Path, layers: int, expert_bits: int = 4) -> None:
     config = {**MIXTRAL, "num_hidden_layers": layers}
     kind = type_of_bits(expert_bits)
     quantization = Quantization(kind, best_layout(), attention="int8", head="int8")
-    blueprint = Blueprint(ModelConfig.from_dict(config), quantization)
+    blueprint = Blueprint(read_config(config), quantization)
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()
     write_file(directory / "config.json", text)

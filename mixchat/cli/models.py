@@ -17,6 +17,7 @@ from mixchat.cli.flags.shell_completion import one_of
 from mixchat.cli.output.messages import confirmed
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
+from mixchat.weights.families.read_config import read_config_file
 
 if TYPE_CHECKING:
     from mixchat.weights.care.repair import Damage
@@ -66,13 +67,12 @@ def show_model(
         build = "It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' builds it."
         say(build, stream=sys.stdout)
         return
-    from mixchat.base.model_config import ModelConfig
-    from mixchat.cli.output.reports import ModelDetails
+        from mixchat.cli.output.reports import ModelDetails
     from mixchat.weights.format.manifest import read_manifest
     from mixchat.weights.format.model_files import check_files
 
     manifest = read_manifest(directory)
-    config = ModelConfig.from_file(directory / "config.json")
+    config = read_config_file(directory / "config.json")
     ModelDetails(directory, manifest, config).show(as_json)
     check_files(directory, manifest)  # last, for it may fail
 

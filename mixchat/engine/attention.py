@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from mixchat.base.model_config import ModelConfig
+from mixchat.base.model_config import ModelConfig, RopeParameters
 from mixchat.engine.kv_cache import PagedKVCache
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, Step, alone, together
@@ -25,10 +25,15 @@ class RotaryEmbedding:
     """
 
     def __init__(
-        self, head_dim: int, theta: float, context: int, dtype: torch.dtype, device: torch.device
+        self,
+        parameters: RopeParameters,
+        head_dim: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequencies = 1.0 / theta**exponents  # [h / 2]
+        frequencies = 1.0 / parameters.rope_theta**exponents  # [h / 2]
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
         self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device, dtype)
         # [context, h]. `sin` has the sign, so that a rotation needs no negation.

@@ -26,6 +26,7 @@ from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.engine.generate import Engine
 from mixchat.experts.trace import RecordingRunner
 from mixchat.loading.loader import load_engine
+from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
@@ -105,7 +106,7 @@ def record_inputs(
     Raises `UsageError` if the text is too short, `ResourceError` if the disk or the memory is, and
     what loading raises.
     """
-    config = ModelConfig.from_file(directory / "config.json")
+    config = read_config_file(directory / "config.json")
     windows = _windows(text, text.windows or default_windows(config, directory))
     _check_memory(config, len(windows))
     _check_disk(directory, inputs_size(config, len(windows) * WINDOW), note)

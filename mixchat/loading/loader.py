@@ -219,7 +219,7 @@ def _build_model(
 ) -> Model:
     config, tensors = used.config, _InstalledTensors(installed, device)
     dtype = used.quantization.dtype
-    rope = RotaryEmbedding(config.head_dim, config.rope_theta, context, dtype, device)
+    rope = RotaryEmbedding(config.rope(0), config.head_dim, context, dtype, device)
     embedding, head = _embedding_and_head(installed, used, device)
     norm = RMSNorm(tensors.tensor(used.norm), config.rms_norm_eps)
     layers = range(config.num_hidden_layers)

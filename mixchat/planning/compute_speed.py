@@ -148,7 +148,7 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
     """Return a function that computes one token through a layer without experts."""
     config, dtype = blueprint.config, blueprint.quantization.dtype
     used = blueprint.computed_on(device)
-    rope = RotaryEmbedding(config.head_dim, config.rope_theta, 2 * _CONTEXT, dtype, device)
+    rope = RotaryEmbedding(config.rope(0), config.head_dim, 2 * _CONTEXT, dtype, device)
     tensors, runner = _FilledTensors(device), _NoExperts()
     blocks = [Block.build(0, used, tensors, rope, runner) for _ in range(_COPIES)]
     cache = new_cache(config, 2 * _CONTEXT, dtype, device)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError, UsageError
-from mixchat.base.model_config import DEFAULT_TOKENS, Context, ModelConfig
+from mixchat.base.model_config import DEFAULT_TOKENS, Context
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.sessions.cache_file import CacheSaver
 from mixchat.sessions.opening import find_or_build, open_service, open_session
 from mixchat.sessions.provider import ChatOptions, Predictor
+from mixchat.weights.families.read_config import read_config_file
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
@@ -63,7 +64,7 @@ class LocalModels:
         from mixchat.weights.models import installed_directory
 
         try:
-            config = ModelConfig.from_file(installed_directory(name) / "config.json")
+            config = read_config_file(installed_directory(name) / "config.json")
         except MixchatError:  # `open` raises it again, or builds the demo
             return Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
         return Context.of(config, self._load.context_size)

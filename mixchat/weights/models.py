@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mixchat.base.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
 from mixchat.base.machine import disk_usage
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.settings import models_dir
+from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, is_installed, read_manifest
 from mixchat.weights.format.model_files import check_files
@@ -200,7 +200,7 @@ def describe(directory: Path) -> ModelEntry:
     try:
         manifest = read_manifest(directory)
         check_files(directory, manifest)
-        config = ModelConfig.from_file(directory / "config.json")
+        config = read_config_file(directory / "config.json")
     except CheckpointError:
         return replace(entry, problem="damaged")
     return replace(

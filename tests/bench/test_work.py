@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import torch
 
-from mixchat.base.model_config import ModelConfig
 from mixchat.bench.machine_limits import bytes_per_token, operations_per_token
 from mixchat.bench.synthetic import MIXTRAL
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
-CONFIG = ModelConfig.from_dict({**MIXTRAL, "num_hidden_layers": 4})
+CONFIG = read_config({**MIXTRAL, "num_hidden_layers": 4})
 
 
 def test_the_bytes_of_a_token_are_those_of_the_matrices_it_meets() -> None:

@@ -32,6 +32,7 @@ from mixchat.base.machine import disk_usage
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.quantities import format_size
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.source.checkpoint_index import INDEX, expected_shapes
 
@@ -52,7 +53,7 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0))
     noise = noise.mul_(0.02).to(torch.bfloat16)
     weight_map, start = {}, 0
-    shards = list(_shards(ModelConfig.from_dict(config)))
+    shards = list(_shards(read_config(config)))
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with SafetensorsWriter(directory / name, shard) as writer:

@@ -95,13 +95,13 @@ def measure(inner: int) -> dict[int, float]:
     prepare_environment()
     import torch
 
-    from mixchat.base.model_config import ModelConfig
     from mixchat.experts.memory import CPU
     from mixchat.planning.compute_speed import Effort, ExpertTimer
+    from mixchat.weights.families.read_config import read_config
     from mixchat.weights.format.blueprint import Blueprint, Quantization
     from mixchat.weights.make.outline import MIXTRAL
 
-    config = ModelConfig.from_dict({**MIXTRAL, "intermediate_size": inner})
+    config = read_config({**MIXTRAL, "intermediate_size": inner})
     with torch.inference_mode():
         return ExpertTimer(Blueprint(config, Quantization()), CPU, Effort(seconds=1)).seconds()
 

@@ -18,7 +18,7 @@ from quality import (
     rounded_bits,
 )
 
-from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 from mixchat.weights.source.demo import DEMO_CONFIG
@@ -51,7 +51,7 @@ def test_readme_has_the_figures_that_plan_prints() -> None:
 
 @pytest.mark.parametrize(("name", "kind"), QUANT_TYPES.items())
 def test_the_table_has_the_bits_of_the_tensors_that_are_rounded(name: str, kind: str) -> None:
-    config = ModelConfig.from_dict(padded_config(DEMO_CONFIG, HIDDEN))
+    config = read_config(padded_config(DEMO_CONFIG, HIDDEN))
     how = Quantization(quant_type=kind, attention="int8", head="int8")  # type: ignore[arg-type]
     bits = [f"{rounded_bits(Blueprint(config, how), part):.2f}" for part in ("experts", "all")]
     assert full_table()[name][0::3] == bits

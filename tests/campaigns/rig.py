@@ -86,7 +86,7 @@ def make_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    from mixchat.base.model_config import ModelConfig
+    from mixchat.weights.families.read_config import read_config
     from mixchat.weights.source.checkpoint_index import expected_shapes
 
     directory.mkdir(parents=True)
@@ -94,7 +94,7 @@ def make_checkpoint(
     (directory / "config.json").write_text(json.dumps(config))
     source = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
     shutil.copy(source, directory / "tokenizer.model")
-    shapes = expected_shapes(ModelConfig.from_dict(config))
+    shapes = expected_shapes(read_config(config))
 
     def place(name: str) -> tuple[int, str]:
         parts = name.split(".")

@@ -9,10 +9,10 @@ import pytest
 from manifest_tools import as_format_3
 from tiny_tokenizer import write_tokenizer
 
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.loading import calibrate as calibrate_module
 from mixchat.weights.care.convert import _Converter
+from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 from mixchat.weights.make.calibrator import inputs_size
 
@@ -384,7 +384,7 @@ def test_by_default_no_more_windows_are_written_than_time_allows(mixchat, instal
 def test_by_default_there_are_as_many_windows_as_the_shape_wants_and_the_disk_holds(
     checkpoint, monkeypatch
 ):
-    config = ModelConfig.from_file(checkpoint / "config.json")
+    config = read_config_file(checkpoint / "config.json")
     wanted = 2 * max(config.hidden_size, config.intermediate_size) * config.num_local_experts
     wanted = -(-wanted // config.num_experts_per_tok // 32)
     assert calibrate_module.default_windows(config, checkpoint) == wanted > 6

@@ -10,7 +10,6 @@ import torch
 from engine_tools import answer, cache_content
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
@@ -19,6 +18,7 @@ from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import chunks_are_exact, load_engine
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_what_the_kernels_cannot_compute_is_read_token_by_token(
         "head_dim": 16,
         "max_position_embeddings": 128,
     }
-    blueprint = Blueprint(ModelConfig.from_dict({**shape, **changes}), quantization)
+    blueprint = Blueprint(read_config({**shape, **changes}), quantization)
     assert chunks_are_exact(blueprint.computed_on(CPU), CPU) == apart
     assert not chunks_are_exact(blueprint.computed_on(CPU), torch.device("cuda"))
 

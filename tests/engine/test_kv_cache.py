@@ -6,7 +6,6 @@ import pytest
 import torch
 from engine_tools import answer
 
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions
 from mixchat.engine import kv_cache
 from mixchat.engine.kv_cache import (
@@ -19,9 +18,10 @@ from mixchat.engine.kv_cache import (
 )
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
+from mixchat.weights.families.read_config import read_config
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig.from_dict(
+CONFIG = read_config(
     {
         "model_type": "mixtral",
         "vocab_size": 100,

@@ -10,10 +10,11 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.placement import Demand
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.make.outline import MIXTRAL
 
-MODEL = ModelConfig.from_dict(MIXTRAL)
+MODEL = read_config(MIXTRAL)
 
 
 def fitted(model: ModelConfig, context_size: int | None = None) -> MemoryPlan:

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from mixchat.base import machine
-from mixchat.base.model_config import ModelConfig
 from mixchat.planning import torch_threads
 from mixchat.planning.compute_speed import Effort, thread_seconds
 from mixchat.planning.torch_threads import candidates, choose_threads, known_or_best
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.outline import MIXTRAL
 from mixchat.weights.source.demo import DEMO_CONFIG
 
-BLUEPRINT = Blueprint(ModelConfig.from_dict(MIXTRAL), Quantization())
-DEMO = Blueprint(ModelConfig.from_dict(DEMO_CONFIG), Quantization())
+BLUEPRINT = Blueprint(read_config(MIXTRAL), Quantization())
+DEMO = Blueprint(read_config(DEMO_CONFIG), Quantization())
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from typing import TypeAlias
 import torch
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec
+from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
 from mixchat.weights.format.manifest import MANIFEST_FILE, Manifest, read_manifest, repair_hint
 from mixchat.weights.format.model_files import check_files, path_of
@@ -31,7 +31,7 @@ def _stamp(path: Path) -> Stamp:
 
 def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
     """Return the blueprint of an installed model. Raises `CheckpointError`."""
-    config = ModelConfig.from_file(directory / "config.json")
+    config = read_config_file(directory / "config.json")
     names = [SHARED_FILE, *map(experts_file, range(config.num_hidden_layers))]
     for name in names:
         if name not in manifest.weights:

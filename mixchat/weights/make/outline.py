@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mixchat.base.errors import ModelNotFoundError
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Progress
 from mixchat.base.settings import models_dir
 from mixchat.weights import models
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal
@@ -117,7 +117,7 @@ def _before_download(
 ) -> Outline:
     name = source.repo
     if name in models.ALIASES.values():
-        index = expected_index(ModelConfig.from_dict(MIXTRAL), name, _SHARD_BYTES_MAX)
+        index = expected_index(read_config(MIXTRAL), name, _SHARD_BYTES_MAX)
         blueprint = make_blueprint(index, options)
 
         def size(shard: str) -> int:

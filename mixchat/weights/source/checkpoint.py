@@ -14,9 +14,9 @@ import torch
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_bytes, require_regular
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Task
 from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
+from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source.checkpoint_index import (
     COMPANION_FILES,
@@ -93,7 +93,7 @@ class DirectoryCheckpoint(Checkpoint):
 
     def __init__(self, directory: Path, source: Source, fingerprint: str | None = None) -> None:
         self.source, self._directory = source, directory
-        config = ModelConfig.from_file(directory / CONFIG)
+        config = read_config_file(directory / CONFIG)
         where = str(directory)
         try:
             names = [entry.name for entry in directory.iterdir()]

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 from mixchat.base.errors import CheckpointError, HubError, MissingDependencyError, UsageError
 from mixchat.base.files import write_file
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Progress, progress_bar
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.models import DEMO
 from mixchat.weights.source.checkpoint import Checkpoint
@@ -100,7 +100,7 @@ class DemoCheckpoint(Checkpoint):
 
     def __init__(self, target: Path, progress: Progress) -> None:
         self.source = Source(DEMO)
-        self.index = expected_index(ModelConfig.from_dict(DEMO_CONFIG), SINGLE)
+        self.index = expected_index(read_config(DEMO_CONFIG), SINGLE)
         self.size, self.fingerprint = WHEEL_SIZE, WHEEL_SHA256
         self._directory, self._progress = target / BUILD_DIR, progress
         self._checkpoint: Path | None = None

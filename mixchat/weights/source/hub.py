@@ -16,9 +16,9 @@ from urllib.parse import quote
 from mixchat.base.errors import CheckpointError, HubError
 from mixchat.base.files import MAX_SIZE, json_object, read_bytes
 from mixchat.base.lock import lock_file
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import in_background
 from mixchat.base.safetensors import Header, header_length
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.source.checkpoint_index import (
     COMPANION_FILES,
     CONFIG,
@@ -102,7 +102,7 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
         if CONFIG not in listing:
             raise CheckpointError(f"{repo_id}: there is no {CONFIG}: not a checkpoint for mixchat")
         read = {CONFIG: fetch_small(listing[CONFIG])}
-        config = ModelConfig.from_dict(json_object(read[CONFIG], listing[CONFIG].where))
+        config = read_config(json_object(read[CONFIG], listing[CONFIG].where))
         if INDEX in listing:
             read[INDEX] = fetch_small(listing[INDEX])
         weight_map = read_weight_map(listing, read.get(INDEX), where=repo_id)

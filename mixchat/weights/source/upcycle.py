@@ -21,6 +21,7 @@ from mixchat.base.files import write_file
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Progress, progress_bar
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.source.checkpoint_index import SINGLE, expected_shapes
 
 SEED = 0
@@ -42,7 +43,7 @@ def upcycle(
     from gguf import GGUFReader
 
     reader = GGUFReader(gguf)
-    shape = ModelConfig.from_dict(config)
+    shape = read_config(config)
     write_tokenizer(
         {key: field.contents() for key, field in reader.fields.items()},
         target,

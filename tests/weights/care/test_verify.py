@@ -111,11 +111,11 @@ class TestFinding:
 
 
 def specs_of(directory: Path, name: str) -> list[Any]:
-    from mixchat.base.model_config import ModelConfig
+    from mixchat.weights.families.read_config import read_config_file
     from mixchat.weights.format.blueprint import Blueprint, Quantization
 
     manifest = read_either_manifest(directory)
-    config = ModelConfig.from_file(directory / "config.json")
+    config = read_config_file(directory / "config.json")
     blueprint = Blueprint(config, Quantization.from_description(manifest.quantization))
     return blueprint.files()[name]
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.calibrator import Calibrator, ExpertInputs, InputsWriter, inputs_size
@@ -30,7 +31,7 @@ def wide_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def config(wide_checkpoint: Path) -> ModelConfig:
-    return ModelConfig.from_file(wide_checkpoint / "config.json")
+    return read_config_file(wide_checkpoint / "config.json")
 
 
 @pytest.fixture

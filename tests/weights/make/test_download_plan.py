@@ -15,7 +15,7 @@ from weight_tools import Fetching, order_of, shard
 from mixchat.base import machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.machine import disk_usage
-from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.make import download_plan
 from mixchat.weights.make.build import Build
@@ -270,7 +270,7 @@ def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
 
 def test_mixtral_s_checkpoint_is_foreseen_with_its_19_shards() -> None:
     """So that `plan` knows, without asking the hub, how much disk the download takes."""
-    index = expected_index(ModelConfig.from_dict(MIXTRAL), "instruct", 5e9)
+    index = expected_index(read_config(MIXTRAL), "instruct", 5e9)
     sizes = [index.header(shard).size for shard in index.shards]
     assert len(sizes) == 19
     assert max(sizes) < 5.001e9

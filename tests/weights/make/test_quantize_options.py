@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from weight_tools import files_of, quantize, shard
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, Source, read_manifest
 from mixchat.weights.make.download_plan import find_memory_need
@@ -263,7 +263,7 @@ def test_peak_memory_at_mixtrals_size_is_below_1500_mb(tmp_path: Path, dtype: to
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps(config))
-    shapes = expected_shapes(ModelConfig.from_dict(config))
+    shapes = expected_shapes(read_config(config))
     specs = [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
     with open(checkpoint / "model.safetensors", "wb") as file:
         # Zeros that are never written: up to 3 GB, which a disk takes seconds for.

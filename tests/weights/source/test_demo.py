@@ -20,8 +20,9 @@ import torch
 from tiny_tokenizer import TEMPLATE, metadata
 
 from mixchat.base.errors import CheckpointError, HubError, MissingDependencyError, UsageError
-from mixchat.base.model_config import ModelConfig, advised_length, advised_sampling
+from mixchat.base.model_config import advised_length, advised_sampling
 from mixchat.base.progress import NoProgress
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.source import demo
 from mixchat.weights.source.upcycle import write_tokenizer
 
@@ -375,7 +376,7 @@ def test_its_advice_makes_answers_end(tmp_path: Path) -> None:
 def test_the_config_is_a_mixtral_and_the_sizes_are_its() -> None:
     from mixchat.weights.source.checkpoint_index import expected_shapes
 
-    shapes = expected_shapes(ModelConfig.from_dict(demo.DEMO_CONFIG)).values()
+    shapes = expected_shapes(read_config(demo.DEMO_CONFIG)).values()
     checkpoint = sum(2 * int(np.prod(shape)) for shape in shapes)
     assert checkpoint + demo.WHEEL_SIZE + demo.GGUF_SIZE < demo.BUILD_BYTES < 1.65e9
 

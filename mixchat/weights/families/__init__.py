@@ -1,0 +1,7 @@
+"""The families of models that run. Each describes its config.json and its checkpoint's tensors.
+
+- read_config.py: finds the family of a config.json, and reads it
+- family.py: the form of a description
+- config_keys.py: reads and checks single keys of a config.json
+- mixtral.py: a family
+"""

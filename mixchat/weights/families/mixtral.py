@@ -1,0 +1,21 @@
+"""Mixtral, by Mistral AI: 8x7B, 8x22B and models made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.config_keys import shape_of, sliding_layers
+from mixchat.weights.families.family import Family
+
+# The defaults of transformers' MixtralConfig.
+_DEFAULTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+def _read_config(raw: dict[str, Any]) -> ModelConfig:
+    keys = {**_DEFAULTS, **{key: value for key, value in raw.items() if value is not None}}
+    shape = shape_of(keys, rope_theta=1e6, rms_norm_eps=1e-5)
+    return ModelConfig(**shape, **sliding_layers(raw))
+
+
+MIXTRAL = Family("mixtral", _read_config)
