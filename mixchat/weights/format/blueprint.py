@@ -233,6 +233,26 @@ class Blueprint:
             TensorSpec(f"{prefix}post_attention_layernorm.weight", self.quantization.dtype, shape),
         )
 
+    def qk_norms(self, layer: int) -> list[TensorSpec]:
+        """Return the weights of the norms of queries and keys, if the model has them."""
+        config, prefix = self.config, f"{layer_prefix(layer)}self_attn."
+        if config.qk_norm is None:
+            return []
+        heads = 1, 1
+        if config.qk_norm == "projection":
+            heads = config.num_attention_heads, config.num_key_value_heads
+        return [
+            TensorSpec(f"{prefix}{name}", self.quantization.dtype, (count * config.head_dim,))
+            for name, count in zip(("q_norm.weight", "k_norm.weight"), heads, strict=True)
+        ]
+
+    def sinks(self, layer: int) -> TensorSpec | None:
+        """Return the logits that join the sums of the heads' softmax, if the model has them."""
+        if not self.config.attention_sinks:
+            return None
+        name = f"{layer_prefix(layer)}self_attn.sinks"
+        return TensorSpec(name, self.quantization.dtype, (self.config.num_attention_heads,))
+
     def gate(self, layer: int) -> TensorSpec:
         """Return the matrix of a layer's router, which is never quantized."""
         shape = (self.config.num_local_experts, self.config.hidden_size)
@@ -255,6 +275,9 @@ class Blueprint:
             yield from self.norms(layer)
             yield from self.qkv(layer).tensors
             yield from self.o(layer).tensors
+            yield from self.qk_norms(layer)
+            if sinks := self.sinks(layer):
+                yield sinks
             yield self.gate(layer)
         yield self.norm
         if self.head is not None:
