@@ -203,12 +203,12 @@ class Blueprint:
         config = self.config
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         name = f"{layer_prefix(layer)}self_attn.qkv_proj"
-        return self._linear(name, rows, config.hidden_size, self.quantization.attention)
+        return self._attention(name, rows, config.hidden_size)
 
     def o(self, layer: int) -> LinearSpec:
         columns = self.config.num_attention_heads * self.config.head_dim
         name = f"{layer_prefix(layer)}self_attn.o_proj"
-        return self._linear(name, self.config.hidden_size, columns, self.quantization.attention)
+        return self._attention(name, self.config.hidden_size, columns)
 
     @property
     def head(self) -> LinearSpec | None:
@@ -330,6 +330,10 @@ class Blueprint:
             head = _widened(head)
         attention = _widened(stored.attention)
         return replace(self, quantization=replace(stored, attention=attention, head=head))
+
+    def _attention(self, name: str, rows: int, columns: int) -> LinearSpec:
+        matrix = self._linear(name, rows, columns, self.quantization.attention)
+        return replace(matrix, bias=self.config.attention_bias)
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
         stored = self.quantization
