@@ -19,7 +19,8 @@ from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import new_cache
-from mixchat.engine.model import Block, Embedding, Model, RMSNorm
+from mixchat.engine.model import Block, Embedding, Model
+from mixchat.engine.norm import RMSNorm
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.holder import ExpertRunner
