@@ -14,13 +14,13 @@ from mixchat.base.options import LoadOptions, device_names
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
 from mixchat.base.settings import models_dir
-from mixchat.engine.attention import RotaryEmbedding
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Block, Embedding, Model, RMSNorm
 from mixchat.engine.prompt_cache import identity_of
+from mixchat.engine.rope import RotaryEmbedding
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
@@ -219,11 +219,16 @@ def _build_model(
 ) -> Model:
     config, tensors = used.config, _InstalledTensors(installed, device)
     dtype = used.quantization.dtype
-    rope = RotaryEmbedding(config.rope(0), config.head_dim, context, dtype, device)
+    ropes = {
+        rope: RotaryEmbedding(rope, config.head_dim, context, dtype, device)
+        for rope in config.ropes
+    }
     embedding, head = _embedding_and_head(installed, used, device)
     norm = RMSNorm(tensors.tensor(used.norm), config.rms_norm_eps)
-    layers = range(config.num_hidden_layers)
-    blocks = [Block.build(layer, used, tensors, rope, runner) for layer in layers]
+    blocks = [
+        Block.build(layer, used, tensors, ropes[config.rope(layer)], runner)
+        for layer in range(config.num_hidden_layers)
+    ]
     return Model(config, embedding, blocks, norm, head)
 
 
