@@ -25,6 +25,7 @@ _INT8_MAX = 127
 # Of a call to the kernel. Pairs are of a new token and one that it may see.
 _MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**22, 64
 _SINK_TOKENS = 64  # that torch computes at once
+_MASKS = 2  # of a pass, for layers with a window and others
 
 
 class KVCache(ABC):
@@ -262,8 +263,7 @@ class TensorKVCache(KVCache):
     ) -> None:
         super().__init__(config, capacity)
         self._dtype, self._device, self._quantized = dtype, device, quantized
-        self._masks: dict[int | None, torch.Tensor | None] = {}  # by the window
-        self._masked = 0, 0  # the tokens before the masks' pass, and in it
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
         self.clear()
 
     @property
@@ -320,9 +320,12 @@ class TensorKVCache(KVCache):
     ) -> torch.Tensor:
         tokens, heads, _ = queries.shape
         groups = self.config.num_key_value_heads
-        shared, end = heads // groups, self.length + tokens
-        keys, values = (self._widened(name, layer, end) for name in ("key", "value"))
-        mask = self._mask_of(layer, tokens)
+        shared, window = heads // groups, self.config.window(layer)
+        # The first token that the first query sees.
+        start = 0 if window is None else max(0, self.length + 1 - window)
+        seen = slice(start, self.length + tokens)
+        keys, values = (self._widened(name, layer, seen) for name in ("key", "value"))
+        mask = self._mask_of(self.length - start, tokens, window)
         # The R = H / G heads that share a key are joined like R times as many tokens. On a CPU
         # `enable_gqa` would read each key R times.
         grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
@@ -338,20 +341,20 @@ class TensorKVCache(KVCache):
         merged = attended.view(groups, shared, tokens, -1).permute(2, 0, 1, 3)  # [T, G, R, h]
         return merged.reshape(tokens, heads, -1)
 
-    def _widened(self, name: str, layer: int, end: int) -> torch.Tensor:
-        stored = self._stored[f"{name}s"][layer][:, :end]
+    def _widened(self, name: str, layer: int, seen: slice) -> torch.Tensor:
+        stored = self._stored[f"{name}s"][layer][:, seen]
         if not self._quantized:
             return stored
-        return (stored * self._stored[f"{name}_scales"][layer][:, :end]).to(self._dtype)
+        return (stored * self._stored[f"{name}_scales"][layer][:, seen]).to(self._dtype)
 
-    def _mask_of(self, layer: int, tokens: int) -> torch.Tensor | None:
-        """Return the mask of a pass, the same for all layers with the same window."""
-        window = self.config.window(layer)
-        if self._masked != (self.length, tokens):
-            self._masks, self._masked = {}, (self.length, tokens)
-        if window not in self._masks:
-            self._masks[window] = attention_mask(self.length, tokens, window, self._device)
-        return self._masks[window]
+    def _mask_of(self, past: int, tokens: int, window: int | None) -> torch.Tensor | None:
+        """Return a mask, the same for all layers of a pass with the same window."""
+        place = past, tokens, window
+        if place not in self._masks:
+            if len(self._masks) == _MASKS:
+                self._masks.clear()
+            self._masks[place] = attention_mask(*place, self._device)
+        return self._masks[place]
 
 
 def _attention_with_sinks(
