@@ -213,7 +213,7 @@ class Blueprint:
     @property
     def head(self) -> LinearSpec | None:
         """Return the output head, or None if it is the embedding (tied, not quantized)."""
-        if self.config.tie_word_embeddings and self.quantization.head == "none":
+        if self.config.head_is_embedding and self.quantization.head == "none":
             return None
         config = self.config
         return self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
@@ -326,7 +326,7 @@ class Blueprint:
         """Return the same model with its matrices in 8 bits made dense."""
         # A tied head in 8 bits stays so. Dense, it would be the embedding, another matrix.
         stored, head = self.quantization, self.quantization.head
-        if not self.config.tie_word_embeddings:
+        if not self.config.head_is_embedding:
             head = _widened(head)
         attention = _widened(stored.attention)
         return replace(self, quantization=replace(stored, attention=attention, head=head))
@@ -344,11 +344,6 @@ class Blueprint:
 def layer_prefix(layer: int) -> str:
     """Return the prefix of the names of a layer's tensors."""
     return f"model.layers.{layer}."
-
-
-def expert_prefix(layer: int, expert: int) -> str:
-    """Return the prefix of an expert's matrices in a family's description."""
-    return f"{layer_prefix(layer)}block_sparse_moe.experts.{expert}."
 
 
 def _widened(quant_type: QuantType) -> QuantType:
