@@ -17,8 +17,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, TensorSpec
 from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
 from mixchat.weights.matrix import bnb_format
-from mixchat.weights.matrix.bnb_format import Quantized4bit
-from mixchat.weights.matrix.nf4 import FourBit
+from mixchat.weights.matrix.nf4 import FourBit, Quantized4bit
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
