@@ -87,7 +87,7 @@ class Expert:
 
     @property
     def addresses(self) -> list[int]:
-        """Return the addresses of codes and absmax of both matrices."""
+        """Return the addresses of codes, absmax and bias of both matrices."""
         return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
 
     def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[int]]:
@@ -108,8 +108,8 @@ class Expert:
             together(round_gated),
             together(project_down),
         ]
-        products = project_up, project_down
-        return stages, [step.address(name) for step in products for name in ("codes", "absmax")]
+        products, names = (project_up, project_down), ("codes", "absmax", "bias")
+        return stages, [step.address(name) for step in products for name in names]
 
 
 @dataclass(frozen=True)
