@@ -320,5 +320,10 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def expert_prefix(layer: int, expert: int) -> str:
+    """Return the prefix of an expert's matrices in a family's description."""
+    return f"{layer_prefix(layer)}block_sparse_moe.experts.{expert}."
+
+
 def _widened(quant_type: QuantType) -> QuantType:
     return "none" if TYPES[quant_type].widened_on_gpu else quant_type
