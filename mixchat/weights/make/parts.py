@@ -15,8 +15,8 @@ from mixchat.base.safetensors import TensorSpec
 from mixchat.weights.families.family import Slice
 from mixchat.weights.families.read_config import slices
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, expert_prefix, experts_file
-from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.nf4 import Quantized4bit
 from mixchat.weights.matrix.quant_type import Inputs
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read
 
@@ -54,8 +54,7 @@ class ModelPart:
         if linear is None:
             return [self.dense(index, read)]
         if {index.quant_type(matrix) for matrix in self.matrices} == {linear.quant_type}:
-            matrices = [_read_4bit(source, index, read) for source in self.sources]
-            return self._padded(linear.stack_quantized(matrices))
+            return self._padded(linear.stack_quantized([*self._read_4bit(index, read)]))
         return self.encoded(self.dense(index, read))
 
     def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
@@ -95,6 +94,11 @@ class ModelPart:
         for name, sources in groupby(self.sources, lambda source: source.name):
             matrix = index.read_dense(name, read)
             yield from (_cut(matrix, source) for source in sources)
+
+    def _read_4bit(self, index: CheckpointIndex, read: Read) -> Iterator[Quantized4bit]:
+        for name, sources in groupby(self.sources, lambda source: source.name):
+            matrix = index.read_4bit(name, read)
+            yield from (_cut_4bit(matrix, source) for source in sources)
 
 
 def model_parts(blueprint: Blueprint) -> Iterator[ModelPart]:
@@ -140,8 +144,7 @@ def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
     return matrix if source.factor == 1 else matrix.float() * source.factor
 
 
-def _read_4bit(source: Slice, index: CheckpointIndex, read: Read) -> Quantized4bit:
-    assert source.rows is None
-    assert not source.transposed
-    matrix = index.read_4bit(source.name, read)
-    return replace(matrix, absmax=matrix.absmax * source.factor)
+def _cut_4bit(matrix: Quantized4bit, source: Slice) -> Quantized4bit:
+    """Return a slice of a matrix that is turned already."""
+    cut = matrix if source.rows is None else matrix.cut(source.rows)
+    return cut if source.factor == 1 else replace(cut, absmax=cut.absmax * source.factor)

@@ -9,4 +9,5 @@
 - encode.py: from a matrix to codes of levels, fast, or the best of three ways for its inputs
 - gptq.py: rounding for the least error of products with given inputs
 - bnb_format.py: reads matrices that bitsandbytes has quantized already
+- mxfp4_format.py: reads matrices that are published in MXFP4
 """

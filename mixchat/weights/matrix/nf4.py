@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +75,15 @@ class Quantized4bit:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
         shape = (self.rows, self.columns)
         return self.kind.dequantize(self.codes, self.absmax, shape, dtype)
+
+    def cut(self, rows: range) -> Quantized4bit:
+        """Return some of the rows, which have to be whole blocks."""
+        assert self.columns % self.kind.blocksize == 0
+        codes, absmax = (
+            tensor.view(self.rows, -1)[rows.start : rows.stop : rows.step].reshape(-1)
+            for tensor in (self.codes, self.absmax)
+        )
+        return replace(self, rows=len(rows), codes=codes, absmax=absmax)
 
 
 class FourBitCodes(NibbleCodes):
