@@ -59,6 +59,9 @@ class ModelConfig:
     attention_sinks: one logit a head in the sum of the softmax.
     swiglu_limit: experts compute (up + 1) * gate * sigmoid(swiglu_alpha * gate), with gate and up
     clamped, and otherwise silu(gate) * up.
+    embedding_multiplier, attention_multiplier (of scores, None for 1 / sqrt(head_dim)),
+    residual_multiplier, logits_scaling: in the weights of an installed model, so that only
+    `weights/` asks for them.
     """
 
     model_type: str
@@ -87,6 +90,10 @@ class ModelConfig:
     moe_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     def window(self, layer: int) -> int | None:
         """Return how many of the last tokens a layer attends to, or None for all."""
@@ -96,6 +103,11 @@ class ModelConfig:
         if self._is_sliding(layer) and self.sliding_rope_parameters is not None:
             return self.sliding_rope_parameters
         return self.rope_parameters
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Return whether the head is the embedding, and not one times another factor."""
+        return self.tie_word_embeddings and self.embedding_multiplier * self.logits_scaling == 1
 
     def _is_sliding(self, layer: int) -> bool:
         return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"

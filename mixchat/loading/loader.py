@@ -14,7 +14,7 @@ from mixchat.base.options import LoadOptions, device_names
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
 from mixchat.base.settings import models_dir
-from mixchat.engine.attention import RotaryEmbedding
+from mixchat.engine.attention import rotary_embeddings
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import Engine
@@ -188,7 +188,8 @@ def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
     if device.type != "cpu" or not kernels_available():
         return False
     matrices = (used.expert.gate_up, used.expert.down, used.qkv(0), used.o(0))
-    return rows.can_compute(used.quantization.dtype, used.config.hidden_size) and all(
+    norms = (*used.norms(0), *used.qk_norms(0))
+    return all(rows.can_compute(norm.dtype, norm.shape[-1]) for norm in norms) and all(
         matrix.can_be_exact for matrix in matrices
     )
 
@@ -219,11 +220,10 @@ def _build_model(
 ) -> Model:
     config, tensors = used.config, _InstalledTensors(installed, device)
     dtype = used.quantization.dtype
-    rope = RotaryEmbedding(config.rope(0), config.head_dim, context, dtype, device)
+    ropes = rotary_embeddings(config, context, dtype, device)
     embedding, head = _embedding_and_head(installed, used, device)
     norm = RMSNorm(tensors.tensor(used.norm), config.rms_norm_eps)
-    layers = range(config.num_hidden_layers)
-    blocks = [Block.build(layer, used, tensors, rope, runner) for layer in layers]
+    blocks = [Block.build(layer, used, tensors, rope, runner) for layer, rope in enumerate(ropes)]
     return Model(config, embedding, blocks, norm, head)
 
 

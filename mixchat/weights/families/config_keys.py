@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.model_config import RopeParameters
+from mixchat.base.model_config import LayerType, RopeParameters
 
 _SHAPE = (
     "vocab_size",
@@ -40,6 +40,33 @@ def shape_of(raw: dict[str, Any], *, rope_theta: float, rms_norm_eps: float) -> 
         "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
         "eos_token_ids": _eos_token_ids(raw),
     }
+
+
+def with_defaults(raw: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return the keys that are not null, with the family's defaults for others."""
+    return defaults | {key: value for key, value in raw.items() if value is not None}
+
+
+def of_experts(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `raw` with Mixtral's keys for the count of experts and their intermediate size.
+
+    transformers 5 writes some counts as `num_local_experts`.
+    """
+    keys = with_defaults(raw, num_local_experts=raw.get("num_experts"))
+    return with_defaults({"intermediate_size": raw.get("moe_intermediate_size")}, **keys)
+
+
+def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `ModelConfig`'s arguments for the windows of the layers in `layer_types`."""
+    types = raw["layer_types"]
+    known = get_args(LayerType)
+    if not isinstance(types, list) or not all(kind in known for kind in types):
+        raise CheckpointError(
+            f"config.json: layer_types is {types!r:.80}, not a list of {' or '.join(known)}"
+        )
+    if "sliding_attention" not in types:
+        return {}
+    return {"sliding_window": positive_int(raw, "sliding_window"), "layer_types": tuple(types)}
 
 
 def sliding_layers(raw: dict[str, Any]) -> dict[str, Any]:

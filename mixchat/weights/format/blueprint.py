@@ -204,17 +204,17 @@ class Blueprint:
         config = self.config
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         name = f"{layer_prefix(layer)}self_attn.qkv_proj"
-        return self._linear(name, rows, config.hidden_size, self.quantization.attention)
+        return self._attention(name, rows, config.hidden_size)
 
     def o(self, layer: int) -> LinearSpec:
         columns = self.config.num_attention_heads * self.config.head_dim
         name = f"{layer_prefix(layer)}self_attn.o_proj"
-        return self._linear(name, self.config.hidden_size, columns, self.quantization.attention)
+        return self._attention(name, self.config.hidden_size, columns)
 
     @property
     def head(self) -> LinearSpec | None:
         """Return the output head, or None if it is the embedding (tied, not quantized)."""
-        if self.config.tie_word_embeddings and self.quantization.head == "none":
+        if self.config.head_is_embedding and self.quantization.head == "none":
             return None
         config = self.config
         return self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
@@ -233,6 +233,26 @@ class Blueprint:
             TensorSpec(f"{prefix}input_layernorm.weight", self.quantization.dtype, shape),
             TensorSpec(f"{prefix}post_attention_layernorm.weight", self.quantization.dtype, shape),
         )
+
+    def qk_norms(self, layer: int) -> list[TensorSpec]:
+        """Return the weights of the norms of queries and keys, if the model has them."""
+        config, prefix = self.config, f"{layer_prefix(layer)}self_attn."
+        if config.qk_norm is None:
+            return []
+        heads = 1, 1
+        if config.qk_norm == "projection":
+            heads = config.num_attention_heads, config.num_key_value_heads
+        return [
+            TensorSpec(f"{prefix}{name}", self.quantization.dtype, (count * config.head_dim,))
+            for name, count in zip(("q_norm.weight", "k_norm.weight"), heads, strict=True)
+        ]
+
+    def sinks(self, layer: int) -> TensorSpec | None:
+        """Return the logits that join the sums of the heads' softmax, if the model has them."""
+        if not self.config.attention_sinks:
+            return None
+        name = f"{layer_prefix(layer)}self_attn.sinks"
+        return TensorSpec(name, self.quantization.dtype, (self.config.num_attention_heads,))
 
     def gate(self, layer: int) -> TensorSpec:
         """Return the matrix of a layer's router, which is never quantized."""
@@ -256,6 +276,9 @@ class Blueprint:
             yield from self.norms(layer)
             yield from self.qkv(layer).tensors
             yield from self.o(layer).tensors
+            yield from self.qk_norms(layer)
+            if sinks := self.sinks(layer):
+                yield sinks
             yield self.gate(layer)
         yield self.norm
         if self.head is not None:
@@ -304,10 +327,14 @@ class Blueprint:
         """Return the same model with its matrices in 8 bits made dense."""
         # A tied head in 8 bits stays so. Dense, it would be the embedding, another matrix.
         stored, head = self.quantization, self.quantization.head
-        if not self.config.tie_word_embeddings:
+        if not self.config.head_is_embedding:
             head = _widened(head)
         attention = _widened(stored.attention)
         return replace(self, quantization=replace(stored, attention=attention, head=head))
+
+    def _attention(self, name: str, rows: int, columns: int) -> LinearSpec:
+        matrix = self._linear(name, rows, columns, self.quantization.attention)
+        return replace(matrix, bias=self.config.attention_bias)
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
         stored = self.quantization
@@ -318,11 +345,6 @@ class Blueprint:
 def layer_prefix(layer: int) -> str:
     """Return the prefix of the names of a layer's tensors."""
     return f"model.layers.{layer}."
-
-
-def expert_prefix(layer: int, expert: int) -> str:
-    """Return the prefix of an expert's matrices in a family's description."""
-    return f"{layer_prefix(layer)}block_sparse_moe.experts.{expert}."
 
 
 def _widened(quant_type: QuantType) -> QuantType:

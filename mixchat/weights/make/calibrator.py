@@ -121,12 +121,13 @@ class Calibrator:
         assert part.linear is not None
         assert part.expert is not None
         weight = part.dense(self._index, self.reader.read)
+        bias = part.read_bias(self._index, self.reader.read)
         if part.linear.name == "w2":
-            return part.encoded(weight, Inputs(*self._w2_inputs, self._note))
+            return part.encoded(weight, Inputs(*self._w2_inputs, self._note), bias)
         fit, held_out = self._rows(*part.expert)
         exact = DenseLinear(weight)
         self._w2_inputs = rows.swiglu(exact(fit)), rows.swiglu(exact(held_out))
-        return part.encoded(weight, Inputs(fit, held_out, self._note))
+        return part.encoded(weight, Inputs(fit, held_out, self._note), bias)
 
     def report(self) -> str:
         """Return the count of matrices made in each way, and the gain."""

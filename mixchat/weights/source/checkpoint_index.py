@@ -18,7 +18,8 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, TensorSpec, split_part
 from mixchat.weights.families.family import Slice
 from mixchat.weights.families.read_config import slices
-from mixchat.weights.format.blueprint import EMBEDDING, expert_prefix
+from mixchat.weights.families.tensors import expert_prefix
+from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
 from mixchat.weights.matrix import bnb_format, mxfp4_format
 from mixchat.weights.matrix.nf4 import Quantized4bit
 from mixchat.weights.matrix.quant_type import QuantType
@@ -39,8 +40,8 @@ COMPANION_FILES = (
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# Buffers that old versions of transformers saved with the weights.
-_IGNORED = re.compile(r".*rotary_emb\.inv_freq")
+# Buffers that old versions of transformers saved with the weights, and what predicts more tokens.
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq|mtp\..*")
 
 Read = Callable[[str], torch.Tensor]
 
@@ -104,7 +105,8 @@ class CheckpointIndex:
     @property
     def experts_quant_type(self) -> QuantType | None:
         """Return the type to which the experts are quantized, or None."""
-        return self.quant_type(self.slices(f"{expert_prefix(0, 0)}w13.weight")[0].name)
+        first = f"{expert_prefix(layer_prefix(0), 0)}w13.weight"
+        return self.quant_type(self.slices(first)[0].name)
 
     @property
     def dtype(self) -> torch.dtype:
