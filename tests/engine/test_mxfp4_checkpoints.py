@@ -1,6 +1,5 @@
 """gpt-oss as it is published, with experts in MXFP4: taken over, mended, or refused."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,8 +53,13 @@ def in_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def published(
     make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
-    """A tiny gpt-oss in several shards, so that codes and scales lie apart. Do not write into it."""
-    checkpoint = make_checkpoint(model_type="gpt_oss", std=0.1, **SHAPE)
+    """A tiny gpt-oss whose codes and scales lie in different shards. Do not write into it."""
+    checkpoint = make_checkpoint(
+        model_type="gpt_oss",
+        std=0.1,
+        **SHAPE,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
     stored, meant = {}, {}
     for name, weight in load_file(checkpoint / FILE).items():
         meant[name] = stored[name] = weight.to(torch.bfloat16)
@@ -101,7 +105,9 @@ def matrices(model: Path, layer: int, expert: int) -> list[torch.Tensor]:
         built = layout.build(block)
     both: tuple[Linear, Linear] = (built.gate_up, built.down)
     found = []
-    for linear, columns in zip(both, (SHAPE["hidden_size"], SHAPE["intermediate_size"]), strict=True):
+    for linear, columns in zip(
+        both, (SHAPE["hidden_size"], SHAPE["intermediate_size"]), strict=True
+    ):
         bias = linear(torch.zeros(1, columns))
         found += [linear(torch.eye(columns)) - bias, bias]
     return found
@@ -142,7 +148,10 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
 
     def oracle(dtype: torch.dtype) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(
-            published.meant, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+            published.meant,
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
         with torch.inference_mode():
             return model.eval()(ids[None]).logits[0].float()
@@ -213,7 +222,10 @@ def as_int8(tensors: Tensors) -> None:
     [
         (lambda t: t.pop(f"{STACK}down_proj_scales"), "down_proj_scales is missing"),
         (lambda t: t.pop(f"{STACK}down_proj_blocks"), "down_proj_blocks is missing"),
-        (lambda t: t.update({f"{STACK}more_blocks": torch.zeros(1)}), "is not a tensor of a gpt_oss"),
+        (
+            lambda t: t.update({f"{STACK}more_blocks": torch.zeros(1)}),
+            "is not a tensor of a gpt_oss",
+        ),
         (cut_short, r"down_proj_blocks has the shape \[3, 64, 2, 16\]"),
         (as_int8, "gate_up_proj_scales is torch.int8"),
     ],
@@ -225,7 +237,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_its_headers(
         _ = DirectoryCheckpoint(changed(change), Source("x")).index
 
 
-def test_a_scale_that_is_no_number_is_refused(changed: Callable[..., Path], install: Install) -> None:
+def test_a_scale_that_is_no_number_is_refused(
+    changed: Callable[..., Path], install: Install
+) -> None:
     def change(tensors: Tensors) -> None:
         tensors[f"{STACK}down_proj_scales"][2, 5, 1] = 255
 
