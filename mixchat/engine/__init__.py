@@ -8,7 +8,8 @@
 - speculation.py: proposes tokens, to verify several in one pass
 - model.py: block, logits
 - norm.py: the RMSNorm
-- attention.py: attention of a layer, and rotary position embedding
+- attention.py: attention of a layer
+- rope.py: rotary position embedding
 - decoder.py: the blocks for one token, as programs of kernels
 - moe.py: the router, and the steps of experts
 - kv_cache.py: keys and values, and what new tokens see of them

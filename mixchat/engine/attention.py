@@ -1,4 +1,4 @@
-"""Attention of one layer, and the rotary position embedding.
+"""Attention of one layer.
 
 T = tokens of this call, D = hidden_size, H = num_attention_heads, G = num_key_value_heads,
 h = head_dim.
@@ -11,55 +11,14 @@ from typing import Protocol
 
 import torch
 
-from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.base.model_config import ModelConfig
 from mixchat.engine.kv_cache import PagedKVCache
 from mixchat.engine.norm import RMSNorm
+from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, Step, alone, together
 from mixchat.weights.matrix.linear import as_packed
 from mixchat.weights.matrix.quant_type import Linear
-
-
-class RotaryEmbedding:
-    """Rotates pairs (i, i + h / 2) of a head by the angle position * theta ** (-2i / h).
-
-    Su et al., arXiv:2104.09864, in Hugging Face's two-halves order.
-    """
-
-    def __init__(
-        self,
-        parameters: RopeParameters,
-        head_dim: int,
-        context: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequencies = 1.0 / parameters.rope_theta**exponents  # [h / 2]
-        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
-        self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device, dtype)
-        # [context, h]. `sin` has the sign, so that a rotation needs no negation.
-        self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device, dtype)
-
-    def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
-        """Rotate x [T, heads, h], whose tokens are at these T positions."""
-        return rows.rotate(x, self._cos[positions], self._sin[positions])
-
-    def set_position(self, step: Step, position: int) -> None:
-        """Let a step of `rows.rotate_step` rotate one token at `position`."""
-        step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
-
-
-def rotary_embeddings(
-    config: ModelConfig, context: int, dtype: torch.dtype, device: torch.device
-) -> list[RotaryEmbedding]:
-    """Return each layer's rotary embedding. Layers with the same parameters share one."""
-    layers = [config.rope(layer) for layer in range(config.num_hidden_layers)]
-    shared = {
-        parameters: RotaryEmbedding(parameters, config.head_dim, context, dtype, device)
-        for parameters in set(layers)
-    }
-    return [shared[parameters] for parameters in layers]
 
 
 class KVContext(Protocol):

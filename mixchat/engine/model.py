@@ -12,9 +12,10 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.attention import Attention, KVContext, RotaryEmbedding, SingleTokenContext
+from mixchat.engine.attention import Attention, KVContext, SingleTokenContext
 from mixchat.engine.moe import Routing, SparseMoE
 from mixchat.engine.norm import RMSNorm
+from mixchat.engine.rope import RotaryEmbedding
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone

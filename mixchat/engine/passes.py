@@ -44,7 +44,7 @@ class CachedPrefix:
 
     @property
     def context(self) -> Context:
-        return Context(self.cache.capacity, self.cache.config.max_position_embeddings)
+        return Context(self.cache.capacity, self.cache.config.largest_context)
 
     def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
         """Return how many tokens the answer to a prompt may have.

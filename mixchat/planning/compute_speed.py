@@ -17,10 +17,10 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.attention import rotary_embeddings
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Block
+from mixchat.engine.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.planning.machine_speeds import interpolate

@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from mixchat.base.model_config import ModelConfig, RopeParameters
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.attention import Attention, rotary_embeddings
+from mixchat.engine.attention import Attention
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
 from mixchat.engine.model import Block
 from mixchat.engine.norm import RMSNorm
+from mixchat.engine.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.pages import PAGE
