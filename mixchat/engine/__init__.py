@@ -6,7 +6,8 @@
 - chunk_sizer.py: how many tokens of prompts a pass takes
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
-- model.py: norm, block, logits
+- model.py: block, logits
+- norm.py: the RMSNorm
 - attention.py: attention of a layer
 - rope.py: rotary position embedding
 - decoder.py: the blocks for one token, as programs of kernels

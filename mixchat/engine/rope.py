@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from mixchat.base.model_config import RopeParameters, RopeType
+from mixchat.base.model_config import ModelConfig, RopeParameters, RopeType
 from mixchat.kernels import rows
 from mixchat.kernels.program import Step
 
@@ -48,6 +48,17 @@ class RotaryEmbedding:
     def set_position(self, step: Step, position: int) -> None:
         """Let a step of `rows.rotate_step` rotate one token at `position`."""
         step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
+
+
+def rotary_embeddings(
+    config: ModelConfig, context: int, dtype: torch.dtype, device: torch.device
+) -> list[RotaryEmbedding]:
+    """Return each layer's rotary embedding. Layers with the same parameters share one."""
+    shared = {
+        parameters: RotaryEmbedding(parameters, config.head_dim, context, dtype, device)
+        for parameters in config.ropes
+    }
+    return [shared[config.rope(layer)] for layer in range(config.num_hidden_layers)]
 
 
 def _powers(theta: float | torch.Tensor, head_dim: int) -> torch.Tensor:

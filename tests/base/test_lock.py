@@ -74,8 +74,8 @@ def test_a_second_process_is_busy_while_the_first_holds_the_lock(
 
 
 def test_other_models_are_not_locked(target: Path, holder: subprocess.Popen[str]) -> None:
-    with exclusive_lock(target.with_name("other")):
-        pass
+    with exclusive_lock(other := target.with_name("other")):
+        assert lock_file_of(other).exists()
 
 
 def test_a_process_that_waits_says_so_once_and_continues_when_the_other_has_finished(

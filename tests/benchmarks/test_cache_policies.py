@@ -3,7 +3,7 @@
 from contextlib import closing
 from itertools import permutations
 
-from cache_policies import LFU, NAMES, Belady, read_trace, replay
+from cache_policies import LFU, NAMES, read_trace, replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_traces import A, B, C, keys, trace, traces, used
@@ -11,10 +11,6 @@ from routing_traces import A, B, C, keys, trace, traces, used
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.trace import Trace, TraceWriter
 from mixchat.planning.routing import Counts
-
-
-def test_lfu_gives_up_first_what_was_used_least() -> None:
-    assert used(LFU(), A, A, A, B, C, C) == [B, C, A]
 
 
 def test_lfu_decides_between_equals_by_the_last_use() -> None:
@@ -48,29 +44,6 @@ def test_lfu_orders_as_sums_of_fading_uses_do_also_after_rescaling(
     last = {key: time for time, key in enumerate(uses)}
     naive = sorted(scores, key=lambda key: (scores[key], last[key]))
     assert used(LFU(half_life=1), *uses) == naive
-
-
-def test_lfu_does_not_overflow() -> None:
-    policy = LFU(half_life=1)
-    assert used(policy, B, *[A] * 5000) == [B, A]
-    assert used(policy, *[B] * 3) == [A, B]
-
-
-def test_belady_gives_up_first_what_is_used_again_last() -> None:
-    uses = [A, B, C, B, C, A]
-    assert used(Belady(uses), *uses[:3]) == [A, C, B]
-
-
-def test_belady_gives_up_first_of_all_what_is_never_used_again() -> None:
-    assert used(Belady([A, B, C, B, A]), A, B, C) == [C, A, B]
-
-
-def test_belady_counts_uses_that_came_before_an_expert_went() -> None:
-    policy = Belady([A, B, A, C, B, A])
-    used(policy, A, B)
-    policy.forget(A)
-    assert list(policy.victims()) == [B]
-    assert used(policy, A, C) == [C, A, B]
 
 
 def test_a_prefill_costs_lfu_none_of_its_favourites() -> None:

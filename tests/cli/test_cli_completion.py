@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from command_line import PRINT_MODULES
 from terminal import Terminal
 
 from mixchat.chat.saved.chat_file import SavedChat
@@ -19,14 +20,6 @@ BASH = """
 COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
 _mixchat_completion mixchat
 printf '%s\\n' "${COMPREPLY[@]}"
-"""
-PRINT_MODULES = """
-import sys
-from mixchat.cli.app import run
-try:
-    run([])
-finally:
-    print(*(name for name in sys.modules if "." not in name), file=sys.stderr)
 """
 COMMANDS = {"run", "download", "list", "show", "verify", "rm", "plan", "config"}
 

@@ -10,23 +10,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base import machine
 from mixchat.base.errors import HubError
-from mixchat.base.progress import progress_bar
 from mixchat.weights.make.quantize_options import QuantizeOptions
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Replaces the download: records the requests and reports progress."""
-    made = []
-
-    def download(request, progress, *, announce=None):
-        made.append(request)
-        with progress_bar(progress, "quantizing", 1000) as task:
-            task.advance(1000)
-        return request.ref.directory
-
-    monkeypatch.setattr("mixchat.weights.make.download.download", download)
-    return made
 
 
 @pytest.fixture

@@ -114,8 +114,9 @@ def test_a_worker_without_a_free_descriptor_goes_on(process: WorkerProcess) -> N
 
 def test_silent_strangers_are_sent_away(worker: ThreadedWorker) -> None:
     with socket.create_connection(worker.address.target, PATIENCE) as stranger:
-        while stranger.recv(100):
+        while received := stranger.recv(100):
             pass
+        assert received == b""
 
 
 def test_who_knows_the_public_key_alone_is_sent_away(
