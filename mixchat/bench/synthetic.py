@@ -34,7 +34,7 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     write_manifest,
 )
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 from mixchat.weights.make.quantize_options import best_layout
 from mixchat.weights.matrix.linear import type_of_bits
 

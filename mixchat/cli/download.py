@@ -42,7 +42,7 @@ def download(
         typer.Argument(
             metavar="MODEL",
             autocompletion=runnable_models,
-            help="base, instruct, demo, ORG/NAME on the hub, or a directory with a checkpoint.",
+            help="base, instruct, 8x22b, demo, ORG/NAME on the hub, or a checkpoint's directory.",
         ),
     ],
     name: Annotated[
