@@ -99,7 +99,7 @@ def measure(inner: int) -> dict[int, float]:
     from mixchat.planning.compute_speed import Effort, ExpertTimer
     from mixchat.weights.families.read_config import read_config
     from mixchat.weights.format.blueprint import Blueprint, Quantization
-    from mixchat.weights.make.outline import MIXTRAL
+    from mixchat.weights.known_models import MIXTRAL
 
     config = read_config({**MIXTRAL, "intermediate_size": inner})
     with torch.inference_mode():

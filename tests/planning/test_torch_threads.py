@@ -15,7 +15,7 @@ from mixchat.planning.torch_threads import candidates, choose_threads, known_or_
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 from mixchat.weights.source.demo import DEMO_CONFIG
 
 BLUEPRINT = Blueprint(read_config(MIXTRAL), Quantization())
