@@ -23,6 +23,7 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.listener import Listener
+from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.server import Server
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
 from mixchat.weights.format.installed_model import InstalledModel
@@ -51,6 +52,17 @@ def open_served(directory: Path, slots: int) -> ServedExperts:
     with InstalledModel(directory) as model:
         budget = MemoryBudget(size=slots * model.blueprint.expert.stride)
     return load_served_experts(directory, LoadOptions(budget, device="cpu"), lambda line: None)
+
+
+def hello_of(served: ServedExperts, dtype: str, exact: bool = False) -> Hello:
+    """Return the first message of a chat with the worker's model."""
+    return Hello(
+        model_identity=served.identity,
+        model_name=served.name,
+        dtype=dtype,
+        hidden_size=served.hidden_size,
+        exact_prompts=exact,
+    )
 
 
 class Nursery:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from served_workers import hello_of
 
 from mixchat.base import machine
 from mixchat.base.options import LoadOptions
@@ -53,16 +54,6 @@ def test_rows_get_the_bits_that_they_get_in_a_prompt(
     for key, part in zip(keys, found.split([rows.counts[key] for key in keys]), strict=True):
         rows.put(key, part)
     assert torch.equal(rows.outputs, expected.outputs)
-
-
-def hello_of(served: ServedExperts, dtype: str) -> Hello:
-    """Return the first message of a chat with the worker's model."""
-    return Hello(
-        model_identity=served.identity,
-        model_name=served.name,
-        dtype=dtype,
-        hidden_size=served.hidden_size,
-    )
 
 
 def served_on_cpu(model: Path, options: LoadOptions) -> tuple[ServedExperts, Hello]:

@@ -1,12 +1,11 @@
-"""Experts on several GPUs on paper: the same bits as on one, wherever each of them is."""
+"""Experts on GPUs on paper (see paper_gpu.py): the same bits, wherever each of them is."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
-from threading import current_thread, main_thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,73 +16,41 @@ from paper_tools import (
     KINDS,
     LAYERS,
     PROMPT,
+    SPREADS,
     TOLERANCES,
-    Case,
     Cases,
     apart,
-    demand_of,
     load,
     logits,
     settled,
     speeds,
+    spread_out,
     text,
 )
+from served_workers import hello_of
 
 from mixchat.base import interrupts
-from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
+from mixchat.bench import machine_limits
+from mixchat.bench.machine_limits import LimitsMeter, copy_bandwidth
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
-from mixchat.experts.store import ExpertStore
-from mixchat.experts.workers.messages import Hello
 from mixchat.loading import loader, tiers
-from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
+from mixchat.loading.loader import choose_devices, speed_predictor
 from mixchat.loading.served_experts import load_served_experts
 from mixchat.planning import expectation, plan
+from mixchat.planning.compute_speed import Effort, layer_probe
 from mixchat.planning.machine_speeds import Measurement
+from mixchat.planning.measuring import measurement_key, take_sample
 from mixchat.planning.plan import Machine
 
-
-class WorkerSplit(NamedTuple):
-    """Slots on the first GPU, on each other one, and in RAM; and what becomes of them."""
-
-    first: int
-    others: tuple[int, ...]
-    host: int
-    tiers: dict[str, int]
-
-
-SPREADS = {
-    "two hold all": WorkerSplit(6, (6,), 0, {"device": 6, "other-device": 6}),
-    "two hold all, each could alone": WorkerSplit(
-        EXPERTS, (EXPERTS,), EXPERTS, {"device": 6, "other-device": 6}
-    ),
-    "two over RAM for all": WorkerSplit(
-        3, (2,), EXPERTS, {"device": 3, "other-device": 2, "host": EXPERTS}
-    ),
-    "two over RAM for some": WorkerSplit(3, (3,), 8, {"device": 3, "other-device": 3, "host": 8}),
-    "two, one of them over RAM": WorkerSplit(
-        3, (3,), 5, {"device": 3, "other-device": 3, "host": 5}
-    ),
-    "two over the disk": WorkerSplit(2, (4,), 0, {"device": 2, "other-device": 4}),
-    "three hold all": WorkerSplit(2, (8, 3), 0, {"device": 2, "other-device": 10}),
-    "three over RAM for all": WorkerSplit(
-        2, (2, 2), EXPERTS, {"device": 2, "other-device": 4, "host": EXPERTS}
-    ),
-    "three over the disk": WorkerSplit(2, (2, 2), 0, {"device": 2, "other-device": 4}),
-}
-RESIDENT = [name for name, spread in SPREADS.items() if "hold all" in name]
-
-
-def spread_out(paper: PaperRuntime, case: Case, name: str, **options: Any) -> Engine:
-    spread = SPREADS[name]
-    paper.devices = 1 + len(spread.others)
-    return load(case, spread.first, spread.host, others=spread.others, **options)
+RESIDENT = [name for name in SPREADS if "hold" in name]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +69,7 @@ def alone(case: Cases) -> Callable[[PaperRuntime, str], torch.Tensor]:
 
 @pytest.mark.parametrize("name", SPREADS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_gpus_compute_what_one_computes(
+def test_gpus_compute_what_one_that_holds_all_computes(
     paper: PaperRuntime,
     case: Cases,
     alone: Callable[[PaperRuntime, str], torch.Tensor],
@@ -111,13 +78,17 @@ def test_several_gpus_compute_what_one_computes(
 ) -> None:
     expected = alone(paper, kind)
     engine = spread_out(paper, case(kind), name)
+    assert engine.device == torch.device("paper", 0)
     assert engine.slots_by_tier == SPREADS[name].tiers
     found = logits(engine)
     assert torch.equal(found, expected)
     assert apart(found, case(kind).expected) < TOLERANCES.get(kind, 0.03)
 
 
-@pytest.mark.parametrize("name", ["two hold all", "two over RAM for some", "three over the disk"])
+@pytest.mark.parametrize(
+    "name",
+    ["one over RAM for some", "two hold all", "two over RAM for some", "three over the disk"],
+)
 def test_an_answer_after_a_prompt_is_that_of_one_gpu(
     paper: PaperRuntime, case: Cases, name: str
 ) -> None:
@@ -139,23 +110,27 @@ def test_gpus_are_named_in_any_order_and_number(
     assert text(engine) == expected
 
 
+@pytest.mark.parametrize("name", ["one over RAM for all", "two over RAM for all"])
 @pytest.mark.parametrize("kind", ["fp32", "nf4, reordered"])
-def test_what_the_cpu_computes_for_several_gpus_is_right(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, kind: str
+def test_what_the_cpu_computes_for_gpus_is_right(
+    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
 ) -> None:
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1.0, expert=1e-9))
-    computed = []
+    computed = defaultdict(list)  # rows, for each GPU
     run = HostCompute.run
     monkeypatch.setattr(
-        HostCompute, "run", lambda self, key, x: computed.append(self) or run(self, key, x)
+        HostCompute, "run", lambda self, key, x: computed[self].append(len(x)) or run(self, key, x)
     )
-    engine = spread_out(paper, case(kind), "two over RAM for all")
+    engine = spread_out(paper, case(kind), name)
     for _ in range(2):  # in RAM the second time
         engine.forget()
         found = logits(engine)
     assert apart(found, case(kind).expected) < TOLERANCES.get(kind, 0.03)
     if case(kind).blueprint.expert == case(kind).blueprint.computed_on(torch.device("cpu")).expert:
-        assert len(set(computed)) == 2  # for each GPU
+        assert len(computed) == paper.devices
+        for rows in computed.values():
+            assert 1 in rows  # in decoding
+            assert max(rows) > 1  # in prefill
 
 
 @pytest.mark.parametrize(
@@ -226,144 +201,10 @@ def test_a_report_tells_the_gpus_apart(paper: PaperRuntime, case: Cases, name: s
     held = Counter(chain(*report.tiers))
     assert report.slots == most
     assert list(report.slots) == [tier for tier in report.tiers_used if tier != "disk"]
-    assert all(0 < held[tier] <= most[tier] for tier in ("device", "other-device"))
+    assert all(0 < held[tier] <= most[tier] for tier in most if tier != "host")
     assert held["host"] <= most.get("host", 0)
     assert held.total() == EXPERTS
     assert sum(map(sum, report.hits)) + sum(map(sum, report.misses)) >= 2 * LAYERS * 8
-
-
-@pytest.mark.parametrize("name", ["two hold all", "three over RAM for all"])
-def test_each_gpu_takes_the_memory_that_it_was_said_to_take(
-    paper: PaperRuntime, case: Cases, name: str
-) -> None:
-    settled(paper)
-    devices = [torch.device("paper", number) for number in range(1 + len(SPREADS[name].others))]
-    before = [paper.memory(device).taken for device in devices]
-    engine = spread_out(paper, case("nf4"), name)
-    text(engine)
-    demand, spread = demand_of(case("nf4")), SPREADS[name]
-    taken = [paper.memory(device).taken - was for device, was in zip(devices, before, strict=True)]
-    for slots, found in zip((spread.first, *spread.others), taken, strict=True):
-        shared = demand.shared if found is taken[0] else 0
-        promised = shared + slots * demand.expert
-        spare = demand.context + 60_000 if shared else 0
-        assert promised <= found <= promised + slots * 4096 + spare
-
-
-def test_ram_is_locked_for_both_gpus_and_given_back_with_their_memory(
-    paper: PaperRuntime, case: Cases
-) -> None:
-    before = settled(paper)
-    other = paper.memory(torch.device("paper", 1)).taken
-    engine = spread_out(paper, case("nf4"), "two over RAM for all")
-    text(engine)
-    assert before[1] < len(paper.locked) <= before[1] + EXPERTS
-    del engine
-    assert settled(paper) == before
-    assert paper.memory(torch.device("paper", 1)).taken == other
-
-
-def test_a_second_gpu_with_less_memory_than_it_says_holds_half_of_its_experts(
-    paper: PaperRuntime, case: Cases
-) -> None:
-    expected = text(load(case("nf4"), EXPERTS))
-    notes: list[str] = []
-    paper.devices, paper.allocations, paper.fail_at = 2, 0, 6
-    engine = load(case("nf4"), 3, EXPERTS, notes.append, others=(5,))
-    assert notes == ["paper:1 has less memory than it says: it holds 2 experts"]
-    assert engine.slots_by_tier == {"device": 3, "other-device": 2, "host": EXPERTS}
-    assert text(engine) == expected
-
-
-def test_a_second_gpu_that_holds_no_two_experts_after_all_is_named(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slot = ExpertStore._slot
-
-    def failing(self: ExpertStore, number: int) -> Any:
-        if self._device.index == 1:
-            raise torch.OutOfMemoryError("paper out of memory")
-        return slot(self, number)
-
-    monkeypatch.setattr(ExpertStore, "_slot", failing)
-    with pytest.raises(ResourceError, match="paper:1 has less memory than it says: not even two"):
-        spread_out(paper, case("nf4"), "two over RAM for all")
-
-
-@pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
-def test_several_gpus_may_run_out_of_memory_at_any_time(
-    paper: PaperRuntime, case: Cases, kind: str
-) -> None:
-    expected = text(load(case(kind), EXPERTS))
-    for after in range(1, 1000, 240):
-        notes: list[str] = []
-        paper.devices = 2
-        engine = load(case(kind), 4, EXPERTS, notes.append, others=(5,))
-        paper.allocations, paper.fail_at = 0, after
-        assert text(engine) == expected
-        left = {
-            "GPU 0 ran out of memory: 7 experts fit now": (2, 5),
-            "GPU 1 ran out of memory: 6 experts fit now": (4, 2),
-        }
-        assert len(notes) <= 1
-        first, other = left[notes[0]] if notes else (4, 5)
-        assert engine.slots_by_tier == {"device": first, "other-device": other, "host": EXPERTS}
-
-
-@pytest.mark.parametrize("full", [0, 1])
-def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does_not(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, full: int
-) -> None:
-    expected = text(load(case("nf4"), EXPERTS))
-    notes: list[str] = []
-    paper.devices = 2
-    engine = load(case("nf4"), 4, EXPERTS, notes.append, others=(4,))
-    allocated, left = paper.allocated, 40
-
-    def failing(tensor: torch.Tensor, device: torch.device) -> None:
-        nonlocal left
-        # A prediction that the mover cannot bring is no error.
-        left -= device.index == full and current_thread() is main_thread()
-        if left == 0:
-            left = -1
-            raise torch.OutOfMemoryError(f"paper out of memory. GPU {full} has 4 GB in all")
-        allocated(tensor, device)
-
-    monkeypatch.setattr(paper, "allocated", failing)
-    assert text(engine) == expected
-    assert notes == [f"GPU {full} ran out of memory: 6 experts fit now"]
-    assert [device.fetcher.slots for device in engine.experts._devices] == [[2, 4], [4, 2]][full]  # type: ignore[attr-defined]
-
-
-def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(
-    paper: PaperRuntime, case: Cases
-) -> None:
-    paper.devices = 2
-    engine = load(case("nf4"), 4, EXPERTS, others=(2,))
-    settled(paper)
-    memory = paper.memory(torch.device("paper", 1))
-    memory.total = memory.taken
-    with pytest.raises(ResourceError, match="GPU 1 ran out of memory, with two experts in it"):
-        text(engine)
-
-
-def test_where_torch_does_not_say_which_gpu_ran_out_of_memory_all_give_up_experts(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = text(load(case("nf4"), EXPERTS))
-    notes: list[str] = []
-    paper.devices = 2
-    engine = load(case("nf4"), 4, EXPERTS, notes.append, others=(5,))
-    forward, calls = engine.passes.model.forward, iter(range(100))
-
-    def once(*arguments: Any, **options: Any) -> torch.Tensor:
-        if next(calls) == 0:
-            raise torch.OutOfMemoryError("out of memory")
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(engine.passes.model, "forward", once)
-    assert text(engine) == expected
-    assert notes == ["the device ran out of memory: 4 experts fit now"]
 
 
 @pytest.mark.parametrize("name", ["two over RAM for all", "three over the disk"])
@@ -441,16 +282,6 @@ def test_what_workers_leave_to_two_gpus_is_spread_over_both(
     assert text(engine) == expected
 
 
-def hello(exact: bool = False) -> Hello:
-    return Hello(
-        model_identity="identity",
-        model_name="tiny",
-        dtype="float32",
-        hidden_size=64,
-        exact_prompts=exact,
-    )
-
-
 def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
     paper: PaperRuntime, case: Cases
 ) -> None:
@@ -468,7 +299,7 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     for exact, chosen in product((False, True), ((0, 2), (1, 3))):
         keys = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in chosen]
-        served.begin(hello(exact))
+        served.begin(hello_of(served, "float32", exact))
         served.hold(keys)
         while served.load_next():
             pass
@@ -478,54 +309,6 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
             served.compute(layer, [(expert, 1) for expert in chosen], x, True, lambda: None)
         assert served._experts.stats.misses.total() == len(keys)  # each was loaded once
     assert notes == []
-
-
-def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(
-    paper: PaperRuntime, case: Cases
-) -> None:
-    """Each answer lost the worker at the same place, since the next chat found it as full again."""
-    expert = case("nf4").blueprint.expert.stride
-    notes: list[str] = []
-    options = LoadOptions(MemoryBudget(size=0), (MemoryBudget(size=4 * expert),))
-    served = load_served_experts(case("nf4").directory, options, notes.append)
-    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
-    served.begin(hello())
-    request = (0, [(0, 1), (2, 1)], x, True, lambda: None)
-    expected = served.compute(*request)
-    paper.allocations, paper.fail_at = 0, 2
-    assert torch.equal(served.compute(*request), expected)
-    assert notes == ["GPU 0 ran out of memory: 2 experts fit now"]
-    memory = paper.memory(torch.device("paper", 0))
-    memory.total = memory.taken
-    with pytest.raises(ResourceError, match="GPU 0 ran out of memory, with two experts in it"):
-        served.compute(*request)
-
-
-def test_a_gpu_without_room_for_two_experts_is_left_out(paper: PaperRuntime, case: Cases) -> None:
-    """A screen's GPU may have nothing free; whoever names no budget gets what the others hold."""
-    expected = text(load(case("nf4"), EXPERTS))
-    notes: list[str] = []
-    paper.devices = 3
-    paper.memory(torch.device("paper", 1)).total = 10**9
-    engine = load_engine(case("nf4").directory, LoadOptions(context_size=64), notes.append)
-    assert notes == ["paper:1 is not used: it has too little memory free for two experts"]
-    assert engine.slots_by_tier == {"device": 6, "other-device": 6}
-    assert text(engine) == expected
-
-
-def test_budgets_are_for_all_gpus_or_for_each_and_errors_name_the_gpu(
-    paper: PaperRuntime, case: Cases
-) -> None:
-    paper.devices = 3
-    with pytest.raises(UsageError, match="has 2 values, and there are 3 GPUs"):
-        load(case("nf4"), 3, others=(3,))
-    with pytest.raises(UsageError, match="too small for paper:2: two experts take"):
-        load(case("nf4"), 3, others=(3, 1))
-    with pytest.raises(UsageError, match="too small for the first GPU: the model needs at least"):
-        load(case("nf4"), 1, others=(3, 3))
-    with pytest.raises(ResourceError, match=r"asks for \S+ \S+, 4 GB are free on paper:1"):
-        load(case("nf4"), 3, others=(10**6, 3))
-    assert load(case("nf4"), EXPERTS).slots_by_tier == {"device": 4, "other-device": 8}
 
 
 def test_devices_that_do_not_go_together_are_refused(paper: PaperRuntime) -> None:
@@ -588,3 +371,52 @@ def test_an_event_of_one_gpu_is_not_recorded_on_the_stream_of_another(paper: Pap
         assert paper.current_stream() is not second
     assert paper.current_device() == 0
     assert paper.current_stream(torch.device("paper", 1)) is second
+
+
+def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_refused(
+    paper: PaperRuntime,
+) -> None:
+    assert choose_devices(None) == [torch.device("paper:0")]
+    with pytest.raises(UsageError, match="torch sees 1 GPUs here"):
+        choose_devices("paper:1")
+    paper.devices = 2
+    assert choose_devices("paper:1") == [torch.device("paper:1")]
+    assert paper.current_device() == 1
+
+
+def test_the_second_of_two_gpus_computes_what_the_first_does(
+    paper: PaperRuntime, case: Cases
+) -> None:
+    """Every tensor of its is in its memory: mixed memories are an error."""
+    expected = logits(load(case("nf4"), 3, EXPERTS))
+    paper.devices = 2
+    engine = load(case("nf4"), 3, EXPERTS, device="paper:1")
+    assert engine.device == torch.device("paper", 1)
+    assert torch.equal(logits(engine), expected)
+
+
+def test_planning_looks_at_a_gpu_and_measures_it(
+    paper: PaperRuntime, case: Cases, tmp_path: Path
+) -> None:
+    device, blueprint = torch.device("paper", 0), case("nf4").blueprint
+    there = Machine.now(tmp_path, [device])
+    assert (there.gpu, there.gpu_memory) == ("GPU on paper", 4 * 10**9)
+    assert "paper:0: GPU on paper" in measurement_key(blueprint, tmp_path, device)
+    little = Effort(file_bytes=100_000, pool_bytes=100_000, seconds=1e-3)
+    found = take_sample(blueprint, tmp_path, device, layer_probe(blueprint, device), effort=little)
+    assert set(found.expert_seconds) == {"cpu", "paper:0"}
+    assert found.copy_bandwidth is not None
+    assert found.copy_bandwidth > 0
+
+
+def test_the_bench_measures_a_gpus_limits(
+    paper: PaperRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("paper", 0)
+    monkeypatch.setattr(machine_limits, "_SUMMED_FLOATS", 1000)
+    for dimension in ("_TOKENS", "_COLUMNS", "_ROWS"):
+        monkeypatch.setattr(machine_limits, dimension, 8)
+    limits = LimitsMeter(device).measure()
+    assert min(limits.memory, limits.gemm) > 0
+    assert (copy_bandwidth(device, 4096) or 0) > 0
+    assert copy_bandwidth(torch.device("cpu"), 4096) is None
