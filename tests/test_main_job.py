@@ -88,29 +88,3 @@ def test_chat_turns_prefill_only_new_tokens(home: Path) -> None:
     seen = before.prompt_tokens + before.generated_tokens
     assert after.reused_tokens >= seen - 2  # the last token, and an end token the template adds
     assert after.prompt_tokens - after.reused_tokens < 25
-
-
-def test_verified_tokens_are_those_that_are_decoded_one_by_one(home: Path) -> None:
-    from mixchat.base.options import LoadOptions, SamplingOptions
-    from mixchat.loading.loader import load_engine
-    from mixchat.text.choose import load_tokenizer
-
-    directory = home / "models" / "demo"
-    tokenizer = load_tokenizer(directory)
-    engines = [
-        load_engine(directory, LoadOptions(device="cpu", speculation=how)) for how in (True, False)
-    ]
-    rows = [f"The harbour at number {n} is open from {n + 2} to {3 * n}.\n" for n in range(4, 14)]
-    text = tokenizer.encode("".join(rows))
-    accepted = 0
-    for seed, temperature in enumerate((0.0, 0.3, 0.8)):
-        sampling = SamplingOptions(temperature=temperature, seed=seed)
-        prompt = [*text, *text[: 30 + 20 * seed]]
-        answers = [
-            list(engine.generate(prompt, sampling=sampling, stop_ids=set(), max_tokens=120))
-            for engine in engines
-        ]
-        assert answers[0] == answers[1]
-        assert engines[0].held()[0] == engines[1].held()[0]
-        accepted += engines[0].stats.speculation.accepted
-    assert accepted

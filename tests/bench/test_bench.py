@@ -3,28 +3,16 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from mixchat.base.options import LoadOptions
 from mixchat.bench import rounds
-from mixchat.bench.machine_limits import Limits
 from mixchat.bench.rounds import Bench, BenchOptions, BenchTask
 
 OPTIONS = BenchOptions(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
 
 
-class KnownLimits:
-    def __init__(self, device: torch.device) -> None:
-        assert device.type == "cpu"
-
-    def measure(self) -> Limits:
-        return Limits(memory=1e9, gemm=2e9)
-
-
 @pytest.fixture
-def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
-    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
+def bench(tiny_model: Path, known_limits: None) -> Bench:
     bench = Bench(tiny_model, LoadOptions(device="cpu", context_size=128), OPTIONS)
     bench.start_cold()
     return bench

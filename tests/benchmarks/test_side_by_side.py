@@ -3,7 +3,6 @@
 import json
 import runpy
 import shutil
-import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +10,10 @@ from typing import Any
 
 import pytest
 import side_by_side
-import torch
 from side_by_side import SideBySide, ratios
+from test_peer import python_that_runs
 
 from mixchat.base.errors import MissingDependencyError
-from mixchat.bench import rounds
-from mixchat.bench.machine_limits import Limits
 from mixchat.bench.rounds import BenchTask
 
 SCRIPTS = sorted(
@@ -24,7 +21,7 @@ SCRIPTS = sorted(
     for path in Path(__file__).parent.glob("*.py")
     if not path.name.startswith("test_") and "__main__" in path.read_text(encoding="utf-8")
 )
-ECHO = f"""#!{sys.executable}
+ECHO = """
 import sys
 from pathlib import Path
 if sys.argv[1] == "-c":
@@ -38,14 +35,6 @@ else:
         print(*(0.5 * int(count) for count in line.split(":")[1].split()), flush=True)
 """
 QUICK = ("--rounds", "2", "--tokens", "3", "--prompt", "16", "--device", "cpu")
-
-
-class KnownLimits:
-    def __init__(self, device: torch.device) -> None:
-        pass
-
-    def measure(self) -> Limits:
-        return Limits(memory=1e9, gemm=2e9)
 
 
 class Peer:
@@ -65,23 +54,14 @@ class Peer:
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known_limits: None) -> None:
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
-    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
 
 
 @pytest.fixture
 def python(tmp_path: Path) -> str:
     """A "Python" that plays llama.cpp."""
-    return program(tmp_path, ECHO)
-
-
-def program(directory: Path, text: str) -> str:
-    path = directory / "python"
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
+    return python_that_runs(tmp_path, ECHO)
 
 
 def test_both_are_measured_in_each_round() -> None:
@@ -153,7 +133,7 @@ def test_what_cannot_be_is_refused(
 def test_a_llama_cpp_that_is_not_there_is_said_before_anything_is_measured(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    python = program(tmp_path, "#!/bin/sh\nexit 1\n")
+    python = python_that_runs(tmp_path, "raise SystemExit(1)")
     with pytest.raises(MissingDependencyError, match="needs llama-cpp-python and gguf"):
         side_by_side.main([str(tiny_model), "--gguf", "x", "--python", python, *QUICK])
 

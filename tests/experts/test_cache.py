@@ -1,7 +1,7 @@
 """Bookkeeping of experts: slots, eviction policies, counts of uses."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -28,22 +28,6 @@ def filled(*experts: ExpertKey, policy: Policy | None = None) -> ExpertCache:
     for key in experts:
         cache.admit(key)
     return cache
-
-
-def test_the_least_recently_used_expert_gives_its_slot() -> None:
-    cache = ExpertCache(2)
-    assert cache.lookup(A) is None
-    assert cache.admit(A) == 0
-    assert cache.lookup(B) is None
-    assert cache.admit(B) == 1
-    assert cache.lookup(A) == 0
-    assert cache.lookup(C) is None
-    assert cache.admit(C) == 1
-    assert B not in cache
-    cache.discard(C)
-    assert cache.free_slots() == {1}
-    assert cache.admit(B) == 1
-    assert len(cache) == 2
 
 
 @given(st.integers(1, 6), st.lists(st.tuples(keys, st.integers(0, 9)), max_size=80))
@@ -126,22 +110,6 @@ def test_lookup_is_a_use_and_slot_of_is_none() -> None:
     assert cache.slot_of(C) is None
 
 
-class MRU(LRU):
-    """Most recently used first."""
-
-    def victims(self) -> Iterator[ExpertKey]:
-        return reversed(list(super().victims()))
-
-
-def test_the_policy_says_which_one_goes() -> None:
-    for policy, gone in ((LRU(), A), (MRU(), B)):
-        cache = filled(A, B, policy=policy)
-        for key in (A, A, B):
-            cache.lookup(key)
-        cache.admit(C)
-        assert gone not in cache
-
-
 def test_what_is_pinned_stays_and_where_all_is_there_is_no_slot() -> None:
     cache = filled(A, B)
     assert cache.admit(C, pinned=[A]) == 1
@@ -183,19 +151,6 @@ def test_a_cache_may_change_while_it_is_gone_through() -> None:
     for key in cache:
         cache.discard(key)
     assert len(cache) == 0
-
-
-@given(st.lists(st.tuples(keys, st.booleans())))
-def test_lru_gives_up_first_what_was_used_longest_ago(events: list[tuple[ExpertKey, bool]]) -> None:
-    policy, recent = LRU(), []
-    for key, goes in events:
-        recent = [other for other in recent if other != key]
-        if goes:
-            policy.forget(key)
-        else:
-            policy.use(key)
-            recent.append(key)
-    assert list(policy.victims()) == recent
 
 
 def test_layered_lru_evicts_the_layer_that_is_needed_last() -> None:

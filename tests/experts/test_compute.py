@@ -186,22 +186,6 @@ def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
         assert torch.equal(interrupted.run(0, *routing(3, seed=seed)), expected[seed])
 
 
-def test_an_interrupt_before_a_transfer_is_queued_harms_nothing(
-    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cache knows the expert then, and nobody is bringing it."""
-    interrupted = runner(installed, 3)
-
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Mover, "begin", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            interrupted.run(0, *routing(3))
-    assert torch.equal(interrupted.run(0, *routing(3)), runner(installed, 8).run(0, *routing(3)))
-
-
 def test_the_next_experts_are_on_their_way_while_one_is_computed(installed: InstalledModel) -> None:
     started: list[int] = []
 
@@ -217,15 +201,25 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(installed: Inst
     assert fetcher.stats.misses.total() == 3
 
 
-def test_a_thread_that_cannot_be_started_once_does_not_harm_the_next_answer(
-    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("owner", "method", "error", "raised"),
+    [
+        (Mover, "begin", KeyboardInterrupt(), KeyboardInterrupt),
+        (threading.Thread, "start", RuntimeError("can't start new thread"), ResourceError),
+    ],
+    ids=["interrupt", "no thread"],
+)
+def test_a_transfer_that_is_not_begun_does_not_harm_the_next_answer(
+    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch, owner, method, error, raised
 ) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
+    """The cache knows the expert then, and nobody is bringing it."""
     failing = runner(installed, 3)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(ResourceError, match="cannot start a thread"):
+        patch.setattr(owner, method, refuse)
+        with pytest.raises(raised):
             failing.run(0, *routing(3))
     assert torch.equal(failing.run(0, *routing(3)), runner(installed, 8).run(0, *routing(3)))

@@ -364,13 +364,9 @@ def test_a_thread_that_fails_lets_nobody_wait() -> None:
     mover = Mover(refuse)
     for _ in range(2):
         load = ExpertLoad(ExpertKey(0, 0))
-        mover.begin(load, iter_nothing())
+        mover.begin(load, (None for _ in range(1)))
         with pytest.raises(MemoryError):
             load.wait()
-
-
-def iter_nothing() -> Steps:
-    yield
 
 
 def test_ctrl_c_ends_the_wait_for_a_transfer_that_does_not_come(work: Work) -> None:

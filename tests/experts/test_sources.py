@@ -457,19 +457,6 @@ def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
     assert not (set(device.contents()) & set(device.put_off))
 
 
-def test_more_loads_may_be_put_off_than_there_is_room_for_in_ram(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
-    disk = Disk(installed)
-    device = Device(tier_of(disk, 4, swaps=True), disk.stride, 8)
-    for key in KEYS[:6]:
-        device.prefetch(key, 1)
-    for key in (*KEYS[8:], *KEYS[:6]):
-        device.load(key)
-        assert device.contents().items() <= truth.items()
-    assert len(device.contents()) == 8
-
-
 @pytest.mark.parametrize("lends", [False, True])
 def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
     installed: InstalledModel, truth: dict[ExpertKey, str], lends: bool
