@@ -48,15 +48,16 @@ class QuantizedMatrix(NamedTuple):
     levels: torch.Tensor | None  # a result of `level_tables`; None if codes are numbers themselves
     shape: tuple[int, int]  # R, a multiple of 32, and C, a multiple of 64
     units: UnitSet
+    bias: torch.Tensor | None = None  # fp32 [R]
 
 
 def quantized_matmul(
     x: torch.Tensor, matrix: QuantizedMatrix, *, exact: bool = False
 ) -> torch.Tensor:
-    """Return x [..., C] times the transposed matrix, [..., R] in the type of x, on the CPU.
+    """Return x [..., C] times the transposed matrix, plus the bias, [..., R] in the type of x.
 
-    Types but fp32 and bf16 are computed as fp32. With 3 and 4 bits many rows are rounded more
-    coarsely than few, unless `exact`.
+    On the CPU. Types but fp32 and bf16 are computed as fp32. With 3 and 4 bits many rows are
+    rounded more coarsely than few, unless `exact`.
     """
     rows, columns = matrix.shape
     rounded = x if x.dtype in _DTYPES else x.float()
@@ -72,9 +73,9 @@ def quantized_matmul_steps(
 ) -> tuple[Step, Step]:
     """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
-    The second one needs the first. They do not keep codes and absmax alive.
+    The second one needs the first. They do not keep codes, absmax and bias alive.
     """
-    codes, absmax, levels, (rows, columns), units = matrix
+    codes, absmax, levels, (rows, columns), units, bias = matrix
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
@@ -98,8 +99,9 @@ def quantized_matmul_steps(
         tokens=tokens,
         chunk=max(8, _X_BYTES // (size * columns)),
         run=_run_length(rows, columns * BAND * units.bits // 8),
+        bias=0 if bias is None else bias.data_ptr(),
     )
-    compiled = _compiled(instructions, unit, bf16)
+    compiled = _compiled(instructions, unit, bf16, bias is not None)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
     keeps = flat, levels, out, scratch
     return (
@@ -115,11 +117,11 @@ def _run_length(rows: int, band_bytes: int) -> int:
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Compiled:
+def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool, biased: bool) -> Compiled:
     module = ir.Module("quantized_matmul")
     _write_round_x(module, unit, bf16)
-    wide = Tile(module, unit, bf16, _STREAMS, 1)
-    tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths()]
+    wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
+    tiles = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
     _write_multiply(module, wide, tiles)
     return compile_module(module, instructions)
 

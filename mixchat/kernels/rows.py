@@ -30,7 +30,7 @@ from mixchat.kernels.program import Signature, Step
 _DTYPES = (torch.float32, torch.bfloat16)
 _FEW = 2**16  # numbers that one thread finishes before a second one has started
 _SIGNATURE = Signature(
-    "x", "weight", "cos", "sin", "out", "tokens", "columns", "stride", "count", "eps"
+    "x", "weight", "cos", "sin", "out", "tokens", "columns", "stride", "count", "eps", "limit"
 )
 
 
@@ -42,22 +42,38 @@ def can_compute(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> b
     return columns % LANES[instructions] == 0
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x [T, D] / rms(x), rounded to the type of x, times weight [D]."""
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x [T, D] / rms(x), rounded to the type of x, times weight [D].
+
+    Or of x [T, heads, D]. `out` is as in `rms_norm_step`.
+    """
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
         wide = x.float()
         mean = (wide * wide).mean(-1, keepdim=True)
-        return (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
-    x, out = x.contiguous(), torch.empty_like(x)
+        normed = (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
+        return normed if out is None else out.copy_(normed)
+    if out is None:
+        x = x.contiguous()
+        out = torch.empty_like(x)
     rms_norm_step(x, weight, eps, out).run()
     return out
 
 
 def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> Step:
-    """Return `rms_norm` as a step, for contiguous tensors."""
-    whole = struct.unpack("i", struct.pack("f", eps))[0]
-    given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": whole}
-    return _step("rms_norm", x, out, weight, **given)
+    """Return `rms_norm` as a step.
+
+    The numbers of a token follow one another. `out` has the strides of x, and may be x.
+    """
+    given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": _bits(eps)}
+    heads = x.shape[1] if x.dim() == 3 else 1
+    return _step("rms_norm", x, out, weight, **given, count=heads, stride=x.stride(0))
+
+
+def clamp_step(x: torch.Tensor, limit: float) -> Step:
+    """Return x.clamp_(-limit, limit) as a step, for contiguous x [T, D]."""
+    return _step("clamp", x, x, columns=x.shape[-1], limit=_bits(limit))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -118,6 +134,11 @@ def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
     return _step("add", x, out, other, weight=other.data_ptr(), columns=x.shape[-1])
 
 
+def _bits(number: float) -> int:
+    """Return an argument that is a float."""
+    return int(struct.unpack("i", struct.pack("f", number))[0])
+
+
 def _step(
     name: str, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor, **given: int
 ) -> Step:
@@ -131,7 +152,7 @@ def _step(
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
     assert instructions is not None
     module = ir.Module("rows")
-    for kind in (_RMSNorm, _Rotate, _Swiglu, _WeightedSum, _Add):
+    for kind in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _WeightedSum, _Add):
         kind(module, LANES[instructions], bf16).write()
     return compile_module(module, instructions)
 
@@ -177,17 +198,31 @@ class _RMSNorm(_Rows):
     name = "rms_norm"
 
     def row(self, token: Value) -> None:
-        function, lanes, first = self.function, self.lanes, token * self.columns
-        with function.loop(0, self.columns, lanes, [self.zeros]) as (column, sums):
-            numbers = self.load(self.x, first + column)
-            sums[0] = function.multiply_add(numbers, numbers, sums[0])
-        mean = function.total(sums[0]) / self.columns.as_float(f32) + self.given.load("eps", f32)
-        root = function.call("llvm.sqrt.f32", f32, mean)
-        factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
-        with function.loop(0, self.columns, lanes) as (column, _):
-            normed = self.rounded(self.load(self.x, first + column) * factor)
-            weights = self.load(self.given.pointer("weight"), column)
-            self.store(normed * weights, first + column)
+        function, given, lanes = self.function, self.given, self.lanes
+        with function.loop(0, given.number("count"), 1) as (head, _):
+            first = token * given.number("stride") + head * self.columns
+            with function.loop(0, self.columns, lanes, [self.zeros]) as (column, sums):
+                numbers = self.load(self.x, first + column)
+                sums[0] = function.multiply_add(numbers, numbers, sums[0])
+            mean = function.total(sums[0]) / self.columns.as_float(f32) + given.load("eps", f32)
+            root = function.call("llvm.sqrt.f32", f32, mean)
+            factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
+            with function.loop(0, self.columns, lanes) as (column, _):
+                normed = self.rounded(self.load(self.x, first + column) * factor)
+                weights = self.load(given.pointer("weight"), column)
+                self.store(normed * weights, first + column)
+
+
+class _Clamp(_Rows):
+    name = "clamp"
+
+    def row(self, token: Value) -> None:
+        limit = self.given.load("limit", f32).broadcast(self.lanes)
+        with self.function.loop(0, self.columns, self.lanes) as (column, _):
+            place = token * self.columns + column
+            number = self.load(self.x, place)  # NaN stays NaN
+            number = number.compare(">", limit).choose(limit, number)
+            self.store(number.compare("<", -limit).choose(-limit, number), place)
 
 
 class _Rotate(_Rows):

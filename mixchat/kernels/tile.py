@@ -34,6 +34,7 @@ SIGNATURE = Signature(
     "tokens",
     "chunk",
     "run",
+    "bias",
 )
 
 
@@ -41,17 +42,21 @@ class Tile:
     """A function for the product of some bands with some tokens, whose sums fit in registers.
 
     In each block products of integers are added up, without rounding, and scaled. The function's
-    numbers are the first band, the first token, and how many bands the bands lie apart.
+    numbers are the first band, the first token, and how many bands the bands lie apart. `biased`
+    products get one number more for each row.
     """
 
-    def __init__(self, module: Any, unit: type[Unit], bf16: bool, bands: int, tokens: int) -> None:
-        self.bands, self.tokens = bands, tokens
+    def __init__(
+        self, module: Any, unit: type[Unit], bf16: bool, biased: bool, bands: int, tokens: int
+    ) -> None:
+        self.bands, self.tokens, self._biased = bands, tokens, biased
         self.function = Function(module, f"tile_{bands}_{tokens}", numbers=3)
         given = SIGNATURE.read_by(self.function)
         self._unit, self._bf16 = unit(self.function, given.pointer("levels")), bf16
         self._x, self._codes = given.pointer("x_integers"), given.pointer("codes")
         self._absmax, self._out = given.pointer("absmax"), given.pointer("out")
         self._x_scales, self._x_sums = given.pointer("x_scales"), given.pointer("x_sums")
+        self._bias = given.pointer("bias")
         self._rows, self._columns = given.number("rows"), given.number("columns")
         band, self._token, apart = self.function.numbers
         self._rows_of_bands = [(band + apart * number) * BAND for number in range(bands)]
@@ -71,6 +76,8 @@ class Tile:
         for place, total in enumerate(totals):
             band, token, part = self._split(place)
             row = self._rows_of_bands[band] + part * lanes
+            if self._biased:
+                total = total + self._bias.load(total.type, row * 4)
             first = (self._token + token) * self._rows + row
             store_fp32(self._out, total, first, self._bf16)
         function.finish()

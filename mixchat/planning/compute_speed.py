@@ -17,10 +17,10 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.attention import RotaryEmbedding
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Block
+from mixchat.engine.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.planning.machine_speeds import interpolate
@@ -148,7 +148,7 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
     """Return a function that computes one token through a layer without experts."""
     config, dtype = blueprint.config, blueprint.quantization.dtype
     used = blueprint.computed_on(device)
-    rope = RotaryEmbedding(config.rope(0), config.head_dim, 2 * _CONTEXT, dtype, device)
+    rope = rotary_embeddings(config, 2 * _CONTEXT, dtype, device)[0]
     tensors, runner = _FilledTensors(device), _NoExperts()
     blocks = [Block.build(0, used, tensors, rope, runner) for _ in range(_COPIES)]
     cache = new_cache(config, 2 * _CONTEXT, dtype, device)

@@ -208,7 +208,7 @@ def describe(directory: Path) -> ModelEntry:
         source=manifest.source.repo,
         commit=manifest.source.commit,
         quantization=manifest.quantization["quant_type"],
-        context=config.max_position_embeddings,
+        context=config.largest_context,
         weights=manifest.size,
         partly=manifest.partly,
     )

@@ -37,6 +37,31 @@ def test_the_norm_is_rounded_as_transformers_rounds_it(dtype: torch.dtype, token
     assert (result - expected).abs().max() <= (5e-6 if dtype == torch.float32 else 0.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("width", [32, 128, 10])
+def test_heads_in_the_middle_of_wider_rows_are_normalized_in_place(
+    dtype: torch.dtype, tokens: int, width: int
+) -> None:
+    around, weight = torch.randn(tokens, 9, width).to(dtype), torch.randn(width).to(dtype)
+    expected = around.clone()
+    expected[:, 2:7] = rows.rms_norm(around[:, 2:7].reshape(-1, width), weight, 1e-5).view(
+        tokens, 5, width
+    )
+    heads = around[:, 2:7]
+    assert rows.rms_norm(heads, weight, 1e-5, out=heads) is heads
+    assert torch.equal(around, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_are_clamped_as_torch_clamps_them(dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 64) * 8).to(dtype)
+    x[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    expected = x.clamp(-7.77, 7.77)
+    rows.clamp_step(x, 7.77).run()
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_eps_is_what_keeps_a_row_of_zeros_finite() -> None:
     zeros, weight = torch.zeros(1, 64), torch.ones(64)
     assert rows.rms_norm(zeros, weight, 1e-5).abs().max() == 0

@@ -203,7 +203,7 @@ class _Converter:
         if new.linear is None:
             return tensors
         if old.linear is None or old.linear.quant_type != new.linear.quant_type:
-            return new.linear.encode(tensors[0])
+            return new.linear.encode(tensors[0], bias=tensors[-1] if new.linear.bias else None)
         old.linear.convert(tensors[: len(old.linear.tensors)], new.linear)
         return tensors
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.config_keys import shape_of, sliding_layers
-from mixchat.weights.families.family import Family
+from mixchat.weights.families.family import Family, Tensors
+from mixchat.weights.families.tensors import decoder_tensors, separate_experts
 
 # The defaults of transformers' MixtralConfig.
 _DEFAULTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
@@ -18,4 +19,8 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**shape, **sliding_layers(raw))
 
 
-MIXTRAL = Family("mixtral", _read_config)
+def _tensors(config: ModelConfig) -> Tensors:
+    return decoder_tensors(config, separate_experts("block_sparse_moe", "w1", "w2", "w3"))
+
+
+MIXTRAL = Family("mixtral", _read_config, _tensors)

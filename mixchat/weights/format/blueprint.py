@@ -86,7 +86,7 @@ class Expert:
 
     @property
     def addresses(self) -> list[int]:
-        """Return the addresses of codes and absmax of both matrices."""
+        """Return the addresses of codes, absmax and bias of both matrices."""
         return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
 
     def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[int]]:
@@ -107,8 +107,8 @@ class Expert:
             together(round_gated),
             together(project_down),
         ]
-        products = project_up, project_down
-        return stages, [step.address(name) for step in products for name in ("codes", "absmax")]
+        products, names = (project_up, project_down), ("codes", "absmax", "bias")
+        return stages, [step.address(name) for step in products for name in names]
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,12 @@ class Blueprint:
         config = self.config
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         name = f"{layer_prefix(layer)}self_attn.qkv_proj"
-        return self._linear(name, rows, config.hidden_size, self.quantization.attention)
+        return self._attention(name, rows, config.hidden_size)
 
     def o(self, layer: int) -> LinearSpec:
         columns = self.config.num_attention_heads * self.config.head_dim
         name = f"{layer_prefix(layer)}self_attn.o_proj"
-        return self._linear(name, self.config.hidden_size, columns, self.quantization.attention)
+        return self._attention(name, self.config.hidden_size, columns)
 
     @property
     def head(self) -> LinearSpec | None:
@@ -233,6 +233,26 @@ class Blueprint:
             TensorSpec(f"{prefix}post_attention_layernorm.weight", self.quantization.dtype, shape),
         )
 
+    def qk_norms(self, layer: int) -> list[TensorSpec]:
+        """Return the weights of the norms of queries and keys, if the model has them."""
+        config, prefix = self.config, f"{layer_prefix(layer)}self_attn."
+        if config.qk_norm is None:
+            return []
+        heads = 1, 1
+        if config.qk_norm == "projection":
+            heads = config.num_attention_heads, config.num_key_value_heads
+        return [
+            TensorSpec(f"{prefix}{name}", self.quantization.dtype, (count * config.head_dim,))
+            for name, count in zip(("q_norm.weight", "k_norm.weight"), heads, strict=True)
+        ]
+
+    def sinks(self, layer: int) -> TensorSpec | None:
+        """Return the logits that join the sums of the heads' softmax, if the model has them."""
+        if not self.config.attention_sinks:
+            return None
+        name = f"{layer_prefix(layer)}self_attn.sinks"
+        return TensorSpec(name, self.quantization.dtype, (self.config.num_attention_heads,))
+
     def gate(self, layer: int) -> TensorSpec:
         """Return the matrix of a layer's router, which is never quantized."""
         shape = (self.config.num_local_experts, self.config.hidden_size)
@@ -255,6 +275,9 @@ class Blueprint:
             yield from self.norms(layer)
             yield from self.qkv(layer).tensors
             yield from self.o(layer).tensors
+            yield from self.qk_norms(layer)
+            if sinks := self.sinks(layer):
+                yield sinks
             yield self.gate(layer)
         yield self.norm
         if self.head is not None:
@@ -308,6 +331,10 @@ class Blueprint:
         attention = _widened(stored.attention)
         return replace(self, quantization=replace(stored, attention=attention, head=head))
 
+    def _attention(self, name: str, rows: int, columns: int) -> LinearSpec:
+        matrix = self._linear(name, rows, columns, self.quantization.attention)
+        return replace(matrix, bias=self.config.attention_bias)
+
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
         stored = self.quantization
         scales: Scales = "search" if stored.scales == "calibrated" else stored.scales
@@ -317,6 +344,11 @@ class Blueprint:
 def layer_prefix(layer: int) -> str:
     """Return the prefix of the names of a layer's tensors."""
     return f"model.layers.{layer}."
+
+
+def expert_prefix(layer: int, expert: int) -> str:
+    """Return the prefix of an expert's matrices in a family's description."""
+    return f"{layer_prefix(layer)}block_sparse_moe.experts.{expert}."
 
 
 def _widened(quant_type: QuantType) -> QuantType:

@@ -9,14 +9,10 @@ import torch
 from mixchat.base import gpu
 from mixchat.base.errors import UsageError
 from mixchat.kernels.compile import kernels_available
-from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
+from mixchat.weights.format.blueprint import HEAD, Blueprint, Quantization, layer_prefix
 from mixchat.weights.matrix.linear import Layout, Scales, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
-from mixchat.weights.source.checkpoint_index import (
-    CheckpointIndex,
-    attention_tensors,
-    expert_tensor,
-)
+from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 # The gain in perplexity by the type of the experts, and if they are calibrated. It is the demo
 # model's mean over five texts, as `tests/benchmarks/quality.py` prints it.
@@ -51,7 +47,7 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
 
     Matrices that bitsandbytes has quantized stay so. Raises `UsageError` for other bits.
     """
-    given_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
+    given_4bit = index.experts_quant_type
     if given_4bit and options.quant_type != "nf4":
         raise _has_4_bits(index, "experts")
     unquantized = options.quant_type == "none" and given_4bit is None
@@ -107,9 +103,10 @@ def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
 
 
 def _attention(index: CheckpointIndex) -> list[str]:
-    layers = range(index.config.num_hidden_layers)
-    return [name for layer in layers for name in attention_tensors(layer)]
+    prefixes = map(layer_prefix, range(index.config.num_hidden_layers))
+    names = (f"{prefix}self_attn.{x}_proj.weight" for prefix in prefixes for x in ("qkv", "o"))
+    return [source.name for name in names for source in index.slices(name)]
 
 
 def _head(index: CheckpointIndex) -> list[str]:
-    return [EMBEDDING if index.config.tie_word_embeddings else f"{HEAD}.weight"]
+    return [source.name for source in index.slices(f"{HEAD}.weight")]

@@ -1,7 +1,7 @@
 """Codes of every type, in both layouts, against what they stand for in double precision."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from mixchat.weights.format import manifest
 from mixchat.weights.matrix import encode, int8, nf4, quant_type
 from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.int8 import INT8
-from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, type_of_bits
+from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, as_packed, type_of_bits
 from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import FP4, NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, Linear, PlainLinear, QuantType
@@ -236,6 +236,63 @@ def test_the_map_reads_its_tensors_anew_each_time(kind: Kind, layout: Layout) ->
         old.copy_(new)
     _, matrix = build(kind, spec(kind, layout), seed=1)
     torch.testing.assert_close(linear(x).double(), x.double() @ matrix.T, rtol=0.01, atol=0.01)
+
+
+@each_layout
+@each_dtype
+@pytest.mark.parametrize("shape", [(64, 128), (50, 128), (7, 33)])
+def test_a_bias_is_added_to_each_row_and_read_anew(
+    kind: Kind, layout: Layout, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    plain = spec(kind, layout, *shape)
+    biased, weight = replace(plain, bias=True), random(*shape)
+    tensors = biased.encode(weight, bias=torch.zeros(shape[0]))
+    assert [one.shape for one in biased.tensors] == [tuple(tensor.shape) for tensor in tensors]
+    assert biased.tensors[-1].name == "w.bias"
+    linear, without = biased.build(tensors), plain.build(plain.encode(weight))
+    for tokens in TOKENS:
+        x, bias = random(tokens, shape[1], seed=tokens).to(dtype), random(1, shape[0], tokens)
+        if biased.stored_rows == shape[0] or not biased.packed:
+            tensors[-1].copy_(bias[0])
+        else:  # filled up with zeros, it is a copy
+            linear = biased.build(biased.encode(weight, bias=bias[0]))
+        expected = without(x.float() if biased.packed else x).double() + bias
+        rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}[dtype]
+        assert linear(x).dtype == dtype
+        torch.testing.assert_close(linear(x).double(), expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
+def test_a_bias_stays_the_last_when_a_matrix_is_converted(
+    kind: Kind, layouts: tuple[Layout, Layout]
+) -> None:
+    old, new = (replace(spec(kind, layout), bias=True) for layout in layouts)
+    weight, bias = random(64, 128), random(1, 64)[0]
+    tensors = old.encode(weight, bias=bias)
+    old.convert(tensors, new)
+    assert all(map(torch.equal, tensors, new.encode(weight, bias=bias)))
+    plain = replace(new, layout="bitsandbytes")
+    new.convert(tensors, plain)
+    assert plain.dequantized(tensors).shape == weight.shape
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@each_dtype
+@needs_kernel
+def test_the_steps_of_a_packed_map_have_its_bits(
+    kind: Kind, dtype: torch.dtype, bias: bool
+) -> None:
+    if dtype == torch.float16:
+        pytest.skip("the kernels compute no fp16")
+    linear = replace(spec(kind, "cpu-packed"), bias=bias)
+    packed = as_packed(
+        linear.build(linear.encode(random(64, 128), bias=random(1, 64)[0] if bias else None))
+    )
+    assert (packed.addresses[2] != 0) == bias
+    x, out = random(1, 128).to(dtype), torch.empty(1, 64, dtype=dtype)
+    for step in packed.steps(x, out):
+        step.run()
+    assert torch.equal(out, packed(x))
 
 
 @pytest.mark.parametrize(("part", "whole"), [("nf4", "int8"), ("nf4", "nf3"), ("fp4", "nf4")])
