@@ -37,7 +37,7 @@ def mixchat(home: Path, *arguments: str, stdin: str = "") -> subprocess.Complete
     )
 
 
-def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home: Path) -> None:
+def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home):
     """Two experts of 240 are the least: 1.41 MB each, in whole pages."""
     story = ("run", "-m", "demo", "--seed", "7", "-n", "48", "Tell me a story about a lighthouse.")
     answers = {
@@ -49,7 +49,7 @@ def test_the_answer_is_byte_identical_for_every_size_of_the_cache(home: Path) ->
     assert "240 RAM slots" in answers["100%"].stderr
 
 
-def test_standard_input_precedes_the_prompt(home: Path) -> None:
+def test_standard_input_precedes_the_prompt(home):
     answer = mixchat(home, "run", "-m", "demo", "--temp", "0", "-n", "20", QUESTION)
     piped = mixchat(home, "run", "-m", "demo", "--temp", "0", "-n", "20", stdin=QUESTION)
     assert piped.stdout == answer.stdout
@@ -58,7 +58,7 @@ def test_standard_input_precedes_the_prompt(home: Path) -> None:
     assert both.stdout == joined.stdout
 
 
-def test_the_demo_is_listed_and_described(home: Path) -> None:
+def test_the_demo_is_listed_and_described(home):
     (model,) = json.loads(mixchat(home, "list", "--json").stdout)
     assert (model["name"], model["quantization"], model["problem"]) == ("demo", "nf4", None)
     shown = mixchat(home, "show", "demo").stdout
@@ -66,7 +66,7 @@ def test_the_demo_is_listed_and_described(home: Path) -> None:
     assert "SmolLM2-135M-Instruct" in shown
 
 
-def test_chat_turns_prefill_only_new_tokens(home: Path) -> None:
+def test_chat_turns_prefill_only_new_tokens(home):
     from mixchat.base.options import LoadOptions, SamplingOptions
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession

@@ -64,7 +64,7 @@ def python(tmp_path: Path) -> str:
     return python_that_runs(tmp_path, ECHO)
 
 
-def test_both_are_measured_in_each_round() -> None:
+def test_both_are_measured_in_each_round():
     tasks = [BenchTask("decode", 0), BenchTask("decode", 40), BenchTask("prompt", 16)]
     bench: Any = SimpleNamespace(tasks=tasks, run=lambda: iter(tasks * 3))
     peer: Any = Peer()
@@ -74,13 +74,11 @@ def test_both_are_measured_in_each_round() -> None:
     assert both.rates == [[10.0] * 3, [10.0] * 3, [100.0] * 3]
 
 
-def test_a_ratio_is_that_of_a_round() -> None:
+def test_a_ratio_is_that_of_a_round():
     assert ratios([10.0, 20.0, 40.0], [5.0, 20.0, 10.0]) == [2.0, 1.0, 4.0]
 
 
-def test_llama_cpp_stands_beside(
-    tiny_model: Path, python: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_llama_cpp_stands_beside(tiny_model, python, tmp_path, capsys):
     arguments = (str(tiny_model), "--gguf", str(tmp_path / "x"), "--python", python)
     side_by_side.main([*arguments, *QUICK])
     head, decode, prompt = capsys.readouterr().out.splitlines()[5:]
@@ -93,9 +91,7 @@ def test_llama_cpp_stands_beside(
     assert not (tmp_path / "home" / "models").exists()
 
 
-def test_random_models_go_as_they_came(
-    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
-) -> None:
+def test_random_models_go_as_they_came(python, tmp_path, monkeypatch, tiny_model):
     from mixchat.bench import synthetic
 
     monkeypatch.setattr(
@@ -107,7 +103,7 @@ def test_random_models_go_as_they_came(
         assert list((tmp_path / "home" / "models").iterdir()) == []
 
 
-def test_a_picture_is_drawn(tiny_model: Path, python: str, tmp_path: Path) -> None:
+def test_a_picture_is_drawn(tiny_model, python, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = (str(tiny_model), "--gguf", str(tmp_path / "x"), "--python", python)
     side_by_side.main([*arguments, *QUICK, "--png", str(tmp_path / "a.png")])
@@ -122,26 +118,20 @@ def test_a_picture_is_drawn(tiny_model: Path, python: str, tmp_path: Path) -> No
         (("demo",), "a MODEL needs --gguf FILE"),
     ],
 )
-def test_what_cannot_be_is_refused(
-    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_is_refused(arguments, said, capsys):
     with pytest.raises(SystemExit):
         side_by_side.main(arguments)
     assert said in capsys.readouterr().err
 
 
-def test_a_llama_cpp_that_is_not_there_is_said_before_anything_is_measured(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_llama_cpp_that_is_not_there_is_said_before_anything_is_measured(tiny_model, tmp_path):
     python = python_that_runs(tmp_path, "raise SystemExit(1)")
     with pytest.raises(MissingDependencyError, match="needs llama-cpp-python and gguf"):
         side_by_side.main([str(tiny_model), "--gguf", "x", "--python", python, *QUICK])
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_each_script_has_help(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_script_has_help(path, monkeypatch, capsys):
     """In this process, because each one of its own would import torch again."""
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])

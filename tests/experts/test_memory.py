@@ -57,18 +57,16 @@ def look(clock: Clock) -> Callable[[float, int], int]:
     }.values(),
     ids=str,
 )
-def test_slots_follow_the_free_memory(
-    look: Callable[[float, int], int], looks: list[tuple[float, int, int]]
-) -> None:
+def test_slots_follow_the_free_memory(look, looks):
     """Each look has the GB that are free, the experts that are held, and the limit."""
     for gigabytes, held, limit in looks:
         assert look(gigabytes, held) == limit
 
 
-def test_it_looks_twice_a_second(clock: Clock) -> None:
+def test_it_looks_twice_a_second(clock):
     looks: list[float] = []
 
-    def free() -> int:
+    def free():
         looks.append(clock.now)
         return GB
 
@@ -79,14 +77,14 @@ def test_it_looks_twice_a_second(clock: Clock) -> None:
     assert 10 <= len(looks) <= 11  # a hundred steps of a tenth
 
 
-def test_it_looks_at_once_also_just_after_the_machine_was_started(clock: Clock) -> None:
+def test_it_looks_at_once_also_just_after_the_machine_was_started(clock):
     clock.now = 0.0
     watch = MemoryWatch(lambda: 0, reserve=GB, expert=EXPERT, slots=100, least=2)
     assert watch.limit(50) == 40
 
 
 @given(st.lists(st.integers(0, 14 * GB), min_size=1, max_size=20))
-def test_while_others_stay_as_they_are_it_does_not_swing(others: list[int]) -> None:
+def test_while_others_stay_as_they_are_it_does_not_swing(others):
     """Freed memory counts as free: each change goes one way, and then the limit stays."""
     clock, total, held = Clock(), 12 * GB, 0
     used = 0

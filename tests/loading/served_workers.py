@@ -80,7 +80,6 @@ class Nursery:
     ) -> ForkedWorker:
         """Return a worker that serves the model, until its fault."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         order = [str(directory), slots, asdict(fault) if fault else None, at]
         print(json.dumps(order), file=self._process.stdin, flush=True)
         pid, address = json.loads(self._process.stdout.readline())
@@ -97,8 +96,6 @@ class Nursery:
     def end(self) -> None:
         """End the process and its workers."""
         self.end_workers()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(PATIENCE)
         self._process.stdout.close()

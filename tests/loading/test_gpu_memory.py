@@ -1,15 +1,12 @@
 """The memory of GPUs on paper: what is promised, what runs out, and what is given back."""
 
 from threading import current_thread, main_thread
-from typing import Any
 
 import pytest
 import torch
-from paper_gpu import PaperRuntime
 from paper_tools import (
     EXPERTS,
     SPREADS,
-    Cases,
     apart,
     demand_of,
     load,
@@ -32,9 +29,7 @@ from mixchat.planning.fitting import FreeMemory
 @pytest.mark.parametrize(
     "name", ["one holds all", "one over RAM for all", "two hold all", "three over RAM for all"]
 )
-def test_each_gpu_takes_the_memory_that_it_was_said_to_take(
-    paper: PaperRuntime, case: Cases, name: str
-) -> None:
+def test_each_gpu_takes_the_memory_that_it_was_said_to_take(paper, case, name):
     settled(paper)
     demand, spread = demand_of(case("nf4")), SPREADS[name]
     devices = [torch.device("paper", number) for number in range(1 + len(spread.others))]
@@ -53,9 +48,7 @@ def test_each_gpu_takes_the_memory_that_it_was_said_to_take(
 
 
 @pytest.mark.parametrize("name", ["one over RAM for all", "two over RAM for all"])
-def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(
-    paper: PaperRuntime, case: Cases, name: str
-) -> None:
+def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(paper, case, name):
     """Pinned pages stayed so; the next block at that address could not be pinned."""
     before = settled(paper)
     other = paper.memory(torch.device("paper", 1)).taken
@@ -81,8 +74,8 @@ def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(
     ids=["one", "two"],
 )
 def test_a_gpu_with_less_memory_than_it_says_holds_half_of_its_experts(
-    paper: PaperRuntime, case: Cases, slots, others, fails_at, note, left
-) -> None:
+    paper, case, slots, others, fails_at, note, left
+):
     expected = logits(load(case("nf4"), EXPERTS))
     notes: list[str] = []
     paper.devices, paper.allocations, paper.fail_at = 1 + len(others), 0, fails_at
@@ -92,9 +85,7 @@ def test_a_gpu_with_less_memory_than_it_says_holds_half_of_its_experts(
     assert torch.equal(logits(engine), expected)
 
 
-def test_a_gpu_that_never_has_memory_for_two_experts_is_refused(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_never_has_memory_for_two_experts_is_refused(paper, case, monkeypatch):
     monkeypatch.setattr(paper, "mem_get_info", lambda device: (10**9, 10**9))
     paper.memory(torch.device("paper", 0)).total = 0
     with pytest.raises(ResourceError, match="not even two experts"):
@@ -102,9 +93,7 @@ def test_a_gpu_that_never_has_memory_for_two_experts_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
-def test_a_gpu_may_run_out_of_memory_at_any_time(
-    paper: PaperRuntime, case: Cases, kind: str
-) -> None:
+def test_a_gpu_may_run_out_of_memory_at_any_time(paper, case, kind):
     """Also in the thread that moves experts, which reorders them in memory of the GPU."""
     expected = text(load(case(kind), EXPERTS))
     for after in range(1, 1000, 160):
@@ -120,9 +109,7 @@ def test_a_gpu_may_run_out_of_memory_at_any_time(
         assert engine.experts.slots == (4 if notes else 8)
 
 
-def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(
-    paper: PaperRuntime, case: Cases
-) -> None:
+def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(paper, case):
     notes: list[str] = []
     engine = load(case("nf4"), 5, EXPERTS, notes.append)
     settled(paper)
@@ -136,9 +123,7 @@ def test_a_gpu_that_runs_out_of_memory_with_two_experts_says_so(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
-def test_8_bits_are_widened_where_all_experts_fit_beside_that(
-    paper: PaperRuntime, case: Cases, kind: str
-) -> None:
+def test_8_bits_are_widened_where_all_experts_fit_beside_that(paper, case, kind):
     before, _ = settled(paper)
     engine = load(case(kind), EXPERTS, more=1_000_000)
     assert engine.blueprint == case(kind).blueprint.widened()
@@ -150,30 +135,24 @@ def test_8_bits_are_widened_where_all_experts_fit_beside_that(
 
 
 @pytest.mark.parametrize(("slots", "more"), [(EXPERTS, 0), (EXPERTS - 1, 1000)])
-def test_8_bits_stay_where_they_are_needed_for_experts(
-    paper: PaperRuntime, case: Cases, slots: int, more: int
-) -> None:
+def test_8_bits_stay_where_they_are_needed_for_experts(paper, case, slots, more):
     engine = load(case("nf4"), slots, more=more)
     assert engine.blueprint == case("nf4").blueprint
     assert engine.experts.slots == slots
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
-def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(
-    paper: PaperRuntime, case: Cases, kind: str
-) -> None:
+def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(paper, case, kind):
     """CUDA reports the refusal again at the next kernel, which was one that reorders an expert."""
     expected = text(load(case(kind), EXPERTS))
     paper.refuses_locks = True
     assert text(load(case(kind), 3, EXPERTS)) == expected
 
 
-def test_a_second_gpu_that_holds_no_two_experts_after_all_is_named(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_gpu_that_holds_no_two_experts_after_all_is_named(paper, case, monkeypatch):
     slot = ExpertStore._slot
 
-    def failing(self: ExpertStore, number: int) -> Any:
+    def failing(self, number):
         if self._device.index == 1:
             raise torch.OutOfMemoryError("paper out of memory")
         return slot(self, number)
@@ -184,9 +163,7 @@ def test_a_second_gpu_that_holds_no_two_experts_after_all_is_named(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
-def test_several_gpus_may_run_out_of_memory_at_any_time(
-    paper: PaperRuntime, case: Cases, kind: str
-) -> None:
+def test_several_gpus_may_run_out_of_memory_at_any_time(paper, case, kind):
     expected = text(load(case(kind), EXPERTS))
     for after in range(1, 1000, 240):
         notes: list[str] = []
@@ -205,15 +182,15 @@ def test_several_gpus_may_run_out_of_memory_at_any_time(
 
 @pytest.mark.parametrize("full", [0, 1])
 def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does_not(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, full: int
-) -> None:
+    paper, case, monkeypatch, full
+):
     expected = text(load(case("nf4"), EXPERTS))
     notes: list[str] = []
     paper.devices = 2
     engine = load(case("nf4"), 4, EXPERTS, notes.append, others=(4,))
     allocated, left = paper.allocated, 40
 
-    def failing(tensor: torch.Tensor, device: torch.device) -> None:
+    def failing(tensor, device):
         nonlocal left
         # A prediction that the mover cannot bring is no error.
         left -= device.index == full and current_thread() is main_thread()
@@ -225,12 +202,10 @@ def test_the_gpu_that_runs_out_of_memory_gives_up_experts_and_the_other_one_does
     monkeypatch.setattr(paper, "allocated", failing)
     assert text(engine) == expected
     assert notes == [f"GPU {full} ran out of memory: 6 experts fit now"]
-    assert [device.fetcher.slots for device in engine.experts._devices] == [[2, 4], [4, 2]][full]  # type: ignore[attr-defined]
+    assert [device.fetcher.slots for device in engine.experts._devices] == [[2, 4], [4, 2]][full]
 
 
-def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(
-    paper: PaperRuntime, case: Cases
-) -> None:
+def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(paper, case):
     paper.devices = 2
     engine = load(case("nf4"), 4, EXPERTS, others=(2,))
     settled(paper)
@@ -241,15 +216,15 @@ def test_a_gpu_that_runs_out_of_memory_with_two_experts_is_named(
 
 
 def test_where_torch_does_not_say_which_gpu_ran_out_of_memory_all_give_up_experts(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    paper, case, monkeypatch
+):
     expected = text(load(case("nf4"), EXPERTS))
     notes: list[str] = []
     paper.devices = 2
     engine = load(case("nf4"), 4, EXPERTS, notes.append, others=(5,))
     forward, calls = engine.passes.model.forward, iter(range(100))
 
-    def once(*arguments: Any, **options: Any) -> torch.Tensor:
+    def once(*arguments, **options):
         if next(calls) == 0:
             raise torch.OutOfMemoryError("out of memory")
         return forward(*arguments, **options)
@@ -259,9 +234,7 @@ def test_where_torch_does_not_say_which_gpu_ran_out_of_memory_all_give_up_expert
     assert notes == ["the device ran out of memory: 4 experts fit now"]
 
 
-def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(
-    paper: PaperRuntime, case: Cases
-) -> None:
+def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(paper, case):
     """Each answer lost the worker at the same place, since the next chat found it as full again."""
     expert = case("nf4").blueprint.expert.stride
     notes: list[str] = []
@@ -280,7 +253,7 @@ def test_a_worker_s_gpu_that_runs_out_of_memory_holds_fewer_experts(
         served.compute(*request)
 
 
-def test_a_gpu_without_room_for_two_experts_is_left_out(paper: PaperRuntime, case: Cases) -> None:
+def test_a_gpu_without_room_for_two_experts_is_left_out(paper, case):
     """A screen's GPU may have nothing free; whoever names no budget gets what the others hold."""
     expected = text(load(case("nf4"), EXPERTS))
     notes: list[str] = []
@@ -292,9 +265,7 @@ def test_a_gpu_without_room_for_two_experts_is_left_out(paper: PaperRuntime, cas
     assert text(engine) == expected
 
 
-def test_budgets_are_for_all_gpus_or_for_each_and_errors_name_the_gpu(
-    paper: PaperRuntime, case: Cases
-) -> None:
+def test_budgets_are_for_all_gpus_or_for_each_and_errors_name_the_gpu(paper, case):
     paper.devices = 3
     with pytest.raises(UsageError, match="has 2 values, and there are 3 GPUs"):
         load(case("nf4"), 3, others=(3,))

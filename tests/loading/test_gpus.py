@@ -4,12 +4,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paper_gpu import Event, PaperRuntime, Stream
+from paper_gpu import Event, PaperRuntime
 from paper_tools import (
     EXPERTS,
     GREEDY,
@@ -69,13 +68,7 @@ def alone(case: Cases) -> Callable[[PaperRuntime, str], torch.Tensor]:
 
 @pytest.mark.parametrize("name", SPREADS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gpus_compute_what_one_that_holds_all_computes(
-    paper: PaperRuntime,
-    case: Cases,
-    alone: Callable[[PaperRuntime, str], torch.Tensor],
-    kind: str,
-    name: str,
-) -> None:
+def test_gpus_compute_what_one_that_holds_all_computes(paper, case, alone, kind, name):
     expected = alone(paper, kind)
     engine = spread_out(paper, case(kind), name)
     assert engine.device == torch.device("paper", 0)
@@ -89,32 +82,26 @@ def test_gpus_compute_what_one_that_holds_all_computes(
     "name",
     ["one over RAM for some", "two hold all", "two over RAM for some", "three over the disk"],
 )
-def test_an_answer_after_a_prompt_is_that_of_one_gpu(
-    paper: PaperRuntime, case: Cases, name: str
-) -> None:
+def test_an_answer_after_a_prompt_is_that_of_one_gpu(paper, case, name):
     expected = text(load(case("nf4"), EXPERTS, kv_bits=8))
     engine = spread_out(paper, case("nf4"), name, kv_bits=8)
     assert [text(engine), text(engine)] == [expected, expected]
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_gpus_are_named_in_any_order_and_number(
-    paper: PaperRuntime, case: Cases, exact: bool
-) -> None:
+def test_gpus_are_named_in_any_order_and_number(paper, case, exact):
     expected = text(load(case("nf4"), EXPERTS, exact_prompts=exact))
     paper.devices = 3
     named: dict[str, Any] = {"device": "paper:2, paper:0", "exact_prompts": exact}
     engine = load(case("nf4"), 3, EXPERTS, others=(3,), **named)
     assert engine.device == torch.device("paper", 2)
-    assert {device.device.index for device in engine.experts._devices} == {0, 2}  # type: ignore[attr-defined]
+    assert {device.device.index for device in engine.experts._devices} == {0, 2}
     assert text(engine) == expected
 
 
 @pytest.mark.parametrize("name", ["one over RAM for all", "two over RAM for all"])
 @pytest.mark.parametrize("kind", ["fp32", "nf4, reordered"])
-def test_what_the_cpu_computes_for_gpus_is_right(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
-) -> None:
+def test_what_the_cpu_computes_for_gpus_is_right(paper, case, monkeypatch, kind, name):
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1.0, expert=1e-9))
     computed = defaultdict(list)  # rows, for each GPU
     run = HostCompute.run
@@ -137,9 +124,7 @@ def test_what_the_cpu_computes_for_gpus_is_right(
     ("name", "on_host"),
     [*product(SPREADS, [False]), *((name, True) for name in SPREADS if SPREADS[name].host)],
 )
-def test_a_token_waits_as_often_as_with_one_gpu(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, name: str, on_host: bool
-) -> None:
+def test_a_token_waits_as_often_as_with_one_gpu(paper, case, monkeypatch, name, on_host):
     """Once a layer, for the choice, and once for the logits: rows and outputs need no wait."""
     if on_host:
         monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1.0, expert=1e-9))
@@ -156,9 +141,7 @@ def test_a_token_waits_as_often_as_with_one_gpu(
 
 
 @pytest.mark.parametrize("name", SPREADS)
-def test_a_prompt_waits_as_often_as_with_one_gpu(
-    paper: PaperRuntime, case: Cases, name: str
-) -> None:
+def test_a_prompt_waits_as_often_as_with_one_gpu(paper, case, name):
     engine = spread_out(paper, case("fp32"), name)
     paper.waits = 0
     next(engine.generate(PROMPT, sampling=GREEDY, stop_ids=set(), max_tokens=1))
@@ -166,13 +149,11 @@ def test_a_prompt_waits_as_often_as_with_one_gpu(
 
 
 @pytest.mark.parametrize("name", SPREADS)
-def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(paper, case, monkeypatch, name):
     """A slot is filled once its own GPU, and not the current one, has read what was in it."""
     waited, wait = set(), Event.wait
 
-    def noted(event: Event, stream: Stream) -> None:
+    def noted(event, stream):
         waited.add((event._stream.index, stream.index))
         wait(event, stream)
 
@@ -194,7 +175,7 @@ def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(
 
 
 @pytest.mark.parametrize("name", SPREADS)
-def test_a_report_tells_the_gpus_apart(paper: PaperRuntime, case: Cases, name: str) -> None:
+def test_a_report_tells_the_gpus_apart(paper, case, name):
     engine, most = spread_out(paper, case("nf4"), name), SPREADS[name].tiers
     text(engine)
     report = report_of(engine, "tiny")
@@ -209,13 +190,13 @@ def test_a_report_tells_the_gpus_apart(paper: PaperRuntime, case: Cases, name: s
 
 @pytest.mark.parametrize("name", ["two over RAM for all", "three over the disk"])
 def test_ctrl_c_at_any_moment_leaves_an_engine_that_answers_the_same(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+    paper, case, monkeypatch, name
+):
     expected = text(load(case("nf4"), EXPERTS))
     engine, check = spread_out(paper, case("nf4"), name), interrupts.check
     left = 0  # calls until Ctrl-C
 
-    def interrupted() -> None:
+    def interrupted():
         nonlocal left
         left -= 1
         if left == 0:
@@ -259,9 +240,7 @@ class NearbyWorker:
 
 
 @pytest.mark.parametrize("slots", [2, 4, 5])
-def test_what_workers_leave_to_two_gpus_is_spread_over_both(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch, slots: int
-) -> None:
+def test_what_workers_leave_to_two_gpus_is_spread_over_both(paper, case, monkeypatch, slots):
     """Every second expert was left to them, and all of these were at home on the same GPU."""
     alone = load(case("nf4"), EXPERTS)
     expected = text(alone)
@@ -282,9 +261,7 @@ def test_what_workers_leave_to_two_gpus_is_spread_over_both(
     assert text(engine) == expected
 
 
-def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
-    paper: PaperRuntime, case: Cases
-) -> None:
+def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(paper, case):
     paper.devices = 2
     expert = case("nf4").blueprint.expert.stride
     notes: list[str] = []
@@ -311,7 +288,7 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(
     assert notes == []
 
 
-def test_devices_that_do_not_go_together_are_refused(paper: PaperRuntime) -> None:
+def test_devices_that_do_not_go_together_are_refused(paper):
     paper.devices = 2
     assert [str(device) for device in choose_devices("paper")] == ["paper:0", "paper:1"]
     assert choose_devices(None) == choose_devices("paper:0,paper:1") == choose_devices("paper")
@@ -328,7 +305,7 @@ def test_devices_that_do_not_go_together_are_refused(paper: PaperRuntime) -> Non
             choose_devices(names)
 
 
-def test_planning_looks_at_every_gpu(paper: PaperRuntime, tmp_path: Path) -> None:
+def test_planning_looks_at_every_gpu(paper, tmp_path):
     paper.devices = 2
     paper.memory(torch.device("paper", 1)).total = 10**9
     there = Machine.now(tmp_path, choose_devices(None))
@@ -337,9 +314,7 @@ def test_planning_looks_at_every_gpu(paper: PaperRuntime, tmp_path: Path) -> Non
     assert there.free.others["paper:1"] <= 10**9 < (there.free.device or 0)
 
 
-def test_the_speed_with_the_slots_of_all_gpus_is_predicted(
-    paper: PaperRuntime, case: Cases, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_speed_with_the_slots_of_all_gpus_is_predicted(paper, case, monkeypatch):
     (sample,) = speeds(copy=1e9, expert=1e-3).samples
     known = Measurement(1.7e9, (replace(sample, expert_seconds={"paper:0": {1: 1e-4, 8: 2e-4}}),))
     monkeypatch.setattr(plan, "saved_measurement", lambda *_: known)
@@ -352,11 +327,10 @@ def test_the_speed_with_the_slots_of_all_gpus_is_predicted(
         expected = expectation.expect(blueprint, engine.device, known, placement).speed
         assert expected is not None
         predicted = speed_predictor(directory, None, engine)()
-        assert predicted is not None
         assert predicted.decode() == expected
 
 
-def test_an_event_of_one_gpu_is_not_recorded_on_the_stream_of_another(paper: PaperRuntime) -> None:
+def test_an_event_of_one_gpu_is_not_recorded_on_the_stream_of_another(paper):
     """As on CUDA: what the double is strict about."""
     first, second = (paper.current_stream(torch.device("paper", number)) for number in (0, 1))
     assert first is not second
@@ -373,9 +347,7 @@ def test_an_event_of_one_gpu_is_not_recorded_on_the_stream_of_another(paper: Pap
     assert paper.current_stream(torch.device("paper", 1)) is second
 
 
-def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_refused(
-    paper: PaperRuntime,
-) -> None:
+def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_refused(paper):
     assert choose_devices(None) == [torch.device("paper:0")]
     with pytest.raises(UsageError, match="torch sees 1 GPUs here"):
         choose_devices("paper:1")
@@ -384,9 +356,7 @@ def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_re
     assert paper.current_device() == 1
 
 
-def test_the_second_of_two_gpus_computes_what_the_first_does(
-    paper: PaperRuntime, case: Cases
-) -> None:
+def test_the_second_of_two_gpus_computes_what_the_first_does(paper, case):
     """Every tensor of its is in its memory: mixed memories are an error."""
     expected = logits(load(case("nf4"), 3, EXPERTS))
     paper.devices = 2
@@ -395,9 +365,7 @@ def test_the_second_of_two_gpus_computes_what_the_first_does(
     assert torch.equal(logits(engine), expected)
 
 
-def test_planning_looks_at_a_gpu_and_measures_it(
-    paper: PaperRuntime, case: Cases, tmp_path: Path
-) -> None:
+def test_planning_looks_at_a_gpu_and_measures_it(paper, case, tmp_path):
     device, blueprint = torch.device("paper", 0), case("nf4").blueprint
     there = Machine.now(tmp_path, [device])
     assert (there.gpu, there.gpu_memory) == ("GPU on paper", 4 * 10**9)
@@ -409,9 +377,7 @@ def test_planning_looks_at_a_gpu_and_measures_it(
     assert found.copy_bandwidth > 0
 
 
-def test_the_bench_measures_a_gpus_limits(
-    paper: PaperRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bench_measures_a_gpus_limits(paper, monkeypatch):
     device = torch.device("paper", 0)
     monkeypatch.setattr(machine_limits, "_SUMMED_FLOATS", 1000)
     for dimension in ("_TOKENS", "_COLUMNS", "_ROWS"):
