@@ -63,8 +63,7 @@ class Block:
             for spec in (*used.norms(layer), *used.qk_norms(layer))
         )
         qkv_proj, o_proj = (tensors.linear(spec) for spec in (used.qkv(layer), used.o(layer)))
-        spec = used.sinks(layer)
-        sinks = None if spec is None else tensors.tensor(spec)
+        sinks = tensors.tensor(used.sinks(layer)) if config.attention_sinks else None
         attention = Attention(layer, config, qkv_proj, o_proj, rope, qk_norms, sinks)
         gate = tensors.tensor(used.gate(layer)).float().contiguous()
         bias = tensors.tensor(used.gate_bias(layer)).float() if config.moe_bias else None

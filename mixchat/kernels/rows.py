@@ -251,9 +251,9 @@ class _Clamp(_Rows):
         limit = self.given.load("limit", f32).broadcast(self.lanes)
         with self.function.loop(0, self.columns, self.lanes) as (column, _):
             place = token * self.columns + column
-            number = self.load(self.x, place)  # NaN stays NaN
-            number = number.compare(">", limit).choose(limit, number)
-            self.store(number.compare("<", -limit).choose(-limit, number), place)
+            # In this order, NaN stays NaN.
+            number = self.function.minimum(limit, self.load(self.x, place))
+            self.store(self.function.maximum(-limit, number), place)
 
 
 class _Rotate(_Rows):

@@ -33,7 +33,7 @@ from mixchat.weights.matrix.linear import (
     Scales,
     as_packed,
 )
-from mixchat.weights.matrix.quant_type import BLOCKSIZE, Linear, QuantType
+from mixchat.weights.matrix.quant_type import Linear, QuantType
 
 SHARED_FILE = "shared.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -64,7 +64,8 @@ class Quantization:
 
     def description(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
-        return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
+        blocksize = TYPES[self.quant_type].blocksize
+        return {**asdict(self), "blocksize": blocksize, "dtype": dtype}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Quantization:
@@ -249,10 +250,8 @@ class Blueprint:
             for name, count in zip(("q_norm.weight", "k_norm.weight"), heads, strict=True)
         ]
 
-    def sinks(self, layer: int) -> TensorSpec | None:
-        """Return the logits that join the sums of the heads' softmax, if the model has them."""
-        if not self.config.attention_sinks:
-            return None
+    def sinks(self, layer: int) -> TensorSpec:
+        """Return the logits of a layer's heads that join the sums of their softmax."""
         name = f"{layer_prefix(layer)}self_attn.sinks"
         return TensorSpec(name, self.quantization.dtype, (self.config.num_attention_heads,))
 
@@ -284,8 +283,8 @@ class Blueprint:
             yield from self.qkv(layer).tensors
             yield from self.o(layer).tensors
             yield from self.qk_norms(layer)
-            if sinks := self.sinks(layer):
-                yield sinks
+            if self.config.attention_sinks:
+                yield self.sinks(layer)
             yield self.gate(layer)
             if self.config.moe_bias:
                 yield self.gate_bias(layer)
