@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.calibrator import Calibrator, ExpertInputs, InputsWriter, inputs_size
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.matrix.quant_type import Inputs
 from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
 
 TOKENS, WINDOW = 200, 10
@@ -126,6 +128,48 @@ def test_a_few_windows_harm_no_expert(
     others = torch.randn(1000, config.hidden_size)
     for key, (w13, _) in exact.items():
         assert error(calibrated[key][0], w13, others) < 1.02 * error(plain[key][0], w13, others)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("model_type", ["mixtral", "granitemoe", "gpt_oss"])
+def test_w2_learns_from_what_the_checkpoint_would_give_it(
+    model_type: str,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = make_checkpoint(model_type=model_type)
+    opened = DirectoryCheckpoint(checkpoint, Source("test"))
+    config = opened.index.config
+    with InputsWriter(tmp_path / "inputs") as writer:
+        for layer in range(config.num_hidden_layers):
+            writer.add(layer, torch.randn(50, config.hidden_size), torch.zeros(50, 2))
+    learnt: dict[str, torch.Tensor] = {}
+    encoded = ModelPart.encoded
+
+    def noting(part: ModelPart, weight: torch.Tensor, inputs: Inputs, *rest: Any) -> Any:
+        assert part.linear is not None
+        learnt[part.linear.name] = inputs.fit.float()
+        return encoded(part, weight, inputs, *rest)
+
+    monkeypatch.setattr(ModelPart, "encoded", noting)
+    blueprint = make_blueprint(opened.index, QuantizeOptions())
+    with CheckpointReader(opened) as reader:
+        calibrator = Calibrator(ExpertInputs(tmp_path / "inputs", config), opened, reader, WINDOW)
+        for part in model_parts(blueprint):
+            if part.expert == (1, 2):
+                calibrator.make(part)
+    layer = AutoModelForCausalLM.from_pretrained(checkpoint).model.layers[1]
+    experts = (layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe).experts
+    if model_type == "gpt_oss":
+        gate_up = learnt["w13"] @ experts.gate_up_proj[2] + experts.gate_up_proj_bias[2]
+        expected = experts._apply_gate(gate_up)
+    else:
+        gate, up = (learnt["w13"] @ experts.gate_up_proj[2].T).chunk(2, dim=-1)
+        expected = functional.silu(gate) * up
+    assert (learnt["w2"] - expected).norm() < 0.01 * expected.norm()  # in bf16
 
 
 def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(
