@@ -145,6 +145,11 @@ class ModelConfig:
         return self.rope_parameters
 
     @property
+    def head_is_embedding(self) -> bool:
+        """Return whether the head is the embedding, and not one times another factor."""
+        return self.tie_word_embeddings and self.embedding_multiplier * self.logits_scaling == 1
+
+    @property
     def ropes(self) -> tuple[RopeParameters, ...]:
         """Return the different rotary embeddings of the layers."""
         both = (self.rope_parameters, self.sliding_rope_parameters)
@@ -171,11 +176,6 @@ class ModelConfig:
         ropes = (rope for rope in self.ropes if rope.follows_length)
         originals = (rope.original_max_position_embeddings for rope in ropes)
         return min(DEFAULT_TOKENS, self.largest_context, *originals)
-
-    @property
-    def head_is_embedding(self) -> bool:
-        """Return whether the head is the embedding, and not one times another factor."""
-        return self.tie_word_embeddings and self.embedding_multiplier * self.logits_scaling == 1
 
     def _is_sliding(self, layer: int) -> bool:
         return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"

@@ -52,9 +52,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES.items(), ids=CASES.keys())
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
-    model_type, changes = request.param[1]
+    model_type, changes = request.param
     return make_checkpoint(
         **{"model_type": model_type, "max_position_embeddings": 256, "num_key_value_heads": 2}
         | changes

@@ -33,7 +33,7 @@ from mixchat.weights.matrix.linear import (
     Scales,
     as_packed,
 )
-from mixchat.weights.matrix.quant_type import BLOCKSIZE, Linear, QuantType
+from mixchat.weights.matrix.quant_type import Linear, QuantType
 
 SHARED_FILE = "shared.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -64,7 +64,8 @@ class Quantization:
 
     def description(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
-        return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
+        blocksize = TYPES[self.quant_type].blocksize
+        return {**asdict(self), "blocksize": blocksize, "dtype": dtype}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Quantization:

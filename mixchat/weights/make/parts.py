@@ -16,8 +16,8 @@ from mixchat.weights.families.family import Slice
 from mixchat.weights.families.read_config import slices
 from mixchat.weights.families.tensors import expert_prefix
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, experts_file, layer_prefix
-from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.nf4 import Quantized4bit
 from mixchat.weights.matrix.quant_type import Inputs
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read
 
@@ -58,7 +58,7 @@ class ModelPart:
             return [self.dense(index, read)]
         bias = self.read_bias(index, read)
         if {index.quant_type(matrix) for matrix in self.matrices} == {linear.quant_type}:
-            matrices = [_read_4bit(source, index, read) for source in self.sources]
+            matrices = [*_read_4bit(self.sources, index, read)]
             return self._padded(linear.stack_quantized(matrices, bias))
         return self.encoded(self.dense(index, read), bias=bias)
 
@@ -147,6 +147,14 @@ def _read(sources: Sequence[Slice], index: CheckpointIndex, read: Read) -> Itera
         yield from (_cut(matrix, source) for source in shared)
 
 
+def _read_4bit(
+    sources: Sequence[Slice], index: CheckpointIndex, read: Read
+) -> Iterator[Quantized4bit]:
+    for name, shared in itertools.groupby(sources, lambda source: source.name):
+        matrix = index.read_4bit(name, read)
+        yield from (_cut_4bit(matrix, source) for source in shared)
+
+
 def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
     if source.transposed:
         matrix = matrix.T
@@ -155,8 +163,7 @@ def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
     return matrix if source.factor == 1 else matrix.float() * source.factor
 
 
-def _read_4bit(source: Slice, index: CheckpointIndex, read: Read) -> Quantized4bit:
-    assert source.rows is None
-    assert not source.transposed
-    matrix = index.read_4bit(source.name, read)
-    return replace(matrix, absmax=matrix.absmax * source.factor)
+def _cut_4bit(matrix: Quantized4bit, source: Slice) -> Quantized4bit:
+    """Return a slice of a matrix that is turned already."""
+    cut = matrix if source.rows is None else matrix.cut(source.rows)
+    return cut if source.factor == 1 else replace(cut, absmax=cut.absmax * source.factor)
