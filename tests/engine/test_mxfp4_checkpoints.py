@@ -26,6 +26,7 @@ from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprin
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.quant_type import Linear
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint_index import expected_index
 
 FILE = "model.safetensors"
 STACK = "model.layers.1.mlp.experts."
@@ -54,12 +55,7 @@ def published(
     make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
     """A tiny gpt-oss whose codes and scales lie in different shards. Do not write into it."""
-    checkpoint = make_checkpoint(
-        model_type="gpt_oss",
-        std=0.1,
-        **SHAPE,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )
+    checkpoint = make_checkpoint(model_type="gpt_oss", std=0.1, **SHAPE)
     stored, meant = {}, {}
     for name, weight in load_file(checkpoint / FILE).items():
         meant[name] = stored[name] = weight.to(torch.bfloat16)
@@ -175,6 +171,16 @@ def test_nothing_but_experts_is_in_mxfp4(
     made = make_blueprint(DirectoryCheckpoint(published.quantized, Source("x")).index, options)
     stored = made.quantization
     assert (stored.quant_type, stored.attention, stored.head) == kinds
+
+
+def test_its_tensors_are_foreseen_without_reading_it(published: Published) -> None:
+    index = DirectoryCheckpoint(published.quantized, Source("x")).index
+    foreseen = expected_index(index.config, "x", mxfp4=True)
+    found, expected = (
+        {spec for shard in some.shards for spec in some.header(shard).specs}
+        for some in (index, foreseen)
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize("kind", ["nf3", "none"])
