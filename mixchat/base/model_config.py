@@ -198,6 +198,12 @@ class ModelConfig:
             rope.check(self.head_dim)
         if self.hidden_size % 2:
             raise CheckpointError(f"config.json: hidden_size {self.hidden_size} is odd")
+        if self.moe_bias and self.hidden_size * self.intermediate_size % 128:
+            # Else the biases, fp32, would not lie at multiples of their size.
+            raise CheckpointError(
+                f"config.json: experts with biases need a hidden_size ({self.hidden_size}) times "
+                f"intermediate_size ({self.intermediate_size}) that is a multiple of 128"
+            )
         if self.num_experts_per_tok > self.num_local_experts:
             raise CheckpointError(
                 f"config.json: {self.num_experts_per_tok} experts per token of only "
