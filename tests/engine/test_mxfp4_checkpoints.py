@@ -22,6 +22,8 @@ from mixchat.weights.care.repair import repair, verify
 from mixchat.weights.format.blueprint import experts_file
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.build import Build
+from mixchat.weights.make.download_plan import estimate_time, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.quant_type import Linear
@@ -171,6 +173,14 @@ def test_nothing_but_experts_is_in_mxfp4(
     made = make_blueprint(DirectoryCheckpoint(published.quantized, Source("x")).index, options)
     stored = made.quantization
     assert (stored.quant_type, stored.attention, stored.head) == kinds
+
+
+def test_the_time_to_take_it_over_is_estimated(published: Published, tmp_path: Path) -> None:
+    """Experts with a bias ended the estimate with an AssertionError."""
+    checkpoint = DirectoryCheckpoint(published.quantized, Source("x"))
+    blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
+    build = Build(checkpoint, tmp_path / "model", blueprint)
+    assert estimate_time(make_plan(build), build, keep=False).seconds
 
 
 def test_its_tensors_are_foreseen_without_reading_it(published: Published) -> None:
