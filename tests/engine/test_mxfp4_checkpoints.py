@@ -16,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.options import DenseBits
 from mixchat.base.progress import NoProgress
+from mixchat.base.safetensors import split_part
 from mixchat.loading.loader import load_engine
 from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.care.repair import repair, verify
@@ -129,6 +130,23 @@ def test_each_code_is_taken_over(published: Published, install: Install, layout:
         assert torch.equal(down_bias[0], meant[f"{STACK}down_proj_bias"][expert])
 
 
+def test_a_stack_is_read_as_the_numbers_that_its_codes_stand_for(published: Published) -> None:
+    checkpoint = DirectoryCheckpoint(published.quantized, Source("x"))
+    stored = {
+        name: tensor
+        for path in published.quantized.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        whole, part = split_part(name)
+        return stored[whole][part]
+
+    for name in (f"{STACK}gate_up_proj", f"{STACK}down_proj"):
+        found = checkpoint.index.read_dense(f"{name}[2]", read)
+        assert torch.equal(found.float(), load_file(published.meant / FILE)[name][2])
+
+
 def test_nothing_is_rounded_a_second_time(
     published: Published, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +251,11 @@ def as_int8(tensors: Tensors) -> None:
     tensors[name] = tensors[name].to(torch.int8)
 
 
+def with_a_norm(tensors: Tensors) -> None:
+    tensors["model.norm.weight_blocks"] = tensors.pop("model.norm.weight").to(torch.uint8)
+    tensors["model.norm.weight_scales"] = tensors["model.norm.weight_blocks"].clone()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -244,6 +267,7 @@ def as_int8(tensors: Tensors) -> None:
         ),
         (cut_short, r"down_proj_blocks has the shape \[3, 64, 2, 16\]"),
         (as_int8, "gate_up_proj_scales is torch.int8"),
+        (with_a_norm, "norm.weight: in MXFP4, but no stack of matrices"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_its_headers(
