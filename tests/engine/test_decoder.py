@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "one kv head": ({"num_key_value_heads": 1}, {}, None),
     "top 3": ({"num_experts_per_tok": 3}, {}, None),
     "top 1": ({"num_experts_per_tok": 1}, {}, None),
+    "top 10 of 128": ({"num_local_experts": 128, "num_experts_per_tok": 10}, {}, None),
 }
 PROMPT, TOKENS = list(range(3, 33)), 60
 FREE = SamplingOptions(temperature=1.0, seed=5)
