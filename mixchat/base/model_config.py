@@ -99,6 +99,9 @@ class ModelConfig:
     attention_sinks: one logit a head in the sum of the softmax.
     swiglu_limit: experts compute (up + 1) * gate * sigmoid(swiglu_alpha * gate), with gate and up
     clamped, and otherwise silu(gate) * up.
+    embedding_multiplier, attention_multiplier (of scores, None for 1 / sqrt(head_dim)),
+    residual_multiplier, logits_scaling: in the weights of an installed model, so that only
+    `weights/` asks for them.
     """
 
     model_type: str
@@ -127,6 +130,10 @@ class ModelConfig:
     moe_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     def window(self, layer: int) -> int | None:
         """Return how many of the last tokens a layer attends to, or None for all."""
@@ -136,6 +143,11 @@ class ModelConfig:
         if self._is_sliding(layer) and self.sliding_rope_parameters is not None:
             return self.sliding_rope_parameters
         return self.rope_parameters
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Return whether the head is the embedding, and not one times another factor."""
+        return self.tie_word_embeddings and self.embedding_multiplier * self.logits_scaling == 1
 
     @property
     def ropes(self) -> tuple[RopeParameters, ...]:
@@ -186,6 +198,12 @@ class ModelConfig:
             rope.check(self.head_dim)
         if self.hidden_size % 2:
             raise CheckpointError(f"config.json: hidden_size {self.hidden_size} is odd")
+        if self.moe_bias and self.hidden_size * self.intermediate_size % 128:
+            # Else the biases, fp32, would not lie at multiples of their size.
+            raise CheckpointError(
+                f"config.json: experts with biases need a hidden_size ({self.hidden_size}) times "
+                f"intermediate_size ({self.intermediate_size}) that is a multiple of 128"
+            )
         if self.num_experts_per_tok > self.num_local_experts:
             raise CheckpointError(
                 f"config.json: {self.num_experts_per_tok} experts per token of only "

@@ -19,6 +19,7 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone
+from mixchat.kernels.router import Router
 from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
@@ -62,11 +63,12 @@ class Block:
             for spec in (*used.norms(layer), *used.qk_norms(layer))
         )
         qkv_proj, o_proj = (tensors.linear(spec) for spec in (used.qkv(layer), used.o(layer)))
-        spec = used.sinks(layer)
-        sinks = None if spec is None else tensors.tensor(spec)
+        sinks = tensors.tensor(used.sinks(layer)) if config.attention_sinks else None
         attention = Attention(layer, config, qkv_proj, o_proj, rope, qk_norms, sinks)
-        gate = tensors.tensor(used.gate(layer))
-        moe = SparseMoE(layer, gate, config.num_experts_per_tok, runner)
+        gate = tensors.tensor(used.gate(layer)).float().contiguous()
+        bias = tensors.tensor(used.gate_bias(layer)).float() if config.moe_bias else None
+        router = Router(gate, config.num_experts_per_tok, config.norm_topk_prob, bias)
+        moe = SparseMoE(layer, router, runner)
         return cls(attention_norm, attention, moe_norm, moe)
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:

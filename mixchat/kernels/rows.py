@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import struct
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from llvmlite import ir
@@ -30,7 +31,18 @@ from mixchat.kernels.program import Signature, Step
 _DTYPES = (torch.float32, torch.bfloat16)
 _FEW = 2**16  # numbers that one thread finishes before a second one has started
 _SIGNATURE = Signature(
-    "x", "weight", "cos", "sin", "out", "tokens", "columns", "stride", "count", "eps", "limit"
+    "x",
+    "weight",
+    "cos",
+    "sin",
+    "out",
+    "tokens",
+    "columns",
+    "stride",
+    "count",
+    "eps",
+    "limit",
+    "alpha",
 )
 
 
@@ -96,21 +108,39 @@ def rotate_step(x: torch.Tensor, out: torch.Tensor) -> Step:
     return _step("rotate", x, out, columns=x.shape[2], count=x.shape[1], stride=x.stride(0))
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [T, D] for gate and up, [T, 2 * D]."""
-    columns = gate_up.shape[-1] // 2
-    if not can_compute(gate_up.dtype, columns, gate_up.device.type):
-        gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate) * up
-    gate_up = gate_up.contiguous()
-    out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
-    swiglu_step(gate_up, out).run()
-    return out
+@dataclass(frozen=True)
+class Swiglu:
+    """The product of gate and up, after silu(x) = x * sigmoid(x) of the gate.
 
+    With a limit it is (up + 1) * gate * sigmoid(alpha * gate). Up is clamped to the limit on both
+    sides, and gate above.
+    """
 
-def swiglu_step(gate_up: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return `swiglu` as a step, for contiguous tensors."""
-    return _step("swiglu", gate_up, out, columns=out.shape[-1])
+    limit: float | None = None
+    alpha: float = 1.702
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return the product [T, D] for gate and up, [T, 2 * D]."""
+        columns = gate_up.shape[-1] // 2
+        if not can_compute(gate_up.dtype, columns, gate_up.device.type):
+            return self._by_torch(*gate_up.chunk(2, dim=-1))
+        gate_up = gate_up.contiguous()
+        out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
+        self.step(gate_up, out).run()
+        return out
+
+    def _by_torch(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.limit is None:
+            return functional.silu(gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+    def step(self, gate_up: torch.Tensor, out: torch.Tensor) -> Step:
+        """Return `__call__` as a step, for contiguous tensors."""
+        if self.limit is None:
+            return _step("swiglu", gate_up, out, columns=out.shape[-1])
+        given = {"limit": _bits(self.limit), "alpha": _bits(self.alpha)}
+        return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **given)
 
 
 def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -135,8 +165,9 @@ def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
 
 
 def _bits(number: float) -> int:
-    """Return an argument that is a float."""
-    return int(struct.unpack("i", struct.pack("f", number))[0])
+    """Return the bits of a number in fp32."""
+    bits: int = struct.unpack("i", struct.pack("f", number))[0]
+    return bits
 
 
 def _step(
@@ -152,7 +183,7 @@ def _step(
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
     assert instructions is not None
     module = ir.Module("rows")
-    for kind in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _WeightedSum, _Add):
+    for kind in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _LimitedSwiglu, _WeightedSum, _Add):
         kind(module, LANES[instructions], bf16).write()
     return compile_module(module, instructions)
 
@@ -220,9 +251,9 @@ class _Clamp(_Rows):
         limit = self.given.load("limit", f32).broadcast(self.lanes)
         with self.function.loop(0, self.columns, self.lanes) as (column, _):
             place = token * self.columns + column
-            number = self.load(self.x, place)  # NaN stays NaN
-            number = number.compare(">", limit).choose(limit, number)
-            self.store(number.compare("<", -limit).choose(-limit, number), place)
+            # In this order, NaN stays NaN.
+            number = self.function.minimum(limit, self.load(self.x, place))
+            self.store(self.function.maximum(-limit, number), place)
 
 
 class _Rotate(_Rows):
@@ -253,7 +284,10 @@ class _Swiglu(_Rows):
             place = token * columns + column
             gate = self.load(self.x, place + token * columns)
             up = self.load(self.x, place + (token + 1) * columns)
-            self.store(gate * self._sigmoid(gate) * up, place)
+            self.store(self.product(gate, up), place)
+
+    def product(self, gate: Value, up: Value) -> Value:
+        return gate * self._sigmoid(gate) * up
 
     def _sigmoid(self, x: Value) -> Value:
         """Return 1 / (1 + e^-x), by powers of e that are at most 1."""
@@ -261,6 +295,20 @@ class _Swiglu(_Rows):
         power = exponential(self.function, is_positive.choose(-x, x))
         one = self.function.constant(x.type, 1.0)
         return is_positive.choose(one, power) / (power + 1.0)
+
+
+class _LimitedSwiglu(_Swiglu):
+    name = "limited_swiglu"
+
+    def product(self, gate: Value, up: Value) -> Value:
+        function = self.function
+        limit, alpha = (
+            self.given.load(name, f32).broadcast(self.lanes) for name in ("limit", "alpha")
+        )
+        # In this order, NaN stays NaN.
+        gate = function.minimum(limit, gate)
+        up = function.maximum(-limit, function.minimum(limit, up))
+        return gate * self._sigmoid(gate * alpha) * (up + 1.0)
 
 
 class _WeightedSum(_Rows):

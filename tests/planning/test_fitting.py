@@ -12,7 +12,7 @@ from mixchat.experts.placement import Demand
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 
 MODEL = read_config(MIXTRAL)
 

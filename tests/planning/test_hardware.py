@@ -11,7 +11,7 @@ from mixchat.planning.hardware import GPU_BUS, Machine, OtherGPU, ToldMachine
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device(gpu.KIND, 0)

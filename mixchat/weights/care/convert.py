@@ -60,7 +60,10 @@ def find_target(
     if not any(bits) and not calibrated:
         layout = layout or best_layout()
     if calibrated and now.scales == "given":
-        raise UsageError(f"the checkpoint of {directory.name!r} is in 4 bits: it has no other form")
+        raise UsageError(
+            f"the experts of {directory.name!r} stay as they are: their checkpoint has them in "
+            f"4 bits ({now.quant_type}), and no other form to round anew"
+        )
     return replace(
         now,
         layout=layout or now.layout,

@@ -41,7 +41,7 @@ def shape_of(raw: dict[str, Any], *, rope_theta: float, rms_norm_eps: float) -> 
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported")
     heads = positive_int(raw, "num_attention_heads")
-    values = _given(raw)
+    values = with_defaults(raw)
     values.setdefault("num_key_value_heads", heads)
     values.setdefault("head_dim", positive_int(raw, "hidden_size") // heads)
     return {
@@ -52,6 +52,33 @@ def shape_of(raw: dict[str, Any], *, rope_theta: float, rms_norm_eps: float) -> 
         "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
         "eos_token_ids": _eos_token_ids(raw),
     }
+
+
+def with_defaults(raw: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return the keys that are not null, with the family's defaults for others."""
+    return defaults | {key: value for key, value in raw.items() if value is not None}
+
+
+def of_experts(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `raw` with Mixtral's keys for the count of experts and their intermediate size.
+
+    transformers 5 writes some counts as `num_local_experts`.
+    """
+    keys = with_defaults(raw, num_local_experts=raw.get("num_experts"))
+    return with_defaults({"intermediate_size": raw.get("moe_intermediate_size")}, **keys)
+
+
+def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `ModelConfig`'s arguments for the windows of the layers in `layer_types`."""
+    types = raw["layer_types"]
+    known = get_args(LayerType)
+    if not isinstance(types, list) or not all(kind in known for kind in types):
+        raise CheckpointError(
+            f"config.json: layer_types is {types!r:.80}, not a list of {' or '.join(known)}"
+        )
+    if "sliding_attention" not in types:
+        return {}
+    return {"sliding_window": positive_int(raw, "sliding_window"), "layer_types": tuple(types)}
 
 
 def sliding_layers(raw: dict[str, Any]) -> dict[str, Any]:
@@ -73,15 +100,16 @@ def rope_parameters(raw: dict[str, Any], rope_theta: float) -> dict[str, RopePar
     """
     rope = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
     outer = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    outer = {"rope_theta": rope_theta, **_given(outer)}
+    outer = {"rope_theta": rope_theta, **with_defaults(outer)}
     context = positive_int(raw, "max_position_embeddings")
     kinds = [kind for kind in get_args(LayerType) if kind in rope]
     if not kinds:
-        original = _given({_ORIGINAL: raw.get(_ORIGINAL)})
-        return {"rope_parameters": _rope({**outer, **_given(rope), **original}, context)}
+        original = with_defaults({_ORIGINAL: raw.get(_ORIGINAL)})
+        return {"rope_parameters": _rope({**outer, **with_defaults(rope), **original}, context)}
     # transformers looks for `truncate` beside these objects, and never in them.
     beside = {"truncate": rope.get("truncate", True)}
-    ropes = [_rope({**outer, **_given(_object(rope, kind)), **beside}, context) for kind in kinds]
+    each = (with_defaults(_object(rope, kind)) for kind in kinds)
+    ropes = [_rope({**outer, **values, **beside}, context) for values in each]
     return dict(zip(("rope_parameters", "sliding_rope_parameters"), ropes, strict=False))
 
 
@@ -146,11 +174,6 @@ def flag(values: dict[str, Any], key: str, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json: {key} is {value!r}, not true or false")
     return value
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that are not null."""
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:

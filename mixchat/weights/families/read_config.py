@@ -11,9 +11,16 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.family import Family, Slice
+from mixchat.weights.families.gpt_oss import GPT_OSS
+from mixchat.weights.families.granitemoe import GRANITEMOE
+from mixchat.weights.families.mellum import MELLUM
 from mixchat.weights.families.mixtral import MIXTRAL
+from mixchat.weights.families.olmoe import OLMOE
+from mixchat.weights.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MIXTRAL,)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS)
+}
 
 
 def read_config(raw: dict[str, Any]) -> ModelConfig:

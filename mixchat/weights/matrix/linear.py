@@ -23,12 +23,11 @@ from mixchat.kernels.quantized_matmul import (
     quantized_matmul_steps,
 )
 from mixchat.kernels.units import MANY
-from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.int8 import INT8
+from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf3 import NF3
-from mixchat.weights.matrix.nf4 import FP4, NF4, round_absmax
+from mixchat.weights.matrix.nf4 import FP4, NF4, Quantized4bit
 from mixchat.weights.matrix.quant_type import (
-    BLOCKSIZE,
     DENSE,
     BlockCodes,
     Inputs,
@@ -41,6 +40,7 @@ TYPES: dict[QuantType, QuantizationType] = {
     "nf3": NF3,
     "nf4": NF4,
     "fp4": FP4,
+    "mxfp4": MXFP4,
     "int8": INT8,
     "none": DENSE,
 }
@@ -49,8 +49,11 @@ Scales = Literal["absmax", "search", "calibrated", "given"]
 
 
 def type_of_bits(bits: int, preferred: QuantType = "nf4") -> QuantType:
-    """Return the type with weights of so many bits, `preferred` if it has as many."""
-    if TYPES[preferred].bits == bits:
+    """Return the type with weights of so many bits, `preferred` if it has as many.
+
+    It is never one that is only for experts.
+    """
+    if TYPES[preferred].bits == bits and TYPES[preferred].for_dense_parts:
         return preferred
     return next(name for name, kind in TYPES.items() if kind.bits == bits)
 
@@ -167,21 +170,23 @@ class LinearSpec:
     ) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other.
 
-        absmax is rounded to bf16. Raises `CheckpointError` if one has another type, or ends within
-        a block and is not the last.
+        absmax is rounded to the type's own. Raises `CheckpointError` if one has another type, or
+        ends within a block and is not the last.
         """
+        kind = self._codes
         assert sum(matrix.rows for matrix in matrices) == self.rows
         assert all(matrix.columns == self.columns for matrix in matrices)
         for matrix in matrices:
-            if matrix.quant_type != self.quant_type:
+            if matrix.kind is not kind:
                 raise CheckpointError(
-                    f"{self.name}: a part of it is {matrix.quant_type}, not {self.quant_type}"
+                    f"{self.name}: a part of it is {matrix.kind.name}, not {self.quant_type}"
                 )
-        if any(matrix.rows * matrix.columns % BLOCKSIZE for matrix in matrices[:-1]):
+        if any(matrix.rows * matrix.columns % kind.blocksize for matrix in matrices[:-1]):
             raise CheckpointError(
-                f"{self.name}: a part of it does not end with a whole block of 64 weights"
+                f"{self.name}: a part of it does not end with a whole block of {kind.blocksize} "
+                "weights"
             )
-        absmax = round_absmax(torch.cat([matrix.absmax for matrix in matrices]))
+        absmax = torch.cat([matrix.absmax for matrix in matrices]).to(kind.scale_dtype)
         return self._arranged([absmax, torch.cat([matrix.codes for matrix in matrices])], bias)
 
     def _arranged(

@@ -18,10 +18,11 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, TensorSpec, split_part
 from mixchat.weights.families.family import Slice
 from mixchat.weights.families.read_config import slices
-from mixchat.weights.format.blueprint import EMBEDDING, expert_prefix
-from mixchat.weights.matrix import bnb_format
-from mixchat.weights.matrix.bnb_format import Quantized4bit
-from mixchat.weights.matrix.nf4 import FourBit
+from mixchat.weights.families.tensors import expert_prefix
+from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
+from mixchat.weights.matrix import bnb_format, mxfp4_format
+from mixchat.weights.matrix.nf4 import Quantized4bit
+from mixchat.weights.matrix.quant_type import QuantType
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,8 +40,8 @@ COMPANION_FILES = (
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# Buffers that old versions of transformers saved with the weights.
-_IGNORED = re.compile(r".*rotary_emb\.inv_freq")
+# Buffers that old versions of transformers saved with the weights, and what predicts more tokens.
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq|mtp\..*")
 
 Read = Callable[[str], torch.Tensor]
 
@@ -90,17 +91,22 @@ class CheckpointIndex:
         return slices(self.config)[tensor]
 
     def components(self, matrix: str) -> tuple[str, ...]:
-        """Return the tensors of a matrix, several if bitsandbytes quantized it."""
+        """Return the tensors of a matrix, several if it is quantized."""
+        if mxfp4_format.is_quantized(matrix, self._weight_map):
+            return mxfp4_format.component_names(matrix)
         return bnb_format.component_names(matrix, self._weight_map)
 
-    def quant_type(self, matrix: str) -> FourBit | None:
-        """Return the type to which bitsandbytes quantized a matrix, or None."""
+    def quant_type(self, matrix: str) -> QuantType | None:
+        """Return the type to which a matrix is quantized, or None."""
+        if mxfp4_format.is_quantized(matrix, self._weight_map):
+            return "mxfp4"
         return bnb_format.quant_type(matrix, self._weight_map)
 
     @property
-    def experts_quant_type(self) -> FourBit | None:
-        """Return the type to which bitsandbytes quantized the experts, or None."""
-        return self.quant_type(self.slices(f"{expert_prefix(0, 0)}w13.weight")[0].name)
+    def experts_quant_type(self) -> QuantType | None:
+        """Return the type to which the experts are quantized, or None."""
+        first = f"{expert_prefix(layer_prefix(0), 0)}w13.weight"
+        return self.quant_type(self.slices(first)[0].name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,6 +125,8 @@ class CheckpointIndex:
             tensor = read(matrix)
         else:
             tensor = self.read_4bit(matrix, read).dense(torch.bfloat16)
+            if self.quant_type(matrix) == "mxfp4":
+                tensor = tensor.T  # as the tensor would be in 16 bits
         least, most = tensor.aminmax()  # NaN wins; isfinite() would need a second tensor
         if not (torch.isfinite(least) and torch.isfinite(most)):
             kind = "NaN" if torch.isnan(least) else "infinity"
@@ -126,7 +134,9 @@ class CheckpointIndex:
         return tensor.view(self._shape(matrix))
 
     def read_4bit(self, matrix: str, read: Read) -> Quantized4bit:
-        """Read a matrix that bitsandbytes quantized. Raises `CheckpointError`."""
+        """Read a quantized matrix. Raises `CheckpointError`."""
+        if mxfp4_format.is_quantized(matrix, self._weight_map):
+            return mxfp4_format.read_matrix(matrix, read)
         rows, columns = self._shape(matrix)
         return bnb_format.read_matrix(matrix, read, self._weight_map, rows=rows, columns=columns)
 
@@ -146,8 +156,13 @@ class CheckpointIndex:
             for component in self.components(name):
                 if component not in self._weight_map:
                     raise CheckpointError(f"{self.where}: the tensor {component} is missing")
-            if self.quant_type(name) is None:
-                self._check_dense(name, shape)
+            if mxfp4_format.is_quantized(name, self._weight_map):
+                for spec in mxfp4_format.component_specs(name, shape):
+                    self._check_shape(spec.name, spec.shape)
+                    self._check_type(spec.name, (spec.dtype,), "MXFP4 has bytes")
+            elif self.quant_type(name) is None:
+                self._check_shape(name, shape)
+                self._check_type(name, _FLOATS, "only bf16, fp16 and fp32 weights can be quantized")
             elif len(shape) != 2:
                 raise CheckpointError(f"{self._place(name)}: {name} is quantized, but no matrix")
             known.update(self.components(name))
@@ -162,18 +177,18 @@ class CheckpointIndex:
         tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
         return tied_head or bool(_IGNORED.fullmatch(name))
 
-    def _check_dense(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         spec = self._spec(name)
         if spec.shape != shape:
             raise CheckpointError(
                 f"{self._place(name)}: {name} has the shape {list(spec.shape)}, "
                 f"config.json asks for {list(shape)}"
             )
-        if spec.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{self._place(name)}: {name} is {spec.dtype}: "
-                "only bf16, fp16 and fp32 weights can be quantized"
-            )
+
+    def _check_type(self, name: str, allowed: Collection[torch.dtype], reason: str) -> None:
+        dtype = self._spec(name).dtype
+        if dtype not in allowed:
+            raise CheckpointError(f"{self._place(name)}: {name} is {dtype}: {reason}")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
