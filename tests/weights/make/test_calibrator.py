@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
@@ -216,3 +217,26 @@ def test_damaged_inputs_are_an_error(tmp_path: Path, config: ModelConfig) -> Non
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="the inputs of layer 0 are damaged"):
         ExpertInputs(tmp_path / "inputs", config).of(0, 0)
+
+
+def test_the_inputs_of_w2_have_the_bias_and_the_limits_of_the_model(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(model_type="gpt_oss", std=1.0)  # beyond the limits, too
+    opened = DirectoryCheckpoint(checkpoint, Source("test"))
+    with InputsWriter(tmp_path / "inputs") as writer:
+        writer.add(0, torch.randn(TOKENS, 64), torch.rand(TOKENS, 4).argsort(-1)[:, :2])
+    inputs = ExpertInputs(tmp_path / "inputs", opened.index.config)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint).model.layers[0].mlp.experts
+    w13 = [
+        part
+        for part in model_parts(make_blueprint(opened.index, QuantizeOptions()))
+        if part.expert is not None
+    ][2]
+    assert w13.expert == (0, 1)
+    with CheckpointReader(opened) as reader, torch.inference_mode():
+        calibrator = Calibrator(inputs, opened, reader, WINDOW)
+        calibrator.make(w13)
+        for x, found in zip(calibrator._rows(0, 1), calibrator._w2_inputs, strict=True):
+            gate_up = x.float() @ theirs.gate_up_proj[1].float() + theirs.gate_up_proj_bias[1]
+            expected = theirs._apply_gate(gate_up)
+            assert expected.abs().max() > 7
+            assert (found - expected).norm() < 0.01 * expected.norm()  # rounded to bf16
