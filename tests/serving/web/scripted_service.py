@@ -77,8 +77,9 @@ class LineTemplate:
 
     stop_ids = frozenset({STOP})
     continues_prompt = False
+    thinking = None
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], variables: Any = None) -> list[int]:
         require_question(messages)
         return [ord(c) for m in messages for c in f"{m.role}: {m.content}\n"]
 
