@@ -36,7 +36,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class ThinkingDelta:
-    """The next piece of the thinking before an answer, and its tokens so far."""
+    """The next piece of the thinking before an answer, which may be empty, and its tokens so far."""
 
     text: str
     tokens: int
@@ -234,9 +234,11 @@ class ChatSession:
         yield Finished(reason, self.stats, turn.sampling.seed, is_thinking)
 
     def _deltas(self, reply: Reply) -> Iterator[ThinkingDelta | TextDelta]:
+        is_thinking = False
         for tokens, new in enumerate(reply.texts(), 1):
             self._has_token = True
-            if new.thinking:
+            is_thinking = new.thinking != "" or (is_thinking and not new.text)
+            if is_thinking:
                 yield ThinkingDelta(new.thinking, tokens)
             if new.text:
                 yield TextDelta(new.text)

@@ -172,11 +172,10 @@ class _TagParser(ThinkingParser):
         return AnswerText(answer, thinking)
 
     def flush(self) -> AnswerText:
-        rest = self._take(len(self._held))
-        if self._state == "before":
-            self._state, self.start = "answer", 0
-            return AnswerText(rest)
-        return AnswerText(thinking=rest.rstrip())
+        if self._state != "before":
+            return AnswerText()  # white space, or the beginning of the closing tag
+        self._state, self.start = "answer", 0
+        return AnswerText(self._take(len(self._held)))
 
     def _open(self) -> None:
         begins = self._held.lstrip()

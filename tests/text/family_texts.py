@@ -52,9 +52,7 @@ QWEN3_HYBRID = (
     {%- endif %}
 {%- endif %}"""
 )
-QWEN3_THINKING = (
-    _QWEN3_START + _WITHOUT_THINKING + _QWEN3_END + "{{- '<think>\\n' }}\n{%- endif %}"
-)
+QWEN3_THINKING = _QWEN3_START + _WITHOUT_THINKING + _QWEN3_END + "{{- '<think>\\n' }}\n{%- endif %}"
 OLMOE = """\
 {{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}\
 {{ '<|system|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'user' %}\

@@ -199,7 +199,7 @@ class ThinkingStream(MarkdownStream):
         return [], _Rest([self._rest.text[-size.height * size.width :]])  # all that fits
 
     def _tail_rows(self, rest: _Rest) -> list[str]:
-        return self._rendered([Text(rest.text, "dim")])
+        return self._rendered([Text(rest.text.rstrip("\n"), "dim")])
 
     def _last_rows(self) -> list[str]:
         return [_faint(self._note()), ""]
