@@ -36,7 +36,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class ThinkingDelta:
-    """The next piece of the thinking before an answer, which may be empty, and its tokens so far."""
+    """The next piece of thinking before an answer, which may be empty, and its tokens so far."""
 
     text: str
     tokens: int
@@ -237,9 +237,9 @@ class ChatSession:
         is_thinking = False
         for tokens, new in enumerate(reply.texts(), 1):
             self._has_token = True
-            is_thinking = new.thinking != "" or (is_thinking and not new.text)
-            if is_thinking:
+            if new.thinking or (is_thinking and not new.text):
                 yield ThinkingDelta(new.thinking, tokens)
+            is_thinking = (is_thinking or new.thinking != "") and not new.text
             if new.text:
                 yield TextDelta(new.text)
             if self._interrupted:

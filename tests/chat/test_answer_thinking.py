@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from mixchat.chat.answer import Answer, AnswerLimits
 from mixchat.chat.session import Finished, TextDelta, ThinkingDelta
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
-from mixchat.text.thinking import ThinkingFormat, parser_of
+from mixchat.text.thinking import AnswerText, ThinkingFormat, parser_of
 
 TAGS = ThinkingFormat("tags", ("enable_thinking",))
 HARMONY = ThinkingFormat("harmony", ("reasoning_effort",))
@@ -163,6 +164,17 @@ def test_an_answer_without_its_thinkings_ids_is_continued_past_the_thinking(
 def test_another_final_message_is_not_taken(session_of: Any) -> None:
     session = session_of(spelled(f"{FINAL}One<|end|>{FINAL}Two"), thinking=HARMONY)
     assert listen(session.ask("Hi"))[1] == "One"
+
+
+def test_no_thinking_comes_after_text(session_of: Any) -> None:
+    """The tokens of half a character have no text."""
+    session = session_of("<think>a</think>b", thinking=TAGS)
+    texts = [AnswerText("", "a"), AnswerText("b", "c"), AnswerText(), AnswerText("d")]
+    deltas = list(session._deltas(SimpleNamespace(texts=lambda: iter(texts))))
+    assert deltas == [
+        *(ThinkingDelta("a", 1), ThinkingDelta("c", 2)),
+        *(TextDelta("b"), TextDelta("d")),
+    ]
 
 
 class Pairs(CharacterTokenizer):
