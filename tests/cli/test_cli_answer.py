@@ -133,6 +133,12 @@ def test_an_answer_cut_off_while_the_model_thinks_says_so(mixchat):
     )
 
 
+def test_thinking_without_an_answer_is_said(mixchat):
+    done = mixchat("run", "Hi", **script("<think>Hm."), THINKING="tags")
+    assert (done.returncode, done.stdout) == (0, b"\n")
+    assert done.stderr == b"note: the model thought, but ended without an answer\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "shown", "left"),
     [

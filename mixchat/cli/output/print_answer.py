@@ -53,6 +53,8 @@ def print_answer(
     else:
         finished = _pipe(session, question, note)
     _raise_if_interrupted(finished)
+    if finished.reason == "stop" and finished.is_thinking:
+        note("the model thought, but ended without an answer")
     if finished.reason == "context" and session.context is not None:
         size = session.context.tokens
         place = " while the model was thinking" if finished.is_thinking else ""
