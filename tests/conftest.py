@@ -1,4 +1,4 @@
-"""Tiny models: random Mixtrals as transformers writes them, and the models installed from them."""
+"""Tiny random models as transformers writes them, and the models installed from them."""
 
 from __future__ import annotations
 
@@ -37,27 +37,66 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# What makes a family's tiny model of `TINY`, with all that the family has.
+TINY_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen3_moe": {"moe_intermediate_size": 96, "norm_topk_prob": True},
+    "mellum": {
+        "moe_intermediate_size": 96,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 9,
+    },
+    "olmoe": {"clip_qkv": 1.5},
+    "granitemoe": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+    },
+    "gpt_oss": {
+        "sliding_window": 9,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1.5e5,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Write a random Mixtral with `TINY`'s config, changed as asked, and return its directory.
+    """Write a random model with `TINY`'s config, changed as asked, and return its directory.
 
     Its weights are in fp32, or in the type that `stored_as` names ("float16").
     """
 
     def make(
-        *, seed: int = 0, std: float = 0.2, stored_as: str = "float32", **changes: Any
+        *,
+        model_type: str = "mixtral",
+        seed: int = 0,
+        std: float = 0.2,
+        stored_as: str = "float32",
+        **changes: Any,
     ) -> Path:
-        from transformers import MixtralConfig, MixtralForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         torch.manual_seed(seed)
         # A large spread makes the router's choices and the attention sharp, so that mistakes show.
-        config = MixtralConfig(**{**TINY, "initializer_range": std, **changes})
+        values = {**TINY, **TINY_FAMILIES[model_type], "initializer_range": std, **changes}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+        if model_type != "mixtral":  # transformers begins with norms of ones and biases of zeros
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 or name.endswith("bias"):
+                    parameter.data += std * torch.randn_like(parameter)
         directory = tmp_path_factory.mktemp("checkpoint")
-        MixtralForCausalLM(config).to(getattr(torch, stored_as)).save_pretrained(directory)
+        model.to(getattr(torch, stored_as)).save_pretrained(directory)
         return directory
 
     return make
@@ -112,3 +151,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     no_wait = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr(_http, "time", no_wait)
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `bench` find 1 GB/s of memory, 2 GFLOP/s and 3 GB/s of the disk, without measuring."""
+    from mixchat.bench import rounds
+    from mixchat.bench.machine_limits import Limits
+
+    measured = SimpleNamespace(measure=lambda: Limits(memory=1e9, gemm=2e9))
+    monkeypatch.setattr(rounds, "LimitsMeter", lambda device: measured)
+    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)

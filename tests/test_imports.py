@@ -76,17 +76,17 @@ def room_of(module: str) -> str:
     return MODULES[module].parent.relative_to(PACKAGE).as_posix()
 
 
-def test_every_room_has_its_place_in_the_order() -> None:
+def test_every_room_has_its_place_in_the_order():
     assert {room_of(module) for module in MODULES} == {*ORDER, "."}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"mixchat.__main__"}))
-def test_a_module_imports_only_from_its_own_room_and_those_below(module: str) -> None:
+def test_a_module_imports_only_from_its_own_room_and_those_below(module):
     below = ORDER[ORDER.index(room_of(module)) :]
     assert [other for other in IMPORTS[module] if room_of(other) not in below] == []
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_no_modules_import_each_other_in_a_circle():
     try:
         TopologicalSorter(IMPORTS).prepare()
     except CycleError as error:
@@ -94,14 +94,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("top", ["chat", "text"])
-def test_chat_and_text_import_nothing_below_the_engine(top: str) -> None:
+def test_chat_and_text_import_nothing_below_the_engine(top):
     above = [module for module in MODULES if module.startswith(f"mixchat.{top}.")]
     reached = {other for module in above for other in IMPORTS[module]}
     rooms = {room_of(other).split("/")[0] for other in reached}
     assert rooms.isdisjoint(UNKNOWN_TO_CHAT_AND_TEXT)
 
 
-def test_an_import_against_the_order_or_in_a_circle_would_be_found(tmp_path: Path) -> None:
+def test_an_import_against_the_order_or_in_a_circle_would_be_found(tmp_path):
     """The tests above read the code: what they read is shown here on code that breaks the rule."""
     file = tmp_path / "wrong.py"
     file.write_text("def late():\n    from mixchat.cli import app\n    import mixchat.cli.run\n")

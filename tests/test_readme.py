@@ -35,7 +35,7 @@ def modules_of(room: Path) -> list[str]:
     return sorted(files + rooms)
 
 
-def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
+def test_the_table_of_exit_codes_is_that_of_the_errors():
     assert exit_codes(README) == exit_codes(errors.__doc__ or "")
     classes = [errors.MixchatError, *errors.MixchatError.__subclasses__()]
     assert {error.exit_code for error in classes} == set(range(1, 10))
@@ -43,7 +43,7 @@ def test_the_table_of_exit_codes_is_that_of_the_errors() -> None:
 
 
 @pytest.mark.parametrize("line", command_lines())
-def test_a_command_in_readme_is_valid(line: str) -> None:
+def test_a_command_in_readme_is_valid(line):
     """Its name, flags and arguments are parsed as on the command line; nothing is run."""
     name, *arguments = shlex.split(line)[1:]
     group: Any = typer.main.get_command(app)
@@ -51,33 +51,33 @@ def test_a_command_in_readme_is_valid(line: str) -> None:
     group.commands[name].make_context(name, arguments)
 
 
-@pytest.mark.parametrize("name", typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-def test_each_flag_says_in_help_what_it_does(name: str) -> None:
+@pytest.mark.parametrize("name", typer.main.get_command(app).commands)
+def test_each_flag_says_in_help_what_it_does(name):
     """`--help` is the only reference, so each flag needs a description."""
-    command: Any = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    command: Any = typer.main.get_command(app).commands[name]
     assert command.help
     assert [p.name for p in command.params if not (p.help or "").strip()] == []
 
 
-def test_readme_shows_every_room() -> None:
+def test_readme_shows_every_room():
     shown = re.findall(r"^- `(\w+)/`", README, flags=re.MULTILINE)
     assert sorted(shown) == [room.name for room in ROOMS if room.parent == PACKAGE]
 
 
 @pytest.mark.parametrize("room", [PACKAGE, *ROOMS], ids=lambda room: room.stem)
-def test_a_room_says_of_every_module_what_it_is_for(room: Path) -> None:
+def test_a_room_says_of_every_module_what_it_is_for(room):
     text = (room / "__init__.py").read_text(encoding="utf-8").split('"""')[1]
     entries = re.findall(r"^- ([\w./, ]+): \S", text, flags=re.MULTILINE)
     assert sorted(name for entry in entries for name in entry.split(", ")) == modules_of(room)
 
 
-def test_ci_runs_the_test_command_word_for_word() -> None:
+def test_ci_runs_the_test_command_word_for_word():
     command = re.findall(r"^pip install -e .*$", README, flags=re.MULTILINE)
     assert len(command) == 1
     assert command[0] in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
 
 
-def test_the_chat_s_commands_are_those_that_help_shows() -> None:
+def test_the_chat_s_commands_are_those_that_help_shows():
     from mixchat.chat.terminal.command_help import help_text
     from mixchat.chat.terminal.commands import usages
 

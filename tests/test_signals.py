@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -36,10 +35,10 @@ def press() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_is_deferred_to_the_end_of_the_outer_block() -> None:
+def test_ctrl_c_is_deferred_to_the_end_of_the_outer_block():
     done = []
 
-    def work() -> None:
+    def work():
         with interrupts.deferred():
             press()
             done.append("one")
@@ -52,7 +51,7 @@ def test_ctrl_c_is_deferred_to_the_end_of_the_outer_block() -> None:
     assert done == ["one", "two", "three"]
 
 
-def test_a_deferred_ctrl_c_is_raised_once_by_check() -> None:
+def test_a_deferred_ctrl_c_is_raised_once_by_check():
     with interrupts.deferred():
         interrupts.check()
         press()
@@ -61,10 +60,10 @@ def test_a_deferred_ctrl_c_is_raised_once_by_check() -> None:
         interrupts.check()
 
 
-def test_another_thread_neither_defers_nor_raises_signals() -> None:
+def test_another_thread_neither_defers_nor_raises_signals():
     heard: list[BaseException] = []
 
-    def other() -> None:
+    def other():
         with interrupts.deferred():
             try:
                 interrupts.check()
@@ -81,10 +80,10 @@ def test_another_thread_neither_defers_nor_raises_signals() -> None:
     assert heard == []
 
 
-def test_the_first_ctrl_c_stops_an_answer_and_the_second_one_raises() -> None:
+def test_the_first_ctrl_c_stops_an_answer_and_the_second_one_raises():
     asked: list[bool] = []
 
-    def ask() -> bool:
+    def ask():
         asked.append(True)
         return True
 
@@ -94,16 +93,14 @@ def test_the_first_ctrl_c_stops_an_answer_and_the_second_one_raises() -> None:
             press()
 
 
-def test_an_answer_that_does_not_end_soon_is_ended() -> None:
+def test_an_answer_that_does_not_end_soon_is_ended():
     with interrupts.stopping(lambda: True):
         press()
         with pytest.raises(KeyboardInterrupt):
             threading.Event().wait(30)
 
 
-def test_ctrl_c_for_an_answer_that_has_ended_does_not_end_the_next_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ctrl_c_for_an_answer_that_has_ended_does_not_end_the_next_one(monkeypatch):
     """The time limit may pass in the moment in which the answer ends."""
     first, second = (lambda: True), (lambda: True)
     with interrupts.stopping(first):
@@ -120,13 +117,13 @@ def run(code: str, *before: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_process_that_is_stuck(number: int) -> None:
+def test_a_signal_ends_a_process_that_is_stuck(number):
     """As in a native function that does not return: no code gets the exception."""
     done = run(f"with interrupts.deferred():\n    send({number:d})\n    time.sleep(50)")
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
-def test_saving_is_finished_before_the_process_ends() -> None:
+def test_saving_is_finished_before_the_process_ends():
     code = (
         "with interrupts.deferred(), interrupts.saving():\n"
         f"    send({signal.SIGTERM:d})\n"
@@ -137,7 +134,7 @@ def test_saving_is_finished_before_the_process_ends() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (143, "saved\n", "")
 
 
-def test_a_second_signal_does_not_interrupt_the_cleanup_of_the_first() -> None:
+def test_a_second_signal_does_not_interrupt_the_cleanup_of_the_first():
     code = (
         "try:\n"
         f"    send({signal.SIGHUP:d})\n"
@@ -152,7 +149,7 @@ def test_a_second_signal_does_not_interrupt_the_cleanup_of_the_first() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_whose_exception_is_swallowed_still_ends_the_process(number: int) -> None:
+def test_a_signal_whose_exception_is_swallowed_still_ends_the_process(number):
     """Exceptions in callbacks are printed and ignored: a run continued to exit code 0."""
     code = (
         "class Gone:\n"
@@ -169,13 +166,13 @@ def test_a_signal_whose_exception_is_swallowed_still_ends_the_process(number: in
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
-def test_other_swallowed_exceptions_are_printed_as_always() -> None:
+def test_other_swallowed_exceptions_are_printed_as_always():
     done = run("class Gone:\n    def __del__(self): raise ValueError('lost')\nGone()")
     assert done.returncode == 0
     assert "ValueError: lost" in done.stderr
 
 
-def test_a_process_under_nohup_continues_when_its_terminal_is_closed() -> None:
+def test_a_process_under_nohup_continues_when_its_terminal_is_closed():
     code = (
         "with interrupts.starting():\n"
         f"    send({signal.SIGHUP:d})\n"
@@ -189,9 +186,7 @@ def test_a_process_under_nohup_continues_when_its_terminal_is_closed() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_while_torch_is_imported_ends_it_at_once(
-    tmp_path: os.PathLike[str], number: int
-) -> None:
+def test_a_signal_while_torch_is_imported_ends_it_at_once(tmp_path, number):
     """An exception broke numpy ("CPU dispatcher tracer already initialized", exit code 1)."""
     package = f"{tmp_path}/torch.py"
     with open(package, "w") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ BYTES_PER_TOKEN = 128
 _USUAL = 4  # an answer may take 1/4 of the context by default
 
 _MAX_EXPERTS = 100_000  # in all layers, more than any model has
+_MAX_FACTOR = 1000  # by which a context is stretched
 
 LayerType = Literal["full_attention", "sliding_attention"]
 RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
@@ -23,25 +25,63 @@ RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 
 @dataclass(frozen=True)
 class RopeParameters:
-    """The rotary embedding of a layer, under Hugging Face's names. None is its default.
+    """The rotary embedding of a layer, under Hugging Face's names.
 
-    `original_max_position_embeddings` is the context that the model was first trained for.
+    `original_max_position_embeddings` is the context in tokens that the model was first trained
+    for, which all types but "default" have. Keys that a type does not take have their defaults.
     """
 
     rope_theta: float
     rope_type: RopeType = "default"
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
     attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+
+    @property
+    def follows_length(self) -> bool:
+        """Return whether the frequencies depend on the length of the sequence."""
+        return self.rope_type in ("dynamic", "longrope")
+
+    def stretched_for(self, context: int) -> int | None:
+        """Return the length in tokens that the frequencies are stretched for, None if for none.
+
+        All lengths are one to "longrope", which has two sets of frequencies.
+        """
+        original = self.original_max_position_embeddings
+        if not self.follows_length or context <= original:
+            return None
+        return context if self.rope_type == "dynamic" else original + 1
+
+    def check(self, head_dim: int) -> None:
+        """Raise `CheckpointError` if it cannot rotate heads of this size."""
+        for fault in self._faults(head_dim):
+            raise CheckpointError(f"config.json: rope type '{self.rope_type}' {fault}")
+
+    def _faults(self, head_dim: int) -> Iterator[str]:
+        kind, pairs = self.rope_type, head_dim // 2
+        if not 1 <= self.factor <= _MAX_FACTOR:
+            yield f"has the factor {self.factor:g}, not one from 1 to {_MAX_FACTOR}"
+        if kind == "dynamic" and head_dim == 2:
+            yield "needs a head_dim above 2"
+        if kind == "yarn" and self.rope_theta <= 1:
+            yield f"needs a rope_theta above 1, not {self.rope_theta:g}"
+        if kind == "yarn" and self.beta_fast < self.beta_slow:
+            yield "has a beta_fast that is smaller than its beta_slow"
+        if kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            yield "needs a high_freq_factor above its low_freq_factor"
+        if kind == "longrope" and self.original_max_position_embeddings == 1:
+            yield "needs an original context above 1 token"
+        if kind == "longrope" and {len(self.short_factor), len(self.long_factor)} != {pairs}:
+            yield f"needs {pairs} numbers in short_factor and in long_factor"
 
 
 @dataclass(frozen=True)
@@ -59,6 +99,9 @@ class ModelConfig:
     attention_sinks: one logit a head in the sum of the softmax.
     swiglu_limit: experts compute (up + 1) * gate * sigmoid(swiglu_alpha * gate), with gate and up
     clamped, and otherwise silu(gate) * up.
+    embedding_multiplier, attention_multiplier (of scores, None for 1 / sqrt(head_dim)),
+    residual_multiplier, logits_scaling: in the weights of an installed model, so that only
+    `weights/` asks for them.
     """
 
     model_type: str
@@ -87,6 +130,10 @@ class ModelConfig:
     moe_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     def window(self, layer: int) -> int | None:
         """Return how many of the last tokens a layer attends to, or None for all."""
@@ -96,6 +143,39 @@ class ModelConfig:
         if self._is_sliding(layer) and self.sliding_rope_parameters is not None:
             return self.sliding_rope_parameters
         return self.rope_parameters
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Return whether the head is the embedding, and not one times another factor."""
+        return self.tie_word_embeddings and self.embedding_multiplier * self.logits_scaling == 1
+
+    @property
+    def ropes(self) -> tuple[RopeParameters, ...]:
+        """Return the different rotary embeddings of the layers."""
+        both = (self.rope_parameters, self.sliding_rope_parameters)
+        return tuple(rope for rope in both if rope is not None)
+
+    @property
+    def largest_context(self) -> int:
+        """Return how many tokens a sequence may have.
+
+        transformers has no limit. A `factor` of "linear", "dynamic" or "yarn" multiplies the
+        original context, and people add one without a new `max_position_embeddings`.
+        """
+        rope, stretched = self.rope_parameters, 0.0
+        if rope.rope_type in ("linear", "dynamic", "yarn"):
+            stretched = rope.factor * rope.original_max_position_embeddings
+        return max(self.max_position_embeddings, int(stretched))
+
+    @property
+    def default_context(self) -> int:
+        """Return the tokens of a context that nobody chose.
+
+        A longer one than the original would stretch the frequencies of short sequences, too.
+        """
+        ropes = (rope for rope in self.ropes if rope.follows_length)
+        originals = (rope.original_max_position_embeddings for rope in ropes)
+        return min(DEFAULT_TOKENS, self.largest_context, *originals)
 
     def _is_sliding(self, layer: int) -> bool:
         return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
@@ -114,8 +194,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: head_dim {self.head_dim} is odd")
+        for rope in self.ropes:
+            rope.check(self.head_dim)
         if self.hidden_size % 2:
             raise CheckpointError(f"config.json: hidden_size {self.hidden_size} is odd")
+        if self.moe_bias and self.hidden_size * self.intermediate_size % 128:
+            # Else the biases, fp32, would not lie at multiples of their size.
+            raise CheckpointError(
+                f"config.json: experts with biases need a hidden_size ({self.hidden_size}) times "
+                f"intermediate_size ({self.intermediate_size}) that is a multiple of 128"
+            )
         if self.num_experts_per_tok > self.num_local_experts:
             raise CheckpointError(
                 f"config.json: {self.num_experts_per_tok} experts per token of only "
@@ -138,9 +226,9 @@ class Context:
     @classmethod
     def of(cls, config: ModelConfig, tokens: int | None) -> Context:
         """Return a context of `tokens`, or of the default size. Raises `UsageError`."""
-        largest = config.max_position_embeddings
+        largest = config.largest_context
         if tokens is None:
-            return cls(min(DEFAULT_TOKENS, largest), largest)
+            return cls(config.default_context, largest)
         if not 1 < tokens <= largest:
             raise UsageError(f"--ctx-size {tokens}: this model takes 2 to {largest} tokens")
         return cls(tokens, largest)

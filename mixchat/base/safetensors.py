@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -40,6 +41,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PART = re.compile(r"(.+)\[(0|[1-9][0-9]{0,8})\]")
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,16 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def split_part(name: str) -> tuple[str, int | None]:
+    """Return ("X", 3) for "X[3]", the fourth part of the stacked tensor X, else the name, None."""
+    match = _PART.fullmatch(name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
 class Header:
     """The header of a safetensors file, with the tensors in the order of their bytes.
 
+    A part of a stacked tensor X [E, ...] has the name `X[3]`, with a spec and bytes of its own.
     `size` is the whole file's, in bytes. `where` names it in messages. Raises `CheckpointError`.
     """
 
@@ -96,10 +105,14 @@ class Header:
         return self._entry(name)[1]
 
     def _entry(self, name: str) -> tuple[TensorSpec, int]:
-        try:
+        if name in self._entries:
             return self._entries[name]
-        except KeyError:
-            raise CheckpointError(f"{self.where}: there is no tensor {name!r}") from None
+        whole, part = split_part(name)
+        spec, start = self._entries.get(whole, (None, 0))
+        if spec is None or part is None or not spec.shape or part >= spec.shape[0]:
+            raise CheckpointError(f"{self.where}: there is no tensor {name!r}")
+        own = TensorSpec(name, spec.dtype, spec.shape[1:])
+        return own, start + part * own.nbytes
 
 
 def header_length(first: bytes | bytearray, size: int, where: str) -> int:

@@ -34,7 +34,7 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     write_manifest,
 )
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 from mixchat.weights.make.quantize_options import best_layout
 from mixchat.weights.matrix.linear import type_of_bits
 
@@ -86,6 +86,8 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     if spec.name.endswith(".codes"):
         least, most = (-127, 127) if spec.dtype == torch.int8 else (0, 255)
         return torch.randint(least, most + 1, spec.shape, dtype=spec.dtype, generator=generator)
+    if spec.name.endswith(".absmax") and spec.dtype == torch.uint8:  # powers of two, 2^-11 to 2^-9
+        return torch.randint(116, 119, spec.shape, dtype=spec.dtype, generator=generator)
     if spec.name.endswith(".absmax"):
         return (0.002 * torch.rand(spec.shape, generator=generator)).to(spec.dtype)
     # Else all tokens would look alike to the routers.

@@ -42,7 +42,7 @@ def download(
         typer.Argument(
             metavar="MODEL",
             autocompletion=runnable_models,
-            help="base, instruct, demo, ORG/NAME on the hub, or a directory with a checkpoint.",
+            help="base, instruct, 8x22b, demo, ORG/NAME on the hub, or a checkpoint's directory.",
         ),
     ],
     name: Annotated[
@@ -88,7 +88,8 @@ def download(
     same command resumes an interrupted download. It first checks what is there, about 1 GB a
     second. Only safetensors, JSON and tokenizer files are fetched.
 
-    A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again.
+    A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again, and
+    so are experts in MXFP4, as gpt-oss is published.
     Attention and head get 8 bits, at hardly any cost in quality. Of Mixtral, 16 bits take 1.4 GB
     more, and 4 bits 0.7 GB less, at some cost. --expert-bits 3 (w1 and w3 in 3 bits, w2 in 4)
     makes 20.2 GB of Mixtral's experts instead of 24.0, at a cost that 'mixchat plan' names;

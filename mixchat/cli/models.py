@@ -67,7 +67,7 @@ def show_model(
         build = "It is not built yet: 'mixchat download demo' or 'mixchat run -m demo' builds it."
         say(build, stream=sys.stdout)
         return
-        from mixchat.cli.output.reports import ModelDetails
+    from mixchat.cli.output.reports import ModelDetails
     from mixchat.weights.format.manifest import read_manifest
     from mixchat.weights.format.model_files import check_files
 

@@ -21,7 +21,7 @@ def plan(
     model: Annotated[
         str,
         load_flags.model_argument(
-            "base, instruct, demo, ORG/NAME on the hub, a directory, or an installed model."
+            "base, instruct, 8x22b, demo, ORG/NAME on the hub, a directory, or an installed model."
         ),
     ] = "instruct",
     ctx_size: load_flags.ContextSize = None,

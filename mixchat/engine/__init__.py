@@ -6,8 +6,10 @@
 - chunk_sizer.py: how many tokens of prompts a pass takes
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
-- model.py: norm, block, logits
-- attention.py: attention of a layer, and rotary position embedding
+- model.py: block, logits
+- norm.py: the RMSNorm
+- attention.py: attention of a layer
+- rope.py: rotary position embedding
 - decoder.py: the blocks for one token, as programs of kernels
 - moe.py: the router, and the steps of experts
 - kv_cache.py: keys and values, and what new tokens see of them

@@ -1,4 +1,4 @@
-"""Attention of one layer, and the rotary position embedding.
+"""Attention of one layer.
 
 T = tokens of this call, D = hidden_size, H = num_attention_heads, G = num_key_value_heads,
 h = head_dim.
@@ -6,46 +6,19 @@ h = head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
-from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.base.model_config import ModelConfig
 from mixchat.engine.kv_cache import PagedKVCache
+from mixchat.engine.norm import RMSNorm
+from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, Step, alone, together
 from mixchat.weights.matrix.linear import as_packed
 from mixchat.weights.matrix.quant_type import Linear
-
-
-class RotaryEmbedding:
-    """Rotates pairs (i, i + h / 2) of a head by the angle position * theta ** (-2i / h).
-
-    Su et al., arXiv:2104.09864, in Hugging Face's two-halves order.
-    """
-
-    def __init__(
-        self,
-        parameters: RopeParameters,
-        head_dim: int,
-        context: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequencies = 1.0 / parameters.rope_theta**exponents  # [h / 2]
-        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
-        self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device, dtype)
-        # [context, h]. `sin` has the sign, so that a rotation needs no negation.
-        self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device, dtype)
-
-    def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
-        """Rotate x [T, heads, h], whose tokens are at these T positions."""
-        return rows.rotate(x, self._cos[positions], self._sin[positions])
-
-    def set_position(self, step: Step, position: int) -> None:
-        """Let a step of `rows.rotate_step` rotate one token at `position`."""
-        step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
 
 
 class KVContext(Protocol):
@@ -55,9 +28,17 @@ class KVContext(Protocol):
         """Return the positions of the next T tokens in their sequences."""
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Store a layer's keys and values [T, G, h]. Return the attention [T, H, h]."""
+        """Store a layer's keys and values [T, G, h]. Return the attention [T, H, h].
+
+        `sinks` are logits [H], fp32, of which each joins the sum of a head's softmax.
+        """
 
     def advance(self, tokens: int) -> None:
         """Count new tokens, after all layers have stored them."""
@@ -97,14 +78,19 @@ class SingleTokenContext:
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        sinks: torch.Tensor | None,
         out: torch.Tensor,
     ) -> tuple[Step, Step, Step]:
-        """Return `KVContext.attend` as steps. Each needs the one before it."""
+        """Return `KVContext.attend` as steps. Each needs the one before it.
+
+        They do not keep the sinks alive.
+        """
         if self._attention is None:
             self._attention = self._cache.steps(queries, keys, values, out)
         store, attend, merge = self._attention
-        self._layers[layer] = store.copy(), attend.copy(), merge.copy()
-        return self._layers[layer]
+        steps = self._layers[layer] = store.copy(), attend.copy(), merge.copy()
+        self._cache.set_layer(steps, layer, sinks)
+        return steps
 
     def set_place(self, cache: PagedKVCache) -> None:
         """Let all steps compute the next token of this cache."""
@@ -115,7 +101,10 @@ class SingleTokenContext:
 
 
 class Attention:
-    """Causal grouped-query attention of one layer."""
+    """Causal grouped-query attention of one layer.
+
+    qk_norms: of queries and of keys, before they rotate. sinks: one logit a head [H].
+    """
 
     def __init__(
         self,
@@ -124,9 +113,12 @@ class Attention:
         qkv_proj: Linear,
         o_proj: Linear,
         rope: RotaryEmbedding,
+        qk_norms: Sequence[RMSNorm] = (),
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self._layer, self._config = layer, config
         self._qkv_proj, self._o_proj, self._rope = qkv_proj, o_proj, rope
+        self._qk_norms, self._sinks = qk_norms, None if sinks is None else sinks.float()
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
@@ -134,9 +126,11 @@ class Attention:
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         qkv = self._qkv_proj(x, exact=exact)
         qkv = qkv.view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
+        self._prepare(qkv)
         rotated = self._rope(qkv[:, : heads + groups], before.positions(tokens))  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
-        attended = before.attend(self._layer, queries, keys, qkv[:, heads + groups :])  # [T, H, h]
+        values = qkv[:, heads + groups :]  # [T, G, h]
+        attended = before.attend(self._layer, queries, keys, values, self._sinks)  # [T, H, h]
         return self._o_proj(attended.reshape(tokens, -1), exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
@@ -150,16 +144,35 @@ class Attention:
         rotate = context.rotate(self._rope, qkv[:, : heads + groups], rotated)
         queries, keys = rotated[:, :heads], rotated[:, heads:]
         store, attend, merge = context.attend(
-            self._layer, queries, keys, qkv[:, heads + groups :], attended
+            self._layer, queries, keys, qkv[:, heads + groups :], self._sinks, attended
         )
         o_proj = as_packed(self._o_proj)
         round_attended, project_out = o_proj.steps(attended.view(1, -1), context.added)
         return [
             alone(round_x),
             together(project),
-            alone(rotate, store),
+            alone(*self._prepare_steps(qkv), rotate, store),
             together(attend),
             together(merge),
             alone(round_attended),
             together(project_out),
         ]
+
+    def _prepare(self, qkv: torch.Tensor) -> None:
+        """Normalize and clip queries, keys and values [T, H + 2G, h] in place."""
+        for norm, heads in self._normed(qkv):
+            norm.normalize_heads(heads)
+        limit = self._config.clip_qkv
+        if limit is not None:
+            qkv.clamp_(-limit, limit)
+
+    def _prepare_steps(self, qkv: torch.Tensor) -> list[Step]:
+        """Return `_prepare` for one token as steps. Each needs the one before it."""
+        limit = self._config.clip_qkv
+        clip = [] if limit is None else [rows.clamp_step(qkv.view(1, -1), limit)]
+        return [norm.heads_step(heads) for norm, heads in self._normed(qkv)] + clip
+
+    def _normed(self, qkv: torch.Tensor) -> Iterable[tuple[RMSNorm, torch.Tensor]]:
+        """Return the norms, if there are any, each with its queries [T, H, h] or keys [T, G, h]."""
+        heads, groups = self._config.num_attention_heads, self._config.num_key_value_heads
+        return zip(self._qk_norms, (qkv[:, :heads], qkv[:, heads : heads + groups]), strict=False)

@@ -24,6 +24,8 @@ _GROWTH = 512  # tokens for which tensors get room at once
 _INT8_MAX = 127
 # Of a call to the kernel. Pairs are of a new token and one that it may see.
 _MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**22, 64
+_SINK_TOKENS = 64  # that torch computes at once
+_MASKS = 2  # of a pass, for layers with a window and others
 
 
 class KVCache(ABC):
@@ -44,15 +46,21 @@ class KVCache(ABC):
         self.length += tokens
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Store keys and values [T, G, h] of a layer. Return the attention [T, H, h] of queries.
 
-        A token attends to itself and to all before it, or to the last W of these with a window W.
+        A token attends to itself and to all before it, or to the last W of these in a layer with a
+        window W. `sinks` are logits [H], fp32, of which each joins the sum of a head's softmax.
         """
         assert self.length + keys.shape[0] <= self.capacity
         self.store(layer, keys, values)
-        return self._attend(layer, queries)
+        return self._attend(layer, queries, sinks)
 
     def restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
         """Put a layer's first `tokens`, as `content` returns them, into an empty cache.
@@ -96,7 +104,9 @@ class KVCache(ABC):
     def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None: ...
 
     @abstractmethod
-    def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor: ...
+    def _attend(
+        self, layer: int, queries: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor: ...
 
 
 def new_cache(
@@ -201,9 +211,15 @@ class PagedKVCache(KVCache):
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
     ) -> tuple[Step, Step, Step]:
         """Return `attend` for one token as steps. Each needs the step before it."""
-        window = self.config.sliding_window
-        attend = attention.attend_steps(self._shape, queries, out, window, self.capacity)
+        attend = attention.attend_steps(self._shape, queries, out, self.capacity)
         return pages.store_step(self._shape, keys, values), *attend
+
+    def set_layer(
+        self, steps: tuple[Step, Step, Step], layer: int, sinks: torch.Tensor | None
+    ) -> None:
+        """Let the steps compute this layer, whose sinks they do not keep."""
+        for step in steps[1:]:
+            attention.set_window(self._shape, step, self.config.window(layer), sinks)
 
     def set_place(self, steps: tuple[Step, Step, Step], layer: int) -> None:
         """Let the steps compute the next token of a layer."""
@@ -215,15 +231,17 @@ class PagedKVCache(KVCache):
         attend.set(pages=pages, past=self.length, splits=splits)
         merge.set(splits=splits)
 
-    def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
-        window, addresses = self.config.sliding_window, self._addresses[layer]
+    def _attend(
+        self, layer: int, queries: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        window, addresses = self.config.window(layer), self._addresses[layer]
         end = self.length + queries.shape[0]
         # Ctrl-C is handled between two calls of some tenths of a second.
         tokens_per_call = max(_MIN_TOKENS_PER_CALL, _MAX_PAIRS_PER_CALL // end)
         past, attended = self.length, []
         for piece in torch.split(queries, tokens_per_call):
             interrupts.check()
-            attended.append(attention.attend(self._shape, addresses, past, piece, window))
+            attended.append(attention.attend(self._shape, addresses, past, piece, window, sinks))
             past += piece.shape[0]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
@@ -245,7 +263,7 @@ class TensorKVCache(KVCache):
     ) -> None:
         super().__init__(config, capacity)
         self._dtype, self._device, self._quantized = dtype, device, quantized
-        self._mask: tuple[tuple[int, int], torch.Tensor | None] = ((0, 0), None)
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
         self.clear()
 
     @property
@@ -297,37 +315,71 @@ class TensorKVCache(KVCache):
             stored[layer] = grown
         stored[layer][:, self.length : end] = new
 
-    def _attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, layer: int, queries: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         tokens, heads, _ = queries.shape
         groups = self.config.num_key_value_heads
-        shared, end = heads // groups, self.length + tokens
-        keys, values = (self._widened(name, layer, end) for name in ("key", "value"))
-        mask = self._mask_of(tokens)
+        shared, window = heads // groups, self.config.window(layer)
+        # The first token that the first query sees.
+        start = 0 if window is None else max(0, self.length + 1 - window)
+        seen = slice(start, self.length + tokens)
+        keys, values = (self._widened(name, layer, seen) for name in ("key", "value"))
+        mask = self._mask_of(self.length - start, tokens, window)
         # The R = H / G heads that share a key are joined like R times as many tokens. On a CPU
         # `enable_gqa` would read each key R times.
         grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
-        attended = functional.scaled_dot_product_attention(
-            grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
-            keys[None],  # [1, G, P + T, h]
-            values[None],
-            attn_mask=None if mask is None else mask.repeat(shared, 1),  # [R * T, P + T]
-        )
+        if sinks is None:
+            attended = functional.scaled_dot_product_attention(
+                grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
+                keys[None],  # [1, G, P + T, h]
+                values[None],
+                attn_mask=None if mask is None else mask.repeat(shared, 1),  # [R * T, P + T]
+            )
+        else:
+            attended = _attention_with_sinks(grouped, keys, values, mask, sinks)
         merged = attended.view(groups, shared, tokens, -1).permute(2, 0, 1, 3)  # [T, G, R, h]
         return merged.reshape(tokens, heads, -1)
 
-    def _widened(self, name: str, layer: int, end: int) -> torch.Tensor:
-        stored = self._stored[f"{name}s"][layer][:, :end]
+    def _widened(self, name: str, layer: int, seen: slice) -> torch.Tensor:
+        stored = self._stored[f"{name}s"][layer][:, seen]
         if not self._quantized:
             return stored
-        return (stored * self._stored[f"{name}_scales"][layer][:, :end]).to(self._dtype)
+        return (stored * self._stored[f"{name}_scales"][layer][:, seen]).to(self._dtype)
 
-    def _mask_of(self, tokens: int) -> torch.Tensor | None:
-        """Return the mask of a pass, the same for all layers."""
-        place = (self.length, tokens)
-        if self._mask[0] != place:
-            mask = attention_mask(*place, self.config.sliding_window, self._device)
-            self._mask = (place, mask)
-        return self._mask[1]
+    def _mask_of(self, past: int, tokens: int, window: int | None) -> torch.Tensor | None:
+        """Return a mask, the same for all layers of a pass with the same window."""
+        place = past, tokens, window
+        if place not in self._masks:
+            if len(self._masks) == _MASKS:
+                self._masks.clear()
+            self._masks[place] = attention_mask(*place, self._device)
+        return self._masks[place]
+
+
+def _attention_with_sinks(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """Return the attention [G, R, T, h] of queries over keys and values [G, P + T, h].
+
+    torch's own attention has no sinks.
+    """
+    groups, shared, tokens, width = queries.shape
+    pieces = []
+    # Scores take 4 bytes for each head and pair of tokens.
+    for start in range(0, tokens, _SINK_TOKENS):
+        part = slice(start, start + _SINK_TOKENS)
+        scores = queries[:, :, part] @ keys.mT[:, None] * width**-0.5  # [G, R, t, P + T]
+        if mask is not None:
+            scores = scores.masked_fill(~mask[part], -torch.inf)
+        sink = sinks.view(groups, shared, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        pieces.append(weights.to(values.dtype) @ values[:, None])
+    return torch.cat(pieces, dim=2)
 
 
 def attention_mask(

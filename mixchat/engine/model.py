@@ -12,11 +12,14 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.attention import Attention, KVContext, RotaryEmbedding, SingleTokenContext
+from mixchat.engine.attention import Attention, KVContext, SingleTokenContext
 from mixchat.engine.moe import Routing, SparseMoE
+from mixchat.engine.norm import RMSNorm
+from mixchat.engine.rope import RotaryEmbedding
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone
+from mixchat.kernels.router import Router
 from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
@@ -34,21 +37,6 @@ class ModelTensors(Protocol):
 
     def linear(self, spec: LinearSpec) -> Linear:
         """Return a matrix in this form, which may differ from the stored one."""
-
-
-class RMSNorm:
-    """x / rms(x) times the weight."""
-
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [T, D] to [T, D]."""
-        return rows.rms_norm(x, self.weight, self.eps)
-
-    def stage(self, x: torch.Tensor, out: torch.Tensor) -> Stage:
-        """Return `__call__` for one token as a stage, from x [1, D] to `out` [1, D]."""
-        return alone(rows.rms_norm_step(x, self.weight, self.eps, out))
 
 
 class Block:
@@ -70,13 +58,17 @@ class Block:
         runner: ExpertRunner,
     ) -> Block:
         config = used.config
-        attention_norm, moe_norm = (
-            RMSNorm(tensors.tensor(spec), config.rms_norm_eps) for spec in used.norms(layer)
+        attention_norm, moe_norm, *qk_norms = (
+            RMSNorm(tensors.tensor(spec), config.rms_norm_eps)
+            for spec in (*used.norms(layer), *used.qk_norms(layer))
         )
         qkv_proj, o_proj = (tensors.linear(spec) for spec in (used.qkv(layer), used.o(layer)))
-        attention = Attention(layer, config, qkv_proj, o_proj, rope)
-        gate = tensors.tensor(used.gate(layer))
-        moe = SparseMoE(layer, gate, config.num_experts_per_tok, runner)
+        sinks = tensors.tensor(used.sinks(layer)) if config.attention_sinks else None
+        attention = Attention(layer, config, qkv_proj, o_proj, rope, qk_norms, sinks)
+        gate = tensors.tensor(used.gate(layer)).float().contiguous()
+        bias = tensors.tensor(used.gate_bias(layer)).float() if config.moe_bias else None
+        router = Router(gate, config.num_experts_per_tok, config.norm_topk_prob, bias)
+        moe = SparseMoE(layer, router, runner)
         return cls(attention_norm, attention, moe_norm, moe)
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:

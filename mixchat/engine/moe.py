@@ -12,8 +12,9 @@ import torch
 from mixchat.engine.attention import SingleTokenContext
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
-from mixchat.kernels import router, rows
+from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone, side_by_side
+from mixchat.kernels.router import Router, look_up_step
 from mixchat.weights.format.blueprint import Expert
 
 Routing = tuple[torch.Tensor, torch.Tensor]  # selected experts [T, K], int64, and weights, fp32
@@ -22,28 +23,26 @@ Routing = tuple[torch.Tensor, torch.Tensor]  # selected experts [T, K], int64, a
 class SparseMoE:
     """Selects K experts for each token, and lets an `ExpertRunner` compute them."""
 
-    def __init__(
-        self, layer: int, gate: torch.Tensor, experts_per_token: int, runner: ExpertRunner
-    ) -> None:
-        self._layer, self._experts_per_token, self.runner = layer, experts_per_token, runner
-        self._gate = gate.float().contiguous()  # [E, D]
+    def __init__(self, layer: int, router: Router, runner: ExpertRunner) -> None:
+        self._layer, self._router, self.runner = layer, router, runner
 
     def __call__(self, hidden_states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Map hidden_states [T, D] to [T, D]."""
-        routing = router.route(hidden_states, self._gate, self._experts_per_token)
-        return self.runner.run(self._layer, hidden_states, *routing, exact=exact)
+        return self.runner.run(
+            self._layer, hidden_states, *self._router(hidden_states), exact=exact
+        )
 
     @property
     def keys(self) -> list[ExpertKey]:
-        return [ExpertKey(self._layer, expert) for expert in range(self._gate.shape[0])]
+        return [ExpertKey(self._layer, expert) for expert in range(self._router.gate.shape[0])]
 
     def empty_routing(self) -> Routing:
-        count = self._experts_per_token
-        return torch.empty(1, count, dtype=torch.int64), torch.empty(1, count)
+        choices = self._router.choices
+        return torch.empty(1, choices, dtype=torch.int64), torch.empty(1, choices)
 
     def router_stage(self, routing: Routing, context: SingleTokenContext) -> Stage:
         """Return the router for one token as a stage that fills `routing`."""
-        return alone(router.route_step(context.normed, self._gate, *routing))
+        return alone(self._router.step(context.normed, *routing))
 
     def expert_stages(
         self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]
@@ -53,14 +52,14 @@ class SparseMoE:
         `experts` are the layer's E.
         """
         selected, weights = routing
-        outputs = context.tensor("outputs", 1, self._experts_per_token, context.x.shape[1])
+        outputs = context.tensor("outputs", 1, self._router.choices, context.x.shape[1])
         stages, places = zip(
             *(experts[0].stages(context.normed, row) for row in torch.split(outputs[0], 1)),
             strict=True,
         )
         addresses = torch.tensor([expert.addresses for expert in experts])
         return [
-            alone(router.look_up_step(selected, addresses, torch.tensor(places))),
+            alone(look_up_step(selected, addresses, torch.tensor(places))),
             *side_by_side(stages),
             alone(rows.weighted_sum_step(outputs, weights, context.added)),
         ]

@@ -44,7 +44,7 @@ class CachedPrefix:
 
     @property
     def context(self) -> Context:
-        return Context(self.cache.capacity, self.cache.config.max_position_embeddings)
+        return Context(self.cache.capacity, self.cache.config.largest_context)
 
     def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
         """Return how many tokens the answer to a prompt may have.
@@ -190,12 +190,16 @@ class _SequencesContext:
         return self._positions
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         pieces = (torch.split(rows, self._counts) for rows in (queries, keys, values))
-        return torch.cat(
-            [cache.attend(layer, *rows) for cache, *rows in zip(self._caches, *pieces, strict=True)]
-        )
+        parts = zip(self._caches, *pieces, strict=True)
+        return torch.cat([cache.attend(layer, *rows, sinks) for cache, *rows in parts])
 
     def advance(self, tokens: int) -> None:
         for cache, count in zip(self._caches, self._counts, strict=True):

@@ -3,7 +3,8 @@
 It is a safetensors file with these tensors, in this order:
 
     mixchat_prompt_cache   JSON: {"format": 1, "model": "...", "cache": "pages of 16 bits",
-                           "tokens": 700}, and "exact": true after --exact-prompts
+                           "tokens": 700}, and "exact": true after --exact-prompts, and
+                           "rope": [16384] if the keys depend on the size of the context
     ids                    the tokens whose keys and values it has
     0.keys, 0.values, ...  the content of each layer's cache
     sha256                 of all bytes before it
@@ -82,7 +83,15 @@ class PromptCache:
 
 def _describe(cache: KVCache, engine: Engine, tokens: int) -> bytes:
     fields = {"format": _FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
-    return json.dumps(fields | ({"exact": True} if engine.exact_prompts else {})).encode()
+    fields |= {"exact": True} if engine.exact_prompts else {}
+    fields |= {"rope": rope} if (rope := _stretched_for(cache)) else {}
+    return json.dumps(fields).encode()
+
+
+def _stretched_for(cache: KVCache) -> list[int]:
+    """Return the lengths that the keys' frequencies are stretched for."""
+    lengths = (rope.stretched_for(cache.capacity) for rope in cache.config.ropes)
+    return [length for length in lengths if length is not None]
 
 
 def _specs(cache: KVCache, tokens: int, description: int) -> list[TensorSpec]:
@@ -155,6 +164,8 @@ def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
     if fields.get("exact", False) != engine.exact_prompts:
         written = "not written" if engine.exact_prompts else "written"
         raise CheckpointError(f"{file.path} was {written} with --exact-prompts")
+    if fields.get("rope", []) != _stretched_for(cache):
+        raise CheckpointError(f"{file.path} was written with another --ctx-size")
     tokens = fields.get("tokens")
     if type(tokens) is not int or not 0 < tokens < 2**31:
         raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")

@@ -27,13 +27,19 @@ class NextRouters:
     the weights of the norms. They are divided out, and the next layer's multiplied in.
 
     gates: [E, D] of each layer. norms: [D] of each layer, the weights before its router.
+    biases: [E] of each layer, if its router has one.
     """
 
     def __init__(
-        self, gates: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], experts_per_token: int
+        self,
+        gates: Sequence[torch.Tensor],
+        norms: Sequence[torch.Tensor],
+        experts_per_token: int,
+        biases: Sequence[torch.Tensor] = (),
     ) -> None:
         weighted = [gate.float() * norm.float() for gate, norm in zip(gates, norms, strict=True)]
         self._gates = torch.cat(weighted)  # [layers * E, D]
+        self._biases = torch.cat([*biases]).float() if biases else None  # [layers * E]
         # A weight of almost zero has lost its input, which counts as zero.
         self._undo = [torch.where(norm.abs() > 1e-3, 1 / norm.float(), 0) for norm in norms]
         self._experts = gates[0].shape[0]
@@ -47,8 +53,11 @@ class NextRouters:
         first, last = layer + 1, min(layer + 1 + depth, self.layers)
         if first >= last:
             return hidden_states.new_empty((0, 0), dtype=torch.int64)
-        gates = self._gates[first * self._experts : last * self._experts]
-        logits = functional.linear(hidden_states.float() * self._undo[layer], gates)
+        rows = slice(first * self._experts, last * self._experts)
+        bias = None if self._biases is None else self._biases[rows]
+        logits = functional.linear(
+            hidden_states.float() * self._undo[layer], self._gates[rows], bias
+        )
         choices = logits.view(-1, last - first, self._experts).topk(self._experts_per_token).indices
         return choices.transpose(0, 1).flatten(1)
 

@@ -36,37 +36,41 @@ _VECTORS = 2  # of keys, or of a value's numbers, that are computed at once
 _MASKED, _LOWEST = -3e38, -1e38  # scores, of which e^(masked - lowest) is 0
 _NO_WINDOW = 2**30  # tokens
 _SIGNATURE = Signature(
-    "pages", "queries", "parts", "out", "past", "tokens", "splits", "per_item", "window"
+    "pages", "queries", "parts", "out", "past", "tokens", "splits", "per_item", "window", "sinks"
 )
 
 
 def attend(
-    shape: CacheShape, pages: torch.Tensor, past: int, queries: torch.Tensor, window: int | None
+    shape: CacheShape,
+    pages: torch.Tensor,
+    past: int,
+    queries: torch.Tensor,
+    window: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention [T, H, h] of `queries` [T, H, h], fp32 or bf16, over the cache.
 
     The cache holds the keys and values of these tokens already. A token attends to itself and all
-    before it, or to the last `window` of these. `pages` as for `store`.
+    before it, or to the last `window` of these. `pages` as for `store`. `sinks` are logits [H],
+    fp32, of which each joins the sum of a head's softmax.
     """
     queries = queries.contiguous()
     out = torch.empty_like(queries)
     keys = past + queries.shape[0]
-    for step in attend_steps(shape, queries, out, window, keys):
+    for step in attend_steps(shape, queries, out, keys):
+        set_window(shape, step, window, sinks)
         step.set(pages=pages.data_ptr(), past=past, splits=count_splits(keys))
         step.run()
     return out
 
 
 def attend_steps(
-    shape: CacheShape,
-    queries: torch.Tensor,
-    out: torch.Tensor,
-    window: int | None,
-    most_keys: int,
+    shape: CacheShape, queries: torch.Tensor, out: torch.Tensor, most_keys: int
 ) -> tuple[Step, Step]:
     """Return the steps of `attend`, for at most so many keys. The second one needs the first.
 
-    The address `pages`, `past` and `splits` (see `count_splits`) are still to be set.
+    The address `pages`, `past`, `splits` (see `count_splits`) and what `set_window` sets are still
+    to be set.
     """
     rows = queries.shape[0] * shape.heads
     parts = torch.empty(rows * count_splits(most_keys), shape.width + 2)
@@ -76,7 +80,6 @@ def attend_steps(
         out=out.data_ptr(),
         tokens=queries.shape[0],
         per_item=_rows(shape) // shape.shared,
-        window=window or _NO_WINDOW,
     )
     compiled = _compiled(shape, instruction_set(), queries.dtype == torch.bfloat16)
     attend, merge = (compiled.function(name) for name in ("attend", "merge"))
@@ -85,6 +88,19 @@ def attend_steps(
         Step(attend, _SIGNATURE, numbers, keeps),
         Step(merge, _SIGNATURE, copy_of(numbers), keeps),
     )
+
+
+def set_window(
+    shape: CacheShape, step: Step, window: int | None, sinks: torch.Tensor | None
+) -> None:
+    """Let a step of `attend_steps` use this window and these sinks, which it does not keep."""
+    logits = _no_sinks(shape.heads) if sinks is None else sinks
+    step.set(window=window or _NO_WINDOW, sinks=logits.data_ptr())
+
+
+@functools.cache
+def _no_sinks(heads: int) -> torch.Tensor:
+    return torch.full((heads,), -torch.inf)
 
 
 def count_splits(keys: int) -> int:
@@ -313,7 +329,7 @@ class _AttendKernel:
 
 
 def _write_merge(module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
-    """Write `merge`. An item of work is a row."""
+    """Write `merge`. An item of work is a row. A head's sink counts like a part without values."""
     function = Function(module, "merge")
     given = _SIGNATURE.read_by(function)
     parts, out, splits = given.pointer("parts"), given.pointer("out"), given.number("splits")
@@ -321,13 +337,13 @@ def _write_merge(module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None
     vectors = shape.width // lanes
     line = function.scratch(shape.width * 4)
     with function.each_item(function.pointer, given.number("tokens") * shape.heads) as row:
-        zero = function.constant(f32, 0.0)
-        lowest = function.constant(f32, _LOWEST)
         zeros = [function.constant(floats, 0.0)] * vectors
-        with function.loop(0, splits, 1, [lowest]) as (split, largest):
+        sink = given.pointer("sinks").load(f32, row % shape.heads * 4)
+        with function.loop(0, splits, 1, [sink]) as (split, largest):
             score = parts.load(f32, (row * splits + split) * size)
             largest[0] = function.maximum(score, largest[0])
-        with function.loop(0, splits, 1, [zero, *zeros]) as (split, sums):
+        sink_weight = exponential(function, sink - largest[0])
+        with function.loop(0, splits, 1, [sink_weight, *zeros]) as (split, sums):
             part = parts.plus((row * splits + split) * size)
             factor = exponential(function, part.load(f32) - largest[0])
             sums[0] = function.multiply_add(part.load(f32, 4), factor, sums[0])

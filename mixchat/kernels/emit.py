@@ -171,8 +171,20 @@ class Pointer:
 
     def take_next(self) -> Value:
         """Add one to the 64-bit number there, atomically. Return the old number."""
-        address = self._builder.bitcast(self.raw, i64.as_pointer())
-        return Value(self._function, self._builder.atomic_rmw("add", address, i64(1), "monotonic"))
+        added = self._builder.atomic_rmw("add", self._number, i64(1), "monotonic")
+        return Value(self._function, added)
+
+    def publish(self, number: Value) -> None:
+        """Store a 64-bit number, and all that was stored before it, for other threads."""
+        self._builder.store_atomic(number.raw, self._number, "release", align=8)
+
+    def published(self) -> Value:
+        """Load a number that another thread may publish."""
+        return Value(self._function, self._builder.load_atomic(self._number, "acquire", align=8))
+
+    @property
+    def _number(self) -> Any:
+        return self._builder.bitcast(self.raw, i64.as_pointer())
 
 
 class Function:
@@ -300,6 +312,25 @@ class Function:
         builder.cbranch(item.compare("<", count).raw, body, after)
         builder.position_at_end(body)
         yield item
+        builder.branch(head)
+        builder.position_at_end(after)
+
+    @contextmanager
+    def wait(self, number: Pointer, least: Value) -> Iterator[Value]:
+        """Wait until another thread publishes a number that is not below `least`.
+
+        What is written inside runs again and again until then. Yields the count of runs before.
+        """
+        builder, before = self.builder, self.builder.block
+        head, body, after = (self.raw.append_basic_block() for _ in range(3))
+        builder.branch(head)
+        builder.position_at_end(head)
+        turn = builder.phi(i64)
+        turn.add_incoming(i64(0), before)
+        builder.cbranch(number.published().compare("<", least).raw, body, after)
+        builder.position_at_end(body)
+        yield Value(self, turn)
+        turn.add_incoming(builder.add(turn, i64(1)), builder.block)
         builder.branch(head)
         builder.position_at_end(after)
 

@@ -68,6 +68,10 @@ class Arguments:
     def number(self, name: str) -> Value:
         return self.load(name, i64)
 
+    def address(self, name: str) -> Pointer:
+        """Return the place of an argument."""
+        return self.function.pointer.plus(8 * self._places[name])
+
     def pointer(self, name: str) -> Pointer:
         return self.function.address(self.number(name))
 
@@ -128,10 +132,13 @@ def side_by_side(parts: Sequence[Sequence[Stage]]) -> list[Stage]:
     ]
 
 
-_SIGNATURE = Signature("steps", "stages", "count", "barrier", "team_size")
+_SIGNATURE = Signature("steps", "stages", "count", "team_size", "give_way", "done")
 _STEP_BYTES = 16  # in `steps`: the addresses of function and arguments
 # In `stages`: the ends of the shared steps and of the others, and the threads that arrived.
 _STAGE_BYTES = 24
+# Looks at the other threads' progress, some microseconds, after which a thread gives way to others.
+# One of them may be what it waits for, if another program has taken its core.
+_SPINS = 400
 
 
 class Program:
@@ -142,20 +149,20 @@ class Program:
         addresses = [(s.function.address, ctypes.addressof(s.numbers)) for s in self._steps]
         ends = _ends(stages)
         self._tables = torch.tensor(addresses), torch.tensor(ends)
-        barrier, team_size = threads.team_functions() or (0, 0)
         self._numbers = _SIGNATURE.numbers(
             steps=self._tables[0].data_ptr(),
             stages=self._tables[1].data_ptr(),
             count=len(ends),
-            barrier=barrier,
-            team_size=team_size,
+            team_size=threads.team_size_function() or 0,
+            give_way=threads.give_way_function(),
         )
 
     def run(self) -> None:
-        if threads.team_functions() is None:
+        if threads.team_size_function() is None:
             for step in self._steps:
                 step.run()
             return
+        _SIGNATURE.set(self._numbers, done=0)
         _compiled().function("walk").run(self._numbers, torch.get_num_threads())
 
 
@@ -210,9 +217,18 @@ class _Walk:
                 with function.loop(shared_end, end, 1) as (step, _):
                     self._call(step)
                     self._arguments_of(step).store(function.constant(i64, 0))
-            function.call_address(given.number("barrier"), void)
+                given.address("done").publish(stage + 1)
+            self._wait(stage + 1)
             carried[0] = end
         function.finish()
+
+    def _wait(self, done: Value) -> None:
+        """Wait until so many stages are done."""
+        function, given = self._function, self._given
+        with function.wait(given.address("done"), done) as turn:
+            function.call("llvm.x86.sse2.pause", void)
+            with function.when(turn.compare(">", _SPINS)):
+                function.call_address(given.number("give_way"), void)
 
     def _call(self, step: Value) -> None:
         kernel = self._given.pointer("steps").load(i64, step * _STEP_BYTES)

@@ -1,15 +1,16 @@
 """x times a matrix of 3-bit, 4-bit or 8-bit codes, at the speed at which memory can be read.
 
 The layout "cpu-packed" of `weights/matrix/` interleaves 32 rows, a band, pair of columns by pair of
-columns. `round_x` rounds x to integers, in blocks of 64 columns with a scale for each. `multiply`
-adds the products of a block up exactly, and only then scales them as floats.
+columns. `round_x` rounds x to integers, in the blocks of the weights with a scale for each.
+`multiply` adds the products of a block up exactly, and only then scales them as floats.
 
 For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
 double precision is about 1.5e-4 of the result. For many tokens x has 7 bits and a sign if the CPU
 multiplies bytes. The error is 8e-3, while rounding the weights to 4 bits has cost 9e-2. For 8-bit
 codes x has 15 bits and a sign. The error is 2e-5, while rounding the weights has cost 6e-3.
 
-N = tokens, R = rows (out features), C = columns (in features), B = C / 64 blocks.
+N = tokens, R = rows (out features), C = columns (in features), B = blocks of 64 columns, or of 32
+in MXFP4.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mixchat.kernels.compile import (
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.program import Step, copy_of
-from mixchat.kernels.tile import BAND, BLOCK, SIGNATURE, Tile
+from mixchat.kernels.tile import BAND, SIGNATURE, Tile
 from mixchat.kernels.units import Unit, UnitSet
 
 _STREAMS = 2  # bands that are read at once for one token; memory was slower with more
@@ -44,19 +45,20 @@ class QuantizedMatrix(NamedTuple):
     """A matrix in the layout "cpu-packed"."""
 
     codes: torch.Tensor  # of `units.bits` bits
-    absmax: torch.Tensor  # bf16 [C / 64 * R]
-    levels: torch.Tensor | None  # a result of `level_tables`; None if codes are numbers themselves
-    shape: tuple[int, int]  # R, a multiple of 32, and C, a multiple of 64
+    absmax: torch.Tensor  # [B * R], in the form that the units load
+    levels: torch.Tensor | None  # of `UnitSet.level_tables`; None if codes are numbers themselves
+    shape: tuple[int, int]  # R, a multiple of 32, and C, a multiple of the units' block
     units: UnitSet
+    bias: torch.Tensor | None = None  # fp32 [R]
 
 
 def quantized_matmul(
     x: torch.Tensor, matrix: QuantizedMatrix, *, exact: bool = False
 ) -> torch.Tensor:
-    """Return x [..., C] times the transposed matrix, [..., R] in the type of x, on the CPU.
+    """Return x [..., C] times the transposed matrix, plus the bias, [..., R] in the type of x.
 
-    Types but fp32 and bf16 are computed as fp32. With 3 and 4 bits many rows are rounded more
-    coarsely than few, unless `exact`.
+    On the CPU. Types but fp32 and bf16 are computed as fp32. With 3 and 4 bits many rows are
+    rounded more coarsely than few, unless `exact`.
     """
     rows, columns = matrix.shape
     rounded = x if x.dtype in _DTYPES else x.float()
@@ -72,23 +74,23 @@ def quantized_matmul_steps(
 ) -> tuple[Step, Step]:
     """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
-    The second one needs the first. They do not keep codes and absmax alive.
+    The second one needs the first. They do not keep codes, absmax and bias alive.
     """
-    codes, absmax, levels, (rows, columns), units = matrix
+    codes, absmax, levels, (rows, columns), units, bias = matrix
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
     unit = units.unit_for(instructions, 1 if exact else tokens)
-    size = unit.x_type.width // 8
+    size, block = unit.x_type.width // 8, unit.block
     # Three allocations would take as long as rounding one token.
-    blocks = tokens * columns // BLOCK
-    scratch = torch.empty(blocks * (8 + BLOCK * size), dtype=torch.uint8)
+    blocks = tokens * columns // block
+    scratch = torch.empty(blocks * (8 + block * size), dtype=torch.uint8)
     start = scratch.data_ptr()
     numbers = SIGNATURE.numbers(
         x=flat.data_ptr(),
         x_integers=start,
-        x_scales=start + blocks * BLOCK * size,
-        x_sums=start + blocks * (BLOCK * size + 4),
+        x_scales=start + blocks * block * size,
+        x_sums=start + blocks * (block * size + 4),
         codes=codes.data_ptr(),
         absmax=absmax.data_ptr(),
         levels=0 if levels is None else levels.data_ptr(),
@@ -98,8 +100,9 @@ def quantized_matmul_steps(
         tokens=tokens,
         chunk=max(8, _X_BYTES // (size * columns)),
         run=_run_length(rows, columns * BAND * units.bits // 8),
+        bias=0 if bias is None else bias.data_ptr(),
     )
-    compiled = _compiled(instructions, unit, bf16)
+    compiled = _compiled(instructions, unit, bf16, bias is not None)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
     keeps = flat, levels, out, scratch
     return (
@@ -115,11 +118,11 @@ def _run_length(rows: int, band_bytes: int) -> int:
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool) -> Compiled:
+def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool, biased: bool) -> Compiled:
     module = ir.Module("quantized_matmul")
     _write_round_x(module, unit, bf16)
-    wide = Tile(module, unit, bf16, _STREAMS, 1)
-    tiles = [Tile(module, unit, bf16, 1, width) for width in unit.widths()]
+    wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
+    tiles = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
     _write_multiply(module, wide, tiles)
     return compile_module(module, instructions)
 
@@ -131,18 +134,18 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
     x, x_integers = given.pointer("x"), given.pointer("x_integers")
     scales, sums = given.pointer("x_scales"), given.pointer("x_sums")
     columns, lanes = given.number("columns"), unit.lanes
-    blocks, size = columns // BLOCK, unit.x_type.width // 8
+    blocks, size = columns // unit.block, unit.x_type.width // 8
     integers = vector(i32, lanes)
     with (
         function.each_item(function.pointer, given.number("tokens")) as token,
         function.loop(0, blocks, 1) as (block, _),
     ):
-        first = token * columns + block * BLOCK
-        pieces = [as_fp32(x, first + at, bf16, lanes) for at in range(0, BLOCK, lanes)]
+        first = token * columns + block * unit.block
+        pieces = [as_fp32(x, first + at, bf16, lanes) for at in range(0, unit.block, lanes)]
         absmax = _largest(function, pieces)
         factor = function.constant(f32, unit.largest_x) / absmax
         factor = absmax.compare(">", 1e-30).choose(factor, 0.0)
-        scale = absmax * (1 / (unit.largest_x * unit.largest_level))
+        scale = absmax * (1 / (unit.largest_x * unit.one))
         scales.store(scale, (token * blocks + block) * 4)
         total = function.constant(integers, 0)
         for place, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""Chooses the best experts of each token, with the softmax over their logits.
+"""Chooses the best experts of each token, with the softmax of their logits.
 
 T = tokens, D = columns, E = experts, K = experts of a token.
 """
@@ -6,6 +6,7 @@ T = tokens, D = columns, E = experts, K = experts of a token.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from llvmlite import ir
@@ -17,60 +18,82 @@ from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_mod
 from mixchat.kernels.emit import Function, Value, f32, i64, vector
 from mixchat.kernels.program import Signature, Step
 
-_MAX_EXPERTS = 1024  # because their logits are on the stack
 _FEW = 4  # tokens that one thread finishes before a second one has started
 # Experts that are left are above `_START`, however low their logits are. As in torch, NaN is above
 # all numbers.
 _CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
 _SIGNATURE = Signature(
-    "x", "gate", "logits", "experts", "weights", "tokens", "columns", "count", "choices"
+    "x",
+    "gate",
+    "bias",
+    "logits",
+    "ranks",
+    "experts",
+    "weights",
+    "tokens",
+    "columns",
+    "count",
+    "choices",
+    "others",
 )
 _LOOK_UP = Signature("experts", "table", "targets", "choices", "columns")
 
 
-def can_route(x: torch.Tensor, gate: torch.Tensor) -> bool:
-    """Return whether the kernel takes these."""
-    experts, columns = gate.shape
-    return rows.can_compute(x.dtype, columns, x.device.type) and experts <= _MAX_EXPERTS
+@dataclass(frozen=True)
+class Router:
+    """Chooses the experts [T, K] with the largest logits, the first of equal ones.
 
-
-def route(x: torch.Tensor, gate: torch.Tensor, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the experts [T, K], int64, with the largest logits, and their softmax [T, K], fp32.
-
-    The logits are x [T, D] times gate [E, D], in fp32, because rounding them could change the
-    choice. Of equal logits the kernel takes the first.
+    gate: fp32 [E, D], contiguous. bias: fp32 [E], which is added to the logits.
+    normalized: whether the softmax is over the K chosen logits, and not over all.
     """
-    if not can_route(x, gate):
-        router_logits = functional.linear(x.float(), gate)  # [T, E]
-        largest, selected = router_logits.topk(choices, dim=-1)
-        return selected, largest.softmax(dim=-1)
-    x, tokens = x.contiguous(), x.shape[0]
-    experts = torch.empty(tokens, choices, dtype=torch.int64)
-    weights = torch.empty(tokens, choices)
-    route_step(x, gate, experts, weights).run()
-    return experts, weights
 
+    gate: torch.Tensor
+    choices: int
+    normalized: bool = True
+    bias: torch.Tensor | None = None
 
-def route_step(
-    x: torch.Tensor, gate: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
-) -> Step:
-    """Return `route` as a step that writes experts and weights. x is contiguous."""
-    tokens, choices = experts.shape
-    logits = torch.empty(tokens, gate.shape[0])
-    numbers = _SIGNATURE.numbers(
-        x=x.data_ptr(),
-        gate=gate.data_ptr(),
-        logits=logits.data_ptr(),
-        experts=experts.data_ptr(),
-        weights=weights.data_ptr(),
-        tokens=tokens,
-        columns=x.shape[1],
-        count=gate.shape[0],
-        choices=choices,
-    )
-    function = _compiled(instruction_set(), x.dtype == torch.bfloat16).function("route")
-    threads = 1 if tokens <= _FEW else None
-    return Step(function, _SIGNATURE, numbers, (x, gate, experts, weights, logits), threads)
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the experts [T, K], int64, best first, and their weights [T, K], fp32.
+
+        The logits are x [T, D] times the gate in fp32, because rounding could change the choice.
+        """
+        if not rows.can_compute(x.dtype, x.shape[1], x.device.type):
+            return self._by_torch(x)
+        x, tokens = x.contiguous(), x.shape[0]
+        experts = torch.empty(tokens, self.choices, dtype=torch.int64)
+        weights = torch.empty(tokens, self.choices)
+        self.step(x, experts, weights).run()
+        return experts, weights
+
+    def _by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = functional.linear(x.float(), self.gate, self.bias)  # [T, E]
+        # Of equal logits, topk takes any.
+        ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+        counted = ranked[:, : self.choices] if self.normalized else ranked
+        return order[:, : self.choices], counted.softmax(dim=-1)[:, : self.choices]
+
+    def step(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> Step:
+        """Return `__call__` as a step that writes experts and weights. x is contiguous."""
+        tokens, count = experts.shape[0], self.gate.shape[0]
+        logits, ranks = torch.empty(2, tokens, count)
+        numbers = _SIGNATURE.numbers(
+            x=x.data_ptr(),
+            gate=self.gate.data_ptr(),
+            bias=0 if self.bias is None else self.bias.data_ptr(),
+            logits=logits.data_ptr(),
+            ranks=ranks.data_ptr(),
+            experts=experts.data_ptr(),
+            weights=weights.data_ptr(),
+            tokens=tokens,
+            columns=x.shape[1],
+            count=count,
+            choices=self.choices,
+            others=0 if self.normalized else count,
+        )
+        bf16, biased = x.dtype == torch.bfloat16, self.bias is not None
+        function = _compiled(instruction_set(), bf16, biased).function("route")
+        keeps = (x, self.gate, self.bias, experts, weights, logits, ranks)
+        return Step(function, _SIGNATURE, numbers, keeps, threads=1 if tokens <= _FEW else None)
 
 
 def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> Step:
@@ -86,15 +109,15 @@ def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tens
         choices=targets.shape[0],
         columns=targets.shape[1],
     )
-    function = _compiled(instruction_set(), False).function("look_up")
+    function = _compiled(instruction_set(), False, False).function("look_up")
     return Step(function, _LOOK_UP, numbers, (experts, table, targets), threads=1)
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
+def _compiled(instructions: InstructionSet | None, bf16: bool, biased: bool) -> Compiled:
     assert instructions is not None
     module = ir.Module("router")
-    _Route(module, LANES[instructions], bf16).write()
+    _Route(module, LANES[instructions], bf16, biased).write()
     _write_look_up(module)
     return compile_module(module, instructions)
 
@@ -118,23 +141,23 @@ def _write_look_up(module: ir.Module) -> None:
 class _Route:
     """A function that routes token after token. An item of work is a token."""
 
-    def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
-        self._function, self._lanes, self._bf16 = Function(module, "route"), lanes, bf16
+    def __init__(self, module: ir.Module, lanes: int, bf16: bool, biased: bool) -> None:
+        self._function, self._lanes = Function(module, "route"), lanes
+        self._bf16, self._biased = bf16, biased
         self._given = _SIGNATURE.read_by(self._function)
-        self._ranks = self._function.scratch(_MAX_EXPERTS * 4)
 
     def write(self) -> None:
         function, given = self._function, self._given
         count, choices = given.number("count"), given.number("choices")
         with function.each_item(function.pointer, given.number("tokens")) as token:
             with function.loop(0, count, 1) as (expert, _):
-                logit = self._logit(token, expert)
-                given.pointer("logits").store(logit, (token * count + expert) * 4)
-                self._ranks.store(self._rank(logit), expert * 4)
+                logit, place = self._logit(token, expert), token * count + expert
+                given.pointer("logits").store(logit, place * 4)
+                given.pointer("ranks").store(self._rank(logit), place * 4)
             first = token * choices
             with function.loop(first, first + choices, 1) as (place, _):
                 self._choose(token, place, count)
-            self._soften(first, choices)
+            self._soften(token, first, choices)
         function.finish()
 
     def _logit(self, token: Value, expert: Value) -> Value:
@@ -144,7 +167,8 @@ class _Route:
             x = as_fp32(given.pointer("x"), token * columns + column, self._bf16, lanes)
             row = given.pointer("gate").load(x.type, (expert * columns + column) * 4)
             sums[0] = function.multiply_add(x, row, sums[0])
-        return function.total(sums[0])
+        logit = function.total(sums[0])
+        return logit + given.pointer("bias").load(f32, expert * 4) if self._biased else logit
 
     def _rank(self, logit: Value) -> Value:
         """Return the logit, or a finite number for NaN."""
@@ -153,28 +177,42 @@ class _Route:
 
     def _choose(self, token: Value, place: Value, count: Value) -> None:
         """Store the best expert that is left, and its logit instead of its weight."""
-        function, given = self._function, self._given
+        function, given, ranks = self._function, self._given, self._given.pointer("ranks")
         start = [function.constant(i64, 0), function.constant(f32, _START)]
         with function.loop(0, count, 1, start) as (expert, best):
-            rank = self._ranks.load(f32, expert * 4)
+            rank = ranks.load(f32, (token * count + expert) * 4)
             is_better = rank.compare(">", best[1])
             best[:] = is_better.choose(expert, best[0]), is_better.choose(rank, best[1])
-        chosen = best[0]
-        self._ranks.store(function.constant(f32, _CHOSEN), chosen * 4)
-        logit = given.pointer("logits").load(f32, (token * count + chosen) * 4)
-        given.pointer("experts").store(chosen, place * 8)
+        there = (token * count + best[0]) * 4
+        ranks.store(function.constant(f32, _CHOSEN), there)
+        logit = given.pointer("logits").load(f32, there)
+        given.pointer("experts").store(best[0], place * 8)
         given.pointer("weights").store(logit, place * 4)
 
-    def _soften(self, first: Value, choices: Value) -> None:
+    def _soften(self, token: Value, first: Value, choices: Value) -> None:
         """Turn logits into weights. The first logit is the largest."""
         function, weights = self._function, self._given.pointer("weights")
         largest = weights.load(f32, first * 4)
         zero = function.constant(f32, 0.0)
         with function.loop(first, first + choices, 1, [zero]) as (place, sums):
-            below = weights.load(f32, place * 4) - largest
-            power = exponential(function, below)
-            power = below.compare("==", below).choose(power, below)  # NaN stays NaN
+            power = self._power(weights.load(f32, place * 4) - largest)
             weights.store(power, place * 4)
             sums[0] = sums[0] + power
+        total = sums[0] + self._others(token, largest)
         with function.loop(first, first + choices, 1) as (place, _):
-            weights.store(weights.load(f32, place * 4) / sums[0], place * 4)
+            weights.store(weights.load(f32, place * 4) / total, place * 4)
+
+    def _others(self, token: Value, largest: Value) -> Value:
+        """Return the sum of the powers of the experts that were not chosen, if they count."""
+        function, given = self._function, self._given
+        zero, first = function.constant(f32, 0.0), token * given.number("count")
+        with function.loop(0, given.number("others"), 1, [zero]) as (expert, sums):
+            there = (first + expert) * 4
+            is_left = given.pointer("ranks").load(f32, there).compare(">", _START)
+            logit = given.pointer("logits").load(f32, there)
+            sums[0] = sums[0] + is_left.choose(self._power(logit - largest), 0.0)
+        return sums[0]
+
+    def _power(self, below: Value) -> Value:
+        """Return e^below. NaN stays NaN."""
+        return below.compare("==", below).choose(exponential(self._function, below), below)

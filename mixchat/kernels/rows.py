@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import struct
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from llvmlite import ir
@@ -30,7 +31,18 @@ from mixchat.kernels.program import Signature, Step
 _DTYPES = (torch.float32, torch.bfloat16)
 _FEW = 2**16  # numbers that one thread finishes before a second one has started
 _SIGNATURE = Signature(
-    "x", "weight", "cos", "sin", "out", "tokens", "columns", "stride", "count", "eps"
+    "x",
+    "weight",
+    "cos",
+    "sin",
+    "out",
+    "tokens",
+    "columns",
+    "stride",
+    "count",
+    "eps",
+    "limit",
+    "alpha",
 )
 
 
@@ -42,22 +54,38 @@ def can_compute(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> b
     return columns % LANES[instructions] == 0
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return x [T, D] / rms(x), rounded to the type of x, times weight [D]."""
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x [T, D] / rms(x), rounded to the type of x, times weight [D].
+
+    Or of x [T, heads, D]. `out` is as in `rms_norm_step`.
+    """
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
         wide = x.float()
         mean = (wide * wide).mean(-1, keepdim=True)
-        return (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
-    x, out = x.contiguous(), torch.empty_like(x)
+        normed = (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
+        return normed if out is None else out.copy_(normed)
+    if out is None:
+        x = x.contiguous()
+        out = torch.empty_like(x)
     rms_norm_step(x, weight, eps, out).run()
     return out
 
 
 def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> Step:
-    """Return `rms_norm` as a step, for contiguous tensors."""
-    whole = struct.unpack("i", struct.pack("f", eps))[0]
-    given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": whole}
-    return _step("rms_norm", x, out, weight, **given)
+    """Return `rms_norm` as a step.
+
+    The numbers of a token follow one another. `out` has the strides of x, and may be x.
+    """
+    given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": _bits(eps)}
+    heads = x.shape[1] if x.dim() == 3 else 1
+    return _step("rms_norm", x, out, weight, **given, count=heads, stride=x.stride(0))
+
+
+def clamp_step(x: torch.Tensor, limit: float) -> Step:
+    """Return x.clamp_(-limit, limit) as a step, for contiguous x [T, D]."""
+    return _step("clamp", x, x, columns=x.shape[-1], limit=_bits(limit))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -80,21 +108,39 @@ def rotate_step(x: torch.Tensor, out: torch.Tensor) -> Step:
     return _step("rotate", x, out, columns=x.shape[2], count=x.shape[1], stride=x.stride(0))
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [T, D] for gate and up, [T, 2 * D]."""
-    columns = gate_up.shape[-1] // 2
-    if not can_compute(gate_up.dtype, columns, gate_up.device.type):
-        gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate) * up
-    gate_up = gate_up.contiguous()
-    out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
-    swiglu_step(gate_up, out).run()
-    return out
+@dataclass(frozen=True)
+class Swiglu:
+    """The product of gate and up, after silu(x) = x * sigmoid(x) of the gate.
 
+    With a limit it is (up + 1) * gate * sigmoid(alpha * gate). Up is clamped to the limit on both
+    sides, and gate above.
+    """
 
-def swiglu_step(gate_up: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return `swiglu` as a step, for contiguous tensors."""
-    return _step("swiglu", gate_up, out, columns=out.shape[-1])
+    limit: float | None = None
+    alpha: float = 1.702
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return the product [T, D] for gate and up, [T, 2 * D]."""
+        columns = gate_up.shape[-1] // 2
+        if not can_compute(gate_up.dtype, columns, gate_up.device.type):
+            return self._by_torch(*gate_up.chunk(2, dim=-1))
+        gate_up = gate_up.contiguous()
+        out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
+        self.step(gate_up, out).run()
+        return out
+
+    def _by_torch(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.limit is None:
+            return functional.silu(gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+    def step(self, gate_up: torch.Tensor, out: torch.Tensor) -> Step:
+        """Return `__call__` as a step, for contiguous tensors."""
+        if self.limit is None:
+            return _step("swiglu", gate_up, out, columns=out.shape[-1])
+        given = {"limit": _bits(self.limit), "alpha": _bits(self.alpha)}
+        return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **given)
 
 
 def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -118,6 +164,12 @@ def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
     return _step("add", x, out, other, weight=other.data_ptr(), columns=x.shape[-1])
 
 
+def _bits(number: float) -> int:
+    """Return the bits of a number in fp32."""
+    bits: int = struct.unpack("i", struct.pack("f", number))[0]
+    return bits
+
+
 def _step(
     name: str, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor, **given: int
 ) -> Step:
@@ -131,7 +183,7 @@ def _step(
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
     assert instructions is not None
     module = ir.Module("rows")
-    for kind in (_RMSNorm, _Rotate, _Swiglu, _WeightedSum, _Add):
+    for kind in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _LimitedSwiglu, _WeightedSum, _Add):
         kind(module, LANES[instructions], bf16).write()
     return compile_module(module, instructions)
 
@@ -177,17 +229,31 @@ class _RMSNorm(_Rows):
     name = "rms_norm"
 
     def row(self, token: Value) -> None:
-        function, lanes, first = self.function, self.lanes, token * self.columns
-        with function.loop(0, self.columns, lanes, [self.zeros]) as (column, sums):
-            numbers = self.load(self.x, first + column)
-            sums[0] = function.multiply_add(numbers, numbers, sums[0])
-        mean = function.total(sums[0]) / self.columns.as_float(f32) + self.given.load("eps", f32)
-        root = function.call("llvm.sqrt.f32", f32, mean)
-        factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
-        with function.loop(0, self.columns, lanes) as (column, _):
-            normed = self.rounded(self.load(self.x, first + column) * factor)
-            weights = self.load(self.given.pointer("weight"), column)
-            self.store(normed * weights, first + column)
+        function, given, lanes = self.function, self.given, self.lanes
+        with function.loop(0, given.number("count"), 1) as (head, _):
+            first = token * given.number("stride") + head * self.columns
+            with function.loop(0, self.columns, lanes, [self.zeros]) as (column, sums):
+                numbers = self.load(self.x, first + column)
+                sums[0] = function.multiply_add(numbers, numbers, sums[0])
+            mean = function.total(sums[0]) / self.columns.as_float(f32) + given.load("eps", f32)
+            root = function.call("llvm.sqrt.f32", f32, mean)
+            factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
+            with function.loop(0, self.columns, lanes) as (column, _):
+                normed = self.rounded(self.load(self.x, first + column) * factor)
+                weights = self.load(given.pointer("weight"), column)
+                self.store(normed * weights, first + column)
+
+
+class _Clamp(_Rows):
+    name = "clamp"
+
+    def row(self, token: Value) -> None:
+        limit = self.given.load("limit", f32).broadcast(self.lanes)
+        with self.function.loop(0, self.columns, self.lanes) as (column, _):
+            place = token * self.columns + column
+            # In this order, NaN stays NaN.
+            number = self.function.minimum(limit, self.load(self.x, place))
+            self.store(self.function.maximum(-limit, number), place)
 
 
 class _Rotate(_Rows):
@@ -218,7 +284,10 @@ class _Swiglu(_Rows):
             place = token * columns + column
             gate = self.load(self.x, place + token * columns)
             up = self.load(self.x, place + (token + 1) * columns)
-            self.store(gate * self._sigmoid(gate) * up, place)
+            self.store(self.product(gate, up), place)
+
+    def product(self, gate: Value, up: Value) -> Value:
+        return gate * self._sigmoid(gate) * up
 
     def _sigmoid(self, x: Value) -> Value:
         """Return 1 / (1 + e^-x), by powers of e that are at most 1."""
@@ -226,6 +295,20 @@ class _Swiglu(_Rows):
         power = exponential(self.function, is_positive.choose(-x, x))
         one = self.function.constant(x.type, 1.0)
         return is_positive.choose(one, power) / (power + 1.0)
+
+
+class _LimitedSwiglu(_Swiglu):
+    name = "limited_swiglu"
+
+    def product(self, gate: Value, up: Value) -> Value:
+        function = self.function
+        limit, alpha = (
+            self.given.load(name, f32).broadcast(self.lanes) for name in ("limit", "alpha")
+        )
+        # In this order, NaN stays NaN.
+        gate = function.minimum(limit, gate)
+        up = function.maximum(-limit, function.minimum(limit, up))
+        return gate * self._sigmoid(gate * alpha) * (up + 1.0)
 
 
 class _WeightedSum(_Rows):

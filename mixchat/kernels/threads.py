@@ -7,7 +7,7 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_num_threads")
+_NEEDED = ("GOMP_parallel", "omp_get_num_threads")
 
 
 class NativeFunction:
@@ -37,17 +37,23 @@ class NativeFunction:
             other.result()
 
 
-def team_functions() -> tuple[int, int] | None:
-    """Return the addresses of two functions for the threads of a run, or None without OpenMP.
+def team_size_function() -> int | None:
+    """Return the address of a function for the threads of a run, or None without OpenMP.
 
-    The first one is a barrier. The second one returns the count of threads, 32 bits.
+    It returns the count of threads, 32 bits.
     """
     library = _library()
-    if library is None:
-        return None
-    functions = library.GOMP_barrier, library.omp_get_num_threads
-    barrier, count = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-    return barrier, count
+    return None if library is None else _address_of(library.omp_get_num_threads)
+
+
+@functools.cache
+def give_way_function() -> int:
+    """Return the address of a function that lets another thread have this core."""
+    return _address_of(ctypes.CDLL(None).sched_yield)
+
+
+def _address_of(function: object) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -1,20 +1,19 @@
 """The product of some rows of a matrix of codes with some tokens, in the CPU's registers.
 
-A band is 32 rows, interleaved in the layout "cpu-packed". A block is 64 columns, whose weights
-share a scale (`absmax`) in each row. x has a scale for each block, too (`x_scales`).
+A band is 32 rows, interleaved in the layout "cpu-packed". A block is 64 columns, or 32 in MXFP4,
+whose weights share a scale (`absmax`) in each row. x has a scale for each block, too (`x_scales`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from mixchat.kernels.arithmetic import as_fp32, store_fp32
+from mixchat.kernels.arithmetic import store_fp32
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.program import Signature
 from mixchat.kernels.units import Unit
 
 BAND = 32  # rows
-BLOCK = 64  # columns
 _AHEAD = 4  # blocks early, scales are prefetched, which lie far apart
 # How many bytes early codes are prefetched. The CPU's prefetcher stops at the end of each page.
 _CODES_AHEAD = 3072
@@ -34,6 +33,7 @@ SIGNATURE = Signature(
     "tokens",
     "chunk",
     "run",
+    "bias",
 )
 
 
@@ -41,21 +41,25 @@ class Tile:
     """A function for the product of some bands with some tokens, whose sums fit in registers.
 
     In each block products of integers are added up, without rounding, and scaled. The function's
-    numbers are the first band, the first token, and how many bands the bands lie apart.
+    numbers are the first band, the first token, and how many bands the bands lie apart. `biased`
+    products get one number more for each row.
     """
 
-    def __init__(self, module: Any, unit: type[Unit], bf16: bool, bands: int, tokens: int) -> None:
-        self.bands, self.tokens = bands, tokens
+    def __init__(
+        self, module: Any, unit: type[Unit], bf16: bool, biased: bool, bands: int, tokens: int
+    ) -> None:
+        self.bands, self.tokens, self._biased = bands, tokens, biased
         self.function = Function(module, f"tile_{bands}_{tokens}", numbers=3)
         given = SIGNATURE.read_by(self.function)
         self._unit, self._bf16 = unit(self.function, given.pointer("levels")), bf16
         self._x, self._codes = given.pointer("x_integers"), given.pointer("codes")
         self._absmax, self._out = given.pointer("absmax"), given.pointer("out")
         self._x_scales, self._x_sums = given.pointer("x_scales"), given.pointer("x_sums")
+        self._bias = given.pointer("bias")
         self._rows, self._columns = given.number("rows"), given.number("columns")
         band, self._token, apart = self.function.numbers
         self._rows_of_bands = [(band + apart * number) * BAND for number in range(bands)]
-        self._blocks = self._columns // BLOCK
+        self._blocks = self._columns // unit.block
         self._bands = [
             self._codes.plus(self._bytes_of((band + apart * number) * self._columns))
             for number in range(bands)
@@ -71,6 +75,8 @@ class Tile:
         for place, total in enumerate(totals):
             band, token, part = self._split(place)
             row = self._rows_of_bands[band] + part * lanes
+            if self._biased:
+                total = total + self._bias.load(total.type, row * 4)
             first = (self._token + token) * self._rows + row
             store_fp32(self._out, total, first, self._bf16)
         function.finish()
@@ -84,11 +90,11 @@ class Tile:
         """Return the sums of one block, in the unit's order of the rows."""
         unit, parts = self._unit, self._parts
         starts = self._starts(block)
-        steps = BLOCK // unit.columns
+        steps = unit.block // unit.columns
         with self.function.loop(0, steps, unit.unrolled, starts) as (first_step, sums):
-            self._prefetch(block * BLOCK + first_step * unit.columns)
+            self._prefetch(block * unit.block + first_step * unit.columns)
             for unrolled in range(unit.unrolled):
-                column = block * BLOCK + (first_step + unrolled) * unit.columns
+                column = block * unit.block + (first_step + unrolled) * unit.columns
                 at_once = 32 // unit.x_type.width
                 for band, codes in enumerate(self._bands):
                     groups = unit.levels(codes, self._bytes_of(column))
@@ -139,11 +145,8 @@ class Tile:
         ]
         for band in range(self.bands):
             here = block * self._rows + self._rows_of_bands[band]
-            self._absmax.prefetch((here + self._rows * _AHEAD) * 2)
-            scales = [
-                as_fp32(self._absmax, here + part * unit.lanes, True, unit.lanes)
-                for part in range(parts)
-            ]
+            self._absmax.prefetch((here + self._rows * _AHEAD) * unit.scale_bytes)
+            scales = [unit.scales(self._absmax, here + part * unit.lanes) for part in range(parts)]
             for token in range(self.tokens):
                 place = (band * self.tokens + token) * parts
                 in_order = unit.in_order(sums[place : place + parts])

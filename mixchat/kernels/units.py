@@ -1,6 +1,6 @@
 """Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
 
-A unit turns codes of 32 rows into levels (integers, -1 to 1 times `largest_level`), and adds their
+A unit turns codes of 32 rows into levels (integers, the codes' numbers times `one`), and adds their
 products with x (integers up to `largest_x`) to sums of 32 bits. "Words" have 16 bits. The sum over
 a block of 64 columns never overflows:
 
@@ -24,11 +24,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from mixchat.kernels.arithmetic import as_fp32
 from mixchat.kernels.compile import InstructionSet, has_feature
 from mixchat.kernels.emit import Function, Pointer, Value, i8, i16, i32, vector
 
 MANY = 16  # tokens from which on x has 8 bits
 LINE = 32  # bytes
+BLOCK = 64  # weights that share a scale in most types
 # The feature that multiplies and adds in one instruction. Bytes need it.
 VNNI: dict[InstructionSet, str] = {"avx512": "avx512vnni", "avx2": "avxvnni"}
 _BYTES_AT = 32  # bytes of the table with the levels as words, before the levels as bytes
@@ -37,15 +39,17 @@ _BYTES_AT = 32  # bytes of the table with the levels as words, before the levels
 class Unit(ABC):
     """A choice of instructions, for one function that is being written.
 
-    `table` points to the result of `level_tables`. Units for 8-bit codes do not read it.
+    `table` points to the result of `UnitSet.level_tables`. Units for 8-bit codes do not read it.
     """
 
     bits: ClassVar[int] = 4  # of a code
+    block: ClassVar[int] = BLOCK  # columns whose weights share a scale, and whose x do
+    scale_bytes: ClassVar[int] = 2
     columns: ClassVar[int] = 2  # whose codes are read at once
     lanes: ClassVar[int]  # sums in a vector
     x_type: ClassVar[Any] = i16
     largest_x: ClassVar[int] = 8191
-    largest_level: ClassVar[int] = 4095
+    one: ClassVar[int] = 4095  # the level of a code that stands for 1
     offset: ClassVar[int] = 0  # added to each level
     unrolled: ClassVar[int]  # steps of the loop over columns that are written out
     _widths: ClassVar[tuple[int, ...]]
@@ -71,6 +75,10 @@ class Unit(ABC):
 
         `x` is 32 bits that hold as many numbers as a lane has levels.
         """
+
+    def scales(self, absmax: Pointer, place: Value) -> Value:
+        """Load the scales of `lanes` rows as fp32."""
+        return as_fp32(absmax, place, True, self.lanes)
 
     def in_order(self, sums: list[Value]) -> list[Value]:
         return sums
@@ -220,7 +228,7 @@ class _Bytes(_Lookup):
     """Looks up levels of 8 bits, for x in 8 bits, with four products in a lane."""
 
     columns = 4
-    x_type, largest_x, largest_level, offset = i8, 127, 127, 128
+    x_type, largest_x, one, offset = i8, 127, 127, 128
     _look_up: ClassVar[str]
     _multiply: ClassVar[str]
 
@@ -301,7 +309,7 @@ class Avx2ThreeBitsBytes(_ThreeBits, Avx2Bytes):
 class _Int8(_WordUnit):
     """8-bit codes, loaded as words with their sign."""
 
-    bits, largest_x, largest_level = 8, 32767, 127
+    bits, largest_x, one = 8, 32767, 127
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
         size = 2 * self.lanes
@@ -338,6 +346,15 @@ class UnitSet(NamedTuple):
             return self.bytes[instructions]
         return self.words[instructions]
 
+    def level_tables(self, levels: torch.Tensor) -> torch.Tensor:
+        """Return the table that units read, uint8, of 16 or 8 levels, fp32, as words and bytes."""
+        sixteen = levels.repeat(16 // len(levels))
+        words, of_bytes = (next(iter(units.values())) for units in (self.words, self.bytes))
+        integers = (sixteen * words.one).round().to(torch.int16).view(torch.uint8)
+        assert len(integers) == _BYTES_AT
+        short = (sixteen * of_bytes.one).round() + of_bytes.offset
+        return torch.cat((integers, short.to(torch.uint8)))
+
 
 THREE_BITS = UnitSet(
     3,
@@ -350,12 +367,3 @@ FOUR_BITS = UnitSet(
     bytes={"avx512": Avx512Bytes, "avx2": Avx2Bytes},
 )
 EIGHT_BITS = UnitSet(8, words={"avx512": Avx512Int8, "avx2": Avx2Int8}, bytes={})
-
-
-def level_tables(levels: torch.Tensor) -> torch.Tensor:
-    """Return the table that units read, uint8, of 16 or 8 levels, fp32, as words and as bytes."""
-    sixteen = levels.repeat(16 // len(levels))
-    words = (sixteen * Unit.largest_level).round().to(torch.int16).view(torch.uint8)
-    assert len(words) == _BYTES_AT
-    of_bytes = (sixteen * Avx512Bytes.largest_level).round() + Avx512Bytes.offset
-    return torch.cat((words, of_bytes.to(torch.uint8)))

@@ -14,13 +14,14 @@ from mixchat.base.options import LoadOptions, device_names
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
 from mixchat.base.settings import models_dir
-from mixchat.engine.attention import RotaryEmbedding
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import new_cache
-from mixchat.engine.model import Block, Embedding, Model, RMSNorm
+from mixchat.engine.model import Block, Embedding, Model
+from mixchat.engine.norm import RMSNorm
 from mixchat.engine.prompt_cache import identity_of
+from mixchat.engine.rope import rotary_embeddings
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
@@ -188,7 +189,8 @@ def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
     if device.type != "cpu" or not kernels_available():
         return False
     matrices = (used.expert.gate_up, used.expert.down, used.qkv(0), used.o(0))
-    return rows.can_compute(used.quantization.dtype, used.config.hidden_size) and all(
+    norms = (*used.norms(0), *used.qk_norms(0))
+    return all(rows.can_compute(norm.dtype, norm.shape[-1]) for norm in norms) and all(
         matrix.can_be_exact for matrix in matrices
     )
 
@@ -219,11 +221,10 @@ def _build_model(
 ) -> Model:
     config, tensors = used.config, _InstalledTensors(installed, device)
     dtype = used.quantization.dtype
-    rope = RotaryEmbedding(config.rope(0), config.head_dim, context, dtype, device)
+    ropes = rotary_embeddings(config, context, dtype, device)
     embedding, head = _embedding_and_head(installed, used, device)
     norm = RMSNorm(tensors.tensor(used.norm), config.rms_norm_eps)
-    layers = range(config.num_hidden_layers)
-    blocks = [Block.build(layer, used, tensors, rope, runner) for layer in layers]
+    blocks = [Block.build(layer, used, tensors, rope, runner) for layer, rope in enumerate(ropes)]
     return Model(config, embedding, blocks, norm, head)
 
 

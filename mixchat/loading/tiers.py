@@ -186,7 +186,12 @@ def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.devic
     layers = range(config.num_hidden_layers)
     gates = [installed.tensor(blueprint.gate(layer)).to(device) for layer in layers]
     norms = [installed.tensor(blueprint.norms(layer)[1]).to(device) for layer in layers]
-    return Prefetch(NextRouters(gates, norms, config.num_experts_per_tok), stats)
+    biases = [
+        installed.tensor(blueprint.gate_bias(layer)).to(device)
+        for layer in layers
+        if config.moe_bias
+    ]
+    return Prefetch(NextRouters(gates, norms, config.num_experts_per_tok, biases), stats)
 
 
 def _lock_for(device: torch.device) -> PageLock:

@@ -1,7 +1,8 @@
 """Measures how fast experts and layers are computed, and experts copied.
 
-All figures are means of a few repetitions. Medians miss it if other programs take the cores now and
-then. They promised 2.9 times the speed.
+All speeds are means of a few repetitions. Medians miss it if other programs take the cores now and
+then. They promised 2.9 times the speed. Counts of threads are compared by their fastest repetition,
+because a choice stays when other programs have ended.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.safetensors import TensorSpec
-from mixchat.engine.attention import RotaryEmbedding
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Block
+from mixchat.engine.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
+from mixchat.kernels import rows
 from mixchat.planning.machine_speeds import interpolate
-from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.blueprint import Blueprint, Expert, ExpertSpec
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 
@@ -55,26 +57,44 @@ SAMPLE_EFFORT = Effort(seconds=0.1)  # for one of several samples
 _MAX_THREADS_S = 10.0  # to measure counts of threads
 
 
-@torch.inference_mode()
 def thread_seconds(
-    blueprint: Blueprint, counts: Sequence[int], effort: Effort = Effort()
+    blueprint: Blueprint, counts: Sequence[int], effort: Effort = SAMPLE_EFFORT
 ) -> dict[int, float]:
-    """Return seconds of one expert for one row by count of threads, the best of two rounds.
+    """Return the least seconds of one token in a few layers by count of threads, of two rounds.
 
     On a busy machine there may be one round.
     """
     effort = replace(effort, until=time.perf_counter() + _MAX_THREADS_S)
-    before, experts = torch.get_num_threads(), ExpertTimer(blueprint, CPU, effort)
-    seconds = dict.fromkeys(counts, math.inf)
+    before, seconds = torch.get_num_threads(), dict.fromkeys(counts, math.inf)
     try:
         for count in [*counts, *counts]:  # a machine's pace may change
             if effort.is_over and seconds[count] < math.inf:
                 break
-            torch.set_num_threads(count)
-            seconds[count] = min(seconds[count], experts.mean_of(experts.compute_next))
+            torch.set_num_threads(count)  # first, because steps are made for a count
+            compute = _token_probe(blueprint, effort.pool_bytes)
+            seconds[count] = min(seconds[count], *samples_of(compute, CPU, effort))
     finally:
         torch.set_num_threads(before)
     return seconds
+
+
+def samples_of(run: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:
+    """Return the seconds that `run` takes each time but the first."""
+    samples: list[float] = []
+    least, most = effort.seconds, 3 * effort.seconds
+    _seconds_of(run, device)
+    while (spent := sum(samples)) < least or (len(samples) < 5 and spent < most):
+        if samples and effort.is_over:
+            break
+        samples.append(_seconds_of(run, device))
+    return samples
+
+
+def _seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    gpu.synchronize(device)
+    return time.perf_counter() - start
 
 
 class ExpertTimer:
@@ -82,10 +102,8 @@ class ExpertTimer:
 
     def __init__(self, blueprint: Blueprint, device: torch.device, effort: Effort) -> None:
         layout = blueprint.computed_on(device).expert
-        count = max(2, -(-effort.pool_bytes // layout.stride))
-        shape = (count, layout.stride)
-        self._blocks = torch.full(shape, _FILLING, dtype=torch.uint8, device=device)
-        self._turns = itertools.cycle([layout.build(block) for block in self._blocks])
+        self._blocks, experts = _filled_experts(layout, device, effort.pool_bytes)
+        self._turns = itertools.cycle(experts)
         self._columns, self._dtype = layout.gate_up.columns, blueprint.quantization.dtype
         self._device, self._effort = device, effort
         self._one_row = self._rows(1)
@@ -97,11 +115,11 @@ class ExpertTimer:
     def seconds(self) -> dict[int, float]:
         """Return seconds of an expert by count of rows, but not for slow counts."""
         seconds: dict[int, float] = {}
-        for rows in ROWS:
-            slow = len(seconds) > 1 and interpolate(seconds, rows) > 10 * self._effort.seconds
+        for count in ROWS:
+            slow = len(seconds) > 1 and interpolate(seconds, count) > 10 * self._effort.seconds
             if slow or (len(seconds) > 1 and self._effort.is_over):
                 break
-            seconds[rows] = self._seconds_for(self._rows(rows))
+            seconds[count] = self._seconds_for(self._rows(count))
         return seconds
 
     def copy_bandwidth(self, copy: Copy) -> float:
@@ -128,48 +146,79 @@ class ExpertTimer:
 
     def mean_of(self, run: Callable[[], object]) -> float:
         """Return the seconds that `run` takes after the first time."""
-        samples: list[float] = []
-        least, most = self._effort.seconds, 3 * self._effort.seconds
-        self._seconds_of(run)
-        while (spent := sum(samples)) < least or (len(samples) < 5 and spent < most):
-            if samples and self._effort.is_over:
-                break
-            samples.append(self._seconds_of(run))
-        return mean(samples)
+        return mean(samples_of(run, self._device, self._effort))
 
-    def _seconds_of(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        gpu.synchronize(self._device)
-        return time.perf_counter() - start
+
+def _filled_experts(
+    layout: ExpertSpec, device: torch.device, pool_bytes: int
+) -> tuple[torch.Tensor, list[Expert]]:
+    """Return blocks of at least `pool_bytes`, and the experts over them."""
+    count = max(2, -(-pool_bytes // layout.stride))
+    blocks = torch.full((count, layout.stride), _FILLING, dtype=torch.uint8, device=device)
+    return blocks, [layout.build(block) for block in blocks]
 
 
 def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None]:
     """Return a function that computes one token through a layer without experts."""
-    config, dtype = blueprint.config, blueprint.quantization.dtype
-    used = blueprint.computed_on(device)
-    rope = RotaryEmbedding(config.rope(0), config.head_dim, 2 * _CONTEXT, dtype, device)
-    tensors, runner = _FilledTensors(device), _NoExperts()
-    blocks = [Block.build(0, used, tensors, rope, runner) for _ in range(_COPIES)]
-    cache = new_cache(config, 2 * _CONTEXT, dtype, device)
-    turns = itertools.cycle([(block, new_decoder(used, [block], cache)) for block in blocks])
-    earlier = torch.ones(_CONTEXT, config.num_key_value_heads, config.head_dim, dtype=dtype)
-    queries = torch.ones(_CONTEXT, config.num_attention_heads, config.head_dim, dtype=dtype)
-    cache.attend(0, queries.to(device), earlier.to(device), earlier.to(device))
-    cache.length = _CONTEXT
-    x = torch.ones(1, config.hidden_size, dtype=dtype, device=device)
-
-    @torch.inference_mode()
-    def compute() -> None:
-        block, decoder = next(turns)
-        if decoder is None or decoder.run(x, cache, lambda layer: None) is None:
-            block(x, cache)
-
-    return compute
+    layers = _Layers(blueprint, device, [(0, _PoolRunner())] * _COPIES)
+    turns = itertools.cycle([layers.computing([block]) for block in layers.blocks])
+    return lambda: next(turns)()
 
 
-class _NoExperts:
-    """An `ExpertRunner` without experts."""
+def _token_probe(blueprint: Blueprint, pool_bytes: int) -> Callable[[], None]:
+    """Return a function that computes one token through a few layers, with experts in memory."""
+    used, choices = blueprint.computed_on(CPU), blueprint.config.num_experts_per_tok
+    pool = _filled_experts(used.expert, CPU, pool_bytes)[1]
+    numbers = range(min(_COPIES, blueprint.config.num_hidden_layers))
+    runners = [(number, _PoolRunner(pool, number * choices)) for number in numbers]
+    layers = _Layers(blueprint, CPU, runners)
+    return layers.computing(layers.blocks)
+
+
+class _Layers:
+    """Layers for the given runners, each with its number, and a cache that is half full."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        device: torch.device,
+        runners: Sequence[tuple[int, _PoolRunner]],
+    ) -> None:
+        config, dtype = blueprint.config, blueprint.quantization.dtype
+        self._used, tensors = blueprint.computed_on(device), _FilledTensors(device)
+        ropes = rotary_embeddings(config, 2 * _CONTEXT, dtype, device)
+        self.blocks = [
+            Block.build(layer, self._used, tensors, ropes[layer], runner)
+            for layer, runner in runners
+        ]
+        self._cache = cache = new_cache(config, 2 * _CONTEXT, dtype, device)
+        groups, heads = config.num_key_value_heads, config.num_attention_heads
+        earlier = torch.ones(_CONTEXT, groups, config.head_dim, dtype=dtype, device=device)
+        queries = torch.ones(_CONTEXT, heads, config.head_dim, dtype=dtype, device=device)
+        for layer in {layer for layer, _ in runners}:
+            cache.attend(layer, queries, earlier, earlier)
+        cache.length = _CONTEXT
+        self._x = torch.ones(1, config.hidden_size, dtype=dtype, device=device)
+
+    def computing(self, blocks: Sequence[Block]) -> Callable[[], None]:
+        """Return a function that computes one token through these blocks."""
+        decoder = new_decoder(self._used, blocks, self._cache)
+
+        @torch.inference_mode()
+        def compute() -> None:
+            x = self._x
+            if decoder is None or decoder.run(x, self._cache, lambda layer: None) is None:
+                for block in blocks:
+                    x = block(x, self._cache)
+
+        return compute
+
+
+class _PoolRunner:
+    """An `ExpertRunner` with experts of a pool, from one number on, or without any."""
+
+    def __init__(self, pool: Sequence[Expert] = (), start: int = 0) -> None:
+        self._pool, self._start = pool, start
 
     def run(
         self,
@@ -180,13 +229,19 @@ class _NoExperts:
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        selected_experts.tolist()  # as every runner does, which waits for a GPU
-        return hidden_states
+        selected = selected_experts[0].tolist()  # as every runner does, which waits for a GPU
+        if not self._pool:
+            return hidden_states
+        outputs = [self._expert(expert)(hidden_states) for expert in selected]
+        return rows.weighted_sum(torch.stack(outputs, dim=1), routing_weights)
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
-        return ()
+        return [[self._expert(key.expert) for key in keys] for keys in layers if self._pool]
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None: ...
+
+    def _expert(self, number: int) -> Expert:
+        return self._pool[(self._start + number) % len(self._pool)]
 
 
 class _FilledTensors:

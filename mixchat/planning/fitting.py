@@ -121,7 +121,7 @@ def _fit(
     )
     placement = _place(demand, free, options)
     room = _room_for_context(demand, free, options, placement)
-    largest = min(room // token, blueprint.config.max_position_embeddings)
+    largest = min(room // token, blueprint.config.largest_context)
     return MemoryPlan(blueprint, free, options, computed, context, largest, demand, placement)
 
 

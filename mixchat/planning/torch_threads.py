@@ -20,10 +20,7 @@ from mixchat.kernels.compile import KERNELS
 from mixchat.planning.compute_speed import thread_seconds
 from mixchat.weights.format.blueprint import Blueprint
 
-# Bytes. Threads gain little from sharing such an expert's matrix (some 50 microseconds), and lose
-# ten times as much in waiting if another program wants a core.
-SMALL_EXPERT = 4_000_000
-_MIN_GAIN = 1.05  # times the speed of torch's own count
+_MIN_GAIN = 1.05  # times the speed of a count that comes before
 
 Measure = Callable[[Sequence[int]], Mapping[int, float]]  # seconds by count
 
@@ -33,12 +30,10 @@ def choose_threads(blueprint: Blueprint) -> None:
     physical = _cores()
     if os.environ.get("OMP_NUM_THREADS"):  # set by a person
         return
-    if blueprint.expert.nbytes < SMALL_EXPERT:
-        torch.set_num_threads(1)
-        return
     counts = candidates(physical, machine.usable_cores())
     measure = functools.partial(thread_seconds, blueprint)
-    torch.set_num_threads(known_or_best(data_dir() / "threads.json", counts, measure))
+    path = data_dir() / "threads.json"
+    torch.set_num_threads(known_or_best(path, _shape_of(blueprint), counts, measure))
 
 
 @functools.cache
@@ -47,40 +42,53 @@ def _cores() -> int:
     return torch.get_num_threads()
 
 
-def candidates(physical: int, usable: int) -> list[int]:
-    """Return the counts worth a try, torch's own first.
+def _shape_of(blueprint: Blueprint) -> str:
+    config, used = blueprint.config, blueprint.quantization
+    return (
+        f"layers of {config.hidden_size} columns with {config.num_attention_heads} heads in "
+        f"{used.attention}, {config.num_experts_per_tok} experts of {config.intermediate_size} in "
+        f"{used.quant_type}"
+    )
 
-    Torch uses as many threads as there are `physical` cores. With two threads a core, more are
-    `usable`. A container may get less time than its cores have. With 8 cores of two threads the
-    counts are 8, 16 and 6.
+
+def candidates(physical: int, usable: int) -> list[int]:
+    """Return the counts worth a try, the preferred ones first.
+
+    One thread never waits for another, which another program may keep from its core. Torch's own
+    count is the number of `physical` cores. With two threads a core, more are `usable`. A container
+    may get less time than its cores have. With 8 cores of two threads the counts are 1, 8, 16, 6.
     """
-    counts = [min(physical, usable), usable]
+    counts = [1, min(physical, usable), usable]
     if physical >= 4:
         counts.append(min(physical * 3 // 4, usable))
     return list(dict.fromkeys(counts))
 
 
-def known_or_best(path: Path, counts: Sequence[int], measure: Measure) -> int:
+def known_or_best(path: Path, shape: str, counts: Sequence[int], measure: Measure) -> int:
     """Return the count that `path` has for this machine, else the best by `measure`, saved there.
 
-    It measures only once, because other counts may round differently.
+    It measures only once for a shape, because other counts may round differently.
     """
     if len(counts) == 1:
         return counts[0]
-    key = f"{machine.cpu_name()}; kernels {KERNELS}; of {', '.join(map(str, counts))} threads"
+    tried = ", ".join(map(str, counts))
+    key = f"{machine.cpu_name()}; kernels {KERNELS}; of {tried} threads; {shape}"
     saved = _read(path)
     if saved.get(key) in counts:
         return cast("int", saved[key])
-    best = _best(counts[0], measure(counts))
+    best = _best(counts, measure(counts))
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_private_file(path, json.dumps({**saved, key: best}, indent=1).encode())
     return best
 
 
-def _best(first: int, seconds: Mapping[int, float]) -> int:
-    fastest = min(seconds, key=seconds.__getitem__)
-    return fastest if seconds[fastest] * _MIN_GAIN < seconds[first] else first
+def _best(counts: Sequence[int], seconds: Mapping[int, float]) -> int:
+    best = counts[0]
+    for count in counts[1:]:
+        if seconds[count] * _MIN_GAIN < seconds[best]:
+            best = count
+    return best
 
 
 def _read(path: Path) -> dict[str, object]:

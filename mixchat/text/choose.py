@@ -31,6 +31,10 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 # capitals count.
 _MARKUP = re.compile(r"<<\w+>>|<[^\s<>{}\w]*\w[^\s<>{}]*>|\[/?[A-Z][A-Z_]+\]|###")
 _MISTRAL_V1 = frozenset({"<s>", "</s>", "<unk>", "[INST]", "[/INST]"})
+_MISTRAL_V3 = _MISTRAL_V1 | {
+    *("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+}
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -42,11 +46,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     spm_file, json_file = directory / _SENTENCEPIECE_FILE, directory / _JSON_FILE
     template = read_chat_template(directory)
-    foreign = template is not None and not _is_mistral_v1(template.source)
-    if json_file.exists() and (foreign or not spm_file.exists()):
+    generation = 1 if template is None else _mistral_generation(template.source)
+    if spm_file.exists() and (generation or not json_file.exists()):
+        tokenizer = SentencePieceTokenizer(spm_file)
+        is_later = "[INST]" in tokenizer.control_tokens
+        if generation == 1 or is_later or not json_file.exists():
+            return tokenizer
+    if json_file.exists():
         return JsonTokenizer(json_file)
-    if spm_file.exists():
-        return SentencePieceTokenizer(spm_file)
     raise CheckpointError(f"{directory}: there is no {_SENTENCEPIECE_FILE} and no {_JSON_FILE}")
 
 
@@ -60,7 +67,7 @@ def load_template(directory: Path, tokenizer: Tokenizer) -> Template:
     template = read_chat_template(directory)
     if template is None:
         return CompletionTemplate(tokenizer, stop_ids=stop_ids, add_bos=tokenizer.adds_bos)
-    if _is_instruct(template, directory, tokenizer):
+    if _is_instruct(template, tokenizer):
         return InstructTemplate(tokenizer, stop_ids=stop_ids)
     jinja = JinjaTemplate(template, tokenizer, variables=_variables(directory, tokenizer))
     turn_ends: Iterable[str] = (token for token in _TURN_ENDS if token in template.source)
@@ -71,22 +78,26 @@ def load_template(directory: Path, tokenizer: Tokenizer) -> Template:
     return jinja
 
 
-def _is_mistral_v1(source: str) -> bool:
-    """Return whether a chat template is Mistral's own, of the first generation.
+def _mistral_generation(source: str) -> int | None:
+    """Return the generation of a chat template of Mistral's own, None for another's.
 
-    `[INST]` and `[/INST]` are ordinary text in it, and nothing else is marked up.
+    `[INST]` and `[/INST]` are ordinary text in the first generation, and nothing else is marked up.
+    Those up to the third have markup for tools, too.
     """
     found = set(_MARKUP.findall(source))
-    return "[INST]" in found and found <= _MISTRAL_V1
+    if "[INST]" not in found or not found <= _MISTRAL_V3:
+        return None
+    return 1 if found <= _MISTRAL_V1 else 3
 
 
-def _is_instruct(template: ChatTemplate, directory: Path, tokenizer: Tokenizer) -> bool:
-    # From its third generation on, [INST] is a control token with other rules for spaces.
-    return (
-        _is_mistral_v1(template.source)
-        and (directory / _SENTENCEPIECE_FILE).exists()
-        and "[INST]" not in tokenizer.control_tokens
-    )
+def _is_instruct(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
+    generation = _mistral_generation(template.source)
+    if generation is None or not isinstance(tokenizer, SentencePieceTokenizer):
+        return False
+    if "[INST]" in tokenizer.control_tokens:
+        # Mistral's own have no space here. Others add one, which is a token.
+        return " [/INST]" not in template.source
+    return generation == 1
 
 
 def _variables(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:

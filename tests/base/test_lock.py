@@ -51,39 +51,37 @@ def lock_file_of(target: Path) -> Path:
     return target.parent / f".{target.name}.lock"
 
 
-def test_the_lock_is_a_file_beside_the_model_that_is_removed_afterwards(target: Path) -> None:
+def test_the_lock_is_a_file_beside_the_model_that_is_removed_afterwards(target):
     with exclusive_lock(target):
         assert lock_file_of(target).exists()
         assert not target.exists()
     assert list(target.parent.iterdir()) == []
 
 
-def test_the_lock_is_released_after_an_error(target: Path) -> None:
+def test_the_lock_is_released_after_an_error(target):
     with pytest.raises(KeyboardInterrupt), exclusive_lock(target):
         raise KeyboardInterrupt
     with exclusive_lock(target):
         pass
 
 
-def test_a_second_process_is_busy_while_the_first_holds_the_lock(
-    target: Path, holder: subprocess.Popen[str]
-) -> None:
+def test_a_second_process_is_busy_while_the_first_holds_the_lock(target, holder):
     with pytest.raises(Busy), exclusive_lock(target):
         pass
     assert lock_file_of(target).exists()
 
 
-def test_other_models_are_not_locked(target: Path, holder: subprocess.Popen[str]) -> None:
-    with exclusive_lock(target.with_name("other")):
-        pass
+def test_other_models_are_not_locked(target, holder):
+    with exclusive_lock(other := target.with_name("other")):
+        assert lock_file_of(other).exists()
 
 
 def test_a_process_that_waits_says_so_once_and_continues_when_the_other_has_finished(
-    target: Path, holder: subprocess.Popen[str]
-) -> None:
+    target, holder
+):
     calls = []
 
-    def wait() -> None:
+    def wait():
         calls.append(True)
         assert holder.stdin
         holder.stdin.close()
@@ -95,15 +93,13 @@ def test_a_process_that_waits_says_so_once_and_continues_when_the_other_has_fini
     assert not lock_file_of(target).exists()
 
 
-def test_a_process_that_waits_continues_when_the_other_is_killed(
-    target: Path, holder: subprocess.Popen[str]
-) -> None:
+def test_a_process_that_waits_continues_when_the_other_is_killed(target, holder):
     with exclusive_lock(target, on_wait=lambda: holder.send_signal(signal.SIGKILL)):
         assert holder.wait(60) == -signal.SIGKILL
     assert not lock_file_of(target).exists()
 
 
-def test_a_file_that_a_killed_process_left_locks_nothing(target: Path) -> None:
+def test_a_file_that_a_killed_process_left_locks_nothing(target):
     target.parent.mkdir(parents=True)
     lock_file_of(target).write_text("")
     with exclusive_lock(target):
@@ -111,14 +107,12 @@ def test_a_file_that_a_killed_process_left_locks_nothing(target: Path) -> None:
     assert not lock_file_of(target).exists()
 
 
-def test_a_lock_on_a_file_that_was_removed_is_not_a_lock(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_on_a_file_that_was_removed_is_not_a_lock(target, monkeypatch):
     """Opened before the holder removed it and locked afterwards: two would hold the lock."""
     target.parent.mkdir(parents=True)
     flock, raced = fcntl.flock, []
 
-    def race(fd: int, how: int) -> None:
+    def race(fd, how):
         if not raced:
             raced.append(True)
             lock_file_of(target).unlink()
@@ -132,10 +126,8 @@ def test_a_lock_on_a_file_that_was_removed_is_not_a_lock(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_disk_without_locks_can_still_be_written(
-    target: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refuse(fd: int, how: int) -> None:
+def test_a_disk_without_locks_can_still_be_written(target, monkeypatch, number):
+    def refuse(fd, how):
         raise OSError(number, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
@@ -147,17 +139,17 @@ def test_a_disk_without_locks_can_still_be_written(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_cannot_be_written_is_an_error_of_the_system(target: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_an_error_of_the_system(target):
     target.parent.mkdir(parents=True)
     target.parent.chmod(0o500)
     with pytest.raises(PermissionError), exclusive_lock(target):
         pass
 
 
-def test_only_one_of_many_threads_holds_the_lock(target: Path) -> None:
+def test_only_one_of_many_threads_holds_the_lock(target):
     inside, most, done = [0], [0], []
 
-    def work() -> None:
+    def work():
         for _ in range(5):
             with exclusive_lock(target, on_wait=lambda: None):
                 inside[0] += 1
@@ -175,9 +167,7 @@ def test_only_one_of_many_threads_holds_the_lock(target: Path) -> None:
     assert list(target.parent.iterdir()) == []
 
 
-def test_a_process_does_not_wait_longer_than_its_timeout(
-    target: Path, holder: subprocess.Popen[str]
-) -> None:
+def test_a_process_does_not_wait_longer_than_its_timeout(target, holder):
     """A session that was suspended while it saved made all others wait, without Ctrl-C."""
     with pytest.raises(Busy), exclusive_lock(target, on_wait=lambda: None, timeout=0.1):
         pass
@@ -187,14 +177,14 @@ def test_a_process_does_not_wait_longer_than_its_timeout(
         pass
 
 
-def test_a_wait_ends_once_it_is_cancelled(target: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_wait_ends_once_it_is_cancelled(target, holder):
     calls = iter([False, False, True])
     path = lock_file_of(target)
     with pytest.raises(Busy), lock_file(path, timeout=60, cancelled=lambda: next(calls)):
         pass
 
 
-def test_an_open_file_has_one_holder_until_it_is_closed(tmp_path: Path) -> None:
+def test_an_open_file_has_one_holder_until_it_is_closed(tmp_path):
     with open(tmp_path / "f", "wb") as first, open(tmp_path / "f", "rb") as second:
         assert lock_open_file(first.fileno())
         assert not lock_open_file(second.fileno())

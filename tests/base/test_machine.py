@@ -19,9 +19,7 @@ def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_limits")
-def test_free_memory_is_within_the_machine_and_its_control_group(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_free_memory_is_within_the_machine_and_its_control_group(monkeypatch):
     whole = machine.free_memory()
     assert whole > 10**8
     assert machine.tightest_memory_limit() is None
@@ -37,9 +35,7 @@ def test_free_memory_is_within_the_machine_and_its_control_group(
     ("kind", "name", "left"),
     [(resource.RLIMIT_AS, "ulimit -v", 700), (resource.RLIMIT_DATA, "ulimit -d", 900)],
 )
-def test_a_ulimit_leaves_what_the_process_has_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, name: str, left: int
-) -> None:
+def test_a_ulimit_leaves_what_the_process_has_not_used(tmp_path, monkeypatch, kind, name, left):
     """Under `ulimit -v` mixchat planned with all of the machine's memory, and failed."""
     pages = tmp_path / "statm"
     pages.write_text("300 40 30 20 0 100 0\n")
@@ -55,7 +51,7 @@ def test_a_ulimit_leaves_what_the_process_has_not_used(
     assert machine.tightest_memory_limit() is None
 
 
-def test_a_missing_directory_is_on_the_disk_of_the_one_above(tmp_path: Path) -> None:
+def test_a_missing_directory_is_on_the_disk_of_the_one_above(tmp_path):
     below = tmp_path / "not" / "yet"
     assert machine.nearest_existing(below) == tmp_path == machine.nearest_existing(tmp_path)
     assert machine.same_disk(below, tmp_path)
@@ -63,7 +59,7 @@ def test_a_missing_directory_is_on_the_disk_of_the_one_above(tmp_path: Path) -> 
     assert not machine.same_disk(below, Path("/proc"))
 
 
-def test_the_disk_usage_of_files_excludes_holes(tmp_path: Path) -> None:
+def test_the_disk_usage_of_files_excludes_holes(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "full").write_bytes(b"x" * 100_000)
     with open(tmp_path / "hole", "wb") as file:
@@ -73,9 +69,7 @@ def test_the_disk_usage_of_files_excludes_holes(tmp_path: Path) -> None:
     assert machine.disk_usage(tmp_path / "nowhere") == 0
 
 
-def test_the_processor_is_named_as_the_system_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_processor_is_named_as_the_system_names_it(tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
     info.write_text("processor\t: 0\nmodel name\t: Some CPU: 9000 @ 3 GHz\nprocessor\t: 1\n")
     monkeypatch.setattr(machine, "_CPU_INFO", info)
@@ -83,9 +77,7 @@ def test_the_processor_is_named_as_the_system_names_it(
 
 
 @pytest.mark.parametrize("text", [None, "", "model name\t:\n", "CPU part\t: 0xd0c\n"])
-def test_a_processor_without_a_name_is_named_by_its_architecture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
-) -> None:
+def test_a_processor_without_a_name_is_named_by_its_architecture(tmp_path, monkeypatch, text):
     info = tmp_path / "cpuinfo"
     if text is not None:
         info.write_text(text)
@@ -96,7 +88,7 @@ def test_a_processor_without_a_name_is_named_by_its_architecture(
 
 
 @pytest.mark.usefixtures("no_limits")
-def test_cores_outside_of_affinity_and_quota_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_outside_of_affinity_and_quota_do_not_count(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
     assert machine.usable_cores() == 3
     monkeypatch.setattr(cgroups, "cores", lambda: 2)
@@ -108,7 +100,7 @@ def test_cores_outside_of_affinity_and_quota_do_not_count(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("no_limits")
-def test_total_memory_is_within_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_total_memory_is_within_the_container(monkeypatch):
     whole = machine.total_memory()
     assert machine.free_memory() < whole
     monkeypatch.setattr(cgroups, "memory_limit", lambda: 10**18)
@@ -117,9 +109,7 @@ def test_total_memory_is_within_the_container(monkeypatch: pytest.MonkeyPatch) -
     assert machine.total_memory() == 1000
 
 
-def test_the_cores_that_other_programs_take_are_told_from_our_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_cores_that_other_programs_take_are_told_from_our_own(monkeypatch):
     names = "user nice system idle iowait irq softirq steal guest guest_nice"
     LinuxTimes = namedtuple("LinuxTimes", names)  # as psutil has them
     counted, own = LinuxTimes(100, 0, 10, 1000, 20, 0, 0, 0, 60, 0), 5.0
@@ -130,9 +120,7 @@ def test_the_cores_that_other_programs_take_are_told_from_our_own(
     assert others.share() == pytest.approx(0.3)  # 10 of 20 s, of which 4 are ours
 
 
-def test_the_cores_that_other_programs_take_are_seen_on_macos_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_cores_that_other_programs_take_are_seen_on_macos_too(monkeypatch):
     """A busy machine without /proc/stat counted as idle."""
     MacTimes = namedtuple("MacTimes", "user nice system idle")
     counted = MacTimes(100.0, 0.0, 10.0, 1000.0)
@@ -143,10 +131,8 @@ def test_the_cores_that_other_programs_take_are_seen_on_macos_too(
     assert others.share() == pytest.approx(0.9)
 
 
-def test_a_system_without_counts_of_its_cores_counts_as_idle(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse() -> None:
+def test_a_system_without_counts_of_its_cores_counts_as_idle(monkeypatch):
+    def refuse():
         raise FileNotFoundError("/proc/stat")
 
     monkeypatch.setattr(psutil, "cpu_times", refuse)
@@ -154,9 +140,7 @@ def test_a_system_without_counts_of_its_cores_counts_as_idle(
 
 
 @pytest.mark.usefixtures("no_limits")
-def test_free_memory_is_asked_of_the_system_also_without_proc(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_free_memory_is_asked_of_the_system_also_without_proc(monkeypatch):
     """On macOS half of all memory counted as free, whatever else ran."""
     Memory = namedtuple("Memory", "total available")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(16 * 10**9, 11 * 10**9))
@@ -165,10 +149,10 @@ def test_free_memory_is_asked_of_the_system_also_without_proc(
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps as much")
-def test_freed_memory_goes_back_to_the_system() -> None:
+def test_freed_memory_goes_back_to_the_system():
     """After a model was closed, 430 MB of it still counted as used."""
 
-    def used() -> int:
+    def used():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     size = 10**5  # bytes: too small to be mapped for itself

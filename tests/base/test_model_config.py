@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from mixchat.base.model_config import Context, advised_length, advised_sampling
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import (
+    Context,
+    ModelConfig,
+    RopeParameters,
+    advised_length,
+    advised_sampling,
+)
 
 
 def test_recommended_sampling_is_read_where_it_is_a_number(tmp_path: Path) -> None:
@@ -47,3 +54,17 @@ def test_a_larger_context_is_only_offered_where_it_would_be_large_enough(context
     error = context.prompt_too_long(tokens)
     assert str(error).startswith(f"the prompt is too long: {tokens} tokens, the context holds")
     assert error.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "fits"), [(2880, 2880, True), (64, 2, True), (96, 3, False)]
+)
+def test_experts_with_biases_of_odd_sizes_are_refused(hidden: int, inner: int, fits: bool) -> None:
+    sizes = 97, hidden, inner, 1, 4, 2, 16, 4, 2, 128, 1e-5, RopeParameters(1e4)
+    ModelConfig("gpt_oss", *sizes).check()
+    config = ModelConfig("gpt_oss", *sizes, moe_bias=True)
+    if fits:
+        config.check()
+    else:
+        with pytest.raises(CheckpointError, match=rf"experts with biases .* \({inner}\)"):
+            config.check()

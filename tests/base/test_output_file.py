@@ -19,20 +19,20 @@ def output(path: Path, **options: bool) -> OutputFile:
     return OutputFile("--out", path, lambda head: head.startswith(OURS), **options)
 
 
-def test_a_new_file_is_created_and_one_that_the_flag_wrote_is_replaced(tmp_path: Path) -> None:
+def test_a_new_file_is_created_and_one_that_the_flag_wrote_is_replaced(tmp_path):
     for data in (OURS + b"a long first text", OURS + b"short"):
         output(tmp_path / "f").write(data)
         assert (tmp_path / "f").read_bytes() == data
 
 
-def test_an_empty_file_is_replaced(tmp_path: Path) -> None:
+def test_an_empty_file_is_replaced(tmp_path):
     (tmp_path / "f").touch()
     output(tmp_path / "f").write(OURS)
     assert (tmp_path / "f").read_bytes() == OURS
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_file_that_the_flag_did_not_write_is_not_replaced(tmp_path: Path, streams: bool) -> None:
+def test_a_file_that_the_flag_did_not_write_is_not_replaced(tmp_path, streams):
     (tmp_path / "f").write_bytes(b"notes")
     for use in (output(tmp_path / "f", streams=streams).check, output(tmp_path / "f").open):
         with pytest.raises(UsageError, match="exists, and was not written by --out") as caught:
@@ -41,14 +41,14 @@ def test_a_file_that_the_flag_did_not_write_is_not_replaced(tmp_path: Path, stre
     assert (tmp_path / "f").read_bytes() == b"notes"
 
 
-def test_the_hint_of_a_flag_that_never_replaces_names_no_other_file(tmp_path: Path) -> None:
+def test_the_hint_of_a_flag_that_never_replaces_names_no_other_file(tmp_path):
     (tmp_path / "f").write_bytes(b"notes")
     with pytest.raises(UsageError) as caught:
         OutputFile("--out", tmp_path / "f").check()
     assert caught.value.hint == "Give a file that does not exist yet."
 
 
-def test_a_link_is_followed_also_to_a_missing_file(tmp_path: Path) -> None:
+def test_a_link_is_followed_also_to_a_missing_file(tmp_path):
     (tmp_path / "link").symlink_to("f")
     for _ in range(2):
         output(tmp_path / "link").write(OURS)
@@ -59,14 +59,14 @@ def test_a_link_is_followed_also_to_a_missing_file(tmp_path: Path) -> None:
         output(tmp_path / "link").write(OURS)
 
 
-def test_a_device_is_written_to_where_a_stream_is_enough() -> None:
+def test_a_device_is_written_to_where_a_stream_is_enough():
     output(Path("/dev/null")).write(OURS)
     assert Path("/dev/null").is_char_device()
     with pytest.raises(UsageError, match="was not written by --out"):
         output(Path("/dev/null"), streams=False).check()
 
 
-def test_a_pipe_receives_all_data(tmp_path: Path) -> None:
+def test_a_pipe_receives_all_data(tmp_path):
     reader, writer = os.pipe()
     output(Path(f"/dev/fd/{writer}")).write(OURS)
     os.close(writer)
@@ -74,19 +74,17 @@ def test_a_pipe_receives_all_data(tmp_path: Path) -> None:
         assert file.read() == OURS
 
 
-def test_a_directory_is_refused(tmp_path: Path) -> None:
+def test_a_directory_is_refused(tmp_path):
     with pytest.raises(UsageError, match="was not written by --out"):
         output(tmp_path).check()
 
 
-def test_a_missing_directory_is_reported_beforehand(tmp_path: Path) -> None:
+def test_a_missing_directory_is_reported_beforehand(tmp_path):
     with pytest.raises(UsageError, match="there is no directory"):
         output(tmp_path / "typo" / "f").check()
 
 
-def test_a_file_created_since_the_check_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_created_since_the_check_is_not_replaced(tmp_path, monkeypatch):
     named = output(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"notes")
     with monkeypatch.context() as patch:
@@ -97,24 +95,24 @@ def test_a_file_created_since_the_check_is_not_replaced(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_has_its_own_error() -> None:
+def test_a_full_disk_has_its_own_error():
     with pytest.raises(ResourceError, match="No space left"):
         output(Path("/dev/full")).write(OURS)
     assert Path("/dev/full").exists()
 
 
-def test_a_partly_written_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partly_written_file_is_removed(tmp_path, monkeypatch):
     class Full:
-        def __init__(self, file: int) -> None:
+        def __init__(self, file):
             self.fileno = lambda: file
 
-        def write(self, data: bytes) -> int:
+        def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def __enter__(self) -> Full:
+        def __enter__(self):
             return self
 
-        def __exit__(self, *error: object) -> None:
+        def __exit__(self, *error):
             os.close(self.fileno())
 
     named = output(tmp_path / "f")

@@ -24,11 +24,11 @@ from mixchat.base.quantities import (
         (" 7 kB ", 7000),
     ],
 )
-def test_a_budget_in_bytes(text: str, size: int) -> None:
+def test_a_budget_in_bytes(text, size):
     assert MemoryBudget.parse(text).of(10**12) == size
 
 
-def test_a_budget_as_a_percentage() -> None:
+def test_a_budget_as_a_percentage():
     assert MemoryBudget.parse("50%").of(1000) == 500
     assert MemoryBudget.parse("100 %").of(1000) == 1000
 
@@ -37,12 +37,12 @@ def test_a_budget_as_a_percentage() -> None:
     "text",
     ["", "9" * 400, "MB", "-3MB", "3 apples", "1e3", "300MiBB", "0%", "101%", "5%%", "٣MB", "inf"],
 )
-def test_a_malformed_budget_is_refused(text: str) -> None:
+def test_a_malformed_budget_is_refused(text):
     with pytest.raises(UsageError):
         MemoryBudget.parse(text)
 
 
-def test_budgets_have_commas_between_them() -> None:
+def test_budgets_have_commas_between_them():
     assert MemoryBudget.parse_list("12GB, 50%") == (
         MemoryBudget(size=12 * 10**9),
         MemoryBudget(fraction=0.5),
@@ -64,12 +64,12 @@ def test_budgets_have_commas_between_them() -> None:
         (338_000_000, "338 MB"),
     ],
 )
-def test_sizes_are_written_with_three_digits(size: int, text: str) -> None:
+def test_sizes_are_written_with_three_digits(size, text):
     assert format_size(size) == text
 
 
 @pytest.mark.parametrize("size", [1, 999, 1001, 24_576, 187_170_816, 10**9, 4_199_999_999])
-def test_a_minimum_is_rounded_up(size: int) -> None:
+def test_a_minimum_is_rounded_up(size):
     shown = MemoryBudget.parse(format_least(size).replace("bytes", "B")).of(0)
     assert size <= shown <= 1.1 * size
 
@@ -84,9 +84,7 @@ def test_a_minimum_is_rounded_up(size: int) -> None:
         (98.4, 1234.0, "98 to 1234"),
     ],
 )
-def test_rates_have_two_digits_and_are_one_where_they_are_the_same(
-    low: float, high: float, text: str
-) -> None:
+def test_rates_have_two_digits_and_are_one_where_they_are_the_same(low, high, text):
     assert format_rates(low, high) == text
 
 
@@ -101,12 +99,12 @@ def test_rates_have_two_digits_and_are_one_where_they_are_the_same(
         (400 * 86400.0, "400 days ago"),
     ],
 )
-def test_an_age_has_one_unit(seconds: float, text: str) -> None:
+def test_an_age_has_one_unit(seconds, text):
     assert format_age(seconds) == text
 
 
 @pytest.mark.parametrize("text", ["8", " 16 ", "1.5", "9999"])
-def test_a_bare_number_that_means_gigabytes_is_refused(text: str) -> None:
+def test_a_bare_number_that_means_gigabytes_is_refused(text):
     """`--host-memory 8` was taken for 8 bytes."""
     with pytest.raises(UsageError, match="bytes") as refused:
         MemoryBudget.parse(text)

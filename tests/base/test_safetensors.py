@@ -90,6 +90,35 @@ def test_a_header_has_the_offset_of_each_tensor(tmp_path: Path) -> None:
     assert data[: 8 + length] == header_bytes(header.specs)
 
 
+STACKED = {**TENSORS, "s": torch.arange(24, dtype=torch.int16).view(4, 3, 2), "s[9]": torch.ones(1)}
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_part_of_a_stacked_tensor_is_read_by_its_number(tmp_path: Path, part: int) -> None:
+    write(tmp_path / "x", STACKED)
+    with SafetensorsFile(tmp_path / "x") as file:
+        name = f"s[{part}]"
+        assert file.header.spec(name) == TensorSpec(name, torch.int16, (3, 2))
+        assert torch.equal(file.read(name), STACKED["s"][part])
+        assert [spec.name for spec in file.header.specs] == list(STACKED)
+
+
+@pytest.mark.parametrize(
+    "name", ["s[4]", "s[-1]", "s[01]", "s[]", "s[0][0]", "b[0]", "c[0]", "z[0]"]
+)
+def test_a_part_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "x", STACKED)
+    with SafetensorsFile(tmp_path / "x") as file, pytest.raises(CheckpointError, match="no tensor"):
+        file.read(name)
+
+
+def test_a_tensor_of_its_own_comes_before_a_part(tmp_path: Path) -> None:
+    """A spill file has parts of stacked tensors under their names."""
+    write(tmp_path / "x", STACKED)
+    with SafetensorsFile(tmp_path / "x") as file:
+        assert torch.equal(file.read("s[9]"), torch.ones(1))
+
+
 def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("precious")

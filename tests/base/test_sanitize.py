@@ -54,4 +54,4 @@ def test_it_does_not_matter_where_the_text_is_cut(text, at):
 
 @given(st.text(st.characters()))
 def test_sanitized_text_can_be_encoded(text):
-    sanitize(text).encode("utf-8")
+    assert sanitize(text).encode("utf-8").decode("utf-8") == sanitize(text)

@@ -7,9 +7,7 @@ from mixchat.base.errors import UsageError
 from mixchat.base.settings import config_file, data_dir, read_config
 
 
-def test_the_environment_chooses_the_data_directory(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_environment_chooses_the_data_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     assert data_dir() == tmp_path
     monkeypatch.delenv("MIXCHAT_HOME")
@@ -26,9 +24,7 @@ def config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="XDG's directories are those of Linux")
-def test_the_settings_are_where_xdg_has_them_unless_a_variable_names_a_file(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_settings_are_where_xdg_has_them_unless_a_variable_names_a_file(config, monkeypatch):
     assert config_file() == config
     monkeypatch.setenv("MIXCHAT_CONFIG", "")
     assert config_file() == config
@@ -38,9 +34,7 @@ def test_the_settings_are_where_xdg_has_them_unless_a_variable_names_a_file(
     assert config_file() == Path.cwd() / "mine.toml"
 
 
-def test_a_file_of_settings_may_be_missing_unless_a_variable_names_it(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_settings_may_be_missing_unless_a_variable_names_it(config, monkeypatch):
     assert read_config(config) == {}
     monkeypatch.setenv("MIXCHAT_CONFIG", str(config))
     with pytest.raises(UsageError, match=r"there is no such file \(MIXCHAT_CONFIG names it\)"):
@@ -48,7 +42,7 @@ def test_a_file_of_settings_may_be_missing_unless_a_variable_names_it(
 
 
 @pytest.mark.parametrize("text", ["temp = 0.5", "\ufefftemp = 0.5\r\n", "# so it is\n\ntemp=0.5"])
-def test_a_file_of_settings_is_toml(config: Path, text: str) -> None:
+def test_a_file_of_settings_is_toml(config, text):
     config.write_text(text, encoding="utf-8", newline="")
     assert read_config(config) == {"temp": 0.5}
 
@@ -64,7 +58,7 @@ def test_a_file_of_settings_is_toml(config: Path, text: str) -> None:
         (b"#" * (10**6 + 1), "too large"),
     ],
 )
-def test_a_damaged_file_of_settings_is_described(config: Path, data: bytes, message: str) -> None:
+def test_a_damaged_file_of_settings_is_described(config, data, message):
     config.write_bytes(data)
     with pytest.raises(UsageError, match=message) as caught:
         read_config(config)
@@ -72,14 +66,14 @@ def test_a_damaged_file_of_settings_is_described(config: Path, data: bytes, mess
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_is_not_a_file_of_settings(config: Path) -> None:
+def test_a_directory_is_not_a_file_of_settings(config):
     config.mkdir()
     with pytest.raises(UsageError, match=r"cannot be read \(Is a directory\)"):
         read_config(config)
 
 
 @pytest.mark.parametrize("name", ["nul\0byte", "loop"])
-def test_an_impossible_file_name_is_an_error(config: Path, name: str) -> None:
+def test_an_impossible_file_name_is_an_error(config, name):
     if name == "loop":
         (config.parent / name).symlink_to(name)
     with pytest.raises(UsageError, match="cannot be read"):

@@ -3,34 +3,22 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from mixchat.base.options import LoadOptions
 from mixchat.bench import rounds
-from mixchat.bench.machine_limits import Limits
 from mixchat.bench.rounds import Bench, BenchOptions, BenchTask
 
 OPTIONS = BenchOptions(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
 
 
-class KnownLimits:
-    def __init__(self, device: torch.device) -> None:
-        assert device.type == "cpu"
-
-    def measure(self) -> Limits:
-        return Limits(memory=1e9, gemm=2e9)
-
-
 @pytest.fixture
-def bench(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
-    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
+def bench(tiny_model: Path, known_limits: None) -> Bench:
     bench = Bench(tiny_model, LoadOptions(device="cpu", context_size=128), OPTIONS)
     bench.start_cold()
     return bench
 
 
-def test_each_task_is_measured_in_each_round(bench: Bench) -> None:
+def test_each_task_is_measured_in_each_round(bench):
     assert list(bench.run()) == bench.tasks * 3
     assert [task.name for task in bench.tasks] == [
         "decode behind 0 tokens",
@@ -43,14 +31,14 @@ def test_each_task_is_measured_in_each_round(bench: Bench) -> None:
     assert len(bench.limits) == 9
 
 
-def test_decoding_is_measured_token_by_token(bench: Bench) -> None:
+def test_decoding_is_measured_token_by_token(bench):
     """Random weights repeat themselves: with speculation they would seem faster than any text."""
     list(bench.run())
     assert bench.engine.stats.speculation.passes == 0
     assert bench.engine.speculation is None
 
 
-def test_a_limit_is_what_the_bytes_and_operations_allow(bench: Bench) -> None:
+def test_a_limit_is_what_the_bytes_and_operations_allow(bench):
     list(bench.run())
     here, behind, prompt = bench.tasks
     size = rounds.bytes_per_token(bench.blueprint, 0, None)
@@ -60,13 +48,11 @@ def test_a_limit_is_what_the_bytes_and_operations_allow(bench: Bench) -> None:
     assert prompt.limit_rates[0] == pytest.approx(2e9 / operations)
 
 
-def test_decoding_meets_the_context_that_was_asked_for(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding_meets_the_context_that_was_asked_for(bench, monkeypatch):
     lengths: list[int] = []
     real = type(bench.engine.held()[1]).attend
 
-    def attend(cache: object, layer: int, *arguments: object) -> object:
+    def attend(cache, layer, *arguments):
         if layer == 0:
             lengths.append(cache.length)
         return real(cache, layer, *arguments)
@@ -77,7 +63,7 @@ def test_decoding_meets_the_context_that_was_asked_for(
     assert len(lengths) == 1 + 2 + 5
 
 
-def test_the_cold_start_reads_the_model(bench: Bench) -> None:
+def test_the_cold_start_reads_the_model(bench):
     cold = bench.cold_start
     assert 0 < cold.load_seconds < cold.first_token_seconds
     shared = bench.blueprint.shared_size
@@ -86,12 +72,12 @@ def test_the_cold_start_reads_the_model(bench: Bench) -> None:
     assert (cold.disk, cold.copy) == (3e9, None)
 
 
-def test_a_ratio_is_that_of_a_round_not_of_the_medians() -> None:
+def test_a_ratio_is_that_of_a_round_not_of_the_medians():
     task = BenchTask("decode", 0, rates=[10.0, 20.0, 40.0], limit_rates=[20.0, 40.0, 40.0])
     assert task.of_limit == 0.5
     assert task.limited_by == "memory"
 
 
-def test_the_context_holds_the_longest_task_and_what_measuring_adds() -> None:
+def test_the_context_holds_the_longest_task_and_what_measuring_adds():
     assert BenchOptions((0, 300), (200,), tokens=10).context_size > 310
     assert BenchOptions((0,), (2000,), tokens=10).context_size > 2000

@@ -3,14 +3,14 @@ from dataclasses import replace
 import torch
 
 from mixchat.bench.machine_limits import bytes_per_token, operations_per_token
-from mixchat.bench.synthetic import MIXTRAL
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.known_models import MIXTRAL
 
 CONFIG = read_config({**MIXTRAL, "num_hidden_layers": 4})
 
 
-def test_the_bytes_of_a_token_are_those_of_the_matrices_it_meets() -> None:
+def test_the_bytes_of_a_token_are_those_of_the_matrices_it_meets():
     """Mixtral's expert takes 93.6 MB in NF4, attention of a layer 41.9 million weights."""
     dense = Blueprint(CONFIG, Quantization())
     attention, head = 4096 * (4096 + 1024 + 1024) + 4096 * 4096, 32000 * 4096
@@ -20,7 +20,7 @@ def test_the_bytes_of_a_token_are_those_of_the_matrices_it_meets() -> None:
     assert bytes_per_token(packed, 0, None) == 4 * 2 * 93_585_408 + four_bit
 
 
-def test_a_context_adds_its_keys_and_values() -> None:
+def test_a_context_adds_its_keys_and_values():
     """128 KiB a token with 32 layers."""
     blueprint = Blueprint(CONFIG, Quantization())
     empty = bytes_per_token(blueprint, 0, None)
@@ -29,14 +29,14 @@ def test_a_context_adds_its_keys_and_values() -> None:
     assert 0.5 < eight / (1000 * 131_072 // 8) < 0.52
 
 
-def test_a_tied_head_is_read_too() -> None:
+def test_a_tied_head_is_read_too():
     tied = Blueprint(replace(CONFIG, tie_word_embeddings=True), Quantization())
     assert bytes_per_token(tied, 0, None) == bytes_per_token(
         Blueprint(CONFIG, Quantization()), 0, None
     )
 
 
-def test_operations_are_two_for_each_weight_but_the_heads() -> None:
+def test_operations_are_two_for_each_weight_but_the_heads():
     blueprint = Blueprint(CONFIG, Quantization(dtype=torch.bfloat16))
     weights = 2 * 3 * 4096 * 14336 + 4096 * (4096 + 2048 + 4096)
     assert operations_per_token(blueprint) == 2 * 4 * weights

@@ -172,7 +172,6 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     assert saved is not None
     expected = expect(blueprint, CPU, saved, placement)
     disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
-    assert disk is not None
     # Nothing is read where all experts had come before.
     read_rate = did.bytes_read / did.read_seconds if did.read_seconds else disk.idle
     meanwhile = expect(blueprint, CPU, with_disk(saved, read_rate), placement)
@@ -233,8 +232,6 @@ def ballast(free: float | None) -> Iterator[None]:
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
     try:
         process.stdout.readline()
         yield

@@ -33,7 +33,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.quantities import format_size
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 from mixchat.weights.source.checkpoint_index import INDEX, expected_shapes
 
 SHARD = 4_900_000_000  # bytes, about as the real one has them

@@ -67,7 +67,7 @@ def main() -> None:
     given = parser.parse_args()
     clock, links = Clock(), []
     opened = Link.__init__
-    Link.__init__ = lambda *given: links.append(given[0]) or opened(*given)  # type: ignore
+    Link.__init__ = lambda *given: links.append(given[0]) or opened(*given)
     clock.watch(RemoteWorker, "begin", "sending")
     clock.watch(RemoteWorker, "finish", "waiting")
     for method in ("begin", "prefetch", "compute_next"):

@@ -164,7 +164,6 @@ class Network:
         command = [sys.executable, __file__, "carry", *map(str, self._ports)]
         command += [f"--rate={rate}", f"--delay={delay}"]
         self._carrier = start(command, pass_fds=self._ports, stdout=subprocess.PIPE)
-        assert self._carrier.stdout is not None
         self._carrier.stdout.readline()
 
 

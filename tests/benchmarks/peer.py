@@ -81,13 +81,11 @@ class Peer:
         return tokens / self._ask(f"0: {tokens}")[0]
 
     def _ask(self, line: str) -> list[float]:
-        assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return [float(number) for number in self._answer().split()]
 
     def _answer(self) -> str:
-        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._output.seek(0)

@@ -158,7 +158,7 @@ def installed(checkpoint: Path, target: Path, kind: str) -> Path:
     """Install a model with experts of a type, and all else in 16 bits."""
     if not is_installed(target):
         opened = DirectoryCheckpoint(checkpoint, Source(str(checkpoint)))
-        options = QuantizeOptions(quant_type=kind, attention=16, head=16)  # type: ignore[arg-type]
+        options = QuantizeOptions(quant_type=kind, attention=16, head=16)
         Build(opened, target, make_blueprint(opened.index, options)).run()
     return target
 

@@ -78,7 +78,7 @@ def log_probabilities(tensors: Tensors, config: dict[str, Any], ids: torch.Tenso
     return (norm(x, "output_norm") @ weight["output"].T).log_softmax(-1)
 
 
-def test_a_padded_and_rescaled_model_computes_the_same() -> None:
+def test_a_padded_and_rescaled_model_computes_the_same():
     dense, ids = random_tensors(), torch.randint(VOCAB, (20,))
     config = padded_config(CONFIG, 96)
     wide = padded(dense, 96)
@@ -90,6 +90,6 @@ def test_a_padded_and_rescaled_model_computes_the_same() -> None:
     assert all((wide[name] != other[name]).any() for name in wide if name != "token_embd")
 
 
-def test_heads_of_a_group_stay_together() -> None:
+def test_heads_of_a_group_stay_together():
     with pytest.raises(ValueError, match="80 is no multiple of 3 heads of 8"):
         padded_config(CONFIG, 80)

@@ -31,30 +31,28 @@ for line in sys.stdin:
 """
 
 
-def test_rates_come_from_the_seconds_of_each_pass(tmp_path: Path) -> None:
+def test_rates_come_from_the_seconds_of_each_pass(tmp_path):
     with Peer(python_that_runs(tmp_path, ECHO), tmp_path / "model.gguf", 100) as running:
         assert running.prefill(64) == pytest.approx(2.0)
         assert running.decode(0, 10) == pytest.approx(2.0)
         assert running.decode(50, 10) == pytest.approx(1 / 50.5)
 
 
-def test_a_peer_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
+def test_a_peer_that_dies_is_named_with_its_last_words(tmp_path):
     program = "import sys; sys.exit('no such model')"
     with pytest.raises(ResourceError, match=r"^llama\.cpp ended early: .*no such model"):
         Peer(python_that_runs(tmp_path, program), tmp_path / "model.gguf", 100)
 
 
-def test_a_python_without_llama_cpp_is_refused(tmp_path: Path) -> None:
+def test_a_python_without_llama_cpp_is_refused(tmp_path):
     with pytest.raises(MissingDependencyError, match="needs llama-cpp-python"):
         peer.require(python_that_runs(tmp_path, "import no_such_module"))
     peer.require(python_that_runs(tmp_path, ""))
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_model_in_another_format_is_made_of_one_that_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    def requantize(source: Path, target: Path, name: str) -> None:
+def test_a_model_in_another_format_is_made_of_one_that_goes(tmp_path, monkeypatch, fails):
+    def requantize(source, target, name):
         if fails:
             raise SystemExit(name)
         target.write_text(f"{source.read_text()}, then {name}")
@@ -67,7 +65,7 @@ def test_a_model_in_another_format_is_made_of_one_that_goes(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["Q4_0, then Q4_K_M"] * (not fails)
 
 
-def test_nothing_of_it_is_left_afterwards(tmp_path: Path) -> None:
+def test_nothing_of_it_is_left_afterwards(tmp_path):
     with Peer(python_that_runs(tmp_path, ECHO), tmp_path / "model.gguf", 100) as running:
         process = running._process.pid
     with pytest.raises(ProcessLookupError):

@@ -40,24 +40,24 @@ def measured(name: str, rounded: str, bits: float, loss: float) -> Variant:
     return Variant(name, rounded, bits, figures=figures)
 
 
-def test_readme_has_the_figures_that_plan_prints() -> None:
+def test_readme_has_the_figures_that_plan_prints():
     """README, `plan` and CHANGELOG had three sets of figures for the same loss."""
     for name, kind in QUANT_TYPES.items():
         cells = full_table()[name][-2:]
         shown = [cell.split(", ")[0] for cell in cells]
-        assert shown == [f"{loss:.1%}" for loss in DEMO_LOSS[kind]]  # type: ignore[index]
+        assert shown == [f"{loss:.1%}" for loss in DEMO_LOSS[kind]]
         assert f"| {name:16} | {cells[0]:13} | {cells[1]:25} |" in README
 
 
 @pytest.mark.parametrize(("name", "kind"), QUANT_TYPES.items())
-def test_the_table_has_the_bits_of_the_tensors_that_are_rounded(name: str, kind: str) -> None:
+def test_the_table_has_the_bits_of_the_tensors_that_are_rounded(name, kind):
     config = read_config(padded_config(DEMO_CONFIG, HIDDEN))
-    how = Quantization(quant_type=kind, attention="int8", head="int8")  # type: ignore[arg-type]
+    how = Quantization(quant_type=kind, attention="int8", head="int8")
     bits = [f"{rounded_bits(Blueprint(config, how), part):.2f}" for part in ("experts", "all")]
     assert full_table()[name][0::3] == bits
 
 
-def test_the_script_prints_what_readme_and_plan_have() -> None:
+def test_the_script_prints_what_readme_and_plan_have():
     variants = [measured(UNQUANTIZED, "all", 16, 3.0)]
     for form, bits, loss in (
         ("4 bits", 6.05, 3.1),
@@ -81,6 +81,6 @@ def test_the_script_prints_what_readme_and_plan_have() -> None:
     }
 
 
-def test_the_divergence_is_that_of_the_expected_distribution() -> None:
+def test_the_divergence_is_that_of_the_expected_distribution():
     expected, scores = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     assert divergence(scores, expected) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))

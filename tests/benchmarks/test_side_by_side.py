@@ -3,7 +3,6 @@
 import json
 import runpy
 import shutil
-import stat
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +10,10 @@ from typing import Any
 
 import pytest
 import side_by_side
-import torch
 from side_by_side import SideBySide, ratios
+from test_peer import python_that_runs
 
 from mixchat.base.errors import MissingDependencyError
-from mixchat.bench import rounds
-from mixchat.bench.machine_limits import Limits
 from mixchat.bench.rounds import BenchTask
 
 SCRIPTS = sorted(
@@ -24,7 +21,7 @@ SCRIPTS = sorted(
     for path in Path(__file__).parent.glob("*.py")
     if not path.name.startswith("test_") and "__main__" in path.read_text(encoding="utf-8")
 )
-ECHO = f"""#!{sys.executable}
+ECHO = """
 import sys
 from pathlib import Path
 if sys.argv[1] == "-c":
@@ -38,14 +35,6 @@ else:
         print(*(0.5 * int(count) for count in line.split(":")[1].split()), flush=True)
 """
 QUICK = ("--rounds", "2", "--tokens", "3", "--prompt", "16", "--device", "cpu")
-
-
-class KnownLimits:
-    def __init__(self, device: torch.device) -> None:
-        pass
-
-    def measure(self) -> Limits:
-        return Limits(memory=1e9, gemm=2e9)
 
 
 class Peer:
@@ -65,26 +54,17 @@ class Peer:
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known_limits: None) -> None:
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
-    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
 
 
 @pytest.fixture
 def python(tmp_path: Path) -> str:
     """A "Python" that plays llama.cpp."""
-    return program(tmp_path, ECHO)
+    return python_that_runs(tmp_path, ECHO)
 
 
-def program(directory: Path, text: str) -> str:
-    path = directory / "python"
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
-
-
-def test_both_are_measured_in_each_round() -> None:
+def test_both_are_measured_in_each_round():
     tasks = [BenchTask("decode", 0), BenchTask("decode", 40), BenchTask("prompt", 16)]
     bench: Any = SimpleNamespace(tasks=tasks, run=lambda: iter(tasks * 3))
     peer: Any = Peer()
@@ -94,13 +74,11 @@ def test_both_are_measured_in_each_round() -> None:
     assert both.rates == [[10.0] * 3, [10.0] * 3, [100.0] * 3]
 
 
-def test_a_ratio_is_that_of_a_round() -> None:
+def test_a_ratio_is_that_of_a_round():
     assert ratios([10.0, 20.0, 40.0], [5.0, 20.0, 10.0]) == [2.0, 1.0, 4.0]
 
 
-def test_llama_cpp_stands_beside(
-    tiny_model: Path, python: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_llama_cpp_stands_beside(tiny_model, python, tmp_path, capsys):
     arguments = (str(tiny_model), "--gguf", str(tmp_path / "x"), "--python", python)
     side_by_side.main([*arguments, *QUICK])
     head, decode, prompt = capsys.readouterr().out.splitlines()[5:]
@@ -113,9 +91,7 @@ def test_llama_cpp_stands_beside(
     assert not (tmp_path / "home" / "models").exists()
 
 
-def test_random_models_go_as_they_came(
-    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
-) -> None:
+def test_random_models_go_as_they_came(python, tmp_path, monkeypatch, tiny_model):
     from mixchat.bench import synthetic
 
     monkeypatch.setattr(
@@ -127,7 +103,7 @@ def test_random_models_go_as_they_came(
         assert list((tmp_path / "home" / "models").iterdir()) == []
 
 
-def test_a_picture_is_drawn(tiny_model: Path, python: str, tmp_path: Path) -> None:
+def test_a_picture_is_drawn(tiny_model, python, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = (str(tiny_model), "--gguf", str(tmp_path / "x"), "--python", python)
     side_by_side.main([*arguments, *QUICK, "--png", str(tmp_path / "a.png")])
@@ -142,26 +118,20 @@ def test_a_picture_is_drawn(tiny_model: Path, python: str, tmp_path: Path) -> No
         (("demo",), "a MODEL needs --gguf FILE"),
     ],
 )
-def test_what_cannot_be_is_refused(
-    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_is_refused(arguments, said, capsys):
     with pytest.raises(SystemExit):
         side_by_side.main(arguments)
     assert said in capsys.readouterr().err
 
 
-def test_a_llama_cpp_that_is_not_there_is_said_before_anything_is_measured(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    python = program(tmp_path, "#!/bin/sh\nexit 1\n")
+def test_a_llama_cpp_that_is_not_there_is_said_before_anything_is_measured(tiny_model, tmp_path):
+    python = python_that_runs(tmp_path, "raise SystemExit(1)")
     with pytest.raises(MissingDependencyError, match="needs llama-cpp-python and gguf"):
         side_by_side.main([str(tiny_model), "--gguf", "x", "--python", python, *QUICK])
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_each_script_has_help(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_script_has_help(path, monkeypatch, capsys):
     """In this process, because each one of its own would import torch again."""
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -34,10 +35,53 @@ from statistics import median
 from typing import Any
 
 from machines import CHAT, MODEL, WORKERS, Rig
-from network import Link, Network, network
-from slicing import CHOSEN, Timing, expert_timing
+from network import Link, Network, network, start
 
+from mixchat.engine.environment import prepare_environment
 from mixchat.weights.format.installed_model import InstalledModel
+
+CHOSEN = 2  # experts a token
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of an expert for one row: `alone`, and `beside` a core that computes one as well."""
+
+    alone: float
+    beside: float
+
+
+def expert_timing() -> Timing:
+    """Measure an expert with one thread, on one core and on two at once."""
+    alone, beside = _expert_seconds([0]), _expert_seconds([0, 1])
+    return Timing(alone[0], sum(beside) / len(beside))
+
+
+def _expert_seconds(cores: Sequence[int]) -> list[float]:
+    """Return the seconds of an expert for one row, in a process on each of these cores at once."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "-", "--expert"]
+    processes = [
+        start(["taskset", "-c", str(core), *command], stdout=subprocess.PIPE, env=environment)
+        for core in cores
+    ]
+    return [float(process.communicate()[0]) for process in processes]
+
+
+def measure_expert() -> float:
+    """Return the seconds that an expert of Mixtral's shapes takes here for one row."""
+    prepare_environment()
+    import torch
+
+    from mixchat.experts.memory import CPU
+    from mixchat.planning.compute_speed import Effort, ExpertTimer
+    from mixchat.weights.families.read_config import read_config
+    from mixchat.weights.format.blueprint import Blueprint, Quantization
+    from mixchat.weights.known_models import MIXTRAL
+
+    blueprint = Blueprint(read_config(MIXTRAL), Quantization())
+    with torch.inference_mode():
+        return ExpertTimer(blueprint, CPU, Effort(seconds=1)).seconds()[1]
 
 
 @dataclass(frozen=True)
@@ -140,7 +184,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--expert", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.expert:
+        print(measure_expert())
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and end what was started
     work, model = given.work.absolute(), given.work.absolute() / "models" / MODEL
     try:

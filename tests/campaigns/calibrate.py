@@ -11,7 +11,6 @@ takes root to mount. Exit code 0: no fault was found.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -189,12 +188,7 @@ def warm_up() -> None:
 
 def main() -> int:
     """Run the campaign and return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = rig.parsed(__doc__, rounds=40, seed=0)
     began = time.monotonic()
     with rig.workplace() as work, rig.small_disk(work / "home", DISK):
         warm_up()
@@ -203,11 +197,9 @@ def main() -> int:
             calibrations.round(list(CODES)[number % len(CODES)])
     rig.table(
         f"calibrations and conversions: {options.rounds} rounds, {time.monotonic() - began:.0f} s",
-        {**dict(sorted(calibrations.at.items())), "faults": len(calibrations.faults)},
+        dict(sorted(calibrations.at.items())),
     )
-    for fault in calibrations.faults:
-        print("FAILED", fault)
-    return 1 if calibrations.faults else 0
+    return rig.told(calibrations.faults)
 
 
 if __name__ == "__main__":

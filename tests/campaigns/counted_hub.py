@@ -30,6 +30,12 @@ class Hub:
         self.url = self.set(step=step, delay=delay)["url"]
         os.environ["HF_ENDPOINT"] = self.url
 
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def set(self, **settings: Any) -> dict[str, Any]:
         """Set `step`, `delay`, `session`, `directory` (of the files), `siblings` (more of them in
         the listing), `listing` (its other keys), `faults` (the keys of `Fault`; they replace the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -23,19 +22,14 @@ FORCED = ("mixchat.json", "mixchat.copy.json", "config.json", "tokenizer.model")
 
 def main() -> int:
     """Run the campaign and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--flips", type=int, default=500)
-    parser.add_argument("--real", type=int, default=10, help="by the real commands, of all")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = rig.parsed(__doc__, flips=500, real=10, seed=0)  # real: by the real commands
     chance, failures, began = random.Random(options.seed), [], time.monotonic()
     kinds: Counter[str] = Counter()
     fetched: dict[str, list[int]] = defaultdict(list)
     with rig.workplace() as work:
         rig.warm_up()
         source = rig.make_checkpoint(work / "source", options.seed, **rig.SMALL)
-        hub = Hub(source)
-        try:
+        with Hub(source) as hub:
             for name in (rig.REPO, str(source)):
                 code = rig.wait(rig.fork(rig.mixchat("download", name), work / "out"))
                 assert code == 0, (work / "out").read_text()
@@ -62,8 +56,6 @@ def main() -> int:
                     hub.log()
                 if problem:
                     failures.append(f"flip {number}, {file} byte {place} ({expected}): {problem}")
-        finally:
-            hub.close()
     rig.table(
         f"flips: {options.flips}, {options.real} by the commands, {time.monotonic() - began:.0f} s",
         {
@@ -75,9 +67,7 @@ def main() -> int:
             },
         },
     )
-    for failure in failures[:20]:
-        print("FAILED", failure)
-    return 1 if failures else 0
+    return rig.told(failures)
 
 
 def _choose(model: Path, chance: random.Random, number: int) -> tuple[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import os
 import random
 import shutil
@@ -12,28 +12,55 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import rig
 from counted_hub import Hub
-from filling import Filling
 
 DISK = 48_000_000
 FULL = 7
 
 
+class Filling:
+    """Fills the disk but for `room` when the share `when` of the weights is made; 0 is at once."""
+
+    def __init__(self, shown: Any, disk: Path, room: int | None, when: float) -> None:
+        self.shown, self.disk, self.room, self.when = shown, disk, room, when
+
+    def note(self, text: str) -> None:
+        self.shown.note(text)
+
+    def task(self, what: str, total: int, done: int = 0) -> Any:
+        task = self.shown.task(what, total, done)
+        if what == "quantizing" and self.when:
+            bar, count = task, itertools.count()
+            made = [done]
+
+            def advance(amount: int) -> None:
+                made[0] += amount
+                bar.advance(amount)
+                if made[0] >= self.when * total and not next(count):
+                    self.fill()
+
+            return SimpleNamespace(advance=advance, close=bar.close)
+        return task
+
+    def fill(self) -> None:
+        if self.room is not None:
+            free = shutil.disk_usage(self.disk).free
+            with open(self.disk / "filling", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, free - self.room))
+
+
 def main() -> int:
     """Run the campaign and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = rig.parsed(__doc__, rounds=40, seed=0)
     chance, failures, at = random.Random(options.seed), [], Counter[str]()
     began = time.monotonic()
     with rig.workplace() as work, rig.small_disk(disk := work / "home", DISK):
         rig.warm_up()
-        hub = Hub(rig.make_checkpoint(work / "source", options.seed, **rig.SMALL))
-        try:
+        with Hub(rig.make_checkpoint(work / "source", options.seed, **rig.SMALL)):
             reference, most = _reference(work, disk)
             failures += _beforehand(work, disk)
             struck = 0
@@ -47,20 +74,15 @@ def main() -> int:
                 failures += [f"room {room:,}: {text}" for text in found]
                 at[place] += 1
                 struck += place != "there was room"
-        finally:
-            hub.close()
     rig.table(
         f"full disk: {options.rounds} rounds, {time.monotonic() - began:.0f} s",
         {
             "most that was taken while there was room": f"{most:,}",
             "rounds in which the disk was full": struck,
             **{f"  {place}": count for place, count in at.most_common()},
-            "failures": len(failures),
         },
     )
-    for failure in failures:
-        print("FAILED", failure)
-    return 1 if failures else 0
+    return rig.told(failures)
 
 
 def _download(

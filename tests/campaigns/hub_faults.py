@@ -7,7 +7,6 @@ told for ever: that ends with 5, in little memory. A broken file that has its ha
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import random
 import shutil
@@ -29,32 +28,22 @@ ANY = "safetensors|config.json|tokenizer.model"
 
 def main() -> int:
     """Run the campaign and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = rig.parsed(__doc__, rounds=100, seed=0)
     chance, failures, ends = random.Random(options.seed), [], Counter[str]()
     began = time.monotonic()
     with rig.workplace() as work:
         rig.warm_up()
         _lose_patience()
-        hub = Hub(rig.make_checkpoint(work / "source", options.seed, **rig.SMALL))
-        try:
+        with Hub(rig.make_checkpoint(work / "source", options.seed, **rig.SMALL)) as hub:
             assert _download(work, []) == 0, (work / "out").read_text()
             reference = rig.digests(_model(work))
             failures += _lies(work, hub, reference)
             for number in range(options.rounds):
                 for problem in _round(work, hub, chance, reference, ends):
                     failures.append(f"round {number}: {problem}")
-        finally:
-            hub.close()
-    rig.table(
-        f"hub faults: {options.rounds} rounds, {time.monotonic() - began:.0f} s",
-        {**dict(sorted(ends.items())), "failures": len(failures)},
-    )
-    for failure in failures[:20]:
-        print("FAILED", failure)
-    return 1 if failures else 0
+    seconds = time.monotonic() - began
+    rig.table(f"hub faults: {options.rounds} rounds, {seconds:.0f} s", dict(sorted(ends.items())))
+    return rig.told(failures)
 
 
 def _lies(work: Path, hub: Hub, reference: dict[str, str]) -> list[str]:

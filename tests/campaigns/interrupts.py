@@ -9,7 +9,6 @@ holds 4 of 16 experts. Exit code 0: no fault was found.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
 import random
@@ -169,18 +168,11 @@ def make_model(work: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    asked = rig.parsed(__doc__, rounds=20_000, seed=0)
     with rig.workplace() as work:
         rig.warm_up()
         faults = list(rounds(asked.rounds, asked.seed, make_model(work)))
-    for fault in faults[:20]:
-        print(f"FAULT: {fault}")
-    print(f"{len(faults)} faults")
-    sys.stdout.flush()
-    sys.exit(bool(faults))
+    sys.exit(rig.told(faults))
 
 
 if __name__ == "__main__":

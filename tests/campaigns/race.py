@@ -21,30 +21,21 @@ WAITING = "waiting for it"
 
 def main() -> int:
     """Run the campaign and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = rig.parsed(__doc__, rounds=10, processes=8, seed=0)
     chance, failures = random.Random(options.seed), []
     began = time.monotonic()
     print("round  first  exits ok  said to wait  shard bytes sent  twice  corrupt  s")
     with rig.workplace() as work:
         rig.warm_up()
         source = rig.make_checkpoint(work / "source", options.seed, **rig.SMALL)
-        hub = Hub(source, delay=0.002)
-        try:
+        with Hub(source, delay=0.002) as hub:
             reference = _reference(work)
             for number in range(options.rounds):
                 hub.log()
                 killed = number % 3 == 2
                 failures += _round(work, hub, source, chance, killed, number, options, reference)
-        finally:
-            hub.close()
-    print(f"{options.rounds} rounds, {len(failures)} failures, {time.monotonic() - began:.0f} s")
-    for failure in failures:
-        print("FAILED", failure)
-    return 1 if failures else 0
+    print(f"{options.rounds} rounds, {time.monotonic() - began:.0f} s")
+    return rig.told(failures)
 
 
 def _reference(work: Path) -> dict[str, str]:

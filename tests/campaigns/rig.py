@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,24 @@ def digests(directory: Path) -> dict[str, str]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def parsed(text: str | None, **counts: int) -> argparse.Namespace:
+    """Parse a campaign's flags, each of which is a number with this default."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, count in counts.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=count)
+    return parser.parse_args()
+
+
+def told(faults: Sequence[str]) -> int:
+    """Print what was found, and return the exit code."""
+    for fault in faults[:20]:
+        print("FAULT:", fault)
+    print(f"{len(faults)} faults", flush=True)
+    return int(bool(faults))
 
 
 def table(title: str, rows: dict[str, object]) -> None:

@@ -9,7 +9,6 @@ Exit code 0: no fault was found.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -27,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import rig
 from chat import ENTER, LONG, MIXCHAT, PROMPT, home
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -187,13 +187,7 @@ def lost(screen: str, place: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--starts", type=int, default=100)
-    parser.add_argument("--one", type=int, default=300)
-    parser.add_argument("--chats", type=int, default=100)
-    parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    asked = rig.parsed(__doc__, starts=100, one=300, chats=100, at_once=1, seed=0)
     faults = []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     with TemporaryDirectory(prefix="mixchat-campaign-") as name:
@@ -207,10 +201,7 @@ def main() -> None:
             found = chats(asked.chats, Path(name), asked.seed)
             found.tell("chats")
             faults += found.faults
-    for fault in faults[:20]:
-        print(f"FAULT: {fault}")
-    print(f"{len(faults)} faults")
-    sys.exit(bool(faults))
+    sys.exit(rig.told(faults))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Experts:
 class Config:
     eos_token_ids: tuple[int, ...] = (STOP,)
     vocab_size: int = 0x110000
-    max_position_embeddings: int = 32768
+    largest_context: int = 32768
     num_hidden_layers: int = 1
     num_local_experts: int = 2
 

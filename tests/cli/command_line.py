@@ -1,5 +1,6 @@
 """A command line as the tests start it, and what it leaves behind."""
 
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,3 +15,26 @@ class Done:
     stdout: bytes
     stderr: bytes
     returncode: int
+
+
+PRINT_MODULES = """
+import sys
+from mixchat.cli.app import run
+try:
+    run(sys.argv[1:])
+finally:
+    print(*(name for name in sys.modules if "." not in name), file=sys.stderr)
+"""
+
+
+def loaded_by(environment, *arguments):
+    """Run a command, and return its exit code, its output, and the modules that it imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_MODULES, *arguments],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    return done.returncode, done.stdout, set(done.stderr.splitlines()[-1].split())

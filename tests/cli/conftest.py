@@ -9,6 +9,8 @@ import fake_mixchat
 import pytest
 from command_line import FAKE, Done
 
+from mixchat.base.progress import progress_bar
+
 # No model and no config.toml of this machine's is seen by a test.
 PLACES = {"MIXCHAT_HOME": "home", "XDG_CONFIG_HOME": "config"}
 
@@ -40,6 +42,21 @@ def process(environment):
         return Done(done.stdout, done.stderr, done.returncode)
 
     return run
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces the download: records the requests and reports progress."""
+    made = []
+
+    def download(request, progress, *, announce=None):
+        made.append(request)
+        with progress_bar(progress, "quantizing", 1000) as task:
+            task.advance(1000)
+        return request.ref.directory
+
+    monkeypatch.setattr("mixchat.weights.make.download.download", download)
+    return made
 
 
 @pytest.fixture

@@ -6,23 +6,11 @@ import shutil
 import pytest
 
 from mixchat.bench import rounds
-from mixchat.bench.machine_limits import Limits
 
 QUICK = ("--rounds", "2", "--tokens", "3", "--prompt", "16", "--device", "cpu")
 
 
-class KnownLimits:
-    def __init__(self, device):
-        pass
-
-    def measure(self):
-        return Limits(memory=1e9, gemm=2e9)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setattr(rounds, "LimitsMeter", KnownLimits)
-    monkeypatch.setattr(rounds, "disk_bandwidth", lambda directory, block: 3e9)
+pytestmark = pytest.mark.usefixtures("known_limits")
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """`mixchat chats`: lists, prints, removes."""
 
 import json
-import subprocess
-import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from command_line import FAKE
+from command_line import FAKE, loaded_by
 from terminal import Terminal
 
 from mixchat.chat.saved.chat_file import SavedChat
@@ -174,21 +172,6 @@ def test_it_answers_at_once_because_nothing_heavy_is_imported(
     environment, keep, arguments, unneeded
 ):
     keep(SKY, "Why?")
-    code = (
-        "import sys\n"
-        "from mixchat.cli.app import run\n"
-        "try:\n"
-        "    run(sys.argv[1:])\n"
-        "finally:\n"
-        "    print(*sys.modules, file=sys.stderr)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "chats", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
-    assert done.returncode == 0
-    assert done.stdout
-    assert not unneeded & set(done.stderr.split())
+    code, output, loaded = loaded_by(environment, "chats", *arguments)
+    assert (code, bool(output)) == (0, True)
+    assert not unneeded & loaded

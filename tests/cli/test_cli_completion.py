@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from command_line import PRINT_MODULES
 from terminal import Terminal
 
 from mixchat.chat.saved.chat_file import SavedChat
@@ -19,14 +20,6 @@ BASH = """
 COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
 _mixchat_completion mixchat
 printf '%s\\n' "${COMPREPLY[@]}"
-"""
-PRINT_MODULES = """
-import sys
-from mixchat.cli.app import run
-try:
-    run([])
-finally:
-    print(*(name for name in sys.modules if "." not in name), file=sys.stderr)
 """
 COMMANDS = {"run", "download", "list", "show", "verify", "rm", "plan", "config"}
 
@@ -98,7 +91,7 @@ def test_bash_completes_other_names_of_commands(bash):
     "command", ["show", "verify", "repair", "convert", "rm", "stats", "plan", "bench", "download"]
 )
 def test_bash_completes_models_for_every_command_that_takes_one(bash, command):
-    assert set(bash(command, "")) == {"instruct", "base", "demo", "mine", "someone--tune"}
+    assert set(bash(command, "")) == {"instruct", "base", "8x22b", "demo", "mine", "someone--tune"}
 
 
 def test_bash_completes_the_values_of_flags(bash):
@@ -246,7 +239,7 @@ def test_wrong_words_before_do_no_harm(shell_environment, words):
 def test_where_no_model_can_be_listed_there_are_still_names(environment, tmp_path):
     (tmp_path / "home").write_text("a file where the directory belongs")
     done = completing(environment, "mixchat", "show", "")
-    assert done.stdout.split() == ["instruct", "base", "demo"]
+    assert done.stdout.split() == ["instruct", "base", "8x22b", "demo"]
 
 
 def test_a_damaged_file_of_settings_does_not_keep_from_completing(shell_environment, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -262,23 +261,6 @@ def test_every_setting_has_a_variable_of_its_name():
         assert parameter.envvar == "MIXCHAT_" + key.upper().replace("-", "_")
     assert not {"trace", "prompt-cache", "help"} & settings().keys()
     assert len({parameter.envvar for parameter in settings().values()}) == len(settings())
-
-
-@pytest.mark.parametrize("arguments", [[], ["--json"], ["--example"], ["--path"]])
-def test_config_imports_nothing_heavy(environment, config_file, arguments):
-    config_file("temp = 0.5")
-    code = "import sys; from mixchat.cli import app; app._invoke(sys.argv[1:]); print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "config", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
-    assert done.returncode == 0
-    modules = set(done.stdout.splitlines()[-1].split())
-    assert not {"torch", "rich", "huggingface_hub", "numpy"} & modules
-    assert ("tomllib" in modules) == (arguments in ([], ["--json"]))
 
 
 def test_the_example_does_not_speak_of_flags_where_a_list_stands(mixchat):

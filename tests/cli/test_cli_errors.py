@@ -59,7 +59,7 @@ def test_a_value_outside_its_limits_is_wrong_use(mixchat, arguments, message):
         ["run", "--temp"],
         ["download"],
         ["download", "base", "--expert-bits", "5"],
-        ["show"],
+        *([command] for command in ("show", "rm", "verify", "repair", "convert")),
     ],
 )
 def test_wrong_use_is_one_line_and_a_hint(mixchat, arguments):
@@ -199,14 +199,19 @@ def test_an_error_of_ours_is_one_line_and_shows_its_traceback_on_demand(mixchat)
 
 
 @pytest.mark.parametrize("model", ["nonsense", "instruct", "../escape", "[red]x[/]", "a\nb\x1b[2J"])
-@pytest.mark.parametrize("command", [["run", "Hi", "-m"], ["show"]])
+@pytest.mark.parametrize(
+    "command",
+    [["run", "Hi", "-m"], ["show"], ["rm", "-y"], ["convert"], ["verify"], ["repair"]],
+    ids=lambda command: command[0],
+)
 def test_a_model_that_is_not_there(mixchat, command, model):
     done = mixchat(*command, model, fake=False)
     lines = lines_of(done)
     assert done.returncode == 4
     assert len(lines) == 2
     assert "\x1b" not in lines[0]
-    assert "download instruct" in lines[1] if model == "instruct" else True
+    if model == "instruct" and command[0] in ("run", "show"):
+        assert "download instruct" in lines[1]
 
 
 def test_the_model_can_come_from_the_environment(mixchat):

@@ -61,11 +61,14 @@ def test_a_directory_that_is_a_model_counts(mixchat, tiny_model):
     assert f"did you mean -m {tiny_model}?" in done.stderr.decode()
 
 
-@pytest.mark.parametrize("name", ["instruct", "base", "mistralai/Mixtral-8x7B-v0.1"])
-def test_a_fresh_machine_is_told_what_mixtral_takes_and_what_else_there_is(mixchat, name):
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("instruct", 93), ("base", 93), ("mistralai/Mixtral-8x7B-v0.1", 93), ("8x22b", 281)],
+)
+def test_a_fresh_machine_is_told_what_mixtral_takes_and_what_else_there_is(mixchat, name, size):
     """Before 93 GB are fetched, somebody should hear of that, of `plan`, and of the demo."""
     done = mixchat("run", "-m", name, "hi", fake=False)
     assert done.returncode == 4
     hint = done.stderr.decode().splitlines()[1]
-    for said in (f"mixchat download {name} (93 GB)", f"mixchat plan {name}", "run -m demo"):
+    for said in (f"mixchat download {name} ({size} GB)", f"mixchat plan {name}", "run -m demo"):
         assert said in hint

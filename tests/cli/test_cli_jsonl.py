@@ -51,7 +51,7 @@ def parsed(output: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def test_a_pipe_is_answered_in_order_and_the_note_counts(run: Callable[..., Any]) -> None:
+def test_a_pipe_is_answered_in_order_and_the_note_counts(run):
     done = run("--jsonl", "-", stdin=lines_of(9))
     assert done.returncode == 0
     answers = parsed(done.stdout)
@@ -61,9 +61,7 @@ def test_a_pipe_is_answered_in_order_and_the_note_counts(run: Callable[..., Any]
     assert run("-q", "--jsonl", "-", stdin=lines_of(1)).stderr == b""
 
 
-def test_flags_apply_to_lines_that_say_nothing_else(
-    run: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_flags_apply_to_lines_that_say_nothing_else(run, tmp_path):
     file = tmp_path / "in.jsonl"
     file.write_bytes(b'{"prompt": "Hi"}\n{"prompt": "Hi", "max_tokens": 2}\n')
     done = run("--jsonl", file, "-n", 3, "--seed", 5, "--temp", 0, "-s", "Be brief")
@@ -73,14 +71,14 @@ def test_flags_apply_to_lines_that_say_nothing_else(
     assert long["answer"].startswith(short["answer"])
 
 
-def test_one_answer_is_that_of_run_with_exact_prompts(run: Callable[..., Any]) -> None:
+def test_one_answer_is_that_of_run_with_exact_prompts(run):
     alone = run("--exact-prompts", "--seed", 3, "-n", 9, "-q", "Tell me more")
     line = json.dumps({"prompt": "Tell me more", "seed": 3, "max_tokens": 9}).encode()
     (answer,) = parsed(run("--jsonl", "-", stdin=line).stdout)
     assert answer["answer"].rstrip("\n") + "\n" == alone.stdout.decode()
 
 
-def test_a_line_that_fails_has_an_error_and_the_exit_code_tells(run: Callable[..., Any]) -> None:
+def test_a_line_that_fails_has_an_error_and_the_exit_code_tells(run):
     done = run("--jsonl", "-", stdin=b"{}\n" + lines_of(1))
     assert done.returncode == 3
     bad, good = parsed(done.stdout)
@@ -90,9 +88,7 @@ def test_a_line_that_fails_has_an_error_and_the_exit_code_tells(run: Callable[..
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, -1])
-def test_what_was_cut_off_continues_where_it_was(
-    run: Callable[..., Any], tmp_path: Path, cut: int
-) -> None:
+def test_what_was_cut_off_continues_where_it_was(run, tmp_path, cut):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(lines_of(5))
     whole = run("--jsonl", source).stdout
@@ -109,9 +105,7 @@ def test_what_was_cut_off_continues_where_it_was(
 
 
 @pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"line": 0}\n', '["line"]\n'])
-def test_another_file_is_left_as_it_is(
-    run: Callable[..., Any], tmp_path: Path, content: str
-) -> None:
+def test_another_file_is_left_as_it_is(run, tmp_path, content):
     out = tmp_path / "out"
     out.write_text(content)
     done = run("--jsonl", "-", "--resume-from", out, stdin=lines_of(1))
@@ -134,21 +128,17 @@ def test_another_file_is_left_as_it_is(
         (["--jsonl", "-", "--resume-from", "/dev/null"], "is not a regular file"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(
-    run: Callable[..., Any], arguments: list[str], said: str
-) -> None:
+def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(run, arguments, said):
     done = run(*arguments)
     assert done.returncode == 2
     assert said in done.stderr.decode()
     assert len(done.stderr.splitlines()) <= 2
 
 
-def test_a_fault_of_the_machine_is_no_answer_and_the_line_is_left_for_the_next_run(
-    tmp_path: Path,
-) -> None:
+def test_a_fault_of_the_machine_is_no_answer_and_the_line_is_left_for_the_next_run(tmp_path):
     """It was written as the answer, and resuming left the line out."""
 
-    def answers(lines: Any) -> Iterator[Line]:
+    def answers(lines):
         for number, _ in lines:
             line = Line(number)
             fault = CheckpointError("experts-000.safetensors cannot be read")
@@ -179,7 +169,7 @@ def answer_with(out: Path, lines: int, errors: set[int], *, keep_failed: bool = 
     return asked
 
 
-def test_lines_that_failed_are_tried_again_and_their_last_answer_counts(tmp_path: Path) -> None:
+def test_lines_that_failed_are_tried_again_and_their_last_answer_counts(tmp_path):
     """They were never tried again, and the second run exited with 0."""
     out = tmp_path / "out"
     with pytest.raises(PromptError, match="2 of 3 lines"):
@@ -197,9 +187,7 @@ def test_lines_that_failed_are_tried_again_and_their_last_answer_counts(tmp_path
         answer_with(out, 5, set())
 
 
-def test_an_answer_file_of_one_endless_line_is_not_read_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_file_of_one_endless_line_is_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("mixchat.sessions.answer_lines.MAX_SIZE", 1000)
     out = tmp_path / "out"
     with open(out, "wb") as file:
@@ -209,7 +197,7 @@ def test_an_answer_file_of_one_endless_line_is_not_read_whole(
         answer_with(out, 1, set())
 
 
-def test_the_lines_may_come_from_a_pipe_with_a_name(run: Callable[..., Any]) -> None:
+def test_the_lines_may_come_from_a_pipe_with_a_name(run):
     """It said "is not a regular file" for `--jsonl <(command)`."""
     reading, writing = os.pipe()
     os.write(writing, lines_of(2))
@@ -219,9 +207,7 @@ def test_the_lines_may_come_from_a_pipe_with_a_name(run: Callable[..., Any]) -> 
     assert (done.returncode, len(parsed(done.stdout))) == (0, 2)
 
 
-def test_a_second_run_with_the_same_file_of_answers_is_refused_and_leaves_it_alone(
-    run: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_second_run_with_the_same_file_of_answers_is_refused_and_leaves_it_alone(run, tmp_path):
     """Both wrote: the second one took the line that the first was writing for one cut off."""
     out, link = tmp_path / "out", tmp_path / "link"
     link.symlink_to(out)
@@ -237,15 +223,12 @@ def test_a_second_run_with_the_same_file_of_answers_is_refused_and_leaves_it_alo
     assert sorted(tmp_path.iterdir()) == [link, out]
 
 
-def test_ctrl_c_leaves_whole_lines_and_says_nothing_else(
-    model: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_ctrl_c_leaves_whole_lines_and_says_nothing_else(model, environment, tmp_path):
     out = tmp_path / "out.jsonl"
     command = [*COMMAND, "-m", str(model), "--jsonl", "-", "--resume-from", str(out)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:
-        assert process.stdin is not None
         assert process.stderr is not None
         process.stdin.write(lines_of(3))
         process.stdin.flush()  # and it stays open

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from mixchat.base.errors import ModelNotFoundError
-from mixchat.base.progress import progress_bar
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.sessions.opening import find_or_build
 from mixchat.weights.format.manifest import (
@@ -176,33 +175,13 @@ def test_show_refuses_a_damaged_model(mixchat, keep):
     assert (done.stdout, done.returncode) == (b"", 6)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Stands in for the download: notes what it was asked for, and reports progress."""
-    made = []
-
-    def download(request, progress, *, announce=None):
-        made.append(request)
-        with progress_bar(progress, "quantizing", 1000) as task:
-            task.advance(1000)
-        return request.ref.directory
-
-    monkeypatch.setattr("mixchat.weights.make.download.download", download)
-    return made
-
-
-def test_run_builds_the_demo_model_by_itself(calls, monkeypatch, tmp_path):
-    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
-    assert find_or_build("demo", TerminalReporter()) == tmp_path / "models" / "demo"
-    assert calls[0].ref.demo
-
-
 @pytest.mark.parametrize("quiet", [True, False])
-def test_a_quiet_run_builds_the_demo_model_without_a_word(
+def test_run_builds_the_demo_model_by_itself_with_quiet_without_a_word(
     calls, monkeypatch, tmp_path, capsys, quiet
 ):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
-    find_or_build("demo", TerminalReporter(quiet))
+    assert find_or_build("demo", TerminalReporter(quiet)) == tmp_path / "models" / "demo"
+    assert calls[0].ref.demo
     assert ("quantizing" in capsys.readouterr().err) is not quiet
 
 

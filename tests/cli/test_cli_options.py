@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 
+from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import numbers_of
 from mixchat.cli.flags.load_flags import within_limits
@@ -40,8 +41,15 @@ def test_a_seed_is_drawn_where_none_is_given():
 
 
 @pytest.mark.parametrize(
-    "values", [(0.0, 1.0, 0, 0.0, 1.0, 0), (5.0, 0.001, 10**6, 0.999, 0.5, 2**63 - 1)]
+    ("values", "beyond"),
+    [
+        ((0.0, 1e-9, 0, 0.0, 0.01, 0), (-0.1, 0.0, -1, -0.1, 0.009, -1)),
+        ((1e9, 1.0, 10**6, 0.999, 100.0, 2**63 - 1), (float("inf"), 1.1, None, 1.0, 101.0, 2**63)),
+    ],
 )
-def test_values_at_their_limits_are_fine(values):
-    for name, value in zip(NAMES, values, strict=True):
+def test_a_value_at_its_limit_is_taken_and_one_beyond_it_is_not(values, beyond):
+    for name, value, other in zip(NAMES, values, beyond, strict=True):
         within_limits(name)(value)
+        if other is not None:
+            with pytest.raises(UsageError):
+                within_limits(name)(other)

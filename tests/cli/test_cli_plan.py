@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +23,11 @@ GB = 10**9
 SPEEDS = MachineSpeeds(
     2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001
 )
+BLIND = dataclasses.replace(
+    SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
+)
+AGAIN = "note: measuring this machine again: "
+BUSY = "note: this machine is busy, so the speeds measured "
 
 
 @pytest.fixture
@@ -87,6 +90,8 @@ def test_mixtral_is_planned_before_it_is_downloaded(run, measured, environment):
         "256 of 93.6 MB each, 2 of 8 a token in each of 32 layers" in found["The model: instruct"]
     )
     assert "25.7 GB, once it is downloaded" in found["The model: instruct"]
+    places = re.findall(r"(\d+) of 256 experts|the other (\d+) experts", found["What goes where"])
+    assert sum(int(held or others) for held, others in places) == 256
     assert "'mixchat download instruct --dry-run'" in found["To download it"]
     assert not (Path(environment["MIXCHAT_HOME"]) / "models").exists()
 
@@ -116,13 +121,6 @@ def test_the_reasons_add_up_to_the_speed(run, measured):
     assert exactly == pytest.approx(1 / total, rel=0.01)
     assert "reading 255 experts from disk" in expected  # the first token
     assert re.search(r"context +up to 32768 tokens fit, with fewer experts in memory", expected)
-
-
-def test_where_experts_go_adds_up(run, measured):
-    places = sections(run())["What goes where"]
-    held = int(re.search(r"(\d+) of 256 experts", places)[1])
-    others = int(re.search(r"the other (\d+) experts", places)[1])
-    assert held + others == 256
 
 
 @pytest.mark.parametrize(("free", "grows"), [(4.6, True), (14.5, True), (40, False)])
@@ -156,12 +154,6 @@ def test_as_json_it_has_all_of_it(run, measured):
     }
     assert [more["bytes"] for more in found["what_more_buys"]] == [8 * GB, 16 * GB]
     assert found["speeds"]["expert_seconds"]["cpu"]["8"] == 0.005
-
-
-def test_base_is_of_the_same_shape(run, measured):
-    plans = [json.loads(run(name, "--json").stdout) for name in ("base", "instruct")]
-    assert plans[0]["fit"] == plans[1]["fit"]
-    assert plans[0]["path"] != plans[1]["path"]
 
 
 def test_a_machine_is_measured_once_for_models_of_one_shape(run, measured):
@@ -285,25 +277,12 @@ def test_a_measurement_has_a_date_and_can_be_made_again(run, measured, monkeypat
 @pytest.mark.parametrize(
     ("then", "now", "days", "said"),
     [
-        (0.1, 0.1, 29, b""),
-        (0.1, 0.1, 31, b"note: measuring this machine again: the last time was 31 days ago\n"),
-        (
-            *(0.9, 0.1, 0.1),
-            b"note: measuring this machine again: it was busy the last time, 2 hours ago\n",
-        ),
-        (0.9, 0.1, 0.001, b""),
-        (
-            0.1,
-            0.9,
-            31,
-            b"note: this machine is busy, so the speeds measured 31 days ago are used\n",
-        ),
-        (
-            0.9,
-            0.9,
-            0.1,
-            b"note: this machine is busy, so the speeds measured 2 hours ago are used\n",
-        ),
+        (0.1, 0.1, 29, ""),
+        (0.1, 0.1, 31, f"{AGAIN}the last time was 31 days ago\n"),
+        (0.9, 0.1, 0.1, f"{AGAIN}it was busy the last time, 2 hours ago\n"),
+        (0.9, 0.1, 0.001, ""),
+        (0.1, 0.9, 31, f"{BUSY}31 days ago are used\n"),
+        (0.9, 0.9, 0.1, f"{BUSY}2 hours ago are used\n"),
     ],
 )
 def test_what_is_outdated_is_measured_again_unless_the_machine_is_busy(
@@ -317,9 +296,9 @@ def test_what_is_outdated_is_measured_again_unless_the_machine_is_busy(
     monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: now)
     at(monkeypatch, days)
     done = run("demo")
-    again = b"again" in said
+    again = said.startswith(AGAIN)
     assert (len(measured) > before) == again
-    assert done.stderr == said  # once, for 4 bits and for 3
+    assert done.stderr.decode() == said  # once, for 4 bits and for 3
     busy = b"measured on a busy machine" in done.stdout
     assert busy == (then > 0.5 and not again)
 
@@ -369,7 +348,7 @@ def test_it_says_on_what_it_was_measured(run, measured, monkeypatch, environment
     assert Path(environment["MIXCHAT_HOME"]).is_relative_to(on["directory"])
 
 
-def test_a_prompt_and_the_first_token_are_ranges_too(run, measured, monkeypatch):
+def test_speeds_and_the_first_token_are_ranges_over_the_samples(run, measured, monkeypatch):
     samples = itertools.cycle(
         dataclasses.replace(
             SPEEDS, layer_seconds=seconds, disk_bandwidth_idle=disk, disk_bandwidth_fresh=disk
@@ -377,10 +356,15 @@ def test_a_prompt_and_the_first_token_are_ranges_too(run, measured, monkeypatch)
         for seconds, disk in ((0.001, 4e9), (0.004, 3e9), (0.02, 2e9))
     )
     monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: next(samples))
-    expected = sections(run())["What to expect"]
+    done = sections(run())
+    expected = done["What to expect"]
+    assert re.search(r"speed +\S+ to \S+ tok/s, ", done["Verdict"])
+    assert re.search(r"decode +\S+ to \S+ tok/s: a token takes ", expected)
+    assert " to " in done["What more memory would give"]
     assert re.search(r"prompt +\S+ to \S+ tok/s: 512 tokens are read in .* (s|min)\n", expected)
     assert re.search(r"first token +after \d+ to \d+ s for a prompt of 20 tokens", expected)
     found = json.loads(run("--json").stdout)
+    assert found["speed"]["low"] < found["tokens_per_second"] < found["speed"]["high"]
     prompt, first = found["prompt"], found["first_token"]
     assert (prompt["tokens"], first["tokens"]) == (512, 20)
     assert prompt["low"] < prompt["high"]
@@ -444,10 +428,7 @@ def test_an_installed_model_for_answers_at_once_is_served(run, measured, tiny_mo
 def test_another_machine_is_planned_by_what_is_told_about_it(run, measured, monkeypatch):
     """A plan was only for the machine at hand, and what it could not measure was made up."""
     at(monkeypatch, 0)
-    blind = dataclasses.replace(
-        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
-    )
-    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: blind)
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: BLIND)
     told = ("--ram", "10GB", "--disk-speed", "1.5 GB/s", "--free-disk", "100GB")
     shown = sections(run(*told))
     assert "This machine" not in shown
@@ -546,19 +527,6 @@ def test_what_cannot_be_told_is_refused_before_torch_loads(run, measured, argume
     assert measured == []
 
 
-def test_the_speed_is_a_range_over_the_samples(run, measured, monkeypatch):
-    samples = itertools.cycle(
-        dataclasses.replace(SPEEDS, layer_seconds=seconds) for seconds in (0.001, 0.004, 0.02)
-    )
-    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: next(samples))
-    done = sections(run())
-    assert re.search(r"speed +0.6 to 0.8 tok/s, ", done["Verdict"])
-    assert re.search(r"decode +0.6 to 0.8 tok/s: a token takes ", done["What to expect"])
-    assert " to " in done["What more memory would give"]
-    made = json.loads(run("--json").stdout)
-    assert made["speed"]["low"] < made["tokens_per_second"] < made["speed"]["high"]
-
-
 def test_a_download_for_which_the_disk_is_too_small_is_the_verdict(run, measured, monkeypatch):
     """With 2 GB free it promised tokens a second of a model whose download takes 30."""
     monkeypatch.setattr(machine, "free_disk", lambda directory: 2 * GB)
@@ -615,22 +583,10 @@ def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch
 
 
 def test_an_unmeasured_disk_leaves_the_speed_unknown(run, measured, monkeypatch):
-    blind = dataclasses.replace(
-        SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None
-    )
-    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: blind)
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: BLIND)
     found = sections(run())
     assert "unknown, because the disk could not be measured" in found["What to expect"]
     assert "not measured" in found["This machine"]
-
-
-def test_a_name_that_means_nothing_does_not_wait_for_torch(environment):
-    code = "import sys\nfrom mixchat.cli.app import run\ntry:\n run(['plan', 'x'])\n"
-    code += "finally:\n print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, timeout=60, env=environment
-    )
-    assert (done.returncode, done.stdout.split()) == (4, [b"False"])
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """`mixchat run --server`: the same command, and the same chat, where a server answers."""
 
 import json
-import subprocess
-import sys
 import threading
 
 import pytest
 import typer
-from command_line import FAKE
+from command_line import FAKE, loaded_by
 from scripted_server import (
     Answer,
     ScriptedServer,
@@ -19,7 +17,6 @@ from scripted_server import (
     usage,
 )
 from terminal import Terminal
-from test_cli_startup import PRINT_MODULES
 
 from mixchat.cli.app import app
 from mixchat.cli.flags import run_flags
@@ -315,16 +312,8 @@ def test_a_name_of_a_model_here_is_a_word_like_others(ask):
 
 def test_it_does_not_load_what_only_an_engine_needs(environment):
     with ScriptedServer(says("Hi")) as server:
-        done = subprocess.run(
-            [sys.executable, "-c", PRINT_MODULES, "run", "--server", server.address, "Hi"],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            timeout=60,
-            env=environment,
-        )
-    assert done.stdout == "Hi\n"
-    loaded = set(done.stderr.split())
+        _, output, loaded = loaded_by(environment, "run", "--server", server.address, "Hi")
+    assert output == "Hi\n"
     assert not {"torch", "numpy", "bitsandbytes", "huggingface_hub", "rich"} & loaded
 
 

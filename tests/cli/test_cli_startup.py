@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from command_line import loaded_by
 
 HEAVY = {
     "bitsandbytes",
@@ -25,14 +26,6 @@ HEAVY = {
     "transformers",
     "uvicorn",
 }
-PRINT_MODULES = """
-import sys
-from mixchat.cli.app import run
-try:
-    run(sys.argv[1:])
-finally:
-    print(*(name for name in sys.modules if "." not in name), file=sys.stderr)
-"""
 
 
 @pytest.mark.parametrize(
@@ -53,16 +46,10 @@ finally:
         [],
     ],
 )
-def test_help_imports_nothing_heavy(arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", PRINT_MODULES, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0
-    assert done.stdout
-    assert not HEAVY & set(done.stderr.split())
+def test_help_imports_nothing_heavy(arguments, environment):
+    code, output, loaded = loaded_by(environment, *arguments)
+    assert (code, bool(output)) == (0, True)
+    assert not HEAVY & loaded
 
 
 @pytest.mark.parametrize("command", ["run", "serve", "download", "show", "plan", "verify"])
@@ -73,17 +60,20 @@ def test_help_names_no_types_of_python(mixchat, command):
     assert "<list" not in said
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["run", "Hi", "-m", "nonsense"], ["show", "x"]])
-def test_what_needs_no_model_does_not_wait_for_torch(arguments, environment):
-    done = subprocess.run(
-        [sys.executable, "-c", PRINT_MODULES, *arguments],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
-    assert not {"torch", "bitsandbytes", "huggingface_hub"} & set(done.stderr.split())
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["list"], 0),
+        (["run", "Hi", "-m", "nonsense"], 4),
+        (["show", "x"], 4),
+        (["plan", "x"], 4),
+        *((["config", *flags], 0) for flags in ([], ["--json"], ["--example"], ["--path"])),
+    ],
+)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments, code, environment):
+    found, _, loaded = loaded_by(environment, *arguments)
+    assert found == code
+    assert not {"torch", "bitsandbytes", "huggingface_hub", "numpy"} & loaded
 
 
 def test_help_imports_few_modules():

@@ -174,13 +174,6 @@ def test_png_draws_every_report(mixchat, home, tmp_path, name):
         assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_png_leaves_pyplot_alone(mixchat, kept, tmp_path):
-    pytest.importorskip("matplotlib")
-    before = "matplotlib.pyplot" in sys.modules
-    mixchat("stats", "demo", "--png", str(tmp_path / "x.png"))
-    assert ("matplotlib.pyplot" in sys.modules) == before
-
-
 def test_a_report_is_not_written_through_a_link(home, tmp_path):
     precious, path = tmp_path / "precious", report_path("demo")
     precious.write_text("precious")

@@ -105,11 +105,6 @@ class TestRm:
         assert "another mixchat is working on" in lines_of(done)[0]
         assert half.exists()
 
-    @pytest.mark.parametrize("name", ["nothing", "org/name", "../escape", "instruct"])
-    def test_one_that_is_not_here(self, mixchat, installed, name):
-        assert mixchat("rm", name, "-y").returncode == 4
-        assert installed.exists()
-
 
 class TestVerify:
     def test_a_whole_model(self, mixchat, installed):
@@ -231,8 +226,3 @@ class TestGc:
             done = mixchat("gc", "--unfinished")
         assert lines_of(done) == ["freed 0 bytes"]
         assert half.exists()
-
-
-@pytest.mark.parametrize("command", ["rm", "verify", "repair"])
-def test_a_name_is_needed(mixchat, command):
-    assert mixchat(command).returncode == 2

@@ -16,37 +16,29 @@ TAKEN_BY = {
 
 
 @pytest.mark.parametrize("command", TAKEN_BY)
-def test_workers_and_the_key_get_to_those_who_load(mixchat, monkeypatch, tiny_model, command):
+def test_workers_and_the_key_get_to_those_who_load(
+    mixchat, monkeypatch, tiny_model, tmp_path, command
+):
+    """The key may be below ~, which no shell replaces in --key-file=~/a.key or in a variable."""
     loads = []
 
     def take(model, load, *others, **options):
-        loads.append(load)
-        raise UsageError("enough")
-
-    monkeypatch.setattr(TAKEN_BY[command], take)
-    words = ("Hi",) if command == "run" else (str(tiny_model),)
-    for flags in (GIVEN, ()):
-        assert mixchat(command, *words, *flags).stderr == b"error: enough\n"
-    assert loads[0].workers == ("192.168.1.5", "helper:80")
-    assert loads[0].key_file == Path("a.key")
-    assert (loads[1].workers, loads[1].key_file) == ((), None)
-
-
-@pytest.mark.parametrize("command", TAKEN_BY)
-def test_a_key_may_be_below_the_home_directory(mixchat, monkeypatch, tiny_model, tmp_path, command):
-    """No shell replaces the ~ in --key-file=~/a.key, in a variable or in config.toml."""
-    loads = []
-
-    def take(model, load, *others, **options):
-        loads.append(load.key_file)
+        loads.append((load.workers, load.key_file))
         raise UsageError("enough")
 
     monkeypatch.setattr(TAKEN_BY[command], take)
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ("Hi",) if command == "run" else (str(tiny_model),)
-    mixchat(command, *words, "--key-file=~/a.key")
-    mixchat(command, *words, MIXCHAT_KEY_FILE="~/a.key")
-    assert loads == [tmp_path / "a.key"] * 2
+    for flags, variables in (
+        (GIVEN, {}),
+        ((), {}),
+        (("--key-file=~/a.key",), {}),
+        ((), {"MIXCHAT_KEY_FILE": "~/a.key"}),
+    ):
+        assert mixchat(command, *words, *flags, **variables).stderr == b"error: enough\n"
+    both = ("192.168.1.5", "helper:80")
+    below_home = ((), tmp_path / "a.key")
+    assert loads == [(both, Path("a.key")), ((), None), below_home, below_home]
 
 
 def test_a_worker_s_key_may_be_below_the_home_directory(mixchat, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Both kinds of cache: pages for the CPU's kernel, tensors for torch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from mixchat.loading.loader import load_engine
 from mixchat.weights.families.read_config import read_config
 
 CPU = torch.device("cpu")
-CONFIG = read_config(
+PLAIN = read_config(
     {
         "model_type": "mixtral",
         "vocab_size": 100,
@@ -37,6 +38,8 @@ CONFIG = read_config(
         "rope_theta": 1e6,
     }
 )
+CONFIG = replace(PLAIN, layer_types=("sliding_attention", "full_attention"), sliding_window=400)
+SINKS = None, torch.tensor([2.0, -1.0, 4.0, 0.0])  # of each layer
 needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
 
@@ -58,7 +61,9 @@ def conversation(cache: KVCache, dtype: torch.dtype, *turns: int) -> torch.Tenso
     seen: list[torch.Tensor] = []
     for tokens in turns:
         new = torch.randn(2, tokens, 8, 16, generator=generator).to(dtype)
-        layers = [cache.attend(n, x[:, :4], x[:, 4:6], x[:, 6:]) for n, x in enumerate(new)]
+        layers = [
+            cache.attend(n, x[:, :4], x[:, 4:6], x[:, 6:], SINKS[n]) for n, x in enumerate(new)
+        ]
         cache.length += tokens
         seen.append(torch.stack(layers))
     return torch.cat(seen, dim=1)

@@ -124,9 +124,9 @@ def test_no_code_is_changed(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (QuantizeOptions("nf3"), "the experts to 4 bits already"),
-        (QuantizeOptions("none"), "the experts to 4 bits already"),
-        (QuantizeOptions(attention=8), "the attention to 4 bits already"),
+        (QuantizeOptions("nf3"), "the experts in 4 bits already"),
+        (QuantizeOptions("none"), "the experts in 4 bits already"),
+        (QuantizeOptions(attention=8), "the attention in 4 bits already"),
     ],
 )
 def test_other_bits_than_it_has_are_refused(

@@ -37,17 +37,13 @@ def installed(tiny_model: Path) -> InstalledModel:
 
 @pytest.mark.parametrize("choices", [1, 2, 3])
 @pytest.mark.parametrize("slots", [2, 3, 8])
-def test_grouping_by_expert_equals_going_token_by_token(
-    installed: InstalledModel, slots: int, choices: int
-) -> None:
+def test_grouping_by_expert_equals_going_token_by_token(installed, slots, choices):
     inputs = routing(17, choices)
     result = runner(installed, slots).run(1, *inputs)
     torch.testing.assert_close(result, slow(installed, 1, *inputs), rtol=0.01, atol=1e-3)
 
 
-def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(
-    installed: InstalledModel,
-) -> None:
+def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(installed):
     runners = [runner(installed, slots) for slots in (2, 3, 5, 8)]
     for seed in range(20):
         inputs = routing(1 + seed % 5, seed=seed)
@@ -56,9 +52,7 @@ def test_the_size_of_the_cache_and_its_state_do_not_show_in_the_result(
     assert runners[0].stats.misses.total() > runners[3].stats.misses.total() == 8
 
 
-def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
-    installed: InstalledModel,
-) -> None:
+def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(installed):
     """A wrong prediction frees its slot; the next expert took another one, and its memory."""
     fetcher = fetcher_of(runner(installed, 8))
     for layer, expert in product((0, 1), range(4)):
@@ -80,9 +74,7 @@ def test_memory_that_was_given_back_is_not_taken_again_by_wrong_predictions(
         assert len(fetcher._store.blocks) <= 4
 
 
-def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(
-    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(installed, monkeypatch):
     """The limit fell by one for each wrong prediction while memory was neither short nor ample."""
     fetcher, told = fetcher_of(runner(installed, 4)), []
     for expert in range(4):
@@ -94,7 +86,7 @@ def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(
     fetcher._give_up(load.key)
 
     class Watch:
-        def limit(self, held: int) -> int:
+        def limit(self, held):
             told.append(held)
             return 4
 
@@ -103,11 +95,11 @@ def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(
     assert told == [4]
 
 
-def test_closing_ends_the_loads_that_are_queued(installed: InstalledModel) -> None:
+def test_closing_ends_the_loads_that_are_queued(installed):
     others, gate, loaded = set(threading.enumerate()), threading.Event(), []
 
     class Waiting(Failing):
-        def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+        def load(self, key, block, evicted):
             loaded.append(key)
             gate.wait()
             yield
@@ -123,14 +115,14 @@ def test_closing_ends_the_loads_that_are_queued(installed: InstalledModel) -> No
     assert loaded == [ExpertKey(0, 0)]
 
 
-def test_each_expert_is_used_once_a_call(installed: InstalledModel) -> None:
+def test_each_expert_is_used_once_a_call(installed):
     small = runner(installed, 2)
     small.run(0, *routing(64))
     assert small.stats.misses.total() == 4
     assert small.stats.hits.total() == 0
 
 
-def test_experts_in_the_cache_are_used_before_others_evict_them(installed: InstalledModel) -> None:
+def test_experts_in_the_cache_are_used_before_others_evict_them(installed):
     """Walking 0, 1, 2, 3 with two slots in plain LRU order would never hit."""
     small = runner(installed, 2)
     inputs = routing(64)
@@ -156,7 +148,7 @@ class Failing:
         return "disk"
 
 
-def test_a_load_that_fails_leaves_no_half_expert_behind(installed: InstalledModel) -> None:
+def test_a_load_that_fails_leaves_no_half_expert_behind(installed):
     source = Failing(installed)
     failing = runner(installed, 3, source)
     inputs = routing(3)
@@ -169,13 +161,11 @@ def test_a_load_that_fails_leaves_no_half_expert_behind(installed: InstalledMode
     assert torch.equal(failing.run(0, *inputs), runner(installed, 8).run(0, *inputs))
 
 
-def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
-    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(installed, monkeypatch):
     expected = [runner(installed, 8).run(0, *routing(3, seed=seed)) for seed in range(6)]
     interrupted = runner(installed, 3)
 
-    def interrupt(load: ExpertLoad) -> None:
+    def interrupt(load):
         raise KeyboardInterrupt
 
     for seed in range(6):
@@ -186,27 +176,11 @@ def test_an_interrupt_while_an_expert_is_on_its_way_harms_nothing(
         assert torch.equal(interrupted.run(0, *routing(3, seed=seed)), expected[seed])
 
 
-def test_an_interrupt_before_a_transfer_is_queued_harms_nothing(
-    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cache knows the expert then, and nobody is bringing it."""
-    interrupted = runner(installed, 3)
-
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Mover, "begin", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            interrupted.run(0, *routing(3))
-    assert torch.equal(interrupted.run(0, *routing(3)), runner(installed, 8).run(0, *routing(3)))
-
-
-def test_the_next_experts_are_on_their_way_while_one_is_computed(installed: InstalledModel) -> None:
+def test_the_next_experts_are_on_their_way_while_one_is_computed(installed):
     started: list[int] = []
 
     class Noting(DiskSource):
-        def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+        def load(self, key, block, evicted):
             started.append(key.expert)
             yield from super().load(key, block, evicted)
 
@@ -217,15 +191,25 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(installed: Inst
     assert fetcher.stats.misses.total() == 3
 
 
-def test_a_thread_that_cannot_be_started_once_does_not_harm_the_next_answer(
-    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
+@pytest.mark.parametrize(
+    ("owner", "method", "error", "raised"),
+    [
+        (Mover, "begin", KeyboardInterrupt(), KeyboardInterrupt),
+        (threading.Thread, "start", RuntimeError("can't start new thread"), ResourceError),
+    ],
+    ids=["interrupt", "no thread"],
+)
+def test_a_transfer_that_is_not_begun_does_not_harm_the_next_answer(
+    installed, monkeypatch, owner, method, error, raised
+):
+    """The cache knows the expert then, and nobody is bringing it."""
     failing = runner(installed, 3)
+
+    def refuse(*_, **__):
+        raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(ResourceError, match="cannot start a thread"):
+        patch.setattr(owner, method, refuse)
+        with pytest.raises(raised):
             failing.run(0, *routing(3))
     assert torch.equal(failing.run(0, *routing(3)), runner(installed, 8).run(0, *routing(3)))

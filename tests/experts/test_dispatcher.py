@@ -20,9 +20,7 @@ def installed(tiny_model: Path) -> InstalledModel:
 
 
 @pytest.mark.parametrize("held", SPLITS)
-def test_what_a_worker_computes_has_the_bits_that_it_has_at_home(
-    installed: InstalledModel, held: frozenset[ExpertKey]
-) -> None:
+def test_what_a_worker_computes_has_the_bits_that_it_has_at_home(installed, held):
     worker = FakeWorker(installed, held)
     spread, alone = runner(installed, 2, workers=[worker]), runner(installed, 8)
     for tokens, seed in product((1, 2, 17), range(3)):
@@ -32,7 +30,7 @@ def test_what_a_worker_computes_has_the_bits_that_it_has_at_home(
     assert not any(fetcher_of(spread).holds(key) for key in held)
 
 
-def test_three_workers_share_the_work_of_experts_that_all_hold(installed: InstalledModel) -> None:
+def test_three_workers_share_the_work_of_experts_that_all_hold(installed):
     workers = [FakeWorker(installed, EVERYTHING) for _ in range(3)]
     spread, alone = runner(installed, 2, workers=workers), runner(installed, 8)
     inputs = routing(30, choices=3)
@@ -40,9 +38,7 @@ def test_three_workers_share_the_work_of_experts_that_all_hold(installed: Instal
     assert [len(worker.sent[0]) for worker in workers] in ([2, 1, 1], [1, 2, 1], [1, 1, 2])
 
 
-def test_what_a_worker_computes_is_a_hit_and_what_it_fails_to_compute_a_miss(
-    installed: InstalledModel,
-) -> None:
+def test_what_a_worker_computes_is_a_hit_and_what_it_fails_to_compute_a_miss(installed):
     worker = FakeWorker(installed, EVERYTHING)
     spread = runner(installed, 8, workers=[worker])
     spread.run(0, *routing(1))
@@ -57,9 +53,7 @@ def test_what_a_worker_computes_is_a_hit_and_what_it_fails_to_compute_a_miss(
 
 @pytest.mark.parametrize("where", ["begin", "finish"])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_what_a_worker_fails_to_compute_is_computed_at_home(
-    installed: InstalledModel, where: str, tokens: int
-) -> None:
+def test_what_a_worker_fails_to_compute_is_computed_at_home(installed, where, tokens):
     worker = FakeWorker(installed, EVERYTHING)
     spread, alone = runner(installed, 2, workers=[worker]), runner(installed, 8)
     inputs = routing(tokens)
@@ -75,9 +69,7 @@ def test_what_a_worker_fails_to_compute_is_computed_at_home(
     assert len(worker.sent) == 3
 
 
-def test_a_copy_is_loaded_while_the_worker_computes_and_takes_half_of_the_work_then(
-    installed: InstalledModel,
-) -> None:
+def test_a_copy_is_loaded_while_the_worker_computes_and_takes_half_of_the_work_then(installed):
     worker = FakeWorker(installed, EVERYTHING)
     copies = [ExpertKey(0, expert) for expert in range(4)]
     spread, alone = runner(installed, 8, workers=[worker], copies=copies), runner(installed, 8)
@@ -89,7 +81,7 @@ def test_a_copy_is_loaded_while_the_worker_computes_and_takes_half_of_the_work_t
     assert len(worker.sent[0]) == 2
 
 
-def test_the_tier_of_an_expert_is_that_of_its_nearest_copy(installed: InstalledModel) -> None:
+def test_the_tier_of_an_expert_is_that_of_its_nearest_copy(installed):
     worker = FakeWorker(installed, EVERYTHING[:4])
     spread = runner(installed, 4, workers=[worker], copies=EVERYTHING[:1])
     assert spread.slots_by_tier == {"host": 4, "worker": 4}

@@ -46,49 +46,27 @@ def look(clock: Clock) -> Callable[[float, int], int]:
     return look
 
 
-def test_slots_follow_the_free_memory_with_a_margin(look: Callable[[float, int], int]) -> None:
-    assert look(1.0, 100) == 100
-    assert look(0.4, 100) == 94
-    assert look(1.0, 94) == 94
-    assert look(1.3, 94) == 97
+@pytest.mark.parametrize(
+    "looks",
+    {
+        "a margin": [(1.0, 100, 100), (0.4, 100, 94), (1.0, 94, 94), (1.3, 94, 97)],
+        "half of the reserve may be taken": [(0.5, 100, 100), (0.499, 100, 94)],  # six are missing
+        "back with room for two": [(0.4, 100, 94), (1.19, 94, 94), (1.2, 94, 96), (9.9, 96, 100)],
+        "the least and all": [(0.0, 5, 2), (0.0, 2, 2), (99.0, 2, 100)],
+        "the room before they are held": [(20.0, 0, 100), (6.0, 0, 50), (3.0, 30, 50)],
+    }.values(),
+    ids=str,
+)
+def test_slots_follow_the_free_memory(look, looks):
+    """Each look has the GB that are free, the experts that are held, and the limit."""
+    for gigabytes, held, limit in looks:
+        assert look(gigabytes, held) == limit
 
 
-def test_half_of_the_reserve_may_be_taken_before_any_goes(
-    look: Callable[[float, int], int],
-) -> None:
-    assert look(0.5, 100) == 100
-    assert look(0.499, 100) == 94  # 0.501 GB are missing: six experts
-
-
-def test_those_that_went_come_back_when_there_is_room_for_two(
-    look: Callable[[float, int], int],
-) -> None:
-    assert look(0.4, 100) == 94
-    assert look(1.19, 94) == 94
-    assert look(1.2, 94) == 96
-    assert look(9.9, 96) == 100
-
-
-def test_it_never_says_less_than_the_least_or_more_than_all(
-    look: Callable[[float, int], int],
-) -> None:
-    assert look(0.0, 5) == 2
-    assert look(0.0, 2) == 2
-    assert look(99.0, 2) == 100
-
-
-def test_before_they_are_held_the_room_that_is_free_counts(
-    look: Callable[[float, int], int],
-) -> None:
-    assert look(20.0, 0) == 100
-    assert look(6.0, 0) == 50
-    assert look(3.0, 30) == 50  # they have come to be held, which says nothing new
-
-
-def test_it_looks_twice_a_second(clock: Clock) -> None:
+def test_it_looks_twice_a_second(clock):
     looks: list[float] = []
 
-    def free() -> int:
+    def free():
         looks.append(clock.now)
         return GB
 
@@ -99,14 +77,14 @@ def test_it_looks_twice_a_second(clock: Clock) -> None:
     assert 10 <= len(looks) <= 11  # a hundred steps of a tenth
 
 
-def test_it_looks_at_once_also_just_after_the_machine_was_started(clock: Clock) -> None:
+def test_it_looks_at_once_also_just_after_the_machine_was_started(clock):
     clock.now = 0.0
     watch = MemoryWatch(lambda: 0, reserve=GB, expert=EXPERT, slots=100, least=2)
     assert watch.limit(50) == 40
 
 
 @given(st.lists(st.integers(0, 14 * GB), min_size=1, max_size=20))
-def test_while_others_stay_as_they_are_it_does_not_swing(others: list[int]) -> None:
+def test_while_others_stay_as_they_are_it_does_not_swing(others):
     """Freed memory counts as free: each change goes one way, and then the limit stays."""
     clock, total, held = Clock(), 12 * GB, 0
     used = 0

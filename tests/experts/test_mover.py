@@ -4,7 +4,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import pytest
 
@@ -101,7 +101,7 @@ def arrivals(log: list[str]) -> str:
     return "".join(entry[0] for entry in log if entry.endswith("there"))
 
 
-def test_they_are_carried_out_in_order_and_in_the_background(work: Work) -> None:
+def test_they_are_carried_out_in_order_and_in_the_background(work):
     held = work.hold()
     loads = [work.begin(name, 2) for name in "dab"]
     assert not any(load.ended for load in loads)
@@ -113,9 +113,7 @@ def test_they_are_carried_out_in_order_and_in_the_background(work: Work) -> None
     assert work.finish() == ["d0", "d1", "d there", "a0", "a1", "a there", "b0", "b1", "b there"]
 
 
-def test_what_is_requested_comes_before_prefetches_and_of_those_the_nearest_layer_first(
-    work: Work,
-) -> None:
+def test_what_is_requested_comes_before_prefetches_and_of_those_the_nearest_layer_first(work):
     held = work.hold()
     work.prefetch("c", layer=3)
     work.prefetch("a", layer=1)
@@ -126,9 +124,7 @@ def test_what_is_requested_comes_before_prefetches_and_of_those_the_nearest_laye
     assert arrivals(work.finish()) == "xyabc"
 
 
-def test_a_prefetch_is_put_off_when_something_requested_comes_and_continues_from_where_it_was(
-    work: Work,
-) -> None:
+def test_a_prefetch_is_put_off_when_something_requested_comes_and_continues_from_where_it_was(work):
     prefetch = work.prefetch("g", 4, stop=1)
     work.stops[0].wait()
     work.begin("w", 2)
@@ -137,7 +133,7 @@ def test_a_prefetch_is_put_off_when_something_requested_comes_and_continues_from
     assert work.finish() == ["g0", "g1", "w0", "w1", "w there", "g2", "g3", "g there"]
 
 
-def test_a_prefetch_that_was_put_off_may_be_put_off_again(work: Work) -> None:
+def test_a_prefetch_that_was_put_off_may_be_put_off_again(work):
     prefetch = work.prefetch("g", 3, stop=0)
     work.stops[0].wait()
     work.begin("w", stop=0)
@@ -149,7 +145,7 @@ def test_a_prefetch_that_was_put_off_may_be_put_off_again(work: Work) -> None:
     assert work.finish() == ["g0", "w0", "w there", "v0", "v there", "g1", "g2", "g there"]
 
 
-def test_a_prefetch_that_was_put_off_continues_before_others_of_its_layer_start(work: Work) -> None:
+def test_a_prefetch_that_was_put_off_continues_before_others_of_its_layer_start(work):
     """Else each interruption would begin one more, and none would be there in time."""
     work.prefetch("a", 2, stop=0)
     work.stops[0].wait()
@@ -160,7 +156,7 @@ def test_a_prefetch_that_was_put_off_continues_before_others_of_its_layer_start(
     assert arrivals(work.finish()) == "wcab"
 
 
-def test_what_is_requested_is_not_put_off(work: Work) -> None:
+def test_what_is_requested_is_not_put_off(work):
     work.begin("a", 3, stop=0)
     work.stops[0].wait()
     work.begin("b")
@@ -169,7 +165,7 @@ def test_what_is_requested_is_not_put_off(work: Work) -> None:
     assert arrivals(work.finish()) == "abg"
 
 
-def test_another_prefetch_of_a_nearer_layer_does_not_put_one_off(work: Work) -> None:
+def test_another_prefetch_of_a_nearer_layer_does_not_put_one_off(work):
     work.prefetch("a", 3, layer=5, stop=0)
     work.stops[0].wait()
     work.prefetch("b", layer=1)
@@ -177,7 +173,7 @@ def test_another_prefetch_of_a_nearer_layer_does_not_put_one_off(work: Work) -> 
     assert arrivals(work.finish()) == "ab"
 
 
-def test_a_prefetch_in_the_queue_that_is_requested_comes_before_all_prefetches(work: Work) -> None:
+def test_a_prefetch_in_the_queue_that_is_requested_comes_before_all_prefetches(work):
     held = work.hold()
     work.prefetch("a", layer=1)
     right = work.prefetch("b", layer=4)
@@ -188,7 +184,7 @@ def test_a_prefetch_in_the_queue_that_is_requested_comes_before_all_prefetches(w
     assert arrivals(work.finish()) == "wba"
 
 
-def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work: Work) -> None:
+def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work):
     right = work.prefetch("g", 3, stop=0)
     work.stops[0].wait()
     work.mover.promote(right)
@@ -197,9 +193,7 @@ def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work: Work) -> None
     assert arrivals(work.finish()) == "gw"
 
 
-def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_prefetches(
-    work: Work,
-) -> None:
+def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_prefetches(work):
     right = work.prefetch("g", 2, layer=5, stop=0)
     work.stops[0].wait()
     work.begin("w", stop=0)
@@ -215,7 +209,7 @@ def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_pre
     assert arrivals(log) == "wgva"
 
 
-def test_to_want_what_is_there_changes_nothing(work: Work) -> None:
+def test_to_want_what_is_there_changes_nothing(work):
     prefetch = work.prefetch("g")
     prefetch.wait()
     work.mover.promote(prefetch)
@@ -223,7 +217,7 @@ def test_to_want_what_is_there_changes_nothing(work: Work) -> None:
 
 
 @pytest.mark.parametrize("is_prefetch", [False, True])
-def test_one_that_is_cancelled_in_the_queue_is_not_started(work: Work, is_prefetch: bool) -> None:
+def test_one_that_is_cancelled_in_the_queue_is_not_started(work, is_prefetch):
     held = work.hold()
     gone = work.begin("a", is_prefetch=is_prefetch)
     work.begin("b", is_prefetch=is_prefetch)
@@ -234,7 +228,7 @@ def test_one_that_is_cancelled_in_the_queue_is_not_started(work: Work, is_prefet
 
 
 @pytest.mark.parametrize("is_prefetch", [False, True])
-def test_one_that_is_cancelled_in_hand_ends_after_its_step(work: Work, is_prefetch: bool) -> None:
+def test_one_that_is_cancelled_in_hand_ends_after_its_step(work, is_prefetch):
     gone = work.begin("a", 3, is_prefetch=is_prefetch, stop=1)
     work.stops[0].wait()
     work.begin("b", is_prefetch=is_prefetch)
@@ -244,7 +238,7 @@ def test_one_that_is_cancelled_in_hand_ends_after_its_step(work: Work, is_prefet
     assert not gone.ended
 
 
-def test_one_that_was_put_off_and_is_cancelled_is_closed_by_the_mover(work: Work) -> None:
+def test_one_that_was_put_off_and_is_cancelled_is_closed_by_the_mover(work):
     """Its resources have to be given back then, not when Python collects garbage."""
     gone = work.prefetch("a", 3, stop=0)
     work.stops[0].wait()
@@ -258,8 +252,8 @@ def test_one_that_was_put_off_and_is_cancelled_is_closed_by_the_mover(work: Work
     assert not gone.ended
 
 
-def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work: Work) -> None:
-    def steps() -> Steps:
+def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work):
+    def steps():
         yield
         raise OSError("the disk says no")
 
@@ -275,7 +269,7 @@ def test_a_failure_is_raised_for_whoever_waits_and_the_next_is_carried_out(work:
     assert not after.failed
 
 
-def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work: Work) -> None:
+def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work):
     others = set(threading.enumerate())
     for name in "abc":
         work.begin(name).wait()
@@ -286,20 +280,20 @@ def test_the_thread_goes_when_there_is_nothing_to_do_and_comes_back(work: Work) 
     assert arrivals(work.log) == "abc"
 
 
-def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch):
     monkeypatch.setattr("mixchat.experts.mover._IDLE_S", 0.02)
     log: list[tuple[str, int]] = []
 
-    def note(what: str) -> None:
+    def note(what):
         log.append((what, threading.get_ident()))
 
     @contextmanager
-    def inside() -> Iterator[None]:
+    def inside():
         note("in")
         yield
         note("out")
 
-    def steps() -> Steps:
+    def steps():
         note("step")
         yield
         note("step")
@@ -317,7 +311,7 @@ def test_its_thread_is_inside_the_context_while_it_moves(monkeypatch: pytest.Mon
     assert len({thread for _, thread in log}) == 1
 
 
-def test_whatever_comes_each_arrives_whole_or_is_closed(work: Work) -> None:
+def test_whatever_comes_each_arrives_whole_or_is_closed(work):
     luck = random.Random(0)
     loads: dict[str, ExpertLoad] = {}
     names = [chr(0x4E00 + number) for number in range(300)]
@@ -342,11 +336,11 @@ def test_whatever_comes_each_arrives_whole_or_is_closed(work: Work) -> None:
 
 
 def test_a_thread_that_cannot_be_started_fails_one_transfer_and_not_all_later_ones(
-    work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    work, monkeypatch
+):
     """The mover believed that its thread was at work: whoever waited for a load hung."""
 
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(thread):
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
@@ -357,23 +351,19 @@ def test_a_thread_that_cannot_be_started_fails_one_transfer_and_not_all_later_on
     assert work.finish() == ["b0", "b there"]
 
 
-def test_a_thread_that_fails_lets_nobody_wait() -> None:
-    def refuse() -> AbstractContextManager[object]:
+def test_a_thread_that_fails_lets_nobody_wait():
+    def refuse():
         raise MemoryError("no stream")
 
     mover = Mover(refuse)
     for _ in range(2):
         load = ExpertLoad(ExpertKey(0, 0))
-        mover.begin(load, iter_nothing())
+        mover.begin(load, (None for _ in range(1)))
         with pytest.raises(MemoryError):
             load.wait()
 
 
-def iter_nothing() -> Steps:
-    yield
-
-
-def test_ctrl_c_ends_the_wait_for_a_transfer_that_does_not_come(work: Work) -> None:
+def test_ctrl_c_ends_the_wait_for_a_transfer_that_does_not_come(work):
     """As from a disk that hangs, where nothing between two layers is reached."""
     held = work.hold()
     load = work.begin("a")

@@ -41,7 +41,7 @@ def on_gpu(
         (4.2, 2),  # the least
     ],
 )
-def test_slots_on_a_cpu(free: float, slots: int) -> None:
+def test_slots_on_a_cpu(free, slots):
     placement = on_cpu(free)
     assert (placement.slots, placement.host_slots, placement.experts) == (slots, 0, 256)
 
@@ -58,11 +58,11 @@ def test_slots_on_a_cpu(free: float, slots: int) -> None:
         (4.2, 16, 2, 150),
     ],
 )
-def test_slots_on_a_gpu(free: float, free_host: float, slots: int, host_slots: int) -> None:
+def test_slots_on_a_gpu(free, free_host, slots, host_slots):
     assert on_gpu(free, free_host) == Placement(slots, host_slots, 256)
 
 
-def test_a_budget_on_a_cpu_is_bytes_of_experts_or_a_share_of_them() -> None:
+def test_a_budget_on_a_cpu_is_bytes_of_experts_or_a_share_of_them():
     assert on_cpu(64, "1GB").slots == 10
     assert on_cpu(64, "1.09GB").slots == 10
     assert on_cpu(64, "50%").slots == 128
@@ -71,12 +71,12 @@ def test_a_budget_on_a_cpu_is_bytes_of_experts_or_a_share_of_them() -> None:
     assert on_cpu(64, "200MB").slots == 2
 
 
-def test_a_budget_on_a_cpu_may_take_what_would_be_left_alone() -> None:
+def test_a_budget_on_a_cpu_may_take_what_would_be_left_alone():
     assert on_cpu(29).slots == 248  # 29 - 3 - 1.16
     assert on_cpu(29, "25GB").slots == 250  # 29 - 3 - 1 of the context
 
 
-def test_a_budget_on_a_gpu_is_for_all_that_is_there_and_leaves_nothing_beside_it() -> None:
+def test_a_budget_on_a_gpu_is_for_all_that_is_there_and_leaves_nothing_beside_it():
     assert on_gpu(24, device="10GB").slots == 60  # 10 - 3 - 1
     assert on_gpu(24, device="50%").slots == 80  # of what is free: 12 - 4
     assert on_gpu(24, device="100%").slots == 200
@@ -84,19 +84,19 @@ def test_a_budget_on_a_gpu_is_for_all_that_is_there_and_leaves_nothing_beside_it
     assert on_gpu(64, device="60GB").slots == 256
 
 
-def test_a_budget_for_ram_behind_a_gpu_is_bytes_of_experts_or_a_share_of_them() -> None:
+def test_a_budget_for_ram_behind_a_gpu_is_bytes_of_experts_or_a_share_of_them():
     assert on_gpu(24, host="3GB").host_slots == 30
     assert on_gpu(24, host="50%").host_slots == 128
     assert on_gpu(24, host="1TB").host_slots == 256
     assert on_gpu(24, 2, host="2GB").host_slots == 20  # the whole of it
 
 
-def test_a_budget_of_nothing_leaves_the_ram_behind_a_gpu_alone() -> None:
+def test_a_budget_of_nothing_leaves_the_ram_behind_a_gpu_alone():
     assert on_gpu(24, host="0").host_slots == 0
     assert on_gpu(24, 0, host="0").host_slots == 0
 
 
-def test_too_small_a_budget_for_ram_behind_a_gpu_names_the_least() -> None:
+def test_too_small_a_budget_for_ram_behind_a_gpu_names_the_least():
     assert on_gpu(24, host="400MB").host_slots == 4
     said = r"--host-memory 399 MB is too small: four experts take 400\.0 MB$"
     with pytest.raises(UsageError, match=said):
@@ -113,19 +113,17 @@ def test_too_small_a_budget_for_ram_behind_a_gpu_names_the_least() -> None:
         (29.0, "25GB", 1),
     ],
 )
-def test_the_reserve_is_what_is_left_beside_the_experts(
-    free: float, memory: str | None, reserve: float
-) -> None:
+def test_the_reserve_is_what_is_left_beside_the_experts(free, memory, reserve):
     assert on_cpu(free, memory).reserve == int(reserve * GB)
 
 
-def test_some_reserve_is_watched_where_a_budget_leaves_nothing() -> None:
+def test_some_reserve_is_watched_where_a_budget_leaves_nothing():
     demand = replace(MIXTRAL, context=0)
     assert place_on_cpu(demand, 13 * GB, budget("9.4GB")).reserve == int(0.6 * GB)
     assert place_on_cpu(demand, 13 * GB, budget("10GB")).reserve == GB // 4
 
 
-def test_too_small_a_budget_on_a_cpu_names_the_least() -> None:
+def test_too_small_a_budget_on_a_cpu_names_the_least():
     said = r"--host-memory 199 MB is too small: two experts take 200\.0 MB$"
     with pytest.raises(UsageError, match=said):
         on_cpu(64, "199MB")
@@ -135,7 +133,7 @@ def test_too_small_a_budget_on_a_cpu_names_the_least() -> None:
         on_cpu(64, "0")
 
 
-def test_too_small_a_budget_on_a_gpu_names_the_least() -> None:
+def test_too_small_a_budget_on_a_gpu_names_the_least():
     said = r"4 GB is too small for the device: .* at least 4\.2 GB \(a full context of 1 GB in it\)"
     for device in ("4GB", "25%"):
         with pytest.raises(UsageError, match=said) as caught:
@@ -143,7 +141,7 @@ def test_too_small_a_budget_on_a_gpu_names_the_least() -> None:
         assert caught.value.hint == "A smaller --ctx-size needs less."
 
 
-def test_a_budget_beyond_what_is_free_is_refused_with_both_numbers() -> None:
+def test_a_budget_beyond_what_is_free_is_refused_with_both_numbers():
     with pytest.raises(ResourceError, match=r"--host-memory asks for 8 GB, 6 GB are free"):
         on_cpu(10, "8GB")
     with pytest.raises(ResourceError, match=r"--device-memory asks for 8 GB, 6 GB are free"):
@@ -154,7 +152,7 @@ def test_a_budget_beyond_what_is_free_is_refused_with_both_numbers() -> None:
         on_gpu(24, 6, host="100%")
 
 
-def test_a_model_beyond_the_machine_is_refused_with_both_numbers() -> None:
+def test_a_model_beyond_the_machine_is_refused_with_both_numbers():
     said = r"at least 4\.2 GB \(a full context of 1 GB in it\), 4\.1 GB are free"
     for place in (on_cpu, on_gpu):
         with pytest.raises(ResourceError, match=said) as caught:
@@ -183,14 +181,12 @@ def on_gpus(*free: float, free_host: float = 64, host: str | None = None) -> Pla
         ((4.2, 12), (2, 110), 256),
     ],
 )
-def test_slots_on_several_gpus(
-    free: tuple[float, ...], slots: tuple[int, ...], host_slots: int
-) -> None:
+def test_slots_on_several_gpus(free, slots, host_slots):
     first, *others = slots
     assert on_gpus(*free) == Placement(first, host_slots, 256, other_slots=tuple(others))
 
 
-def test_a_budget_of_a_gpu_names_it_in_errors() -> None:
+def test_a_budget_of_a_gpu_names_it_in_errors():
     room = DeviceRoom("cuda:0", 24 * GB)
     for text, error, said in [
         ("100MB", UsageError, "100 MB is too small for cuda:1: two experts take 200.0 MB"),
@@ -203,7 +199,7 @@ def test_a_budget_of_a_gpu_names_it_in_errors() -> None:
         place_on_gpus(MIXTRAL, [DeviceRoom("cuda:0", 4 * GB), room], GB, None)
 
 
-def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks() -> None:
+def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks():
     parts = Placement(60, 83, 256, other_slots=(30,)).parts([171, 85])
     assert [(part.slots, part.host_slots, part.experts) for part in parts] == [
         (60, 56, 171),
@@ -218,9 +214,7 @@ def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks() -> None:
 
 
 @given(st.integers(2, 300), st.lists(st.integers(1, 90), min_size=1, max_size=4), st.data())
-def test_parts_of_a_placement_are_the_whole_or_less(
-    experts: int, slots: list[int], data: st.DataObject
-) -> None:
+def test_parts_of_a_placement_are_the_whole_or_less(experts, slots, data):
     slots = list(map(min, slots, owner_counts(experts, slots)))
     host = data.draw(st.integers(0, experts)) if sum(slots) < experts else 0
     whole = Placement(slots[0], host, experts, other_slots=tuple(slots[1:]))
@@ -249,12 +243,8 @@ demands = st.builds(
 
 @given(demands, st.integers(0, 10**4), st.integers(0, 10**4), budgets, budgets)
 def test_what_is_placed_fits_and_what_is_refused_says_why(
-    demand: Demand,
-    free: int,
-    free_host: int,
-    memory: MemoryBudget | None,
-    host_memory: MemoryBudget | None,
-) -> None:
+    demand, free, free_host, memory, host_memory
+):
     for on_device in (False, True):
         try:
             placement = (

@@ -21,7 +21,14 @@ L, E, D, K = 5, 8, 32, 2
 class Case:
     """Random routers and norms, and a stream of hidden states as the layers see it."""
 
-    def __init__(self, seed: int, tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        seed: int,
+        tokens: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        biased: bool = False,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.gates = [torch.randn(E, D, generator=generator).to(dtype) for _ in range(L)]
         self.norms = [
@@ -29,6 +36,7 @@ class Case:
             * torch.where(torch.rand(D, generator=generator) < 0.3, -1, 1)
             for _ in range(L)
         ]
+        self.biases = [torch.randn(E, generator=generator) for _ in range(L if biased else 0)]
         stream = torch.randn(tokens, D, generator=generator)
         self.normed = stream / stream.pow(2).mean(-1, keepdim=True).sqrt()
 
@@ -36,7 +44,7 @@ class Case:
         self, layer: int, depth: int, hidden: torch.Tensor | None = None
     ) -> list[ExpertKey]:
         hidden = self.hidden(layer) if hidden is None else hidden
-        choices = NextRouters(self.gates, self.norms, K)(layer, hidden, depth)
+        choices = NextRouters(self.gates, self.norms, K, self.biases)(layer, hidden, depth)
         return ranked_keys(layer, choices)
 
     def hidden(self, layer: int) -> torch.Tensor:
@@ -49,17 +57,22 @@ class Case:
             counts: Counter[int] = Counter()
             for token in self.normed.double():
                 logits = self.gates[ahead].double() @ (token * self.norms[ahead].double())
+                if self.biases:
+                    logits += self.biases[ahead]
                 for expert in logits.argsort(descending=True)[:K].tolist():
                     counts[expert] += 1
             keys += [ExpertKey(ahead, expert) for expert, _ in counts.most_common()]
         return keys
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 9])
-def test_they_are_what_the_next_routers_would_choose_now(tokens: int, depth: int) -> None:
+def test_they_are_what_the_next_routers_would_choose_now(
+    tokens: int, depth: int, biased: bool
+) -> None:
     for seed in range(5):
-        case = Case(seed, tokens)
+        case = Case(seed, tokens, biased=biased)
         for layer in range(L):
             predicted = case.predicted(layer, depth)
             assert predicted == case.slow(layer, depth)

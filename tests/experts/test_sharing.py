@@ -17,10 +17,8 @@ def keys_of(layers: int, experts: int) -> list[ExpertKey]:
 
 
 @given(st.integers(1, 6), st.integers(1, 8), SLOTS, st.randoms(use_true_random=False))
-def test_holders_together_hold_everything_and_nobody_more_than_fits(
-    layers: int, experts: int, slots: list[int], random: object
-) -> None:
-    uses = {key: random.randrange(9) for key in keys_of(layers, experts)}  # type: ignore[attr-defined]
+def test_holders_together_hold_everything_and_nobody_more_than_fits(layers, experts, slots, random):
+    uses = {key: random.randrange(9) for key in keys_of(layers, experts)}
     held = divide(layers, experts, slots, uses)
     everything = keys_of(layers, experts)
     assert {key for keys in held for key in keys} == set(everything)
@@ -35,20 +33,20 @@ def test_holders_together_hold_everything_and_nobody_more_than_fits(
 
 
 @given(st.integers(1, 8), st.integers(2, 4))
-def test_equal_holders_get_an_equal_part_of_every_layer(layers: int, holders: int) -> None:
+def test_equal_holders_get_an_equal_part_of_every_layer(layers, holders):
     held = divide(layers, 4 * holders, [4 * layers] * holders)
     for keys in held:
         assert Counter(key.layer for key in keys) == dict.fromkeys(range(layers), 4)
 
 
-def test_each_holder_gets_the_same_part_of_the_uses() -> None:
+def test_each_holder_gets_the_same_part_of_the_uses():
     uses = {ExpertKey(0, expert): 100 >> expert for expert in range(4)}  # 100, 50, 25, 12
     first, second = divide(1, 4, [2, 2], uses)
     assert first == [ExpertKey(0, 0), ExpertKey(0, 3)]
     assert second == [ExpertKey(0, 1), ExpertKey(0, 2)]
 
 
-def test_slots_that_are_left_hold_copies_of_the_most_used() -> None:
+def test_slots_that_are_left_hold_copies_of_the_most_used():
     uses = {ExpertKey(0, 3): 7, ExpertKey(1, 2): 5}
     held = divide(2, 4, [5, 5], uses)
     assert [len(keys) for keys in held] == [5, 5]
@@ -57,15 +55,13 @@ def test_slots_that_are_left_hold_copies_of_the_most_used() -> None:
     assert len(copied) == 2
 
 
-def test_a_holder_gets_the_most_used_expert_first() -> None:
+def test_a_holder_gets_the_most_used_expert_first():
     uses = {ExpertKey(0, 0): 3}
     assert divide(2, 2, [2, 3], uses)[1][0] == ExpertKey(0, 0)
 
 
 @given(st.integers(1, 6), st.integers(2, 8), st.lists(st.integers(1, 40), min_size=1, max_size=4))
-def test_each_expert_is_at_home_on_one_gpu_evenly_in_every_layer(
-    layers: int, experts: int, slots: list[int]
-) -> None:
+def test_each_expert_is_at_home_on_one_gpu_evenly_in_every_layer(layers, experts, slots):
     home = assign_owners(keys_of(layers, experts), slots)
     assert sorted(home) == keys_of(layers, experts)
     counts = Counter(home.values())
@@ -77,9 +73,7 @@ def test_each_expert_is_at_home_on_one_gpu_evenly_in_every_layer(
 
 
 @given(st.integers(1, 300), st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(any))
-def test_gpus_are_home_of_what_they_hold_and_of_as_much_more_as_they_have_slots(
-    experts: int, slots: list[int]
-) -> None:
+def test_gpus_are_home_of_what_they_hold_and_of_as_much_more_as_they_have_slots(experts, slots):
     counts = owner_counts(experts, slots)
     assert sum(counts) == experts
     if sum(slots) >= experts:  # all are held: evenly, as far as the slots allow
@@ -96,14 +90,14 @@ def test_gpus_are_home_of_what_they_hold_and_of_as_much_more_as_they_have_slots(
     st.sets(st.builds(ExpertKey, st.integers(0, 5), st.integers(0, 7)), min_size=1),
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
 )
-def test_any_experts_can_be_at_home_on_gpus(keys: set[ExpertKey], slots: list[int]) -> None:
+def test_any_experts_can_be_at_home_on_gpus(keys, slots):
     home = assign_owners(keys, slots)
     assert set(home) == keys
     counts = Counter(home.values())
     assert [counts[number] for number in range(len(slots))] == owner_counts(len(keys), slots)
 
 
-def test_homes_of_mixtral_on_two_unequal_gpus() -> None:
+def test_homes_of_mixtral_on_two_unequal_gpus():
     assert owner_counts(256, [200, 245]) == [128, 128]  # all fit
     assert owner_counts(256, [40, 245]) == [40, 216]
     assert owner_counts(256, [60, 30]) == [171, 85]
@@ -116,9 +110,7 @@ def slowest(shares: dict[int, list[ExpertKey]], counts: dict[ExpertKey, int]) ->
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.sets(st.integers(0, 2), min_size=1)), min_size=1))
-def test_each_expert_is_computed_once_by_one_who_holds_it(
-    choices: list[tuple[int, set[int]]],
-) -> None:
+def test_each_expert_is_computed_once_by_one_who_holds_it(choices):
     counts = {ExpertKey(0, number): rows for number, (rows, _) in enumerate(choices)}
     holders = {ExpertKey(0, number): sorted(who) for number, (_, who) in enumerate(choices)}
     shares = share(counts, holders)
@@ -133,9 +125,7 @@ def test_each_expert_is_computed_once_by_one_who_holds_it(
         max_size=8,
     )
 )
-def test_the_slowest_holder_does_at_most_half_more_than_it_has_to(
-    choices: list[tuple[int, set[int]]],
-) -> None:
+def test_the_slowest_holder_does_at_most_half_more_than_it_has_to(choices):
     """Graham's bound for longest first is 4/3; those without a choice make it 3/2."""
     counts = {ExpertKey(0, number): rows for number, (rows, _) in enumerate(choices)}
     holders = {ExpertKey(0, number): sorted(who) for number, (_, who) in enumerate(choices)}
@@ -151,6 +141,6 @@ def test_the_slowest_holder_does_at_most_half_more_than_it_has_to(
     assert slowest(share(counts, holders), counts) <= 1.5 * best + 1e-9
 
 
-def test_of_two_experts_that_one_holds_alone_the_other_is_left_to_the_copy() -> None:
+def test_of_two_experts_that_one_holds_alone_the_other_is_left_to_the_copy():
     a, b = ExpertKey(0, 0), ExpertKey(0, 1)
     assert share({a: 1, b: 1}, {a: [0], b: [0, 1]}) == {0: [a], 1: [b]}

@@ -180,13 +180,11 @@ def load(source: ExpertSource, key: ExpertKey, size: int) -> str:
     return digest(block)
 
 
-def test_all_ways_from_disk_read_the_same_bytes(
-    directory: Path, truth: dict[ExpertKey, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_ways_from_disk_read_the_same_bytes(directory, truth, monkeypatch):
     ways: Counter[tuple[bool, bool]] = Counter()
     read = InstalledModel.read_expert
 
-    def noted(self: InstalledModel, *args: Any, direct: bool = False) -> None:
+    def noted(self, *args, direct=False):
         ways[direct, any(args[2].data_ptr() == one.data_ptr() for one in source._stages)] += 1
         read(self, *args, direct=direct)
 
@@ -203,20 +201,18 @@ def test_all_ways_from_disk_read_the_same_bytes(
         assert source.tier(A) == "disk"
 
 
-def test_without_a_choice_it_reads_through_the_page_cache(
-    installed: InstalledModel, monkeypatch: pytest.MonkeyPatch, truth: dict[ExpertKey, str]
-) -> None:
+def test_without_a_choice_it_reads_through_the_page_cache(installed, monkeypatch, truth):
     monkeypatch.setattr(installed, "open_direct", lambda: pytest.fail("not asked for"))
     source = DiskSource(installed, ExpertStats(), choose=False)
     assert load(source, B, installed.blueprint.expert.stride) == truth[B]
 
 
 def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
-    directory: Path, truth: dict[ExpertKey, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    directory, truth, monkeypatch
+):
     opened = os.open
 
-    def refused(path: Any, flags: int, *args: Any) -> int:
+    def refused(path, flags, *args):
         if flags & getattr(os, "O_DIRECT", 0):
             raise OSError(errno.EINVAL, "Invalid argument")
         return opened(path, flags, *args)
@@ -228,9 +224,7 @@ def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
             assert load(source, key, installed.blueprint.expert.stride) == truth[key]
 
 
-def test_bytes_that_are_read_and_the_time_are_counted(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_that_are_read_and_the_time_are_counted(directory, monkeypatch):
     monkeypatch.setattr(sources, "STEP", 3 * 4096)  # an expert's last read is shorter
     times = itertools.count()
     monkeypatch.setattr(sources.time, "perf_counter", lambda: float(next(times)))
@@ -244,7 +238,7 @@ def test_bytes_that_are_read_and_the_time_are_counted(
             assert stats.read_seconds == 3 * (1 + math.ceil(size / sources.STEP))
 
 
-def test_it_reads_in_steps(installed: InstalledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_reads_in_steps(installed, monkeypatch):
     monkeypatch.setattr(sources, "AT_ONCE", 1)
     right = whole(installed, C)
     block = torch.full_like(right, 0xEE)
@@ -259,24 +253,20 @@ def test_it_reads_in_steps(installed: InstalledModel, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("on_a_gpu", [False, True])
 def test_where_no_thread_can_be_started_reads_that_wait_for_one_end_too(
-    installed: InstalledModel,
-    truth: dict[ExpertKey, str],
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-    on_a_gpu: bool,
-) -> None:
+    installed, truth, monkeypatch, request, on_a_gpu
+):
     """They were waited for without an end."""
 
     class Full:
         reads: ClassVar[list[Future[int]]] = []
 
-        def submit(self, *_: Any) -> Future[int]:
+        def submit(self, *_):
             if len(self.reads) == 2:
                 raise RuntimeError("can't start new thread")
             self.reads.append(Future())
             return self.reads[-1]
 
-        def shutdown(self, **_: Any) -> None:
+        def shutdown(self, **_):
             for read in self.reads:
                 read.cancel()
 
@@ -291,9 +281,7 @@ def test_where_no_thread_can_be_started_reads_that_wait_for_one_end_too(
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
+def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(installed, truth):
     """The bytes pass through RAM, where the next load finds the same place."""
     source = DiskSource(installed, ExpertStats(), choose=False)
     blocks = [new_block(installed.blueprint.expert.stride, CPU) for _ in range(3)]
@@ -310,17 +298,14 @@ def test_loads_to_a_gpu_that_put_each_other_off_do_not_mix(
 
 @pytest.mark.parametrize("resumes", [False, True])
 def test_reads_of_a_load_that_was_put_off_never_fill_the_slot_of_another_expert(
-    directory: Path,
-    truth: dict[ExpertKey, str],
-    monkeypatch: pytest.MonkeyPatch,
-    resumes: bool,
-) -> None:
+    directory, truth, monkeypatch, resumes
+):
     """A prefetch that is put off and cancelled leaves its slot to an expert that is requested,
     and that one is read first: the reads that were in flight must not come behind its own. They
     did where the prefetch had been put off before, and had resumed."""
     read = InstalledModel.read_expert
 
-    def slow(self: InstalledModel, *given: Any, **how: Any) -> None:
+    def slow(self, *given, **how):
         layer, expert, _, start = given
         if (layer, expert) == A and start:
             threading.Event().wait(0.3)
@@ -344,9 +329,7 @@ def test_reads_of_a_load_that_was_put_off_never_fill_the_slot_of_another_expert(
 
 @pytest.mark.parametrize("choose", [True, False])
 @pytest.mark.parametrize("missing", [1, 4096, 5000])
-def test_a_file_cut_short_after_it_was_opened_is_named(
-    directory: Path, tmp_path: Path, choose: bool, missing: int
-) -> None:
+def test_a_file_cut_short_after_it_was_opened_is_named(directory, tmp_path, choose, missing):
     copy = Path(shutil.copytree(directory, tmp_path / "installed"))
     with InstalledModel(copy) as installed:
         size = installed.blueprint.expert.stride
@@ -361,10 +344,8 @@ def test_a_file_cut_short_after_it_was_opened_is_named(
 
 
 @pytest.mark.parametrize("choose", [True, False])
-def test_a_read_error_is_raised_with_the_files_name(
-    directory: Path, choose: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*args: Any) -> int:
+def test_a_read_error_is_raised_with_the_files_name(directory, choose, monkeypatch):
+    def broken(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with InstalledModel(directory) as installed:
@@ -380,9 +361,7 @@ def test_a_read_error_is_raised_with_the_files_name(
 
 @settings(deadline=None)
 @given(st.lists(keys, max_size=60))
-def test_where_ram_has_room_for_all_each_is_read_from_disk_once(
-    installed: InstalledModel, truth: dict[ExpertKey, str], wanted: list[ExpertKey]
-) -> None:
+def test_where_ram_has_room_for_all_each_is_read_from_disk_once(installed, truth, wanted):
     disk = Disk(installed)
     tier = tier_of(disk, len(KEYS), swaps=False)
     device = Device(tier, disk.stride, 2)
@@ -396,12 +375,8 @@ def test_where_ram_has_room_for_all_each_is_read_from_disk_once(
 @settings(deadline=None)
 @given(st.integers(2, 5), st.integers(4, 9), st.lists(keys, max_size=80))
 def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
-    installed: InstalledModel,
-    truth: dict[ExpertKey, str],
-    slots: int,
-    host_slots: int,
-    wanted: list[ExpertKey],
-) -> None:
+    installed, truth, slots, host_slots, wanted
+):
     _, tier, device = tiers(installed, host_slots, slots, swaps=True)
     for number, key in enumerate(wanted, 1):
         device.load(key)
@@ -411,9 +386,7 @@ def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
         assert len(held) >= min(len(set(wanted[:number])), slots + host_slots - 1)
 
 
-def test_with_swaps_one_that_goes_up_leaves_its_place_to_the_one_it_drives_out(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
+def test_with_swaps_one_that_goes_up_leaves_its_place_to_the_one_it_drives_out(installed, truth):
     disk, tier, device = tiers(installed, 4, 2, swaps=True)
     for key in (A, B, C):  # A comes down
         device.load(key)
@@ -436,13 +409,8 @@ operations = st.one_of(
 @settings(deadline=None, max_examples=200)
 @given(st.integers(3, 7), st.integers(4, 9), st.lists(operations, max_size=60))
 def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
-    installed: InstalledModel,
-    truth: dict[ExpertKey, str],
-    swaps: bool,
-    slots: int,
-    host_slots: int,
-    events: list[tuple[str, ExpertKey, int]],
-) -> None:
+    installed, truth, swaps, slots, host_slots, events
+):
     disk, tier, device = tiers(installed, host_slots, slots, swaps=swaps)
     for what, key, steps in [*events, *(("load", key, 0) for key in KEYS)]:
         in_ram, reads = tier.tier(key) == "host", disk.reads[key]
@@ -457,23 +425,10 @@ def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
     assert not (set(device.contents()) & set(device.put_off))
 
 
-def test_more_loads_may_be_put_off_than_there_is_room_for_in_ram(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
-    disk = Disk(installed)
-    device = Device(tier_of(disk, 4, swaps=True), disk.stride, 8)
-    for key in KEYS[:6]:
-        device.prefetch(key, 1)
-    for key in (*KEYS[8:], *KEYS[:6]):
-        device.load(key)
-        assert device.contents().items() <= truth.items()
-    assert len(device.contents()) == 8
-
-
 @pytest.mark.parametrize("lends", [False, True])
 def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
-    installed: InstalledModel, truth: dict[ExpertKey, str], lends: bool
-) -> None:
+    installed, truth, lends
+):
     """The one that it evicts needs a slot, beside all that are half and one that is lent."""
     disk, tier, device = tiers(installed, 4, 6, swaps=True)
     for key in KEYS[:8]:
@@ -491,9 +446,7 @@ def test_an_expert_goes_up_from_ram_while_as_many_as_there_may_be_are_put_off(
         assert device.contents().items() <= truth.items()
 
 
-def test_what_was_half_written_over_does_not_come_down(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
+def test_what_was_half_written_over_does_not_come_down(installed, truth):
     _, _, device = tiers(installed, 4, 8, swaps=True)
     for key in KEYS[:8]:
         device.load(key)
@@ -508,9 +461,7 @@ def test_what_was_half_written_over_does_not_come_down(
     assert device.contents().items() <= truth.items()
 
 
-def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
+def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(installed, truth):
     disk, tier, device = tiers(installed, 4, 3, swaps=True)
     for key in (A, B, C, D):  # A comes down
         device.load(key)
@@ -528,9 +479,7 @@ def test_what_is_borrowed_from_ram_stays_as_it_is_until_it_is_given_back(
         assert device.contents().items() <= truth.items()
 
 
-def test_only_what_is_whole_in_ram_is_lent(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
+def test_only_what_is_whole_in_ram_is_lent(installed, truth):
     tier = tier_of(Disk(installed), 4, swaps=False)
     steps = tier.load(A, new_block(installed.blueprint.expert.stride, CPU), None)
     for _ in range(2):
@@ -545,7 +494,7 @@ def test_only_what_is_whole_in_ram_is_lent(
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-def test_what_is_being_copied_into_ram_is_not_lent(installed: InstalledModel, swaps: bool) -> None:
+def test_what_is_being_copied_into_ram_is_not_lent(installed, swaps):
     """Whoever computes asks at any time: also while the place is being made for the bytes."""
     seen: list[str] = []
     disk = Disk(installed)
@@ -566,9 +515,7 @@ def test_what_is_being_copied_into_ram_is_not_lent(installed: InstalledModel, sw
 
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_load_that_was_cancelled_leaves_no_half_expert(
-    installed: InstalledModel, truth: dict[ExpertKey, str], swaps: bool, steps: int
-) -> None:
+def test_a_load_that_was_cancelled_leaves_no_half_expert(installed, truth, swaps, steps):
     disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=swaps)
     block = new_block(disk.stride, CPU)
@@ -583,9 +530,7 @@ def test_a_load_that_was_cancelled_leaves_no_half_expert(
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-def test_one_that_was_put_off_may_be_loaded_again_before_it_is_closed(
-    installed: InstalledModel, truth: dict[ExpertKey, str], swaps: bool
-) -> None:
+def test_one_that_was_put_off_may_be_loaded_again_before_it_is_closed(installed, truth, swaps):
     disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=swaps)
     old = tier.load(A, new_block(disk.stride, CPU), None)
@@ -598,9 +543,7 @@ def test_one_that_was_put_off_may_be_loaded_again_before_it_is_closed(
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-def test_a_load_that_failed_leaves_no_half_expert(
-    installed: InstalledModel, truth: dict[ExpertKey, str], swaps: bool
-) -> None:
+def test_a_load_that_failed_leaves_no_half_expert(installed, truth, swaps):
     disk = Disk(installed)
     tier = tier_of(disk, 4, swaps=swaps)
     disk.fails = True
@@ -611,12 +554,10 @@ def test_a_load_that_failed_leaves_no_half_expert(
     assert load(tier, A, disk.stride) == truth[A]
 
 
-def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
+def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(installed, truth):
     refusals = [RuntimeError("no memory")]
 
-    def lock(block: torch.Tensor) -> None:
+    def lock(block):
         if refusals:
             raise refusals.pop()
 
@@ -628,7 +569,7 @@ def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(
     assert load(tier, A, disk.stride) == truth[A]
 
 
-def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(installed: InstalledModel) -> None:
+def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(installed):
     locked: list[torch.Tensor] = []
     disk = Disk(installed)
     device = Device(
@@ -640,7 +581,7 @@ def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(installed: Inst
     assert all(block.data_ptr() % 4096 == 0 and len(block) == disk.stride for block in locked)
 
 
-def test_a_store_counts_what_came_and_says_where_experts_are(installed: InstalledModel) -> None:
+def test_a_store_counts_what_came_and_says_where_experts_are(installed):
     disk = Disk(installed)
     device = Device(disk, disk.stride, 2)
     device.load(A)
@@ -652,9 +593,7 @@ def test_a_store_counts_what_came_and_says_where_experts_are(installed: Installe
     assert device.store.tier(A, resident=False) == "disk"
 
 
-def test_a_load_into_a_slot_that_was_given_back_ends_in_nothing(
-    installed: InstalledModel, truth: dict[ExpertKey, str]
-) -> None:
+def test_a_load_into_a_slot_that_was_given_back_ends_in_nothing(installed, truth):
     disk = Disk(installed)
     device = Device(disk, disk.stride, 2)
     on_its_way = device.store.load(A, 0)

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -39,7 +38,7 @@ def forwards(path: Path) -> list[list[list[int]]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_trace_is_a_header_and_a_line_for_each_pass(path: Path) -> None:
+def test_a_trace_is_a_header_and_a_line_for_each_pass(path):
     with closing(writer(path)) as file:
         for forward in (THREE, ONE):
             for layer, selected in enumerate(forward):
@@ -47,7 +46,7 @@ def test_a_trace_is_a_header_and_a_line_for_each_pass(path: Path) -> None:
     assert forwards(path) == [THREE, ONE]
 
 
-def test_a_pass_is_in_the_file_as_soon_as_it_ends(path: Path) -> None:
+def test_a_pass_is_in_the_file_as_soon_as_it_ends(path):
     file = writer(path)
     file.add(0, [0, 1])
     assert forwards(path) == []
@@ -56,7 +55,7 @@ def test_a_pass_is_in_the_file_as_soon_as_it_ends(path: Path) -> None:
     file.close()
 
 
-def test_a_pass_that_was_interrupted_leaves_no_line(path: Path) -> None:
+def test_a_pass_that_was_interrupted_leaves_no_line(path):
     with closing(writer(path)) as file:
         file.add(0, [3, 3])
         file.add(0, [0, 1])
@@ -65,7 +64,7 @@ def test_a_pass_that_was_interrupted_leaves_no_line(path: Path) -> None:
     assert forwards(path) == [ONE]
 
 
-def test_nothing_is_recorded_after_the_end(path: Path) -> None:
+def test_nothing_is_recorded_after_the_end(path):
     file = writer(path)
     file.close()
     file.close()
@@ -74,17 +73,17 @@ def test_nothing_is_recorded_after_the_end(path: Path) -> None:
     assert forwards(path) == []
 
 
-def test_a_disk_that_fills_up_is_an_error_once(path: Path) -> None:
+def test_a_disk_that_fills_up_is_an_error_once(path):
     class Filling:
         room, closed = 9, 0
 
-        def write(self, data: bytes) -> int:
+        def write(self, data):
             if not self.room:
                 raise OSError(28, "No space left on device")
             took, self.room = min(self.room, len(data)), self.room - min(self.room, len(data))
             return took
 
-        def close(self) -> None:
+        def close(self):
             self.closed += 1
 
     with closing(writer(path)) as file:
@@ -102,14 +101,12 @@ def test_a_disk_that_fills_up_is_an_error_once(path: Path) -> None:
     ("name", "said"),
     [("missing/a.trace", "there is no directory"), (".", "exists, and was not written by")],
 )
-def test_a_place_that_cannot_be_written_to_is_wrong_use(
-    tmp_path: Path, name: str, said: str
-) -> None:
+def test_a_place_that_cannot_be_written_to_is_wrong_use(tmp_path, name, said):
     with pytest.raises(UsageError, match=said):
         writer(tmp_path / name)
 
 
-def test_only_a_trace_is_replaced(path: Path) -> None:
+def test_only_a_trace_is_replaced(path):
     """Notes whose name was mistyped were overwritten."""
     for _ in range(2):
         writer(path).close()
@@ -120,12 +117,12 @@ def test_only_a_trace_is_replaced(path: Path) -> None:
     assert path.read_text() == "my notes"
 
 
-def test_the_tracing_runner_notes_the_choice_and_changes_nothing(path: Path) -> None:
+def test_the_tracing_runner_notes_the_choice_and_changes_nothing(path):
     hidden, weights = torch.ones(3, 8), torch.rand(3, 2)
     calls = []
 
     class Runner:
-        def run(self, *inputs: object, exact: bool = False) -> torch.Tensor:
+        def run(self, *inputs, exact=False):
             calls.append((*inputs, exact))
             return hidden * 2
 
@@ -138,9 +135,9 @@ def test_the_tracing_runner_notes_the_choice_and_changes_nothing(path: Path) -> 
     assert forwards(path) == [THREE]
 
 
-def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path: Path) -> None:
+def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path):
     class Runner:
-        def run(self, layer: int, hidden: torch.Tensor, *rest: object, exact: bool = False) -> Any:
+        def run(self, layer, hidden, *rest, exact=False):
             if layer == 1:
                 raise KeyboardInterrupt
             return hidden
@@ -154,23 +151,21 @@ def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path: Path) -> None
     assert forwards(path) == []
 
 
-def test_traces_and_replays_need_no_torch() -> None:
+def test_traces_and_replays_need_no_torch():
     code = "import sys, mixchat.experts.trace, mixchat.planning.routing as s\n"
     code += "s.replay(s.synthetic_trace(tokens=3), 9, 'lru'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_a_trace_that_cannot_be_begun_leaves_no_file(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trace_that_cannot_be_begun_leaves_no_file(path, monkeypatch):
     """A full disk left an empty file, which looks like a trace."""
     from mixchat.base.output_file import OutputFile
 
     class Full:
-        def __init__(self, file: Any) -> None:
+        def __init__(self, file):
             self.fileno, self.close = file.fileno, file.close
 
-        def write(self, data: bytes) -> int:
+        def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     opened = OutputFile.open

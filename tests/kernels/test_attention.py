@@ -45,7 +45,11 @@ def random(size: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def expected(
-    cache: Pages, queries: torch.Tensor, past: int, window: int | None = None
+    cache: Pages,
+    queries: torch.Tensor,
+    past: int,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     shared, end = cache.shape.shared, past + len(queries)
     keys, values = (
@@ -54,7 +58,11 @@ def expected(
     scores = torch.einsum("thd,shd->hts", queries.double(), keys) * queries.shape[-1] ** -0.5
     back = torch.arange(past, end)[:, None] - torch.arange(end)
     hidden = (back < 0) | (back >= (window or end))
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        column = sinks.double()[:, None, None].expand(*scores.shape[:2], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., :end]
     return torch.einsum("hts,shd->thd", weights, values)
 
 
@@ -86,22 +94,25 @@ SITUATIONS = [
     ],
 )
 @pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("has_sinks", [False, True])
 def test_it_is_the_plain_formula(
     instructions: InstructionSet,
     size: tuple[int, int, int],
     bits: Bits,
     dtype: torch.dtype,
     within: float,
+    has_sinks: bool,
 ) -> None:
     shape = CacheShape(*size, bits)
+    sinks = 4 * random((shape.heads,), 4) if has_sinks else None
     for past, tokens, window in SITUATIONS:
         cache = Pages(shape, past + tokens, dtype)
         cache.store(0, past)
         cache.store(past, past + tokens)
         queries = 2 * random((tokens, shape.heads, shape.head_dim), 3).to(dtype)
-        result = attention.attend(shape, cache.addresses, past, queries, window)
+        result = attention.attend(shape, cache.addresses, past, queries, window, sinks)
         assert result.dtype == dtype
-        assert error(result, expected(cache, queries, past, window)) < within
+        assert error(result, expected(cache, queries, past, window, sinks)) < within
 
 
 def test_a_token_alone_sees_what_it_sees_among_others(instructions: InstructionSet) -> None:
@@ -145,6 +156,19 @@ def test_one_key_of_great_weight_is_all_that_is_seen(instructions: InstructionSe
     queries = torch.full((1, 1, 32), 1e3)
     result = attention.attend(shape, cache.addresses, 299, queries, None)
     torch.testing.assert_close(result[0], cache.values[17])
+
+
+def test_a_sink_may_take_all_weight_or_none(instructions: InstructionSet) -> None:
+    shape = CacheShape(4, 2, 32, 32)
+    cache = Pages(shape, PAGE + 1, torch.float32)
+    cache.store(0, PAGE + 1)
+    queries = random((1, 4, 32), 3)
+    plain = attention.attend(shape, cache.addresses, PAGE, queries, None)
+    sinks = torch.tensor([-torch.inf, -3e38, 3e38, torch.nan])
+    result = attention.attend(shape, cache.addresses, PAGE, queries, None, sinks)
+    assert torch.equal(result[:, :2], plain[:, :2])
+    assert result[:, 2].abs().max() == 0
+    assert result[:, 3].isnan().all()
 
 
 def test_with_eight_bits_a_large_key_costs_no_other_its_precision(

@@ -26,7 +26,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "a pool":
         monkeypatch.setattr(threads, "_library", lambda: None)
-    elif threads.team_functions() is None:
+    elif threads.team_size_function() is None:
         pytest.skip("no OpenMP library is loaded")
 
 

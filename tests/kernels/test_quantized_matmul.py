@@ -13,17 +13,19 @@ from mixchat.kernels import quantized_matmul as kernel
 from mixchat.kernels import units
 from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set, kernels_available
 from mixchat.kernels.emit import Value, i16, i32, vector
+from mixchat.kernels.mxfp4_units import MXFP4_UNITS
 from mixchat.kernels.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.units import EIGHT_BITS, MANY, VNNI, Avx512Int8, Unit, UnitSet
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import FP4, NF4
 from mixchat.weights.matrix.quant_type import BlockCodes
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
-TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, INT8)}
+TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, MXFP4, INT8)}
 each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
 WAYS = ["avx512", "avx2", "avx512 bytes", "avx2 bytes", "emulated"]
 
@@ -155,7 +157,7 @@ def test_both_sets_of_instructions_give_the_same_bits(
     assert torch.equal(matrix(x), result)
 
 
-@pytest.mark.parametrize("kind", [NF3, NF4, FP4], ids=["nf3", "nf4", "fp4"])
+@pytest.mark.parametrize("kind", [NF3, NF4, FP4, MXFP4], ids=["nf3", "nf4", "fp4", "mxfp4"])
 def test_any_count_of_tokens_at_once_gives_the_same_bits(
     kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +173,9 @@ def test_any_count_of_tokens_at_once_gives_the_same_bits(
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("some", [units.THREE_BITS, units.FOUR_BITS], ids=["3", "4"])
+@pytest.mark.parametrize(
+    "some", [units.THREE_BITS, units.FOUR_BITS, MXFP4_UNITS], ids=["3", "4", "mxfp4"]
+)
 @pytest.mark.parametrize("instructions", VNNI)
 @pytest.mark.parametrize("can", [True, False])
 def test_many_tokens_are_multiplied_as_bytes_if_the_cpu_can(
@@ -189,12 +193,13 @@ def test_many_tokens_are_multiplied_as_bytes_if_the_cpu_can(
 def test_the_largest_possible_sum_does_not_overflow(
     unit: str, kind: BlockCodes, value: float
 ) -> None:
-    largest = {"nf3": 0xFF, "nf4": 0xFF, "fp4": 0x33, "int8": 127}[kind.name]  # 1 everywhere
+    # 1 everywhere, or 6 times 2^-9.
+    largest = {"nf3": 0xFF, "nf4": 0xFF, "fp4": 0x33, "mxfp4": 0x77, "int8": 127}[kind.name]
     matrix = Matrix(32, 64, kind)
-    matrix.packed.absmax.fill_(2**-7)
+    matrix.packed.absmax.fill_(127 - 9 if kind is MXFP4 else 2**-7)
     for code, sign in ((largest, 1), (-127, -1)) if kind is INT8 else ((largest, 1),):
         matrix.packed.codes.fill_(code)
-        expected = torch.full((5, 32), sign * 64 * value * 2**-7)
+        expected = torch.full((5, 32), sign * 64 * value * 2**-7) * (1.5 if kind is MXFP4 else 1)
         torch.testing.assert_close(matrix(torch.full((5, 64), value)), expected, rtol=1e-6, atol=0)
 
 
@@ -207,6 +212,18 @@ def test_blocks_of_very_different_size_keep_their_precision(unit: str, kind: Blo
     assert error(matrix(x), x.double() @ matrix.exact.T) < within(unit, kind)
     x[:, 64:128] = 0
     assert error(matrix(x), x.double() @ matrix.exact.T) < within(unit, kind)
+
+
+@pytest.mark.parametrize("kind", [MXFP4], ids=["mxfp4"])
+def test_weights_of_mxfp4_are_multiplied_as_they_are(unit: str, kind: BlockCodes) -> None:
+    """Each code, and scales from the least to the largest, are exact in the kernel's integers."""
+    codes = (17 * torch.arange(16, dtype=torch.uint8)).repeat(32 * 3)
+    exponents = torch.arange(32 * 3).view(32, 3).T.reshape(-1).to(torch.uint8) + 80
+    shape, packed = (32, 96), kind.to_packed_layout(codes, exponents, 32, 96)
+    matrix = QuantizedMatrix(*packed, kind.level_table, shape, kind.units)
+    weight = kind.dequantize(codes, exponents, shape, torch.float32)
+    result = kernel.quantized_matmul(torch.eye(96), matrix)
+    torch.testing.assert_close(result, weight.T, rtol=1e-6, atol=0)
 
 
 @each_type

@@ -1,37 +1,125 @@
-"""The choice of experts, against torch's topk and softmax in double precision."""
+"""The choice of experts, against transformers' routers and a slow one in double precision."""
+
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
 
-from mixchat.kernels import router
 from mixchat.kernels.compile import instruction_set
+from mixchat.kernels.router import Router
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
 
 
+def slowly(x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose by sorting (-logit, number) in Python. Returns experts and weights in fp64."""
+    logits = x.double() @ router.gate.double().T
+    if router.bias is not None:
+        logits += router.bias.double()
+    chosen = torch.tensor(
+        [
+            sorted(range(len(row)), key=lambda expert: (-row[expert], expert))[: router.choices]
+            for row in logits.tolist()
+        ]
+    )
+    best = logits.gather(1, chosen)
+    total = (best if router.normalized else logits).logsumexp(-1, keepdim=True)
+    return chosen, (best - total).exp()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "experts", "choices"), [(1, 8, 2), (3, 16, 3), (300, 8, 8)])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("columns", [576, 60])  # 60 are left to torch
+@pytest.mark.parametrize(
+    ("tokens", "experts", "choices"),
+    [(1, 8, 2), (3, 16, 3), (300, 8, 8), (5, 128, 8), (2, 160, 10), (4, 64, 1), (1, 2000, 6)],
+)
 def test_the_experts_are_those_of_the_largest_logits_and_the_weights_their_softmax(
-    dtype: torch.dtype, tokens: int, experts: int, choices: int
+    dtype: torch.dtype,
+    normalized: bool,
+    biased: bool,
+    columns: int,
+    tokens: int,
+    experts: int,
+    choices: int,
 ) -> None:
     torch.manual_seed(0)
-    x, gate = torch.randn(tokens, 576).to(dtype), torch.randn(experts, 576) * 0.1
-    logits, best = (x.double() @ gate.double().T).topk(choices, dim=-1)
-    selected, weights = router.route(x, gate, choices)
-    assert torch.equal(selected, best)
-    assert (weights - logits.softmax(-1)).abs().max() < 1e-5
-    assert (weights.sum(-1) - 1).abs().max() < 1e-6
+    x, gate = torch.randn(tokens, columns).to(dtype), torch.randn(experts, columns) * 0.1
+    router = Router(gate, choices, normalized, torch.randn(experts) if biased else None)
+    expected, softmax = slowly(x, router)
+    selected, weights = router(x)
+    assert (selected.dtype, weights.dtype) == (torch.int64, torch.float32)
+    assert torch.equal(selected, expected)
+    assert (weights - softmax).abs().max() < 1e-5
 
 
-def test_of_equal_logits_the_first_is_chosen_and_none_twice() -> None:
-    selected, weights = router.route(torch.ones(1, 64), torch.ones(4, 64), 3)
-    assert selected.tolist() == [[0, 1, 2]]
-    assert weights[0].tolist() == pytest.approx([1 / 3] * 3)
+def transformers_router(kind: str, experts: int, choices: int, normalized: bool) -> Any:
+    """Return a random router of transformers for 96 columns."""
+    modules = import_module(f"transformers.models.{kind}.modeling_{kind}")
+    name = next(name for name in vars(modules) if name.endswith("TopKRouter"))
+    config = AutoConfig.for_model(kind, hidden_size=96, num_experts_per_tok=choices)
+    config.num_experts = config.num_local_experts = experts
+    config.norm_topk_prob = normalized
+    router = getattr(modules, name)(config)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return router
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(("experts", "choices"), [(3, 1), (8, 4), (128, 8), (160, 10)])
+@pytest.mark.parametrize(
+    ("kind", "normalized"),
+    [
+        ("mixtral", True),
+        ("qwen3_moe", True),
+        ("qwen3_moe", False),
+        ("olmoe", False),
+        ("mellum", True),
+        ("granitemoe", True),
+        ("gpt_oss", True),
+    ],
+)
+def test_each_family_is_routed_as_transformers_routes_it(
+    kind: str, normalized: bool, experts: int, choices: int, tokens: int
+) -> None:
+    torch.manual_seed(0)
+    theirs = transformers_router(kind, experts, choices, normalized)
+    x = torch.randn(tokens, 96)
+    bias = theirs.bias.detach() if kind == "gpt_oss" else None
+    selected, weights = Router(theirs.weight.detach(), choices, normalized, bias)(x)
+    _, expected_weights, expected = theirs(x)
+    assert torch.equal(selected, expected)
+    assert (weights - expected_weights).abs().max() < 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 2**31), st.booleans(), st.data())
+def test_the_kernel_and_torch_choose_the_same_of_equal_logits(
+    experts: int, values: int, seed: int, normalized: bool, data: st.DataObject
+) -> None:
+    """Logits of few different values, for which torch's topk promises no order."""
+    choices = data.draw(st.integers(1, min(experts, 10)))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.zeros(3, 64)
+    x[:, 0] = 1
+    gate = torch.zeros(experts, 64)
+    gate[:, 0] = torch.randint(values, (experts,), generator=generator).float()
+    router = Router(gate, choices, normalized)
+    expected, softmax = slowly(x, router)
+    for selected, weights in (router(x), router._by_torch(x)):
+        assert torch.equal(selected, expected)
+        assert (weights - softmax).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_no_expert_is_chosen_twice_where_logits_are_no_numbers(value: float) -> None:
-    selected, weights = router.route(torch.full((1, 64), value), torch.ones(4, 64), 3)
+    selected, weights = Router(torch.ones(4, 64), 3)(torch.full((1, 64), value))
     assert sorted(selected[0].tolist()) == [0, 1, 2]
     assert weights.isnan().all()
 
@@ -40,28 +128,14 @@ def test_a_damaged_gate_does_not_pass_unseen() -> None:
     """As with torch: what is no number is chosen first, and gets into the result."""
     gate = torch.randn(4, 64)
     gate[2] = torch.nan
-    selected, weights = router.route(torch.randn(1, 64), gate, 2)
+    selected, weights = Router(gate, 2)(torch.randn(1, 64))
     assert selected[0, 0] == 2
     assert weights.isnan().any()
 
 
 def test_an_expert_that_cannot_be_chosen_has_no_weight() -> None:
     gate = torch.tensor([1.0, 2.0, -torch.inf])[:, None].repeat(1, 64)
-    selected, weights = router.route(torch.full((1, 64), 0.01), gate, 3)
+    selected, weights = Router(gate, 3)(torch.full((1, 64), 0.01))
     assert selected.tolist() == [[1, 0, 2]]
     assert weights[0, 2] == 0
     assert weights.sum() == pytest.approx(1)
-
-
-def test_what_it_cannot_compute_is_left_to_torch() -> None:
-    gate = torch.empty(8, 64)
-    assert router.can_route(torch.empty(1, 64), gate)
-    assert not router.can_route(torch.empty(1, 64, device="meta"), gate)
-    assert not router.can_route(torch.empty(1, 60), torch.empty(8, 60))
-    assert not router.can_route(torch.empty(1, 64), torch.empty(router._MAX_EXPERTS + 1, 64))
-    torch.manual_seed(0)
-    x, gate = torch.randn(5, 60), torch.randn(8, 60)
-    logits, best = (x.double() @ gate.double().T).topk(2, dim=-1)
-    selected, weights = router.route(x, gate, 2)
-    assert torch.equal(selected, best)
-    assert (weights - logits.softmax(-1)).abs().max() < 1e-5

@@ -98,6 +98,46 @@ def load(
     )
 
 
+class Spread(NamedTuple):
+    """Slots on the first GPU, on each other one, and in RAM; and what becomes of them."""
+
+    first: int
+    others: tuple[int, ...]
+    host: int
+    tiers: dict[str, int]
+
+
+def _spread(first: int, *others: int, host: int = 0) -> Spread:
+    tiers = {"device": first} | ({"other-device": sum(others)} if others else {})
+    return Spread(first, others, host, tiers | ({"host": host} if host else {}))
+
+
+SPREADS = {
+    "one holds all": _spread(EXPERTS),
+    "one over RAM for all": _spread(3, host=EXPERTS),
+    "one over RAM for some": _spread(3, host=5),
+    "one with two over RAM for four": _spread(2, host=4),
+    "one over the disk": _spread(3),
+    "two hold all": _spread(6, 6),
+    "two hold all, each could alone": Spread(
+        EXPERTS, (EXPERTS,), EXPERTS, {"device": 6, "other-device": 6}
+    ),
+    "two over RAM for all": _spread(3, 2, host=EXPERTS),
+    "two over RAM for some": _spread(3, 3, host=8),
+    "two, one of them over RAM": _spread(3, 3, host=5),
+    "two over the disk": _spread(2, 4),
+    "three hold all": Spread(2, (8, 3), 0, {"device": 2, "other-device": 10}),
+    "three over RAM for all": _spread(2, 2, 2, host=EXPERTS),
+    "three over the disk": _spread(2, 2, 2),
+}
+
+
+def spread_out(paper: PaperRuntime, case: Case, name: str, **options: Any) -> Engine:
+    spread = SPREADS[name]
+    paper.devices = 1 + len(spread.others)
+    return load(case, spread.first, spread.host, others=spread.others, **options)
+
+
 def demand_of(case: Case, kv_bits: Any = None) -> Demand:
     options = LoadOptions(context_size=CONTEXT, kv_bits=kv_bits)
     return fit_model(case.blueprint, FreeMemory(10**12), options).demand

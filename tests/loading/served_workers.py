@@ -23,6 +23,7 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.listener import Listener
+from mixchat.experts.workers.messages import Hello
 from mixchat.experts.workers.server import Server
 from mixchat.loading.served_experts import ServedExperts, load_served_experts
 from mixchat.weights.format.installed_model import InstalledModel
@@ -53,6 +54,17 @@ def open_served(directory: Path, slots: int) -> ServedExperts:
     return load_served_experts(directory, LoadOptions(budget, device="cpu"), lambda line: None)
 
 
+def hello_of(served: ServedExperts, dtype: str, exact: bool = False) -> Hello:
+    """Return the first message of a chat with the worker's model."""
+    return Hello(
+        model_identity=served.identity,
+        model_name=served.name,
+        dtype=dtype,
+        hidden_size=served.hidden_size,
+        exact_prompts=exact,
+    )
+
+
 class Nursery:
     """The process that forks workers. `end` kills them all."""
 
@@ -68,7 +80,6 @@ class Nursery:
     ) -> ForkedWorker:
         """Return a worker that serves the model, until its fault."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         order = [str(directory), slots, asdict(fault) if fault else None, at]
         print(json.dumps(order), file=self._process.stdin, flush=True)
         pid, address = json.loads(self._process.stdout.readline())
@@ -85,8 +96,6 @@ class Nursery:
     def end(self) -> None:
         """End the process and its workers."""
         self.end_workers()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(PATIENCE)
         self._process.stdout.close()

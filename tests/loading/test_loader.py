@@ -1,7 +1,6 @@
 import gc
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,39 +16,39 @@ from mixchat.experts.placement import Placement
 from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
 
 
-def test_the_default_context_is_the_models_up_to_8192(tiny_model: Path) -> None:
+def test_the_default_context_is_the_models_up_to_8192(tiny_model):
     assert load_engine(tiny_model, LoadOptions(device="cpu")).context_size == 128
 
 
 @pytest.mark.parametrize("size", [0, 1, 129, 10**9])
-def test_a_context_the_model_cannot_do_is_refused(tiny_model: Path, size: int) -> None:
+def test_a_context_the_model_cannot_do_is_refused(tiny_model, size):
     with pytest.raises(UsageError, match="2 to 128"):
         load_engine(tiny_model, LoadOptions(device="cpu", context_size=size))
 
 
-def test_a_budget_sets_the_slots(tiny_model: Path) -> None:
+def test_a_budget_sets_the_slots(tiny_model):
     engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.5), device="cpu"))
     assert engine.experts.slots_by_tier == {"host": 4}
 
 
 @pytest.mark.parametrize("name", ["", "tpu", "cuda:99", "cuda:128", "mps", "meta", "cpu:x"])
-def test_devices_that_cannot_be_used_are_refused(name: str) -> None:
+def test_devices_that_cannot_be_used_are_refused(name):
     with pytest.raises(UsageError, match="--device"):
         choose_devices(name)
 
 
-def test_the_device_is_the_gpu_where_there_is_one() -> None:
+def test_the_device_is_the_gpu_where_there_is_one():
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert {device.type for device in choose_devices(None)} == {expected}
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
 def test_a_model_installed_for_another_machine_is_reordered_when_loaded(
-    tiny_checkpoint: Path, install: Callable[..., Path], layout: str
-) -> None:
+    tiny_checkpoint, install, layout
+):
     """Either layout on disk gives, on this machine, the same text to the byte."""
 
-    def text(directory: Path) -> list[int]:
+    def text(directory):
         engine = load_engine(directory, LoadOptions(MemoryBudget(fraction=0.3), device="cpu"))
         ids = engine.generate(
             [5, 17, 42], sampling=SamplingOptions(temperature=0), stop_ids=set(), max_tokens=20
@@ -69,13 +68,7 @@ def test_a_model_installed_for_another_machine_is_reordered_when_loaded(
     [{"quant_type": "none"}, {"layout": "bitsandbytes"}, {"layout": "cpu-packed"}],
     ids=["fp32", "nf4", "nf4, reordered"],
 )
-def test_a_gpu_gives_what_the_cpu_gives(
-    make_checkpoint: Callable[..., Path],
-    install: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, str],
-    host: bool,
-) -> None:
+def test_a_gpu_gives_what_the_cpu_gives(make_checkpoint, install, monkeypatch, options, host):
     installed = install(make_checkpoint(std=0.05), **options)
     real = free_on
     if not host:
@@ -98,12 +91,10 @@ def test_a_gpu_gives_what_the_cpu_gives(
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
 @pytest.mark.parametrize("how", ["dropped", "closed"])
-def test_an_engine_that_is_dropped_or_closed_leaves_no_file_open(
-    tiny_model: Path, how: str
-) -> None:
+def test_an_engine_that_is_dropped_or_closed_leaves_no_file_open(tiny_model, how):
     """Hundreds of them did, until select() could not be told the number of a terminal's file."""
 
-    def open_files() -> int:
+    def open_files():
         gc.collect()
         files = (os.path.realpath(file) for file in Path("/proc/self/fd").iterdir())
         return sum(file.startswith(str(tiny_model.resolve())) for file in files)
@@ -118,10 +109,10 @@ def test_an_engine_that_is_dropped_or_closed_leaves_no_file_open(
     assert open_files() == before
 
 
-def test_a_closed_engine_that_something_keeps_holds_no_tensors(tiny_model: Path) -> None:
+def test_a_closed_engine_that_something_keeps_holds_no_tensors(tiny_model):
     """An error's traceback keeps it, for example, while another model needs the memory."""
 
-    def tensors() -> int:
+    def tensors():
         gc.collect()
         return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
@@ -138,8 +129,8 @@ def test_a_closed_engine_that_something_keeps_holds_no_tensors(tiny_model: Path)
 
 
 def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    tiny_model, monkeypatch, tmp_path
+):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.5), device="cpu"))
     predict = speed_predictor(tiny_model, "cpu", engine)
@@ -155,9 +146,7 @@ def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(
     assert counts == [(4, 0, 8), (2, 0, 8)]
 
 
-def test_no_speed_is_predicted_with_workers_whose_speed_is_not_known(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_speed_is_predicted_with_workers_whose_speed_is_not_known(tiny_model, monkeypatch):
     monkeypatch.setattr("mixchat.loading.loader.predict_speed", lambda *given: 1.0)
     blueprint = SimpleNamespace(expert_count=8)
     engine: Any = SimpleNamespace(slots_by_tier={"host": 4}, blueprint=blueprint)

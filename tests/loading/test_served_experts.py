@@ -1,11 +1,11 @@
 """The experts that a worker serves compute the bits that an engine's do."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from served_workers import hello_of
 
 from mixchat.base import machine
 from mixchat.base.options import LoadOptions
@@ -24,12 +24,7 @@ CPU = LoadOptions(MemoryBudget(fraction=0.5), device="cpu")
     "kind", [{}, {"quant_type": "none"}, {"layout": "cpu-packed"}], ids=["nf4", "fp32", "packed"]
 )
 @pytest.mark.parametrize("shape", [(64, 96), (50, 49), (80, 112)], ids=str)
-def test_rows_get_the_bits_that_they_get_in_a_prompt(
-    make_checkpoint: Callable[..., Path],
-    install: Callable[..., Path],
-    shape: tuple[int, int],
-    kind: dict[str, str],
-) -> None:
+def test_rows_get_the_bits_that_they_get_in_a_prompt(make_checkpoint, install, shape, kind):
     """MKL rounds otherwise where rows lie at odd addresses, as they do in what a chat sends."""
     if shape == (50, 49) and kind != {"quant_type": "none"}:
         pytest.skip("4 bits need an even number of columns")
@@ -55,16 +50,6 @@ def test_rows_get_the_bits_that_they_get_in_a_prompt(
     assert torch.equal(rows.outputs, expected.outputs)
 
 
-def hello_of(served: ServedExperts, dtype: str) -> Hello:
-    """Return the first message of a chat with the worker's model."""
-    return Hello(
-        model_identity=served.identity,
-        model_name=served.name,
-        dtype=dtype,
-        hidden_size=served.hidden_size,
-    )
-
-
 def served_on_cpu(model: Path, options: LoadOptions) -> tuple[ServedExperts, Hello]:
     """Return the experts of the tiny model, 4 in each of 2 layers, and a chat for them."""
     served = load_served_experts(model, options, lambda line: None)
@@ -82,9 +67,7 @@ def load_all(served: ServedExperts, keys: list[ExpertKey]) -> int:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_experts_of_the_last_chat_make_room_for_those_of_the_next_one(
-    tiny_model: Path, policy: str
-) -> None:
+def test_experts_of_the_last_chat_make_room_for_those_of_the_next_one(tiny_model, policy):
     """Those that had just been loaded were evicted instead, again and again, without an end."""
     served, hello = served_on_cpu(tiny_model, replace(CPU, cache_policy=policy))
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
@@ -97,9 +80,7 @@ def test_experts_of_the_last_chat_make_room_for_those_of_the_next_one(
     assert load_all(served, [ExpertKey(1, expert) for expert in range(4)]) == 3
 
 
-def test_experts_are_freed_for_other_programs_also_while_nothing_is_asked(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_are_freed_for_other_programs_also_while_nothing_is_asked(tiny_model, monkeypatch):
     """Only requests looked at the memory: a worker said what it had room for when it started."""
     free = 10**12
     monkeypatch.setattr(machine, "free_memory", lambda: free)

@@ -6,7 +6,6 @@ RAM behind it, and the disk behind that.
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,8 @@ def load(
 @pytest.mark.parametrize("host", [0, 4, 5, 8])
 @pytest.mark.parametrize("slots", [2, 3, 6, 8])
 def test_where_experts_are_does_not_show_in_the_text(
-    tiny_model: Path, expected_in_turn: list[list[int]], expert_size: int, slots: int, host: int
-) -> None:
+    tiny_model, expected_in_turn, expert_size, slots, host
+):
     engine = load(tiny_model, slots, host, expert_size)
     behind = {"host": host} if host and slots < 8 else {}
     assert engine.experts.slots_by_tier == {"device": slots, **behind}
@@ -104,9 +103,7 @@ def test_where_experts_are_does_not_show_in_the_text(
 
 
 @pytest.mark.parametrize("layout", ["cpu-packed", "bitsandbytes"])
-def test_nor_does_it_with_experts_in_3_bits(
-    tiny_checkpoint: Path, install: Callable[..., Path], layout: str
-) -> None:
+def test_nor_does_it_with_experts_in_3_bits(tiny_checkpoint, install, layout):
     model = install(tiny_checkpoint, quant_type="nf3", layout=layout)
     with InstalledModel(model) as installed:
         size = installed.blueprint.expert.stride
@@ -123,13 +120,8 @@ def test_nor_does_it_with_experts_in_3_bits(
 
 @pytest.mark.parametrize(("slots", "free", "past"), [(8, 16, False), (8, 15, True), (7, 100, True)])
 def test_experts_are_read_past_the_page_cache_unless_it_can_hold_them_for_the_next_start(
-    tiny_model: Path,
-    expert_size: int,
-    monkeypatch: pytest.MonkeyPatch,
-    slots: int,
-    free: int,
-    past: bool,
-) -> None:
+    tiny_model, expert_size, monkeypatch, slots, free, past
+):
     """Through it, a model that just fit into memory was read at a third of the disk's speed."""
     asked: list[bool] = []
     monkeypatch.setattr(InstalledModel, "open_direct", lambda _: asked.append(True))
@@ -140,14 +132,14 @@ def test_experts_are_read_past_the_page_cache_unless_it_can_hold_them_for_the_ne
     assert asked == [True] * past
 
 
-def test_the_cache_policy_does_not_show_in_the_text(tiny_model: Path, expected: list[int]) -> None:
+def test_the_cache_policy_does_not_show_in_the_text(tiny_model, expected):
     options = LoadOptions(MemoryBudget(fraction=0.4), device="cpu", cache_policy="lru")
     assert text(load_engine(tiny_model, options)) == expected
 
 
 def test_what_is_sooner_computed_than_copied_is_computed_in_ram(
-    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_model, expected, expert_size, monkeypatch
+):
     """Both devices are one CPU here, so that the text stays the same to the byte."""
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: calibration(copy=1.0, expert=1e-9))
     computed = []
@@ -165,8 +157,8 @@ def test_what_is_sooner_computed_than_copied_is_computed_in_ram(
 
 
 def test_a_machine_with_a_gpu_is_measured_at_the_first_start(
-    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_model, expected, expert_size, monkeypatch
+):
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: None)
     monkeypatch.setattr(tiers, "measure_machine", lambda *_: calibration(1e12, 1.0))
     notes: list[str] = []
@@ -175,20 +167,20 @@ def test_a_machine_with_a_gpu_is_measured_at_the_first_start(
 
 
 def test_an_expert_that_left_ram_in_the_meantime_is_fetched_after_all(
-    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_model, expected, expert_size, monkeypatch
+):
     monkeypatch.setattr(HostCompute, "choose", lambda self, missing: list(missing))
     engine = load(tiny_model, 3, 4, expert_size)
     assert text(engine) == expected
 
 
-def test_of_two_experts_one_is_copied_while_the_other_is_computed() -> None:
+def test_of_two_experts_one_is_copied_while_the_other_is_computed():
     class Tier:
-        def tier(self, key: Any) -> str:
+        def tier(self, key):
             return "disk" if key == "on disk" else "host"
 
     host: Any = HostCompute(
-        Tier(),  # type: ignore[arg-type]
+        Tier(),
         copy_seconds=0.004,
         host_seconds=lambda rows: 0.003 * rows,
     )
@@ -204,13 +196,11 @@ def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_disk_that_fails_ends_the_turn_and_not_the_chat(
-    tiny_model: Path, expected: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fails_ends_the_turn_and_not_the_chat(tiny_model, expected, monkeypatch):
     engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.4), device="cpu"))
     real, reads = os.preadv, iter(range(10**6))
 
-    def sometimes(*arguments: Any) -> int:
+    def sometimes(*arguments):
         if next(reads) % 3 == 2:
             raise OSError(5, "Input/output error")
         return real(*arguments)
@@ -224,8 +214,8 @@ def test_a_disk_that_fails_ends_the_turn_and_not_the_chat(
 
 
 def test_what_the_cpu_cannot_compute_as_it_lies_is_copied_up(
-    tiny_model: Path, expected: list[int], expert_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_model, expected, expert_size, monkeypatch
+):
     with InstalledModel(tiny_model) as installed:
         packed = installed.blueprint.expert.gate_up.packed
     other = "bitsandbytes" if packed else "cpu-packed"
@@ -245,9 +235,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return free
 
 
-def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(
-    tiny_model: Path, expected: list[int], free: dict[str, int]
-) -> None:
+def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(tiny_model, expected, free):
     engine = load_engine(tiny_model, LoadOptions(device="cpu"))
     assert text(engine) == expected
     assert engine.experts.slots == 8
@@ -262,9 +250,7 @@ def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(
     assert engine.experts.slots == 8
 
 
-def test_experts_in_ram_do_not_come_from_disk_again(
-    tiny_model: Path, expert_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_in_ram_do_not_come_from_disk_again(tiny_model, expert_size, monkeypatch):
     engine = load(tiny_model, 2, 8, expert_size)
     text(engine)
     monkeypatch.setattr(InstalledModel, "read_expert", out_of_memory)

@@ -44,9 +44,7 @@ def ask(model: Path, options: LoadOptions, *addresses: object) -> list[WorkerOff
         return ask_workers(installed, named)
 
 
-def test_a_worker_says_its_room_and_is_timed(
-    tiny_model: Path, worker: ThreadedWorker, options: LoadOptions
-) -> None:
+def test_a_worker_says_its_room_and_is_timed(tiny_model, worker, options):
     for count in (1, 2):
         (offer,) = ask(tiny_model, options, worker.address)
         assert (offer.address, offer.slots) == (str(worker.address), SLOTS)
@@ -56,8 +54,8 @@ def test_a_worker_says_its_room_and_is_timed(
 
 
 def test_a_worker_that_cannot_be_asked_is_an_error_and_the_others_are_free(
-    tiny_model: Path, worker: ThreadedWorker, options: LoadOptions
-) -> None:
+    tiny_model, worker, options
+):
     with pytest.raises(MixchatError, match="no worker can be reached there"):
         ask(tiny_model, options, worker.address, "127.0.0.1:1")
     worker.wait_for_note("the chat ends")

@@ -186,15 +186,7 @@ def text(engine: Engine, prompt: Sequence[int] = PROMPT, tokens: int = 12) -> li
         ("fp32", "two, unequal", True),
     ],
 )
-def test_who_computes_does_not_show_in_the_bits(
-    load: Callable[..., Engine],
-    fork: Nursery,
-    model: Callable[[str], Path],
-    alone: Callable[..., Answer],
-    kind: str,
-    split: str,
-    exact: bool,
-) -> None:
+def test_who_computes_does_not_show_in_the_bits(load, fork, model, alone, kind, split, exact):
     here, there = SPLITS[split]
     addresses = [fork.start(model(kind), slots).address for slots in there]
     engine = load(kind, here, addresses, exact=exact)
@@ -208,15 +200,8 @@ def test_who_computes_does_not_show_in_the_bits(
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
 def test_an_answer_does_not_show_that_a_worker_fails_in_it(
-    load: Callable[..., Engine],
-    fork: Nursery,
-    model: Callable[[str], Path],
-    alone: Callable[..., Answer],
-    short_silence: None,
-    fault: int,
-    layer: int,
-    many: bool,
-) -> None:
+    load, fork, model, alone, short_silence, fault, layer, many
+):
     notes: list[str] = []
     first = fork.start(model(FAST), 5, Fault(fault, layer, many, count=0 if many else 3))
     other = fork.start(model(FAST), 3)
@@ -233,13 +218,7 @@ def test_an_answer_does_not_show_that_a_worker_fails_in_it(
 
 
 @pytest.mark.parametrize("kind", [FAST, "nf4, packed"])
-def test_a_line_tells_of_a_worker_that_computes_otherwise(
-    kind: str,
-    load: Callable[..., Engine],
-    fork: Nursery,
-    model: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_line_tells_of_a_worker_that_computes_otherwise(kind, load, fork, model, monkeypatch):
     others = {"bytes": "words", "words": "bytes"}
     real = LinearSpec.arithmetic
     notes: list[str] = []
@@ -248,7 +227,7 @@ def test_a_line_tells_of_a_worker_that_computes_otherwise(
     assert notes == []
     here = ""
 
-    def arithmetic(spec: LinearSpec, device: torch.device, *, exact: bool) -> str:
+    def arithmetic(spec, device, *, exact):
         nonlocal here
         here = others.get(real(spec, device, exact=exact), "of another kind")
         return here
@@ -262,13 +241,7 @@ def test_a_line_tells_of_a_worker_that_computes_otherwise(
 
 
 @pytest.mark.parametrize("slots", [2, 5, 9])
-def test_a_worker_that_comes_back_is_taken_up_at_the_next_turn(
-    load: Callable[..., Engine],
-    fork: Nursery,
-    model: Callable[[str], Path],
-    alone: Callable[..., Answer],
-    slots: int,
-) -> None:
+def test_a_worker_that_comes_back_is_taken_up_at_the_next_turn(load, fork, model, alone, slots):
     """Also where it has less memory, or more, than before."""
     worker = fork.start(model(FAST), 5)
     engine = load(FAST, 7, [worker.address])
@@ -286,12 +259,8 @@ def test_a_worker_that_comes_back_is_taken_up_at_the_next_turn(
 
 
 def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
-    load: Callable[..., Engine],
-    fork: Nursery,
-    model: Callable[[str], Path],
-    alone: Callable[..., Answer],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    load, fork, model, alone, monkeypatch
+):
     """The worker's answer to the layer that was interrupted must not be taken for the next one."""
     real = Link.__init__
     # A worker may need as long as the usual silence to notice that nobody takes what it sends.
@@ -301,7 +270,7 @@ def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
     start = Link.start
     left = 0
 
-    def start_and_interrupt(link: Link, *request: Any) -> None:
+    def start_and_interrupt(link, *request):
         nonlocal left
         start(link, *request)
         left -= 1
@@ -318,18 +287,14 @@ def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
 
 
 def test_ctrl_c_while_a_worker_is_taken_up_again_does_not_leave_it_out(
-    load: Callable[..., Engine],
-    fork: Nursery,
-    model: Callable[[str], Path],
-    alone: Callable[..., Answer],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    load, fork, model, alone, monkeypatch
+):
     """It stayed connected, and was never asked again."""
     worker = fork.start(model(FAST), 8)
     engine = load(FAST, 4, [worker.address])
     hold = Link.hold
 
-    def hold_and_interrupt(link: Link, keys: Any) -> None:
+    def hold_and_interrupt(link, keys):
         hold(link, keys)
         signal.raise_signal(signal.SIGINT)
 
@@ -343,12 +308,7 @@ def test_ctrl_c_while_a_worker_is_taken_up_again_does_not_leave_it_out(
     assert engine.slots_by_tier["worker"] == 8
 
 
-def test_a_closed_engine_leaves_its_workers_to_another_one(
-    load: Callable[..., Engine],
-    alone: Callable[..., Answer],
-    fork: Nursery,
-    model: Callable[[str], Path],
-) -> None:
+def test_a_closed_engine_leaves_its_workers_to_another_one(load, alone, fork, model):
     """A chat that changes its model closes one engine, whose parts something may keep."""
     worker = fork.start(model(FAST), 6)
     first = load(FAST, 6, [worker.address])
@@ -361,9 +321,7 @@ def test_a_closed_engine_leaves_its_workers_to_another_one(
     assert text(second) == alone(FAST).text
 
 
-def test_a_second_chat_is_refused_while_the_first_one_lasts(
-    load: Callable[..., Engine], fork: Nursery, model: Callable[[str], Path]
-) -> None:
+def test_a_second_chat_is_refused_while_the_first_one_lasts(load, fork, model):
     worker = fork.start(model(FAST), 5)
     first = load(FAST, 7, [worker.address])
     with pytest.raises(ResourceError) as caught:

@@ -7,7 +7,7 @@ import torch
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 
 CPU = torch.device("cpu")
 GPU = torch.device("cpu:0")  # another device by its name

@@ -6,7 +6,6 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ def open_below(directory: Path) -> list[str]:
     return [link for link in links if link.startswith(str(directory))]
 
 
-def test_a_disk_is_measured_and_nothing_stays_behind(tmp_path: Path) -> None:
+def test_a_disk_is_measured_and_nothing_stays_behind(tmp_path):
     result = measured(tmp_path / "not there yet")
     assert result is not None
     assert all(1e5 < bandwidth < 1e12 for bandwidth in result)
@@ -46,17 +45,17 @@ def test_a_disk_is_measured_and_nothing_stays_behind(tmp_path: Path) -> None:
 
 
 def test_the_disk_is_read_while_the_main_thread_computes_and_while_it_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     preadv, readers, workers = os.preadv, set(), set()
     working = threading.Event()
 
-    def read(fd: int, buffers: Any, offset: int) -> int:
+    def read(fd, buffers, offset):
         wait_in_a_thread(working)
         readers.add(threading.get_ident())
         return preadv(fd, buffers, offset)
 
-    def compute() -> None:
+    def compute():
         workers.add(threading.get_ident())
         working.set()
 
@@ -86,9 +85,7 @@ def spy_on_writing(monkeypatch: pytest.MonkeyPatch, largest: int = 2**30) -> lis
 
 
 @pytest.mark.parametrize(("free", "size"), [(10**12, SIZE), (3_000_000, 300_000)])
-def test_the_file_takes_a_tenth_of_the_free_disk_at_most(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, size: int
-) -> None:
+def test_the_file_takes_a_tenth_of_the_free_disk_at_most(tmp_path, monkeypatch, free, size):
     monkeypatch.setattr(machine, "free_disk", lambda directory: free)
     written = spy_on_writing(monkeypatch)
     assert measured(tmp_path) is not None
@@ -96,29 +93,25 @@ def test_the_file_takes_a_tenth_of_the_free_disk_at_most(
 
 
 @pytest.mark.parametrize(("free", "there_is_room"), [(10 * BLOCK - 1, False), (10 * BLOCK, True)])
-def test_without_room_for_an_expert_nothing_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, there_is_room: bool
-) -> None:
+def test_without_room_for_an_expert_nothing_is_written(tmp_path, monkeypatch, free, there_is_room):
     monkeypatch.setattr(machine, "free_disk", lambda directory: free)
     written = spy_on_writing(monkeypatch)
     assert (measured(tmp_path) is not None) == there_is_room
     assert bool(written) == there_is_room
 
 
-def test_a_place_that_cannot_be_written_to_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_written_to_is_not_measured(monkeypatch):
     monkeypatch.setattr(machine, "free_disk", lambda directory: 10**12)
     assert measured(Path("/proc")) is None
 
 
-def test_on_macos_the_disk_is_written_and_read_past_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_macos_the_disk_is_written_and_read_past_the_page_cache(tmp_path, monkeypatch):
     """A disk on macOS was never measured, because it has no posix_fadvise."""
     f_nocache, uncached = 48, set[int]()
     monkeypatch.delattr(os, "posix_fadvise")
     monkeypatch.delattr(os, "O_DIRECT")
 
-    def control(fd: int, command: int, value: int) -> int:
+    def control(fd, command, value):
         assert (command, value) == (f_nocache, 1)
         uncached.add(fd)
         return 0
@@ -135,25 +128,21 @@ def test_on_macos_the_disk_is_written_and_read_past_the_page_cache(
     assert set(touched) <= uncached
 
 
-def test_a_system_on_which_the_page_cache_cannot_be_passed_is_not_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_on_which_the_page_cache_cannot_be_passed_is_not_measured(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fadvise")  # and no command of fcntl in its place
     assert measured(tmp_path) is None
 
 
 @pytest.mark.parametrize(("until", "reads"), [(0.0, 3), (10.0, 5), (math.inf, 6)])
-def test_a_busy_disk_is_read_no_longer_than_it_may_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: float, reads: int
-) -> None:
+def test_a_busy_disk_is_read_no_longer_than_it_may_take(tmp_path, monkeypatch, until, reads):
     """A disk that other programs read, too, was tried in all ways, however long a block took."""
     clock = SimpleNamespace(now=0.0)
 
-    def perf_counter() -> float:
+    def perf_counter():
         clock.now += 1e-6
         return float(clock.now)
 
-    def read_in_3_s(fd: int, start: int, target: memoryview) -> int:
+    def read_in_3_s(fd, start, target):
         clock.now += 3
         return len(target)
 
@@ -161,14 +150,11 @@ def test_a_busy_disk_is_read_no_longer_than_it_may_take(
     monkeypatch.setattr(disk_speed, "time", clock)
     monkeypatch.setattr(disk_speed, "read_all", read_in_3_s)
     result = measure_disk(tmp_path, BLOCK, SIZE, work, 1.0, until)
-    assert result is not None
     assert result.idle == pytest.approx(BLOCK / 3)
     assert round(clock.now) == 3 * reads
 
 
-def test_a_slow_disk_is_measured_with_less_than_an_expert(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slow_disk_is_measured_with_less_than_an_expert(tmp_path, monkeypatch):
     written = spy_on_writing(monkeypatch, largest=4096)
     monkeypatch.setattr(os, "fsync", lambda fd: time.sleep(0.05))
     assert measured(tmp_path) is not None
@@ -176,32 +162,27 @@ def test_a_slow_disk_is_measured_with_less_than_an_expert(
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_the_faster_way_to_read_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
-) -> None:
+def test_the_faster_way_to_read_is_taken(tmp_path, monkeypatch, slow):
     state = {"direct": False}
     monkeypatch.setattr(
         disk_speed._Disk, "_set_direct", lambda self, direct: state.update(direct=direct)
     )
     preadv = os.preadv
 
-    def read(fd: int, buffers: Any, offset: int) -> int:
+    def read(fd, buffers, offset):
         if state["direct"] is slow:
             time.sleep(0.5)
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
     result = measured(tmp_path)
-    assert result is not None
     assert min(result.busy, result.idle) > 10 * BLOCK  # the other way reads two blocks a second
 
 
-def test_a_file_system_without_direct_reads_is_read_through_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_direct_reads_is_read_through_the_cache(tmp_path, monkeypatch):
     asked: list[bool] = []
 
-    def refuse(disk: object, direct: bool) -> None:
+    def refuse(disk, direct):
         asked.append(direct)
         if direct:
             raise OSError(22, "Invalid argument")
@@ -212,32 +193,27 @@ def test_a_file_system_without_direct_reads_is_read_through_the_cache(
     assert asked.count(True) == 1
 
 
-def test_memory_is_fresh_each_time_where_a_cold_start_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_fresh_each_time_where_a_cold_start_is_measured(tmp_path, monkeypatch):
     preadv, targets = os.preadv, []
 
-    def read(fd: int, buffers: Any, offset: int) -> int:
+    def read(fd, buffers, offset):
         targets.append(torch.frombuffer(buffers[0], dtype=torch.uint8).data_ptr())
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", read)
     result = measured(tmp_path)
-    assert result is not None
     assert 1e5 < result.fresh < 1e12
     assert len(set(targets)) > 2
 
 
-def test_experts_of_an_installed_model_are_read_each_before_one_is_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_of_an_installed_model_are_read_each_before_one_is_again(tmp_path, monkeypatch):
     """Bytes just written are still in the cache of a machine's host: a disk seemed as fast."""
     for layer in range(2):
         (tmp_path / f"experts-{layer:03d}.safetensors").write_bytes(os.urandom(20 * BLOCK))
     written, preadv = spy_on_writing(monkeypatch), os.preadv
     read: list[tuple[str, int]] = []
 
-    def spy(fd: int, buffers: Any, offset: int) -> int:
+    def spy(fd, buffers, offset):
         read.append((os.readlink(f"/proc/self/fd/{fd}"), offset))
         return preadv(fd, buffers, offset)
 
@@ -252,27 +228,23 @@ def test_experts_of_an_installed_model_are_read_each_before_one_is_again(
     }
 
 
-def test_a_model_of_few_experts_is_not_read_again_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_of_few_experts_is_not_read_again_and_again(tmp_path, monkeypatch):
     (tmp_path / "experts-000.safetensors").write_bytes(os.urandom(20 * BLOCK))
     written = spy_on_writing(monkeypatch)
     assert measured(tmp_path) is not None
     assert sum(written) == SIZE
 
 
-def test_ctrl_c_while_the_disk_is_read_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_the_disk_is_read_leaves_nothing(tmp_path, monkeypatch):
     preadv, threads = os.preadv, set(threading.enumerate())
     computing = threading.Event()
     found: list[str] = []
 
-    def read(fd: int, buffers: Any, offset: int) -> int:
+    def read(fd, buffers, offset):
         wait_in_a_thread(computing)  # or all is read before anything is computed
         return preadv(fd, buffers, offset)
 
-    def interrupted() -> None:
+    def interrupted():
         computing.set()
         found.extend(open_below(tmp_path))
         raise KeyboardInterrupt

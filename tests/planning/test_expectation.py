@@ -12,7 +12,6 @@ from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import assign_owners
-from mixchat.experts.trace import Trace
 from mixchat.planning import routing
 from mixchat.planning.expectation import (
     SpeedRange,
@@ -22,7 +21,7 @@ from mixchat.planning.expectation import (
     size_of,
 )
 from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
-from mixchat.planning.routing import Replay, replay, synthetic_trace
+from mixchat.planning.routing import replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 
@@ -47,7 +46,7 @@ def decode_cost(
     return expect(blueprint, device, Measurement(0.0, (speeds,)), placement).cost
 
 
-def test_hit_rates_grow_with_slots_up_to_all() -> None:
+def test_hit_rates_grow_with_slots_up_to_all():
     rates = [hit_rates(BLUEPRINT, CPU, on_cpu(slots))[0] for slots in (2, *range(16, 257, 16))]
     assert all(fewer <= more + 0.01 for fewer, more in itertools.pairwise(rates))
     assert rates[0] < 0.01
@@ -55,13 +54,13 @@ def test_hit_rates_grow_with_slots_up_to_all() -> None:
     assert all(rate < 1 for rate in rates[:-1])
 
 
-def test_a_hit_rate_is_that_of_a_cache_that_is_warm() -> None:
+def test_a_hit_rate_is_that_of_a_cache_that_is_warm():
     """A tenth of a long trace is cold, a third of this one would be: that third does not count."""
     long = replay(synthetic_trace(tokens=3000, seed=5), 192, "layered").decode.hit_rate
     assert hit_rates(BLUEPRINT, CPU, on_cpu(192))[0] == pytest.approx(long, abs=0.02)
 
 
-def test_ram_behind_a_gpu_holds_other_experts_than_the_gpu_does() -> None:
+def test_ram_behind_a_gpu_holds_other_experts_than_the_gpu_does():
     rate, host_rate = hit_rates(BLUEPRINT, GPU, Placement(100, 92, 256))
     assert rate == hit_rates(BLUEPRINT, CPU, on_cpu(100))[0]
     assert host_rate == hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]
@@ -69,32 +68,32 @@ def test_ram_behind_a_gpu_holds_other_experts_than_the_gpu_does() -> None:
     assert held_together(BLUEPRINT, GPU, Placement(200, 92, 256)) == 256
 
 
-def test_ram_holds_the_same_experts_where_their_layout_on_the_gpu_differs() -> None:
+def test_ram_holds_the_same_experts_where_their_layout_on_the_gpu_differs():
     layouts = {"cpu-packed", "bitsandbytes"} - {BLUEPRINT.quantization.layout}
-    other = BLUEPRINT.in_layout(layouts.pop())  # type: ignore[arg-type]
+    other = BLUEPRINT.in_layout(layouts.pop())
     same = other.expert == BLUEPRINT.expert
     held = held_together(other, GPU, Placement(100, 92, 256))
     assert held == (192 if same else 100)
 
 
-def test_a_model_whose_tokens_cannot_but_share_experts_has_a_hit_rate_too() -> None:
+def test_a_model_whose_tokens_cannot_but_share_experts_has_a_hit_rate_too():
     config = replace(CONFIG, num_local_experts=3)
     rate, _ = hit_rates(Blueprint(config, Quantization()), CPU, Placement(24, 0, 96))
     assert rate == 0.25
 
 
-def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch):
     """It is asked for at every plan, several times: that takes a tenth of a second each."""
     routing.expected_hit_rate.cache_clear()
     routing._paper_trace.cache_clear()
     replayed: list[int] = []
     made: list[int] = []
 
-    def counted_replay(trace: Trace, slots: int, policy: str) -> Replay:
+    def counted_replay(trace, slots, policy):
         replayed.append(len(trace.forwards))
         return replay(trace, slots, policy)
 
-    def counted_trace(*shape: int, tokens: int) -> Trace:
+    def counted_trace(*shape, tokens):
         made.append(tokens)
         return synthetic_trace(*shape, tokens=tokens)
 
@@ -106,16 +105,15 @@ def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch: pytest.MonkeyPatch
     assert made == [300]
 
 
-def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read() -> None:
+def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read():
     found = decode_cost(BLUEPRINT, CPU, SPEEDS, on_cpu(192))
-    assert found is not None
     head = 32000 * 4096 * 2 / BLUEPRINT.expert.stride
     assert found.computing == pytest.approx(32 * 0.001 + (64 + head) * 0.003)
     assert found.read == pytest.approx(64 * (1 - hit_rates(BLUEPRINT, CPU, on_cpu(192))[0]))
     assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / (IN_USE * 3e9))
 
 
-def test_an_embedding_that_serves_as_the_head_is_computed_as_one() -> None:
+def test_an_embedding_that_serves_as_the_head_is_computed_as_one():
     tied = Blueprint(replace(CONFIG, tie_word_embeddings=True), BLUEPRINT.quantization)
     assert tied.head is None
     costs = [decode_cost(made, CPU, SPEEDS, on_cpu(256)) for made in (tied, BLUEPRINT)]
@@ -124,9 +122,7 @@ def test_an_embedding_that_serves_as_the_head_is_computed_as_one() -> None:
 
 @pytest.mark.parametrize("slots", [(64,), (64, 64), (96, 32), (80, 48, 16), (10, 40)])
 @pytest.mark.parametrize("chosen", [1, 2, 3])
-def test_the_busiest_gpu_has_what_counting_all_choices_says(
-    slots: tuple[int, ...], chosen: int
-) -> None:
+def test_the_busiest_gpu_has_what_counting_all_choices_says(slots, chosen):
     config = replace(CONFIG, num_experts_per_tok=chosen)
     every = [ExpertKey(*key) for key in itertools.product(range(32), range(8))]
     home = assign_owners(every, slots)
@@ -138,18 +134,16 @@ def test_the_busiest_gpu_has_what_counting_all_choices_says(
     assert busiest_share(config, slots) == pytest.approx(mean(most) / chosen)
 
 
-def test_two_gpus_compute_and_copy_side_by_side_and_share_the_disk() -> None:
+def test_two_gpus_compute_and_copy_side_by_side_and_share_the_disk():
     one = decode_cost(BLUEPRINT, GPU, GPU_SPEEDS, Placement(100, 92, 256))
     two = decode_cost(BLUEPRINT, GPU, GPU_SPEEDS, Placement(50, 92, 256, other_slots=(50,)))
-    assert one is not None
-    assert two is not None
     share = 10 / 14  # both experts on one GPU 3 times in 7
     assert two.computing == pytest.approx(one.computing - 64 * (1 - share) * 2e-4)
     assert two.copying == pytest.approx(one.copying * share)
     assert (two.read, two.reading, two.copied) == (one.read, one.reading, one.copied)
 
 
-def test_slots_of_all_gpus_count_for_the_hit_rate() -> None:
+def test_slots_of_all_gpus_count_for_the_hit_rate():
     spread = Placement(100, 56, 256, other_slots=(60, 40))
     assert hit_rates(BLUEPRINT, GPU, spread) == hit_rates(BLUEPRINT, GPU, Placement(200, 56, 256))
     assert held_together(BLUEPRINT, GPU, spread) == 256
@@ -164,25 +158,22 @@ def test_slots_of_all_gpus_count_for_the_hit_rate() -> None:
         (0.5, 0.9, "much slower than you read"),
     ],
 )
-def test_a_speed_is_said_in_words(low: float, high: float, words: str) -> None:
+def test_a_speed_is_said_in_words(low, high, words):
     assert SpeedRange(low, high, 0.0).in_words == words
 
 
 @pytest.mark.parametrize("held", [256, 100])
-def test_answers_at_once_share_experts_and_each_is_slower_than_one_alone(held: int) -> None:
+def test_answers_at_once_share_experts_and_each_is_slower_than_one_alone(held):
     """With several answers `plan` printed one speed, as if each were alone."""
     known = Measurement(0.0, (replace(SPEEDS, expert_seconds={"cpu": {1: 0.003, 64: 0.03}}),))
     one, four = (expect(BLUEPRINT, CPU, known, on_cpu(held), answers) for answers in (1, 4))
     assert one == expect(BLUEPRINT, CPU, known, on_cpu(held))
     assert one.speed == one.together
-    assert one.speed is not None
-    assert four.speed is not None
-    assert four.together is not None
     assert four.together.high == 4 * four.speed.high
     assert four.speed.high < one.speed.high < four.together.high
 
 
-def test_the_cost_of_a_pass_is_that_of_the_experts_that_its_answers_use() -> None:
+def test_the_cost_of_a_pass_is_that_of_the_experts_that_its_answers_use():
     slow_experts = replace(SPEEDS, expert_seconds={"cpu": {1: 0.01, 1000: 0.01}}, layer_seconds=0.0)
     known = Measurement(0.0, (slow_experts,))
     costs = [expect(BLUEPRINT, CPU, known, on_cpu(256), answers).cost for answers in (1, 2)]

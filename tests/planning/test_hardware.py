@@ -11,7 +11,7 @@ from mixchat.planning.hardware import GPU_BUS, Machine, OtherGPU, ToldMachine
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device(gpu.KIND, 0)
@@ -20,7 +20,7 @@ SPEEDS = MachineSpeeds(2e9, 3e9, 1e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}},
 HERE = Machine("a CPU", 8, 64 * GB, FreeMemory(40 * GB, limit="control group"), 500 * GB)
 
 
-def test_with_nothing_told_all_is_as_it_is_here() -> None:
+def test_with_nothing_told_all_is_as_it_is_here():
     known = Measurement(1.7e9, (SPEEDS,))
     told = ToldMachine()
     assert told.machine(HERE) == HERE
@@ -30,14 +30,12 @@ def test_with_nothing_told_all_is_as_it_is_here() -> None:
 
 
 @pytest.mark.parametrize(("ram", "free"), [(16 * GB, 14 * GB), (4 * GB, 3 * GB)])
-def test_of_ram_that_is_told_the_system_takes_some_and_no_limit_of_this_machine_counts(
-    ram: int, free: int
-) -> None:
+def test_of_ram_that_is_told_the_system_takes_some_and_no_limit_of_this_machine_counts(ram, free):
     found = ToldMachine(ram=ram).machine(HERE)
     assert found == replace(HERE, memory=ram, free=FreeMemory(free))
 
 
-def test_gpus_that_are_told_stand_beside_the_ram_that_is_here() -> None:
+def test_gpus_that_are_told_stand_beside_the_ram_that_is_here():
     found = ToldMachine(gpus=(24 * GB, 8 * GB)).machine(HERE)
     assert found.free.host == HERE.free.host
     assert (found.gpu_memory, found.free.device) == (24 * GB, int(23.5 * GB))
@@ -45,7 +43,7 @@ def test_gpus_that_are_told_stand_beside_the_ram_that_is_here() -> None:
     assert found.free.others == {"cuda:1": int(7.5 * GB)}
 
 
-def test_a_gpu_that_was_measured_keeps_its_speeds_and_another_gets_assumed_ones() -> None:
+def test_a_gpu_that_was_measured_keeps_its_speeds_and_another_gets_assumed_ones():
     seconds = {**SPEEDS.expert_seconds, "cuda:0": {1: 2e-4, 8: 4e-4}}
     with_gpu = replace(SPEEDS, copy_bandwidth=2.5e10, expert_seconds=seconds)
     told = ToldMachine(gpus=(24 * GB,))
@@ -57,7 +55,7 @@ def test_a_gpu_that_was_measured_keeps_its_speeds_and_another_gets_assumed_ones(
     assert assumed.expert_time("cpu", 1) == SPEEDS.expert_time("cpu", 1)
 
 
-def test_a_disk_that_is_told_has_one_speed() -> None:
+def test_a_disk_that_is_told_has_one_speed():
     known = Measurement(1.7e9, (SPEEDS, SPEEDS))
     found = ToldMachine(disk_speed=5 * GB).measurement(known, BLUEPRINT, CPU)
     for sample in found.samples:

@@ -11,18 +11,18 @@ from mixchat.planning.machine_speeds import IN_USE, Measurement
 @pytest.mark.parametrize(
     ("rows", "seconds"), [(1, 2.0), (8, 9.0), (36, 23.0), (64, 37.0), (164, 87.0)]
 )
-def test_time_is_linear_between_what_was_measured_and_beyond(rows: int, seconds: float) -> None:
+def test_time_is_linear_between_what_was_measured_and_beyond(rows, seconds):
     known = dataclasses.replace(SPEEDS, expert_seconds={"cpu": {1: 2.0, 8: 9.0, 64: 37.0}})
     assert known.expert_time("cpu", rows) == pytest.approx(seconds)
 
 
-def test_time_never_falls_beyond_what_was_measured() -> None:
+def test_time_never_falls_beyond_what_was_measured():
     known = dataclasses.replace(SPEEDS, expert_seconds={"cuda": {64: 2.0, 512: 1.5}})
     assert known.expert_time("cuda", 100_000) == 1.5
     assert known.expert_time("cuda", 1) == 2.0
 
 
-def test_the_typical_figures_are_the_medians_of_all_samples() -> None:
+def test_the_typical_figures_are_the_medians_of_all_samples():
     samples = (
         SPEEDS,
         dataclasses.replace(SPEEDS, disk_bandwidth=1e9, layer_seconds=0.1),
@@ -37,7 +37,7 @@ def test_the_typical_figures_are_the_medians_of_all_samples() -> None:
     assert two.expert_seconds == {"cpu": {1: 0.0025, 8: 0.004}}
 
 
-def test_in_use_the_disk_is_slower_but_for_a_cold_start_which_is_measured_as_it_is() -> None:
+def test_in_use_the_disk_is_slower_but_for_a_cold_start_which_is_measured_as_it_is():
     used = SPEEDS.in_use
     assert used.disk_bandwidth == IN_USE * 2e9
     assert used.disk_bandwidth_idle == IN_USE * 3e9
@@ -57,19 +57,17 @@ DAY = 86400.0
         (Measurement(0.0, (SPEEDS,), others=0.1), 7200.0, None),
     ],
 )
-def test_what_is_old_or_was_measured_on_a_busy_machine_is_to_be_measured_again(
-    made: Measurement, age: float, why: str | None
-) -> None:
+def test_what_is_old_or_was_measured_on_a_busy_machine_is_to_be_measured_again(made, age, why):
     assert made.outdated(age) == why
 
 
 @pytest.mark.parametrize(("times", "busy"), [(0.7, False), (0.6, True)])
-def test_a_machine_whose_samples_differ_much_was_busy(times: float, busy: bool) -> None:
+def test_a_machine_whose_samples_differ_much_was_busy(times, busy):
     slower = dataclasses.replace(SPEEDS, memory_bandwidth=times * SPEEDS.memory_bandwidth)
     assert Measurement(0.0, (SPEEDS, slower, SPEEDS)).busy == busy
 
 
-def test_typical_figures_of_a_disk_are_of_those_samples_that_have_some() -> None:
+def test_typical_figures_of_a_disk_are_of_those_samples_that_have_some():
     blind = without_disk(SPEEDS)
     assert Measurement(0.0, (blind, SPEEDS)).typical.disk_bandwidth == SPEEDS.disk_bandwidth
     assert Measurement(0.0, (blind, blind)).typical.disk_bandwidth is None

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,7 +71,7 @@ def blueprint(tiny_model: Path) -> Blueprint:
         return installed.blueprint
 
 
-def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint: Blueprint, tmp_path: Path) -> None:
+def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint, tmp_path):
     result = take_sample(blueprint, tmp_path / "not there yet", CPU, no_layer, effort=QUICK)
     assert set(result.expert_seconds) == {"cpu"}
     assert set(result.expert_seconds["cpu"]) >= {1, 8}  # the others too, unless cores are busy
@@ -84,9 +84,7 @@ def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint: Blueprint, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_figures_are_those_of_what_ran(
-    blueprint: Blueprint, tmp_path: Path, taking: Callable[[float], None]
-) -> None:
+def test_figures_are_those_of_what_ran(blueprint, tmp_path, taking):
     taking(0.0005)
     result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     seconds = result.expert_seconds["cpu"]
@@ -96,25 +94,17 @@ def test_figures_are_those_of_what_ran(
     assert 512 not in seconds  # it would have taken a quarter of a second
 
 
-def test_a_fast_cpu_is_measured_with_all_counts_of_rows(
-    blueprint: Blueprint, tmp_path: Path, taking: Callable[[float], None]
-) -> None:
+def test_a_fast_cpu_is_measured_with_all_counts_of_rows(blueprint, tmp_path, taking):
     taking(0)
     result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert set(result.expert_seconds["cpu"]) == {1, 8, 64, 512}
 
 
 @pytest.mark.parametrize("device", [CPU, OTHER], ids=str)
-def test_a_layer_is_measured_on_its_device(
-    blueprint: Blueprint,
-    tmp_path: Path,
-    device: torch.device,
-    clock: Clock,
-    taking: Callable[[float], None],
-) -> None:
+def test_a_layer_is_measured_on_its_device(blueprint, tmp_path, device, clock, taking):
     taking(0)
 
-    def layer() -> None:
+    def layer():
         assert torch.is_inference_mode_enabled()
         clock.sleep(0.004)
 
@@ -133,13 +123,8 @@ def test_a_layer_is_measured_on_its_device(
     ids=["without the first time", "the mean"],
 )
 def test_a_figure_is_the_mean_of_what_came_after_the_first_time(
-    blueprint: Blueprint,
-    tmp_path: Path,
-    clock: Clock,
-    taking: Callable[[float], None],
-    pauses: Iterator[float],
-    seconds: float,
-) -> None:
+    blueprint, tmp_path, clock, taking, pauses, seconds
+):
     taking(0)
     effort = dataclasses.replace(QUICK, seconds=0.1)
     result = take_sample(blueprint, tmp_path, CPU, lambda: clock.sleep(next(pauses)), effort=effort)
@@ -148,23 +133,18 @@ def test_a_figure_is_the_mean_of_what_came_after_the_first_time(
 
 @pytest.mark.parametrize(("each", "samples"), [(0.02, 3), (2.0, 1), (20.0, 1)])
 def test_measuring_a_busy_machine_has_an_end(
-    blueprint: Blueprint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    clock: Clock,
-    each: float,
-    samples: int,
-) -> None:
+    blueprint, tmp_path, monkeypatch, clock, each, samples
+):
     """It took five minutes while other programs had the cores, ten seconds without them."""
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     tries: Counter[str] = Counter()
 
-    def compute(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    def compute(expert, x):
         tries["expert"] += 1
         clock.sleep(each)
         return x
 
-    def read(*given: object) -> DiskRates:
+    def read(*given):
         tries["disk"] += 1
         clock.sleep(3 * each)
         return DiskRates(2e9, 3e9, 1e9)
@@ -181,13 +161,11 @@ def test_measuring_a_busy_machine_has_an_end(
         assert tries == {"expert": 4, "disk": 1}
 
 
-def test_another_device_is_measured_beside_the_cpu(
-    blueprint: Blueprint, tmp_path: Path, clock: Clock, taking: Callable[[float], None]
-) -> None:
+def test_another_device_is_measured_beside_the_cpu(blueprint, tmp_path, clock, taking):
     taking(0)
     copied = []
 
-    def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    def copy(target, source):
         copied.append((target.data_ptr(), target.nbytes, source.nbytes))
         clock.sleep(0.001)
 
@@ -201,12 +179,12 @@ def test_another_device_is_measured_beside_the_cpu(
 
 
 def test_experts_larger_than_the_caches_are_computed_in_turn(
-    blueprint: Blueprint, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    blueprint, tmp_path, clock, monkeypatch
+):
     seen: dict[int, Expert] = {}
     compute = Expert.__call__
 
-    def watch(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    def watch(expert, x):
         seen[id(expert)] = expert
         assert compute(expert, x).isfinite().all()
         return x
@@ -217,20 +195,18 @@ def test_experts_larger_than_the_caches_are_computed_in_turn(
 
 
 def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_some(
-    blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    blueprint, tmp_path, monkeypatch
+):
     asked = []
     rows: list[int] = []
 
-    def measure_disk(
-        directory: Path, block: int, size: int, work: Callable[[], None], *_: float
-    ) -> DiskRates:
+    def measure_disk(directory, block, size, work, *_):
         rows.clear()
         work()
         asked.append((directory, block, size, [*rows]))
         return DiskRates(2e9, 3e9, 1e9)
 
-    def watch(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    def watch(expert, x):
         rows.append(len(x))
         return x
 
@@ -245,9 +221,7 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
     assert asked == [(tmp_path, stride, size, [1]) for size in (4 * stride, 10**6)]
 
 
-def test_without_room_all_but_the_disk_is_measured(
-    blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_room_all_but_the_disk_is_measured(blueprint, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "free_disk", lambda directory: 10 * blueprint.expert.stride - 1)
     result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
     assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (None, None)

@@ -31,11 +31,11 @@ def cold_start(
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 2), (2, 3.5), (20, 7.975), (1000, 8)])
-def test_distinct_experts_of_several_tokens(tokens: int, experts: float) -> None:
+def test_distinct_experts_of_several_tokens(tokens, experts):
     assert expected_distinct(CONFIG, tokens) == pytest.approx(experts, abs=0.001)
 
 
-def test_the_first_token_waits_for_nearly_all_of_the_model() -> None:
+def test_the_first_token_waits_for_nearly_all_of_the_model():
     found = cold_start(SPEEDS)
     assert found.starting == pytest.approx(BLUEPRINT.shared_size / 3e9)
     assert 254 < found.prompt.read < 256
@@ -47,53 +47,47 @@ def test_the_first_token_waits_for_nearly_all_of_the_model() -> None:
     assert found.prompt.copying == 0
 
 
-def test_a_longer_prompt_takes_longer_to_compute_and_no_less_to_read() -> None:
+def test_a_longer_prompt_takes_longer_to_compute_and_no_less_to_read():
     short, long = cold_start(SPEEDS), cold_start(SPEEDS, prompt=200)
     assert short.prompt.computing < long.prompt.computing
     assert short.prompt.reading <= long.prompt.reading
 
 
-def test_for_a_gpu_the_first_token_has_the_experts_copied_too() -> None:
+def test_for_a_gpu_the_first_token_has_the_experts_copied_too():
     found = cold_start(GPU_SPEEDS, GPU)
     assert found.prompt.copied == found.prompt.read
     assert found.prompt.copying == pytest.approx(found.prompt.reading * 3e9 / 2e10)
 
 
-def test_the_first_token_is_a_range_over_the_samples() -> None:
+def test_the_first_token_is_a_range_over_the_samples():
     slow = replace(SPEEDS, disk_bandwidth_fresh=1e9)
     found = first_token(BLUEPRINT, CPU, measured(SPEEDS, slow, SPEEDS))
-    assert found is not None
     assert (found.low, found.high) == (cold_start(SPEEDS).seconds, cold_start(slow).seconds)
     assert found.seconds == found.low
 
 
-def test_a_prompt_has_a_speed_with_all_experts_in_memory_with_half_and_with_none() -> None:
+def test_a_prompt_has_a_speed_with_all_experts_in_memory_with_half_and_with_none():
     rates = []
     for placement in (ALL, HALF, None):
         speed = prompt_speed(BLUEPRINT, CPU, measured(SPEEDS), placement, 512)
-        assert speed is not None
         assert speed.low == speed.high
         rates.append(speed.low)
     assert rates == sorted(rates, reverse=True)
     cost = prompt_cost(BLUEPRINT, CPU, SPEEDS, 512, missing=0, read=0)
-    assert cost is not None
     assert rates[0] == pytest.approx(512 / cost.seconds)
     assert cost.read == 0
     half = prompt_cost(BLUEPRINT, CPU, SPEEDS, 512, missing=0.5, read=0.5)
-    assert half is not None
     assert half.read == pytest.approx(128)
 
 
-def test_each_chunk_of_a_prompt_reads_the_experts_again() -> None:
+def test_each_chunk_of_a_prompt_reads_the_experts_again():
     one, two = (
         prompt_cost(BLUEPRINT, CPU, SPEEDS, n * PREFILL_CHUNK, missing=1, read=1) for n in (1, 2)
     )
-    assert one is not None
-    assert two is not None
     assert two.read == pytest.approx(2 * one.read)
 
 
-def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives() -> None:
+def test_without_figures_of_the_disk_nothing_is_said_of_what_it_gives():
     assert first_token(BLUEPRINT, CPU, measured(BLIND)) is None
     assert prompt_speed(BLUEPRINT, CPU, measured(BLIND), HALF) is None
     assert prompt_speed(BLUEPRINT, CPU, measured(BLIND), ALL) is not None

@@ -23,7 +23,7 @@ def synthetic() -> Trace:
     return synthetic_trace(tokens=TOKENS, seed=1)
 
 
-def test_layers_share_as_the_paper_measured() -> None:
+def test_layers_share_as_the_paper_measured():
     assert [sharing(layer, 32) for layer in (0, 15, 31)] == pytest.approx([0.48, 0.645, 0.5])
     shares = [sharing(layer, 32) for layer in range(32)]
     assert shares[:16] == sorted(shares[:16])
@@ -32,7 +32,7 @@ def test_layers_share_as_the_paper_measured() -> None:
     assert sharing(0, 1) == 0.48
 
 
-def test_a_synthetic_trace_repeats_experts_as_often_as_it_should(synthetic: Trace) -> None:
+def test_a_synthetic_trace_repeats_experts_as_often_as_it_should(synthetic):
     """Sharing is drawn independently at each step, so that the error is the binomial one."""
     for layer in range(32):
         chain = [set(forward[layer]) for forward in synthetic.forwards]
@@ -42,7 +42,7 @@ def test_a_synthetic_trace_repeats_experts_as_often_as_it_should(synthetic: Trac
         assert abs(shared / steps - share) < 4.5 * error
 
 
-def test_in_a_synthetic_trace_every_pair_of_experts_is_as_likely(synthetic: Trace) -> None:
+def test_in_a_synthetic_trace_every_pair_of_experts_is_as_likely(synthetic):
     pairs = Counter(
         tuple(sorted(selected)) for forward in synthetic.forwards for selected in forward
     )
@@ -54,7 +54,7 @@ def test_in_a_synthetic_trace_every_pair_of_experts_is_as_likely(synthetic: Trac
     assert max(abs(count / uses - 1 / 28) for count in pairs.values()) < 4.5 * error
 
 
-def test_a_synthetic_trace_is_one_of_decode_and_repeats_by_its_seed() -> None:
+def test_a_synthetic_trace_is_one_of_decode_and_repeats_by_its_seed():
     made = synthetic_trace(3, 6, 3, tokens=5, seed=4)
     assert (made.layers, made.experts, made.experts_per_token) == (3, 6, 3)
     assert [made.tokens(forward) for forward in made.forwards] == [1] * 5
@@ -63,29 +63,29 @@ def test_a_synthetic_trace_is_one_of_decode_and_repeats_by_its_seed() -> None:
     assert made != synthetic_trace(3, 6, 3, tokens=5, seed=5)
 
 
-def test_prefill_and_decode_are_counted_apart_and_each_expert_once_a_pass() -> None:
+def test_prefill_and_decode_are_counted_apart_and_each_expert_once_a_pass():
     made = trace([[0, 1, 1, 0, 0, 2]], [[0, 1]], [[3, 0]])
     result = replay(made, 4, "lru")
     assert (result.prefill, result.decode) == (Counts(0, 3), Counts(3, 1))
     assert result.decode.hit_rate == 0.75
 
 
-def test_without_uses_there_is_no_hit_rate() -> None:
+def test_without_uses_there_is_no_hit_rate():
     assert replay(trace([[0, 1, 1, 0]]), 4, "lru").decode.hit_rate is None
 
 
-def test_what_is_in_the_cache_goes_first() -> None:
+def test_what_is_in_the_cache_goes_first():
     """In the trace's order, 2 would evict 0 just before its turn."""
     assert replay(trace([[0, 1]], [[2, 0]]), 2, "lru").decode == Counts(1, 3)
 
 
-def test_each_long_prefill_finds_as_many_experts_as_there_are_slots() -> None:
+def test_each_long_prefill_finds_as_many_experts_as_there_are_slots():
     """Eight experts in the order of their layers, in five slots: LRU hits 2 a pass."""
     sweep = [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert replay(trace(sweep, sweep, sweep), 5, "layered").prefill == Counts(5 + 5, 8 + 3 + 3)
 
 
-def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic: Trace) -> None:
+def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic):
     """By the clock, 64 slots hold the last token's experts and 112 those of the last two; what is
     between is of no use to LRU."""
     short = Trace("synthetic", 32, 8, 2, synthetic.forwards[:500])
@@ -103,9 +103,7 @@ policies = st.sampled_from(sorted(POLICIES))
 
 
 @given(traces(forwards=20, layers=2, tokens=2), st.integers(1, 8), policies)
-def test_a_replay_does_what_plain_calls_of_the_cache_do(
-    made: Trace, slots: int, policy: str
-) -> None:
+def test_a_replay_does_what_plain_calls_of_the_cache_do(made, slots, policy):
     passes = Passes(made.layers)
     cache, hits = ExpertCache(slots, POLICIES[policy](passes)), [0, 0]
     for forward, layer in product(made.forwards, range(made.layers)):
@@ -122,7 +120,7 @@ def test_a_replay_does_what_plain_calls_of_the_cache_do(
     assert [result.decode.hits, result.prefill.hits] == hits
 
 
-def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic: Trace) -> None:
+def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic):
     """64 slots hold what one token used. Of the 13 pairs that share, one is the same pair:
 
     a step that shares has 14/13 experts in common, of two.
@@ -141,18 +139,18 @@ def experts(*numbers: int, layers: int = 1) -> set[ExpertKey]:
     return {ExpertKey(layer, expert) for layer in range(layers) for expert in numbers}
 
 
-def test_both_experts_of_a_token_fall_to_one_of_two_holders_in_12_of_28_choices() -> None:
+def test_both_experts_of_a_token_fall_to_one_of_two_holders_in_12_of_28_choices():
     loads = layer_loads(config(1, 8, 2), [experts(0, 1, 2, 3), experts(4, 5, 6, 7)])
     shares = {(2, 0): 6, (1, 1): 16, (0, 2): 6}
     assert loads == {counts: pytest.approx(n / 28) for counts, n in shares.items()}
 
 
-def test_with_copies_of_all_each_of_two_holders_computes_one_of_them() -> None:
+def test_with_copies_of_all_each_of_two_holders_computes_one_of_them():
     everything = experts(*range(8), layers=2)
     assert layer_loads(config(2, 8, 2), [everything, everything]) == {(1, 1): pytest.approx(2)}
 
 
-def test_a_model_with_too_many_choices_is_sampled() -> None:
+def test_a_model_with_too_many_choices_is_sampled():
     loads = layer_loads(config(1, 128, 8), [experts(*range(64)), experts(*range(64, 128))])
     assert sum(loads.values()) == pytest.approx(1)
     assert sum(n * counts[0] for counts, n in loads.items()) == pytest.approx(4, rel=0.05)

@@ -46,7 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_path: Path) -> None:
+def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_path):
     path = tmp_path / "new" / "machine.json"
     samples = [dataclasses.replace(SPEEDS, memory_bandwidth=1e9 + n) for n in range(SAMPLES)]
     left = iter(samples)
@@ -55,7 +55,7 @@ def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_pa
     assert load_measurement(path, "here", CPU) == made
 
 
-def test_measuring_again_replaces_what_was_known(tmp_path: Path) -> None:
+def test_measuring_again_replaces_what_was_known(tmp_path):
     """A measurement that a busy machine had spoiled stayed for good."""
     path = tmp_path / "machine.json"
     measure_and_save(path, "here", PLACE, lambda: SPEEDS)
@@ -65,7 +65,7 @@ def test_measuring_again_replaces_what_was_known(tmp_path: Path) -> None:
     assert load_measurement(path, "here", CPU) == made
 
 
-def test_figures_of_another_device_are_saved_too(tmp_path: Path) -> None:
+def test_figures_of_another_device_are_saved_too(tmp_path):
     path = tmp_path / "machine.json"
     seconds = {"cpu": {1: 0.003, 8: 0.005}, "cuda": {1: 1e-4, 8: 2e-4}}
     known = dataclasses.replace(SPEEDS, copy_bandwidth=2e10, expert_seconds=seconds)
@@ -73,11 +73,11 @@ def test_figures_of_another_device_are_saved_too(tmp_path: Path) -> None:
     assert load_measurement(path, "here", torch.device("cuda")) == made
 
 
-def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path: Path) -> None:
+def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path):
     path = tmp_path / "machine.json"
     results = [dataclasses.replace(SPEEDS, memory_bandwidth=1e9 + index) for index in range(40)]
     made = [
-        measure_and_save(path, str(index), PLACE, lambda result=result: result)  # type: ignore[misc]
+        measure_and_save(path, str(index), PLACE, lambda result=result: result)
         for index, result in enumerate(results)
     ]
     assert load_measurement(path, "39", CPU) == made[39]
@@ -137,7 +137,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path: Path, text: str) -> None:
+def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path, text):
     path = tmp_path / "machine.json"
     path.write_text(text)
     assert load_measurement(path, "here", CPU) is None
@@ -145,7 +145,7 @@ def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path: Path, tex
     assert load_measurement(path, "here", CPU) == MADE
 
 
-def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
+def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
     path, precious = tmp_path / "machine.json", tmp_path / "precious"
     precious.write_text(entry())
     path.symlink_to(precious)
@@ -158,7 +158,7 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path)
     )
 
 
-def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> None:
+def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path):
     path = tmp_path / "machine.json"
     partly = without_disk(SPEEDS)
     assert measure_and_save(path, "here", PLACE, lambda: partly).typical == partly
@@ -166,15 +166,13 @@ def test_what_lacks_the_disk_is_measured_again_the_next_time(tmp_path: Path) -> 
     assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
 
 
-def test_a_result_that_cannot_be_saved_is_returned_nevertheless(tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_saved_is_returned_nevertheless(tmp_path):
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "machine.json"
     assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
 
 
-def test_the_key_names_what_a_result_depends_on(
-    blueprint: Blueprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_names_what_a_result_depends_on(blueprint, tmp_path, monkeypatch):
     key = measurement_key(blueprint, tmp_path, CPU)
     assert key == measurement_key(blueprint, tmp_path / "below", CPU)
     larger = dataclasses.replace(
@@ -202,7 +200,7 @@ def test_the_key_names_what_a_result_depends_on(
     assert len(keys) == 10
 
 
-def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
     """It also said whether the disk was faster past the page cache, which each run finds out."""
     path = tmp_path / "machine.json"
     path.write_text(entry(disk_direct=True))

@@ -25,7 +25,7 @@ def cost(speeds: MachineSpeeds, device: str, hit_rate: float, host_hit_rate: flo
     return found
 
 
-def test_on_a_cpu_that_holds_all_a_token_is_only_computed() -> None:
+def test_on_a_cpu_that_holds_all_a_token_is_only_computed():
     found = cost(CPU, "cpu", 1, 1)
     # 4 layers, 8 experts, and the head at the pace of an expert.
     assert found.computing == pytest.approx(4 * 0.002 + 8 * 0.01 + 3 * 0.01)
@@ -33,7 +33,7 @@ def test_on_a_cpu_that_holds_all_a_token_is_only_computed() -> None:
     assert found.seconds == found.computing
 
 
-def test_what_a_cpu_does_not_hold_is_read_more_slowly_while_it_computes() -> None:
+def test_what_a_cpu_does_not_hold_is_read_more_slowly_while_it_computes():
     found = cost(CPU, "cpu", 0.75, 0.75)
     assert found.read == pytest.approx(2)
     assert found.reading == pytest.approx(2 * 1e6 / 2e9)  # with nothing beside it
@@ -41,7 +41,7 @@ def test_what_a_cpu_does_not_hold_is_read_more_slowly_while_it_computes() -> Non
     assert (found.copied, found.copying) == (0, 0)
 
 
-def test_what_a_gpu_does_not_hold_is_copied_and_read_only_where_ram_does_not_hold_it() -> None:
+def test_what_a_gpu_does_not_hold_is_copied_and_read_only_where_ram_does_not_hold_it():
     found = cost(GPU, "cuda", 0.25, 0.75)
     assert found.computing == pytest.approx(4 * 0.002 + 11 * 1e-3)  # by the GPU
     assert (found.copied, found.read) == (pytest.approx(6), pytest.approx(2))
@@ -49,7 +49,7 @@ def test_what_a_gpu_does_not_hold_is_copied_and_read_only_where_ram_does_not_hol
     assert found.reading == pytest.approx(2 * 1e6 / 2e9)
 
 
-def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other() -> None:
+def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other():
     slow = TokenCost(computing=0.1, copying=0.3, reading=0.5, copied=1, read=1)
     assert slow.hidden == pytest.approx(OVERLAP * 0.1)
     assert slow.seconds == pytest.approx(0.9 - OVERLAP * 0.1)
@@ -62,16 +62,14 @@ def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other() -> None:
     assert waits.seconds == pytest.approx(1.1 - OVERLAP * 0.26)
 
 
-def test_without_figures_of_the_disk_only_what_needs_none_has_a_cost() -> None:
+def test_without_figures_of_the_disk_only_what_needs_none_has_a_cost():
     blind = without_disk(CPU)
     assert cost(blind, "cpu", 1, 1) == cost(CPU, "cpu", 1, 1)
     assert token_cost(SIZE, blind, "cpu", hit_rate=0.5, host_hit_rate=0.5) is None
 
 
 @given(rates, rates, rates, st.sampled_from([CPU, GPU]))
-def test_more_hits_never_cost_more(
-    one: float, other: float, slots: float, known: MachineSpeeds
-) -> None:
+def test_more_hits_never_cost_more(one, other, slots, known):
     worse, better = sorted((one, other))
     device = "cuda" if known is GPU else "cpu"
     assert cost(known, device, slots, better).seconds <= cost(known, device, slots, worse).seconds

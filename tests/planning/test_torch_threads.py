@@ -15,7 +15,7 @@ from mixchat.planning.torch_threads import candidates, choose_threads, known_or_
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.make.outline import MIXTRAL
+from mixchat.weights.known_models import MIXTRAL
 from mixchat.weights.source.demo import DEMO_CONFIG
 
 BLUEPRINT = Blueprint(read_config(MIXTRAL), Quantization())
@@ -47,10 +47,10 @@ class Machine:
     ("physical", "usable", "counts"),
     [
         (1, 1, [1]),
-        (2, 2, [2]),
-        (8, 16, [8, 16, 6]),  # two threads a core
-        (12, 20, [12, 20, 9]),  # eight fast cores and four slow ones
-        (16, 2, [2]),  # a container with the time of two
+        (2, 2, [1, 2]),
+        (8, 16, [1, 8, 16, 6]),  # two threads a core
+        (12, 20, [1, 12, 20, 9]),  # eight fast cores and four slow ones
+        (16, 2, [1, 2]),  # a container with the time of two
     ],
 )
 def test_the_counts_worth_a_try(physical: int, usable: int, counts: list[int]) -> None:
@@ -59,19 +59,27 @@ def test_the_counts_worth_a_try(physical: int, usable: int, counts: list[int]) -
 
 def test_the_fastest_is_taken_and_remembered(tmp_path: Path) -> None:
     path, measure = tmp_path / "new" / "threads.json", Machine({8: 1.0, 16: 1.2, 6: 0.8})
-    assert [known_or_best(path, [8, 16, 6], measure) for _ in range(2)] == [6, 6]
+    assert [known_or_best(path, "a shape", [8, 16, 6], measure) for _ in range(2)] == [6, 6]
     assert measure.calls == 1
-    assert known_or_best(path, [8, 16], measure) == 8  # another machine
+    assert known_or_best(path, "a shape", [8, 16], measure) == 8  # another machine
     assert measure.calls == 2
     assert len(json.loads(path.read_text())) == 2
 
 
-def test_what_is_hardly_faster_than_torch_s_own_count_is_not_taken(tmp_path: Path) -> None:
-    assert known_or_best(tmp_path / "threads.json", [8, 16], Machine({8: 1.0, 16: 0.96})) == 8
+def test_what_is_hardly_faster_than_a_preferred_count_is_not_taken(tmp_path: Path) -> None:
+    measure = Machine({8: 1.0, 16: 0.96})
+    assert known_or_best(tmp_path / "threads.json", "a shape", [8, 16], measure) == 8
+
+
+def test_a_count_is_kept_for_its_shape(tmp_path: Path) -> None:
+    path = tmp_path / "threads.json"
+    assert known_or_best(path, "small", [1, 2], Machine({1: 1.0, 2: 1.5})) == 1
+    assert known_or_best(path, "large", [1, 2], Machine({1: 2.0, 2: 1.0})) == 2
+    assert known_or_best(path, "small", [1, 2], Machine({})) == 1
 
 
 def test_where_there_is_no_choice_nothing_is_measured(tmp_path: Path) -> None:
-    assert known_or_best(tmp_path / "threads.json", [2], Machine({})) == 2
+    assert known_or_best(tmp_path / "threads.json", "a shape", [2], Machine({})) == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,8 +87,8 @@ def test_where_there_is_no_choice_nothing_is_measured(tmp_path: Path) -> None:
 def test_a_damaged_file_is_written_again(tmp_path: Path, content: str) -> None:
     path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
     path.write_text(content)
-    assert known_or_best(path, [8, 16], measure) == 16
-    assert known_or_best(path, [8, 16], measure) == 16
+    assert known_or_best(path, "a shape", [8, 16], measure) == 16
+    assert known_or_best(path, "a shape", [8, 16], measure) == 16
     assert measure.calls == 1
 
 
@@ -88,31 +96,32 @@ def test_a_link_in_its_place_is_replaced(tmp_path: Path) -> None:
     path, precious = tmp_path / "threads.json", tmp_path / "precious"
     precious.write_text("{}")
     path.symlink_to(precious)
-    assert known_or_best(path, [8, 16], Machine({8: 1.0, 16: 0.5})) == 16
+    assert known_or_best(path, "a shape", [8, 16], Machine({8: 1.0, 16: 0.5})) == 16
     assert (precious.read_text(), path.is_symlink()) == ("{}", False)
 
 
 def test_a_count_that_cannot_be_is_measured_again(tmp_path: Path) -> None:
     path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
-    known_or_best(path, [8, 16], measure)
+    known_or_best(path, "a shape", [8, 16], measure)
     path.write_text(path.read_text().replace("16\n", "1000\n"))
-    assert known_or_best(path, [8, 16], measure) == 16
+    assert known_or_best(path, "a shape", [8, 16], measure) == 16
     assert measure.calls == 2
 
 
 def test_where_nothing_can_be_written_it_is_measured_each_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     measure = Machine({8: 1.0, 16: 0.5})
-    assert known_or_best(tmp_path / "file" / "threads.json", [8, 16], measure) == 16
+    assert known_or_best(tmp_path / "file" / "threads.json", "a shape", [8, 16], measure) == 16
 
 
-def test_small_experts_are_computed_by_one_thread_and_others_by_what_was_measured(
+def test_each_shape_gets_the_count_that_was_measured_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Small experts always got one thread, which cost models of many of them a third."""
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
-    seconds = {2: 1.0, 4: 0.5}
-    monkeypatch.setattr(torch_threads, "thread_seconds", lambda *given: seconds)
+    seconds = {BLUEPRINT: {1: 3.0, 2: 1.0, 4: 0.5}, DEMO: {1: 1.0, 2: 1.0, 4: 1.0}}
+    monkeypatch.setattr(torch_threads, "thread_seconds", lambda model, counts: seconds[model])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for _ in range(2):  # the second time it is not taken for the machine's own
         choose_threads(BLUEPRINT)
@@ -129,7 +138,7 @@ def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_experts_are_computed_with_each_count_and_the_count_is_as_before(
+def test_layers_with_experts_are_computed_with_each_count_and_the_count_is_as_before(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with InstalledModel(tiny_model) as installed:

@@ -6,7 +6,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.generate import Engine
 from mixchat.engine.passes import ForwardPasses
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.running_job import RunningJob
@@ -77,9 +75,7 @@ def job(number: int, **options: Any) -> Job:
     return Job(**{**given, **options})
 
 
-def test_forty_jobs_at_once_of_which_a_third_is_cancelled_are_answered_as_alone(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_forty_jobs_at_once_of_which_a_third_is_cancelled_are_answered_as_alone(model_service):
     one = model_service(parallel=1)
     alone = [Waiter(one, job(n)).result() for n in range(40)]
     service = model_service()
@@ -96,9 +92,7 @@ def test_forty_jobs_at_once_of_which_a_third_is_cancelled_are_answered_as_alone(
     assert (stats.finished, stats.cancelled, stats.running, stats.waiting) == (26, 14, 0, 0)
 
 
-def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(model_service):
     service = model_service()
     first, last = Waiter(service, job(9)).result()
     again, end = Waiter(service, job(9)).result()
@@ -110,17 +104,15 @@ def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(
 
 @pytest.mark.parametrize(("max_tokens", "reason"), [(4, "length"), (None, "context")])
 def test_an_answer_that_nothing_stops_ends_at_its_limit_or_where_the_context_is_full(
-    model_service: Callable[..., ModelService], max_tokens: int | None, reason: str
-) -> None:
+    model_service, max_tokens, reason
+):
     service = model_service()
     prompt = (3,) * (service.context.tokens - 8)
     endless = job(0, prompt_ids=prompt, max_tokens=max_tokens, stop_ids=frozenset())
     assert Waiter(service, endless).result()[1].reason == reason
 
 
-def test_a_long_prompt_tells_its_progress(
-    model_service: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_prompt_tells_its_progress(model_service, monkeypatch):
     monkeypatch.setattr("mixchat.engine.chunk_sizer.PREFILL_CHUNK", 10)
     waiter = Waiter(model_service(), job(29))
     waiter.result()
@@ -128,9 +120,7 @@ def test_a_long_prompt_tells_its_progress(
     assert progress[:2] == [Reading(10, 34), Reading(20, 34)]
 
 
-def test_an_idle_service_takes_as_many_jobs_at_once_as_it_says(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_an_idle_service_takes_as_many_jobs_at_once_as_it_says(model_service):
     """It took as many only if the first of them had begun before the last one came."""
     service = model_service(parallel=2, waiting=3)
     assert service.most_jobs == 5
@@ -141,9 +131,7 @@ def test_an_idle_service_takes_as_many_jobs_at_once_as_it_says(
     assert all(isinstance(waiter.result()[1], Done) for waiter in waiters)
 
 
-def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(model_service):
     service = model_service(parallel=1, waiting=2)
     waiters = [Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))]
     refused = 0
@@ -156,9 +144,7 @@ def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(
     assert all(isinstance(waiter.result()[1], Done) for waiter in waiters)
 
 
-def test_one_that_is_cancelled_while_it_waits_is_told_so(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_one_that_is_cancelled_while_it_waits_is_told_so(model_service):
     service = model_service(parallel=1)
     first = Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))
     second = Waiter(service, job(1))
@@ -182,9 +168,7 @@ class Anything:
         pass
 
 
-def test_a_form_that_takes_long_to_compile_holds_up_nobody(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_a_form_that_takes_long_to_compile_holds_up_nobody(model_service):
     """Forms were compiled in the thread of the model: all other answers stood still meanwhile."""
     service = model_service(parallel=1)
     forms = Anything(), Anything()
@@ -196,10 +180,8 @@ def test_a_form_that_takes_long_to_compile_holds_up_nobody(
     assert isinstance(slow.result()[1], Done)
 
 
-def test_a_form_that_cannot_be_compiled_ends_its_own_answer(
-    model_service: Callable[..., ModelService],
-) -> None:
-    def no_process() -> Any:
+def test_a_form_that_cannot_be_compiled_ends_its_own_answer(model_service):
+    def no_process():
         raise OSError("no more processes")
 
     service = model_service()
@@ -208,16 +190,12 @@ def test_a_form_that_cannot_be_compiled_ends_its_own_answer(
     assert isinstance(good.result()[1], Done)
 
 
-def test_a_prompt_that_is_too_long_is_refused_at_once(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_a_prompt_that_is_too_long_is_refused_at_once(model_service):
     with pytest.raises(PromptError, match="128 tokens"):
         model_service().submit(job(0, prompt_ids=(3,) * 128), print)
 
 
-def test_closing_lets_answers_end_and_takes_no_others(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_closing_lets_answers_end_and_takes_no_others(model_service):
     service = model_service()
     waiters = [Waiter(service, job(n)) for n in range(10)]
     service.close(patience=WAIT)
@@ -226,16 +204,14 @@ def test_closing_lets_answers_end_and_takes_no_others(
         service.submit(job(0), print)
 
 
-def test_closing_without_patience_cancels(model_service: Callable[..., ModelService]) -> None:
+def test_closing_without_patience_cancels(model_service):
     service = model_service(parallel=1)
     waiters = [Waiter(service, job(n, max_tokens=90, stop_ids=frozenset())) for n in range(10)]
     service.close()
     assert waiters[9].result()[1] == Done("interrupted", 14, 0, 0)
 
 
-def test_log_probabilities_are_those_of_the_model(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_log_probabilities_are_those_of_the_model(model_service):
     waiter = Waiter(model_service(), job(4, top_logprobs=3, sampling=SamplingOptions(0)))
     _, last = waiter.result()
     deltas = [event for event in waiter.events if isinstance(event, Delta)]
@@ -248,9 +224,7 @@ def test_log_probabilities_are_those_of_the_model(
         assert sum(map(math.exp, values)) < 1.0001
 
 
-def test_a_stop_string_ends_the_answer_before_it(
-    model_service: Callable[..., ModelService],
-) -> None:
+def test_a_stop_string_ends_the_answer_before_it(model_service):
     service = model_service()
     text, _ = Waiter(service, job(5, max_tokens=60)).result()
     stop = text[len(text) // 2 : len(text) // 2 + 2]
@@ -259,14 +233,12 @@ def test_a_stop_string_ends_the_answer_before_it(
     assert last.reason == "stop_string"
 
 
-def test_a_fault_is_told_to_those_it_hits_and_the_next_are_served(
-    model_service: Callable[..., ModelService], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_is_told_to_those_it_hits_and_the_next_are_served(model_service, monkeypatch):
     service = model_service()
     expected = Waiter(service, job(3)).result()[0]
     for fault in (CheckpointError("experts-000.safetensors cannot be read"), RuntimeError("oh")):
 
-        def fails(*given: Any, fault: Exception = fault, **how: Any) -> torch.Tensor:
+        def fails(*given, fault=fault, **how):
             raise fault
 
         with monkeypatch.context() as patch:
@@ -276,8 +248,8 @@ def test_a_fault_is_told_to_those_it_hits_and_the_next_are_served(
     assert service.stats().failed == 2
 
 
-def test_a_model_that_cannot_be_loaded_says_why(model: Path) -> None:
-    def load() -> Engine:
+def test_a_model_that_cannot_be_loaded_says_why(model):
+    def load():
         raise CheckpointError("shared.safetensors is damaged")
 
     text = CheckpointText(model)
@@ -286,7 +258,7 @@ def test_a_model_that_cannot_be_loaded_says_why(model: Path) -> None:
         ModelService("tiny", load, tokenizer, text.template((2,)), queue=1)
 
 
-def test_counts_are_those_of_the_answers(model_service: Callable[..., ModelService]) -> None:
+def test_counts_are_those_of_the_answers(model_service):
     service = model_service()
     sums: dict[str, int] = defaultdict(int)
     for number in range(6):

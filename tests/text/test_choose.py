@@ -11,6 +11,7 @@ import text_builders as build
 
 from mixchat.base.errors import CheckpointError
 from mixchat.text.choose import load_template, load_tokenizer
+from mixchat.text.hf import JsonTokenizer
 from mixchat.text.jinja_template import JinjaTemplate
 from mixchat.text.messages import Message
 from mixchat.text.template import CompletionTemplate, InstructTemplate
@@ -37,7 +38,29 @@ def test_another_template_is_rendered(template: str, model_file: Any, tmp_path: 
     assert type(chosen(tmp_path)) is JinjaTemplate
 
 
-def test_third_generation_instruct_tokens_use_their_own_template(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_json", [True, False])
+def test_mistrals_third_generation_is_built_from_ids(with_json: bool, tmp_path: Path) -> None:
+    tokenizer = build.byte_level() if with_json else None
+    build.write_checkpoint(tmp_path, tokenizer, model_file=build.V3_FILE, template=build.MISTRAL_V3)
+    template = chosen(tmp_path)
+    assert type(template) is InstructTemplate
+    assert template.encode([Message("user", "[INST]")])[:2] == [1, 3]
+
+
+def test_a_template_for_tools_needs_a_tokenizer_with_their_tokens(tmp_path: Path) -> None:
+    """A fine-tune of the first generation has the tokens in tokenizer.json only."""
+    build.write_checkpoint(
+        tmp_path,
+        build.byte_level(plain=["[INST]", "[/INST]"]),
+        model_file=build.V1_FILE,
+        template=build.MISTRAL_V3,
+    )
+    assert type(load_tokenizer(tmp_path)) is JsonTokenizer
+    assert type(chosen(tmp_path)) is JinjaTemplate
+
+
+def test_a_space_before_a_control_token_is_kept(tmp_path: Path) -> None:
+    """Fine-tunes of the third generation have Mistral's first template."""
     build.write_checkpoint(tmp_path, model_file=build.V3_FILE, template=build.MISTRAL)
     template = chosen(tmp_path)
     assert type(template) is JinjaTemplate

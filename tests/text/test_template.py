@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,15 @@ def instruct(v1: Any) -> InstructTemplate:
 
 
 @pytest.fixture(scope="session")
-def oracle() -> Callable[[list[Message]], list[int]]:
+def instruct_v3(tmp_path_factory: pytest.TempPathFactory) -> InstructTemplate:
+    directory = tmp_path_factory.mktemp("v3")
+    build.write_checkpoint(directory, model_file=build.V3_FILE, template=build.MISTRAL_V3)
+    template = load_template(directory, load_tokenizer(directory))
+    assert isinstance(template, InstructTemplate)
+    return template
+
+
+def mistral_common(kind: str, file: Path) -> Callable[[list[Message]], list[int]]:
     """Return mistral-common's ids of a conversation that ends with a question."""
     from mistral_common.protocol.instruct.messages import (
         AssistantMessage,
@@ -32,10 +41,10 @@ def oracle() -> Callable[[list[Message]], list[int]]:
     )
     from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1
+    from mistral_common.tokens.tokenizers import instruct
     from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-    tokenizer = InstructTokenizerV1(SentencePieceTokenizer(str(build.V1_FILE)))
+    tokenizer = getattr(instruct, kind)(SentencePieceTokenizer(str(file)))
     kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
 
     def encode(messages: list[Message]) -> list[int]:
@@ -46,6 +55,16 @@ def oracle() -> Callable[[list[Message]], list[int]]:
         return list(tokenizer.encode_instruct(normal).tokens)
 
     return encode
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[[list[Message]], list[int]]:
+    return mistral_common("InstructTokenizerV1", build.V1_FILE)
+
+
+@pytest.fixture(scope="session")
+def oracle_v3() -> Callable[[list[Message]], list[int]]:
+    return mistral_common("InstructTokenizerV3", build.V3_FILE)
 
 
 @st.composite
@@ -65,6 +84,35 @@ def test_the_ids_are_mistral_commons(
     messages: list[Message], instruct: InstructTemplate, oracle: Any
 ) -> None:
     assert instruct.encode(messages) == oracle(messages)
+
+
+@settings(deadline=None, max_examples=1000)
+@given(messages=conversations())
+def test_the_ids_of_the_third_generation_are_mistral_commons(
+    messages: list[Message], instruct_v3: InstructTemplate, oracle_v3: Any
+) -> None:
+    assert instruct_v3.encode(messages) == oracle_v3(messages)
+
+
+def test_a_worked_example_of_the_third_generation(instruct_v3: InstructTemplate) -> None:
+    hi, hello = Message("user", "Hi"), Message("assistant", "Hello  ")
+    assert instruct_v3.encode([hi, hello, Message("user", "[/INST]")]) == [
+        *(1, 3, 16127, 4, 23325, 2),
+        *(3, 1501, 29516, 17057, 29561, 4),
+    ]
+    assert instruct_v3.stop_ids == {2}
+
+
+def test_from_the_third_generation_the_system_text_is_in_the_last_question(
+    instruct_v3: InstructTemplate,
+) -> None:
+    """An answer's own ids are taken as they are, with their last space."""
+    ids = (1, 2, 29473)
+    first, answer = Message("user", "a"), Message("assistant", "b", ids)
+    assert instruct_v3.encode([Message("system", "S"), first, answer, Message("user", "c")]) == (
+        instruct_v3.encode([first, answer, Message("user", "S\n\nc")])
+    )
+    assert instruct_v3.encode([first, answer, first])[4:8] == [*ids, 2]
 
 
 def test_a_worked_example(instruct: InstructTemplate, v1: Any) -> None:

@@ -68,6 +68,27 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
     "{% endif %}{% endfor %}"
 )
+MISTRAL_V3 = """\
+{%- if messages[0].role == "system" %}
+    {%- set system, messages = messages[0].content, messages[1:] %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == "user" %}
+        {%- if loop.last and tools %}
+            {{- "[AVAILABLE_TOOLS] " + tools | tojson + "[/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {{- "[INST] " }}
+        {%- if loop.last and system is defined %}{{- system + "\n\n" }}{% endif %}
+        {{- message.content + "[/INST]" }}
+    {%- elif message.role == "tool" %}
+        {{- "[TOOL_RESULTS] " + message.content + "[/TOOL_RESULTS]" }}
+    {%- elif message.tool_calls %}
+        {{- "[TOOL_CALLS] " + message.tool_calls | tojson + eos_token }}
+    {%- else %}
+        {{- " " + message.content | trim + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
 LLAMA2 = MISTRAL.replace("'[INST] '", "'[INST] <<SYS>>\\nBe kind.\\n<</SYS>>\\n\\n'")
 
 CORPUS = [

@@ -22,6 +22,7 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     write_manifest,
 )
+from mixchat.weights.known_models import ALIASES
 
 QUANTIZATION = {
     "quant_type": "nf4",
@@ -79,11 +80,18 @@ def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
 
 
 class TestResolve:
-    @pytest.mark.parametrize("alias", sorted(models.ALIASES))
+    @pytest.mark.parametrize("alias", sorted(ALIASES))
     def test_an_alias_is_installed_where_its_repo_is(self, alias: str) -> None:
         ref = models.resolve(alias)
-        assert ref.repo == models.ALIASES[alias]
+        assert ref.repo == ALIASES[alias]
         assert ref.key == models.resolve(ref.repo).key == ref.repo.replace("/", "--")
+
+    def test_a_model_here_precedes_an_alias_that_is_newer(self, home: Path) -> None:
+        """Somebody may have installed a model as "8x22b" before that was an alias."""
+        (home / "models" / "8x22b").mkdir(parents=True)
+        assert models.resolve("8x22b") == models.ModelRef("8x22b", "8x22b")
+        with pytest.raises(UsageError, match="cannot be a model's name"):
+            models.resolve("org/name", key="8x22b")
 
     def test_the_demo(self) -> None:
         assert models.resolve("demo") == models.ModelRef("demo", "demo", demo=True)

@@ -72,7 +72,7 @@ Model = Annotated[
     str,
     setting(
         "-m --model NAME",
-        "base, instruct, demo, ORG/NAME, or a name that 'mixchat list' shows.",
+        "base, instruct, 8x22b, demo, ORG/NAME, or a name that 'mixchat list' shows.",
         MODEL,
         check=checked_model,
         autocompletion=runnable_models,

@@ -134,7 +134,8 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
 
 def runnable_models(incomplete: str) -> list[str]:
     """Complete to a fixed name or an installed model."""
-    from mixchat.weights.models import ALIASES, DEMO
+    from mixchat.weights.known_models import ALIASES
+    from mixchat.weights.models import DEMO
 
     return one_of(*dict.fromkeys([*ALIASES, DEMO, *_installed()]))(incomplete)
 

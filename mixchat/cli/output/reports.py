@@ -86,7 +86,7 @@ class ModelDetails(Report):
                 f"{config.num_local_experts}, {config.num_experts_per_tok} per token",
             ),
             ("hidden size", str(config.hidden_size)),
-            ("context", f"{config.max_position_embeddings} tokens"),
+            ("context", f"{config.largest_context} tokens"),
         ]
         if manifest.partly:
             command = {"calibrated": "calibrate", "converted": "convert"}[manifest.partly]
@@ -105,7 +105,7 @@ class ModelDetails(Report):
         return {
             **_entry_as_json(describe(self.directory)),
             "quantization": made["quant_type"],
-            "context": config.max_position_embeddings,
+            "context": config.largest_context,
             "source": manifest.source.repo,
             "commit": manifest.source.commit,
             "revision": manifest.source.revision,

@@ -60,7 +60,10 @@ def find_target(
     if not any(bits) and not calibrated:
         layout = layout or best_layout()
     if calibrated and now.scales == "given":
-        raise UsageError(f"the checkpoint of {directory.name!r} is in 4 bits: it has no other form")
+        raise UsageError(
+            f"the experts of {directory.name!r} stay as they are: their checkpoint has them in "
+            f"4 bits ({now.quant_type}), and no other form to round anew"
+        )
     return replace(
         now,
         layout=layout or now.layout,
@@ -203,7 +206,7 @@ class _Converter:
         if new.linear is None:
             return tensors
         if old.linear is None or old.linear.quant_type != new.linear.quant_type:
-            return new.linear.encode(tensors[0])
+            return new.linear.encode(tensors[0], bias=tensors[-1] if new.linear.bias else None)
         old.linear.convert(tensors[: len(old.linear.tensors)], new.linear)
         return tensors
 

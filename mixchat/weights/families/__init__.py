@@ -2,6 +2,7 @@
 
 - read_config.py: finds the family of a config.json, and reads it
 - family.py: the form of a description
+- tensors.py: the tensors that families have in common
 - config_keys.py: reads and checks single keys of a config.json
-- mixtral.py: a family
+- mixtral.py, qwen3_moe.py, mellum.py, olmoe.py, granitemoe.py, gpt_oss.py: a family each
 """

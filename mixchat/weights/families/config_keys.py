@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.model_config import RopeParameters
+from mixchat.base.model_config import LayerType, RopeParameters, RopeType
 
 _SHAPE = (
     "vocab_size",
@@ -21,6 +21,18 @@ _SHAPE = (
 )
 
 
+_ORIGINAL = "original_max_position_embeddings"
+# The numbers of a rope type beside its factor.
+_ROPE_NUMBERS: dict[RopeType, tuple[str, ...]] = {
+    "default": (),
+    "linear": (),
+    "dynamic": (),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "longrope": ("attention_factor",),
+}
+
+
 def shape_of(raw: dict[str, Any], *, rope_theta: float, rms_norm_eps: float) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments that all families have, with the family's defaults.
 
@@ -29,17 +41,44 @@ def shape_of(raw: dict[str, Any], *, rope_theta: float, rms_norm_eps: float) -> 
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported")
     heads = positive_int(raw, "num_attention_heads")
-    values = {key: value for key, value in raw.items() if value is not None}
+    values = with_defaults(raw)
     values.setdefault("num_key_value_heads", heads)
     values.setdefault("head_dim", positive_int(raw, "hidden_size") // heads)
     return {
         **{key: positive_int(values, key) for key in _SHAPE},
         "model_type": raw["model_type"],
         "rms_norm_eps": positive_number(values, "rms_norm_eps", rms_norm_eps),
-        "rope_parameters": rope_parameters(raw, rope_theta),
+        **rope_parameters(raw, rope_theta),
         "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
         "eos_token_ids": _eos_token_ids(raw),
     }
+
+
+def with_defaults(raw: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return the keys that are not null, with the family's defaults for others."""
+    return defaults | {key: value for key, value in raw.items() if value is not None}
+
+
+def of_experts(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `raw` with Mixtral's keys for the count of experts and their intermediate size.
+
+    transformers 5 writes some counts as `num_local_experts`.
+    """
+    keys = with_defaults(raw, num_local_experts=raw.get("num_experts"))
+    return with_defaults({"intermediate_size": raw.get("moe_intermediate_size")}, **keys)
+
+
+def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `ModelConfig`'s arguments for the windows of the layers in `layer_types`."""
+    types = raw["layer_types"]
+    known = get_args(LayerType)
+    if not isinstance(types, list) or not all(kind in known for kind in types):
+        raise CheckpointError(
+            f"config.json: layer_types is {types!r:.80}, not a list of {' or '.join(known)}"
+        )
+    if "sliding_attention" not in types:
+        return {}
+    return {"sliding_window": positive_int(raw, "sliding_window"), "layer_types": tuple(types)}
 
 
 def sliding_layers(raw: dict[str, Any]) -> dict[str, Any]:
@@ -53,19 +92,64 @@ def sliding_layers(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rope_parameters(raw: dict[str, Any], rope_theta: float) -> RopeParameters:
-    """Return the rotary embedding in `rope_parameters`, or in older files' `rope_scaling`."""
-    older, newer = _object(raw, "rope_scaling"), _object(raw, "rope_parameters")
-    for rope in (older, newer):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or "factor" in rope:
-            raise CheckpointError(
-                f"config.json: rope type {kind!r} with scaling is not supported",
-                hint="Models whose context was stretched (linear, dynamic, yarn, llama3) do not "
-                "run yet; choose one with plain rotary embeddings.",
-            )
-    values = {**raw, **older, **newer}
-    return RopeParameters(positive_number(values, "rope_theta", rope_theta))
+def rope_parameters(raw: dict[str, Any], rope_theta: float) -> dict[str, RopeParameters]:
+    """Return `ModelConfig`'s arguments for the rotary embedding, as transformers reads them.
+
+    They are in `rope_parameters`, which may hold an object for each type of layers, or in the older
+    `rope_scaling`, which precedes it. Some values may be in `raw` itself.
+    """
+    rope = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
+    outer = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    outer = {"rope_theta": rope_theta, **with_defaults(outer)}
+    context = positive_int(raw, "max_position_embeddings")
+    kinds = [kind for kind in get_args(LayerType) if kind in rope]
+    if not kinds:
+        original = with_defaults({_ORIGINAL: raw.get(_ORIGINAL)})
+        return {"rope_parameters": _rope({**outer, **with_defaults(rope), **original}, context)}
+    # transformers looks for `truncate` beside these objects, and never in them.
+    beside = {"truncate": rope.get("truncate", True)}
+    each = (with_defaults(_object(rope, kind)) for kind in kinds)
+    ropes = [_rope({**outer, **values, **beside}, context) for values in each]
+    return dict(zip(("rope_parameters", "sliding_rope_parameters"), ropes, strict=False))
+
+
+def _rope(values: dict[str, Any], context: int) -> RopeParameters:
+    """Return the rotary embedding in `values`. `context` is `max_position_embeddings`."""
+    kind = values.get("rope_type", values.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
+        raise CheckpointError(
+            f"config.json: rope type {kind!r:.80} is not supported",
+            hint=f"The types that run are {', '.join(_ROPE_NUMBERS)}.",
+        )
+    if values.get("partial_rotary_factor", 1) != 1:
+        raise CheckpointError("config.json: a partial_rotary_factor is not supported")
+    theta = positive_number(values, "rope_theta")
+    if kind == "default":
+        if "factor" in values:
+            raise CheckpointError("config.json: the rope has a factor, but no rope_type")
+        return RopeParameters(theta)
+    trained = values if kind in ("yarn", "llama3", "longrope") else {}
+    original = positive_int({_ORIGINAL: context, **trained}, _ORIGINAL)
+    implied = context / original if kind in ("yarn", "longrope") else None
+    keys = [key for key in _ROPE_NUMBERS[kind] if key in values or kind == "llama3"]
+    read: dict[str, Any] = {key: positive_number(values, key) for key in keys}
+    if kind == "longrope":
+        read |= {key: _numbers(values, key) for key in ("short_factor", "long_factor")}
+    return RopeParameters(
+        theta,
+        kind,
+        factor=positive_number(values, "factor", implied),
+        original_max_position_embeddings=original,
+        truncate=kind != "yarn" or flag(values, "truncate", True),
+        **read,
+    )
+
+
+def _numbers(values: dict[str, Any], key: str) -> tuple[float, ...]:
+    given = values.get(key)
+    if not isinstance(given, list):
+        raise CheckpointError(f"config.json: {key} is {given!r:.80}, not a list of numbers")
+    return tuple(positive_number({key: number}, key) for number in given)
 
 
 def positive_int(values: dict[str, Any], key: str) -> int:
@@ -76,7 +160,7 @@ def positive_int(values: dict[str, Any], key: str) -> int:
     return value
 
 
-def positive_number(values: dict[str, Any], key: str, default: float) -> float:
+def positive_number(values: dict[str, Any], key: str, default: float | None = None) -> float:
     """Return a positive number, `default` if the key is missing."""
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:

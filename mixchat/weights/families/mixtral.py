@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.config_keys import shape_of, sliding_layers
-from mixchat.weights.families.family import Family
-
-# The defaults of transformers' MixtralConfig.
-_DEFAULTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+from mixchat.weights.families.config_keys import shape_of, sliding_layers, with_defaults
+from mixchat.weights.families.family import Family, Tensors
+from mixchat.weights.families.tensors import decoder_tensors, separate_experts
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    keys = {**_DEFAULTS, **{key: value for key, value in raw.items() if value is not None}}
+    keys = with_defaults(raw, num_local_experts=8, num_experts_per_tok=2)
     shape = shape_of(keys, rope_theta=1e6, rms_norm_eps=1e-5)
     return ModelConfig(**shape, **sliding_layers(raw))
 
 
-MIXTRAL = Family("mixtral", _read_config)
+def _tensors(config: ModelConfig) -> Tensors:
+    return decoder_tensors(config, separate_experts("block_sparse_moe", "w1", "w2", "w3"))
+
+
+MIXTRAL = Family("mixtral", _read_config, _tensors)

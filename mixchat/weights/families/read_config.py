@@ -1,17 +1,26 @@
-"""Reads the config.json of any family."""
+"""Reads the config.json of any family, and finds the tensors that it describes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.family import Family
+from mixchat.weights.families.family import Family, Slice
+from mixchat.weights.families.gpt_oss import GPT_OSS
+from mixchat.weights.families.granitemoe import GRANITEMOE
+from mixchat.weights.families.mellum import MELLUM
 from mixchat.weights.families.mixtral import MIXTRAL
+from mixchat.weights.families.olmoe import OLMOE
+from mixchat.weights.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MIXTRAL,)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS)
+}
 
 
 def read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -30,3 +39,9 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
 def read_config_file(path: Path) -> ModelConfig:
     """Read a config.json. Raises `CheckpointError`."""
     return read_config(read_json_object(path))
+
+
+@lru_cache(maxsize=4)  # a large model has 20,000
+def slices(config: ModelConfig) -> Mapping[str, tuple[Slice, ...]]:
+    """Return the slices of a checkpoint's tensors that make each tensor of the installed model."""
+    return dict(FAMILIES[config.model_type].tensors(config))

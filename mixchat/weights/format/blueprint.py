@@ -3,7 +3,7 @@
 `shared.safetensors` has all that every token needs. Each layer has one `experts-LLL.safetensors`.
 Some matrices are fused, because one large multiplication is faster. `qkv_proj` is q above k above
 v, and an expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection, out = w2(silu(w1 x)
-* w3 x).
+* w3 x), or another product of w1 x and w3 x. A bias of a matrix comes after it, fp32.
 
 An expert is w13, then w2, then zeros up to a multiple of 4096 bytes, so that each begins on a page
 boundary, on disk and in memory. For Mixtral 8x7B in NF4:
@@ -23,9 +23,9 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, Header, TensorSpec
-from mixchat.kernels import rows
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.program import Stage, alone, together
+from mixchat.kernels.rows import Swiglu
 from mixchat.weights.matrix.linear import (
     TYPES,
     Layout,
@@ -33,7 +33,7 @@ from mixchat.weights.matrix.linear import (
     Scales,
     as_packed,
 )
-from mixchat.weights.matrix.quant_type import BLOCKSIZE, Linear, QuantType
+from mixchat.weights.matrix.quant_type import Linear, QuantType
 
 SHARED_FILE = "shared.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -64,7 +64,8 @@ class Quantization:
 
     def description(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
-        return {**asdict(self), "blocksize": BLOCKSIZE, "dtype": dtype}
+        blocksize = TYPES[self.quant_type].blocksize
+        return {**asdict(self), "blocksize": blocksize, "dtype": dtype}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Quantization:
@@ -79,14 +80,15 @@ class Expert:
 
     gate_up: Linear
     down: Linear
+    swiglu: Swiglu
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Return w2(silu(w1 x) * w3 x), [n, D]."""
-        return self.down(rows.swiglu(self.gate_up(x, exact=exact)), exact=exact)
+        """Return w2(silu(w1 x) * w3 x), [n, D], or with the product that the model has."""
+        return self.down(self.swiglu(self.gate_up(x, exact=exact)), exact=exact)
 
     @property
     def addresses(self) -> list[int]:
-        """Return the addresses of codes and absmax of both matrices."""
+        """Return the addresses of codes, absmax and bias of both matrices."""
         return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
 
     def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[int]]:
@@ -103,12 +105,12 @@ class Expert:
         stages = [
             alone(round_x),
             together(project_up),
-            together(rows.swiglu_step(gate_up, gated)),
+            together(self.swiglu.step(gate_up, gated)),
             together(round_gated),
             together(project_down),
         ]
-        products = project_up, project_down
-        return stages, [step.address(name) for step in products for name in ("codes", "absmax")]
+        products, names = (project_up, project_down), ("codes", "absmax", "bias")
+        return stages, [step.address(name) for step in products for name in names]
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class ExpertSpec:
 
     gate_up: LinearSpec
     down: LinearSpec
+    swiglu: Swiglu
 
     @cached_property
     def nbytes(self) -> int:
@@ -145,7 +148,7 @@ class ExpertSpec:
     def build(self, block: torch.Tensor) -> Expert:
         """Return the expert over a block of `stride` bytes, which is used in place."""
         gate_up, down = self._views(block)
-        return Expert(self.gate_up.build(gate_up), self.down.build(down))
+        return Expert(self.gate_up.build(gate_up), self.down.build(down), self.swiglu)
 
     def convert(self, block: torch.Tensor, to: ExpertSpec) -> None:
         """Rewrite the block in place from this layout to the layout of `to`."""
@@ -192,10 +195,11 @@ class Blueprint:
     def expert(self) -> ExpertSpec:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         kind, scales = self.quantization.quant_type, self.quantization.scales
-        down = TYPES[kind].down_type or kind
+        down, bias = TYPES[kind].down_type or kind, self.config.moe_bias
         return ExpertSpec(
-            gate_up=replace(self._linear("w13", 2 * inner, hidden, kind), scales=scales),
-            down=replace(self._linear("w2", hidden, inner, down), scales=scales),
+            replace(self._linear("w13", 2 * inner, hidden, kind), scales=scales, bias=bias),
+            replace(self._linear("w2", hidden, inner, down), scales=scales, bias=bias),
+            swiglu_of(self.config),
         )
 
     def qkv(self, layer: int) -> LinearSpec:
@@ -203,17 +207,17 @@ class Blueprint:
         config = self.config
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         name = f"{layer_prefix(layer)}self_attn.qkv_proj"
-        return self._linear(name, rows, config.hidden_size, self.quantization.attention)
+        return self._attention(name, rows, config.hidden_size)
 
     def o(self, layer: int) -> LinearSpec:
         columns = self.config.num_attention_heads * self.config.head_dim
         name = f"{layer_prefix(layer)}self_attn.o_proj"
-        return self._linear(name, self.config.hidden_size, columns, self.quantization.attention)
+        return self._attention(name, self.config.hidden_size, columns)
 
     @property
     def head(self) -> LinearSpec | None:
         """Return the output head, or None if it is the embedding (tied, not quantized)."""
-        if self.config.tie_word_embeddings and self.quantization.head == "none":
+        if self.config.head_is_embedding and self.quantization.head == "none":
             return None
         config = self.config
         return self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
@@ -233,11 +237,34 @@ class Blueprint:
             TensorSpec(f"{prefix}post_attention_layernorm.weight", self.quantization.dtype, shape),
         )
 
+    def qk_norms(self, layer: int) -> list[TensorSpec]:
+        """Return the weights of the norms of queries and keys, if the model has them."""
+        config, prefix = self.config, f"{layer_prefix(layer)}self_attn."
+        if config.qk_norm is None:
+            return []
+        heads = 1, 1
+        if config.qk_norm == "projection":
+            heads = config.num_attention_heads, config.num_key_value_heads
+        return [
+            TensorSpec(f"{prefix}{name}", self.quantization.dtype, (count * config.head_dim,))
+            for name, count in zip(("q_norm.weight", "k_norm.weight"), heads, strict=True)
+        ]
+
+    def sinks(self, layer: int) -> TensorSpec:
+        """Return the logits of a layer's heads that join the sums of their softmax."""
+        name = f"{layer_prefix(layer)}self_attn.sinks"
+        return TensorSpec(name, self.quantization.dtype, (self.config.num_attention_heads,))
+
     def gate(self, layer: int) -> TensorSpec:
         """Return the matrix of a layer's router, which is never quantized."""
         shape = (self.config.num_local_experts, self.config.hidden_size)
         name = f"{layer_prefix(layer)}block_sparse_moe.gate.weight"
         return TensorSpec(name, self.quantization.dtype, shape)
+
+    def gate_bias(self, layer: int) -> TensorSpec:
+        """Return the bias of a layer's router, which only models with `moe_bias` have."""
+        name = f"{layer_prefix(layer)}block_sparse_moe.gate.bias"
+        return TensorSpec(name, self.quantization.dtype, (self.config.num_local_experts,))
 
     @property
     def embedding(self) -> TensorSpec:
@@ -255,7 +282,12 @@ class Blueprint:
             yield from self.norms(layer)
             yield from self.qkv(layer).tensors
             yield from self.o(layer).tensors
+            yield from self.qk_norms(layer)
+            if self.config.attention_sinks:
+                yield self.sinks(layer)
             yield self.gate(layer)
+            if self.config.moe_bias:
+                yield self.gate_bias(layer)
         yield self.norm
         if self.head is not None:
             yield from self.head.tensors
@@ -303,15 +335,24 @@ class Blueprint:
         """Return the same model with its matrices in 8 bits made dense."""
         # A tied head in 8 bits stays so. Dense, it would be the embedding, another matrix.
         stored, head = self.quantization, self.quantization.head
-        if not self.config.tie_word_embeddings:
+        if not self.config.head_is_embedding:
             head = _widened(head)
         attention = _widened(stored.attention)
         return replace(self, quantization=replace(stored, attention=attention, head=head))
+
+    def _attention(self, name: str, rows: int, columns: int) -> LinearSpec:
+        matrix = self._linear(name, rows, columns, self.quantization.attention)
+        return replace(matrix, bias=self.config.attention_bias)
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
         stored = self.quantization
         scales: Scales = "search" if stored.scales == "calibrated" else stored.scales
         return LinearSpec(name, rows, columns, quant_type, stored.layout, stored.dtype, scales)
+
+
+def swiglu_of(config: ModelConfig) -> Swiglu:
+    """Return what experts do between their matrices."""
+    return Swiglu(config.swiglu_limit, config.swiglu_alpha)
 
 
 def layer_prefix(layer: int) -> str:

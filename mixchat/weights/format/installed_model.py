@@ -98,7 +98,8 @@ class InstalledModel:
         if spec.quant_type != target.quant_type:
             plain = replace(spec, layout="bitsandbytes")
             spec.convert(tensors, plain)
-            return target.build([plain.dequantized(tensors)])
+            bias = tensors[-1:] if spec.bias else []
+            return target.build([plain.dequantized(tensors), *bias])
         spec.convert(tensors, target)
         return target.build(tensors)
 

@@ -38,8 +38,7 @@ FORMAT = 4
 _FORMAT_BEFORE = 3  # it lacked `checkpoint` and `unlike`
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
-    "quant_type": ("nf3", "nf4", "fp4", "none"),
-    "blocksize": (64,),
+    "quant_type": ("nf3", "nf4", "fp4", "mxfp4", "none"),
     "scales": ("absmax", "search", "calibrated", "given"),
     "layout": ("bitsandbytes", "cpu-packed"),
     "dtype": ("bfloat16", "float16", "float32"),
@@ -250,8 +249,11 @@ def _digest(document: dict[str, Any]) -> str:
 
 def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     four_bits = {"none": (), "fp4": ("fp4",)}.get(quantization["quant_type"], ("nf4",))
-    of_parts = dict.fromkeys(_DENSE_PARTS, ("none", "int8", *four_bits))
-    for key, allowed in (_QUANTIZATION | of_parts).items():
+    depending: dict[str, tuple[object, ...]] = {
+        "blocksize": (32,) if quantization["quant_type"] == "mxfp4" else (64,),
+        **dict.fromkeys(_DENSE_PARTS, ("none", "int8", *four_bits)),
+    }
+    for key, allowed in (_QUANTIZATION | depending).items():
         value = quantization[key]
         if not any(value == known and type(value) is type(known) for known in allowed):
             raise CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")

@@ -124,7 +124,7 @@ class Build:
         with SafetensorsFile(path) as file:
             if file.header.specs != self._index.header(shard).specs:
                 raise HubError(f"{path}: not the tensors that its header listed at first")
-            here = {spec.name for spec in file.header.specs} & self._of_shard(shard)
+            here = self._of_shard(shard)
             saved = time.monotonic()
             later = []
             for part in self.parts:

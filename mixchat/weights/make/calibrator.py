@@ -24,8 +24,7 @@ from mixchat.base.files import read_bytes, rename_durably, temporary_path
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import tensor_bytes
-from mixchat.kernels import rows
-from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.blueprint import Blueprint, swiglu_of
 from mixchat.weights.format.manifest import Manifest
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.matrix.quant_type import DenseLinear, Inputs, Way
@@ -121,12 +120,14 @@ class Calibrator:
         assert part.linear is not None
         assert part.expert is not None
         weight = part.dense(self._index, self.reader.read)
+        bias = part.read_bias(self._index, self.reader.read)
         if part.linear.name == "w2":
-            return part.encoded(weight, Inputs(*self._w2_inputs, self._note))
+            return part.encoded(weight, Inputs(*self._w2_inputs, self._note), bias)
         fit, held_out = self._rows(*part.expert)
         exact = DenseLinear(weight)
-        self._w2_inputs = rows.swiglu(exact(fit)), rows.swiglu(exact(held_out))
-        return part.encoded(weight, Inputs(fit, held_out, self._note))
+        swiglu = swiglu_of(self._index.config)
+        self._w2_inputs = swiglu(exact(fit)), swiglu(exact(held_out))
+        return part.encoded(weight, Inputs(fit, held_out, self._note), bias)
 
     def report(self) -> str:
         """Return the count of matrices made in each way, and the gain."""

@@ -20,7 +20,7 @@ from mixchat.weights.format.model_files import check_files
 from mixchat.weights.make.build import Build, finish_interrupted
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.matrix.linear import type_of_bits
+from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.models import ModelRef
 from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
 from mixchat.weights.source.open_checkpoint import open_checkpoint
@@ -178,12 +178,11 @@ def _begins(commit: str | None, revision: str | None) -> bool:
 
 def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
     """Return whether a model is quantized as requested. Its scales may be any."""
-    given = made["scales"] == "given" and made["quant_type"] != "none"
 
     def fits(part: str, bits: int | None) -> bool:
         return bits is None or made[part] == type_of_bits(bits, made["quant_type"])
 
-    same_experts = options.quant_type == ("nf4" if given else made["quant_type"])
+    same_experts = TYPES[options.quant_type].bits == TYPES[made["quant_type"]].bits
     return same_experts and fits("attention", options.attention) and fits("head", options.head)
 
 

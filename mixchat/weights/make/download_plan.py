@@ -16,7 +16,7 @@ from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import rounded_from
-from mixchat.weights.source.checkpoint_index import CheckpointIndex, expert_tensor
+from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 _PROCESS_BYTES = 400_000_000  # of memory, with torch, without weights
 _SMALL_FILES_BYTES = 16_000_000  # manifest, journal, tokenizer
@@ -198,12 +198,12 @@ def find_memory_need(index: CheckpointIndex, blueprint: Blueprint) -> Need:
 
 def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
     """Return the bytes of a part while it is made, one matrix at a time."""
-    sources = [index.nbytes(index.components(name)) for name in part.sources]
+    sources = [index.nbytes(index.components(name)) for name in part.matrices]
     stacked = 0
     if part.linear is not None:
         dense = part.linear.rows * part.linear.columns * part.linear.dtype.itemsize
         rounded = part.linear.quant_type == "int8" and sources != [dense]  # to bf16, before
-        stacked = dense if rounded or len(sources) > 1 else 0
+        stacked = dense if rounded or not part.is_one_matrix else 0
     if part.linear is None or part.linear.quant_type == "none":
         same_type = sum(sources) == part.nbytes  # then it is not copied
         return stacked + max(sources) + (0 if same_type else part.nbytes)
@@ -215,7 +215,7 @@ def _quantizing_seconds(index: CheckpointIndex, blueprint: Blueprint) -> float:
     layout = blueprint.expert
     weights = layout.gate_up.rows * layout.gate_up.columns + layout.down.rows * layout.down.columns
     spec = replace(layout.down, rows=_SAMPLE_SHAPE[0], columns=_SAMPLE_SHAPE[1])
-    if index.quant_type(expert_tensor(0, 0, "w1")):
+    if index.experts_quant_type:
         spec = replace(spec, quant_type="none")  # 4-bit codes are copied, or nearly so
     sample = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0)).to(
         torch.bfloat16

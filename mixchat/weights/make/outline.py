@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mixchat.base.errors import ModelNotFoundError
 from mixchat.base.progress import Progress
@@ -17,6 +16,7 @@ from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.model_files import check_files
+from mixchat.weights.known_models import known_model
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
 from mixchat.weights.make.quantize_options import (
@@ -26,25 +26,6 @@ from mixchat.weights.make.quantize_options import (
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.source.checkpoint_index import expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
-
-# The config.json of both of `models.ALIASES`, so that no hub has to be asked.
-MIXTRAL: dict[str, Any] = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 _SHARD_BYTES_MAX = 5e9  # of a checkpoint that transformers writes
 
@@ -80,7 +61,7 @@ def outline(
 
     bits: of its experts. If it is installed with others, the outline is of a second download.
     free_disk: the free bytes of another machine's disk. Asks the hub only for one of its models
-    that is neither installed nor in `models.ALIASES`.
+    that is neither installed nor known.
     """
     source, target = None, ref.directory
     flags = [] if bits is None else ["--expert-bits", str(bits)]
@@ -116,8 +97,8 @@ def _before_download(
     progress: Progress,
 ) -> Outline:
     name = source.repo
-    if name in models.ALIASES.values():
-        index = expected_index(read_config(MIXTRAL), name, _SHARD_BYTES_MAX)
+    if (known := known_model(name)) is not None:
+        index = expected_index(read_config(known.config), name, _SHARD_BYTES_MAX)
         blueprint = make_blueprint(index, options)
 
         def size(shard: str) -> int:

@@ -5,38 +5,37 @@ Only one is in memory. An expert has two, `w13` (of w1 and w3), and `w2` with th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from mixchat.base.safetensors import TensorSpec
-from mixchat.weights.format.blueprint import (
-    EMBEDDING,
-    HEAD,
-    SHARED_FILE,
-    Blueprint,
-    experts_file,
-    layer_prefix,
-)
+from mixchat.weights.families.family import Slice
+from mixchat.weights.families.read_config import slices
+from mixchat.weights.families.tensors import expert_prefix
+from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, experts_file, layer_prefix
 from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.nf4 import Quantized4bit
 from mixchat.weights.matrix.quant_type import Inputs
-from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read, expert_tensor
+from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read
 
 
 @dataclass(frozen=True)
 class ModelPart:
-    """Consecutive tensors in `file`, and the checkpoint's matrices they are made of.
+    """Consecutive tensors in `file`, and the slices of the checkpoint's matrices that make them.
 
     `linear` is None for tensors that are never quantized. `expert` is a layer and an expert's
-    number.
+    number. `bias` are the slices of the matrix's bias, if it has one.
     """
 
     file: str
     tensors: tuple[TensorSpec, ...]
-    sources: tuple[str, ...]
+    sources: tuple[Slice, ...]
     linear: LinearSpec | None = None
     expert: tuple[int, int] | None = None
+    bias: tuple[Slice, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -44,79 +43,127 @@ class ModelPart:
 
     def components(self, index: CheckpointIndex) -> list[str]:
         """Return the checkpoint's tensors that have to be read."""
-        return [name for source in self.sources for name in index.components(source)]
+        biases = dict.fromkeys(source.name for source in self.bias)
+        return [name for matrix in self.matrices for name in index.components(matrix)] + [*biases]
+
+    @property
+    def matrices(self) -> list[str]:
+        """Return the names of the checkpoint's matrices, each once."""
+        return [*dict.fromkeys(source.name for source in self.sources)]
 
     def make(self, index: CheckpointIndex, read: Read) -> list[torch.Tensor]:
         """Return the tensors of this part. Raises `CheckpointError` if a weight is not finite."""
         linear = self.linear
         if linear is None:
             return [self.dense(index, read)]
-        if {index.quant_type(source) for source in self.sources} == {linear.quant_type}:
-            matrices = [index.read_4bit(source, read) for source in self.sources]
-            return self._padded(linear.stack_quantized(matrices))
-        return self.encoded(self.dense(index, read))
+        bias = self.read_bias(index, read)
+        if {index.quant_type(matrix) for matrix in self.matrices} == {linear.quant_type}:
+            matrices = [*_read_4bit(self.sources, index, read)]
+            return self._padded(linear.stack_quantized(matrices, bias))
+        return self.encoded(self.dense(index, read), bias=bias)
 
     def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
         """Return the checkpoint's matrices, one above the other."""
         if self.linear is None:
-            return index.read_dense(self.sources[0], read).to(self.tensors[0].dtype)
+            (only,) = _read(self.sources, index, read)
+            return only.to(self.tensors[0].dtype)
         return self._stacked(self.linear, index, read)
 
-    def encoded(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
+    def read_bias(self, index: CheckpointIndex, read: Read) -> torch.Tensor | None:
+        """Return the bias of the matrix [R], if it has one."""
+        return torch.cat([*_read(self.bias, index, read)]) if self.bias else None
+
+    def encoded(
+        self,
+        weight: torch.Tensor,
+        inputs: Inputs | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
         assert self.linear is not None
-        return self._padded(self.linear.encode(weight, inputs))
+        return self._padded(self.linear.encode(weight, inputs, bias))
 
     def _padded(self, made: list[torch.Tensor]) -> list[torch.Tensor]:
         padding = [torch.zeros(spec.shape, dtype=spec.dtype) for spec in self.tensors[len(made) :]]
         return made + padding
 
     def _stacked(self, linear: LinearSpec, index: CheckpointIndex, read: Read) -> torch.Tensor:
-        if len(self.sources) == 1:
-            only = index.read_dense(self.sources[0], read)
+        if self.is_one_matrix:
+            (only,) = _read(self.sources, index, read)
             # From 16 bits, as `mixchat convert` does, so that `repair` gives the same bytes.
             return only.to(linear.dtype) if linear.quant_type == "int8" else only
         whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
         start = 0
-        for source in self.sources:
-            matrix = index.read_dense(source, read)
-            whole[start : start + len(matrix)] = matrix
-            start += len(matrix)
+        for piece in _read(self.sources, index, read):
+            whole[start : start + len(piece)] = piece
+            start += len(piece)
         return whole
+
+    @property
+    def is_one_matrix(self) -> bool:
+        """Return whether it is made of one matrix as it is stored."""
+        return len(self.sources) == 1 and self.sources[0].is_whole
 
 
 def model_parts(blueprint: Blueprint) -> Iterator[ModelPart]:
     """Yield all parts of the model, in their order on disk."""
-    yield _plain(blueprint.embedding)
-    for layer in range(blueprint.config.num_hidden_layers):
-        prefix = layer_prefix(layer)
-        before_attention, before_experts = blueprint.norms(layer)
-        qkv = tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv")
-        yield _plain(before_attention)
-        yield _plain(before_experts)
-        yield _linear(SHARED_FILE, blueprint.qkv(layer), qkv)
-        yield _linear(SHARED_FILE, blueprint.o(layer), (f"{prefix}self_attn.o_proj.weight",))
-        yield _plain(blueprint.gate(layer))
-    yield _plain(blueprint.norm)
-    if blueprint.head is not None:
-        tied = blueprint.config.tie_word_embeddings
-        yield _linear(SHARED_FILE, blueprint.head, (EMBEDDING if tied else f"{HEAD}.weight",))
+    matrices = {linear.tensors[0].name: linear for linear in blueprint.shared_matrices.values()}
+    specs = blueprint.shared_tensors()
+    for spec in specs:
+        if linear := matrices.get(spec.name):
+            own = (spec, *itertools.islice(specs, len(linear.tensors) - 1))
+            yield _matrix(blueprint, SHARED_FILE, own, linear)
+        else:
+            yield ModelPart(SHARED_FILE, (spec,), slices(blueprint.config)[spec.name])
     for layer in range(blueprint.config.num_hidden_layers):
         for expert in range(blueprint.config.num_local_experts):
             yield from _expert(blueprint, layer, expert)
 
 
-def _plain(spec: TensorSpec) -> ModelPart:
-    return ModelPart(SHARED_FILE, (spec,), (spec.name,))
-
-
-def _linear(file: str, linear: LinearSpec, sources: tuple[str, ...]) -> ModelPart:
-    return ModelPart(file, tuple(linear.tensors), sources, linear)
-
-
 def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[ModelPart]:
-    layout, file = blueprint.expert_of(layer), experts_file(layer)
+    layout, file, prefix = blueprint.expert_of(layer), experts_file(layer), layer_prefix(layer)
     specs = tuple(layout.tensors(expert))
     cut = len(layout.gate_up.tensors)
-    w1, w2, w3 = (expert_tensor(layer, expert, name) for name in ("w1", "w2", "w3"))
-    yield ModelPart(file, specs[:cut], (w1, w3), layout.gate_up, (layer, expert))
-    yield ModelPart(file, specs[cut:], (w2,), layout.down, (layer, expert))
+    for linear, tensors in ((layout.gate_up, specs[:cut]), (layout.down, specs[cut:])):
+        part = _matrix(blueprint, file, tensors, linear, expert_prefix(prefix, expert))
+        yield replace(part, expert=(layer, expert))
+
+
+def _matrix(
+    blueprint: Blueprint,
+    file: str,
+    tensors: tuple[TensorSpec, ...],
+    linear: LinearSpec,
+    prefix: str = "",
+) -> ModelPart:
+    made_of, name = slices(blueprint.config), f"{prefix}{linear.name}"
+    bias = made_of[f"{name}.bias"] if linear.bias else ()
+    return ModelPart(file, tensors, made_of[f"{name}.weight"], linear, bias=bias)
+
+
+def _read(sources: Sequence[Slice], index: CheckpointIndex, read: Read) -> Iterator[torch.Tensor]:
+    """Yield the slices. A matrix that two of them share is read once."""
+    for name, shared in itertools.groupby(sources, lambda source: source.name):
+        matrix = index.read_dense(name, read)
+        yield from (_cut(matrix, source) for source in shared)
+
+
+def _read_4bit(
+    sources: Sequence[Slice], index: CheckpointIndex, read: Read
+) -> Iterator[Quantized4bit]:
+    for name, shared in itertools.groupby(sources, lambda source: source.name):
+        matrix = index.read_4bit(name, read)
+        yield from (_cut_4bit(matrix, source) for source in shared)
+
+
+def _cut(matrix: torch.Tensor, source: Slice) -> torch.Tensor:
+    if source.transposed:
+        matrix = matrix.T
+    if source.rows is not None:
+        matrix = matrix[source.rows.start : source.rows.stop : source.rows.step]
+    return matrix if source.factor == 1 else matrix.float() * source.factor
+
+
+def _cut_4bit(matrix: Quantized4bit, source: Slice) -> Quantized4bit:
+    """Return a slice of a matrix that is turned already."""
+    cut = matrix if source.rows is None else matrix.cut(source.rows)
+    return cut if source.factor == 1 else replace(cut, absmax=cut.absmax * source.factor)

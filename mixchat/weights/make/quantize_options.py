@@ -9,14 +9,10 @@ import torch
 from mixchat.base import gpu
 from mixchat.base.errors import UsageError
 from mixchat.kernels.compile import kernels_available
-from mixchat.weights.format.blueprint import EMBEDDING, HEAD, Blueprint, Quantization
-from mixchat.weights.matrix.linear import Layout, Scales, type_of_bits
+from mixchat.weights.format.blueprint import HEAD, Blueprint, Quantization, layer_prefix
+from mixchat.weights.matrix.linear import TYPES, Layout, Scales, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
-from mixchat.weights.source.checkpoint_index import (
-    CheckpointIndex,
-    attention_tensors,
-    expert_tensor,
-)
+from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 # The gain in perplexity by the type of the experts, and if they are calibrated. It is the demo
 # model's mean over five texts, as `tests/benchmarks/quality.py` prints it.
@@ -49,18 +45,18 @@ def best_layout() -> Layout:
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
     """Return the blueprint of the model that these options make of this checkpoint.
 
-    Matrices that bitsandbytes has quantized stay so. Raises `UsageError` for other bits.
+    Matrices that are quantized stay so. Raises `UsageError` for other bits.
     """
-    given_4bit = index.quant_type(expert_tensor(0, 0, "w1"))
-    if given_4bit and options.quant_type != "nf4":
-        raise _has_4_bits(index, "experts")
+    given_4bit = index.experts_quant_type
+    if given_4bit and TYPES[given_4bit].bits != TYPES[options.quant_type].bits:
+        raise _has_4_bits(index, "experts", given_4bit)
     unquantized = options.quant_type == "none" and given_4bit is None
     quant_type = given_4bit or options.quant_type
 
     def type_of(part: str, matrices: list[str], bits: int | None) -> QuantType:
         if given_4bit and all(index.quant_type(matrix) == given_4bit for matrix in matrices):
-            if bits not in (None, 4):
-                raise _has_4_bits(index, part)
+            if bits not in (None, TYPES[given_4bit].bits):
+                raise _has_4_bits(index, part, given_4bit)
             return given_4bit
         default = 16 if options.quant_type == "none" else DENSE_BITS
         return type_of_bits(bits or default, quant_type)
@@ -76,9 +72,9 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     return Blueprint(index.config, quantization)
 
 
-def _has_4_bits(index: CheckpointIndex, part: str) -> UsageError:
+def _has_4_bits(index: CheckpointIndex, part: str, kind: QuantType) -> UsageError:
     return UsageError(
-        f"{index.where}: bitsandbytes has quantized the {part} to 4 bits already",
+        f"{index.where}: the checkpoint has the {part} in 4 bits already ({kind})",
         hint="Other bits would round the weights twice: leave them out, or download a checkpoint "
         "that is not quantized.",
     )
@@ -107,9 +103,10 @@ def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
 
 
 def _attention(index: CheckpointIndex) -> list[str]:
-    layers = range(index.config.num_hidden_layers)
-    return [name for layer in layers for name in attention_tensors(layer)]
+    prefixes = map(layer_prefix, range(index.config.num_hidden_layers))
+    names = (f"{prefix}self_attn.{x}_proj.weight" for prefix in prefixes for x in ("qkv", "o"))
+    return [source.name for name in names for source in index.slices(name)]
 
 
 def _head(index: CheckpointIndex) -> list[str]:
-    return [EMBEDDING if index.config.tie_word_embeddings else f"{HEAD}.weight"]
+    return [source.name for source in index.slices(f"{HEAD}.weight")]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.matrix.nf4 import FOUR_BIT, FourBit, round_absmax
+from mixchat.weights.matrix.nf4 import FOUR_BIT, FourBit, Quantized4bit, round_absmax
 from mixchat.weights.matrix.quant_type import BLOCKSIZE
 
 _STATES = {kind: f"quant_state.bitsandbytes__{kind}" for kind in FOUR_BIT}
@@ -36,22 +36,6 @@ _FLOATS = ("bfloat16", "float16", "float32")
 # The values of `bnb_4bit_quant_storage`, with the same bytes.
 _STORAGE = (torch.uint8, torch.int8, *(getattr(torch, name) for name in _FLOATS), torch.float64)
 _MAX_OFFSET = torch.finfo(torch.float32).max
-
-
-@dataclass(frozen=True)
-class Quantized4bit:
-    """A matrix in 4 bits, with flat codes and scales in the layout "bitsandbytes"."""
-
-    quant_type: FourBit
-    rows: int
-    columns: int
-    codes: torch.Tensor  # uint8
-    absmax: torch.Tensor  # one per 64 weights, fp32 as bitsandbytes computes with it, or bf16
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
-        shape = (self.rows, self.columns)
-        return FOUR_BIT[self.quant_type].dequantize(self.codes, self.absmax, shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -115,7 +99,7 @@ def read_matrix(
     _check_table(matrix, kind)
     codes = _read_codes(matrix, FOUR_BIT[kind].codes_size(rows, columns))
     absmax = _read_absmax(matrix, state, rows * columns)
-    return Quantized4bit(kind, rows, columns, codes, absmax)
+    return Quantized4bit(FOUR_BIT[kind], rows, columns, codes, absmax)
 
 
 @dataclass(frozen=True)

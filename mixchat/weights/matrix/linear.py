@@ -1,4 +1,4 @@
-"""Linear maps y = x W^T, dense or of codes, and the form in which a matrix is stored.
+"""Linear maps y = x W^T + b, dense or of codes, and the form in which a matrix is stored.
 
 R = rows (out features), C = columns (in features).
 """
@@ -6,10 +6,11 @@ R = rows (out features), C = columns (in features).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch.nn import functional
 
 from mixchat.base import gpu
 from mixchat.base.errors import CheckpointError
@@ -22,12 +23,11 @@ from mixchat.kernels.quantized_matmul import (
     quantized_matmul_steps,
 )
 from mixchat.kernels.units import MANY
-from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.int8 import INT8
+from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf3 import NF3
-from mixchat.weights.matrix.nf4 import FP4, NF4, round_absmax
+from mixchat.weights.matrix.nf4 import FP4, NF4, Quantized4bit
 from mixchat.weights.matrix.quant_type import (
-    BLOCKSIZE,
     DENSE,
     BlockCodes,
     Inputs,
@@ -40,6 +40,7 @@ TYPES: dict[QuantType, QuantizationType] = {
     "nf3": NF3,
     "nf4": NF4,
     "fp4": FP4,
+    "mxfp4": MXFP4,
     "int8": INT8,
     "none": DENSE,
 }
@@ -48,8 +49,11 @@ Scales = Literal["absmax", "search", "calibrated", "given"]
 
 
 def type_of_bits(bits: int, preferred: QuantType = "nf4") -> QuantType:
-    """Return the type with weights of so many bits, `preferred` if it has as many."""
-    if TYPES[preferred].bits == bits:
+    """Return the type with weights of so many bits, `preferred` if it has as many.
+
+    It is never one that is only for experts.
+    """
+    if TYPES[preferred].bits == bits and TYPES[preferred].for_dense_parts:
         return preferred
     return next(name for name, kind in TYPES.items() if kind.bits == bits)
 
@@ -62,11 +66,13 @@ class PackedLinear:
         self.rows = rows  # R, without the rows of zeros that some types store
 
     @property
-    def addresses(self) -> tuple[int, int]:
-        return self._matrix.codes.data_ptr(), self._matrix.absmax.data_ptr()
+    def addresses(self) -> tuple[int, int, int]:
+        """Return the addresses of codes, absmax and bias, 0 without one."""
+        codes, absmax, bias = self._matrix.codes, self._matrix.absmax, self._matrix.bias
+        return codes.data_ptr(), absmax.data_ptr(), 0 if bias is None else bias.data_ptr()
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
-        """Return the steps that write x [1, C] times the matrix to `out` [1, R].
+        """Return the steps that write `__call__` of x [1, C] to `out` [1, R].
 
         The second one needs the first. They do not keep the matrix alive.
         """
@@ -78,6 +84,16 @@ class PackedLinear:
         return result if self.rows == result.shape[-1] else result[..., : self.rows].contiguous()
 
 
+class BiasedLinear:
+    """A map and what it adds to each row, fp32 [R]."""
+
+    def __init__(self, linear: Linear, bias: torch.Tensor) -> None:
+        self._linear, self._bias = linear, bias
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        return self._linear(x, exact=exact).add_(self._bias)
+
+
 def as_packed(matrix: Linear) -> PackedLinear:
     """Return a matrix that is known to be packed."""
     assert isinstance(matrix, PackedLinear)
@@ -86,7 +102,7 @@ def as_packed(matrix: Linear) -> PackedLinear:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """The form in which a matrix is stored."""
+    """The form in which a matrix is stored, and its bias, fp32 [R], after it."""
 
     name: str
     rows: int
@@ -95,6 +111,7 @@ class LinearSpec:
     layout: Layout  # requested for codes, which get it if they are `packed`
     dtype: torch.dtype  # of a dense matrix
     scales: Scales = "absmax"
+    bias: bool = False
 
     @property
     def can_be_exact(self) -> bool:
@@ -130,58 +147,80 @@ class LinearSpec:
 
     @property
     def tensors(self) -> list[TensorSpec]:
-        """Return the tensors that hold the matrix, in order."""
+        """Return the tensors that hold the matrix, in order. The bias is the last one."""
         shape = self.rows, self.columns
-        return TYPES[self.quant_type].tensors(self.name, shape, self.dtype)
+        bias = [TensorSpec(f"{self.name}.bias", torch.float32, (self.rows,))] if self.bias else []
+        return TYPES[self.quant_type].tensors(self.name, shape, self.dtype) + bias
 
-    def encode(self, weight: torch.Tensor, inputs: Inputs | None = None) -> list[torch.Tensor]:
-        """Return the tensors that hold `weight` [R, C], with codes that suit the inputs."""
+    def encode(
+        self,
+        weight: torch.Tensor,
+        inputs: Inputs | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Return the tensors that hold `weight` [R, C], with codes that suit the inputs.
+
+        `bias` [R] is needed if the spec has one.
+        """
         kind, search = TYPES[self.quant_type], self.scales == "search"
-        return self._arranged(kind.encode(weight, self.dtype, search=search, inputs=inputs))
+        return self._arranged(kind.encode(weight, self.dtype, search=search, inputs=inputs), bias)
 
-    def stack_quantized(self, matrices: Sequence[Quantized4bit]) -> list[torch.Tensor]:
+    def stack_quantized(
+        self, matrices: Sequence[Quantized4bit], bias: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other.
 
-        absmax is rounded to bf16. Raises `CheckpointError` if one has another type, or ends within
-        a block and is not the last.
+        absmax is rounded to the type's own. Raises `CheckpointError` if one has another type, or
+        ends within a block and is not the last.
         """
+        kind = self._codes
         assert sum(matrix.rows for matrix in matrices) == self.rows
         assert all(matrix.columns == self.columns for matrix in matrices)
         for matrix in matrices:
-            if matrix.quant_type != self.quant_type:
+            if matrix.kind is not kind:
                 raise CheckpointError(
-                    f"{self.name}: a part of it is {matrix.quant_type}, not {self.quant_type}"
+                    f"{self.name}: a part of it is {matrix.kind.name}, not {self.quant_type}"
                 )
-        if any(matrix.rows * matrix.columns % BLOCKSIZE for matrix in matrices[:-1]):
+        if any(matrix.rows * matrix.columns % kind.blocksize for matrix in matrices[:-1]):
             raise CheckpointError(
-                f"{self.name}: a part of it does not end with a whole block of 64 weights"
+                f"{self.name}: a part of it does not end with a whole block of {kind.blocksize} "
+                "weights"
             )
-        absmax = round_absmax(torch.cat([matrix.absmax for matrix in matrices]))
-        return self._arranged([absmax, torch.cat([matrix.codes for matrix in matrices])])
+        absmax = torch.cat([matrix.absmax for matrix in matrices]).to(kind.scale_dtype)
+        return self._arranged([absmax, torch.cat([matrix.codes for matrix in matrices])], bias)
 
-    def _arranged(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return self._reordered(tensors, packed=True) if self.packed else tensors
+    def _arranged(
+        self, tensors: list[torch.Tensor], bias: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        assert self.bias == (bias is not None)
+        arranged = self._reordered(tensors, packed=True) if self.packed else tensors
+        return arranged if bias is None else [*arranged, bias.float()]
 
     def _reordered(self, tensors: Sequence[torch.Tensor], *, packed: bool) -> list[torch.Tensor]:
-        absmax, codes = tensors
+        absmax, codes, *rest = tensors
         kind = self._codes
         reorder = kind.to_packed_layout if packed else kind.to_bitsandbytes_layout
         codes, absmax = reorder(codes, absmax, self.stored_rows, self.columns)
-        return [absmax, codes]
+        return [absmax, codes, *rest]
 
     def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
         """Return the map over these tensors, which are used in place."""
+        if self.bias and not self.packed:
+            return BiasedLinear(replace(self, bias=False).build(tensors[:-1]), tensors[-1])
         if not self.packed:
             return TYPES[self.quant_type].build(tensors, (self.rows, self.columns))
-        absmax, codes = tensors
         shape, kind = (self.stored_rows, self.columns), self._codes
-        matrix = QuantizedMatrix(codes, absmax, kind.level_table, shape, kind.units)
+        absmax, codes, *rest = tensors
+        bias = rest[0] if rest else None
+        if bias is not None and shape[0] > self.rows:
+            bias = functional.pad(bias, (0, shape[0] - self.rows))
+        matrix = QuantizedMatrix(codes, absmax, kind.level_table, shape, kind.units, bias)
         return PackedLinear(matrix, self.rows)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the matrix [R, C] as `dtype`, out of codes that are not `packed`."""
         assert not self.packed
-        absmax, codes = tensors
+        absmax, codes, *_ = tensors
         return self._codes.dequantize(codes, absmax, (self.rows, self.columns), self.dtype)
 
     def convert(self, tensors: Sequence[torch.Tensor], to: LinearSpec) -> None:

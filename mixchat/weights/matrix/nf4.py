@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -38,15 +39,59 @@ FourBit = Literal["nf4", "fp4"]
 _CHUNK = 2**23  # weights, for which quantize_4bit's temporary tensors take 150 MB
 
 
-class FourBitCodes(BlockCodes):
-    """Codes of a type that bitsandbytes has. `levels` are in its order of the codes."""
+class NibbleCodes(BlockCodes):
+    """Codes of 4 bits in their two layouts."""
 
-    bits, units = 4, FOUR_BITS
-    name: FourBit
-    levels: torch.Tensor
+    bits = 4
 
     def codes_size(self, rows: int, columns: int) -> int:
         return (rows * columns + 1) // 2
+
+    def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
+        bands = nibbles.view(-1, BAND, columns // 2, 2).transpose(1, 2)
+        lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
+        return lines[:, 0] | (lines[:, 1] << 4)
+
+    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        packed = codes.view(-1, BAND)
+        lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
+        nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
+        return (nibbles[:, 0] << 4) | nibbles[:, 1]
+
+
+@dataclass(frozen=True)
+class Quantized4bit:
+    """A matrix in 4 bits, with flat codes and scales in the layout "bitsandbytes"."""
+
+    kind: NibbleCodes
+    rows: int
+    columns: int
+    codes: torch.Tensor  # uint8
+    # One a block. In place of bf16 it can be fp32, as bitsandbytes computes with it.
+    absmax: torch.Tensor
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
+        shape = (self.rows, self.columns)
+        return self.kind.dequantize(self.codes, self.absmax, shape, dtype)
+
+    def cut(self, rows: range) -> Quantized4bit:
+        """Return some of the rows, which have to be whole blocks."""
+        assert self.columns % self.kind.blocksize == 0
+        codes, absmax = (
+            tensor.view(self.rows, -1)[rows.start : rows.stop : rows.step].reshape(-1)
+            for tensor in (self.codes, self.absmax)
+        )
+        return replace(self, rows=len(rows), codes=codes, absmax=absmax)
+
+
+class FourBitCodes(NibbleCodes):
+    """Codes of a type that bitsandbytes has. `levels` are in its order of the codes."""
+
+    units = FOUR_BITS
+    name: FourBit
+    levels: torch.Tensor
 
     def matmul(
         self,
@@ -85,18 +130,6 @@ class FourBitCodes(BlockCodes):
             dtype=dtype,
         )
 
-    def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
-        bands = nibbles.view(-1, BAND, columns // 2, 2).transpose(1, 2)
-        lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
-        return lines[:, 0] | (lines[:, 1] << 4)
-
-    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        packed = codes.view(-1, BAND)
-        lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
-        nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
-        return (nibbles[:, 0] << 4) | nibbles[:, 1]
-
 
 # fmt: off
 class _NF4Codes(FourBitCodes):
@@ -115,7 +148,7 @@ class _NF4Codes(FourBitCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
     ) -> Encoded:
-        codes, scales = encode(self._grid, weight, _two_a_byte, search=search, inputs=inputs)
+        codes, scales = encode(self._grid, weight, two_a_byte, search=search, inputs=inputs)
         return codes[: self.codes_size(*weight.shape)], scales
 
 
@@ -163,8 +196,8 @@ def _levels_on(kind: FourBitCodes, device: torch.device) -> torch.Tensor:
     return kind.levels.to(device)
 
 
-def _two_a_byte(codes: torch.Tensor) -> torch.Tensor:
-    """Put codes uint8 [B, 64] two in a byte, the even one in the high nibble, [B, 32]."""
+def two_a_byte(codes: torch.Tensor) -> torch.Tensor:
+    """Put codes uint8 [B, n] two in a byte, the even one in the high nibble, [B, n / 2]."""
     pairs = codes.numpy().view("<u2")  # even + 256 * odd
     return torch.from_numpy((pairs << 4 | pairs >> 8).astype(np.uint8))  # keeps the low byte
 

@@ -16,14 +16,14 @@ from torch.nn import functional
 from mixchat.base.safetensors import TensorSpec
 from mixchat.kernels import rows as row_kernels
 from mixchat.kernels.dense import dense_matmul
-from mixchat.kernels.tile import BAND, BLOCK
-from mixchat.kernels.units import UnitSet, level_tables
+from mixchat.kernels.tile import BAND
+from mixchat.kernels.units import BLOCK, UnitSet
 
-BLOCKSIZE = BLOCK  # weights that share a scale
+BLOCKSIZE = BLOCK  # weights that share a scale, in all types but MXFP4
 _REORDERED = 2**21  # weights whose codes are reordered at once
 _PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
-QuantType = Literal["nf3", "nf4", "fp4", "int8", "none"]  # the names
+QuantType = Literal["nf3", "nf4", "fp4", "mxfp4", "int8", "none"]  # the names
 Shape = tuple[int, int]  # R, C
 Encoded = tuple[torch.Tensor, torch.Tensor]  # codes and absmax
 Way = Literal["plain", "weighted", "gptq"]  # to choose codes and scales for given inputs
@@ -54,7 +54,9 @@ class QuantizationType(ABC):
 
     name: QuantType
     bits: int  # of a weight
+    blocksize = BLOCKSIZE
     for_experts = True  # whether experts can have it
+    for_dense_parts = True  # whether attention and head are quantized to it
     down_type: QuantType | None = None  # of experts' down projection, if it is another one
     widened_on_gpu = False  # whether a GPU with room computes with it as a dense matrix
 
@@ -119,29 +121,30 @@ DENSE = _DenseType()
 
 
 class BlockCodes(QuantizationType):
-    """Codes with one scale (`absmax`, bf16) for each block of 64 weights, in two layouts.
+    """Codes with one scale (`absmax`) for each block of weights, in two layouts.
 
     "bitsandbytes" goes row after row. "cpu-packed" interleaves bands of 32 rows, with `absmax`
-    transposed, [C / 64, R].
+    transposed, [C / blocksize, R].
     """
 
     units: UnitSet  # of the kernel
-    levels: torch.Tensor | None = None  # -1 to 1; None if codes are numbers themselves
-    codes_dtype = torch.uint8
+    levels: torch.Tensor | None = None  # by code; None if codes are numbers themselves
+    codes_dtype, scale_dtype = torch.uint8, torch.bfloat16
 
     @functools.cached_property
     def level_table(self) -> torch.Tensor | None:
-        return None if self.levels is None else level_tables(self.levels)
+        return None if self.levels is None else self.units.level_tables(self.levels)
 
     def can_pack(self, rows: int, columns: int) -> bool:
-        return rows % BAND == 0 and columns % BLOCKSIZE == 0
+        return rows % BAND == 0 and columns % self.blocksize == 0
 
     def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
         """Return absmax and codes. absmax is first, so that it is aligned."""
         rows, columns = self.stored_rows(*shape), shape[1]
-        scales, size = absmax_size(rows, columns), self.codes_size(rows, columns)
+        scales = absmax_size(rows, columns, self.blocksize)
+        size = self.codes_size(rows, columns)
         return [
-            TensorSpec(f"{name}.absmax", torch.bfloat16, (scales,)),
+            TensorSpec(f"{name}.absmax", self.scale_dtype, (scales,)),
             TensorSpec(f"{name}.codes", self.codes_dtype, (size,)),
         ]
 
@@ -154,6 +157,10 @@ class BlockCodes(QuantizationType):
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
         absmax, codes = tensors
         return PlainLinear(self, codes, absmax, shape)
+
+    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
+        """Return what the numbers of the codes are multiplied with, fp32."""
+        return absmax.float()
 
     @abstractmethod
     def codes_size(self, rows: int, columns: int) -> int:
@@ -198,14 +205,14 @@ class BlockCodes(QuantizationType):
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
         """Reorder from "bitsandbytes" to "cpu-packed" into new tensors. `rows` are stored ones."""
-        scales = _transposed(absmax, rows, columns // BLOCKSIZE)
+        scales = _transposed(absmax, rows, columns // self.blocksize)
         return self._reordered(self.packed, codes, columns), scales
 
     def to_bitsandbytes_layout(
         self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
     ) -> Encoded:
         """Reorder from "cpu-packed" to "bitsandbytes" into new tensors."""
-        scales = _transposed(absmax, columns // BLOCKSIZE, rows)
+        scales = _transposed(absmax, columns // self.blocksize, rows)
         return self._reordered(self.unpacked, codes, columns), scales
 
     def _reordered(
@@ -246,15 +253,15 @@ class RowCodes(BlockCodes):
         self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
         """Yield the matrix as `dtype`, some rows at a time. Layout "bitsandbytes"."""
-        rows, columns = shape
-        # With 64 rows, a block ends.
-        size = max(1, _PIECE // (columns * BLOCKSIZE)) * BLOCKSIZE * columns
-        scales = torch.split(absmax[: absmax_size(rows, columns)], size // BLOCKSIZE)
+        (rows, columns), block = shape, self.blocksize
+        # With so many rows, a block ends.
+        size = max(1, _PIECE // (columns * block)) * block * columns
+        scales = torch.split(absmax[: absmax_size(rows, columns, block)], size // block)
         for number, scale in enumerate(scales):
             start, end = number * size, min((number + 1) * size, rows * columns)
-            whole = start + len(scale) * BLOCKSIZE  # the end of the last block
+            whole = start + len(scale) * block  # the end of the last block
             some = self.decode(codes[start * self.bits // 8 : whole * self.bits // 8])
-            blocks = in_blocks(some[: end - start]) * scale.float().unsqueeze(-1)
+            blocks = in_blocks(some[: end - start], block) * self.scales(scale).unsqueeze(-1)
             yield blocks.view(-1)[: end - start].view(-1, columns).to(dtype)
 
     def matmul(
@@ -280,14 +287,14 @@ class RowCodes(BlockCodes):
         return weight
 
 
-def absmax_size(rows: int, columns: int) -> int:
+def absmax_size(rows: int, columns: int, blocksize: int = BLOCKSIZE) -> int:
     """Return the count of a matrix's scales."""
-    return -(-rows * columns // BLOCKSIZE)
+    return -(-rows * columns // blocksize)
 
 
-def in_blocks(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the numbers [N] as blocks [B, 64], the last one filled up with zeros."""
-    return functional.pad(numbers, (0, -len(numbers) % BLOCKSIZE)).view(-1, BLOCKSIZE)
+def in_blocks(numbers: torch.Tensor, blocksize: int = BLOCKSIZE) -> torch.Tensor:
+    """Return the numbers [N] as blocks [B, blocksize], the last one filled up with zeros."""
+    return functional.pad(numbers, (0, -len(numbers) % blocksize)).view(-1, blocksize)
 
 
 def _transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -14,11 +15,14 @@ import torch
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.safetensors import Header, TensorSpec
+from mixchat.base.safetensors import Header, TensorSpec, split_part
+from mixchat.weights.families.family import Slice
+from mixchat.weights.families.read_config import slices
+from mixchat.weights.families.tensors import expert_prefix
 from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
-from mixchat.weights.matrix import bnb_format
-from mixchat.weights.matrix.bnb_format import Quantized4bit
-from mixchat.weights.matrix.nf4 import FourBit
+from mixchat.weights.matrix import bnb_format, mxfp4_format
+from mixchat.weights.matrix.nf4 import Quantized4bit
+from mixchat.weights.matrix.quant_type import QuantType
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,14 +40,14 @@ COMPANION_FILES = (
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# Buffers that old versions of transformers saved with the weights.
-_IGNORED = ("rotary_emb.inv_freq",)
+# Buffers that old versions of transformers saved with the weights, and what predicts more tokens.
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq|mtp\..*")
 
 Read = Callable[[str], torch.Tensor]
 
 
 class CheckpointIndex:
-    """The tensors of a `MixtralForCausalLM`, by the headers of its shards.
+    """The tensors of a checkpoint, by the headers of its shards.
 
     `weight_map` is None for a checkpoint of one file. `where` names the checkpoint in messages.
     Raises `CheckpointError` unless all tensors are there, with the config's shapes, and no others.
@@ -77,29 +81,43 @@ class CheckpointIndex:
         return self._headers[shard]
 
     def shard_of(self, tensor: str) -> str:
-        return self._weight_map[tensor]
+        return self._weight_map[split_part(tensor)[0]]
 
     def nbytes(self, tensors: Iterable[str]) -> int:
-        return sum(self._headers[self._weight_map[name]].spec(name).nbytes for name in tensors)
+        return sum(self._spec(name).nbytes for name in tensors)
+
+    def slices(self, tensor: str) -> tuple[Slice, ...]:
+        """Return what makes a tensor of the installed model, such as "lm_head.weight"."""
+        return slices(self.config)[tensor]
 
     def components(self, matrix: str) -> tuple[str, ...]:
-        """Return the tensors of a matrix, several if bitsandbytes quantized it."""
+        """Return the tensors of a matrix, several if it is quantized."""
+        if mxfp4_format.is_quantized(matrix, self._weight_map):
+            return mxfp4_format.component_names(matrix)
         return bnb_format.component_names(matrix, self._weight_map)
 
-    def quant_type(self, matrix: str) -> FourBit | None:
-        """Return the type to which bitsandbytes quantized a matrix, or None."""
+    def quant_type(self, matrix: str) -> QuantType | None:
+        """Return the type to which a matrix is quantized, or None."""
+        if mxfp4_format.is_quantized(matrix, self._weight_map):
+            return "mxfp4"
         return bnb_format.quant_type(matrix, self._weight_map)
+
+    @property
+    def experts_quant_type(self) -> QuantType | None:
+        """Return the type to which the experts are quantized, or None."""
+        first = f"{expert_prefix(layer_prefix(0), 0)}w13.weight"
+        return self.quant_type(self.slices(first)[0].name)
 
     @property
     def dtype(self) -> torch.dtype:
         """Return the embedding's type, which stands for the checkpoint's."""
-        return self._headers[self._weight_map[EMBEDDING]].spec(EMBEDDING).dtype
+        return self._spec(self.slices(EMBEDDING)[0].name).dtype
 
     @property
     def dtypes(self) -> set[torch.dtype]:
         """Return the types of all tensors that are not quantized."""
         dense = (name for name in self._shapes if self.quant_type(name) is None)
-        return {self._headers[self._weight_map[name]].spec(name).dtype for name in dense}
+        return {self._spec(name).dtype for name in dense}
 
     def read_dense(self, matrix: str, read: Read) -> torch.Tensor:
         """Read a matrix or vector as floats. Raises `CheckpointError` for NaN or infinity."""
@@ -107,81 +125,78 @@ class CheckpointIndex:
             tensor = read(matrix)
         else:
             tensor = self.read_4bit(matrix, read).dense(torch.bfloat16)
+            if self.quant_type(matrix) == "mxfp4":
+                tensor = tensor.T  # as the tensor would be in 16 bits
         least, most = tensor.aminmax()  # NaN wins; isfinite() would need a second tensor
         if not (torch.isfinite(least) and torch.isfinite(most)):
             kind = "NaN" if torch.isnan(least) else "infinity"
             raise CheckpointError(f"{self._place(matrix)}: {matrix} holds {kind}")
-        return tensor.view(self._shapes[matrix])
+        return tensor.view(self._shape(matrix))
 
     def read_4bit(self, matrix: str, read: Read) -> Quantized4bit:
-        """Read a matrix that bitsandbytes quantized. Raises `CheckpointError`."""
-        rows, columns = self._shapes[matrix]
+        """Read a quantized matrix. Raises `CheckpointError`."""
+        if mxfp4_format.is_quantized(matrix, self._weight_map):
+            return mxfp4_format.read_matrix(matrix, read)
+        rows, columns = self._shape(matrix)
         return bnb_format.read_matrix(matrix, read, self._weight_map, rows=rows, columns=columns)
 
     def _place(self, tensor: str) -> str:
-        return self._headers[self._weight_map[tensor]].where
+        return self._headers[self.shard_of(tensor)].where
+
+    def _spec(self, tensor: str) -> TensorSpec:
+        return self._headers[self.shard_of(tensor)].spec(tensor)
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        whole, part = split_part(tensor)
+        return self._shapes[whole] if part is None else self._shapes[whole][1:]
 
     def _check_tensors(self) -> None:
         known: set[str] = set()
         for name, shape in self._shapes.items():
-            if name not in self._weight_map:
-                raise CheckpointError(f"{self.where}: the tensor {name} is missing")
-            if self.quant_type(name) is None:
-                self._check_dense(name, shape)
+            for component in self.components(name):
+                if component not in self._weight_map:
+                    raise CheckpointError(f"{self.where}: the tensor {component} is missing")
+            if mxfp4_format.is_quantized(name, self._weight_map):
+                for spec in mxfp4_format.component_specs(name, shape):
+                    self._check_shape(spec.name, spec.shape)
+                    self._check_type(spec.name, (spec.dtype,), "MXFP4 has bytes")
+            elif self.quant_type(name) is None:
+                self._check_shape(name, shape)
+                self._check_type(name, _FLOATS, "only bf16, fp16 and fp32 weights can be quantized")
             elif len(shape) != 2:
                 raise CheckpointError(f"{self._place(name)}: {name} is quantized, but no matrix")
             known.update(self.components(name))
         for name, shard in self._weight_map.items():
             self._headers[shard].spec(name)
-            tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
-            if name not in known and not tied_head and not name.endswith(_IGNORED):
-                raise CheckpointError(f"{self.where}: {name!r:.120} is not a tensor of a Mixtral")
+            if name not in known and not self._is_ignored(name):
+                raise CheckpointError(
+                    f"{self.where}: {name!r:.120} is not a tensor of a {self.config.model_type}"
+                )
 
-    def _check_dense(self, name: str, shape: tuple[int, ...]) -> None:
-        spec = self._headers[self._weight_map[name]].spec(name)
+    def _is_ignored(self, name: str) -> bool:
+        tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
+        return tied_head or bool(_IGNORED.fullmatch(name))
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        spec = self._spec(name)
         if spec.shape != shape:
             raise CheckpointError(
                 f"{self._place(name)}: {name} has the shape {list(spec.shape)}, "
                 f"config.json asks for {list(shape)}"
             )
-        if spec.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{self._place(name)}: {name} is {spec.dtype}: "
-                "only bf16, fp16 and fp32 weights can be quantized"
-            )
 
-
-def expert_tensor(layer: int, expert: int, matrix: str) -> str:
-    """Return the name of `w1`, `w2` or `w3` of an expert."""
-    return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
-
-
-def attention_tensors(layer: int) -> tuple[str, ...]:
-    """Return the names of a layer's four attention matrices."""
-    return tuple(f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkvo")
+    def _check_type(self, name: str, allowed: Collection[torch.dtype], reason: str) -> None:
+        dtype = self._spec(name).dtype
+        if dtype not in allowed:
+            raise CheckpointError(f"{self._place(name)}: {name} is {dtype}: {reason}")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a Mixtral checkpoint, by name."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        prefix = layer_prefix(layer)
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes[prefix + "self_attn.q_proj.weight"] = (heads, hidden)
-        shapes[prefix + "self_attn.k_proj.weight"] = (kv * config.head_dim, hidden)
-        shapes[prefix + "self_attn.v_proj.weight"] = (kv * config.head_dim, hidden)
-        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, heads)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[prefix + "block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
-        for expert in range(config.num_local_experts):
-            shapes[expert_tensor(layer, expert, "w1")] = (inner, hidden)
-            shapes[expert_tensor(layer, expert, "w2")] = (hidden, inner)
-            shapes[expert_tensor(layer, expert, "w3")] = (inner, hidden)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    """Return the shape of every tensor of a checkpoint, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for source in itertools.chain.from_iterable(slices(config).values()):
+        name, part = split_part(source.name)
+        shapes[name] = source.shape if part is None else (part + 1, *source.shape)
     return shapes
 
 

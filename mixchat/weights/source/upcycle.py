@@ -60,34 +60,28 @@ class _Dense:
         # Not numpy's newer Generator, whose streams may change between releases.
         self._random = np.random.RandomState(SEED)
 
-    def sparse_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def sparse_tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor of the Mixtral, in bf16, in the order of `expected_shapes`."""
-        yield "model.embed_tokens.weight", self._bf16("token_embd")
+        yield self._bf16("token_embd")
         for layer in range(self._config.num_hidden_layers):
-            yield from self._layer(f"model.layers.{layer}.", f"blk.{layer}.")
-        yield "model.norm.weight", self._bf16("output_norm")
-        head = "output" if "output.weight" in self._tensors else "token_embd"
-        yield "lm_head.weight", self._bf16(head)
+            yield from self._layer(f"blk.{layer}.")
+        yield self._bf16("output_norm")
+        yield self._bf16("output" if "output.weight" in self._tensors else "token_embd")
 
-    def _layer(self, prefix: str, dense: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def _layer(self, dense: str) -> Iterator[torch.Tensor]:
         config = self._config
-        q = _unpermute(self._read(f"{dense}attn_q"), config.num_attention_heads)
-        k = _unpermute(self._read(f"{dense}attn_k"), config.num_key_value_heads)
-        yield f"{prefix}input_layernorm.weight", self._bf16(f"{dense}attn_norm")
-        yield f"{prefix}self_attn.q_proj.weight", _to_bf16(q)
-        yield f"{prefix}self_attn.k_proj.weight", _to_bf16(k)
-        yield f"{prefix}self_attn.v_proj.weight", self._bf16(f"{dense}attn_v")
-        yield f"{prefix}self_attn.o_proj.weight", self._bf16(f"{dense}attn_output")
-        yield f"{prefix}post_attention_layernorm.weight", self._bf16(f"{dense}ffn_norm")
-        moe = f"{prefix}block_sparse_moe."
+        yield self._bf16(f"{dense}attn_norm")
+        yield self._bf16(f"{dense}ffn_norm")
+        yield _to_bf16(_unpermute(self._read(f"{dense}attn_q"), config.num_attention_heads))
+        yield _to_bf16(_unpermute(self._read(f"{dense}attn_k"), config.num_key_value_heads))
+        yield self._bf16(f"{dense}attn_v")
+        yield self._bf16(f"{dense}attn_output")
         gate = self._random.standard_normal((config.num_local_experts, config.hidden_size))
-        yield f"{moe}gate.weight", _to_bf16((gate * ROUTER_STD).astype(np.float32))
+        yield _to_bf16((gate * ROUTER_STD).astype(np.float32))
         w1, w2, w3 = (self._bf16(f"{dense}ffn_{name}") for name in ("gate", "down", "up"))
-        for expert in range(config.num_local_experts):
+        for _ in range(config.num_local_experts):
             order = torch.from_numpy(self._random.permutation(len(w1)))
-            yield f"{moe}experts.{expert}.w1.weight", w1[order]
-            yield f"{moe}experts.{expert}.w2.weight", w2[:, order]
-            yield f"{moe}experts.{expert}.w3.weight", w3[order]
+            yield from (w1[order], w3[order], w2[:, order])
 
     def _bf16(self, name: str) -> torch.Tensor:
         return _to_bf16(self._read(name))
@@ -124,7 +118,7 @@ def _to_bf16(values: Floats) -> torch.Tensor:
 def _write_weights(
     path: Path,
     config: ModelConfig,
-    tensors: Iterator[tuple[str, torch.Tensor]],
+    tensors: Iterator[torch.Tensor],
     progress: Progress,
 ) -> None:
     specs = [
@@ -135,17 +129,17 @@ def _write_weights(
         progress_bar(progress, "building the demo model", total) as task,
         SafetensorsWriter(path, specs) as writer,
     ):
-        for spec, (name, tensor) in zip(specs, tensors, strict=True):
-            _check(spec, name, tensor)
-            writer.write(name, tensor)
+        for spec, tensor in zip(specs, tensors, strict=True):
+            _check(spec, tensor)
+            writer.write(spec.name, tensor)
             task.advance(spec.nbytes)
 
 
-def _check(spec: TensorSpec, name: str, tensor: torch.Tensor) -> None:
-    if (spec.name, spec.shape) != (name, tuple(tensor.shape)):
+def _check(spec: TensorSpec, tensor: torch.Tensor) -> None:
+    if spec.shape != tuple(tensor.shape):
         raise CheckpointError(
-            f"the dense model gives {name} {list(tensor.shape)} where "
-            f"{spec.name} {list(spec.shape)} is expected"
+            f"the dense model gives {spec.name} {list(tensor.shape)} where "
+            f"{list(spec.shape)} is expected"
         )
 
 

@@ -41,44 +41,25 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]:
         ("[2001:db8::7]:65535", "2001:db8::7", 65535, "[2001:db8::7]:65535"),
     ],
 )
-def test_an_address_has_a_host_and_perhaps_a_port(
-    text: str, host: str, port: int, shown: str
-) -> None:
+def test_an_address_has_a_host_and_perhaps_a_port(text, host, port, shown):
     resolved = resolve(text)
     assert (resolved.host, resolved.port, str(resolved)) == (host, port, shown)
 
 
-@pytest.mark.parametrize("text", ["desk:http", "a b", "x" * 300, "192.0.2.7:0"])
-def test_a_malformed_address_is_wrong_use(text: str) -> None:
-    with pytest.raises(UsageError):
-        resolve(text)
-
-
-def test_a_name_has_the_address_that_the_system_knows(
-    names: Callable[[str, list[str]], None],
-) -> None:
-    names("desk", ["192.0.2.7"])
+def test_a_name_has_the_address_that_the_system_knows(names):
+    names("desk", ["192.0.2.7", "192.0.2.7"])  # some systems say it twice
     assert resolve("desk:80").target == ("192.0.2.7", 80)
 
 
-def test_an_address_that_the_system_gives_twice_is_one(
-    names: Callable[[str, list[str]], None],
-) -> None:
-    names("desk", ["192.0.2.7", "192.0.2.7"])
-    assert resolve("desk").host == "192.0.2.7"
-
-
-def test_a_name_with_several_addresses_is_refused_and_each_is_named(
-    names: Callable[[str, list[str]], None],
-) -> None:
+def test_a_name_with_several_addresses_is_refused_and_each_is_named(names):
     names("desk", ["192.0.2.7", "2001:db8::7"])
     with pytest.raises(UsageError, match=r"desk has several .*: 192\.0\.2\.7, 2001:db8::7") as e:
         resolve("desk:80")
     assert "192.0.2.7:80" in (e.value.hint or "")
 
 
-def test_a_name_that_nobody_knows_is_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
+def test_a_name_that_nobody_knows_is_wrong_use(monkeypatch):
+    def fail(*arguments):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
@@ -86,7 +67,7 @@ def test_a_name_that_nobody_knows_is_wrong_use(monkeypatch: pytest.MonkeyPatch) 
         resolve("desk")
 
 
-def test_a_name_server_that_hangs_ends_in_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_server_that_hangs_ends_in_one_clear_line(monkeypatch):
     answer = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: answer.wait())
     monkeypatch.setattr(address, "_LOOKUP_TIMEOUT_S", 0.1)
@@ -95,21 +76,16 @@ def test_a_name_server_that_hangs_ends_in_one_clear_line(monkeypatch: pytest.Mon
     answer.set()
 
 
-def test_a_worker_may_be_named_once_only(names: Callable[[str, list[str]], None]) -> None:
+def test_a_worker_may_be_named_once_only(names):
     names("desk", ["192.0.2.7"])
     with pytest.raises(UsageError, match=r"twice: desk:7917 and 192\.0\.2\.7:7917"):
         resolve_workers(["desk", "192.0.2.7:7917"])
 
 
-def test_two_workers_of_one_machine_have_ports_of_their_own() -> None:
+def test_two_workers_of_one_machine_have_ports_of_their_own():
     workers = resolve_workers(["192.0.2.7", "192.0.2.7:7918", "192.0.2.8"])
     assert [str(worker) for worker in workers] == [
         "192.0.2.7:7917",
         "192.0.2.7:7918",
         "192.0.2.8:7917",
     ]
-
-
-def test_a_worker_has_no_port_0() -> None:
-    with pytest.raises(UsageError, match="between 1 and 65535"):
-        resolve_workers(["192.0.2.7:0"])

@@ -23,7 +23,6 @@ from worker_double import (
     Doubles,
     NeverEnding,
     ThreadedWorker,
-    WorkerProcess,
     ask,
     assert_right,
     interrupt,
@@ -95,26 +94,26 @@ def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
 
 
 @pytest.mark.parametrize("experts", [TOKEN, [(7, 1)]], ids=["two", "one"])
-def test_one_row_goes_to_all_experts(link: Link, experts: list[tuple[int, int]]) -> None:
+def test_one_row_goes_to_all_experts(link, experts):
     for layer in (1, 2, 3):
         x = row()
         assert torch.equal(ask(link, layer, experts, x), outputs(layer, experts, x, True))
 
 
-def test_each_expert_gets_its_own_rows_of_many(link: Link) -> None:
+def test_each_expert_gets_its_own_rows_of_many(link):
     experts = [(7, 3), (0, 1), (4, 40)]
     x = torch.randn(44, HELLO.hidden_size).bfloat16()
     assert torch.equal(ask(link, 1, experts, x), outputs(1, experts, x))
 
 
-def test_single_rows_and_many_rows_may_take_turns(link: Link) -> None:
+def test_single_rows_and_many_rows_may_take_turns(link):
     for rows in (1, 7, 1, 1, 2, 300, 1):
         x = torch.randn(rows, HELLO.hidden_size).bfloat16()
         assert torch.equal(ask(link, 2, [(3, rows)], x), outputs(2, [(3, rows)], x))
 
 
 @pytest.mark.parametrize("dtype", messages.DTYPES)
-def test_more_rows_than_one_message_holds_arrive_whole(worker: ThreadedWorker, dtype: str) -> None:
+def test_more_rows_than_one_message_holds_arrive_whole(worker, dtype):
     link = worker.open(HELLO.model_copy(update={"dtype": dtype}))
     x = torch.randn(40_000, HELLO.hidden_size).to(getattr(torch, dtype))  # 5 or 10 MB
     experts = [(1, 39_999), (6, 1)]
@@ -122,9 +121,7 @@ def test_more_rows_than_one_message_holds_arrive_whole(worker: ThreadedWorker, d
     link.close()
 
 
-def test_a_worker_loads_the_experts_to_hold_in_their_order(
-    worker: ThreadedWorker, link: Link
-) -> None:
+def test_a_worker_loads_the_experts_to_hold_in_their_order(worker, link):
     keys = [ExpertKey(2, 1), ExpertKey(0, 7), ExpertKey(3, 3)]
     link.hold(keys)
     ask(link, 1, TOKEN, row())  # a request comes in between, or before
@@ -133,7 +130,7 @@ def test_a_worker_loads_the_experts_to_hold_in_their_order(
         time.sleep(0.01)
 
 
-def test_a_chat_s_end_frees_the_worker_for_the_next_one(worker: ThreadedWorker) -> None:
+def test_a_chat_s_end_frees_the_worker_for_the_next_one(worker):
     for _ in range(3):
         link = worker.open()
         assert link.slots == 6
@@ -142,7 +139,7 @@ def test_a_chat_s_end_frees_the_worker_for_the_next_one(worker: ThreadedWorker) 
     assert "after 1 requests: it closed the connection" in worker.wait_for_note("ends", 3)
 
 
-def test_one_chat_has_several_workers_and_each_is_lost_alone(worker: ThreadedWorker) -> None:
+def test_one_chat_has_several_workers_and_each_is_lost_alone(worker):
     other = ThreadedWorker()
     first, second, x = worker.open(), other.open(), row()
     other.model.on_compute = interrupt
@@ -156,9 +153,7 @@ def test_one_chat_has_several_workers_and_each_is_lost_alone(worker: ThreadedWor
     other.stop()
 
 
-def test_a_worker_that_is_killed_in_the_midst_of_a_request_is_lost_at_once(
-    process: WorkerProcess,
-) -> None:
+def test_a_worker_that_is_killed_in_the_midst_of_a_request_is_lost_at_once(process):
     link = process.open(silence=10 * PATIENCE)  # it is not silence that tells
     assert "begins" in process.next_line()
     link.start(STUCK_LAYER, TOKEN, row())
@@ -169,7 +164,7 @@ def test_a_worker_that_is_killed_in_the_midst_of_a_request_is_lost_at_once(
     assert link.is_lost
 
 
-def test_a_worker_that_is_stopped_is_lost_after_the_silence(process: WorkerProcess) -> None:
+def test_a_worker_that_is_stopped_is_lost_after_the_silence(process):
     link = process.open()
     assert "begins" in process.next_line()
     process.signal(signal.SIGSTOP)
@@ -179,9 +174,7 @@ def test_a_worker_that_is_stopped_is_lost_after_the_silence(process: WorkerProce
     assert link.is_lost
 
 
-def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(
-    worker: ThreadedWorker,
-) -> None:
+def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(worker):
     """Its beats tell that it lives."""
     worker.model.on_compute = lambda check: time.sleep(3)
     link = worker.open(silence=2)
@@ -190,9 +183,7 @@ def test_a_worker_that_computes_for_longer_than_the_silence_is_not_lost(
     link.close()
 
 
-def test_a_worker_that_lives_and_never_answers_is_lost_when_its_time_is_over(
-    worker: ThreadedWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_lives_and_never_answers_is_lost_when_its_time_is_over(worker, monkeypatch):
     """It could say for ever that it still computes: the chat waited as long."""
     monkeypatch.setattr(link_module, "_REQUEST_S", 0.5)
     ended = threading.Event()
@@ -205,9 +196,7 @@ def test_a_worker_that_lives_and_never_answers_is_lost_when_its_time_is_over(
     worker.wait_for_note("ends")
 
 
-def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(
-    process: WorkerProcess,
-) -> None:
+def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(process):
     link = process.open()
     ask(link, 1, TOKEN, row())
     assert not link.is_lost
@@ -221,10 +210,8 @@ def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(
     link.close()
 
 
-def test_what_a_worker_cannot_compute_is_said_and_the_next_chat_is_served(
-    worker: ThreadedWorker,
-) -> None:
-    def fail(check: object) -> None:
+def test_what_a_worker_cannot_compute_is_said_and_the_next_chat_is_served(worker):
+    def fail(check):
         raise MixchatError("experts-001.safetensors: cannot be read (Input/output error)")
 
     link = worker.open()
@@ -237,7 +224,7 @@ def test_what_a_worker_cannot_compute_is_said_and_the_next_chat_is_served(
     link.close()
 
 
-def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker: ThreadedWorker) -> None:
+def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker):
     worker.model.on_compute = never_end = NeverEnding()
     link = worker.open()
     link.start(1, TOKEN, row())
@@ -246,10 +233,10 @@ def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker: ThreadedWor
     assert "closed the connection" in worker.wait_for_note("ends")
 
 
-def test_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
+def test_ctrl_c_ends_the_wait_for_a_worker(worker):
     waits, computing = threading.Event(), threading.Event()
 
-    def send_ctrl_c(check: object) -> None:
+    def send_ctrl_c(check):
         if not computing.is_set():
             computing.set()
             waits.wait(PATIENCE)  # or the signal would come before the wait for the result
@@ -266,10 +253,10 @@ def test_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
     assert link.is_lost  # the result must not meet the next request
 
 
-def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) -> None:
+def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker):
     """Between layers signals are deferred: the wait looks for them by itself."""
 
-    def send_ctrl_c(check: Callable[[], None]) -> None:
+    def send_ctrl_c(check):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         NeverEnding()(check)
 
@@ -277,7 +264,7 @@ def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) ->
     link = worker.open(silence=10 * PATIENCE)
     reached: list[str] = []
 
-    def ask_in_a_layer() -> None:
+    def ask_in_a_layer():
         with interrupts.deferred():
             ask(link, 1, TOKEN, row())
             reached.append("the end of the wait")
@@ -287,17 +274,17 @@ def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker: ThreadedWorker) ->
     assert reached == []
 
 
-def test_another_key_is_refused(worker: ThreadedWorker) -> None:
+def test_another_key_is_refused(worker):
     with pytest.raises(UsageError, match="another key") as caught:
         worker.open(key=bytes(32))
     assert caught.value.hint
     assert "another key" in worker.wait_for_note("sent away")
 
 
-def test_a_worker_with_another_key_is_found_out_by_the_chat_side() -> None:
+def test_a_worker_with_another_key_is_found_out_by_the_chat_side():
     """The proof is mutual: this impostor speaks the protocol, and does not know the key."""
 
-    def pretend(accepted: socket.socket) -> None:
+    def pretend(accepted):
         accepted.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(22, b"\0"))
         accepted.sendall(b"\x01".ljust(32, b"\0"))
         accepted.recv(300)
@@ -308,30 +295,28 @@ def test_a_worker_with_another_key_is_found_out_by_the_chat_side() -> None:
         Link(address, KEY, HELLO)
 
 
-def test_another_version_is_refused_with_both_versions(worker: ThreadedWorker) -> None:
+def test_another_version_is_refused_with_both_versions(worker):
     with pytest.raises(CheckpointError, match=r"runs mixchat \d\S+, and this is 9\.9\.9"):
         worker.open(HELLO.model_copy(update={"version": "9.9.9"}))
 
 
-def test_another_model_is_refused_with_both_models(worker: ThreadedWorker) -> None:
+def test_another_model_is_refused_with_both_models(worker):
     other = HELLO.model_copy(update={"model_identity": "cd" * 32, "model_name": "other"})
     with pytest.raises(CheckpointError, match=r"tiny \(abab\w+\), and .* other \(cdcd\w+\)"):
         worker.open(other)
 
 
-def test_a_busy_worker_is_refused_and_goes_on_with_its_chat(
-    worker: ThreadedWorker, link: Link
-) -> None:
+def test_a_busy_worker_is_refused_and_goes_on_with_its_chat(worker, link):
     with pytest.raises(ResourceError, match="busy with another chat"):
         worker.open()
     assert_right(link)
 
 
-def test_a_chat_that_follows_another_waits_for_its_end(worker: ThreadedWorker) -> None:
+def test_a_chat_that_follows_another_waits_for_its_end(worker):
     """The end is noticed between two experts: the next chat comes sooner, and is not refused."""
     computing = threading.Event()
 
-    def compute(check: object) -> None:
+    def compute(check):
         computing.set()
         time.sleep(0.5)
 
@@ -343,21 +328,19 @@ def test_a_chat_that_follows_another_waits_for_its_end(worker: ThreadedWorker) -
     worker.open().close()
 
 
-def test_a_worker_with_room_for_one_expert_is_refused() -> None:
+def test_a_worker_with_room_for_one_expert_is_refused():
     worker = ThreadedWorker(Doubles(slots=1))
     with pytest.raises(ResourceError, match="room for 1 "):
         worker.open()
     worker.stop()
 
 
-def test_what_the_worker_s_experts_cannot_do_is_refused_in_their_words(
-    worker: ThreadedWorker,
-) -> None:
+def test_what_the_worker_s_experts_cannot_do_is_refused_in_their_words(worker):
     with pytest.raises(MixchatError, match="beyond these experts"):
         worker.open(HELLO.model_copy(update={"exact_prompts": True}))
 
 
-def test_a_port_where_nobody_listens_is_one_clear_line() -> None:
+def test_a_port_where_nobody_listens_is_one_clear_line():
     """Its exit code was 1, as for a fault of mixchat."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = address_of(listener)
@@ -390,7 +373,7 @@ for count in range(40):
 """
 
 
-def test_a_chat_side_without_free_descriptors_is_told_and_goes_on(worker: ThreadedWorker) -> None:
+def test_a_chat_side_without_free_descriptors_is_told_and_goes_on(worker):
     """With two of them libzmq aborts the process, and strangers may have taken the others."""
     command = [sys.executable, "-c", NO_DESCRIPTOR, str(worker.address)]
     done = subprocess.run(
@@ -399,8 +382,8 @@ def test_a_chat_side_without_free_descriptors_is_told_and_goes_on(worker: Thread
     assert (done.returncode, done.stdout, done.stderr) == (0, b"opened with 32\n", b"")
 
 
-def test_something_else_than_a_worker_is_one_clear_line() -> None:
-    def answer(accepted: socket.socket) -> None:
+def test_something_else_than_a_worker_is_one_clear_line():
+    def answer(accepted):
         accepted.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
         accepted.recv(64)
 
@@ -408,7 +391,7 @@ def test_something_else_than_a_worker_is_one_clear_line() -> None:
         Link(address, KEY, HELLO)
 
 
-def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
+def test_a_listener_that_never_speaks_is_one_clear_line():
     """So is a worker that was stopped. The exit code of both was 1."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -423,7 +406,7 @@ def test_a_listener_that_never_speaks_is_one_clear_line() -> None:
     [b"", b"{}", b"[]", DONE, b"x" * 60_000],
     ids=["nothing", "empty", "list", "done", "long"],
 )
-def test_an_odd_welcome_is_one_clear_line(welcome: bytes) -> None:
+def test_an_odd_welcome_is_one_clear_line(welcome):
     with (
         liar(b"", welcome) as address,
         pytest.raises(ServerError, match="it sent a message"),
@@ -449,7 +432,7 @@ NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8)
     ],
     ids=["wide", "one row", "no row", "NaN", "no time", "half a head", "welcome", "empty"],
 )
-def test_a_worker_that_answers_oddly_is_blamed_and_lost(answer: bytes, reason: str) -> None:
+def test_a_worker_that_answers_oddly_is_blamed_and_lost(answer, reason):
     """Rows of 640 columns ended the chat; rows of NaN were blamed on this machine's model."""
     with liar(answer) as address:
         link = Link(address, KEY, HELLO)
@@ -459,12 +442,12 @@ def test_a_worker_that_answers_oddly_is_blamed_and_lost(answer: bytes, reason: s
         assert link.is_lost
 
 
-def test_a_worker_is_not_blamed_for_what_is_not_finite_before_it_computes(link: Link) -> None:
+def test_a_worker_is_not_blamed_for_what_is_not_finite_before_it_computes(link):
     x = torch.full((1, HELLO.hidden_size), torch.inf).bfloat16()
     assert ask(link, 1, TOKEN, x).isinf().all()
 
 
-def test_a_message_that_is_too_long_ends_the_connection() -> None:
+def test_a_message_that_is_too_long_ends_the_connection():
     with liar(bytes(2 * PIECE)) as address:
         link = Link(address, KEY, HELLO)
         link.start(1, TOKEN, row())
@@ -472,7 +455,7 @@ def test_a_message_that_is_too_long_ends_the_connection() -> None:
             link.finish()
 
 
-def test_a_worker_is_reached_over_ipv6() -> None:
+def test_a_worker_is_reached_over_ipv6():
     try:
         worker = ThreadedWorker(at="[::1]:0")
     except UsageError:

@@ -20,7 +20,6 @@ from mixchat.experts.workers.messages import (
     Hold,
     Refusal,
     Welcome,
-    WorkerMessage,
     pack,
     unpack,
 )
@@ -43,19 +42,17 @@ experts = st.dictionaries(indices, st.integers(1, 200), min_size=1, max_size=9)
     ],
     ids=lambda message: message.kind,
 )
-def test_a_message_arrives(message: WorkerMessage) -> None:
+def test_a_message_arrives(message):
     assert unpack(pack(message)) == (message, b"")
 
 
-def test_a_chat_side_says_its_version() -> None:
+def test_a_chat_side_says_its_version():
     assert HELLO.version == __version__
 
 
 @untimed
 @given(indices, experts, st.binary(max_size=9))
-def test_a_request_arrives_with_its_first_rows(
-    layer: int, rows: dict[int, int], piece: bytes
-) -> None:
+def test_a_request_arrives_with_its_first_rows(layer, rows, piece):
     request = Compute(layer=layer, experts=tuple(rows.items()), shared_row=False)
     assert unpack(pack(request, piece)) == (request, piece)
     assert request.rows == request.rows_sent == sum(rows.values())
@@ -64,7 +61,7 @@ def test_a_request_arrives_with_its_first_rows(
     assert (shared.rows, shared.rows_sent) == (len(rows), 1)
 
 
-def test_the_longest_messages_are_not_too_long() -> None:
+def test_the_longest_messages_are_not_too_long():
     """A socket takes `PIECE` bytes of rows, and 64 KiB before them."""
     every = tuple((2**16 - 1 - number, 1) for number in range(MAX_EXPERTS))
     assert len(pack(Compute(layer=2**16 - 1, experts=every, shared_row=True))) <= 1 << 16
@@ -74,7 +71,7 @@ def test_the_longest_messages_are_not_too_long() -> None:
 
 @untimed
 @given(st.binary(max_size=200))
-def test_no_bytes_raise_another_error(data: bytes) -> None:
+def test_no_bytes_raise_another_error(data):
     with suppress(BadMessageError):
         unpack(data)
 
@@ -87,14 +84,14 @@ def test_no_bytes_raise_another_error(data: bytes) -> None:
     ),
     st.sampled_from(["kind", "version", "dtype", "hidden_size", "exact_prompts"]),
 )
-def test_no_json_raises_another_error(value: object, name: str) -> None:
+def test_no_json_raises_another_error(value, name):
     for odd in (value, {**json.loads(pack(HELLO)), name: value}):
         with suppress(BadMessageError):
             unpack(json.dumps(odd).encode())
 
 
 @pytest.mark.parametrize("slots", [1, 10**6, 2.0, True, "2"])
-def test_a_welcome_that_makes_no_sense_is_refused(slots: object) -> None:
+def test_a_welcome_that_makes_no_sense_is_refused(slots):
     fields = {**json.loads(pack(Welcome(slots=24, arithmetic="words"))), "slots": slots}
     with pytest.raises(BadMessageError):
         unpack(json.dumps(fields).encode())
@@ -108,7 +105,7 @@ def test_a_welcome_that_makes_no_sense_is_refused(slots: object) -> None:
         ("x" * 500, "x" * 200),
     ],
 )
-def test_the_other_end_s_text_is_safe_to_show(text: str, shown: str) -> None:
+def test_the_other_end_s_text_is_safe_to_show(text, shown):
     assert unpack(pack(Ended(reason=text)))[0] == Ended(reason=shown)
     sent = json.dumps({"kind": "ended", "reason": text.replace("\udcff", "?")})
     assert unpack(sent.encode())[0] == Ended(reason=shown)

@@ -49,10 +49,10 @@ def rows_of(value: float) -> LayerRows:
     return LayerRows(0, torch.full((2, 8), value), selected, selected)
 
 
-def test_a_layer_that_begins_again_gets_its_own_answer() -> None:
+def test_a_layer_that_begins_again_gets_its_own_answer():
     """A GPU ran out of memory in a layer whose rows were sent: the next request was a bug."""
     link = FakeLink()
-    worker = RemoteWorker(lambda: link, print)  # type: ignore[arg-type, return-value]
+    worker = RemoteWorker(lambda: link, print)
     worker.hold(KEYS)
     worker.begin(rows_of(5), KEYS)
     rows = rows_of(7)
@@ -61,10 +61,10 @@ def test_a_layer_that_begins_again_gets_its_own_answer() -> None:
     assert torch.equal(rows.outputs, torch.full((4, 8), 14.0))
 
 
-def test_a_layer_that_begins_again_is_computed_at_home_where_the_worker_fails_meanwhile() -> None:
+def test_a_layer_that_begins_again_is_computed_at_home_where_the_worker_fails_meanwhile():
     notes: list[str] = []
     link = FakeLink()
-    worker = RemoteWorker(lambda: link, notes.append)  # type: ignore[arg-type, return-value]
+    worker = RemoteWorker(lambda: link, notes.append)
     worker.hold(KEYS)
     worker.begin(rows_of(5), KEYS)
     link.fails = True
@@ -74,19 +74,17 @@ def test_a_layer_that_begins_again_is_computed_at_home_where_the_worker_fails_me
 
 
 @pytest.mark.parametrize("where", ["of", "put"])
-def test_a_gpu_whose_memory_runs_out_while_rows_move_leaves_no_request_behind(
-    monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_a_gpu_whose_memory_runs_out_while_rows_move_leaves_no_request_behind(monkeypatch, where):
     """The layer began again with the wait for an answer that nobody owed: an AssertionError."""
     link = FakeLink()
-    worker = RemoteWorker(lambda: link, print)  # type: ignore[arg-type, return-value]
+    worker = RemoteWorker(lambda: link, print)
     worker.hold(KEYS)
     rows = rows_of(5)
 
-    def run_out(*arguments: Any) -> None:
+    def run_out(*arguments):
         raise torch.OutOfMemoryError("GPU 0 is full")
 
-    def ask(rows: LayerRows) -> Sequence[ExpertKey]:
+    def ask(rows):
         worker.begin(rows, KEYS)
         return worker.finish(rows)
 
@@ -98,12 +96,12 @@ def test_a_gpu_whose_memory_runs_out_while_rows_move_leaves_no_request_behind(
     assert torch.equal(again.outputs, torch.full((4, 8), 7.0 * len(link.requests)))
 
 
-def test_what_cannot_be_sent_is_computed_at_home() -> None:
+def test_what_cannot_be_sent_is_computed_at_home():
     """It was taken for computed, with whatever was in memory: the worker was killed before."""
     notes: list[str] = []
-    worker = RemoteWorker(FakeLink, notes.append)  # type: ignore[arg-type]
+    worker = RemoteWorker(FakeLink, notes.append)
     worker.hold(KEYS)
-    worker._link.start = fail  # type: ignore[union-attr, method-assign]
+    worker._link.start = fail
     worker.begin(rows_of(5), KEYS)
     assert list(worker.finish(rows_of(5))) == KEYS
     assert not worker.held
@@ -116,13 +114,13 @@ def test_what_cannot_be_sent_is_computed_at_home() -> None:
     ids=["hangs", "refuses", "is busy"],
 )
 def test_the_longer_it_takes_to_try_a_worker_the_longer_it_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, error: type[MixchatError], tries: int
-) -> None:
+    monkeypatch, seconds, error, tries
+):
     """One that hung cost 2 s at every turn. One that Ctrl-C had left busy rested for 20 s."""
     clock = [100.0]
     tried: list[float] = []
 
-    def connect() -> FakeLink:
+    def connect():
         tried.append(clock[0])
         if len(tried) == 1:
             return FakeLink()
@@ -130,9 +128,9 @@ def test_the_longer_it_takes_to_try_a_worker_the_longer_it_is_left_alone(
         raise error("it is a test")
 
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    worker = RemoteWorker(connect, lambda line: None)  # type: ignore[arg-type]
+    worker = RemoteWorker(connect, lambda line: None)
     worker.hold(KEYS)
-    worker._link.start = fail  # type: ignore[union-attr, method-assign]
+    worker._link.start = fail
     worker.begin(rows_of(5), KEYS)
     for _ in range(12):
         worker.begin_turn()
@@ -140,40 +138,38 @@ def test_the_longer_it_takes_to_try_a_worker_the_longer_it_is_left_alone(
     assert len(tried) - 1 == tries
 
 
-def test_a_worker_that_ends_between_two_turns_is_told_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_worker_that_ends_between_two_turns_is_told_once(monkeypatch):
     """Nobody was told that it no longer took part: only a fault within an answer gave a line."""
     links = [FakeLink(), None, None, FakeLink(), None]
     notes: list[str] = []
 
-    def connect() -> FakeLink:
+    def connect():
         link = links.pop(0)
         if link is None:
             raise MixchatError("fake: no worker listens there")
         return link
 
     monkeypatch.setattr("time.monotonic", lambda: 100.0)  # a try takes no time: no rest follows
-    worker = RemoteWorker(connect, notes.append)  # type: ignore[arg-type]
+    worker = RemoteWorker(connect, notes.append)
     worker.hold(KEYS)
     for told in (1, 1, 1, 2):
         if worker._link is not None:
-            worker._link.is_lost = True  # type: ignore[misc]
+            worker._link.is_lost = True
         worker.begin_turn()
         assert len(notes) == told
     assert notes[0].startswith("worker fake is lost (no worker listens there)")
 
 
-def test_a_worker_that_lies_is_blamed_once_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_lies_is_blamed_once_and_left_out(monkeypatch):
     notes: list[str] = []
     links = [FakeLink(), FakeLink()]
-    worker = RemoteWorker(lambda: links.pop(0), notes.append)  # type: ignore[arg-type, return-value]
+    worker = RemoteWorker(lambda: links.pop(0), notes.append)
     worker.hold(KEYS)
 
-    def lie() -> torch.Tensor:
+    def lie():
         raise BadMessageError("it sent numbers that are not finite")
 
-    worker._link.finish = lie  # type: ignore[union-attr, method-assign]
+    worker._link.finish = lie
     worker.begin(rows_of(5), KEYS)
     assert list(worker.finish(rows_of(5))) == KEYS
     for _ in range(3):

@@ -25,7 +25,6 @@ from worker_double import (
     TOKEN,
     NeverEnding,
     ThreadedWorker,
-    WorkerProcess,
     ask,
     assert_right,
     outputs,
@@ -49,7 +48,7 @@ from mixchat.experts.workers.messages import (
     pack,
     unpack,
 )
-from mixchat.experts.workers.sockets import PIECE, ConnectionLostError, CurveKeys, curve_keys
+from mixchat.experts.workers.sockets import PIECE, ConnectionLostError, curve_keys
 
 
 def assert_serves(worker: ThreadedWorker) -> None:
@@ -64,9 +63,7 @@ def answer_to(opened: WorkerSocket, message: bytes) -> WorkerMessage:
     return unpack(opened.receive(time.monotonic() + PATIENCE))[0]
 
 
-def test_strangers_block_nobody_and_do_not_show_in_a_chat(
-    worker: ThreadedWorker, link: Link
-) -> None:
+def test_strangers_block_nobody_and_do_not_show_in_a_chat(worker, link):
     """Some connections to gloo's port ended the worker, before anybody had proved a key.
 
     Here 300 bring silence, garbage, half a handshake and an end, while rows travel.
@@ -85,7 +82,7 @@ def test_strangers_block_nobody_and_do_not_show_in_a_chat(
     assert_serves(worker)
 
 
-def test_one_line_tells_of_many_with_another_key(worker: ThreadedWorker) -> None:
+def test_one_line_tells_of_many_with_another_key(worker):
     for _ in range(3):
         with pytest.raises(UsageError, match="another key"):
             WorkerSocket(worker.address, bytes(32))
@@ -94,7 +91,7 @@ def test_one_line_tells_of_many_with_another_key(worker: ThreadedWorker) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another process's limits need Linux")
-def test_a_worker_without_a_free_descriptor_goes_on(process: WorkerProcess) -> None:
+def test_a_worker_without_a_free_descriptor_goes_on(process):
     """Whoever used them all up from outside ended the worker: gloo aborts."""
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 64))
     link = process.open()
@@ -112,18 +109,17 @@ def test_a_worker_without_a_free_descriptor_goes_on(process: WorkerProcess) -> N
     process.open().close()
 
 
-def test_silent_strangers_are_sent_away(worker: ThreadedWorker) -> None:
+def test_silent_strangers_are_sent_away(worker):
     with socket.create_connection(worker.address.target, PATIENCE) as stranger:
-        while stranger.recv(100):
+        while received := stranger.recv(100):
             pass
+        assert received == b""
 
 
-def test_who_knows_the_public_key_alone_is_sent_away(
-    worker: ThreadedWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_knows_the_public_key_alone_is_sent_away(worker, monkeypatch):
     """The worker's public key never travels; still, the chat side has to have its own secret."""
 
-    def half_right(key: bytes, end: bytes) -> CurveKeys:
+    def half_right(key, end):
         return curve_keys(bytes(32) if end == b"chat" else key, end)
 
     monkeypatch.setattr(sockets, "curve_keys", half_right)
@@ -131,7 +127,7 @@ def test_who_knows_the_public_key_alone_is_sent_away(
         WorkerSocket(worker.address, KEY)
 
 
-def test_what_travels_is_encrypted(worker: ThreadedWorker) -> None:
+def test_what_travels_is_encrypted(worker):
     """Somebody between both ends sees no name of the model, and passes on what works.
 
     So does an SSH port forward: there is one port, and one connection.
@@ -199,18 +195,18 @@ def hello_with(**changes: object) -> bytes:
     ],
     ids=lambda message: message[-30:].decode(errors="replace"),
 )
-def test_a_malformed_hello_is_refused(worker: ThreadedWorker, message: bytes) -> None:
+def test_a_malformed_hello_is_refused(worker, message):
     opened = WorkerSocket(worker.address, KEY)
     assert expect(Refusal, answer_to(opened, message)).cause == "other"
     opened.close()
     assert_serves(worker)
 
 
-def test_a_connection_in_a_circle_of_references_is_collected(worker: ThreadedWorker) -> None:
+def test_a_connection_in_a_circle_of_references_is_collected(worker):
     """The garbage collector hung for ever, in whatever it interrupted: the context waited for its
     sockets, which were not closed yet."""
     opened = WorkerSocket(worker.address, KEY)
-    opened.itself = opened  # type: ignore[attr-defined]
+    opened.itself = opened
     end = opened.close
     del opened
     collecting = threading.Thread(target=gc.collect, daemon=True)
@@ -263,26 +259,20 @@ ODD_MESSAGES = {
 
 
 @pytest.mark.parametrize("name", ODD_MESSAGES)
-def test_an_odd_message_ends_the_chat_and_the_next_one_is_served(
-    worker: ThreadedWorker, link: Link, name: str
-) -> None:
+def test_an_odd_message_ends_the_chat_and_the_next_one_is_served(worker, link, name):
     reason = expect(Ended, answer_to(link._socket, ODD_MESSAGES[name])).reason
     assert reason.endswith(("makes no sense", "out of turn", "does not have", "another size"))
     assert worker.wait_for_note("ends").endswith(reason)
     assert_serves(worker)
 
 
-def test_a_message_that_is_too_long_ends_the_chat_before_it_is_read(
-    worker: ThreadedWorker, link: Link
-) -> None:
+def test_a_message_that_is_too_long_ends_the_chat_before_it_is_read(worker, link):
     link._socket.send(bytes(2 * PIECE))
     assert "closed the connection" in worker.wait_for_note("ends")
     assert_serves(worker)
 
 
-def test_rows_that_never_come_end_the_chat(
-    worker: ThreadedWorker, link: Link, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_never_come_end_the_chat(worker, link, monkeypatch):
     monkeypatch.setattr(sockets, "SILENCE_S", 0.3)
     rows = 2 * PIECE // len(ROW)
     request = Compute(layer=1, experts=((2, rows),), shared_row=False)
@@ -291,7 +281,7 @@ def test_rows_that_never_come_end_the_chat(
     assert_serves(worker)
 
 
-def test_a_fault_of_the_experts_ends_the_chat_only(worker: ThreadedWorker, link: Link) -> None:
+def test_a_fault_of_the_experts_ends_the_chat_only(worker, link):
     """Here the result has a wrong shape: a fault of mixchat, which the worker survives."""
     compute = worker.model.compute
     worker.model.compute = lambda *arguments: compute(*arguments)[:, 1:]
@@ -302,9 +292,7 @@ def test_a_fault_of_the_experts_ends_the_chat_only(worker: ThreadedWorker, link:
     assert_serves(worker)
 
 
-def test_the_memory_is_looked_at_before_a_chat_and_while_nothing_is_asked_in_one(
-    worker: ThreadedWorker,
-) -> None:
+def test_the_memory_is_looked_at_before_a_chat_and_while_nothing_is_asked_in_one(worker):
     assert worker.model.has_followed.wait(PATIENCE)
     link = worker.open()
     worker.wait_for_note("begins")
@@ -314,9 +302,7 @@ def test_the_memory_is_looked_at_before_a_chat_and_while_nothing_is_asked_in_one
     worker.wait_for_note("ends")
 
 
-def test_a_chat_may_ask_for_as_many_experts_as_it_was_told_that_there_is_room_for(
-    worker: ThreadedWorker,
-) -> None:
+def test_a_chat_may_ask_for_as_many_experts_as_it_was_told_that_there_is_room_for(worker):
     """Other programs may have taken the memory since."""
     link = worker.open()
     worker.wait_for_note("begins")
@@ -326,12 +312,10 @@ def test_a_chat_may_ask_for_as_many_experts_as_it_was_told_that_there_is_room_fo
     link.close()
 
 
-def test_a_fault_in_a_path_that_is_not_utf_8_ends_the_chat_only(
-    worker: ThreadedWorker, link: Link
-) -> None:
+def test_a_fault_in_a_path_that_is_not_utf_8_ends_the_chat_only(worker, link):
     """Its name could not be sent, and that ended the worker."""
 
-    def fail(check: object) -> None:
+    def fail(check):
         raise MixchatError("mod\udce8le/experts-001.safetensors: cannot be read")
 
     worker.model.on_compute = fail
@@ -354,9 +338,7 @@ link.finish()
 """
 
 
-def test_a_chat_side_that_is_killed_in_the_midst_of_a_request_frees_the_worker(
-    worker: ThreadedWorker,
-) -> None:
+def test_a_chat_side_that_is_killed_in_the_midst_of_a_request_frees_the_worker(worker):
     worker.model.on_compute = never_end = NeverEnding()
     command = [sys.executable, "-c", CHAT_SIDE, str(worker.address)]
     chat = subprocess.Popen(command, cwd=os.path.dirname(__file__))
@@ -370,9 +352,7 @@ def test_a_chat_side_that_is_killed_in_the_midst_of_a_request_frees_the_worker(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_signal_ends_a_worker_cleanly(
-    process: WorkerProcess, number: signal.Signals, busy: bool
-) -> None:
+def test_a_signal_ends_a_worker_cleanly(process, number, busy):
     if busy:
         link = process.open()
         link.start(STUCK_LAYER, TOKEN, row())
@@ -386,18 +366,18 @@ def test_a_signal_ends_a_worker_cleanly(
             link.finish()
 
 
-def test_a_port_in_use_is_one_clear_line(worker: ThreadedWorker) -> None:
+def test_a_port_in_use_is_one_clear_line(worker):
     with pytest.raises(UsageError, match="port is in use") as caught:
         Listener(worker.address, KEY, print)
     assert "--listen" in (caught.value.hint or "")
 
 
-def test_an_address_of_another_machine_is_one_clear_line() -> None:
+def test_an_address_of_another_machine_is_one_clear_line():
     with pytest.raises(UsageError, match="no such address"):
         Listener(resolve("192.0.2.1:7917"), KEY, print)
 
 
-def test_a_worker_serves_chats_until_it_is_over() -> None:
+def test_a_worker_serves_chats_until_it_is_over():
     """Under torchrun it ended with the first one, so that a chat which had lost it was alone."""
     worker = ThreadedWorker()
     for _ in range(2):

@@ -20,16 +20,14 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_without_torchrun_there_is_no_rank_and_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchrun_there_is_no_rank_and_no_worker(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("RANK", "1")  # of some other program
     assert torchrun.rank() is None
     assert torchrun.published() == ()
 
 
-def test_rank_0_learns_where_the_workers_listen_and_they_when_it_ends(
-    variables: pytest.MonkeyPatch,
-) -> None:
+def test_rank_0_learns_where_the_workers_listen_and_they_when_it_ends(variables):
     for rank in (2, 1):
         variables.setenv("RANK", str(rank))
         assert torchrun.rank() == rank
@@ -43,7 +41,7 @@ def test_rank_0_learns_where_the_workers_listen_and_they_when_it_ends(
     assert over()
 
 
-def test_a_store_that_is_not_there_is_one_clear_line(variables: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_not_there_is_one_clear_line(variables):
     variables.setenv("RANK", "0")
     variables.setenv("MASTER_PORT", "none")
     with pytest.raises(MixchatError, match="torchrun's store cannot be reached"):
@@ -52,7 +50,7 @@ def test_a_store_that_is_not_there_is_one_clear_line(variables: pytest.MonkeyPat
         torchrun.local_address()
 
 
-def test_a_rank_that_is_no_number_is_one_clear_line(variables: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_is_no_number_is_one_clear_line(variables):
     variables.setenv("RANK", "first")
     with pytest.raises(UsageError, match="RANK is missing, or no number"):
         torchrun.rank()

@@ -180,7 +180,6 @@ class WorkerProcess:
 
     def next_line(self) -> str:
         """Return the next line that it prints: its address, its notes, `computing`, `clean`."""
-        assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def signal(self, number: int) -> None:
@@ -193,7 +192,6 @@ class WorkerProcess:
     def end(self) -> None:
         self._process.kill()
         self._process.wait(PATIENCE)
-        assert self._process.stdout is not None
         self._process.stdout.close()
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -114,7 +113,7 @@ def test_empty_lines_are_left_out(model_service):
 def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(model_service):
     answered = threading.Event()
 
-    def slow() -> Iterator[tuple[int, bytes]]:
+    def slow():
         yield 1, b'{"prompt": "Hi"}'
         assert answered.wait(60)
         yield 2, b'{"prompt": "Ho"}'
@@ -129,7 +128,7 @@ def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(model_service):
 def test_lines_are_read_a_few_ahead_only(model_service):
     read: list[int] = []
 
-    def endless() -> Iterator[tuple[int, bytes]]:
+    def endless():
         for number in range(1, 10**9):
             read.append(number)
             yield number, b'{"prompt": "Hi"}'
@@ -141,7 +140,7 @@ def test_lines_are_read_a_few_ahead_only(model_service):
 
 
 def test_what_reading_raises_comes_behind_the_lines_before(model_service):
-    def broken() -> Iterator[tuple[int, bytes]]:
+    def broken():
         yield 1, b'{"prompt": "Hi"}'
         raise OSError("the disk is gone")
 
@@ -165,7 +164,7 @@ class Endless(io.RawIOBase):
         return len(buffer)
 
 
-def test_a_line_without_an_end_is_cut_and_given_up(monkeypatch: pytest.MonkeyPatch):
+def test_a_line_without_an_end_is_cut_and_given_up(monkeypatch):
     """A line's length was checked after it was read: /dev/zero took 8.8 GB in a minute."""
     monkeypatch.setattr(lines_module, "_MAX_SKIPPED", 3_000_000)
     endless = Endless()

@@ -10,8 +10,10 @@ import pytest
 from form_bombs import bomb
 from raw_http import exchange, read_response, request
 
+from mixchat.experts.workers.address import resolve
 from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.web import answers
+from mixchat.serving.web.access import bind
 from mixchat.serving.web.server import WaitingConnections
 
 CHAT = "/v1/chat/completions"
@@ -214,14 +216,10 @@ def test_two_lengths_of_one_body_are_refused(served):
         assert connection.recv(1) == b""
 
 
-def test_answers_on_a_connection_that_stays_open_come_at_once(served):
-    """Each took 40 ms: the listening socket did not name TCP, so asyncio set no TCP_NODELAY."""
-    with served.connect() as connection:
-        began = time.monotonic()
-        for _ in range(50):
-            connection.sendall(request("/health"))
-            assert read_response(connection).status == 200
-        assert time.monotonic() - began < 50 * 0.03
+def test_connections_send_at_once():
+    """Each answer took 40 ms: the listening socket did not name TCP, so asyncio set no NODELAY."""
+    with bind(resolve("127.0.0.1:0", any_port=True)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_client_that_leaves_ends_the_check_of_its_schema(serve):

@@ -26,6 +26,11 @@ MIXTRAL = {
     "eos_token_id": 2,
 }
 
+ORIGINAL = "original_max_position_embeddings"
+YARN = {"type": "yarn", "factor": 4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+LONGROPE = {"rope_type": "longrope", "factor": 2, "short_factor": [1], "long_factor": [1]}
+
 
 def test_reads_mixtrals_own_config() -> None:
     config = read_config(MIXTRAL)
@@ -43,6 +48,34 @@ def test_reads_the_keys_that_transformers_5_writes() -> None:
     )
     assert config.rope_parameters.rope_theta == 1e4
     assert config.head_dim == 64
+
+
+def test_a_factor_that_is_missing_follows_from_the_two_contexts() -> None:
+    rope = {"type": "yarn", "factor": None, ORIGINAL: 4096}
+    assert read_config({**MIXTRAL, "rope_scaling": rope}).rope_parameters.factor == 8
+    rope = {**LONGROPE, ORIGINAL: 16384}
+    del rope["factor"]
+    read = read_config({**MIXTRAL, "rope_scaling": rope, "head_dim": 2})
+    assert read.rope_parameters.factor == 2
+
+
+def test_the_older_key_precedes_as_in_transformers() -> None:
+    newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    rope = read_config({**MIXTRAL, "rope_scaling": YARN, "rope_parameters": newer}).rope_parameters
+    assert (rope.rope_type, rope.factor, rope.rope_theta) == ("yarn", 4, 1e6)
+
+
+def test_an_original_context_outside_the_rope_precedes_as_in_transformers() -> None:
+    raw = {**MIXTRAL, "rope_scaling": {**YARN, ORIGINAL: 4096}, ORIGINAL: 8192}
+    assert read_config(raw).rope_parameters.original_max_position_embeddings == 8192
+
+
+def test_keys_of_another_type_make_no_difference() -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "mscale": 3.0, "truncate": False}
+    plain = {"rope_type": "linear", "factor": 2.0}
+    assert read_config({**MIXTRAL, "rope_scaling": rope}) == (
+        read_config({**MIXTRAL, "rope_scaling": plain})
+    )
 
 
 def test_eos_may_be_a_list() -> None:
@@ -65,13 +98,34 @@ def test_eos_may_be_a_list() -> None:
         ({"num_key_value_heads": 7}, "cannot share"),
         ({"head_dim": 127}, "odd"),
         ({"num_experts_per_tok": 9}, "experts per token"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn'"),
-        ({"rope_scaling": [1]}, "rope"),
-        ({"rope_scaling": {"factor": 4}}, "rope"),
+        ({"rope_scaling": {"type": "su", "factor": 4}}, "rope type 'su' is not supported"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope type"),
+        ({"rope_scaling": [1]}, "rope_scaling"),
+        ({"rope_scaling": {"factor": 4}}, "no rope_type"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e9}}, "factor 1e"),
+        ({"rope_scaling": {"type": "dynamic", "factor": "4"}}, "factor is '4'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4}, "head_dim": 2}, "head_dim above 2"),
+        ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta above 1"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast"),
+        ({"rope_scaling": {**YARN, "attention_factor": -1}}, "attention_factor"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate"),
+        ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {**YARN, ORIGINAL: 2.5}}, ORIGINAL),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor is None"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor above"),
+        ({"rope_scaling": LONGROPE}, "64 numbers"),
+        ({"rope_scaling": {**LONGROPE, "short_factor": None}}, "short_factor is None"),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [1, "2"]}}, "long_factor is '2'"),
+        ({"rope_scaling": {**LONGROPE, ORIGINAL: 1}, "head_dim": 2}, "above 1 token"),
+        ({"rope_scaling": {"type": "longrope", ORIGINAL: 65536}}, "short_factor is None"),
         ({"rope_parameters": "default"}, "rope_parameters"),
+        ({"rope_parameters": {"full_attention": YARN, "sliding_attention": 1}}, "sliding"),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}},
-            "rope type 'linear'",
+            "factor is None",
         ),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"rms_norm_eps": []}, "rms_norm_eps"),

@@ -134,7 +134,8 @@ def test_a_malformed_manifest_is_refused(installed: Path, changes: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("quant_type", "int2"), ("layout", []), ("blocksize", 128), ("head", 1)]
+    ("key", "value"),
+    [("quant_type", "int2"), ("layout", []), ("blocksize", 128), ("blocksize", 32), ("head", 1)],
 )
 def test_an_unknown_quantization_is_refused(installed: Path, key: str, value: object) -> None:
     quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]

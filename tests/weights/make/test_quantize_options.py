@@ -137,7 +137,7 @@ def test_none_keeps_the_type_that_holds_all_weights(
             lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"),
             r"experts\.2\.w3\.weight is missing",
         ),
-        (lambda t: t.update(extra=torch.ones(1)), "'extra' is not a tensor of a Mixtral"),
+        (lambda t: t.update(extra=torch.ones(1)), "'extra' is not a tensor of a mixtral"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(63)}),
             r"model\.norm\.weight has the shape \[63\]",

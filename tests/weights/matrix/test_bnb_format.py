@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from mixchat.base.errors import CheckpointError
 from mixchat.weights.matrix.bnb_format import (
-    Quantized4bit,
     component_names,
     is_quantized,
     quant_type,
     read_matrix,
 )
+from mixchat.weights.matrix.nf4 import Quantized4bit
 from mixchat.weights.matrix.quant_type import absmax_size
 
 NAME = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
@@ -82,7 +82,7 @@ def test_every_form_is_read_as_bitsandbytes_reads_it(
 ) -> None:
     tensors, expected = quantized(kind, nested, storage)
     matrix = read(tensors)
-    assert (matrix.quant_type, matrix.rows, matrix.columns) == (kind, ROWS, COLUMNS)
+    assert (matrix.kind.name, matrix.rows, matrix.columns) == (kind, ROWS, COLUMNS)
     assert (matrix.codes.dtype, matrix.codes.shape) == (torch.uint8, (ROWS * COLUMNS // 2,))
     assert (matrix.absmax.dtype, matrix.absmax.shape) == (torch.float32, (ROWS * COLUMNS // 64,))
     assert torch.equal(matrix.dense(torch.float32), expected)

@@ -1,7 +1,7 @@
 """Codes of every type, in both layouts, against what they stand for in double precision."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from mixchat.base.errors import CheckpointError
 from mixchat.kernels.compile import kernels_available
 from mixchat.weights.format import manifest
-from mixchat.weights.matrix import encode, int8, nf4, quant_type
-from mixchat.weights.matrix.bnb_format import Quantized4bit
+from mixchat.weights.matrix import encode, int8, mxfp4, nf4, quant_type
 from mixchat.weights.matrix.int8 import INT8
-from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, type_of_bits
+from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, as_packed, type_of_bits
+from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf3 import NF3
-from mixchat.weights.matrix.nf4 import FP4, NF4
-from mixchat.weights.matrix.quant_type import BlockCodes, Linear, PlainLinear, QuantType
+from mixchat.weights.matrix.nf4 import FP4, NF4, NibbleCodes, Quantized4bit
+from mixchat.weights.matrix.quant_type import BlockCodes, Linear, PlainLinear
 
 LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
 needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
@@ -66,6 +66,7 @@ KINDS = [
     Kind(NF3, numbers_of_nf3, 4e-4, 1.2e-2),
     Kind(NF4, in_two_halves(NF4.levels), 4e-4, 1.2e-2),
     Kind(FP4, in_two_halves(FP4.levels), 4e-4, 1.2e-2),
+    Kind(MXFP4, in_two_halves(MXFP4.levels), 4e-4, 1.2e-2),
 ]
 
 
@@ -85,7 +86,8 @@ def exact(
     """The matrix that codes in rows stand for, in double precision."""
     count = shape[0] * shape[1]
     numbers = torch.tensor(kind.numbers(codes), dtype=torch.float64)[:count]
-    return (numbers * absmax.double().repeat_interleave(64)[:count]).view(shape)
+    scales = absmax.double() if absmax.is_floating_point() else 2.0 ** (absmax.double() - 127)
+    return (numbers * scales.repeat_interleave(kind.type.blocksize)[:count]).view(shape)
 
 
 def spec(kind: Kind, layout: Layout, rows: int = 64, columns: int = 128) -> LinearSpec:
@@ -103,7 +105,7 @@ def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> No
     weight = random(200, 33)
     whole = kind.type.codes(weight)
     matrix = kind.type.dequantize(*whole, (200, 33), torch.float32)
-    for module in (quant_type, int8, encode):
+    for module in (quant_type, int8, mxfp4, encode):
         monkeypatch.setattr(module, "_PIECE", 128)
     monkeypatch.setattr(nf4, "_CHUNK", 128)
     assert all(map(torch.equal, kind.type.codes(weight), whole))
@@ -146,8 +148,9 @@ def test_bands_are_packed_in_pieces_without_a_seam(
 
 def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
     absmax = torch.arange(32 * 3).to(torch.bfloat16)  # three blocks in each row
-    codes, _ = kind.type.codes(torch.zeros(32, 192))
-    _, scales = kind.type.to_packed_layout(codes, absmax, 32, 192)
+    columns = 3 * kind.type.blocksize
+    codes, _ = kind.type.codes(torch.zeros(32, columns))
+    _, scales = kind.type.to_packed_layout(codes, absmax, 32, columns)
     assert scales[:3].tolist() == [0, 3, 6]
     assert scales[32:35].tolist() == [1, 4, 7]
 
@@ -177,12 +180,12 @@ def test_converting_in_place_gives_what_encoding_gives(
 
 
 def test_a_shape_the_packed_layout_cannot_take_stays_portable(kind: Kind) -> None:
-    asked = spec(kind, "cpu-packed", columns=96)
+    asked = spec(kind, "cpu-packed", columns=80)
     assert not asked.packed
     assert not asked.can_be_exact
-    tensors = asked.encode(random(64, 96))
+    tensors = asked.encode(random(64, 80))
     before = [tensor.clone() for tensor in tensors]
-    asked.convert(tensors, spec(kind, "bitsandbytes", columns=96))
+    asked.convert(tensors, spec(kind, "bitsandbytes", columns=80))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
@@ -238,11 +241,71 @@ def test_the_map_reads_its_tensors_anew_each_time(kind: Kind, layout: Layout) ->
     torch.testing.assert_close(linear(x).double(), x.double() @ matrix.T, rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize(("part", "whole"), [("nf4", "int8"), ("nf4", "nf3"), ("fp4", "nf4")])
-def test_a_part_of_another_type_is_refused(part: QuantType, whole: QuantType) -> None:
-    parts = [Quantized4bit(part, 64, 128, *TYPES[part].codes(random(64, 128)))]
-    linear = LinearSpec("w", 64, 128, whole, "bitsandbytes", torch.bfloat16)
-    with pytest.raises(CheckpointError, match=rf"^w: a part of it is {part}, not {whole}$"):
+@each_layout
+@each_dtype
+@pytest.mark.parametrize("shape", [(64, 128), (50, 128), (7, 33)])
+def test_a_bias_is_added_to_each_row_and_read_anew(
+    kind: Kind, layout: Layout, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    plain = spec(kind, layout, *shape)
+    biased, weight = replace(plain, bias=True), random(*shape)
+    tensors = biased.encode(weight, bias=torch.zeros(shape[0]))
+    assert [one.shape for one in biased.tensors] == [tuple(tensor.shape) for tensor in tensors]
+    assert biased.tensors[-1].name == "w.bias"
+    linear, without = biased.build(tensors), plain.build(plain.encode(weight))
+    for tokens in TOKENS:
+        x, bias = random(tokens, shape[1], seed=tokens).to(dtype), random(1, shape[0], tokens)
+        if biased.stored_rows == shape[0] or not biased.packed:
+            tensors[-1].copy_(bias[0])
+        else:  # filled up with zeros, it is a copy
+            linear = biased.build(biased.encode(weight, bias=bias[0]))
+        expected = without(x.float() if biased.packed else x).double() + bias
+        rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}[dtype]
+        assert linear(x).dtype == dtype
+        torch.testing.assert_close(linear(x).double(), expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
+def test_a_bias_stays_the_last_when_a_matrix_is_converted(
+    kind: Kind, layouts: tuple[Layout, Layout]
+) -> None:
+    old, new = (replace(spec(kind, layout), bias=True) for layout in layouts)
+    weight, bias = random(64, 128), random(1, 64)[0]
+    tensors = old.encode(weight, bias=bias)
+    old.convert(tensors, new)
+    assert all(map(torch.equal, tensors, new.encode(weight, bias=bias)))
+    plain = replace(new, layout="bitsandbytes")
+    new.convert(tensors, plain)
+    assert plain.dequantized(tensors).shape == weight.shape
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@each_dtype
+@needs_kernel
+def test_the_steps_of_a_packed_map_have_its_bits(
+    kind: Kind, dtype: torch.dtype, bias: bool
+) -> None:
+    if dtype == torch.float16:
+        pytest.skip("the kernels compute no fp16")
+    linear = replace(spec(kind, "cpu-packed"), bias=bias)
+    packed = as_packed(
+        linear.build(linear.encode(random(64, 128), bias=random(1, 64)[0] if bias else None))
+    )
+    assert (packed.addresses[2] != 0) == bias
+    x, out = random(1, 128).to(dtype), torch.empty(1, 64, dtype=dtype)
+    for step in packed.steps(x, out):
+        step.run()
+    assert torch.equal(out, packed(x))
+
+
+@pytest.mark.parametrize(
+    ("part", "whole"), [(NF4, INT8), (NF4, NF3), (FP4, NF4), (MXFP4, NF4), (FP4, MXFP4)]
+)
+def test_a_part_of_another_type_is_refused(part: NibbleCodes, whole: BlockCodes) -> None:
+    parts = [Quantized4bit(part, 64, 128, *part.codes(random(64, 128)))]
+    linear = LinearSpec("w", 64, 128, whole.name, "bitsandbytes", torch.bfloat16)
+    expected = rf"^w: a part of it is {part.name}, not {whole.name}$"
+    with pytest.raises(CheckpointError, match=expected):
         linear.stack_quantized(parts)
 
 
@@ -254,4 +317,5 @@ def test_each_type_is_known_by_its_name_and_to_manifests() -> None:
 
 def test_a_type_is_found_by_its_bits() -> None:
     assert [type_of_bits(bits) for bits in (16, 8, 4, 3)] == ["none", "int8", "nf4", "nf3"]
-    assert [type_of_bits(4, kind) for kind in ("nf3", "fp4", "none")] == ["nf4", "fp4", "nf4"]
+    found = {kind: type_of_bits(4, kind) for kind in ("nf3", "fp4", "mxfp4", "none")}
+    assert found == {"nf3": "nf4", "fp4": "fp4", "mxfp4": "nf4", "none": "nf4"}

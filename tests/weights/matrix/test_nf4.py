@@ -5,9 +5,16 @@ import pytest
 import torch
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.matrix.bnb_format import Quantized4bit
 from mixchat.weights.matrix.linear import Layout, LinearSpec
-from mixchat.weights.matrix.nf4 import FP4, NF4, FourBit, FourBitCodes, round_absmax
+from mixchat.weights.matrix.nf4 import (
+    FOUR_BIT,
+    FP4,
+    NF4,
+    FourBit,
+    FourBitCodes,
+    Quantized4bit,
+    round_absmax,
+)
 from mixchat.weights.matrix.quant_type import absmax_size
 
 each_type = pytest.mark.parametrize("kind", [NF4, FP4], ids=["nf4", "fp4"])
@@ -111,7 +118,7 @@ def part(weight: torch.Tensor, kind: FourBit = "nf4", *, nested: bool = False) -
     absmax = state.absmax
     if nested:
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-    return Quantized4bit(kind, *weight.shape, codes.view(-1), absmax)
+    return Quantized4bit(FOUR_BIT[kind], *weight.shape, codes.view(-1), absmax)
 
 
 @each_type

@@ -1,0 +1,42 @@
+"""The RMSNorm of hidden states, and of a layer's queries and keys.
+
+T = tokens of this call, D = hidden_size, h = head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mixchat.kernels import rows
+from mixchat.kernels.program import Stage, Step, alone
+
+
+class RMSNorm:
+    """x / rms(x) times the weight."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [T, D] to [T, D]."""
+        return rows.rms_norm(x, self.weight, self.eps)
+
+    def stage(self, x: torch.Tensor, out: torch.Tensor) -> Stage:
+        """Return `__call__` for one token as a stage, from x [1, D] to `out` [1, D]."""
+        return alone(rows.rms_norm_step(x, self.weight, self.eps, out))
+
+    def normalize_heads(self, x: torch.Tensor) -> None:
+        """Normalize heads [T, heads, h] in place.
+
+        A weight [h] takes each head alone, and a weight [heads * h] takes all heads together.
+        """
+        parts = self._parts(x)
+        rows.rms_norm(parts, self.weight, self.eps, out=parts)
+
+    def heads_step(self, x: torch.Tensor) -> Step:
+        """Return `normalize_heads` for one token as a step."""
+        parts = self._parts(x)
+        return rows.rms_norm_step(parts, self.weight, self.eps, parts)
+
+    def _parts(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], -1, self.weight.shape[0])

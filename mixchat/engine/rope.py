@@ -1,0 +1,157 @@
+"""Rotary position embedding, and the ways to stretch it over longer contexts.
+
+The frequencies of each type are computed in the order of transformers' modeling_rope_utils.py,
+which makes them equal to the bit. h = head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from mixchat.base.model_config import ModelConfig, RopeParameters, RopeType
+from mixchat.kernels import rows
+from mixchat.kernels.program import Step
+
+
+class RotaryEmbedding:
+    """Rotates pairs (i, i + h / 2) of a head by the angle position * frequencies[i].
+
+    Su et al., arXiv:2104.09864, in Hugging Face's two-halves order. Types that stretch by the
+    length of a sequence ("dynamic", "longrope") always stretch for one that fills the context, so
+    that keys in a cache stay right and an answer does not depend on how its prompt was read. Logits
+    then differ from transformers' for shorter sequences, if the context is longer than the original
+    one, which is the default.
+    """
+
+    def __init__(
+        self,
+        parameters: RopeParameters,
+        head_dim: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        frequencies = _FREQUENCIES[parameters.rope_type](parameters, head_dim, context)  # [h / 2]
+        angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
+        cos, sin = (part * _attention_factor(parameters) for part in (angles.cos(), angles.sin()))
+        self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)
+        # [context, h]. `sin` has the sign, so that a rotation needs no negation.
+        self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
+
+    def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+        """Rotate x [T, heads, h], whose tokens are at these T positions."""
+        return rows.rotate(x, self._cos[positions], self._sin[positions])
+
+    def set_position(self, step: Step, position: int) -> None:
+        """Let a step of `rows.rotate_step` rotate one token at `position`."""
+        step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())
+
+
+def rotary_embeddings(
+    config: ModelConfig, context: int, dtype: torch.dtype, device: torch.device
+) -> list[RotaryEmbedding]:
+    """Return each layer's rotary embedding. Layers with the same parameters share one."""
+    shared = {
+        parameters: RotaryEmbedding(parameters, config.head_dim, context, dtype, device)
+        for parameters in config.ropes
+    }
+    return [shared[config.rope(layer)] for layer in range(config.num_hidden_layers)]
+
+
+def _powers(theta: float | torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Return theta ** (2i / h) for each pair i [h / 2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return torch.as_tensor(theta**exponents)
+
+
+def _default(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
+    return 1.0 / _powers(rope.rope_theta, head_dim)
+
+
+def _linear(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
+    """Divide all frequencies by `factor`."""
+    return _default(rope, head_dim, context) / rope.factor
+
+
+def _dynamic(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
+    """Take a larger `rope_theta`, by how much the context exceeds the original one."""
+    length = rope.stretched_for(context)
+    if length is None:
+        return _default(rope, head_dim, context)
+    tokens = torch.tensor(length)  # what follows is rounded to fp32, as in transformers
+    stretched = (rope.factor * tokens / rope.original_max_position_embeddings) - (rope.factor - 1)
+    theta = rope.rope_theta * stretched ** (head_dim / (head_dim - 2))
+    return 1.0 / _powers(theta, head_dim)
+
+
+def _yarn(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
+    """Keep high frequencies, divide low ones by `factor`, and change over between them.
+
+    Peng et al., arXiv:2309.00071.
+    """
+
+    def pair_with(rotations: float) -> float:
+        """Return which pair turns so many times over the original context."""
+        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return (head_dim * math.log(turns)) / (2 * math.log(rope.rope_theta))
+
+    low, high = pair_with(rope.beta_fast), pair_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+    kept = 1 - torch.clamp((pairs - low) / (high - low), 0, 1)
+    powers = _powers(rope.rope_theta, head_dim)
+    return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
+
+
+def _llama3(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
+    """Keep high frequencies, divide low ones by `factor`, and mix both between them."""
+    original, factor = rope.original_max_position_embeddings, rope.factor
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    frequencies = _default(rope, head_dim, context)
+    lengths = 2 * math.pi / frequencies  # of one rotation, in tokens
+    kept = (original / lengths - low) / (high - low)
+    mixed = (1 - kept) * frequencies / factor + kept * frequencies
+    stretched = torch.where(lengths < original / high, frequencies, mixed)
+    return torch.where(lengths > original / low, frequencies / factor, stretched)
+
+
+def _longrope(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
+    """Divide each frequency by a number of its own. Ding et al., arXiv:2402.13753."""
+    is_short = rope.stretched_for(context) is None
+    factors = torch.tensor(rope.short_factor if is_short else rope.long_factor)
+    return 1.0 / (factors * _powers(rope.rope_theta, head_dim))
+
+
+_FREQUENCIES: dict[RopeType, Callable[[RopeParameters, int, int], torch.Tensor]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+}
+
+
+def _attention_factor(rope: RopeParameters) -> float:
+    """Return the number that cos and sin are multiplied by."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.rope_type == "longrope" and rope.factor > 1:
+        original = rope.original_max_position_embeddings
+        return math.sqrt(1 + math.log(rope.factor) / math.log(original))
+    if rope.rope_type != "yarn":
+        return 1.0
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return _mscale(rope.factor)
+
+
+def _mscale(factor: float, mscale: float = 1) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

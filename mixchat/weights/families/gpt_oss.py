@@ -1,0 +1,71 @@
+"""gpt-oss, by OpenAI: 20b and 120b.
+
+Its experts are stacked. The rows of gate and up alternate. In 16 bits they are stored [in, out].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.config_keys import (
+    flag,
+    layer_types,
+    positive_int,
+    positive_number,
+    shape_of,
+    with_defaults,
+)
+from mixchat.weights.families.family import Family, Slice, Tensors
+from mixchat.weights.families.tensors import decoder_tensors, expert_prefix, router
+
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def _read_config(raw: dict[str, Any]) -> ModelConfig:
+    layers = positive_int(raw, "num_hidden_layers")
+    types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+    rope = {} if raw.get("rope_scaling") else {"rope_parameters": _ROPE}
+    keys = with_defaults(
+        raw, num_key_value_heads=8, head_dim=64, sliding_window=128, layer_types=types, **rope
+    )
+    return ModelConfig(
+        **shape_of(keys, rope_theta=1.5e5, rms_norm_eps=1e-5),
+        **layer_types(keys),
+        attention_bias=flag(keys, "attention_bias", True),
+        attention_sinks=True,
+        moe_bias=True,
+        swiglu_limit=positive_number(keys, "swiglu_limit", 7.0),
+        swiglu_alpha=positive_number(keys, "swiglu_alpha", 1.702),
+    )
+
+
+def _experts(config: ModelConfig, prefix: str) -> Tensors:
+    inner, hidden, stack = config.intermediate_size, config.hidden_size, f"{prefix}mlp.experts."
+    gate_up = range(0, 2 * inner, 2), range(1, 2 * inner, 2)
+    yield from router(config, prefix, "mlp.router")
+    for expert in range(config.num_local_experts):
+        installed = expert_prefix(prefix, expert)
+        up, down = f"{stack}gate_up_proj[{expert}]", f"{stack}down_proj[{expert}]"
+        up_bias = f"{stack}gate_up_proj_bias[{expert}]"
+        yield (
+            f"{installed}w13.weight",
+            tuple(Slice(up, (hidden, 2 * inner), rows, transposed=True) for rows in gate_up),
+        )
+        yield f"{installed}w13.bias", tuple(Slice(up_bias, (2 * inner,), rows) for rows in gate_up)
+        yield f"{installed}w2.weight", (Slice(down, (inner, hidden), transposed=True),)
+        yield f"{installed}w2.bias", (Slice(f"{stack}down_proj_bias[{expert}]", (hidden,)),)
+
+
+def _tensors(config: ModelConfig) -> Tensors:
+    return decoder_tensors(config, _experts)
+
+
+GPT_OSS = Family("gpt_oss", _read_config, _tensors)

@@ -1,0 +1,55 @@
+"""Mellum2, by JetBrains. The heads for predicting several tokens (`mtp.`) are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.config_keys import (
+    flag,
+    layer_types,
+    of_experts,
+    positive_int,
+    shape_of,
+    with_defaults,
+)
+from mixchat.weights.families.family import Family, Tensors
+from mixchat.weights.families.tensors import decoder_tensors, separate_experts
+
+_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
+_ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+def _read_config(raw: dict[str, Any]) -> ModelConfig:
+    layers = positive_int(raw, "num_hidden_layers")
+    keys = with_defaults(
+        of_experts(raw),
+        num_key_value_heads=4,
+        head_dim=128,
+        sliding_window=1024,
+        layer_types=["full_attention"] * layers,
+        rope_parameters=_ROPES,
+    )
+    kinds = keys.get("mlp_layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "sparse" for kind in kinds):
+        raise CheckpointError(
+            f"config.json: mlp_layer_types is {kinds!r:.80}: models with dense layers do not run"
+        )
+    return ModelConfig(
+        **shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
+        **layer_types(keys),
+        qk_norm="head",
+        norm_topk_prob=flag(keys, "norm_topk_prob", True),
+        attention_bias=flag(keys, "attention_bias"),
+    )
+
+
+def _tensors(config: ModelConfig) -> Tensors:
+    return decoder_tensors(config, _EXPERTS)
+
+
+MELLUM = Family("mellum", _read_config, _tensors)

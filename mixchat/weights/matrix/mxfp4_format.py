@@ -1,0 +1,60 @@
+"""Reads matrices that a checkpoint holds in MXFP4, as gpt-oss' experts are published.
+
+In place of a tensor X [E, in, out] of E matrices (or of `X[3]`, its fourth part, without E):
+
+    X_blocks   U8 [E, out, in / 32, 16], two codes a byte, the even column's in the low nibble
+    X_scales   U8 [E, out, in / 32], the exponent of each block of 32 columns
+
+So rows and columns are those of the matrix that is multiplied, [out, in], and X is its transpose.
+All of it is untrusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+
+from mixchat.base.errors import CheckpointError
+from mixchat.base.safetensors import TensorSpec, split_part
+from mixchat.weights.matrix.mxfp4 import LARGEST_SCALE, MXFP4
+from mixchat.weights.matrix.nf4 import Quantized4bit
+
+_PARTS = ("_blocks", "_scales")
+
+
+def component_names(name: str) -> tuple[str, str]:
+    """Return the names of the codes and scales of a tensor, or of a part of it."""
+    whole, part = split_part(name)
+    codes, scales = (f"{whole}{own}" if part is None else f"{whole}{own}[{part}]" for own in _PARTS)
+    return codes, scales
+
+
+def is_quantized(name: str, available: Collection[str]) -> bool:
+    """Return whether the names say that the matrix is in MXFP4."""
+    whole, _ = split_part(name)
+    return whole not in available and any(f"{whole}{own}" in available for own in _PARTS)
+
+
+def component_specs(name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, TensorSpec]:
+    """Return the codes and scales of a tensor of this shape. Raises `CheckpointError`."""
+    *stacked, columns, rows = shape
+    if columns % MXFP4.blocksize:
+        raise CheckpointError(f"{name}: {columns} columns in MXFP4 are not whole blocks of 32")
+    scales = (*stacked, rows, columns // MXFP4.blocksize)
+    specs = zip(component_names(name), ((*scales, MXFP4.blocksize // 2), scales), strict=True)
+    codes, absmax = (TensorSpec(part, torch.uint8, own) for part, own in specs)
+    return codes, absmax
+
+
+def read_matrix(name: str, read: Callable[[str], torch.Tensor]) -> Quantized4bit:
+    """Read a matrix [out, in], whose shape was checked. Raises `CheckpointError`."""
+    codes, scales = (read(part) for part in component_names(name))
+    if (largest := int(scales.max())) > LARGEST_SCALE:
+        kind = "NaN" if largest == 255 else "a scale that is too large"
+        raise CheckpointError(f"{component_names(name)[1]}: holds {kind}")
+    rows, blocks = scales.shape
+    flat = codes.reshape(-1)
+    return Quantized4bit(
+        MXFP4, rows, blocks * MXFP4.blocksize, flat << 4 | flat >> 4, scales.view(-1)
+    )

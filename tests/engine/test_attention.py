@@ -1,0 +1,227 @@
+"""Attention of one layer against transformers, and its steps for one token against itself."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+
+from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.base.safetensors import TensorSpec
+from mixchat.engine.attention import Attention
+from mixchat.engine.decoder import new_decoder
+from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
+from mixchat.engine.model import Block
+from mixchat.engine.norm import RMSNorm
+from mixchat.engine.rope import rotary_embeddings
+from mixchat.experts.cache import ExpertKey
+from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.pages import PAGE
+from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import Linear
+
+CPU = torch.device("cpu")
+CONTEXT = PAGE + 200
+LAYERS = ("sliding_attention", "full_attention")
+SHAPE = ModelConfig(
+    model_type="",
+    vocab_size=10,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=len(LAYERS),
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+    max_position_embeddings=CONTEXT,
+    rms_norm_eps=1e-5,
+    rope_parameters=RopeParameters(5e5),
+)
+WINDOW = 20
+WINDOWS: dict[str, Any] = {"layer_types": LAYERS, "sliding_window": WINDOW}
+# By the names of families in transformers whose attention has the same features.
+FEATURES: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {"qk_norm": "head"},
+    "Olmoe": {"qk_norm": "projection", "clip_qkv": 0.9},
+    "Mellum": {**WINDOWS, "qk_norm": "head", "sliding_rope_parameters": RopeParameters(1e4)},
+    "GptOss": {**WINDOWS, "attention_sinks": True, "attention_bias": True},
+}
+SIZES = {  # heads, of keys and values, of a head
+    "few kv heads": (6, 2, 32),
+    "one kv head": (5, 1, 16),
+    "as many kv heads": (3, 3, 128),
+    "64": (4, 2, 64),
+    "80": (2, 1, 80),
+    "96": (2, 1, 96),
+    "odd heads": (4, 2, 10),
+}
+CACHES: dict[str, Callable[[ModelConfig], KVCache]] = {
+    "pages": lambda config: PagedKVCache(config, CONTEXT, 32),
+    "tensors": lambda config: TensorKVCache(config, CONTEXT, torch.float32, CPU),
+}
+needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
+
+
+def oracle(name: str, config: ModelConfig, layer: int) -> tuple[Any, Any]:
+    """Return transformers' attention of a layer with random weights, and its rotary embedding."""
+    module = importlib.import_module(getattr(transformers, f"{name}Config").__module__)
+    module = importlib.import_module(module.__name__.replace("configuration", "modeling"))
+    rope = {"rope_type": "default", "rope_theta": config.rope_parameters.rope_theta}
+    ropes = {
+        kind: {**rope, "rope_theta": config.rope(place).rope_theta}
+        for place, kind in enumerate(LAYERS)
+    }
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    keys += ("head_dim", "rms_norm_eps", "clip_qkv", "attention_bias", "sliding_window")
+    theirs = getattr(transformers, f"{name}Config")(
+        **{key: getattr(config, key) for key in keys},
+        layer_types=list(LAYERS),
+        rope_parameters=ropes if name == "Mellum" else rope,
+        attn_implementation="eager",
+    )
+    attention = getattr(module, f"{name}Attention")(theirs, layer).eval()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return attention, getattr(module, f"{name}RotaryEmbedding")(theirs)
+
+
+def expected(name: str, config: ModelConfig, layer: int, x: torch.Tensor) -> tuple[Any, Any]:
+    """Return transformers' attention of a layer, and what it makes of x [T, D]."""
+    attention, rope = oracle(name, config, layer)
+    places = torch.arange(len(x))
+    back = places[:, None] - places
+    hidden = (back < 0) | (back >= (config.window(layer) or len(x)))
+    mask = torch.zeros(back.shape).masked_fill(hidden, -torch.inf)
+    kind = (LAYERS[layer],) if name == "Mellum" else ()
+    turns = rope(x[None], places[None], *kind)
+    return attention, attention(x[None], turns, mask[None, None])[0][0]
+
+
+def ours(config: ModelConfig, layer: int, theirs: Any) -> Attention:
+    """Return our attention with the weights of transformers' own."""
+    parts = [theirs.q_proj, theirs.k_proj, theirs.v_proj]
+    weight = torch.cat([part.weight for part in parts])
+    bias = torch.cat([part.bias for part in parts]) if config.attention_bias else None
+
+    def qkv_proj(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        return functional.linear(x, weight, bias)
+
+    def o_proj(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        return theirs.o_proj(x)
+
+    norms = [RMSNorm(norm.weight, config.rms_norm_eps) for norm in _norms(config, theirs)]
+    rope = rotary_embeddings(config, CONTEXT, torch.float32, CPU)[layer]
+    sinks = theirs.sinks if config.attention_sinks else None
+    return Attention(layer, config, qkv_proj, o_proj, rope, norms, sinks)
+
+
+def _norms(config: ModelConfig, theirs: Any) -> Sequence[Any]:
+    return (theirs.q_norm, theirs.k_norm) if config.qk_norm else ()
+
+
+@pytest.mark.parametrize("layer", range(len(LAYERS)))
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("cache", [pytest.param("pages", marks=needs_kernel), "tensors"])
+@pytest.mark.parametrize("name", FEATURES)
+@torch.inference_mode()
+def test_a_layer_equals_transformers(name: str, cache: str, size: str, layer: int) -> None:
+    """In a prompt beyond a page and a window, in steps, and in a prompt after these."""
+    heads, groups, width = SIZES[size]
+    config = replace(
+        SHAPE,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=width,
+        hidden_size=heads * width if name == "Olmoe" else 48,  # its norms know no other width
+        **FEATURES[name],
+    )
+    torch.manual_seed(layer)
+    x = torch.randn(CONTEXT, config.hidden_size)
+    theirs, exact = expected(name, config, layer, x)
+    attention, before = ours(config, layer, theirs), CACHES[cache](config)
+    results = []
+    for piece in torch.split(x, [PAGE + 70, 1, 1, 30, 1, CONTEXT - PAGE - 103]):
+        results.append(attention(piece, before))
+        before.advance(len(piece))
+    assert (torch.cat(results) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+class RandomTensors:
+    """The tensors of random layers, as `Block.build` takes them."""
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        return torch.randn(spec.shape).to(spec.dtype)
+
+    def linear(self, spec: LinearSpec) -> Linear:
+        bias = torch.randn(spec.rows) if spec.bias else None
+        return spec.build(spec.encode(0.3 * torch.randn(spec.rows, spec.columns), bias=bias))
+
+
+class NoExperts:
+    """An `ExpertRunner` that returns what it gets."""
+
+    def run(self, layer: int, hidden_states: torch.Tensor, *rest: Any, **how: Any) -> torch.Tensor:
+        return hidden_states
+
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+        return ()
+
+    def note_hits(self, keys: Sequence[ExpertKey]) -> None: ...
+
+
+def blocks(used: Blueprint) -> list[Block]:
+    torch.manual_seed(0)
+    ropes = rotary_embeddings(used.config, CONTEXT, used.quantization.dtype, CPU)
+    return [
+        Block.build(layer, used, RandomTensors(), rope, NoExperts())
+        for layer, rope in enumerate(ropes)
+    ]
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Mixtral", *FEATURES])
+@torch.inference_mode()
+def test_steps_for_one_token_and_chunks_have_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    config = replace(SHAPE, **FEATURES.get(name, {}))
+    quantization = Quantization(layout="cpu-packed", attention="int8", dtype=dtype)
+    used = Blueprint(config, quantization)
+    layers = blocks(used)
+    bits = 32 if dtype == torch.float32 else 16
+    chunked, stepped, decoded = (PagedKVCache(config, CONTEXT, bits) for _ in range(3))
+    decoder = new_decoder(used, layers, stepped)
+    assert decoder is not None
+    tokens = torch.randn(PAGE + 40, config.hidden_size).to(dtype)
+
+    def by_blocks(x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        for block in layers:
+            x = block(x, cache, exact=True)
+        cache.advance(len(x))
+        return x
+
+    def by_program(x: torch.Tensor) -> torch.Tensor:
+        result = decoder.run(x, decoded, lambda layer: None)
+        assert result is not None
+        decoded.advance(1)
+        return result.clone()
+
+    together = [by_blocks(chunk, chunked) for chunk in torch.split(tokens, 100)]
+    alone = [by_blocks(token, stepped) for token in torch.split(tokens, 1)]
+    programs = [by_program(token) for token in torch.split(tokens, 1)]
+    assert torch.equal(torch.cat(programs), torch.cat(alone))
+    assert torch.equal(torch.cat(programs), torch.cat(together))
+
+
+def test_layers_with_the_same_parameters_share_a_rotary_embedding() -> None:
+    config = replace(
+        SHAPE, num_hidden_layers=4, **{**FEATURES["Mellum"], "layer_types": 2 * LAYERS}
+    )
+    first, second, *others = rotary_embeddings(config, CONTEXT, torch.float32, CPU)
+    assert first is not second
+    assert others == [first, second]

@@ -1,0 +1,134 @@
+"""Models of every family against transformers: logits, chunks of prompts, and greedy texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_tools import answer
+
+from mixchat.base.options import LoadOptions
+from mixchat.engine.generate import Engine
+from mixchat.loading.loader import load_engine
+
+TOKENS = 40
+TEXT = 200
+SPARSE = {"num_local_experts": 17, "num_experts_per_tok": 10}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe, weights not normalized": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen3_moe, window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 7}),
+    "qwen3_moe, biases": ("qwen3_moe", {"attention_bias": True}),
+    "qwen3_moe, wide heads": ("qwen3_moe", {"head_dim": 48, "num_key_value_heads": 1, **SPARSE}),
+    "mellum": ("mellum", {}),
+    "mellum, full attention": ("mellum", {"layer_types": ["full_attention"] * 2, **SPARSE}),
+    "mellum, another rope": (
+        "mellum",
+        {
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 16,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            }
+        },
+    ),
+    "olmoe": ("olmoe", {}),
+    "olmoe, no clipping": ("olmoe", {"clip_qkv": None, "num_key_value_heads": 4, **SPARSE}),
+    "olmoe, weights normalized": ("olmoe", {"norm_topk_prob": True, "tie_word_embeddings": True}),
+    "granitemoe": ("granitemoe", {}),
+    "granitemoe, tied": ("granitemoe", {"tie_word_embeddings": True, **SPARSE}),
+    "granitemoe, biases": ("granitemoe", {"attention_bias": True, "num_key_value_heads": 1}),
+    "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss, many experts": ("gpt_oss", {"num_key_value_heads": 1, "head_dim": 32, **SPARSE}),
+    "gpt_oss, tight limit": ("gpt_oss", {"swiglu_limit": 0.5, "swiglu_alpha": 1.1}),
+}
+# What the engine cannot compute yet.
+PENDING = {
+    "qwen3_moe, weights not normalized": "routing weights that do not sum to one",
+    "olmoe": "routing weights that do not sum to one",
+    "olmoe, no clipping": "routing weights that do not sum to one",
+    **dict.fromkeys(
+        ("gpt_oss", "gpt_oss, many experts", "gpt_oss, tight limit"),
+        "biases of routers and experts, and the clamped SwiGLU",
+    ),
+}
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xfail(reason=PENDING[name], strict=True)] if name in PENDING else []
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=marks(name), id=name) for name, case in CASES.items()],
+)
+def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
+    model_type, changes = request.param
+    return make_checkpoint(
+        **{"model_type": model_type, "max_position_embeddings": 256, "num_key_value_heads": 2}
+        | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path, install: Callable[..., Path]) -> Engine:
+    return load_engine(install(checkpoint, quant_type="none"), LoadOptions(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    return torch.randint(0, 97, (TOKENS,), generator=torch.Generator().manual_seed(7))
+
+
+def logits(engine: Engine, ids: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Logits of all positions [T, vocabulary], computed `chunk` tokens at a time."""
+    cache = engine.held()[1]
+    cache.length = 0
+    forward = engine.passes.model.forward
+    return torch.cat([forward(part, cache, logits_of=slice(None)) for part in ids.split(chunk)])
+
+
+@torch.inference_mode()
+def test_logits_equal_transformers_in_fp32(
+    engine: Engine, oracle: Any, prompt: torch.Tensor
+) -> None:
+    expected = oracle(prompt[None]).logits[0]
+    for chunk in (TOKENS, 16, 1):  # a prompt in one piece, in chunks, and token by token
+        difference = (logits(engine, prompt, chunk) - expected).abs().max()
+        assert difference < 1e-4 * expected.abs().max(), f"{chunk} at a time"
+
+
+def test_a_greedy_text_equals_transformers(
+    engine: Engine, oracle: Any, prompt: torch.Tensor
+) -> None:
+    ids = prompt[None, :11]
+    expected = oracle.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=TEXT,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert answer(engine, prompt[:11].tolist(), max_tokens=TEXT) == expected[0, 11:].tolist()

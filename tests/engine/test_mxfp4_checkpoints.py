@@ -1,0 +1,255 @@
+"""gpt-oss as it is published, with experts in MXFP4: taken over, mended, or refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import CPU, TOKENS, assert_as_near, logits, prompt
+from test_prequantized import save_sharded
+from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.options import DenseBits
+from mixchat.base.progress import NoProgress
+from mixchat.loading.loader import load_engine
+from mixchat.weights.care.convert import convert, find_target
+from mixchat.weights.care.repair import repair, verify
+from mixchat.weights.format.blueprint import experts_file
+from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.matrix.mxfp4 import MXFP4
+from mixchat.weights.matrix.quant_type import Linear
+from mixchat.weights.source.checkpoint import DirectoryCheckpoint
+
+FILE = "model.safetensors"
+STACK = "model.layers.1.mlp.experts."
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 3}
+Install = Callable[..., Path]
+Tensors = dict[str, torch.Tensor]
+
+
+class Published(NamedTuple):
+    """A checkpoint in MXFP4, and one in fp32 with the numbers that its codes stand for."""
+
+    quantized: Path
+    meant: Path
+
+
+def in_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks and scales of a stack [E, in, out]."""
+    experts, columns, rows = weight.shape
+    codes, scales = MXFP4.codes(weight.transpose(1, 2).reshape(-1, columns))
+    shape = (experts, rows, columns // 32)
+    return (codes << 4 | codes >> 4).view(*shape, 16), scales.view(shape)
+
+
+@pytest.fixture(scope="session")
+def published(
+    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Published:
+    """A tiny gpt-oss whose codes and scales lie in different shards. Do not write into it."""
+    checkpoint = make_checkpoint(
+        model_type="gpt_oss",
+        std=0.1,
+        **SHAPE,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    stored, meant = {}, {}
+    for name, weight in load_file(checkpoint / FILE).items():
+        meant[name] = stored[name] = weight.to(torch.bfloat16)
+        if weight.dim() == 3:
+            del stored[name]
+            blocks, scales = in_mxfp4(weight)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            meant[name] = convert_moe_packed_tensors(blocks, scales)
+    made = Published(*(tmp_path_factory.mktemp("mxfp4") / name for name in Published._fields))
+    for directory in made:
+        shutil.copytree(checkpoint, directory)
+    save_sharded(stored, made.quantized, 3)
+    save_file({name: tensor.float() for name, tensor in meant.items()}, made.meant / FILE)
+    return made
+
+
+@pytest.fixture
+def changed(published: Published, tmp_path: Path) -> Callable[[Callable[[Tensors], object]], Path]:
+    """Return a copy of the checkpoint whose tensors a function has changed."""
+
+    def change(how: Callable[[Tensors], object]) -> Path:
+        copy = shutil.copytree(published.quantized, tmp_path / "changed")
+        tensors = {
+            name: tensor
+            for path in copy.glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for path in copy.glob("model*"):
+            path.unlink()
+        how(tensors)
+        save_file(tensors, copy / FILE)
+        return copy
+
+    return change
+
+
+def matrices(model: Path, layer: int, expert: int) -> list[torch.Tensor]:
+    """Return w13 and w2 of an expert, and their biases, in fp32."""
+    with InstalledModel(model) as installed:
+        layout = installed.blueprint.expert_of(layer)
+        block = torch.empty(layout.stride, dtype=torch.uint8)
+        installed.read_expert(layer, expert, block)
+        built = layout.build(block)
+    both: tuple[Linear, Linear] = (built.gate_up, built.down)
+    found = []
+    for linear, columns in zip(
+        both, (SHAPE["hidden_size"], SHAPE["intermediate_size"]), strict=True
+    ):
+        bias = linear(torch.zeros(1, columns))
+        found += [linear(torch.eye(columns)) - bias, bias]
+    return found
+
+
+@pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
+def test_each_code_is_taken_over(published: Published, install: Install, layout: str) -> None:
+    model = install(published.quantized, layout=layout)
+    with InstalledModel(model) as installed:
+        made = installed.manifest.quantization
+        assert (made["quant_type"], made["blocksize"], made["scales"]) == ("mxfp4", 32, "given")
+    meant = load_file(published.meant / FILE)
+    for expert in range(SHAPE["num_local_experts"]):
+        up, up_bias, down, down_bias = matrices(model, 1, expert)
+        weight, bias = (meant[f"{STACK}gate_up_proj{part}"][expert] for part in ("", "_bias"))
+        gates_above_ups = torch.cat((weight[:, ::2], weight[:, 1::2]), dim=-1)
+        # The products with ones and zeros are off by a rounding of the sum.
+        torch.testing.assert_close(up, gates_above_ups, rtol=1e-5, atol=1e-6)
+        assert torch.equal(up_bias[0], torch.cat((bias[::2], bias[1::2])))
+        torch.testing.assert_close(down, meant[f"{STACK}down_proj"][expert], rtol=1e-5, atol=1e-6)
+        assert torch.equal(down_bias[0], meant[f"{STACK}down_proj_bias"][expert])
+
+
+def test_nothing_is_rounded_a_second_time(
+    published: Published, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("quantized a second time")
+
+    monkeypatch.setattr(type(MXFP4), "codes", refuse)
+    assert install(published.quantized).is_dir()
+
+
+def test_the_logits_are_those_of_the_weights_that_it_stands_for(
+    published: Published, install: Install
+) -> None:
+    ids = prompt(97)
+
+    def oracle(dtype: torch.dtype) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(
+            published.meant,
+            dtype=dtype,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+        with torch.inference_mode():
+            return model.eval()(ids[None]).logits[0].float()
+
+    exact, rounded = oracle(torch.float32), oracle(torch.bfloat16)
+    engine = load_engine(install(published.quantized), CPU)
+    assert_as_near(logits(engine, ids, TOKENS).float(), exact, rounded, times=4)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()  # or the comparison would say nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        (QuantizeOptions(), ("mxfp4", "int8", "int8")),
+        (QuantizeOptions(attention=4, head=16), ("mxfp4", "nf4", "none")),
+    ],
+)
+def test_nothing_but_experts_is_in_mxfp4(
+    published: Published, options: QuantizeOptions, kinds: tuple[str, str, str]
+) -> None:
+    made = make_blueprint(DirectoryCheckpoint(published.quantized, Source("x")).index, options)
+    stored = made.quantization
+    assert (stored.quant_type, stored.attention, stored.head) == kinds
+
+
+@pytest.mark.parametrize("kind", ["nf3", "none"])
+def test_other_bits_of_experts_are_refused(published: Published, kind: str) -> None:
+    index = DirectoryCheckpoint(published.quantized, Source("x")).index
+    with pytest.raises(UsageError, match=r"has the experts in 4 bits already \(mxfp4\)$"):
+        make_blueprint(index, QuantizeOptions(kind))
+
+
+def test_experts_cannot_be_calibrated_and_the_layout_can_be_converted(
+    published: Published, install: Install
+) -> None:
+    model, other = (install(published.quantized, layout=x) for x in ("cpu-packed", "bitsandbytes"))
+    with pytest.raises(UsageError, match=r"stay as they are: .* has them in 4 bits \(mxfp4\)"):
+        find_target(model, None, DenseBits(), calibrated=True)
+    assert convert(model, find_target(model, "bitsandbytes", DenseBits()), NoProgress())
+    file = experts_file(1)
+    assert (model / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_a_damaged_expert_is_mended_from_the_checkpoint(
+    published: Published, install: Install
+) -> None:
+    model = install(published.quantized)
+    path = model / experts_file(1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20000] + bytes(9) + whole[-20000 + 9 :])
+    assert path.read_bytes() != whole
+    opened = DirectoryCheckpoint(published.quantized, Source("test"))
+    repair(model, verify(model, NoProgress()), opened, NoProgress())
+    assert path.read_bytes() == whole
+
+
+def cut_short(tensors: Tensors) -> None:
+    tensors[f"{STACK}down_proj_blocks"] = tensors[f"{STACK}down_proj_blocks"][:, :, 1:].clone()
+
+
+def as_int8(tensors: Tensors) -> None:
+    name = f"{STACK}gate_up_proj_scales"
+    tensors[name] = tensors[name].to(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(f"{STACK}down_proj_scales"), "down_proj_scales is missing"),
+        (lambda t: t.pop(f"{STACK}down_proj_blocks"), "down_proj_blocks is missing"),
+        (
+            lambda t: t.update({f"{STACK}more_blocks": torch.zeros(1)}),
+            "is not a tensor of a gpt_oss",
+        ),
+        (cut_short, r"down_proj_blocks has the shape \[3, 64, 2, 16\]"),
+        (as_int8, "gate_up_proj_scales is torch.int8"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_its_headers(
+    changed: Callable[..., Path], change: Callable[[Tensors], object], said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        _ = DirectoryCheckpoint(changed(change), Source("x")).index
+
+
+def test_a_scale_that_is_no_number_is_refused(
+    changed: Callable[..., Path], install: Install
+) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{STACK}down_proj_scales"][2, 5, 1] = 255
+
+    with pytest.raises(CheckpointError, match=r"down_proj_scales\[2\]: holds NaN$"):
+        install(changed(change))
+
+
+def test_codes_and_numbers_of_one_stack_are_refused_together(changed: Callable[..., Path]) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{STACK}down_proj"] = torch.zeros(3, 96, 64)
+
+    with pytest.raises(CheckpointError, match="down_proj_blocks' is not a tensor of a gpt_oss"):
+        _ = DirectoryCheckpoint(changed(change), Source("x")).index

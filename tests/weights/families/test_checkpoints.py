@@ -1,0 +1,186 @@
+"""Checkpoints of every family: what is refused, and that installed weights are transformers'."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from care_tools import flip, verify
+from fake_hub import COMMIT, REPO, FakeHub
+from safetensors.torch import load_file, save_file
+from weight_tools import files_of, quantize, shard
+
+from mixchat.base.errors import CheckpointError
+from mixchat.base.progress import NoProgress
+from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec
+from mixchat.weights.care.repair import repair
+from mixchat.weights.families.read_config import FAMILIES, read_config_file
+from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.quantize_options import QuantizeOptions
+from mixchat.weights.make.unfinished import Spill
+from mixchat.weights.source.checkpoint_index import CheckpointIndex
+from mixchat.weights.source.open_checkpoint import open_checkpoint
+
+FAMILY = "mixtral", "qwen3_moe", "mellum", "olmoe", "granitemoe", "gpt_oss"
+STACKED = "granitemoe", "gpt_oss"
+LAYER, EXPERT = 1, 2
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint(model_type=request.param, num_local_experts=3, attention_bias=True)
+
+
+def specs_of(checkpoint: Path) -> list[TensorSpec]:
+    with SafetensorsFile(checkpoint / "model.safetensors") as file:
+        return file.header.specs
+
+
+def index_of(checkpoint: Path, specs: Sequence[TensorSpec]) -> CheckpointIndex:
+    """Open a checkpoint as if it had these tensors."""
+    config = read_config_file(checkpoint / "config.json")
+    return CheckpointIndex(config, {"shard": Header.of(specs, "shard")}, None, "here")
+
+
+def test_each_family_is_tested_here() -> None:
+    assert {*FAMILY} == {*FAMILIES}
+
+
+def test_every_tensor_is_needed(checkpoint: Path) -> None:
+    specs = specs_of(checkpoint)
+    index_of(checkpoint, specs)
+    for missing in specs:
+        others = [spec for spec in specs if spec is not missing]
+        with pytest.raises(CheckpointError, match=f"{re.escape(missing.name)} is missing"):
+            index_of(checkpoint, others)
+
+
+def test_every_shape_is_checked(checkpoint: Path) -> None:
+    specs = specs_of(checkpoint)
+    for number, spec in enumerate(specs):
+        for place in range(len(spec.shape)):
+            shape = tuple(size + (axis == place) for axis, size in enumerate(spec.shape))
+            edited = [*specs[:number], replace(spec, shape=shape), *specs[number + 1 :]]
+            with pytest.raises(CheckpointError, match=f"{re.escape(spec.name)} has the shape"):
+                index_of(checkpoint, edited)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.mlp.shared_expert.gate_proj.weight",
+        "model.layers.0.mlp.experts.3.up_proj.weight",
+        "model.layers.0.block_sparse_moe.experts.3.w1.weight",
+        "model.layers.0.mlp.gate.e_score_correction_bias",
+        "model.layers.0.mlp.experts.gate_up_proj[0]",
+    ],
+)
+def test_another_tensor_is_refused(checkpoint: Path, name: str) -> None:
+    extra = TensorSpec(name, torch.float32, (3,))
+    with pytest.raises(CheckpointError, match=f"'{re.escape(name)}' is not a tensor of a"):
+        index_of(checkpoint, [*specs_of(checkpoint), extra])
+
+
+def test_heads_that_predict_more_tokens_are_left_out(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = make_checkpoint(model_type="mellum")
+    quantize(plain, tmp_path / "plain")
+    path = plain / "model.safetensors"
+    save_file({**load_file(path), "mtp.0.layers.0.norm.weight": torch.ones(64)}, path)
+    quantize(plain, tmp_path / "with")
+    assert files_of(tmp_path / "with") == files_of(tmp_path / "plain")
+
+
+def experts_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The matrices of an expert as transformers reads them, gate above up, [out, in]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    layer, config = model.model.layers[LAYER], model.config
+    experts = (layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe).experts
+    up, down = experts.gate_up_proj[EXPERT], experts.down_proj[EXPERT]
+    if config.model_type != "gpt_oss":
+        return {"w13.weight": up, "w2.weight": down * getattr(config, "residual_multiplier", 1)}
+    apart = torch.cat((torch.arange(0, len(up.T), 2), torch.arange(1, len(up.T), 2)))
+    return {
+        "w13.weight": up.T[apart],
+        "w13.bias": experts.gate_up_proj_bias[EXPERT][apart],
+        "w2.weight": down.T,
+        "w2.bias": experts.down_proj_bias[EXPERT],
+    }
+
+
+@torch.inference_mode()
+def test_an_installed_expert_is_that_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    quantize(checkpoint, tmp_path / "model", QuantizeOptions("none"))
+    with InstalledModel(tmp_path / "model") as installed:
+        layout = installed.blueprint.expert
+        block = torch.empty(layout.stride, dtype=torch.uint8)
+        installed.read_expert(LAYER, EXPERT, block)
+    specs = [*layout.gate_up.tensors, *layout.down.tensors]
+    views = block[: layout.nbytes].split([spec.nbytes for spec in specs])
+    found = {
+        spec.name: view.view(spec.dtype).view(spec.shape)
+        for spec, view in zip(specs, views, strict=True)
+    }
+    expected = experts_of(checkpoint)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_model_is_the_same_out_of_shards_that_part_its_matrices(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, spilled = Spill.write, list[str]()
+
+    def noting(spill: Spill, name: str, file: Any, names: list[str]) -> Any:
+        spilled.extend(names)
+        return write(spill, name, file, names)
+
+    monkeypatch.setattr(Spill, "write", noting)
+    quantize(checkpoint, tmp_path / "whole")
+    quantize(shard(checkpoint, tmp_path / "shards", 3), tmp_path / "model")
+    assert files_of(tmp_path / "model") == files_of(tmp_path / "whole")
+    kind = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    assert any("[" in name for name in spilled) == (kind == "gpt_oss")  # its biases are apart
+
+
+@pytest.mark.parametrize("model_type", STACKED)
+def test_repair_asks_for_the_bytes_of_one_expert_of_a_stack(
+    model_type: str,
+    make_checkpoint: Callable[..., Path],
+    make_hub: Callable[..., FakeHub],
+    tmp_path: Path,
+) -> None:
+    checkpoint = make_checkpoint(model_type=model_type)
+    fake, installed = make_hub(checkpoint), tmp_path / "installed"
+    with open_checkpoint(Source(REPO), installed, NoProgress()) as opened:
+        assert opened.source.commit == COMMIT
+    quantize(checkpoint, installed)
+    before = files_of(installed)
+    flip(installed / "experts-001.safetensors", -5000)
+    damages = verify(installed)
+    fake.requests.clear()
+    with open_checkpoint(Source(REPO, COMMIT), installed, NoProgress()) as opened:
+        repair(installed, damages, opened, NoProgress())
+        index = opened.index
+    assert files_of(installed) == before
+    down = {
+        "granitemoe": "block_sparse_moe.output_linear.weight",
+        "gpt_oss": "mlp.experts.down_proj",
+    }
+    name = f"model.layers.1.{down[model_type]}[3]"
+    start = index.header("model.safetensors").start(name)
+    ranges = {request.range for request in fake.requests if request.where == "store"}
+    assert f"bytes={start}-{start + index.nbytes([name]) - 1}" in ranges

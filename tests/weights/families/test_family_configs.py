@@ -1,0 +1,253 @@
+"""The config.json of each family, with the values of a published model, against transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mixchat.base.errors import CheckpointError
+from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.read_config import FAMILIES, read_config
+
+SHARED = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}
+ALTERNATING = ["sliding_attention", "full_attention"]
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **SHARED,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": None,
+        "eos_token_id": 151645,
+    },
+    "mellum": {
+        **SHARED,
+        "vocab_size": 98304,
+        "hidden_size": 2304,
+        "intermediate_size": 7168,
+        "moe_intermediate_size": 896,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 131072,
+        "sliding_window": 1024,
+        "layer_types": ALTERNATING * 14,
+        "mlp_layer_types": ["sparse"] * 28,
+        "rms_norm_eps": 1e-6,
+        "eos_token_id": [1, 2],
+    },
+    "olmoe": {
+        **SHARED,
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "clip_qkv": None,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "eos_token_id": 50279,
+    },
+    "granitemoe": {
+        **SHARED,
+        "tie_word_embeddings": True,
+        "vocab_size": 49155,
+        "hidden_size": 1536,
+        "intermediate_size": 512,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 40,
+        "num_experts_per_tok": 8,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.015625,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e7,
+        "rope_scaling": None,
+        "eos_token_id": 0,
+    },
+    "gpt_oss": {
+        **SHARED,
+        "attention_bias": True,
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "experts_per_token": 4,
+        "swiglu_limit": 7.0,
+        "initial_context_length": 4096,
+        "max_position_embeddings": 131072,
+        "sliding_window": 128,
+        "layer_types": ALTERNATING * 12,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "eos_token_id": 200002,
+    },
+}
+SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+)
+# What a family adds, and what its `ModelConfig` has if a family does not have it.
+OPTIONAL = {
+    "norm_topk_prob": True,
+    "clip_qkv": None,
+    "swiglu_limit": None,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": None,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+def read(model_type: str, **changes: Any) -> ModelConfig:
+    return read_config({"model_type": model_type, **PUBLISHED[model_type], **changes})
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_a_published_config_is_read_as_transformers_reads_it(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(model_type, **PUBLISHED[model_type])
+    ours = read(model_type)
+    for key in SAME:
+        assert getattr(ours, key) == getattr(theirs, key), key
+    for key, default in OPTIONAL.items():
+        assert getattr(ours, key) == getattr(theirs, key, default), key
+    inner = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    heads = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (ours.intermediate_size, ours.head_dim) == (inner, heads)
+    eos = theirs.eos_token_id
+    assert ours.eos_token_ids == (tuple(eos) if isinstance(eos, list) else (eos,))
+    types = getattr(theirs, "layer_types", None) or ["full_attention"] * ours.num_hidden_layers
+    for layer, kind in enumerate(types):
+        assert ours.window(layer) == (theirs.sliding_window if "sliding" in kind else None)
+        rope = theirs.rope_parameters.get(kind, theirs.rope_parameters)
+        assert (ours.rope(layer).rope_type, ours.rope(layer).rope_theta) == (
+            rope["rope_type"],
+            rope["rope_theta"],
+        )
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_a_config_that_transformers_5_wrote_is_the_same(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    raw = AutoConfig.for_model(model_type, **PUBLISHED[model_type]).to_dict()
+    assert read_config(raw) == read(model_type)
+
+
+# Keys that the published files have, though transformers has defaults for them.
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("qwen3_moe", ("decoder_sparse_step", "mlp_only_layers", "use_sliding_window")),
+        ("mellum", ("sliding_window", "mlp_layer_types", "head_dim", "norm_topk_prob")),
+        ("olmoe", ("clip_qkv", "norm_topk_prob", "attention_bias")),
+        ("gpt_oss", ("layer_types", "sliding_window", "swiglu_limit", "rope_scaling")),
+    ],
+)
+def test_missing_keys_are_those_of_transformers(model_type: str, keys: tuple[str, ...]) -> None:
+    raw = {"model_type": model_type, **PUBLISHED[model_type]}
+    assert read_config({key: raw[key] for key in raw if key not in keys}) == read_config(raw)
+
+
+def test_mellum_without_types_of_layers_has_full_attention() -> None:
+    config = read("mellum", layer_types=None)
+    assert {config.window(layer) for layer in range(28)} == {None}
+
+
+def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used() -> None:
+    config = read("qwen3_moe", use_sliding_window=True, sliding_window=512, max_window_layers=4)
+    assert {config.window(layer) for layer in range(48)} == {512}
+    unused = read("qwen3_moe", use_sliding_window=False, sliding_window=512)
+    assert {unused.window(layer) for layer in range(48)} == {None}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2: models with dense"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]: models with dense"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
+        ("qwen3_moe", {"num_experts": None}, "num_local_experts is None"),
+        ("qwen3_moe", {"moe_intermediate_size": -1}, "intermediate_size is -1"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
+        ("mellum", {"mlp_layer_types": ["dense"] + ["sparse"] * 27}, "mlp_layer_types"),
+        ("mellum", {"mlp_layer_types": 3}, "mlp_layer_types"),
+        ("mellum", {"layer_types": ALTERNATING}, "2 layer_types for 28"),
+        ("mellum", {"layer_types": ["chunked_attention"] * 28}, "layer_types"),
+        ("mellum", {"layer_types": [[]] * 28}, "layer_types"),
+        ("mellum", {"layer_types": "full_attention"}, "layer_types"),
+        ("olmoe", {"clip_qkv": -8}, "clip_qkv"),
+        ("olmoe", {"attention_bias": "yes"}, "attention_bias"),
+        ("granitemoe", {"logits_scaling": 0}, "logits_scaling"),
+        ("granitemoe", {"attention_multiplier": "1"}, "attention_multiplier"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit"),
+        ("gpt_oss", {"num_hidden_layers": "24"}, "num_hidden_layers"),
+    ],
+)
+def test_what_does_not_run_is_refused_in_one_line(
+    model_type: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read(model_type, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_type_is_refused_with_the_list_of_what_runs() -> None:
+    with pytest.raises(CheckpointError, match="model_type 'deepseek_v3'") as caught:
+        read_config({**PUBLISHED["qwen3_moe"], "model_type": "deepseek_v3"})
+    assert all(model_type in str(caught.value.hint) for model_type in FAMILIES)
