@@ -28,6 +28,14 @@ def exponential(function: Function, x: Value) -> Value:
     return is_normal.choose(bits.bits_as(x.type), 0.0)
 
 
+def sigmoid(function: Function, x: Value) -> Value:
+    """Return 1 / (1 + e^-x), by powers of e that are at most 1."""
+    is_positive = x.compare(">", 0.0)
+    power = exponential(function, is_positive.choose(-x, x))
+    one = function.constant(x.type, 1.0)
+    return is_positive.choose(one, power) / (power + 1.0)
+
+
 def as_fp32(pointer: Pointer, place: Value, bf16: bool, count: int | None = None) -> Value:
     """Load number `place` of a tensor in bf16 or fp32, or `count` numbers from there."""
     short, integer, real = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,12 @@ Numbers = ctypes.Array[ctypes.c_int64]  # the arguments of a kernel
 def copy_of(numbers: Numbers) -> Numbers:
     """Return the same arguments in another array."""
     return type(numbers).from_buffer_copy(numbers)
+
+
+def fp32_bits(number: float) -> int:
+    """Return the bits of a number in fp32, as a kernel's argument."""
+    bits: int = struct.unpack("i", struct.pack("f", number))[0]
+    return bits
 
 
 class Signature:

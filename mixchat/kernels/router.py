@@ -1,4 +1,4 @@
-"""Chooses the best experts of each token, with the softmax of their logits.
+"""Chooses the best experts of each token, by their logits or by scores that are made of them.
 
 T = tokens, D = columns, E = experts, K = experts of a token.
 """
@@ -6,19 +6,21 @@ T = tokens, D = columns, E = experts, K = experts of a token.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from llvmlite import ir
 from torch.nn import functional
 
 from mixchat.kernels import rows
-from mixchat.kernels.arithmetic import as_fp32, exponential
+from mixchat.kernels.arithmetic import as_fp32, exponential, sigmoid
 from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Value, f32, i64, vector
-from mixchat.kernels.program import Signature, Step, copy_of
+from mixchat.kernels.program import Signature, Step, copy_of, fp32_bits
 
+_LEAST_SUM = 1e-20  # is added to a sum of scores, which may be 0
 _FEW = 4  # tokens that one thread finishes before a second one has started
 _TOGETHER = 4  # logits of a token that are summed up at once, so that no sum waits for itself
 # Experts that are left are above `_START`, however low their logits are. As in torch, NaN is above
@@ -37,8 +39,12 @@ _SIGNATURE = Signature(
     "count",
     "choices",
     "others",
+    "correction",
+    "scaling",
 )
 _LOOK_UP = Signature("experts", "table", "targets", "choices", "columns")
+
+Scoring = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,25 @@ class Router:
     """Chooses the experts [T, K] with the largest logits, the first of equal ones.
 
     gate: fp32 or bf16 [E, D], contiguous. bias: fp32 [E], which is added to the logits.
-    normalized: whether the softmax is over the K chosen logits, and not over all.
+    normalized: whether the weights of the K chosen experts sum to one.
+    scoring: makes an expert's weight of the logits.
+    correction: fp32 [E], which is added to these scores for the choice, and not for the weights.
+    scaling: multiplies the weights.
     """
 
     gate: torch.Tensor
     choices: int
     normalized: bool = True
     bias: torch.Tensor | None = None
+    scoring: Scoring = "softmax"
+    correction: torch.Tensor | None = None
+    scaling: float = 1.0
+
+    @property
+    def _scores(self) -> Scoring | None:
+        """Return the scores that the choice is made by, or None if it is made by the logits."""
+        plain = self.scoring == "softmax" and self.correction is None and self.scaling == 1
+        return None if plain else self.scoring
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the experts [T, K], int64, best first, and their weights [T, K], fp32.
@@ -70,10 +88,22 @@ class Router:
 
     def _by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = functional.linear(x.float(), self.gate.float(), self.bias)  # [T, E]
+        if self._scores is not None:
+            return self._by_scores(
+                logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(dim=-1)
+            )
         # Of equal logits, topk takes any.
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         counted = ranked[:, : self.choices] if self.normalized else ranked
         return order[:, : self.choices], counted.softmax(dim=-1)[:, : self.choices]
+
+    def _by_scores(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ranks = scores if self.correction is None else scores + self.correction
+        order = ranks.sort(dim=-1, descending=True, stable=True).indices[:, : self.choices]
+        chosen = scores.gather(1, order)
+        if self.normalized:
+            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + _LEAST_SUM)
+        return order, chosen * self.scaling
 
     def steps(
         self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
@@ -84,6 +114,7 @@ class Router:
         """
         tokens, count = experts.shape[0], self.gate.shape[0]
         logits, ranks = torch.empty(2, tokens, count)
+        correction = torch.zeros(count) if self.correction is None else self.correction
         numbers = _SIGNATURE.numbers(
             x=x.data_ptr(),
             gate=self.gate.data_ptr(),
@@ -97,10 +128,12 @@ class Router:
             count=count,
             choices=self.choices,
             others=0 if self.normalized else count,
+            correction=correction.data_ptr(),
+            scaling=fp32_bits(self.scaling),
         )
         bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
-        compiled = _compiled(instruction_set(), *bf16, self.bias is not None)
-        keeps = (x, self.gate, self.bias, experts, weights, logits, ranks)
+        compiled = _compiled(instruction_set(), *bf16, self.bias is not None, self._scores)
+        keeps = (x, self.gate, self.bias, correction, experts, weights, logits, ranks)
         score, choose = (compiled.function(name) for name in ("score", "choose"))
         threads = 1 if tokens <= _FEW else None
         return (
@@ -122,18 +155,22 @@ def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tens
         choices=targets.shape[0],
         columns=targets.shape[1],
     )
-    function = _compiled(instruction_set(), False, False, False).function("look_up")
+    function = _compiled(instruction_set(), False, False, False, None).function("look_up")
     return Step(function, _LOOK_UP, numbers, (experts, table, targets), threads=1)
 
 
 @functools.cache
 def _compiled(
-    instructions: InstructionSet | None, x_bf16: bool, gate_bf16: bool, biased: bool
+    instructions: InstructionSet | None,
+    x_bf16: bool,
+    gate_bf16: bool,
+    biased: bool,
+    scores: Scoring | None,
 ) -> Compiled:
     assert instructions is not None
     module = ir.Module("router")
     _Score(module, LANES[instructions], x_bf16, gate_bf16, biased).write()
-    _Choose(module).write()
+    (_Choose(module) if scores is None else _ChooseByScores(module, scores)).write()
     _write_look_up(module)
     return compile_module(module, instructions)
 
@@ -175,7 +212,7 @@ class _Score:
             for expert, logit in zip(experts, self._logits(token, experts), strict=True):
                 place = (token * count + expert) * 4
                 given.pointer("logits").store(logit, place)
-                given.pointer("ranks").store(self._rank(logit), place)
+                given.pointer("ranks").store(_rank(function, logit), place)
         function.finish()
 
     def _logits(self, token: Value, experts: Sequence[Value]) -> list[Value]:
@@ -196,10 +233,11 @@ class _Score:
             for expert, logit in zip(experts, logits, strict=True)
         ]
 
-    def _rank(self, logit: Value) -> Value:
-        """Return the logit, or a finite number for NaN."""
-        finite = self._function.maximum(logit, self._function.constant(f32, _LOWEST))
-        return logit.compare("==", logit).choose(finite, _NO_NUMBER)
+
+def _rank(function: Function, logit: Value) -> Value:
+    """Return the logit, or a finite number for NaN."""
+    finite = function.maximum(logit, function.constant(f32, _LOWEST))
+    return logit.compare("==", logit).choose(finite, _NO_NUMBER)
 
 
 class _Choose:
@@ -214,10 +252,14 @@ class _Choose:
         count, choices = given.number("count"), given.number("choices")
         with function.each_item(function.pointer, given.number("tokens")) as token:
             first = token * choices
+            self._score(token * count, count)
             with function.loop(first, first + choices, 1) as (place, _):
                 self._choose(token, place, count)
             self._soften(token, first, choices)
         function.finish()
+
+    def _score(self, first: Value, count: Value) -> None:
+        """Turn the token's logits into what it is chosen by, which logits are already."""
 
     def _choose(self, token: Value, place: Value, count: Value) -> None:
         """Store the best expert that is left, and its logit instead of its weight."""
@@ -260,3 +302,48 @@ class _Choose:
     def _power(self, below: Value) -> Value:
         """Return e^below. NaN stays NaN."""
         return below.compare("==", below).choose(exponential(self._function, below), below)
+
+
+class _ChooseByScores(_Choose):
+    """A function that turns logits into scores, and chooses experts by them and a correction."""
+
+    def __init__(self, module: ir.Module, scores: Scoring) -> None:
+        super().__init__(module)
+        self._scores = scores
+
+    def _score(self, first: Value, count: Value) -> None:
+        function, given = self._function, self._given
+        logits, ranks = given.pointer("logits"), given.pointer("ranks")
+        turn = self._sigmoid if self._scores == "sigmoid" else self._softmax(first, count)
+        with function.loop(0, count, 1) as (expert, _):
+            there = (first + expert) * 4
+            score = turn(logits.load(f32, there))
+            logits.store(score, there)
+            corrected = score + given.pointer("correction").load(f32, expert * 4)
+            ranks.store(_rank(function, corrected), there)
+
+    def _sigmoid(self, logit: Value) -> Value:
+        return logit.compare("==", logit).choose(sigmoid(self._function, logit), logit)
+
+    def _softmax(self, first: Value, count: Value) -> Callable[[Value], Value]:
+        """Return the softmax over all of the token's logits as a function of one of them."""
+        function, logits = self._function, self._given.pointer("logits")
+        start = function.constant(f32, _CHOSEN)
+        with function.loop(first, first + count, 1, [start]) as (place, best):
+            best[0] = function.maximum(logits.load(f32, place * 4), best[0])
+        largest = best[0]
+        with function.loop(first, first + count, 1, [function.constant(f32, 0.0)]) as (place, sums):
+            sums[0] = sums[0] + self._power(logits.load(f32, place * 4) - largest)
+        total = sums[0]
+        return lambda logit: self._power(logit - largest) / total
+
+    def _soften(self, token: Value, first: Value, choices: Value) -> None:
+        """Normalize the scores of the chosen experts, if asked, and scale them."""
+        function, given, weights = self._function, self._given, self._given.pointer("weights")
+        zero, scaling = function.constant(f32, 0.0), given.load("scaling", f32)
+        with function.loop(first, first + choices, 1, [zero]) as (place, sums):
+            sums[0] = sums[0] + weights.load(f32, place * 4)
+        is_normalized = given.number("others").compare("==", 0)
+        total = is_normalized.choose(sums[0] + _LEAST_SUM, 1.0)
+        with function.loop(first, first + choices, 1) as (place, _):
+            weights.store(weights.load(f32, place * 4) / total * scaling, place * 4)

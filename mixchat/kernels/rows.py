@@ -9,7 +9,6 @@ T = tokens, D = columns, K = experts of a token, h = head_dim.
 from __future__ import annotations
 
 import functools
-import struct
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import torch
 from llvmlite import ir
 from torch.nn import functional
 
-from mixchat.kernels.arithmetic import as_fp32, exponential, rounded_to_bf16, store_fp32
+from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16, sigmoid, store_fp32
 from mixchat.kernels.compile import (
     LANES,
     Compiled,
@@ -26,7 +25,7 @@ from mixchat.kernels.compile import (
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Pointer, Value, f32, vector
-from mixchat.kernels.program import Signature, Step
+from mixchat.kernels.program import Signature, Step, fp32_bits
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _FEW = 2**16  # numbers that one thread finishes before a second one has started
@@ -78,14 +77,14 @@ def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
 
     The numbers of a token follow one another. `out` has the strides of x, and may be x.
     """
-    given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": _bits(eps)}
+    given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": fp32_bits(eps)}
     heads = x.shape[1] if x.dim() == 3 else 1
     return _step("rms_norm", x, out, weight, **given, count=heads, stride=x.stride(0))
 
 
 def clamp_step(x: torch.Tensor, limit: float) -> Step:
     """Return x.clamp_(-limit, limit) as a step, for contiguous x [T, D]."""
-    return _step("clamp", x, x, columns=x.shape[-1], limit=_bits(limit))
+    return _step("clamp", x, x, columns=x.shape[-1], limit=fp32_bits(limit))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -139,7 +138,7 @@ class Swiglu:
         """Return `__call__` as a step, for contiguous tensors."""
         if self.limit is None:
             return _step("swiglu", gate_up, out, columns=out.shape[-1])
-        given = {"limit": _bits(self.limit), "alpha": _bits(self.alpha)}
+        given = {"limit": fp32_bits(self.limit), "alpha": fp32_bits(self.alpha)}
         return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **given)
 
 
@@ -162,12 +161,6 @@ def weighted_sum_step(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor)
 def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
     """Return x + other [T, D] as a step, for contiguous tensors."""
     return _step("add", x, out, other, weight=other.data_ptr(), columns=x.shape[-1])
-
-
-def _bits(number: float) -> int:
-    """Return the bits of a number in fp32."""
-    bits: int = struct.unpack("i", struct.pack("f", number))[0]
-    return bits
 
 
 def _step(
@@ -287,14 +280,7 @@ class _Swiglu(_Rows):
             self.store(self.product(gate, up), place)
 
     def product(self, gate: Value, up: Value) -> Value:
-        return gate * self._sigmoid(gate) * up
-
-    def _sigmoid(self, x: Value) -> Value:
-        """Return 1 / (1 + e^-x), by powers of e that are at most 1."""
-        is_positive = x.compare(">", 0.0)
-        power = exponential(self.function, is_positive.choose(-x, x))
-        one = self.function.constant(x.type, 1.0)
-        return is_positive.choose(one, power) / (power + 1.0)
+        return gate * sigmoid(self.function, gate) * up
 
 
 class _LimitedSwiglu(_Swiglu):
@@ -308,7 +294,7 @@ class _LimitedSwiglu(_Swiglu):
         # In this order, NaN stays NaN.
         gate = function.minimum(limit, gate)
         up = function.maximum(-limit, function.minimum(limit, up))
-        return gate * self._sigmoid(gate * alpha) * (up + 1.0)
+        return gate * sigmoid(function, gate * alpha) * (up + 1.0)
 
 
 class _WeightedSum(_Rows):
