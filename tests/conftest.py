@@ -41,6 +41,11 @@ TINY: dict[str, Any] = {
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen3_moe": {"moe_intermediate_size": 96, "norm_topk_prob": True},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 160,
+    },
     "mellum": {
         "moe_intermediate_size": 96,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -90,6 +95,8 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         torch.manual_seed(seed)
         # A large spread makes the router's choices and the attention sharp, so that mistakes show.
         values = {**TINY, **TINY_FAMILIES[model_type], "initializer_range": std, **changes}
+        if "num_experts" in values:  # transformers has one name or both, by the family
+            values["num_experts"] = values["num_local_experts"]
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
         if model_type != "mixtral":  # transformers begins with norms of ones and biases of zeros
             for name, parameter in model.named_parameters():

@@ -93,9 +93,15 @@ class ModelConfig:
     layer_types: one a layer, all "full_attention" if it is empty. `sliding_window` is in tokens.
     sliding_rope_parameters: of sliding layers, if they differ.
     norm_topk_prob: whether the weights of the chosen experts sum to one.
+    scoring_func: makes these weights of the router's logits. routed_scaling_factor multiplies them.
+    e_score_correction_bias: whether a number for each expert joins the scores for the choice.
+    shared_expert_intermediate_size: of a dense part of each layer, which all tokens go through
+    beside the experts, 0 for none. shared_expert_gate: whether its output is multiplied by the
+    sigmoid of a gate.
     qk_norm: an RMSNorm of queries and keys before they rotate, of each head or all heads together.
     clip_qkv: the largest absolute value of queries, keys and values.
-    attention_bias: of the q, k, v and o projections. `moe_bias`: of the router and the experts.
+    attention_bias: of the q, k, v and o projections. `qkv_bias`: of q, k and v alone.
+    moe_bias: of the router and the experts.
     attention_sinks: one logit a head in the sum of the softmax.
     swiglu_limit: experts compute (up + 1) * gate * sigmoid(swiglu_alpha * gate), with gate and up
     clamped, and otherwise silu(gate) * up.
@@ -123,9 +129,15 @@ class ModelConfig:
     layer_types: tuple[LayerType, ...] = ()
     sliding_rope_parameters: RopeParameters | None = None
     norm_topk_prob: bool = True
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    routed_scaling_factor: float = 1.0
+    e_score_correction_bias: bool = False
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     clip_qkv: float | None = None
     attention_bias: bool = False
+    qkv_bias: bool = False
     attention_sinks: bool = False
     moe_bias: bool = False
     swiglu_limit: float | None = None

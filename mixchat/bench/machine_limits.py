@@ -93,7 +93,7 @@ def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) ->
     config = blueprint.config
     experts = config.num_hidden_layers * config.num_experts_per_tok * blueprint.expert.nbytes
     head = [blueprint.head] if blueprint.head else []
-    matrices = sum(t.nbytes for spec in [*_attention(blueprint), *head] for t in spec.tensors)
+    matrices = sum(t.nbytes for spec in [*_dense_matrices(blueprint), *head] for t in spec.tensors)
     tied = 0 if blueprint.head else blueprint.embedding.nbytes
     cache = cache_bytes(config, context, blueprint.quantization.dtype, kv_bits)
     return experts + matrices + tied + cache
@@ -104,9 +104,9 @@ def operations_per_token(blueprint: Blueprint) -> int:
     config, expert = blueprint.config, blueprint.expert
     each = sum(spec.rows * spec.columns for spec in (expert.gate_up, expert.down))
     experts = config.num_hidden_layers * config.num_experts_per_tok * each
-    return 2 * (experts + sum(spec.rows * spec.columns for spec in _attention(blueprint)))
+    return 2 * (experts + sum(spec.rows * spec.columns for spec in _dense_matrices(blueprint)))
 
 
-def _attention(blueprint: Blueprint) -> list[LinearSpec]:
+def _dense_matrices(blueprint: Blueprint) -> list[LinearSpec]:
     layers = range(blueprint.config.num_hidden_layers)
-    return [spec(layer) for layer in layers for spec in (blueprint.qkv, blueprint.o)]
+    return [spec for layer in layers for spec in blueprint.dense_matrices(layer)]

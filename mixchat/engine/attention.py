@@ -47,13 +47,14 @@ class KVContext(Protocol):
 class SingleTokenContext:
     """The tensors and steps with which all layers compute the next token of a cache.
 
-    Of the hidden states [1, D], each part gets `normed`, and adds `added` to `x`.
+    Of the hidden states [1, D], each part gets `normed`, and adds `added` to `x`. A layer's dense
+    part leaves `dense` to the part that follows it.
     """
 
     def __init__(self, cache: PagedKVCache, hidden_size: int, dtype: torch.dtype) -> None:
         self._cache, self._dtype = cache, dtype
-        self.x, self.normed, self.added = (
-            torch.empty(1, hidden_size, dtype=dtype) for _ in range(3)
+        self.x, self.normed, self.added, self.dense = (
+            torch.empty(1, hidden_size, dtype=dtype) for _ in range(4)
         )
         self._tensors: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._rotations: dict[RotaryEmbedding, Step] = {}

@@ -19,6 +19,7 @@ from mixchat.experts.holder import ExpertLists
 from mixchat.kernels import rows
 from mixchat.kernels.program import Program
 from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.matrix.linear import LinearSpec
 
 
 class Decoder:
@@ -75,13 +76,22 @@ class Decoder:
 def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Decoder | None:
     """Return the decoder of a model that computes `used`, or None if kernels cannot do it."""
     config, dtype = used.config, used.quantization.dtype
-    columns = config.hidden_size, config.intermediate_size, config.head_dim // 2
-    matrices = used.qkv(0), used.o(0), used.expert.gate_up, used.expert.down
-    if not isinstance(cache, PagedKVCache) or not all(matrix.packed for matrix in matrices):
+    columns = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.shared_expert_intermediate_size,
+        config.head_dim // 2,
+    )
+    matrices = *used.dense_matrices(0), used.expert.gate_up, used.expert.down
+    if not isinstance(cache, PagedKVCache) or not all(map(_has_steps, matrices)):
         return None
     if not all(rows.can_compute(dtype, count) for count in columns):
         return None
     return Decoder(blocks, cache, config.hidden_size, dtype)
+
+
+def _has_steps(matrix: LinearSpec) -> bool:
+    return matrix.packed and matrix.stored_rows == matrix.rows
 
 
 class _Layer:
@@ -116,4 +126,4 @@ class _Layer:
             selected = self._routing[0][0].tolist()
             self._block.moe.runner.note_hits([self.keys[expert] for expert in selected])
         else:
-            self._context.x += self._block.moe.run_routed(self._routing, self._context)
+            self._block.run_routed(self._routing, self._context)

@@ -13,6 +13,7 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, KVContext, SingleTokenContext
+from mixchat.engine.mlp import DenseMLP
 from mixchat.engine.moe import Routing, SparseMoE
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
@@ -20,7 +21,7 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone
 from mixchat.kernels.router import Router
-from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.blueprint import Blueprint, Expert, swiglu_of
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 
@@ -40,13 +41,18 @@ class ModelTensors(Protocol):
 
 
 class Block:
-    """One layer, attention and then the experts."""
+    """One layer, attention and then the experts, with a dense part beside them."""
 
     def __init__(
-        self, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: SparseMoE
+        self,
+        attention_norm: RMSNorm,
+        attention: Attention,
+        moe_norm: RMSNorm,
+        moe: SparseMoE,
+        mlp: DenseMLP | None = None,
     ) -> None:
         self._attention_norm, self._attention = attention_norm, attention
-        self._moe_norm, self.moe = moe_norm, moe
+        self._moe_norm, self.moe, self._mlp = moe_norm, moe, mlp
 
     @classmethod
     def build(
@@ -65,18 +71,15 @@ class Block:
         qkv_proj, o_proj = (tensors.linear(spec) for spec in (used.qkv(layer), used.o(layer)))
         sinks = tensors.tensor(used.sinks(layer)) if config.attention_sinks else None
         attention = Attention(layer, config, qkv_proj, o_proj, rope, qk_norms, sinks)
-        gate = tensors.tensor(used.gate(layer)).contiguous()
-        if not rows.can_compute(gate.dtype, gate.shape[1], gate.device.type):
-            gate = gate.float()  # once, and not for each token
-        bias = tensors.tensor(used.gate_bias(layer)).float() if config.moe_bias else None
-        router = Router(gate, config.num_experts_per_tok, config.norm_topk_prob, bias)
-        moe = SparseMoE(layer, router, runner)
-        return cls(attention_norm, attention, moe_norm, moe)
+        moe = SparseMoE(layer, _router(layer, used, tensors), runner)
+        return cls(attention_norm, attention, moe_norm, moe, _mlp(layer, used, tensors))
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         x = x + self._attention(self._attention_norm(x), before, exact=exact)
-        return x + self.moe(self._moe_norm(x), exact=exact)
+        normed = self._moe_norm(x)
+        added = self.moe(normed, exact=exact)
+        return x + (added if self._mlp is None else added + self._mlp(normed, exact=exact))
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
         """Return stages for one token up to the router, which fill `routing`."""
@@ -86,6 +89,7 @@ class Block:
             *self._attention.stages(context),
             alone(rows.add_step(x, context.added, x)),
             self._moe_norm.stage(x, normed),
+            *(self._mlp.stages(context) if self._mlp else ()),
             *self.moe.router_stages(routing, context),
         ]
 
@@ -93,11 +97,53 @@ class Block:
         self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]
     ) -> list[Stage]:
         """Return the stages after the router, if all experts are in memory."""
-        x = context.x
+        x, added = context.x, context.added
         return [
             *self.moe.expert_stages(routing, context, experts),
-            alone(rows.add_step(x, context.added, x)),
+            *([alone(rows.add_step(added, context.dense, added))] if self._mlp else ()),
+            alone(rows.add_step(x, added, x)),
         ]
+
+    def run_routed(self, routing: Routing, context: SingleTokenContext) -> None:
+        """Compute what is after the router by the runner of the experts."""
+        added = self.moe.run_routed(routing, context)
+        context.x += added + context.dense if self._mlp else added
+
+
+def _router(layer: int, used: Blueprint, tensors: ModelTensors) -> Router:
+    config, bias, correction = used.config, None, None
+    if config.moe_bias:
+        bias = tensors.tensor(used.gate_bias(layer)).float()
+    if config.e_score_correction_bias:
+        correction = tensors.tensor(used.score_correction(layer))
+    return Router(
+        _gate(used.gate(layer), tensors),
+        config.num_experts_per_tok,
+        config.norm_topk_prob,
+        bias,
+        config.scoring_func,
+        correction,
+        config.routed_scaling_factor,
+    )
+
+
+def _mlp(layer: int, used: Blueprint, tensors: ModelTensors) -> DenseMLP | None:
+    specs = used.mlp(layer)
+    if specs is None:
+        return None
+    gate_up, down = (tensors.linear(spec) for spec in specs)
+    network = Expert(gate_up, down, swiglu_of(used.config))
+    if not used.config.shared_expert_gate:
+        return DenseMLP(network)
+    gate = _gate(used.mlp_gate(layer), tensors)
+    return DenseMLP(network, Router(gate, 1, normalized=False, scoring="sigmoid"))
+
+
+def _gate(spec: TensorSpec, tensors: ModelTensors) -> torch.Tensor:
+    gate = tensors.tensor(spec).contiguous()
+    if rows.can_compute(gate.dtype, gate.shape[1], gate.device.type):
+        return gate
+    return gate.float()  # once, and not for each token
 
 
 class SingleTokenDecoder(Protocol):

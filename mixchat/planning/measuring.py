@@ -106,7 +106,7 @@ def take_sample(
 def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
     """Return all that a measurement depends on, as a line."""
     layout = blueprint.computed_on(CPU).expert
-    gate_up, qkv = layout.gate_up, blueprint.qkv(0)
+    gate_up, (qkv, _, *others) = layout.gate_up, blueprint.dense_matrices(0)
     accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
     return "; ".join(
         (
@@ -119,6 +119,7 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"experts {gate_up.rows}x{gate_up.columns} {gate_up.quant_type} {gate_up.dtype} "
             f"{'packed' if gate_up.packed else 'plain'} {layout.stride}",
             f"attention {qkv.rows}x{qkv.columns} {qkv.quant_type}",
+            *(f"beside it {matrix.rows}x{matrix.columns}" for matrix in others),
         )
     )
 

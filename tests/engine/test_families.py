@@ -28,6 +28,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 24},
     ),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe, weights normalized": ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False}),
+    "qwen2_moe, windows": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, **SPARSE},
+    ),
     "mellum": ("mellum", {}),
     "mellum, full attention": ("mellum", {"layer_types": ["full_attention"] * 2, **SPARSE}),
     "mellum, another rope": (

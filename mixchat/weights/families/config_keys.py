@@ -69,6 +69,15 @@ def of_experts(raw: dict[str, Any]) -> dict[str, Any]:
     return with_defaults({"intermediate_size": raw.get("moe_intermediate_size")}, **keys)
 
 
+def no_dense_layers(raw: dict[str, Any]) -> None:
+    """Refuse layers without experts."""
+    for key, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if raw.get(key, usual) != usual:
+            raise CheckpointError(
+                f"config.json: {key} is {raw[key]!r:.80}: models with dense layers do not run"
+            )
+
+
 def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments for the windows of the layers in `layer_types`."""
     types = raw["layer_types"]

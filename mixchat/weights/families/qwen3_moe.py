@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.config_keys import (
     flag,
+    no_dense_layers,
     of_experts,
     shape_of,
     sliding_layers,
@@ -21,11 +21,7 @@ _EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
     keys = with_defaults(of_experts(raw), num_key_value_heads=4, sliding_window=4096)
-    for key, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
-        if keys.get(key, usual) != usual:
-            raise CheckpointError(
-                f"config.json: {key} is {keys[key]!r:.80}: models with dense layers do not run"
-            )
+    no_dense_layers(keys)
     windows = sliding_layers(keys) if flag(keys, "use_sliding_window") else {}
     return ModelConfig(
         **shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),

@@ -16,10 +16,12 @@ from mixchat.weights.families.granitemoe import GRANITEMOE
 from mixchat.weights.families.mellum import MELLUM
 from mixchat.weights.families.mixtral import MIXTRAL
 from mixchat.weights.families.olmoe import OLMOE
+from mixchat.weights.families.qwen2_moe import QWEN2_MOE
 from mixchat.weights.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS)
+    family.model_type: family
+    for family in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS)
 }
 
 

@@ -38,6 +38,17 @@ def router(config: ModelConfig, prefix: str, name: str) -> Tensors:
         yield f"{installed}.bias", (Slice(f"{prefix}{name}.bias", (experts,)),)
 
 
+def shared_expert(config: ModelConfig, prefix: str, name: str) -> Tensors:
+    """Yield the matrices of a layer's dense part, which a checkpoint calls `name`, and its gate."""
+    inner, hidden = config.shared_expert_intermediate_size, config.hidden_size
+    own = f"{prefix}{name}"
+    gate_up = (Slice(f"{own}.{x}_proj.weight", (inner, hidden)) for x in ("gate", "up"))
+    yield f"{prefix}mlp.w13.weight", tuple(gate_up)
+    yield f"{prefix}mlp.w2.weight", (Slice(f"{own}.down_proj.weight", (hidden, inner)),)
+    if config.shared_expert_gate:
+        yield f"{prefix}mlp.gate.weight", (Slice(f"{own}_gate.weight", (1, hidden)),)
+
+
 def expert_prefix(prefix: str, expert: int) -> str:
     """Return the prefix of an installed expert's matrices w13 and w2."""
     return f"{prefix}block_sparse_moe.experts.{expert}."
@@ -64,7 +75,7 @@ def _attention(config: ModelConfig, prefix: str) -> Tensors:
     scale, residual = config.attention_multiplier, config.residual_multiplier
     q_factor = 1 if scale is None else scale * sqrt(config.head_dim)  # the engine divides by sqrt
     rows = {"q": (columns, q_factor), "k": (key_value, 1), "v": (key_value, 1)}
-    for kind, width in _parameters(config.attention_bias, hidden):
+    for kind, width in _parameters(config.attention_bias or config.qkv_bias, hidden):
         qkv = (
             Slice(f"{prefix}{x}_proj.{kind}", (count, *width), factor=factor)
             for x, (count, factor) in rows.items()

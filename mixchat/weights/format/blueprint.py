@@ -51,8 +51,9 @@ class Quantization:
     """The types of the matrices. `dtype` is the type of all other tensors.
 
     The experts are of `quant_type`. Attention and head are "int8", "none" (dense, in `dtype`), or
-    in 4 bits. `scales` says how scales in 4 bits are chosen. Those of attention and head are
-    searched if the experts are calibrated.
+    in 4 bits. What other dense parts a layer has, has the type of attention. `scales` says how
+    scales in 4 bits are chosen. Those of attention and head are searched if the experts are
+    calibrated.
     """
 
     quant_type: QuantType = "nf4"
@@ -207,12 +208,27 @@ class Blueprint:
         config = self.config
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         name = f"{layer_prefix(layer)}self_attn.qkv_proj"
-        return self._attention(name, rows, config.hidden_size)
+        return self._dense(name, rows, config.hidden_size, config.attention_bias or config.qkv_bias)
 
     def o(self, layer: int) -> LinearSpec:
         columns = self.config.num_attention_heads * self.config.head_dim
         name = f"{layer_prefix(layer)}self_attn.o_proj"
-        return self._attention(name, self.config.hidden_size, columns)
+        return self._dense(name, self.config.hidden_size, columns, self.config.attention_bias)
+
+    def mlp(self, layer: int) -> tuple[LinearSpec, LinearSpec] | None:
+        """Return w13 and w2 of a layer's dense part beside its experts, if it has one."""
+        inner, hidden = self.config.shared_expert_intermediate_size, self.config.hidden_size
+        if not inner:
+            return None
+        name = f"{layer_prefix(layer)}mlp"
+        return (
+            self._dense(f"{name}.w13", 2 * inner, hidden),
+            self._dense(f"{name}.w2", hidden, inner),
+        )
+
+    def dense_matrices(self, layer: int) -> list[LinearSpec]:
+        """Return the matrices that all tokens of a layer go through."""
+        return [self.qkv(layer), self.o(layer), *(self.mlp(layer) or ())]
 
     @property
     def head(self) -> LinearSpec | None:
@@ -224,9 +240,9 @@ class Blueprint:
 
     @cached_property
     def shared_matrices(self) -> dict[str, LinearSpec]:
-        """Return the matrices of attention and head by their names."""
+        """Return the matrices of attention, dense parts and head by their names."""
         layers = range(self.config.num_hidden_layers)
-        specs = [spec for layer in layers for spec in (self.qkv(layer), self.o(layer))]
+        specs = [spec for layer in layers for spec in self.dense_matrices(layer)]
         return {spec.name: spec for spec in (*specs, self.head) if spec is not None}
 
     def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
@@ -266,6 +282,16 @@ class Blueprint:
         name = f"{layer_prefix(layer)}block_sparse_moe.gate.bias"
         return TensorSpec(name, self.quantization.dtype, (self.config.num_local_experts,))
 
+    def score_correction(self, layer: int) -> TensorSpec:
+        """Return what a layer's router adds to scores, fp32, if they have a correction."""
+        name = f"{layer_prefix(layer)}block_sparse_moe.gate.e_score_correction_bias"
+        return TensorSpec(name, torch.float32, (self.config.num_local_experts,))
+
+    def mlp_gate(self, layer: int) -> TensorSpec:
+        """Return the gate of a layer's dense part, which only some models have."""
+        name = f"{layer_prefix(layer)}mlp.gate.weight"
+        return TensorSpec(name, self.quantization.dtype, (1, self.config.hidden_size))
+
     @property
     def embedding(self) -> TensorSpec:
         shape = (self.config.vocab_size, self.config.hidden_size)
@@ -288,6 +314,12 @@ class Blueprint:
             yield self.gate(layer)
             if self.config.moe_bias:
                 yield self.gate_bias(layer)
+            if self.config.e_score_correction_bias:
+                yield self.score_correction(layer)
+            for matrix in self.mlp(layer) or ():
+                yield from matrix.tensors
+            if self.config.shared_expert_gate:
+                yield self.mlp_gate(layer)
         yield self.norm
         if self.head is not None:
             yield from self.head.tensors
@@ -340,9 +372,9 @@ class Blueprint:
         attention = _widened(stored.attention)
         return replace(self, quantization=replace(stored, attention=attention, head=head))
 
-    def _attention(self, name: str, rows: int, columns: int) -> LinearSpec:
+    def _dense(self, name: str, rows: int, columns: int, bias: bool = False) -> LinearSpec:
         matrix = self._linear(name, rows, columns, self.quantization.attention)
-        return replace(matrix, bias=self.config.attention_bias)
+        return replace(matrix, bias=bias)
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
         stored = self.quantization

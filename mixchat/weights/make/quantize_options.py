@@ -9,7 +9,7 @@ import torch
 from mixchat.base import gpu
 from mixchat.base.errors import UsageError
 from mixchat.kernels.compile import kernels_available
-from mixchat.weights.format.blueprint import HEAD, Blueprint, Quantization, layer_prefix
+from mixchat.weights.format.blueprint import HEAD, Blueprint, Quantization
 from mixchat.weights.matrix.linear import TYPES, Layout, Scales, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
@@ -103,8 +103,8 @@ def _exact_dtype(index: CheckpointIndex) -> torch.dtype:
 
 
 def _attention(index: CheckpointIndex) -> list[str]:
-    prefixes = map(layer_prefix, range(index.config.num_hidden_layers))
-    names = (f"{prefix}self_attn.{x}_proj.weight" for prefix in prefixes for x in ("qkv", "o"))
+    layers, shape = range(index.config.num_hidden_layers), Blueprint(index.config, Quantization())
+    names = (f"{spec.name}.weight" for layer in layers for spec in shape.dense_matrices(layer))
     return [source.name for name in names for source in index.slices(name)]
 
 

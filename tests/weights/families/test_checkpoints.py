@@ -28,7 +28,7 @@ from mixchat.weights.make.unfinished import Spill
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
-FAMILY = "mixtral", "qwen3_moe", "mellum", "olmoe", "granitemoe", "gpt_oss"
+FAMILY = "mixtral", "qwen3_moe", "qwen2_moe", "mellum", "olmoe", "granitemoe", "gpt_oss"
 STACKED = "granitemoe", "gpt_oss"
 LAYER, EXPERT = 1, 2
 
@@ -76,8 +76,8 @@ def test_every_shape_is_checked(checkpoint: Path) -> None:
     "name",
     [
         "model.layers.2.input_layernorm.weight",
-        "model.layers.0.mlp.gate_proj.weight",
-        "model.layers.0.mlp.shared_expert.gate_proj.weight",
+        "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.1.mlp.shared_expert.gate_proj.bias",
         "model.layers.0.mlp.experts.3.up_proj.weight",
         "model.layers.0.block_sparse_moe.experts.3.w1.weight",
         "model.layers.0.mlp.gate.e_score_correction_bias",

@@ -37,6 +37,29 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
         "eos_token_id": 151645,
     },
+    "qwen2_moe": {
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "max_position_embeddings": 8192,
+        "max_window_layers": 21,
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "eos_token_id": 151643,
+    },
     "mellum": {
         **SHARED,
         "vocab_size": 98304,
@@ -138,10 +161,12 @@ SAME = (
     "max_position_embeddings",
     "rms_norm_eps",
     "tie_word_embeddings",
-    "attention_bias",
 )
 # What a family adds, and what its `ModelConfig` has if a family does not have it.
 OPTIONAL = {
+    "attention_bias": False,
+    "qkv_bias": False,
+    "shared_expert_intermediate_size": 0,
     "norm_topk_prob": True,
     "clip_qkv": None,
     "swiglu_limit": None,
@@ -163,7 +188,8 @@ def test_a_published_config_is_read_as_transformers_reads_it(model_type: str) ->
     theirs = AutoConfig.for_model(model_type, **PUBLISHED[model_type])
     ours = read(model_type)
     for key in SAME:
-        assert getattr(ours, key) == getattr(theirs, key), key
+        name = "num_experts" if key == "num_local_experts" and not hasattr(theirs, key) else key
+        assert getattr(ours, key) == getattr(theirs, name), key
     for key, default in OPTIONAL.items():
         assert getattr(ours, key) == getattr(theirs, key, default), key
     inner = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
@@ -194,6 +220,7 @@ def test_a_config_that_transformers_5_wrote_is_the_same(model_type: str) -> None
     ("model_type", "keys"),
     [
         ("qwen3_moe", ("decoder_sparse_step", "mlp_only_layers", "use_sliding_window")),
+        ("qwen2_moe", ("shared_expert_intermediate_size", "decoder_sparse_step")),
         ("mellum", ("sliding_window", "mlp_layer_types", "head_dim", "norm_topk_prob")),
         ("olmoe", ("clip_qkv", "norm_topk_prob", "attention_bias")),
         ("gpt_oss", ("layer_types", "sliding_window", "swiglu_limit", "rope_scaling")),
@@ -221,6 +248,8 @@ def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used() -> None:
     [
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2: models with dense"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]: models with dense"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]: models with dense"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
         ("qwen3_moe", {"num_experts": None}, "num_local_experts is None"),
         ("qwen3_moe", {"moe_intermediate_size": -1}, "intermediate_size is -1"),
