@@ -46,6 +46,33 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 96,
         "shared_expert_intermediate_size": 160,
     },
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+    },
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "routed_scaling_factor": 2.5,
+    },
     "mellum": {
         "moe_intermediate_size": 96,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -95,13 +122,18 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         torch.manual_seed(seed)
         # A large spread makes the router's choices and the attention sharp, so that mistakes show.
         values = {**TINY, **TINY_FAMILIES[model_type], "initializer_range": std, **changes}
-        if "num_experts" in values:  # transformers has one name or both, by the family
-            values["num_experts"] = values["num_local_experts"]
+        names = {"num_experts": "num_local_experts", "moe_num_experts": "num_local_experts"}
+        names |= {"n_routed_experts": "num_local_experts", "moe_k": "num_experts_per_tok"}
+        for name in names.keys() & values.keys():  # transformers has one name or both
+            values[name] = values[names[name]]
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
         if model_type != "mixtral":  # transformers begins with norms of ones and biases of zeros
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 1 or name.endswith("bias"):
                     parameter.data += std * torch.randn_like(parameter)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):
+                    buffer += std * torch.randn_like(buffer)
         directory = tmp_path_factory.mktemp("checkpoint")
         model.to(getattr(torch, stored_as)).save_pretrained(directory)
         return directory

@@ -29,6 +29,7 @@ class RopeParameters:
 
     `original_max_position_embeddings` is the context in tokens that the model was first trained
     for, which all types but "default" have. Keys that a type does not take have their defaults.
+    partial_rotary_factor: the part of a head's columns that is rotated.
     """
 
     rope_theta: float
@@ -45,6 +46,7 @@ class RopeParameters:
     high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    partial_rotary_factor: float = 1.0
 
     @property
     def follows_length(self) -> bool:
@@ -61,8 +63,19 @@ class RopeParameters:
             return None
         return context if self.rope_type == "dynamic" else original + 1
 
+    def rotated(self, head_dim: int) -> int:
+        """Return how many columns of a head are rotated, which are its first."""
+        return int(head_dim * self.partial_rotary_factor)
+
     def check(self, head_dim: int) -> None:
         """Raise `CheckpointError` if it cannot rotate heads of this size."""
+        rotated = self.rotated(head_dim)
+        if rotated % 2 or not 0 < rotated <= head_dim:
+            raise CheckpointError(
+                f"config.json: a partial_rotary_factor of {self.partial_rotary_factor:g} cannot "
+                f"rotate pairs of {head_dim} columns"
+            )
+        head_dim = rotated
         for fault in self._faults(head_dim):
             raise CheckpointError(f"config.json: rope type '{self.rope_type}' {fault}")
 
@@ -98,6 +111,9 @@ class ModelConfig:
     shared_expert_intermediate_size: of a dense part of each layer, which all tokens go through
     beside the experts, 0 for none. shared_expert_gate: whether its output is multiplied by the
     sigmoid of a gate.
+    first_k_dense_replace: so many layers at the beginning have no experts, but a dense part of
+    dense_intermediate_size. All that holds experts counts the layers after them, from 0.
+    num_nextn_predict_layers: of a checkpoint's layers after these, which are left out.
     qk_norm: an RMSNorm of queries and keys before they rotate, of each head or all heads together.
     clip_qkv: the largest absolute value of queries, keys and values.
     attention_bias: of the q, k, v and o projections. `qkv_bias`: of q, k and v alone.
@@ -134,6 +150,9 @@ class ModelConfig:
     e_score_correction_bias: bool = False
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
+    first_k_dense_replace: int = 0
+    dense_intermediate_size: int = 0
+    num_nextn_predict_layers: int = 0
     qk_norm: Literal["head", "projection"] | None = None
     clip_qkv: float | None = None
     attention_bias: bool = False
@@ -155,6 +174,17 @@ class ModelConfig:
         if self._is_sliding(layer) and self.sliding_rope_parameters is not None:
             return self.sliding_rope_parameters
         return self.rope_parameters
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Return the count of layers with experts, which are the last ones."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    def mlp_intermediate_size(self, layer: int) -> int:
+        """Return the intermediate size of a layer's dense part, 0 if it has none."""
+        if layer < self.first_k_dense_replace:
+            return self.dense_intermediate_size
+        return self.shared_expert_intermediate_size
 
     @property
     def head_is_embedding(self) -> bool:
@@ -198,6 +228,11 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json: {self.num_attention_heads} attention heads cannot share "
                 f"{self.num_key_value_heads} key-value heads"
+            )
+        if self.num_moe_layers < 1:
+            raise CheckpointError(
+                f"config.json: none of {self.num_hidden_layers} layers has experts, because the "
+                f"first {self.first_k_dense_replace} are dense"
             )
         if self.num_hidden_layers * self.num_local_experts > _MAX_EXPERTS:
             raise CheckpointError(

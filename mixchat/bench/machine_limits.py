@@ -91,7 +91,7 @@ def copy_bandwidth(device: torch.device, size: int) -> float | None:
 def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:
     """Return the bytes that decoding a token reads, after `context` others."""
     config = blueprint.config
-    experts = config.num_hidden_layers * config.num_experts_per_tok * blueprint.expert.nbytes
+    experts = config.num_moe_layers * config.num_experts_per_tok * blueprint.expert.nbytes
     head = [blueprint.head] if blueprint.head else []
     matrices = sum(t.nbytes for spec in [*_dense_matrices(blueprint), *head] for t in spec.tensors)
     tied = 0 if blueprint.head else blueprint.embedding.nbytes
@@ -103,7 +103,7 @@ def operations_per_token(blueprint: Blueprint) -> int:
     """Return operations of a prompt's token in all matrices with weights but the head."""
     config, expert = blueprint.config, blueprint.expert
     each = sum(spec.rows * spec.columns for spec in (expert.gate_up, expert.down))
-    experts = config.num_hidden_layers * config.num_experts_per_tok * each
+    experts = config.num_moe_layers * config.num_experts_per_tok * each
     return 2 * (experts + sum(spec.rows * spec.columns for spec in _dense_matrices(blueprint)))
 
 

@@ -70,7 +70,7 @@ class SingleTokenContext:
     def rotate(self, rope: RotaryEmbedding, x: torch.Tensor, out: torch.Tensor) -> Step:
         """Return the step that rotates x to the token's position."""
         if rope not in self._rotations:
-            self._rotations[rope] = rows.rotate_step(x, out)
+            self._rotations[rope] = rows.rotate_step(x, out, rope.width)
         return self._rotations[rope]
 
     def attend(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import takewhile
 from operator import is_
 
 import torch
@@ -31,9 +32,15 @@ class Decoder:
     def __init__(
         self, blocks: Sequence[Block], cache: PagedKVCache, hidden_size: int, dtype: torch.dtype
     ) -> None:
-        self._cache, self._runner = cache, blocks[0].moe.runner
+        self._cache, self._runner = cache, blocks[-1].moe.runner
         self._context = SingleTokenContext(cache, hidden_size, dtype)
-        self._layers = [_Layer(block, self._context) for block in blocks]
+        dense = [*takewhile(lambda block: block.is_dense, blocks)]
+        first, *others = blocks[len(dense) :]
+        self._layers = [
+            _Layer(first, self._context, dense),
+            *(_Layer(block, self._context) for block in others),
+        ]
+        self._dense = len(dense)
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
         # What all layers use. Not kept alive, so that the memory of a slot can be given back.
         self._used: weakref.ref[ExpertLists] | None = None
@@ -48,7 +55,7 @@ class Decoder:
         end = 0
         while end < len(self._layers):
             end = self._run_from(end)
-            after_layer(end - 1)
+            after_layer(self._dense + end - 1)
         return self._context.x
 
     def _run_from(self, start: int) -> int:
@@ -76,15 +83,15 @@ class Decoder:
 def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Decoder | None:
     """Return the decoder of a model that computes `used`, or None if kernels cannot do it."""
     config, dtype = used.config, used.quantization.dtype
-    columns = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.shared_expert_intermediate_size,
-        config.head_dim // 2,
-    )
-    matrices = *used.dense_matrices(0), used.expert.gate_up, used.expert.down
+    matrices = used.typical_matrices
     if not isinstance(cache, PagedKVCache) or not all(map(_has_steps, matrices)):
         return None
+    rotated = [rope.rotated(config.head_dim) for rope in config.ropes]
+    columns = (
+        *(matrix.columns for matrix in matrices),
+        *(count // 2 for count in rotated),
+        *(config.head_dim - count for count in rotated),
+    )
     if not all(rows.can_compute(dtype, count) for count in columns):
         return None
     return Decoder(blocks, cache, config.hidden_size, dtype)
@@ -95,12 +102,15 @@ def _has_steps(matrix: LinearSpec) -> bool:
 
 
 class _Layer:
-    """The stages of a layer, which may end with the router."""
+    """The stages of a layer, which may end with the router, after those of dense layers."""
 
-    def __init__(self, block: Block, context: SingleTokenContext) -> None:
+    def __init__(
+        self, block: Block, context: SingleTokenContext, dense: Sequence[Block] = ()
+    ) -> None:
         self._block, self._context, self.keys = block, context, block.moe.keys
         self._routing = block.moe.empty_routing()
-        self._up_to_router = block.stages_up_to_router(self._routing, context)
+        before = [stage for other in dense for stage in other.dense_stages(context)]
+        self._up_to_router = before + block.stages_up_to_router(self._routing, context)
         self.stages = self._up_to_router
         # Not kept alive, so that the memory of a slot can be given back.
         self._experts: Sequence[weakref.ref[Expert]] = ()

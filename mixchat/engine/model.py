@@ -41,18 +41,28 @@ class ModelTensors(Protocol):
 
 
 class Block:
-    """One layer, attention and then the experts, with a dense part beside them."""
+    """One layer, attention and then experts, a dense part, or both."""
 
     def __init__(
         self,
         attention_norm: RMSNorm,
         attention: Attention,
-        moe_norm: RMSNorm,
-        moe: SparseMoE,
-        mlp: DenseMLP | None = None,
+        mlp_norm: RMSNorm,
+        moe: SparseMoE | None,
+        mlp: DenseMLP | None,
     ) -> None:
         self._attention_norm, self._attention = attention_norm, attention
-        self._moe_norm, self.moe, self._mlp = moe_norm, moe, mlp
+        self._mlp_norm, self._moe, self._mlp = mlp_norm, moe, mlp
+
+    @property
+    def moe(self) -> SparseMoE:
+        """Return the part with experts of a layer that has them."""
+        assert self._moe is not None
+        return self._moe
+
+    @property
+    def is_dense(self) -> bool:
+        return self._moe is None
 
     @classmethod
     def build(
@@ -64,33 +74,44 @@ class Block:
         runner: ExpertRunner,
     ) -> Block:
         config = used.config
-        attention_norm, moe_norm, *qk_norms = (
+        attention_norm, mlp_norm, *qk_norms = (
             RMSNorm(tensors.tensor(spec), config.rms_norm_eps)
             for spec in (*used.norms(layer), *used.qk_norms(layer))
         )
         qkv_proj, o_proj = (tensors.linear(spec) for spec in (used.qkv(layer), used.o(layer)))
         sinks = tensors.tensor(used.sinks(layer)) if config.attention_sinks else None
         attention = Attention(layer, config, qkv_proj, o_proj, rope, qk_norms, sinks)
-        moe = SparseMoE(layer, _router(layer, used, tensors), runner)
-        return cls(attention_norm, attention, moe_norm, moe, _mlp(layer, used, tensors))
+        moe, first = None, config.first_k_dense_replace
+        if layer >= first:
+            moe = SparseMoE(layer - first, _router(layer, used, tensors), runner)
+        return cls(attention_norm, attention, mlp_norm, moe, _mlp(layer, used, tensors))
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         x = x + self._attention(self._attention_norm(x), before, exact=exact)
-        normed = self._moe_norm(x)
-        added = self.moe(normed, exact=exact)
-        return x + (added if self._mlp is None else added + self._mlp(normed, exact=exact))
+        normed = self._mlp_norm(x)
+        parts = [part(normed, exact=exact) for part in (self._moe, self._mlp) if part]
+        return x + (parts[0] if len(parts) == 1 else parts[0] + parts[1])
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
         """Return stages for one token up to the router, which fill `routing`."""
+        router_stages = self.moe.router_stages(routing, context)
+        return [*self._stages_up_to_experts(context), *router_stages]
+
+    def dense_stages(self, context: SingleTokenContext) -> list[Stage]:
+        """Return stages for one token through a layer without experts."""
+        x = context.x
+        add = alone(rows.add_step(x, context.dense, x))
+        return [*self._stages_up_to_experts(context), add]
+
+    def _stages_up_to_experts(self, context: SingleTokenContext) -> list[Stage]:
         x, normed = context.x, context.normed
         return [
             self._attention_norm.stage(x, normed),
             *self._attention.stages(context),
             alone(rows.add_step(x, context.added, x)),
-            self._moe_norm.stage(x, normed),
+            self._mlp_norm.stage(x, normed),
             *(self._mlp.stages(context) if self._mlp else ()),
-            *self.moe.router_stages(routing, context),
         ]
 
     def expert_stages(
@@ -133,7 +154,7 @@ def _mlp(layer: int, used: Blueprint, tensors: ModelTensors) -> DenseMLP | None:
         return None
     gate_up, down = (tensors.linear(spec) for spec in specs)
     network = Expert(gate_up, down, swiglu_of(used.config))
-    if not used.config.shared_expert_gate:
+    if not used.config.shared_expert_gate or layer < used.config.first_k_dense_replace:
         return DenseMLP(network)
     gate = _gate(used.mlp_gate(layer), tensors)
     return DenseMLP(network, Router(gate, 1, normalized=False, scoring="sigmoid"))

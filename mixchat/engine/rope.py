@@ -1,7 +1,7 @@
 """Rotary position embedding, and the ways to stretch it over longer contexts.
 
 The frequencies of each type are computed in the order of transformers' modeling_rope_utils.py,
-which makes them equal to the bit. h = head_dim.
+which makes them equal to the bit. h = head_dim, or the columns of a head that are rotated.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mixchat.kernels.program import Step
 class RotaryEmbedding:
     """Rotates pairs (i, i + h / 2) of a head by the angle position * frequencies[i].
 
-    Su et al., arXiv:2104.09864, in Hugging Face's two-halves order. Types that stretch by the
-    length of a sequence ("dynamic", "longrope") always stretch for one that fills the context, so
-    that keys in a cache stay right and an answer does not depend on how its prompt was read. Logits
-    then differ from transformers' for shorter sequences, if the context is longer than the original
-    one, which is the default.
+    Su et al., arXiv:2104.09864, in Hugging Face's two-halves order. If a head has more columns than
+    these, the others stay as they are. Types that stretch by the length of a sequence ("dynamic",
+    "longrope") always stretch for one that fills the context, so that keys in a cache stay right
+    and an answer does not depend on how its prompt was read. Logits then differ from transformers'
+    for shorter sequences, if the context is longer than the original one, which is the default.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class RotaryEmbedding:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.width = head_dim = parameters.rotated(head_dim)
         frequencies = _FREQUENCIES[parameters.rope_type](parameters, head_dim, context)  # [h / 2]
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
         cos, sin = (part * _attention_factor(parameters) for part in (angles.cos(), angles.sin()))
@@ -42,7 +43,7 @@ class RotaryEmbedding:
         self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
 
     def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
-        """Rotate x [T, heads, h], whose tokens are at these T positions."""
+        """Rotate x [T, heads, head_dim], whose tokens are at these T positions."""
         return rows.rotate(x, self._cos[positions], self._sin[positions])
 
     def set_position(self, step: Step, position: int) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.tuner import Tuner
+from mixchat.kernels.router import Scoring
 
 # Layers to look ahead in decoding. Trying shows which number pays.
 DEPTHS = (3, 6, 0, 1)
@@ -27,7 +28,8 @@ class NextRouters:
     the weights of the norms. They are divided out, and the next layer's multiplied in.
 
     gates: [E, D] of each layer. norms: [D] of each layer, the weights before its router.
-    biases: [E] of each layer, if its router has one.
+    biases: [E] of each layer, if its router has one. corrections: [E] of each layer, if its router
+    adds them to the scores, which `scoring` makes of the logits.
     """
 
     def __init__(
@@ -36,10 +38,14 @@ class NextRouters:
         norms: Sequence[torch.Tensor],
         experts_per_token: int,
         biases: Sequence[torch.Tensor] = (),
+        corrections: Sequence[torch.Tensor] = (),
+        scoring: Scoring = "softmax",
     ) -> None:
         weighted = [gate.float() * norm.float() for gate, norm in zip(gates, norms, strict=True)]
         self._gates = torch.cat(weighted)  # [layers * E, D]
         self._biases = torch.cat([*biases]).float() if biases else None  # [layers * E]
+        self._corrections = torch.stack([*corrections]) if corrections else None  # [layers, E]
+        self._scoring = scoring
         # A weight of almost zero has lost its input, which counts as zero.
         self._undo = [torch.where(norm.abs() > 1e-3, 1 / norm.float(), 0) for norm in norms]
         self._experts = gates[0].shape[0]
@@ -58,7 +64,11 @@ class NextRouters:
         logits = functional.linear(
             hidden_states.float() * self._undo[layer], self._gates[rows], bias
         )
-        choices = logits.view(-1, last - first, self._experts).topk(self._experts_per_token).indices
+        logits = logits.view(-1, last - first, self._experts)
+        if self._corrections is not None:
+            scores = logits.sigmoid() if self._scoring == "sigmoid" else logits.softmax(-1)
+            logits = scores + self._corrections[first:last]
+        choices = logits.topk(self._experts_per_token).indices
         return choices.transpose(0, 1).flatten(1)
 
 

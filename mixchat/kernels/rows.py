@@ -42,6 +42,7 @@ _SIGNATURE = Signature(
     "eps",
     "limit",
     "alpha",
+    "rotated",
 )
 
 
@@ -90,21 +91,26 @@ def clamp_step(x: torch.Tensor, limit: float) -> Step:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Return x [T, heads, h] times cos [T, h], plus x with its halves swapped times sin [T, h].
 
-    The numbers of a token's heads follow one another.
+    The numbers of a token's heads follow one another. If cos and sin have fewer columns than x, the
+    other columns of x stay as they are.
     """
-    tokens, heads, width = x.shape
-    if not can_compute(x.dtype, width // 2, x.device.type):
-        return x * cos[:, None] + x.roll(width // 2, dims=-1) * sin[:, None]
+    (tokens, heads, width), rotated = x.shape, cos.shape[-1]
+    parts = rotated // 2, width - rotated
+    if not all(can_compute(x.dtype, columns, x.device.type) for columns in parts):
+        turned, kept = x[..., :rotated], x[..., rotated:]
+        swapped = turned.roll(rotated // 2, dims=-1)
+        return torch.cat((turned * cos[:, None] + swapped * sin[:, None], kept), dim=-1)
     out = torch.empty(tokens, heads, width, dtype=x.dtype)
-    step = rotate_step(x, out)
+    step = rotate_step(x, out, rotated)
     step.set(cos=cos.data_ptr(), sin=sin.data_ptr())
     step.run()
     return out
 
 
-def rotate_step(x: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return `rotate` as a step. `cos` and `sin` are still to be set."""
-    return _step("rotate", x, out, columns=x.shape[2], count=x.shape[1], stride=x.stride(0))
+def rotate_step(x: torch.Tensor, out: torch.Tensor, rotated: int) -> Step:
+    """Return `rotate` as a step, of so many columns. `cos` and `sin` are still to be set."""
+    given = {"columns": x.shape[2], "count": x.shape[1], "stride": x.stride(0)}
+    return _step("rotate", x, out, **given, rotated=rotated)
 
 
 @dataclass(frozen=True)
@@ -254,7 +260,8 @@ class _Rotate(_Rows):
 
     def row(self, token: Value) -> None:
         function, given, width = self.function, self.given, self.columns
-        heads, half = given.number("count"), width // 2
+        heads, rotated = given.number("count"), given.number("rotated")
+        half = rotated // 2
         cos, sin = given.pointer("cos"), given.pointer("sin")
         with function.loop(0, heads, 1) as (head, _):
             here = token * given.number("stride") + head * width
@@ -262,10 +269,12 @@ class _Rotate(_Rows):
             with function.loop(0, half, self.lanes) as (column, _):
                 low, high = (self.load(self.x, here + at) for at in (column, column + half))
                 for at, same, other in ((column, low, high), (column + half, high, low)):
-                    angle = token * width + at
+                    angle = token * rotated + at
                     swapped = other * self.load(sin, angle)
                     turned = function.multiply_add(same, self.load(cos, angle), swapped)
                     self.store(turned, there + at)
+            with function.loop(rotated, width, self.lanes) as (column, _):
+                self.store(self.load(self.x, here + column), there + column)
 
 
 class _Swiglu(_Rows):

@@ -145,7 +145,7 @@ def _affordable(config: ModelConfig, text: Text, windows: int, seconds: float) -
 
 
 def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float) -> str:
-    experts = config.num_hidden_layers * config.num_local_experts
+    experts = config.num_moe_layers * config.num_local_experts
     return (
         f"{'writes' if text.ids is None else 'reads'} {windows} windows of {WINDOW} tokens: about "
         f"{format_time(windows * seconds)} on this machine; then rounds {experts} experts: about "
@@ -165,7 +165,7 @@ def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
         2 * rows * C**2 + 4 * C**3 + 2 * R * C**2 + 3 * rows * R * C
         for R, C in ((2 * inner, width), (width, inner))
     )
-    experts = config.num_hidden_layers * config.num_local_experts
+    experts = config.num_moe_layers * config.num_local_experts
     return experts * operations / _operations_a_second()
 
 

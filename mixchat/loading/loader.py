@@ -178,10 +178,9 @@ def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
     """Return whether prefill gives a token the same bits alone as in a chunk."""
     if device.type != "cpu" or not kernels_available():
         return False
-    matrices = (used.expert.gate_up, used.expert.down, *used.dense_matrices(0))
     norms = (*used.norms(0), *used.qk_norms(0))
     return all(rows.can_compute(norm.dtype, norm.shape[-1]) for norm in norms) and all(
-        matrix.can_be_exact for matrix in matrices
+        matrix.can_be_exact for matrix in used.typical_matrices
     )
 
 
@@ -196,7 +195,7 @@ def _trace_writer(path: Path, installed: InstalledModel) -> TraceWriter:
     return TraceWriter(
         path,
         installed.manifest.source.repo,
-        config.num_hidden_layers,
+        config.num_moe_layers,
         config.num_local_experts,
         config.num_experts_per_tok,
     )

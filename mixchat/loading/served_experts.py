@@ -41,7 +41,7 @@ class ServedExperts:
         self._installed, self._options = installed, options
         self._device, self._devices, self._note = devices[0], devices, note
         config = installed.config
-        self.num_layers, self.num_experts = config.num_hidden_layers, config.num_local_experts
+        self.num_layers, self.num_experts = config.num_moe_layers, config.num_local_experts
         self.hidden_size = config.hidden_size
         self.identity = identity_of(installed.manifest)
         self.name = installed.directory.name

@@ -51,7 +51,7 @@ def build_experts(
     config, stats = installed.config, ExpertStats()
     every = {
         ExpertKey(layer, expert)
-        for layer in range(config.num_hidden_layers)
+        for layer in range(config.num_moe_layers)
         for expert in range(config.num_local_experts)
     }
     here = every if share.here is None else share.here
@@ -98,7 +98,7 @@ def _on_device(
     is_first: bool,
 ) -> DeviceCompute:
     """Return the holder of a device's experts. Only its mover reads its files and RAM."""
-    passes = Passes(installed.config.num_hidden_layers)
+    passes = Passes(installed.config.num_moe_layers)
     blueprint = installed.blueprint
     stored, used = blueprint.expert_of, blueprint.computed_on(device).expert
     reads_once = max(placement.slots, placement.host_slots) >= placement.experts
@@ -181,7 +181,7 @@ def _host_compute(
 
 def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.device) -> Prefetch:
     config, blueprint = installed.config, installed.blueprint
-    layers = range(config.num_hidden_layers)
+    layers = range(config.first_k_dense_replace, config.num_hidden_layers)
     gates = [installed.tensor(blueprint.gate(layer)).to(device) for layer in layers]
     norms = [installed.tensor(blueprint.norms(layer)[1]).to(device) for layer in layers]
     biases = [
@@ -189,7 +189,13 @@ def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.devic
         for layer in layers
         if config.moe_bias
     ]
-    return Prefetch(NextRouters(gates, norms, config.num_experts_per_tok, biases), stats)
+    corrections = [
+        installed.tensor(blueprint.score_correction(layer)).to(device)
+        for layer in layers
+        if config.e_score_correction_bias
+    ]
+    choices, scoring = config.num_experts_per_tok, config.scoring_func
+    return Prefetch(NextRouters(gates, norms, choices, biases, corrections, scoring), stats)
 
 
 def _lock_for(device: torch.device) -> PageLock:

@@ -89,7 +89,7 @@ def divide_experts(
     config = installed.config
     slots = [sum(placement.by_device), *(worker.slots for worker in workers)]
     uses = saved_uses(report_path_by_key(installed.directory.name))
-    here, *there = divide(config.num_hidden_layers, config.num_local_experts, slots, uses)
+    here, *there = divide(config.num_moe_layers, config.num_local_experts, slots, uses)
     for worker, keys in zip(workers, there, strict=True):
         worker.hold(keys)
     copies = frozenset(here).intersection(chain(*there))

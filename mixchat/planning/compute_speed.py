@@ -169,7 +169,7 @@ def _token_probe(blueprint: Blueprint, pool_bytes: int) -> Callable[[], None]:
     """Return a function that computes one token through a few layers, with experts in memory."""
     used, choices = blueprint.computed_on(CPU), blueprint.config.num_experts_per_tok
     pool = _filled_experts(used.expert, CPU, pool_bytes)[1]
-    numbers = range(min(_COPIES, blueprint.config.num_hidden_layers))
+    numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
     runners = [(number, _PoolRunner(pool, number * choices)) for number in numbers]
     layers = _Layers(blueprint, CPU, runners)
     return layers.computing(layers.blocks)
@@ -187,6 +187,8 @@ class _Layers:
         config, dtype = blueprint.config, blueprint.quantization.dtype
         self._used, tensors = blueprint.computed_on(device), _FilledTensors(device)
         ropes = rotary_embeddings(config, 2 * _CONTEXT, dtype, device)
+        dense = config.first_k_dense_replace
+        runners = [(dense + number, runner) for number, runner in runners]
         self.blocks = [
             Block.build(layer, self._used, tensors, ropes[layer], runner)
             for layer, runner in runners

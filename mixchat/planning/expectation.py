@@ -223,7 +223,7 @@ def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
     """
     if len(slots) == 1:
         return 1.0
-    layers, experts = range(config.num_hidden_layers), range(config.num_local_experts)
+    layers, experts = range(config.num_moe_layers), range(config.num_local_experts)
     owner = assign_owners((ExpertKey(*key) for key in product(layers, experts)), slots)
     held = [{key for key in owner if owner[key] == number} for number in range(len(slots))]
     most = sum(times * max(counts) for counts, times in layer_loads(config, held).items())
@@ -235,7 +235,7 @@ def size_of(blueprint: Blueprint) -> ModelSize:
     config, head = blueprint.config, blueprint.head
     tensors = [blueprint.embedding] if head is None else head.tensors
     return ModelSize(
-        layers=config.num_hidden_layers,
+        layers=config.num_moe_layers,
         experts_per_token=config.num_experts_per_tok,
         expert=blueprint.expert.stride,
         head=sum(tensor.nbytes for tensor in tensors),

@@ -153,5 +153,5 @@ def _gpu_expert_seconds(computed: Blueprint) -> dict[int, float]:
 
 
 def _gpu_layer_seconds(computed: Blueprint) -> float:
-    tensors = (tensor for spec in computed.dense_matrices(0) for tensor in spec.tensors)
+    tensors = (tensor for spec in computed.dense_matrices() for tensor in spec.tensors)
     return _STARTING + sum(tensor.nbytes for tensor in tensors) / GPU_MEMORY

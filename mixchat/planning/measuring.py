@@ -106,7 +106,7 @@ def take_sample(
 def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
     """Return all that a measurement depends on, as a line."""
     layout = blueprint.computed_on(CPU).expert
-    gate_up, (qkv, _, *others) = layout.gate_up, blueprint.dense_matrices(0)
+    gate_up, (qkv, _, *others) = layout.gate_up, blueprint.dense_matrices()
     accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
     return "; ".join(
         (

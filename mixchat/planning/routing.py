@@ -139,7 +139,7 @@ def expected_hit_rate(
 
     Only the experts `among` use the slots, or all for None.
     """
-    layers, experts = config.num_hidden_layers, config.num_local_experts
+    layers, experts = config.num_moe_layers, config.num_local_experts
     total = layers * experts if among is None else len(among)
     if slots >= total:
         return 1.0
@@ -188,7 +188,7 @@ def layer_loads(
     """
     choices = _choices(config.num_local_experts, config.num_experts_per_tok)
     times: Counter[tuple[int, ...]] = Counter()
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_moe_layers):
         keys = [ExpertKey(layer, expert) for expert in range(config.num_local_experts)]
         holders = {key: [n for n, part in enumerate(held) if key in part] for key in keys}
         for choice in choices:

@@ -61,7 +61,7 @@ def spread_model(
     """
     config = blueprint.config
     slots = [sum(placement.by_device), *(offer.slots for offer in offers)]
-    parts = divide(config.num_hidden_layers, config.num_local_experts, slots, uses)
+    parts = divide(config.num_moe_layers, config.num_local_experts, slots, uses)
     here, *there = (frozenset(part) for part in parts)
     on_workers = frozenset(chain(*there))
     held_here = min(held_together(blueprint, device, placement), len(here))
@@ -73,7 +73,7 @@ def spread_model(
         spread_cost(size, speeds, name, loads, offers, hit_rate, host_hit_rate)
         for speeds in measurement.in_use
     ]
-    computed_here = _uses_here(loads) / (config.num_hidden_layers * config.num_experts_per_tok)
+    computed_here = _uses_here(loads) / (config.num_moe_layers * config.num_experts_per_tok)
     copies = len(here & on_workers)
     expected = Expectation(
         held_here - copies + len(on_workers),

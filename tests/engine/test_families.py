@@ -34,6 +34,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2_moe",
         {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, **SPARSE},
     ),
+    "ernie4_5_moe": ("ernie4_5_moe", {}),
+    "ernie4_5_moe, no shared experts": (
+        "ernie4_5_moe",
+        {"moe_num_shared_experts": 0, "tie_word_embeddings": False, **SPARSE},
+    ),
+    "ernie4_5_moe, all layers with experts": ("ernie4_5_moe", {"moe_layer_start_index": 0}),
+    "dots1": ("dots1", {}),
+    "dots1, weights not normalized": ("dots1", {"norm_topk_prob": False, **SPARSE}),
+    "dots1, windows": (
+        "dots1",
+        {"first_k_dense_replace": 0, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    "glm4_moe": ("glm4_moe", {}),
+    "glm4_moe, two dense layers": ("glm4_moe", {"first_k_dense_replace": 2, **SPARSE}),
+    "glm4_moe, no norms": (
+        "glm4_moe",
+        {"use_qk_norm": False, "attention_bias": False, "head_dim": 16},
+    ),
     "mellum": ("mellum", {}),
     "mellum, full attention": ("mellum", {"layer_types": ["full_attention"] * 2, **SPARSE}),
     "mellum, another rope": (

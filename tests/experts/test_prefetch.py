@@ -14,6 +14,7 @@ import torch
 from mixchat.experts import prefetch
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.prefetch import DEPTHS, NextRouters, Prefetch, ranked_keys
+from mixchat.kernels.router import Scoring
 
 L, E, D, K = 5, 8, 32, 2
 
@@ -28,6 +29,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         *,
         biased: bool = False,
+        corrected: Scoring | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.gates = [torch.randn(E, D, generator=generator).to(dtype) for _ in range(L)]
@@ -37,6 +39,9 @@ class Case:
             for _ in range(L)
         ]
         self.biases = [torch.randn(E, generator=generator) for _ in range(L if biased else 0)]
+        self.scoring: Scoring = corrected or "softmax"
+        self.corrections = [torch.randn(E, generator=generator) for _ in range(L)]
+        self.corrections = self.corrections if corrected else []
         stream = torch.randn(tokens, D, generator=generator)
         self.normed = stream / stream.pow(2).mean(-1, keepdim=True).sqrt()
 
@@ -44,8 +49,10 @@ class Case:
         self, layer: int, depth: int, hidden: torch.Tensor | None = None
     ) -> list[ExpertKey]:
         hidden = self.hidden(layer) if hidden is None else hidden
-        choices = NextRouters(self.gates, self.norms, K, self.biases)(layer, hidden, depth)
-        return ranked_keys(layer, choices)
+        routers = NextRouters(
+            self.gates, self.norms, K, self.biases, self.corrections, self.scoring
+        )
+        return ranked_keys(layer, routers(layer, hidden, depth))
 
     def hidden(self, layer: int) -> torch.Tensor:
         return self.normed.to(self.norms[layer].dtype) * self.norms[layer]
@@ -59,20 +66,25 @@ class Case:
                 logits = self.gates[ahead].double() @ (token * self.norms[ahead].double())
                 if self.biases:
                     logits += self.biases[ahead]
+                if self.corrections:
+                    is_sigmoid = self.scoring == "sigmoid"
+                    logits = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
+                    logits += self.corrections[ahead]
                 for expert in logits.argsort(descending=True)[:K].tolist():
                     counts[expert] += 1
             keys += [ExpertKey(ahead, expert) for expert, _ in counts.most_common()]
         return keys
 
 
+@pytest.mark.parametrize("corrected", [None, "softmax", "sigmoid"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 9])
 def test_they_are_what_the_next_routers_would_choose_now(
-    tokens: int, depth: int, biased: bool
+    tokens: int, depth: int, biased: bool, corrected: Scoring | None
 ) -> None:
     for seed in range(5):
-        case = Case(seed, tokens, biased=biased)
+        case = Case(seed, tokens, biased=biased, corrected=corrected)
         for layer in range(L):
             predicted = case.predicted(layer, depth)
             assert predicted == case.slow(layer, depth)

@@ -77,14 +77,17 @@ def test_eps_is_what_keeps_a_row_of_zeros_finite() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_heads_in_the_middle_of_wider_rows_are_rotated(dtype: torch.dtype, tokens: int) -> None:
-    x = torch.randn(tokens, 15, 64).to(dtype)[:, 2:12]
+    whole = torch.randn(tokens, 15, 96).to(dtype)[:, 2:12]
     cos, sin = torch.randn(2, tokens, 64).to(dtype)
+    x = whole[..., :64]
     swapped = x.double().roll(32, dims=-1)
     expected = x.double() * cos.double()[:, None] + swapped * sin.double()[:, None]
     scale = ERROR[dtype] * (x.abs() * cos.abs()[:, None] + swapped.abs() * sin.abs()[:, None])
-    result = rows.rotate(x, cos, sin)
+    result = rows.rotate(x.contiguous(), cos, sin)
     assert result.shape == x.shape
     assert ((result.double() - expected).abs() <= scale + 1e-6).all()
+    # Of 96 columns, 32 are not rotated.
+    assert torch.equal(rows.rotate(whole, cos, sin), torch.cat((result, whole[..., 64:]), dim=-1))
 
 
 def slow_swiglu(swiglu: Swiglu, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -169,3 +172,5 @@ def test_torch_computes_what_the_kernels_do_not_take(tokens: int) -> None:
     swapped = several.double().roll(columns // 2, dims=-1)
     rotated = several.double() * cos[:, None] + swapped * sin[:, None]
     assert_near(rows.rotate(several, cos, sin), rotated)
+    wide = torch.cat((several, several), dim=-1)
+    assert_near(rows.rotate(wide, cos, sin), torch.cat((rotated, several), dim=-1))

@@ -29,6 +29,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4, odd shapes": {"hidden_size": 80, "intermediate_size": 112},
     "fp32": {"quant_type": "none"},
     "fp32, odd shapes": {"quant_type": "none", "hidden_size": 50, "intermediate_size": 49},
+    "fp32, after a dense layer": {
+        "quant_type": "none",
+        "model_type": "dots1",
+        "num_hidden_layers": LAYERS + 1,
+    },
     "bf16": {"quant_type": "none", "stored_as": "bfloat16"},
     "bf16, odd shapes": {
         "quant_type": "none",
@@ -38,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 FAST = "fp32, odd shapes"  # no kernel has to be compiled for it in a new process
-CHECKPOINT = ("stored_as", "hidden_size", "intermediate_size")
+CHECKPOINT = ("stored_as", "hidden_size", "intermediate_size", "model_type", "num_hidden_layers")
 
 # Slots of this machine, and of each worker.
 SPLITS = {
@@ -67,7 +72,8 @@ def model(
         if kind not in made:
             shape = {name: value for name, value in KINDS[kind].items() if name in CHECKPOINT}
             options = {name: value for name, value in KINDS[kind].items() if name not in CHECKPOINT}
-            made[kind] = install(make_checkpoint(num_hidden_layers=LAYERS, **shape), **options)
+            shape = {"num_hidden_layers": LAYERS, **shape}
+            made[kind] = install(make_checkpoint(**shape), **options)
         return made[kind]
 
     return model

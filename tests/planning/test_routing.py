@@ -131,7 +131,7 @@ def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic)
 
 def config(layers: int, experts: int, chosen: int) -> Any:
     return SimpleNamespace(
-        num_hidden_layers=layers, num_local_experts=experts, num_experts_per_tok=chosen
+        num_moe_layers=layers, num_local_experts=experts, num_experts_per_tok=chosen
     )
 
 

@@ -22,7 +22,7 @@ SIZE = ModelSize(layers=2, experts_per_token=2, expert=10**6, head=3 * 10**6)
 
 def config(layers: int, experts: int, chosen: int) -> Any:
     return SimpleNamespace(
-        num_hidden_layers=layers, num_local_experts=experts, num_experts_per_tok=chosen
+        num_moe_layers=layers, num_local_experts=experts, num_experts_per_tok=chosen
     )
 
 

@@ -34,11 +34,21 @@ _ROPE_NUMBERS: dict[RopeType, tuple[str, ...]] = {
 }
 
 
-def shape_of(raw: dict[str, Any], *, rope_theta: float, rms_norm_eps: float) -> dict[str, Any]:
+def shape_of(
+    raw: dict[str, Any],
+    *,
+    rope_theta: float,
+    rms_norm_eps: float,
+    partial_rotary: bool = False,
+) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments that all families have, with the family's defaults.
 
     `raw` has Mixtral's keys. The numbers of key-value heads and of a head's columns may be missing.
+    partial_rotary: whether a part of a head may be rotated.
     """
+    ropes = rope_parameters(raw, rope_theta)
+    if not partial_rotary and any(rope.partial_rotary_factor != 1 for rope in ropes.values()):
+        raise CheckpointError("config.json: a partial_rotary_factor is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported")
     heads = positive_int(raw, "num_attention_heads")
@@ -49,7 +59,7 @@ def shape_of(raw: dict[str, Any], *, rope_theta: float, rms_norm_eps: float) -> 
         **{key: positive_int(values, key) for key in _SHAPE},
         "model_type": raw["model_type"],
         "rms_norm_eps": positive_number(values, "rms_norm_eps", rms_norm_eps),
-        **rope_parameters(raw, rope_theta),
+        **ropes,
         "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
         "eos_token_ids": _eos_token_ids(raw),
     }
@@ -67,6 +77,36 @@ def of_experts(raw: dict[str, Any]) -> dict[str, Any]:
     """
     keys = with_defaults(raw, num_local_experts=raw.get("num_experts"))
     return with_defaults({"intermediate_size": raw.get("moe_intermediate_size")}, **keys)
+
+
+def corrected_router(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `ModelConfig`'s arguments for a router like DeepSeek-V3's, without groups."""
+    for key in ("n_group", "topk_group"):
+        if raw.get(key, 1) != 1:
+            raise CheckpointError(
+                f"config.json: {key} is {raw[key]!r:.80}: routers that choose groups of experts "
+                "do not run"
+            )
+    return {
+        "scoring_func": "sigmoid",
+        "e_score_correction_bias": True,
+        "routed_scaling_factor": positive_number(raw, "routed_scaling_factor", 1.0),
+    }
+
+
+def dense_parts(
+    raw: dict[str, Any], shared: str = "n_shared_experts", first: str = "first_k_dense_replace"
+) -> dict[str, Any]:
+    """Return `ModelConfig`'s arguments for shared experts, and for dense layers at the beginning.
+
+    `shared` and `first` name the keys that count them.
+    """
+    inner = positive_int(raw, "moe_intermediate_size")
+    return {
+        "shared_expert_intermediate_size": inner * whole_number(raw, shared),
+        "first_k_dense_replace": whole_number(raw, first),
+        "dense_intermediate_size": positive_int(raw, "intermediate_size"),
+    }
 
 
 def no_dense_layers(raw: dict[str, Any]) -> None:
@@ -138,13 +178,12 @@ def _rope(values: dict[str, Any], context: int) -> RopeParameters:
             f"config.json: rope type {kind!r:.80} is not supported",
             hint=f"The types that run are {', '.join(_ROPE_NUMBERS)}.",
         )
-    if values.get("partial_rotary_factor", 1) != 1:
-        raise CheckpointError("config.json: a partial_rotary_factor is not supported")
     theta = positive_number(values, "rope_theta")
+    partial = positive_number(values, "partial_rotary_factor", 1.0)
     if kind == "default":
         if "factor" in values:
             raise CheckpointError("config.json: the rope has a factor, but no rope_type")
-        return RopeParameters(theta)
+        return RopeParameters(theta, partial_rotary_factor=partial)
     trained = values if kind in ("yarn", "llama3", "longrope") else {}
     original = positive_int({_ORIGINAL: context, **trained}, _ORIGINAL)
     implied = context / original if kind in ("yarn", "longrope") else None
@@ -158,6 +197,7 @@ def _rope(values: dict[str, Any], context: int) -> RopeParameters:
         factor=positive_number(values, "factor", implied),
         original_max_position_embeddings=original,
         truncate=kind != "yarn" or flag(values, "truncate", True),
+        partial_rotary_factor=partial,
         **read,
     )
 
@@ -175,6 +215,12 @@ def positive_int(values: dict[str, Any], key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise CheckpointError(f"config.json: {key} is {value!r}, not a positive whole number")
     return value
+
+
+def whole_number(values: dict[str, Any], key: str) -> int:
+    """Return a whole number that may be 0, as it is if it is missing."""
+    given = values.get(key)
+    return 0 if given is None or given == 0 else positive_int(values, key)
 
 
 def positive_number(values: dict[str, Any], key: str, default: float | None = None) -> float:

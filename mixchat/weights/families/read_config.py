@@ -10,7 +10,10 @@ from typing import Any
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object
 from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.dots1 import DOTS1
+from mixchat.weights.families.ernie4_5_moe import ERNIE4_5_MOE
 from mixchat.weights.families.family import Family, Slice
+from mixchat.weights.families.glm4_moe import GLM4_MOE
 from mixchat.weights.families.gpt_oss import GPT_OSS
 from mixchat.weights.families.granitemoe import GRANITEMOE
 from mixchat.weights.families.mellum import MELLUM
@@ -19,9 +22,28 @@ from mixchat.weights.families.olmoe import OLMOE
 from mixchat.weights.families.qwen2_moe import QWEN2_MOE
 from mixchat.weights.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (MIXTRAL, QWEN3_MOE, QWEN2_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS)
+_ALL = (
+    *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
+    *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE),
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+
+
+_LATENT, _DELTA_NET, _MAMBA = "multi-head latent attention", "Gated DeltaNet layers", "Mamba layers"
+# What well-known models need that no family here has.
+_MISSING = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "kimi_k2": _LATENT,
+    "qwen3_next": _DELTA_NET,
+    "qwen3_5_moe": _DELTA_NET,
+    "jamba": _MAMBA,
+    "granitemoehybrid": _MAMBA,
+    "nemotron_h": _MAMBA,
+    "llama4": "attention in chunks",
+    "minimax": "lightning attention",
+    "phimoe": "SparseMixer routing",
 }
 
 
@@ -29,8 +51,9 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
     """Read the keys of a config.json. Raises `CheckpointError` if no family here has them."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
+        needs = f" needs {_MISSING[kind]}, which" if kind in _MISSING else ", which"
         raise CheckpointError(
-            f"config.json says model_type {kind!r:.80}, which mixchat does not run",
+            f"config.json says model_type {kind!r:.80}{needs} mixchat does not run",
             hint=f"It runs {', '.join(FAMILIES)}.",
         )
     config = FAMILIES[kind].read_config(raw)

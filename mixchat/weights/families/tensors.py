@@ -14,8 +14,14 @@ from mixchat.weights.families.family import Slice, Tensors
 MoeTensors = Callable[[ModelConfig, str], Tensors]  # of a layer, whose prefix ends with a dot
 
 
-def decoder_tensors(config: ModelConfig, moe: MoeTensors) -> Tensors:
-    """Yield all tensors of a model whose layers have the routers and experts of `moe`."""
+def decoder_tensors(
+    config: ModelConfig, moe: MoeTensors, *, rotates_neighbours: bool = False
+) -> Tensors:
+    """Yield all tensors of a model whose layers have the routers and experts of `moe`.
+
+    Dense layers have the names of Llama's. rotates_neighbours: whether the checkpoint's queries and
+    keys have the two columns of a rotated pair side by side.
+    """
     norm, vocabulary = (config.hidden_size,), (config.vocab_size, config.hidden_size)
     embedding = "model.embed_tokens.weight"
     yield embedding, (Slice(embedding, vocabulary, factor=config.embedding_multiplier),)
@@ -23,8 +29,11 @@ def decoder_tensors(config: ModelConfig, moe: MoeTensors) -> Tensors:
         prefix = f"model.layers.{layer}."
         yield _same(f"{prefix}input_layernorm.weight", norm)
         yield _same(f"{prefix}post_attention_layernorm.weight", norm)
-        yield from _attention(config, f"{prefix}self_attn.")
-        yield from moe(config, prefix)
+        yield from _attention(config, f"{prefix}self_attn.", 2 if rotates_neighbours else 1)
+        if layer >= config.first_k_dense_replace:
+            yield from moe(config, prefix)
+        else:
+            yield from _mlp(config, prefix, "mlp", config.dense_intermediate_size)
     yield _same("model.norm.weight", norm)
     head = embedding if config.tie_word_embeddings else "lm_head.weight"
     yield "lm_head.weight", (Slice(head, vocabulary, factor=1 / config.logits_scaling),)
@@ -36,17 +45,24 @@ def router(config: ModelConfig, prefix: str, name: str) -> Tensors:
     yield f"{installed}.weight", (Slice(f"{prefix}{name}.weight", (experts, config.hidden_size)),)
     if config.moe_bias:
         yield f"{installed}.bias", (Slice(f"{prefix}{name}.bias", (experts,)),)
+    if config.e_score_correction_bias:
+        own = f"{name}.e_score_correction_bias"
+        yield f"{installed}.e_score_correction_bias", (Slice(f"{prefix}{own}", (experts,)),)
 
 
 def shared_expert(config: ModelConfig, prefix: str, name: str) -> Tensors:
-    """Yield the matrices of a layer's dense part, which a checkpoint calls `name`, and its gate."""
-    inner, hidden = config.shared_expert_intermediate_size, config.hidden_size
-    own = f"{prefix}{name}"
+    """Yield the dense part beside a layer's experts, which a checkpoint calls `name`."""
+    yield from _mlp(config, prefix, name, config.shared_expert_intermediate_size)
+    if config.shared_expert_gate:
+        gate = Slice(f"{prefix}{name}_gate.weight", (1, config.hidden_size))
+        yield f"{prefix}mlp.gate.weight", (gate,)
+
+
+def _mlp(config: ModelConfig, prefix: str, name: str, inner: int) -> Tensors:
+    own, hidden = f"{prefix}{name}", config.hidden_size
     gate_up = (Slice(f"{own}.{x}_proj.weight", (inner, hidden)) for x in ("gate", "up"))
     yield f"{prefix}mlp.w13.weight", tuple(gate_up)
     yield f"{prefix}mlp.w2.weight", (Slice(f"{own}.down_proj.weight", (hidden, inner)),)
-    if config.shared_expert_gate:
-        yield f"{prefix}mlp.gate.weight", (Slice(f"{own}_gate.weight", (1, hidden)),)
 
 
 def expert_prefix(prefix: str, expert: int) -> str:
@@ -69,16 +85,17 @@ def separate_experts(moe: str, gate: str, down: str, up: str) -> MoeTensors:
     return tensors
 
 
-def _attention(config: ModelConfig, prefix: str) -> Tensors:
+def _attention(config: ModelConfig, prefix: str, step: int) -> Tensors:
     hidden, columns = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
     scale, residual = config.attention_multiplier, config.residual_multiplier
     q_factor = 1 if scale is None else scale * sqrt(config.head_dim)  # the engine divides by sqrt
-    rows = {"q": (columns, q_factor), "k": (key_value, 1), "v": (key_value, 1)}
+    parts = {"q": (columns, q_factor, step), "k": (key_value, 1, step), "v": (key_value, 1, 1)}
     for kind, width in _parameters(config.attention_bias or config.qkv_bias, hidden):
         qkv = (
-            Slice(f"{prefix}{x}_proj.{kind}", (count, *width), factor=factor)
-            for x, (count, factor) in rows.items()
+            Slice(f"{prefix}{x}_proj.{kind}", (count, *width), rows, factor=factor)
+            for x, (count, factor, step) in parts.items()
+            for rows in _rows(count, config.head_dim, step)
         )
         yield f"{prefix}qkv_proj.{kind}", tuple(qkv)
     for kind, width in _parameters(config.attention_bias, columns):
@@ -90,6 +107,14 @@ def _attention(config: ModelConfig, prefix: str) -> Tensors:
             yield _same(f"{prefix}{x}_norm.weight", (count,))
     if config.attention_sinks:
         yield _same(f"{prefix}sinks", (config.num_attention_heads,))
+
+
+def _rows(count: int, head_dim: int, step: int) -> list[range] | list[None]:
+    """Return the rows in the order of an installed model, each `step`th one of a head first."""
+    if step == 1:
+        return [None]
+    heads = range(0, count, head_dim)
+    return [range(head + at, head + head_dim, step) for head in heads for at in range(step)]
 
 
 def _parameters(bias: bool, columns: int) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """The tensors of an installed model by file, with their names, types and shapes.
 
-`shared.safetensors` has all that every token needs. Each layer has one `experts-LLL.safetensors`.
+`shared.safetensors` has all that every token needs. Each layer with experts has one
+`experts-LLL.safetensors`. These layers are counted from 0, without dense layers before them.
 Some matrices are fused, because one large multiplication is faster. `qkv_proj` is q above k above
 v, and an expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection, out = w2(silu(w1 x)
 * w3 x), or another product of w1 x and w3 x. A bias of a matrix comes after it, fp32.
@@ -178,7 +179,7 @@ class Blueprint:
     layers: tuple[Quantization, ...] = ()
 
     def quantizations(self) -> dict[str, Quantization]:
-        layers = self.layers or (self.quantization,) * self.config.num_hidden_layers
+        layers = self.layers or (self.quantization,) * self.config.num_moe_layers
         experts = {experts_file(layer): own for layer, own in enumerate(layers)}
         return {SHARED_FILE: self.quantization} | experts
 
@@ -189,7 +190,7 @@ class Blueprint:
 
     def all_in_layout_of(self, used: ExpertSpec) -> bool:
         """Return whether the experts of all layers have the layout of `used`."""
-        layers = range(self.config.num_hidden_layers)
+        layers = range(self.config.num_moe_layers)
         return all(self.expert_of(layer).gate_up.layout == used.gate_up.layout for layer in layers)
 
     @cached_property
@@ -216,8 +217,8 @@ class Blueprint:
         return self._dense(name, self.config.hidden_size, columns, self.config.attention_bias)
 
     def mlp(self, layer: int) -> tuple[LinearSpec, LinearSpec] | None:
-        """Return w13 and w2 of a layer's dense part beside its experts, if it has one."""
-        inner, hidden = self.config.shared_expert_intermediate_size, self.config.hidden_size
+        """Return w13 and w2 of a layer's dense part, if it has one."""
+        inner, hidden = self.config.mlp_intermediate_size(layer), self.config.hidden_size
         if not inner:
             return None
         name = f"{layer_prefix(layer)}mlp"
@@ -226,9 +227,16 @@ class Blueprint:
             self._dense(f"{name}.w2", hidden, inner),
         )
 
-    def dense_matrices(self, layer: int) -> list[LinearSpec]:
-        """Return the matrices that all tokens of a layer go through."""
+    def dense_matrices(self, layer: int | None = None) -> list[LinearSpec]:
+        """Return the matrices that all tokens of a layer go through, of the last one if None."""
+        layer = self.config.num_hidden_layers - 1 if layer is None else layer
         return [self.qkv(layer), self.o(layer), *(self.mlp(layer) or ())]
+
+    @property
+    def typical_matrices(self) -> list[LinearSpec]:
+        """Return the matrices of an expert, and of the first and last layer for all."""
+        experts = self.expert.gate_up, self.expert.down
+        return [*experts, *self.dense_matrices(0), *self.dense_matrices()]
 
     @property
     def head(self) -> LinearSpec | None:
@@ -292,6 +300,16 @@ class Blueprint:
         name = f"{layer_prefix(layer)}mlp.gate.weight"
         return TensorSpec(name, self.quantization.dtype, (1, self.config.hidden_size))
 
+    def router(self, layer: int) -> Iterator[TensorSpec]:
+        """Yield the tensors that route a layer's tokens to experts, and weigh its dense part."""
+        yield self.gate(layer)
+        if self.config.moe_bias:
+            yield self.gate_bias(layer)
+        if self.config.e_score_correction_bias:
+            yield self.score_correction(layer)
+        if self.config.shared_expert_gate:
+            yield self.mlp_gate(layer)
+
     @property
     def embedding(self) -> TensorSpec:
         shape = (self.config.vocab_size, self.config.hidden_size)
@@ -311,15 +329,10 @@ class Blueprint:
             yield from self.qk_norms(layer)
             if self.config.attention_sinks:
                 yield self.sinks(layer)
-            yield self.gate(layer)
-            if self.config.moe_bias:
-                yield self.gate_bias(layer)
-            if self.config.e_score_correction_bias:
-                yield self.score_correction(layer)
+            if layer >= self.config.first_k_dense_replace:
+                yield from self.router(layer)
             for matrix in self.mlp(layer) or ():
                 yield from matrix.tensors
-            if self.config.shared_expert_gate:
-                yield self.mlp_gate(layer)
         yield self.norm
         if self.head is not None:
             yield from self.head.tensors
@@ -332,7 +345,7 @@ class Blueprint:
 
     def files(self) -> dict[str, list[TensorSpec]]:
         """Return the files of weights by name, with their tensors in order."""
-        layers = range(self.config.num_hidden_layers)
+        layers = range(self.config.num_moe_layers)
         return {SHARED_FILE: list(self.shared_tensors())} | {
             experts_file(layer): list(self.expert_tensors(layer)) for layer in layers
         }
@@ -353,7 +366,7 @@ class Blueprint:
 
     @property
     def expert_count(self) -> int:
-        return self.config.num_hidden_layers * self.config.num_local_experts
+        return self.config.num_moe_layers * self.config.num_local_experts
 
     def computed_on(self, device: torch.device) -> Blueprint:
         """Return the same model in the layout that this device computes fastest."""

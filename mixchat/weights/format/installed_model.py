@@ -32,7 +32,7 @@ def _stamp(path: Path) -> Stamp:
 def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
     """Return the blueprint of an installed model. Raises `CheckpointError`."""
     config = read_config_file(directory / "config.json")
-    names = [SHARED_FILE, *map(experts_file, range(config.num_hidden_layers))]
+    names = [SHARED_FILE, *map(experts_file, range(config.num_moe_layers))]
     for name in names:
         if name not in manifest.weights:
             raise _other_tensors(directory / name)
@@ -76,7 +76,7 @@ class InstalledModel:
         self._shared = self._open(SHARED_FILE, self.blueprint.shared_tensors())
         self._experts = [
             self._open(experts_file(layer), self.blueprint.expert_tensors(layer))
-            for layer in range(self.config.num_hidden_layers)
+            for layer in range(self.config.num_moe_layers)
         ]
         first = next(self.blueprint.expert_tensors(0)).name
         self._expert_base = [file.header.start(first) for file in self._experts]

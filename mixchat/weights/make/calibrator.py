@@ -195,7 +195,7 @@ def check_checkpoint(
 def inputs_size(config: ModelConfig, tokens: int) -> int:
     """Return the bytes of the inputs of so many tokens on disk."""
     row = 2 * config.hidden_size + config.num_experts_per_tok
-    return config.num_hidden_layers * tokens * row
+    return config.num_moe_layers * tokens * row
 
 
 def _append(path: Path, added: torch.Tensor) -> None:

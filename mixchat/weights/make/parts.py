@@ -65,8 +65,8 @@ class ModelPart:
     def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
         """Return the checkpoint's matrices, one above the other."""
         if self.linear is None:
-            (only,) = _read(self.sources, index, read)
-            return only.to(self.tensors[0].dtype)
+            (only,), spec = _read(self.sources, index, read), self.tensors[0]
+            return only.to(spec.dtype).view(spec.shape)
         return self._stacked(self.linear, index, read)
 
     def read_bias(self, index: CheckpointIndex, read: Read) -> torch.Tensor | None:
@@ -114,13 +114,14 @@ def model_parts(blueprint: Blueprint) -> Iterator[ModelPart]:
             yield _matrix(blueprint, SHARED_FILE, own, linear)
         else:
             yield ModelPart(SHARED_FILE, (spec,), slices(blueprint.config)[spec.name])
-    for layer in range(blueprint.config.num_hidden_layers):
+    for layer in range(blueprint.config.num_moe_layers):
         for expert in range(blueprint.config.num_local_experts):
             yield from _expert(blueprint, layer, expert)
 
 
 def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[ModelPart]:
-    layout, file, prefix = blueprint.expert_of(layer), experts_file(layer), layer_prefix(layer)
+    layout, file = blueprint.expert_of(layer), experts_file(layer)
+    prefix = layer_prefix(blueprint.config.first_k_dense_replace + layer)
     specs = tuple(layout.tensors(expert))
     cut = len(layout.gate_up.tensors)
     for linear, tensors in ((layout.gate_up, specs[:cut]), (layout.down, specs[cut:])):

@@ -105,8 +105,8 @@ class CheckpointIndex:
     @property
     def experts_quant_type(self) -> QuantType | None:
         """Return the type to which the experts are quantized, or None."""
-        first = f"{expert_prefix(layer_prefix(0), 0)}w13.weight"
-        return self.quant_type(self.slices(first)[0].name)
+        layer = layer_prefix(self.config.first_k_dense_replace)
+        return self.quant_type(self.slices(f"{expert_prefix(layer, 0)}w13.weight")[0].name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,7 +175,9 @@ class CheckpointIndex:
 
     def _is_ignored(self, name: str) -> bool:
         tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
-        return tied_head or bool(_IGNORED.fullmatch(name))
+        first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        predicting = name.startswith(tuple(layer_prefix(first + n) for n in range(count)))
+        return tied_head or predicting or bool(_IGNORED.fullmatch(name))
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         spec = self._spec(name)

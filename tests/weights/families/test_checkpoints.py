@@ -28,7 +28,18 @@ from mixchat.weights.make.unfinished import Spill
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
-FAMILY = "mixtral", "qwen3_moe", "qwen2_moe", "mellum", "olmoe", "granitemoe", "gpt_oss"
+FAMILY = (
+    "mixtral",
+    "qwen3_moe",
+    "qwen2_moe",
+    "ernie4_5_moe",
+    "dots1",
+    "glm4_moe",
+    "mellum",
+    "olmoe",
+    "granitemoe",
+    "gpt_oss",
+)
 STACKED = "granitemoe", "gpt_oss"
 LAYER, EXPERT = 1, 2
 
@@ -75,7 +86,7 @@ def test_every_shape_is_checked(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.2.input_layernorm.weight",
+        "model.layers.9.input_layernorm.weight",
         "model.layers.1.mlp.gate_proj.weight",
         "model.layers.1.mlp.shared_expert.gate_proj.bias",
         "model.layers.0.mlp.experts.3.up_proj.weight",
@@ -99,6 +110,22 @@ def test_heads_that_predict_more_tokens_are_left_out(
     save_file({**load_file(path), "mtp.0.layers.0.norm.weight": torch.ones(64)}, path)
     quantize(plain, tmp_path / "with")
     assert files_of(tmp_path / "with") == files_of(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_layers_that_predict_more_tokens_are_left_out_if_the_config_has_them(
+    make_checkpoint: Callable[..., Path], layers: int
+) -> None:
+    checkpoint = make_checkpoint(model_type="glm4_moe", num_nextn_predict_layers=layers)
+    extra = TensorSpec("model.layers.3.eh_proj.weight", torch.float32, (3,))
+    specs = [*specs_of(checkpoint), extra]
+    if layers:
+        index_of(checkpoint, specs)
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"eh_proj\.weight' is not a tensor of a glm4_moe"
+        ):
+            index_of(checkpoint, specs)
 
 
 def experts_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -126,7 +153,7 @@ def test_an_installed_expert_is_that_of_transformers(checkpoint: Path, tmp_path:
     with InstalledModel(tmp_path / "model") as installed:
         layout = installed.blueprint.expert
         block = torch.empty(layout.stride, dtype=torch.uint8)
-        installed.read_expert(LAYER, EXPERT, block)
+        installed.read_expert(LAYER - installed.config.first_k_dense_replace, EXPERT, block)
     specs = [*layout.gate_up.tensors, *layout.down.tensors]
     views = block[: layout.nbytes].split([spec.nbytes for spec in specs])
     found = {

@@ -60,6 +60,79 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
         "eos_token_id": 151643,
     },
+    "ernie4_5_moe": {
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "use_bias": False,
+        "vocab_size": 103424,
+        "hidden_size": 2560,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "moe_num_experts": 64,
+        "moe_num_shared_experts": 2,
+        "moe_k": 6,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 27,
+        "moe_layer_interval": 1,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "eos_token_id": 2,
+    },
+    "dots1": {
+        **SHARED,
+        "vocab_size": 152064,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "n_routed_experts": 128,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 62,
+        "sliding_window": None,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e7,
+        "eos_token_id": 151649,
+    },
+    "glm4_moe": {
+        **SHARED,
+        "attention_bias": True,
+        "vocab_size": 151552,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "use_qk_norm": False,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "eos_token_id": [151329, 151336, 151338],
+    },
     "mellum": {
         **SHARED,
         "vocab_size": 98304,
@@ -164,9 +237,7 @@ SAME = (
 )
 # What a family adds, and what its `ModelConfig` has if a family does not have it.
 OPTIONAL = {
-    "attention_bias": False,
-    "qkv_bias": False,
-    "shared_expert_intermediate_size": 0,
+    "routed_scaling_factor": 1.0,
     "norm_topk_prob": True,
     "clip_qkv": None,
     "swiglu_limit": None,
@@ -192,19 +263,26 @@ def test_a_published_config_is_read_as_transformers_reads_it(model_type: str) ->
         assert getattr(ours, key) == getattr(theirs, name), key
     for key, default in OPTIONAL.items():
         assert getattr(ours, key) == getattr(theirs, key, default), key
+    bias = getattr(theirs, "attention_bias", getattr(theirs, "qkv_bias", False))
+    assert (ours.attention_bias or ours.qkv_bias) == bias
     inner = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     heads = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.intermediate_size, ours.head_dim) == (inner, heads)
+    first = getattr(theirs, "moe_layer_start_index", getattr(theirs, "first_k_dense_replace", 0))
+    assert ours.first_k_dense_replace == first
+    assert not first or ours.dense_intermediate_size == theirs.intermediate_size
+    shared = getattr(theirs, "shared_expert_intermediate_size", None)
+    counts = (getattr(theirs, f"{x}_shared_experts", 0) for x in ("n", "moe_num"))
+    assert ours.shared_expert_intermediate_size == (shared or inner * max(counts))
     eos = theirs.eos_token_id
     assert ours.eos_token_ids == (tuple(eos) if isinstance(eos, list) else (eos,))
     types = getattr(theirs, "layer_types", None) or ["full_attention"] * ours.num_hidden_layers
     for layer, kind in enumerate(types):
         assert ours.window(layer) == (theirs.sliding_window if "sliding" in kind else None)
         rope = theirs.rope_parameters.get(kind, theirs.rope_parameters)
-        assert (ours.rope(layer).rope_type, ours.rope(layer).rope_theta) == (
-            rope["rope_type"],
-            rope["rope_theta"],
-        )
+        own = ours.rope(layer)
+        assert (own.rope_type, own.rope_theta) == (rope["rope_type"], rope["rope_theta"])
+        assert own.partial_rotary_factor == rope.get("partial_rotary_factor", 1)
 
 
 @pytest.mark.parametrize("model_type", PUBLISHED)
@@ -221,6 +299,10 @@ def test_a_config_that_transformers_5_wrote_is_the_same(model_type: str) -> None
     [
         ("qwen3_moe", ("decoder_sparse_step", "mlp_only_layers", "use_sliding_window")),
         ("qwen2_moe", ("shared_expert_intermediate_size", "decoder_sparse_step")),
+        ("ernie4_5_moe", ("moe_num_experts", "moe_k", "moe_layer_start_index", "use_bias")),
+        ("ernie4_5_moe", ("moe_layer_end_index", "moe_layer_interval", "tie_word_embeddings")),
+        ("glm4_moe", ("n_routed_experts", "n_shared_experts", "partial_rotary_factor")),
+        ("glm4_moe", ("first_k_dense_replace", "num_nextn_predict_layers", "use_qk_norm")),
         ("mellum", ("sliding_window", "mlp_layer_types", "head_dim", "norm_topk_prob")),
         ("olmoe", ("clip_qkv", "norm_topk_prob", "attention_bias")),
         ("gpt_oss", ("layer_types", "sliding_window", "swiglu_limit", "rope_scaling")),
@@ -250,6 +332,17 @@ def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used() -> None:
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]: models with dense"),
         ("qwen2_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]: models with dense"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, "moe_layer_interval is 2: dense layers after"),
+        ("ernie4_5_moe", {"moe_layer_end_index": 5}, "moe_layer_end_index is 5: dense layers"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias is true"),
+        ("ernie4_5_moe", {"num_hidden_layers": "28"}, "num_hidden_layers"),
+        ("dots1", {"n_group": 8}, "n_group is 8: routers that choose groups"),
+        ("dots1", {"first_k_dense_replace": 62}, "none of 62 layers has experts"),
+        ("dots1", {"n_shared_experts": "2"}, "n_shared_experts is '2'"),
+        ("dots1", {"max_window_layers": -1, "sliding_window": 5}, "max_window_layers is -1"),
+        ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor of 1.5 cannot"),
+        ("glm4_moe", {"partial_rotary_factor": 0.01}, "partial_rotary_factor of 0.01 cannot"),
+        ("glm4_moe", {"routed_scaling_factor": 0}, "routed_scaling_factor is 0"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob"),
         ("qwen3_moe", {"num_experts": None}, "num_local_experts is None"),
         ("qwen3_moe", {"moe_intermediate_size": -1}, "intermediate_size is -1"),
@@ -276,6 +369,26 @@ def test_what_does_not_run_is_refused_in_one_line(
     with pytest.raises(CheckpointError, match=message) as caught:
         read(model_type, **change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "missing"),
+    [
+        ("deepseek_v2", "multi-head latent attention"),
+        ("deepseek_v3", "multi-head latent attention"),
+        ("qwen3_next", "Gated DeltaNet"),
+        ("qwen3_5_moe", "Gated DeltaNet"),
+        ("jamba", "Mamba"),
+        ("llama4", "attention in chunks"),
+        ("phimoe", "SparseMixer"),
+        ("minimax", "lightning attention"),
+    ],
+)
+def test_a_well_known_type_is_refused_by_what_it_needs(model_type: str, missing: str) -> None:
+    with pytest.raises(CheckpointError, match=f"'{model_type}'.*{missing}.*does not") as caught:
+        read_config({**PUBLISHED["qwen3_moe"], "model_type": model_type})
+    assert "\n" not in str(caught.value)
+    assert model_type not in FAMILIES
 
 
 def test_another_type_is_refused_with_the_list_of_what_runs() -> None:
