@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from mixchat.weights.families.read_config import read_config, slices
 
@@ -17,16 +17,23 @@ class KnownModel:
     config: dict[str, Any]
 
     @property
-    def has_mxfp4(self) -> bool:
-        """Return whether the checkpoint has the experts' matrices in MXFP4, and not in bf16."""
-        return "quantization_config" in self.config
+    def experts_quant_type(self) -> Literal["mxfp4"] | None:
+        """Return the type of the experts' matrices in the checkpoint, None for bf16."""
+        return "mxfp4" if "quantization_config" in self.config else None
+
+    def with_layers(self, layers: int) -> dict[str, Any]:
+        """Return the config.json of the first layers alone."""
+        config = {**self.config, "num_hidden_layers": layers}
+        if "layer_types" in config:
+            config["layer_types"] = config["layer_types"][:layers]
+        return config
 
     @property
     def fetched_gb(self) -> int:
         """Return the GB that a download fetches."""
-        sizes = {}
+        sizes: dict[str, float] = {}
         for name, sources in slices(read_config(self.config)).items():
-            in_4_bits = self.has_mxfp4 and ".experts." in name and name.endswith(".weight")
+            in_4_bits = self.experts_quant_type and ".experts." in name and name.endswith(".weight")
             sizes |= {
                 source.name: prod(source.shape) * (4.25 / 8 if in_4_bits else 2)
                 for source in sources

@@ -34,11 +34,11 @@ _OTHER_NAMES = (
     (r"mixtral\b.*8x22b", "8x22b"),
     (r"mixtral\b.*\b(base|text)\b", "base"),
     (r"mixtral\b", "instruct"),
-    (r"qwen-?3-coder\b", "qwen3-coder"),
-    (r"qwen-?3(-moe|-30b|:30b|:latest|$)", "qwen3"),
-    (r"gpt[-_]?oss(?!.*120b)", "gpt-oss"),
+    (r"qwen-?3-coder", "qwen3-coder"),
+    (r"qwen-?3(?![.\d])", "qwen3"),
+    (r"gpt[-_]?oss", "gpt-oss"),
     (r"mellum", "mellum2"),
-    (r"olmoe\b|olmoe-", "olmoe"),
+    (r"olmoe", "olmoe"),
     (r"granite.*(moe|a800m)", "granite"),
 )
 _NAMES_HINT = (

@@ -27,7 +27,7 @@ PUBLISHED = {
 
 def index_of(name: str) -> CheckpointIndex:
     known = KNOWN[name]
-    return expected_index(read_config(known.config), name, 5e9, has_mxfp4=known.has_mxfp4)
+    return expected_index(read_config(known.config), name, 5e9, known.experts_quant_type)
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -88,7 +88,7 @@ def known_blueprints() -> dict[tuple[str, ...], Blueprint]:
     """Return the known models as a download makes them by default, by the names of a shape."""
     names: dict[tuple[ModelConfig, QuantType], list[str]] = {}
     for name, known in KNOWN.items():
-        kind: QuantType = "mxfp4" if known.has_mxfp4 else "nf4"
+        kind: QuantType = known.experts_quant_type or "nf4"
         names.setdefault((read_config(known.config), kind), []).append(name)
     return {tuple(same): default_blueprint(*shape) for shape, same in names.items()}
 
@@ -111,7 +111,7 @@ def _before_download(
     name = source.repo
     if (known := known_model(name)) is not None:
         config = read_config(known.config)
-        index = expected_index(config, name, _SHARD_BYTES_MAX, has_mxfp4=known.has_mxfp4)
+        index = expected_index(config, name, _SHARD_BYTES_MAX, known.experts_quant_type)
         blueprint = make_blueprint(index, options)
 
         def size(shard: str) -> int:

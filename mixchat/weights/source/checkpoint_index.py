@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Literal
 
 import torch
 
@@ -201,15 +202,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expected_index(
-    config: ModelConfig, where: str, shard_bytes: float = math.inf, *, has_mxfp4: bool = False
+    config: ModelConfig,
+    where: str,
+    shard_bytes: float = math.inf,
+    experts_quant_type: Literal["mxfp4"] | None = None,
 ) -> CheckpointIndex:
-    """Return the index of a checkpoint without reading it.
-
-    It is in bf16. `has_mxfp4` says that its stacked experts are in MXFP4.
-    """
+    """Return the index of a bf16 checkpoint, or with stacked experts in MXFP4, without reading."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
-    for spec in _expected_specs(config, has_mxfp4):
+    for spec in _expected_specs(config, experts_quant_type):
         if size + spec.nbytes > shard_bytes and shards[-1]:
             shards.append([])
             size = 0
@@ -221,9 +222,11 @@ def expected_index(
     return CheckpointIndex(config, headers, weight_map, where)
 
 
-def _expected_specs(config: ModelConfig, has_mxfp4: bool) -> Iterator[TensorSpec]:
+def _expected_specs(
+    config: ModelConfig, experts_quant_type: Literal["mxfp4"] | None
+) -> Iterator[TensorSpec]:
     for name, shape in expected_shapes(config).items():
-        if has_mxfp4 and len(shape) == 3:
+        if experts_quant_type and len(shape) == 3:
             yield from mxfp4_format.component_specs(name, shape)
         else:
             yield TensorSpec(name, torch.bfloat16, shape)
