@@ -79,7 +79,10 @@ class Fetcher:
         self.follow_memory()
         if self._cache.limit < self._placement.experts:
             return ()
-        whole = takewhile(lambda keys: all(map(self.holds, keys)), layers)
+        # To ask for each of thousands of experts would take milliseconds.
+        whole: Iterable[Sequence[ExpertKey]] = layers
+        if not self.holds_all:
+            whole = takewhile(lambda keys: all(map(self.holds, keys)), layers)
         return [[self._expert(self._cache.slot_of(key)) for key in keys] for keys in whole]
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:

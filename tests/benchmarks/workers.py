@@ -77,7 +77,7 @@ def measure_expert() -> float:
     from mixchat.planning.compute_speed import Effort, ExpertTimer
     from mixchat.weights.families.read_config import read_config
     from mixchat.weights.format.blueprint import Blueprint, Quantization
-    from mixchat.weights.make.outline import MIXTRAL
+    from mixchat.weights.known_models import MIXTRAL
 
     blueprint = Blueprint(read_config(MIXTRAL), Quantization())
     with torch.inference_mode():

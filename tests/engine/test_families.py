@@ -50,26 +50,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss, many experts": ("gpt_oss", {"num_key_value_heads": 1, "head_dim": 32, **SPARSE}),
     "gpt_oss, tight limit": ("gpt_oss", {"swiglu_limit": 0.5, "swiglu_alpha": 1.1}),
 }
-# What the engine cannot compute yet.
-PENDING = {
-    "qwen3_moe, weights not normalized": "routing weights that do not sum to one",
-    "olmoe": "routing weights that do not sum to one",
-    "olmoe, no clipping": "routing weights that do not sum to one",
-    **dict.fromkeys(
-        ("gpt_oss", "gpt_oss, many experts", "gpt_oss, tight limit"),
-        "biases of routers and experts, and the clamped SwiGLU",
-    ),
-}
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(reason=PENDING[name], strict=True)] if name in PENDING else []
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(case, marks=marks(name), id=name) for name, case in CASES.items()],
-)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
     model_type, changes = request.param
     return make_checkpoint(

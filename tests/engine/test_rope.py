@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,37 @@ def test_angles_are_transformers_to_the_bit(kind: str, data: st.DataObject) -> N
 def test_a_plain_rope_is_transformers(rope: dict[str, Any]) -> None:
     raw = {**SHAPE, "head_dim": 128, "max_position_embeddings": 64, **rope}
     assert_equal_to_transformers(raw, length=5000, context=8192)
+
+
+KEYS = [
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+    *("partial_rotary_factor", "full_attention", "sliding_attention"),
+]
+odd = st.sampled_from(
+    [None, True, 0, 1, 2, -1, 1e-30, 1e29, 1e40, 2**31, float("nan"), "4", [], {}]
+)
+lists = st.lists(st.just(1.0) | odd, min_size=1, max_size=2)
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    rope=st.dictionaries(st.sampled_from(KEYS), odd | positive | lists, max_size=8),
+    kind=st.sampled_from([*ROPES, "default", "su"]).map(lambda name: name.split(",")[0]),
+    key=st.sampled_from(["rope_parameters", "rope_scaling"]),
+)
+def test_a_rope_of_odd_values_is_refused_in_one_line_or_rotates(
+    rope: dict[str, Any], kind: str, key: str
+) -> None:
+    raw = {**SHAPE, "head_dim": 4, "max_position_embeddings": 64, key: {"rope_type": kind, **rope}}
+    try:
+        ropes = read_config(raw).ropes
+    except CheckpointError as error:
+        ropes = ()
+        assert re.fullmatch(r"config\.json: .+", str(error))  # noqa: PT017
+    for each in ropes:
+        assert rotated(each, 4, 3, 128).shape == (2, 3, 4)
 
 
 MELLUM = {

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 CONTROL = [
     "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool>",
-    "[TOOL_CALLS]", "[INST]", "[/INST]", "<<SYS>>", "<|eot_id|>", "<|start_header_id|>",
-    "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|system|>",
+    "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[INST]", "[/INST]", "<<SYS>>", "<|eot_id|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|system|>",
 ]  # fmt: skip
 # Pieces of control tokens, which must not be joined either.
 SHARDS = [

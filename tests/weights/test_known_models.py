@@ -7,9 +7,9 @@ from transformers import CONFIG_MAPPING
 
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.known_models import KNOWN
-from mixchat.weights.make.outline import known_blueprints
+from mixchat.weights.make.outline import known_blueprints, known_index
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index, expected_shapes
+from mixchat.weights.source.checkpoint_index import expected_shapes
 
 # Billions of parameters, and GB on the hub.
 PUBLISHED = {
@@ -25,18 +25,13 @@ PUBLISHED = {
 }
 
 
-def index_of(name: str) -> CheckpointIndex:
-    known = KNOWN[name]
-    return expected_index(read_config(known.config), name, 5e9, known.experts_quant_type)
-
-
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_known_model_has_the_size_that_its_publisher_names(name: str) -> None:
     shapes = expected_shapes(read_config(KNOWN[name].config))
     parameters = sum(map(prod, shapes.values()))
     fetched = KNOWN[name].fetched_gb
     assert (round(parameters / 1e9, 1), fetched) == PUBLISHED[name]
-    assert round(index_of(name).size / 1e9) == fetched
+    assert round(known_index(KNOWN[name]).size / 1e9) == fetched
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -68,5 +63,5 @@ def test_a_known_config_differs_from_the_defaults_in_these_keys(name: str) -> No
 @pytest.mark.parametrize(("names", "blueprint"), known_blueprints().items())
 def test_a_known_model_is_planned_as_a_download_makes_it(names, blueprint) -> None:
     for name in names:
-        assert make_blueprint(index_of(name), QuantizeOptions()) == blueprint
+        assert make_blueprint(known_index(KNOWN[name]), QuantizeOptions()) == blueprint
     assert blueprint.weights_size == pytest.approx(blueprint.size, rel=0.005)

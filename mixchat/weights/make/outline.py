@@ -17,7 +17,7 @@ from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.model_files import check_files
-from mixchat.weights.known_models import KNOWN, known_model
+from mixchat.weights.known_models import KNOWN, KnownModel, known_model
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
 from mixchat.weights.make.quantize_options import (
@@ -27,7 +27,7 @@ from mixchat.weights.make.quantize_options import (
 )
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
-from mixchat.weights.source.checkpoint_index import expected_index
+from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 _SHARD_BYTES_MAX = 5e9  # of a checkpoint that transformers writes
@@ -84,6 +84,12 @@ def outline(
     return replace(made, name=ref.name, arguments=arguments)
 
 
+def known_index(known: KnownModel) -> CheckpointIndex:
+    """Return the index of a known model's checkpoint, as its config.json describes it."""
+    mxfp4 = known.experts_quant_type == "mxfp4"
+    return expected_index(read_config(known.config), known.repo, _SHARD_BYTES_MAX, mxfp4=mxfp4)
+
+
 def known_blueprints() -> dict[tuple[str, ...], Blueprint]:
     """Return the known models as a download makes them by default, by the names of a shape."""
     names: dict[tuple[ModelConfig, QuantType], list[str]] = {}
@@ -110,8 +116,7 @@ def _before_download(
 ) -> Outline:
     name = source.repo
     if (known := known_model(name)) is not None:
-        config = read_config(known.config)
-        index = expected_index(config, name, _SHARD_BYTES_MAX, known.experts_quant_type)
+        index = known_index(known)
         blueprint = make_blueprint(index, options)
 
         def size(shard: str) -> int:

@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Literal
 
 import torch
 
@@ -202,15 +201,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expected_index(
-    config: ModelConfig,
-    where: str,
-    shard_bytes: float = math.inf,
-    experts_quant_type: Literal["mxfp4"] | None = None,
+    config: ModelConfig, where: str, shard_bytes: float = math.inf, *, mxfp4: bool = False
 ) -> CheckpointIndex:
-    """Return the index of a bf16 checkpoint, or with stacked experts in MXFP4, without reading."""
+    """Return the index of a bf16 checkpoint without reading it.
+
+    mxfp4: stacks of matrices are in MXFP4.
+    """
     shards: list[list[TensorSpec]] = [[]]
     size = 0
-    for spec in _expected_specs(config, experts_quant_type):
+    for spec in _expected_specs(config, mxfp4):
         if size + spec.nbytes > shard_bytes and shards[-1]:
             shards.append([])
             size = 0
@@ -222,11 +221,9 @@ def expected_index(
     return CheckpointIndex(config, headers, weight_map, where)
 
 
-def _expected_specs(
-    config: ModelConfig, experts_quant_type: Literal["mxfp4"] | None
-) -> Iterator[TensorSpec]:
+def _expected_specs(config: ModelConfig, mxfp4: bool) -> Iterator[TensorSpec]:
     for name, shape in expected_shapes(config).items():
-        if experts_quant_type and len(shape) == 3:
+        if mxfp4 and len(shape) > 2:
             yield from mxfp4_format.component_specs(name, shape)
         else:
             yield TensorSpec(name, torch.bfloat16, shape)
