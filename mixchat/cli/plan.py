@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
 from mixchat.base.quantities import parse_rate, parse_size, parse_sizes
 from mixchat.cli.flags import load_flags
@@ -104,20 +104,32 @@ def plan(
     from mixchat.planning.hardware import ToldMachine
     from mixchat.weights.make.outline import known_blueprints, outline
 
-    reporter = TerminalReporter()
-    with reporter.progress() as progress:
-        bits = None if expert_bits is None else int(expert_bits)
-        found = outline(ref, progress, bits, told["free_disk"])
-    made = plan_machine(
-        found,
-        options,
-        reporter,
-        told=ToldMachine(**told),
-        others=others,
-        again=measure,
-        catalog=None if is_given(context, "model") else known_blueprints(),
-    )
-    PlanReport(found, made).show(as_json)
+    reporter, bits = TerminalReporter(), None if expert_bits is None else int(expert_bits)
+    catalog = {} if is_given(context, "model") else known_blueprints()
+
+    def report_on(ref: models.ModelRef) -> PlanReport:
+        with reporter.progress() as progress:
+            found = outline(ref, progress, bits, told["free_disk"])
+        made = plan_machine(
+            found,
+            options,
+            reporter,
+            told=ToldMachine(**told),
+            others=others,
+            again=measure,
+            catalog=catalog,
+        )
+        return PlanReport(found, made)
+
+    try:
+        report = report_on(ref)
+    except ResourceError:
+        if not catalog or options.host_memory or options.device_memory:
+            raise
+        smallest = min(catalog, key=lambda names: catalog[names].weights_size)[0]
+        reporter.note(f"{model} does not fit into memory, so this is the plan of {smallest}")
+        report = report_on(models.resolve(smallest))
+    report.show(as_json)
 
 
 def _told(flag: str, text: str | None, parse: Callable[[str], Any]) -> Any:

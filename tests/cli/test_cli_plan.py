@@ -116,6 +116,16 @@ def test_without_a_name_all_known_models_are_compared(run, measured):
     assert re.search(r"  8x22b +77\.6 GB +- +does not fit into memory", told)
 
 
+def test_where_the_usual_model_does_not_fit_the_smallest_known_one_is_planned(run, measured):
+    done = run("--ram", "3GB")
+    assert done.stderr.decode().startswith("note: instruct does not fit into memory, so this is")
+    found = sections(done)
+    assert "The model: granite" in found
+    assert re.search("instruct, base .* does not fit", found["The known models on the machine"])
+    named = run("instruct", "--ram", "3GB")
+    assert b"error: not enough memory" in named.stderr
+
+
 def test_a_router_without_published_figures_is_taken_to_choose_by_chance(run, measured):
     expected = sections(run("qwen3"))["What to expect"]
     assert "all are chosen alike: no figures are published for 8 of 128" in expected
@@ -281,7 +291,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 
 def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, monkeypatch):
     monkeypatch.setattr(fitting, "free_on", lambda device: GB)
-    done = run()
+    done = run("instruct")
     assert done.returncode == 7
     assert b"the model needs at least 2.8 GB" in done.stderr
     assert measured == []
@@ -615,7 +625,7 @@ def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch
     monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: "control group")
     assert "16 GB, 14.5 GB free (limit: control group)" in sections(run())["This machine"]
     monkeypatch.setattr(fitting, "free_on", lambda device: GB)
-    done = run()
+    done = run("instruct")
     assert done.returncode == 7
     assert b"hint: A limit on this process allows no more (control group): raise it." in done.stderr
 
