@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from mixchat.planning import fitting, measuring, torch_threads
 from mixchat.planning.machine_speeds import MachineSpeeds
 from mixchat.planning.measuring import SAMPLES
 from mixchat.planning.worker_split import WorkerOffer
+from mixchat.weights.format.manifest import read_manifest, write_manifest
 
 GB = 10**9
 SPEEDS = MachineSpeeds(
@@ -182,6 +184,18 @@ def test_an_installed_model_is_planned_as_it_is_installed(run, measured, tiny_mo
     assert "up to 128 tokens fit" in found["What to expect"]
     made = json.loads(run(str(tiny_model), "--json").stdout)
     assert (made["kept"], made["path"]) == (True, str(tiny_model))
+
+
+@pytest.mark.parametrize("scales", ["given", "search"])
+def test_experts_that_stay_as_they_were_published_are_said_to(
+    run, measured, tiny_model, tmp_path, scales
+):
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "mine"))
+    manifest = read_manifest(copy)
+    stored = {**manifest.quantization, "scales": scales}
+    write_manifest(copy, dataclasses.replace(manifest, quantization=stored))
+    experts = sections(run(str(copy)))[f"The model: {copy}"].splitlines()[0]
+    assert (" in nf4, as published: 8 of " in experts) == (scales == "given")
 
 
 def test_a_checkpoint_in_a_directory_is_planned_before_it_is_installed(

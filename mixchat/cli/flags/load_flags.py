@@ -192,7 +192,8 @@ ExpertBits = Annotated[
     Literal["16", "4", "3"] | None,
     option(
         "--expert-bits",
-        "Bits of each weight of the experts; 16: as they are in the checkpoint.",
+        "Bits of each weight of the experts; 16: as they are in the checkpoint. Those that are "
+        "published in 4 bits (NF4, FP4, MXFP4) stay as they are.",
         show_default="4",
     ),
 ]

@@ -114,9 +114,12 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     config, demand = outline.blueprint.config, plan.fit.demand
     of_a_layer = f"{config.num_experts_per_tok} of {config.num_local_experts} a token"
     each = f"{demand.experts} of {format_size(demand.expert)} each"
+    stored = outline.blueprint.quantization
+    came_so = stored.scales == "given" and stored.quant_type != "none"
+    came = f" in {stored.quant_type}, as published" if came_so else ""
     yield (
         "experts",
-        f"{format_size(demand.experts * demand.expert)}: {each}, {of_a_layer} in each of "
+        f"{format_size(demand.experts * demand.expert)}{came}: {each}, {of_a_layer} in each of "
         f"{config.num_hidden_layers} layers",
     )
     wide = ", in 16 bits" if plan.fit.computed != plan.fit.blueprint else ""

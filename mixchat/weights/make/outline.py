@@ -16,7 +16,7 @@ from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.model_files import check_files
-from mixchat.weights.known_models import known_model
+from mixchat.weights.known_models import KnownModel, known_model
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
 from mixchat.weights.make.quantize_options import (
@@ -24,7 +24,7 @@ from mixchat.weights.make.quantize_options import (
     make_blueprint,
 )
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
-from mixchat.weights.source.checkpoint_index import expected_index
+from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 _SHARD_BYTES_MAX = 5e9  # of a checkpoint that transformers writes
@@ -81,6 +81,14 @@ def outline(
     return replace(made, name=ref.name, arguments=arguments)
 
 
+def known_index(known: KnownModel) -> CheckpointIndex:
+    """Return the index of a known model's checkpoint, as its config.json describes it."""
+    quantized = known.config.get("quantization_config", {}).get("quant_method")
+    return expected_index(
+        read_config(known.config), known.repo, _SHARD_BYTES_MAX, mxfp4=quantized == "mxfp4"
+    )
+
+
 def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
     manifest = read_manifest(directory)
     check_files(directory, manifest)
@@ -98,7 +106,7 @@ def _before_download(
 ) -> Outline:
     name = source.repo
     if (known := known_model(name)) is not None:
-        index = expected_index(read_config(known.config), name, _SHARD_BYTES_MAX)
+        index = known_index(known)
         blueprint = make_blueprint(index, options)
 
         def size(shard: str) -> int:
