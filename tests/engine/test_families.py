@@ -24,6 +24,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 7}),
     "qwen3_moe, biases": ("qwen3_moe", {"attention_bias": True}),
     "qwen3_moe, wide heads": ("qwen3_moe", {"head_dim": 48, "num_key_value_heads": 1, **SPARSE}),
+    "qwen3_moe, 128 experts": (
+        "qwen3_moe",
+        {"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 24},
+    ),
     "mellum": ("mellum", {}),
     "mellum, full attention": ("mellum", {"layer_types": ["full_attention"] * 2, **SPARSE}),
     "mellum, another rope": (
