@@ -65,7 +65,7 @@ def write_synthetic(
     write_file(directory / "config.json", text)
     files = {"config.json": FileRecord.of(text)}
     weights = {SHARED_FILE: _write(directory / SHARED_FILE, blueprint.shared_tensors(), 0)}
-    for layer in range(layers):
+    for layer in range(blueprint.config.num_moe_layers):
         name = experts_file(layer)
         weights[name] = _write(directory / name, blueprint.expert_tensors(layer), layer + 1)
     description = quantization.description()

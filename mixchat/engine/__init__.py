@@ -12,6 +12,7 @@
 - rope.py: rotary position embedding
 - decoder.py: the blocks for one token, as programs of kernels
 - moe.py: the router, and the steps of experts
+- mlp.py: the dense part of a layer
 - kv_cache.py: keys and values, and what new tokens see of them
 - prompt_cache.py: the KV cache in a file
 - stats.py: counts of one answer

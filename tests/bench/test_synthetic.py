@@ -49,8 +49,8 @@ def test_a_model_of_each_shape_reads_a_prompt_and_decodes(shape, tmp_path):
     assert len([*islice(tokens, 8)]) == 8
 
 
-def test_each_family_has_a_shape():
-    assert {known.config["model_type"] for known in KNOWN.values()} == {*FAMILIES}
+def test_each_shape_is_of_a_family():
+    assert {known.config["model_type"] for known in KNOWN.values()} <= {*FAMILIES}
 
 
 @pytest.mark.parametrize("layers", [1, 3])

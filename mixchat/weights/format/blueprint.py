@@ -361,7 +361,7 @@ class Blueprint:
     def weights_size(self) -> int:
         """Return the bytes of all tensors, which is the size without the files' headers."""
         shared = sum(spec.nbytes for spec in self.shared_tensors())
-        layers = range(self.config.num_hidden_layers)
+        layers = range(self.config.num_moe_layers)
         experts = sum(self.expert_of(layer).stride for layer in layers)
         return shared + experts * self.config.num_local_experts
 
