@@ -4,6 +4,6 @@
 - family.py: the form of a description
 - tensors.py: the tensors that families have in common
 - config_keys.py: reads and checks single keys of a config.json
-- mixtral.py, qwen3_moe.py, mellum.py, olmoe.py, granitemoe.py, gpt_oss.py, qwen2_moe.py,
-  ernie4_5_moe.py, dots1.py, glm4_moe.py: a family each
+- mixtral.py, qwen3_moe.py, mellum.py, olmoe.py, granitemoe.py, gpt_oss.py: a family each
+- qwen2_moe.py, ernie4_5_moe.py, dots1.py, glm4_moe.py: a family each, with dense parts
 """
