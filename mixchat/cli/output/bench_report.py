@@ -130,6 +130,6 @@ def _model(bench: Bench) -> str:
     types = {"experts": stored.quant_type, "attention": stored.attention, "head": stored.head}
     in_words = ", ".join(f"{part} in {weight_type(kind, dense)}" for part, kind in types.items())
     return (
-        f"{config.num_hidden_layers} layers of {config.num_local_experts} experts, "
+        f"{config.num_moe_layers} layers of {config.num_local_experts} experts, "
         f"{config.num_experts_per_tok} a token; {in_words}"
     )

@@ -122,7 +122,7 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield (
         "experts",
         f"{format_size(demand.experts * demand.expert)}{came}: {each}, {of_a_layer} in each of "
-        f"{config.num_hidden_layers} layers",
+        f"{config.num_moe_layers} layers",
     )
     wide = ", in 16 bits" if plan.fit.computed != plan.fit.blueprint else ""
     yield "shared", f"{format_size(demand.shared)}: the weights that every token needs{wide}"
