@@ -72,7 +72,8 @@ Model = Annotated[
     str,
     setting(
         "-m --model NAME",
-        "base, instruct, 8x22b, demo, ORG/NAME, or a name that 'mixchat list' shows.",
+        "instruct, qwen3, gpt-oss or another known one (see 'mixchat plan'), demo, ORG/NAME, or a "
+        "name that 'mixchat list' shows.",
         MODEL,
         check=checked_model,
         autocompletion=runnable_models,

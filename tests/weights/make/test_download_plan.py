@@ -17,7 +17,7 @@ from mixchat.base.errors import ResourceError
 from mixchat.base.machine import disk_usage
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import Source, read_manifest
-from mixchat.weights.known_models import KNOWN, MIXTRAL, KnownModel
+from mixchat.weights.known_models import KNOWN, MIXTRAL
 from mixchat.weights.make import download_plan
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import (
@@ -269,33 +269,15 @@ def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
     assert needed[0] >= needed[1]
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_a_known_models_config_tells_what_a_download_fetches(name: str) -> None:
-    assert round(known_index(KNOWN[name]).size / 1e9) == KNOWN[name].fetched_gb
-
-
 def test_gpt_oss_is_foreseen_in_mxfp4() -> None:
     """Its index on the hub says `total_size` 13761264768. In bf16 it would be 41.8 GB."""
-    config = {
-        "model_type": "gpt_oss",
-        "vocab_size": 201088,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "max_position_embeddings": 131072,
-        "quantization_config": {"quant_method": "mxfp4"},
-    }
-    index = known_index(KnownModel("openai/gpt-oss-20b", config, 14))
+    known = KNOWN["gpt-oss"]
+    index = known_index(known)
     specs = [spec for shard in index.shards for spec in index.header(shard).specs]
     assert sum(spec.nbytes for spec in specs) == 13_761_264_768
     assert make_blueprint(index, QuantizeOptions()).quantization.quant_type == "mxfp4"
-    del config["quantization_config"]
-    index = known_index(KnownModel("somebody/gpt-oss-20b-bf16", config, 42))
+    config = {key: known.config[key] for key in known.config if key != "quantization_config"}
+    index = known_index(replace(known, config=config))
     assert round(index.size / 1e9, 1) == 41.8
     assert make_blueprint(index, QuantizeOptions()).quantization.quant_type == "nf4"
 
