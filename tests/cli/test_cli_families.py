@@ -1,4 +1,4 @@
-"""Every command takes a model of every family, from a hub to its removal."""
+"""Every command takes a model of each family, as it takes Mixtral."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,9 @@ from mixchat.planning import measuring
 from mixchat.weights.families.read_config import FAMILIES
 
 SHAPE = {"vocab_size": 262, "intermediate_size": 128, "max_position_embeddings": 512}
-# With matrices of experts that the kernels take; and gpt-oss as it is published.
-CHECKPOINTS = {name: {"model_type": name} for name in FAMILIES} | {
+# With matrices of experts that the kernels take; and gpt-oss as it is published. Mixtral has all
+# other tests of commands.
+CHECKPOINTS = {name: {"model_type": name} for name in FAMILIES if name != "mixtral"} | {
     "qwen3_moe": {"model_type": "qwen3_moe", "moe_intermediate_size": 128},
     "mellum": {"model_type": "mellum", "moe_intermediate_size": 128},
     "gpt_oss in MXFP4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},

@@ -16,7 +16,6 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.experts.workers.link import Link
 from mixchat.loading.loader import load_engine
-from mixchat.weights.families import read_config
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import LinearSpec
 
@@ -40,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 SLIDING = ["sliding_attention"] * 2
 FAMILIES: dict[str, dict[str, Any]] = {
-    **{name: {"model_type": name} for name in read_config.FAMILIES if name != "mixtral"},
+    **{name: {"model_type": name} for name in ("qwen3_moe", "olmoe", "granitemoe")},
     "mellum": {"model_type": "mellum", "layer_types": [*SLIDING, "full_attention"]},
     "gpt_oss in mxfp4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},
 }
