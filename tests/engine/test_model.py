@@ -8,12 +8,14 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from engine_tools import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
+from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import NF4
 
@@ -214,15 +216,20 @@ def test_attention_and_head_in_fewer_bits_stay_close(
     assert 0 < distances.median() < most  # of some tokens, the experts change
 
 
+@pytest.mark.parametrize("kind", ["no packed layout", *FAMILIES])
 def test_the_answer_is_the_same_for_every_size_of_the_cache(
-    tiny_checkpoint: Path, install: Callable[..., Path]
+    kind: str, model_of: Callable[..., Path]
 ) -> None:
-    installed = install(tiny_checkpoint)
-    ids = prompt(97)
+    shape = {"intermediate_size": 128, **FAMILIES[kind]} if kind in FAMILIES else {}
+    installed = model_of(shape, {})
+    with InstalledModel(installed) as model:
+        config, size = model.config, model.blueprint.expert.stride
     every = [
         logits(
-            load_engine(installed, LoadOptions(MemoryBudget(size=n * 20_480), device="cpu")), ids, 8
+            load_engine(installed, LoadOptions(MemoryBudget(size=slots * size), device="cpu")),
+            prompt(97),
+            8,
         )
-        for n in (2, 3, 5, 8)
+        for slots in range(2, config.num_hidden_layers * config.num_local_experts + 1)
     ]
     assert all(torch.equal(every[0], other) for other in every[1:])
