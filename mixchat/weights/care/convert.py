@@ -62,7 +62,7 @@ def find_target(
     if calibrated and now.scales == "given":
         raise UsageError(
             f"the experts of {directory.name!r} stay as they are: their checkpoint has them in "
-            f"4 bits ({now.quant_type}), and no other form to round anew"
+            f"4 bits ({now.quant_type}), and no 16-bit form to quantize again"
         )
     return replace(
         now,
