@@ -50,9 +50,9 @@ def experts_file(layer: int) -> str:
 class Quantization:
     """The types of the matrices. `dtype` is the type of all other tensors.
 
-    The experts are of `quant_type`. Attention and head are "int8", "none" (dense, in `dtype`), or
-    in 4 bits. `scales` says how scales in 4 bits are chosen. Those of attention and head are
-    searched if the experts are calibrated.
+    The experts are of `quant_type`. Attention and head are "int8", "int6", "int5", "none"
+    (dense, in `dtype`), or in 4 bits. `scales` says how scales in 4 bits are chosen. Those of
+    attention and head are searched if the experts are calibrated.
     """
 
     quant_type: QuantType = "nf4"
@@ -332,8 +332,8 @@ class Blueprint:
         return Blueprint(self.config, replace(self.quantization, layout=layout))
 
     def widened(self) -> Blueprint:
-        """Return the same model with its matrices in 8 bits made dense."""
-        # A tied head in 8 bits stays so. Dense, it would be the embedding, another matrix.
+        """Return the same model with its matrices in 5 to 8 bits made dense."""
+        # A tied head in few bits stays so. Dense, it would be the embedding, another matrix.
         stored, head = self.quantization, self.quantization.head
         if not self.config.head_is_embedding:
             head = _widened(head)
