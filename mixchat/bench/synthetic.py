@@ -1,6 +1,8 @@
 """Writes an installed model with Mixtral's layer shapes and random weights, to measure speed.
 
-    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS]    (0.79 GB a layer in 4 bits)
+    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS [DENSE_BITS]]
+
+A layer takes 0.79 GB with experts in 4 bits.
 
 No checkpoint in bf16 is needed.
 """
@@ -40,24 +42,26 @@ from mixchat.weights.matrix.linear import type_of_bits
 
 
 @contextmanager
-def synthetic_model(layers: int, expert_bits: int = 4) -> Iterator[Path]:
+def synthetic_model(layers: int, expert_bits: int = 4, dense_bits: int = 8) -> Iterator[Path]:
     """Yield the directory of such a model, then delete it."""
     models = models_dir()
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=".bench-") as temporary:
         directory = Path(temporary) / "synthetic"
-        write_synthetic(directory, layers, expert_bits)
+        write_synthetic(directory, layers, expert_bits, dense_bits)
         yield directory
 
 
-def write_synthetic(directory: Path, layers: int, expert_bits: int = 4) -> None:
-    """Write a model with attention and head in 8 bits, as a download does by default.
+def write_synthetic(
+    directory: Path, layers: int, expert_bits: int = 4, dense_bits: int = 8
+) -> None:
+    """Write a model, by default with attention and head in 8 bits, as a download does.
 
     4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits.
     """
     config = {**MIXTRAL, "num_hidden_layers": layers}
-    kind = type_of_bits(expert_bits)
-    quantization = Quantization(kind, best_layout(), attention="int8", head="int8")
+    kind, dense = type_of_bits(expert_bits), type_of_bits(dense_bits)
+    quantization = Quantization(kind, best_layout(), attention=dense, head=dense)
     blueprint = Blueprint(read_config(config), quantization)
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -45,6 +45,14 @@ def bench(
         ),
     ] = None,
     expert_bits: load_flags.ExpertBits = None,
+    dense_bits: Annotated[
+        Literal["16", "8", "6", "5", "4"] | None,
+        typer.Option(
+            rich_help_panel=MEASURING,
+            help="Bits of each weight of attention and output head of a synthetic model.",
+            show_default="8",
+        ),
+    ] = None,
     depth: Annotated[
         list[int] | None,
         typer.Option(
@@ -93,8 +101,9 @@ def bench(
     """Measure a model's speed against the limits of this machine."""
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
-    if expert_bits is not None and synthetic is None:
-        raise UsageError("--expert-bits goes with --synthetic", hint="A model has the bits it has.")
+    for flag, bits in (("--expert-bits", expert_bits), ("--dense-bits", dense_bits)):
+        if bits is not None and synthetic is None:
+            raise UsageError(f"{flag} goes with --synthetic", hint="A model has the bits it has.")
     picture = checked_picture(png)
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
@@ -102,7 +111,7 @@ def bench(
 
     options = BenchOptions(depth or (0,), prompt or (512,), tokens, rounds)
     load = load_flags.load_options(context.params, context_size=options.context_size)
-    with _model(model, synthetic, int(expert_bits or 4)) as directory:
+    with _model(model, synthetic, int(expert_bits or 4), int(dense_bits or 8)) as directory:
         done = Bench(directory, load, options)
         _measure(done, rounds)
         report = BenchReport(done)
@@ -113,7 +122,7 @@ def bench(
 
 
 @contextmanager
-def _model(name: str | None, layers: int | None, bits: int) -> Iterator[Path]:
+def _model(name: str | None, layers: int | None, *bits: int) -> Iterator[Path]:
     """Yield the model's directory. A synthetic model is deleted at the end."""
     from mixchat.weights import models
 
@@ -124,7 +133,7 @@ def _model(name: str | None, layers: int | None, bits: int) -> Iterator[Path]:
 
     with ExitStack() as stack:
         with status(f"writing {layers} layers of random weights"):
-            directory = stack.enter_context(synthetic_model(layers, bits))
+            directory = stack.enter_context(synthetic_model(layers, *bits))
         yield directory
 
 

@@ -12,6 +12,7 @@ from mixchat.base.errors import UsageError
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags.arguments import checked, read_beginning
 from mixchat.cli.flags.load_flags import (
+    DENSE_BITS,
     ExpertBits,
     installed_model_argument,
     parse_dense_bits,
@@ -56,9 +57,9 @@ def download(
         str | None,
         typer.Option(
             metavar="BITS",
-            autocompletion=one_of("16", "8", "4"),
-            help="Bits of each weight of attention and output head: 16, 8 or 4, or for each, as in "
-            "attention=8,head=16.",
+            autocompletion=one_of(*DENSE_BITS),
+            help="Bits of each weight of attention and output head: 16, 8, 6, 5 or 4, or for each, "
+            "as in attention=8,head=6.",
             show_default="8; 16 with --expert-bits 16",
         ),
     ] = None,

@@ -87,7 +87,7 @@ def test_random_models_go_as_they_came_where_nothing_was_ever_installed(
     from mixchat.bench import synthetic
 
     monkeypatch.setattr(
-        synthetic, "write_synthetic", lambda place, layers, bits: shutil.copytree(tiny_model, place)
+        synthetic, "write_synthetic", lambda place, *given: shutil.copytree(tiny_model, place)
     )
     done = run(mixchat, "--synthetic", "2")
     assert (done.returncode, done.stderr) == (0, b"")

@@ -42,6 +42,7 @@ from mixchat.weights.matrix.linear import TYPES, Layout, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 
 _MANIFESTS_BYTES = 4_000_000
+_BITS = (8, 6, 5)  # to which 16 can be rounded
 
 
 def find_target(
@@ -75,12 +76,13 @@ def find_target(
 
 def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) -> QuantType:
     has = TYPES[stored].bits
-    if bits in (None, has):
+    if bits is None or bits == has:
         return stored
-    if (has, bits) == (16, 8):
-        return type_of_bits(8)
+    if has == 16 and bits in _BITS:
+        return type_of_bits(bits)
     raise UsageError(
-        f"the {part} of {directory.name!r} has {has} bits: only 16 can be converted, and only to 8",
+        f"the {part} of {directory.name!r} has {has} bits: only 16 can be converted, and only to "
+        "8, 6 or 5",
         hint="Download the model again, under another name (--name) or after 'mixchat rm'.",
     )
 

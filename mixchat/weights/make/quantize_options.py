@@ -24,7 +24,7 @@ DENSE_BITS = 8  # of attention and head, unless others are requested
 class QuantizeOptions:
     """The options of quantization. `quant_type` of the experts is "nf4", "nf3" or "none".
 
-    attention, head: the bits of their weights, 16, 8 or 4. None is `DENSE_BITS`, or 16 if the
+    attention, head: the bits of their weights, 16, 8, 6, 5 or 4. None is `DENSE_BITS`, or 16 if the
     experts are not quantized. `layout` None takes `best_layout`.
     """
 
