@@ -8,6 +8,8 @@ bits, or of 8 codes of 6 bits. So codes become words without any instruction tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mixchat.kernels.emit import Pointer, Value
 from mixchat.kernels.units import Avx2Words, Avx512Words, UnitSet, WordUnit
 
@@ -21,14 +23,15 @@ class _Planes(WordUnit):
 
     largest_x, unrolled = 32767, 1
 
-    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
-        """Return, for each pair of columns, the levels of rows 0 to 15, then of 16 to 31."""
-        part = 4 * self.lanes  # bytes of a vector, which is a line or half a line
-        lines = [
-            [self._joined(codes, place + start, line) for start in range(0, _LINE, part)]
-            for line in range(self.columns)
-        ]
-        return [one + other for one, other in zip(lines[::2], lines[1::2], strict=True)]
+    def levels(self, codes: Pointer, place: Value) -> Iterator[list[Value]]:
+        """Yield, for each pair of columns, the levels of rows 0 to 15, then of 16 to 31.
+
+        All at once would not fit in registers.
+        """
+        starts = range(0, _LINE, 4 * self.lanes)  # of vectors, which are a line or half a line
+        for first in range(0, self.columns, 2):
+            lines = (first, first + 1)
+            yield [self._joined(codes, place + at, line) for line in lines for at in starts]
 
     def _joined(self, codes: Pointer, place: Value, line: int) -> Value:
         """Return the codes whose low bits are `line` % 4 in the words of a low line."""

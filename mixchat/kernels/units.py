@@ -21,6 +21,7 @@ The instruction for bytes takes unsigned levels, so 128 is added to each. The su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Unit(ABC):
         return cls._widths
 
     @abstractmethod
-    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+    def levels(self, codes: Pointer, place: Value) -> Iterable[list[Value]]:
         """Load the codes of `columns` columns, and return their levels.
 
         Each list has a vector of levels for each vector of sums. A lane is one row.

@@ -9,7 +9,9 @@ from mixchat.weights.matrix.int6 import INT5, INT6, _EvenCodes
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.nf4 import NF4
+from mixchat.weights.matrix.quant_type import BlockCodes
 
+columns = st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 192, 320]))
 each_kind = pytest.mark.parametrize("kind", [INT6, INT5], ids=["int6", "int5"])
 
 
@@ -18,7 +20,7 @@ def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator)
 
 
-def error(kind: _EvenCodes, weight: torch.Tensor) -> float:
+def error(kind: BlockCodes, weight: torch.Tensor) -> float:
     again = kind.dequantize(*kind.codes(weight), (len(weight), weight.shape[1]), torch.float32)
     return float((again.double() - weight).norm() / weight.double().norm())
 
@@ -51,6 +53,24 @@ def test_a_code_lies_where_the_layout_says(
     assert words[low] >> low_bit == code % 16
     assert words[high] >> high_bit == code // 16
     assert sum(words) == (code % 16 << low_bit) + (code // 16 << high_bit)
+
+
+@each_kind
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 100), columns, st.integers(1, 40), st.integers(0, 2**31))
+def test_products_of_every_shape_are_exact_in_both_layouts(
+    kind: _EvenCodes, rows: int, columns: int, tokens: int, seed: int
+) -> None:
+    weight, x = random(rows, columns, seed), random(tokens, columns, seed + 1)
+    exact = kind.dequantize(*kind.codes(weight), (rows, columns), torch.float32).double()
+    expected = x.double() @ exact.T
+    for layout in ("bitsandbytes", "cpu-packed"):
+        spec = LinearSpec("w", rows, columns, kind.name, layout, torch.bfloat16)
+        linear = spec.build(spec.encode(weight))
+        result = linear(x)
+        assert (result - expected).norm() <= 1e-4 * expected.norm() + 1e-6
+        if spec.packed:
+            assert torch.equal(result, torch.cat([linear(row) for row in x.split(1)]))
 
 
 @each_kind
