@@ -154,7 +154,8 @@ def calibrate(
     --keep-source' kept it), and rounded for the least error with these inputs, by weighted
     scales and by GPTQ. Each fifth window is held out, and a matrix gets the way with the least
     error on the windows that were held out. If neither way helps, it stays as a download makes it.
-    The model's size and speed stay the same.
+    The model's size and speed stay the same. Attention and head in 6 or 5 bits are rounded anew,
+    too.
 
     By default the text gives each expert two inputs for each column of its widest matrix, if the
     text has so many tokens, half of the free disk and memory holds them, and they add no more than

@@ -52,7 +52,7 @@ class Quantization:
 
     The experts are of `quant_type`. Attention and head are "int8", "int6", "int5", "none"
     (dense, in `dtype`), or in 4 bits. `scales` says how scales in 4 bits are chosen. Those of
-    attention and head are searched if the experts are calibrated.
+    attention and head are searched if the experts are calibrated, unless their type is, too.
     """
 
     quant_type: QuantType = "nf4"
@@ -345,8 +345,9 @@ class Blueprint:
         return replace(matrix, bias=self.config.attention_bias)
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
-        stored = self.quantization
-        scales: Scales = "search" if stored.scales == "calibrated" else stored.scales
+        stored, scales = self.quantization, self.quantization.scales
+        if scales == "calibrated" and not TYPES[quant_type].calibrated_dense_parts:
+            scales = "search"
         return LinearSpec(name, rows, columns, quant_type, stored.layout, stored.dtype, scales)
 
 

@@ -50,7 +50,7 @@ class _EvenGrid(Grid):
 
 
 class _EvenCodes(RowCodes):
-    for_experts, widened_on_gpu = False, True
+    for_experts, widened_on_gpu, calibrated_dense_parts = False, True, True
 
     def __init__(self, name: QuantType, units: UnitSet) -> None:
         self.name, self.bits, self.units = name, units.bits, units
