@@ -1,10 +1,8 @@
-"""Writes an installed model with Mixtral's layer shapes and random weights, to measure speed.
+"""Writes an installed model with a known model's layer shapes and random weights, to measure speed.
 
-    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS [DENSE_BITS]]
+    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS [NAME [DENSE_BITS]]]
 
-A layer takes 0.79 GB with experts in 4 bits.
-
-No checkpoint in bf16 is needed.
+No checkpoint in bf16 is needed. A layer takes 0.79 GB in Mixtral's shapes ("instruct") in 4 bits.
 """
 
 from __future__ import annotations
@@ -18,17 +16,12 @@ from pathlib import Path
 
 import torch
 
+from mixchat.base.errors import UsageError
 from mixchat.base.files import write_file
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
 from mixchat.base.settings import models_dir
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.format.blueprint import (
-    EMBEDDING,
-    SHARED_FILE,
-    Blueprint,
-    Quantization,
-    experts_file,
-)
+from mixchat.weights.format.blueprint import EMBEDDING, SHARED_FILE, experts_file
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
@@ -36,33 +29,43 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     write_manifest,
 )
-from mixchat.weights.known_models import MIXTRAL
-from mixchat.weights.make.quantize_options import best_layout
-from mixchat.weights.matrix.linear import type_of_bits
+from mixchat.weights.known_models import KNOWN
+from mixchat.weights.make.quantize_options import DENSE_BITS, default_blueprint
+from mixchat.weights.matrix.linear import TYPES, type_of_bits
 
 
 @contextmanager
-def synthetic_model(layers: int, expert_bits: int = 4, dense_bits: int = 8) -> Iterator[Path]:
+def synthetic_model(
+    layers: int, expert_bits: int = 4, shape: str = "instruct", dense_bits: int = DENSE_BITS
+) -> Iterator[Path]:
     """Yield the directory of such a model, then delete it."""
     models = models_dir()
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=".bench-") as temporary:
         directory = Path(temporary) / "synthetic"
-        write_synthetic(directory, layers, expert_bits, dense_bits)
+        write_synthetic(directory, layers, expert_bits, shape, dense_bits)
         yield directory
 
 
 def write_synthetic(
-    directory: Path, layers: int, expert_bits: int = 4, dense_bits: int = 8
+    directory: Path,
+    layers: int,
+    expert_bits: int = 4,
+    shape: str = "instruct",
+    dense_bits: int = DENSE_BITS,
 ) -> None:
     """Write a model, by default with attention and head in 8 bits, as a download does.
 
-    4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits.
+    4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits. Raises `UsageError` for bits that
+    the model has not.
     """
-    config = {**MIXTRAL, "num_hidden_layers": layers}
-    kind, dense = type_of_bits(expert_bits), type_of_bits(dense_bits)
-    quantization = Quantization(kind, best_layout(), attention=dense, head=dense)
-    blueprint = Blueprint(read_config(config), quantization)
+    known = KNOWN[shape]
+    kind = known.experts_quant_type or type_of_bits(expert_bits)
+    if TYPES[kind].bits != expert_bits:
+        raise UsageError(f"{shape} has experts in {TYPES[kind].bits} bits, not {expert_bits}")
+    config = known.with_layers(layers)
+    blueprint = default_blueprint(read_config(config), kind, dense_bits)
+    quantization = blueprint.quantization
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()
     write_file(directory / "config.json", text)
@@ -103,4 +106,6 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    write_synthetic(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    _directory, _layers, *_options = sys.argv[1:]
+    _bits, _shape, _dense = [*_options, *("4", "instruct", DENSE_BITS)[len(_options) :]]
+    write_synthetic(Path(_directory), int(_layers), int(_bits), _shape, int(_dense))

@@ -9,14 +9,25 @@ from typing import Literal
 
 from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message
+from mixchat.text.thinking import AnswerText, ThinkingParser
 
 Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
 COMPLETE = ("stop", "stop_string")  # the reasons of answers of which nothing is missing
 
 
-def cut_off_note(tokens: int, more: str) -> str:
+def cut_off_note(tokens: int, more: str, *, is_thinking: bool = False) -> str:
     """Return the note on an answer cut off by its limit. `more` is the flag that raises it."""
-    return f"cut off after {tokens:,} token{'s' if tokens != 1 else ''}; {more} allows more"
+    place = " while the model was thinking" if is_thinking else ""
+    return f"cut off after {_counted(tokens)}{place}; {more} allows more"
+
+
+def thought_note(tokens: int) -> str:
+    """Return the line in place of a thinking."""
+    return f"thought for {_counted(tokens)}"
+
+
+def _counted(tokens: int) -> str:
+    return f"{tokens:,} token{'s' if tokens != 1 else ''}"
 
 
 def left_out_note(turns: int) -> str:
@@ -40,7 +51,7 @@ class AnswerLimits:
 
 
 class Answer:
-    r"""Takes ids, returns text to show.
+    r"""Takes ids, returns text to show, and the thinking before it, which has no stop strings.
 
     The next turn is built from the ids. If the text was cut, they have to end with it. With the
     stop string "\n\n" and the tokens `A` `.` `\n` `\nB` the text shown is `A.`, which ends with
@@ -48,13 +59,15 @@ class Answer:
     text alone is remembered, and the template will encode it.
     """
 
-    def __init__(self, detokenizer: Detokenizer, limits: AnswerLimits) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, limits: AnswerLimits, parser: ThinkingParser
+    ) -> None:
         self.ids: list[int] = []
-        self.text = ""
+        self.text = self.thinking = ""
         self.reason: Reason = "interrupted"
         self._cut = self._whole = False
         self._detokenizer, self._limits = detokenizer, limits
-        self._stops = StopStrings(limits.stop)
+        self._stops, self._parser = StopStrings(limits.stop), parser
         self._length = 0
         self._ends: list[int] = []
 
@@ -63,54 +76,89 @@ class Answer:
         """Return whether an id has ended the answer, so that `reason` is known."""
         return self.reason != "interrupted"
 
-    def add(self, token: int) -> str:
+    @property
+    def thinking_tokens(self) -> int:
+        """Return how many ids are thinking so far."""
+        start = self._parser.start
+        if start is None:
+            return len(self.ids)
+        return bisect_left(self._ends, start) + 1 if start > 0 else 0
+
+    def add(self, token: int) -> AnswerText:
         """Take the next id. Return the text to show, which may be empty."""
-        limits = self._limits
-        if token in limits.stop_ids:
+        limits, mark = self._limits, self._parser.marks.get(token)
+        if token in limits.stop_ids or (mark is not None and self._parser.start is not None):
             return self._end("stop")
         self.ids.append(token)
         self._ends.append(self._length)
         text = self._show(self._detokenizer.add(token))
+        if mark is not None:
+            text += self._show(self._detokenizer.flush()) + self._mark(mark)
         if self._cut:
             return text
         if limits.max_tokens is not None and len(self.ids) >= limits.max_tokens:
             return text + self._end("length")
         return text + self._end("context") if len(self.ids) >= limits.room else text
 
-    def _end(self, reason: Reason) -> str:
+    def _end(self, reason: Reason) -> AnswerText:
         """Return the text that was held back, because no more ids will come."""
         self.reason = reason
-        text = self._show(self._detokenizer.flush())
+        text = self._show(self._detokenizer.flush()) + self._remember(self._parser.flush())
         if not self._cut:
             self._whole = True
             held = self._stops.flush()
             self.text += held
-            text += held
+            text += AnswerText(held)
         return text
 
     def message(self, before: Message | None = None) -> Message | None:
         """Return the message to remember, joined to `before`, or None if nothing new was shown."""
-        if not (self._whole or self._cut or self.text):
+        if not (self._whole or self._cut or self.text or self.thinking):
             return None
-        ids = tuple(self.ids) if self._whole else self._ids_of_text()
-        content, partial = self.text, self.reason not in COMPLETE
-        if before is not None:
-            content = before.content + content
-            ids = None if ids is None or before.ids is None else before.ids + ids
-        return Message("assistant", content, ids, partial)
+        ids, thought = self._shown_ids(), self.thinking_tokens
+        if ids is not None:
+            thought = min(thought, len(ids))
+        before = before or Message("assistant", "", ())
+        return Message(
+            "assistant",
+            before.content + self.text,
+            None if ids is None or before.ids is None else before.ids + ids,
+            self.reason not in COMPLETE,
+            before.thinking + self.thinking,
+            before.thinking_tokens + thought,
+        )
 
-    def _show(self, text: str) -> str:
-        """Take the next text. Return as much of it as can be no part of a stop string."""
+    def _mark(self, name: str) -> AnswerText:
+        self._length += 1
+        self._ends[-1] = self._length
+        return self._remember(self._parser.mark(name))
+
+    def _show(self, text: str) -> AnswerText:
         self._length += len(text)
         if self._ends:
             self._ends[-1] = self._length
-        shown, stopped = self._stops.add(text)
+        return self._remember(self._parser.add(text))
+
+    def _remember(self, new: AnswerText) -> AnswerText:
+        """Return as much of the new text as can be no part of a stop string."""
+        shown, stopped = self._stops.add(new.text)
         self.text += shown
+        self.thinking += new.thinking
         if stopped:
             self.reason, self._cut = "stop_string", True
-        return shown
+        return AnswerText(shown, new.thinking)
 
-    def _ids_of_text(self) -> tuple[int, ...] | None:
-        count = bisect_left(self._ends, len(self.text)) + 1
-        fits = count <= len(self._ends) and self._ends[count - 1] == len(self.text)
-        return tuple(self.ids[:count]) if fits else None
+    def _shown_ids(self) -> tuple[int, ...] | None:
+        """Return the ids of what was shown, None if a token is only in part of it."""
+        start = self._parser.start
+        if start is not None and start > 0 and not self._is_end(start):
+            return None
+        if self._whole:
+            return tuple(self.ids)
+        end = self._length if start is None else start + len(self.text)
+        return tuple(self.ids[: bisect_left(self._ends, end) + 1]) if self._is_end(end) else None
+
+    def _is_end(self, place: int) -> bool:
+        """Return whether a token ends at this place of the text."""
+        at = bisect_left(self._ends, place)
+        return at < len(self._ends) and self._ends[at] == place

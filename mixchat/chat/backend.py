@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats
+    from mixchat.text.thinking import AnswerText
 
 Overflow = Literal["stop", "drop-oldest"]
+Think = Literal["show", "hide", "off"]
 # Is called with the tokens of the prompt that are processed, and with their total. Both are 0 if a
 # server does not tell them, or has not yet.
 OnPrefill = Callable[[int, int], object]
@@ -31,7 +33,7 @@ class Turn:
 
     system: the system prompt, if there is one. first: the first message that is in the prompt,
     since earlier turns left the others out. before: the answer that is to be continued. max_tokens:
-    see `ChatSession`.
+    see `ChatSession`. may_think: False turns thinking off if the model can do without.
     """
 
     system: Sequence[Message]
@@ -42,6 +44,7 @@ class Turn:
     max_tokens: int | None
     stop: tuple[str, ...]
     overflow: Overflow
+    may_think: bool = True
 
     def questions_after_first(self) -> list[int]:
         """Return the messages from which the prompt may begin, if more turns are left out."""
@@ -58,7 +61,7 @@ class Reply(Protocol):
     @property
     def reason(self) -> Reason: ...
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[AnswerText]:
         """Yield the text that each token adds, which may be empty. Then `reason` is known."""
 
     def message(self) -> Message | None:
@@ -86,6 +89,10 @@ class Backend(Protocol):
 
     @property
     def stats(self) -> GenerationStats: ...
+
+    @property
+    def can_skip_thinking(self) -> bool:
+        """Return whether `Turn.may_think` has an effect."""
 
     def about(self) -> dict[str, str]:
         """Return facts of the model for a person, by label."""

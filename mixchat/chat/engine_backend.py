@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from mixchat.base.errors import PromptTooLongError
@@ -11,6 +13,7 @@ from mixchat.chat.answer import Answer, AnswerLimits, Reason
 from mixchat.chat.backend import LEAVE_OUT_HINT
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
+from mixchat.text.thinking import AnswerText, parser_of
 
 if TYPE_CHECKING:
     from mixchat.base.options import SamplingOptions
@@ -26,6 +29,18 @@ if TYPE_CHECKING:
 # may need. That is --max-tokens, but at most 1/2, or 1/8 without it. Turns are then left out until
 # 1/4 is free, because all that stays has to be prefilled again, which should be rare.
 _MAX_NEEDED_DIVISOR, _DEFAULT_NEEDED_DIVISOR, _FREED_DIVISOR = 2, 8, 4
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The ids that a template has `made`, and those of the `begun` answer after them."""
+
+    made: Sequence[int]
+    begun: Sequence[int]
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return [*self.made, *self.begun]
 
 
 class EngineBackend:
@@ -59,6 +74,10 @@ class EngineBackend:
     def stats(self) -> GenerationStats:
         return self.engine.stats
 
+    @property
+    def can_skip_thinking(self) -> bool:
+        return self.template.thinking is not None and self.template.thinking.switch is not None
+
     def about(self) -> dict[str, str]:
         from mixchat.engine.report import slots_in_words
 
@@ -76,16 +95,15 @@ class EngineBackend:
         if least > self.engine.context_size:
             return least
         *before, last = messages
-        return len(self.template.encode(before)) + len(self._ids_of(last))
+        return len(self.template.encode(before)) + len(self._content_ids(last))
 
     def reply(self, turn: Turn, on_prefill: OnPrefill) -> EngineReply:
-        start = [] if turn.before is None else self._ids_of(turn.before)
-        prompt_ids, first = self._fitted(turn, start)
-        if len(prompt_ids) >= self.context.tokens:
-            raise self._too_long(turn, first, start, len(prompt_ids))
+        prompt, first = self._fitted(turn)
+        if len(prompt.ids) >= self.context.tokens:
+            raise self._too_long(turn, first, len(prompt.ids))
         return EngineReply(
-            self._generated(turn, prompt_ids, self._start_constraint(start), on_prefill),
-            self._start_answer(turn, prompt_ids),
+            self._generated(turn, prompt.ids, self._start_constraint(turn.before), on_prefill),
+            self._start_answer(turn, prompt),
             turn.before,
             first,
         )
@@ -107,63 +125,75 @@ class EngineBackend:
             on_prefill=on_prefill,
         )
 
-    def _ids_of(self, answer: Message) -> Sequence[int]:
-        return self.tokenizer.encode(answer.content) if answer.ids is None else answer.ids
+    def _content_ids(self, answer: Message) -> Sequence[int]:
+        ids = answer.content_ids
+        return self.tokenizer.encode(answer.content) if ids is None else ids
 
-    def _fitted(self, turn: Turn, start: Sequence[int]) -> tuple[list[int], int]:
-        """Return the prompt's ids and the `start` of an answer, and the number of the first message
-        in the prompt.
-        """
+    def _prompt(self, turn: Turn, first: int) -> _Prompt:
+        """Return the prompt of the messages from `first` on."""
+        form, before = self.template.thinking, turn.before
+        off = form is not None and (self._form is not None or not turn.may_think)
+        variables = {form.switch: False} if form is not None and form.switch and off else {}
+        ids = self.template.encode([*turn.system, *turn.messages[first:]], variables)
+        if before is not None and before.ids is not None and before.thinking_tokens and not off:
+            return _Prompt(ids, before.ids)
+        begun = () if before is None else self._content_ids(before)
+        if form is not None and (before is not None or self._form is not None):
+            begun = (*form.to_answer(self.tokenizer, ids), *begun)
+        return _Prompt(ids, begun)
+
+    def _fitted(self, turn: Turn) -> tuple[_Prompt, int]:
+        """Return the prompt, and the number of the first message in it."""
         first, size, messages = turn.first, self.engine.context_size, turn.messages
         later = turn.questions_after_first()
         while (known := _tokens_at_least(messages[first:])) > size:  # it need not be encoded
             if turn.overflow == "stop" or not later:
-                raise self._too_long(turn, first, start, known)
+                raise self._too_long(turn, first, known)
             first = later.pop(0)
-        whole = [*self.template.encode([*turn.system, *messages[first:]]), *start]
+        whole = self._prompt(turn, first)
         limit = turn.max_tokens
         default = size // _DEFAULT_NEEDED_DIVISOR
         needed = min(limit, size // _MAX_NEEDED_DIVISOR) if limit else default
-        if turn.overflow == "stop" or len(whole) + max(needed, 1) <= size:
+        if turn.overflow == "stop" or len(whole.ids) + max(needed, 1) <= size:
             return whole, first
         freed = max(needed, size // _FREED_DIVISOR)
         for at in later:
-            ids = [*self.template.encode([*turn.system, *messages[at:]]), *start]
-            if len(ids) + freed <= size or (at == later[-1] and len(ids) < size):
-                return ids, at
+            prompt = self._prompt(turn, at)
+            tokens = len(prompt.ids)
+            if tokens + freed <= size or (at == later[-1] and tokens < size):
+                return prompt, at
         return whole, first  # not even the last question fits
 
-    def _too_long(
-        self, turn: Turn, first: int, start: Sequence[int], tokens: int
-    ) -> PromptTooLongError:
+    def _too_long(self, turn: Turn, first: int, tokens: int) -> PromptTooLongError:
         """Return the error for a prompt that does not fit. Its hint says if old turns could go."""
         error, asked = self.context.prompt_too_long(tokens), turn.messages
         if len(asked) - first == 1:
             return error
-        alone = [*self.template.encode([*turn.system, asked[-1]]), *start]
-        if len(alone) < self.context.tokens:
+        if len(self._prompt(turn, len(asked) - 1).ids) < self.context.tokens:
             error.hint = f"{LEAVE_OUT_HINT} {error.hint}"
         return error
 
-    def _start_answer(self, turn: Turn, prompt_ids: Sequence[int]) -> Answer:
+    def _start_answer(self, turn: Turn, prompt: _Prompt) -> Answer:
         # A completion, or an answer that is continued, starts in the middle of a text, and its
         # spaces depend on the text before.
         context: Sequence[int] = ()
         if self.template.continues_prompt:
-            context = prompt_ids
+            context = prompt.ids
         elif turn.before is not None:
-            context = self._ids_of(turn.before)
+            context = prompt.begun
         limits = AnswerLimits(
             self.template.stop_ids,
             turn.stop,
             self.longest_answer(turn.max_tokens),
-            self.context.tokens - len(prompt_ids),
+            self.context.tokens - len(prompt.ids),
         )
-        return Answer(Detokenizer(self.tokenizer, context), limits)
+        parser = parser_of(self.template.thinking, self.tokenizer, prompt.made, prompt.begun)
+        return Answer(Detokenizer(self.tokenizer, context), limits, parser)
 
-    def _start_constraint(self, start: Sequence[int]) -> Constraint | None:
+    def _start_constraint(self, before: Message | None) -> Constraint | None:
         if self._form is None:
             return None
+        start = () if before is None else self._content_ids(before)
         return self._form.start(start, continued=self.template.continues_prompt)
 
     def _unread(self, prompt_ids: Sequence[int]) -> int:
@@ -191,7 +221,7 @@ class EngineReply:
     def reason(self) -> Reason:
         return self._answer.reason
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[AnswerText]:
         for token in self._ids:
             yield self._answer.add(token)
             if self._answer.has_ended:
@@ -207,6 +237,8 @@ class EngineReply:
 def _tokens_at_least(messages: Sequence[Message]) -> int:
     """Return the least number of tokens that these can have, without encoding them."""
     return sum(
-        len(message.content) // BYTES_PER_TOKEN if message.ids is None else len(message.ids)
+        len(message.content) // BYTES_PER_TOKEN
+        if (ids := message.content_ids) is None
+        else len(ids)
         for message in messages
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     Sampling = TypeVar("Sampling", bound=SamplingOptions | RequestedSampling)
 
 OVERFLOWS = ("stop", "drop-oldest")
+THINKS = ("show", "hide", "off")
 _NONE = ("none", "off", "default")
 
 
@@ -63,7 +64,7 @@ LENGTHS = {
     ),
     "ctx-size": NumberParameter("ctx_size", int, lambda x: x >= 1, "1 or more"),
 }
-NAMES = (*SAMPLING, "max-tokens", "stop", "overflow")  # of what a chat can change
+NAMES = (*SAMPLING, "max-tokens", "stop", "overflow", "think")  # of what a chat can change
 
 
 def values(session: ChatSession) -> dict[str, str]:
@@ -73,6 +74,7 @@ def values(session: ChatSession) -> dict[str, str]:
     longest = session.backend.longest_answer(session.max_tokens)
     limit = "what fits" if session.max_tokens == 0 else longest
     others = {"max-tokens": limit, "stop": stop, "overflow": session.overflow}
+    others["think"] = session.think
     return {
         name: "left to the server" if value is None else str(value)
         for name, value in {**sampling, **others}.items()
@@ -95,7 +97,9 @@ def change(session: ChatSession, name: str, text: str) -> None:
     elif name == "stop":
         session.stop = () if nothing else (unquoted(text),)
     elif name == "overflow":
-        session.overflow = checked_overflow(text)
+        session.overflow = checked_word(OVERFLOWS, name, text)
+    elif name == "think":
+        session.think = checked_word(THINKS, name, text)
     else:
         near = difflib.get_close_matches(name, NAMES, 1)
         hint = f"Did you mean {near[0]}?" if near else f"The parameters are {', '.join(NAMES)}."
@@ -108,10 +112,10 @@ def unquoted(text: str) -> str:
     return text[1:-1] if quoted else text
 
 
-def checked_overflow(text: str, name: str = "overflow") -> Any:
-    """Return the policy. Raises `UsageError` about `name` for any other text."""
-    if text not in OVERFLOWS:
-        raise UsageError(f"{name} has to be {' or '.join(OVERFLOWS)}, not {text!r}")
+def checked_word(words: Sequence[str], name: str, text: str) -> Any:
+    """Return the text. Raises `UsageError` about `name` if it is none of the words."""
+    if text not in words:
+        raise UsageError(f"{name} has to be {' or '.join(words)}, not {text!r}")
     return text
 
 

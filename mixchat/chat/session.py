@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.model_config import Context
 from mixchat.chat.answer import Reason
-from mixchat.chat.backend import Backend, OnPrefill, Overflow, Turn
+from mixchat.chat.backend import Backend, OnPrefill, Overflow, Reply, Think, Turn
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
@@ -35,15 +35,27 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
+class ThinkingDelta:
+    """The next piece of thinking before an answer, which may be empty, and its tokens so far."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Finished:
-    """The last event of an answer, with why it ended, its counts and times, and its seed."""
+    """The last event of an answer, with why it ended, its counts and times, and its seed.
+
+    is_thinking: the answer had not begun yet.
+    """
 
     reason: Reason
     stats: GenerationStats
     seed: int | None = None
+    is_thinking: bool = False
 
 
-Event = LeftOut | TextDelta | Finished
+Event = LeftOut | ThinkingDelta | TextDelta | Finished
 
 
 def _ignore(done: int, total: int) -> None:
@@ -54,7 +66,7 @@ class ChatSession:
     """One conversation with one backend. The next turn remembers exactly the text that was shown.
 
     `history` has all questions and answers. `sampling`, `max_tokens`, `stop`, `system` and
-    `overflow` may be changed between turns. `max_tokens` is the longest answer that is
+    `overflow` and `think` may be changed between turns. `max_tokens` is the longest answer that is
     allowed, 0 for what fits, None for the default.
     """
 
@@ -67,13 +79,14 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         overflow: Overflow = "stop",
+        think: Think = "show",
     ) -> None:
         self.backend = backend
         self.sampling = self.advised = sampling  # `/set NAME none` returns to `advised`
         self.max_tokens = max_tokens
         self.stop = tuple(stop)
         self.system = system
-        self.overflow = overflow
+        self.overflow, self.think = overflow, think
         self.history: list[Message] = []
         self._first = 0  # message of the history that is in the prompt
         self._turns = 0
@@ -195,6 +208,7 @@ class ChatSession:
         turn = self._turn(asked, before)
         reply = self.backend.reply(turn, on_prefill)
         reason: Reason = "interrupted"
+        is_thinking = False
 
         def remember() -> None:
             message = reply.message()
@@ -206,12 +220,9 @@ class ChatSession:
             if reply.first > self._first:
                 yield LeftOut(sum(message.role == "user" for message in asked[: reply.first]))
             try:
-                for text in reply.texts():
-                    self._has_token = True
-                    if text:
-                        yield TextDelta(text)
-                    if self._interrupted:
-                        break
+                for delta in self._deltas(reply):
+                    is_thinking = isinstance(delta, ThinkingDelta)
+                    yield delta
                 reason = reply.reason
             except KeyboardInterrupt:
                 pass
@@ -220,7 +231,19 @@ class ChatSession:
                 remember()
                 raise
         remember()
-        yield Finished(reason, self.stats, turn.sampling.seed)
+        yield Finished(reason, self.stats, turn.sampling.seed, is_thinking)
+
+    def _deltas(self, reply: Reply) -> Iterator[ThinkingDelta | TextDelta]:
+        is_thinking = False
+        for tokens, new in enumerate(reply.texts(), 1):
+            self._has_token = True
+            if new.thinking or (is_thinking and not new.text):
+                yield ThinkingDelta(new.thinking, tokens)
+            is_thinking = (is_thinking or new.thinking != "") and not new.text
+            if new.text:
+                yield TextDelta(new.text)
+            if self._interrupted:
+                return
 
     def _system(self) -> list[Message]:
         return [] if self.system is None else [Message("system", self.system)]
@@ -235,6 +258,7 @@ class ChatSession:
             max_tokens=self.max_tokens,
             stop=self.stop,
             overflow=self.overflow,
+            may_think=self.think != "off",
         )
 
     def _sampling_of_this_turn(self) -> SamplingOptions | RequestedSampling:

@@ -15,6 +15,7 @@ ERROR = "bold red"
 # background.
 SUGGESTION = "#808080 italic"
 FRAME = "dim"  # around the model's text
+THINKING = "dim"
 CODE, LINK = "cyan", "underline"
 HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
 INLINE = {"strong": "bold", "em": "italic", "s": "strike"}
@@ -35,7 +36,7 @@ TOKENS = {
     "Token.Generic.Subheading": "bold",
 }
 
-_CODES = {"bold": "1", "red": "31", "green": "32"}
+_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32"}
 
 
 def painted(text: str, style: str, stream: TextIO) -> str:

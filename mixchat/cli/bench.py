@@ -13,8 +13,8 @@ from mixchat.base.errors import UsageError
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.settings import MEASURING
-from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.cli.flags.settings import MEASURING, is_given
+from mixchat.cli.flags.shell_completion import known_shapes, runnable_models
 from mixchat.cli.output.png import PNG, checked_picture, write_figure
 from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
@@ -39,11 +39,19 @@ def bench(
             metavar="LAYERS",
             rich_help_panel=MEASURING,
             min=1,
-            max=32,
-            help="Measure LAYERS layers of Mixtral's shapes with random weights, 0.79 GB of disk "
-            "each, and delete them afterwards.",
+            help="Measure LAYERS layers with random weights, and delete them afterwards. One takes "
+            "0.79 GB of disk in Mixtral's shapes.",
         ),
     ] = None,
+    shape: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=MEASURING,
+            autocompletion=known_shapes,
+            help="The known model whose shapes --synthetic takes: qwen3, gpt-oss, ...",
+        ),
+    ] = "instruct",
     expert_bits: load_flags.ExpertBits = None,
     dense_bits: Annotated[
         Literal["16", "8", "6", "5", "4"] | None,
@@ -104,14 +112,19 @@ def bench(
     for flag, bits in (("--expert-bits", expert_bits), ("--dense-bits", dense_bits)):
         if bits is not None and synthetic is None:
             raise UsageError(f"{flag} goes with --synthetic", hint="A model has the bits it has.")
+    if is_given(context, "shape") and synthetic is None:
+        raise UsageError("--shape goes with --synthetic")
     picture = checked_picture(png)
+    if synthetic is not None:
+        _check_shape(shape, synthetic)
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
     from mixchat.cli.output.bench_report import BenchReport
 
     options = BenchOptions(depth or (0,), prompt or (512,), tokens, rounds)
     load = load_flags.load_options(context.params, context_size=options.context_size)
-    with _model(model, synthetic, int(expert_bits or 4), int(dense_bits or 8)) as directory:
+    form = int(expert_bits or 4), shape, int(dense_bits or 8)
+    with _model(model, synthetic, *form) as directory:
         done = Bench(directory, load, options)
         _measure(done, rounds)
         report = BenchReport(done)
@@ -121,8 +134,23 @@ def bench(
             say(f"wrote {picture.path}")
 
 
+def _check_shape(shape: str, layers: int) -> None:
+    from mixchat.weights.known_models import KNOWN
+
+    if shape not in KNOWN:
+        raise UsageError(
+            f"--shape cannot be {shape!r:.80}", hint=f"It is one of {', '.join(KNOWN)}."
+        )
+    if layers > (most := KNOWN[shape].config["num_hidden_layers"]):
+        raise UsageError(
+            f"--synthetic has to be at most {most}, the layers of {shape}, not {layers}"
+        )
+
+
 @contextmanager
-def _model(name: str | None, layers: int | None, *bits: int) -> Iterator[Path]:
+def _model(
+    name: str | None, layers: int | None, expert_bits: int, shape: str, dense_bits: int
+) -> Iterator[Path]:
     """Yield the model's directory. A synthetic model is deleted at the end."""
     from mixchat.weights import models
 
@@ -133,7 +161,8 @@ def _model(name: str | None, layers: int | None, *bits: int) -> Iterator[Path]:
 
     with ExitStack() as stack:
         with status(f"writing {layers} layers of random weights"):
-            directory = stack.enter_context(synthetic_model(layers, *bits))
+            made = synthetic_model(layers, expert_bits, shape, dense_bits)
+            directory = stack.enter_context(made)
         yield directory
 
 

@@ -43,7 +43,8 @@ def download(
         typer.Argument(
             metavar="MODEL",
             autocompletion=runnable_models,
-            help="base, instruct, 8x22b, demo, ORG/NAME on the hub, or a checkpoint's directory.",
+            help="instruct, qwen3, gpt-oss or another known one (see 'mixchat plan'), demo, "
+            "ORG/NAME on the hub, or a checkpoint's directory.",
         ),
     ],
     name: Annotated[

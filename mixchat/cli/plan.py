@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
 from mixchat.base.quantities import parse_rate, parse_size, parse_sizes
 from mixchat.cli.flags import load_flags
-from mixchat.cli.flags.settings import MACHINE
+from mixchat.cli.flags.settings import MACHINE, is_given
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
 
@@ -21,7 +21,8 @@ def plan(
     model: Annotated[
         str,
         load_flags.model_argument(
-            "base, instruct, 8x22b, demo, ORG/NAME on the hub, a directory, or an installed model."
+            "instruct, qwen3, gpt-oss or another of the table, demo, ORG/NAME on the hub, a "
+            "directory, or an installed model."
         ),
     ] = "instruct",
     ctx_size: load_flags.ContextSize = None,
@@ -78,6 +79,8 @@ def plan(
     busy, the saved figures are used. Each speed is a range from the slowest of several samples to
     the fastest. 'run --verbose' prints the predicted speed next to the measured one.
 
+    Without a MODEL it also compares all known models, by arithmetic from the same figures.
+
     --ram, --gpu, --disk-speed and --free-disk tell about another machine. Figures that are not told
     are this machine's, also the speed of the CPU. A GPU that cannot be measured here gets the
     speeds of a cheap card, which the plan names.
@@ -99,16 +102,34 @@ def plan(
     from mixchat.cli.output.plan_report import PlanReport
     from mixchat.loading.plan import plan as plan_machine
     from mixchat.planning.hardware import ToldMachine
-    from mixchat.weights.make.outline import outline
+    from mixchat.weights.make.outline import known_blueprints, outline
 
-    reporter = TerminalReporter()
-    with reporter.progress() as progress:
-        bits = None if expert_bits is None else int(expert_bits)
-        found = outline(ref, progress, bits, told["free_disk"])
-    made = plan_machine(
-        found, options, reporter, told=ToldMachine(**told), others=others, again=measure
-    )
-    PlanReport(found, made).show(as_json)
+    reporter, bits = TerminalReporter(), None if expert_bits is None else int(expert_bits)
+    catalog = {} if is_given(context, "model") else known_blueprints()
+
+    def report_on(ref: models.ModelRef) -> PlanReport:
+        with reporter.progress() as progress:
+            found = outline(ref, progress, bits, told["free_disk"])
+        made = plan_machine(
+            found,
+            options,
+            reporter,
+            told=ToldMachine(**told),
+            others=others,
+            again=measure,
+            catalog=catalog,
+        )
+        return PlanReport(found, made)
+
+    try:
+        report = report_on(ref)
+    except ResourceError:
+        if not catalog or options.host_memory or options.device_memory:
+            raise
+        smallest = min(catalog, key=lambda names: catalog[names].weights_size)[0]
+        reporter.note(f"{model} does not fit into memory, so this is the plan of {smallest}")
+        report = report_on(models.resolve(smallest))
+    report.show(as_json)
 
 
 def _told(flag: str, text: str | None, parse: Callable[[str], Any]) -> Any:

@@ -60,6 +60,7 @@ def run(
     grammar: run_flags.Grammar = None,
     ctx_size: load_flags.ContextSize = None,
     overflow: run_flags.Overflow = "stop",
+    think: run_flags.Think = "show",
     resume: run_flags.Resume = None,
     save: run_flags.Save = True,
     keep_cache: run_flags.KeepCache = False,

@@ -15,6 +15,7 @@ import torch
 from mixchat.engine.attention import KVContext, SingleTokenContext
 from mixchat.engine.kv_cache import KVCache, PagedKVCache
 from mixchat.engine.model import AfterLayer, Block
+from mixchat.experts.holder import ExpertLists
 from mixchat.kernels import rows
 from mixchat.kernels.program import Program
 from mixchat.weights.format.blueprint import Blueprint, Expert
@@ -33,6 +34,8 @@ class Decoder:
         self._context = SingleTokenContext(cache, hidden_size, dtype)
         self._layers = [_Layer(block, self._context) for block in blocks]
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
+        # What all layers use. Not kept alive, so that the memory of a slot can be given back.
+        self._used: weakref.ref[ExpertLists] | None = None
 
     def run(
         self, x: torch.Tensor, before: KVContext, after_layer: AfterLayer
@@ -53,9 +56,13 @@ class Decoder:
         resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
         layers = self._layers[start : start + len(resident) + 1]
         end = start + len(layers)
-        for layer, experts in zip(layers, [*resident, ()], strict=False):  # the last may have none
-            if layer.use(experts):
-                self._programs.clear()
+        if self._used is None or self._used() is not resident:
+            for layer, experts in zip(layers, [*resident, ()], strict=False):  # the last has none
+                if layer.use(experts):
+                    self._programs.clear()
+            self._used = None
+            if isinstance(resident, ExpertLists) and len(resident) == len(self._layers):
+                self._used = weakref.ref(resident)
         if (start, end) not in self._programs:
             stages = [stage for layer in layers for stage in layer.stages]
             self._programs[start, end] = Program(stages)

@@ -66,7 +66,9 @@ class Block:
         qkv_proj, o_proj = (tensors.linear(spec) for spec in (used.qkv(layer), used.o(layer)))
         sinks = tensors.tensor(used.sinks(layer)) if config.attention_sinks else None
         attention = Attention(layer, config, qkv_proj, o_proj, rope, qk_norms, sinks)
-        gate = tensors.tensor(used.gate(layer)).float().contiguous()
+        gate = tensors.tensor(used.gate(layer)).contiguous()
+        if not rows.can_compute(gate.dtype, gate.shape[1], gate.device.type):
+            gate = gate.float()  # once, and not for each token
         bias = tensors.tensor(used.gate_bias(layer)).float() if config.moe_bias else None
         router = Router(gate, config.num_experts_per_tok, config.norm_topk_prob, bias)
         moe = SparseMoE(layer, router, runner)
@@ -85,7 +87,7 @@ class Block:
             *self.attention.stages(context),
             alone(rows.add_step(x, context.added, x)),
             self._moe_norm.stage(x, normed),
-            self.moe.router_stage(routing, context),
+            *self.moe.router_stages(routing, context),
         ]
 
     def expert_stages(

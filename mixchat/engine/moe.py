@@ -13,7 +13,7 @@ from mixchat.engine.attention import SingleTokenContext
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
-from mixchat.kernels.program import Stage, alone, side_by_side
+from mixchat.kernels.program import Stage, alone, side_by_side, together
 from mixchat.kernels.router import Router, look_up_step
 from mixchat.weights.format.blueprint import Expert
 
@@ -40,9 +40,10 @@ class SparseMoE:
         choices = self._router.choices
         return torch.empty(1, choices, dtype=torch.int64), torch.empty(1, choices)
 
-    def router_stage(self, routing: Routing, context: SingleTokenContext) -> Stage:
-        """Return the router for one token as a stage that fills `routing`."""
-        return alone(self._router.step(context.normed, *routing))
+    def router_stages(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
+        """Return the router for one token as stages that fill `routing`."""
+        score, choose = self._router.steps(context.normed, *routing)
+        return [together(score), alone(choose)]
 
     def expert_stages(
         self, routing: Routing, context: SingleTokenContext, experts: Sequence[Expert]

@@ -36,6 +36,7 @@ class ExpertCache:
         self.slots = self.limit = slots
         self._policy = LRU() if policy is None else policy
         self._slots: dict[ExpertKey, int] = {}
+        self._free = set(range(slots))
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._slots
@@ -74,14 +75,16 @@ class ExpertCache:
             slot = self._slots[victim]
             self.discard(victim)
         if slot is None:
-            slot = min(self.free_slots(), key=lambda free: (free not in preferred, free))
+            slot = min(self._free.intersection(preferred) or self._free)
         self._slots[key] = slot
+        self._free.discard(slot)
         self._policy.use(key)
         return slot
 
     def discard(self, key: ExpertKey) -> None:
         """Free the expert's slot, if it has one."""
-        self._slots.pop(key, None)
+        if key in self._slots:
+            self._free.add(self._slots.pop(key))
         self._policy.forget(key)
 
     def resize(self, limit: int, pinned: Collection[ExpertKey] = ()) -> None:
@@ -95,7 +98,7 @@ class ExpertCache:
 
     def free_slots(self) -> set[int]:
         """Return the slots without an expert, also beyond the limit."""
-        return set(range(self.slots)) - set(self._slots.values())
+        return set(self._free)
 
     def _victim(self, pinned: Collection[ExpertKey]) -> ExpertKey | None:
         return next((key for key in self._policy.victims() if key not in pinned), None)

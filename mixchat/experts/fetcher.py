@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence, Set
 from itertools import takewhile
 
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
+from mixchat.experts.holder import ExpertLists
 from mixchat.experts.memory import MemoryWatch
 from mixchat.experts.mover import ExpertLoad, Mover
 from mixchat.experts.placement import MIN_SLOTS, Placement
@@ -39,6 +40,8 @@ class Fetcher:
         self._mover = Mover(store.stream)
         self._loads: dict[ExpertKey, ExpertLoad] = {}
         self._counted = 0  # bytes moved that `stats` has
+        # The last result of `resident` if all experts are held, and its first key.
+        self._all: tuple[ExpertKey, ExpertLists] | None = None
 
     @property
     def slots(self) -> int:
@@ -79,8 +82,18 @@ class Fetcher:
         self.follow_memory()
         if self._cache.limit < self._placement.experts:
             return ()
-        whole = takewhile(lambda keys: all(map(self.holds, keys)), layers)
-        return [[self._expert(self._cache.slot_of(key)) for key in keys] for keys in whole]
+        if not self.holds_all:
+            return self._experts_of(takewhile(lambda keys: all(map(self.holds, keys)), layers))
+        # To ask for each of thousands of experts takes milliseconds.
+        first = layers[0][0]
+        if self._all is None or self._all[0] != first or len(self._all[1]) != len(layers):
+            self._all = first, self._experts_of(layers)
+        return self._all[1]
+
+    def _experts_of(self, layers: Iterable[Sequence[ExpertKey]]) -> ExpertLists:
+        return ExpertLists(
+            [self._expert(self._cache.slot_of(key)) for key in keys] for keys in layers
+        )
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
         """Count uses of experts from `resident`, which may have left their slots since."""
@@ -161,11 +174,13 @@ class Fetcher:
     def resize(self, limit: int) -> None:
         """Hold no more than `limit` experts, and free the memory of the others."""
         if limit != self._cache.limit:
+            self._all = None
             self._cache.resize(limit, pinned=self._loads)
             self._release_surplus()
 
     def close(self) -> None:
         """Free the memory of all slots. Nothing can be fetched after that."""
+        self._all = None
         for load in self._loads.values():
             load.cancelled = True
         self._loads.clear()
@@ -204,6 +219,7 @@ class Fetcher:
         return False
 
     def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey]) -> bool:
+        self._all = None
         key, held = load.key, self._store.blocks
         prefetches = [other for other, queued in self._loads.items() if queued.is_prefetch]
         slot = self._cache.admit(key, {*pinned, *prefetches}, held)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mixchat.weights.format.blueprint import Expert
 
 
+class ExpertLists(list[list["Expert"]]):
+    """The experts of layers, to which weak references are possible, as not to a list."""
+
+
 class ExpertRunner(Protocol):
     """Computes experts: all that the model needs."""
 
@@ -39,6 +43,7 @@ class ExpertRunner(Protocol):
 
         The model may compute them without `run`, once. It then calls `note_hits`. Nothing is
         returned if experts have to make room for others. The memory is kept while the result lives.
+        If all experts stay where they are, the same `ExpertLists` is returned each time.
         """
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:

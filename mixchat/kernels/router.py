@@ -6,6 +6,7 @@ T = tokens, D = columns, E = experts, K = experts of a token.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,10 @@ from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, exponential
 from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
 from mixchat.kernels.emit import Function, Value, f32, i64, vector
-from mixchat.kernels.program import Signature, Step
+from mixchat.kernels.program import Signature, Step, copy_of
 
 _FEW = 4  # tokens that one thread finishes before a second one has started
+_TOGETHER = 4  # logits of a token that are summed up at once, so that no sum waits for itself
 # Experts that are left are above `_START`, however low their logits are. As in torch, NaN is above
 # all numbers.
 _CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
@@ -43,7 +45,7 @@ _LOOK_UP = Signature("experts", "table", "targets", "choices", "columns")
 class Router:
     """Chooses the experts [T, K] with the largest logits, the first of equal ones.
 
-    gate: fp32 [E, D], contiguous. bias: fp32 [E], which is added to the logits.
+    gate: fp32 or bf16 [E, D], contiguous. bias: fp32 [E], which is added to the logits.
     normalized: whether the softmax is over the K chosen logits, and not over all.
     """
 
@@ -62,18 +64,24 @@ class Router:
         x, tokens = x.contiguous(), x.shape[0]
         experts = torch.empty(tokens, self.choices, dtype=torch.int64)
         weights = torch.empty(tokens, self.choices)
-        self.step(x, experts, weights).run()
+        for step in self.steps(x, experts, weights):
+            step.run()
         return experts, weights
 
     def _by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = functional.linear(x.float(), self.gate, self.bias)  # [T, E]
+        logits = functional.linear(x.float(), self.gate.float(), self.bias)  # [T, E]
         # Of equal logits, topk takes any.
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         counted = ranked[:, : self.choices] if self.normalized else ranked
         return order[:, : self.choices], counted.softmax(dim=-1)[:, : self.choices]
 
-    def step(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> Step:
-        """Return `__call__` as a step that writes experts and weights. x is contiguous."""
+    def steps(
+        self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[Step, Step]:
+        """Return `__call__` as steps that write experts and weights. x is contiguous.
+
+        The second one needs the first.
+        """
         tokens, count = experts.shape[0], self.gate.shape[0]
         logits, ranks = torch.empty(2, tokens, count)
         numbers = _SIGNATURE.numbers(
@@ -90,10 +98,15 @@ class Router:
             choices=self.choices,
             others=0 if self.normalized else count,
         )
-        bf16, biased = x.dtype == torch.bfloat16, self.bias is not None
-        function = _compiled(instruction_set(), bf16, biased).function("route")
+        bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
+        compiled = _compiled(instruction_set(), *bf16, self.bias is not None)
         keeps = (x, self.gate, self.bias, experts, weights, logits, ranks)
-        return Step(function, _SIGNATURE, numbers, keeps, threads=1 if tokens <= _FEW else None)
+        score, choose = (compiled.function(name) for name in ("score", "choose"))
+        threads = 1 if tokens <= _FEW else None
+        return (
+            Step(score, _SIGNATURE, numbers, keeps, threads),
+            Step(choose, _SIGNATURE, copy_of(numbers), keeps, threads),
+        )
 
 
 def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> Step:
@@ -109,15 +122,18 @@ def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tens
         choices=targets.shape[0],
         columns=targets.shape[1],
     )
-    function = _compiled(instruction_set(), False, False).function("look_up")
+    function = _compiled(instruction_set(), False, False, False).function("look_up")
     return Step(function, _LOOK_UP, numbers, (experts, table, targets), threads=1)
 
 
 @functools.cache
-def _compiled(instructions: InstructionSet | None, bf16: bool, biased: bool) -> Compiled:
+def _compiled(
+    instructions: InstructionSet | None, x_bf16: bool, gate_bf16: bool, biased: bool
+) -> Compiled:
     assert instructions is not None
     module = ir.Module("router")
-    _Route(module, LANES[instructions], bf16, biased).write()
+    _Score(module, LANES[instructions], x_bf16, gate_bf16, biased).write()
+    _Choose(module).write()
     _write_look_up(module)
     return compile_module(module, instructions)
 
@@ -138,42 +154,70 @@ def _write_look_up(module: ir.Module) -> None:
     function.finish()
 
 
-class _Route:
-    """A function that routes token after token. An item of work is a token."""
+class _Score:
+    """A function that computes logits. An item of work is `_TOGETHER` experts of a token."""
 
-    def __init__(self, module: ir.Module, lanes: int, bf16: bool, biased: bool) -> None:
-        self._function, self._lanes = Function(module, "route"), lanes
-        self._bf16, self._biased = bf16, biased
+    def __init__(
+        self, module: ir.Module, lanes: int, x_bf16: bool, gate_bf16: bool, biased: bool
+    ) -> None:
+        self._function, self._lanes = Function(module, "score"), lanes
+        self._x_bf16, self._gate_bf16, self._biased = x_bf16, gate_bf16, biased
+        self._given = _SIGNATURE.read_by(self._function)
+
+    def write(self) -> None:
+        function, given = self._function, self._given
+        count = given.number("count")
+        groups = (count + _TOGETHER - 1) // _TOGETHER
+        with function.each_item(function.pointer, given.number("tokens") * groups) as item:
+            token, first = item // groups, item % groups * _TOGETHER
+            # Beyond the last expert, the last one is computed again.
+            experts = [function.minimum(first + at, count - 1) for at in range(_TOGETHER)]
+            for expert, logit in zip(experts, self._logits(token, experts), strict=True):
+                place = (token * count + expert) * 4
+                given.pointer("logits").store(logit, place)
+                given.pointer("ranks").store(self._rank(logit), place)
+        function.finish()
+
+    def _logits(self, token: Value, experts: Sequence[Value]) -> list[Value]:
+        function, given, lanes = self._function, self._given, self._lanes
+        columns, zeros = given.number("columns"), function.constant(vector(f32, lanes), 0.0)
+        with function.loop(0, columns, lanes, [zeros] * len(experts)) as (column, sums):
+            x = as_fp32(given.pointer("x"), token * columns + column, self._x_bf16, lanes)
+            for at, expert in enumerate(experts):
+                place = expert * columns + column
+                row = as_fp32(given.pointer("gate"), place, self._gate_bf16, lanes)
+                sums[at] = function.multiply_add(x, row, sums[at])
+        logits = [function.total(one) for one in sums]
+        if not self._biased:
+            return logits
+        bias = given.pointer("bias")
+        return [
+            logit + bias.load(f32, expert * 4)
+            for expert, logit in zip(experts, logits, strict=True)
+        ]
+
+    def _rank(self, logit: Value) -> Value:
+        """Return the logit, or a finite number for NaN."""
+        finite = self._function.maximum(logit, self._function.constant(f32, _LOWEST))
+        return logit.compare("==", logit).choose(finite, _NO_NUMBER)
+
+
+class _Choose:
+    """A function that chooses experts by their logits. An item of work is a token."""
+
+    def __init__(self, module: ir.Module) -> None:
+        self._function = Function(module, "choose")
         self._given = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
         function, given = self._function, self._given
         count, choices = given.number("count"), given.number("choices")
         with function.each_item(function.pointer, given.number("tokens")) as token:
-            with function.loop(0, count, 1) as (expert, _):
-                logit, place = self._logit(token, expert), token * count + expert
-                given.pointer("logits").store(logit, place * 4)
-                given.pointer("ranks").store(self._rank(logit), place * 4)
             first = token * choices
             with function.loop(first, first + choices, 1) as (place, _):
                 self._choose(token, place, count)
             self._soften(token, first, choices)
         function.finish()
-
-    def _logit(self, token: Value, expert: Value) -> Value:
-        function, given, lanes = self._function, self._given, self._lanes
-        columns, zeros = given.number("columns"), function.constant(vector(f32, lanes), 0.0)
-        with function.loop(0, columns, lanes, [zeros]) as (column, sums):
-            x = as_fp32(given.pointer("x"), token * columns + column, self._bf16, lanes)
-            row = given.pointer("gate").load(x.type, (expert * columns + column) * 4)
-            sums[0] = function.multiply_add(x, row, sums[0])
-        logit = function.total(sums[0])
-        return logit + given.pointer("bias").load(f32, expert * 4) if self._biased else logit
-
-    def _rank(self, logit: Value) -> Value:
-        """Return the logit, or a finite number for NaN."""
-        finite = self._function.maximum(logit, self._function.constant(f32, _LOWEST))
-        return logit.compare("==", logit).choose(finite, _NO_NUMBER)
 
     def _choose(self, token: Value, place: Value, count: Value) -> None:
         """Store the best expert that is left, and its logit instead of its weight."""

@@ -120,19 +120,9 @@ def _assemble(
     context = fit.context
     arithmetic = used.expert.gate_up.arithmetic(device, exact=exact)
     workers = connect_workers(installed, options, arithmetic, note)
-    placement, here, copies = divide_experts(installed, fit.placement, workers)
+    share = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)
-    experts = build_experts(
-        installed,
-        placement,
-        devices,
-        options.cache_policy,
-        note,
-        exact=exact,
-        workers=workers,
-        here=here,
-        copies=copies,
-    )
+    experts = build_experts(installed, share, devices, options.cache_policy, note, exact=exact)
     runner = wrap(experts)
     if options.trace is not None:
         runner = RecordingRunner(runner, _trace_writer(options.trace, installed).record)

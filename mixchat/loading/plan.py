@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from mixchat.base.quantities import format_age
 from mixchat.engine.report import report_path, saved_uses
 from mixchat.loading.loader import choose_devices
 from mixchat.loading.workers import ask_workers
-from mixchat.planning.fitting import fit_model
+from mixchat.planning.fitting import MemoryPlan, fit_model
 from mixchat.planning.hardware import Machine, ToldMachine
+from mixchat.planning.known_fits import fit_known, scaled
 from mixchat.planning.machine_speeds import BUSY, Measurement
 from mixchat.planning.measuring import measure_machine, measuring_ends, saved_measurement
 from mixchat.planning.plan import MachinePlan, plan_model, plan_variant
@@ -38,10 +40,12 @@ def plan(
     told: ToldMachine,
     others: OtherPrograms,
     again: bool = False,
+    catalog: Mapping[tuple[str, ...], Blueprint] | None = None,
 ) -> MachinePlan:
     """Return the plan for a model, and measure the machine if that is needed, or `again`.
 
     `told` has the figures of another machine, and `others` the programs since the command began.
+    The models of `catalog`, by their names, are compared by arithmetic from the same figures.
     Raises `MixchatError` if the model does not fit, an option cannot be used, or a worker fails.
     """
     devices, blueprint = choose_devices(options.device), told.layout(outline.blueprint)
@@ -55,6 +59,16 @@ def plan(
     measurement = told.measurement(known, fit.computed, device)
     uses = saved_uses(report_path(outline.name))
     made = replace(plan_model(machine, device, fit, measurement, offers, uses), told=told)
+    if catalog:
+
+        def measured(other: MemoryPlan) -> Measurement:
+            shape = told.measurable(other, here)
+            own = speeds.recent(shape) or scaled(known, told.measurable(fit, here), shape)
+            return told.measurement(own, other.computed, device)
+
+        laid_out = {names: told.layout(each) for names, each in catalog.items()}
+        fits = fit_known(laid_out, machine.free, device, options, measured)
+        made = replace(made, known=tuple(fits))
     is_chosen = outline.installed or "--expert-bits" in outline.arguments
     small = None if is_chosen else in_3_bits(blueprint)
     if small is None:
@@ -113,6 +127,11 @@ class _Speeds:
                 "3 bits are not compared: this machine is busy, and measuring took long enough"
             )
         return saved
+
+    def recent(self, blueprint: Blueprint) -> Measurement | None:
+        """Return the saved measurement if it is not outdated."""
+        saved = saved_measurement(blueprint, self._outline.directory, self._device)
+        return saved if saved is not None and saved.outdated(time.time()) is None else None
 
     def _saved(self, blueprint: Blueprint) -> Measurement | None:
         saved = saved_measurement(blueprint, self._outline.directory, self._device)

@@ -16,6 +16,7 @@ from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.memory import within_memory
 from mixchat.loading.loader import choose_devices
 from mixchat.loading.tiers import build_experts
+from mixchat.loading.workers import Share
 from mixchat.planning.fitting import FreeMemory, fit_experts
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.installed_model import InstalledModel
@@ -122,13 +123,12 @@ class ServedExperts:
     def _build(self) -> Dispatcher:
         return build_experts(
             self._installed,
-            self.placement,
+            Share(self.placement, frozenset(self._held)),
             self._devices,
             self._options.cache_policy,
             self._note,
             exact=self._exact,
             predicts=False,
-            here=frozenset(self._held),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from mixchat.base.errors import ResourceError
 from mixchat.base.progress import Note
 from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import DeviceCompute, HostCompute
-from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
+from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement
@@ -21,30 +21,28 @@ from mixchat.experts.prefetch import NextRouters, Prefetch
 from mixchat.experts.sharing import assign_owners
 from mixchat.experts.sources import DiskSource, HostSource, PageLock
 from mixchat.experts.store import ExpertStore
+from mixchat.loading.workers import Share
 from mixchat.planning.measuring import measure_machine, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
 
 
 def build_experts(
     installed: InstalledModel,
-    placement: Placement,
+    share: Share,
     devices: Sequence[torch.device],
     policy: str,
     note: Note,
     *,
     exact: bool = False,
     predicts: bool = True,
-    workers: Sequence[WorkerExperts] = (),
-    here: Set[ExpertKey] | None = None,
-    copies: Set[ExpertKey] = frozenset(),
 ) -> Dispatcher:
     """Return the holder of an installed model's experts, which computes them on `devices`.
 
     On "cpu" the slots are in RAM. With GPUs, RAM is another tier, and each GPU owns some of the
-    experts. With `exact` an expert is always computed by the same device. `here` are the
-    experts that are not left to workers, None for all. `workers` and `copies` are as in
-    `Dispatcher`. Raises `ResourceError` if a device cannot hold two experts.
+    experts. With `exact` an expert is always computed by the same device. Raises `ResourceError` if
+    a device cannot hold two experts.
     """
+    placement = share.placement
     for device, slots in zip(devices, placement.by_device, strict=True):
         if not slots:
             note(f"{device} is not used: it has too little memory free for two experts")
@@ -56,7 +54,7 @@ def build_experts(
         for layer in range(config.num_hidden_layers)
         for expert in range(config.num_local_experts)
     }
-    here = every if here is None else here
+    here = every if share.here is None else share.here
     # If workers are lost, the GPUs compute their experts, too.
     room = placement.by_device
     owner = assign_owners(here, room) | assign_owners(every - here, room)
@@ -82,8 +80,8 @@ def build_experts(
         stats,
         owner=owner.__getitem__,
         prefetch=_prefetch(installed, stats, used[0]) if predicts else None,
-        workers=workers,
-        copies=copies,
+        workers=share.workers,
+        copies=share.copies,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from statistics import median
@@ -31,6 +32,16 @@ if TYPE_CHECKING:  # a chat without workers loads neither zmq nor pydantic
 # Experts that measure a worker in turn. One alone could stay in a processor's cache.
 _TRIED_EXPERTS = 4
 _TRIES = 5  # of each
+
+
+@dataclass(frozen=True)
+class Share:
+    """This machine's part of a model's experts, and the workers that have the others."""
+
+    placement: Placement
+    here: Set[ExpertKey] | None = None  # the experts that are not left to workers, None for all
+    copies: Set[ExpertKey] = frozenset()  # those of `here` that a worker holds, too
+    workers: Sequence[RemoteWorker] = ()
 
 
 def connect_workers(
@@ -71,13 +82,10 @@ def ask_workers(installed: InstalledModel, options: LoadOptions) -> list[WorkerO
 
 def divide_experts(
     installed: InstalledModel, placement: Placement, workers: Sequence[RemoteWorker]
-) -> tuple[Placement, frozenset[ExpertKey] | None, frozenset[ExpertKey]]:
-    """Let each worker hold its part.
-
-    Return this machine's slots, its experts (None for all), and the copies among them.
-    """
+) -> Share:
+    """Let each worker hold its part. Return this machine's."""
     if not workers:
-        return placement, None, frozenset()
+        return Share(placement)
     config = installed.config
     slots = [sum(placement.by_device), *(worker.slots for worker in workers)]
     uses = saved_uses(report_path_by_key(installed.directory.name))
@@ -85,7 +93,7 @@ def divide_experts(
     for worker, keys in zip(workers, there, strict=True):
         worker.hold(keys)
     copies = frozenset(here).intersection(chain(*there))
-    return placement.at_most(len(here)), frozenset(here), copies
+    return Share(placement.at_most(len(here)), frozenset(here), copies, workers)
 
 
 def _otherwise(worker: RemoteWorker, here: str) -> str:

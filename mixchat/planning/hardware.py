@@ -153,5 +153,4 @@ def _gpu_expert_seconds(computed: Blueprint) -> dict[int, float]:
 
 
 def _gpu_layer_seconds(computed: Blueprint) -> float:
-    tensors = [*computed.qkv(0).tensors, *computed.o(0).tensors]
-    return _STARTING + sum(tensor.nbytes for tensor in tensors) / GPU_MEMORY
+    return _STARTING + computed.attention_size / GPU_MEMORY

@@ -17,6 +17,7 @@ from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import Expectation, SpeedRange, expect
 from mixchat.planning.fitting import MemoryPlan, Tier
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
+from mixchat.planning.known_fits import KnownFit
 from mixchat.planning.machine_speeds import Measurement
 from mixchat.planning.measuring import saved_measurement
 from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
@@ -63,6 +64,7 @@ class MachinePlan:
     spread: WorkerSplit | None = None  # one answer at a time with workers
     in_3_bits: Variant | None = None  # None if impossible, not compared, or installed already
     told: ToldMachine = NOTHING_TOLD  # about the machine, and not measured
+    known: tuple[KnownFit, ...] = ()  # other models, if they were asked for
 
     @property
     def gpu_is_assumed(self) -> bool:

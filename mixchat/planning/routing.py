@@ -18,6 +18,7 @@ from mixchat.experts.trace import Trace
 
 # Tokens of the trace. The first ones fill the cache and do not count.
 _TOKENS, _COLD = 300, 100
+_MIXTRAL = (8, 2)  # experts, and how many of them a token uses
 # The chance that two tokens in a row share an expert, in three of 32 layers, by table 5 of the
 # Mixtral paper (arXiv 2401.04088). By chance it is 13/28.
 _SHARING = ((0, 0.48), (15, 0.645), (31, 0.50))
@@ -135,17 +136,18 @@ def replay_visits(trace: Iterable[Visit], slots: int, policy: Policy, passes: Pa
 def expected_hit_rate(
     config: ModelConfig, slots: int, among: frozenset[ExpertKey] | None = None
 ) -> float:
-    """Return the hit rate, 0 to 1, of so many slots in texts like the Mixtral paper's.
+    """Return the hit rate, 0 to 1, of so many slots.
 
-    Only the experts `among` use the slots, or all for None.
+    Experts repeat as in the Mixtral paper, or by chance in models of another shape. Only the
+    experts `among` use the slots, or all for None.
     """
     layers, experts = config.num_hidden_layers, config.num_local_experts
     total = layers * experts if among is None else len(among)
     if slots >= total:
         return 1.0
-    if 2 * config.num_experts_per_tok > experts:  # no synthetic trace can do that
+    if not repeats_as_mixtral(config):
         return slots / total
-    trace = _paper_trace(layers, experts, config.num_experts_per_tok)
+    trace = _paper_trace(layers)
     if among is not None:
         trace = _only(among, trace)
     cold = replace(trace, forwards=trace.forwards[:_COLD])
@@ -153,6 +155,14 @@ def expected_hit_rate(
     whole, filling = (replay(part, slots, DEFAULT_POLICY).decode for part in (trace, cold))
     hits, misses = whole.hits - filling.hits, whole.misses - filling.misses
     return hits / (hits + misses)
+
+
+def repeats_as_mixtral(config: ModelConfig) -> bool:
+    """Return whether a router chooses as many of as many experts as Mixtral's.
+
+    No counts of repeated experts are published for other shapes.
+    """
+    return (config.num_local_experts, config.num_experts_per_tok) == _MIXTRAL
 
 
 def _only(among: frozenset[ExpertKey], trace: Trace) -> Trace:
@@ -167,8 +177,8 @@ def _only(among: frozenset[ExpertKey], trace: Trace) -> Trace:
 
 
 @lru_cache(maxsize=1)
-def _paper_trace(layers: int, experts: int, experts_per_token: int) -> Trace:
-    return synthetic_trace(layers, experts, experts_per_token, tokens=_TOKENS)
+def _paper_trace(layers: int) -> Trace:
+    return synthetic_trace(layers, *_MIXTRAL, tokens=_TOKENS)
 
 
 _MAX_CHOICES = 1000  # that are gone through one by one

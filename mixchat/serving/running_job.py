@@ -10,6 +10,7 @@ from mixchat.engine.batch import AnswerRequest, Batch, BatchedAnswer
 from mixchat.engine.sampling import log_probabilities
 from mixchat.serving.service import Delta, Done, Failed, Job, Reading, Sink, TokenLogprob
 from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.thinking import parser_of
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
@@ -22,9 +23,11 @@ class RunningJob:
     def __init__(self, job: Job, sink: Sink, tokenizer: Tokenizer, context_size: int) -> None:
         self._job, self.sink = job, sink
         room = context_size - len(job.prompt_ids)
+        made = len(job.prompt_ids) - job.begun
         self._text = Answer(
             Detokenizer(tokenizer, job.prompt_ids if job.continues_prompt else ()),
             AnswerLimits(job.stop_ids, job.stop, job.max_tokens, room),
+            parser_of(job.thinking, tokenizer, job.prompt_ids[:made], job.prompt_ids[made:]),
         )
         self._tokens: list[TokenLogprob] = []  # since the last piece of text
         self._tokens_seen = self._tokens_read = 0
@@ -92,7 +95,13 @@ class RunningJob:
         if self.answer is None:
             return Done(reason, len(self._job.prompt_ids), 0, 0)
         stats = self.answer.stats
-        return Done(reason, stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens)
+        return Done(
+            reason,
+            stats.prompt_tokens,
+            stats.reused_tokens,
+            stats.generated_tokens,
+            self._text.thinking_tokens,
+        )
 
     def counts(self) -> tuple[int, int, int]:
         """Return the computed, cached and generated tokens."""
@@ -109,9 +118,9 @@ class RunningJob:
         if self._job.top_logprobs is not None and answer.logits is not None:
             own, top = log_probabilities(answer.logits, token, self._job.top_logprobs)
             self._tokens.append(TokenLogprob(token, own, top))
-        text = self._text.add(token)
+        new = self._text.add(token)
         if self._text.has_ended:
             answer.cancel()  # a stop string is none of the batch's business
-        if text or (self._text.has_ended and self._tokens):
-            self.sink(Delta(text, tuple(self._tokens)))
+        if new.text or new.thinking or (self._text.has_ended and self._tokens):
+            self.sink(Delta(new.text, tuple(self._tokens), new.thinking))
             self._tokens.clear()

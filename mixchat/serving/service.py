@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mixchat.base.model_config import Context
     from mixchat.engine.sampling import Constraint
     from mixchat.text.template import Template
+    from mixchat.text.thinking import ThinkingFormat
     from mixchat.text.tokenizer import Tokenizer
 
 
@@ -22,7 +23,7 @@ class Job:
     """A prompt, and how to answer it.
 
     top_logprobs is the number of likeliest tokens to report with each token. 0 reports only its own
-    log probability, None nothing.
+    log probability, None nothing. The last `begun` ids of the prompt begin the answer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -33,6 +34,8 @@ class Job:
     top_logprobs: int | None = None
     constraint: Callable[[], Constraint] | None = None
     continues_prompt: bool = False
+    thinking: ThinkingFormat | None = None
+    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,18 @@ class Delta:
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
+    thinking: str = ""
 
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer. A stop token counts as generated."""
+    """The end of an answer. A stop token counts as generated, and so does thinking."""
 
     reason: Reason
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    thinking_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def open_session(
             max_tokens=options.max_tokens,
             stop=options.stop,
             overflow=options.overflow,
+            think=options.think,
         )
 
 

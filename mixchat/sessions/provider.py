@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from mixchat.base.model_config import Context
 
 if TYPE_CHECKING:
-    from mixchat.chat.backend import Overflow
+    from mixchat.chat.backend import Overflow, Think
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
@@ -33,6 +33,7 @@ class ChatOptions:
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     overflow: Overflow = "stop"
+    think: Think = "show"
 
 
 class ModelProvider(Protocol):

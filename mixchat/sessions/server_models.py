@@ -70,6 +70,7 @@ class ServerModels:
             max_tokens=options.max_tokens,
             stop=options.stop,
             overflow=options.overflow,
+            think=options.think,
         )
 
     @contextmanager

@@ -11,6 +11,7 @@
 - checkpoint_text.py: a checkpoint's tokenizer and template, run in a sandbox
 - sandbox.py, sandbox_child.py: the process in which both run: its parent's side, and its own
 - sandbox_protocol.py: their messages, and the memory limit
+- thinking.py: a model's thinking, apart from its answer
 - detokenizer.py: text from ids, one at a time, never half a character; stop strings in it
 - form/: answers of a given form: JSON by a schema, or text by a grammar
 """

@@ -10,6 +10,7 @@ from typing import Any
 from mixchat.text.messages import Message
 from mixchat.text.sandbox import Sandbox, SandboxCall, unusable
 from mixchat.text.template import Template
+from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import Insert, TokenBytes, Tokenizer
 from mixchat.text.tokenizer_files import template_file
 
@@ -106,9 +107,14 @@ class _SandboxedTemplate(_Sandboxed):
         super().__init__(sandbox, subject)
         self.continues_prompt = bool(facts["continues_prompt"])
         self.stop_ids = frozenset([*eos_token_ids, *_checked_ids(facts["stop_ids"], subject)])
+        kind, *variables = facts["thinking"] or [None]
+        self.thinking = None if kind is None else ThinkingFormat(kind, tuple(variables))
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        return self._ask_ids("encode_messages", [(m.role, m.content, m.ids) for m in messages])
+    def encode(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        parts = [(m.role, m.content, m.content_ids) for m in messages]
+        return self._ask_ids("encode_messages", parts, dict(variables or {}))
 
 
 @contextmanager

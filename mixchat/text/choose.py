@@ -7,6 +7,7 @@ loads them in a sandbox.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from mixchat.base.errors import CheckpointError
@@ -68,14 +69,13 @@ def load_template(directory: Path, tokenizer: Tokenizer) -> Template:
         return CompletionTemplate(tokenizer, stop_ids=stop_ids, add_bos=tokenizer.adds_bos)
     if _is_instruct(template, tokenizer):
         return InstructTemplate(tokenizer, stop_ids=stop_ids)
-    controls = tokenizer.control_tokens
-    turn_ends = (controls.get(token) for token in _TURN_ENDS if token in template.source)
-    return JinjaTemplate(
-        template,
-        tokenizer,
-        variables=_variables(directory, tokenizer),
-        stop_ids=stop_ids.union(i for i in (tokenizer.eos_id, *turn_ends) if i is not None),
-    )
+    jinja = JinjaTemplate(template, tokenizer, variables=_variables(directory, tokenizer))
+    turn_ends: Iterable[str] = (token for token in _TURN_ENDS if token in template.source)
+    if jinja.thinking is not None and jinja.thinking.turn_ends:
+        turn_ends = jinja.thinking.turn_ends
+    ids = (tokenizer.eos_id, *map(tokenizer.control_tokens.get, turn_ends))
+    jinja.stop_ids = frozenset(stop_ids.union(i for i in ids if i is not None))
+    return jinja
 
 
 def _mistral_generation(source: str) -> int | None:

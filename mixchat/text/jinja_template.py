@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mixchat.base.errors import CheckpointError, PromptError, short_message
 from mixchat.text.messages import Message, require_question, system_in_first_question
+from mixchat.text.thinking import format_of
 from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import ChatTemplate
 
@@ -32,7 +33,6 @@ class JinjaTemplate:
         tokenizer: Tokenizer,
         *,
         variables: Mapping[str, str] | None = None,
-        stop_ids: Collection[int] = (),
     ) -> None:
         """Compile `template` and render it once.
 
@@ -42,21 +42,24 @@ class JinjaTemplate:
         self._file = template.file
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
-        self.stop_ids = frozenset(stop_ids)
+        self.stop_ids: frozenset[int] = frozenset()
         # These characters may mean themselves, so they cannot replace one of a message.
         self._reserved = {*template.source, *"".join(self._variables.values())}
         try:
-            self._compiled = compile_template(template.source)
+            self._compiled, unset = compile_template(template.source)
         except MemoryError:
             raise
         except Exception as error:
             raise CheckpointError(
                 f"{self._file}: the chat template has an error: {short_message(error)}"
             ) from None
+        self.thinking = format_of(template.source, unset)
         with suppress(PromptError):  # it may need other messages, which `encode` reports
             self._render([{"role": "user", "content": "Hi"}])
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Encode as `Template` says. Raises `CheckpointError` if the template itself fails."""
         require_question(messages)
         if any(m.role == "system" for m in messages) and not self._takes_system:
@@ -64,13 +67,8 @@ class JinjaTemplate:
         used = self._reserved.union(*(message.content for message in messages))
         cover = _Cover(self._tokenizer.control_tokens, used)
         text = self._render(
-            [
-                {
-                    "role": m.role,
-                    "content": cover.text(m.content) if m.ids is None else cover.ids(m.ids),
-                }
-                for m in messages
-            ]
+            [{"role": message.role, "content": cover.content(message)} for message in messages],
+            variables,
         )
         return self._tokenizer.encode_template(text, cover.inserts)
 
@@ -84,7 +82,9 @@ class JinjaTemplate:
         except (PromptError, CheckpointError):
             return False
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(
+        self, messages: list[dict[str, str]], variables: Mapping[str, Any] | None = None
+    ) -> str:
         try:
             return self._compiled(
                 messages=messages,
@@ -92,6 +92,7 @@ class JinjaTemplate:
                 documents=None,
                 add_generation_prompt=True,
                 **self._variables,
+                **(variables or {}),
             )
         except TemplateRefusal as refusal:
             raise PromptError(
@@ -124,7 +125,16 @@ class _Cover:
         self._replaced: dict[str, str] = {}
         self.inserts: dict[str, Insert] = {}
 
-    def text(self, content: str) -> str:
+    def content(self, message: Message) -> str:
+        """Return a message's content, or one character that stands for its ids."""
+        ids = message.content_ids
+        if ids is None:
+            return self._text(message.content)
+        char = next(self._spare)
+        self.inserts[char] = ids
+        return char
+
+    def _text(self, content: str) -> str:
         """Return `content` with its dangerous characters replaced."""
         core = content.strip()
         whole = core != "" and any(core in token for token in self._tokens)
@@ -132,12 +142,6 @@ class _Cover:
             self._replace(char) if (whole or char in self._ends) and not char.isspace() else char
             for char in content
         )
-
-    def ids(self, ids: tuple[int, ...]) -> str:
-        """Return a character that stands for ids."""
-        char = next(self._spare)
-        self.inserts[char] = ids
-        return char
 
     def _replace(self, char: str) -> str:
         if char not in self._replaced:
@@ -150,13 +154,13 @@ class TemplateRefusal(Exception):
     """The template called `raise_exception`, because it cannot express this conversation."""
 
 
-def compile_template(source: str) -> Callable[..., str]:
-    """Return a function that renders a chat template with transformers' helpers.
+def compile_template(source: str) -> tuple[Callable[..., str], Collection[str]]:
+    """Return a function that renders a chat template with transformers' helpers, and its variables.
 
     Only the sandbox process limits its time and memory. Rendering raises `TemplateRefusal` if the
     template refuses the messages, and any other exception if it is broken or hostile.
     """
-    from jinja2 import nodes
+    from jinja2 import meta, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -176,7 +180,8 @@ def compile_template(source: str) -> Callable[..., str]:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(source).render
+    variables = meta.find_undeclared_variables(environment.parse(source))
+    return environment.from_string(source).render, variables
 
 
 def _raise_exception(message: object) -> NoReturn:

@@ -17,13 +17,21 @@ class Message:
 
     `ids` are the tokens that the model generated for an answer, without the one that ended it.
     They go into the next prompt as they are, because encoding the text again can give others.
-    `partial` marks an answer that was stopped before its end.
+    `partial` marks an answer that was stopped before its end. The first `thinking_tokens` ids are
+    the `thinking` before an answer, which is in no later prompt.
     """
 
     role: Role
     content: str
     ids: tuple[int, ...] | None = None
     partial: bool = False
+    thinking: str = ""
+    thinking_tokens: int = 0
+
+    @property
+    def content_ids(self) -> tuple[int, ...] | None:
+        """Return the ids of the content alone."""
+        return None if self.ids is None else self.ids[self.thinking_tokens :]
 
 
 def require_question(messages: Sequence[Message]) -> None:

@@ -66,7 +66,12 @@ class _CheckpointService:
     def load_template(self) -> object:
         self._template = template = load_template(self._directory, self._tokenizer)
         stop_ids = sorted(template.stop_ids)
-        return {"continues_prompt": template.continues_prompt, "stop_ids": stop_ids}
+        form = template.thinking
+        return {
+            "continues_prompt": template.continues_prompt,
+            "stop_ids": stop_ids,
+            "thinking": None if form is None else [form.kind, *form.variables],
+        }
 
     def encode(self, text: str) -> object:
         return self._tokenizer.encode(text)
@@ -83,12 +88,15 @@ class _CheckpointService:
         first = [[i, text.decode("latin-1")] for i, text in tokens.first.items()]
         return {"within": [text.decode("latin-1") for text in tokens.within], "first": first}
 
-    def encode_messages(self, messages: Sequence[Sequence[Any]]) -> object:
+    def encode_messages(
+        self, messages: Sequence[Sequence[Any]], variables: Mapping[str, Any]
+    ) -> object:
         return self._template.encode(
             [
                 Message(role, text, ids if ids is None else tuple(ids))
                 for role, text, ids in messages
-            ]
+            ],
+            variables,
         )
 
 

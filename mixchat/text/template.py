@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 from mixchat.text.messages import (
     Message,
@@ -12,6 +12,7 @@ from mixchat.text.messages import (
     system_in_first_question,
     system_in_last_question,
 )
+from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import Insert, Tokenizer
 
 
@@ -20,11 +21,15 @@ class Template(Protocol):
 
     stop_ids: frozenset[int]  # any of these ends an answer
     continues_prompt: bool  # whether the answer's text continues the prompt's text
+    thinking: ThinkingFormat | None  # None if the model does not think
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Return the ids of the conversation, ready for the model to answer.
 
-        Raises `PromptError` if the template cannot express it.
+        `variables` are of those in `thinking`. Raises `PromptError` if the template cannot express
+        the conversation.
         """
         ...
 
@@ -43,12 +48,15 @@ class InstructTemplate:
     """
 
     continues_prompt = False
+    thinking: ThinkingFormat | None = None
 
     def __init__(self, tokenizer: Tokenizer, *, stop_ids: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
         self.stop_ids = frozenset(stop_ids) | _optional(tokenizer.eos_id)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         require_question(messages)
         place_system = system_in_first_question if self._is_first else system_in_last_question
         ids = [*_optional(self._tokenizer.bos_id)]
@@ -56,7 +64,7 @@ class InstructTemplate:
             if message.role == "user":
                 ids += self._question(message.content)
             else:
-                answer = message.ids
+                answer = message.content_ids
                 ids += self._answer(message.content) if answer is None else answer
                 ids += _optional(self._tokenizer.eos_id)
         return ids
@@ -79,6 +87,7 @@ class CompletionTemplate:
     """The template of base models, which know no chat. All messages are joined into one text."""
 
     continues_prompt = True
+    thinking: ThinkingFormat | None = None
 
     def __init__(
         self, tokenizer: Tokenizer, *, stop_ids: Collection[int] = (), add_bos: bool = True
@@ -87,13 +96,15 @@ class CompletionTemplate:
         self._bos = _optional(tokenizer.bos_id) if add_bos else frozenset()
         self.stop_ids = frozenset(stop_ids) | _optional(tokenizer.eos_id)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         system, rest = split_system(messages)
         if system:
             rest = [Message("user", f"{system}\n\n" if rest else system), *rest]
         # All of it is untrusted text, so each message is one character of the "template".
         inserts: dict[str, Insert] = {
-            chr(0xF0000 + i): message.content if message.ids is None else message.ids
+            chr(0xF0000 + i): message.content if (ids := message.content_ids) is None else ids
             for i, message in enumerate(rest)
         }
         return [*self._bos, *self._tokenizer.encode_template("".join(inserts), inserts)]

@@ -29,6 +29,18 @@ it answers like SmolLM2-135M-Instruct, no better. SmolLM2 is by Hugging Face
 _NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?=[^/]{{1,96}}/[^/]{{1,96}}\Z){_NAME_PART}/{_NAME_PART}")
 _KEY = re.compile(rf"(?=.{{1,200}}\Z){_NAME_PART}")
+# The first that fits the beginning, such as "qwen3:30b-a3b" or "mixtral-8x7b-instruct".
+_OTHER_NAMES = (
+    (r"mixtral\b.*8x22b", "8x22b"),
+    (r"mixtral\b.*\b(base|text)\b", "base"),
+    (r"mixtral\b", "instruct"),
+    (r"qwen-?3-coder", "qwen3-coder"),
+    (r"qwen-?3(?![.\d])", "qwen3"),
+    (r"gpt[-_]?oss", "gpt-oss"),
+    (r"mellum", "mellum2"),
+    (r"olmoe", "olmoe"),
+    (r"granite.*(moe|a800m)", "granite"),
+)
 _NAMES_HINT = (
     f"Name {', '.join(ALIASES)}, {DEMO}, a model on the hub as ORG/NAME, a directory with a "
     "checkpoint, or one that 'mixchat list' shows."
@@ -231,10 +243,9 @@ def _directory_of(name: str) -> Path | None:
 def _meant(name: str) -> str | None:
     """Return the model here that other programs call `name`, or that is spelled like it."""
     lower = name.lower()
-    if re.match(r"mixtral\b", lower):
-        if "8x22b" in lower:
-            return "8x22b"
-        return "base" if re.search(r"\b(base|text)\b", lower) else "instruct"
+    for pattern, alias in _OTHER_NAMES:
+        if re.match(pattern, lower):
+            return alias
     known = {each.lower(): each for each in (*ALIASES, DEMO, *installed_names())}
     near = get_close_matches(lower, known, 1)
     return known[near[0]] if near else None

@@ -13,9 +13,9 @@ _CHILD = Path(__file__).with_name("peer_child.py")
 _WARM = 2  # tokens whose time is not taken
 
 
-def write_model(python: str, path: Path, layers: int, format: str) -> None:
-    """Write a GGUF file with as many layers of Mixtral's shapes, in a format of llama.cpp."""
-    command = [python, str(_CHILD), "make", str(path), str(layers), format]
+def write_model(python: str, path: Path, layers: int, format: str, shape: str = "instruct") -> None:
+    """Write a GGUF file with as many layers of a known model, in a format of llama.cpp."""
+    command = [python, str(_CHILD), "make", str(path), str(layers), format, "--shape", shape]
     _checked(subprocess.run(command, check=False))
 
 

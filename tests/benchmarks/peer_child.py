@@ -1,15 +1,17 @@
-"""llama.cpp on Mixtral's real layer shapes: a program of its own, for the Python that has it.
+"""llama.cpp on real layer shapes: a program of its own, for the Python that has it.
 
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python==0.3.36 gguf     (compiles a while)
-    python peer_child.py make FILE.gguf LAYERS [FORMAT]    Q4_0 (0.8 GB a layer), Q4_K_M, ...
+    python peer_child.py make FILE.gguf LAYERS [FORMAT] [--shape NAME]    Q4_0, Q4_K_M, ...
     python peer_child.py bench FILE.gguf PROMPT TOKENS
     python peer_child.py serve FILE.gguf CONTEXT
 
-It imports nothing of mixchat. The weights are random like those of `mixchat/bench/synthetic.py`: a
-large embedding to which each layer adds little, so that tokens look different to the routers and go
-to experts evenly. They are written in Q4_0, as llama-quantize makes it of a model with eight
-experts: with more bits for the head, keys and values. From there llama.cpp itself takes them to
-another format, for which the disk has to hold both.
+It imports only the shapes of mixchat, which need nothing else. A layer takes 0.8 GB in Mixtral's
+shapes in Q4_0. The weights are random like those of `mixchat/bench/synthetic.py`: a large embedding
+to which each layer adds little, so that tokens look different to the routers and go to experts
+evenly. They are written in Q4_0, as llama-quantize makes it: with more bits for the head, and with
+eight experts for keys and values. gpt-oss has experts in MXFP4 and all else in Q8_0, as its files
+are published. From there llama.cpp itself takes them to another format, for which the disk has to
+hold both.
 """
 
 from __future__ import annotations
@@ -22,11 +24,19 @@ import time
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from llama_formats import FORMATS, requantize
 
-HIDDEN, INNER, EXPERTS, KV, VOCAB = 4096, 14336, 8, 1024, 32000
+sys.path.append(str(Path(__file__).parents[2]))
+from mixchat.base.model_config import ModelConfig
+from mixchat.weights.families.read_config import read_config
+from mixchat.weights.known_models import KNOWN
+
+ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
+SHAPES = [name for name, known in KNOWN.items() if known.config["model_type"] in ARCHITECTURES]
+VOCAB = 32000  # tokens that every model has
 LARGE, SMALL = 0.22, 0.00014  # scales of blocks: weights of 1, and of 0.0006 in the mean
 PIECE = 2**24  # weights that are written at once
 SEQUENCES = 8  # at once, at most
@@ -36,58 +46,93 @@ Tensor = tuple[str, tuple[int, ...], float, str]  # name, shape, scale of its bl
 # Weights of a block, its bytes, where its scale is (16 bits), and the spread of what it scales,
 # beside that of Q4_0.
 BLOCKS = {"Q4_0": (32, 18, 0, 1), "Q8_0": (32, 34, 0, 16), "Q6_K": (256, 210, 208, 4)}
+BLOCKS |= {"MXFP4": (32, 17, 0, 1)}  # whose scale is one byte, the exponent of a power of two
+MXFP4_EXPONENT = 115  # of 2^-12, with which weights spread as in Q4_0 with `SMALL`
 
 
-def tensors(layers: int) -> Iterator[Tensor]:
+def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """All tensors of a file in Q4_0."""
-    yield "token_embd.weight", (VOCAB, HIDDEN), LARGE, "Q4_0"
-    yield "output_norm.weight", (HIDDEN,), 0, "F32"
-    yield "output.weight", (VOCAB, HIDDEN), SMALL, "Q6_K"
-    for layer in range(layers):
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    dense = dense_type(config)
+    head = "Q6_K" if dense == "Q4_0" and hidden % BLOCKS["Q6_K"][0] == 0 else "Q8_0"
+    yield "token_embd.weight", (vocabulary, hidden), LARGE, dense
+    yield "output_norm.weight", (hidden,), 0, "F32"
+    yield "output.weight", (vocabulary, hidden), SMALL, head
+    for layer in range(config.num_hidden_layers):
         block = f"blk.{layer}."
-        yield f"{block}attn_norm.weight", (HIDDEN,), 0, "F32"
-        yield f"{block}ffn_norm.weight", (HIDDEN,), 0, "F32"
-        for name, rows in (("q", HIDDEN), ("k", KV), ("v", KV), ("output", HIDDEN)):
-            kind = "Q8_0" if rows == KV else "Q4_0"
-            yield f"{block}attn_{name}.weight", (rows, HIDDEN), SMALL, kind
-        yield f"{block}ffn_gate_inp.weight", (EXPERTS, HIDDEN), 0, "F32"
-        yield f"{block}ffn_gate_exps.weight", (EXPERTS, INNER, HIDDEN), SMALL, "Q4_0"
-        yield f"{block}ffn_up_exps.weight", (EXPERTS, INNER, HIDDEN), SMALL, "Q4_0"
-        yield f"{block}ffn_down_exps.weight", (EXPERTS, HIDDEN, INNER), SMALL, "Q4_0"
+        after = "post_attention_norm" if config.attention_sinks else "ffn_norm"
+        yield f"{block}attn_norm.weight", (hidden,), 0, "F32"
+        yield f"{block}{after}.weight", (hidden,), 0, "F32"
+        yield from attention(config, f"{block}attn_")
+        yield from experts(config, f"{block}ffn_")
 
 
-def make(path: Path, layers: int, format: str) -> None:
+def dense_type(config: ModelConfig) -> str:
+    """The type of all matrices but experts and head."""
+    return "Q8_0" if config.moe_bias else "Q4_0"
+
+
+def attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
+    hidden, heads, groups = (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
+    dense = dense_type(config)
+    few = "Q8_0" if config.num_local_experts == 8 else dense
+    for name, rows, columns, kind in (
+        ("q", heads, hidden, dense),
+        ("k", groups, hidden, few),
+        ("v", groups, hidden, few),
+        ("output", hidden, heads, dense),
+    ):
+        yield f"{prefix}{name}.weight", (rows, columns), SMALL, kind
+        if config.attention_bias:
+            yield f"{prefix}{name}.bias", (rows,), 0, "F32"
+    if config.qk_norm:  # of each head
+        yield f"{prefix}q_norm.weight", (config.head_dim,), 0, "F32"
+        yield f"{prefix}k_norm.weight", (config.head_dim,), 0, "F32"
+    if config.attention_sinks:
+        yield f"{prefix}sinks.weight", (config.num_attention_heads,), 0, "F32"
+
+
+def experts(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
+    hidden, inner, count = config.hidden_size, config.intermediate_size, config.num_local_experts
+    kind = "MXFP4" if config.moe_bias else "Q4_0"
+    yield f"{prefix}gate_inp.weight", (count, hidden), 0, "F32"
+    if config.moe_bias:
+        yield f"{prefix}gate_inp.bias", (count,), 0, "F32"
+    for name, rows, columns in (
+        ("gate", inner, hidden),
+        ("up", inner, hidden),
+        ("down", hidden, inner),
+    ):
+        yield f"{prefix}{name}_exps.weight", (count, rows, columns), SMALL, kind
+        if config.moe_bias:
+            yield f"{prefix}{name}_exps.bias", (count, rows), 0, "F32"
+
+
+def make(path: Path, layers: int, format: str, shape: str = "instruct") -> None:
     """Write a model of so many layers."""
     if format == "Q4_0":
-        write_q4_0(path, layers)
+        write_q4_0(path, layers, shape)
         return
     plain = path.with_name(f"{path.name}.Q4_0")
     try:
-        write_q4_0(plain, layers)
+        write_q4_0(plain, layers, shape)
         requantize(plain, path, format)
     finally:
         plain.unlink(missing_ok=True)
 
 
-def write_q4_0(path: Path, layers: int) -> None:
+def write_q4_0(path: Path, layers: int, shape: str = "instruct") -> None:
     """Write a model of so many layers in Q4_0."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(32768)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(32)
-    writer.add_head_count_kv(8)
-    writer.add_rope_freq_base(1e6)
-    writer.add_rope_dimension_count(128)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(EXPERTS)
-    writer.add_expert_used_count(2)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("no_vocab")
-    for name, shape, _, kind in tensors(layers):
+    config = read_config(KNOWN[shape].with_layers(layers))
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
+    _add_keys(writer, config)
+    for name, shape, _, kind in tensors(config):
         raw = shape if kind == "F32" else _raw_shape(shape, kind)
         dtype = np.dtype(np.float32 if kind == "F32" else np.uint8)
         size = prod(raw) * dtype.itemsize
@@ -96,7 +141,7 @@ def write_q4_0(path: Path, layers: int) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     random = np.random.default_rng(0)
-    for name, shape, scale, kind in tensors(layers):
+    for name, shape, scale, kind in tensors(config):
         if kind != "F32":
             writer.write_tensor_data(_blocks(random, shape, scale, kind))
         elif "norm" in name:
@@ -106,13 +151,44 @@ def write_q4_0(path: Path, layers: int) -> None:
     writer.close()
 
 
+def _add_keys(writer: Any, config: ModelConfig) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.rope_theta)
+    if rope.rope_type == "yarn":
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
+    if config.sliding_window is not None:  # of every other layer, as llama.cpp assumes
+        writer.add_sliding_window(config.sliding_window)
+
+
 def _blocks(
     random: np.random.Generator, shape: tuple[int, ...], scale: float, kind: str
 ) -> np.ndarray:
     """Blocks of a type with random codes, whose weights spread as those of Q4_0 with `scale`."""
     weights, size, place, spread = BLOCKS[kind]
     blocks = random.integers(0, 256, (prod(shape) // weights, size), dtype=np.uint8)
-    blocks[:, place : place + 2] = np.frombuffer(np.float16(scale / spread).tobytes(), np.uint8)
+    if kind == "MXFP4":
+        blocks[:, place] = MXFP4_EXPONENT
+    else:
+        blocks[:, place : place + 2] = np.frombuffer(np.float16(scale / spread).tobytes(), np.uint8)
     if kind == "Q6_K":
         blocks[:, place - 16 : place] = 1  # scales of 16 weights each
     return blocks.reshape(_raw_shape(shape, kind))
@@ -237,6 +313,7 @@ def main() -> None:
             arguments.add_argument(number, type=int, metavar=number.upper())
         if command is make:
             arguments.add_argument("format", nargs="?", choices=FORMATS, default="Q4_0")
+            arguments.add_argument("--shape", choices=SHAPES, default="instruct")
     given = vars(parser.parse_args())
     given.pop("command")(**given)
 

@@ -12,6 +12,7 @@ import pytest
 from peer import Peer
 
 from mixchat.base.errors import MissingDependencyError, ResourceError
+from mixchat.weights.known_models import KNOWN, KnownModel
 
 
 def python_that_runs(directory: Path, program: str) -> str:
@@ -57,12 +58,46 @@ def test_a_model_in_another_format_is_made_of_one_that_goes(tmp_path, monkeypatc
             raise SystemExit(name)
         target.write_text(f"{source.read_text()}, then {name}")
 
-    monkeypatch.setattr(peer_child, "write_q4_0", lambda path, layers: path.write_text("Q4_0"))
+    monkeypatch.setattr(peer_child, "write_q4_0", lambda path, *_: path.write_text("Q4_0"))
     monkeypatch.setattr(peer_child, "requantize", requantize)
     model = tmp_path / "model.gguf"
     with pytest.raises(SystemExit) if fails else contextlib.nullcontext():
         peer_child.make(model, 1, "Q4_K_M")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["Q4_0, then Q4_K_M"] * (not fails)
+
+
+# By llama.cpp's loaders, src/models/qwen3moe.cpp and openai-moe.cpp.
+WEIGHTS = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp"}
+WEIGHTS |= {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+MORE = {
+    "instruct": ("llama", {"ffn_norm"}),
+    "qwen3": ("qwen3moe", {"ffn_norm", "attn_q_norm", "attn_k_norm"}),
+    "gpt-oss": ("gpt-oss", {"post_attention_norm", "attn_sinks"}),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_file_has_the_tensors_that_llama_cpp_loads(name, tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    small = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 64, "head_dim": 32}
+    small |= {"moe_intermediate_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = {**KNOWN[name].config, **small}
+    monkeypatch.setitem(peer_child.KNOWN, name, KnownModel("org/name", config))
+    peer_child.make(tmp_path / "model.gguf", 1, "Q4_0", name)
+    architecture, more = MORE[name]
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.fields["general.architecture"].contents() == architecture
+    assert reader.fields[f"{architecture}.attention.key_length"].contents() == 32
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    layer = {each.removeprefix("blk.0.") for each in tensors if each.startswith("blk.0.")}
+    biased = {each for each in WEIGHTS if each != "attn_norm"} if name == "gpt-oss" else set()
+    assert layer == {f"{each}.weight" for each in WEIGHTS | more} | {f"{b}.bias" for b in biased}
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    up = tensors["blk.0.ffn_up_exps.weight"]
+    assert up.shape.tolist() == [256, 64, experts]
+    assert up.tensor_type.name == ("MXFP4" if name == "gpt-oss" else "Q4_0")
+    weights = gguf.dequantize(up.data, up.tensor_type)
+    assert 0.0003 < abs(weights).mean() < 0.001
 
 
 def test_nothing_of_it_is_left_afterwards(tmp_path):

@@ -95,9 +95,12 @@ def test_random_models_go_as_they_came(python, tmp_path, monkeypatch, tiny_model
     from mixchat.bench import synthetic
 
     monkeypatch.setattr(
-        synthetic, "write_synthetic", lambda place, layers, bits: shutil.copytree(tiny_model, place)
+        synthetic, "write_synthetic", lambda place, *_: shutil.copytree(tiny_model, place)
     )
-    for more, made in (((), "2 Q4_0"), (("--format", "Q3_K_M"), "2 Q3_K_M")):
+    for more, made in (
+        ((), "2 Q4_0 --shape instruct"),
+        (("--format", "Q3_K_M", "--shape", "qwen3"), "2 Q3_K_M --shape qwen3"),
+    ):
         side_by_side.main(["--synthetic", "2", *more, "--python", python, *QUICK])
         assert (tmp_path / "made").read_text() == made
         assert list((tmp_path / "home" / "models").iterdir()) == []

@@ -10,9 +10,13 @@ from typing import Any
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.text.thinking import ThinkingFormat
 
 STOP = 0
 KEY = ExpertKey(0, 0)
+# Harmony's control tokens, each a private character.
+_NAMES = ("channel", "message", "start", "end", "return", "call")
+MARKS = {f"<|{name}|>": 0xE000 + place for place, name in enumerate(_NAMES)}
 
 
 @dataclass
@@ -99,11 +103,19 @@ class ScriptedEngine:
 class CharacterTokenizer:
     """A token is a character's code point; 0 is the control token that ends an answer."""
 
+    control_tokens = MARKS
+
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
 
+    def encode_template(self, text: str, inserts: Any = None) -> list[int]:
+        for mark, token in MARKS.items():
+            text = text.replace(mark, chr(token))
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(token) for token in ids if token != STOP)
+        hidden = (STOP, *MARKS.values())
+        return "".join(chr(token) for token in ids if token not in hidden)
 
 
 @dataclass
@@ -112,13 +124,17 @@ class PlainTemplate:
 
     continues_prompt: bool = False
     stop_ids: frozenset[int] = field(default=frozenset({STOP}))
+    thinking: ThinkingFormat | None = None
+    prefix: str = ""  # before an answer
+    variables: list[Any] = field(default_factory=list)  # of each prompt
 
-    def encode(self, messages: Sequence[Any]) -> list[int]:
+    def encode(self, messages: Sequence[Any], variables: Any = None) -> list[int]:
+        self.variables.append(variables)
         ids: list[int] = []
         for message in messages:
-            own = [ord(c) for c in message.content] if message.ids is None else list(message.ids)
-            ids += [ord(c) for c in f"[{message.role}]"] + own
-        return ids
+            own = message.content_ids or [ord(c) for c in message.content]
+            ids += [ord(c) for c in f"[{message.role}]"] + list(own)
+        return ids + [ord(c) for c in self.prefix]
 
 
 class TinyTemplate:
@@ -126,8 +142,9 @@ class TinyTemplate:
 
     continues_prompt = False
     stop_ids = frozenset({2})
+    thinking = None
 
-    def encode(self, messages: Sequence[Any]) -> list[int]:
+    def encode(self, messages: Sequence[Any], variables: Any = None) -> list[int]:
         ids = [1]
         for message in messages:
             own = message.ids or [10 + ord(character) % 80 for character in message.content]
@@ -143,7 +160,11 @@ def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
     backend = EngineBackend(
         ScriptedEngine(*script, context_size=options.pop("context_size", 1000)),
         CharacterTokenizer(),
-        PlainTemplate(continues_prompt=options.pop("continues_prompt", False)),
+        PlainTemplate(
+            continues_prompt=options.pop("continues_prompt", False),
+            thinking=options.pop("thinking", None),
+            prefix=options.pop("prefix", ""),
+        ),
         advised_tokens=options.pop("advised_tokens", None),
         form=options.pop("form", None),
     )

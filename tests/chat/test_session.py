@@ -252,7 +252,7 @@ def test_a_chat_far_longer_than_the_context_can_be_resumed(session_of, monkeypat
     monkeypatch.setattr(
         session.backend.template,
         "encode",
-        lambda given: encoded.append(len(given)) or encode(given),
+        lambda given, *more: encoded.append(len(given)) or encode(given),
     )
     assert session.used_tokens > 400
     *_, finished = session.ask("and now?")

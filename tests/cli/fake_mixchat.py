@@ -2,7 +2,8 @@
 
 SCRIPT in the environment is a JSON list of answers. An answer is text, or a list of characters
 and of {"raise": "RuntimeError", "with": "text"}. DELAY is a pause before each token, in seconds.
-PROMPTS is a file to which each prompt is written.
+PROMPTS is a file to which each prompt is written. THINKING is the format in which the answers
+think, and the variables of their template.
 """
 
 import builtins
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
 from chat_doubles import make_session
 
 from mixchat.sessions.opening import resolve_sampling
+from mixchat.text.thinking import ThinkingFormat
 
 
 def answers():
@@ -31,6 +33,11 @@ def make_error(spec):
     return getattr(module, spec["raise"])(spec["with"])
 
 
+def thinking():
+    words = os.environ.get("THINKING", "").split()
+    return ThinkingFormat(words[0], tuple(words[1:])) if words else None
+
+
 def open_fake(model, load, options, reporter, form=None):
     session = make_session(
         *answers(),
@@ -41,6 +48,8 @@ def open_fake(model, load, options, reporter, form=None):
         stop=options.stop,
         overflow=options.overflow,
         form=form,
+        think=options.think,
+        thinking=thinking(),
     )
     if delay := float(os.environ.get("DELAY", "0")):
         slow_down(session.engine, delay)

@@ -2,6 +2,7 @@
 
 import json
 
+import pyte
 import pytest
 from command_line import FAKE
 from terminal import Terminal
@@ -102,3 +103,60 @@ def test_json_and_extract_exclude_each_other(mixchat):
 def test_a_failed_answer_prints_no_json(mixchat):
     done = mixchat("run", "--json", "Hi", **script(["a", {"raise": "RuntimeError", "with": "no"}]))
     assert (done.returncode, done.stdout) == (1, b"")
+
+
+THOUGHT = script("<think>Hm.</think>Yes") | {"THINKING": "tags enable_thinking"}
+
+
+def test_thinking_is_left_out_of_pipes(mixchat):
+    for flags in ((), ("-q",), ("--no-stream",), ("--think", "show")):
+        done = mixchat("run", *flags, "Hi", **THOUGHT)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"Yes\n", b"")
+
+
+def test_json_has_thinking_apart_from_the_answer(mixchat):
+    found = json.loads(mixchat("run", "--json", "Hi", **THOUGHT).stdout)
+    assert (found["answer"], found["thinking"]) == ("Yes", "Hm.")
+    assert found["ids"] == [*map(ord, "Yes")]
+    assert found["usage"]["generated_tokens"] == len("<think>Hm.</think>Yes") + 1
+
+
+def test_an_answer_cut_off_while_the_model_thinks_says_so(mixchat):
+    done = mixchat("run", "-n", "9", "Hi", **THOUGHT)
+    assert (done.returncode, done.stdout) == (0, b"\n")
+    assert done.stderr == (
+        b"note: cut off after 9 tokens while the model was thinking; -n N allows more\n"
+    )
+
+
+def test_thinking_without_an_answer_is_said(mixchat):
+    done = mixchat("run", "Hi", **script("<think>Hm."), THINKING="tags")
+    assert (done.returncode, done.stdout) == (0, b"\n")
+    assert done.stderr == b"note: the model thought, but ended without an answer\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown", "left"),
+    [
+        ((), True, ["(thought for 18 tokens)"]),
+        (("--raw",), True, ["Hm.", "(thought for 18 tokens)"]),
+        (("--think", "hide"), False, []),
+        (("-q",), False, []),
+    ],
+)
+def test_a_terminal_shows_thinking_until_the_answer_begins(environment, flags, shown, left):
+    variables = environment | THOUGHT | {"DELAY": "0.05"}
+    with Terminal([*FAKE, "run", *flags, "Hi"], variables) as terminal:
+        assert terminal.wait_for_end() == 0
+        output = terminal.screen.decode()
+    assert ("\x1b[2mH" in output) == shown
+    screen = pyte.Screen(80, 24)
+    pyte.Stream(screen).feed(output)
+    rows = [row.strip() for row in screen.display if row.strip()]
+    assert rows == [*left, "Yes"]
+
+
+def test_think_takes_three_words(mixchat):
+    done = mixchat("run", "--think", "loud", "Hi")
+    assert done.returncode == 2
+    assert b"--think has to be show or hide or off, not 'loud'" in done.stderr

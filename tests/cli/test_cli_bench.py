@@ -87,7 +87,7 @@ def test_random_models_go_as_they_came_where_nothing_was_ever_installed(
     from mixchat.bench import synthetic
 
     monkeypatch.setattr(
-        synthetic, "write_synthetic", lambda place, *given: shutil.copytree(tiny_model, place)
+        synthetic, "write_synthetic", lambda place, *_: shutil.copytree(tiny_model, place)
     )
     done = run(mixchat, "--synthetic", "2")
     assert (done.returncode, done.stderr) == (0, b"")
@@ -107,7 +107,9 @@ def test_a_picture_is_drawn(mixchat, tiny, tmp_path):
         ((), "give a MODEL, or --synthetic LAYERS"),
         (("demo", "--synthetic", "4"), "give a MODEL, or --synthetic LAYERS"),
         (("demo", "--kv-bits", "4"), "--kv-bits has to be 8 or 16, not 4"),
-        (("--synthetic", "33"), "--synthetic has to be at most 32, not '33'"),
+        (("--synthetic", "33"), "--synthetic has to be at most 32, the layers of instruct, not 33"),
+        (("--synthetic", "2", "--shape", "mixtral"), "--shape cannot be 'mixtral'"),
+        (("demo", "--shape", "qwen3"), "--shape goes with --synthetic"),
     ],
 )
 def test_what_cannot_be_is_refused(mixchat, arguments, said):

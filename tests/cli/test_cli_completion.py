@@ -14,6 +14,7 @@ from terminal import Terminal
 from mixchat.chat.saved.chat_file import SavedChat
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.cli.flags.shell_completion import COMPLETE_VARIABLE
+from mixchat.weights.known_models import KNOWN
 
 HEAVY = {"torch", "rich", "huggingface_hub", "pydantic", "numpy"}
 BASH = """
@@ -82,7 +83,7 @@ def test_bash_completes_commands_and_flags(bash):
 def test_bash_completes_other_names_of_commands(bash):
     assert bash("pu") == ["pull"]
     assert bash("pull", "--expert-b") == ["--expert-bits"]
-    assert bash("pull", "m") == ["mine"]
+    assert bash("pull", "mi") == ["mine"]
     assert bash("ls", "--j") == ["--json"]
     assert bash("help", "ver") == ["verify"]
 
@@ -91,7 +92,7 @@ def test_bash_completes_other_names_of_commands(bash):
     "command", ["show", "verify", "repair", "convert", "rm", "stats", "plan", "bench", "download"]
 )
 def test_bash_completes_models_for_every_command_that_takes_one(bash, command):
-    assert set(bash(command, "")) == {"instruct", "base", "8x22b", "demo", "mine", "someone--tune"}
+    assert set(bash(command, "")) == {*KNOWN, "demo", "mine", "someone--tune"}
 
 
 def test_bash_completes_the_values_of_flags(bash):
@@ -239,7 +240,7 @@ def test_wrong_words_before_do_no_harm(shell_environment, words):
 def test_where_no_model_can_be_listed_there_are_still_names(environment, tmp_path):
     (tmp_path / "home").write_text("a file where the directory belongs")
     done = completing(environment, "mixchat", "show", "")
-    assert done.stdout.split() == ["instruct", "base", "8x22b", "demo"]
+    assert done.stdout.split() == [*KNOWN, "demo"]
 
 
 def test_a_damaged_file_of_settings_does_not_keep_from_completing(shell_environment, tmp_path):

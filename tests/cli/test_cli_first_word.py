@@ -63,7 +63,13 @@ def test_a_directory_that_is_a_model_counts(mixchat, tiny_model):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("instruct", 93), ("base", 93), ("mistralai/Mixtral-8x7B-v0.1", 93), ("8x22b", 281)],
+    [
+        ("instruct", 93),
+        ("base", 93),
+        ("mistralai/Mixtral-8x7B-v0.1", 93),
+        ("8x22b", 281),
+        ("gpt-oss", 14),
+    ],
 )
 def test_a_fresh_machine_is_told_what_mixtral_takes_and_what_else_there_is(mixchat, name, size):
     """Before 93 GB are fetched, somebody should hear of that, of `plan`, and of the demo."""

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from mixchat.planning import fitting, measuring, torch_threads
 from mixchat.planning.machine_speeds import MachineSpeeds
 from mixchat.planning.measuring import SAMPLES
 from mixchat.planning.worker_split import WorkerOffer
+from mixchat.weights.format.manifest import read_manifest, write_manifest
 
 GB = 10**9
 SPEEDS = MachineSpeeds(
@@ -81,6 +83,7 @@ def test_mixtral_is_planned_before_it_is_downloaded(run, measured, environment):
         "With experts in fewer bits",
         "What more memory would give",
         "To download it",
+        "The known models on this machine",
     ]
     assert "16 GB, 14.5 GB free" in found["This machine"]
     read = "reads 3 GB/s (tokens get 85% of it), 2 GB/s while the CPU computes"
@@ -94,6 +97,39 @@ def test_mixtral_is_planned_before_it_is_downloaded(run, measured, environment):
     assert sum(int(held or others) for held, others in places) == 256
     assert "'mixchat download instruct --dry-run'" in found["To download it"]
     assert not (Path(environment["MIXCHAT_HOME"]) / "models").exists()
+
+
+def test_without_a_name_all_known_models_are_compared(run, measured):
+    done = run()
+    table = sections(done)["The known models on this machine"].splitlines()
+    assert max(map(len, table)) <= 80
+    assert table[0].split() == ["model", "disk", "tok/s", "experts"]
+    assert re.fullmatch(r"  qwen3, qwen3-coder +17\.3 GB +\S+ +79% in RAM, 21% on disk", table[5])
+    assert re.fullmatch(r"  gpt-oss +12\.6 GB +\S+ +100% in RAM", table[4])
+    assert len({*measured}) == 2  # instruct in 4 and in 3 bits
+    made = json.loads(run("--json").stdout)
+    ours = next(model for model in made["known_models"] if "instruct" in model["names"])
+    assert ours["tokens_per_second"] == pytest.approx(made["tokens_per_second"])
+    assert ours["bytes"] == pytest.approx(made["kept_bytes"], rel=1e-3)
+    assert json.loads(run("instruct", "--json").stdout)["known_models"] == []
+    told = sections(run("--ram", "4GB", "--ctx-size", "512"))["The known models on the machine"]
+    assert re.search(r"  8x22b +77\.6 GB +- +does not fit into memory", told)
+
+
+def test_where_the_usual_model_does_not_fit_the_smallest_known_one_is_planned(run, measured):
+    done = run("--ram", "3GB")
+    assert done.stderr.decode().startswith("note: instruct does not fit into memory, so this is")
+    found = sections(done)
+    assert "The model: granite" in found
+    assert re.search("instruct, base .* does not fit", found["The known models on the machine"])
+    named = run("instruct", "--ram", "3GB")
+    assert b"error: not enough memory" in named.stderr
+
+
+def test_a_router_without_published_figures_is_taken_to_choose_by_chance(run, measured):
+    expected = sections(run("qwen3"))["What to expect"]
+    assert "all are chosen alike: no figures are published for 8 of 128" in expected
+    assert "published" not in sections(run("instruct"))["What to expect"]
 
 
 def test_3_bits_are_compared_with_4_before_a_download(run, measured):
@@ -184,6 +220,18 @@ def test_an_installed_model_is_planned_as_it_is_installed(run, measured, tiny_mo
     assert (made["kept"], made["path"]) == (True, str(tiny_model))
 
 
+@pytest.mark.parametrize("scales", ["given", "search"])
+def test_experts_that_stay_as_they_were_published_are_said_to(
+    run, measured, tiny_model, tmp_path, scales
+):
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "mine"))
+    manifest = read_manifest(copy)
+    stored = {**manifest.quantization, "scales": scales}
+    write_manifest(copy, dataclasses.replace(manifest, quantization=stored))
+    experts = sections(run(str(copy)))[f"The model: {copy}"].splitlines()[0]
+    assert (" in nf4, as published: 8 of " in experts) == (scales == "given")
+
+
 def test_a_checkpoint_in_a_directory_is_planned_before_it_is_installed(
     run, measured, tiny_checkpoint
 ):
@@ -243,7 +291,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 
 def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(run, measured, monkeypatch):
     monkeypatch.setattr(fitting, "free_on", lambda device: GB)
-    done = run()
+    done = run("instruct")
     assert done.returncode == 7
     assert b"the model needs at least 2.8 GB" in done.stderr
     assert measured == []
@@ -577,7 +625,7 @@ def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch
     monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: "control group")
     assert "16 GB, 14.5 GB free (limit: control group)" in sections(run())["This machine"]
     monkeypatch.setattr(fitting, "free_on", lambda device: GB)
-    done = run()
+    done = run("instruct")
     assert done.returncode == 7
     assert b"hint: A limit on this process allows no more (control group): raise it." in done.stderr
 

@@ -26,8 +26,9 @@ class Template:
 
     continues_prompt = False
     stop_ids = frozenset()
+    thinking = None
 
-    def encode(self, messages):
+    def encode(self, messages, variables=None):
         text = "".join(f"[{message.role}]{message.content}" for message in messages)
         return [ord(character) - _FIRST for character in text]
 

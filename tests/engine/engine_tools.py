@@ -12,6 +12,13 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
 
 GREEDY = SamplingOptions(temperature=0)
+# Tiny models by a family's features, with matrices that the kernels take.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "norms of heads": {"model_type": "qwen3_moe", "moe_intermediate_size": 128},
+    "norms of projections": {"model_type": "olmoe", "num_attention_heads": 2, "head_dim": 32},
+    "window and rope of a layer": {"model_type": "mellum", "moe_intermediate_size": 128},
+    "sinks and biases": {"model_type": "gpt_oss"},
+}
 
 
 class Always(Speculation):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import answer
+from engine_tools import FAMILIES, answer
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
@@ -22,12 +22,14 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
-# Forms of an installed model, of its KV cache, and how many of its experts are held at once.
-KINDS: dict[str, tuple[dict[str, Any], LoadOptions, int | None]] = {
-    "nf4": ({}, LoadOptions(), None),
-    "nf3, from disk": ({"quant_type": "nf3"}, LoadOptions(), 3),
-    "attention in nf4": ({"attention": 4}, LoadOptions(), None),
-    "8-bit cache, from disk": ({}, LoadOptions(kv_bits=8), 2),
+# Forms of a checkpoint and of an installed model, of its KV cache, and how many of its experts are
+# held at once.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions, int | None]] = {
+    "nf4": ({}, {}, LoadOptions(), None),
+    "nf3, from disk": ({}, {"quant_type": "nf3"}, LoadOptions(), 3),
+    "attention in nf4": ({}, {"attention": 4}, LoadOptions(), None),
+    "8-bit cache, from disk": ({}, {}, LoadOptions(kv_bits=8), 2),
+    **{name: (changes, {}, LoadOptions(), 3) for name, changes in FAMILIES.items()},
 }
 
 
@@ -36,8 +38,8 @@ def load(model_of: Callable[..., Path]) -> Callable[..., Engine]:
     """Load a kind of model for several conversations."""
 
     def load(kind: str = "nf4", **options: Any) -> Engine:
-        how, given, slots = KINDS[kind]
-        directory = model_of({"std": 0.1, "intermediate_size": 128}, how)
+        changes, how, given, slots = KINDS[kind]
+        directory = model_of({"std": 0.1, "intermediate_size": 128, **changes}, how)
         if slots is not None:
             with InstalledModel(directory) as installed:
                 stride = installed.blueprint.expert.stride

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import answer, cache_content
+from engine_tools import FAMILIES, answer, cache_content
 
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
@@ -33,6 +33,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "one kv head": ({"num_key_value_heads": 1}, {}, None),
     "top 3": ({"num_experts_per_tok": 3}, {}, None),
     "top 1": ({"num_experts_per_tok": 1}, {}, None),
+    "top 10 of 128": ({"num_local_experts": 128, "num_experts_per_tok": 10}, {}, None),
+    **{name: (changes, {}, None) for name, changes in FAMILIES.items()},
 }
 PROMPT, TOKENS = list(range(3, 33)), 60
 FREE = SamplingOptions(temperature=1.0, seed=5)

@@ -182,7 +182,7 @@ def test_a_program_has_the_bits_of_the_layer_for_any_choices(
     routing = moe.empty_routing()
     runner: Any = moe.runner
     stages = moe.expert_stages(routing, context, runner.experts)
-    program = Program([moe.router_stage(routing, context), *stages])
+    program = Program([*moe.router_stages(routing, context), *stages])
     for x in torch.randn(6, 1, 64, generator=torch.Generator().manual_seed(1)).to(dtype):
         context.normed.copy_(x)
         program.run()

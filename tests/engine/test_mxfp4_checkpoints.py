@@ -16,16 +16,20 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.options import DenseBits
 from mixchat.base.progress import NoProgress
+from mixchat.base.safetensors import split_part
 from mixchat.loading.loader import load_engine
 from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.care.repair import repair, verify
 from mixchat.weights.format.blueprint import experts_file
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.make.build import Build
+from mixchat.weights.make.download_plan import estimate_time, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.quant_type import Linear
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
+from mixchat.weights.source.checkpoint_index import expected_index
 
 FILE = "model.safetensors"
 STACK = "model.layers.1.mlp.experts."
@@ -54,12 +58,7 @@ def published(
     make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
     """A tiny gpt-oss whose codes and scales lie in different shards. Do not write into it."""
-    checkpoint = make_checkpoint(
-        model_type="gpt_oss",
-        std=0.1,
-        **SHAPE,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )
+    checkpoint = make_checkpoint(model_type="gpt_oss", std=0.1, **SHAPE)
     stored, meant = {}, {}
     for name, weight in load_file(checkpoint / FILE).items():
         meant[name] = stored[name] = weight.to(torch.bfloat16)
@@ -131,6 +130,23 @@ def test_each_code_is_taken_over(published: Published, install: Install, layout:
         assert torch.equal(down_bias[0], meant[f"{STACK}down_proj_bias"][expert])
 
 
+def test_a_stack_is_read_as_the_numbers_that_its_codes_stand_for(published: Published) -> None:
+    checkpoint = DirectoryCheckpoint(published.quantized, Source("x"))
+    stored = {
+        name: tensor
+        for path in published.quantized.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        whole, part = split_part(name)
+        return stored[whole][part]
+
+    for name in (f"{STACK}gate_up_proj", f"{STACK}down_proj"):
+        found = checkpoint.index.read_dense(f"{name}[2]", read)
+        assert torch.equal(found.float(), load_file(published.meant / FILE)[name][2])
+
+
 def test_nothing_is_rounded_a_second_time(
     published: Published, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +193,24 @@ def test_nothing_but_experts_is_in_mxfp4(
     assert (stored.quant_type, stored.attention, stored.head) == kinds
 
 
+def test_the_time_to_take_it_over_is_estimated(published: Published, tmp_path: Path) -> None:
+    """Experts with a bias ended the estimate with an AssertionError."""
+    checkpoint = DirectoryCheckpoint(published.quantized, Source("x"))
+    blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
+    build = Build(checkpoint, tmp_path / "model", blueprint)
+    assert estimate_time(make_plan(build), build, keep=False).seconds
+
+
+def test_its_tensors_are_foreseen_without_reading_it(published: Published) -> None:
+    index = DirectoryCheckpoint(published.quantized, Source("x")).index
+    foreseen = expected_index(index.config, "x", mxfp4=True)
+    found, expected = (
+        {spec for shard in some.shards for spec in some.header(shard).specs}
+        for some in (index, foreseen)
+    )
+    assert found == expected
+
+
 @pytest.mark.parametrize("kind", ["nf3", "none"])
 def test_other_bits_of_experts_are_refused(published: Published, kind: str) -> None:
     index = DirectoryCheckpoint(published.quantized, Source("x")).index
@@ -217,6 +251,11 @@ def as_int8(tensors: Tensors) -> None:
     tensors[name] = tensors[name].to(torch.int8)
 
 
+def with_a_norm(tensors: Tensors) -> None:
+    tensors["model.norm.weight_blocks"] = tensors.pop("model.norm.weight").to(torch.uint8)
+    tensors["model.norm.weight_scales"] = tensors["model.norm.weight_blocks"].clone()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -228,6 +267,7 @@ def as_int8(tensors: Tensors) -> None:
         ),
         (cut_short, r"down_proj_blocks has the shape \[3, 64, 2, 16\]"),
         (as_int8, "gate_up_proj_scales is torch.int8"),
+        (with_a_norm, "norm.weight: in MXFP4, but no stack of matrices"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_its_headers(

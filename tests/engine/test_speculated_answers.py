@@ -10,7 +10,7 @@ from typing import Any
 import engine_tools
 import pytest
 import torch
-from engine_tools import GREEDY, Always, cache_content
+from engine_tools import FAMILIES, GREEDY, Always, cache_content
 
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError
@@ -40,6 +40,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
     "sliding window": ({"sliding_window": 20}, {}, LoadOptions()),
     "from disk": ({}, {}, LoadOptions(host_memory=MemoryBudget(fraction=0.3))),
     "exact prompts": ({}, {}, LoadOptions(exact_prompts=True)),
+    **{
+        name: ({**changes, "std": 0.03, "seed": 2}, {}, LoadOptions())
+        for name, changes in FAMILIES.items()
+    },
 }
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")

@@ -23,6 +23,7 @@ from mixchat.experts.placement import Placement
 from mixchat.experts.sources import HostSource
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
+from mixchat.loading.workers import Share
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
@@ -128,7 +129,7 @@ def test_experts_are_read_past_the_page_cache_unless_it_can_hold_them_for_the_ne
     monkeypatch.setattr(tiers.machine, "free_memory", lambda: free * expert_size)
     with InstalledModel(tiny_model) as installed:
         placement, devices = Placement(slots, 0, 8), [torch.device("cpu")]
-        tiers.build_experts(installed, placement, devices, "lru", print)
+        tiers.build_experts(installed, Share(placement), devices, "lru", print)
     assert asked == [True] * past
 
 

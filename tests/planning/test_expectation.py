@@ -76,10 +76,12 @@ def test_ram_holds_the_same_experts_where_their_layout_on_the_gpu_differs():
     assert held == (192 if same else 100)
 
 
-def test_a_model_whose_tokens_cannot_but_share_experts_has_a_hit_rate_too():
-    config = replace(CONFIG, num_local_experts=3)
-    rate, _ = hit_rates(Blueprint(config, Quantization()), CPU, Placement(24, 0, 96))
-    assert rate == 0.25
+@pytest.mark.parametrize(("experts", "chosen"), [(3, 2), (32, 4), (128, 8)])
+def test_experts_of_other_shapes_than_mixtral_s_hit_by_chance(experts, chosen):
+    """Eight of 64 share an expert by chance more often than Mixtral's table says."""
+    config = replace(CONFIG, num_local_experts=experts, num_experts_per_tok=chosen)
+    placement = Placement(8 * experts, 0, 32 * experts)
+    assert hit_rates(Blueprint(config, Quantization()), CPU, placement)[0] == 0.25
 
 
 def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch):

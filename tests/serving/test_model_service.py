@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.passes import ForwardPasses
 from mixchat.serving.model_service import ModelService
+from mixchat.serving.running_job import RunningJob
 from mixchat.serving.service import (
     Delta,
     Done,
@@ -26,6 +28,7 @@ from mixchat.serving.service import (
     ShuttingDownError,
 )
 from mixchat.text.checkpoint_text import CheckpointText
+from mixchat.text.thinking import ThinkingFormat
 
 WAIT = 60  # seconds after which something hangs
 
@@ -267,3 +270,31 @@ def test_counts_are_those_of_the_answers(model_service):
     assert {name: getattr(stats, name) for name in sums} == sums
     assert stats.busy_seconds > 0
     assert stats.expert_hits + stats.expert_misses > 0
+
+
+def test_a_job_tells_thinking_apart_from_text() -> None:
+    """A token is a character."""
+
+    class Characters:
+        control_tokens: dict[str, int] = {}  # noqa: RUF012
+
+        def decode(self, ids: Any) -> str:
+            return "".join(map(chr, ids))
+
+    prompt, events = tuple(map(ord, "Hi<think>")), []
+    asked = job(0, prompt_ids=prompt, stop=("END",), thinking=ThinkingFormat("tags"))
+    running = RunningJob(asked, events.append, Characters(), 100)  # type: ignore[arg-type]
+    answer: Any = SimpleNamespace(
+        ids=[], error=None, generated_tokens=0, logits=None, has_ended=False, is_cancelled=False
+    )
+    answer.stats = SimpleNamespace(prompt_tokens=9, reused_tokens=0, generated_tokens=17)
+    answer.cancel = lambda: setattr(answer, "has_ended", True)
+    running.answer = answer
+    for character in "END.</think>YesEND":
+        answer.ids.append(ord(character))
+        answer.generated_tokens += 1
+        last = running.report()
+    assert last == Done("stop_string", 9, 0, 17, len("END.</think>"))
+    deltas = [event for event in events if isinstance(event, Delta)]
+    assert "".join(delta.thinking for delta in deltas) == "END."
+    assert "".join(delta.text for delta in deltas) == "Yes"

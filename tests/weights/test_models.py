@@ -93,6 +93,28 @@ class TestResolve:
         with pytest.raises(UsageError, match="cannot be a model's name"):
             models.resolve("org/name", key="8x22b")
 
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("mixtral:8x22b", "8x22b"),
+            ("mixtral:8x7b", "instruct"),
+            ("mixtral:text", "base"),
+            ("qwen3:30b-a3b", "qwen3"),
+            ("Qwen3-30B-A3B", "qwen3"),
+            ("qwen3-coder:30b", "qwen3-coder"),
+            ("gpt-oss:20b", "gpt-oss"),
+            ("gpt_oss", "gpt-oss"),
+            ("mellum2-12b-a2.5b", "mellum2"),
+            ("olmoe:7b", "olmoe"),
+            ("granite3.1-moe:3b", "granite"),
+            ("granite-3.1-3b-a800m-instruct", "granite"),
+        ],
+    )
+    def test_the_names_of_other_programs_are_understood(self, name: str, meant: str) -> None:
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.resolve(name)
+        assert caught.value.hint == f"Did you mean {meant}?"
+
     def test_the_demo(self) -> None:
         assert models.resolve("demo") == models.ModelRef("demo", "demo", demo=True)
 

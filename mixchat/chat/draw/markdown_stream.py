@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import SegmentLines
 from rich.text import Text
 
@@ -115,8 +116,7 @@ class MarkdownStream:
     def close(self) -> None:
         """Draw all that is left, and leave the cursor at the start of a line."""
         with interrupts.deferred():  # no half frame, and none that is drawn twice
-            final = self._rows(self._rest.blocks(self._rest.text))
-            self._write(final, after=_SHOW_CURSOR)
+            self._write(self._last_rows(), after=_SHOW_CURSOR)
 
     def _resumed(self, before: str) -> _Rest:
         found = broken_off(before)
@@ -128,8 +128,7 @@ class MarkdownStream:
     def _draw(self) -> None:
         options = self._console.options
         final, rest = self._settled()
-        rows = self._rows(rest.blocks(rest.text)) if self._has_tail else []
-        tail = [*rows, *self._line_below()] if self._has_tail else []
+        tail = [*self._tail_rows(rest), *self._line_below()] if self._has_tail else []
         tail = tail[-max(options.size.height - 1, 1) :]
         if final or self._shown != (tail, options):
             up = f"\x1b[{len(tail) - 1}A" if len(tail) > 1 else ""
@@ -138,9 +137,15 @@ class MarkdownStream:
             )
         self._rest, self._shown = rest, (tail, options)
 
+    def _tail_rows(self, rest: _Rest) -> list[str]:
+        return self._rows(rest.blocks(rest.text))
+
+    def _last_rows(self) -> list[str]:
+        return self._tail_rows(self._rest)
+
     def _line_below(self) -> list[str]:
         line = self._below()
-        return [f"{_FAINT}{line}{_NO_LONGER_FAINT}"] if line else []
+        return [_faint(line)] if line else []
 
     def _settled(self) -> tuple[list[str], _Rest]:
         """Return the rows that have become final, and the rest.
@@ -162,10 +167,11 @@ class MarkdownStream:
         return self._rows(final), rest
 
     def _rows(self, drawn: Iterable[MarkdownBlock]) -> list[str]:
-        lines = []
-        for block in drawn:
-            for part in [Text(), block.drawn] if block.gap else [block.drawn]:
-                lines += self._console.render_lines(part, pad=False)
+        parts = ([Text(), block.drawn] if block.gap else [block.drawn] for block in drawn)
+        return self._rendered(chain.from_iterable(parts))
+
+    def _rendered(self, parts: Iterable[RenderableType]) -> list[str]:
+        lines = [line for part in parts for line in self._console.render_lines(part, pad=False)]
         with self._console.capture() as capture:
             self._console.print(SegmentLines(lines, new_lines=True), soft_wrap=True, end="")
         return capture.get().split("\n")[:-1]
@@ -177,6 +183,30 @@ class MarkdownStream:
             frame = f"{_BEGIN}{before}{_ERASE_BELOW}{frame}{after}{_END}"
         self._console.file.write(frame)
         self._console.file.flush()
+
+
+class ThinkingStream(MarkdownStream):
+    """Draws the end of a thinking faintly, as it is written. `close` puts `note()` in its place."""
+
+    def __init__(
+        self, console: Console, *, below: Callable[[], str], note: Callable[[], str]
+    ) -> None:
+        super().__init__(console, below=below)
+        self._note = note
+
+    def _settled(self) -> tuple[list[str], _Rest]:
+        size = self._console.size
+        return [], _Rest([self._rest.text[-size.height * size.width :]])  # all that fits
+
+    def _tail_rows(self, rest: _Rest) -> list[str]:
+        return self._rendered([Text(rest.text.rstrip("\n"), "dim")])
+
+    def _last_rows(self) -> list[str]:
+        return [_faint(self._note()), ""]
+
+
+def _faint(line: str) -> str:
+    return f"{_FAINT}{line}{_NO_LONGER_FAINT}"
 
 
 def _from_line(text: str, number: int) -> str:

@@ -84,7 +84,11 @@ def as_json(chat: SavedChat) -> dict[str, Any]:
         "system": chat.system,
         "sampling": dict(chat.sampling),
         "messages": [
-            {key: value for key, value in vars(message).items() if value not in (None, False)}
+            {
+                field.name: value
+                for field in fields(message)
+                if (value := getattr(message, field.name)) != field.default
+            }
             for message in chat.messages
         ],
     }
@@ -187,13 +191,18 @@ def _messages(raw: object) -> tuple[Message, ...]:
 def _message(raw: object) -> Message:
     if not isinstance(raw, dict) or not {"role", "content"} <= raw.keys():
         raise ValueError("a message has no role or no content")
-    _check(raw.keys() <= {"role", "content", "ids", "partial"}, "a message has an unknown key")
+    known = {field.name for field in fields(Message)}
+    _check(raw.keys() <= known, "a message has an unknown key")
     _check(raw["role"] in ("user", "assistant"), "a role is neither user nor assistant")
     _check(isinstance(raw["content"], str), "a message's content is not text")
     ids, partial = raw.get("ids"), raw.get("partial", False)
     _check(ids is None or _are_ids(ids), "a message's ids are not token ids")
     _check(isinstance(partial, bool), "a message's partial is neither true nor false")
-    return Message(raw["role"], raw["content"], None if ids is None else tuple(ids), partial)
+    thinking, tokens = raw.get("thinking", ""), raw.get("thinking_tokens", 0)
+    _check(isinstance(thinking, str), "a message's thinking is not text")
+    _check(type(tokens) is int and 0 <= tokens < 2**31, "a message's thinking_tokens is no count")
+    own = None if ids is None else tuple(ids)
+    return Message(raw["role"], raw["content"], own, partial, thinking, tokens)
 
 
 def _are_ids(raw: object) -> bool:

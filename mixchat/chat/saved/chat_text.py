@@ -86,12 +86,15 @@ def to_json(chat: SavedChat) -> str:
     """Return the chat as a JSON object, with its messages in the form of OpenAI's API.
 
     Keys: id, name, model, created, updated (ISO 8601, UTC), system, sampling, messages. A message
-    has role (user, assistant), content, and "partial": true if the answer was stopped. Token ids
-    are left out.
+    has role (user, assistant), content, reasoning_content if the model thought before its answer,
+    and "partial": true if the answer was stopped. Token ids are left out.
     """
-    messages = tuple(replace(message, ids=None) for message in chat.messages)
+    messages = tuple(replace(message, ids=None, thinking_tokens=0) for message in chat.messages)
     raw = {"id": chat.id, **as_json(replace(chat, messages=messages))}
     del raw["identity"]
+    for message in raw["messages"]:
+        if "thinking" in message:
+            message["reasoning_content"] = message.pop("thinking")
     return _well_formed(json.dumps(raw, indent=2, ensure_ascii=False)) + "\n"
 
 
@@ -129,6 +132,7 @@ def _turn(message: Message) -> list[str]:
         return ["## You", _quoted(message.content)]
     text = message.content
     return [
+        *(["## Thinking", _quoted(message.thinking)] if message.thinking else []),
         "## Answer",
         _quoted(text) if _swallows_what_follows(text) else text.rstrip("\n"),
         *([_UNFINISHED] if message.partial else []),

@@ -166,7 +166,12 @@ class ActiveChat:
                 unseen_keys(self.screen.pause),
                 self.screen.waiting(self._reading.seconds) as on_prefill,
             ):
-                finished = self.screen.show(ask(on_prefill=on_prefill), said, self._status_now)
+                finished = self.screen.show(
+                    ask(on_prefill=on_prefill),
+                    said,
+                    self._status_now,
+                    shows_thinking=self.session.think == "show",
+                )
         except KeyboardInterrupt:
             self.screen.say("(stopped)\n")
         except Exception as error:
@@ -203,9 +208,12 @@ class ActiveChat:
             note = "(stopped; /continue resumes it)"
         elif finished.reason == "length":
             more = "/continue resumes it, /set max-tokens N"
-            note = f"({cut_off_note(finished.stats.generated_tokens, more)})"
+            tokens = finished.stats.generated_tokens
+            note = f"({cut_off_note(tokens, more, is_thinking=finished.is_thinking)})"
         elif finished.reason == "context" and self.session.overflow == "drop-oldest":
             note = "(cut off: the context is full; /continue leaves the oldest turns out)"
+        elif finished.reason == "stop" and finished.is_thinking:
+            note = "(the model thought, but ended without an answer)"
         elif finished.reason == "stop" and self.session.history[-1].content == said:
             note = "(the model ended the answer at once)"
         self.screen.say(f"{note}\n" if note else "")

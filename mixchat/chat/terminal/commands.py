@@ -119,7 +119,10 @@ def _set(chat: ActiveChat, argument: str) -> None:
         raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
     parameters.change(chat.session, name, value.strip())
     chat.saver.save()
-    chat.screen.say("(takes effect with the next answer)")
+    session, note = chat.session, "takes effect with the next answer"
+    if name == "think" and session.think == "off" and not session.backend.can_skip_thinking:
+        note = "the model has no switch that turns thinking off; if it thinks, that is hidden"
+    chat.screen.say(f"({note})")
 
 
 def _show(chat: ActiveChat, argument: str) -> None:
@@ -296,6 +299,8 @@ def _export(chat: ActiveChat, argument: str) -> None:
 def _parameter_names(text: str) -> Iterable[str]:
     if text.startswith("overflow "):
         return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
+    if text.startswith("think "):
+        return [f"think {mode}" for mode in parameters.THINKS]
     return [f"{name} " for name in parameters.NAMES]
 
 

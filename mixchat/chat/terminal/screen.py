@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TextIO, cast
 from mixchat.base.quantities import format_time
 from mixchat.base.sanitize import sanitize
 from mixchat.chat import printing, theme
-from mixchat.chat.answer import left_out_note
-from mixchat.chat.session import Finished, LeftOut, TextDelta
+from mixchat.chat.answer import left_out_note, thought_note
+from mixchat.chat.session import Finished, LeftOut, TextDelta, ThinkingDelta
 
 if TYPE_CHECKING:
     from mixchat.chat.draw.markdown_stream import MarkdownStream
@@ -46,6 +46,7 @@ class Screen:
         self._clock = clock
         self._waiting: _WaitingLine | None = None
         self._answer: MarkdownStream | _PlainWriter | None = None  # that is being shown
+        self._thought = 0  # tokens of the last thinking
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str = "") -> None:
@@ -58,30 +59,56 @@ class Screen:
         return printing.columns(self.out) if self._terminal else None
 
     def show(
-        self, events: Iterator[Event], before: str = "", below: Callable[[], str] = str
+        self,
+        events: Iterator[Event],
+        before: str = "",
+        below: Callable[[], str] = str,
+        *,
+        shows_thinking: bool = True,
     ) -> Finished:
         """Show an answer as it comes. Returns its last event. Leaves the cursor at a new line.
 
         `before` is the earlier part of an answer that is continued. It is not shown again. `below`
-        returns a line to show below the text while the text is drawn, or nothing.
+        returns a line to show below the text while the text is drawn, or nothing. Thinking that is
+        shown leaves a line with its length.
         """
         writer = self._answer = self._writer(before, below)
+        thinking = self._thinking_writer(below) if shows_thinking and self._terminal else None
         try:
             with closing(cast("Generator[Event, None, None]", events)):
                 for event in events:
                     if isinstance(event, TextDelta):
                         self._erase_waiting()
+                        self._begin(writer)
                         writer.feed(event.text)
+                    elif isinstance(event, ThinkingDelta):
+                        self._think(event, thinking)
                     elif isinstance(event, LeftOut):
                         self._erase_waiting()
                         self.say(f"({left_out_note(event.turns)})")
                     else:
                         return event
         finally:
-            self._answer = None
             self._erase_waiting()
+            self._begin(writer)
+            self._answer = None
             writer.close()
         raise AssertionError("every answer ends with Finished")
+
+    def _begin(self, writer: MarkdownStream | _PlainWriter) -> None:
+        """Let `writer` be the one that shows, and end the thinking before."""
+        if self._answer is not writer and self._answer is not None:
+            self._answer.close()
+        self._answer = writer
+
+    def _think(self, event: ThinkingDelta, writer: MarkdownStream | _PlainWriter | None) -> None:
+        self._thought = event.tokens
+        if writer is not None:
+            self._erase_waiting()
+            self._answer = writer
+            writer.feed(event.text)
+        elif self._waiting is not None:
+            self._waiting.think(event.tokens)
 
     def pause(self) -> None:
         """Leave the terminal in order while the program is suspended."""
@@ -95,6 +122,8 @@ class Screen:
             if message.role == "user":
                 self._show_question(message.content)
                 continue
+            if message.thinking_tokens:
+                self.say(f"({thought_note(message.thinking_tokens)})")
             self._show_whole(message.content)
             self.say("(unfinished; /continue resumes it)\n" if message.partial else "")
 
@@ -153,6 +182,19 @@ class Screen:
         console = Console(file=self.out, highlight=False)
         return MarkdownStream(console, before=before, below=_TwiceASecond(below, self._clock))
 
+    def _thinking_writer(self, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
+        def note() -> str:
+            return f"({thought_note(self._thought)})"
+
+        if not self._draws:
+            return _FaintWriter(self.out, note)
+        from rich.console import Console
+
+        from mixchat.chat.draw.markdown_stream import ThinkingStream
+
+        console = Console(file=self.out, highlight=False)
+        return ThinkingStream(console, below=_TwiceASecond(below, self._clock), note=note)
+
     def _erase_waiting(self) -> None:
         if self._waiting is not None:
             self._waiting.erase()
@@ -195,6 +237,13 @@ class _WaitingLine:
         more = f", about {format_time(left)} left" if left >= _LONG_WAIT_S else ""
         self._write(f"reading {done:,} of {total:,} tokens ({done / total:.0%}){more}")
 
+    def think(self, tokens: int) -> None:
+        """Show the progress of a thinking that is hidden."""
+        now = self._clock()
+        if self._terminal and now >= self._next:
+            self._next = now + _PROGRESS_INTERVAL_S
+            self._write(f"thinking, {tokens:,} tokens")
+
     def _announce(self, tokens: int) -> None:
         seconds = self._expected(tokens)
         self._started = self._clock()
@@ -230,12 +279,14 @@ class _TwiceASecond:
 class _PlainWriter:
     """Shows an answer as it is written."""
 
+    style = ""
+
     def __init__(self, out: TextIO) -> None:
         self._out, self._at_line_start = out, True
 
     def feed(self, text: str) -> None:
         clean = sanitize(text)
-        self._out.write(clean)
+        self._out.write(theme.painted(clean, self.style, self._out) if self.style else clean)
         self._out.flush()
         if clean:
             self._at_line_start = clean.endswith("\n")
@@ -247,3 +298,18 @@ class _PlainWriter:
         if not self._at_line_start:
             self._out.write("\n")
             self._out.flush()
+
+
+class _FaintWriter(_PlainWriter):
+    """Shows a thinking as it is written, then `note()`."""
+
+    style = theme.THINKING
+
+    def __init__(self, out: TextIO, note: Callable[[], str]) -> None:
+        super().__init__(out)
+        self._note = note
+
+    def close(self) -> None:
+        super().close()
+        self._out.write(f"{theme.painted(self._note(), self.style, self._out)}\n\n")
+        self._out.flush()

@@ -72,7 +72,8 @@ Model = Annotated[
     str,
     setting(
         "-m --model NAME",
-        "base, instruct, 8x22b, demo, ORG/NAME, or a name that 'mixchat list' shows.",
+        "instruct, qwen3, gpt-oss or another known one (see 'mixchat plan'), demo, ORG/NAME, or a "
+        "name that 'mixchat list' shows.",
         MODEL,
         check=checked_model,
         autocompletion=runnable_models,
@@ -193,7 +194,8 @@ ExpertBits = Annotated[
     Literal["16", "4", "3"] | None,
     option(
         "--expert-bits",
-        "Bits of each weight of the experts; 16: as they are in the checkpoint.",
+        "Bits of each weight of the experts; 16: as they are in the checkpoint. Those that are "
+        "published in 4 bits (NF4, FP4, MXFP4) stay as they are.",
         show_default="4",
     ),
 ]

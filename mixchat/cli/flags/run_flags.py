@@ -12,7 +12,7 @@ import typer
 from mixchat.base.errors import UsageError
 from mixchat.base.model_config import Context
 from mixchat.chat import parameters
-from mixchat.chat.parameters import OVERFLOWS, checked_overflow
+from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags.arguments import STDIN, checked
@@ -45,7 +45,7 @@ _DASHES = "mixchat.dashes"  # in the context's `meta`
 _LONGEST_SHOWN = 60  # characters of a question
 # Parameters of `run` for a chat or one answer, not for a file of prompts.
 _NOT_FOR_LINES = (
-    *("prompt", "file", "resume", "save", "keep_cache", "overflow", "raw", "vi"),
+    *("prompt", "file", "resume", "save", "keep_cache", "overflow", "think", "raw", "vi"),
     *("as_json", "extract", "stream", "prompt_cache", "trace", "verbose", "schema", "grammar"),
 )
 _FOR_LINES = ("resume_from", "keep_failed", "parallel")
@@ -74,7 +74,11 @@ def _check_system_file(path: Path) -> None:
 
 
 def _check_overflow(text: str) -> None:
-    checked_overflow(text, "--overflow")
+    checked_word(OVERFLOWS, "--overflow", text)
+
+
+def _check_think(text: str) -> None:
+    checked_word(THINKS, "--think", text)
 
 
 def _check_server(text: str) -> None:
@@ -221,6 +225,17 @@ Overflow = Annotated[
         autocompletion=one_of(*OVERFLOWS),
     ),
 ]
+Think = Annotated[
+    str,
+    setting(
+        "--think MODE",
+        "If the model thinks before it answers: show it faintly until the answer begins, hide it, "
+        "or off to ask for none. In pipes and with -q it is left out.",
+        OUTPUT,
+        check=_check_think,
+        autocompletion=one_of(*THINKS),
+    ),
+]
 Resume = Annotated[
     str | None,
     option(
@@ -352,12 +367,14 @@ def check_run_flags(context: typer.Context) -> None:
 def chat_options(context: typer.Context, size: Context) -> ChatOptions:
     """Return the options of answers. Raises as `_system_prompt` does."""
     flags = context.params
+    think = checked_word(THINKS, "--think", flags["think"])
     return ChatOptions(
         sampling={name: flags[name] for name in _SAMPLED},
         system=_system_prompt(context, size),
         max_tokens=flags["max_tokens"],
         stop=flags["stop"] or [],
-        overflow=checked_overflow(flags["overflow"]),
+        overflow=checked_word(OVERFLOWS, "--overflow", flags["overflow"]),
+        think="hide" if flags["quiet"] and think == "show" else think,
     )
 
 

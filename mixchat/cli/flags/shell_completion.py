@@ -140,6 +140,13 @@ def runnable_models(incomplete: str) -> list[str]:
     return one_of(*dict.fromkeys([*ALIASES, DEMO, *_installed()]))(incomplete)
 
 
+def known_shapes(incomplete: str) -> list[str]:
+    """Complete to a known model, for its shapes."""
+    from mixchat.weights.known_models import KNOWN
+
+    return one_of(*KNOWN)(incomplete)
+
+
 def saved_chats(incomplete: str) -> list[str]:
     """Complete to a chat's name or ID, the newest first."""
     from mixchat.chat.saved.chat_store import ChatStore

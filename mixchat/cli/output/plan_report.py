@@ -16,6 +16,7 @@ from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import TokenCost
+    from mixchat.planning.known_fits import KnownFit
     from mixchat.planning.plan import MachinePlan, Upgrade, Variant
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
@@ -55,6 +56,10 @@ class PlanReport(Report):
         texts = [section("verdict", self.verdict()), *plan_text.sections(outline, plan)]
         if not outline.installed and not plan.told.is_another:
             texts.append(section("to download it", self._download()))
+        if plan.known:
+            where = "the machine" if plan.told.is_another else "this machine"
+            title = f"the known models on {where}"
+            texts.append(section(title, plan_text.known_models(outline.name, plan)))
         return "\n\n".join(texts)
 
     def as_json(self) -> dict[str, Any]:
@@ -97,6 +102,7 @@ class PlanReport(Report):
             "first_token": first and asdict(first) | {"seconds": first.seconds, "tokens": PROMPT},
             "in_3_bits": plan.in_3_bits and _form_as_json(plan.in_3_bits),
             "workers": plan.spread and _spread_as_json(plan, plan.spread),
+            "known_models": [_known_as_json(model) for model in plan.known],
             "what_more_buys": [_more_as_json(more) for more in plan.more],
             "download": outline.download and DownloadReport(outline.download).as_json(),
         }
@@ -193,6 +199,19 @@ def _spread_as_json(plan: MachinePlan, spread: WorkerSplit) -> dict[str, Any]:
         "host_hit_rate": expected.host_hit_rate,
         "cost": _cost_as_json(expected.cost),
         "speed": expected.speed and asdict(expected.speed),
+    }
+
+
+def _known_as_json(model: KnownFit) -> dict[str, Any]:
+    expected = model.expected
+    return {
+        "names": model.names,
+        "bytes": model.bytes,
+        "problem": model.problem,
+        "placement": model.fit and asdict(model.fit.placement),
+        "held": expected and expected.held,
+        "tokens_per_second": expected and expected.tokens_per_second,
+        "speed": expected and expected.speed and asdict(expected.speed),
     }
 
 

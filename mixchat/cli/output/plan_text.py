@@ -18,10 +18,12 @@ from mixchat.cli.output.reports import aligned
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.machine_speeds import IN_USE
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
+from mixchat.planning.routing import repeats_as_mixtral
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
+    from mixchat.planning.known_fits import KnownFit
     from mixchat.planning.machine_speeds import Measurement
     from mixchat.planning.plan import MachinePlan, Variant
     from mixchat.planning.worker_split import WorkerSplit
@@ -114,9 +116,12 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     config, demand = outline.blueprint.config, plan.fit.demand
     of_a_layer = f"{config.num_experts_per_tok} of {config.num_local_experts} a token"
     each = f"{demand.experts} of {format_size(demand.expert)} each"
+    stored = outline.blueprint.quantization
+    came_so = stored.scales == "given" and stored.quant_type != "none"
+    came = f" in {stored.quant_type}, as published" if came_so else ""
     yield (
         "experts",
-        f"{format_size(demand.experts * demand.expert)}: {each}, {of_a_layer} in each of "
+        f"{format_size(demand.experts * demand.expert)}{came}: {each}, {of_a_layer} in each of "
         f"{config.num_hidden_layers} layers",
     )
     wide = ", in 16 bits" if plan.fit.computed != plan.fit.blueprint else ""
@@ -169,6 +174,10 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     else:
         held = f"{hits} are on {gpus_text(plan)}"
         yield "cache hits", f"{held}, {expected.host_hit_rate:.0%} there or in RAM"
+    config = plan.fit.computed.config
+    if expected.hit_rate < 1 and not repeats_as_mixtral(config):
+        shape = f"{config.num_experts_per_tok} of {config.num_local_experts}"
+        yield "", f"assuming that all are chosen alike: no figures are published for {shape}"
     if plan.prompt is not None:
         rates = format_rates(plan.prompt.low, plan.prompt.high)
         seconds = format_times(LONG_PROMPT / plan.prompt.high, LONG_PROMPT / plan.prompt.low)
@@ -223,11 +232,15 @@ def _reasons(cost: TokenCost) -> Iterator[str]:
     if cost.waiting:
         yield f"{_time(cost.waiting)} waiting for workers, beyond what is computed here meanwhile"
     if cost.copied:
-        yield f"{_time(cost.copying)} copying {cost.copied:.3g} experts from RAM to the GPU"
+        yield f"{_time(cost.copying)} copying {_number(cost.copied)} experts from RAM to the GPU"
     if cost.read:
-        yield f"{_time(cost.reading)} reading {cost.read:.3g} experts from disk"
+        yield f"{_time(cost.reading)} reading {_number(cost.read)} experts from disk"
     if cost.hidden:
         yield f"{_time(cost.hidden)} less, because some of this runs at the same time"
+
+
+def _number(count: float) -> str:
+    return f"{count:.3g}" if count < 999.5 else f"{count:.0f}"
 
 
 def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -239,6 +252,34 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         first = "the first GPU" if plan.machine.free.others else "the GPU"
         what = "RAM" if more.tier == "host" else f"on {first}"
         yield f"+{format_size(more.bytes)} {what}", _pace(more.expected)
+
+
+def known_models(name: str, plan: MachinePlan) -> str:
+    """Return the table of the known models, which were compared with the planned one."""
+    rows = [("model", "disk", "tok/s", "experts")]
+    for model in plan.known:
+        rows.append((", ".join(model.names), format_size(model.bytes), *_known(model, plan)))
+    return (
+        f"{aligned(rows)}\n"
+        f"The speeds follow from the figures of {name} by arithmetic, unless a model\n"
+        "was measured before. 'mixchat plan NAME' measures it, and says more."
+    )
+
+
+def _known(model: KnownFit, plan: MachinePlan) -> tuple[str, str]:
+    if model.fit is None or model.expected is None:
+        return "-", model.problem or ""
+    speed, placement = model.expected.speed, model.fit.placement
+    pace = "unknown" if speed is None else format_rates(speed.low, speed.high)
+    held, everything = model.expected.held, placement.experts
+    on_gpu = 0 if plan.machine.free.device is None else sum(placement.by_device)
+    places = {
+        f"on {gpus_text(plan)}": on_gpu,
+        "in RAM": held - on_gpu,
+        "on disk": everything - held,
+    }
+    shares = (f"{count / everything:.0%} {place}" for place, count in places.items() if count)
+    return pace, ", ".join(shares)
 
 
 def _pace(expected: Expectation) -> str:

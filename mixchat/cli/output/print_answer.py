@@ -53,13 +53,17 @@ def print_answer(
     else:
         finished = _pipe(session, question, note)
     _raise_if_interrupted(finished)
+    if finished.reason == "stop" and finished.is_thinking:
+        note("the model thought, but ended without an answer")
     if finished.reason == "context" and session.context is not None:
         size = session.context.tokens
-        note(f"the answer is cut off: the context of {size} tokens is full")
-    if finished.reason == "length" and session.max_tokens is None:
+        place = " while the model was thinking" if finished.is_thinking else ""
+        note(f"the answer is cut off{place}: the context of {size} tokens is full")
+    if finished.reason == "length" and (session.max_tokens is None or finished.is_thinking):
         from mixchat.chat.answer import cut_off_note
 
-        note(cut_off_note(finished.stats.generated_tokens, "-n N"))
+        tokens, is_thinking = finished.stats.generated_tokens, finished.is_thinking
+        note(cut_off_note(tokens, "-n N", is_thinking=is_thinking))
     return finished
 
 
@@ -67,7 +71,7 @@ def _collect(
     session: ChatSession, question: str, take: Callable[[str], object], note: Note
 ) -> Finished:
     from mixchat.chat.answer import left_out_note
-    from mixchat.chat.session import LeftOut, TextDelta
+    from mixchat.chat.session import LeftOut, TextDelta, ThinkingDelta
 
     with closing(cast("Generator[Event, None, None]", session.ask(question))) as events:
         for event in events:
@@ -75,7 +79,7 @@ def _collect(
                 take(event.text)
             elif isinstance(event, LeftOut):
                 note(left_out_note(event.turns))
-            else:
+            elif not isinstance(event, ThinkingDelta):
                 return event
     raise AssertionError("an answer has an end")
 
@@ -85,7 +89,8 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
 
     screen = Screen(raw=raw)
     with screen.waiting() as on_prefill:
-        return screen.show(session.ask(question, on_prefill))
+        events = session.ask(question, on_prefill)
+        return screen.show(events, shows_thinking=session.think == "show")
 
 
 def _pipe(session: ChatSession, question: str, note: Note) -> Finished:
@@ -125,13 +130,18 @@ def _first_block(answer: str) -> str:
 
 
 def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:
-    """Return the last answer as JSON. The ids are null from a server, or if cut within a token."""
+    """Return the last answer as JSON. The ids are null from a server, or if cut within a token.
+
+    The key `thinking` is there if the model thought before it answered.
+    """
     stats, answer, context = finished.stats, session.history[-1], session.context
     decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds
+    ids = answer.content_ids
     return {
         "model": model,
         "answer": answer.content,
-        "ids": None if answer.ids is None else list(answer.ids),
+        "ids": None if ids is None else list(ids),
+        **({"thinking": answer.thinking} if answer.thinking else {}),
         "stop_reason": finished.reason,
         "seed": finished.seed,
         "usage": {

@@ -16,6 +16,7 @@ from mixchat.engine.stats import GenerationStats
 from mixchat.serving.client.server_client import HTTPReply, ServerClient
 from mixchat.serving.client.server_json import Comment, ListedModel, Piece, events, read_piece
 from mixchat.text.messages import Message
+from mixchat.text.thinking import AnswerText
 
 # The comment of mixchat's own server while it reads a prompt.
 _READING = re.compile(r"read ([0-9]{1,9}) of ([0-9]{1,9}) tokens", re.ASCII)
@@ -28,6 +29,7 @@ class ServerBackend:
 
     identity = "server"
     engine = None
+    can_skip_thinking = True  # as far as one can know
 
     def __init__(
         self, client: ServerClient, model: ListedModel, form: Mapping[str, Any] | None = None
@@ -95,6 +97,8 @@ class ServerBackend:
             given["max_tokens"] = turn.max_tokens
         if turn.stop:
             given["stop"] = list(turn.stop)
+        if not turn.may_think:
+            given["chat_template_kwargs"] = {"enable_thinking": False}
         return {
             "model": self._model.name,
             "messages": [{"role": role, "content": content} for role, content in _texts(messages)],
@@ -121,9 +125,10 @@ class ServerReply:
         self._backend, self._stream, self._turn = backend, stream, turn
         self._on_prefill = on_prefill
         self._started, self._first_piece = started, 0.0
-        self._text = ""
+        self._text = self._thinking = ""
+        self._thinking_tokens = 0
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[AnswerText]:
         """Yield the text as it comes. Raises `ServerError` if it breaks off."""
         try:
             yield from self._pieces()
@@ -131,17 +136,24 @@ class ServerReply:
             if self.reason == "interrupted":
                 raise
         if self.reason == "interrupted":
-            place = "in its middle" if self._text else "before it began"
+            place = "in its middle" if self._text or self._thinking else "before it began"
             hint = "Its own messages may say why; a prompt that is too long is one reason."
             raise ServerError(f"the server ended the answer {place}", hint=hint)
 
     def message(self) -> Message | None:
-        if not self._text and self.reason == "interrupted":
+        if not (self._text or self._thinking) and self.reason == "interrupted":
             return None
-        before = "" if self._turn.before is None else self._turn.before.content
-        return Message("assistant", before + self._text, None, self.reason not in COMPLETE)
+        before = self._turn.before or Message("assistant", "")
+        return Message(
+            "assistant",
+            before.content + self._text,
+            None,
+            self.reason not in COMPLETE,
+            before.thinking + self._thinking,
+            before.thinking_tokens + self._thinking_tokens,
+        )
 
-    def _pieces(self) -> Iterator[str]:
+    def _pieces(self) -> Iterator[AnswerText]:
         for event in events(self._stream.pieces()):
             if isinstance(event, Comment):
                 self._show_progress(event.text)
@@ -151,14 +163,19 @@ class ServerReply:
             else:
                 yield from self._take(read_piece(event))
 
-    def _take(self, piece: Piece) -> Iterator[str]:
-        if piece.text:
+    def _take(self, piece: Piece) -> Iterator[AnswerText]:
+        if piece.text or piece.thinking:
             self._text += piece.text
-            if len(self._text) > (self._backend.context or UNKNOWN_CONTEXT).longest_text:
+            self._thinking += piece.thinking
+            self._thinking_tokens += not self._text
+            if (
+                len(self._text) + len(self._thinking)
+                > (self._backend.context or UNKNOWN_CONTEXT).longest_text
+            ):
                 raise ServerError("the server sends more text than its context can hold")
             self._backend.stats.generated_tokens += 1  # most servers send a token at a time
             self._time()
-            yield piece.text
+            yield AnswerText(piece.text, piece.thinking)
         if piece.reason is not None:
             self._end("length" if piece.reason == "length" else "stop")
             self._stream.hurry()  # some servers forget to say that this is the end

@@ -70,6 +70,7 @@ class Piece:
     text: str = ""
     reason: str | None = None
     usage: Usage | None = None
+    thinking: str = ""
 
 
 def read_models(body: bytes) -> list[ListedModel]:
@@ -139,16 +140,22 @@ def read_piece(data: str) -> Piece:
     if not isinstance(choices, list):
         raise ServerError("the server sends choices that are no list")
     choice = next((each for each in map(_object, choices) if not each.get("index")), {})
-    text = _object(choice.get("delta") or {}).get("content")
-    text = "" if text is None else text
-    if not isinstance(text, str):
-        raise ServerError("the server sends an answer that is no text")
-    # JSON can express half of a surrogate pair.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    delta = _object(choice.get("delta") or {})
+    thinking = delta.get("reasoning_content") or delta.get("reasoning")  # some servers' name
     reason = choice.get("finish_reason")
     if reason:
         reason = "length" if reason == "length" else "stop"
-    return Piece(text, reason or None, _usage(raw.get("usage")))
+    usage = _usage(raw.get("usage"))
+    return Piece(_text(delta.get("content")), reason or None, usage, _text(thinking))
+
+
+def _text(given: object) -> str:
+    if given is None:
+        return ""
+    if not isinstance(given, str):
+        raise ServerError("the server sends an answer that is no text")
+    # JSON can express half of a surrogate pair.
+    return given.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def error_of(status: int, raw: object) -> MixchatError:

@@ -5,6 +5,7 @@
 - options.py: the fields that chat and completion share
 - chat.py: a chat, turned into jobs
 - completion.py: a completion, turned into jobs
+- thinking.py: the fields that control a model's thinking
 - forms.py: the form that an answer has to have
 - lines.py: a file of prompts, a JSON object a line
 - errors.py: errors in the form of OpenAI

@@ -6,7 +6,10 @@
 | messages[-1] of the assistant | the beginning of the answer                        |
 | messages[].name               | ignored                                            |
 | logprobs, top_logprobs        | at most 20                                         |
-| modalities, reasoning_effort  | only ["text"] and "none"                           |
+| messages[].reasoning_content  | ignored, as templates do                           |
+| modalities                    | only ["text"]                                      |
+| chat_template_kwargs,         | as far as the model's template knows them, else    |
+| reasoning_effort, think       | ignored and named, or refused if strict            |
 | tools, functions              | ignored and named, or refused if they force a call |
 | audio, and so on              | refused                                            |
 """
@@ -36,6 +39,7 @@ from mixchat.serving.requests.options import (
     parsed,
     read_fields,
 )
+from mixchat.serving.requests.thinking import take_thinking
 from mixchat.serving.service import Service
 from mixchat.text.messages import Message
 
@@ -71,7 +75,7 @@ def _text(given: Any, parts_of: Callable[[Any], list[_Part]]) -> Any:
 
 
 class _ChatMessage(RequestObject):
-    ignored = ("name",)
+    ignored = ("name", "reasoning_content", "reasoning")
     never_null = ("role", "content")
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_tool)]
     tool_calls: _ToolField = None
@@ -111,6 +115,8 @@ def read_chat(
 
     Raises `RequestError` and `PromptError`.
     """
+    template, tokenizer = service.template, service.tokenizer
+    body, variables = take_thinking(body, template.thinking)
     fields, job, ignored = read_fields(_ChatFields, body, service, defaults)
     # Open WebUI and others offer tools with each question, and need no call.
     ignored += tuple(n for n in ("tools", "functions") if getattr(fields, n) not in (None, []))
@@ -120,12 +126,20 @@ def read_chat(
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
     messages = [message.message() for message in fields.messages]
     service.context.check_text("".join(message.content for message in messages), "the prompt")
-    template, continued = service.template, messages[-1].role == "assistant"
-    start = service.tokenizer.encode(messages.pop().content) if continued else []
+    continued, thinking = messages[-1].role == "assistant", template.thinking
+    start = tokenizer.encode(messages.pop().content) if continued else []
+    constraint = constraint_of(fields, compile_form, start, template.continues_prompt)
+    if constraint is not None and thinking is not None and thinking.switch is not None:
+        variables = {**variables, thinking.switch: False}
+    ids = template.encode(messages, variables)
+    if thinking is not None and (continued or constraint is not None):
+        start = [*thinking.to_answer(tokenizer, ids), *start]
     job = replace(
         job,
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
-        constraint=constraint_of(fields, compile_form, start, template.continues_prompt),
+        constraint=constraint,
         continues_prompt=continued or template.continues_prompt,
+        thinking=thinking,
+        begun=len(start),
     )
-    return parsed(fields, job, [[*template.encode(messages), *start]], ignored)
+    return parsed(fields, job, [[*ids, *start]], ignored)

@@ -205,7 +205,7 @@ def _ask(line: Line, backend: ServerBackend, body: Mapping[str, Any]) -> Done:
                 raise
             time.sleep(error.seconds)
     try:
-        line.text = "".join(reply.texts())
+        line.text = "".join(new.text for new in reply.texts())
     finally:
         reply.close()
     stats = backend.stats

@@ -123,7 +123,8 @@ class PendingAnswers:
 
 def _joined(parts: Sequence[Delta]) -> Delta:
     tokens = tuple(token for part in parts for token in part.tokens)
-    return Delta("".join(part.text for part in parts), tokens)
+    thinking = "".join(part.thinking for part in parts)
+    return Delta("".join(part.text for part in parts), tokens, thinking)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

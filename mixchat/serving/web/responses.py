@@ -107,12 +107,14 @@ class ResponseBuilder(ABC):
         """Count a prompt once, however many answers it has."""
         prompt = sum(len(job.prompt_ids) for job in self._request.jobs[:: self._request.n])
         generated = sum(each.generated_tokens for each in done)
+        thought = sum(each.thinking_tokens for each in done)
         cached = min(prompt, sum(each.cached_tokens for each in done[:: self._request.n]))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": cached},
+            **({"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {}),
         }
 
 
@@ -128,9 +130,12 @@ class ChatResponses(ResponseBuilder):
         return [self._chunk({"index": n, **role, "finish_reason": None}) for n in numbers]
 
     def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
-        content: dict[str, Any] = {"delta": {"content": part.text} if finish is None else {}}
+        thinking = {"reasoning_content": part.thinking} if part.thinking else {}
+        text = {"content": part.text} if part.text or not thinking else {}
+        content: dict[str, Any] = {"delta": {**thinking, **text} if finish is None else {}}
         if whole:
-            content = {"message": {"role": "assistant", "content": part.text, "refusal": None}}
+            message = {"role": "assistant", "content": part.text, "refusal": None, **thinking}
+            content = {"message": message}
         logprobs = None
         if self._has_logprobs and (whole or part.tokens):
             logprobs = {"content": list(map(self._token, part.tokens)), "refusal": None}

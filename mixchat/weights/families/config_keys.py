@@ -21,6 +21,7 @@ _SHAPE = (
 )
 
 
+_LAYERS_MAX = 10_000
 _ORIGINAL = "original_max_position_embeddings"
 # The numbers of a rope type beside its factor.
 _ROPE_NUMBERS: dict[RopeType, tuple[str, ...]] = {
@@ -81,14 +82,21 @@ def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_window": positive_int(raw, "sliding_window"), "layer_types": tuple(types)}
 
 
+def layer_count(raw: dict[str, Any]) -> int:
+    """Return the count of layers, so few that a list of them fits into memory."""
+    layers = positive_int(raw, "num_hidden_layers")
+    if layers > _LAYERS_MAX:
+        raise CheckpointError(f"config.json: {layers} layers are more than any model has")
+    return layers
+
+
 def sliding_layers(raw: dict[str, Any]) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments for a window of all layers, if config.json has one."""
     if raw.get("sliding_window") is None:
         return {}
-    layers = positive_int(raw, "num_hidden_layers")
     return {
         "sliding_window": positive_int(raw, "sliding_window"),
-        "layer_types": ("sliding_attention",) * layers,
+        "layer_types": ("sliding_attention",) * layer_count(raw),
     }
 
 

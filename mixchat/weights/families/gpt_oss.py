@@ -10,8 +10,8 @@ from typing import Any
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.config_keys import (
     flag,
+    layer_count,
     layer_types,
-    positive_int,
     positive_number,
     shape_of,
     with_defaults,
@@ -30,7 +30,7 @@ _ROPE = {
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    layers = positive_int(raw, "num_hidden_layers")
+    layers = layer_count(raw)
     types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
     rope = {} if raw.get("rope_scaling") else {"rope_parameters": _ROPE}
     keys = with_defaults(

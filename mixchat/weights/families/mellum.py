@@ -8,9 +8,9 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.config_keys import (
     flag,
+    layer_count,
     layer_types,
     of_experts,
-    positive_int,
     shape_of,
     with_defaults,
 )
@@ -25,7 +25,7 @@ _ROPES = {
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    layers = positive_int(raw, "num_hidden_layers")
+    layers = layer_count(raw)
     keys = with_defaults(
         of_experts(raw),
         num_key_value_heads=4,

@@ -313,6 +313,19 @@ class Blueprint:
         return sum(header.size for header in self.headers().values())
 
     @property
+    def weights_size(self) -> int:
+        """Return the bytes of all tensors, which is the size without the files' headers."""
+        shared = sum(spec.nbytes for spec in self.shared_tensors())
+        layers = range(self.config.num_hidden_layers)
+        experts = sum(self.expert_of(layer).stride for layer in layers)
+        return shared + experts * self.config.num_local_experts
+
+    @property
+    def attention_size(self) -> int:
+        """Return the bytes of the matrices of a layer's attention."""
+        return sum(spec.nbytes for spec in (*self.qkv(0).tensors, *self.o(0).tensors))
+
+    @property
     def shared_size(self) -> int:
         """Return the bytes of the shared tensors that are held in memory."""
         # The embedding is held only if it is the head, too, since a token needs one row of it.

@@ -29,8 +29,8 @@ from mixchat.base.safetensors import tensor_bytes
 from mixchat.weights.format.blueprint import Blueprint, swiglu_of
 from mixchat.weights.format.manifest import Manifest
 from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.matrix.linear import TYPES, LinearSpec
-from mixchat.weights.matrix.quant_type import DenseLinear, Inputs, Way
+from mixchat.weights.matrix.linear import TYPES, BiasedLinear, LinearSpec
+from mixchat.weights.matrix.quant_type import DenseLinear, Inputs, Linear, Way
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader, other_checkpoint
 from mixchat.weights.source.checkpoint_index import CONFIG
 
@@ -161,7 +161,9 @@ class Calibrator:
         if part.linear.name == "w2":
             return part.encoded(weight, Inputs(*self._w2_inputs, self._note), bias)
         fit, held_out = self._rows(*part.expert)
-        exact = DenseLinear(weight)
+        exact: Linear = DenseLinear(weight.to(fit.dtype))
+        if bias is not None:
+            exact = BiasedLinear(exact, bias)
         swiglu = swiglu_of(self._index.config)
         self._w2_inputs = swiglu(exact(fit)), swiglu(exact(held_out))
         return part.encoded(weight, Inputs(fit, held_out, self._note), bias)

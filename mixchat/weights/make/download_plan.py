@@ -214,7 +214,8 @@ def _quantizing_seconds(index: CheckpointIndex, blueprint: Blueprint) -> float:
     """Return the seconds in which this machine quantizes all experts."""
     layout = blueprint.expert
     weights = layout.gate_up.rows * layout.gate_up.columns + layout.down.rows * layout.down.columns
-    spec = replace(layout.down, rows=_SAMPLE_SHAPE[0], columns=_SAMPLE_SHAPE[1])
+    rows, columns = _SAMPLE_SHAPE
+    spec = replace(layout.down, rows=rows, columns=columns, bias=False)
     if index.experts_quant_type:
         spec = replace(spec, quant_type="none")  # 4-bit codes are copied, or nearly so
     sample = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0)).to(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixchat.base.errors import ModelNotFoundError
+from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Progress
 from mixchat.base.settings import models_dir
 from mixchat.weights import models
@@ -16,15 +17,17 @@ from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.format.model_files import check_files
-from mixchat.weights.known_models import known_model
+from mixchat.weights.known_models import KNOWN, KnownModel, known_model
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
 from mixchat.weights.make.quantize_options import (
     QuantizeOptions,
+    default_blueprint,
     make_blueprint,
 )
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
-from mixchat.weights.source.checkpoint_index import expected_index
+from mixchat.weights.matrix.quant_type import QuantType
+from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 _SHARD_BYTES_MAX = 5e9  # of a checkpoint that transformers writes
@@ -81,6 +84,21 @@ def outline(
     return replace(made, name=ref.name, arguments=arguments)
 
 
+def known_index(known: KnownModel) -> CheckpointIndex:
+    """Return the index of a known model's checkpoint, as its config.json describes it."""
+    mxfp4 = known.experts_quant_type == "mxfp4"
+    return expected_index(read_config(known.config), known.repo, _SHARD_BYTES_MAX, mxfp4=mxfp4)
+
+
+def known_blueprints() -> dict[tuple[str, ...], Blueprint]:
+    """Return the known models as a download makes them by default, by the names of a shape."""
+    names: dict[tuple[ModelConfig, QuantType], list[str]] = {}
+    for name, known in KNOWN.items():
+        kind: QuantType = known.experts_quant_type or "nf4"
+        names.setdefault((read_config(known.config), kind), []).append(name)
+    return {tuple(same): default_blueprint(*shape) for shape, same in names.items()}
+
+
 def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
     manifest = read_manifest(directory)
     check_files(directory, manifest)
@@ -98,7 +116,7 @@ def _before_download(
 ) -> Outline:
     name = source.repo
     if (known := known_model(name)) is not None:
-        index = expected_index(read_config(known.config), name, _SHARD_BYTES_MAX)
+        index = known_index(known)
         blueprint = make_blueprint(index, options)
 
         def size(shard: str) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.base.errors import UsageError
+from mixchat.base.model_config import ModelConfig
 from mixchat.kernels.compile import kernels_available
 from mixchat.weights.format.blueprint import HEAD, Blueprint, Quantization, layer_prefix
 from mixchat.weights.matrix.linear import TYPES, Layout, Scales, type_of_bits
@@ -70,6 +71,21 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
         scales="given" if given_4bit or quant_type == "none" else options.scales,
     )
     return Blueprint(index.config, quantization)
+
+
+def default_blueprint(
+    config: ModelConfig, quant_type: QuantType = "nf4", dense_bits: int = DENSE_BITS
+) -> Blueprint:
+    """Return the blueprint of the model that a download makes by default.
+
+    The checkpoint is in 16 bits, or has experts in MXFP4.
+    """
+    dense = type_of_bits(dense_bits)
+    scales: Scales = "given" if quant_type == "mxfp4" else QuantizeOptions.scales
+    return Blueprint(
+        config,
+        Quantization(quant_type, best_layout(), attention=dense, head=dense, scales=scales),
+    )
 
 
 def _has_4_bits(index: CheckpointIndex, part: str, kind: QuantType) -> UsageError:

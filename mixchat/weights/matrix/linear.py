@@ -88,7 +88,7 @@ class PackedLinear:
 
 
 class BiasedLinear:
-    """A map and what it adds to each row, fp32 [R]."""
+    """A map and what it adds to each row, [R]."""
 
     def __init__(self, linear: Linear, bias: torch.Tensor) -> None:
         self._linear, self._bias = linear, bias

@@ -1,6 +1,6 @@
 """Reads matrices that a checkpoint holds in MXFP4, as gpt-oss' experts are published.
 
-In place of a tensor X [E, in, out] of E matrices (or of `X[3]`, its fourth part, without E):
+In place of a stack X [E, in, out] of matrices (or of its fourth part `X[3]`, which has no E):
 
     X_blocks   U8 [E, out, in / 32, 16], two codes a byte, the even column's in the low nibble
     X_scales   U8 [E, out, in / 32], the exponent of each block of 32 columns
@@ -37,11 +37,13 @@ def is_quantized(name: str, available: Collection[str]) -> bool:
 
 
 def component_specs(name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, TensorSpec]:
-    """Return the codes and scales of a tensor of this shape. Raises `CheckpointError`."""
-    *stacked, columns, rows = shape
+    """Return the codes and scales of a stack of this shape. Raises `CheckpointError`."""
+    if len(shape) != 3:
+        raise CheckpointError(f"{name}: in MXFP4, but no stack of matrices")
+    experts, columns, rows = shape
     if columns % MXFP4.blocksize:
         raise CheckpointError(f"{name}: {columns} columns in MXFP4 are not whole blocks of 32")
-    scales = (*stacked, rows, columns // MXFP4.blocksize)
+    scales = (experts, rows, columns // MXFP4.blocksize)
     specs = zip(component_names(name), ((*scales, MXFP4.blocksize // 2), scales), strict=True)
     codes, absmax = (TensorSpec(part, torch.uint8, own) for part, own in specs)
     return codes, absmax

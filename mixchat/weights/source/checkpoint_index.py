@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 
@@ -201,13 +201,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expected_index(
-    config: ModelConfig, where: str, shard_bytes: float = math.inf
+    config: ModelConfig, where: str, shard_bytes: float = math.inf, *, mxfp4: bool = False
 ) -> CheckpointIndex:
-    """Return the index of a bf16 checkpoint without reading it."""
+    """Return the index of a bf16 checkpoint without reading it.
+
+    mxfp4: stacks of matrices are in MXFP4.
+    """
     shards: list[list[TensorSpec]] = [[]]
     size = 0
-    for name, shape in expected_shapes(config).items():
-        spec = TensorSpec(name, torch.bfloat16, shape)
+    for spec in _expected_specs(config, mxfp4):
         if size + spec.nbytes > shard_bytes and shards[-1]:
             shards.append([])
             size = 0
@@ -217,6 +219,14 @@ def expected_index(
     headers = {name: Header.of(specs, name) for name, specs in zip(names, shards, strict=True)}
     weight_map = {spec.name: name for name in names for spec in headers[name].specs}
     return CheckpointIndex(config, headers, weight_map, where)
+
+
+def _expected_specs(config: ModelConfig, mxfp4: bool) -> Iterator[TensorSpec]:
+    for name, shape in expected_shapes(config).items():
+        if mxfp4 and len(shape) > 2:
+            yield from mxfp4_format.component_specs(name, shape)
+        else:
+            yield TensorSpec(name, torch.bfloat16, shape)
 
 
 def read_weight_map(

@@ -94,8 +94,8 @@ class HubListing:
 def look_up(repo_id: str, revision: str | None = None) -> HubListing:
     """Look up the files of a checkpoint, and fetch its config, its index and the headers.
 
-    Raises `ModelNotFoundError` if the hub has no such repo, `CheckpointError` if it is not a
-    Mixtral in safetensors, `HubError` if the hub cannot be reached.
+    Raises `ModelNotFoundError` if the hub has no such repo, `CheckpointError` if it is no model in
+    safetensors that runs, `HubError` if the hub cannot be reached.
     """
     with plain_errors(repo_id):
         commit, listing = _listing(repo_id, revision)

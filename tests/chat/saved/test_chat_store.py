@@ -28,7 +28,7 @@ BEGAN = datetime(2026, 11, 25, 16, 30, 1, 5, tzinfo=timezone.utc)
 ID = "20261125-1630-k3f"
 TALK = (
     Message("user", "Why is the sky blue?"),
-    Message("assistant", "Rayleigh.", (5, 31999)),
+    Message("assistant", "Rayleigh.", (1, 5, 31999), False, "Hm.", 1),
     Message("user", "Go on"),
     Message("assistant", "Wave", None, partial=True),
 )
@@ -401,6 +401,9 @@ class TestDamage:
             ("messages", [{"role": "user", "content": "x", "ids": [1.0]}]),
             ("messages", [{"role": "user", "content": "x", "ids": [-1]}]),
             ("messages", [{"role": "user", "content": "x", "partial": 1}]),
+            ("messages", [{"role": "user", "content": "x", "thinking": 1}]),
+            ("messages", [{"role": "user", "content": "x", "thinking_tokens": -1}]),
+            ("messages", [{"role": "user", "content": "x", "thinking_tokens": True}]),
             ("messages", [{"role": "user", "content": "x", "more": 1}]),
             ("more", 1),
         ],

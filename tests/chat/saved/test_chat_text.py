@@ -140,3 +140,19 @@ def test_json_has_the_messages_as_openai_has_them():
 def test_an_export_is_utf8_whatever_was_said(export):
     text = export(saying("天気 😀 \ud83d end", "\ud83d\ude00"))
     assert "天気 😀 \ufffd end" in text.encode().decode()
+
+
+THOUGHT = Message("assistant", "Yes.", (1, 2, 3), False, "Hm.\n# So", 2)
+
+
+def test_markdown_has_the_thinking_before_its_answer():
+    text = to_markdown(replace(CHAT, messages=(Message("user", "Hi"), THOUGHT)))
+    assert text.endswith("## Thinking\n\n> Hm.\n> # So\n\n## Answer\n\nYes.\n")
+
+
+def test_json_has_the_thinking_as_the_api_names_it():
+    found = json.loads(to_json(replace(CHAT, messages=(Message("user", "Hi"), THOUGHT))))
+    assert found["messages"] == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm.\n# So"},
+    ]

@@ -16,6 +16,7 @@ from mixchat.chat.terminal import other_programs
 from mixchat.chat.terminal.command_help import help_text
 from mixchat.chat.terminal.commands import COMMAND_ALIASES, COMMANDS, completions, usages
 from mixchat.chat.terminal.screen import Screen
+from mixchat.text.thinking import ThinkingFormat
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_set_without_a_name_shows_them_all(session_of):
     text = typed(session_of(), "/set").text
     assert re.findall(r"^\S+", text, re.M) == [
         *("temp", "top-p", "top-k", "min-p", "repeat-penalty", "seed"),
-        *("max-tokens", "stop", "overflow"),
+        *("max-tokens", "stop", "overflow", "think"),
     ]
 
 
@@ -295,7 +296,9 @@ def test_continue_tells_the_screen_what_was_said(session_of, monkeypatch):
     before = []
     show = Screen.show
     monkeypatch.setattr(
-        Screen, "show", lambda self, events, *more: before.append(more[0]) or show(self, events)
+        Screen,
+        "show",
+        lambda self, events, *more, **kw: before.append(more[0]) or show(self, events),
     )
     typed(session_of("```\na", "b", "c"), "Hi", "/continue", "/regen")
     assert before == ["", "```\na", ""]
@@ -466,3 +469,30 @@ def test_a_file_is_named_and_not_lost_if_the_question_fails(session_of, tmp_path
     text = typed(session, "/read notes", "Why", "Why").text
     assert "(notes: still before the next question; /read none drops that)" in text
     assert prompts_of(session)[1] == "[user]All\n\nWhy"
+
+
+@pytest.mark.parametrize(
+    ("thinking", "argument", "said"),
+    [
+        (ThinkingFormat("tags", ("enable_thinking",)), "off", "takes effect with the next answer"),
+        (ThinkingFormat("harmony"), "hide", "takes effect with the next answer"),
+        (ThinkingFormat("harmony"), "off", "the model has no switch that turns thinking off"),
+        (None, "off", "the model has no switch that turns thinking off"),
+    ],
+)
+def test_set_think_says_what_it_does(session_of, thinking, argument, said):
+    session = session_of(thinking=thinking)
+    assert said in typed(session, f"/set think {argument}").text
+    assert session.think == argument
+
+
+def test_set_think_takes_three_words(session_of):
+    said = error_of(typed(session_of(), "/set think loud"))
+    assert said == "think has to be show or hide or off, not 'loud'"
+
+
+def test_an_answer_cut_off_while_thinking_says_so(session_of):
+    session = session_of("<think>Hmmm", thinking=ThinkingFormat("tags"), max_tokens=9)
+    assert typed(session, "Hi").text.startswith(
+        "(cut off after 9 tokens while the model was thinking; /continue resumes it"
+    )

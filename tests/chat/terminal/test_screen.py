@@ -6,7 +6,7 @@ import time
 import pyte
 import pytest
 
-from mixchat.chat.session import LeftOut, TextDelta
+from mixchat.chat.session import LeftOut, TextDelta, ThinkingDelta
 from mixchat.chat.terminal.active_chat import ReadingTime
 from mixchat.chat.terminal.screen import Screen
 from mixchat.engine.stats import GenerationStats
@@ -248,3 +248,89 @@ def test_after_a_long_prompt_it_is_at_the_pace_of_that() -> None:
     assert reading.seconds(3200) is None
     reading.note(GenerationStats(prompt_tokens=500, reused_tokens=400, prefill_seconds=2.0))
     assert reading.seconds(3200) == pytest.approx(64.0)
+
+
+def thought(*pieces):
+    return [ThinkingDelta(piece, 10 * count) for count, piece in enumerate(pieces, 1)]
+
+
+@pytest.fixture
+def paced(monkeypatch):
+    """Each piece is drawn at once."""
+    monkeypatch.setattr("mixchat.chat.draw.markdown_stream._MIN_FRAME_INTERVAL_S", 0)
+    monkeypatch.setattr("mixchat.chat.draw.markdown_stream._MAX_DRAWING_SHARE", 1)
+
+
+def test_thinking_is_faint_until_the_answer_begins_then_a_line_with_its_length(paced):
+    out, shown = Tty(), []
+
+    def events():
+        for event in thought("Hm, **so**", "\n- one\n"):
+            yield event
+            shown.append(out.shown)
+        yield TextDelta("**Yes**")
+        yield "end"
+
+    Screen(out).show(events(), below=lambda: "status")
+    assert shown[0] == ["Hm, **so**", "status"]
+    assert shown[1] == ["Hm, **so**", "- one", "status"]
+    assert "\x1b[2mHm, **so**\x1b[0m" in out.getvalue()
+    assert out.shown == ["(thought for 20 tokens)", "", "Yes"]
+
+
+def test_of_thinking_longer_than_the_screen_the_end_is_shown_and_one_line_left(paced):
+    out, shown = Tty(), []
+
+    def events():
+        for number in range(100):
+            yield from thought(f"thought {number}\n")
+            shown.append(out.shown)
+        yield TextDelta("Yes")
+        yield "end"
+
+    Screen(out).show(events())
+    assert shown[-1][-1] == "thought 99"
+    assert len(shown[-1]) == 23
+    assert out.shown == ["(thought for 10 tokens)", "", "Yes"]
+
+
+def test_thinking_that_is_cut_off_leaves_its_length(paced):
+    out = Tty()
+    Screen(out).show(answered(*thought("Hm", "mm"), end="end"))
+    assert out.shown == ["(thought for 20 tokens)"]
+
+
+def test_thinking_that_is_hidden_shows_a_sign_of_life_and_leaves_nothing():
+    out, clock = Tty(), Clock()
+    screen = Screen(out, clock=clock)
+
+    def events():
+        for clock.now, event in zip((2.0, 2.01, 3.0), thought("a", "b", "c"), strict=True):
+            yield event
+        assert out.shown == ["thinking, 30 tokens"]
+        yield TextDelta("Yes")
+        yield "end"
+
+    with screen.waiting():
+        screen.show(events(), shows_thinking=False)
+    assert out.shown == ["Yes"]
+    assert "20 tokens" not in out.getvalue()
+
+
+def test_raw_thinking_is_faint_above_its_length():
+    out = Tty()
+    Screen(out, raw=True).show(answered(*thought("Hm\x1b", " so"), "**Yes**", end="end"))
+    assert out.shown == ["Hm so", "(thought for 20 tokens)", "", "**Yes**"]
+    assert "\x1b[2m so\x1b[0m" in out.getvalue()
+
+
+def test_no_thinking_goes_anywhere_but_to_a_terminal():
+    out = io.StringIO()
+    Screen(out).show(answered(*thought("Hm"), "Yes", end="end"))
+    assert out.getvalue() == "Yes\n"
+
+
+def test_a_resumed_chat_shows_the_length_of_thinking():
+    out = io.StringIO()
+    Screen(out).show_turns([Message("assistant", "Yes", thinking="Hm", thinking_tokens=1)])
+    assert out.getvalue() == "(thought for 1 token)\nYes\n\n"

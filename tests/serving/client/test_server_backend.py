@@ -15,12 +15,13 @@ from scripted_server import (
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.options import RequestedSampling
-from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
+from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta, ThinkingDelta
 from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import ListedModel
 from mixchat.serving.client.server_url import ServerURL
 from mixchat.text.form.output_constraint import OutputConstraint
+from mixchat.text.messages import Message
 
 
 def session_with(server, context_size=None, **options):
@@ -296,3 +297,35 @@ def test_an_answer_without_an_end_is_ended_by_what_the_context_can_hold():
         session = session_with(server, context_size=100)
         with pytest.raises(ServerError, match="more text than its context can hold"):
             list(session.ask("Hi"))
+
+
+def thinks(text):
+    return event({"choices": [{"index": 0, "delta": {"reasoning_content": text}}]})
+
+
+def test_a_servers_thinking_comes_apart_and_is_not_sent_back():
+    first = Answer([thinks("Hm"), thinks("."), delta("Yes"), delta(None, "stop"), DONE])
+    with ScriptedServer(first, says("Fine")) as server:
+        session = session_with(server)
+        events = list(session.ask("Hi"))
+        list(session.ask("So?"))
+        sent = [request.body for request in server.requests]
+    assert events[:3] == [ThinkingDelta("Hm", 1), ThinkingDelta(".", 2), TextDelta("Yes")]
+    assert session.history[1] == Message("assistant", "Yes", None, False, "Hm.", 2)
+    assert [message["content"] for message in sent[1]["messages"]] == ["Hi", "Yes", "So?"]
+    assert "chat_template_kwargs" not in sent[1]
+
+
+def test_an_answer_that_breaks_off_within_its_thinking_is_remembered():
+    with ScriptedServer(Answer([thinks("Hm")], end="reset")) as server:
+        session = session_with(server)
+        with pytest.raises(ServerError):
+            list(session.ask("Hi"))
+    assert session.history[1] == Message("assistant", "", None, True, "Hm", 1)
+
+
+def test_a_server_is_asked_to_leave_thinking_out():
+    with ScriptedServer(says("Yes")) as server:
+        list(session_with(server, think="off").ask("Hi"))
+        (request,) = server.requests
+    assert request.body["chat_template_kwargs"] == {"enable_thinking": False}

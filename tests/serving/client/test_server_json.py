@@ -45,6 +45,8 @@ def piece_of(**chunk):
 def test_a_piece_has_text_reason_and_usage():
     assert piece_of(choices=[{"delta": {"content": "Hi"}}]) == Piece("Hi")
     assert piece_of(choices=[{"delta": {}, "finish_reason": "length"}]) == Piece("", "length")
+    for name in ("reasoning_content", "reasoning"):
+        assert piece_of(choices=[{"delta": {name: "Hm"}}]) == Piece(thinking="Hm")
     assert piece_of(choices=[{"delta": None, "finish_reason": "eos"}]) == Piece("", "stop")
     counts = {"prompt_tokens": 5, "completion_tokens": 2}
     assert piece_of(choices=[], usage=counts) == Piece(usage=Usage(5, 0, 2))

@@ -29,6 +29,7 @@ from mixchat.serving.service import (
 )
 from mixchat.text.detokenizer import StopStrings
 from mixchat.text.messages import Message, require_question
+from mixchat.text.thinking import ThinkingFormat, parser_of
 from mixchat.text.tokenizer import TokenBytes, require_unicode
 
 STOP, BOS = 0, 1
@@ -77,8 +78,13 @@ class LineTemplate:
 
     stop_ids = frozenset({STOP})
     continues_prompt = False
+    thinking: ThinkingFormat | None = None
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def __init__(self) -> None:
+        self.variables: list[Any] = []  # of each prompt
+
+    def encode(self, messages: Sequence[Message], variables: Any = None) -> list[int]:
+        self.variables.append(variables)
         require_question(messages)
         return [ord(c) for m in messages for c in f"{m.role}: {m.content}\n"]
 
@@ -162,6 +168,7 @@ class ScriptedService:
         for done in range(0, total + 1, max(total // 2, 1)):
             running.sink(Reading(done, total))
         stops, tokens, reason = StopStrings(job.stop), 0, "stop"
+        parser, thought = parser_of(job.thinking, self.tokenizer, job.prompt_ids), 0
         for part in self._script(job):
             if part.startswith("{"):
                 self._act(part, running)
@@ -174,15 +181,17 @@ class ScriptedService:
                 reason = "length"
                 break
             tokens += 1
-            text, stopped = stops.add(part)
-            running.sink(Delta(text, self._logprobs(job, part)))
+            new = parser.add(part)
+            thought += parser.start is None
+            text, stopped = stops.add(new.text)
+            running.sink(Delta(text, self._logprobs(job, part), new.thinking))
             if stopped:
                 reason = "stop_string"
                 break
         else:
-            if rest := stops.flush():
+            if rest := stops.add(parser.flush().text)[0] + stops.flush():
                 running.sink(Delta(rest))
-        return Done(reason, total, 0, tokens)
+        return Done(reason, total, 0, tokens, thought)
 
     def _script(self, job: Job) -> Iterator[str]:
         prompt = self.tokenizer.decode(job.prompt_ids)

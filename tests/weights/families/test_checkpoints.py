@@ -169,7 +169,9 @@ def test_repair_asks_for_the_bytes_of_one_expert_of_a_stack(
         assert opened.source.commit == COMMIT
     quantize(checkpoint, installed)
     before = files_of(installed)
-    flip(installed / "experts-001.safetensors", -5000)
+    damaged = installed / "experts-001.safetensors"
+    with SafetensorsFile(damaged) as file:
+        flip(damaged, file.header.start("3.w2.codes"))
     damages = verify(installed)
     fake.requests.clear()
     with open_checkpoint(Source(REPO, COMMIT), installed, NoProgress()) as opened:

@@ -237,6 +237,8 @@ def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used() -> None:
         ("granitemoe", {"attention_multiplier": "1"}, "attention_multiplier"),
         ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit"),
         ("gpt_oss", {"num_hidden_layers": "24"}, "num_hidden_layers"),
+        ("gpt_oss", {"num_hidden_layers": 2**30, "layer_types": None}, "1073741824 layers"),
+        ("mellum", {"num_hidden_layers": 2**30, "layer_types": None}, "1073741824 layers"),
     ],
 )
 def test_what_does_not_run_is_refused_in_one_line(

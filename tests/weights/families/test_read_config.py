@@ -95,6 +95,7 @@ def test_eos_may_be_a_list() -> None:
         ({"hidden_size": 4097, "head_dim": 128}, "odd"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_hidden_layers": 2**40}, "num_hidden_layers"),
+        ({"num_hidden_layers": 2**30, "sliding_window": 9}, "1073741824 layers"),
         ({"num_key_value_heads": 7}, "cannot share"),
         ({"head_dim": 127}, "odd"),
         ({"num_experts_per_tok": 9}, "experts per token"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
@@ -18,6 +20,7 @@ from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.calibrator import Calibrator, ExpertInputs, InputsWriter, inputs_size
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.matrix.quant_type import Inputs
 from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
 
 TOKENS, WINDOW = 200, 10
@@ -127,6 +130,48 @@ def test_a_few_windows_harm_no_expert(
         assert error(calibrated[key][0], w13, others) < 1.02 * error(plain[key][0], w13, others)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("model_type", ["mixtral", "granitemoe", "gpt_oss"])
+def test_w2_learns_from_what_the_checkpoint_would_give_it(
+    model_type: str,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = make_checkpoint(model_type=model_type)
+    opened = DirectoryCheckpoint(checkpoint, Source("test"))
+    config = opened.index.config
+    with InputsWriter(tmp_path / "inputs") as writer:
+        for layer in range(config.num_hidden_layers):
+            writer.add(layer, torch.randn(50, config.hidden_size), torch.zeros(50, 2))
+    learnt: dict[str, torch.Tensor] = {}
+    encoded = ModelPart.encoded
+
+    def noting(part: ModelPart, weight: torch.Tensor, inputs: Inputs, *rest: Any) -> Any:
+        assert part.linear is not None
+        learnt[part.linear.name] = inputs.fit.float()
+        return encoded(part, weight, inputs, *rest)
+
+    monkeypatch.setattr(ModelPart, "encoded", noting)
+    blueprint = make_blueprint(opened.index, QuantizeOptions())
+    with CheckpointReader(opened) as reader:
+        calibrator = Calibrator(ExpertInputs(tmp_path / "inputs", config), opened, reader, WINDOW)
+        for part in model_parts(blueprint):
+            if part.expert == (1, 2):
+                calibrator.make(part)
+    layer = AutoModelForCausalLM.from_pretrained(checkpoint).model.layers[1]
+    experts = (layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe).experts
+    if model_type == "gpt_oss":
+        gate_up = learnt["w13"] @ experts.gate_up_proj[2] + experts.gate_up_proj_bias[2]
+        expected = experts._apply_gate(gate_up)
+    else:
+        gate, up = (learnt["w13"] @ experts.gate_up_proj[2].T).chunk(2, dim=-1)
+        expected = functional.silu(gate) * up
+    assert (learnt["w2"] - expected).norm() < 0.01 * expected.norm()  # in bf16
+
+
 def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(
     inputs: ExpertInputs,
 ) -> None:
@@ -172,3 +217,26 @@ def test_damaged_inputs_are_an_error(tmp_path: Path, config: ModelConfig) -> Non
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="the inputs of layer 0 are damaged"):
         ExpertInputs(tmp_path / "inputs", config).of(0, 0)
+
+
+def test_the_inputs_of_w2_have_the_bias_and_the_limits_of_the_model(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(model_type="gpt_oss", std=1.0)  # beyond the limits, too
+    opened = DirectoryCheckpoint(checkpoint, Source("test"))
+    with InputsWriter(tmp_path / "inputs") as writer:
+        writer.add(0, torch.randn(TOKENS, 64), torch.rand(TOKENS, 4).argsort(-1)[:, :2])
+    inputs = ExpertInputs(tmp_path / "inputs", opened.index.config)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint).model.layers[0].mlp.experts
+    w13 = [
+        part
+        for part in model_parts(make_blueprint(opened.index, QuantizeOptions()))
+        if part.expert is not None
+    ][2]
+    assert w13.expert == (0, 1)
+    with CheckpointReader(opened) as reader, torch.inference_mode():
+        calibrator = Calibrator(inputs, opened, reader, WINDOW)
+        calibrator.make(w13)
+        for x, found in zip(calibrator._rows(0, 1), calibrator._w2_inputs, strict=True):
+            gate_up = x.float() @ theirs.gate_up_proj[1].float() + theirs.gate_up_proj_bias[1]
+            expected = theirs._apply_gate(gate_up)
+            assert expected.abs().max() > 7
+            assert (found - expected).norm() < 0.01 * expected.norm()  # rounded to bf16

@@ -19,7 +19,16 @@ from mixchat.weights.format.manifest import read_manifest
 
 
 class TestRounding:
-    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"tie_word_embeddings": True},
+            {"model_type": "granitemoe", "tie_word_embeddings": True},
+            {"model_type": "gpt_oss"},
+        ],
+        ids=["plain", "tied", "with multipliers", "with biases"],
+    )
     @pytest.mark.parametrize(
         ("bits", "options"),
         [
@@ -35,12 +44,12 @@ class TestRounding:
         self,
         make_checkpoint: Callable[..., Path],
         install: Callable[..., Path],
-        tied: bool,
+        changes: dict[str, Any],
         bits: DenseBits,
         options: dict[str, Any],
         stored_as: str,
     ) -> None:
-        checkpoint = make_checkpoint(stored_as=stored_as, tie_word_embeddings=tied)
+        checkpoint = make_checkpoint(stored_as=stored_as, **changes)
         installed = install(checkpoint, layout="bitsandbytes", **DENSE)
         assert reform(installed, None, bits)
         assert files_of(installed) == files_of(

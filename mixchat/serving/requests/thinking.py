@@ -1,0 +1,43 @@
+"""The fields that control a model's thinking, as the variables of its chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixchat.serving.requests.errors import value_error
+from mixchat.text.thinking import EFFORT, EFFORTS, SWITCHES, ThinkingFormat
+
+_KWARGS, _OLLAMA = "chat_template_kwargs", "think"
+
+
+def take_thinking(
+    body: dict[str, Any], format: ThinkingFormat | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a body without the fields that the model's template knows, and its variables.
+
+    Only variables with a few known values are taken, since others could put control tokens into a
+    prompt. Raises `RequestError` for a value of the wrong type.
+    """
+    if format is None:
+        return body, {}
+    rest, given = dict(body), body.get(_KWARGS)
+    variables = {}
+    if isinstance(given, dict):
+        variables = {name: given[name] for name in format.variables if name in given}
+        rest[_KWARGS] = {name: value for name, value in given.items() if name not in variables}
+        if not rest[_KWARGS]:
+            del rest[_KWARGS]
+    effort, switch = rest.get(EFFORT), format.switch
+    if EFFORT in format.variables and effort in EFFORTS:
+        variables.setdefault(EFFORT, rest.pop(EFFORT))
+    elif switch is not None and effort == "none":
+        del rest[EFFORT]
+        variables.setdefault(switch, False)
+    if switch is not None and isinstance(rest.get(_OLLAMA), bool):
+        variables.setdefault(switch, rest.pop(_OLLAMA))
+    for name, value in variables.items():
+        if name in SWITCHES and not isinstance(value, bool):
+            raise value_error(f"{_KWARGS}.{name}", "true or false", value)
+        if name == EFFORT and value not in EFFORTS:
+            raise value_error(f"{_KWARGS}.{name}", " or ".join(EFFORTS), value)
+    return rest, variables

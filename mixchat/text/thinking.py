@@ -1,0 +1,256 @@
+"""A model's thinking, taken apart from its answer while both are generated.
+
+- tags: `<think>`, the thinking, `</think>`, the answer. A prompt may end with the first tag.
+- harmony: messages in channels. `final` is the answer, all others are thinking.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mixchat.text.tokenizer import Tokenizer
+
+_OPEN, _CLOSE = "<think>", "</think>"
+_CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
+_TO_ANSWER = f"{_CHANNEL}{_FINAL}{_MESSAGE}"
+# Marks that lead from a message to the next one, or into its header.
+_HARMONY = (_CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>")
+_TAIL = 8  # tokens at a prompt's end that hold a tag and the newlines after it
+SWITCHES = ("enable_thinking", "thinking")  # variables of templates, true or false
+EFFORT = "reasoning_effort"  # a variable of templates
+EFFORTS = ("minimal", "low", "medium", "high")
+
+
+@dataclass(frozen=True)
+class AnswerText:
+    """The text that a token adds to an answer, and the thinking before it."""
+
+    text: str = ""
+    thinking: str = ""
+
+    def __add__(self, other: AnswerText) -> AnswerText:
+        return AnswerText(self.text + other.text, self.thinking + other.thinking)
+
+
+@dataclass(frozen=True)
+class ThinkingFormat:
+    """The form in which a model thinks, and the variables of its template that control it."""
+
+    kind: Literal["tags", "harmony"]
+    variables: tuple[str, ...] = ()
+
+    @property
+    def switch(self) -> str | None:
+        """Return the variable that turns thinking off, None if the template has none."""
+        return next((name for name in SWITCHES if name in self.variables), None)
+
+    @property
+    def turn_ends(self) -> tuple[str, ...]:
+        """Return the control tokens that end an answer. In harmony `<|end|>` ends a message."""
+        return _HARMONY[-2:] if self.kind == "harmony" else ()
+
+    def to_answer(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> list[int]:
+        """Return the ids that lead from a prompt to an answer without thinking."""
+        if self.kind == "harmony":
+            return tokenizer.encode_template(_TO_ANSWER)
+        is_open = _ends_open(tokenizer, prompt_ids)
+        return tokenizer.encode_template(f"{_CLOSE}\n\n") if is_open else []
+
+
+def format_of(source: str, variables: Collection[str]) -> ThinkingFormat | None:
+    """Return the format of a chat template, which knows these variables. None without one."""
+    known = tuple(name for name in (*SWITCHES, EFFORT) if name in variables)
+    if _CHANNEL in source and _MESSAGE in source:
+        return ThinkingFormat("harmony", known)
+    return ThinkingFormat("tags", known) if _OPEN in source or _CLOSE in source else None
+
+
+class ThinkingParser(ABC):
+    """Takes the text of an answer, and the marks in it.
+
+    A place in an answer counts its characters, and each mark as one. `start` is the place at which
+    the answer begins after the thinking, None before. `marks` are names by token id.
+    """
+
+    def __init__(self, marks: Mapping[int, str] | None = None) -> None:
+        self.marks = marks or {}
+        self.start: int | None = None
+        self._place, self._held = 0, ""
+
+    @abstractmethod
+    def add(self, text: str) -> AnswerText:
+        """Take the next text. Return what is certain."""
+
+    def flush(self) -> AnswerText:
+        """Return what was held back, at the end of the answer."""
+        return AnswerText()
+
+    def mark(self, name: str) -> AnswerText:
+        """Take a mark. Return the thinking that separates two messages."""
+        return AnswerText()
+
+    def replay(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+        """Take the beginning of an answer that is continued, from which places do not count."""
+        run: list[int] = []
+        for token in ids:
+            if token in self.marks:
+                self.add(tokenizer.decode(run))
+                self.mark(self.marks[token])
+                run = []
+            else:
+                run.append(token)
+        self.add(tokenizer.decode(run))
+        self._place = -len(self._held)
+        if self.start is not None:
+            self.start = 0
+
+
+def parser_of(
+    format: ThinkingFormat | None,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    begun: Sequence[int] = (),
+) -> ThinkingParser:
+    """Return the parser of the answer to a prompt that a template has made.
+
+    The ids `begun` come after the prompt. They are the beginning of the answer. Without a format
+    all text is the answer.
+    """
+    parser: ThinkingParser = _NoThinking()
+    if format is None:
+        return parser
+    if format.kind == "harmony":
+        known = tokenizer.control_tokens
+        parser = _HarmonyParser({known[name]: name for name in _HARMONY if name in known})
+    else:
+        parser = _TagParser(is_open=_ends_open(tokenizer, prompt_ids))
+    if begun:
+        parser.replay(tokenizer, begun)
+    return parser
+
+
+def _ends_open(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
+    return tokenizer.decode(prompt_ids[-_TAIL:]).rstrip().endswith(_OPEN)
+
+
+class _NoThinking(ThinkingParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = 0
+
+    def add(self, text: str) -> AnswerText:
+        return AnswerText(text)
+
+
+class _TagParser(ThinkingParser):
+    r"""Finds the tags in the text. Only one at the answer's beginning opens a thinking.
+
+    White space around the thinking is dropped. With "<think>\nHm" and "\n</think>\n\nA"
+    the parts are thinking "Hm", then the text "A", which starts at 22.
+    """
+
+    def __init__(self, *, is_open: bool) -> None:
+        super().__init__()
+        self._state: Literal["before", "thinking", "between", "answer"]
+        self._state = "thinking" if is_open else "before"
+        self._has_thought = False
+
+    def add(self, text: str) -> AnswerText:
+        self._held += text
+        if self._state == "before":
+            self._open()
+        thinking = self._think() if self._state == "thinking" else ""
+        if self._state == "between":
+            self._drop_space()
+            if self._held:
+                self._state, self.start = "answer", self._place
+        answer = self._take(len(self._held)) if self._state == "answer" else ""
+        return AnswerText(answer, thinking)
+
+    def flush(self) -> AnswerText:
+        if self._state != "before":
+            return AnswerText()  # white space, or the beginning of the closing tag
+        self._state, self.start = "answer", 0
+        return AnswerText(self._take(len(self._held)))
+
+    def _open(self) -> None:
+        begins = self._held.lstrip()
+        if begins.startswith(_OPEN):
+            self._drop_space()
+            self._take(len(_OPEN))
+            self._state = "thinking"
+        elif not _OPEN.startswith(begins):
+            self._state, self.start = "answer", 0
+
+    def _think(self) -> str:
+        if not self._has_thought:
+            self._drop_space()
+        end = self._held.find(_CLOSE)
+        certain = len(self._held) - _pending(self._held) if end < 0 else end
+        thinking = self._take(certain)
+        if end >= 0:
+            thinking = thinking.rstrip()
+            self._take(len(_CLOSE))
+            self._state = "between"
+        self._has_thought = self._has_thought or thinking != ""
+        return thinking
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        self._place += count
+        return taken
+
+    def _drop_space(self) -> None:
+        self._take(len(self._held) - len(self._held.lstrip()))
+
+
+def _pending(text: str) -> int:
+    """Return the length of the end that may be white space before the closing tag, or its start."""
+    sizes = range(min(len(_CLOSE) - 1, len(text)), 0, -1)
+    tag = next((size for size in sizes if _CLOSE.startswith(text[-size:])), 0)
+    return len(text) - len(text[: len(text) - tag].rstrip())
+
+
+class _HarmonyParser(ThinkingParser):
+    """Follows the marks of harmony's messages, `<|channel|>NAME<|message|>TEXT<|end|>`.
+
+    The answer is the first message that is in the channel `final` or in none. Text without any
+    mark is an answer, too.
+    """
+
+    def __init__(self, marks: Mapping[int, str]) -> None:
+        super().__init__(marks)
+        self._header: str | None = ""  # None within a message
+        self._has_channel = self._has_marks = self._has_thought = False
+
+    def add(self, text: str) -> AnswerText:
+        self._place += len(text)
+        if self._header is not None:
+            self._header += text
+            return AnswerText()
+        if self.start is not None:
+            return AnswerText(text)
+        self._has_thought = self._has_thought or text != ""
+        return AnswerText(thinking=text)
+
+    def mark(self, name: str) -> AnswerText:
+        self._place += 1
+        self._has_marks = True
+        header, self._header = self._header or "", None if name == _MESSAGE else ""
+        if name != _MESSAGE:
+            self._has_channel = name == _CHANNEL
+            return AnswerText()
+        if not self._has_channel or header.split()[:1] in ([], [_FINAL]):
+            self.start = self._place
+            return AnswerText()
+        return AnswerText(thinking="\n\n" if self._has_thought else "")
+
+    def flush(self) -> AnswerText:
+        if self._has_marks or self._header is None:
+            return AnswerText()
+        self.start = 0
+        return AnswerText(self._header)

@@ -1,0 +1,64 @@
+"""Models with random weights and the shapes of known ones, made small."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from mixchat.base.errors import UsageError
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.safetensors import SafetensorsFile
+from mixchat.bench import synthetic
+from mixchat.loading.loader import load_engine
+from mixchat.weights.families.read_config import FAMILIES
+from mixchat.weights.format.blueprint import SHARED_FILE
+from mixchat.weights.known_models import KNOWN, KnownModel
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 16,
+    "num_local_experts": 16,
+}
+
+
+@pytest.fixture(params=["instruct", "qwen3", "gpt-oss", "mellum2", "olmoe", "granite"])
+def shape(request, monkeypatch):
+    """The name of a known model, whose shapes are small here."""
+    known = KNOWN[request.param]
+    config = {**known.config, **{key: SMALL[key] for key in SMALL if key in known.config}}
+    monkeypatch.setitem(synthetic.KNOWN, request.param, KnownModel(known.repo, config))
+    return request.param
+
+
+def test_a_model_of_each_shape_reads_a_prompt_and_decodes(shape, tmp_path):
+    synthetic.write_synthetic(tmp_path / "model", 2, shape=shape)
+    with SafetensorsFile(tmp_path / "model" / SHARED_FILE) as file:
+        for spec in file.header.specs:
+            numbers = file.read(spec.name)
+            assert not numbers.is_floating_point() or torch.isfinite(numbers).all(), spec.name
+            assert numbers.any(), spec.name
+    engine = load_engine(tmp_path / "model", LoadOptions(device="cpu", context_size=64))
+    # NaN raises `CheckpointError`.
+    tokens = engine.generate([7, 8, 9] * 8, sampling=SamplingOptions(seed=0), stop_ids=set())
+    assert len([*islice(tokens, 8)]) == 8
+
+
+def test_each_family_has_a_shape():
+    assert {known.config["model_type"] for known in KNOWN.values()} == {*FAMILIES}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_model_has_the_first_layers_of_its_shape(layers):
+    types = KNOWN["mellum2"].with_layers(layers)["layer_types"]
+    assert types == KNOWN["mellum2"].config["layer_types"][:layers]
+
+
+def test_experts_that_come_in_mxfp4_have_no_other_bits(tmp_path):
+    with pytest.raises(UsageError, match="gpt-oss has experts in 4 bits, not 3"):
+        synthetic.write_synthetic(tmp_path / "model", 1, 3, "gpt-oss")

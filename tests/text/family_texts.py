@@ -1,0 +1,198 @@
+"""Small tokenizers and chat templates with the rules of the families that people run.
+
+The templates say what the real ones say for system, user and assistant, without tools.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import text_builders as build
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_QWEN2 = (
+    _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_QWEN3_START = """\
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role != 'assistant' %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- else %}"""
+_QWEN3_END = """
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}"""
+_WITHOUT_THINKING = """
+        {%- if '</think>' in content %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}"""
+QWEN3_INSTRUCT = _QWEN3_START + _QWEN3_END + "\n{%- endif %}"
+QWEN3_HYBRID = (
+    _QWEN3_START
+    + _WITHOUT_THINKING
+    + _QWEN3_END
+    + """
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+)
+QWEN3_THINKING = _QWEN3_START + _WITHOUT_THINKING + _QWEN3_END + "{{- '<think>\\n' }}\n{%- endif %}"
+OLMOE = """\
+{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}\
+{{ '<|system|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'user' %}\
+{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'assistant' %}\
+{% if not loop.last %}{{ '<|assistant|>\n' + message['content'] + eos_token + '\n' }}{% else %}\
+{{ '<|assistant|>\n' + message['content'] + eos_token }}{% endif %}{% endif %}\
+{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"""
+GRANITE = """\
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "Knowledge: 2024.\\nToday's Date: " + strftime_now('%B %d, %Y') %}
+    {%- if tools and documents %}
+        {%- set system_message = system_message + " Use tools." %}
+    {%- endif %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- '<|start_of_role|>system<|end_of_role|>' + system_message + '<|end_of_text|>\\n' }}
+{%- for message in loop_messages %}
+    {{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] }}
+    {{- '<|end_of_text|>\\n' }}
+    {%- if loop.last and add_generation_prompt %}
+        {{- '<|start_of_role|>assistant' }}
+        {%- if controls %}{{- ' ' + controls | tojson() }}{%- endif %}
+        {{- '<|end_of_role|>' }}
+    {%- endif %}
+{%- endfor %}"""
+HARMONY = """\
+{%- macro system() -%}
+    {%- if reasoning_effort is not defined %}
+        {%- set reasoning_effort = "medium" %}
+    {%- endif %}
+    {{- "You are a model.\\nCurrent date: " + strftime_now("%Y-%m-%d") + "\\n\\n" }}
+    {{- "Reasoning: " + reasoning_effort + "\\n\\n# Valid channels: analysis, final." }}
+{%- endmacro -%}
+{{- "<|start|>system<|message|>" }}
+{{- system() }}
+{{- "<|end|>" }}
+{%- set rest = messages %}
+{%- if messages[0].role == "system" %}
+    {{- "<|start|>developer<|message|># Instructions\\n\\n" + messages[0].content }}
+    {{- "\\n\\n<|end|>" }}
+    {%- set rest = messages[1:] %}
+{%- endif %}
+{%- for message in rest -%}
+    {%- if message.role == 'assistant' -%}
+        {%- if "<|channel|>final<|message|>" in message.content %}
+            {{- raise_exception("a message with channels") }}
+        {%- endif %}
+        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
+    {%- else -%}
+        {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|start|>assistant
+{%- endif -%}"""
+
+
+@dataclass(frozen=True)
+class FamilyText:
+    """A family's tokenizer rules. `plain` are added tokens that are not special."""
+
+    templates: dict[str, str]
+    pre_tokenizer: PreTokenizer
+    special: tuple[str, ...]
+    names: dict[str, str]  # of special tokens
+    plain: tuple[str, ...] = ()
+    nfc: bool = False
+    # By whose own rules transformers builds it, without the file's.
+    tokenizer_class: str = "PreTrainedTokenizerFast"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer(models.BPE())
+        if self.nfc:
+            tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = self.pre_tokenizer
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=list(self.special),
+            initial_alphabet=ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(build.CORPUS, trainer)
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in self.plain])
+        return tokenizer
+
+    def write(self, directory: Path, template: str, **config: Any) -> Path:
+        return build.write_checkpoint(
+            directory,
+            self.tokenizer(),
+            template=template,
+            **{**self.names, **self.settings, "tokenizer_class": self.tokenizer_class, **config},
+        )
+
+
+def _split(pattern: str) -> PreTokenizer:
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    return Sequence([Split(Regex(pattern), "isolated"), byte_level])
+
+
+FAMILIES = {
+    "qwen3": FamilyText(
+        {"instruct": QWEN3_INSTRUCT, "hybrid": QWEN3_HYBRID, "thinking": QWEN3_THINKING},
+        _split(_QWEN2),
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        ("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<think>", "</think>"),
+        nfc=True,
+        tokenizer_class="Qwen2Tokenizer",
+    ),
+    "gpt-oss": FamilyText(
+        {"harmony": HARMONY},
+        _split(_O200K),
+        (
+            *("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>"),
+            *("<|start|>", "<|end|>", "<|message|>", "<|call|>", "<|endofprompt|>"),
+        ),
+        {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
+    ),
+    "granite": FamilyText(
+        {"3.1": GRANITE},
+        Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+        (
+            *("<|end_of_text|>", "<fim_prefix>", "<filename>", "<reponame>"),
+            *("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
+        ),
+        {name: "<|end_of_text|>" for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
+    ),
+    "olmoe": FamilyText(
+        {"0125": OLMOE},
+        ByteLevel(add_prefix_space=False),
+        ("<|padding|>", "<|endoftext|>"),
+        {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"},
+        ("|||IP_ADDRESS|||", *(" " * count for count in range(8, 1, -1))),
+        nfc=True,
+        tokenizer_class="GPTNeoXTokenizer",
+        settings={"add_bos_token": False, "add_eos_token": False},
+    ),
+}

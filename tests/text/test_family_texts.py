@@ -1,0 +1,151 @@
+"""The templates and tokenizers of the families that people run give transformers' ids."""
+
+from __future__ import annotations
+
+import random
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import text_builders as build
+from family_texts import FAMILIES
+
+from mixchat.text.checkpoint_text import CheckpointText
+from mixchat.text.choose import load_template, load_tokenizer
+from mixchat.text.messages import Message
+from mixchat.text.thinking import ThinkingFormat
+
+CASES = [(family, name) for family, text in FAMILIES.items() for name in text.templates]
+CONVERSATIONS = 1000
+WORDS = [
+    *build.CORPUS[0].split(), *build.CORPUS[2].split(), "don't", "DON'T", "I'll", "we're", "12345",
+    "3.14", "naïve", "cafe\u0301", "Grüße", "здравствуй", "你好", "🙂", "👩‍🚀", "١٢٣", "e\u0301e",
+    "\r\n", "\n\n", "\n", "\t", "  ", "       ", "\u00a0", "def f(x):", "://", "a/b\n", "ǅ", "ﬁ",
+    "HTTPServer", "<b>", "|||", "[x]", "</p>",
+]  # fmt: skip
+
+
+def conversations(count: int) -> Any:
+    """Random talk, with a system prompt in half of it."""
+    draw = random.Random(5)
+
+    def text() -> str:
+        words = draw.choices(WORDS, k=draw.randrange(1, 30))
+        return "".join(word + draw.choice(["", " ", " ", "\n"]) for word in words)
+
+    for _ in range(count):
+        talk = [Message("system", text())] * draw.randrange(2)
+        for _ in range(draw.randrange(4)):
+            talk += [Message("user", text()), Message("assistant", text())]
+        yield [*talk, Message("user", text())]
+
+
+def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+@pytest.fixture(scope="module")
+def speaker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Our template and tokenizer, and transformers' tokenizer of the same directory."""
+    from transformers import AutoTokenizer
+
+    family, name = request.param
+    text = FAMILIES[family]
+    directory = text.write(tmp_path_factory.mktemp("family"), text.templates[name])
+    ours = load_tokenizer(directory)
+    return load_template(directory, ours), ours, AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("speaker", CASES, indirect=True, ids="-".join)
+def test_talk_gets_transformers_ids(speaker: Any) -> None:
+    template, tokenizer, theirs = speaker
+    switch = None if template.thinking is None else template.thinking.switch
+    for messages in conversations(CONVERSATIONS):
+        variables = {switch: len(messages) % 3 == 0} if switch else {}
+        assert template.encode(messages, variables) == theirs.apply_chat_template(
+            as_dicts(messages),
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+            **variables,
+        )
+        text = messages[-1].content
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("speaker", CASES, indirect=True, ids="-".join)
+def test_control_tokens_in_a_persons_text_stay_text(speaker: Any) -> None:
+    template, tokenizer, _ = speaker
+    everything = "".join(tokenizer.control_tokens)
+    plain = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    hostile = [Message(m.role, m.content + everything) for m in plain]
+    assert build.controls_in(tokenizer, template.encode(hostile)) == (
+        build.controls_in(tokenizer, template.encode(plain))
+    )
+
+
+def loaded(directory: Path, family: str, name: str) -> tuple[Any, Any]:
+    text = FAMILIES[family]
+    tokenizer = load_tokenizer(text.write(directory, text.templates[name]))
+    return load_template(directory, tokenizer), tokenizer
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "thinking", "ends"),
+    [
+        ("qwen3", "instruct", None, ["<|im_end|>"]),
+        ("qwen3", "hybrid", ThinkingFormat("tags", ("enable_thinking",)), ["<|im_end|>"]),
+        ("qwen3", "thinking", ThinkingFormat("tags"), ["<|im_end|>"]),
+        (
+            "gpt-oss",
+            "harmony",
+            ThinkingFormat("harmony", ("reasoning_effort",)),
+            ["<|return|>", "<|call|>"],  # not <|end|>, which only ends the thinking
+        ),
+        ("granite", "3.1", None, ["<|end_of_text|>"]),
+        ("olmoe", "0125", None, ["<|endoftext|>"]),
+    ],
+)
+def test_a_template_tells_how_its_model_thinks_and_ends(
+    family: str, name: str, thinking: Any, ends: list[str], tmp_path: Path
+) -> None:
+    template, tokenizer = loaded(tmp_path, family, name)
+    assert template.thinking == thinking
+    assert template.stop_ids == {tokenizer.control_tokens[token] for token in ends}
+
+
+def test_an_answers_thinking_is_in_no_later_prompt(tmp_path: Path) -> None:
+    template, tokenizer = loaded(tmp_path, "qwen3", "hybrid")
+    ids = tokenizer.encode_template("<think>\nHm\n</think>\n\nYes")
+    thought = len(ids) - len(tokenizer.encode("Yes"))
+    before, after = Message("user", "a"), Message("user", "b")
+    answer = Message("assistant", "Yes", tuple(ids), thinking="Hm", thinking_tokens=thought)
+    assert template.encode([before, answer, after]) == (
+        template.encode([before, Message("assistant", "Yes"), after])
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "variables"),
+    [
+        ("qwen3", "hybrid", {"enable_thinking": False}),
+        ("gpt-oss", "harmony", {"reasoning_effort": "high"}),
+        ("granite", "3.1", {}),
+    ],
+)
+def test_the_sandbox_passes_thinking_and_variables_on(
+    family: str, name: str, variables: dict[str, Any], tmp_path: Path
+) -> None:
+    template, _ = loaded(tmp_path, family, name)
+    answer = Message("assistant", "b", (70, 71, 72), thinking="x", thinking_tokens=1)
+    messages = [Message("user", "a"), answer, Message("user", "c")]
+    with closing(CheckpointText(tmp_path)) as text:
+        sandboxed = text.template()
+        assert sandboxed.thinking == template.thinking
+        assert sandboxed.encode(messages, variables) == template.encode(messages, variables)
+        assert sandboxed.encode(messages) == template.encode(messages)
+    if variables:
+        assert template.encode(messages, variables) != template.encode(messages)

@@ -1,0 +1,181 @@
+"""Thinking is taken apart from the answer, however the text is cut into tokens."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixchat.text.thinking import AnswerText, ThinkingFormat, format_of, parser_of
+
+MARKS = {f"<|{name}|>": 0xE000 + n for n, name in enumerate(
+    ("channel", "message", "start", "end", "return", "call")
+)}  # fmt: skip
+TAGS, HARMONY = ThinkingFormat("tags"), ThinkingFormat("harmony")
+
+
+class Characters:
+    """A token is a character."""
+
+    control_tokens = MARKS
+
+    def decode(self, ids: Any) -> str:
+        return "".join(chr(token) for token in ids if token not in MARKS.values())
+
+    def encode_template(self, text: str) -> list[int]:
+        for name, token in MARKS.items():
+            text = text.replace(name, chr(token))
+        return list(map(ord, text))
+
+
+TOKENIZER: Any = Characters()
+
+
+def parsed(form: Any, pieces: Any, prompt: str = "", begun: str = "") -> tuple[str, str, Any]:
+    """The thinking and the text of an answer in pieces, and the place at which the text starts."""
+    encode = TOKENIZER.encode_template
+    parser = parser_of(form, TOKENIZER, encode(prompt), encode(begun))
+    new = AnswerText()
+    for piece in pieces:
+        mark = parser.marks.get(ord(piece)) if len(piece) == 1 else None
+        new += parser.add(piece) if mark is None else parser.mark(mark)
+    new += parser.flush()
+    return new.thinking, new.text, parser.start
+
+
+def pieces_of(text: str, cuts: Any) -> list[str]:
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    return [text[a:b] for a, b in pairwise(places)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "thinking", "text"),
+    [
+        ("", "<think>\nHm.\n</think>\n\nYes", "Hm.", "Yes"),
+        ("<think>\n", "Hm.\n</think>\n\nYes", "Hm.", "Yes"),  # the prompt has opened it
+        ("<think>\n\n</think>\n\n", "Yes", "", "Yes"),
+        ("", "\n<think>\n\n</think>\n\nYes\n", "", "Yes\n"),
+        ("", " Yes, as in <think>x</think>", "", " Yes, as in <think>x</think>"),
+        ("", "<think>a</think>b</think><think>c", "a", "b</think><think>c"),
+        ("", "<think>a < b, </thin, <think>, </think >\n </think>c", None, "c"),
+        ("", "<think>\n\na\n\nb\n\n", "a\n\nb", ""),  # cut off
+        ("<think>", "a</thi", "a", ""),
+        ("", "<thi", "", "<thi"),
+        ("", "  ", "", "  "),
+        ("", "", "", ""),
+        ("<think>\n", "", "", ""),
+        ("", "<think>🙂</think>🙂", "🙂", "🙂"),
+    ],
+)
+@given(cuts=st.lists(st.integers(0, 60), max_size=60))
+def test_tags_are_found_in_any_pieces(
+    prompt: str, answer: str, thinking: str | None, text: str, cuts: list[int]
+) -> None:
+    found, rest, start = parsed(TAGS, pieces_of(answer, cuts), prompt)
+    assert rest == text
+    assert found == (thinking if thinking is not None else "a < b, </thin, <think>, </think >")
+    if text:
+        assert start is not None
+        assert answer[start:] == text
+
+
+@given(parts=st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", " ", "\n", "a"])))
+def test_tags_are_found_as_in_the_whole_text(parts: list[str]) -> None:
+    answer = "".join(parts)
+    thought = re.match(r"\s*<think>\s*(.*?)\s*(?:</think>\s*(.*)|)\Z", answer, re.S)
+    expected = ("", answer)
+    if thought is not None:
+        # The beginning of a closing tag is none of the thinking if nothing follows.
+        cut_off = thought[1] if "</think>" in answer else re.sub(r"\s*</?\Z", "", thought[1])
+        expected = (cut_off, thought[2] or "")
+    assert parsed(TAGS, parts)[:2] == expected
+    assert parsed(TAGS, answer)[:2] == expected
+
+
+def spelled(text: str) -> list[str]:
+    return list(map(chr, TOKENIZER.encode_template(text)))
+
+
+FINAL = "<|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "thinking", "text"),
+    [
+        (f"<|channel|>analysis<|message|>Hm.<|end|>{FINAL}Yes", "Hm.", "Yes"),
+        ("<|channel|>final<|message|>Yes", "", "Yes"),
+        ("<|message|>Yes", "", "Yes"),
+        ("Yes", "", "Yes"),
+        (
+            "<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>commentary "
+            f"to=f <|message|>B<|end|>{FINAL}C",
+            "A\n\nB",
+            "C",
+        ),
+        ("<|channel|>analysis<|message|>Hm", "Hm", ""),
+        ("<|channel|>analy", "", ""),
+        (f"<|channel|>analysis<|message|><|end|>{FINAL}final", "", "final"),
+    ],
+)
+def test_channels_other_than_final_are_thinking(answer: str, thinking: str, text: str) -> None:
+    found, rest, start = parsed(HARMONY, spelled(answer))
+    assert (found, rest) == (thinking, text)
+    if text:
+        assert start is not None
+        assert "".join(spelled(answer)[start:]) == text
+
+
+@pytest.mark.parametrize(
+    ("form", "whole"),
+    [
+        (TAGS, "<think>\na</b\n</think>\n\nYes, I do"),
+        (HARMONY, f"<|channel|>analysis<|message|>Hm<|end|>{FINAL}Yes, I do"),
+    ],
+)
+def test_an_answer_is_continued_from_any_place(form: Any, whole: str) -> None:
+    whole = "".join(spelled(whole))
+    thinking, text, start = parsed(form, whole)
+    assert start is not None
+    for cut in range(1, len(whole)):
+        before, after = whole[:cut], whole[cut:]
+        encode = TOKENIZER.encode_template
+        first = parser_of(form, TOKENIZER, ())
+        shown = AnswerText()
+        for piece in before:
+            mark = first.marks.get(ord(piece))
+            shown += first.add(piece) if mark is None else first.mark(mark)
+        rest = parsed(form, after, begun=before)
+        assert (shown.thinking + rest[0], shown.text + rest[1]) == (thinking, text)
+        assert rest[2] == max(start - cut, 0)
+        assert encode(before) == list(map(ord, before))
+
+
+@pytest.mark.parametrize(
+    ("form", "prompt", "path"),
+    [
+        (TAGS, "<|start|>assistant\n<think>\n", "</think>\n\n"),
+        (TAGS, "assistant\n<think>\n\n</think>\n\n", ""),
+        (TAGS, "assistant\n", ""),
+        (HARMONY, "<|start|>assistant", "<|channel|>final<|message|>"),
+    ],
+)
+def test_a_prompt_can_lead_past_the_thinking(form: Any, prompt: str, path: str) -> None:
+    ids = TOKENIZER.encode_template(prompt)
+    found = form.to_answer(TOKENIZER, ids)
+    assert found == TOKENIZER.encode_template(path)
+    assert parsed(form, list("Yes"), prompt, path) == ("", "Yes", 0)
+
+
+def test_a_template_has_the_format_that_its_source_names() -> None:
+    known = ["enable_thinking", "messages", "reasoning_effort"]
+    assert format_of("{{ '<think>' }}", known) == ThinkingFormat(
+        "tags", ("enable_thinking", "reasoning_effort")
+    )
+    assert format_of("<|channel|>final<|message|>", []) == HARMONY
+    assert format_of("<|im_start|>", known) is None
+    assert ThinkingFormat("tags", ("thinking",)).switch == "thinking"
+    assert HARMONY.switch is None

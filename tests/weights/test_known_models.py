@@ -1,0 +1,67 @@
+"""The known models, as transformers and their publishers describe them."""
+
+from math import prod
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from mixchat.weights.families.read_config import read_config
+from mixchat.weights.known_models import KNOWN
+from mixchat.weights.make.outline import known_blueprints, known_index
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.source.checkpoint_index import expected_shapes
+
+# Billions of parameters, and GB on the hub.
+PUBLISHED = {
+    "instruct": (46.7, 93),
+    "base": (46.7, 93),
+    "8x22b": (140.6, 281),
+    "qwen3": (30.5, 61),
+    "qwen3-coder": (30.5, 61),
+    "gpt-oss": (20.9, 14),
+    "mellum2": (12.1, 24),
+    "olmoe": (6.9, 14),
+    "granite": (3.3, 7),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_known_model_has_the_size_that_its_publisher_names(name: str) -> None:
+    shapes = expected_shapes(read_config(KNOWN[name].config))
+    parameters = sum(map(prod, shapes.values()))
+    fetched = KNOWN[name].fetched_gb
+    assert (round(parameters / 1e9, 1), fetched) == PUBLISHED[name]
+    assert round(known_index(KNOWN[name]).size / 1e9) == fetched
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_transformers_reads_the_same_in_a_known_config(name: str) -> None:
+    raw = KNOWN[name].config
+    theirs = CONFIG_MAPPING[raw["model_type"]](**raw)
+    assert read_config(theirs.to_dict()) == read_config(raw)
+
+
+# The keys in which a repository differs from the defaults of transformers' class.
+CHANGED = {
+    "qwen3": {"num_hidden_layers", "max_position_embeddings", "norm_topk_prob", "rope_theta"},
+    "gpt-oss": {"num_hidden_layers", "num_local_experts", "layer_types", "quantization_config"},
+    "mellum2": {"layer_types", "rope_parameters"},
+    "olmoe": {"intermediate_size"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_known_config_differs_from_the_defaults_in_these_keys(name: str) -> None:
+    raw = KNOWN[name].config
+    changed = {key: raw[key] for key in CHANGED[name]}
+    tokens = {key: value for key, value in raw.items() if key.endswith("_token_id")}
+    theirs = CONFIG_MAPPING[raw["model_type"]](**changed, **tokens)
+    head_dim = {"head_dim": 128} if name == "qwen3" else {}  # the class has 64, the models 128
+    assert read_config({**theirs.to_dict(), **head_dim}) == read_config(raw)
+
+
+@pytest.mark.parametrize(("names", "blueprint"), known_blueprints().items())
+def test_a_known_model_is_planned_as_a_download_makes_it(names, blueprint) -> None:
+    for name in names:
+        assert make_blueprint(known_index(KNOWN[name]), QuantizeOptions()) == blueprint
+    assert blueprint.weights_size == pytest.approx(blueprint.size, rel=0.005)
