@@ -107,5 +107,5 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
 
 if __name__ == "__main__":
     _directory, _layers, *_options = sys.argv[1:]
-    _bits, _shape, _dense = [*_options, *("4", "instruct", DENSE_BITS)[len(_options) :]]
+    _bits, _shape, _dense = [*_options, *("4", "instruct", str(DENSE_BITS))[len(_options) :]]
     write_synthetic(Path(_directory), int(_layers), int(_bits), _shape, int(_dense))
