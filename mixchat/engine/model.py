@@ -6,6 +6,7 @@ T = tokens of this call, P = tokens before them (in the cache), D = hidden_size,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,9 +21,9 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone
 from mixchat.kernels.router import Router
-from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.blueprint import HEAD, Blueprint, Expert
 from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.matrix.quant_type import Linear
+from mixchat.weights.matrix.quant_type import Linear, RecordRows
 
 LAST = slice(-1, None)
 
@@ -45,7 +46,7 @@ class Block:
     def __init__(
         self, attention_norm: RMSNorm, attention: Attention, moe_norm: RMSNorm, moe: SparseMoE
     ) -> None:
-        self._attention_norm, self._attention = attention_norm, attention
+        self._attention_norm, self.attention = attention_norm, attention
         self._moe_norm, self.moe = moe_norm, moe
 
     @classmethod
@@ -75,7 +76,7 @@ class Block:
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self._attention(self._attention_norm(x), before, exact=exact)
+        x = x + self.attention(self._attention_norm(x), before, exact=exact)
         return x + self.moe(self._moe_norm(x), exact=exact)
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
@@ -83,7 +84,7 @@ class Block:
         x, normed = context.x, context.normed
         return [
             self._attention_norm.stage(x, normed),
-            *self._attention.stages(context),
+            *self.attention.stages(context),
             alone(rows.add_step(x, context.added, x)),
             self._moe_norm.stage(x, normed),
             *self.moe.router_stages(routing, context),
@@ -126,6 +127,7 @@ class Model:
         self.config = config
         self._embedding, self.blocks, self._norm, self._head = embedding, blocks, norm, head
         self._decoder: SingleTokenDecoder | None = None
+        self._record_head: RecordRows = lambda rows: None
 
     @property
     def device(self) -> torch.device:
@@ -137,6 +139,17 @@ class Model:
 
     def decode_by(self, decoder: SingleTokenDecoder | None) -> None:
         self._decoder = decoder
+
+    def record_inputs(self, used: Blueprint, record: Callable[[str, torch.Tensor], object]) -> None:
+        """Record the inputs [T, C] of the matrices of attention and head, with their names.
+
+        All tokens are recorded for the head, although it computes few.
+        """
+        self._decoder = None  # it would compute without them
+        for layer, block in enumerate(self.blocks):
+            names = used.qkv(layer).name, used.o(layer).name
+            block.attention.record_inputs(*(partial(record, name) for name in names))
+        self._record_head = lambda rows: record(HEAD, self._norm(rows))
 
     def forward(
         self,
@@ -157,6 +170,7 @@ class Model:
         if self._decoder is not None and ids.shape[0] == 1:
             decoded = self._decoder.run(x, before, after_layer)
         x = self._through_blocks(x, before, exact, after_layer) if decoded is None else decoded
+        self._record_head(x)
         logits = self._head(self._norm(x[logits_of]), exact=exact)
         before.advance(ids.shape[0])  # last, so that an interrupted pass leaves the cache as it was
         return logits

@@ -51,6 +51,29 @@ def prompt(vocab_size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("chunk", [1, 7, TOKENS])
+def test_the_inputs_of_attention_and_head_are_recorded_for_each_token(
+    tiny_model: Path, chunk: int
+) -> None:
+    """By the recorded rows, the matrices give what the model computes."""
+    engine: Any = load_engine(tiny_model, CPU)
+    model, used = engine.passes.model, engine.blueprint
+    ids = prompt(model.config.vocab_size)
+    expected = logits(engine, ids, chunk)
+    recorded: dict[str, list[torch.Tensor]] = {}
+    model.record_inputs(used, lambda name, rows: recorded.setdefault(name, []).append(rows.clone()))
+    assert torch.equal(logits(engine, ids, chunk), expected)
+    rows = {name: torch.cat(some) for name, some in recorded.items()}
+    assert rows.keys() == used.shared_matrices.keys()
+    for name, spec in used.shared_matrices.items():
+        assert rows[name].shape == (TOKENS, spec.columns)
+    assert torch.equal(model._head(rows["lm_head"]), expected)
+    first = model.blocks[0]
+    normed = first._attention_norm(model._embedding(ids))
+    assert torch.equal(rows[used.qkv(0).name], normed)
+
+
+@torch.inference_mode()
 def logits(engine: Any, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     """Logits of all positions, computed `chunk` tokens at a time over the KV cache."""
     engine.held()[1].length = 0
