@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -100,11 +101,34 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def quantize_stacks(directory: Path) -> None:
+    """Replace each stack of matrices [E, in, out] by its blocks and scales in MXFP4."""
+    from safetensors.torch import load_file, save_file
+
+    from mixchat.weights.matrix.mxfp4 import MXFP4
+
+    stored: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(directory / "model.safetensors").items():
+        if weight.dim() < 3:
+            stored[name] = weight
+            continue
+        experts, columns, rows = weight.shape
+        codes, scales = MXFP4.codes(weight.transpose(1, 2).reshape(-1, columns).float())
+        shape = (experts, rows, columns // 32)
+        stored[f"{name}_blocks"] = (codes << 4 | codes >> 4).view(*shape, 16)
+        stored[f"{name}_scales"] = scales.view(shape)
+    save_file(stored, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a random model with `TINY`'s config, changed as asked, and return its directory.
 
-    Its weights are in fp32, or in the type that `stored_as` names ("float16").
+    Its weights are in fp32, or in the type that `stored_as` names ("float16"). "mxfp4" is gpt-oss
+    as it is published, with its experts in MXFP4 and all else in bf16.
     """
 
     def make(
@@ -135,7 +159,11 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
                 if name.endswith("correction_bias"):
                     buffer += std * torch.randn_like(buffer)
         directory = tmp_path_factory.mktemp("checkpoint")
-        model.to(getattr(torch, stored_as)).save_pretrained(directory)
+        published = stored_as == "mxfp4"
+        model.to(torch.bfloat16 if published else getattr(torch, stored_as))
+        model.save_pretrained(directory)
+        if published:
+            quantize_stacks(directory)
         return directory
 
     return make

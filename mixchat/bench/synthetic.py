@@ -1,6 +1,6 @@
 """Writes an installed model with a known model's layer shapes and random weights, to measure speed.
 
-    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS [NAME]]
+    python -m mixchat.bench.synthetic DIRECTORY LAYERS [EXPERT_BITS [NAME [DENSE_BITS]]]
 
 No checkpoint in bf16 is needed. A layer takes 0.79 GB in Mixtral's shapes ("instruct") in 4 bits.
 """
@@ -30,25 +30,31 @@ from mixchat.weights.format.manifest import (
     write_manifest,
 )
 from mixchat.weights.known_models import KNOWN
-from mixchat.weights.make.quantize_options import default_blueprint
+from mixchat.weights.make.quantize_options import DENSE_BITS, default_blueprint
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 
 
 @contextmanager
-def synthetic_model(layers: int, expert_bits: int = 4, shape: str = "instruct") -> Iterator[Path]:
+def synthetic_model(
+    layers: int, expert_bits: int = 4, shape: str = "instruct", dense_bits: int = DENSE_BITS
+) -> Iterator[Path]:
     """Yield the directory of such a model, then delete it."""
     models = models_dir()
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=models, prefix=".bench-") as temporary:
         directory = Path(temporary) / "synthetic"
-        write_synthetic(directory, layers, expert_bits, shape)
+        write_synthetic(directory, layers, expert_bits, shape, dense_bits)
         yield directory
 
 
 def write_synthetic(
-    directory: Path, layers: int, expert_bits: int = 4, shape: str = "instruct"
+    directory: Path,
+    layers: int,
+    expert_bits: int = 4,
+    shape: str = "instruct",
+    dense_bits: int = DENSE_BITS,
 ) -> None:
-    """Write a model with attention and head in 8 bits, as a download does by default.
+    """Write a model, by default with attention and head in 8 bits, as a download does.
 
     4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits. Raises `UsageError` for bits that
     the model has not.
@@ -58,7 +64,7 @@ def write_synthetic(
     if TYPES[kind].bits != expert_bits:
         raise UsageError(f"{shape} has experts in {TYPES[kind].bits} bits, not {expert_bits}")
     config = known.with_layers(layers)
-    blueprint = default_blueprint(read_config(config), kind)
+    blueprint = default_blueprint(read_config(config), kind, dense_bits)
     quantization = blueprint.quantization
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()
@@ -101,5 +107,5 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
 
 if __name__ == "__main__":
     _directory, _layers, *_options = sys.argv[1:]
-    _bits, _shape = [*_options, *("4", "instruct")[len(_options) :]]
-    write_synthetic(Path(_directory), int(_layers), int(_bits), _shape)
+    _bits, _shape, _dense = [*_options, *("4", "instruct", str(DENSE_BITS))[len(_options) :]]
+    write_synthetic(Path(_directory), int(_layers), int(_bits), _shape, int(_dense))

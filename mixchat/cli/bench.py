@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -53,6 +53,14 @@ def bench(
         ),
     ] = "instruct",
     expert_bits: load_flags.ExpertBits = None,
+    dense_bits: Annotated[
+        Literal["16", "8", "6", "5", "4"] | None,
+        typer.Option(
+            rich_help_panel=MEASURING,
+            help="Bits of each weight of attention and output head of a synthetic model.",
+            show_default="8",
+        ),
+    ] = None,
     depth: Annotated[
         list[int] | None,
         typer.Option(
@@ -101,8 +109,9 @@ def bench(
     """Measure a model's speed against the limits of this machine."""
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
-    if expert_bits is not None and synthetic is None:
-        raise UsageError("--expert-bits goes with --synthetic", hint="A model has the bits it has.")
+    for flag, bits in (("--expert-bits", expert_bits), ("--dense-bits", dense_bits)):
+        if bits is not None and synthetic is None:
+            raise UsageError(f"{flag} goes with --synthetic", hint="A model has the bits it has.")
     if is_given(context, "shape") and synthetic is None:
         raise UsageError("--shape goes with --synthetic")
     picture = checked_picture(png)
@@ -114,7 +123,8 @@ def bench(
 
     options = BenchOptions(depth or (0,), prompt or (512,), tokens, rounds)
     load = load_flags.load_options(context.params, context_size=options.context_size)
-    with _model(model, synthetic, int(expert_bits or 4), shape) as directory:
+    form = int(expert_bits or 4), shape, int(dense_bits or 8)
+    with _model(model, synthetic, *form) as directory:
         done = Bench(directory, load, options)
         _measure(done, rounds)
         report = BenchReport(done)
@@ -138,7 +148,9 @@ def _check_shape(shape: str, layers: int) -> None:
 
 
 @contextmanager
-def _model(name: str | None, layers: int | None, bits: int, shape: str) -> Iterator[Path]:
+def _model(
+    name: str | None, layers: int | None, expert_bits: int, shape: str, dense_bits: int
+) -> Iterator[Path]:
     """Yield the model's directory. A synthetic model is deleted at the end."""
     from mixchat.weights import models
 
@@ -149,7 +161,8 @@ def _model(name: str | None, layers: int | None, bits: int, shape: str) -> Itera
 
     with ExitStack() as stack:
         with status(f"writing {layers} layers of random weights"):
-            directory = stack.enter_context(synthetic_model(layers, bits, shape))
+            made = synthetic_model(layers, expert_bits, shape, dense_bits)
+            directory = stack.enter_context(made)
         yield directory
 
 

@@ -12,6 +12,7 @@ from mixchat.base.errors import UsageError
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags.arguments import checked, read_beginning
 from mixchat.cli.flags.load_flags import (
+    DENSE_BITS,
     ExpertBits,
     installed_model_argument,
     parse_dense_bits,
@@ -57,9 +58,9 @@ def download(
         str | None,
         typer.Option(
             metavar="BITS",
-            autocompletion=one_of("16", "8", "4"),
-            help="Bits of each weight of attention and output head: 16, 8 or 4, or for each, as in "
-            "attention=8,head=16.",
+            autocompletion=one_of(*DENSE_BITS),
+            help="Bits of each weight of attention and output head: 16, 8, 6, 5 or 4, or for each, "
+            "as in attention=8,head=6.",
             show_default="8; 16 with --expert-bits 16",
         ),
     ] = None,
@@ -154,7 +155,8 @@ def calibrate(
     --keep-source' kept it), and rounded for the least error with these inputs, by weighted
     scales and by GPTQ. Each fifth window is held out, and a matrix gets the way with the least
     error on the windows that were held out. If neither way helps, it stays as a download makes it.
-    The model's size and speed stay the same.
+    The model's size and speed stay the same. Attention and head in 6 or 5 bits are rounded anew,
+    too.
 
     By default the text gives each expert two inputs for each column of its widest matrix, if the
     text has so many tokens, half of the free disk and memory holds them, and they add no more than

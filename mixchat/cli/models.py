@@ -151,14 +151,14 @@ def convert(
         str | None,
         typer.Option(
             metavar="BITS",
-            autocompletion=one_of("8"),
-            help="8 rounds attention and output head from 16 bits to 8; attention=8 or head=8 only "
-            "one of them. This cannot be undone.",
+            autocompletion=one_of("8", "6", "5"),
+            help="8, 6 or 5 rounds attention and output head from 16 bits to so many; attention=8 "
+            "or head=8 only one of them. This cannot be undone.",
             show_default="as they are",
         ),
     ] = None,
 ) -> None:
-    """Reorder a model's codes for CPU or GPU, or round 16 bits to 8.
+    """Reorder a model's codes for CPU or GPU, or round 16 bits to 8, 6 or 5.
 
     The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
     order that a GPU reads. A model in the other layout runs too, but each expert is reordered
@@ -187,7 +187,11 @@ def convert(
         changed = convert_model(directory, target, progress)
     rounded = [part for part in bits._fields if before[part] != getattr(target, part)]
     if rounded:
-        say(f"{model} has 8 bits in {' and '.join(rounded)} now: that cannot be undone")
+        parts: dict[int, list[str]] = {}
+        for part in rounded:
+            parts.setdefault(getattr(bits, part), []).append(part)
+        has = [f"{count} bits in {' and '.join(some)}" for count, some in parts.items()]
+        say(f"{model} has {' and '.join(has)} now: that cannot be undone")
     elif any(bits):
         say(f"{model} has the requested bits already")
     if layout or not (rounded or any(bits)):

@@ -18,7 +18,7 @@ from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, Step, alone, together
 from mixchat.weights.matrix.linear import as_packed
-from mixchat.weights.matrix.quant_type import Linear
+from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
 
 
 class KVContext(Protocol):
@@ -120,6 +120,11 @@ class Attention:
         self._layer, self._config = layer, config
         self._qkv_proj, self._o_proj, self._rope = qkv_proj, o_proj, rope
         self._qk_norms, self._sinks = qk_norms, None if sinks is None else sinks.float()
+
+    def record_inputs(self, of_qkv: RecordRows, of_o: RecordRows) -> None:
+        """Record the inputs of both matrices from now on. No step can be made then."""
+        self._qkv_proj = RecordingLinear(self._qkv_proj, of_qkv)
+        self._o_proj = RecordingLinear(self._o_proj, of_o)
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""

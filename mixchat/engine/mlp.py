@@ -5,6 +5,8 @@ T = tokens, D = hidden_size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mixchat.engine.attention import SingleTokenContext
@@ -12,6 +14,7 @@ from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone, together
 from mixchat.kernels.router import Router
 from mixchat.weights.format.blueprint import Expert
+from mixchat.weights.matrix.quant_type import RecordingLinear, RecordRows
 
 
 class DenseMLP:
@@ -30,6 +33,12 @@ class DenseMLP:
             return out
         _, weights = self._gate(x)
         return rows.weighted_sum(out.unsqueeze(1), weights)
+
+    def record_inputs(self, of_w13: RecordRows, of_w2: RecordRows) -> None:
+        """Record the inputs of both matrices from now on. No step can be made then."""
+        up, down = self._network.gate_up, self._network.down
+        recording = RecordingLinear(up, of_w13), RecordingLinear(down, of_w2)
+        self._network = replace(self._network, gate_up=recording[0], down=recording[1])
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token, from `normed` to `dense`."""

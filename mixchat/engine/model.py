@@ -6,6 +6,7 @@ T = tokens of this call, P = tokens before them (in the cache), D = hidden_size,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,9 +22,9 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone
 from mixchat.kernels.router import Router
-from mixchat.weights.format.blueprint import Blueprint, Expert, swiglu_of
+from mixchat.weights.format.blueprint import HEAD, Blueprint, Expert, swiglu_of
 from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.matrix.quant_type import Linear
+from mixchat.weights.matrix.quant_type import Linear, RecordRows
 
 LAST = slice(-1, None)
 
@@ -51,8 +52,8 @@ class Block:
         moe: SparseMoE | None,
         mlp: DenseMLP | None,
     ) -> None:
-        self._attention_norm, self._attention = attention_norm, attention
-        self._mlp_norm, self._moe, self._mlp = mlp_norm, moe, mlp
+        self._attention_norm, self.attention = attention_norm, attention
+        self._mlp_norm, self._moe, self.mlp = mlp_norm, moe, mlp
 
     @property
     def moe(self) -> SparseMoE:
@@ -88,9 +89,9 @@ class Block:
 
     def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self._attention(self._attention_norm(x), before, exact=exact)
+        x = x + self.attention(self._attention_norm(x), before, exact=exact)
         normed = self._mlp_norm(x)
-        parts = [part(normed, exact=exact) for part in (self._moe, self._mlp) if part]
+        parts = [part(normed, exact=exact) for part in (self._moe, self.mlp) if part]
         return x + (parts[0] if len(parts) == 1 else parts[0] + parts[1])
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
@@ -108,10 +109,10 @@ class Block:
         x, normed = context.x, context.normed
         return [
             self._attention_norm.stage(x, normed),
-            *self._attention.stages(context),
+            *self.attention.stages(context),
             alone(rows.add_step(x, context.added, x)),
             self._mlp_norm.stage(x, normed),
-            *(self._mlp.stages(context) if self._mlp else ()),
+            *(self.mlp.stages(context) if self.mlp else ()),
         ]
 
     def expert_stages(
@@ -121,14 +122,14 @@ class Block:
         x, added = context.x, context.added
         return [
             *self.moe.expert_stages(routing, context, experts),
-            *([alone(rows.add_step(added, context.dense, added))] if self._mlp else ()),
+            *([alone(rows.add_step(added, context.dense, added))] if self.mlp else ()),
             alone(rows.add_step(x, added, x)),
         ]
 
     def run_routed(self, routing: Routing, context: SingleTokenContext) -> None:
         """Compute what is after the router by the runner of the experts."""
         added = self.moe.run_routed(routing, context)
-        context.x += added + context.dense if self._mlp else added
+        context.x += added + context.dense if self.mlp else added
 
 
 def _router(layer: int, used: Blueprint, tensors: ModelTensors) -> Router:
@@ -193,6 +194,7 @@ class Model:
         self.config = config
         self._embedding, self.blocks, self._norm, self._head = embedding, blocks, norm, head
         self._decoder: SingleTokenDecoder | None = None
+        self._record_head: RecordRows = lambda rows: None
 
     @property
     def device(self) -> torch.device:
@@ -204,6 +206,19 @@ class Model:
 
     def decode_by(self, decoder: SingleTokenDecoder | None) -> None:
         self._decoder = decoder
+
+    def record_inputs(self, used: Blueprint, record: Callable[[str, torch.Tensor], object]) -> None:
+        """Record the inputs [T, C] of attention, dense parts and head, with their matrices' names.
+
+        All tokens are recorded for the head, although it computes few.
+        """
+        self._decoder = None  # it would compute without them
+        for layer, block in enumerate(self.blocks):
+            names = used.qkv(layer).name, used.o(layer).name
+            block.attention.record_inputs(*(partial(record, name) for name in names))
+            if block.mlp is not None and (matrices := used.mlp(layer)):
+                block.mlp.record_inputs(*(partial(record, spec.name) for spec in matrices))
+        self._record_head = lambda rows: record(HEAD, self._norm(rows))
 
     def forward(
         self,
@@ -224,6 +239,7 @@ class Model:
         if self._decoder is not None and ids.shape[0] == 1:
             decoded = self._decoder.run(x, before, after_layer)
         x = self._through_blocks(x, before, exact, after_layer) if decoded is None else decoded
+        self._record_head(x)
         logits = self._head(self._norm(x[logits_of]), exact=exact)
         before.advance(ids.shape[0])  # last, so that an interrupted pass leaves the cache as it was
         return logits

@@ -10,6 +10,7 @@ Read emit.py first, then units.py, tile.py and quantized_matmul.py.
 - program.py: the arguments of a kernel, and many kernels in one call
 - units.py: turns codes into numbers and multiplies
 - mxfp4_units.py: the same for MXFP4
+- plane_units.py: the same for codes of 5 and 6 bits
 - tile.py: some rows of a matrix of codes times some tokens
 - quantized_matmul.py: x times a matrix of codes
 - rows.py: norm, rotation, gating and weighted sums

@@ -6,6 +6,7 @@ a block of 64 columns never overflows:
 
     3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
+    5 and 6 bits, words: 32767 *   63 * 64 =   132,116,544          (x has 15 bits and a sign)
     8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
 
 A line is 32 bytes for a pair of columns, with two codes in a byte. Rows 0 to 15 have the low bits,
@@ -20,6 +21,7 @@ The instruction for bytes takes unsigned levels, so 128 is added to each. The su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,7 +41,8 @@ _BYTES_AT = 32  # bytes of the table with the levels as words, before the levels
 class Unit(ABC):
     """A choice of instructions, for one function that is being written.
 
-    `table` points to the result of `UnitSet.level_tables`. Units for 8-bit codes do not read it.
+    `table` points to the result of `UnitSet.level_tables`. Units for codes that are numbers
+    themselves do not read it.
     """
 
     bits: ClassVar[int] = 4  # of a code
@@ -63,7 +66,7 @@ class Unit(ABC):
         return cls._widths
 
     @abstractmethod
-    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+    def levels(self, codes: Pointer, place: Value) -> Iterable[list[Value]]:
         """Load the codes of `columns` columns, and return their levels.
 
         Each list has a vector of levels for each vector of sums. A lane is one row.
@@ -84,7 +87,7 @@ class Unit(ABC):
         return sums
 
 
-class _WordUnit(Unit):
+class WordUnit(Unit):
     """Adds both products of each pair of words, which LLVM joins to one instruction with VNNI."""
 
     _multiply: ClassVar[str]
@@ -98,11 +101,15 @@ class _WordUnit(Unit):
         return sums + self.function.call(self._multiply, vector(i32, self.lanes), levels, pairs)
 
 
-class _Avx512Words(_WordUnit):
+class Avx512Words(WordUnit):
+    """AVX-512 with x in words."""
+
     lanes, _multiply = 16, "llvm.x86.avx512.pmaddw.d.512"
 
 
-class _Avx2Words(_WordUnit):
+class Avx2Words(WordUnit):
+    """AVX2 with x in words."""
+
     lanes, _multiply = 8, "llvm.x86.avx2.pmadd.wd"
 
 
@@ -139,7 +146,7 @@ class _ThreeBits(_Lookup):
         return [one, two, three, low | middle | high]
 
 
-class Avx512(_Lookup, _Avx512Words):
+class Avx512(_Lookup, Avx512Words):
     """AVX-512. One instruction looks up 32 codes, by 5 bits each, so the table is doubled."""
 
     _widths, unrolled = (8, 4, 3, 2, 1), 4
@@ -190,7 +197,7 @@ def _interleaved(one: Value, other: Value) -> list[Value]:
     return mixed
 
 
-class Avx2(_Avx2Order, _Lookup, _Avx2Words):
+class Avx2(_Avx2Order, _Lookup, Avx2Words):
     """AVX2. It looks up the low and the high bytes of the levels."""
 
     unrolled = 2
@@ -306,7 +313,7 @@ class Avx2ThreeBitsBytes(_ThreeBits, Avx2Bytes):
     """3-bit codes with AVX2, x in 8 bits."""
 
 
-class _Int8(_WordUnit):
+class _Int8(WordUnit):
     """8-bit codes, loaded as words with their sign."""
 
     bits, largest_x, one = 8, 32767, 127
@@ -321,13 +328,13 @@ class _Int8(_WordUnit):
         ]
 
 
-class Avx512Int8(_Int8, _Avx512Words):
+class Avx512Int8(_Int8, Avx512Words):
     """8-bit codes with AVX-512."""
 
     _widths, unrolled = (8, 4, 3, 2, 1), 4
 
 
-class Avx2Int8(_Int8, _Avx2Words):
+class Avx2Int8(_Int8, Avx2Words):
     """8-bit codes with AVX2."""
 
     _widths, unrolled = (2, 1), 2

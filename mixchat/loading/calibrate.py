@@ -1,7 +1,8 @@
 """Re-quantizes the experts of an installed model for their inputs.
 
 First the model reads or writes some text, and the inputs of its experts are recorded. Then each
-expert is read from the checkpoint again, and its scales are chosen for these inputs.
+expert is read from the checkpoint again, and its scales are chosen for these inputs. So are
+attention and head, if their type is calibrated.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.engine.generate import Engine
 from mixchat.experts.trace import RecordingRunner
 from mixchat.loading.loader import load_engine
-from mixchat.weights.families.read_config import read_config_file
-from mixchat.weights.format.blueprint import SHARED_FILE
+from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 from mixchat.weights.make.calibrator import (
@@ -36,13 +36,16 @@ from mixchat.weights.make.calibrator import (
     ExpertInputs,
     InputsWriter,
     check_checkpoint,
+    dense_inputs_size,
     inputs_size,
+    is_calibrated,
 )
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 WINDOW = 512  # tokens in one piece
 ROWS_A_COLUMN = 2  # for an expert's widest matrix, since more gain little
+_DENSE_ROWS_A_COLUMN = 8  # every token is an input of attention and head
 _DEFAULT_TEXT_S = 2 * 3600
 _MEASURED_WINDOWS = 2  # the second one finds the kernels compiled
 _MEASURED_SIZE = 1024  # rows and columns
@@ -79,7 +82,7 @@ def calibration(
     """
     manifest, path = read_manifest(directory), directory / INPUTS_DIR
     blueprint = installed_blueprint(directory, manifest)
-    _check_memory(blueprint.config, 0)
+    _check_memory(blueprint, 0)
     with (
         open_checkpoint(manifest.source, directory, progress) as checkpoint,
         CheckpointReader(checkpoint, manifest.checkpoint) as reader,
@@ -106,16 +109,20 @@ def record_inputs(
     Raises `UsageError` if the text is too short, `ResourceError` if the disk or the memory is, and
     what loading raises.
     """
-    config = read_config_file(directory / "config.json")
+    blueprint = installed_blueprint(directory, read_manifest(directory))
+    config, dense_rows = blueprint.config, _dense_rows(blueprint)
     windows = _windows(text, text.windows or default_windows(config, directory))
-    _check_memory(config, len(windows))
-    _check_disk(directory, inputs_size(config, len(windows) * WINDOW), note)
-    with InputsWriter(target) as writer:
+    _check_memory(blueprint, len(windows))
+    dense = dense_inputs_size(blueprint, dense_rows)
+    _check_disk(directory, inputs_size(config, len(windows) * WINDOW) + dense, note)
+    with InputsWriter(target, dense_rows) as writer:
         engine = load_engine(
             directory,
             LoadOptions(context_size=WINDOW + 1),
             wrap=lambda runner: RecordingRunner(runner, writer.add),
         )
+        if dense:
+            engine.passes.model.record_inputs(blueprint, writer.add_dense)
         seconds = 0.0
         for number, window in enumerate(windows[:_MEASURED_WINDOWS]):
             on_window(number, len(windows), "")
@@ -126,6 +133,13 @@ def record_inputs(
             on_window(number, len(windows), line)
             line = ""
             _run(engine, window, number)
+
+
+def _dense_rows(blueprint: Blueprint) -> int:
+    """Return how many inputs each calibrated matrix of attention and head gets, in windows."""
+    specs = [spec for spec in blueprint.shared_matrices.values() if is_calibrated(spec)]
+    widest = max((spec.columns for spec in specs), default=0)
+    return WINDOW * max(FOLD, math.ceil(_DENSE_ROWS_A_COLUMN * widest / WINDOW))
 
 
 def default_windows(config: ModelConfig, directory: Path) -> int:
@@ -211,11 +225,11 @@ def _run(engine: Engine, window: Sequence[int], seed: int) -> float:
     return time.monotonic() - begin
 
 
-def _check_memory(config: ModelConfig, windows: int) -> None:
-    needed = _memory(config, windows)
+def _check_memory(blueprint: Blueprint, windows: int) -> None:
+    needed = max(_memory(blueprint.config, windows), _dense_memory(blueprint))
     if needed > (free := machine.free_memory()):
         raise ResourceError(
-            f"not enough memory: {format_least(needed)} needed to calibrate an expert, "
+            f"not enough memory: {format_least(needed)} needed to calibrate a matrix, "
             f"{format_size(free)} free",
             hint="Close other programs, or read fewer windows (--windows).",
         )
@@ -226,6 +240,16 @@ def _memory(config: ModelConfig, windows: int) -> int:
     width, inner = config.hidden_size, config.intermediate_size
     matrices = 4 * 4 * max(width, inner) ** 2 + 8 * width * inner
     return matrices + windows * _memory_of_window(config)
+
+
+def _dense_memory(blueprint: Blueprint) -> int:
+    """Return the bytes to round the largest calibrated matrix of attention and head."""
+    specs = [spec for spec in blueprint.shared_matrices.values() if is_calibrated(spec)]
+    inputs = 2 * _dense_rows(blueprint)
+    # Four matrices of the inputs, three of the weights in fp32, one in 16 bits.
+    return max(
+        (spec.columns * (inputs + 16 * spec.columns + 14 * spec.rows) for spec in specs), default=0
+    )
 
 
 def _memory_of_window(config: ModelConfig) -> int:

@@ -95,8 +95,8 @@ class MemoryPlan:
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> MemoryPlan:
     """Return the places of the model. Raises `UsageError` and `ResourceError` if it cannot.
 
-    A GPU would widen matrices of 8 bits for each token. So they are widened once if all experts fit
-    nevertheless.
+    A GPU would widen matrices of 5 to 8 bits for each token. So they are widened once if all
+    experts fit nevertheless.
     """
     wide = blueprint.widened()
     if free.device is not None and wide != blueprint:

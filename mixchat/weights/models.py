@@ -89,7 +89,7 @@ class ModelEntry:
     """A model in the data directory. `problem` is None if it is finished and can be read.
 
     `bytes` is its size on disk, `weights` the size of its files of weights. `context` is in tokens.
-    `partly` is "converted" or "calibrated" if only some layers are.
+    `partly` is "converted" or "calibrated" if only some files are.
     """
 
     key: str

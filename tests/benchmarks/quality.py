@@ -5,7 +5,8 @@
 Prints a table with all figures, then those that README.md and `mixchat plan` (`DEMO_LOSS`) have,
 in their form. WORK is a directory for models and results, 9 GB: the same command continues there.
 --llama names a Python that has llama.cpp (`quality_llama.py`); without it there are no rows of
-llama.cpp. Without a TEXT the five of `quality_texts.py` are read.
+llama.cpp. Without a TEXT the five of `quality_texts.py` are read. --dense prints another table:
+attention and head in 16, 8, 6, 5 and 4 bits, with experts in 4 bits, and in 16 bits.
 
 Both programs get the same model: the demo's dense one, padded and rescaled (`padded_model.py`).
 Each form is measured twice. "experts": only the experts (llama.cpp: the feed-forward blocks) are
@@ -56,6 +57,7 @@ HIDDEN = 768  # a multiple of the 256 weights of llama.cpp's blocks
 UNQUANTIZED = "unquantized"
 CALIBRATED = ", calibrated"
 QUANT_TYPES = {"4 bits": "nf4", "3 bits": "nf3"}
+DENSE_BITS = {"nf4": (16, 8, 6, 5, 4), "none": (8, 6, 5)}  # by the type of the experts
 README_HEAD = """\
 | form             | bits | experts alone | calibrated   | bits | all          | calibrated   |
 | ---------------- | ---- | ------------- | ------------ | ---- | ------------ | ------------ |"""
@@ -154,11 +156,25 @@ def calibrated_variants(work: Path) -> list[Variant]:
     return found
 
 
-def installed(checkpoint: Path, target: Path, kind: str) -> Path:
-    """Install a model with experts of a type, and all else in 16 bits."""
+def dense_variants(checkpoint: Path, work: Path) -> list[Variant]:
+    """Install models that differ in the bits of attention and head, the unquantized one first."""
+    found = [Variant(UNQUANTIZED, "all", 16, installed(checkpoint, work / "none", "none"))]
+    for kind, every in DENSE_BITS.items():
+        for bits in every:
+            directory = installed(checkpoint, work / f"{kind}-dense-{bits}", kind, bits)
+            experts = {"nf4": "4 bits", "none": "16 bits"}[kind]
+            rounded = "experts" if bits == 16 else "dense"
+            counted = rounded_bits(blueprint_of(directory), rounded)
+            name = f"experts in {experts}, dense in {bits}"
+            found.append(Variant(name, rounded, counted, directory))
+    return found
+
+
+def installed(checkpoint: Path, target: Path, kind: str, dense_bits: int = 16) -> Path:
+    """Install a model with experts of a type, and attention and head in so many bits."""
     if not is_installed(target):
         opened = DirectoryCheckpoint(checkpoint, Source(str(checkpoint)))
-        options = QuantizeOptions(quant_type=kind, attention=16, head=16)
+        options = QuantizeOptions(quant_type=kind, attention=dense_bits, head=dense_bits)
         Build(opened, target, make_blueprint(opened.index, options)).run()
     return target
 
@@ -188,16 +204,17 @@ def copied(source: Path, target: Path) -> Path:
 
 
 def rounded_bits(blueprint: Blueprint, rounded: str) -> float:
-    """Return the bits a weight of what is rounded. Of a layer's equal experts, one is counted."""
-    specs, layers = (
-        [blueprint.expert.gate_up, blueprint.expert.down],
-        blueprint.config.num_hidden_layers,
-    )
-    if rounded == "all":
+    """Return the bits a weight of what is rounded. Of a layer's equal experts, one is counted.
+
+    "dense" counts attention and head alone.
+    """
+    layers = blueprint.config.num_hidden_layers
+    specs = [] if rounded == "dense" else [blueprint.expert.gate_up, blueprint.expert.down]
+    if rounded != "experts":
         specs += [blueprint.qkv(0), blueprint.o(0)]
     nbytes = layers * sum(tensor.nbytes for spec in specs for tensor in spec.tensors)
     weights = layers * sum(spec.rows * spec.columns for spec in specs)
-    if rounded == "all" and blueprint.head is not None:
+    if rounded != "experts" and blueprint.head is not None:
         nbytes += sum(tensor.nbytes for tensor in blueprint.head.tensors)
         weights += blueprint.head.rows * blueprint.head.columns
     return 8 * nbytes / weights
@@ -303,6 +320,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="*", metavar="TEXT")
     parser.add_argument("--windows", type=int, default=8, help="of each text")
     parser.add_argument("--llama", metavar="PYTHON")
+    parser.add_argument("--dense", action="store_true")
     given = parser.parse_args()
     work = given.work.resolve()
     work.mkdir(exist_ok=True)
@@ -310,11 +328,14 @@ def main() -> None:
     paths = given.texts or write_texts(work / "texts", checkpoint)
     texts = {path.stem: windows_of(checkpoint, path, given.windows) for path in paths}
     peers = llama_variants(given.llama, gguf, texts, work) if given.llama else []
-    variants = plain_variants(checkpoint, work)
-    read_texts(variants, texts, work / "results.json")
-    variants += calibrated_variants(work)
+    variants = (dense_variants if given.dense else plain_variants)(checkpoint, work)
     read_texts(variants, texts, work / "results.json")
     print(f"{given.windows * WINDOW} tokens of each text, in windows of {WINDOW}\n")
+    if given.dense:
+        show(variants, list(texts))
+        return
+    variants += calibrated_variants(work)
+    read_texts(variants, texts, work / "results.json")
     show([*variants, *peers], list(texts))
     print("", README_HEAD, *readme_rows([*variants, *peers]), sep="\n")
     print(f"\nDEMO_LOSS = {demo_loss(variants)}")

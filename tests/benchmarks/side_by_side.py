@@ -132,6 +132,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, metavar="FILE")
     parser.add_argument("--synthetic", type=int, metavar="LAYERS")
     parser.add_argument("--shape", default="instruct", metavar="NAME", help="of --synthetic")
+    parser.add_argument("--dense-bits", type=int, default=8, metavar="N", help="of --synthetic")
     parser.add_argument("--format", choices=FORMATS, default="Q4_0", help="of --synthetic")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--context", type=int, action="append", metavar="N")
@@ -162,7 +163,8 @@ def models(given: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
     if given.synthetic is None:
         yield installed_directory(given.model), given.gguf
         return
-    with synthetic_model(given.synthetic, shape=given.shape) as directory:
+    form = {"shape": given.shape, "dense_bits": given.dense_bits}
+    with synthetic_model(given.synthetic, **form) as directory:
         gguf = directory.parent / "synthetic.gguf"
         write_model(given.python, gguf, given.synthetic, given.format, given.shape)
         yield directory, gguf

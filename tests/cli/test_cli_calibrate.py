@@ -9,7 +9,7 @@ import pytest
 from manifest_tools import as_format_3
 from tiny_tokenizer import write_tokenizer
 
-from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
+from mixchat.base.safetensors import SafetensorsFile, tensor_bytes, tensor_sha256
 from mixchat.loading import calibrate as calibrate_module
 from mixchat.weights.care.convert import _Converter
 from mixchat.weights.families.read_config import read_config_file
@@ -211,6 +211,72 @@ def test_attention_in_4_bits_of_a_calibrated_model_can_be_rebuilt(mixchat, envir
     path.write_bytes(whole[: len(whole) // 2])
     assert mixchat("repair", "mine").returncode == 0
     assert path.read_bytes() == whole
+
+
+@pytest.fixture
+def in_few_bits(mixchat, environment, checkpoint):
+    """Attention and head have a type that is calibrated with the experts."""
+    command = ("download", str(checkpoint), "--name", "few", "--dense-bits", "attention=6,head=5")
+    assert mixchat(*command).returncode == 0
+    return Path(environment["MIXCHAT_HOME"]) / "models" / "few"
+
+
+def test_attention_and_head_in_few_bits_are_calibrated_with_the_experts(mixchat, in_few_bits, text):
+    shared, before = (in_few_bits / "shared.safetensors"), tensors_of(in_few_bits)
+    size = shared.stat().st_size
+    done = mixchat("calibrate", "few", "--calibrate-text", text)
+    assert done.returncode == 0, done.stderr
+    assert lines_of(done)[-2].startswith("of 21 matrices ")  # 16 of experts, and 2 * 2 + 1
+    changed = {name for name, data in tensors_of(in_few_bits).items() if data != before[name]}
+    assert {name.rpartition(".")[0] for name in changed} == {
+        "lm_head",
+        *(f"model.layers.{n}.self_attn.{x}_proj" for n in (0, 1) for x in ("qkv", "o")),
+    }
+    assert shared.stat().st_size == size
+    assert mixchat("verify", "few").returncode == 0
+    assert read_manifest(in_few_bits).partly is None
+    data = bytearray(shared.read_bytes())
+    data[-5] ^= 1
+    shared.write_bytes(data)
+    refused = mixchat("repair", "few")
+    assert refused.returncode == 6
+    assert "calibrated matrices cannot be rebuilt alone" in lines_of(refused)[-2]
+
+
+@pytest.mark.parametrize("stopped_at", ["shared.safetensors", *EXPERTS])
+def test_cut_off_attention_and_head_are_calibrated_once(
+    mixchat, in_few_bits, text, monkeypatch, stopped_at
+):
+    whole = shutil.copytree(in_few_bits, in_few_bits.parent / "whole")
+    assert mixchat("calibrate", "whole", "--calibrate-text", text).returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(_Converter, "_rewrite", interrupt_at(stopped_at))
+        assert mixchat("calibrate", "few", "--calibrate-text", text).returncode == 130
+    inputs = [*(in_few_bits / INPUTS_DIR).glob("dense-*")]
+    assert len(inputs) == (5 if stopped_at == "shared.safetensors" else 0)
+    assert mixchat("verify", "few").returncode == 0
+    assert mixchat("calibrate", "few").returncode == 0
+    names = ["mixchat.json", "shared.safetensors", *EXPERTS]
+    assert contents(in_few_bits, names) == contents(whole, names)
+
+
+def test_16_bits_rounded_after_a_calibration_can_be_rebuilt(mixchat, environment, checkpoint, text):
+    command = ("download", str(checkpoint), "--name", "mine", "--dense-bits", "16")
+    assert mixchat(*command, "--calibrate-text", text).returncode == 0
+    assert mixchat("convert", "mine", "--dense-bits", "6").returncode == 0
+    directory = Path(environment["MIXCHAT_HOME"]) / "models" / "mine"
+    assert read_manifest(directory).weights["shared.safetensors"].unlike == {"scales": "search"}
+    path = directory / "shared.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert mixchat("repair", "mine").returncode == 0
+    assert path.read_bytes() == whole
+
+
+def tensors_of(directory):
+    """The bytes of what all tokens share, by name."""
+    with SafetensorsFile(directory / "shared.safetensors") as file:
+        return {spec.name: bytes(tensor_bytes(file.read(spec.name))) for spec in file.header.specs}
 
 
 def test_download_can_calibrate_and_the_same_command_finds_it_done(mixchat, checkpoint, text):

@@ -97,7 +97,8 @@ def test_show_says_what_a_model_is(mixchat, keep):
     assert shown["commit"] == "abc123"
     assert shown["size"] == "26.1 GB"
     assert (shown["experts"], shown["attention"], shown["head"]) == ("nf4", "bfloat16", "nf4")
-    assert (shown["layers"], shown["experts per layer"]) == ("30", "8, 2 per token")
+    assert (shown["model type"], shown["layers"]) == ("mixtral", "30")
+    assert shown["experts per layer"] == "8, 2 per token"
     assert (shown["scales"], shown["layout"]) == ("absmax", "bitsandbytes")
     assert shown["context"] == "8192 tokens"
 
@@ -125,6 +126,7 @@ def test_show_as_json_has_what_list_has_and_more(mixchat, keep):
         "layout": "bitsandbytes",
         "attention": "bfloat16",
         "head": "nf4",
+        "model_type": "mixtral",
         "layers": 30,
         "experts_per_layer": 8,
         "experts_per_token": 2,

@@ -43,6 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "norms of projections": {"model_type": "olmoe", "num_attention_heads": 2, "head_dim": 32},
     "window and rope of a layer": {"model_type": "mellum", "moe_intermediate_size": 128},
     "sinks and biases": {"model_type": "gpt_oss"},
+    "sinks, biases and experts in mxfp4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},
+    "multipliers": {"model_type": "granitemoe"},
 }
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from engine_tools import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
+from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import NF4
 
@@ -46,6 +48,30 @@ def oracle(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def prompt(vocab_size: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(7))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("chunk", [1, 7, TOKENS])
+@pytest.mark.parametrize("kind", ["no packed layout", "correction and dense layer"])
+def test_the_inputs_of_dense_parts_are_recorded_for_each_token(
+    kind: str, chunk: int, model_of: Callable[..., Path]
+) -> None:
+    """By the recorded rows, the matrices give what the model computes."""
+    engine: Any = load_engine(model_of(FAMILIES.get(kind, {}), {}), CPU)
+    model, used = engine.passes.model, engine.blueprint
+    ids = prompt(model.config.vocab_size)
+    expected = logits(engine, ids, chunk)
+    recorded: dict[str, list[torch.Tensor]] = {}
+    model.record_inputs(used, lambda name, rows: recorded.setdefault(name, []).append(rows.clone()))
+    assert torch.equal(logits(engine, ids, chunk), expected)
+    rows = {name: torch.cat(some) for name, some in recorded.items()}
+    assert rows.keys() == used.shared_matrices.keys()
+    for name, spec in used.shared_matrices.items():
+        assert rows[name].shape == (TOKENS, spec.columns)
+    assert torch.equal(model._head(rows["lm_head"]), expected)
+    first = model.blocks[0]
+    normed = first._attention_norm(model._embedding(ids))
+    assert torch.equal(rows[used.qkv(0).name], normed)
 
 
 @torch.inference_mode()
@@ -214,15 +240,20 @@ def test_attention_and_head_in_fewer_bits_stay_close(
     assert 0 < distances.median() < most  # of some tokens, the experts change
 
 
+@pytest.mark.parametrize("kind", ["no packed layout", *FAMILIES])
 def test_the_answer_is_the_same_for_every_size_of_the_cache(
-    tiny_checkpoint: Path, install: Callable[..., Path]
+    kind: str, model_of: Callable[..., Path]
 ) -> None:
-    installed = install(tiny_checkpoint)
-    ids = prompt(97)
+    shape = {"intermediate_size": 128, **FAMILIES[kind]} if kind in FAMILIES else {}
+    installed = model_of(shape, {})
+    with InstalledModel(installed) as model:
+        config, size = model.config, model.blueprint.expert.stride
     every = [
         logits(
-            load_engine(installed, LoadOptions(MemoryBudget(size=n * 20_480), device="cpu")), ids, 8
+            load_engine(installed, LoadOptions(MemoryBudget(size=slots * size), device="cpu")),
+            prompt(97),
+            8,
         )
-        for n in (2, 3, 5, 8)
+        for slots in range(2, config.num_moe_layers * config.num_local_experts + 1)
     ]
     assert all(torch.equal(every[0], other) for other in every[1:])

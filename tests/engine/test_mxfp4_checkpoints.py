@@ -1,5 +1,6 @@
 """gpt-oss as it is published, with experts in MXFP4: taken over, mended, or refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,32 +46,27 @@ class Published(NamedTuple):
     meant: Path
 
 
-def in_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The blocks and scales of a stack [E, in, out]."""
-    experts, columns, rows = weight.shape
-    codes, scales = MXFP4.codes(weight.transpose(1, 2).reshape(-1, columns))
-    shape = (experts, rows, columns // 32)
-    return (codes << 4 | codes >> 4).view(*shape, 16), scales.view(shape)
-
-
 @pytest.fixture(scope="session")
 def published(
     make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
     """A tiny gpt-oss whose codes and scales lie in different shards. Do not write into it."""
-    checkpoint = make_checkpoint(model_type="gpt_oss", std=0.1, **SHAPE)
-    stored, meant = {}, {}
-    for name, weight in load_file(checkpoint / FILE).items():
-        meant[name] = stored[name] = weight.to(torch.bfloat16)
-        if weight.dim() == 3:
-            del stored[name]
-            blocks, scales = in_mxfp4(weight)
-            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-            meant[name] = convert_moe_packed_tensors(blocks, scales)
+    checkpoint = make_checkpoint(model_type="gpt_oss", std=0.1, stored_as="mxfp4", **SHAPE)
+    stored = load_file(checkpoint / FILE)
+    meant = {
+        name.removesuffix("_blocks"): tensor
+        if not name.endswith("_blocks")
+        else convert_moe_packed_tensors(tensor, stored[name.replace("_blocks", "_scales")])
+        for name, tensor in stored.items()
+        if not name.endswith("_scales")
+    }
     made = Published(*(tmp_path_factory.mktemp("mxfp4") / name for name in Published._fields))
     for directory in made:
         shutil.copytree(checkpoint, directory)
     save_sharded(stored, made.quantized, 3)
+    config = json.loads((made.meant / "config.json").read_text())
+    del config["quantization_config"]
+    (made.meant / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.float() for name, tensor in meant.items()}, made.meant / FILE)
     return made
 

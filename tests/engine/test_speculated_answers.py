@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
         name: ({**changes, "std": 0.03, "seed": 2}, {}, LoadOptions())
         for name, changes in FAMILIES.items()
     },
+    "multipliers": (FAMILIES["multipliers"], {}, LoadOptions()),  # else all proposals are accepted
 }
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")

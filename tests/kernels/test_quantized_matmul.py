@@ -1,7 +1,7 @@
 """The kernel against the dequantized product in double precision, for each set of instructions.
 
-The unit of AVX-512 for 8-bit codes is tested on every CPU: its one instruction is emulated, and
-LLVM cuts its vectors in halves.
+The units of AVX-512 for codes of 5, 6 and 8 bits are tested on every CPU: their one instruction is
+emulated, and LLVM cuts their vectors in halves.
 """
 
 from typing import Any
@@ -14,24 +14,27 @@ from mixchat.kernels import units
 from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set, kernels_available
 from mixchat.kernels.emit import Value, i16, i32, vector
 from mixchat.kernels.mxfp4_units import MXFP4_UNITS
+from mixchat.kernels.plane_units import Avx512FiveBits, Avx512SixBits
 from mixchat.kernels.quantized_matmul import QuantizedMatrix
-from mixchat.kernels.units import EIGHT_BITS, MANY, VNNI, Avx512Int8, Unit, UnitSet
+from mixchat.kernels.units import MANY, VNNI, Avx512Int8, Unit, UnitSet, WordUnit
+from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import FP4, NF4
-from mixchat.weights.matrix.quant_type import BlockCodes
+from mixchat.weights.matrix.quant_type import BlockCodes, QuantType
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
-TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, MXFP4, INT8)}
+TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, MXFP4, INT8, INT6, INT5)}
+IN_WORDS = (INT8, INT6, INT5)  # always
 each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
 WAYS = ["avx512", "avx2", "avx512 bytes", "avx2 bytes", "emulated"]
 
 
-class Emulated(Avx512Int8):
-    """The unit for AVX-512, in instructions of any CPU."""
+class Emulation(WordUnit):
+    """A unit for AVX-512, in instructions of any CPU."""
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         wide = vector(i32, 32)
@@ -41,22 +44,29 @@ class Emulated(Avx512Int8):
         return sums + even + odd
 
 
+EMULATED = {
+    INT8: type("EmulatedInt8", (Emulation, Avx512Int8), {}),
+    INT6: type("EmulatedSixBits", (Emulation, Avx512SixBits), {}),
+    INT5: type("EmulatedFiveBits", (Emulation, Avx512FiveBits), {}),
+}
+
+
 @pytest.fixture(params=WAYS)
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each unit that this CPU has, for any count of tokens."""
     way = request.param
     kind = request.node.callspec.params.get("kind", NF4)
     instructions, *_ = way.split()
-    if way == "emulated" and kind is not INT8:
-        pytest.skip("only 8-bit codes have an emulated unit")
-    if way.endswith("bytes") and kind is INT8:
-        pytest.skip("8-bit codes have no unit for bytes")
+    if way == "emulated" and kind not in IN_WORDS:
+        pytest.skip("these codes have no emulated unit")
+    if way.endswith("bytes") and kind in IN_WORDS:
+        pytest.skip("these codes have no unit for bytes")
     if way.endswith("bytes") and not has_feature(VNNI[instructions]):
         pytest.skip("the CPU does not multiply bytes")
     if instructions == "avx512" and instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
     if way == "emulated":
-        monkeypatch.setitem(EIGHT_BITS.words, instruction_set(), Emulated)
+        monkeypatch.setitem(kind.units.words, instruction_set(), EMULATED[kind])
         return way
 
     def unit_for(self: UnitSet, instructions: InstructionSet, tokens: int) -> type[Unit]:
@@ -69,7 +79,7 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def within(unit: str, kind: BlockCodes) -> float:
     """Return how far a product may be off the exact one, by the bits that x has."""
-    if kind is INT8:
+    if kind in IN_WORDS:
         return 7e-5
     return 1.2e-2 if unit.endswith("bytes") else 3e-4
 
@@ -146,11 +156,15 @@ def test_both_sets_of_instructions_give_the_same_bits(
 ) -> None:
     matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
     result = matrix(x)
-    if kind is INT8:
-        monkeypatch.setitem(EIGHT_BITS.words, instruction_set(), Emulated)
+    if kind in IN_WORDS and instruction_set() != "avx512":
+        monkeypatch.setitem(kind.units.words, instruction_set(), EMULATED[kind])
     elif instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    elif tokens >= MANY and len({has_feature(name) for name in VNNI.values()}) == 2:
+    elif (
+        kind not in IN_WORDS
+        and tokens >= MANY
+        and len({has_feature(name) for name in VNNI.values()}) == 2
+    ):
         pytest.skip("the CPU multiplies bytes with one of them only")
     else:
         monkeypatch.setattr(kernel, "instruction_set", lambda: "avx2")
@@ -193,13 +207,18 @@ def test_many_tokens_are_multiplied_as_bytes_if_the_cpu_can(
 def test_the_largest_possible_sum_does_not_overflow(
     unit: str, kind: BlockCodes, value: float
 ) -> None:
-    # 1 everywhere, or 6 times 2^-9.
-    largest = {"nf3": 0xFF, "nf4": 0xFF, "fp4": 0x33, "mxfp4": 0x77, "int8": 127}[kind.name]
+    extremes: dict[str, list[tuple[int, float]]] = {
+        "fp4": [(0x33, 1)],
+        "mxfp4": [(0x77, 6 / 4)],  # 6 times 2^-9
+        "int8": [(127, 1), (-127, -1)],
+        "int6": [(0xFF, 31 / 32), (0, -1)],
+        "int5": [(0xFF, 15 / 16), (0, -1)],
+    }
     matrix = Matrix(32, 64, kind)
     matrix.packed.absmax.fill_(127 - 9 if kind is MXFP4 else 2**-7)
-    for code, sign in ((largest, 1), (-127, -1)) if kind is INT8 else ((largest, 1),):
-        matrix.packed.codes.fill_(code)
-        expected = torch.full((5, 32), sign * 64 * value * 2**-7) * (1.5 if kind is MXFP4 else 1)
+    for codes, number in extremes.get(kind.name, [(0xFF, 1)]):
+        matrix.packed.codes.fill_(codes)
+        expected = torch.full((5, 32), number * 64 * value * 2**-7)
         torch.testing.assert_close(matrix(torch.full((5, 64), value)), expected, rtol=1e-6, atol=0)
 
 
@@ -255,8 +274,9 @@ def test_the_shape_and_type_of_x_are_kept(unit: str, kind: BlockCodes) -> None:
     assert matrix(random(1, 64).half()).dtype == torch.float16
 
 
-def test_a_map_of_8_bits_is_exact_without_being_asked_for_it() -> None:
-    spec = LinearSpec("w", 96, 128, "int8", "cpu-packed", torch.bfloat16)
+@pytest.mark.parametrize("quant_type", ["int8", "int6", "int5"])
+def test_a_map_in_words_is_exact_without_being_asked_for_it(quant_type: QuantType) -> None:
+    spec = LinearSpec("w", 96, 128, quant_type, "cpu-packed", torch.bfloat16)
     assert spec.can_be_exact
     linear: Any = spec.build(spec.encode(random(96, 128)))
     x = random(40, 128, seed=1).bfloat16()

@@ -29,11 +29,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4, odd shapes": {"hidden_size": 80, "intermediate_size": 112},
     "fp32": {"quant_type": "none"},
     "fp32, odd shapes": {"quant_type": "none", "hidden_size": 50, "intermediate_size": 49},
-    "fp32, after a dense layer": {
-        "quant_type": "none",
-        "model_type": "dots1",
-        "num_hidden_layers": LAYERS + 1,
-    },
     "bf16": {"quant_type": "none", "stored_as": "bfloat16"},
     "bf16, odd shapes": {
         "quant_type": "none",
@@ -42,8 +37,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "intermediate_size": 49,
     },
 }
+SLIDING = ["sliding_attention"] * 2
+FAMILIES: dict[str, dict[str, Any]] = {
+    **{name: {"model_type": name} for name in ("qwen3_moe", "olmoe", "granitemoe")},
+    "mellum": {"model_type": "mellum", "layer_types": [*SLIDING, "full_attention"]},
+    "gpt_oss in mxfp4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},
+    "dots1 after a dense layer": {"model_type": "dots1", "num_hidden_layers": LAYERS + 1},
+}
 FAST = "fp32, odd shapes"  # no kernel has to be compiled for it in a new process
-CHECKPOINT = ("stored_as", "hidden_size", "intermediate_size", "model_type", "num_hidden_layers")
+INSTALLED = ("quant_type", "layout")
 
 # Slots of this machine, and of each worker.
 SPLITS = {
@@ -70,8 +72,9 @@ def model(
 
     def model(kind: str) -> Path:
         if kind not in made:
-            shape = {name: value for name, value in KINDS[kind].items() if name in CHECKPOINT}
-            options = {name: value for name, value in KINDS[kind].items() if name not in CHECKPOINT}
+            given = (KINDS | FAMILIES)[kind]
+            shape = {name: value for name, value in given.items() if name not in INSTALLED}
+            options = {name: value for name, value in given.items() if name in INSTALLED}
             shape = {"num_hidden_layers": LAYERS, **shape}
             made[kind] = install(make_checkpoint(**shape), **options)
         return made[kind]
@@ -190,6 +193,8 @@ def text(engine: Engine, prompt: Sequence[int] = PROMPT, tokens: int = 12) -> li
         *((kind, "three, too few", False) for kind in KINDS),
         ("nf4, packed", "one, half each", True),
         ("fp32", "two, unequal", True),
+        *((kind, "one, too few", False) for kind in FAMILIES),
+        *((kind, "two, some twice", True) for kind in FAMILIES),
     ],
 )
 def test_who_computes_does_not_show_in_the_bits(load, fork, model, alone, kind, split, exact):

@@ -189,6 +189,7 @@ Trace = Annotated[
         OUTPUT,
     ),
 ]
+DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
 ExpertBits = Annotated[
     Literal["16", "4", "3"] | None,
     option(
@@ -269,6 +270,6 @@ def parse_dense_bits(text: str | None) -> DenseBits:
 
 
 def _dense_bits(text: str) -> int:
-    if text.strip() not in ("16", "8", "4"):
-        raise UsageError(f"--dense-bits has to be 16, 8 or 4, not {text!r}")
+    if text.strip() not in DENSE_BITS:
+        raise UsageError(f"--dense-bits has to be 16, 8, 6, 5 or 4, not {text!r}")
     return int(text)

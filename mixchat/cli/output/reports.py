@@ -80,6 +80,7 @@ class ModelDetails(Report):
             ("attention", weight_type(made["attention"], made["dtype"])),
             ("head", weight_type(made["head"], made["dtype"])),
             ("dtype", f"{made['dtype']}{self._rounded()}"),
+            ("model type", config.model_type),
             ("layers", str(config.num_hidden_layers)),
             (
                 "experts per layer",
@@ -114,6 +115,7 @@ class ModelDetails(Report):
             "layout": made["layout"],
             "attention": weight_type(made["attention"], made["dtype"]),
             "head": weight_type(made["head"], made["dtype"]),
+            "model_type": config.model_type,
             "layers": config.num_hidden_layers,
             "experts_per_layer": config.num_local_experts,
             "experts_per_token": config.num_experts_per_tok,

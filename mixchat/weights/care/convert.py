@@ -19,7 +19,12 @@ from mixchat.base.options import DenseBits
 from mixchat.base.progress import Progress, Task, progress_bar
 from mixchat.base.quantities import format_least, format_size
 from mixchat.base.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
-from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.blueprint import (
+    SHARED_FILE,
+    Blueprint,
+    Quantization,
+    experts_file,
+)
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import (
     Manifest,
@@ -35,13 +40,14 @@ from mixchat.weights.format.model_files import (
     finish_replacement,
     replace_file,
 )
-from mixchat.weights.make.calibrator import Calibrator
+from mixchat.weights.make.calibrator import Calibrator, ExpertInputs, is_calibrated
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import best_layout
-from mixchat.weights.matrix.linear import TYPES, Layout, type_of_bits
+from mixchat.weights.matrix.linear import TYPES, Layout, Scales, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 
 _MANIFESTS_BYTES = 4_000_000
+_BITS = (8, 6, 5)  # to which 16 can be rounded
 
 
 def find_target(
@@ -62,7 +68,7 @@ def find_target(
     if calibrated and now.scales == "given":
         raise UsageError(
             f"the experts of {directory.name!r} stay as they are: their checkpoint has them in "
-            f"4 bits ({now.quant_type}), and no other form to round anew"
+            f"4 bits ({now.quant_type}), and no 16-bit form to quantize again"
         )
     return replace(
         now,
@@ -75,12 +81,13 @@ def find_target(
 
 def _rounded(directory: Path, part: str, stored: QuantType, bits: int | None) -> QuantType:
     has = TYPES[stored].bits
-    if bits in (None, has):
+    if bits is None or bits == has:
         return stored
-    if (has, bits) == (16, 8):
-        return type_of_bits(8)
+    if has == 16 and bits in _BITS:
+        return type_of_bits(bits)
     raise UsageError(
-        f"the {part} of {directory.name!r} has {has} bits: only 16 can be converted, and only to 8",
+        f"the {part} of {directory.name!r} has {has} bits: only 16 can be converted, and only to "
+        "8, 6 or 5",
         hint="Download the model again, under another name (--name) or after 'mixchat rm'.",
     )
 
@@ -93,8 +100,9 @@ def convert(
 ) -> bool:
     """Convert an installed model to the `target` of `find_target`. Return False if it is so.
 
-    `calibrator` makes experts anew. Raises `CheckpointError` for damaged files, `ResourceError` if
-    the disk has no room for one file more. The next call resumes after a failure.
+    `calibrator` makes anew what it has inputs of. Raises `CheckpointError` for damaged files,
+    `ResourceError` if the disk has no room for one file more. The next call resumes after a
+    failure.
     """
     finish_replacement(directory)
     manifest = read_manifest(directory)
@@ -113,7 +121,7 @@ class _Converter:
     ) -> None:
         self._directory, self._manifest, self._progress = directory, manifest, progress
         self._target, self._calibrator = target, calibrator
-        self._remade = calibrator.inputs.layers if calibrator else set()
+        self._remade = _remade_files(calibrator.inputs) if calibrator else set()
         self._old = installed_blueprint(directory, manifest)
         self._new = _converted(self._old, target, self._remade)
         self._headers = self._new.headers()
@@ -155,8 +163,9 @@ class _Converter:
         expert = self._files.pop(name)[-1][1].expert
         self._manifest = self._after({name: WeightsRecord(self._headers[name].size, digests)})
         replace_file(self._directory, self._manifest, name, written)
-        if self._calibrator is not None and expert is not None:
-            self._calibrator.inputs.remove(expert[0])
+        if self._calibrator is not None and name in self._remade:
+            inputs = self._calibrator.inputs
+            inputs.remove_dense() if expert is None else inputs.remove(expert[0])
 
     def _after(self, made: Mapping[str, WeightsRecord] = MappingProxyType({})) -> Manifest:
         now, weights = self._manifest, {}
@@ -182,7 +191,7 @@ class _Converter:
                     hint=repair_hint(self._directory),
                 )
             for old, new in self._files[name]:
-                remade = new.expert is not None and new.expert[0] in self._remade
+                remade = name in self._remade and _can_be_remade(new)
                 made = (
                     self._calibrator.make(new)
                     if self._calibrator and remade
@@ -211,28 +220,52 @@ class _Converter:
         return tensors
 
 
-def _converted(old: Blueprint, target: Quantization, remade: set[int]) -> Blueprint:
-    """Return the converted model. Only the experts that are made anew get other scales."""
+def _remade_files(inputs: ExpertInputs) -> set[str]:
+    """Return the files of which a calibration has inputs."""
+    experts = {experts_file(layer) for layer in inputs.layers}
+    return experts | {SHARED_FILE} if inputs.has_dense else experts
+
+
+def _can_be_remade(part: ModelPart) -> bool:
+    """Return whether a calibration makes a part of a remade file anew."""
+    return part.expert is not None or (part.linear is not None and is_calibrated(part.linear))
+
+
+def _converted(old: Blueprint, target: Quantization, remade: set[str]) -> Blueprint:
+    """Return the converted model. Only the files that are made anew get other scales."""
     layers = [
-        replace(target, scales="calibrated" if layer in remade else stored.scales)
-        for layer, stored in enumerate([*old.quantizations().values()][1:])
+        replace(target, scales="calibrated" if name in remade else stored.scales)
+        for name, stored in old.quantizations().items()
+        if name != SHARED_FILE
     ]
-    return Blueprint(old.config, target, tuple(layers))
+    shared = replace(target, scales=_shared_scales(old, target, remade))
+    return Blueprint(old.config, shared, tuple(layers))
+
+
+def _shared_scales(old: Blueprint, target: Quantization, remade: set[str]) -> Scales:
+    """Return the scales of attention and head after the conversion."""
+    before, after = (
+        any(map(is_calibrated, form.shared_matrices.values()))
+        for form in (old, Blueprint(old.config, target))
+    )
+    if target.scales != "calibrated" or SHARED_FILE in remade or not after:
+        return target.scales
+    return old.quantization.scales if before else "search"
 
 
 def _files_that_change(
-    old: Blueprint, new: Blueprint, remade: set[int]
+    old: Blueprint, new: Blueprint, remade: set[str]
 ) -> dict[str, list[tuple[ModelPart, ModelPart]]]:
     """Return the parts, before and after, of each file that changes.
 
-    remade: the layers whose experts all change.
+    remade: the files that are made anew.
     """
     files: dict[str, list[tuple[ModelPart, ModelPart]]] = {}
     changed = set()
     for before, after in _pairs(old, new):
         files.setdefault(after.file, []).append((before, after))
         same = before.tensors == after.tensors and _packed(before) == _packed(after)
-        if not same or (after.expert is not None and after.expert[0] in remade):
+        if not same or after.file in remade:
             changed.add(after.file)
     return {name: pairs for name, pairs in files.items() if name in changed}
 

@@ -141,8 +141,9 @@ def _check_tensors(part: ModelPart, tensors: list[torch.Tensor], manifest: Manif
 
 def _refuse_calibrated(part: ModelPart, directory: Path) -> None:
     if part.linear is not None and part.linear.scales == "calibrated":
+        one, many = ("an expert", "experts") if part.expert else ("a matrix", "matrices")
         raise CheckpointError(
-            f"an expert of {part.file} is damaged, and calibrated experts cannot be rebuilt alone",
+            f"{one} of {part.file} is damaged, and calibrated {many} cannot be rebuilt alone",
             hint=f"Remove the model (mixchat rm {directory.name}), and download it again.",
         )
 

@@ -51,10 +51,10 @@ def experts_file(layer: int) -> str:
 class Quantization:
     """The types of the matrices. `dtype` is the type of all other tensors.
 
-    The experts are of `quant_type`. Attention and head are "int8", "none" (dense, in `dtype`), or
-    in 4 bits. What other dense parts a layer has, has the type of attention. `scales` says how
-    scales in 4 bits are chosen. Those of attention and head are searched if the experts are
-    calibrated.
+    The experts are of `quant_type`. Attention and head are "int8", "int6", "int5", "none"
+    (dense, in `dtype`), or in 4 bits. What other dense parts a layer has, has the type of
+    attention. `scales` says how scales in 4 bits are chosen. Those of attention and head are
+    searched if the experts are calibrated, unless their type is, too.
     """
 
     quant_type: QuantType = "nf4"
@@ -390,8 +390,8 @@ class Blueprint:
         return Blueprint(self.config, replace(self.quantization, layout=layout))
 
     def widened(self) -> Blueprint:
-        """Return the same model with its matrices in 8 bits made dense."""
-        # A tied head in 8 bits stays so. Dense, it would be the embedding, another matrix.
+        """Return the same model with its matrices in 5 to 8 bits made dense."""
+        # A tied head in few bits stays so. Dense, it would be the embedding, another matrix.
         stored, head = self.quantization, self.quantization.head
         if not self.config.head_is_embedding:
             head = _widened(head)
@@ -403,8 +403,9 @@ class Blueprint:
         return replace(matrix, bias=bias)
 
     def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
-        stored = self.quantization
-        scales: Scales = "search" if stored.scales == "calibrated" else stored.scales
+        stored, scales = self.quantization, self.quantization.scales
+        if scales == "calibrated" and not TYPES[quant_type].calibrated_dense_parts:
+            scales = "search"
         return LinearSpec(name, rows, columns, quant_type, stored.layout, stored.dtype, scales)
 
 

@@ -91,7 +91,7 @@ class InstalledModel:
     def linear(self, target: LinearSpec, device: torch.device) -> Linear:
         """Read the shared matrix named as `target` to `device`, in its layout.
 
-        8 bits are widened if `target` is dense.
+        5 to 8 bits are widened if `target` is dense.
         """
         spec = self.blueprint.shared_matrices[target.name]
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]

@@ -251,7 +251,7 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     four_bits = {"none": (), "fp4": ("fp4",)}.get(quantization["quant_type"], ("nf4",))
     depending: dict[str, tuple[object, ...]] = {
         "blocksize": (32,) if quantization["quant_type"] == "mxfp4" else (64,),
-        **dict.fromkeys(_DENSE_PARTS, ("none", "int8", *four_bits)),
+        **dict.fromkeys(_DENSE_PARTS, ("none", "int8", "int6", "int5", *four_bits)),
     }
     for key, allowed in (_QUANTIZATION | depending).items():
         value = quantization[key]

@@ -1,7 +1,9 @@
-"""Calibration records the inputs of experts, and makes experts anew for these inputs.
+"""Calibration records the inputs of matrices, and makes the matrices anew for these inputs.
 
 Each layer has two files. `inputs-LLL` has the rows that its experts got, bf16 [N, D], and
-`selected-LLL` the experts that the router chose for each, uint8 [N, K].
+`selected-LLL` the experts that the router chose for each, uint8 [N, K]. If attention or head have a
+type that is calibrated, `dense-NAME` has the rows of the matrix of that name, bf16 [n, C], of the
+first tokens.
 
 An expert learns from the rows of the tokens that chose it, and from a few others. Each fifth window
 of the text is held out and judges the result (`encode.py`). Neighbours are alike, so whole windows
@@ -27,26 +29,38 @@ from mixchat.base.safetensors import tensor_bytes
 from mixchat.weights.format.blueprint import Blueprint, swiglu_of
 from mixchat.weights.format.manifest import Manifest
 from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.matrix.linear import BiasedLinear
+from mixchat.weights.matrix.linear import TYPES, BiasedLinear, LinearSpec
 from mixchat.weights.matrix.quant_type import DenseLinear, Inputs, Linear, Way
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader, other_checkpoint
 from mixchat.weights.source.checkpoint_index import CONFIG
 
 FOLD = 5  # windows, of which the last is held out
 _ROWS_OF_ALL = 32  # of any tokens
+_DENSE = "dense-{}"  # a file of inputs of attention or head, by the matrix's name
 
 
 class InputsWriter:
-    """A context manager that writes the rows of each layer as they come."""
+    """A context manager that writes the rows of each layer as they come.
 
-    def __init__(self, directory: Path) -> None:
+    dense_rows: how many each matrix of attention and head gets.
+    """
+
+    def __init__(self, directory: Path, dense_rows: int = 0) -> None:
         self._directory, self._temporary = directory, temporary_path(directory)
+        self._dense_rows, self._written = dense_rows, Counter[str]()
 
     def add(self, layer: int, hidden_states: torch.Tensor, selected_experts: torch.Tensor) -> None:
         """Append rows [T, D] and their experts [T, K]."""
         inputs, selected = _paths(self._temporary, layer)
         _append(inputs, hidden_states.cpu().to(torch.bfloat16))
         _append(selected, selected_experts.cpu().to(torch.uint8))
+
+    def add_dense(self, name: str, rows: torch.Tensor) -> None:
+        """Append rows [T, C] of a matrix of attention or head, if it has not enough of them."""
+        some = rows[: self._dense_rows - self._written[name]]
+        self._written[name] += len(some)
+        if len(some):
+            _append(_dense_path(self._temporary, name), some.cpu().to(torch.bfloat16))
 
     def __enter__(self) -> InputsWriter:
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -74,6 +88,25 @@ class ExpertInputs:
     @property
     def layers(self) -> set[int]:
         return {int(path.name[-3:]) for path in self._directory.glob("selected-*")}
+
+    @property
+    def has_dense(self) -> bool:
+        """Return whether there are inputs of attention and head."""
+        return any(self._directory.glob(_DENSE.format("*")))
+
+    def dense(self, linear: LinearSpec) -> torch.Tensor:
+        """Return the rows of a matrix of attention or head, bf16 [n, C].
+
+        Raises `CheckpointError`.
+        """
+        data = bytearray(read_bytes(_dense_path(self._directory, linear.name)))
+        if not data or len(data) % (2 * linear.columns):
+            raise CheckpointError(f"{self._directory}: the inputs of {linear.name} are damaged")
+        return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, linear.columns)
+
+    def remove_dense(self) -> None:
+        for path in self._directory.glob(_DENSE.format("*")):
+            path.unlink()
 
     def remove(self, layer: int) -> None:
         inputs, selected = _paths(self._directory, layer)
@@ -103,7 +136,7 @@ class ExpertInputs:
 
 
 class Calibrator:
-    """Makes the parts of experts anew from the checkpoint. An expert's w2 comes after its w13.
+    """Makes matrices anew from the checkpoint. An expert's w2 comes after its w13.
 
     `window` is in tokens.
     """
@@ -119,9 +152,12 @@ class Calibrator:
     @torch.inference_mode()
     def make(self, part: ModelPart) -> list[torch.Tensor]:
         assert part.linear is not None
-        assert part.expert is not None
         weight = part.dense(self._index, self.reader.read)
         bias = part.read_bias(self._index, self.reader.read)
+        if part.expert is None:
+            rows = self.inputs.dense(part.linear)
+            last = self._held_out(rows)
+            return part.encoded(weight, Inputs(rows[~last], rows[last], self._note), bias)
         if part.linear.name == "w2":
             return part.encoded(weight, Inputs(*self._w2_inputs, self._note), bias)
         fit, held_out = self._rows(*part.expert)
@@ -148,8 +184,12 @@ class Calibrator:
     def _rows(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows [n, D] that an expert learns from, and those held out."""
         every, chosen = self.inputs.of(layer, expert)
-        last = torch.arange(len(every)) // self._window % FOLD == FOLD - 1
+        last = self._held_out(every)
         return _some(every, chosen, ~last), _some(every, chosen, last)
+
+    def _held_out(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return a mask of the rows [N, C] in each fifth window."""
+        return torch.arange(len(rows)) // self._window % FOLD == FOLD - 1
 
 
 def _some(every: torch.Tensor, chosen: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -198,9 +238,24 @@ def inputs_size(config: ModelConfig, tokens: int) -> int:
     return config.num_moe_layers * tokens * row
 
 
+def is_calibrated(linear: LinearSpec) -> bool:
+    """Return whether a matrix of attention or head has a type that is calibrated."""
+    return TYPES[linear.quant_type].calibrated_dense_parts
+
+
+def dense_inputs_size(blueprint: Blueprint, rows: int) -> int:
+    """Return the bytes of so many inputs of each calibrated matrix of attention and head."""
+    specs = blueprint.shared_matrices.values()
+    return sum(2 * rows * spec.columns for spec in specs if is_calibrated(spec))
+
+
 def _append(path: Path, added: torch.Tensor) -> None:
     with open(path, "ab") as file:
         file.write(tensor_bytes(added))
+
+
+def _dense_path(directory: Path, name: str) -> Path:
+    return directory / _DENSE.format(name)
 
 
 def _paths(directory: Path, layer: int) -> tuple[Path, Path]:

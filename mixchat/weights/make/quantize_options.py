@@ -25,7 +25,7 @@ DENSE_BITS = 8  # of attention and head, unless others are requested
 class QuantizeOptions:
     """The options of quantization. `quant_type` of the experts is "nf4", "nf3" or "none".
 
-    attention, head: the bits of their weights, 16, 8 or 4. None is `DENSE_BITS`, or 16 if the
+    attention, head: the bits of their weights, 16, 8, 6, 5 or 4. None is `DENSE_BITS`, or 16 if the
     experts are not quantized. `layout` None takes `best_layout`.
     """
 
@@ -73,12 +73,14 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     return Blueprint(index.config, quantization)
 
 
-def default_blueprint(config: ModelConfig, quant_type: QuantType = "nf4") -> Blueprint:
+def default_blueprint(
+    config: ModelConfig, quant_type: QuantType = "nf4", dense_bits: int = DENSE_BITS
+) -> Blueprint:
     """Return the blueprint of the model that a download makes by default.
 
     The checkpoint is in 16 bits, or has experts in MXFP4.
     """
-    dense = type_of_bits(DENSE_BITS)
+    dense = type_of_bits(dense_bits)
     scales: Scales = "given" if quant_type == "mxfp4" else QuantizeOptions.scales
     return Blueprint(
         config,

@@ -38,7 +38,7 @@ class _Int8Codes(RowCodes):
     for_experts, widened_on_gpu = False, True
 
     def stored_rows(self, rows: int, columns: int) -> int:
-        return -(-rows // BAND) * BAND if columns % BLOCKSIZE == 0 else rows
+        return in_whole_bands(rows, columns)
 
     def codes_size(self, rows: int, columns: int) -> int:
         return rows * columns
@@ -72,6 +72,11 @@ class _Int8Codes(RowCodes):
 
 
 INT8 = _Int8Codes()
+
+
+def in_whole_bands(rows: int, columns: int) -> int:
+    """Return the count of rows with those that fill up the last band, if blocks allow it."""
+    return -(-rows // BAND) * BAND if columns % BLOCKSIZE == 0 else rows
 
 
 @torch.inference_mode()  # a caller's holds for its own thread only

@@ -23,6 +23,7 @@ from mixchat.kernels.quantized_matmul import (
     quantized_matmul_steps,
 )
 from mixchat.kernels.units import MANY
+from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf3 import NF3
@@ -41,6 +42,8 @@ TYPES: dict[QuantType, QuantizationType] = {
     "nf4": NF4,
     "fp4": FP4,
     "mxfp4": MXFP4,
+    "int5": INT5,
+    "int6": INT6,
     "int8": INT8,
     "none": DENSE,
 }

@@ -23,9 +23,10 @@ BLOCKSIZE = BLOCK  # weights that share a scale, in all types but MXFP4
 _REORDERED = 2**21  # weights whose codes are reordered at once
 _PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
-QuantType = Literal["nf3", "nf4", "fp4", "mxfp4", "int8", "none"]  # the names
+QuantType = Literal["nf3", "nf4", "fp4", "mxfp4", "int5", "int6", "int8", "none"]  # the names
 Shape = tuple[int, int]  # R, C
 Encoded = tuple[torch.Tensor, torch.Tensor]  # codes and absmax
+RecordRows = Callable[[torch.Tensor], object]
 Way = Literal["plain", "weighted", "gptq"]  # to choose codes and scales for given inputs
 
 
@@ -57,6 +58,8 @@ class QuantizationType(ABC):
     blocksize = BLOCKSIZE
     for_experts = True  # whether experts can have it
     for_dense_parts = True  # whether attention and head are quantized to it
+    # Whether attention and head of this type are calibrated with the experts.
+    calibrated_dense_parts = False
     down_type: QuantType | None = None  # of experts' down projection, if it is another one
     widened_on_gpu = False  # whether a GPU with room computes with it as a dense matrix
 
@@ -97,6 +100,17 @@ class DenseLinear:
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         return dense_matmul(x, self._weight, exact=exact)
+
+
+class RecordingLinear:
+    """Lets another map compute, and records its input."""
+
+    def __init__(self, linear: Linear, record: RecordRows) -> None:
+        self._linear, self._record = linear, record
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        self._record(x)
+        return self._linear(x, exact=exact)
 
 
 class _DenseType(QuantizationType):

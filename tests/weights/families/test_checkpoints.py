@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from care_tools import flip, verify
@@ -147,23 +148,46 @@ def experts_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@torch.inference_mode()
-def test_an_installed_expert_is_that_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
-    quantize(checkpoint, tmp_path / "model", QuantizeOptions("none"))
-    with InstalledModel(tmp_path / "model") as installed:
+def installed_expert(checkpoint: Path, directory: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Install the checkpoint, and return the tensors in the block of the same expert."""
+    quantize(checkpoint, directory, QuantizeOptions(**options))
+    with InstalledModel(directory) as installed:
         layout = installed.blueprint.expert
         block = torch.empty(layout.stride, dtype=torch.uint8)
         installed.read_expert(LAYER - installed.config.first_k_dense_replace, EXPERT, block)
     specs = [*layout.gate_up.tensors, *layout.down.tensors]
     views = block[: layout.nbytes].split([spec.nbytes for spec in specs])
-    found = {
+    return {
         spec.name: view.view(spec.dtype).view(spec.shape)
         for spec, view in zip(specs, views, strict=True)
     }
+
+
+@torch.inference_mode()
+def test_an_installed_expert_is_that_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    found = installed_expert(checkpoint, tmp_path / "model", quant_type="none")
     expected = experts_of(checkpoint)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@torch.inference_mode()
+def test_an_expert_in_nf4_has_the_codes_and_scales_of_bitsandbytes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"scales": "absmax", "layout": "bitsandbytes"}
+    found = installed_expert(checkpoint, tmp_path / "model", **options)
+    for name, tensor in experts_of(checkpoint).items():
+        matrix, kind = name.split(".")
+        if kind == "bias":
+            assert torch.equal(found.pop(name), tensor)
+            continue
+        rounded = tensor.to(torch.bfloat16)
+        codes, state = bnb.quantize_4bit(rounded, blocksize=64, quant_type="nf4")
+        assert torch.equal(found.pop(f"{matrix}.codes"), codes.view(-1))
+        assert torch.equal(found.pop(f"{matrix}.absmax").float(), state.absmax)
+    assert not found
 
 
 def test_a_model_is_the_same_out_of_shards_that_part_its_matrices(

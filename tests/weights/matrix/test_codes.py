@@ -12,6 +12,7 @@ from mixchat.base.errors import CheckpointError
 from mixchat.kernels.compile import kernels_available
 from mixchat.weights.format import manifest
 from mixchat.weights.matrix import encode, int8, mxfp4, nf4, quant_type
+from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, as_packed, type_of_bits
 from mixchat.weights.matrix.mxfp4 import MXFP4
@@ -53,6 +54,22 @@ def numbers_of_nf3(codes: torch.Tensor) -> list[float]:
     return found
 
 
+def even_numbers(bits: int) -> Callable[[torch.Tensor], list[float]]:
+    """The docstring of `int6.py`, block by block."""
+
+    def numbers(codes: torch.Tensor) -> list[float]:
+        found, half = [], 2 ** (bits - 1)
+        for block in codes.view(-1, 8 * bits).tolist():
+            low = [code for byte in block[:32] for code in (byte % 16, byte // 16)]
+            above = int.from_bytes(bytes(block[32:]), "little")
+            for place, code in enumerate(low):
+                high = above >> (bits - 4) * place & 2 ** (bits - 4) - 1
+                found.append((code + 16 * high - half) / half)
+        return found
+
+    return numbers
+
+
 def in_two_halves(levels: torch.Tensor) -> Callable[[torch.Tensor], list[float]]:
     """Return the levels of the high half of each byte and of the low one."""
     numbers = levels.tolist()
@@ -63,6 +80,8 @@ def in_two_halves(levels: torch.Tensor) -> Callable[[torch.Tensor], list[float]]
 
 KINDS = [
     Kind(INT8, numbers_of_int8, 2e-4, 2e-4),
+    Kind(INT6, even_numbers(6), 2e-4, 2e-4),
+    Kind(INT5, even_numbers(5), 2e-4, 2e-4),
     Kind(NF3, numbers_of_nf3, 4e-4, 1.2e-2),
     Kind(NF4, in_two_halves(NF4.levels), 4e-4, 1.2e-2),
     Kind(FP4, in_two_halves(FP4.levels), 4e-4, 1.2e-2),
@@ -316,6 +335,7 @@ def test_each_type_is_known_by_its_name_and_to_manifests() -> None:
 
 
 def test_a_type_is_found_by_its_bits() -> None:
-    assert [type_of_bits(bits) for bits in (16, 8, 4, 3)] == ["none", "int8", "nf4", "nf3"]
+    names = {16: "none", 8: "int8", 6: "int6", 5: "int5", 4: "nf4", 3: "nf3"}
+    assert {bits: type_of_bits(bits) for bits in names} == names
     found = {kind: type_of_bits(4, kind) for kind in ("nf3", "fp4", "mxfp4", "none")}
     assert found == {"nf3": "nf4", "fp4": "fp4", "mxfp4": "nf4", "none": "nf4"}

@@ -36,6 +36,7 @@ class TestRounding:
             (DenseBits(attention=8), {"head": 16}),
             (DenseBits(head=8), {"attention": 16}),
             (DenseBits(8, 16), {"head": 16}),
+            (DenseBits(6, 5), {"attention": 6, "head": 5}),
         ],
     )
     @pytest.mark.parametrize("stored_as", ["float32", "bfloat16"])
@@ -79,11 +80,13 @@ class TestRounding:
             (ALL_4BIT, EIGHT, "the attention of 'mine' has 4 bits"),
             (ALL_4BIT, DenseBits(head=16), "the head of 'mine' has 4 bits"),
             (DENSE, DenseBits(4, 4), "the attention of 'mine' has 16 bits"),
+            ({}, DenseBits(6, 6), "the attention of 'mine' has 8 bits"),
+            ({"attention": 5, "head": 5}, EIGHT, "the attention of 'mine' has 5 bits"),
             ({"attention": 16}, EIGHT, None),
             ({"attention": 4}, DenseBits(4, 8), None),
         ],
     )
-    def test_only_16_bits_can_become_8(
+    def test_only_16_bits_can_become_fewer(
         self,
         tiny_checkpoint: Path,
         install: Callable[..., Path],

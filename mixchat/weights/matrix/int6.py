@@ -1,0 +1,130 @@
+"""6-bit and 5-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
+
+A code is a number from 0 to 63 (or 31), and a weight is (code - 32) / 32 (or 16) times the scale of
+its block. The scale is chosen for the least error (`encode.py`) and can be negative, so that the
+largest weight of a block is at the end that has one level more.
+
+The low four bits of codes and the others lie apart:
+
+- "bitsandbytes": each block of a row has 32 bytes with the low bits of two codes, the earlier one
+  in the low nibble. Then come 16 bytes (or 8) with the other bits of 4 codes (or 8), the first one
+  lowest. The last block is filled up.
+- "cpu-packed": rows are taken 32 at a time, and columns 8 (or 16) at a time. A line is 32 words of
+  16 bits, for row 0 of one column, row 0 of the next, row 1 of the first, and so on up to row 15.
+  Code 2p of a word is of a pair of columns p, and code 2p + 1 of the same pair, 16 rows on. Low
+  lines hold the low bits of four codes in a word. The last line holds the other bits of them all.
+
+Rows of zeros fill up the last band, as in `int8.py`. S rows are stored.
+
+N = weights, B = blocks of 64 weights, R = rows, C = columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from mixchat.kernels.plane_units import CODES_OF_LOW, FIVE_BITS, LOW_BITS, SIX_BITS
+from mixchat.kernels.tile import BAND
+from mixchat.kernels.units import UnitSet
+from mixchat.weights.matrix.encode import Grid, encode
+from mixchat.weights.matrix.int8 import in_whole_bands
+from mixchat.weights.matrix.quant_type import (
+    BLOCKSIZE,
+    Encoded,
+    Inputs,
+    QuantType,
+    RowCodes,
+    absmax_size,
+)
+
+_WORD = 16  # bits
+
+
+class _EvenGrid(Grid):
+    """Levels from -1 on, with equal distances."""
+
+    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
+        count = len(self.levels)
+        return (scaled * (count // 2)).round_().add_(count // 2).clamp_(0, count - 1).byte()
+
+
+class _EvenCodes(RowCodes):
+    for_experts, widened_on_gpu, calibrated_dense_parts = False, True, True
+
+    def __init__(self, name: QuantType, units: UnitSet) -> None:
+        self.name, self.bits, self.units = name, units.bits, units
+        self._extra = self.bits - LOW_BITS
+        self._columns = _WORD // self._extra  # whose codes lie in one high line
+        self._half = 2 ** (self.bits - 1)
+        levels = torch.arange(-self._half, self._half) / self._half
+        self._grid = _EvenGrid(levels, 0.94, 1.09)  # 1 is one of the factors
+
+    def stored_rows(self, rows: int, columns: int) -> int:
+        return in_whole_bands(rows, columns)
+
+    def codes_size(self, rows: int, columns: int) -> int:
+        return absmax_size(rows, columns) * BLOCKSIZE * self.bits // 8
+
+    def codes(
+        self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
+    ) -> Encoded:
+        """Search always. Codes are flat [S * C / 64 * bytes of a block]."""
+        codes, absmax = encode(self._grid, weight, self._pack_blocks, search=True, inputs=inputs)
+        shape = self.stored_rows(*weight.shape), weight.shape[1]
+        codes = functional.pad(codes, (0, self.codes_size(*shape) - len(codes)))
+        return codes, functional.pad(absmax, (0, absmax_size(*shape) - len(absmax)))
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        numbers: torch.Tensor = (self.unpack(codes).view(-1).float() - self._half) / self._half
+        return numbers
+
+    def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        # [bands, half, row in it, group of columns, pair of columns, column in it]
+        pairs = self._columns // 2
+        separate = self.unpack(codes).view(-1, 2, BAND // 2, columns // self._columns, pairs, 2)
+        lines = separate.permute(0, 3, 4, 1, 2, 5).reshape(-1, self._columns, BAND)
+        low = (lines & 0xF).view(-1, self._columns // CODES_OF_LOW, CODES_OF_LOW, BAND)
+        together = _joined(low.transpose(-1, -2), LOW_BITS).flatten(1)
+        high = _joined((lines >> LOW_BITS).transpose(-1, -2), self._extra).flatten(1)
+        return torch.cat((together, high), dim=-1)
+
+    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        groups = codes.view(-1, BAND * self._columns * self.bits // 8)
+        cut = BAND * self._columns * LOW_BITS // 8
+        low = _separate(groups[:, :cut], LOW_BITS).view(len(groups), -1, BAND, CODES_OF_LOW)
+        high = _separate(groups[:, cut:], self._extra).view(len(groups), BAND, -1)
+        lines = low.transpose(-1, -2).reshape(len(groups), -1, BAND)
+        lines = lines | high.transpose(-1, -2) << LOW_BITS
+        separate = lines.view(-1, columns // self._columns, self._columns // 2, 2, BAND // 2, 2)
+        return self._pack_blocks(separate.permute(0, 3, 4, 1, 2, 5).reshape(-1, BLOCKSIZE))
+
+    def _pack_blocks(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return codes [B, 64], one a byte, as [B, bytes of a block]."""
+        low, high = _joined(codes & 0xF, LOW_BITS), _joined(codes >> LOW_BITS, self._extra)
+        return torch.cat((low, high), dim=-1)
+
+    def unpack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return codes [B, 64], one a byte, of flat ones in the layout "bitsandbytes"."""
+        blocks, low = codes.view(-1, BLOCKSIZE * self.bits // 8), BLOCKSIZE * LOW_BITS // 8
+        high = _separate(blocks[:, low:], self._extra) << LOW_BITS
+        together: torch.Tensor = _separate(blocks[:, :low], LOW_BITS) | high
+        return together
+
+
+def _joined(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return numbers of so many bits [..., n], one a byte, as bytes [..., n * bits / 8]."""
+    together = numbers.reshape(*numbers.shape[:-1], -1, 8 // bits)
+    result = together[..., 0]
+    for place in range(1, 8 // bits):
+        result = result | together[..., place] << bits * place
+    return result
+
+
+def _separate(joined: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the numbers of bytes [..., n], one a byte, [..., n * 8 / bits]."""
+    parts = [joined >> place & (1 << bits) - 1 for place in range(0, 8, bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)
+
+
+INT5, INT6 = _EvenCodes("int5", FIVE_BITS), _EvenCodes("int6", SIX_BITS)

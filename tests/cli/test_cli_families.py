@@ -1,0 +1,165 @@
+"""Every command takes a model of each family, as it takes Mixtral."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fake_hub import REPO, FakeHub
+from test_cli_plan import SPEEDS
+from tiny_tokenizer import write_tokenizer
+
+from mixchat.base.safetensors import SafetensorsFile
+from mixchat.loading import calibrate as calibrate_module
+from mixchat.planning import measuring
+from mixchat.weights.families.read_config import FAMILIES
+
+SHAPE = {"vocab_size": 262, "intermediate_size": 128, "max_position_embeddings": 512}
+# With matrices of experts that the kernels take; and gpt-oss as it is published. Mixtral has all
+# other tests of commands.
+CHECKPOINTS = {name: {"model_type": name} for name in FAMILIES if name != "mixtral"} | {
+    "qwen3_moe": {"model_type": "qwen3_moe", "moe_intermediate_size": 128},
+    "mellum": {"model_type": "mellum", "moe_intermediate_size": 128},
+    "gpt_oss in MXFP4": {"model_type": "gpt_oss", "stored_as": "mxfp4"},
+}
+MANIFESTS = {"mixchat.json", "mixchat.copy.json"}
+SCHEMA = {"enum": ["tea", "milk"]}
+QUICK = ("--rounds", "1", "--tokens", "3", "--prompt", "16")
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def checkpoint(request, make_checkpoint):
+    return write_tokenizer(make_checkpoint(**SHAPE | CHECKPOINTS[request.param]))
+
+
+@pytest.fixture
+def fake(cache, checkpoint, monkeypatch):
+    with FakeHub({path.name: path.read_bytes() for path in checkpoint.iterdir()}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+
+
+@pytest.fixture
+def run(mixchat, monkeypatch):
+    """Run a command that has to succeed, and return its standard output and error."""
+    monkeypatch.setattr(calibrate_module, "WINDOW", 32)
+
+    def run(*arguments, code=0, stdin=b""):
+        done = mixchat(*map(str, arguments), fake=False, stdin=stdin)
+        assert done.returncode == code, (arguments, done.stderr.decode())
+        return SimpleNamespace(out=done.stdout.decode(), said=done.stderr.decode())
+
+    return run
+
+
+@pytest.fixture
+def installed(run, fake, environment):
+    run("download", REPO, "--name", "mine")
+    return Path(environment["MIXCHAT_HOME"]) / "models" / "mine"
+
+
+@pytest.fixture
+def ask(run, installed):
+    """Answer a question greedily, and return the answer as JSON."""
+
+    def ask(*flags, prompt=("Hi there",), **how):
+        common = ("run", *prompt, "-m", "mine", "--temp", "0", "--json", "--device", "cpu")
+        return json.loads(run(*common, "-n", "8", *flags, **how).out)
+
+    return ask
+
+
+def flip(path, tensor):
+    with SafetensorsFile(path) as file:
+        start = file.header.start(tensor)
+    data = bytearray(path.read_bytes())
+    data[start] ^= 4
+    path.write_bytes(data)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_it_is_downloaded_shown_measured_and_removed(run, checkpoint, installed, ask, known_limits):
+    kind = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    assert "mine" in run("list").out
+    assert json.loads(run("show", "mine", "--json").out)["model_type"] == kind
+    ids = ask()["ids"]
+    assert ids
+    assert ask(prompt=("-",), stdin=b"Hi there")["ids"] == ids
+    report = json.loads(run("stats", "mine", "--json").out)
+    assert (report["model"], len(report["tiers"])) == ("mine", 2)
+    assert "decode behind 0 tokens" in run("bench", "mine", *QUICK, "--device", "cpu").out
+    run("rm", "mine", "--yes")
+    assert not installed.exists()
+
+
+def test_a_plan_before_the_download_has_the_sizes_of_what_comes(run, fake, installed, monkeypatch):
+    monkeypatch.setattr(measuring, "take_sample", lambda *given, **how: SPEEDS)
+    before, after = (
+        json.loads(run("plan", name, "--json", "--device", "cpu").out) for name in (REPO, "mine")
+    )
+    for key in ("kept_bytes", "quantization", "tokens_per_second"):
+        assert before[key] == after[key]
+    assert before["fit"]["demand"] == after["fit"]["demand"]
+    written = sum(path.stat().st_size for path in installed.glob("*.safetensors"))
+    assert before["kept_bytes"] == written
+
+
+def test_a_directory_gives_the_same_model_as_the_hub(run, checkpoint, installed):
+    run("download", checkpoint, "--name", "other")
+    one, other = contents(installed), contents(installed.parent / "other")
+    assert one.keys() == other.keys()
+    assert {name for name in one if one[name] != other[name]} == MANIFESTS  # its source
+
+
+def test_flipped_bits_are_found_and_mended(run, installed):
+    whole = contents(installed)
+    flip(installed / "experts-001.safetensors", "2.w2.codes")
+    flip(installed / "shared.safetensors", "model.layers.0.self_attn.qkv_proj.codes")
+    found = run("verify", "mine", code=6).out
+    assert found.count("damaged: ") == 2
+    assert "experts-001.safetensors: 2.w2.codes" in found
+    run("repair", "mine")
+    run("verify", "mine")
+    assert contents(installed) == whole
+
+
+def test_another_layout_changes_no_answer_and_goes_back(run, installed, ask):
+    whole, ids = contents(installed), ask()["ids"]
+    run("convert", "mine", "--layout", "bitsandbytes")
+    assert ask()["ids"] == ids
+    run("verify", "mine")
+    run("convert", "mine")
+    assert contents(installed) == whole
+
+
+def test_experts_are_calibrated_unless_they_came_in_4_bits(run, checkpoint, installed, ask):
+    whole = contents(installed)
+    if "quantization_config" in json.loads((checkpoint / "config.json").read_text()):
+        assert "mxfp4" in run("calibrate", "mine", code=2).said
+        assert contents(installed) == whole
+        return
+    assert "mine is calibrated" in run("calibrate", "mine").said
+    changed = {name for name, content in contents(installed).items() if content != whole[name]}
+    assert changed == {"experts-000.safetensors", "experts-001.safetensors", *MANIFESTS}
+    run("verify", "mine")
+    assert ask()["ids"]
+
+
+def test_an_answer_keeps_to_a_schema_and_to_a_grammar(ask, tmp_path):
+    grammar = tmp_path / "g.gbnf"
+    grammar.write_text('root ::= "yes" | "no"')
+    assert json.loads(ask("--schema", json.dumps(SCHEMA))["answer"]) in SCHEMA["enum"]
+    assert ask("--grammar", grammar)["answer"] in ("yes", "no")
+
+
+def test_a_cache_in_a_file_gives_the_answer_without_one(ask, tmp_path):
+    exact = ("--exact-prompts", "--prompt-cache", tmp_path / "cache")
+    long = " ".join(["Hi there"] * 9)
+    expected = ask("--exact-prompts", prompt=(f"{long}, again",))
+    first, second = (ask(*exact, prompt=(text,)) for text in (long, f"{long}, again"))
+    assert first["usage"]["cached_tokens"] == 0
+    assert second["usage"]["cached_tokens"] > 60
+    assert second["ids"] == expected["ids"]
