@@ -37,6 +37,7 @@ class Config:
     largest_context: int = 32768
     num_hidden_layers: int = 1
     num_local_experts: int = 2
+    num_moe_layers: int = 1
 
 
 class ScriptedEngine:
