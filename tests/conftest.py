@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# What makes a family's tiny model of `TINY`, with all that the family has.
+# The changes that make a family's tiny model of `TINY`, with all that the family has.
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen3_moe": {"moe_intermediate_size": 96, "norm_topk_prob": True},

@@ -42,7 +42,7 @@ class Decoder:
         ]
         self._dense = len(dense)
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
-        # What all layers use. Not kept alive, so that the memory of a slot can be given back.
+        # Experts of all layers. Not kept alive, so that the memory of a slot can be given back.
         self._used: weakref.ref[ExpertLists] | None = None
 
     def run(

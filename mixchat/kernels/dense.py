@@ -39,7 +39,7 @@ _TILES: dict[InstructionSet, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "avx512": ((8, 1), (3, 1)),
     "avx2": ((4, 1), (2, 1)),
 }
-# How many bytes early weights are prefetched. The CPU's prefetcher stops at the end of each page.
+# Bytes by which weights are prefetched early. The CPU's prefetcher stops at the end of each page.
 _AHEAD = 1024
 _SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk")
 

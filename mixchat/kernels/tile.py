@@ -15,7 +15,7 @@ from mixchat.kernels.units import Unit
 
 BAND = 32  # rows
 _AHEAD = 4  # blocks early, scales are prefetched, which lie far apart
-# How many bytes early codes are prefetched. The CPU's prefetcher stops at the end of each page.
+# Bytes by which codes are prefetched early. The CPU's prefetcher stops at the end of each page.
 _CODES_AHEAD = 3072
 _LINE = 64  # bytes of a cache line
 

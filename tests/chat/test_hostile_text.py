@@ -18,7 +18,7 @@ FORBIDDEN |= {chr(c) for c in range(0x2066, 0x206A)}
 FORBIDDEN -= {"\n", "\t", "\r"}
 # Rich uses only 16 colours here, so other colours are those of the answers.
 STYLES = re.compile(r"\x1b\[(?!38;5)[0-9;]*m")
-# What drawing itself sends.
+# The sequences that drawing itself sends.
 NAMES = ("_BEGIN", "_END", "_NO_WRAP", "_WRAP", "_HIDE_CURSOR", "_SHOW_CURSOR", "_ERASE_BELOW")
 OWN = [getattr(markdown_stream, name) for name in NAMES]
 

@@ -1,4 +1,4 @@
-"""What both ends of a connection share: libzmq's sockets, their keys and limits.
+"""The sockets of both ends of a connection, made by libzmq, with their keys and limits.
 
 A thread of libzmq encrypts, proves the key (CURVE), and checks that the other end lives.
 """

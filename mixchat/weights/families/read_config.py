@@ -30,7 +30,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 
 _LATENT, _DELTA_NET, _MAMBA = "multi-head latent attention", "Gated DeltaNet layers", "Mamba layers"
-# What well-known models need that no family here has.
+# Needs of well-known models that no family here has.
 _MISSING = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,

@@ -58,7 +58,7 @@ class QuantizationType(ABC):
     blocksize = BLOCKSIZE
     for_experts = True  # whether experts can have it
     for_dense_parts = True  # whether attention and head are quantized to it
-    # Whether attention and head of this type are calibrated with the experts.
+    # True if attention and head of this type are calibrated with the experts.
     calibrated_dense_parts = False
     down_type: QuantType | None = None  # of experts' down projection, if it is another one
     widened_on_gpu = False  # whether a GPU with room computes with it as a dense matrix

@@ -235,7 +235,7 @@ SAME = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-# What a family adds, and what its `ModelConfig` has if a family does not have it.
+# Features of families, each with its value in the `ModelConfig` of a family without it.
 OPTIONAL = {
     "routed_scaling_factor": 1.0,
     "norm_topk_prob": True,
