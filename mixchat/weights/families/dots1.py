@@ -16,9 +16,8 @@ from mixchat.weights.families.config_keys import (
     whole_number,
 )
 from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, separate_experts, shared_expert
+from mixchat.weights.families.tensors import decoder_tensors, mlp_and_shared_experts
 
-_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
 _DEFAULTS = {"sliding_window": 4096, "max_window_layers": 62, "first_k_dense_replace": 0}
 
 
@@ -39,13 +38,8 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _layer(config: ModelConfig, prefix: str) -> Tensors:
-    yield from _EXPERTS(config, prefix)
-    yield from shared_expert(config, prefix, "mlp.shared_experts")
-
-
 def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, _layer)
+    return decoder_tensors(config, mlp_and_shared_experts)
 
 
 DOTS1 = Family("dots1", _read_config, _tensors)

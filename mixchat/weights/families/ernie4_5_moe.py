@@ -19,9 +19,8 @@ from mixchat.weights.families.config_keys import (
     with_defaults,
 )
 from mixchat.weights.families.family import Family, Slice, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, separate_experts, shared_expert
+from mixchat.weights.families.tensors import MLP_EXPERTS, decoder_tensors, shared_expert
 
-_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
 _DEFAULTS = {
     "moe_num_experts": 64,
     "moe_k": 6,
@@ -54,7 +53,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _layer(config: ModelConfig, prefix: str) -> Tensors:
     correction, experts = "e_score_correction_bias", config.num_local_experts
-    for name, slices in _EXPERTS(config, prefix):
+    for name, slices in MLP_EXPERTS(config, prefix):
         if name.endswith(correction):
             slices = (Slice(f"{prefix}mlp.moe_statics.{correction}", (1, experts)),)
         yield name, slices

@@ -17,9 +17,8 @@ from mixchat.weights.families.config_keys import (
     whole_number,
 )
 from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, separate_experts, shared_expert
+from mixchat.weights.families.tensors import decoder_tensors, mlp_and_shared_experts
 
-_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
 _DEFAULTS = {
     "n_routed_experts": 128,
     "n_shared_experts": 1,
@@ -44,13 +43,8 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _layer(config: ModelConfig, prefix: str) -> Tensors:
-    yield from _EXPERTS(config, prefix)
-    yield from shared_expert(config, prefix, "mlp.shared_experts")
-
-
 def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, _layer)
+    return decoder_tensors(config, mlp_and_shared_experts)
 
 
 GLM4_MOE = Family("glm4_moe", _read_config, _tensors)

@@ -15,9 +15,8 @@ from mixchat.weights.families.config_keys import (
     with_defaults,
 )
 from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, separate_experts
+from mixchat.weights.families.tensors import MLP_EXPERTS, decoder_tensors
 
-_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
 _ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -49,7 +48,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, _EXPERTS)
+    return decoder_tensors(config, MLP_EXPERTS)
 
 
 MELLUM = Family("mellum", _read_config, _tensors)

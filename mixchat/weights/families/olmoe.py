@@ -7,9 +7,7 @@ from typing import Any
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.config_keys import flag, of_experts, positive_number, shape_of
 from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, separate_experts
-
-_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
+from mixchat.weights.families.tensors import MLP_EXPERTS, decoder_tensors
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -24,7 +22,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, _EXPERTS)
+    return decoder_tensors(config, MLP_EXPERTS)
 
 
 OLMOE = Family("olmoe", _read_config, _tensors)

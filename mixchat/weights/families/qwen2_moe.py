@@ -19,10 +19,9 @@ from mixchat.weights.families.config_keys import (
     with_defaults,
 )
 from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, separate_experts, shared_expert
+from mixchat.weights.families.tensors import MLP_EXPERTS, decoder_tensors, shared_expert
 
 _KINDS = "full_attention", "sliding_attention"
-_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -48,7 +47,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _layer(config: ModelConfig, prefix: str) -> Tensors:
-    yield from _EXPERTS(config, prefix)
+    yield from MLP_EXPERTS(config, prefix)
     yield from shared_expert(config, prefix, "mlp.shared_expert")
 
 

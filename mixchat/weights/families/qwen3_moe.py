@@ -14,9 +14,7 @@ from mixchat.weights.families.config_keys import (
     with_defaults,
 )
 from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, separate_experts
-
-_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
+from mixchat.weights.families.tensors import MLP_EXPERTS, decoder_tensors
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -33,7 +31,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, _EXPERTS)
+    return decoder_tensors(config, MLP_EXPERTS)
 
 
 QWEN3_MOE = Family("qwen3_moe", _read_config, _tensors)

@@ -85,6 +85,15 @@ def separate_experts(moe: str, gate: str, down: str, up: str) -> MoeTensors:
     return tensors
 
 
+MLP_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
+
+
+def mlp_and_shared_experts(config: ModelConfig, prefix: str) -> Tensors:
+    """Yield the experts of `MLP_EXPERTS`, and `mlp.shared_experts` beside them."""
+    yield from MLP_EXPERTS(config, prefix)
+    yield from shared_expert(config, prefix, "mlp.shared_experts")
+
+
 def _attention(config: ModelConfig, prefix: str, step: int) -> Tensors:
     hidden, columns = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
