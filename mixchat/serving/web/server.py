@@ -32,6 +32,7 @@ _WAITING_GRACE_S = 1.0
 _ANSWER_TIMEOUT_S = 7.0  # for running answers to end
 _CLOSE_TIMEOUT_S = 0.5  # more, until the service is left to itself
 _FLUSH_TIMEOUT_S = 1  # for what is computed to be sent
+_SIGNAL_WAIT_S = 0.5  # between looks at signals of other threads
 _OPEN_FILES = 8192  # the usual limit is 1,024
 
 
@@ -187,6 +188,8 @@ class WebServer:
     def join(self) -> None:
         """Wait for the end. Raises what ended it."""
         assert self._over is not None
+        while not wait([self._over], _SIGNAL_WAIT_S).done:
+            pass  # a signal that the system gave to another thread is handled here
         self._over.result()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -122,6 +123,17 @@ def test_a_signal_ends_it_without_a_word(start, number, code):
     with process.connect():  # an idle connection keeps nobody
         process.popen.send_signal(number)
         assert process.end() == (code, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have ids in /proc")
+def test_a_signal_that_the_system_gives_to_another_thread_ends_it(start):
+    # The main thread, which alone handles signals, waited without an end and saw none.
+    process = start()
+    pid = process.popen.pid
+    thread = max(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir())
+    assert thread != pid
+    ctypes.CDLL(None).tgkill(pid, thread, signal.SIGTERM)
+    assert process.end() == (143, "")
 
 
 def test_running_answers_come_to_their_end_and_new_ones_are_refused(start):
