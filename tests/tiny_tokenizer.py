@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -24,7 +26,7 @@ def metadata() -> dict[str, Any]:
             *alphabet,
             *merged,
         ],
-        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * 259,
+        "tokenizer.ggml.token_type": np.array([3, 3, 3] + [1] * 259),
         "tokenizer.ggml.merges": ["h e", "l l", "he ll"],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
@@ -36,7 +38,8 @@ def metadata() -> dict[str, Any]:
 
 def write_tokenizer(directory: Path) -> Path:
     """Put the files of this tokenizer into a checkpoint's directory."""
-    from mixchat.weights.source import upcycle
+    from mixchat.weights.source.gguf_text import text_files
 
-    upcycle.write_tokenizer(metadata(), directory, context=128)
+    for name, data in text_files(metadata(), 128, 262, "tiny").items():
+        (directory / name).write_bytes(data)
     return directory

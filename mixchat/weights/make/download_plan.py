@@ -198,7 +198,7 @@ def find_memory_need(index: CheckpointIndex, blueprint: Blueprint) -> Need:
 
 def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
     """Return the bytes of a part while it is made, one matrix at a time."""
-    sources = [index.nbytes(index.components(name)) for name in part.matrices(index)]
+    sources = [index.memory(name) for name in part.matrices(index)]
     stacked = 0
     if part.linear is not None:
         dense = part.linear.rows * part.linear.columns * part.linear.dtype.itemsize

