@@ -120,22 +120,52 @@ def rounded(checkpoint: Path, target: Path, kind: str) -> Path:
     return target
 
 
-def write(checkpoint: Path, path: Path, kind: str = "F32", *, separate: bool = False) -> Path:
-    """Write a checkpoint to a GGUF file. `separate`: without stacks, as old files of Mixtrals."""
+def published(checkpoint: Path, target: Path) -> Path:
+    """Write a copy of a gpt-oss with its experts in MXFP4 as gguf rounds them, and all in bf16."""
+    from safetensors.torch import save_file
+
+    config, weights = read(rounded(checkpoint, target, "MXFP4"))
+    number = gguf.GGMLQuantizationType.MXFP4
+    for name, weight in read(checkpoint)[1].items():
+        if weight.dim() < 3:
+            continue
+        rows = weight.transpose(1, 2).float().contiguous().numpy()
+        blocks = gguf.quantize(rows, number).reshape(*rows.shape[:2], -1, 17)
+        # The low nibbles have the first half of a block, the high ones the second half.
+        codes = np.concatenate((blocks[..., 1:] & 0xF, blocks[..., 1:] >> 4), axis=-1)
+        del weights[name]
+        weights[f"{name}_blocks"] = torch.from_numpy(codes[..., ::2] | codes[..., 1::2] << 4)
+        weights[f"{name}_scales"] = torch.from_numpy(blocks[..., 0].copy())
+    save_file(weights, target / "model.safetensors")
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def write(
+    checkpoint: Path, path: Path, kind: str = "F32", *, separate: bool = False, parts: int = 1
+) -> Path:
+    """Write a checkpoint to a GGUF file, or to several parts beside it.
+
+    `separate`: without stacks, as old files of Mixtrals.
+    """
     config, weights = read(checkpoint)
     found = tensors_of(config, weights)
     if separate:
         for name in [name for name in found if "_exps" in name]:
             for number, weight in enumerate(found.pop(name)):
                 found[name.replace("_exps", f".{number}")] = weight
-    write_tensors(path, config, found, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, config, found, kind, -(-len(found) // parts) if parts > 1 else 0)
     return path
 
 
-def write_tensors(path: Path, config: Mapping[str, Any], tensors: Weights, kind: str) -> None:
-    """Write a GGUF file with these tensors, the large ones quantized."""
+def write_tensors(
+    path: Path, config: Mapping[str, Any], tensors: Weights, kind: str, most: int = 0
+) -> None:
+    """Write a GGUF file with these tensors, the large ones quantized, `most` in each part."""
     name = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config["model_type"]]]
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=most)
     for key, value in {**metadata_of(config, name), **tokenizer()}.items():
         add_value(writer, key, value)
     number = gguf.GGMLQuantizationType[kind]
@@ -180,6 +210,12 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = {theirs: config[key] for theirs, own in keys.items() for key in own if config.get(key)}
     if config["model_type"] in ("dots1", "glm4_moe"):
         found |= {"expert_gating_func": 2, "expert_weights_norm": bool(config["norm_topk_prob"])}
+    if config["model_type"] == "gpt_oss":
+        found["expert_feed_forward_length"] = config["intermediate_size"]
+    if config["model_type"] == "ernie4_5_moe":
+        found["interleave_moe_layer_step"] = 1
+        inner = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
+        found["expert_shared_feed_forward_length"] = inner
     rope = config["rope_parameters"]
     found["rope.freq_base"] = float(rope["rope_theta"])
     rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))

@@ -110,6 +110,8 @@ def gguf_config(
         )
     keys = {**_KEYS, family.experts: "expert_count", **family.keys}
     given = {key: metadata.get(f"{name}.{theirs}") for key, theirs in keys.items()}
+    if given["intermediate_size"] is None:
+        given["intermediate_size"] = given["moe_intermediate_size"]
     config = {key: value for key, value in given.items() if value is not None}
     _refuse_lists(config, where)
     _check_router(metadata.get(f"{name}.expert_gating_func"), family, where)

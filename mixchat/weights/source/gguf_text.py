@@ -17,7 +17,7 @@ from mixchat.base.errors import CheckpointError
 
 _KEY = "tokenizer.ggml."
 # Types of tokens, as SentencePiece numbers them.
-_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _TYPES = range(1, 7)
 _PIECES = {"unk": 45, "bos": 46, "eos": 47, "pad": 48}  # fields of the model's trainer
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -194,7 +194,13 @@ def _sentencepiece_model(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -
     scores = vocabulary.numbers("scores") or [0.0] * len(vocabulary.tokens)
     if len(scores) != len(vocabulary.tokens):
         raise CheckpointError(f"{vocabulary.where}: the scores of its tokens are not complete")
-    pieces = zip(vocabulary.tokens, scores, vocabulary.types, strict=True)
+    unknown = vocabulary.types.index(_UNKNOWN) if _UNKNOWN in vocabulary.types else -1
+    # SentencePiece has one unknown piece, and llama.cpp may have several.
+    types = [
+        _CONTROL if kind == _UNKNOWN and number != unknown else kind
+        for number, kind in enumerate(vocabulary.types)
+    ]
+    pieces = zip(vocabulary.tokens, scores, types, strict=True)
     names = {name: vocabulary.tokens[number].encode() for name, number in vocabulary.special()}
     trainer = [
         _varint_field(3, 2),  # byte pairs
