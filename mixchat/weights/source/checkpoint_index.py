@@ -23,7 +23,7 @@ from mixchat.weights.families.gguf_tensors import ROUTER, gguf_tensors
 from mixchat.weights.families.read_config import slices
 from mixchat.weights.families.tensors import expert_prefix
 from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
-from mixchat.weights.matrix import bnb_format, gguf_format, mxfp4_format
+from mixchat.weights.matrix import bnb_format, fp8_format, gguf_format, mxfp4_format
 from mixchat.weights.matrix.gguf_format import GgufSpec
 from mixchat.weights.matrix.nf4 import Quantized4bit
 from mixchat.weights.matrix.quant_type import QuantType
@@ -101,8 +101,7 @@ class CheckpointIndex:
 
     def memory(self, matrix: str) -> int:
         """Return the bytes that reading a matrix takes."""
-        spec = self._in_blocks(matrix)
-        decoded = 2 * prod(spec.weights) if spec else 0
+        decoded = 2 * prod(self._shape(matrix)) if self._is_decoded(matrix) else 0
         return self.nbytes(self.components(matrix)) + decoded
 
     def slices(self, tensor: str) -> tuple[Slice, ...]:
@@ -111,8 +110,9 @@ class CheckpointIndex:
 
     def components(self, matrix: str) -> tuple[str, ...]:
         """Return the tensors of a matrix, several if it is quantized."""
-        if mxfp4_format.is_quantized(matrix, self._weight_map):
-            return mxfp4_format.component_names(matrix)
+        for form in (mxfp4_format, fp8_format):
+            if form.is_quantized(matrix, self._weight_map):
+                return form.component_names(matrix)
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> QuantType | None:
@@ -149,6 +149,8 @@ class CheckpointIndex:
         """Read a matrix or vector as floats. Raises `CheckpointError` for NaN or infinity."""
         if spec := self._in_blocks(matrix):
             tensor = gguf_format.dense(spec, read(matrix))
+        elif fp8_format.is_quantized(matrix, self._weight_map):
+            tensor = fp8_format.read_matrix(matrix, read)
         elif self.quant_type(matrix) is None:
             tensor = read(matrix)
         else:
@@ -183,7 +185,12 @@ class CheckpointIndex:
 
     def _dtype(self, tensor: str) -> torch.dtype:
         """Return the type that a tensor is read as."""
-        return torch.bfloat16 if self._in_blocks(tensor) else self._spec(tensor).dtype
+        return torch.bfloat16 if self._is_decoded(tensor) else self._spec(tensor).dtype
+
+    def _is_decoded(self, tensor: str) -> bool:
+        """Return whether reading a tensor makes bf16 of another form."""
+        in_fp8 = fp8_format.is_quantized(tensor, self._weight_map)
+        return in_fp8 or self._in_blocks(tensor) is not None
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
         whole, part = split_part(tensor)
@@ -209,6 +216,13 @@ class CheckpointIndex:
             for spec in mxfp4_format.component_specs(name, shape):
                 self._check_shape(spec.name, spec.shape)
                 self._check_type(spec.name, (spec.dtype,), "MXFP4 has bytes")
+        elif fp8_format.is_quantized(name, self._weight_map):
+            numbers, scales = fp8_format.component_names(name)
+            self._check_shape(numbers, shape)
+            self._check_shape(scales, fp8_format.scales_shape(shape))
+            self._check_type(scales, _FLOATS, "scales are floats")
+            if len(shape) != 2 or self._spec(numbers).dtype != fp8_format.FP8:
+                raise CheckpointError(f"{self._place(name)}: {name} is no matrix in FP8")
         elif self._gguf or self.quant_type(name) is None:
             self._check_shape(name, shape)
             self._check_type(name, _FLOATS, "only bf16, fp16 and fp32 weights can be quantized")
