@@ -216,7 +216,7 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         found["interleave_moe_layer_step"] = 1
         inner = config["moe_intermediate_size"] * config["moe_num_shared_experts"]
         found["expert_shared_feed_forward_length"] = inner
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 1e6)}
     found["rope.freq_base"] = float(rope["rope_theta"])
     rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -150,10 +150,11 @@ def _refuse_lists(config: Mapping[str, Any], where: str) -> None:
 
 def _heads(config: Mapping[str, Any], rotated: Any) -> dict[str, Any]:
     """Return the width of a head, and the part of it that is rotated."""
-    if not isinstance(rotated, int) or rotated < 1:
+    if rotated is None:
         return {}
     width = config.get("head_dim", rotated)
-    return {"head_dim": width, "partial_rotary_factor": rotated / width if width else 0}
+    known = isinstance(rotated, int) and isinstance(width, int) and width > 0
+    return {"head_dim": width, "partial_rotary_factor": rotated / width if known else 0.0}
 
 
 def _rope(metadata: Mapping[str, Any], name: str, model_type: str, where: str) -> dict[str, Any]:

@@ -24,12 +24,12 @@ _VERSIONS = (2, 3)
 _HEADER_BYTES_MAX = 64_000_000  # with a vocabulary of 200,000 it has 12 MB
 _FIRST_READ_BYTES = 1 << 20
 _ENTRIES_MAX = 100_000  # of metadata and of tensors
-_ITEMS_MAX = 4_000_000  # of a list, such as a vocabulary's merges
+_ITEMS_MAX = 1_000_000  # of a list, twice as many as the largest vocabulary has merges
 _NAME_BYTES_MAX = 1_000
 _DIMENSIONS_MAX = 4
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
-_SCALARS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", None, None, "<u8", "<i8", "<f8")
+_SCALARS = "BbHhIif?..Qqd"  # as struct and numpy call the types, those of 8 and 9 are not scalars
 
 ReadPiece = Callable[[int, int], "bytes | bytearray"]
 """Returns bytes of a file, from an offset on, so many."""
@@ -71,7 +71,7 @@ def read_header(read: ReadPiece, size: int, where: str) -> GgufHeader:
     cursor = _Cursor(read, size, where)
     if cursor.take(4) != MAGIC:
         raise CheckpointError(f"{where}: not a GGUF file")
-    if (version := cursor.number("<u4")) not in _VERSIONS:
+    if (version := cursor.number("I")) not in _VERSIONS:
         raise CheckpointError(
             f"{where}: GGUF of version {version}, mixchat reads 2 and 3 in little endian"
         )
@@ -79,7 +79,7 @@ def read_header(read: ReadPiece, size: int, where: str) -> GgufHeader:
     metadata = {}
     for _ in range(entries):
         key = cursor.text(_NAME_BYTES_MAX)
-        metadata[key] = cursor.value(cursor.number("<u4"))
+        metadata[key] = cursor.value(cursor.number("I"))
     found = [_read_tensor(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -112,12 +112,12 @@ class _Cursor:
         return taken
 
     def number(self, kind: str) -> Any:
-        (value,) = np.frombuffer(self.take(np.dtype(kind).itemsize), kind)
+        (value,) = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))
         # The shortest number that is this fp32, as config.json had it.
-        return float(str(value)) if kind == "<f4" else value.item()
+        return float(str(np.float32(value))) if kind == "f" else value
 
     def count(self, most: int) -> int:
-        count: int = self.number("<u8")
+        count: int = self.number("Q")
         if count > most:
             raise CheckpointError(f"{self.where}: its header counts {count} of a kind, too many")
         return count
@@ -133,31 +133,31 @@ class _Cursor:
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
-            return self._array(self.number("<u4"), self.count(_ITEMS_MAX))
+            return self._array(self.number("I"), self.count(_ITEMS_MAX))
         return self.number(self._scalar(kind))
 
     def _array(self, kind: int, count: int) -> Any:
         if kind == _STRING:
             return [self.text() for _ in range(count)]
-        scalar = self._scalar(kind)
-        return np.frombuffer(self.take(count * np.dtype(scalar).itemsize), scalar)
+        scalar = np.dtype(f"<{self._scalar(kind)}")
+        return np.frombuffer(self.take(count * scalar.itemsize), scalar)
 
     def _scalar(self, kind: int) -> str:
-        scalar = _SCALARS[kind] if kind < len(_SCALARS) else None
-        if scalar is None:  # such as a list of lists, which nothing needs
+        scalar = _SCALARS[kind] if kind < len(_SCALARS) else "."
+        if scalar == ".":  # such as a list of lists, which nothing needs
             raise CheckpointError(f"{self.where}: its header has a value of the type {kind}")
         return scalar
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[TensorSpec, int]:
     name = cursor.text(_NAME_BYTES_MAX)
-    if (dimensions := cursor.number("<u4")) > _DIMENSIONS_MAX:
+    if (dimensions := cursor.number("I")) > _DIMENSIONS_MAX:
         raise CheckpointError(f"{cursor.where}: {name!r:.80} has {dimensions} dimensions")
     shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))[::-1]
     if any(length >= 2**40 for length in shape):
         raise CheckpointError(f"{cursor.where}: the shape of {name!r:.80} is {shape!r:.80}")
-    spec = tensor_spec(name, cursor.number("<u4"), shape, cursor.where)
-    return spec, cursor.number("<u8")
+    spec = tensor_spec(name, cursor.number("I"), shape, cursor.where)
+    return spec, cursor.number("Q")
 
 
 def _placed(
