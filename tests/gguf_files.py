@@ -232,8 +232,6 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Add a value of the metadata, with ggml's type for it."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
     kinds = {
         bool: writer.add_bool,
         int: writer.add_uint32,

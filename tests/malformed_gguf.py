@@ -55,6 +55,7 @@ def malformed(whole: bytes) -> Iterator[tuple[str, bytes]]:
         counted = struct.pack("<IQ", _U8, count)
         yield f"a list of {count}", more(entry(b"k", _LIST, counted))
         yield f"a list of {count} texts", more(entry(b"k", _LIST, struct.pack("<IQ", _TEXT, count)))
+    yield "a key twice", more(entry(b"k", _U8, b"\1"), entry(b"k", _U8, b"\1"))
     yield "lists in lists", more(entry(b"k", _LIST, struct.pack("<IQ", _LIST, 1) * 10_000))
     yield (
         "900,000 empty texts",
@@ -79,7 +80,7 @@ def malformed(whole: bytes) -> Iterator[tuple[str, bytes]]:
         "attention.head_count": (0, 3, 2**32 - 1),
         "attention.head_count_kv": (0, 3, 2**32 - 1),
         "expert_count": (0, 1, 2**20, 2**32 - 1),
-        "expert_used_count": (0, 5, 2**32 - 1),
+        "expert_used_count": (0, 200, 2**32 - 1),
         "context_length": (0, 2**32 - 1),
         "rope.dimension_count": (0, 1, 7, 2**32 - 1),
     }.items():
@@ -136,6 +137,18 @@ def _of_tensors(whole: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"{name} in a vector", _written(whole, start("output_norm.weight"), number)
         experts = start("blk.0.ffn_up_exps.weight")
         yield f"{name} in the scale of a block", _written(whole, experts, struct.pack("<e", value))
+
+
+def _retyped(whole: bytes, key: bytes, kind: int) -> bytes:
+    """Return a file in which the value of a key has another type."""
+    added = entry(key, kind, struct.pack("<IQ", _U8, 2) + b"\1\2" if kind == _LIST else bytes(4))
+    if kind == _U8:
+        added = added[:-3]
+    # So long that the tensors stay where they are.
+    filler = entry(b"k" * (-len(added) % 32 + 19), _U8, b"\1")
+    tensors, entries = struct.unpack_from("<QQ", whole, 8)
+    renamed = whole[24:].replace(text(key), text(key[:-1] + b"_"), 1)
+    return header(tensors, entries + 2) + added + filler + renamed
 
 
 def _written(whole: bytes, place: int, data: bytes) -> bytes:

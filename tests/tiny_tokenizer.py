@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -26,7 +24,7 @@ def metadata() -> dict[str, Any]:
             *alphabet,
             *merged,
         ],
-        "tokenizer.ggml.token_type": np.array([3, 3, 3] + [1] * 259),
+        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * 259,
         "tokenizer.ggml.merges": ["h e", "l l", "he ll"],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,

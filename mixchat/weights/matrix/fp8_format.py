@@ -33,7 +33,7 @@ def read_matrix(name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """Read a matrix, whose shape was checked, as bf16."""
     numbers, scales = (read(part) for part in component_names(name))
     made = torch.empty(numbers.shape, dtype=torch.bfloat16)
-    rows = zip(numbers.split(TILE), scales.float(), made.split(TILE), strict=True)
+    rows = zip(torch.split(numbers, TILE), scales.float(), torch.split(made, TILE), strict=True)
     for tile, row, target in rows:
         target.copy_(tile.float() * row.repeat_interleave(TILE)[: tile.shape[1]])
     return made

@@ -84,13 +84,13 @@ def read_gguf(
     shapes = {s.name: s.weights if isinstance(s, GgufSpec) else s.shape for s in specs}
     if len(shapes) < len(specs):
         raise CheckpointError(f"{where}: two of its files have the same tensor")
-    raw = gguf_config(metadata, shapes, where)
+    ends = generation_config(metadata)
+    raw = {**gguf_config(metadata, shapes, where), **ends}
     index = CheckpointIndex(read_config(raw), headers, None, where)
     files = text_files(
         metadata, index.config.max_position_embeddings, index.config.vocab_size, where
     )
-    ends = generation_config(metadata)
-    made = {CONFIG: {**raw, **ends}, "generation_config.json": ends}
+    made = {CONFIG: raw, "generation_config.json": ends}
     written = {name: (json.dumps(text, indent=2) + "\n").encode() for name, text in made.items()}
     return index, {**files, **written}
 

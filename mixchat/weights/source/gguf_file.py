@@ -38,7 +38,7 @@ ReadPiece = Callable[[int, int], "bytes | bytearray"]
 class GgufHeader(Header):
     """The header of a GGUF file. The shape of a tensor begins with its rows, unlike in the file.
 
-    `metadata` has strings, numbers, lists of strings, and arrays of numbers.
+    `metadata` has strings, numbers, and lists of either.
     """
 
     def __init__(
@@ -76,9 +76,11 @@ def read_header(read: ReadPiece, size: int, where: str) -> GgufHeader:
             f"{where}: GGUF of version {version}, mixchat reads 2 and 3 in little endian"
         )
     tensors, entries = cursor.count(_ENTRIES_MAX), cursor.count(_ENTRIES_MAX)
-    metadata = {}
+    metadata: dict[str, Any] = {}
     for _ in range(entries):
         key = cursor.text(_NAME_BYTES_MAX)
+        if key in metadata:
+            raise CheckpointError(f"{where}: its header has {key!r:.80} twice")
         metadata[key] = cursor.value(cursor.number("I"))
     found = [_read_tensor(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", _ALIGNMENT)
@@ -140,7 +142,7 @@ class _Cursor:
         if kind == _STRING:
             return [self.text() for _ in range(count)]
         scalar = np.dtype(f"<{self._scalar(kind)}")
-        return np.frombuffer(self.take(count * scalar.itemsize), scalar)
+        return np.frombuffer(self.take(count * scalar.itemsize), scalar).tolist()
 
     def _scalar(self, kind: int) -> str:
         scalar = _SCALARS[kind] if kind < len(_SCALARS) else "."

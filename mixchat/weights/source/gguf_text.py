@@ -11,8 +11,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from mixchat.base.errors import CheckpointError
 
 _KEY = "tokenizer.ggml."
@@ -113,13 +111,14 @@ class _Vocabulary:
 
     def texts(self, name: str) -> list[str]:
         found = self._metadata.get(f"{_KEY}{name}")
-        if not isinstance(found, list) or not found:
+        if not isinstance(found, list) or not found or not isinstance(found[0], str):
             raise CheckpointError(f"{self.where}: it has no list {_KEY}{name}")
         return found
 
     def numbers(self, name: str) -> list[Any]:
-        found = self._metadata.get(f"{_KEY}{name}", [])
-        return found.tolist() if isinstance(found, np.ndarray) else []
+        found = self._metadata.get(f"{_KEY}{name}")
+        are_numbers = isinstance(found, list) and not any(isinstance(n, str) for n in found[:1])
+        return found if are_numbers else []
 
     def special(self) -> Iterator[tuple[str, int]]:
         """Yield the name of each special token that there is ("bos"), and its id."""
@@ -179,14 +178,14 @@ def _settings(metadata: Mapping[str, Any], vocabulary: _Vocabulary, context: int
     begins = vocabulary.model == "llama" or metadata.get(f"{_KEY}pre") in _WHOLE_TOKENS
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": metadata.get(f"{_KEY}add_bos_token", begins),
+        "add_bos_token": bool(metadata.get(f"{_KEY}add_bos_token", begins)),
         "add_prefix_space": vocabulary.model == "llama",
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
         **{f"{name}_token": vocabulary.tokens[number] for name, number in vocabulary.special()},
     }
     template = metadata.get("tokenizer.chat_template")
-    return settings if template is None else {**settings, "chat_template": template}
+    return {**settings, "chat_template": template} if isinstance(template, str) else settings
 
 
 def _sentencepiece_model(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> bytes:
