@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import fake_mixchat
 import pytest
@@ -81,5 +82,23 @@ def mixchat(environment, monkeypatch, capsysbinary):
                 run_app([os.fsdecode(argument) for argument in arguments])
         said = capsysbinary.readouterr()
         return Done(said.out, said.err, ending.value.code)
+
+    return run
+
+
+@pytest.fixture
+def run(mixchat, monkeypatch):
+    """Run a command that has to succeed, and return its standard output and error.
+
+    Calibrating reads short windows.
+    """
+    from mixchat.loading import calibrate
+
+    monkeypatch.setattr(calibrate, "WINDOW", 32)
+
+    def run(*arguments, code=0, stdin=b""):
+        done = mixchat(*map(str, arguments), fake=False, stdin=stdin)
+        assert done.returncode == code, (arguments, done.stderr.decode())
+        return SimpleNamespace(out=done.stdout.decode(), said=done.stderr.decode())
 
     return run

@@ -77,6 +77,7 @@ def dense(spec: GgufSpec, raw: torch.Tensor) -> torch.Tensor:
     made = torch.empty(spec.weights, dtype=torch.bfloat16)
     rows, kind = made.view(-1, made.shape[-1]), GGMLQuantizationType[spec.kind]
 
+    @torch.inference_mode()  # a caller's holds for its own thread only
     def decode(raw: torch.Tensor, rows: torch.Tensor) -> None:
         from gguf import dequantize
 

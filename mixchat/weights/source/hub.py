@@ -42,7 +42,7 @@ COMMIT = _SHA1 = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}"
-_GGUF_PATH = re.compile(rf"(?:{_PLAIN}/){{0,5}}{_PLAIN}\.gguf")
+_GGUF_PATH = re.compile(rf"{_PLAIN}/{_PLAIN}\.gguf")
 
 
 @dataclass(frozen=True)

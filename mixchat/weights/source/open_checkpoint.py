@@ -50,14 +50,14 @@ def _open_checkpoint(
     if source.repo == DEMO:
         return DemoCheckpoint(target, progress)
     path, made = Path(source.repo), target / SOURCE_DIR
-    if path.is_absolute() and path.suffix == SUFFIX:
-        return GgufCheckpoint(local_files(path), source, made)
     if path.is_absolute():
-        return DirectoryCheckpoint(path, source)
+        files = local_files(path) if path.suffix == SUFFIX else _gguf_files(path, source.repo)
+        return GgufCheckpoint(files, source, made) if files else DirectoryCheckpoint(path, source)
     if snapshot := _offline_snapshot(source):
         commit = snapshot.name
         known = replace(source, commit=commit)
-        if files := _gguf_files(snapshot, source):
+        repo, _, kind = source.repo.partition(":")
+        if files := _gguf_files(snapshot, repo, kind):
             return GgufCheckpoint(files, known, made, fixed=commit)
         return DirectoryCheckpoint(snapshot, known, fingerprint=commit)
     remote = _look_up(source)
@@ -88,9 +88,7 @@ def _offline_snapshot(source: Source) -> Path | None:
     except (CheckpointError, ValueError):
         commit = revision
     snapshot = repo / "snapshots" / commit
-    if hub.COMMIT.fullmatch(commit) and (
-        _is_complete(snapshot) or any(snapshot.rglob(f"*{SUFFIX}"))
-    ):
+    if hub.COMMIT.fullmatch(commit) and (_is_complete(snapshot) or any(_all_gguf(snapshot))):
         return snapshot
     raise HubError(
         f"{source.repo} is not complete in Hugging Face's cache, and HF_HUB_OFFLINE is set",
@@ -98,13 +96,19 @@ def _offline_snapshot(source: Source) -> Path | None:
     )
 
 
-def _gguf_files(snapshot: Path, source: Source) -> dict[str, Path]:
-    """Return the files of a snapshot's model in GGUF, if that is the requested one."""
-    repo, _, kind = source.repo.partition(":")
-    if not kind and _is_complete(snapshot):
+def _gguf_files(directory: Path, where: str, kind: str = "") -> dict[str, Path]:
+    """Return the files of a directory's model in GGUF, or nothing if it has a checkpoint's."""
+    if not kind and _is_complete(directory):
         return {}
-    paths = {str(path.relative_to(snapshot)): path for path in snapshot.rglob(f"*{SUFFIX}")}
-    return {name: paths[at] for name, at in choose_files(paths, kind or None, repo).items()}
+    paths = {str(path.relative_to(directory)): path for path in _all_gguf(directory)}
+    chosen = choose_files(paths, kind or None, where) if paths else {}
+    return {name: paths[at] for name, at in chosen.items()}
+
+
+def _all_gguf(directory: Path) -> Iterator[Path]:
+    """Yield the GGUF files in a directory and in the folders in it."""
+    for pattern in (f"*{SUFFIX}", f"*/*{SUFFIX}"):
+        yield from directory.glob(pattern)
 
 
 def _is_complete(snapshot: Path) -> bool:
