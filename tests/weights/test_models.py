@@ -52,7 +52,8 @@ HOSTILE = [
     "-org/name", "org/name.git", "org/name\n", "org/na\0me", "org/\u202ename", "org/name\x1b[31m",
     "\0", "a\0b", "org\\name", "C:\\models\\x", "org/n\u00e4me", "org/" + "n" * 97,
     "o" * 97 + "/name", "n" * 100_000, "\ud800", "org/\udc80", "//", "/", "~/x", "con/",
-    "https://hub/org/name", "models--org--name",
+    "https://hub/org/name", "models--org--name", "org/name:", "org/name:../x", "org/name:a--b",
+    "org/name:Q8_0:x", ":Q8_0", "org:Q8_0", "org/name:Q8_0\n", "/no/such.gguf", "no.gguf",
 ]
 # fmt: on
 
@@ -200,10 +201,21 @@ class TestResolve:
         with pytest.raises(UsageError):
             models.resolve("org/name", key=key)
 
+    def test_a_gguf_file_gives_its_name(self) -> None:
+        for name in ("tiny.Q8_0.gguf", "tiny-00001-of-00003.gguf"):
+            Path(name).touch()
+            assert models.resolve(f"./{name}").path == Path(name).absolute()
+        assert models.resolve("./tiny.Q8_0.gguf").key == "tiny.Q8_0"
+        assert models.resolve("tiny-00001-of-00003.gguf").key == "tiny"
+
     def test_the_keys_that_list_shows_are_names(self) -> None:
         keep("org--name")
         keep("mine")
+        keep("org--name--Q4_K_M")
         assert models.resolve("org--name").repo == "org/name"
+        for name in ("org--name--Q4_K_M", "org/name:Q4_K_M"):
+            ref = models.resolve(name)
+            assert (ref.repo, ref.key) == ("org/name:Q4_K_M", "org--name--Q4_K_M")
         assert models.resolve("mine") == models.ModelRef("mine", "mine")
 
 

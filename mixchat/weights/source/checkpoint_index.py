@@ -110,9 +110,10 @@ class CheckpointIndex:
 
     def components(self, matrix: str) -> tuple[str, ...]:
         """Return the tensors of a matrix, several if it is quantized."""
-        for form in (mxfp4_format, fp8_format):
-            if form.is_quantized(matrix, self._weight_map):
-                return form.component_names(matrix)
+        if mxfp4_format.is_quantized(matrix, self._weight_map):
+            return mxfp4_format.component_names(matrix)
+        if fp8_format.is_quantized(matrix, self._weight_map):
+            return fp8_format.component_names(matrix)
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> QuantType | None:

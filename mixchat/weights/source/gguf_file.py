@@ -57,6 +57,9 @@ class GgufFile(SafetensorsFile):
 
     header: GgufHeader
 
+    def __enter__(self) -> GgufFile:
+        return self
+
     def _read_header(self) -> GgufHeader:
         def read(start: int, size: int) -> bytearray:
             piece = bytearray(size)

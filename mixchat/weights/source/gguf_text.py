@@ -117,8 +117,9 @@ class _Vocabulary:
 
     def numbers(self, name: str) -> list[Any]:
         found = self._metadata.get(f"{_KEY}{name}")
-        are_numbers = isinstance(found, list) and not any(isinstance(n, str) for n in found[:1])
-        return found if are_numbers else []
+        if not isinstance(found, list) or any(isinstance(number, str) for number in found[:1]):
+            return []
+        return found
 
     def special(self) -> Iterator[tuple[str, int]]:
         """Yield the name of each special token that there is ("bos"), and its id."""
