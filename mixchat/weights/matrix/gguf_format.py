@@ -7,14 +7,13 @@ types, and what their blocks hold.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mixchat.base.errors import CheckpointError, MissingDependencyError
+from mixchat.base.errors import CheckpointError
 from mixchat.base.safetensors import TensorSpec
 from mixchat.weights.matrix.encode import each_in_threads
 from mixchat.weights.matrix.mxfp4 import LARGEST_SCALE, MXFP4
@@ -35,15 +34,6 @@ class GgufSpec(TensorSpec):
         """Return the shape in weights."""
         block, nbytes = _block(self.kind)
         return (*self.shape[:-1], self.shape[-1] // nbytes * block)
-
-
-def require_gguf() -> None:
-    """Raise `MissingDependencyError` without the package gguf."""
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError(
-            "GGUF files, of which the demo model is made, need the package gguf",
-            hint='Run: pip install "gguf>=0.17,<1"',
-        )
 
 
 def tensor_spec(name: str, number: int, shape: tuple[int, ...], where: str) -> TensorSpec:

@@ -17,7 +17,7 @@ import numpy as np
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_all
 from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec
-from mixchat.weights.matrix.gguf_format import require_gguf, tensor_spec
+from mixchat.weights.matrix.gguf_format import tensor_spec
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -70,7 +70,6 @@ class GgufFile(SafetensorsFile):
 
 def read_header(read: ReadPiece, size: int, where: str) -> GgufHeader:
     """Read the header of a file with `size` bytes. Raises `CheckpointError`."""
-    require_gguf()
     cursor = _Cursor(read, size, where)
     if cursor.take(4) != MAGIC:
         raise CheckpointError(f"{where}: not a GGUF file")
