@@ -104,18 +104,17 @@ def test_an_answer_that_is_cut_off_is_the_beginning_of_a_whole_one(
     assert answer(engine, form, seed=1, most=7) == whole[:7]
 
 
-@pytest.mark.slow
-def test_every_finished_answer_to_200_generated_schemas_is_valid(
+def test_every_finished_answer_to_50_generated_schemas_is_valid(
     engine: Engine, tokenizer: Any, compiled: Callable[[OutputConstraint], CompiledConstraint]
 ) -> None:
     finished = 0
-    for seed in range(200):
+    for seed in range(50):
         schema = SchemaMaker(seed).schema()
         *ids, last = answer(engine, compiled(json_schema(schema)), seed)
         if last == STOP:
             finished += 1
             Draft202012Validator(schema).validate(json.loads(tokenizer.decode(ids)))
-    assert finished >= 190
+    assert finished >= 47
 
 
 @pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")

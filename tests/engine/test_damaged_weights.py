@@ -63,13 +63,13 @@ def plant(model: Path, place: str, value: float) -> None:
     path.write_bytes(data)
 
 
-@pytest.fixture(params=["prefill", "decode"])
-def answer(request: pytest.FixtureRequest, healthy: Path) -> Callable[[Path], list[int]]:
+@pytest.fixture
+def answer(healthy: Path) -> Callable[[Path, str], list[int]]:
     """Answers with a damaged model: from the beginning on, or from the second token on."""
 
-    def answered(damaged: Path) -> list[int]:
+    def answered(damaged: Path, since: str) -> list[int]:
         engine = opened(damaged)
-        if request.param == "prefill":
+        if since == "prefill":
             return list(ids_of(engine))
         whole = opened(healthy)
         ids = ids_of(whole)
@@ -87,13 +87,14 @@ def answer(request: pytest.FixtureRequest, healthy: Path) -> Callable[[Path], li
     return answered
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("since", "value"), [("prefill", math.nan), ("decode", math.inf)])
 @pytest.mark.parametrize("place", PLACES)
 def test_numbers_that_are_none_end_in_an_error_that_names_the_command(
     healthy: Path,
-    answer: Callable[[Path], list[int]],
+    answer: Callable[[Path, str], list[int]],
     tmp_path: Path,
     place: str,
+    since: str,
     value: float,
 ) -> None:
     """The answer was empty and the exit code 0, or torch's complaint an internal error."""
@@ -101,13 +102,16 @@ def test_numbers_that_are_none_end_in_an_error_that_names_the_command(
     shutil.copytree(healthy, damaged)
     plant(damaged, place, value)
     with pytest.raises(CheckpointError, match="values that are not numbers") as error:
-        answer(damaged)
+        answer(damaged, since)
     assert "mixchat verify" in str(error.value.hint)
     assert error.value.exit_code == 6
 
 
-def test_a_healthy_model_answers(healthy: Path, answer: Callable[[Path], list[int]]) -> None:
-    assert len(answer(healthy)) == 4
+@pytest.mark.parametrize("since", ["prefill", "decode"])
+def test_a_healthy_model_answers(
+    healthy: Path, answer: Callable[[Path, str], list[int]], since: str
+) -> None:
+    assert len(answer(healthy, since)) == 4
 
 
 def test_an_installed_model_is_called_by_its_name(

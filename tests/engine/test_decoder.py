@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "top 10 of 128": ({"num_local_experts": 128, "num_experts_per_tok": 10}, {}, None),
     **{name: (changes, {}, None) for name, changes in FAMILIES.items()},
 }
-PROMPT, TOKENS = list(range(3, 33)), 60
+PROMPT, TOKENS = list(range(3, 33)), 24
 FREE = SamplingOptions(temperature=1.0, seed=5)
 
 

@@ -15,7 +15,7 @@ from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
 
 TOKENS = 40
-TEXT = 200
+TEXT = 60
 SPARSE = {"num_local_experts": 17, "num_experts_per_tok": 10}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
     model_type, changes = request.param
     return make_checkpoint(
-        **{"model_type": model_type, "max_position_embeddings": 256, "num_key_value_heads": 2}
+        **{"model_type": model_type, "num_key_value_heads": 2}
         | changes
     )
 

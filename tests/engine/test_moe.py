@@ -3,6 +3,7 @@
 E = experts, K = experts of a token, D = hidden_size, F = intermediate_size.
 """
 
+import itertools
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -165,11 +166,15 @@ def test_a_layer_computes_what_transformers_computes(
 
 
 @pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quant_type", ["nf4", "nf3"])
-@pytest.mark.parametrize("kind", ["mixtral", "olmoe", "gpt_oss"])
 @pytest.mark.parametrize(
-    ("experts", "choices"), [*((11, choices) for choices in range(1, 11)), (128, 8), (160, 10)]
+    ("kind", "quant_type", "dtype", "experts", "choices"),
+    [
+        *(("mixtral", "nf4", torch.bfloat16, 11, choices) for choices in range(1, 11)),
+        *itertools.product(
+            ["olmoe", "gpt_oss"], ["nf4", "nf3"], [torch.float32, torch.bfloat16], [160], [10]
+        ),
+        ("gpt_oss", "nf4", torch.float32, 128, 8),
+    ],
 )
 @torch.inference_mode()
 def test_a_program_has_the_bits_of_the_layer_for_any_choices(

