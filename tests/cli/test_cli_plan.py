@@ -133,7 +133,7 @@ def test_a_router_without_published_figures_is_taken_to_choose_by_chance(run, me
 
 
 def test_3_bits_are_compared_with_4_before_a_download(run, measured):
-    forms = sections(run())["With experts in fewer bits"]
+    forms = sections(run("instruct"))["With experts in fewer bits"]
     held = [int(count) for count in re.findall(r"(\d+) of 256 experts in memory", forms)]
     assert re.findall(r"\d bits +([\d.]+) GB of disk", forms) == ["25.7", "22"]
     made = json.loads(run("instruct", "--json").stdout)
@@ -143,7 +143,7 @@ def test_3_bits_are_compared_with_4_before_a_download(run, measured):
 
 
 def test_the_reasons_add_up_to_the_speed(run, measured):
-    expected = sections(run())["What to expect"]
+    expected = sections(run("instruct"))["What to expect"]
     total, computing, reading, less = (
         float(number) * {"ms": 1e-3, "s": 1}[unit]
         for number, unit in re.findall(
@@ -153,7 +153,7 @@ def test_the_reasons_add_up_to_the_speed(run, measured):
     assert total == pytest.approx(computing + reading - less, rel=0.01)
     speed = float(re.search(r"decode +([\d.]+) tok/s", expected)[1])
     assert speed == pytest.approx(1 / total, rel=0.05)  # it has two digits
-    exactly = json.loads(run("--json").stdout)["tokens_per_second"]
+    exactly = json.loads(run("instruct", "--json").stdout)["tokens_per_second"]
     assert exactly == pytest.approx(1 / total, rel=0.01)
     assert "reading 255 experts from disk" in expected  # the first token
     assert re.search(r"context +up to 32768 tokens fit, with fewer experts in memory", expected)
@@ -164,7 +164,7 @@ def test_a_context_that_needs_the_room_of_experts_is_said_to(
     run, measured, monkeypatch, free, grows
 ):
     monkeypatch.setattr(fitting, "free_on", lambda device: int(free * GB))
-    places = sections(run())["What goes where"]
+    places = sections(run("instruct"))["What goes where"]
     assert ("as the context fills, fewer experts fit" in places) == grows
     assert re.search(r"; [\d.]+ GB left free", places)
 
@@ -251,10 +251,10 @@ def test_budgets_and_context_change_the_plan(run, measured):
 
 
 def test_answers_at_once_take_a_context_each(run, measured):
-    one = json.loads(run("--json").stdout)["fit"]
-    four = json.loads(run("--parallel", "4", "--json").stdout)["fit"]
+    one = json.loads(run("instruct", "--json").stdout)["fit"]
+    four = json.loads(run("instruct", "--parallel", "4", "--json").stdout)["fit"]
     assert four["demand"]["context"] == 4 * one["demand"]["context"]
-    assert b"8192 tokens for each of 4 answers at once" in run("--parallel", "4").stdout
+    assert b"8192 tokens for each of 4 answers at once" in run("instruct", "--parallel", "4").stdout
 
 
 @pytest.mark.parametrize(
@@ -307,19 +307,19 @@ def at(monkeypatch, days):
 def test_a_measurement_has_a_date_and_can_be_made_again(run, measured, monkeypatch):
     """A measurement stayed for good, without a date, even one of a busy machine."""
     at(monkeypatch, 0)
-    assert "(now), 3 samples; --measure measures again" in sections(run())["This machine"]
+    assert "(now), 3 samples; --measure measures again" in sections(run("instruct"))["This machine"]
     at(monkeypatch, 3.5)
     slower = dataclasses.replace(SPEEDS, layer_seconds=0.01)
     monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: slower)
-    made = json.loads(run("--json").stdout)
+    made = json.loads(run("instruct", "--json").stdout)
     assert (made["measured_at"], made["samples"]) == (1.7e9, SAMPLES)
     assert re.search(
-        r"measured +2023-11-1\d \d\d:\d\d \(3 days ago\)", sections(run())["This machine"]
+        r"measured +2023-11-1\d \d\d:\d\d \(3 days ago\)", sections(run("instruct"))["This machine"]
     )
-    again = json.loads(run("--json", "--measure").stdout)
+    again = json.loads(run("instruct", "--json", "--measure").stdout)
     assert again["measured_at"] == 1.7e9 + 3.5 * 86400
     assert again["tokens_per_second"] < made["tokens_per_second"]
-    assert json.loads(run("--json").stdout) == again
+    assert json.loads(run("instruct", "--json").stdout) == again
 
 
 @pytest.mark.parametrize(
@@ -363,11 +363,11 @@ def test_a_second_form_is_left_out_if_the_first_took_all_the_time(run, measured,
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(measuring, "MOST_SECONDS", 20)
     monkeypatch.setattr(measuring, "take_sample", measure_slowly)
-    done = run()
+    done = run("instruct")
     assert clock.now == 30
     assert "With experts in fewer bits" not in sections(done)
     assert done.stderr.startswith(b"note: 3 bits are not compared: ")
-    again = json.loads(run("--json").stdout)
+    again = json.loads(run("instruct", "--json").stdout)
     assert (again["samples"], again["in_3_bits"] is None) == (1, False)
 
 
@@ -389,9 +389,9 @@ def test_a_model_that_was_downloaded_since_is_measured_again_with_its_own_files(
 
 def test_it_says_on_what_it_was_measured(run, measured, monkeypatch, environment):
     monkeypatch.setattr(machine, "cpu_name", lambda: "Abacus 3000")
-    found = sections(run())["This machine"]
+    found = sections(run("instruct"))["This machine"]
     assert "on Abacus 3000, and the disk of /" in found
-    on = json.loads(run("--json").stdout)["measured_on"]
+    on = json.loads(run("instruct", "--json").stdout)["measured_on"]
     assert on["cpu"] == "Abacus 3000"
     assert Path(environment["MIXCHAT_HOME"]).is_relative_to(on["directory"])
 
@@ -404,14 +404,14 @@ def test_speeds_and_the_first_token_are_ranges_over_the_samples(run, measured, m
         for seconds, disk in ((0.001, 4e9), (0.004, 3e9), (0.02, 2e9))
     )
     monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: next(samples))
-    done = sections(run())
+    done = sections(run("instruct"))
     expected = done["What to expect"]
     assert re.search(r"speed +\S+ to \S+ tok/s, ", done["Verdict"])
     assert re.search(r"decode +\S+ to \S+ tok/s: a token takes ", expected)
     assert " to " in done["What more memory would give"]
     assert re.search(r"prompt +\S+ to \S+ tok/s: 512 tokens are read in .* (s|min)\n", expected)
     assert re.search(r"first token +after \d+ to \d+ s for a prompt of 20 tokens", expected)
-    found = json.loads(run("--json").stdout)
+    found = json.loads(run("instruct", "--json").stdout)
     assert found["speed"]["low"] < found["tokens_per_second"] < found["speed"]["high"]
     prompt, first = found["prompt"], found["first_token"]
     assert (prompt["tokens"], first["tokens"]) == (512, 20)
@@ -425,9 +425,9 @@ def test_the_verdict_is_in_words(run, measured, monkeypatch):
         changed = dataclasses.replace(SPEEDS, expert_seconds=seconds, layer_seconds=0.001 * factor)
         monkeypatch.setattr(measuring, "take_sample", lambda *_, it=changed, **how: it)
         monkeypatch.setattr(fitting, "free_on", lambda device: 64 * GB)
-        _, speed, _ = sections(run("--measure"))["Verdict"].splitlines()
+        _, speed, _ = sections(run("instruct", "--measure"))["Verdict"].splitlines()
         assert speed.endswith(words)
-        assert json.loads(run("--json").stdout)["verdict"] == words
+        assert json.loads(run("instruct", "--json").stdout)["verdict"] == words
 
 
 def verdict(done):
@@ -439,8 +439,8 @@ def verdict(done):
 
 def test_the_verdict_says_what_fits_how_fast_it_is_and_what_to_type(run, measured, tiny_model):
     """ "It fits ... use a smaller model" contradicted itself, and nothing said how to go on."""
-    found = verdict(run())
-    held = json.loads(run("--json").stdout)["held"]
+    found = verdict(run("instruct"))
+    held = json.loads(run("instruct", "--json").stdout)["held"]
     assert found == {
         "it fits": f"{held} of 256 experts in RAM, {256 - held} on disk, read when a token needs "
         "them",
@@ -456,14 +456,16 @@ def test_the_verdict_says_what_fits_how_fast_it_is_and_what_to_type(run, measure
 
 def test_with_answers_at_once_it_says_whose_speed_is_which(run, measured):
     """`--parallel 4` gave one speed without saying whose."""
-    speed = verdict(run("--parallel", "4"))["speed"]
+    speed = verdict(run("instruct", "--parallel", "4"))["speed"]
     each, together = map(float, re.findall(r"([\d.]+) tok/s", speed))
     assert " tok/s for each of 4 answers at once, " in speed
     assert " tok/s together" in speed
     assert together == pytest.approx(4 * each, rel=0.1)  # they have two digits
-    found = json.loads(run("--parallel", "4", "--json").stdout)
+    found = json.loads(run("instruct", "--parallel", "4", "--json").stdout)
     assert found["together"]["low"] == pytest.approx(4 * found["speed"]["low"])
-    alone = json.loads(run("--ctx-size", "32768", "--json").stdout)  # takes as much memory
+    alone = json.loads(
+        run("instruct", "--ctx-size", "32768", "--json").stdout
+    )  # takes as much memory
     assert found["held"] == alone["held"]
     assert found["speed"]["high"] < alone["speed"]["high"] < found["together"]["high"]
 
@@ -478,13 +480,13 @@ def test_another_machine_is_planned_by_what_is_told_about_it(run, measured, monk
     at(monkeypatch, 0)
     monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: BLIND)
     told = ("--ram", "10GB", "--disk-speed", "1.5 GB/s", "--free-disk", "100GB")
-    shown = sections(run(*told))
+    shown = sections(run("instruct", *told))
     assert "This machine" not in shown
     assert "To download it" not in shown  # is about this machine's disk and memory
     there = shown["The machine"]
     assert "RAM       10 GB (told), 8 GB free (assumed)" in there
     assert "disk      100 GB free (told), reads 1.5 GB/s (told; tokens get 85% of it)" in there
-    found = json.loads(run(*told, "--json").stdout)
+    found = json.loads(run("instruct", *told, "--json").stdout)
     assert found["told"] == {
         "ram": 10 * GB,
         "gpus": [],
@@ -498,13 +500,13 @@ def test_another_machine_is_planned_by_what_is_told_about_it(run, measured, monk
         SPEEDS, disk_bandwidth=1.5e9, disk_bandwidth_idle=1.5e9, disk_bandwidth_fresh=1.5e9
     )
     monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: same)
-    there = json.loads(run("--json").stdout)
+    there = json.loads(run("instruct", "--json").stdout)
     for key in ("fit", "cost", "held", "tokens_per_second", "what_more_buys", "first_token"):
         assert found[key] == there[key]
 
 
 def test_a_gpu_that_is_told_about_has_speeds_that_are_said_to_be_assumed(mixchat, measured):
-    arguments = ("plan", "--ram", "32GB", "--gpu", "12GB,8GB")
+    arguments = ("plan", "instruct", "--ram", "32GB", "--gpu", "12GB,8GB")
     done = mixchat(*arguments, fake=False)
     there = sections(done)["The machine"]
     assert "GPU       a GPU, 12 GB (told), 11.5 GB free (assumed)" in there
@@ -518,14 +520,16 @@ def test_a_gpu_that_is_told_about_has_speeds_that_are_said_to_be_assumed(mixchat
     expert = found["fit"]["demand"]["expert"]
     assert found["speeds"]["expert_seconds"]["cuda:0"]["1"] == pytest.approx(expert / 3e11, rel=0.1)
     assert found["cost"]["copying"] > 0
-    one = json.loads(mixchat("plan", "--ram", "32GB", "--gpu", "12GB", "--json", fake=False).stdout)
+    one = json.loads(
+        mixchat("plan", "instruct", "--ram", "32GB", "--gpu", "12GB", "--json", fake=False).stdout
+    )
     assert found["hit_rate"] > one["hit_rate"]
     assert found["tokens_per_second"] > one["tokens_per_second"]
 
 
 @pytest.mark.parametrize(("free", "fits"), [("20GB", False), ("100GB", True)])
 def test_a_disk_that_is_told_about_is_one_without_the_model(run, measured, free, fits):
-    found = json.loads(run("--free-disk", free, "--json").stdout)
+    found = json.loads(run("instruct", "--free-disk", free, "--json").stdout)
     assert found["fits"] is fits
     assert found["disk"][0]["free_bytes"] == int(free[:-2]) * GB
     assert found["command"] == ("mixchat download instruct" if fits else None)
@@ -533,10 +537,15 @@ def test_a_disk_that_is_told_about_is_one_without_the_model(run, measured, free,
 
 def test_experts_of_other_bits_are_planned_before_they_are_downloaded(run, measured):
     """`plan` named --expert-bits as advice, and did not take it."""
-    four, three = (json.loads(run("--expert-bits", bits, "--json").stdout) for bits in ("4", "3"))
+    four, three = (
+        json.loads(run("instruct", "--expert-bits", bits, "--json").stdout) for bits in ("4", "3")
+    )
     assert four["quantization"]["quant_type"] == "nf4"
     assert three["quantization"]["quant_type"] == "nf3"
-    assert three["kept_bytes"] == json.loads(run("--json").stdout)["in_3_bits"]["kept_bytes"]
+    assert (
+        three["kept_bytes"]
+        == json.loads(run("instruct", "--json").stdout)["in_3_bits"]["kept_bytes"]
+    )
     assert three["held"] > four["held"]
     assert three["command"] == "mixchat download instruct --expert-bits 3"
     assert (four["in_3_bits"], three["in_3_bits"]) == (None, None)
@@ -578,7 +587,7 @@ def test_what_cannot_be_told_is_refused_before_torch_loads(run, measured, argume
 def test_a_download_for_which_the_disk_is_too_small_is_the_verdict(run, measured, monkeypatch):
     """With 2 GB free it promised tokens a second of a model whose download takes 30."""
     monkeypatch.setattr(machine, "free_disk", lambda directory: 2 * GB)
-    done = run()
+    done = run("instruct")
     assert done.returncode == 0
     first, *rest = sections(done)
     assert first == "Verdict"
@@ -591,7 +600,7 @@ def test_a_download_for_which_the_disk_is_too_small_is_the_verdict(run, measured
     )
     assert re.search(r"speed +\S+ tok/s", lines[1])
     assert re.search(r"to do .* set MIXCHAT_HOME to a directory on a larger disk", lines[2])
-    found = json.loads(run("--json").stdout)
+    found = json.loads(run("instruct", "--json").stdout)
     assert found["fits"] is False
     (need,) = found["disk"]
     assert need["path"] == found["path"]
@@ -601,7 +610,7 @@ def test_a_download_for_which_the_disk_is_too_small_is_the_verdict(run, measured
 def test_a_disk_with_room_is_no_obstacle_and_an_installed_model_needs_none(
     run, measured, monkeypatch, tiny_model
 ):
-    found = json.loads(run("--json").stdout)
+    found = json.loads(run("instruct", "--json").stdout)
     assert found["fits"] is True
     assert found["disk"][0]["needed_bytes"] // GB == 33  # with room, it fetches ahead
     monkeypatch.setattr(machine, "free_disk", lambda directory: 0)
@@ -614,16 +623,16 @@ def test_a_disk_with_room_is_no_obstacle_and_an_installed_model_needs_none(
 
 
 def test_what_an_unfinished_download_has_already_is_not_needed_again(run, measured, monkeypatch):
-    before = json.loads(run("--json").stdout)
+    before = json.loads(run("instruct", "--json").stdout)
     monkeypatch.setattr(machine, "disk_usage", lambda path: 20 * GB)
-    after = json.loads(run("--json").stdout)
+    after = json.loads(run("instruct", "--json").stdout)
     spared = before["disk"][0]["needed_bytes"] - after["disk"][0]["needed_bytes"]
     assert spared == 20 * GB
 
 
 def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch):
     monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: "control group")
-    assert "16 GB, 14.5 GB free (limit: control group)" in sections(run())["This machine"]
+    assert "16 GB, 14.5 GB free (limit: control group)" in sections(run("instruct"))["This machine"]
     monkeypatch.setattr(fitting, "free_on", lambda device: GB)
     done = run("instruct")
     assert done.returncode == 7
@@ -632,7 +641,7 @@ def test_what_limits_the_memory_from_outside_is_named(run, measured, monkeypatch
 
 def test_an_unmeasured_disk_leaves_the_speed_unknown(run, measured, monkeypatch):
     monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: BLIND)
-    found = sections(run())
+    found = sections(run("instruct"))
     assert "unknown, because the disk could not be measured" in found["What to expect"]
     assert "not measured" in found["This machine"]
 
