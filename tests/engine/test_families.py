@@ -83,10 +83,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Path:
     model_type, changes = request.param
-    return make_checkpoint(
-        **{"model_type": model_type, "num_key_value_heads": 2}
-        | changes
-    )
+    return make_checkpoint(**{"model_type": model_type, "num_key_value_heads": 2} | changes)
 
 
 @pytest.fixture(scope="module")

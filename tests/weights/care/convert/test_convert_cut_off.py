@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from care_tools import verify
 from convert_tools import (
-    ALL_4BIT,
     AS_STORED,
     DENSE,
     EIGHT,
@@ -66,7 +65,6 @@ class Killer:
 # The options of the model before and after, what is requested, and the least steps it takes.
 CONVERSIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Layout | None, DenseBits], int]]
 CONVERSIONS = {
-    "layout": (ALL_4BIT, {"layout": "cpu-packed", **ALL_4BIT}, ("cpu-packed", AS_STORED), 20),
     "bits": (DENSE, {"layout": "bitsandbytes"}, (None, EIGHT), 12),
     "layout and bits": (DENSE, {"layout": "cpu-packed"}, ("cpu-packed", EIGHT), 25),
 }
