@@ -90,13 +90,8 @@ def answer(healthy: Path) -> Callable[[Path, str], list[int]]:
 @pytest.mark.parametrize(("since", "value"), [("prefill", math.nan), ("decode", math.inf)])
 @pytest.mark.parametrize("place", PLACES)
 def test_numbers_that_are_none_end_in_an_error_that_names_the_command(
-    healthy: Path,
-    answer: Callable[[Path, str], list[int]],
-    tmp_path: Path,
-    place: str,
-    since: str,
-    value: float,
-) -> None:
+    healthy, answer, tmp_path, place, since, value
+):
     """The answer was empty and the exit code 0, or torch's complaint an internal error."""
     damaged = tmp_path / "model"
     shutil.copytree(healthy, damaged)
@@ -108,15 +103,11 @@ def test_numbers_that_are_none_end_in_an_error_that_names_the_command(
 
 
 @pytest.mark.parametrize("since", ["prefill", "decode"])
-def test_a_healthy_model_answers(
-    healthy: Path, answer: Callable[[Path, str], list[int]], since: str
-) -> None:
+def test_a_healthy_model_answers(healthy, answer, since):
     assert len(answer(healthy, since)) == 4
 
 
-def test_an_installed_model_is_called_by_its_name(
-    healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_installed_model_is_called_by_its_name(healthy, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     shutil.copytree(healthy, tmp_path / "models" / "mine")
     engine = load_engine(tmp_path / "models" / "mine", LoadOptions(device="cpu"))

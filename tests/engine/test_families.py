@@ -118,18 +118,14 @@ def logits(engine: Engine, ids: torch.Tensor, chunk: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def test_logits_equal_transformers_in_fp32(
-    engine: Engine, oracle: Any, prompt: torch.Tensor
-) -> None:
+def test_logits_equal_transformers_in_fp32(engine, oracle, prompt):
     expected = oracle(prompt[None]).logits[0]
     for chunk in (TOKENS, 16, 1):  # a prompt in one piece, in chunks, and token by token
         difference = (logits(engine, prompt, chunk) - expected).abs().max()
         assert difference < 1e-4 * expected.abs().max(), f"{chunk} at a time"
 
 
-def test_a_greedy_text_equals_transformers(
-    engine: Engine, oracle: Any, prompt: torch.Tensor
-) -> None:
+def test_a_greedy_text_equals_transformers(engine, oracle, prompt):
     ids = prompt[None, :11]
     expected = oracle.generate(
         ids,

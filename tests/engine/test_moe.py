@@ -151,9 +151,7 @@ def _of(biases: torch.Tensor | None, expert: int) -> torch.Tensor | None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", FEATURES)
 @torch.inference_mode()
-def test_a_layer_computes_what_transformers_computes(
-    kind: str, shape: tuple[int, int, int, int]
-) -> None:
+def test_a_layer_computes_what_transformers_computes(kind, shape):
     weights = Weights(config_of(kind, *shape))
     x = torch.randn(17, shape[2], generator=torch.Generator().manual_seed(1))
     expected = weights.transformers()(x[None])
@@ -178,8 +176,8 @@ def test_a_layer_computes_what_transformers_computes(
 )
 @torch.inference_mode()
 def test_a_program_has_the_bits_of_the_layer_for_any_choices(
-    kind: str, quant_type: Any, dtype: torch.dtype, experts: int, choices: int
-) -> None:
+    kind, quant_type, dtype, experts, choices
+):
     config = config_of(kind, experts, choices, 64, 128)
     moe = Weights(config).moe(Quantization(quant_type, "cpu-packed", dtype=dtype))
     # The context's cache is only for attention.

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bitsandbytes_package
@@ -77,9 +76,7 @@ def read(tensors: Tensors, shape: tuple[int, int] = (ROWS, COLUMNS)) -> Quantize
 @each_type
 @nested_or_not
 @each_storage
-def test_every_form_is_read_as_bitsandbytes_reads_it(
-    kind: str, nested: bool, storage: torch.dtype
-) -> None:
+def test_every_form_is_read_as_bitsandbytes_reads_it(kind, nested, storage):
     tensors, expected = quantized(kind, nested, storage)
     matrix = read(tensors)
     assert (matrix.kind.name, matrix.rows, matrix.columns) == (kind, ROWS, COLUMNS)
@@ -89,7 +86,7 @@ def test_every_form_is_read_as_bitsandbytes_reads_it(
 
 
 @pytest.mark.parametrize("storage", [torch.int8, torch.float64], ids=str)
-def test_rare_storage_types_are_the_same_bytes(storage: torch.dtype) -> None:
+def test_rare_storage_types_are_the_same_bytes(storage):
     tensors, expected = quantized()
     tensors[NAME] = tensors[NAME].view(-1).view(storage).view(-1, 1)
     assert torch.equal(read(tensors).dense(torch.float32), expected)
@@ -97,9 +94,7 @@ def test_rare_storage_types_are_the_same_bytes(storage: torch.dtype) -> None:
 
 @each_type
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_dense_matrix_is_that_of_bitsandbytes_in_every_type(
-    kind: str, dtype: torch.dtype
-) -> None:
+def test_a_dense_matrix_is_that_of_bitsandbytes_in_every_type(kind, dtype):
     tensors, _ = quantized(kind, shape=(8, 64), dtype=torch.float16)
     assert torch.equal(read(tensors, (8, 64)).dense(dtype), oracle(tensors, dtype))
 
@@ -107,9 +102,7 @@ def test_a_dense_matrix_is_that_of_bitsandbytes_in_every_type(
 @nested_or_not
 @pytest.mark.parametrize("blocksize", [128, 256, 1024])
 @pytest.mark.parametrize("columns", [1000, 1024])
-def test_larger_blocks_become_blocks_of_64_without_loss(
-    nested: bool, blocksize: int, columns: int
-) -> None:
+def test_larger_blocks_become_blocks_of_64_without_loss(nested, blocksize, columns):
     tensors, expected = quantized(nested=nested, blocksize=blocksize, shape=(5, columns))
     matrix = read(tensors, (5, columns))
     assert matrix.absmax.shape == (absmax_size(5, columns),)
@@ -125,15 +118,13 @@ def test_larger_blocks_become_blocks_of_64_without_loss(
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     seed=st.integers(0, 2**31),
 )
-def test_every_shape_is_read_as_bitsandbytes_reads_it(
-    rows: int, half: int, kind: str, nested: bool, dtype: torch.dtype, seed: int
-) -> None:
+def test_every_shape_is_read_as_bitsandbytes_reads_it(rows, half, kind, nested, dtype, seed):
     shape = (rows, 2 * half)
     tensors, expected = quantized(kind, nested, shape=shape, dtype=dtype, seed=seed)
     assert torch.equal(read(tensors, shape).dense(torch.float32), expected)
 
 
-def test_an_odd_count_of_weights_leaves_half_a_byte() -> None:
+def test_an_odd_count_of_weights_leaves_half_a_byte():
     even, expected = quantized(shape=(1, 36), nested=False)
     even[STATE] = description({**described(even), "shape": [5, 7]})
     matrix = read(even, (5, 7)).dense(torch.float32)
@@ -141,7 +132,7 @@ def test_an_odd_count_of_weights_leaves_half_a_byte() -> None:
 
 
 @nested_or_not
-def test_what_a_linear_layer_saves_is_read(nested: bool, tmp_path: Path) -> None:
+def test_what_a_linear_layer_saves_is_read(nested, tmp_path):
     """`save_pretrained` writes a module's state dict to a file: this is Linear4bit's own."""
     name = NAME.removesuffix(".weight")
     layer = bitsandbytes_package.nn.Linear4bit(
@@ -156,16 +147,14 @@ def test_what_a_linear_layer_saves_is_read(nested: bool, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("nested_dtype", ["bfloat16", "float16"])
-def test_a_nested_absmax_in_half_precision_is_read_as_bitsandbytes_reads_it(
-    nested_dtype: str,
-) -> None:
+def test_a_nested_absmax_in_half_precision_is_read_as_bitsandbytes_reads_it(nested_dtype):
     """bitsandbytes writes one where a model has run on a CPU before it was saved."""
     tensors, _ = quantized()
     tensors[STATE] = description({**described(tensors), "nested_dtype": nested_dtype})
     assert torch.equal(read(tensors).dense(torch.float32), oracle(tensors))
 
 
-def test_transformers_saves_a_mixtral_that_is_read(tmp_path: Path) -> None:
+def test_transformers_saves_a_mixtral_that_is_read(tmp_path):
     """Its attention: transformers 5 fuses the experts, and then leaves them as they are."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -203,7 +192,7 @@ def test_transformers_saves_a_mixtral_that_is_read(tmp_path: Path) -> None:
 
 @each_type
 @nested_or_not
-def test_names_alone_tell_what_belongs_together(kind: str, nested: bool) -> None:
+def test_names_alone_tell_what_belongs_together(kind, nested):
     tensors, _ = quantized(kind, nested, shape=(2, 64))
     available = {*tensors, "model.norm.weight", f"{NAME}.SCB", NAME.replace("w1", "w2")}
     names = component_names(NAME, available)
@@ -214,7 +203,7 @@ def test_names_alone_tell_what_belongs_together(kind: str, nested: bool) -> None
     assert quant_type(NAME, available) == kind
 
 
-def test_a_dense_matrix_is_itself_alone() -> None:
+def test_a_dense_matrix_is_itself_alone():
     available = {NAME, f"{NAME}_absmax", "absmax"}
     assert component_names(NAME, available) == (NAME,)
     assert not is_quantized(NAME, available)
@@ -398,9 +387,7 @@ PLAIN_FAULTS: dict[str, tuple[Damage, str]] = {
         *(pytest.param(False, *fault, id=key) for key, fault in PLAIN_FAULTS.items()),
     ],
 )
-def test_a_fault_is_one_line_that_names_the_tensor(
-    nested: bool, damage: Damage, message: str
-) -> None:
+def test_a_fault_is_one_line_that_names_the_tensor(nested, damage, message):
     tensors, _ = quantized(nested=nested)
     damage(tensors)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -421,7 +408,7 @@ json_values = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(described(quantized()[0]))), json_values))
-def test_no_description_causes_anything_but_a_checkpoint_error(changes: dict[str, Any]) -> None:
+def test_no_description_causes_anything_but_a_checkpoint_error(changes):
     tensors, expected = quantized()
     say(**changes)(tensors)
     try:
@@ -434,7 +421,7 @@ def test_no_description_causes_anything_but_a_checkpoint_error(changes: dict[str
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
-def test_no_bytes_for_a_description_cause_anything_but_a_checkpoint_error(raw: bytes) -> None:
+def test_no_bytes_for_a_description_cause_anything_but_a_checkpoint_error(raw):
     tensors, _ = quantized()
     tensors[STATE] = description(raw)
     with pytest.raises(CheckpointError):
