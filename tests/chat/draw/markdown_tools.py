@@ -64,3 +64,7 @@ def assert_same(terminal, reference):
     assert terminal.cells == reference.cells  # with their colours
     assert terminal.cursor == reference.cursor
     assert terminal.is_sane
+
+
+def rows_of(text, width=60):
+    return printed(text, width, 50).rows

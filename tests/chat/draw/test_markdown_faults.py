@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 from markdown_texts import CODE, markdown
-from markdown_tools import TEXTS, Clock, Eager, assert_same, pieces, printed, streamed
+from markdown_tools import TEXTS, Clock, Eager, assert_same, pieces, printed, rows_of, streamed
 from rich.console import Console
 from screens import Terminal
 
@@ -19,10 +19,6 @@ from mixchat.base.sanitize import sanitize
 from mixchat.chat.draw import markdown_stream
 from mixchat.chat.draw.markdown import render
 from mixchat.chat.draw.markdown_stream import MarkdownStream
-
-
-def rows_of(text, width=60):
-    return printed(text, width, 50).rows
 
 
 @pytest.mark.parametrize(("cost", "expected"), [(0.001, 1 / 31), (0.05, 0.1), (2.0, 0.1)])

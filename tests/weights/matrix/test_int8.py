@@ -80,16 +80,6 @@ def test_a_scale_that_was_rounded_down_keeps_the_largest_weight_at_127():
     assert absmax[0] == 1
 
 
-def test_a_block_of_zeros_gives_zeros():
-    weight = random(2, 64)
-    weight[1] = 0
-    codes, absmax = INT8.codes(weight)
-    assert not codes[64:128].any()
-    assert absmax[1] == 0
-    again = INT8.dequantize(codes, absmax, (2, 64), torch.float32)
-    assert torch.equal(again[1], torch.zeros(64))
-
-
 def test_8_bits_cost_less_than_a_hundredth_of_a_weight():
     weight = random(256, 1024)
     again = INT8.dequantize(*INT8.codes(weight), (256, 1024), torch.float32)
@@ -118,16 +108,6 @@ def test_a_code_lies_where_the_layout_says():
     assert scales.nonzero().tolist() == [[35]]
 
 
-@pytest.mark.parametrize(("rows", "stored"), [(1, 32), (32, 32), (40, 64), (32002, 32032)])
-def test_rows_of_zeros_fill_up_the_last_band(rows, stored):
-    """The vocabularies of some models have 32002 tokens."""
-    asked = spec("cpu-packed", rows)
-    assert asked.packed
-    assert asked.can_be_exact
-    assert asked.stored_rows == stored
-    assert spec("bitsandbytes", rows).tensors == asked.tensors
-
-
 def test_rows_of_zeros_keep_their_place_in_either_layout():
     weight = random(70, 128)
     old, new = spec("bitsandbytes", 70), spec("cpu-packed", 70)
@@ -135,12 +115,3 @@ def test_rows_of_zeros_keep_their_place_in_either_layout():
     old.convert(tensors, new)
     for one, other in zip(tensors, new.encode(weight), strict=True):
         assert torch.equal(one, other)
-
-
-def test_the_whole_matrix_is_dequantized_to_the_type_of_dense_ones():
-    linear = spec("bitsandbytes", 40, 66)
-    weight = random(40, 66)
-    whole = linear.dequantized(linear.encode(weight))
-    assert whole.dtype == torch.bfloat16
-    expected = exact(*INT8.codes(weight), (40, 66))
-    torch.testing.assert_close(whole.double(), expected, rtol=2**-8, atol=0)
