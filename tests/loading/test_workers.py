@@ -132,9 +132,9 @@ def fork(nursery: Nursery) -> Iterator[Nursery]:
 
 @pytest.fixture
 def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a worker that hangs be lost after a second."""
+    """Let a worker that hangs be lost after 2 s."""
     real = Link.__init__
-    monkeypatch.setattr(Link, "__init__", lambda *given: real(*given, silence=1.0))
+    monkeypatch.setattr(Link, "__init__", lambda *given: real(*given, silence=2.0))
 
 
 class Answer(NamedTuple):
