@@ -1,7 +1,5 @@
 """Thinking is shown apart, counted, and left out of what the model is sent back."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

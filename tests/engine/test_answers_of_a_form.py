@@ -1,7 +1,5 @@
 """Answers of a given form by models whose random weights would never give one."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Ctrl-C at each line of the bookkeeping, which hung with fewer slots than experts."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import signal

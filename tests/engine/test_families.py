@@ -1,7 +1,5 @@
 """Models of every family against transformers: logits, chunks of prompts, and greedy texts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

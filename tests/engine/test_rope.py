@@ -1,7 +1,5 @@
 """Rotary embeddings of every type against transformers, alone and in a tiny Mixtral."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace

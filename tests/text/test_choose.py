@@ -1,7 +1,5 @@
 """The choice of a checkpoint's template, and of the ids that end an answer."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

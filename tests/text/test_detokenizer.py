@@ -1,7 +1,5 @@
 """Streams of text: all of it in order, never half a character, and no part of a stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The templates and tokenizers of the families that people run give transformers' ids."""
 
-from __future__ import annotations
-
 import random
 from contextlib import closing
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Chat templates in Jinja: transformers' ids for ordinary chats, and no forged turns."""
 
-from __future__ import annotations
-
 import json
 from contextlib import closing
 from datetime import datetime

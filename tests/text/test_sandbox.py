@@ -1,7 +1,5 @@
 """The sandbox: a checkpoint's tokenizer and template do no harm, whatever they try."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

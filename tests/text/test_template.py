@@ -1,7 +1,5 @@
 """Templates built from ids: Mistral's instruct format and plain completion."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

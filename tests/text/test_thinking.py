@@ -1,7 +1,5 @@
 """Thinking is taken apart from the answer, however the text is cut into tokens."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 from typing import Any

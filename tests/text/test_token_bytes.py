@@ -1,7 +1,5 @@
 """The bytes of tokens: joined, they are the text that a person sees."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Tokenizers: ordinary text as the originals encode it, no control token from untrusted text."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Names of models, and the models on this machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The chat side and a worker: rows there and back, and every way in which a worker is lost."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

@@ -1,7 +1,5 @@
 """Workers and chats that refuse each other, and workers that answer oddly."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

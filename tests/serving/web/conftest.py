@@ -1,7 +1,5 @@
 """A server on a free port in front of a scripted service, and clients for it."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

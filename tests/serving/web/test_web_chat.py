@@ -1,7 +1,5 @@
 """The openai package as the client of /v1/chat/completions: every field, streaming and not."""
 
-from __future__ import annotations
-
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor

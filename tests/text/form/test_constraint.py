@@ -1,7 +1,5 @@
 """Constraints: what they allow is the text that a person sees, and an answer ends by itself."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

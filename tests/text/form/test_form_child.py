@@ -1,7 +1,5 @@
 """Forms that take too much: they end alone, whatever they try."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

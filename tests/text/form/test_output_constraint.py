@@ -1,7 +1,5 @@
 """Output constraints: what a schema or a grammar allows, and the place of its fault."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Leftovers are removed; nothing outside is, and nothing that another process is working on."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

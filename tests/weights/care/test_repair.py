@@ -1,7 +1,5 @@
 """Only the damaged parts of an installed model are rebuilt, from its source and to the byte."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -1,7 +1,5 @@
 """Any damaged byte of an installed model is found and named."""
 
-from __future__ import annotations
-
 import os
 import random
 from pathlib import Path

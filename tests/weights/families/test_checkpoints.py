@@ -1,7 +1,5 @@
 """Checkpoints of every family: what is refused, and that installed weights are transformers'."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

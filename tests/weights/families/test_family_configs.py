@@ -1,7 +1,5 @@
 """The config.json of each family, with the values of a published model, against transformers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The journal of unfinished work: what it says is believed, a torn line is not."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The manifest: errors and hints where it, its copy, or both cannot be read."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The installed model depends on the weights alone: not on shards, order, or interruptions."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from itertools import permutations

@@ -1,7 +1,5 @@
 """Experts made anew from the checkpoint, for the inputs that they got."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """From a name to an installed model: the checks before it, and what a failure leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

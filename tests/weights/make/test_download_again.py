@@ -1,7 +1,5 @@
 """A download that was cut off, and the next one: it resumes, or starts again."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

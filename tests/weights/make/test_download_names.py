@@ -1,7 +1,5 @@
 """Downloads of directories and of the demo, and names under which a model is installed already."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The plan of a download, compared with what the download takes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A disk may change a byte of an unfinished model; the finished one has none of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

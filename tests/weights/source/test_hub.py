@@ -1,7 +1,5 @@
 """A checkpoint on a hub: the real client against a hub on this machine."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

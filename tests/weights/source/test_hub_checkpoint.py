@@ -1,7 +1,5 @@
 """Shards on the hub: where they go, what is used of the cache, and what is left at the end."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

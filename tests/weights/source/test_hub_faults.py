@@ -1,7 +1,5 @@
 """Each failure of a hub is an error of one line, whichever request it meets."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Bytes from a hub that drops, stalls, lies, or knows no ranges."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import threading

@@ -1,7 +1,5 @@
 """Attention and head of an installed model get 8 bits, as if it had been downloaded so."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """An installed model's codes change their layout without loss."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The manifest was read, then the files were opened: those that a conversion had r
 were read in the layout that they no longer had, and the text was nonsense.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
