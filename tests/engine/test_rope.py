@@ -169,7 +169,7 @@ odd = st.sampled_from(
 lists = st.lists(st.just(1.0) | odd, min_size=1, max_size=2)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(
     rope=st.dictionaries(st.sampled_from(KEYS), odd | positive | lists, max_size=8),
     kind=st.sampled_from([*ROPES, "default", "su"]).map(lambda name: name.split(",")[0]),

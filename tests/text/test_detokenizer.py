@@ -126,13 +126,13 @@ def reference(stops: list[str], text: str) -> tuple[str, bool]:
     return text, False
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(stops=st.lists(st.text("ab\n", max_size=4), max_size=3), chunks=st.lists(abc, max_size=6))
 def test_the_cut_of_the_stream_makes_no_difference(stops, chunks):
     assert shown(stops, chunks) == reference(stops, "".join(chunks))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(stops=st.lists(st.text("ab\n", max_size=4), max_size=3), chunks=st.lists(abc, max_size=6))
 def test_only_what_may_begin_a_stop_string_is_held_back(stops, chunks):
     stop = StopStrings(stops)
