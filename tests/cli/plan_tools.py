@@ -1,4 +1,4 @@
-"""What tests of `plan` share."""
+"""Speeds of a machine, and the parts of what `plan` says."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Tools of test_markdown.py and test_markdown_faults.py."""
+"""Streams a text to a terminal, and compares what it leaves there."""
 
 import os
 from contextlib import closing

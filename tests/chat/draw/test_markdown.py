@@ -13,11 +13,7 @@ from screens import Terminal
 from mixchat.chat.draw.markdown_stream import MarkdownStream
 
 SIZES = (1, 2, 3, 5, 8, 13, 21, 34, 55, 10**6)
-
-
 HEIGHTS = (3, 12, 40)
-
-
 WIDTHS = (10, 24, 60, 100)
 
 

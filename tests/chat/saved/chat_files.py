@@ -1,4 +1,4 @@
-"""Tools of test_chat_store.py and test_damaged_chats.py."""
+"""A chat to save, and the path of its file."""
 
 from datetime import datetime, timezone
 
@@ -6,19 +6,13 @@ from mixchat.chat.saved.chat_file import SavedChat
 from mixchat.text.messages import Message
 
 BEGAN = datetime(2026, 11, 25, 16, 30, 1, 5, tzinfo=timezone.utc)
-
-
 ID = "20261125-1630-k3f"
-
-
 TALK = (
     Message("user", "Why is the sky blue?"),
     Message("assistant", "Rayleigh.", (1, 5, 31999), False, "Hm.", 1),
     Message("user", "Go on"),
     Message("assistant", "Wave", None, partial=True),
 )
-
-
 SAMPLING = {"temperature": 0.7, "top_k": 0, "seed": None, "repeat_penalty": 1.1}
 
 

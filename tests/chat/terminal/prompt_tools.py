@@ -1,4 +1,4 @@
-"""Tools of test_prompt.py and test_prompt_screen.py."""
+"""A screen on which a prompt is seen, and hands that type into it."""
 
 import fcntl
 import os
@@ -22,11 +22,7 @@ from mixchat.chat.terminal.completion import FILES, CommandCompletion
 from mixchat.chat.terminal.prompt import ChatPrompt
 
 ENTER, CTRL_C, CTRL_D, CTRL_F, CTRL_J = "\r", "\x03", "\x04", "\x06", "\n"
-
-
 CTRL_R, EDIT, ESC, TAB = "\x12", "\x18\x05", "\x1b", "\t"
-
-
 COMMANDS = {
     "help": CommandCompletion("show this"),
     "load": CommandCompletion("load a file", FILES),

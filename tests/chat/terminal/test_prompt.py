@@ -25,8 +25,6 @@ from prompt_tools import (
 from mixchat.chat.terminal.prompt import ChatPrompt, quoted_text
 
 ALT_ENTER, UP, DOWN, RIGHT = ESC + ENTER, ESC + "[A", ESC + "[B", ESC + "[C"
-
-
 PASTE, PASTED = ESC + "[200~", ESC + "[201~"
 
 

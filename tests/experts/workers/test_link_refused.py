@@ -60,8 +60,6 @@ def address_of(listener: socket.socket) -> Address:
 
 
 DONE = pack(Computed(seconds=1))
-
-
 WELCOME = pack(Welcome(slots=6, arithmetic="words"))
 
 
@@ -226,8 +224,6 @@ def test_an_odd_welcome_is_one_clear_line(welcome):
 
 
 ROW = HELLO.hidden_size * 2  # bytes
-
-
 NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8).numpy().tobytes()
 
 

@@ -78,3 +78,15 @@ def serve() -> Iterator[Callable[..., Served]]:
 @pytest.fixture
 def served(serve: Callable[..., Served]) -> Served:
     return serve()
+
+
+@pytest.fixture
+def client(served):
+    with served.openai() as client:
+        yield client
+
+
+@pytest.fixture
+def lenient(serve):
+    """A server as `mixchat serve` starts it without --strict."""
+    return serve(defaults=Defaults(SamplingOptions(), strict=False))

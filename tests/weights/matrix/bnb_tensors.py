@@ -1,4 +1,4 @@
-"""Tools of test_bnb_format.py and test_bnb_faults.py."""
+"""Tensors as bitsandbytes saves them, and what they stand for."""
 
 import json
 from typing import Any
@@ -12,14 +12,8 @@ from mixchat.weights.matrix.bnb_format import (
 from mixchat.weights.matrix.nf4 import Quantized4bit
 
 NAME = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
-
-
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
-
-
 ROWS, COLUMNS = 96, 192
-
-
 Tensors = dict[str, torch.Tensor]
 
 

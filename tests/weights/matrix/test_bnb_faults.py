@@ -160,8 +160,6 @@ NESTED_FAULTS: dict[str, tuple[Damage, str]] = {
         "scale that is too large",
     ),
 }
-
-
 PLAIN_FAULTS: dict[str, tuple[Damage, str]] = {
     "an absmax of NaN": (put("absmax", poison(float("nan"))), "absmax holds NaN"),
     "an infinite absmax": (put("absmax", poison(float("inf"))), "absmax holds NaN or infinity"),

@@ -19,14 +19,8 @@ from mixchat.weights.matrix.bnb_format import (
 from mixchat.weights.matrix.quant_type import absmax_size
 
 STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-
-
 each_type = pytest.mark.parametrize("kind", ["nf4", "fp4"])
-
-
 nested_or_not = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-
-
 each_storage = pytest.mark.parametrize("storage", STORAGE, ids=str)
 
 
