@@ -320,8 +320,11 @@ def test_the_choice_of_a_file(files, template, kind, tmp_path):
     assert type(load_tokenizer(tmp_path)) is kind
 
 
-def assert_names_the_file(error: CheckpointError, file: Path) -> None:
-    message = str(error)
+def assert_refused(file: Path, match: str | None = None) -> None:
+    """The tokenizer of the file's directory cannot be loaded, and one line names the file."""
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_tokenizer(file.parent)
+    message = str(caught.value)
     assert str(file) in message
     assert "\n" not in message
     assert len(message) < len(str(file)) + 300
@@ -343,9 +346,7 @@ def assert_names_the_file(error: CheckpointError, file: Path) -> None:
 )  # fmt: skip
 def test_damaged_files_are_named_in_one_line(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError) as caught:
-        load_tokenizer(tmp_path)
-    assert_names_the_file(caught.value, tmp_path / name)
+    assert_refused(tmp_path / name)
 
 
 def test_a_file_cut_short_is_damaged(checkpoints, tmp_path):
@@ -354,18 +355,14 @@ def test_a_file_cut_short_is_damaged(checkpoints, tmp_path):
         name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
         for size in (1, len(data) // 2, len(data) - 1):
             (tmp_path / name).write_bytes(data[:size])
-            with pytest.raises(CheckpointError) as caught:
-                load_tokenizer(tmp_path)
-            assert_names_the_file(caught.value, tmp_path / name)
+            assert_refused(tmp_path / name)
         (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_a_directory_is_not_a_file(name, tmp_path):
     (tmp_path / name).mkdir()
-    with pytest.raises(CheckpointError, match="cannot be read") as caught:
-        load_tokenizer(tmp_path)
-    assert_names_the_file(caught.value, tmp_path / name)
+    assert_refused(tmp_path / name, "cannot be read")
 
 
 def test_no_tokenizer_at_all(tmp_path):
@@ -392,9 +389,7 @@ def test_no_tokenizer_at_all(tmp_path):
 def test_damaged_settings_are_named_in_one_line(name, content, tmp_path):
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE)
     (tmp_path / name).write_text(content)
-    with pytest.raises(CheckpointError) as caught:
-        load_tokenizer(tmp_path)
-    assert_names_the_file(caught.value, tmp_path / name)
+    assert_refused(tmp_path / name)
 
 
 def test_importing_the_room_loads_no_library():
