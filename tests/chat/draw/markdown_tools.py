@@ -9,7 +9,7 @@ from mixchat.chat.draw.markdown import render
 from mixchat.chat.draw.markdown_stream import MarkdownStream
 
 # A campaign sets it to more: MARKDOWN_TEXTS=5000 pytest tests/chat/draw/test_markdown.py
-TEXTS = int(os.environ.get("MARKDOWN_TEXTS", "200"))
+TEXTS = int(os.environ.get("MARKDOWN_TEXTS", "80"))
 
 
 def pieces(text, size):
