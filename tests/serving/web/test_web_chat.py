@@ -336,4 +336,4 @@ def test_a_schema_that_takes_gigabytes_is_refused(serve):
     form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
     refused = exchange(served, request(CHAT, HI | {"response_format": form}))
     assert (refused.status, refused.error["code"]) == (400, "invalid_schema")
-    assert re.search(r"the schema (takes more than 1 s|needs more than 1 GB)", str(refused.error))
+    assert re.search(r"the schema (takes more than|needs more|gives no answer)", str(refused.error))
