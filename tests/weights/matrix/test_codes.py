@@ -17,7 +17,7 @@ from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, as_packed, type_of_bits
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf3 import NF3
-from mixchat.weights.matrix.nf4 import FP4, NF4, Quantized4bit
+from mixchat.weights.matrix.nf4 import FP4, NF4, NibbleCodes, Quantized4bit
 from mixchat.weights.matrix.quant_type import BlockCodes, Linear, PlainLinear
 
 LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
@@ -120,7 +120,7 @@ def build(kind: Kind, linear: LinearSpec, seed: int = 0) -> tuple[Linear, torch.
     return linear.build(linear.encode(weight)), exact(kind, codes, absmax, weight.shape)
 
 
-def test_pieces_leave_no_seam(kind, monkeypatch):
+def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(200, 33)
     whole = kind.type.codes(weight)
     matrix = kind.type.dequantize(*whole, (200, 33), torch.float32)
@@ -133,7 +133,9 @@ def test_pieces_leave_no_seam(kind, monkeypatch):
 
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dequantizing_is_the_definition_to_rounding(kind, shape, dtype):
+def test_dequantizing_is_the_definition_to_rounding(
+    kind: Kind, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     codes, absmax = kind.type.codes(random(*shape))
     result = kind.type.dequantize(codes, absmax, shape, dtype)
     assert result.dtype == dtype
@@ -144,7 +146,7 @@ def test_dequantizing_is_the_definition_to_rounding(kind, shape, dtype):
 
 @settings(max_examples=50, deadline=None)
 @given(st.sampled_from(KINDS), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
-def test_packing_loses_nothing(kind, bands, blocks, seed):
+def test_packing_loses_nothing(kind: Kind, bands: int, blocks: int, seed: int) -> None:
     rows, columns = 32 * bands, 64 * blocks
     codes, absmax = kind.type.codes(random(rows, columns, seed))
     packed = kind.type.to_packed_layout(codes, absmax, rows, columns)
@@ -153,7 +155,9 @@ def test_packing_loses_nothing(kind, bands, blocks, seed):
     assert torch.equal(again[1], absmax)
 
 
-def test_bands_are_packed_in_pieces_without_a_seam(kind, monkeypatch):
+def test_bands_are_packed_in_pieces_without_a_seam(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     codes, absmax = kind.type.codes(random(160, 64))
     whole, _ = kind.type.to_packed_layout(codes, absmax, 160, 64)
     monkeypatch.setattr(quant_type, "_REORDERED", 2 * 32 * 64)
@@ -181,7 +185,7 @@ def test_rows_of_zeros_fill_up_the_last_band(kind, rows, stored):
     assert sum(spec.nbytes for spec in asked.tensors) == nbytes
 
 
-def test_scales_of_a_block_of_columns_lie_together(kind):
+def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
     absmax = torch.arange(32 * 3).to(torch.bfloat16)  # three blocks in each row
     columns = 3 * kind.type.blocksize
     codes, _ = kind.type.codes(torch.zeros(32, columns))
@@ -192,7 +196,9 @@ def test_scales_of_a_block_of_columns_lie_together(kind):
 
 @each_layout
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sizes_announced_are_sizes_written(kind, layout, shape):
+def test_sizes_announced_are_sizes_written(
+    kind: Kind, layout: Layout, shape: tuple[int, int]
+) -> None:
     linear = spec(kind, layout, *shape)
     written = linear.encode(random(*shape))
     assert [one.shape for one in linear.tensors] == [tuple(tensor.shape) for tensor in written]
@@ -200,7 +206,9 @@ def test_sizes_announced_are_sizes_written(kind, layout, shape):
 
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
-def test_converting_in_place_gives_what_encoding_gives(kind, layouts):
+def test_converting_in_place_gives_what_encoding_gives(
+    kind: Kind, layouts: tuple[Layout, Layout]
+) -> None:
     weight = random(64, 128)
     old, new = (spec(kind, layout) for layout in layouts)
     tensors = old.encode(weight)
@@ -210,7 +218,7 @@ def test_converting_in_place_gives_what_encoding_gives(kind, layouts):
         assert torch.equal(one, other)
 
 
-def test_a_shape_the_packed_layout_cannot_take_stays_portable(kind):
+def test_a_shape_the_packed_layout_cannot_take_stays_portable(kind: Kind) -> None:
     asked = spec(kind, "cpu-packed", columns=80)
     assert not asked.packed
     assert not asked.can_be_exact
@@ -223,7 +231,9 @@ def test_a_shape_the_packed_layout_cannot_take_stays_portable(kind):
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_is_that_of_the_exact_matrix_to_rounding(kind, layout, dtype, shape):
+def test_a_product_is_that_of_the_exact_matrix_to_rounding(
+    kind: Kind, layout: Layout, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
     linear, matrix = build(kind, spec(kind, layout, *shape))
     for tokens in TOKENS:
         x = random(tokens, shape[1], seed=tokens).to(dtype)
@@ -237,7 +247,9 @@ def test_a_product_is_that_of_the_exact_matrix_to_rounding(kind, layout, dtype, 
 
 @each_layout
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_visible_and_to_its_token(kind, layout, bad):
+def test_what_is_no_number_stays_visible_and_to_its_token(
+    kind: Kind, layout: Layout, bad: float
+) -> None:
     linear, _ = build(kind, spec(kind, layout))
     x = random(3, 128)
     x[1, 77] = bad
@@ -246,7 +258,9 @@ def test_what_is_no_number_stays_visible_and_to_its_token(kind, layout, bad):
     assert not finite[1].any()
 
 
-def test_dequantizing_piece_by_piece_gives_the_rows_in_order(kind, monkeypatch):
+def test_dequantizing_piece_by_piece_gives_the_rows_in_order(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quant_type, "_PIECE", 64 * 128)  # 64 rows at a time
     linear, matrix = build(kind, spec(kind, "bitsandbytes", 200, 128))
     assert isinstance(linear, PlainLinear)
@@ -255,7 +269,7 @@ def test_dequantizing_piece_by_piece_gives_the_rows_in_order(kind, monkeypatch):
 
 
 @each_layout
-def test_the_map_reads_its_tensors_anew_each_time(kind, layout):
+def test_the_map_reads_its_tensors_anew_each_time(kind: Kind, layout: Layout) -> None:
     """A slot is filled again with other bytes."""
     one, other = random(64, 128), random(64, 128, seed=1)
     tensors = spec(kind, layout).encode(one)
@@ -269,7 +283,9 @@ def test_the_map_reads_its_tensors_anew_each_time(kind, layout):
 @each_layout
 @each_dtype
 @pytest.mark.parametrize("shape", [(64, 128), (50, 128), (7, 33)])
-def test_a_bias_is_added_to_each_row_and_read_anew(kind, layout, dtype, shape):
+def test_a_bias_is_added_to_each_row_and_read_anew(
+    kind: Kind, layout: Layout, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
     plain = spec(kind, layout, *shape)
     biased, weight = replace(plain, bias=True), random(*shape)
     tensors = biased.encode(weight, bias=torch.zeros(shape[0]))
@@ -289,7 +305,9 @@ def test_a_bias_is_added_to_each_row_and_read_anew(kind, layout, dtype, shape):
 
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
-def test_a_bias_stays_the_last_when_a_matrix_is_converted(kind, layouts):
+def test_a_bias_stays_the_last_when_a_matrix_is_converted(
+    kind: Kind, layouts: tuple[Layout, Layout]
+) -> None:
     old, new = (replace(spec(kind, layout), bias=True) for layout in layouts)
     weight, bias = random(64, 128), random(1, 64)[0]
     tensors = old.encode(weight, bias=bias)
@@ -303,7 +321,9 @@ def test_a_bias_stays_the_last_when_a_matrix_is_converted(kind, layouts):
 @pytest.mark.parametrize("bias", [False, True])
 @each_dtype
 @needs_kernel
-def test_the_steps_of_a_packed_map_have_its_bits(kind, dtype, bias):
+def test_the_steps_of_a_packed_map_have_its_bits(
+    kind: Kind, dtype: torch.dtype, bias: bool
+) -> None:
     if dtype == torch.float16:
         pytest.skip("the kernels compute no fp16")
     linear = replace(spec(kind, "cpu-packed"), bias=bias)
@@ -320,7 +340,7 @@ def test_the_steps_of_a_packed_map_have_its_bits(kind, dtype, bias):
 @pytest.mark.parametrize(
     ("part", "whole"), [(NF4, INT8), (NF4, NF3), (FP4, NF4), (MXFP4, NF4), (FP4, MXFP4)]
 )
-def test_a_part_of_another_type_is_refused(part, whole):
+def test_a_part_of_another_type_is_refused(part: NibbleCodes, whole: BlockCodes) -> None:
     parts = [Quantized4bit(part, 64, 128, *part.codes(random(64, 128)))]
     linear = LinearSpec("w", 64, 128, whole.name, "bitsandbytes", torch.bfloat16)
     expected = rf"^w: a part of it is {part.name}, not {whole.name}$"
@@ -328,13 +348,13 @@ def test_a_part_of_another_type_is_refused(part, whole):
         linear.stack_quantized(parts)
 
 
-def test_each_type_is_known_by_its_name_and_to_manifests():
+def test_each_type_is_known_by_its_name_and_to_manifests() -> None:
     assert all(kind.name == name for name, kind in TYPES.items())
     experts = {name for name, kind in TYPES.items() if kind.for_experts}
     assert set(manifest._QUANTIZATION["quant_type"]) == experts
 
 
-def test_a_type_is_found_by_its_bits():
+def test_a_type_is_found_by_its_bits() -> None:
     names = {16: "none", 8: "int8", 6: "int6", 5: "int5", 4: "nf4", 3: "nf3"}
     assert {bits: type_of_bits(bits) for bits in names} == names
     found = {kind: type_of_bits(4, kind) for kind in ("nf3", "fp4", "mxfp4", "none")}
