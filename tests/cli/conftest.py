@@ -26,6 +26,42 @@ def environment(tmp_path):
 
 
 @pytest.fixture
+def measured(monkeypatch):
+    """A machine with 16 GB, 14.5 of them free, and 500 GB of free disk, that is measured in no
+    time; counts how often."""
+    calls = []
+
+    def measure(blueprint, directory, device, layer, **how):
+        calls.append(blueprint.expert.stride)
+        return SPEEDS
+
+    changes = {
+        "mixchat.planning.measuring.take_sample": measure,
+        "mixchat.planning.measuring.MOST_SECONDS": 1e6,  # however busy this machine is
+        "mixchat.planning.fitting.free_on": lambda device: int(14.5 * GB),
+        "mixchat.planning.fitting.tightest_memory_limit": lambda: None,
+        "mixchat.planning.torch_threads.choose_threads": lambda blueprint: None,
+        "mixchat.base.machine.total_memory": lambda: 16 * GB,
+        "mixchat.base.machine.free_disk": lambda directory: 500 * GB,
+        "mixchat.base.machine.OtherPrograms.share": lambda self: 0.0,
+    }
+    for place, value in changes.items():
+        monkeypatch.setattr(place, value)
+    return calls
+
+
+@pytest.fixture
+def planned(mixchat):
+    """Runs `mixchat plan ARGS`, on the CPU unless they name another device."""
+
+    def planned(*arguments):
+        device = () if "--device" in arguments else ("--device", "cpu")
+        return mixchat("plan", *arguments, *device, fake=False)
+
+    return planned
+
+
+@pytest.fixture
 def process(environment):
     """Runs `mixchat ARGS` with a scripted engine as a process; `shell` is put behind it."""
 
@@ -84,39 +120,3 @@ def mixchat(environment, monkeypatch, capsysbinary):
         return Done(said.out, said.err, ending.value.code)
 
     return run
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """A machine with 16 GB, 14.5 of them free, and 500 GB of free disk, that is measured in no
-    time; counts how often."""
-    calls = []
-
-    def measure(blueprint, directory, device, layer, **how):
-        calls.append(blueprint.expert.stride)
-        return SPEEDS
-
-    changes = {
-        "mixchat.planning.measuring.take_sample": measure,
-        "mixchat.planning.measuring.MOST_SECONDS": 1e6,  # however busy this machine is
-        "mixchat.planning.fitting.free_on": lambda device: int(14.5 * GB),
-        "mixchat.planning.fitting.tightest_memory_limit": lambda: None,
-        "mixchat.planning.torch_threads.choose_threads": lambda blueprint: None,
-        "mixchat.base.machine.total_memory": lambda: 16 * GB,
-        "mixchat.base.machine.free_disk": lambda directory: 500 * GB,
-        "mixchat.base.machine.OtherPrograms.share": lambda self: 0.0,
-    }
-    for place, value in changes.items():
-        monkeypatch.setattr(place, value)
-    return calls
-
-
-@pytest.fixture
-def planned(mixchat):
-    """Runs `mixchat plan ARGS`, on the CPU unless they name another device."""
-
-    def planned(*arguments):
-        device = () if "--device" in arguments else ("--device", "cpu")
-        return mixchat("plan", *arguments, *device, fake=False)
-
-    return planned
