@@ -21,8 +21,9 @@ _OPEN, _CLOSE = "<think>", "</think>"
 _CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
 _TO_FUNCTION, _FUNCTION = "to=functions", re.compile(r"to=functions\.([\w.-]+)")
 _TO_ANSWER = f"{_CHANNEL}{_FINAL}{_MESSAGE}"
+_CONSTRAIN = "<|constrain|>"  # between two words of a header
 # Marks that lead from a message to the next one, or into its header.
-_HARMONY = (_CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>")
+_HARMONY = (_CONSTRAIN, _CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>")
 _TAIL = 8  # tokens at a prompt's end that hold a tag and the newlines after it
 SWITCHES = ("enable_thinking", "thinking")  # variables of templates, true or false
 EFFORT = "reasoning_effort"  # a variable of templates
@@ -257,9 +258,15 @@ class _HarmonyParser(ThinkingParser):
         self._has_thought = self._has_thought or text != ""
         return AnswerText(thinking=text)
 
+    def ends_at(self, name: str) -> bool:
+        return name != _CONSTRAIN and super().ends_at(name)
+
     def mark(self, name: str) -> AnswerText:
         self._place += 1
         self._has_marks = True
+        if name == _CONSTRAIN:
+            self._header = None if self._header is None else f"{self._header} "
+            return AnswerText()
         header, self._header = self._header or "", None if name == _MESSAGE else ""
         if self.may_call and (found := _FUNCTION.search(header)):
             self._function = found[1]

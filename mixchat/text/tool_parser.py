@@ -46,7 +46,7 @@ class _CallParser(ThinkingParser):
     def __init__(self, inner: ThinkingParser, opening: str, tokenizer: Tokenizer) -> None:
         known = tokenizer.control_tokens
         super().__init__({**inner.marks, **({known[opening]: opening} if opening in known else {})})
-        self._inner, self._opening = inner, opening
+        self._inner, self._opening, self._blanks = inner, opening, ""
         self.start = inner.start
         self._object: _ObjectEnd | None = None  # of the arguments that come
 
@@ -61,9 +61,7 @@ class _CallParser(ThinkingParser):
             return self._found(self._inner.mark(name))
         if self.opens_call or not self.may_call or self._inner.start is None:
             return AnswerText()  # its text has come, or it belongs to the thinking
-        text, self._held = self._held, ""
-        self.opens_call = True
-        return AnswerText(text.rstrip())
+        return AnswerText(self._open(len(self._held), 0))
 
     def flush(self) -> AnswerText:
         last = self._found(self._inner.flush())
@@ -90,9 +88,15 @@ class _CallParser(ThinkingParser):
         place = self._held.find(self._opening)
         if place < 0:
             return self._take(len(self._held) - self._pending())
-        text = self._take(place).rstrip()
-        self._take(len(self._opening))
+        return self._open(place, len(self._opening))
+
+    def _open(self, place: int, size: int) -> str:
+        """Return the text before an opening of this size at this place."""
+        before = self._take(place)
+        self._take(size)
         self.opens_call = True
+        text = before.rstrip()
+        self._blanks = before[len(text) :]
         return text
 
     def _pending(self) -> int:
@@ -119,7 +123,7 @@ class _CallParser(ThinkingParser):
 
     def _without_call(self) -> str:
         self.opens_call = False
-        return self._opening + self._take(len(self._held))
+        return self._blanks + self._opening + self._take(len(self._held))
 
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]

@@ -172,7 +172,9 @@ def test_a_form_that_takes_long_to_compile_holds_up_nobody(model_service):
     """Forms were compiled in the thread of the model: all other answers stood still meanwhile."""
     service = model_service(parallel=1)
     forms = Anything(), Anything()
-    slow, left = (Waiter(service, job(n, constraint=lambda parser, n=n: forms[n])) for n in range(2))
+    slow, left = (
+        Waiter(service, job(n, constraint=lambda parser, n=n: forms[n])) for n in range(2)
+    )
     assert isinstance(Waiter(service, job(2)).result()[1], Done)
     left.cancel()
     assert left.result()[1].reason == "interrupted"

@@ -118,8 +118,8 @@ def _call(form: CallForm, name: str, arguments: str) -> str:
     channel, constrain, message = (
         _text(form, f"<|{token}|>") for token in ("channel", "constrain", "message")
     )
-    header = f'{_BLANKS} ({channel} "commentary" {_BLANKS})? {constrain}? "json"? {message}'
-    return f'".{name}" {header} {arguments}'
+    order = f'(" "? {channel} "commentary")? (" "? {constrain} "json" | " json")? " "?'
+    return f'".{name}" {order} {message} {arguments}'
 
 
 def _text(form: CallForm, text: str) -> str:
