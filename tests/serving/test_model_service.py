@@ -194,7 +194,9 @@ def test_a_form_that_takes_long_to_compile_holds_up_nobody(model_service):
     """Forms were compiled in the thread of the model: all other answers stood still meanwhile."""
     service = model_service(parallel=1)
     forms = Anything(), Anything()
-    slow, left = (Waiter(service, job(n, constraint=lambda n=n: forms[n])) for n in range(2))
+    slow, left = (
+        Waiter(service, job(n, constraint=lambda parser, n=n: forms[n])) for n in range(2)
+    )
     assert isinstance(Waiter(service, job(2)).result()[1], Done)
     left.cancel()
     assert left.result()[1].reason == "interrupted"
@@ -203,7 +205,7 @@ def test_a_form_that_takes_long_to_compile_holds_up_nobody(model_service):
 
 
 def test_a_form_that_cannot_be_compiled_ends_its_own_answer(model_service):
-    def no_process():
+    def no_process(parser):
         raise OSError("no more processes")
 
     service = model_service()

@@ -124,7 +124,8 @@ class PendingAnswers:
 def _joined(parts: Sequence[Delta]) -> Delta:
     tokens = tuple(token for part in parts for token in part.tokens)
     thinking = "".join(part.thinking for part in parts)
-    return Delta("".join(part.text for part in parts), tokens, thinking)
+    calls = tuple(call for part in parts for call in part.calls)
+    return Delta("".join(part.text for part in parts), tokens, thinking, calls)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

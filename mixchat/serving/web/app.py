@@ -169,7 +169,8 @@ async def _read(
     state: AppState, model: LoadedModel, body: dict[str, Any], read: Read
 ) -> ParsedRequest:
     """Parse a body, unless the client leaves."""
-    limiter = state.form_checks if "response_format" in body else None
+    has_form = "response_format" in body or "tools" in body
+    limiter = state.form_checks if has_form else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
         raise QueueFullError(message)

@@ -11,10 +11,14 @@ from typing import Any, TypeAlias
 from mixchat.serving.requests.options import ParsedRequest
 from mixchat.serving.service import Delta, Done, ServiceStats, TokenLogprob
 from mixchat.text.tokenizer import Tokenizer
+from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
 JSON: TypeAlias = dict[str, Any]
 _MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
-_FINISH = {"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"}
+_FINISH = {
+    **{"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"},
+    "tool_calls": "tool_calls",
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of Prometheus
 # Name, type, field of the counts, help.
 _METRICS = (
@@ -131,10 +135,13 @@ class ChatResponses(ResponseBuilder):
 
     def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
         thinking = {"reasoning_content": part.thinking} if part.thinking else {}
-        text = {"content": part.text} if part.text or not thinking else {}
-        content: dict[str, Any] = {"delta": {**thinking, **text} if finish is None else {}}
+        calls = {"tool_calls": list(map(_call_delta, part.calls))} if part.calls else {}
+        text = {"content": part.text} if part.text or not (thinking or calls) else {}
+        content: dict[str, Any] = {"delta": {**thinking, **text, **calls} if finish is None else {}}
         if whole:
-            message = {"role": "assistant", "content": part.text, "refusal": None, **thinking}
+            calls = {"tool_calls": list(map(_call, joined_calls(part.calls)))} if calls else {}
+            said = part.text or (None if calls else "")
+            message = {"role": "assistant", "content": said, "refusal": None, **thinking, **calls}
             content = {"message": message}
         logprobs = None
         if self._has_logprobs and (whole or part.tokens):
@@ -174,6 +181,17 @@ class CompletionResponses(ResponseBuilder):
             "top_logprobs": [{texts[t]: _finite(p) for t, p in token.top} for token in tokens],
             "text_offset": offsets,
         }
+
+
+def _call(call: ToolCall) -> JSON:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _call_delta(delta: CallDelta) -> JSON:
+    if not delta.id:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    return {"index": delta.index, **_call(ToolCall(delta.id, delta.name, delta.arguments))}
 
 
 def to_prometheus(stats: ServiceStats) -> str:
