@@ -30,8 +30,10 @@ from mixchat.serving.requests.fields import RequestObject, validated
 from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import Defaults, ParsedRequest
 from mixchat.serving.service import QueueFullError, Service
-from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
+from mixchat.serving.web import anthropic, ollama
+from mixchat.serving.web.access import IGNORED, Access, error_response, guarded, openai_error
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
+from mixchat.serving.web.openai_responses import ResponsesResponses, read_responses
 from mixchat.serving.web.page import page_routes
 from mixchat.serving.web.responses import (
     CONTENT_TYPE,
@@ -46,6 +48,7 @@ _MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
 _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
 _MAX_WAITING_CHECKS = 16
 _CHAT_PATH = "/v1/chat/completions"
+_MESSAGES_PATH = "/v1/messages"
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
 Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
@@ -89,7 +92,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     """Return the application of ASGI, with the page at `/` if `page`."""
 
     def failed(request: Request, error: Exception) -> Response:
-        return error_response(state.explain(error))
+        return error_response(state.explain(error), _error_body(request.url.path))
 
     def route(path: str, method: str, endpoint: Endpoint) -> Route:
         async def bound(request: Request) -> ASGIApp:
@@ -116,6 +119,17 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
         routes=[
             model_route(_CHAT_PATH, _answers(read_chat, ChatResponses)),
             model_route("/v1/completions", _answers(read_completion, CompletionResponses)),
+            model_route("/v1/responses", _answers(read_responses, ResponsesResponses)),
+            model_route(
+                _MESSAGES_PATH, _answers(anthropic.read_messages, anthropic.AnthropicResponses)
+            ),
+            model_route(f"{_MESSAGES_PATH}/count_tokens", _count_tokens),
+            model_route("/api/chat", _answers(ollama.read_ollama_chat, ollama.OllamaResponses)),
+            model_route("/api/generate", _answers(ollama.read_generate, ollama.GenerateResponses)),
+            route("/api/tags", "GET", _ollama_models),
+            route("/api/ps", "GET", _ollama_loaded),
+            route("/api/show", "POST", _ollama_model),
+            route("/api/version", "GET", _ollama_version),
             route("/v1/models", "GET", _models),
             route("/v1/models/{name:path}", "GET", _model),
             route("/health", "GET", _health),
@@ -158,7 +172,7 @@ async def _answer(
     answers = PendingAnswers(model.service, asked.jobs)
     await run_in_threadpool(answers.submit)
     if asked.stream:
-        return AnswerStream(answers, responses, state.explain, include_usage=asked.include_usage)
+        return AnswerStream(answers, responses, state.explain)
     try:
         return _json(responses.whole(await while_connected(request.receive, answers.collect())))
     finally:
@@ -181,6 +195,39 @@ async def _read(
             return read(body, model.service, model.defaults, compile_form)
 
         return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
+
+
+async def _count_tokens(
+    state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
+) -> ASGIApp:
+    asked = await while_connected(
+        request.receive, _read(state, model, body, anthropic.read_counted)
+    )
+    request.state.ignored = asked.ignored
+    return _json({"input_tokens": len(asked.jobs[0].prompt_ids)})
+
+
+async def _ollama_models(state: AppState, request: Request) -> Response:
+    return _json(ollama.model_list(state.models.names))
+
+
+async def _ollama_loaded(state: AppState, request: Request) -> Response:
+    return _json(ollama.model_list([state.models.name] if state.models.is_loaded else []))
+
+
+async def _ollama_model(state: AppState, request: Request) -> Response:
+    return _json(ollama.describe(read_object(await _body(state, request)), state.models))
+
+
+async def _ollama_version(state: AppState, request: Request) -> Response:
+    return _json({"version": ollama.API_VERSION})
+
+
+def _error_body(path: str) -> Callable[[RequestError], dict[str, Any]]:
+    """Return what puts an error into the form of a route's API."""
+    if path.startswith("/api/"):
+        return ollama.error_body
+    return anthropic.error_body if path.startswith(_MESSAGES_PATH) else openai_error
 
 
 async def _models(state: AppState, request: Request) -> Response:
