@@ -127,8 +127,8 @@ def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
     if fields.tools:
         chat["tools"] = [_tool(tool) for tool in fields.tools]
     if (choice := fields.tool_choice) is not None:
-        named = {"type": "function", "function": {"name": choice.name}}
-        kinds = {"any": "required", "tool": named}
+        named: dict[str, Any] = {"type": "function", "function": {"name": choice.name}}
+        kinds: dict[str, Any] = {"any": "required", "tool": named}
         chat["tool_choice"] = kinds.get(choice.type, choice.type)
         chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     return chat

@@ -47,6 +47,7 @@ from mixchat.serving.web.served_models import LoadedModel, ServedModels
 _MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
 _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
 _MAX_WAITING_CHECKS = 16
+_FORM_FIELDS = ("response_format", "tools", "format", "text")  # whose schemas are checked
 _CHAT_PATH = "/v1/chat/completions"
 _MESSAGES_PATH = "/v1/messages"
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
@@ -56,6 +57,16 @@ ModelEndpoint = Callable[
     ["AppState", Request, LoadedModel, dict[str, Any]], Awaitable[ASGIApp]
 ]  # with the request's body
 Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
+
+# What reads a request, and what builds its response.
+_APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
+    _CHAT_PATH: (read_chat, ChatResponses),
+    "/v1/completions": (read_completion, CompletionResponses),
+    "/v1/responses": (read_responses, ResponsesResponses),
+    _MESSAGES_PATH: (anthropic.read_messages, anthropic.AnthropicResponses),
+    "/api/chat": (ollama.read_ollama_chat, ollama.OllamaResponses),
+    "/api/generate": (ollama.read_generate, ollama.GenerateResponses),
+}
 
 
 @dataclass
@@ -117,12 +128,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
 
     app = Starlette(
         routes=[
-            model_route(_CHAT_PATH, _answers(read_chat, ChatResponses)),
-            model_route("/v1/completions", _answers(read_completion, CompletionResponses)),
-            model_route("/v1/responses", _answers(read_responses, ResponsesResponses)),
-            model_route(
-                _MESSAGES_PATH, _answers(anthropic.read_messages, anthropic.AnthropicResponses)
-            ),
+            *(model_route(path, partial(_answer, api=api)) for path, api in _APIS.items()),
             model_route(f"{_MESSAGES_PATH}/count_tokens", _count_tokens),
             model_route("/api/chat", _answers(ollama.read_ollama_chat, ollama.OllamaResponses)),
             model_route("/api/generate", _answers(ollama.read_generate, ollama.GenerateResponses)),
@@ -150,19 +156,15 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     return _ResponseHeaders(guarded(app, access))
 
 
-def _answers(read: Read, builder: type[ResponseBuilder]) -> ModelEndpoint:
-    return partial(_answer, read=read, builder=builder)
-
-
 async def _answer(
     state: AppState,
     request: Request,
     model: LoadedModel,
     body: dict[str, Any],
     *,
-    read: Read,
-    builder: type[ResponseBuilder],
+    api: tuple[Read, type[ResponseBuilder]],
 ) -> ASGIApp:
+    read, builder = api
     asked = await while_connected(request.receive, _read(state, model, body, read))
     state.note_ignored(asked.ignored)
     request.state.ignored = asked.ignored
@@ -183,7 +185,7 @@ async def _read(
     state: AppState, model: LoadedModel, body: dict[str, Any], read: Read
 ) -> ParsedRequest:
     """Parse a body, unless the client leaves."""
-    has_form = "response_format" in body or "tools" in body
+    has_form = any(body.get(name) for name in _FORM_FIELDS)
     limiter = state.form_checks if has_form else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"

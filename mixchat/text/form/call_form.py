@@ -12,7 +12,7 @@ from mixchat.base.errors import UsageError
 from mixchat.text.form.grammar import find_fault, grammar_error
 from mixchat.text.form.schema import check_schema, json_rule
 from mixchat.text.tool_call import Tool
-from mixchat.text.tool_formats import FORMATS, ToolFormat
+from mixchat.text.tool_formats import ToolFormat
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _BLANKS = r"/[ \n]{1,2}/?"
@@ -35,14 +35,14 @@ class CallForm:
     answer: Mapping[str, Any] | None = None
 
     def to_text(self) -> str:
-        return json.dumps({**asdict(self), "format": self.format.name})
+        return json.dumps(asdict(self))
 
     @classmethod
     def parse(cls, text: str) -> CallForm:
         """Read what `to_text` has written."""
         given = json.loads(text)
         tools = [Tool(**tool) for tool in given["tools"]]
-        return cls(**{**given, "format": FORMATS[given["format"]], "tools": tools})
+        return cls(**{**given, "format": ToolFormat(**given["format"]), "tools": tools})
 
 
 def call_grammar(text: str) -> str:
