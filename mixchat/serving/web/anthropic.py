@@ -118,8 +118,9 @@ def read_counted(
 def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
     fields = validated(_Fields, body)
     chat: dict[str, Any] = {name: body[name] for name in _SAME if name in body}
-    system = [{"role": "system", "content": _text(fields.system)}] if fields.system else []
-    chat["messages"] = [*system, *(part for one in fields.messages for part in _messages(one))]
+    chat["messages"] = [part for one in fields.messages for part in _messages(one)]
+    if system := _text(fields.system):
+        chat["messages"].insert(0, {"role": "system", "content": system})
     if fields.stop_sequences:
         chat["stop"] = fields.stop_sequences
     if fields.thinking is not None:
@@ -153,7 +154,7 @@ def _messages(message: _Message) -> Iterator[dict[str, Any]]:
     texts = [block for block in blocks if block.type == "text"]
     if calls or texts:
         thinking = "".join(block.thinking for block in blocks)
-        more = {"tool_calls": calls} if calls else {}
+        more: dict[str, Any] = {"tool_calls": calls} if calls else {}
         more |= {"reasoning_content": thinking} if thinking else {}
         yield {"role": message.role, "content": _text(texts), **more}
 

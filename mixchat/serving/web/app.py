@@ -130,8 +130,6 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
         routes=[
             *(model_route(path, partial(_answer, api=api)) for path, api in _APIS.items()),
             model_route(f"{_MESSAGES_PATH}/count_tokens", _count_tokens),
-            model_route("/api/chat", _answers(ollama.read_ollama_chat, ollama.OllamaResponses)),
-            model_route("/api/generate", _answers(ollama.read_generate, ollama.GenerateResponses)),
             route("/api/tags", "GET", _ollama_models),
             route("/api/ps", "GET", _ollama_loaded),
             route("/api/show", "POST", _ollama_model),
@@ -314,7 +312,7 @@ def _json(value: object) -> Response:
 def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path!a:.80}: {error.detail.lower()}"
-    if error.status_code == 404:  # newer clients try /v1/responses first
+    if error.status_code == 404:
         message += f"; this server answers chats at {_CHAT_PATH}"
     return error_response(RequestError(message, status=error.status_code, headers=error.headers))
 
