@@ -118,7 +118,7 @@ def read_counted(
 def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
     fields = validated(_Fields, body)
     chat: dict[str, Any] = {name: body[name] for name in _SAME if name in body}
-    chat["messages"] = [part for one in fields.messages for part in _messages(one)]
+    chat["messages"] = _merged([part for one in fields.messages for part in _messages(one)])
     if system := _text(fields.system):
         chat["messages"].insert(0, {"role": "system", "content": system})
     if fields.stop_sequences:
@@ -157,6 +157,22 @@ def _messages(message: _Message) -> Iterator[dict[str, Any]]:
         more: dict[str, Any] = {"tool_calls": calls} if calls else {}
         more |= {"reasoning_content": thinking} if thinking else {}
         yield {"role": message.role, "content": _text(texts), **more}
+
+
+def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages, with those of a user one after the other as one.
+
+    Templates want questions and answers in turns. An instruction in the midst of a conversation
+    counts as a part of the question, so that the prompt before it stays cached.
+    """
+    merged = list[dict[str, Any]]()
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        if role == "user" and merged and merged[-1]["role"] == "user":
+            merged[-1]["content"] += "\n\n" + message["content"]
+        else:
+            merged.append({**message, "role": role})
+    return merged
 
 
 def _call(block: _Block) -> dict[str, Any]:

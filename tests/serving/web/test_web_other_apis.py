@@ -207,6 +207,15 @@ def test_an_error_in_the_midst_of_an_answer_reaches_the_client(client, stream):
         client.ask(question("ab{fail}"), stream=stream)
 
 
+def test_an_instruction_after_a_question_belongs_to_it(served):
+    messages = [*question("no"), {"role": "system", "content": "say:yes"}]
+    body = {"max_tokens": 9, "messages": messages, "system": "S"}
+    answer = exchange(served, request("/v1/messages", body)).json["content"]
+    assert answer == [{"type": "text", "text": "yes"}]
+    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
+    assert prompt == "system: S\nuser: say:no\n\nsay:yes\n"
+
+
 def test_anthropic_counts_the_tokens_of_a_request(served):
     with AnthropicClient(served).api as api:
         count = api.messages.count_tokens(model="scripted", messages=question("abc"))
