@@ -319,16 +319,6 @@ def test_a_field_without_an_effect_is_named_in_a_header_and_noted_once(lenient):
     assert "x-mixchat-ignored" not in exchange(lenient, request(CHAT, HI)).headers
 
 
-def test_tools_that_may_be_called_are_named_since_none_is(lenient):
-    """They were dropped, and nobody was told."""
-    tools = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}
-    with lenient.openai() as client:
-        raw = client.chat.completions.with_raw_response.create(model="scripted", **HI, **tools)
-    assert raw.headers["x-mixchat-ignored"] == "tools"
-    assert raw.parse().choices[0].message.content == "well"
-    assert lenient.notes == ["requests have the field tools, which has no effect here"]
-
-
 def test_a_schema_that_takes_gigabytes_is_refused(serve):
     """It took the server's memory, until the system ended the server."""
     compile_form = forms_of(serve().service, seconds=1)
