@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from scripted_service import ScriptedService
 
 from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.chat import read_chat
@@ -15,6 +14,7 @@ from mixchat.serving.requests.options import Defaults
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tool_formats import FORMATS, PLAIN
+from tests.serving.web.scripted_service import ScriptedService
 
 ASK = {"role": "user", "content": "Hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
