@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +111,29 @@ def quantized_matmul_steps(
         Step(round_x, SIGNATURE, copy_of(numbers), keeps, threads=1 if tokens == 1 else None),
         Step(multiply, SIGNATURE, numbers, keeps),
     )
+
+
+def quantized_row_steps(
+    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor
+) -> tuple[Step, list[Step]]:
+    """Return a step that rounds x, and steps that write one row of `out` [K, R] each.
+
+    x is [K, C], or [1, C] for all rows. Codes, absmax and bias of each step may be replaced.
+    """
+    tokens, columns = flat.shape
+    round_x, multiply = quantized_matmul_steps(flat, matrix, out[:tokens], exact=True)
+    starts = {name: multiply.get(name) for name in ("x_integers", "x_scales", "x_sums")}
+    blocks = columns // matrix.units.block
+    size = (starts["x_scales"] - starts["x_integers"]) // tokens  # bytes of a row of integers
+    sizes = dict(zip(starts, (size, blocks * 4, blocks * 4), strict=True))
+
+    def step_of(row: int) -> Step:
+        step, at = multiply.copy(), row if tokens > 1 else 0
+        places = {name: start + at * sizes[name] for name, start in starts.items()}
+        step.set(tokens=1, out=out[row].data_ptr(), **places)
+        return replace(step, keeps=(*multiply.keeps, out))
+
+    return round_x, [step_of(row) for row in range(len(out))]
 
 
 def _run_length(rows: int, band_bytes: int) -> int:

@@ -373,6 +373,11 @@ class UnitSet(NamedTuple):
             return self.bytes[instructions]
         return self.words[instructions]
 
+    @property
+    def block(self) -> int:
+        """Return the columns whose weights share a scale."""
+        return next(iter(self.words.values())).block
+
     def level_tables(self, levels: torch.Tensor) -> torch.Tensor:
         """Return the table that units read, uint8, of 16 or 8 levels, fp32, as words and bytes."""
         sixteen = levels.repeat(16 // len(levels))
