@@ -87,6 +87,14 @@ def serve(
             "an answer, and from the time it takes, a client learns what others asked.",
         ),
     ] = True,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page/--no-page",
+            rich_help_panel=SERVER,
+            help="Show a chat in the browser at the server's address.",
+        ),
+    ] = True,
     ctx_size: load_flags.ContextSize = None,
     kv_bits: load_flags.KVBits = None,
     host_memory: load_flags.HostMemory = None,
@@ -99,13 +107,14 @@ def serve(
     """Serve a model over OpenAI's HTTP API to several clients.
 
     Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and
-    /metrics. Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
+    /metrics. A browser gets a chat at /. Ctrl-C or SIGTERM lets running answers end, for 7 seconds
+    at most.
     """
     # Exact prompts make an answer the same whoever else is served.
     load = load_flags.load_options(context.params, exact_prompts=True)
     key = None if api_key is None else _checked_key(api_key)
     origins = tuple(map(_checked_origin, cors or ()))
-    options = ServeOptions(host, port, queue, origins, key, strict, shared_prefix)
+    options = ServeOptions(host, port, queue, origins, key, strict, shared_prefix, page)
     serve_http(model, load, options, TerminalReporter(), say)
 
 

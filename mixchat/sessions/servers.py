@@ -29,6 +29,7 @@ class ServeOptions:
     key: str | None
     strict: bool
     shared_prefix: bool
+    page: bool
 
 
 def serve_http(
@@ -50,7 +51,7 @@ def serve_http(
         state = AppState(service, defaults, reporter.error, reporter.note, forms_of(service))
         access = Access(options.key, options.origins, is_loopback(address))
         ready = f"{url_of(bound)}: serving {service.name}; Ctrl-C ends it"
-        server = WebServer(create_app(state, access), bound)
+        server = WebServer(create_app(state, access, page=options.page), bound)
         serve_until_signal(server, service, lambda: say(ready), reporter.note)
 
 

@@ -32,6 +32,7 @@ from mixchat.serving.requests.options import Defaults, ParsedRequest
 from mixchat.serving.service import QueueFullError, Service
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
+from mixchat.serving.web.page import page_routes
 from mixchat.serving.web.responses import (
     CONTENT_TYPE,
     ChatResponses,
@@ -84,8 +85,8 @@ class AppState:
         return explained
 
 
-def create_app(state: AppState, access: Access) -> ASGIApp:
-    """Return the application of ASGI."""
+def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp:
+    """Return the application of ASGI, with the page at `/` if `page`."""
 
     def failed(request: Request, error: Exception) -> Response:
         return error_response(state.explain(error))
@@ -106,6 +107,7 @@ def create_app(state: AppState, access: Access) -> ASGIApp:
             route("/metrics", "GET", _metrics),
             route("/tokenize", "POST", _tokenize),
             route("/detokenize", "POST", _detokenize),
+            *(page_routes() if page else ()),
         ],
         exception_handlers={
             HTTPException: _no_such_route,

@@ -54,13 +54,15 @@ def serve() -> Iterator[Callable[..., Served]]:
         defaults: Defaults | None = None,
         limits: dict[str, Any] | None = None,
         state: dict[str, Any] | None = None,
+        page: bool = True,
         **options: Any,
     ) -> Served:
         service, reports, notes = ScriptedService(**options), [], []
         defaults = defaults or Defaults(SamplingOptions(temperature=0.5))
         shared = AppState(service, defaults, reports.append, notes.append, **(state or {}))
         bound = bind(resolve("127.0.0.1:0", any_port=True))
-        server = WebServer(create_app(shared, access or Access()), bound, **(limits or {}))
+        app = create_app(shared, access or Access(), page=page)
+        server = WebServer(app, bound, **(limits or {}))
         server.start()
         servers.append((server, service))
         return Served(bound.getsockname()[1], service, server, reports, notes)
