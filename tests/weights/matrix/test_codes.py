@@ -80,8 +80,8 @@ def in_two_halves(levels: torch.Tensor) -> Callable[[torch.Tensor], list[float]]
 
 KINDS = [
     Kind(INT8, numbers_of_int8, 2e-4, 2e-4),
-    Kind(INT6, even_numbers(6), 2e-4, 2e-4),
-    Kind(INT5, even_numbers(5), 2e-4, 2e-4),
+    Kind(INT6, even_numbers(6), 2e-4, 1.2e-2),
+    Kind(INT5, even_numbers(5), 2e-4, 1.2e-2),
     Kind(NF3, numbers_of_nf3, 4e-4, 1.2e-2),
     Kind(NF4, in_two_halves(NF4.levels), 4e-4, 1.2e-2),
     Kind(FP4, in_two_halves(FP4.levels), 4e-4, 1.2e-2),
