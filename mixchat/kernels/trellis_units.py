@@ -1,8 +1,9 @@
 """Turns the codes of a trellis into numbers and multiplies them, with each kind of instructions.
 
-A band is 64 rows. In a column of a band each row has one bit in a ring, and one bit in each plane.
-The window of row r is the `WINDOW` bits of the ring from bit r on. Bits 12 to 15 of its product with
-`FACTOR`, the subset, and the row's bits in the planes above them are an index into a table of levels.
+A band is 64 rows. In a column of a band each row has one bit in a ring, and one in each plane. The
+window of row r is the `WINDOW` bits of the ring from bit r on. Bits 12 to 15 of its product with
+`FACTOR` are its subset. With the row's bits of the planes above them, they are an index into a
+table of levels.
 
 Row r is 16 j + 8 p + i. A pass computes the rows of one p. A turn computes the rows of one i:
 
