@@ -30,9 +30,10 @@ from mixchat.kernels.compile import (
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
-from mixchat.kernels.program import Step, copy_of
-from mixchat.kernels.tile import BAND, SIGNATURE, Tile
-from mixchat.kernels.units import Unit, UnitSet
+from mixchat.kernels.program import Arguments, Step, copy_of
+from mixchat.kernels.tile import SIGNATURE, DecodedTile, Tile, write_decode
+from mixchat.kernels.trellis_units import Trellis
+from mixchat.kernels.units import BAND, Unit, UnitSet
 
 _STREAMS = 2  # bands that are read at once for one token; memory was slower with more
 # Bytes of a stream in one item of work, if enough items are left for each thread.
@@ -82,9 +83,11 @@ def quantized_matmul_steps(
     assert instructions is not None
     unit = units.unit_for(instructions, 1 if exact else tokens)
     size, block = unit.x_type.width // 8, unit.block
+    decoded = columns * BAND if issubclass(unit, Trellis) and tokens > 1 else 0
+    slots = torch.get_num_threads()
     # Three allocations would take as long as rounding one token.
     blocks = tokens * columns // block
-    scratch = torch.empty(blocks * (8 + block * size), dtype=torch.uint8)
+    scratch = torch.empty(blocks * (8 + block * size) + decoded * slots, dtype=torch.uint8)
     start = scratch.data_ptr()
     numbers = SIGNATURE.numbers(
         x=flat.data_ptr(),
@@ -99,8 +102,10 @@ def quantized_matmul_steps(
         columns=columns,
         tokens=tokens,
         chunk=max(8, _X_BYTES // (size * columns)),
-        run=_run_length(rows, columns * BAND * units.bits // 8),
+        run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8),
         bias=0 if bias is None else bias.data_ptr(),
+        decoded=start + blocks * (8 + block * size),
+        slots=slots,
     )
     compiled = _compiled(instructions, unit, bf16, bias is not None)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
@@ -111,9 +116,9 @@ def quantized_matmul_steps(
     )
 
 
-def _run_length(rows: int, band_bytes: int) -> int:
+def _run_length(bands: int, band_bytes: int) -> int:
     """Return a stream's bands in an item of work."""
-    most = rows // BAND // (_STREAMS * _ITEMS * torch.get_num_threads())
+    most = bands // (_STREAMS * _ITEMS * torch.get_num_threads())
     return max(1, min(most, _STREAM_BYTES // band_bytes))
 
 
@@ -122,8 +127,15 @@ def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool, biased
     module = ir.Module("quantized_matmul")
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
-    tiles = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
-    _write_multiply(module, wide, tiles)
+    if issubclass(unit, Trellis):
+        kind = unit.decoded
+        tiles = [DecodedTile(module, kind, bf16, biased, 1, width) for width in kind.widths()]
+        alone = Tile(module, unit, bf16, biased, 1, 1)
+        decodes = [write_decode(module, unit, half) for half in (0, 1)]
+        _write_multiply(module, unit, wide, alone, _DecodedTokens(tiles, decodes))
+    else:
+        plain = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
+        _write_multiply(module, unit, wide, plain[-1], _Tokens(plain))
     return compile_module(module, instructions)
 
 
@@ -167,30 +179,76 @@ def _largest(function: Function, pieces: Sequence[Value]) -> Value:
     return function.call(f"llvm.vector.reduce.umax.v{lanes}i32", i32, largest).bits_as(f32)
 
 
-def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
-    """Write `multiply`. An item of work is `_STREAMS` runs of bands and one chunk of tokens."""
+class _Tokens:
+    """Writes the products of a band with some tokens."""
+
+    def __init__(self, tiles: Sequence[Tile]) -> None:
+        self._tiles = tiles  # the last one is for one token
+
+    def may_start(self, given: Arguments) -> Value | None:
+        """Return whether a thread takes part, or None if all do."""
+        return None
+
+    def write(self, given: Arguments, band: Value, start: Value, end: Value) -> None:
+        self._each_tile(given.function, band, start, end, given.number("run"))
+
+    def _each_tile(
+        self, function: Function, band: Value, start: Value, end: Value, last: Value
+    ) -> None:
+        done = start
+        for tile in self._tiles:
+            turns = (end - done) // tile.tokens * tile.tokens
+            with function.loop(done, done + turns, tile.tokens) as (token, _):
+                function.call_own(tile.function, function.pointer, band, token, last)
+            done = done + turns
+
+
+class _DecodedTokens(_Tokens):
+    """Decodes each half of a band once. Each thread has its own slot for that."""
+
+    def __init__(self, tiles: Sequence[Tile], decodes: Sequence[Function]) -> None:
+        super().__init__(tiles)
+        self._decodes = decodes
+
+    def may_start(self, given: Arguments) -> Value:
+        self._slot = given.address("slots_taken").take_next()
+        with_slot = self._slot.compare("<", given.number("slots"))
+        return given.number("tokens").compare("==", 1) | with_slot
+
+    def write(self, given: Arguments, band: Value, start: Value, end: Value) -> None:
+        function, place = given.function, self._slot * given.number("columns") * BAND
+        for half, decode in enumerate(self._decodes):
+            function.call_own(decode, function.pointer, band, place)
+            self._each_tile(function, band * 2 + half, start, end, place)
+
+
+def _write_multiply(module: Any, unit: type[Unit], wide: Tile, alone: Tile, many: _Tokens) -> None:
+    """Write `multiply`. An item of work is `_STREAMS` runs of bands and one chunk of tokens.
+
+    `wide` and `alone` are for one token.
+    """
     function = Function(module, "multiply")
     given = SIGNATURE.read_by(function)
     rows, tokens, chunk, run = (given.number(name) for name in ("rows", "tokens", "chunk", "run"))
-    bands, size = rows // BAND, run * _STREAMS
+    bands, size = rows // unit.band, run * _STREAMS
     groups = (bands + size - 1) // size
     chunks = (tokens + chunk - 1) // chunk
-    with function.each_item(function.pointer, groups * chunks) as item:
+    items = groups * chunks
+    may_start = many.may_start(given)
+    if may_start is not None:
+        items = may_start.choose(items, 0)
+    is_one = tokens.compare("==", 1)
+    with function.each_item(function.pointer, items) as item:
         start = item // groups * chunk
         end = function.minimum(start + chunk, tokens)
         first = item % groups * size
         last = function.minimum(first + size, bands)
-        together = tokens.compare("==", 1) & (last - first).compare("==", size)
+        together = is_one & (last - first).compare("==", size)
         with function.when(together), function.loop(first, first + run, 1) as (band, _):
             function.call_own(wide.function, function.pointer, band, start, run)
-        with (
-            function.when(together.compare("==", 0)),
-            function.loop(first, last, 1) as (band, _),
-        ):
-            done = start
-            for tile in tiles:
-                turns = (end - done) // tile.tokens * tile.tokens
-                with function.loop(done, done + turns, tile.tokens) as (token, _):
-                    function.call_own(tile.function, function.pointer, band, token, run)
-                done = done + turns
+        apart = is_one & together.compare("==", 0)
+        with function.when(apart), function.loop(first, last, 1) as (band, _):
+            function.call_own(alone.function, function.pointer, band, start, run)
+        with function.when(is_one.compare("==", 0)), function.loop(first, last, 1) as (band, _):
+            many.write(given, band, start, end)
     function.finish()

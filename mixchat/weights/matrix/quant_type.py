@@ -16,7 +16,6 @@ from torch.nn import functional
 from mixchat.base.safetensors import TensorSpec
 from mixchat.kernels import rows as row_kernels
 from mixchat.kernels.dense import dense_matmul
-from mixchat.kernels.tile import BAND
 from mixchat.kernels.units import BLOCK, UnitSet
 
 BLOCKSIZE = BLOCK  # weights that share a scale, in all types but MXFP4
@@ -152,7 +151,7 @@ class BlockCodes(QuantizationType):
         return None if self.levels is None else self.units.level_tables(self.levels)
 
     def can_pack(self, rows: int, columns: int) -> bool:
-        return rows % BAND == 0 and columns % self.blocksize == 0
+        return rows % self.units.band == 0 and columns % self.blocksize == 0
 
     def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
         """Return absmax and codes. absmax is first, so that it is aligned."""
@@ -239,7 +238,8 @@ class BlockCodes(QuantizationType):
     ) -> torch.Tensor:
         """Reorder some bands at a time, which bounds the memory."""
         result = torch.empty_like(codes)
-        size = max(1, _REORDERED // (columns * BAND)) * BAND * columns * self.bits // 8
+        band = columns * self.units.band  # weights
+        size = max(1, _REORDERED // band) * band * self.bits // 8
         for old, new in zip(torch.split(codes, size), torch.split(result, size), strict=True):
             made = reorder(old, columns)
             new.view(made.dtype).view(made.shape).copy_(made)
