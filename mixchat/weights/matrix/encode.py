@@ -24,7 +24,7 @@ import torch
 from mixchat.weights.matrix.gptq import (
     inverse_factor,
     mean_squares,
-    nearest_level,
+    nearest_levels,
     round_columns,
     sum_of_squares,
 )
@@ -129,9 +129,10 @@ def _ways(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor) -> Iterator[tu
     codes, scales = _rounded(grid, weight, True, mean_squares(inputs))
     yield "weighted", (codes, scales)
     if weight.shape[-1] % BLOCKSIZE == 0:
-        rounder = nearest_level(grid.levels)
-        codes = round_columns(weight, scales.float(), rounder, inverse_factor(inputs))
-        yield "gptq", (codes, scales)
+        by_column = torch.empty(weight.T.shape, dtype=torch.uint8)
+        rounder = nearest_levels(grid.levels, by_column)
+        round_columns(weight, scales.float(), rounder, inverse_factor(inputs))
+        yield "gptq", (by_column.T.contiguous().view(-1, BLOCKSIZE), scales)
 
 
 def _rounded(

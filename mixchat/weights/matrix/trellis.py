@@ -28,6 +28,9 @@ import torch
 from torch.nn import functional
 
 from mixchat.base.safetensors import TensorSpec
+from mixchat.kernels.trellis_units import RING, TRELLIS_2, TRELLIS_3
+from mixchat.kernels.units import UnitSet
+from mixchat.weights.matrix import trellis_layout
 from mixchat.weights.matrix.encode import best_way
 from mixchat.weights.matrix.quant_type import (
     BLOCKSIZE,
@@ -38,8 +41,8 @@ from mixchat.weights.matrix.quant_type import (
     Shape,
     Way,
 )
-from mixchat.weights.matrix.trellis_encode import Rounded, round_for_inputs, round_plainly
-from mixchat.weights.matrix.trellis_table import RING, Table, scales_of_bytes, words_of
+from mixchat.weights.matrix.trellis_encode import round_for_inputs, round_plainly
+from mixchat.weights.matrix.trellis_table import Table, scales_of_bytes
 
 _PIECE = 2**20  # weights that are decoded at once
 # fmt: off
@@ -56,17 +59,15 @@ class TrellisCodes(RowCodes):
 
     scale_dtype, for_dense_parts = torch.uint8, False
 
-    def __init__(self, name: QuantType, table: Table) -> None:
-        self.name, self.bits, self._table = name, table.bits, table
+    def __init__(self, name: QuantType, units: UnitSet, table: Table) -> None:
+        self.name, self.bits, self.units = name, units.bits, units
+        self.levels, self._table = table.levels, table
 
     def stored_rows(self, rows: int, columns: int) -> int:
         return -(-rows // RING) * RING
 
     def codes_size(self, rows: int, columns: int) -> int:
         return rows * columns * self.bits // 8
-
-    def can_pack(self, rows: int, columns: int) -> bool:
-        return False
 
     def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
         rows, columns = self.stored_rows(*shape), shape[1]
@@ -81,7 +82,7 @@ class TrellisCodes(RowCodes):
         """Search always. GPTQ needs C to be a multiple of 64."""
         rows, columns = weight.shape
         whole = functional.pad(weight.float(), (0, -columns % BLOCKSIZE, 0, -rows % RING))
-        plain = self._packed_words(round_plainly(self._table, whole), columns)
+        plain = _flat(*round_plainly(self._table, whole), columns)
         if inputs is None:
             return plain
 
@@ -89,17 +90,12 @@ class TrellisCodes(RowCodes):
             yield "plain", plain
             if whole.shape[1] == columns:
                 made = round_for_inputs(self._table, whole, inputs.fit)
-                yield "gptq", self._packed_words(made, columns)
+                yield "gptq", _flat(*made, columns)
 
         def dense(codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
             return self.dequantize(codes, absmax, (rows, columns), torch.float32)
 
         return best_way(ways(), dense, weight, inputs)
-
-    def _packed_words(self, rounded: Rounded, columns: int) -> Encoded:
-        codes, scales = rounded
-        rings = codes[:, :columns].unflatten(0, (-1, RING)).transpose(1, 2).reshape(-1, RING)
-        return words_of(rings, self.bits).view(-1), scales.view(-1)
 
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
         return scales_of_bytes(absmax)
@@ -123,10 +119,28 @@ class TrellisCodes(RowCodes):
             yield weight[: rows - start * RING].to(dtype)
 
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        raise NotImplementedError
+        return trellis_layout.packed(codes, columns, self.bits - 1)
 
     def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        raise NotImplementedError
+        return trellis_layout.unpacked(codes, columns, self.bits - 1)
+
+    def to_packed_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> Encoded:
+        scales = trellis_layout.packed_scales(absmax, rows)
+        return self._reordered(self.packed, codes, columns), scales
+
+    def to_bitsandbytes_layout(
+        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
+    ) -> Encoded:
+        scales = trellis_layout.unpacked_scales(absmax, rows)
+        return self._reordered(self.unpacked, codes, columns), scales
 
 
-TRELLIS2, TRELLIS3 = TrellisCodes("trellis2", TABLE_2), TrellisCodes("trellis3", TABLE_3)
+def _flat(words: torch.Tensor, scales: torch.Tensor, columns: int) -> Encoded:
+    """Return flat codes and absmax of words [R / 64, C, W] and scales, without added columns."""
+    return words[:, :columns].contiguous().view(torch.uint8).view(-1), scales.view(-1)
+
+
+TRELLIS2 = TrellisCodes("trellis2", TRELLIS_2, TABLE_2)
+TRELLIS3 = TrellisCodes("trellis3", TRELLIS_3, TABLE_3)

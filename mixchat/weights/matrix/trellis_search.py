@@ -1,4 +1,4 @@
-"""Finds the codes of a trellis for a matrix, with the least error or with error feedback.
+"""Finds the codes of a trellis with the least error.
 
 The Viterbi algorithm chooses all numbers of a column in a ring together. It goes from row 63 up to
 row 0. Between two rows it knows, for each window of 7 bits, the least error with which the rows
@@ -6,17 +6,17 @@ below can end in it. The window of row j is the window of row j + 1, shifted lef
 last bit. A first search, begun in the middle of the ring, finds a window for row 0. A second one
 begins and ends with that window.
 
-Columns are chosen one after the other. Error feedback (`gptq.py`) corrects each column for all
-earlier ones, and a second pass corrects it for all others.
-
-R = rows and C = columns, whole rings and blocks. n = columns in rings, U = numbers of a subset.
+n = columns in rings, W = words of a column (the bits of a code).
 """
 
 from __future__ import annotations
 
 import torch
 
-from mixchat.weights.matrix.trellis_table import RING, SUBSETS, WINDOW, Table
+from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.trellis_encode import encode_trellis
+from mixchat.kernels.trellis_units import RING, WINDOW
+from mixchat.weights.matrix.trellis_table import SUBSETS, Table, words_of
 
 _HALF = 1 << WINDOW - 1
 _AT_ONCE = 256  # rings, whose costs fit in the second-level cache
@@ -26,20 +26,29 @@ _NEVER = 1e30
 def nearest(
     table: Table, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes and their numbers with the least sum of weight * (x - number)^2 in each ring.
+    """Return words and numbers with the least sum of weight * (x - number)^2 in each ring.
 
-    x, weight and numbers are fp32 [n, 64]. Codes are uint8 [n, 64], one a byte.
+    x, weight and numbers are fp32 [n, 64]. Words are int64 [n, W].
     """
-    pieces = zip(torch.split(x, _AT_ONCE), torch.split(weight, _AT_ONCE), strict=True)
-    found = [_nearest(table, some.T, each.T) for some, each in pieces]
-    codes, numbers = (torch.cat(parts, dim=-1).T for parts in zip(*found, strict=True))
-    return codes, numbers
+    if kernels_available():
+        return encode_trellis(x, weight, table.levels)
+    return search(table, x, weight)
 
 
-def _nearest(
+def search(
     table: Table, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `nearest` of x and weight [64, n]."""
+    """Return `nearest` without a kernel. Of equal sequences, it may return another one."""
+    pieces = zip(torch.split(x, _AT_ONCE), torch.split(weight, _AT_ONCE), strict=True)
+    found = [_found(table, some.T, each.T) for some, each in pieces]
+    words, numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return words, numbers
+
+
+def _found(
+    table: Table, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `search` of x and weight [64, n]."""
     errors = torch.full((RING, SUBSETS, x.shape[1]), _NEVER)
     places = torch.zeros(errors.shape, dtype=torch.uint8)
     for place, numbers in enumerate(table.by_subset):
@@ -52,8 +61,9 @@ def _nearest(
     windows = _path(table, errors, start)
     subsets = table.subsets[windows]
     place = places.gather(1, subsets.unsqueeze(1)).squeeze(1)
-    codes = (windows & 1).byte() | place << 1
-    return codes, table.levels[place.long() * SUBSETS + subsets]
+    planes = [place >> plane & 1 for plane in range(table.bits - 1)]
+    bits = torch.stack([(windows & 1).byte(), *planes]).permute(2, 0, 1)  # [n, W, 64]
+    return words_of(bits.contiguous()), table.levels[place.long() * SUBSETS + subsets].T
 
 
 def _path(table: Table, errors: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:

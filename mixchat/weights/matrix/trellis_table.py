@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
-RING = 64  # rows
-WINDOW = 7  # bits of the trellis that a number depends on
-_FACTOR = 61 << 16 - WINDOW  # the best of those tried, by the error of normal numbers
-SUBSETS = 16
+from mixchat.kernels.trellis_encode import subset
+from mixchat.kernels.trellis_units import RING, SCALE_EXPONENT, SUBSET_BITS, WINDOW
+
+SUBSETS = 1 << SUBSET_BITS
 _ONE = 64  # the integer that stands for the number 1
 _SCALE_BITS = 20  # of a float below those of a scale
-_EXPONENTS = 2.0**102  # makes an exponent of 8 bits out of one of 5
+_EXPONENTS = 2.0**SCALE_EXPONENT  # makes an exponent of 8 bits out of one of 5
 _SMALLEST, _LARGEST = 8, 255  # bytes of scales, but for 0
 _PLACES = torch.arange(8, dtype=torch.uint8)
 
@@ -31,8 +31,7 @@ class Table:
         half = torch.tensor(upper)
         self.sigma, self.error = sigma / _ONE, error * (sigma / _ONE) ** 2
         self.levels = torch.cat((-half.flip(0), half)) / _ONE  # [16 * planes]
-        windows = torch.arange(1 << WINDOW)
-        self.subsets = windows * _FACTOR % 2**16 >> 12  # [128]
+        self.subsets = torch.tensor([subset(window) for window in range(1 << WINDOW)])
         self.by_subset = self.levels.view(-1, SUBSETS)  # [U, 16]
         self.bits = len(self.by_subset).bit_length()
 
@@ -45,15 +44,14 @@ class Table:
             window = window | ring[:, place : place + RING] << place
         index = self.subsets.to(words.device, torch.uint8)[window.int()]
         for plane in range(1, bits.shape[1]):
-            index = index | bits[:, plane] << plane + 3
+            index = index | bits[:, plane] << SUBSET_BITS - 1 + plane
         return self.levels.to(words.device)[index.int()]
 
 
-def words_of(codes: torch.Tensor, count: int) -> torch.Tensor:
-    """Return codes of `count` bits, uint8 [n, 64], as words [n, W, 8], uint8."""
-    bits = torch.stack([codes >> place & 1 for place in range(count)], dim=1)  # [n, W, 64]
-    eight = bits.view(len(codes), count, -1, 8) << _PLACES
-    return eight.sum(-1, dtype=torch.uint8)
+def words_of(bits: torch.Tensor) -> torch.Tensor:
+    """Return bits [n, W, 64], uint8, as words, int64 [n, W]."""
+    eight = bits.view(*bits.shape[:2], -1, 8) << _PLACES
+    return eight.sum(-1, dtype=torch.uint8).view(torch.int64).squeeze(-1)
 
 
 def bits_of(words: torch.Tensor) -> torch.Tensor:
@@ -62,6 +60,7 @@ def bits_of(words: torch.Tensor) -> torch.Tensor:
 
 
 def scales_of_bytes(scales: torch.Tensor) -> torch.Tensor:
+    """Return the scales, fp32, that bytes stand for."""
     return (scales.int() << _SCALE_BITS).view(torch.float32) * _EXPONENTS
 
 
