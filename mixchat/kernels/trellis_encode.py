@@ -1,9 +1,9 @@
 """Finds the codes of a trellis with the least error (Viterbi's algorithm), many columns at once.
 
-A lane of a vector is a column of a band. The state of a row is its window, and the window of the row
-before has one bit more at the low end and one less at the high end. Rows are visited from the last
-to the first. The costs of all states are in memory, and for each row a bit for each state says
-which of two states leads to it.
+A lane of a vector is a column of a band. The state of a row is its window, and the window of the
+row before has one bit more at the low end and one less at the high end. Rows are visited from the
+last to the first. The costs of all states are in memory, and for each row a bit for each pair of
+states says which of two states leads to it.
 
 The ring has no end, so the algorithm runs twice: from row 31 back to row 32 with any state at the
 end, and from row 63 to row 0 with the state that the first run has found for row 0 at both ends.
