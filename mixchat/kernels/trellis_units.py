@@ -34,7 +34,9 @@ from mixchat.kernels.units import BAND, VNNI, Unit, UnitSet
 
 RING = 64  # rows
 WINDOW = 7  # bits
-FACTOR = 61 << 16 - WINDOW  # in 16 bits, bits above the window do not change the product
+# The best factor of those tried, by the error of normal numbers. In 16 bits, bits above the window
+# do not change the product.
+FACTOR = 61 << 16 - WINDOW
 COLUMNS = 16  # whose codes lie together
 TURNS = 8
 SUBSET_BITS = 4  # of an index
