@@ -101,7 +101,7 @@ def quantized_matmul_steps(
         rows=rows,
         columns=columns,
         tokens=tokens,
-        chunk=max(8, _X_BYTES // (size * columns)),
+        chunk=max(8, _X_BYTES * (4 if decoded else 1) // (size * columns) // 8 * 8),
         run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8),
         bias=0 if bias is None else bias.data_ptr(),
         decoded=start + blocks * (8 + block * size),

@@ -1,9 +1,9 @@
 """Finds the codes of a trellis with the least error (Viterbi's algorithm), many columns at once.
 
-A lane of a vector is a column of a band. The state of a row is its window, and the window of the row
-before has one bit more at the low end and one less at the high end. Rows are visited from the last
-to the first. The costs of all states are in memory, and for each row a bit for each state says
-which of two states leads to it.
+A lane of a vector is a column of a band. The state of a row is its window, and the window of the
+row before has one bit more at the low end and one less at the high end. Rows are visited from the
+last to the first. The costs of all states are in memory, and for each row a bit for each pair of
+states says which of two states leads to it.
 
 The ring has no end, so the algorithm runs twice: from row 31 back to row 32 with any state at the
 end, and from row 63 to row 0 with the state that the first run has found for row 0 at both ends.
@@ -87,29 +87,34 @@ class _Encode:
 
     def write(self) -> None:
         function, count = self._function, self._given.number("count")
-        with function.each_item(function.pointer, count // self._lanes) as item:
-            first = item * self._lanes
-            for state in range(_STATES):
-                self._costs[0].store(function.constant(self._floats, 0.0), state * self._size)
-            self._visit(first, RING // 2)
-            self._states.store(self._cheapest())
-            self._trace_half()
-            self._start_at(self._states.load(self._integers))
-            self._visit(first, 0)
-            self._trace(first)
+        with (
+            function.each_item(function.pointer, count // self._lanes) as item,
+            function.loop(0, 2, 1) as (run, _),
+        ):
+            first, is_first = item * self._lanes, run.compare("==", 0)
+            self._start(is_first)
+            self._visit(first, is_first.choose(function.constant(i64, RING // 2), 0))
+            with function.when(is_first):
+                self._states.store(self._cheapest())
+                self._trace_half()
+            with function.when(is_first.compare("==", 0)):
+                self._trace(first)
         function.finish()
 
-    def _start_at(self, states: Value) -> None:
+    def _start(self, is_first: Value) -> None:
+        """Let any state be the first one, or later the one that was found."""
         zeros = self._function.constant(self._floats, 0.0)
+        others = is_first.choose(zeros, _IMPOSSIBLE)
+        states = self._states.load(self._integers)
         for state in range(_STATES):
-            cost = states.compare("==", state).choose(zeros, _IMPOSSIBLE)
+            cost = states.compare("==", state).choose(zeros, others)
             self._costs[0].store(cost, state * self._size)
 
-    def _visit(self, first: Value, end: int) -> None:
+    def _visit(self, first: Value, end: Value) -> None:
         """Visit all rows, down to row `end`."""
         with self._function.loop(0, RING, 2) as (turn, _):
             for odd in (0, 1):
-                row = (turn * -1 + (RING - 1 - odd + end)) & RING - 1
+                row = (end - turn + (RING - 1 - odd)) & RING - 1
                 self._find_errors(first, row)
                 self._find_costs(row, self._costs[odd], self._costs[1 - odd])
 
