@@ -72,10 +72,13 @@ class TrellisEmulation(ByteEmulation, Avx512Trellis):
     _looked_up = Trellis._looked_up
 
     def _among_16(self, levels: Value, codes: Value) -> Value:
-        result = levels
-        for code in range(16):
-            result = codes.compare("==", code).choose(levels.shuffled([code] * 64), result)
-        return result
+        choices = [levels.shuffled([code] * 64) for code in range(16)]
+        for bit in range(4):
+            is_one = (codes << 7 - bit).compare("<", 0)
+            choices = [
+                is_one.choose(*pair[::-1]) for pair in zip(choices[::2], choices[1::2], strict=True)
+            ]
+        return choices[0]
 
 
 EMULATED: dict[BlockCodes, type[Unit]] = {
