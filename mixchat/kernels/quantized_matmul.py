@@ -1,8 +1,8 @@
 """x times a matrix of codes of 2 to 8 bits, at the speed at which memory can be read.
 
 The layout "cpu-packed" of `weights/matrix/` interleaves the rows of a band, 32 or in a trellis 64,
-some columns at a time. `round_x` rounds x to integers, in the blocks of the weights with a scale for
-each. `multiply` adds the products of a block up exactly, and only then scales them as floats.
+some columns at a time. `round_x` rounds x to integers, in the blocks of the weights with a scale
+for each. `multiply` adds the products of a block up exactly, and only then scales them as floats.
 
 For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
 double precision is about 1.5e-4 of the result. For many tokens x has 7 bits and a sign if the CPU

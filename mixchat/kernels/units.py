@@ -1,8 +1,8 @@
 """Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
 
-A unit turns codes of 32 rows, or of 64 in a trellis, into levels (integers, the codes' numbers times
-`one`), and adds their products with x (integers up to `largest_x`) to sums of 32 bits. "Words" have
-16 bits. The sum over a block of 64 columns never overflows:
+A unit turns codes of a band of rows, 32 or in a trellis 64, into levels (integers, the codes'
+numbers times `one`), and adds their products with x (integers up to `largest_x`) to sums of 32
+bits. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
 
     3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
