@@ -95,7 +95,7 @@ class Unit(ABC):
     @property
     def columns_at_once(self) -> int:
         """Return the columns of a list of levels."""
-        return 32 // self.x_type.width
+        return 32 // int(self.x_type.width)
 
     def load_x(self, x: Pointer, place: Value) -> Value:
         """Load x of `columns_at_once` columns, for `add_products`."""
