@@ -25,8 +25,7 @@ from mixchat.kernels.program import Signature, Step
 from mixchat.kernels.trellis_units import FACTOR, RING, SUBSET_BITS, WINDOW
 
 _SIGNATURE = Signature("x", "weights", "levels", "codes", "chosen", "count")
-_STATES = 2**WINDOW
-_SUBSETS = 2**SUBSET_BITS
+_STATES, _SUBSETS = 1 << WINDOW, 1 << SUBSET_BITS
 _MASK = 2  # bytes of a bit for each lane
 _TRACED = 4  # lanes that are traced back at once
 _IMPOSSIBLE = 1e30
@@ -218,8 +217,7 @@ class _Encode:
         return [self._before(row, state, lane), *codes]
 
     def _place_of_bit(self, row: Value, number: Value | int, plane: int) -> Value:
-        place = (row * _SUBSETS + number) * self._planes + plane
-        return place * _MASK
+        return ((row * _SUBSETS + number) * self._planes + plane) * _MASK
 
     def _store_bits(self, bits: Value, where: Pointer, place: Value) -> None:
         mask = bits.bits_as(ir.IntType(self._lanes))
