@@ -69,7 +69,7 @@ def _in_rings(x: torch.Tensor) -> torch.Tensor:
 
 def _scales(table: Table, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """Return the bytes of the scales [R, C / 64]. `importance` [C] is of squared errors."""
-    blocks = weight.unflatten(-1, (-1, BLOCKSIZE))
+    blocks = weight.view(len(weight), -1, BLOCKSIZE)
     each = (importance / importance.mean()).view(-1, BLOCKSIZE)
     sums, mean = each.sum(-1), blocks.square().mean(-1).sqrt()  # [C / 64], [R, C / 64]
     magnitudes, largest = blocks.abs(), float(table.levels[-1])

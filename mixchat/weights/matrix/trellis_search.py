@@ -60,10 +60,10 @@ def _found(
     start = _path(table, errors.roll(middle, 0), None)[middle]  # row 0's window
     windows = _path(table, errors, start)
     subsets = table.subsets[windows]
-    place = places.gather(1, subsets.unsqueeze(1)).squeeze(1)
-    planes = [place >> plane & 1 for plane in range(table.bits - 1)]
+    chosen = places.gather(1, subsets.unsqueeze(1)).squeeze(1)
+    planes = [chosen >> plane & 1 for plane in range(table.bits - 1)]
     bits = torch.stack([(windows & 1).byte(), *planes]).permute(2, 0, 1)  # [n, W, 64]
-    return words_of(bits.contiguous()), table.levels[place.long() * SUBSETS + subsets].T
+    return words_of(bits.contiguous()), table.levels[chosen.long() * SUBSETS + subsets].T
 
 
 def _path(table: Table, errors: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
