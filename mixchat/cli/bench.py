@@ -52,7 +52,14 @@ def bench(
             help="The known model whose shapes --synthetic takes: qwen3, gpt-oss, ...",
         ),
     ] = "instruct",
-    expert_bits: load_flags.ExpertBits = None,
+    expert_bits: Annotated[
+        Literal["16", "4", "3", "2"] | None,
+        typer.Option(
+            rich_help_panel=MEASURING,
+            help="Bits of each weight of the experts of a synthetic model.",
+            show_default="4",
+        ),
+    ] = None,
     dense_bits: Annotated[
         Literal["16", "8", "6", "5", "4"] | None,
         typer.Option(

@@ -81,10 +81,10 @@ class Value:
     def __or__(self, other: Value | int) -> Value:
         return self._binary(other, "or_")
 
-    def __lshift__(self, other: int) -> Value:
+    def __lshift__(self, other: Value | int) -> Value:
         return self._binary(other, "shl")
 
-    def __rshift__(self, other: int) -> Value:
+    def __rshift__(self, other: Value | int) -> Value:
         """Shift in zeros from the left."""
         return self._binary(other, "lshr")
 

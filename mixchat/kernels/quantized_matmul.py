@@ -1,14 +1,15 @@
-"""x times a matrix of 3-bit, 4-bit or 8-bit codes, at the speed at which memory can be read.
+"""x times a matrix of codes of 2 to 8 bits, at the speed at which memory can be read.
 
-The layout "cpu-packed" of `weights/matrix/` interleaves 32 rows, a band, pair of columns by pair of
-columns. `round_x` rounds x to integers, in the blocks of the weights with a scale for each.
-`multiply` adds the products of a block up exactly, and only then scales them as floats.
+The layout "cpu-packed" of `weights/matrix/` interleaves the rows of a band, 32 or in a trellis 64,
+some columns at a time. `round_x` rounds x to integers, in the blocks of the weights with a scale
+for each. `multiply` adds the products of a block up exactly, and only then scales them as floats.
 
 For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
 double precision is about 1.5e-4 of the result. For more bits x has 15 bits and a sign. The error is
 2e-5, while rounding the weights to 8 bits has cost 6e-3. For many tokens x has 7 bits and a sign
 for codes of 3 to 6 bits, if the CPU multiplies bytes. The error is 8e-3, while rounding the weights
-to 4 bits has cost 9e-2, and to 6 bits 2.4e-2.
+to 4 bits has cost 9e-2, and to 6 bits 2.4e-2. For a trellis x always has 7 bits and a sign, and
+rounding the weights has cost 0.14 or more.
 
 N = tokens, R = rows (out features), C = columns (in features), B = blocks of 64 columns, or of 32
 in MXFP4.
@@ -32,9 +33,10 @@ from mixchat.kernels.compile import (
     instruction_set,
 )
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
-from mixchat.kernels.program import Step, copy_of
-from mixchat.kernels.tile import BAND, SIGNATURE, Tile
-from mixchat.kernels.units import Unit, UnitSet
+from mixchat.kernels.program import Arguments, Step, copy_of
+from mixchat.kernels.tile import SIGNATURE, DecodedTile, Tile, write_decode
+from mixchat.kernels.trellis_units import Trellis
+from mixchat.kernels.units import BAND, Unit, UnitSet
 
 _STREAMS = 2  # bands that are read at once for one token; memory was slower with more
 # Bytes of a stream in one item of work, if enough items are left for each thread.
@@ -49,7 +51,7 @@ class QuantizedMatrix(NamedTuple):
     codes: torch.Tensor  # of `units.bits` bits
     absmax: torch.Tensor  # [B * R], in the form that the units load
     levels: torch.Tensor | None  # of `UnitSet.level_tables`; None if codes are numbers themselves
-    shape: tuple[int, int]  # R, a multiple of 32, and C, a multiple of the units' block
+    shape: tuple[int, int]  # R, a multiple of the units' band, and C, of their block
     units: UnitSet
     bias: torch.Tensor | None = None  # fp32 [R]
 
@@ -59,8 +61,8 @@ def quantized_matmul(
 ) -> torch.Tensor:
     """Return x [..., C] times the transposed matrix, plus the bias, [..., R] in the type of x.
 
-    On the CPU. Types but fp32 and bf16 are computed as fp32. With 3 to 6 bits many rows are
-    rounded more coarsely than few, unless `exact`.
+    On the CPU. Types but fp32 and bf16 are computed as fp32. With separate codes of 3 to 6 bits
+    many rows are rounded more coarsely than few, unless `exact`.
     """
     rows, columns = matrix.shape
     rounded = x if x.dtype in _DTYPES else x.float()
@@ -76,7 +78,8 @@ def quantized_matmul_steps(
 ) -> tuple[Step, Step]:
     """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
-    The second one needs the first. They do not keep codes, absmax and bias alive.
+    The second one needs the first. They do not keep codes, absmax and bias alive. Only for one
+    token they can run again.
     """
     codes, absmax, levels, (rows, columns), units, bias = matrix
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
@@ -84,9 +87,11 @@ def quantized_matmul_steps(
     assert instructions is not None
     unit = units.unit_for(instructions, 1 if exact else tokens)
     size, block = unit.x_type.width // 8, unit.block
+    decoded = columns * BAND if issubclass(unit, Trellis) and tokens > 1 else 0
+    slots = torch.get_num_threads()
     # Three allocations would take as long as rounding one token.
     blocks = tokens * columns // block
-    scratch = torch.empty(blocks * (8 + block * size), dtype=torch.uint8)
+    scratch = torch.empty(blocks * (8 + block * size) + decoded * slots, dtype=torch.uint8)
     start = scratch.data_ptr()
     numbers = SIGNATURE.numbers(
         x=flat.data_ptr(),
@@ -100,9 +105,11 @@ def quantized_matmul_steps(
         rows=rows,
         columns=columns,
         tokens=tokens,
-        chunk=max(8, _X_BYTES // (size * columns)),
-        run=_run_length(rows, columns * BAND * units.bits // 8),
+        chunk=max(8, _X_BYTES * (4 if decoded else 1) // (size * columns) // 8 * 8),
+        run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8),
         bias=0 if bias is None else bias.data_ptr(),
+        decoded=start + blocks * (8 + block * size),
+        slots=slots,
     )
     compiled = _compiled(instructions, unit, bf16, bias is not None)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
@@ -136,9 +143,9 @@ def quantized_row_steps(
     return round_x, [step_of(row) for row in range(len(out))]
 
 
-def _run_length(rows: int, band_bytes: int) -> int:
+def _run_length(bands: int, band_bytes: int) -> int:
     """Return a stream's bands in an item of work."""
-    most = rows // BAND // (_STREAMS * _ITEMS * torch.get_num_threads())
+    most = bands // (_STREAMS * _ITEMS * torch.get_num_threads())
     return max(1, min(most, _STREAM_BYTES // band_bytes))
 
 
@@ -147,8 +154,15 @@ def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool, biased
     module = ir.Module("quantized_matmul")
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
-    tiles = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
-    _write_multiply(module, wide, tiles)
+    if issubclass(unit, Trellis):
+        kind = unit.decoded
+        tiles = [DecodedTile(module, kind, bf16, biased, 1, width) for width in kind.widths()]
+        alone = Tile(module, unit, bf16, biased, 1, 1)
+        decodes = [write_decode(module, unit, half) for half in (0, 1)]
+        _write_multiply(module, unit, wide, alone, _DecodedTokens(tiles, decodes))
+    else:
+        plain = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
+        _write_multiply(module, unit, wide, plain[-1], _Tokens(plain))
     return compile_module(module, instructions)
 
 
@@ -193,30 +207,76 @@ def _largest(function: Function, pieces: Sequence[Value]) -> Value:
     return function.call(f"llvm.vector.reduce.umax.v{lanes}i32", i32, largest).bits_as(f32)
 
 
-def _write_multiply(module: Any, wide: Tile, tiles: Sequence[Tile]) -> None:
-    """Write `multiply`. An item of work is `_STREAMS` runs of bands and one chunk of tokens."""
+class _Tokens:
+    """Writes the products of a band with some tokens."""
+
+    def __init__(self, tiles: Sequence[Tile]) -> None:
+        self._tiles = tiles  # the last one is for one token
+
+    def may_start(self, given: Arguments) -> Value | None:
+        """Return whether a thread takes part, or None if all do."""
+        return None
+
+    def write(self, given: Arguments, band: Value, start: Value, end: Value) -> None:
+        self._each_tile(given.function, band, start, end, given.number("run"))
+
+    def _each_tile(
+        self, function: Function, band: Value, start: Value, end: Value, last: Value
+    ) -> None:
+        done = start
+        for tile in self._tiles:
+            turns = (end - done) // tile.tokens * tile.tokens
+            with function.loop(done, done + turns, tile.tokens) as (token, _):
+                function.call_own(tile.function, function.pointer, band, token, last)
+            done = done + turns
+
+
+class _DecodedTokens(_Tokens):
+    """Decodes each half of a band once. Each thread has its own slot for that."""
+
+    def __init__(self, tiles: Sequence[Tile], decodes: Sequence[Function]) -> None:
+        super().__init__(tiles)
+        self._decodes = decodes
+
+    def may_start(self, given: Arguments) -> Value:
+        self._slot = given.address("slots_taken").take_next()
+        with_slot = self._slot.compare("<", given.number("slots"))
+        return given.number("tokens").compare("==", 1) | with_slot
+
+    def write(self, given: Arguments, band: Value, start: Value, end: Value) -> None:
+        function, place = given.function, self._slot * given.number("columns") * BAND
+        for half, decode in enumerate(self._decodes):
+            function.call_own(decode, function.pointer, band, place)
+            self._each_tile(function, band * 2 + half, start, end, place)
+
+
+def _write_multiply(module: Any, unit: type[Unit], wide: Tile, alone: Tile, many: _Tokens) -> None:
+    """Write `multiply`. An item of work is `_STREAMS` runs of bands and one chunk of tokens.
+
+    `wide` and `alone` are for one token.
+    """
     function = Function(module, "multiply")
     given = SIGNATURE.read_by(function)
     rows, tokens, chunk, run = (given.number(name) for name in ("rows", "tokens", "chunk", "run"))
-    bands, size = rows // BAND, run * _STREAMS
+    bands, size = rows // unit.band, run * _STREAMS
     groups = (bands + size - 1) // size
     chunks = (tokens + chunk - 1) // chunk
-    with function.each_item(function.pointer, groups * chunks) as item:
+    items = groups * chunks
+    may_start = many.may_start(given)
+    if may_start is not None:
+        items = may_start.choose(items, 0)
+    is_one = tokens.compare("==", 1)
+    with function.each_item(function.pointer, items) as item:
         start = item // groups * chunk
         end = function.minimum(start + chunk, tokens)
         first = item % groups * size
         last = function.minimum(first + size, bands)
-        together = tokens.compare("==", 1) & (last - first).compare("==", size)
+        together = is_one & (last - first).compare("==", size)
         with function.when(together), function.loop(first, first + run, 1) as (band, _):
             function.call_own(wide.function, function.pointer, band, start, run)
-        with (
-            function.when(together.compare("==", 0)),
-            function.loop(first, last, 1) as (band, _),
-        ):
-            done = start
-            for tile in tiles:
-                turns = (end - done) // tile.tokens * tile.tokens
-                with function.loop(done, done + turns, tile.tokens) as (token, _):
-                    function.call_own(tile.function, function.pointer, band, token, run)
-                done = done + turns
+        apart = is_one & together.compare("==", 0)
+        with function.when(apart), function.loop(first, last, 1) as (band, _):
+            function.call_own(alone.function, function.pointer, band, start, run)
+        with function.when(is_one.compare("==", 0)), function.loop(first, last, 1) as (band, _):
+            many.write(given, band, start, end)
     function.finish()

@@ -1,14 +1,15 @@
 """Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
 
-A unit turns codes of 32 rows into levels (integers, the codes' numbers times `one`), and adds their
-products with x (integers up to `largest_x`) to sums of 32 bits. "Words" have 16 bits. The sum over
-a block of 64 columns never overflows:
+A unit turns codes of a band of rows, 32 or in a trellis 64, into levels (integers, the codes'
+numbers times `one`), and adds their products with x (integers up to `largest_x`) to sums of 32
+bits. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
 
     3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
     5 and 6 bits, words: 32767 *   63 * 64 =   132,116,544          (x has 15 bits and a sign)
     5 and 6 bits, bytes:   127 *   63 * 64 =       512,064          (x has 7 bits and a sign)
     8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
+    trellis, bytes:        127 *  127 * 64 =     1,032,256          (x has 7 bits and a sign)
 
 A line is 32 bytes for a pair of columns, with two codes in a byte. Rows 0 to 15 have the low bits,
 rows 16 to 31 the bits above. With 3 bits, three lines in memory hold 6 bits of each byte, and the
@@ -22,7 +23,7 @@ The instruction for bytes takes unsigned levels, so 128 is added to each. The su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from mixchat.kernels.emit import Function, Pointer, Value, i8, i16, i32, vector
 
 MANY = 16  # tokens from which on x has 8 bits
 LINE = 32  # bytes
+BAND = 32  # rows, in most types
 BLOCK = 64  # weights that share a scale in most types
 # The feature that multiplies and adds in one instruction. Bytes need it.
 VNNI: dict[InstructionSet, str] = {"avx512": "avx512vnni", "avx2": "avxvnni"}
@@ -47,6 +49,7 @@ class Unit(ABC):
     """
 
     bits: ClassVar[int] = 4  # of a code
+    band: ClassVar[int] = BAND  # rows that are interleaved
     block: ClassVar[int] = BLOCK  # columns whose weights share a scale, and whose x do
     scale_bytes: ClassVar[int] = 2
     columns: ClassVar[int] = 2  # whose codes are read at once
@@ -82,12 +85,41 @@ class Unit(ABC):
         `x` is 32 bits that hold as many numbers as a lane has levels.
         """
 
+    @classmethod
+    def passes(cls, function: Function, table: Pointer) -> list[Unit]:
+        """Return the units whose sums, one after the other, are those of a band."""
+        return [cls(function, table)]
+
+    @property
+    def sums(self) -> int:
+        """Return the count of vectors of sums."""
+        return self.band // self.lanes
+
+    @property
+    def columns_at_once(self) -> int:
+        """Return the columns of a list of levels."""
+        return 32 // int(self.x_type.width)
+
+    def load_x(self, x: Pointer, place: Value) -> Value:
+        """Load x of `columns_at_once` columns, for `add_products`."""
+        return x.load(i32, place)
+
+    def start(self, total: Value) -> Value:
+        """Return sums that start at `total`, 32 bits."""
+        return total.broadcast(self.lanes)
+
     def scales(self, absmax: Pointer, place: Value) -> Value:
         """Load the scales of `lanes` rows as fp32."""
         return as_fp32(absmax, place, True, self.lanes)
 
     def in_order(self, sums: list[Value]) -> list[Value]:
+        """Return a block's sums in the order of the scales."""
         return sums
+
+    def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
+        """Yield the first row of some totals of a band, and the totals, in the order of rows."""
+        for part, total in enumerate(totals):
+            yield band * self.band + part * self.lanes, total
 
 
 class WordUnit(Unit):
@@ -366,6 +398,11 @@ class UnitSet(NamedTuple):
     bits: int
     words: dict[InstructionSet, type[Unit]]
     bytes: dict[InstructionSet, type[Unit]]
+
+    @property
+    def band(self) -> int:
+        """Return the rows that are interleaved."""
+        return next(iter(self.words.values())).band
 
     def unit_for(self, instructions: InstructionSet, tokens: int) -> type[Unit]:
         """Return the unit for so many tokens. Many are bytes if the CPU has VNNI."""

@@ -38,7 +38,7 @@ FORMAT = 4
 _FORMAT_BEFORE = 3  # it lacked `checkpoint` and `unlike`
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
-    "quant_type": ("nf3", "nf4", "fp4", "mxfp4", "none"),
+    "quant_type": ("nf3", "nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none"),
     "scales": ("absmax", "search", "calibrated", "given"),
     "layout": ("bitsandbytes", "cpu-packed"),
     "dtype": ("bfloat16", "float16", "float32"),

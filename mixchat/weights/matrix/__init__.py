@@ -1,8 +1,13 @@
-"""Stores and multiplies matrices, dense or in codes of 3 to 8 bits.
+"""Stores and multiplies matrices, dense or in codes of 2 to 8 bits.
 
 - linear.py: y = x W^T, the table of types, and the form in which a matrix is stored
 - quant_type.py: the bases of quantization types, and the dense one
 - nf3.py: 3-bit codes in their two layouts
+- trellis.py: 2-bit and 3-bit codes that depend on each other
+- trellis_table.py: the numbers of a trellis, and the words that choose them
+- trellis_layout.py: the two layouts of a trellis' codes
+- trellis_search.py: the best sequence of numbers for given ones (Viterbi)
+- trellis_encode.py: from a matrix to a trellis, with searched scales
 - nf4.py: 4-bit codes in their two layouts, computed with bitsandbytes
 - mxfp4.py: 4-bit codes as published models have them
 - int6.py: 5-bit and 6-bit codes in their two layouts

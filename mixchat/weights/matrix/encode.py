@@ -15,13 +15,19 @@ N = weights, B = blocks, C = columns, F = factors (32), S = rows of the table (1
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from mixchat.weights.matrix.gptq import inverse_factor, mean_squares, round_columns, sum_of_squares
+from mixchat.weights.matrix.gptq import (
+    inverse_factor,
+    mean_squares,
+    nearest_levels,
+    round_columns,
+    sum_of_squares,
+)
 from mixchat.weights.matrix.quant_type import (
     BLOCKSIZE,
     Encoded,
@@ -86,17 +92,30 @@ def encode(
     if inputs is None:
         codes, scales = _rounded(grid, weight, search, None, pack)
         return codes.view(-1), scales
-    codes, scales = _best(grid, weight, inputs)
+
+    def dense(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        values = grid.levels[codes.int()].mul_(scales.float().unsqueeze(-1))
+        return values.view(-1)[: weight.numel()].view(weight.shape)
+
+    codes, scales = best_way(_ways(grid, weight, inputs.fit), dense, weight, inputs)
     return pack(codes).view(-1), scales
 
 
-def _best(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Encoded:
-    """Return the codes with the least error of products that were held out, plain ones if alike."""
+def best_way(
+    ways: Iterable[tuple[Way, Encoded]],
+    dense: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    weight: torch.Tensor,
+    inputs: Inputs,
+) -> Encoded:
+    """Return the codes and scales with the least error of products that were held out.
+
+    The first way is the plain one, which is taken if others are alike. `dense` makes a matrix.
+    """
     best: Encoded | None = None
     taken: Way = "plain"
     errors: dict[Way, float] = {}
-    for way, coded in _ways(grid, weight, inputs.fit):
-        errors[way] = _product_error(grid, weight, coded, inputs.held_out)
+    for way, coded in ways:
+        errors[way] = sum_of_squares(dense(*coded).sub_(weight), inputs.held_out)
         if best is None or errors[way] < errors[taken]:
             best, taken = coded, way
     assert best is not None
@@ -110,17 +129,10 @@ def _ways(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor) -> Iterator[tu
     codes, scales = _rounded(grid, weight, True, mean_squares(inputs))
     yield "weighted", (codes, scales)
     if weight.shape[-1] % BLOCKSIZE == 0:
-        factor = inverse_factor(inputs)
-        codes = round_columns(weight, scales.float(), grid.levels, factor)
-        yield "gptq", (codes, scales)
-
-
-def _product_error(grid: Grid, weight: torch.Tensor, coded: Encoded, inputs: torch.Tensor) -> float:
-    """Return the sum of the squared errors of the products with inputs [m, C]."""
-    codes, scales = coded
-    values = grid.levels[codes.int()].mul_(scales.float().unsqueeze(-1))
-    wrong = values.view(-1)[: weight.numel()].view(weight.shape).sub_(weight)
-    return sum_of_squares(wrong, inputs)
+        by_column = torch.empty(weight.T.shape, dtype=torch.uint8)
+        rounder = nearest_levels(grid.levels, by_column)
+        round_columns(weight, scales.float(), rounder, inverse_factor(inputs))
+        yield "gptq", (by_column.T.contiguous().view(-1, BLOCKSIZE), scales)
 
 
 def _rounded(

@@ -12,6 +12,7 @@ R = rows, C = columns, n = inputs, B = blocks of 64 weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -20,6 +21,8 @@ from mixchat.weights.matrix.quant_type import BLOCKSIZE
 _PIECE = 4096  # rows that are widened or multiplied at once
 _PRIOR = 32  # inputs whose columns are alike, added to the given ones
 _TINY = 1e-38
+# Takes the place of a column, what it should be [R], and scales [R]. Returns what it is rounded to.
+Rounder = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def shrinkage(rows: int, columns: int) -> float:
@@ -63,27 +66,33 @@ def sum_of_squares(matrix: torch.Tensor, inputs: torch.Tensor) -> float:
     return sum(float((rows @ piece.T).square().sum()) for piece in pieces)
 
 
-def round_columns(
-    weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, factor: torch.Tensor
-) -> torch.Tensor:
-    """Return codes, one a byte [B, 64], of weight [R, C] with C a multiple of 64.
-
-    `scales` [B] and `levels`, which rise, are fp32. `factor` is U.
-    """
-    rows, columns = weight.shape
+def nearest_levels(levels: torch.Tensor, codes: torch.Tensor) -> Rounder:
+    """Return what rounds to levels, which rise, fp32. It fills `codes` [C, R]."""
     boundaries = (levels[1:] + levels[:-1]) / 2
+
+    def rounded(place: int, column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        nearest = torch.bucketize(column / scale.where(scale != 0, 1), boundaries)
+        codes[place] = nearest
+        return levels[nearest] * scale
+
+    return rounded
+
+
+def round_columns(
+    weight: torch.Tensor, scales: torch.Tensor, rounded: Rounder, factor: torch.Tensor
+) -> None:
+    """Let `rounded` round the columns of weight [R, C], with C a multiple of 64.
+
+    `scales` [B] are fp32. `factor` is U.
+    """
+    rows = len(weight)
     left = weight.float().T.contiguous()  # [C, R], without what earlier columns have cost
-    codes = torch.empty(columns, rows, dtype=torch.uint8)
     by_block = scales.view(rows, -1).T  # [C / 64, R]
     for block, scale in enumerate(by_block):
         start, end = block * BLOCKSIZE, (block + 1) * BLOCKSIZE
         here, errors = left[start:end], torch.empty(BLOCKSIZE, rows)
-        safe = scale.where(scale != 0, 1)
         for place in range(BLOCKSIZE):
             row = factor[start + place, start + place : end]
-            nearest = torch.bucketize(here[place] / safe, boundaries)
-            codes[start + place] = nearest
-            errors[place] = (here[place] - levels[nearest] * scale) / row[0]
+            errors[place] = (here[place] - rounded(start + place, here[place], scale)) / row[0]
             here[place:].addr_(row, errors[place], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return codes.T.contiguous().view(-1, BLOCKSIZE)

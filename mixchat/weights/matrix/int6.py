@@ -25,8 +25,7 @@ import torch
 from torch.nn import functional
 
 from mixchat.kernels.plane_units import CODES_OF_LOW, FIVE_BITS, LOW_BITS, SIX_BITS
-from mixchat.kernels.tile import BAND
-from mixchat.kernels.units import UnitSet
+from mixchat.kernels.units import BAND, UnitSet
 from mixchat.weights.matrix.encode import Grid, encode
 from mixchat.weights.matrix.int8 import in_whole_bands
 from mixchat.weights.matrix.quant_type import (

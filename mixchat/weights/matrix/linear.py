@@ -37,6 +37,7 @@ from mixchat.weights.matrix.quant_type import (
     QuantizationType,
     QuantType,
 )
+from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
 TYPES: dict[QuantType, QuantizationType] = {
     "nf3": NF3,
@@ -46,6 +47,8 @@ TYPES: dict[QuantType, QuantizationType] = {
     "int5": INT5,
     "int6": INT6,
     "int8": INT8,
+    "trellis2": TRELLIS2,
+    "trellis3": TRELLIS3,
     "none": DENSE,
 }
 Layout = Literal["bitsandbytes", "cpu-packed"]

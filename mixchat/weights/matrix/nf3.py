@@ -26,8 +26,7 @@ from __future__ import annotations
 
 import torch
 
-from mixchat.kernels.tile import BAND
-from mixchat.kernels.units import THREE_BITS
+from mixchat.kernels.units import BAND, THREE_BITS
 from mixchat.weights.matrix.encode import Grid, encode
 from mixchat.weights.matrix.quant_type import (
     BLOCKSIZE,

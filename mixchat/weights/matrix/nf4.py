@@ -24,8 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mixchat.kernels.tile import BAND
-from mixchat.kernels.units import FOUR_BITS
+from mixchat.kernels.units import BAND, FOUR_BITS
 from mixchat.weights.matrix.encode import Grid, encode
 from mixchat.weights.matrix.quant_type import (
     BLOCKSIZE,

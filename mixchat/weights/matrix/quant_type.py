@@ -16,14 +16,15 @@ from torch.nn import functional
 from mixchat.base.safetensors import TensorSpec
 from mixchat.kernels import rows as row_kernels
 from mixchat.kernels.dense import dense_matmul
-from mixchat.kernels.tile import BAND
 from mixchat.kernels.units import BLOCK, UnitSet
 
 BLOCKSIZE = BLOCK  # weights that share a scale, in all types but MXFP4
 _REORDERED = 2**21  # weights whose codes are reordered at once
 _PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
-QuantType = Literal["nf3", "nf4", "fp4", "mxfp4", "int5", "int6", "int8", "none"]  # the names
+QuantType = Literal[
+    "nf3", "nf4", "fp4", "mxfp4", "int5", "int6", "int8", "trellis2", "trellis3", "none"
+]
 Shape = tuple[int, int]  # R, C
 Encoded = tuple[torch.Tensor, torch.Tensor]  # codes and absmax
 RecordRows = Callable[[torch.Tensor], object]
@@ -150,7 +151,7 @@ class BlockCodes(QuantizationType):
         return None if self.levels is None else self.units.level_tables(self.levels)
 
     def can_pack(self, rows: int, columns: int) -> bool:
-        return rows % BAND == 0 and columns % self.blocksize == 0
+        return rows % self.units.band == 0 and columns % self.blocksize == 0
 
     def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
         """Return absmax and codes. absmax is first, so that it is aligned."""
@@ -237,7 +238,8 @@ class BlockCodes(QuantizationType):
     ) -> torch.Tensor:
         """Reorder some bands at a time, which bounds the memory."""
         result = torch.empty_like(codes)
-        size = max(1, _REORDERED // (columns * BAND)) * BAND * columns * self.bits // 8
+        band = columns * self.units.band  # weights
+        size = max(1, _REORDERED // band) * band * self.bits // 8
         for old, new in zip(torch.split(codes, size), torch.split(result, size), strict=True):
             made = reorder(old, columns)
             new.view(made.dtype).view(made.shape).copy_(made)

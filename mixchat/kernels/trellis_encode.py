@@ -1,0 +1,237 @@
+"""Finds the codes of a trellis with the least error (Viterbi's algorithm), many columns at once.
+
+A lane of a vector is a column of a band. The state of a row is its window, and the window of the
+row before has one bit more at the low end and one less at the high end. Rows are visited from the
+last to the first. The costs of all states are in memory, and for each row a bit for each pair of
+states says which of two states leads to it.
+
+The ring has no end, so the algorithm runs twice: from row 31 back to row 32 with any state at the
+end, and from row 63 to row 0 with the state that the first run has found for row 0 at both ends.
+
+N = columns of bands, L = lanes, R = RING rows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from llvmlite import ir
+from torch.nn import functional
+
+from mixchat.kernels.compile import LANES, Compiled, compile_module, instruction_set
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i16, i32, i64, vector
+from mixchat.kernels.program import Signature, Step
+from mixchat.kernels.trellis_units import FACTOR, RING, SUBSET_BITS, WINDOW
+
+_SIGNATURE = Signature("x", "weights", "levels", "codes", "chosen", "count")
+_STATES, _SUBSETS = 1 << WINDOW, 1 << SUBSET_BITS
+_MASK = 2  # bytes of a bit for each lane
+_TRACED = 4  # lanes that are traced back at once
+_IMPOSSIBLE = 1e30
+
+
+def subset(window: int) -> int:
+    """Return the subset of a window."""
+    return (window * FACTOR & 0xFFFF) >> 16 - SUBSET_BITS
+
+
+def encode_trellis(
+    x: torch.Tensor, weights: torch.Tensor, levels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of x [N, R] with the least sum of `weights` [N, R] times squared errors.
+
+    `levels` [16 * 2^planes] are those of each index. Codes are int64 [N, 1 + planes], the ring and
+    the planes, with row 0 in the lowest bit. The second result [N, R] has the levels chosen. All
+    numbers are fp32 on the CPU, and finite.
+    """
+    instructions = instruction_set()
+    assert instructions is not None
+    (count, _), lanes = x.shape, LANES[instructions]
+    planes = (len(levels) // _SUBSETS).bit_length() - 1
+    by_row = [functional.pad(some.T, (0, -count % lanes)).contiguous() for some in (x, weights)]
+    padded = by_row[0].shape[1]
+    codes = torch.empty(padded, 1 + planes, dtype=torch.int64)
+    chosen, levels = torch.empty(padded, RING), levels.contiguous()
+    tensors = (*by_row, levels, codes, chosen)
+    names = ("x", "weights", "levels", "codes", "chosen")
+    given = {name: one.data_ptr() for name, one in zip(names, tensors, strict=True)}
+    numbers = _SIGNATURE.numbers(**given, count=padded)
+    Step(_compiled(lanes, planes).function("encode"), _SIGNATURE, numbers, tensors).run()
+    return codes[:count], chosen[:count]
+
+
+@functools.cache
+def _compiled(lanes: int, planes: int) -> Compiled:
+    instructions = instruction_set()
+    assert instructions is not None
+    module = ir.Module("trellis_encode")
+    _Encode(module, lanes, planes).write()
+    return compile_module(module, instructions)
+
+
+class _Encode:
+    """The function `encode`. An item of work is L columns."""
+
+    def __init__(self, module: ir.Module, lanes: int, planes: int) -> None:
+        function = self._function = Function(module, "encode")
+        self._lanes, self._planes, self._size = lanes, planes, 4 * lanes
+        self._floats, self._integers = vector(f32, lanes), vector(i32, lanes)
+        self._given = _SIGNATURE.read_by(function)
+        self._costs = [function.scratch(_STATES * self._size) for _ in range(2)]
+        self._errors = function.scratch(_SUBSETS * self._size)
+        self._from_high = function.scratch(RING * _STATES // 2 * _MASK)
+        self._bits = function.scratch(RING * _SUBSETS * planes * _MASK)
+        self._states = function.scratch(self._size)
+
+    def write(self) -> None:
+        function, count = self._function, self._given.number("count")
+        with (
+            function.each_item(function.pointer, count // self._lanes) as item,
+            function.loop(0, 2, 1) as (run, _),
+        ):
+            first, is_first = item * self._lanes, run.compare("==", 0)
+            self._start(is_first)
+            self._visit(first, is_first.choose(function.constant(i64, RING // 2), 0))
+            with function.when(is_first):
+                self._states.store(self._cheapest())
+                self._trace_half()
+            with function.when(is_first.compare("==", 0)):
+                self._trace(first)
+        function.finish()
+
+    def _start(self, is_first: Value) -> None:
+        """Let any state be the first one, or later the one that was found."""
+        zeros = self._function.constant(self._floats, 0.0)
+        others = is_first.choose(zeros, _IMPOSSIBLE)
+        states = self._states.load(self._integers)
+        for state in range(_STATES):
+            cost = states.compare("==", state).choose(zeros, others)
+            self._costs[0].store(cost, state * self._size)
+
+    def _visit(self, first: Value, end: Value) -> None:
+        """Visit all rows, down to row `end`."""
+        with self._function.loop(0, RING, 2) as (turn, _):
+            for odd in (0, 1):
+                row = (end - turn + (RING - 1 - odd)) & RING - 1
+                self._find_errors(first, row)
+                self._find_costs(row, self._costs[odd], self._costs[1 - odd])
+
+    def _find_errors(self, first: Value, row: Value) -> None:
+        """Find the least error of each subset, less that of 0, and the bits of planes for it."""
+        function, given = self._function, self._given
+        place = (row * given.number("count") + first) * 4
+        x, weights = (given.pointer(name).load(self._floats, place) for name in ("x", "weights"))
+        doubled = x * weights * -2.0
+        for number in range(_SUBSETS):
+            choices: list[_Choice] = []
+            for choice in range(2**self._planes):
+                at = (number + _SUBSETS * choice) * 4
+                level = given.pointer("levels").load(f32, at).broadcast(self._lanes)
+                error = function.multiply_add(weights, level, doubled) * level
+                choices.append((error, []))
+            while len(choices) > 1:
+                choices = list(map(_better, choices[::2], choices[1::2]))
+            error, bits = choices[0]
+            for plane, bit in enumerate(bits):
+                self._store_bits(bit, self._bits, self._place_of_bit(row, number, plane))
+            self._errors.store(error, number * self._size)
+
+    def _find_costs(self, row: Value, old: Pointer, new: Pointer) -> None:
+        """Find the costs of the states of a row from those of the row after it."""
+        half = _STATES // 2
+        for low in range(half):
+            one, other = (old.load(self._floats, at * self._size) for at in (low, low + half))
+            cost, (bit,) = _better((one, []), (other, []))
+            self._store_bits(bit, self._from_high, (row * half + low) * _MASK)
+            for state in (2 * low, 2 * low + 1):
+                error = self._errors.load(self._floats, subset(state) * self._size)
+                new.store(cost + error, state * self._size)
+
+    def _cheapest(self) -> Value:
+        """Return the cheapest state of each lane, the first one of equals."""
+        function, costs = self._function, self._costs[0]
+        start = [costs.load(self._floats), function.constant(self._integers, 0)]
+        with function.loop(1, _STATES, 1, start) as (state, best):
+            cost = costs.load(self._floats, state * self._size)
+            is_less = cost.compare("<", best[0])
+            number = state.narrowed(i32).broadcast(self._lanes)
+            best[:] = [is_less.choose(cost, best[0]), is_less.choose(number, best[1])]
+        return best[1]
+
+    def _trace_half(self) -> None:
+        """Replace the states of row 32 by the states of row 0 to which they lead."""
+        function = self._function
+        with function.loop(0, self._lanes, _TRACED) as (lane, _):
+            states = [self._states.load(i32, (lane + at) * 4) for at in range(_TRACED)]
+            with function.loop(RING // 2, RING, 1, [one.widened(i64) for one in states]) as (
+                row,
+                now,
+            ):
+                now[:] = [self._before(row, one, lane + at) for at, one in enumerate(now)]
+            for at, one in enumerate(now):
+                self._states.store(one.narrowed(i32), (lane + at) * 4)
+
+    def _before(self, row: Value, state: Value, lane: Value) -> Value:
+        """Return the state of the next row, which leads to this state of a row."""
+        low = state >> 1
+        place = (row * (_STATES // 2) + low) * _MASK
+        return low + (self._bit_at(self._from_high, place, lane) << WINDOW - 1)
+
+    def _trace(self, first: Value) -> None:
+        """Write codes and levels from row 0 on."""
+        function, given, numbers = self._function, self._given, 2 + self._planes
+        with function.loop(0, self._lanes, _TRACED) as (lane, _):
+            zero = function.constant(i64, 0)
+            start: list[Value] = []
+            for at in range(_TRACED):
+                state = self._states.load(i32, (lane + at) * 4).widened(i64)
+                start += [state, *[zero] * (1 + self._planes)]
+            with function.loop(0, RING, 1, start) as (row, carried):
+                for at in range(_TRACED):
+                    state, *codes = carried[at * numbers : (at + 1) * numbers]
+                    carried[at * numbers : (at + 1) * numbers] = self._traced(
+                        row, state, codes, lane + at, first
+                    )
+            for at in range(_TRACED):
+                _, *codes = carried[at * numbers : (at + 1) * numbers]
+                place = (first + lane + at) * (1 + self._planes)
+                for number, code in enumerate(codes):
+                    given.pointer("codes").store(code, (place + number) * 8)
+
+    def _traced(
+        self, row: Value, state: Value, codes: list[Value], lane: Value, first: Value
+    ) -> list[Value]:
+        """Return the state of the next row, and the codes with the bits of this row."""
+        given = self._given
+        number = (state * FACTOR & 0xFFFF) >> 16 - SUBSET_BITS
+        bits = [state & 1]
+        for plane in range(self._planes):
+            place = self._place_of_bit(row, number, plane)
+            bits.append(self._bit_at(self._bits, place, lane))
+        for plane, bit in enumerate(bits[1:]):
+            number = number | bit << SUBSET_BITS + plane
+        level = given.pointer("levels").load(f32, number * 4)
+        given.pointer("chosen").store(level, ((first + lane) * RING + row) * 4)
+        codes = [code | (bit << row) for code, bit in zip(codes, bits, strict=True)]
+        return [self._before(row, state, lane), *codes]
+
+    def _place_of_bit(self, row: Value, number: Value | int, plane: int) -> Value:
+        return ((row * _SUBSETS + number) * self._planes + plane) * _MASK
+
+    def _store_bits(self, bits: Value, where: Pointer, place: Value) -> None:
+        mask = bits.bits_as(ir.IntType(self._lanes))
+        where.store(mask if self._lanes == 16 else mask.widened(i16), place)
+
+    def _bit_at(self, where: Pointer, place: Value, lane: Value) -> Value:
+        return where.load(i16, place).widened(i64) >> lane & 1
+
+
+_Choice = tuple[Value, list[Value]]  # an error, and the bits of the planes that lead to it
+
+
+def _better(one: _Choice, other: _Choice) -> _Choice:
+    """Return the choice with the lesser error. The new bit says whether it is the other one."""
+    is_less = other[0].compare("<", one[0])
+    bits = [is_less.choose(yes, no) for no, yes in zip(one[1], other[1], strict=True)]
+    return is_less.choose(other[0], one[0]), [*bits, is_less]

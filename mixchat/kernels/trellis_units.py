@@ -1,0 +1,288 @@
+"""Turns the codes of a trellis into numbers and multiplies them, with each kind of instructions.
+
+A band is 64 rows. In a column of a band each row has one bit in a ring, and one in each plane. The
+window of row r is the `WINDOW` bits of the ring from bit r on. Bits 12 to 15 of its product with
+`FACTOR` are its subset. With the row's bits of the planes above them, they are an index into a
+table of levels.
+
+Row r is 16 j + 8 p + i. A pass computes the rows of one p. A turn computes the rows of one i:
+
+- A word of 16 bits holds the bits of the ring for one j. A lane of 32 bits holds words of two
+  columns, and the next lane those of j + 1. So one shift makes windows in all words.
+- The windows of columns 0 and 2 of four are in one vector, and of columns 1 and 3 in another. Their
+  subsets together are bytes of four columns in a lane, as the instructions for bytes need them.
+- The planes are stored as such bytes, with the bits of the 8 turns in a byte (two planes: in two).
+
+So lanes have different columns, which are added up after a block. Memory holds 16 columns of a band
+one after the other: 64 bytes with the ring of columns 0 and 2 of each four, 64 bytes of columns 1
+and 3, and the planes of the first pass, then of the second.
+
+x has 7 bits and a sign, for one token and for many, so that all have the same bits. A level has 7
+bits without a sign, because AVX2 adds two products in 16 bits: 127 * 127 * 2 = 32,258 < 2^15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+from mixchat.kernels.compile import has_feature
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
+from mixchat.kernels.units import BAND, VNNI, Unit, UnitSet
+
+RING = 64  # rows
+WINDOW = 7  # bits
+# The best factor of those tried, by the error of normal numbers. In 16 bits, bits above the window
+# do not change the product.
+FACTOR = 61 << 16 - WINDOW
+COLUMNS = 16  # whose codes lie together
+TURNS = 8
+SUBSET_BITS = 4  # of an index
+SCALE_EXPONENT = 102  # of the number that a scale of 8 bits is multiplied with
+_VECTOR = 64  # bytes, in memory
+_ROWS_OF_LANES = RING // 16  # lanes with the same columns
+
+
+class _Levels(Unit):
+    """Multiplies levels of 7 bits with x in 7 bits and a sign."""
+
+    _vnni: ClassVar[str]
+
+    scale_bytes = 1
+    x_type, largest_x, one, offset = i8, 127, 64, 64
+    _products: ClassVar[tuple[str, str, str]]  # at once, or in words and then of words
+
+    def __init__(self, function: Function, table: Pointer) -> None:
+        super().__init__(function, table)
+        self._bytes, self._words = (
+            vector(kind, 32 * self.lanes // kind.width) for kind in (i8, i16)
+        )
+        self._sums = vector(i32, self.lanes)
+
+    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
+        at_once, of_bytes, of_words = self._products
+        x = x if x.type == self._sums else x.broadcast(self.lanes)
+        if has_feature(self._vnni):
+            return self.function.call(at_once, self._sums, sums, levels.bits_as(self._sums), x)
+        words = self.function.call(of_bytes, self._words, levels, x.bits_as(self._bytes))
+        ones = self.function.constant(self._words, 1)
+        return sums + self.function.call(of_words, self._sums, words, ones)
+
+    def scales(self, absmax: Pointer, place: Value) -> Value:
+        """Load 5 bits of exponent and 3 of mantissa. They are moved to their place in fp32."""
+        bits = absmax.load(vector(i8, self.lanes), place).widened(self._sums)
+        return (bits << 20).bits_as(vector(f32, self.lanes)) * 2.0**SCALE_EXPONENT
+
+    def rows_of_pass(self, first: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
+        """Yield totals of a pass, which have the j of turn 0, then of turn 1, by rows."""
+        whole = totals
+        while len(whole) > 1:
+            pairs = zip(whole[::2], whole[1::2], strict=True)
+            whole = [one.shuffled([*range(2 * one.type.count)], other) for one, other in pairs]
+        for j in range(_ROWS_OF_LANES):
+            places = [_ROWS_OF_LANES * turn + j for turn in range(TURNS)]
+            yield first + 16 * j, whole[0].shuffled(places)
+
+
+class Trellis(_Levels):
+    """Codes of 2 or 3 bits. An object computes the rows of one pass."""
+
+    bits, band, columns, unrolled = 2, RING, COLUMNS, 1
+    _widths = (1,)
+    decoded: ClassVar[type[Decoded]]
+    _look_up: ClassVar[str]
+
+    def __init__(self, function: Function, table: Pointer, half: int = 0) -> None:
+        super().__init__(function, table)
+        self._half, self._planes = half, self.bits - 1
+        self._table = table.load(vector(i8, 2 ** (SUBSET_BITS + self._planes)))
+
+    @classmethod
+    def passes(cls, function: Function, table: Pointer) -> list[Unit]:
+        return [cls(function, table, half) for half in (0, 1)]
+
+    @property
+    def sums(self) -> int:
+        return TURNS
+
+    @property
+    def columns_at_once(self) -> int:
+        return 4 * self.lanes // _ROWS_OF_LANES
+
+    def levels(self, codes: Pointer, place: Value) -> Iterator[list[Value]]:
+        """Yield the levels of `columns_at_once` columns, for each turn."""
+        planes = (2 + self._half * self._planes) * _VECTOR
+        for start in range(0, _VECTOR, 4 * self.lanes):
+            even, odd = (
+                self._ring(codes.load(self._words, place + start + at)) for at in (0, _VECTOR)
+            )
+            of_planes = [
+                codes.load(self._words, place + start + planes + at * _VECTOR)
+                for at in range(self._planes)
+            ]
+            yield [self._level(even, odd, of_planes, turn) for turn in range(TURNS)]
+
+    def _ring(self, words: Value) -> Value:
+        """Return the bits from the first row of this pass on."""
+        if not self._half:
+            return words
+        rows = _ROWS_OF_LANES
+        following = [at - at % rows + (at + 1) % rows for at in range(self.lanes)]
+        after = words.bits_as(self._sums).shuffled(following).bits_as(self._words)
+        return words >> 8 | after << 8
+
+    def _level(self, even: Value, odd: Value, planes: list[Value], turn: int) -> Value:
+        high = (odd >> turn) * (FACTOR >> 4) & 0x0F00
+        subsets = (even >> turn) * FACTOR >> 12 | high
+        each = 8 // self._planes  # turns in a byte
+        return self._looked_up(subsets, planes[turn // each], turn % each * self._planes)
+
+    def _looked_up(self, subsets: Value, planes: Value, first: int) -> Value:
+        """Return the levels of bytes. The bits of their planes begin at bit `first`."""
+        codes = subsets.bits_as(self._bytes)
+        starts = range(0, self._table.type.count, 16)
+        levels = [self._among_16(self._repeated(start, 16), codes) for start in starts]
+        for plane in range(self._planes):
+            is_one = (planes << 7 - first - plane).bits_as(self._bytes).compare("<", 0)
+            pairs = zip(levels[::2], levels[1::2], strict=True)
+            levels = [is_one.choose(one, zero) for zero, one in pairs]
+        return levels[0]
+
+    def _repeated(self, start: int, count: int) -> Value:
+        """Return some levels of the table, again and again."""
+        return self._table.shuffled([start + at % count for at in range(self._bytes.count)])
+
+    def _among_16(self, levels: Value, codes: Value) -> Value:
+        return self.function.call(self._look_up, self._bytes, levels, codes)
+
+    def load_x(self, x: Pointer, place: Value) -> Value:
+        some = x.load(vector(i32, self.lanes // _ROWS_OF_LANES), place)
+        return some.shuffled([lane // _ROWS_OF_LANES for lane in range(self.lanes)])
+
+    def start(self, total: Value) -> Value:
+        once = [-1] * _ROWS_OF_LANES + [0] * (self.lanes - _ROWS_OF_LANES)
+        return super().start(total) & self.function.constant(self._sums, once)
+
+    def in_order(self, sums: list[Value]) -> list[Value]:
+        """Add up the lanes of different columns."""
+        size = self.lanes
+        while size > _ROWS_OF_LANES:
+            size //= 2
+            sums = [low + high for low, high in self._halves(sums, size)]
+        return sums
+
+    def _halves(self, vectors: list[Value], size: int) -> Iterator[tuple[Value, Value]]:
+        """Yield each first `size` of twice as many numbers of two vectors, and each second."""
+        low = [at for at in range(2 * self.lanes) if at // size % 2 == 0]
+        for one, other in zip(vectors[::2], vectors[1::2], strict=True):
+            yield one.shuffled(low, other), one.shuffled([at + size for at in low], other)
+
+    def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
+        parts = len(totals) // 2
+        for half in (0, 1):
+            first = band * RING + 8 * half
+            yield from self.rows_of_pass(first, totals[half * parts : (half + 1) * parts])
+
+    def decode(self, codes: Pointer, place: Value, out: Pointer, column: Value) -> None:
+        """Store the levels of `COLUMNS` columns, in bytes, as `Decoded` reads them."""
+        for group, levels in enumerate(self.levels(codes, place)):
+            groups, size = [[one.bits_as(self._sums) for one in levels]], self.lanes
+            while size > _ROWS_OF_LANES:
+                size //= 2
+                pairs = [[*zip(*self._halves(some, size), strict=True)] for some in groups]
+                groups = [[*half] for pair in pairs for half in pair]
+            first = column + group * self.columns_at_once
+            for number, vectors in enumerate(groups):
+                for part, one in enumerate(vectors):
+                    out.store(one, (first + 4 * number) * BAND + part * 4 * self.lanes)
+
+
+class Decoded(_Levels):
+    """Levels that `Trellis.decode` has stored. A band is the rows of one pass."""
+
+    bits, columns, unrolled = 8, 4, 1
+
+    def levels(self, codes: Pointer, place: Value) -> Iterator[list[Value]]:
+        size = 4 * self.lanes
+        yield [codes.load(self._bytes, place + at) for at in range(0, 4 * BAND, size)]
+
+    def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
+        yield from self.rows_of_pass(band // 2 * RING + band % 2 * 8, totals)
+
+
+class _Avx512(_Levels):
+    lanes, _vnni = 16, VNNI["avx512"]
+    _products = (
+        "llvm.x86.avx512.vpdpbusd.512",
+        "llvm.x86.avx512.pmaddubs.w.512",
+        "llvm.x86.avx512.pmaddw.d.512",
+    )
+
+
+class _Avx2(_Levels):
+    lanes, _vnni = 8, VNNI["avx2"]
+    _products = (
+        "llvm.x86.avx512.vpdpbusd.256",
+        "llvm.x86.avx2.pmadd.ub.sw",
+        "llvm.x86.avx2.pmadd.wd",
+    )
+
+
+class Avx512Decoded(_Avx512, Decoded):
+    """Stored levels with AVX-512."""
+
+    _widths, unrolled = (8, 4, 3, 2, 1), 4
+
+
+class Avx2Decoded(_Avx2, Decoded):
+    """Stored levels with AVX2."""
+
+    _widths = (2, 1)
+
+
+class Avx512Trellis(_Avx512, Trellis):
+    """A trellis of 2 bits with AVX-512. With VBMI one instruction looks up by 6 bits."""
+
+    _look_up, decoded = "llvm.x86.avx512.pshuf.b.512", Avx512Decoded
+
+    def _looked_up(self, subsets: Value, planes: Value, first: int) -> Value:
+        if not has_feature("avx512vbmi"):
+            return super()._looked_up(subsets, planes, first)
+        up = SUBSET_BITS - first
+        moved = planes << up if up > 0 else planes >> -up
+        mask = 0x1010 * (2**self._planes - 1)
+        table = self._repeated(0, self._table.type.count)
+        codes = (subsets | moved & mask).bits_as(self._bytes)
+        return self.function.call("llvm.x86.avx512.permvar.qi.512", self._bytes, table, codes)
+
+
+class Avx2Trellis(_Avx2, Trellis):
+    """A trellis of 2 bits with AVX2."""
+
+    _look_up, decoded = "llvm.x86.avx2.pshuf.b", Avx2Decoded
+
+
+class Avx512Trellis3(Avx512Trellis):
+    """A trellis of 3 bits with AVX-512."""
+
+    bits = 3
+
+
+class Avx2Trellis3(Avx2Trellis):
+    """A trellis of 3 bits with AVX2."""
+
+    bits = 3
+
+
+class TrellisSet(UnitSet):
+    """The units for a trellis, in bytes for any count of tokens."""
+
+    def level_tables(self, levels: torch.Tensor) -> torch.Tensor:
+        """Return the table that units read, uint8, of 32 or 64 levels from -63/64 to 63/64."""
+        return (levels * Trellis.one + Trellis.offset).round().to(torch.uint8)
+
+
+TRELLIS_2 = TrellisSet(2, words={"avx512": Avx512Trellis, "avx2": Avx2Trellis}, bytes={})
+TRELLIS_3 = TrellisSet(3, words={"avx512": Avx512Trellis3, "avx2": Avx2Trellis3}, bytes={})

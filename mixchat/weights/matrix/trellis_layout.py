@@ -1,0 +1,77 @@
+"""The two layouts of a trellis' codes. `kernels/trellis_units.py` describes "cpu-packed".
+
+"bitsandbytes": for each band of 64 rows and each column the ring in 64 bits, then each plane. Bit r
+is of row r. R = rows, C = columns.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mixchat.kernels.trellis_units import COLUMNS, RING, TURNS
+
+_FOURS = COLUMNS // 4
+_ROW_WORDS = RING // 16  # of a column
+
+
+def packed(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
+    """Return the codes of some bands, uint8, as "cpu-packed"."""
+    count = columns // COLUMNS
+    # [bands, groups of columns, four, column in it, ring or plane, j, pass]
+    whole = codes.view(-1, count, _FOURS, 4, planes + 1, _ROW_WORDS, 2)
+    # [..., four, pair, parity, j, byte]
+    ring = whole[..., 0, :, :].reshape(-1, count, _FOURS, 2, 2, _ROW_WORDS, 2)
+    ring = ring.permute(0, 1, 4, 2, 5, 3, 6).flatten(2)
+    bits = whole[..., 1:, :, :].permute(0, 1, 6, 2, 5, 3, 4)  # [..., pass, four, j, column, plane]
+    if planes == 1:
+        return torch.cat((ring, bits.flatten(2)), dim=-1)
+    turns = bits.unsqueeze(-1) >> torch.arange(TURNS, dtype=torch.uint8, device=codes.device) & 1
+    pairs = turns[..., 0, :] | turns[..., 1, :] << 1  # [..., pass, four, j, column, turn]
+    return torch.cat((ring, _in_fours(pairs).flatten(2)), dim=-1)
+
+
+def _in_fours(pairs: torch.Tensor) -> torch.Tensor:
+    """Return the two bits of turns [..., pass, n, 8] as bytes [..., pass, 2, n]."""
+    fours = pairs.view(*pairs.shape[:-1], 2, 4)
+    joined = fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6
+    moved: torch.Tensor = joined.movedim(-1, -4)
+    return moved
+
+
+def unpacked(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
+    """Return packed codes of some bands, uint8, as "bitsandbytes"."""
+    count = columns // COLUMNS
+    groups = codes.view(-1, count, (planes + 1) * RING * COLUMNS // 8)
+    size = RING * COLUMNS // 8
+    ring = groups[..., :size].reshape(-1, count, 2, _FOURS, _ROW_WORDS, 2, 2)
+    ring = ring.permute(0, 1, 3, 5, 2, 4, 6).flatten(3, 4).unsqueeze(4)
+    if planes == 1:
+        bits = groups[..., size:].reshape(-1, count, 2, _FOURS, _ROW_WORDS, 4, 1)
+    else:
+        fours = groups[..., size:].reshape(-1, count, 2, 2, _FOURS, _ROW_WORDS, 4)
+        bits = _of_turns(fours)
+    bits = bits.permute(0, 1, 3, 5, 6, 4, 2)
+    return torch.cat((ring, bits), dim=4)
+
+
+def _of_turns(fours: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of two planes [..., pass, n, 2], of those that `_in_fours` returns."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=fours.device)
+    pairs = fours.movedim(3, -1).unsqueeze(-1) >> shifts & 3  # [..., column, 2, 4]
+    turns = pairs.flatten(-2)
+    places = torch.arange(TURNS, dtype=torch.uint8, device=fours.device)
+    return torch.stack(
+        [((turns >> plane & 1) << places).sum(-1, dtype=torch.uint8) for plane in (0, 1)], dim=-1
+    )
+
+
+def packed_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return scales [R, C / 64], flat, as [C / 64, R] in the kernel's order of the rows."""
+    bands = scales.view(rows // RING, _ROW_WORDS, 16, -1)  # [band, j, turn of both passes, C / 64]
+    return bands.permute(3, 0, 2, 1).reshape(-1)
+
+
+def unpacked_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the scales that `packed_scales` has returned as they were."""
+    bands = scales.view(-1, rows // RING, 16, _ROW_WORDS)
+    return bands.permute(1, 3, 2, 0).reshape(-1)

@@ -1,0 +1,118 @@
+"""The codes of a trellis: their search against all beginnings, their scales, and their errors."""
+
+import pytest
+import torch
+
+from mixchat.kernels.compile import kernels_available
+from mixchat.weights.matrix import trellis_search
+from mixchat.weights.matrix.quant_type import Inputs, Way
+from mixchat.weights.matrix.trellis import TABLE_2, TABLE_3, TRELLIS2, TRELLIS3, TrellisCodes
+from mixchat.weights.matrix.trellis_table import Table, bytes_of_scales, scales_of_bytes
+
+each_table = pytest.mark.parametrize("table", [TABLE_2, TABLE_3], ids=["2", "3"])
+each_type = pytest.mark.parametrize("kind", [TRELLIS2, TRELLIS3], ids=["2", "3"])
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weighted(x: torch.Tensor, numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return ((x - numbers).square() * weight).sum(-1).double()
+
+
+def least_error(table: Table, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The least error of rings [n, 64], out of the best sequences that begin with each window."""
+    numbers = table.by_subset
+    errors = (x.T[:, None, None] - numbers[..., None]).square().amin(1) * weight.T[:, None]
+    best = torch.full((len(x),), torch.inf)
+    for window in range(128):
+        path = trellis_search._path(table, errors, torch.full((len(x),), window))
+        total = errors.gather(1, table.subsets[path].unsqueeze(1)).sum((0, 1))
+        best = torch.minimum(best, total)
+    return best.double()
+
+
+@each_table
+def test_the_search_comes_near_the_best_sequence_of_a_ring(table: Table) -> None:
+    x, weight = random(24, 64) * table.sigma, 0.5 + random(24, 64, seed=1).sigmoid()
+    _, numbers = trellis_search.search(table, x, weight)
+    error, least = weighted(x, numbers, weight), least_error(table, x, weight)
+    assert (error >= least * (1 - 1e-5)).all()
+    assert error.sum() <= 1.02 * least.sum()
+
+
+@each_table
+def test_words_stand_for_the_numbers_that_were_chosen(table: Table) -> None:
+    x = random(40, 64) * table.sigma
+    words, numbers = trellis_search.search(table, x, torch.ones_like(x))
+    eight = words.view(torch.uint8).view(40, table.bits, 8)
+    assert torch.equal(table.numbers(eight), numbers)
+
+
+@each_table
+@pytest.mark.skipif(not kernels_available(), reason="there is no kernel to compare with")
+def test_the_kernel_errs_as_much_as_the_search_without_it(table: Table) -> None:
+    x, weight = random(40, 64) * table.sigma, 0.5 + random(40, 64, seed=1).sigmoid()
+    by_kernel, without = (
+        find(table, x, weight)[1] for find in (trellis_search.nearest, trellis_search.search)
+    )
+    one, other = (weighted(x, numbers, weight) for numbers in (by_kernel, without))
+    # Sums are rounded otherwise, so that either can begin with a worse window.
+    torch.testing.assert_close(one.sum(), other.sum(), rtol=0.005, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "most"), [(TRELLIS2, 0.078), (TRELLIS3, 0.0215)])
+def test_normal_numbers_err_as_little_as_the_docstring_says(
+    kind: TrellisCodes, most: float
+) -> None:
+    """Four separate levels leave 0.117 without the error of a scale, and eight leave 0.035."""
+    weight = random(256, 256)
+    again = kind.dequantize(*kind.codes(weight), (256, 256), torch.float32)
+    assert (again - weight).square().mean() < most
+
+
+@each_type
+def test_an_outlier_is_not_cut_off(kind: TrellisCodes) -> None:
+    weight = random(64, 64)
+    weight[3, 5] = 6
+    again = kind.dequantize(*kind.codes(weight), (64, 64), torch.float32)
+    assert abs(again[3, 5] - 6) < 1.5
+
+
+@each_type
+def test_zeros_stay_zeros(kind: TrellisCodes) -> None:
+    weight = random(70, 128)
+    weight[:, 64:] = 0
+    again = kind.dequantize(*kind.codes(weight), (70, 128), torch.float32)
+    assert not again[:, 64:].any()
+    assert again[:, :64].any(-1).all()
+
+
+def test_a_scale_is_the_nearest_float_of_eight_bits() -> None:
+    every = torch.cat((torch.zeros(1), (torch.arange(8, 256) % 8 + 8) / 8.0))
+    every[1:] *= 2.0 ** (torch.arange(8, 256) // 8 - 25)
+    made = bytes_of_scales(every)
+    assert made.tolist() == [0, *range(8, 256)]
+    assert torch.equal(scales_of_bytes(made), every)
+    given = torch.logspace(-6, 1.99, 500)
+    found = scales_of_bytes(bytes_of_scales(given))
+    assert torch.equal(found, every[(given[:, None] - every).abs().argmin(-1)])
+    assert scales_of_bytes(bytes_of_scales(torch.tensor([1e-30, 1e30]))).tolist() == [
+        every[1],
+        every[-1],
+    ]
+
+
+@each_type
+def test_error_feedback_lowers_the_error_of_products_that_were_held_out(
+    kind: TrellisCodes,
+) -> None:
+    common = random(8, 128, seed=1)
+    rows = random(600, 8, seed=2) @ common + random(600, 128, seed=3)
+    taken: list[tuple[Way, float, float]] = []
+    inputs = Inputs(rows[:500], rows[500:], lambda *result: taken.append(result))
+    kind.codes(random(64, 128), inputs=inputs)
+    ((way, error, plain),) = taken
+    assert way == "gptq"
+    assert error < 0.7 * plain
