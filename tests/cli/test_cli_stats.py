@@ -153,12 +153,24 @@ def test_a_directory_in_the_reports_place_is_one_clear_line(mixchat, home):
     assert b"cannot be read" in done.stderr
 
 
-def test_png_without_matplotlib_says_what_to_install(mixchat, kept, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("marker", "line"),
+    [
+        ("pipx_metadata.json", "pipx inject mixchat matplotlib"),
+        ("uv-receipt.toml", f"uv pip install --python {sys.executable} matplotlib"),
+        ("other", f"{sys.executable} -m pip install matplotlib"),
+    ],
+)
+def test_png_without_matplotlib_says_how_to_install_it_here(
+    mixchat, kept, tmp_path, monkeypatch, marker, line
+):
+    (tmp_path / marker).touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
     done = mixchat("stats", "demo", "--png", str(tmp_path / "x.png"))
     assert (done.returncode, done.stdout) == (8, b"")
-    assert done.stderr.decode().splitlines()[1] == "hint: pip install matplotlib"
+    assert done.stderr.decode().splitlines()[1] == f"hint: {line}"
     assert not (tmp_path / "x.png").exists()
 
 

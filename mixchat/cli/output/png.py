@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,16 @@ PNG = Annotated[
 ]
 
 
+def _install_line(package: str) -> str:
+    """Return the command that adds a package to this installation of mixchat."""
+    installation = Path(sys.prefix)
+    if (installation / "pipx_metadata.json").exists():
+        return f"pipx inject mixchat {package}"
+    if (installation / "uv-receipt.toml").exists():
+        return f"uv pip install --python {sys.executable} {package}"
+    return f"{sys.executable} -m pip install {package}"
+
+
 def new_figure(width: float, height: float, title: str) -> Any:
     """Return a figure of about this size in inches. Raises `MissingDependencyError`."""
     try:
@@ -35,7 +46,7 @@ def new_figure(width: float, height: float, title: str) -> Any:
         canvases = import_module("matplotlib.backends.backend_agg")
     except ImportError:
         raise MissingDependencyError(
-            "--png needs matplotlib, which is not installed", hint="pip install matplotlib"
+            "--png needs matplotlib, which is not installed", hint=_install_line("matplotlib")
         ) from None
     least_width, least_height = _SMALLEST_INCHES
     size = (

