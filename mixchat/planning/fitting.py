@@ -83,7 +83,7 @@ class MemoryPlan:
         options, demand = self.options, self.demand
         if tier == "host":
             free = replace(self.free, host=self.free.host + size)
-            budget = _raised(options.host_memory, demand.experts * demand.expert, size)
+            budget = _raised(options.host_memory, demand.whole, size)
             return fit_model(self.blueprint, free, replace(options, host_memory=budget))
         first, *others = self.free.rooms(options.device_memory)
         free = replace(self.free, device=first.free + size)
@@ -118,6 +118,7 @@ def _fit(
         context=context * token,
         expert=blueprint.expert.stride,
         experts=blueprint.expert_count,
+        whole=blueprint.experts_size,
     )
     placement = _place(demand, free, options)
     room = _room_for_context(demand, free, options, placement)
@@ -127,8 +128,8 @@ def _fit(
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
     """Return the places of a worker's experts. Raises as `fit_model`."""
-    expert = blueprint.expert.stride
-    demand = Demand(shared=0, context=0, expert=expert, experts=blueprint.expert_count)
+    expert, whole = blueprint.expert.stride, blueprint.experts_size
+    demand = Demand(0, 0, expert, blueprint.expert_count, whole)
     return _place(demand, free, options)
 
 
@@ -160,7 +161,7 @@ def _room_for_context(
         room = free.host
         if options.host_memory is not None:
             least = placement.slots
-    return room - demand.shared - least * demand.expert
+    return room - demand.shared - demand.taken(least)
 
 
 def _raised(budget: MemoryBudget | None, whole: int, size: int) -> MemoryBudget | None:

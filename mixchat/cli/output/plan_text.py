@@ -115,13 +115,15 @@ def _measured(made: Measurement) -> Iterator[tuple[str, str]]:
 def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     config, demand = outline.blueprint.config, plan.fit.demand
     of_a_layer = f"{config.num_experts_per_tok} of {config.num_local_experts} a token"
-    each = f"{demand.experts} of {format_size(demand.expert)} each"
+    smaller = min(form.stride for form in outline.blueprint.expert_forms)
+    sizes = dict.fromkeys([format_size(smaller), format_size(demand.expert)])
+    each = f"{demand.experts} of {' to '.join(sizes)} each"
     stored = outline.blueprint.quantization
     came_so = stored.scales == "given" and stored.quant_type != "none"
     came = f" in {stored.quant_type}, as published" if came_so else ""
     yield (
         "experts",
-        f"{format_size(demand.experts * demand.expert)}{came}: {each}, {of_a_layer} in each of "
+        f"{format_size(demand.whole)}{came}: {each}, {of_a_layer} in each of "
         f"{config.num_moe_layers} layers",
     )
     wide = ", in 16 bits" if plan.fit.computed != plan.fit.blueprint else ""
@@ -138,7 +140,7 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     demand, placement, free = plan.fit.demand, plan.fit.placement, plan.machine.free
     slots = f"{placement.slots} of {count_text(placement.experts, 'expert')}, the shared weights"
     if free.device is None:
-        left = free.host - demand.shared - placement.slots * demand.expert
+        left = free.host - demand.shared - demand.taken(placement.slots)
         yield "RAM", f"{slots}; {format_size(left)} left free"
         if left < demand.context + placement.reserve:
             yield "", "as the context fills, fewer experts fit"

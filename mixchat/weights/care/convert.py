@@ -31,6 +31,7 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     read_manifest,
     repair_hint,
+    unlike,
     upgrade_manifest,
     write_manifest,
 )
@@ -173,8 +174,7 @@ class _Converter:
         for name, record in {**now.weights, **made}.items():
             done = name not in self._files
             values = own[name].description() if done else now.quantization_of(name)
-            unlike = {key: values[key] for key in values if values[key] != target[key]}
-            weights[name] = replace(record, unlike=unlike)
+            weights[name] = replace(record, unlike=unlike(values, target))
         checkpoint = now.checkpoint | (self._calibrator.reader.digests if self._calibrator else {})
         return replace(now, quantization=target, weights=weights, checkpoint=checkpoint)
 
@@ -234,7 +234,12 @@ def _can_be_remade(part: ModelPart) -> bool:
 def _converted(old: Blueprint, target: Quantization, remade: set[str]) -> Blueprint:
     """Return the converted model. Only the files that are made anew get other scales."""
     layers = [
-        replace(target, scales="calibrated" if name in remade else stored.scales)
+        replace(
+            target,
+            quant_type=stored.quant_type,
+            down=stored.down,
+            scales="calibrated" if name in remade else stored.scales,
+        )
         for name, stored in old.quantizations().items()
         if name != SHARED_FILE
     ]
