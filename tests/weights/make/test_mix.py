@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.options import ExpertSize
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.known_models import KNOWN
+from mixchat.weights.make.calibrator import ExpertInputs, Mix
 from mixchat.weights.make.mix import (
     Sensitivity,
     bits_of,
@@ -115,3 +116,22 @@ def test_whole_bits_name_a_type():
     assert usual_type(ExpertSize(3.5)) is None
     with pytest.raises(UsageError, match="experts have"):
         usual_type(ExpertSize(7.0))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"request": "2.4"}',
+        '{"request": "2.4", "forms": [["nf9", null], ["nf4", null]]}',
+    ],
+)
+def test_a_damaged_note_of_the_types_is_named(tmp_path, content):
+    inputs = ExpertInputs(tmp_path, SHORT.config)
+    assert inputs.mix is None
+    inputs.write_mix(Mix("2.4", [("nf3", "nf3"), ("nf4", None)]))
+    assert inputs.mix == Mix("2.4", [("nf3", "nf3"), ("nf4", None)])
+    (tmp_path / "mix.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"mix\.json"):
+        assert inputs.mix
