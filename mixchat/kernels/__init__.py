@@ -11,6 +11,8 @@ Read emit.py first, then units.py, tile.py and quantized_matmul.py.
 - units.py: turns codes into numbers and multiplies
 - mxfp4_units.py: the same for MXFP4
 - plane_units.py: the same for codes of 5 and 6 bits
+- trellis_units.py: the same for the codes of a trellis, of 2 and 3 bits
+- trellis_encode.py: the best codes of a trellis for given weights
 - tile.py: some rows of a matrix of codes times some tokens
 - quantized_matmul.py: x times a matrix of codes
 - rows.py: norm, rotation, gating and weighted sums

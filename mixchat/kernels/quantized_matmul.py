@@ -1,13 +1,14 @@
-"""x times a matrix of 3-bit, 4-bit or 8-bit codes, at the speed at which memory can be read.
+"""x times a matrix of codes of 2 to 8 bits, at the speed at which memory can be read.
 
-The layout "cpu-packed" of `weights/matrix/` interleaves 32 rows, a band, pair of columns by pair of
-columns. `round_x` rounds x to integers, in the blocks of the weights with a scale for each.
-`multiply` adds the products of a block up exactly, and only then scales them as floats.
+The layout "cpu-packed" of `weights/matrix/` interleaves the rows of a band, 32 or in a trellis 64,
+some columns at a time. `round_x` rounds x to integers, in the blocks of the weights with a scale
+for each. `multiply` adds the products of a block up exactly, and only then scales them as floats.
 
 For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
 double precision is about 1.5e-4 of the result. For many tokens x has 7 bits and a sign if the CPU
 multiplies bytes. The error is 8e-3, while rounding the weights to 4 bits has cost 9e-2. For 8-bit
-codes x has 15 bits and a sign. The error is 2e-5, while rounding the weights has cost 6e-3.
+codes x has 15 bits and a sign. The error is 2e-5, while rounding the weights has cost 6e-3. For a
+trellis x always has 7 bits and a sign, and rounding the weights has cost 0.14 or more.
 
 N = tokens, R = rows (out features), C = columns (in features), B = blocks of 64 columns, or of 32
 in MXFP4.
@@ -48,7 +49,7 @@ class QuantizedMatrix(NamedTuple):
     codes: torch.Tensor  # of `units.bits` bits
     absmax: torch.Tensor  # [B * R], in the form that the units load
     levels: torch.Tensor | None  # of `UnitSet.level_tables`; None if codes are numbers themselves
-    shape: tuple[int, int]  # R, a multiple of 32, and C, a multiple of the units' block
+    shape: tuple[int, int]  # R, a multiple of the units' band, and C, of their block
     units: UnitSet
     bias: torch.Tensor | None = None  # fp32 [R]
 
@@ -58,8 +59,8 @@ def quantized_matmul(
 ) -> torch.Tensor:
     """Return x [..., C] times the transposed matrix, plus the bias, [..., R] in the type of x.
 
-    On the CPU. Types but fp32 and bf16 are computed as fp32. With 3 and 4 bits many rows are
-    rounded more coarsely than few, unless `exact`.
+    On the CPU. Types but fp32 and bf16 are computed as fp32. With separate codes of 3 and 4 bits
+    many rows are rounded more coarsely than few, unless `exact`.
     """
     rows, columns = matrix.shape
     rounded = x if x.dtype in _DTYPES else x.float()
@@ -75,7 +76,8 @@ def quantized_matmul_steps(
 ) -> tuple[Step, Step]:
     """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
-    The second one needs the first. They do not keep codes, absmax and bias alive.
+    The second one needs the first. They do not keep codes, absmax and bias alive. Only for one
+    token they can run again.
     """
     codes, absmax, levels, (rows, columns), units, bias = matrix
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16

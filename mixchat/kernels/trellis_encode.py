@@ -218,7 +218,8 @@ class _Encode:
         return [self._before(row, state, lane), *codes]
 
     def _place_of_bit(self, row: Value, number: Value | int, plane: int) -> Value:
-        return ((row * _SUBSETS + number) * self._planes + plane) * _MASK
+        place = (row * _SUBSETS + number) * self._planes + plane
+        return place * _MASK
 
     def _store_bits(self, bits: Value, where: Pointer, place: Value) -> None:
         mask = bits.bits_as(ir.IntType(self._lanes))

@@ -141,21 +141,21 @@ class Trellis(_Levels):
 
     def _looked_up(self, subsets: Value, planes: Value, first: int) -> Value:
         """Return the levels of bytes. The bits of their planes begin at bit `first`."""
-        size, codes = self._bytes.count, subsets.bits_as(self._bytes)
-        levels = [
-            self.function.call(
-                self._look_up,
-                self._bytes,
-                self._table.shuffled([start + at % 16 for at in range(size)]),
-                codes,
-            )
-            for start in range(0, self._table.type.count, 16)
-        ]
+        codes = subsets.bits_as(self._bytes)
+        starts = range(0, self._table.type.count, 16)
+        levels = [self._among_16(self._repeated(start, 16), codes) for start in starts]
         for plane in range(self._planes):
             is_one = (planes << 7 - first - plane).bits_as(self._bytes).compare("<", 0)
             pairs = zip(levels[::2], levels[1::2], strict=True)
             levels = [is_one.choose(one, zero) for zero, one in pairs]
         return levels[0]
+
+    def _repeated(self, start: int, count: int) -> Value:
+        """Return some levels of the table, again and again."""
+        return self._table.shuffled([start + at % count for at in range(self._bytes.count)])
+
+    def _among_16(self, levels: Value, codes: Value) -> Value:
+        return self.function.call(self._look_up, self._bytes, levels, codes)
 
     def load_x(self, x: Pointer, place: Value) -> Value:
         some = x.load(vector(i32, self.lanes // _ROWS_OF_LANES), place)
@@ -252,8 +252,8 @@ class Avx512Trellis(_Avx512, Trellis):
             return super()._looked_up(subsets, planes, first)
         up = SUBSET_BITS - first
         moved = planes << up if up > 0 else planes >> -up
-        size, mask = self._bytes.count, 0x1010 * (2**self._planes - 1)
-        table = self._table.shuffled([at % self._table.type.count for at in range(size)])
+        mask = 0x1010 * (2**self._planes - 1)
+        table = self._repeated(0, self._table.type.count)
         codes = (subsets | moved & mask).bits_as(self._bytes)
         return self.function.call("llvm.x86.avx512.permvar.qi.512", self._bytes, table, codes)
 

@@ -1,13 +1,14 @@
 """Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
 
-A unit turns codes of 32 rows into levels (integers, the codes' numbers times `one`), and adds their
-products with x (integers up to `largest_x`) to sums of 32 bits. "Words" have 16 bits. The sum over
-a block of 64 columns never overflows:
+A unit turns codes of a band of rows, 32 or in a trellis 64, into levels (integers, the codes'
+numbers times `one`), and adds their products with x (integers up to `largest_x`) to sums of 32
+bits. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
 
     3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
     5 and 6 bits, words: 32767 *   63 * 64 =   132,116,544          (x has 15 bits and a sign)
     8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
+    trellis, bytes:        127 *  127 * 64 =     1,032,256          (x has 7 bits and a sign)
 
 A line is 32 bytes for a pair of columns, with two codes in a byte. Rows 0 to 15 have the low bits,
 rows 16 to 31 the bits above. With 3 bits, three lines in memory hold 6 bits of each byte, and the
@@ -94,7 +95,7 @@ class Unit(ABC):
     @property
     def columns_at_once(self) -> int:
         """Return the columns of a list of levels."""
-        return 32 // self.x_type.width
+        return 32 // int(self.x_type.width)
 
     def load_x(self, x: Pointer, place: Value) -> Value:
         """Load x of `columns_at_once` columns, for `add_products`."""

@@ -1,7 +1,7 @@
 """The kernel against the dequantized product in double precision, for each set of instructions.
 
-The units of AVX-512 for codes of 5, 6 and 8 bits are tested on every CPU: their one instruction is
-emulated, and LLVM cuts their vectors in halves.
+The units of AVX-512 for codes of 5, 6 and 8 bits, and of a trellis, are tested on every CPU: their
+instructions are emulated, and LLVM cuts their vectors in halves.
 """
 
 from typing import Any
@@ -10,12 +10,18 @@ import pytest
 import torch
 
 from mixchat.kernels import quantized_matmul as kernel
-from mixchat.kernels import units
+from mixchat.kernels import trellis_units, units
 from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set, kernels_available
 from mixchat.kernels.emit import Value, i16, i32, vector
 from mixchat.kernels.mxfp4_units import MXFP4_UNITS
 from mixchat.kernels.plane_units import Avx512FiveBits, Avx512SixBits
 from mixchat.kernels.quantized_matmul import QuantizedMatrix
+from mixchat.kernels.trellis_units import (
+    Avx512Decoded,
+    Avx512Trellis,
+    Avx512Trellis3,
+    Trellis,
+)
 from mixchat.kernels.units import MANY, VNNI, Avx512Int8, Unit, UnitSet, WordUnit
 from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
@@ -24,11 +30,13 @@ from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import FP4, NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, QuantType
+from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
-TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, MXFP4, INT8, INT6, INT5)}
 IN_WORDS = (INT8, INT6, INT5)  # always
+IN_BYTES = (TRELLIS2, TRELLIS3)  # always
+TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, MXFP4, *IN_WORDS, *IN_BYTES)}
 each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
 WAYS = ["avx512", "avx2", "avx512 bytes", "avx2 bytes", "emulated"]
 
@@ -44,10 +52,41 @@ class Emulation(WordUnit):
         return sums + even + odd
 
 
-EMULATED = {
+class ByteEmulation(Unit):
+    """Products of bytes for AVX-512, in instructions of any CPU."""
+
+    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
+        fours = x if x.type == sums.type else x.broadcast(16)
+        for bit in range(0, 32, 8):
+            signed = (fours << 24 - bit).arithmetic_shift(24)
+            sums = sums + (levels.bits_as(sums.type) >> bit & 0xFF) * signed
+        return sums
+
+
+class EmulatedDecoded(ByteEmulation, Avx512Decoded):
+    _widths = (2, 1)  # which compile faster
+
+
+class TrellisEmulation(ByteEmulation, Avx512Trellis):
+    decoded = EmulatedDecoded
+    _looked_up = Trellis._looked_up
+
+    def _among_16(self, levels: Value, codes: Value) -> Value:
+        choices = [levels.shuffled([code] * 64) for code in range(16)]
+        for bit in range(4):
+            is_one = (codes << 7 - bit).compare("<", 0)
+            choices = [
+                is_one.choose(*pair[::-1]) for pair in zip(choices[::2], choices[1::2], strict=True)
+            ]
+        return choices[0]
+
+
+EMULATED: dict[BlockCodes, type[Unit]] = {
     INT8: type("EmulatedInt8", (Emulation, Avx512Int8), {}),
     INT6: type("EmulatedSixBits", (Emulation, Avx512SixBits), {}),
     INT5: type("EmulatedFiveBits", (Emulation, Avx512FiveBits), {}),
+    TRELLIS2: TrellisEmulation,
+    TRELLIS3: type("EmulatedTrellis3", (TrellisEmulation, Avx512Trellis3), {}),
 }
 
 
@@ -57,10 +96,10 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     way = request.param
     kind = request.node.callspec.params.get("kind", NF4)
     instructions, *_ = way.split()
-    if way == "emulated" and kind not in IN_WORDS:
+    if way == "emulated" and kind not in EMULATED:
         pytest.skip("these codes have no emulated unit")
-    if way.endswith("bytes") and kind in IN_WORDS:
-        pytest.skip("these codes have no unit for bytes")
+    if way.endswith("bytes") and not kind.units.bytes:
+        pytest.skip("these codes have one unit for any count of tokens")
     if way.endswith("bytes") and not has_feature(VNNI[instructions]):
         pytest.skip("the CPU does not multiply bytes")
     if instructions == "avx512" and instruction_set() != "avx512":
@@ -81,7 +120,7 @@ def within(unit: str, kind: BlockCodes) -> float:
     """Return how far a product may be off the exact one, by the bits that x has."""
     if kind in IN_WORDS:
         return 7e-5
-    return 1.2e-2 if unit.endswith("bytes") else 3e-4
+    return 1.2e-2 if unit.endswith("bytes") or kind in IN_BYTES else 3e-4
 
 
 def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -97,7 +136,8 @@ class Matrix:
     """A random matrix: packed, and as the numbers that its codes stand for."""
 
     def __init__(self, rows: int, columns: int, kind: BlockCodes = NF4) -> None:
-        shape = rows, columns
+        self.rows = kind.stored_rows(rows, columns)
+        shape = self.rows, columns
         codes, absmax = kind.codes(random(*shape).bfloat16())
         self.exact = kind.dequantize(codes, absmax, shape, torch.float32).double()
         packed = kind.to_packed_layout(codes, absmax, *shape)
@@ -118,7 +158,7 @@ def test_the_product_is_that_of_the_dequantized_matrix(
         x = random(tokens, shape[1], seed=1)
         for numbers in (x, x.bfloat16(), x.half()):
             result, expected = matrix(numbers), numbers.double() @ matrix.exact.T
-            assert (result.dtype, result.shape) == (numbers.dtype, (tokens, shape[0]))
+            assert (result.dtype, result.shape) == (numbers.dtype, (tokens, matrix.rows))
             # In 16 bits it is the rounding of the result that counts.
             rounded = expected.to(numbers.dtype).double()
             assert error(result, rounded) < within(unit, kind) + (1e-3 if numbers is not x else 0)
@@ -156,12 +196,12 @@ def test_both_sets_of_instructions_give_the_same_bits(
 ) -> None:
     matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
     result = matrix(x)
-    if kind in IN_WORDS and instruction_set() != "avx512":
+    if kind in EMULATED and instruction_set() != "avx512":
         monkeypatch.setitem(kind.units.words, instruction_set(), EMULATED[kind])
     elif instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
     elif (
-        kind not in IN_WORDS
+        kind.units.bytes
         and tokens >= MANY
         and len({has_feature(name) for name in VNNI.values()}) == 2
     ):
@@ -185,6 +225,28 @@ def test_any_count_of_tokens_at_once_gives_the_same_bits(
         monkeypatch.setattr(units, "has_feature", lambda name, has=has: has)
         results.append(matrix(x))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", IN_BYTES, ids=["trellis2", "trellis3"])
+@pytest.mark.parametrize("instructions", VNNI)
+@pytest.mark.parametrize("missing", ["avx512vnni", "avx512vbmi", None])
+def test_a_trellis_gives_the_same_bits_on_every_cpu(
+    kind: BlockCodes,
+    instructions: InstructionSet,
+    missing: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if instructions == "avx512" and instruction_set() != "avx512":
+        pytest.skip("the CPU has no AVX-512")
+    matrix, x = Matrix(128, 256, kind), random(3, 256, seed=1)
+    results = [matrix(x), torch.cat([matrix(row) for row in x.split(1)])]
+    monkeypatch.setattr(kernel, "instruction_set", lambda: instructions)
+    monkeypatch.setattr(kernel, "_compiled", kernel._compiled.__wrapped__)
+    monkeypatch.setattr(
+        trellis_units, "has_feature", lambda name: name != missing and has_feature(name)
+    )
+    results += [matrix(x), torch.cat([matrix(row) for row in x.split(1)])]
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize(
@@ -213,12 +275,15 @@ def test_the_largest_possible_sum_does_not_overflow(
         "int8": [(127, 1), (-127, -1)],
         "int6": [(0xFF, 31 / 32), (0, -1)],
         "int5": [(0xFF, 15 / 16), (0, -1)],
+        "trellis2": [(0, -63 / 64)],
+        "trellis3": [(0, -63 / 64)],
     }
+    scales = {"mxfp4": 127 - 9, "trellis2": 144, "trellis3": 144}
     matrix = Matrix(32, 64, kind)
-    matrix.packed.absmax.fill_(127 - 9 if kind is MXFP4 else 2**-7)
+    matrix.packed.absmax.fill_(scales.get(kind.name, 2**-7))
     for codes, number in extremes.get(kind.name, [(0xFF, 1)]):
         matrix.packed.codes.fill_(codes)
-        expected = torch.full((5, 32), number * 64 * value * 2**-7)
+        expected = torch.full((5, matrix.rows), number * 64 * value * 2**-7)
         torch.testing.assert_close(matrix(torch.full((5, 64), value)), expected, rtol=1e-6, atol=0)
 
 
@@ -247,7 +312,8 @@ def test_weights_of_mxfp4_are_multiplied_as_they_are(unit: str, kind: BlockCodes
 
 @each_type
 def test_zeros_give_zeros(unit: str, kind: BlockCodes) -> None:
-    assert torch.equal(Matrix(32, 128, kind)(torch.zeros(2, 128)), torch.zeros(2, 32))
+    matrix = Matrix(32, 128, kind)
+    assert torch.equal(matrix(torch.zeros(2, 128)), torch.zeros(2, matrix.rows))
 
 
 @each_type
@@ -266,16 +332,16 @@ def test_what_is_no_number_stays_visible_and_to_its_token(
 
 @each_type
 def test_the_shape_and_type_of_x_are_kept(unit: str, kind: BlockCodes) -> None:
-    matrix = Matrix(32, 64, kind)
-    assert matrix(random(6, 64).view(2, 3, 64)).shape == (2, 3, 32)
-    assert matrix(random(1, 64)[0]).shape == (32,)
-    assert matrix(random(0, 64)).shape == (0, 32)
-    assert matrix(random(6, 128)[:, ::2]).shape == (6, 32)
+    matrix = Matrix(64, 64, kind)
+    assert matrix(random(6, 64).view(2, 3, 64)).shape == (2, 3, 64)
+    assert matrix(random(1, 64)[0]).shape == (64,)
+    assert matrix(random(0, 64)).shape == (0, 64)
+    assert matrix(random(6, 128)[:, ::2]).shape == (6, 64)
     assert matrix(random(1, 64).half()).dtype == torch.float16
 
 
-@pytest.mark.parametrize("quant_type", ["int8", "int6", "int5"])
-def test_a_map_in_words_is_exact_without_being_asked_for_it(quant_type: QuantType) -> None:
+@pytest.mark.parametrize("quant_type", ["int8", "int6", "int5", "trellis2", "trellis3"])
+def test_a_map_with_one_unit_is_exact_without_being_asked_for_it(quant_type: QuantType) -> None:
     spec = LinearSpec("w", 96, 128, quant_type, "cpu-packed", torch.bfloat16)
     assert spec.can_be_exact
     linear: Any = spec.build(spec.encode(random(96, 128)))

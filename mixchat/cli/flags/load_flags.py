@@ -198,7 +198,7 @@ Trace = Annotated[
 ]
 DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
 ExpertBits = Annotated[
-    Literal["16", "4", "3"] | None,
+    Literal["16", "4", "3", "2"] | None,
     option(
         "--expert-bits",
         "Bits of each weight of the experts; 16: as they are in the checkpoint. Those that are "

@@ -5,6 +5,7 @@
 - nf3.py: 3-bit codes in their two layouts
 - trellis.py: 2-bit and 3-bit codes that depend on each other
 - trellis_table.py: the numbers of a trellis, and the words that choose them
+- trellis_layout.py: the two layouts of a trellis' codes
 - trellis_search.py: the best sequence of numbers for given ones (Viterbi)
 - trellis_encode.py: from a matrix to a trellis, with searched scales
 - nf4.py: 4-bit codes in their two layouts, computed with bitsandbytes

@@ -46,11 +46,11 @@ from mixchat.weights.matrix.trellis_table import Table, scales_of_bytes
 
 _PIECE = 2**20  # weights that are decoded at once
 # fmt: off
-TABLE_2 = Table((0, 4, 4, 8, 11, 14, 14, 20, 21, 24, 26, 30, 37, 45, 41, 63), 25.8, 0.05)
+TABLE_2 = Table((0, 4, 4, 8, 11, 14, 14, 20, 21, 24, 26, 30, 37, 45, 41, 63), 25.8, 0.0125)
 TABLE_3 = Table((
     1, 1, 3, 3, 5, 5, 6, 7, 8, 9, 11, 10, 14, 12, 14, 15,
     17, 18, 19, 20, 23, 24, 26, 25, 29, 30, 35, 33, 41, 41, 50, 63,
-), 21.6, 0.014)
+), 21.6, 0.0035)
 # fmt: on
 
 

@@ -19,7 +19,8 @@ def packed(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
     count = columns // COLUMNS
     # [bands, groups of columns, four, column in it, ring or plane, j, pass]
     whole = codes.view(-1, count, _FOURS, 4, planes + 1, _ROW_WORDS, 2)
-    ring = whole[..., 0, :, :].unflatten(3, (2, 2))  # [..., four, pair, parity, j, byte]
+    # [..., four, pair, parity, j, byte]
+    ring = whole[..., 0, :, :].reshape(-1, count, _FOURS, 2, 2, _ROW_WORDS, 2)
     ring = ring.permute(0, 1, 4, 2, 5, 3, 6).flatten(2)
     bits = whole[..., 1:, :, :].permute(0, 1, 6, 2, 5, 3, 4)  # [..., pass, four, j, column, plane]
     if planes == 1:
@@ -31,9 +32,10 @@ def packed(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
 
 def _in_fours(pairs: torch.Tensor) -> torch.Tensor:
     """Return the two bits of turns [..., pass, n, 8] as bytes [..., pass, 2, n]."""
-    fours = pairs.unflatten(-1, (2, 4))
+    fours = pairs.view(*pairs.shape[:-1], 2, 4)
     joined = fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6
-    return joined.movedim(-1, -4)
+    moved: torch.Tensor = joined.movedim(-1, -4)
+    return moved
 
 
 def unpacked(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
@@ -41,12 +43,13 @@ def unpacked(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
     count = columns // COLUMNS
     groups = codes.view(-1, count, (planes + 1) * RING * COLUMNS // 8)
     size = RING * COLUMNS // 8
-    ring = groups[..., :size].unflatten(-1, (2, _FOURS, _ROW_WORDS, 2, 2))
+    ring = groups[..., :size].reshape(-1, count, 2, _FOURS, _ROW_WORDS, 2, 2)
     ring = ring.permute(0, 1, 3, 5, 2, 4, 6).flatten(3, 4).unsqueeze(4)
     if planes == 1:
-        bits = groups[..., size:].unflatten(-1, (2, _FOURS, _ROW_WORDS, 4, 1))
+        bits = groups[..., size:].reshape(-1, count, 2, _FOURS, _ROW_WORDS, 4, 1)
     else:
-        bits = _of_turns(groups[..., size:].unflatten(-1, (2, 2, _FOURS, _ROW_WORDS, 4)))
+        fours = groups[..., size:].reshape(-1, count, 2, 2, _FOURS, _ROW_WORDS, 4)
+        bits = _of_turns(fours)
     bits = bits.permute(0, 1, 3, 5, 6, 4, 2)
     return torch.cat((ring, bits), dim=4)
 
