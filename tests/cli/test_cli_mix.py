@@ -13,6 +13,7 @@ from mixchat.weights.care.convert import _Converter
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 from mixchat.weights.make.mix import bits_of, forms_of
+from mixchat.weights.matrix.linear import TYPES
 
 BITS = "3.7"
 
@@ -94,12 +95,18 @@ def test_cut_off_it_answers_and_resumes_with_the_same_types(
     assert mixchat("verify", "mine").returncode == 0
 
 
-def test_whole_bits_give_all_layers_one_type(mixchat, checkpoint, models, text):
-    assert mixchat("download", str(checkpoint), "--name", "mine").returncode == 0
-    flags = ("--expert-bits", "3", "--calibrate-text", text)
-    assert mixchat("calibrate", "mine", *flags).returncode == 0
-    assert read_manifest(models / "mine").quantization["quant_type"] == "nf3"
+def test_two_bits_give_all_layers_one_type_and_are_always_calibrated(
+    mixchat, checkpoint, models, text
+):
+    download = ("download", str(checkpoint), "--name", "mine", "--expert-bits", "2")
+    planned = mixchat(*download, "--dry-run")
+    assert b"calibrates experts to 2." in planned.stdout
+    assert mixchat(*download, "--calibrate-text", text).returncode == 0
+    quantization = read_manifest(models / "mine").quantization
+    assert TYPES[quantization["quant_type"]].bits == 2
+    assert quantization["scales"] == "calibrated"
     assert not blueprint_of(models / "mine").layers
+    assert mixchat("run", "-m", "mine", "-n", "3", "hello").returncode == 0
 
 
 @pytest.mark.parametrize(
