@@ -1,7 +1,5 @@
 """Hostile names, files, pickles, texts, mutations, endless input: one line, nothing harmed."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import resource

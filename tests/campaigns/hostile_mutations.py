@@ -1,7 +1,5 @@
 """Thousands of mutated shards and installed models: each opens, or is refused in one line."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_hub import REPO, FakeHub
-from test_cli_plan import SPEEDS
+from plan_tools import SPEEDS
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.safetensors import SafetensorsFile

@@ -154,7 +154,7 @@ def test_the_product_is_that_of_the_dequantized_matrix(
     unit: str, threads: int, kind: BlockCodes, shape: tuple[int, int]
 ) -> None:
     matrix = Matrix(*shape, kind)
-    for tokens in (1, 2, 3, 7, 8, 13, 70):
+    for tokens in (1, 2, 7, 8, 70):
         x = random(tokens, shape[1], seed=1)
         for numbers in (x, x.bfloat16(), x.half()):
             result, expected = matrix(numbers), numbers.double() @ matrix.exact.T

@@ -1,7 +1,5 @@
 """Requests: each field is read or refused by its name, whatever the JSON."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

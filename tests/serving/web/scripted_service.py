@@ -5,8 +5,6 @@ braces do something: {seed} is the seed, {wait} a pause of 50 ms, {hang} one unt
 {fail} an error, {crash} an exception that is no error of mixchat's.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence

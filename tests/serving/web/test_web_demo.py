@@ -1,7 +1,5 @@
 """The openai package against `mixchat serve -m demo`: a real model in a real process."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

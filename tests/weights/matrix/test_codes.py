@@ -204,6 +204,26 @@ def test_bands_are_packed_in_pieces_without_a_seam(
     assert torch.equal(kind.type.to_bitsandbytes_layout(whole, absmax, 192, 64)[0], codes)
 
 
+def test_a_block_of_zeros_gives_zeros(kind):
+    weight = random(2, 64)
+    weight[1] = 0
+    again = kind.type.dequantize(*kind.type.codes(weight), (2, 64), torch.float32)
+    assert again[0].any()
+    assert not again[1].any()
+
+
+@pytest.mark.parametrize(("rows", "stored"), [(1, 32), (32, 32), (40, 64), (32002, 32032)])
+@pytest.mark.parametrize("kind", ["int8", "int6", "int5"])
+def test_rows_of_zeros_fill_up_the_last_band(kind, rows, stored):
+    """The vocabularies of some models have 32002 tokens."""
+    asked = LinearSpec("w", rows, 64, kind, "cpu-packed", torch.bfloat16)
+    assert asked.packed
+    assert asked.can_be_exact
+    assert asked.stored_rows == stored
+    nbytes = stored * (8 * TYPES[kind].bits + 2)
+    assert sum(spec.nbytes for spec in asked.tensors) == nbytes
+
+
 def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
     if isinstance(kind.type, TrellisCodes):
         pytest.skip("its rows are in the order of its kernel")

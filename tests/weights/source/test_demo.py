@@ -367,7 +367,7 @@ class TestTheRealOne:
         ids = tokenizer.apply_chat_template(
             question, add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
-        answer = model.generate(ids, max_new_tokens=16, do_sample=False)
+        answer = model.generate(ids, max_new_tokens=8, do_sample=False)
         text = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
         assert "Paris" in text
 
