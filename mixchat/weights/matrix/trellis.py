@@ -8,9 +8,9 @@ the search (`trellis_search.py`) can choose among more sequences than separate c
     subset = (window * FACTOR mod 2^16) >> 12
     index = subset + 16 * bit j of the first plane + 32 * bit j of the second plane
 
-The number is an integer out of a table of 32 (or 64). They leave the least error of normal numbers:
-0.077 of their mean square in 2 bits, where four separate levels leave 0.117, and 0.020 in 3 bits,
-where eight leave 0.035 (trellis coded quantization, Marcellin and Fischer 1990).
+The number is an integer out of a table of 32 (or 64), which suits normal numbers. The search leaves
+0.077 of their mean square as an error in 2 bits, and four separate levels leave 0.117. In 3 bits it
+leaves 0.020, and eight levels 0.035 (trellis coded quantization, Marcellin and Fischer 1990).
 
 A scale is a float of 8 bits without a sign, with 5 bits of exponent and 3 of mantissa. 0 is 0.
 
@@ -45,6 +45,7 @@ from mixchat.weights.matrix.trellis_encode import round_for_inputs, round_plainl
 from mixchat.weights.matrix.trellis_table import Table, scales_of_bytes
 
 _PIECE = 2**20  # weights that are decoded at once
+# The last numbers were chosen by the error of products on inputs of two of the demo's layers.
 # fmt: off
 TABLE_2 = Table((0, 4, 4, 8, 11, 14, 14, 20, 21, 24, 26, 30, 37, 45, 41, 63), 25.8, 0.0125)
 TABLE_3 = Table((

@@ -24,7 +24,8 @@ class Table:
     """Numbers by index, and the subset of each window.
 
     upper: the second half of the integers. The first half is its mirror image. sigma: the root of
-    the mean square of normal numbers that they suit best. error: the square of what a number errs.
+    the mean square of normal numbers that they suit best. error: the squared error to choose scales
+    with, of a number among those with a mean square of 1.
     """
 
     def __init__(self, upper: Sequence[int], sigma: float, error: float) -> None:
