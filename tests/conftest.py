@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,17 +181,22 @@ def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Install a checkpoint, with `QuantizeOptions` as given, and return the model's directory."""
+    """Install a checkpoint, with `QuantizeOptions` as given, and return the model's directory.
 
-    def install(checkpoint: Path, **options: Any) -> Path:
+    forms: the types of each layer's w1 and w3, and w2.
+    """
+
+    def install(checkpoint: Path, forms: Sequence[Any] = (), **options: Any) -> Path:
         from mixchat.weights.format.manifest import Source
         from mixchat.weights.make.build import Build
+        from mixchat.weights.make.mix import mixed
         from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
         from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
         target = tmp_path_factory.mktemp("installed") / "model"
         opened = DirectoryCheckpoint(checkpoint, Source("test"))
-        Build(opened, target, make_blueprint(opened.index, QuantizeOptions(**options))).run()
+        blueprint = make_blueprint(opened.index, QuantizeOptions(**options))
+        Build(opened, target, mixed(blueprint, forms) if forms else blueprint).run()
         return target
 
     return install

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mixchat.base.errors import UsageError
-from mixchat.base.quantities import MemoryBudget
+from mixchat.base.quantities import MemoryBudget, parse_size
 
 CacheBits = Literal[8, 16]
 DEFAULT_POLICY = "layered"  # of `experts.cache.POLICIES`
+
+_MOST_BITS = 16  # of a weight
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
 
 WORKER_PORT = 7917
 _ADDRESS_HINT = f"Write it like 192.168.1.5, 192.168.1.5:{WORKER_PORT} or [fe80::1]:{WORKER_PORT}."
@@ -27,6 +30,36 @@ class DenseBits(NamedTuple):
 
     attention: int | None = None
     head: int | None = None
+
+
+class ExpertSize(NamedTuple):
+    """The bits of a weight of the experts, or the memory in bytes that the whole model may take.
+
+    Whole bits name a type. Others count the scales, and mix types.
+    """
+
+    bits: float | None = None
+    memory: int | None = None
+    context_size: int | None = None  # in tokens, whose keys and values the memory holds, too
+
+    @classmethod
+    def parse(cls, text: str) -> ExpertSize:
+        """Read `4`, `2.4` or `14GB`. Raises `UsageError`."""
+        if not _NUMBER.fullmatch(text):
+            return cls(memory=parse_size(text))
+        if not 1 <= (bits := float(text)) <= _MOST_BITS:
+            raise UsageError(f"a weight has 1 to {_MOST_BITS} bits, not {text}")
+        return cls(bits)
+
+    @property
+    def whole(self) -> int | None:
+        """Return the bits if they name a type."""
+        return int(self.bits) if self.bits is not None and self.bits.is_integer() else None
+
+    def __str__(self) -> str:
+        if self.memory is not None:
+            return f"{self.memory / 1e9:g}GB"
+        return f"{self.bits:g}"
 
 
 @dataclass(frozen=True)

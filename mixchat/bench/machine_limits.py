@@ -91,7 +91,7 @@ def copy_bandwidth(device: torch.device, size: int) -> float | None:
 def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:
     """Return the bytes that decoding a token reads, after `context` others."""
     config = blueprint.config
-    experts = config.num_moe_layers * config.num_experts_per_tok * blueprint.expert.nbytes
+    experts = config.num_moe_layers * config.num_experts_per_tok * blueprint.mean_expert
     head = [blueprint.head] if blueprint.head else []
     matrices = sum(t.nbytes for spec in [*_dense_matrices(blueprint), *head] for t in spec.tensors)
     tied = 0 if blueprint.head else blueprint.embedding.nbytes

@@ -13,9 +13,11 @@ from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags.arguments import checked, read_beginning
 from mixchat.cli.flags.load_flags import (
     DENSE_BITS,
-    ExpertBits,
+    ContextSize,
+    MixedExpertBits,
     installed_model_argument,
     parse_dense_bits,
+    parse_expert_bits,
 )
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.cli.output.progress import TerminalReporter, resumable
@@ -23,6 +25,7 @@ from mixchat.engine.environment import prepare_environment
 from mixchat.sessions.install import calibrate_model, check_text, is_uncalibrated
 
 if TYPE_CHECKING:
+    from mixchat.base.options import ExpertSize
     from mixchat.base.progress import Progress
     from mixchat.weights.make.download import DownloadRequest
     from mixchat.weights.make.download_plan import DownloadPlan
@@ -54,7 +57,8 @@ def download(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="A commit, branch or tag on the hub.")
     ] = None,
-    expert_bits: ExpertBits = None,
+    expert_bits: MixedExpertBits = None,
+    ctx_size: ContextSize = None,
     dense_bits: Annotated[
         str | None,
         typer.Option(
@@ -102,32 +106,43 @@ def download(
     makes 20.2 GB of Mixtral's experts instead of 24.0, at a cost that 'mixchat plan' names;
     --expert-bits 16 stores bf16, fp16 and fp32 unquantized. --calibrate runs 'mixchat calibrate'
     afterwards.
+
+    Other bits, as in --expert-bits 2.4, count the scales. Layers that lose most by noise get more
+    bits. A size, as in --expert-bits 14GB, is the memory for the whole model, with keys and values
+    for --ctx-size and what is left free. For both, and for 2 bits, which plain rounding would ruin,
+    the model is first installed in 4 bits, and then calibrated as 'mixchat calibrate --expert-bits'
+    does. The plan says beforehand what that takes.
     """
     from mixchat.weights import models
 
     text = None if calibrate_text is None else read_beginning(calibrate_text)
     ref = models.resolve(checked(model, "the model's name"), key=name)
     bits = parse_dense_bits(dense_bits)
+    wanted = parse_expert_bits(expert_bits, ctx_size)
     if expert_bits == "16" and not set(bits) <= {None, 16}:
         raise UsageError("--expert-bits 16 leaves the attention and the head unquantized, too")
     prepare_environment()
     from mixchat.weights.make.download import DownloadRequest
+    from mixchat.weights.make.mix import is_for_calibration
     from mixchat.weights.make.quantize_options import QuantizeOptions
     from mixchat.weights.matrix.linear import type_of_bits
 
-    options = QuantizeOptions(type_of_bits(int(expert_bits or 4)), *bits)
+    remade = wanted if wanted is not None and is_for_calibration(wanted) else None
+    whole = 4 if wanted is None or remade else wanted.whole
+    options = QuantizeOptions(type_of_bits(whole or 4), *bits)
     if revision is not None:
         checked(revision, "--revision")
-    request = DownloadRequest(ref, options, revision, keep_source, check=check_text)
+    request = DownloadRequest(ref, options, revision, keep_source, check_text, remade is not None)
     reporter = TerminalReporter()
     with reporter.progress() as progress:
         if dry_run:
-            _show_plan(request, progress, as_json)
+            _show_plan(request, progress, as_json, remade)
             return
-        result = _download(request, progress)
-        if (calibrate or calibrate_text is not None) and is_uncalibrated(ref.directory):
+        result = _download(request, progress, remade)
+        wants = calibrate or calibrate_text is not None or remade is not None
+        if wants and is_uncalibrated(ref.directory, remade):
             with resumable(progress):
-                calibrate_model(ref.directory, text, progress, reporter)
+                calibrate_model(ref.directory, text, progress, reporter, bits=remade)
     if as_json:
         show(json.dumps(result, indent=2))
     say(f"{ref.key} is ready in {result['path']}")
@@ -136,6 +151,8 @@ def download(
 def calibrate(
     model: Annotated[str, installed_model_argument("A model's name; 'mixchat list' shows them.")],
     text: _CalibrateText = None,
+    expert_bits: MixedExpertBits = None,
+    ctx_size: ContextSize = None,
     windows: Annotated[
         int | None,
         typer.Option(
@@ -165,7 +182,8 @@ def calibrate(
 
     By default the text gives each expert two inputs for each column of its widest matrix, if the
     text has so many tokens, half of the free disk and memory holds them, and they add no more than
-    two hours. How long it takes is said beforehand. At least five windows are needed. Of Mixtral,
+    two hours. How long it takes is said beforehand. At least five windows are needed. --expert-bits
+    gives the experts other types, by layer for a number such as 2.4 or a size of memory. Of Mixtral
     64 windows take 8.6 GB of disk meanwhile and 4.6 GB of memory. The same command resumes it once
     the inputs are recorded. Layers are replaced one at a time, so that the model can be used
     whenever this is interrupted. The checkpoint has to be the one that the model was made of. A
@@ -174,21 +192,24 @@ def calibrate(
     from mixchat.weights import models
 
     given = None if text is None else read_beginning(text)
+    bits = parse_expert_bits(expert_bits, ctx_size)
     directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     reporter = TerminalReporter()
     with reporter.progress() as progress, resumable(progress):
-        calibrate_model(directory, given, progress, reporter, windows, force=force)
+        calibrate_model(directory, given, progress, reporter, windows, bits=bits, force=force)
     say(f"{model} is calibrated")
 
 
-def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> None:
+def _show_plan(
+    request: DownloadRequest, progress: Progress, as_json: bool, remade: ExpertSize | None
+) -> None:
     from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import plan_download
 
     plan, ref = plan_download(request, progress), request.ref
     if plan is not None:
-        DownloadReport(plan).show(as_json)
+        DownloadReport(plan, _afterwards(plan, request, remade)).show(as_json)
         plan.check()
     elif as_json:
         show(json.dumps({"name": ref.key, "path": str(ref.directory)}, indent=2))
@@ -196,7 +217,17 @@ def _show_plan(request: DownloadRequest, progress: Progress, as_json: bool) -> N
         show_lines(f"{ref.key} is already installed")
 
 
-def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
+def _afterwards(
+    plan: DownloadPlan, request: DownloadRequest, remade: ExpertSize | None
+) -> str | None:
+    from mixchat.loading.calibrate import forecast
+
+    return remade and forecast(plan, remade, again=not request.keep_source)
+
+
+def _download(
+    request: DownloadRequest, progress: Progress, remade: ExpertSize | None
+) -> dict[str, Any]:
     """Download the model, and return its plan as JSON."""
     from mixchat.cli.output.reports import DownloadReport
     from mixchat.weights.make.download import download as download_model
@@ -204,7 +235,7 @@ def _download(request: DownloadRequest, progress: Progress) -> dict[str, Any]:
     announced: dict[str, Any] = {}
 
     def announce(plan: DownloadPlan) -> None:
-        report = DownloadReport(plan)
+        report = DownloadReport(plan, _afterwards(plan, request, remade))
         announced.update(report.as_json())
         progress.note(report.as_text())
 

@@ -33,7 +33,7 @@ def plan(
     device: load_flags.Device = None,
     worker: load_flags.Worker = None,
     key_file: load_flags.KeyFile = None,
-    expert_bits: load_flags.ExpertBits = None,
+    expert_bits: load_flags.MixedExpertBits = None,
     ram: Annotated[
         str | None,
         typer.Option(
@@ -100,16 +100,22 @@ def plan(
     ref = models.resolve(model)  # refuses a wrong name before torch loads
     prepare_environment()
     from mixchat.cli.output.plan_report import PlanReport
+    from mixchat.loading.plan import in_mix
     from mixchat.loading.plan import plan as plan_machine
     from mixchat.planning.hardware import ToldMachine
+    from mixchat.weights.make.mix import is_for_calibration
     from mixchat.weights.make.outline import known_blueprints, outline
 
-    reporter, bits = TerminalReporter(), None if expert_bits is None else int(expert_bits)
+    reporter, size = TerminalReporter(), load_flags.parse_expert_bits(expert_bits, ctx_size)
+    mix = size if size is not None and is_for_calibration(size) else None
+    bits = None if size is None or mix is not None else size.whole
     catalog = {} if is_given(context, "model") else known_blueprints()
 
     def report_on(ref: models.ModelRef) -> PlanReport:
         with reporter.progress() as progress:
             found = outline(ref, progress, bits, told["free_disk"])
+        if mix is not None:
+            found = in_mix(found, mix)
         made = plan_machine(
             found,
             options,

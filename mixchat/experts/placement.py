@@ -19,12 +19,27 @@ RESERVE_BYTES = 10**9
 
 @dataclass(frozen=True)
 class Demand:
-    """The bytes that a model needs. `context` is the full KV cache, `expert` is for one."""
+    """The bytes that a model needs. `context` is the full KV cache.
+
+    expert: the largest one. A slot of a cache has room for it. experts: their count. whole: all of
+    them together, which is less if some are smaller.
+    """
 
     shared: int
     context: int
     expert: int
     experts: int
+    whole: int
+
+    def taken(self, slots: int) -> int:
+        """Return the bytes of RAM of so many slots."""
+        return self.whole if slots >= self.experts else slots * self.expert
+
+    def fitting(self, room: int) -> int:
+        """Return how many slots fit into RAM."""
+        if room >= self.whole:
+            return self.experts
+        return min(room // self.expert, self.experts - 1)
 
     @property
     def least(self) -> int:
@@ -85,12 +100,12 @@ def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Plac
     _check(demand, free)
     room = free - demand.shared
     if budget is None:
-        count = max((room - _reserve(free)) // demand.expert, MIN_SLOTS)
+        count = max(demand.fitting(room - reserve_of(free)), MIN_SLOTS)
     else:
         count = _budgeted(demand, budget, MIN_SLOTS, "two experts")
-        _check_budget(demand, min(count, demand.experts), room - demand.context)
+        _check_budget(demand, count, room - demand.context)
     slots = min(count, demand.experts)
-    left = min(room - slots * demand.expert, _reserve(free))
+    left = min(room - demand.taken(slots), reserve_of(free))
     return Placement(slots, 0, demand.experts, max(left, RESERVE_BYTES // 4))
 
 
@@ -149,7 +164,7 @@ def _allowed(room: DeviceRoom) -> int:
 
 def _spare(room: DeviceRoom) -> int:
     # Whoever gives a budget leaves room for the rest.
-    return _reserve(room.free) if room.budget is None else 0
+    return reserve_of(room.free) if room.budget is None else 0
 
 
 def _divide_host(slots: int, owned: Sequence[int], held: Sequence[int]) -> list[int]:
@@ -167,8 +182,8 @@ def _divide_host(slots: int, owned: Sequence[int], held: Sequence[int]) -> list[
 
 def _host_slots(demand: Demand, free: int, budget: MemoryBudget | None) -> int:
     if budget is None:
-        count = (free - _reserve(free)) // demand.expert
-    elif budget.of(demand.experts * demand.expert) == 0:
+        count = (free - reserve_of(free)) // demand.expert
+    elif budget.of(demand.whole) == 0:
         return 0
     else:
         count = _budgeted(demand, budget, MIN_HOST_SLOTS, "four experts")
@@ -177,7 +192,8 @@ def _host_slots(demand: Demand, free: int, budget: MemoryBudget | None) -> int:
     return slots if slots >= MIN_HOST_SLOTS else 0
 
 
-def _reserve(free: int) -> int:
+def reserve_of(free: int) -> int:
+    """Return the bytes to leave alone of so many free ones."""
     return max(RESERVE_BYTES, int(RESERVE_FRACTION * free))
 
 
@@ -192,18 +208,18 @@ def _check(demand: Demand, free: int, name: str | None = None) -> None:
 
 
 def _budgeted(demand: Demand, budget: MemoryBudget, least: int, needed: str) -> int:
-    size = budget.of(demand.experts * demand.expert)
+    size = budget.of(demand.whole)
     if size < least * demand.expert:
         raise UsageError(
             f"--host-memory {format_size(size)} is too small: {needed} take "
             f"{format_least(least * demand.expert)}"
         )
-    return size // demand.expert
+    return demand.fitting(size)
 
 
 def _check_budget(demand: Demand, count: int, room: int) -> None:
-    if count * demand.expert > room:
+    if demand.taken(count) > room:
         raise ResourceError(
-            f"not enough memory: --host-memory asks for {format_size(count * demand.expert)}, "
+            f"not enough memory: --host-memory asks for {format_size(demand.taken(count))}, "
             f"{format_size(max(room, 0))} are free for experts"
         )

@@ -17,9 +17,9 @@ from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Policy
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps, no_thread
 from mixchat.experts.placement import MIN_HOST_SLOTS
-from mixchat.experts.store import ExpertSource, new_block
+from mixchat.experts.store import ExpertSource, Layouts, new_block
 from mixchat.experts.tuner import Tuner
-from mixchat.weights.format.blueprint import Expert, ExpertSpec
+from mixchat.weights.format.blueprint import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 # Bytes of a read, which takes 2 to 8 ms. A more urgent load waits for reads in flight.
@@ -83,7 +83,7 @@ class DiskSource:
         wait(self._reads)
         self._count(time.perf_counter() - began, 0)
         steps = self._steps if block.device == CPU else self._steps_to_gpu
-        yield from steps(key, block)
+        yield from steps(key, block[: self._model.blueprint.expert_of(key.layer).stride])
 
     def _steps(self, key: ExpertKey, block: torch.Tensor) -> Steps:
         """Read a block, with the next reads in flight between two steps."""
@@ -169,6 +169,7 @@ class DiskSource:
 class HostSource:
     """`slots` experts in RAM, between another source and the slots of a GPU.
 
+    A slot has `size` bytes, those of the largest expert.
     With `swaps`, RAM holds other experts than the GPU. An expert that goes up leaves its slot to
     the one that it evicts.
     """
@@ -177,14 +178,16 @@ class HostSource:
         self,
         source: ExpertSource,
         slots: int,
-        layout: ExpertSpec,
+        layouts: Layouts,
         policy: Policy,
         *,
+        size: int,
         swaps: bool,
         lock: PageLock,
     ) -> None:
         assert slots >= MIN_HOST_SLOTS
-        self._source, self._layout, self._swaps, self._lock = source, layout, swaps, lock
+        self._source, self._layouts, self._size = source, layouts, size
+        self._swaps, self._lock = swaps, lock
         self._cache = ExpertCache(slots, policy)
         self._blocks: dict[int, torch.Tensor] = {}
         self._partial: set[ExpertKey] = set()  # started loads, which may be put off
@@ -204,7 +207,8 @@ class HostSource:
                 slot = self._cache.lookup(key) if self._whole(key) else None
                 if slot is not None:
                     self._borrowed.add(key)
-            yield None if slot is None else self._layout.build(self._blocks[slot])
+            layout = self._layouts(key.layer)
+            yield None if slot is None else layout.build(self._blocks[slot])
         finally:
             self._borrowed.discard(key)
 
@@ -216,10 +220,10 @@ class HostSource:
         yield from self._bring(key)
         if self._swaps and evicted is not None and evicted not in self._cache:
             with self._filling(evicted, kept=key) as slot_block:
-                slot_block.copy_(block)
+                self._copy(evicted, block, slot_block)
         slot = self._cache.slot_of(key)
         assert slot is not None
-        block.copy_(self._blocks[slot], non_blocking=True)
+        self._copy(key, self._blocks[slot], block)
         if self._swaps:
             with self._access:
                 if key not in self._borrowed:
@@ -255,10 +259,14 @@ class HostSource:
 
     def _block(self, slot: int) -> torch.Tensor:
         if slot not in self._blocks:
-            block = new_block(self._layout.stride, CPU)
+            block = new_block(self._size, CPU)
             self._lock(block)
             self._blocks[slot] = block
         return self._blocks[slot]
+
+    def _copy(self, key: ExpertKey, source: torch.Tensor, target: torch.Tensor) -> None:
+        size = self._layouts(key.layer).stride
+        target[:size].copy_(source[:size], non_blocking=target.device != CPU)
 
     def _whole(self, key: ExpertKey) -> bool:
         return key in self._cache and key not in self._partial

@@ -16,13 +16,14 @@ from mixchat.experts.mover import Steps
 from mixchat.weights.format.blueprint import Expert, ExpertSpec
 
 _ALIGNMENT = 4096  # bytes, for reads past the page cache
+Layouts = Callable[[int], ExpertSpec]  # the form of a layer's experts
 
 
 class ExpertSource(Protocol):
     """Brings every expert from the slower tiers, on demand."""
 
     def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
-        """Fill `block` (uint8, `stride` bytes, on any device) with the expert's bytes.
+        """Fill the beginning of `block` (uint8, on any device) with the expert's bytes.
 
         `evicted` is the expert that is in the block now, if any.
         """
@@ -36,20 +37,23 @@ class ExpertStore:
 
     stored: returns a layer's layout at the source. used: the layout that this device computes. If
     they differ a block is reordered after its load, which takes a GPU a millisecond and a CPU a
-    second. name: the tier of slots on a GPU.
+    second. size: the bytes of the largest expert. A smaller one leaves the end of a slot alone.
+    name: the tier of slots on a GPU.
     """
 
     def __init__(
         self,
         source: ExpertSource,
         *,
-        stored: Callable[[int], ExpertSpec],
-        used: ExpertSpec,
+        stored: Layouts,
+        used: Layouts,
+        size: int,
         device: torch.device,
         name: str = "device",
     ) -> None:
         self.name = "host" if device == CPU else name
-        self._source, self._stored, self._used, self._device = source, stored, used, device
+        self._source, self._stored, self._used = source, stored, used
+        self._size, self._device = size, device
         self._streams = gpu.streams(device)
         self._side = self._streams.Stream(device)
         self._slots: dict[int, _Slot] = {}
@@ -68,7 +72,9 @@ class ExpertStore:
 
     def expert(self, slot: int) -> Expert:
         """Return the expert in a slot, which reads the slot's bytes when it is called."""
-        return self._slots[slot].expert
+        expert = self._slots[slot].expert
+        assert expert is not None
+        return expert
 
     def tier(self, key: ExpertKey, *, resident: bool) -> str:
         """Return the tier of the expert, at the source unless it is `resident`."""
@@ -86,7 +92,10 @@ class ExpertStore:
 
     @property
     def nbytes(self) -> int:
-        return len(self._slots) * self._used.stride
+        """Return the bytes of memory that slots take. Untouched pages of a CPU take none."""
+        if self._device != CPU:
+            return len(self._slots) * self._size
+        return sum(slot.filled for slot in self._slots.values())
 
     def release(self, slot: int) -> None:
         """Free a slot's memory. A load on its way there has no effect."""
@@ -94,29 +103,38 @@ class ExpertStore:
 
     def _slot(self, number: int) -> _Slot:
         if number not in self._slots:
-            block = new_block(self._used.stride, self._device)
-            self._slots[number] = _Slot(block, self._used.build(block))
+            self._slots[number] = _Slot(new_block(self._size, self._device))
         return self._slots[number]
 
     def _load(self, key: ExpertKey, slot: _Slot, before: Any) -> Steps:
         before.wait(self._side)
         evicted, slot.holds = slot.holds, None
+        layout = self._used(key.layer)
         yield from self._source.load(key, slot.block, evicted)
-        self._stored(key.layer).convert(slot.block, self._used)
+        self._stored(key.layer).convert(slot.block, layout)
+        slot.take(layout)
         arrived = self._streams.Event()
         arrived.record(self._side)
         arrived.synchronize()
         slot.holds = key
-        self.bytes_moved += self._used.nbytes
+        self.bytes_moved += layout.nbytes
 
 
 @dataclass
 class _Slot:
-    """`holds` is the expert that was completely loaded."""
+    """`holds` is the key that was completely loaded. `filled` counts bytes that were touched."""
 
     block: torch.Tensor
-    expert: Expert
+    layout: ExpertSpec | None = None
+    expert: Expert | None = None
     holds: ExpertKey | None = None
+    filled: int = 0
+
+    def take(self, layout: ExpertSpec) -> None:
+        """Let `expert` be of this layout. It stays the same object if it is so already."""
+        if self.layout != layout:
+            self.layout, self.expert = layout, layout.build(self.block)
+            self.filled = max(self.filled, layout.stride)
 
 
 def new_block(size: int, device: torch.device) -> torch.Tensor:

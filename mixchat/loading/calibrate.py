@@ -11,35 +11,41 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from mixchat.base import machine
 from mixchat.base.errors import CheckpointError, ResourceError, UsageError
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import ExpertSize, LoadOptions, SamplingOptions
 from mixchat.base.progress import Note, Progress
 from mixchat.base.quantities import format_least, format_size, format_time
 from mixchat.engine.generate import Engine
 from mixchat.experts.trace import RecordingRunner
 from mixchat.loading.loader import load_engine
+from mixchat.loading.sensitivity import measure_sensitivities
+from mixchat.planning.fitting import expected_mix, expert_budget
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 from mixchat.weights.make.calibrator import (
     FOLD,
+    HELD_OUT_MAX,
     Calibrator,
     ExpertInputs,
     InputsWriter,
+    Mix,
     check_checkpoint,
     dense_inputs_size,
     inputs_size,
     is_calibrated,
 )
+from mixchat.weights.make.download_plan import DownloadPlan
+from mixchat.weights.make.mix import bits_of, budget_of, choose_mix, forms_of, summary, usual_type
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
@@ -50,8 +56,11 @@ _DEFAULT_TEXT_S = 2 * 3600
 _MEASURED_WINDOWS = 2  # the second one finds the kernels compiled
 _MEASURED_SIZE = 1024  # rows and columns
 
-# Takes the windows done, their total, and once a line that says what comes.
-OnWindow = Callable[[int, int, str], object]
+
+class OnWindow(Protocol):
+    """Takes how many are done, their total, once a line that says what comes, and what counts."""
+
+    def __call__(self, done: int, total: int, line: str, unit: str = "windows") -> object: ...
 
 
 class Text(NamedTuple):
@@ -73,16 +82,19 @@ def calibration(
     progress: Progress,
     on_window: OnWindow,
     *,
+    bits: ExpertSize | None = None,
     force: bool = False,
 ) -> Iterator[Calibrator]:
     """Record the inputs of a model's experts, and yield the calibrator for them.
 
-    An interrupted calibration's inputs are used again. They are removed once the block has ended
-    well. `force` is as in `check_checkpoint`.
+    With `bits` the experts get other types. An interrupted calibration's inputs and types are used
+    again. They are removed once the block has ended well. `force` is as in `check_checkpoint`.
     """
     manifest, path = read_manifest(directory), directory / INPUTS_DIR
     blueprint = installed_blueprint(directory, manifest)
     _check_memory(blueprint, 0)
+    if bits is not None:
+        expected_mix(blueprint, bits)  # refuses before anything is done
     with (
         open_checkpoint(manifest.source, directory, progress) as checkpoint,
         CheckpointReader(checkpoint, manifest.checkpoint) as reader,
@@ -95,10 +107,66 @@ def calibration(
         else:
             record_inputs(directory, path, text, on_window, progress.note)
         inputs = ExpertInputs(path, blueprint.config)
+        if bits is not None:
+            _choose_types(directory, blueprint, inputs, bits, on_window, progress.note)
         calibrator = Calibrator(inputs, checkpoint, reader, WINDOW)
         yield calibrator
         progress.note(calibrator.report())
     shutil.rmtree(path)
+
+
+def _choose_types(
+    directory: Path,
+    blueprint: Blueprint,
+    inputs: ExpertInputs,
+    bits: ExpertSize,
+    on_window: OnWindow,
+    note: Note,
+) -> None:
+    """Choose the types of experts, unless an interrupted calibration has."""
+    if (mix := inputs.mix) is not None:
+        if mix.request != str(bits):
+            raise UsageError(
+                f"an unfinished calibration of {directory.name!r} makes experts in "
+                f"{mix.request} bits, not {bits}",
+                hint=f"Finish it first: mixchat calibrate {directory.name} --expert-bits "
+                f"{mix.request}",
+            )
+        return
+    chosen = expected_mix(blueprint, bits)
+    if usual_type(bits) is None:
+        note("measuring how much each layer loses by noise, to choose its bits")
+        found = measure_sensitivities(
+            directory, inputs.text, lambda done, count: on_window(done, count, "", "layers")
+        )
+        chosen = choose_mix(blueprint, found, expert_budget(blueprint, bits))
+        note(f"the experts get {bits_of(chosen):.2f} bits a weight: {summary(chosen)}")
+    inputs.write_mix(Mix(str(bits), forms_of(chosen)))
+
+
+def forecast(plan: DownloadPlan, bits: ExpertSize, *, again: bool) -> str:
+    """Return what a calibration after a download takes. With `again` weights are fetched twice.
+
+    Raises `UsageError` if the experts cannot have these bits.
+    """
+    blueprint, config = plan.blueprint, plan.blueprint.config
+    made = expected_mix(blueprint, bits)
+    windows = default_windows(config, machine.nearest_existing(plan.target))
+    text = (
+        f"calibrates experts to {bits_of(made):.2f} bits, {format_size(made.size)} in all, because "
+        f"rounding alone would lose more: writes at most {windows} windows of text for at most "
+        f"{format_time(_DEFAULT_TEXT_S)}, and rounds for about "
+        f"{format_time(_seconds_to_fit(config, windows))}, with "
+        f"{format_least(inputs_size(config, windows * WINDOW))} of disk meanwhile and "
+        f"{format_least(_memory(config, windows))} of memory"
+    )
+    if plan.commit is not None and again:
+        weights = 2 * budget_of(blueprint, 8)
+        text += (
+            f"; fetches the experts' weights a second time, {format_size(weights)} "
+            "(--keep-source keeps them instead)"
+        )
+    return text
 
 
 def record_inputs(
@@ -127,6 +195,7 @@ def record_inputs(
         for number, window in enumerate(windows[:_MEASURED_WINDOWS]):
             on_window(number, len(windows), "")
             seconds = _run(engine, window, number)
+        writer.add_text(engine.held()[0])
         windows = windows[: _affordable(config, text, len(windows), seconds)]
         line = _announcement(config, text, len(windows), seconds)
         for number, window in enumerate(windows[_MEASURED_WINDOWS:], _MEASURED_WINDOWS):
@@ -170,13 +239,13 @@ def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float)
 def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
     """Return about how long it takes to round all experts.
 
-    The operations are a Hessian, its inverse's factor, the feedback, and errors. C = columns, R =
-    rows.
+    The operations are half a Hessian, its factor, the feedback, and errors. C = columns, R = rows.
+    The factor is slower than a product.
     """
     rows = windows * WINDOW * config.num_experts_per_tok / config.num_local_experts
     width, inner = config.hidden_size, config.intermediate_size
     operations = sum(
-        2 * rows * C**2 + 4 * C**3 + 2 * R * C**2 + 3 * rows * R * C
+        rows * C**2 + C**3 / 2 + 2 * R * C**2 + min(2 * rows, 6 * HELD_OUT_MAX) * R * C
         for R, C in ((2 * inner, width), (width, inner))
     )
     experts = config.num_moe_layers * config.num_local_experts
@@ -236,9 +305,9 @@ def _check_memory(blueprint: Blueprint, windows: int) -> None:
 
 
 def _memory(config: ModelConfig, windows: int) -> int:
-    """Return the bytes to round an expert's w2, for four matrices of its inputs."""
+    """Return the bytes to round an expert's w2, for three matrices of its inputs."""
     width, inner = config.hidden_size, config.intermediate_size
-    matrices = 4 * 4 * max(width, inner) ** 2 + 8 * width * inner
+    matrices = 3 * 4 * max(width, inner) ** 2 + 8 * width * inner
     return matrices + windows * _memory_of_window(config)
 
 
@@ -246,9 +315,9 @@ def _dense_memory(blueprint: Blueprint) -> int:
     """Return the bytes to round the largest calibrated matrix of attention and head."""
     specs = [spec for spec in blueprint.shared_matrices.values() if is_calibrated(spec)]
     inputs = 2 * _dense_rows(blueprint)
-    # Four matrices of the inputs, three of the weights in fp32, one in 16 bits.
+    # Three matrices of the inputs, three of the weights in fp32, one in 16 bits.
     return max(
-        (spec.columns * (inputs + 16 * spec.columns + 14 * spec.rows) for spec in specs), default=0
+        (spec.columns * (inputs + 12 * spec.columns + 14 * spec.rows) for spec in specs), default=0
     )
 
 

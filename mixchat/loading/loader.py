@@ -118,7 +118,7 @@ def _assemble(
     used = fit.computed.computed_on(device)
     dtype = stored.quantization.dtype
     context = fit.context
-    arithmetic = used.expert.gate_up.arithmetic(device, exact=exact)
+    arithmetic = used.expert_arithmetic(device, exact=exact)
     workers = connect_workers(installed, options, arithmetic, note)
     share = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)

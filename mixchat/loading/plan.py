@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
-from mixchat.base.options import LoadOptions
+from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.quantities import format_age
 from mixchat.engine.report import report_path, saved_uses
 from mixchat.loading.loader import choose_devices
 from mixchat.loading.workers import ask_workers
-from mixchat.planning.fitting import MemoryPlan, fit_model
+from mixchat.planning.fitting import MemoryPlan, expected_mix, fit_model, has_bits
 from mixchat.planning.hardware import Machine, ToldMachine
 from mixchat.planning.known_fits import fit_known, scaled
 from mixchat.planning.machine_speeds import BUSY, Measurement
 from mixchat.planning.measuring import measure_machine, measuring_ends, saved_measurement
-from mixchat.planning.plan import MachinePlan, plan_model, plan_variant
+from mixchat.planning.plan import MachinePlan, Variant, plan_model, plan_variant
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import is_installed
 from mixchat.weights.make.outline import Outline
-from mixchat.weights.make.quantize_options import in_3_bits
+from mixchat.weights.make.quantize_options import DEMO_LOSS_CALIBRATED, in_3_bits
 
 
 def plan(
@@ -59,26 +60,54 @@ def plan(
     measurement = told.measurement(known, fit.computed, device)
     uses = saved_uses(report_path(outline.name))
     made = replace(plan_model(machine, device, fit, measurement, offers, uses), told=told)
+
+    def by_arithmetic(other: MemoryPlan) -> Measurement:
+        shape = told.measurable(other, here)
+        own = speeds.recent(shape) or scaled(known, told.measurable(fit, here), shape)
+        return told.measurement(own, other.computed, device)
+
     if catalog:
-
-        def measured(other: MemoryPlan) -> Measurement:
-            shape = told.measurable(other, here)
-            own = speeds.recent(shape) or scaled(known, told.measurable(fit, here), shape)
-            return told.measurement(own, other.computed, device)
-
         laid_out = {names: told.layout(each) for names, each in catalog.items()}
-        fits = fit_known(laid_out, machine.free, device, options, measured)
+        fits = fit_known(laid_out, machine.free, device, options, by_arithmetic)
         made = replace(made, known=tuple(fits))
     is_chosen = outline.installed or "--expert-bits" in outline.arguments
     small = None if is_chosen else in_3_bits(blueprint)
     if small is None:
         return made
+    made = replace(made, mixes=tuple(_mixes(device, blueprint, made, by_arithmetic)))
     other = fit_model(small, machine.free, options)
     compared = speeds.of_a_second(told.measurable(other, here))
     if compared is None:
         return made
     compared = told.measurement(compared, other.computed, device)
-    return replace(made, in_3_bits=plan_variant(device, other, compared))
+    return replace(made, in_3_bits=plan_variant("3", device, other, compared))
+
+
+def _mixes(
+    device: torch.device,
+    blueprint: Blueprint,
+    plan: MachinePlan,
+    measured: Callable[[MemoryPlan], Measurement],
+) -> Iterator[Variant]:
+    """Yield the model with mixes of types that fit."""
+    free, options = plan.machine.free, plan.fit.options
+    for bits in DEMO_LOSS_CALIBRATED:
+        mix = expected_mix(blueprint, ExpertSize.parse(bits))
+        with suppress(ResourceError, UsageError):
+            fit = fit_model(mix, free, options)
+            yield plan_variant(bits, device, fit, measured(fit))
+
+
+def in_mix(outline: Outline, bits: ExpertSize) -> Outline:
+    """Return the outline of the model with experts of other bits.
+
+    It is the model itself if it is installed so. Raises `UsageError`.
+    """
+    if outline.installed and has_bits(outline.blueprint, bits):
+        return outline
+    arguments = (*(outline.arguments or (outline.name,)), "--expert-bits", str(bits))
+    made = expected_mix(outline.blueprint, bits)
+    return replace(outline, blueprint=made, installed=False, arguments=arguments)
 
 
 def _offers(outline: Outline, options: LoadOptions, reporter: Reporter) -> list[WorkerOffer]:

@@ -59,8 +59,8 @@ class ServedExperts:
             self._exact = hello.exact_prompts
             self._drop()
         self.follow_memory()
-        matrix = self._installed.blueprint.computed_on(self._device).expert.gate_up
-        return matrix.arithmetic(self._device, exact=self._exact)
+        used = self._installed.blueprint.computed_on(self._device)
+        return used.expert_arithmetic(self._device, exact=self._exact)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         if len(self._devices) > 1 and set(keys) != set(self._held):

@@ -100,19 +100,27 @@ def _on_device(
     """Return the holder of a device's experts. Only its mover reads its files and RAM."""
     passes = Passes(installed.config.num_moe_layers)
     blueprint = installed.blueprint
-    stored, used = blueprint.expert_of, blueprint.computed_on(device).expert
+    used, size = blueprint.computed_on(device), blueprint.expert.stride
     reads_once = max(placement.slots, placement.host_slots) >= placement.experts
     disk = DiskSource(installed, stats, choose=not (reads_once and stays_cached))
     in_ram = None
     if placement.host_slots:
         # Experts that come down from a device are only of use in the file's layout.
-        swaps = placement.host_slots < placement.experts and blueprint.all_in_layout_of(used)
-        order, lock = POLICIES[policy](passes), _lock_for(device)
+        same = blueprint.all_in_layout_of(used.expert)
+        swaps = placement.host_slots < placement.experts and same
+        order, lock, stored = POLICIES[policy](passes), _lock_for(device), blueprint.expert_of
         in_ram = HostSource(
-            disk, placement.host_slots, blueprint.expert, order, swaps=swaps, lock=lock
+            disk, placement.host_slots, stored, order, size=size, swaps=swaps, lock=lock
         )
     name = "device" if is_first else "other-device"
-    store = ExpertStore(in_ram or disk, stored=stored, used=used, device=device, name=name)
+    store = ExpertStore(
+        in_ram or disk,
+        stored=blueprint.expert_of,
+        used=used.expert_of,
+        size=size,
+        device=device,
+        name=name,
+    )
     slots, watch = placement.slots, None
     if device == CPU:
         watch = _watch(installed, placement)
@@ -127,15 +135,17 @@ def _on_device(
 def _stays_cached(installed: InstalledModel, placement: Placement, device: torch.device) -> bool:
     """Return whether the page cache can hold all experts for the next start."""
     held = placement.slots if device == CPU else placement.host_slots
-    room = machine.free_memory() // installed.blueprint.expert.stride - held
-    return room >= installed.blueprint.expert_count
+    taken = held * installed.blueprint.mean_expert
+    return machine.free_memory() - taken >= installed.blueprint.experts_size
 
 
 def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
+    sizes = [expert.stride for expert in installed.blueprint.expert_forms]
     return MemoryWatch(
         machine.free_memory,
         reserve=placement.reserve,
-        expert=installed.blueprint.expert.stride,
+        # If all fit, a limit by the largest would evict some while small ones are on their way.
+        expert=min(sizes) if placement.slots >= placement.experts else max(sizes),
         slots=placement.slots,
         least=MIN_SLOTS,
     )
@@ -174,7 +184,7 @@ def _host_compute(
         return None
     return HostCompute(
         source,
-        copy_seconds=blueprint.expert.stride / measured.copy_bandwidth,
+        copy_seconds=blueprint.mean_expert / measured.copy_bandwidth,
         host_seconds=lambda rows: measured.expert_time("cpu", rows),
     )
 

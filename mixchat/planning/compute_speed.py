@@ -26,7 +26,7 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.kernels import rows
 from mixchat.planning.machine_speeds import interpolate
-from mixchat.weights.format.blueprint import Blueprint, Expert, ExpertSpec
+from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 
@@ -101,10 +101,10 @@ class ExpertTimer:
     """Computes experts on a device in turn, and measures the time."""
 
     def __init__(self, blueprint: Blueprint, device: torch.device, effort: Effort) -> None:
-        layout = blueprint.computed_on(device).expert
-        self._blocks, experts = _filled_experts(layout, device, effort.pool_bytes)
+        used = blueprint.computed_on(device)
+        self._blocks, experts = _filled_experts(used, device, effort.pool_bytes)
         self._turns = itertools.cycle(experts)
-        self._columns, self._dtype = layout.gate_up.columns, blueprint.quantization.dtype
+        self._columns, self._dtype = used.config.hidden_size, blueprint.quantization.dtype
         self._device, self._effort = device, effort
         self._one_row = self._rows(1)
 
@@ -150,12 +150,15 @@ class ExpertTimer:
 
 
 def _filled_experts(
-    layout: ExpertSpec, device: torch.device, pool_bytes: int
+    used: Blueprint, device: torch.device, pool_bytes: int
 ) -> tuple[torch.Tensor, list[Expert]]:
-    """Return blocks of at least `pool_bytes`, and the experts over them."""
-    count = max(2, -(-pool_bytes // layout.stride))
-    blocks = torch.full((count, layout.stride), _FILLING, dtype=torch.uint8, device=device)
-    return blocks, [layout.build(block) for block in blocks]
+    """Return blocks of at least `pool_bytes`, and experts of all layers over them."""
+    size, layers = used.expert.stride, used.config.num_moe_layers
+    count = max(2, -(-pool_bytes // size))
+    if used.layers:
+        count = max(count, layers)
+    blocks = torch.full((count, size), _FILLING, dtype=torch.uint8, device=device)
+    return blocks, [used.expert_of(n % layers).build(block) for n, block in enumerate(blocks)]
 
 
 def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None]:
@@ -168,7 +171,7 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
 def _token_probe(blueprint: Blueprint, pool_bytes: int) -> Callable[[], None]:
     """Return a function that computes one token through a few layers, with experts in memory."""
     used, choices = blueprint.computed_on(CPU), blueprint.config.num_experts_per_tok
-    pool = _filled_experts(used.expert, CPU, pool_bytes)[1]
+    pool = _filled_experts(used, CPU, pool_bytes)[1]
     numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
     runners = [(number, _PoolRunner(pool, number * choices)) for number in numbers]
     layers = _Layers(blueprint, CPU, runners)

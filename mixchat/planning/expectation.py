@@ -34,7 +34,7 @@ class ModelSize:
 
     layers: int  # with experts
     experts_per_token: int
-    expert: int  # bytes of one
+    expert: int  # bytes of one, the mean of all layers
     head: int  # bytes
     first_layers: int = 0  # bytes of the first layers, which have no experts
 
@@ -240,7 +240,7 @@ def size_of(blueprint: Blueprint) -> ModelSize:
     return ModelSize(
         layers=config.num_moe_layers,
         experts_per_token=config.num_experts_per_tok,
-        expert=blueprint.expert.stride,
+        expert=blueprint.mean_expert,
         head=sum(tensor.nbytes for tensor in tensors),
         first_layers=sum(tensor.nbytes for matrix in matrices for tensor in matrix.tensors),
     )

@@ -13,7 +13,7 @@ import torch
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import tightest_memory_limit
 from mixchat.base.model_config import Context
-from mixchat.base.options import LoadOptions
+from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.kv_cache import cache_bytes
 from mixchat.experts.memory import CPU, free_on
@@ -24,9 +24,18 @@ from mixchat.experts.placement import (
     Placement,
     place_on_cpu,
     place_on_gpus,
+    reserve_of,
 )
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.make.mix import (
+    budget_of,
+    choose_mix,
+    equal_sensitivities,
+    mixed,
+    usual_type,
+)
 
+_SAME = 0.02  # of the bytes of experts, which steps from layer to layer leave over
 Tier = Literal["host", "device"]
 
 
@@ -83,7 +92,7 @@ class MemoryPlan:
         options, demand = self.options, self.demand
         if tier == "host":
             free = replace(self.free, host=self.free.host + size)
-            budget = _raised(options.host_memory, demand.experts * demand.expert, size)
+            budget = _raised(options.host_memory, demand.whole, size)
             return fit_model(self.blueprint, free, replace(options, host_memory=budget))
         first, *others = self.free.rooms(options.device_memory)
         free = replace(self.free, device=first.free + size)
@@ -110,25 +119,69 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> M
 def _fit(
     blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions
 ) -> MemoryPlan:
+    demand = _demand(blueprint, computed, options)
     context = Context.of(blueprint.config, options.context_size).tokens
-    token = cache_bytes(blueprint.config, 1, blueprint.quantization.dtype, options.kv_bits)
-    token *= options.parallel
-    demand = Demand(
-        shared=computed.shared_size,
-        context=context * token,
-        expert=blueprint.expert.stride,
-        experts=blueprint.expert_count,
-    )
     placement = _place(demand, free, options)
     room = _room_for_context(demand, free, options, placement)
-    largest = min(room // token, blueprint.config.largest_context)
+    largest = min(room // _token_bytes(blueprint, options), blueprint.config.largest_context)
     return MemoryPlan(blueprint, free, options, computed, context, largest, demand, placement)
+
+
+def expected_mix(blueprint: Blueprint, bits: ExpertSize) -> Blueprint:
+    """Return the model with experts in other bits, as far as that is known beforehand.
+
+    Which layers get more bits is known once sensitivities are measured. Raises `UsageError`.
+    """
+    stored = blueprint.quantization
+    if stored.scales == "given" and stored.quant_type != "none":
+        raise UsageError(
+            f"--expert-bits: the checkpoint has the experts in 4 bits ({stored.quant_type}), which "
+            "stay as they are"
+        )
+    if (kind := usual_type(bits)) is not None:
+        return mixed(blueprint, [(kind, None)] * blueprint.config.num_moe_layers)
+    budget = expert_budget(blueprint, bits)
+    return choose_mix(blueprint, equal_sensitivities(blueprint), budget)
+
+
+def has_bits(blueprint: Blueprint, bits: ExpertSize) -> bool:
+    """Return whether a model has about the experts that `expected_mix` gives it."""
+    size = expected_mix(blueprint, bits).experts_size
+    return abs(blueprint.experts_size - size) < _SAME * size
+
+
+def expert_budget(blueprint: Blueprint, bits: ExpertSize) -> int:
+    """Return the bytes that all experts may take.
+
+    Of memory, the shared weights, keys and values, and the reserve that is left free come first.
+    """
+    if bits.memory is None:
+        return budget_of(blueprint, bits.bits or 0.0)
+    demand = _demand(blueprint, blueprint, LoadOptions(context_size=bits.context_size))
+    return bits.memory - demand.shared - demand.context - reserve_of(bits.memory)
+
+
+def _demand(blueprint: Blueprint, computed: Blueprint, options: LoadOptions) -> Demand:
+    context = Context.of(blueprint.config, options.context_size).tokens
+    return Demand(
+        shared=computed.shared_size,
+        context=context * _token_bytes(blueprint, options),
+        expert=blueprint.expert.stride,
+        experts=blueprint.expert_count,
+        whole=blueprint.experts_size,
+    )
+
+
+def _token_bytes(blueprint: Blueprint, options: LoadOptions) -> int:
+    """Return the bytes of a token's keys and values in all answers at once."""
+    dtype = blueprint.quantization.dtype
+    return options.parallel * cache_bytes(blueprint.config, 1, dtype, options.kv_bits)
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
     """Return the places of a worker's experts. Raises as `fit_model`."""
-    expert = blueprint.expert.stride
-    demand = Demand(shared=0, context=0, expert=expert, experts=blueprint.expert_count)
+    expert, whole = blueprint.expert.stride, blueprint.experts_size
+    demand = Demand(0, 0, expert, blueprint.expert_count, whole)
     return _place(demand, free, options)
 
 
@@ -160,7 +213,7 @@ def _room_for_context(
         room = free.host
         if options.host_memory is not None:
             least = placement.slots
-    return room - demand.shared - least * demand.expert
+    return room - demand.shared - demand.taken(least)
 
 
 def _raised(budget: MemoryBudget | None, whole: int, size: int) -> MemoryBudget | None:

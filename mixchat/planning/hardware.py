@@ -148,7 +148,7 @@ def _free(size: int, taken: int) -> int:
 def _gpu_expert_seconds(computed: Blueprint) -> dict[int, float]:
     expert = computed.expert
     weights = sum(linear.rows * linear.columns for linear in (expert.gate_up, expert.down))
-    reading = expert.nbytes / GPU_MEMORY
+    reading = computed.mean_expert / GPU_MEMORY
     return {rows: reading + 2 * weights * rows / GPU_COMPUTE for rows in ROWS}
 
 

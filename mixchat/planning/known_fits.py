@@ -60,7 +60,7 @@ def scaled(measurement: Measurement, measured: Blueprint, blueprint: Blueprint) 
     The CPU takes as long as it takes to read a part. GPUs also start kernels, which takes as long
     for every model.
     """
-    experts = blueprint.expert.nbytes / measured.expert.nbytes
+    experts = blueprint.mean_expert / measured.mean_expert
     layers = blueprint.attention_size / measured.attention_size
     samples = tuple(_scaled(sample, experts, layers) for sample in measurement.samples)
     return replace(measurement, samples=samples)

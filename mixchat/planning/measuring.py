@@ -98,14 +98,16 @@ def take_sample(
         copy_bandwidth = other.copy_bandwidth(copy)
         del other
         gpu.release_unused(device)  # or it would count as taken
-    memory = blueprint.expert.nbytes / seconds[str(CPU)][1]
+    memory = blueprint.mean_expert / seconds[str(CPU)][1]
     busy, idle, fresh = disk or (None, None, None)
     return MachineSpeeds(busy, idle, fresh, memory, copy_bandwidth, seconds, layer_seconds)
 
 
 def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
     """Return all that a measurement depends on, as a line."""
-    layout = blueprint.computed_on(CPU).expert
+    computed = blueprint.computed_on(CPU)
+    layout = computed.expert
+    mixed = [f"{computed.mean_expert} on average"] if computed.layers else []
     gate_up, (qkv, _, *others) = layout.gate_up, blueprint.dense_matrices()
     accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
     return "; ".join(
@@ -118,6 +120,7 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"disk {machine.nearest_existing(directory).stat().st_dev}",
             f"experts {gate_up.rows}x{gate_up.columns} {gate_up.quant_type} {gate_up.dtype} "
             f"{'packed' if gate_up.packed else 'plain'} {layout.stride}",
+            *mixed,
             f"attention {qkv.rows}x{qkv.columns} {qkv.quant_type}",
             *(f"beside it {matrix.rows}x{matrix.columns}" for matrix in others),
         )

@@ -23,6 +23,7 @@ from mixchat.planning.measuring import saved_measurement
 from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
 from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_model
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.make.quantize_options import DEMO_LOSS, DEMO_LOSS_CALIBRATED
 
 _RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that a person might add
 _GPU_STEP = 8 * 10**9
@@ -40,8 +41,14 @@ class Upgrade:
 
 @dataclass(frozen=True)
 class Variant:
-    """The same model with experts of another type."""
+    """The same model with experts of another type, or of several.
 
+    bits: as `--expert-bits` takes them. loss: the gain of the demo's perplexity if it is plainly
+    rounded to these bits, and if it is calibrated. None if there is no such model, or no figure.
+    """
+
+    bits: str
+    loss: tuple[float | None, float | None]
     fit: MemoryPlan
     expected: Expectation
 
@@ -63,6 +70,7 @@ class MachinePlan:
     more: tuple[Upgrade, ...]
     spread: WorkerSplit | None = None  # one answer at a time with workers
     in_3_bits: Variant | None = None  # None if impossible, not compared, or installed already
+    mixes: tuple[Variant, ...] = ()  # whose speeds follow from the figures by arithmetic
     told: ToldMachine = NOTHING_TOLD  # about the machine, and not measured
     known: tuple[KnownFit, ...] = ()  # other models, if they were asked for
 
@@ -76,9 +84,14 @@ def _expected(device: torch.device, fit: MemoryPlan, measurement: Measurement) -
     return expect(fit.computed, device, measurement, fit.placement, fit.options.parallel)
 
 
-def plan_variant(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Variant:
+def plan_variant(
+    bits: str, device: torch.device, fit: MemoryPlan, measurement: Measurement
+) -> Variant:
     """Return what a download in this form would give."""
-    return Variant(fit, _expected(device, fit, measurement))
+    kind = fit.blueprint.quantization.quant_type
+    calibrated = DEMO_LOSS_CALIBRATED
+    loss = (None, calibrated[bits]) if bits in calibrated else DEMO_LOSS[kind]
+    return Variant(bits, loss, fit, _expected(device, fit, measurement))
 
 
 def plan_model(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mixchat.base.options import DenseBits
+from mixchat.base.errors import UsageError
+from mixchat.base.options import DenseBits, ExpertSize
 from mixchat.base.progress import Progress, Reporter
 from mixchat.base.quantities import format_time
+
+if TYPE_CHECKING:
+    from mixchat.loading.calibrate import OnWindow
 
 
 def check_text(checkpoint: Path) -> None:
@@ -20,12 +25,25 @@ def check_text(checkpoint: Path) -> None:
         text.template()
 
 
-def is_uncalibrated(directory: Path) -> bool:
-    """Return whether a model is not calibrated, or not in all layers."""
+def is_uncalibrated(directory: Path, bits: ExpertSize | None = None) -> bool:
+    """Return whether a model is not calibrated, or not in all layers.
+
+    Raises `UsageError` if it is, and has other experts than with `bits`.
+    """
+    from mixchat.planning.fitting import has_bits
+    from mixchat.weights.format.installed_model import installed_blueprint
     from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 
-    calibrated = read_manifest(directory).quantization["scales"] == "calibrated"
-    return not calibrated or (directory / INPUTS_DIR).exists()
+    manifest = read_manifest(directory)
+    calibrated = manifest.quantization["scales"] == "calibrated"
+    if not calibrated or (directory / INPUTS_DIR).exists():
+        return True
+    if bits is not None and not has_bits(installed_blueprint(directory, manifest), bits):
+        raise UsageError(
+            f"the model {directory.name!r} is already installed, calibrated in other bits",
+            hint=f"mixchat calibrate {directory.name} --expert-bits {bits} makes it anew.",
+        )
+    return False
 
 
 def calibrate_model(
@@ -35,11 +53,13 @@ def calibrate_model(
     reporter: Reporter,
     windows: int | None = None,
     *,
+    bits: ExpertSize | None = None,
     force: bool = False,
 ) -> None:
     """Calibrate an installed model with `text`, or with `windows` of text that it writes.
 
-    `force` takes a checkpoint although nothing shows that the model was made of it.
+    With `bits` its experts get other types. `force` takes a checkpoint although nothing shows that
+    the model was made of it.
     """
     from mixchat.loading.calibrate import Text, calibration
     from mixchat.text.checkpoint_text import CheckpointText
@@ -56,28 +76,29 @@ def calibrate_model(
         target = find_target(directory, None, DenseBits(), calibrated=True)
         with ExitStack() as stack:
             doing = "writing text" if text is None else "reading text"
-            with _shown_windows(doing, progress, reporter) as on_window:
-                made = calibration(directory, tokens, progress, on_window, force=force)
+            with _shown_counts(doing, progress, reporter) as on_window:
+                made = calibration(directory, tokens, progress, on_window, bits=bits, force=force)
                 remake = stack.enter_context(made)
             convert(directory, target, progress, remake)
 
 
 @contextmanager
-def _shown_windows(
-    doing: str, progress: Progress, reporter: Reporter
-) -> Iterator[Callable[[int, int, str], None]]:
+def _shown_counts(doing: str, progress: Progress, reporter: Reporter) -> Iterator[OnWindow]:
     start = time.monotonic()
     with ExitStack() as stack:
         update = stack.enter_context(reporter.status(doing))
 
-        def show(done: int, total: int, line: str) -> None:
-            nonlocal update
+        def show(done: int, total: int, line: str, unit: str = "windows") -> None:
+            nonlocal update, start
+            if not done:
+                start = time.monotonic()
             if line:
                 stack.close()  # it would write over the line
                 progress.note(line)
                 update = stack.enter_context(reporter.status(doing))
             if done:
                 left = (time.monotonic() - start) / done * (total - done)
-                update(f"{doing}: {done} of {total} windows, {format_time(left)} left")
+                work = doing if unit == "windows" else "measuring"
+                update(f"{work}: {done} of {total} {unit}, {format_time(left)} left")
 
         yield show

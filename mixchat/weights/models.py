@@ -221,7 +221,7 @@ def describe(directory: Path) -> ModelEntry:
         entry,
         source=manifest.source.repo,
         commit=manifest.source.commit,
-        quantization=manifest.quantization["quant_type"],
+        quantization=manifest.quant_type,
         context=config.largest_context,
         weights=manifest.size,
         partly=manifest.partly,

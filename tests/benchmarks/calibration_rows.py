@@ -130,7 +130,7 @@ def undamped_factor(inputs: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def before() -> Iterator[None]:
     """Round as before: what is held out has been seen, so that GPTQ always wins."""
-    with mock.patch.object(encode, "inverse_factor", undamped_factor):
+    with mock.patch.object(encode, "feedback_factor", undamped_factor):
         yield
 
 

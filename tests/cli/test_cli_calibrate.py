@@ -112,6 +112,7 @@ def test_cut_off_while_experts_are_made_it_answers_and_resumes_with_the_same_inp
     assert sorted(path.name for path in (installed / INPUTS_DIR).iterdir()) == [
         "inputs-001",
         "selected-001",
+        "text.json",
     ]
     assert b"nf4, partly calibrated" in mixchat("list").stdout
     assert b"mixchat calibrate mine" in mixchat("show", "mine").stdout

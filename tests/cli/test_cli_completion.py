@@ -101,7 +101,7 @@ def test_bash_completes_the_values_of_flags(bash):
     assert bash("run", "--model", "=", "some") == ["someone--tune"]
     assert bash("plan", "--device", "") == ["cpu", "cuda"]
     assert bash("run", "--cache-policy", "l") == ["layered", "lru"]
-    assert bash("download", "demo", "--expert-bits", "") == ["16", "4", "3"]
+    assert bash("download", "demo", "--expert-bits", "") == ["16", "4", "3", "2"]
     assert bash("run", "--trace", "/etc/h") == []  # bash itself then completes files
 
 

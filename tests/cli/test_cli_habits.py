@@ -73,7 +73,6 @@ def test_a_model_under_another_name_is_recognized(mixchat, name, meant):
     [
         (("run", "--temp", "hot"), "--temp has to be a number, not 'hot'"),
         (("run", "-n", "ten"), "--max-tokens has to be a whole number, not 'ten'"),
-        (("download", "base", "--expert-bits", "2"), "--expert-bits has to be 16, 4 or 3, not '2'"),
         (("serve", "--port", "70000"), "--port has to be at most 65535, not '70000'"),
     ],
 )
@@ -82,6 +81,13 @@ def test_a_wrong_value_is_said_with_what_is_allowed(mixchat, arguments, said):
     error, hint = lines_of(mixchat(*arguments))
     assert error == f"error: {said}"
     assert "--help' explains it" in hint
+
+
+@pytest.mark.parametrize("bits", ["5", "0.5", "four", "50%"])
+def test_wrong_bits_of_experts_are_said_with_all_that_is_allowed(mixchat, bits):
+    error, hint = lines_of(mixchat("download", "base", "--expert-bits", bits))
+    assert error == f"error: --expert-bits has to be 16, 4, 3 or 2, not {bits!r}"
+    assert hint == "hint: Or a number such as 2.4, which mixes types, or a size such as 14GB."
 
 
 def test_a_directory_without_a_model_is_not_to_be_downloaded(mixchat, tmp_path):

@@ -75,13 +75,17 @@ def test_a_router_without_published_figures_is_taken_to_choose_by_chance(planned
     assert "published" not in sections(planned("instruct"))["What to expect"]
 
 
-def test_3_bits_are_compared_with_4_before_a_download(planned, measured):
+def test_fewer_bits_are_compared_with_4_before_a_download(planned, measured):
     forms = sections(planned("instruct"))["With experts in fewer bits"]
     held = [int(count) for count in re.findall(r"(\d+) of 256 experts in memory", forms)]
-    assert re.findall(r"\d bits +([\d.]+) GB of disk", forms) == ["25.7", "22"]
+    sizes = re.findall(r"([\d.]+) bits +([\d.]+) GB of disk", forms)
+    assert sizes == [("4", "25.7"), ("3", "22"), ("2.5", "15.9"), ("2", "13.8")]
     made = json.loads(planned("instruct", "--json").stdout)
-    assert [made["held"], made["in_3_bits"]["held"]] == held
-    assert held[0] < held[1]
+    smaller = [made["in_3_bits"], *made["mixes"]]
+    assert [made["held"], *(form["held"] for form in smaller)] == held
+    assert [form["bits"] for form in made["mixes"]] == ["2.5", "2"]
+    assert held == sorted(held)
+    assert held[0] < held[1] < held[2]
     assert made["in_3_bits"]["tokens_per_second"] > made["tokens_per_second"]
 
 

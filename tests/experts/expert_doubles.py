@@ -26,10 +26,12 @@ def runner(
     copies: Iterable[ExpertKey] = (),
 ) -> Dispatcher:
     layout = "cpu-packed" if kernels_available() else "bitsandbytes"
+    used = installed.blueprint.in_layout(layout)
     store = ExpertStore(
         source or DiskSource(installed, ExpertStats(), choose=False),
         stored=installed.blueprint.expert_of,
-        used=installed.blueprint.in_layout(layout).expert,
+        used=used.expert_of,
+        size=used.expert.stride,
         device=CPU,
     )
     stats = ExpertStats()

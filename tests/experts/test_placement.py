@@ -12,7 +12,7 @@ from mixchat.experts.placement import Demand, DeviceRoom, Placement, place_on_cp
 from mixchat.experts.sharing import owner_counts
 
 GB = 10**9
-MIXTRAL = Demand(shared=3 * GB, context=GB, expert=GB // 10, experts=256)
+MIXTRAL = Demand(shared=3 * GB, context=GB, expert=GB // 10, experts=256, whole=256 * (GB // 10))
 
 
 def budget(text: str | None) -> MemoryBudget | None:
@@ -233,7 +233,13 @@ budgets = (
     | st.builds(MemoryBudget, fraction=st.floats(0.001, 1))
 )
 demands = st.builds(
-    Demand,
+    lambda part, expert, experts, **given: Demand(
+        **given,
+        expert=expert,
+        experts=experts,
+        whole=expert + round(part * (experts - 1) * expert),
+    ),
+    part=st.just(1.0) | st.floats(0.1, 1),  # of the largest, that the others have on average
     shared=st.integers(0, 500),
     context=st.integers(0, 500),
     expert=st.integers(1, 100),
@@ -255,7 +261,9 @@ def test_what_is_placed_fits_and_what_is_refused_says_why(
         except (ResourceError, UsageError):
             continue
         assert 2 <= placement.slots <= demand.experts
-        assert demand.shared + demand.context + placement.slots * demand.expert <= free
+        slots = placement.slots
+        taken = slots * demand.expert if on_device else demand.taken(slots)
+        assert demand.shared + demand.context + taken <= free
         assert placement.host_slots == 0 or 4 <= placement.host_slots <= demand.experts
         assert placement.host_slots * demand.expert <= free_host
         assert placement.reserve > 0

@@ -113,7 +113,9 @@ class Device:
     def __init__(self, source: ExpertSource, stride: int, slots: int) -> None:
         layout: Any = Bytes(stride)
         self.cache = ExpertCache(slots)
-        self.store = ExpertStore(source, stored=lambda _: layout, used=layout, device=CPU)
+        self.store = ExpertStore(
+            source, stored=lambda _: layout, used=lambda _: layout, size=stride, device=CPU
+        )
         self.put_off: dict[ExpertKey, Steps] = {}
 
     def load(self, key: ExpertKey) -> None:
@@ -158,7 +160,11 @@ class Device:
 
 
 def tier_of(disk: Disk, slots: int, *, swaps: bool) -> HostSource:
-    return HostSource(disk, slots, layout_of(disk), LRU(), swaps=swaps, lock=lambda block: None)
+    return host_source(disk, slots, swaps=swaps, lock=lambda block: None)
+
+
+def host_source(disk: Disk, slots: int, **given: Any) -> HostSource:
+    return HostSource(disk, slots, lambda _: layout_of(disk), LRU(), size=disk.stride, **given)
 
 
 def tiers(
@@ -498,11 +504,9 @@ def test_what_is_being_copied_into_ram_is_not_lent(installed, swaps):
     """Whoever computes asks at any time: also while the place is being made for the bytes."""
     seen: list[str] = []
     disk = Disk(installed)
-    tier = HostSource(
+    tier = host_source(
         disk,
         4,
-        layout_of(disk),
-        LRU(),
         swaps=swaps,
         lock=lambda block: seen.extend(tier.tier(key) for key in (B, A)),
     )
@@ -562,7 +566,7 @@ def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(inst
             raise refusals.pop()
 
     disk = Disk(installed)
-    tier = HostSource(disk, 4, layout_of(disk), LRU(), swaps=False, lock=lock)
+    tier = host_source(disk, 4, swaps=False, lock=lock)
     with pytest.raises(RuntimeError, match="no memory"):
         load(tier, A, disk.stride)
     assert tier.tier(A) == "disk"
@@ -572,9 +576,7 @@ def test_where_there_is_no_memory_for_a_place_nothing_counts_as_being_there(inst
 def test_each_place_in_ram_is_locked_once_and_begins_with_a_page(installed):
     locked: list[torch.Tensor] = []
     disk = Disk(installed)
-    device = Device(
-        HostSource(disk, 4, layout_of(disk), LRU(), swaps=True, lock=locked.append), disk.stride, 2
-    )
+    device = Device(host_source(disk, 4, swaps=True, lock=locked.append), disk.stride, 2)
     for key in KEYS * 2:
         device.load(key)
     assert len({block.data_ptr() for block in locked}) == len(locked) == 4

@@ -103,9 +103,15 @@ def test_where_experts_are_does_not_show_in_the_text(
     assert sum(map(sum, report.hits)) + sum(map(sum, report.misses)) > 24 * 4
 
 
+SMALL_FIRST = [("nf3", "nf3"), ("nf4", None)]
+
+
 @pytest.mark.parametrize("layout", ["cpu-packed", "bitsandbytes"])
-def test_nor_does_it_with_experts_in_3_bits(tiny_checkpoint, install, layout):
-    model = install(tiny_checkpoint, quant_type="nf3", layout=layout)
+@pytest.mark.parametrize("forms", [[("nf3", None)] * 2, SMALL_FIRST, SMALL_FIRST[::-1]])
+def test_nor_does_it_with_experts_in_3_bits_or_of_several_types(
+    tiny_checkpoint, install, layout, forms
+):
+    model = install(tiny_checkpoint, forms, layout=layout)
     with InstalledModel(model) as installed:
         size = installed.blueprint.expert.stride
     engine = load_engine(model, LoadOptions(device="cpu"))
@@ -113,7 +119,7 @@ def test_nor_does_it_with_experts_in_3_bits(tiny_checkpoint, install, layout):
     for slots, host in ((2, 0), (2, 5), (3, 8), (8, 0)):
         engine = load(model, slots, host, size)
         assert [text(engine), text(engine, SHORT)] == expected
-    for fraction in (0.25, 0.5, 0.8):
+    for fraction in (0.35, 0.5, 0.8):
         options = LoadOptions(MemoryBudget(fraction=fraction), device="cpu")
         engine = load_engine(model, options)
         assert [text(engine), text(engine, SHORT)] == expected

@@ -24,7 +24,11 @@ def fitted(model: ModelConfig, context_size: int | None = None) -> MemoryPlan:
 
 def test_the_demand_of_mixtral():
     assert fitted(MODEL, 8192).demand == Demand(
-        shared=2_949_128_192, context=2**30, expert=93_585_408, experts=256
+        shared=2_949_128_192,
+        context=2**30,
+        expert=93_585_408,
+        experts=256,
+        whole=256 * 93_585_408,
     )
 
 

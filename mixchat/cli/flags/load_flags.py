@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal, cast, get_args
 import typer
 
 from mixchat.base.errors import UsageError
-from mixchat.base.options import CacheBits, DenseBits, LoadOptions, NetworkAddress, device_names
+from mixchat.base.options import (
+    CacheBits,
+    DenseBits,
+    ExpertSize,
+    LoadOptions,
+    NetworkAddress,
+    device_names,
+)
 from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.parameters import LENGTHS, SAMPLING
 from mixchat.cli.flags.arguments import checked
@@ -199,6 +206,18 @@ ExpertBits = Annotated[
         show_default="4",
     ),
 ]
+EXPERT_BITS = ("16", "4", "3", "2")  # of whole types
+MixedExpertBits = Annotated[
+    str | None,
+    option(
+        "--expert-bits BITS",
+        "Bits of each weight of the experts: 4, 3, 2, or 16 as in the checkpoint; others, such as "
+        "2.4, mix types by layer; or the memory that the whole model may take, such as 14GB. "
+        "Experts that are published in 4 bits stay as they are.",
+        autocompletion=one_of(*EXPERT_BITS),
+        show_default="4",
+    ),
+]
 AsJson = Annotated[bool, option("--json", "Print JSON, for programs.")]
 
 
@@ -267,6 +286,22 @@ def parse_dense_bits(text: str | None) -> DenseBits:
             raise UsageError(f"--dense-bits {text!r} names {name!r} twice")
         found[name] = _dense_bits(value)
     return DenseBits(**found)
+
+
+def parse_expert_bits(text: str | None, context_size: int | None = None) -> ExpertSize | None:
+    """Return the bits that "4", "3.8" or "24GB" requests. Raises `UsageError`."""
+    if text is None:
+        return None
+    try:
+        bits = ExpertSize.parse(text)
+    except UsageError:
+        bits = ExpertSize(0)
+    if bits.memory is None and (bits.bits == 0 or bits.whole not in (None, *map(int, EXPERT_BITS))):
+        raise UsageError(
+            f"--expert-bits has to be 16, 4, 3 or 2, not {text!r}",
+            hint="Or a number such as 2.4, which mixes types, or a size such as 14GB.",
+        )
+    return bits._replace(context_size=context_size)
 
 
 def _dense_bits(text: str) -> int:

@@ -101,6 +101,7 @@ class PlanReport(Report):
             "prompt": prompt and asdict(prompt) | {"tokens": LONG_PROMPT},
             "first_token": first and asdict(first) | {"seconds": first.seconds, "tokens": PROMPT},
             "in_3_bits": plan.in_3_bits and _form_as_json(plan.in_3_bits),
+            "mixes": [_form_as_json(form) | {"bits": form.bits} for form in plan.mixes],
             "workers": plan.spread and _spread_as_json(plan, plan.spread),
             "known_models": [_known_as_json(model) for model in plan.known],
             "what_more_buys": [_more_as_json(more) for more in plan.more],

@@ -17,6 +17,7 @@ from mixchat.base.quantities import (
 from mixchat.cli.output.reports import aligned
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.machine_speeds import IN_USE
+from mixchat.planning.plan import Variant
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.planning.routing import repeats_as_mixtral
 from mixchat.weights.make.quantize_options import DEMO_LOSS
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
     from mixchat.planning.known_fits import KnownFit
     from mixchat.planning.machine_speeds import Measurement
-    from mixchat.planning.plan import MachinePlan, Variant
+    from mixchat.planning.plan import MachinePlan
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
@@ -36,8 +37,8 @@ def sections(outline: Outline, plan: MachinePlan) -> Iterator[str]:
     yield section(f"the model: {outline.name}", _model(outline, plan))
     yield section("what goes where", _places(plan))
     yield section("what to expect", _expected(plan))
-    if plan.in_3_bits:
-        yield section("with experts in fewer bits", _in_3_bits(plan, plan.in_3_bits))
+    if plan.in_3_bits or plan.mixes:
+        yield section("with experts in fewer bits", _frontier(plan))
     if plan.spread:
         yield section("with workers", _spread(plan, plan.spread))
     yield section("what more memory would give", _more(plan))
@@ -115,13 +116,15 @@ def _measured(made: Measurement) -> Iterator[tuple[str, str]]:
 def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     config, demand = outline.blueprint.config, plan.fit.demand
     of_a_layer = f"{config.num_experts_per_tok} of {config.num_local_experts} a token"
-    each = f"{demand.experts} of {format_size(demand.expert)} each"
+    smaller = min(form.stride for form in outline.blueprint.expert_forms)
+    sizes = dict.fromkeys([format_size(smaller), format_size(demand.expert)])
+    each = f"{demand.experts} of {' to '.join(sizes)} each"
     stored = outline.blueprint.quantization
     came_so = stored.scales == "given" and stored.quant_type != "none"
     came = f" in {stored.quant_type}, as published" if came_so else ""
     yield (
         "experts",
-        f"{format_size(demand.experts * demand.expert)}{came}: {each}, {of_a_layer} in each of "
+        f"{format_size(demand.whole)}{came}: {each}, {of_a_layer} in each of "
         f"{config.num_moe_layers} layers",
     )
     wide = ", in 16 bits" if plan.fit.computed != plan.fit.blueprint else ""
@@ -138,7 +141,7 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     demand, placement, free = plan.fit.demand, plan.fit.placement, plan.machine.free
     slots = f"{placement.slots} of {count_text(placement.experts, 'expert')}, the shared weights"
     if free.device is None:
-        left = free.host - demand.shared - placement.slots * demand.expert
+        left = free.host - demand.shared - demand.taken(placement.slots)
         yield "RAM", f"{slots}; {format_size(left)} left free"
         if left < demand.context + placement.reserve:
             yield "", "as the context fills, fewer experts fit"
@@ -202,17 +205,24 @@ def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
         yield "together", f"{speed_text(expected.together)} of {expected.answers} answers at once"
 
 
-def _in_3_bits(plan: MachinePlan, form: Variant) -> Iterator[tuple[str, str]]:
-    for bits, fit, expected in (
-        ("4 bits", plan.fit, plan.expected),
-        ("3 bits", form.fit, form.expected),
-    ):
+def _frontier(plan: MachinePlan) -> Iterator[tuple[str, str]]:
+    """Yield a row for each size, and how much the demo loses there."""
+    now = Variant("4", DEMO_LOSS["nf4"], plan.fit, plan.expected)
+    smaller = [form for form in (plan.in_3_bits, *plan.mixes) if form is not None]
+    smaller.sort(key=lambda form: -form.fit.blueprint.size)
+    for form in (now, *smaller):
+        fit, expected = form.fit, form.expected
         size = format_size(fit.blueprint.size)
         held = f"{expected.held} of {count_text(fit.placement.experts, 'expert')} in memory"
-        yield bits, f"{size} of disk, {held}, {speed_text(expected.speed)}"
-        plain, calibrated = DEMO_LOSS[fit.blueprint.quantization.quant_type]
-        demo = f"{plain:.0%}, {calibrated:.0%} if calibrated (--calibrate)"
-        yield "", f"the demo model's perplexity rises by {demo}"
+        about = "about " if form in plan.mixes else ""
+        yield f"{form.bits} bits", f"{size} of disk, {held}, {about}{speed_text(expected.speed)}"
+        plain, calibrated = form.loss
+        if plain is not None and calibrated is not None:
+            demo = f"{plain:.0%}, {calibrated:.0%} if calibrated (--calibrate)"
+            yield "", f"the demo model's perplexity rises by {demo}"
+        else:
+            demo = "is not measured" if calibrated is None else f"rises by {calibrated:.0%}"
+            yield "", f"the demo model's perplexity {demo}; a download calibrates it"
     yield "", "a larger model's rises less; --expert-bits 3 plans or downloads it in 3 bits"
 
 

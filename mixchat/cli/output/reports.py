@@ -74,7 +74,7 @@ class ModelDetails(Report):
             ("commit", manifest.source.commit or "none"),
             ("revision", manifest.source.revision or "none given"),
             ("size", format_size(manifest.size)),
-            ("experts", str(made["quant_type"])),
+            ("experts", manifest.quant_type),
             ("scales", str(made["scales"])),
             ("layout", str(made["layout"])),
             ("attention", weight_type(made["attention"], made["dtype"])),
@@ -105,7 +105,7 @@ class ModelDetails(Report):
         # The manifest's values, even of a damaged model.
         return {
             **_entry_as_json(describe(self.directory)),
-            "quantization": made["quant_type"],
+            "quantization": manifest.quant_type,
             "context": config.largest_context,
             "source": manifest.source.repo,
             "commit": manifest.source.commit,
@@ -129,9 +129,10 @@ class ModelDetails(Report):
 
 @dataclass(frozen=True)
 class DownloadReport(Report):
-    """The plan of a download."""
+    """The plan of a download. `afterwards` says what a calibration takes that follows it."""
 
     plan: DownloadPlan
+    afterwards: str | None = None
 
     def as_text(self) -> str:
         plan = self.plan
@@ -149,6 +150,8 @@ class DownloadReport(Report):
         if plan.seconds is not None:
             rate = f", at {format_size(int(plan.rate))}/s as measured now" if plan.rate else ""
             rows.append(("time", f"about {format_time(plan.seconds)}{rate}"))
+        if self.afterwards is not None:
+            rows.append(("then", self.afterwards))
         if plan.rounded_from is not None:
             stored = "are stored as bf16, which rounds them to 8 bits of precision"
             rows.append(("note", f"{plan.rounded_from} weights {stored}"))

@@ -23,6 +23,7 @@ from mixchat.weights.format.blueprint import (
     EMBEDDING,
     SHARED_FILE,
     Blueprint,
+    Form,
     Quantization,
     experts_file,
 )
@@ -32,6 +33,7 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     read_manifest,
     repair_hint,
+    unlike,
     upgrade_manifest,
     write_manifest,
 )
@@ -124,7 +126,10 @@ class _Converter:
         self._target, self._calibrator = target, calibrator
         self._remade = _remade_files(calibrator.inputs) if calibrator else set()
         self._old = installed_blueprint(directory, manifest)
-        self._new = _converted(self._old, target, self._remade)
+        if calibrator is not None:
+            self._target = replace(target, quant_type=calibrator.quant_type(target.quant_type))
+        forms = calibrator.forms if calibrator else {}
+        self._new = _converted(self._old, self._target, self._remade, forms)
         self._headers = self._new.headers()
         self._files = _files_that_change(self._old, self._new, self._remade)
 
@@ -174,8 +179,7 @@ class _Converter:
         for name, record in {**now.weights, **made}.items():
             done = name not in self._files
             values = own[name].description() if done else now.quantization_of(name)
-            unlike = {key: values[key] for key in values if values[key] != target[key]}
-            weights[name] = replace(record, unlike=unlike)
+            weights[name] = replace(record, unlike=unlike(values, target))
         checkpoint = now.checkpoint | (self._calibrator.reader.digests if self._calibrator else {})
         return replace(now, quantization=target, weights=weights, checkpoint=checkpoint)
 
@@ -232,13 +236,20 @@ def _can_be_remade(part: ModelPart) -> bool:
     return part.expert is not None or (part.linear is not None and is_calibrated(part.linear))
 
 
-def _converted(old: Blueprint, target: Quantization, remade: set[str]) -> Blueprint:
-    """Return the converted model. Only the files that are made anew get other scales."""
-    layers = [
-        replace(target, scales="calibrated" if name in remade else stored.scales)
-        for name, stored in old.quantizations().items()
-        if name != SHARED_FILE
-    ]
+def _converted(
+    old: Blueprint, target: Quantization, remade: set[str], forms: Mapping[str, Form]
+) -> Blueprint:
+    """Return the converted model. Only the files that are made anew get other scales and types.
+
+    forms: the types of the experts in these files.
+    """
+    layers = []
+    for name, stored in old.quantizations().items():
+        if name != SHARED_FILE:
+            own: Form = stored.quant_type, stored.down
+            up, down = forms.get(name, own) if name in remade else own
+            scales = "calibrated" if name in remade else stored.scales
+            layers.append(replace(target, quant_type=up, down=down, scales=scales))
     shared = replace(target, scales=_shared_scales(old, target, remade))
     return Blueprint(old.config, shared, tuple(layers))
 

@@ -15,7 +15,7 @@ boundary, on disk and in memory. For Mixtral 8x7B in NF4:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,9 @@ EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head"
 
+# The types of w1 and w3 of an expert, and of w2, as `Quantization` has them.
+Form = tuple[QuantType, QuantType | None]
+
 
 def experts_file(layer: int) -> str:
     """Return the name of the file with a layer's experts."""
@@ -52,10 +55,10 @@ def experts_file(layer: int) -> str:
 class Quantization:
     """The types of the matrices. `dtype` is the type of all other tensors.
 
-    The experts are of `quant_type`. Attention and head are "int8", "int6", "int5", "none"
-    (dense, in `dtype`), or in 4 bits. What other dense parts a layer has, has the type of
-    attention. `scales` says how scales in 4 bits are chosen. Those of attention and head are
-    searched if the experts are calibrated, unless their type is, too.
+    The experts are of `quant_type`, but w2 is of type `down` if that is given. Attention and head
+    are "int8", "int6", "int5", "none" (dense, in `dtype`), or in 4 bits. What other dense parts a
+    layer has, has the type of attention. `scales` says how scales in 4 bits are chosen. Those of
+    attention and head are searched if the experts are calibrated, unless their type is, too.
     """
 
     quant_type: QuantType = "nf4"
@@ -64,11 +67,12 @@ class Quantization:
     head: QuantType = "none"
     dtype: torch.dtype = torch.bfloat16
     scales: Scales = "search"
+    down: QuantType | None = None
 
     def description(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
-        blocksize = TYPES[self.quant_type].blocksize
-        return {**asdict(self), "blocksize": blocksize, "dtype": dtype}
+        values = {**asdict(self), "blocksize": TYPES[self.quant_type].blocksize, "dtype": dtype}
+        return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Quantization:
@@ -182,7 +186,8 @@ class ExpertSpec:
 class Blueprint:
     """The tensors of a model of this shape and quantization, and how they are computed.
 
-    layers: the quantization of each layer's experts, if not all have `quantization`.
+    layers: the quantization of each layer's experts, if not all have `quantization`. Then a layer's
+    experts may be larger than another's.
     """
 
     config: ModelConfig
@@ -195,9 +200,7 @@ class Blueprint:
         return {SHARED_FILE: self.quantization} | experts
 
     def expert_of(self, layer: int) -> ExpertSpec:
-        if not self.layers:
-            return self.expert
-        return Blueprint(self.config, self.layers[layer]).expert
+        return self._layer_experts[layer] if self.layers else self.expert
 
     def all_in_layout_of(self, used: ExpertSpec) -> bool:
         """Return whether the experts of all layers have the layout of `used`."""
@@ -206,14 +209,41 @@ class Blueprint:
 
     @cached_property
     def expert(self) -> ExpertSpec:
+        """Return the largest expert, in the layout of `quantization`."""
+        forms = dict.fromkeys(self.in_layout(self.quantization.layout).layers)
+        experts = map(self._expert, forms or [self.quantization])
+        return max(experts, key=lambda expert: expert.stride)
+
+    @cached_property
+    def _layer_experts(self) -> tuple[ExpertSpec, ...]:
+        made = {form: self._expert(form) for form in set(self.layers)}
+        return tuple(made[form] for form in self.layers)
+
+    def _expert(self, form: Quantization) -> ExpertSpec:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        kind, scales = self.quantization.quant_type, self.quantization.scales
-        down, bias = TYPES[kind].down_type or kind, self.config.moe_bias
+        kind, scales, bias = form.quant_type, form.scales, self.config.moe_bias
+        down, own = form.down or TYPES[kind].down_type or kind, Blueprint(self.config, form)
         return ExpertSpec(
-            replace(self._linear("w13", 2 * inner, hidden, kind), scales=scales, bias=bias),
-            replace(self._linear("w2", hidden, inner, down), scales=scales, bias=bias),
+            replace(own._linear("w13", 2 * inner, hidden, kind), scales=scales, bias=bias),
+            replace(own._linear("w2", hidden, inner, down), scales=scales, bias=bias),
             swiglu_of(self.config),
         )
+
+    @property
+    def expert_forms(self) -> list[ExpertSpec]:
+        """Return the forms that layers' experts have, each once."""
+        return [*dict.fromkeys(self._layer_experts)] or [self.expert]
+
+    @cached_property
+    def experts_size(self) -> int:
+        """Return the bytes of all experts in memory."""
+        layers = range(self.config.num_moe_layers)
+        return self.config.num_local_experts * sum(self.expert_of(n).stride for n in layers)
+
+    @property
+    def mean_expert(self) -> int:
+        """Return the bytes of an expert, the mean of all layers."""
+        return self.experts_size // self.expert_count
 
     def qkv(self, layer: int) -> LinearSpec:
         """Return the fused q, k and v projection of a layer."""
@@ -245,9 +275,14 @@ class Blueprint:
 
     @property
     def typical_matrices(self) -> list[LinearSpec]:
-        """Return the matrices of an expert, and of the first and last layer for all."""
-        experts = self.expert.gate_up, self.expert.down
+        """Return the matrices of an expert of each form, and of the first and last layer."""
+        experts = [spec for form in self.expert_forms for spec in (form.gate_up, form.down)]
         return [*experts, *self.dense_matrices(0), *self.dense_matrices()]
+
+    def expert_arithmetic(self, device: torch.device, *, exact: bool) -> str:
+        """Return a name for how experts are computed there. If it is equal, so are the bits."""
+        matrices = [form.gate_up for form in self.expert_forms]
+        return " and ".join(sorted({m.arithmetic(device, exact=exact) for m in matrices}))
 
     @property
     def head(self) -> LinearSpec | None:
@@ -371,10 +406,7 @@ class Blueprint:
     @property
     def weights_size(self) -> int:
         """Return the bytes of all tensors, which is the size without the files' headers."""
-        shared = sum(spec.nbytes for spec in self.shared_tensors())
-        layers = range(self.config.num_moe_layers)
-        experts = sum(self.expert_of(layer).stride for layer in layers)
-        return shared + experts * self.config.num_local_experts
+        return sum(spec.nbytes for spec in self.shared_tensors()) + self.experts_size
 
     @property
     def attention_size(self) -> int:
@@ -398,7 +430,9 @@ class Blueprint:
         return self.in_layout("cpu-packed" if packed else "bitsandbytes")
 
     def in_layout(self, layout: Layout) -> Blueprint:
-        return Blueprint(self.config, replace(self.quantization, layout=layout))
+        shared = replace(self.quantization, layout=layout)
+        layers = (replace(form, layout=layout, scales=shared.scales) for form in self.layers)
+        return Blueprint(self.config, shared, layers_unlike(shared, layers))
 
     def widened(self) -> Blueprint:
         """Return the same model with its matrices in 5 to 8 bits made dense."""
@@ -423,6 +457,12 @@ class Blueprint:
 def swiglu_of(config: ModelConfig) -> Swiglu:
     """Return what experts do between their matrices."""
     return Swiglu(config.swiglu_limit, config.swiglu_alpha)
+
+
+def layers_unlike(shared: Quantization, layers: Iterable[Quantization]) -> tuple[Quantization, ...]:
+    """Return a blueprint's `layers`, which are none if all are like `shared`."""
+    own = tuple(layers)
+    return () if {*own} <= {shared} else own
 
 
 def layer_prefix(layer: int) -> str:

@@ -12,7 +12,13 @@ import torch
 from mixchat.base.errors import CheckpointError
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec
 from mixchat.weights.families.read_config import read_config_file
-from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization, experts_file
+from mixchat.weights.format.blueprint import (
+    SHARED_FILE,
+    Blueprint,
+    Quantization,
+    experts_file,
+    layers_unlike,
+)
 from mixchat.weights.format.manifest import MANIFEST_FILE, Manifest, read_manifest, repair_hint
 from mixchat.weights.format.model_files import check_files, path_of
 from mixchat.weights.matrix.linear import LinearSpec
@@ -39,7 +45,7 @@ def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
     shared, *layers = (
         Quantization.from_description(manifest.quantization_of(name)) for name in names
     )
-    blueprint = Blueprint(config, shared, () if {*layers} == {shared} else tuple(layers))
+    blueprint = Blueprint(config, shared, layers_unlike(shared, layers))
     for name, specs in blueprint.files().items():
         if {spec.name for spec in specs} != set(manifest.weights[name].sha256):
             raise _other_tensors(directory / name)
@@ -115,7 +121,7 @@ class InstalledModel:
         `direct` goes past the page cache. Then `begin`, the block's address and its length have to
         be multiples of 4096.
         """
-        start = self._expert_base[layer] + expert * self.blueprint.expert.stride + begin
+        start = self._expert_base[layer] + expert * self.blueprint.expert_of(layer).stride + begin
         self._experts[layer].read_into(block, start, direct=direct)
 
     def close(self) -> None:

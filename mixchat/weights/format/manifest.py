@@ -11,9 +11,11 @@
  "sha256": "..."}
 
 Weights have a SHA-256 for each tensor, so that a damaged one can be rebuilt alone. `unlike` has the
-values of `quantization` that a file lacks while a conversion is unfinished. `checkpoint` has the
-SHA-256s of the checkpoint's tensors. The last SHA-256 is over all other keys. `mixchat.copy.json`
-has the same bytes, because nothing else could restore a damaged manifest.
+values of `quantization` that a file lacks while a conversion is unfinished. If the experts of a
+layer have other types, it has their `quant_type`, and `down` if w2 has another type than w1 and w3.
+Such a manifest has format 5. `checkpoint` has the SHA-256s of the checkpoint's tensors. The last
+SHA-256 is over all other keys. `mixchat.copy.json` has the same bytes, because nothing else could
+restore a damaged manifest.
 """
 
 from __future__ import annotations
@@ -35,15 +37,19 @@ MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
 INPUTS_DIR = "expert-inputs"  # of a calibration
 FORMAT = 4
+_FORMAT_MIXED = 5  # the experts' types differ by layer or matrix
 _FORMAT_BEFORE = 3  # it lacked `checkpoint` and `unlike`
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
+_EXPERT_TYPES = ("nf3", "nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
-    "quant_type": ("nf3", "nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none"),
+    "quant_type": _EXPERT_TYPES,
+    "down": (None, *_EXPERT_TYPES),
     "scales": ("absmax", "search", "calibrated", "given"),
     "layout": ("bitsandbytes", "cpu-packed"),
     "dtype": ("bfloat16", "float16", "float32"),
 }
 _DENSE_PARTS = ("attention", "head")
+_MIXED = ("quant_type", "down", "blocksize")
 _CONVERTED = ("scales", "layout", *_DENSE_PARTS)
 _KEYS = ("quant_type", "blocksize", "scales", "layout", *_DENSE_PARTS, "dtype")
 
@@ -106,17 +112,33 @@ class Manifest:
     @property
     def partly(self) -> str | None:
         """Return "converted" or "calibrated" if only some files are so, else None."""
-        unlike = {key for record in self.weights.values() for key in record.unlike}
+        unlike = {key for record in self.weights.values() for key in record.unlike} - {*_MIXED}
         return ("calibrated" if unlike == {"scales"} else "converted") if unlike else None
 
     def quantization_of(self, name: str) -> dict[str, Any]:
         """Return the quantization that a file has now."""
         return self.quantization | self.weights[name].unlike
 
+    @property
+    def is_mixed(self) -> bool:
+        """Return whether the experts' types differ by layer or matrix."""
+        return any(key in record.unlike for record in self.weights.values() for key in _MIXED)
+
+    @property
+    def quant_type(self) -> str:
+        """Return the type of the experts, "mixed" if there are several."""
+        return "mixed" if self.is_mixed else str(self.quantization["quant_type"])
+
     def serialized(self) -> bytes:
-        document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        version = _FORMAT_MIXED if self.is_mixed else FORMAT
+        document: dict[str, Any] = {"format": version, **asdict(self)}
         document["quantization"] = {key: self.quantization[key] for key in _KEYS}
         return _dumped({**document, "sha256": _digest(document)})
+
+
+def unlike(own: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a file's quantization that are not the manifest's."""
+    return {key: value for key, value in own.items() if value != whole.get(key)}
 
 
 def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
@@ -153,7 +175,7 @@ def _hint_for_manifest(directory: Path) -> str:
 
 def _read(path: Path) -> Manifest:
     raw = read_json_object(path)
-    if raw.get("format") != FORMAT:
+    if raw.get("format") not in (FORMAT, _FORMAT_MIXED):
         raise _other_format(path, raw.get("format"))
     if raw.pop("sha256", None) != _digest(raw):
         raise CheckpointError(f"{path}: damaged (its SHA-256 differs)")
@@ -163,13 +185,15 @@ def _read(path: Path) -> Manifest:
 def _other_format(path: Path, version: object) -> CheckpointError:
     name = path.parent.name
     mend = f"mixchat rm {name}, and download it again"
-    if type(version) is int and version > FORMAT:
+    if type(version) is int and version > _FORMAT_MIXED:
         mend = f"update mixchat; or {mend}"
     elif version == _FORMAT_BEFORE:
         mend = f"mixchat convert {name}"
     outside = path.parent.absolute().parent != models_dir()
     hint = f"To mend it: {f'move it to {models_dir()}, then ' if outside else ''}{mend}."
-    message = f"{path}: made by another mixchat (format {version!r:.40}, this one reads {FORMAT})"
+    message = (
+        f"{path}: made by another mixchat (format {version!r:.40}, this one reads {_FORMAT_MIXED})"
+    )
     return CheckpointError(message, hint=hint)
 
 
@@ -254,7 +278,7 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
         **dict.fromkeys(_DENSE_PARTS, ("none", "int8", "int6", "int5", *four_bits)),
     }
     for key, allowed in (_QUANTIZATION | depending).items():
-        value = quantization[key]
+        value = quantization.get(key)
         if not any(value == known and type(value) is type(known) for known in allowed):
             raise CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")
 
@@ -263,7 +287,7 @@ def _check(path: Path, manifest: Manifest) -> None:
     source, records = manifest.source, manifest.weights.values()
     _check_quantization(path, manifest.quantization)
     for record in records:
-        if not record.unlike.keys() <= set(_CONVERTED):
+        if not record.unlike.keys() <= {*_CONVERTED, *_MIXED}:
             raise CheckpointError(f"{path}: a record of weights is malformed")
         _check_quantization(path, manifest.quantization | record.unlike)
     texts = [source.repo, source.commit or "", source.revision or "", *manifest.checkpoint.values()]

@@ -28,6 +28,7 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     is_installed,
     restore_manifests,
+    unlike,
     write_manifest,
 )
 from mixchat.weights.make.parts import ModelPart, model_parts
@@ -63,6 +64,8 @@ class Build:
             "quantization": blueprint.quantization.description(),
             "fingerprint": checkpoint.fingerprint,
         }
+        if blueprint.layers:
+            self.head["layers"] = [form.description() for form in blueprint.layers]
         self._index = checkpoint.index
         self._find_work()
 
@@ -172,11 +175,13 @@ class Build:
         for name, data in companions.items():
             write_file(self.target / name, data)
             records[name] = FileRecord.of(data)
-        weights = {}
+        weights, own = {}, self.blueprint.quantizations()
+        whole = self.blueprint.quantization.description()
         for name, size in files.finish().items():
             made = self.journal.made[name]
             order = (spec.name for spec in self.blueprint.files()[name])
-            weights[name] = WeightsRecord(size, {tensor: made[tensor] for tensor in order})
+            digests = {tensor: made[tensor] for tensor in order}
+            weights[name] = WeightsRecord(size, digests, unlike(own[name].description(), whole))
         checkpoint = dict(sorted(self.journal.made[_CHECKPOINT].items()))
         description = self.blueprint.quantization.description()
         source = self.checkpoint.source

@@ -3,7 +3,8 @@
 Each layer has two files. `inputs-LLL` has the rows that its experts got, bf16 [N, D], and
 `selected-LLL` the experts that the router chose for each, uint8 [N, K]. If attention or head have a
 type that is calibrated, `dense-NAME` has the rows of the matrix of that name, bf16 [n, C], of the
-first tokens.
+first tokens. `mix.json` has the types that experts get, if they are others than before. `text.json`
+has the tokens of one window.
 
 An expert learns from the rows of the tokens that chose it, and from a few others. Each fifth window
 of the text is held out and judges the result (`encode.py`). Neighbours are alike, so whole windows
@@ -14,29 +15,48 @@ N = tokens, D = hidden_size, F = intermediate_size, K = num_experts_per_tok.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mixchat.base.errors import CheckpointError, UsageError
-from mixchat.base.files import read_bytes, rename_durably, temporary_path
+from mixchat.base.files import (
+    read_bytes,
+    read_json_object,
+    rename_durably,
+    temporary_path,
+    write_file,
+)
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import tensor_bytes
-from mixchat.weights.format.blueprint import Blueprint, swiglu_of
+from mixchat.weights.format.blueprint import Blueprint, Form, experts_file, swiglu_of
 from mixchat.weights.format.manifest import Manifest
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.matrix.linear import TYPES, BiasedLinear, LinearSpec
-from mixchat.weights.matrix.quant_type import DenseLinear, Inputs, Linear, Way
+from mixchat.weights.matrix.quant_type import DenseLinear, Inputs, Linear, QuantType, Way
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader, other_checkpoint
 from mixchat.weights.source.checkpoint_index import CONFIG
 
 FOLD = 5  # windows, of which the last is held out
 _ROWS_OF_ALL = 32  # of any tokens
+HELD_OUT_MAX = 1024  # rows of an expert, since more change no decision but take time
+_MIX, _TEXT = "mix.json", "text.json"
 _DENSE = "dense-{}"  # a file of inputs of attention or head, by the matrix's name
+
+
+class Mix(NamedTuple):
+    """The types that each layer's experts get, and the `--expert-bits` that asked for them."""
+
+    request: str
+    forms: list[Form]
 
 
 class InputsWriter:
@@ -61,6 +81,10 @@ class InputsWriter:
         self._written[name] += len(some)
         if len(some):
             _append(_dense_path(self._temporary, name), some.cpu().to(torch.bfloat16))
+
+    def add_text(self, ids: Sequence[int]) -> None:
+        """Write the tokens of a window."""
+        (self._temporary / _TEXT).write_text(json.dumps({"ids": list(ids)}))
 
     def __enter__(self) -> InputsWriter:
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -88,6 +112,33 @@ class ExpertInputs:
     @property
     def layers(self) -> set[int]:
         return {int(path.name[-3:]) for path in self._directory.glob("selected-*")}
+
+    @property
+    def text(self) -> list[int]:
+        """Return the tokens of a window. Raises `CheckpointError`."""
+        path = self._directory / _TEXT
+        ids = read_json_object(path).get("ids")
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise CheckpointError(f"{path}: damaged")
+        return ids
+
+    @property
+    def mix(self) -> Mix | None:
+        """Return what `write_mix` wrote, None if types stay. Raises `CheckpointError`."""
+        path = self._directory / _MIX
+        if not path.exists():
+            return None
+        raw = read_json_object(path)
+        with suppress(KeyError, TypeError, ValueError):
+            mix = Mix(str(raw["request"]), [(up, down) for up, down in raw["forms"]])
+            kinds = {kind for form in mix.forms for kind in form}
+            if len(mix.forms) == self._config.num_moe_layers and kinds <= {None, *TYPES}:
+                return mix
+        raise CheckpointError(f"{path}: damaged")
+
+    def write_mix(self, mix: Mix) -> None:
+        """Note the types of each layer's experts, which a resumed calibration takes again."""
+        write_file(self._directory / _MIX, json.dumps(mix._asdict()).encode())
 
     @property
     def has_dense(self) -> bool:
@@ -149,6 +200,17 @@ class Calibrator:
         self._w2_inputs = (torch.empty(0), torch.empty(0))
         self._ways, self._errors = Counter[Way](), 0.0
 
+    @property
+    def forms(self) -> dict[str, Form]:
+        """Return the types that experts get, by file, if they are chosen anew."""
+        mix = self.inputs.mix
+        return {experts_file(n): form for n, form in enumerate(mix.forms)} if mix else {}
+
+    def quant_type(self, stored: QuantType) -> QuantType:
+        """Return the type that most layers get for w1 and w3, `stored` if types stay."""
+        kinds = [up for up, _ in self.forms.values()]
+        return max(kinds, key=kinds.count, default=stored)
+
     @torch.inference_mode()
     def make(self, part: ModelPart) -> list[torch.Tensor]:
         assert part.linear is not None
@@ -185,7 +247,9 @@ class Calibrator:
         """Return the rows [n, D] that an expert learns from, and those held out."""
         every, chosen = self.inputs.of(layer, expert)
         last = self._held_out(every)
-        return _some(every, chosen, ~last), _some(every, chosen, last)
+        held_out = _some(every, chosen, last)
+        few = held_out[:: max(1, -(-len(held_out) // HELD_OUT_MAX))]
+        return _some(every, chosen, ~last), few
 
     def _held_out(self, rows: torch.Tensor) -> torch.Tensor:
         """Return a mask of the rows [N, C] in each fifth window."""

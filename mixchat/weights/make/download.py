@@ -34,7 +34,8 @@ class DownloadRequest:
     """The model to download, and the options for it.
 
     `keep_source` leaves fetched shards in the hub's cache. `check` gets the directory of the small
-    files before any weight is fetched, and may raise.
+    files before any weight is fetched, and may raise. With `any_experts` a model that is installed
+    may have experts of other types, because they are to be calibrated to others.
     """
 
     ref: ModelRef
@@ -42,6 +43,7 @@ class DownloadRequest:
     revision: str | None = None
     keep_source: bool = False
     check: Check | None = None
+    any_experts: bool = False
 
 
 def download(
@@ -159,7 +161,7 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
         difference = f"; it came from {source.repo}"
     elif revision not in (None, source.revision) and not _begins(source.commit, revision):
         difference = f", from revision {source.commit or 'unknown'}"
-    elif not _made_as(request.options, manifest.quantization):
+    elif not _made_as(request, manifest.quantization):
         difference = ", quantized differently"
         if 8 in (request.options.attention, request.options.head):
             hint += f" 'mixchat convert {key} --dense-bits 8' makes 8 bits of 16."
@@ -176,13 +178,15 @@ def _begins(commit: str | None, revision: str | None) -> bool:
     return len(revision or "") >= _COMMIT_DIGITS_MIN and (commit or "").startswith(revision or "")
 
 
-def _made_as(options: QuantizeOptions, made: dict[str, Any]) -> bool:
+def _made_as(request: DownloadRequest, made: dict[str, Any]) -> bool:
     """Return whether a model is quantized as requested. Its scales may be any."""
+    options = request.options
 
     def fits(part: str, bits: int | None) -> bool:
         return bits is None or made[part] == type_of_bits(bits, made["quant_type"])
 
     same_experts = TYPES[options.quant_type].bits == TYPES[made["quant_type"]].bits
+    same_experts = same_experts or request.any_experts
     return same_experts and fits("attention", options.attention) and fits("head", options.head)
 
 

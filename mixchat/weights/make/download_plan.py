@@ -47,6 +47,7 @@ class DownloadPlan:
     """
 
     name: str
+    blueprint: Blueprint
     target: Path
     source: str
     commit: str | None
@@ -93,6 +94,7 @@ def make_plan(build: Build, free_disk: int | None = None) -> DownloadPlan:
     )
     return DownloadPlan(
         name=target.name,
+        blueprint=blueprint,
         target=target,
         source=checkpoint.source.repo,
         commit=checkpoint.source.commit,

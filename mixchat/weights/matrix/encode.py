@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mixchat.weights.matrix.gptq import (
-    inverse_factor,
+    feedback_factor,
     mean_squares,
     nearest_levels,
     round_columns,
@@ -131,7 +131,7 @@ def _ways(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor) -> Iterator[tu
     if weight.shape[-1] % BLOCKSIZE == 0:
         by_column = torch.empty(weight.T.shape, dtype=torch.uint8)
         rounder = nearest_levels(grid.levels, by_column)
-        round_columns(weight, scales.float(), rounder, inverse_factor(inputs))
+        round_columns(weight, scales.float(), rounder, feedback_factor(inputs))
         yield "gptq", (by_column.T.contiguous().view(-1, BLOCKSIZE), scales)
 
 

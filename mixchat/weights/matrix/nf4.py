@@ -132,7 +132,7 @@ class FourBitCodes(NibbleCodes):
 
 # fmt: off
 class _NF4Codes(FourBitCodes):
-    name = "nf4"
+    name, mixable = "nf4", True
     levels = torch.tensor([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,

@@ -61,6 +61,9 @@ class QuantizationType(ABC):
     for_dense_parts = True  # whether attention and head are quantized to it
     # True if attention and head of this type are calibrated with the experts.
     calibrated_dense_parts = False
+    # True if experts can have it in some layers or matrices only.
+    mixable = False
+    needs_calibration = False  # whether plain rounding to it ruins a model
     down_type: QuantType | None = None  # of experts' down projection, if it is another one
     widened_on_gpu = False  # whether a GPU with room computes with it as a dense matrix
 

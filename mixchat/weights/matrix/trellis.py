@@ -58,11 +58,12 @@ TABLE_3 = Table((
 class TrellisCodes(RowCodes):
     """Codes of a table."""
 
-    scale_dtype, for_dense_parts = torch.uint8, False
+    scale_dtype, for_dense_parts, mixable = torch.uint8, False, True
 
     def __init__(self, name: QuantType, units: UnitSet, table: Table) -> None:
         self.name, self.bits, self.units = name, units.bits, units
         self.levels, self._table = table.levels, table
+        self.needs_calibration = self.bits == 2
 
     def stored_rows(self, rows: int, columns: int) -> int:
         return -(-rows // RING) * RING

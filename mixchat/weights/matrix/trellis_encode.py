@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from mixchat.kernels.trellis_units import RING
-from mixchat.weights.matrix.gptq import inverse_factor, mean_squares, round_columns
+from mixchat.weights.matrix.gptq import feedback_factor, mean_squares, round_columns
 from mixchat.weights.matrix.quant_type import BLOCKSIZE
 from mixchat.weights.matrix.trellis_search import nearest
 from mixchat.weights.matrix.trellis_table import Table, bytes_of_scales, scales_of_bytes
@@ -44,7 +44,7 @@ def round_for_inputs(table: Table, weight: torch.Tensor, inputs: torch.Tensor) -
         return values.squeeze(-1)
 
     flat = scales_of_bytes(scales).view(-1)
-    round_columns(weight, flat, rounded, inverse_factor(inputs))
+    round_columns(weight, flat, rounded, feedback_factor(inputs))
     return words, scales
 
 

@@ -96,7 +96,7 @@ def test_another_format_is_one_line_with_the_command_that_mends_it(
 ) -> None:
     monkeypatch.setenv("MIXCHAT_HOME", str(installed.parent.parent))
     edit_manifest(installed, format=version)
-    with pytest.raises(CheckpointError, match=f"format {version!r}, this one reads 4") as caught:
+    with pytest.raises(CheckpointError, match=f"format {version!r}, this one reads 5") as caught:
         read_manifest(installed)
     assert caught.value.hint == f"To mend it: {mend}"
 

@@ -62,9 +62,30 @@ def test_it_is_least_squares_for_the_columns_that_are_left(kind: BlockCodes) -> 
     _, scales = kind.codes(weight, search=True)
     fast = torch.empty(128, 16, dtype=torch.uint8)
     rounded = gptq.nearest_levels(levels, fast)
-    gptq.round_columns(weight, scales.float(), rounded, gptq.inverse_factor(inputs))
+    gptq.round_columns(weight, scales.float(), rounded, gptq.feedback_factor(inputs))
     fast = fast.T.reshape(-1, 64)
     assert (fast != slowly(weight, scales.float(), levels, inputs)).float().mean() < 0.005
+
+
+def test_the_factor_makes_the_shrunk_hessian_whatever_is_computed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = alike(300, 128)
+    whole = gptq.feedback_factor(inputs)
+    monkeypatch.setattr(gptq, "_BAND", 48)
+    monkeypatch.setattr(gptq, "_PIECE", 70)
+    in_bands = gptq.feedback_factor(inputs)
+    torch.testing.assert_close(in_bands, whole, rtol=1e-3, atol=1e-4)
+    x = inputs.double()
+    hessian = x.T @ x / len(x) * (1 - gptq.shrinkage(*x.shape))
+    hessian.diagonal().copy_(gptq.mean_squares(inputs))
+    undone = torch.linalg.inv(in_bands.double())
+    diagonal = undone @ hessian @ undone.T
+    assert torch.equal(in_bands, in_bands.triu())
+    torch.testing.assert_close(in_bands.diagonal(), torch.ones(128))
+    sizes = diagonal.diagonal().sqrt()
+    off = (diagonal - diagonal.diagonal().diag()) / sizes / sizes.unsqueeze(-1)
+    assert off.abs().max() < 1e-3
 
 
 @each_type
