@@ -102,8 +102,8 @@ def download(
     A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again, and
     so are experts in MXFP4, as gpt-oss is published.
     Attention and head get 8 bits, at hardly any cost in quality. Of Mixtral, 16 bits take 1.4 GB
-    more, and 4 bits 0.7 GB less, at some cost. --expert-bits 3 (w1 and w3 in 3 bits, w2 in 4)
-    makes 20.2 GB of Mixtral's experts instead of 24.0, at a cost that 'mixchat plan' names;
+    more, and 4 bits 0.7 GB less, at some cost. --expert-bits 3 makes 17.6 GB of Mixtral's experts
+    instead of 24.0, at a cost that 'mixchat plan' names;
     --expert-bits 16 stores bf16, fp16 and fp32 unquantized. --calibrate runs 'mixchat calibrate'
     afterwards.
 

@@ -25,7 +25,7 @@ DENSE_BITS = 8  # of attention and head, unless others are requested
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """The options of quantization. `quant_type` of the experts is "nf4", "nf3" or "none".
+    """The options of quantization. `quant_type` is the experts' type.
 
     attention, head: the bits of their weights, 16, 8, 6, 5 or 4. None is `DENSE_BITS`, or 16 if the
     experts are not quantized. `layout` None takes `best_layout`.
@@ -107,7 +107,7 @@ def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
     stored = blueprint.quantization
     if stored.quant_type != "nf4" or stored.scales == "given":
         return None
-    return replace(blueprint, quantization=replace(stored, quant_type="nf3"))
+    return replace(blueprint, quantization=replace(stored, quant_type=type_of_bits(3)))
 
 
 def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:

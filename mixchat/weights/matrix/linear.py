@@ -39,7 +39,10 @@ from mixchat.weights.matrix.quant_type import (
 )
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
+# If types have the same bits, the first one is for new models.
 TYPES: dict[QuantType, QuantizationType] = {
+    "trellis2": TRELLIS2,
+    "trellis3": TRELLIS3,
     "nf3": NF3,
     "nf4": NF4,
     "fp4": FP4,
@@ -47,8 +50,6 @@ TYPES: dict[QuantType, QuantizationType] = {
     "int5": INT5,
     "int6": INT6,
     "int8": INT8,
-    "trellis2": TRELLIS2,
-    "trellis3": TRELLIS3,
     "none": DENSE,
 }
 Layout = Literal["bitsandbytes", "cpu-packed"]

@@ -41,7 +41,7 @@ _GROUP = 8  # codes
 
 
 class _NF3Codes(RowCodes):
-    name, bits, units, mixable = "nf3", _BITS, THREE_BITS, True
+    name, bits, units = "nf3", _BITS, THREE_BITS
     levels = torch.tensor([-0.8042, -0.4888, -0.256, -0.0527, 0.1437, 0.3527, 0.6081, 1.0])
     # For a tenth more bytes the demo loses a third less.
     down_type = "nf4"
