@@ -142,7 +142,7 @@ def expert_file(work: Path, kind: str) -> Path:
 
 def make_experts(work: Path, model: LlamaForCausalLM, texts: dict[str, Tensor], steps: int) -> None:
     """Write an expert for each kind, if it is not there. The model is the dense one again."""
-    exact = {name: value.detach().clone() for name, value in expert_of(model).items()}
+    exact = {name: value.detach().bfloat16() for name, value in expert_of(model).items()}
     for name, value in model.named_parameters():
         value.requires_grad_(name in exact)
     for seed, (kind, windows) in enumerate(texts.items()):

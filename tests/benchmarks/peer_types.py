@@ -37,10 +37,11 @@ def _first(count: int, more: str, less: str) -> Type:
 
 @dataclass(frozen=True)
 class PeerForm:
-    """A format: the type of each matrix, as llama-quantize chooses it.
+    """A format: the type of each matrix.
 
-    Names with an M are mixes. Under all other names, each matrix of the feed-forward blocks has the
-    type of the name, though llama-quantize gives some of them more bits.
+    Names with an M are llama-quantize's mixes. Under all other names the matrices of the
+    feed-forward blocks, of queries and of keys have the type of the name. llama-quantize gives some
+    of them more bits, and so it does here to values, outputs and the head.
     """
 
     name: str
@@ -58,9 +59,8 @@ class PeerForm:
         for pattern, kind in kinds.items():
             if re.search(rf"\b{pattern}\.weight$", matrix):
                 layer = re.search(r"layers\.(\d+)", matrix)
-                return (
-                    kind if isinstance(kind, str) else kind(int(layer[1] if layer else 0), layers)
-                )
+                number = int(layer[1]) if layer else 0
+                return kind if isinstance(kind, str) else kind(number, layers)
         return None
 
 
@@ -81,8 +81,8 @@ FORMS = {
         ),
         _uniform("IQ3_S", "IQ3_S", "IQ3_S", "Q6_K"),
         _uniform("IQ3_XXS", "IQ3_XXS", "IQ3_S", "Q5_K"),
-        _uniform("IQ2_S", "IQ3_S", "IQ3_S", "Q5_K"),
         _uniform("IQ2_XS", "Q2_K", "IQ2_XS", "Q5_K"),
+        _uniform("IQ2_S", "IQ3_S", "IQ3_S", "Q5_K"),
     ),
     "ik_llama.cpp": (
         _uniform("IQ3_KT", "IQ3_S", "IQ3_S", "Q5_K"),
