@@ -290,11 +290,11 @@ class Report:
 @torch.no_grad()
 def report(work: Path, checkpoint: Path, parted: Path, texts: dict[str, Tensor]) -> None:
     """Print the table that the module's text describes."""
-    measures, dense = Report(work, texts), read_mixture(checkpoint)
+    measures, dense = Report(work, texts), read_mixture(checkpoint, dtype=torch.bfloat16)
     before = measures.losses(dense)
     losses, apart = measures.experts(dense)
     del dense
-    mixture = read_mixture(parted)
+    mixture = read_mixture(parted, dtype=torch.bfloat16)
     after = measures.losses(mixture)
     heads = "kind", "before", "own expert", "others", "mixture", "KL", "first", "chosen", "entropy"
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")

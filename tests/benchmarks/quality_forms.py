@@ -176,7 +176,7 @@ class Workshop:
         """Return the text that the model writes, from which all programs learn: windows of ids."""
         path = self.work / "written.pt"
         if not path.exists():
-            config, model = self._config, read_mixture(self.checkpoint).bfloat16()
+            config, model = self._config, read_mixture(self.checkpoint, dtype=torch.bfloat16)
             share = config["num_local_experts"] // config["num_experts_per_tok"]
             torch.save(write_text(model, config["bos_token_id"], WRITTEN * share, WINDOW), path)
         return torch.load(path)

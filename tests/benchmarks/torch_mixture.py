@@ -1,4 +1,4 @@
-"""A Mixtral checkpoint in torch, in fp32: to train it, and to see what its matrices multiply.
+"""A Mixtral checkpoint in torch: to train it, and to see what its matrices multiply.
 
 Its modules have the checkpoint's names, but for `block_sparse_moe`, which is `mlp` here.
 
@@ -58,7 +58,9 @@ class Mixture(nn.Module):
         return out.view_as(hidden)
 
 
-def read_mixture(checkpoint: Path, experts: int | None = None) -> LlamaForCausalLM:
+def read_mixture(
+    checkpoint: Path, experts: int | None = None, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
     """Return the model of a checkpoint of one file, or of its first experts."""
     raw = json.loads((checkpoint / "config.json").read_bytes())
     count = experts or raw["num_local_experts"]
@@ -74,7 +76,7 @@ def read_mixture(checkpoint: Path, experts: int | None = None) -> LlamaForCausal
         number = re.search(r"\.experts\.(\d+)\.", name)
         if number is None or int(number[1]) < count:
             some = value[:count] if name.endswith(".gate.weight") else value
-            state[name.replace("block_sparse_moe", "mlp")] = some.float()
+            state[name.replace("block_sparse_moe", "mlp")] = some.to(dtype)
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
