@@ -1,12 +1,12 @@
 """README, `mixchat plan` and the script that measures the loss of few bits say the same."""
 
+import json
 import math
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
-from frontier import Point, picture
+from frontier import draw
 from padded_model import padded_config
 from peer_types import FORMS
 from quality import README_HEAD, Variant, demo_loss, divergence, points, readme_rows
@@ -82,7 +82,7 @@ def test_the_divergence_is_that_of_the_expected_distribution():
     assert divergence(scores, expected) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
 
 
-def test_the_picture_has_fewer_bits_on_the_left_and_less_loss_below():
+def test_the_frontier_is_written_as_data_and_as_a_picture(tmp_path):
     variants = [
         measured(UNQUANTIZED, "all", 16, 3.0),
         measured("3 bits", "experts", 3.25, 3.2),
@@ -91,19 +91,14 @@ def test_the_picture_has_fewer_bits_on_the_left_and_less_loss_below():
     variants[2].figures["prose"]["kl"] = [0.02]
     first, second = points(variants)
     assert (second.kl, second.texts["prose"][0]) == (pytest.approx(0.11), 0.02)
-    svg = ElementTree.fromstring(picture([first, second]))
-    labels = [one.text for one in svg.iterfind("{*}text")]
-    assert {"3 bits", "IQ3<S", "mixchat", "llama.cpp"} <= set(labels)
-    left, right = (
-        (float(one.get("cx", "")), float(one.get("cy", ""))) for one in svg.iterfind("{*}circle")
-    )
-    assert left[0] < right[0]
-    assert left[1] < right[1]
-
-
-def test_one_form_makes_a_picture():
-    point = Point("mixchat", "4 bits", "experts", 4.0, 0.125, 0.1, {})
-    assert "4 bits" in picture([point])
+    draw([first, second], tmp_path)
+    data = json.loads((tmp_path / "frontier.json").read_bytes())
+    assert data[1]["texts"] == {
+        "prose": [0.02, pytest.approx(math.expm1(0.1))],
+        "code": [0.2, pytest.approx(math.expm1(0.1))],
+    }
+    svg = (tmp_path / "frontier-experts.svg").read_text()
+    assert all(f">{text}</text>" in svg for text in ("3 bits", "IQ3&lt;S", "mixchat", "llama.cpp"))
 
 
 @pytest.mark.parametrize(
