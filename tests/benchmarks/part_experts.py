@@ -44,6 +44,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 WINDOW = 512  # tokens
 HELD_OUT = 4  # windows of a kind, that no expert learns from
+REPORTED = 2  # of the windows that were held out
 BATCH = 1  # windows of a step
 RATE = 8e-4
 CHOICES = 2
@@ -247,7 +248,7 @@ class Report:
 
     def __init__(self, work: Path, texts: dict[str, Tensor]) -> None:
         self._work = work
-        self._texts = {kind: windows[-HELD_OUT:] for kind, windows in texts.items()}
+        self._texts = {kind: windows[-REPORTED:] for kind, windows in texts.items()}
 
     def losses(self, model: LlamaForCausalLM) -> list[float]:
         """Return a model's loss on each kind."""
