@@ -10,10 +10,13 @@ The same command continues with what is not done yet.
 
 Writes WORK/parted, a Mixtral checkpoint of eight experts, top 2. `quality.py OTHER --checkpoint
 WORK/parted` measures it. No text of `quality_texts.py` is trained on. A table shows on text that
-was held out, by its kind: the perplexity of the dense model, of the kind's own expert for all
-tokens, of the seven others (one window each), and of the mixture; the KL divergence of the others
-from the own one, in nats a token; how often the own one is the router's first choice, and one of
-its two; and the entropy of the router's eight weights, in nats (2.08 if all are alike).
+was held out, by its kind:
+
+- the perplexity of the dense model, of the kind's own expert for all tokens, of the seven others
+  (one window each), and of the mixture
+- the KL divergence of the others from the own expert, in nats a token
+- how often the own expert is the router's first choice, and how often one of its two
+- the entropy of the router's eight weights, in nats (2.08 if all are alike)
 
 D = hidden size, E = experts, N = tokens.
 """
@@ -275,7 +278,7 @@ class Report:
         return losses, apart
 
     def routing(self, mixture: LlamaForCausalLM) -> Iterator[tuple[float, float, float]]:
-        """Yield of each kind how often its expert is the first choice, and one of both; entropy."""
+        """Yield of each kind how often its expert is the first choice, one of both, and entropy."""
         gates = [layer.mlp.gate.weight for layer in mixture.model.layers]
         for number, windows in enumerate(self._texts.values()):
             inputs = inputs_of(mixture, windows)

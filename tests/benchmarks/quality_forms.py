@@ -55,7 +55,7 @@ class Form:
 
 
 def write_model(work: Path) -> Path:
-    """Write the demo as a mixture of one expert, padded and rescaled; return its checkpoint."""
+    """Write the demo as a mixture of one expert, padded and rescaled. Return its checkpoint."""
     checkpoint = work / "checkpoint"
     if not checkpoint.exists():
         source, gguf = work / "demo.gguf", work / "model.gguf"
