@@ -3,7 +3,7 @@
     python tests/benchmarks/quality.py WORK [TEXT ...] [--windows 8] [--llama GGML] [--ik GGML]
 
 Prints a table with all figures, then those that README.md and `mixchat plan` (`DEMO_LOSS`) have,
-in their form, and writes WORK/frontier.json and WORK/frontier.svg. WORK is a directory for models
+in their form, and writes WORK/frontier.json and WORK/frontier-*.svg. WORK is a directory of models
 and results, 6 GB: the same command continues there. --llama and --ik name libggml of llama.cpp
 (libggml-base.so in llama-cpp-python's folder lib) and of ik_llama.cpp, whose functions round
 weights (`peer_types.py`). Without a TEXT the five of `quality_texts.py` are read. --checkpoint
