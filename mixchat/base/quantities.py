@@ -10,6 +10,8 @@ from mixchat.base.errors import UsageError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:(%)|([KMGT]I?)?B?)\s*", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]+)?)\s*([smh])\s*", re.IGNORECASE | re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 _FEWEST = 10_000  # bytes that can be meant without a unit
 
 
@@ -67,6 +69,14 @@ def parse_size(text: str) -> int:
 def parse_sizes(text: str) -> tuple[int, ...]:
     """Return `12GB,8GB` in bytes. Raises `UsageError`."""
     return tuple(map(parse_size, text.split(",")))
+
+
+def parse_duration(text: str) -> float:
+    """Return `90s`, `10m` or `1.5h` in seconds. Raises `UsageError`."""
+    match = _DURATION.fullmatch(text)
+    if match is None or not float(match[1]):
+        raise UsageError(f"cannot read {text!r} as a time", hint="Write it like 90s, 10m or 2h.")
+    return float(match[1]) * _SECONDS[match[2].lower()]
 
 
 def parse_rate(text: str) -> int:

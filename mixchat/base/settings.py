@@ -27,6 +27,11 @@ def models_dir() -> Path:
     return data_dir() / "models"
 
 
+def server_caches_dir(key: str) -> Path:
+    """Return the directory of a server's KV caches for the model `key`."""
+    return data_dir() / "server" / key
+
+
 def config_file() -> Path:
     """Return the file of settings, `MIXCHAT_CONFIG` or the system's config.toml."""
     if name := os.environ.get("MIXCHAT_CONFIG"):

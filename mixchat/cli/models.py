@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,7 +10,7 @@ import typer
 
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.base.quantities import format_size
-from mixchat.base.settings import models_dir
+from mixchat.base.settings import models_dir, server_caches_dir
 from mixchat.chat.printing import say, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
 from mixchat.cli.flags.load_flags import AsJson, installed_model_argument, parse_dense_bits
@@ -93,6 +94,7 @@ def rm(model: _Model, yes: _Yes = False) -> None:
     with local_errors():
         housekeeping.remove(target)
         report_path_by_key(target.name).unlink(missing_ok=True)
+        shutil.rmtree(server_caches_dir(target.name), ignore_errors=True)
     say(f"removed {target.name}: {format_size(size)}")
 
 

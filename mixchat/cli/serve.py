@@ -9,6 +9,7 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import DEFAULT_POLICY
+from mixchat.base.quantities import parse_duration
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
@@ -87,6 +88,41 @@ def serve(
             "an answer, and from the time it takes, a client learns what others asked.",
         ),
     ] = True,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page/--no-page",
+            rich_help_panel=SERVER,
+            help="Show a chat in the browser at the server's address.",
+        ),
+    ] = True,
+    swap: Annotated[
+        bool,
+        typer.Option(
+            "--swap",
+            rich_help_panel=SERVER,
+            help="Let a request's field model name another installed model, which then replaces "
+            "the loaded one.",
+        ),
+    ] = False,
+    sleep_after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            rich_help_panel=SERVER,
+            help="Give the model's memory back after so long without a request, such as 10m. The "
+            "next request loads it again.",
+        ),
+    ] = None,
+    keep_cache: Annotated[
+        bool,
+        typer.Option(
+            "--keep-cache",
+            rich_help_panel=SERVER,
+            help="Save the KV caches of conversations when the model is unloaded, for the next "
+            "time.",
+        ),
+    ] = False,
     ctx_size: load_flags.ContextSize = None,
     kv_bits: load_flags.KVBits = None,
     host_memory: load_flags.HostMemory = None,
@@ -99,13 +135,28 @@ def serve(
     """Serve a model over OpenAI's HTTP API to several clients.
 
     Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and
-    /metrics. Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
+    /metrics. A browser gets a chat at /. Ctrl-C or SIGTERM lets running answers end, for 7 seconds
+    at most.
     """
     # Exact prompts make an answer the same whoever else is served.
     load = load_flags.load_options(context.params, exact_prompts=True)
     key = None if api_key is None else _checked_key(api_key)
     origins = tuple(map(_checked_origin, cors or ()))
-    options = ServeOptions(host, port, queue, origins, key, strict, shared_prefix)
+    if keep_cache and not shared_prefix:
+        raise UsageError("--keep-cache saves what --no-shared-prefix does not use again")
+    options = ServeOptions(
+        host,
+        port,
+        queue,
+        origins,
+        key,
+        strict,
+        shared_prefix,
+        page,
+        swap,
+        None if sleep_after is None else parse_duration(sleep_after),
+        keep_cache,
+    )
     serve_http(model, load, options, TerminalReporter(), say)
 
 

@@ -126,7 +126,8 @@ class Batch:
     ) -> None:
         self._passes, self._sequences, self._speculation = passes, sequences, speculation
         self._exact_prompts, self._shares = exact_prompts, shared_prefix
-        self._free = list(sequences)  # the least recently used first
+        # The least recently used first. At first, those that hold nothing.
+        self._free = sorted(sequences, key=lambda prefix: bool(prefix.ids))
         self._answers: list[BatchedAnswer] = []
         self._sizer = PassSizer(chunk)
 

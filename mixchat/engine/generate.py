@@ -85,13 +85,13 @@ class Engine:
         """Return the counts of the last call of `generate` so far."""
         return replace(self._stats, experts=self.experts.stats.since(self._experts_before))
 
-    def held(self) -> tuple[list[int], KVCache]:
-        """Return the tokens that the cache holds, and the cache."""
-        return self.sequences[0].ids, self.sequences[0].cache
+    def held(self, number: int = 0) -> tuple[list[int], KVCache]:
+        """Return the tokens that a cache holds, and the cache."""
+        return self.sequences[number].ids, self.sequences[number].cache
 
-    def resume(self, ids: Sequence[int]) -> None:
+    def resume(self, ids: Sequence[int], number: int = 0) -> None:
         """Continue from these tokens, which have been put into the cache."""
-        self.sequences[0].resume(ids)
+        self.sequences[number].resume(ids)
 
     def forget(self) -> None:
         self.sequences[0].clear()

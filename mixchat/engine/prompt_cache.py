@@ -42,10 +42,13 @@ def identity_of(manifest: Manifest) -> str:
 
 
 class PromptCache:
-    """The engine's KV cache in the file `path`. A link there is replaced, not read."""
+    """A KV cache of the engine in the file `path`. A link there is replaced, not read.
 
-    def __init__(self, path: Path, engine: Engine) -> None:
-        self.path, self._engine = path, engine
+    `number` is the cache's in `Engine.sequences`.
+    """
+
+    def __init__(self, path: Path, engine: Engine, number: int = 0) -> None:
+        self.path, self._engine, self._number = path, engine, number
         self._saved: list[int] = []  # the ids in the file
 
     def load(self) -> int:
@@ -54,7 +57,7 @@ class PromptCache:
         A conversation that is longer than the context is cut. Raises `CheckpointError` if the file
         is damaged, or of another model or kind of cache. The engine then holds nothing.
         """
-        _, cache = self._engine.held()
+        _, cache = self._engine.held(self._number)
         try:
             with SafetensorsFile(self.path, follow=False) as file:
                 saved = _read(file, cache, self._engine)
@@ -62,7 +65,7 @@ class PromptCache:
             cache.clear()
             raise
         self._saved = saved
-        self._engine.resume(saved[: cache.capacity])
+        self._engine.resume(saved[: cache.capacity], self._number)
         return min(len(saved), cache.capacity)
 
     def save(self) -> bool:
@@ -70,7 +73,7 @@ class PromptCache:
 
         Raises `ResourceError` if the disk is full, else another `MixchatError`.
         """
-        ids, cache = self._engine.held()
+        ids, cache = self._engine.held(self._number)
         if ids == self._saved[: len(ids)]:
             return False
         try:

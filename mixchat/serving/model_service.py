@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 class ModelService:
-    """A `Service` over the engine of `load`. `queue` more jobs may wait. Raises as `load` does."""
+    """A `Service` over the engine of `load`, which `close` closes at the end.
+
+    `queue` more jobs may wait. Raises as `load` does.
+    """
 
     def __init__(
         self,
@@ -40,9 +43,10 @@ class ModelService:
         template: Template,
         *,
         queue: int,
+        close: Callable[[Engine], object] = lambda engine: engine.close(),
         shared_prefix: bool = True,
     ) -> None:
-        self._shared_prefix = shared_prefix
+        self._close_engine, self._shared_prefix = close, shared_prefix
         self.name, self.tokenizer, self.template = name, tokenizer, template
         self._waiting: list[RunningJob] = []
         self._running: list[RunningJob] = []
@@ -111,7 +115,7 @@ class ModelService:
                 self._running.clear()
             for job in left:  # only if an error ends the thread
                 job.sink(Failed(ShuttingDownError("the service has ended")))
-            engine.close()
+            self._close_engine(engine)
 
     def _answer_jobs(self, engine: Engine) -> None:
         batch = engine.new_batch(shared_prefix=self._shared_prefix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from mixchat.base.errors import ResourceError
@@ -113,6 +113,9 @@ class ServiceStats:
     expert_hits: int = 0
     expert_misses: int = 0
     bytes_moved: int = 0
+
+    def plus(self, other: ServiceStats) -> ServiceStats:
+        return ServiceStats(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def with_tokens(self, prompt: int, cached: int, generated: int) -> ServiceStats:
         return replace(

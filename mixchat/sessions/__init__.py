@@ -7,6 +7,7 @@
 - open_chat.py: a chat or one question: session, saved chat, KV cache, change of model
 - install.py: checks the text of a checkpoint, and calibrates a model
 - cache_file.py: the KV cache in a file
+- server_caches.py: the KV caches of a server in files
 - answer_lines.py: a file of prompts, and the file of answers
 - servers.py: serves a model over HTTP, or experts to other machines
 """

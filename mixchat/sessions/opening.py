@@ -19,6 +19,7 @@ from mixchat.sessions.provider import ChatOptions
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
+    from mixchat.engine.generate import Engine
     from mixchat.serving.model_service import ModelService
     from mixchat.serving.requests.options import Defaults
     from mixchat.text.form.output_constraint import OutputConstraint
@@ -94,22 +95,42 @@ def open_service(
     sampling: Mapping[str, float | None] = MappingProxyType({}),
     *,
     shared_prefix: bool = True,
+    keep_caches: bool = False,
 ) -> tuple[ModelService, Defaults]:
     """Return a service with a model, and the defaults of its answers.
 
-    `queue` jobs may wait while `load.parallel` others are answered.
+    `queue` jobs may wait while `load.parallel` others are answered. If `keep_caches`, its KV caches
+    lie in files while it is not loaded.
     """
     with _opened(name, reporter) as model:
         from mixchat.loading.loader import build_engine
         from mixchat.serving.model_service import ModelService
         from mixchat.serving.requests.options import Defaults
 
+        caches = None
+        if keep_caches:
+            from mixchat.sessions.server_caches import ServerCaches
+
+            caches = ServerCaches(model.files.directory.name, reporter.note)
+
+        def build() -> Engine:
+            engine = build_engine(model.files, load, reporter.note)
+            if caches is not None:
+                caches.load(engine)
+            return engine
+
+        def close(engine: Engine) -> None:
+            if caches is not None:
+                caches.save(engine)
+            engine.close()
+
         service = ModelService(
             name,
-            lambda: build_engine(model.files, load, reporter.note),
+            build,
             model.tokenizer,
             model.template,
             queue=queue,
+            close=close,
             shared_prefix=shared_prefix,
         )
     return service, Defaults(resolve_sampling(sampling, model.sampling), model.max_tokens)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.engine.environment import prepare_environment
+from mixchat.sessions.local_models import LocalModels
 from mixchat.sessions.opening import find_or_build, open_service
 
 if TYPE_CHECKING:
     from mixchat.experts.workers.server import Server
+    from mixchat.serving.web.served_models import LoadedModel, ServedModels
 
 Say = Callable[[str], None]  # prints a line for a person
 
@@ -29,6 +32,10 @@ class ServeOptions:
     key: str | None
     strict: bool
     shared_prefix: bool
+    page: bool
+    swap: bool
+    sleep_after: float | None  # seconds
+    keep_caches: bool
 
 
 def serve_http(
@@ -39,19 +46,43 @@ def serve_http(
 
     address = find_address(options.host, options.port, options.key)
     with bind(address) as bound:
-        service, defaults = open_service(
-            model, load, options.queue, reporter, shared_prefix=options.shared_prefix
-        )
-        from mixchat.serving.requests.forms import forms_of
+        models = _served_models(model, load, options, reporter)
         from mixchat.serving.web.app import AppState, create_app
         from mixchat.serving.web.server import WebServer, serve_until_signal
 
-        defaults = replace(defaults, strict=options.strict)
-        state = AppState(service, defaults, reporter.error, reporter.note, forms_of(service))
+        state = AppState(models, reporter.error, reporter.note)
         access = Access(options.key, options.origins, is_loopback(address))
-        ready = f"{url_of(bound)}: serving {service.name}; Ctrl-C ends it"
-        server = WebServer(create_app(state, access), bound)
-        serve_until_signal(server, service, lambda: say(ready), reporter.note)
+        ready = f"{url_of(bound)}: serving {models.name}; Ctrl-C ends it"
+        app = create_app(state, access, page=options.page)
+        server = WebServer(app, bound, started=models.await_sleep)
+        serve_until_signal(
+            server, models, lambda: say(ready), reporter.note, saves=options.keep_caches
+        )
+
+
+def _served_models(
+    name: str, load: LoadOptions, options: ServeOptions, reporter: Reporter
+) -> ServedModels:
+    def open_model(name: str) -> LoadedModel:
+        service, defaults = open_service(
+            name,
+            load,
+            options.queue,
+            reporter,
+            shared_prefix=options.shared_prefix,
+            keep_caches=options.keep_caches,
+        )
+        from mixchat.serving.requests.forms import forms_of
+        from mixchat.serving.web.served_models import LoadedModel
+
+        return LoadedModel(service, replace(defaults, strict=options.strict), forms_of(service))
+
+    first = open_model(name)
+    from mixchat.serving.web.served_models import ServedModels
+
+    local = LocalModels(load, reporter, usual=name)
+    others = partial(local.others, name) if options.swap else tuple
+    return ServedModels(first, open_model, others=others, sleep_after=options.sleep_after)
 
 
 def serve_experts(model: str, load: LoadOptions, listen: str, reporter: Reporter, say: Say) -> None:

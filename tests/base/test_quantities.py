@@ -7,7 +7,21 @@ from mixchat.base.quantities import (
     format_least,
     format_rates,
     format_size,
+    parse_duration,
 )
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), (" 10m ", 600), ("1.5 H", 5400), ("0.5s", 0.5)]
+)
+def test_a_time_in_seconds(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "0m", "-1m", "1 day", "1e3s", "nan s"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(UsageError, match="as a time"):
+        parse_duration(text)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from mixchat.base.options import LoadOptions
+from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
 from mixchat.serving.model_service import ModelService
+from mixchat.sessions.server_caches import ServerCaches
 from mixchat.text.checkpoint_text import CheckpointText
 from tests.tiny_tokenizer import write_tokenizer
 
@@ -24,16 +26,26 @@ def model_service(model: Path) -> Iterator[Callable[..., ModelService]]:
     """Start a service; it is closed after the test."""
     started: list[ModelService] = []
 
-    def start(parallel: int = 4, waiting: int = 100) -> ModelService:
+    def start(
+        parallel: int = 4, waiting: int = 100, caches: ServerCaches | None = None
+    ) -> ModelService:
         text = CheckpointText(model)
         options = LoadOptions(device="cpu", exact_prompts=True, parallel=parallel)
         tokenizer = text.tokenizer()
+
+        def load() -> Engine:
+            engine = load_engine(model, options)
+            if caches is not None:
+                caches.load(engine)
+            return engine
+
+        def close(engine: Engine) -> None:
+            if caches is not None:
+                caches.save(engine)
+            engine.close()
+
         service = ModelService(
-            "tiny",
-            lambda: load_engine(model, options),
-            tokenizer,
-            text.template((2,)),
-            queue=waiting,
+            "tiny", load, tokenizer, text.template((2,)), queue=waiting, close=close
         )
         started.append(service)
         return service

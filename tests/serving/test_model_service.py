@@ -27,6 +27,7 @@ from mixchat.serving.service import (
     Reading,
     ShuttingDownError,
 )
+from mixchat.sessions.server_caches import ServerCaches
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.thinking import ThinkingFormat
 
@@ -100,6 +101,27 @@ def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(mode
     assert end == Done(
         last.reason, last.prompt_tokens, last.prompt_tokens - 1, last.generated_tokens
     )
+
+
+def test_kv_caches_in_files_serve_the_next_service(model_service, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    notes: list[str] = []
+
+    def answers() -> tuple[list[str], list[int]]:
+        service = model_service(caches=ServerCaches("tiny", notes.append))
+        ends = [Waiter(service, job(number)).result() for number in (9, 20)]
+        service.close()
+        return [text for text, _ in ends], [last.cached_tokens for _, last in ends]
+
+    texts, cached = answers()
+    assert cached == [0, 0]
+    assert answers() == (texts, [len(job(number).prompt_ids) - 1 for number in (9, 20)])
+    files = sorted((tmp_path / "server" / "tiny").iterdir())
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    files[0].write_bytes(files[0].read_bytes()[:-1] + b"x")
+    assert answers()[0] == texts
+    assert len(notes) == 1
+    assert "it will be written again" in notes[0]
 
 
 @pytest.mark.parametrize(("max_tokens", "reason"), [(4, "length"), (None, "context")])

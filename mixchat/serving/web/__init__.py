@@ -3,6 +3,8 @@
 - access.py: the address that it listens on, and the requests that it turns away
 - server.py: uvicorn in a thread, from the first request to an orderly end
 - app.py: the routes
+- served_models.py: the loaded model, its sleep, and the change to another one
+- page.py: the page at `/`, a chat in the browser, with its files in page_files/
 - answers.py: the jobs of one request while they run, whole or as a stream
 - responses.py: the objects of OpenAI's API that a response holds, and counts for Prometheus
 """

@@ -1,7 +1,7 @@
 """The server's address, and the requests that it turns away.
 
-A web page's origin has to be one of `--cors`. DNS rebinding gives a page no foreign origin, but a
-foreign Host header.
+A web page's origin has to be the server itself or one of `--cors`. DNS rebinding gives a page no
+foreign origin, but a foreign Host header.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import NetworkAddress
 from mixchat.experts.workers.address import Address, listen_error, resolve
 from mixchat.serving.requests.errors import RequestError, to_json
+from mixchat.serving.web.page import PAGE_PATHS
 
 _ANY = "*"
-_OPEN_PATH = "/health"  # needs no key, because it tells nothing
+_OPEN_PATHS = {"/health"} | PAGE_PATHS  # need no key, because they tell nothing
 IGNORED = "x-mixchat-ignored"  # names a request's fields without an effect
 
 
@@ -114,9 +115,9 @@ class _HeaderCheck:
             # A proxy that reads the other one would see other requests.
             message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
             return RequestError(message, headers={"Connection": "close"})
-        message, origins = "", self._access.origins
         origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is not None and _ANY not in origins and origin not in origins:
+        message, allowed = "", {None, f"http://{host}", f"https://{host}", *self._access.origins}
+        if origin not in allowed and _ANY not in allowed:
             message = f"web pages of {origin!a:.80} may not use this server: see --cors"
         elif self._access.local_only and self._access.key is None and not _is_local(host):
             message = f"this server is not {host!a:.80}: use localhost or 127.0.0.1"
@@ -133,7 +134,7 @@ class _KeyCheck:
         given = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
         right = hmac.compare_digest(_digest(key.strip()), self._digest)
-        if (right and scheme.lower() == b"bearer") or scope["path"] == _OPEN_PATH:
+        if (right and scheme.lower() == b"bearer") or scope["path"] in _OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         error = RequestError(

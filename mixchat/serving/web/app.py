@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,19 +27,20 @@ from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
 from mixchat.serving.requests.errors import RequestError, as_request_error, field_error, to_json
 from mixchat.serving.requests.fields import RequestObject, validated
-from mixchat.serving.requests.forms import Compile, no_forms
+from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import Defaults, ParsedRequest
 from mixchat.serving.service import QueueFullError, Service
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
+from mixchat.serving.web.page import page_routes
 from mixchat.serving.web.responses import (
     CONTENT_TYPE,
     ChatResponses,
     CompletionResponses,
     ResponseBuilder,
-    TokenTexts,
     to_prometheus,
 )
+from mixchat.serving.web.served_models import LoadedModel, ServedModels
 
 _MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
 _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
@@ -48,6 +49,9 @@ _CHAT_PATH = "/v1/chat/completions"
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
 Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
+ModelEndpoint = Callable[
+    ["AppState", Request, LoadedModel, dict[str, Any]], Awaitable[ASGIApp]
+]  # with the request's body
 Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
 
 
@@ -58,15 +62,12 @@ class AppState:
     `report` gets mixchat's own faults. `note` gets a line for each field without an effect, once.
     """
 
-    service: Service
-    defaults: Defaults
+    models: ServedModels
     report: Callable[[Exception], object]
     note: Note
-    compile_form: Compile = no_forms
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.texts = TokenTexts(self.service.tokenizer)
         self._noted = set[str]()
         self.form_checks = CapacityLimiter(_MAX_FORM_CHECKS)
 
@@ -84,8 +85,8 @@ class AppState:
         return explained
 
 
-def create_app(state: AppState, access: Access) -> ASGIApp:
-    """Return the application of ASGI."""
+def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp:
+    """Return the application of ASGI, with the page at `/` if `page`."""
 
     def failed(request: Request, error: Exception) -> Response:
         return error_response(state.explain(error))
@@ -96,16 +97,32 @@ def create_app(state: AppState, access: Access) -> ASGIApp:
 
         return Route(path, bound, methods=[method])
 
+    def model_route(path: str, endpoint: ModelEndpoint) -> Route:
+        async def bound(state: AppState, request: Request) -> ASGIApp:
+            body = await run_in_threadpool(read_object, await _body(state, request))
+
+            async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+                async with AsyncExitStack() as until_sent:
+                    using = until_sent.enter_async_context(state.models.use(body.get("model")))
+                    model = await while_connected(receive, using)
+                    response = await endpoint(state, request, model, body)
+                    await response(scope, receive, send)
+
+            return answer
+
+        return route(path, "POST", bound)
+
     app = Starlette(
         routes=[
-            route(_CHAT_PATH, "POST", _chat),
-            route("/v1/completions", "POST", _completion),
+            model_route(_CHAT_PATH, _answers(read_chat, ChatResponses)),
+            model_route("/v1/completions", _answers(read_completion, CompletionResponses)),
             route("/v1/models", "GET", _models),
             route("/v1/models/{name:path}", "GET", _model),
             route("/health", "GET", _health),
             route("/metrics", "GET", _metrics),
-            route("/tokenize", "POST", _tokenize),
-            route("/detokenize", "POST", _detokenize),
+            model_route("/tokenize", _tokenize),
+            model_route("/detokenize", _detokenize),
+            *(page_routes() if page else ()),
         ],
         exception_handlers={
             HTTPException: _no_such_route,
@@ -119,25 +136,26 @@ def create_app(state: AppState, access: Access) -> ASGIApp:
     return _ResponseHeaders(guarded(app, access))
 
 
-async def _chat(state: AppState, request: Request) -> ASGIApp:
-    return await _answer(state, request, read_chat, ChatResponses)
-
-
-async def _completion(state: AppState, request: Request) -> ASGIApp:
-    return await _answer(state, request, read_completion, CompletionResponses)
+def _answers(read: Read, builder: type[ResponseBuilder]) -> ModelEndpoint:
+    return partial(_answer, read=read, builder=builder)
 
 
 async def _answer(
-    state: AppState, request: Request, read: Read, builder: type[ResponseBuilder]
+    state: AppState,
+    request: Request,
+    model: LoadedModel,
+    body: dict[str, Any],
+    *,
+    read: Read,
+    builder: type[ResponseBuilder],
 ) -> ASGIApp:
-    body = await _body(state, request)
-    asked = await while_connected(request.receive, _read(state, body, read))
+    asked = await while_connected(request.receive, _read(state, model, body, read))
     state.note_ignored(asked.ignored)
     request.state.ignored = asked.ignored
     if asked.jobs[0].top_logprobs is not None:
-        await run_in_threadpool(state.texts.load)
-    responses = builder(asked, state.service.name, state.texts)
-    answers = PendingAnswers(state.service, asked.jobs)
+        await run_in_threadpool(model.texts.load)
+    responses = builder(asked, model.service.name, model.texts)
+    answers = PendingAnswers(model.service, asked.jobs)
     await run_in_threadpool(answers.submit)
     if asked.stream:
         return AnswerStream(answers, responses, state.explain, include_usage=asked.include_usage)
@@ -147,40 +165,41 @@ async def _answer(
         answers.cancel()
 
 
-async def _read(state: AppState, body: bytes, read: Read) -> ParsedRequest:
+async def _read(
+    state: AppState, model: LoadedModel, body: dict[str, Any], read: Read
+) -> ParsedRequest:
     """Parse a body, unless the client leaves."""
-    limiter = state.form_checks if b"response_format" in body else None
+    limiter = state.form_checks if "response_format" in body else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
         raise QueueFullError(message)
     with ExitStack() as at_end:
-        compile_form = partial(state.compile_form, at_end=at_end)
+        compile_form = partial(model.compile_form, at_end=at_end)
 
         def read_body() -> ParsedRequest:
-            return read(read_object(body), state.service, state.defaults, compile_form)
+            return read(body, model.service, model.defaults, compile_form)
 
         return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
 
 
 async def _models(state: AppState, request: Request) -> Response:
-    return _json({"object": "list", "data": [_model_object(state)]})
+    names = state.models.names
+    return _json({"object": "list", "data": [_model_object(state, name) for name in names]})
 
 
 async def _model(state: AppState, request: Request) -> Response:
-    if request.path_params["name"] != state.service.name:
-        message = f"there is no such model here; this server has {state.service.name!r}"
+    name, names = request.path_params["name"], state.models.names
+    if name not in names:
+        message = f"there is no such model here; this server has {', '.join(map(repr, names))}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
-    return _json(_model_object(state))
+    return _json(_model_object(state, name))
 
 
-def _model_object(state: AppState) -> dict[str, Any]:
-    return {
-        "id": state.service.name,
-        "object": "model",
-        "created": state.created,
-        "owned_by": "mixchat",
-        "context_size": state.service.context.tokens,
-    }
+def _model_object(state: AppState, name: str) -> dict[str, Any]:
+    model = {"id": name, "object": "model", "created": state.created, "owned_by": "mixchat"}
+    if name == state.models.name:
+        model["context_size"] = state.models.context.tokens
+    return model
 
 
 async def _health(state: AppState, request: Request) -> Response:
@@ -188,7 +207,7 @@ async def _health(state: AppState, request: Request) -> Response:
 
 
 async def _metrics(state: AppState, request: Request) -> Response:
-    return Response(to_prometheus(state.service.stats()), media_type=CONTENT_TYPE)
+    return Response(to_prometheus(state.models.stats()), media_type=CONTENT_TYPE)
 
 
 class _Text(RequestObject):
@@ -196,10 +215,12 @@ class _Text(RequestObject):
     add_special: bool = False
 
 
-async def _tokenize(state: AppState, request: Request) -> Response:
-    text = validated(_Text, read_object(await _body(state, request)))
-    state.service.context.check_text(text.content, "content")  # others wait for the tokenizer
-    tokenizer = state.service.tokenizer
+async def _tokenize(
+    state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
+) -> Response:
+    text = validated(_Text, body)
+    model.service.context.check_text(text.content, "content")  # others wait for the tokenizer
+    tokenizer = model.service.tokenizer
     bos = [] if tokenizer.bos_id is None or not text.add_special else [tokenizer.bos_id]
     return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text.content)})
 
@@ -208,9 +229,11 @@ class _Tokens(RequestObject):
     tokens: list[Any]
 
 
-async def _detokenize(state: AppState, request: Request) -> Response:
-    items = validated(_Tokens, read_object(await _body(state, request))).tokens
-    limit, tokenizer = state.service.context.largest, state.service.tokenizer
+async def _detokenize(
+    state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
+) -> Response:
+    items = validated(_Tokens, body).tokens
+    limit, tokenizer = model.service.context.largest, model.service.tokenizer
     if len(items) > limit:
         raise field_error("tokens", f"has {len(items)} items; at most {limit} are taken")
     ids = token_ids(items, tokenizer.vocab_size, "tokens")
@@ -219,7 +242,7 @@ async def _detokenize(state: AppState, request: Request) -> Response:
 
 async def _body(state: AppState, request: Request) -> bytes:
     """Return the body. Refuse a long one before all of it is read."""
-    limit = state.service.context.longest_text + _MAX_BODY_EXTRA
+    limit = state.models.context.longest_text + _MAX_BODY_EXTRA
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("the body is compressed: send it as it is", status=415)
     size, body = int(request.headers.get("content-length", "0")), bytearray()

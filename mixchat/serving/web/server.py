@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mixchat.base import interrupts
 from mixchat.base.progress import Note, in_background
 from mixchat.serving.requests.errors import RequestError, to_json
-from mixchat.serving.service import Service
+from mixchat.serving.web.served_models import ServedModels
 
 _CLIENT_TIMEOUT_S = 30.0  # for a whole request, and for a client to read
 _MAX_WAITING = 256  # connections without a whole request yet
@@ -152,10 +152,14 @@ class WebServer:
         app: ASGIApp,
         bound: socket.socket,
         *,
+        started: Callable[[], object] = lambda: None,
         timeout: float = _CLIENT_TIMEOUT_S,
         waiting: WaitingConnections | None = None,
     ) -> None:
-        """Serve nothing yet. Clients have `timeout` seconds to send, and to read."""
+        """Serve nothing yet. `started` is called in the event loop.
+
+        Clients have `timeout` seconds to send, and to read.
+        """
         protocol: Any = partial(
             ClientConnection, waiting=waiting or WaitingConnections(), timeout=timeout
         )
@@ -171,7 +175,8 @@ class WebServer:
                 server_header=False,
                 timeout_keep_alive=math.ceil(timeout),
                 timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
-            )
+            ),
+            started,
         )
         self._bound = bound
         self._over: Future[None] | None = None
@@ -204,21 +209,29 @@ class WebServer:
 
 
 class _Server(Server):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, started: Callable[[], object]) -> None:
         super().__init__(config)
         self.ready = threading.Event()
+        self._started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
+        self._started()
         self.ready.set()
 
 
 def serve_until_signal(
-    server: WebServer, service: Service, ready: Callable[[], object], note: Note
+    server: WebServer,
+    models: ServedModels,
+    ready: Callable[[], object],
+    note: Note,
+    *,
+    saves: bool = False,
 ) -> None:
     """Serve until a signal, and raise its exception when all has ended, within 10 s.
 
-    Running answers have 7 s then, and none after a second Ctrl-C.
+    Running answers have 7 s then, and none after a second Ctrl-C. If the models' end `saves`
+    something, nothing but Ctrl-C cuts it off.
     """
     with interrupts.saving():
         server.start()
@@ -226,7 +239,7 @@ def serve_until_signal(
         try:
             server.join()
         except BaseException as signal:
-            stats = service.stats()
+            stats = models.stats()
             if count := stats.running + stats.waiting:
                 name = "answer" if count == 1 else "answers"
                 is_ctrl_c = isinstance(signal, KeyboardInterrupt)
@@ -234,8 +247,8 @@ def serve_until_signal(
                 note(f"{count} {name} may end, for {_ANSWER_TIMEOUT_S:.0f} s{again}")
             raise
         finally:
-            closing = in_background(service.close, _ANSWER_TIMEOUT_S)
-            wait([closing], _ANSWER_TIMEOUT_S + _CLOSE_TIMEOUT_S)
+            closing = in_background(models.close, _ANSWER_TIMEOUT_S)
+            wait([closing], None if saves else _ANSWER_TIMEOUT_S + _CLOSE_TIMEOUT_S)
             server.stop()
 
 

@@ -15,6 +15,7 @@ from mixchat.experts.workers.address import resolve
 from mixchat.serving.requests.options import Defaults
 from mixchat.serving.web.access import Access, bind
 from mixchat.serving.web.app import AppState, create_app
+from mixchat.serving.web.served_models import LoadedModel, ServedModels
 from mixchat.serving.web.server import WebServer
 
 PATIENCE = 20.0  # seconds that a test waits for what should come at once
@@ -54,13 +55,18 @@ def serve() -> Iterator[Callable[..., Served]]:
         defaults: Defaults | None = None,
         limits: dict[str, Any] | None = None,
         state: dict[str, Any] | None = None,
+        page: bool = True,
+        models: ServedModels | None = None,
         **options: Any,
     ) -> Served:
         service, reports, notes = ScriptedService(**options), [], []
         defaults = defaults or Defaults(SamplingOptions(temperature=0.5))
-        shared = AppState(service, defaults, reports.append, notes.append, **(state or {}))
+        first = LoadedModel(service, defaults, **(state or {}))
+        models = models or ServedModels(first, lambda name: first)
+        shared = AppState(models, reports.append, notes.append)
         bound = bind(resolve("127.0.0.1:0", any_port=True))
-        server = WebServer(create_app(shared, access or Access()), bound, **(limits or {}))
+        app = create_app(shared, access or Access(), page=page)
+        server = WebServer(app, bound, **(limits or {}))
         server.start()
         servers.append((server, service))
         return Served(bound.getsockname()[1], service, server, reports, notes)

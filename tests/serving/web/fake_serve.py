@@ -10,7 +10,7 @@ from mixchat.serving.requests.options import Defaults
 from mixchat.sessions import servers
 
 
-def open_fake(model, load, queue, reporter, shared_prefix=True):
+def open_fake(model, load, queue, reporter, **options):
     service = ScriptedService(parallel=load.parallel, queue=queue)
     service.name = model
     return service, Defaults(SamplingOptions())

@@ -1,0 +1,144 @@
+"""The models of a server, of which at most one is loaded.
+
+A request uses a model until its answers are sent. A request for another model waits until nobody
+uses the loaded one, and later requests wait behind it. A model that nobody uses for long is
+unloaded, and the next request loads it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+from typing import cast
+
+from anyio import to_thread
+
+from mixchat.serving.requests.forms import Compile, no_forms
+from mixchat.serving.requests.options import Defaults
+from mixchat.serving.service import Service, ServiceStats, ShuttingDownError
+from mixchat.serving.web.responses import TokenTexts
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A service over a model, the defaults of its answers, and what compiles their forms."""
+
+    service: Service
+    defaults: Defaults
+    compile_form: Compile = no_forms
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        return TokenTexts(self.service.tokenizer)
+
+
+def _no_other_models() -> Sequence[str]:
+    return ()
+
+
+class ServedModels:
+    """The loaded model, and what loads it again or another one.
+
+    `load` raises `MixchatError`. `others` are the names of further models that it can load. After
+    `sleep_after` seconds without a request, the model is unloaded. Only `close` and `stats` may be
+    called outside of the event loop.
+    """
+
+    def __init__(
+        self,
+        first: LoadedModel,
+        load: Callable[[str], LoadedModel],
+        *,
+        others: Callable[[], Sequence[str]] = _no_other_models,
+        sleep_after: float | None = None,
+    ) -> None:
+        self.name, self.context = first.service.name, first.service.context
+        self._first, self._model = self.name, cast("LoadedModel | None", first)
+        self._load, self._others, self._sleep_after = load, others, sleep_after
+        self._turn = asyncio.Lock()  # first come, first served
+        self._users, self._unused = 0, asyncio.Event()
+        self._unused.set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None  # which unloads the model
+        self._lock, self._closing = Lock(), False  # guard `_model` and `_earlier`
+        self._earlier = ServiceStats()  # of models that were unloaded
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names that requests may give, the last used model first."""
+        return list(dict.fromkeys([self.name, self._first, *self._others()]))
+
+    @asynccontextmanager
+    async def use(self, name: object = None) -> AsyncIterator[LoadedModel]:
+        """Yield the model `name`, or the last used one if there is no such model.
+
+        Raises `MixchatError` if it cannot be loaded.
+        """
+        wanted = name if isinstance(name, str) and name in self.names else self.name
+        async with self._turn:
+            if self._model is None or wanted != self.name:
+                await self._unused.wait()
+                await to_thread.run_sync(self._replace, wanted)
+            model = cast("LoadedModel", self._model)
+            self._users += 1
+            self._unused.clear()
+        try:
+            yield model
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._unused.set()
+                self.await_sleep()
+
+    def await_sleep(self) -> None:
+        """Unload the model after a time, unless a request comes before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._sleep_after is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._sleep_after, self._begin_sleep)
+
+    def stats(self) -> ServiceStats:
+        """Return the counts of all models since the start."""
+        with self._lock:
+            now = ServiceStats() if self._model is None else self._model.service.stats()
+            return self._earlier.plus(now)
+
+    def close(self, patience: float = 0.0) -> None:
+        """Close the service, as `Service.close` does, and load no more."""
+        with self._lock:
+            self._closing, model = True, self._model
+        if model is not None:
+            model.service.close(patience)
+
+    def _begin_sleep(self) -> None:
+        if not self._users:
+            self._task = asyncio.ensure_future(self._sleep())
+
+    async def _sleep(self) -> None:
+        async with self._turn:
+            if not self._users:
+                await to_thread.run_sync(self._unload)
+
+    def _replace(self, name: str) -> None:
+        self._unload()
+        model = self._load(name)
+        with self._lock:
+            if not self._closing:
+                self._model = model
+                self.name, self.context = model.service.name, model.service.context
+                return
+        model.service.close()
+        raise ShuttingDownError("the server is shutting down")
+
+    def _unload(self) -> None:
+        with self._lock:
+            model, self._model = self._model, None
+            if model is not None:
+                self._earlier = self._earlier.plus(model.service.stats())
+        if model is not None:
+            model.service.close()

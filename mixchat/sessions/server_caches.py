@@ -1,0 +1,46 @@
+"""Keeps the KV caches of a server's conversations in files while the model is not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mixchat.base.errors import MixchatError
+from mixchat.base.progress import Note
+from mixchat.base.settings import server_caches_dir
+from mixchat.engine.generate import Engine
+from mixchat.engine.prompt_cache import PromptCache
+
+
+class ServerCaches:
+    """A file for each KV cache of a model's engine, which only this person can read.
+
+    `key` is the name of the model's directory. A file that cannot be used or written is told to
+    `note`, and costs a prompt's computation.
+    """
+
+    def __init__(self, key: str, note: Note) -> None:
+        self._directory, self._note = server_caches_dir(key), note
+        self._caches: list[PromptCache] = []
+
+    def load(self, engine: Engine) -> None:
+        for cache in self._of(engine):
+            try:
+                if cache.path.exists():
+                    cache.load()
+            except MixchatError as error:
+                self._note(f"{error}; it will be written again")
+
+    def save(self, engine: Engine) -> None:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for cache in self._caches:
+            try:
+                cache.save()
+            except MixchatError as error:
+                self._note(str(error))
+                return  # the disk is full, so the next one would fail, too
+
+    def _of(self, engine: Engine) -> Iterator[PromptCache]:
+        for number in range(len(engine.sequences)):
+            cache = PromptCache(self._directory / f"{number}.kv", engine, number)
+            self._caches.append(cache)
+            yield cache

@@ -1,0 +1,155 @@
+"""The models of a server: a change of model, and a model that sleeps."""
+
+import asyncio
+import threading
+
+import pytest
+from raw_http import exchange, request
+from scripted_service import ScriptedService
+
+from mixchat.base.errors import ResourceError
+from mixchat.base.options import SamplingOptions
+from mixchat.serving.requests.options import Defaults
+from mixchat.serving.service import ShuttingDownError
+from mixchat.serving.web.served_models import LoadedModel, ServedModels
+
+CHAT = "/v1/chat/completions"
+
+
+class Shelf:
+    """Loads models with scripted services, and knows which ones are open."""
+
+    def __init__(self):
+        self.open, self.loads, self.errors = [], [], []
+        self.may_load = threading.Event()
+        self.may_load.set()
+
+    def load(self, name):
+        assert self.may_load.wait(20)
+        if self.errors:
+            raise self.errors.pop()
+        service = ScriptedService()
+        service.name = name
+        self.open.append(name)
+        self.loads.append(name)
+        close = service.close
+        service.close = lambda patience=0.0: (close(patience), self.open.remove(name))
+        return LoadedModel(service, Defaults(SamplingOptions()))
+
+
+@pytest.fixture
+def shelf():
+    return Shelf()
+
+
+def models_of(shelf, **options):
+    return ServedModels(shelf.load("a"), shelf.load, others=lambda: ["a", "b"], **options)
+
+
+async def until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came")
+
+
+def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
+    async def main():
+        models = models_of(shelf)
+        for name, used in [(None, "a"), ("b", "b"), (None, "b"), ("unknown", "b"), ("a", "a")]:
+            async with models.use(name) as model:
+                assert (model.service.name, shelf.open) == (used, [used])
+        assert models.names == ["a", "b"]
+
+    asyncio.run(main())
+    assert shelf.loads == ["a", "b", "a"]
+
+
+def test_a_change_waits_for_running_answers_and_later_requests_wait_behind_it(shelf):
+    async def main():
+        models, order = models_of(shelf), []
+
+        async def use(name):
+            async with models.use(name) as model:
+                order.append(model.service.name)
+
+        async with models.use("a"):
+            waiting = [asyncio.ensure_future(use(name)) for name in ("b", "a", "b")]
+            await asyncio.sleep(0.05)
+            assert (order, shelf.open) == ([], ["a"])
+        await asyncio.gather(*waiting)
+        assert order == ["b", "a", "b"]
+
+    asyncio.run(main())
+
+
+def test_who_leaves_while_waiting_holds_nobody_up(shelf):
+    async def main():
+        models = models_of(shelf)
+        async with models.use("a"):
+            leaving = asyncio.ensure_future(models.use("b").__aenter__())
+            await asyncio.sleep(0.02)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            async with models.use("a"):
+                pass
+        assert shelf.loads == ["a"]
+
+    asyncio.run(main())
+
+
+def test_an_idle_model_is_unloaded_and_the_next_request_loads_it_again(shelf):
+    async def main():
+        models = models_of(shelf, sleep_after=0.05)
+        models.await_sleep()
+        await until(lambda: shelf.open == [])
+        async with models.use() as model:
+            assert model.service.name == "a"
+            await asyncio.sleep(0.1)  # nobody takes it away from a running answer
+            assert shelf.open == ["a"]
+        await until(lambda: shelf.open == [])
+        assert models.name == "a"
+
+    asyncio.run(main())
+    assert shelf.loads == ["a", "a"]
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_request_alone(shelf):
+    async def main():
+        models = models_of(shelf)
+        shelf.errors.append(ResourceError("there is no room"))
+        with pytest.raises(ResourceError):
+            await models.use("b").__aenter__()
+        async with models.use() as model:
+            assert (model.service.name, shelf.open) == ("a", ["a"])
+
+    asyncio.run(main())
+
+
+def test_a_model_that_loads_while_the_server_ends_is_closed(shelf):
+    async def main():
+        models = models_of(shelf)
+        shelf.may_load.clear()
+        using = asyncio.ensure_future(models.use("b").__aenter__())
+        await until(lambda: shelf.open == [])
+        models.close()
+        shelf.may_load.set()
+        with pytest.raises(ShuttingDownError):
+            await using
+        assert (shelf.open, shelf.loads) == ([], ["a", "b"])
+
+    asyncio.run(main())
+
+
+def test_counts_go_on_over_a_change_of_model(serve, shelf):
+    models = models_of(shelf)
+    served = serve(models=models)
+    for name in ("a", "b", "b"):
+        body = {"model": name, "messages": [{"role": "user", "content": "say:hi"}]}
+        response = exchange(served, request(CHAT, body))
+        assert (response.status, response.json["model"]) == (200, name)
+    assert b"mixchat_requests_finished_total 3" in exchange(served, request("/metrics")).body
+    listed = exchange(served, request("/v1/models")).json["data"]
+    assert [model["id"] for model in listed] == ["b", "a"]
+    models.close()
