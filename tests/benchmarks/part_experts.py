@@ -174,8 +174,9 @@ def inputs_of(model: LlamaForCausalLM, windows: Tensor) -> list[Tensor]:
         for layer, to in zip(model.model.layers, rows, strict=True):
             add = functools.partial(_add, to)
             hooks.callback(layer.mlp.gate.register_forward_pre_hook(add).remove)
-        for window in windows:
-            log_probabilities(model, window)
+        with torch.autocast("cpu", torch.bfloat16):
+            for window in windows:
+                model.model(window[None])
     return [torch.cat(parts) for parts in rows]
 
 
