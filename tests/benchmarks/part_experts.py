@@ -280,7 +280,7 @@ class Report:
 
     def routing(self, mixture: LlamaForCausalLM) -> Iterator[tuple[float, float, float]]:
         """Yield of each kind how often its expert is the first choice, one of both, and entropy."""
-        gates = [layer.mlp.gate.weight for layer in mixture.model.layers]
+        gates = [layer.mlp.gate.weight.float() for layer in mixture.model.layers]
         for number, windows in enumerate(self._texts.values()):
             inputs = inputs_of(mixture, windows)
             pairs = zip(inputs, gates, strict=True)
