@@ -53,8 +53,8 @@ from mixchat.base.options import LoadOptions
 from mixchat.loading.loader import load_engine
 
 README_HEAD = """\
-| form             | bits | experts alone | calibrated   | bits | all          | calibrated   |
-| ---------------- | ---- | ------------- | ------------ | ---- | ------------ | ------------ |"""
+| form                | bits | experts alone | calibrated    | bits | all           | calibrated    |
+| ------------------- | ---- | ------------- | ------------- | ---- | ------------- | ------------- |"""  # noqa: E501
 Texts = Mapping[str, Sequence[torch.Tensor]]  # by their names, in windows
 
 
@@ -174,10 +174,10 @@ def readme_rows(variants: Sequence[Variant]) -> list[str]:
         cells = rows.setdefault(form, {})
         cells[f"{one.rounded} bits"] = f"{one.bits:.2f}"
         cells[one.rounded + calibrated] = f"{one.mean_rise(base):.1%}, {one.mean_kl():.3f}"
-    columns = {"experts bits": 4, "experts": 13, f"experts{CALIBRATED}": 12}
-    columns |= {"all bits": 4, "all": 12, f"all{CALIBRATED}": 12}
+    columns = {"experts bits": 4, "experts": 13, f"experts{CALIBRATED}": 13}
+    columns |= {"all bits": 4, "all": 13, f"all{CALIBRATED}": 13}
     return [
-        f"| {form:16} | "
+        f"| {form:19} | "
         + " | ".join(f"{cells.get(column, ''):{width}}" for column, width in columns.items())
         + " |"
         for form, cells in rows.items()
