@@ -11,11 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+# Tiny models gain nothing from more threads, which wait for each other where cores are busy. Nor
+# does any command measure then, in its new data directory, how many threads are best.
+os.environ["OMP_NUM_THREADS"] = "1"
+# A thread that waits gives its core to the tests of other processes.
+os.environ["GOMP_SPINCOUNT"] = "1000"
+
 import pytest
 import torch
 
-# Tiny models gain nothing from more threads, which wait for each other where cores are busy.
-torch.set_num_threads(1)
 # Nothing here may reach a hub: transformers and huggingface_hub read these when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
             code = {"X-Error-Code": fault.code} if fault.code else {}
             self.answer(fault.status, fault.body, **code, **fault.headers)
         elif self.where == "store":
-            self.send_file(path.rsplit("/", 1)[-1], fault)
+            self.send_file(path.lstrip("/"), fault)
         elif path.startswith("/api/"):
             self.look_up(path)
         else:

@@ -1,7 +1,5 @@
 """Forms of 1 kB that take minutes and gigabytes without a limit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

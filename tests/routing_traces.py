@@ -1,7 +1,5 @@
 """Experts, uses of them and routing traces, for the tests of eviction policies."""
 
-from __future__ import annotations
-
 from hypothesis import strategies as st
 
 from mixchat.experts.cache import ExpertKey, Policy

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -111,7 +112,7 @@ class Header:
         spec, start = self._entries.get(whole, (None, 0))
         if spec is None or part is None or not spec.shape or part >= spec.shape[0]:
             raise CheckpointError(f"{self.where}: there is no tensor {name!r}")
-        own = TensorSpec(name, spec.dtype, spec.shape[1:])
+        own = replace(spec, name=name, shape=spec.shape[1:])
         return own, start + part * own.nbytes
 
 

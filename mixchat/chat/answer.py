@@ -11,8 +11,12 @@ from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message
 from mixchat.text.thinking import AnswerText, ThinkingParser
 
-Reason = Literal["stop", "length", "stop_string", "interrupted", "context"]
-COMPLETE = ("stop", "stop_string")  # the reasons of answers of which nothing is missing
+Reason = Literal["stop", "length", "stop_string", "interrupted", "context", "tool_calls"]
+COMPLETE = (
+    "stop",
+    "stop_string",
+    "tool_calls",
+)  # the reasons of answers of which nothing is missing
 
 
 def cut_off_note(tokens: int, more: str, *, is_thinking: bool = False) -> str:
@@ -87,7 +91,7 @@ class Answer:
     def add(self, token: int) -> AnswerText:
         """Take the next id. Return the text to show, which may be empty."""
         limits, mark = self._limits, self._parser.marks.get(token)
-        if token in limits.stop_ids or (mark is not None and self._parser.start is not None):
+        if token in limits.stop_ids or (mark is not None and self._parser.ends_at(mark)):
             return self._end("stop")
         self.ids.append(token)
         self._ends.append(self._length)
@@ -109,6 +113,8 @@ class Answer:
             held = self._stops.flush()
             self.text += held
             text += AnswerText(held)
+        if reason == "stop" and self._parser.calls:
+            self.reason = "tool_calls"
         return text
 
     def message(self, before: Message | None = None) -> Message | None:
@@ -146,7 +152,7 @@ class Answer:
         self.thinking += new.thinking
         if stopped:
             self.reason, self._cut = "stop_string", True
-        return AnswerText(shown, new.thinking)
+        return AnswerText(shown, new.thinking, new.calls)
 
     def _shown_ids(self) -> tuple[int, ...] | None:
         """Return the ids of what was shown, None if a token is only in part of it."""

@@ -44,7 +44,8 @@ def download(
             metavar="MODEL",
             autocompletion=runnable_models,
             help="instruct, qwen3, gpt-oss or another known one (see 'mixchat plan'), demo, "
-            "ORG/NAME on the hub, or a checkpoint's directory.",
+            "ORG/NAME on the hub, ORG/NAME:Q4_K_M (in GGUF), or a checkpoint's directory or .gguf "
+            "file.",
         ),
     ],
     name: Annotated[
@@ -88,7 +89,11 @@ def download(
     One shard is fetched while the one before it is quantized and then deleted, so that the disk
     holds the result and two shards at most. Every file is checked against the hub's SHA-256. The
     same command resumes an interrupted download. It first checks what is there, about 1 GB a
-    second. Only safetensors, JSON and tokenizer files are fetched.
+    second. Only safetensors, GGUF, JSON and tokenizer files are fetched.
+
+    ORG/NAME:KIND is a model in GGUF, with its tokenizer. A file of it is fetched whole before it is
+    quantized to mixchat's own form, which rounds a second time. Experts in MXFP4 are copied. If a
+    repository has several kinds and none is named, they are listed.
 
     A checkpoint that bitsandbytes has quantized (NF4 or FP4) is copied without rounding again, and
     so are experts in MXFP4, as gpt-oss is published.

@@ -21,8 +21,8 @@ def plan(
     model: Annotated[
         str,
         load_flags.model_argument(
-            "instruct, qwen3, gpt-oss or another of the table, demo, ORG/NAME on the hub, a "
-            "directory, or an installed model."
+            "instruct, qwen3, gpt-oss or another of the table, demo, ORG/NAME on the hub, "
+            "ORG/NAME:Q4_K_M (in GGUF), a directory or .gguf file, or an installed model."
         ),
     ] = "instruct",
     ctx_size: load_flags.ContextSize = None,

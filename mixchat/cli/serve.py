@@ -132,11 +132,11 @@ def serve(
     key_file: load_flags.KeyFile = None,
     cache_policy: load_flags.CachePolicy = DEFAULT_POLICY,
 ) -> None:
-    """Serve a model over OpenAI's HTTP API to several clients.
+    """Serve a model over HTTP to several clients, by the APIs of OpenAI, Anthropic and Ollama.
 
-    Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health and
-    /metrics. A browser gets a chat at /. Ctrl-C or SIGTERM lets running answers end, for 7 seconds
-    at most.
+    Routes: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/messages,
+    /api/chat, /api/generate, /tokenize, /detokenize, /health and /metrics. A browser gets a chat at
+    /. Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
     """
     # Exact prompts make an answer the same whoever else is served.
     load = load_flags.load_options(context.params, exact_prompts=True)

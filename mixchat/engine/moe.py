@@ -13,7 +13,7 @@ from mixchat.engine.attention import SingleTokenContext
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
-from mixchat.kernels.program import Stage, alone, side_by_side, together
+from mixchat.kernels.program import Stage, alone, together
 from mixchat.kernels.router import Router, look_up_step
 from mixchat.weights.format.blueprint import Expert
 
@@ -54,14 +54,11 @@ class SparseMoE:
         """
         selected, weights = routing
         outputs = context.tensor("outputs", 1, self._router.choices, context.x.shape[1])
-        stages, places = zip(
-            *(experts[0].stages(context.normed, row) for row in torch.split(outputs[0], 1)),
-            strict=True,
-        )
+        stages, places = experts[0].stages(context.normed, outputs[0])
         addresses = torch.tensor([expert.addresses for expert in experts])
         return [
             alone(look_up_step(selected, addresses, torch.tensor(places))),
-            *side_by_side(stages),
+            *stages,
             alone(rows.weighted_sum_step(outputs, weights, context.added)),
         ]
 

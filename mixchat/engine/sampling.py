@@ -24,8 +24,8 @@ class Constraint(Protocol):
     def compiled(self) -> Future[Any]:
         """Return a future that is done once `allowed` does not have to wait."""
 
-    def allowed(self) -> torch.Tensor:
-        """Return the tokens that may come next, bool [V] on the CPU.
+    def allowed(self) -> torch.Tensor | None:
+        """Return the tokens that may come next, bool [V] on the CPU, None for all tokens.
 
         Raises `UsageError` if there are none.
         """
@@ -76,8 +76,8 @@ class Sampler:
             )
         if options.logit_bias:
             logits = raised(logits, options.logit_bias)
-        if self._constraint is not None:
-            logits = only(logits, self._constraint.allowed())
+        if self._constraint is not None and (mask := self._constraint.allowed()) is not None:
+            logits = only(logits, mask)
         return logits
 
     def _draw(self, logits: torch.Tensor) -> int:

@@ -5,7 +5,8 @@ n = rows of an expert, D = hidden_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 
 import torch
 
@@ -13,7 +14,11 @@ from mixchat.base import interrupts
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.fetcher import MISSING, Fetcher
 from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.memory import CPU
 from mixchat.experts.sources import HostSource
+from mixchat.kernels.program import Program, alone
+from mixchat.kernels.router import look_up_step
+from mixchat.weights.format.blueprint import Expert
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
 
@@ -30,6 +35,7 @@ class DeviceCompute:
     ) -> None:
         self.fetcher, self.device, self._host = fetcher, device, host
         self._order: list[ExpertKey] = []
+        self._programs: dict[int, RowExperts] = {}  # by the count of experts
         self._on_host: set[ExpertKey] = set()
 
     @property
@@ -45,21 +51,48 @@ class DeviceCompute:
         self._order = sorted(
             by_state, key=lambda key: key not in self._on_host and not self.fetcher.holds(key)
         )
-        self._request()
+        self._request(together=0)
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
         """Start loading predicted experts, after the experts of `begin`."""
         self.fetcher.prefetch(keys, pinned=self._order)
 
     def compute_next(self, rows: LayerRows) -> bool:
-        """Compute the next expert of `begin` into `rows`. Return False if none was left."""
+        """Compute the next expert of `begin` into `rows`. Return False if none was left.
+
+        For one token, all experts in their slots are computed together.
+        """
         if not self._order:
             return False
         interrupts.check()
-        self._request()
-        key = self._order.pop(0)
-        rows.put(key, self._output(key, rows))
+        together = self._together(rows)
+        self._request(together)
+        if together:
+            self._compute_together(rows, together)
+        else:
+            key = self._order.pop(0)
+            rows.put(key, self._output(key, rows))
         return True
+
+    def _together(self, rows: LayerRows) -> int:
+        """Return how many of the next experts are computed together, or 0 if none can be."""
+        if not rows.is_one_token or self.device != CPU:
+            return 0
+        held = sum(1 for _ in takewhile(self.fetcher.holds, self._order))
+        return min(held, self.fetcher.slots - self._ahead)
+
+    def _compute_together(self, rows: LayerRows, count: int) -> None:
+        keys, self._order = self._order[:count], self._order[count:]
+        experts = [self.fetcher.ready(key) for key in keys]
+        x = rows.of(keys[0])
+        if count not in self._programs and experts[0].has_stages(x):
+            self._programs[count] = RowExperts(experts[0], x, count)
+        if (program := self._programs.get(count)) is not None:
+            outputs = program(x, experts)
+        else:
+            outputs = torch.cat([expert(x, exact=rows.exact) for expert in experts])
+        for key, output in zip(keys, torch.split(outputs, 1), strict=True):
+            rows.put(key, output)
 
     def _chosen_for_host(self, rows: LayerRows, keys: Iterable[ExpertKey]) -> set[ExpertKey]:
         if self._host is None:
@@ -67,10 +100,13 @@ class DeviceCompute:
         missing = {key: rows.counts[key] for key in keys if self.fetcher.state(key) == MISSING}
         return set(self._host.choose(missing))
 
-    def _request(self) -> None:
-        ahead = min(_LOADS_AHEAD, self.fetcher.slots - 1)
+    @property
+    def _ahead(self) -> int:
+        return min(_LOADS_AHEAD, self.fetcher.slots - 1)
+
+    def _request(self, together: int) -> None:
         needed = [key for key in self._order if key not in self._on_host]
-        self.fetcher.request(needed[: 1 + ahead])
+        self.fetcher.request(needed[: max(together, 1) + self._ahead])
 
     def _output(self, key: ExpertKey, rows: LayerRows) -> torch.Tensor:
         """Return an expert's output, [n, D]."""
@@ -82,6 +118,27 @@ class DeviceCompute:
             self.fetcher.request([key])
         expert = self.fetcher.ready(key)
         return expert(rows.of(key).to(self.device, non_blocking=True), exact=rows.exact)
+
+
+class RowExperts:
+    """Computes so many experts for the same row [1, D] in one program, on the CPU.
+
+    `expert` is any of their form, and `x` any row of their type.
+    """
+
+    def __init__(self, expert: Expert, x: torch.Tensor, count: int) -> None:
+        self._x, self._outputs = torch.empty_like(x), x.new_empty(count, x.shape[1])
+        stages, places = expert.stages(self._x, self._outputs)
+        self._addresses = torch.zeros(len(places), len(places[0]), dtype=torch.int64)
+        fill = look_up_step(torch.arange(count), self._addresses, torch.tensor(places))
+        self._program = Program([alone(fill), *stages])
+
+    def __call__(self, x: torch.Tensor, experts: Sequence[Expert]) -> torch.Tensor:
+        """Return the experts' outputs [K, D], which the next call overwrites."""
+        self._x.copy_(x)
+        self._addresses.copy_(torch.tensor([expert.addresses for expert in experts]))
+        self._program.run()
+        return self._outputs
 
 
 class HostCompute:

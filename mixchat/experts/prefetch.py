@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.tuner import Tuner
+from mixchat.kernels.dense import dense_matmul
 from mixchat.kernels.router import Scoring
 
 # Layers to look ahead in decoding. Trying shows which number pays.
@@ -42,7 +42,8 @@ class NextRouters:
         scoring: Scoring = "softmax",
     ) -> None:
         weighted = [gate.float() * norm.float() for gate, norm in zip(gates, norms, strict=True)]
-        self._gates = torch.cat(weighted)  # [layers * E, D]
+        # Rounded, since they are read for each token like a layer's matrices.
+        self._gates = torch.cat(weighted).to(gates[0].dtype)  # [layers * E, D]
         self._biases = torch.cat([*biases]).float() if biases else None  # [layers * E]
         self._corrections = torch.stack([*corrections]) if corrections else None  # [layers, E]
         self._scoring = scoring
@@ -60,10 +61,10 @@ class NextRouters:
         if first >= last:
             return hidden_states.new_empty((0, 0), dtype=torch.int64)
         rows = slice(first * self._experts, last * self._experts)
-        bias = None if self._biases is None else self._biases[rows]
-        logits = functional.linear(
-            hidden_states.float() * self._undo[layer], self._gates[rows], bias
-        )
+        undone = (hidden_states.float() * self._undo[layer]).to(self._gates.dtype)
+        logits = dense_matmul(undone, self._gates[rows]).float()
+        if self._biases is not None:
+            logits = logits + self._biases[rows]
         logits = logits.view(-1, last - first, self._experts)
         if self._corrections is not None:
             scores = logits.sigmoid() if self._scoring == "sigmoid" else logits.softmax(-1)

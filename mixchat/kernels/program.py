@@ -55,6 +55,9 @@ class Signature:
         for name, number in given.items():
             numbers[self._places[name]] = number
 
+    def get(self, numbers: Numbers, name: str) -> int:
+        return numbers[self._places[name]]
+
     def address(self, numbers: Numbers, name: str) -> int:
         return ctypes.addressof(numbers) + 8 * self._places[name]
 
@@ -104,6 +107,9 @@ class Step:
     def set(self, **given: int) -> None:
         self.signature.set(self.numbers, **given)
 
+    def get(self, name: str) -> int:
+        return self.signature.get(self.numbers, name)
+
     def address(self, name: str) -> int:
         """Return the address of an argument."""
         return self.signature.address(self.numbers, name)
@@ -129,14 +135,6 @@ def together(*steps: Step) -> Stage:
 def alone(*steps: Step) -> Stage:
     """Return a stage that one thread runs in this order."""
     return Stage(steps, alone=True)
-
-
-def side_by_side(parts: Sequence[Sequence[Stage]]) -> list[Stage]:
-    """Join the first stages of all parts, the second ones, and so on."""
-    return [
-        Stage([step for stage in stages for step in stage.steps], alone=stages[0].alone)
-        for stages in zip(*parts, strict=True)
-    ]
 
 
 _SIGNATURE = Signature("steps", "stages", "count", "team_size", "give_way", "done")

@@ -5,9 +5,10 @@ columns. `round_x` rounds x to integers, in the blocks of the weights with a sca
 `multiply` adds the products of a block up exactly, and only then scales them as floats.
 
 For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
-double precision is about 1.5e-4 of the result. For many tokens x has 7 bits and a sign if the CPU
-multiplies bytes. The error is 8e-3, while rounding the weights to 4 bits has cost 9e-2. For 8-bit
-codes x has 15 bits and a sign. The error is 2e-5, while rounding the weights has cost 6e-3.
+double precision is about 1.5e-4 of the result. For more bits x has 15 bits and a sign. The error is
+2e-5, while rounding the weights to 8 bits has cost 6e-3. For many tokens x has 7 bits and a sign
+for codes of 3 to 6 bits, if the CPU multiplies bytes. The error is 8e-3, while rounding the weights
+to 4 bits has cost 9e-2, and to 6 bits 2.4e-2.
 
 N = tokens, R = rows (out features), C = columns (in features), B = blocks of 64 columns, or of 32
 in MXFP4.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +59,7 @@ def quantized_matmul(
 ) -> torch.Tensor:
     """Return x [..., C] times the transposed matrix, plus the bias, [..., R] in the type of x.
 
-    On the CPU. Types but fp32 and bf16 are computed as fp32. With 3 and 4 bits many rows are
+    On the CPU. Types but fp32 and bf16 are computed as fp32. With 3 to 6 bits many rows are
     rounded more coarsely than few, unless `exact`.
     """
     rows, columns = matrix.shape
@@ -111,6 +113,29 @@ def quantized_matmul_steps(
     )
 
 
+def quantized_row_steps(
+    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor
+) -> tuple[Step, list[Step]]:
+    """Return a step that rounds x, and steps that write one row of `out` [K, R] each.
+
+    x is [K, C], or [1, C] for all rows. Codes, absmax and bias of each step may be replaced.
+    """
+    tokens, columns = flat.shape
+    round_x, multiply = quantized_matmul_steps(flat, matrix, out[:tokens], exact=True)
+    starts = {name: multiply.get(name) for name in ("x_integers", "x_scales", "x_sums")}
+    blocks = columns // matrix.units.block
+    size = (starts["x_scales"] - starts["x_integers"]) // tokens  # bytes of a row of integers
+    sizes = dict(zip(starts, (size, blocks * 4, blocks * 4), strict=True))
+
+    def step_of(row: int) -> Step:
+        step, at = multiply.copy(), row if tokens > 1 else 0
+        places = {name: start + at * sizes[name] for name, start in starts.items()}
+        step.set(tokens=1, out=out[row].data_ptr(), **places)
+        return replace(step, keeps=(*multiply.keeps, out))
+
+    return round_x, [step_of(row) for row in range(len(out))]
+
+
 def _run_length(rows: int, band_bytes: int) -> int:
     """Return a stream's bands in an item of work."""
     most = rows // BAND // (_STREAMS * _ITEMS * torch.get_num_threads())
@@ -135,7 +160,8 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
     scales, sums = given.pointer("x_scales"), given.pointer("x_sums")
     columns, lanes = given.number("columns"), unit.lanes
     blocks, size = columns // unit.block, unit.x_type.width // 8
-    integers = vector(i32, lanes)
+    integers, size_of_order = vector(i32, lanes), len(unit.x_order)
+    order = [start + at for start in range(0, lanes, size_of_order) for at in unit.x_order]
     with (
         function.each_item(function.pointer, given.number("tokens")) as token,
         function.loop(0, blocks, 1) as (block, _),
@@ -151,7 +177,7 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
         for place, piece in enumerate(pieces):
             rounded = function.rounded(piece * factor.broadcast(lanes)).as_integer(integers)
             total = total + rounded
-            narrow = rounded.narrowed(vector(unit.x_type, lanes))
+            narrow = rounded.narrowed(vector(unit.x_type, lanes)).shuffled(order)
             x_integers.store(narrow, (first + place * lanes) * size)
         if unit.offset:
             total_of_lanes = function.call(f"llvm.vector.reduce.add.v{lanes}i32", i32, total)

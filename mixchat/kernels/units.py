@@ -7,6 +7,7 @@ a block of 64 columns never overflows:
     3 and 4 bits, words:  8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     3 and 4 bits, bytes:   127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
     5 and 6 bits, words: 32767 *   63 * 64 =   132,116,544          (x has 15 bits and a sign)
+    5 and 6 bits, bytes:   127 *   63 * 64 =       512,064          (x has 7 bits and a sign)
     8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
 
 A line is 32 bytes for a pair of columns, with two codes in a byte. Rows 0 to 15 have the low bits,
@@ -54,6 +55,8 @@ class Unit(ABC):
     largest_x: ClassVar[int] = 8191
     one: ClassVar[int] = 4095  # the level of a code that stands for 1
     offset: ClassVar[int] = 0  # added to each level
+    # The places of columns in x, within as many columns, if levels are not in their order.
+    x_order: ClassVar[tuple[int, ...]] = (0,)
     unrolled: ClassVar[int]  # steps of the loop over columns that are written out
     _widths: ClassVar[tuple[int, ...]]
 
@@ -101,6 +104,20 @@ class WordUnit(Unit):
         return sums + self.function.call(self._multiply, vector(i32, self.lanes), levels, pairs)
 
 
+class ByteUnit(Unit):
+    """Multiplies unsigned levels of 8 bits with x in 8 bits, with four products in a lane."""
+
+    x_type, largest_x = i8, 127
+    _multiply: ClassVar[str]
+
+    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
+        # LLVM 20 declares the operands as 32-bit numbers. Later versions accept that.
+        kind = vector(i32, self.lanes)
+        return self.function.call(
+            self._multiply, kind, sums, levels.bits_as(kind), x.broadcast(self.lanes)
+        )
+
+
 class Avx512Words(WordUnit):
     """AVX-512 with x in words."""
 
@@ -111,6 +128,18 @@ class Avx2Words(WordUnit):
     """AVX2 with x in words."""
 
     lanes, _multiply = 8, "llvm.x86.avx2.pmadd.wd"
+
+
+class Avx512DotBytes(ByteUnit):
+    """AVX-512 with x in bytes."""
+
+    lanes, _multiply = 16, "llvm.x86.avx512.vpdpbusd.512"
+
+
+class Avx2DotBytes(ByteUnit):
+    """AVX2 with x in bytes."""
+
+    lanes, _multiply = 8, "llvm.x86.avx512.vpdpbusd.256"
 
 
 class _Lookup(Unit):
@@ -231,13 +260,11 @@ class Avx2(_Avx2Order, _Lookup, Avx2Words):
         return [mixed.bits_as(self._words) for mixed in _interleaved(low, high)]
 
 
-class _Bytes(_Lookup):
-    """Looks up levels of 8 bits, for x in 8 bits, with four products in a lane."""
+class _Bytes(_Lookup, ByteUnit):
+    """Looks up levels of 8 bits."""
 
-    columns = 4
-    x_type, largest_x, one, offset = i8, 127, 127, 128
+    columns, one, offset = 4, 127, 128
     _look_up: ClassVar[str]
-    _multiply: ClassVar[str]
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
@@ -265,29 +292,22 @@ class _Bytes(_Lookup):
     def mixed(self, pair: Value, other: Value) -> list[Value]:
         """Return the words of two lines by turns, so that a row's four codes lie together."""
 
-    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        # LLVM 20 declares the operands as 32-bit numbers. Later versions accept that.
-        kind = vector(i32, self.lanes)
-        return self.function.call(
-            self._multiply, kind, sums, levels.bits_as(kind), x.broadcast(self.lanes)
-        )
 
-
-class Avx512Bytes(_Bytes):
+class Avx512Bytes(_Bytes, Avx512DotBytes):
     """AVX-512 with x in 8 bits, twice as fast as words."""
 
-    lanes, _widths, unrolled = 16, (8, 4, 3, 2, 1), 1
-    _look_up, _multiply = "llvm.x86.avx512.pshuf.b.512", "llvm.x86.avx512.vpdpbusd.512"
+    _widths, unrolled = (8, 4, 3, 2, 1), 1
+    _look_up = "llvm.x86.avx512.pshuf.b.512"
 
     def mixed(self, pair: Value, other: Value) -> list[Value]:
         return [pair.shuffled([place + 16 * odd for place in range(16) for odd in (0, 1)], other)]
 
 
-class Avx2Bytes(_Avx2Order, _Bytes):
+class Avx2Bytes(_Avx2Order, _Bytes, Avx2DotBytes):
     """AVX2 with x in 8 bits, 1.7 times as fast as words."""
 
-    lanes, _widths, unrolled = 8, (2, 1), 1
-    _look_up, _multiply = "llvm.x86.avx2.pshuf.b", "llvm.x86.avx512.vpdpbusd.256"
+    _widths, unrolled = (2, 1), 1
+    _look_up = "llvm.x86.avx2.pshuf.b"
 
     def mixed(self, pair: Value, other: Value) -> list[Value]:
         return _interleaved(pair, other)
@@ -352,6 +372,11 @@ class UnitSet(NamedTuple):
         if tokens >= MANY and instructions in self.bytes and has_feature(VNNI[instructions]):
             return self.bytes[instructions]
         return self.words[instructions]
+
+    @property
+    def block(self) -> int:
+        """Return the columns whose weights share a scale."""
+        return next(iter(self.words.values())).block
 
     def level_tables(self, levels: torch.Tensor) -> torch.Tensor:
         """Return the table that units read, uint8, of 16 or 8 levels, fp32, as words and bytes."""

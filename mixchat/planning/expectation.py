@@ -32,10 +32,11 @@ SLOWEST = 1.0
 class ModelSize:
     """The parts of a model that cost time."""
 
-    layers: int
+    layers: int  # with experts
     experts_per_token: int
     expert: int  # bytes of one
     head: int  # bytes
+    first_layers: int = 0  # bytes of the first layers, which have no experts
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def token_cost(
     computing = (
         slower * size.layers * speeds.layer_seconds
         + uses * busiest * expert
-        + slower * size.head / size.expert * one
+        + slower * (size.head + size.first_layers) / size.expert * one
     )
     missing, read = uses * (1 - hit_rate), uses * (1 - host_hit_rate)
     return moving_cost(size, speeds, computing, missing=missing, read=read, busiest=busiest)
@@ -234,11 +235,14 @@ def size_of(blueprint: Blueprint) -> ModelSize:
     """Return the parts of a model that cost time."""
     config, head = blueprint.config, blueprint.head
     tensors = [blueprint.embedding] if head is None else head.tensors
+    first = range(config.first_k_dense_replace)
+    matrices = [matrix for layer in first for matrix in blueprint.dense_matrices(layer)]
     return ModelSize(
         layers=config.num_moe_layers,
         experts_per_token=config.num_experts_per_tok,
         expert=blueprint.expert.stride,
         head=sum(tensor.nbytes for tensor in tensors),
+        first_layers=sum(tensor.nbytes for matrix in matrices for tensor in matrix.tensors),
     )
 
 

@@ -104,6 +104,7 @@ def prompt_cost(
         # More rows slow all matrices alike.
         slower = speeds.expert_time(name, tokens) / one
         layer = slower * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
-        computing += config.num_moe_layers * layer
+        first = slower * size.first_layers / size.expert * one
+        computing += first + config.num_moe_layers * layer
         uses += config.num_moe_layers * distinct
     return moving_cost(size, speeds, computing, missing=uses * missing, read=uses * read)

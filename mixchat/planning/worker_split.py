@@ -106,7 +106,8 @@ def spread_cost(
         layers * max(_slowest(counts[1:], offers) - counts[0] * one, 0.0)
         for counts, layers in loads.items()
     )
-    computing = size.layers * speeds.layer_seconds + (here + size.head / size.expert) * one
+    dense = (size.head + size.first_layers) / size.expert
+    computing = size.layers * speeds.layer_seconds + (here + dense) * one
     missing, read = here * (1 - hit_rate), here * (1 - host_hit_rate)
     cost = moving_cost(size, speeds, computing, missing=missing, read=read)
     return cost and replace(cost, waiting=waiting)

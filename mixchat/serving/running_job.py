@@ -10,7 +10,7 @@ from mixchat.engine.batch import AnswerRequest, Batch, BatchedAnswer
 from mixchat.engine.sampling import log_probabilities
 from mixchat.serving.service import Delta, Done, Failed, Job, Reading, Sink, TokenLogprob
 from mixchat.text.detokenizer import Detokenizer
-from mixchat.text.thinking import parser_of
+from mixchat.text.tool_parser import answer_parser
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
@@ -24,10 +24,12 @@ class RunningJob:
         self._job, self.sink = job, sink
         room = context_size - len(job.prompt_ids)
         made = len(job.prompt_ids) - job.begun
+        prompt, begun = job.prompt_ids[:made], job.prompt_ids[made:]
+        self._parser = answer_parser(job.thinking, job.tools, tokenizer, prompt, begun)
         self._text = Answer(
             Detokenizer(tokenizer, job.prompt_ids if job.continues_prompt else ()),
             AnswerLimits(job.stop_ids, job.stop, job.max_tokens, room),
-            parser_of(job.thinking, tokenizer, job.prompt_ids[:made], job.prompt_ids[made:]),
+            self._parser,
         )
         self._tokens: list[TokenLogprob] = []  # since the last piece of text
         self._tokens_seen = self._tokens_read = 0
@@ -56,7 +58,7 @@ class RunningJob:
             return True
         if self._constraint is None and may_prepare:
             try:
-                self._constraint = self._job.constraint()
+                self._constraint = self._job.constraint(self._parser)
             except Exception as error:
                 self._error = error
                 return True
@@ -121,6 +123,6 @@ class RunningJob:
         new = self._text.add(token)
         if self._text.has_ended:
             answer.cancel()  # a stop string is none of the batch's business
-        if new.text or new.thinking or (self._text.has_ended and self._tokens):
-            self.sink(Delta(new.text, tuple(self._tokens), new.thinking))
+        if new.text or new.thinking or new.calls or (self._text.has_ended and self._tokens):
+            self.sink(Delta(new.text, tuple(self._tokens), new.thinking, new.calls))
             self._tokens.clear()

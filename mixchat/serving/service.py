@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from mixchat.base.model_config import Context
     from mixchat.engine.sampling import Constraint
     from mixchat.text.template import Template
-    from mixchat.text.thinking import ThinkingFormat
+    from mixchat.text.thinking import ThinkingFormat, ThinkingParser
     from mixchat.text.tokenizer import Tokenizer
+    from mixchat.text.tool_call import CallDelta
+    from mixchat.text.tool_formats import ToolFormat
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Job:
     """A prompt, and how to answer it.
 
     top_logprobs is the number of likeliest tokens to report with each token. 0 reports only its own
-    log probability, None nothing. The last `begun` ids of the prompt begin the answer.
+    log probability, None nothing. The last `begun` ids of the prompt begin the answer. `tools` is
+    the form in which it may call tools. `constraint` gets the parser of the answer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -32,10 +35,11 @@ class Job:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
-    constraint: Callable[[], Constraint] | None = None
+    constraint: Callable[[ThinkingParser], Constraint] | None = None
     continues_prompt: bool = False
     thinking: ThinkingFormat | None = None
     begun: int = 0
+    tools: ToolFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next piece of text, and the tokens since the last piece if requested."""
+    """The next piece of text or calls, and the tokens since the last piece if requested."""
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
     thinking: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(frozen=True)

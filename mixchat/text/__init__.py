@@ -12,6 +12,9 @@
 - sandbox.py, sandbox_child.py: the process in which both run: its parent's side, and its own
 - sandbox_protocol.py: their messages, and the memory limit
 - thinking.py: a model's thinking, apart from its answer
+- tool_call.py: tools, calls of them, and pieces of calls
+- tool_formats.py: the forms in which models call tools, and one for models that learned none
+- tool_parser.py: calls, taken apart from an answer while it is generated
 - detokenizer.py: text from ids, one at a time, never half a character; stop strings in it
 - form/: answers of a given form: JSON by a schema, or text by a grammar
 """

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mixchat.text.messages import Message
+from mixchat.text.messages import Message, as_parts
 from mixchat.text.sandbox import Sandbox, SandboxCall, unusable
 from mixchat.text.template import Template
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import Insert, TokenBytes, Tokenizer
 from mixchat.text.tokenizer_files import template_file
+from mixchat.text.tool_call import Tool
+from mixchat.text.tool_formats import FORMATS
 
 
 class CheckpointText:
@@ -109,12 +112,18 @@ class _SandboxedTemplate(_Sandboxed):
         self.stop_ids = frozenset([*eos_token_ids, *_checked_ids(facts["stop_ids"], subject)])
         kind, *variables = facts["thinking"] or [None]
         self.thinking = None if kind is None else ThinkingFormat(kind, tuple(variables))
+        name = facts["tools"]
+        self.tools = None if name is None else FORMATS[name]
 
     def encode(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
-        parts = [(m.role, m.content, m.content_ids) for m in messages]
-        return self._ask_ids("encode_messages", parts, dict(variables or {}))
+        parts = [as_parts(message) for message in messages]
+        offered = [asdict(tool) for tool in tools]
+        return self._ask_ids("encode_messages", parts, dict(variables or {}), offered)
 
 
 @contextmanager

@@ -10,11 +10,27 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from mixchat.base.errors import CheckpointError, PromptError, short_message
-from mixchat.text.messages import Message, require_question, system_in_first_question
+from mixchat.text.messages import (
+    Message,
+    as_parts,
+    require_question,
+    system_in_first_question,
+)
 from mixchat.text.thinking import format_of
 from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import ChatTemplate
+from mixchat.text.tool_call import Tool, ToolCall
+from mixchat.text.tool_formats import ToolFormat, one_call_each, tool_format_of
 
+# Names and values in tools that templates compare. No control token is assembled from them.
+_SCHEMA_WORDS = frozenset(
+    [
+        *("type", "function", "name", "description", "parameters", "arguments", "id"),
+        *("properties", "required", "items", "enum", "default", "title", "format", "nullable"),
+        *("anyOf", "oneOf", "allOf", "additionalProperties", "string", "number", "integer"),
+        *("boolean", "array", "object", "null"),
+    ]
+)
 _PRIVATE_USE = range(0x100000, 0x10FFFE)
 
 
@@ -54,23 +70,70 @@ class JinjaTemplate:
                 f"{self._file}: the chat template has an error: {short_message(error)}"
             ) from None
         self.thinking = format_of(template.source, unset)
+        self.tools = tool_format_of(template.source, unset)
         with suppress(PromptError):  # it may need other messages, which `encode` reports
             self._render([{"role": "user", "content": "Hi"}])
 
     def encode(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Encode as `Template` says. Raises `CheckpointError` if the template itself fails."""
         require_question(messages)
         if any(m.role == "system" for m in messages) and not self._takes_system:
             messages = system_in_first_question(messages)
-        used = self._reserved.union(*(message.content for message in messages))
+        if self.tools is not None:
+            messages = self._with_its_calls(messages, self.tools)
+        offered = [self._description(tool) for tool in tools]
+        extras = json.dumps([offered, list(map(as_parts, messages))], ensure_ascii=False)
+        used = self._reserved.union(*(message.content for message in messages), extras)
         cover = _Cover(self._tokenizer.control_tokens, used)
         text = self._render(
-            [{"role": message.role, "content": cover.content(message)} for message in messages],
+            list(map(cover.message, messages)),
             variables,
+            cover.value(offered) or None,
         )
         return self._tokenizer.encode_template(text, cover.inserts)
+
+    def _with_its_calls(self, messages: Sequence[Message], format: ToolFormat) -> Sequence[Message]:
+        """Return the conversation with calls that the template takes."""
+        messages = format.with_its_ids(messages)
+        if format.kind == "harmony":
+            return one_call_each(messages)
+        if not any(message.calls for message in messages) or self._takes_calls:
+            return messages
+        return [self._with_call_ids(m, format) if m.calls else m for m in messages]
+
+    def _with_call_ids(self, message: Message, format: ToolFormat) -> Message:
+        """Return a message whose ids are its content and its calls, as a model generates them."""
+        encode = self._tokenizer.encode
+        opening = self._tokenizer.encode_template(format.opening)
+        ids = (*encode(message.content), *opening, *encode(format.text_of(message.calls)))
+        return Message("assistant", "", ids)
+
+    def _description(self, tool: Tool) -> Mapping[str, Any]:
+        """Return a tool for the template. Harmony's cannot do without a description."""
+        given = tool.to_json()
+        if self.tools is not None and self.tools.kind == "harmony":
+            given["function"].setdefault("description", "")
+        return given
+
+    @cached_property
+    def _takes_calls(self) -> bool:
+        """Return whether the template shows the calls of an answer. Some take them as its text."""
+        probe = "mixchat_call_probe"
+        call = ToolCall("123456789", probe, "{}").to_json()
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "1", "tool_call_id": "123456789"},
+        ]
+        try:
+            return probe in self._render(messages)
+        except (PromptError, CheckpointError):
+            return False
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -83,12 +146,15 @@ class JinjaTemplate:
             return False
 
     def _render(
-        self, messages: list[dict[str, str]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> str:
         try:
             return self._compiled(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=True,
                 **self._variables,
@@ -133,6 +199,26 @@ class _Cover:
         char = next(self._spare)
         self.inserts[char] = ids
         return char
+
+    def message(self, message: Message) -> dict[str, Any]:
+        """Return a message as templates know it."""
+        found = {"role": message.role, "content": self.content(message)}
+        if message.calls:
+            found["tool_calls"] = self.value([call.to_json() for call in message.calls])
+            if message.thinking:
+                thinking = self._text(message.thinking)
+                found |= {"reasoning_content": thinking, "thinking": thinking}
+        return found | ({"tool_call_id": self._text(message.call_id)} if message.call_id else {})
+
+    def value(self, given: Any) -> Any:
+        """Return JSON with its texts covered, except for words that templates look for."""
+        if isinstance(given, dict):
+            return {self.value(name): self.value(value) for name, value in given.items()}
+        if isinstance(given, list):
+            return [self.value(item) for item in given]
+        if isinstance(given, str) and given not in _SCHEMA_WORDS:
+            return self._text(given)
+        return given
 
     def _text(self, content: str) -> str:
         """Return `content` with its dangerous characters replaced."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from dataclasses import astuple, dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 from mixchat.base.errors import PromptError
+from mixchat.text.tool_call import ToolCall
 
-Role: TypeAlias = Literal["system", "user", "assistant"]
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,9 @@ class Message:
     `ids` are the tokens that the model generated for an answer, without the one that ended it.
     They go into the next prompt as they are, because encoding the text again can give others.
     `partial` marks an answer that was stopped before its end. The first `thinking_tokens` ids are
-    the `thinking` before an answer, which is in no later prompt.
+    the `thinking` before an answer, which is in no later prompt. An answer may have `calls` of
+    tools. Each result is a message of the role tool, with the id of its call. If an answer with
+    calls has thinking, it goes into the prompts of the calls' results.
     """
 
     role: Role
@@ -27,6 +30,8 @@ class Message:
     partial: bool = False
     thinking: str = ""
     thinking_tokens: int = 0
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
 
     @property
     def content_ids(self) -> tuple[int, ...] | None:
@@ -34,9 +39,29 @@ class Message:
         return None if self.ids is None else self.ids[self.thinking_tokens :]
 
 
+def as_parts(message: Message) -> list[Any]:
+    """Return the parts of a message that a template reads, as JSON."""
+    calls = [astuple(call) for call in message.calls]
+    thinking = message.thinking if calls else ""
+    return [message.role, message.content, message.content_ids, thinking, calls, message.call_id]
+
+
+def from_parts(parts: Sequence[Any]) -> Message:
+    """Return the message with these parts."""
+    role, content, ids, thinking, calls, call_id = parts
+    return Message(
+        role,
+        content,
+        None if ids is None else tuple(ids),
+        thinking=thinking,
+        calls=tuple(ToolCall(*call) for call in calls),
+        call_id=call_id,
+    )
+
+
 def require_question(messages: Sequence[Message]) -> None:
     """Raise `PromptError` unless the conversation ends with something to answer."""
-    if not messages or messages[-1].role != "user":
+    if not messages or messages[-1].role not in ("user", "tool"):
         raise PromptError("there is nothing to answer: the conversation must end with a question")
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 from mixchat.base.errors import MixchatError, short_message
 from mixchat.text.choose import load_template, load_tokenizer
-from mixchat.text.messages import Message
+from mixchat.text.messages import from_parts
 from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
 from mixchat.text.template import Template
 from mixchat.text.tokenizer import Tokenizer
+from mixchat.text.tool_call import Tool
 
 _LIBRARIES = ("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers")
 _LIMITS = {"RLIMIT_AS": MAX_MEMORY, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0}
@@ -71,6 +72,7 @@ class _CheckpointService:
             "continues_prompt": template.continues_prompt,
             "stop_ids": stop_ids,
             "thinking": None if form is None else [form.kind, *form.variables],
+            "tools": None if template.tools is None else template.tools.name,
         }
 
     def encode(self, text: str) -> object:
@@ -89,15 +91,13 @@ class _CheckpointService:
         return {"within": [text.decode("latin-1") for text in tokens.within], "first": first}
 
     def encode_messages(
-        self, messages: Sequence[Sequence[Any]], variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Sequence[Any]],
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]],
     ) -> object:
-        return self._template.encode(
-            [
-                Message(role, text, ids if ids is None else tuple(ids))
-                for role, text, ids in messages
-            ],
-            variables,
-        )
+        offered = [Tool(**tool) for tool in tools]
+        return self._template.encode(list(map(from_parts, messages)), variables, offered)
 
 
 def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from mixchat.text.messages import (
@@ -14,6 +16,8 @@ from mixchat.text.messages import (
 )
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import Insert, Tokenizer
+from mixchat.text.tool_call import Tool, ToolCall
+from mixchat.text.tool_formats import MISTRAL, ToolFormat
 
 
 class Template(Protocol):
@@ -22,14 +26,19 @@ class Template(Protocol):
     stop_ids: frozenset[int]  # any of these ends an answer
     continues_prompt: bool  # whether the answer's text continues the prompt's text
     thinking: ThinkingFormat | None  # None if the model does not think
+    tools: ToolFormat | None  # None if the template knows no tools
 
     def encode(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Return the ids of the conversation, ready for the model to answer.
 
-        `variables` are of those in `thinking`. Raises `PromptError` if the template cannot express
-        the conversation.
+        `variables` are of those in `thinking`. `tools` may be called. A template that knows none
+        takes neither tools nor calls (see `in_plain_text`). Raises `PromptError` if the template
+        cannot express the conversation.
         """
         ...
 
@@ -53,16 +62,28 @@ class InstructTemplate:
     def __init__(self, tokenizer: Tokenizer, *, stop_ids: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
         self.stop_ids = frozenset(stop_ids) | _optional(tokenizer.eos_id)
+        knows_tools = "[AVAILABLE_TOOLS]" in tokenizer.control_tokens
+        self.tools = MISTRAL if knows_tools else None
 
     def encode(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         require_question(messages)
         place_system = system_in_first_question if self._is_first else system_in_last_question
+        placed = place_system(MISTRAL.with_its_ids(messages))
+        last_question = max(i for i, message in enumerate(placed) if message.role == "user")
         ids = [*_optional(self._tokenizer.bos_id)]
-        for message in place_system(messages):
+        for place, message in enumerate(placed):
             if message.role == "user":
+                ids += self._available(tools) if place == last_question else []
                 ids += self._question(message.content)
+            elif message.role == "tool":
+                ids += self._result(message)
+            elif message.calls:
+                ids += self._calls(message.calls)
             else:
                 answer = message.content_ids
                 ids += self._answer(message.content) if answer is None else answer
@@ -79,6 +100,30 @@ class InstructTemplate:
         begin, end = (self._tokenizer.control_tokens[token] for token in ("[INST]", "[/INST]"))
         return [begin, *self._tokenizer.encode(text), end]
 
+    def _available(self, tools: Sequence[Tool]) -> list[int]:
+        text = []
+        for tool in tools:
+            parameters = dict(tool.parameters or {})
+            given = {"description": tool.description or "", "parameters": parameters}
+            text.append({"type": "function", "function": {"name": tool.name, **given}})
+        return self._between("[AVAILABLE_TOOLS]", text, "[/AVAILABLE_TOOLS]") if tools else []
+
+    def _result(self, message: Message) -> list[int]:
+        content: object = message.content
+        with suppress(ValueError, RecursionError):
+            content = json.loads(message.content)
+        result = {"content": content, "call_id": message.call_id}
+        return self._between("[TOOL_RESULTS]", result, "[/TOOL_RESULTS]")
+
+    def _calls(self, calls: Sequence[ToolCall]) -> list[int]:
+        named = [{**call.to_json()["function"], "id": call.id} for call in calls]
+        return self._between("[TOOL_CALLS]", named, "</s>")
+
+    def _between(self, begin: str, value: object, end: str) -> list[int]:
+        """Return the ids of a value's JSON between two control tokens."""
+        text, known = json.dumps(value, ensure_ascii=False), self._tokenizer.control_tokens
+        return [known[begin], *self._tokenizer.encode(text), known[end]]
+
     def _answer(self, text: str) -> list[int]:
         return self._tokenizer.encode(text if self._is_first else text.rstrip(" "))
 
@@ -88,6 +133,7 @@ class CompletionTemplate:
 
     continues_prompt = True
     thinking: ThinkingFormat | None = None
+    tools: ToolFormat | None = None
 
     def __init__(
         self, tokenizer: Tokenizer, *, stop_ids: Collection[int] = (), add_bos: bool = True
@@ -97,7 +143,10 @@ class CompletionTemplate:
         self.stop_ids = frozenset(stop_ids) | _optional(tokenizer.eos_id)
 
     def encode(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         system, rest = split_system(messages)
         if system:

@@ -6,19 +6,24 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from mixchat.text.tool_call import CallDelta, new_call_id
 
 if TYPE_CHECKING:
     from mixchat.text.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _CHANNEL, _MESSAGE, _FINAL = "<|channel|>", "<|message|>", "final"
+_TO_FUNCTION, _FUNCTION = "to=functions", re.compile(r"to=functions\.([\w.-]+)")
 _TO_ANSWER = f"{_CHANNEL}{_FINAL}{_MESSAGE}"
+_CONSTRAIN = "<|constrain|>"  # between two words of a header
 # Marks that lead from a message to the next one, or into its header.
-_HARMONY = (_CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>")
+_HARMONY = (_CONSTRAIN, _CHANNEL, _MESSAGE, "<|start|>", "<|end|>", "<|return|>", "<|call|>")
 _TAIL = 8  # tokens at a prompt's end that hold a tag and the newlines after it
 SWITCHES = ("enable_thinking", "thinking")  # variables of templates, true or false
 EFFORT = "reasoning_effort"  # a variable of templates
@@ -27,13 +32,15 @@ EFFORTS = ("minimal", "low", "medium", "high")
 
 @dataclass(frozen=True)
 class AnswerText:
-    """The text that a token adds to an answer, and the thinking before it."""
+    """The text that a token adds to an answer, the thinking before it, and the calls after it."""
 
     text: str = ""
     thinking: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
     def __add__(self, other: AnswerText) -> AnswerText:
-        return AnswerText(self.text + other.text, self.thinking + other.thinking)
+        text, thinking = self.text + other.text, self.thinking + other.thinking
+        return AnswerText(text, thinking, self.calls + other.calls)
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,15 @@ class ThinkingParser(ABC):
     """Takes the text of an answer, and the marks in it.
 
     A place in an answer counts its characters, and each mark as one. `start` is the place at which
-    the answer begins after the thinking, None before. `marks` are names by token id.
+    the answer begins after the thinking, None before. `marks` are names by token id. `opens_call`
+    is set if a call of a tool begins, and `calls` counts those with a name. Without `may_call` no
+    call is found.
     """
 
     def __init__(self, marks: Mapping[int, str] | None = None) -> None:
         self.marks = marks or {}
         self.start: int | None = None
+        self.opens_call, self.may_call, self.calls = False, True, 0
         self._place, self._held = 0, ""
 
     @abstractmethod
@@ -92,6 +102,10 @@ class ThinkingParser(ABC):
     def mark(self, name: str) -> AnswerText:
         """Take a mark. Return the thinking that separates two messages."""
         return AnswerText()
+
+    def ends_at(self, name: str) -> bool:
+        """Return whether a mark ends the answer."""
+        return self.start is not None
 
     def replay(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
         """Take the beginning of an answer that is continued, from which places do not count."""
@@ -114,18 +128,21 @@ def parser_of(
     tokenizer: Tokenizer,
     prompt_ids: Sequence[int],
     begun: Sequence[int] = (),
+    *,
+    harmony_calls: bool = False,
 ) -> ThinkingParser:
     """Return the parser of the answer to a prompt that a template has made.
 
     The ids `begun` come after the prompt. They are the beginning of the answer. Without a format
-    all text is the answer.
+    all text is the answer. With `harmony_calls` the messages to functions are calls.
     """
     parser: ThinkingParser = _NoThinking()
     if format is None:
         return parser
     if format.kind == "harmony":
         known = tokenizer.control_tokens
-        parser = _HarmonyParser({known[name]: name for name in _HARMONY if name in known})
+        marks = {known[name]: name for name in _HARMONY if name in known}
+        parser = _HarmonyParser(marks, finds_calls=harmony_calls)
     else:
         parser = _TagParser(is_open=_ends_open(tokenizer, prompt_ids))
     if begun:
@@ -219,31 +236,46 @@ class _HarmonyParser(ThinkingParser):
     """Follows the marks of harmony's messages, `<|channel|>NAME<|message|>TEXT<|end|>`.
 
     The answer is the first message that is in the channel `final` or in none. Text without any
-    mark is an answer, too.
+    mark is an answer, too. The text of a message to `functions.NAME` is the arguments of a call.
     """
 
-    def __init__(self, marks: Mapping[int, str]) -> None:
+    def __init__(self, marks: Mapping[int, str], *, finds_calls: bool = False) -> None:
         super().__init__(marks)
         self._header: str | None = ""  # None within a message
         self._has_channel = self._has_marks = self._has_thought = False
+        self.may_call, self._function = finds_calls, ""
 
     def add(self, text: str) -> AnswerText:
         self._place += len(text)
         if self._header is not None:
             self._header += text
+            self.opens_call = self.may_call and (self.opens_call or _TO_FUNCTION in self._header)
             return AnswerText()
+        if self.calls:
+            return AnswerText(calls=(CallDelta(self.calls - 1, text),) if text else ())
         if self.start is not None:
             return AnswerText(text)
         self._has_thought = self._has_thought or text != ""
         return AnswerText(thinking=text)
 
+    def ends_at(self, name: str) -> bool:
+        return name != _CONSTRAIN and super().ends_at(name)
+
     def mark(self, name: str) -> AnswerText:
         self._place += 1
         self._has_marks = True
+        if name == _CONSTRAIN:
+            self._header = None if self._header is None else f"{self._header} "
+            return AnswerText()
         header, self._header = self._header or "", None if name == _MESSAGE else ""
+        if self.may_call and (found := _FUNCTION.search(header)):
+            self._function = found[1]
         if name != _MESSAGE:
             self._has_channel = name == _CHANNEL
             return AnswerText()
+        if self._function:
+            self.start, self.calls = self._place, 1
+            return AnswerText(calls=(CallDelta(0, id=new_call_id(), name=self._function),))
         if not self._has_channel or header.split()[:1] in ([], [_FINAL]):
             self.start = self._place
             return AnswerText()

@@ -29,6 +29,9 @@ it answers like SmolLM2-135M-Instruct, no better. SmolLM2 is by Hugging Face
 _NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPO_ID = re.compile(rf"(?=[^/]{{1,96}}/[^/]{{1,96}}\Z){_NAME_PART}/{_NAME_PART}")
 _KEY = re.compile(rf"(?=.{{1,200}}\Z){_NAME_PART}")
+_GGUF_KIND = re.compile(rf"(?=.{{1,96}}\Z){_NAME_PART}")  # after a colon
+_GGUF = ".gguf"
+_GGUF_END = re.compile(r"(-00001-of-\d{5})?\.gguf\Z")  # of a file, or of the first of many
 # The first that fits the beginning, such as "qwen3:30b-a3b" or "mixtral-8x7b-instruct".
 _OTHER_NAMES = (
     (r"mixtral\b.*8x22b", "8x22b"),
@@ -42,8 +45,8 @@ _OTHER_NAMES = (
     (r"granite.*(moe|a800m)", "granite"),
 )
 _NAMES_HINT = (
-    f"Name {', '.join(ALIASES)}, {DEMO}, a model on the hub as ORG/NAME, a directory with a "
-    "checkpoint, or one that 'mixchat list' shows."
+    f"Name {', '.join(ALIASES)}, {DEMO}, a model on the hub as ORG/NAME or ORG/NAME:Q4_K_M (GGUF), "
+    "a checkpoint's directory or .gguf file, or one that 'mixchat list' shows."
 )
 
 
@@ -51,7 +54,8 @@ _NAMES_HINT = (
 class ModelRef:
     """The model that a name means. `key` is the name of its directory in `models_dir()`.
 
-    At most one is set of `repo` (on the hub), `path` (absolute) and `demo`.
+    At most one is set of `repo` (on the hub, which may end with a kind of GGUF, ":Q4_K_M"), `path`
+    (absolute, of a directory or a GGUF file) and `demo`.
     """
 
     name: str
@@ -110,10 +114,11 @@ class ModelEntry:
 
 
 def resolve(name: str, *, key: str | None = None) -> ModelRef:
-    """Return the model that `name` means, as `demo`, ORG/NAME, a key, an alias or a directory.
+    """Return the model that `name` means, as `demo`, ORG/NAME, a key, an alias or a path.
 
-    ORG/NAME always means the hub, and ./ORG/NAME a directory. `key` is another name to install the
-    model under. Raises `ModelNotFoundError` or `UsageError`. Touches no network.
+    ORG/NAME and ORG/NAME:KIND always mean the hub, and ./ORG/NAME a directory. `key` is another
+    name to install the model under. Raises `ModelNotFoundError` or `UsageError`. Touches no
+    network.
     """
     if key is not None and not _is_own_key(key):
         raise UsageError(
@@ -127,7 +132,7 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
         return ModelRef(name, key or _repo_key(name), repo=name)
     # Before the aliases, one of which may be newer than a model here with this name.
     if _is_key(name) and (models_dir() / name).is_dir():
-        repo = name.replace("--", "/", 1)
+        repo = name.replace("--", "/", 1).replace("--", ":", 1)
         return ModelRef(name, key or name, repo=repo if _is_repo_id(repo) else None)
     if name in ALIASES:
         return ModelRef(name, key or _repo_key(ALIASES[name]), repo=ALIASES[name])
@@ -236,8 +241,10 @@ def _directory_of(name: str) -> Path | None:
         return None
     if _is_key(name) and (models_dir() / name).is_dir():
         return None
-    is_directory = _is_clean(name) and os.path.isdir(name)
-    return Path(os.path.abspath(name)) if is_directory else None
+    is_place = _is_clean(name) and (
+        os.path.isdir(name) or (name.endswith(_GGUF) and os.path.isfile(name))
+    )
+    return Path(os.path.abspath(name)) if is_place else None
 
 
 def _meant(name: str) -> str | None:
@@ -252,7 +259,7 @@ def _meant(name: str) -> str | None:
 
 
 def _no_model_in(directory: Path) -> ModelNotFoundError:
-    if (directory / "config.json").exists():
+    if (directory / "config.json").exists() or directory.suffix == _GGUF:
         place = shlex.quote(str(directory))
         hint = f"Install the checkpoint in it first: mixchat download {place} --name NAME"
     else:
@@ -261,7 +268,7 @@ def _no_model_in(directory: Path) -> ModelNotFoundError:
 
 
 def _directory_key(path: Path) -> str:
-    key = path.name
+    key = _GGUF_END.sub("", path.name)
     if not _is_own_key(key):
         raise UsageError(
             f"the directory's name {_shown(key)} cannot be a model's name",
@@ -271,12 +278,14 @@ def _directory_key(path: Path) -> str:
 
 
 def _repo_key(repo: str) -> str:
-    return repo.replace("/", "--")
+    return repo.replace("/", "--").replace(":", "--")
 
 
 def _is_repo_id(name: str) -> bool:
+    repo, colon, kind = name.partition(":")
     return (
-        _REPO_ID.fullmatch(name) is not None
+        _REPO_ID.fullmatch(repo) is not None
+        and (not colon or _GGUF_KIND.fullmatch(kind) is not None)
         and "--" not in name
         and ".." not in name
         and not name.endswith(".git")

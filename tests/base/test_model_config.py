@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ from mixchat.base.model_config import (
 )
 
 
-def test_recommended_sampling_is_read_where_it_is_a_number(tmp_path: Path) -> None:
+def test_recommended_sampling_is_read_where_it_is_a_number(tmp_path):
     assert advised_sampling(tmp_path) == {}
     advice = {"temperature": 0.2, "top_p": "0.9", "top_k": 5, "min_p": True}
     (tmp_path / "generation_config.json").write_text(
@@ -33,9 +32,7 @@ def test_recommended_sampling_is_read_where_it_is_a_number(tmp_path: Path) -> No
         ({"max_new_tokens": True}, None),
     ],
 )
-def test_the_recommended_length_of_an_answer_is_read_where_it_is_a_number(
-    tmp_path: Path, advice: dict[str, object], length: int | None
-) -> None:
+def test_the_recommended_length_of_an_answer_is_read_where_it_is_a_number(tmp_path, advice, length):
     assert advised_length(tmp_path) is None
     (tmp_path / "generation_config.json").write_text(json.dumps(advice))
     assert advised_length(tmp_path) == length
@@ -59,7 +56,7 @@ def test_a_larger_context_is_only_offered_where_it_would_be_large_enough(context
 @pytest.mark.parametrize(
     ("hidden", "inner", "fits"), [(2880, 2880, True), (64, 2, True), (96, 3, False)]
 )
-def test_experts_with_biases_of_odd_sizes_are_refused(hidden: int, inner: int, fits: bool) -> None:
+def test_experts_with_biases_of_odd_sizes_are_refused(hidden, inner, fits):
     sizes = 97, hidden, inner, 1, 4, 2, 16, 4, 2, 128, 1e-5, RopeParameters(1e4)
     ModelConfig("gpt_oss", *sizes).check()
     config = ModelConfig("gpt_oss", *sizes, moe_bias=True)

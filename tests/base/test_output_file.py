@@ -1,7 +1,5 @@
 """A file that a person names for output: another file is never replaced."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

@@ -42,7 +42,7 @@ def raw_file(path: Path, header: object, data: bytes = b"", *, length: int | Non
     return path
 
 
-def test_the_reference_reads_what_we_write(tmp_path: Path) -> None:
+def test_the_reference_reads_what_we_write(tmp_path):
     write(tmp_path / "x.safetensors", TENSORS)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert set(file.keys()) == set(TENSORS)
@@ -50,7 +50,7 @@ def test_the_reference_reads_what_we_write(tmp_path: Path) -> None:
             assert torch.equal(file.get_tensor(name), tensor)
 
 
-def test_we_read_what_the_reference_writes(tmp_path: Path) -> None:
+def test_we_read_what_the_reference_writes(tmp_path):
     save_file(TENSORS, tmp_path / "x.safetensors", metadata={"format": "pt"})
     with SafetensorsFile(tmp_path / "x.safetensors") as file:
         assert {spec.name for spec in file.header.specs} == set(TENSORS)
@@ -60,12 +60,12 @@ def test_we_read_what_the_reference_writes(tmp_path: Path) -> None:
             assert torch.equal(read, tensor)
 
 
-def test_data_begins_on_a_page(tmp_path: Path) -> None:
+def test_data_begins_on_a_page(tmp_path):
     write(tmp_path / "x", {"d": TENSORS["d"]})
     assert (tmp_path / "x").read_bytes()[4096:] == bytes(range(7))
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
     def interrupted() -> None:
         with SafetensorsWriter(tmp_path / "x", [TensorSpec("d", torch.uint8, (7,))]) as writer:
             writer.write("d", TENSORS["d"])
@@ -77,7 +77,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_header_has_the_offset_of_each_tensor(tmp_path: Path) -> None:
+def test_a_header_has_the_offset_of_each_tensor(tmp_path):
     write(tmp_path / "x", TENSORS)
     data = (tmp_path / "x").read_bytes()
     length = header_length(data[:8], len(data), "x")
@@ -94,7 +94,7 @@ STACKED = {**TENSORS, "s": torch.arange(24, dtype=torch.int16).view(4, 3, 2), "s
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_a_part_of_a_stacked_tensor_is_read_by_its_number(tmp_path: Path, part: int) -> None:
+def test_a_part_of_a_stacked_tensor_is_read_by_its_number(tmp_path, part):
     write(tmp_path / "x", STACKED)
     with SafetensorsFile(tmp_path / "x") as file:
         name = f"s[{part}]"
@@ -106,20 +106,20 @@ def test_a_part_of_a_stacked_tensor_is_read_by_its_number(tmp_path: Path, part: 
 @pytest.mark.parametrize(
     "name", ["s[4]", "s[-1]", "s[01]", "s[]", "s[0][0]", "b[0]", "c[0]", "z[0]"]
 )
-def test_a_part_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_part_that_is_not_there_is_refused(tmp_path, name):
     write(tmp_path / "x", STACKED)
     with SafetensorsFile(tmp_path / "x") as file, pytest.raises(CheckpointError, match="no tensor"):
         file.read(name)
 
 
-def test_a_tensor_of_its_own_comes_before_a_part(tmp_path: Path) -> None:
+def test_a_tensor_of_its_own_comes_before_a_part(tmp_path):
     """A spill file has parts of stacked tensors under their names."""
     write(tmp_path / "x", STACKED)
     with SafetensorsFile(tmp_path / "x") as file:
         assert torch.equal(file.read("s[9]"), torch.ones(1))
 
 
-def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
     (tmp_path / "x.tmp").symlink_to(outside)
@@ -127,13 +127,13 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None
     assert outside.read_text() == "precious"
 
 
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named(tmp_path):
     write(tmp_path / "x", TENSORS)
     with SafetensorsFile(tmp_path / "x") as file, pytest.raises(CheckpointError, match="'z'"):
         file.read("z")
 
 
-def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path: Path) -> None:
+def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path):
     """A mapped file would kill the process with SIGBUS here."""
     write(tmp_path / "x", TENSORS)
     with SafetensorsFile(tmp_path / "x") as file:
@@ -144,9 +144,7 @@ def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("numbers", [[2], [5, 0, 5, 1, 0], list(range(6))])
-def test_rows_are_read_once_each_in_the_order_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, numbers: list[int]
-) -> None:
+def test_rows_are_read_once_each_in_the_order_of_the_file(tmp_path, monkeypatch, dtype, numbers):
     matrix, reads, preadv = torch.randn(6, 8).to(dtype), list[int](), os.preadv
     write(tmp_path / "x", {"before": torch.zeros(3), "x": matrix, "behind": torch.zeros(3)})
 
@@ -163,7 +161,7 @@ def test_rows_are_read_once_each_in_the_order_of_the_file(
     assert reads == [first + row * size for row in sorted(set(numbers))]
 
 
-def test_a_row_that_is_missing_is_not_read_from_another_tensor(tmp_path: Path) -> None:
+def test_a_row_that_is_missing_is_not_read_from_another_tensor(tmp_path):
     write(tmp_path / "x", {"before": torch.zeros(9), "x": torch.ones(2, 3), "y": torch.zeros(9)})
     with SafetensorsFile(tmp_path / "x") as file:
         for row in (-1, 2):
@@ -171,7 +169,7 @@ def test_a_row_that_is_missing_is_not_read_from_another_tensor(tmp_path: Path) -
                 file.read_rows("x", torch.tensor([1, row]))
 
 
-def test_rows_of_a_file_that_was_cut_short_or_closed_are_an_error(tmp_path: Path) -> None:
+def test_rows_of_a_file_that_was_cut_short_or_closed_are_an_error(tmp_path):
     write(tmp_path / "x", {"x": torch.ones(4, 8)})
     with SafetensorsFile(tmp_path / "x") as file:
         os.truncate(tmp_path / "x", file.header.start("x") + 2 * 32)
@@ -217,9 +215,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": F32, "b": {**F32, "data_offsets": [12, 20]}}, bytes(20), None),
     ],
 )
-def test_malformed_files_are_refused_in_one_line(
-    tmp_path: Path, header: object, data: bytes, length: int | None
-) -> None:
+def test_malformed_files_are_refused_in_one_line(tmp_path, header, data, length):
     path = raw_file(tmp_path / "x", header, data, length=length)
     with pytest.raises(CheckpointError) as caught:
         SafetensorsFile(path)
@@ -228,10 +224,10 @@ def test_malformed_files_are_refused_in_one_line(
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
-def test_a_changed_byte_in_the_header_never_crashes(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_changed_byte_in_the_header_never_crashes(tmp_path, data) -> None:
     path = tmp_path / "x"
     save_file(TENSORS, path)
     content = bytearray(path.read_bytes())

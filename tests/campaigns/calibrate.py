@@ -9,8 +9,6 @@ be equal, to the byte, to one that was left in peace. The disk is a small one of
 takes root to mount. Exit code 0: no fault was found.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

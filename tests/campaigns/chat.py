@@ -5,8 +5,6 @@
 The demo model must be installed. Exit code 0: no fault was found.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess

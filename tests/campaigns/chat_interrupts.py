@@ -3,8 +3,6 @@
 It stops, its worker is free again, and the next answer is right, with the worker.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import time

@@ -1,7 +1,5 @@
 """Flips single bytes of an installed model: each is found, named and repaired."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Fills a small disk at forty moments of a download, and resumes it when there is room."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import random

@@ -3,8 +3,6 @@
 It is a process of its own, since it measures how long a client has to wait.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Hostile names, files, pickles, texts, mutations, endless input: one line, nothing harmed."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import resource
@@ -31,6 +29,7 @@ def main() -> int:
     """Run the campaign and return the exit code."""
     import hostile_endless
     import hostile_files
+    import hostile_gguf
     import hostile_mutations
     import hostile_names
     import hostile_pickles
@@ -39,6 +38,7 @@ def main() -> int:
     every = {
         "names": hostile_names.campaign,
         "files": hostile_files.campaign,
+        "gguf": hostile_gguf.campaign,
         "pickles": hostile_pickles.campaign,
         "text": hostile_text.campaign,
         "mutations": hostile_mutations.campaign,

@@ -1,7 +1,5 @@
 """Input without an end in place of every file, pipe and answer that is read: refused in time."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

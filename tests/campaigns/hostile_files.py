@@ -1,7 +1,5 @@
 """Malformed safetensors files, here and on the hub: each is refused with one line."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Thousands of mutated shards and installed models: each opens, or is refused in one line."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -12,6 +10,7 @@ import struct
 import time
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,13 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
         code = rig.wait(rig.fork(rig.mixchat("download", str(path), "--name", path.name)))
         assert code == 0
     models = Path(os.environ["MIXCHAT_HOME"]) / "models"
+    batches(work, found, options, lambda chance: _one(chance, work, source, models, spoken))
+
+
+def batches(
+    work: Path, found: Found, options: Namespace, one: Callable[[random.Random], list[Any]]
+) -> None:
+    """Let `one` try a mutation by each seed, and record what it returns."""
     for first in range(0, options.mutations, BATCH):
         report, output = work / "report", work / "out"
         report.write_text("")
@@ -46,8 +52,7 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
                     print(json.dumps(["begun", number]), file=lines)
                     chance = random.Random(f"{options.seed} {number}")
                     began = time.monotonic()
-                    outcome = _one(chance, work, source, models, spoken)
-                    outcome += [time.monotonic() - began]
+                    outcome = [*one(chance), time.monotonic() - began]
                     print(json.dumps([number, *outcome]), file=lines)
                 usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                 print(json.dumps(["memory", usage]), file=lines)

@@ -1,7 +1,5 @@
 """Hostile names in every place that takes one, and links planted where mixchat writes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

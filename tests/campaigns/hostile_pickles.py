@@ -1,7 +1,5 @@
 """Pickles planted wherever weights may lie: none is opened, none is fetched, none is run."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The kinds of hostile requests: each sends one to a server, and returns the response."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import socket

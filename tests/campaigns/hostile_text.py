@@ -1,7 +1,5 @@
 """Chat templates and tokenizers that loop, grow, abort or crash: `download` refuses each."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -5,8 +5,6 @@ The good files in Hugging Face's cache stay there. Before that, each kind of lie
 told for ever: that ends with 5, in little memory. A broken file that has its hash ends with 6.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import shutil

@@ -7,8 +7,6 @@ answer, which is not interrupted, must equal that of an engine that holds all ex
 holds 4 of 16 experts. Exit code 0: no fault was found.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import random

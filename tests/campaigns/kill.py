@@ -1,7 +1,5 @@
 """Kills downloads with SIGKILL at random moments, and resumes them until they are whole."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -1,7 +1,5 @@
 """Lets eight processes download the same model at once, some rounds with the first one killed."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

@@ -1,7 +1,5 @@
 """Tools for all campaigns: a directory, a checkpoint, forked children, tables."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -9,8 +9,6 @@ may be written in another order of its properties, or with other blanks, than th
 form also makes random texts, all of which have to be valid. Schemas have a server's limits.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

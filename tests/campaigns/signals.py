@@ -7,8 +7,6 @@ keeps what was said, and leaves the terminal as it was. The demo model has to be
 Exit code 0: no fault was found.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

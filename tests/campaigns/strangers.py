@@ -3,8 +3,6 @@
 None of them may get more than libzmq's greeting, which everybody gets.
 """
 
-from __future__ import annotations
-
 import random
 import secrets
 import socket

@@ -1,7 +1,5 @@
 """Shared by the parts of the campaign on workers: what was found, and whom they let take part."""
 
-from __future__ import annotations
-
 import random
 import signal
 import statistics

@@ -1,7 +1,5 @@
 """Ctrl-C to workers at drawn moments, a part of workers.py: they end, and no answer shows it."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import time

@@ -10,8 +10,6 @@ which is built unless --model names an installed one. Those of Ctrl-C are `mixch
 run` itself. Exit code 0: no fault was found.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Doubles for a chat: an engine that says what a script tells it, one token a character."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace

@@ -8,7 +8,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from mixchat.base.errors import ModelNotFoundError
+from mixchat.base.errors import MixchatError, ModelNotFoundError
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal.active_chat import ActiveChat
@@ -73,3 +73,15 @@ class Chat:
 
 def prompts_of(session):
     return ["".join(map(chr, ids)) for ids in session.engine.prompts]
+
+
+def typed(session, *lines, store=None):
+    """A chat in which these lines were typed."""
+    return Chat(session, "".join(f"{line}\r" for line in lines) + CTRL_U + CTRL_D, store=store)
+
+
+def error_of(chat):
+    """The one error that was reported, which is one for a person."""
+    (error,) = chat.errors
+    assert isinstance(error, MixchatError)
+    return str(error)

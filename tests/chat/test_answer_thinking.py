@@ -1,7 +1,5 @@
 """Thinking is shown apart, counted, and left out of what the model is sent back."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,9 +46,7 @@ def prompt_of(session: Any, turn: int) -> str:
 
 
 @pytest.mark.parametrize(("form", "thought"), THOUGHTS)
-def test_thinking_comes_apart_and_is_in_no_later_prompt(
-    session_of: Any, form: Any, thought: str
-) -> None:
+def test_thinking_comes_apart_and_is_in_no_later_prompt(session_of, form, thought):
     session = session_of(spelled(thought + "Yes"), "Fine", thinking=form)
     thinking, text, finished = listen(session.ask("Hi"))
     assert (thinking, text, finished.is_thinking) == ("Hm.", "Yes", False)
@@ -65,7 +61,7 @@ def test_thinking_comes_apart_and_is_in_no_later_prompt(
     assert session.used_tokens == len("[user]Hi[assistant]Yes[user]So?") + len("Fine")
 
 
-def test_the_events_count_the_tokens_so_far(session_of: Any) -> None:
+def test_the_events_count_the_tokens_so_far(session_of):
     session = session_of("<think>ab</think>c", thinking=TAGS)
     events = [event for event in session.ask("Hi") if isinstance(event, ThinkingDelta)]
     assert events[:2] == [ThinkingDelta("a", 8), ThinkingDelta("b", 9)]
@@ -73,7 +69,7 @@ def test_the_events_count_the_tokens_so_far(session_of: Any) -> None:
 
 
 @pytest.mark.parametrize(("form", "thought"), THOUGHTS)
-def test_a_stop_string_does_not_count_in_thinking(session_of: Any, form: Any, thought: str) -> None:
+def test_a_stop_string_does_not_count_in_thinking(session_of, form, thought):
     thought = thought.replace("Hm", "END")
     session = session_of(spelled(thought + "YesEND"), thinking=form, stop=["END", "analysis"])
     thinking, text, finished = listen(session.ask("Hi"))
@@ -82,9 +78,7 @@ def test_a_stop_string_does_not_count_in_thinking(session_of: Any, form: Any, th
 
 
 @pytest.mark.parametrize(("form", "thought"), THOUGHTS)
-def test_an_answer_cut_off_anywhere_is_continued_as_if_it_had_not_been(
-    session_of: Any, form: Any, thought: str
-) -> None:
+def test_an_answer_cut_off_anywhere_is_continued_as_if_it_had_not_been(session_of, form, thought):
     whole = spelled(thought + "Yes")
     for cut in range(len("<think>"), len(whole)):  # a tag is one token of a real model
         session = session_of(whole[:cut] + "?", whole[cut:], thinking=form, max_tokens=cut)
@@ -101,14 +95,14 @@ def test_an_answer_cut_off_anywhere_is_continued_as_if_it_had_not_been(
         assert answer.thinking_tokens == len(spelled(thought))
 
 
-def test_a_full_context_within_thinking_is_said(session_of: Any) -> None:
+def test_a_full_context_within_thinking_is_said(session_of):
     session = session_of("<think>Hmmmmm", thinking=TAGS, context_size=17, max_tokens=0)
     _, text, finished = listen(session.ask("Hi"))
     assert (text, finished.reason, finished.is_thinking) == ("", "context", True)
     assert session.history[-1].partial
 
 
-def test_an_interrupted_thinking_can_be_continued(session_of: Any) -> None:
+def test_an_interrupted_thinking_can_be_continued(session_of):
     session = session_of([*"<think>Hm", KeyboardInterrupt()], "</think>Yes", thinking=TAGS)
     assert listen(session.ask("Hi"))[2].reason == "interrupted"
     assert listen(session.continue_answer())[1] == "Yes"
@@ -125,9 +119,7 @@ def test_an_interrupted_thinking_can_be_continued(session_of: Any) -> None:
         (None, "off", {}),
     ],
 )
-def test_off_uses_the_switch_of_the_template(
-    session_of: Any, form: Any, think: str, variables: dict[str, Any]
-) -> None:
+def test_off_uses_the_switch_of_the_template(session_of, form, think, variables):
     session = session_of("Yes", thinking=form, think=think)
     listen(session.ask("Hi"))
     assert session.backend.template.variables[-1] == variables
@@ -137,9 +129,7 @@ def test_off_uses_the_switch_of_the_template(
     ("form", "prefix", "path"),
     [(TAGS, "<think>\n", "</think>\n\n"), (TAGS, "", ""), (HARMONY, "", TO_FINAL)],
 )
-def test_an_answer_of_a_given_form_begins_at_once(
-    session_of: Any, form: Any, prefix: str, path: str
-) -> None:
+def test_an_answer_of_a_given_form_begins_at_once(session_of, form, prefix, path):
     class Form:
         def start(self, before: Any, *, continued: bool) -> Any:
             return tuple(before), continued
@@ -150,9 +140,7 @@ def test_an_answer_of_a_given_form_begins_at_once(
     assert session.engine.constraints == [((), False)]
 
 
-def test_an_answer_without_its_thinkings_ids_is_continued_past_the_thinking(
-    session_of: Any,
-) -> None:
+def test_an_answer_without_its_thinkings_ids_is_continued_past_the_thinking(session_of):
     """It may be another model's, whose ids mean nothing here."""
     session = session_of(" do", thinking=TAGS, prefix="<think>\n")
     session.restore([Message("user", "Hi"), Message("assistant", "I", None, True, "Hm", 9)])
@@ -161,12 +149,12 @@ def test_an_answer_without_its_thinkings_ids_is_continued_past_the_thinking(
     assert session.history[-1] == Message("assistant", "I do", None, False, "Hm", 9)
 
 
-def test_another_final_message_is_not_taken(session_of: Any) -> None:
+def test_another_final_message_is_not_taken(session_of):
     session = session_of(spelled(f"{FINAL}One<|end|>{FINAL}Two"), thinking=HARMONY)
     assert listen(session.ask("Hi"))[1] == "One"
 
 
-def test_no_thinking_comes_after_text(session_of: Any) -> None:
+def test_no_thinking_comes_after_text(session_of):
     """The tokens of half a character have no text."""
     session = session_of("<think>a</think>b", thinking=TAGS)
     texts = [AnswerText("", "a"), AnswerText("b", "c"), AnswerText(), AnswerText("d")]
@@ -188,9 +176,7 @@ class Pairs(CharacterTokenizer):
     ("text", "content_ids"),
     [("<think>a</think>b!", 1), ("<think></think>b!", None), ("<think>ab</think>b ", None)],
 )
-def test_a_token_that_has_thinking_and_answer_is_not_remembered(
-    text: str, content_ids: int | None
-) -> None:
+def test_a_token_that_has_thinking_and_answer_is_not_remembered(text, content_ids):
     tokens = [ord(a) << 8 | ord(b) for a, b in zip(text[::2], text[1::2], strict=False)]
     tokenizer: Any = Pairs()
     limits = AnswerLimits(frozenset({0}), (), None, 100)

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
 from mixchat.chat.draw import markdown_stream
 from mixchat.chat.session import TextDelta
 from mixchat.chat.terminal.screen import Screen
@@ -75,9 +73,7 @@ def leaks(count: int) -> list[str]:
     ]
 
 
-def test_no_control_sequence_reaches_the_terminal_wherever_it_is_cut(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_no_control_sequence_reaches_the_terminal_wherever_it_is_cut(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLORTERM", "")
     assert leaks(60) == []

@@ -4,10 +4,12 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import fake_mixchat
 import pytest
 from command_line import FAKE, Done
+from plan_tools import GB, SPEEDS
 
 from mixchat.base.progress import progress_bar
 
@@ -22,6 +24,42 @@ def environment(tmp_path):
     dropped = ("MIXCHAT_", "PYTHONUNBUFFERED")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     return kept | {key: str(tmp_path / place) for key, place in PLACES.items()}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A machine with 16 GB, 14.5 of them free, and 500 GB of free disk, that is measured in no
+    time; counts how often."""
+    calls = []
+
+    def measure(blueprint, directory, device, layer, **how):
+        calls.append(blueprint.expert.stride)
+        return SPEEDS
+
+    changes = {
+        "mixchat.planning.measuring.take_sample": measure,
+        "mixchat.planning.measuring.MOST_SECONDS": 1e6,  # however busy this machine is
+        "mixchat.planning.fitting.free_on": lambda device: int(14.5 * GB),
+        "mixchat.planning.fitting.tightest_memory_limit": lambda: None,
+        "mixchat.planning.torch_threads.choose_threads": lambda blueprint: None,
+        "mixchat.base.machine.total_memory": lambda: 16 * GB,
+        "mixchat.base.machine.free_disk": lambda directory: 500 * GB,
+        "mixchat.base.machine.OtherPrograms.share": lambda self: 0.0,
+    }
+    for place, value in changes.items():
+        monkeypatch.setattr(place, value)
+    return calls
+
+
+@pytest.fixture
+def planned(mixchat):
+    """Runs `mixchat plan ARGS`, on the CPU unless they name another device."""
+
+    def planned(*arguments):
+        device = () if "--device" in arguments else ("--device", "cpu")
+        return mixchat("plan", *arguments, *device, fake=False)
+
+    return planned
 
 
 @pytest.fixture
@@ -81,5 +119,23 @@ def mixchat(environment, monkeypatch, capsysbinary):
                 run_app([os.fsdecode(argument) for argument in arguments])
         said = capsysbinary.readouterr()
         return Done(said.out, said.err, ending.value.code)
+
+    return run
+
+
+@pytest.fixture
+def run(mixchat, monkeypatch):
+    """Run a command that has to succeed, and return its standard output and error.
+
+    Calibrating reads short windows.
+    """
+    from mixchat.loading import calibrate
+
+    monkeypatch.setattr(calibrate, "WINDOW", 32)
+
+    def run(*arguments, code=0, stdin=b""):
+        done = mixchat(*map(str, arguments), fake=False, stdin=stdin)
+        assert done.returncode == code, (arguments, done.stderr.decode())
+        return SimpleNamespace(out=done.stdout.decode(), said=done.stderr.decode())
 
     return run

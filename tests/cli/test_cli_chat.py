@@ -58,7 +58,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_continues(environment, tmp_path):
     assert set(said) == {"x"}
 
 
-@pytest.mark.parametrize("milliseconds", [0, 5, 10, 20, 30])
+@pytest.mark.parametrize("milliseconds", [0, 15])
 def test_ctrl_c_right_after_enter_stops_the_answer(environment, milliseconds):
     """Within 20 ms it was a key for the next prompt, and the whole answer was given."""
     variables = environment | {"SCRIPT": f'["{"x" * 9000}"]', "DELAY": "0.02"}

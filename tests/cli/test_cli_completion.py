@@ -129,19 +129,14 @@ def test_bash_completes_chats_by_name_and_by_id(bash, chats, words):
     assert bash(*words, '"Holiday pl') == ["Holiday", "plans"]
 
 
-def test_a_person_at_bash_can_complete_a_name_with_a_space(installed, chats):
+def test_a_person_at_bash_gets_the_completion_where_the_cursor_is(installed, chats):
     environment = installed("bash", "--norc")
     with Terminal(["bash", "-i"], environment | {"PS1": "$ "}) as terminal:
-        terminal.type("mixchat chats Hol\t")
+        terminal.type("mixchat chats Hol\t")  # a name with a space
         terminal.wait_for(r"iday\ plans ")
         terminal.type("\x15mixchat chats 'Holiday p\t")
         terminal.wait_for("lans' ")
-
-
-def test_a_person_at_bash_gets_the_completion_where_the_cursor_is(installed):
-    environment = installed("bash", "--norc")
-    with Terminal(["bash", "-i"], environment | {"PS1": "$ "}) as terminal:
-        terminal.type("mixchat sho\t")
+        terminal.type("\x15mixchat sho\t")
         terminal.wait_for("show ")
         terminal.type("--model=x\x15mixchat run --model=some\t")
         terminal.wait_for("--model=someone--tune ")

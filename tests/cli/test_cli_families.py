@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from fake_hub import REPO, FakeHub
-from test_cli_plan import SPEEDS
+from plan_tools import SPEEDS
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.safetensors import SafetensorsFile
-from mixchat.loading import calibrate as calibrate_module
 from mixchat.planning import measuring
 
 SHAPE = {"vocab_size": 262, "intermediate_size": 128, "max_position_embeddings": 512}
@@ -37,19 +35,6 @@ def fake(cache, checkpoint, monkeypatch):
     with FakeHub({path.name: path.read_bytes() for path in checkpoint.iterdir()}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield hub
-
-
-@pytest.fixture
-def run(mixchat, monkeypatch):
-    """Run a command that has to succeed, and return its standard output and error."""
-    monkeypatch.setattr(calibrate_module, "WINDOW", 32)
-
-    def run(*arguments, code=0, stdin=b""):
-        done = mixchat(*map(str, arguments), fake=False, stdin=stdin)
-        assert done.returncode == code, (arguments, done.stderr.decode())
-        return SimpleNamespace(out=done.stdout.decode(), said=done.stderr.decode())
-
-    return run
 
 
 @pytest.fixture

@@ -18,8 +18,6 @@ from mixchat.serving.service import Done
 from mixchat.sessions.answer_lines import open_answers, write_answers
 from tests.tiny_tokenizer import write_tokenizer
 
-COMMAND = [sys.executable, "-m", "mixchat", "run"]
-
 
 @pytest.fixture(scope="module")
 def model(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Path:
@@ -27,15 +25,11 @@ def model(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) ->
 
 
 @pytest.fixture
-def run(model: Path, environment: dict[str, str]) -> Callable[..., Any]:
-    """Run `mixchat run -m MODEL ARGS` as a process."""
+def run(model: Path, mixchat: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `mixchat run -m MODEL ARGS`."""
 
-    def run(*arguments: object, stdin: bytes = b"", **how: Any) -> Any:
-        command = [*COMMAND, "-m", model, *arguments]
-        given = {"input": stdin, "stdout": subprocess.PIPE, "timeout": 120} | how
-        return subprocess.run(
-            list(map(str, command)), stderr=subprocess.PIPE, env=environment, check=False, **given
-        )
+    def run(*arguments: object, stdin: bytes = b"") -> Any:
+        return mixchat("run", "-m", *map(str, (model, *arguments)), stdin=stdin, fake=False)
 
     return run
 
@@ -87,19 +81,19 @@ def test_a_line_that_fails_has_an_error_and_the_exit_code_tells(run):
     assert b"error: 1 of 2 lines could not be answered" in done.stderr
 
 
-@pytest.mark.parametrize("cut", [0, 1, 30, -1])
-def test_what_was_cut_off_continues_where_it_was(run, tmp_path, cut):
+def test_what_was_cut_off_continues_where_it_was(run, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(lines_of(5))
     whole = run("--jsonl", source).stdout
     kept = whole.splitlines(keepends=True)
-    out.write_bytes(b"".join(kept[:2]) + kept[2][:cut])
-    done = run("--jsonl", source, "--resume-from", out)
-    assert (done.returncode, done.stdout) == (0, b"")
-    assert [(line["line"], line["answer"]) for line in parsed(out.read_bytes())] == [
-        (line["line"], line["answer"]) for line in parsed(whole)
-    ]
-    assert b"note: 3 lines" in done.stderr
+    for cut in (0, 1, 30, -1):
+        out.write_bytes(b"".join(kept[:2]) + kept[2][:cut])
+        done = run("--jsonl", source, "--resume-from", out)
+        assert (done.returncode, done.stdout) == (0, b"")
+        assert [(line["line"], line["answer"]) for line in parsed(out.read_bytes())] == [
+            (line["line"], line["answer"]) for line in parsed(whole)
+        ]
+        assert b"note: 3 lines" in done.stderr
     again = run("--jsonl", source, "--resume-from", out)
     assert b"note: 0 lines" in again.stderr
 
@@ -202,7 +196,7 @@ def test_the_lines_may_come_from_a_pipe_with_a_name(run):
     reading, writing = os.pipe()
     os.write(writing, lines_of(2))
     os.close(writing)
-    done = run("--jsonl", f"/dev/fd/{reading}", pass_fds=[reading])
+    done = run("--jsonl", f"/dev/fd/{reading}")
     os.close(reading)
     assert (done.returncode, len(parsed(done.stdout))) == (0, 2)
 
@@ -225,7 +219,18 @@ def test_a_second_run_with_the_same_file_of_answers_is_refused_and_leaves_it_alo
 
 def test_ctrl_c_leaves_whole_lines_and_says_nothing_else(model, environment, tmp_path):
     out = tmp_path / "out.jsonl"
-    command = [*COMMAND, "-m", str(model), "--jsonl", "-", "--resume-from", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "mixchat",
+        "run",
+        "-m",
+        str(model),
+        "--jsonl",
+        "-",
+        "--resume-from",
+        str(out),
+    ]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:

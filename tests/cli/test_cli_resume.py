@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-from types import MappingProxyType
 
 import pytest
 from command_line import FAKE
@@ -20,10 +19,10 @@ def chat(environment, tmp_path):
     """Types questions into `mixchat run FLAGS`; returns what was asked of the engine."""
     prompts = tmp_path / "prompts"
 
-    def chat(*flags, answers=(), questions=(), variables=MappingProxyType({})):
+    def chat(*flags, answers=(), questions=()):
         prompts.write_text("")
         script = {"SCRIPT": json.dumps(answers), "PROMPTS": str(prompts)}
-        with Terminal([*FAKE, "run", *flags], environment | script | variables) as terminal:
+        with Terminal([*FAKE, "run", *flags], environment | script) as terminal:
             for question, answer in zip(questions, answers, strict=True):
                 terminal.enter(question)
                 terminal.wait_for(answer)
@@ -39,28 +38,43 @@ def ids(environment, tmp_path):
     return lambda: sorted(path.stem for path in (tmp_path / "home/chats").glob("*.json"))
 
 
-def test_a_chat_is_saved_and_resumed(chat, ids):
+@pytest.fixture
+def ask(mixchat, tmp_path):
+    """Answer a question with `mixchat run FLAGS`, and return what was asked of the engine."""
+
+    def ask(*flags, answer="Hello", question="Hi", **variables):
+        variables |= {"SCRIPT": json.dumps([answer]), "PROMPTS": str(tmp_path / "prompts")}
+        (tmp_path / "prompts").write_text("")
+        assert mixchat("run", *flags, question, **variables).returncode == 0
+        return (tmp_path / "prompts").read_text().removesuffix("\n---\n")
+
+    return ask
+
+
+def test_a_chat_is_saved_and_resumed(chat, ask, ids):
     chat("-s", "Be brief", answers=["Hello"], questions=["Hi"])
     (saved,) = ids()
-    for count, wanted in enumerate([("--resume",), ("-r", saved), (f"--resume={saved[:12]}",)], 1):
-        prompts = chat(*wanted, answers=[f"Fine {count}"], questions=["Again"])
-        assert prompts[0].startswith("[system]Be brief[user]Hi[assistant]Hello[user]Again")
-        assert prompts[0].count("[assistant]") == count
+    prompts = chat("--resume", answers=["Fine"], questions=["Again"])
+    assert prompts == ["[system]Be brief[user]Hi[assistant]Hello[user]Again"]
+    for count, wanted in enumerate([("-r", saved), (f"--resume={saved[:12]}",)], 2):
+        prompt = ask(*wanted, question="Again")
+        assert prompt.startswith("[system]Be brief[user]Hi[assistant]Hello[user]Again")
+        assert prompt.count("[assistant]") == count
         assert ids() == [saved]
 
 
 def test_a_prompt_continues_a_chat_and_is_saved(chat, mixchat, ids):
-    chat(answers=["Hello"], questions=["Hi"])
+    mixchat("run", "--save", "Hi")
     done = mixchat("run", "--resume", ids()[0], "Again", SCRIPT='["Fine"]')
     assert (done.returncode, done.stdout) == (0, b"Fine\n")
     assert "Again[assistant]Fine" in chat("-r", answers=["So"], questions=["More"])[0]
 
 
-def test_a_turn_that_fails_to_be_printed_is_saved_all_the_same(chat, mixchat, process, ids):
+def test_a_turn_that_fails_to_be_printed_is_saved_all_the_same(mixchat, ids):
     """With -x, an answer without code was computed, not printed, and gone."""
-    chat(answers=["Hello"], questions=["Hi"])
+    mixchat("run", "--save", "Hi")
     assert mixchat("run", "-x", "-r", ids()[0], "Again", SCRIPT='["No code"]').returncode == 9
-    shown = json.loads(process("chats", "--json", ids()[0]).stdout)
+    shown = json.loads(mixchat("chats", "--json", ids()[0]).stdout)
     assert [m["content"] for m in shown["messages"]] == ["Hi", "Hello", "Again", "No code"]
 
 
@@ -114,8 +128,8 @@ def test_a_turn_that_cannot_be_saved_says_so_too(mixchat, ids, monkeypatch):
     assert mixchat("run", "--resume", saved, "Again", SCRIPT=failing).returncode == 1
 
 
-def test_a_question_that_is_refused_leaves_the_chat_as_it_is(chat, mixchat, ids, tmp_path):
-    chat(answers=["Hello"], questions=["Hi"])
+def test_a_question_that_is_refused_leaves_the_chat_as_it_is(mixchat, ids, tmp_path):
+    mixchat("run", "--save", "Hi")
     file = tmp_path / f"home/chats/{ids()[0]}.json"
     before = file.read_bytes()
     failing = json.dumps([[{"raise": "PromptError", "with": "too long"}]])
@@ -123,20 +137,16 @@ def test_a_question_that_is_refused_leaves_the_chat_as_it_is(chat, mixchat, ids,
     assert file.read_bytes() == before
 
 
-def test_a_variable_does_not_go_before_what_a_chat_has_and_a_flag_does(chat, ids, tmp_path):
-    chat("-s", "Be brief", "-n", "3", answers=["Hel"], questions=["Hi"])
-    variables = {"MIXCHAT_SYSTEM": "Be new", "MIXCHAT_MODEL": "nosuch"}
-    prompts = chat("-r", answers=["Whole answer"], questions=["Again"], variables=variables)
-    assert prompts[0].startswith("[system]Be brief[user]Hi")
-    prompts = chat("-r", "-s", "Be old", answers=["So"], questions=["Again"])
-    assert prompts[0].startswith("[system]Be old[user]Hi")
+def test_a_variable_does_not_go_before_what_a_chat_has_and_a_flag_does(ask, ids, tmp_path):
+    ask("--save", "-s", "Be brief", "-n", "3", answer="Hel")
+    resume = ("--resume", ids()[0])
+    prompt = ask(*resume, MIXCHAT_SYSTEM="Be new", MIXCHAT_MODEL="nosuch")
+    assert prompt.startswith("[system]Be brief[user]Hi")
+    assert ask(*resume, "-s", "Be old").startswith("[system]Be old[user]Hi")
     (tmp_path / "persona").write_text("Be odd")
-    persona = {"MIXCHAT_SYSTEM_FILE": str(tmp_path / "persona")}
-    prompts = chat("-r", answers=["So"], questions=["Again"], variables=persona)
-    assert prompts[0].startswith("[system]Be old[user]Hi")
-    flags = ("--system-file", str(tmp_path / "persona"))
-    prompts = chat("-r", *flags, answers=["So"], questions=["Again"])
-    assert prompts[0].startswith("[system]Be odd[user]Hi")
+    persona = str(tmp_path / "persona")
+    assert ask(*resume, MIXCHAT_SYSTEM_FILE=persona).startswith("[system]Be old[user]Hi")
+    assert ask(*resume, "--system-file", persona).startswith("[system]Be odd[user]Hi")
 
 
 def test_a_chat_that_is_not_to_be_saved_leaves_nothing(chat, ids, tmp_path):
@@ -145,8 +155,8 @@ def test_a_chat_that_is_not_to_be_saved_leaves_nothing(chat, ids, tmp_path):
     assert not (tmp_path / "home/history").exists()
 
 
-def test_the_model_of_the_chat_is_taken_unless_a_flag_names_another(chat, mixchat, ids):
-    chat("-m", "demo", answers=["Hello"], questions=["Hi"])
+def test_the_model_of_the_chat_is_taken_unless_a_flag_names_another(mixchat, ids):
+    mixchat("run", "--save", "-m", "demo", "Hi")
     run = ("run", "--json", "--resume", ids()[0], "Again")
     assert json.loads(mixchat(*run).stdout)["model"] == "demo"
     assert json.loads(mixchat(*run, "-m", "base").stdout)["model"] == "base"

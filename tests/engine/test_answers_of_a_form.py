@@ -1,7 +1,5 @@
 """Answers of a given form by models whose random weights would never give one."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable
@@ -81,41 +79,33 @@ def answer(
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"min_p": 0.3}])
 def test_an_answer_is_json_by_the_schema_whatever_the_sampling(
-    engine: Engine,
-    tokenizer: Any,
-    compiled: Callable[[OutputConstraint], CompiledConstraint],
-    options: dict[str, Any],
-) -> None:
+    engine, tokenizer, compiled, options
+):
     *ids, last = answer(engine, compiled(json_schema(ORDER)), seed=1, **options)
     assert last == STOP
     Draft202012Validator(ORDER).validate(json.loads(tokenizer.decode(ids)))
 
 
-def test_without_a_form_this_model_gives_no_json(engine: Engine, tokenizer: Any) -> None:
+def test_without_a_form_this_model_gives_no_json(engine, tokenizer):
     with pytest.raises(json.JSONDecodeError):
         json.loads(tokenizer.decode(answer(engine, None, seed=1)))
 
 
-def test_an_answer_that_is_cut_off_is_the_beginning_of_a_whole_one(
-    engine: Engine, compiled: Callable[[OutputConstraint], CompiledConstraint]
-) -> None:
+def test_an_answer_that_is_cut_off_is_the_beginning_of_a_whole_one(engine, compiled):
     form = compiled(json_schema(ORDER))
     whole = answer(engine, form, seed=1)
     assert answer(engine, form, seed=1, most=7) == whole[:7]
 
 
-@pytest.mark.slow
-def test_every_finished_answer_to_200_generated_schemas_is_valid(
-    engine: Engine, tokenizer: Any, compiled: Callable[[OutputConstraint], CompiledConstraint]
-) -> None:
+def test_every_finished_answer_to_50_generated_schemas_is_valid(engine, tokenizer, compiled):
     finished = 0
-    for seed in range(200):
+    for seed in range(50):
         schema = SchemaMaker(seed).schema()
         *ids, last = answer(engine, compiled(json_schema(schema)), seed)
         if last == STOP:
             finished += 1
             Draft202012Validator(schema).validate(json.loads(tokenizer.decode(ids)))
-    assert finished >= 190
+    assert finished >= 47
 
 
 @pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
@@ -129,13 +119,7 @@ def test_every_finished_answer_to_200_generated_schemas_is_valid(
     ],
     ids=["schema", "grammar", "object"],
 )
-def test_an_answer_is_the_same_with_speculation(
-    model: Path,
-    compiled: Callable[[OutputConstraint], CompiledConstraint],
-    form: OutputConstraint,
-    temperature: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_answer_is_the_same_with_speculation(model, compiled, form, temperature, monkeypatch):
     monkeypatch.setattr(Speculation, "pays", property(lambda self: True))
     engines = [
         load_engine(model, LoadOptions(device="cpu", speculation=how)) for how in (True, False)
@@ -163,9 +147,7 @@ def answered(engine: Engine, *prompts: AnswerRequest) -> list[tuple[list[int], E
 
 
 @pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
-def test_answers_of_several_forms_at_once_are_those_that_each_gets_alone(
-    model: Path, compiled: Callable[[OutputConstraint], CompiledConstraint]
-) -> None:
+def test_answers_of_several_forms_at_once_are_those_that_each_gets_alone(model, compiled):
     engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=4))
     forms = [compiled(json_schema(ORDER)), compiled(json_object()), None]
 
@@ -193,9 +175,7 @@ class DeadEnd:
         self.taken += 1
 
 
-def test_a_form_without_a_way_on_ends_only_its_own_answer(
-    model: Path, compiled: Callable[[OutputConstraint], CompiledConstraint]
-) -> None:
+def test_a_form_without_a_way_on_ends_only_its_own_answer(model, compiled):
     engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=2))
     other = compiled(json_schema(ORDER))
     (ids, error), whole = answered(engine, prompt(1, DeadEnd()), prompt(2, other.start()))

@@ -130,7 +130,7 @@ def _norms(config: ModelConfig, theirs: Any) -> Sequence[Any]:
 @pytest.mark.parametrize("cache", [pytest.param("pages", marks=needs_kernel), "tensors"])
 @pytest.mark.parametrize("name", FEATURES)
 @torch.inference_mode()
-def test_a_layer_equals_transformers(name: str, cache: str, size: str, layer: int) -> None:
+def test_a_layer_equals_transformers(name, cache, size, layer):
     """In a prompt beyond a page and a window, in steps, and in a prompt after these."""
     heads, groups, width = SIZES[size]
     config = replace(
@@ -188,7 +188,7 @@ def blocks(used: Blueprint) -> list[Block]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["Mixtral", *FEATURES])
 @torch.inference_mode()
-def test_steps_for_one_token_and_chunks_have_the_same_bits(name: str, dtype: torch.dtype) -> None:
+def test_steps_for_one_token_and_chunks_have_the_same_bits(name, dtype):
     config = replace(SHAPE, **FEATURES.get(name, {}))
     quantization = Quantization(layout="cpu-packed", attention="int8", dtype=dtype)
     used = Blueprint(config, quantization)
@@ -218,7 +218,7 @@ def test_steps_for_one_token_and_chunks_have_the_same_bits(name: str, dtype: tor
     assert torch.equal(torch.cat(programs), torch.cat(together))
 
 
-def test_layers_with_the_same_parameters_share_a_rotary_embedding() -> None:
+def test_layers_with_the_same_parameters_share_a_rotary_embedding():
     config = replace(
         SHAPE, num_hidden_layers=4, **{**FEATURES["Mellum"], "layer_types": 2 * LAYERS}
     )

@@ -26,9 +26,7 @@ def passes(
 
 @pytest.mark.parametrize("each", [0.001, 0.01, 0.04])
 @pytest.mark.parametrize("fixed", [0.0, 0.05, 0.2])
-def test_where_experts_are_in_memory_nobody_waits_longer_than_asked(
-    fixed: float, each: float
-) -> None:
+def test_where_experts_are_in_memory_nobody_waits_longer_than_asked(fixed, each):
     noise = random.Random(1)
     done = passes(3000, 0.7, lambda n: (fixed + n * each) * noise.uniform(0.9, 1.1))
     later = [seconds for _, seconds in done[10:]]
@@ -38,20 +36,18 @@ def test_where_experts_are_in_memory_nobody_waits_longer_than_asked(
 
 @pytest.mark.parametrize("first", [32, 2048])
 @pytest.mark.parametrize("fixed", [4.0, 12.0, 20.0])
-def test_where_a_pass_reads_all_experts_from_disk_a_prompt_takes_few_passes(
-    fixed: float, first: int
-) -> None:
+def test_where_a_pass_reads_all_experts_from_disk_a_prompt_takes_few_passes(fixed, first):
     """Pieces shrank to 16 tokens here, since each was as slow: a prompt took an hour."""
     noise = random.Random(2)
     done = passes(7000, 0.7, lambda n: (fixed + n * 0.02) * noise.uniform(0.95, 1.05), first)
     assert len(done) < 3 * 7000 / (fixed / 0.02 / 4) + 15
 
 
-def test_nothing_is_known_before_the_first_pass() -> None:
+def test_nothing_is_known_before_the_first_pass():
     assert ChunkSizer(32, 16, 2048).choose(0.7) == 32
 
 
-def test_pieces_grow_again_when_the_machine_is_less_busy() -> None:
+def test_pieces_grow_again_when_the_machine_is_less_busy():
     size = ChunkSizer(32, 16, 2048)
     for _ in range(10):
         tokens = size.choose(0.7)

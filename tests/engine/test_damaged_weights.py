@@ -63,13 +63,13 @@ def plant(model: Path, place: str, value: float) -> None:
     path.write_bytes(data)
 
 
-@pytest.fixture(params=["prefill", "decode"])
-def answer(request: pytest.FixtureRequest, healthy: Path) -> Callable[[Path], list[int]]:
+@pytest.fixture
+def answer(healthy: Path) -> Callable[[Path, str], list[int]]:
     """Answers with a damaged model: from the beginning on, or from the second token on."""
 
-    def answered(damaged: Path) -> list[int]:
+    def answered(damaged: Path, since: str) -> list[int]:
         engine = opened(damaged)
-        if request.param == "prefill":
+        if since == "prefill":
             return list(ids_of(engine))
         whole = opened(healthy)
         ids = ids_of(whole)
@@ -87,32 +87,27 @@ def answer(request: pytest.FixtureRequest, healthy: Path) -> Callable[[Path], li
     return answered
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("since", "value"), [("prefill", math.nan), ("decode", math.inf)])
 @pytest.mark.parametrize("place", PLACES)
 def test_numbers_that_are_none_end_in_an_error_that_names_the_command(
-    healthy: Path,
-    answer: Callable[[Path], list[int]],
-    tmp_path: Path,
-    place: str,
-    value: float,
-) -> None:
+    healthy, answer, tmp_path, place, since, value
+):
     """The answer was empty and the exit code 0, or torch's complaint an internal error."""
     damaged = tmp_path / "model"
     shutil.copytree(healthy, damaged)
     plant(damaged, place, value)
     with pytest.raises(CheckpointError, match="values that are not numbers") as error:
-        answer(damaged)
+        answer(damaged, since)
     assert "mixchat verify" in str(error.value.hint)
     assert error.value.exit_code == 6
 
 
-def test_a_healthy_model_answers(healthy: Path, answer: Callable[[Path], list[int]]) -> None:
-    assert len(answer(healthy)) == 4
+@pytest.mark.parametrize("since", ["prefill", "decode"])
+def test_a_healthy_model_answers(healthy, answer, since):
+    assert len(answer(healthy, since)) == 4
 
 
-def test_an_installed_model_is_called_by_its_name(
-    healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_installed_model_is_called_by_its_name(healthy, tmp_path, monkeypatch):
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     shutil.copytree(healthy, tmp_path / "models" / "mine")
     engine = load_engine(tmp_path / "models" / "mine", LoadOptions(device="cpu"))

@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "top 10 of 128": ({"num_local_experts": 128, "num_experts_per_tok": 10}, {}, None),
     **{name: (changes, {}, None) for name, changes in FAMILIES.items()},
 }
-PROMPT, TOKENS = list(range(3, 33)), 60
+PROMPT, TOKENS = list(range(3, 33)), 24
 FREE = SamplingOptions(temperature=1.0, seed=5)
 
 
@@ -71,9 +71,7 @@ def same(one: tuple[list[int], list[torch.Tensor]], other: Any) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slots", [None, 3])
-def test_answers_and_caches_have_the_bits_of_the_blocks(
-    kind: str, slots: int | None, models: Callable[[str], Path]
-) -> None:
+def test_answers_and_caches_have_the_bits_of_the_blocks(kind, slots, models):
     options = {"kv_bits": KINDS[kind][2]}
     expected = written(without_programs(load(models(kind), **options)))
     engine = load(models(kind), slots, **options)
@@ -82,9 +80,7 @@ def test_answers_and_caches_have_the_bits_of_the_blocks(
     assert same(written(engine), expected)  # now with everything in memory, if it fits
 
 
-def test_with_all_experts_in_memory_their_runner_is_not_asked(
-    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_all_experts_in_memory_their_runner_is_not_asked(models, monkeypatch):
     engine = load(models("nf4"))
     expected = written(engine)
     before = engine.experts.stats.copy()
@@ -99,9 +95,7 @@ def test_with_all_experts_in_memory_their_runner_is_not_asked(
     assert same(written(engine), expected)
 
 
-def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(
-    models: Callable[[str], Path],
-) -> None:
+def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(models):
     """The addresses of a layer's experts are looked up in a table, which must not grow old."""
     engine = load(models("nf4"))
     expected = written(engine)
@@ -119,9 +113,7 @@ def test_experts_that_are_evicted_and_come_back_elsewhere_are_found(
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_experts_may_be_evicted_while_a_program_runs(
-    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, early: bool
-) -> None:
+def test_experts_may_be_evicted_while_a_program_runs(models, monkeypatch, early):
     """Other programs may take memory meanwhile; its hits are counted afterwards."""
     engine = load(models("nf4"))
     expected = written(engine)
@@ -147,7 +139,7 @@ def test_experts_may_be_evicted_while_a_program_runs(
     assert ids == expected[0]
 
 
-def test_a_program_does_not_keep_the_memory_of_a_slot(models: Callable[[str], Path]) -> None:
+def test_a_program_does_not_keep_the_memory_of_a_slot(models):
     engine = load(models("nf4"))
     written(engine)
     fetcher = engine.experts._devices[0].fetcher  # type: ignore[attr-defined]
@@ -156,7 +148,7 @@ def test_a_program_does_not_keep_the_memory_of_a_slot(models: Callable[[str], Pa
     assert sum(expert() is not None for expert in experts) == 2
 
 
-def test_a_recording_has_every_row_that_the_blocks_compute(models: Callable[[str], Path]) -> None:
+def test_a_recording_has_every_row_that_the_blocks_compute(models):
     def recorded(blocks: bool) -> list[torch.Tensor]:
         rows: list[torch.Tensor] = []
         engine = load_engine(

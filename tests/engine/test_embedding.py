@@ -3,7 +3,6 @@
 import gc
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,8 @@ def logits(engine: Engine, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 @pytest.mark.parametrize(("changes", "options"), FORMS.values(), ids=FORMS.keys())
 def test_logits_have_the_bits_that_they_have_with_the_table_in_memory(
-    changes: dict[str, Any],
-    options: dict[str, Any],
-    ids: list[int],
-    make_checkpoint: Callable[..., Path],
-    install: Callable[..., Path],
-) -> None:
+    changes, options, ids, make_checkpoint, install
+):
     engine = load_engine(directory := install(make_checkpoint(**changes), **options), CPU)
     found = logits(engine, ids)
     with InstalledModel(directory) as installed:
@@ -65,9 +60,7 @@ def memories() -> dict[int, torch.UntypedStorage]:
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16, dense head", "tied, bf16", "tied, head apart"])
-def test_the_table_is_held_only_where_it_is_the_head(
-    name: str, make_checkpoint: Callable[..., Path], install: Callable[..., Path]
-) -> None:
+def test_the_table_is_held_only_where_it_is_the_head(name, make_checkpoint, install):
     """Of 4,096 tokens it has half a megabyte."""
     changes, options = FORMS[name]
     directory = install(make_checkpoint(vocab_size=4096, **changes), **options)
@@ -83,7 +76,7 @@ def copied(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-def test_a_file_that_is_cut_short_after_loading_ends_the_turn_with_its_name(copied: Path) -> None:
+def test_a_file_that_is_cut_short_after_loading_ends_the_turn_with_its_name(copied):
     """A mapped table would kill the process with SIGBUS here."""
     engine = load_engine(copied, CPU)
     whole = (copied / "shared.safetensors").read_bytes()
@@ -96,7 +89,7 @@ def test_a_file_that_is_cut_short_after_loading_ends_the_turn_with_its_name(copi
     assert answer(engine, [5, 17, 42]) == expected
 
 
-def test_a_model_that_is_removed_after_loading_still_answers(copied: Path) -> None:
+def test_a_model_that_is_removed_after_loading_still_answers(copied):
     engine = load_engine(copied, CPU)
     expected = answer(engine, [5, 17, 42])
     engine.forget()

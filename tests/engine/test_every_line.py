@@ -1,17 +1,13 @@
 """Ctrl-C at each line of the bookkeeping, which hung with fewer slots than experts."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
 from engine_tools import answer
 
 from mixchat.base.options import LoadOptions
@@ -47,9 +43,7 @@ def ctrl_c_at(line: int) -> Iterator[list[str]]:
         sys.settrace(before)
 
 
-def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_ctrl_c_between_any_two_lines_the_next_answer_is_right(tiny_model, monkeypatch):
     monkeypatch.setattr(mover, "_IDLE_S", 0)  # so that its thread is started again and again
 
     engine = load_engine(tiny_model, LoadOptions(device="cpu"))

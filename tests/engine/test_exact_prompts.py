@@ -82,8 +82,8 @@ def at_most(most: int, chunks: tuple[int, ...]) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_token_has_the_bits_of_a_decoded_one_in_any_chunk_on_any_count_of_threads(
-    models: Callable[[str], Path], threads: Callable[[int], None], kind: str
-) -> None:
+    models, threads, kind
+):
     engine = load_engine(
         models(kind), LoadOptions(device="cpu", kv_bits=KINDS[kind][2], exact_prompts=True)
     )
@@ -98,9 +98,7 @@ def test_each_token_has_the_bits_of_a_decoded_one_in_any_chunk_on_any_count_of_t
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["nf4", "dense in bf16", "dense in fp32"])
-def test_kernels_read_a_prompt_in_long_chunks_all_the_same(
-    models: Callable[[str], Path], kind: str
-) -> None:
+def test_kernels_read_a_prompt_in_long_chunks_all_the_same(models, kind):
     engine = load_engine(models(kind), LoadOptions(device="cpu", exact_prompts=True))
     assert engine.prefill_chunk == PREFILL_CHUNK
 
@@ -115,9 +113,7 @@ def test_kernels_read_a_prompt_in_long_chunks_all_the_same(
         ({}, Quantization(quant_type="none", dtype=torch.float16), False),
     ],
 )
-def test_what_the_kernels_cannot_compute_is_read_token_by_token(
-    changes: dict[str, Any], quantization: Quantization, apart: bool
-) -> None:
+def test_what_the_kernels_cannot_compute_is_read_token_by_token(changes, quantization, apart):
     shape = {
         "model_type": "mixtral",
         "vocab_size": 97,
@@ -134,7 +130,7 @@ def test_what_the_kernels_cannot_compute_is_read_token_by_token(
     assert not chunks_are_exact(blueprint.computed_on(CPU), torch.device("cuda"))
 
 
-def test_where_experts_lie_does_not_show(models: Callable[[str], Path]) -> None:
+def test_where_experts_lie_does_not_show(models):
     everywhere, few = (
         load_engine(
             models("nf4"), LoadOptions(device="cpu", exact_prompts=True, host_memory=budget)
@@ -145,9 +141,7 @@ def test_where_experts_lie_does_not_show(models: Callable[[str], Path]) -> None:
     assert same(read(few, [64]), read(everywhere, [1]))
 
 
-def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
-    models: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(models, tmp_path):
     """A conversation in one process had decoded keys and values of its answers, one that was
     resumed had read them as a prompt, multiplied otherwise: with the same seed its text parted."""
     options = LoadOptions(device="cpu", exact_prompts=True)
@@ -168,9 +162,7 @@ def test_a_seed_gives_the_same_text_in_one_process_and_in_the_next(
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_prompt_cache_is_only_used_by_prompts_that_are_read_like_it(
-    models: Callable[[str], Path], tmp_path: Path, exact: bool
-) -> None:
+def test_a_prompt_cache_is_only_used_by_prompts_that_are_read_like_it(models, tmp_path, exact):
     writer, reader = (
         load_engine(models("nf4"), LoadOptions(device="cpu", exact_prompts=how))
         for how in (exact, not exact)

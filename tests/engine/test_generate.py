@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from engine_tools import GREEDY, answer
 
-from mixchat.base.errors import CheckpointError, MixchatError, PromptError
+from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import LoadOptions
 from mixchat.engine.generate import Engine
 from mixchat.engine.moe import SparseMoE
@@ -32,7 +32,7 @@ def engine(load: Callable[..., Engine]) -> Engine:
     return load()
 
 
-def test_greedy_text_equals_that_of_transformers(engine: Engine, tiny_checkpoint: Path) -> None:
+def test_greedy_text_equals_that_of_transformers(engine, tiny_checkpoint):
     import torch
     from transformers import MixtralForCausalLM
 
@@ -59,9 +59,7 @@ def test_greedy_text_equals_that_of_transformers(engine: Engine, tiny_checkpoint
     ],
     ids=["a chat that continues", "another question", "the same again"],
 )
-def test_only_what_is_new_in_a_prompt_is_computed(
-    load: Callable[..., Engine], second: Callable[[list[int]], list[int]], reused: int
-) -> None:
+def test_only_what_is_new_in_a_prompt_is_computed(load, second, reused):
     engine = load()
     prompt = second(answer(engine, PROMPT))
     again = answer(engine, prompt)
@@ -70,9 +68,7 @@ def test_only_what_is_new_in_a_prompt_is_computed(
     assert again == answer(load(), prompt)
 
 
-def test_an_answer_that_is_dropped_midway_leaves_the_next_one_right(
-    load: Callable[..., Engine],
-) -> None:
+def test_an_answer_that_is_dropped_midway_leaves_the_next_one_right(load):
     engine = load()
     ids = engine.generate(PROMPT, sampling=GREEDY, stop_ids=set())
     longer = [*PROMPT, *islice(ids, 3), 7]
@@ -80,9 +76,7 @@ def test_an_answer_that_is_dropped_midway_leaves_the_next_one_right(
     assert answer(engine, longer) == answer(load(), longer)
 
 
-def test_a_forward_pass_that_is_broken_off_leaves_the_next_turn_right(
-    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_pass_that_is_broken_off_leaves_the_next_turn_right(load, monkeypatch):
     def interrupt(self: SparseMoE, hidden_states: object, **how: bool) -> None:
         raise KeyboardInterrupt
 
@@ -95,14 +89,14 @@ def test_a_forward_pass_that_is_broken_off_leaves_the_next_turn_right(
     assert answer(engine, longer) == answer(load(), longer)
 
 
-def test_a_stop_token_ends_the_answer_and_is_its_last(engine: Engine) -> None:
+def test_a_stop_token_ends_the_answer_and_is_its_last(engine):
     free = answer(engine, PROMPT)
     stop = free[4]
     ids = answer(engine, PROMPT, stop_ids={stop}, max_tokens=None)
     assert ids == free[: free.index(stop) + 1]
 
 
-def test_the_answer_ends_where_the_context_is_full(load: Callable[..., Engine]) -> None:
+def test_the_answer_ends_where_the_context_is_full(load):
     small = load(context_size=12)
     assert len(answer(small, PROMPT, max_tokens=100)) == 4
     assert small.stats.generated_tokens == 4
@@ -118,8 +112,8 @@ def test_the_answer_ends_where_the_context_is_full(load: Callable[..., Engine]) 
     ],
 )
 def test_a_prompt_that_cannot_be_answered_is_refused_and_leaves_the_cache(
-    engine: Engine, ids: list[int], error: type[MixchatError], match: str
-) -> None:
+    engine, ids, error, match
+):
     first = answer(engine, PROMPT)
     with pytest.raises(error, match=match):
         engine.generate(ids, sampling=GREEDY, stop_ids=set())
@@ -128,9 +122,7 @@ def test_a_prompt_that_cannot_be_answered_is_refused_and_leaves_the_cache(
 
 
 @pytest.mark.parametrize("chunk", [2048, 5])
-def test_the_progress_of_the_prefill_is_reported_after_each_layer(
-    engine: Engine, chunk: int
-) -> None:
+def test_the_progress_of_the_prefill_is_reported_after_each_layer(engine, chunk):
     seen: list[tuple[int, int]] = []
     engine.prefill_chunk = chunk
     answer(engine, PROMPT, max_tokens=3, on_prefill=lambda done, total: seen.append((done, total)))
@@ -143,7 +135,7 @@ def test_the_progress_of_the_prefill_is_reported_after_each_layer(
     ]
 
 
-def test_the_experts_counts_of_the_stats_are_those_of_the_last_call(engine: Engine) -> None:
+def test_the_experts_counts_of_the_stats_are_those_of_the_last_call(engine):
     layers, choices = engine.config.num_hidden_layers, engine.config.num_experts_per_tok
     counts = []
     for tokens in (5, 3):

@@ -1,7 +1,6 @@
 """Both kinds of cache: pages for the CPU's kernel, tensors for torch."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,16 +74,14 @@ def conversation(cache: KVCache, dtype: torch.dtype, *turns: int) -> torch.Tenso
     [(32, torch.float32, 1e-5), (16, torch.bfloat16, 6e-3), (8, torch.bfloat16, 3e-2)],
 )
 @pytest.mark.parametrize("turns", [(5, 1, 1, 700, 1), (600,), (1,) * 20])
-def test_both_kinds_see_the_same(
-    bits: int, dtype: torch.dtype, within: float, turns: tuple[int, ...]
-) -> None:
+def test_both_kinds_see_the_same(bits, dtype, within, turns):
     one, other = (conversation(kind(bits), dtype, *turns) for kind in (paged, of_tensors))
     assert one.dtype == other.dtype == dtype
     assert (one.float() - other.float()).norm() < within * other.float().norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eight_bits_are_near_to_sixteen(kind: type[KVCache]) -> None:
+def test_eight_bits_are_near_to_sixteen(kind):
     exact = conversation(of_tensors(32), torch.float32, 300, 1)
     rounded = conversation(kind(8), torch.bfloat16, 300, 1)
     assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
@@ -92,7 +89,7 @@ def test_eight_bits_are_near_to_sixteen(kind: type[KVCache]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [8, 16])
-def test_what_was_cut_off_is_written_over(kind: type[KVCache], bits: int) -> None:
+def test_what_was_cut_off_is_written_over(kind, bits):
     cache = kind(bits)
     first = conversation(cache, torch.bfloat16, 700, 1)
     cache.length = 0
@@ -100,7 +97,7 @@ def test_what_was_cut_off_is_written_over(kind: type[KVCache], bits: int) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_cache_takes_no_memory(kind: type[KVCache]) -> None:
+def test_an_empty_cache_takes_no_memory(kind):
     def held(cache: KVCache) -> int:
         if isinstance(cache, PagedKVCache):
             return sum(page.nbytes for pages in cache._pages for page in pages)
@@ -115,13 +112,13 @@ def test_an_empty_cache_takes_no_memory(kind: type[KVCache]) -> None:
     assert 0 < 3 * little < held(cache)
 
 
-def test_the_bytes_of_a_full_cache() -> None:
+def test_the_bytes_of_a_full_cache():
     assert cache_bytes(CONFIG, 1000, torch.bfloat16) == 2 * 2 * 1000 * 2 * 16 * 2
     assert cache_bytes(CONFIG, 1000, torch.float32) == 2 * 2 * 1000 * 2 * 16 * 4
     assert cache_bytes(CONFIG, 1000, torch.bfloat16, 8) == 2 * 2 * 1000 * 2 * (16 + 4)
 
 
-def test_the_device_chooses_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_chooses_the_kind(monkeypatch):
     expected = PagedKVCache if kernels_available() else TensorKVCache
     assert type(new_cache(CONFIG, 10, torch.bfloat16, CPU)) is expected
     assert type(new_cache(CONFIG, 10, torch.bfloat16, torch.device("meta"))) is TensorKVCache
@@ -130,9 +127,7 @@ def test_the_device_chooses_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_kernel), False])
-def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
-) -> None:
+def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(tiny_model, monkeypatch, kernel):
     """In a prefill, between the keys and the values, or a page and its address: each turn failed
     from then on."""
     monkeypatch.setattr(kv_cache, "kernels_available", lambda: kernel)
@@ -169,6 +164,6 @@ def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(
         (3, 1, 2, [[0, 0, 1, 1]]),
     ],
 )
-def test_the_mask(past: int, tokens: int, window: int | None, expected: list[list[int]]) -> None:
+def test_the_mask(past, tokens, window, expected):
     mask = attention_mask(past, tokens, window, torch.device("cpu"))
     assert (None if mask is None else mask.int().tolist()) == expected

@@ -3,6 +3,7 @@
 E = experts, K = experts of a token, D = hidden_size, F = intermediate_size.
 """
 
+import itertools
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -150,9 +151,7 @@ def _of(biases: torch.Tensor | None, expert: int) -> torch.Tensor | None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", FEATURES)
 @torch.inference_mode()
-def test_a_layer_computes_what_transformers_computes(
-    kind: str, shape: tuple[int, int, int, int]
-) -> None:
+def test_a_layer_computes_what_transformers_computes(kind, shape):
     weights = Weights(config_of(kind, *shape))
     x = torch.randn(17, shape[2], generator=torch.Generator().manual_seed(1))
     expected = weights.transformers()(x[None])
@@ -165,16 +164,20 @@ def test_a_layer_computes_what_transformers_computes(
 
 
 @pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quant_type", ["nf4", "nf3"])
-@pytest.mark.parametrize("kind", ["mixtral", "olmoe", "gpt_oss"])
 @pytest.mark.parametrize(
-    ("experts", "choices"), [*((11, choices) for choices in range(1, 11)), (128, 8), (160, 10)]
+    ("kind", "quant_type", "dtype", "experts", "choices"),
+    [
+        *(("mixtral", "nf4", torch.bfloat16, 11, choices) for choices in range(1, 11)),
+        *itertools.product(
+            ["olmoe", "gpt_oss"], ["nf4", "nf3"], [torch.float32, torch.bfloat16], [160], [10]
+        ),
+        ("gpt_oss", "nf4", torch.float32, 128, 8),
+    ],
 )
 @torch.inference_mode()
 def test_a_program_has_the_bits_of_the_layer_for_any_choices(
-    kind: str, quant_type: Any, dtype: torch.dtype, experts: int, choices: int
-) -> None:
+    kind, quant_type, dtype, experts, choices
+):
     config = config_of(kind, experts, choices, 64, 128)
     moe = Weights(config).moe(Quantization(quant_type, "cpu-packed", dtype=dtype))
     # The context's cache is only for attention.

@@ -109,7 +109,7 @@ def matrices(model: Path, layer: int, expert: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
-def test_each_code_is_taken_over(published: Published, install: Install, layout: str) -> None:
+def test_each_code_is_taken_over(published, install, layout):
     model = install(published.quantized, layout=layout)
     with InstalledModel(model) as installed:
         made = installed.manifest.quantization
@@ -126,7 +126,7 @@ def test_each_code_is_taken_over(published: Published, install: Install, layout:
         assert torch.equal(down_bias[0], meant[f"{STACK}down_proj_bias"][expert])
 
 
-def test_a_stack_is_read_as_the_numbers_that_its_codes_stand_for(published: Published) -> None:
+def test_a_stack_is_read_as_the_numbers_that_its_codes_stand_for(published):
     checkpoint = DirectoryCheckpoint(published.quantized, Source("x"))
     stored = {
         name: tensor
@@ -143,9 +143,7 @@ def test_a_stack_is_read_as_the_numbers_that_its_codes_stand_for(published: Publ
         assert torch.equal(found.float(), load_file(published.meant / FILE)[name][2])
 
 
-def test_nothing_is_rounded_a_second_time(
-    published: Published, install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_rounded_a_second_time(published, install, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("quantized a second time")
 
@@ -153,9 +151,7 @@ def test_nothing_is_rounded_a_second_time(
     assert install(published.quantized).is_dir()
 
 
-def test_the_logits_are_those_of_the_weights_that_it_stands_for(
-    published: Published, install: Install
-) -> None:
+def test_the_logits_are_those_of_the_weights_that_it_stands_for(published, install):
     ids = prompt(97)
 
     def oracle(dtype: torch.dtype) -> torch.Tensor:
@@ -181,15 +177,13 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
         (QuantizeOptions(attention=4, head=16), ("mxfp4", "nf4", "none")),
     ],
 )
-def test_nothing_but_experts_is_in_mxfp4(
-    published: Published, options: QuantizeOptions, kinds: tuple[str, str, str]
-) -> None:
+def test_nothing_but_experts_is_in_mxfp4(published, options, kinds):
     made = make_blueprint(DirectoryCheckpoint(published.quantized, Source("x")).index, options)
     stored = made.quantization
     assert (stored.quant_type, stored.attention, stored.head) == kinds
 
 
-def test_the_time_to_take_it_over_is_estimated(published: Published, tmp_path: Path) -> None:
+def test_the_time_to_take_it_over_is_estimated(published, tmp_path):
     """Experts with a bias ended the estimate with an AssertionError."""
     checkpoint = DirectoryCheckpoint(published.quantized, Source("x"))
     blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
@@ -197,7 +191,7 @@ def test_the_time_to_take_it_over_is_estimated(published: Published, tmp_path: P
     assert estimate_time(make_plan(build), build, keep=False).seconds
 
 
-def test_its_tensors_are_foreseen_without_reading_it(published: Published) -> None:
+def test_its_tensors_are_foreseen_without_reading_it(published):
     index = DirectoryCheckpoint(published.quantized, Source("x")).index
     foreseen = expected_index(index.config, "x", mxfp4=True)
     found, expected = (
@@ -208,15 +202,13 @@ def test_its_tensors_are_foreseen_without_reading_it(published: Published) -> No
 
 
 @pytest.mark.parametrize("kind", ["nf3", "none"])
-def test_other_bits_of_experts_are_refused(published: Published, kind: str) -> None:
+def test_other_bits_of_experts_are_refused(published, kind):
     index = DirectoryCheckpoint(published.quantized, Source("x")).index
     with pytest.raises(UsageError, match=r"has the experts in 4 bits already \(mxfp4\)$"):
         make_blueprint(index, QuantizeOptions(kind))
 
 
-def test_experts_cannot_be_calibrated_and_the_layout_can_be_converted(
-    published: Published, install: Install
-) -> None:
+def test_experts_cannot_be_calibrated_and_the_layout_can_be_converted(published, install):
     model, other = (install(published.quantized, layout=x) for x in ("cpu-packed", "bitsandbytes"))
     with pytest.raises(UsageError, match=r"stay as they are: .* has them in 4 bits \(mxfp4\)"):
         find_target(model, None, DenseBits(), calibrated=True)
@@ -225,9 +217,7 @@ def test_experts_cannot_be_calibrated_and_the_layout_can_be_converted(
     assert (model / file).read_bytes() == (other / file).read_bytes()
 
 
-def test_a_damaged_expert_is_mended_from_the_checkpoint(
-    published: Published, install: Install
-) -> None:
+def test_a_damaged_expert_is_mended_from_the_checkpoint(published, install):
     model = install(published.quantized)
     path = model / experts_file(1)
     whole = path.read_bytes()
@@ -266,16 +256,12 @@ def with_a_norm(tensors: Tensors) -> None:
         (with_a_norm, "norm.weight: in MXFP4, but no stack of matrices"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_by_its_headers(
-    changed: Callable[..., Path], change: Callable[[Tensors], object], said: str
-) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused_by_its_headers(changed, change, said):
     with pytest.raises(CheckpointError, match=said):
         _ = DirectoryCheckpoint(changed(change), Source("x")).index
 
 
-def test_a_scale_that_is_no_number_is_refused(
-    changed: Callable[..., Path], install: Install
-) -> None:
+def test_a_scale_that_is_no_number_is_refused(changed, install):
     def change(tensors: Tensors) -> None:
         tensors[f"{STACK}down_proj_scales"][2, 5, 1] = 255
 
@@ -283,7 +269,7 @@ def test_a_scale_that_is_no_number_is_refused(
         install(changed(change))
 
 
-def test_codes_and_numbers_of_one_stack_are_refused_together(changed: Callable[..., Path]) -> None:
+def test_codes_and_numbers_of_one_stack_are_refused_together(changed):
     def change(tensors: Tensors) -> None:
         tensors[f"{STACK}down_proj"] = torch.zeros(3, 96, 64)
 

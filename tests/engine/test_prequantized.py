@@ -75,12 +75,8 @@ def in_nf4(make_checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[Path, 
     ],
 )
 def test_the_logits_are_those_of_the_weights_that_it_stands_for(
-    how: dict[str, Any],
-    shards: int,
-    make_checkpoint: Callable[..., Path],
-    install: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
+    how, shards, make_checkpoint, install, tmp_path
+):
     checkpoint = make_checkpoint(std=0.03, **WHOLE_BLOCKS)
     quantized, reference = prequantize(checkpoint, tmp_path, gates=False, shards=shards, **how)
     ids = prompt(97)
@@ -95,9 +91,7 @@ def test_the_logits_are_those_of_the_weights_that_it_stands_for(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_no_code_is_changed(
-    kind: str, make_checkpoint: Callable[..., Path], install: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_no_code_is_changed(kind, make_checkpoint, install, tmp_path):
     """A second quantization would change few codes of weights that are exact, but some."""
     checkpoint = make_checkpoint(**WHOLE_BLOCKS)
     quantized, reference = prequantize(
@@ -129,9 +123,7 @@ def test_no_code_is_changed(
         (QuantizeOptions(attention=8), "the attention in 4 bits already"),
     ],
 )
-def test_other_bits_than_it_has_are_refused(
-    in_nf4: tuple[Path, Path], options: QuantizeOptions, said: str
-) -> None:
+def test_other_bits_than_it_has_are_refused(in_nf4, options, said):
     """`download DIRECTORY --expert-bits 3` said nothing and installed 4 bits."""
     index = DirectoryCheckpoint(in_nf4[0], Source("x")).index
     with pytest.raises(UsageError, match=said):
@@ -139,9 +131,7 @@ def test_other_bits_than_it_has_are_refused(
     assert make_blueprint(index, QuantizeOptions(attention=4)).quantization.attention == "nf4"
 
 
-def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
-    in_nf4: tuple[Path, Path], install: Callable[..., Path]
-) -> None:
+def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(in_nf4, install):
     quantized, reference = in_nf4
     (shard,) = quantized.glob("*.safetensors")
     stored, meant = load_file(shard), load_file(reference / "model.safetensors")
@@ -158,9 +148,7 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
         assert torch.equal(o, expected)
 
 
-def test_nothing_of_it_is_searched_again(
-    in_nf4: tuple[Path, Path], install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_it_is_searched_again(in_nf4, install, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("quantized a second time")
 

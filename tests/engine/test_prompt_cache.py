@@ -75,9 +75,7 @@ def rewritten(path: Path, about: dict[str, Any] | None = None, **tensors: torch.
 
 
 @pytest.mark.parametrize("bits", [8, 16, None])
-def test_the_next_run_continues_as_if_it_had_been_the_same(
-    open_engine: Open, tmp_path: Path, bits: int | None
-) -> None:
+def test_the_next_run_continues_as_if_it_had_been_the_same(open_engine, tmp_path, bits):
     one = open_engine(kv_bits=bits)
     first = answer(one, PROMPT)
     longer = [*PROMPT, *first, 7, 9, 11]
@@ -90,9 +88,7 @@ def test_the_next_run_continues_as_if_it_had_been_the_same(
 
 
 @pytest.mark.parametrize("bits", [8, 16, None])
-def test_a_conversation_of_several_pages_is_saved(
-    open_engine: Open, tmp_path: Path, long_model: Path, bits: int | None
-) -> None:
+def test_a_conversation_of_several_pages_is_saved(open_engine, tmp_path, long_model, bits):
     document = torch.randint(3, 97, (1100,), generator=torch.Generator().manual_seed(0)).tolist()
     one = open_engine(long_model, kv_bits=bits)
     first = saved(tmp_path / "f", one, document)
@@ -104,9 +100,7 @@ def test_a_conversation_of_several_pages_is_saved(
 
 
 @pytest.mark.parametrize("context", [2, 15, 16, 17, 22, 23, 24])
-def test_a_smaller_context_takes_the_beginning(
-    open_engine: Open, tmp_path: Path, context: int
-) -> None:
+def test_a_smaller_context_takes_the_beginning(open_engine, tmp_path, context):
     saved(tmp_path / "f", open_engine(kv_bits=8))  # 23 tokens
     small = open_engine(kv_bits=8, context_size=context)
     assert PromptCache(tmp_path / "f", small).load() == min(context, 23)
@@ -118,7 +112,7 @@ def test_a_smaller_context_takes_the_beginning(
     assert small.stats.reused_tokens == len(prompt) - 1
 
 
-def test_what_the_file_has_is_not_written_again(open_engine: Open, tmp_path: Path) -> None:
+def test_what_the_file_has_is_not_written_again(open_engine, tmp_path):
     path = tmp_path / "f"
     assert not PromptCache(path, open_engine()).save()  # it holds nothing
     saved(path, open_engine())
@@ -143,7 +137,7 @@ def refused(path: Path, engine: Engine, match: str | None = None) -> None:
     assert (ids, cache.length) == ([], 0)
 
 
-def test_a_file_cut_short_anywhere_is_refused(open_engine: Open, tmp_path: Path) -> None:
+def test_a_file_cut_short_anywhere_is_refused(open_engine, tmp_path):
     path = tmp_path / "f"
     expected = saved(path, open_engine())
     whole = path.read_bytes()
@@ -157,7 +151,7 @@ def test_a_file_cut_short_anywhere_is_refused(open_engine: Open, tmp_path: Path)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_bit_flipped_anywhere_is_refused(open_engine: Open, tmp_path: Path, bits: int) -> None:
+def test_a_bit_flipped_anywhere_is_refused(open_engine, tmp_path, bits):
     path = tmp_path / "f"
     expected = saved(path, open_engine(kv_bits=bits))
     whole = path.read_bytes()
@@ -170,9 +164,7 @@ def test_a_bit_flipped_anywhere_is_refused(open_engine: Open, tmp_path: Path, bi
     assert engine.stats.reused_tokens == 0
 
 
-def test_numbers_that_are_none_in_a_damaged_file_leave_nothing_behind(
-    open_engine: Open, tmp_path: Path
-) -> None:
+def test_numbers_that_are_none_in_a_damaged_file_leave_nothing_behind(open_engine, tmp_path):
     """A NaN after the valid tokens would still be multiplied with."""
     path = tmp_path / "f"
     expected = saved(path, open_engine())
@@ -191,23 +183,19 @@ def test_numbers_that_are_none_in_a_damaged_file_leave_nothing_behind(
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     ],
 )
-def test_a_file_of_another_model_is_refused(
-    open_engine: Open, tmp_path: Path, model_of: Callable[..., Path], changes: dict[str, Any]
-) -> None:
+def test_a_file_of_another_model_is_refused(open_engine, tmp_path, model_of, changes):
     saved(tmp_path / "f", open_engine())
     refused(tmp_path / "f", open_engine(model_of(changes, {})), "was written for another model")
 
 
-def test_a_file_of_other_bits_is_refused(open_engine: Open, tmp_path: Path) -> None:
+def test_a_file_of_other_bits_is_refused(open_engine, tmp_path):
     saved(tmp_path / "f", open_engine(kv_bits=16))
     refused(tmp_path / "f", open_engine(kv_bits=8), "another kind of KV cache")
 
 
 @needs_kernel
 @pytest.mark.parametrize("kernel", [True, False])
-def test_a_file_of_the_other_kind_is_refused(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
-) -> None:
+def test_a_file_of_the_other_kind_is_refused(tiny_model, tmp_path, monkeypatch, kernel):
     monkeypatch.setattr(kv_cache, "kernels_available", lambda: kernel)
     saved(tmp_path / "f", load_engine(tiny_model, LoadOptions(device="cpu")))
     monkeypatch.setattr(kv_cache, "kernels_available", lambda: not kernel)
@@ -246,25 +234,21 @@ TENSORS: list[tuple[dict[str, torch.Tensor], str]] = [
     [*((about, {}, said) for about, said in DESCRIPTIONS), *((None, *one) for one in TENSORS)],
 )
 def test_a_file_that_does_not_fit_its_description_or_its_reader_is_refused(
-    open_engine: Open,
-    tmp_path: Path,
-    about: dict[str, Any] | None,
-    tensors: dict[str, torch.Tensor],
-    message: str,
-) -> None:
+    open_engine, tmp_path, about, tensors, message
+):
     saved(tmp_path / "f", open_engine())
     rewritten(tmp_path / "f", about, **tensors)
     refused(tmp_path / "f", open_engine(), message)
 
 
-def test_a_file_that_was_changed_right_is_taken(open_engine: Open, tmp_path: Path) -> None:
+def test_a_file_that_was_changed_right_is_taken(open_engine, tmp_path):
     """So that what the tests above change is what they are refused for."""
     saved(tmp_path / "f", open_engine())
     rewritten(tmp_path / "f", {})
     assert PromptCache(tmp_path / "f", open_engine()).load() == 23
 
 
-def test_a_link_is_neither_read_nor_written_through(open_engine: Open, tmp_path: Path) -> None:
+def test_a_link_is_neither_read_nor_written_through(open_engine, tmp_path):
     """A file in the place of a chat's cache may be somebody else's link to anything."""
     link, target = tmp_path / "f", tmp_path / "g"
     saved(target, open_engine())
@@ -288,13 +272,8 @@ def test_a_link_is_neither_read_nor_written_through(open_engine: Open, tmp_path:
     ],
 )
 def test_writing_that_fails_leaves_what_was_there(
-    open_engine: Open,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-    expected: type[BaseException],
-    there: bool,
-) -> None:
+    open_engine, tmp_path, monkeypatch, error, expected, there
+):
     path = tmp_path / "f"
     if there:
         path.write_bytes(b"old")
@@ -317,8 +296,8 @@ def test_writing_that_fails_leaves_what_was_there(
 
 
 def test_after_a_pass_that_was_broken_off_what_is_whole_is_saved(
-    open_engine: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    open_engine, tmp_path, monkeypatch
+):
     from mixchat.engine.moe import SparseMoE
 
     def interrupt(self: SparseMoE, hidden_states: object, **how: bool) -> None:
@@ -353,7 +332,7 @@ def filled(cache: KVCache, tokens: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 511, 512, 513, 1100])
-def test_a_restored_cache_attends_to_the_same_numbers(bits: int, tokens: int) -> None:
+def test_a_restored_cache_attends_to_the_same_numbers(bits, tokens):
     for old, new in zip(caches(bits), caches(bits), strict=True):
         filled(old, 1300)
         old.length = tokens
@@ -372,7 +351,7 @@ def test_a_restored_cache_attends_to_the_same_numbers(bits: int, tokens: int) ->
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_content_that_does_not_fit_is_refused(bits: int) -> None:
+def test_content_that_does_not_fit_is_refused(bits):
     for old, new in zip(caches(bits), caches(bits), strict=True):
         filled(old, 40)
         right = old.content(0, 40)
@@ -396,7 +375,7 @@ def test_content_that_does_not_fit_is_refused(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_cache_that_was_used_can_be_restored(bits: int) -> None:
+def test_a_cache_that_was_used_can_be_restored(bits):
     """The kernel reads pages by their addresses: none may be that of a page that is gone."""
     for old, used in zip(caches(bits), caches(bits), strict=True):
         filled(old, 40)

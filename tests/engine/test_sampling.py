@@ -34,9 +34,7 @@ def random_logits(seed: int, size: int = 50) -> torch.Tensor:
     st.floats(0.05, 1),
     st.floats(0, 0.9),
 )
-def test_filters_equal_those_of_transformers(
-    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
+def test_filters_equal_those_of_transformers(seed, temperature, top_k, top_p, min_p):
     logits = random_logits(seed)
     scores = TemperatureLogitsWarper(temperature)(None, logits[None])
     if top_k:
@@ -52,9 +50,7 @@ def test_filters_equal_those_of_transformers(
 
 
 @given(st.lists(st.integers(-2, 2), min_size=1), st.data())
-def test_the_best_tokens_come_first_and_of_equal_ones_the_smaller_id(
-    whole: list[int], data: st.DataObject
-) -> None:
+def test_the_best_tokens_come_first_and_of_equal_ones_the_smaller_id(whole, data):
     count = data.draw(st.integers(0, len(whole)))
     ordered = sorted(range(len(whole)), key=lambda token: (-whole[token], token))
     values = torch.tensor(whole).float().log_softmax(0)
@@ -62,7 +58,7 @@ def test_the_best_tokens_come_first_and_of_equal_ones_the_smaller_id(
     assert best == tuple((token, float(values[token])) for token in ordered[:count])
 
 
-def test_tokens_that_a_form_forbids_are_not_among_the_best() -> None:
+def test_tokens_that_a_form_forbids_are_not_among_the_best():
     logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 2.0])
     assert [token for token, _ in log_probabilities(logits, 1, 4)[1]] == [3, 1]
     kept = filtered_probabilities(logits, SamplingOptions(1.0, top_k=3))
@@ -70,16 +66,14 @@ def test_tokens_that_a_form_forbids_are_not_among_the_best() -> None:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
-def test_top_p_takes_as_many_tokens_as_it_needs(share: float) -> None:
+def test_top_p_takes_as_many_tokens_as_it_needs(share):
     """Here all are equally likely: of 5,000, that is more than are looked at first."""
     kept = filtered_probabilities(torch.zeros(5000), SamplingOptions(1.0, top_p=share))
     assert abs(int((kept > 0).sum()) - 5000 * share) <= 1
 
 
 @pytest.mark.parametrize("options", [{"top_p": 1e-50}, {"temperature": 1e39}])
-def test_the_best_token_stays_and_a_forbidden_one_is_not_drawn_with_extreme_options(
-    options: dict[str, float],
-) -> None:
+def test_the_best_token_stays_and_a_forbidden_one_is_not_drawn_with_extreme_options(options):
     """Both became 0 or infinite in fp32, all probabilities NaN, and a token was drawn that no
     model has."""
     logits = torch.tensor([-torch.inf, 1.0, 5.0])
@@ -88,7 +82,7 @@ def test_the_best_token_stays_and_a_forbidden_one_is_not_drawn_with_extreme_opti
     assert Sampler(SamplingOptions(seed=0, **options)).sample(logits, []) in (1, 2)
 
 
-def test_a_token_without_probability_is_never_drawn() -> None:
+def test_a_token_without_probability_is_never_drawn():
     logits = torch.full((50,), -torch.inf)
     logits[[7, 30]] = 0.0
     sampler = Sampler(SamplingOptions(temperature=1.0, seed=0))
@@ -96,23 +90,21 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 2), st.lists(st.integers(0, 49), max_size=70))
-def test_the_penalty_equals_that_of_transformers(
-    seed: int, penalty: float, recent: list[int]
-) -> None:
+def test_the_penalty_equals_that_of_transformers(seed, penalty, recent):
     logits = random_logits(seed)
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     expected = processor(torch.tensor([recent], dtype=torch.long), logits[None].clone())[0]
     torch.testing.assert_close(penalize(logits, recent, penalty), expected)
 
 
-def test_only_recent_tokens_are_penalized() -> None:
+def test_only_recent_tokens_are_penalized():
     logits = torch.tensor([1.0, 0.9, -9.0])
     sampler = Sampler(SamplingOptions(temperature=0, repeat_penalty=2.0))
     assert sampler.sample(logits, [0] + [2] * 63) == 1
     assert sampler.sample(logits, [0] + [2] * 64) == 0
 
 
-def test_a_token_that_ends_answers_is_never_penalized() -> None:
+def test_a_token_that_ends_answers_is_never_penalized():
     """The prompt of a chat ends each turn with it: with a penalty on it, the demo went on after
     "The capital of France is Paris."."""
     logits = torch.tensor([1.0, 0.9, -9.0])
@@ -122,7 +114,7 @@ def test_a_token_that_ends_answers_is_never_penalized() -> None:
     assert Sampler(options, {0, 2}).sample(logits, [0, 2]) == 0
 
 
-def test_temperature_zero_takes_the_best() -> None:
+def test_temperature_zero_takes_the_best():
     sampler = Sampler(SamplingOptions(temperature=0))
     assert all(
         sampler.sample(random_logits(seed), []) == random_logits(seed).argmax()
@@ -135,13 +127,13 @@ def draws(seed: int | None, count: int = 30) -> list[int]:
     return [sampler.sample(random_logits(n), []) for n in range(count)]
 
 
-def test_a_seed_repeats_and_another_does_not() -> None:
+def test_a_seed_repeats_and_another_does_not():
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
     assert draws(None) != draws(None)
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_draws_follow_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0]).log1p()
     sampler = Sampler(SamplingOptions(temperature=1.0, seed=0))
     counts = torch.bincount(torch.tensor([sampler.sample(logits, []) for _ in range(6000)]))
@@ -149,14 +141,14 @@ def test_draws_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_may_come_in_any_float_type(dtype: torch.dtype) -> None:
+def test_logits_may_come_in_any_float_type(dtype):
     sampler = Sampler(SamplingOptions(temperature=1.0, top_p=0.9, seed=0))
     assert 0 <= sampler.sample(random_logits(0).to(dtype), []) < 50
 
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 2e-5, 1e30])
 @pytest.mark.parametrize("penalty", [0.01, 100.0])
-def test_extreme_values_still_give_a_token(temperature: float, penalty: float) -> None:
+def test_extreme_values_still_give_a_token(temperature, penalty):
     options = SamplingOptions(temperature=temperature, repeat_penalty=penalty, seed=0)
     assert 0 <= Sampler(options).sample(1000 * random_logits(0), [1, 2, 3]) < 50
 
@@ -183,9 +175,7 @@ numbers = st.floats(-2, 2)
     numbers,
     st.dictionaries(st.integers(0, 11), st.floats(-100, 100)),
 )
-def test_penalties_of_the_answer_and_biases_follow_openais_formula(
-    seed: int, presence: float, frequency: float, bias: dict[int, float]
-) -> None:
+def test_penalties_of_the_answer_and_biases_follow_openais_formula(seed, presence, frequency, bias):
     options = SamplingOptions(
         temperature=0,
         presence_penalty=presence,
@@ -201,13 +191,13 @@ def test_penalties_of_the_answer_and_biases_follow_openais_formula(
         answer.append(token)
 
 
-def test_the_prompts_tokens_get_no_presence_or_frequency_penalty() -> None:
+def test_the_prompts_tokens_get_no_presence_or_frequency_penalty():
     options = SamplingOptions(temperature=0, presence_penalty=2, frequency_penalty=2)
     sampler, logits = Sampler(options), torch.tensor([1.0, 0.5, 0.0])
     assert [sampler.sample(logits, [0, 0, 0]) for _ in range(3)] == [0, 1, 2]
 
 
-def test_a_bias_for_a_token_that_the_model_lacks_is_ignored() -> None:
+def test_a_bias_for_a_token_that_the_model_lacks_is_ignored():
     assert raised(torch.zeros(2), [(1, 3.0), (7, 5.0)]).tolist() == [0.0, 3.0]
 
 
@@ -236,8 +226,8 @@ class Script:
     st.floats(0, 0.9),
 )
 def test_only_allowed_tokens_are_drawn_whatever_the_options(
-    seed: int, steps: list[set[int]], temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
+    seed, steps, temperature, top_k, top_p, min_p
+):
     options = SamplingOptions(
         temperature, top_p, top_k, min_p, seed=seed, logit_bias=((0, 100.0),), presence_penalty=2
     )
@@ -248,13 +238,13 @@ def test_only_allowed_tokens_are_drawn_whatever_the_options(
     assert constraint.taken == history[2:]
 
 
-def test_what_is_forbidden_takes_no_place_among_the_top_k() -> None:
+def test_what_is_forbidden_takes_no_place_among_the_top_k():
     """The mask comes first: else the best tokens, all forbidden, would leave nothing to draw."""
     sampler = Sampler(SamplingOptions(1.0, top_k=1, seed=0), constraint=Script({2}, size=3))
     assert sampler.sample(torch.tensor([9.0, 8.0, 1.0]), []) == 2
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_a_vocabulary_of_another_size_than_the_models_is_masked_too(size: int) -> None:
+def test_a_vocabulary_of_another_size_than_the_models_is_masked_too(size):
     sampler = Sampler(SamplingOptions(temperature=0), constraint=Script({0, 4}, size=size))
     assert sampler.sample(torch.tensor([1.0, 2.0, 3.0]), []) == 0

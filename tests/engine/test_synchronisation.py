@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,8 +35,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 def test_a_token_waits_once_a_layer_for_the_routing_and_once_for_the_logits(
-    tiny_model: Path, waits: Counter[str], device: str
-) -> None:
+    tiny_model, waits, device
+):
     engine = load_engine(tiny_model, LoadOptions(device=device, context_size=64))
     greedy = SamplingOptions(temperature=0)
     answer = engine.generate([5, 6, 7], sampling=greedy, stop_ids=set(), max_tokens=60)

@@ -9,6 +9,7 @@ from expert_doubles import fetcher_of, routing, runner
 
 from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.mover import ExpertLoad, Mover, Steps
 from mixchat.experts.sources import DiskSource
 from mixchat.weights.format.installed_model import InstalledModel
@@ -130,6 +131,17 @@ def test_experts_in_the_cache_are_used_before_others_evict_them(installed):
     small.run(0, *inputs)
     assert small.stats.hits.total() == 2
     assert small.stats.bytes_moved == 6 * installed.blueprint.expert.nbytes
+
+
+def test_for_one_token_experts_in_their_slots_are_computed_together_with_the_same_bits(installed):
+    one, (hidden, selected, weights) = runner(installed, 8), routing(1, choices=3)
+    one.run(1, hidden, selected, weights)  # brings them in
+    rows, (device,) = LayerRows(1, hidden, selected, selected), one._devices
+    device.begin(rows, list(rows.counts))
+    assert device.compute_next(rows)
+    assert not device.compute_next(rows)
+    experts = [fetcher_of(one).ready(key) for key in rows.counts]
+    assert torch.equal(rows.outputs, torch.cat([expert(hidden) for expert in experts]))
 
 
 class Failing:

@@ -80,9 +80,7 @@ class Case:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 9])
-def test_they_are_what_the_next_routers_would_choose_now(
-    tokens: int, depth: int, biased: bool, corrected: Scoring | None
-) -> None:
+def test_they_are_what_the_next_routers_would_choose_now(tokens, depth, biased, corrected):
     for seed in range(5):
         case = Case(seed, tokens, biased=biased, corrected=corrected)
         for layer in range(L):
@@ -91,7 +89,7 @@ def test_they_are_what_the_next_routers_would_choose_now(
             assert {key.layer for key in predicted} == set(range(layer + 1, L)[:depth])
 
 
-def test_in_bf16_nearly_all_predictions_are_the_same() -> None:
+def test_in_bf16_nearly_all_predictions_are_the_same():
     same = 0
     for seed in range(40):
         case = Case(seed, tokens=1, dtype=torch.bfloat16)
@@ -101,7 +99,7 @@ def test_in_bf16_nearly_all_predictions_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-5, -1e-5])
-def test_what_a_norm_has_all_but_taken_out_counts_as_nothing(tiny: float) -> None:
+def test_what_a_norm_has_all_but_taken_out_counts_as_nothing(tiny):
     for seed in range(5):
         case = Case(seed, tokens=4)
         case.norms[1][3:9] = tiny
@@ -111,7 +109,7 @@ def test_what_a_norm_has_all_but_taken_out_counts_as_nothing(tiny: float) -> Non
         assert predicted == case.slow(1, 3)
 
 
-def test_a_zero_in_the_next_norm_is_no_fault() -> None:
+def test_a_zero_in_the_next_norm_is_no_fault():
     case = Case(2, tokens=4)
     case.norms[2][5] = 0.0
     assert case.predicted(1, 1) == case.slow(1, 1)
@@ -175,17 +173,13 @@ SAME = dict.fromkeys(DEPTHS, 1.0)
 
 
 @pytest.mark.parametrize("best", DEPTHS)
-def test_it_keeps_to_the_depth_with_which_tokens_come_fastest(
-    decoding: Decoding, best: int
-) -> None:
+def test_it_keeps_to_the_depth_with_which_tokens_come_fastest(decoding, best):
     depths = decoding.tokens(1600, {depth: 1 + (depth != best) for depth in DEPTHS})
     assert set(depths) == set(DEPTHS)
     assert depths[800:].count(best) > 0.8 * 800
 
 
-def test_it_switches_itself_off_where_predictions_cost_more_and_on_again(
-    decoding: Decoding,
-) -> None:
+def test_it_switches_itself_off_where_predictions_cost_more_and_on_again(decoding):
     others = sorted(set(DEPTHS) - {0})
     off = decoding.tokens(1600, {0: 1.0} | {depth: 2.0 for depth in others})
     assert off[-800:].count(0) > 0.8 * 800
@@ -193,7 +187,7 @@ def test_it_switches_itself_off_where_predictions_cost_more_and_on_again(
     assert on[-800:].count(0) < 0.2 * 800
 
 
-def test_a_token_that_needs_more_counts_for_more_whatever_was_predicted(decoding: Decoding) -> None:
+def test_a_token_that_needs_more_counts_for_more_whatever_was_predicted(decoding):
     """Tokens of all kinds cost the same where half of the time goes into what is needed."""
     for number in range(4800):
         needed = 12 if number // 20 % 2 else 4  # 8 on average, but not in each round
@@ -201,20 +195,20 @@ def test_a_token_that_needs_more_counts_for_more_whatever_was_predicted(decoding
     assert decoding.costs == pytest.approx(SAME, rel=0.1)
 
 
-def test_what_was_before_the_first_token_does_not_count(decoding: Decoding) -> None:
+def test_what_was_before_the_first_token_does_not_count(decoding):
     decoding.now += 1000
     decoding.tokens(800, SAME)
     assert decoding.costs == pytest.approx(SAME)
 
 
-def test_time_between_tokens_does_not_count(decoding: Decoding) -> None:
+def test_time_between_tokens_does_not_count(decoding):
     for _ in range(800):
         decoding.token(SAME)
         decoding.now += 1000
     assert decoding.costs == pytest.approx(SAME)
 
 
-def test_a_prefill_looks_one_layer_ahead_and_does_not_count(decoding: Decoding) -> None:
+def test_a_prefill_looks_one_layer_ahead_and_does_not_count(decoding):
     for _ in range(300):
         decoding.tokens(3, SAME)
         decoding.prefetch.predict(0, torch.zeros(1, D))  # a token that was interrupted
@@ -229,5 +223,5 @@ def test_a_prefill_looks_one_layer_ahead_and_does_not_count(decoding: Decoding) 
     assert decoding.costs == pytest.approx(SAME)
 
 
-def test_where_nothing_is_needed_nothing_changes(decoding: Decoding) -> None:
+def test_where_nothing_is_needed_nothing_changes(decoding):
     assert {decoding.token(SAME, needed=0) for _ in range(500)} == {DEPTHS[0]}

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(instruction_set() is None, reason="kernels need 
 
 
 @pytest.mark.parametrize("kind", [f32, vector(f32, 8)])
-def test_the_exponential_is_that_of_the_library(kind: object) -> None:
+def test_the_exponential_is_that_of_the_library(kind):
     module = ir.Module("test")
     function = Function(module, "tested")
     function.pointer.store(exponential(function, function.pointer.load(kind)))

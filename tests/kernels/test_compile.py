@@ -9,7 +9,7 @@ from mixchat.kernels.compile import instruction_set, multiplies_bf16
 
 @pytest.mark.parametrize(("capability", "found"), [("avx2", "avx2"), ("default", "None")])
 @pytest.mark.skipif(instruction_set() is None, reason="the CPU has neither")
-def test_the_environment_asks_for_less_than_there_is(capability: str, found: str) -> None:
+def test_the_environment_asks_for_less_than_there_is(capability, found):
     """With the variable that torch's own kernels heed."""
     code = "from mixchat.kernels.compile import instruction_set; print(instruction_set())"
     result = subprocess.run(
@@ -22,7 +22,7 @@ def test_the_environment_asks_for_less_than_there_is(capability: str, found: str
     assert result.stdout.strip() == found
 
 
-def test_a_cpu_without_avx2_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_avx2_has_no_kernels(monkeypatch):
     monkeypatch.setattr("mixchat.kernels.compile.has_feature", lambda name: name == "neon")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     assert instruction_set.__wrapped__() is None
@@ -38,13 +38,7 @@ def test_a_cpu_without_avx2_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> N
         ("aarch64", set(), "DEFAULT", True),
     ],
 )
-def test_which_cpus_multiply_in_bf16(
-    machine: str,
-    features: set[str],
-    capability: str,
-    fast: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_which_cpus_multiply_in_bf16(machine, features, capability, fast, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr("mixchat.kernels.compile.has_feature", lambda name: name in features)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)

@@ -23,9 +23,7 @@ def random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 32), (50, 304), (200, 4096)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 40])
-def test_the_product_is_right_to_rounding(
-    instructions: InstructionSet, dtype: torch.dtype, shape: tuple[int, int], tokens: int
-) -> None:
+def test_the_product_is_right_to_rounding(instructions, dtype, shape, tokens):
     weight, x = random(*shape, dtype), random(tokens, shape[1], dtype)
     result = dense.exact_matmul(x, weight)
     assert (result.dtype, result.shape) == (dtype, (tokens, shape[0]))
@@ -35,9 +33,7 @@ def test_the_product_is_right_to_rounding(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_token_has_the_same_bits_alone_and_among_others(
-    instructions: InstructionSet, dtype: torch.dtype
-) -> None:
+def test_a_token_has_the_same_bits_alone_and_among_others(instructions, dtype):
     weight, x = random(77, 576, dtype), random(300, 576, dtype)
     together = dense.exact_matmul(x, weight)
     alone = torch.cat([dense.exact_matmul(row[None], weight) for row in x])
@@ -45,7 +41,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(
     assert torch.equal(dense.exact_matmul(x[5:9], weight), together[5:9])
 
 
-def test_what_is_no_number_stays_with_its_token(instructions: InstructionSet) -> None:
+def test_what_is_no_number_stays_with_its_token(instructions):
     weight, x = random(8, 32, torch.float32), random(5, 32, torch.float32)
     x[2, 3] = float("nan")
     finite = dense.exact_matmul(x, weight).isfinite().all(dim=-1)
@@ -59,9 +55,7 @@ def test_what_is_no_number_stays_with_its_token(instructions: InstructionSet) ->
         (torch.ones(3, 32).half(), torch.ones(4, 32).half()),
     ],
 )
-def test_other_types_and_odd_widths_are_left_to_torch(
-    x: torch.Tensor, weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_types_and_odd_widths_are_left_to_torch(x, weight, monkeypatch):
     monkeypatch.setattr(dense, "exact_matmul", None)
     assert torch.equal(dense.dense_matmul(x, weight, exact=True), x @ weight.T)
 
@@ -69,9 +63,7 @@ def test_other_types_and_odd_widths_are_left_to_torch(
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 31, 32, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_product_is_right_to_rounding_whichever_way_is_taken(
-    native: bool, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_product_is_right_to_rounding_whichever_way_is_taken(native, tokens, dtype, monkeypatch):
     monkeypatch.setattr(dense, "multiplies_bf16", lambda: native)
     monkeypatch.setattr(dense, "_WIDENED", 1000)  # three rows at a time
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +76,7 @@ def test_a_product_is_right_to_rounding_whichever_way_is_taken(
     assert (result.double() - exact).norm() < within * exact.norm()
 
 
-def test_onednn_is_switched_on_again() -> None:
+def test_onednn_is_switched_on_again():
     before = torch._C._get_mkldnn_enabled()
     weight = torch.ones(4, 8, dtype=torch.bfloat16)
     dense.dense_matmul(torch.ones(1, 8, dtype=torch.bfloat16), weight)

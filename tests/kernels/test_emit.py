@@ -7,7 +7,7 @@ import pytest
 from llvmlite import ir
 
 from mixchat.kernels.compile import compile_module, instruction_set
-from mixchat.kernels.emit import Function, Value, f32, i32, i64, vector
+from mixchat.kernels.emit import Function, f32, i32, i64, vector
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
 
@@ -41,9 +41,7 @@ def run(write: Callable[[Function], None], *numbers: int, threads: int = 1) -> l
         (lambda a, b: a.compare("<", b).choose(a, b), 3),
     ],
 )
-def test_operators_are_those_of_python(
-    operation: Callable[[Value, Value], Value], expected: int
-) -> None:
+def test_operators_are_those_of_python(operation, expected):
     def write(function: Function) -> None:
         a, b = (function.pointer.load(i64, 8 * place) for place in (0, 1))
         function.pointer.store(operation(a, b), 0)
@@ -51,7 +49,7 @@ def test_operators_are_those_of_python(
     assert run(write, 20, 3)[0] == expected
 
 
-def test_the_stack_of_a_function_begins_at_a_cache_line() -> None:
+def test_the_stack_of_a_function_begins_at_a_cache_line():
     # llvmlite leaves it out, without a word, for functions that have no attribute.
     module = ir.Module("test")
     Function(module, "tested").finish()
@@ -59,7 +57,7 @@ def test_the_stack_of_a_function_begins_at_a_cache_line() -> None:
 
 
 @pytest.mark.parametrize(("start", "end", "step"), [(0, 10, 1), (3, 20, 4), (5, 5, 1), (7, 2, 1)])
-def test_a_loop_runs_as_range_does_and_carries_values(start: int, end: int, step: int) -> None:
+def test_a_loop_runs_as_range_does_and_carries_values(start, end, step):
     def write(function: Function) -> None:
         last = function.pointer.load(i64)
         zero = function.constant(i64, 0)
@@ -74,7 +72,7 @@ def test_a_loop_runs_as_range_does_and_carries_values(start: int, end: int, step
 
 
 @pytest.mark.parametrize("bit", [0, 1])
-def test_a_condition_decides_what_happens(bit: int) -> None:
+def test_a_condition_decides_what_happens(bit):
     def write(function: Function) -> None:
         with function.when(function.pointer.load(i64).compare("==", 1)):
             function.pointer.store(function.constant(i64, 7), 8)
@@ -83,7 +81,7 @@ def test_a_condition_decides_what_happens(bit: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_share_the_items_between_them(threads: int) -> None:
+def test_threads_share_the_items_between_them(threads):
     """Each item is a byte that is counted up: all are one afterwards, none is done twice."""
 
     def write(function: Function) -> None:
@@ -95,7 +93,7 @@ def test_threads_share_the_items_between_them(threads: int) -> None:
     assert run(write, 0, count, *[0] * count, threads=threads)[2:] == [1] * count
 
 
-def test_vectors_are_spread_picked_and_converted() -> None:
+def test_vectors_are_spread_picked_and_converted():
     def write(function: Function) -> None:
         pair = function.pointer.load(vector(i32, 2))  # the halves of the first number
         swapped = pair.shuffled([1, 0])
@@ -113,7 +111,7 @@ def test_vectors_are_spread_picked_and_converted() -> None:
     assert both[5] == 9 | 9 << 32
 
 
-def test_a_function_calls_another_of_its_module() -> None:
+def test_a_function_calls_another_of_its_module():
     def write(function: Function) -> None:
         other = Function(function.raw.module, "other", numbers=1)
         other.pointer.store(other.numbers[0] * 2, 8)

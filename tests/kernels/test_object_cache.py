@@ -35,9 +35,7 @@ def adding(number: int) -> int:
 
 
 @pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
-def test_what_was_compiled_before_is_not_compiled_again(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_compiled_before_is_not_compiled_again(place, monkeypatch):
     assert adding(2) == 42
     (file,) = place.iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -52,7 +50,7 @@ def test_what_was_compiled_before_is_not_compiled_again(
 
 @pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_damaged_code_is_compiled_again(place: Path, damage: str) -> None:
+def test_damaged_code_is_compiled_again(place, damage):
     assert adding(2) == 42
     (file,) = place.iterdir()
     content = bytearray(file.read_bytes())
@@ -85,7 +83,7 @@ def places(cached: Cached) -> dict[str, Path]:
 
 @pytest.mark.parametrize("mode", [0o777, 0o707])
 @pytest.mark.parametrize("place", ["file", "directory", "home", "above"])
-def test_what_others_could_have_written_is_not_used(cached: Cached, place: str, mode: int) -> None:
+def test_what_others_could_have_written_is_not_used(cached, place, mode):
     """In a MIXCHAT_HOME that all can write to, another user's code ran."""
     path = places(cached)[place]
     before = stat.S_IMODE(path.stat().st_mode)
@@ -99,21 +97,19 @@ def test_what_others_could_have_written_is_not_used(cached: Cached, place: str, 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("place", ["file", "directory", "home", "above"])
-def test_what_belongs_to_another_is_not_used(cached: Cached, place: str) -> None:
+def test_what_belongs_to_another_is_not_used(cached, place):
     os.chown(places(cached)[place], OTHER, -1)
     assert cached[1].load() is None
 
 
-def test_a_sticky_directory_above_is_no_harm(cached: Cached) -> None:
+def test_a_sticky_directory_above_is_no_harm(cached):
     cached[0].chmod(0o1777)
     assert cached[1].load() == b"code"
     cached[2].parent.chmod(0o1777)  # the directory itself: others could make its files
     assert cached[1].load() is None
 
 
-def test_a_directory_that_the_users_own_group_can_write_is_no_harm(
-    cached: Cached, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_the_users_own_group_can_write_is_no_harm(cached, monkeypatch):
     """The mode of ~/.local/share is 775 where each user has a group of their own."""
     cached[0].chmod(0o775)
     monkeypatch.setattr(object_cache, "_is_own_group", lambda gid: True)
@@ -127,7 +123,7 @@ def test_a_directory_that_the_users_own_group_can_write_is_no_harm(
     assert cached[1].load() is None
 
 
-def test_links_are_not_followed(cached: Cached, tmp_path: Path) -> None:
+def test_links_are_not_followed(cached, tmp_path):
     _, cache, file = cached
     elsewhere = tmp_path / "elsewhere"
     file.rename(elsewhere)
@@ -144,7 +140,7 @@ def test_links_are_not_followed(cached: Cached, tmp_path: Path) -> None:
     assert elsewhere.read_bytes() == before
 
 
-def test_a_home_that_is_a_link_is_judged_by_where_it_leads(cached: Cached, tmp_path: Path) -> None:
+def test_a_home_that_is_a_link_is_judged_by_where_it_leads(cached, tmp_path):
     (tmp_path / "link").symlink_to(cached[0])
     linked = ObjectCache("source", "target", tmp_path / "link" / "kernels")
     assert linked.load() == b"code"
@@ -152,20 +148,20 @@ def test_a_home_that_is_a_link_is_judged_by_where_it_leads(cached: Cached, tmp_p
     assert linked.load() is None
 
 
-def test_a_pipe_in_its_place_is_not_waited_for(cached: Cached) -> None:
+def test_a_pipe_in_its_place_is_not_waited_for(cached):
     cached[2].unlink()
     os.mkfifo(cached[2], 0o600)
     assert cached[1].load() is None
 
 
-def test_code_belongs_to_its_source_and_its_target(tmp_path: Path) -> None:
+def test_code_belongs_to_its_source_and_its_target(tmp_path):
     ObjectCache("source", "target", tmp_path / "k").save(b"code")
     assert ObjectCache("source", "target", tmp_path / "k").load() == b"code"
     assert ObjectCache("source", "other", tmp_path / "k").load() is None
     assert ObjectCache("other", "target", tmp_path / "k").load() is None
 
 
-def test_of_too_many_files_the_oldest_go(tmp_path: Path) -> None:
+def test_of_too_many_files_the_oldest_go(tmp_path):
     for number in range(_MOST_FILES + 3):
         cache = ObjectCache(str(number), "", tmp_path / "k")
         cache.save(b"code")
@@ -178,7 +174,7 @@ def test_of_too_many_files_the_oldest_go(tmp_path: Path) -> None:
     assert left == [*range(3, _MOST_FILES + 3)]
 
 
-def test_a_place_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_does_no_harm(tmp_path):
     (tmp_path / "file").write_text("")
     cache = ObjectCache("source", "target", tmp_path / "file" / "kernels")
     cache.save(b"code")

@@ -7,7 +7,7 @@ import torch
 
 from mixchat.kernels import rows, threads
 from mixchat.kernels.compile import kernels_available
-from mixchat.kernels.program import Program, Stage, Step, alone, side_by_side, together
+from mixchat.kernels.program import Program, Step, alone, together
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
@@ -79,13 +79,6 @@ def test_an_argument_can_be_changed_between_two_runs() -> None:
     step.set(x=two.data_ptr())
     program.run()
     assert (out == 3).all()
-
-
-def test_parts_side_by_side_have_their_steps_in_the_same_stages() -> None:
-    one, out = torch.ones(1, COLUMNS), zeros()
-    first, second, third, fourth = (add(one, one, out) for _ in range(4))
-    parts = [[alone(first), together(second)], [alone(third), together(fourth)]]
-    assert side_by_side(parts) == [Stage([first, third], alone=True), Stage([second, fourth])]
 
 
 def test_a_step_alone_can_be_run_again() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from mixchat.kernels.compile import instruction_set
-from mixchat.kernels.router import Router, Scoring
+from mixchat.kernels.router import Router
 
 pytestmark = pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
 
@@ -44,16 +44,8 @@ def slowly(x: torch.Tensor, router: Router) -> tuple[torch.Tensor, torch.Tensor]
     [(1, 8, 2), (3, 16, 3), (300, 8, 8), (5, 128, 8), (2, 160, 10), (4, 64, 1), (1, 2000, 6)],
 )
 def test_the_experts_are_those_of_the_largest_scores_and_the_weights_are_these_scores(
-    dtype: torch.dtype,
-    normalized: bool,
-    biased: bool,
-    scoring: Scoring,
-    corrected: bool,
-    columns: int,
-    tokens: int,
-    experts: int,
-    choices: int,
-) -> None:
+    dtype, normalized, biased, scoring, corrected, columns, tokens, experts, choices
+):
     torch.manual_seed(0)
     x, gate = torch.randn(tokens, columns).to(dtype), torch.randn(experts, columns) * 0.1
     bias, correction = torch.randn(experts), torch.randn(experts) * 0.1
@@ -107,8 +99,8 @@ def transformers_router(kind: str, experts: int, choices: int, normalized: bool)
     ],
 )
 def test_each_family_is_routed_as_transformers_routes_it(
-    kind: str, normalized: bool, experts: int, choices: int, tokens: int
-) -> None:
+    kind, normalized, experts, choices, tokens
+):
     torch.manual_seed(0)
     theirs = transformers_router(kind, experts, choices, normalized)
     x = torch.randn(tokens, 96)
@@ -139,8 +131,8 @@ def correction_of(router: Any) -> torch.Tensor | None:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 2**31), st.booleans(), st.data())
 def test_the_kernel_and_torch_choose_the_same_of_equal_logits(
-    experts: int, values: int, seed: int, normalized: bool, data: st.DataObject
-) -> None:
+    experts, values, seed, normalized, data
+):
     """Logits of few different values, for which torch's topk promises no order."""
     choices = data.draw(st.integers(1, min(experts, 10)))
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +148,7 @@ def test_the_kernel_and_torch_choose_the_same_of_equal_logits(
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_no_expert_is_chosen_twice_where_logits_are_no_numbers(value: float) -> None:
+def test_no_expert_is_chosen_twice_where_logits_are_no_numbers(value):
     for scaling in (1.0, 2.0):
         router = Router(torch.ones(4, 64), 3, scaling=scaling)
         selected, weights = router(torch.full((1, 64), value))
@@ -165,7 +157,7 @@ def test_no_expert_is_chosen_twice_where_logits_are_no_numbers(value: float) -> 
 
 
 @pytest.mark.parametrize(("scoring", "scaling"), [("softmax", 1.0), ("sigmoid", 2.0)])
-def test_a_damaged_gate_does_not_pass_unseen(scoring: Scoring, scaling: float) -> None:
+def test_a_damaged_gate_does_not_pass_unseen(scoring, scaling):
     """As with torch: what is no number is chosen first, and gets into the result."""
     gate = torch.randn(4, 64)
     gate[2] = torch.nan
@@ -174,7 +166,7 @@ def test_a_damaged_gate_does_not_pass_unseen(scoring: Scoring, scaling: float) -
     assert weights.isnan().any()
 
 
-def test_an_expert_that_cannot_be_chosen_has_no_weight() -> None:
+def test_an_expert_that_cannot_be_chosen_has_no_weight():
     gate = torch.tensor([1.0, 2.0, -torch.inf])[:, None].repeat(1, 64)
     selected, weights = Router(gate, 3)(torch.full((1, 64), 0.01))
     assert selected.tolist() == [[1, 0, 2]]

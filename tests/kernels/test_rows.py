@@ -33,7 +33,7 @@ def _seed() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_the_norm_is_rounded_as_transformers_rounds_it(dtype: torch.dtype, tokens: int) -> None:
+def test_the_norm_is_rounded_as_transformers_rounds_it(dtype, tokens):
     x, weight = torch.randn(tokens, 576).to(dtype), torch.randn(576).to(dtype)
     wide = x.double()
     normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
@@ -46,9 +46,7 @@ def test_the_norm_is_rounded_as_transformers_rounds_it(dtype: torch.dtype, token
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("width", [32, 128, 10])
-def test_heads_in_the_middle_of_wider_rows_are_normalized_in_place(
-    dtype: torch.dtype, tokens: int, width: int
-) -> None:
+def test_heads_in_the_middle_of_wider_rows_are_normalized_in_place(dtype, tokens, width):
     around, weight = torch.randn(tokens, 9, width).to(dtype), torch.randn(width).to(dtype)
     expected = around.clone()
     expected[:, 2:7] = rows.rms_norm(around[:, 2:7].reshape(-1, width), weight, 1e-5).view(
@@ -60,7 +58,7 @@ def test_heads_in_the_middle_of_wider_rows_are_normalized_in_place(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_are_clamped_as_torch_clamps_them(dtype: torch.dtype) -> None:
+def test_numbers_are_clamped_as_torch_clamps_them(dtype):
     x = (torch.randn(3, 64) * 8).to(dtype)
     x[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     expected = x.clamp(-7.77, 7.77)
@@ -68,7 +66,7 @@ def test_numbers_are_clamped_as_torch_clamps_them(dtype: torch.dtype) -> None:
     torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_eps_is_what_keeps_a_row_of_zeros_finite() -> None:
+def test_eps_is_what_keeps_a_row_of_zeros_finite():
     zeros, weight = torch.zeros(1, 64), torch.ones(64)
     assert rows.rms_norm(zeros, weight, 1e-5).abs().max() == 0
     assert rows.rms_norm(zeros, weight, 0.0).isnan().all()
@@ -76,7 +74,7 @@ def test_eps_is_what_keeps_a_row_of_zeros_finite() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_heads_in_the_middle_of_wider_rows_are_rotated(dtype: torch.dtype, tokens: int) -> None:
+def test_heads_in_the_middle_of_wider_rows_are_rotated(dtype, tokens):
     whole = torch.randn(tokens, 15, 96).to(dtype)[:, 2:12]
     cos, sin = torch.randn(2, tokens, 64).to(dtype)
     x = whole[..., :64]
@@ -100,16 +98,14 @@ def slow_swiglu(swiglu: Swiglu, gate: torch.Tensor, up: torch.Tensor) -> torch.T
 @each_swiglu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_the_gate_s_silu_is_multiplied_with_the_other_half(
-    swiglu: Swiglu, dtype: torch.dtype, tokens: int
-) -> None:
+def test_the_gate_s_silu_is_multiplied_with_the_other_half(swiglu, dtype, tokens):
     gate_up = (torch.randn(tokens, 2 * 384) * 8).to(dtype)
     gate, up = gate_up.double().chunk(2, dim=-1)
     assert_near(swiglu(gate_up), slow_swiglu(swiglu, gate, up))
 
 
 @pytest.mark.parametrize("columns", [32, 12])  # 12 are left to torch
-def test_a_limit_holds_on_both_sides_of_up_and_above_gate(columns: int) -> None:
+def test_a_limit_holds_on_both_sides_of_up_and_above_gate(columns):
     """As in GptOssExperts, whose gate and up alternate."""
     config = SimpleNamespace(
         intermediate_size=1, num_local_experts=1, hidden_size=1, swiglu_alpha=1.702, swiglu_limit=7
@@ -121,14 +117,14 @@ def test_a_limit_holds_on_both_sides_of_up_and_above_gate(columns: int) -> None:
     torch.testing.assert_close(Swiglu(7.0)(gate_up), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_gate_far_from_zero_is_closed_or_wide_open() -> None:
+def test_a_gate_far_from_zero_is_closed_or_wide_open():
     gate_up = torch.cat([torch.tensor([-3e38, -200.0, 200.0, 3e38]).repeat(8), torch.ones(32)])
     result = Swiglu()(gate_up[None])[0, :4]
     assert result.tolist() == [0.0, 0.0, 200.0, pytest.approx(3e38)]
 
 
 @each_swiglu
-def test_nan_stays_nan(swiglu: Swiglu) -> None:
+def test_nan_stays_nan(swiglu):
     assert swiglu(torch.cat([torch.full((1, 32), torch.nan), torch.ones(1, 32)], 1)).isnan().all()
     assert swiglu(torch.cat([torch.ones(1, 32), torch.full((1, 32), torch.nan)], 1)).isnan().all()
     assert rows.rms_norm(torch.full((1, 64), torch.nan), torch.ones(64), 1e-5).isnan().all()
@@ -136,18 +132,18 @@ def test_nan_stays_nan(swiglu: Swiglu) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_rows_are_summed_with_their_weights(dtype: torch.dtype, tokens: int) -> None:
+def test_rows_are_summed_with_their_weights(dtype, tokens):
     x, weights = torch.rand(tokens, 3, 576).to(dtype), torch.rand(tokens, 3)
     assert_near(rows.weighted_sum(x, weights), (x.double() * weights.double()[..., None]).sum(1))
 
 
-def test_a_row_does_not_depend_on_how_many_others_there_are() -> None:
+def test_a_row_does_not_depend_on_how_many_others_there_are():
     x, weight = torch.randn(300, 576).bfloat16(), torch.randn(576).bfloat16()
     together = rows.rms_norm(x, weight, 1e-5)
     assert torch.equal(together[7:8], rows.rms_norm(x[7:8], weight, 1e-5))
 
 
-def test_what_has_no_whole_registers_or_another_type_is_left_to_torch() -> None:
+def test_what_has_no_whole_registers_or_another_type_is_left_to_torch():
     assert rows.can_compute(torch.float32, 64)
     assert not rows.can_compute(torch.float32, 60)
     assert not rows.can_compute(torch.float16, 64)
@@ -155,7 +151,7 @@ def test_what_has_no_whole_registers_or_another_type_is_left_to_torch() -> None:
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_torch_computes_what_the_kernels_do_not_take(tokens: int) -> None:
+def test_torch_computes_what_the_kernels_do_not_take(tokens):
     """Columns that fill no whole registers: the same formulas, in torch."""
     columns, heads = 12, 3
     x, weight = torch.randn(tokens, columns), torch.randn(columns)

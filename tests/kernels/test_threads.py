@@ -36,14 +36,14 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_as_many_threads_as_asked_for_call_it_and_this_is_one(count: int) -> None:
+def test_as_many_threads_as_asked_for_call_it_and_this_is_one(count) -> None:
     recorder = Recorder(count)
     recorder.function.run((ctypes.c_int64 * 1)(0), count)
     assert len(set(recorder.callers)) == len(recorder.callers) == count
     assert threading.get_native_id() in recorder.callers
 
 
-def test_the_threads_are_those_of_torch() -> None:
+def test_the_threads_are_those_of_torch():
     """A second OpenMP library in the process would have its own, and both would spin."""
     import torch
 

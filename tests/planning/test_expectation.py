@@ -184,3 +184,13 @@ def test_the_cost_of_a_pass_is_that_of_the_experts_that_its_answers_use():
     assert [cost and cost.seconds for cost in costs] == [
         pytest.approx(32 * 0.01 * distinct + head, rel=0.01) for distinct in (2, 3.5)
     ]
+
+
+def test_attention_and_dense_part_of_the_first_layers_are_counted_if_they_have_no_experts():
+    first = replace(CONFIG, first_k_dense_replace=2, dense_intermediate_size=6 * 1024)
+    blueprint = Blueprint(first, Quantization(attention="int8"))
+    layer = sum(spec.rows * spec.columns for spec in blueprint.dense_matrices(0))
+    size = size_of(blueprint)
+    assert size.layers == first.num_hidden_layers - 2
+    assert size.first_layers == pytest.approx(2 * layer * 8.25 / 8)
+    assert size_of(BLUEPRINT).first_layers == 0

@@ -33,6 +33,13 @@ def test_on_a_cpu_that_holds_all_a_token_is_only_computed():
     assert found.seconds == found.computing
 
 
+def test_first_layers_without_experts_count_at_the_pace_of_an_expert():
+    """They cost no time at all once."""
+    more = token_cost(dataclasses.replace(SIZE, first_layers=5_000_000), CPU, "cpu", 1, 1)
+    assert more is not None
+    assert more.computing == pytest.approx(cost(CPU, "cpu", 1, 1).computing + 5 * 0.01)
+
+
 def test_what_a_cpu_does_not_hold_is_read_more_slowly_while_it_computes():
     found = cost(CPU, "cpu", 0.75, 0.75)
     assert found.read == pytest.approx(2)

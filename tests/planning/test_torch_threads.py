@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,11 +52,11 @@ class Machine:
         (16, 2, [1, 2]),  # a container with the time of two
     ],
 )
-def test_the_counts_worth_a_try(physical: int, usable: int, counts: list[int]) -> None:
+def test_the_counts_worth_a_try(physical, usable, counts):
     assert candidates(physical, usable) == counts
 
 
-def test_the_fastest_is_taken_and_remembered(tmp_path: Path) -> None:
+def test_the_fastest_is_taken_and_remembered(tmp_path):
     path, measure = tmp_path / "new" / "threads.json", Machine({8: 1.0, 16: 1.2, 6: 0.8})
     assert [known_or_best(path, "a shape", [8, 16, 6], measure) for _ in range(2)] == [6, 6]
     assert measure.calls == 1
@@ -66,25 +65,25 @@ def test_the_fastest_is_taken_and_remembered(tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())) == 2
 
 
-def test_what_is_hardly_faster_than_a_preferred_count_is_not_taken(tmp_path: Path) -> None:
+def test_what_is_hardly_faster_than_a_preferred_count_is_not_taken(tmp_path):
     measure = Machine({8: 1.0, 16: 0.96})
     assert known_or_best(tmp_path / "threads.json", "a shape", [8, 16], measure) == 8
 
 
-def test_a_count_is_kept_for_its_shape(tmp_path: Path) -> None:
+def test_a_count_is_kept_for_its_shape(tmp_path):
     path = tmp_path / "threads.json"
     assert known_or_best(path, "small", [1, 2], Machine({1: 1.0, 2: 1.5})) == 1
     assert known_or_best(path, "large", [1, 2], Machine({1: 2.0, 2: 1.0})) == 2
     assert known_or_best(path, "small", [1, 2], Machine({})) == 1
 
 
-def test_where_there_is_no_choice_nothing_is_measured(tmp_path: Path) -> None:
+def test_where_there_is_no_choice_nothing_is_measured(tmp_path):
     assert known_or_best(tmp_path / "threads.json", "a shape", [2], Machine({})) == 2
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"x": 1}'])
-def test_a_damaged_file_is_written_again(tmp_path: Path, content: str) -> None:
+def test_a_damaged_file_is_written_again(tmp_path, content):
     path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
     path.write_text(content)
     assert known_or_best(path, "a shape", [8, 16], measure) == 16
@@ -92,7 +91,7 @@ def test_a_damaged_file_is_written_again(tmp_path: Path, content: str) -> None:
     assert measure.calls == 1
 
 
-def test_a_link_in_its_place_is_replaced(tmp_path: Path) -> None:
+def test_a_link_in_its_place_is_replaced(tmp_path):
     path, precious = tmp_path / "threads.json", tmp_path / "precious"
     precious.write_text("{}")
     path.symlink_to(precious)
@@ -100,7 +99,7 @@ def test_a_link_in_its_place_is_replaced(tmp_path: Path) -> None:
     assert (precious.read_text(), path.is_symlink()) == ("{}", False)
 
 
-def test_a_count_that_cannot_be_is_measured_again(tmp_path: Path) -> None:
+def test_a_count_that_cannot_be_is_measured_again(tmp_path):
     path, measure = tmp_path / "threads.json", Machine({8: 1.0, 16: 0.5})
     known_or_best(path, "a shape", [8, 16], measure)
     path.write_text(path.read_text().replace("16\n", "1000\n"))
@@ -108,15 +107,13 @@ def test_a_count_that_cannot_be_is_measured_again(tmp_path: Path) -> None:
     assert measure.calls == 2
 
 
-def test_where_nothing_can_be_written_it_is_measured_each_time(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_it_is_measured_each_time(tmp_path):
     (tmp_path / "file").write_text("")
     measure = Machine({8: 1.0, 16: 0.5})
     assert known_or_best(tmp_path / "file" / "threads.json", "a shape", [8, 16], measure) == 16
 
 
-def test_each_shape_gets_the_count_that_was_measured_for_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_each_shape_gets_the_count_that_was_measured_for_it(monkeypatch, tmp_path):
     """Small experts always got one thread, which cost models of many of them a third."""
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
@@ -130,7 +127,7 @@ def test_each_shape_gets_the_count_that_was_measured_for_it(
         assert torch.get_num_threads() == 1
 
 
-def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_person_has_set_stays(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
     choose_threads(BLUEPRINT)
@@ -139,8 +136,8 @@ def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_with_experts_are_computed_with_each_count_and_the_count_is_as_before(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_model, monkeypatch
+):
     with InstalledModel(tiny_model) as installed:
         blueprint = installed.blueprint
     seen, compute = set(), Expert.__call__

@@ -1,11 +1,13 @@
 """A service over one model: many jobs at once, each answered as if it were alone."""
 
+import json
 import math
 import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.passes import ForwardPasses
 from mixchat.serving.model_service import ModelService
+from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.running_job import RunningJob
 from mixchat.serving.service import (
     Delta,
@@ -29,7 +32,11 @@ from mixchat.serving.service import (
 )
 from mixchat.sessions.server_caches import ServerCaches
 from mixchat.text.checkpoint_text import CheckpointText
+from mixchat.text.form.call_constraint import CallConstraint
+from mixchat.text.form.call_form import CallForm
 from mixchat.text.thinking import ThinkingFormat
+from mixchat.text.tool_call import Tool, joined_calls
+from mixchat.text.tool_formats import PLAIN
 
 WAIT = 60  # seconds after which something hangs
 
@@ -194,7 +201,9 @@ def test_a_form_that_takes_long_to_compile_holds_up_nobody(model_service):
     """Forms were compiled in the thread of the model: all other answers stood still meanwhile."""
     service = model_service(parallel=1)
     forms = Anything(), Anything()
-    slow, left = (Waiter(service, job(n, constraint=lambda n=n: forms[n])) for n in range(2))
+    slow, left = (
+        Waiter(service, job(n, constraint=lambda parser, n=n: forms[n])) for n in range(2)
+    )
     assert isinstance(Waiter(service, job(2)).result()[1], Done)
     left.cancel()
     assert left.result()[1].reason == "interrupted"
@@ -203,13 +212,56 @@ def test_a_form_that_takes_long_to_compile_holds_up_nobody(model_service):
 
 
 def test_a_form_that_cannot_be_compiled_ends_its_own_answer(model_service):
-    def no_process():
+    def no_process(parser):
         raise OSError("no more processes")
 
     service = model_service()
     bad, good = Waiter(service, job(1, constraint=no_process)), Waiter(service, job(2))
     assert isinstance(bad.result()[1], Failed)
     assert isinstance(good.result()[1], Done)
+
+
+BRIEF = {"type": "object", "properties": {"a": {"enum": [1, 23]}}, "required": ["a"]}
+TOOLS = [Tool("f", None, {**BRIEF, "additionalProperties": False}), Tool("g")]
+
+
+def calling(service: ModelService, number: int, opening: str | None, **options: Any) -> Waiter:
+    """A job that has to call a tool, or may call one after an opening."""
+    format = replace(PLAIN, opening=opening or PLAIN.opening)
+    form = CallForm(format, TOOLS, must_call=opening is None, parallel=False)
+    start = forms_of(service)(form)
+
+    def constraint(parser: Any) -> Any:
+        if form.must_call:
+            return start()
+        return CallConstraint(start(continued=True), parser, format.opening, service.tokenizer)
+
+    given = {"constraint": constraint, "tools": format, "max_tokens": 100, **options}
+    return Waiter(service, job(number, **given))
+
+
+@pytest.mark.parametrize("opening", [None, "<<"], ids=["must", "may"])
+def test_calls_of_a_random_model_keep_to_the_schemas(model_service, opening):
+    """Its favourite token leads to the opening, after which the form allows no more of them."""
+    service = model_service()
+    favourite = service.tokenizer.encode("<")[0]
+    sampling = SamplingOptions(temperature=1.0, logit_bias=((favourite, 100.0),))
+    waiters = [
+        calling(service, n, opening, sampling=replace(sampling, seed=n), prompt_ids=(5, 6))
+        for n in range(3)
+    ]
+    for waiter in waiters:
+        text, done = waiter.result()
+        deltas = [event for event in waiter.events if isinstance(event, Delta)]
+        (call,) = joined_calls(tuple(piece for delta in deltas for piece in delta.calls))
+        assert (text, done.reason) == ("", "tool_calls")
+        assert json.loads(call.arguments) in {"f": [{"a": 1}, {"a": 23}], "g": [{}]}[call.name]
+
+
+def test_an_answer_that_may_call_tools_and_does_not_is_the_same(model_service):
+    service = model_service()
+    plain, offered = Waiter(service, job(4)), calling(service, 4, "<tool_call>", max_tokens=20)
+    assert offered.result()[0] == plain.result()[0]
 
 
 def test_a_prompt_that_is_too_long_is_refused_at_once(model_service):

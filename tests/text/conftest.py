@@ -1,7 +1,5 @@
 """Checkpoint directories with a tokenizer of every kind. Tests must not write into them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

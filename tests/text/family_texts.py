@@ -3,8 +3,6 @@
 The templates say what the real ones say for system, user and assistant, without tools.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

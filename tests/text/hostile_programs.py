@@ -1,7 +1,5 @@
 """Chat templates and tokenizers that loop, grow, abort or crash: what the sandbox is for."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

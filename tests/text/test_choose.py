@@ -1,7 +1,5 @@
 """The choice of a checkpoint's template, and of the ids that end an answer."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ def chosen(directory: Path) -> Any:
 @pytest.mark.parametrize(
     "template", [build.MISTRAL, build.MISTRAL.replace("'[INST] '", "' [INST] '")]
 )
-def test_mistrals_own_template_is_built_from_ids(template: str, tmp_path: Path) -> None:
+def test_mistrals_own_template_is_built_from_ids(template, tmp_path):
     build.write_checkpoint(
         tmp_path, build.byte_level(), model_file=build.V1_FILE, template=template
     )
@@ -33,13 +31,13 @@ def test_mistrals_own_template_is_built_from_ids(template: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("template", [build.CHATML, build.LLAMA2, build.ALPACA])
 @pytest.mark.parametrize("model_file", [build.V1_FILE, None])
-def test_another_template_is_rendered(template: str, model_file: Any, tmp_path: Path) -> None:
+def test_another_template_is_rendered(template, model_file, tmp_path):
     build.write_checkpoint(tmp_path, build.byte_level(), model_file=model_file, template=template)
     assert type(chosen(tmp_path)) is JinjaTemplate
 
 
 @pytest.mark.parametrize("with_json", [True, False])
-def test_mistrals_third_generation_is_built_from_ids(with_json: bool, tmp_path: Path) -> None:
+def test_mistrals_third_generation_is_built_from_ids(with_json, tmp_path):
     tokenizer = build.byte_level() if with_json else None
     build.write_checkpoint(tmp_path, tokenizer, model_file=build.V3_FILE, template=build.MISTRAL_V3)
     template = chosen(tmp_path)
@@ -47,7 +45,7 @@ def test_mistrals_third_generation_is_built_from_ids(with_json: bool, tmp_path: 
     assert template.encode([Message("user", "[INST]")])[:2] == [1, 3]
 
 
-def test_a_template_for_tools_needs_a_tokenizer_with_their_tokens(tmp_path: Path) -> None:
+def test_a_template_for_tools_needs_a_tokenizer_with_their_tokens(tmp_path):
     """A fine-tune of the first generation has the tokens in tokenizer.json only."""
     build.write_checkpoint(
         tmp_path,
@@ -59,7 +57,7 @@ def test_a_template_for_tools_needs_a_tokenizer_with_their_tokens(tmp_path: Path
     assert type(chosen(tmp_path)) is JinjaTemplate
 
 
-def test_a_space_before_a_control_token_is_kept(tmp_path: Path) -> None:
+def test_a_space_before_a_control_token_is_kept(tmp_path):
     """Fine-tunes of the third generation have Mistral's first template."""
     build.write_checkpoint(tmp_path, model_file=build.V3_FILE, template=build.MISTRAL)
     template = chosen(tmp_path)
@@ -67,11 +65,11 @@ def test_a_space_before_a_control_token_is_kept(tmp_path: Path) -> None:
     assert template.encode([Message("user", "[INST]")]).count(3) == 1
 
 
-def test_no_template_means_a_base_model(checkpoints: Any) -> None:
+def test_no_template_means_a_base_model(checkpoints):
     assert type(chosen(checkpoints["spm"])) is CompletionTemplate
 
 
-def test_a_template_in_a_file_of_its_own_precedes_the_config(tmp_path: Path) -> None:
+def test_a_template_in_a_file_of_its_own_precedes_the_config(tmp_path):
     build.write_checkpoint(tmp_path, build.byte_level(), template=build.MISTRAL)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     tokenizer = load_tokenizer(tmp_path)
@@ -79,12 +77,12 @@ def test_a_template_in_a_file_of_its_own_precedes_the_config(tmp_path: Path) -> 
     assert tokenizer.decode(ids) == "Hi!"
 
 
-def test_a_base_model_that_wants_no_bos_gets_none(tmp_path: Path) -> None:
+def test_a_base_model_that_wants_no_bos_gets_none(tmp_path):
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE, add_bos_token=False)
     assert chosen(tmp_path).encode([Message("user", "Hi")]) == [15359]
 
 
-def test_stop_ids_come_from_all_files(tmp_path: Path) -> None:
+def test_stop_ids_come_from_all_files(tmp_path):
     build.write_checkpoint(
         tmp_path, build.byte_level(), template=build.CHATML, eos_token="<|endoftext|>"
     )
@@ -95,7 +93,7 @@ def test_stop_ids_come_from_all_files(tmp_path: Path) -> None:
         assert chosen(tmp_path).stop_ids == {0, 2} | ids
 
 
-def test_a_token_that_closes_no_turn_of_this_template_ends_no_answer(tmp_path: Path) -> None:
+def test_a_token_that_closes_no_turn_of_this_template_ends_no_answer(tmp_path):
     build.write_checkpoint(
         tmp_path, build.byte_level(), template=build.ALPACA, eos_token="<|endoftext|>"
     )
@@ -103,7 +101,7 @@ def test_a_token_that_closes_no_turn_of_this_template_ends_no_answer(tmp_path: P
 
 
 @pytest.mark.parametrize("content", ['{"eos_token_id": "2"}', '{"eos_token_id": [true]}', "[", ""])
-def test_a_damaged_generation_config_is_named(content: str, tmp_path: Path) -> None:
+def test_a_damaged_generation_config_is_named(content, tmp_path):
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE)
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"generation_config\.json: "):

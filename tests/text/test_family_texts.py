@@ -1,7 +1,5 @@
 """The templates and tokenizers of the families that people run give transformers' ids."""
 
-from __future__ import annotations
-
 import random
 from contextlib import closing
 from pathlib import Path
@@ -58,7 +56,7 @@ def speaker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("speaker", CASES, indirect=True, ids="-".join)
-def test_talk_gets_transformers_ids(speaker: Any) -> None:
+def test_talk_gets_transformers_ids(speaker):
     template, tokenizer, theirs = speaker
     switch = None if template.thinking is None else template.thinking.switch
     for messages in conversations(CONVERSATIONS):
@@ -77,7 +75,7 @@ def test_talk_gets_transformers_ids(speaker: Any) -> None:
 
 
 @pytest.mark.parametrize("speaker", CASES, indirect=True, ids="-".join)
-def test_control_tokens_in_a_persons_text_stay_text(speaker: Any) -> None:
+def test_control_tokens_in_a_persons_text_stay_text(speaker):
     template, tokenizer, _ = speaker
     everything = "".join(tokenizer.control_tokens)
     plain = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
@@ -109,15 +107,13 @@ def loaded(directory: Path, family: str, name: str) -> tuple[Any, Any]:
         ("olmoe", "0125", None, ["<|endoftext|>"]),
     ],
 )
-def test_a_template_tells_how_its_model_thinks_and_ends(
-    family: str, name: str, thinking: Any, ends: list[str], tmp_path: Path
-) -> None:
+def test_a_template_tells_how_its_model_thinks_and_ends(family, name, thinking, ends, tmp_path):
     template, tokenizer = loaded(tmp_path, family, name)
     assert template.thinking == thinking
     assert template.stop_ids == {tokenizer.control_tokens[token] for token in ends}
 
 
-def test_an_answers_thinking_is_in_no_later_prompt(tmp_path: Path) -> None:
+def test_an_answers_thinking_is_in_no_later_prompt(tmp_path):
     template, tokenizer = loaded(tmp_path, "qwen3", "hybrid")
     ids = tokenizer.encode_template("<think>\nHm\n</think>\n\nYes")
     thought = len(ids) - len(tokenizer.encode("Yes"))
@@ -136,9 +132,7 @@ def test_an_answers_thinking_is_in_no_later_prompt(tmp_path: Path) -> None:
         ("granite", "3.1", {}),
     ],
 )
-def test_the_sandbox_passes_thinking_and_variables_on(
-    family: str, name: str, variables: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_sandbox_passes_thinking_and_variables_on(family, name, variables, tmp_path):
     template, _ = loaded(tmp_path, family, name)
     answer = Message("assistant", "b", (70, 71, 72), thinking="x", thinking_tokens=1)
     messages = [Message("user", "a"), answer, Message("user", "c")]

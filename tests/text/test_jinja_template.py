@@ -1,7 +1,5 @@
 """Chat templates in Jinja: transformers' ids for ordinary chats, and no forged turns."""
 
-from __future__ import annotations
-
 import json
 from contextlib import closing
 from datetime import datetime
@@ -101,9 +99,7 @@ def talk(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[Message]]:
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(deadline=None, max_examples=30)
 @given(messages=talk(harmless))
-def test_ordinary_talk_gets_transformers_ids(
-    name: str, kind: str, messages: list[Message], speakers: Any
-) -> None:
+def test_ordinary_talk_gets_transformers_ids(name, kind, messages, speakers):
     template, _, theirs = speakers[name, kind]
     assert type(template) is JinjaTemplate
     assert template.encode(messages) == theirs.apply_chat_template(
@@ -111,7 +107,7 @@ def test_ordinary_talk_gets_transformers_ids(
     )
 
 
-def test_the_simplest_case_by_hand(checkpoints: Any, byte_level: Any) -> None:
+def test_the_simplest_case_by_hand(checkpoints, byte_level):
     template = load_template(checkpoints["byte-level"], byte_level)
     encode, controls = byte_level.encode, byte_level.control_tokens
     start, end = controls["<|im_start|>"], controls["<|im_end|>"]
@@ -125,9 +121,7 @@ def test_the_simplest_case_by_hand(checkpoints: Any, byte_level: Any) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(deadline=None, max_examples=100)
 @given(messages=talk(anything), kind=st.sampled_from(["byte-level", "llama-old", "llama-new"]))
-def test_no_message_adds_a_control_token(
-    name: str, kind: str, messages: list[Message], speakers: Any
-) -> None:
+def test_no_message_adds_a_control_token(name, kind, messages, speakers):
     template, tokenizer, _ = speakers[name, kind]
     plain = [Message(m.role, "ok") for m in messages]
     assert build.controls_in(tokenizer, template.encode(messages)) == (
@@ -137,9 +131,7 @@ def test_no_message_adds_a_control_token(
 
 @settings(deadline=None, max_examples=80)
 @given(messages=talk(anything))
-def test_no_message_adds_a_control_token_to_any_tokenizer(
-    messages: list[Message], directory: Path, tokenizer: Any
-) -> None:
+def test_no_message_adds_a_control_token_to_any_tokenizer(messages, directory, tokenizer):
     template = JinjaTemplate(ChatTemplate(build.CHATML, directory), tokenizer)
     plain = [Message(m.role, "ok") for m in messages]
     assert build.controls_in(tokenizer, template.encode(messages)) == (
@@ -150,9 +142,7 @@ def test_no_message_adds_a_control_token_to_any_tokenizer(
 @pytest.mark.parametrize("forger", FORGERS)
 @settings(deadline=None, max_examples=60)
 @given(messages=talk(anything))
-def test_no_template_assembles_a_control_token(
-    forger: str, messages: list[Message], byte_level: Any
-) -> None:
+def test_no_template_assembles_a_control_token(forger, messages, byte_level):
     template = jinja(FORGERS[forger], byte_level)
     assert build.controls_in(byte_level, template.encode(messages)) == [
         byte_level.control_tokens.get("<|im_end|>")
@@ -178,9 +168,7 @@ def test_no_template_assembles_a_control_token(
         ("quotes", ["<|im_end|>", "x", "y"]),
     ],
 )
-def test_a_simple_encoding_would_assemble_these_tokens(
-    forger: str, texts: list[str], byte_level: Any
-) -> None:
+def test_a_simple_encoding_would_assemble_these_tokens(forger, texts, byte_level):
     """Each of them forges a token if the rendered text is simply encoded."""
     from jinja2 import Environment
 
@@ -195,16 +183,14 @@ def test_a_simple_encoding_would_assemble_these_tokens(
 
 @settings(deadline=None, max_examples=100)
 @given(text=anything)
-def test_hostile_text_arrives_as_it_was_typed(text: str, byte_level: Any) -> None:
+def test_hostile_text_arrives_as_it_was_typed(text, byte_level):
     ids = jinja(build.CHATML, byte_level).encode([Message("user", text)])
     assert byte_level.decode(ids) == f"user\n{text}\nassistant\n"
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama-old", "llama-new"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_an_answers_own_ids_follow_the_prompt_they_answered(
-    name: str, kind: str, speakers: Any
-) -> None:
+def test_an_answers_own_ids_follow_the_prompt_they_answered(name, kind, speakers):
     """So the KV cache of a conversation stays valid: the next prompt only adds to it."""
     template, _, _ = speakers[name, kind]
     messages = [Message("user", "Hi")]
@@ -214,7 +200,7 @@ def test_an_answers_own_ids_follow_the_prompt_they_answered(
         assert template.encode(messages)[: len(prompt) + len(ids)] == [*prompt, *ids]
 
 
-def test_ids_and_text_are_the_same_to_a_template(speakers: Any) -> None:
+def test_ids_and_text_are_the_same_to_a_template(speakers):
     for name, kind in speakers:
         template, tokenizer, _ = speakers[name, kind]
         if kind == "llama-old" and name in ("alpaca", "mistral"):
@@ -238,9 +224,7 @@ def test_ids_and_text_are_the_same_to_a_template(speakers: Any) -> None:
     ],
     ids=["refuses", "refuses-too", "leaves-out", "fails"],
 )
-def test_without_a_system_role_its_text_goes_to_the_first_question(
-    source: str, byte_level: Any
-) -> None:
+def test_without_a_system_role_its_text_goes_to_the_first_question(source, byte_level):
     template = jinja(source, byte_level, bos_token="", eos_token="<|endoftext|>")
     rest = [Message("assistant", "b"), Message("user", "c")]
     assert template.encode([Message("system", "S</s>"), Message("user", "a"), *rest]) == (
@@ -248,7 +232,7 @@ def test_without_a_system_role_its_text_goes_to_the_first_question(
     )
 
 
-def test_the_helpers_that_transformers_gives(byte_level: Any) -> None:
+def test_the_helpers_that_transformers_gives(byte_level):
     for source, expected in {
         "{{ {'a': '<é>'} | tojson }}": '{"a": "<é>"}',
         "{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}": '{\n "a": 2,\n "b": 1\n}',
@@ -267,7 +251,7 @@ def test_the_helpers_that_transformers_gives(byte_level: Any) -> None:
         assert byte_level.decode(ids) == expected
 
 
-def test_the_special_tokens_by_name(tmp_path: Path) -> None:
+def test_the_special_tokens_by_name(tmp_path):
     source = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}"
     build.write_checkpoint(
         tmp_path, build.byte_level(), template=source,
@@ -283,7 +267,7 @@ def test_the_special_tokens_by_name(tmp_path: Path) -> None:
     assert text == "one|two||four"
 
 
-def test_sentencepieces_own_tokens_have_their_names(tmp_path: Path) -> None:
+def test_sentencepieces_own_tokens_have_their_names(tmp_path):
     source = "{{ bos_token }}### {{ messages[0].content }}{{ eos_token }}"
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE, template=source)
     tokenizer = load_tokenizer(tmp_path)
@@ -291,7 +275,7 @@ def test_sentencepieces_own_tokens_have_their_names(tmp_path: Path) -> None:
     assert ids == [1, *tokenizer.encode("### <s>"), 2]
 
 
-def test_a_template_that_always_refuses_can_be_loaded_and_says_why(byte_level: Any) -> None:
+def test_a_template_that_always_refuses_can_be_loaded_and_says_why(byte_level):
     template = jinja("{{ raise_exception('Only\n  one') }}", byte_level)
     with pytest.raises(PromptError, match=r"refuses the conversation: Only one$"):
         template.encode([Message("user", "Hi")])
@@ -318,9 +302,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_or_hostile_template_is_named_in_one_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_or_hostile_template_is_named_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.setattr("mixchat.text.sandbox.cpu_seconds", lambda method, size: 0.5)
     build.write_checkpoint(tmp_path, build.byte_level(), template=BROKEN[name])
     with closing(CheckpointText(tmp_path)) as text, pytest.raises(CheckpointError) as caught:
@@ -329,7 +311,7 @@ def test_a_broken_or_hostile_template_is_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_fails_later_is_named_too(byte_level: Any) -> None:
+def test_a_template_that_fails_later_is_named_too(byte_level):
     source = "{% if messages | length > 1 %}{{ messages[0].a.b }}{% endif %}"
     template = jinja(source, byte_level, file="there")
     template.encode([Message("user", "a")])

@@ -1,7 +1,5 @@
 """The sandbox: a checkpoint's tokenizer and template do no harm, whatever they try."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -49,7 +47,7 @@ def process_of(text: CheckpointText) -> Any:
     return child._process
 
 
-def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory: Path) -> None:
+def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory):
     tokenizer = load_tokenizer(directory)
     template = load_template(directory, tokenizer)
     with closing(CheckpointText(directory)) as text:
@@ -73,7 +71,7 @@ def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory: Path) -> N
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.usefixtures("short_of_time")
-def test_every_hostile_template_and_tokenizer_ends_in_one_line(name: str, tmp_path: Path) -> None:
+def test_every_hostile_template_and_tokenizer_ends_in_one_line(name, tmp_path) -> None:
     """Without a sandbox: 3 to 5 GB, more than 40 s, signal 6 and a backtrace."""
     if name in hostile.TEMPLATES:
         hostile.template(tmp_path / "x", hostile.TEMPLATES[name])
@@ -88,13 +86,13 @@ def test_every_hostile_template_and_tokenizer_ends_in_one_line(name: str, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_a_vocabulary_with_a_huge_id_does_no_harm(tmp_path: Path) -> None:
+def test_a_vocabulary_with_a_huge_id_does_no_harm(tmp_path):
     hostile.tokenizer(tmp_path / "x", HARMLESS)
     with closing(CheckpointText(tmp_path / "x")) as text:
         assert text.tokenizer().encode("a b")
 
 
-def test_a_template_may_become_hostile_later(tmp_path: Path) -> None:
+def test_a_template_may_become_hostile_later(tmp_path):
     """A chat loses only that turn: the next one has a new process."""
     source = "{% if messages | length > 1 %}{{ 'x'.ljust(10 ** 10) }}{% endif %}ok"
     hostile.template(tmp_path / "x", source)
@@ -107,7 +105,7 @@ def test_a_template_may_become_hostile_later(tmp_path: Path) -> None:
         assert template.encode([Message("user", "a")]) == good
 
 
-def test_a_child_that_ends_is_replaced(sandboxed: CheckpointText) -> None:
+def test_a_child_that_ends_is_replaced(sandboxed):
     tokenizer = sandboxed.tokenizer()
     ids = tokenizer.encode("Hello")
     process_of(sandboxed).kill()
@@ -116,9 +114,7 @@ def test_a_child_that_ends_is_replaced(sandboxed: CheckpointText) -> None:
     assert tokenizer.encode("Hello") == ids
 
 
-def test_after_ctrl_c_no_reply_is_taken_for_another_calls(
-    sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_ctrl_c_no_reply_is_taken_for_another_calls(sandboxed, monkeypatch):
     tokenizer = sandboxed.tokenizer()
     expected = tokenizer.encode("two")
 
@@ -132,9 +128,7 @@ def test_after_ctrl_c_no_reply_is_taken_for_another_calls(
     assert tokenizer.encode("two") == expected
 
 
-def test_a_child_that_waits_is_ended(
-    sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_that_waits_is_ended(sandboxed, monkeypatch):
     """It computes nothing, so its limit of CPU time does not end it."""
     tokenizer = sandboxed.tokenizer()
     process_of(sandboxed).send_signal(signal.SIGSTOP)
@@ -154,9 +148,7 @@ def test_a_child_that_waits_is_ended(
         b"\x40\x0d\x03\x00" + b"[" * 200_000,
     ],
 )
-def test_a_child_may_send_anything(
-    reply: bytes, sandboxed: CheckpointText, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_may_send_anything(reply, sandboxed, monkeypatch):
     """A program that breaks the tokenizer can write anything into the socket."""
     import socket
 
@@ -169,7 +161,7 @@ def test_a_child_may_send_anything(
             tokenizer.encode("Hello")
 
 
-def test_the_child_ends_with_its_parent(checkpoints: dict[str, Path]) -> None:
+def test_the_child_ends_with_its_parent(checkpoints):
     """Also if the parent is killed."""
     code = (
         "import sys, time\n"
@@ -200,7 +192,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_the_child_inherits_nothing_of_its_parent(sandboxed: CheckpointText) -> None:
+def test_the_child_inherits_nothing_of_its_parent(sandboxed):
     sandboxed.tokenizer()
     process = Path(f"/proc/{process_of(sandboxed).pid}")
     assert {path.name for path in (process / "fd").iterdir()} == {"0", "1", "2"}
@@ -214,9 +206,7 @@ def test_the_child_inherits_nothing_of_its_parent(sandboxed: CheckpointText) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_the_child_gets_no_keys_and_tokens(
-    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_child_gets_no_keys_and_tokens(checkpoints, monkeypatch):
     """A tokenizer or template that breaks out of its library found them in its environment."""
     for name in ("HF_TOKEN", "MIXCHAT_API_KEY", "AWS_SECRET_ACCESS_KEY", "ANYTHING"):
         monkeypatch.setenv(name, "secret")
@@ -227,9 +217,7 @@ def test_the_child_gets_no_keys_and_tokens(
     assert b"secret" not in environ
 
 
-def test_modules_in_the_current_directory_are_not_imported(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modules_in_the_current_directory_are_not_imported(checkpoints, tmp_path, monkeypatch):
     for name in ("jinja2", "tokenizers", "mixchat", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from here')")
     monkeypatch.chdir(tmp_path)
@@ -237,12 +225,12 @@ def test_modules_in_the_current_directory_are_not_imported(
         assert text.tokenizer().vocab_size
 
 
-def test_a_text_longer_than_all_contexts_is_a_prompt_error(sandboxed: CheckpointText) -> None:
+def test_a_text_longer_than_all_contexts_is_a_prompt_error(sandboxed):
     with pytest.raises(PromptError, match=r"too long for a tokenizer: 4\.0 MB"):
         sandboxed.tokenizer().encode("x" * 4_000_000)
 
 
-def test_a_refusal_and_a_lone_surrogate_are_prompt_errors(tmp_path: Path) -> None:
+def test_a_refusal_and_a_lone_surrogate_are_prompt_errors(tmp_path):
     source = "{{ messages[0].content }}{% if messages | length > 1 %}{{ raise_exception('No') }}"
     hostile.template(tmp_path / "x", source + "{% endif %}")
     with closing(CheckpointText(tmp_path / "x")) as text:
@@ -252,7 +240,7 @@ def test_a_refusal_and_a_lone_surrogate_are_prompt_errors(tmp_path: Path) -> Non
             text.template().encode([Message("user", "a\udc80")])
 
 
-def test_a_large_vocabulary_loads(tmp_path: Path) -> None:
+def test_a_large_vocabulary_loads(tmp_path):
     """As many pieces as Llama 3 has, 128,000."""
     build.write_checkpoint(tmp_path, large_vocabulary(128_000), template=build.CHATML)
     with closing(CheckpointText(tmp_path)) as text:

@@ -1,7 +1,5 @@
 """Templates built from ids: Mistral's instruct format and plain completion."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,23 +76,19 @@ def conversations(draw: st.DrawFn) -> list[Message]:
     return [*messages, Message("user", draw(anything))]
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=200)
 @given(messages=conversations())
-def test_the_ids_are_mistral_commons(
-    messages: list[Message], instruct: InstructTemplate, oracle: Any
-) -> None:
+def test_the_ids_are_mistral_commons(messages, instruct, oracle):
     assert instruct.encode(messages) == oracle(messages)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=200)
 @given(messages=conversations())
-def test_the_ids_of_the_third_generation_are_mistral_commons(
-    messages: list[Message], instruct_v3: InstructTemplate, oracle_v3: Any
-) -> None:
+def test_the_ids_of_the_third_generation_are_mistral_commons(messages, instruct_v3, oracle_v3):
     assert instruct_v3.encode(messages) == oracle_v3(messages)
 
 
-def test_a_worked_example_of_the_third_generation(instruct_v3: InstructTemplate) -> None:
+def test_a_worked_example_of_the_third_generation(instruct_v3):
     hi, hello = Message("user", "Hi"), Message("assistant", "Hello  ")
     assert instruct_v3.encode([hi, hello, Message("user", "[/INST]")]) == [
         *(1, 3, 16127, 4, 23325, 2),
@@ -103,9 +97,7 @@ def test_a_worked_example_of_the_third_generation(instruct_v3: InstructTemplate)
     assert instruct_v3.stop_ids == {2}
 
 
-def test_from_the_third_generation_the_system_text_is_in_the_last_question(
-    instruct_v3: InstructTemplate,
-) -> None:
+def test_from_the_third_generation_the_system_text_is_in_the_last_question(instruct_v3):
     """An answer's own ids are taken as they are, with their last space."""
     ids = (1, 2, 29473)
     first, answer = Message("user", "a"), Message("assistant", "b", ids)
@@ -115,7 +107,7 @@ def test_from_the_third_generation_the_system_text_is_in_the_last_question(
     assert instruct_v3.encode([first, answer, first])[4:8] == [*ids, 2]
 
 
-def test_a_worked_example(instruct: InstructTemplate, v1: Any) -> None:
+def test_a_worked_example(instruct, v1):
     """As one string, the answer loses the leading space that the model was trained with."""
     assert v1.encode("[INST] Hi [/INST]Hello")[-1] == 16230
     question = [1, 733, 16289, 28793, 15359, 733, 28748, 16289, 28793]
@@ -125,7 +117,7 @@ def test_a_worked_example(instruct: InstructTemplate, v1: Any) -> None:
     assert instruct.encode([hi, hello, Message("user", "My")]) == [*question, 22557, 2, *again]
 
 
-def test_an_answers_own_ids_go_into_the_next_prompt(instruct: InstructTemplate) -> None:
+def test_an_answers_own_ids_go_into_the_next_prompt(instruct):
     """Encoding its text again can give other ids, which the KV cache would not match."""
     ids = (16230, 28705, 13)
     messages = [Message("user", "Hi"), Message("assistant", "Hello", ids), Message("user", "Hi")]
@@ -135,7 +127,7 @@ def test_an_answers_own_ids_go_into_the_next_prompt(instruct: InstructTemplate) 
     assert instruct.encode(empty)[: len(prompt) + 1] == [*prompt, 2]
 
 
-def test_the_system_text_goes_in_front_of_the_first_question(instruct: InstructTemplate) -> None:
+def test_the_system_text_goes_in_front_of_the_first_question(instruct):
     rest = [Message("assistant", "b"), Message("user", "c")]
     assert instruct.encode([Message("system", "S"), Message("user", "a"), *rest]) == (
         instruct.encode([Message("user", "S\n\na"), *rest])
@@ -147,9 +139,7 @@ def test_the_system_text_goes_in_front_of_the_first_question(instruct: InstructT
 
 
 @pytest.mark.parametrize("roles", [[], ["system"], ["user", "assistant"]])
-def test_there_must_be_a_question(
-    roles: list[Any], instruct: InstructTemplate, checkpoints: Any
-) -> None:
+def test_there_must_be_a_question(roles, instruct, checkpoints):
     directory = checkpoints["byte-level"]
     jinja = load_template(directory, load_tokenizer(directory))
     for template in (instruct, jinja):
@@ -157,7 +147,7 @@ def test_there_must_be_a_question(
             template.encode([Message(role, "x") for role in roles])
 
 
-def test_a_base_model_continues_the_text(v1: Any) -> None:
+def test_a_base_model_continues_the_text(v1):
     template = CompletionTemplate(v1)
     assert template.continues_prompt
     assert template.encode([Message("user", "Once upon</s>")]) == [1, *v1.encode("Once upon</s>")]
@@ -168,7 +158,7 @@ def test_a_base_model_continues_the_text(v1: Any) -> None:
     assert template.encode([Message("system", "S")]) == template.encode([Message("user", "S")])
 
 
-def test_a_base_models_own_text_is_inserted_as_its_ids(v1: Any) -> None:
+def test_a_base_models_own_text_is_inserted_as_its_ids(v1):
     template = CompletionTemplate(v1)
     ids = tuple(v1.encode("a time"))
     messages = [Message("user", "Once upon"), Message("assistant", "a time", ids)]
@@ -180,12 +170,12 @@ def test_a_base_models_own_text_is_inserted_as_its_ids(v1: Any) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(parts=st.lists(anything, min_size=1, max_size=3))
-def test_a_base_models_text_yields_no_control_token(parts: list[str], v1: Any) -> None:
+def test_a_base_models_text_yields_no_control_token(parts, v1):
     ids = CompletionTemplate(v1).encode([Message("user", part) for part in parts])
     assert ids == [1, *v1.encode("".join(parts))]
     assert min(ids[1:], default=3) > 2
 
 
-def test_a_models_own_eos_ends_an_answer(v1: Any) -> None:
+def test_a_models_own_eos_ends_an_answer(v1):
     assert InstructTemplate(v1).stop_ids == CompletionTemplate(v1).stop_ids == {2}
     assert InstructTemplate(v1, stop_ids=[5]).stop_ids == {2, 5}

@@ -1,7 +1,5 @@
 """Thinking is taken apart from the answer, however the text is cut into tokens."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 from typing import Any
@@ -72,9 +70,7 @@ def pieces_of(text: str, cuts: Any) -> list[str]:
     ],
 )
 @given(cuts=st.lists(st.integers(0, 60), max_size=60))
-def test_tags_are_found_in_any_pieces(
-    prompt: str, answer: str, thinking: str | None, text: str, cuts: list[int]
-) -> None:
+def test_tags_are_found_in_any_pieces(prompt, answer, thinking, text, cuts):
     found, rest, start = parsed(TAGS, pieces_of(answer, cuts), prompt)
     assert rest == text
     assert found == (thinking if thinking is not None else "a < b, </thin, <think>, </think >")
@@ -84,13 +80,14 @@ def test_tags_are_found_in_any_pieces(
 
 
 @given(parts=st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", " ", "\n", "a"])))
-def test_tags_are_found_as_in_the_whole_text(parts: list[str]) -> None:
+def test_tags_are_found_as_in_the_whole_text(parts):
     answer = "".join(parts)
     thought = re.match(r"\s*<think>\s*(.*?)\s*(?:</think>\s*(.*)|)\Z", answer, re.S)
     expected = ("", answer)
     if thought is not None:
         # The beginning of a closing tag is none of the thinking if nothing follows.
-        cut_off = thought[1] if "</think>" in answer else re.sub(r"\s*</?\Z", "", thought[1])
+        is_certain = "</think>" in answer or answer[-1].isspace()
+        cut_off = thought[1] if is_certain else re.sub(r"\s*</?\Z", "", thought[1])
         expected = (cut_off, thought[2] or "")
     assert parsed(TAGS, parts)[:2] == expected
     assert parsed(TAGS, answer)[:2] == expected
@@ -121,7 +118,7 @@ FINAL = "<|start|>assistant<|channel|>final<|message|>"
         (f"<|channel|>analysis<|message|><|end|>{FINAL}final", "", "final"),
     ],
 )
-def test_channels_other_than_final_are_thinking(answer: str, thinking: str, text: str) -> None:
+def test_channels_other_than_final_are_thinking(answer, thinking, text):
     found, rest, start = parsed(HARMONY, spelled(answer))
     assert (found, rest) == (thinking, text)
     if text:
@@ -136,7 +133,7 @@ def test_channels_other_than_final_are_thinking(answer: str, thinking: str, text
         (HARMONY, f"<|channel|>analysis<|message|>Hm<|end|>{FINAL}Yes, I do"),
     ],
 )
-def test_an_answer_is_continued_from_any_place(form: Any, whole: str) -> None:
+def test_an_answer_is_continued_from_any_place(form, whole):
     whole = "".join(spelled(whole))
     thinking, text, start = parsed(form, whole)
     assert start is not None
@@ -163,14 +160,14 @@ def test_an_answer_is_continued_from_any_place(form: Any, whole: str) -> None:
         (HARMONY, "<|start|>assistant", "<|channel|>final<|message|>"),
     ],
 )
-def test_a_prompt_can_lead_past_the_thinking(form: Any, prompt: str, path: str) -> None:
+def test_a_prompt_can_lead_past_the_thinking(form, prompt, path):
     ids = TOKENIZER.encode_template(prompt)
     found = form.to_answer(TOKENIZER, ids)
     assert found == TOKENIZER.encode_template(path)
     assert parsed(form, list("Yes"), prompt, path) == ("", "Yes", 0)
 
 
-def test_a_template_has_the_format_that_its_source_names() -> None:
+def test_a_template_has_the_format_that_its_source_names():
     known = ["enable_thinking", "messages", "reasoning_effort"]
     assert format_of("{{ '<think>' }}", known) == ThinkingFormat(
         "tags", ("enable_thinking", "reasoning_effort")

@@ -1,7 +1,5 @@
 """The bytes of tokens: joined, they are the text that a person sees."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -51,9 +49,7 @@ def is_text(data: bytes) -> bool:
 
 @many
 @given(places=choices)
-def test_the_bytes_of_random_tokens_are_the_text_that_is_shown(
-    places: list[int], tokenizer: Any, tokens: TokenBytes
-) -> None:
+def test_the_bytes_of_random_tokens_are_the_text_that_is_shown(places, tokenizer, tokens):
     ids = pick(tokens, places)
     data = joined(tokens, ids)
     if is_text(data):
@@ -63,8 +59,8 @@ def test_the_bytes_of_random_tokens_are_the_text_that_is_shown(
 @many
 @given(text=anything, places=choices)
 def test_the_bytes_of_tokens_after_a_prompt_are_the_text_that_is_shown(
-    text: str, places: list[int], tokenizer: Any, tokens: TokenBytes
-) -> None:
+    text, places, tokenizer, tokens
+):
     before, ids = tokenizer.encode("Once " + text), pick(tokens, places)
     data = joined(tokens, ids, begins=False)
     if is_text(data):
@@ -73,33 +69,29 @@ def test_the_bytes_of_tokens_after_a_prompt_are_the_text_that_is_shown(
 
 @many
 @given(text=anything)
-def test_the_bytes_of_typed_text_are_that_text(
-    text: str, tokenizer: Any, tokens: TokenBytes
-) -> None:
+def test_the_bytes_of_typed_text_are_that_text(text, tokenizer, tokens):
     ids = tokenizer.encode("x" + text)
     if not set(ids) & set(tokenizer.control_tokens.values()):  # the vocabulary lacks no character
         assert joined(tokens, ids).decode() == tokenizer.decode(ids)
 
 
-def test_a_token_that_does_not_fill_a_character_has_its_bytes(v1: Any) -> None:
+def test_a_token_that_does_not_fill_a_character_has_its_bytes(v1):
     tokens = v1.token_bytes()
     assert [tokens.within[i] for i in (3 + 0xE2, 3 + 0x82, 3 + 0xAC)] == [b"\xe2", b"\x82", b"\xac"]
 
 
-def test_a_word_loses_its_space_only_at_the_start_of_a_text(v1: Any) -> None:
+def test_a_word_loses_its_space_only_at_the_start_of_a_text(v1):
     tokens, (hello,) = v1.token_bytes(), v1.encode("Hello")
     assert (tokens.within[hello], tokens.first[hello]) == (b" Hello", b"Hello")
 
 
-def test_every_token_has_an_entry_and_control_tokens_have_no_bytes(
-    tokenizer: Any, tokens: TokenBytes
-) -> None:
+def test_every_token_has_an_entry_and_control_tokens_have_no_bytes(tokenizer, tokens):
     assert len(tokens.within) == tokenizer.vocab_size
     controls = tokenizer.control_tokens.values()
     assert [tokens.within[i] for i in controls] == [b""] * len(controls)
     assert not tokens.first.keys() & set(controls)
 
 
-def test_added_tokens_that_people_may_write_are_text(byte_level: Any) -> None:
+def test_added_tokens_that_people_may_write_are_text(byte_level):
     (added,) = byte_level.encode("blockchain")
     assert byte_level.token_bytes().within[added] == b"blockchain"

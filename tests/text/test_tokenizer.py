@@ -1,7 +1,5 @@
 """Tokenizers: ordinary text as the originals encode it, no control token from untrusted text."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -25,9 +23,7 @@ few = settings(deadline=None, max_examples=80)
 
 @few
 @given(text=harmless)
-def test_ordinary_text_is_encoded_as_by_the_original(
-    text: str, tokenizer: Any, reference: Any, v1_original: Any
-) -> None:
+def test_ordinary_text_is_encoded_as_by_the_original(text, tokenizer, reference, v1_original):
     expected = (
         v1_original.encode(text)
         if reference is None
@@ -39,9 +35,7 @@ def test_ordinary_text_is_encoded_as_by_the_original(
 
 @few
 @given(text=harmless)
-def test_ordinary_text_is_decoded_as_by_the_original(
-    text: str, tokenizer: Any, reference: Any, v1_original: Any
-) -> None:
+def test_ordinary_text_is_decoded_as_by_the_original(text, tokenizer, reference, v1_original):
     ids = tokenizer.encode(text)
     expected = (
         v1_original.decode(ids)
@@ -53,11 +47,11 @@ def test_ordinary_text_is_decoded_as_by_the_original(
 
 @few
 @given(text=anything)
-def test_nothing_typed_becomes_a_control_token(text: str, tokenizer: Any) -> None:
+def test_nothing_typed_becomes_a_control_token(text, tokenizer):
     assert build.controls_in(tokenizer, tokenizer.encode(text)) == []
 
 
-def test_every_control_token_can_be_typed_as_text(tokenizer: Any) -> None:
+def test_every_control_token_can_be_typed_as_text(tokenizer):
     for token, token_id in tokenizer.control_tokens.items():
         for text in (token, f"a{token}b", f" {token} ", token * 2, f"{token}\n{token}"):
             ids = tokenizer.encode(text)
@@ -67,27 +61,27 @@ def test_every_control_token_can_be_typed_as_text(tokenizer: Any) -> None:
 
 @few
 @given(text=anything)
-def test_typed_text_decodes_to_itself(text: str, v1: Any, byte_level: Any) -> None:
+def test_typed_text_decodes_to_itself(text, v1, byte_level):
     # SentencePiece writes a space as U+2581, so a typed U+2581 becomes a space.
     assert v1.decode(v1.encode(text)) == text.replace("\u2581", " ")
     assert byte_level.decode(byte_level.encode(text)) == text
 
 
-def test_a_template_may_write_control_tokens(tokenizer: Any) -> None:
+def test_a_template_may_write_control_tokens(tokenizer):
     for token, token_id in tokenizer.control_tokens.items():
         assert build.controls_in(tokenizer, tokenizer.encode_template(f"a{token}\nb")) == (
             [token_id] if token != "<unk>" else []
         )
 
 
-def test_nothing_is_prepended(tokenizer: Any) -> None:
+def test_nothing_is_prepended(tokenizer):
     assert tokenizer.encode("") == []
     assert tokenizer.encode_template("") == []
     for ids in (tokenizer.encode("a"), tokenizer.encode_template("a")):
         assert tokenizer.bos_id is None or ids[0] != tokenizer.bos_id
 
 
-def test_inserted_text_is_text_and_inserted_ids_are_ids(tokenizer: Any) -> None:
+def test_inserted_text_is_text_and_inserted_ids_are_ids(tokenizer):
     name, end = "<|im_end|>" if tokenizer.control_tokens.get("<|im_end|>") else "</s>", [7, 7]
     ids = tokenizer.encode_template(f"a {name}x {name} y", {"x": name, "y": (7, 7)})
     assert build.controls_in(tokenizer, ids) == [tokenizer.control_tokens.get(name)] * 2
@@ -95,7 +89,7 @@ def test_inserted_text_is_text_and_inserted_ids_are_ids(tokenizer: Any) -> None:
     assert tokenizer.encode_template("x", {"x": f"a {name} b"}) == tokenizer.encode(f"a {name} b")
 
 
-def test_text_continues_inserted_ids_without_a_space(tokenizer: Any, kind: str) -> None:
+def test_text_continues_inserted_ids_without_a_space(tokenizer, kind):
     if kind == "unigram":
         pytest.skip("has no newline token, so it cannot encode text that continues")
     word = tokenizer.encode("go")
@@ -104,7 +98,7 @@ def test_text_continues_inserted_ids_without_a_space(tokenizer: Any, kind: str) 
     assert tokenizer.decode(ids) == ("a go on\n\n gogo" if spaced else "ago on\n\ngogo")
 
 
-def test_text_that_merges_with_a_newline_keeps_its_space(tmp_path: Path) -> None:
+def test_text_that_merges_with_a_newline_keeps_its_space(tmp_path):
     """A newline that is one token with the text after it cannot be dropped."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     pieces += ["\u2581", "a", "\n", "\n\n"]
@@ -116,14 +110,14 @@ def test_text_that_merges_with_a_newline_keeps_its_space(tmp_path: Path) -> None
     assert tokenizer.encode_template("x\na", {"x": (a,)}) == [a, space, line, a]
 
 
-def test_control_tokens_and_unknown_ids_have_no_text(tokenizer: Any) -> None:
+def test_control_tokens_and_unknown_ids_have_no_text(tokenizer):
     ids = tokenizer.encode("to be")
     special = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     strange = [tokenizer.vocab_size, tokenizer.vocab_size + 95]
     assert tokenizer.decode([*special, *ids[:1], *strange, *ids[1:], *special]) == "to be"
 
 
-def test_half_a_surrogate_pair_is_refused(tokenizer: Any) -> None:
+def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(PromptError, match="lone surrogate at character 2"):
         tokenizer.encode("ab\udc80")
     with pytest.raises(PromptError, match="lone surrogate"):
@@ -132,7 +126,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Any) -> None:
         tokenizer.encode_template("ax", {"x": "\udc80"})
 
 
-def test_mistrals_own_ids(v1: Any) -> None:
+def test_mistrals_own_ids(v1):
     assert (v1.vocab_size, v1.bos_id, v1.eos_id, v1.adds_bos) == (32000, 1, 2, True)
     assert v1.control_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2}
     assert v1.encode("[INST] Hi [/INST]") == [733, 16289, 28793, 15359, 733, 28748, 16289, 28793]
@@ -140,7 +134,7 @@ def test_mistrals_own_ids(v1: Any) -> None:
     assert v1.encode_template("</s>") == [2]
 
 
-def test_added_tokens_follow_sentencepieces_own(checkpoints: Any, v1: Any) -> None:
+def test_added_tokens_follow_sentencepieces_own(checkpoints, v1):
     tokenizer = load_tokenizer(checkpoints["spm-added"])
     assert isinstance(tokenizer, SentencePieceTokenizer)
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (32002, 32001)
@@ -150,7 +144,7 @@ def test_added_tokens_follow_sentencepieces_own(checkpoints: Any, v1: Any) -> No
     assert tokenizer.encode("<|im_end|>") == v1.encode("<|im_end|>")
 
 
-def test_added_tokens_json_counts_too(tmp_path: Path) -> None:
+def test_added_tokens_json_counts_too(tmp_path):
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE)
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 32001, "<|im_start|>": 32000}')
     tokenizer = load_tokenizer(tmp_path)
@@ -159,14 +153,14 @@ def test_added_tokens_json_counts_too(tmp_path: Path) -> None:
     assert 32001 not in tokenizer.encode("<|im_end|>")
 
 
-def test_without_legacy_text_after_a_control_token_gets_no_space(tmp_path: Path) -> None:
+def test_without_legacy_text_after_a_control_token_gets_no_space(tmp_path):
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE, legacy=False)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode_template("a</s>b")) == "ab"
     assert tokenizer.encode_template("Hello</s>Hello") == [22557, 2, 16230]
 
 
-def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) -> None:
+def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path):
     """Some fine-tunes write their markup into tokenizer.model, so that any text can spell it."""
     import io
 
@@ -196,7 +190,7 @@ def test_user_defined_pieces_of_sentencepiece_cannot_be_typed(tmp_path: Path) ->
         assert tokenizer.encode(text) == original.encode(text)
 
 
-def test_added_words_that_are_not_markup_are_unchanged(byte_level: Any) -> None:
+def test_added_words_that_are_not_markup_are_unchanged(byte_level):
     assert len(byte_level.encode("blockchain")) == 1
     assert byte_level.control_tokens.get("blockchain") is None
     ids = byte_level.encode_template("a<tool>b")
@@ -214,7 +208,7 @@ def edited(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     return tmp_path
 
 
-def test_a_vocabulary_that_spells_a_control_token_does_not_yield_it(tmp_path: Path) -> None:
+def test_a_vocabulary_that_spells_a_control_token_does_not_yield_it(tmp_path):
     """Its merges lead to it; in the original the added token is found first."""
     merges = [["<", "s"], ["<s", ">"]]
 
@@ -233,7 +227,7 @@ def test_a_vocabulary_that_spells_a_control_token_does_not_yield_it(tmp_path: Pa
     assert tokenizer.encode_template("<s>") == [tokenizer.control_tokens.get("<s>")]
 
 
-def test_truncation_and_padding_in_the_file_do_not_count(tmp_path: Path) -> None:
+def test_truncation_and_padding_in_the_file_do_not_count(tmp_path):
     def change(spec: dict[str, Any]) -> None:
         spec["truncation"] = {
             "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0,
@@ -248,7 +242,7 @@ def test_truncation_and_padding_in_the_file_do_not_count(tmp_path: Path) -> None
     assert len(tokenizer.encode("q w x y")) not in (2, 9)
 
 
-def test_tokens_that_only_the_settings_name_are_added(tmp_path: Path) -> None:
+def test_tokens_that_only_the_settings_name_are_added(tmp_path):
     size = build.byte_level().get_vocab_size()
     added = {str(size): {"content": "<|tool|>", "special": False}}
     build.write_checkpoint(
@@ -261,7 +255,7 @@ def test_tokens_that_only_the_settings_name_are_added(tmp_path: Path) -> None:
     assert size not in tokenizer.encode("<|tool|>")
 
 
-def test_a_single_word_token_is_not_found_inside_a_word(tmp_path: Path) -> None:
+def test_a_single_word_token_is_not_found_inside_a_word(tmp_path):
     def change(spec: dict[str, Any]) -> None:
         spec["added_tokens"][2]["single_word"] = True
 
@@ -272,8 +266,8 @@ def test_a_single_word_token_is_not_found_inside_a_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("setting", "adds"), [(None, True), (True, True), (False, False)])
 def test_the_checkpoint_decides_whether_a_text_begins_with_bos(
-    setting: bool | None, adds: bool, checkpoints: Any, tmp_path: Path
-) -> None:
+    setting, adds, checkpoints, tmp_path
+):
     config = {} if setting is None else {"add_bos_token": setting}
     for name, source in (("tokenizer.model", build.V1_FILE), ("tokenizer.json", None)):
         directory = tmp_path / name
@@ -284,7 +278,7 @@ def test_the_checkpoint_decides_whether_a_text_begins_with_bos(
     assert not load_tokenizer(checkpoints["byte-level"]).adds_bos
 
 
-def test_broken_bytes_do_not_change_their_neighbours(tokenizer: Any, kind: str) -> None:
+def test_broken_bytes_do_not_change_their_neighbours(tokenizer, kind):
     """The package tokenizers rejects a whole run of byte tokens for one that is wrong."""
     if not kind.startswith(("llama", "spm")):
         pytest.skip("has no byte tokens")
@@ -316,7 +310,7 @@ NAMED = [{"name": "rag", "template": build.MISTRAL}, {"name": "default", "templa
         ("tokenizer.json", build.MISTRAL, JsonTokenizer),
     ],
 )
-def test_the_choice_of_a_file(files: str, template: Any, kind: type, tmp_path: Path) -> None:
+def test_the_choice_of_a_file(files, template, kind, tmp_path):
     build.write_checkpoint(
         tmp_path,
         None if files == "tokenizer.model" else build.byte_level(),
@@ -326,8 +320,11 @@ def test_the_choice_of_a_file(files: str, template: Any, kind: type, tmp_path: P
     assert type(load_tokenizer(tmp_path)) is kind
 
 
-def assert_names_the_file(error: CheckpointError, file: Path) -> None:
-    message = str(error)
+def assert_refused(file: Path, match: str | None = None) -> None:
+    """The tokenizer of the file's directory cannot be loaded, and one line names the file."""
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_tokenizer(file.parent)
+    message = str(caught.value)
     assert str(file) in message
     assert "\n" not in message
     assert len(message) < len(str(file)) + 300
@@ -347,34 +344,28 @@ def assert_names_the_file(error: CheckpointError, file: Path) -> None:
     ],
     ids=range(17),
 )  # fmt: skip
-def test_damaged_files_are_named_in_one_line(name: str, content: bytes, tmp_path: Path) -> None:
+def test_damaged_files_are_named_in_one_line(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError) as caught:
-        load_tokenizer(tmp_path)
-    assert_names_the_file(caught.value, tmp_path / name)
+    assert_refused(tmp_path / name)
 
 
-def test_a_file_cut_short_is_damaged(checkpoints: Any, tmp_path: Path) -> None:
+def test_a_file_cut_short_is_damaged(checkpoints, tmp_path):
     for source in (build.V1_FILE, checkpoints["byte-level"] / "tokenizer.json"):
         data = source.read_bytes()
         name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
         for size in (1, len(data) // 2, len(data) - 1):
             (tmp_path / name).write_bytes(data[:size])
-            with pytest.raises(CheckpointError) as caught:
-                load_tokenizer(tmp_path)
-            assert_names_the_file(caught.value, tmp_path / name)
+            assert_refused(tmp_path / name)
         (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-def test_a_directory_is_not_a_file(name: str, tmp_path: Path) -> None:
+def test_a_directory_is_not_a_file(name, tmp_path):
     (tmp_path / name).mkdir()
-    with pytest.raises(CheckpointError, match="cannot be read") as caught:
-        load_tokenizer(tmp_path)
-    assert_names_the_file(caught.value, tmp_path / name)
+    assert_refused(tmp_path / name, "cannot be read")
 
 
-def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+def test_no_tokenizer_at_all(tmp_path):
     for directory in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match=r"no tokenizer\.model and no tokenizer\.json"):
             load_tokenizer(directory)
@@ -395,15 +386,13 @@ def test_no_tokenizer_at_all(tmp_path: Path) -> None:
         ("special_tokens_map.json", "null"),
     ],
 )
-def test_damaged_settings_are_named_in_one_line(name: str, content: str, tmp_path: Path) -> None:
+def test_damaged_settings_are_named_in_one_line(name, content, tmp_path):
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE)
     (tmp_path / name).write_text(content)
-    with pytest.raises(CheckpointError) as caught:
-        load_tokenizer(tmp_path)
-    assert_names_the_file(caught.value, tmp_path / name)
+    assert_refused(tmp_path / name)
 
 
-def test_importing_the_room_loads_no_library() -> None:
+def test_importing_the_room_loads_no_library():
     code = (
         "import sys, mixchat.text.choose, mixchat.text.detokenizer\n"
         "heavy = {'torch', 'tokenizers', 'sentencepiece', 'jinja2', 'transformers', 'numpy'}\n"

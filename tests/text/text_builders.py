@@ -1,7 +1,5 @@
 """Small tokenizers of every kind, in the files that checkpoints have."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Texts for hypothesis: anything Unicode, and texts made to look like control markup."""
 
-from __future__ import annotations
-
 from hypothesis import strategies as st
 
 CONTROL = [

@@ -1,7 +1,5 @@
 """An installed model is damaged, checked and repaired with these."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mixchat.base.progress import NoProgress

@@ -1,7 +1,5 @@
 """A data directory and a hub's cache of their own, and a hub with the tiny model."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path

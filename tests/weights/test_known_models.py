@@ -26,7 +26,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_known_model_has_the_size_that_its_publisher_names(name: str) -> None:
+def test_a_known_model_has_the_size_that_its_publisher_names(name):
     shapes = expected_shapes(read_config(KNOWN[name].config))
     parameters = sum(map(prod, shapes.values()))
     fetched = KNOWN[name].fetched_gb
@@ -35,7 +35,7 @@ def test_a_known_model_has_the_size_that_its_publisher_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_transformers_reads_the_same_in_a_known_config(name: str) -> None:
+def test_transformers_reads_the_same_in_a_known_config(name):
     raw = KNOWN[name].config
     theirs = CONFIG_MAPPING[raw["model_type"]](**raw)
     assert read_config(theirs.to_dict()) == read_config(raw)
@@ -51,7 +51,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_a_known_config_differs_from_the_defaults_in_these_keys(name: str) -> None:
+def test_a_known_config_differs_from_the_defaults_in_these_keys(name):
     raw = KNOWN[name].config
     changed = {key: raw[key] for key in CHANGED[name]}
     tokens = {key: value for key, value in raw.items() if key.endswith("_token_id")}
@@ -61,7 +61,7 @@ def test_a_known_config_differs_from_the_defaults_in_these_keys(name: str) -> No
 
 
 @pytest.mark.parametrize(("names", "blueprint"), known_blueprints().items())
-def test_a_known_model_is_planned_as_a_download_makes_it(names, blueprint) -> None:
+def test_a_known_model_is_planned_as_a_download_makes_it(names, blueprint):
     for name in names:
         assert make_blueprint(known_index(KNOWN[name]), QuantizeOptions()) == blueprint
     assert blueprint.weights_size == pytest.approx(blueprint.size, rel=0.005)

@@ -1,7 +1,5 @@
 """Names of models, and the models on this machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -52,7 +50,8 @@ HOSTILE = [
     "-org/name", "org/name.git", "org/name\n", "org/na\0me", "org/\u202ename", "org/name\x1b[31m",
     "\0", "a\0b", "org\\name", "C:\\models\\x", "org/n\u00e4me", "org/" + "n" * 97,
     "o" * 97 + "/name", "n" * 100_000, "\ud800", "org/\udc80", "//", "/", "~/x", "con/",
-    "https://hub/org/name", "models--org--name",
+    "https://hub/org/name", "models--org--name", "org/name:", "org/name:../x", "org/name:a--b",
+    "org/name:Q8_0:x", ":Q8_0", "org:Q8_0", "org/name:Q8_0\n", "/no/such.gguf", "no.gguf",
 ]
 # fmt: on
 
@@ -81,12 +80,12 @@ def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
 
 class TestResolve:
     @pytest.mark.parametrize("alias", sorted(ALIASES))
-    def test_an_alias_is_installed_where_its_repo_is(self, alias: str) -> None:
+    def test_an_alias_is_installed_where_its_repo_is(self, alias):
         ref = models.resolve(alias)
         assert ref.repo == ALIASES[alias]
         assert ref.key == models.resolve(ref.repo).key == ref.repo.replace("/", "--")
 
-    def test_a_model_here_precedes_an_alias_that_is_newer(self, home: Path) -> None:
+    def test_a_model_here_precedes_an_alias_that_is_newer(self, home):
         """Somebody may have installed a model as "8x22b" before that was an alias."""
         (home / "models" / "8x22b").mkdir(parents=True)
         assert models.resolve("8x22b") == models.ModelRef("8x22b", "8x22b")
@@ -110,24 +109,24 @@ class TestResolve:
             ("granite-3.1-3b-a800m-instruct", "granite"),
         ],
     )
-    def test_the_names_of_other_programs_are_understood(self, name: str, meant: str) -> None:
+    def test_the_names_of_other_programs_are_understood(self, name, meant):
         with pytest.raises(ModelNotFoundError) as caught:
             models.resolve(name)
         assert caught.value.hint == f"Did you mean {meant}?"
 
-    def test_the_demo(self) -> None:
+    def test_the_demo(self):
         assert models.resolve("demo") == models.ModelRef("demo", "demo", demo=True)
 
     @pytest.mark.parametrize(
         "name", ["org/name", "a/b", "O_r-g1/n.a-m_e", "x" * 96 + "/" + "y" * 96]
     )
-    def test_a_hub_id(self, name: str, home: Path) -> None:
+    def test_a_hub_id(self, name, home):
         ref = models.resolve(name)
         assert (ref.repo, ref.path) == (name, None)
         assert ref.directory.parent == home / "models"
 
     @pytest.mark.parametrize("name", HOSTILE)
-    def test_a_hostile_name_means_nothing(self, name: str) -> None:
+    def test_a_hostile_name_means_nothing(self, name):
         before = set(Path.cwd().parent.rglob("*"))
         with pytest.raises(MixchatError) as caught:
             models.resolve(name)
@@ -137,13 +136,13 @@ class TestResolve:
         assert caught.value.hint
         assert set(Path.cwd().parent.rglob("*")) == before
 
-    def test_what_can_be_named_is_in_the_hint(self) -> None:
+    def test_what_can_be_named_is_in_the_hint(self):
         with pytest.raises(ModelNotFoundError) as caught:
             models.resolve("nonsense")
         assert all(word in caught.value.hint for word in ("instruct", "base", "demo", "ORG/NAME"))
 
     @given(st.text(max_size=30) | st.text("abc-./_\n\0 é", max_size=12))
-    def test_no_name_leads_out_of_the_data_directory(self, name: str) -> None:
+    def test_no_name_leads_out_of_the_data_directory(self, name):
         try:
             ref = models.resolve(name)
         except (ModelNotFoundError, UsageError) as error:
@@ -156,7 +155,7 @@ class TestResolve:
         assert shown == "" or shown.isprintable()
 
     @given(st.from_regex(r"[\w.-]{1,12}/[\w.-]{1,12}", fullmatch=True))
-    def test_a_name_taken_for_a_hub_id_is_one_by_the_hub_s_own_rules(self, name: str) -> None:
+    def test_a_name_taken_for_a_hub_id_is_one_by_the_hub_s_own_rules(self, name):
         from huggingface_hub.utils import validate_repo_id
 
         try:
@@ -167,28 +166,26 @@ class TestResolve:
             assert ref.repo == name
             validate_repo_id(name)
 
-    def test_a_directory(self) -> None:
+    def test_a_directory(self):
         Path("my-model").mkdir()
         for name in ("my-model", "./my-model", str(Path("my-model").absolute())):
             ref = models.resolve(name)
             assert ref.path == Path("my-model").absolute()
             assert ref.key == "my-model"
 
-    def test_org_and_name_are_the_hub_s_even_if_there_is_such_a_directory(self) -> None:
+    def test_org_and_name_are_the_hub_s_even_if_there_is_such_a_directory(self):
         Path("org/name").mkdir(parents=True)
         assert models.resolve("org/name").repo == "org/name"
         assert models.resolve("./org/name").path == Path("org/name").absolute()
 
     @pytest.mark.parametrize("name", [".", "./", "../here", "sub/.."])
-    def test_a_directory_by_a_relative_path_is_installed_under_its_own_name(
-        self, name: str
-    ) -> None:
+    def test_a_directory_by_a_relative_path_is_installed_under_its_own_name(self, name):
         Path("sub").mkdir()
         assert models.resolve(name).path == Path.cwd()
         assert models.resolve(name).key == "here"
 
     @pytest.mark.parametrize("name", ["my model", ".hidden", "demo", "instruct", "org--name", "ä"])
-    def test_a_directory_whose_name_cannot_be_a_key_needs_another(self, name: str) -> None:
+    def test_a_directory_whose_name_cannot_be_a_key_needs_another(self, name):
         Path(name).mkdir()
         with pytest.raises(UsageError, match="cannot be a model's name") as caught:
             models.resolve(f"./{name}")
@@ -196,19 +193,30 @@ class TestResolve:
         assert models.resolve(f"./{name}", key="mine").key == "mine"
 
     @pytest.mark.parametrize("key", ["", "..", "a/b", "/x", "a--b", "demo", "base", ".x", "x\n"])
-    def test_a_key_that_cannot_be(self, key: str) -> None:
+    def test_a_key_that_cannot_be(self, key):
         with pytest.raises(UsageError):
             models.resolve("org/name", key=key)
 
-    def test_the_keys_that_list_shows_are_names(self) -> None:
+    def test_a_gguf_file_gives_its_name(self):
+        for name in ("tiny.Q8_0.gguf", "tiny-00001-of-00003.gguf"):
+            Path(name).touch()
+            assert models.resolve(f"./{name}").path == Path(name).absolute()
+        assert models.resolve("./tiny.Q8_0.gguf").key == "tiny.Q8_0"
+        assert models.resolve("tiny-00001-of-00003.gguf").key == "tiny"
+
+    def test_the_keys_that_list_shows_are_names(self):
         keep("org--name")
         keep("mine")
+        keep("org--name--Q4_K_M")
         assert models.resolve("org--name").repo == "org/name"
+        for name in ("org--name--Q4_K_M", "org/name:Q4_K_M"):
+            ref = models.resolve(name)
+            assert (ref.repo, ref.key) == ("org/name:Q4_K_M", "org--name--Q4_K_M")
         assert models.resolve("mine") == models.ModelRef("mine", "mine")
 
 
 class TestFind:
-    def test_an_installed_model(self) -> None:
+    def test_an_installed_model(self):
         directory = keep("org--name")
         assert (
             models.installed_directory("org/name")
@@ -216,12 +224,12 @@ class TestFind:
             == directory
         )
 
-    def test_one_that_is_not_here(self) -> None:
+    def test_one_that_is_not_here(self):
         with pytest.raises(ModelNotFoundError, match="not on this machine") as caught:
             models.installed_directory("demo")
         assert "mixchat download demo" in caught.value.hint
 
-    def test_an_unfinished_one_says_so(self) -> None:
+    def test_an_unfinished_one_says_so(self):
         keep("org--name", finished=False)
         with pytest.raises(ModelNotFoundError, match="unfinished") as caught:
             models.installed_directory("org/name")
@@ -229,31 +237,31 @@ class TestFind:
 
 
 class TestLocate:
-    def test_finds_what_is_there_whatever_its_state(self) -> None:
+    def test_finds_what_is_there_whatever_its_state(self):
         for key, finished in (("org--name", True), ("half", False)):
             directory = keep(key, finished=finished)
             assert models.existing_directory(key) == directory
         assert models.existing_directory("org/name") == models.models_dir() / "org--name"
 
-    def test_one_that_is_not_here(self) -> None:
+    def test_one_that_is_not_here(self):
         for name in ("org/name", "demo", "instruct"):
             with pytest.raises(ModelNotFoundError, match="not on this machine"):
                 models.existing_directory(name)
 
-    def test_an_installed_model_elsewhere_only_where_it_is_requested(self) -> None:
+    def test_an_installed_model_elsewhere_only_where_it_is_requested(self):
         place = keep("elsewhere").rename(Path.cwd() / "moved")
         assert models.installed_directory("./moved") == place
         with pytest.raises(ModelNotFoundError):
             models.installed_directory("./moved", anywhere=False)
 
-    def test_a_directory_is_not_the_model_that_has_its_name(self) -> None:
+    def test_a_directory_is_not_the_model_that_has_its_name(self):
         """`rm ./half` once meant the installed model `half`."""
         keep("half")
         (Path.cwd() / "half").mkdir()
         with pytest.raises(ModelNotFoundError):
             models.existing_directory("./half")
 
-    def test_one_of_the_two_manifests_makes_it_an_installed_model(self) -> None:
+    def test_one_of_the_two_manifests_makes_it_an_installed_model(self):
         """Without `mixchat.json` it was taken for unfinished: `gc` removed what `repair` mends."""
         directory = keep("good")
         (directory / "mixchat.json").rename(directory / "mixchat.copy.json")
@@ -261,18 +269,18 @@ class TestLocate:
         (entry,) = models.list_models()
         assert entry.problem == "damaged"
 
-    def test_a_link_to_a_directory_is_the_link(self, tmp_path: Path) -> None:
+    def test_a_link_to_a_directory_is_the_link(self, tmp_path):
         keep("good")
         (models.models_dir() / "link").symlink_to(models.models_dir() / "good")
         assert models.existing_directory("link") == models.models_dir() / "link"
 
 
 class TestList:
-    def test_nothing_yet(self, home: Path) -> None:
+    def test_nothing_yet(self, home):
         assert models.list_models() == []
         assert not home.exists()
 
-    def test_the_installed_ones_by_key(self) -> None:
+    def test_the_installed_ones_by_key(self):
         path = keep("org--name")
         keep("demo", source="demo")
         demo, other = models.list_models()
@@ -285,23 +293,23 @@ class TestList:
         )
 
     @pytest.mark.parametrize("config", [b"", b"{}", b'{"model_type": "llama"}'])
-    def test_a_damaged_config_is_a_damaged_model(self, config: bytes) -> None:
+    def test_a_damaged_config_is_a_damaged_model(self, config):
         (keep("bad") / "config.json").write_bytes(config)
         assert [model.problem for model in models.list_models()] == ["damaged"]
 
-    def test_a_file_of_another_size_is_a_damaged_model(self) -> None:
+    def test_a_file_of_another_size_is_a_damaged_model(self):
         (keep("bad") / "shared.safetensors").write_bytes(b"short")
         assert [model.problem for model in models.list_models()] == ["damaged"]
 
     @pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
-    def test_one_damaged_manifest_does_not_hide_the_others(self, manifest: bytes) -> None:
+    def test_one_damaged_manifest_does_not_hide_the_others(self, manifest):
         keep("good")
         (keep("bad") / "mixchat.json").write_bytes(manifest)
         keep("half", finished=False)
         installed = {model.key: model.problem for model in models.list_models()}
         assert installed == {"bad": "damaged", "good": None, "half": "unfinished"}
 
-    def test_what_is_no_model_is_left_out(self) -> None:
+    def test_what_is_no_model_is_left_out(self):
         keep("good")
         (models.models_dir() / "a file").write_text("")
         (models.models_dir() / ".good.lock").write_text("")
@@ -310,7 +318,7 @@ class TestList:
         assert [model.key for model in models.list_models()] == ["good"]
 
 
-def test_names_of_finished_models_are_the_shortest(home: Path) -> None:
+def test_names_of_finished_models_are_the_shortest(home):
     assert models.installed_names() == []
     for key in ("mine", "org--tune", "demo", "mistralai--Mixtral-8x7B-Instruct-v0.1"):
         keep(key)
@@ -319,7 +327,7 @@ def test_names_of_finished_models_are_the_shortest(home: Path) -> None:
     assert models.installed_names() == ["demo", "mine", "instruct", "org--tune"]
 
 
-def test_importing_does_no_work() -> None:
+def test_importing_does_no_work():
     program = (
         "import sys, json\n"
         "from mixchat.weights import models\n"

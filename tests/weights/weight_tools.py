@@ -1,7 +1,5 @@
 """Checkpoints cut into shards, checkpoints that fail or count, and a progress that adds up."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Sequence

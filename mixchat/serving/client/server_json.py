@@ -146,7 +146,18 @@ def read_piece(data: str) -> Piece:
     if reason:
         reason = "length" if reason == "length" else "stop"
     usage = _usage(raw.get("usage"))
-    return Piece(_text(delta.get("content")), reason or None, usage, _text(thinking))
+    text = _text(delta.get("content")) + _calls(delta.get("tool_calls") or [])
+    return Piece(text, reason or None, usage, _text(thinking))
+
+
+def _calls(given: object) -> str:
+    """Return pieces of calls of tools as text."""
+    text = ""
+    for call in map(_object, given if isinstance(given, list) else [given]):
+        function = _object(call.get("function") or {})
+        name = _text(function.get("name"))
+        text += (f"\ncall {name}: " if name else "") + _text(function.get("arguments"))
+    return text
 
 
 def _text(given: object) -> str:

@@ -3,7 +3,9 @@
 - body.py: JSON from bytes
 - fields.py: checked values from a JSON object
 - options.py: the fields that chat and completion share
-- chat.py: a chat, turned into jobs
+- chat.py: the body of a chat
+- chat_job.py: a chat, whichever API asks for it, turned into a job
+- tools.py: the tools that a request offers, and calls in its conversation
 - completion.py: a completion, turned into jobs
 - thinking.py: the fields that control a model's thinking
 - forms.py: the form that an answer has to have

@@ -2,26 +2,29 @@
 
 | field                         | taken as                                           |
 | ----------------------------- | -------------------------------------------------- |
-| messages                      | system, developer, user, assistant, in text only   |
+| messages                      | system, developer, user, assistant, tool, as text  |
 | messages[-1] of the assistant | the beginning of the answer                        |
 | messages[].name               | ignored                                            |
 | logprobs, top_logprobs        | at most 20                                         |
-| messages[].reasoning_content  | ignored, as templates do                           |
+| messages[].reasoning_content  | ignored, except in an answer with tool_calls       |
 | modalities                    | only ["text"]                                      |
 | chat_template_kwargs,         | as far as the model's template knows them, else    |
 | reasoning_effort, think       | ignored and named, or refused if strict            |
-| tools, functions              | ignored and named, or refused if they force a call |
+| tools, tool_choice,           | see tools.py                                       |
+| parallel_tool_calls           |                                                    |
+| functions, function_call      | ignored and named, or refused if they force a call |
 | audio, and so on              | refused                                            |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, FailFast, Field, WrapValidator
+from pydantic import FailFast, Field, ValidationInfo, WrapValidator
 
+from mixchat.serving.requests.chat_job import ChatRequest, chat_job
 from mixchat.serving.requests.errors import field_error
 from mixchat.serving.requests.fields import (
     RequestObject,
@@ -30,7 +33,7 @@ from mixchat.serving.requests.fields import (
     only,
     wrong,
 )
-from mixchat.serving.requests.forms import Compile, constraint_of
+from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import (
     TOP_LOGPROBS,
     Defaults,
@@ -40,16 +43,17 @@ from mixchat.serving.requests.options import (
     read_fields,
 )
 from mixchat.serving.requests.thinking import take_thinking
+from mixchat.serving.requests.tools import Calls, ToolFields, calls_of
 from mixchat.serving.service import Service
-from mixchat.text.messages import Message
+from mixchat.text.messages import Message, Role
 
 _MAX_MESSAGES = 10_000
 _MAX_PARTS = 1000  # of a message
-_NO_TOOLS = "is not supported: the model cannot call tools"
-_NO_CALL = "cannot be followed: the model cannot call tools"
+_NO_FUNCTIONS = "is not supported: use tools"
+_NO_CALL = "cannot be followed: use tools and tool_choice"
 _TEXT_ONLY = "is not supported: the model reads and writes text alone"
 # An empty list counts as not given.
-_ToolField: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _NO_TOOLS)]
+_ToolField: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _NO_FUNCTIONS)]
 _MediaField: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _TEXT_ONLY)]
 _ToolChoice: TypeAlias = Annotated[Any, only(("none", "auto"), "unsupported_value", _NO_CALL)]
 
@@ -60,13 +64,9 @@ class _Part(RequestObject):
     text: str
 
 
-def _no_tool(given: Any) -> Any:
-    if given in ("tool", "function"):
-        raise wrong("unsupported_value", _NO_TOOLS)
-    return given
-
-
-def _text(given: Any, parts_of: Callable[[Any], list[_Part]]) -> Any:
+def _text(given: Any, parts_of: Callable[[Any], list[_Part]], info: ValidationInfo) -> Any:
+    if given is None and info.data.get("tool_calls"):
+        return ""
     if isinstance(given, str):
         return given
     if not isinstance(given, list):
@@ -75,29 +75,45 @@ def _text(given: Any, parts_of: Callable[[Any], list[_Part]]) -> Any:
 
 
 class _ChatMessage(RequestObject):
-    ignored = ("name", "reasoning_content", "reasoning")
+    ignored = ("name", "reasoning")
     never_null = ("role", "content")
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_tool)]
-    tool_calls: _ToolField = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    reasoning_content: Any = None
+    tool_calls: Calls = Field([])
+    tool_call_id: str = ""
     function_call: _ToolField = None
-    tool_call_id: _ToolField = None
     audio: _MediaField = None
     refusal: _MediaField = None
     annotations: _MediaField = None
     # A string in the end, by `_text`.
     content: Annotated[list[_Part], FailFast(), max_items(_MAX_PARTS), WrapValidator(_text)]
 
-    def message(self) -> Message:
-        return Message("system" if self.role == "developer" else self.role, str(self.content))
+    def message(self, path: str) -> Message:
+        """Return the message. Raises `RequestError` for fields of another role."""
+        role: Role = "system" if self.role == "developer" else self.role
+        if self.tool_calls and role != "assistant":
+            reason = "belongs to the role assistant alone"
+            raise field_error(f"{path}.tool_calls", reason, "unknown_parameter")
+        if role == "tool" and not self.tool_call_id:
+            raise field_error(f"{path}.tool_call_id", "is missing", "missing_required_parameter")
+        if self.tool_call_id and role != "tool":
+            reason = "belongs to the role tool alone"
+            raise field_error(f"{path}.tool_call_id", reason, "unknown_parameter")
+        calls = calls_of(self.tool_calls, f"{path}.tool_calls")
+        thinking = self.reasoning_content if calls else ""
+        return Message(
+            role,
+            str(self.content),
+            thinking=thinking if isinstance(thinking, str) else "",
+            calls=calls,
+            call_id=self.tool_call_id,
+        )
 
 
-class _ChatFields(SharedFields):
-    ignored = (*SharedFields.ignored, "parallel_tool_calls")
-    tools: Any = None
+class _ChatFields(ToolFields, SharedFields):
     functions: Any = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, number(TOP_LOGPROBS)] = None
-    tool_choice: _ToolChoice = None
     function_call: _ToolChoice = None
     audio: _MediaField = None
     web_search_options: _MediaField = None
@@ -115,31 +131,31 @@ def read_chat(
 
     Raises `RequestError` and `PromptError`.
     """
-    template, tokenizer = service.template, service.tokenizer
-    body, variables = take_thinking(body, template.thinking)
+    body, variables = take_thinking(body, service.template.thinking)
     fields, job, ignored = read_fields(_ChatFields, body, service, defaults)
-    # Open WebUI and others offer tools with each question, and need no call.
-    ignored += tuple(n for n in ("tools", "functions") if getattr(fields, n) not in (None, []))
+    ignored += ("functions",) if fields.functions not in (None, []) else ()
     if fields.top_logprobs and not fields.logprobs:
         raise field_error("top_logprobs", "needs logprobs: true", "invalid_value")
     if not fields.messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
-    messages = [message.message() for message in fields.messages]
-    service.context.check_text("".join(message.content for message in messages), "the prompt")
-    continued, thinking = messages[-1].role == "assistant", template.thinking
-    start = tokenizer.encode(messages.pop().content) if continued else []
-    constraint = constraint_of(fields, compile_form, start, template.continues_prompt)
-    if constraint is not None and thinking is not None and thinking.switch is not None:
-        variables = {**variables, thinking.switch: False}
-    ids = template.encode(messages, variables)
-    if thinking is not None and (continued or constraint is not None):
-        start = [*thinking.to_answer(tokenizer, ids), *start]
-    job = replace(
-        job,
-        top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
-        constraint=constraint,
-        continues_prompt=continued or template.continues_prompt,
-        thinking=thinking,
-        begun=len(start),
-    )
-    return parsed(fields, job, [[*ids, *start]], ignored)
+    job = replace(job, top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None)
+    request = ChatRequest(_messages(fields.messages), variables, fields.offer(), fields)
+    job = chat_job(request, job, service, compile_form)
+    return parsed(fields, job, [job.prompt_ids], ignored)
+
+
+def _messages(fields: Sequence[_ChatMessage]) -> list[Message]:
+    """Return the messages. Raises `RequestError` for a result of a tool without its call."""
+    messages, waiting = list[Message](), set[str]()
+    for i, given in enumerate(fields):
+        message = given.message(f"messages[{i}]")
+        if message.role == "tool" and message.call_id not in waiting:
+            reason = "is not the id of a call in the answer before"
+            raise field_error(f"messages[{i}].tool_call_id", reason, "invalid_value")
+        if message.role != "tool":
+            waiting = {call.id for call in message.calls}
+        messages.append(message)
+    if messages[-1].calls:
+        reason = "have no results: a message of the role tool has to follow"
+        raise field_error(f"messages[{len(messages) - 1}].tool_calls", reason, "invalid_value")
+    return messages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -13,28 +13,33 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from mixchat.base.errors import MixchatError
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.requests.fields import RequestObject, wrong
+from mixchat.text.form.call_form import CallForm
 from mixchat.text.form.grammar import looks_like_gbnf
 from mixchat.text.form.output_constraint import (
     HASTY_S,
     OutputConstraint,
+    checked_calls,
     checked_grammar,
     checked_schema,
-    json_object,
 )
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
     from mixchat.serving.service import Service
     from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
+    from mixchat.text.thinking import ThinkingParser
 
-MakeConstraint: TypeAlias = "Callable[[], Constraint]"
+Form: TypeAlias = "dict[str, Any] | str | CallForm"
+MakeConstraint: TypeAlias = "Callable[[ThinkingParser], Constraint]"
+# Takes the tokens of an answer's beginning, and `continued`.
+StartConstraint: TypeAlias = "Callable[..., TokenConstraint]"
 _MAX_FORM = 100_000  # bytes of a schema or a grammar, which take 2 s
 _MAX_CACHED_FORMS = 64
 
 
-# Compiles a JSON schema, a grammar's text, or None for any JSON object, until `at_end` is closed.
-# Raises `MixchatError`. Its result takes the tokens of an answer's beginning, and `continued`.
-Compile: TypeAlias = "Callable[..., Callable[..., Constraint]]"
+# Compiles a JSON schema, a grammar's text, or calls of tools, until `at_end` is closed. Raises
+# `MixchatError`.
+Compile: TypeAlias = "Callable[..., StartConstraint]"
 
 
 def _small(form: Any) -> Any:
@@ -82,6 +87,13 @@ class FormFields(RequestObject):
             raise wrong(None, "and response_format exclude each other")
         return given
 
+    def answer_schema(self) -> dict[str, Any] | None:
+        """Return the schema in response_format, None for text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return {"type": "object"} if form.json_schema is None else form.json_schema.given
+
 
 def constraint_of(
     fields: FormFields, compile_form: Compile, before: Sequence[int], continued: bool
@@ -91,22 +103,26 @@ def constraint_of(
     The tokens `before` begin the answer. `continued` tells whether it continues its prompt. Raises
     `RequestError` if the form cannot be read or met.
     """
-    field, code, form = "response_format", "invalid_schema", fields.response_format
-    given: dict[str, Any] | str | None = None
-    if fields.grammar:
-        field, code, given = "grammar", "invalid_grammar", fields.grammar
-    elif form is None or form.type == "text":
+    given = fields.grammar or fields.answer_schema()
+    if given is None:
         return None
-    elif form.json_schema is not None:
-        given = form.json_schema.given
+    if fields.grammar:
+        start = compiled(given, compile_form, "grammar", "invalid_grammar")
+    else:
+        start = compiled(given, compile_form, "response_format", "invalid_schema")
+    return lambda parser: start(before, continued=continued)
+
+
+def compiled(form: Form, compile_form: Compile, field: str, code: str) -> StartConstraint:
+    """Return a compiled form. Raises `RequestError` about its field."""
     try:
-        return partial(compile_form(given), before, continued=continued)
+        return compile_form(form)
     except MixchatError as error:
         message = f"{field}: {error}{'. ' + error.hint if error.hint else ''}"
         raise RequestError(message, param=field, code=code) from None
 
 
-def no_forms(given: dict[str, Any] | str | None, at_end: ExitStack | None = None) -> MakeConstraint:
+def no_forms(given: Form, at_end: ExitStack | None = None) -> StartConstraint:
     """Refuse every form, because nothing could enforce one."""
     raise RequestError(
         "response_format: only text is available on this server",
@@ -125,15 +141,13 @@ def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
 
         return ConstraintCompiler(service.tokenizer, service.template.stop_ids, seconds)
 
-    def compile_form(
-        given: dict[str, Any] | str | None, at_end: ExitStack | None = None
-    ) -> Callable[..., TokenConstraint]:
-        if given is None:
-            return compiler().compile(json_object()).start
-        key = json.dumps(given)
+    def compile_form(given: Form, at_end: ExitStack | None = None) -> StartConstraint:
+        key = given.to_text() if isinstance(given, CallForm) else json.dumps(given)
         form = checked.get(key)
         if form is None:
-            if isinstance(given, dict):
+            if isinstance(given, CallForm):
+                form = checked_calls(key, seconds, at_end)
+            elif isinstance(given, dict):
                 form = checked_schema(given, seconds, at_end)
             else:
                 form = checked_grammar(given, looks_like_gbnf(given), seconds, at_end)

@@ -16,6 +16,7 @@ from mixchat.base.quantities import format_size
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
 from mixchat.serving.service import Delta, Done, Failed, JobEvent, Service
+from mixchat.text.tool_call import CallDelta, joined_calls
 
 if TYPE_CHECKING:
     from mixchat.serving.client.server_backend import ServerBackend
@@ -51,6 +52,7 @@ class Line:
     def __init__(self, number: int) -> None:
         self.number, self.id = number, None
         self.text = ""
+        self.calls: tuple[CallDelta, ...] = ()
         self.seed: int | None = None
         self.done: Done | Exception | None = None
         self.is_ready = threading.Event()
@@ -58,6 +60,7 @@ class Line:
     def take(self, event: JobEvent) -> None:
         if isinstance(event, Delta):
             self.text += event.text
+            self.calls += event.calls
         elif isinstance(event, Done | Failed):
             self.end(event if isinstance(event, Done) else event.error)
 
@@ -69,8 +72,12 @@ class Line:
         found = {"line": self.number} | ({} if self.id is None else {"id": self.id})
         if not isinstance(self.done, Done):
             return found | {"error": str(self.done)}
+        calls = [
+            {"name": call.name, "arguments": call.arguments} for call in joined_calls(self.calls)
+        ]
         return found | {
             "answer": self.text,
+            **({"tool_calls": calls} if calls else {}),
             "stop_reason": self.done.reason,
             "seed": self.seed,
             "usage": {

@@ -42,6 +42,7 @@ from mixchat.serving.requests.fields import (
 from mixchat.serving.requests.forms import FormFields
 from mixchat.serving.service import Job, Service
 
+LATEST = ":latest"  # which Ollama's clients add to a name
 _MAX_ANSWERS = 16  # of one request
 _MAX_LOGPROBS = 20
 _MAX_STOPS, _MAX_STOP_LENGTH = 32, 500  # strings, characters
@@ -196,7 +197,7 @@ def parsed(
 def _check_model(given: object, served: str) -> None:
     if given is not None and not isinstance(given, str):
         raise value_error("model", "a string", given)
-    if given not in (None, served):
+    if given is not None and given.removesuffix(LATEST) != served.removesuffix(LATEST):
         raise RequestError(
             f"there is no model {given!a:.80} here; this server has {served!r}",
             status=404,

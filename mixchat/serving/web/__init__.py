@@ -6,5 +6,7 @@
 - served_models.py: the loaded model, its sleep, and the change to another one
 - page.py: the page at `/`, a chat in the browser, with its files in page_files/
 - answers.py: the jobs of one request while they run, whole or as a stream
-- responses.py: the objects of OpenAI's API that a response holds, and counts for Prometheus
+- responses.py: the form of a response, the objects of OpenAI's chats, and counts for Prometheus
+- blocks.py: the parts of an answer one after the other
+- openai_responses.py, anthropic.py, ollama.py: other APIs, each turned into OpenAI's chats and back
 """

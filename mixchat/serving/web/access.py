@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -95,10 +97,17 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
     return _HeaderCheck(app, access)
 
 
-def error_response(error: RequestError) -> Response:
-    """Return the response for an error."""
+def openai_error(error: RequestError) -> dict[str, Any]:
+    """Return an error in OpenAI's form."""
+    return error.body
+
+
+def error_response(
+    error: RequestError, body_of: Callable[[RequestError], dict[str, Any]] = openai_error
+) -> Response:
+    """Return the response for an error, in the form of an API."""
     return Response(
-        to_json(error.body), error.status, headers=error.headers, media_type="application/json"
+        to_json(body_of(error)), error.status, headers=error.headers, media_type="application/json"
     )
 
 
@@ -131,10 +140,12 @@ class _KeyCheck:
         self._app, self._digest = app, _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = next((v for name, v in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            key = headers.get(b"x-api-key", b"")  # of Anthropic's clients
         right = hmac.compare_digest(_digest(key.strip()), self._digest)
-        if (right and scheme.lower() == b"bearer") or scope["path"] in _OPEN_PATHS:
+        if right or scope["path"] in _OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         error = RequestError(

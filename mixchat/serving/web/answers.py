@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from mixchat.serving.requests.errors import RequestError, to_json
+from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.service import (
     Delta,
     Done,
@@ -30,11 +30,7 @@ from mixchat.serving.web.responses import ResponseBuilder
 _T = TypeVar("_T")
 _LONG_S = 3600.0  # between looks at an answer that is sent whole
 PING_S = 3.0  # without an event, until a ping is sent
-_END = b"data: [DONE]\n\n"
-_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold pieces back
-]
+_NO_BUFFER = (b"x-accel-buffering", b"no")  # nginx would hold pieces back
 
 
 class PendingAnswers:
@@ -124,7 +120,8 @@ class PendingAnswers:
 def _joined(parts: Sequence[Delta]) -> Delta:
     tokens = tuple(token for part in parts for token in part.tokens)
     thinking = "".join(part.thinking for part in parts)
-    return Delta("".join(part.text for part in parts), tokens, thinking)
+    calls = tuple(call for part in parts for call in part.calls)
+    return Delta("".join(part.text for part in parts), tokens, thinking, calls)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
@@ -158,11 +155,8 @@ class AnswerStream:
         answers: PendingAnswers,
         responses: ResponseBuilder,
         explain: Callable[[Exception], RequestError],
-        *,
-        include_usage: bool,
     ) -> None:
-        self._answers, self._responses = answers, responses
-        self._explain, self._include_usage = explain, include_usage
+        self._answers, self._responses, self._explain = answers, responses, explain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -172,7 +166,8 @@ class AnswerStream:
             self._answers.cancel()
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        headers = [(b"content-type", self._responses.content_type.encode()), _NO_BUFFER]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -181,12 +176,12 @@ class AnswerStream:
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of events. An error is one, too, since the status is sent."""
         try:
-            yield b"".join(map(_event, self._responses.openings()))
+            yield self._responses.beginning()
             async for piece in self._answered():
                 yield piece
         except Exception as error:
-            yield _event(self._explain(error).body)
-        yield _END
+            yield self._responses.failure(self._explain(error))
+        yield self._responses.close()
 
     async def _answered(self) -> AsyncIterator[bytes]:
         done: dict[int, Done] = {}
@@ -195,18 +190,13 @@ class AnswerStream:
             done |= {number: event for number, event in events if isinstance(event, Done)}
             # Events that came together are sent together, for slow clients.
             pieces = [self._piece(number, event) for number, event in events]
-            yield b"".join(pieces) or b": waiting\n\n"
-        if self._include_usage:
-            yield _event(self._responses.usage([done[number] for number in sorted(done)]))
+            yield b"".join(pieces) or self._responses.comment("waiting")
+        yield self._responses.finish([done[number] for number in sorted(done)])
 
     def _piece(self, number: int, event: JobEvent) -> bytes:
         if isinstance(event, Reading):
-            return f": read {event.done} of {event.total} tokens\n\n".encode()
+            return self._responses.comment(f"read {event.done} of {event.total} tokens")
         if isinstance(event, Done):
-            return _event(self._responses.ending(number, event))
+            return self._responses.ending(number, event)
         assert isinstance(event, Delta)
-        return _event(self._responses.piece(number, event))
-
-
-def _event(value: object) -> bytes:
-    return b"data: " + to_json(value) + b"\n\n"
+        return self._responses.piece(number, event)

@@ -30,8 +30,10 @@ from mixchat.serving.requests.fields import RequestObject, validated
 from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import Defaults, ParsedRequest
 from mixchat.serving.service import QueueFullError, Service
-from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
+from mixchat.serving.web import anthropic, ollama
+from mixchat.serving.web.access import IGNORED, Access, error_response, guarded, openai_error
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
+from mixchat.serving.web.openai_responses import ResponsesResponses, read_responses
 from mixchat.serving.web.page import page_routes
 from mixchat.serving.web.responses import (
     CONTENT_TYPE,
@@ -45,7 +47,9 @@ from mixchat.serving.web.served_models import LoadedModel, ServedModels
 _MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
 _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
 _MAX_WAITING_CHECKS = 16
+_FORM_FIELDS = ("response_format", "tools", "format", "text")  # whose schemas are checked
 _CHAT_PATH = "/v1/chat/completions"
+_MESSAGES_PATH = "/v1/messages"
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
 Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
@@ -53,6 +57,16 @@ ModelEndpoint = Callable[
     ["AppState", Request, LoadedModel, dict[str, Any]], Awaitable[ASGIApp]
 ]  # with the request's body
 Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
+
+# What reads a request, and what builds its response.
+_APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
+    _CHAT_PATH: (read_chat, ChatResponses),
+    "/v1/completions": (read_completion, CompletionResponses),
+    "/v1/responses": (read_responses, ResponsesResponses),
+    _MESSAGES_PATH: (anthropic.read_messages, anthropic.AnthropicResponses),
+    "/api/chat": (ollama.read_ollama_chat, ollama.OllamaResponses),
+    "/api/generate": (ollama.read_generate, ollama.GenerateResponses),
+}
 
 
 @dataclass
@@ -89,7 +103,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     """Return the application of ASGI, with the page at `/` if `page`."""
 
     def failed(request: Request, error: Exception) -> Response:
-        return error_response(state.explain(error))
+        return error_response(state.explain(error), _error_body(request.url.path))
 
     def route(path: str, method: str, endpoint: Endpoint) -> Route:
         async def bound(request: Request) -> ASGIApp:
@@ -114,8 +128,12 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
 
     app = Starlette(
         routes=[
-            model_route(_CHAT_PATH, _answers(read_chat, ChatResponses)),
-            model_route("/v1/completions", _answers(read_completion, CompletionResponses)),
+            *(model_route(path, partial(_answer, api=api)) for path, api in _APIS.items()),
+            model_route(f"{_MESSAGES_PATH}/count_tokens", _count_tokens),
+            route("/api/tags", "GET", _ollama_models),
+            route("/api/ps", "GET", _ollama_loaded),
+            route("/api/show", "POST", _ollama_model),
+            route("/api/version", "GET", _ollama_version),
             route("/v1/models", "GET", _models),
             route("/v1/models/{name:path}", "GET", _model),
             route("/health", "GET", _health),
@@ -136,19 +154,15 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     return _ResponseHeaders(guarded(app, access))
 
 
-def _answers(read: Read, builder: type[ResponseBuilder]) -> ModelEndpoint:
-    return partial(_answer, read=read, builder=builder)
-
-
 async def _answer(
     state: AppState,
     request: Request,
     model: LoadedModel,
     body: dict[str, Any],
     *,
-    read: Read,
-    builder: type[ResponseBuilder],
+    api: tuple[Read, type[ResponseBuilder]],
 ) -> ASGIApp:
+    read, builder = api
     asked = await while_connected(request.receive, _read(state, model, body, read))
     state.note_ignored(asked.ignored)
     request.state.ignored = asked.ignored
@@ -158,7 +172,7 @@ async def _answer(
     answers = PendingAnswers(model.service, asked.jobs)
     await run_in_threadpool(answers.submit)
     if asked.stream:
-        return AnswerStream(answers, responses, state.explain, include_usage=asked.include_usage)
+        return AnswerStream(answers, responses, state.explain)
     try:
         return _json(responses.whole(await while_connected(request.receive, answers.collect())))
     finally:
@@ -169,7 +183,8 @@ async def _read(
     state: AppState, model: LoadedModel, body: dict[str, Any], read: Read
 ) -> ParsedRequest:
     """Parse a body, unless the client leaves."""
-    limiter = state.form_checks if "response_format" in body else None
+    has_form = any(body.get(name) for name in _FORM_FIELDS)
+    limiter = state.form_checks if has_form else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
         raise QueueFullError(message)
@@ -180,6 +195,39 @@ async def _read(
             return read(body, model.service, model.defaults, compile_form)
 
         return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
+
+
+async def _count_tokens(
+    state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
+) -> ASGIApp:
+    asked = await while_connected(
+        request.receive, _read(state, model, body, anthropic.read_counted)
+    )
+    request.state.ignored = asked.ignored
+    return _json({"input_tokens": len(asked.jobs[0].prompt_ids)})
+
+
+async def _ollama_models(state: AppState, request: Request) -> Response:
+    return _json(ollama.model_list(state.models.names))
+
+
+async def _ollama_loaded(state: AppState, request: Request) -> Response:
+    return _json(ollama.model_list([state.models.name] if state.models.is_loaded else []))
+
+
+async def _ollama_model(state: AppState, request: Request) -> Response:
+    return _json(ollama.describe(read_object(await _body(state, request)), state.models))
+
+
+async def _ollama_version(state: AppState, request: Request) -> Response:
+    return _json({"version": ollama.API_VERSION})
+
+
+def _error_body(path: str) -> Callable[[RequestError], dict[str, Any]]:
+    """Return what puts an error into the form of a route's API."""
+    if path.startswith("/api/"):
+        return ollama.error_body
+    return anthropic.error_body if path.startswith(_MESSAGES_PATH) else openai_error
 
 
 async def _models(state: AppState, request: Request) -> Response:
@@ -264,7 +312,7 @@ def _json(value: object) -> Response:
 def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path!a:.80}: {error.detail.lower()}"
-    if error.status_code == 404:  # newer clients try /v1/responses first
+    if error.status_code == 404:
         message += f"; this server answers chats at {_CHAT_PATH}"
     return error_response(RequestError(message, status=error.status_code, headers=error.headers))
 

@@ -1,4 +1,4 @@
-"""OpenAI's response objects, and counts for Prometheus."""
+"""The form of answers, OpenAI's response objects, and counts for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.requests.options import ParsedRequest
 from mixchat.serving.service import Delta, Done, ServiceStats, TokenLogprob
 from mixchat.text.tokenizer import Tokenizer
+from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
 JSON: TypeAlias = dict[str, Any]
 _MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
-_FINISH = {"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"}
+_FINISH = {
+    **{"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"},
+    "tool_calls": "tool_calls",
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of Prometheus
 # Name, type, field of the counts, help.
 _METRICS = (
@@ -56,14 +61,63 @@ class TokenTexts:
 
 
 class ResponseBuilder(ABC):
-    """Builds one request's answers. `seed` is mixchat's own field, also for a drawn seed."""
+    """Builds the answers to one request in the form of an API, whole or as parts of a stream."""
+
+    content_type = "text/event-stream; charset=utf-8"  # of a stream
+
+    def __init__(self, request: ParsedRequest, model: str, texts: TokenTexts) -> None:
+        self._request, self._model, self._texts = request, model, texts
+
+    @abstractmethod
+    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
+        """Return the body of whole answers."""
+
+    def beginning(self) -> bytes:
+        """Return what comes before all text."""
+        return b""
+
+    @abstractmethod
+    def piece(self, number: int, delta: Delta) -> bytes: ...
+
+    @abstractmethod
+    def ending(self, number: int, done: Done) -> bytes:
+        """Return the end of one answer."""
+
+    @abstractmethod
+    def failure(self, error: RequestError) -> bytes:
+        """Return an error, since the status is sent already."""
+
+    def finish(self, done: Sequence[Done]) -> bytes:
+        """Return what comes after all answers."""
+        return b""
+
+    def close(self) -> bytes:
+        """Return what comes last, also after an error."""
+        return b""
+
+    def comment(self, text: str) -> bytes:
+        """Return a sign of life. A form without comments has none."""
+        return f": {text}\n\n".encode()
+
+    def prompt_counts(self, done: Sequence[Done]) -> tuple[int, int]:
+        """Return the tokens of prompts and the cached ones among them.
+
+        A prompt counts once, however many answers it has.
+        """
+        prompt = sum(len(job.prompt_ids) for job in self._request.jobs[:: self._request.n])
+        cached = sum(each.cached_tokens for each in done[:: self._request.n])
+        return prompt, min(prompt, cached)
+
+
+class OpenAIResponses(ResponseBuilder):
+    """Chats and completions. `seed` is mixchat's own field, also for a drawn seed."""
 
     prefix: str  # of the ID
     name: str  # of the object
     chunk_name: str
 
     def __init__(self, request: ParsedRequest, model: str, texts: TokenTexts) -> None:
-        self._request, self._texts = request, texts
+        super().__init__(request, model, texts)
         self._has_logprobs = request.jobs[0].top_logprobs is not None
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
@@ -73,7 +127,6 @@ class ResponseBuilder(ABC):
         }
 
     def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
-        """Return the body of whole answers."""
         choices = [
             self._choice(number, text, _FINISH[done.reason], whole=True)
             for number, (text, done) in enumerate(answers)
@@ -81,34 +134,35 @@ class ResponseBuilder(ABC):
         usage = self._usage([done for _, done in answers])
         return {**self._head, "object": self.name, "choices": choices, "usage": usage}
 
-    def openings(self) -> list[JSON]:
-        """Return the chunks before all text."""
-        return []
-
-    def piece(self, number: int, delta: Delta) -> JSON:
+    def piece(self, number: int, delta: Delta) -> bytes:
         return self._chunk(self._choice(number, delta, None))
 
-    def ending(self, number: int, done: Done) -> JSON:
+    def ending(self, number: int, done: Done) -> bytes:
         return self._chunk(self._choice(number, Delta(""), _FINISH[done.reason]))
 
-    def usage(self, done: Sequence[Done]) -> JSON:
-        """Return the chunk with the counts of tokens."""
-        return self._chunk() | {"usage": self._usage(done)}
+    def failure(self, error: RequestError) -> bytes:
+        return to_event(error.body)
+
+    def finish(self, done: Sequence[Done]) -> bytes:
+        """Return the chunk with the counts of tokens, if it is requested."""
+        return self._chunk(usage=self._usage(done)) if self._request.include_usage else b""
+
+    def close(self) -> bytes:
+        return b"data: [DONE]\n\n"
 
     @abstractmethod
     def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
         """Return an answer, or a part of it. The last part has a reason to finish."""
 
-    def _chunk(self, *choices: JSON) -> JSON:
-        usage = {"usage": None} if self._request.include_usage else {}
-        return {**self._head, "object": self.chunk_name, "choices": list(choices), **usage}
+    def _chunk(self, *choices: JSON, usage: JSON | None = None) -> bytes:
+        used = {"usage": usage} if self._request.include_usage else {}
+        chunk = {**self._head, "object": self.chunk_name, "choices": list(choices), **used}
+        return to_event(chunk)
 
     def _usage(self, done: Sequence[Done]) -> JSON:
-        """Count a prompt once, however many answers it has."""
-        prompt = sum(len(job.prompt_ids) for job in self._request.jobs[:: self._request.n])
+        prompt, cached = self.prompt_counts(done)
         generated = sum(each.generated_tokens for each in done)
         thought = sum(each.thinking_tokens for each in done)
-        cached = min(prompt, sum(each.cached_tokens for each in done[:: self._request.n]))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -118,23 +172,26 @@ class ResponseBuilder(ABC):
         }
 
 
-class ChatResponses(ResponseBuilder):
+class ChatResponses(OpenAIResponses):
     """The answers of /v1/chat/completions."""
 
     prefix, name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def openings(self) -> list[JSON]:
+    def beginning(self) -> bytes:
         """Return a chunk for each answer with its role."""
         role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         numbers = range(len(self._request.jobs))
-        return [self._chunk({"index": n, **role, "finish_reason": None}) for n in numbers]
+        return b"".join(self._chunk({"index": n, **role, "finish_reason": None}) for n in numbers)
 
     def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
         thinking = {"reasoning_content": part.thinking} if part.thinking else {}
-        text = {"content": part.text} if part.text or not thinking else {}
-        content: dict[str, Any] = {"delta": {**thinking, **text} if finish is None else {}}
+        calls = {"tool_calls": list(map(_call_delta, part.calls))} if part.calls else {}
+        text = {"content": part.text} if part.text or not (thinking or calls) else {}
+        content: dict[str, Any] = {"delta": {**thinking, **text, **calls} if finish is None else {}}
         if whole:
-            message = {"role": "assistant", "content": part.text, "refusal": None, **thinking}
+            calls = {"tool_calls": list(map(_call, joined_calls(part.calls)))} if calls else {}
+            said = part.text or (None if calls else "")
+            message = {"role": "assistant", "content": said, "refusal": None, **thinking, **calls}
             content = {"message": message}
         logprobs = None
         if self._has_logprobs and (whole or part.tokens):
@@ -150,7 +207,7 @@ class ChatResponses(ResponseBuilder):
         return {"token": self._texts[token], "logprob": _finite(logprob), "bytes": list(data)}
 
 
-class CompletionResponses(ResponseBuilder):
+class CompletionResponses(OpenAIResponses):
     """The answers of /v1/completions."""
 
     prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
@@ -174,6 +231,23 @@ class CompletionResponses(ResponseBuilder):
             "top_logprobs": [{texts[t]: _finite(p) for t, p in token.top} for token in tokens],
             "text_offset": offsets,
         }
+
+
+def to_event(value: JSON, name: str | None = None) -> bytes:
+    """Return an event of a stream."""
+    named = b"" if name is None else f"event: {name}\n".encode()
+    return named + b"data: " + to_json(value) + b"\n\n"
+
+
+def _call(call: ToolCall) -> JSON:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _call_delta(delta: CallDelta) -> JSON:
+    if not delta.id:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    return {"index": delta.index, **_call(ToolCall(delta.id, delta.name, delta.arguments))}
 
 
 def to_prometheus(stats: ServiceStats) -> str:

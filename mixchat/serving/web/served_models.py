@@ -18,7 +18,7 @@ from typing import cast
 from anyio import to_thread
 
 from mixchat.serving.requests.forms import Compile, no_forms
-from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.options import LATEST, Defaults
 from mixchat.serving.service import Service, ServiceStats, ShuttingDownError
 from mixchat.serving.web.responses import TokenTexts
 
@@ -68,6 +68,10 @@ class ServedModels:
         self._earlier = ServiceStats()  # of models that were unloaded
 
     @property
+    def is_loaded(self) -> bool:
+        return self._model is not None
+
+    @property
     def names(self) -> list[str]:
         """Return the names that requests may give, the last used model first."""
         return list(dict.fromkeys([self.name, self._first, *self._others()]))
@@ -78,7 +82,9 @@ class ServedModels:
 
         Raises `MixchatError` if it cannot be loaded.
         """
-        wanted = name if isinstance(name, str) and name in self.names else self.name
+        wanted = name.removesuffix(LATEST) if isinstance(name, str) else self.name
+        if wanted != self.name and wanted not in self.names:
+            wanted = self.name
         async with self._turn:
             if self._model is None or wanted != self.name:
                 await self._unused.wait()

@@ -4,5 +4,7 @@
 - schema.py: the part of a JSON schema that is at fault
 - grammar.py: the faults of a grammar, and llama.cpp's grammars as Lark grammars
 - constraint.py: the tokens that may come next in an answer
+- call_form.py: calls of tools, held to the tools' schemas
+- call_constraint.py: the tokens that may come next once a call begins
 - form_child.py: the inside of the sandbox
 """

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import PromptError, UsageError
+from mixchat.text.form.call_form import call_grammar
 from mixchat.text.form.grammar import (
     NO_TEXT,
     OPTIONS,
@@ -25,7 +26,12 @@ from mixchat.text.sandbox_child import serve
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-_CONSTRAINT_OF = {"schema": json_schema, "lark": lark_grammar, "gbnf": gbnf_grammar}
+_GRAMMAR_OF: dict[str, Callable[[str], str]] = {
+    "schema": lambda text: json_schema(json.loads(text)).grammar,
+    "calls": call_grammar,
+    "lark": lambda text: lark_grammar(text).grammar,
+    "gbnf": lambda text: gbnf_grammar(text).grammar,
+}
 
 
 def main(given: str) -> None:
@@ -43,7 +49,7 @@ class _FormService:
 
     def check(self, kind: str, text: str) -> str:
         """Return the Lark grammar of a constraint. Raises `UsageError`."""
-        return _CONSTRAINT_OF[kind](json.loads(text) if kind == "schema" else text).grammar
+        return _GRAMMAR_OF[kind](text)
 
     def load(self, tokens: Sequence[str], stop_ids: Sequence[int]) -> None:
         """Take the bytes of all tokens."""

@@ -17,7 +17,7 @@ from mixchat.text.form.grammar import (
     lark_from_gbnf,
     looks_like_gbnf,
 )
-from mixchat.text.form.schema import check_schema, tightened
+from mixchat.text.form.schema import check_schema, json_rule
 from mixchat.text.sandbox import Sandbox, SandboxCall
 
 PROGRAM = "mixchat.text.form.form_child"  # the inside of the sandbox
@@ -27,9 +27,7 @@ HASTY_S, PATIENT_S = 3.0, 30.0
 # The sandbox's end if llguidance overflows its stack, as a long chain of references makes it.
 _OVERFLOW = f"ends its process (signal {signal.SIGSEGV:d})"
 _MAX_FILE = 4_000_000  # bytes
-# The blanks between two parts of JSON. Without a bound, a model can emit blanks until its answer is
-# cut off.
-_BLANKS = r"( |\n[ \t]{0,20})?"
+_SUBJECTS = {"schema": "the schema", "calls": "the schemas"}
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,7 @@ def json_schema(schema: object) -> OutputConstraint:
 
 
 def _schema_constraint(schema: dict[str, Any]) -> OutputConstraint:
-    whole = json.dumps({**tightened(schema), "x-guidance": {"whitespace_pattern": _BLANKS}})
-    return OutputConstraint(f"start: %json {whole}", schema)
+    return OutputConstraint(f"start: {json_rule(schema)}", schema)
 
 
 def lark_grammar(text: str) -> OutputConstraint:
@@ -112,6 +109,16 @@ def checked_schema(
     return OutputConstraint(grammar, schema if isinstance(schema, dict) else None)
 
 
+def checked_calls(
+    text: str, seconds: float = PATIENT_S, at_end: ExitStack | None = None
+) -> OutputConstraint:
+    """Return the constraint of a `CallForm`, computed in a sandbox.
+
+    Raises `UsageError` as `checked_schema` does.
+    """
+    return OutputConstraint(_checked("calls", text, seconds, at_end))
+
+
 def checked_grammar(
     text: str, is_gbnf: bool, seconds: float = PATIENT_S, at_end: ExitStack | None = None
 ) -> OutputConstraint:
@@ -124,7 +131,7 @@ def checked_grammar(
 
 
 def _checked(kind: str, text: str, seconds: float, at_end: ExitStack | None) -> str:
-    subject = "the schema" if kind == "schema" else "the grammar"
+    subject = _SUBJECTS.get(kind, "the grammar")
     with closing(Sandbox(PROGRAM)) as sandbox:
         if at_end is not None:
             at_end.callback(sandbox.interrupt)

@@ -30,6 +30,9 @@ _IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _IN_OBJECTS = ("properties", "patternProperties")
 _ALONE = ("items", "additionalProperties")
 _DEFINITIONS = ("$defs", "definitions")
+# The blanks between two parts of JSON. Without a bound, a model can emit blanks until its answer is
+# cut off.
+_BLANKS = r"( |\n[ \t]{0,20})?"
 _HOME = "/$defs/mixchat"  # of a schema inside another one
 
 
@@ -129,6 +132,15 @@ def _alone(schema: Schema, pointer: str) -> Schema:
     """Return a schema that is the part of another one at `pointer`, whose references it keeps."""
     whole = _moved({key: value for key, value in schema.items() if key != "$id"})
     return {"$defs": {"mixchat": whole}, "$ref": f"#{_HOME}{quote(pointer, safe='/~')}"}
+
+
+def json_rule(schema: Schema, *, lenient: bool = False) -> str:
+    """Return the part of a Lark grammar for the JSON of a schema.
+
+    If `lenient`, what llguidance does not support in the schema has no effect.
+    """
+    options = {"whitespace_pattern": _BLANKS} | ({"lenient": True} if lenient else {})
+    return f"%json {json.dumps({**tightened(schema), 'x-guidance': options})}"
 
 
 def tightened(schema: Any) -> Any:

@@ -20,6 +20,7 @@ from mixchat.base.progress import Progress, Task, progress_bar
 from mixchat.base.quantities import format_least, format_size
 from mixchat.base.safetensors import SafetensorsFile, SafetensorsWriter, tensor_sha256
 from mixchat.weights.format.blueprint import (
+    EMBEDDING,
     SHARED_FILE,
     Blueprint,
     Quantization,
@@ -275,10 +276,10 @@ def _pairs(old: Blueprint, new: Blueprint) -> Iterator[tuple[ModelPart, ModelPar
 
     A new head is made of the embedding.
     """
-    before = {(part.sources, part.linear is None): part for part in model_parts(old)}
+    before = {(part.name, part.linear is None): part for part in model_parts(old)}
     for after in model_parts(new):
-        same = before.get((after.sources, after.linear is None))
-        yield same or before[after.sources, True], after
+        same = before.get((after.name, after.linear is None))
+        yield same or before[EMBEDDING, True], after
 
 
 def _packed(part: ModelPart) -> bool:

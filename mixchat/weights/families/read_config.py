@@ -56,9 +56,25 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
             f"config.json says model_type {kind!r:.80}{needs} mixchat does not run",
             hint=f"It runs {', '.join(FAMILIES)}.",
         )
+    _refuse_quantized(raw.get("quantization_config"))
     config = FAMILIES[kind].read_config(raw)
     config.check()
     return config
+
+
+def _refuse_quantized(given: Any) -> None:
+    """Refuse a form of weights that cannot be read, before any of it is fetched."""
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    if method in (None, "bitsandbytes", "mxfp4"):
+        return
+    if method == "fp8" and given.get("weight_block_size") == [128, 128]:
+        return
+    raise CheckpointError(
+        f"config.json says that the weights are quantized with {method!r:.80}, which mixchat does "
+        "not read",
+        hint="Download the checkpoint that it was made of, one in GGUF (ORG/NAME:Q4_K_M), or one "
+        "that bitsandbytes has quantized.",
+    )
 
 
 def read_config_file(path: Path) -> ModelConfig:

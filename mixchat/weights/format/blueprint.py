@@ -26,11 +26,12 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, Header, TensorSpec
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.program import Stage, alone, together
-from mixchat.kernels.rows import Swiglu
+from mixchat.kernels.rows import Swiglu, can_compute
 from mixchat.weights.matrix.linear import (
     TYPES,
     Layout,
     LinearSpec,
+    PackedLinear,
     Scales,
     as_packed,
 )
@@ -88,31 +89,41 @@ class Expert:
         """Return w2(silu(w1 x) * w3 x), [n, D], or with the product that the model has."""
         return self.down(self.swiglu(self.gate_up(x, exact=exact)), exact=exact)
 
-    @property
+    @cached_property
     def addresses(self) -> list[int]:
         """Return the addresses of codes, absmax and bias of both matrices."""
         return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
 
-    def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[int]]:
-        """Return `__call__` as stages that map a row x [1, D] to `out` [1, D].
+    def has_stages(self, x: torch.Tensor) -> bool:
+        """Return whether `stages` takes rows like x [T, D]."""
+        matrices = self.gate_up, self.down
+        if not all(isinstance(one, PackedLinear) and one.is_whole for one in matrices):
+            return False
+        return can_compute(x.dtype, as_packed(self.gate_up).rows // 2, x.device.type)
 
-        Also returns the places of `addresses` in the stages. Other addresses written there make
-        them compute another expert of the same form.
+    def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[list[int]]]:
+        """Return `__call__` as stages that map a row x [1, D] to each row of `out` [K, D].
+
+        Also returns the places of `addresses` for each row. Other addresses written there make
+        the stages compute other experts of the same form.
         """
         up, down = as_packed(self.gate_up), as_packed(self.down)
-        gate_up = torch.empty(1, up.rows, dtype=x.dtype)
-        gated = torch.empty(1, up.rows // 2, dtype=x.dtype)
-        round_x, project_up = up.steps(x, gate_up)
-        round_gated, project_down = down.steps(gated, out)
+        gate_up = torch.empty(len(out), up.rows, dtype=x.dtype)
+        gated = torch.empty(len(out), up.rows // 2, dtype=x.dtype)
+        round_x, project_up = up.row_steps(x, gate_up)
+        round_gated, project_down = down.row_steps(gated, out)
         stages = [
             alone(round_x),
-            together(project_up),
+            together(*project_up),
             together(self.swiglu.step(gate_up, gated)),
             together(round_gated),
-            together(project_down),
+            together(*project_down),
         ]
-        products, names = (project_up, project_down), ("codes", "absmax", "bias")
-        return stages, [step.address(name) for step in products for name in names]
+        names = ("codes", "absmax", "bias")
+        products = zip(project_up, project_down, strict=True)
+        return stages, [
+            [step.address(name) for step in both for name in names] for both in products
+        ]
 
 
 @dataclass(frozen=True)

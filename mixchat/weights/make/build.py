@@ -121,7 +121,7 @@ class Build:
 
     def _take(self, shard: str, path: Path, files: ModelWriter, task: Task) -> None:
         """Make the parts that can be made now, and spill what the others need."""
-        with SafetensorsFile(path) as file:
+        with self._index.open(shard, path) as file:
             if file.header.specs != self._index.header(shard).specs:
                 raise HubError(f"{path}: not the tensors that its header listed at first")
             here = self._of_shard(shard)

@@ -198,12 +198,12 @@ def find_memory_need(index: CheckpointIndex, blueprint: Blueprint) -> Need:
 
 def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
     """Return the bytes of a part while it is made, one matrix at a time."""
-    sources = [index.nbytes(index.components(name)) for name in part.matrices]
+    sources = [index.memory(name) for name in part.matrices(index)]
     stacked = 0
     if part.linear is not None:
         dense = part.linear.rows * part.linear.columns * part.linear.dtype.itemsize
         rounded = part.linear.quant_type == "int8" and sources != [dense]  # to bf16, before
-        stacked = dense if rounded or not part.is_one_matrix else 0
+        stacked = dense if rounded or not part.is_one_matrix(index) else 0
     if part.linear is None or part.linear.quant_type == "none":
         same_type = sum(sources) == part.nbytes  # then it is not copied
         return stacked + max(sources) + (0 if same_type else part.nbytes)

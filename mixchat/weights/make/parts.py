@@ -1,5 +1,7 @@
 """The parts of an installed model, each made of a few matrices of the checkpoint.
 
+The checkpoint's index knows which these are.
+
 Only one is in memory. An expert has two, `w13` (of w1 and w3), and `w2` with the zeros that follow.
 """
 
@@ -13,7 +15,6 @@ import torch
 
 from mixchat.base.safetensors import TensorSpec
 from mixchat.weights.families.family import Slice
-from mixchat.weights.families.read_config import slices
 from mixchat.weights.families.tensors import expert_prefix
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, experts_file, layer_prefix
 from mixchat.weights.matrix.linear import LinearSpec
@@ -24,18 +25,18 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex, Read
 
 @dataclass(frozen=True)
 class ModelPart:
-    """Consecutive tensors in `file`, and the slices of the checkpoint's matrices that make them.
+    """Consecutive tensors in `file` that make the matrix or vector `name`.
 
     `linear` is None for tensors that are never quantized. `expert` is a layer and an expert's
-    number. `bias` are the slices of the matrix's bias, if it has one.
+    number. `bias` is the name of the matrix's bias, if it has one.
     """
 
     file: str
     tensors: tuple[TensorSpec, ...]
-    sources: tuple[Slice, ...]
+    name: str
     linear: LinearSpec | None = None
     expert: tuple[int, int] | None = None
-    bias: tuple[Slice, ...] = ()
+    bias: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -43,13 +44,13 @@ class ModelPart:
 
     def components(self, index: CheckpointIndex) -> list[str]:
         """Return the checkpoint's tensors that have to be read."""
-        biases = dict.fromkeys(source.name for source in self.bias)
-        return [name for matrix in self.matrices for name in index.components(matrix)] + [*biases]
+        biases = dict.fromkeys(source.name for source in self._bias(index))
+        matrices = self.matrices(index)
+        return [name for matrix in matrices for name in index.components(matrix)] + [*biases]
 
-    @property
-    def matrices(self) -> list[str]:
+    def matrices(self, index: CheckpointIndex) -> list[str]:
         """Return the names of the checkpoint's matrices, each once."""
-        return [*dict.fromkeys(source.name for source in self.sources)]
+        return [*dict.fromkeys(source.name for source in index.slices(self.name))]
 
     def make(self, index: CheckpointIndex, read: Read) -> list[torch.Tensor]:
         """Return the tensors of this part. Raises `CheckpointError` if a weight is not finite."""
@@ -57,21 +58,22 @@ class ModelPart:
         if linear is None:
             return [self.dense(index, read)]
         bias = self.read_bias(index, read)
-        if {index.quant_type(matrix) for matrix in self.matrices} == {linear.quant_type}:
-            matrices = [*_read_4bit(self.sources, index, read)]
+        if {index.quant_type(matrix) for matrix in self.matrices(index)} == {linear.quant_type}:
+            matrices = [*_read_4bit(index.slices(self.name), index, read)]
             return self._padded(linear.stack_quantized(matrices, bias))
         return self.encoded(self.dense(index, read), bias=bias)
 
     def dense(self, index: CheckpointIndex, read: Read) -> torch.Tensor:
         """Return the checkpoint's matrices, one above the other."""
         if self.linear is None:
-            (only,), spec = _read(self.sources, index, read), self.tensors[0]
+            (only,), spec = _read(index.slices(self.name), index, read), self.tensors[0]
             return only.to(spec.dtype).view(spec.shape)
         return self._stacked(self.linear, index, read)
 
     def read_bias(self, index: CheckpointIndex, read: Read) -> torch.Tensor | None:
         """Return the bias of the matrix [R], if it has one."""
-        return torch.cat([*_read(self.bias, index, read)]) if self.bias else None
+        bias = self._bias(index)
+        return torch.cat([*_read(bias, index, read)]) if bias else None
 
     def encoded(
         self,
@@ -87,21 +89,24 @@ class ModelPart:
         return made + padding
 
     def _stacked(self, linear: LinearSpec, index: CheckpointIndex, read: Read) -> torch.Tensor:
-        if self.is_one_matrix:
-            (only,) = _read(self.sources, index, read)
+        if self.is_one_matrix(index):
+            (only,) = _read(index.slices(self.name), index, read)
             # From 16 bits, as `mixchat convert` does, so that `repair` gives the same bytes.
             return only.to(linear.dtype) if linear.quant_type == "int8" else only
         whole = torch.empty((linear.rows, linear.columns), dtype=linear.dtype)
         start = 0
-        for piece in _read(self.sources, index, read):
+        for piece in _read(index.slices(self.name), index, read):
             whole[start : start + len(piece)] = piece
             start += len(piece)
         return whole
 
-    @property
-    def is_one_matrix(self) -> bool:
+    def is_one_matrix(self, index: CheckpointIndex) -> bool:
         """Return whether it is made of one matrix as it is stored."""
-        return len(self.sources) == 1 and self.sources[0].is_whole
+        sources = index.slices(self.name)
+        return len(sources) == 1 and sources[0].is_whole
+
+    def _bias(self, index: CheckpointIndex) -> tuple[Slice, ...]:
+        return index.slices(self.bias) if self.bias else ()
 
 
 def model_parts(blueprint: Blueprint) -> Iterator[ModelPart]:
@@ -111,9 +116,9 @@ def model_parts(blueprint: Blueprint) -> Iterator[ModelPart]:
     for spec in specs:
         if linear := matrices.get(spec.name):
             own = (spec, *itertools.islice(specs, len(linear.tensors) - 1))
-            yield _matrix(blueprint, SHARED_FILE, own, linear)
+            yield _matrix(SHARED_FILE, own, linear)
         else:
-            yield ModelPart(SHARED_FILE, (spec,), slices(blueprint.config)[spec.name])
+            yield ModelPart(SHARED_FILE, (spec,), spec.name)
     for layer in range(blueprint.config.num_moe_layers):
         for expert in range(blueprint.config.num_local_experts):
             yield from _expert(blueprint, layer, expert)
@@ -125,20 +130,16 @@ def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[ModelPart
     specs = tuple(layout.tensors(expert))
     cut = len(layout.gate_up.tensors)
     for linear, tensors in ((layout.gate_up, specs[:cut]), (layout.down, specs[cut:])):
-        part = _matrix(blueprint, file, tensors, linear, expert_prefix(prefix, expert))
+        part = _matrix(file, tensors, linear, expert_prefix(prefix, expert))
         yield replace(part, expert=(layer, expert))
 
 
 def _matrix(
-    blueprint: Blueprint,
-    file: str,
-    tensors: tuple[TensorSpec, ...],
-    linear: LinearSpec,
-    prefix: str = "",
+    file: str, tensors: tuple[TensorSpec, ...], linear: LinearSpec, prefix: str = ""
 ) -> ModelPart:
-    made_of, name = slices(blueprint.config), f"{prefix}{linear.name}"
-    bias = made_of[f"{name}.bias"] if linear.bias else ()
-    return ModelPart(file, tensors, made_of[f"{name}.weight"], linear, bias=bias)
+    name = f"{prefix}{linear.name}"
+    bias = f"{name}.bias" if linear.bias else None
+    return ModelPart(file, tensors, f"{name}.weight", linear, bias=bias)
 
 
 def _read(sources: Sequence[Slice], index: CheckpointIndex, read: Read) -> Iterator[torch.Tensor]:

@@ -55,7 +55,11 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     quant_type = given_4bit or options.quant_type
 
     def type_of(part: str, matrices: list[str], bits: int | None) -> QuantType:
-        if given_4bit and all(index.quant_type(matrix) == given_4bit for matrix in matrices):
+        if (
+            given_4bit
+            and TYPES[given_4bit].for_dense_parts
+            and all(index.quant_type(matrix) == given_4bit for matrix in matrices)
+        ):
             if bits not in (None, TYPES[given_4bit].bits):
                 raise _has_4_bits(index, part, given_4bit)
             return given_4bit

@@ -11,4 +11,5 @@
 - gptq.py: rounding for the least error of products with given inputs
 - bnb_format.py: reads matrices that bitsandbytes has quantized already
 - mxfp4_format.py: reads matrices that are published in MXFP4
+- gguf_format.py, fp8_format.py: reads matrices of GGUF files, and matrices in FP8
 """

@@ -21,6 +21,7 @@ from mixchat.kernels.quantized_matmul import (
     QuantizedMatrix,
     quantized_matmul,
     quantized_matmul_steps,
+    quantized_row_steps,
 )
 from mixchat.kernels.units import MANY
 from mixchat.weights.matrix.int6 import INT5, INT6
@@ -79,12 +80,22 @@ class PackedLinear:
 
         The second one needs the first. They do not keep the matrix alive.
         """
-        assert out.shape[-1] == self._matrix.shape[0]
+        assert self.is_whole
         return quantized_matmul_steps(x, self._matrix, out)
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether no rows of zeros are stored, as steps need it."""
+        return self.rows == self._matrix.shape[0]
+
+    def row_steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, list[Step]]:
+        """Return a step that rounds x [1 or K, C], and one for each row of `out` [K, R]."""
+        assert self.is_whole
+        return quantized_row_steps(x, self._matrix, out)
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         result = quantized_matmul(x, self._matrix, exact=exact)
-        return result if self.rows == result.shape[-1] else result[..., : self.rows].contiguous()
+        return result if self.is_whole else result[..., : self.rows].contiguous()
 
 
 class BiasedLinear:

@@ -4,6 +4,8 @@
 - checkpoint.py: a checkpoint in a directory, and all that checkpoints have in common
 - hub_checkpoint.py, demo.py: checkpoints that are fetched or built
 - checkpoint_index.py: the files and tensors of a Hugging Face checkpoint
+- gguf_checkpoint.py: a checkpoint in GGUF, here or on the hub
+- gguf_file.py, gguf_text.py: the header of a GGUF file, and the tokenizer in it
 - hub.py, hub_errors.py: looks up a checkpoint on the hub, and explains its errors
 - hub_request.py, transfer.py: bytes from the hub, resumed after an interruption
 - upcycle.py: builds the demo's checkpoint

@@ -75,7 +75,7 @@ class Checkpoint:
 
     def open(self, shard: str) -> ShardReader:
         """Return a reader for a few tensors of a shard that need not be fetched."""
-        return SafetensorsFile(self.companions() / shard)
+        return self.index.open(shard, self.companions() / shard)
 
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
         """Return how fast these shards come, in bytes a second, or None.
@@ -110,15 +110,18 @@ class DirectoryCheckpoint(Checkpoint):
                 headers[name] = file.header
         self.index = CheckpointIndex(config, headers, weight_map, where)
         self.size = self.index.size
-        self.fingerprint = fingerprint or self._fingerprint()
+        files = {name: directory / name for name in self.index.shards}
+        self.fingerprint = fingerprint or fingerprint_of(files)
 
     def companions(self) -> Path:
         return self._directory
 
-    def _fingerprint(self) -> str:
-        stats = [(name, (self._directory / name).stat()) for name in self.index.shards]
-        text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-        return hashlib.sha256(text.encode()).hexdigest()
+
+def fingerprint_of(files: Mapping[str, Path]) -> str:
+    """Return a hash that differs if the files' sizes or times do."""
+    stats = [(name, path.stat()) for name, path in sorted(files.items())]
+    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Stopped(Exception):

@@ -1,6 +1,6 @@
-"""The index of a Hugging Face checkpoint, with the shard and shape of each tensor.
+"""The index of a checkpoint, with the shard and shape of each tensor.
 
-Only safetensors files are opened. Pickle files (`.bin`, `.pt`) can run code.
+Only safetensors and GGUF files are opened. Pickle files (`.bin`, `.pt`) can run code.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
 
 import torch
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.safetensors import Header, TensorSpec, split_part
+from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec, split_part
 from mixchat.weights.families.family import Slice
+from mixchat.weights.families.gguf_tensors import ROUTER, gguf_tensors
 from mixchat.weights.families.read_config import slices
 from mixchat.weights.families.tensors import expert_prefix
 from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
-from mixchat.weights.matrix import bnb_format, mxfp4_format
+from mixchat.weights.matrix import bnb_format, fp8_format, gguf_format, mxfp4_format
+from mixchat.weights.matrix.gguf_format import GgufSpec
 from mixchat.weights.matrix.nf4 import Quantized4bit
 from mixchat.weights.matrix.quant_type import QuantType
+from mixchat.weights.source.gguf_file import GgufFile, GgufHeader
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -49,8 +54,9 @@ Read = Callable[[str], torch.Tensor]
 class CheckpointIndex:
     """The tensors of a checkpoint, by the headers of its shards.
 
-    `weight_map` is None for a checkpoint of one file. `where` names the checkpoint in messages.
-    Raises `CheckpointError` unless all tensors are there, with the config's shapes, and no others.
+    `weight_map` is None if the headers tell it. `where` names the checkpoint in messages. Files in
+    GGUF have llama.cpp's names. Raises `CheckpointError` unless all tensors are there, with the
+    config's shapes, and no others.
     """
 
     def __init__(
@@ -62,11 +68,14 @@ class CheckpointIndex:
     ) -> None:
         self.config, self.where = config, where
         self._headers = dict(headers)
+        self._gguf = any(isinstance(header, GgufHeader) for header in headers.values())
         if weight_map is None:
-            (file,) = headers
-            weight_map = {spec.name: file for spec in headers[file].specs}
+            weight_map = {spec.name: file for file in headers for spec in headers[file].specs}
         self._weight_map = dict(weight_map)
-        self._shapes = expected_shapes(config)
+        self._slices = (
+            dict(gguf_tensors(config, self._weight_map)) if self._gguf else slices(config)
+        )
+        self._shapes = _shapes_of(self._slices)
         self._check_tensors()
 
     @property
@@ -80,26 +89,39 @@ class CheckpointIndex:
     def header(self, shard: str) -> Header:
         return self._headers[shard]
 
+    def open(self, shard: str, path: Path) -> SafetensorsFile:
+        """Open a shard that is in the file `path`. Raises `CheckpointError`."""
+        return GgufFile(path) if self._gguf else SafetensorsFile(path)
+
     def shard_of(self, tensor: str) -> str:
         return self._weight_map[split_part(tensor)[0]]
 
     def nbytes(self, tensors: Iterable[str]) -> int:
         return sum(self._spec(name).nbytes for name in tensors)
 
+    def memory(self, matrix: str) -> int:
+        """Return the bytes that reading a matrix takes."""
+        decoded = 2 * prod(self._shape(matrix)) if self._is_decoded(matrix) else 0
+        return self.nbytes(self.components(matrix)) + decoded
+
     def slices(self, tensor: str) -> tuple[Slice, ...]:
         """Return what makes a tensor of the installed model, such as "lm_head.weight"."""
-        return slices(self.config)[tensor]
+        return self._slices[tensor]
 
     def components(self, matrix: str) -> tuple[str, ...]:
         """Return the tensors of a matrix, several if it is quantized."""
         if mxfp4_format.is_quantized(matrix, self._weight_map):
             return mxfp4_format.component_names(matrix)
+        if fp8_format.is_quantized(matrix, self._weight_map):
+            return fp8_format.component_names(matrix)
         return bnb_format.component_names(matrix, self._weight_map)
 
     def quant_type(self, matrix: str) -> QuantType | None:
         """Return the type to which a matrix is quantized, or None."""
         if mxfp4_format.is_quantized(matrix, self._weight_map):
             return "mxfp4"
+        if spec := self._in_blocks(matrix):
+            return "mxfp4" if spec.kind == "MXFP4" else None
         return bnb_format.quant_type(matrix, self._weight_map)
 
     @property
@@ -111,17 +133,26 @@ class CheckpointIndex:
     @property
     def dtype(self) -> torch.dtype:
         """Return the embedding's type, which stands for the checkpoint's."""
-        return self._spec(self.slices(EMBEDDING)[0].name).dtype
+        return self._dtype(self.slices(EMBEDDING)[0].name)
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Return the types of all tensors that are not quantized."""
+        """Return the types of all tensors that are not quantized.
+
+        GGUF files have all vectors and routers in fp32, which tells nothing of the model's type.
+        """
         dense = (name for name in self._shapes if self.quant_type(name) is None)
-        return {self._spec(name).dtype for name in dense}
+        if self._gguf:
+            dense = (name for name in dense if len(self._shapes[name]) > 1 and ROUTER not in name)
+        return {self._dtype(name) for name in dense}
 
     def read_dense(self, matrix: str, read: Read) -> torch.Tensor:
         """Read a matrix or vector as floats. Raises `CheckpointError` for NaN or infinity."""
-        if self.quant_type(matrix) is None:
+        if spec := self._in_blocks(matrix):
+            tensor = gguf_format.dense(spec, read(matrix))
+        elif fp8_format.is_quantized(matrix, self._weight_map):
+            tensor = fp8_format.read_matrix(matrix, read)
+        elif self.quant_type(matrix) is None:
             tensor = read(matrix)
         else:
             tensor = self.read_4bit(matrix, read).dense(torch.bfloat16)
@@ -137,6 +168,8 @@ class CheckpointIndex:
         """Read a quantized matrix. Raises `CheckpointError`."""
         if mxfp4_format.is_quantized(matrix, self._weight_map):
             return mxfp4_format.read_matrix(matrix, read)
+        if spec := self._in_blocks(matrix):
+            return gguf_format.mxfp4(spec, read(matrix))
         rows, columns = self._shape(matrix)
         return bnb_format.read_matrix(matrix, read, self._weight_map, rows=rows, columns=columns)
 
@@ -145,6 +178,20 @@ class CheckpointIndex:
 
     def _spec(self, tensor: str) -> TensorSpec:
         return self._headers[self.shard_of(tensor)].spec(tensor)
+
+    def _in_blocks(self, tensor: str) -> GgufSpec | None:
+        """Return the spec of a tensor in blocks of GGUF, else None."""
+        spec = self._spec(tensor) if self._gguf else None
+        return spec if isinstance(spec, GgufSpec) else None
+
+    def _dtype(self, tensor: str) -> torch.dtype:
+        """Return the type that a tensor is read as."""
+        return torch.bfloat16 if self._is_decoded(tensor) else self._spec(tensor).dtype
+
+    def _is_decoded(self, tensor: str) -> bool:
+        """Return whether reading a tensor makes bf16 of another form."""
+        in_fp8 = fp8_format.is_quantized(tensor, self._weight_map)
+        return in_fp8 or self._in_blocks(tensor) is not None
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
         whole, part = split_part(tensor)
@@ -156,15 +203,7 @@ class CheckpointIndex:
             for component in self.components(name):
                 if component not in self._weight_map:
                     raise CheckpointError(f"{self.where}: the tensor {component} is missing")
-            if mxfp4_format.is_quantized(name, self._weight_map):
-                for spec in mxfp4_format.component_specs(name, shape):
-                    self._check_shape(spec.name, spec.shape)
-                    self._check_type(spec.name, (spec.dtype,), "MXFP4 has bytes")
-            elif self.quant_type(name) is None:
-                self._check_shape(name, shape)
-                self._check_type(name, _FLOATS, "only bf16, fp16 and fp32 weights can be quantized")
-            elif len(shape) != 2:
-                raise CheckpointError(f"{self._place(name)}: {name} is quantized, but no matrix")
+            self._check_tensor(name, shape)
             known.update(self.components(name))
         for name, shard in self._weight_map.items():
             self._headers[shard].spec(name)
@@ -173,30 +212,55 @@ class CheckpointIndex:
                     f"{self.where}: {name!r:.120} is not a tensor of a {self.config.model_type}"
                 )
 
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        if mxfp4_format.is_quantized(name, self._weight_map):
+            for spec in mxfp4_format.component_specs(name, shape):
+                self._check_shape(spec.name, spec.shape)
+                self._check_type(spec.name, (spec.dtype,), "MXFP4 has bytes")
+        elif fp8_format.is_quantized(name, self._weight_map):
+            numbers, scales = fp8_format.component_names(name)
+            self._check_shape(numbers, shape)
+            self._check_shape(scales, fp8_format.scales_shape(shape))
+            self._check_type(scales, _FLOATS, "scales are floats")
+            if len(shape) != 2 or self._spec(numbers).dtype != fp8_format.FP8:
+                raise CheckpointError(f"{self._place(name)}: {name} is no matrix in FP8")
+        elif self._gguf or self.quant_type(name) is None:
+            self._check_shape(name, shape)
+            self._check_type(name, _FLOATS, "only bf16, fp16 and fp32 weights can be quantized")
+        elif len(shape) != 2:
+            raise CheckpointError(f"{self._place(name)}: {name} is quantized, but no matrix")
+
     def _is_ignored(self, name: str) -> bool:
         tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
         first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
-        predicting = name.startswith(tuple(layer_prefix(first + n) for n in range(count)))
+        layers = range(first, first + count)
+        prefixes = [f"blk.{n}." if self._gguf else layer_prefix(n) for n in layers]
+        predicting = name.startswith(tuple(prefixes))
         return tied_head or predicting or bool(_IGNORED.fullmatch(name))
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        spec = self._spec(name)
-        if spec.shape != shape:
+        spec = self._in_blocks(name)
+        found = spec.weights if spec else self._spec(name).shape
+        if found != shape:
             raise CheckpointError(
-                f"{self._place(name)}: {name} has the shape {list(spec.shape)}, "
+                f"{self._place(name)}: {name} has the shape {list(found)}, "
                 f"config.json asks for {list(shape)}"
             )
 
     def _check_type(self, name: str, allowed: Collection[torch.dtype], reason: str) -> None:
-        dtype = self._spec(name).dtype
+        dtype = self._dtype(name)
         if dtype not in allowed:
             raise CheckpointError(f"{self._place(name)}: {name} is {dtype}: {reason}")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a checkpoint, by name."""
+    """Return the shape of every tensor of a Hugging Face checkpoint, by name."""
+    return _shapes_of(slices(config))
+
+
+def _shapes_of(made_of: Mapping[str, tuple[Slice, ...]]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for source in itertools.chain.from_iterable(slices(config).values()):
+    for source in itertools.chain.from_iterable(made_of.values()):
         name, part = split_part(source.name)
         shapes[name] = source.shape if part is None else (part + 1, *source.shape)
     return shapes

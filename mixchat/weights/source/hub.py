@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,10 +23,13 @@ from mixchat.weights.source.checkpoint_index import (
     COMPANION_FILES,
     CONFIG,
     INDEX,
+    SINGLE,
     CheckpointIndex,
     read_weight_map,
     shard_files,
 )
+from mixchat.weights.source.gguf_checkpoint import SUFFIX, choose_files, read_gguf
+from mixchat.weights.source.gguf_file import MAGIC, read_header
 from mixchat.weights.source.hub_errors import endpoint, plain_errors
 from mixchat.weights.source.hub_request import read_json
 from mixchat.weights.source.transfer import has_beginning, read_range
@@ -38,6 +41,8 @@ _REQUESTS_AT_ONCE = 8
 COMMIT = _SHA1 = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PLAIN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}"
+_GGUF_PATH = re.compile(rf"{_PLAIN}/{_PLAIN}\.gguf")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class RemoteFile:
     size: int
     sha256: str | None
     git_sha1: str | None
+
+    @property
+    def name(self) -> str:
+        """Return its name without the folder."""
+        return self.path.rpartition("/")[2]
 
     @property
     def where(self) -> str:
@@ -80,7 +90,8 @@ class RemoteFile:
 class HubListing:
     """The files of one commit that make up a checkpoint, and its tensors.
 
-    `read` has the small files that were read already.
+    `read` has the small files that were read already, `made` those that a model in GGUF has in its
+    metadata.
     """
 
     repo_id: str
@@ -89,16 +100,22 @@ class HubListing:
     read: dict[str, bytes]
     shards: dict[str, RemoteFile]
     index: CheckpointIndex
+    made: dict[str, bytes] = field(default_factory=dict)
 
 
 def look_up(repo_id: str, revision: str | None = None) -> HubListing:
     """Look up the files of a checkpoint, and fetch its config, its index and the headers.
 
-    Raises `ModelNotFoundError` if the hub has no such repo, `CheckpointError` if it is no model in
-    safetensors that runs, `HubError` if the hub cannot be reached.
+    `repo_id` may end with the kind of a model in GGUF, as in ORG/NAME:Q4_K_M. Without it, a repo's
+    safetensors precede. Raises `ModelNotFoundError` if the hub has no such repo, `CheckpointError`
+    if it is no model that runs, `UsageError` if it has several models in GGUF, `HubError` if the
+    hub cannot be reached.
     """
-    with plain_errors(repo_id):
-        commit, listing = _listing(repo_id, revision)
+    name, _, kind = repo_id.partition(":")
+    with plain_errors(name):
+        commit, listing = _listing(name, revision)
+        if kind or _has_only_gguf(listing):
+            return _look_up_gguf(name, commit, listing, kind)
         if CONFIG not in listing:
             raise CheckpointError(f"{repo_id}: there is no {CONFIG}: not a checkpoint for mixchat")
         read = {CONFIG: fetch_small(listing[CONFIG])}
@@ -113,6 +130,20 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
         headers = _headers(shards)
     tensors = CheckpointIndex(config, headers, weight_map, repo_id)
     return HubListing(repo_id, commit, small, read, shards, tensors)
+
+
+def _has_only_gguf(listing: Collection[str]) -> bool:
+    return not {INDEX, SINGLE} & {*listing} and any(name.endswith(SUFFIX) for name in listing)
+
+
+def _look_up_gguf(
+    repo_id: str, commit: str, listing: dict[str, RemoteFile], kind: str
+) -> HubListing:
+    chosen = choose_files(listing, kind or None, repo_id)
+    shards = {name: _check_shard(listing[path]) for name, path in chosen.items()}
+    headers: dict[str, Any] = _headers(shards)
+    index, made = read_gguf(headers, f"{repo_id}:{kind}" if kind else repo_id)
+    return HubListing(repo_id, commit, (), {}, shards, index, made)
 
 
 def fetch_small(file: RemoteFile) -> bytes:
@@ -201,20 +232,33 @@ def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
 
 
 def _header(file: RemoteFile, stop: Event) -> Header:
-    url = file.url
-    first = read_range(url, 0, min(_FIRST_READ_BYTES, file.size), stop, of=file.size)
+    url, first = file.url, bytearray()
+
+    def read(start: int, size: int) -> bytearray:
+        nonlocal first
+        piece = read_range(url, start, size, stop, of=file.size)
+        first += piece
+        return piece
+
+    is_gguf = file.path.endswith(SUFFIX)
     try:
+        if is_gguf:
+            return read_header(read, file.size, file.where)
+        read(0, min(_FIRST_READ_BYTES, file.size))
         end = 8 + header_length(first, file.size, file.where)
         if end > len(first):
-            first += read_range(url, len(first), end - len(first), stop, of=file.size)
+            read(len(first), end - len(first))
         return Header(first[8:end], file.size, file.where)
     except CheckpointError:
+        if is_gguf and first.startswith(MAGIC):
+            raise
         if file.size < _CHECKED_BYTES_MAX and has_beginning(
             url, file.size, str(file.sha256), first, stop
         ):
             raise
     raise HubError(
-        f"the hub sends something else in place of {file.where}: no header of safetensors",
+        f"the hub sends something else in place of {file.where}: no header of "
+        f"{'GGUF' if is_gguf else 'safetensors'}",
         hint="Does the network ask for a login first? Then log in and run the same command again.",
     )
 
@@ -231,7 +275,10 @@ def _check_shard(file: RemoteFile) -> RemoteFile:
 
 
 def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteFile]]:
-    """Return the commit of `revision` today, and its files at the top level by name."""
+    """Return the commit of `revision` today, and its files by name.
+
+    Those in folders are left out, but not models in GGUF.
+    """
     place = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     try:
         info = read_json(f"{endpoint()}/api/models/{repo_id}{place}?blobs=true")
@@ -250,7 +297,7 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteF
 def _remote_files(repo_id: str, commit: str, siblings: Iterable[Any]) -> Iterable[RemoteFile]:
     for sibling in siblings:
         name = sibling["rfilename"]
-        if "/" in name:
+        if "/" in name and not _GGUF_PATH.fullmatch(name):
             continue
         size, lfs, sha1 = (sibling.get(key) for key in ("size", "lfs", "blobId"))
         sha256 = lfs["sha256"] if lfs else None

@@ -15,10 +15,11 @@ from mixchat.base.errors import HubError
 from mixchat.base.files import write_file
 from mixchat.base.lock import Busy
 from mixchat.base.progress import Task
-from mixchat.base.safetensors import Header, SafetensorsFile
+from mixchat.base.safetensors import Header
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint, ShardReader, Stopped
+from mixchat.weights.source.gguf_checkpoint import write_made
 from mixchat.weights.source.hub import HubListing, RemoteFile
 from mixchat.weights.source.hub_errors import plain_errors
 from mixchat.weights.source.transfer import (
@@ -52,6 +53,10 @@ class HubCheckpoint(Checkpoint):
 
     def companions(self) -> Path:
         read = self._remote.read
+        if made := self._remote.made:
+            with plain_errors(self._remote.repo_id):
+                write_made(self._directory, made)
+            return self._directory
         with plain_errors(self._remote.repo_id, "HF_HOME" if self.cache else "MIXCHAT_HOME"):
             for file in self._remote.small:
                 read[file.path] = read.get(file.path) or hub.fetch_small(file)
@@ -65,8 +70,8 @@ class HubCheckpoint(Checkpoint):
         return self._directory
 
     def close(self) -> None:
-        for file in self._remote.small:
-            (self._directory / file.path).unlink(missing_ok=True)
+        for name in (*(file.path for file in self._remote.small), *self._remote.made):
+            (self._directory / name).unlink(missing_ok=True)
         with suppress(OSError):
             self._directory.rmdir()
             self._directory.parent.rmdir()
@@ -104,7 +109,9 @@ class HubCheckpoint(Checkpoint):
     def open(self, shard: str) -> ShardReader:
         file = self._remote.shards[shard]
         cached = _cached(file)
-        return SafetensorsFile(cached) if cached else _RemoteShard(file, self.index.header(shard))
+        if cached:
+            return self.index.open(shard, cached)
+        return _RemoteShard(file, self.index.header(shard))
 
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
         missing = [shard for shard in shards if self.missing(shard)]
@@ -131,7 +138,7 @@ class HubCheckpoint(Checkpoint):
             fetch_and_discard(self._remote.shards[shard].url, came, stop)
 
     def _fetch_to_target(self, file: RemoteFile, task: Task, stop: Event) -> Path:
-        path = self._directory / file.path
+        path = self._path(file)
         if not path.exists():
             _fetch(file, path, task, stop)
         elif not _is_intact(file, path, stop):
@@ -140,7 +147,7 @@ class HubCheckpoint(Checkpoint):
         return path
 
     def _path(self, file: RemoteFile) -> Path:
-        return file.blob if self.cache else self._directory / file.path
+        return file.blob if self.cache else self._directory / file.name
 
     def _linked(self, file: RemoteFile, path: Path) -> Path:
         """Link snapshots/<commit>/<name> to blobs/<hash>, and return the file's path."""

@@ -16,7 +16,13 @@ from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint, DirectoryCheckpoint
 from mixchat.weights.source.checkpoint_index import INDEX, read_weight_map
 from mixchat.weights.source.demo import DemoCheckpoint
-from mixchat.weights.source.hub_checkpoint import HubCheckpoint
+from mixchat.weights.source.gguf_checkpoint import (
+    SUFFIX,
+    GgufCheckpoint,
+    choose_files,
+    local_files,
+)
+from mixchat.weights.source.hub_checkpoint import SOURCE_DIR, HubCheckpoint
 
 
 @contextmanager
@@ -43,11 +49,17 @@ def _open_checkpoint(
 ) -> Checkpoint:
     if source.repo == DEMO:
         return DemoCheckpoint(target, progress)
-    if Path(source.repo).is_absolute():
-        return DirectoryCheckpoint(Path(source.repo), source)
+    path, made = Path(source.repo), target / SOURCE_DIR
+    if path.is_absolute():
+        files = local_files(path) if path.suffix == SUFFIX else _gguf_files(path, source.repo)
+        return GgufCheckpoint(files, source, made) if files else DirectoryCheckpoint(path, source)
     if snapshot := _offline_snapshot(source):
         commit = snapshot.name
-        return DirectoryCheckpoint(snapshot, replace(source, commit=commit), fingerprint=commit)
+        known = replace(source, commit=commit)
+        repo, _, kind = source.repo.partition(":")
+        if files := _gguf_files(snapshot, repo, kind):
+            return GgufCheckpoint(files, known, made, fixed=commit)
+        return DirectoryCheckpoint(snapshot, known, fingerprint=commit)
     remote = _look_up(source)
     resolved = replace(source, commit=remote.commit)
     return HubCheckpoint(remote, resolved, target, keep_source=keep_source)
@@ -69,19 +81,34 @@ def _offline_snapshot(source: Source) -> Path | None:
 
     if not constants.HF_HUB_OFFLINE:
         return None
-    repo = hub.repo_dir(source.repo)
+    repo = hub.repo_dir(source.repo.partition(":")[0])
     revision = source.commit or source.revision or constants.DEFAULT_REVISION
     try:
         commit = read_bytes(repo / "refs" / revision).decode().strip()
     except (CheckpointError, ValueError):
         commit = revision
     snapshot = repo / "snapshots" / commit
-    if hub.COMMIT.fullmatch(commit) and _is_complete(snapshot):
+    if hub.COMMIT.fullmatch(commit) and (_is_complete(snapshot) or any(_all_gguf(snapshot))):
         return snapshot
     raise HubError(
         f"{source.repo} is not complete in Hugging Face's cache, and HF_HUB_OFFLINE is set",
         hint="Unset it, or name a directory that holds the checkpoint.",
     )
+
+
+def _gguf_files(directory: Path, where: str, kind: str = "") -> dict[str, Path]:
+    """Return the files of a directory's model in GGUF, or nothing if it has a checkpoint's."""
+    if not kind and _is_complete(directory):
+        return {}
+    paths = {str(path.relative_to(directory)): path for path in _all_gguf(directory)}
+    chosen = choose_files(paths, kind or None, where) if paths else {}
+    return {name: paths[at] for name, at in chosen.items()}
+
+
+def _all_gguf(directory: Path) -> Iterator[Path]:
+    """Yield the GGUF files in a directory and in the folders in it."""
+    for pattern in (f"*{SUFFIX}", f"*/*{SUFFIX}"):
+        yield from directory.glob(pattern)
 
 
 def _is_complete(snapshot: Path) -> bool:

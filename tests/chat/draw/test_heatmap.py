@@ -52,7 +52,7 @@ def lines(report: ExpertReport, width: int = 80, encoding: str = "utf-8") -> lis
     return out.buffer.getvalue().decode(encoding).splitlines()
 
 
-def test_a_tiny_model() -> None:
+def test_a_tiny_model():
     assert [line.rstrip() for line in lines(TINY)] == [
         "      0     1     2     3     hits",
         "  0   20●    -·   40○   40●    75%",
@@ -65,7 +65,7 @@ def test_a_tiny_model() -> None:
     ]
 
 
-def test_experts_of_workers_have_a_mark_of_their_own() -> None:
+def test_experts_of_workers_have_a_mark_of_their_own():
     tiers = [["host", "worker", "worker", "disk"], ["host", "disk", "worker", "disk"]]
     report = replace(TINY, tiers=tiers, slots={"host": 2, "worker": 3})
     shown = [line.rstrip() for line in lines(report)]
@@ -76,7 +76,7 @@ def test_experts_of_workers_have_a_mark_of_their_own() -> None:
     assert "◆ worker 0 of 0 slots" in lines(lost)[4]
 
 
-def test_a_second_gpu_has_a_mark_of_its_own() -> None:
+def test_a_second_gpu_has_a_mark_of_its_own():
     tiers = [["device", "other-device", "host", "device"], ["other-device"] * 4]
     report = replace(TINY, tiers=tiers, slots={"device": 3, "other-device": 5, "host": 1})
     for encoding, marks in (("utf-8", "●◐○"), ("ascii", "#%+")):
@@ -87,7 +87,7 @@ def test_a_second_gpu_has_a_mark_of_its_own() -> None:
         assert shown[4] == f"experts  {places}   {ram} RAM 1 of 1 slots"
 
 
-def test_a_run_that_did_nothing_divides_by_nothing() -> None:
+def test_a_run_that_did_nothing_divides_by_nothing():
     nothing = [[0] * 4] * 2
     idle = replace(TINY, hits=nothing, misses=nothing, tokens=0, seconds=0.0, bytes_moved=0)
     idle = replace(idle, stalled_seconds=0.0, predictions=0, right_predictions=0)
@@ -98,12 +98,12 @@ def test_a_run_that_did_nothing_divides_by_nothing() -> None:
     ]
 
 
-def test_uses_are_compared_within_their_layer() -> None:
+def test_uses_are_compared_within_their_layer():
     report = replace(TINY, hits=[[3, 0, 0, 3], [900, 0, 0, 900]], misses=[[0, 6, 0, 0], [0] * 4])
     assert relative_uses(report) == [[1, 2, 0, 1], [2, 0, 0, 2]]
 
 
-def test_mixtral_fits_a_small_terminal() -> None:
+def test_mixtral_fits_a_small_terminal():
     """80 columns, and 40 lines with the command above it."""
     shown = lines(report_of(32, 8))
     assert len(shown) < 40
@@ -114,11 +114,11 @@ def test_mixtral_fits_a_small_terminal() -> None:
 
 @pytest.mark.parametrize("width", [1, 5, 20, 40, 79, 80, 200])
 @pytest.mark.parametrize("experts", [1, 8, 16, 60, 128])
-def test_no_line_is_wider_than_the_terminal(width: int, experts: int) -> None:
+def test_no_line_is_wider_than_the_terminal(width, experts):
     assert max(map(len, lines(report_of(3, experts), width))) <= width
 
 
-def test_many_experts_go_on_below_and_none_is_left_out() -> None:
+def test_many_experts_go_on_below_and_none_is_left_out():
     shown = lines(report_of(64, 128))
     assert shown[0].split() == ["0", "8", "16", "24", "hits"]
     rows = shown[1 : 1 + 64 * 4]
@@ -129,14 +129,14 @@ def test_many_experts_go_on_below_and_none_is_left_out() -> None:
     assert cells == "".join(f"{level}{'●○·'[e % 3]}" for e, level in enumerate(levels))
 
 
-def test_without_unicode_the_marks_are_ascii() -> None:
+def test_without_unicode_the_marks_are_ascii():
     shown = lines(TINY, encoding="ascii")
     assert shown[1].split()[1:5] == ["20#", "-.", "40+", "40#"]
     assert shown[4].split()[1::6] == ["#", "+", "."]
     assert set(MARKS) == set(ASCII_MARKS)
 
 
-def test_colour_tells_the_level_of_use() -> None:
+def test_colour_tells_the_level_of_use():
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True, color_system="256", no_color=False)
     segments = [s for line in console.render_lines(Heatmap(TINY)) for s in line]
@@ -147,12 +147,12 @@ def test_colour_tells_the_level_of_use() -> None:
     assert not [text for text in styles if text.startswith("-")]
 
 
-def test_levels_differ_in_a_terminal_of_16_colours() -> None:
+def test_levels_differ_in_a_terminal_of_16_colours():
     colours = [Color.parse(style.split()[-1]) for style in STYLES if style]
     assert len({c.downgrade(ColorSystem.STANDARD).number for c in colours}) == len(LEVEL_NAMES) - 1
 
 
-def test_no_color_leaves_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_leaves_no_colour(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     out = io.StringIO()
     Console(file=out, width=80, force_terminal=True, color_system="256").print(Heatmap(TINY))
@@ -161,7 +161,7 @@ def test_no_color_leaves_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mean" not in out.getvalue()  # the legend of the colours
 
 
-def test_a_models_name_cannot_act_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_name_cannot_act_on_the_terminal(monkeypatch):
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     out = io.StringIO()
     shown = drawn(replace(TINY, model="[red]\x1b[2J\nx"), out)

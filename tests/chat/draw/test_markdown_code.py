@@ -5,9 +5,9 @@ from contextlib import closing
 
 import pytest
 from markdown_texts import fence
+from markdown_tools import Eager, pieces, printed, rows_of
 from rich.console import Console
 from screens import Terminal
-from test_markdown import Eager, pieces, printed, rows_of
 
 from mixchat.chat.draw.markdown import broken_off
 from mixchat.chat.draw.markdown_stream import MarkdownStream

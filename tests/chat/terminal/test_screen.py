@@ -233,7 +233,7 @@ def test_a_resumed_question_has_the_colours_that_it_was_typed_in(monkeypatch):
     ]
 
 
-def test_before_anything_was_read_it_is_what_is_predicted_for_the_turn() -> None:
+def test_before_anything_was_read_it_is_what_is_predicted_for_the_turn():
     asked = []
     reading = ReadingTime(lambda tokens, first: asked.append((tokens, first)) or 7.0)
     assert reading.seconds(3200) == 7.0
@@ -243,7 +243,7 @@ def test_before_anything_was_read_it_is_what_is_predicted_for_the_turn() -> None
     assert asked == [(3200, True), (100, False)]
 
 
-def test_after_a_long_prompt_it_is_at_the_pace_of_that() -> None:
+def test_after_a_long_prompt_it_is_at_the_pace_of_that():
     reading = ReadingTime(lambda tokens, first: None)
     assert reading.seconds(3200) is None
     reading.note(GenerationStats(prompt_tokens=500, reused_tokens=400, prefill_seconds=2.0))

@@ -43,9 +43,7 @@ def type_keys(keys: bytes, person: int, source: Input) -> None:
         (b"hi\r\x04", ["h", "i", Keys.ControlM, Keys.ControlD]),
     ],
 )
-def test_a_line_typed_while_the_prompt_takes_over_is_sent(
-    typed: bytes, keys: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_typed_while_the_prompt_takes_over_is_sent(typed, keys, monkeypatch):
     """It lay at the prompt unsent: its Enter had become a newline after the look at what waits."""
     look: Callable[[Input], bytes] = typeahead._waiting_bytes
     with terminal() as (person, source):
@@ -60,14 +58,14 @@ def test_a_line_typed_while_the_prompt_takes_over_is_sent(
             assert [press.key for press in get_typeahead(source)] == keys
 
 
-def test_what_is_typed_at_the_prompt_stays_what_it_is() -> None:
+def test_what_is_typed_at_the_prompt_stays_what_it_is():
     with terminal() as (person, source), typeahead.reading_keys(source):
         assert get_typeahead(source) == []
         os.write(person, b"a\nb\r")
         assert os.read(source.fileno(), 100) == b"a\nb\r"
 
 
-def test_ctrl_c_after_the_enter_of_a_prompt_is_raised_once_and_keys_are_kept() -> None:
+def test_ctrl_c_after_the_enter_of_a_prompt_is_raised_once_and_keys_are_kept():
     """It was read as a key in raw mode, and the answer that it should stop was given."""
     with terminal() as (person, source):
         with pytest.raises(KeyboardInterrupt), typeahead.reading_keys(source):
@@ -75,7 +73,7 @@ def test_ctrl_c_after_the_enter_of_a_prompt_is_raised_once_and_keys_are_kept() -
         assert [press.key for press in get_typeahead(source)] == ["a", "b", Keys.ControlC]
 
 
-def test_ctrl_c_after_the_enter_of_another_line_is_left_to_that_line() -> None:
+def test_ctrl_c_after_the_enter_of_another_line_is_left_to_that_line():
     with terminal() as (person, source):
         with typeahead.reading_keys(source):
             type_keys(b"a\r\x03", person, source)

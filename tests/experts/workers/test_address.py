@@ -1,7 +1,5 @@
 """Addresses of workers: every form that is right, and one clear line for each that is not."""
 
-from __future__ import annotations
-
 import socket
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Messages between chat side and worker: what is packed is unpacked, and nothing else is."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 

@@ -1,7 +1,5 @@
 """A worker among strangers, faulty chats and signals: the next rightful chat is always served."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os

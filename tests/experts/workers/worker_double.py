@@ -1,7 +1,5 @@
 """A worker with experts that are easy to compute, in a thread or in a process of its own."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

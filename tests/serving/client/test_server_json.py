@@ -54,6 +54,15 @@ def test_a_piece_has_text_reason_and_usage():
     assert piece_of(choices=None, usage=counts).usage == Usage(5, 3, 2)
 
 
+def test_calls_of_tools_are_shown_as_text():
+    named = {"index": 0, "id": "1", "function": {"name": "find", "arguments": ""}}
+    pieces = [{"tool_calls": [named]}, {"tool_calls": [{"function": {"arguments": '{"a": 1}'}}]}]
+    texts = [piece_of(choices=[{"delta": delta}]).text for delta in pieces]
+    assert "".join(texts) == '\ncall find: {"a": 1}'
+    end = piece_of(choices=[{"delta": {}, "finish_reason": "tool_calls"}])
+    assert end == Piece("", "stop")
+
+
 def test_other_choices_than_the_first_are_not_mixed_into_it():
     choices = [{"index": 1, "delta": {"content": "B"}}, {"index": 0, "delta": {"content": "A"}}]
     assert piece_of(choices=choices).text == "A"

@@ -1,7 +1,5 @@
 """A server on a free port in front of a scripted service, and clients for it."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -80,3 +78,15 @@ def serve() -> Iterator[Callable[..., Served]]:
 @pytest.fixture
 def served(serve: Callable[..., Served]) -> Served:
     return serve()
+
+
+@pytest.fixture
+def client(served):
+    with served.openai() as client:
+        yield client
+
+
+@pytest.fixture
+def lenient(serve):
+    """A server as `mixchat serve` starts it without --strict."""
+    return serve(defaults=Defaults(SamplingOptions(), strict=False))

@@ -1,7 +1,5 @@
 """HTTP by hand, for what no client would send."""
 
-from __future__ import annotations
-
 import json
 import socket
 from dataclasses import dataclass

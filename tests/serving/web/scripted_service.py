@@ -5,8 +5,6 @@ braces do something: {seed} is the seed, {wait} a pause of 50 ms, {hang} one unt
 {fail} an error, {crash} an exception that is no error of mixchat's.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +27,11 @@ from mixchat.serving.service import (
 )
 from mixchat.text.detokenizer import StopStrings
 from mixchat.text.messages import Message, require_question
-from mixchat.text.thinking import ThinkingFormat, parser_of
+from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import TokenBytes, require_unicode
+from mixchat.text.tool_call import Tool
+from mixchat.text.tool_formats import PLAIN, ToolFormat
+from mixchat.text.tool_parser import answer_parser
 
 STOP, BOS = 0, 1
 PAUSE = 0.05
@@ -79,14 +80,21 @@ class LineTemplate:
     stop_ids = frozenset({STOP})
     continues_prompt = False
     thinking: ThinkingFormat | None = None
+    tools: ToolFormat | None = PLAIN
 
     def __init__(self) -> None:
         self.variables: list[Any] = []  # of each prompt
 
-    def encode(self, messages: Sequence[Message], variables: Any = None) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], variables: Any = None, tools: Sequence[Tool] = ()
+    ) -> list[int]:
         self.variables.append(variables)
         require_question(messages)
-        return [ord(c) for m in messages for c in f"{m.role}: {m.content}\n"]
+        lines = [f"{tool.name}: {tool.description}" for tool in tools]
+        for message in messages:
+            calls = "".join(f" {call.name} {call.arguments}" for call in message.calls)
+            lines.append(f"{message.role}: {message.content}{calls}")
+        return [ord(c) for line in lines for c in f"{line}\n"]
 
 
 @dataclass
@@ -168,14 +176,15 @@ class ScriptedService:
         for done in range(0, total + 1, max(total // 2, 1)):
             running.sink(Reading(done, total))
         stops, tokens, reason = StopStrings(job.stop), 0, "stop"
-        parser, thought = parser_of(job.thinking, self.tokenizer, job.prompt_ids), 0
+        parser = answer_parser(job.thinking, job.tools, self.tokenizer, job.prompt_ids)
+        thought = 0
         for part in self._script(job):
-            if part.startswith("{"):
+            if len(part) > 1:  # a word in braces
                 self._act(part, running)
             if running.cancelled.is_set():
                 reason = "interrupted"
                 break
-            if part.startswith("{"):
+            if len(part) > 1:  # a word in braces
                 continue
             if tokens == job.max_tokens:
                 reason = "length"
@@ -184,13 +193,14 @@ class ScriptedService:
             new = parser.add(part)
             thought += parser.start is None
             text, stopped = stops.add(new.text)
-            running.sink(Delta(text, self._logprobs(job, part), new.thinking))
+            running.sink(Delta(text, self._logprobs(job, part), new.thinking, new.calls))
             if stopped:
                 reason = "stop_string"
                 break
         else:
             if rest := stops.add(parser.flush().text)[0] + stops.flush():
                 running.sink(Delta(rest))
+            reason = "tool_calls" if parser.calls else "stop"
         return Done(reason, total, 0, tokens, thought)
 
     def _script(self, job: Job) -> Iterator[str]:

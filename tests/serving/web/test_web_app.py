@@ -1,7 +1,5 @@
 """The other routes, the headers of every response, and bodies that are not what they should be."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 

@@ -1,7 +1,5 @@
 """The openai package as the client of /v1/completions."""
 
-from __future__ import annotations
-
 import pytest
 
 

@@ -1,7 +1,5 @@
 """The openai package against `mixchat serve -m demo`: a real model in a real process."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -12,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 
+import jsonschema
 import pytest
 from openai import BadRequestError, OpenAI
 
@@ -125,6 +124,19 @@ def test_an_answer_has_the_form_that_is_asked_for(client, number):
         assert choice.finish_reason == "stop"
         assert set(answer) == {"name", "legs"}
         assert 0 <= answer["legs"] <= 8
+
+
+TOOL = {"type": "function", "function": {"name": "describe", "parameters": PERSON}}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_call_that_is_required_keeps_to_its_schema(client, number):
+    done = ask(client, number, tools=[TOOL], tool_choice="required", n=2, max_tokens=300)
+    for choice in done.choices:
+        assert choice.finish_reason == "tool_calls"
+        for call in choice.message.tool_calls:
+            assert call.function.name == "describe"
+            jsonschema.validate(json.loads(call.function.arguments), PERSON)
 
 
 @pytest.mark.parametrize("grammar", ['root ::= "yes" | "no"', 'start: "yes" | "no"'])

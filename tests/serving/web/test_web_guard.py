@@ -1,7 +1,5 @@
 """The clients that may use the server: hosts, origins of web pages, keys."""
 
-from __future__ import annotations
-
 import openai
 import pytest
 from raw_http import exchange, request

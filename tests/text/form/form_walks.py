@@ -1,7 +1,5 @@
 """Random texts of a form, and whether a text has one, by a tokenizer with a token for each byte."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from functools import cache

@@ -1,7 +1,5 @@
 """Random JSON schemas that can be met, with every keyword that forms support."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

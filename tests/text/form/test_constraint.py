@@ -1,7 +1,5 @@
 """Constraints: what they allow is the text that a person sees, and an answer ends by itself."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ def allowed(constraint: TokenConstraint) -> set[int]:
     return set(constraint.allowed().nonzero().flatten().tolist())
 
 
-def test_once_the_form_is_complete_only_tokens_that_end_the_answer_are_allowed() -> None:
+def test_once_the_form_is_complete_only_tokens_that_end_the_answer_are_allowed():
     tokenizer = ByteTokenizer(b"ab", b"")
     form = ConstraintCompiler(tokenizer, {STOP, 258}).compile(lark_grammar('start: "ab"'))  # type: ignore[arg-type]
     constraint = form.start()
@@ -28,26 +26,26 @@ def test_once_the_form_is_complete_only_tokens_that_end_the_answer_are_allowed()
     constraint.accept(258)
 
 
-def test_an_answer_may_end_or_continue_if_the_form_allows_both() -> None:
+def test_an_answer_may_end_or_continue_if_the_form_allows_both():
     constraint = compiled(lark_grammar("start: /a+/")).start()
     assert allowed(constraint) == {ord("a")}
     constraint.accept(ord("a"))
     assert allowed(constraint) == {ord("a"), STOP}
 
 
-def test_the_tokens_that_are_allowed_are_a_bool_for_each_of_the_vocabulary() -> None:
+def test_the_tokens_that_are_allowed_are_a_bool_for_each_of_the_vocabulary():
     mask = compiled(json_object(), ByteTokenizer(b"x", b"y")).start().allowed()
     assert (mask.dtype, mask.shape) == (torch.bool, (259,))
 
 
-def test_answers_have_constraints_of_their_own() -> None:
+def test_answers_have_constraints_of_their_own():
     form = compiled(lark_grammar('start: "ab"'))
     first, second = form.start(), form.start()
     first.accept(ord("a"))
     assert (allowed(first), allowed(second)) == ({ord("b")}, {ord("a")})
 
 
-def test_the_first_token_counts_as_it_is_shown() -> None:
+def test_the_first_token_counts_as_it_is_shown():
     """SentencePiece shows `▁yes` at the start as `yes`, and after other text with its space."""
     tokenizer = ByteTokenizer(b" yes", b" ", first={257: b"yes", 258: b""})
     form = compiled(lark_grammar('start: "yes" " yes"?'), tokenizer)
@@ -57,24 +55,24 @@ def test_the_first_token_counts_as_it_is_shown() -> None:
     assert allowed(constraint) == {ord(" "), 257, 258, STOP}
 
 
-def test_the_first_token_keeps_its_space_if_it_continues_a_prompt() -> None:
+def test_the_first_token_keeps_its_space_if_it_continues_a_prompt():
     tokenizer = ByteTokenizer(b" yes", first={257: b"yes"})
     form = compiled(lark_grammar('start: " yes" | "no"'), tokenizer)
     assert allowed(form.start(continued=True)) == {ord(" "), 257, ord("n")}
     assert allowed(form.start()) == {ord(" "), ord("n")}
 
 
-def test_an_answer_is_continued_from_its_end() -> None:
+def test_an_answer_is_continued_from_its_end():
     form = compiled(lark_grammar('start: "abc"'))
     assert allowed(form.start([ord("a"), ord("b")])) == {ord("c")}
 
 
-def test_an_answer_of_another_form_cannot_be_continued() -> None:
+def test_an_answer_of_another_form_cannot_be_continued():
     with pytest.raises(PromptError, match="does not have the form"):
         compiled(lark_grammar('start: "abc"')).start([ord("a"), ord("x")]).allowed()
 
 
-def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason() -> None:
+def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason():
     class Few:
         def token_bytes(self) -> Any:
             from mixchat.text.tokenizer import TokenBytes
@@ -89,20 +87,20 @@ def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason() -> None:
 
 
 @pytest.mark.parametrize("stops", [set(), {1000}])
-def test_a_model_without_a_token_that_ends_answers_is_refused(stops: set[int]) -> None:
+def test_a_model_without_a_token_that_ends_answers_is_refused(stops):
     with pytest.raises(UsageError, match="no token that ends an answer"):
         ConstraintCompiler(ByteTokenizer(), stops)  # type: ignore[arg-type]
 
 
-def test_control_tokens_are_never_allowed_as_text(tokenizer: Any) -> None:
+def test_control_tokens_are_never_allowed_as_text(tokenizer):
     stop = tokenizer.eos_id or tokenizer.control_tokens.get("<|im_end|>")
     form = ConstraintCompiler(tokenizer, {stop}).compile(lark_grammar("start: /(.|\\n)*/"))
     controls = set(tokenizer.control_tokens.values())
     assert allowed(form.start()) & controls == {stop}
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_what_is_shown_of_random_answers_has_the_form(seed: int, tokenizer: Any, kind: str) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_shown_of_random_answers_has_the_form(seed, tokenizer, kind):
     """For each kind of tokenizer, at the start of a text and after a prompt."""
     pattern = r"(é|€|🙂| a|  |\n|[a-z,.])" if kind != "unigram" else "( |[a-e])"
     stop = tokenizer.eos_id or tokenizer.control_tokens.get("<|im_end|>")
@@ -123,7 +121,7 @@ def test_what_is_shown_of_random_answers_has_the_form(seed: int, tokenizer: Any,
         assert compiled(constraint).start(text.encode()).allowed()[STOP], text
 
 
-def test_tokens_of_mistrals_vocabulary_spell_json(v1: Any) -> None:
+def test_tokens_of_mistrals_vocabulary_spell_json(v1):
     constraint = ConstraintCompiler(v1, {2}).compile(json_object()).start()
     for token in v1.encode('{"name": "Grace\\n é 🙂", "x": [1, 2.5]}'):
         assert constraint.allowed()[token]

@@ -1,12 +1,9 @@
 """Forms that take too much: they end alone, whatever they try."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,19 +17,19 @@ from mixchat.text.form.output_constraint import HASTY_S, checked_schema, read_gr
 TOO_MUCH = r"(takes more than [\d.]+ s to compute|needs more than 1 GB of memory)$"
 
 
-def test_a_schema_that_takes_gigabytes_to_compile_is_refused() -> None:
+def test_a_schema_that_takes_gigabytes_to_compile_is_refused():
     """It took 12 GB and more in the server's process, which the system ended then."""
     with pytest.raises(UsageError, match=rf"^the schema {TOO_MUCH}"):
         checked_schema(bomb(), HASTY_S)
 
 
-def test_a_grammar_that_takes_gigabytes_to_compile_is_refused(tmp_path: Path) -> None:
+def test_a_grammar_that_takes_gigabytes_to_compile_is_refused(tmp_path):
     (tmp_path / "g.lark").write_text(grammar_bomb())
     with pytest.raises(UsageError, match=rf"g.lark: the grammar {TOO_MUCH}"):
         read_grammar(tmp_path / "g.lark")
 
 
-def test_a_form_that_takes_gigabytes_at_a_token_ends_its_own_answer_alone() -> None:
+def test_a_form_that_takes_gigabytes_at_a_token_ends_its_own_answer_alone():
     """It compiled in 0.1 s, and took all memory when the answer's second token was chosen."""
     bad = compiled(checked_schema(late_bomb(), HASTY_S))
     good = compiled(checked_schema({"type": "string"}, HASTY_S))
@@ -45,7 +42,7 @@ def test_a_form_that_takes_gigabytes_at_a_token_ends_its_own_answer_alone() -> N
     assert has_form(good, '"x"')
 
 
-def test_a_check_that_nobody_waits_for_ends_at_once() -> None:
+def test_a_check_that_nobody_waits_for_ends_at_once():
     """It went on after the client of the server had left."""
     before, faults = children(), list[Exception]()
 
@@ -64,7 +61,7 @@ def test_a_check_that_nobody_waits_for_ends_at_once() -> None:
     assert children() <= before
 
 
-def test_the_sandbox_of_an_answer_that_nobody_wants_ends() -> None:
+def test_the_sandbox_of_an_answer_that_nobody_wants_ends():
     before = children()
     constraint: Any = compiled(checked_schema({"type": "string"}, HASTY_S)).start()
     assert constraint.allowed().any()

@@ -1,7 +1,5 @@
 """Output constraints: what a schema or a grammar allows, and the place of its fault."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,38 +44,38 @@ NEVER = {"type": "integer", "minimum": 5, "maximum": 3}
         ('{"name": "Ada"}\n', False),
     ],
 )
-def test_a_schema_allows_what_it_says(text: str, allowed: bool) -> None:
+def test_a_schema_allows_what_it_says(text, allowed):
     assert has_form(compiled(json_schema(PERSON)), text) is allowed
 
 
 @pytest.mark.parametrize("blanks", ["  ", "\n\n", "\n" + 21 * " ", "\t"])
-def test_blanks_are_bounded(blanks: str) -> None:
+def test_blanks_are_bounded(blanks):
     """A model can emit blanks until its answer is cut off, so there is room for an indent only."""
     form = compiled(json_schema(PERSON))
     assert not has_form(form, f'{{{blanks}"name": "Ada"}}')
     assert has_form(form, "{\n" + 20 * " " + '"name": "Ada"}')
 
 
-def test_a_schema_cannot_lift_the_bound_of_blanks() -> None:
+def test_a_schema_cannot_lift_the_bound_of_blanks():
     form = compiled(json_schema({**PERSON, "x-guidance": {"whitespace_pattern": "[ ]*"}}))
     assert not has_form(form, '{     "name": "Ada"}')
 
 
-def test_any_json_object_is_an_object() -> None:
+def test_any_json_object_is_an_object():
     form = compiled(json_object())
     assert has_form(form, '{"a": [1, {"b": null}], "é": "\\n🙂"}')
     assert not any(has_form(form, text) for text in ("[]", "1", '"a"', "{a: 1}", "{'a': 1}"))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_random_object_is_json(seed: int) -> None:
+def test_any_random_object_is_json(seed):
     text = random_text(compiled(json_object()), seed)
     assert text is not None
     assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_random_texts_of_a_generated_schema_are_valid(seed: int) -> None:
+def test_random_texts_of_a_generated_schema_are_valid(seed):
     schema = SchemaMaker(seed).schema()
     form = compiled(json_schema(schema))
     for number in range(3):
@@ -95,15 +93,13 @@ def test_random_texts_of_a_generated_schema_are_valid(seed: int) -> None:
         ({"type": "integer", "exclusiveMinimum": 8}, ["9", "10"], ["8", "7"]),
     ],
 )
-def test_an_exclusive_minimum_is_not_allowed(
-    schema: dict[str, Any], good: list[str], bad: list[str]
-) -> None:
+def test_an_exclusive_minimum_is_not_allowed(schema, good, bad):
     """llguidance let 8 pass, although more than 8 and at most 8.75 was asked for."""
     form = compiled(json_schema({"type": "number", **schema}))
     assert [has_form(form, text) for text in good + bad] == [True] * len(good) + [False] * len(bad)
 
 
-def test_constants_are_not_taken_for_schemas() -> None:
+def test_constants_are_not_taken_for_schemas():
     constant = {"exclusiveMinimum": 8, "properties": {"exclusiveMinimum": 8}}
     assert has_form(compiled(json_schema({"const": constant})), json.dumps(constant))
 
@@ -154,15 +150,13 @@ def test_constants_are_not_taken_for_schemas() -> None:
         ({"const": "\udc80"}, "used at #: lone leading surrogate in hex escape"),
     ],
 )  # fmt: skip
-def test_a_schema_that_cannot_be_met_or_used_is_refused_with_its_place(
-    schema: dict[str, Any], message: str
-) -> None:
+def test_a_schema_that_cannot_be_met_or_used_is_refused_with_its_place(schema, message):
     with pytest.raises(UsageError) as error:
         json_schema(schema)
     assert str(error.value) == f"the schema cannot be {message}"
 
 
-def test_a_part_that_can_be_left_out_need_not_be_met() -> None:
+def test_a_part_that_can_be_left_out_need_not_be_met():
     assert has_form(compiled(json_schema({"type": "object", "properties": {"a": NEVER}})), "{}")
 
 
@@ -191,7 +185,7 @@ NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}
         ),
     ],
 )  # fmt: skip
-def test_a_schema_whose_values_have_no_end_is_refused(schema: dict[str, Any], place: str) -> None:
+def test_a_schema_whose_values_have_no_end_is_refused(schema, place):
     with pytest.raises(UsageError, match="each value contains another one") as error:
         json_schema(schema)
     assert f" at {place}: " in str(error.value)
@@ -208,7 +202,7 @@ def test_a_schema_whose_values_have_no_end_is_refused(schema: dict[str, Any], pl
         {"$ref": "#/$defs/a", "$defs": {"a": {"$id": "http://x.org/a", "type": "object"}}},
     ],
 )
-def test_a_schema_that_refers_to_itself_and_has_an_end_is_used(schema: dict[str, Any]) -> None:
+def test_a_schema_that_refers_to_itself_and_has_an_end_is_used(schema):
     assert json_schema(schema).grammar
 
 
@@ -220,7 +214,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("depth", [100, 2000])
-def test_a_schema_that_is_too_deep_is_refused(depth: int) -> None:
+def test_a_schema_that_is_too_deep_is_refused(depth):
     with pytest.raises(UsageError, match="the schema"):
         json_schema(nested(depth))
 
@@ -231,7 +225,7 @@ def chain(count: int, part: Callable[[Any], Any]) -> dict[str, Any]:
     return {"$defs": {f"d{n}": part(ref) for n, ref in enumerate(refs)}, "$ref": "#/$defs/d0"}
 
 
-def test_a_chain_of_many_references_is_used() -> None:
+def test_a_chain_of_many_references_is_used():
     assert json_schema(chain(200, lambda ref: {"properties": {"x": ref}})).grammar
 
 
@@ -243,27 +237,25 @@ def test_a_chain_of_many_references_is_used() -> None:
         lambda ref: {"items": ref},
     ],
 )
-def test_a_chain_of_references_that_would_end_the_process_is_refused(
-    part: Callable[[Any], Any],
-) -> None:
+def test_a_chain_of_references_that_would_end_the_process_is_refused(part):
     """The library's stack overflowed. A request with 2,000 definitions took the server down."""
     with pytest.raises(UsageError, match=r"^the schema is too deeply nested$"):
         checked_schema(chain(5000, part))
 
 
 @pytest.mark.parametrize("schema", [None, True, [], "a", 5])
-def test_a_schema_has_to_be_an_object(schema: object) -> None:
+def test_a_schema_has_to_be_an_object(schema):
     with pytest.raises(UsageError, match="has to be an object"):
         json_schema(schema)
 
 
-def test_a_lark_grammar_allows_what_it_says() -> None:
+def test_a_lark_grammar_allows_what_it_says():
     form = compiled(lark_grammar('start: "yes" | "no" NUMBER\nNUMBER: /[0-9]{1,2}/'))
     assert all(has_form(form, text) for text in ("yes", "no1", "no12"))
     assert not any(has_form(form, text) for text in ("", "no", "no123", "yes1", "maybe"))
 
 
-def test_the_options_of_a_grammar_cannot_force_tokens() -> None:
+def test_the_options_of_a_grammar_cannot_force_tokens():
     """Forced tokens need the tokenizer itself: nothing is there that could encode text."""
     form = compiled(lark_grammar('%llguidance {"no_forcing": false}\nstart: "abc"'))
     assert has_form(form, "abc")
@@ -289,9 +281,7 @@ def test_the_options_of_a_grammar_cannot_force_tokens() -> None:
          "range, the start must be <= the end"),
     ],
 )  # fmt: skip
-def test_a_grammar_that_cannot_be_used_is_refused_with_its_place(
-    read: Callable[[str], Any], grammar: str, message: str
-) -> None:
+def test_a_grammar_that_cannot_be_used_is_refused_with_its_place(read, grammar, message):
     with pytest.raises(UsageError) as error:
         read(grammar)
     assert str(error.value) == f"the grammar cannot be used{message}"
@@ -306,7 +296,7 @@ ws ::= "\\n"?
 """
 
 
-def test_a_gbnf_grammar_allows_what_it_says() -> None:
+def test_a_gbnf_grammar_allows_what_it_says():
     form = compiled(gbnf_grammar(LIST))
     assert all(has_form(form, text) for text in ("- milk\n- 2 eggs\n", "* zoé", "* abcß"))
     assert not any(has_form(form, text) for text in ("milk", "- ", "* ABC", "- a\n\n"))
@@ -316,7 +306,7 @@ NUMBER = '{"type": "integer", "maximum": 5}'
 
 
 @pytest.mark.parametrize("text", [NUMBER, f"\n {NUMBER}\n", f"\ufeff{NUMBER}"])
-def test_a_schema_is_read_from_a_file_or_the_command_line(tmp_path: Path, text: str) -> None:
+def test_a_schema_is_read_from_a_file_or_the_command_line(tmp_path, text):
     (tmp_path / "s.json").write_text(text, encoding="utf-8")
     for value in (str(tmp_path / "s.json"), f"  {NUMBER}"):
         form = compiled(read_schema(value))
@@ -337,9 +327,7 @@ def test_a_schema_is_read_from_a_file_or_the_command_line(tmp_path: Path, text: 
         (4_000_001 * b" ", "more than 4 MB"),
     ],
 )
-def test_a_schema_that_cannot_be_read_is_refused_with_its_file_and_place(
-    tmp_path: Path, text: bytes, message: str
-) -> None:
+def test_a_schema_that_cannot_be_read_is_refused_with_its_file_and_place(tmp_path, text, message):
     file = tmp_path / "s.json"
     file.write_bytes(text)
     with pytest.raises(UsageError) as error:
@@ -347,13 +335,13 @@ def test_a_schema_that_cannot_be_read_is_refused_with_its_file_and_place(
     assert str(error.value).startswith(f"{file}: {message}")
 
 
-def test_an_error_of_the_command_line_names_its_flag() -> None:
+def test_an_error_of_the_command_line_names_its_flag():
     with pytest.raises(UsageError, match=r"^--schema: not JSON at line 1, column 9: "):
         read_schema('{"type":')
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "/", "\0"])
-def test_a_file_that_cannot_be_read_is_refused(path: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused(path):
     for read in (read_schema, lambda path: read_grammar(Path(path))):
         with pytest.raises(UsageError, match="cannot be read"):
             read(path)
@@ -370,15 +358,13 @@ def test_a_file_that_cannot_be_read_is_refused(path: str) -> None:
         ("g", 'other ::= "b"\nroot ::= "a"'),
     ],
 )
-def test_the_ending_tells_the_kind_of_a_grammar_or_its_text_does(
-    tmp_path: Path, name: str, text: str
-) -> None:
+def test_the_ending_tells_the_kind_of_a_grammar_or_its_text_does(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     form = compiled(read_grammar(tmp_path / name))
     assert (has_form(form, "a"), has_form(form, "b")) == (True, False)
 
 
-def test_the_ending_counts_more_than_the_text(tmp_path: Path) -> None:
+def test_the_ending_counts_more_than_the_text(tmp_path):
     (tmp_path / "g.lark").write_text('root ::= "a"')
     with pytest.raises(UsageError, match=r"g\.lark: the grammar cannot be used at line 1"):
         read_grammar(tmp_path / "g.lark")

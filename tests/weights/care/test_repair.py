@@ -1,16 +1,13 @@
 """Only the damaged parts of an installed model are rebuilt, from its source and to the byte."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from care_tools import EXPERTS, SHARED, flip, mend, verify
-from fake_hub import COMMIT, FakeHub
+from fake_hub import COMMIT
 from safetensors.torch import load_file, save_file
 from weight_tools import Meter, files_of
 
@@ -30,9 +27,7 @@ from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 class TestRepair:
     @pytest.mark.parametrize("name", [SHARED, EXPERTS, "experts-001.safetensors"])
-    def test_flipped_bytes_are_made_again(
-        self, installed: Path, made: Path, two_shards: Path, name: str
-    ) -> None:
+    def test_flipped_bytes_are_made_again(self, installed, made, two_shards, name):
         size, draw = (installed / name).stat().st_size, random.Random(name)
         for offset in (0, 9, *(draw.randrange(size) for _ in range(6))):
             flip(installed / name, offset)
@@ -60,17 +55,15 @@ class TestRepair:
             lambda installed: None,
         ],
     )
-    def test_whatever_happened_the_same_bytes_come_back(
-        self, installed: Path, made: Path, two_shards: Path, damage: Callable[[Path], object]
-    ) -> None:
+    def test_whatever_happened_the_same_bytes_come_back(self, installed, made, two_shards, damage):
         damage(installed)
         mend(installed, two_shards)
         assert files_of(installed) == files_of(made)
         assert verify(installed) == []
 
     def test_only_what_is_damaged_is_read_and_the_bar_says_how_much(
-        self, installed: Path, two_shards: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, installed, two_shards, monkeypatch
+    ):
         flip(installed / EXPERTS, -5000)
         read, names = SafetensorsFile.read, []
         monkeypatch.setattr(
@@ -84,8 +77,8 @@ class TestRepair:
         assert bar.done == bar.total == opened.index.nbytes(names)
 
     def test_a_source_that_changed_is_refused_and_nothing_is_overwritten(
-        self, installed: Path, two_shards: Path, tmp_path: Path
-    ) -> None:
+        self, installed, two_shards, tmp_path
+    ):
         changed = Path(shutil.copytree(two_shards, tmp_path / "changed"))
         for path in changed.glob("*.safetensors"):
             save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path)
@@ -96,8 +89,8 @@ class TestRepair:
         assert files_of(installed) == before
 
     def test_a_small_file_that_changed_at_the_source_is_refused(
-        self, installed: Path, two_shards: Path, tmp_path: Path
-    ) -> None:
+        self, installed, two_shards, tmp_path
+    ):
         changed = Path(shutil.copytree(two_shards, tmp_path / "changed"))
         (changed / "generation_config.json").write_text("{}")
         (installed / "generation_config.json").unlink()
@@ -112,9 +105,7 @@ class TestRepairFromTheHub:
         with open_checkpoint(source, installed, NoProgress()) as opened:
             repair(installed, damages, opened, NoProgress())
 
-    def test_asks_only_for_the_ranges_that_are_needed(
-        self, installed: Path, made: Path, fake: FakeHub, two_shards: Path
-    ) -> None:
+    def test_asks_only_for_the_ranges_that_are_needed(self, installed, made, fake, two_shards):
         flip(installed / EXPERTS, -5000)
         flip(installed / SHARED, 4096)
         self.mend(installed)
@@ -133,16 +124,12 @@ class TestRepairFromTheHub:
         others = {pair for pair in asked if pair[0].endswith(".index.json")}
         assert asked - headers - others == needed
 
-    def test_takes_the_commit_it_was_made_of_though_the_branch_moved(
-        self, installed: Path, made: Path, fake: FakeHub
-    ) -> None:
+    def test_takes_the_commit_it_was_made_of_though_the_branch_moved(self, installed, made, fake):
         flip(installed / EXPERTS, -5000)
         self.mend(installed)
         assert [path for path in fake.got("hub") if path.endswith(f"/revision/{COMMIT}")]
 
-    def test_may_be_repeated_after_a_failure(
-        self, installed: Path, made: Path, fake: FakeHub, two_shards: Path
-    ) -> None:
+    def test_may_be_repeated_after_a_failure(self, installed, made, fake, two_shards):
         for name in (EXPERTS, SHARED):
             os.truncate(installed / name, 20_000)
         fake.fail("^/model-", times=2)

@@ -1,10 +1,7 @@
 """Any damaged byte of an installed model is found and named."""
 
-from __future__ import annotations
-
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,7 @@ def at(path: Path, offset: int) -> str:
 
 
 class TestFinding:
-    def test_a_whole_model_has_no_damage_and_every_byte_was_read(self, made: Path) -> None:
+    def test_a_whole_model_has_no_damage_and_every_byte_was_read(self, made):
         meter = Meter()
         assert verify_model(made, meter) == []
         bar = meter.bar("verifying")
@@ -44,9 +41,7 @@ class TestFinding:
         assert bar.closed
 
     @pytest.mark.parametrize("name", [SHARED, EXPERTS, "experts-001.safetensors"])
-    def test_a_flipped_byte_anywhere_is_named_with_its_tensor(
-        self, installed: Path, name: str
-    ) -> None:
+    def test_a_flipped_byte_anywhere_is_named_with_its_tensor(self, installed, name):
         path, draw = installed / name, random.Random(name)
         size = path.stat().st_size
         for offset in (0, 8, size - 1, *(draw.randrange(size) for _ in range(8))):
@@ -55,7 +50,7 @@ class TestFinding:
             assert verify(installed) == [Damage(name, what)], offset
             flip(path, offset)
 
-    def test_a_flipped_byte_of_any_small_file_is_named(self, installed: Path) -> None:
+    def test_a_flipped_byte_of_any_small_file_is_named(self, installed):
         for name in sorted(set(os.listdir(installed)) - set(os.listdir(installed.parent))):
             if name.endswith(".safetensors"):
                 continue
@@ -64,7 +59,7 @@ class TestFinding:
                 assert verify(installed) == [Damage(name)], (name, offset)
                 flip(installed / name, offset)
 
-    def test_several_damages_are_all_named(self, installed: Path) -> None:
+    def test_several_damages_are_all_named(self, installed):
         for name in (SHARED, EXPERTS):
             for offset in (5000, -1):
                 flip(installed / name, offset)
@@ -75,7 +70,7 @@ class TestFinding:
             for offset in (5000, -1)
         }
 
-    def test_a_file_cut_short_is_named_with_what_is_gone(self, installed: Path) -> None:
+    def test_a_file_cut_short_is_named_with_what_is_gone(self, installed):
         size = (installed / EXPERTS).stat().st_size
         last = at(installed / EXPERTS, size - 1)
         os.truncate(installed / EXPERTS, size - 1)
@@ -87,24 +82,22 @@ class TestFinding:
         found = [Damage(EXPERTS, what) for what in (SIZE, HEADER, *names)]
         assert verify(installed) == found
 
-    def test_an_overlong_file_is_named(self, installed: Path) -> None:
+    def test_an_overlong_file_is_named(self, installed):
         with open(installed / EXPERTS, "ab") as file:
             file.write(b"!")
         assert verify(installed) == [Damage(EXPERTS, SIZE)]
 
     @pytest.mark.parametrize("name", [SHARED, EXPERTS])
-    def test_a_missing_file_of_weights_is_named(self, installed: Path, name: str) -> None:
+    def test_a_missing_file_of_weights_is_named(self, installed, name):
         (installed / name).unlink()
         assert verify(installed) == [Damage(name, MISSING)]
 
     @pytest.mark.parametrize("name", ["generation_config.json", MANIFEST_COPY, MANIFEST_FILE])
-    def test_a_missing_small_file_is_named(self, installed: Path, name: str) -> None:
+    def test_a_missing_small_file_is_named(self, installed, name):
         (installed / name).unlink()
         assert verify(installed) == [Damage(name)]
 
-    def test_with_a_damaged_config_nothing_can_be_said_of_the_weights(
-        self, installed: Path
-    ) -> None:
+    def test_with_a_damaged_config_nothing_can_be_said_of_the_weights(self, installed):
         (installed / "config.json").write_bytes(b"{}")
         flip(installed / EXPERTS, -1)
         assert verify(installed) == [Damage("config.json")]
@@ -131,27 +124,25 @@ class TestManifest:
             lambda data: data.replace(b"  ", b" "),
         ],
     )
-    def test_either_is_damaged_and_the_other_tells(
-        self, installed: Path, made: Path, name: str, damage: Callable[[bytes], bytes]
-    ) -> None:
+    def test_either_is_damaged_and_the_other_tells(self, installed, made, name, damage):
         (installed / name).write_bytes(damage((installed / name).read_bytes()))
         assert verify(installed) == [Damage(name)]
 
     @pytest.mark.parametrize("name", [MANIFEST_FILE, MANIFEST_COPY])
     def test_the_whole_one_is_written_over_the_other_and_no_source_is_needed(
-        self, installed: Path, made: Path, name: str
-    ) -> None:
+        self, installed, made, name
+    ):
         flip(installed / name, -1)
         restore_manifests(installed)
         assert files_of(installed) == files_of(made)
 
-    def test_both_are_damaged(self, installed: Path) -> None:
+    def test_both_are_damaged(self, installed):
         for name in (MANIFEST_FILE, MANIFEST_COPY):
             (installed / name).write_bytes(b"{}")
         with pytest.raises(CheckpointError, match=MANIFEST_FILE):
             verify(installed)
 
-    def test_neither_is_there(self, installed: Path) -> None:
+    def test_neither_is_there(self, installed):
         for name in (MANIFEST_FILE, MANIFEST_COPY):
             (installed / name).unlink()
         with pytest.raises(CheckpointError, match="not a finished model"):

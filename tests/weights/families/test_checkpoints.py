@@ -1,7 +1,5 @@
 """Checkpoints of every family: what is refused, and that installed weights are transformers'."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from care_tools import flip, verify
-from fake_hub import COMMIT, REPO, FakeHub
+from fake_hub import COMMIT, REPO
 from safetensors.torch import load_file, save_file
 from weight_tools import files_of, quantize, shard
 
@@ -61,11 +59,11 @@ def index_of(checkpoint: Path, specs: Sequence[TensorSpec]) -> CheckpointIndex:
     return CheckpointIndex(config, {"shard": Header.of(specs, "shard")}, None, "here")
 
 
-def test_each_family_is_tested_here() -> None:
+def test_each_family_is_tested_here():
     assert {*FAMILY} == {*FAMILIES}
 
 
-def test_every_tensor_is_needed(checkpoint: Path) -> None:
+def test_every_tensor_is_needed(checkpoint):
     specs = specs_of(checkpoint)
     index_of(checkpoint, specs)
     for missing in specs:
@@ -74,7 +72,7 @@ def test_every_tensor_is_needed(checkpoint: Path) -> None:
             index_of(checkpoint, others)
 
 
-def test_every_shape_is_checked(checkpoint: Path) -> None:
+def test_every_shape_is_checked(checkpoint):
     specs = specs_of(checkpoint)
     for number, spec in enumerate(specs):
         for place in range(len(spec.shape)):
@@ -96,15 +94,13 @@ def test_every_shape_is_checked(checkpoint: Path) -> None:
         "model.layers.0.mlp.experts.gate_up_proj[0]",
     ],
 )
-def test_another_tensor_is_refused(checkpoint: Path, name: str) -> None:
+def test_another_tensor_is_refused(checkpoint, name):
     extra = TensorSpec(name, torch.float32, (3,))
     with pytest.raises(CheckpointError, match=f"'{re.escape(name)}' is not a tensor of a"):
         index_of(checkpoint, [*specs_of(checkpoint), extra])
 
 
-def test_heads_that_predict_more_tokens_are_left_out(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_heads_that_predict_more_tokens_are_left_out(make_checkpoint, tmp_path):
     plain = make_checkpoint(model_type="mellum")
     quantize(plain, tmp_path / "plain")
     path = plain / "model.safetensors"
@@ -115,8 +111,8 @@ def test_heads_that_predict_more_tokens_are_left_out(
 
 @pytest.mark.parametrize("layers", [0, 1])
 def test_layers_that_predict_more_tokens_are_left_out_if_the_config_has_them(
-    make_checkpoint: Callable[..., Path], layers: int
-) -> None:
+    make_checkpoint, layers
+):
     checkpoint = make_checkpoint(model_type="glm4_moe", num_nextn_predict_layers=layers)
     extra = TensorSpec("model.layers.3.eh_proj.weight", torch.float32, (3,))
     specs = [*specs_of(checkpoint), extra]
@@ -164,7 +160,7 @@ def installed_expert(checkpoint: Path, directory: Path, **options: Any) -> dict[
 
 
 @torch.inference_mode()
-def test_an_installed_expert_is_that_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_installed_expert_is_that_of_transformers(checkpoint, tmp_path):
     found = installed_expert(checkpoint, tmp_path / "model", quant_type="none")
     expected = experts_of(checkpoint)
     assert found.keys() == expected.keys()
@@ -173,9 +169,7 @@ def test_an_installed_expert_is_that_of_transformers(checkpoint: Path, tmp_path:
 
 
 @torch.inference_mode()
-def test_an_expert_in_nf4_has_the_codes_and_scales_of_bitsandbytes(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_an_expert_in_nf4_has_the_codes_and_scales_of_bitsandbytes(checkpoint, tmp_path):
     options: dict[str, Any] = {"scales": "absmax", "layout": "bitsandbytes"}
     found = installed_expert(checkpoint, tmp_path / "model", **options)
     for name, tensor in experts_of(checkpoint).items():
@@ -191,8 +185,8 @@ def test_an_expert_in_nf4_has_the_codes_and_scales_of_bitsandbytes(
 
 
 def test_a_model_is_the_same_out_of_shards_that_part_its_matrices(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    checkpoint, tmp_path, monkeypatch
+):
     write, spilled = Spill.write, list[str]()
 
     def noting(spill: Spill, name: str, file: Any, names: list[str]) -> Any:
@@ -209,11 +203,8 @@ def test_a_model_is_the_same_out_of_shards_that_part_its_matrices(
 
 @pytest.mark.parametrize("model_type", STACKED)
 def test_repair_asks_for_the_bytes_of_one_expert_of_a_stack(
-    model_type: str,
-    make_checkpoint: Callable[..., Path],
-    make_hub: Callable[..., FakeHub],
-    tmp_path: Path,
-) -> None:
+    model_type, make_checkpoint, make_hub, tmp_path
+):
     checkpoint = make_checkpoint(model_type=model_type)
     fake, installed = make_hub(checkpoint), tmp_path / "installed"
     with open_checkpoint(Source(REPO), installed, NoProgress()) as opened:

@@ -1,7 +1,5 @@
 """The config.json of each family, with the values of a published model, against transformers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -253,7 +251,7 @@ def read(model_type: str, **changes: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize("model_type", PUBLISHED)
-def test_a_published_config_is_read_as_transformers_reads_it(model_type: str) -> None:
+def test_a_published_config_is_read_as_transformers_reads_it(model_type):
     from transformers import AutoConfig
 
     theirs = AutoConfig.for_model(model_type, **PUBLISHED[model_type])
@@ -286,7 +284,7 @@ def test_a_published_config_is_read_as_transformers_reads_it(model_type: str) ->
 
 
 @pytest.mark.parametrize("model_type", PUBLISHED)
-def test_a_config_that_transformers_5_wrote_is_the_same(model_type: str) -> None:
+def test_a_config_that_transformers_5_wrote_is_the_same(model_type):
     from transformers import AutoConfig
 
     raw = AutoConfig.for_model(model_type, **PUBLISHED[model_type]).to_dict()
@@ -308,17 +306,17 @@ def test_a_config_that_transformers_5_wrote_is_the_same(model_type: str) -> None
         ("gpt_oss", ("layer_types", "sliding_window", "swiglu_limit", "rope_scaling")),
     ],
 )
-def test_missing_keys_are_those_of_transformers(model_type: str, keys: tuple[str, ...]) -> None:
+def test_missing_keys_are_those_of_transformers(model_type, keys):
     raw = {"model_type": model_type, **PUBLISHED[model_type]}
     assert read_config({key: raw[key] for key in raw if key not in keys}) == read_config(raw)
 
 
-def test_mellum_without_types_of_layers_has_full_attention() -> None:
+def test_mellum_without_types_of_layers_has_full_attention():
     config = read("mellum", layer_types=None)
     assert {config.window(layer) for layer in range(28)} == {None}
 
 
-def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used() -> None:
+def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used():
     config = read("qwen3_moe", use_sliding_window=True, sliding_window=512, max_window_layers=4)
     assert {config.window(layer) for layer in range(48)} == {512}
     unused = read("qwen3_moe", use_sliding_window=False, sliding_window=512)
@@ -363,9 +361,7 @@ def test_a_window_of_qwen_is_that_of_all_layers_if_it_is_used() -> None:
         ("mellum", {"num_hidden_layers": 2**30, "layer_types": None}, "1073741824 layers"),
     ],
 )
-def test_what_does_not_run_is_refused_in_one_line(
-    model_type: str, change: dict[str, Any], message: str
-) -> None:
+def test_what_does_not_run_is_refused_in_one_line(model_type, change, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         read(model_type, **change)
     assert "\n" not in str(caught.value)
@@ -384,14 +380,14 @@ def test_what_does_not_run_is_refused_in_one_line(
         ("minimax", "lightning attention"),
     ],
 )
-def test_a_well_known_type_is_refused_by_what_it_needs(model_type: str, missing: str) -> None:
+def test_a_well_known_type_is_refused_by_what_it_needs(model_type, missing):
     with pytest.raises(CheckpointError, match=f"'{model_type}'.*{missing}.*does not") as caught:
         read_config({**PUBLISHED["qwen3_moe"], "model_type": model_type})
     assert "\n" not in str(caught.value)
     assert model_type not in FAMILIES
 
 
-def test_another_type_is_refused_with_the_list_of_what_runs() -> None:
+def test_another_type_is_refused_with_the_list_of_what_runs():
     with pytest.raises(CheckpointError, match="model_type 'deepseek_v3'") as caught:
         read_config({**PUBLISHED["qwen3_moe"], "model_type": "deepseek_v3"})
     assert all(model_type in str(caught.value.hint) for model_type in FAMILIES)

@@ -1,6 +1,4 @@
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,7 +30,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_f
 LONGROPE = {"rope_type": "longrope", "factor": 2, "short_factor": [1], "long_factor": [1]}
 
 
-def test_reads_mixtrals_own_config() -> None:
+def test_reads_mixtrals_own_config():
     config = read_config(MIXTRAL)
     assert config.head_dim == 128
     assert config.rope_parameters.rope_theta == 1e6
@@ -41,7 +39,7 @@ def test_reads_mixtrals_own_config() -> None:
     assert not config.tie_word_embeddings
 
 
-def test_reads_the_keys_that_transformers_5_writes() -> None:
+def test_reads_the_keys_that_transformers_5_writes():
     raw = {key: value for key, value in MIXTRAL.items() if key != "rope_theta"}
     config = read_config(
         {**raw, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "head_dim": 64}
@@ -50,7 +48,7 @@ def test_reads_the_keys_that_transformers_5_writes() -> None:
     assert config.head_dim == 64
 
 
-def test_a_factor_that_is_missing_follows_from_the_two_contexts() -> None:
+def test_a_factor_that_is_missing_follows_from_the_two_contexts():
     rope = {"type": "yarn", "factor": None, ORIGINAL: 4096}
     assert read_config({**MIXTRAL, "rope_scaling": rope}).rope_parameters.factor == 8
     rope = {**LONGROPE, ORIGINAL: 16384}
@@ -59,18 +57,18 @@ def test_a_factor_that_is_missing_follows_from_the_two_contexts() -> None:
     assert read.rope_parameters.factor == 2
 
 
-def test_the_older_key_precedes_as_in_transformers() -> None:
+def test_the_older_key_precedes_as_in_transformers():
     newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     rope = read_config({**MIXTRAL, "rope_scaling": YARN, "rope_parameters": newer}).rope_parameters
     assert (rope.rope_type, rope.factor, rope.rope_theta) == ("yarn", 4, 1e6)
 
 
-def test_an_original_context_outside_the_rope_precedes_as_in_transformers() -> None:
+def test_an_original_context_outside_the_rope_precedes_as_in_transformers():
     raw = {**MIXTRAL, "rope_scaling": {**YARN, ORIGINAL: 4096}, ORIGINAL: 8192}
     assert read_config(raw).rope_parameters.original_max_position_embeddings == 8192
 
 
-def test_keys_of_another_type_make_no_difference() -> None:
+def test_keys_of_another_type_make_no_difference():
     rope = {"rope_type": "linear", "factor": 2.0, "mscale": 3.0, "truncate": False}
     plain = {"rope_type": "linear", "factor": 2.0}
     assert read_config({**MIXTRAL, "rope_scaling": rope}) == (
@@ -78,7 +76,7 @@ def test_keys_of_another_type_make_no_difference() -> None:
     )
 
 
-def test_eos_may_be_a_list() -> None:
+def test_eos_may_be_a_list():
     config = read_config({**MIXTRAL, "eos_token_id": [2, 32000]})
     assert config.eos_token_ids == (2, 32000)
 
@@ -138,37 +136,37 @@ def test_eos_may_be_a_list() -> None:
         ({"eos_token_id": ["</s>"]}, "eos_token_id"),
     ],
 )
-def test_an_error_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+def test_an_error_says_what_is_wrong(change, message):
     with pytest.raises(CheckpointError, match=message):
         read_config({**MIXTRAL, **change})
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "\xff"])
-def test_a_file_that_is_not_an_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_an_object_is_refused(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_config_file(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json: the file is missing"):
         read_config_file(tmp_path / "config.json")
 
 
-def test_reads_a_file(tmp_path: Path) -> None:
+def test_reads_a_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MIXTRAL))
     assert read_config_file(path) == read_config(MIXTRAL)
 
 
-def test_a_directory_in_place_of_the_file_is_named(tmp_path: Path) -> None:
+def test_a_directory_in_place_of_the_file_is_named(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         read_config_file(tmp_path / "config.json")
 
 
-def test_a_file_that_is_far_too_large_is_not_read_to_its_end(tmp_path: Path) -> None:
+def test_a_file_that_is_far_too_large_is_not_read_to_its_end(tmp_path):
     """It was read whole, however large: a config.json of 16 GB ended in a killed process."""
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(10**12)  # a hole: it takes no disk

@@ -35,8 +35,8 @@ def blueprint(
     st.integers(0, 2**31),
 )
 def test_a_block_of_any_size_holds_an_expert_in_place_and_can_be_converted(
-    hidden: int, inner: int, kind: QuantType, bias: bool, dtype: torch.dtype, seed: int
-) -> None:
+    hidden, inner, kind, bias, dtype, seed
+):
     old, new = (
         blueprint(hidden, inner, kind, layout, bias=bias, dtype=dtype).expert
         for layout in ("bitsandbytes", "cpu-packed")
@@ -71,7 +71,7 @@ def test_a_block_of_any_size_holds_an_expert_in_place_and_can_be_converted(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_only_models_with_biases_have_one_of_their_router(bias: bool) -> None:
+def test_only_models_with_biases_have_one_of_their_router(bias):
     model = blueprint(64, 64, "nf4", "bitsandbytes", bias=bias, dtype=torch.bfloat16)
     specs = {spec.name: spec for spec in model.shared_tensors()}
     name = "model.layers.1.block_sparse_moe.gate.bias"

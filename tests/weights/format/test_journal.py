@@ -1,14 +1,11 @@
 """The journal of unfinished work: what it says is believed, a torn line is not."""
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from weight_tools import Making, fetching, files_of, made_of, quantize, run, shard
+from weight_tools import fetching, files_of, made_of, quantize, run, shard
 
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal
 from mixchat.weights.make.build import Build
@@ -50,12 +47,7 @@ def checkpoint(small: Path, tmp_path: Path) -> Path:
         lambda data: b"\xff\xfe\n" + data,
     ],
 )
-def test_a_torn_line_counts_for_nothing(
-    checkpoint: Path,
-    whole: dict[str, bytes],
-    tmp_path: Path,
-    tear: Callable[[bytes], bytes],
-) -> None:
+def test_a_torn_line_counts_for_nothing(checkpoint, whole, tmp_path, tear):
     journal = unfinished(checkpoint, tmp_path / "installed")
     journal.write_bytes(tear(journal.read_bytes()))
     run(fetching(checkpoint, tmp_path / "installed"), tmp_path / "installed")
@@ -63,9 +55,7 @@ def test_a_torn_line_counts_for_nothing(
 
 
 @pytest.mark.parametrize("name", ["a" * 5_000, "", ".", "../../precious", "a\0b"])
-def test_a_file_that_no_model_has_counts_for_nothing(
-    checkpoint: Path, whole: dict[str, bytes], tmp_path: Path, name: str
-) -> None:
+def test_a_file_that_no_model_has_counts_for_nothing(checkpoint, whole, tmp_path, name):
     """A name that was too long for the disk ended the download as a fault of our own."""
     journal = unfinished(checkpoint, tmp_path / "installed")
     line = json.dumps({"file": name, "sha256": {"x": "0" * 64}}).encode() + b"\n"
@@ -74,7 +64,7 @@ def test_a_file_that_no_model_has_counts_for_nothing(
     assert made_of(tmp_path / "installed") == whole
 
 
-def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path: Path) -> None:
+def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path):
     journal = started(tmp_path, {"a": 1})
     journal.add("x", {"one": "1"})
     journal.save()
@@ -86,7 +76,7 @@ def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path: Path) -> None:
     assert Journal(tmp_path).made == {"x": {"one": "1", "two": "2"}}
 
 
-def test_what_the_journal_forgets_it_does_not_name_again(tmp_path: Path) -> None:
+def test_what_the_journal_forgets_it_does_not_name_again(tmp_path):
     journal = started(tmp_path, {"a": 1})
     journal.add("x", {"one": "1", "two": "2"})
     journal.add("y", {"three": "3"})
@@ -95,7 +85,7 @@ def test_what_the_journal_forgets_it_does_not_name_again(tmp_path: Path) -> None
     assert Journal(tmp_path).made == journal.made == {"x": {"two": "2"}, "y": {"three": "3"}}
 
 
-def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path) -> None:
+def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
     """Whoever could write into a model's directory could have any file appended to, or cut."""
     precious = tmp_path / "precious"
     started(tmp_path, {"of": "this"})
@@ -108,20 +98,18 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path: Path)
     assert not (tmp_path / JOURNAL_FILE).is_symlink()
 
 
-def test_a_pipe_in_its_place_does_not_make_a_list_of_models_wait(tmp_path: Path) -> None:
+def test_a_pipe_in_its_place_does_not_make_a_list_of_models_wait(tmp_path):
     os.mkfifo(tmp_path / JOURNAL_FILE)
     assert Journal(tmp_path).head is None
 
 
-def test_what_is_not_saved_is_not_written(tmp_path: Path) -> None:
+def test_what_is_not_saved_is_not_written(tmp_path):
     started(tmp_path, {"a": 1}).add("x", {"one": "1"})
     assert Journal(tmp_path).made == {}
 
 
 @pytest.mark.parametrize("other", [QuantizeOptions(attention=4), QuantizeOptions("none")])
-def test_work_with_other_options_is_not_resumed(
-    checkpoint: Path, tmp_path: Path, making: Making, other: QuantizeOptions
-) -> None:
+def test_work_with_other_options_is_not_resumed(checkpoint, tmp_path, making, other):
     unfinished(checkpoint, tmp_path / "installed")
     making.again()
     opened = fetching(checkpoint, tmp_path / "installed")
@@ -131,7 +119,7 @@ def test_work_with_other_options_is_not_resumed(
     assert made_of(tmp_path / "installed") == files_of(tmp_path / "other")
 
 
-def test_its_head_says_what_is_made_of_what(checkpoint: Path, tmp_path: Path) -> None:
+def test_its_head_says_what_is_made_of_what(checkpoint, tmp_path):
     unfinished(checkpoint, tmp_path / "installed")
     opened = fetching(checkpoint, tmp_path / "installed")
     build = Build(opened, tmp_path / "installed", make_blueprint(opened.index, QuantizeOptions()))

@@ -1,7 +1,5 @@
 """The manifest: errors and hints where it, its copy, or both cannot be read."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -30,21 +28,19 @@ def hint_of(directory: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_manifest_has_a_copy_from_which_repair_makes_it_again(
-    installed: Path, damage: str
-) -> None:
+def test_a_damaged_manifest_has_a_copy_from_which_repair_makes_it_again(installed, damage):
     """A broken one came without a hint, though `repair` repairs it."""
     (installed / MANIFEST_FILE).write_text(damage)
     assert "mixchat repair mine" in hint_of(installed)
 
 
-def test_a_missing_manifest_too(installed: Path) -> None:
+def test_a_missing_manifest_too(installed):
     (installed / MANIFEST_FILE).unlink()
     assert "mixchat repair mine" in hint_of(installed)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_with_the_copy_damaged_too_only_a_new_download_helps(installed: Path, damage: str) -> None:
+def test_with_the_copy_damaged_too_only_a_new_download_helps(installed, damage):
     for name in (MANIFEST_FILE, MANIFEST_COPY):
         (installed / name).write_text(damage)
     assert "mixchat rm mine" in hint_of(installed)
@@ -52,13 +48,13 @@ def test_with_the_copy_damaged_too_only_a_new_download_helps(installed: Path, da
     assert "mixchat repair" not in hint_of(installed)
 
 
-def test_a_damaged_file_is_mended_by_its_models_name(installed: Path) -> None:
+def test_a_damaged_file_is_mended_by_its_models_name(installed):
     """The hint had the word MODEL where the name has to stand."""
     (installed / "experts-001.safetensors").unlink()
     assert hint_of(installed) == "Run: mixchat repair mine (it fetches only what is damaged)."
 
 
-def test_repair_is_not_offered_where_it_cannot_help(installed: Path, tmp_path: Path) -> None:
+def test_repair_is_not_offered_where_it_cannot_help(installed, tmp_path):
     """It repairs models in the data directory alone."""
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(installed, elsewhere)

@@ -1,16 +1,12 @@
 """The installed model depends on the weights alone: not on shards, order, or interruptions."""
 
-from __future__ import annotations
-
 import os
 import shutil
-from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 from weight_tools import (
-    Making,
     fetching,
     files_of,
     made_of,
@@ -33,27 +29,19 @@ EXPERT = "layers.0.block_sparse_moe.experts.1"
 
 class TestShards:
     @pytest.mark.parametrize("count", [2, 3, 7])
-    def test_an_expert_that_spans_several_is_the_same(
-        self, small: Path, whole: dict[str, bytes], tmp_path: Path, count: int
-    ) -> None:
+    def test_an_expert_that_spans_several_is_the_same(self, small, whole, tmp_path, count):
         opened = fetching(shard(small, tmp_path / "shards", count), tmp_path / "model")
         run(opened, tmp_path / "model")
         assert made_of(tmp_path / "model") == whole
 
     @pytest.mark.parametrize("order", list(permutations(["w1", "w2", "w3"])))
-    def test_the_matrices_of_an_expert_come_in_any_order(
-        self,
-        small: Path,
-        whole: dict[str, bytes],
-        tmp_path: Path,
-        order: tuple[str, ...],
-    ) -> None:
+    def test_the_matrices_of_an_expert_come_in_any_order(self, small, whole, tmp_path, order):
         place = order_of([f"{EXPERT}.{name}" for name in order])
         opened = fetching(shard(small, tmp_path / "shards", place), tmp_path / "model")
         run(opened, tmp_path / "model")
         assert made_of(tmp_path / "model") == whole
 
-    def test_layers_come_in_any_order(self, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def test_layers_come_in_any_order(self, tiny_checkpoint, tmp_path):
         place = order_of(["lm_head", "layers.1.", "model.norm", "layers.0."])
         opened = fetching(shard(tiny_checkpoint, tmp_path / "shards", place), tmp_path / "model")
         run(opened, tmp_path / "model")
@@ -62,8 +50,8 @@ class TestShards:
 
     @pytest.mark.parametrize(("ahead", "most"), [(True, 2), (False, 1)])
     def test_each_is_fetched_once_and_let_go_before_the_one_after_the_next_comes(
-        self, small: Path, tmp_path: Path, ahead: bool, most: int
-    ) -> None:
+        self, small, tmp_path, ahead, most
+    ):
         target = tmp_path / "model"
         opened = fetching(shard(small, tmp_path / "shards", 5), target)
         held: list[int] = []
@@ -79,15 +67,13 @@ class TestShards:
         assert max(held) <= most
         assert list(opened.place.iterdir()) == []
 
-    def test_nothing_but_the_model_is_left(self, small: Path, tmp_path: Path) -> None:
+    def test_nothing_but_the_model_is_left(self, small, tmp_path):
         quantize(shard(small, tmp_path / "shards", 3), tmp_path / "model")
         names = {path.name for path in (tmp_path / "model").iterdir()}
         assert JOURNAL_FILE not in names
         assert not [name for name in names if name.startswith(SPILL_PREFIX) or "tmp" in name]
 
-    def test_a_shard_that_is_not_what_its_header_said_is_refused(
-        self, small: Path, tmp_path: Path
-    ) -> None:
+    def test_a_shard_that_is_not_what_its_header_said_is_refused(self, small, tmp_path):
         checkpoint = shard(small, tmp_path / "shards", 2)
         opened = fetching(checkpoint, tmp_path / "model")
         one, two = shard_names(2)
@@ -98,13 +84,8 @@ class TestShards:
 
 class TestResuming:
     def test_after_a_failure_at_any_part_nothing_is_made_twice(
-        self,
-        small: Path,
-        whole: dict[str, bytes],
-        tmp_path: Path,
-        making: Making,
-        save_each_part: None,
-    ) -> None:
+        self, small, whole, tmp_path, making, save_each_part
+    ):
         two_shards = shard(small, tmp_path / "shards", 2)
         opened = fetching(two_shards, tmp_path / "model")
         every = list(model_parts(make_blueprint(opened.index, QuantizeOptions())))
@@ -124,8 +105,8 @@ class TestResuming:
 
     @pytest.mark.parametrize("stop", range(5))
     def test_after_a_failure_at_any_shard_the_ones_before_are_not_needed_again(
-        self, small: Path, whole: dict[str, bytes], tmp_path: Path, stop: int
-    ) -> None:
+        self, small, whole, tmp_path, stop
+    ):
         checkpoint, target = shard(small, tmp_path / "shards", 5), tmp_path / "model"
         first, second = fetching(checkpoint, target), fetching(checkpoint, target)
         first.fail_at = shard_names(5)[stop]
@@ -136,13 +117,8 @@ class TestResuming:
         assert made_of(target) == whole
 
     def test_after_one_part_more_each_time_it_comes_to_an_end(
-        self,
-        small: Path,
-        whole: dict[str, bytes],
-        tmp_path: Path,
-        making: Making,
-        save_each_part: None,
-    ) -> None:
+        self, small, whole, tmp_path, making, save_each_part
+    ):
         checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "model"
         for _ in range(100):
             making.again(fail_at=1)
@@ -153,9 +129,7 @@ class TestResuming:
             break
         assert made_of(target) == whole
 
-    def test_what_was_made_since_the_last_save_is_made_again(
-        self, small: Path, whole: dict[str, bytes], tmp_path: Path, making: Making
-    ) -> None:
+    def test_what_was_made_since_the_last_save_is_made_again(self, small, whole, tmp_path, making):
         making.fail_at = 7
         with pytest.raises(ConnectionError):
             quantize(small, tmp_path / "model")
@@ -165,7 +139,7 @@ class TestResuming:
         assert lost <= set(making.names)
         assert files_of(tmp_path / "model") == whole
 
-    def test_the_bars_begin_where_they_stopped(self, small: Path, tmp_path: Path) -> None:
+    def test_the_bars_begin_where_they_stopped(self, small, tmp_path):
         checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "model"
         opened = fetching(checkpoint, target)
         opened.fail_at = shard_names(3)[2]
@@ -178,8 +152,8 @@ class TestResuming:
             assert bar.closed
 
     def test_a_finished_part_that_only_waited_for_the_manifest_needs_no_shard(
-        self, small: Path, whole: dict[str, bytes], tmp_path: Path, making: Making
-    ) -> None:
+        self, small, whole, tmp_path, making
+    ):
         target = tmp_path / "model"
         with pytest.MonkeyPatch.context() as patch:
             patch.delattr(Build, "_finish")
@@ -193,8 +167,8 @@ class TestResuming:
 
     @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, 5_000)])
     def test_a_file_that_vanished_or_is_short_is_made_again_whatever_the_journal_says(
-        self, small: Path, whole: dict[str, bytes], tmp_path: Path, spoil: Callable[[Path], None]
-    ) -> None:
+        self, small, whole, tmp_path, spoil
+    ):
         """The journal was believed: the finished model had holes under the right hashes."""
         checkpoint, target = shard(small, tmp_path / "shards", 3), tmp_path / "model"
         opened = fetching(checkpoint, target)
@@ -207,8 +181,8 @@ class TestResuming:
         assert made_of(target) == whole
 
     def test_what_was_spilled_and_is_lost_is_taken_from_its_shard_again(
-        self, small: Path, whole: dict[str, bytes], tmp_path: Path
-    ) -> None:
+        self, small, whole, tmp_path
+    ):
         checkpoint = shard(small, tmp_path / "shards", 3)
         for number, spoil in enumerate((Path.unlink, lambda path: path.write_bytes(b"junk"))):
             target = tmp_path / f"model{number}"
@@ -224,9 +198,7 @@ class TestResuming:
             assert made_of(target) == whole
 
 
-def test_a_shard_that_is_still_coming_does_not_keep_a_failed_build(
-    two_shards: Path, tmp_path: Path, making: Making
-) -> None:
+def test_a_shard_that_is_still_coming_does_not_keep_a_failed_build(two_shards, tmp_path, making):
     """The thread that waits for a silent hub is told to stop, and left where it does not hear."""
     opened = fetching(two_shards, tmp_path / "model")
     fetch = opened.fetch

@@ -1,7 +1,5 @@
 """Experts made anew from the checkpoint, for the inputs that they got."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,9 +78,7 @@ def error(weight: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor) -> floa
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf3"])
-def test_products_with_an_experts_own_inputs_get_better(
-    wide_checkpoint: Path, config: ModelConfig, inputs: ExpertInputs, kind: str
-) -> None:
+def test_products_with_an_experts_own_inputs_get_better(wide_checkpoint, config, inputs, kind):
     opened = DirectoryCheckpoint(wide_checkpoint, Source("test"))
     options = QuantizeOptions(kind, layout="bitsandbytes")  # type: ignore[arg-type]
     blueprint = make_blueprint(opened.index, options)
@@ -105,9 +101,7 @@ def test_products_with_an_experts_own_inputs_get_better(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf3"])
-def test_a_few_windows_harm_no_expert(
-    wide_checkpoint: Path, config: ModelConfig, tmp_path: Path, kind: str
-) -> None:
+def test_a_few_windows_harm_no_expert(wide_checkpoint, config, tmp_path, kind):
     """A random Mixtral got worse: each expert's codes fitted the noise of its few rows."""
     with InputsWriter(tmp_path / "inputs") as writer:
         for layer in range(config.num_hidden_layers):
@@ -133,11 +127,8 @@ def test_a_few_windows_harm_no_expert(
 @torch.inference_mode()
 @pytest.mark.parametrize("model_type", ["mixtral", "granitemoe", "gpt_oss"])
 def test_w2_learns_from_what_the_checkpoint_would_give_it(
-    model_type: str,
-    make_checkpoint: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    model_type, make_checkpoint, tmp_path, monkeypatch
+):
     from transformers import AutoModelForCausalLM
 
     checkpoint = make_checkpoint(model_type=model_type)
@@ -172,9 +163,7 @@ def test_w2_learns_from_what_the_checkpoint_would_give_it(
     assert (learnt["w2"] - expected).norm() < 0.01 * expected.norm()  # in bf16
 
 
-def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(
-    inputs: ExpertInputs,
-) -> None:
+def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(inputs):
     every, chosen = inputs.of(1, 3)
     assert not chosen.any()
     no_checkpoint = SimpleNamespace(index=None)
@@ -184,7 +173,7 @@ def test_an_expert_that_no_token_chose_learns_from_a_few_of_all(
     assert torch.equal(held_out, windows[:, 4].flatten(0, 1)[:32])
 
 
-def test_the_rows_come_back_as_bf16_with_their_experts(tmp_path: Path, config: ModelConfig) -> None:
+def test_the_rows_come_back_as_bf16_with_their_experts(tmp_path, config):
     rows, selected = torch.randn(5, config.hidden_size), torch.tensor([[0, 1]] * 4 + [[3, 2]])
     with InputsWriter(tmp_path / "inputs") as writer:
         for layer in range(2):
@@ -199,7 +188,7 @@ def test_the_rows_come_back_as_bf16_with_their_experts(tmp_path: Path, config: M
     assert on_disk == inputs_size(config, 5)
 
 
-def test_what_was_cut_off_leaves_nothing(tmp_path: Path, config: ModelConfig) -> None:
+def test_what_was_cut_off_leaves_nothing(tmp_path, config):
     def cut_off() -> None:
         with InputsWriter(tmp_path / "inputs") as writer:
             writer.add(0, torch.zeros(1, config.hidden_size), torch.zeros(1, 2))
@@ -210,7 +199,7 @@ def test_what_was_cut_off_leaves_nothing(tmp_path: Path, config: ModelConfig) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_inputs_are_an_error(tmp_path: Path, config: ModelConfig) -> None:
+def test_damaged_inputs_are_an_error(tmp_path, config):
     with InputsWriter(tmp_path / "inputs") as writer:
         writer.add(0, torch.zeros(3, config.hidden_size), torch.zeros(3, 2))
     path = tmp_path / "inputs" / "inputs-000"

@@ -1,7 +1,5 @@
 """From a name to an installed model: the checks before it, and what a failure leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hub import COMMIT, REPO, FakeHub
+from fake_hub import COMMIT, REPO
 from safetensors.torch import load_file, save_file
 from weight_tools import NF4, Meter, files_of, get, left_in, shard_names
 
@@ -45,7 +43,7 @@ def refuse(*_: object, **__: object) -> None:
 
 
 class TestHub:
-    def test_makes_an_installed_model(self, fake: FakeHub, home: Path, made: Path) -> None:
+    def test_makes_an_installed_model(self, fake, home, made):
         fake.files["pytorch_model.bin"] = b"pickle" * 1000
         path = get(REPO)
         assert path == home / "models" / "org--tiny-mixtral" == models.installed_directory(REPO)
@@ -54,7 +52,7 @@ class TestHub:
         assert not [request for request in fake.got() if "pytorch_model" in request]
         assert files_of(path) == files_of(made)
 
-    def test_leaves_nothing_but_the_model(self, fake: FakeHub, home: Path, cache: Path) -> None:
+    def test_leaves_nothing_but_the_model(self, fake, home, cache):
         path = get(REPO)
         assert os.listdir(home) == ["models"]
         assert os.listdir(home / "models") == [path.name]
@@ -68,9 +66,7 @@ class TestHub:
             < 100_000
         )
 
-    def test_asks_nobody_where_the_model_is_installed_already(
-        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_asks_nobody_where_the_model_is_installed_already(self, fake, monkeypatch):
         path = get(REPO)
         fake.requests.clear()
         monkeypatch.setattr(Build, "run", refuse)
@@ -78,19 +74,19 @@ class TestHub:
         assert plan_download(DownloadRequest(resolve(REPO), NF4), Meter()) is None
         assert not fake.requests
 
-    def test_does_not_pass_off_one_revision_as_another(self, fake: FakeHub) -> None:
+    def test_does_not_pass_off_one_revision_as_another(self, fake):
         get(REPO)
         with pytest.raises(UsageError, match="already installed, from revision c0ffee"):
             get(REPO, revision="dddd")
 
-    def test_keep_source_leaves_the_shards_in_the_cache(self, fake: FakeHub, made: Path) -> None:
+    def test_keep_source_leaves_the_shards_in_the_cache(self, fake, made):
         path = get(REPO, keep_source=True)
         assert files_of(path) == files_of(made)
         snapshot = hub.snapshot_dir(REPO, COMMIT)
         for shard in SHARDS:
             assert (snapshot / shard).read_bytes() == fake.files[shard]
 
-    def test_what_is_in_the_cache_is_not_fetched_and_stays(self, fake: FakeHub, made: Path) -> None:
+    def test_what_is_in_the_cache_is_not_fetched_and_stays(self, fake, made):
         get(REPO, key="one", keep_source=True)
         fake.requests.clear()
         path = get(REPO, key="two")
@@ -98,9 +94,7 @@ class TestHub:
         assert files_of(path) == files_of(made)
         assert (hub.snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
 
-    def test_without_the_hub_a_snapshot_in_the_cache_will_do(
-        self, fake: FakeHub, made: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_the_hub_a_snapshot_in_the_cache_will_do(self, fake, made, monkeypatch):
         from huggingface_hub import constants
 
         get(REPO, key="one", keep_source=True)  # which notes what `main` stands for, too
@@ -113,9 +107,7 @@ class TestHub:
         assert not fake.requests
         assert (hub.snapshot_dir(REPO, COMMIT) / SHARDS[0]).exists()
 
-    def test_without_the_hub_and_without_a_snapshot_it_says_so(
-        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_the_hub_and_without_a_snapshot_it_says_so(self, fake, monkeypatch):
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -128,9 +120,7 @@ class TestHub:
 
 
 class TestRoom:
-    def test_disk_is_checked_before_any_weights(
-        self, fake: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_disk_is_checked_before_any_weights(self, fake, home, monkeypatch):
         monkeypatch.setattr(machine, "free_disk", lambda place: 1000)
         announced: list[Any] = []
         with pytest.raises(ResourceError, match=r"needed, 1 kB free") as caught:
@@ -139,25 +129,21 @@ class TestRoom:
         assert len(announced) == 1
         assert left_in(home) == ["models"]
 
-    def test_memory_is_checked_before_any_weights(
-        self, fake: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_memory_is_checked_before_any_weights(self, fake, home, monkeypatch):
         monkeypatch.setattr(machine, "free_memory", lambda: 1000)
         with pytest.raises(ResourceError, match=r"memory: .* needed, 1 kB free"):
             get(REPO)
         assert left_in(home) == ["models"]
 
-    def test_the_demo_needs_room_to_be_built_in(
-        self, home: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_demo_needs_room_to_be_built_in(self, home, monkeypatch):
         monkeypatch.setattr(demo, "build_checkpoint", refuse)
         monkeypatch.setattr(machine, "free_disk", lambda place: 1_500_000_000)
         with pytest.raises(ResourceError, match=r"needed, 1\.5 GB free"):
             get("demo")
 
     def test_a_disk_that_fills_up_meanwhile_leaves_what_is_done(
-        self, two_shards: Path, home: Path, monkeypatch: pytest.MonkeyPatch, save_each_part: None
-    ) -> None:
+        self, two_shards, home, monkeypatch, save_each_part
+    ):
         def full(part: ModelPart, *_: object) -> None:
             raise OSError(28, "No space left on device")
 
@@ -169,24 +155,20 @@ class TestRoom:
         assert (home / "models" / "tiny" / "journal.jsonl").exists()
         assert is_installed(get(str(two_shards), key="tiny"))
 
-    def test_a_data_directory_that_cannot_be_written(
-        self, tiny_checkpoint: Path, home: Path
-    ) -> None:
+    def test_a_data_directory_that_cannot_be_written(self, tiny_checkpoint, home):
         home.write_text("a file")
         with pytest.raises(UsageError, match="cannot write") as caught:
             get(str(tiny_checkpoint), key="tiny")
         assert "MIXCHAT_HOME" in (caught.value.hint or "")
 
-    def test_a_plan_fetches_and_makes_nothing(self, fake: FakeHub, home: Path) -> None:
+    def test_a_plan_fetches_and_makes_nothing(self, fake, home):
         made = plan_download(DownloadRequest(resolve(REPO), NF4), Meter())
         assert made is not None
         assert made.fetch == sum(len(fake.files[shard]) for shard in SHARDS)
         assert (made.commit, made.target) == (COMMIT, home / "models" / "org--tiny-mixtral")
         assert not home.exists()
 
-    def test_the_demos_plan_needs_no_wheel(
-        self, home: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_demos_plan_needs_no_wheel(self, home, monkeypatch):
         monkeypatch.setattr(demo, "build_checkpoint", refuse)
         made = plan_download(DownloadRequest(resolve("demo"), NF4), Meter())
         assert made is not None
@@ -196,9 +178,7 @@ class TestRoom:
 
 
 class TestCheck:
-    def test_it_sees_the_small_files_before_any_weight_is_fetched(
-        self, fake: FakeHub, home: Path
-    ) -> None:
+    def test_it_sees_the_small_files_before_any_weight_is_fetched(self, fake, home):
         def check(checkpoint: Path) -> None:
             assert json.loads((checkpoint / "config.json").read_bytes())
             raise CheckpointError("no tokenizer")
@@ -208,8 +188,8 @@ class TestCheck:
         assert left_in(home) == ["models"]
 
     def test_a_fault_of_the_weights_leaves_what_was_made_before_it(
-        self, two_shards: Path, tmp_path: Path, home: Path
-    ) -> None:
+        self, two_shards, tmp_path, home
+    ):
         checkpoint = Path(shutil.copytree(two_shards, tmp_path / "tiny"))
         path = checkpoint / SHARDS[1]
         tensors = load_file(path)

@@ -1,7 +1,5 @@
 """A download that was cut off, and the next one: it resumes, or starts again."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file, save_file
-from weight_tools import NF4, Making, Meter, files_of, get, shard_names
+from weight_tools import NF4, Meter, files_of, get, shard_names
 
 from mixchat.base.errors import HubError, ModelNotFoundError, UsageError
 from mixchat.weights.format.manifest import is_installed, read_manifest
@@ -29,9 +27,7 @@ def home(no_settings: Path) -> Path:
     return no_settings
 
 
-def test_a_failed_download_leaves_what_came_and_the_next_one_resumes(
-    fake: FakeHub, home: Path, made: Path, making: Making
-) -> None:
+def test_a_failed_download_leaves_what_came_and_the_next_one_resumes(fake, home, made, making):
     fail_second(fake)
     with pytest.raises(HubError):
         get(REPO)
@@ -47,7 +43,7 @@ def test_a_failed_download_leaves_what_came_and_the_next_one_resumes(
     assert meter.notes == []
 
 
-def test_a_shard_that_is_used_up_is_neither_planned_nor_requested_again(fake: FakeHub) -> None:
+def test_a_shard_that_is_used_up_is_neither_planned_nor_requested_again(fake):
     """A resumed download announced all shards, and measured the hub's rate on the first."""
     fail_second(fake)
     with pytest.raises(HubError):
@@ -62,9 +58,7 @@ def test_a_shard_that_is_used_up_is_neither_planned_nor_requested_again(fake: Fa
     assert ranges == {f"bytes=0-{hub._FIRST_READ_BYTES - 1}"}  # its header
 
 
-def test_it_resumes_after_ctrl_c(
-    fake: FakeHub, made: Path, making: Making, save_each_part: None
-) -> None:
+def test_it_resumes_after_ctrl_c(fake, made, making, save_each_part):
     make = ModelPart.make
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelPart, "make", interrupt_after(8, make))
@@ -75,7 +69,7 @@ def test_it_resumes_after_ctrl_c(
     assert not set(making.names[:before]) & set(making.names[before:])
 
 
-def test_it_resumes_the_commit_it_started_with_though_the_branch_moved(fake: FakeHub) -> None:
+def test_it_resumes_the_commit_it_started_with_though_the_branch_moved(fake):
     fail_second(fake)
     with pytest.raises(HubError):
         get(REPO)
@@ -86,7 +80,7 @@ def test_it_resumes_the_commit_it_started_with_though_the_branch_moved(fake: Fak
     assert meter.bar("quantizing").first > 0
 
 
-def test_it_starts_again_where_the_hub_has_forgotten_that_commit(fake: FakeHub) -> None:
+def test_it_starts_again_where_the_hub_has_forgotten_that_commit(fake):
     fail_second(fake)
     with pytest.raises(HubError):
         get(REPO)
@@ -105,9 +99,7 @@ def test_it_starts_again_where_the_hub_has_forgotten_that_commit(fake: FakeHub) 
         QuantizeOptions(scales="absmax"),  # scales are not mixed
     ],
 )
-def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(
-    fake: FakeHub, made: Path, before: QuantizeOptions
-) -> None:
+def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(fake, made, before):
     fail_second(fake)
     with pytest.raises(HubError):
         get(REPO, options=before)
@@ -118,7 +110,7 @@ def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(
     assert "starting again" in meter.notes[0]
 
 
-def test_under_its_own_key_it_needs_no_other_name(fake: FakeHub, made: Path) -> None:
+def test_under_its_own_key_it_needs_no_other_name(fake, made):
     fail_second(fake)
     with pytest.raises(HubError):
         get(REPO, key="mine")
@@ -126,14 +118,14 @@ def test_under_its_own_key_it_needs_no_other_name(fake: FakeHub, made: Path) -> 
     assert files_of(get("mine")) == files_of(made)
 
 
-def test_an_unfinished_key_of_which_nothing_is_known_has_to_be_removed(home: Path) -> None:
+def test_an_unfinished_key_of_which_nothing_is_known_has_to_be_removed(home):
     (home / "models" / "half").mkdir(parents=True)
     with pytest.raises(ModelNotFoundError, match="unfinished") as caught:
         get("half")
     assert "mixchat rm half" in (caught.value.hint or "")
 
 
-def test_what_is_not_its_work_is_removed(fake: FakeHub, home: Path) -> None:
+def test_what_is_not_its_work_is_removed(fake, home):
     stale = home / "models" / "org--tiny-mixtral" / "experts-099.safetensors"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"half")
@@ -143,9 +135,7 @@ def test_what_is_not_its_work_is_removed(fake: FakeHub, home: Path) -> None:
     assert not (stale.parent / "old").exists()
 
 
-def test_a_directory_that_changed_meanwhile_starts_again(
-    two_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_changed_meanwhile_starts_again(two_shards, tmp_path, monkeypatch):
     checkpoint = Path(shutil.copytree(two_shards, tmp_path / "tiny"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_SAVE_INTERVAL_S", -1.0)
@@ -192,9 +182,7 @@ def interrupt_after(count: int, make: Callable[..., Any]) -> Callable[..., Any]:
     return interrupted
 
 
-def test_a_download_cut_off_between_the_two_manifests_is_finished_by_the_next(
-    fake: FakeHub, made: Path, home: Path
-) -> None:
+def test_a_download_cut_off_between_the_two_manifests_is_finished_by_the_next(fake, made, home):
     target = get(REPO)
     (target / "mixchat.json").unlink()
     (target / "journal.jsonl").write_text("{}\n")
@@ -203,7 +191,7 @@ def test_a_download_cut_off_between_the_two_manifests_is_finished_by_the_next(
     assert not fake.requests
 
 
-def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over() -> None:
+def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over():
     """One that came quantized was taken as made in any way, whatever was asked of it."""
     from mixchat.weights.make.download import _made_as
 
@@ -219,9 +207,7 @@ def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over() -> None:
 
 
 @pytest.mark.parametrize(("revision", "same"), [("c0ffeec", True), ("c0ffee", False)])
-def test_a_commit_may_be_shortened_to_seven_digits(
-    fake: FakeHub, revision: str, same: bool
-) -> None:
+def test_a_commit_may_be_shortened_to_seven_digits(fake, revision, same):
     path = get(REPO)
     if same:
         assert get(REPO, revision=revision) == path

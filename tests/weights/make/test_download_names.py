@@ -1,7 +1,5 @@
 """Downloads of directories and of the demo, and names under which a model is installed already."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fake_hub import COMMIT, REPO, FakeHub
+from fake_hub import COMMIT, REPO
 from safetensors.torch import load_file
 from weight_tools import NF4, Meter, files_of, get, left_in
 
@@ -37,9 +35,7 @@ def home(no_settings: Path) -> Path:
 
 
 class TestLocal:
-    def test_makes_an_installed_model_and_leaves_the_source_alone(
-        self, tiny_checkpoint: Path
-    ) -> None:
+    def test_makes_an_installed_model_and_leaves_the_source_alone(self, tiny_checkpoint):
         before = files_of(tiny_checkpoint)
         path = get(str(tiny_checkpoint), key="tiny")
         assert read_manifest(path).source.repo == str(tiny_checkpoint)
@@ -47,24 +43,24 @@ class TestLocal:
         assert get(str(tiny_checkpoint), key="tiny") == path == get("tiny")
 
     def test_another_directory_of_the_same_name_is_not_taken_for_it(
-        self, tiny_checkpoint: Path, tmp_path: Path
-    ) -> None:
+        self, tiny_checkpoint, tmp_path
+    ):
         get(str(tiny_checkpoint), key="tiny")
         shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
         with pytest.raises(UsageError, match="already installed; it came from") as caught:
             get(str(tmp_path / "tiny"))
         assert "--name" in (caught.value.hint or "")
 
-    def test_an_installed_model_needs_nothing(self, tiny_model: Path, home: Path) -> None:
+    def test_an_installed_model_needs_nothing(self, tiny_model, home):
         assert get(str(tiny_model)) == tiny_model
         assert not home.exists()
 
-    def test_an_installed_model_cannot_have_another_name(self, tiny_model: Path) -> None:
+    def test_an_installed_model_cannot_have_another_name(self, tiny_model):
         """It was said to be ready under the name, under which nothing was found afterwards."""
         with pytest.raises(UsageError, match="is an installed model"):
             get(str(tiny_model), key="other")
 
-    def test_only_pickles(self, tiny_checkpoint: Path, tmp_path: Path, home: Path) -> None:
+    def test_only_pickles(self, tiny_checkpoint, tmp_path, home):
         source = tmp_path / "pickled"
         source.mkdir()
         shutil.copy(tiny_checkpoint / "config.json", source)
@@ -74,19 +70,15 @@ class TestLocal:
         assert "pickle" in (caught.value.hint or "")
         assert left_in(home) == ["models"]
 
-    def test_no_checkpoint_at_all(self, tmp_path: Path) -> None:
+    def test_no_checkpoint_at_all(self, tmp_path):
         (tmp_path / "empty").mkdir()
         with pytest.raises(CheckpointError, match=r"config\.json: the file is missing"):
             get(str(tmp_path / "empty"))
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError, HubError])
     def test_whatever_goes_wrong_leaves_no_model_but_work_to_resume(
-        self,
-        tiny_checkpoint: Path,
-        home: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        error: type[BaseException],
-    ) -> None:
+        self, tiny_checkpoint, home, monkeypatch, error
+    ):
         def half(build: Build, *_: object, **__: object) -> None:
             build.target.mkdir()
             (build.target / "shared.safetensors").write_bytes(b"half")
@@ -120,9 +112,7 @@ class TestDemo:
         monkeypatch.setattr(demo, "build_checkpoint", build)
         return built
 
-    def test_is_built_once_and_its_checkpoint_removed(
-        self, tiny_demo: list[Path], home: Path
-    ) -> None:
+    def test_is_built_once_and_its_checkpoint_removed(self, tiny_demo, home):
         path = get("demo")
         assert get("demo") == path == models.installed_directory("demo")
         assert read_manifest(path).source.repo == "demo"
@@ -132,13 +122,7 @@ class TestDemo:
         assert os.listdir(home / "models") == ["demo"]
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, HubError])
-    def test_a_failed_build_leaves_no_checkpoint(
-        self,
-        tiny_demo: list[Path],
-        home: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        error: type[BaseException],
-    ) -> None:
+    def test_a_failed_build_leaves_no_checkpoint(self, tiny_demo, home, monkeypatch, error):
         def build(target: Path, progress: object) -> None:
             target.mkdir(parents=True)
             (target / "half").write_bytes(b"half")
@@ -149,9 +133,7 @@ class TestDemo:
             get("demo")
         assert left_in(home) in (["models"], ["models", "models/demo"])
 
-    def test_what_a_killed_build_left_is_built_again(
-        self, tiny_demo: list[Path], home: Path
-    ) -> None:
+    def test_what_a_killed_build_left_is_built_again(self, tiny_demo, home):
         stale = home / "models" / "demo" / "build" / "checkpoint"
         stale.mkdir(parents=True)
         (stale / "half").write_bytes(b"half")
@@ -160,9 +142,7 @@ class TestDemo:
         assert is_installed(path)
         assert not (path / "build").exists()
 
-    def test_resumes_where_it_was_cut_off(
-        self, tiny_demo: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_resumes_where_it_was_cut_off(self, tiny_demo, home, monkeypatch):
         def cut(*_: object) -> None:
             raise KeyboardInterrupt
 
@@ -178,8 +158,8 @@ class TestDemo:
 
 class TestTwoProcesses:
     def test_the_second_waits_for_the_first_and_takes_its_model(
-        self, tiny_checkpoint: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, tiny_checkpoint, home, monkeypatch
+    ):
         target, said = home / "models" / "tiny", threading.Event()
         meter = Meter()
         note = meter.note
@@ -205,9 +185,7 @@ class TestTwoProcesses:
         assert meter.notes == ["another mixchat is installing tiny; waiting for it"]
         assert meter.bars == []
 
-    def test_the_second_resumes_what_the_first_left(
-        self, tiny_checkpoint: Path, home: Path
-    ) -> None:
+    def test_the_second_resumes_what_the_first_left(self, tiny_checkpoint, home):
         with exclusive_lock(home / "models" / "tiny"):
             waiting = threading.Thread(
                 target=get, args=(str(tiny_checkpoint),), kwargs={"key": "tiny"}, daemon=True
@@ -230,21 +208,21 @@ class TestAlreadyInstalled:
         ],
     )
     def test_with_other_quantization_it_is_not_taken_for_what_was_requested(
-        self, tiny_checkpoint: Path, other: QuantizeOptions
-    ) -> None:
+        self, tiny_checkpoint, other
+    ):
         installed = get(str(tiny_checkpoint), key="mine")
         assert get(str(tiny_checkpoint), key="mine") == installed
         with pytest.raises(UsageError, match="quantized differently") as caught:
             get(str(tiny_checkpoint), key="mine", options=other)
         assert "mixchat rm mine" in (caught.value.hint or "")
 
-    def test_with_other_scales_it_is_the_same_model(self, tiny_checkpoint: Path) -> None:
+    def test_with_other_scales_it_is_the_same_model(self, tiny_checkpoint):
         options = QuantizeOptions(scales="absmax")
         installed = get(str(tiny_checkpoint), key="mine", options=options)
         assert get(str(tiny_checkpoint), key="mine") == installed
         assert read_manifest(installed).quantization["scales"] == "absmax"
 
-    def test_damaged_it_is_not_called_ready(self, tiny_checkpoint: Path) -> None:
+    def test_damaged_it_is_not_called_ready(self, tiny_checkpoint):
         installed = get(str(tiny_checkpoint), key="mine")
         (installed / "experts-001.safetensors").unlink()
         with pytest.raises(
@@ -253,7 +231,7 @@ class TestAlreadyInstalled:
             get(str(tiny_checkpoint), key="mine")
         assert "mixchat repair" in (caught.value.hint or "")
 
-    def test_the_same_revision_may_be_requested_again(self, fake: FakeHub) -> None:
+    def test_the_same_revision_may_be_requested_again(self, fake):
         installed = get(REPO, revision="main")
         assert read_manifest(installed).source.revision == "main"
         assert get(REPO, revision="main") == installed
@@ -263,12 +241,12 @@ class TestAlreadyInstalled:
             get(REPO, revision="other")
 
     @pytest.mark.parametrize("name", ["demo", "."])
-    def test_a_revision_goes_with_the_hub_alone(self, name: str, home: Path) -> None:
+    def test_a_revision_goes_with_the_hub_alone(self, name, home):
         with pytest.raises(UsageError, match="--revision"):
             get(name, key="mine", revision="main")
         assert not home.exists()
 
-    def test_what_is_in_the_way_is_not_removed(self, tiny_checkpoint: Path, home: Path) -> None:
+    def test_what_is_in_the_way_is_not_removed(self, tiny_checkpoint, home):
         elsewhere = home / "elsewhere"
         elsewhere.mkdir(parents=True)
         (home / "models").mkdir()

@@ -1,7 +1,5 @@
 """The plan of a download, compared with what the download takes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,14 +55,7 @@ def large(make_checkpoint: Callable[..., Path]) -> Path:
 class TestDisk:
     @pytest.mark.parametrize("ahead", [True, False])
     @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-    def test_the_peak_is_what_is_measured(
-        self,
-        large: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        place: Callable[[str], int] | int,
-        ahead: bool,
-    ) -> None:
+    def test_the_peak_is_what_is_measured(self, large, tmp_path, monkeypatch, place, ahead):
         monkeypatch.setattr(download_plan, "_SMALL_FILES_BYTES", 0)
         target, source = tmp_path / "model", tmp_path / "model" / "source"
         checkpoint = shard(large, tmp_path / "shards", place)
@@ -84,9 +75,7 @@ class TestDisk:
         Build(opened, target, blueprint).run(ahead=ahead)
         assert 0.99 * peak < max(most) < 1.01 * peak
 
-    def test_a_finished_models_size_is_known_beforehand(
-        self, tiny_checkpoint: Path, install: Callable[..., Path]
-    ) -> None:
+    def test_a_finished_models_size_is_known_beforehand(self, tiny_checkpoint, install):
         index = DirectoryCheckpoint(tiny_checkpoint, Source("x")).index
         for attention in (None, 16, 8, 4):
             for head in (None, 16, 4):
@@ -96,22 +85,18 @@ class TestDisk:
                 size = make_blueprint(index, QuantizeOptions(**options)).size
                 assert size == sum(record.size for record in weights)
 
-    def test_a_shard_that_takes_no_room_is_not_counted(self, large: Path, tmp_path: Path) -> None:
+    def test_a_shard_that_takes_no_room_is_not_counted(self, large, tmp_path):
         opened = DirectoryCheckpoint(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
         blueprint = make_blueprint(opened.index, QuantizeOptions())
         peak = estimate_peak_disk(opened.index, blueprint, opened.temporary)
         assert 0 <= peak - blueprint.size - download_plan._SMALL_FILES_BYTES + 5 * 4096 < MB
 
-    def test_places_on_one_disk_are_added_up(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_places_on_one_disk_are_added_up(self, tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "free_disk", lambda place: 7 if "one" in str(place) else 9)
         one, other = tmp_path / "one", tmp_path / "other"
         assert add_up_needs((one, 5), (other, 6)) == (Need(one, 11, 7),)
 
-    def test_places_on_different_disks_are_not(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_places_on_different_disks_are_not(self, tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "free_disk", lambda place: 7 if "one" in str(place) else 9)
         monkeypatch.setattr(machine, "same_disk", lambda a, b: a.parent == b.parent)
         one, other = tmp_path / "a" / "one", tmp_path / "b" / "other"
@@ -123,7 +108,7 @@ class TestDisk:
 
 
 class TestMemory:
-    def test_the_largest_matrix_decides(self, large: Path, tiny_checkpoint: Path) -> None:
+    def test_the_largest_matrix_decides(self, large, tiny_checkpoint):
         sizes = []
         for checkpoint in (large, tiny_checkpoint):
             index = DirectoryCheckpoint(checkpoint, Source("x")).index
@@ -131,9 +116,7 @@ class TestMemory:
         matrices = 3 * 512 * 256 * 4
         assert 0 < sizes[0] - sizes[1] < 2 * matrices
 
-    def test_layers_and_experts_do_not_count(
-        self, make_checkpoint: Callable[..., Path], tiny_checkpoint: Path
-    ) -> None:
+    def test_layers_and_experts_do_not_count(self, make_checkpoint, tiny_checkpoint):
         more = make_checkpoint(num_hidden_layers=5, num_local_experts=8)
         needed = {
             find_memory_need(index, make_blueprint(index, QuantizeOptions())).needed
@@ -153,9 +136,7 @@ class TestPlan:
         build = Build(opened, target, blueprint)
         return download_plan.estimate_time(make_plan(build), build, keep=False)
 
-    def test_of_a_hub_says_what_will_come_and_what_it_becomes(
-        self, fake: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_of_a_hub_says_what_will_come_and_what_it_becomes(self, fake, tmp_path):
         made = self.made(fake, tmp_path / "target")
         shards = sum(len(data) for name, data in fake.files.items() if "safetensors" in name[-11:])
         assert made.checkpoint == made.fetch == shards
@@ -167,7 +148,7 @@ class TestPlan:
         assert made.seconds is not None
         assert made.seconds >= made.fetch / made.rate
 
-    def test_what_is_there_already_is_not_needed_again(self, fake: FakeHub, tmp_path: Path) -> None:
+    def test_what_is_there_already_is_not_needed_again(self, fake, tmp_path):
         target = tmp_path / "target"
         before = self.made(fake, target)
         (target / "source").mkdir(parents=True)
@@ -179,9 +160,7 @@ class TestPlan:
         saved = before.disk[0].needed - after.disk[0].needed
         assert saved == disk_usage(target)
 
-    def test_what_is_kept_in_the_cache_counts_there(
-        self, fake: FakeHub, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_is_kept_in_the_cache_counts_there(self, fake, tmp_path, cache, monkeypatch):
         monkeypatch.setattr(machine, "same_disk", lambda one, other: False)
         made = self.made(fake, tmp_path / "target", cache)
         target, there = made.disk
@@ -189,8 +168,8 @@ class TestPlan:
         assert target.needed < made.installed + download_plan._SMALL_FILES_BYTES + MB
 
     def test_without_room_for_two_shards_one_comes_after_the_other(
-        self, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, fake, tmp_path, monkeypatch
+    ):
         roomy = self.made(fake, tmp_path / "target")
         assert roomy.ahead
         tight = roomy.disk[0].needed - 1
@@ -201,7 +180,7 @@ class TestPlan:
         assert made.fits
         made.check()
 
-    def test_of_a_directory_fetches_nothing(self, two_shards: Path, tmp_path: Path) -> None:
+    def test_of_a_directory_fetches_nothing(self, two_shards, tmp_path):
         opened = DirectoryCheckpoint(two_shards, Source(str(two_shards)))
         blueprint = make_blueprint(opened.index, QuantizeOptions())
         build = Build(opened, tmp_path / "target", blueprint)
@@ -209,9 +188,7 @@ class TestPlan:
         assert (made.fetch, made.rate, made.commit) == (0, None, None)
         assert made.seconds is not None
 
-    def test_quantizing_time_grows_with_the_model(
-        self, large: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_quantizing_time_grows_with_the_model(self, large, monkeypatch):
         index = DirectoryCheckpoint(large, Source("x")).index
         blueprint = make_blueprint(index, QuantizeOptions())
         clock = iter([5.0, 5.5])  # half a second for the sample
@@ -238,10 +215,10 @@ ENOUGH = DownloadPlan(
 
 
 class TestCheck:
-    def test_what_fits_to_the_byte_fits(self) -> None:
+    def test_what_fits_to_the_byte_fits(self):
         ENOUGH.check()
 
-    def test_too_little_disk_is_refused_with_both_numbers(self) -> None:
+    def test_too_little_disk_is_refused_with_both_numbers(self):
         """Rounded up: whoever frees what is written has freed enough."""
         second = Need(Path("/cache"), 7_010_000_000, 1_500_000_000)
         with pytest.raises(ResourceError) as caught:
@@ -250,14 +227,12 @@ class TestCheck:
         assert "MIXCHAT_HOME" in (caught.value.hint or "")
         assert "HF_HOME" in (caught.value.hint or "")
 
-    def test_too_little_memory_is_refused_with_both_numbers(self) -> None:
+    def test_too_little_memory_is_refused_with_both_numbers(self):
         with pytest.raises(ResourceError, match=r"^not enough memory: 1\.3 GB needed, 1 GB free$"):
             replace(ENOUGH, memory=Need(Path(), 1_210_000_000, 1_000_000_000)).check()
 
 
-def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
-    large: Path, make_checkpoint: Callable[..., Path]
-) -> None:
+def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(large, make_checkpoint):
     narrow = make_checkpoint(
         hidden_size=256, intermediate_size=512, num_hidden_layers=1, dtype=torch.bfloat16
     )
@@ -269,7 +244,7 @@ def test_a_checkpoint_in_fp32_needs_more_memory_than_one_in_bf16(
     assert needed[0] >= needed[1]
 
 
-def test_gpt_oss_is_foreseen_in_mxfp4() -> None:
+def test_gpt_oss_is_foreseen_in_mxfp4():
     """Its index on the hub says `total_size` 13761264768. In bf16 it would be 41.8 GB."""
     known = KNOWN["gpt-oss"]
     index = known_index(known)
@@ -282,7 +257,7 @@ def test_gpt_oss_is_foreseen_in_mxfp4() -> None:
     assert make_blueprint(index, QuantizeOptions()).quantization.quant_type == "nf4"
 
 
-def test_mixtral_s_checkpoint_is_foreseen_with_its_19_shards() -> None:
+def test_mixtral_s_checkpoint_is_foreseen_with_its_19_shards():
     """So that `plan` knows, without asking the hub, how much disk the download takes."""
     index = expected_index(read_config(MIXTRAL), "instruct", 5e9)
     sizes = [index.header(shard).size for shard in index.shards]

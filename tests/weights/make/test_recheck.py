@@ -1,12 +1,9 @@
 """A disk may change a byte of an unfinished model; the finished one has none of it."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from weight_tools import Making, Meter, fetching, made_of, run, shard
+from weight_tools import Meter, fetching, made_of, run, shard
 
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsFile
@@ -46,12 +43,7 @@ def first_made(checkpoint: Path, target: Path) -> tuple[Path, int]:
         return target / file, opened.header.start(next(iter(made[file])))
 
 
-def test_a_part_with_a_flipped_byte_is_made_again_alone(
-    checkpoint: Path,
-    unfinished: Path,
-    whole: dict[str, bytes],
-    making: Making,
-) -> None:
+def test_a_part_with_a_flipped_byte_is_made_again_alone(checkpoint, unfinished, whole, making):
     """It stayed, under the SHA-256 of the right bytes, until somebody ran `verify`."""
     path, start = first_made(checkpoint, unfinished)
     flip(path, start)
@@ -63,9 +55,7 @@ def test_a_part_with_a_flipped_byte_is_made_again_alone(
     assert meter.notes == ["damaged since the last run: 1 tensor; quantizing again"]
 
 
-def test_it_is_made_again_though_nothing_else_was_left_to_do(
-    small: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_made_again_though_nothing_else_was_left_to_do(small, whole, tmp_path, monkeypatch):
     target = tmp_path / "model"
     with monkeypatch.context() as patch:
         patch.delattr("mixchat.weights.make.build.Build._finish")
@@ -78,9 +68,7 @@ def test_it_is_made_again_though_nothing_else_was_left_to_do(
     assert again.fetched == ["model.safetensors"]
 
 
-def test_a_flipped_byte_of_what_was_spilled_does_not_get_into_a_part(
-    checkpoint: Path, unfinished: Path, whole: dict[str, bytes]
-) -> None:
+def test_a_flipped_byte_of_what_was_spilled_does_not_get_into_a_part(checkpoint, unfinished, whole):
     """Nothing could tell: the part was made of it, and hashed afterwards."""
     spill = sorted(unfinished.glob(SPILL_PREFIX + "*"))
     assert spill
@@ -93,8 +81,8 @@ def test_a_flipped_byte_of_what_was_spilled_does_not_get_into_a_part(
 
 
 def test_what_is_whole_is_read_once_and_nothing_of_it_is_made_again(
-    checkpoint: Path, unfinished: Path, whole: dict[str, bytes], making: Making
-) -> None:
+    checkpoint, unfinished, whole, making
+):
     before = {
         f"{name} {tensor}" for name, made in Journal(unfinished).made.items() for tensor in made
     }
@@ -107,15 +95,13 @@ def test_what_is_whole_is_read_once_and_nothing_of_it_is_made_again(
     assert made_of(unfinished) == whole
 
 
-def test_nothing_is_checked_where_nothing_was_done(checkpoint: Path, tmp_path: Path) -> None:
+def test_nothing_is_checked_where_nothing_was_done(checkpoint, tmp_path):
     meter = run(fetching(checkpoint, tmp_path / "new"), tmp_path / "new")
     assert not [bar for bar in meter.bars if bar.what.startswith("checking")]
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
-def test_all_of_a_file_that_is_gone_is_named(
-    checkpoint: Path, unfinished: Path, spoil: Callable[[Path], object]
-) -> None:
+def test_all_of_a_file_that_is_gone_is_named(checkpoint, unfinished, spoil):
     made = Journal(unfinished).made
     path, _ = first_made(checkpoint, unfinished)
     spoil(path)
@@ -125,7 +111,7 @@ def test_all_of_a_file_that_is_gone_is_named(
     assert found == {path.name: set(made[path.name])}
 
 
-def test_every_tensor_that_is_made_is_checked(checkpoint: Path, unfinished: Path) -> None:
+def test_every_tensor_that_is_made_is_checked(checkpoint, unfinished):
     """Each of them is flipped in turn: none goes unseen."""
     made = Journal(unfinished).made
     opened = fetching(checkpoint, unfinished)

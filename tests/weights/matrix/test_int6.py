@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from mixchat.weights.matrix.int6 import INT5, INT6, _EvenCodes
 from mixchat.weights.matrix.int8 import INT8
-from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.quant_type import BlockCodes
 
@@ -40,9 +39,7 @@ def place_of(kind: _EvenCodes, row: int, column: int) -> tuple[int, int, int, in
 @each_kind
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 63), st.integers(0, 63), st.integers(0, 63))
-def test_a_code_lies_where_the_layout_says(
-    kind: _EvenCodes, row: int, column: int, code: int
-) -> None:
+def test_a_code_lies_where_the_layout_says(kind, row, column, code):
     code %= 2**kind.bits
     separate = torch.zeros(64, 64, dtype=torch.uint8)
     separate[row, column] = code
@@ -56,28 +53,8 @@ def test_a_code_lies_where_the_layout_says(
 
 
 @each_kind
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 100), columns, st.integers(1, 40), st.integers(0, 2**31))
-def test_products_of_every_shape_are_exact_in_both_layouts(
-    kind: _EvenCodes, rows: int, columns: int, tokens: int, seed: int
-) -> None:
-    weight, x = random(rows, columns, seed), random(tokens, columns, seed + 1)
-    exact = kind.dequantize(*kind.codes(weight), (rows, columns), torch.float32).double()
-    expected = x.double() @ exact.T
-    for layout in ("bitsandbytes", "cpu-packed"):
-        spec = LinearSpec("w", rows, columns, kind.name, layout, torch.bfloat16)
-        linear = spec.build(spec.encode(weight))
-        result = linear(x)
-        assert (result - expected).norm() <= 1e-4 * expected.norm() + 1e-6
-        if spec.packed:
-            assert torch.equal(result, torch.cat([linear(row) for row in x.split(1)]))
-
-
-@each_kind
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_weight_of_either_sign_is_at_the_longer_end(
-    kind: _EvenCodes, sign: int
-) -> None:
+def test_the_largest_weight_of_either_sign_is_at_the_longer_end(kind, sign):
     """A block of even numbers in which the largest magnitude is one level more is kept."""
     half = 2 ** (kind.bits - 1)
     block = sign * torch.arange(-half, half).repeat(64 // (2 * half)).view(1, 64) / half
@@ -86,18 +63,8 @@ def test_the_largest_weight_of_either_sign_is_at_the_longer_end(
     assert scales[0] * sign > 0
 
 
-@each_kind
-def test_a_block_of_zeros_gives_zeros(kind: _EvenCodes) -> None:
-    weight = random(2, 64)
-    weight[1] = 0
-    codes, absmax = kind.codes(weight)
-    assert absmax[1] == 0
-    again = kind.dequantize(codes, absmax, (2, 64), torch.float32)
-    assert torch.equal(again[1], torch.zeros(64))
-
-
 @pytest.mark.parametrize("spread", [1.0, 1e-30, 1e30])
-def test_each_bit_more_halves_the_error(spread: float) -> None:
+def test_each_bit_more_halves_the_error(spread):
     """Of normal weights: 8.3% with NF4, 4.5%, 2.3%, and 0.6% with two bits more."""
     weight = random(256, 1024) * spread
     four, five, six, eight = (error(kind, weight) for kind in (NF4, INT5, INT6, INT8))
@@ -108,7 +75,7 @@ def test_each_bit_more_halves_the_error(spread: float) -> None:
 
 
 @each_kind
-def test_searched_scales_leave_less_than_the_largest_magnitude(kind: _EvenCodes) -> None:
+def test_searched_scales_leave_less_than_the_largest_magnitude(kind):
     weight = random(64, 1024)
     blocks = weight.bfloat16().float().view(-1, 64)
     scale, half = blocks.abs().amax(-1, keepdim=True), 2 ** (kind.bits - 1)
@@ -118,14 +85,3 @@ def test_searched_scales_leave_less_than_the_largest_magnitude(kind: _EvenCodes)
     # One that rounding in bf16 and the table of errors can hide.
     assert (errors[0] <= errors[1] * 1.01).all()
     assert errors[0].sum() < 0.92 * errors[1].sum()
-
-
-@each_kind
-@pytest.mark.parametrize(("rows", "stored"), [(1, 32), (40, 64), (32002, 32032)])
-def test_rows_of_zeros_fill_up_the_last_band(kind: _EvenCodes, rows: int, stored: int) -> None:
-    """The vocabularies of some models have 32002 tokens."""
-    asked = LinearSpec("w", rows, 64, kind.name, "cpu-packed", torch.bfloat16)
-    assert asked.packed
-    assert asked.can_be_exact
-    assert asked.stored_rows == stored
-    assert sum(spec.nbytes for spec in asked.tensors) == stored * (8 * kind.bits + 2)

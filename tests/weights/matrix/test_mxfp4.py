@@ -15,7 +15,7 @@ def swapped(codes: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_each_code_under_each_scale_is_what_transformers_reads(dtype: torch.dtype) -> None:
+def test_each_code_under_each_scale_is_what_transformers_reads(dtype):
     pairs = torch.arange(256, dtype=torch.uint8)
     blocks = pairs.view(16, 16).repeat(LARGEST_SCALE + 1, 1)  # 16 blocks have all pairs of codes
     scales = torch.arange(LARGEST_SCALE + 1, dtype=torch.uint8).repeat_interleave(16)
@@ -26,7 +26,7 @@ def test_each_code_under_each_scale_is_what_transformers_reads(dtype: torch.dtyp
     assert torch.equal(result.view(-1), expected.view(-1))
 
 
-def test_weights_that_are_in_the_format_are_kept() -> None:
+def test_weights_that_are_in_the_format_are_kept():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (48 * 48,), generator=generator, dtype=torch.uint8)
     codes[::16] = 0x7F  # the largest level in each block, which its scale is found by
@@ -37,7 +37,7 @@ def test_weights_that_are_in_the_format_are_kept() -> None:
     assert torch.equal(again, codes)
 
 
-def test_no_other_code_and_no_other_power_of_two_is_nearer() -> None:
+def test_no_other_code_and_no_other_power_of_two_is_nearer():
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     codes, scales = MXFP4.codes(weight)
     made = MXFP4.dequantize(codes, scales, SHAPE, torch.float32).view(-1, 32)
@@ -50,7 +50,7 @@ def test_no_other_code_and_no_other_power_of_two_is_nearer() -> None:
     assert (largest < 7).all()
 
 
-def test_weights_of_nothing_have_codes_of_nothing() -> None:
+def test_weights_of_nothing_have_codes_of_nothing():
     codes, scales = MXFP4.codes(torch.zeros(SHAPE))
     assert not codes.any()
     assert not scales.any()

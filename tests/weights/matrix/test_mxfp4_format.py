@@ -5,7 +5,7 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.matrix.linear import Layout, LinearSpec
+from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.mxfp4_format import (
     component_names,
@@ -37,7 +37,7 @@ def part(stored: Tensors, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("expert", range(EXPERTS))
-def test_a_part_of_a_stack_is_what_transformers_reads(stored: Tensors, expert: int) -> None:
+def test_a_part_of_a_stack_is_what_transformers_reads(stored, expert):
     matrix = read_matrix(f"X[{expert}]", lambda name: part(stored, name))
     expected = convert_moe_packed_tensors(stored["X_blocks"], stored["X_scales"])[expert]
     assert expected.shape == (COLUMNS, ROWS)
@@ -45,9 +45,7 @@ def test_a_part_of_a_stack_is_what_transformers_reads(stored: Tensors, expert: i
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
-def test_rows_that_alternate_are_taken_over_one_above_the_other(
-    stored: Tensors, layout: Layout
-) -> None:
+def test_rows_that_alternate_are_taken_over_one_above_the_other(stored, layout):
     matrix = read_matrix("X[1]", lambda name: part(stored, name))
     gate, up = (matrix.cut(range(first, ROWS, 2)) for first in (0, 1))
     spec = LinearSpec("w13", ROWS, COLUMNS, "mxfp4", layout, torch.bfloat16)
@@ -68,14 +66,14 @@ def swapped(codes: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("scale", "said"), [(255, "NaN"), (254, "a scale that is too large"), (253, "too large")]
 )
-def test_a_scale_without_finite_weights_is_refused(stored: Tensors, scale: int, said: str) -> None:
+def test_a_scale_without_finite_weights_is_refused(stored, scale, said):
     part(stored, "X_scales[2]")[5, 1] = scale
     with pytest.raises(CheckpointError, match=rf"^X_scales\[2\]: holds .*{said}$"):
         read_matrix("X[2]", lambda name: part(stored, name))
     assert read_matrix("X[1]", lambda name: part(stored, name)).rows == ROWS
 
 
-def test_names_say_which_tensors_are_in_mxfp4() -> None:
+def test_names_say_which_tensors_are_in_mxfp4():
     assert component_names("X[7]") == ("X_blocks[7]", "X_scales[7]")
     assert component_names("X") == ("X_blocks", "X_scales")
     for available in (["X_blocks", "X_scales"], ["X_blocks"], ["X_scales"]):
@@ -84,6 +82,6 @@ def test_names_say_which_tensors_are_in_mxfp4() -> None:
         assert not is_quantized("X[7]", available)
 
 
-def test_a_block_across_two_rows_is_refused() -> None:
+def test_a_block_across_two_rows_is_refused():
     with pytest.raises(CheckpointError, match=r"^X: 80 columns in MXFP4 are not whole blocks"):
         component_specs("X", (4, 80, 64))

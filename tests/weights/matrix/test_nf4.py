@@ -11,7 +11,6 @@ from mixchat.weights.matrix.nf4 import (
     FP4,
     NF4,
     FourBit,
-    FourBitCodes,
     Quantized4bit,
     round_absmax,
 )
@@ -33,12 +32,12 @@ def dequantized(weight: torch.Tensor, kind: str = "nf4") -> torch.Tensor:
 
 
 @each_type
-def test_the_levels_are_those_of_bitsandbytes(kind: FourBitCodes) -> None:
+def test_the_levels_are_those_of_bitsandbytes(kind):
     assert torch.equal(kind.levels, bnb.get_4bit_type(kind.name, device="cpu"))
 
 
 @each_type
-def test_codes_and_scales_are_those_of_bitsandbytes(kind: FourBitCodes) -> None:
+def test_codes_and_scales_are_those_of_bitsandbytes(kind):
     weight = random_weight(96, 128)
     expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind.name)
     codes, absmax = kind.codes(weight)
@@ -48,7 +47,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(kind: FourBitCodes) -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 6), (3, 66), (1, 2), (7, 130), (5, 16), (8, 96)])
-def test_odd_shapes_are_handled_as_bitsandbytes_does(rows: int, columns: int) -> None:
+def test_odd_shapes_are_handled_as_bitsandbytes_does(rows, columns):
     weight = random_weight(rows, columns)
     codes, absmax = NF4.codes(weight)
     assert codes.shape == (NF4.codes_size(rows, columns),)
@@ -58,7 +57,7 @@ def test_odd_shapes_are_handled_as_bitsandbytes_does(rows: int, columns: int) ->
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(32, 64), (96, 192), (64, 1536)])
-def test_the_packed_layout_is_that_of_bitsandbytes(rows: int, columns: int) -> None:
+def test_the_packed_layout_is_that_of_bitsandbytes(rows, columns):
     """The only use of its private converter: our own must give the same bytes."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
@@ -70,7 +69,7 @@ def test_the_packed_layout_is_that_of_bitsandbytes(rows: int, columns: int) -> N
     assert torch.equal(scales.view(state.absmax.shape), state.absmax)
 
 
-def test_a_code_lies_where_the_layout_says() -> None:
+def test_a_code_lies_where_the_layout_says():
     """Row 3, column 10 is code 2 * 3 + 0 of line 5: low nibble of byte 6 of that line."""
     rows, columns = 32, 64
     codes = torch.zeros(rows * columns // 2, dtype=torch.uint8)
@@ -83,9 +82,7 @@ def test_a_code_lies_where_the_layout_says() -> None:
 @each_type
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("columns", [192, 16, 96, 66, 7])
-def test_the_portable_matmul_is_exact_in_fp32(
-    tokens: int, columns: int, kind: FourBitCodes
-) -> None:
+def test_the_portable_matmul_is_exact_in_fp32(tokens, columns, kind):
     weight, x = random_weight(40, columns), random_weight(tokens, columns, seed=1).float()
     codes, absmax = kind.codes(weight)
     result = kind.matmul(x, codes, absmax, (40, columns))
@@ -94,14 +91,14 @@ def test_the_portable_matmul_is_exact_in_fp32(
 
 @each_type
 @pytest.mark.parametrize("columns", [128, 96, 66])
-def test_dequantizing_is_that_of_bitsandbytes(kind: FourBitCodes, columns: int) -> None:
+def test_dequantizing_is_that_of_bitsandbytes(kind, columns):
     weight = random_weight(40, columns)
     codes, absmax = kind.codes(weight)
     result = kind.dequantize(codes, absmax, (40, columns), torch.float32)
     assert torch.equal(result, dequantized(weight, kind.name))
 
 
-def test_rounding_a_scale_changes_it_by_one_part_in_256_at_most() -> None:
+def test_rounding_a_scale_changes_it_by_one_part_in_256_at_most():
     scales = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 3 + 1e-3
     change = (round_absmax(scales).float() - scales).abs()
     assert (change <= scales / 256).all()
@@ -123,9 +120,7 @@ def part(weight: torch.Tensor, kind: FourBit = "nf4", *, nested: bool = False) -
 
 @each_type
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
-def test_taking_over_matrices_gives_what_encoding_the_whole_gives(
-    kind: FourBitCodes, layout: Layout
-) -> None:
+def test_taking_over_matrices_gives_what_encoding_the_whole_gives(kind, layout):
     weight = random_weight(96, 128)
     linear = spec(layout, rows=96, kind=kind.name)
     parts = [part(rows, kind.name) for rows in weight.split([32, 48, 16])]
@@ -136,7 +131,7 @@ def test_taking_over_matrices_gives_what_encoding_the_whole_gives(
 
 
 @each_type
-def test_a_nested_absmax_is_taken_over_to_bf16_rounding(kind: FourBitCodes) -> None:
+def test_a_nested_absmax_is_taken_over_to_bf16_rounding(kind):
     weight = random_weight(64, 128)
     one = part(weight, kind.name, nested=True)
     linear = spec("bitsandbytes", kind=kind.name)
@@ -148,7 +143,7 @@ def test_a_nested_absmax_is_taken_over_to_bf16_rounding(kind: FourBitCodes) -> N
     torch.testing.assert_close(linear.build([absmax, codes])(x), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_part_must_end_with_a_whole_block_where_another_follows() -> None:
+def test_a_part_must_end_with_a_whole_block_where_another_follows():
     whole, broken = part(random_weight(2, 96)), part(random_weight(1, 96))
     linear = spec("bitsandbytes", rows=3, columns=96)
     absmax, codes = linear.stack_quantized([whole, broken])

@@ -1,7 +1,5 @@
 """A checkpoint on a hub: the real client against a hub on this machine."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path
@@ -55,7 +53,7 @@ def wanted(fake: FakeHub) -> set[str]:
 
 
 class TestPlan:
-    def test_names_the_commit_and_only_the_files_that_are_wanted(self, fake: FakeHub) -> None:
+    def test_names_the_commit_and_only_the_files_that_are_wanted(self, fake):
         remote = hub.look_up(REPO)
         assert remote.commit == COMMIT
         assert {file.path for file in remote.small} | set(remote.shards) == wanted(fake)
@@ -65,9 +63,7 @@ class TestPlan:
             assert file.sha256 == fake.describe(name)["lfs"]["sha256"]
             assert file.size == len(fake.files[name])
 
-    def test_knows_every_tensor_from_the_headers_alone(
-        self, fake: FakeHub, two_shards: Path
-    ) -> None:
+    def test_knows_every_tensor_from_the_headers_alone(self, fake, two_shards):
         remote, local = hub.look_up(REPO), DirectoryCheckpoint(two_shards, Source("x")).index
         for shard in SHARDS:
             assert remote.index.header(shard).specs == local.header(shard).specs
@@ -76,9 +72,7 @@ class TestPlan:
         assert len(asked) == len(SHARDS)
 
     @pytest.mark.parametrize("ranges", [True, False])
-    def test_reads_a_header_that_is_longer_than_the_first_range(
-        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch, ranges: bool
-    ) -> None:
+    def test_reads_a_header_that_is_longer_than_the_first_range(self, fake, monkeypatch, ranges):
         whole = hub.look_up(REPO)
         monkeypatch.setattr(hub, "_FIRST_READ_BYTES", 100)
         fake.ranges = ranges
@@ -86,15 +80,13 @@ class TestPlan:
             hub.look_up(REPO).index.header(SHARDS[1]).specs == whole.index.header(SHARDS[1]).specs
         )
 
-    def test_survives_lost_connections_and_busy_stores(self, fake: FakeHub) -> None:
+    def test_survives_lost_connections_and_busy_stores(self, fake):
         fake.fail(f"^/{SHARDS[0]}", times=1, cut_after=50)
         fake.fail(f"^/{SHARDS[1]}", times=2, status=503)
         assert set(hub.look_up(REPO).shards) == set(SHARDS)
 
     @pytest.mark.parametrize("served", [b"<html>please log in</html>", b'{"error": "try later"}'])
-    def test_asks_again_where_something_else_came_in_place_of_a_header(
-        self, fake: FakeHub, served: bytes
-    ) -> None:
+    def test_asks_again_where_something_else_came_in_place_of_a_header(self, fake, served):
         """A page to log in was called a damaged checkpoint, with exit code 6, at the first try."""
         fake.serve[SHARDS[1]] = served
         with pytest.raises(HubError, match="something else in place of") as caught:
@@ -106,17 +98,13 @@ class TestPlan:
         assert set(hub.look_up(REPO).shards) == set(SHARDS)
 
     @pytest.mark.parametrize("lie", ["page", "json", "zeros"])
-    def test_a_header_that_the_hub_makes_up_is_no_damaged_checkpoint(
-        self, fake: FakeHub, lie: str
-    ) -> None:
+    def test_a_header_that_the_hub_makes_up_is_no_damaged_checkpoint(self, fake, lie):
         """A page of HTML as a part of the file, with 206 and its range, exited with 6."""
         fake.fail(f"^/{SHARDS[1]}", lie=lie, ranged=True)
         with pytest.raises(HubError, match=f"something else in place of .*{SHARDS[1]}"):
             hub.look_up(REPO)
 
-    def test_a_broken_header_that_has_its_hash_is_a_damaged_checkpoint(
-        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_broken_header_that_has_its_hash_is_a_damaged_checkpoint(self, fake, monkeypatch):
         fake.files[SHARDS[1]] = b"x" * len(fake.files[SHARDS[1]])
         with pytest.raises(CheckpointError, match="not a safetensors file"):
             hub.look_up(REPO)
@@ -124,15 +112,13 @@ class TestPlan:
         with pytest.raises(HubError, match="something else"):
             hub.look_up(REPO)
 
-    def test_takes_a_single_file_without_an_index(
-        self, fake: FakeHub, tiny_checkpoint: Path
-    ) -> None:
+    def test_takes_a_single_file_without_an_index(self, fake, tiny_checkpoint):
         del fake.files[INDEX]
         fake.files |= files_of(tiny_checkpoint)
         remote = hub.look_up(REPO)
         assert list(remote.shards) == ["model.safetensors"]
 
-    def test_finds_a_wrong_shape_before_any_weights(self, fake: FakeHub) -> None:
+    def test_finds_a_wrong_shape_before_any_weights(self, fake):
         fake.files["config.json"] = with_config(fake, vocab_size=98)
         with pytest.raises(CheckpointError, match=r"has the shape .*config\.json asks for"):
             hub.look_up(REPO)
@@ -141,31 +127,29 @@ class TestPlan:
         "start",
         [b"", b"<html>", struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"[]", bytes(8)],
     )
-    def test_refuses_a_shard_that_is_no_safetensors_file(self, fake: FakeHub, start: bytes) -> None:
+    def test_refuses_a_shard_that_is_no_safetensors_file(self, fake, start):
         fake.files[SHARDS[0]] = start + b" " * 5_000
         with pytest.raises(CheckpointError, match=f"{SHARDS[0]}: not a safetensors") as caught:
             hub.look_up(REPO)
         assert "\n" not in str(caught.value)
 
-    def test_refuses_a_shard_without_a_hash(self, fake: FakeHub) -> None:
+    def test_refuses_a_shard_without_a_hash(self, fake):
         fake.files[SHARDS[0]] = b"small"
         with pytest.raises(CheckpointError, match="no SHA-256"):
             hub.look_up(REPO)
 
-    def test_refuses_a_shard_too_large_for_http(
-        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_refuses_a_shard_too_large_for_http(self, fake, monkeypatch):
         monkeypatch.setattr(hub, "_SHARD_BYTES_MAX", 80_000)
         with pytest.raises(CheckpointError, match="too large") as caught:
             hub.look_up(REPO)
         assert "hf download" in (caught.value.hint or "")
 
-    def test_asks_for_the_revision_that_is_named(self, fake: FakeHub) -> None:
+    def test_asks_for_the_revision_that_is_named(self, fake):
         assert hub.look_up(REPO, COMMIT).commit == COMMIT
         with pytest.raises(ModelNotFoundError, match="no such revision"):
             hub.look_up(REPO, "no-such-branch")
 
-    def test_refuses_another_architecture_before_any_weights(self, fake: FakeHub) -> None:
+    def test_refuses_another_architecture_before_any_weights(self, fake):
         fake.files["config.json"] = with_config(fake, model_type="llama")
         with pytest.raises(CheckpointError, match="does not run"):
             hub.look_up(REPO)
@@ -185,9 +169,7 @@ class TestPlan:
             ({INDEX: an_index("consolidated.safetensors")}, "no shard"),
         ],
     )
-    def test_refuses_what_is_no_checkpoint(
-        self, fake: FakeHub, change: dict[str, bytes | None], message: str
-    ) -> None:
+    def test_refuses_what_is_no_checkpoint(self, fake, change, message):
         fake.lfs_limit = 10**9
         for name, data in change.items():
             if data is None:
@@ -199,7 +181,7 @@ class TestPlan:
         assert "\n" not in str(caught.value)
         assert not [path for path in fake.got() if path.endswith((".pt", ".bin", ".safetensors"))]
 
-    def test_refuses_a_config_of_absurd_size_unread(self, fake: FakeHub) -> None:
+    def test_refuses_a_config_of_absurd_size_unread(self, fake):
         fake.listing = lambda answer: _resized(answer, "config.json", 10**10)
         with pytest.raises(CheckpointError, match="too large"):
             hub.look_up(REPO)
@@ -221,7 +203,7 @@ class TestPlan:
             lambda answer: _rehashed(answer, "0" * 63),
         ],
     )
-    def test_does_not_believe_a_malformed_answer(self, fake: FakeHub, edit: Any) -> None:
+    def test_does_not_believe_a_malformed_answer(self, fake, edit):
         fake.listing = edit
         with pytest.raises(HubError, match="is not valid"):
             hub.look_up(REPO)
@@ -256,9 +238,7 @@ class TestSmallFiles:
         return path
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-    def test_come_from_the_cache_where_they_are_undamaged(
-        self, fake: FakeHub, cache: Path, name: str
-    ) -> None:
+    def test_come_from_the_cache_where_they_are_undamaged(self, fake, cache, name):
         file = self.small(fake, name)
         assert hub.fetch_small(file) == fake.files[name]
         assert not cache.exists()
@@ -270,17 +250,15 @@ class TestSmallFiles:
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
     @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"?" + data[1:]])
     def test_that_are_damaged_in_the_cache_are_fetched_and_left_there(
-        self, fake: FakeHub, cache: Path, name: str, damage: Any
-    ) -> None:
+        self, fake, cache, name, damage
+    ):
         path = self.cached(cache, name, damage(fake.files[name]))
         assert hub.fetch_small(self.small(fake, name)) == fake.files[name]
         assert path.read_bytes() == damage(fake.files[name])
 
     @pytest.mark.parametrize("lie", [*LIES])
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
-    def test_that_are_not_those_listed_are_refused(
-        self, fake: FakeHub, name: str, lie: str
-    ) -> None:
+    def test_that_are_not_those_listed_are_refused(self, fake, name, lie):
         """Some are told only by git's SHA-1, or by the SHA-256 of a large file."""
         fake.fail(f"/{name}$", lie=lie)
         with pytest.raises(HubError):

@@ -1,13 +1,9 @@
 """Shards on the hub: where they go, what is used of the cache, and what is left at the end."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
 
 import pytest
 import torch
@@ -51,7 +47,7 @@ def asked(fake: FakeHub, shard: str = SHARDS[0]) -> list[str | None]:
 
 
 class TestBesideTheModel:
-    def test_a_shard_is_there_until_it_is_released(self, fake: FakeHub, target: Path) -> None:
+    def test_a_shard_is_there_until_it_is_released(self, fake, target):
         checkpoint = origin_for(target)
         bar = Bar()
         size = len(fake.files[SHARDS[0]])
@@ -63,13 +59,11 @@ class TestBesideTheModel:
         checkpoint.release(SHARDS[0])
         assert not list((target / "source").iterdir())
 
-    def test_nothing_of_it_is_in_the_cache(self, fake: FakeHub, target: Path, cache: Path) -> None:
+    def test_nothing_of_it_is_in_the_cache(self, fake, target, cache):
         bring(origin_for(target))
         assert not blob(cache, fake).exists()
 
-    def test_release_leaves_the_others_alone_and_takes_what_had_come(
-        self, fake: FakeHub, target: Path
-    ) -> None:
+    def test_release_leaves_the_others_alone_and_takes_what_had_come(self, fake, target):
         checkpoint = origin_for(target)
         bring(checkpoint, SHARDS[1])
         part_path(target / "source" / SHARDS[0]).write_bytes(b"part")
@@ -77,7 +71,7 @@ class TestBesideTheModel:
         assert [path.name for path in (target / "source").iterdir()] == [SHARDS[1]]
         assert checkpoint.release("never-fetched.safetensors") is None
 
-    def test_what_another_process_left_is_gone_on_with(self, fake: FakeHub, target: Path) -> None:
+    def test_what_another_process_left_is_gone_on_with(self, fake, target):
         (target / "source").mkdir(parents=True)
         part_path(target / "source" / SHARDS[0]).write_bytes(fake.files[SHARDS[0]][:100_000])
         checkpoint, bar = origin_for(target), Bar()
@@ -87,9 +81,7 @@ class TestBesideTheModel:
         assert bar.done == missing
         assert asked(fake) == ["bytes=100000-"]
 
-    def test_a_whole_one_that_was_left_is_hashed_and_not_requested(
-        self, fake: FakeHub, target: Path
-    ) -> None:
+    def test_a_whole_one_that_was_left_is_hashed_and_not_requested(self, fake, target):
         bring(origin_for(target))
         fake.requests.clear()
         checkpoint = origin_for(target)
@@ -100,8 +92,8 @@ class TestBesideTheModel:
             bring(checkpoint)
 
     def test_the_release_of_one_does_not_take_the_directory_from_the_next(
-        self, fake: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, fake, target, monkeypatch
+    ):
         """Made by one thread, and removed by the other since it was still empty."""
         checkpoint, mkdir = origin_for(target), Path.mkdir
 
@@ -113,7 +105,7 @@ class TestBesideTheModel:
         monkeypatch.setattr(Path, "mkdir", raced)
         assert bring(checkpoint).read_bytes() == fake.files[SHARDS[0]]
 
-    def test_it_ends_when_stop_is_set(self, fake: FakeHub, target: Path) -> None:
+    def test_it_ends_when_stop_is_set(self, fake, target):
         stop = Event()
         stop.set()
         with pytest.raises(Stopped):
@@ -121,9 +113,7 @@ class TestBesideTheModel:
 
 
 class TestRate:
-    def test_tries_for_a_while_and_keeps_what_came_for_the_fetch(
-        self, fake: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_tries_for_a_while_and_keeps_what_came_for_the_fetch(self, fake, target, monkeypatch):
         monkeypatch.setattr(hub_checkpoint, "_PROBE_S", 0.2)
         fake.delay, fake.step = 0.05, 70_000  # headers come in one piece
         checkpoint, whole = origin_for(target), len(fake.files[SHARDS[0]])
@@ -137,14 +127,14 @@ class TestRate:
         assert bar.done == whole - came
         assert asked(fake) == [None, f"bytes={came}-"]
 
-    def test_keeps_nothing_where_it_is_only_asked(self, fake: FakeHub, target: Path) -> None:
+    def test_keeps_nothing_where_it_is_only_asked(self, fake, target):
         checkpoint = origin_for(target)
         rate = checkpoint.rate(SHARDS, keep=False)
         assert rate is not None
         assert rate > 0
         assert not target.exists()
 
-    def test_is_none_where_nothing_has_to_come(self, fake: FakeHub, target: Path) -> None:
+    def test_is_none_where_nothing_has_to_come(self, fake, target):
         checkpoint = origin_for(target)
         for shard in SHARDS:
             bring(checkpoint, shard)
@@ -153,9 +143,7 @@ class TestRate:
 
     @pytest.mark.parametrize("keep", [True, False])
     @pytest.mark.parametrize("fault", [{"cut_after": 0}, {"status": 503}])
-    def test_a_lost_connection_meanwhile_is_no_failure(
-        self, fake: FakeHub, target: Path, fault: dict[str, int], keep: bool
-    ) -> None:
+    def test_a_lost_connection_meanwhile_is_no_failure(self, fake, target, fault, keep):
         """Everything else is requested again; a plan failed at the first hiccup."""
         checkpoint = origin_for(target)
         fake.fail(f"^/{SHARDS[0]}", times=1, **fault)
@@ -164,9 +152,7 @@ class TestRate:
 
 
 class TestKeepSource:
-    def test_leaves_a_cache_that_the_hubs_own_client_reads(
-        self, fake: FakeHub, target: Path
-    ) -> None:
+    def test_leaves_a_cache_that_the_hubs_own_client_reads(self, fake, target):
         from huggingface_hub import hf_hub_download, scan_cache_dir
 
         checkpoint = origin_for(target, keep_source=True)
@@ -183,9 +169,7 @@ class TestKeepSource:
         assert report.size_on_disk == sum(map(len, fake.files.values()))
         assert not target.exists()
 
-    def test_a_blob_that_another_revision_brought_is_used(
-        self, fake: FakeHub, target: Path
-    ) -> None:
+    def test_a_blob_that_another_revision_brought_is_used(self, fake, target):
         bring(origin_for(target, keep_source=True))
         fake.commit = "d" * 40
         fake.requests.clear()
@@ -194,16 +178,14 @@ class TestKeepSource:
         assert path.read_bytes() == fake.files[SHARDS[0]]
         assert asked(fake) == []
 
-    def test_resumes_a_part_in_the_cache(self, fake: FakeHub, target: Path, cache: Path) -> None:
+    def test_resumes_a_part_in_the_cache(self, fake, target, cache):
         place = blob(cache, fake)
         place.parent.mkdir(parents=True)
         part_path(place).write_bytes(fake.files[SHARDS[0]][:90_000])
         bring(origin_for(target, keep_source=True))
         assert asked(fake) == ["bytes=90000-"]
 
-    def test_waits_for_another_program_that_fetches_the_same_file(
-        self, fake: FakeHub, target: Path, cache: Path
-    ) -> None:
+    def test_waits_for_another_program_that_fetches_the_same_file(self, fake, target, cache):
         from huggingface_hub.utils import WeakFileLock
 
         lock = cache / ".locks" / "models--org--tiny-mixtral" / f"{blob(cache, fake).name}.lock"
@@ -222,9 +204,7 @@ class TestKeepSource:
         assert not worker.is_alive()
         assert asked(fake) == []
 
-    def test_does_not_wait_for_ever_once_stop_is_set(
-        self, fake: FakeHub, target: Path, cache: Path
-    ) -> None:
+    def test_does_not_wait_for_ever_once_stop_is_set(self, fake, target, cache):
         from huggingface_hub.utils import WeakFileLock
 
         lock = cache / ".locks" / "models--org--tiny-mixtral" / f"{blob(cache, fake).name}.lock"
@@ -251,9 +231,7 @@ class TestCache:
         """A shard that another tool put into the cache."""
         return bring(origin_for(tmp_path / "other", keep_source=True))
 
-    def test_what_is_there_is_used_and_stays(
-        self, fake: FakeHub, target: Path, cached: Path
-    ) -> None:
+    def test_what_is_there_is_used_and_stays(self, fake, target, cached):
         checkpoint = origin_for(target)
         fake.requests.clear()
         assert checkpoint.missing(SHARDS[0]) == checkpoint.temporary(SHARDS[0]) == 0
@@ -265,9 +243,7 @@ class TestCache:
     @pytest.mark.parametrize(
         "damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1]]
     )
-    def test_what_is_damaged_there_is_found_and_fetched_again(
-        self, fake: FakeHub, target: Path, cached: Path, damage: Callable[[bytes], bytes]
-    ) -> None:
+    def test_what_is_damaged_there_is_found_and_fetched_again(self, fake, target, cached, damage):
         good = fake.files[SHARDS[0]]
         cached.resolve().write_bytes(damage(good))
         assert bring(origin_for(target)).read_bytes() == good
@@ -277,8 +253,8 @@ class TestCache:
     @pytest.mark.parametrize("keep_source", [False, True])
     @pytest.mark.parametrize("lie", [{"sha256": "0" * 64}, {"size": 7}])
     def test_what_is_good_there_stays_whatever_the_hub_lists(
-        self, fake: FakeHub, target: Path, cached: Path, lie: dict[str, Any], keep_source: bool
-    ) -> None:
+        self, fake, target, cached, lie, keep_source
+    ):
         """A listing with another hash had a shard of 5 GB removed from the cache."""
         checkpoint = origin_for(target, keep_source=keep_source)
         listed = checkpoint._remote.shards
@@ -290,8 +266,8 @@ class TestCache:
 
     @pytest.mark.parametrize("keep_source", [False, True])
     def test_what_has_the_name_of_a_shard_but_other_bytes_is_left_alone(
-        self, fake: FakeHub, target: Path, cached: Path, keep_source: bool
-    ) -> None:
+        self, fake, target, cached, keep_source
+    ):
         cached.unlink()
         cached.write_bytes(bytes(len(fake.files[SHARDS[0]])))
         path = bring(origin_for(target, keep_source=keep_source))
@@ -299,9 +275,7 @@ class TestCache:
         assert cached.read_bytes() == bytes(len(fake.files[SHARDS[0]]))
 
     @pytest.mark.parametrize("keep_source", [False, True])
-    def test_a_cache_without_links_is_used_too(
-        self, fake: FakeHub, target: Path, cached: Path, keep_source: bool
-    ) -> None:
+    def test_a_cache_without_links_is_used_too(self, fake, target, cached, keep_source):
         blob = cached.resolve()
         cached.unlink()
         blob.rename(cached)
@@ -311,9 +285,7 @@ class TestCache:
 
 
 class TestReading:
-    def test_a_tensor_comes_by_its_range_alone(
-        self, fake: FakeHub, target: Path, two_shards: Path
-    ) -> None:
+    def test_a_tensor_comes_by_its_range_alone(self, fake, target, two_shards):
         checkpoint = origin_for(target)
         fake.requests.clear()
         header = checkpoint.index.header(SHARDS[0])
@@ -324,18 +296,14 @@ class TestReading:
         start = header.start(name)
         assert asked(fake) == [f"bytes={start}-{start + header.spec(name).nbytes - 1}"]
 
-    def test_every_tensor_is_that_of_the_checkpoint(
-        self, fake: FakeHub, target: Path, two_shards: Path
-    ) -> None:
+    def test_every_tensor_is_that_of_the_checkpoint(self, fake, target, two_shards):
         checkpoint = origin_for(target)
         with CheckpointReader(checkpoint) as readers:
             for shard in SHARDS:
                 for name, tensor in load_file(two_shards / shard).items():
                     assert torch.equal(readers.read(name), tensor)
 
-    def test_one_in_the_cache_is_not_requested(
-        self, fake: FakeHub, target: Path, tmp_path: Path
-    ) -> None:
+    def test_one_in_the_cache_is_not_requested(self, fake, target, tmp_path):
         bring(origin_for(tmp_path / "other", keep_source=True))
         checkpoint = origin_for(target)
         fake.requests.clear()
@@ -344,7 +312,7 @@ class TestReading:
         assert not fake.requests
 
 
-def test_companions_are_the_small_files_checked(fake: FakeHub, target: Path) -> None:
+def test_companions_are_the_small_files_checked(fake, target):
     fake.files["tokenizer.json"] = json.dumps({"a": 1}).encode()
     checkpoint = origin_for(target)
     directory = checkpoint.companions()
@@ -355,9 +323,7 @@ def test_companions_are_the_small_files_checked(fake: FakeHub, target: Path) -> 
     assert not target.exists()
 
 
-def test_a_checkpoint_leaves_nothing_in_hugging_faces_cache(
-    fake: FakeHub, target: Path, cache: Path
-) -> None:
+def test_a_checkpoint_leaves_nothing_in_hugging_faces_cache(fake, target, cache):
     """3.5 MB of a tokenizer stayed there, although all data is said to be in one directory."""
     checkpoint = origin_for(target)
     checkpoint.companions()
@@ -367,9 +333,7 @@ def test_a_checkpoint_leaves_nothing_in_hugging_faces_cache(
     assert [path.name for path in (target / "source").iterdir()] == [SHARDS[0]]
 
 
-def test_small_files_in_hugging_faces_cache_are_used_and_stay(
-    fake: FakeHub, target: Path, cache: Path
-) -> None:
+def test_small_files_in_hugging_faces_cache_are_used_and_stay(fake, target, cache):
     origin_for(target, keep_source=True).companions()
     kept = files_of(cache / "models--org--tiny-mixtral" / "snapshots" / COMMIT)
     fake.requests.clear()

@@ -1,7 +1,5 @@
 """Each failure of a hub is an error of one line, whichever request it meets."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -19,7 +17,6 @@ from weight_tools import Bar, files_of, shard_names
 
 from mixchat.base.errors import (
     HubError,
-    MixchatError,
     ModelNotFoundError,
     ResourceError,
     UsageError,
@@ -63,16 +60,8 @@ class TestFaults:
     )
     @pytest.mark.parametrize("where", ["api", "config", "shard"])
     def test_each_refusal_is_one_line(
-        self,
-        fake: FakeHub,
-        tmp_path: Path,
-        where: str,
-        status: int,
-        code: str | None,
-        error: type[MixchatError],
-        message: str,
-        hint: str | None,
-    ) -> None:
+        self, fake, tmp_path, where, status, code, error, message, hint
+    ):
         path = {"api": "^/api/", "config": "config.json", "shard": SHARDS[0]}[where]
         fake.fail(path, status=status, code=code, body=b'{"error": "two\\nlines \\u001b[31m"}')
         with pytest.raises(error, match=message) as caught:
@@ -82,23 +71,19 @@ class TestFaults:
         assert hint is None or hint in (caught.value.hint or "")
         assert (caught.value.hint or "").isprintable()
 
-    def test_a_token_that_is_not_accepted(
-        self, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_token_that_is_not_accepted(self, fake, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_wrong")
         fake.fail(rf"resolve/.*{SHARDS[0]}", status=401)
         with pytest.raises((HubError, ModelNotFoundError)) as caught:
             fetch(tmp_path)
         assert "hf_wrong" not in str(caught.value)
 
-    def test_a_listed_file_that_is_gone(self, fake: FakeHub, tmp_path: Path) -> None:
+    def test_a_listed_file_that_is_gone(self, fake, tmp_path):
         fake.gone.add(SHARDS[1])
         with pytest.raises(HubError, match="lists a file"):
             fetch(tmp_path)
 
-    def test_an_answer_without_an_end_is_not_read_to_it(
-        self, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_answer_without_an_end_is_not_read_to_it(self, fake, monkeypatch):
         """huggingface_hub reads a listing, and the reason of a refusal, whole into memory."""
         monkeypatch.setattr(hub_request, "_JSON_BYTES_MAX", 10_000)
         fake.listing = lambda answer: b" " * 10_000 + json.dumps(answer).encode()
@@ -108,22 +93,20 @@ class TestFaults:
         with pytest.raises(HubError, match="an error of its own"):
             hub.look_up(REPO)
 
-    def test_nobody_there(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nobody_there(self, cache, monkeypatch):
         with FakeHub({}) as gone:
             monkeypatch.setenv("HF_ENDPOINT", gone.url)
         with pytest.raises(HubError, match=r"cannot reach the hub at 127\.0\.0\.1:\d+$"):
             hub.look_up(REPO)
 
-    def test_the_store_is_not_there(self, fake: FakeHub, tmp_path: Path) -> None:
+    def test_the_store_is_not_there(self, fake, tmp_path):
         checkpoint = plan(tmp_path)
         fake._servers[1].shutdown()
         fake._servers[1].server_close()
         with pytest.raises(HubError, match="cannot reach"):
             checkpoint.fetch(SHARDS[0], Bar(), Event())
 
-    def test_switched_off(
-        self, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_switched_off(self, fake, tmp_path, monkeypatch):
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -134,17 +117,13 @@ class TestFaults:
     @pytest.mark.parametrize(
         "address", ["hub", "ftp://hub", "http://", "http://[", "http://hub:port", "http://h\x1b"]
     )
-    def test_an_address_that_is_none(
-        self, cache: Path, monkeypatch: pytest.MonkeyPatch, address: str
-    ) -> None:
+    def test_an_address_that_is_none(self, cache, monkeypatch, address):
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(UsageError, match="HF_ENDPOINT") as caught:
             hub.look_up(REPO)
         assert str(caught.value).isprintable()
 
-    def test_a_full_disk(
-        self, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_full_disk(self, fake, tmp_path, monkeypatch):
         def full(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
@@ -152,9 +131,7 @@ class TestFaults:
         with pytest.raises(ResourceError, match="disk is full"):
             fetch(tmp_path)
 
-    def test_a_cache_that_cannot_be_written(
-        self, fake: FakeHub, tmp_path: Path, cache: Path
-    ) -> None:
+    def test_a_cache_that_cannot_be_written(self, fake, tmp_path, cache):
         cache.write_text("a file where the directory should be")
         fetch(tmp_path)
         remote = hub.look_up(REPO)
@@ -198,18 +175,14 @@ def interrupted(fake: FakeHub, home: Path, ready: Callable[[], bool]) -> str:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_download_at_once_while_headers_trickle(
-    fake: FakeHub, tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_a_download_at_once_while_headers_trickle(fake, tmp_path):
     """Threads of a pool are waited for at its end: it took as long as the slowest header."""
     fake.delay, fake.step, fake.slow = 0.3, 10, SHARDS[0]  # minutes for its header
     interrupted(fake, tmp_path, lambda: any(SHARDS[0] in path for path in fake.got("store")))
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_download_at_once_while_a_shard_trickles(
-    fake: FakeHub, tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_a_download_at_once_while_a_shard_trickles(fake, tmp_path):
     fake.files |= files_of(write_tokenizer(_new(tmp_path / "tokenizer")))
     fake.delay, fake.step = 0.5, 70_000  # headers come in one piece
     target = tmp_path / "home" / "models" / REPO.replace("/", "--")

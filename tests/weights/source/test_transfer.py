@@ -1,7 +1,5 @@
 """Bytes from a hub that drops, stalls, lies, or knows no ranges."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import threading
@@ -55,39 +53,33 @@ def ranges(hub: FakeHub) -> list[str | None]:
 
 
 class TestFile:
-    def test_comes_whole_in_one_request(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_comes_whole_in_one_request(self, hub, tmp_path):
         bar = Bar()
         assert fetch(hub, tmp_path / "source" / NAME, bar).read_bytes() == DATA
         assert bar.done == len(DATA)
         assert ranges(hub) == [None]
         assert [path.name for path in (tmp_path / "source").iterdir()] == [NAME]
 
-    def test_resumes_where_the_connection_broke(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_resumes_where_the_connection_broke(self, hub, tmp_path):
         hub.fail(f"^/{NAME}", times=2, cut_after=40_000)
         bar = Bar()
         assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
         assert ranges(hub) == [None, "bytes=40000-", "bytes=80000-"]
         assert bar.done == len(DATA)
 
-    def test_resumes_behind_what_an_earlier_process_left(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_resumes_behind_what_an_earlier_process_left(self, hub, tmp_path):
         part_path(tmp_path / NAME).write_bytes(DATA[:70_001])
         bar = Bar()
         assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
         assert ranges(hub) == ["bytes=70001-"]
         assert bar.done == len(DATA) - 70_001
 
-    def test_is_not_asked_for_where_it_only_lacks_its_name(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_is_not_asked_for_where_it_only_lacks_its_name(self, hub, tmp_path):
         part_path(tmp_path / NAME).write_bytes(DATA)
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
         assert not hub.requests
 
-    def test_comes_again_from_a_hub_that_knows_no_ranges(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_comes_again_from_a_hub_that_knows_no_ranges(self, hub, tmp_path):
         hub.ranges = False
         hub.fail(f"^/{NAME}", times=1, cut_after=40_000)
         bar = Bar()
@@ -97,16 +89,12 @@ class TestFile:
     @pytest.mark.parametrize(
         "left", [b"x" * 40_000, b"x" * len(DATA), DATA + b"!", b"", b"x" + DATA[1:50_000]]
     )
-    def test_what_was_left_and_turns_out_wrong_is_fetched_again_once(
-        self, hub: FakeHub, tmp_path: Path, left: bytes
-    ) -> None:
+    def test_what_was_left_and_turns_out_wrong_is_fetched_again_once(self, hub, tmp_path, left):
         part_path(tmp_path / NAME).write_bytes(left)
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
         assert not part_path(tmp_path / NAME).exists()
 
-    def test_with_another_hash_is_refused_and_leaves_nothing(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_with_another_hash_is_refused_and_leaves_nothing(self, hub, tmp_path):
         hub.serve[NAME] = DATA[:-1] + bytes([DATA[-1] ^ 1])
         bar = Bar()
         with pytest.raises(HubError, match="SHA-256"):
@@ -115,16 +103,14 @@ class TestFile:
         assert ranges(hub) == [None]
         assert bar.done == 0
 
-    def test_with_another_hash_is_refused_after_the_second_try_too(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_with_another_hash_is_refused_after_the_second_try_too(self, hub, tmp_path):
         hub.serve[NAME] = bytes(len(DATA))
         part_path(tmp_path / NAME).write_bytes(bytes(10_000))
         with pytest.raises(HubError, match="SHA-256"):
             fetch(hub, tmp_path / NAME)
         assert ranges(hub) == ["bytes=10000-", None]
 
-    def test_that_is_longer_than_listed_is_refused(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_that_is_longer_than_listed_is_refused(self, hub, tmp_path):
         hub.serve[NAME] = DATA + b"!"
         hub.omit_headers |= {"Content-Length", "Content-Range"}  # which would betray it
         with pytest.raises(HubError, match="SHA-256"):
@@ -133,31 +119,29 @@ class TestFile:
         part = part_path(tmp_path / NAME)
         assert not part.exists() or part.stat().st_size == 0
 
-    def test_that_is_shorter_than_listed_is_given_up(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_that_is_shorter_than_listed_is_given_up(self, hub, tmp_path):
         hub.serve[NAME] = DATA[:-1]
         hub.omit_headers |= {"Content-Length", "Content-Range"}  # which would betray it
         with plain_errors("x"), pytest.raises(Exception, match="sends no more bytes"):
             fetch(hub, tmp_path / NAME)
         assert part_path(tmp_path / NAME).read_bytes() == DATA[:-1]
 
-    def test_patience_is_counted_again_when_bytes_have_come(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_patience_is_counted_again_when_bytes_have_come(self, hub, tmp_path):
         hub.fail(f"^/{NAME}", times=99, cut_after=1_000)
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
 
-    def test_patience_has_an_end(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_patience_has_an_end(self, hub, tmp_path):
         hub.fail(f"^/{NAME}", cut_after=0)
         with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
             fetch(hub, tmp_path / NAME)
         assert len(ranges(hub)) == 1 + len(transfer._WAITS_S)
 
     @pytest.mark.parametrize("status", [408, 429, 500, 503])
-    def test_a_busy_store_is_asked_again(self, hub: FakeHub, tmp_path: Path, status: int) -> None:
+    def test_a_busy_store_is_asked_again(self, hub, tmp_path, status):
         hub.fail(f"^/{NAME}", times=2, status=status)
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
 
-    def test_a_refusal_is_not_repeated(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_a_refusal_is_not_repeated(self, hub, tmp_path):
         hub.fail(f"^/{NAME}", status=403)
         with pytest.raises(Exception, match="403"):
             fetch(hub, tmp_path / NAME)
@@ -168,9 +152,7 @@ class TestWrongAnswers:
     """A proxy or a network to log in to may answer in place of the hub."""
 
     @pytest.mark.parametrize("left", [0, 70_000])
-    def test_a_page_of_html_is_not_the_file_and_costs_nothing_of_it(
-        self, hub: FakeHub, tmp_path: Path, left: int
-    ) -> None:
+    def test_a_page_of_html_is_not_the_file_and_costs_nothing_of_it(self, hub, tmp_path, left):
         """It was taken for the whole file of a hub without ranges: what had come was dropped."""
         part_path(tmp_path / NAME).write_bytes(DATA[:left])
         hub.fail(f"^/{NAME}", page=True)
@@ -180,9 +162,7 @@ class TestWrongAnswers:
         hub.faults.clear()
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
 
-    def test_a_whole_file_in_place_of_a_part_costs_nothing_of_what_came(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_a_whole_file_in_place_of_a_part_costs_nothing_of_what_came(self, hub, tmp_path):
         """The part was cut to nothing before the first byte of the whole file arrived."""
         part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
         hub.ranges = False
@@ -195,13 +175,13 @@ class TestWrongAnswers:
         assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
         assert bar.done == 30_000
 
-    def test_a_mirror_may_call_a_file_html(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_a_mirror_may_call_a_file_html(self, hub, tmp_path):
         part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
         hub.fail(f"^/{NAME}", headers={"Content-Type": "text/html"})
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
         assert ranges(hub) == ["bytes=70000-"]
 
-    def test_a_page_of_html_is_waited_out(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_a_page_of_html_is_waited_out(self, hub, tmp_path):
         part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
         hub.fail(f"^/{NAME}", times=3, page=True)
         bar = Bar()
@@ -210,9 +190,7 @@ class TestWrongAnswers:
         assert bar.done == 30_000
 
     @pytest.mark.parametrize("served", [DATA[:-1], DATA + b"!", b"{}"])
-    def test_a_file_of_another_size_is_refused_before_its_bytes_come(
-        self, hub: FakeHub, tmp_path: Path, served: bytes
-    ) -> None:
+    def test_a_file_of_another_size_is_refused_before_its_bytes_come(self, hub, tmp_path, served):
         part_path(tmp_path / NAME).write_bytes(DATA[:1])
         hub.serve[NAME] = served
         with pytest.raises(HubError, match=f"{len(served)} bytes instead of the 100000"):
@@ -220,9 +198,7 @@ class TestWrongAnswers:
         assert part_path(tmp_path / NAME).read_bytes() == DATA[:1]
 
     @pytest.mark.parametrize("fault", [{"earlier": 500}, {"status": 416}])
-    def test_a_part_that_begins_too_early_leads_to_the_whole_file_once(
-        self, hub: FakeHub, tmp_path: Path, fault: dict[str, int]
-    ) -> None:
+    def test_a_part_that_begins_too_early_leads_to_the_whole_file_once(self, hub, tmp_path, fault):
         part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
         hub.fail(f"^/{NAME}", ranged=True, **fault)
         bar = Bar()
@@ -230,9 +206,7 @@ class TestWrongAnswers:
         assert ranges(hub) == ["bytes=70000-", None]
         assert bar.done == 30_000
 
-    def test_a_proxy_that_begins_too_early_and_breaks_off_is_given_up(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_a_proxy_that_begins_too_early_and_breaks_off_is_given_up(self, hub, tmp_path):
         """Each attempt started again, brought bytes, and so gave patience for further ones."""
         cuts = iter([40_000, 50_000, 30_000, 60_000, 20_000] * 20)
         take = hub.take_fault
@@ -246,7 +220,7 @@ class TestWrongAnswers:
             fetch(hub, tmp_path / NAME)
         assert len(ranges(hub)) < 20
 
-    def test_416_for_the_whole_file_is_given_up(self, hub: FakeHub, tmp_path: Path) -> None:
+    def test_416_for_the_whole_file_is_given_up(self, hub, tmp_path):
         part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
         hub.fail(f"^/{NAME}", status=416)
         with pytest.raises(HubError, match="another part"):
@@ -284,32 +258,21 @@ class TestRetryAfter:
         ],
     )
     def test_is_heeded_for_five_minutes_at_most(
-        self,
-        hub: FakeHub,
-        tmp_path: Path,
-        waits: list[float],
-        status: int,
-        asked: str,
-        least: float,
-        most: float,
-    ) -> None:
+        self, hub, tmp_path, waits, status, asked, least, most
+    ):
         hub.fail(f"^/{NAME}", times=1, status=status, headers={"Retry-After": asked})
         assert fetch(hub, tmp_path / NAME, stop=self.stop).read_bytes() == DATA
         (waited,) = waits
         assert least <= waited <= most
 
-    def test_as_a_date_it_is_the_time_until_then(
-        self, hub: FakeHub, tmp_path: Path, waits: list[float]
-    ) -> None:
+    def test_as_a_date_it_is_the_time_until_then(self, hub, tmp_path, waits):
         then = datetime.now(timezone.utc) + timedelta(seconds=200)
         fault = {"Retry-After": format_datetime(then, usegmt=True)}
         hub.fail(f"^/{NAME}", times=1, status=429, headers=fault)
         fetch(hub, tmp_path / NAME, stop=self.stop)
         assert 100 < waits[0] < 201
 
-    def test_of_another_status_counts_for_nothing(
-        self, hub: FakeHub, tmp_path: Path, waits: list[float]
-    ) -> None:
+    def test_of_another_status_counts_for_nothing(self, hub, tmp_path, waits):
         hub.fail(f"^/{NAME}", times=1, status=500, headers={"Retry-After": "90"})
         fetch(hub, tmp_path / NAME, stop=self.stop)
         assert waits == [1.0]
@@ -332,9 +295,7 @@ class TestStopping:
         stop.set()
         assert isinstance(done.exception(timeout=60), Stopped)
 
-    def test_ends_before_the_rest_has_come_where_bytes_only_trickle(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_ends_before_the_rest_has_come_where_bytes_only_trickle(self, hub, tmp_path):
         hub.delay, started = 0.3, Event()
         watch(part_path(tmp_path / NAME), started)
         self.stop_during(hub, tmp_path / NAME, started=started)
@@ -342,18 +303,14 @@ class TestStopping:
         assert left == DATA[: len(left)] != b""
         assert len(left) < len(DATA)
 
-    def test_ends_at_once_between_two_attempts(
-        self, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_ends_at_once_between_two_attempts(self, hub, tmp_path, monkeypatch):
         monkeypatch.setattr(transfer, "_WAITS_S", (600.0,))
         hub.fail(f"^/{NAME}", cut_after=5_000)
         started = Event()
         watch(part_path(tmp_path / NAME), started)
         self.stop_during(hub, tmp_path / NAME, started=started)
 
-    def test_what_was_set_before_ends_it_before_the_first_byte_is_written(
-        self, hub: FakeHub, tmp_path: Path
-    ) -> None:
+    def test_what_was_set_before_ends_it_before_the_first_byte_is_written(self, hub, tmp_path):
         stop = Event()
         stop.set()
         with pytest.raises(Stopped):
@@ -374,47 +331,43 @@ def watch(path: Path, started: Event) -> None:
 
 class TestRange:
     @pytest.mark.parametrize(("start", "size"), [(0, 1), (0, 5000), (99_999, 1), (41_234, 3_210)])
-    def test_is_read_and_nothing_more(self, hub: FakeHub, start: int, size: int) -> None:
+    def test_is_read_and_nothing_more(self, hub, start, size):
         assert read_range(url(hub), start, size, Event()) == DATA[start : start + size]
         assert ranges(hub) == [f"bytes={start}-{start + size - 1}"]
 
     @pytest.mark.parametrize(("start", "size"), [(0, 1), (99_999, 1), (1_000, 1_000), (999, 2_002)])
-    def test_is_cut_out_where_the_hub_knows_no_ranges(
-        self, hub: FakeHub, start: int, size: int
-    ) -> None:
+    def test_is_cut_out_where_the_hub_knows_no_ranges(self, hub, start, size):
         hub.ranges = False
         assert read_range(url(hub), start, size, Event()) == DATA[start : start + size]
 
     @pytest.mark.parametrize("known", [True, False])
-    def test_resumes_after_a_drop(self, hub: FakeHub, known: bool) -> None:
+    def test_resumes_after_a_drop(self, hub, known):
         hub.ranges = known
         hub.fail(f"^/{NAME}", times=2, cut_after=12_000)
         assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
 
     @pytest.mark.parametrize("fault", [{"earlier": 500}, {"status": 416}])
-    def test_of_another_place_than_requested_is_cut_out_of_the_whole(
-        self, hub: FakeHub, fault: dict[str, int]
-    ) -> None:
+    def test_of_another_place_than_requested_is_cut_out_of_the_whole(self, hub, fault):
         hub.fail(f"^/{NAME}", ranged=True, **fault)
         assert read_range(url(hub), 10_000, 30_000, Event()) == DATA[10_000:40_000]
         assert ranges(hub) == ["bytes=10000-39999", None]
 
-    def test_of_nothing_asks_for_nothing(self, hub: FakeHub) -> None:
+    def test_of_nothing_asks_for_nothing(self, hub):
         assert read_range(url(hub), 5, 0, Event()) == b""
         assert not hub.requests
 
 
 class TestHashing:
-    def test_a_file_that_is_right_is_whole(self, tmp_path: Path) -> None:
+    def test_a_file_that_is_right_is_whole(self, tmp_path):
         (tmp_path / NAME).write_bytes(DATA)
         assert is_intact(tmp_path / NAME, len(DATA), SHA256, Event())
 
     @pytest.mark.parametrize("data", [b"", DATA[:-1], DATA + b"!", b"?" + DATA[1:]])
-    def test_one_that_is_wrong_is_not(self, tmp_path: Path, data: bytes) -> None:
+    def test_one_that_is_wrong_is_not(self, tmp_path, data):
         (tmp_path / NAME).write_bytes(data)
         assert not is_intact(tmp_path / NAME, len(DATA), SHA256, Event())
 
-    def test_it_ends_when_stop_is_set(self, tmp_path: Path) -> None:
+    def test_it_ends_when_stop_is_set(self, tmp_path):
         (tmp_path / NAME).write_bytes(DATA)
         stop = Event()
         stop.set()
@@ -423,7 +376,7 @@ class TestHashing:
         assert (tmp_path / NAME).exists()
 
 
-def test_listening_counts_what_comes_until_stop_is_set(hub: FakeHub) -> None:
+def test_listening_counts_what_comes_until_stop_is_set(hub):
     bar = Bar()
     fetch_and_discard(url(hub), bar, Event())
     assert bar.done == len(DATA)
@@ -434,9 +387,7 @@ def test_listening_counts_what_comes_until_stop_is_set(hub: FakeHub) -> None:
     assert 0 < bar.done <= len(DATA)
 
 
-def test_the_token_is_kept_from_the_store(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_is_kept_from_the_store(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     fetch(hub, tmp_path / NAME)
     read_range(url(hub), 0, 10, Event())

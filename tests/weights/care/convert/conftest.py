@@ -1,7 +1,5 @@
 """Models to convert."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """An installed model is converted and interrupted with these."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

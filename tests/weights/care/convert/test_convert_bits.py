@@ -1,11 +1,7 @@
 """Attention and head of an installed model get 8 bits, as if it had been downloaded so."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from care_tools import flip, mend, verify
@@ -41,14 +37,8 @@ class TestRounding:
     )
     @pytest.mark.parametrize("stored_as", ["float32", "bfloat16"])
     def test_it_gives_what_a_download_gives(
-        self,
-        make_checkpoint: Callable[..., Path],
-        install: Callable[..., Path],
-        changes: dict[str, Any],
-        bits: DenseBits,
-        options: dict[str, Any],
-        stored_as: str,
-    ) -> None:
+        self, make_checkpoint, install, changes, bits, options, stored_as
+    ):
         checkpoint = make_checkpoint(stored_as=stored_as, **changes)
         installed = install(checkpoint, layout="bitsandbytes", **DENSE)
         assert reform(installed, None, bits)
@@ -58,9 +48,7 @@ class TestRounding:
         assert verify(installed) == []
         assert not reform(installed, None, bits)
 
-    def test_only_the_file_that_changes_is_written_and_is_there_twice(
-        self, dense: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_only_the_file_that_changes_is_written_and_is_there_twice(self, dense, monkeypatch):
         before = {path.name: path.stat().st_ino for path in dense.iterdir()}
         size = read_manifest(dense).weights["shared.safetensors"].size
         monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000 + size)
@@ -87,14 +75,8 @@ class TestRounding:
         ],
     )
     def test_only_16_bits_can_become_fewer(
-        self,
-        tiny_checkpoint: Path,
-        install: Callable[..., Path],
-        tmp_path: Path,
-        options: dict[str, Any],
-        bits: DenseBits,
-        said: str | None,
-    ) -> None:
+        self, tiny_checkpoint, install, tmp_path, options, bits, said
+    ):
         made = install(tiny_checkpoint, layout="bitsandbytes", **options)
         installed = Path(shutil.copytree(made, tmp_path / "mine"))
         before = files_of(installed)
@@ -107,13 +89,8 @@ class TestRounding:
 
     @pytest.mark.parametrize("file", ["shared.safetensors", LAST])
     def test_in_the_middle_it_is_repaired_in_the_form_of_its_file(
-        self,
-        dense: Path,
-        tiny_checkpoint: Path,
-        install: Callable[..., Path],
-        monkeypatch: pytest.MonkeyPatch,
-        file: str,
-    ) -> None:
+        self, dense, tiny_checkpoint, install, monkeypatch, file
+    ):
         with monkeypatch.context() as patch:
             stop_at(patch, LAST, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
@@ -126,9 +103,7 @@ class TestRounding:
         assert reform(dense)
         assert files_of(dense) == files_of(install(tiny_checkpoint, layout="cpu-packed"))
 
-    def test_a_finished_one_is_repaired_from_its_checkpoint(
-        self, dense: Path, tiny_checkpoint: Path
-    ) -> None:
+    def test_a_finished_one_is_repaired_from_its_checkpoint(self, dense, tiny_checkpoint):
         """The checkpoint is in fp32, the model that was rounded had 16 bits."""
         reform(dense, None, EIGHT)
         converted = files_of(dense)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from care_tools import verify
 from convert_tools import (
-    ALL_4BIT,
     AS_STORED,
     DENSE,
     EIGHT,
@@ -66,7 +65,6 @@ class Killer:
 # The options of the model before and after, what is requested, and the least steps it takes.
 CONVERSIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Layout | None, DenseBits], int]]
 CONVERSIONS = {
-    "layout": (ALL_4BIT, {"layout": "cpu-packed", **ALL_4BIT}, ("cpu-packed", AS_STORED), 20),
     "bits": (DENSE, {"layout": "bitsandbytes"}, (None, EIGHT), 12),
     "layout and bits": (DENSE, {"layout": "cpu-packed"}, ("cpu-packed", EIGHT), 25),
 }
@@ -90,8 +88,8 @@ def kill_at(
 class TestCutOff:
     @pytest.mark.parametrize("name", CONVERSIONS)
     def test_killed_at_any_step_it_answers_and_the_same_command_converts_the_rest(
-        self, name: str, tiny_checkpoint: Path, install: Callable[..., Path], tmp_path: Path
-    ) -> None:
+        self, name, tiny_checkpoint, install, tmp_path
+    ):
         """A model that was half converted could not be loaded, for good without this command."""
         before, after, requested, least = CONVERSIONS[name]
         original = install(tiny_checkpoint, **{"layout": "bitsandbytes", **before})
@@ -119,20 +117,14 @@ class TestCutOff:
             assert not leftover.resumable
             housekeeping._cleared(leftover, unfinished=False)
 
-    def test_twice_in_a_row_it_still_resumes(self, both: dict[str, Path], installed: Path) -> None:
+    def test_twice_in_a_row_it_still_resumes(self, both, installed):
         for step in (12, 8, 4):
             assert kill_at(installed, step)
         pack(installed)
         assert files_of(installed) == files_of(both["cpu-packed"])
 
     @pytest.mark.parametrize("name", ["shared.safetensors", FIRST, LAST])
-    def test_stopped_at_a_file_it_resumes_there(
-        self,
-        both: dict[str, Path],
-        installed: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        name: str,
-    ) -> None:
+    def test_stopped_at_a_file_it_resumes_there(self, both, installed, monkeypatch, name):
         with monkeypatch.context() as patch:
             stop_at(patch, name, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
@@ -148,9 +140,7 @@ class TestCutOff:
         assert kept & {*order} == {*order[: order.index(name)]}
         assert files_of(installed) == files_of(both["cpu-packed"])
 
-    def test_a_full_disk_leaves_what_can_be_resumed(
-        self, both: dict[str, Path], installed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_full_disk_leaves_what_can_be_resumed(self, both, installed, monkeypatch):
         with monkeypatch.context() as patch:
             stop_at(patch, LAST, OSError(errno.ENOSPC, "No space left on device"))
             with pytest.raises(OSError, match="No space"):
@@ -159,9 +149,7 @@ class TestCutOff:
         pack(installed)
         assert files_of(installed) == files_of(both["cpu-packed"])
 
-    def test_it_can_be_taken_back(
-        self, both: dict[str, Path], installed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_can_be_taken_back(self, both, installed, monkeypatch):
         with monkeypatch.context() as patch:
             stop_at(patch, LAST, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
@@ -169,9 +157,7 @@ class TestCutOff:
         assert reform(installed, "bitsandbytes")
         assert files_of(installed) == files_of(both["bitsandbytes"])
 
-    def test_it_is_listed_as_partly_converted_and_gc_leaves_it_alone(
-        self, installed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_is_listed_as_partly_converted_and_gc_leaves_it_alone(self, installed, monkeypatch):
         stop_at(monkeypatch, LAST, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             pack(installed)
@@ -180,9 +166,7 @@ class TestCutOff:
         assert "nf4, partly converted" in ModelList([entry]).as_text()
         assert list(housekeeping._left_in(installed)) == []
 
-    def test_a_new_file_stays_if_no_manifest_tells_whether_it_is_used(
-        self, installed: Path
-    ) -> None:
+    def test_a_new_file_stays_if_no_manifest_tells_whether_it_is_used(self, installed):
         (installed / f"{LAST}.0.new").write_bytes(b"perhaps")
         for name in MANIFESTS:
             (installed / name).write_text("{")

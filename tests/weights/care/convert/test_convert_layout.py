@@ -1,11 +1,7 @@
 """An installed model's codes change their layout without loss."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,20 +15,14 @@ from mixchat.weights.care import convert as convert_module
 from mixchat.weights.format.manifest import Manifest, read_manifest
 from mixchat.weights.format.model_files import replace_file
 from mixchat.weights.make import quantize_options as quantize_module
-from mixchat.weights.matrix.linear import Layout
 
 
 class TestConverting:
     @pytest.mark.parametrize(("old", "new"), [LAYOUTS, LAYOUTS[::-1]])
     @pytest.mark.parametrize("options", [{}, ALL_4BIT, {"attention": 16, "head": 16}])
     def test_it_gives_what_quantizing_straight_into_that_layout_gives(
-        self,
-        tiny_checkpoint: Path,
-        install: Callable[..., Path],
-        old: Layout,
-        new: Layout,
-        options: dict[str, Any],
-    ) -> None:
+        self, tiny_checkpoint, install, old, new, options
+    ):
         installed, straight = (
             install(tiny_checkpoint, layout=layout, **options) for layout in (old, new)
         )
@@ -46,11 +36,8 @@ class TestConverting:
         "options", [{"quant_type": "fp4"}, {"head": 4}, {"attention": 16, "head": 16}]
     )
     def test_every_matrix_of_a_model_whose_head_is_its_embedding(
-        self,
-        make_checkpoint: Callable[..., Path],
-        install: Callable[..., Path],
-        options: dict[str, Any],
-    ) -> None:
+        self, make_checkpoint, install, options
+    ):
         checkpoint = make_checkpoint(
             vocab_size=128, intermediate_size=128, tie_word_embeddings=True
         )
@@ -58,9 +45,7 @@ class TestConverting:
         assert pack(installed)
         assert files_of(installed) == files_of(straight)
 
-    def test_a_file_in_which_nothing_changes_is_not_written(
-        self, tiny_checkpoint: Path, install: Callable[..., Path]
-    ) -> None:
+    def test_a_file_in_which_nothing_changes_is_not_written(self, tiny_checkpoint, install):
         dense = {"attention": 16, "head": 16}
         installed = install(tiny_checkpoint, layout="bitsandbytes", **dense)
         before = {path.name: path.stat().st_ino for path in installed.iterdir()}
@@ -70,16 +55,14 @@ class TestConverting:
         }
         assert changed == {FIRST, LAST, "mixchat.json", "mixchat.copy.json"}
 
-    def test_the_bar_counts_every_byte_that_is_rewritten(self, installed: Path) -> None:
+    def test_the_bar_counts_every_byte_that_is_rewritten(self, installed):
         meter = Meter()
         pack(installed, meter)
         bar = meter.bar("converting mine")
         assert 0 < bar.done == bar.total
         assert bar.closed
 
-    def test_no_more_than_one_file_is_there_twice(
-        self, installed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_more_than_one_file_is_there_twice(self, installed, monkeypatch):
         seen: list[list[str]] = []
 
         def watched(directory: Path, manifest: Manifest, name: str, written: Path) -> None:
@@ -90,7 +73,7 @@ class TestConverting:
         pack(installed)
         assert seen == [[f"{name}.new"] for name in ("shared.safetensors", FIRST, LAST)]
 
-    def test_the_disk_that_it_takes_is_said_beforehand(self, installed: Path) -> None:
+    def test_the_disk_that_it_takes_is_said_beforehand(self, installed):
         meter = Meter()
         pack(installed, meter)
         assert meter.notes[0].startswith("the conversion takes 4")
@@ -98,14 +81,12 @@ class TestConverting:
 
 
 class TestNothingToDo:
-    def test_a_model_that_has_the_layout_is_left_alone(self, installed: Path) -> None:
+    def test_a_model_that_has_the_layout_is_left_alone(self, installed):
         before = files_of(installed)
         assert not reform(installed, "bitsandbytes")
         assert files_of(installed) == before
 
-    def test_one_without_4_bits_is_refused(
-        self, tiny_checkpoint: Path, install: Callable[..., Path]
-    ) -> None:
+    def test_one_without_4_bits_is_refused(self, tiny_checkpoint, install):
         dense = install(tiny_checkpoint, quant_type="none", layout="bitsandbytes")
         before = files_of(dense)
         with pytest.raises(UsageError, match="in 3 or 4 bits"):
@@ -114,8 +95,8 @@ class TestNothingToDo:
 
     @pytest.mark.parametrize("best", LAYOUTS)
     def test_without_a_layout_it_takes_the_one_that_this_machine_computes_fastest(
-        self, installed: Path, monkeypatch: pytest.MonkeyPatch, best: Layout
-    ) -> None:
+        self, installed, monkeypatch, best
+    ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(quantize_module, "kernels_available", lambda: best == "cpu-packed")
         assert layout_of_target(installed, None) == best
@@ -123,27 +104,21 @@ class TestNothingToDo:
 
 
 class TestDisk:
-    def test_without_room_for_the_largest_file_it_does_not_begin(
-        self, installed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_room_for_the_largest_file_it_does_not_begin(self, installed, monkeypatch):
         before = files_of(installed)
         monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000)
         with pytest.raises(ResourceError, match="not enough disk: a conversion takes 4"):
             pack(installed)
         assert files_of(installed) == before
 
-    def test_room_for_one_file_is_enough(
-        self, installed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_room_for_one_file_is_enough(self, installed, monkeypatch):
         largest = max(record.size for record in read_manifest(installed).weights.values())
         monkeypatch.setattr(machine, "free_disk", lambda directory: 4_000_000 + largest)
         assert pack(installed)
 
 
 class TestDamage:
-    def test_it_is_named_before_anything_is_changed(
-        self, both: dict[str, Path], installed: Path
-    ) -> None:
+    def test_it_is_named_before_anything_is_changed(self, both, installed):
         flip(installed / "shared.safetensors", -1)
         before = files_of(installed)
         with pytest.raises(CheckpointError, match=r"lm_head\.codes is damaged") as caught:
@@ -152,8 +127,8 @@ class TestDamage:
         assert files_of(installed) == before
 
     def test_in_the_middle_it_is_repaired_in_the_layout_of_its_file(
-        self, both: dict[str, Path], installed: Path, tiny_checkpoint: Path
-    ) -> None:
+        self, both, installed, tiny_checkpoint
+    ):
         flip(installed / LAST, -5000)
         with pytest.raises(CheckpointError, match=f"{LAST}: 3\\.w"):
             pack(installed)
@@ -165,7 +140,7 @@ class TestDamage:
         assert pack(installed)
         assert files_of(installed) == files_of(both["cpu-packed"])
 
-    def test_a_file_that_is_missing_or_cut_short_is_named(self, installed: Path) -> None:
+    def test_a_file_that_is_missing_or_cut_short_is_named(self, installed):
         os.truncate(installed / FIRST, 5000)
         with pytest.raises(CheckpointError, match=f"{FIRST}: 5000 bytes"):
             pack(installed)
@@ -173,13 +148,13 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=f"{FIRST}: the file is missing"):
             pack(installed)
 
-    def test_a_header_that_names_others_is_refused(self, installed: Path) -> None:
+    def test_a_header_that_names_others_is_refused(self, installed):
         data = (installed / "shared.safetensors").read_bytes()
         (installed / "shared.safetensors").write_bytes(data.replace(b"model.norm.", b"model.harm."))
         with pytest.raises(CheckpointError, match="not those of this model"):
             pack(installed)
 
-    def test_a_manifest_of_another_model_is_refused(self, installed: Path) -> None:
+    def test_a_manifest_of_another_model_is_refused(self, installed):
         config = (installed / "config.json").read_text()
         (installed / "config.json").write_text(
             config.replace('hidden_layers": 2', 'hidden_layers": 3')

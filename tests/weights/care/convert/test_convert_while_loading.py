@@ -4,9 +4,6 @@ The manifest was read, then the files were opened: those that a conversion had r
 were read in the layout that they no longer had, and the text was nonsense.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +21,8 @@ class TestLoadingBeside:
     @pytest.mark.parametrize("moment", ["shared.safetensors", FIRST, LAST])
     @pytest.mark.parametrize("there_and_back", [False, True])
     def test_files_of_two_layouts_are_not_loaded(
-        self, installed: Path, monkeypatch: pytest.MonkeyPatch, moment: str, there_and_back: bool
-    ) -> None:
+        self, installed, monkeypatch, moment, there_and_back
+    ):
         opened = InstalledModel._open
 
         def beside(model: InstalledModel, name: str, expected: Any) -> Any:
@@ -43,9 +40,7 @@ class TestLoadingBeside:
         with InstalledModel(installed):
             pass
 
-    def test_a_new_file_may_get_its_last_name_meanwhile(
-        self, installed: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_new_file_may_get_its_last_name_meanwhile(self, installed, monkeypatch):
         new = new_path(installed, read_manifest(installed), LAST)
         (installed / LAST).rename(new)
         InstalledModel(installed).close()
@@ -63,9 +58,7 @@ class TestLoadingBeside:
             InstalledModel(installed)
         assert not new.exists()
 
-    def test_a_file_that_was_replaced_since_is_not_opened_past_the_page_cache(
-        self, installed: Path
-    ) -> None:
+    def test_a_file_that_was_replaced_since_is_not_opened_past_the_page_cache(self, installed):
         with InstalledModel(installed) as model:
             stride = model.blueprint.expert.stride
             before, after = (torch.empty(stride, dtype=torch.uint8) for _ in range(2))

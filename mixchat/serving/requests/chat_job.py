@@ -1,0 +1,126 @@
+"""A chat, whichever API asks for it, turned into a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mixchat.serving.requests.errors import field_error, to_json
+from mixchat.serving.requests.forms import (
+    Compile,
+    FormFields,
+    MakeConstraint,
+    compiled,
+    constraint_of,
+)
+from mixchat.serving.requests.tools import ToolOffer
+from mixchat.serving.service import Job, Service
+from mixchat.text.form.call_form import CallForm
+from mixchat.text.messages import Message
+from mixchat.text.tool_formats import PLAIN, ToolFormat, in_plain_text
+
+if TYPE_CHECKING:
+    from mixchat.engine.sampling import Constraint
+    from mixchat.text.thinking import ThinkingParser
+
+_HARMONY_TOKENS = ("<|channel|>", "<|constrain|>", "<|message|>")
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A conversation to answer. A last message of the assistant begins the answer.
+
+    `variables` are those of the template's thinking. `offer` is None if no tool may be called.
+    """
+
+    messages: Sequence[Message]
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    offer: ToolOffer | None = None
+    form: FormFields = field(default_factory=FormFields)
+
+
+def chat_job(request: ChatRequest, job: Job, service: Service, compile_form: Compile) -> Job:
+    """Return `job` with the prompt of a chat. This takes seconds for a long conversation.
+
+    Raises `RequestError` and `PromptError`.
+    """
+    template, tokenizer, thinking = service.template, service.tokenizer, service.template.thinking
+    messages, variables, offer = list(request.messages), dict(request.variables), request.offer
+    service.context.check_text(_texts(request), "the prompt")
+    continued = messages[-1].role == "assistant"
+    begun = tokenizer.encode(messages.pop().content) if continued else []
+    continues = template.continues_prompt
+    format = None if offer is None else template.tools or PLAIN
+    if offer is None or format is None:
+        constraint = constraint_of(request.form, compile_form, begun, continues)
+        skips_thinking = constraint is not None
+    else:
+        form = _call_form(offer, format, request.form, service)
+        constraint = _call_constraint(form, compile_form, begun, service)
+        skips_thinking = form.must_call
+    if skips_thinking and thinking is not None and thinking.switch is not None:
+        variables[thinking.switch] = False
+    ids = _encoded(messages, variables, offer, service)
+    has_channels = format is not None and format.kind == "harmony" and skips_thinking
+    if thinking is not None and (continued or skips_thinking) and not has_channels:
+        begun = [*thinking.to_answer(tokenizer, ids), *begun]
+    return replace(
+        job,
+        prompt_ids=(*ids, *begun),
+        constraint=constraint,
+        continues_prompt=continued or continues,
+        thinking=thinking,
+        begun=len(begun),
+        tools=format,
+    )
+
+
+def _texts(request: ChatRequest) -> str:
+    calls = (call.arguments for message in request.messages for call in message.calls)
+    tools = () if request.offer is None else request.offer.tools
+    described = (to_json(tool.to_json()).decode() for tool in tools)
+    return "".join([*(message.content for message in request.messages), *calls, *described])
+
+
+def _encoded(
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    offer: ToolOffer | None,
+    service: Service,
+) -> list[int]:
+    template, tools = service.template, () if offer is None else offer.tools
+    if not tools and not any(message.calls for message in messages):
+        return template.encode(messages, variables)
+    if template.tools is None:
+        return template.encode(in_plain_text(messages, tools), variables)
+    return template.encode(messages, variables, tools)
+
+
+def _call_form(
+    offer: ToolOffer, format: ToolFormat, form: FormFields, service: Service
+) -> CallForm:
+    if form.grammar:
+        raise field_error("grammar", "and tools exclude each other")
+    known = service.tokenizer.control_tokens
+    harmony = _HARMONY_TOKENS if format.kind == "harmony" else ()
+    tokens = {name: known[name] for name in (*format.marks, *harmony) if name in known}
+    answer = None if offer.must_call else form.answer_schema()
+    must_call = offer.must_call or answer is not None
+    return CallForm(format, offer.callable, tokens, must_call, offer.parallel, answer)
+
+
+def _call_constraint(
+    form: CallForm, compile_form: Compile, begun: Sequence[int], service: Service
+) -> MakeConstraint:
+    start = compiled(form, compile_form, "tools", "invalid_schema")
+    tokenizer, continues = service.tokenizer, service.template.continues_prompt
+
+    def make(parser: ThinkingParser) -> Constraint:
+        from mixchat.text.form.call_constraint import CallConstraint
+
+        if form.must_call:
+            return start(begun, continued=continues)
+        return CallConstraint(start(continued=True), parser, form.format.opening, tokenizer)
+
+    return make

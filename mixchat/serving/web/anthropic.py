@@ -1,0 +1,279 @@
+"""Anthropic's /v1/messages: its requests as OpenAI's chats, and its responses.
+
+| field                                     | taken as                                     |
+| ----------------------------------------- | -------------------------------------------- |
+| messages, system                          | text, thinking, tool_use, tool_result blocks |
+| max_tokens, temperature, top_p, top_k     | OpenAI's, or mixchat's                       |
+| stop_sequences                            | stop                                         |
+| tools, tool_choice                        | functions, with disable_parallel_tool_use    |
+| thinking                                  | think, if the model's template has a switch  |
+| images, documents, tools of Anthropic     | refused                                      |
+| _LABELS, cache_control                    | ignored                                      |
+| all others                                | ignored and named, or refused if strict      |
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.errors import RequestError, field_error
+from mixchat.serving.requests.fields import RequestObject, validated
+from mixchat.serving.requests.forms import Compile
+from mixchat.serving.requests.options import Defaults, ParsedRequest
+from mixchat.serving.service import Delta, Done, Service
+from mixchat.serving.web.blocks import Block, Blocks, Change, blocks_of
+from mixchat.serving.web.responses import JSON, ResponseBuilder, to_event
+
+_LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
+_SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream")
+_KNOWN = {*_SAME, *_LABELS, "messages", "system", "stop_sequences", "tools", "tool_choice"}
+_STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+
+
+class _Block(RequestObject):
+    ignored = ("cache_control", "citations", "signature", "caller")
+    never_null = ("type",)
+    type: Literal["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]
+    text: str = ""
+    thinking: str = ""
+    data: str = ""
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] = Field({})
+    tool_use_id: str = ""
+    content: Any = ""
+    is_error: bool = False
+
+
+class _Message(RequestObject):
+    never_null = ("role", "content")
+    role: Literal["user", "assistant", "system"]
+    content: str | list[_Block]
+
+
+class _Tool(RequestObject):
+    ignored = ("cache_control", "eager_input_streaming", "defer_loading", "allowed_callers")
+    never_null = ("name", "input_schema")
+    type: Literal["custom"] = "custom"
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool = False
+
+
+class _Choice(RequestObject):
+    never_null = ("type",)
+    type: Literal["auto", "any", "tool", "none"]
+    name: str = ""
+    disable_parallel_tool_use: bool = False
+
+
+class _Thinking(RequestObject):
+    ignored = ("budget_tokens", "display")
+    never_null = ("type",)
+    type: Literal["enabled", "adaptive", "disabled"]
+
+
+class _Fields(RequestObject):
+    ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_LABELS)
+    never_null = ("messages",)
+    messages: list[_Message]
+    system: str | list[_Block] = ""
+    stop_sequences: list[str] = Field([])
+    tools: list[_Tool] = Field([])
+    tool_choice: _Choice | None = None
+    thinking: _Thinking | None = None
+
+
+def read_messages(
+    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
+) -> ParsedRequest:
+    """Return the job of a body. Raises as `read_chat` does."""
+    if body.get("max_tokens") is None:
+        raise field_error("max_tokens", "is missing", "missing_required_parameter")
+    return read_counted(body, service, defaults, compile_form)
+
+
+def read_counted(
+    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
+) -> ParsedRequest:
+    """Return the job of a body whose tokens are counted, which needs no `max_tokens`."""
+    unknown = tuple(name for name in body if name not in {*_KNOWN, "thinking"})
+    if unknown and not defaults.strict:
+        body = {name: value for name, value in body.items() if name not in unknown}
+    asked = read_chat(_to_chat(body), service, defaults, compile_form)
+    ignored = asked.ignored if defaults.strict else (*asked.ignored, *unknown)
+    return replace(asked, ignored=ignored)
+
+
+def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
+    fields = validated(_Fields, body)
+    chat: dict[str, Any] = {name: body[name] for name in _SAME if name in body}
+    chat["messages"] = _merged([part for one in fields.messages for part in _messages(one)])
+    if system := _text(fields.system):
+        chat["messages"].insert(0, {"role": "system", "content": system})
+    if fields.stop_sequences:
+        chat["stop"] = fields.stop_sequences
+    if fields.thinking is not None:
+        chat["think"] = fields.thinking.type != "disabled"
+    if fields.tools:
+        chat["tools"] = [_tool(tool) for tool in fields.tools]
+    if (choice := fields.tool_choice) is not None:
+        named: dict[str, Any] = {"type": "function", "function": {"name": choice.name}}
+        kinds: dict[str, Any] = {"any": "required", "tool": named}
+        chat["tool_choice"] = kinds.get(choice.type, choice.type)
+        chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+    return chat
+
+
+def _tool(tool: _Tool) -> dict[str, Any]:
+    function = tool.model_dump(include={"name", "description", "strict"})
+    return {"type": "function", "function": {**function, "parameters": tool.input_schema}}
+
+
+def _messages(message: _Message) -> Iterator[dict[str, Any]]:
+    """Yield OpenAI's messages for one. The results of tools come first, each in a message."""
+    if isinstance(message.content, str):
+        yield {"role": message.role, "content": message.content}
+        return
+    blocks = message.content
+    for block in blocks:
+        if block.type == "tool_result":
+            content = _text(block.content)
+            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+    calls = [_call(block) for block in blocks if block.type == "tool_use"]
+    texts = [block for block in blocks if block.type == "text"]
+    if calls or texts:
+        thinking = "".join(block.thinking for block in blocks)
+        more: dict[str, Any] = {"tool_calls": calls} if calls else {}
+        more |= {"reasoning_content": thinking} if thinking else {}
+        yield {"role": message.role, "content": _text(texts), **more}
+
+
+def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages, with those of a user one after the other as one.
+
+    Templates want questions and answers in turns. An instruction in the midst of a conversation
+    counts as a part of the question, so that the prompt before it stays cached.
+    """
+    merged = list[dict[str, Any]]()
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        if role == "user" and merged and merged[-1]["role"] == "user":
+            merged[-1]["content"] += "\n\n" + message["content"]
+        else:
+            merged.append({**message, "role": role})
+    return merged
+
+
+def _call(block: _Block) -> dict[str, Any]:
+    function = {"name": block.name, "arguments": json.dumps(block.input)}
+    return {"id": block.id, "type": "function", "function": function}
+
+
+def _text(content: Any) -> str:
+    """Return the text of a string or of blocks. Raises `RequestError` for other blocks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise field_error("content", "has to be a string or a list of blocks", "invalid_value")
+    blocks = [one if isinstance(one, _Block) else validated(_Block, one) for one in content]
+    return "\n\n".join(block.text for block in blocks)
+
+
+class AnthropicResponses(ResponseBuilder):
+    """The answers of /v1/messages."""
+
+    def __init__(self, request: ParsedRequest, model: str, texts: Any) -> None:
+        super().__init__(request, model, texts)
+        self._blocks = Blocks()
+        self._head = {
+            "id": f"msg_{secrets.token_hex(12)}",
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+        }
+
+    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
+        ((delta, done),) = answers
+        content = [_content(block) for block in blocks_of(delta)]
+        return {**self._head, "content": content, **self._stop(done), "usage": self._usage([done])}
+
+    def beginning(self) -> bytes:
+        stop: JSON = {"stop_reason": None, "stop_sequence": None}
+        message: JSON = {**self._head, "content": [], **stop, "usage": self._usage([])}
+        return _event("message_start", message=message)
+
+    def piece(self, number: int, delta: Delta) -> bytes:
+        return b"".join(_block_event(*change) for change in self._blocks.add(delta))
+
+    def ending(self, number: int, done: Done) -> bytes:
+        last = b"".join(_block_event(*change) for change in self._blocks.end())
+        usage = self._usage([done])
+        return last + _event("message_delta", delta=self._stop(done), usage=usage)
+
+    def finish(self, done: Sequence[Done]) -> bytes:
+        return _event("message_stop")
+
+    def failure(self, error: RequestError) -> bytes:
+        return to_event(error_body(error), "error")
+
+    def comment(self, text: str) -> bytes:
+        return _event("ping")
+
+    def _stop(self, done: Done) -> JSON:
+        stops = self._request.jobs[0].stop
+        if done.reason == "stop_string":
+            return {"stop_reason": "stop_sequence", "stop_sequence": stops[0]}
+        return {"stop_reason": _STOPS.get(done.reason, "end_turn"), "stop_sequence": None}
+
+    def _usage(self, done: Sequence[Done]) -> JSON:
+        prompt, cached = self.prompt_counts(done)
+        return {
+            "input_tokens": prompt - cached,
+            "cache_read_input_tokens": cached,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": sum(one.generated_tokens for one in done),
+        }
+
+
+def error_body(error: RequestError) -> JSON:
+    """Return an error in Anthropic's form."""
+    usual = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = _KINDS.get(error.status, usual)
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+def _content(block: Block) -> JSON:
+    if block.kind == "call":
+        given = json.loads(block.content or "{}")
+        return {"type": "tool_use", "id": block.id, "name": block.name, "input": given}
+    if block.kind == "thinking":
+        return {"type": "thinking", "thinking": block.content, "signature": ""}
+    return {"type": "text", "text": block.content}
+
+
+def _block_event(change: Change, block: Block, piece: str) -> bytes:
+    if change == "open":
+        return _event("content_block_start", index=block.index, content_block=_content(block))
+    if change == "close":
+        return _event("content_block_stop", index=block.index)
+    kinds = {
+        "text": {"type": "text_delta", "text": piece},
+        "thinking": {"type": "thinking_delta", "thinking": piece},
+        "call": {"type": "input_json_delta", "partial_json": piece},
+    }
+    return _event("content_block_delta", index=block.index, delta=kinds[block.kind])
+
+
+def _event(name: str, **fields: Any) -> bytes:
+    return to_event({"type": name, **fields}, name)

@@ -1,0 +1,67 @@
+"""The parts of an answer one after the other: thinking, text, calls of tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from mixchat.serving.service import Delta
+
+Change: TypeAlias = Literal["open", "add", "close"]
+
+
+@dataclass
+class Block:
+    """A part of an answer. `content` is its text so far, a call's arguments for one."""
+
+    index: int
+    kind: Literal["thinking", "text", "call"]
+    content: str = ""
+    id: str = ""  # of a call, as is its name
+    name: str = ""
+
+
+class Blocks:
+    """Divides the pieces of an answer into blocks."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self._open: Block | None = None
+
+    def add(self, delta: Delta) -> Iterator[tuple[Change, Block, str]]:
+        """Yield what changes: a block is opened, gets a piece of content, or is closed."""
+        for kind, content in (("thinking", delta.thinking), ("text", delta.text)):
+            if content:
+                if self._open is None or self._open.kind != kind:
+                    yield from self._begin(Block(len(self.blocks), kind))  # type: ignore[arg-type]
+                yield self._extend(content)
+        for call in delta.calls:
+            if call.id:
+                yield from self._begin(Block(len(self.blocks), "call", id=call.id, name=call.name))
+            if call.arguments:
+                yield self._extend(call.arguments)
+
+    def end(self) -> Iterator[tuple[Change, Block, str]]:
+        if self._open is not None:
+            yield "close", self._open, ""
+            self._open = None
+
+    def _begin(self, block: Block) -> Iterator[tuple[Change, Block, str]]:
+        yield from self.end()
+        self.blocks.append(block)
+        self._open = block
+        yield "open", block, ""
+
+    def _extend(self, content: str) -> tuple[Change, Block, str]:
+        assert self._open is not None
+        self._open.content += content
+        return "add", self._open, content
+
+
+def blocks_of(delta: Delta) -> Sequence[Block]:
+    """Return the blocks of a whole answer."""
+    blocks = Blocks()
+    for _ in (*blocks.add(delta), *blocks.end()):
+        pass
+    return blocks.blocks

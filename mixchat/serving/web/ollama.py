@@ -1,0 +1,260 @@
+"""Ollama's /api/chat and /api/generate: its requests as OpenAI's chats, and its responses.
+
+| field                          | taken as                                                |
+| ------------------------------ | ------------------------------------------------------- |
+| messages, tools                | OpenAI's; a result belongs to the call of its tool_name |
+| prompt, system                 | a question and a system message; a text with raw        |
+| format                         | response_format                                         |
+| options                        | _OPTIONS; num_predict is max_tokens, others are ignored |
+| think                          | as far as the model's template knows it                 |
+| stream                         | true if it is not given                                 |
+| images, suffix                 | refused                                                 |
+| keep_alive, context, template  | ignored and named, or refused if strict                 |
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.completion import read_completion
+from mixchat.serving.requests.errors import RequestError, field_error, to_json
+from mixchat.serving.requests.fields import RequestObject, only, validated
+from mixchat.serving.requests.forms import Compile
+from mixchat.serving.requests.options import LATEST, Defaults, ParsedRequest
+from mixchat.serving.service import Delta, Done, Service
+from mixchat.serving.web.responses import JSON, ResponseBuilder
+from mixchat.serving.web.served_models import ServedModels
+from mixchat.text.tool_call import CallDelta, joined_calls
+
+# Clients compare it with the Ollama that they need.
+API_VERSION = "0.33.0"
+_OPTIONS = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "stop"),
+    *("repeat_penalty", "presence_penalty", "frequency_penalty"),
+)
+_WITHOUT_EFFECT = ("keep_alive", "context", "template")
+_SAME = ("model", "stream", "tools", "think")
+_REASONS = {"length": "length", "context": "length"}
+_NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the model reads text alone")
+
+
+class _Function(RequestObject):
+    ignored = ("index", "description")
+    never_null = ("name",)
+    name: str
+    arguments: dict[str, Any] = Field({})
+
+
+class _Call(RequestObject):
+    ignored = ("type",)
+    never_null = ("function",)
+    id: str = ""
+    function: _Function
+
+
+class _Message(RequestObject):
+    never_null = ("role",)
+    role: str
+    content: str = ""
+    thinking: str = ""
+    images: Annotated[Any, _NO_IMAGES] = None
+    tool_calls: list[_Call] = Field([])
+    tool_name: str = ""
+    tool_call_id: str = ""
+
+
+class _Fields(RequestObject):
+    ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_WITHOUT_EFFECT, "logprobs", "top_logprobs")
+    messages: list[_Message] = Field([])
+    prompt: str = ""
+    system: str = ""
+    raw: bool = False
+    format: dict[str, Any] | str = ""
+    options: dict[str, Any] = Field({})
+    images: Annotated[Any, _NO_IMAGES] = None
+    suffix: Annotated[Any, only(("",), "unsupported_parameter", "is not supported")] = None
+
+
+def read_ollama_chat(
+    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
+) -> ParsedRequest:
+    """Return the job of a body of /api/chat. Raises as `read_chat` does."""
+    fields = _fields(body, defaults)
+    chat = {**_shared(fields, body), "messages": _messages(fields.messages)}
+    return _named(body, read_chat(chat, service, defaults, compile_form))
+
+
+def read_generate(
+    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
+) -> ParsedRequest:
+    """Return the job of a body of /api/generate. Raises as `read_chat` does."""
+    fields = _fields(body, defaults)
+    shared = _shared(fields, body)
+    if fields.raw:
+        read = read_completion({**shared, "prompt": fields.prompt}, service, defaults, compile_form)
+        return _named(body, read)
+    system = [{"role": "system", "content": fields.system}] if fields.system else []
+    chat = {**shared, "messages": [*system, {"role": "user", "content": fields.prompt}]}
+    return _named(body, read_chat(chat, service, defaults, compile_form))
+
+
+def _fields(body: dict[str, Any], defaults: Defaults) -> _Fields:
+    for name in _WITHOUT_EFFECT:
+        if defaults.strict and body.get(name) is not None:
+            raise field_error(name, "has no effect here", "unknown_parameter")
+    return validated(_Fields, body)
+
+
+def _named(body: dict[str, Any], asked: ParsedRequest) -> ParsedRequest:
+    unused = [name for name in _WITHOUT_EFFECT if body.get(name) is not None]
+    known = {*_OPTIONS, "num_predict"}
+    unused += [f"options.{name}" for name in body.get("options") or () if name not in known]
+    return replace(asked, ignored=(*asked.ignored, *unused))
+
+
+def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of chats and completions, in OpenAI's form."""
+    chat: dict[str, Any] = {"stream": True}
+    chat |= {name: body[name] for name in _SAME if body.get(name) is not None}
+    chat |= {name: fields.options[name] for name in _OPTIONS if name in fields.options}
+    if (length := fields.options.get("num_predict")) is not None:
+        chat["max_tokens"] = 0 if isinstance(length, int) and length < 0 else length
+    if isinstance(chat.get("think"), str):
+        chat["reasoning_effort"] = chat.pop("think")
+    if fields.format == "json":
+        chat["response_format"] = {"type": "json_object"}
+    elif isinstance(fields.format, dict):
+        schema = {"name": "format", "schema": fields.format}
+        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif fields.format:
+        raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
+    return chat
+
+
+def _messages(given: Sequence[_Message]) -> list[dict[str, Any]]:
+    """Return OpenAI's messages. A result without an id is for the first call of its tool."""
+    messages, waiting = list[dict[str, Any]](), list[tuple[str, str]]()  # ids and names
+    for number, message in enumerate(given):
+        one: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            calls = [_call(call, f"call_{number}_{i}") for i, call in enumerate(message.tool_calls)]
+            waiting = [(call["id"], call["function"]["name"]) for call in calls]
+            one |= {"tool_calls": calls}
+            one |= {"reasoning_content": message.thinking} if message.thinking else {}
+        if message.role == "tool":
+            names = (message.tool_name, "")
+            found = next((w for w in waiting if not names[0] or w[1] in names), ("", ""))
+            waiting = [w for w in waiting if w != found]
+            one["tool_call_id"] = message.tool_call_id or found[0]
+        messages.append(one)
+    return messages
+
+
+def _call(call: _Call, id: str) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": json.dumps(call.function.arguments)}
+    return {"id": call.id or id, "type": "function", "function": function}
+
+
+class OllamaResponses(ResponseBuilder):
+    """The answers of /api/chat, a line of JSON for each piece."""
+
+    content_type = "application/x-ndjson"
+
+    def __init__(self, request: ParsedRequest, model: str, texts: Any) -> None:
+        super().__init__(request, model, texts)
+        self._start, self._first = time.perf_counter_ns(), 0
+        self._calls: list[CallDelta] = []
+
+    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
+        ((delta, done),) = answers
+        return {**self._head(), **self._content(delta), **self._end(done)}
+
+    def piece(self, number: int, delta: Delta) -> bytes:
+        self._first = self._first or time.perf_counter_ns()
+        self._calls += delta.calls
+        if not delta.text and not delta.thinking:
+            return b""
+        return self._line(self._content(replace(delta, calls=())), {"done": False})
+
+    def ending(self, number: int, done: Done) -> bytes:
+        calls = Delta("", calls=tuple(self._calls))
+        called = self._line(self._content(calls), {"done": False}) if self._calls else b""
+        return called + self._line(self._content(Delta("")), self._end(done))
+
+    def failure(self, error: RequestError) -> bytes:
+        return to_json(error_body(error)) + b"\n"
+
+    def comment(self, text: str) -> bytes:
+        return b""
+
+    def _content(self, delta: Delta) -> JSON:
+        thinking = {"thinking": delta.thinking} if delta.thinking else {}
+        calls = {"tool_calls": list(map(_called, joined_calls(delta.calls)))} if delta.calls else {}
+        return {"message": {"role": "assistant", "content": delta.text, **thinking, **calls}}
+
+    def _line(self, content: JSON, more: JSON) -> bytes:
+        return to_json({**self._head(), **content, **more}) + b"\n"
+
+    def _head(self) -> JSON:
+        return {"model": self._model, "created_at": datetime.now(timezone.utc).isoformat()}
+
+    def _end(self, done: Done) -> JSON:
+        """Return the counts of an answer, with times in nanoseconds."""
+        now, (prompt, _) = time.perf_counter_ns(), self.prompt_counts([done])
+        first = self._first or now
+        return {
+            "done": True,
+            "done_reason": _REASONS.get(done.reason, "stop"),
+            "total_duration": now - self._start,
+            "load_duration": 0,
+            "prompt_eval_count": prompt,
+            "prompt_eval_duration": first - self._start,
+            "eval_count": done.generated_tokens,
+            "eval_duration": now - first,
+        }
+
+
+class GenerateResponses(OllamaResponses):
+    """The answers of /api/generate."""
+
+    def _content(self, delta: Delta) -> JSON:
+        thinking = {"thinking": delta.thinking} if delta.thinking else {}
+        return {"response": delta.text, **thinking}
+
+
+def model_list(names: Sequence[str]) -> JSON:
+    """Return the answer of /api/tags and /api/ps."""
+    return {"models": list(map(_model, names))}
+
+
+def describe(body: dict[str, Any], models: ServedModels) -> JSON:
+    """Return the answer of /api/show. Raises `RequestError` for an unknown model."""
+    name = str(body.get("model") or body.get("name")).removesuffix(LATEST)
+    if name not in models.names:
+        raise RequestError(f"there is no model {name!a:.80} here", status=404)
+    size = {"mixchat.context_length": models.context.tokens} if name == models.name else {}
+    info = {"general.architecture": "mixchat", **size}
+    return {**_model(name), "model_info": info, "capabilities": ["completion", "tools"]}
+
+
+def _model(name: str) -> JSON:
+    details = {"format": "mixchat", "family": "", "parameter_size": "", "quantization_level": ""}
+    return {"name": name, "model": name, "details": details}
+
+
+def error_body(error: RequestError) -> JSON:
+    """Return an error in Ollama's form."""
+    return {"error": str(error)}
+
+
+def _called(call: Any) -> JSON:
+    given = json.loads(call.arguments or "{}")
+    return {"id": call.id, "function": {"name": call.name, "arguments": given}}

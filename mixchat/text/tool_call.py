@@ -1,0 +1,70 @@
+"""Tools, calls of them, and pieces of calls."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ID_LENGTH, _ID_LETTERS = 9, string.ascii_letters + string.digits  # as Mistral's models want them
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. `parameters` is the JSON schema of its arguments.
+
+    If `strict`, a schema that cannot be followed in every part is refused.
+    """
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the tool as chat templates know it."""
+        given = {"description": self.description, "parameters": self.parameters}
+        known = {name: value for name, value in given.items() if value is not None}
+        return {"type": "function", "function": {"name": self.name, **known}}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool. `arguments` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the call as chat templates know it."""
+        function = {"name": self.name, "arguments": json.loads(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """The next piece of an answer's call `index`. Only its first piece has an id and a name."""
+
+    index: int
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
+
+
+def new_call_id() -> str:
+    """Return a random id of 9 letters and digits."""
+    return "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
+
+
+def joined_calls(deltas: tuple[CallDelta, ...]) -> tuple[ToolCall, ...]:
+    """Return the calls of an answer whose pieces these are."""
+    calls: dict[int, ToolCall] = {}
+    for delta in deltas:
+        before = calls.get(delta.index, ToolCall(delta.id, delta.name, ""))
+        arguments = before.arguments + delta.arguments
+        calls[delta.index] = ToolCall(before.id, before.name, arguments)
+    return tuple(calls.values())

@@ -1,0 +1,154 @@
+"""The forms in which models call tools, and one for models that learned none.
+
+- tags: `<tool_call>`, a call as JSON, `</tool_call>`, once for each call
+- list: an opening token, then a JSON list of calls
+- harmony: a message to `functions.NAME`, whose text is the arguments
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mixchat.text.messages import Message
+from mixchat.text.tool_call import Tool, ToolCall
+
+_RESULT = "<tool_response>\n{}\n</tool_response>"
+_SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_INTRODUCTION = """\
+You can call functions. Each line here is a function, with a JSON schema of its arguments:
+{}
+
+To call a function, write its name and its arguments as JSON between two tags:
+<tool_call>
+{{"name": "NAME", "arguments": {{"ARGUMENT": "VALUE"}}}}
+</tool_call>
+The next message brings the result between the tags <tool_response> and </tool_response>."""
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """A form of calls. `opening` begins the first call, and no other text of an answer.
+
+    With `short_ids` the template takes only ids of 9 letters and digits.
+    """
+
+    name: str
+    kind: Literal["tags", "list", "harmony"]
+    opening: str
+    closing: str = ""
+    short_ids: bool = False
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Return the texts that may be control tokens."""
+        return (self.opening, self.closing)
+
+    def text_of(self, calls: Iterable[ToolCall]) -> str:
+        """Return calls as a model writes them after the opening of the first one."""
+        texts = [
+            f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}' for call in calls
+        ]
+        if self.kind == "list":
+            return f"[{', '.join(texts)}]"
+        between = f"\n{self.closing}\n{self.opening}\n"
+        return f"\n{between.join(texts)}\n{self.closing}"
+
+    def with_its_ids(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the conversation with ids of calls that the template takes."""
+        if not self.short_ids:
+            return messages
+        return [
+            replace(
+                message,
+                call_id=_shortened(message.call_id),
+                calls=tuple(replace(call, id=_shortened(call.id)) for call in message.calls),
+            )
+            for message in messages
+        ]
+
+
+PLAIN = ToolFormat("tags", "tags", "<tool_call>", "</tool_call>")
+MISTRAL = ToolFormat("mistral", "list", "[TOOL_CALLS]", short_ids=True)
+_HARMONY = ToolFormat("harmony", "harmony", "to=functions")
+_GRANITE = ToolFormat("granite", "list", "<|tool_call|>")
+_GRANITE_TEXT = ToolFormat("granite-text", "list", "<tool_call>")  # of version 3.1
+FORMATS = {each.name: each for each in (_HARMONY, MISTRAL, _GRANITE, PLAIN, _GRANITE_TEXT)}
+_NAME = re.compile(r'\\?"name\\?": ')
+
+
+def tool_format_of(source: str, variables: Collection[str]) -> ToolFormat | None:
+    """Return the form of calls of a chat template, which knows these variables.
+
+    Returns None if the template knows no tools, or only calls of another form.
+    """
+    if "tools" not in variables:
+        return None
+    if "<|channel|>" in source:
+        return _HARMONY if "functions." in source else None
+    for format in (MISTRAL, _GRANITE, PLAIN, _GRANITE_TEXT):
+        is_json = format is not PLAIN or _NAME.search(source)
+        if format.opening in source and format.closing in source and is_json:
+            return None if format is _GRANITE_TEXT and PLAIN.closing in source else format
+    return None
+
+
+def one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """Return the conversation with one call in an answer, each with its result after it.
+
+    An answer with both has its thinking, but no text.
+    """
+    parted: list[Message] = []
+    waiting: list[ToolCall] = []
+    for message in messages:
+        if message.role == "tool":
+            call = next((call for call in waiting if call.id == message.call_id), None)
+            if call is not None and parted[-1].role == "tool":
+                parted.append(Message("assistant", "", calls=(call,)))
+            elif call is not None:
+                parted[-1] = replace(parted[-1], calls=(call,))
+        if message.calls:
+            waiting = list(message.calls)
+            content = "" if message.thinking else message.content
+            message = replace(message, content=content, calls=message.calls[:1])
+        parted.append(message)
+    return parted
+
+
+def in_plain_text(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Message]:
+    """Return the conversation for a template that knows no tools.
+
+    The system text describes the tools. A call is text, and a result is part of a question.
+    """
+    plain: list[Message] = []
+    for message in messages:
+        if message.role == "tool":
+            message = Message("user", _RESULT.format(message.content))
+        if message.calls:
+            message = Message("assistant", f"{message.content}{_calls(message.calls)}")
+        if plain and plain[-1].role == message.role == "user":
+            joined = f"{plain[-1].content}\n{message.content}"
+            plain[-1] = Message("user", joined)
+        else:
+            plain.append(message)
+    if not tools:
+        return plain
+    lines = "\n".join(json.dumps(tool.to_json()["function"], ensure_ascii=False) for tool in tools)
+    system = _INTRODUCTION.format(lines)
+    if plain and plain[0].role == "system":
+        system = f"{plain.pop(0).content}\n\n{system}"
+    return [Message("system", system), *plain]
+
+
+def _calls(calls: Sequence[ToolCall]) -> str:
+    return f"{PLAIN.opening}{PLAIN.text_of(calls)}"
+
+
+def _shortened(id: str) -> str:
+    """Return an id of 9 letters and digits, the same one for the same id."""
+    is_short = not id or _SHORT_ID.fullmatch(id)
+    return id if is_short else hashlib.sha256(id.encode()).hexdigest()[:9]

@@ -1,0 +1,154 @@
+"""Calls of tools, taken apart from an answer while it is generated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mixchat.text.thinking import AnswerText, ThinkingFormat, ThinkingParser, parser_of
+from mixchat.text.tool_call import CallDelta, new_call_id
+from mixchat.text.tool_formats import ToolFormat
+
+if TYPE_CHECKING:
+    from mixchat.text.tokenizer import Tokenizer
+
+# The text before the arguments of a call, as `call_grammar` has it.
+_HEAD = r'\{"name": "([\w.-]+)", "arguments": (?=\{)'
+_FIRST = re.compile(rf"[ \n]{{0,2}}\[?{_HEAD}")
+_NEXT = re.compile(_HEAD)
+_MAX_HEAD = 300  # characters
+
+
+def answer_parser(
+    thinking: ThinkingFormat | None,
+    tools: ToolFormat | None,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    begun: Sequence[int] = (),
+) -> ThinkingParser:
+    """Return the parser of an answer, in which calls have the form `tools`.
+
+    `prompt_ids` and `begun` are those of `parser_of`.
+    """
+    is_harmony = tools is not None and tools.kind == "harmony"
+    parser = parser_of(thinking, tokenizer, prompt_ids, begun, harmony_calls=is_harmony)
+    return parser if tools is None or is_harmony else _CallParser(parser, tools.opening, tokenizer)
+
+
+class _CallParser(ThinkingParser):
+    """Finds calls in the answer that another parser takes apart from the thinking.
+
+    The white space before the first call is dropped, and all text after it that is no call. If what
+    follows the opening is no call, both are text.
+    """
+
+    def __init__(self, inner: ThinkingParser, opening: str, tokenizer: Tokenizer) -> None:
+        known = tokenizer.control_tokens
+        super().__init__({**inner.marks, **({known[opening]: opening} if opening in known else {})})
+        self._inner, self._opening, self._blanks = inner, opening, ""
+        self.start = inner.start
+        self._object: _ObjectEnd | None = None  # of the arguments that come
+
+    def add(self, text: str) -> AnswerText:
+        return self._found(self._inner.add(text))
+
+    def ends_at(self, name: str) -> bool:
+        return name != self._opening and self._inner.ends_at(name)
+
+    def mark(self, name: str) -> AnswerText:
+        if name != self._opening:
+            return self._found(self._inner.mark(name))
+        if self.opens_call or not self.may_call or self._inner.start is None:
+            return AnswerText()  # its text has come, or it belongs to the thinking
+        return AnswerText(self._open(len(self._held), 0))
+
+    def flush(self) -> AnswerText:
+        last = self._found(self._inner.flush())
+        text = "" if self.calls else self._without_call() if self.opens_call else self._held
+        self._held = ""
+        return last + AnswerText(text)
+
+    def _found(self, new: AnswerText) -> AnswerText:
+        self.start = self._inner.start
+        self._held += new.text
+        text = "" if self.opens_call else self._before()
+        calls: list[CallDelta] = []
+        while self.opens_call and self.may_call and (more := self._call()):
+            calls += more
+        if self.opens_call and not self.calls:
+            self.may_call = self.may_call and len(self._held) <= _MAX_HEAD
+            text += "" if self.may_call else self._without_call()
+        return AnswerText(text, new.thinking, tuple(calls))
+
+    def _before(self) -> str:
+        """Return the text that is certain to be no call, up to the opening."""
+        if not self.may_call:
+            return self._take(len(self._held))
+        place = self._held.find(self._opening)
+        if place < 0:
+            return self._take(len(self._held) - self._pending())
+        return self._open(place, len(self._opening))
+
+    def _open(self, place: int, size: int) -> str:
+        """Return the text before an opening of this size at this place."""
+        before = self._take(place)
+        self._take(size)
+        self.opens_call = True
+        text = before.rstrip()
+        self._blanks = before[len(text) :]
+        return text
+
+    def _pending(self) -> int:
+        """Return the length of the end that may be white space and the start of the opening."""
+        held, opening = self._held, self._opening
+        sizes = range(min(len(opening) - 1, len(held)), 0, -1)
+        begun = next((size for size in sizes if opening.startswith(held[-size:])), 0)
+        return len(held) - len(held[: len(held) - begun].rstrip())
+
+    def _call(self) -> list[CallDelta]:
+        """Return the next pieces of calls, none if more text is needed."""
+        if self._object is not None:
+            size = self._object.take(self._held)
+            if self._object.is_over:
+                self._object = None
+            return [CallDelta(self.calls - 1, self._take(size))] if size else []
+        found = _NEXT.search(self._held) if self.calls else _FIRST.match(self._held)
+        if found is None:
+            return []
+        self._take(found.end())
+        self._object = _ObjectEnd()
+        self.calls += 1
+        return [CallDelta(self.calls - 1, id=new_call_id(), name=found[1])]
+
+    def _without_call(self) -> str:
+        self.opens_call = False
+        return self._blanks + self._opening + self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        return taken
+
+
+class _ObjectEnd:
+    """Finds the end of a JSON object in its text."""
+
+    def __init__(self) -> None:
+        self.is_over = self._in_string = self._is_escaped = False
+        self._depth = 0
+
+    def take(self, text: str) -> int:
+        """Return how many characters of the next text belong to the object."""
+        for place, character in enumerate(text):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string and character == "\\":
+                self._is_escaped = True
+            elif character == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string:
+                self._depth += (character in "{[") - (character in "}]")
+                if self._depth == 0 and character in "}]":
+                    self.is_over = True
+                    return place + 1
+        return len(text)

@@ -1,0 +1,39 @@
+"""Reads matrices that a checkpoint holds in FP8 with a scale for each tile of 128 rows and columns.
+
+X            F8_E4M3 [out, in]
+X_scale_inv  [out / 128, in / 128], rounded up, what the numbers of a tile are multiplied with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+
+TILE = 128
+FP8 = torch.float8_e4m3fn
+
+
+def component_names(name: str) -> tuple[str, str]:
+    """Return the names of the numbers and of the scales of a matrix."""
+    return name, f"{name}_scale_inv"
+
+
+def is_quantized(name: str, available: Collection[str]) -> bool:
+    """Return whether the names say that the matrix is in FP8."""
+    return component_names(name)[1] in available
+
+
+def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the scales of a matrix."""
+    return tuple(-(-length // TILE) for length in shape)
+
+
+def read_matrix(name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Read a matrix, whose shape was checked, as bf16."""
+    numbers, scales = (read(part) for part in component_names(name))
+    made = torch.empty(numbers.shape, dtype=torch.bfloat16)
+    rows = zip(torch.split(numbers, TILE), scales.float(), torch.split(made, TILE), strict=True)
+    for tile, row, target in rows:
+        target.copy_(tile.float() * row.repeat_interleave(TILE)[: tile.shape[1]])
+    return made

@@ -1,0 +1,160 @@
+"""A checkpoint in GGUF: which files of many it has, and its config, tokenizer and tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from threading import Event
+
+from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.files import write_file
+from mixchat.base.progress import Task
+from mixchat.base.safetensors import SafetensorsFile
+from mixchat.weights.families.gguf_config import gguf_config
+from mixchat.weights.families.read_config import read_config
+from mixchat.weights.format.manifest import Source
+from mixchat.weights.matrix.gguf_format import GgufSpec
+from mixchat.weights.source.checkpoint import Checkpoint, fingerprint_of
+from mixchat.weights.source.checkpoint_index import CONFIG, CheckpointIndex
+from mixchat.weights.source.gguf_file import GgufFile, GgufHeader
+from mixchat.weights.source.gguf_text import generation_config, text_files
+
+SUFFIX = ".gguf"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
+_KIND = re.compile(
+    r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|BF16|FP?16|FP?32))$", re.IGNORECASE
+)
+_OTHER_MODELS = ("mmproj", "imatrix")  # in the names of files that are no language models
+
+
+class GgufCheckpoint(Checkpoint):
+    """The files of a model in GGUF on this disk. Its small files are made in `directory`.
+
+    Raises `CheckpointError` if it is not complete.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        source: Source,
+        directory: Path,
+        *,
+        fixed: str | None = None,
+    ) -> None:
+        self.source, self._files, self._directory = source, files, directory
+        headers = {}
+        for name, path in files.items():
+            with GgufFile(path) as file:
+                headers[name] = file.header
+        self.index, self._made = read_gguf(headers, source.repo)
+        self.size = self.index.size
+        self.fingerprint = fixed or fingerprint_of(files)
+
+    def companions(self) -> Path:
+        write_made(self._directory, self._made)
+        return self._directory
+
+    def fetch(self, shard: str, task: Task, stop: Event) -> Path:
+        return self._files[shard]
+
+    def open(self, shard: str) -> SafetensorsFile:
+        return self.index.open(shard, self._files[shard])
+
+    def close(self) -> None:
+        for name in self._made:
+            (self._directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._directory.rmdir()
+            self._directory.parent.rmdir()
+
+
+def read_gguf(
+    headers: Mapping[str, GgufHeader], where: str
+) -> tuple[CheckpointIndex, dict[str, bytes]]:
+    """Return the index of a model in GGUF, and its small files as of a Hugging Face checkpoint.
+
+    `headers` are by the names of its files, and `where` names it in messages. Raises
+    `CheckpointError`.
+    """
+    metadata = headers[min(headers)].metadata
+    specs = [spec for header in headers.values() for spec in header.specs]
+    shapes = {s.name: s.weights if isinstance(s, GgufSpec) else s.shape for s in specs}
+    if len(shapes) < len(specs):
+        raise CheckpointError(f"{where}: two of its files have the same tensor")
+    ends = generation_config(metadata)
+    raw = {**gguf_config(metadata, shapes, where), **ends}
+    index = CheckpointIndex(read_config(raw), headers, None, where)
+    files = text_files(
+        metadata, index.config.max_position_embeddings, index.config.vocab_size, where
+    )
+    made = {CONFIG: raw, "generation_config.json": ends}
+    written = {name: (json.dumps(text, indent=2) + "\n").encode() for name, text in made.items()}
+    return index, {**files, **written}
+
+
+def choose_files(names: Collection[str], kind: str | None, where: str) -> dict[str, str]:
+    """Return the files of one model among `names`, which may be in folders, by their own name.
+
+    kind: the end of a file's name ("Q4_K_M"), or all of it. It may be None for the only model.
+    Raises `UsageError` with the kinds that there are.
+    """
+    models: dict[str, list[str]] = {}
+    for name in sorted(names):
+        stem = name.rpartition("/")[2].removesuffix(SUFFIX)
+        if name.endswith(SUFFIX) and not any(other in stem.lower() for other in _OTHER_MODELS):
+            part = _PART.fullmatch(stem)
+            models.setdefault(part[1] if part else stem, []).append(name)
+    wanted = (kind or "").lower().removesuffix(SUFFIX)
+    found = [m for m in models if not kind or wanted in (m.lower(), kind_of(m).lower())]
+    if len(found) != 1:
+        raise _ambiguous(found or [*models], kind, where)
+    _check_parts(models[found[0]], where)
+    return {name.rpartition("/")[2]: name for name in models[found[0]]}
+
+
+def local_files(path: Path) -> dict[str, Path]:
+    """Return a GGUF file with the other parts of its model, by name. Raises `CheckpointError`."""
+    part = _PART.fullmatch(path.stem)
+    if part is None:
+        return {path.name: path}
+    names = [other.name for other in path.parent.glob(f"*-of-{part[3]}{SUFFIX}")]
+    names = [name for name in names if name.startswith(f"{part[1]}-") and _PART.match(name)]
+    _check_parts(sorted(names), str(path))
+    return {name: path.parent / name for name in sorted(names)}
+
+
+def kind_of(model: str) -> str:
+    """Return the kind that ends a model's name, else the name."""
+    match = _KIND.search(model)
+    return match[1] if match else model
+
+
+def write_made(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files that were made of metadata."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_file(directory / name, data)
+
+
+def _check_parts(names: list[str], where: str) -> None:
+    """Raise `CheckpointError` unless all parts of a model are there."""
+    parts = [_PART.fullmatch(name.rpartition("/")[2].removesuffix(SUFFIX)) for name in names]
+    numbers = [int(part[2]) for part in parts if part]
+    count = int(parts[0][3]) if parts and parts[0] else len(names)
+    if (numbers or [1]) != [*range(1, count + 1)]:
+        raise CheckpointError(f"{where}: {len(names)} of the {count} parts of its GGUF are there")
+
+
+def _ambiguous(models: list[str], kind: str | None, where: str) -> UsageError:
+    kinds = [kind_of(model) for model in models]
+    shown = kinds if len({*kinds}) == len(kinds) else models
+    problem = f"has no {kind} in GGUF" if kind else "has several models in GGUF"
+    return UsageError(
+        f"{where} {problem}",
+        hint=f"Choose one of {', '.join(shown[:40])}, as in {where.partition(':')[0]}:{shown[0]}."
+        if models
+        else None,
+    )

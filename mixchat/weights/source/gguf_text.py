@@ -1,0 +1,243 @@
+"""The tokenizer, chat template and settings of a model in GGUF, as the files of a checkpoint.
+
+The metadata has the vocabulary, but only a name for the rules that split a text before. The files
+are written and not run here, because all of it is untrusted.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mixchat.base.errors import CheckpointError
+
+_KEY = "tokenizer.ggml."
+# Types of tokens, as SentencePiece numbers them.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_TYPES = range(1, 7)
+_PIECES = {"unk": 45, "bos": 46, "eos": 47, "pad": 48}  # fields of the model's trainer
+_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_ENDS = ("eos", "eot", "eom")  # of an answer
+
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n%s]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|" + _REST % ""
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}?"
+    r"|\p{N}{1,3}|" + _REST % "/"
+)
+_GPT2: dict[str, Any] = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def _split(pattern: str) -> list[dict[str, Any]]:
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return [split, {**_GPT2, "use_regex": False}]
+
+
+# The rules that split a text, by llama.cpp's names for them.
+_SPLITS: dict[str, list[dict[str, Any]]] = {
+    **{name: [_GPT2] for name in ("gpt-2", "olmo", "mellum")},
+    **{name: [_DIGITS, _GPT2] for name in ("smollm", "refact", "starcoder")},
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _split(_WORDS % "")),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "chatglm-bpe", "glm4"), _split(_WORDS % "{1,3}")
+    ),
+    "gpt-4o": _split(_CASED),
+}
+_NORMALIZED = ("qwen2", "deepseek-r1-qwen", "olmo")  # to NFC
+_WHOLE_TOKENS = ("llama-bpe", "llama3", "llama-v3")  # a token in the vocabulary needs no merges
+
+
+def text_files(
+    metadata: Mapping[str, Any], context: int, vocab_size: int, where: str
+) -> dict[str, bytes]:
+    """Return the files of the tokenizer and template, by name. `context` is in tokens.
+
+    `where` names the model in messages. Raises `CheckpointError` for a tokenizer that is damaged,
+    of an unknown kind, or with more tokens than the model.
+    """
+    vocabulary = _Vocabulary(metadata, where)
+    if len(vocabulary.tokens) > vocab_size:
+        raise CheckpointError(f"{where}: its tokenizer has more tokens than the model embeds")
+    if vocabulary.model == "llama":
+        files = {"tokenizer.model": _sentencepiece_model(metadata, vocabulary)}
+    elif vocabulary.model == "gpt2":
+        tokenizer = json.dumps(_byte_pairs(metadata, vocabulary), indent=2, ensure_ascii=False)
+        files = {"tokenizer.json": tokenizer.encode()}
+    else:
+        raise CheckpointError(
+            f"{where}: a tokenizer of the kind {vocabulary.model!r:.80} does not run"
+        )
+    settings = json.dumps(_settings(metadata, vocabulary, context), indent=2) + "\n"
+    return {**files, "tokenizer_config.json": settings.encode()}
+
+
+def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the generation_config.json, with the tokens that end an answer."""
+    ids = (metadata.get(f"{_KEY}{name}_token_id") for name in _ENDS)
+    return {"eos_token_id": [*dict.fromkeys(i for i in ids if isinstance(i, int))]}
+
+
+class _Vocabulary:
+    """The tokens and their types. Raises `CheckpointError` if they do not fit together."""
+
+    def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
+        self._metadata, self.where = metadata, where
+        self.model = metadata.get(f"{_KEY}model")
+        self.tokens = self.texts("tokens")
+        types = self.numbers("token_type") or [_NORMAL] * len(self.tokens)
+        if len(types) != len(self.tokens) or not {*types} <= {*_TYPES}:
+            raise CheckpointError(
+                f"{where}: the types of its tokens are not those of its vocabulary"
+            )
+        if len({*self.tokens}) != len(self.tokens):
+            raise CheckpointError(f"{where}: its vocabulary holds a token twice")
+        self.types = types
+
+    def texts(self, name: str) -> list[str]:
+        found = self._metadata.get(f"{_KEY}{name}")
+        if not isinstance(found, list) or not found or not isinstance(found[0], str):
+            raise CheckpointError(f"{self.where}: it has no list {_KEY}{name}")
+        return found
+
+    def numbers(self, name: str) -> list[Any]:
+        found = self._metadata.get(f"{_KEY}{name}")
+        if not isinstance(found, list) or any(isinstance(number, str) for number in found[:1]):
+            return []
+        return found
+
+    def special(self) -> Iterator[tuple[str, int]]:
+        """Yield the name of each special token that there is ("bos"), and its id."""
+        for name, theirs in _NAMES.items():
+            token_id = self._metadata.get(f"{_KEY}{theirs}_token_id")
+            if isinstance(token_id, int) and 0 <= token_id < len(self.tokens):
+                yield name, token_id
+
+
+def _byte_pairs(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+    """Return the tokenizer.json of a vocabulary with merges."""
+    pre = metadata.get(f"{_KEY}pre")
+    if not isinstance(pre, str) or pre not in _SPLITS:
+        raise CheckpointError(
+            f"{vocabulary.where}: its rules for splitting text, {pre!r:.80}, are not known",
+            hint=f"It knows {', '.join(_SPLITS)}.",
+        )
+    steps = _SPLITS[pre]
+    tokens, controls = vocabulary.tokens, (_CONTROL, _USER_DEFINED)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added_token(number, token, special=kind == _CONTROL)
+            for number, (token, kind) in enumerate(zip(tokens, vocabulary.types, strict=True))
+            if kind in controls
+        ],
+        "normalizer": {"type": "NFC"} if pre in _NORMALIZED else None,
+        "pre_tokenizer": steps[0]
+        if len(steps) == 1
+        else {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": None,
+        "decoder": {**_GPT2, "add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre in _WHOLE_TOKENS,
+            "vocab": {token: number for number, token in enumerate(tokens)},
+            "merges": [merge.split(" ", 1) for merge in vocabulary.texts("merges")],
+        },
+    }
+
+
+def _added_token(number: int, token: str, *, special: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": token, **flags, "special": special}
+
+
+def _settings(metadata: Mapping[str, Any], vocabulary: _Vocabulary, context: int) -> dict[str, Any]:
+    """Return the tokenizer_config.json, with the chat template."""
+    begins = vocabulary.model == "llama" or metadata.get(f"{_KEY}pre") in _WHOLE_TOKENS
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bool(metadata.get(f"{_KEY}add_bos_token", begins)),
+        "add_prefix_space": vocabulary.model == "llama",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        **{f"{name}_token": vocabulary.tokens[number] for name, number in vocabulary.special()},
+    }
+    template = metadata.get("tokenizer.chat_template")
+    return {**settings, "chat_template": template} if isinstance(template, str) else settings
+
+
+def _sentencepiece_model(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> bytes:
+    """Return the tokenizer.model, a protocol buffer (sentencepiece_model.proto)."""
+    scores = vocabulary.numbers("scores") or [0.0] * len(vocabulary.tokens)
+    if len(scores) != len(vocabulary.tokens):
+        raise CheckpointError(f"{vocabulary.where}: the scores of its tokens are not complete")
+    unknown = vocabulary.types.index(_UNKNOWN) if _UNKNOWN in vocabulary.types else -1
+    # SentencePiece has one unknown piece, and llama.cpp may have several.
+    types = [
+        _CONTROL if kind == _UNKNOWN and number != unknown else kind
+        for number, kind in enumerate(vocabulary.types)
+    ]
+    pieces = zip(vocabulary.tokens, scores, types, strict=True)
+    names = {name: vocabulary.tokens[number].encode() for name, number in vocabulary.special()}
+    trainer = [
+        _varint_field(3, 2),  # byte pairs
+        _varint_field(35, _BYTE in vocabulary.types),
+        *(_bytes_field(_PIECES[name], text) for name, text in names.items()),
+    ]
+    normalizer = [
+        _bytes_field(1, b"identity"),
+        _varint_field(3, bool(metadata.get(f"{_KEY}add_space_prefix", True))),
+        _varint_field(4, bool(metadata.get(f"{_KEY}remove_extra_whitespaces", False))),
+    ]
+    return b"".join(
+        [
+            *(_bytes_field(1, _piece(*piece)) for piece in pieces),
+            _bytes_field(2, b"".join(trainer)),
+            _bytes_field(3, b"".join(normalizer)),
+        ]
+    )
+
+
+def _piece(text: str, score: float, kind: int) -> bytes:
+    return (
+        _bytes_field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _varint_field(3, kind)
+    )
+
+
+def _bytes_field(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint_field(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

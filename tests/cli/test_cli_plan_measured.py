@@ -1,0 +1,152 @@
+"""`plan` measures this machine once, says when, and measures what is outdated again."""
+
+import dataclasses
+import itertools
+import json
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from plan_tools import BLIND, SPEEDS, at, sections
+
+from mixchat.base import machine
+from mixchat.loading import plan
+from mixchat.planning import measuring
+from mixchat.planning.measuring import SAMPLES
+
+AGAIN = "note: measuring this machine again: "
+BUSY = "note: this machine is busy, so the speeds measured "
+
+
+def test_a_measurement_has_a_date_and_can_be_made_again(planned, measured, monkeypatch):
+    """A measurement stayed for good, without a date, even one of a busy machine."""
+    at(monkeypatch, 0)
+    assert (
+        "(now), 3 samples; --measure measures again"
+        in sections(planned("instruct"))["This machine"]
+    )
+    at(monkeypatch, 3.5)
+    slower = dataclasses.replace(SPEEDS, layer_seconds=0.01)
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: slower)
+    made = json.loads(planned("instruct", "--json").stdout)
+    assert (made["measured_at"], made["samples"]) == (1.7e9, SAMPLES)
+    assert re.search(
+        r"measured +2023-11-1\d \d\d:\d\d \(3 days ago\)",
+        sections(planned("instruct"))["This machine"],
+    )
+    again = json.loads(planned("instruct", "--json", "--measure").stdout)
+    assert again["measured_at"] == 1.7e9 + 3.5 * 86400
+    assert again["tokens_per_second"] < made["tokens_per_second"]
+    assert json.loads(planned("instruct", "--json").stdout) == again
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "days", "said"),
+    [
+        (0.1, 0.1, 29, ""),
+        (0.1, 0.1, 31, f"{AGAIN}the last time was 31 days ago\n"),
+        (0.9, 0.1, 0.1, f"{AGAIN}it was busy the last time, 2 hours ago\n"),
+        (0.9, 0.1, 0.001, ""),
+        (0.1, 0.9, 31, f"{BUSY}31 days ago are used\n"),
+        (0.9, 0.9, 0.1, f"{BUSY}2 hours ago are used\n"),
+    ],
+)
+def test_what_is_outdated_is_measured_again_unless_the_machine_is_busy(
+    planned, measured, monkeypatch, then, now, days, said
+):
+    """On a busy machine a saved measurement was replaced by a worse one, which took minutes."""
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: then)
+    at(monkeypatch, 0)
+    assert planned("demo").stderr == b""
+    before = len(measured)
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: now)
+    at(monkeypatch, days)
+    done = planned("demo")
+    again = said.startswith(AGAIN)
+    assert (len(measured) > before) == again
+    assert done.stderr.decode() == said  # once, for 4 bits and for 3
+    busy = b"measured on a busy machine" in done.stdout
+    assert busy == (then > 0.5 and not again)
+
+
+def test_a_second_form_is_left_out_if_the_first_took_all_the_time(planned, measured, monkeypatch):
+    """On a busy machine `plan` measured for five minutes, twice as many figures as it needed."""
+    clock = SimpleNamespace(now=0.0, time=time.time, perf_counter=lambda: clock.now)
+
+    def measure_slowly(*_, **how):
+        clock.now += 30
+        return SPEEDS
+
+    for module in (measuring, plan):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(measuring, "MOST_SECONDS", 20)
+    monkeypatch.setattr(measuring, "take_sample", measure_slowly)
+    done = planned("instruct")
+    assert clock.now == 30
+    assert "With experts in fewer bits" not in sections(done)
+    assert done.stderr.startswith(b"note: 3 bits are not compared: ")
+    again = json.loads(planned("instruct", "--json").stdout)
+    assert (again["samples"], again["in_3_bits"] is None) == (1, False)
+
+
+def test_a_model_that_was_downloaded_since_is_measured_again_with_its_own_files(
+    planned, measured, tiny_model, environment
+):
+    """A host's cache holds a file that was just written, and gives that faster than a model."""
+    assert planned(str(tiny_model)).stderr == b""
+    saved = Path(environment["MIXCHAT_HOME"]) / "machine.json"
+    made = saved.read_text()
+    assert str(tiny_model) in made
+    saved.write_text(made.replace(str(tiny_model), str(tiny_model.parent)))
+    said = b"note: measuring this machine again: the last time a file just written was read"
+    assert planned(str(tiny_model)).stderr.startswith(said)
+    assert len(measured) == 2 * SAMPLES
+    assert planned(str(tiny_model)).stderr == b""
+    assert len(measured) == 2 * SAMPLES
+
+
+def test_it_says_on_what_it_was_measured(planned, measured, monkeypatch, environment):
+    monkeypatch.setattr(machine, "cpu_name", lambda: "Abacus 3000")
+    found = sections(planned("instruct"))["This machine"]
+    assert "on Abacus 3000, and the disk of /" in found
+    on = json.loads(planned("instruct", "--json").stdout)["measured_on"]
+    assert on["cpu"] == "Abacus 3000"
+    assert Path(environment["MIXCHAT_HOME"]).is_relative_to(on["directory"])
+
+
+def test_speeds_and_the_first_token_are_ranges_over_the_samples(planned, measured, monkeypatch):
+    samples = itertools.cycle(
+        dataclasses.replace(
+            SPEEDS, layer_seconds=seconds, disk_bandwidth_idle=disk, disk_bandwidth_fresh=disk
+        )
+        for seconds, disk in ((0.001, 4e9), (0.004, 3e9), (0.02, 2e9))
+    )
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: next(samples))
+    done = sections(planned("instruct"))
+    expected = done["What to expect"]
+    assert re.search(r"speed +\S+ to \S+ tok/s, ", done["Verdict"])
+    assert re.search(r"decode +\S+ to \S+ tok/s: a token takes ", expected)
+    assert " to " in done["What more memory would give"]
+    assert re.search(r"prompt +\S+ to \S+ tok/s: 512 tokens are read in .* (s|min)\n", expected)
+    assert re.search(r"first token +after \d+ to \d+ s for a prompt of 20 tokens", expected)
+    found = json.loads(planned("instruct", "--json").stdout)
+    assert found["speed"]["low"] < found["tokens_per_second"] < found["speed"]["high"]
+    prompt, first = found["prompt"], found["first_token"]
+    assert (prompt["tokens"], first["tokens"]) == (512, 20)
+    assert prompt["low"] < prompt["high"]
+    assert first["low"] < first["seconds"] < first["high"]
+
+
+def test_an_unmeasured_disk_leaves_the_speed_unknown(planned, measured, monkeypatch):
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: BLIND)
+    found = sections(planned("instruct"))
+    assert "unknown, because the disk could not be measured" in found["What to expect"]
+    assert "not measured" in found["This machine"]
+
+
+def test_a_machine_is_measured_once_for_models_of_one_shape(planned, measured):
+    for name in ("instruct", "base", "demo", "instruct", "demo"):
+        assert planned(name).returncode == 0
+    assert len(measured) == 2 * 2 * SAMPLES  # in 4 bits and in 3

@@ -1,0 +1,183 @@
+"""`plan` for another machine, for other bits, and for disks and memory with limits."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from plan_tools import BLIND, GB, SPEEDS, at, sections, verdict
+from tiny_tokenizer import write_tokenizer
+
+from mixchat.base import machine
+from mixchat.planning import fitting, measuring
+
+
+def test_another_machine_is_planned_by_what_is_told_about_it(planned, measured, monkeypatch):
+    """A plan was only for the machine at hand, and what it could not measure was made up."""
+    at(monkeypatch, 0)
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: BLIND)
+    told = ("--ram", "10GB", "--disk-speed", "1.5 GB/s", "--free-disk", "100GB")
+    shown = sections(planned("instruct", *told))
+    assert "This machine" not in shown
+    assert "To download it" not in shown  # is about this machine's disk and memory
+    there = shown["The machine"]
+    assert "RAM       10 GB (told), 8 GB free (assumed)" in there
+    assert "disk      100 GB free (told), reads 1.5 GB/s (told; tokens get 85% of it)" in there
+    found = json.loads(planned("instruct", *told, "--json").stdout)
+    assert found["told"] == {
+        "ram": 10 * GB,
+        "gpus": [],
+        "disk_speed": 1.5e9,
+        "free_disk": 100 * GB,
+    }
+    assert found["assumed"] is None
+    # The same as on a machine that has all that.
+    monkeypatch.setattr(fitting, "free_on", lambda device: 8 * GB)
+    same = dataclasses.replace(
+        SPEEDS, disk_bandwidth=1.5e9, disk_bandwidth_idle=1.5e9, disk_bandwidth_fresh=1.5e9
+    )
+    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: same)
+    there = json.loads(planned("instruct", "--json").stdout)
+    for key in ("fit", "cost", "held", "tokens_per_second", "what_more_buys", "first_token"):
+        assert found[key] == there[key]
+
+
+def test_a_gpu_that_is_told_about_has_speeds_that_are_said_to_be_assumed(mixchat, measured):
+    arguments = ("plan", "instruct", "--ram", "32GB", "--gpu", "12GB,8GB")
+    done = mixchat(*arguments, fake=False)
+    there = sections(done)["The machine"]
+    assert "GPU       a GPU, 12 GB (told), 11.5 GB free (assumed)" in there
+    assert "cuda:1    a GPU, 8 GB (told), 7.5 GB free (assumed)" in there
+    assert "300 GB/s from its memory, 12 GB/s from RAM, 20 TFLOP/s" in there
+    assert "(of a GPU whose speed is assumed)" in verdict(done)["speed"]
+    found = json.loads(mixchat(*arguments, "--json", fake=False).stdout)
+    assert found["assumed"] == {"gpu_memory": 3e11, "gpu_bus": 1.2e10, "gpu_compute": 2e13}
+    assert found["machine"]["free"]["others"] == {"cuda:1": int(7.5 * GB)}
+    assert found["device"] == "cuda:0"
+    expert = found["fit"]["demand"]["expert"]
+    assert found["speeds"]["expert_seconds"]["cuda:0"]["1"] == pytest.approx(expert / 3e11, rel=0.1)
+    assert found["cost"]["copying"] > 0
+    one = json.loads(
+        mixchat("plan", "instruct", "--ram", "32GB", "--gpu", "12GB", "--json", fake=False).stdout
+    )
+    assert found["hit_rate"] > one["hit_rate"]
+    assert found["tokens_per_second"] > one["tokens_per_second"]
+
+
+@pytest.mark.parametrize(("free", "fits"), [("20GB", False), ("100GB", True)])
+def test_a_disk_that_is_told_about_is_one_without_the_model(planned, measured, free, fits):
+    found = json.loads(planned("instruct", "--free-disk", free, "--json").stdout)
+    assert found["fits"] is fits
+    assert found["disk"][0]["free_bytes"] == int(free[:-2]) * GB
+    assert found["command"] == ("mixchat download instruct" if fits else None)
+
+
+def test_experts_of_other_bits_are_planned_before_they_are_downloaded(planned, measured):
+    """`plan` named --expert-bits as advice, and did not take it."""
+    four, three = (
+        json.loads(planned("instruct", "--expert-bits", bits, "--json").stdout)
+        for bits in ("4", "3")
+    )
+    assert four["quantization"]["quant_type"] == "nf4"
+    assert three["quantization"]["quant_type"] == "nf3"
+    assert (
+        three["kept_bytes"]
+        == json.loads(planned("instruct", "--json").stdout)["in_3_bits"]["kept_bytes"]
+    )
+    assert three["held"] > four["held"]
+    assert three["command"] == "mixchat download instruct --expert-bits 3"
+    assert (four["in_3_bits"], three["in_3_bits"]) == (None, None)
+
+
+def test_other_bits_of_an_installed_model_are_those_of_a_second_download(
+    planned, mixchat, measured, make_checkpoint
+):
+    source = write_tokenizer(make_checkpoint(vocab_size=262, hidden_size=128))
+    assert mixchat("download", str(source), "--name", "mine", fake=False).returncode == 0
+    same = json.loads(planned("mine", "--expert-bits", "4", "--json").stdout)
+    assert (same["kept"], same["command"]) == (True, "mixchat run -m mine --device cpu")
+    other = json.loads(planned("mine", "--expert-bits", "3", "--json").stdout)
+    assert (other["kept"], other["quantization"]["quant_type"]) == (False, "nf3")
+    assert Path(other["path"]).name == "mine-3bit"
+    assert other["command"] == f"mixchat download {source} --expert-bits 3 --name mine-3bit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ram", "50%"], b"--ram: '50%' is a part of nothing"),
+        (["--ram", "much"], b"--ram: cannot read 'much' as an amount of memory"),
+        (["--gpu", "24GB,"], b"--gpu: cannot read '' as"),
+        (["--disk-speed", "fast"], b"--disk-speed: cannot read 'fast' as"),
+        (["--disk-speed", "3GB/h"], b"--disk-speed: cannot read '3GB/h' as"),
+        (["--free-disk", "no"], b"--free-disk: cannot read 'no' as"),
+        (["--gpu", "24GB", "--device", "cpu"], b"--gpu tells about a GPU of another machine"),
+        (["--expert-bits", "5"], b"'5'"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_before_torch_loads(planned, measured, arguments, said):
+    done = planned(*arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert said in done.stderr
+    assert measured == []
+
+
+def test_a_download_for_which_the_disk_is_too_small_is_the_verdict(planned, measured, monkeypatch):
+    """With 2 GB free it promised tokens a second of a model whose download takes 30."""
+    monkeypatch.setattr(machine, "free_disk", lambda directory: 2 * GB)
+    done = planned("instruct")
+    assert done.returncode == 0
+    first, *rest = sections(done)
+    assert first == "Verdict"
+    assert "What to expect" in rest
+    lines = sections(done)["Verdict"].splitlines()
+    assert re.search(
+        r"it does not fit +28\.0 GB of disk are missing: the download takes up to 30\.0 GB in "
+        r"\S+, 2 GB are free$",
+        lines[0],
+    )
+    assert re.search(r"speed +\S+ tok/s", lines[1])
+    assert re.search(r"to do .* set MIXCHAT_HOME to a directory on a larger disk", lines[2])
+    found = json.loads(planned("instruct", "--json").stdout)
+    assert found["fits"] is False
+    (need,) = found["disk"]
+    assert need["path"] == found["path"]
+    assert (need["needed_bytes"] // GB, need["free_bytes"]) == (29, 2 * GB)
+
+
+def test_a_disk_with_room_is_no_obstacle_and_an_installed_model_needs_none(
+    planned, measured, monkeypatch, tiny_model
+):
+    found = json.loads(planned("instruct", "--json").stdout)
+    assert found["fits"] is True
+    assert found["disk"][0]["needed_bytes"] // GB == 33  # with room, it fetches ahead
+    monkeypatch.setattr(machine, "free_disk", lambda directory: 0)
+    installed = json.loads(planned(str(tiny_model), "--json").stdout)
+    assert (installed["fits"], installed["disk"]) == (True, [])
+    assert "it runs here" in sections(planned(str(tiny_model)))["Verdict"]
+    demo = json.loads(planned("demo", "--json").stdout)
+    assert demo["fits"] is False
+    assert demo["disk"] == demo["download"]["disk"]
+
+
+def test_what_an_unfinished_download_has_already_is_not_needed_again(
+    planned, measured, monkeypatch
+):
+    before = json.loads(planned("instruct", "--json").stdout)
+    monkeypatch.setattr(machine, "disk_usage", lambda path: 20 * GB)
+    after = json.loads(planned("instruct", "--json").stdout)
+    spared = before["disk"][0]["needed_bytes"] - after["disk"][0]["needed_bytes"]
+    assert spared == 20 * GB
+
+
+def test_what_limits_the_memory_from_outside_is_named(planned, measured, monkeypatch):
+    monkeypatch.setattr(fitting, "tightest_memory_limit", lambda: "control group")
+    assert (
+        "16 GB, 14.5 GB free (limit: control group)"
+        in sections(planned("instruct"))["This machine"]
+    )
+    monkeypatch.setattr(fitting, "free_on", lambda device: GB)
+    done = planned("instruct")
+    assert done.returncode == 7
+    assert b"hint: A limit on this process allows no more (control group): raise it." in done.stderr

@@ -1,0 +1,174 @@
+"""Offers of tools: what the model is shown and may do, and what is refused with its place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mixchat.base.options import SamplingOptions
+from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.errors import RequestError
+from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.requests.options import Defaults
+from mixchat.text.form.call_form import CallForm
+from mixchat.text.thinking import ThinkingFormat
+from mixchat.text.tool_formats import FORMATS, PLAIN
+from tests.serving.web.scripted_service import ScriptedService
+
+ASK = {"role": "user", "content": "Hi"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "5"}
+
+
+def tool(name="f", **more):
+    return {"type": "function", "function": {"name": name, "description": "x", **more}}
+
+
+TOOLS = [tool(), tool("g", parameters={"type": "object"}, strict=True)]
+
+
+@pytest.fixture
+def service():
+    return ScriptedService()
+
+
+def read(service, messages=(ASK,), **fields):
+    """The job of a request, and the forms that were compiled for it."""
+    forms = []
+
+    def compile_form(form, at_end=None):
+        forms.append(form)
+        return lambda *begun, **options: None
+
+    body = {"messages": list(messages), **fields}
+    (job,) = read_chat(body, service, Defaults(SamplingOptions()), compile_form).jobs
+    return job, forms
+
+
+def prompt(service, *messages, **fields):
+    return service.tokenizer.decode(read(service, messages, **fields)[0].prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "must_call", "names", "parallel"),
+    [
+        ({}, False, ["f", "g"], True),
+        ({"tool_choice": "auto", "parallel_tool_calls": False}, False, ["f", "g"], False),
+        ({"tool_choice": "required"}, True, ["f", "g"], True),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, True, ["g"], True),
+    ],
+)
+def test_the_choice_decides_what_may_be_called(service, fields, must_call, names, parallel):
+    job, (form,) = read(service, tools=TOOLS, **fields)
+    assert (form.must_call, form.parallel) == (must_call, parallel)
+    assert [tool.name for tool in form.tools] == names
+    assert (job.tools, form.answer) == (PLAIN, None)
+    assert service.tokenizer.decode(job.prompt_ids).startswith("f: x\ng: x\nuser: Hi")
+
+
+def test_nothing_is_offered_if_nothing_may_be_called(service):
+    job, forms = read(service, tools=TOOLS, tool_choice="none")
+    assert (job.tools, forms) == (None, [])
+    assert service.tokenizer.decode(job.prompt_ids) == "user: Hi\n"
+
+
+def test_calls_and_results_are_in_the_prompt(service):
+    assert prompt(service, ASK, CALLING, RESULT) == 'user: Hi\nassistant:  f {"a": 1}\ntool: 5\n'
+
+
+def test_a_template_without_tools_gets_all_of_it_as_text(service):
+    service.template.tools = None
+    text = prompt(service, ASK, CALLING, RESULT, tools=TOOLS)
+    assert text.startswith("system: You can call functions.")
+    assert '{"name": "f", "arguments": {"a": 1}}\n</tool_call>' in text
+    assert text.endswith("user: <tool_response>\n5\n</tool_response>\n")
+    assert read(service, tools=TOOLS)[0].tools == PLAIN
+
+
+def test_an_answer_of_a_form_may_call_tools(service):
+    _, (form,) = read(service, tools=TOOLS, response_format={"type": "json_object"})
+    assert (form.must_call, form.answer) == (True, {"type": "object"})
+    required = {"tools": TOOLS, "tool_choice": "required"}
+    _, (form,) = read(service, response_format={"type": "json_object"}, **required)
+    assert (form.must_call, form.answer) == (True, None)
+
+
+def test_an_answer_that_has_to_call_does_not_think(service):
+    service.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
+    read(service, tools=TOOLS)
+    read(service, tools=TOOLS, tool_choice="required")
+    assert service.template.variables == [{}, {"enable_thinking": False}]
+
+
+def test_a_call_of_harmony_has_its_own_channel(service):
+    """The prompt of other forms leads into the channel of the answer."""
+    service.template.thinking = ThinkingFormat("harmony")
+    service.template.tools = FORMATS["harmony"]
+    job, _ = read(service, tools=TOOLS, tool_choice="required")
+    assert job.begun == 0
+
+
+REFUSED = [
+    ({"tool_choice": "always", "tools": TOOLS}, "tool_choice"),
+    ({"tool_choice": 5, "tools": TOOLS}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"tool_choice": {"type": "custom"}, "tools": TOOLS}, "tool_choice.type"),
+    ({"tool_choice": {"type": "function"}, "tools": TOOLS}, "tool_choice.function"),
+    ({"tool_choice": {"type": "function", "function": {"name": "h"}}, "tools": TOOLS},
+     "tool_choice.function.name"),
+    ({"tools": {}}, "tools"),
+    ({"tools": [1]}, "tools[0]"),
+    ({"tools": [tool()] * 129}, "tools"),
+    ({"tools": [tool(), tool()]}, "tools[1].function.name"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [tool("a b")]}, "tools[0].function.name"),
+    ({"tools": [tool("f", parameters=[])]}, "tools[0].function.parameters"),
+    ({"tools": [tool("f", parameters={"type": "array"})]}, "tools[0].function.parameters"),
+    ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "grammar"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+    ({"messages": [ASK, RESULT]}, "messages[1].tool_call_id"),
+    ({"messages": [ASK, CALLING, ASK, RESULT]}, "messages[3].tool_call_id"),
+    ({"messages": [ASK, CALLING, RESULT | {"tool_call_id": "2"}]}, "messages[2].tool_call_id"),
+    ({"messages": [ASK, CALLING, {"role": "tool", "content": "5"}]}, "messages[2].tool_call_id"),
+    ({"messages": [ASK | {"tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+    ({"messages": [ASK | {"tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    ({"messages": [ASK, CALLING]}, "messages[1].tool_calls"),
+    ({"messages": [ASK, {"role": "assistant", "content": None}]}, "messages[1].content"),
+    ({"messages": [ASK, CALLING | {"tool_calls": [CALL | {"function": {"name": "f"}}]}]},
+     "messages[1].tool_calls[0].function.arguments"),
+    *(
+        ({"messages": [ASK, CALLING | {"tool_calls": [
+            CALL | {"function": {"name": "f", "arguments": arguments}}]}]},
+         "messages[1].tool_calls[0].function.arguments")
+        for arguments in ("", "[]", '{"a": NaN}', '{"a": ', '{"a": "\\ud800"}', '{"a":' * 9999)
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "param"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_cannot_be_is_refused_with_its_place(service, change, param):
+    with pytest.raises(RequestError) as error:
+        read(service, **{"messages": [ASK]} | change)
+    assert (error.value.status, error.value.body["error"]["param"]) == (400, param)
+    assert str(error.value).startswith(param)
+    assert str(error.value).isprintable()
+
+
+def test_a_schema_that_cannot_be_kept_is_refused_with_its_tool(service):
+    never = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+    body = {"messages": [ASK], "tools": [tool(), tool("g", parameters=never)]}
+    with pytest.raises(RequestError, match=r"arguments of g: .* at #/properties/a") as error:
+        read_chat(body, service, Defaults(SamplingOptions()), forms_of(service))
+    assert error.value.body["error"] | {"message": ""} == {
+        "message": "", "type": "invalid_request_error", "param": "tools", "code": "invalid_schema",
+    }  # fmt: skip
+
+
+def test_a_form_survives_its_way_into_the_sandbox(service):
+    _, (form,) = read(service, tools=TOOLS, response_format={"type": "json_object"})
+    assert CallForm.parse(form.to_text()).to_text() == form.to_text()
+    assert json.loads(form.to_text())["tools"][1]["strict"] is True

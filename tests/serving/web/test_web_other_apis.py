@@ -1,0 +1,293 @@
+"""Anthropic's, Ollama's and OpenAI's newer API, each with its own client."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from typing import ClassVar
+
+import anthropic
+import ollama
+import openai
+import pytest
+from raw_http import exchange, request
+
+from mixchat.base.options import SamplingOptions
+from mixchat.serving.requests.options import Defaults
+from mixchat.serving.web.access import Access
+from mixchat.text.thinking import ThinkingFormat
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"name": "weather", "description": "Weather of a city"}
+CALL = 'Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+CALLED = {"city": "Oslo"}
+THOUGHT = "<think>Hm.</think>Well."
+
+
+@pytest.fixture
+def served(serve):
+    served = serve(
+        defaults=Defaults(SamplingOptions(), strict=False),
+        state={"compile_form": lambda form, at_end=None: lambda *a, **k: None},
+    )
+    served.service.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
+    return served
+
+
+class Client:
+    def close(self):
+        self.api.close()
+
+
+class AnthropicClient(Client):
+    """A conversation by Anthropic's package: text, thinking, calls, end, counts."""
+
+    tool: ClassVar = {**WEATHER, "input_schema": SCHEMA}
+    ends: ClassVar = {"stop": "end_turn", "length": "max_tokens", "call": "tool_use"}
+
+    def __init__(self, served):
+        self.api = anthropic.Anthropic(base_url=served.url, api_key="x", max_retries=0)
+
+    def ask(self, messages, *, stream=False, tools=(), system="", limit=200):
+        given = {
+            "model": "scripted",
+            "max_tokens": limit,
+            "messages": messages,
+            "tools": list(tools),
+            "system": [{"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}],
+            "thinking": {"type": "enabled", "budget_tokens": 1024},
+        }
+        if stream:
+            with self.api.messages.stream(**given) as events:
+                message = events.get_final_message()
+        else:
+            message = self.api.messages.create(**given)
+        self.last = message
+        parts = {block.type: block for block in message.content}
+        call = parts.get("tool_use")
+        return (
+            parts["text"].text if "text" in parts else "",
+            parts["thinking"].thinking if "thinking" in parts else "",
+            None if call is None else (call.name, call.input),
+            message.stop_reason,
+            (message.usage.input_tokens > 0, message.usage.output_tokens),
+        )
+
+    def with_result(self, messages, text):
+        call = next(block for block in self.last.content if block.type == "tool_use")
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": text}
+        answer = [block.model_dump(exclude_none=True) for block in self.last.content]
+        return [
+            *messages,
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": [result]},
+        ]
+
+
+class OllamaClient(Client):
+    tool: ClassVar = {"type": "function", "function": {**WEATHER, "parameters": SCHEMA}}
+    ends: ClassVar = {"stop": "stop", "length": "length", "call": "stop"}
+
+    def __init__(self, served):
+        self.api = ollama.Client(host=served.url)
+
+    def ask(self, messages, *, stream=False, tools=(), system="", limit=200):
+        said = [{"role": "system", "content": system}] if system else []
+        options = {"num_predict": limit, "num_ctx": 100}
+        given = {"model": "scripted:latest", "messages": [*said, *messages], "options": options}
+        parts = self.api.chat(**given, tools=list(tools), think=True, stream=stream)
+        parts = list(parts) if stream else [parts]
+        self.last = [part.message for part in parts]
+        calls = [call for message in self.last for call in message.tool_calls or ()]
+        call = calls[0].function if calls else None
+        assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+        return (
+            "".join(message.content for message in self.last),
+            "".join(message.thinking or "" for message in self.last),
+            None if call is None else (call.name, dict(call.arguments)),
+            parts[-1].done_reason,
+            (parts[-1].prompt_eval_count > 0, parts[-1].eval_count),
+        )
+
+    def with_result(self, messages, text):
+        content = "".join(message.content for message in self.last)
+        calls = next(message.tool_calls for message in self.last if message.tool_calls)
+        answer = {"role": "assistant", "content": content, "tool_calls": calls}
+        return [*messages, answer, {"role": "tool", "tool_name": "weather", "content": text}]
+
+
+class ResponsesClient(Client):
+    tool: ClassVar = {"type": "function", **WEATHER, "parameters": SCHEMA}
+    ends: ClassVar = {"stop": "completed", "length": "incomplete", "call": "completed"}
+
+    def __init__(self, served):
+        self.api = openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0)
+
+    def ask(self, messages, *, stream=False, tools=(), system="", limit=200):
+        given = {
+            "model": "scripted",
+            "input": messages,
+            "instructions": system or None,
+            "max_output_tokens": limit,
+            "tools": [*tools, {"type": "web_search"}],
+        }
+        if stream:
+            with self.api.responses.stream(**given) as events:
+                seen = list(events)
+            assert [event.sequence_number for event in seen] == list(range(len(seen)))
+            response = seen[-1].response
+        else:
+            response = self.api.responses.create(**given)
+        self.last = response
+        items = {item.type: item for item in response.output}
+        call, thinking = items.get("function_call"), items.get("reasoning")
+        return (
+            response.output_text,
+            thinking.content[0].text if thinking else "",
+            None if call is None else (call.name, json.loads(call.arguments)),
+            response.status,
+            (response.usage.input_tokens > 0, response.usage.output_tokens),
+        )
+
+    def with_result(self, messages, text):
+        call = next(item for item in self.last.output if item.type == "function_call")
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": text}
+        said = [item.model_dump(exclude={"parsed_arguments"}) for item in self.last.output]
+        return [*messages, *said, result]
+
+
+@pytest.fixture(params=[AnthropicClient, OllamaClient, ResponsesClient])
+def client(request, served):
+    with closing(request.param(served)) as client:
+        yield client
+
+
+def question(script):
+    return [{"role": "user", "content": f"say:{script}"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_its_thinking_its_end_and_its_counts(client, served, stream):
+    text, thinking, call, end, counts = client.ask(
+        question(THOUGHT), stream=stream, system="Be brief."
+    )
+    assert (text, thinking, call, end) == ("Well.", "Hm.", None, client.ends["stop"])
+    assert counts == (True, len(THOUGHT))
+    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
+    assert prompt.startswith("system: Be brief.\nuser: say:")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_at_its_limit(client, stream):
+    text, _, _, end, counts = client.ask(question("abcdef"), stream=stream, limit=3)
+    assert (text, end, counts[1]) == ("abc", client.ends["length"], 3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_and_its_result_lead_to_an_answer(client, served, stream):
+    messages = question(CALL)
+    text, _, call, end, _ = client.ask(messages, stream=stream, tools=[client.tool])
+    assert (text.strip(), call, end) == ("Let me see.", ("weather", CALLED), client.ends["call"])
+    messages = client.with_result(messages, "rain say:It rains.")
+    text, _, call, end, _ = client.ask(messages, stream=stream, tools=[client.tool])
+    assert (text, call, end) == ("It rains.", None, client.ends["stop"])
+    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
+    assert "tool: rain say:It rains." in prompt
+    assert 'assistant: Let me see. weather {"city": "Oslo"}' in prompt
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_in_the_midst_of_an_answer_reaches_the_client(client, stream):
+    kinds = (anthropic.APIError, ollama.ResponseError, openai.APIError, RuntimeError)
+    if stream and isinstance(client, ResponsesClient):
+        with client.api.responses.stream(model="scripted", input="say:ab{fail}") as events:
+            assert [event.type for event in events][-1] == "response.failed"
+        return
+    with pytest.raises(kinds, match="there is no memory"):
+        client.ask(question("ab{fail}"), stream=stream)
+
+
+def test_an_instruction_after_a_question_belongs_to_it(served):
+    messages = [*question("no"), {"role": "system", "content": "say:yes"}]
+    body = {"max_tokens": 9, "messages": messages, "system": "S"}
+    answer = exchange(served, request("/v1/messages", body)).json["content"]
+    assert answer == [{"type": "text", "text": "yes"}]
+    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
+    assert prompt == "system: S\nuser: say:no\n\nsay:yes\n"
+
+
+def test_anthropic_counts_the_tokens_of_a_request(served):
+    with AnthropicClient(served).api as api:
+        count = api.messages.count_tokens(model="scripted", messages=question("abc"))
+    assert count.input_tokens == len("user: say:abc\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "text"),
+    [
+        ("/v1/messages", {"messages": question("a")}, 400, "max_tokens is missing"),
+        ("/v1/messages", {"max_tokens": 1, "messages": []}, 400, "messages is missing or empty"),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            400,
+            "messages[0].content",
+        ),
+        ("/v1/messages", {"max_tokens": 1, "model": "b", "messages": question("a")}, 404, "'b'"),
+        ("/v1/responses", {"input": "a", "previous_response_id": "r"}, 400, "not stored"),
+        ("/v1/responses", {"input": [{"type": "image_generation_call"}]}, 400, "input[0].type"),
+        ("/v1/responses", {"input": [{"role": "user", "content": [1]}]}, 400, "no text"),
+        ("/v1/responses", {}, 400, "input"),
+        ("/api/chat", {"messages": [{"role": "user", "images": ["x"]}]}, 400, "text alone"),
+        ("/api/chat", {"messages": question("a"), "format": "yaml"}, 400, "format"),
+        ("/api/generate", {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+        ("/api/generate", {"prompt": "a", "options": {"top_p": 7}}, 400, "top_p"),
+        ("/api/show", {"model": "b"}, 404, "no model 'b'"),
+    ],
+)
+def test_a_wrong_request_is_refused_in_the_form_of_its_api(served, path, body, status, text):
+    response = exchange(served, request(path, body))
+    assert response.status == status
+    error = response.json["error"]
+    message = error if path.startswith("/api/") else error["message"]
+    assert text in message
+    assert (response.json.get("type") == "error") == (path == "/v1/messages")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ollama_generates_from_a_prompt_chats_or_raw_text(served, stream):
+    with closing(OllamaClient(served)) as client:
+        for raw, prompt in [(False, "system: S\nuser: say:hi\n"), (True, "say:hi")]:
+            parts = client.api.generate("scripted", "say:hi", system="S", raw=raw, stream=stream)
+            assert "".join(part.response for part in (parts if stream else [parts])) == "hi"
+            assert served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids) == prompt
+
+
+def test_ollama_lists_and_shows_models(served):
+    with closing(OllamaClient(served)) as client:
+        assert [model.model for model in client.api.list().models] == ["scripted"]
+        assert [model.model for model in client.api.ps().models] == ["scripted"]
+        assert "tools" in client.api.show("scripted:latest").capabilities
+    assert exchange(served, request("/api/version")).json["version"].count(".") == 2
+
+
+def test_fields_without_an_effect_are_named(served):
+    for path, body, named in [
+        ("/v1/messages", {"max_tokens": 9, "mcp_servers": [1]}, "mcp_servers"),
+        (
+            "/api/chat",
+            {"keep_alive": "5m", "options": {"mirostat": 1}, "stream": False},
+            "keep_alive, options.mir",
+        ),
+        ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools[0]"),
+    ]:
+        given = {"input": "say:a"} if "responses" in path else {"messages": question("a")}
+        response = exchange(served, request(path, {**given, **body}))
+        assert (response.status, named in response.headers["x-mixchat-ignored"]) == (200, True)
+
+
+def test_the_key_of_anthropics_clients_is_taken(serve):
+    served = serve(Access(key="secret"))
+    body = {"max_tokens": 9, "messages": question("a")}
+    for key, status in [("secret", 200), ("wrong", 401)]:
+        assert exchange(served, request("/v1/messages", body, x_api_key=key)).status == status

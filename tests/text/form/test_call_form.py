@@ -1,0 +1,175 @@
+"""Calls keep to their tools' schemas, whatever a model would like to write."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema
+import pytest
+from form_walks import STOP
+
+from mixchat.base.errors import UsageError
+from mixchat.chat.answer import Answer, AnswerLimits
+from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.form.call_constraint import CallConstraint
+from mixchat.text.form.call_form import CallForm, call_grammar
+from mixchat.text.form.constraint import ConstraintCompiler
+from mixchat.text.form.output_constraint import OutputConstraint
+from mixchat.text.thinking import ThinkingFormat
+from mixchat.text.tokenizer import TokenBytes
+from mixchat.text.tool_call import Tool, joined_calls
+from mixchat.text.tool_formats import FORMATS
+from mixchat.text.tool_parser import answer_parser
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome}"]}, "days": {"type": "integer", "maximum": 9}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = (Tool("weather", "x", SCHEMA), Tool("now"))
+SCHEMAS = {"weather": SCHEMA, "now": {"type": "object", "maxProperties": 0}}
+WORDS = (b">\n", b'>{"', b">x", b"tool_call", b"hello ")
+HARMONY = ("<|channel|>", "<|message|>", "<|constrain|>")
+
+
+class Tokens:
+    """A token for each byte, for some words, and for control tokens, which have no text."""
+
+    def __init__(self, *controls: str) -> None:
+        self.words = [*(bytes([i]) for i in range(256)), b"", *WORDS, *(b"" for _ in controls)]
+        first = len(self.words) - len(controls)
+        self.control_tokens = {name: first + i for i, name in enumerate(controls)}
+
+    def token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.words, {})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.words[i] for i in ids).decode("utf-8", "replace")
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of words and control tokens, else of bytes."""
+        known = {word.decode(): 257 + i for i, word in enumerate(WORDS)} | self.control_tokens
+        ids = list[int]()
+        while text:
+            word = next((word for word in known if text.startswith(word)), None)
+            ids += text[0].encode() if word is None else [known[word]]
+            text = text[len(word or text[0]) :]
+        return ids
+
+
+def compiled(form: CallForm, tokens: Tokens) -> Any:
+    grammar = OutputConstraint(call_grammar(form.to_text()))
+    return ConstraintCompiler(tokens, {STOP}).compile(grammar)  # type: ignore[arg-type]
+
+
+def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer, Any]:
+    """An answer that begins with what is `said` and continues with random tokens that may come."""
+    thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
+    parser = answer_parser(thinking, form.format, tokens, ())
+    answer = Answer(Detokenizer(tokens), AnswerLimits({STOP}, (), None, 3000), parser)
+    constraint: Any = compiled(form, tokens).start(continued=True)
+    if not form.must_call:
+        constraint = CallConstraint(constraint, parser, form.format.opening, tokens)
+    choose, calls = random.Random(seed), ()
+    script = tokens.encode(said)
+    while not answer.has_ended:
+        mask = constraint.allowed()
+        if script:
+            token = script.pop(0)
+            assert mask is None or mask[token], said
+        elif mask is None:
+            token = STOP
+        else:
+            allowed = mask.nonzero().flatten().tolist()
+            endings = [i for i in allowed if i in (STOP, *b'"},]')]
+            token = choose.choice(endings if endings and choose.random() < 0.5 else allowed)
+        constraint.accept(token)
+        calls += answer.add(token).calls
+    return answer, joined_calls(calls)
+
+
+@pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "single"])
+@pytest.mark.parametrize("said", [None, "Hm. "], ids=["must", "may"])
+@pytest.mark.parametrize(
+    ("name", "controls"),
+    [
+        ("tags", ()),
+        ("tags", ("<tool_call>", "</tool_call>")),
+        ("mistral", ("[TOOL_CALLS]",)),
+        ("granite", ("<|tool_call|>",)),
+        ("granite-text", ()),
+        ("harmony", HARMONY),
+    ],
+)
+def test_random_tokens_make_calls_that_keep_to_the_schemas(
+    name: str, controls: Any, said: str | None, parallel: bool
+) -> None:
+    tokens = Tokens(*controls)
+    form = CallForm(FORMATS[name], TOOLS, tokens.control_tokens, said is None, parallel)
+    counts = set()
+    for seed in range(4):
+        begun = "" if said is None else said + ("" if name == "harmony" else FORMATS[name].opening)
+        if name == "harmony" and said:
+            begun = "<|channel|>analysis<|message|>Hm.<|channel|>commentary to=functions"
+        answer, calls = walk(form, tokens, seed, begun)
+        assert answer.reason == "tool_calls"
+        assert answer.text == (said or "").strip() * (name != "harmony")
+        for call in calls:
+            jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+        counts.add(len(calls))
+    assert (parallel and name != "harmony") or counts == {1}
+
+
+@pytest.mark.parametrize("said", ["<tool_call>\n", '<tool_call>{"'])
+def test_what_follows_the_opening_in_its_token_counts(said: str) -> None:
+    tokens = Tokens()
+    assert len(tokens.encode(said)) == 3  # "<", "tool_call", and the rest
+    answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), tokens, 1, said)
+    assert calls
+    assert answer.reason == "tool_calls"
+
+
+def test_an_opening_in_a_token_that_cannot_begin_a_call_is_text() -> None:
+    said = '<tool_call>x <tool_call>{"name": "now", "arguments": {"a": 1}}'
+    answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), Tokens(), 0, said)
+    assert (answer.text, calls, answer.reason) == (said, (), "stop")
+
+
+def test_without_an_opening_every_token_may_come() -> None:
+    tokens: Any = Tokens()
+    answer, calls = walk(CallForm(FORMATS["tags"], TOOLS), tokens, 0, "a <tool, <|x|> {}")
+    assert (answer.text, calls, answer.reason) == ("a <tool, <|x|> {}", (), "stop")
+
+
+def test_an_answer_has_its_own_form_or_is_a_call() -> None:
+    form = CallForm(FORMATS["tags"], TOOLS, must_call=True, answer={"enum": ["yes"]})
+    kinds = {walk(form, Tokens(), seed)[0].text for seed in range(12)}
+    assert kinds == {"", '"yes"'}
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        (Tool("f", None, {"properties": {"a": {"enum": []}}, "required": ["a"]}),
+         "the arguments of f: the schema cannot be met at #/properties/a"),
+        (Tool("f", None, {"properties": {"a": {"not": {}}}}, strict=True),
+         "the arguments of f: the schema cannot be used at #/properties/a: not supported: not"),
+        (Tool("f", None, {"properties": 5}), "the arguments of f: the schema cannot be used"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_cannot_be_kept_is_refused_with_its_tool(tool: Tool, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        call_grammar(CallForm(FORMATS["tags"], [*TOOLS, tool]).to_text())
+    assert str(error.value).startswith(message)
+
+
+def test_unknown_keys_of_a_schema_have_no_effect_if_it_is_not_strict() -> None:
+    lenient = {"properties": {"a": {"const": 1, "not": {}, "format": "x"}}, "required": ["a"]}
+    form = CallForm(FORMATS["tags"], [Tool("f", None, {**lenient, "additionalProperties": False})])
+    assert "lenient" in call_grammar(form.to_text())
+    _, (call, *_) = walk(form, Tokens(), 0, "<tool_call>")
+    assert json.loads(call.arguments) == {"a": 1}

@@ -1,0 +1,125 @@
+"""Tokenizers and templates out of a GGUF's metadata are the originals, token for token."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import pytest
+from family_texts import FAMILIES
+from sentencepiece import SentencePieceProcessor
+from test_family_texts import WORDS
+from text_strategies import CONTROL, SHARDS
+from tiny_tokenizer import metadata
+
+from mixchat.base.errors import CheckpointError
+from mixchat.text.choose import load_template, load_tokenizer
+from mixchat.text.messages import Message
+from mixchat.text.spm import _piece_types
+from mixchat.text.tokenizer import Tokenizer
+from mixchat.weights.source.gguf_text import text_files
+
+DATA = Path(mistral_common.__file__).parent / "data"
+MISTRAL = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+RULES = {"qwen3": "qwen2", "gpt-oss": "gpt-4o", "granite": "refact", "olmoe": "olmo"}
+_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+def texts() -> list[str]:
+    draw = random.Random(1)
+    pieces = [*WORDS, *CONTROL, *SHARDS, " ", " ", "\n", "한국어", "\U0001f9d1\u200d\U0001f680"]
+    return ["".join(draw.choices(pieces, k=draw.randrange(1, 30))) for _ in range(500)]
+
+
+def written(files: dict[str, bytes], directory: Path) -> Path:
+    directory.mkdir()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+def assert_same(made: Tokenizer, original: Tokenizer) -> None:
+    assert made.control_tokens == original.control_tokens
+    assert (made.bos_id, made.eos_id) == (original.bos_id, original.eos_id)
+    assert (made.adds_bos, made.vocab_size) == (original.adds_bos, original.vocab_size)
+    for text in texts():
+        ids = original.encode(text)
+        assert made.encode(text) == ids, text
+        assert made.encode_template(text) == original.encode_template(text), text
+        assert made.decode(ids) == original.decode(ids)
+
+
+@pytest.mark.parametrize("family", RULES)
+def test_byte_pairs_are_the_original_s(family: str, tmp_path: Path) -> None:
+    text = FAMILIES[family]
+    name, template = next(iter(text.templates.items()))
+    original = text.write(tmp_path / "original", template)
+    spec = json.loads((original / "tokenizer.json").read_bytes())
+    added = {token["id"]: 3 if token["special"] else 4 for token in spec["added_tokens"]}
+    ids = {token: number for token, number in spec["model"]["vocab"].items()}
+    ids |= {token["content"]: token["id"] for token in spec["added_tokens"]}
+    found: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": RULES[family],
+        "tokenizer.ggml.tokens": sorted(ids, key=ids.__getitem__),
+        "tokenizer.ggml.token_type": [added.get(n, 1) for n in range(len(ids))],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
+        "tokenizer.chat_template": template,
+    }
+    for short, theirs in _NAMES.items():
+        if token := text.names.get(f"{short}_token"):
+            found[f"tokenizer.ggml.{theirs}_token_id"] = ids[token]
+    made = written(text_files(found, 512, len(ids), name), tmp_path / "made")
+    assert_same(load_tokenizer(made), load_tokenizer(original))
+    talk = [Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "12 + 34?")]
+    encoded = [load_template(d, load_tokenizer(d)).encode(talk) for d in (made, original)]
+    assert encoded[0] == encoded[1]
+
+
+@pytest.mark.parametrize(
+    "file", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"]
+)
+def test_sentencepiece_is_the_original_s(file: str, tmp_path: Path) -> None:
+    data = (DATA / file).read_bytes()
+    model = SentencePieceProcessor(model_proto=data)
+    ids = range(model.vocab_size())
+    found = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [model.id_to_piece(n) for n in ids],
+        "tokenizer.ggml.scores": [model.get_score(n) for n in ids],
+        "tokenizer.ggml.token_type": [kind for _, kind in _piece_types(data)],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": MISTRAL,
+    }
+    files = text_files(found, 32768, len(ids), file)
+    made = written(files, tmp_path / "made")
+    original = written({**files, "tokenizer.model": data}, tmp_path / "original")
+    assert_same(load_tokenizer(made), load_tokenizer(original))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.pre": "tekken"}, "rules for splitting text, 'tekken', are not known"),
+        ({"tokenizer.ggml.pre": None}, "are not known"),
+        ({"tokenizer.ggml.model": "bert"}, "kind 'bert' does not run"),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, "types of its tokens"),
+        ({"tokenizer.ggml.tokens": ["a"] * 262}, "a token twice"),
+        ({"tokenizer.ggml.tokens": 5}, "no list tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": 5}, "no list tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.token_type": [9] * 262}, "types of its tokens"),
+        (
+            {"tokenizer.ggml.tokens": [*map(str, range(263))], "tokenizer.ggml.token_type": []},
+            "more",
+        ),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0]}, "scores"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        text_files(metadata() | change, 128, 262, "x")

@@ -1,0 +1,202 @@
+"""Tools and calls in a prompt get the ids of transformers or mistral-common, and forge nothing."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import text_builders as build
+import tool_texts as texts
+from family_texts import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_strategies import anything
+
+from mixchat.text.checkpoint_text import CheckpointText
+from mixchat.text.choose import load_template, load_tokenizer
+from mixchat.text.messages import Message
+from mixchat.text.tool_call import Tool, ToolCall
+from mixchat.text.tool_formats import FORMATS, PLAIN, in_plain_text, tool_format_of
+
+TOOLS = (texts.WEATHER, texts.NOW)
+CASES = {
+    "tags": ("qwen3", texts.TAGS, 2),
+    "granite": ("granite", texts.GRANITE, 2),
+    "harmony": ("gpt-oss", texts.HARMONY, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tools")
+    return {
+        name: FAMILIES[family].write(root / name, source)
+        for name, (family, source, _) in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def instruct_v3(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("v3")
+    build.write_checkpoint(directory, model_file=build.V3_FILE, template=build.MISTRAL_V3)
+    return load_template(directory, load_tokenizer(directory))
+
+
+@pytest.mark.parametrize("tools", [(), TOOLS], ids=["none", "two"])
+@pytest.mark.parametrize("name", CASES)
+def test_tools_and_calls_get_transformers_ids(name: str, tools: Any, directories: Any) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(directories[name])
+    with closing(CheckpointText(directories[name])) as text:
+        template = text.template()
+        assert template.tools == FORMATS[name]
+        for messages in texts.conversations(CASES[name][2]):
+            assert template.encode(messages, None, tools) == theirs.apply_chat_template(
+                texts.as_dicts(messages),
+                tools=[tool.to_json() for tool in tools] or None,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+
+
+@pytest.mark.parametrize("tools", [(), TOOLS], ids=["none", "two"])
+def test_tools_and_calls_get_mistral_commons_ids(tools: Any, instruct_v3: Any) -> None:
+    from mistral_common.protocol.instruct import messages as kinds
+    from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall
+    from mistral_common.protocol.instruct.tool_calls import Tool as TheirTool
+    from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
+    from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV3
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    def call(given: ToolCall) -> TheirCall:
+        return TheirCall(id=given.id, function=FunctionCall(**json.loads(
+            json.dumps({"name": given.name, "arguments": given.arguments}))))  # fmt: skip
+
+    def message(given: Message) -> Any:
+        if given.role == "tool":
+            return kinds.ToolMessage(content=given.content, tool_call_id=given.call_id)
+        if given.calls:
+            return kinds.AssistantMessage(content=None, tool_calls=list(map(call, given.calls)))
+        kind = {"system": kinds.SystemMessage, "user": kinds.UserMessage}
+        return kind.get(given.role, kinds.AssistantMessage)(content=given.content)
+
+    theirs = InstructTokenizerV3(SentencePieceTokenizer(str(build.V3_FILE)))
+    offered = [TheirTool(function=Function(**tool.to_json()["function"])) for tool in tools]
+    assert instruct_v3.tools == FORMATS["mistral"]
+    for messages in texts.conversations(2):
+        request = ChatCompletionRequest(
+            messages=list(map(message, messages)), tools=offered or None
+        )
+        normal = InstructRequestNormalizer.normalizer().from_chat_completion_request(request)
+        assert instruct_v3.encode(messages, None, tools) == theirs.encode_instruct(normal).tokens
+
+
+def test_a_long_id_of_a_call_becomes_one_that_mistral_takes(instruct_v3: Any) -> None:
+    one, other = (
+        [Message("user", "Hi"),
+         Message("assistant", "", calls=(ToolCall(id, "now", "{}"),)),
+         Message("tool", "5", call_id=id)]
+        for id in ("call_Pj7d0Xl9aVr2", "7c6f2b0e1")
+    )  # fmt: skip
+    assert len(instruct_v3.encode(one)) > len(instruct_v3.encode([Message("user", "Hi")]))
+    shown = [FORMATS["mistral"].with_its_ids(messages) for messages in (one, other)]
+    assert shown[0][1].calls[0].id == shown[0][2].call_id
+    assert len(shown[0][2].call_id) == 9
+    assert list(shown[1]) == other
+
+
+def test_harmony_gets_the_result_of_each_call_after_it(directories: Any) -> None:
+    """Its template shows the first call of an answer alone, and takes all results for its own."""
+    template = load_template(directories["harmony"], load_tokenizer(directories["harmony"]))
+    hi, (first, second) = Message("user", "Hi"), texts.CALLS
+    results = [Message("tool", id, call_id=id) for id in ("call00002", "call00001")]
+    parted = [
+        hi, Message("assistant", "", thinking="Hm.", calls=(second,)), results[0],
+        Message("assistant", "", calls=(first,)), results[1],
+    ]  # fmt: skip
+    both = Message("assistant", "x", thinking="Hm.", calls=(first, second))
+    assert template.encode([hi, both, *results], None, TOOLS) == template.encode(
+        parted, None, TOOLS
+    )
+
+
+def test_calls_are_an_answers_text_if_the_template_shows_none(tmp_path: Path) -> None:
+    family = FAMILIES["granite"]
+    directory = family.write(tmp_path / "x", texts.GRANITE_WITHOUT_CALLS)
+    tokenizer = load_tokenizer(directory)
+    template = load_template(directory, tokenizer)
+    messages = texts.conversations(1)[1]
+    ids = template.encode(messages, None, TOOLS)
+    token = tokenizer.control_tokens["<|tool_call|>"]
+    shown = tokenizer.decode(ids[len(ids) - ids[::-1].index(token) :])
+    assert shown.startswith(f'[{{"name": "get_weather", "arguments": {texts.CALLS[0].arguments}}}]')
+
+
+strings = st.one_of(anything, st.sampled_from(["im_end", "<|im_end|>", "|>", "tool_call", "end"]))
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(deadline=None, max_examples=40)
+@given(hostile=st.lists(strings, min_size=6, max_size=6))
+def test_nothing_in_tools_or_calls_adds_a_control_token(
+    name: str, hostile: list[str], directories: Any
+) -> None:
+    tokenizer = load_tokenizer(directories[name])
+    template = load_template(directories[name], tokenizer)
+
+    def controls(words: list[str]) -> list[Any]:
+        about, key, value, argument, result, thinking = words
+        schema = {"type": "object", "properties": {f"k{key}": {"enum": [value]}}, key: [value]}
+        arguments = json.dumps({f"a{key}": argument})
+        messages = [
+            Message("user", about),
+            Message(
+                "assistant", "", thinking=f"t{thinking}", calls=(ToolCall("1", "f", arguments),)
+            ),
+            Message("tool", result, call_id="1"),
+        ]
+        ids = template.encode(messages, None, [Tool("f", about, schema)])
+        return build.controls_in(tokenizer, ids)
+
+    assert controls(hostile) == controls(["x"] * 6)
+
+
+@pytest.mark.parametrize(
+    ("source", "variables", "name"),
+    [
+        (texts.TAGS, {"tools"}, "tags"),
+        (texts.TAGS, set(), None),
+        (texts.GRANITE, {"tools"}, "granite"),
+        (texts.HARMONY + "<|channel|>", {"tools"}, "harmony"),
+        ("[TOOL_CALLS]", {"tools"}, "mistral"),
+        ("answer with <tool_call> and a JSON list", {"tools"}, "granite-text"),
+        ("<tool_call>\n<function=NAME>\n</function>\n</tool_call>", {"tools"}, None),
+        ("<|python_tag|>", {"tools"}, None),
+    ],
+)
+def test_the_form_of_calls_is_found_in_the_template(source: str, variables: Any, name: Any) -> None:
+    found = tool_format_of(source, variables)
+    assert (found and found.name) == name
+
+
+def test_a_template_without_tools_gets_them_as_text() -> None:
+    system, user, answer, results = in_plain_text(texts.conversations(2)[1], TOOLS)
+    assert system.content.startswith("Be brief\n\n")
+    lines = [line for line in system.content.split("\n") if line.startswith('{"name": "')]
+    assert [json.loads(line) for line in lines[:2]] == [
+        tool.to_json()["function"] for tool in TOOLS
+    ]
+    assert answer.content == PLAIN.opening + PLAIN.text_of(texts.CALLS)
+    assert results == Message("user", "<tool_response>\n{\"t\": 0}\n</tool_response>\n"
+                                      "<tool_response>\n{\"t\": 1}\n</tool_response>")  # fmt: skip
+    asked = replace(user, content="So?")
+    *_, last = in_plain_text([*texts.conversations(2)[1], asked])
+    assert last.content.endswith("</tool_response>\nSo?")

@@ -1,0 +1,171 @@
+"""Models in GGUF: installed, they are those of the Hugging Face checkpoints they were made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf_files
+import pytest
+from fake_hub import REPO, FakeHub
+from weight_tools import Meter, files_of, get
+
+from mixchat.base.errors import CheckpointError, HubError, UsageError
+from mixchat.base.progress import NoProgress
+from mixchat.weights.care.repair import repair, verify
+from mixchat.weights.format.manifest import Source, read_manifest
+from mixchat.weights.make.build import Build
+from mixchat.weights.make.download import DownloadRequest, plan_download
+from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.models import resolve
+from mixchat.weights.source.open_checkpoint import open_checkpoint
+
+
+def install_from(path: Path, target: Path, **options: str) -> dict[str, bytes]:
+    """Install a checkpoint, and return its files of weights."""
+    with open_checkpoint(Source(str(path)), target, NoProgress()) as opened:
+        Build(opened, target, make_blueprint(opened.index, QuantizeOptions(**options))).run()
+    assert verify(target, NoProgress()) == []
+    return weights_of(target)
+
+
+def weights_of(model: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files_of(model).items() if name.endswith(".safetensors")}
+
+
+@pytest.fixture(scope="module")
+def mixtral(make_checkpoint: Callable[..., Path]) -> Path:
+    """A Mixtral of one layer. Do not write into it."""
+    return make_checkpoint(vocab_size=262, num_hidden_layers=1)
+
+
+class TestFamilies:
+    @pytest.mark.parametrize("family", gguf_files.ARCHITECTURES)
+    def test_each_is_installed_as_from_its_own_checkpoint(
+        self, family: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        checkpoint = make_checkpoint(model_type=family, vocab_size=262)
+        path = gguf_files.write(checkpoint, tmp_path / "model.gguf")
+        # Not rounded, so that every weight shows.
+        made = install_from(path, tmp_path / "made", quant_type="none")
+        assert made == install_from(checkpoint, tmp_path / "own", quant_type="none")
+
+    def test_an_old_mixtral_has_each_matrix_for_itself(self, mixtral: Path, tmp_path: Path) -> None:
+        path = gguf_files.write(mixtral, tmp_path / "model.gguf", separate=True)
+        made = install_from(path, tmp_path / "made")
+        assert made == install_from(mixtral, tmp_path / "own")
+
+    def test_mxfp4_is_taken_over_without_rounding(
+        self, make_checkpoint: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        checkpoint = make_checkpoint(model_type="gpt_oss", vocab_size=262, stored_as="bfloat16")
+        path = gguf_files.write(checkpoint, tmp_path / "model.gguf", "MXFP4")
+        published = gguf_files.published(checkpoint, tmp_path / "published")
+        made, own = (
+            install_from(source, tmp_path / source.stem / "m") for source in (path, published)
+        )
+        assert made["experts-000.safetensors"] == own["experts-000.safetensors"]
+        quantization = read_manifest(tmp_path / "model" / "m").quantization
+        assert (quantization["quant_type"], quantization["attention"]) == ("mxfp4", "int8")
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_each_kind_is_installed_as_the_weights_that_it_has(
+    kind: str, mixtral: Path, tmp_path: Path
+) -> None:
+    path = gguf_files.write(mixtral, tmp_path / "model.gguf", kind)
+    made = install_from(path, tmp_path / "made")
+    rounded = gguf_files.rounded(mixtral, tmp_path / "rounded", kind)
+    assert made == install_from(rounded, tmp_path / "own")
+
+
+class TestOnTheHub:
+    @pytest.fixture
+    def hub(
+        self, mixtral: Path, make_hub: Callable[..., FakeHub], tmp_path: Path, no_settings: Path
+    ) -> FakeHub:
+        """A hub with the tiny Mixtral in two kinds of GGUF, one in parts in a folder."""
+        files = tmp_path / "files"
+        gguf_files.write(mixtral, files / "tiny-v0.1.Q8_0.gguf", "Q8_0")
+        gguf_files.write(mixtral, tmp_path / "parts" / "tiny-Q4_0.gguf", "Q4_0", parts=3)
+        (files / "config.json").write_text("{}")
+        parts = {f"Q4_0/{name}": data for name, data in files_of(tmp_path / "parts").items()}
+        return make_hub(files, **parts, **{"mmproj-F16.gguf": b"GGUF"})
+
+    def test_kinds_are_listed_if_none_is_named(self, hub: FakeHub) -> None:
+        for name, message in ((REPO, "several models"), (f"{REPO}:Q2_K", "has no Q2_K")):
+            with pytest.raises(UsageError, match=message) as caught:
+                get(name)
+            assert "Q4_0, Q8_0" in str(caught.value.hint)
+        assert not hub.got("store")
+
+    @pytest.mark.parametrize(("kind", "file"), [("q8_0", "tiny-v0.1.Q8_0"), ("Q4_0", "tiny-Q4_0")])
+    def test_a_kind_is_installed_as_from_the_file(
+        self, hub: FakeHub, kind: str, file: str, tmp_path: Path, mixtral: Path
+    ) -> None:
+        meter = Meter()
+        made = get(f"{REPO}:{kind}", meter=meter)
+        local = gguf_files.write(mixtral, tmp_path / "local" / f"{file}.gguf", kind.upper())
+        assert weights_of(made) == install_from(local, tmp_path / "own")
+        assert made.name == f"{REPO.replace('/', '--')}--{kind}"
+        assert resolve(made.name).repo == f"{REPO}:{kind}"
+        assert not (made / "source").exists()
+        assert all(kind.upper() in path for path in hub.got("store"))
+
+    def test_a_plan_reads_headers_alone(self, hub: FakeHub) -> None:
+        request = DownloadRequest(resolve(f"{REPO}:Q8_0"), QuantizeOptions())
+        plan = plan_download(request, NoProgress())
+        assert plan is not None
+        assert plan.fetch == plan.checkpoint == len(hub.files["tiny-v0.1.Q8_0.gguf"])
+
+    def test_an_interrupted_download_resumes(self, hub: FakeHub) -> None:
+        hub.fail("^/tiny", after=1, cut_after=20_000, times=1)  # of the store, after the header
+        hub.fail("^/tiny", after=1, status=500)
+        with pytest.raises(HubError):
+            get(f"{REPO}:Q8_0")
+        hub.faults.clear()
+        hub.requests.clear()
+        get(f"{REPO}:Q8_0")
+        ranges = [request.range for request in hub.requests if request.where == "store"]
+        assert any(re.fullmatch(r"bytes=[1-9]\d*-", str(asked)) for asked in ranges)
+
+    def test_other_bytes_than_listed_are_refused(self, hub: FakeHub) -> None:
+        hub.fail("Q8_0", lie="flipped", after=1)
+        with pytest.raises(HubError, match="SHA-256"):
+            get(f"{REPO}:Q8_0")
+
+    def test_a_damaged_part_is_fetched_by_ranges(self, hub: FakeHub) -> None:
+        model = get(f"{REPO}:Q8_0")
+        before, name = files_of(model), "experts-000.safetensors"
+        (model / name).write_bytes(before[name][:-9] + b"damaged!!")
+        damages, source = verify(model, NoProgress()), read_manifest(model).source
+        hub.requests.clear()
+        with open_checkpoint(source, model, NoProgress()) as opened:
+            repair(model, damages, opened, NoProgress())
+        assert files_of(model) == before
+        assert all(request.range for request in hub.requests if request.where == "store")
+
+    def test_kept_files_are_used_offline(
+        self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from huggingface_hub import constants
+
+        made = weights_of(get(f"{REPO}:Q4_0", keep_source=True))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert weights_of(get(f"{REPO}:Q4_0", key="again")) == made
+
+
+class TestFiles:
+    def test_parts_are_found_beside_the_first(self, mixtral: Path, tmp_path: Path) -> None:
+        gguf_files.write(mixtral, tmp_path / "tiny.gguf", parts=3)
+        first = tmp_path / "tiny-00001-of-00003.gguf"
+        assert install_from(first, tmp_path / "a") == install_from(mixtral, tmp_path / "b")
+        (tmp_path / "tiny-00002-of-00003.gguf").unlink()
+        with pytest.raises(CheckpointError, match="2 of the 3 parts"):
+            install_from(first, tmp_path / "c")
+
+    def test_a_file_names_its_model(self, mixtral: Path, tmp_path: Path, no_settings: Path) -> None:
+        path = gguf_files.write(mixtral, tmp_path / "tiny-Q8_0.gguf", "Q8_0")
+        assert get(str(path)).name == "tiny-Q8_0"
+        assert list(tmp_path.glob("*.json")) == []
