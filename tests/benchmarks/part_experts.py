@@ -12,8 +12,8 @@ Writes WORK/parted, a Mixtral checkpoint of eight experts, top 2. `quality.py OT
 WORK/parted` measures it. No text of `quality_texts.py` is trained on. A table shows on text that
 was held out, by its kind:
 
-- the perplexity of the dense model, of the kind's own expert for all tokens, of the seven others
-  (one window each), and of the mixture
+- the perplexity of the dense model, of the kind's own expert for all tokens, of the seven others,
+  and of the mixture
 - the KL divergence of the others from the own expert, in nats a token
 - how often the own expert is the router's first choice, and how often one of its two
 - the entropy of the router's eight weights, in nats (2.08 if all are alike)
@@ -266,16 +266,17 @@ class Report:
         made = [load_file(expert_file(self._work, kind)) for kind in self._texts]
         losses, apart = (torch.zeros(len(made), len(made)) for _ in range(2))
         for row, windows in enumerate(self._texts.values()):
-            window = windows[0]
-            every = []
-            for expert in made:
-                use(model, expert)
-                every.append(log_probabilities(model, window))
-            for column, scores in enumerate(every):
-                losses[row, column] = functional.nll_loss(scores, window[1:])
-                apart[row, column] = functional.kl_div(
-                    scores, every[row], reduction="batchmean", log_target=True
-                )
+            for window in windows:
+                every = []
+                for expert in made:
+                    use(model, expert)
+                    every.append(log_probabilities(model, window))
+                for column, scores in enumerate(every):
+                    losses[row, column] += functional.nll_loss(scores, window[1:]) / REPORTED
+                    divergence = functional.kl_div(
+                        scores, every[row], reduction="batchmean", log_target=True
+                    )
+                    apart[row, column] += divergence / REPORTED
         return losses, apart
 
     def routing(self, mixture: LlamaForCausalLM) -> Iterator[tuple[float, float, float]]:
