@@ -27,9 +27,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from safetensors import safe_open
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch_mixture import read_mixture
+from transformers import LlamaForCausalLM
 
 from mixchat.base.progress import NoProgress
 from mixchat.text.choose import load_tokenizer
@@ -51,48 +51,22 @@ Key = tuple[int, str]  # a layer, and "w13" or "w2"
 Round = Callable[[Key, torch.Tensor], torch.Tensor]  # a matrix to its rounded one
 
 
-def dense_model(checkpoint: Path) -> LlamaForCausalLM:
-    """The model with the first expert of each layer for all tokens."""
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
-    config = LlamaConfig(
-        **{key: demo.DEMO_CONFIG[key] for key in same},
-        num_attention_heads=demo.DEMO_CONFIG["num_attention_heads"],
-        num_key_value_heads=demo.DEMO_CONFIG["num_key_value_heads"],
-        max_position_embeddings=demo.DEMO_CONFIG["max_position_embeddings"],
-        rope_parameters={"rope_type": "default", "rope_theta": demo.DEMO_CONFIG["rope_theta"]},
-    )
-    model, state = LlamaForCausalLM(config).eval(), {}
-    names = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
-    for path in checkpoint.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if (".experts." in name and ".experts.0." not in name) or ".gate.weight" in name:
-                    continue
-                ours = name.replace("block_sparse_moe.experts.0.", "mlp.")
-                for old, new in names.items():
-                    ours = ours.replace(old, new)
-                state[ours] = file.get_tensor(name).float()
-    model.load_state_dict(state)
-    return model
-
-
 def matrices(model: LlamaForCausalLM) -> dict[Key, torch.Tensor]:
     """The matrices of the feed-forward blocks, as the experts of an installed model have them."""
     found = {}
     for number, layer in enumerate(model.model.layers):
-        both = (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
-        found[number, "w13"] = torch.cat(both).bfloat16()
-        found[number, "w2"] = layer.mlp.down_proj.weight.bfloat16()
+        expert = layer.mlp.experts[0]
+        found[number, "w13"] = torch.cat((expert.w1.weight, expert.w3.weight)).bfloat16()
+        found[number, "w2"] = expert.w2.weight.bfloat16()
     return found
 
 
 def replace_matrices(model: LlamaForCausalLM, made: dict[Key, torch.Tensor]) -> None:
     """Give the model these matrices."""
     for number, layer in enumerate(model.model.layers):
-        layer.mlp.gate_proj.weight.data, layer.mlp.up_proj.weight.data = made[number, "w13"].chunk(
-            2
-        )
-        layer.mlp.down_proj.weight.data = made[number, "w2"]
+        expert = layer.mlp.experts[0]
+        expert.w1.weight.data, expert.w3.weight.data = made[number, "w13"].chunk(2)
+        expert.w2.weight.data = made[number, "w2"]
 
 
 def record(model: LlamaForCausalLM, windows: torch.Tensor) -> dict[Key, torch.Tensor]:
@@ -100,10 +74,11 @@ def record(model: LlamaForCausalLM, windows: torch.Tensor) -> dict[Key, torch.Te
     rows: dict[Key, list[torch.Tensor]] = {}
     hooks = []
     for number, layer in enumerate(model.model.layers):
-        for name, linear in (("w13", layer.mlp.gate_proj), ("w2", layer.mlp.down_proj)):
+        expert = layer.mlp.experts[0]
+        for name, linear in (("w13", expert.w1), ("w2", expert.w2)):
 
             def add(_: object, given: tuple[torch.Tensor], key: Key = (number, name)) -> None:
-                rows.setdefault(key, []).append(given[0][0].bfloat16())
+                rows.setdefault(key, []).append(given[0].bfloat16())
 
             hooks.append(linear.register_forward_pre_hook(add))
     for window in windows:
@@ -214,7 +189,7 @@ def cut(checkpoint: Path, text: Path, windows: int) -> torch.Tensor:
 @torch.inference_mode()
 def compare(checkpoint: Path, given: argparse.Namespace) -> None:
     """Print the table, a row as soon as it is known."""
-    model = dense_model(checkpoint)
+    model = read_mixture(checkpoint, experts=1)
     meter = Meter(model, [cut(checkpoint, text, given.windows) for text in given.texts])
     exact = matrices(model)
     ways = Ways(record(model, cut(checkpoint, given.calibration, CALIBRATION_WINDOWS)))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CHATS = "chatterbot-corpus==1.3.3"
@@ -27,10 +27,7 @@ def write_texts(folder: Path, checkpoint: Path) -> list[Path]:
         return paths
     folder.mkdir(exist_ok=True)
     fortunes = folder / "usr/share/games/fortunes"
-    as_root = ["-o", "APT::Sandbox::User=root"]  # else it warns of a folder that only we can read
-    _fetch(folder, ["apt-get", *as_root, "download", "fortunes", "fortunes-de"])
-    for package in folder.glob("*.deb"):
-        _fetch(folder, ["dpkg-deb", "--extract", package.name, "."])
+    fetch_packages(folder, ["fortunes", "fortunes-de"])
     texts = [
         (fortunes / "people").read_text(encoding="utf-8"),
         inspect.getsource(tarfile),
@@ -41,6 +38,16 @@ def write_texts(folder: Path, checkpoint: Path) -> list[Path]:
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text, encoding="utf-8")
     return paths
+
+
+def fetch_packages(folder: Path, names: Sequence[str]) -> None:
+    """Extract packages of Debian in a folder, if it has none."""
+    if any(folder.glob("*.deb")):
+        return
+    as_root = ["-o", "APT::Sandbox::User=root"]  # else it warns of a folder that only we can read
+    _fetch(folder, ["apt-get", *as_root, "download", *names])
+    for package in folder.glob("*.deb"):
+        _fetch(folder, ["dpkg-deb", "--extract", package.name, "."])
 
 
 def _chats(folder: Path, checkpoint: Path) -> str:
