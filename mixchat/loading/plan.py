@@ -92,9 +92,8 @@ def _mixes(
     """Yield the model with mixes of types that fit."""
     free, options = plan.machine.free, plan.fit.options
     for bits in DEMO_LOSS_CALIBRATED:
-        mix = expected_mix(blueprint, ExpertSize.parse(bits))
         with suppress(ResourceError, UsageError):
-            fit = fit_model(mix, free, options)
+            fit = fit_model(expected_mix(blueprint, ExpertSize.parse(bits)), free, options)
             yield plan_variant(bits, device, fit, measured(fit))
 
 

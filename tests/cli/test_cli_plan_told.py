@@ -80,7 +80,7 @@ def test_experts_of_other_bits_are_planned_before_they_are_downloaded(planned, m
         for bits in ("4", "3")
     )
     assert four["quantization"]["quant_type"] == "nf4"
-    assert three["quantization"]["quant_type"] == "nf3"
+    assert three["quantization"]["quant_type"] == "trellis3"
     assert (
         three["kept_bytes"]
         == json.loads(planned("instruct", "--json").stdout)["in_3_bits"]["kept_bytes"]
@@ -98,7 +98,7 @@ def test_other_bits_of_an_installed_model_are_those_of_a_second_download(
     same = json.loads(planned("mine", "--expert-bits", "4", "--json").stdout)
     assert (same["kept"], same["command"]) == (True, "mixchat run -m mine --device cpu")
     other = json.loads(planned("mine", "--expert-bits", "3", "--json").stdout)
-    assert (other["kept"], other["quantization"]["quant_type"]) == (False, "nf3")
+    assert (other["kept"], other["quantization"]["quant_type"]) == (False, "trellis3")
     assert Path(other["path"]).name == "mine-3bit"
     assert other["command"] == f"mixchat download {source} --expert-bits 3 --name mine-3bit"
 

@@ -195,15 +195,19 @@ def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over():
     """One that came quantized was taken as made in any way, whatever was asked of it."""
     from mixchat.weights.make.download import _made_as
 
-    how = {"scales": "given", "quant_type": "nf4", "attention": "nf4", "head": "none"}
-    assert _made_as(QuantizeOptions(), how)
-    assert _made_as(QuantizeOptions(attention=4), how)
-    assert not _made_as(QuantizeOptions(attention=16), how)
-    assert not _made_as(QuantizeOptions("nf3"), how)
-    assert not _made_as(QuantizeOptions("none"), how)
-    assert _made_as(QuantizeOptions(head=16), how)
-    assert not _made_as(QuantizeOptions(head=4), how)
-    assert not _made_as(QuantizeOptions(head=8), how)
+    made = {"scales": "given", "quant_type": "nf4", "attention": "nf4", "head": "none"}
+
+    def fits(*given, **options):
+        return _made_as(DownloadRequest(resolve(REPO), QuantizeOptions(*given, **options)), made)
+
+    assert fits()
+    assert fits(attention=4)
+    assert not fits(attention=16)
+    assert not fits("nf3")
+    assert not fits("none")
+    assert fits(head=16)
+    assert not fits(head=4)
+    assert not fits(head=8)
 
 
 @pytest.mark.parametrize(("revision", "same"), [("c0ffeec", True), ("c0ffee", False)])

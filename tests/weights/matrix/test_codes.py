@@ -397,7 +397,7 @@ def test_each_type_is_known_by_its_name_and_to_manifests() -> None:
 
 
 def test_a_type_is_found_by_its_bits() -> None:
-    names = {16: "none", 8: "int8", 6: "int6", 5: "int5", 4: "nf4", 3: "nf3", 2: "trellis2"}
+    names = {16: "none", 8: "int8", 6: "int6", 5: "int5", 4: "nf4", 3: "trellis3", 2: "trellis2"}
     assert {bits: type_of_bits(bits) for bits in names} == names
     found = {kind: type_of_bits(4, kind) for kind in ("nf3", "fp4", "mxfp4", "none")}
     assert found == {"nf3": "nf4", "fp4": "fp4", "mxfp4": "nf4", "none": "nf4"}
