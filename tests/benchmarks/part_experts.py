@@ -55,12 +55,13 @@ ROUTER_WINDOWS = 6  # of each kind
 ROUTER_STEPS = 120
 LETTERS = 400_000  # of a kind
 PACKAGES = "fortunes", "manpages-de", "manpages-fr"
+NO_TEXT = ".dat", ".u8"  # beside Debian's fortunes: an index, and the same text again
 
 
 def _files(pattern: str, root: Path, *without: str) -> Iterator[str]:
     """Yield the texts of files, in the order of their names."""
     for path in sorted(root.glob(pattern)):
-        if path.is_file() and path.name not in without:
+        if path.is_file() and path.name not in without and path.suffix not in NO_TEXT:
             raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             yield raw.decode("utf-8", "replace")
 

@@ -227,13 +227,14 @@ def rounded_bits(blueprint: Blueprint, rounded: str) -> float:
 
     "dense" counts attention and head alone.
     """
-    layers = blueprint.config.num_hidden_layers
-    specs = [] if rounded == "dense" else [blueprint.expert.gate_up, blueprint.expert.down]
-    if rounded != "experts":
-        specs += [blueprint.qkv(0), blueprint.o(0)]
-    nbytes = layers * sum(tensor.nbytes for spec in specs for tensor in spec.tensors)
-    weights = layers * sum(spec.rows * spec.columns for spec in specs)
+    specs = []
+    for layer in range(blueprint.config.num_hidden_layers):
+        if rounded != "dense":
+            expert = blueprint.expert_of(layer)
+            specs += [expert.gate_up, expert.down]
+        if rounded != "experts":
+            specs += [blueprint.qkv(layer), blueprint.o(layer)]
     if rounded != "experts" and blueprint.head is not None:
-        nbytes += sum(tensor.nbytes for tensor in blueprint.head.tensors)
-        weights += blueprint.head.rows * blueprint.head.columns
-    return 8 * nbytes / weights
+        specs.append(blueprint.head)
+    nbytes = sum(tensor.nbytes for spec in specs for tensor in spec.tensors)
+    return 8 * nbytes / sum(spec.rows * spec.columns for spec in specs)
