@@ -85,7 +85,7 @@ def test_a_second_form_is_left_out_if_the_first_took_all_the_time(planned, measu
     monkeypatch.setattr(measuring, "take_sample", measure_slowly)
     done = planned("instruct")
     assert clock.now == 30
-    assert "With experts in fewer bits" not in sections(done)
+    assert "\n  3 bits" not in sections(done)["With experts in fewer bits"]
     assert done.stderr.startswith(b"note: 3 bits are not compared: ")
     again = json.loads(planned("instruct", "--json").stdout)
     assert (again["samples"], again["in_3_bits"] is None) == (1, False)

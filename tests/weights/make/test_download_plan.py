@@ -14,6 +14,7 @@ from mixchat.base import machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.machine import disk_usage
 from mixchat.weights.families.read_config import read_config
+from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.known_models import KNOWN, MIXTRAL
 from mixchat.weights.make import download_plan
@@ -202,6 +203,7 @@ class TestPlan:
 
 ENOUGH = DownloadPlan(
     name="tiny",
+    blueprint=Blueprint(read_config(MIXTRAL), Quantization("nf4")),
     target=Path("/models/tiny"),
     source="org/tiny",
     commit=None,
