@@ -121,7 +121,7 @@ def test_wrong_paths_and_methods_have_openais_form(served, data, status):
 def test_a_client_of_another_api_is_told_the_path_of_chats(served):
     """OpenAI's client shows the message; it said no more than "not found"."""
     with served.openai() as client, pytest.raises(openai.NotFoundError, match=CHAT):
-        client.responses.create(model="scripted", input="Hi")
+        client.embeddings.create(model="scripted", input="Hi")
 
 
 @pytest.mark.parametrize(
