@@ -120,9 +120,11 @@ def open_service(
             return engine
 
         def close(engine: Engine) -> None:
-            if caches is not None:
-                caches.save(engine)
-            engine.close()
+            try:
+                if caches is not None:
+                    caches.save(engine)
+            finally:
+                engine.close()
 
         service = ModelService(
             name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mixchat.base.errors import MixchatError
+from mixchat.base.files import write_error
 from mixchat.base.progress import Note
 from mixchat.base.settings import server_caches_dir
 from mixchat.engine.generate import Engine
@@ -31,7 +32,11 @@ class ServerCaches:
                 self._note(f"{error}; it will be written again")
 
     def save(self, engine: Engine) -> None:
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            self._note(str(write_error(error, self._directory, "KV caches cannot be saved")))
+            return
         for cache in self._caches:
             try:
                 cache.save()

@@ -131,6 +131,19 @@ def test_kv_caches_in_files_serve_the_next_service(model_service, monkeypatch, t
     assert "it will be written again" in notes[0]
 
 
+def test_a_directory_that_cannot_be_made_for_kv_caches_is_noted(
+    model_service, monkeypatch, tmp_path
+):
+    """An error there ended the thread of the model, whose memory stayed in use."""
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    (tmp_path / "server").write_bytes(b"")
+    notes: list[str] = []
+    service = model_service(caches=ServerCaches("tiny", notes.append))
+    service.close()
+    assert len(notes) == 1
+    assert "KV caches cannot be saved" in notes[0]
+
+
 @pytest.mark.parametrize(("max_tokens", "reason"), [(4, "length"), (None, "context")])
 def test_an_answer_that_nothing_stops_ends_at_its_limit_or_where_the_context_is_full(
     model_service, max_tokens, reason

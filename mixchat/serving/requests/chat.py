@@ -47,8 +47,8 @@ from mixchat.serving.requests.tools import Calls, ToolFields, calls_of
 from mixchat.serving.service import Service
 from mixchat.text.messages import Message, Role
 
-_MAX_MESSAGES = 10_000
-_MAX_PARTS = 1000  # of a message
+MAX_MESSAGES = 10_000
+MAX_PARTS = 1000  # of a message
 _NO_FUNCTIONS = "is not supported: use tools"
 _NO_CALL = "cannot be followed: use tools and tool_choice"
 _TEXT_ONLY = "is not supported: the model reads and writes text alone"
@@ -86,7 +86,7 @@ class _ChatMessage(RequestObject):
     refusal: _MediaField = None
     annotations: _MediaField = None
     # A string in the end, by `_text`.
-    content: Annotated[list[_Part], FailFast(), max_items(_MAX_PARTS), WrapValidator(_text)]
+    content: Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), WrapValidator(_text)]
 
     def message(self, path: str) -> Message:
         """Return the message. Raises `RequestError` for fields of another role."""
@@ -121,7 +121,7 @@ class _ChatFields(ToolFields, SharedFields):
     reasoning_effort: Annotated[
         Any, only(("none",), "invalid_value", 'has to be "none": the model does not reason apart')
     ] = None
-    messages: Annotated[list[_ChatMessage], FailFast(), max_items(_MAX_MESSAGES)] = Field([])
+    messages: Annotated[list[_ChatMessage], FailFast(), max_items(MAX_MESSAGES)] = Field([])
 
 
 def read_chat(

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, TypeAlias
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -28,6 +28,8 @@ from mixchat.serving.web.page import PAGE_PATHS
 _ANY = "*"
 _OPEN_PATHS = {"/health"} | PAGE_PATHS  # need no key, because they tell nothing
 IGNORED = "x-mixchat-ignored"  # names a request's fields without an effect
+# The form of errors of the API at a path.
+FormOf: TypeAlias = "Callable[[str], Callable[[RequestError], dict[str, Any]]]"
 
 
 def find_address(host: str, port: int, key: str | None) -> Address:
@@ -82,10 +84,10 @@ class Access:
     local_only: bool = True
 
 
-def guarded(app: ASGIApp, access: Access) -> ASGIApp:
+def guarded(app: ASGIApp, access: Access, form_of: FormOf) -> ASGIApp:
     """Return `app` with all checks before it."""
     if access.key is not None:
-        app = _KeyCheck(app, access.key)
+        app = _KeyCheck(app, access.key, form_of)
     if access.origins:
         app = CORSMiddleware(
             app,
@@ -94,7 +96,7 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
             allow_headers=(_ANY,),
             expose_headers=("x-request-id", "retry-after", IGNORED),
         )
-    return _HeaderCheck(app, access)
+    return _HeaderCheck(app, access, form_of)
 
 
 def openai_error(error: RequestError) -> dict[str, Any]:
@@ -112,12 +114,13 @@ def error_response(
 
 
 class _HeaderCheck:
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app, self._access = app, access
+    def __init__(self, app: ASGIApp, access: Access, form_of: FormOf) -> None:
+        self._app, self._access, self._form_of = app, access, form_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._fault(Headers(scope=scope))
-        await (self._app if error is None else error_response(error))(scope, receive, send)
+        refused = None if error is None else error_response(error, self._form_of(scope["path"]))
+        await (refused or self._app)(scope, receive, send)
 
     def _fault(self, headers: Headers) -> RequestError | None:
         if "content-length" in headers and "transfer-encoding" in headers:
@@ -136,8 +139,8 @@ class _HeaderCheck:
 class _KeyCheck:
     """Checks the key in constant time."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._digest = app, _digest(key.encode())
+    def __init__(self, app: ASGIApp, key: str, form_of: FormOf) -> None:
+        self._app, self._digest, self._form_of = app, _digest(key.encode()), form_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -154,7 +157,7 @@ class _KeyCheck:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error_response(error)(scope, receive, send)
+        await error_response(error, self._form_of(scope["path"]))(scope, receive, send)
 
 
 def _digest(key: bytes) -> bytes:

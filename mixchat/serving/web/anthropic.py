@@ -18,18 +18,18 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, FailFast, Field
 
-from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.chat import MAX_MESSAGES, MAX_PARTS, read_chat
 from mixchat.serving.requests.errors import RequestError, field_error
-from mixchat.serving.requests.fields import RequestObject, validated
+from mixchat.serving.requests.fields import RequestObject, max_items, validated
 from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import Defaults, ParsedRequest
 from mixchat.serving.service import Delta, Done, Service
 from mixchat.serving.web.blocks import Block, Blocks, Change, blocks_of
-from mixchat.serving.web.responses import JSON, ResponseBuilder, to_event
+from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments, to_event
 
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
 _SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream")
@@ -54,10 +54,21 @@ class _Block(RequestObject):
     is_error: bool = False
 
 
+def _as_blocks(given: Any) -> Any:
+    return [{"type": "text", "text": given}] if isinstance(given, str) else given
+
+
+_Blocks = Annotated[list[_Block], FailFast(), max_items(MAX_PARTS), BeforeValidator(_as_blocks)]
+
+
 class _Message(RequestObject):
     never_null = ("role", "content")
     role: Literal["user", "assistant", "system"]
-    content: str | list[_Block]
+    content: _Blocks
+
+
+class _Result(RequestObject):
+    content: _Blocks = Field([])
 
 
 class _Tool(RequestObject):
@@ -86,10 +97,10 @@ class _Thinking(RequestObject):
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_LABELS)
     never_null = ("messages",)
-    messages: list[_Message]
-    system: str | list[_Block] = ""
-    stop_sequences: list[str] = Field([])
-    tools: list[_Tool] = Field([])
+    messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)]
+    system: _Blocks = Field([])
+    stop_sequences: Annotated[list[str], FailFast()] = Field([])
+    tools: Annotated[list[_Tool], FailFast()] = Field([])
     tool_choice: _Choice | None = None
     thinking: _Thinking | None = None
 
@@ -142,13 +153,10 @@ def _tool(tool: _Tool) -> dict[str, Any]:
 
 def _messages(message: _Message) -> Iterator[dict[str, Any]]:
     """Yield OpenAI's messages for one. The results of tools come first, each in a message."""
-    if isinstance(message.content, str):
-        yield {"role": message.role, "content": message.content}
-        return
     blocks = message.content
     for block in blocks:
         if block.type == "tool_result":
-            content = _text(block.content)
+            content = _text(validated(_Result, {"content": block.content}).content)
             yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
     calls = [_call(block) for block in blocks if block.type == "tool_use"]
     texts = [block for block in blocks if block.type == "text"]
@@ -160,7 +168,7 @@ def _messages(message: _Message) -> Iterator[dict[str, Any]]:
 
 
 def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages, with those of a user one after the other as one.
+    """Return the messages, with consecutive ones of a user joined.
 
     Templates want questions and answers in turns. An instruction in the midst of a conversation
     counts as a part of the question, so that the prompt before it stays cached.
@@ -180,13 +188,7 @@ def _call(block: _Block) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": function}
 
 
-def _text(content: Any) -> str:
-    """Return the text of a string or of blocks. Raises `RequestError` for other blocks."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise field_error("content", "has to be a string or a list of blocks", "invalid_value")
-    blocks = [one if isinstance(one, _Block) else validated(_Block, one) for one in content]
+def _text(blocks: Sequence[_Block]) -> str:
     return "\n\n".join(block.text for block in blocks)
 
 
@@ -233,7 +235,8 @@ class AnthropicResponses(ResponseBuilder):
     def _stop(self, done: Done) -> JSON:
         stops = self._request.jobs[0].stop
         if done.reason == "stop_string":
-            return {"stop_reason": "stop_sequence", "stop_sequence": stops[0]}
+            known = stops[0] if len(stops) == 1 else None  # of several, nobody tells which
+            return {"stop_reason": "stop_sequence", "stop_sequence": known}
         return {"stop_reason": _STOPS.get(done.reason, "end_turn"), "stop_sequence": None}
 
     def _usage(self, done: Sequence[Done]) -> JSON:
@@ -255,8 +258,8 @@ def error_body(error: RequestError) -> JSON:
 
 def _content(block: Block) -> JSON:
     if block.kind == "call":
-        given = json.loads(block.content or "{}")
-        return {"type": "tool_use", "id": block.id, "name": block.name, "input": given}
+        given = call_arguments(block.content)
+        return {"type": "tool_use", "id": block.id, "name": block.name, "input": given or {}}
     if block.kind == "thinking":
         return {"type": "thinking", "thinking": block.content, "signature": ""}
     return {"type": "text", "text": block.content}

@@ -25,7 +25,13 @@ from mixchat.base.progress import Note
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
-from mixchat.serving.requests.errors import RequestError, as_request_error, field_error, to_json
+from mixchat.serving.requests.errors import (
+    RequestError,
+    as_request_error,
+    field_error,
+    plain,
+    to_json,
+)
 from mixchat.serving.requests.fields import RequestObject, validated
 from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import Defaults, ParsedRequest
@@ -47,7 +53,10 @@ from mixchat.serving.web.served_models import LoadedModel, ServedModels
 _MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
 _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
 _MAX_WAITING_CHECKS = 16
-_FORM_FIELDS = ("response_format", "tools", "format", "text")  # whose schemas are checked
+_MAX_IGNORED = 20  # fields that a response names
+_MAX_NOTED = 100  # names
+# The fields with schemas or grammars, which are checked in processes.
+_FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text")
 _CHAT_PATH = "/v1/chat/completions"
 _MESSAGES_PATH = "/v1/messages"
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
@@ -58,7 +67,7 @@ ModelEndpoint = Callable[
 ]  # with the request's body
 Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
 
-# What reads a request, and what builds its response.
+# The reader of a request, and the builder of its response.
 _APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
     _CHAT_PATH: (read_chat, ChatResponses),
     "/v1/completions": (read_completion, CompletionResponses),
@@ -87,7 +96,7 @@ class AppState:
 
     def note_ignored(self, names: Sequence[str]) -> None:
         for name in names:
-            if name not in self._noted:
+            if name not in self._noted and len(self._noted) < _MAX_NOTED:
                 self._noted.add(name)
                 self.note(f"requests have the field {name}, which has no effect here")
 
@@ -151,7 +160,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
         },
     )
     app.router.redirect_slashes = False
-    return _ResponseHeaders(guarded(app, access))
+    return _ResponseHeaders(guarded(app, access, _error_body))
 
 
 async def _answer(
@@ -164,8 +173,8 @@ async def _answer(
 ) -> ASGIApp:
     read, builder = api
     asked = await while_connected(request.receive, _read(state, model, body, read))
-    state.note_ignored(asked.ignored)
-    request.state.ignored = asked.ignored
+    request.state.ignored = _named(asked)
+    state.note_ignored(request.state.ignored)
     if asked.jobs[0].top_logprobs is not None:
         await run_in_threadpool(model.texts.load)
     responses = builder(asked, model.service.name, model.texts)
@@ -197,13 +206,18 @@ async def _read(
         return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
 
 
+def _named(asked: ParsedRequest) -> list[str]:
+    """Return the ignored fields' names as short ASCII, because a client chose them."""
+    return list(map(plain, asked.ignored[:_MAX_IGNORED]))
+
+
 async def _count_tokens(
     state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
 ) -> ASGIApp:
     asked = await while_connected(
         request.receive, _read(state, model, body, anthropic.read_counted)
     )
-    request.state.ignored = asked.ignored
+    request.state.ignored = _named(asked)
     return _json({"input_tokens": len(asked.jobs[0].prompt_ids)})
 
 
@@ -314,7 +328,8 @@ def _no_such_route(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path!a:.80}: {error.detail.lower()}"
     if error.status_code == 404:
         message += f"; this server answers chats at {_CHAT_PATH}"
-    return error_response(RequestError(message, status=error.status_code, headers=error.headers))
+    refused = RequestError(message, status=error.status_code, headers=error.headers)
+    return error_response(refused, _error_body(request.url.path))
 
 
 class _ResponseHeaders:

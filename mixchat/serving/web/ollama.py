@@ -21,18 +21,18 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
-from mixchat.serving.requests.chat import read_chat
+from mixchat.serving.requests.chat import MAX_MESSAGES, read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
-from mixchat.serving.requests.fields import RequestObject, only, validated
+from mixchat.serving.requests.fields import RequestObject, max_items, only, validated
 from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import LATEST, Defaults, ParsedRequest
 from mixchat.serving.service import Delta, Done, Service
-from mixchat.serving.web.responses import JSON, ResponseBuilder
+from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
 from mixchat.serving.web.served_models import ServedModels
-from mixchat.text.tool_call import CallDelta, joined_calls
+from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
 # Clients compare it with the Ollama that they need.
 API_VERSION = "0.33.0"
@@ -66,18 +66,18 @@ class _Message(RequestObject):
     content: str = ""
     thinking: str = ""
     images: Annotated[Any, _NO_IMAGES] = None
-    tool_calls: list[_Call] = Field([])
+    tool_calls: Annotated[list[_Call], FailFast()] = Field([])
     tool_name: str = ""
     tool_call_id: str = ""
 
 
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_WITHOUT_EFFECT, "logprobs", "top_logprobs")
-    messages: list[_Message] = Field([])
+    messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)] = Field([])
     prompt: str = ""
     system: str = ""
     raw: bool = False
-    format: dict[str, Any] | str = ""
+    format: Any = ""
     options: dict[str, Any] = Field({})
     images: Annotated[Any, _NO_IMAGES] = None
     suffix: Annotated[Any, only(("",), "unsupported_parameter", "is not supported")] = None
@@ -134,7 +134,7 @@ def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
     elif isinstance(fields.format, dict):
         schema = {"name": "format", "schema": fields.format}
         chat["response_format"] = {"type": "json_schema", "json_schema": schema}
-    elif fields.format:
+    elif fields.format != "":
         raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
     return chat
 
@@ -197,7 +197,8 @@ class OllamaResponses(ResponseBuilder):
 
     def _content(self, delta: Delta) -> JSON:
         thinking = {"thinking": delta.thinking} if delta.thinking else {}
-        calls = {"tool_calls": list(map(_called, joined_calls(delta.calls)))} if delta.calls else {}
+        called = [one for one in map(_called, joined_calls(delta.calls)) if one is not None]
+        calls = {"tool_calls": called} if called else {}
         return {"message": {"role": "assistant", "content": delta.text, **thinking, **calls}}
 
     def _line(self, content: JSON, more: JSON) -> bytes:
@@ -255,6 +256,9 @@ def error_body(error: RequestError) -> JSON:
     return {"error": str(error)}
 
 
-def _called(call: Any) -> JSON:
-    given = json.loads(call.arguments or "{}")
+def _called(call: ToolCall) -> JSON | None:
+    """Return a call, None for one that the limit cut off. It would run with other arguments."""
+    given = call_arguments(call.arguments)
+    if given is None:
+        return None
     return {"id": call.id, "function": {"name": call.name, "arguments": given}}

@@ -3,13 +3,13 @@
 | field                                      | taken as                                         |
 | ------------------------------------------ | ------------------------------------------------ |
 | input, instructions                        | messages, calls of functions and their results   |
-| max_output_tokens, temperature, top_p      | those of a chat                                  |
-| tools, tool_choice, parallel_tool_calls    | those of a chat; only functions                  |
+| max_output_tokens, temperature, top_p      | as in a chat                                     |
+| tools, tool_choice, parallel_tool_calls    | as in a chat, only functions                     |
 | text.format                                | response_format                                  |
 | reasoning.effort                           | reasoning_effort                                 |
 | previous_response_id, conversation,        | refused: answers are not stored                  |
 | background                                 |                                                  |
-| tools of other types, _LABELS              | ignored; tools are named, or refused if strict   |
+| tools of other types, _LABELS              | ignored, tools are named, or refused if strict   |
 | all others                                 | refused                                          |
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, FailFast, Field
 
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
@@ -63,13 +63,17 @@ class _Reasoning(RequestObject):
     effort: str | None = None
 
 
+def _as_items(given: Any) -> Any:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_LABELS)
     never_null = ("input",)
-    input: str | list[dict[str, Any]]
+    input: Annotated[list[dict[str, Any]], FailFast(), BeforeValidator(_as_items)]
     instructions: str = ""
     max_output_tokens: Any = None
-    tools: list[dict[str, Any]] = Field([])
+    tools: Annotated[list[dict[str, Any]], FailFast()] = Field([])
     tool_choice: Any = None
     text: _Text = _Text()
     reasoning: _Reasoning = _Reasoning()
@@ -123,11 +127,8 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {name: tool.get(name) for name in names}}
 
 
-def _messages(given: str | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _messages(given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the messages of an input. Calls one after the other belong to one answer."""
-    if isinstance(given, str):
-        yield {"role": "user", "content": given}
-        return
     answer: dict[str, Any] = {}
     for i, item in enumerate(given):
         kind, path = item.get("type", "message"), f"input[{i}]"

@@ -6,8 +6,10 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
+from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.requests.options import ParsedRequest
 from mixchat.serving.service import Delta, Done, ServiceStats, TokenLogprob
@@ -237,6 +239,13 @@ def to_event(value: JSON, name: str | None = None) -> bytes:
     """Return an event of a stream."""
     named = b"" if name is None else f"event: {name}\n".encode()
     return named + b"data: " + to_json(value) + b"\n\n"
+
+
+def call_arguments(text: str) -> JSON | None:
+    """Return the arguments of a call, None if they are no whole JSON object."""
+    with suppress(RequestError):
+        return read_object((text or "{}").encode())
+    return None
 
 
 def _call(call: ToolCall) -> JSON:

@@ -88,7 +88,7 @@ class ServedModels:
         async with self._turn:
             if self._model is None or wanted != self.name:
                 await self._unused.wait()
-                await to_thread.run_sync(self._replace, wanted)
+                await self._change(wanted)
             model = cast("LoadedModel", self._model)
             self._users += 1
             self._unused.clear()
@@ -121,6 +121,15 @@ class ServedModels:
         if model is not None:
             model.service.close(patience)
 
+    async def _change(self, name: str) -> None:
+        """Load a model, to the end even if its client leaves, so that no two are ever loaded."""
+        changing = asyncio.ensure_future(to_thread.run_sync(self._replace, name))
+        try:
+            await asyncio.shield(changing)
+        finally:
+            await asyncio.gather(changing, return_exceptions=True)
+            self.await_sleep()
+
     def _begin_sleep(self) -> None:
         if not self._users:
             self._task = asyncio.ensure_future(self._sleep())
@@ -142,9 +151,10 @@ class ServedModels:
         raise ShuttingDownError("the server is shutting down")
 
     def _unload(self) -> None:
+        model = self._model
+        if model is None:
+            return
+        model.service.close()  # `close` waits for it meanwhile
         with self._lock:
-            model, self._model = self._model, None
-            if model is not None:
-                self._earlier = self._earlier.plus(model.service.stats())
-        if model is not None:
-            model.service.close()
+            self._model = None
+            self._earlier = self._earlier.plus(model.service.stats())

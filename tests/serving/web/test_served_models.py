@@ -99,6 +99,60 @@ def test_who_leaves_while_waiting_holds_nobody_up(shelf):
     asyncio.run(main())
 
 
+def test_a_client_that_leaves_while_a_model_loads_leaves_no_second_model_open(shelf):
+    """The next request began another load, and the first model was never closed."""
+
+    async def main():
+        models = models_of(shelf, sleep_after=0.05)
+        shelf.may_load.clear()
+        leaving = asyncio.ensure_future(models.use("b").__aenter__())
+        await until(lambda: not models.is_loaded)
+        leaving.cancel()
+        staying = asyncio.ensure_future(models.use("a").__aenter__())
+        await asyncio.sleep(0.02)
+        shelf.may_load.set()
+        await asyncio.wait([leaving, staying])
+        assert (leaving.cancelled(), shelf.open) == (True, ["a"])
+
+    asyncio.run(main())
+
+
+def test_a_model_that_was_loaded_for_nobody_sleeps_too(shelf):
+    async def main():
+        models = models_of(shelf, sleep_after=0.05)
+        shelf.may_load.clear()
+        leaving = asyncio.ensure_future(models.use("b").__aenter__())
+        await until(lambda: not models.is_loaded)
+        leaving.cancel()
+        shelf.may_load.set()
+        await asyncio.wait([leaving])
+        assert shelf.open == ["b"]
+        await until(lambda: shelf.open == [])
+
+    asyncio.run(main())
+
+
+def test_the_servers_end_waits_for_a_model_that_is_being_unloaded(shelf):
+    """Its KV caches may be written then."""
+
+    async def main():
+        models = models_of(shelf, sleep_after=0.01)
+        async with models.use() as model:
+            pass
+        entered, may_close = threading.Event(), threading.Event()
+        close = model.service.close
+        model.service.close = lambda patience=0.0: (entered.set(), may_close.wait(20))
+        await until(entered.is_set)
+        ending = asyncio.ensure_future(asyncio.to_thread(models.close))
+        await asyncio.sleep(0.05)
+        assert not ending.done()
+        may_close.set()
+        await ending
+        close()
+
+    asyncio.run(main())
+
+
 def test_an_idle_model_is_unloaded_and_the_next_request_loads_it_again(shelf):
     async def main():
         models = models_of(shelf, sleep_after=0.05)
@@ -132,7 +186,7 @@ def test_a_model_that_loads_while_the_server_ends_is_closed(shelf):
         models = models_of(shelf)
         shelf.may_load.clear()
         using = asyncio.ensure_future(models.use("b").__aenter__())
-        await until(lambda: shelf.open == [])
+        await until(lambda: not models.is_loaded)
         models.close()
         shelf.may_load.set()
         with pytest.raises(ShuttingDownError):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import ClassVar
 
@@ -144,10 +147,13 @@ class ResponsesClient(Client):
         return (
             response.output_text,
             thinking.content[0].text if thinking else "",
-            None if call is None else (call.name, json.loads(call.arguments)),
+            None if call is None else (call.name, self.arguments(call, response.status)),
             response.status,
             (response.usage.input_tokens > 0, response.usage.output_tokens),
         )
+
+    def arguments(self, call, status):
+        return json.loads(call.arguments) if status == "completed" else call.arguments
 
     def with_result(self, messages, text):
         call = next(item for item in self.last.output if item.type == "function_call")
@@ -197,6 +203,17 @@ def test_a_call_and_its_result_lead_to_an_answer(client, served, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_the_limit_cuts_off_is_no_error(client, stream):
+    """Its arguments are no whole JSON, which was an internal error."""
+    limit = len(CALL) - 20
+    *_, call, end, counts = client.ask(
+        question(CALL), stream=stream, tools=[client.tool], limit=limit
+    )
+    assert (end, counts[1]) == (client.ends["length"], limit)
+    assert (call is None) == isinstance(client, OllamaClient)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_an_error_in_the_midst_of_an_answer_reaches_the_client(client, stream):
     kinds = (anthropic.APIError, ollama.ResponseError, openai.APIError, RuntimeError)
     if stream and isinstance(client, ResponsesClient):
@@ -243,6 +260,27 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
         ("/api/generate", {"prompt": "a", "suffix": "b"}, 400, "suffix"),
         ("/api/generate", {"prompt": "a", "options": {"top_p": 7}}, 400, "top_p"),
         ("/api/show", {"model": "b"}, 404, "no model 'b'"),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            400,
+            "messages[0].content[0].type has to be 'text'",
+        ),
+        ("/v1/responses", {"input": [1]}, 400, "input[0] has to be an object, not 1"),
+        ("/v1/responses", {"input": 1}, 400, "input has to be a valid list, not 1"),
+        ("/v1/responses", {"input": [{"type": []}]}, 400, "input[0].type"),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "function"}]}, 400, "name"),
+        (
+            "/v1/responses",
+            {"input": [{"type": "function_call", "call_id": 1, "name": "w", "arguments": "{}"}]},
+            400,
+            "tool_calls[0].id",
+        ),
+        ("/api/chat", {"messages": question("a"), "format": 5}, 400, "format has to be"),
+        ("/api/chat", {"messages": question("a"), "options": [1]}, 400, "options"),
+        ("/api/chat", {"messages": [1] * 20_000}, 400, "20000 items"),
+        ("/v1/messages", {"max_tokens": 1, "messages": [1] * 20_000}, 400, "20000 items"),
+        ("/api/pull", {"model": "b"}, 404, "not found"),
     ],
 )
 def test_a_wrong_request_is_refused_in_the_form_of_its_api(served, path, body, status, text):
@@ -286,8 +324,64 @@ def test_fields_without_an_effect_are_named(served):
         assert (response.status, named in response.headers["x-mixchat-ignored"]) == (200, True)
 
 
+def test_names_of_fields_cannot_forge_headers_or_notes(served):
+    """Anthropic's clients may send any field, and the client chooses its name."""
+    names = ["a\r\nset-cookie: b", "\x1b[31m", "\U0001f600", "b" * 5000, *map(str, range(1000))]
+    body = {"max_tokens": 9, "messages": question("a"), **dict.fromkeys(names, 1)}
+    response = exchange(served, request("/v1/messages", body))
+    named = response.headers["x-mixchat-ignored"]
+    assert (response.status, "set-cookie" in response.headers) == (200, False)
+    assert (named.isascii(), named.isprintable(), len(named) < 2000) == (True, True, True)
+    assert served.notes
+    assert all(note.isascii() and note.isprintable() for note in served.notes)
+
+
+@pytest.mark.parametrize(("stops", "known"), [(["b"], "b"), (["x", "b"], None)])
+def test_anthropics_answer_names_no_stop_sequence_that_it_does_not_know(served, stops, known):
+    body = {"max_tokens": 9, "messages": question("abc"), "stop_sequences": stops}
+    answer = exchange(served, request("/v1/messages", body)).json
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", known)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": question("a"), "grammar": 'root ::= "a"'}),
+        ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_object"}}}),
+        ("/api/generate", {"prompt": "a", "format": "json", "stream": False}),
+    ],
+)
+def test_at_most_two_forms_are_checked_at_once(serve, path, body):
+    """A grammar's check is a process, too, but was not counted."""
+    running, most = set(), []
+
+    def compile_form(form, at_end=None):
+        running.add(threading.get_ident())
+        most.append(len(running))
+        time.sleep(0.05)
+        running.remove(threading.get_ident())
+        return lambda *a, **k: None
+
+    served = serve(state={"compile_form": compile_form})
+    with ThreadPoolExecutor(6) as pool:
+        responses = list(pool.map(lambda _: exchange(served, request(path, body)), range(6)))
+    assert {response.status for response in responses} == {200}
+    assert (len(most), max(most)) == (6, 2)
+
+
 def test_the_key_of_anthropics_clients_is_taken(serve):
     served = serve(Access(key="secret"))
     body = {"max_tokens": 9, "messages": question("a")}
     for key, status in [("secret", 200), ("wrong", 401)]:
-        assert exchange(served, request("/v1/messages", body, x_api_key=key)).status == status
+        response = exchange(served, request("/v1/messages", body, x_api_key=key))
+        assert (response.status, response.json["type"]) == (
+            status,
+            "message" if status == 200 else "error",
+        )
+
+
+@pytest.mark.parametrize("headers", [{}, {"origin": "http://evil.example"}])
+def test_a_client_that_is_turned_away_gets_the_form_of_its_api(serve, headers):
+    served = serve(Access(key="secret"))
+    response = exchange(served, request("/api/chat", {}, **headers))
+    assert (response.status, type(response.error)) == (403 if headers else 401, str)
