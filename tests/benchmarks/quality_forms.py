@@ -37,7 +37,7 @@ WRITTEN = 24  # windows of an expert: eight rows for each column of the demo's w
 UNQUANTIZED = "unquantized"
 CALIBRATED = ", calibrated"
 PARTS = "experts", "all"
-QUANT_TYPES = {"4 bits": "nf4", "3 bits": "trellis3", "2 bits": "trellis2"}
+QUANT_TYPES = {"4 bits": "nf4", "3 bits": "trellis3"}
 DENSE_BITS = {"nf4": (16, 8, 6, 5, 4), "none": (8, 6, 5)}  # by the type of the experts
 
 

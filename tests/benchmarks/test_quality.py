@@ -71,7 +71,7 @@ def test_the_script_prints_what_readme_and_plan_have():
     assert rows[2].split("|")[1].strip() == "llama.cpp Q4_0"
     assert [cell.strip() for cell in rows[2].split("|")[3:5]] == ["", "22.1%, 0.150"]
     rises = [math.expm1(loss) for loss in (0.1, 0.05, 0.4, 0.2)]
-    expected = {"nf4": tuple(rises[:2]), "nf3": tuple(rises[2:])}
+    expected = {"nf4": rises[:2], "trellis3": rises[2:]}
     assert demo_loss(variants) == {
         kind: pytest.approx(both, abs=5e-4) for kind, both in expected.items()
     }
