@@ -14,7 +14,7 @@ from mixchat.cli.flags.arguments import checked, read_beginning
 from mixchat.cli.flags.load_flags import (
     DENSE_BITS,
     ContextSize,
-    MixedExpertBits,
+    ExpertBits,
     installed_model_argument,
     parse_dense_bits,
     parse_expert_bits,
@@ -57,7 +57,7 @@ def download(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="A commit, branch or tag on the hub.")
     ] = None,
-    expert_bits: MixedExpertBits = None,
+    expert_bits: ExpertBits = None,
     ctx_size: ContextSize = None,
     dense_bits: Annotated[
         str | None,
@@ -151,7 +151,7 @@ def download(
 def calibrate(
     model: Annotated[str, installed_model_argument("A model's name; 'mixchat list' shows them.")],
     text: _CalibrateText = None,
-    expert_bits: MixedExpertBits = None,
+    expert_bits: ExpertBits = None,
     ctx_size: ContextSize = None,
     windows: Annotated[
         int | None,

@@ -33,7 +33,7 @@ def plan(
     device: load_flags.Device = None,
     worker: load_flags.Worker = None,
     key_file: load_flags.KeyFile = None,
-    expert_bits: load_flags.MixedExpertBits = None,
+    expert_bits: load_flags.ExpertBits = None,
     ram: Annotated[
         str | None,
         typer.Option(

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -197,17 +197,8 @@ Trace = Annotated[
     ),
 ]
 DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
-ExpertBits = Annotated[
-    Literal["16", "4", "3"] | None,
-    option(
-        "--expert-bits",
-        "Bits of each weight of the experts; 16: as they are in the checkpoint. Those that are "
-        "published in 4 bits (NF4, FP4, MXFP4) stay as they are.",
-        show_default="4",
-    ),
-]
 EXPERT_BITS = ("16", "4", "3", "2")  # of whole types
-MixedExpertBits = Annotated[
+ExpertBits = Annotated[
     str | None,
     option(
         "--expert-bits BITS",

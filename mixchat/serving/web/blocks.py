@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from mixchat.serving.service import Delta
 
 Change: TypeAlias = Literal["open", "add", "close"]
+Kind: TypeAlias = Literal["thinking", "text", "call"]
 
 
 @dataclass
@@ -16,7 +17,7 @@ class Block:
     """A part of an answer. `content` is its text so far, a call's arguments for one."""
 
     index: int
-    kind: Literal["thinking", "text", "call"]
+    kind: Kind
     content: str = ""
     id: str = ""  # of a call, as is its name
     name: str = ""
@@ -31,10 +32,11 @@ class Blocks:
 
     def add(self, delta: Delta) -> Iterator[tuple[Change, Block, str]]:
         """Yield what changes: a block is opened, gets a piece of content, or is closed."""
-        for kind, content in (("thinking", delta.thinking), ("text", delta.text)):
+        texts: dict[Kind, str] = {"thinking": delta.thinking, "text": delta.text}
+        for kind, content in texts.items():
             if content:
                 if self._open is None or self._open.kind != kind:
-                    yield from self._begin(Block(len(self.blocks), kind))  # type: ignore[arg-type]
+                    yield from self._begin(Block(len(self.blocks), kind))
                 yield self._extend(content)
         for call in delta.calls:
             if call.id:

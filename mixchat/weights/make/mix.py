@@ -25,7 +25,7 @@ _SAMPLE_SHAPE = (64, 4096)
 
 
 class Sensitivity(NamedTuple):
-    """How much a layer's noise costs, for each unit of squared relative error of its products.
+    """The cost of a layer's noise, for each unit of squared relative error of its products.
 
     `up` is for w1 and w3 of its experts, `down` for w2.
     """
