@@ -62,20 +62,22 @@ class ModelService:
         self.context = self._engine.context
         self.most_jobs: int = len(self._engine.sequences) + queue
 
-    def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
-        """Queue a job as `Service.submit` does."""
-        self._engine.longest_answer(job.prompt_ids, job.max_tokens)
-        running = RunningJob(job, sink, self.tokenizer, self.context.tokens)
+    def submit(self, *jobs: tuple[Job, Sink]) -> Callable[[], None]:
+        """Queue jobs as `Service.submit` does."""
+        for job, _ in jobs:
+            self._engine.longest_answer(job.prompt_ids, job.max_tokens)
+        new = [RunningJob(job, sink, self.tokenizer, self.context.tokens) for job, sink in jobs]
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
-            if len(self._waiting) + len(self._running) >= self.most_jobs:
+            if len(self._waiting) + len(self._running) + len(new) > self.most_jobs:
                 raise QueueFullError(f"{self.most_jobs} requests are here already")
-            self._waiting.append(running)
+            self._waiting += new
             self._changed.notify_all()
 
         def cancel() -> None:
-            running.cancel()
+            for job in new:
+                job.cancel()
             self._wake()
 
         return cancel

@@ -150,11 +150,11 @@ class Service(Protocol):
     tokenizer: Tokenizer
     template: Template
 
-    def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
-        """Queue a job, and return a function that cancels it at any time.
+    def submit(self, *jobs: tuple[Job, Sink]) -> Callable[[], None]:
+        """Queue all jobs or none, and return a function that cancels them at any time.
 
-        The service's thread calls `sink` with each event, which must not raise. The last one is
-        `Done` or `Failed`. Raises `QueueFullError`, `ShuttingDownError`, and `PromptError` if the
+        The service's thread calls a job's sink with each event, which must not raise. The last one
+        is `Done` or `Failed`. Raises `QueueFullError`, `ShuttingDownError`, and `PromptError` if a
         prompt leaves no room for an answer.
         """
 

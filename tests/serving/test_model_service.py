@@ -50,7 +50,7 @@ class Waiter:
         self._ended, self._deltas = threading.Event(), 0
         self._cancel_after = cancel_after
         self._cancel: queue.Queue[Callable[[], None]] = queue.Queue()
-        self._cancel.put(service.submit(job, self._take))
+        self._cancel.put(service.submit((job, self._take)))
 
     def cancel(self) -> None:
         self._cancel.get(timeout=WAIT)()
@@ -186,6 +186,16 @@ def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(model_service):
     assert all(isinstance(waiter.result()[1], Done) for waiter in waiters)
 
 
+def test_jobs_that_do_not_all_find_room_leave_the_room_to_others(model_service):
+    """Those that had found room held it until the thread of the model had cancelled them."""
+    service = model_service(parallel=1, waiting=2)
+    with service._changed:  # none begins meanwhile
+        with pytest.raises(QueueFullError):
+            service.submit(*[(job(n), print) for n in range(4)])
+        waiters = [Waiter(service, job(n)) for n in range(3)]
+    assert all(isinstance(waiter.result()[1], Done) for waiter in waiters)
+
+
 def test_one_that_is_cancelled_while_it_waits_is_told_so(model_service):
     service = model_service(parallel=1)
     first = Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))
@@ -279,7 +289,7 @@ def test_an_answer_that_may_call_tools_and_does_not_is_the_same(model_service):
 
 def test_a_prompt_that_is_too_long_is_refused_at_once(model_service):
     with pytest.raises(PromptError, match="128 tokens"):
-        model_service().submit(job(0, prompt_ids=(3,) * 128), print)
+        model_service().submit((job(0, prompt_ids=(3,) * 128), print))
 
 
 def test_closing_lets_answers_end_and_takes_no_others(model_service):
@@ -288,7 +298,7 @@ def test_closing_lets_answers_end_and_takes_no_others(model_service):
     service.close(patience=WAIT)
     assert all(waiter.result()[1].reason != "interrupted" for waiter in waiters)
     with pytest.raises(ShuttingDownError):
-        service.submit(job(0), print)
+        service.submit((job(0), print))
 
 
 def test_closing_without_patience_cancels(model_service):

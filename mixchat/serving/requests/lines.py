@@ -165,7 +165,7 @@ def answered_here(
         body = request_of(line, text, given, service.context)
         request = read_chat(body, service, advice, compile_form)
         line.seed = request.seed
-        service.submit(request.jobs[0], line.take)
+        service.submit((request.jobs[0], line.take))
 
     return begin
 

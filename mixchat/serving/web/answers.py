@@ -46,7 +46,7 @@ class PendingAnswers:
         self._arrived = asyncio.Event()
         self._events: list[tuple[int, JobEvent]] = []
         self._error: Exception | None = None  # of the first answer that failed
-        self._cancels: list[Callable[[], None]] = []
+        self._cancel: Callable[[], None] | None = None
         self._unfinished = len(jobs)
 
     @property
@@ -56,17 +56,13 @@ class PendingAnswers:
 
     def submit(self) -> None:
         """Submit all jobs or none, which may block. Raises as `Service.submit` does."""
-        try:
-            for number, job in enumerate(self._jobs):
-                self._cancels.append(self._service.submit(job, partial(self._hear, number)))
-        except BaseException:
-            self.cancel()
-            raise
+        sinks = [partial(self._hear, number) for number in range(len(self._jobs))]
+        self._cancel = self._service.submit(*zip(self._jobs, sinks, strict=True))
 
     def cancel(self) -> None:
         """Cancel what still runs."""
-        for cancel in self._cancels:
-            cancel()
+        if self._cancel is not None:
+            self._cancel()
 
     async def next(self, timeout: float) -> list[tuple[int, JobEvent]]:
         """Wait for events, and return them with their answers' numbers.

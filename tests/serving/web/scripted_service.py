@@ -124,20 +124,27 @@ class ScriptedService:
         self._empty = threading.Event()
         self._empty.set()
 
-    def submit(self, job: Job, sink: Sink) -> Callable[[], None]:
+    def submit(self, *jobs: tuple[Job, Sink]) -> Callable[[], None]:
         with self._lock:
             if self._closing:
                 raise ShuttingDownError("the server is shutting down")
-            if len(self._running) >= self.most_jobs:
+            if len(self._running) + len(jobs) > self.most_jobs:
                 raise QueueFullError(f"{len(self._running)} requests are here already")
-            if len(job.prompt_ids) >= self.context.tokens:
-                raise self.context.prompt_too_long(len(job.prompt_ids))
-            self.jobs.append(job)
-            running = Running(job, sink, threading.Event())
-            self._running.append(running)
+            for job, _ in jobs:
+                if len(job.prompt_ids) >= self.context.tokens:
+                    raise self.context.prompt_too_long(len(job.prompt_ids))
+            self.jobs += [job for job, _ in jobs]
+            new = [Running(job, sink, threading.Event()) for job, sink in jobs]
+            self._running += new
             self._empty.clear()
-        threading.Thread(target=self._work, args=(running,), daemon=True).start()
-        return running.cancelled.set
+        for running in new:
+            threading.Thread(target=self._work, args=(running,), daemon=True).start()
+
+        def cancel() -> None:
+            for running in new:
+                running.cancelled.set()
+
+        return cancel
 
     def stats(self) -> ServiceStats:
         with self._lock:
