@@ -10,18 +10,9 @@ if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
 import os
 import sys
 
-_WINDOWS = (
-    "error: mixchat cannot run on Windows itself; all of it runs in Linux, in macOS and in WSL 2: "
-    "type 'wsl --install' in PowerShell, then install mixchat in that Linux\n"
-)
-_HAS_TO_BE_INSTALLED = 8  # the exit code of errors.MissingDependencyError
-
 
 def main() -> None:
     """Run the command line."""
-    if sys.platform == "win32":  # what is imported below needs modules that it lacks
-        sys.stderr.write(_WINDOWS)
-        sys.exit(_HAS_TO_BE_INSTALLED)
     from mixchat.base import interrupts
     from mixchat.cli.app import run
 

@@ -6,6 +6,7 @@
 - quantities.py: sizes, rates and times as text, and amounts of memory from text
 - options.py: the options of sampling and of loading a model, and the address of a worker
 - safetensors.py: the file format of weights
+- system.py: all that differs between Linux, macOS and Windows
 - files.py: mixchat's own files, read with clear errors, written whole or not at all
 - output_file.py: files that a person names for output, never overwriting another file
 - lock.py: locks between processes, for files that only one may write

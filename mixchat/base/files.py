@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mixchat.base import system
 from mixchat.base.errors import (
     CheckpointError,
     MixchatError,
@@ -40,7 +41,7 @@ NOT_WRITABLE = (
 )
 
 
-def write_error(error: OSError, path: Path, fault: str) -> MixchatError:
+def write_error(error: OSError, path: object, fault: str) -> MixchatError:
     """Return the error for a file that cannot be written."""
     kind = MixchatError
     if error.errno in DISK_FULL:
@@ -58,11 +59,14 @@ def open_regular(
     A FIFO could wait forever for its other end. Raises `OSError`, whose `strerror` names what is
     there.
     """
-    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    flags |= system.NO_WAIT | system.CLOSE_ON_EXEC | system.BINARY
     try:
-        descriptor = os.open(path, flags, mode)
+        if not (follow or system.NO_FOLLOW) and path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        descriptor = os.open(path, flags | (0 if follow else system.NO_FOLLOW), mode)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a FIFO that nobody reads
+        # A socket, a FIFO that nobody reads, or a directory on Windows.
+        if error.errno == errno.ENXIO or (error.errno == errno.EACCES and path.is_dir()):
             raise _not_regular(path) from None
         if error.errno == errno.ELOOP and path.is_symlink() and not follow:
             raise OSError(errno.ELOOP, "is a symbolic link", str(path)) from None
@@ -79,18 +83,24 @@ def _not_regular(path: Path) -> OSError:
     return FileExistsError(errno.EEXIST, "is not a regular file", str(path))
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn a failure to read the file into `CheckpointError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def read_bytes(path: Path, *, follow: bool = True) -> bytes:
     """Return the bytes of a regular file. Raises `CheckpointError`.
 
     mixchat's own files are read without `follow`, so that nobody's link decides which file is read.
     """
-    try:
-        with open(open_regular(path, follow=follow), "rb") as file:
-            data = file.read(MAX_SIZE + 1)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    with reading(path), open(open_regular(path, follow=follow), "rb") as file:
+        data = file.read(MAX_SIZE + 1)
     if len(data) > MAX_SIZE:
         raise CheckpointError(f"{path}: larger than {format_size(MAX_SIZE)}")
     return data
@@ -98,10 +108,8 @@ def read_bytes(path: Path, *, follow: bool = True) -> bytes:
 
 def require_regular(path: Path) -> None:
     """Raise `CheckpointError` unless there is a regular file."""
-    try:
+    with reading(path):
         os.close(open_regular(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_json_object(path: Path, *, follow: bool = True) -> dict[str, Any]:
@@ -142,9 +150,19 @@ def write_private_file(path: Path, data: bytes) -> None:
 def read_all(descriptor: int, start: int, target: memoryview) -> int:
     """Fill `target` from offset `start` on, and return how many bytes were there."""
     done = 0
-    while done < len(target) and (count := os.preadv(descriptor, [target[done:]], start + done)):
+    while done < len(target):
+        count = system.read_at(descriptor, target[done:], start + done)
+        if not count:
+            break
         done += count
     return done
+
+
+def read_piece(descriptor: int, start: int, size: int) -> bytearray:
+    """Return up to `size` bytes from offset `start` on."""
+    piece = bytearray(size)
+    del piece[read_all(descriptor, start, memoryview(piece)) :]
+    return piece
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -195,13 +213,4 @@ def temporary_path(path: Path) -> Path:
 def rename_durably(temporary: Path, path: Path) -> None:
     """Rename a file that is synced, and sync the directory."""
     os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names of a directory's files durable."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    system.sync_directory(path.parent)

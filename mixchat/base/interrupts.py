@@ -21,8 +21,9 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
-_SIGNALS = (signal.SIGINT, *_ENDING)
+from mixchat.base import system
+
+_SIGNALS = (signal.SIGINT, *system.ENDING)
 _CTRL_C_TIMEOUT_S = 0.3  # until a Ctrl-C that did not end the answer raises
 _END_TIMEOUT_S = 0.7  # until it is ended by force
 _RAISE_AGAIN_S = 0.01  # until a swallowed exception is raised again
@@ -41,7 +42,7 @@ class _SignalState:
     swallowed = False  # whether its exception was swallowed
     stop: Callable[[], bool] | None = None  # of the `stopping` block it is in
     overdue: Callable[[], bool] | None = None  # a `stop` called too long ago
-    terminal: list[Any] | None = None  # its attributes at the beginning
+    terminal: list[Any] | None = None  # its mode at the beginning
 
 
 _state = _SignalState()
@@ -55,7 +56,7 @@ def use_defaults() -> None:
 
 def install() -> None:
     """Install our handlers, except for signals that are ignored."""
-    _state.terminal = _terminal_attributes()
+    _state.terminal = system.terminal_mode(sys.stdin)
     if not isinstance(sys.unraisablehook, _RaiseAgain):
         sys.unraisablehook = _RaiseAgain(sys.unraisablehook)
     for number in _handled():
@@ -77,9 +78,24 @@ def starting() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def deferred() -> _Deferred:
+@contextmanager
+def deferred() -> Iterator[None]:
     """Defer signals until the end of this block, or until `check` is called in it."""
-    return _Deferred()
+    if not _is_main():
+        yield
+        return
+    before = _take_ctrl_c()
+    _state.deferred += 1
+    try:
+        yield
+    finally:
+        _state.deferred -= 1
+        _give_back(before)
+        if not _state.deferred and _state.pending is not None:
+            number, _state.pending = _state.pending, None
+            if before is None or number != signal.SIGINT:
+                raise _exception(number)
+            before(number, None)
 
 
 @contextmanager
@@ -119,29 +135,6 @@ def exit_code(code: int) -> int:
     return code if _state.ending is None else 128 + _state.ending
 
 
-class _Deferred:
-    def __init__(self) -> None:
-        self._main = _is_main()
-        self._before: Callable[..., Any] | None = None
-
-    def __enter__(self) -> None:
-        if self._main:
-            self._before = _take_ctrl_c()
-            _state.deferred += 1
-
-    def __exit__(self, *_: object) -> None:
-        if not self._main:
-            return
-        _state.deferred -= 1
-        _give_back(self._before)
-        if not _state.deferred and _state.pending is not None:
-            number, _state.pending = _state.pending, None
-            if self._before is not None and number == signal.SIGINT:
-                self._before(number, None)
-            else:
-                raise _exception(number)
-
-
 def _handle(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         if _state.ending is not None or _stop_answer():
@@ -152,7 +145,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     elif not _state.swallowed:  # once is enough, since a chat may just be saved
         return
     _state.swallowed = False
-    if _state.pending not in _ENDING:
+    if _state.pending not in system.ENDING:
         _state.pending = number
     if not _state.deferred:
         check()
@@ -172,9 +165,9 @@ def _stop_answer() -> bool:
 def _repeat_ctrl_c(stop: Callable[[], bool]) -> None:
     """Send Ctrl-C again if the answer of `stop` still runs."""
     time.sleep(_CTRL_C_TIMEOUT_S)
-    if _state.stop is stop and _MAIN is not None:
+    if _state.stop is stop:
         _state.overdue = stop
-        signal.pthread_kill(_MAIN, signal.SIGINT)
+        system.signal_main_thread(signal.SIGINT)
 
 
 def _end_in_time() -> None:
@@ -204,8 +197,7 @@ class _RaiseAgain:
 
 def _send_again(number: int) -> None:
     time.sleep(_RAISE_AGAIN_S)
-    if _MAIN is not None:
-        signal.pthread_kill(_MAIN, number)
+    system.signal_main_thread(number)
 
 
 def _in_thread(work: Callable[..., None], *arguments: Any) -> None:
@@ -241,21 +233,9 @@ def _give_back(before: Callable[..., Any] | None) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def _terminal_attributes() -> list[Any] | None:
-    import termios
-
-    try:
-        return termios.tcgetattr(sys.stdin.fileno())
-    except (AttributeError, OSError, ValueError, termios.error):  # no terminal
-        return None
-
-
 def _restore_terminal() -> None:
-    if _state.terminal is None:
-        return
-    import termios
-
-    with suppress(OSError, ValueError, AttributeError, termios.error):
-        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, _state.terminal)
-        if os.isatty(2):
-            os.write(2, (_SHOW_CURSOR + _NO_PASTE_MARKS).encode())
+    if _state.terminal is not None:
+        system.set_terminal_mode(sys.stdin, _state.terminal)
+        with suppress(OSError):
+            if os.isatty(2):
+                os.write(2, (_SHOW_CURSOR + _NO_PASTE_MARKS).encode())

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from mixchat.base import cgroups
+from mixchat.base import cgroups, system
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_PAGES = Path("/proc/self/statm")
 
 
 def cpu_name() -> str:
@@ -86,7 +84,7 @@ def return_freed_memory() -> None:
     """
     import ctypes
 
-    with suppress(AttributeError):
+    with suppress(AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -109,18 +107,25 @@ def _free_by_limit() -> dict[str, int]:
 
 
 def memory_left_by_ulimit() -> dict[str, int]:
-    """Return the bytes that each `ulimit` leaves, by its name."""
-    try:
-        pages = [int(field) for field in _PAGES.read_text().split()]  # see proc_pid_statm(5)
-    except OSError:  # not Linux
+    """Return the bytes that each `ulimit` leaves on Linux, by its name."""
+    import psutil
+
+    if not hasattr(psutil, "RLIMIT_AS"):
         return {}
-    limits = (("ulimit -v", resource.RLIMIT_AS, 0), ("ulimit -d", resource.RLIMIT_DATA, 5))
-    left: dict[str, int] = {}
-    for name, kind, field in limits:
-        limit, _ = resource.getrlimit(kind)
-        if limit != resource.RLIM_INFINITY:
-            left[name] = max(0, limit - pages[field] * os.sysconf("SC_PAGE_SIZE"))
-    return left
+    try:
+        process = psutil.Process()
+        used = process.memory_info()
+        limits = {
+            "ulimit -v": (process.rlimit(psutil.RLIMIT_AS)[0], used.vms),
+            "ulimit -d": (process.rlimit(psutil.RLIMIT_DATA)[0], used.data),
+        }
+    except (OSError, psutil.Error):  # a sandbox without /proc
+        return {}
+    return {
+        name: max(0, limit - taken)
+        for name, (limit, taken) in limits.items()
+        if limit != psutil.RLIM_INFINITY
+    }
 
 
 def nearest_existing(directory: Path) -> Path:
@@ -143,12 +148,12 @@ def disk_usage(path: Path) -> int:
     if path.is_symlink() or not path.exists():
         return 0
     if path.is_file():
-        return path.stat().st_blocks * 512
+        return system.bytes_on_disk(path.stat())
     total = 0
     for parent, _, names in os.walk(path):
         for name in names:
             try:
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+                total += system.bytes_on_disk(os.lstat(os.path.join(parent, name)))
             except OSError:
                 continue
     return total

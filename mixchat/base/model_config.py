@@ -224,43 +224,35 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise `CheckpointError` if the numbers do not fit together."""
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise CheckpointError(
-                f"config.json: {self.num_attention_heads} attention heads cannot share "
-                f"{self.num_key_value_heads} key-value heads"
-            )
-        if self.num_moe_layers < 1:
-            raise CheckpointError(
-                f"config.json: none of {self.num_hidden_layers} layers has experts, because the "
-                f"first {self.first_k_dense_replace} are dense"
-            )
-        if self.num_hidden_layers * self.num_local_experts > _MAX_EXPERTS:
-            raise CheckpointError(
-                f"config.json: {self.num_hidden_layers} layers of {self.num_local_experts} experts "
-                "are more than any model has"
-            )
-        if self.head_dim % 2:
-            raise CheckpointError(f"config.json: head_dim {self.head_dim} is odd")
+        for fault in self._faults():
+            raise CheckpointError(f"config.json: {fault}")
         for rope in self.ropes:
             rope.check(self.head_dim)
+
+    def _faults(self) -> Iterator[str]:
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        layers, experts = self.num_hidden_layers, self.num_local_experts
+        if heads % shared:
+            yield f"{heads} attention heads cannot share {shared} key-value heads"
+        if self.num_moe_layers < 1:
+            dense = self.first_k_dense_replace
+            yield f"none of {layers} layers has experts, because the first {dense} are dense"
+        if layers * experts > _MAX_EXPERTS:
+            yield f"{layers} layers of {experts} experts are more than any model has"
+        if self.head_dim % 2:
+            yield f"head_dim {self.head_dim} is odd"
         if self.hidden_size % 2:
-            raise CheckpointError(f"config.json: hidden_size {self.hidden_size} is odd")
+            yield f"hidden_size {self.hidden_size} is odd"
         if self.moe_bias and self.hidden_size * self.intermediate_size % 128:
             # Else the biases, fp32, would not lie at multiples of their size.
-            raise CheckpointError(
-                f"config.json: experts with biases need a hidden_size ({self.hidden_size}) times "
+            yield (
+                f"experts with biases need a hidden_size ({self.hidden_size}) times "
                 f"intermediate_size ({self.intermediate_size}) that is a multiple of 128"
             )
-        if self.num_experts_per_tok > self.num_local_experts:
-            raise CheckpointError(
-                f"config.json: {self.num_experts_per_tok} experts per token of only "
-                f"{self.num_local_experts}"
-            )
-        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
-            raise CheckpointError(
-                f"config.json: {len(self.layer_types)} layer_types for {self.num_hidden_layers} "
-                "layers"
-            )
+        if self.num_experts_per_tok > experts:
+            yield f"{self.num_experts_per_tok} experts per token of only {experts}"
+        if self.layer_types and len(self.layer_types) != layers:
+            yield f"{len(self.layer_types)} layer_types for {layers} layers"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mixchat.base.errors import MixchatError, ResourceError, UsageError
-from mixchat.base.files import DISK_FULL, open_regular
+from mixchat.base import system
+from mixchat.base.errors import UsageError
+from mixchat.base.files import open_regular, read_piece, write_error
 
 _HEAD_BYTES = 4096  # which show the flag that wrote a file
 
@@ -62,8 +63,9 @@ class OutputFile:
         except OSError as error:
             if regular:
                 with suppress(OSError):
+                    file.close()  # Windows removes no open file
                     self.place.unlink()
-            raise self.write_error(error) from None
+            raise write_error(error, self, "cannot be written") from None
 
     def open(self) -> BinaryIO:
         """Return the file, empty and open for writing, without a buffer."""
@@ -71,12 +73,7 @@ class OutputFile:
         try:
             return open(self._descriptor(), "wb", buffering=0)
         except OSError as error:
-            raise self.write_error(error) from None
-
-    def write_error(self, error: OSError) -> MixchatError:
-        """Return the error if the system refuses to write."""
-        kind = ResourceError if error.errno in DISK_FULL else UsageError
-        return kind(f"{self}: cannot be written ({error.strerror})")
+            raise write_error(error, self, "cannot be written") from None
 
     @property
     def place(self) -> Path:
@@ -119,11 +116,12 @@ class OutputFile:
     def _descriptor(self) -> int:
         mode = self._mode()
         if mode is not None and not stat.S_ISREG(mode):
-            return os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)  # waits for a FIFO's reader
+            # This waits for a FIFO's reader.
+            return os.open(self.path, os.O_WRONLY | system.CLOSE_ON_EXEC | system.BINARY)
         new = os.O_CREAT | os.O_EXCL if mode is None else 0  # not what another process creates now
         descriptor = open_regular(self.place, os.O_RDWR | new, follow=False)
         try:
-            if not self._is_ours(os.pread(descriptor, _HEAD_BYTES, 0)):
+            if not self._is_ours(bytes(read_piece(descriptor, 0, _HEAD_BYTES))):
                 raise self._taken()
             os.ftruncate(descriptor, 0)
         except BaseException:

@@ -112,8 +112,7 @@ def format_times(low: float, high: float) -> str:
     """Return `8.31` and `11.9` as `8 to 12 s`, and equal times as one."""
     if high >= 59.5:
         return " to ".join(dict.fromkeys(map(format_time, (low, high))))
-    texts = [f"{time:.0f}" if time >= 9.95 else f"{time:.2g}" for time in (low, high)]
-    return " to ".join(dict.fromkeys(texts)) + " s"
+    return f"{format_rates(low, high)} s"
 
 
 def format_age(seconds: float) -> str:

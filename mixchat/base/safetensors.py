@@ -20,8 +20,16 @@ from typing import Any
 
 import torch
 
+from mixchat.base import system
 from mixchat.base.errors import CheckpointError
-from mixchat.base.files import open_regular, read_all, rename_durably, temporary_path
+from mixchat.base.files import (
+    open_regular,
+    read_all,
+    read_piece,
+    reading,
+    rename_durably,
+    temporary_path,
+)
 from mixchat.base.progress import Task
 
 ALIGNMENT = 4096
@@ -131,16 +139,9 @@ class SafetensorsFile:
         self.path = path
         self._fd = self._direct_fd = -1
         try:
-            self._fd = open_regular(path, follow=follow)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: the file is missing") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
-        try:
-            self.header = self._read_header()
-        except OSError as error:
-            self.close()
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+            with reading(path):
+                self._fd = open_regular(path, follow=follow)
+                self.header = self._read_header()
         except BaseException:
             self.close()
             raise
@@ -164,19 +165,19 @@ class SafetensorsFile:
         starts = [first + number * size for number in places]
         assert all(first <= start < first + spec.nbytes for start in starts), "of another tensor"
         block = torch.empty(len(starts), *spec.shape[1:], dtype=spec.dtype)
-        if len(starts) > 1 and hasattr(os, "posix_fadvise"):
+        if len(starts) > 1:
             with contextlib.suppress(OSError):  # the read will say what is wrong
                 for start in starts:  # many at once take a quarter as long
-                    os.posix_fadvise(self._fd, start, size, os.POSIX_FADV_WILLNEED)
+                    system.advise(self._fd, start, size, needed=True)
         for start, row in zip(starts, block.view(torch.uint8), strict=True):
             self.read_into(row, start)
         return block[[places[number] for number in numbers]]
 
     def open_direct(self) -> bool:
         """Open the file past the page cache, and return whether that is possible."""
-        if self._direct_fd < 0 and hasattr(os, "O_DIRECT"):
+        if self._direct_fd < 0 and system.DIRECT:
             with contextlib.suppress(OSError):
-                descriptor = open_regular(self.path, os.O_RDONLY | os.O_DIRECT)
+                descriptor = open_regular(self.path, os.O_RDONLY | system.DIRECT)
                 # Another process may have replaced the file since.
                 if os.path.samestat(os.fstat(descriptor), os.fstat(self._fd)):
                     self._direct_fd = descriptor
@@ -223,8 +224,8 @@ class SafetensorsFile:
 
     def _read_header(self) -> Header:
         size = os.fstat(self._fd).st_size
-        length = header_length(os.pread(self._fd, 8, 0), size, str(self.path))
-        return Header(os.pread(self._fd, length, 8), size, str(self.path))
+        length = header_length(read_piece(self._fd, 0, 8), size, str(self.path))
+        return Header(read_piece(self._fd, 8, length), size, str(self.path))
 
 
 def _check_header(
@@ -304,6 +305,7 @@ class SafetensorsWriter:
         assert not self._todo, f"{self._todo[-1].name} was not written"
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._file.close()  # Windows renames no open file
         rename_durably(self._temporary, self.path)
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from mixchat.base import system
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.bench.machine_limits import (
     Limits,
@@ -183,12 +184,12 @@ class Bench:
 
 
 def _drop_from_page_cache(directory: Path) -> None:
-    if not hasattr(os, "posix_fadvise"):
+    if not system.drops_pages():
         return
     for path in filter(Path.is_file, directory.iterdir()):  # opening a FIFO would wait
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            system.advise(fd, 0, 0, needed=False)
         finally:
             os.close(fd)

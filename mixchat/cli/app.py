@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from mixchat import __version__
-from mixchat.base import interrupts
+from mixchat.base import interrupts, system
 from mixchat.base.errors import MixchatError
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
@@ -254,7 +253,7 @@ def _parser_with_old_names(
 
 
 def _is_closed_pipe(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.EPIPE
+    return isinstance(error, OSError) and error.errno in system.CLOSED_PIPE
 
 
 def _prepare_streams() -> None:
@@ -267,7 +266,8 @@ def _prepare_streams() -> None:
         sys.exit(print_error(MixchatError("standard output is closed", hint=hint)))
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")
+            reconfigure(**system.STREAMS)
+    system.enable_escapes()
 
 
 def _abandon_output() -> None:

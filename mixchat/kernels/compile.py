@@ -9,6 +9,7 @@ from typing import Any, Literal
 import llvmlite.binding as llvm
 import torch
 
+from mixchat.base import system
 from mixchat.kernels.object_cache import ObjectCache
 from mixchat.kernels.threads import NativeFunction
 
@@ -28,10 +29,11 @@ _FULL_WIDTH = "-prefer-256-bit"
 def instruction_set() -> InstructionSet | None:
     """Return the best instruction set that kernels are written for, or None if the CPU has none.
 
-    `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it.
+    `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it. On Windows, where no
+    kernel was tried yet, there is none.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in ("AVX512", "AVX2"):
+    if capability not in ("AVX512", "AVX2") or system.WINDOWS:
         return None
     has = {name: all(map(has_feature, needed)) for name, needed in _NEEDED.items()}
     if has["avx512"] and capability == "AVX512":

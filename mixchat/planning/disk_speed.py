@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import random
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from mixchat.base import machine
+from mixchat.base import machine, system
 from mixchat.base.files import read_all
 from mixchat.base.safetensors import ALIGNMENT
 from mixchat.experts.memory import CPU
@@ -30,7 +29,6 @@ _ROUNDS = 3
 _FRESH = 6  # times as long as for another figure
 _EXPERTS = "experts-*.safetensors"
 _MIN_BLOCKS = 32  # of a model; fewer would be read out of some cache
-_F_NOCACHE = 48  # macOS's command to keep a file out of the page cache
 
 Places = list[tuple[int, int]]  # a file's descriptor, and the offset
 
@@ -102,17 +100,12 @@ def _written(
     place = machine.nearest_existing(directory)
     with tempfile.TemporaryFile(dir=place, buffering=0) as file:
         started = time.perf_counter()
-        _set_direct(file.fileno(), not _drops_pages())
+        system.set_direct(file.fileno(), not system.drops_pages())
         written = _fill(file.fileno(), size, min(started + 4 * seconds, until))
         # A slow disk is read in pieces, each in about twice `seconds`.
         piece = int(written * 2 * seconds / (time.perf_counter() - started))
         block = max(min(block, piece) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
         yield block, [(file.fileno(), start) for start in _starts(written, block)]
-
-
-def _drops_pages() -> bool:
-    """Return whether the page cache can drop a file's pages, as macOS's cannot."""
-    return hasattr(os, "posix_fadvise")
 
 
 def _starts(size: int, block: int) -> range:
@@ -205,8 +198,7 @@ class _Disk:
 
     def _read(self, fd: int, start: int, target: memoryview) -> float:
         """Read a block in steps, as experts are read. Return the seconds that took."""
-        if _drops_pages():
-            os.posix_fadvise(fd, start, self._block, os.POSIX_FADV_DONTNEED)
+        system.advise(fd, start, self._block, needed=False)
         started = time.perf_counter()
         steps = [
             self._readers.submit(read_all, fd, start + at, target[at : at + STEP])
@@ -219,25 +211,15 @@ class _Disk:
 
     def _ways(self) -> list[bool]:
         """Return whether to read past the page cache, for each possible way."""
-        if not _drops_pages():
+        if not system.drops_pages():
             return [True]
         try:
             self._set_direct(True)
-            os.preadv(min(self._fds), [self._target[:ALIGNMENT]], 0)
+            system.read_at(min(self._fds), self._target[:ALIGNMENT], 0)
         except OSError:  # not every file system can
             return [False]
         return [False, True]
 
     def _set_direct(self, direct: bool) -> None:
         for fd in self._fds:
-            _set_direct(fd, direct)
-
-
-def _set_direct(fd: int, direct: bool) -> None:
-    """Read and write a file past the page cache, or through it."""
-    if not _drops_pages():
-        fcntl.fcntl(fd, _F_NOCACHE, int(direct))
-        return
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    flags = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+            system.set_direct(fd, direct)

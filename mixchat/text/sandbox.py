@@ -8,7 +8,6 @@ memory, time and output, and everything that goes wrong in it ends as one `Check
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from mixchat.base import system
 from mixchat.base.errors import CheckpointError, PromptError, UsageError, short_message
 from mixchat.base.progress import in_background
 from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
@@ -37,7 +37,10 @@ _COMMAND = (
 )
 # The variables that the child gets: the paths of libraries, and the encoding of file names. It does
 # not get the keys and tokens of the person who runs mixchat.
-_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR")
+_KEPT_VARIABLES = (
+    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR"),
+    *("SYSTEMROOT", "TEMP"),  # without which Windows starts no Python
+)
 # One thread is enough, and each takes address space.
 _SET_VARIABLES = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -145,21 +148,13 @@ class _Child:
     """A child process, from its start to its end."""
 
     def __init__(self, command: tuple[str, str], opening: Sequence[SandboxCall]) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, *_COMMAND, *sys.path, *command],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={n: os.environ[n] for n in _KEPT_VARIABLES if n in os.environ} | _SET_VARIABLES,
-                start_new_session=True,  # Ctrl-C does not reach it
-            )
+        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        process, channel = system.start_with_socket(
+            [*_COMMAND, *sys.path, *command], kept | _SET_VARIABLES
+        )
         self.values: list[Any] = []  # of the opening calls
-        self._process, self._channel = process, ours
-        self.end = weakref.finalize(self, _end, process, ours)
-        assert process.stderr is not None
-        os.set_blocking(process.stderr.fileno(), False)
+        self._process, self._channel = process, channel
+        self.end = weakref.finalize(self, _end, process, channel)
         frames = [(call.frame(), call.allowed()) for call in opening]
         in_background(self._send_all, frames)  # the child has yet to import its libraries
 
@@ -204,7 +199,7 @@ class _Child:
         code = self._process.poll()
         self._process.kill()
         output = (self._process.stderr.read(10_000) or b"").decode("utf-8", "replace")
-        if code == -signal.SIGPROF:
+        if code and code == system.OUT_OF_TIME:
             return f"takes more than {allowed:.2g} s to compute"
         if any(message in output for message in _OUT_OF_MEMORY):
             return _TOO_LARGE

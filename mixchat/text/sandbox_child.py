@@ -7,15 +7,12 @@ and it ends when the socket is closed.
 from __future__ import annotations
 
 import importlib
-import os
-import resource
-import signal
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mixchat.base import system
 from mixchat.base.errors import MixchatError, short_message
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import from_parts
@@ -25,7 +22,6 @@ from mixchat.text.tokenizer import Tokenizer
 from mixchat.text.tool_call import Tool
 
 _LIBRARIES = ("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers")
-_LIMITS = {"RLIMIT_AS": MAX_MEMORY, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0}
 
 
 def main(directory: str) -> None:
@@ -40,13 +36,14 @@ def serve(service: object) -> None:
 
     Import libraries before, while Python can still write the .pyc files.
     """
-    _set_limits()
-    with socket.socket(fileno=0) as channel, suppress(EOFError, OSError):
+    system.limit_process(MAX_MEMORY)
+    system.do_not_wait(2)  # pages of errors must not wait for a reader
+    with system.given_socket() as channel, suppress(EOFError, OSError):
         while True:
             seconds, (method, *arguments) = receive(channel), receive(channel)
-            signal.setitimer(signal.ITIMER_PROF, seconds)
+            system.limit_time(seconds)
             reply = _reply(getattr(service, method), arguments)
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            system.limit_time(0)
             channel.sendall(reply)
 
 
@@ -108,12 +105,3 @@ def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:
         return to_frame({"error": type(error).__name__, "text": str(error), "hint": error.hint})
     except BaseException as error:  # a panic inside the package tokenizers, too
         return to_frame({"error": type(error).__name__, "text": short_message(error)})
-
-
-def _set_limits() -> None:
-    """Limit this process to what a tokenizer or a form needs. macOS does not know every limit."""
-    for name, most in _LIMITS.items():
-        with suppress(ValueError, OSError):
-            resource.setrlimit(getattr(resource, name), (most, most))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the timer ends the process in any code
-    os.set_blocking(2, False)  # pages of errors must not wait for a reader

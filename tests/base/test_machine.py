@@ -1,8 +1,8 @@
 import os
 import platform
-import resource
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,7 +15,8 @@ def no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing limits this process."""
     for name in ("memory_room", "memory_limit", "cores"):
         monkeypatch.setattr(cgroups, name, lambda: None)
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, 0))
+    unlimited = (psutil.RLIM_INFINITY, 0)
+    monkeypatch.setattr(psutil.Process, "rlimit", lambda process, kind: unlimited)
 
 
 @pytest.mark.usefixtures("no_limits")
@@ -33,21 +34,18 @@ def test_free_memory_is_within_the_machine_and_its_control_group(monkeypatch):
 @pytest.mark.usefixtures("no_limits")
 @pytest.mark.parametrize(
     ("kind", "name", "left"),
-    [(resource.RLIMIT_AS, "ulimit -v", 700), (resource.RLIMIT_DATA, "ulimit -d", 900)],
+    [("RLIMIT_AS", "ulimit -v", 700), ("RLIMIT_DATA", "ulimit -d", 900)],
 )
-def test_a_ulimit_leaves_what_the_process_has_not_used(tmp_path, monkeypatch, kind, name, left):
+def test_a_ulimit_leaves_what_the_process_has_not_used(monkeypatch, kind, name, left):
     """Under `ulimit -v` mixchat planned with all of the machine's memory, and failed."""
-    pages = tmp_path / "statm"
-    pages.write_text("300 40 30 20 0 100 0\n")
-    monkeypatch.setattr(machine, "_PAGES", pages)
-    page = os.sysconf("SC_PAGE_SIZE")
-    limits = {kind: (1000 * page, 2000 * page)}
-    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, unlimited))
-    assert (machine.free_memory(), machine.tightest_memory_limit()) == (left * page, name)
-    pages.write_text("3000 40 30 20 0 3000 0\n")
+    limits, unlimited = {getattr(psutil, kind): (1000, 2000)}, (psutil.RLIM_INFINITY, 0)
+    used = SimpleNamespace(vms=300, data=100)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda process: used)
+    monkeypatch.setattr(psutil.Process, "rlimit", lambda process, kind: limits.get(kind, unlimited))
+    assert (machine.free_memory(), machine.tightest_memory_limit()) == (left, name)
+    used.vms = used.data = 3000
     assert machine.free_memory() == 0
-    monkeypatch.setattr(machine, "_PAGES", tmp_path / "no Linux")
+    monkeypatch.delattr(psutil, "RLIMIT_AS")  # as on macOS
     assert machine.tightest_memory_limit() is None
 
 

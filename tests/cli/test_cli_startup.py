@@ -96,27 +96,7 @@ def test_python_m_mixchat_is_mixchat():
     assert done.stdout.startswith("mixchat ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "Hi"]])
-def test_windows_is_told_what_to_do_before_anything_is_imported(arguments):
-    """Every command ended in a traceback: No module named 'resource'."""
-    code = (
-        "import sys\n"
-        "sys.platform = 'win32'\n"
-        "sys.modules |= dict.fromkeys(('resource', 'fcntl', 'termios'))\n"  # as Windows has none
-        "from mixchat.__main__ import main\n"
-        "try:\n main()\n"
-        "finally:\n print(*(name for name in sys.modules if name.startswith('mixchat.')))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 8
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: mixchat cannot run on Windows itself")
-    assert "wsl --install" in line
-    assert done.stdout.split() == ["mixchat.__main__"]
-
-
+@pytest.mark.posix
 def test_help_names_every_command(mixchat):
     said = mixchat().stdout.decode()
     assert said.startswith("Usage: mixchat ")
@@ -144,6 +124,7 @@ def test_ctrl_c_ends_it_quietly_before_anything_else_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_closed_window_ends_it_as_ctrl_c_does(environment, number):
     """A model in the making is removed on the way out; the default action would leave it there."""

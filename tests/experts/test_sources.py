@@ -213,6 +213,7 @@ def test_without_a_choice_it_reads_through_the_page_cache(installed, monkeypatch
     assert load(source, B, installed.blueprint.expert.stride) == truth[B]
 
 
+@pytest.mark.posix
 def test_where_the_system_cannot_read_past_the_page_cache_it_reads_through_it(
     directory, truth, monkeypatch
 ):
@@ -349,6 +350,7 @@ def test_a_file_cut_short_after_it_was_opened_is_named(directory, tmp_path, choo
         load(source, A, size)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("choose", [True, False])
 def test_a_read_error_is_raised_with_the_files_name(directory, choose, monkeypatch):
     def broken(*args):

@@ -236,6 +236,7 @@ class TestFind:
         assert "mixchat download org/name" in caught.value.hint
 
 
+@pytest.mark.posix
 class TestLocate:
     def test_finds_what_is_there_whatever_its_state(self):
         for key, finished in (("org--name", True), ("half", False)):
@@ -275,6 +276,7 @@ class TestLocate:
         assert models.existing_directory("link") == models.models_dir() / "link"
 
 
+@pytest.mark.posix
 class TestList:
     def test_nothing_yet(self, home):
         assert models.list_models() == []

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
-import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import Any
 
 from prompt_toolkit.input import Input
@@ -17,6 +14,8 @@ from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.input.vt100_parser import Vt100Parser
 from prompt_toolkit.key_binding import KeyPress
 from prompt_toolkit.keys import Keys
+
+from mixchat.base import system
 
 _CTRL_D = b"\x04"
 # A terminal puts these around a paste, if it was told to mark pastes.
@@ -32,37 +31,27 @@ def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
     They are not lost, not even at Ctrl-C, and a paste stays one. Ctrl-Z calls `pause` and restores
     the terminal. `fg` takes it again.
     """
-    try:
-        fd = sys.stdin.fileno()
-        before = termios.tcgetattr(fd)
-    except (AttributeError, OSError, ValueError, termios.error):  # no terminal
+    before = system.terminal_mode(sys.stdin)
+    if before is None:
         yield
         return
-    local = before[3] & ~termios.ECHO | termios.NOFLSH
-    quiet = [*before[:3], local, *before[4:]]
+    quiet = system.without_echo(before)
 
-    def suspend(number: int, frame: FrameType | None) -> None:
+    def suspend() -> None:
         pause()
-        _set(fd, before, _NO_MARKS)
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTSTP)  # until `fg`
-        signal.signal(signal.SIGTSTP, suspend)
-        _set(fd, quiet, _MARK_PASTES)
+        _set(before, _NO_MARKS)
 
-    _set(fd, quiet, _MARK_PASTES)
-    previous = signal.signal(signal.SIGTSTP, suspend)
-    try:
-        yield
-    finally:
+    with system.on_suspend(suspend, lambda: _set(quiet, _MARK_PASTES)):
         try:
-            _set(fd, before, _NO_MARKS)
+            _set(quiet, _MARK_PASTES)
+            yield
         finally:
-            signal.signal(signal.SIGTSTP, previous)
+            _set(before, _NO_MARKS)
 
 
-def _set(fd: int, attributes: list[Any], marks: bytes) -> None:
-    with suppress(OSError, termios.error):  # the terminal went away
-        termios.tcsetattr(fd, termios.TCSANOW, attributes)
+def _set(mode: list[Any], marks: bytes) -> None:
+    system.set_terminal_mode(sys.stdin, mode)
+    with suppress(OSError):  # the terminal went away
         if os.isatty(1) and os.environ.get("TERM") != "dumb":
             sys.stdout.flush()
             os.write(1, marks)
@@ -80,18 +69,11 @@ def reading_keys(source: Input) -> Iterator[None]:
     with source.raw_mode():
         _take(source, _late_bytes)
         yield
-        with suppress(OSError, NotImplementedError, termios.error):  # no terminal
-            _turn_on_signals(source.fileno())
+        if mode := system.terminal_mode(source):
+            system.set_terminal_mode(source, system.with_signals(mode))
         _take(source, _late_bytes)
         if _drop_ctrl_c(source):
             raise KeyboardInterrupt
-
-
-def _turn_on_signals(fd: int) -> None:
-    """Let the terminal make a signal of Ctrl-C, and keep what was typed before it."""
-    attributes = termios.tcgetattr(fd)
-    attributes[3] |= termios.ISIG | termios.NOFLSH
-    termios.tcsetattr(fd, termios.TCSANOW, attributes)
 
 
 def _drop_ctrl_c(source: Input) -> bool:
@@ -109,7 +91,7 @@ def _drop_ctrl_c(source: Input) -> bool:
 def _take(source: Input, read: Callable[[Input], bytes]) -> None:
     try:
         typed = read(source)
-    except (OSError, termios.error, NotImplementedError, ValueError):
+    except (OSError, NotImplementedError, ValueError):
         return  # without a terminal, or if it went away, which the prompt will notice
     text = typed.decode("utf-8", "replace").replace("\n", "\r")
     # Keys that the last prompt got too late come first. The waiting ones may continue them.
@@ -128,7 +110,7 @@ def _keys(text: str) -> list[KeyPress]:
 def _waiting_bytes(source: Input) -> bytes:
     """Return all whole lines, and the rest of a paste whose end is not a whole line."""
     fd, typed = source.fileno(), b""
-    while (line := _waiting_line(fd)) is not None:
+    while (line := _waiting_line(source)) is not None:
         typed += line or _CTRL_D  # a terminal returns nothing for Ctrl-D
         if not line:
             break  # also if the terminal went away, which returns nothing for ever
@@ -149,8 +131,9 @@ def _late_bytes(source: Input) -> bytes:
     return typed.replace(b"\0", _CTRL_D)  # which is stored as a zero until raw mode starts
 
 
-def _waiting_line(fd: int) -> bytes | None:
+def _waiting_line(source: Input) -> bytes | None:
     """Return the next whole line, if there is one. Outside a prompt a terminal has only lines."""
-    if not os.isatty(fd) or not termios.tcgetattr(fd)[3] & termios.ICANON:
+    mode, fd = system.terminal_mode(source), source.fileno()
+    if mode is None or not system.reads_lines(mode):
         return None
     return os.read(fd, 65536) if select.select([fd], [], [], 0)[0] else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import socket
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from mixchat.base import system
 from mixchat.experts.workers import sockets
 from mixchat.experts.workers.address import Address, listen_error
 
@@ -44,7 +44,7 @@ class Listener:
 
     def __init__(self, address: Address, key: bytes, note: Callable[[str], None]) -> None:
         """Listen. Raises `UsageError` if the address cannot be used."""
-        _raise_limit()
+        system.allow_open_files(_MAX_DESCRIPTORS)  # each stranger takes one for a moment
         self._note, self._quiet_until, self._read_at = note, 0.0, 0.0
         # By descriptor: the route of the connection, once it has spoken.
         self._open: dict[int, bytes | None] = {}
@@ -144,12 +144,3 @@ class _Admission:
 
     def callback(self, domain: str, key: bytes) -> bool:
         return key == self._public
-
-
-def _raise_limit() -> None:
-    """Allow more descriptors, because each stranger takes one for a moment."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_MAX_DESCRIPTORS, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

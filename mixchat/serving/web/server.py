@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import resource
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -21,7 +19,7 @@ from starlette.types import ASGIApp
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mixchat.base import interrupts
+from mixchat.base import interrupts, system
 from mixchat.base.progress import Note, in_background
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.web.served_models import ServedModels
@@ -183,7 +181,7 @@ class WebServer:
 
     def start(self) -> None:
         """Start, and wait until it serves. Raises `OSError` if it cannot."""
-        _allow_files()
+        system.allow_open_files(_OPEN_FILES)
         self._over = in_background(self._server.run, [self._bound])
         self._over.add_done_callback(lambda over: self._server.ready.set())
         self._server.ready.wait()
@@ -250,11 +248,3 @@ def serve_until_signal(
             closing = in_background(models.close, _ANSWER_TIMEOUT_S)
             wait([closing], None if saves else _ANSWER_TIMEOUT_S + _CLOSE_TIMEOUT_S)
             server.stop()
-
-
-def _allow_files() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

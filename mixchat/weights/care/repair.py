@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.files import open_regular, read_bytes, write_file
+from mixchat.base.files import open_regular, read_bytes, read_piece, write_file
 from mixchat.base.progress import Progress, Task, progress_bar
 from mixchat.base.safetensors import Header, tensor_bytes, wrong_tensors
 from mixchat.weights.format.installed_model import installed_blueprint
@@ -103,7 +103,7 @@ def _damages_of(descriptor: int, name: str, header: Header, task: Task) -> Itera
     if os.fstat(descriptor).st_size != header.size:
         yield Damage(name, SIZE)
     beginning = header.beginning
-    if os.pread(descriptor, len(beginning), 0) != beginning:
+    if read_piece(descriptor, 0, len(beginning)) != beginning:
         yield Damage(name, HEADER)
     task.advance(len(beginning))
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.files import read_bytes, require_regular
+from mixchat.base.files import read_bytes, reading, require_regular
 from mixchat.base.progress import Task
 from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.families.read_config import read_config_file
@@ -95,10 +95,8 @@ class DirectoryCheckpoint(Checkpoint):
         self.source, self._directory = source, directory
         config = read_config_file(directory / CONFIG)
         where = str(directory)
-        try:
+        with reading(directory):
             names = [entry.name for entry in directory.iterdir()]
-        except OSError as error:
-            raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from None
         for name in COMPANION_FILES:  # before hours of work, not after them
             if (directory / name).exists():
                 require_regular(directory / name)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mixchat.base.errors import CheckpointError
-from mixchat.base.files import read_all
+from mixchat.base.files import read_piece
 from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec
 from mixchat.weights.matrix.gguf_format import tensor_spec
 
@@ -61,10 +62,7 @@ class GgufFile(SafetensorsFile):
         return self
 
     def _read_header(self) -> GgufHeader:
-        def read(start: int, size: int) -> bytearray:
-            piece = bytearray(size)
-            return piece[: read_all(self._fd, start, memoryview(piece))]
-
+        read = partial(read_piece, self._fd)
         return read_header(read, os.fstat(self._fd).st_size, str(self.path))
 
 

@@ -155,7 +155,11 @@ class HubCheckpoint(Checkpoint):
         if not pointer.exists():
             pointer.parent.mkdir(parents=True, exist_ok=True)
             pointer.unlink(missing_ok=True)
-            pointer.symlink_to(os.path.relpath(path, pointer.parent))
+            try:
+                pointer.symlink_to(os.path.relpath(path, pointer.parent))
+            except OSError:  # Windows may refuse. Then huggingface_hub has the file itself there.
+                os.replace(path, pointer)
+                path = pointer
         hub.write_ref(self._remote.repo_id, self.source.revision, self._remote.commit)
         return pointer if pointer.samefile(path) else path
 

@@ -195,6 +195,7 @@ class TestTwoProcesses:
         assert is_installed(home / "models" / "tiny")
 
 
+@pytest.mark.posix
 class TestAlreadyInstalled:
     @pytest.mark.parametrize(
         "other",
