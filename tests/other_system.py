@@ -11,11 +11,11 @@ are no links.
 from __future__ import annotations
 
 import array
-import asyncio
 import builtins
 import ctypes
 import errno
 import importlib
+import logging
 import os
 import shutil
 import signal
@@ -53,17 +53,19 @@ _ACCESS = 0x3  # mask of an open file's flags, 0 for reading
 
 def become(system: str, packages: tuple[str, ...] = _PACKAGES) -> None:
     """Make this process take Linux for another system, "win32" or "darwin"."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in packages:
         importlib.import_module(name)
     if system == "win32":
         _lend_sockets()
         _forbid_what_windows_forbids(_open_mode())
-        asyncio.ProactorEventLoop = asyncio.SelectorEventLoop  # type: ignore[attr-defined]
         ctypes.WinDLL = Kernel  # type: ignore[attr-defined]
         sys.modules.update(dict.fromkeys(_MODULES))  # type: ignore[arg-type]
         sys.modules["signal"] = _without(signal, _SIGNALS)
     sys.modules["os"] = _without(os, _FUNCTIONS[system])
-    sys.platform = system
+    before, sys.platform = sys.platform, system
+    importlib.import_module("mixchat.base.system")  # alone asks for the platform
+    sys.platform = before
 
 
 def _without(module: ModuleType, names: tuple[str, ...]) -> ModuleType:

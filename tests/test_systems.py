@@ -182,6 +182,8 @@ class TestOtherSystem:
     def test_a_model_is_downloaded_and_answers_as_on_linux(
         self, name, environment, tmp_path, checkpoint
     ):
+        if name == "win32":  # which has no kernels
+            environment["ATEN_CPU_CAPABILITY"] = "default"
         cache, answers = tmp_path / "cache", tmp_path / "answers"
         lines = tmp_path / "lines"
         lines.write_text('{"prompt": "Hi there"}\n{"prompt": "Hello"}\n')
@@ -210,7 +212,7 @@ class TestOtherSystem:
             [sys.executable, "-m", "mixchat", *ask],
             capture_output=True,
             stdin=subprocess.DEVNULL,
-            env=environment | {"ATEN_CPU_CAPABILITY": "default"},
+            env=environment,
             timeout=HANGS,
             check=True,
         )
@@ -234,12 +236,13 @@ class TestOtherSystem:
             ["download", REPO, "--name", "mine"],
             [*ask, "Hi there"],
             [*ask, "--resume=last", "Again"],
-            ["chats", "--json"],
+            ["chats"],
         )
-        *answers, chats = done.out.splitlines()
-        other = json.loads(answers[-1])
-        assert other["usage"]["cached_tokens"] > 0
-        assert '"turns": 2' in chats or "2" in done.out
+        lines = done.out.splitlines()
+        first, second = (json.loads(line) for line in lines if line.startswith("{"))
+        assert first["usage"]["cached_tokens"] == 0
+        assert second["usage"]["cached_tokens"] > 0
+        assert "Hi there" in done.out[done.out.rindex("}") :]
 
     def test_a_request_is_served(self, name, environment):
         run(name, environment, ["download", REPO, "--name", "mine"])

@@ -106,7 +106,12 @@ def test_a_full_disk_has_its_own_error():
 def test_a_partly_written_file_is_removed(tmp_path, monkeypatch):
     class Full:
         def __init__(self, file):
-            self.fileno = lambda: file
+            self.fileno, self.closed = lambda: file, False
+
+        def close(self):
+            if not self.closed:
+                os.close(self.fileno())
+            self.closed = True
 
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -115,7 +120,7 @@ def test_a_partly_written_file_is_removed(tmp_path, monkeypatch):
             return self
 
         def __exit__(self, *error):
-            os.close(self.fileno())
+            self.close()
 
     named = output(tmp_path / "f")
     monkeypatch.setattr(output_file, "open", lambda fd, *_, **__: Full(fd), raising=False)

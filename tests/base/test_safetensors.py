@@ -154,8 +154,8 @@ def test_rows_are_read_once_each_in_the_order_of_the_file(tmp_path, monkeypatch,
         reads.append(offset)
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", spy)
     with SafetensorsFile(tmp_path / "x") as file:
+        monkeypatch.setattr(os, "preadv", spy)
         rows = file.read_rows("x", torch.tensor(numbers))
         first, size = file.header.start("x"), 8 * dtype.itemsize
     assert rows.dtype == dtype
