@@ -192,7 +192,7 @@ def test_a_process_under_nohup_continues_when_its_terminal_is_closed():
 
 
 @pytest.mark.posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [*system.ENDING, signal.SIGINT])
 def test_a_signal_while_torch_is_imported_ends_it_at_once(tmp_path, number):
     """An exception broke numpy ("CPU dispatcher tracer already initialized", exit code 1)."""
     package = f"{tmp_path}/torch.py"

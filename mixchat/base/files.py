@@ -59,17 +59,15 @@ def open_regular(
     A FIFO could wait forever for its other end. Raises `OSError`, whose `strerror` names what is
     there.
     """
+    if not follow and path.is_symlink():
+        raise OSError(errno.ELOOP, "is a symbolic link", str(path))
     flags |= system.NO_WAIT | system.CLOSE_ON_EXEC | system.BINARY
     try:
-        if not (follow or system.NO_FOLLOW) and path.is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         descriptor = os.open(path, flags | (0 if follow else system.NO_FOLLOW), mode)
     except OSError as error:
         # A socket, a FIFO that nobody reads, or a directory on Windows.
         if error.errno == errno.ENXIO or (error.errno == errno.EACCES and path.is_dir()):
             raise _not_regular(path) from None
-        if error.errno == errno.ELOOP and path.is_symlink() and not follow:
-            raise OSError(errno.ELOOP, "is a symbolic link", str(path)) from None
         raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor

@@ -255,8 +255,8 @@ def start_with_socket(
         if process.stdin is not None:
             with suppress(OSError), process.stdin as pipe:
                 pipe.write(getattr(theirs, "share")(process.pid))  # noqa: B009 - Windows has it
-    assert process.stderr is not None
-    do_not_wait(process.stderr.fileno())
+    if process.stderr is not None and not WINDOWS:
+        _os.set_blocking(process.stderr.fileno(), False)
     return process, ours
 
 
@@ -266,12 +266,6 @@ def given_socket() -> socket.socket:
         given: socket.socket = getattr(socket, "fromshare")(sys.stdin.buffer.read())  # noqa: B009
         return given
     return socket.socket(fileno=0)
-
-
-def do_not_wait(descriptor: int) -> None:
-    """Let reads and writes of a pipe return at once."""
-    if not WINDOWS:
-        _os.set_blocking(descriptor, False)
 
 
 def limit_process(memory: int) -> None:
@@ -286,6 +280,7 @@ def limit_process(memory: int) -> None:
         with suppress(ValueError, OSError):
             _resource.setrlimit(getattr(_resource, f"RLIMIT_{name}"), (most, most))
     signal.signal(_signal.SIGPROF, signal.SIG_DFL)  # the timer ends the process in any code
+    _os.set_blocking(2, False)  # pages of errors must not wait for a reader
 
 
 def limit_time(seconds: float) -> None:

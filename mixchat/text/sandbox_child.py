@@ -37,7 +37,6 @@ def serve(service: object) -> None:
     Import libraries before, while Python can still write the .pyc files.
     """
     system.limit_process(MAX_MEMORY)
-    system.do_not_wait(2)  # pages of errors must not wait for a reader
     with system.given_socket() as channel, suppress(EOFError, OSError):
         while True:
             seconds, (method, *arguments) = receive(channel), receive(channel)

@@ -1,11 +1,12 @@
 """`--help` and `--version` answer at once, because nothing heavy is imported for them."""
 
-import signal
 import subprocess
 import sys
 
 import pytest
 from command_line import loaded_by
+
+from mixchat.base import system
 
 HEAVY = {
     "bitsandbytes",
@@ -125,7 +126,7 @@ def test_ctrl_c_ends_it_quietly_before_anything_else_is_imported():
 
 
 @pytest.mark.posix
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", system.ENDING)
 def test_a_closed_window_ends_it_as_ctrl_c_does(environment, number):
     """A model in the making is removed on the way out; the default action would leave it there."""
     code = (
