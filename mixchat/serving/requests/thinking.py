@@ -8,6 +8,7 @@ from mixchat.serving.requests.errors import value_error
 from mixchat.text.thinking import EFFORT, EFFORTS, SWITCHES, ThinkingFormat
 
 _KWARGS, _OLLAMA = "chat_template_kwargs", "think"
+_HIGHER_EFFORTS = ("xhigh", "max")  # than any that templates know
 
 
 def take_thinking(
@@ -28,13 +29,17 @@ def take_thinking(
         if not rest[_KWARGS]:
             del rest[_KWARGS]
     effort, switch = rest.get(EFFORT), format.switch
+    effort = EFFORTS[-1] if effort in _HIGHER_EFFORTS else effort
     if EFFORT in format.variables and effort in EFFORTS:
-        variables.setdefault(EFFORT, rest.pop(EFFORT))
+        del rest[EFFORT]
+        variables.setdefault(EFFORT, effort)
     elif switch is not None and effort == "none":
         del rest[EFFORT]
         variables.setdefault(switch, False)
     if switch is not None and isinstance(rest.get(_OLLAMA), bool):
         variables.setdefault(switch, rest.pop(_OLLAMA))
+    elif EFFORT in format.variables and rest.get(_OLLAMA) is True:
+        del rest[_OLLAMA]  # a model with efforts always thinks
     for name, value in variables.items():
         if name in SWITCHES and not isinstance(value, bool):
             raise value_error(f"{_KWARGS}.{name}", "true or false", value)

@@ -6,7 +6,8 @@
 | max_tokens, temperature, top_p, top_k     | OpenAI's, or mixchat's                       |
 | stop_sequences                            | stop                                         |
 | tools, tool_choice                        | functions, with disable_parallel_tool_use    |
-| thinking                                  | think, if the model's template has a switch  |
+| thinking                                  | think, or reasoning_effort none              |
+| output_config                             | reasoning_effort, response_format            |
 | images, documents, tools of Anthropic     | refused                                      |
 | _LABELS, cache_control                    | ignored                                      |
 | all others                                | ignored and named, or refused if strict      |
@@ -33,7 +34,6 @@ from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments,
 
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
 _SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream")
-_KNOWN = {*_SAME, *_LABELS, "messages", "system", "stop_sequences", "tools", "tool_choice"}
 _STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
@@ -91,7 +91,18 @@ class _Choice(RequestObject):
 class _Thinking(RequestObject):
     ignored = ("budget_tokens", "display")
     never_null = ("type",)
-    type: Literal["enabled", "adaptive", "disabled"]
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
+
+
+class _Schema(RequestObject):
+    never_null = ("type", "schema")
+    type: Literal["json_schema"]
+    given: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class _OutputConfig(RequestObject):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: _Schema | None = None
 
 
 class _Fields(RequestObject):
@@ -103,6 +114,7 @@ class _Fields(RequestObject):
     tools: Annotated[list[_Tool], FailFast()] = Field([])
     tool_choice: _Choice | None = None
     thinking: _Thinking | None = None
+    output_config: _OutputConfig = _OutputConfig()
 
 
 def read_messages(
@@ -118,7 +130,7 @@ def read_counted(
     body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
 ) -> ParsedRequest:
     """Return the job of a body whose tokens are counted, which needs no `max_tokens`."""
-    unknown = tuple(name for name in body if name not in {*_KNOWN, "thinking"})
+    unknown = tuple(name for name in body if name not in {*_Fields.ignored, *_Fields.model_fields})
     if unknown and not defaults.strict:
         body = {name: value for name, value in body.items() if name not in unknown}
     asked = read_chat(_to_chat(body), service, defaults, compile_form)
@@ -134,8 +146,10 @@ def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
         chat["messages"].insert(0, {"role": "system", "content": system})
     if fields.stop_sequences:
         chat["stop"] = fields.stop_sequences
-    if fields.thinking is not None:
-        chat["think"] = fields.thinking.type != "disabled"
+    chat |= _thinking(fields)
+    if (format := fields.output_config.format) is not None:
+        schema = {"name": "answer", "schema": format.given}
+        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
     if fields.tools:
         chat["tools"] = [_tool(tool) for tool in fields.tools]
     if (choice := fields.tool_choice) is not None:
@@ -144,6 +158,14 @@ def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
         chat["tool_choice"] = kinds.get(choice.type, choice.type)
         chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     return chat
+
+
+def _thinking(fields: _Fields) -> dict[str, Any]:
+    thinking, effort = fields.thinking, fields.output_config.effort
+    if thinking is not None and thinking.type == "disabled":
+        return {"reasoning_effort": "none"}
+    found: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    return found if thinking is None else {**found, "think": True}
 
 
 def _tool(tool: _Tool) -> dict[str, Any]:
