@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.output_constraint import OutputConstraint
 
+_DEFAULT_CONTEXT = Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
+
 
 class LocalModels:
     """The `ModelProvider` of models that are loaded here. `usual` is the one if none is named."""
@@ -66,7 +68,7 @@ class LocalModels:
         try:
             config = read_config_file(installed_directory(name) / "config.json")
         except MixchatError:  # `open` raises it again, or builds the demo
-            return Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
+            return _DEFAULT_CONTEXT
         return Context.of(config, self._load.context_size)
 
     def open(self, name: str, options: ChatOptions) -> ChatSession:
@@ -113,6 +115,15 @@ class LocalModels:
 
         directory = _directory_of(current)
         return [name for name in installed_names() if installed_directory(name) != directory]
+
+    def other_contexts(self, current: str) -> dict[str, Context]:
+        """Return the contexts of the other models, the default one for a model that cannot load."""
+        contexts = {}
+        for name in self.others(current):
+            contexts[name] = _DEFAULT_CONTEXT
+            with suppress(MixchatError):
+                contexts[name] = self.context_of(name)
+        return contexts
 
     def check(self, name: str, current: str) -> None:
         """Raise `MixchatError` if a chat cannot change. The demo is built for it."""

@@ -81,7 +81,7 @@ def _served_models(
     from mixchat.serving.web.served_models import ServedModels
 
     local = LocalModels(load, reporter, usual=name)
-    others = partial(local.others, name) if options.swap else tuple
+    others = partial(local.other_contexts, name) if options.swap else dict
     return ServedModels(first, open_model, others=others, sleep_after=options.sleep_after)
 
 

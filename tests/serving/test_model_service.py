@@ -144,6 +144,18 @@ def test_a_directory_that_cannot_be_made_for_kv_caches_is_noted(
     assert "KV caches cannot be saved" in notes[0]
 
 
+def test_a_directory_of_kv_caches_that_cannot_be_read_costs_a_line_and_not_the_start(
+    model_service, monkeypatch, tmp_path
+):
+    """An error there ended the start of the server."""
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    (tmp_path / "server").symlink_to("server")
+    notes: list[str] = []
+    service = model_service(caches=ServerCaches("tiny", notes.append))
+    assert isinstance(Waiter(service, job(9)).result()[1], Done)
+    assert [note.partition(":")[0] for note in notes] == ["KV caches cannot be read"]
+
+
 @pytest.mark.parametrize(("max_tokens", "reason"), [(4, "length"), (None, "context")])
 def test_an_answer_that_nothing_stops_ends_at_its_limit_or_where_the_context_is_full(
     model_service, max_tokens, reason

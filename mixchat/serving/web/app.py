@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixchat.base.errors import MixchatError
+from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
@@ -222,7 +223,7 @@ async def _count_tokens(
 
 
 async def _ollama_models(state: AppState, request: Request) -> Response:
-    return _json(ollama.model_list(state.models.names))
+    return _json(ollama.model_list(await state.models.contexts()))
 
 
 async def _ollama_loaded(state: AppState, request: Request) -> Response:
@@ -230,7 +231,8 @@ async def _ollama_loaded(state: AppState, request: Request) -> Response:
 
 
 async def _ollama_model(state: AppState, request: Request) -> Response:
-    return _json(ollama.describe(read_object(await _body(state, request)), state.models))
+    body = read_object(await _body(state, request))
+    return _json(ollama.describe(body, await state.models.contexts()))
 
 
 async def _ollama_version(state: AppState, request: Request) -> Response:
@@ -245,23 +247,23 @@ def _error_body(path: str) -> Callable[[RequestError], dict[str, Any]]:
 
 
 async def _models(state: AppState, request: Request) -> Response:
-    names = state.models.names
-    return _json({"object": "list", "data": [_model_object(state, name) for name in names]})
+    contexts = await state.models.contexts()
+    return _json(
+        {"object": "list", "data": [_model_object(state, *one) for one in contexts.items()]}
+    )
 
 
 async def _model(state: AppState, request: Request) -> Response:
-    name, names = request.path_params["name"], state.models.names
-    if name not in names:
-        message = f"there is no such model here; this server has {', '.join(map(repr, names))}"
+    name, contexts = request.path_params["name"], await state.models.contexts()
+    if name not in contexts:
+        message = f"there is no such model here; this server has {', '.join(map(repr, contexts))}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
-    return _json(_model_object(state, name))
+    return _json(_model_object(state, name, contexts[name]))
 
 
-def _model_object(state: AppState, name: str) -> dict[str, Any]:
+def _model_object(state: AppState, name: str, context: Context) -> dict[str, Any]:
     model = {"id": name, "object": "model", "created": state.created, "owned_by": "mixchat"}
-    if name == state.models.name:
-        model["context_size"] = state.models.context.tokens
-    return model
+    return {**model, "context_size": context.tokens}
 
 
 async def _health(state: AppState, request: Request) -> Response:
@@ -303,11 +305,15 @@ async def _detokenize(
 
 
 async def _body(state: AppState, request: Request) -> bytes:
-    """Return the body. Refuse a long one before all of it is read."""
-    limit = state.models.context.longest_text + _MAX_BODY_EXTRA
+    """Return the body. Refuse one that no model can take before all of it is read."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("the body is compressed: send it as it is", status=415)
     size, body = int(request.headers.get("content-length", "0")), bytearray()
+    longest = state.models.context.longest_text
+    if not size or size > longest:  # the model that it names may take more than the loaded one
+        contexts = await state.models.contexts()
+        longest = max(context.longest_text for context in contexts.values())
+    limit = longest + _MAX_BODY_EXTRA
     if size <= limit:
         async for piece in request.stream():
             body += piece

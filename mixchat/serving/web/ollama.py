@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar
 
 from pydantic import FailFast, Field
 
+from mixchat.base.model_config import Context
 from mixchat.serving.requests.chat import MAX_MESSAGES, read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
@@ -31,7 +32,6 @@ from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import LATEST, Defaults, ParsedRequest
 from mixchat.serving.service import Delta, Done, Service
 from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
-from mixchat.serving.web.served_models import ServedModels
 from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
 # Clients compare it with the Ollama that they need.
@@ -231,17 +231,17 @@ class GenerateResponses(OllamaResponses):
         return {"response": delta.text, **thinking}
 
 
-def model_list(names: Sequence[str]) -> JSON:
+def model_list(names: Iterable[str]) -> JSON:
     """Return the answer of /api/tags and /api/ps."""
     return {"models": list(map(_model, names))}
 
 
-def describe(body: dict[str, Any], models: ServedModels) -> JSON:
+def describe(body: dict[str, Any], contexts: Mapping[str, Context]) -> JSON:
     """Return the answer of /api/show. Raises `RequestError` for an unknown model."""
     name = str(body.get("model") or body.get("name")).removesuffix(LATEST)
-    if name not in models.names:
+    if name not in contexts:
         raise RequestError(f"there is no model {name!a:.80} here", status=404)
-    size = {"mixchat.context_length": models.context.tokens} if name == models.name else {}
+    size = {"mixchat.context_length": contexts[name].tokens}
     info = {"general.architecture": "mixchat", **size}
     return {**_model(name), "model_info": info, "capabilities": ["completion", "tools"]}
 

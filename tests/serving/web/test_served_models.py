@@ -1,19 +1,23 @@
 """The models of a server: a change of model, and a model that sleeps."""
 
 import asyncio
+import json
 import threading
+from contextlib import suppress
 
 import pytest
-from raw_http import exchange, request
+from raw_http import exchange, read_response, request
 from scripted_service import ScriptedService
 
 from mixchat.base.errors import ResourceError
+from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.options import Defaults
 from mixchat.serving.service import ShuttingDownError
 from mixchat.serving.web.served_models import LoadedModel, ServedModels
 
 CHAT = "/v1/chat/completions"
+SIZES = {"a": 4000, "b": 40_000}  # tokens of the contexts
 
 
 class Shelf:
@@ -28,7 +32,7 @@ class Shelf:
         assert self.may_load.wait(20)
         if self.errors:
             raise self.errors.pop()
-        service = ScriptedService()
+        service = ScriptedService(context_size=SIZES[name])
         service.name = name
         self.open.append(name)
         self.loads.append(name)
@@ -43,7 +47,14 @@ def shelf():
 
 
 def models_of(shelf, **options):
-    return ServedModels(shelf.load("a"), shelf.load, others=lambda: ["a", "b"], **options)
+    return ServedModels(shelf.load("a"), shelf.load, others=others, **options)
+
+
+def others():
+    """It may read the disk, which would hold up the answers in the event loop."""
+    with pytest.raises(RuntimeError):
+        asyncio.get_running_loop()
+    return {name: Context(size, size) for name, size in SIZES.items()}
 
 
 async def until(condition):
@@ -60,7 +71,7 @@ def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
         for name, used in [(None, "a"), ("b", "b"), (None, "b"), ("unknown", "b"), ("a", "a")]:
             async with models.use(name) as model:
                 assert (model.service.name, shelf.open) == (used, [used])
-        assert models.names == ["a", "b"]
+        assert list(await models.contexts()) == ["a", "b"]
 
     asyncio.run(main())
     assert shelf.loads == ["a", "b", "a"]
@@ -205,5 +216,27 @@ def test_counts_go_on_over_a_change_of_model(serve, shelf):
         assert (response.status, response.json["model"]) == (200, name)
     assert b"mixchat_requests_finished_total 3" in exchange(served, request("/metrics")).body
     listed = exchange(served, request("/v1/models")).json["data"]
-    assert [model["id"] for model in listed] == ["b", "a"]
+    assert [(model["id"], model["context_size"]) for model in listed] == [
+        ("b", 40_000),
+        ("a", 4000),
+    ]
+    models.close()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_may_be_as_long_as_the_model_that_it_names_can_take(serve, shelf, chunked):
+    """The limit was the loaded model's, so that long prompts for another one were refused."""
+    models = models_of(shelf)
+    served = serve(models=models)
+    for size, status in [(2_000_000, 200), (20_000_000, 413)]:
+        asked = {"model": "b", "messages": [{"role": "user", "content": "say:hi"}]}
+        body = json.dumps(asked | {"user": "x" * size}).encode()
+        length, how = (None, "chunked") if chunked else (str(len(body)), None)
+        data = request(CHAT, body, content_length=length, transfer_encoding=how)
+        if chunked:
+            data = data.replace(body, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        with served.connect() as connection:
+            with suppress(ConnectionError):  # it is refused before its end
+                connection.sendall(data)
+            assert read_response(connection).status == status
     models.close()

@@ -224,6 +224,45 @@ def test_an_error_in_the_midst_of_an_answer_reaches_the_client(client, stream):
         client.ask(question("ab{fail}"), stream=stream)
 
 
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
+        ({"output_config": {"effort": "max"}}, {"reasoning_effort": "high"}),
+        ({"thinking": {"type": "adaptive"}}, {"enable_thinking": True}),
+        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
+        (
+            {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}},
+            {"enable_thinking": False},
+        ),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+            {"enable_thinking": False},
+        ),
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_anthropics_thinking_and_effort_are_the_templates(serve, fields, variables, strict):
+    served = serve(
+        defaults=Defaults(SamplingOptions(), strict=strict),
+        state={"compile_form": lambda form, at_end=None: lambda *a, **k: None},
+    )
+    names = ("enable_thinking", "reasoning_effort")
+    served.service.template.thinking = ThinkingFormat("tags", names)
+    body = {"max_tokens": 9, "messages": question("a"), **fields}
+    response = exchange(served, request("/v1/messages", body))
+    assert (response.status, "x-mixchat-ignored" in response.headers) == (200, False)
+    assert served.service.template.variables == [variables]
+
+
+def test_a_model_with_efforts_alone_always_thinks(served):
+    served.service.template.thinking = ThinkingFormat("harmony", ("reasoning_effort",))
+    for thinking in ("enabled", "disabled"):
+        body = {"max_tokens": 9, "messages": question("a"), "thinking": {"type": thinking}}
+        response = exchange(served, request("/v1/messages", body))
+        assert (response.status, "x-mixchat-ignored" in response.headers) == (200, False)
+
+
 def test_an_instruction_after_a_question_belongs_to_it(served):
     messages = [*question("no"), {"role": "system", "content": "say:yes"}]
     body = {"max_tokens": 9, "messages": messages, "system": "S"}
