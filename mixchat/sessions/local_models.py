@@ -80,6 +80,7 @@ class LocalModels:
     ) -> Iterator[tuple[Begin, Context]]:
         from mixchat.serving.requests.forms import forms_of
         from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
+        from mixchat.serving.requests.options import LoadedModel
         from mixchat.text.form.output_constraint import PATIENT_S
 
         load = replace(self._load, exact_prompts=True, parallel=parallel)
@@ -91,8 +92,9 @@ class LocalModels:
         seed = options.sampling["seed"]
         fields = {"stop": list(options.stop)} | ({} if seed is None else {"seed": seed})
         given = LineDefaults(fields, options.system)
+        forms = forms_of(service, PATIENT_S)
         with closing(service):
-            begin = answered_here(service, defaults, given, forms_of(service, PATIENT_S))
+            begin = answered_here(LoadedModel(service, defaults, forms), given)
             yield begin, self.context_of(name)
 
     def predictor(self, session: ChatSession, name: str) -> Predictor:

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,8 @@ from mixchat.serving.requests.errors import (
     to_json,
 )
 from mixchat.serving.requests.fields import RequestObject, validated
-from mixchat.serving.requests.forms import Compile
-from mixchat.serving.requests.options import Defaults, ParsedRequest
-from mixchat.serving.service import QueueFullError, Service
+from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.service import QueueFullError
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded, openai_error
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
@@ -49,7 +48,7 @@ from mixchat.serving.web.responses import (
     ResponseBuilder,
     to_prometheus,
 )
-from mixchat.serving.web.served_models import LoadedModel, ServedModels
+from mixchat.serving.web.served_models import ServedModels
 
 _MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
 _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
@@ -66,7 +65,7 @@ Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
 ModelEndpoint = Callable[
     ["AppState", Request, LoadedModel, dict[str, Any]], Awaitable[ASGIApp]
 ]  # with the request's body
-Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
+Read = Callable[[dict[str, Any], LoadedModel], ParsedRequest]
 
 # The reader of a request, and the builder of its response.
 _APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
@@ -178,7 +177,7 @@ async def _answer(
     state.note_ignored(request.state.ignored)
     if asked.jobs[0].top_logprobs is not None:
         await run_in_threadpool(model.texts.load)
-    responses = builder(asked, model.service.name, model.texts)
+    responses = builder(asked, model)
     answers = PendingAnswers(model.service, asked.jobs)
     await run_in_threadpool(answers.submit)
     if asked.stream:
@@ -199,12 +198,8 @@ async def _read(
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
         raise QueueFullError(message)
     with ExitStack() as at_end:
-        compile_form = partial(model.compile_form, at_end=at_end)
-
-        def read_body() -> ParsedRequest:
-            return read(body, model.service, model.defaults, compile_form)
-
-        return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
+        model = replace(model, compile_form=partial(model.compile_form, at_end=at_end))
+        return await to_thread.run_sync(read, body, model, abandon_on_cancel=True, limiter=limiter)
 
 
 def _named(asked: ParsedRequest) -> list[str]:

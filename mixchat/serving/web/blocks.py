@@ -1,12 +1,15 @@
-"""The parts of an answer one after the other: thinking, text, calls of tools."""
+"""Answers whose parts come one after the other: thinking, text, calls of tools."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from mixchat.serving.service import Delta
+from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.service import Delta, Done
+from mixchat.serving.web.responses import JSON, ResponseBuilder
 
 Change: TypeAlias = Literal["open", "add", "close"]
 Kind: TypeAlias = Literal["thinking", "text", "call"]
@@ -61,9 +64,33 @@ class Blocks:
         return "add", self._open, content
 
 
-def blocks_of(delta: Delta) -> Sequence[Block]:
-    """Return the blocks of a whole answer."""
-    blocks = Blocks()
-    for _ in (*blocks.add(delta), *blocks.end()):
-        pass
-    return blocks.blocks
+class BlockResponses(ResponseBuilder):
+    """The answers of an API that sends blocks."""
+
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        super().__init__(request, model)
+        self._blocks = Blocks()
+
+    @abstractmethod
+    def whole_answer(self, blocks: Sequence[Block], done: Done) -> JSON: ...
+
+    @abstractmethod
+    def events(self, change: Change, block: Block, piece: str) -> Iterator[bytes]: ...
+
+    @abstractmethod
+    def last(self, done: Done) -> bytes: ...
+
+    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
+        ((delta, done),) = answers
+        for _ in (*self._blocks.add(delta), *self._blocks.end()):
+            pass
+        return self.whole_answer(self._blocks.blocks, done)
+
+    def piece(self, number: int, delta: Delta) -> bytes:
+        return self._joined(self._blocks.add(delta))
+
+    def ending(self, number: int, done: Done) -> bytes:
+        return self._joined(self._blocks.end()) + self.last(done)
+
+    def _joined(self, changes: Iterator[tuple[Change, Block, str]]) -> bytes:
+        return b"".join(event for change in changes for event in self.events(*change))

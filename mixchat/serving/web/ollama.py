@@ -28,9 +28,10 @@ from mixchat.serving.requests.chat import MAX_MESSAGES, read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
 from mixchat.serving.requests.fields import RequestObject, max_items, only, validated
-from mixchat.serving.requests.forms import Compile
-from mixchat.serving.requests.options import LATEST, Defaults, ParsedRequest
-from mixchat.serving.service import Delta, Done, Service
+from mixchat.serving.requests.forms import schema_format
+from mixchat.serving.requests.options import LATEST, LoadedModel, ParsedRequest
+from mixchat.serving.requests.tools import call_object
+from mixchat.serving.service import Delta, Done
 from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
 from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
@@ -83,32 +84,27 @@ class _Fields(RequestObject):
     suffix: Annotated[Any, only(("",), "unsupported_parameter", "is not supported")] = None
 
 
-def read_ollama_chat(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> ParsedRequest:
+def read_ollama_chat(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/chat. Raises as `read_chat` does."""
-    fields = _fields(body, defaults)
+    fields = _fields(body, model)
     chat = {**_shared(fields, body), "messages": _messages(fields.messages)}
-    return _named(body, read_chat(chat, service, defaults, compile_form))
+    return _named(body, read_chat(chat, model))
 
 
-def read_generate(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> ParsedRequest:
+def read_generate(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/generate. Raises as `read_chat` does."""
-    fields = _fields(body, defaults)
+    fields = _fields(body, model)
     shared = _shared(fields, body)
     if fields.raw:
-        read = read_completion({**shared, "prompt": fields.prompt}, service, defaults, compile_form)
-        return _named(body, read)
+        return _named(body, read_completion({**shared, "prompt": fields.prompt}, model))
     system = [{"role": "system", "content": fields.system}] if fields.system else []
     chat = {**shared, "messages": [*system, {"role": "user", "content": fields.prompt}]}
-    return _named(body, read_chat(chat, service, defaults, compile_form))
+    return _named(body, read_chat(chat, model))
 
 
-def _fields(body: dict[str, Any], defaults: Defaults) -> _Fields:
+def _fields(body: dict[str, Any], model: LoadedModel) -> _Fields:
     for name in _WITHOUT_EFFECT:
-        if defaults.strict and body.get(name) is not None:
+        if model.defaults.strict and body.get(name) is not None:
             raise field_error(name, "has no effect here", "unknown_parameter")
     return validated(_Fields, body)
 
@@ -132,8 +128,7 @@ def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
     if fields.format == "json":
         chat["response_format"] = {"type": "json_object"}
     elif isinstance(fields.format, dict):
-        schema = {"name": "format", "schema": fields.format}
-        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
+        chat["response_format"] = schema_format(fields.format)
     elif fields.format != "":
         raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
     return chat
@@ -159,8 +154,8 @@ def _messages(given: Sequence[_Message]) -> list[dict[str, Any]]:
 
 
 def _call(call: _Call, id: str) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": json.dumps(call.function.arguments)}
-    return {"id": call.id or id, "type": "function", "function": function}
+    function = call.function
+    return call_object(ToolCall(call.id or id, function.name, json.dumps(function.arguments)))
 
 
 class OllamaResponses(ResponseBuilder):
@@ -168,8 +163,8 @@ class OllamaResponses(ResponseBuilder):
 
     content_type = "application/x-ndjson"
 
-    def __init__(self, request: ParsedRequest, model: str, texts: Any) -> None:
-        super().__init__(request, model, texts)
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        super().__init__(request, model)
         self._start, self._first = time.perf_counter_ns(), 0
         self._calls: list[CallDelta] = []
 

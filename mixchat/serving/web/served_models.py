@@ -10,31 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from threading import Lock
 from typing import cast
 
 from anyio import to_thread
 
 from mixchat.base.model_config import Context
-from mixchat.serving.requests.forms import Compile, no_forms
-from mixchat.serving.requests.options import LATEST, Defaults
-from mixchat.serving.service import Service, ServiceStats, ShuttingDownError
-from mixchat.serving.web.responses import TokenTexts
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A service over a model, the defaults of its answers, and what compiles their forms."""
-
-    service: Service
-    defaults: Defaults
-    compile_form: Compile = no_forms
-
-    @cached_property
-    def texts(self) -> TokenTexts:
-        return TokenTexts(self.service.tokenizer)
+from mixchat.serving.requests.options import LATEST, LoadedModel
+from mixchat.serving.service import ServiceStats, ShuttingDownError
 
 
 class ServedModels:

@@ -19,8 +19,7 @@ from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
-from mixchat.serving.requests.forms import no_forms
-from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.service import QueueFullError, ShuttingDownError
 from tests.serving.web.scripted_service import ScriptedService
 
@@ -67,7 +66,7 @@ any_json = st.recursive(
 
 
 def read(reader, body, strict=True):
-    return reader(body, SERVICE, Defaults(SamplingOptions(), strict=strict), no_forms)
+    return reader(body, LoadedModel(SERVICE, Defaults(SamplingOptions(), strict=strict)))
 
 
 def error_of(work):

@@ -392,12 +392,14 @@ def test_anthropics_answer_names_no_stop_sequence_that_it_does_not_know(served, 
 )
 def test_at_most_two_forms_are_checked_at_once(serve, path, body):
     """A grammar's check is a process, too, but was not counted."""
-    running, most = set(), []
+    running, most, two = set(), [], threading.Barrier(2)
 
     def compile_form(form, at_end=None):
         running.add(threading.get_ident())
+        two.wait(60)
+        time.sleep(0.05)  # in which a third one could come
         most.append(len(running))
-        time.sleep(0.05)
+        two.wait(60)
         running.remove(threading.get_ident())
         return lambda *a, **k: None
 
