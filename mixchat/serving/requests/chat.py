@@ -122,13 +122,16 @@ class _ChatFields(ToolFields, SharedFields):
     messages: Annotated[list[_ChatMessage], FailFast(), max_items(MAX_MESSAGES)] = Field([])
 
 
-def read_chat(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
+def read_chat(
+    body: dict[str, Any], model: LoadedModel, unused: Sequence[str] = ()
+) -> ParsedRequest:
     """Return the jobs of a body, which takes seconds for a long conversation.
 
-    Raises `RequestError` and `PromptError`.
+    `unused` are fields of another API, which have no effect. Raises `RequestError` and
+    `PromptError`.
     """
     body, variables = take_thinking(body, model.service.template.thinking)
-    fields, job, ignored = read_fields(_ChatFields, body, model)
+    fields, job, ignored = read_fields(_ChatFields, body, model, unused)
     ignored += ("functions",) if fields.functions not in (None, []) else ()
     if fields.top_logprobs and not fields.logprobs:
         raise field_error("top_logprobs", "needs logprobs: true", "invalid_value")

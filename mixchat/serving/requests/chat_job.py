@@ -74,6 +74,7 @@ def chat_job(request: ChatRequest, job: Job, model: LoadedModel) -> Job:
         thinking=thinking,
         begun=len(begun),
         tools=format,
+        offered=() if offer is None else offer.callable,
     )
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -43,9 +44,11 @@ class _CompletionFields(SharedFields):
     prompt: Any
 
 
-def read_completion(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
-    """Return the jobs of a body. Raises `RequestError` and `PromptError`."""
-    fields, job, ignored = read_fields(_CompletionFields, body, model)
+def read_completion(
+    body: dict[str, Any], model: LoadedModel, unused: Sequence[str] = ()
+) -> ParsedRequest:
+    """Return the jobs of a body, as `read_chat` does. Raises `RequestError` and `PromptError`."""
+    fields, job, ignored = read_fields(_CompletionFields, body, model, unused)
     if fields.best_of not in (None, fields.n):
         raise field_error("best_of", "has to equal n", "unsupported_value")
     service = model.service

@@ -167,17 +167,20 @@ def max_answers(service: Service) -> int:
 
 
 def read_fields(
-    kind: type[_Fields], body: dict[str, Any], model: LoadedModel
+    kind: type[_Fields], body: dict[str, Any], model: LoadedModel, unused: Sequence[str]
 ) -> tuple[_Fields, Job, tuple[str, ...]]:
     """Return a body's fields, a job with its options, and the names of fields without an effect.
 
-    Raises `RequestError` for the first wrong field.
+    `unused` are those of another API's body. Raises `RequestError` for the first wrong field.
     """
     service, defaults = model.service, model.defaults
     _check_model(body.get("model"), service.name)
-    ignored: tuple[str, ...] = ()
+    ignored = tuple(unused)
     if not defaults.strict:
-        body, ignored = _without_foreign(body)
+        body, foreign = _without_foreign(body)
+        ignored = (*foreign, *unused)
+    elif unused:
+        raise field_error(unused[0], "has no effect here", "unknown_parameter")
     fields = validated(kind, body)
     limit = max_answers(service)
     if not 1 <= fields.n <= limit:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field
@@ -128,12 +127,10 @@ def read_messages(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
 
 def read_counted(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body whose tokens are counted, which needs no `max_tokens`."""
-    unknown = tuple(name for name in body if name not in {*_Fields.ignored, *_Fields.model_fields})
-    if unknown and not model.defaults.strict:
-        body = {name: value for name, value in body.items() if name not in unknown}
-    asked = read_chat(_to_chat(body), model)
-    ignored = asked.ignored if model.defaults.strict else (*asked.ignored, *unknown)
-    return replace(asked, ignored=ignored)
+    given = {name: value for name, value in body.items() if value is not None}
+    known = {*_Fields.ignored, *_Fields.model_fields} & given.keys()
+    unused = [name for name in given if name not in known]
+    return read_chat(_to_chat({name: given[name] for name in known}), model, unused)
 
 
 def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
@@ -222,8 +219,8 @@ class AnthropicResponses(BlockResponses):
             "model": self._model,
         }
 
-    def whole_answer(self, blocks: Sequence[Block], done: Done) -> JSON:
-        content = list(map(_content, blocks))
+    def whole_answer(self, done: Done) -> JSON:
+        content = list(map(_content, self.blocks))
         return {**self._head, "content": content, **self._stop(done), "usage": self._usage([done])}
 
     def beginning(self) -> bytes:

@@ -5,11 +5,12 @@
 | messages, tools                | OpenAI's; a result belongs to the call of its tool_name |
 | prompt, system                 | a question and a system message; a text with raw        |
 | format                         | response_format                                         |
-| options                        | _OPTIONS; num_predict is max_tokens, others are ignored |
+| options                        | _OPTIONS; num_predict is max_tokens                     |
 | think                          | as far as the model's template knows it                 |
 | stream                         | true if it is not given                                 |
 | images, suffix                 | refused                                                 |
-| keep_alive, context, template  | ignored and named, or refused if strict                 |
+| other options, keep_alive,     | ignored and named, or refused if strict                 |
+| context, template              |                                                         |
 """
 
 from __future__ import annotations
@@ -86,34 +87,26 @@ class _Fields(RequestObject):
 
 def read_ollama_chat(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/chat. Raises as `read_chat` does."""
-    fields = _fields(body, model)
+    fields = validated(_Fields, body)
     chat = {**_shared(fields, body), "messages": _messages(fields.messages)}
-    return _named(body, read_chat(chat, model))
+    return read_chat(chat, model, _unused(body))
 
 
 def read_generate(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/generate. Raises as `read_chat` does."""
-    fields = _fields(body, model)
-    shared = _shared(fields, body)
+    fields = validated(_Fields, body)
+    shared, unused = _shared(fields, body), _unused(body)
     if fields.raw:
-        return _named(body, read_completion({**shared, "prompt": fields.prompt}, model))
+        return read_completion({**shared, "prompt": fields.prompt}, model, unused)
     system = [{"role": "system", "content": fields.system}] if fields.system else []
     chat = {**shared, "messages": [*system, {"role": "user", "content": fields.prompt}]}
-    return _named(body, read_chat(chat, model))
+    return read_chat(chat, model, unused)
 
 
-def _fields(body: dict[str, Any], model: LoadedModel) -> _Fields:
-    for name in _WITHOUT_EFFECT:
-        if model.defaults.strict and body.get(name) is not None:
-            raise field_error(name, "has no effect here", "unknown_parameter")
-    return validated(_Fields, body)
-
-
-def _named(body: dict[str, Any], asked: ParsedRequest) -> ParsedRequest:
-    unused = [name for name in _WITHOUT_EFFECT if body.get(name) is not None]
+def _unused(body: dict[str, Any]) -> list[str]:
     known = {*_OPTIONS, "num_predict"}
-    unused += [f"options.{name}" for name in body.get("options") or () if name not in known]
-    return replace(asked, ignored=(*asked.ignored, *unused))
+    options = [f"options.{name}" for name in body.get("options") or () if name not in known]
+    return [name for name in _WITHOUT_EFFECT if body.get(name) is not None] + options
 
 
 def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:

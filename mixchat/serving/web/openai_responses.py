@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, FailFast, Field
@@ -84,13 +83,9 @@ class _Fields(RequestObject):
 def read_responses(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body. Raises as `read_chat` does."""
     fields = validated(_Fields, body)
-    others = tuple(
-        f"tools[{i}]" for i, one in enumerate(fields.tools) if one.get("type") != "function"
-    )
-    if others and model.defaults.strict:
-        raise field_error(f"{others[0]}.type", "has to be function", "unsupported_value")
-    asked = read_chat(_to_chat(fields, body), model)
-    return replace(asked, ignored=(*asked.ignored, *others))
+    kinds = [tool.get("type") for tool in fields.tools]
+    others = [f"tools[{i}].type" for i, kind in enumerate(kinds) if kind != "function"]
+    return read_chat(_to_chat(fields, body), model, others)
 
 
 def _to_chat(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
@@ -197,31 +192,30 @@ class ResponsesResponses(BlockResponses):
             "truncation": "disabled",
         }
 
-    def whole_answer(self, blocks: Sequence[Block], done: Done) -> JSON:
-        return self._response(self._status(done), blocks, done)
+    def whole_answer(self, done: Done) -> JSON:
+        return self._response(self._status(done), done)
 
     def beginning(self) -> bytes:
-        response = self._response("in_progress", (), None)
+        response = self._response("in_progress", None)
         created = self._event("response.created", response=response)
         return created + self._event("response.in_progress", response=response)
 
     def last(self, done: Done) -> bytes:
         status = self._status(done)
-        response = self._response(status, self._blocks.blocks, done)
-        return self._event(f"response.{status}", response=response)
+        return self._event(f"response.{status}", response=self._response(status, done))
 
     def failure(self, error: RequestError) -> bytes:
         code = error.body["error"]["code"] or "server_error"
-        response = self._response("failed", self._blocks.blocks, None)
+        response = self._response("failed", None)
         response["error"] = {"code": code, "message": str(error)}
         return self._event("response.failed", response=response)
 
     def _status(self, done: Done) -> str:
         return "incomplete" if done.reason in ("length", "context") else "completed"
 
-    def _response(self, status: str, blocks: Sequence[Block], done: Done | None) -> JSON:
+    def _response(self, status: str, done: Done | None) -> JSON:
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        output = [self._item(block, "completed") for block in blocks]
+        output = [self._item(block, "completed") for block in self.blocks]
         usage = None if done is None else self._usage(done)
         rest = {"incomplete_details": reason, "output": output, "usage": usage}
         return {**self._head, "status": status, **rest}
