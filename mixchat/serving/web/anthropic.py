@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, FailFast, Field
 
 from mixchat.serving.requests.chat import MAX_MESSAGES, MAX_PARTS, read_chat
 from mixchat.serving.requests.errors import RequestError, field_error
-from mixchat.serving.requests.fields import RequestObject, max_items, validated
+from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, validated
 from mixchat.serving.requests.forms import schema_format
 from mixchat.serving.requests.options import LoadedModel, ParsedRequest
 from mixchat.serving.requests.tools import call_object
@@ -127,10 +127,8 @@ def read_messages(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
 
 def read_counted(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body whose tokens are counted, which needs no `max_tokens`."""
-    given = {name: value for name, value in body.items() if value is not None}
-    known = {*_Fields.ignored, *_Fields.model_fields} & given.keys()
-    unused = [name for name in given if name not in known]
-    return read_chat(_to_chat({name: given[name] for name in known}), model, unused)
+    body, unused = known_fields(_Fields, body)
+    return read_chat(_to_chat(body), model, unused)
 
 
 def _to_chat(body: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,7 @@
 | think                          | as far as the model's template knows it                 |
 | stream                         | true if it is not given                                 |
 | images, suffix                 | refused                                                 |
-| other options, keep_alive,     | ignored and named, or refused if strict                 |
-| context, template              |                                                         |
+| other options, all others      | ignored and named, or refused if strict                 |
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from mixchat.base.model_config import Context
 from mixchat.serving.requests.chat import MAX_MESSAGES, read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
-from mixchat.serving.requests.fields import RequestObject, max_items, only, validated
+from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, only, validated
 from mixchat.serving.requests.forms import schema_format
 from mixchat.serving.requests.options import LATEST, LoadedModel, ParsedRequest
 from mixchat.serving.requests.tools import call_object
@@ -42,7 +41,6 @@ _OPTIONS = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "stop"),
     *("repeat_penalty", "presence_penalty", "frequency_penalty"),
 )
-_WITHOUT_EFFECT = ("keep_alive", "context", "template")
 _SAME = ("model", "stream", "tools", "think")
 _REASONS = {"length": "length", "context": "length"}
 _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the model reads text alone")
@@ -56,7 +54,7 @@ class _Function(RequestObject):
 
 
 class _Call(RequestObject):
-    ignored = ("type",)
+    ignored = ("type", "index")
     never_null = ("function",)
     id: str = ""
     function: _Function
@@ -74,7 +72,7 @@ class _Message(RequestObject):
 
 
 class _Fields(RequestObject):
-    ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_WITHOUT_EFFECT, "logprobs", "top_logprobs")
+    ignored: ClassVar[tuple[str, ...]] = (*_SAME, "logprobs", "top_logprobs")
     messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)] = Field([])
     prompt: str = ""
     system: str = ""
@@ -87,15 +85,13 @@ class _Fields(RequestObject):
 
 def read_ollama_chat(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/chat. Raises as `read_chat` does."""
-    fields = validated(_Fields, body)
-    chat = {**_shared(fields, body), "messages": _messages(fields.messages)}
-    return read_chat(chat, model, _unused(body))
+    fields, shared, unused = _read(body)
+    return read_chat({**shared, "messages": _messages(fields.messages)}, model, unused)
 
 
 def read_generate(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/generate. Raises as `read_chat` does."""
-    fields = validated(_Fields, body)
-    shared, unused = _shared(fields, body), _unused(body)
+    fields, shared, unused = _read(body)
     if fields.raw:
         return read_completion({**shared, "prompt": fields.prompt}, model, unused)
     system = [{"role": "system", "content": fields.system}] if fields.system else []
@@ -103,10 +99,12 @@ def read_generate(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     return read_chat(chat, model, unused)
 
 
-def _unused(body: dict[str, Any]) -> list[str]:
-    known = {*_OPTIONS, "num_predict"}
-    options = [f"options.{name}" for name in body.get("options") or () if name not in known]
-    return [name for name in _WITHOUT_EFFECT if body.get(name) is not None] + options
+def _read(body: dict[str, Any]) -> tuple[_Fields, dict[str, Any], list[str]]:
+    """Return the fields of a body, those that OpenAI has, too, and the names of unused ones."""
+    body, unused = known_fields(_Fields, body)
+    fields, known = validated(_Fields, body), {*_OPTIONS, "num_predict"}
+    unused += [f"options.{name}" for name in fields.options if name not in known]
+    return fields, _shared(fields, body), unused
 
 
 def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +234,8 @@ def describe(body: dict[str, Any], contexts: Mapping[str, Context]) -> JSON:
 
 def _model(name: str) -> JSON:
     details = {"format": "mixchat", "family": "", "parameter_size": "", "quantization_level": ""}
-    return {"name": name, "model": name, "details": details}
+    tagged = name if ":" in name else f"{name}{LATEST}"  # Open WebUI asks for no other name
+    return {"name": tagged, "model": tagged, "details": details}
 
 
 def error_body(error: RequestError) -> JSON:

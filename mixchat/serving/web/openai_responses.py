@@ -9,8 +9,8 @@
 | reasoning.effort                           | reasoning_effort                                 |
 | previous_response_id, conversation,        | refused: answers are not stored                  |
 | background                                 |                                                  |
-| tools of other types, _LABELS              | ignored, tools are named, or refused if strict   |
-| all others                                 | refused                                          |
+| _LABELS                                    | ignored                                          |
+| tools of other types, all others           | ignored and named, or refused if strict          |
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, FailFast, Field
 
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
-from mixchat.serving.requests.fields import RequestObject, only, validated
+from mixchat.serving.requests.fields import RequestObject, known_fields, only, validated
 from mixchat.serving.requests.forms import schema_format
 from mixchat.serving.requests.options import LoadedModel, ParsedRequest
 from mixchat.serving.service import Done
@@ -82,10 +82,11 @@ class _Fields(RequestObject):
 
 def read_responses(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body. Raises as `read_chat` does."""
+    body, unused = known_fields(_Fields, body)
     fields = validated(_Fields, body)
     kinds = [tool.get("type") for tool in fields.tools]
-    others = [f"tools[{i}].type" for i, kind in enumerate(kinds) if kind != "function"]
-    return read_chat(_to_chat(fields, body), model, others)
+    unused += [f"tools[{i}].type" for i, kind in enumerate(kinds) if kind != "function"]
+    return read_chat(_to_chat(fields, body), model, unused)
 
 
 def _to_chat(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:

@@ -336,10 +336,31 @@ def test_ollama_generates_from_a_prompt_chats_or_raw_text(served, stream):
 
 def test_ollama_lists_and_shows_models(served):
     with closing(OllamaClient(served)) as client:
-        assert [model.model for model in client.api.list().models] == ["scripted"]
-        assert [model.model for model in client.api.ps().models] == ["scripted"]
+        assert [model.model for model in client.api.list().models] == ["scripted:latest"]
+        assert [model.model for model in client.api.ps().models] == ["scripted:latest"]
         assert "tools" in client.api.show("scripted:latest").capabilities
     assert exchange(served, request("/api/version")).json["version"].count(".") == 2
+
+
+def test_open_webui_chats_by_the_name_that_it_was_told(served):
+    """It adds :latest to a name without a tag, and knew no such model. Its calls have an index."""
+    (listed,) = exchange(served, request("/api/tags")).json["models"]
+    call = {"index": 0, "id": "a", "function": {"name": "weather", "arguments": CALLED}}
+    body = {
+        "model": listed["model"],
+        "messages": [
+            *question("no"),
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "say:yes", "tool_call_id": "a"},
+        ],
+        "stream": False,
+        "options": {"temperature": 0.5, "num_ctx": 2048, "new_topic_penalty": 1},
+        "keep_alive": "5m",
+        "chat_id": "b",
+    }
+    response = exchange(served, request("/api/chat", body))
+    assert (listed["model"], response.json["message"]["content"]) == ("scripted:latest", "yes")
+    assert "chat_id" in response.headers["x-mixchat-ignored"]
 
 
 def test_fields_without_an_effect_are_named(served):
