@@ -130,7 +130,7 @@ def changed(
         elif kind < 0.7:
             del holder[key]
         elif kind < 0.8:
-            holder[key] = [holder[key]] * rng.choice([1, 2, 200])
+            holder[key] = [holder[key]] * rng.choice([1, 2, 20])
         elif kind < 0.9:
             _, other = rng.choice(list(_places(body)))
             holder[key] = {str(other): holder[key]}
