@@ -155,7 +155,7 @@ class _MarkupParser(_CallParser):
         head = rf"[ \n]{{0,2}}{before}([\w.-]+){after}"
         self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
         self._argument = re.compile(f"{key}(.*?){value}(.*?){end}", re.DOTALL)
-        self._last = re.compile(last or re.escape(format.closing))
+        self._last = re.compile(rf"[ \n]{{0,2}}{last or re.escape(format.closing)}")
         self._tools = {tool.name: tool for tool in offered}
         self._name, self._count, self._came = "", 0, ""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
+ODD: list[Any] = [
+    *(None, True, -1, 0, 1.5, 10**30, 10**400, "", "x", [], [[]], {}, {"a": {}}, "\x00"),
+]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 CALLED = {"city": "Oslo"}
 FUNCTION = {"name": "weather", "description": "Weather", "parameters": SCHEMA}
@@ -114,9 +117,7 @@ APIS: dict[str, dict[str, Any]] = {
 _FORMS = ("tools", "tool_choice", "text", "output_config", "format")
 
 
-def changed(
-    rng: random.Random, odd: Sequence[Any], *, forms: bool = False
-) -> tuple[str, dict[str, Any]]:
+def changed(rng: random.Random, *, forms: bool = False) -> tuple[str, dict[str, Any]]:
     """Return an API's path and a body with one to three changes, with schemas only if `forms`."""
     path = rng.choice(list(APIS))
     body = deepcopy(APIS[path])
@@ -126,7 +127,7 @@ def changed(
         holder, key = rng.choice(list(_places(body)))
         kind = rng.random()
         if kind < 0.6:
-            holder[key] = deepcopy(rng.choice(odd))
+            holder[key] = deepcopy(rng.choice(ODD))
         elif kind < 0.7:
             del holder[key]
         elif kind < 0.8:

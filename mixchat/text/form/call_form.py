@@ -151,10 +151,12 @@ def _json_value(part: Any, tool: Tool) -> str:
 def _markup_text(form: CallForm) -> str:
     """Return the rule of a text without quotes, which ends at the tag after it."""
     end = form.format.markup[4]
-    if any(tag in form.control_tokens for tag in form.format.marks if tag in end):
-        return f"text: /(.|\\n)*/ {_tags(form, end)}"
-    pattern = re.escape(end).replace("\\\n", "\\n").replace("/", "\\/")
-    return f"text[lazy]: /(.|\\n)*{pattern}/"
+    tag = next((tag for tag in form.control_tokens if tag in end), None)
+    before = end if tag is None else end[: end.index(tag)]
+    pattern = re.escape(before).replace("\\\n", "\\n").replace("/", "\\/")
+    if tag is None:
+        return f"text[lazy]: /(.|\\n)*{pattern}/"
+    return f"text: /(.|\\n)*{pattern}/ {_tags(form, end[len(before) :])}"
 
 
 def _tags(form: CallForm, text: str) -> str:
