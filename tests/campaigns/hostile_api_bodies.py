@@ -138,7 +138,19 @@ def changed(rng: random.Random, *, forms: bool = False) -> tuple[str, dict[str, 
         else:
             other_holder, other = rng.choice(list(_places(body)))
             holder[key] = deepcopy(other_holder[other])
+    _keep_short(path, body)
     return path, body
+
+
+def _keep_short(path: str, body: dict[str, Any]) -> None:
+    """Limit an answer that would have thousands of tokens, which looks like a server that hangs."""
+    if not path.startswith("/api/"):
+        limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        body[limit] = body.get(limit) or 3
+        return
+    options = body["options"] = {} if body.get("options") is None else body["options"]
+    if isinstance(options, dict) and options.get("num_predict") in (None, 0, -1):
+        options["num_predict"] = 3
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
