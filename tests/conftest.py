@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +125,14 @@ def quantize_stacks(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patient_with_sandboxes() -> Iterator[None]:
+    """Wait longer for a sandbox, to which a busy machine gives less than a tenth of a core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixchat.text.sandbox._WALL_S_PER_CPU_S", 100)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -126,26 +126,28 @@ def _json_calls(form: CallForm) -> str:
 
 def _markup_arguments(form: CallForm, tool: Tool, number: int) -> Iterator[str]:
     """Yield the rules of a tool's arguments, in the order of its schema."""
-    _, _, before, after, end, _ = form.format.markup
-    schema, names = _schema(tool), list[str]()
-    for i, (name, part) in enumerate(tool.arguments.items()):
+    required, names = _schema(tool).get("required", ()), list[str]()
+    for i, name in enumerate(tool.arguments):
         rule = f"argument_{number}_{i}"
-        names.append(rule if name in schema.get("required", ()) else f"{rule}?")
-        head, close = _tags(form, f"{before}{name}{after}"), _tags(form, end)
-        if not tool.takes_text(name):
-            if '"$ref"' in json.dumps(part):
-                part = alone(schema, f"/properties/{escaped(name)}")
-            yield f"value_{number}_{i}: {_json_value(part, tool)}"
-            yield f"{rule}: {head} value_{number}_{i} {close}"
-        elif texts := part.get("enum", [part["const"]] if "const" in part else None):
-            yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
-        else:
-            yield f"{rule}: {head} text"
+        names.append(rule if name in required else f"{rule}?")
+        yield from _markup_argument(form, tool, name, rule)
     yield f"arguments_{number}: {' '.join(names) or _NOTHING}"
 
 
-def _json_value(part: Any, tool: Tool) -> str:
-    return json_rule(part if isinstance(part, dict) else {}, lenient=not tool.strict)
+def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterator[str]:
+    _, _, before, after, end, _ = form.format.markup
+    head, close = _tags(form, f"{before}{name}{after}"), _tags(form, end)
+    part = tool.arguments[name]
+    if not tool.takes_text(name):
+        if '"$ref"' in json.dumps(part):
+            part = alone(_schema(tool), f"/properties/{escaped(name)}")
+        schema = part if isinstance(part, dict) else {}
+        yield f"{rule}_value: {json_rule(schema, lenient=not tool.strict)}"
+        yield f"{rule}: {head} {rule}_value {close}"
+    elif texts := part.get("enum", [part["const"]] if "const" in part else None):
+        yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
+    else:
+        yield f"{rule}: {head} text"
 
 
 def _markup_text(form: CallForm) -> str:
