@@ -65,6 +65,15 @@ async def until(condition):
     raise AssertionError("it never came")
 
 
+async def left_while_loading(models, shelf):
+    """The request of a client that leaves while another model loads, until it may load."""
+    shelf.may_load.clear()
+    leaving = asyncio.ensure_future(models.use("b").__aenter__())
+    await until(lambda: not models.is_loaded)
+    leaving.cancel()
+    return leaving
+
+
 def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
     async def main():
         models = models_of(shelf)
@@ -115,10 +124,7 @@ def test_a_client_that_leaves_while_a_model_loads_leaves_no_second_model_open(sh
 
     async def main():
         models = models_of(shelf, sleep_after=0.05)
-        shelf.may_load.clear()
-        leaving = asyncio.ensure_future(models.use("b").__aenter__())
-        await until(lambda: not models.is_loaded)
-        leaving.cancel()
+        leaving = await left_while_loading(models, shelf)
         staying = asyncio.ensure_future(models.use("a").__aenter__())
         await asyncio.sleep(0.02)
         shelf.may_load.set()
@@ -131,10 +137,7 @@ def test_a_client_that_leaves_while_a_model_loads_leaves_no_second_model_open(sh
 def test_a_model_that_was_loaded_for_nobody_sleeps_too(shelf):
     async def main():
         models = models_of(shelf, sleep_after=0.05)
-        shelf.may_load.clear()
-        leaving = asyncio.ensure_future(models.use("b").__aenter__())
-        await until(lambda: not models.is_loaded)
-        leaving.cancel()
+        leaving = await left_while_loading(models, shelf)
         shelf.may_load.set()
         await asyncio.wait([leaving])
         await until(lambda: shelf.open == [])
