@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HEAD = r'\{"name": "([\w.-]+)", "arguments": (?=\{)'
 _FIRST = re.compile(rf"[ \n]{{0,2}}\[?{_HEAD}")
 _NEXT = re.compile(_HEAD)
-_MAX_HEAD = 300  # characters
+_MAX_HEAD, _MAX_TAG = 300, 32  # characters
 
 
 def answer_parser(
@@ -160,7 +160,7 @@ class _MarkupParser(_CallParser):
         self._name, self._count, self._came = "", 0, ""
 
     def add(self, text: str) -> AnswerText:
-        self._came += text
+        self._came = (self._came + text)[-_MAX_TAG:]
         return super().add(text)
 
     def ends_at(self, name: str) -> bool:
