@@ -224,45 +224,6 @@ def test_an_error_in_the_midst_of_an_answer_reaches_the_client(client, stream):
         client.ask(question("ab{fail}"), stream=stream)
 
 
-@pytest.mark.parametrize(
-    ("fields", "variables"),
-    [
-        ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
-        ({"output_config": {"effort": "max"}}, {"reasoning_effort": "high"}),
-        ({"thinking": {"type": "adaptive"}}, {"enable_thinking": True}),
-        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
-        (
-            {"thinking": {"type": "disabled"}, "output_config": {"effort": "low"}},
-            {"enable_thinking": False},
-        ),
-        (
-            {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
-            {"enable_thinking": False},
-        ),
-    ],
-)
-@pytest.mark.parametrize("strict", [False, True])
-def test_anthropics_thinking_and_effort_are_the_templates(serve, fields, variables, strict):
-    served = serve(
-        defaults=Defaults(SamplingOptions(), strict=strict),
-        state={"compile_form": lambda form, at_end=None: lambda *a, **k: None},
-    )
-    names = ("enable_thinking", "reasoning_effort")
-    served.service.template.thinking = ThinkingFormat("tags", names)
-    body = {"max_tokens": 9, "messages": question("a"), **fields}
-    response = exchange(served, request("/v1/messages", body))
-    assert (response.status, "x-mixchat-ignored" in response.headers) == (200, False)
-    assert served.service.template.variables == [variables]
-
-
-def test_a_model_with_efforts_alone_always_thinks(served):
-    served.service.template.thinking = ThinkingFormat("harmony", ("reasoning_effort",))
-    for thinking in ("enabled", "disabled"):
-        body = {"max_tokens": 9, "messages": question("a"), "thinking": {"type": thinking}}
-        response = exchange(served, request("/v1/messages", body))
-        assert (response.status, "x-mixchat-ignored" in response.headers) == (200, False)
-
-
 def test_an_instruction_after_a_question_belongs_to_it(served):
     messages = [*question("no"), {"role": "system", "content": "say:yes"}]
     body = {"max_tokens": 9, "messages": messages, "system": "S"}
@@ -340,61 +301,6 @@ def test_ollama_lists_and_shows_models(served):
         assert [model.model for model in client.api.ps().models] == ["scripted:latest"]
         assert "tools" in client.api.show("scripted:latest").capabilities
     assert exchange(served, request("/api/version")).json["version"].count(".") == 2
-
-
-def test_open_webui_chats_by_the_name_that_it_was_told(served):
-    """It adds :latest to a name without a tag, and knew no such model. Its calls have an index."""
-    (listed,) = exchange(served, request("/api/tags")).json["models"]
-    call = {"index": 0, "id": "a", "function": {"name": "weather", "arguments": CALLED}}
-    body = {
-        "model": listed["model"],
-        "messages": [
-            *question("no"),
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "say:yes", "tool_call_id": "a"},
-        ],
-        "stream": False,
-        "options": {"temperature": 0.5, "num_ctx": 2048, "new_topic_penalty": 1},
-        "keep_alive": "5m",
-        "chat_id": "b",
-    }
-    response = exchange(served, request("/api/chat", body))
-    assert (listed["model"], response.json["message"]["content"]) == ("scripted:latest", "yes")
-    assert "chat_id" in response.headers["x-mixchat-ignored"]
-
-
-def test_fields_without_an_effect_are_named(served):
-    for path, body, named in [
-        ("/v1/messages", {"max_tokens": 9, "mcp_servers": [1]}, "mcp_servers"),
-        (
-            "/api/chat",
-            {"keep_alive": "5m", "options": {"mirostat": 1}, "stream": False},
-            "keep_alive, options.mir",
-        ),
-        ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools[0]"),
-    ]:
-        given = {"input": "say:a"} if "responses" in path else {"messages": question("a")}
-        response = exchange(served, request(path, {**given, **body}))
-        assert (response.status, named in response.headers["x-mixchat-ignored"]) == (200, True)
-
-
-def test_names_of_fields_cannot_forge_headers_or_notes(served):
-    """Anthropic's clients may send any field, and the client chooses its name."""
-    names = ["a\r\nset-cookie: b", "\x1b[31m", "\U0001f600", "b" * 5000, *map(str, range(1000))]
-    body = {"max_tokens": 9, "messages": question("a"), **dict.fromkeys(names, 1)}
-    response = exchange(served, request("/v1/messages", body))
-    named = response.headers["x-mixchat-ignored"]
-    assert (response.status, "set-cookie" in response.headers) == (200, False)
-    assert (named.isascii(), named.isprintable(), len(named) < 2000) == (True, True, True)
-    assert served.notes
-    assert all(note.isascii() and note.isprintable() for note in served.notes)
-
-
-@pytest.mark.parametrize(("stops", "known"), [(["b"], "b"), (["x", "b"], None)])
-def test_anthropics_answer_names_no_stop_sequence_that_it_does_not_know(served, stops, known):
-    body = {"max_tokens": 9, "messages": question("abc"), "stop_sequences": stops}
-    answer = exchange(served, request("/v1/messages", body)).json
-    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", known)
 
 
 @pytest.mark.parametrize(
