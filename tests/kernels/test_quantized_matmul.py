@@ -23,7 +23,6 @@ from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import FP4, NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, QuantType
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
@@ -32,7 +31,7 @@ pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel need
 
 EVEN = (INT8, INT6, INT5)  # levels, with x in 15 bits and a sign if not in bytes
 IN_BYTES = (TRELLIS2, TRELLIS3)  # for any count of tokens
-TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, MXFP4, *EVEN, *IN_BYTES)}
+TYPES = {kind.name: kind for kind in (NF4, FP4, MXFP4, *EVEN, *IN_BYTES)}
 each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
 WAYS = ["avx512 words", "avx2 words", "avx512 bytes", "avx2 bytes"]
 
@@ -203,7 +202,7 @@ def test_both_sets_of_instructions_give_the_same_bits(
     assert torch.equal(matrix(x), result)
 
 
-@pytest.mark.parametrize("kind", [NF3, NF4, FP4, MXFP4], ids=["nf3", "nf4", "fp4", "mxfp4"])
+@pytest.mark.parametrize("kind", [NF4, FP4, MXFP4], ids=["nf4", "fp4", "mxfp4"])
 def test_any_count_of_tokens_at_once_gives_the_same_bits(
     kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
