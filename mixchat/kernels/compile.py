@@ -66,12 +66,13 @@ CPUS: dict[InstructionSet, Cpu] = {
     ),
     # With the lanes of AVX2 it has the bits of AVX2. A vector takes two registers.
     "neon": Cpu(
-        needs=("neon", "dotprod"),
+        needs=("neon",),
         lanes=8,
         operand_bytes=16,
         look_up="llvm.aarch64.neon.tbl1.v16i8",
         add_bytes="llvm.aarch64.neon.sdot.v4i32.v16i8",
         operand_bits=8,
+        feature="dotprod",
     ),
 }
 # Those to choose from, the best first, by torch's word for what the CPU has.
@@ -115,7 +116,7 @@ class Compiled:
 
 
 def kernels_available() -> bool:
-    """Return whether this CPU can run kernels, which need AVX2 or NEON with dot products."""
+    """Return whether this CPU can run kernels, which need AVX2 or NEON."""
     return instruction_set() is not None
 
 
@@ -124,7 +125,7 @@ def has_feature(name: str) -> bool:
     """Return whether the CPU has this feature, by LLVM's name."""
     features = llvm.get_host_cpu_features()
     if not features and _is_arm():  # LLVM does not ask Apple's, which all have these
-        return name in CPUS["neon"].needs
+        return name in ("neon", "dotprod")
     return bool(features.get(name, False))
 
 

@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 
 from mixchat.kernels.compile import has_feature
-from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i32, vector
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
 from mixchat.kernels.units import BAND, ByteUnit, Unit, UnitSet, on, on_each
 
 RING = 64  # rows
@@ -51,13 +51,24 @@ class _Levels(ByteUnit):
     scale_bytes, one, offset = 1, 64, 64
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        cpu = self.cpu
-        if cpu.multiplies_bytes or cpu.add_pairs is None or cpu.add_words is None:
+        if self.cpu.multiplies_bytes:
             return super().add_products(sums, levels, x)
         x = x if x.type == self.totals else x.broadcast(self.lanes)
-        words = self.function.call(cpu.add_pairs, self.words, levels, x.bits_as(self.bytes))
-        ones = self.function.constant(self.words, 1)
-        return sums + self.function.call(cpu.add_words, self.totals, words, ones)
+        return self._add_by_words(sums, levels, x.bits_as(self.bytes))
+
+    def _add_by_words(self, sums: Value, levels: Value, x: Value) -> Value:
+        """Add pairs of products in words, and then pairs of words."""
+        cpu = self.cpu
+        if cpu.add_pairs is not None and cpu.add_words is not None:
+            words = self.function.call(cpu.add_pairs, self.words, levels, x)
+            ones = self.function.constant(self.words, 1)
+            return sums + self.function.call(cpu.add_words, self.totals, words, ones)
+        wide = vector(i16, self.bytes.count)
+        products = levels.sign_extended(wide) * x.sign_extended(wide)
+        words = products.every_second(0) + products.every_second(1)
+        for first in (0, 1):
+            sums = sums + words.every_second(first).sign_extended(self.totals)
+        return sums
 
     def scales(self, absmax: Pointer, place: Value) -> Value:
         """Load 5 bits of exponent and 3 of mantissa. They are moved to their place in fp32."""

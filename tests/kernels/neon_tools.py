@@ -79,10 +79,10 @@ def compile_emulated(module: Any, instructions: InstructionSet) -> Compiled:
 
 
 def arm_code(module: Any, *, as_text: bool = False) -> Any:
-    """Return a module's code for an ARM CPU with NEON and dot products."""
+    """Return a module's code for an ARM CPU with NEON and what `has_feature` says."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    features = ",".join(f"+{name}" for name in CPUS["neon"].needs)
+    features = "+dotprod" if CPUS["neon"].multiplies_bytes else ""
     machine = llvm.Target.from_triple(_TRIPLE).create_target_machine(features=features, opt=3)
     parsed = llvm.parse_assembly(str(module))
     parsed.triple = _TRIPLE
