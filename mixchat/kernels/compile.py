@@ -30,14 +30,14 @@ class Cpu(NamedTuple):
     # Adds four products of bytes to each sum. The first factors are unsigned on x86, signed on ARM.
     add_bytes: str
     operand_bits: int  # of the numbers that LLVM declares for it
-    feature: str | None = None  # that it needs beside `needs`
+    feature: str  # that `add_bytes` needs
     add_words: str | None = None  # makes a sum of two products of words, None if LLVM chooses
     add_pairs: str | None = None  # makes a word of two products of bytes
 
     @property
     def multiplies_bytes(self) -> bool:
-        """Return whether the CPU has `add_bytes`."""
-        return self.feature is None or has_feature(self.feature)
+        """Return whether this CPU has `add_bytes`."""
+        return has_feature(self.feature)
 
 
 # LLVM 20 declares the operands of vpdpbusd as 32-bit numbers. Later versions accept that.

@@ -69,8 +69,8 @@ class FourBits(_InHalves, WordUnit):
 
     @classmethod
     def widths(cls) -> tuple[int, ...]:
-        """Return fewer for AVX-VNNI, which is slow with sums on the stack."""
-        return (2, 1) if cls.cpu.multiplies_bytes else (4, 3, 2, 1)
+        """Return fewer for AVX-VNNI and NEON, which are slow with sums on the stack."""
+        return (2, 1) if cls.cpu.multiplies_bytes or cls.apart else (4, 3, 2, 1)
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
         line = codes.load(self.bytes, place)
