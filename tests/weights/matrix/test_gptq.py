@@ -5,7 +5,9 @@ import torch
 
 from mixchat.weights.matrix import gptq
 from mixchat.weights.matrix.nf4 import NF4
-from mixchat.weights.matrix.quant_type import Inputs, Way
+from mixchat.weights.matrix.quant_type import BlockCodes, Inputs, Way
+
+each_type = pytest.mark.parametrize("kind", [NF4], ids=["nf4"])
 
 
 def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -52,10 +54,11 @@ def slowly(
     return codes.view(-1, 64)
 
 
-def test_it_is_least_squares_for_the_columns_that_are_left() -> None:
+@each_type
+def test_it_is_least_squares_for_the_columns_that_are_left(kind: BlockCodes) -> None:
     weight, inputs = random(16, 128), alike(300, 128)
-    levels = NF4.levels
-    _, scales = NF4.codes(weight, search=True)
+    levels = kind.levels
+    _, scales = kind.codes(weight, search=True)
     fast = torch.empty(128, 16, dtype=torch.uint8)
     rounded = gptq.nearest_levels(levels, fast)
     gptq.round_columns(weight, scales.float(), rounded, gptq.feedback_factor(inputs))
@@ -84,53 +87,56 @@ def test_the_factor_makes_the_shrunk_hessian_whatever_is_computed_at_once(
     assert off.abs().max() < 1e-3
 
 
+@each_type
 @pytest.mark.parametrize("shape", [(64, 256), (48, 192), (32, 64), (40, 100), (7, 65)])
 def test_products_with_the_inputs_and_with_others_like_them_get_better(
-    shape: tuple[int, int],
+    kind: BlockCodes, shape: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
     weight, every = random(*shape).bfloat16(), alike(2000, shape[1])
     inputs, others = every[::2], every[1::2]
 
     def error(made: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor) -> float:
-        apart = NF4.dequantize(*made, shape, torch.float32) - weight.float()
+        apart = kind.dequantize(*made, shape, torch.float32) - weight.float()
         return float((apart @ rows.T).norm())
 
-    plain, fitted = NF4.codes(weight), NF4.codes(weight, inputs=halves(inputs))
+    plain, fitted = kind.codes(weight), kind.codes(weight, inputs=halves(inputs))
     bound = 0.75 if shape[1] % 64 == 0 else 0.97
     for rows in (inputs, others):
         assert error(fitted, rows) < bound * error(plain, rows)
 
 
-def test_few_inputs_zeros_and_columns_that_are_never_used_do_no_harm() -> None:
+@each_type
+def test_few_inputs_zeros_and_columns_that_are_never_used_do_no_harm(kind: BlockCodes) -> None:
     weight = random(32, 128).bfloat16()
     weight[3] = 0
     weight[5, :64] = 0
     unused = alike(100, 128)
     unused[:, 10:20] = 0
     for inputs in (alike(3, 128), torch.zeros(5, 128), unused):
-        codes, scales = NF4.codes(weight, inputs=halves(inputs))
-        matrix = NF4.dequantize(codes, scales, (32, 128), torch.float32)
+        codes, scales = kind.codes(weight, inputs=halves(inputs))
+        matrix = kind.dequantize(codes, scales, (32, 128), torch.float32)
         assert matrix.isfinite().all()
         assert not matrix[3].any()
         assert (matrix - weight.float()).norm() < 0.5 * weight.float().norm()
 
 
+@each_type
 @pytest.mark.parametrize("count", [8, 32, 128])
 @pytest.mark.parametrize("going_together", [False, True])
 def test_products_with_others_like_few_inputs_get_no_worse(
-    count: int, going_together: bool
+    kind: BlockCodes, count: int, going_together: bool
 ) -> None:
     """GPTQ fitted the noise of few inputs: its codes made other products up to twice as wrong."""
     every = (alike if going_together else random)(1000 + count, 256, 1)
     weight = random(64, 256).bfloat16()
 
     def error(made: tuple[torch.Tensor, torch.Tensor]) -> float:
-        apart = NF4.dequantize(*made, (64, 256), torch.float32) - weight.float()
+        apart = kind.dequantize(*made, (64, 256), torch.float32) - weight.float()
         return float((apart @ every[count:].T).norm())
 
-    plain = NF4.codes(weight, search=True)
-    fitted = NF4.codes(weight, inputs=halves(every[:count]))
+    plain = kind.codes(weight, search=True)
+    fitted = kind.codes(weight, inputs=halves(every[:count]))
     assert error(fitted) < 1.01 * error(plain)
 
 
