@@ -169,7 +169,7 @@ def test_a_layer_computes_what_transformers_computes(kind, shape):
     [
         *(("mixtral", "nf4", torch.bfloat16, 11, choices) for choices in range(1, 11)),
         *itertools.product(
-            ["olmoe", "gpt_oss"], ["nf4", "nf3"], [torch.float32, torch.bfloat16], [160], [10]
+            ["olmoe", "gpt_oss"], ["nf4", "trellis3"], [torch.float32, torch.bfloat16], [160], [10]
         ),
         ("gpt_oss", "nf4", torch.float32, 128, 8),
     ],

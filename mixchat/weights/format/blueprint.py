@@ -222,7 +222,7 @@ class Blueprint:
     def _expert(self, form: Quantization) -> ExpertSpec:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         kind, scales, bias = form.quant_type, form.scales, self.config.moe_bias
-        down, own = form.down or TYPES[kind].down_type or kind, Blueprint(self.config, form)
+        down, own = form.down or kind, Blueprint(self.config, form)
         return ExpertSpec(
             replace(own._linear("w13", 2 * inner, hidden, kind), scales=scales, bias=bias),
             replace(own._linear("w2", hidden, inner, down), scales=scales, bias=bias),

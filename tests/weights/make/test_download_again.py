@@ -203,7 +203,7 @@ def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over():
     assert fits()
     assert fits(attention=4)
     assert not fits(attention=16)
-    assert not fits("nf3")
+    assert not fits("trellis3")
     assert not fits("none")
     assert fits(head=16)
     assert not fits(head=4)
