@@ -78,6 +78,7 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "routed_scaling_factor": 2.5,
     },
+    "minimax_m2": {"rotary_dim": 8},
     "mellum": {
         "moe_intermediate_size": 96,
         "layer_types": ["sliding_attention", "full_attention"],

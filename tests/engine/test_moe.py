@@ -20,7 +20,8 @@ from mixchat.experts.layer_rows import LayerRows
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.program import Program
 from mixchat.kernels.router import Router
-from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.expert import Expert
 
 FEATURES: dict[str, dict[str, Any]] = {
     "mixtral": {},
