@@ -44,7 +44,7 @@ FORMS: list[dict[str, Any]] = [
     {"layout": "bitsandbytes"},
     {"layout": "cpu-packed"},
     {"attention": 4, "head": 4},
-    *({"quant_type": kind} for kind in ("nf3", "trellis3", "trellis2", "none")),
+    *({"quant_type": kind} for kind in ("trellis3", "trellis2", "none")),
     {"quant_type": "none", "attention": 8},
 ]
 PLACES = {
