@@ -1,7 +1,6 @@
 """The flags of sampling have the names of the options, and their values get into them."""
 
 import dataclasses
-import inspect
 
 import pytest
 
@@ -9,7 +8,7 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import numbers_of
 from mixchat.cli.flags.load_flags import within_limits
-from mixchat.cli.run import run
+from mixchat.cli.flags.run_flags import RunFlags
 from mixchat.sessions.opening import resolve_sampling
 
 NAMES = list(numbers_of(SamplingOptions()))
@@ -17,7 +16,7 @@ NOTHING_GIVEN = dict.fromkeys(NAMES)
 
 
 def test_the_flags_have_the_names_of_the_options_and_nothing_given_is_the_defaults():
-    assert set(NAMES) <= set(inspect.signature(run).parameters)
+    assert set(NAMES) <= {field.name for field in dataclasses.fields(RunFlags)}
     options = resolve_sampling(NOTHING_GIVEN, {})
     assert dataclasses.replace(options, seed=None) == SamplingOptions()
 

@@ -51,7 +51,7 @@ def router(config: ModelConfig, prefix: str, name: str) -> Tensors:
 
 
 def shared_expert(config: ModelConfig, prefix: str, name: str) -> Tensors:
-    """Yield the dense part beside a layer's experts, which a checkpoint calls `name`."""
+    """Yield the shared expert of a layer, which a checkpoint calls `name`."""
     yield from _mlp(config, prefix, name, config.shared_expert_intermediate_size)
     if config.shared_expert_gate:
         gate = Slice(f"{prefix}{name}_gate.weight", (1, config.hidden_size))
@@ -89,7 +89,7 @@ MLP_EXPERTS = separate_experts("mlp", "gate_proj", "down_proj", "up_proj")
 
 
 def mlp_and_shared_experts(config: ModelConfig, prefix: str) -> Tensors:
-    """Yield the experts of `MLP_EXPERTS`, and `mlp.shared_experts` beside them."""
+    """Yield the experts of `MLP_EXPERTS` and `mlp.shared_experts`."""
     yield from MLP_EXPERTS(config, prefix)
     yield from shared_expert(config, prefix, "mlp.shared_experts")
 
