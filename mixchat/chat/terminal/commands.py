@@ -172,14 +172,13 @@ def _clear(chat: ActiveChat, argument: str) -> None:
 def _set(chat: ActiveChat, argument: str) -> None:
     # Other programs have "parameter" before the name.
     name, _, value = argument.removeprefix("parameter ").lstrip().partition(" ")
-    if not name:
-        _say_table(chat, parameters.values(chat.session))
-        return
     if name == "system":
         _system(chat, value.strip())
         return
     if not value.strip():
-        raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
+        values = parameters.values(chat.session)
+        _say_table(chat, {name: values[name]} if name in values else values)
+        return
     parameters.change(chat.session, name, value.strip())
     chat.saver.save()
     session, note = chat.session, "takes effect with the next answer"
