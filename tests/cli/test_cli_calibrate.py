@@ -12,7 +12,6 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.safetensors import SafetensorsFile, tensor_bytes, tensor_sha256
 from mixchat.loading import calibrate as calibrate_module
-from mixchat.weights.care.convert import _Converter
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
 from mixchat.weights.make.calibrator import inputs_size
@@ -69,24 +68,6 @@ def flip(path, place, bits=1):
 
 def lines_of(done):
     return done.said.splitlines()
-
-
-@pytest.fixture
-def cut_off(run, monkeypatch):
-    """Runs a command line with Ctrl-C at the moment when it rewrites a file."""
-    rewrite = _Converter._rewrite
-
-    def cut_off(*arguments, at=EXPERTS[1]):
-        def stopping(self, name, *rest):
-            if name == at:
-                raise KeyboardInterrupt
-            return rewrite(self, name, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(_Converter, "_rewrite", stopping)
-            return run(*arguments, code=130)
-
-    return cut_off
 
 
 def test_with_a_text_all_experts_and_nothing_else_change(run, installed, text):
