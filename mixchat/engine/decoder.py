@@ -19,7 +19,8 @@ from mixchat.engine.model import AfterLayer, Block
 from mixchat.experts.holder import ExpertLists
 from mixchat.kernels import rows
 from mixchat.kernels.program import Program
-from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.linear import LinearSpec
 
 

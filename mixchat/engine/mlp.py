@@ -13,7 +13,7 @@ from mixchat.engine.attention import SingleTokenContext
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone, together
 from mixchat.kernels.router import Router
-from mixchat.weights.format.blueprint import Expert
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.quant_type import RecordingLinear, RecordRows
 
 

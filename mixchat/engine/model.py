@@ -22,7 +22,8 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone
 from mixchat.kernels.router import Router
-from mixchat.weights.format.blueprint import HEAD, Blueprint, Expert, swiglu_of
+from mixchat.weights.format.blueprint import HEAD, Blueprint
+from mixchat.weights.format.expert import Expert, swiglu_of
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear, RecordRows
 

@@ -15,7 +15,7 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone, together
 from mixchat.kernels.router import Router, look_up_step
-from mixchat.weights.format.blueprint import Expert
+from mixchat.weights.format.expert import Expert
 
 Routing = tuple[torch.Tensor, torch.Tensor]  # selected experts [T, K], int64, and weights, fp32
 

@@ -21,7 +21,8 @@ from mixchat.engine.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.pages import PAGE
-from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 
