@@ -1,4 +1,4 @@
-"""README is right: its commands, exit codes, rooms and test command are the real ones."""
+"""README and CONTRIBUTING are right about commands, exit codes, rooms and the test command."""
 
 import re
 import shlex
@@ -59,9 +59,11 @@ def test_each_flag_says_in_help_what_it_does(name):
     assert [p.name for p in command.params if not (p.help or "").strip()] == []
 
 
-def test_readme_shows_every_room():
-    shown = re.findall(r"^- `(\w+)/`", README, flags=re.MULTILINE)
-    assert sorted(shown) == [room.name for room in ROOMS if room.parent == PACKAGE]
+def test_contributing_shows_every_room():
+    text = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = text.split("## The rooms")[1].split("Some rules")[0]
+    shown = re.findall(r"^ +(?:\+--> )?(\w+)  |^`(\w+)/`", picture, flags=re.MULTILINE)
+    assert sorted(map("".join, shown)) == [room.name for room in ROOMS if room.parent == PACKAGE]
 
 
 @pytest.mark.parametrize("room", [PACKAGE, *ROOMS], ids=lambda room: room.stem)

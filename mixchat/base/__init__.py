@@ -1,4 +1,4 @@
-"""Things that every room uses, such as errors, options, files and this machine.
+"""Errors, options, files and facts of this machine, which every room uses.
 
 - errors.py: the tree of errors, each with its exit code and hint
 - model_config.py: the shape of a model, with the keys of config.json, and its context
@@ -14,6 +14,6 @@
 - gpu.py: the GPUs that torch sees, their memory, streams and waits
 - cgroups.py: the limits of memory and CPU time that control groups set
 - interrupts.py: the moment at which Ctrl-C, SIGTERM and SIGHUP take effect
-- progress.py: long work, its progress, and work in a background thread
-- sanitize.py: no control characters for the terminal
+- progress.py: the progress of long work, and work in a background thread
+- sanitize.py: removes control characters before the terminal gets a text
 """

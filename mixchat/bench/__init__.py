@@ -1,6 +1,6 @@
-"""Speed, measured against the machine's limits.
+"""Measures a model's speed against the machine's limits.
 
 - rounds.py: measures limits and mixchat, round by round
 - machine_limits.py: the most that the machine can do, and the work of a token
-- synthetic.py: a model of a known model's layer shapes with random weights
+- synthetic.py: writes a model with a known model's shapes and random weights
 """

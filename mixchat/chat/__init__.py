@@ -1,8 +1,8 @@
 """The chat, as a person sees it.
 
-- session.py: messages and token history; an answer as events
-- backend.py: the contract between the session and what answers
-- engine_backend.py: the engine as what answers
+- session.py: a conversation with its messages and token ids, and an answer as events
+- backend.py: the interface of an engine or a server that answers
+- engine_backend.py: answers with an engine
 - answer.py: an answer while it is generated
 - parameters.py: the parameters that can be changed in a chat, and their limits
 - plain_text.py: untrusted text, checked to be text

@@ -1,4 +1,4 @@
-"""A backend that answers with an engine: fits a conversation into the context, as token ids."""
+"""A backend that answers with an engine, and fits a conversation into its context."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_NEEDED_DIVISOR, _DEFAULT_NEEDED_DIVISOR, _FREED_DIVISOR = 2, 8, 4
 
 @dataclass(frozen=True)
 class _Prompt:
-    """The ids that a template has `made`, and those of the `begun` answer after them."""
+    """The ids that a template has `made`, then the ids of the `begun` answer."""
 
     made: Sequence[int]
     begun: Sequence[int]

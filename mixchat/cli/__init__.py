@@ -1,6 +1,6 @@
 """The command line. Commands parse flags, call and print.
 
-- app.py: the commands, and the one place that turns an error into an exit code
+- app.py: the list of commands, and the exit codes of errors
 - run.py: mixchat run
 - serve.py: mixchat serve, worker
 - download.py: mixchat download, calibrate

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -22,7 +22,7 @@ from mixchat.cli.config import config
 from mixchat.cli.download import calibrate, download
 from mixchat.cli.flags.habits import refuse_foreign_flags, unknown_command, unknown_flag
 from mixchat.cli.flags.run_flags import RunCommand
-from mixchat.cli.flags.settings import HeadedCommand, apply_config, explained
+from mixchat.cli.flags.settings import HeadedCommand, apply_config, explained, option, with_flags
 from mixchat.cli.flags.shell_completion import (
     COMPLETE_VARIABLE,
     complete,
@@ -71,29 +71,29 @@ app.command(
     "run",
     cls=RunCommand,
     epilog="config.toml can give most of these flags: see 'mixchat config --help'.",
-)(run_model)
+)(with_flags(run_model))
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "serve": serve,
-    "download": download,
-    "worker": worker,
-    "plan": plan,
+    "serve": with_flags(serve),
+    "download": with_flags(download),
+    "worker": with_flags(worker),
+    "plan": with_flags(plan),
     "list": list_models,
     "show": show_model,
     "verify": verify,
     "repair": repair,
     "convert": convert,
-    "calibrate": calibrate,
+    "calibrate": with_flags(calibrate),
     "rm": rm,
     "gc": gc,
     "stats": stats,
-    "bench": bench,
+    "bench": with_flags(bench),
     "config": config,
     "chats": chats,
 }
 for _name, _function in _COMMANDS.items():
     app.command(_name, cls=HeadedCommand)(_function)
 # Their names in other programs.
-app.command("pull", hidden=True)(download)
+app.command("pull", hidden=True)(_COMMANDS["download"])
 app.command("ls", hidden=True)(list_models)
 
 
@@ -101,16 +101,13 @@ def _command_names(context: typer.Context, incomplete: str) -> list[str]:
     return one_of(*context.find_root().command.commands)(incomplete)  # type: ignore[attr-defined]
 
 
+_COMMAND = typer.Argument(
+    None, metavar="COMMAND", autocompletion=_command_names, help="One of mixchat's commands."
+)
+
+
 @app.command("help", hidden=True)
-def show_help(
-    context: typer.Context,
-    command: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="COMMAND", autocompletion=_command_names, help="One of mixchat's commands."
-        ),
-    ] = None,
-) -> None:
+def show_help(context: typer.Context, command: str | None = _COMMAND) -> None:
     """Show the help of mixchat, or of one command."""
     root: Any = context.find_root()
     if command is None:
@@ -126,34 +123,27 @@ def _print_version(given: bool) -> None:
         raise typer.Exit
 
 
+_VERSION = option("-V --version", "Print the version.", callback=_print_version, is_eager=True)
+_INSTALL = option(
+    "--install-completion",
+    "Complete commands, flags and models in this shell (bash, zsh or fish).",
+    callback=install_completion,
+    is_eager=True,
+)
+_SHOW = option(
+    "--show-completion",
+    "Print the completion script for this shell.",
+    callback=show_completion,
+    is_eager=True,
+)
+
+
 @app.callback(invoke_without_command=True)
 def _mixchat(
     context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "-V", "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-    completing: Annotated[
-        bool,
-        typer.Option(
-            "--install-completion",
-            callback=install_completion,
-            is_eager=True,
-            help="Install completion of commands, flags and models for this shell (bash, zsh or "
-            "fish).",
-        ),
-    ] = False,
-    script: Annotated[
-        bool,
-        typer.Option(
-            "--show-completion",
-            callback=show_completion,
-            is_eager=True,
-            help="Print the completion script for this shell.",
-        ),
-    ] = False,
+    version: bool = _VERSION,
+    completing: bool = _INSTALL,
+    script: bool = _SHOW,
 ) -> None:
     if context.invoked_subcommand is None:
         printing.show(context.get_help())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -13,9 +14,9 @@ from mixchat.base.errors import UsageError
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.settings import MEASURING, is_given
+from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, option
 from mixchat.cli.flags.shell_completion import known_shapes, runnable_models
-from mixchat.cli.output.png import PNG, checked_picture, write_figure
+from mixchat.cli.output.png import checked_picture, write_figure
 from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
 
@@ -23,119 +24,89 @@ if TYPE_CHECKING:
     from mixchat.bench.rounds import Bench
 
 
-def bench(
-    context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            autocompletion=runnable_models,
-            help="An installed model, as for 'mixchat run -m'.",
-        ),
-    ] = None,
-    synthetic: Annotated[
-        int | None,
-        typer.Option(
-            metavar="LAYERS",
-            rich_help_panel=MEASURING,
-            min=1,
-            help="Measure LAYERS layers with random weights, and delete them afterwards. One takes "
-            "0.79 GB of disk in Mixtral's shapes.",
-        ),
-    ] = None,
-    shape: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=MEASURING,
-            autocompletion=known_shapes,
-            help="The known model whose shapes --synthetic takes: qwen3, gpt-oss, ...",
-        ),
-    ] = "instruct",
-    expert_bits: Annotated[
-        Literal["16", "4", "3", "2"] | None,
-        typer.Option(
-            rich_help_panel=MEASURING,
-            help="Bits of each weight of the experts of a synthetic model.",
-            show_default="4",
-        ),
-    ] = None,
-    dense_bits: Annotated[
-        Literal["16", "8", "6", "5", "4"] | None,
-        typer.Option(
-            rich_help_panel=MEASURING,
-            help="Bits of each weight of attention and output head of a synthetic model.",
-            show_default="8",
-        ),
-    ] = None,
-    depth: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N",
-            rich_help_panel=MEASURING,
-            min=0,
-            help="Measure decoding after N tokens of context; may be given again.",
-            show_default="0",
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N",
-            rich_help_panel=MEASURING,
-            min=1,
-            help="Measure a prompt of N tokens; may be given again.",
-            show_default="512",
-        ),
-    ] = None,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            metavar="N", rich_help_panel=MEASURING, min=1, help="Tokens to decode each time."
-        ),
-    ] = 48,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            rich_help_panel=MEASURING,
-            min=1,
-            help="How many times to measure each task.",
-        ),
-    ] = 5,
-    kv_bits: load_flags.KVBits = None,
-    exact_prompts: load_flags.ExactPrompts = False,
-    host_memory: load_flags.HostMemory = None,
-    device_memory: load_flags.DeviceMemory = None,
-    device: load_flags.Device = None,
-    worker: load_flags.Worker = None,
-    key_file: load_flags.KeyFile = None,
-    as_json: load_flags.AsJson = False,
-    png: PNG = None,
-) -> None:
-    """Measure a model's speed against the limits of this machine."""
+@dataclass(frozen=True, kw_only=True)
+class BenchFlags(load_flags.LoadFlags):
+    """The flags of `mixchat bench`."""
+
+    model: str | None = typer.Argument(
+        None, metavar="MODEL", autocompletion=runnable_models, help=load_flags.INSTALLED.help
+    )
+    synthetic: int | None = option(
+        "--synthetic LAYERS",
+        "Measure LAYERS layers with random weights, of 0.79 GB each in Mixtral's shapes.",
+        MEASURING,
+        min=1,
+    )
+    shape: str = option(
+        "--shape NAME",
+        "Known model whose shapes --synthetic takes.",
+        MEASURING,
+        "instruct",
+        autocompletion=known_shapes,
+    )
+    expert_bits: Literal["16", "4", "3", "2"] | None = option(
+        "--expert-bits BITS",
+        "Bits of an expert's weight with --synthetic (16, 4, 3, 2).",
+        MEASURING,
+        show_default="4",
+    )
+    dense_bits: Literal["16", "8", "6", "5", "4"] | None = option(
+        "--dense-bits BITS",
+        "Bits of a weight of attention and head with --synthetic (16, 8, 6, 5, 4).",
+        MEASURING,
+        show_default="8",
+    )
+    depth: list[int] | None = option(
+        "--depth N",
+        f"Measure decoding after N tokens of context; {AGAIN}.",
+        MEASURING,
+        min=0,
+        show_default="0",
+    )
+    prompt: list[int] | None = option(
+        "--prompt N",
+        f"Measure a prompt of N tokens; {AGAIN}.",
+        MEASURING,
+        min=1,
+        show_default="512",
+    )
+    tokens: int = option("--tokens N", "Tokens to decode each time.", MEASURING, 48, min=1)
+    rounds: int = option(
+        "--rounds N", "Rounds, in each of which every task is measured.", MEASURING, 5, min=1
+    )
+    exact_prompts: bool = load_flags.EXACT_PROMPTS
+    as_json: bool = load_flags.JSON
+    png: Path | None = load_flags.PNG
+
+
+def bench(context: typer.Context, flags: BenchFlags) -> None:
+    """Measure a model's speed against the limits of this machine.
+
+    --png replaces an existing FILE only if mixchat drew it.
+    """
+    model, synthetic = flags.model, flags.synthetic
     if (model is None) == (synthetic is None):
         raise UsageError("give a MODEL, or --synthetic LAYERS")
-    for flag, bits in (("--expert-bits", expert_bits), ("--dense-bits", dense_bits)):
+    for flag, bits in (("--expert-bits", flags.expert_bits), ("--dense-bits", flags.dense_bits)):
         if bits is not None and synthetic is None:
             raise UsageError(f"{flag} goes with --synthetic", hint="A model has the bits it has.")
     if is_given(context, "shape") and synthetic is None:
         raise UsageError("--shape goes with --synthetic")
-    picture = checked_picture(png)
+    picture = checked_picture(flags.png)
     if synthetic is not None:
-        _check_shape(shape, synthetic)
+        _check_shape(flags.shape, synthetic)
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
     from mixchat.cli.output.bench_report import BenchReport
 
-    options = BenchOptions(depth or (0,), prompt or (512,), tokens, rounds)
-    load = load_flags.load_options(context.params, context_size=options.context_size)
-    form = int(expert_bits or 4), shape, int(dense_bits or 8)
+    options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
+    load = load_flags.load_options(flags, context_size=options.context_size)
+    form = int(flags.expert_bits or 4), flags.shape, int(flags.dense_bits or 8)
     with _model(model, synthetic, *form) as directory:
         done = Bench(directory, load, options)
-        _measure(done, rounds)
+        _measure(done, flags.rounds)
         report = BenchReport(done)
-        report.show(as_json)
+        report.show(flags.as_json)
         if picture is not None:  # last, for it may fail
             write_figure(picture, report.picture())
             say(f"wrote {picture.path}")

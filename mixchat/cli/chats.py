@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,25 +12,24 @@ from mixchat.base.errors import UsageError
 from mixchat.chat.printing import columns, say, show
 from mixchat.chat.saved.chat_text import chat_table
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.load_flags import AsJson
+from mixchat.cli.flags.load_flags import JSON
+from mixchat.cli.flags.settings import option
 from mixchat.cli.flags.shell_completion import saved_chats
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_store import ChatStore, ChatSummary
 
 
-def chats(
-    chat: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="ID",
-            autocompletion=saved_chats,
-            help="The chat's ID, a unique prefix of it, or its name.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-    rm: Annotated[bool, typer.Option("--rm", help="Remove the chat.")] = False,
-) -> None:
+_CHAT = typer.Argument(
+    None,
+    metavar="ID",
+    autocompletion=saved_chats,
+    help="The chat's ID, a unique prefix of it, or its name.",
+)
+_RM = option("--rm", "Remove the chat.")
+
+
+def chats(chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM) -> None:
     """List the saved chats, print one as Markdown, or remove one."""
     if rm and (chat is None or as_json):
         raise UsageError("--rm removes one chat: give its ID, and no --json")

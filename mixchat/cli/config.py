@@ -6,19 +6,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.settings import config_file
 from mixchat.chat.printing import show, show_lines, show_path
-from mixchat.cli.flags.load_flags import AsJson
+from mixchat.cli.flags.load_flags import JSON
 from mixchat.cli.flags.settings import (
     AGAIN,
     ValueSource,
     config_defaults,
     explained,
+    option,
     settings_of,
     takes_number,
     value_source,
@@ -45,16 +46,15 @@ class CurrentSetting:
         return named.get(self.given_by, "default")
 
 
+_PATH = option("--path", "Print the path of config.toml, whether it exists or not.")
+_EXAMPLE = option("--example", "Print an example of config.toml with every setting.")
+
+
 def config(
     context: typer.Context,
-    as_json: AsJson = False,
-    path: Annotated[
-        bool,
-        typer.Option("--path", help="Print the path of config.toml, whether it exists or not."),
-    ] = False,
-    example: Annotated[
-        bool, typer.Option("--example", help="Print an example of config.toml with every setting.")
-    ] = False,
+    as_json: bool = JSON,
+    path: bool = _PATH,
+    example: bool = _EXAMPLE,
 ) -> None:
     """Show the settings in force, and where each of them comes from.
 

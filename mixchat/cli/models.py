@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -13,8 +13,8 @@ from mixchat.base.quantities import format_size
 from mixchat.base.settings import models_dir, server_caches_dir
 from mixchat.chat.printing import say, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
-from mixchat.cli.flags.load_flags import AsJson, installed_model_argument, parse_dense_bits
-from mixchat.cli.flags.shell_completion import one_of
+from mixchat.cli.flags.load_flags import INSTALLED, JSON, dense_bits, parse_dense_bits
+from mixchat.cli.flags.settings import option
 from mixchat.cli.output.messages import confirmed
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
@@ -23,12 +23,20 @@ from mixchat.weights.families.read_config import read_config_file
 if TYPE_CHECKING:
     from mixchat.weights.care.repair import Damage
 
-_Model = Annotated[str, installed_model_argument("A model's name; 'mixchat list' shows them.")]
-_Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+_YES = option("--yes -y", "Do not ask for confirmation.")
+_LAYOUT = option(
+    "--layout LAYOUT",
+    "Order of the codes, cpu-packed or bitsandbytes.",
+    show_default="the fastest on this machine",
+)
+_DENSE_BITS = dense_bits("as they are", ("8", "6", "5"))
+_UNFINISHED = option(
+    "--unfinished", "Also delete unfinished downloads and calibrations, which then start anew."
+)
 _SHOWN_DAMAGES = 20
 
 
-def list_models(as_json: AsJson = False) -> None:
+def list_models(as_json: bool = JSON) -> None:
     """List the models on this machine."""
     from mixchat.cli.output.reports import ModelList
     from mixchat.weights import models
@@ -43,16 +51,7 @@ def list_models(as_json: AsJson = False) -> None:
         )
 
 
-def show_model(
-    model: Annotated[str, installed_model_argument("A name, as for 'mixchat run -m'.")],
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print JSON, for programs: the keys of 'mixchat list --json', and more.",
-        ),
-    ] = False,
-) -> None:
+def show_model(model: str = INSTALLED, as_json: bool = JSON) -> None:
     """Show a model in detail, and whether it can be run."""
     from mixchat.weights import models
 
@@ -78,7 +77,7 @@ def show_model(
     check_files(directory, manifest)  # last, for it may fail
 
 
-def rm(model: _Model, yes: _Yes = False) -> None:
+def rm(model: str = INSTALLED, yes: bool = _YES) -> None:
     """Remove a model from this machine."""
     from mixchat.engine.report import report_path_by_key
     from mixchat.weights import models
@@ -98,7 +97,7 @@ def rm(model: _Model, yes: _Yes = False) -> None:
     say(f"removed {target.name}: {format_size(size)}")
 
 
-def verify(model: _Model) -> None:
+def verify(model: str = INSTALLED) -> None:
     """Check every byte of a model against its SHA-256 checksums."""
     from mixchat.weights import models
 
@@ -118,7 +117,7 @@ def verify(model: _Model) -> None:
     say(f"{model} is intact")
 
 
-def repair(model: _Model) -> None:
+def repair(model: str = INSTALLED) -> None:
     """Fetch and rewrite only the damaged parts of a model."""
     from mixchat.weights import models
 
@@ -144,33 +143,21 @@ def repair(model: _Model) -> None:
 
 
 def convert(
-    model: _Model,
-    layout: Annotated[
-        Literal["cpu-packed", "bitsandbytes"] | None,
-        typer.Option(help="The new layout; by default the one that is fastest on this machine."),
-    ] = None,
-    dense_bits: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BITS",
-            autocompletion=one_of("8", "6", "5"),
-            help="8, 6 or 5 rounds attention and output head from 16 bits to so many; attention=8 "
-            "or head=8 only one of them. This cannot be undone.",
-            show_default="as they are",
-        ),
-    ] = None,
+    model: str = INSTALLED,
+    layout: Literal["cpu-packed", "bitsandbytes"] | None = _LAYOUT,
+    dense_bits: str | None = _DENSE_BITS,
 ) -> None:
-    """Reorder a model's codes for CPU or GPU, or round 16 bits to 8, 6 or 5.
+    """Reorder a model's codes, or round its attention and head.
 
     The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
     order that a GPU reads. A model in the other layout runs too, but each expert is reordered
-    whenever it is loaded, which takes a CPU about a second.
+    whenever it is loaded, which takes a CPU about a second. To reorder loses nothing.
 
-    To reorder loses nothing. --dense-bits 8 rounds attention and head, as 'mixchat download' does
-    by default. The model gets smaller and faster, and only another download brings its 16 bits
-    back. Both flags together are one conversion. The disk holds one file twice meanwhile. An
-    interrupted conversion leaves files of both forms, with which the model runs. The same command
-    converts the rest.
+    --dense-bits 8, 6 or 5 rounds attention and head from 16 bits, as 'mixchat download' does. The
+    model gets smaller and faster, but only another download brings its 16 bits back.
+
+    Both flags together are one conversion. The disk holds one file twice meanwhile. After an
+    interruption the model runs, and the same command converts the rest.
     """
     from mixchat.weights import models
 
@@ -200,15 +187,7 @@ def convert(
         say(f"{model} has the layout {target.layout} {'now' if changed else 'already'}")
 
 
-def gc(
-    unfinished: Annotated[
-        bool,
-        typer.Option(
-            "--unfinished",
-            help="Also delete unfinished downloads and calibrations; they restart from scratch.",
-        ),
-    ] = False,
-) -> None:
+def gc(unfinished: bool = _UNFINISHED) -> None:
     """Remove the leftovers of interrupted commands."""
     prepare_environment()
     from mixchat.chat.saved.chat_store import ChatStore

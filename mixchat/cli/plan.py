@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
 import typer
 
@@ -11,93 +12,65 @@ from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
 from mixchat.base.quantities import parse_rate, parse_size, parse_sizes
 from mixchat.cli.flags import load_flags
-from mixchat.cli.flags.settings import MACHINE, is_given
+from mixchat.cli.flags.settings import MACHINE, is_given, option
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
 
 
-def plan(
-    context: typer.Context,
-    model: Annotated[
-        str,
-        load_flags.model_argument(
-            "instruct, qwen3, gpt-oss or another of the table, demo, ORG/NAME on the hub, "
-            "ORG/NAME:Q4_K_M (in GGUF), a directory or .gguf file, or an installed model."
-        ),
-    ] = "instruct",
-    ctx_size: load_flags.ContextSize = None,
-    parallel: load_flags.Parallel = 1,
-    kv_bits: load_flags.KVBits = None,
-    host_memory: load_flags.HostMemory = None,
-    device_memory: load_flags.DeviceMemory = None,
-    device: load_flags.Device = None,
-    worker: load_flags.Worker = None,
-    key_file: load_flags.KeyFile = None,
-    expert_bits: load_flags.ExpertBits = None,
-    ram: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            rich_help_panel=MACHINE,
-            help="Plan for a machine with so much RAM (16GB), not for this one.",
-        ),
-    ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            rich_help_panel=MACHINE,
-            help="For one with such a GPU: 24GB, or 12GB,8GB for two GPUs.",
-        ),
-    ] = None,
-    disk_speed: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RATE",
-            rich_help_panel=MACHINE,
-            help="For one whose disk reads so fast: 3GB/s.",
-        ),
-    ] = None,
-    free_disk: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            rich_help_panel=MACHINE,
-            help="For one with so much free disk: 100GB.",
-        ),
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine again (20 s at most).")
-    ] = False,
-    as_json: load_flags.AsJson = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags(load_flags.LoadFlags):
+    """The flags of `mixchat plan`."""
+
+    model: str = load_flags.model_argument(load_flags.ANY_MODEL)
+    ram: str | None = option(
+        "--ram SIZE", "Plan for a machine with this RAM, such as 16GB.", MACHINE
+    )
+    gpu: str | None = option(
+        "--gpu SIZE",
+        "Plan for a machine with this GPU, such as 24GB, or 12GB,8GB for two.",
+        MACHINE,
+    )
+    disk_speed: str | None = option(
+        "--disk-speed RATE", "Plan for a machine whose disk reads so fast, such as 3GB/s.", MACHINE
+    )
+    free_disk: str | None = option(
+        "--free-disk SIZE", "Plan for a machine with so much free disk, such as 100GB.", MACHINE
+    )
+    ctx_size: int | None = load_flags.CONTEXT_SIZE
+    parallel: int = load_flags.parallel(1)
+    expert_bits: str | None = load_flags.BITS_OF_EXPERTS
+    measure: bool = option("--measure", "Measure this machine again (20 s at most).")
+    as_json: bool = load_flags.JSON
+
+
+def plan(context: typer.Context, flags: PlanFlags) -> None:
     """Predict whether a model fits here, and how fast it runs.
 
-    The first plan for a model's shape measures the speed of the disk, of memory and of computing.
-    The figures are saved with their date in machine.json in the data directory (MIXCHAT_HOME), and
-    are measured again after a month, or if other programs were busy the last time. While they are
-    busy, the saved figures are used. Each speed is a range from the slowest of several samples to
-    the fastest. 'run --verbose' prints the predicted speed next to the measured one.
+    Without a MODEL it also compares all known models, by arithmetic from the figures of one.
 
-    Without a MODEL it also compares all known models, by arithmetic from the same figures.
+    The first plan measures the disk, memory and computing, and saves the figures with their date
+    in machine.json in the data directory (MIXCHAT_HOME). After a month they are measured again. If
+    other programs are busy, saved figures are used. Each speed is a range from the slowest of
+    several samples to the fastest. 'run --verbose' prints the predicted speed next to the measured
+    one.
 
-    --ram, --gpu, --disk-speed and --free-disk tell about another machine. Figures that are not told
-    are this machine's, also the speed of the CPU. A GPU that cannot be measured here gets the
-    speeds of a cheap card, which the plan names.
+    --ram, --gpu, --disk-speed and --free-disk describe another machine. Everything else is taken
+    from this machine, also the speed of the CPU. A GPU that cannot be measured here gets the speeds
+    of a cheap card, which the plan names.
     """
     others = OtherPrograms()
-    options = load_flags.load_options(context.params)
+    options = load_flags.load_options(flags)
     told = {
-        "ram": _told("--ram", ram, parse_size),
-        "gpus": _told("--gpu", gpu, parse_sizes) or (),
-        "disk_speed": _told("--disk-speed", disk_speed, parse_rate),
-        "free_disk": _told("--free-disk", free_disk, parse_size),
+        "ram": _told("--ram", flags.ram, parse_size),
+        "gpus": _told("--gpu", flags.gpu, parse_sizes) or (),
+        "disk_speed": _told("--disk-speed", flags.disk_speed, parse_rate),
+        "free_disk": _told("--free-disk", flags.free_disk, parse_size),
     }
-    if told["gpus"] and device is not None:
+    if told["gpus"] and flags.device is not None:
         raise UsageError("--gpu tells about a GPU of another machine, --device names one of this")
     from mixchat.weights import models
 
-    ref = models.resolve(model)  # refuses a wrong name before torch loads
+    ref = models.resolve(flags.model)  # refuses a wrong name before torch loads
     prepare_environment()
     from mixchat.cli.output.plan_report import PlanReport
     from mixchat.loading.plan import in_mix
@@ -106,7 +79,8 @@ def plan(
     from mixchat.weights.make.mix import is_for_calibration
     from mixchat.weights.make.outline import known_blueprints, outline
 
-    reporter, size = TerminalReporter(), load_flags.parse_expert_bits(expert_bits, ctx_size)
+    reporter = TerminalReporter()
+    size = load_flags.parse_expert_bits(flags.expert_bits, flags.ctx_size)
     mix = size if size is not None and is_for_calibration(size) else None
     bits = None if size is None or mix is not None else size.whole
     catalog = {} if is_given(context, "model") else known_blueprints()
@@ -122,7 +96,7 @@ def plan(
             reporter,
             told=ToldMachine(**told),
             others=others,
-            again=measure,
+            again=flags.measure,
             catalog=catalog,
         )
         return PlanReport(found, made)
@@ -133,9 +107,9 @@ def plan(
         if not catalog or options.host_memory or options.device_memory:
             raise
         smallest = min(catalog, key=lambda names: catalog[names].weights_size)[0]
-        reporter.note(f"{model} does not fit into memory, so this is the plan of {smallest}")
+        reporter.note(f"{flags.model} does not fit into memory, so this is the plan of {smallest}")
         report = report_on(models.resolve(smallest))
-    report.show(as_json)
+    report.show(flags.as_json)
 
 
 def _told(flag: str, text: str | None, parse: Callable[[str], Any]) -> Any:

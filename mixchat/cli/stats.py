@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mixchat.base.errors import ModelNotFoundError
 from mixchat.chat.printing import draw, say, show
-from mixchat.cli.flags.load_flags import AsJson, model_argument
+from mixchat.cli.flags.load_flags import INSTALLED, JSON, PNG, model_argument
 from mixchat.cli.flags.settings import settings_of, value_source
-from mixchat.cli.output.png import PNG, checked_picture, new_figure, write_figure
+from mixchat.cli.output.png import checked_picture, new_figure, write_figure
 
 if TYPE_CHECKING:
     from mixchat.engine.report import ExpertReport
@@ -28,18 +29,16 @@ _COLOURS = {
 }
 
 
+_MODEL = model_argument(INSTALLED.help, show_default="the model of the last run")
+
+
 def stats(
-    context: typer.Context,
-    model: Annotated[
-        str,
-        model_argument(
-            "A name, as for 'mixchat run -m'.", show_default="the model of the last run"
-        ),
-    ] = "instruct",
-    as_json: AsJson = False,
-    png: PNG = None,
+    context: typer.Context, model: str = _MODEL, as_json: bool = JSON, png: Path | None = PNG
 ) -> None:
-    """Show each expert's use and place in the last run."""
+    """Show each expert's use and place in the last run.
+
+    --png replaces an existing FILE only if mixchat drew it.
+    """
     picture = checked_picture(png)
     is_named = value_source(context, settings_of(context.command)["model"]) != "default"
     report = _last_report(model, is_named)

@@ -1,12 +1,12 @@
-"""The model: prefill, decode, sampling.
+"""Computes answers, as token ids, with the model, its KV cache and the sampler.
 
 - generate.py: the engine, a loaded model that answers prompts
 - batch.py: the answer loop, of one answer or several
-- passes.py: passes through the model
+- passes.py: one pass through the model, for parts of prompts and next tokens
 - chunk_sizer.py: how many tokens of prompts a pass takes
 - sampling.py: the next token from the logits
 - speculation.py: proposes tokens, to verify several in one pass
-- model.py: block, logits
+- model.py: the transformer, from token ids to logits
 - norm.py: the RMSNorm
 - attention.py: attention of a layer
 - rope.py: rotary position embedding

@@ -61,7 +61,7 @@ class ChunkSizer:
         self._last = tokens
 
     def choose(self, target: float) -> int:
-        """Return the tokens for `target` seconds, at most twice those of the last pass."""
+        """Return the tokens for `target` seconds, at most twice the last pass's."""
         if not self._weight:
             return self._first
         fixed, each = self._fit()

@@ -103,7 +103,7 @@ def _has_steps(matrix: LinearSpec) -> bool:
 
 
 class _Layer:
-    """The stages of a layer, which may end with the router, after those of dense layers."""
+    """The stages of dense layers, then of a layer, which may end with the router."""
 
     def __init__(
         self, block: Block, context: SingleTokenContext, dense: Sequence[Block] = ()

@@ -1,6 +1,6 @@
-"""The experts: they are held, moved and computed here.
+"""Holds experts, moves them between memories, and computes them.
 
-- holder.py: the contract between the model and its experts
+- holder.py: the interface through which the model uses experts
 - dispatcher.py: sends each layer's rows to the holders of its experts, and combines the outputs
 - layer_rows.py: the rows of each expert, and their outputs
 - sharing.py: divides the experts, and the work of a layer, among their holders
@@ -12,8 +12,8 @@
 - store.py: moves bytes into slots, without a policy
 - sources.py: the disk, and RAM in front of it, as sources of experts
 - placement.py: how many experts fit in each memory
-- memory.py: how much memory is free, while that changes
+- memory.py: follows how much memory is free
 - tuner.py: tries variants of the same work and uses the cheapest
-- trace.py: records what experts are given, and the routing
-- workers/: experts on other machines, from both ends of the connection
+- trace.py: records the routing, and the inputs of experts
+- workers/: experts on other machines, and both ends of the connection
 """

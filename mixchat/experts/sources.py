@@ -169,7 +169,7 @@ class DiskSource:
 class HostSource:
     """`slots` experts in RAM, between another source and the slots of a GPU.
 
-    A slot has `size` bytes, those of the largest expert.
+    A slot has `size` bytes, enough for the largest expert.
     With `swaps`, RAM holds other experts than the GPU. An expert that goes up leaves its slot to
     the one that it evicts.
     """

@@ -15,9 +15,9 @@ Read emit.py first, then units.py, tile.py and quantized_matmul.py.
 - trellis_encode.py: the best codes of a trellis for given weights
 - tile.py: some rows of a matrix of codes times some tokens
 - quantized_matmul.py: x times a matrix of codes
-- rows.py: norm, rotation, gating and weighted sums
+- rows.py: norms, rotary positions, gates and weighted sums of rows
 - router.py: the best experts of a token
-- pages.py: keys and values in pages
+- pages.py: stores keys and values in pages of memory
 - attention.py: attention over these pages
 - dense.py: x times a dense matrix
 """

@@ -138,7 +138,7 @@ class _Encode:
             self._errors.store(error, number * self._size)
 
     def _find_costs(self, row: Value, old: Pointer, new: Pointer) -> None:
-        """Find the costs of the states of a row from those of the row after it."""
+        """Find the costs of a row's states from the costs of the next row's."""
         half = _STATES // 2
         for low in range(half):
             one, other = (old.load(self._floats, at * self._size) for at in (low, low + half))

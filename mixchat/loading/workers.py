@@ -40,7 +40,7 @@ class Share:
 
     placement: Placement
     here: Set[ExpertKey] | None = None  # the experts that are not left to workers, None for all
-    copies: Set[ExpertKey] = frozenset()  # those of `here` that a worker holds, too
+    copies: Set[ExpertKey] = frozenset()  # experts of `here` that a worker holds, too
     workers: Sequence[RemoteWorker] = ()
 
 

@@ -1,10 +1,10 @@
-"""Opens chats, services and workers for the command line. It alone joins chat, serving and loading.
+"""Opens chats, services and workers. No other room joins chat, serving and loading.
 
-- provider.py: the contract of the place whose models answer, and the options of a chat
+- provider.py: the interface of the models of a machine or server, and a chat's options
 - local_models.py: the models of this machine
 - server_models.py: the models of a server
 - opening.py: loads a model for a chat or for a service
-- open_chat.py: a chat or one question: session, saved chat, KV cache, change of model
+- open_chat.py: opens a chat or asks one question, saves it, and changes its model
 - install.py: checks the text of a checkpoint, and calibrates a model
 - cache_file.py: the KV cache in a file
 - server_caches.py: the KV caches of a server in files

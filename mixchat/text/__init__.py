@@ -9,12 +9,12 @@
 - jinja_template.py: a checkpoint's own chat template
 - choose.py: the tokenizer and the template that fit a checkpoint
 - checkpoint_text.py: a checkpoint's tokenizer and template, run in a sandbox
-- sandbox.py, sandbox_child.py: the process in which both run: its parent's side, and its own
+- sandbox.py, sandbox_child.py: the process in which both run, from its parent's side and its own
 - sandbox_protocol.py: their messages, and the memory limit
-- thinking.py: a model's thinking, apart from its answer
-- tool_call.py: tools, calls of them, and pieces of calls
+- thinking.py: takes a model's thinking apart from its answer
+- tool_call.py: a tool, a call, and a piece of a call
 - tool_formats.py: the forms in which models call tools, and one for models that learned none
-- tool_parser.py: calls, taken apart from an answer while it is generated
-- detokenizer.py: text from ids, one at a time, never half a character; stop strings in it
-- form/: answers of a given form: JSON by a schema, or text by a grammar
+- tool_parser.py: takes calls out of an answer while it is generated
+- detokenizer.py: text from one id after the other, in whole characters, up to a stop string
+- form/: holds answers to a JSON schema or a grammar
 """

@@ -32,7 +32,7 @@ def answer_parser(
 ) -> ThinkingParser:
     """Return the parser of an answer, in which calls of `offered` tools have the form `tools`.
 
-    `prompt_ids` and `begun` are those of `parser_of`.
+    `prompt_ids` and `begun` are as in `parser_of`.
     """
     is_harmony = tools is not None and tools.kind == "harmony"
     parser = parser_of(thinking, tokenizer, prompt_ids, begun, harmony_calls=is_harmony)

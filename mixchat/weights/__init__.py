@@ -1,11 +1,11 @@
-"""Weights at rest, with download, quantization, the format on disk, and repair.
+"""Downloads, quantizes, stores and repairs the weights of models.
 
 - models.py: the models on this machine, by name
 - known_models.py: the models with a short name
 - families/: the families of models, each a description
-- matrix/: a matrix, dense or 4-bit, stored and computed
+- matrix/: matrices in 16 bits and in each quantization type
 - format/: the format on disk of an installed model
 - source/: checkpoints in a directory, on the hub, or built for the demo
-- make/: from a checkpoint to an installed model
-- care/: verify, repair, convert, remove
+- make/: makes an installed model from a checkpoint
+- care/: verifies, repairs, converts and removes installed models
 """

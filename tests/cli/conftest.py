@@ -139,3 +139,23 @@ def run(mixchat, monkeypatch):
         return SimpleNamespace(out=done.stdout.decode(), said=done.stderr.decode())
 
     return run
+
+
+@pytest.fixture
+def cut_off(run, monkeypatch):
+    """Runs a command line with Ctrl-C at the moment when it rewrites a file."""
+    from mixchat.weights.care.convert import _Converter
+
+    rewrite = _Converter._rewrite
+
+    def cut_off(*arguments, at="experts-001.safetensors"):
+        def stopping(self, name, *rest):
+            if name == at:
+                raise KeyboardInterrupt
+            return rewrite(self, name, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Converter, "_rewrite", stopping)
+            return run(*arguments, code=130)
+
+    return cut_off

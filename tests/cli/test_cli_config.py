@@ -106,7 +106,7 @@ def test_the_model_is_that_of_the_file(mixchat, config_file, command):
         ("kv-bits = 4", "kv-bits has to be 8 or 16, not 4"),
         ('host-memory = "lots"', "host-memory: cannot read 'lots' as an amount of memory"),
         ('device = "abacus"', "device 'abacus' is not a device; use cpu, cuda or cuda:N"),
-        ('cache-policy = "fifo"', "cache-policy has to be layered, lru, not 'fifo'"),
+        ('cache-policy = "fifo"', "cache-policy has to be layered or lru, not 'fifo'"),
         ('verbose = "yes"', "verbose has to be true or false, not 'yes'"),
         ('stop = "END"', r'stop has to be a list of texts, such as \["END"\]'),
         ("stop = [1]", r'stop has to be a list of texts, such as \["END"\]'),

@@ -1,15 +1,16 @@
-"""The flags of sampling have the names of the options, and their values get into them."""
+"""Flags have the names of the options, one text in all commands, and values within limits."""
 
 import dataclasses
-import inspect
 
 import pytest
+import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.parameters import numbers_of
+from mixchat.cli.app import app
 from mixchat.cli.flags.load_flags import within_limits
-from mixchat.cli.run import run
+from mixchat.cli.flags.run_flags import RunFlags
 from mixchat.sessions.opening import resolve_sampling
 
 NAMES = list(numbers_of(SamplingOptions()))
@@ -17,7 +18,7 @@ NOTHING_GIVEN = dict.fromkeys(NAMES)
 
 
 def test_the_flags_have_the_names_of_the_options_and_nothing_given_is_the_defaults():
-    assert set(NAMES) <= set(inspect.signature(run).parameters)
+    assert set(NAMES) <= {field.name for field in dataclasses.fields(RunFlags)}
     options = resolve_sampling(NOTHING_GIVEN, {})
     assert dataclasses.replace(options, seed=None) == SamplingOptions()
 
@@ -53,3 +54,36 @@ def test_a_value_at_its_limit_is_taken_and_one_beyond_it_is_not(values, beyond):
         if other is not None:
             with pytest.raises(UsageError):
                 within_limits(name)(other)
+
+
+def helps() -> dict[str, dict[str, str]]:
+    """The help of each option, by the option and the command."""
+    found: dict[str, dict[str, str]] = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        for option in (each for each in command.params if each.param_type_name == "option"):
+            found.setdefault(option.opts[0], {})[name] = " ".join(option.help.split())
+    return found
+
+
+def test_a_flag_has_the_same_help_in_all_commands():
+    """`--json` and `--dense-bits` had three texts each."""
+    unlike = {flag for flag, texts in helps().items() if len(set(texts.values())) > 1}
+    assert unlike == {
+        "--json",
+        "--keep-cache",
+        "--expert-bits",
+        "--dense-bits",
+    }  # mean other things
+
+
+def test_the_help_of_a_flag_is_one_sentence():
+    texts = {text for commands in helps().values() for text in commands.values()}
+    assert [text for text in texts if ". " in text or not text.endswith(".")] == []
+
+
+def test_the_first_line_of_a_command_fits_the_list_of_commands(mixchat):
+    """Three of 18 were cut off."""
+    listed = mixchat("--help", COLUMNS="80").stdout.decode().partition("Commands:\n")[2]
+    for name, command in typer.main.get_command(app).commands.items():
+        summary = " ".join(command.help.partition("\n\n")[0].split())
+        assert command.hidden or f"  {name:9}  {summary}\n" in listed

@@ -188,7 +188,7 @@ class ActiveChat:
     def _note_attached(self) -> None:
         if self.attached:  # without an answer, nothing is lost, and nothing hidden
             names = one_line(", ".join(self.attached))
-            self.screen.say(f"({names}: still before the next question; /read none drops that)\n")
+            self.screen.say(f"({names} still goes before the next question; /read none drops it)\n")
 
     def count_figures(self) -> None:
         """Count what the status line shows again, after a command may have changed it."""

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 _PIPED_WIDTH = 80  # columns, without a terminal
 _MAX_LISTED = 20  # chats that /chats lists
 
+Run = Callable[["ActiveChat", str], None]
+Completes = Callable[["ActiveChat"], CompleteArgument]
+
 
 @dataclass(frozen=True)
 class Command:
@@ -41,11 +44,29 @@ class Command:
     the longer text of `/help NAME`.
     """
 
-    run: Callable[[ActiveChat, str], None]
+    run: Run
     argument: str
     help: str
     detail: str
-    completes: Callable[[ActiveChat], CompleteArgument] | None = None
+    completes: Completes | None = None
+
+
+COMMANDS: dict[str, Command] = {}
+COMMAND_ALIASES: dict[str, str] = {"?": "help", "exit": "bye", "quit": "bye"}
+LEAVING = ("bye", "exit", "quit")
+"""Words that leave without a slash, as in a shell or Python."""
+
+
+def _command(
+    argument: str, help: str, detail: str, completes: Completes | None = None
+) -> Callable[[Run], Run]:
+    """Make a function the command of its name."""
+
+    def add(run: Run) -> Run:
+        COMMANDS[run.__name__.removeprefix("_")] = Command(run, argument, help, detail, completes)
+        return run
+
+    return add
 
 
 def find_command(name: str) -> Command:
@@ -78,224 +99,6 @@ def completions(chat: ActiveChat) -> Mapping[str, CommandCompletion]:
     }
 
 
-def _help(chat: ActiveChat, argument: str) -> None:
-    if argument:
-        name = argument.lstrip("/")
-        command = find_command(name)
-        usage = _usage(COMMAND_ALIASES.get(name, name), command)
-        chat.screen.say(f"{usage}  {command.detail}")
-        return
-    chat.screen.say(help_text(usages(), chat.screen.width or _PIPED_WIDTH))
-
-
-def usages() -> dict[str, str]:
-    """Return the help of each command by its usage, such as `/undo [n]`."""
-    return {_usage(name, command): command.help for name, command in COMMANDS.items()}
-
-
-def _usage(name: str, command: Command) -> str:
-    return f"/{name} {command.argument}".rstrip()
-
-
-def _bye(chat: ActiveChat, argument: str) -> None:
-    chat.left = True
-
-
-def _clear(chat: ActiveChat, argument: str) -> None:
-    chat.start_new()
-    chat.screen.say("(a new chat)")
-
-
-def _set(chat: ActiveChat, argument: str) -> None:
-    # Other programs have "parameter" before the name.
-    name, _, value = argument.removeprefix("parameter ").lstrip().partition(" ")
-    if not name:
-        _say_table(chat, parameters.values(chat.session))
-        return
-    if name == "system":
-        _system(chat, value.strip())
-        return
-    if not value.strip():
-        raise UsageError("/set needs a name and a value", hint="As in: /set temp 0.2")
-    parameters.change(chat.session, name, value.strip())
-    chat.saver.save()
-    session, note = chat.session, "takes effect with the next answer"
-    if name == "think" and session.think == "off" and not session.backend.can_skip_thinking:
-        note = "the model has no switch that turns thinking off; if it thinks, that is hidden"
-    chat.screen.say(f"({note})")
-
-
-def _show(chat: ActiveChat, argument: str) -> None:
-    session, saver = chat.session, chat.saver
-    rows = {
-        "model": saver.model,
-        "chat": f"{saver.chat.name or saver.chat.id}{'' if saver.autosave else ' (not saved)'}",
-        "turns": str(sum(message.role == "user" for message in session.history)),
-        "system": "none" if session.system is None else session.system,
-        **session.backend.about(),
-    }
-    _say_table(chat, {**rows, **parameters.values(session)})
-
-
-def _say_table(chat: ActiveChat, rows: Mapping[str, str]) -> None:
-    width = max(map(len, rows))
-    chat.screen.say("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
-
-
-def _model(chat: ActiveChat, argument: str) -> None:
-    if argument:
-        chat.change_model(parameters.unquoted(argument))
-        return
-    others = ", ".join(chat.models.others())
-    more = f"also {chat.models.place}: {others}" if others else "there is no other one here"
-    chat.screen.say(one_line(f"{chat.saver.model} ({more})"))
-
-
-def _system(chat: ActiveChat, argument: str) -> None:
-    if not argument:
-        system = chat.session.system
-        chat.screen.say("(no system prompt)" if system is None else system)
-        return
-    chat.session.system = None if argument.lower() == "none" else argument
-    chat.saver.save()
-    chat.screen.say("(takes effect with the next answer)")
-
-
-def _save(chat: ActiveChat, argument: str) -> None:
-    if not chat.session.history:
-        raise PromptError("there is nothing to save yet")
-    chat.saver.rename(parameters.unquoted(argument) or None)
-    saved = chat.saver.chat
-    name = shlex.quote(saved.name or saved.id)
-    chat.screen.say(f"(saved; mixchat run --resume {name} resumes it)")
-
-
-def _load(chat: ActiveChat, argument: str) -> None:
-    if not argument:
-        raise UsageError("/load needs a chat's ID or name", hint="/chats lists them.")
-    chat.resume(chat.saver.store.load(parameters.unquoted(argument)))
-
-
-def _chats(chat: ActiveChat, argument: str) -> None:
-    saved = chat.saver.store.all()
-    if not saved:
-        chat.screen.say("(there are no saved chats yet)")
-        return
-    show(sanitize(chat_table(saved[:_MAX_LISTED], chat.screen.width)), chat.screen.out)
-    if len(saved) > _MAX_LISTED:
-        chat.screen.say(f"({len(saved) - _MAX_LISTED} more: mixchat chats)")
-
-
-def _last(chat: ActiveChat, role: Role) -> str | None:
-    """Return the last question or answer."""
-    history = reversed(chat.session.history)
-    return next((message.content for message in history if message.role == role), None)
-
-
-def _regen(chat: ActiveChat, argument: str) -> None:
-    chat.answer(chat.session.ask_again)
-
-
-def _continue(chat: ActiveChat, argument: str) -> None:
-    chat.answer(chat.session.continue_answer, _last(chat, "assistant") or "")
-
-
-def _undo(chat: ActiveChat, argument: str) -> None:
-    try:
-        count = int(argument or 1)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
-    taken = chat.session.undo(count)
-    if not taken:
-        raise PromptError("there is nothing to undo")
-    chat.saver.save()
-    chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} removed)")
-
-
-def _edit(chat: ActiveChat, argument: str) -> None:
-    question = _last(chat, "user")
-    if question is None:
-        raise PromptError("nothing has been asked yet")
-    chat.draft = question
-
-
-def _copy(chat: ActiveChat, argument: str) -> None:
-    if argument not in ("", "code"):
-        raise UsageError("/copy copies the last answer, /copy code its last code block")
-    text = _last(chat, "assistant")
-    if text is None:
-        raise PromptError("nothing has been answered yet")
-    if argument == "code":
-        from mixchat.chat.draw.markdown_rules import code_blocks
-
-        blocks = code_blocks(text)
-        if not blocks:
-            raise PromptError("the last answer has no code block")
-        text = blocks[-1]
-    done = copy(text, chat.screen.out)
-    chat.screen.say(f"({done}: {len(text):,} characters)")
-
-
-def _read(chat: ActiveChat, argument: str) -> None:
-    if argument == "none":
-        chat.attached.clear()
-        chat.screen.say("(no file goes before the next question)")
-        return
-    if not argument:
-        names = one_line(", ".join(chat.attached))
-        raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
-    path = file_argument(argument)
-    if path.exists() and not path.is_file():  # nobody may ever write to a FIFO
-        raise PromptError(f"{path} is not a file", hint="/read takes a file with text.")
-    chat.attach(path, read_text_file(path, chat.session.context or UNKNOWN_CONTEXT))
-
-
-def _tokens(chat: ActiveChat, argument: str) -> None:
-    session, stats = chat.session, chat.session.stats
-    prompt = f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache"
-    told = stats.prompt_tokens or session.backend.engine is not None
-    _say_table(
-        chat,
-        {
-            "context": _use_of_context(session.used_tokens, session.context),
-            "last prompt": prompt if told else "not told by the server",
-            "last answer": f"{stats.generated_tokens:,}",
-        },
-    )
-
-
-def _use_of_context(used: int | None, context: Context | None) -> str:
-    taken = "not told by the server" if used is None else f"{used:,} tokens"
-    if used is None or context is None:
-        return taken
-    return f"{used:,} of {context.tokens:,} tokens ({100 * used // context.tokens}%)"
-
-
-def _experts(chat: ActiveChat, argument: str) -> None:
-    from mixchat.chat.draw.heatmap import drawn
-    from mixchat.engine.report import report_of
-
-    report = report_of(chat.session.engine, chat.saver.model)
-    draw(drawn(report, chat.screen.out), chat.screen.out)
-
-
-def _raw(chat: ActiveChat, argument: str) -> None:
-    chat.screen.raw = not chat.screen.raw
-    form = "plain text" if chat.screen.raw else "Markdown"
-    chat.screen.say(f"(answers are shown as {form})")
-
-
-def _export(chat: ActiveChat, argument: str) -> None:
-    if not chat.session.history:
-        raise PromptError("there is nothing to export yet")
-    current = chat.saver.current()
-    path = file_argument(argument) if argument else Path(f"{current.id}.md")
-    write_export(current, path)
-    chat.screen.say(f"(written to {one_line(str(path))})")
-
-
 def _parameter_names(text: str) -> Iterable[str]:
     if text.startswith("overflow "):
         return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
@@ -324,74 +127,268 @@ def _saved_chats(chat: ActiveChat) -> CompleteArgument:
     return complete
 
 
-COMMANDS: dict[str, Command] = {
-    "help": Command(
-        _help,
-        "[COMMAND]",
-        "show this list",
-        "show all commands, or explain one",
-        lambda chat: lambda text: [*COMMANDS, *COMMAND_ALIASES],
-    ),
-    "bye": Command(_bye, "", "leave", "leave (also /exit, /quit, exit, quit, bye, Ctrl-D)"),
-    "clear": Command(_clear, "", "start a new chat", "start a new chat; the old one stays saved"),
-    "set": Command(
-        _set,
-        "[NAME VALUE]",
-        "set a parameter",
-        "show the parameters, or change one: /set temp 0.2; /set temp none restores its default",
-        lambda chat: _parameter_names,
-    ),
-    "show": Command(
-        _show, "", "model and settings", "show model, chat, system prompt and parameters"
-    ),
-    "model": Command(
-        _model,
-        "[NAME]",
-        "change the model",
-        "show which model answers, or continue this chat with another one",
-        lambda chat: lambda text: chat.models.others(),
-    ),
-    "system": Command(
-        _system, "[TEXT]", "the system prompt", "show or change the system prompt (none: remove it)"
-    ),
-    "save": Command(_save, "[NAME]", "save under a name", "save this chat under a name"),
-    "load": Command(_load, "ID or NAME", "resume a chat", "resume a saved chat", _saved_chats),
-    "chats": Command(_chats, "", "list saved chats", "list the saved chats, the last one first"),
-    "regen": Command(_regen, "", "answer again", "answer the last question again, differently"),
-    "undo": Command(_undo, "[n]", "remove turns", "remove the last turn, or the last n"),
-    "edit": Command(
-        _edit, "", "reword the question", "change the last question, and ask it instead"
-    ),
-    "continue": Command(_continue, "", "continue the answer", "continue the last answer"),
-    "copy": Command(
-        _copy,
-        "[code]",
-        "copy the answer",
-        "copy the last answer, or its last code block",
-        lambda chat: lambda text: ["code"],
-    ),
-    "read": Command(
-        _read,
-        "FILE",
-        "ask about a file",
-        "put a file's text before the next question; /read none drops all files",
-        lambda chat: FILES,
-    ),
-    "tokens": Command(_tokens, "", "room in the context", "show how full the context is"),
-    "experts": Command(
-        _experts, "", "use of the experts", "show which experts were used, and where they are"
-    ),
-    "raw": Command(
-        _raw, "", "Markdown off or on", "show answers as plain text, or as Markdown again"
-    ),
-    "export": Command(
-        _export,
-        "[FILE]",
-        "save as Markdown",
-        "write the chat to a file, as Markdown or JSON (*.json)",
-        lambda chat: FILES,
-    ),
-}
-COMMAND_ALIASES: dict[str, str] = {"?": "help", "exit": "bye", "quit": "bye"}
-LEAVING = ("bye", "exit", "quit")
-"""Words that leave without a slash, as in a shell or Python."""
+@_command(
+    "[COMMAND]",
+    "show this list",
+    "show all commands, or explain one",
+    lambda chat: lambda text: [*COMMANDS, *COMMAND_ALIASES],
+)
+def _help(chat: ActiveChat, argument: str) -> None:
+    if argument:
+        name = argument.lstrip("/")
+        command = find_command(name)
+        usage = _usage(COMMAND_ALIASES.get(name, name), command)
+        chat.screen.say(f"{usage}  {command.detail}")
+        return
+    chat.screen.say(help_text(usages(), chat.screen.width or _PIPED_WIDTH))
+
+
+def usages() -> dict[str, str]:
+    """Return the help of each command by its usage, such as `/undo [n]`."""
+    return {_usage(name, command): command.help for name, command in COMMANDS.items()}
+
+
+def _usage(name: str, command: Command) -> str:
+    return f"/{name} {command.argument}".rstrip()
+
+
+@_command("", "leave", "leave (also /exit, /quit, exit, quit, bye, Ctrl-D)")
+def _bye(chat: ActiveChat, argument: str) -> None:
+    chat.left = True
+
+
+@_command("", "start a new chat", "start a new chat; the old one stays saved")
+def _clear(chat: ActiveChat, argument: str) -> None:
+    chat.start_new()
+    chat.screen.say("(a new chat)")
+
+
+@_command(
+    "[NAME VALUE]",
+    "set a parameter",
+    "show the parameters, or change one: /set temp 0.2; /set temp none restores its default",
+    lambda chat: _parameter_names,
+)
+def _set(chat: ActiveChat, argument: str) -> None:
+    # Other programs have "parameter" before the name.
+    name, _, value = argument.removeprefix("parameter ").lstrip().partition(" ")
+    if name == "system":
+        _system(chat, value.strip())
+        return
+    if not value.strip():
+        values = parameters.values(chat.session)
+        _say_table(chat, {name: values[name]} if name in values else values)
+        return
+    parameters.change(chat.session, name, value.strip())
+    chat.saver.save()
+    session, note = chat.session, "takes effect with the next answer"
+    if name == "think" and session.think == "off" and not session.backend.can_skip_thinking:
+        note = "the model has no switch that turns thinking off; if it thinks, that is hidden"
+    chat.screen.say(f"({note})")
+
+
+@_command("", "model and settings", "show model, chat, system prompt and parameters")
+def _show(chat: ActiveChat, argument: str) -> None:
+    session, saver = chat.session, chat.saver
+    rows = {
+        "model": saver.model,
+        "chat": f"{saver.chat.name or saver.chat.id}{'' if saver.autosave else ' (not saved)'}",
+        "turns": str(sum(message.role == "user" for message in session.history)),
+        "system": "none" if session.system is None else session.system,
+        **session.backend.about(),
+    }
+    _say_table(chat, {**rows, **parameters.values(session)})
+
+
+def _say_table(chat: ActiveChat, rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows))
+    chat.screen.say("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+
+
+@_command(
+    "[NAME]",
+    "change the model",
+    "show which model answers, or continue this chat with another one",
+    lambda chat: lambda text: chat.models.others(),
+)
+def _model(chat: ActiveChat, argument: str) -> None:
+    if argument:
+        chat.change_model(parameters.unquoted(argument))
+        return
+    others = ", ".join(chat.models.others())
+    more = f"also {chat.models.place}: {others}" if others else "there is no other one here"
+    chat.screen.say(one_line(f"{chat.saver.model} ({more})"))
+
+
+@_command("[TEXT]", "the system prompt", "show or change the system prompt (none: remove it)")
+def _system(chat: ActiveChat, argument: str) -> None:
+    if not argument:
+        system = chat.session.system
+        chat.screen.say("(no system prompt)" if system is None else system)
+        return
+    chat.session.system = None if argument.lower() == "none" else argument
+    chat.saver.save()
+    chat.screen.say("(takes effect with the next answer)")
+
+
+@_command("[NAME]", "save under a name", "save this chat under a name")
+def _save(chat: ActiveChat, argument: str) -> None:
+    if not chat.session.history:
+        raise PromptError("there is nothing to save yet")
+    chat.saver.rename(parameters.unquoted(argument) or None)
+    saved = chat.saver.chat
+    name = shlex.quote(saved.name or saved.id)
+    chat.screen.say(f"(saved; mixchat run --resume {name} resumes it)")
+
+
+@_command("ID or NAME", "resume a chat", "resume a saved chat", _saved_chats)
+def _load(chat: ActiveChat, argument: str) -> None:
+    if not argument:
+        raise UsageError("/load needs a chat's ID or name", hint="/chats lists them.")
+    chat.resume(chat.saver.store.load(parameters.unquoted(argument)))
+
+
+@_command("", "list saved chats", "list the saved chats, the last one first")
+def _chats(chat: ActiveChat, argument: str) -> None:
+    saved = chat.saver.store.all()
+    if not saved:
+        chat.screen.say("(there are no saved chats yet)")
+        return
+    show(sanitize(chat_table(saved[:_MAX_LISTED], chat.screen.width)), chat.screen.out)
+    if len(saved) > _MAX_LISTED:
+        chat.screen.say(f"({len(saved) - _MAX_LISTED} more: mixchat chats)")
+
+
+def _last(chat: ActiveChat, role: Role) -> str | None:
+    """Return the last question or answer."""
+    history = reversed(chat.session.history)
+    return next((message.content for message in history if message.role == role), None)
+
+
+@_command("", "answer again", "answer the last question again, differently")
+def _regen(chat: ActiveChat, argument: str) -> None:
+    chat.answer(chat.session.ask_again)
+
+
+@_command("[n]", "remove turns", "remove the last turn, or the last n")
+def _undo(chat: ActiveChat, argument: str) -> None:
+    try:
+        count = int(argument or 1)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
+    taken = chat.session.undo(count)
+    if not taken:
+        raise PromptError("there is nothing to undo")
+    chat.saver.save()
+    chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} removed)")
+
+
+@_command("", "reword the question", "change the last question, and ask it instead")
+def _edit(chat: ActiveChat, argument: str) -> None:
+    question = _last(chat, "user")
+    if question is None:
+        raise PromptError("nothing has been asked yet")
+    chat.draft = question
+
+
+@_command("", "continue the answer", "continue the last answer")
+def _continue(chat: ActiveChat, argument: str) -> None:
+    chat.answer(chat.session.continue_answer, _last(chat, "assistant") or "")
+
+
+@_command(
+    "[code]",
+    "copy the answer",
+    "copy the last answer, or its last code block",
+    lambda chat: lambda text: ["code"],
+)
+def _copy(chat: ActiveChat, argument: str) -> None:
+    if argument not in ("", "code"):
+        raise UsageError("/copy copies the last answer, /copy code its last code block")
+    text = _last(chat, "assistant")
+    if text is None:
+        raise PromptError("nothing has been answered yet")
+    if argument == "code":
+        from mixchat.chat.draw.markdown_rules import code_blocks
+
+        blocks = code_blocks(text)
+        if not blocks:
+            raise PromptError("the last answer has no code block")
+        text = blocks[-1]
+    done = copy(text, chat.screen.out)
+    chat.screen.say(f"({done}: {len(text):,} characters)")
+
+
+@_command(
+    "FILE",
+    "ask about a file",
+    "put a file's text before the next question; /read none drops all files",
+    lambda chat: FILES,
+)
+def _read(chat: ActiveChat, argument: str) -> None:
+    if argument == "none":
+        chat.attached.clear()
+        chat.screen.say("(no file goes before the next question)")
+        return
+    if not argument:
+        names = one_line(", ".join(chat.attached))
+        raise UsageError("/read needs the name of a file", hint=names and f"Read so far: {names}.")
+    path = file_argument(argument)
+    if path.exists() and not path.is_file():  # nobody may ever write to a FIFO
+        raise PromptError(f"{path} is not a file", hint="/read takes a file with text.")
+    chat.attach(path, read_text_file(path, chat.session.context or UNKNOWN_CONTEXT))
+
+
+@_command("", "room in the context", "show how full the context is")
+def _tokens(chat: ActiveChat, argument: str) -> None:
+    session, stats = chat.session, chat.session.stats
+    prompt = f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache"
+    told = stats.prompt_tokens or session.backend.engine is not None
+    _say_table(
+        chat,
+        {
+            "context": _use_of_context(session.used_tokens, session.context),
+            "last prompt": prompt if told else "not told by the server",
+            "last answer": f"{stats.generated_tokens:,}",
+        },
+    )
+
+
+def _use_of_context(used: int | None, context: Context | None) -> str:
+    taken = "not told by the server" if used is None else f"{used:,} tokens"
+    if used is None or context is None:
+        return taken
+    return f"{used:,} of {context.tokens:,} tokens ({100 * used // context.tokens}%)"
+
+
+@_command("", "use of the experts", "show which experts were used, and where they are")
+def _experts(chat: ActiveChat, argument: str) -> None:
+    from mixchat.chat.draw.heatmap import drawn
+    from mixchat.engine.report import report_of
+
+    report = report_of(chat.session.engine, chat.saver.model)
+    draw(drawn(report, chat.screen.out), chat.screen.out)
+
+
+@_command("", "Markdown off or on", "show answers as plain text, or as Markdown again")
+def _raw(chat: ActiveChat, argument: str) -> None:
+    chat.screen.raw = not chat.screen.raw
+    form = "plain text" if chat.screen.raw else "Markdown"
+    chat.screen.say(f"(answers are shown as {form})")
+
+
+@_command(
+    "[FILE]",
+    "save as Markdown",
+    "write the chat to a file, as Markdown or JSON (*.json)",
+    lambda chat: FILES,
+)
+def _export(chat: ActiveChat, argument: str) -> None:
+    if not chat.session.history:
+        raise PromptError("there is nothing to export yet")
+    current = chat.saver.current()
+    path = file_argument(argument) if argument else Path(f"{current.id}.md")
+    write_export(current, path)
+    chat.screen.say(f"(written to {one_line(str(path))})")

@@ -16,6 +16,8 @@ from mixchat.chat.answer import left_out_note, thought_note
 from mixchat.chat.session import Finished, LeftOut, TextDelta, ThinkingDelta
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mixchat.chat.draw.markdown_stream import MarkdownStream
     from mixchat.chat.session import Event
     from mixchat.text.messages import Message
@@ -144,11 +146,9 @@ class Screen:
         if not self._draws:
             printing.show(sanitize(f"{text}\n"), self.out)
             return
-        from rich.console import Console
-
         from mixchat.chat.draw.markdown import render
 
-        Console(file=self.out, highlight=False).print(render(text))
+        self._console().print(render(text))
 
     @property
     def _draws(self) -> bool:
@@ -175,12 +175,10 @@ class Screen:
     def _writer(self, before: str, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
         if not self._draws:
             return _PlainWriter(self.out)
-        from rich.console import Console
-
         from mixchat.chat.draw.markdown_stream import MarkdownStream
 
-        console = Console(file=self.out, highlight=False)
-        return MarkdownStream(console, before=before, below=_TwiceASecond(below, self._clock))
+        below = _TwiceASecond(below, self._clock)
+        return MarkdownStream(self._console(), before=before, below=below)
 
     def _thinking_writer(self, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
         def note() -> str:
@@ -188,12 +186,15 @@ class Screen:
 
         if not self._draws:
             return _FaintWriter(self.out, note)
-        from rich.console import Console
-
         from mixchat.chat.draw.markdown_stream import ThinkingStream
 
-        console = Console(file=self.out, highlight=False)
-        return ThinkingStream(console, below=_TwiceASecond(below, self._clock), note=note)
+        below = _TwiceASecond(below, self._clock)
+        return ThinkingStream(self._console(), below=below, note=note)
+
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        return Console(file=self.out, highlight=False)
 
     def _erase_waiting(self) -> None:
         if self._waiting is not None:

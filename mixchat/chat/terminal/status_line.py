@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +20,28 @@ _BETWEEN = " · "
 NEARLY_FULL = 0.8  # of the context, when it is time to /clear or to finish
 
 
+# The text of each figure, the most important first.
+_FIGURES: dict[str, Callable[[Any], str]] = {
+    "speed": "{:.1f} tok/s".format,
+    "hit_rate": "{:.0%} hits".format,
+    "memory": lambda size: f"{format_least(size)} experts",
+    "on_workers": "{} on workers".format,
+}
+
+
 def status_line(
-    model: str,
-    used: int | None,
-    size: int | None,
-    *,
-    speed: float | None = None,
-    hit_rate: float | None = None,
-    memory: int | None = None,
-    on_workers: int | None = None,
-    width: int = 80,
+    model: str, used: int | None, size: int | None, *, width: int = 80, **figures: float | None
 ) -> str:
     """Return `demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts`.
 
-    `used` and `size` are tokens of the context, `memory` is bytes, `on_workers` experts. A figure
-    that is None is left out. To fit into `width` cells, workers, memory, hits, speed and the model
-    are left out, in this order. Then the tokens become `1,234/8,192 (15%)`, then `15%`. From 80% of
-    the context on they start with `!`.
+    `used` and `size` are tokens of the context. The `figures` speed, hit_rate, memory (bytes) and
+    on_workers (experts) are left out if they are None. To fit into `width` cells, workers, memory,
+    hits, speed and the model are left out, in this order. Then the tokens become
+    `1,234/8,192 (15%)`, then `15%`. From 80% of the context on they start with `!`.
     """
     name, (long, short, shortest) = " ".join(sanitize(model).split()), _tokens(used, size)
-    measured = _measured(speed, hit_rate, memory, on_workers)
+    known = ((show, figures.get(key)) for key, show in _FIGURES.items())
+    measured = [show(figure) for show, figure in known if figure is not None]
     full = [[name, long, *measured[:count]] for count in range(len(measured), -1, -1)]
     for parts in [*full, [long], [short]]:
         line = _BETWEEN.join(part for part in parts if part)
@@ -58,18 +61,6 @@ def cut(text: str, width: int) -> str:
             break
         shown += character
     return shown + "…" if width > 0 else ""
-
-
-def _measured(
-    speed: float | None, hit_rate: float | None, memory: int | None, on_workers: int | None
-) -> list[str]:
-    shown = (
-        speed is not None and f"{speed:.1f} tok/s",
-        hit_rate is not None and f"{hit_rate:.0%} hits",
-        memory is not None and f"{format_least(memory)} experts",
-        on_workers is not None and f"{on_workers} on workers",
-    )
-    return [text for text in shown if text]
 
 
 def _tokens(used: int | None, size: int | None) -> tuple[str, str, str]:

@@ -1,8 +1,8 @@
-"""Flags and their values, checks, defaults and completion.
+"""Flags, with their checks, defaults and completion.
 
-- settings.py: makes flags that config.toml and variables give, too, and their headings in --help
+- settings.py: makes flags, and settings that config.toml and variables give, too
 - load_flags.py: the flags of loading a model, and `LoadOptions`
-- run_flags.py: the flags of mixchat run alone, and `ChatOptions`
+- run_flags.py: the flags of mixchat run, and `ChatOptions`
 - arguments.py: checked text from arguments, files and standard input
 - habits.py: answers to flags and commands of other programs, and to misspelled ones
 - shell_completion.py: completion in a shell

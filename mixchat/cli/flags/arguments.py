@@ -1,4 +1,4 @@
-"""Checked text from the shell: arguments, files and standard input."""
+"""Reads and checks texts from arguments, files and standard input."""
 
 from __future__ import annotations
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Any, cast, get_args
 
 import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import (
+    DEFAULT_POLICY,
     CacheBits,
     DenseBits,
     ExpertSize,
@@ -20,13 +23,12 @@ from mixchat.base.options import (
     device_names,
 )
 from mixchat.base.quantities import MemoryBudget
-from mixchat.chat.parameters import LENGTHS, SAMPLING
+from mixchat.chat.parameters import LENGTHS, SAMPLING, checked_word
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.settings import (
     AGAIN,
     MEMORY,
     MODEL,
-    OUTPUT,
     option,
     setting,
     setting_argument,
@@ -55,11 +57,6 @@ def _checked_bits(bits: int | None) -> CacheBits | None:
     raise UsageError(f"--kv-bits has to be 8 or 16, not {bits}")
 
 
-def _check_policy(name: str) -> None:
-    if name not in POLICIES:
-        raise UsageError(f"--cache-policy has to be {', '.join(POLICIES)}, not {name!r}")
-
-
 def _check_device(text: str) -> None:
     for name in map(str.strip, text.split(",")):
         if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
@@ -75,152 +72,133 @@ def _check_workers(addresses: list[str]) -> None:
         seen.add(address)
 
 
-Model = Annotated[
-    str,
-    setting(
-        "-m --model NAME",
-        "instruct, qwen3, gpt-oss or another known one (see 'mixchat plan'), demo, ORG/NAME, or a "
-        "name that 'mixchat list' shows.",
-        MODEL,
-        check=checked_model,
-        autocompletion=runnable_models,
-    ),
-]
-ContextSize = Annotated[
-    int | None,
-    setting(
-        "--ctx-size N",
-        "Context size in tokens.",
-        MEMORY,
-        check=within_limits("ctx_size"),
-        show_default="the model's, at most 8192",
-    ),
-]
-Parallel = Annotated[
-    int,
-    setting(
-        "--parallel N",
-        "Answers that are generated at once, each with a context of its own.",
-        MEMORY,
-        min=1,
-        max=64,
-    ),
-]
-KVBits = Annotated[
-    int | None,
-    setting(
-        "--kv-bits N",
-        "Bits of each number in the KV cache: 16, or 8 to halve its memory.",
-        MEMORY,
-        check=_checked_bits,
-        autocompletion=one_of("8", "16"),
-        show_default="16",
-    ),
-]
-ExactPrompts = Annotated[
-    bool,
-    setting(
-        "--exact-prompts/--no-exact-prompts",
-        "Process prompts with the arithmetic of decoding. This is slower, but the answers are "
-        "the same whether a chat continues, is resumed, or comes from a cache.",
-        MEMORY,
-        show_default=False,
-    ),
-]
-HostMemory = Annotated[
-    str | None,
-    setting(
+MODEL_NAME = setting(
+    "-m --model NAME",
+    "A name that 'mixchat list' or 'mixchat plan' shows, demo, or ORG/NAME on the hub.",
+    MODEL,
+    "instruct",
+    check=checked_model,
+    autocompletion=runnable_models,
+)
+CONTEXT_SIZE = setting(
+    "--ctx-size N",
+    "Context size in tokens.",
+    MEMORY,
+    check=within_limits("ctx_size"),
+    show_default="the model's, at most 8192",
+)
+EXACT_PROMPTS = setting(
+    "--exact-prompts/--no-exact-prompts",
+    "Process prompts more slowly, so that a resumed or cached chat gets the same answers.",
+    MEMORY,
+    show_default=False,
+)
+CACHE_POLICY = setting(
+    "--cache-policy NAME",
+    "Keep the most recently used experts of each layer (layered) or of all layers (lru).",
+    MEMORY,
+    DEFAULT_POLICY,
+    check=partial(checked_word, tuple(POLICIES), "--cache-policy"),
+    autocompletion=one_of(*POLICIES),
+)
+DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
+EXPERT_BITS = ("16", "4", "3", "2")  # of whole types
+BITS_OF_EXPERTS = option(
+    "--expert-bits BITS",
+    "Bits of an expert's weight (16, 4, 3, 2, or between, as 2.4), or the memory of the whole "
+    "model, such as 14GB.",
+    autocompletion=one_of(*EXPERT_BITS),
+    show_default="4",
+)
+JSON = option("--json", "Print JSON, for programs.")
+PNG = option("--png FILE", "Draw a picture into FILE, with matplotlib.")
+
+
+def parallel(default: int) -> Any:
+    """Return the flag `--parallel`."""
+    help = "Answers to generate at once, each with its own context."
+    return setting("--parallel N", help, MEMORY, default, min=1, max=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HolderFlags:
+    """The flags of a program that holds experts."""
+
+    host_memory: str | None = setting(
         "--host-memory SIZE",
-        "RAM for experts: 300MB, 8GiB, or 50% of all experts.",
+        "RAM for experts, such as 8GB, or 50% of all experts.",
         MEMORY,
         check=MemoryBudget.parse,
         show_default="all that fits",
-    ),
-]
-DeviceMemory = Annotated[
-    str | None,
-    setting(
+    )
+    device_memory: str | None = setting(
         "--device-memory SIZE",
-        "GPU memory to use: 8GB, or 50% of the free GPU memory; 12GB,8GB of two GPUs.",
+        "GPU memory to use, such as 8GB, 12GB,8GB for two GPUs, or 50% of what is free.",
         MEMORY,
         check=MemoryBudget.parse_list,
         show_default="all that fits",
-    ),
-]
-Device = Annotated[
-    str | None,
-    setting(
+    )
+    device: str | None = setting(
         "--device NAME",
-        "cpu, cuda (all GPUs), cuda:N, or several: cuda:0,cuda:1.",
+        "Device to compute on: cpu, cuda (all GPUs), or GPUs such as cuda:0,cuda:1.",
         MEMORY,
         check=_check_device,
         autocompletion=one_of("cpu", "cuda"),
         show_default="cuda if there is a GPU, else cpu",
-    ),
-]
-Worker = Annotated[
-    list[str] | None,
-    setting(
-        "--worker HOST[:PORT]",
-        f"Compute experts on the machine HOST, too, on which 'mixchat worker' runs; {AGAIN}.",
-        MEMORY,
-        check=_check_workers,
-    ),
-]
-KeyFile = Annotated[
-    Path | None,
-    setting(
+    )
+    key_file: Path | None = setting(
         "--key-file FILE",
-        "The workers' key, which 'mixchat worker --new-key' makes.",
+        "File of the workers' key, which 'mixchat worker --new-key' makes.",
         MEMORY,
         show_default="worker.key in the data directory",
-    ),
-]
-CachePolicy = Annotated[
-    str,
-    setting(
-        "--cache-policy NAME",
-        "Experts that stay in memory: most recently used, counted by layer (layered) or "
-        "overall (lru).",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadFlags(HolderFlags):
+    """The flags of a program that loads a model."""
+
+    worker: list[str] | None = setting(
+        "--worker HOST[:PORT]",
+        f"Let the machine HOST, which runs 'mixchat worker', compute experts, too; {AGAIN}.",
         MEMORY,
-        check=_check_policy,
-        autocompletion=one_of(*POLICIES),
-    ),
-]
-Trace = Annotated[
-    Path | None,
-    option(
-        "--trace FILE",
-        "Write which experts each token is routed to, as JSON Lines. An existing FILE is "
-        "replaced only if it is a trace.",
-        OUTPUT,
-    ),
-]
-DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
-EXPERT_BITS = ("16", "4", "3", "2")  # of whole types
-ExpertBits = Annotated[
-    str | None,
-    option(
-        "--expert-bits BITS",
-        "Bits of each weight of the experts: 4, 3, 2, or 16 as in the checkpoint; others, such as "
-        "2.4, mix types by layer; or the memory that the whole model may take, such as 14GB. "
-        "Experts that are published in 4 bits stay as they are.",
-        autocompletion=one_of(*EXPERT_BITS),
-        show_default="4",
-    ),
-]
-AsJson = Annotated[bool, option("--json", "Print JSON, for programs.")]
+        check=_check_workers,
+    )
+    kv_bits: int | None = setting(
+        "--kv-bits N",
+        "Bits of each number in the KV cache, 16 or 8.",
+        MEMORY,
+        check=_checked_bits,
+        autocompletion=one_of("8", "16"),
+        show_default="16",
+    )
 
 
-def installed_model_argument(help: str) -> Any:
-    """Return the argument MODEL."""
-    return typer.Argument(metavar="MODEL", autocompletion=runnable_models, help=help)
+INSTALLED = typer.Argument(
+    metavar="MODEL", autocompletion=runnable_models, help="A name that 'mixchat list' shows."
+)
+ANY_MODEL = (
+    "A name that 'mixchat list' or 'mixchat plan' shows, demo, ORG/NAME or ORG/NAME:Q4_K_M (GGUF) "
+    "on the hub, a directory, or a .gguf file."
+)
+
+
+def dense_bits(shown: str, bits: Sequence[str] = DENSE_BITS) -> Any:
+    """Return the flag `--dense-bits` for these bits, with its default as `shown`."""
+    return option(
+        "--dense-bits BITS",
+        f"Bits of a weight of attention and head ({', '.join(bits)}), or of each, as in "
+        "attention=8,head=6.",
+        autocompletion=one_of(*bits),
+        show_default=shown,
+    )
 
 
 def model_argument(help: str, **argument: Any) -> Any:
     """Return the argument MODEL, whose default is the setting `model`."""
     return setting_argument(
         "model",
+        "instruct",
         metavar="MODEL",
         check=checked_model,
         autocompletion=runnable_models,
@@ -234,29 +212,23 @@ def expanded(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-# The field of `LoadOptions` and its reader, by the parameter's name.
-_FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "host_memory": ("host_memory", MemoryBudget.parse),
-    "device_memory": ("device_memory", MemoryBudget.parse_list),
-    "ctx_size": ("context_size", int),
-    "kv_bits": ("kv_bits", _checked_bits),
-    "exact_prompts": ("exact_prompts", bool),
-    "parallel": ("parallel", int),
-    "device": ("device", str),
-    "cache_policy": ("cache_policy", str),
-    "trace": ("trace", Path),
-    "worker": ("workers", tuple),
-    "key_file": ("key_file", expanded),
+# The names of flags, and the readers of their values, by the field of `LoadOptions`.
+_NAMES = {"context_size": "ctx_size", "workers": "worker"}
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "host_memory": MemoryBudget.parse,
+    "device_memory": MemoryBudget.parse_list,
+    "workers": tuple,
+    "key_file": expanded,
 }
 
 
-def load_options(flags: Mapping[str, Any], **fixed: Any) -> LoadOptions:
-    """Return the options that flags give, and the `fixed` ones. Raises `UsageError`."""
-    given = {
-        field: read(flags[name])
-        for name, (field, read) in _FIELDS.items()
-        if flags.get(name) is not None
-    }
+def load_options(flags: Any, **fixed: Any) -> LoadOptions:
+    """Return the options that a command's flags give, and the `fixed` ones. Raises `UsageError`."""
+    given: dict[str, Any] = {}
+    for field in fields(LoadOptions):
+        value = getattr(flags, _NAMES.get(field.name, field.name), None)
+        if value is not None:
+            given[field.name] = _READERS.get(field.name, lambda same: same)(value)
     return LoadOptions(**{**given, **fixed})
 
 

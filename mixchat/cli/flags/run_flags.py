@@ -1,11 +1,13 @@
-"""The flags of `mixchat run` alone, and the options that they give."""
+"""The flags of `mixchat run`, and the options that they give."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -15,8 +17,9 @@ from mixchat.chat import parameters
 from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.saved.chat_file import LAST
+from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import STDIN, checked
-from mixchat.cli.flags.load_flags import expanded, within_limits
+from mixchat.cli.flags.load_flags import LoadFlags, expanded, within_limits
 from mixchat.cli.flags.settings import (
     AGAIN,
     CHAT,
@@ -38,6 +41,7 @@ from mixchat.serving.client.server_url import ServerURL
 from mixchat.sessions.provider import ChatOptions
 
 if TYPE_CHECKING:
+    from mixchat.chat.backend import Overflow, Think
     from mixchat.text.form.output_constraint import OutputConstraint
 
 _RESUME = ("-r", "--resume")
@@ -51,21 +55,11 @@ _NOT_FOR_LINES = (
 _FOR_LINES = ("resume_from", "keep_failed", "parallel")
 # Parameters for loading a model, which a server has done.
 _FOR_LOADING = (
-    *("ctx_size", "keep_cache", "kv_bits", "exact_prompts", "host_memory", "device_memory"),
-    *("device", "worker", "key_file", "cache_policy", "prompt_cache", "trace"),
+    *(field.name for field in fields(LoadFlags)),
+    *("ctx_size", "keep_cache", "exact_prompts", "cache_policy", "prompt_cache", "trace"),
 )
 # The options of sampling, which are parameters of `run`, too.
 _SAMPLED = tuple(number.field for number in parameters.SAMPLING.values())
-
-
-def _check_stops(texts: list[str]) -> None:
-    for text in texts:
-        checked(text, "--stop")
-
-
-def _check_system(text: str) -> None:
-    if text:
-        checked(text, "--system")
 
 
 def _check_system_file(path: Path) -> None:
@@ -73,267 +67,169 @@ def _check_system_file(path: Path) -> None:
         raise UsageError("--system-file cannot be standard input, which is for the question")
 
 
-def _check_overflow(text: str) -> None:
-    checked_word(OVERFLOWS, "--overflow", text)
+def _sampling(usage: str, field: str, help: str, default: str) -> Any:
+    """Return a flag of sampling. `default` is for a model whose makers advise nothing."""
+    shown = f"the model's, else {default}"
+    return setting(usage, help, SAMPLING, check=within_limits(field), show_default=shown)
 
 
-def _check_think(text: str) -> None:
-    checked_word(THINKS, "--think", text)
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(LoadFlags):
+    """The flags of `mixchat run`."""
 
-
-def _check_server(text: str) -> None:
-    if text:  # an empty one is none, whatever config.toml has
-        ServerURL.parse(text)
-
-
-File = Annotated[
-    list[Path] | None,
-    option(
+    prompt: list[str] | None = typer.Argument(
+        None, metavar="PROMPT", help="The question. Without one, a chat starts."
+    )
+    model: str = load_flags.MODEL_NAME
+    server: str | None = setting(
+        "--server URL",
+        "Let a server with OpenAI's API answer, such as 'mixchat serve', at HOST[:PORT] or a URL.",
+        MODEL,
+        check=lambda text: text and ServerURL.parse(text),  # "" is none, whatever config.toml has
+        show_default="none",
+    )
+    file: list[Path] | None = option(
         "-f --file FILE",
         f"Put the text of FILE before the question (-: standard input); {AGAIN}.",
         PROMPT,
-    ),
-]
-Server = Annotated[
-    str | None,
-    setting(
-        "--server URL",
-        "Let a server answer that has OpenAI's API, such as 'mixchat serve': HOST[:PORT] or a "
-        "URL. -m names one of its models. MIXCHAT_API_KEY is the variable for its key.",
-        MODEL,
-        check=_check_server,
-        show_default="none; the first of its models",
-    ),
-]
-System = Annotated[
-    str | None,
-    setting(
-        "-s --system TEXT", "System prompt; an empty one removes it.", PROMPT, check=_check_system
-    ),
-]
-SystemFile = Annotated[
-    Path | None,
-    setting(
-        "--system-file FILE",
-        "Take the system prompt from FILE, in place of --system.",
+    )
+    system: str | None = setting(
+        "-s --system TEXT",
+        "System prompt; an empty one removes it.",
         PROMPT,
-        check=_check_system_file,
-    ),
-]
-# Without a flag, generation_config.json decides, then the engine.
-Temperature = Annotated[
-    float | None,
-    setting(
-        "--temp --temperature X",
-        "Sampling temperature; 0 is greedy.",
-        SAMPLING,
-        check=within_limits("temperature"),
-        show_default="the model's, else 0.7",
-    ),
-]
-TopP = Annotated[
-    float | None,
-    setting(
+        check=lambda text: text and checked(text, "--system"),
+    )
+    system_file: Path | None = setting(
+        "--system-file FILE", "Read the system prompt from FILE.", PROMPT, check=_check_system_file
+    )
+    jsonl: str | None = option(
+        "--jsonl FILE",
+        'Answer each line of FILE (-: standard input), a JSON object with "prompt" or "messages".',
+        PROMPT,
+    )
+    resume_from: Path | None = option(
+        "--resume-from OUT",
+        "Add the answers of --jsonl to OUT, and leave out the lines that are answered there.",
+        PROMPT,
+    )
+    keep_failed: bool = option(
+        "--keep-failed", "With --resume-from, do not try failed lines again.", PROMPT
+    )
+    temperature: float | None = _sampling(
+        "--temp --temperature X", "temperature", "Sampling temperature; 0 is greedy.", "0.7"
+    )
+    top_p: float | None = _sampling(
         "--top-p X",
+        "top_p",
         "Sample from the smallest set of tokens whose probabilities sum to X.",
-        SAMPLING,
-        check=within_limits("top_p"),
-        show_default="the model's, else 1",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    setting(
-        "--top-k N",
-        "Sample from the N most likely tokens; 0: from all.",
-        SAMPLING,
-        check=within_limits("top_k"),
-        show_default="the model's, else 0",
-    ),
-]
-MinP = Annotated[
-    float | None,
-    setting(
-        "--min-p X",
-        "Drop tokens less likely than X times the most likely one.",
-        SAMPLING,
-        check=within_limits("min_p"),
-        show_default="the model's, else 0",
-    ),
-]
-RepeatPenalty = Annotated[
-    float | None,
-    setting(
-        "--repeat-penalty X",
-        "Penalty for tokens that occur among the last 64; 1: none.",
-        SAMPLING,
-        check=within_limits("repeat_penalty"),
-        show_default="the model's, else 1",
-    ),
-]
-Seed = Annotated[
-    int | None,
-    setting(
+        "1",
+    )
+    top_k: int | None = _sampling(
+        "--top-k N", "top_k", "Sample from the N most likely tokens (0: all).", "0"
+    )
+    min_p: float | None = _sampling(
+        "--min-p X", "min_p", "Drop tokens less likely than X times the most likely one.", "0"
+    )
+    repeat_penalty: float | None = _sampling(
+        "--repeat-penalty X", "repeat_penalty", "Penalty for the last 64 tokens (1: none).", "1"
+    )
+    seed: int | None = setting(
         "--seed N",
-        "The same seed gives the same answers to the same questions, with the same settings "
-        "on the same machine; after --resume or --prompt-cache only with --exact-prompts.",
+        "Seed of the sampling, which gives the same answer again on the same machine.",
         SAMPLING,
         check=within_limits("seed"),
         show_default="random",
-    ),
-]
-MaxTokens = Annotated[
-    int | None,
-    setting(
+    )
+    max_tokens: int | None = setting(
         "-n --max-tokens N",
-        "Maximum length of an answer in tokens; 0: as many as fit.",
+        "Maximum length of an answer in tokens (0: as many as fit).",
         OUTPUT,
         check=within_limits("max_tokens"),
         show_default="the model's, else a quarter of the context",
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    setting("--stop TEXT", f"End the answer before TEXT; {AGAIN}.", OUTPUT, check=_check_stops),
-]
-Schema = Annotated[
-    str | None,
-    option(
+    )
+    stop: list[str] | None = setting(
+        "--stop TEXT",
+        f"End the answer before TEXT; {AGAIN}.",
+        OUTPUT,
+        check=lambda texts: [checked(text, "--stop") for text in texts],
+    )
+    schema: str | None = option(
         "--schema FILE|JSON",
-        "Hold each answer to this JSON schema, in a file or on the command line; ask for JSON "
-        "in the PROMPT, too. Blanks between two parts are at most a new line and 20 more.",
+        "Hold each answer to this JSON schema; ask for JSON in the PROMPT, too.",
         OUTPUT,
-    ),
-]
-Grammar = Annotated[
-    Path | None,
-    option(
+    )
+    grammar: Path | None = option(
         "--grammar FILE",
-        "Hold each answer to a grammar: Lark as llguidance reads it (.lark), or llama.cpp's "
-        "GBNF (.gbnf). For other suffixes the format is detected. llama.cpp's server takes GBNF "
-        "alone.",
+        "Hold each answer to a grammar, in llguidance's Lark (.lark) or llama.cpp's GBNF (.gbnf).",
         OUTPUT,
-    ),
-]
-Overflow = Annotated[
-    str,
-    setting(
-        "--overflow POLICY",
-        "When the context is full: stop, or drop-oldest to drop the oldest turns.",
-        CHAT,
-        check=_check_overflow,
-        autocompletion=one_of(*OVERFLOWS),
-    ),
-]
-Think = Annotated[
-    str,
-    setting(
+    )
+    think: str = setting(
         "--think MODE",
-        "If the model thinks before it answers: show it faintly until the answer begins, hide it, "
-        "or off to ask for none. In pipes and with -q it is left out.",
+        "Show a model's thinking faintly (show), hide it (hide), or ask for none (off).",
         OUTPUT,
-        check=_check_think,
+        "show",
+        check=partial(checked_word, THINKS, "--think"),
         autocompletion=one_of(*THINKS),
-    ),
-]
-Resume = Annotated[
-    str | None,
-    option(
-        "-r --resume [ID]",
-        "Resume a saved chat by its ID or name; without one, the last.",
-        CHAT,
-        autocompletion=saved_chats,
-    ),
-]
-Save = Annotated[
-    bool, setting("--save/--no-save", "Save chats, and the input history.", CHAT, show_default="on")
-]
-KeepCache = Annotated[
-    bool,
-    setting(
-        "--keep-cache/--no-keep-cache",
-        "Save a chat's KV cache with it, so that it resumes without prompt processing.",
-        CHAT,
-        show_default=False,
-    ),
-]
-Raw = Annotated[
-    bool,
-    setting(
-        "--raw/--no-raw",
-        "Show answers as plain text, without formatting their Markdown.",
-        OUTPUT,
-        show_default=False,
-    ),
-]
-Vi = Annotated[
-    bool, setting("--vi/--no-vi", "Vi key bindings at the prompt.", CHAT, show_default=False)
-]
-AnswerAsJson = Annotated[
-    bool, option("--json", "Print the answer as JSON, with token ids, counts and times.", OUTPUT)
-]
-Extract = Annotated[
-    bool, option("-x --extract", "Print only the first code block of the answer.", OUTPUT)
-]
-JSONLines = Annotated[
-    str | None,
-    option(
-        "--jsonl FILE",
-        'Answer each line of FILE (-: standard input), a JSON object with a "prompt" or '
-        '"messages", perhaps an "id", and fields that \'mixchat serve\' takes. Several are '
-        "answered at once; the answers are printed in order, a JSON object a line.",
-        PROMPT,
-    ),
-]
-ResumeFrom = Annotated[
-    Path | None,
-    option(
-        "--resume-from OUT",
-        "With --jsonl: add the answers to the file OUT, and leave out the lines that are "
-        "answered in it. The same command resumes an interrupted run, and tries lines again that "
-        "failed: the last answer of a line counts.",
-        PROMPT,
-    ),
-]
-KeepFailed = Annotated[
-    bool,
-    option(
-        "--keep-failed", "With --resume-from: do not try lines again that failed in OUT.", PROMPT
-    ),
-]
-PromptCache = Annotated[
-    Path | None,
-    option(
-        "--prompt-cache FILE",
-        "Save the KV cache in FILE; the next run then processes only what is new. An existing "
-        "FILE is replaced only if it is a prompt cache.",
-        MEMORY,
-    ),
-]
-Stream = Annotated[
-    bool,
-    setting(
+    )
+    raw: bool = setting(
+        "--raw/--no-raw", "Show answers as plain text, not as Markdown.", OUTPUT, show_default=False
+    )
+    as_json: bool = option(
+        "--json", "Print JSON, for programs, with token ids, counts and times.", OUTPUT
+    )
+    extract: bool = option("-x --extract", "Print only the first code block.", OUTPUT)
+    stream: bool = setting(
         "--stream/--no-stream",
         "Print the answer while it is generated, not at its end.",
         OUTPUT,
+        True,
         show_default="on",
-    ),
-]
-Quiet = Annotated[
-    bool,
-    setting(
+    )
+    quiet: bool = setting(
         "-q --quiet/--no-quiet", "Print only errors on standard error.", OUTPUT, show_default=False
-    ),
-]
-Verbose = Annotated[
-    bool,
-    setting(
+    )
+    trace: Path | None = option(
+        "--trace FILE", "Write the experts of each token to FILE, as JSON Lines.", OUTPUT
+    )
+    verbose: bool = setting(
         "--verbose/--no-verbose",
         "Print speeds and expert cache figures after each answer.",
         OUTPUT,
         show_default=False,
-    ),
-]
+    )
+    ctx_size: int | None = load_flags.CONTEXT_SIZE
+    parallel: int = load_flags.parallel(4)
+    exact_prompts: bool = load_flags.EXACT_PROMPTS
+    cache_policy: str = load_flags.CACHE_POLICY
+    prompt_cache: Path | None = option(
+        "--prompt-cache FILE",
+        "Save the KV cache in FILE, so that the next run processes only what is new.",
+        MEMORY,
+    )
+    overflow: str = setting(
+        "--overflow POLICY",
+        "If the context is full, refuse the question (stop) or drop old turns (drop-oldest).",
+        CHAT,
+        "stop",
+        check=partial(checked_word, OVERFLOWS, "--overflow"),
+        autocompletion=one_of(*OVERFLOWS),
+    )
+    resume: str | None = option(
+        "-r --resume [ID]",
+        "Resume the chat of this ID or name, by default the last one.",
+        CHAT,
+        autocompletion=saved_chats,
+    )
+    save: bool = setting(
+        "--save/--no-save", "Save chats and the input history.", CHAT, True, show_default="on"
+    )
+    keep_cache: bool = setting(
+        "--keep-cache/--no-keep-cache",
+        "Save a chat's KV cache with it, so that it resumes without prompt processing.",
+        CHAT,
+        show_default=False,
+    )
+    vi: bool = setting("--vi/--no-vi", "Use vi's keys at the prompt.", CHAT, show_default=False)
 
 
 class RunCommand(HeadedCommand):
@@ -355,26 +251,25 @@ def with_last_chat(arguments: Sequence[str]) -> list[str]:
     return given
 
 
-def check_run_flags(context: typer.Context) -> None:
+def check_run_flags(context: typer.Context, flags: RunFlags) -> None:
     """Raise `UsageError` for flags that exclude each other."""
-    _check_first_word(context, context.params["prompt"] or [])
-    _check_lines(context)
-    if context.params["server"]:
+    _check_first_word(context, flags.prompt or [])
+    _check_lines(context, flags)
+    if flags.server:
         hint = "Give them to the server; or leave --server out, to load a model here."
         refuse_together(context, "--server", _FOR_LOADING, hint)
 
 
-def chat_options(context: typer.Context, size: Context) -> ChatOptions:
+def chat_options(context: typer.Context, flags: RunFlags, size: Context) -> ChatOptions:
     """Return the options of answers. Raises as `_system_prompt` does."""
-    flags = context.params
-    think = checked_word(THINKS, "--think", flags["think"])
+    hides = flags.quiet and flags.think == "show"
     return ChatOptions(
-        sampling={name: flags[name] for name in _SAMPLED},
+        sampling={name: getattr(flags, name) for name in _SAMPLED},
         system=_system_prompt(context, size),
-        max_tokens=flags["max_tokens"],
-        stop=flags["stop"] or [],
-        overflow=checked_word(OVERFLOWS, "--overflow", flags["overflow"]),
-        think="hide" if flags["quiet"] and think == "show" else think,
+        max_tokens=flags.max_tokens,
+        stop=flags.stop or [],
+        overflow=cast("Overflow", flags.overflow),
+        think="hide" if hides else cast("Think", flags.think),
     )
 
 
@@ -384,15 +279,15 @@ def given_settings(context: typer.Context) -> list[str]:
     return [name for flag, name in flags.items() if is_given(context, flag)]
 
 
-def read_form(schema: str | None, grammar: Path | None) -> OutputConstraint | None:
+def read_form(flags: RunFlags) -> OutputConstraint | None:
     """Return the form of --schema or --grammar. Raises `UsageError` with the place of a fault."""
-    if schema is not None and grammar is not None:
+    if flags.schema is not None and flags.grammar is not None:
         raise UsageError("--schema and --grammar exclude each other")
     from mixchat.text.form.output_constraint import read_grammar, read_schema
 
-    if schema is not None:
-        return read_schema(schema)
-    return None if grammar is None else read_grammar(grammar)
+    if flags.schema is not None:
+        return read_schema(flags.schema)
+    return None if flags.grammar is None else read_grammar(flags.grammar)
 
 
 def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
@@ -415,10 +310,10 @@ def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
     )
 
 
-def _check_lines(context: typer.Context) -> None:
-    if context.params["jsonl"] is not None:
+def _check_lines(context: typer.Context, flags: RunFlags) -> None:
+    if flags.jsonl is not None:
         refuse_together(context, "--jsonl", _NOT_FOR_LINES)
-        if context.params["keep_failed"] and context.params["resume_from"] is None:
+        if flags.keep_failed and flags.resume_from is None:
             raise UsageError("--keep-failed needs --resume-from OUT")
     elif only := next((name for name in _FOR_LINES if is_given(context, name)), None):
         raise UsageError(f"--{only.replace('_', '-')} needs --jsonl FILE")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
+from functools import wraps
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -57,18 +60,27 @@ class HeadedCommand(TyperCommand):
                 formatter.write_dl(rows[heading])
 
 
-def option(usage: str, help: str, heading: str | None = None, **more: Any) -> Any:
-    """Return an option. `usage` is its flags and its metavar, as in "-n --max-tokens N"."""
+def option(
+    usage: str, help: str, heading: str | None = None, default: Any = None, **more: Any
+) -> Any:
+    """Return an option. `usage` is its flags and its metavar, as in "-n --max-tokens N".
+
+    Without a metavar it is a switch, which is off by default.
+    """
     flags = [word for word in usage.split() if word.startswith("-")]
     metavar = next((word for word in usage.split() if not word.startswith("-")), None)
-    new_option: Any = typer.Option  # whose first parameter is a default, or a flag in an Annotated
-    return new_option(*flags, metavar=metavar, help=help, rich_help_panel=heading, **more)
+    if metavar is None and default is None:
+        default = False
+    return typer.Option(
+        default, *flags, metavar=metavar, help=help, rich_help_panel=heading, **more
+    )
 
 
 def setting(
     usage: str,
     help: str,
     heading: str,
+    default: Any = None,
     *,
     check: Callable[[Any], object] | None = None,
     **more: Any,
@@ -79,12 +91,34 @@ def setting(
     """
     name = next(word for word in usage.split() if word.startswith("--")).partition("/")[0]
     variable = PREFIX + name.removeprefix("--").replace("-", "_").upper()
-    return option(usage, help, heading, **_common(variable, check), **more)
+    return option(usage, help, heading, default, **_common(variable, check), **more)
 
 
-def setting_argument(key: str, *, check: Callable[[Any], object], **argument: Any) -> Any:
+def setting_argument(
+    key: str, default: Any, *, check: Callable[[Any], object], **argument: Any
+) -> Any:
     """Return an argument whose default is the setting `key`."""
-    return typer.Argument(**_common(PREFIX + key.upper(), check), **argument)
+    return typer.Argument(default, **_common(PREFIX + key.upper(), check), **argument)
+
+
+def with_flags(command: Callable[[typer.Context, Any], None]) -> Callable[..., None]:
+    """Return a command with a parameter for each field of the dataclass that `command` takes."""
+    flags = get_type_hints(command)["flags"]
+    types = get_type_hints(flags)
+
+    @wraps(command)
+    def run(context: typer.Context, **given: Any) -> None:
+        command(context, flags(**given))
+
+    parameters = [
+        Parameter(
+            each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=types[each.name]
+        )
+        for each in fields(flags)
+    ]
+    first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    run.__signature__ = Signature([first, *parameters])  # type: ignore[attr-defined]
+    return run
 
 
 def settings_of(command: Any) -> dict[str, Any]:

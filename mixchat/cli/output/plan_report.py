@@ -15,7 +15,7 @@ from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 
 if TYPE_CHECKING:
-    from mixchat.planning.expectation import TokenCost
+    from mixchat.planning.expectation import Expectation
     from mixchat.planning.known_fits import KnownFit
     from mixchat.planning.plan import MachinePlan, Upgrade, Variant
     from mixchat.planning.worker_split import WorkerSplit
@@ -73,7 +73,7 @@ class PlanReport(Report):
             "quantization": outline.blueprint.quantization.description(),
             "fits": not outline.lacking,
             "disk": disk_as_json(outline.disk),
-            "tokens_per_second": expected.tokens_per_second,
+            **_speed_as_json(expected),
             "together": expected.together and asdict(expected.together),
             "verdict": expected.speed and expected.speed.in_words,
             "command": self.command,
@@ -90,10 +90,7 @@ class PlanReport(Report):
                 "placement": asdict(fit.placement),
             },
             "held": expected.held,
-            "hit_rate": expected.hit_rate,
-            "host_hit_rate": expected.host_hit_rate,
-            "cost": _cost_as_json(expected.cost),
-            "speed": expected.speed and asdict(expected.speed),
+            **_cost_as_json(expected),
             "measured_at": plan.measurement.measured_at,
             "measured_on": {"cpu": plan.measurement.cpu, "directory": plan.measurement.directory},
             "busy": plan.measurement.busy,
@@ -169,20 +166,26 @@ def _assumed(plan: MachinePlan) -> dict[str, float] | None:
     return {"gpu_memory": GPU_MEMORY, "gpu_bus": GPU_BUS, "gpu_compute": GPU_COMPUTE}
 
 
-def _form_as_json(form: Variant) -> dict[str, Any]:
-    expected = form.expected
+def _speed_as_json(expected: Expectation | None) -> dict[str, Any]:
+    speed = expected and expected.speed
     return {
-        "kept_bytes": form.fit.blueprint.size,
-        "held": expected.held,
-        "tokens_per_second": expected.tokens_per_second,
-        "speed": expected.speed and asdict(expected.speed),
+        "tokens_per_second": expected and expected.tokens_per_second,
+        "speed": speed and asdict(speed),
     }
 
 
-def _cost_as_json(cost: TokenCost | None) -> dict[str, Any] | None:
-    if cost is None:
-        return None
-    return asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden}
+def _cost_as_json(expected: Expectation) -> dict[str, Any]:
+    cost = expected.cost
+    return {
+        "hit_rate": expected.hit_rate,
+        "host_hit_rate": expected.host_hit_rate,
+        "cost": cost and asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden},
+    }
+
+
+def _form_as_json(form: Variant) -> dict[str, Any]:
+    size = form.fit.blueprint.size
+    return {"kept_bytes": size, "held": form.expected.held, **_speed_as_json(form.expected)}
 
 
 def _spread_as_json(plan: MachinePlan, spread: WorkerSplit) -> dict[str, Any]:
@@ -195,24 +198,19 @@ def _spread_as_json(plan: MachinePlan, spread: WorkerSplit) -> dict[str, Any]:
             "workers": spread.on_workers,
             "disk": plan.fit.placement.experts - expected.held,
         },
-        "tokens_per_second": expected.tokens_per_second,
-        "hit_rate": expected.hit_rate,
-        "host_hit_rate": expected.host_hit_rate,
-        "cost": _cost_as_json(expected.cost),
-        "speed": expected.speed and asdict(expected.speed),
+        **_speed_as_json(expected),
+        **_cost_as_json(expected),
     }
 
 
 def _known_as_json(model: KnownFit) -> dict[str, Any]:
-    expected = model.expected
     return {
         "names": model.names,
         "bytes": model.bytes,
         "problem": model.problem,
         "placement": model.fit and asdict(model.fit.placement),
-        "held": expected and expected.held,
-        "tokens_per_second": expected and expected.tokens_per_second,
-        "speed": expected and expected.speed and asdict(expected.speed),
+        "held": model.expected and model.expected.held,
+        **_speed_as_json(model.expected),
     }
 
 
@@ -221,6 +219,5 @@ def _more_as_json(more: Upgrade) -> dict[str, Any]:
         "tier": more.tier,
         "bytes": more.bytes,
         "placement": asdict(more.fit.placement),
-        "tokens_per_second": more.expected.tokens_per_second,
-        "speed": more.expected.speed and asdict(more.expected.speed),
+        **_speed_as_json(more.expected),
     }

@@ -6,9 +6,7 @@ import io
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from mixchat.base.errors import MissingDependencyError
 from mixchat.base.output_file import OutputFile
@@ -17,15 +15,6 @@ from mixchat.base.output_file import OutputFile
 _PNG, _SOFTWARE = b"\x89PNG\r\n", b"tEXtSoftware\0mixchat"
 _LARGEST_INCHES = 40.0  # at 100 dots an inch
 _SMALLEST_INCHES = (8.0, 4.0)
-PNG = Annotated[
-    Path | None,
-    typer.Option(
-        "--png",
-        metavar="FILE",
-        help="Draw a picture into FILE (needs matplotlib). An existing FILE is replaced only if "
-        "mixchat drew it.",
-    ),
-]
 
 
 def _install_line(package: str) -> str:

@@ -31,7 +31,7 @@ _HARMONY_TOKENS = ("<|channel|>", "<|constrain|>", "<|message|>")
 class ChatRequest:
     """A conversation to answer. A last message of the assistant begins the answer.
 
-    `variables` are those of the template's thinking. `offer` is None if no tool may be called.
+    `variables` are for the template's thinking. `offer` is None if no tool may be called.
     """
 
     messages: Sequence[Message]

@@ -1,7 +1,7 @@
 """The models of a server, of which at most one is loaded.
 
 A request uses a model until its answers are sent. A request for another model waits until nobody
-uses the loaded one, and later requests wait behind it. A model that nobody uses for long is
+uses the loaded one, and later requests wait longer. A model that nobody uses for long is
 unloaded, and the next request loads it again.
 """
 

@@ -1,6 +1,6 @@
 """Qwen2-MoE, by Alibaba: Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B.
 
-Beside its experts, a layer has one that all tokens go through, with a gate of its own.
+A layer also has a shared expert with a gate, which all tokens go through.
 """
 
 from __future__ import annotations

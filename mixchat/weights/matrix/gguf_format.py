@@ -25,7 +25,7 @@ _PIECE = 2**18  # weights, whose temporary arrays fit in the caches
 
 @dataclass(frozen=True)
 class GgufSpec(TensorSpec):
-    """A tensor in blocks. `dtype` and `shape` are those of its bytes, `kind` is ggml's name."""
+    """A tensor in blocks. `dtype` and `shape` are of its bytes, `kind` is ggml's name."""
 
     kind: str
 

@@ -162,6 +162,11 @@ def test_set_without_a_name_shows_them_all(session_of):
     ]
 
 
+def test_set_with_a_name_alone_shows_that_parameter(session_of):
+    """`/set temp` was an error."""
+    assert typed(session_of(), "/set top-p", "/set think").text == "top-p  1.0\nthink  show\n"
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
@@ -172,7 +177,6 @@ def test_set_without_a_name_shows_them_all(session_of):
         ("max-tokens -1", "max-tokens has to be 1 or more, or 0 for what fits, not -1"),
         ("overflow never", "overflow has to be stop or drop-oldest, not 'never'"),
         ("tmp 1", "there is no parameter 'tmp'"),
-        ("temp", "/set needs a name and a value"),
     ],
 )
 def test_set_says_what_a_parameter_has_to_be(session_of, argument, said):

@@ -128,5 +128,5 @@ def test_a_file_is_named_and_not_lost_if_the_question_fails(session_of, tmp_path
     (tmp_path / "notes").write_text("All")
     session = session_of([RuntimeError("out of order")], "a")
     text = typed(session, "/read notes", "Why", "Why").text
-    assert "(notes: still before the next question; /read none drops that)" in text
+    assert "(notes still goes before the next question; /read none drops it)" in text
     assert prompts_of(session)[1] == "[user]All\n\nWhy"

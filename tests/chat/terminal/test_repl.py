@@ -52,7 +52,7 @@ def test_a_file_stays_before_the_question_after_one_that_was_stopped_at_once(ses
     (tmp_path / "a").write_text("text")
     session = session_of("Fine")
     keys = f"/read {tmp_path / 'a'}\rHi\r" + CTRL_C + "And?\r" + CTRL_D
-    assert "still before the next question" in Chat(session, keys).text
+    assert "still goes before the next question" in Chat(session, keys).text
     assert prompts_of(session) == ["[user]text\n\nAnd?"]
 
 
