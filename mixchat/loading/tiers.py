@@ -129,7 +129,8 @@ def _on_device(
     cache = ExpertCache(slots, POLICIES[policy](passes))
     fetcher = Fetcher(cache, store, placement, passes, stats, watch)
     host = None if in_ram is None or exact else _host_compute(installed, in_ram, device, note)
-    return DeviceCompute(fetcher, device, host)
+    layers = range(installed.config.num_moe_layers)
+    return DeviceCompute(fetcher, device, host, [id(used.expert_of(layer)) for layer in layers])
 
 
 def _stays_cached(installed: InstalledModel, placement: Placement, device: torch.device) -> bool:

@@ -25,7 +25,7 @@ from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
 from mixchat.loading.workers import Share
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
-from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.blueprint import Blueprint, Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 GREEDY = SamplingOptions(temperature=0)
@@ -123,6 +123,21 @@ def test_nor_does_it_with_experts_in_3_bits_or_of_several_types(
         options = LoadOptions(MemoryBudget(fraction=fraction), device="cpu")
         engine = load_engine(model, options)
         assert [text(engine), text(engine, SHORT)] == expected
+
+
+def test_a_layer_is_not_computed_in_the_form_of_another(make_checkpoint, install, monkeypatch):
+    """After a layer in one type, the next layer's codes were read as if they had that type, too.
+
+    It happened while a mix decoded and some experts were not in memory, and gave wrong text.
+    """
+    model = install(make_checkpoint(intermediate_size=128), [("trellis3", None), ("nf4", None)])
+    found = []
+    for has_stages in (Expert.has_stages, lambda *_: False):
+        monkeypatch.setattr(Expert, "has_stages", has_stages)
+        for fraction in (0.5, 1.0):
+            options = LoadOptions(MemoryBudget(fraction=fraction), device="cpu")
+            found.append(text(load_engine(model, options)))
+    assert found == found[:1] * 4
 
 
 @pytest.mark.parametrize(("slots", "free", "past"), [(8, 16, False), (8, 15, True), (7, 100, True)])
