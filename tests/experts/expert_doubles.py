@@ -1,12 +1,13 @@
 """Experts of the tiny model (2 layers of 4, D = 64) with few slots, and inputs for them."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import DeviceCompute
-from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
+from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
@@ -22,7 +23,7 @@ def runner(
     installed: InstalledModel,
     slots: int,
     source: ExpertSource | None = None,
-    workers: Sequence[WorkerExperts] = (),
+    workers: Sequence[Any] = (),
     copies: Iterable[ExpertKey] = (),
 ) -> Dispatcher:
     layout = "cpu-packed" if kernels_available() else "bitsandbytes"
@@ -31,7 +32,7 @@ def runner(
         source or DiskSource(installed, ExpertStats(), choose=False),
         stored=installed.blueprint.expert_of,
         used=used.expert_of,
-        size=used.expert.stride,
+        size=lambda slot: used.expert.stride,
         device=CPU,
     )
     stats = ExpertStats()

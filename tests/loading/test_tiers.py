@@ -140,6 +140,34 @@ def test_a_layer_is_not_computed_in_the_form_of_another(make_checkpoint, install
     assert found == found[:1] * 4
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+@pytest.mark.parametrize("forms", [SMALL_FIRST, SMALL_FIRST[::-1]])
+def test_experts_of_several_sizes_have_slots_of_their_sizes(
+    tiny_checkpoint, install, forms, device
+):
+    """Slots of the largest size made a mix hold as few experts as the larger type alone."""
+    model = install(tiny_checkpoint, forms)
+    with InstalledModel(model) as installed:
+        blueprint = installed.blueprint
+    sizes = [blueprint.expert_of(layer).stride for layer in range(2)]
+    held = 4 * sizes[0] + 3 * sizes[1]
+    assert held < 7 * max(sizes)
+    expected = text(load_engine(model, LoadOptions(device="cpu")))
+    engine = load_engine(model, LoadOptions(MemoryBudget(size=held), device="cpu"))
+    if device != "cpu":
+        context = 2 * 2 * 128 * 32 * 2
+        budget = MemoryBudget(size=blueprint.shared_size + context + held)
+        none = MemoryBudget(size=0)
+        engine = load_engine(model, LoadOptions(none, (budget,), device=device))
+    assert list(engine.experts.slots_by_tier.values()) == [7]
+    assert text(engine) == text(engine) == expected
+    assert engine.experts.bytes_held <= held
+    assert engine.experts.halve()
+    assert text(engine) == expected
+    if device != "cpu":  # RAM is free, so its slots come back
+        assert engine.experts.bytes_held <= 3 * max(sizes)
+
+
 @pytest.mark.parametrize(("slots", "free", "past"), [(8, 16, False), (8, 15, True), (7, 100, True)])
 def test_experts_are_read_past_the_page_cache_unless_it_can_hold_them_for_the_next_start(
     tiny_model, expert_size, monkeypatch, slots, free, past
