@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mixchat.base.errors import UsageError
+from mixchat.base.options import ExpertSize
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.settings import MEASURING, is_given
-from mixchat.cli.flags.shell_completion import known_shapes, runnable_models
+from mixchat.cli.flags.shell_completion import known_shapes, one_of, runnable_models
 from mixchat.cli.output.png import PNG, checked_picture, write_figure
 from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
@@ -53,10 +54,13 @@ def bench(
         ),
     ] = "instruct",
     expert_bits: Annotated[
-        Literal["16", "4", "3", "2"] | None,
+        str | None,
         typer.Option(
+            metavar="BITS",
             rich_help_panel=MEASURING,
-            help="Bits of each weight of the experts of a synthetic model.",
+            autocompletion=one_of(*load_flags.EXPERT_BITS),
+            help="Bits of each weight of the experts of a synthetic model, as for 'mixchat "
+            "download': 4, 2.5, 14GB, ...",
             show_default="4",
         ),
     ] = None,
@@ -121,6 +125,7 @@ def bench(
             raise UsageError(f"{flag} goes with --synthetic", hint="A model has the bits it has.")
     if is_given(context, "shape") and synthetic is None:
         raise UsageError("--shape goes with --synthetic")
+    size = load_flags.parse_expert_bits(expert_bits) or ExpertSize(4.0)
     picture = checked_picture(png)
     if synthetic is not None:
         _check_shape(shape, synthetic)
@@ -130,7 +135,7 @@ def bench(
 
     options = BenchOptions(depth or (0,), prompt or (512,), tokens, rounds)
     load = load_flags.load_options(context.params, context_size=options.context_size)
-    form = int(expert_bits or 4), shape, int(dense_bits or 8)
+    form = size, shape, int(dense_bits or 8)
     with _model(model, synthetic, *form) as directory:
         done = Bench(directory, load, options)
         _measure(done, rounds)
@@ -156,7 +161,7 @@ def _check_shape(shape: str, layers: int) -> None:
 
 @contextmanager
 def _model(
-    name: str | None, layers: int | None, expert_bits: int, shape: str, dense_bits: int
+    name: str | None, layers: int | None, expert_bits: ExpertSize, shape: str, dense_bits: int
 ) -> Iterator[Path]:
     """Yield the model's directory. A synthetic model is deleted at the end."""
     from mixchat.weights import models
