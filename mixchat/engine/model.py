@@ -14,8 +14,7 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, KVContext, SingleTokenContext
-from mixchat.engine.mlp import DenseMLP
-from mixchat.engine.moe import Routing, SparseMoE
+from mixchat.engine.moe import DenseMLP, Routing, SparseMoE
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.experts.holder import ExpertRunner

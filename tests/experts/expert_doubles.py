@@ -1,13 +1,12 @@
 """Experts of the tiny model (2 layers of 4, D = 64) with few slots, and inputs for them."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import DeviceCompute
-from mixchat.experts.dispatcher import Dispatcher
+from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
@@ -23,7 +22,7 @@ def runner(
     installed: InstalledModel,
     slots: int,
     source: ExpertSource | None = None,
-    workers: Sequence[Any] = (),
+    workers: Sequence[WorkerExperts] = (),
     copies: Iterable[ExpertKey] = (),
 ) -> Dispatcher:
     layout = "cpu-packed" if kernels_available() else "bitsandbytes"

@@ -25,8 +25,7 @@ from mixchat.weights.make.quantize_options import DEMO_LOSS
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
     from mixchat.planning.machine_speeds import Measurement
-    from mixchat.planning.known_fits import KnownFit
-    from mixchat.planning.plan import MachinePlan
+    from mixchat.planning.plan import KnownFit, MachinePlan
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
