@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,6 +78,7 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "routed_scaling_factor": 2.5,
     },
+    "minimax_m2": {"rotary_dim": 8},
     "mellum": {
         "moe_intermediate_size": 96,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -125,6 +126,14 @@ def quantize_stacks(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patient_with_sandboxes() -> Iterator[None]:
+    """Wait longer for a sandbox, to which a busy machine gives less than a tenth of a core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixchat.text.sandbox._WALL_S_PER_CPU_S", 100)
+        yield
 
 
 @pytest.fixture(scope="session")

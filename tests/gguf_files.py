@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
+    "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
 }
 Weights = dict[str, torch.Tensor]
 
@@ -208,8 +209,9 @@ def metadata_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         "leading_dense_block_count": ("first_k_dense_replace", "moe_layer_start_index"),
     }
     found = {theirs: config[key] for theirs, own in keys.items() for key in own if config.get(key)}
-    if config["model_type"] in ("dots1", "glm4_moe"):
-        found |= {"expert_gating_func": 2, "expert_weights_norm": bool(config["norm_topk_prob"])}
+    if config["model_type"] in ("dots1", "glm4_moe", "minimax_m2"):
+        normalized = bool(config.get("norm_topk_prob", True))
+        found |= {"expert_gating_func": 2, "expert_weights_norm": normalized}
     if config["model_type"] == "gpt_oss":
         found["expert_feed_forward_length"] = config["intermediate_size"]
     if config["model_type"] == "ernie4_5_moe":

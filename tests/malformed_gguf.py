@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from mixchat.weights.source.gguf_file import read_header
 
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of scalars
 _ALIGNMENT = b"general.alignment"
 _U8, _U32, _F32, _TEXT, _LIST = 0, 4, 6, 8, 9
 
@@ -139,17 +140,102 @@ def _of_tensors(whole: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"{name} in the scale of a block", _written(whole, experts, struct.pack("<e", value))
 
 
-def _retyped(whole: bytes, key: bytes, kind: int) -> bytes:
-    """Return a file in which the value of a key has another type."""
-    added = entry(key, kind, struct.pack("<IQ", _U8, 2) + b"\1\2" if kind == _LIST else bytes(4))
-    if kind == _U8:
-        added = added[:-3]
-    # So long that the tensors stay where they are.
-    filler = entry(b"k" * (-len(added) % 32 + 19), _U8, b"\1")
-    tensors, entries = struct.unpack_from("<QQ", whole, 8)
-    renamed = whole[24:].replace(text(key), text(key[:-1] + b"_"), 1)
-    return header(tensors, entries + 2) + added + filler + renamed
-
-
 def _written(whole: bytes, place: int, data: bytes) -> bytes:
     return whole[:place] + data + whole[place + len(data) :]
+
+
+def varied(whole: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield a file with each entry and each tensor missing, or replaced in many ways.
+
+    Some of them are harmless.
+    """
+    entries, tensors, data = _taken_apart(whole)
+    for number, (key, _) in enumerate(entries):
+        before, after, name = entries[:number], entries[number + 1 :], key.decode()
+        yield f"{name} is missing", _joined([*before, *after], tensors, data)
+        for label, value in _VALUES.items():
+            yield f"{name} is {label}", _joined([*before, (key, value), *after], tensors, data)
+    for number, (name, sizes, kind, offset) in enumerate(tensors):
+        before, after, label = tensors[:number], tensors[number + 1 :], name.decode()
+        yield f"{label} is missing", _joined(entries, [*before, *after], data)
+        others = {
+            "turned": (name, sizes[::-1], kind, offset),
+            "a stack": (name, (*sizes, 1), kind, offset),
+            "flat": (name, (sizes[0] * sizes[-1],), kind, offset),
+            "empty": (name, (0, *sizes[1:]), kind, offset),
+            "one number": (name, (), 0, offset),
+            "long": (name, (2**39, *sizes[1:]), kind, offset),
+            "F16": (name, sizes, 1, offset),
+            "IQ1_M": (name, sizes, 29, offset),
+            "whole numbers": (name, sizes, 26, offset),
+            "at the beginning": (name, sizes, kind, 0),
+        }
+        for fault, other in others.items():
+            yield f"{label} is {fault}", _joined(entries, [*before, other, *after], data)
+
+
+_VALUES = {
+    "0": struct.pack("<IB", _U8, 0),
+    "2**32 - 1": struct.pack("<II", _U32, 2**32 - 1),
+    "-1": struct.pack("<Ii", 5, -1),
+    "2**64 - 1": struct.pack("<IQ", 10, 2**64 - 1),
+    "true": struct.pack("<IB", 7, 1),
+    "a truth of 255": struct.pack("<IB", 7, 255),
+    "NaN": struct.pack("<If", _F32, float("nan")),
+    "infinity": struct.pack("<Id", 12, float("inf")),
+    "no text": struct.pack("<I", _TEXT) + text(b""),
+    "a long text": struct.pack("<I", _TEXT) + text(b"{" * 100_000),
+    "a text of controls": struct.pack("<I", _TEXT) + text(b"\x1b[31m\0\n\xe2\x80\xae{% raw"),
+    "an empty list": struct.pack("<IIQ", _LIST, _U8, 0),
+    "a list of texts": struct.pack("<IIQ", _LIST, _TEXT, 3) + text(b"") * 2 + text(b"a b c"),
+    "a list of numbers": struct.pack("<IIQ3i", _LIST, 5, 3, -1, 2**31 - 1, 1),
+    "a list of NaN": struct.pack("<IIQf", _LIST, _F32, 1, float("nan")),
+}
+_Entries = list[tuple[bytes, bytes]]  # keys, and values with their types
+_Tensors = list[tuple[bytes, tuple[int, ...], int, int]]  # names, sizes, types and offsets
+
+
+def _taken_apart(whole: bytes) -> tuple[_Entries, _Tensors, bytes]:
+    """Return the metadata, the descriptions of tensors, and their bytes."""
+    tensors, entries = struct.unpack_from("<QQ", whole, 8)
+    found, described, place = [], [], 24
+    for _ in range(entries):
+        key, place = _text_at(whole, place)
+        start = place
+        place = _end_of(whole, place + 4, *struct.unpack_from("<I", whole, place))
+        found.append((key, whole[start:place]))
+    for _ in range(tensors):
+        name, place = _text_at(whole, place)
+        (count,) = struct.unpack_from("<I", whole, place)
+        *sizes, kind, offset = struct.unpack_from(f"<{count}QIQ", whole, place + 4)
+        described.append((name, tuple(sizes), kind, offset))
+        place += 16 + 8 * count
+    return found, described, whole[place + -place % 32 :]
+
+
+def _joined(entries: _Entries, tensors: _Tensors, data: bytes) -> bytes:
+    made = header(len(tensors), len(entries), b"".join(text(k) + value for k, value in entries))
+    for name, sizes, kind, offset in tensors:
+        shape = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
+        made += text(name) + shape + struct.pack("<IQ", kind, offset)
+    return made + bytes(-len(made) % 32) + data
+
+
+def _text_at(whole: bytes, place: int) -> tuple[bytes, int]:
+    end = place + 8 + struct.unpack_from("<Q", whole, place)[0]
+    return whole[place + 8 : end], end
+
+
+def _end_of(whole: bytes, place: int, kind: int) -> int:
+    """Return the end of a value of this type, which begins at `place`."""
+    if kind == _TEXT:
+        return _text_at(whole, place)[1]
+    if kind != _LIST:
+        return place + _SIZES[kind]
+    inner, count = struct.unpack_from("<IQ", whole, place)
+    place += 12
+    if inner != _TEXT:
+        return place + count * _SIZES[inner]
+    for _ in range(count):
+        place = _text_at(whole, place)[1]
+    return place

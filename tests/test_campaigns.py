@@ -15,6 +15,7 @@ CAMPAIGNS = Path(__file__).parent / "campaigns"
     "command",
     [
         ["kill.py", "--rounds", "3"],
+        ["kill.py", "--rounds", "2", "--gguf", "1"],
         ["race.py", "--rounds", "1"],
         ["resume.py", "--races", "5", "--processes", "3"],
         ["interrupts.py", "--rounds", "100"],

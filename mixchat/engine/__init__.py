@@ -11,7 +11,8 @@
 - attention.py: attention of a layer
 - rope.py: rotary position embedding
 - decoder.py: the blocks for one token, as programs of kernels
-- moe.py: the router and the steps of experts, and the dense part of a layer
+- moe.py: the router, and the steps of experts
+- mlp.py: the dense part of a layer
 - kv_cache.py: keys and values of the tokens so far
 - paged_cache.py, tensor_cache.py: the kinds of caches, and what new tokens see of them
 - prompt_cache.py: the KV cache in a file

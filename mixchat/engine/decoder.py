@@ -20,7 +20,8 @@ from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.experts.holder import ExpertLists
 from mixchat.kernels import rows
 from mixchat.kernels.program import Program
-from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.linear import LinearSpec
 
 

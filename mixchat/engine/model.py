@@ -14,14 +14,16 @@ import torch
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, KVContext, SingleTokenContext
-from mixchat.engine.moe import DenseMLP, Routing, SparseMoE
+from mixchat.engine.mlp import DenseMLP
+from mixchat.engine.moe import Routing, SparseMoE
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone
 from mixchat.kernels.router import Router
-from mixchat.weights.format.blueprint import HEAD, Blueprint, Expert, swiglu_of
+from mixchat.weights.format.blueprint import HEAD, Blueprint
+from mixchat.weights.format.expert import Expert, swiglu_of
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear, RecordRows
 

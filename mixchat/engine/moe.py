@@ -1,4 +1,4 @@
-"""The mixture of experts of one layer, a router and a runner, and its dense part.
+"""The mixture of experts of one layer, a router and a runner of the experts that it selects.
 
 T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 """
@@ -6,7 +6,6 @@ T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -16,8 +15,7 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, alone, together
 from mixchat.kernels.router import Router, look_up_step
-from mixchat.weights.format.blueprint import Expert
-from mixchat.weights.matrix.quant_type import RecordingLinear, RecordRows
+from mixchat.weights.format.expert import Expert
 
 Routing = tuple[torch.Tensor, torch.Tensor]  # selected experts [T, K], int64, and weights, fp32
 
@@ -69,43 +67,3 @@ class SparseMoE:
         # Copies, because a runner may hold on to what it is given.
         selected, weights = (tensor.clone() for tensor in routing)
         return self.runner.run(self._layer, context.normed.clone(), selected, weights)
-
-
-class DenseMLP:
-    """A network of an expert's form for every token, whose output may be multiplied by a gate.
-
-    gate: a router to one expert, whose weight multiplies.
-    """
-
-    def __init__(self, network: Expert, gate: Router | None = None) -> None:
-        self._network, self._gate = network, gate
-
-    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Map x [T, D] to [T, D]."""
-        out = self._network(x, exact=exact)
-        if self._gate is None:
-            return out
-        _, weights = self._gate(x)
-        return rows.weighted_sum(out.unsqueeze(1), weights)
-
-    def record_inputs(self, of_w13: RecordRows, of_w2: RecordRows) -> None:
-        """Record the inputs of both matrices from now on. No step can be made then."""
-        up, down = self._network.gate_up, self._network.down
-        recording = RecordingLinear(up, of_w13), RecordingLinear(down, of_w2)
-        self._network = replace(self._network, gate_up=recording[0], down=recording[1])
-
-    def stages(self, context: SingleTokenContext) -> list[Stage]:
-        """Return `__call__` for one token, from `normed` to `dense`."""
-        out = context.dense
-        if self._gate is None:
-            return self._network.stages(context.normed, out)[0]
-        ungated = context.tensor("ungated", 1, *out.shape)
-        weight = torch.empty(1, 1)
-        score, choose = self._gate.steps(
-            context.normed, torch.empty(1, 1, dtype=torch.int64), weight
-        )
-        return [
-            *self._network.stages(context.normed, ungated[0])[0],
-            together(score),
-            alone(choose, rows.weighted_sum_step(ungated, weight, out)),
-        ]

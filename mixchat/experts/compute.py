@@ -18,7 +18,7 @@ from mixchat.experts.memory import CPU
 from mixchat.experts.sources import HostSource
 from mixchat.kernels.program import Program, alone
 from mixchat.kernels.router import look_up_step
-from mixchat.weights.format.blueprint import Expert
+from mixchat.weights.format.expert import Expert
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
 

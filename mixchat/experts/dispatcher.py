@@ -17,7 +17,7 @@ from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.prefetch import Prefetch, ranked_keys
 from mixchat.experts.sharing import share
-from mixchat.weights.format.blueprint import Expert
+from mixchat.weights.format.expert import Expert
 
 _LOCAL = 0  # this machine among the holders. Workers count from 1
 

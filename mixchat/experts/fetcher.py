@@ -12,7 +12,7 @@ from mixchat.experts.memory import MemoryWatch
 from mixchat.experts.mover import ExpertLoad, Mover
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.store import ExpertStore
-from mixchat.weights.format.blueprint import Expert
+from mixchat.weights.format.expert import Expert
 
 RESIDENT, LOADING, MISSING = range(3)
 _MAX_PREFETCHES = 4  # at once

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from mixchat.experts.cache import ExpertKey, ExpertStats
-    from mixchat.weights.format.blueprint import Expert
+    from mixchat.weights.format.expert import Expert
 
 
 class ExpertLists(list[list["Expert"]]):

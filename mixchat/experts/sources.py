@@ -19,7 +19,7 @@ from mixchat.experts.mover import Steps, no_thread
 from mixchat.experts.placement import MIN_HOST_SLOTS
 from mixchat.experts.store import ExpertSource, Layouts, new_block
 from mixchat.experts.tuner import Tuner
-from mixchat.weights.format.blueprint import Expert
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 # Bytes of a read, which takes 2 to 8 ms. A more urgent load waits for reads in flight.

@@ -13,7 +13,7 @@ from mixchat.base import gpu
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
-from mixchat.weights.format.blueprint import Expert, ExpertSpec
+from mixchat.weights.format.expert import Expert, ExpertSpec
 
 _ALIGNMENT = 4096  # bytes, for reads past the page cache
 Layouts = Callable[[int], ExpertSpec]  # the form of a layer's experts

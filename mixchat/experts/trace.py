@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mixchat.experts.cache import ExpertKey
     from mixchat.experts.holder import ExpertRunner
-    from mixchat.weights.format.blueprint import Expert
+    from mixchat.weights.format.expert import Expert
 
     # Takes a layer, its rows [T, D], and the experts [T, K] selected for them.
     Record = Callable[[int, torch.Tensor, torch.Tensor], object]

@@ -9,7 +9,7 @@ Read emit.py first, then units.py, tile.py and quantized_matmul.py.
 - threads.py: runs functions on torch's threads
 - program.py: the arguments of a kernel, and many kernels in one call
 - units.py: turns codes into numbers and multiplies
-- mxfp4_units.py: the same for MXFP4
+- four_bit_units.py: the same for codes of 4 bits, MXFP4 among them
 - plane_units.py: the same for codes of 5 and 6 bits
 - trellis_units.py: the same for the codes of a trellis, of 2 and 3 bits
 - trellis_encode.py: the best codes of a trellis for given weights

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import llvmlite.binding as llvm
 import torch
@@ -14,14 +15,73 @@ from mixchat.kernels.threads import NativeFunction
 
 # Increase it if kernels change. Then old measurements and machine code are not used.
 KERNELS = 5
-InstructionSet = Literal["avx512", "avx2"]
-_NEEDED: dict[InstructionSet, tuple[str, ...]] = {
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "avx2": ("avx2", "fma"),
+InstructionSet = Literal["avx512", "avx2", "neon"]
+# On some x86 CPUs LLVM would split vectors of 512 bits.
+_FULL_WIDTH = ",-prefer-256-bit"
+
+
+class Cpu(NamedTuple):
+    """A set of instructions. The named ones are those that LLVM does not choose by itself."""
+
+    needs: tuple[str, ...]  # features, by LLVM's names
+    lanes: int  # fp32 numbers of a vector
+    operand_bytes: int  # of the named instructions
+    look_up: str  # up to 16 bytes of a table
+    # Adds four products of bytes to each sum. The first factors are unsigned on x86, signed on ARM.
+    add_bytes: str
+    operand_bits: int  # of the numbers that LLVM declares for it
+    feature: str  # that `add_bytes` needs
+    add_words: str | None = None  # makes a sum of two products of words, None if LLVM chooses
+    add_pairs: str | None = None  # makes a word of two products of bytes
+
+    @property
+    def multiplies_bytes(self) -> bool:
+        """Return whether this CPU has `add_bytes`."""
+        return has_feature(self.feature)
+
+
+# LLVM 20 declares the operands of vpdpbusd as 32-bit numbers. Later versions accept that.
+CPUS: dict[InstructionSet, Cpu] = {
+    "avx512": Cpu(
+        needs=("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+        lanes=16,
+        operand_bytes=64,
+        look_up="llvm.x86.avx512.pshuf.b.512",
+        add_bytes="llvm.x86.avx512.vpdpbusd.512",
+        operand_bits=32,
+        feature="avx512vnni",
+        add_words="llvm.x86.avx512.pmaddw.d.512",
+        add_pairs="llvm.x86.avx512.pmaddubs.w.512",
+    ),
+    "avx2": Cpu(
+        needs=("avx2", "fma"),
+        lanes=8,
+        operand_bytes=32,
+        look_up="llvm.x86.avx2.pshuf.b",
+        add_bytes="llvm.x86.avx512.vpdpbusd.256",
+        operand_bits=32,
+        feature="avxvnni",
+        add_words="llvm.x86.avx2.pmadd.wd",
+        add_pairs="llvm.x86.avx2.pmadd.ub.sw",
+    ),
+    # With the lanes of AVX2 it has the bits of AVX2. A vector takes two registers.
+    "neon": Cpu(
+        needs=("neon",),
+        lanes=8,
+        operand_bytes=16,
+        look_up="llvm.aarch64.neon.tbl1.v16i8",
+        add_bytes="llvm.aarch64.neon.sdot.v4i32.v16i8",
+        operand_bits=8,
+        feature="dotprod",
+    ),
 }
-LANES: dict[InstructionSet, int] = {"avx512": 16, "avx2": 8}  # fp32 numbers in a register
-# On some CPUs LLVM would split vectors of 512 bits.
-_FULL_WIDTH = "-prefer-256-bit"
+# Those to choose from, the best first, by torch's word for what the CPU has.
+_CHOICES: dict[str, tuple[InstructionSet, ...]] = {
+    "AVX512": ("avx512", "avx2"),
+    "AVX2": ("avx2",),
+    "ARM": ("neon",),
+}
+LANES = {name: cpu.lanes for name, cpu in CPUS.items()}
 
 
 @functools.cache
@@ -31,12 +91,14 @@ def instruction_set() -> InstructionSet | None:
     `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it.
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in ("AVX512", "AVX2"):
-        return None
-    has = {name: all(map(has_feature, needed)) for name, needed in _NEEDED.items()}
-    if has["avx512"] and capability == "AVX512":
-        return "avx512"
-    return "avx2" if has["avx2"] else None
+    if _is_arm() and os.environ.get("ATEN_CPU_CAPABILITY") != "default":
+        capability = "ARM"  # for which torch has several words
+    sets = _CHOICES.get(capability, ())
+    return next((name for name in sets if all(map(has_feature, CPUS[name].needs))), None)
+
+
+def _is_arm() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
 
 
 class Compiled:
@@ -54,14 +116,17 @@ class Compiled:
 
 
 def kernels_available() -> bool:
-    """Return whether this CPU can run kernels, which need AVX2."""
+    """Return whether this CPU can run kernels, which need AVX2 or NEON."""
     return instruction_set() is not None
 
 
 @functools.cache
 def has_feature(name: str) -> bool:
     """Return whether the CPU has this feature, by LLVM's name."""
-    return bool(llvm.get_host_cpu_features().get(name, False))
+    features = llvm.get_host_cpu_features()
+    if not features and _is_arm():  # LLVM does not ask Apple's, which all have these
+        return name in ("neon", "dotprod")
+    return bool(features.get(name, False))
 
 
 def multiplies_bf16() -> bool:
@@ -81,7 +146,7 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
         features.update({name: False for name in features if name.startswith("avx512")})
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),
-        features=f"{features.flatten()},{_FULL_WIDTH}",
+        features=features.flatten() + ("" if instructions == "neon" else _FULL_WIDTH),
         opt=3,
         jit=True,
     )
@@ -92,14 +157,15 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
     code = cache.load()
     if code is None:
         parsed.verify()
-        _optimize(parsed, machine)
+        optimize(parsed, machine)
     engine = llvm.create_mcjit_compiler(parsed, machine)
     engine.set_object_cache(lambda module, made: cache.save(made), lambda module: code)
     engine.finalize_object()
     return Compiled(engine)
 
 
-def _optimize(parsed: Any, machine: Any) -> None:
+def optimize(parsed: Any, machine: Any) -> None:
+    """Optimize a parsed module in place."""
     # LLVM's own choices cost registers.
     tuning = llvm.create_pipeline_tuning_options(speed_level=2)
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False

@@ -34,11 +34,6 @@ _MANY = 32  # tokens from which on widening the weights to fp32 pays
 _WIDENED = 2**23  # weights that are widened at once
 _GROUP = 32  # rows of one item of work
 _X_BYTES = 2**18  # of x in one item of work, which fit in the second-level cache
-# Rows and tokens that are computed at once, the most first, as registers allow.
-_TILES: dict[InstructionSet, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "avx512": ((8, 1), (3, 1)),
-    "avx2": ((4, 1), (2, 1)),
-}
 # Bytes by which weights are prefetched early. The CPU's prefetcher stops at the end of each page.
 _AHEAD = 1024
 _SIGNATURE = Signature("x", "weight", "out", "rows", "columns", "tokens", "chunk")
@@ -112,8 +107,9 @@ def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
     assert instructions is not None
     module = ir.Module("dense")
-    heights, widths = _TILES[instructions]
     lanes = LANES[instructions]
+    # Rows and tokens that are computed at once, the most first, as registers allow.
+    heights, widths = ((8, 1), (3, 1)) if lanes == 16 else ((4, 1), (2, 1))
     tiles = [[_DenseTile(module, lanes, bf16, rows, width) for width in widths] for rows in heights]
     _write_multiply(module, tiles)
     return compile_module(module, instructions)

@@ -139,6 +139,15 @@ class Value:
         mask = ir.Constant(vector(i32, len(places)), list(places))
         return self._wrap(self._builder.shuffle_vector(self.raw, second, mask))
 
+    def half(self, number: int) -> Value:
+        """Return the first half of a vector, or the second one."""
+        count = self.type.count // 2
+        return self.shuffled([*range(number * count, (number + 1) * count)])
+
+    def every_second(self, first: int) -> Value:
+        """Return the elements at the even places of a vector, or at the odd ones."""
+        return self.shuffled([*range(first, self.type.count, 2)])
+
 
 def _suffix(kind: Any) -> str:
     return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
@@ -169,9 +178,12 @@ class Pointer:
         read, keep, data = (self._function.constant(i32, number) for number in (0, 3, 1))
         self._function.call("llvm.prefetch.p0", void, self.plus(offset), read, keep, data)
 
-    def take_next(self) -> Value:
-        """Add one to the 64-bit number there, atomically. Return the old number."""
-        added = self._builder.atomic_rmw("add", self._number, i64(1), "monotonic")
+    def take_next(self, order: str = "monotonic") -> Value:
+        """Add one to the 64-bit number there, atomically. Return the old number.
+
+        With the order "acq_rel" the threads that added before have published all that they stored.
+        """
+        added = self._builder.atomic_rmw("add", self._number, i64(1), order)
         return Value(self._function, added)
 
     def publish(self, number: Value) -> None:
@@ -222,6 +234,20 @@ class Function:
             kind = ir.FunctionType(returns, [argument.type for argument in raw])
             function = ir.Function(self._module, kind, name)
         return Value(self, self.builder.call(function, raw))
+
+    def call_by_parts(self, name: str, size: int, *vectors: Value) -> Value:
+        """Call one of LLVM's own functions for each `size` bytes of vectors, and join the results.
+
+        They have the type of the first vector.
+        """
+        kind = vectors[0].type
+        if kind.count * kind.element.width == 8 * size:
+            return self.call(name, kind, *vectors)
+        parts = [
+            self.call_by_parts(name, size, *(one.half(number) for one in vectors))
+            for number in (0, 1)
+        ]
+        return parts[0].shuffled([*range(kind.count)], parts[1])
 
     def maximum(self, one: Value, other: Value) -> Value:
         """Take the larger numbers, place by place. Integers are signed."""

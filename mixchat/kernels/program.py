@@ -215,7 +215,7 @@ class _Walk:
             with function.loop(first, shared_end, 1) as (step, _):
                 self._call(step)
             arrived = here.plus(16)
-            with function.when(arrived.take_next().compare("==", team - 1)):
+            with function.when(arrived.take_next("acq_rel").compare("==", team - 1)):
                 arrived.store(function.constant(i64, 0))
                 with function.loop(first, shared_end, 1) as (step, _):
                     self._arguments_of(step).store(function.constant(i64, 0))
@@ -231,9 +231,16 @@ class _Walk:
         """Wait until so many stages are done."""
         function, given = self._function, self._given
         with function.wait(given.address("done"), done) as turn:
-            function.call("llvm.x86.sse2.pause", void)
+            self._pause()
             with function.when(turn.compare(">", _SPINS)):
                 function.call_address(given.number("give_way"), void)
+
+    def _pause(self) -> None:
+        """Let the core's other thread compute for a moment."""
+        if instruction_set() == "neon":
+            self._function.call("llvm.aarch64.hint", void, self._function.constant(i32, 1))
+        else:
+            self._function.call("llvm.x86.sse2.pause", void)
 
     def _call(self, step: Value) -> None:
         kernel = self._given.pointer("steps").load(i64, step * _STEP_BYTES)

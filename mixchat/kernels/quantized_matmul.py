@@ -4,10 +4,10 @@ The layout "cpu-packed" of `weights/matrix/` interleaves the rows of a band, 32 
 some columns at a time. `round_x` rounds x to integers, in the blocks of the weights with a scale
 for each. `multiply` adds the products of a block up exactly, and only then scales them as floats.
 
-For codes of 3 and 4 bits and a few tokens x has 13 bits and a sign. The error against a product in
-double precision is about 1.5e-4 of the result. For more bits x has 15 bits and a sign. The error is
+For codes of 4 bits and a few tokens x has 13 bits and a sign. The error against a product in double
+precision is about 1.5e-4 of the result. For more bits x has 15 bits and a sign. The error is
 2e-5, while rounding the weights to 8 bits has cost 6e-3. For many tokens x has 7 bits and a sign
-for codes of 3 to 6 bits, if the CPU multiplies bytes. The error is 8e-3, while rounding the weights
+for codes of 4 to 6 bits, if the CPU multiplies bytes. The error is 8e-3, while rounding the weights
 to 4 bits has cost 9e-2, and to 6 bits 2.4e-2. For a trellis x always has 7 bits and a sign, and
 rounding the weights has cost 0.14 or more.
 
@@ -61,7 +61,7 @@ def quantized_matmul(
 ) -> torch.Tensor:
     """Return x [..., C] times the transposed matrix, plus the bias, [..., R] in the type of x.
 
-    On the CPU. Types but fp32 and bf16 are computed as fp32. With separate codes of 3 to 6 bits
+    On the CPU. Types but fp32 and bf16 are computed as fp32. With codes of 4 to 6 bits
     many rows are rounded more coarsely than few, unless `exact`.
     """
     rows, columns = matrix.shape

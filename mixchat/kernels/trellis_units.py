@@ -30,7 +30,7 @@ import torch
 
 from mixchat.kernels.compile import has_feature
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
-from mixchat.kernels.units import BAND, VNNI, Unit, UnitSet
+from mixchat.kernels.units import BAND, ByteUnit, Unit, UnitSet, on, on_each
 
 RING = 64  # rows
 WINDOW = 7  # bits
@@ -45,34 +45,34 @@ _VECTOR = 64  # bytes, in memory
 _ROWS_OF_LANES = RING // 16  # lanes with the same columns
 
 
-class _Levels(Unit):
+class _Levels(ByteUnit):
     """Multiplies levels of 7 bits with x in 7 bits and a sign."""
 
-    _vnni: ClassVar[str]
-
-    scale_bytes = 1
-    x_type, largest_x, one, offset = i8, 127, 64, 64
-    _products: ClassVar[tuple[str, str, str]]  # at once, or in words and then of words
-
-    def __init__(self, function: Function, table: Pointer) -> None:
-        super().__init__(function, table)
-        self._bytes, self._words = (
-            vector(kind, 32 * self.lanes // kind.width) for kind in (i8, i16)
-        )
-        self._sums = vector(i32, self.lanes)
+    scale_bytes, one, offset = 1, 64, 64
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        at_once, of_bytes, of_words = self._products
-        x = x if x.type == self._sums else x.broadcast(self.lanes)
-        if has_feature(self._vnni):
-            return self.function.call(at_once, self._sums, sums, levels.bits_as(self._sums), x)
-        words = self.function.call(of_bytes, self._words, levels, x.bits_as(self._bytes))
-        ones = self.function.constant(self._words, 1)
-        return sums + self.function.call(of_words, self._sums, words, ones)
+        if self.cpu.multiplies_bytes:
+            return super().add_products(sums, levels, x)
+        x = x if x.type == self.totals else x.broadcast(self.lanes)
+        return self._add_by_words(sums, levels, x.bits_as(self.bytes))
+
+    def _add_by_words(self, sums: Value, levels: Value, x: Value) -> Value:
+        """Add pairs of products in words, and then pairs of words."""
+        cpu = self.cpu
+        if cpu.add_pairs is not None and cpu.add_words is not None:
+            words = self.function.call(cpu.add_pairs, self.words, levels, x)
+            ones = self.function.constant(self.words, 1)
+            return sums + self.function.call(cpu.add_words, self.totals, words, ones)
+        wide = vector(i16, self.bytes.count)
+        products = levels.sign_extended(wide) * x.sign_extended(wide)
+        words = products.every_second(0) + products.every_second(1)
+        for first in (0, 1):
+            sums = sums + words.every_second(first).sign_extended(self.totals)
+        return sums
 
     def scales(self, absmax: Pointer, place: Value) -> Value:
         """Load 5 bits of exponent and 3 of mantissa. They are moved to their place in fp32."""
-        bits = absmax.load(vector(i8, self.lanes), place).widened(self._sums)
+        bits = absmax.load(vector(i8, self.lanes), place).widened(self.totals)
         return (bits << 20).bits_as(vector(f32, self.lanes)) * 2.0**SCALE_EXPONENT
 
     def rows_of_pass(self, first: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
@@ -89,10 +89,8 @@ class _Levels(Unit):
 class Trellis(_Levels):
     """Codes of 2 or 3 bits. An object computes the rows of one pass."""
 
-    bits, band, columns, unrolled = 2, RING, COLUMNS, 1
-    _widths = (1,)
+    bits, band, columns = 2, RING, COLUMNS
     decoded: ClassVar[type[Decoded]]
-    _look_up: ClassVar[str]
 
     def __init__(self, function: Function, table: Pointer, half: int = 0) -> None:
         super().__init__(function, table)
@@ -116,10 +114,10 @@ class Trellis(_Levels):
         planes = (2 + self._half * self._planes) * _VECTOR
         for start in range(0, _VECTOR, 4 * self.lanes):
             even, odd = (
-                self._ring(codes.load(self._words, place + start + at)) for at in (0, _VECTOR)
+                self._ring(codes.load(self.words, place + start + at)) for at in (0, _VECTOR)
             )
             of_planes = [
-                codes.load(self._words, place + start + planes + at * _VECTOR)
+                codes.load(self.words, place + start + planes + at * _VECTOR)
                 for at in range(self._planes)
             ]
             yield [self._level(even, odd, of_planes, turn) for turn in range(TURNS)]
@@ -130,32 +128,29 @@ class Trellis(_Levels):
             return words
         rows = _ROWS_OF_LANES
         following = [at - at % rows + (at + 1) % rows for at in range(self.lanes)]
-        after = words.bits_as(self._sums).shuffled(following).bits_as(self._words)
+        after = words.bits_as(self.totals).shuffled(following).bits_as(self.words)
         return words >> 8 | after << 8
 
     def _level(self, even: Value, odd: Value, planes: list[Value], turn: int) -> Value:
         high = (odd >> turn) * (FACTOR >> 4) & 0x0F00
         subsets = (even >> turn) * FACTOR >> 12 | high
         each = 8 // self._planes  # turns in a byte
-        return self._looked_up(subsets, planes[turn // each], turn % each * self._planes)
+        return self._level_of(subsets, planes[turn // each], turn % each * self._planes)
 
-    def _looked_up(self, subsets: Value, planes: Value, first: int) -> Value:
+    def _level_of(self, subsets: Value, planes: Value, first: int) -> Value:
         """Return the levels of bytes. The bits of their planes begin at bit `first`."""
-        codes = subsets.bits_as(self._bytes)
+        codes = subsets.bits_as(self.bytes)
         starts = range(0, self._table.type.count, 16)
-        levels = [self._among_16(self._repeated(start, 16), codes) for start in starts]
+        levels = [self.looked_up(self._repeated(start, 16), codes) for start in starts]
         for plane in range(self._planes):
-            is_one = (planes << 7 - first - plane).bits_as(self._bytes).compare("<", 0)
+            is_one = (planes << 7 - first - plane).bits_as(self.bytes).compare("<", 0)
             pairs = zip(levels[::2], levels[1::2], strict=True)
             levels = [is_one.choose(one, zero) for zero, one in pairs]
         return levels[0]
 
     def _repeated(self, start: int, count: int) -> Value:
         """Return some levels of the table, again and again."""
-        return self._table.shuffled([start + at % count for at in range(self._bytes.count)])
-
-    def _among_16(self, levels: Value, codes: Value) -> Value:
-        return self.function.call(self._look_up, self._bytes, levels, codes)
+        return self._table.shuffled([start + at % count for at in range(self.bytes.count)])
 
     def load_x(self, x: Pointer, place: Value) -> Value:
         some = x.load(vector(i32, self.lanes // _ROWS_OF_LANES), place)
@@ -163,7 +158,7 @@ class Trellis(_Levels):
 
     def start(self, total: Value) -> Value:
         once = [-1] * _ROWS_OF_LANES + [0] * (self.lanes - _ROWS_OF_LANES)
-        return super().start(total) & self.function.constant(self._sums, once)
+        return super().start(total) & self.function.constant(self.totals, once)
 
     def in_order(self, sums: list[Value]) -> list[Value]:
         """Add up the lanes of different columns."""
@@ -188,7 +183,7 @@ class Trellis(_Levels):
     def decode(self, codes: Pointer, place: Value, out: Pointer, column: Value) -> None:
         """Store the levels of `COLUMNS` columns, in bytes, as `Decoded` reads them."""
         for group, levels in enumerate(self.levels(codes, place)):
-            groups, size = [[one.bits_as(self._sums) for one in levels]], self.lanes
+            groups, size = [[one.bits_as(self.totals) for one in levels]], self.lanes
             while size > _ROWS_OF_LANES:
                 size //= 2
                 pairs = [[*zip(*self._halves(some, size), strict=True)] for some in groups]
@@ -202,78 +197,33 @@ class Trellis(_Levels):
 class Decoded(_Levels):
     """Levels that `Trellis.decode` has stored. A band is the rows of one pass."""
 
-    bits, columns, unrolled = 8, 4, 1
+    bits, columns = 8, 4
 
     def levels(self, codes: Pointer, place: Value) -> Iterator[list[Value]]:
         size = 4 * self.lanes
-        yield [codes.load(self._bytes, place + at) for at in range(0, 4 * BAND, size)]
+        yield [codes.load(self.bytes, place + at) for at in range(0, 4 * BAND, size)]
 
     def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
         yield from self.rows_of_pass(band // 2 * RING + band % 2 * 8, totals)
 
 
-class _Avx512(_Levels):
-    lanes, _vnni = 16, VNNI["avx512"]
-    _products = (
-        "llvm.x86.avx512.vpdpbusd.512",
-        "llvm.x86.avx512.pmaddubs.w.512",
-        "llvm.x86.avx512.pmaddw.d.512",
-    )
+class WholeTableTrellis(Trellis):
+    """Looks up among all levels at once, as NEON and AVX-512 with VBMI can."""
 
-
-class _Avx2(_Levels):
-    lanes, _vnni = 8, VNNI["avx2"]
-    _products = (
-        "llvm.x86.avx512.vpdpbusd.256",
-        "llvm.x86.avx2.pmadd.ub.sw",
-        "llvm.x86.avx2.pmadd.wd",
-    )
-
-
-class Avx512Decoded(_Avx512, Decoded):
-    """Stored levels with AVX-512."""
-
-    _widths, unrolled = (8, 4, 3, 2, 1), 4
-
-
-class Avx2Decoded(_Avx2, Decoded):
-    """Stored levels with AVX2."""
-
-    _widths = (2, 1)
-
-
-class Avx512Trellis(_Avx512, Trellis):
-    """A trellis of 2 bits with AVX-512. With VBMI one instruction looks up by 6 bits."""
-
-    _look_up, decoded = "llvm.x86.avx512.pshuf.b.512", Avx512Decoded
-
-    def _looked_up(self, subsets: Value, planes: Value, first: int) -> Value:
-        if not has_feature("avx512vbmi"):
-            return super()._looked_up(subsets, planes, first)
+    def _level_of(self, subsets: Value, planes: Value, first: int) -> Value:
+        is_wide = self.lanes == 16
+        if is_wide and not has_feature("avx512vbmi"):
+            return super()._level_of(subsets, planes, first)
         up = SUBSET_BITS - first
         moved = planes << up if up > 0 else planes >> -up
-        mask = 0x1010 * (2**self._planes - 1)
-        table = self._repeated(0, self._table.type.count)
-        codes = (subsets | moved & mask).bits_as(self._bytes)
-        return self.function.call("llvm.x86.avx512.permvar.qi.512", self._bytes, table, codes)
-
-
-class Avx2Trellis(_Avx2, Trellis):
-    """A trellis of 2 bits with AVX2."""
-
-    _look_up, decoded = "llvm.x86.avx2.pshuf.b", Avx2Decoded
-
-
-class Avx512Trellis3(Avx512Trellis):
-    """A trellis of 3 bits with AVX-512."""
-
-    bits = 3
-
-
-class Avx2Trellis3(Avx2Trellis):
-    """A trellis of 3 bits with AVX2."""
-
-    bits = 3
+        mask, count = 0x1010 * (2**self._planes - 1), self._table.type.count
+        codes = (subsets | moved & mask).bits_as(self.bytes)
+        if is_wide:
+            name, tables = "llvm.x86.avx512.permvar.qi.512", [self._repeated(0, count)]
+        else:
+            name = f"llvm.aarch64.neon.tbl{count // 16}.v16i8"
+            tables = [self._repeated(start, 16) for start in range(0, count, 16)]
+        return self.function.call_by_parts(name, self.cpu.operand_bytes, *tables, codes)
 
 
 class TrellisSet(UnitSet):
@@ -284,5 +234,13 @@ class TrellisSet(UnitSet):
         return (levels * Trellis.one + Trellis.offset).round().to(torch.uint8)
 
 
-TRELLIS_2 = TrellisSet(2, words={"avx512": Avx512Trellis, "avx2": Avx2Trellis}, bytes={})
-TRELLIS_3 = TrellisSet(3, words={"avx512": Avx512Trellis3, "avx2": Avx2Trellis3}, bytes={})
+def _trellis(bits: int) -> TrellisSet:
+    units = {
+        name: on(name, Trellis if name == "avx2" else WholeTableTrellis, bits=bits, decoded=decoded)
+        for name, decoded in _DECODED.items()
+    }
+    return TrellisSet(bits, units, {})
+
+
+_DECODED = on_each(Decoded) | {"avx512": on("avx512", Decoded, unrolled=4)}
+TRELLIS_2, TRELLIS_3 = _trellis(2), _trellis(3)

@@ -24,7 +24,7 @@ from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.store import new_block
 from mixchat.experts.trace import RecordingRunner
 from mixchat.loading.loader import load_engine
-from mixchat.weights.format.blueprint import Expert
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.mix import Sensitivity
 from mixchat.weights.matrix.quant_type import Linear

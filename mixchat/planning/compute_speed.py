@@ -26,7 +26,8 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.kernels import rows
 from mixchat.planning.machine_speeds import interpolate
-from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 

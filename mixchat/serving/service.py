@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixchat.text.template import Template
     from mixchat.text.thinking import ThinkingFormat, ThinkingParser
     from mixchat.text.tokenizer import Tokenizer
-    from mixchat.text.tool_call import CallDelta
+    from mixchat.text.tool_call import CallDelta, Tool
     from mixchat.text.tool_formats import ToolFormat
 
 
@@ -25,8 +25,8 @@ class Job:
     """A prompt, and how to answer it.
 
     top_logprobs is the number of likeliest tokens to report with each token. 0 reports only its own
-    log probability, None nothing. The last `begun` ids of the prompt begin the answer. `tools` is
-    the form in which it may call tools. `constraint` gets the parser of the answer.
+    log probability, None nothing. The last `begun` ids of the prompt begin the answer, which may
+    call the tools `offered` in the form `tools`. `constraint` gets the parser of the answer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -40,6 +40,7 @@ class Job:
     thinking: ThinkingFormat | None = None
     begun: int = 0
     tools: ToolFormat | None = None
+    offered: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)

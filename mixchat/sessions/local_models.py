@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.output_constraint import OutputConstraint
 
+_DEFAULT_CONTEXT = Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
+
 
 class LocalModels:
     """The `ModelProvider` of models that are loaded here. `usual` is the one if none is named."""
@@ -66,7 +68,7 @@ class LocalModels:
         try:
             config = read_config_file(installed_directory(name) / "config.json")
         except MixchatError:  # `open` raises it again, or builds the demo
-            return Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
+            return _DEFAULT_CONTEXT
         return Context.of(config, self._load.context_size)
 
     def open(self, name: str, options: ChatOptions) -> ChatSession:
@@ -78,6 +80,7 @@ class LocalModels:
     ) -> Iterator[tuple[Begin, Context]]:
         from mixchat.serving.requests.forms import forms_of
         from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_here
+        from mixchat.serving.requests.options import LoadedModel
         from mixchat.text.form.output_constraint import PATIENT_S
 
         load = replace(self._load, exact_prompts=True, parallel=parallel)
@@ -89,8 +92,9 @@ class LocalModels:
         seed = options.sampling["seed"]
         fields = {"stop": list(options.stop)} | ({} if seed is None else {"seed": seed})
         given = LineDefaults(fields, options.system)
+        forms = forms_of(service, PATIENT_S)
         with closing(service):
-            begin = answered_here(service, defaults, given, forms_of(service, PATIENT_S))
+            begin = answered_here(LoadedModel(service, defaults, forms), given)
             yield begin, self.context_of(name)
 
     def predictor(self, session: ChatSession, name: str) -> Predictor:
@@ -113,6 +117,15 @@ class LocalModels:
 
         directory = _directory_of(current)
         return [name for name in installed_names() if installed_directory(name) != directory]
+
+    def other_contexts(self, current: str) -> dict[str, Context]:
+        """Return the contexts of the other models, the default one for a model that cannot load."""
+        contexts = {}
+        for name in self.others(current):
+            contexts[name] = _DEFAULT_CONTEXT
+            with suppress(MixchatError):
+                contexts[name] = self.context_of(name)
+        return contexts
 
     def check(self, name: str, current: str) -> None:
         """Raise `MixchatError` if a chat cannot change. The demo is built for it."""

@@ -15,7 +15,7 @@ from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import Reporter
 from mixchat.chat.parameters import with_numbers
 from mixchat.engine.environment import prepare_environment
-from mixchat.sessions.provider import ChatOptions
+from mixchat.sessions.provider import ChatOptions, new_session
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
@@ -62,7 +62,6 @@ def open_session(
     """Return a session with a model."""
     with _opened(name, reporter) as model:
         from mixchat.chat.engine_backend import EngineBackend
-        from mixchat.chat.session import ChatSession
         from mixchat.loading.loader import build_engine
         from mixchat.text.form.constraint import ConstraintCompiler
 
@@ -76,15 +75,7 @@ def open_session(
             advised_tokens=model.max_tokens,
             form=compiled,
         )
-        return ChatSession(
-            backend,
-            system=options.system,
-            sampling=resolve_sampling(options.sampling, model.sampling),
-            max_tokens=options.max_tokens,
-            stop=options.stop,
-            overflow=options.overflow,
-            think=options.think,
-        )
+        return new_session(backend, options, resolve_sampling(options.sampling, model.sampling))
 
 
 def open_service(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mixchat.base.model_config import Context
+from mixchat.base.options import RequestedSampling, SamplingOptions
 
 if TYPE_CHECKING:
-    from mixchat.chat.backend import Overflow, Think
+    from mixchat.chat.backend import Backend, Overflow, Think
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
@@ -34,6 +35,23 @@ class ChatOptions:
     stop: Sequence[str] = ()
     overflow: Overflow = "stop"
     think: Think = "show"
+
+
+def new_session(
+    backend: Backend, options: ChatOptions, sampling: SamplingOptions | RequestedSampling
+) -> ChatSession:
+    """Return a session that `backend` answers, with this sampling."""
+    from mixchat.chat.session import ChatSession
+
+    return ChatSession(
+        backend,
+        system=options.system,
+        sampling=sampling,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        overflow=options.overflow,
+        think=options.think,
+    )
 
 
 class ModelProvider(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import suppress
 
 from mixchat.base.errors import MixchatError
 from mixchat.base.files import write_error
@@ -24,12 +24,20 @@ class ServerCaches:
         self._caches: list[PromptCache] = []
 
     def load(self, engine: Engine) -> None:
-        for cache in self._of(engine):
+        self._caches = [
+            PromptCache(self._directory / f"{number}.kv", engine, number)
+            for number in range(len(engine.sequences))
+        ]
+        for cache in self._caches:
             try:
-                if cache.path.exists():
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    cache.path.lstat()
                     cache.load()
             except MixchatError as error:
                 self._note(f"{error}; it will be written again")
+            except OSError as error:
+                self._note(f"KV caches cannot be read: {cache.path} ({error.strerror})")
+                return  # the next one lies in the same directory
 
     def save(self, engine: Engine) -> None:
         try:
@@ -43,9 +51,3 @@ class ServerCaches:
             except MixchatError as error:
                 self._note(str(error))
                 return  # the disk is full, so the next one would fail, too
-
-    def _of(self, engine: Engine) -> Iterator[PromptCache]:
-        for number in range(len(engine.sequences)):
-            cache = PromptCache(self._directory / f"{number}.kv", engine, number)
-            self._caches.append(cache)
-            yield cache

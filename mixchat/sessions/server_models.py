@@ -13,7 +13,7 @@ from mixchat.base.options import RequestedSampling
 from mixchat.base.progress import Reporter
 from mixchat.chat.parameters import with_numbers
 from mixchat.serving.client.server_url import ServerURL
-from mixchat.sessions.provider import ChatOptions, Predictor
+from mixchat.sessions.provider import ChatOptions, Predictor, new_session
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
@@ -61,17 +61,8 @@ class ServerModels:
 
     def open(self, name: str, options: ChatOptions) -> ChatSession:
         """Return a session with a model, which need not be listed."""
-        from mixchat.chat.session import ChatSession
-
-        return ChatSession(
-            self._backend(name),
-            system=options.system,
-            sampling=with_numbers(RequestedSampling(), options.sampling),
-            max_tokens=options.max_tokens,
-            stop=options.stop,
-            overflow=options.overflow,
-            think=options.think,
-        )
+        sampling = with_numbers(RequestedSampling(), options.sampling)
+        return new_session(self._backend(name), options, sampling)
 
     @contextmanager
     def lines(

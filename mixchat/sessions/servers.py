@@ -16,7 +16,8 @@ from mixchat.sessions.opening import find_or_build, open_service
 
 if TYPE_CHECKING:
     from mixchat.experts.workers.server import Server
-    from mixchat.serving.web.served_models import LoadedModel, ServedModels
+    from mixchat.serving.requests.options import LoadedModel
+    from mixchat.serving.web.served_models import ServedModels
 
 Say = Callable[[str], None]  # prints a line for a person
 
@@ -73,7 +74,7 @@ def _served_models(
             keep_caches=options.keep_caches,
         )
         from mixchat.serving.requests.forms import forms_of
-        from mixchat.serving.web.served_models import LoadedModel
+        from mixchat.serving.requests.options import LoadedModel
 
         return LoadedModel(service, replace(defaults, strict=options.strict), forms_of(service))
 
@@ -81,7 +82,7 @@ def _served_models(
     from mixchat.serving.web.served_models import ServedModels
 
     local = LocalModels(load, reporter, usual=name)
-    others = partial(local.others, name) if options.swap else tuple
+    others = partial(local.other_contexts, name) if options.swap else dict
     return ServedModels(first, open_model, others=others, sleep_after=options.sleep_after)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mixchat.text.messages import Message, as_parts
+from mixchat.text.messages import Message, Variables, as_parts
 from mixchat.text.sandbox import Sandbox, SandboxCall, unusable
 from mixchat.text.template import Template
 from mixchat.text.thinking import ThinkingFormat
@@ -116,10 +116,7 @@ class _SandboxedTemplate(_Sandboxed):
         self.tools = None if name is None else FORMATS[name]
 
     def encode(
-        self,
-        messages: Sequence[Message],
-        variables: Mapping[str, Any] | None = None,
-        tools: Sequence[Tool] = (),
+        self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
         parts = [as_parts(message) for message in messages]
         offered = [asdict(tool) for tool in tools]

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from mixchat.base.errors import CheckpointError, PromptError, short_message
 from mixchat.text.messages import (
     Message,
+    Variables,
     as_parts,
     require_question,
     system_in_first_question,
@@ -75,10 +76,7 @@ class JinjaTemplate:
             self._render([{"role": "user", "content": "Hi"}])
 
     def encode(
-        self,
-        messages: Sequence[Message],
-        variables: Mapping[str, Any] | None = None,
-        tools: Sequence[Tool] = (),
+        self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
         """Encode as `Template` says. Raises `CheckpointError` if the template itself fails."""
         require_question(messages)
@@ -148,7 +146,7 @@ class JinjaTemplate:
     def _render(
         self,
         messages: Sequence[Mapping[str, Any]],
-        variables: Mapping[str, Any] | None = None,
+        variables: Variables = None,
         tools: Sequence[Any] | None = None,
     ) -> str:
         try:

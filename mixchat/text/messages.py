@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -10,6 +10,7 @@ from mixchat.base.errors import PromptError
 from mixchat.text.tool_call import ToolCall
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+Variables: TypeAlias = "Mapping[str, Any] | None"  # of a chat template
 
 
 @dataclass(frozen=True)

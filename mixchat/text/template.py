@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 from mixchat.text.messages import (
     Message,
+    Variables,
     require_question,
     split_system,
     system_in_first_question,
@@ -29,10 +30,7 @@ class Template(Protocol):
     tools: ToolFormat | None  # None if the template knows no tools
 
     def encode(
-        self,
-        messages: Sequence[Message],
-        variables: Mapping[str, Any] | None = None,
-        tools: Sequence[Tool] = (),
+        self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
         """Return the ids of the conversation, ready for the model to answer.
 
@@ -66,10 +64,7 @@ class InstructTemplate:
         self.tools = MISTRAL if knows_tools else None
 
     def encode(
-        self,
-        messages: Sequence[Message],
-        variables: Mapping[str, Any] | None = None,
-        tools: Sequence[Tool] = (),
+        self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
         require_question(messages)
         place_system = system_in_first_question if self._is_first else system_in_last_question
@@ -143,10 +138,7 @@ class CompletionTemplate:
         self.stop_ids = frozenset(stop_ids) | _optional(tokenizer.eos_id)
 
     def encode(
-        self,
-        messages: Sequence[Message],
-        variables: Mapping[str, Any] | None = None,
-        tools: Sequence[Tool] = (),
+        self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
         system, rest = split_system(messages)
         if system:

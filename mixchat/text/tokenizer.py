@@ -70,6 +70,28 @@ class Tokenizer(Protocol):
         ...
 
 
+class TokenTexts:
+    """The bytes of each token, or a control token's name."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._names = {token: name.encode() for name, token in tokenizer.control_tokens.items()}
+        self._bytes: Sequence[bytes] = ()
+
+    def load(self) -> None:
+        """Ask the tokenizer, which may take a second."""
+        self._bytes = self._bytes or self._tokenizer.token_bytes().within
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of a token, once they are loaded."""
+        known = self._bytes[token] if token < len(self._bytes) else b""
+        return known or self._names.get(token, b"")
+
+    def __getitem__(self, token: int) -> str:
+        """Return a token's text, with U+FFFD for a part of a character."""
+        return self.bytes_of(token).decode(errors="replace")
+
+
 def require_unicode(text: str) -> None:
     """Raise `PromptError` if `text` holds half a surrogate pair, which no tokenizer accepts."""
     try:

@@ -24,6 +24,17 @@ class Tool:
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the schemas of the arguments by their names."""
+        found = (self.parameters or {}).get("properties")
+        return found if isinstance(found, dict) else {}
+
+    def takes_text(self, argument: str) -> bool:
+        """Return whether an argument is always a string."""
+        schema = self.arguments.get(argument)
+        return isinstance(schema, dict) and schema.get("type") == "string"
+
     def to_json(self) -> dict[str, Any]:
         """Return the tool as chat templates know it."""
         given = {"description": self.description, "parameters": self.parameters}

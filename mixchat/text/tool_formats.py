@@ -3,6 +3,7 @@
 - tags: `<tool_call>`, a call as JSON, `</tool_call>`, once for each call
 - list: an opening token, then a JSON list of calls
 - harmony: a message to `functions.NAME`, whose text is the arguments
+- markup: as tags, but with a tag around each argument, whose text may stand there without quotes
 """
 
 from __future__ import annotations
@@ -34,19 +35,21 @@ The next message brings the result between the tags <tool_response> and </tool_r
 class ToolFormat:
     """A form of calls. `opening` begins the first call, and no other text of an answer.
 
-    With `short_ids` the template takes only ids of 9 letters and digits.
+    With `short_ids` the template takes only ids of 9 letters and digits. `markup` has the texts
+    before and after a name, before and after an argument's name, after its value, and at the end.
     """
 
     name: str
-    kind: Literal["tags", "list", "harmony"]
+    kind: Literal["tags", "list", "harmony", "markup"]
     opening: str
     closing: str = ""
     short_ids: bool = False
+    markup: Sequence[str] = ()
 
     @property
     def marks(self) -> tuple[str, ...]:
         """Return the texts that may be control tokens."""
-        return (self.opening, self.closing)
+        return (self.opening, self.closing, *_TAG.findall("".join(self.markup)))
 
     def text_of(self, calls: Iterable[ToolCall]) -> str:
         """Return calls as a model writes them after the opening of the first one."""
@@ -72,12 +75,20 @@ class ToolFormat:
         ]
 
 
+_TAG = re.compile(r"</?\w+>")
 PLAIN = ToolFormat("tags", "tags", "<tool_call>", "</tool_call>")
 MISTRAL = ToolFormat("mistral", "list", "[TOOL_CALLS]", short_ids=True)
 _HARMONY = ToolFormat("harmony", "harmony", "to=functions")
 _GRANITE = ToolFormat("granite", "list", "<|tool_call|>")
 _GRANITE_TEXT = ToolFormat("granite-text", "list", "<tool_call>")  # of version 3.1
-FORMATS = {each.name: each for each in (_HARMONY, MISTRAL, _GRANITE, PLAIN, _GRANITE_TEXT)}
+_QWEN_CODER = ToolFormat("qwen-coder", "markup", "<tool_call>", "</tool_call>", markup=(
+    "<function=", ">\n", "<parameter=", ">\n", "\n</parameter>\n", "</function>"
+))  # fmt: skip
+_GLM = ToolFormat("glm", "markup", "<tool_call>", "</tool_call>", markup=(
+    "", "\n", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n", ""
+))  # fmt: skip
+_ALL = (_HARMONY, MISTRAL, _GRANITE, _QWEN_CODER, _GLM, PLAIN, _GRANITE_TEXT)
+FORMATS = {each.name: each for each in _ALL}
 _NAME = re.compile(r'\\?"name\\?": ')
 
 
@@ -90,9 +101,10 @@ def tool_format_of(source: str, variables: Collection[str]) -> ToolFormat | None
         return None
     if "<|channel|>" in source:
         return _HARMONY if "functions." in source else None
-    for format in (MISTRAL, _GRANITE, PLAIN, _GRANITE_TEXT):
+    for format in _ALL[1:]:
         is_json = format is not PLAIN or _NAME.search(source)
-        if format.opening in source and format.closing in source and is_json:
+        texts = (format.opening, format.closing, *format.markup[2:3])
+        if all(text in source for text in texts) and is_json:
             return None if format is _GRANITE_TEXT and PLAIN.closing in source else format
     return None
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mixchat.text.thinking import AnswerText, ThinkingFormat, ThinkingParser, parser_of
-from mixchat.text.tool_call import CallDelta, new_call_id
+from mixchat.text.tool_call import CallDelta, Tool, new_call_id
 from mixchat.text.tool_formats import ToolFormat
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 _HEAD = r'\{"name": "([\w.-]+)", "arguments": (?=\{)'
 _FIRST = re.compile(rf"[ \n]{{0,2}}\[?{_HEAD}")
 _NEXT = re.compile(_HEAD)
-_MAX_HEAD = 300  # characters
+_MAX_HEAD, _MAX_TAG = 300, 32  # characters
 
 
 def answer_parser(
@@ -26,14 +28,19 @@ def answer_parser(
     tokenizer: Tokenizer,
     prompt_ids: Sequence[int],
     begun: Sequence[int] = (),
+    offered: Sequence[Tool] = (),
 ) -> ThinkingParser:
-    """Return the parser of an answer, in which calls have the form `tools`.
+    """Return the parser of an answer, in which calls of `offered` tools have the form `tools`.
 
     `prompt_ids` and `begun` are those of `parser_of`.
     """
     is_harmony = tools is not None and tools.kind == "harmony"
     parser = parser_of(thinking, tokenizer, prompt_ids, begun, harmony_calls=is_harmony)
-    return parser if tools is None or is_harmony else _CallParser(parser, tools.opening, tokenizer)
+    if tools is None or is_harmony:
+        return parser
+    if tools.kind == "markup":
+        return _MarkupParser(parser, tools, tokenizer, offered)
+    return _CallParser(parser, tools.opening, tokenizer)
 
 
 class _CallParser(ThinkingParser):
@@ -128,6 +135,73 @@ class _CallParser(ThinkingParser):
     def _take(self, count: int) -> str:
         taken, self._held = self._held[:count], self._held[count:]
         return taken
+
+
+class _MarkupParser(_CallParser):
+    """Finds calls with a tag around each argument, which comes as soon as it is complete."""
+
+    def __init__(
+        self,
+        inner: ThinkingParser,
+        format: ToolFormat,
+        tokenizer: Tokenizer,
+        offered: Sequence[Tool],
+    ) -> None:
+        super().__init__(inner, format.opening, tokenizer)
+        known = tokenizer.control_tokens
+        self._tags = [name for name in format.marks if name in known]
+        self.marks = {**self.marks, **{known[name]: name for name in self._tags}}
+        before, after, key, value, end, last = map(re.escape, format.markup)
+        head = rf"[ \n]{{0,2}}{before}([\w.-]+){after}"
+        self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
+        self._argument = re.compile(f"{key}(.*?){value}(.*?){end}", re.DOTALL)
+        self._last = re.compile(rf"[ \n]{{0,2}}{last or re.escape(format.closing)}")
+        self._tools = {tool.name: tool for tool in offered}
+        self._name, self._count, self._came = "", 0, ""
+
+    def add(self, text: str) -> AnswerText:
+        self._came = (self._came + text)[-_MAX_TAG:]
+        return super().add(text)
+
+    def ends_at(self, name: str) -> bool:
+        return name not in self._tags and super().ends_at(name)
+
+    def mark(self, name: str) -> AnswerText:
+        """Take a mark, of which a tag in a call counts as its text, unless that has come."""
+        came, self._came = self._came.endswith(name), ""
+        if self.opens_call and name in self._tags and not came:
+            return self._found(AnswerText(name))
+        return super().mark(name)
+
+    def _call(self) -> list[CallDelta]:
+        index = self.calls - 1
+        if not self._name:
+            found = self._next.search(self._held) if self.calls else self._first.match(self._held)
+            if found is None:
+                return []
+            self._take(found.end())
+            self.calls, self._name, self._count = self.calls + 1, found[1], 0
+            return [CallDelta(index + 1, id=new_call_id(), name=self._name)]
+        if found := self._argument.match(self._held):
+            self._take(found.end())
+            self._count += 1
+            before = "{" if self._count == 1 else ", "
+            return [
+                CallDelta(index, f"{before}{json.dumps(found[1])}: {self._value(*found.groups())}")
+            ]
+        if found := self._last.match(self._held):
+            self._take(found.end())
+            self._name = ""
+            return [CallDelta(index, "}" if self._count else "{}")]
+        return []
+
+    def _value(self, argument: str, text: str) -> str:
+        """Return an argument's value as JSON. What is no JSON is a string."""
+        tool = self._tools.get(self._name)
+        if tool is None or not tool.takes_text(argument):
+            with suppress(ValueError, RecursionError):
+                return json.dumps(json.loads(text), allow_nan=False)
+        return json.dumps(text)
 
 
 class _ObjectEnd:

@@ -44,7 +44,7 @@ CALIBRATION_WINDOWS = 60  # 15,360 rows: ten for each of the 1,536 columns of w2
 COLUMNS = {"w13": 576, "w2": 1536}
 TYPES: dict[int, dict[str, QuantType]] = {
     4: {"w13": "nf4", "w2": "nf4"},
-    3: {"w13": "nf3", "w2": "nf4"},
+    3: {"w13": "trellis3", "w2": "trellis3"},
 }
 
 Key = tuple[int, str]  # a layer, and "w13" or "w2"

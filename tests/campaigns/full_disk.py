@@ -53,12 +53,12 @@ class Filling:
 
 def main() -> int:
     """Run the campaign and return the exit code."""
-    options = rig.parsed(__doc__, rounds=40, seed=0)
+    options = rig.parsed(__doc__, rounds=40, seed=0, gguf=0)
     chance, failures, at = random.Random(options.seed), [], Counter[str]()
     began = time.monotonic()
     with rig.workplace() as work, rig.small_disk(disk := work / "home", DISK):
         rig.warm_up()
-        with Hub(rig.make_checkpoint(work / "source", options.seed, **rig.SMALL)):
+        with Hub(rig.make_source(work / "source", options.seed, gguf=options.gguf)):
             reference, most = _reference(work, disk)
             failures += _beforehand(work, disk)
             struck = 0
@@ -177,9 +177,12 @@ def _place(target: Path) -> str:
 
 
 def _beforehand(work: Path, disk: Path) -> list[str]:
-    """Check that the real command refuses, with both numbers, before it fetches a shard."""
-    failures = []
-    for room, said in ((10_000_000, "10 MB free"), (8192, "8.19 kB free"), (0, "0 bytes free")):
+    """Check that the real command refuses before it fetches a shard.
+
+    It has both numbers, if there is room for the small files, which are checked first.
+    """
+    failures, full = [], "the disk is full"
+    for room, said in ((10_000_000, "MB needed, 9."), (8192, full), (0, full)):
         with open(disk / "filling", "wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - room)
         command = [str(Path(sys.executable).with_name("mixchat")), "download", rig.REPO]

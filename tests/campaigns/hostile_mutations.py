@@ -33,13 +33,13 @@ def campaign(work: Path, found: Found, options: Namespace) -> None:
         code = rig.wait(rig.fork(rig.mixchat("download", str(path), "--name", path.name)))
         assert code == 0
     models = Path(os.environ["MIXCHAT_HOME"]) / "models"
-    batches(work, found, options, lambda chance: _one(chance, work, source, models, spoken))
+    batches(work, found, options, lambda _, chance: _one(chance, work, source, models, spoken))
 
 
 def batches(
-    work: Path, found: Found, options: Namespace, one: Callable[[random.Random], list[Any]]
+    work: Path, found: Found, options: Namespace, one: Callable[[int, random.Random], list[Any]]
 ) -> None:
-    """Let `one` try a mutation by each seed, and record what it returns."""
+    """Let `one` try a mutation by each number and its seed, and record what it returns."""
     for first in range(0, options.mutations, BATCH):
         report, output = work / "report", work / "out"
         report.write_text("")
@@ -52,7 +52,7 @@ def batches(
                     print(json.dumps(["begun", number]), file=lines)
                     chance = random.Random(f"{options.seed} {number}")
                     began = time.monotonic()
-                    outcome = [*one(chance), time.monotonic() - began]
+                    outcome = [*one(number, chance), time.monotonic() - began]
                     print(json.dumps([number, *outcome]), file=lines)
                 usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                 print(json.dumps(["memory", usage]), file=lines)

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import rig  # noqa: F401 - it lets the tests' modules be found
+from hostile_api_bodies import APIS, ODD, changed
 
 from tests.form_bombs import bomb, late_bomb
 from tests.serving.web.raw_http import Response, read_response, request
 
-HANG = 60.0  # seconds
+HANG = 300.0  # seconds, since a busy machine takes long for hundreds of requests
 LARGE = 100_000_000  # bytes
 CHAT = "/v1/chat/completions"
-PATHS = (CHAT, "/v1/completions", "/tokenize", "/detokenize")
+PATHS = (CHAT, "/v1/completions", "/tokenize", "/detokenize", *APIS, "/api/show")
 
 
 class Target:
@@ -62,7 +63,13 @@ def deep(target: Target, rng: random.Random) -> Response:
     return target.send(request(rng.choice(PATHS), inner))
 
 
-ODD: list[Any] = [None, True, -1, 0, 1.5, 10**30, 10**400, "", "x", [], [[]], {}, {"a": {}}, "\x00"]
+SHORT: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 3},
+    "/v1/messages": chat(),
+    "/v1/messages/count_tokens": {"messages": chat()["messages"]},
+    "/api/chat": {"messages": chat()["messages"], "options": {"num_predict": 3}},
+    "/api/generate": {"prompt": "Hi", "options": {"num_predict": 3}},
+}
 FIELDS = (
     *("model", "messages", "prompt", "stream", "stream_options", "n", "stop", "seed", "max_tokens"),
     *("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "logprobs", "top_logprobs"),
@@ -73,7 +80,8 @@ FIELDS = (
 
 def wrong_type(target: Target, rng: random.Random) -> Response:
     path = rng.choice(PATHS)
-    body = {CHAT: chat(), PATHS[1]: {"prompt": "Hi", "max_tokens": 3}}.get(path, {})
+    known = {CHAT: chat(), PATHS[1]: {"prompt": "Hi", "max_tokens": 3}, **SHORT}
+    body = dict(known.get(path, {}))
     for _ in range(rng.randint(1, 3)):
         body[rng.choice(FIELDS)] = rng.choice(ODD)
     return target.send(request(path, body))
@@ -137,8 +145,24 @@ def slow(target: Target, rng: random.Random) -> Response:
         return read_response(connection)
 
 
+def api(target: Target, rng: random.Random) -> Response:
+    """A body of one of the other APIs, of which a few parts are changed."""
+    path, body = changed(rng)
+    return target.send(request(path, body, connection="close"))
+
+
+def api_with_forms(target: Target, rng: random.Random) -> Response:
+    path, body = changed(rng, forms=True)
+    return target.send(request(path, body, connection="close"))
+
+
 def leaving(target: Target, rng: random.Random) -> Response:
-    data = request(CHAT, chat("x " * 200, stream=rng.random() < 0.5, n=4, max_tokens=200))
+    path, stream, text = rng.choice([CHAT, *SHORT]), rng.random() < 0.5, "x " * 200
+    body = chat(text, stream=stream, n=4, max_tokens=200)
+    if path in SHORT:
+        body = SHORT[path] | {"stream": stream}
+        body |= {name: text for name in ("input", "prompt") if name in body}
+    data = request(path, body)
     with target.connect() as connection:
         connection.sendall(data[: rng.choice([len(data) // 2, len(data)])])
         time.sleep(rng.random() / 4)
@@ -223,6 +247,8 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "deep JSON": (deep, 60),
     "wrong types": (wrong_type, 200),
     "wrong messages": (wrong_message, 60),
+    "other APIs, changed bodies": (api, 400),
+    "the same with tools and schemas": (api_with_forms, 200),
     "no JSON": (no_json, 80),
     "no HTTP": (no_http, 80),
     "header injection": (injection, 60),
@@ -237,6 +263,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
 }
 # The scripted service has no vocabulary for which a form could be compiled.
 NEED_A_MODEL = {
+    "the same with tools and schemas",
     "hostile schemas",
     "schemas that take gigabytes",
     "the same, and clients that leave",

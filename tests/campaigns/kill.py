@@ -100,11 +100,11 @@ def report(found: Found, seconds: float) -> None:
 
 def main() -> int:
     """Run the campaign and return the exit code."""
-    options = rig.parsed(__doc__, rounds=200, seed=0)
+    options = rig.parsed(__doc__, rounds=200, seed=0, gguf=0)
     chance, found, began = random.Random(options.seed), Found(), time.monotonic()
     with rig.workplace() as work:
         rig.warm_up()
-        with Hub(rig.make_checkpoint(work / "source", options.seed, **rig.SMALL)) as hub:
+        with Hub(rig.make_source(work / "source", options.seed, gguf=options.gguf)) as hub:
             reference, seconds = _uninterrupted(work, hub)
             while found.kills < options.rounds:
                 _model(work, hub, chance, found, reference, seconds, options.rounds)

@@ -69,6 +69,8 @@ def warm_up() -> None:
 
     torch.set_num_threads(1)
 
+    import gguf  # noqa: F401
+
     import mixchat.cli.app
     import mixchat.cli.output.progress
     import mixchat.text.choose
@@ -116,6 +118,18 @@ def make_checkpoint(
         weight_map |= dict.fromkeys(tensors, file)
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (directory / "model.safetensors.index.json").write_text(index)
+    return directory
+
+
+def make_source(directory: Path, seed: int, *, gguf: int) -> Path:
+    """Write a checkpoint of `SMALL`'s shape in shards, or with `gguf` the same in parts of Q8_0."""
+    if not gguf:
+        return make_checkpoint(directory, seed, **SMALL)
+    import gguf_files
+
+    with tempfile.TemporaryDirectory() as whole:
+        checkpoint = make_checkpoint(Path(whole) / "checkpoint", seed, **SMALL)
+        gguf_files.write(checkpoint, directory / "tiny-Q8_0.gguf", "Q8_0", parts=7)
     return directory
 
 

@@ -23,7 +23,8 @@ from mixchat.engine.tensor_cache import TensorKVCache
 from mixchat.experts.cache import ExpertKey
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.pages import PAGE
-from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 

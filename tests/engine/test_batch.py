@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels nee
 # held at once.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions, int | None]] = {
     "nf4": ({}, {}, LoadOptions(), None),
-    "nf3, from disk": ({}, {"quant_type": "nf3"}, LoadOptions(), 3),
+    "trellis3, from disk": ({}, {"quant_type": "trellis3"}, LoadOptions(), 3),
     "attention in nf4": ({}, {"attention": 4}, LoadOptions(), None),
     "8-bit cache, from disk": ({}, {}, LoadOptions(kv_bits=8), 2),
     **{name: (changes, {}, LoadOptions(), 3) for name, changes in FAMILIES.items()},

@@ -27,7 +27,7 @@ SHAPE = {"intermediate_size": 128, "head_dim": 32, "num_local_experts": 5}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "nf4": ({}, {}, None),
     "attention in nf4": ({}, {"attention": 4}, None),
-    "experts in nf3": ({}, {"quant_type": "nf3"}, None),
+    "experts in trellis3": ({}, {"quant_type": "trellis3"}, None),
     "8-bit cache": ({}, {}, 8),
     "sliding window": ({"sliding_window": 20}, {}, None),
     "one kv head": ({"num_key_value_heads": 1}, {}, None),

@@ -50,6 +50,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm4_moe",
         {"use_qk_norm": False, "attention_bias": False, "head_dim": 16},
     ),
+    "minimax_m2": ("minimax_m2", {}),
+    "minimax_m2, whole heads rotated": (
+        "minimax_m2",
+        {"rotary_dim": None, "num_key_value_heads": 1, "head_dim": 32, **SPARSE},
+    ),
     "mellum": ("mellum", {}),
     "mellum, full attention": ("mellum", {"layer_types": ["full_attention"] * 2, **SPARSE}),
     "mellum, another rope": (

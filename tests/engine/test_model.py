@@ -16,7 +16,6 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import NF4
 
 CPU = LoadOptions(device="cpu")
@@ -126,17 +125,9 @@ def in_4_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
     return NF4.dequantize(*NF4.codes(weight, search=True), tuple(weight.shape), torch.float32)
 
 
-def in_3_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """w1 and w3 taken to NF3 and back, w2 to NF4."""
-    if ".w2." in name:
-        return in_4_bits(weight, name)
-    return NF3.dequantize(*NF3.codes(weight), tuple(weight.shape), torch.float32)
-
-
 TAKEN = {
     ("nf4", "absmax"): by_bitsandbytes,
     ("nf4", "search"): in_4_bits,
-    ("nf3", "search"): in_3_bits,
 }
 
 

@@ -20,7 +20,8 @@ from mixchat.experts.layer_rows import LayerRows
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.program import Program
 from mixchat.kernels.router import Router
-from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.expert import Expert
 
 FEATURES: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -169,7 +170,7 @@ def test_a_layer_computes_what_transformers_computes(kind, shape):
     [
         *(("mixtral", "nf4", torch.bfloat16, 11, choices) for choices in range(1, 11)),
         *itertools.product(
-            ["olmoe", "gpt_oss"], ["nf4", "nf3"], [torch.float32, torch.bfloat16], [160], [10]
+            ["olmoe", "gpt_oss"], ["nf4", "trellis3"], [torch.float32, torch.bfloat16], [160], [10]
         ),
         ("gpt_oss", "nf4", torch.float32, 128, 8),
     ],

@@ -201,7 +201,7 @@ def test_its_tensors_are_foreseen_without_reading_it(published):
     assert found == expected
 
 
-@pytest.mark.parametrize("kind", ["nf3", "none"])
+@pytest.mark.parametrize("kind", ["trellis3", "none"])
 def test_other_bits_of_experts_are_refused(published, kind):
     index = DirectoryCheckpoint(published.quantized, Source("x")).index
     with pytest.raises(UsageError, match=r"has the experts in 4 bits already \(mxfp4\)$"):

@@ -118,7 +118,7 @@ def test_no_code_is_changed(kind, make_checkpoint, install, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (QuantizeOptions("nf3"), "the experts in 4 bits already"),
+        (QuantizeOptions("trellis3"), "the experts in 4 bits already"),
         (QuantizeOptions("none"), "the experts in 4 bits already"),
         (QuantizeOptions(attention=8), "the attention in 4 bits already"),
     ],

@@ -31,7 +31,7 @@ SAMPLED = SamplingOptions(temperature=0.1, seed=7)
 PENALIZED = SamplingOptions(temperature=0.1, seed=7, repeat_penalty=1.1, top_p=0.9, min_p=0.05)
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
     "nf4": ({}, {}, LoadOptions()),
-    "nf3": ({}, {"quant_type": "nf3"}, LoadOptions()),
+    "trellis3": ({}, {"quant_type": "trellis3"}, LoadOptions()),
     "attention and head in bf16": ({}, {"attention": 16, "head": 16}, LoadOptions()),
     "attention in nf4": ({}, {"attention": 4}, LoadOptions()),
     "dense in bf16": ({"dtype": "bfloat16"}, {"quant_type": "none"}, LoadOptions()),

@@ -9,21 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from neon_tools import compile_emulated
 
+from mixchat.kernels import compile as compiling
 from mixchat.kernels import quantized_matmul as kernel
-from mixchat.kernels import trellis_units, units
-from mixchat.kernels.compile import InstructionSet, has_feature, instruction_set, kernels_available
+from mixchat.kernels import trellis_units
+from mixchat.kernels.compile import (
+    CPUS,
+    InstructionSet,
+    has_feature,
+    instruction_set,
+    kernels_available,
+)
 from mixchat.kernels.emit import Value, i32, vector
-from mixchat.kernels.mxfp4_units import MXFP4_UNITS
+from mixchat.kernels.four_bit_units import FOUR_BITS, MXFP4_UNITS
 from mixchat.kernels.plane_units import FIVE_BITS, SIX_BITS
 from mixchat.kernels.quantized_matmul import QuantizedMatrix
-from mixchat.kernels.trellis_units import Avx512Decoded, Avx512Trellis, Avx512Trellis3, Trellis
-from mixchat.kernels.units import MANY, VNNI, Unit, UnitSet
+from mixchat.kernels.trellis_units import Trellis
+from mixchat.kernels.units import MANY, Unit, UnitSet
 from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import FP4, NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, QuantType
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
@@ -32,9 +39,12 @@ pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel need
 
 EVEN = (INT8, INT6, INT5)  # levels, with x in 15 bits and a sign if not in bytes
 IN_BYTES = (TRELLIS2, TRELLIS3)  # for any count of tokens
-TYPES = {kind.name: kind for kind in (NF3, NF4, FP4, MXFP4, *EVEN, *IN_BYTES)}
+TYPES = {kind.name: kind for kind in (NF4, FP4, MXFP4, *EVEN, *IN_BYTES)}
 each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
-WAYS = ["avx512 words", "avx2 words", "avx512 bytes", "avx2 bytes"]
+X86: tuple[InstructionSet, ...] = ("avx512", "avx2")
+IS_ARM = instruction_set() == "neon"
+WAYS = [f"{own} {form}" for form in ("words", "bytes") for own in (["neon"] if IS_ARM else X86)]
+x86_alone = pytest.mark.skipif(IS_ARM, reason="this is no x86 CPU")
 
 
 class Emulation(Unit):
@@ -62,33 +72,27 @@ class ByteEmulation(Unit):
         return sums
 
 
-class EmulatedDecoded(ByteEmulation, Avx512Decoded):
-    _widths = (2, 1)  # which compile faster
+class TrellisEmulation(ByteEmulation):
+    _level_of = Trellis._level_of
 
-
-class TrellisEmulation(ByteEmulation, Avx512Trellis):
-    decoded = EmulatedDecoded
-    _looked_up = Trellis._looked_up
-
-    def _among_16(self, levels: Value, codes: Value) -> Value:
-        choices = [levels.shuffled([code] * 64) for code in range(16)]
+    def looked_up(self, table: Value, places: Value) -> Value:
+        choices = [table.shuffled([code] * 64) for code in range(16)]
         for bit in range(4):
-            is_one = (codes << 7 - bit).compare("<", 0)
+            is_one = (places << 7 - bit).compare("<", 0)
             choices = [
                 is_one.choose(*pair[::-1]) for pair in zip(choices[::2], choices[1::2], strict=True)
             ]
         return choices[0]
 
 
-TRELLISES = {
-    Avx512Trellis: TrellisEmulation,
-    Avx512Trellis3: type("EmulatedTrellis3", (TrellisEmulation, Avx512Trellis3), {}),
-}
-
-
 @functools.cache
 def emulated(unit: type[Unit]) -> type[Unit]:
-    return TRELLISES.get(unit) or type(f"Emulated{unit.__name__}", (Emulation, unit), {})
+    name = f"Emulated{unit.__name__}"
+    if not issubclass(unit, Trellis):
+        return type(name, (Emulation, unit), {})
+    few = classmethod(lambda cls: (2, 1))  # which compile faster
+    decoded = type(f"Decoded{name}", (ByteEmulation, unit.decoded), {"widths": few})
+    return type(name, (TrellisEmulation, unit), {"decoded": decoded})
 
 
 @pytest.fixture(params=WAYS)
@@ -99,10 +103,10 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     found = getattr(kind.units, form).get(instructions)
     if found is None:
         pytest.skip("these codes have no unit for bytes")
-    has_set = instructions == "avx2" or instruction_set() == "avx512"
+    has_set = instructions != "avx512" or instruction_set() == "avx512"
     if not has_set and kind not in (*EVEN, *IN_BYTES):
         pytest.skip("the CPU has no AVX-512")
-    if not has_set or (form == "bytes" and not has_feature(VNNI[instructions])):
+    if not has_set or (form == "bytes" and not CPUS[instructions].multiplies_bytes):
         found = emulated(found)
     if has_set:
         monkeypatch.setattr(kernel, "instruction_set", lambda: instructions)
@@ -183,6 +187,7 @@ def test_a_token_alone_has_the_result_that_it_has_among_others(
     assert torch.equal(together[5:38], matrix(x[5:38]))
 
 
+@x86_alone
 @each_type
 @pytest.mark.parametrize("tokens", [5, 29])
 def test_both_sets_of_instructions_give_the_same_bits(
@@ -191,7 +196,7 @@ def test_both_sets_of_instructions_give_the_same_bits(
     matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
     result = matrix(x)
     many = bool(kind.units.bytes) and tokens >= MANY
-    if many and len({has_feature(name) for name in VNNI.values()}) == 2:
+    if many and len({CPUS[name].multiplies_bytes for name in X86}) == 2:
         pytest.skip("the CPU multiplies bytes with one of them only")
     if instruction_set() == "avx512":
         monkeypatch.setattr(kernel, "instruction_set", lambda: "avx2")
@@ -203,7 +208,27 @@ def test_both_sets_of_instructions_give_the_same_bits(
     assert torch.equal(matrix(x), result)
 
 
-@pytest.mark.parametrize("kind", [NF3, NF4, FP4, MXFP4], ids=["nf3", "nf4", "fp4", "mxfp4"])
+@x86_alone
+@each_type
+@pytest.mark.parametrize("tokens", [1, 5, 29])
+@pytest.mark.parametrize("multiplies_bytes", [True, False])
+def test_neon_gives_the_bits_of_x86(
+    kind: BlockCodes, tokens: int, multiplies_bytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_compiled", kernel._compiled.__wrapped__)
+    matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
+    own = CPUS[instruction_set() or "avx2"].multiplies_bytes
+    if kind.units.bytes and tokens >= MANY and own != multiplies_bytes:
+        pytest.skip("the CPU rounds many tokens otherwise")
+    result = matrix(x)
+    monkeypatch.setattr(kernel, "instruction_set", lambda: "neon")
+    monkeypatch.setattr(kernel, "compile_module", compile_emulated)
+    monkeypatch.setattr(compiling, "has_feature", lambda name: multiplies_bytes)
+    assert torch.equal(matrix(x), result)
+
+
+@x86_alone
+@pytest.mark.parametrize("kind", [NF4, FP4, MXFP4], ids=["nf4", "fp4", "mxfp4"])
 def test_any_count_of_tokens_at_once_gives_the_same_bits(
     kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,13 +239,14 @@ def test_any_count_of_tokens_at_once_gives_the_same_bits(
     monkeypatch.setattr(kernel, "_compiled", uncached)
     results = []
     for has in (True, False):
-        monkeypatch.setattr(units, "has_feature", lambda name, has=has: has)
+        monkeypatch.setattr(compiling, "has_feature", lambda name, has=has: has)
         results.append(matrix(x))
     assert torch.equal(*results)
 
 
+@x86_alone
 @pytest.mark.parametrize("kind", IN_BYTES, ids=["trellis2", "trellis3"])
-@pytest.mark.parametrize("instructions", VNNI)
+@pytest.mark.parametrize("instructions", X86)
 @pytest.mark.parametrize("missing", ["avx512vnni", "avx512vbmi", None])
 def test_a_trellis_gives_the_same_bits_on_every_cpu(
     kind: BlockCodes,
@@ -234,25 +260,26 @@ def test_a_trellis_gives_the_same_bits_on_every_cpu(
     results = [matrix(x), torch.cat([matrix(row) for row in x.split(1)])]
     monkeypatch.setattr(kernel, "instruction_set", lambda: instructions)
     monkeypatch.setattr(kernel, "_compiled", kernel._compiled.__wrapped__)
-    monkeypatch.setattr(
-        trellis_units, "has_feature", lambda name: name != missing and has_feature(name)
-    )
+    for module in (compiling, trellis_units):
+        monkeypatch.setattr(
+            module, "has_feature", lambda name: name != missing and has_feature(name)
+        )
     results += [matrix(x), torch.cat([matrix(row) for row in x.split(1)])]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize(
     "some",
-    [units.THREE_BITS, units.FOUR_BITS, MXFP4_UNITS, FIVE_BITS, SIX_BITS],
-    ids=["3", "4", "mxfp4", "5", "6"],
+    [FOUR_BITS, MXFP4_UNITS, FIVE_BITS, SIX_BITS],
+    ids=["4", "mxfp4", "5", "6"],
 )
-@pytest.mark.parametrize("instructions", VNNI)
+@pytest.mark.parametrize("instructions", X86)
 @pytest.mark.parametrize("can", [True, False])
 def test_many_tokens_are_multiplied_as_bytes_if_the_cpu_can(
     some: UnitSet, instructions: InstructionSet, can: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features = {VNNI[instructions]: can}
-    monkeypatch.setattr(units, "has_feature", features.__getitem__)
+    features = {CPUS[instructions].feature: can}
+    monkeypatch.setattr(compiling, "has_feature", features.__getitem__)
     few, many = (some.unit_for(instructions, tokens) for tokens in (MANY - 1, MANY))
     assert few is some.words[instructions]
     assert many is (some.bytes[instructions] if can else few)

@@ -103,11 +103,11 @@ def test_where_experts_are_does_not_show_in_the_text(
     assert sum(map(sum, report.hits)) + sum(map(sum, report.misses)) > 24 * 4
 
 
-SMALL_FIRST = [("nf3", "nf3"), ("nf4", None)]
+SMALL_FIRST = [("trellis3", "trellis3"), ("nf4", None)]
 
 
 @pytest.mark.parametrize("layout", ["cpu-packed", "bitsandbytes"])
-@pytest.mark.parametrize("forms", [[("nf3", None)] * 2, SMALL_FIRST, SMALL_FIRST[::-1]])
+@pytest.mark.parametrize("forms", [[("trellis3", None)] * 2, SMALL_FIRST, SMALL_FIRST[::-1]])
 def test_nor_does_it_with_experts_in_3_bits_or_of_several_types(
     tiny_checkpoint, install, layout, forms
 ):

@@ -14,7 +14,8 @@ from mixchat.planning import measuring
 from mixchat.planning.compute_speed import Effort
 from mixchat.planning.disk_speed import DiskRates
 from mixchat.planning.measuring import take_sample
-from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from mixchat.planning import torch_threads
 from mixchat.planning.compute_speed import Effort, thread_seconds
 from mixchat.planning.torch_threads import candidates, choose_threads, known_or_best
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.format.blueprint import Blueprint, Expert, Quantization
+from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.known_models import MIXTRAL
 from mixchat.weights.source.demo import DEMO_CONFIG

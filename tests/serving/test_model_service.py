@@ -2,10 +2,7 @@
 
 import json
 import math
-import queue
-import threading
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiter import WAIT, Waiter, job
 
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import SamplingOptions
@@ -24,63 +22,16 @@ from mixchat.serving.service import (
     Delta,
     Done,
     Failed,
-    Job,
-    JobEvent,
     QueueFullError,
     Reading,
     ShuttingDownError,
 )
-from mixchat.sessions.server_caches import ServerCaches
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.form.call_constraint import CallConstraint
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tool_call import Tool, joined_calls
 from mixchat.text.tool_formats import PLAIN
-
-WAIT = 60  # seconds after which something hangs
-
-
-class Waiter:
-    """A sink that keeps the events, and may cancel the job after some of them."""
-
-    def __init__(self, service: ModelService, job: Job, cancel_after: int | None = None) -> None:
-        self.events: list[JobEvent] = []
-        self.threads: set[str] = set()
-        self._ended, self._deltas = threading.Event(), 0
-        self._cancel_after = cancel_after
-        self._cancel: queue.Queue[Callable[[], None]] = queue.Queue()
-        self._cancel.put(service.submit((job, self._take)))
-
-    def cancel(self) -> None:
-        self._cancel.get(timeout=WAIT)()
-
-    def _take(self, event: JobEvent) -> None:
-        self.events.append(event)
-        self.threads.add(threading.current_thread().name)
-        self._deltas += isinstance(event, Delta)
-        if self._deltas and self._deltas == self._cancel_after:
-            self._cancel_after = None
-            self.cancel()
-        if isinstance(event, Done | Failed):
-            self._ended.set()
-
-    def result(self) -> tuple[str, Any]:
-        """Return the text, and the last event."""
-        assert self._ended.wait(WAIT)
-        ends = [event for event in self.events if isinstance(event, Done | Failed)]
-        assert ends == [self.events[-1]]
-        return "".join(event.text for event in self.events if isinstance(event, Delta)), ends[0]
-
-
-def job(number: int, **options: Any) -> Job:
-    given: dict[str, Any] = {
-        "prompt_ids": tuple(3 + (number * 7 + n * 11) % 250 for n in range(5 + number % 30)),
-        "stop_ids": frozenset({2}),
-        "sampling": SamplingOptions(temperature=1.0, seed=number),
-        "max_tokens": 20,
-    }
-    return Job(**{**given, **options})
 
 
 def test_forty_jobs_at_once_of_which_a_third_is_cancelled_are_answered_as_alone(model_service):
@@ -108,40 +59,6 @@ def test_a_prompt_that_was_computed_before_is_cached_but_for_its_last_token(mode
     assert end == Done(
         last.reason, last.prompt_tokens, last.prompt_tokens - 1, last.generated_tokens
     )
-
-
-def test_kv_caches_in_files_serve_the_next_service(model_service, monkeypatch, tmp_path):
-    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
-    notes: list[str] = []
-
-    def answers() -> tuple[list[str], list[int]]:
-        service = model_service(caches=ServerCaches("tiny", notes.append))
-        ends = [Waiter(service, job(number)).result() for number in (9, 20)]
-        service.close()
-        return [text for text, _ in ends], [last.cached_tokens for _, last in ends]
-
-    texts, cached = answers()
-    assert cached == [0, 0]
-    assert answers() == (texts, [len(job(number).prompt_ids) - 1 for number in (9, 20)])
-    files = sorted((tmp_path / "server" / "tiny").iterdir())
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
-    files[0].write_bytes(files[0].read_bytes()[:-1] + b"x")
-    assert answers()[0] == texts
-    assert len(notes) == 1
-    assert "it will be written again" in notes[0]
-
-
-def test_a_directory_that_cannot_be_made_for_kv_caches_is_noted(
-    model_service, monkeypatch, tmp_path
-):
-    """An error there ended the thread of the model, whose memory stayed in use."""
-    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
-    (tmp_path / "server").write_bytes(b"")
-    notes: list[str] = []
-    service = model_service(caches=ServerCaches("tiny", notes.append))
-    service.close()
-    assert len(notes) == 1
-    assert "KV caches cannot be saved" in notes[0]
 
 
 @pytest.mark.parametrize(("max_tokens", "reason"), [(4, "length"), (None, "context")])
@@ -175,14 +92,14 @@ def test_an_idle_service_takes_as_many_jobs_at_once_as_it_says(model_service):
 
 def test_a_queue_has_a_bound_and_what_is_refused_harms_nobody(model_service):
     service = model_service(parallel=1, waiting=2)
-    waiters = [Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))]
-    refused = 0
-    for n in range(1, 9):
-        try:
-            waiters.append(Waiter(service, job(n)))
-        except QueueFullError:
-            refused += 1
-    assert refused >= 5
+    waiters, refused = [], 0
+    with service._changed:  # none ends meanwhile
+        for n in range(9):
+            try:
+                waiters.append(Waiter(service, job(n)))
+            except QueueFullError:
+                refused += 1
+    assert refused == 6
     assert all(isinstance(waiter.result()[1], Done) for waiter in waiters)
 
 
@@ -198,9 +115,10 @@ def test_jobs_that_do_not_all_find_room_leave_the_room_to_others(model_service):
 
 def test_one_that_is_cancelled_while_it_waits_is_told_so(model_service):
     service = model_service(parallel=1)
-    first = Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))
-    second = Waiter(service, job(1))
-    second.cancel()
+    with service._changed:  # the first one does not end meanwhile
+        first = Waiter(service, job(0, max_tokens=80, stop_ids=frozenset()))
+        second = Waiter(service, job(1))
+        second.cancel()
     assert second.result() == ("", Done("interrupted", 6, 0, 0))
     first.cancel()
     assert isinstance(first.result()[1], Done)
@@ -303,9 +221,9 @@ def test_closing_lets_answers_end_and_takes_no_others(model_service):
 
 def test_closing_without_patience_cancels(model_service):
     service = model_service(parallel=1)
-    waiters = [Waiter(service, job(n, max_tokens=90, stop_ids=frozenset())) for n in range(10)]
+    waiters = [Waiter(service, job(n, max_tokens=90, stop_ids=frozenset())) for n in range(100)]
     service.close()
-    assert waiters[9].result()[1] == Done("interrupted", 14, 0, 0)
+    assert waiters[99].result()[1] == Done("interrupted", 14, 0, 0)
 
 
 def test_log_probabilities_are_those_of_the_model(model_service):

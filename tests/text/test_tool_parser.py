@@ -22,6 +22,11 @@ F_CALL = ("f", '{"a": "}\\"{", "b": [{"c": 1}]}')
 G, G_CALL = '{"name": "g.h-i", "arguments": {}}', ("g.h-i", "{}")
 TO_G = "<|channel|>commentary to=functions.g.h-i <|constrain|>json<|message|>{}"
 ANALYSIS = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+QWEN = ('<function=f>\n<parameter=a>\n}"{\n</parameter>\n<parameter=b>\n[{"c": 1}]\n</parameter>\n'
+        '</function>\n')  # fmt: skip
+QWEN_G = "<function=g.h-i>\n</function>\n"
+GLM = ('<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>}"{</arg_value>\n<arg_key>b</arg_key>\n'
+       '<arg_value>[{"c": 1}]</arg_value>\n</tool_call>')  # fmt: skip
 CUT = '<tool_call>\n{"name": "f", "arguments": {"a": '
 
 
@@ -81,6 +86,12 @@ def parsed(tools: str | None, thinking: Any, answer: str, cuts: list[int]) -> An
         ("harmony", HARMONY, " to=functions.f<|channel|>commentary json<|message|>{}", "",
          [("f", "{}")]),
         ("harmony", HARMONY, f"{ANALYSIS}<|channel|>final<|message|>Hi", "Hi", []),
+        ("qwen-coder", None, f"So:\n<tool_call>\n{QWEN}</tool_call>\n<tool_call>\n{QWEN_G}",
+         "So:", [F_CALL, G_CALL]),
+        ("qwen-coder", None, f"<tool_call>\n{QWEN[:60]}", "", [("f", '{"a": "}\\"{"')]),
+        ("qwen-coder", None, "<tool_call>\nno", "<tool_call>\nno", []),
+        ("glm", TAGS, f"<think>{GLM}</think>{GLM}\n<tool_call>g.h-i\n</tool_call>", "",
+         [F_CALL, G_CALL]),
         (None, HARMONY, TO_G, "", []),
         (None, None, f"<tool_call>{F}</tool_call>", f"<tool_call>{F}</tool_call>", []),
     ],

@@ -179,6 +179,8 @@ def test_nothing_in_tools_or_calls_adds_a_control_token(
         ("[TOOL_CALLS]", {"tools"}, "mistral"),
         ("answer with <tool_call> and a JSON list", {"tools"}, "granite-text"),
         ("<tool_call>\n<function=NAME>\n</function>\n</tool_call>", {"tools"}, None),
+        ("<tool_call>\n<function=NAME>\n<parameter=KEY>\n</tool_call>", {"tools"}, "qwen-coder"),
+        ('<tool_call>NAME\n<arg_key>a</arg_key>\n</tool_call> {"name": 1}', {"tools"}, "glm"),
         ("<|python_tag|>", {"tools"}, None),
     ],
 )

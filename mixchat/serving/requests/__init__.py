@@ -2,7 +2,7 @@
 
 - body.py: JSON from bytes
 - fields.py: checked values from a JSON object
-- options.py: the fields that chat and completion share
+- options.py: the fields that chat and completion share, and the model that answers
 - chat.py: the body of a chat
 - chat_job.py: a chat, whichever API asks for it, turned into a job
 - tools.py: the tools that a request offers, and calls in its conversation

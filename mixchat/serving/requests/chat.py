@@ -33,10 +33,9 @@ from mixchat.serving.requests.fields import (
     only,
     wrong,
 )
-from mixchat.serving.requests.forms import Compile
 from mixchat.serving.requests.options import (
     TOP_LOGPROBS,
-    Defaults,
+    LoadedModel,
     ParsedRequest,
     SharedFields,
     parsed,
@@ -44,7 +43,6 @@ from mixchat.serving.requests.options import (
 )
 from mixchat.serving.requests.thinking import take_thinking
 from mixchat.serving.requests.tools import Calls, ToolFields, calls_of
-from mixchat.serving.service import Service
 from mixchat.text.messages import Message, Role
 
 MAX_MESSAGES = 10_000
@@ -125,14 +123,15 @@ class _ChatFields(ToolFields, SharedFields):
 
 
 def read_chat(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
+    body: dict[str, Any], model: LoadedModel, unused: Sequence[str] = ()
 ) -> ParsedRequest:
     """Return the jobs of a body, which takes seconds for a long conversation.
 
-    Raises `RequestError` and `PromptError`.
+    `unused` are fields of another API, which have no effect. Raises `RequestError` and
+    `PromptError`.
     """
-    body, variables = take_thinking(body, service.template.thinking)
-    fields, job, ignored = read_fields(_ChatFields, body, service, defaults)
+    body, variables = take_thinking(body, model.service.template.thinking)
+    fields, job, ignored = read_fields(_ChatFields, body, model, unused)
     ignored += ("functions",) if fields.functions not in (None, []) else ()
     if fields.top_logprobs and not fields.logprobs:
         raise field_error("top_logprobs", "needs logprobs: true", "invalid_value")
@@ -140,7 +139,7 @@ def read_chat(
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
     job = replace(job, top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None)
     request = ChatRequest(_messages(fields.messages), variables, fields.offer(), fields)
-    job = chat_job(request, job, service, compile_form)
+    job = chat_job(request, job, model)
     return parsed(fields, job, [job.prompt_ids], ignored)
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.serving.requests.errors import field_error, to_json
 from mixchat.serving.requests.forms import (
-    Compile,
     FormFields,
     MakeConstraint,
     compiled,
     constraint_of,
 )
+from mixchat.serving.requests.options import LoadedModel
 from mixchat.serving.requests.tools import ToolOffer
 from mixchat.serving.service import Job, Service
 from mixchat.text.form.call_form import CallForm
@@ -40,11 +40,12 @@ class ChatRequest:
     form: FormFields = field(default_factory=FormFields)
 
 
-def chat_job(request: ChatRequest, job: Job, service: Service, compile_form: Compile) -> Job:
+def chat_job(request: ChatRequest, job: Job, model: LoadedModel) -> Job:
     """Return `job` with the prompt of a chat. This takes seconds for a long conversation.
 
     Raises `RequestError` and `PromptError`.
     """
+    service, compile_form = model.service, model.compile_form
     template, tokenizer, thinking = service.template, service.tokenizer, service.template.thinking
     messages, variables, offer = list(request.messages), dict(request.variables), request.offer
     service.context.check_text(_texts(request), "the prompt")
@@ -57,7 +58,7 @@ def chat_job(request: ChatRequest, job: Job, service: Service, compile_form: Com
         skips_thinking = constraint is not None
     else:
         form = _call_form(offer, format, request.form, service)
-        constraint = _call_constraint(form, compile_form, begun, service)
+        constraint = _call_constraint(form, begun, model)
         skips_thinking = form.must_call
     if skips_thinking and thinking is not None and thinking.switch is not None:
         variables[thinking.switch] = False
@@ -73,6 +74,7 @@ def chat_job(request: ChatRequest, job: Job, service: Service, compile_form: Com
         thinking=thinking,
         begun=len(begun),
         tools=format,
+        offered=() if offer is None else offer.callable,
     )
 
 
@@ -110,10 +112,9 @@ def _call_form(
     return CallForm(format, offer.callable, tokens, must_call, offer.parallel, answer)
 
 
-def _call_constraint(
-    form: CallForm, compile_form: Compile, begun: Sequence[int], service: Service
-) -> MakeConstraint:
-    start = compiled(form, compile_form, "tools", "invalid_schema")
+def _call_constraint(form: CallForm, begun: Sequence[int], model: LoadedModel) -> MakeConstraint:
+    start = compiled(form, model.compile_form, "tools", "invalid_schema")
+    service = model.service
     tokenizer, continues = service.tokenizer, service.template.continues_prompt
 
     def make(parser: ThinkingParser) -> Constraint:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -17,10 +18,10 @@ from mixchat.base.errors import PromptError
 from mixchat.chat.parameters import NumberParameter
 from mixchat.serving.requests.errors import field_error, value_error
 from mixchat.serving.requests.fields import checked_number, number, only
-from mixchat.serving.requests.forms import Compile, constraint_of
+from mixchat.serving.requests.forms import constraint_of
 from mixchat.serving.requests.options import (
     TOP_LOGPROBS,
-    Defaults,
+    LoadedModel,
     ParsedRequest,
     SharedFields,
     max_answers,
@@ -44,15 +45,16 @@ class _CompletionFields(SharedFields):
 
 
 def read_completion(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
+    body: dict[str, Any], model: LoadedModel, unused: Sequence[str] = ()
 ) -> ParsedRequest:
-    """Return the jobs of a body. Raises `RequestError` and `PromptError`."""
-    fields, job, ignored = read_fields(_CompletionFields, body, service, defaults)
+    """Return the jobs of a body, as `read_chat` does. Raises `RequestError` and `PromptError`."""
+    fields, job, ignored = read_fields(_CompletionFields, body, model, unused)
     if fields.best_of not in (None, fields.n):
         raise field_error("best_of", "has to equal n", "unsupported_value")
+    service = model.service
     limit = max_answers(service)
     given = _prompts(fields.prompt, limit)
-    constraint = constraint_of(fields, compile_form, (), True)
+    constraint = constraint_of(fields, model.compile_form, (), True)
     if len(given) * fields.n > limit:
         raise field_error("prompt", f"and n ask for more than {limit} answers", "invalid_value")
     job = replace(job, top_logprobs=fields.logprobs, constraint=constraint, continues_prompt=True)

@@ -67,6 +67,16 @@ def validated(model: type[_Model], given: object) -> _Model:
     raise _request_error(first)
 
 
+def known_fields(
+    kind: type[RequestObject], body: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of a body that `kind` has, and the names of the others."""
+    names = {*kind.ignored, *kind.model_fields}
+    given = {name: value for name, value in body.items() if value is not None}
+    known = {name: value for name, value in given.items() if name in names}
+    return known, [name for name in given if name not in names]
+
+
 def _request_error(details: ErrorDetails) -> RequestError:
     path, kind = "", details["type"]
     for part in details["loc"]:

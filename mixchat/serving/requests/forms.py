@@ -74,6 +74,11 @@ class ResponseFormat(RequestObject):
         return given
 
 
+def schema_format(schema: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
+    """Return the field response_format for a JSON schema."""
+    return {"type": "json_schema", "json_schema": {"schema": schema, **more}}
+
+
 class FormFields(RequestObject):
     """The fields that give an answer its form. `grammar` is the field of llama.cpp's server."""
 

@@ -15,15 +15,14 @@ from mixchat.base.progress import in_background
 from mixchat.base.quantities import format_size
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
-from mixchat.serving.service import Delta, Done, Failed, JobEvent, Service
+from mixchat.serving.service import Delta, Done, Failed, JobEvent
 from mixchat.text.tool_call import CallDelta, joined_calls
 
 if TYPE_CHECKING:
     from mixchat.serving.client.server_backend import ServerBackend
     from mixchat.serving.client.server_client import ServerClient
     from mixchat.serving.client.server_json import ListedModel
-    from mixchat.serving.requests.forms import Compile
-    from mixchat.serving.requests.options import Defaults
+    from mixchat.serving.requests.options import LoadedModel
 
 AHEAD = 2  # lines read for each answer at once
 _BYTES_PER_BYTE = 6  # for each byte of a prompt, as in \u0041
@@ -155,17 +154,15 @@ def _begun(line: Line, text: bytes, begin: Begin) -> Line:
     return line
 
 
-def answered_here(
-    service: Service, advice: Defaults, given: LineDefaults, compile_form: Compile
-) -> Begin:
-    """Return what lets a service answer lines. `advice` are the model's defaults."""
+def answered_here(model: LoadedModel, given: LineDefaults) -> Begin:
+    """Return what lets a loaded model answer lines."""
     from mixchat.serving.requests.chat import read_chat
 
     def begin(line: Line, text: bytes) -> None:
-        body = request_of(line, text, given, service.context)
-        request = read_chat(body, service, advice, compile_form)
+        body = request_of(line, text, given, model.service.context)
+        request = read_chat(body, model)
         line.seed = request.seed
-        service.submit((request.jobs[0], line.take))
+        model.service.submit((request.jobs[0], line.take))
 
     return begin
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, PlainValidator
@@ -39,8 +40,9 @@ from mixchat.serving.requests.fields import (
     validated,
     wrong,
 )
-from mixchat.serving.requests.forms import FormFields
+from mixchat.serving.requests.forms import Compile, FormFields, no_forms
 from mixchat.serving.service import Job, Service
+from mixchat.text.tokenizer import TokenTexts
 
 LATEST = ":latest"  # which Ollama's clients add to a name
 _MAX_ANSWERS = 16  # of one request
@@ -78,6 +80,19 @@ class Defaults:
     sampling: SamplingOptions
     max_tokens: int | None = None
     strict: bool = True
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A service over a model, the defaults of its answers, and what compiles their forms."""
+
+    service: Service
+    defaults: Defaults
+    compile_form: Compile = no_forms
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        return TokenTexts(self.service.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -152,16 +167,20 @@ def max_answers(service: Service) -> int:
 
 
 def read_fields(
-    kind: type[_Fields], body: dict[str, Any], service: Service, defaults: Defaults
+    kind: type[_Fields], body: dict[str, Any], model: LoadedModel, unused: Sequence[str]
 ) -> tuple[_Fields, Job, tuple[str, ...]]:
     """Return a body's fields, a job with its options, and the names of fields without an effect.
 
-    Raises `RequestError` for the first wrong field.
+    `unused` are those of another API's body. Raises `RequestError` for the first wrong field.
     """
+    service, defaults = model.service, model.defaults
     _check_model(body.get("model"), service.name)
-    ignored: tuple[str, ...] = ()
+    ignored = tuple(unused)
     if not defaults.strict:
-        body, ignored = _without_foreign(body)
+        body, foreign = _without_foreign(body)
+        ignored = (*foreign, *unused)
+    elif unused:
+        raise field_error(unused[0], "has no effect here", "unknown_parameter")
     fields = validated(kind, body)
     limit = max_answers(service)
     if not 1 <= fields.n <= limit:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, FailFast, Field
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
 from mixchat.serving.requests.fields import RequestObject, max_items, validated, wrong
-from mixchat.text.tool_call import Tool, ToolCall
+from mixchat.text.tool_call import CallDelta, Tool, ToolCall
 
 _MAX_TOOLS = 128
 _MAX_CALLS = 128  # of a message
@@ -133,6 +133,12 @@ class ToolFields(RequestObject):
 
 
 Calls = Annotated[list[CallField], FailFast(), max_items(_MAX_CALLS)]
+
+
+def call_object(call: ToolCall | CallDelta) -> dict[str, Any]:
+    """Return a call as a message of OpenAI's has it."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def calls_of(fields: Sequence[CallField], path: str) -> tuple[ToolCall, ...]:

@@ -6,7 +6,8 @@
 | max_tokens, temperature, top_p, top_k     | OpenAI's, or mixchat's                       |
 | stop_sequences                            | stop                                         |
 | tools, tool_choice                        | functions, with disable_parallel_tool_use    |
-| thinking                                  | think, if the model's template has a switch  |
+| thinking                                  | think, or reasoning_effort none              |
+| output_config                             | reasoning_effort, response_format            |
 | images, documents, tools of Anthropic     | refused                                      |
 | _LABELS, cache_control                    | ignored                                      |
 | all others                                | ignored and named, or refused if strict      |
@@ -17,23 +18,23 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field
 
 from mixchat.serving.requests.chat import MAX_MESSAGES, MAX_PARTS, read_chat
 from mixchat.serving.requests.errors import RequestError, field_error
-from mixchat.serving.requests.fields import RequestObject, max_items, validated
-from mixchat.serving.requests.forms import Compile
-from mixchat.serving.requests.options import Defaults, ParsedRequest
-from mixchat.serving.service import Delta, Done, Service
-from mixchat.serving.web.blocks import Block, Blocks, Change, blocks_of
-from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments, to_event
+from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, validated
+from mixchat.serving.requests.forms import schema_format
+from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.requests.tools import call_object
+from mixchat.serving.service import Done
+from mixchat.serving.web.blocks import Block, BlockResponses, Change
+from mixchat.serving.web.responses import JSON, call_arguments, to_event
+from mixchat.text.tool_call import ToolCall
 
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
 _SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream")
-_KNOWN = {*_SAME, *_LABELS, "messages", "system", "stop_sequences", "tools", "tool_choice"}
 _STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
@@ -91,7 +92,18 @@ class _Choice(RequestObject):
 class _Thinking(RequestObject):
     ignored = ("budget_tokens", "display")
     never_null = ("type",)
-    type: Literal["enabled", "adaptive", "disabled"]
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
+
+
+class _Schema(RequestObject):
+    never_null = ("type", "schema")
+    type: Literal["json_schema"]
+    given: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class _OutputConfig(RequestObject):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: _Schema | None = None
 
 
 class _Fields(RequestObject):
@@ -103,27 +115,20 @@ class _Fields(RequestObject):
     tools: Annotated[list[_Tool], FailFast()] = Field([])
     tool_choice: _Choice | None = None
     thinking: _Thinking | None = None
+    output_config: _OutputConfig = _OutputConfig()
 
 
-def read_messages(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> ParsedRequest:
+def read_messages(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body. Raises as `read_chat` does."""
     if body.get("max_tokens") is None:
         raise field_error("max_tokens", "is missing", "missing_required_parameter")
-    return read_counted(body, service, defaults, compile_form)
+    return read_counted(body, model)
 
 
-def read_counted(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> ParsedRequest:
+def read_counted(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body whose tokens are counted, which needs no `max_tokens`."""
-    unknown = tuple(name for name in body if name not in {*_KNOWN, "thinking"})
-    if unknown and not defaults.strict:
-        body = {name: value for name, value in body.items() if name not in unknown}
-    asked = read_chat(_to_chat(body), service, defaults, compile_form)
-    ignored = asked.ignored if defaults.strict else (*asked.ignored, *unknown)
-    return replace(asked, ignored=ignored)
+    body, unused = known_fields(_Fields, body)
+    return read_chat(_to_chat(body), model, unused)
 
 
 def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +139,9 @@ def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
         chat["messages"].insert(0, {"role": "system", "content": system})
     if fields.stop_sequences:
         chat["stop"] = fields.stop_sequences
-    if fields.thinking is not None:
-        chat["think"] = fields.thinking.type != "disabled"
+    chat |= _thinking(fields)
+    if (format := fields.output_config.format) is not None:
+        chat["response_format"] = schema_format(format.given)
     if fields.tools:
         chat["tools"] = [_tool(tool) for tool in fields.tools]
     if (choice := fields.tool_choice) is not None:
@@ -144,6 +150,14 @@ def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
         chat["tool_choice"] = kinds.get(choice.type, choice.type)
         chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     return chat
+
+
+def _thinking(fields: _Fields) -> dict[str, Any]:
+    thinking, effort = fields.thinking, fields.output_config.effort
+    if thinking is not None and thinking.type == "disabled":
+        return {"reasoning_effort": "none"}
+    found: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    return found if thinking is None else {**found, "think": True}
 
 
 def _tool(tool: _Tool) -> dict[str, Any]:
@@ -158,7 +172,11 @@ def _messages(message: _Message) -> Iterator[dict[str, Any]]:
         if block.type == "tool_result":
             content = _text(validated(_Result, {"content": block.content}).content)
             yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
-    calls = [_call(block) for block in blocks if block.type == "tool_use"]
+    calls = [
+        call_object(ToolCall(block.id, block.name, json.dumps(block.input)))
+        for block in blocks
+        if block.type == "tool_use"
+    ]
     texts = [block for block in blocks if block.type == "text"]
     if calls or texts:
         thinking = "".join(block.thinking for block in blocks)
@@ -183,31 +201,24 @@ def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return merged
 
 
-def _call(block: _Block) -> dict[str, Any]:
-    function = {"name": block.name, "arguments": json.dumps(block.input)}
-    return {"id": block.id, "type": "function", "function": function}
-
-
 def _text(blocks: Sequence[_Block]) -> str:
     return "\n\n".join(block.text for block in blocks)
 
 
-class AnthropicResponses(ResponseBuilder):
+class AnthropicResponses(BlockResponses):
     """The answers of /v1/messages."""
 
-    def __init__(self, request: ParsedRequest, model: str, texts: Any) -> None:
-        super().__init__(request, model, texts)
-        self._blocks = Blocks()
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        super().__init__(request, model)
         self._head = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
             "role": "assistant",
-            "model": model,
+            "model": self._model,
         }
 
-    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
-        ((delta, done),) = answers
-        content = [_content(block) for block in blocks_of(delta)]
+    def whole_answer(self, done: Done) -> JSON:
+        content = list(map(_content, self.blocks))
         return {**self._head, "content": content, **self._stop(done), "usage": self._usage([done])}
 
     def beginning(self) -> bytes:
@@ -215,13 +226,8 @@ class AnthropicResponses(ResponseBuilder):
         message: JSON = {**self._head, "content": [], **stop, "usage": self._usage([])}
         return _event("message_start", message=message)
 
-    def piece(self, number: int, delta: Delta) -> bytes:
-        return b"".join(_block_event(*change) for change in self._blocks.add(delta))
-
-    def ending(self, number: int, done: Done) -> bytes:
-        last = b"".join(_block_event(*change) for change in self._blocks.end())
-        usage = self._usage([done])
-        return last + _event("message_delta", delta=self._stop(done), usage=usage)
+    def last(self, done: Done) -> bytes:
+        return _event("message_delta", delta=self._stop(done), usage=self._usage([done]))
 
     def finish(self, done: Sequence[Done]) -> bytes:
         return _event("message_stop")
@@ -231,6 +237,19 @@ class AnthropicResponses(ResponseBuilder):
 
     def comment(self, text: str) -> bytes:
         return _event("ping")
+
+    def events(self, change: Change, block: Block, piece: str) -> Iterator[bytes]:
+        if change == "open":
+            yield _event("content_block_start", index=block.index, content_block=_content(block))
+        elif change == "close":
+            yield _event("content_block_stop", index=block.index)
+        else:
+            kinds = {
+                "text": {"type": "text_delta", "text": piece},
+                "thinking": {"type": "thinking_delta", "thinking": piece},
+                "call": {"type": "input_json_delta", "partial_json": piece},
+            }
+            yield _event("content_block_delta", index=block.index, delta=kinds[block.kind])
 
     def _stop(self, done: Done) -> JSON:
         stops = self._request.jobs[0].stop
@@ -263,19 +282,6 @@ def _content(block: Block) -> JSON:
     if block.kind == "thinking":
         return {"type": "thinking", "thinking": block.content, "signature": ""}
     return {"type": "text", "text": block.content}
-
-
-def _block_event(change: Change, block: Block, piece: str) -> bytes:
-    if change == "open":
-        return _event("content_block_start", index=block.index, content_block=_content(block))
-    if change == "close":
-        return _event("content_block_stop", index=block.index)
-    kinds = {
-        "text": {"type": "text_delta", "text": piece},
-        "thinking": {"type": "thinking_delta", "thinking": piece},
-        "call": {"type": "input_json_delta", "partial_json": piece},
-    }
-    return _event("content_block_delta", index=block.index, delta=kinds[block.kind])
 
 
 def _event(name: str, **fields: Any) -> bytes:

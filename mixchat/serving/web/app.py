@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixchat.base.errors import MixchatError
+from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
@@ -33,9 +34,8 @@ from mixchat.serving.requests.errors import (
     to_json,
 )
 from mixchat.serving.requests.fields import RequestObject, validated
-from mixchat.serving.requests.forms import Compile
-from mixchat.serving.requests.options import Defaults, ParsedRequest
-from mixchat.serving.service import QueueFullError, Service
+from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.service import QueueFullError
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded, openai_error
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
@@ -48,7 +48,7 @@ from mixchat.serving.web.responses import (
     ResponseBuilder,
     to_prometheus,
 )
-from mixchat.serving.web.served_models import LoadedModel, ServedModels
+from mixchat.serving.web.served_models import ServedModels
 
 _MAX_BODY_EXTRA = 1_000_000  # bytes of a body besides its prompt
 _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
@@ -65,7 +65,7 @@ Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
 ModelEndpoint = Callable[
     ["AppState", Request, LoadedModel, dict[str, Any]], Awaitable[ASGIApp]
 ]  # with the request's body
-Read = Callable[[dict[str, Any], Service, Defaults, Compile], ParsedRequest]
+Read = Callable[[dict[str, Any], LoadedModel], ParsedRequest]
 
 # The reader of a request, and the builder of its response.
 _APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
@@ -177,7 +177,7 @@ async def _answer(
     state.note_ignored(request.state.ignored)
     if asked.jobs[0].top_logprobs is not None:
         await run_in_threadpool(model.texts.load)
-    responses = builder(asked, model.service.name, model.texts)
+    responses = builder(asked, model)
     answers = PendingAnswers(model.service, asked.jobs)
     await run_in_threadpool(answers.submit)
     if asked.stream:
@@ -198,12 +198,8 @@ async def _read(
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
         raise QueueFullError(message)
     with ExitStack() as at_end:
-        compile_form = partial(model.compile_form, at_end=at_end)
-
-        def read_body() -> ParsedRequest:
-            return read(body, model.service, model.defaults, compile_form)
-
-        return await to_thread.run_sync(read_body, abandon_on_cancel=True, limiter=limiter)
+        model = replace(model, compile_form=partial(model.compile_form, at_end=at_end))
+        return await to_thread.run_sync(read, body, model, abandon_on_cancel=True, limiter=limiter)
 
 
 def _named(asked: ParsedRequest) -> list[str]:
@@ -222,7 +218,7 @@ async def _count_tokens(
 
 
 async def _ollama_models(state: AppState, request: Request) -> Response:
-    return _json(ollama.model_list(state.models.names))
+    return _json(ollama.model_list(await state.models.contexts()))
 
 
 async def _ollama_loaded(state: AppState, request: Request) -> Response:
@@ -230,7 +226,8 @@ async def _ollama_loaded(state: AppState, request: Request) -> Response:
 
 
 async def _ollama_model(state: AppState, request: Request) -> Response:
-    return _json(ollama.describe(read_object(await _body(state, request)), state.models))
+    body = read_object(await _body(state, request))
+    return _json(ollama.describe(body, await state.models.contexts()))
 
 
 async def _ollama_version(state: AppState, request: Request) -> Response:
@@ -245,23 +242,23 @@ def _error_body(path: str) -> Callable[[RequestError], dict[str, Any]]:
 
 
 async def _models(state: AppState, request: Request) -> Response:
-    names = state.models.names
-    return _json({"object": "list", "data": [_model_object(state, name) for name in names]})
+    contexts = await state.models.contexts()
+    return _json(
+        {"object": "list", "data": [_model_object(state, *one) for one in contexts.items()]}
+    )
 
 
 async def _model(state: AppState, request: Request) -> Response:
-    name, names = request.path_params["name"], state.models.names
-    if name not in names:
-        message = f"there is no such model here; this server has {', '.join(map(repr, names))}"
+    name, contexts = request.path_params["name"], await state.models.contexts()
+    if name not in contexts:
+        message = f"there is no such model here; this server has {', '.join(map(repr, contexts))}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
-    return _json(_model_object(state, name))
+    return _json(_model_object(state, name, contexts[name]))
 
 
-def _model_object(state: AppState, name: str) -> dict[str, Any]:
+def _model_object(state: AppState, name: str, context: Context) -> dict[str, Any]:
     model = {"id": name, "object": "model", "created": state.created, "owned_by": "mixchat"}
-    if name == state.models.name:
-        model["context_size"] = state.models.context.tokens
-    return model
+    return {**model, "context_size": context.tokens}
 
 
 async def _health(state: AppState, request: Request) -> Response:
@@ -303,11 +300,15 @@ async def _detokenize(
 
 
 async def _body(state: AppState, request: Request) -> bytes:
-    """Return the body. Refuse a long one before all of it is read."""
-    limit = state.models.context.longest_text + _MAX_BODY_EXTRA
+    """Return the body. Refuse one that no model can take before all of it is read."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("the body is compressed: send it as it is", status=415)
     size, body = int(request.headers.get("content-length", "0")), bytearray()
+    longest = state.models.context.longest_text
+    if not size or size > longest:  # the model that it names may take more than the loaded one
+        contexts = await state.models.contexts()
+        longest = max(context.longest_text for context in contexts.values())
+    limit = longest + _MAX_BODY_EXTRA
     if size <= limit:
         async for piece in request.stream():
             body += piece

@@ -1,12 +1,15 @@
-"""The parts of an answer one after the other: thinking, text, calls of tools."""
+"""Answers whose parts come one after the other: thinking, text, calls of tools."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from mixchat.serving.service import Delta
+from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.service import Delta, Done
+from mixchat.serving.web.responses import JSON, ResponseBuilder
 
 Change: TypeAlias = Literal["open", "add", "close"]
 Kind: TypeAlias = Literal["thinking", "text", "call"]
@@ -23,47 +26,60 @@ class Block:
     name: str = ""
 
 
-class Blocks:
-    """Divides the pieces of an answer into blocks."""
+class BlockResponses(ResponseBuilder):
+    """The answers of an API that sends blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        super().__init__(request, model)
         self.blocks: list[Block] = []
         self._open: Block | None = None
 
-    def add(self, delta: Delta) -> Iterator[tuple[Change, Block, str]]:
-        """Yield what changes: a block is opened, gets a piece of content, or is closed."""
+    @abstractmethod
+    def whole_answer(self, done: Done) -> JSON:
+        """Return the body of an answer with all `blocks`."""
+
+    @abstractmethod
+    def events(self, change: Change, block: Block, piece: str) -> Iterator[bytes]:
+        """Yield the events of a block that is opened, gets a piece of content, or is closed."""
+
+    @abstractmethod
+    def last(self, done: Done) -> bytes:
+        """Return the end of an answer with all `blocks`."""
+
+    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
+        ((delta, done),) = answers
+        self.piece(0, delta)
+        return self.whole_answer(done)
+
+    def piece(self, number: int, delta: Delta) -> bytes:
+        return b"".join(self._take(delta))
+
+    def ending(self, number: int, done: Done) -> bytes:
+        return b"".join(self._close()) + self.last(done)
+
+    def _take(self, delta: Delta) -> Iterator[bytes]:
         texts: dict[Kind, str] = {"thinking": delta.thinking, "text": delta.text}
         for kind, content in texts.items():
-            if content:
-                if self._open is None or self._open.kind != kind:
-                    yield from self._begin(Block(len(self.blocks), kind))
-                yield self._extend(content)
+            if content and (self._open is None or self._open.kind != kind):
+                yield from self._begin(Block(len(self.blocks), kind))
+            yield from self._extend(content)
         for call in delta.calls:
             if call.id:
                 yield from self._begin(Block(len(self.blocks), "call", id=call.id, name=call.name))
-            if call.arguments:
-                yield self._extend(call.arguments)
+            yield from self._extend(call.arguments)
 
-    def end(self) -> Iterator[tuple[Change, Block, str]]:
-        if self._open is not None:
-            yield "close", self._open, ""
-            self._open = None
-
-    def _begin(self, block: Block) -> Iterator[tuple[Change, Block, str]]:
-        yield from self.end()
+    def _begin(self, block: Block) -> Iterator[bytes]:
+        yield from self._close()
         self.blocks.append(block)
         self._open = block
-        yield "open", block, ""
+        yield from self.events("open", block, "")
 
-    def _extend(self, content: str) -> tuple[Change, Block, str]:
-        assert self._open is not None
-        self._open.content += content
-        return "add", self._open, content
+    def _extend(self, content: str) -> Iterator[bytes]:
+        if content and self._open is not None:
+            self._open.content += content
+            yield from self.events("add", self._open, content)
 
-
-def blocks_of(delta: Delta) -> Sequence[Block]:
-    """Return the blocks of a whole answer."""
-    blocks = Blocks()
-    for _ in (*blocks.add(delta), *blocks.end()):
-        pass
-    return blocks.blocks
+    def _close(self) -> Iterator[bytes]:
+        if self._open is not None:
+            yield from self.events("close", self._open, "")
+            self._open = None

@@ -5,33 +5,34 @@
 | messages, tools                | OpenAI's; a result belongs to the call of its tool_name |
 | prompt, system                 | a question and a system message; a text with raw        |
 | format                         | response_format                                         |
-| options                        | _OPTIONS; num_predict is max_tokens, others are ignored |
+| options                        | _OPTIONS; num_predict is max_tokens                     |
 | think                          | as far as the model's template knows it                 |
 | stream                         | true if it is not given                                 |
 | images, suffix                 | refused                                                 |
-| keep_alive, context, template  | ignored and named, or refused if strict                 |
+| other options, all others      | ignored and named, or refused if strict                 |
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Annotated, Any, ClassVar
 
 from pydantic import FailFast, Field
 
+from mixchat.base.model_config import Context
 from mixchat.serving.requests.chat import MAX_MESSAGES, read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
-from mixchat.serving.requests.fields import RequestObject, max_items, only, validated
-from mixchat.serving.requests.forms import Compile
-from mixchat.serving.requests.options import LATEST, Defaults, ParsedRequest
-from mixchat.serving.service import Delta, Done, Service
+from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, only, validated
+from mixchat.serving.requests.forms import schema_format
+from mixchat.serving.requests.options import LATEST, LoadedModel, ParsedRequest
+from mixchat.serving.requests.tools import call_object
+from mixchat.serving.service import Delta, Done
 from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
-from mixchat.serving.web.served_models import ServedModels
 from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
 # Clients compare it with the Ollama that they need.
@@ -40,7 +41,6 @@ _OPTIONS = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "stop"),
     *("repeat_penalty", "presence_penalty", "frequency_penalty"),
 )
-_WITHOUT_EFFECT = ("keep_alive", "context", "template")
 _SAME = ("model", "stream", "tools", "think")
 _REASONS = {"length": "length", "context": "length"}
 _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the model reads text alone")
@@ -54,7 +54,7 @@ class _Function(RequestObject):
 
 
 class _Call(RequestObject):
-    ignored = ("type",)
+    ignored = ("type", "index")
     never_null = ("function",)
     id: str = ""
     function: _Function
@@ -72,7 +72,7 @@ class _Message(RequestObject):
 
 
 class _Fields(RequestObject):
-    ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_WITHOUT_EFFECT, "logprobs", "top_logprobs")
+    ignored: ClassVar[tuple[str, ...]] = (*_SAME, "logprobs", "top_logprobs")
     messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)] = Field([])
     prompt: str = ""
     system: str = ""
@@ -83,41 +83,28 @@ class _Fields(RequestObject):
     suffix: Annotated[Any, only(("",), "unsupported_parameter", "is not supported")] = None
 
 
-def read_ollama_chat(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> ParsedRequest:
+def read_ollama_chat(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/chat. Raises as `read_chat` does."""
-    fields = _fields(body, defaults)
-    chat = {**_shared(fields, body), "messages": _messages(fields.messages)}
-    return _named(body, read_chat(chat, service, defaults, compile_form))
+    fields, shared, unused = _read(body)
+    return read_chat({**shared, "messages": _messages(fields.messages)}, model, unused)
 
 
-def read_generate(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> ParsedRequest:
+def read_generate(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/generate. Raises as `read_chat` does."""
-    fields = _fields(body, defaults)
-    shared = _shared(fields, body)
+    fields, shared, unused = _read(body)
     if fields.raw:
-        read = read_completion({**shared, "prompt": fields.prompt}, service, defaults, compile_form)
-        return _named(body, read)
+        return read_completion({**shared, "prompt": fields.prompt}, model, unused)
     system = [{"role": "system", "content": fields.system}] if fields.system else []
     chat = {**shared, "messages": [*system, {"role": "user", "content": fields.prompt}]}
-    return _named(body, read_chat(chat, service, defaults, compile_form))
+    return read_chat(chat, model, unused)
 
 
-def _fields(body: dict[str, Any], defaults: Defaults) -> _Fields:
-    for name in _WITHOUT_EFFECT:
-        if defaults.strict and body.get(name) is not None:
-            raise field_error(name, "has no effect here", "unknown_parameter")
-    return validated(_Fields, body)
-
-
-def _named(body: dict[str, Any], asked: ParsedRequest) -> ParsedRequest:
-    unused = [name for name in _WITHOUT_EFFECT if body.get(name) is not None]
-    known = {*_OPTIONS, "num_predict"}
-    unused += [f"options.{name}" for name in body.get("options") or () if name not in known]
-    return replace(asked, ignored=(*asked.ignored, *unused))
+def _read(body: dict[str, Any]) -> tuple[_Fields, dict[str, Any], list[str]]:
+    """Return the fields of a body, those that OpenAI has, too, and the names of unused ones."""
+    body, unused = known_fields(_Fields, body)
+    fields, known = validated(_Fields, body), {*_OPTIONS, "num_predict"}
+    unused += [f"options.{name}" for name in fields.options if name not in known]
+    return fields, _shared(fields, body), unused
 
 
 def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
@@ -132,8 +119,7 @@ def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
     if fields.format == "json":
         chat["response_format"] = {"type": "json_object"}
     elif isinstance(fields.format, dict):
-        schema = {"name": "format", "schema": fields.format}
-        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
+        chat["response_format"] = schema_format(fields.format)
     elif fields.format != "":
         raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
     return chat
@@ -159,8 +145,8 @@ def _messages(given: Sequence[_Message]) -> list[dict[str, Any]]:
 
 
 def _call(call: _Call, id: str) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": json.dumps(call.function.arguments)}
-    return {"id": call.id or id, "type": "function", "function": function}
+    function = call.function
+    return call_object(ToolCall(call.id or id, function.name, json.dumps(function.arguments)))
 
 
 class OllamaResponses(ResponseBuilder):
@@ -168,8 +154,8 @@ class OllamaResponses(ResponseBuilder):
 
     content_type = "application/x-ndjson"
 
-    def __init__(self, request: ParsedRequest, model: str, texts: Any) -> None:
-        super().__init__(request, model, texts)
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        super().__init__(request, model)
         self._start, self._first = time.perf_counter_ns(), 0
         self._calls: list[CallDelta] = []
 
@@ -231,24 +217,25 @@ class GenerateResponses(OllamaResponses):
         return {"response": delta.text, **thinking}
 
 
-def model_list(names: Sequence[str]) -> JSON:
+def model_list(names: Iterable[str]) -> JSON:
     """Return the answer of /api/tags and /api/ps."""
     return {"models": list(map(_model, names))}
 
 
-def describe(body: dict[str, Any], models: ServedModels) -> JSON:
+def describe(body: dict[str, Any], contexts: Mapping[str, Context]) -> JSON:
     """Return the answer of /api/show. Raises `RequestError` for an unknown model."""
     name = str(body.get("model") or body.get("name")).removesuffix(LATEST)
-    if name not in models.names:
+    if name not in contexts:
         raise RequestError(f"there is no model {name!a:.80} here", status=404)
-    size = {"mixchat.context_length": models.context.tokens} if name == models.name else {}
+    size = {"mixchat.context_length": contexts[name].tokens}
     info = {"general.architecture": "mixchat", **size}
     return {**_model(name), "model_info": info, "capabilities": ["completion", "tools"]}
 
 
 def _model(name: str) -> JSON:
     details = {"format": "mixchat", "family": "", "parameter_size": "", "quantization_level": ""}
-    return {"name": name, "model": name, "details": details}
+    tagged = name if ":" in name else f"{name}{LATEST}"  # Open WebUI asks for no other name
+    return {"name": tagged, "model": tagged, "details": details}
 
 
 def error_body(error: RequestError) -> JSON:

@@ -9,28 +9,27 @@
 | reasoning.effort                           | reasoning_effort                                 |
 | previous_response_id, conversation,        | refused: answers are not stored                  |
 | background                                 |                                                  |
-| tools of other types, _LABELS              | ignored, tools are named, or refused if strict   |
-| all others                                 | refused                                          |
+| _LABELS                                    | ignored                                          |
+| tools of other types, all others           | ignored and named, or refused if strict          |
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, FailFast, Field
 
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
-from mixchat.serving.requests.fields import RequestObject, only, validated
-from mixchat.serving.requests.forms import Compile
-from mixchat.serving.requests.options import Defaults, ParsedRequest
-from mixchat.serving.service import Delta, Done, Service
-from mixchat.serving.web.blocks import Block, Blocks, Change, blocks_of
-from mixchat.serving.web.responses import JSON, ResponseBuilder, to_event
+from mixchat.serving.requests.fields import RequestObject, known_fields, only, validated
+from mixchat.serving.requests.forms import schema_format
+from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.service import Done
+from mixchat.serving.web.blocks import Block, BlockResponses, Change
+from mixchat.serving.web.responses import JSON, to_event
 
 _SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "seed")
 _LABELS = (
@@ -45,10 +44,9 @@ _NONE = only((None, False), "unsupported_parameter", _STATELESS)
 
 
 class _Format(RequestObject):
-    ignored = ("description",)
+    ignored = ("name", "description")
     never_null = ("type",)
     type: str
-    name: str = "answer"
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool = False
 
@@ -82,18 +80,13 @@ class _Fields(RequestObject):
     background: Annotated[Any, _NONE] = None
 
 
-def read_responses(
-    body: dict[str, Any], service: Service, defaults: Defaults, compile_form: Compile
-) -> ParsedRequest:
+def read_responses(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body. Raises as `read_chat` does."""
+    body, unused = known_fields(_Fields, body)
     fields = validated(_Fields, body)
-    others = tuple(
-        f"tools[{i}]" for i, one in enumerate(fields.tools) if one.get("type") != "function"
-    )
-    if others and defaults.strict:
-        raise field_error(f"{others[0]}.type", "has to be function", "unsupported_value")
-    asked = read_chat(_to_chat(fields, body), service, defaults, compile_form)
-    return replace(asked, ignored=(*asked.ignored, *others))
+    kinds = [tool.get("type") for tool in fields.tools]
+    unused += [f"tools[{i}].type" for i, kind in enumerate(kinds) if kind != "function"]
+    return read_chat(_to_chat(fields, body), model, unused)
 
 
 def _to_chat(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +104,7 @@ def _to_chat(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
     if (format := fields.text.format) is not None:
         chat["response_format"] = {"type": format.type}
         if format.type == "json_schema":
-            schema = {"name": format.name, "schema": format.schema_, "strict": format.strict}
-            chat["response_format"]["json_schema"] = schema
+            chat["response_format"] = schema_format(format.schema_, strict=format.strict)
     return chat
 
 
@@ -174,19 +166,19 @@ def _text(content: Any, path: str) -> str:
     return "".join(texts)
 
 
-class ResponsesResponses(ResponseBuilder):
+class ResponsesResponses(BlockResponses):
     """The answers of /v1/responses."""
 
-    def __init__(self, request: ParsedRequest, model: str, texts: Any) -> None:
-        super().__init__(request, model, texts)
-        self._blocks, self._number = Blocks(), -1
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        super().__init__(request, model)
+        self._number = -1
         self._ids: list[str] = []  # of blocks
         job = request.jobs[0]
         self._head = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": model,
+            "model": self._model,
             "error": None,
             "instructions": None,
             "max_output_tokens": job.max_tokens,
@@ -201,37 +193,30 @@ class ResponsesResponses(ResponseBuilder):
             "truncation": "disabled",
         }
 
-    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
-        ((delta, done),) = answers
-        return self._response(self._status(done), blocks_of(delta), done)
+    def whole_answer(self, done: Done) -> JSON:
+        return self._response(self._status(done), done)
 
     def beginning(self) -> bytes:
-        response = self._response("in_progress", (), None)
+        response = self._response("in_progress", None)
         created = self._event("response.created", response=response)
         return created + self._event("response.in_progress", response=response)
 
-    def piece(self, number: int, delta: Delta) -> bytes:
-        changes = self._blocks.add(delta)
-        return b"".join(event for change in changes for event in self._events(*change))
-
-    def ending(self, number: int, done: Done) -> bytes:
-        last = b"".join(event for one in self._blocks.end() for event in self._events(*one))
+    def last(self, done: Done) -> bytes:
         status = self._status(done)
-        response = self._response(status, self._blocks.blocks, done)
-        return last + self._event(f"response.{status}", response=response)
+        return self._event(f"response.{status}", response=self._response(status, done))
 
     def failure(self, error: RequestError) -> bytes:
         code = error.body["error"]["code"] or "server_error"
-        response = self._response("failed", self._blocks.blocks, None)
+        response = self._response("failed", None)
         response["error"] = {"code": code, "message": str(error)}
         return self._event("response.failed", response=response)
 
     def _status(self, done: Done) -> str:
         return "incomplete" if done.reason in ("length", "context") else "completed"
 
-    def _response(self, status: str, blocks: Sequence[Block], done: Done | None) -> JSON:
+    def _response(self, status: str, done: Done | None) -> JSON:
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        output = [self._item(block, "completed") for block in blocks]
+        output = [self._item(block, "completed") for block in self.blocks]
         usage = None if done is None else self._usage(done)
         rest = {"incomplete_details": reason, "output": output, "usage": usage}
         return {**self._head, "status": status, **rest}
@@ -246,7 +231,7 @@ class ResponsesResponses(ResponseBuilder):
             "total_tokens": prompt + done.generated_tokens,
         }
 
-    def _events(self, change: Change, block: Block, piece: str) -> Iterator[bytes]:
+    def events(self, change: Change, block: Block, piece: str) -> Iterator[bytes]:
         place = {"item_id": self._id(block), "output_index": block.index}
         part = {**place, "content_index": 0}
         name = {

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 
 from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.errors import RequestError, to_json
-from mixchat.serving.requests.options import ParsedRequest
+from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.requests.tools import call_object
 from mixchat.serving.service import Delta, Done, ServiceStats, TokenLogprob
-from mixchat.text.tokenizer import Tokenizer
-from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
+from mixchat.text.tool_call import CallDelta, joined_calls
 
 JSON: TypeAlias = dict[str, Any]
 _MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
@@ -40,35 +40,13 @@ _METRICS = (
 )
 
 
-class TokenTexts:
-    """The bytes of each token, or a control token's name."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._names = {token: name.encode() for name, token in tokenizer.control_tokens.items()}
-        self._bytes: Sequence[bytes] = ()
-
-    def load(self) -> None:
-        """Ask the tokenizer, which may take a second."""
-        self._bytes = self._bytes or self._tokenizer.token_bytes().within
-
-    def bytes_of(self, token: int) -> bytes:
-        """Return the bytes of a token, once they are loaded."""
-        known = self._bytes[token] if token < len(self._bytes) else b""
-        return known or self._names.get(token, b"")
-
-    def __getitem__(self, token: int) -> str:
-        """Return a token's text, with U+FFFD for a part of a character."""
-        return self.bytes_of(token).decode(errors="replace")
-
-
 class ResponseBuilder(ABC):
     """Builds the answers to one request in the form of an API, whole or as parts of a stream."""
 
     content_type = "text/event-stream; charset=utf-8"  # of a stream
 
-    def __init__(self, request: ParsedRequest, model: str, texts: TokenTexts) -> None:
-        self._request, self._model, self._texts = request, model, texts
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        self._request, self._model, self._texts = request, model.service.name, model.texts
 
     @abstractmethod
     def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
@@ -118,13 +96,13 @@ class OpenAIResponses(ResponseBuilder):
     name: str  # of the object
     chunk_name: str
 
-    def __init__(self, request: ParsedRequest, model: str, texts: TokenTexts) -> None:
-        super().__init__(request, model, texts)
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        super().__init__(request, model)
         self._has_logprobs = request.jobs[0].top_logprobs is not None
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": model,
+            "model": self._model,
             "seed": request.seed,
         }
 
@@ -191,7 +169,9 @@ class ChatResponses(OpenAIResponses):
         text = {"content": part.text} if part.text or not (thinking or calls) else {}
         content: dict[str, Any] = {"delta": {**thinking, **text, **calls} if finish is None else {}}
         if whole:
-            calls = {"tool_calls": list(map(_call, joined_calls(part.calls)))} if calls else {}
+            calls = (
+                {"tool_calls": list(map(call_object, joined_calls(part.calls)))} if calls else {}
+            )
             said = part.text or (None if calls else "")
             message = {"role": "assistant", "content": said, "refusal": None, **thinking, **calls}
             content = {"message": message}
@@ -214,8 +194,8 @@ class CompletionResponses(OpenAIResponses):
 
     prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, request: ParsedRequest, model: str, texts: TokenTexts) -> None:
-        super().__init__(request, model, texts)
+    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+        super().__init__(request, model)
         self._lengths = [0] * len(request.jobs)  # of the tokens' texts so far, in characters
 
     def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
@@ -248,15 +228,10 @@ def call_arguments(text: str) -> JSON | None:
     return None
 
 
-def _call(call: ToolCall) -> JSON:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
-
-
 def _call_delta(delta: CallDelta) -> JSON:
     if not delta.id:
         return {"index": delta.index, "function": {"arguments": delta.arguments}}
-    return {"index": delta.index, **_call(ToolCall(delta.id, delta.name, delta.arguments))}
+    return {"index": delta.index, **call_object(delta)}
 
 
 def to_prometheus(stats: ServiceStats) -> str:

@@ -8,44 +8,24 @@ unloaded, and the next request loads it again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from threading import Lock
 from typing import cast
 
 from anyio import to_thread
 
-from mixchat.serving.requests.forms import Compile, no_forms
-from mixchat.serving.requests.options import LATEST, Defaults
-from mixchat.serving.service import Service, ServiceStats, ShuttingDownError
-from mixchat.serving.web.responses import TokenTexts
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A service over a model, the defaults of its answers, and what compiles their forms."""
-
-    service: Service
-    defaults: Defaults
-    compile_form: Compile = no_forms
-
-    @cached_property
-    def texts(self) -> TokenTexts:
-        return TokenTexts(self.service.tokenizer)
-
-
-def _no_other_models() -> Sequence[str]:
-    return ()
+from mixchat.base.model_config import Context
+from mixchat.serving.requests.options import LATEST, LoadedModel
+from mixchat.serving.service import ServiceStats, ShuttingDownError
 
 
 class ServedModels:
     """The loaded model, and what loads it again or another one.
 
-    `load` raises `MixchatError`. `others` are the names of further models that it can load. After
-    `sleep_after` seconds without a request, the model is unloaded. Only `close` and `stats` may be
-    called outside of the event loop.
+    `load` raises `MixchatError`. `others` has further models that it can load, by name. It may read
+    the disk. After `sleep_after` seconds without a request, the model is unloaded. Only `close` and
+    `stats` may be called outside of the event loop.
     """
 
     def __init__(
@@ -53,11 +33,12 @@ class ServedModels:
         first: LoadedModel,
         load: Callable[[str], LoadedModel],
         *,
-        others: Callable[[], Sequence[str]] = _no_other_models,
+        others: Callable[[], Mapping[str, Context]] = dict,
         sleep_after: float | None = None,
     ) -> None:
         self.name, self.context = first.service.name, first.service.context
-        self._first, self._model = self.name, cast("LoadedModel | None", first)
+        self._first = {self.name: self.context}
+        self._model = cast("LoadedModel | None", first)
         self._load, self._others, self._sleep_after = load, others, sleep_after
         self._turn = asyncio.Lock()  # first come, first served
         self._users, self._unused = 0, asyncio.Event()
@@ -71,10 +52,10 @@ class ServedModels:
     def is_loaded(self) -> bool:
         return self._model is not None
 
-    @property
-    def names(self) -> list[str]:
-        """Return the names that requests may give, the last used model first."""
-        return list(dict.fromkeys([self.name, self._first, *self._others()]))
+    async def contexts(self) -> dict[str, Context]:
+        """Return the contexts of the models that requests may name, the last used model first."""
+        others = await to_thread.run_sync(self._others)
+        return {self.name: self.context} | self._first | dict(others)
 
     @asynccontextmanager
     async def use(self, name: object = None) -> AsyncIterator[LoadedModel]:
@@ -82,10 +63,10 @@ class ServedModels:
 
         Raises `MixchatError` if it cannot be loaded.
         """
-        wanted = name.removesuffix(LATEST) if isinstance(name, str) else self.name
-        if wanted != self.name and wanted not in self.names:
-            wanted = self.name
         async with self._turn:
+            wanted = name.removesuffix(LATEST) if isinstance(name, str) else self.name
+            if wanted != self.name and wanted not in await self.contexts():
+                wanted = self.name
             if self._model is None or wanted != self.name:
                 await self._unused.wait()
                 await self._change(wanted)

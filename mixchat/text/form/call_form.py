@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mixchat.base.errors import UsageError
 from mixchat.text.form.grammar import find_fault, grammar_error
-from mixchat.text.form.schema import check_schema, json_rule
+from mixchat.text.form.schema import alone, check_schema, escaped, json_rule
 from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import ToolFormat
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+_MARKUP_KEYS = {
+    *("type", "properties", "required", "additionalProperties", "title", "description"),
+    *("$schema", "$defs", "definitions"),
+}
+_TEXT_KEYS = {"type", "enum", "const", "title", "description", "default", "examples"}
+_NOTHING = '""'
 _BLANKS = r"/[ \n]{1,2}/?"
 
 
@@ -53,6 +59,8 @@ def call_grammar(text: str) -> str:
     form = CallForm.parse(text)
     for tool in form.tools:
         _check(tool)
+        if form.format.kind == "markup" and tool.strict:
+            _check_markup(tool)
     if form.answer is not None:
         check_schema(dict(form.answer))
     fault = find_fault(_grammar(replace(form, control_tokens={})))
@@ -67,6 +75,17 @@ def _check(tool: Tool) -> None:
         check_schema({**_schema(tool), **options})
     except UsageError as error:
         raise UsageError(f"the arguments of {tool.name}: {error}", hint=error.hint) from None
+
+
+def _check_markup(tool: Tool) -> None:
+    """Raise `UsageError` for what has no effect if each argument has its own tag."""
+    texts = [schema for name, schema in tool.arguments.items() if tool.takes_text(name)]
+    unknown = {*(tool.parameters or {})} - _MARKUP_KEYS
+    unknown |= {key for schema in texts for key in schema} - _TEXT_KEYS
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        reason = f"not supported in this model's form of calls: {names}"
+        raise UsageError(f"the arguments of {tool.name}: {reason}")
 
 
 def _schema(tool: Tool) -> dict[str, Any]:
@@ -85,7 +104,12 @@ def _grammar(form: CallForm) -> str:
         rules.append(f"answer: {_answer(form)}{json_rule(dict(form.answer))}")
     for number, tool in enumerate(form.tools):
         rules.append(f"call_{number}: {_call(form, tool.name, f'arguments_{number}')}")
-        rules.append(f"arguments_{number}: {json_rule(_schema(tool), lenient=not tool.strict)}")
+        if form.format.kind == "markup":
+            rules += _markup_arguments(form, tool, number)
+        else:
+            rules.append(f"arguments_{number}: {json_rule(_schema(tool), lenient=not tool.strict)}")
+    if form.format.kind == "markup":
+        rules.append(_markup_text(form))
     return "\n".join(rules)
 
 
@@ -100,6 +124,49 @@ def _json_calls(form: CallForm) -> str:
     return f"{first} {one}" + (f" ({_BLANKS} {opening} {one})*" if form.parallel else "")
 
 
+def _markup_arguments(form: CallForm, tool: Tool, number: int) -> Iterator[str]:
+    """Yield the rules of a tool's arguments, in the order of its schema."""
+    required, names = _schema(tool).get("required", ()), list[str]()
+    for i, name in enumerate(tool.arguments):
+        rule = f"argument_{number}_{i}"
+        names.append(rule if name in required else f"{rule}?")
+        yield from _markup_argument(form, tool, name, rule)
+    yield f"arguments_{number}: {' '.join(names) or _NOTHING}"
+
+
+def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterator[str]:
+    _, _, before, after, end, _ = form.format.markup
+    head, close = _tags(form, f"{before}{name}{after}"), _tags(form, end)
+    part = tool.arguments[name]
+    if not tool.takes_text(name):
+        if '"$ref"' in json.dumps(part):
+            part = alone(_schema(tool), f"/properties/{escaped(name)}")
+        schema = part if isinstance(part, dict) else {}
+        yield f"{rule}_value: {json_rule(schema, lenient=not tool.strict)}"
+        yield f"{rule}: {head} {rule}_value {close}"
+    elif texts := part.get("enum", [part["const"]] if "const" in part else None):
+        yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
+    else:
+        yield f"{rule}: {head} text"
+
+
+def _markup_text(form: CallForm) -> str:
+    """Return the rule of a text without quotes, which ends at the tag after it."""
+    end = form.format.markup[4]
+    tag = next((tag for tag in form.control_tokens if tag in end), None)
+    before = end if tag is None else end[: end.index(tag)]
+    pattern = re.escape(before).replace("\\\n", "\\n").replace("/", "\\/")
+    if tag is None:
+        return f"text[lazy]: /(.|\\n)*{pattern}/"
+    return f"text: /(.|\\n)*{pattern}/ {_tags(form, end[len(before) :])}"
+
+
+def _tags(form: CallForm, text: str) -> str:
+    """Return a text with control tokens in it as a part of a grammar."""
+    known = "|".join(map(re.escape, form.control_tokens)) or r"(?!)"
+    return " ".join(_text(form, part) for part in re.split(f"({known})", text) if part)
+
+
 def _harmony(form: CallForm) -> str:
     channel = _text(form, "<|channel|>")
     return f'{channel} "commentary to=functions" call' if form.must_call else "before call"
@@ -112,6 +179,9 @@ def _answer(form: CallForm) -> str:
 
 
 def _call(form: CallForm, name: str, arguments: str) -> str:
+    if form.format.kind == "markup":
+        before, after, *_, end = (_tags(form, text) for text in form.format.markup)
+        return f"{before} {json.dumps(name)} {after} {arguments} {end}"
     if form.format.kind != "harmony":
         head, end = f'{{"name": "{name}", "arguments": ', "}"
         return f"{json.dumps(head)} {arguments} {json.dumps(end)}"

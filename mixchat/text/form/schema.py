@@ -74,7 +74,7 @@ def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
             ):
                 continue
             seen.add(part)
-            deeper = _fault(_alone(schema, part))
+            deeper = _fault(alone(schema, part))
             if deeper is not None and (deeper == fault or (_unmet(deeper) and _unmet(fault))):
                 pointer, fault = part, deeper
                 break
@@ -124,11 +124,11 @@ def _parts_of(schema: Schema, pointer: str) -> Iterator[str]:
             yield from (f"{pointer}/{key}/{place}" for place in range(len(node[key])))
     for key in _IN_OBJECTS:
         if isinstance(node.get(key), dict):
-            yield from (f"{pointer}/{key}/{_escaped(name)}" for name in node[key])
+            yield from (f"{pointer}/{key}/{escaped(name)}" for name in node[key])
     yield from (f"{pointer}/{key}" for key in _ALONE if isinstance(node.get(key), dict))
 
 
-def _alone(schema: Schema, pointer: str) -> Schema:
+def alone(schema: Schema, pointer: str) -> Schema:
     """Return a schema that is the part of another one at `pointer`, whose references it keeps."""
     whole = _moved({key: value for key, value in schema.items() if key != "$id"})
     return {"$defs": {"mixchat": whole}, "$ref": f"#{_HOME}{quote(pointer, safe='/~')}"}
@@ -218,5 +218,6 @@ class _Unfolded:
         return {**kept, "allOf": [*kept.get("allOf", []), part]}
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
+    """Return a name as a step of a JSON pointer."""
     return name.replace("~", "~0").replace("/", "~1")

@@ -1,10 +1,10 @@
 """The families of models that run. Each describes its config.json and its checkpoint's tensors.
 
 - read_config.py: finds the family of a config.json, and reads it
-- family.py: the form of a description
-- tensors.py: the tensors that families have in common
-- gguf_config.py, gguf_tensors.py: llama.cpp's names for the same
+- family.py: the form of a description, and the tensors that families have in common
+- gguf.py: llama.cpp's names for the same
 - config_keys.py: reads and checks single keys of a config.json
 - mixtral.py, qwen3_moe.py, mellum.py, olmoe.py, granitemoe.py, gpt_oss.py: a family each
+- minimax_m2.py: a family, with a correction of its router's choice
 - qwen2_moe.py, ernie4_5_moe.py, dots1.py, glm4_moe.py: a family each, with dense parts
 """

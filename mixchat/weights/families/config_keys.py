@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 from mixchat.base.errors import CheckpointError
@@ -70,12 +71,12 @@ def with_defaults(raw: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     return defaults | {key: value for key, value in raw.items() if value is not None}
 
 
-def of_experts(raw: dict[str, Any]) -> dict[str, Any]:
+def of_experts(raw: dict[str, Any], count: str = "num_experts") -> dict[str, Any]:
     """Return `raw` with Mixtral's keys for the count of experts and their intermediate size.
 
-    transformers 5 writes some counts as `num_local_experts`.
+    `count` is the family's key. transformers 5 writes some counts as `num_local_experts`.
     """
-    keys = with_defaults(raw, num_local_experts=raw.get("num_experts"))
+    keys = with_defaults(raw, num_local_experts=raw.get(count))
     return with_defaults({"intermediate_size": raw.get("moe_intermediate_size")}, **keys)
 
 
@@ -129,6 +130,12 @@ def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
     if "sliding_attention" not in types:
         return {}
     return {"sliding_window": positive_int(raw, "sliding_window"), "layer_types": tuple(types)}
+
+
+def types_of_layers(raw: dict[str, Any], is_sliding: Callable[[int], bool]) -> list[str]:
+    """Return the `layer_types` in which the layers have a window for which `is_sliding` holds."""
+    layers = range(layer_count(raw))
+    return ["sliding_attention" if is_sliding(layer) else "full_attention" for layer in layers]
 
 
 def layer_count(raw: dict[str, Any]) -> int:

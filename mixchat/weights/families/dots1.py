@@ -5,41 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.config_keys import (
-    corrected_router,
-    dense_parts,
-    flag,
-    layer_count,
-    layer_types,
-    of_experts,
-    shape_of,
-    whole_number,
-)
-from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, mlp_and_shared_experts
+from mixchat.weights.families import config_keys as read
+from mixchat.weights.families.family import MLP_WITH_SHARED, Family
 
 _DEFAULTS = {"sliding_window": 4096, "max_window_layers": 62, "first_k_dense_replace": 0}
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    raw = {"num_experts": raw.get("n_routed_experts"), **_DEFAULTS, **raw}
-    keys = of_experts(raw)
-    full = whole_number(raw, "max_window_layers") if keys.get("sliding_window") else 2**31
-    windows = [("full", "sliding")[layer >= full] for layer in range(layer_count(raw))]
-    keys = {"layer_types": [f"{kind}_attention" for kind in windows], **keys}
+    raw = {**_DEFAULTS, **raw}
+    keys = read.of_experts(raw, "n_routed_experts")
+    full = read.whole_number(raw, "max_window_layers") if keys.get("sliding_window") else 2**31
+    keys = {"layer_types": read.types_of_layers(raw, lambda layer: layer >= full), **keys}
     return ModelConfig(
-        **shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
-        **layer_types(keys),
-        **corrected_router(keys),
-        **dense_parts(raw),
-        norm_topk_prob=flag(keys, "norm_topk_prob"),
+        **read.shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
+        **read.layer_types(keys),
+        **read.corrected_router(keys),
+        **read.dense_parts(raw),
+        norm_topk_prob=read.flag(keys, "norm_topk_prob"),
         qk_norm="head",
-        attention_bias=flag(keys, "attention_bias"),
+        attention_bias=read.flag(keys, "attention_bias"),
     )
 
 
-def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, mlp_and_shared_experts)
-
-
-DOTS1 = Family("dots1", _read_config, _tensors)
+DOTS1 = Family("dots1", _read_config, MLP_WITH_SHARED)

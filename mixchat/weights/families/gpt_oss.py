@@ -8,16 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.config_keys import (
-    flag,
-    layer_count,
-    layer_types,
-    positive_number,
-    shape_of,
-    with_defaults,
-)
-from mixchat.weights.families.family import Family, Slice, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, expert_prefix, router
+from mixchat.weights.families import config_keys as read
+from mixchat.weights.families.family import Family, Slice, Tensors, expert_prefix, router
 
 _ROPE = {
     "rope_type": "yarn",
@@ -30,20 +22,19 @@ _ROPE = {
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    layers = layer_count(raw)
-    types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+    types = read.types_of_layers(raw, lambda layer: layer % 2 == 0)
     rope = {} if raw.get("rope_scaling") else {"rope_parameters": _ROPE}
-    keys = with_defaults(
+    keys = read.with_defaults(
         raw, num_key_value_heads=8, head_dim=64, sliding_window=128, layer_types=types, **rope
     )
     return ModelConfig(
-        **shape_of(keys, rope_theta=1.5e5, rms_norm_eps=1e-5),
-        **layer_types(keys),
-        attention_bias=flag(keys, "attention_bias", True),
+        **read.shape_of(keys, rope_theta=1.5e5, rms_norm_eps=1e-5),
+        **read.layer_types(keys),
+        attention_bias=read.flag(keys, "attention_bias", True),
         attention_sinks=True,
         moe_bias=True,
-        swiglu_limit=positive_number(keys, "swiglu_limit", 7.0),
-        swiglu_alpha=positive_number(keys, "swiglu_alpha", 1.702),
+        swiglu_limit=read.positive_number(keys, "swiglu_limit", 7.0),
+        swiglu_alpha=read.positive_number(keys, "swiglu_alpha", 1.702),
     )
 
 
@@ -64,8 +55,4 @@ def _experts(config: ModelConfig, prefix: str) -> Tensors:
         yield f"{installed}w2.bias", (Slice(f"{stack}down_proj_bias[{expert}]", (hidden,)),)
 
 
-def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, _experts)
-
-
-GPT_OSS = Family("gpt_oss", _read_config, _tensors)
+GPT_OSS = Family("gpt_oss", _read_config, _experts)

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.config_keys import flag, positive_number, shape_of, with_defaults
-from mixchat.weights.families.family import Family, Slice, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, expert_prefix, router
+from mixchat.weights.families import config_keys as read
+from mixchat.weights.families.family import Family, Slice, Tensors, expert_prefix, router
 
 _MULTIPLIERS = (
     "embedding_multiplier",
@@ -21,12 +20,14 @@ _MULTIPLIERS = (
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    keys = with_defaults(raw, num_local_experts=8, num_experts_per_tok=2)
-    multipliers: dict[str, Any] = {name: positive_number(keys, name, 1.0) for name in _MULTIPLIERS}
+    keys = read.with_defaults(raw, num_local_experts=8, num_experts_per_tok=2)
+    multipliers: dict[str, Any] = {
+        name: read.positive_number(keys, name, 1.0) for name in _MULTIPLIERS
+    }
     return ModelConfig(
-        **shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
+        **read.shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
         **multipliers,
-        attention_bias=flag(keys, "attention_bias"),
+        attention_bias=read.flag(keys, "attention_bias"),
     )
 
 
@@ -44,8 +45,4 @@ def _experts(config: ModelConfig, prefix: str) -> Tensors:
         yield f"{expert_prefix(prefix, expert)}w2.weight", (down,)
 
 
-def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, _experts)
-
-
-GRANITEMOE = Family("granitemoe", _read_config, _tensors)
+GRANITEMOE = Family("granitemoe", _read_config, _experts)

@@ -6,16 +6,8 @@ from typing import Any
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.config_keys import (
-    flag,
-    layer_count,
-    layer_types,
-    of_experts,
-    shape_of,
-    with_defaults,
-)
-from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import MLP_EXPERTS, decoder_tensors
+from mixchat.weights.families import config_keys as read
+from mixchat.weights.families.family import MLP_EXPERTS, Family
 
 _ROPES = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e5},
@@ -24,9 +16,9 @@ _ROPES = {
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    layers = layer_count(raw)
-    keys = with_defaults(
-        of_experts(raw),
+    layers = read.layer_count(raw)
+    keys = read.with_defaults(
+        read.of_experts(raw),
         num_key_value_heads=4,
         head_dim=128,
         sliding_window=1024,
@@ -39,16 +31,12 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
             f"config.json: mlp_layer_types is {kinds!r:.80}: models with dense layers do not run"
         )
     return ModelConfig(
-        **shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
-        **layer_types(keys),
+        **read.shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),
+        **read.layer_types(keys),
         qk_norm="head",
-        norm_topk_prob=flag(keys, "norm_topk_prob", True),
-        attention_bias=flag(keys, "attention_bias"),
+        norm_topk_prob=read.flag(keys, "norm_topk_prob", True),
+        attention_bias=read.flag(keys, "attention_bias"),
     )
 
 
-def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, MLP_EXPERTS)
-
-
-MELLUM = Family("mellum", _read_config, _tensors)
+MELLUM = Family("mellum", _read_config, MLP_EXPERTS)

@@ -5,19 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.weights.families.config_keys import shape_of, sliding_layers, with_defaults
-from mixchat.weights.families.family import Family, Tensors
-from mixchat.weights.families.tensors import decoder_tensors, separate_experts
+from mixchat.weights.families import config_keys as read
+from mixchat.weights.families.family import Family, separate_experts
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    keys = with_defaults(raw, num_local_experts=8, num_experts_per_tok=2)
-    shape = shape_of(keys, rope_theta=1e6, rms_norm_eps=1e-5)
-    return ModelConfig(**shape, **sliding_layers(raw))
+    keys = read.with_defaults(raw, num_local_experts=8, num_experts_per_tok=2)
+    shape = read.shape_of(keys, rope_theta=1e6, rms_norm_eps=1e-5)
+    return ModelConfig(**shape, **read.sliding_layers(raw))
 
 
-def _tensors(config: ModelConfig) -> Tensors:
-    return decoder_tensors(config, separate_experts("block_sparse_moe", "w1", "w2", "w3"))
-
-
-MIXTRAL = Family("mixtral", _read_config, _tensors)
+MIXTRAL = Family("mixtral", _read_config, separate_experts("block_sparse_moe", "w1", "w2", "w3"))

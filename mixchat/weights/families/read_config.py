@@ -12,22 +12,24 @@ from mixchat.base.files import read_json_object
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.dots1 import DOTS1
 from mixchat.weights.families.ernie4_5_moe import ERNIE4_5_MOE
-from mixchat.weights.families.family import Family, Slice
+from mixchat.weights.families.family import Family, Slice, decoder_tensors
 from mixchat.weights.families.glm4_moe import GLM4_MOE
 from mixchat.weights.families.gpt_oss import GPT_OSS
 from mixchat.weights.families.granitemoe import GRANITEMOE
 from mixchat.weights.families.mellum import MELLUM
+from mixchat.weights.families.minimax_m2 import MINIMAX_M2
 from mixchat.weights.families.mixtral import MIXTRAL
 from mixchat.weights.families.olmoe import OLMOE
 from mixchat.weights.families.qwen2_moe import QWEN2_MOE
 from mixchat.weights.families.qwen3_moe import QWEN3_MOE
 
-_ALL = (
-    *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
-    *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE),
-)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
-
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(MIXTRAL, QWEN3_MOE, MELLUM, OLMOE, GRANITEMOE, GPT_OSS),
+        *(QWEN2_MOE, ERNIE4_5_MOE, DOTS1, GLM4_MOE, MINIMAX_M2),
+    )
+}
 
 _LATENT, _DELTA_NET, _MAMBA = "multi-head latent attention", "Gated DeltaNet layers", "Mamba layers"
 # Needs of well-known models that no family here has.
@@ -85,4 +87,5 @@ def read_config_file(path: Path) -> ModelConfig:
 @lru_cache(maxsize=4)  # a large model has 20,000
 def slices(config: ModelConfig) -> Mapping[str, tuple[Slice, ...]]:
     """Return the slices of a checkpoint's tensors that make each tensor of the installed model."""
-    return dict(FAMILIES[config.model_type].tensors(config))
+    family = FAMILIES[config.model_type]
+    return dict(decoder_tensors(config, family.moe, rotates_neighbours=family.rotates_neighbours))

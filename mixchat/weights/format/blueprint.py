@@ -5,12 +5,6 @@
 Some matrices are fused, because one large multiplication is faster. `qkv_proj` is q above k above
 v, and an expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection, out = w2(silu(w1 x)
 * w3 x), or another product of w1 x and w3 x. A bias of a matrix comes after it, fp32.
-
-An expert is w13, then w2, then zeros up to a multiple of 4096 bytes, so that each begins on a page
-boundary, on disk and in memory. For Mixtral 8x7B in NF4:
-
-    w13.absmax 3,670,016 | w13.codes 58,720,256 | w2.absmax 1,835,008 | w2.codes 29,360,128
-    = 93,585,408 bytes = 22,848 pages, no padding
 """
 
 from __future__ import annotations
@@ -23,24 +17,17 @@ from typing import Any
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.safetensors import ALIGNMENT, Header, TensorSpec
+from mixchat.base.safetensors import Header, TensorSpec
 from mixchat.kernels.compile import kernels_available
-from mixchat.kernels.program import Stage, alone, together
-from mixchat.kernels.rows import Swiglu, can_compute
-from mixchat.weights.matrix.linear import (
-    TYPES,
-    Layout,
-    LinearSpec,
-    PackedLinear,
-    Scales,
-    as_packed,
-)
-from mixchat.weights.matrix.quant_type import Linear, QuantType
+from mixchat.weights.format.expert import ExpertSpec, swiglu_of
+from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, Scales
+from mixchat.weights.matrix.quant_type import QuantType
 
 SHARED_FILE = "shared.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head"
+_ROUTER = "block_sparse_moe.gate"
 
 # The types of w1 and w3 of an expert, and of w2, as `Quantization` has them.
 Form = tuple[QuantType, QuantType | None]
@@ -79,107 +66,6 @@ class Quantization:
         """Read a manifest's description."""
         values = {key: value for key, value in description.items() if key != "blocksize"}
         return cls(**{**values, "dtype": getattr(torch, values["dtype"])})
-
-
-@dataclass(frozen=True)
-class Expert:
-    """One expert, a function of x [n, D]. `exact` is as in `Linear`."""
-
-    gate_up: Linear
-    down: Linear
-    swiglu: Swiglu
-
-    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Return w2(silu(w1 x) * w3 x), [n, D], or with the product that the model has."""
-        return self.down(self.swiglu(self.gate_up(x, exact=exact)), exact=exact)
-
-    @cached_property
-    def addresses(self) -> list[int]:
-        """Return the addresses of codes, absmax and bias of both matrices."""
-        return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
-
-    def has_stages(self, x: torch.Tensor) -> bool:
-        """Return whether `stages` takes rows like x [T, D]."""
-        matrices = self.gate_up, self.down
-        if not all(isinstance(one, PackedLinear) and one.is_whole for one in matrices):
-            return False
-        return can_compute(x.dtype, as_packed(self.gate_up).rows // 2, x.device.type)
-
-    def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[list[int]]]:
-        """Return `__call__` as stages that map a row x [1, D] to each row of `out` [K, D].
-
-        Also returns the places of `addresses` for each row. Other addresses written there make
-        the stages compute other experts of the same form.
-        """
-        up, down = as_packed(self.gate_up), as_packed(self.down)
-        gate_up = torch.empty(len(out), up.rows, dtype=x.dtype)
-        gated = torch.empty(len(out), up.rows // 2, dtype=x.dtype)
-        round_x, project_up = up.row_steps(x, gate_up)
-        round_gated, project_down = down.row_steps(gated, out)
-        stages = [
-            alone(round_x),
-            together(*project_up),
-            together(self.swiglu.step(gate_up, gated)),
-            together(round_gated),
-            together(*project_down),
-        ]
-        names = ("codes", "absmax", "bias")
-        products = zip(project_up, project_down, strict=True)
-        return stages, [
-            [step.address(name) for step in both for name in names] for both in products
-        ]
-
-
-@dataclass(frozen=True)
-class ExpertSpec:
-    """The block of an expert. Its matrices take `nbytes`, the block takes `stride`."""
-
-    gate_up: LinearSpec
-    down: LinearSpec
-    swiglu: Swiglu
-
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in (*self.gate_up.tensors, *self.down.tensors))
-
-    @property
-    def packed(self) -> tuple[bool, bool]:
-        return self.gate_up.packed, self.down.packed
-
-    @cached_property
-    def stride(self) -> int:
-        """Return the bytes of the block, in whole pages."""
-        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
-
-    def tensors(self, expert: int) -> list[TensorSpec]:
-        """Return the block as tensors of a safetensors file, which allows no holes."""
-        specs = [
-            replace(spec, name=f"{expert}.{spec.name}")
-            for spec in (*self.gate_up.tensors, *self.down.tensors)
-        ]
-        padding = self.stride - self.nbytes
-        if padding:
-            specs.append(TensorSpec(f"{expert}.padding", torch.uint8, (padding,)))
-        return specs
-
-    def build(self, block: torch.Tensor) -> Expert:
-        """Return the expert over a block of `stride` bytes, which is used in place."""
-        gate_up, down = self._views(block)
-        return Expert(self.gate_up.build(gate_up), self.down.build(down), self.swiglu)
-
-    def convert(self, block: torch.Tensor, to: ExpertSpec) -> None:
-        """Rewrite the block in place from this layout to the layout of `to`."""
-        gate_up, down = self._views(block)
-        self.gate_up.convert(gate_up, to.gate_up)
-        self.down.convert(down, to.down)
-
-    def _views(self, block: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        views, start = [], 0
-        for spec in (*self.gate_up.tensors, *self.down.tensors):
-            views.append(block[start : start + spec.nbytes].view(spec.dtype).view(spec.shape))
-            start += spec.nbytes
-        split = len(self.gate_up.tensors)
-        return views[:split], views[split:]
 
 
 @dataclass(frozen=True)
@@ -222,7 +108,7 @@ class Blueprint:
     def _expert(self, form: Quantization) -> ExpertSpec:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
         kind, scales, bias = form.quant_type, form.scales, self.config.moe_bias
-        down, own = form.down or TYPES[kind].down_type or kind, Blueprint(self.config, form)
+        down, own = form.down or kind, Blueprint(self.config, form)
         return ExpertSpec(
             replace(own._linear("w13", 2 * inner, hidden, kind), scales=scales, bias=bias),
             replace(own._linear("w2", hidden, inner, down), scales=scales, bias=bias),
@@ -301,50 +187,45 @@ class Blueprint:
 
     def norms(self, layer: int) -> tuple[TensorSpec, TensorSpec]:
         """Return the weights of a layer's norms before attention and experts."""
-        prefix, shape = layer_prefix(layer), (self.config.hidden_size,)
+        hidden = self.config.hidden_size
         return (
-            TensorSpec(f"{prefix}input_layernorm.weight", self.quantization.dtype, shape),
-            TensorSpec(f"{prefix}post_attention_layernorm.weight", self.quantization.dtype, shape),
+            self._tensor(layer, "input_layernorm.weight", hidden),
+            self._tensor(layer, "post_attention_layernorm.weight", hidden),
         )
 
     def qk_norms(self, layer: int) -> list[TensorSpec]:
         """Return the weights of the norms of queries and keys, if the model has them."""
-        config, prefix = self.config, f"{layer_prefix(layer)}self_attn."
+        config, heads = self.config, {"q": 1, "k": 1}
         if config.qk_norm is None:
             return []
-        heads = 1, 1
         if config.qk_norm == "projection":
-            heads = config.num_attention_heads, config.num_key_value_heads
+            heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
         return [
-            TensorSpec(f"{prefix}{name}", self.quantization.dtype, (count * config.head_dim,))
-            for name, count in zip(("q_norm.weight", "k_norm.weight"), heads, strict=True)
+            self._tensor(layer, f"self_attn.{x}_norm.weight", count * config.head_dim)
+            for x, count in heads.items()
         ]
 
     def sinks(self, layer: int) -> TensorSpec:
         """Return the logits of a layer's heads that join the sums of their softmax."""
-        name = f"{layer_prefix(layer)}self_attn.sinks"
-        return TensorSpec(name, self.quantization.dtype, (self.config.num_attention_heads,))
+        return self._tensor(layer, "self_attn.sinks", self.config.num_attention_heads)
 
     def gate(self, layer: int) -> TensorSpec:
         """Return the matrix of a layer's router, which is never quantized."""
-        shape = (self.config.num_local_experts, self.config.hidden_size)
-        name = f"{layer_prefix(layer)}block_sparse_moe.gate.weight"
-        return TensorSpec(name, self.quantization.dtype, shape)
+        shape = self.config.num_local_experts, self.config.hidden_size
+        return self._tensor(layer, f"{_ROUTER}.weight", *shape)
 
     def gate_bias(self, layer: int) -> TensorSpec:
         """Return the bias of a layer's router, which only models with `moe_bias` have."""
-        name = f"{layer_prefix(layer)}block_sparse_moe.gate.bias"
-        return TensorSpec(name, self.quantization.dtype, (self.config.num_local_experts,))
+        return self._tensor(layer, f"{_ROUTER}.bias", self.config.num_local_experts)
 
     def score_correction(self, layer: int) -> TensorSpec:
         """Return what a layer's router adds to scores, fp32, if they have a correction."""
-        name = f"{layer_prefix(layer)}block_sparse_moe.gate.e_score_correction_bias"
-        return TensorSpec(name, torch.float32, (self.config.num_local_experts,))
+        name, count = f"{_ROUTER}.e_score_correction_bias", self.config.num_local_experts
+        return replace(self._tensor(layer, name, count), dtype=torch.float32)
 
     def mlp_gate(self, layer: int) -> TensorSpec:
         """Return the gate of a layer's dense part, which only some models have."""
-        name = f"{layer_prefix(layer)}mlp.gate.weight"
-        return TensorSpec(name, self.quantization.dtype, (1, self.config.hidden_size))
+        return self._tensor(layer, "mlp.gate.weight", 1, self.config.hidden_size)
 
     def router(self, layer: int) -> Iterator[TensorSpec]:
         """Yield the tensors that route a layer's tokens to experts, and weigh its dense part."""
@@ -443,6 +324,9 @@ class Blueprint:
         attention = _widened(stored.attention)
         return replace(self, quantization=replace(stored, attention=attention, head=head))
 
+    def _tensor(self, layer: int, name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(f"{layer_prefix(layer)}{name}", self.quantization.dtype, shape)
+
     def _dense(self, name: str, rows: int, columns: int, bias: bool = False) -> LinearSpec:
         matrix = self._linear(name, rows, columns, self.quantization.attention)
         return replace(matrix, bias=bias)
@@ -452,11 +336,6 @@ class Blueprint:
         if scales == "calibrated" and not TYPES[quant_type].calibrated_dense_parts:
             scales = "search"
         return LinearSpec(name, rows, columns, quant_type, stored.layout, stored.dtype, scales)
-
-
-def swiglu_of(config: ModelConfig) -> Swiglu:
-    """Return what experts do between their matrices."""
-    return Swiglu(config.swiglu_limit, config.swiglu_alpha)
 
 
 def layers_unlike(shared: Quantization, layers: Iterable[Quantization]) -> tuple[Quantization, ...]:

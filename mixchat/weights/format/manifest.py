@@ -39,8 +39,9 @@ INPUTS_DIR = "expert-inputs"  # of a calibration
 FORMAT = 4
 _FORMAT_MIXED = 5  # the experts' types differ by layer or matrix
 _FORMAT_BEFORE = 3  # it lacked `checkpoint` and `unlike`
+_DOWNLOAD_AGAIN = "mixchat rm {}, and download it again"  # {} stands for the model
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
-_EXPERT_TYPES = ("nf3", "nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")
+_EXPERT_TYPES = ("nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
     "quant_type": _EXPERT_TYPES,
     "down": (None, *_EXPERT_TYPES),
@@ -183,18 +184,22 @@ def _read(path: Path) -> Manifest:
 
 
 def _other_format(path: Path, version: object) -> CheckpointError:
-    name = path.parent.name
-    mend = f"mixchat rm {name}, and download it again"
+    mend = _DOWNLOAD_AGAIN
     if type(version) is int and version > _FORMAT_MIXED:
         mend = f"update mixchat; or {mend}"
     elif version == _FORMAT_BEFORE:
-        mend = f"mixchat convert {name}"
+        mend = "mixchat convert {}"
+    message = f"made by another mixchat (format {version!r:.40}, this one reads {_FORMAT_MIXED})"
+    return _unreadable(path, message, mend)
+
+
+def _unreadable(path: Path, message: str, mend: str = _DOWNLOAD_AGAIN) -> CheckpointError:
+    """Return the error for an intact manifest. `mend` is a command, with {} for the model."""
     outside = path.parent.absolute().parent != models_dir()
-    hint = f"To mend it: {f'move it to {models_dir()}, then ' if outside else ''}{mend}."
-    message = (
-        f"{path}: made by another mixchat (format {version!r:.40}, this one reads {_FORMAT_MIXED})"
+    move = f"move it to {models_dir()}, then " if outside else ""
+    return CheckpointError(
+        f"{path}: {message}", hint=f"To mend it: {move}{mend.format(path.parent.name)}."
     )
-    return CheckpointError(message, hint=hint)
 
 
 def _parse(path: Path, raw: dict[str, Any]) -> Manifest:
@@ -280,7 +285,7 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     for key, allowed in (_QUANTIZATION | depending).items():
         value = quantization.get(key)
         if not any(value == known and type(value) is type(known) for known in allowed):
-            raise CheckpointError(f"{path}: {key} {value!r:.40} is not known to this mixchat")
+            raise _unreadable(path, f"{key} {value!r:.40} is not known to this mixchat")
 
 
 def _check(path: Path, manifest: Manifest) -> None:

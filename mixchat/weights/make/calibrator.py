@@ -37,7 +37,8 @@ from mixchat.base.files import (
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import tensor_bytes
-from mixchat.weights.format.blueprint import Blueprint, Form, experts_file, swiglu_of
+from mixchat.weights.format.blueprint import Blueprint, Form, experts_file
+from mixchat.weights.format.expert import swiglu_of
 from mixchat.weights.format.manifest import Manifest
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.matrix.linear import TYPES, BiasedLinear, LinearSpec

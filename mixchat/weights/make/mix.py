@@ -169,8 +169,7 @@ def _options(
 ) -> Iterator[_Option]:
     for (up, down), size in sizes.items():
         cost = sensitivity.up * squared_error(up) + sensitivity.down * squared_error(down)
-        usual = TYPES[up].down_type or up
-        yield _Option(size, cost, (up, None if down == usual else down))
+        yield _Option(size, cost, (up, None if down == up else down))
 
 
 def _steps(options: Sequence[_Option]) -> Iterator[tuple[float, _Option]]:

@@ -2,7 +2,6 @@
 
 - linear.py: y = x W^T, the table of types, and the form in which a matrix is stored
 - quant_type.py: the bases of quantization types, and the dense one
-- nf3.py: 3-bit codes in their two layouts
 - trellis.py: 2-bit and 3-bit codes that depend on each other
 - trellis_table.py: the numbers of a trellis, and the words that choose them
 - trellis_layout.py: the two layouts of a trellis' codes

@@ -27,7 +27,6 @@ from mixchat.kernels.units import MANY
 from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import FP4, NF4, Quantized4bit
 from mixchat.weights.matrix.quant_type import (
     DENSE,
@@ -43,7 +42,6 @@ from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 TYPES: dict[QuantType, QuantizationType] = {
     "trellis2": TRELLIS2,
     "trellis3": TRELLIS3,
-    "nf3": NF3,
     "nf4": NF4,
     "fp4": FP4,
     "mxfp4": MXFP4,

@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mixchat.kernels.units import BAND, FOUR_BITS
+from mixchat.kernels.four_bit_units import FOUR_BITS
+from mixchat.kernels.units import BAND
 from mixchat.weights.matrix.encode import Grid, encode
 from mixchat.weights.matrix.quant_type import (
     BLOCKSIZE,

@@ -22,9 +22,7 @@ BLOCKSIZE = BLOCK  # weights that share a scale, in all types but MXFP4
 _REORDERED = 2**21  # weights whose codes are reordered at once
 _PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
-QuantType = Literal[
-    "nf3", "nf4", "fp4", "mxfp4", "int5", "int6", "int8", "trellis2", "trellis3", "none"
-]
+QuantType = Literal["nf4", "fp4", "mxfp4", "int5", "int6", "int8", "trellis2", "trellis3", "none"]
 Shape = tuple[int, int]  # R, C
 Encoded = tuple[torch.Tensor, torch.Tensor]  # codes and absmax
 RecordRows = Callable[[torch.Tensor], object]
@@ -64,7 +62,6 @@ class QuantizationType(ABC):
     # True if experts can have it in some layers or matrices only.
     mixable = False
     needs_calibration = False  # whether plain rounding to it ruins a model
-    down_type: QuantType | None = None  # of experts' down projection, if it is another one
     widened_on_gpu = False  # whether a GPU with room computes with it as a dense matrix
 
     def stored_rows(self, rows: int, columns: int) -> int:

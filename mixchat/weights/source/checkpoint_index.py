@@ -18,10 +18,9 @@ import torch
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec, split_part
-from mixchat.weights.families.family import Slice
-from mixchat.weights.families.gguf_tensors import ROUTER, gguf_tensors
+from mixchat.weights.families.family import Slice, expert_prefix
+from mixchat.weights.families.gguf import ROUTER, gguf_tensors
 from mixchat.weights.families.read_config import slices
-from mixchat.weights.families.tensors import expert_prefix
 from mixchat.weights.format.blueprint import EMBEDDING, layer_prefix
 from mixchat.weights.matrix import bnb_format, fp8_format, gguf_format, mxfp4_format
 from mixchat.weights.matrix.gguf_format import GgufSpec

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat.base.errors import (
@@ -19,12 +19,22 @@ from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
-from mixchat.serving.requests.forms import no_forms
-from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.service import QueueFullError, ShuttingDownError
+from mixchat.serving.web.anthropic import read_counted, read_messages
+from mixchat.serving.web.ollama import read_generate, read_ollama_chat
+from mixchat.serving.web.openai_responses import read_responses
+from tests.campaigns.hostile_api_bodies import changed
 from tests.serving.web.scripted_service import ScriptedService
 
 SERVICE = ScriptedService()
+READERS = {
+    "/v1/messages": read_messages,
+    "/v1/messages/count_tokens": read_counted,
+    "/v1/responses": read_responses,
+    "/api/chat": read_ollama_chat,
+    "/api/generate": read_generate,
+}
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 SHARED = {
     "model": "scripted",
@@ -67,7 +77,7 @@ any_json = st.recursive(
 
 
 def read(reader, body, strict=True):
-    return reader(body, SERVICE, Defaults(SamplingOptions(), strict=strict), no_forms)
+    return reader(body, LoadedModel(SERVICE, Defaults(SamplingOptions(), strict=strict)))
 
 
 def error_of(work):
@@ -126,6 +136,19 @@ def test_any_bytes_are_an_object_or_refused(data):
 @given(any_json)
 def test_what_is_read_is_what_was_sent(value):
     assert read_object(json.dumps({"a": value}).encode()) == {"a": value}
+
+
+@settings(max_examples=300)
+@given(st.randoms(use_true_random=False), st.booleans())
+def test_a_changed_body_of_another_api_is_read_or_refused(random, strict):
+    path, body = changed(random, forms=True)
+    model = LoadedModel(
+        SERVICE,
+        Defaults(SamplingOptions(), strict=strict),
+        lambda form, at_end=None: lambda *begun, **options: None,
+    )
+    error = error_of(lambda: READERS[path](read_object(json.dumps(body).encode()), model))
+    assert error is None or error.status in (400, 404)
 
 
 CHAT_REFUSED = [

@@ -11,7 +11,6 @@ from mixchat.base.errors import PromptError
 from mixchat.base.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.requests import lines as lines_module
-from mixchat.serving.requests.forms import no_forms
 from mixchat.serving.requests.lines import (
     Begin,
     Line,
@@ -20,13 +19,13 @@ from mixchat.serving.requests.lines import (
     answered_here,
     numbered_lines,
 )
-from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.options import Defaults, LoadedModel
 
 ADVICE = Defaults(SamplingOptions(temperature=1.0), 12)
 
 
 def begin_with(service: ModelService, **given: Any) -> Begin:
-    return answered_here(service, ADVICE, LineDefaults(**given), no_forms)
+    return answered_here(LoadedModel(service, ADVICE), LineDefaults(**given))
 
 
 def answers(

@@ -10,12 +10,13 @@ from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tool_formats import FORMATS, PLAIN
 from tests.serving.web.scripted_service import ScriptedService
 
+DEFAULTS = Defaults(SamplingOptions())
 ASK = {"role": "user", "content": "Hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
@@ -43,7 +44,7 @@ def read(service, messages=(ASK,), **fields):
         return lambda *begun, **options: None
 
     body = {"messages": list(messages), **fields}
-    (job,) = read_chat(body, service, Defaults(SamplingOptions()), compile_form).jobs
+    (job,) = read_chat(body, LoadedModel(service, DEFAULTS, compile_form)).jobs
     return job, forms
 
 
@@ -162,7 +163,7 @@ def test_a_schema_that_cannot_be_kept_is_refused_with_its_tool(service):
     never = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
     body = {"messages": [ASK], "tools": [tool(), tool("g", parameters=never)]}
     with pytest.raises(RequestError, match=r"arguments of g: .* at #/properties/a") as error:
-        read_chat(body, service, Defaults(SamplingOptions()), forms_of(service))
+        read_chat(body, LoadedModel(service, DEFAULTS, forms_of(service)))
     assert error.value.body["error"] | {"message": ""} == {
         "message": "", "type": "invalid_request_error", "param": "tools", "code": "invalid_schema",
     }  # fmt: skip

@@ -10,13 +10,13 @@ from scripted_service import ScriptedService
 
 from mixchat.base.options import SamplingOptions
 from mixchat.experts.workers.address import resolve
-from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.web.access import Access, bind
 from mixchat.serving.web.app import AppState, create_app
-from mixchat.serving.web.served_models import LoadedModel, ServedModels
+from mixchat.serving.web.served_models import ServedModels
 from mixchat.serving.web.server import WebServer
 
-PATIENCE = 20.0  # seconds that a test waits for what should come at once
+PATIENCE = 120.0  # seconds after which something hangs
 
 
 @dataclass

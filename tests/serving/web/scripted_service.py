@@ -2,9 +2,11 @@
 
 The answer to a prompt is what follows `say:` in its last line, and "Hello" without that. Words in
 braces do something: {seed} is the seed, {wait} a pause of 50 ms, {hang} one until it is cancelled,
-{fail} an error, {crash} an exception that is no error of mixchat's.
+{gate} one until there is the file that GATE names, {fail} an error, {crash} an exception that is no
+error of mixchat's.
 """
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -221,6 +223,9 @@ class ScriptedService:
             running.cancelled.wait(PAUSE)
         elif part == "{hang}":
             running.cancelled.wait()
+        elif part == "{gate}":
+            while not (os.path.exists(os.environ["GATE"]) or running.cancelled.wait(PAUSE)):
+                pass
         elif part == "{fail}":
             raise ResourceError("there is no memory", hint="Close other programs.")
         elif part == "{crash}":

@@ -1,19 +1,23 @@
 """The models of a server: a change of model, and a model that sleeps."""
 
 import asyncio
+import json
 import threading
+from contextlib import suppress
 
 import pytest
-from raw_http import exchange, request
+from raw_http import exchange, read_response, request
 from scripted_service import ScriptedService
 
 from mixchat.base.errors import ResourceError
+from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
-from mixchat.serving.requests.options import Defaults
+from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.service import ShuttingDownError
-from mixchat.serving.web.served_models import LoadedModel, ServedModels
+from mixchat.serving.web.served_models import ServedModels
 
 CHAT = "/v1/chat/completions"
+SIZES = {"a": 4000, "b": 40_000}  # tokens of the contexts
 
 
 class Shelf:
@@ -25,10 +29,10 @@ class Shelf:
         self.may_load.set()
 
     def load(self, name):
-        assert self.may_load.wait(20)
+        assert self.may_load.wait(60)
         if self.errors:
             raise self.errors.pop()
-        service = ScriptedService()
+        service = ScriptedService(context_size=SIZES[name])
         service.name = name
         self.open.append(name)
         self.loads.append(name)
@@ -43,15 +47,31 @@ def shelf():
 
 
 def models_of(shelf, **options):
-    return ServedModels(shelf.load("a"), shelf.load, others=lambda: ["a", "b"], **options)
+    return ServedModels(shelf.load("a"), shelf.load, others=others, **options)
+
+
+def others():
+    """It may read the disk, which would hold up the answers in the event loop."""
+    with pytest.raises(RuntimeError):
+        asyncio.get_running_loop()
+    return {name: Context(size, size) for name, size in SIZES.items()}
 
 
 async def until(condition):
-    for _ in range(2000):
+    for _ in range(12_000):
         if condition():
             return
         await asyncio.sleep(0.005)
     raise AssertionError("it never came")
+
+
+async def left_while_loading(models, shelf):
+    """The request of a client that leaves while another model loads, until it may load."""
+    shelf.may_load.clear()
+    leaving = asyncio.ensure_future(models.use("b").__aenter__())
+    await until(lambda: not models.is_loaded)
+    leaving.cancel()
+    return leaving
 
 
 def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
@@ -60,7 +80,7 @@ def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
         for name, used in [(None, "a"), ("b", "b"), (None, "b"), ("unknown", "b"), ("a", "a")]:
             async with models.use(name) as model:
                 assert (model.service.name, shelf.open) == (used, [used])
-        assert models.names == ["a", "b"]
+        assert list(await models.contexts()) == ["a", "b"]
 
     asyncio.run(main())
     assert shelf.loads == ["a", "b", "a"]
@@ -104,10 +124,7 @@ def test_a_client_that_leaves_while_a_model_loads_leaves_no_second_model_open(sh
 
     async def main():
         models = models_of(shelf, sleep_after=0.05)
-        shelf.may_load.clear()
-        leaving = asyncio.ensure_future(models.use("b").__aenter__())
-        await until(lambda: not models.is_loaded)
-        leaving.cancel()
+        leaving = await left_while_loading(models, shelf)
         staying = asyncio.ensure_future(models.use("a").__aenter__())
         await asyncio.sleep(0.02)
         shelf.may_load.set()
@@ -120,14 +137,11 @@ def test_a_client_that_leaves_while_a_model_loads_leaves_no_second_model_open(sh
 def test_a_model_that_was_loaded_for_nobody_sleeps_too(shelf):
     async def main():
         models = models_of(shelf, sleep_after=0.05)
-        shelf.may_load.clear()
-        leaving = asyncio.ensure_future(models.use("b").__aenter__())
-        await until(lambda: not models.is_loaded)
-        leaving.cancel()
+        leaving = await left_while_loading(models, shelf)
         shelf.may_load.set()
         await asyncio.wait([leaving])
-        assert shelf.open == ["b"]
         await until(lambda: shelf.open == [])
+        assert shelf.loads == ["a", "b"]
 
     asyncio.run(main())
 
@@ -141,7 +155,7 @@ def test_the_servers_end_waits_for_a_model_that_is_being_unloaded(shelf):
             pass
         entered, may_close = threading.Event(), threading.Event()
         close = model.service.close
-        model.service.close = lambda patience=0.0: (entered.set(), may_close.wait(20))
+        model.service.close = lambda patience=0.0: (entered.set(), may_close.wait(60))
         await until(entered.is_set)
         ending = asyncio.ensure_future(asyncio.to_thread(models.close))
         await asyncio.sleep(0.05)
@@ -205,5 +219,27 @@ def test_counts_go_on_over_a_change_of_model(serve, shelf):
         assert (response.status, response.json["model"]) == (200, name)
     assert b"mixchat_requests_finished_total 3" in exchange(served, request("/metrics")).body
     listed = exchange(served, request("/v1/models")).json["data"]
-    assert [model["id"] for model in listed] == ["b", "a"]
+    assert [(model["id"], model["context_size"]) for model in listed] == [
+        ("b", 40_000),
+        ("a", 4000),
+    ]
+    models.close()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_may_be_as_long_as_the_model_that_it_names_can_take(serve, shelf, chunked):
+    """The limit was the loaded model's, so that long prompts for another one were refused."""
+    models = models_of(shelf)
+    served = serve(models=models)
+    for size, status in [(2_000_000, 200), (20_000_000, 413)]:
+        asked = {"model": "b", "messages": [{"role": "user", "content": "say:hi"}]}
+        body = json.dumps(asked | {"user": "x" * size}).encode()
+        length, how = (None, "chunked") if chunked else (str(len(body)), None)
+        data = request(CHAT, body, content_length=length, transfer_encoding=how)
+        if chunked:
+            data = data.replace(body, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        with served.connect() as connection:
+            with suppress(ConnectionError):  # it is refused before its end
+                connection.sendall(data)
+            assert read_response(connection).status == status
     models.close()

@@ -244,12 +244,6 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
     [
         ("/v1/messages", {"messages": question("a")}, 400, "max_tokens is missing"),
         ("/v1/messages", {"max_tokens": 1, "messages": []}, 400, "messages is missing or empty"),
-        (
-            "/v1/messages",
-            {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            400,
-            "messages[0].content",
-        ),
         ("/v1/messages", {"max_tokens": 1, "model": "b", "messages": question("a")}, 404, "'b'"),
         ("/v1/responses", {"input": "a", "previous_response_id": "r"}, 400, "not stored"),
         ("/v1/responses", {"input": [{"type": "image_generation_call"}]}, 400, "input[0].type"),
@@ -303,44 +297,10 @@ def test_ollama_generates_from_a_prompt_chats_or_raw_text(served, stream):
 
 def test_ollama_lists_and_shows_models(served):
     with closing(OllamaClient(served)) as client:
-        assert [model.model for model in client.api.list().models] == ["scripted"]
-        assert [model.model for model in client.api.ps().models] == ["scripted"]
+        assert [model.model for model in client.api.list().models] == ["scripted:latest"]
+        assert [model.model for model in client.api.ps().models] == ["scripted:latest"]
         assert "tools" in client.api.show("scripted:latest").capabilities
     assert exchange(served, request("/api/version")).json["version"].count(".") == 2
-
-
-def test_fields_without_an_effect_are_named(served):
-    for path, body, named in [
-        ("/v1/messages", {"max_tokens": 9, "mcp_servers": [1]}, "mcp_servers"),
-        (
-            "/api/chat",
-            {"keep_alive": "5m", "options": {"mirostat": 1}, "stream": False},
-            "keep_alive, options.mir",
-        ),
-        ("/v1/responses", {"tools": [{"type": "web_search"}]}, "tools[0]"),
-    ]:
-        given = {"input": "say:a"} if "responses" in path else {"messages": question("a")}
-        response = exchange(served, request(path, {**given, **body}))
-        assert (response.status, named in response.headers["x-mixchat-ignored"]) == (200, True)
-
-
-def test_names_of_fields_cannot_forge_headers_or_notes(served):
-    """Anthropic's clients may send any field, and the client chooses its name."""
-    names = ["a\r\nset-cookie: b", "\x1b[31m", "\U0001f600", "b" * 5000, *map(str, range(1000))]
-    body = {"max_tokens": 9, "messages": question("a"), **dict.fromkeys(names, 1)}
-    response = exchange(served, request("/v1/messages", body))
-    named = response.headers["x-mixchat-ignored"]
-    assert (response.status, "set-cookie" in response.headers) == (200, False)
-    assert (named.isascii(), named.isprintable(), len(named) < 2000) == (True, True, True)
-    assert served.notes
-    assert all(note.isascii() and note.isprintable() for note in served.notes)
-
-
-@pytest.mark.parametrize(("stops", "known"), [(["b"], "b"), (["x", "b"], None)])
-def test_anthropics_answer_names_no_stop_sequence_that_it_does_not_know(served, stops, known):
-    body = {"max_tokens": 9, "messages": question("abc"), "stop_sequences": stops}
-    answer = exchange(served, request("/v1/messages", body)).json
-    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", known)
 
 
 @pytest.mark.parametrize(
@@ -353,12 +313,14 @@ def test_anthropics_answer_names_no_stop_sequence_that_it_does_not_know(served, 
 )
 def test_at_most_two_forms_are_checked_at_once(serve, path, body):
     """A grammar's check is a process, too, but was not counted."""
-    running, most = set(), []
+    running, most, two = set(), [], threading.Barrier(2)
 
     def compile_form(form, at_end=None):
         running.add(threading.get_ident())
+        two.wait(60)
+        time.sleep(0.05)  # in which a third one could come
         most.append(len(running))
-        time.sleep(0.05)
+        two.wait(60)
         running.remove(threading.get_ident())
         return lambda *a, **k: None
 

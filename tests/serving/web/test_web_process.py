@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,12 +45,12 @@ class Process:
 
     def wait_until_running(self, count):
         while f"requests_running {count}" not in exchange(self, request("/metrics")).body.decode():
-            pass
+            time.sleep(0.01)
 
     def wait_until_closing(self):
         hi = request(CHAT, {"messages": [{"role": "user", "content": "Hi"}]})
         while (response := exchange(self, hi)).status == 200:
-            pass
+            time.sleep(0.01)
         return response
 
     def next_line(self):
@@ -136,9 +137,9 @@ def test_a_signal_that_the_system_gives_to_another_thread_ends_it(start):
     assert process.end() == (143, "")
 
 
-def test_running_answers_come_to_their_end_and_new_ones_are_refused(start):
-    process = start()
-    text = "say:a" + "{wait}" * 40 + "b"
+def test_running_answers_come_to_their_end_and_new_ones_are_refused(start, tmp_path):
+    process = start(variables={"GATE": str(tmp_path / "gate")})
+    text = "say:a{gate}b"
     with process.ask(text) as whole, process.ask(text, stream=True) as streamed:
         process.wait_until_running(2)
         process.popen.send_signal(signal.SIGTERM)
@@ -146,6 +147,7 @@ def test_running_answers_come_to_their_end_and_new_ones_are_refused(start):
         assert process.next_line() == ENDING.format("2 answers")
         refusal = process.wait_until_closing()
         assert (refusal.status, refusal.error["code"]) == (503, "shutting_down")
+        (tmp_path / "gate").touch()
         assert content(read_response(whole)) == "ab"
         assert b"data: [DONE]" in read_response(streamed).body
     assert process.end() == (143, "")

@@ -54,6 +54,7 @@ def test_a_model_that_does_not_think_has_no_reasoning_content(client):
         ({"chat_template_kwargs": {"enable_thinking": True}}, {"enable_thinking": True}),
         ({"chat_template_kwargs": {"reasoning_effort": "low"}}, {"reasoning_effort": "low"}),
         ({"reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+        ({"reasoning_effort": "xhigh"}, {"reasoning_effort": "high"}),
         ({"reasoning_effort": "none"}, {"enable_thinking": False}),
         ({"think": False}, {"enable_thinking": False}),
         ({"response_format": {"type": "json_object"}}, {"enable_thinking": False}),

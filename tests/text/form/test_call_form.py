@@ -26,7 +26,10 @@ from mixchat.text.tool_parser import answer_parser
 
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"enum": ["Oslo", "Rome}"]}, "days": {"type": "integer", "maximum": 9}},
+    "properties": {
+        "city": {"type": "string", "enum": ["Oslo", "Rome}\n"]},
+        "days": {"type": "integer", "maximum": 9},
+    },
     "required": ["city"],
     "additionalProperties": False,
 }
@@ -69,7 +72,7 @@ def compiled(form: CallForm, tokens: Tokens) -> Any:
 def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer, Any]:
     """An answer that begins with what is `said` and continues with random tokens that may come."""
     thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
-    parser = answer_parser(thinking, form.format, tokens, ())
+    parser = answer_parser(thinking, form.format, tokens, (), offered=form.tools)
     answer = Answer(Detokenizer(tokens), AnswerLimits({STOP}, (), None, 3000), parser)
     constraint: Any = compiled(form, tokens).start(continued=True)
     if not form.must_call:
@@ -102,6 +105,10 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
         ("mistral", ("[TOOL_CALLS]",)),
         ("granite", ("<|tool_call|>",)),
         ("granite-text", ()),
+        ("qwen-coder", ()),
+        ("qwen-coder", ("<tool_call>", "</tool_call>")),
+        ("glm", ()),
+        ("glm", FORMATS["glm"].marks),
         ("harmony", HARMONY),
     ],
 )
@@ -122,6 +129,61 @@ def test_random_tokens_make_calls_that_keep_to_the_schemas(
             jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
         counts.add(len(calls))
     assert (parallel and name != "harmony") or counts == {1}
+
+
+TEXT = "if a < 2:\n    say('\"Zürich\"')\n</p"
+WRITE = Tool("write", None, {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "lines": {"$ref": "#/$defs/n"},
+        "more": {"type": ["string", "null"]},
+    },
+    "required": ["text"],
+    "$defs": {"n": {"type": "array", "items": {"type": "integer"}}},
+})  # fmt: skip
+WRITTEN = {
+    "qwen-coder": """<tool_call>
+<function=write>
+<parameter=text>
+{}
+</parameter>
+<parameter=lines>
+[1, 2]
+</parameter>
+<parameter=more>
+"5"
+</parameter>
+</function>
+</tool_call>""",
+    "glm": """<tool_call>write
+<arg_key>text</arg_key>
+<arg_value>{}</arg_value>
+<arg_key>lines</arg_key>
+<arg_value>[1, 2]</arg_value>
+<arg_key>more</arg_key>
+<arg_value>"5"</arg_value>
+</tool_call>""",
+}
+
+
+@pytest.mark.parametrize("controls", [True, False])
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("text", [TEXT, "5", ""])
+def test_texts_between_tags_stand_without_quotes(name: str, controls: bool, text: str) -> None:
+    tokens = Tokens(*FORMATS[name].marks if controls else ())
+    form = CallForm(FORMATS[name], [WRITE], tokens.control_tokens, parallel=False)
+    answer, (call,) = walk(form, tokens, 0, WRITTEN[name].format(text))
+    assert (call.name, answer.reason, answer.text) == ("write", "tool_calls", "")
+    assert json.loads(call.arguments) == {"text": text, "lines": [1, 2], "more": "5"}
+
+
+def test_a_strict_tool_is_refused_for_what_tags_cannot_keep() -> None:
+    for more in ({"minLength": 3}, {"pattern": "a"}):
+        schema = {"type": "object", "properties": {"a": {"type": "string", **more}}}
+        with pytest.raises(UsageError, match=r"form of calls: (minLength|pattern)"):
+            call_grammar(CallForm(FORMATS["glm"], [Tool("f", None, schema, strict=True)]).to_text())
+        call_grammar(CallForm(FORMATS["glm"], [Tool("f", None, schema)]).to_text())
 
 
 @pytest.mark.parametrize("said", ["<tool_call>\n", '<tool_call>{"'])

@@ -12,7 +12,7 @@ from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.matrix.linear import Layout
 from mixchat.weights.matrix.quant_type import QuantType
 
-KINDS: tuple[QuantType, ...] = ("nf3", "nf4", "none")
+KINDS: tuple[QuantType, ...] = ("trellis3", "nf4", "none")
 
 
 def blueprint(

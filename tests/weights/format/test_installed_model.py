@@ -101,6 +101,23 @@ def test_another_format_is_one_line_with_the_command_that_mends_it(
     assert caught.value.hint == f"To mend it: {mend}"
 
 
+@pytest.mark.parametrize("part", ["experts of all layers", "experts of one layer"])
+def test_a_model_in_nf3_is_one_line_with_the_command_that_mends_it(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """NF3 was how 3 bits were stored before the trellis. `repair` could not have mended it."""
+    monkeypatch.setenv("MIXCHAT_HOME", str(installed.parent.parent))
+    raw = json.loads((installed / MANIFEST_FILE).read_text())
+    if part == "experts of all layers":
+        raw["quantization"]["quant_type"] = "nf3"
+    else:
+        raw["weights"]["experts-001.safetensors"]["unlike"]["quant_type"] = "nf3"
+    edit_manifest(installed, quantization=raw["quantization"], weights=raw["weights"])
+    with pytest.raises(CheckpointError, match=r"json: quant_type 'nf3' is not known") as caught:
+        read_manifest(installed)
+    assert caught.value.hint == "To mend it: mixchat rm mine, and download it again."
+
+
 @pytest.mark.parametrize(
     "changes",
     [

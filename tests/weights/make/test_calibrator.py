@@ -77,10 +77,9 @@ def error(weight: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor) -> floa
     return float(((weight - exact) @ rows.T).norm() / (exact @ rows.T).norm())
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf3"])
-def test_products_with_an_experts_own_inputs_get_better(wide_checkpoint, config, inputs, kind):
+def test_products_with_an_experts_own_inputs_get_better(wide_checkpoint, config, inputs):
     opened = DirectoryCheckpoint(wide_checkpoint, Source("test"))
-    options = QuantizeOptions(kind, layout="bitsandbytes")  # type: ignore[arg-type]
+    options = QuantizeOptions(layout="bitsandbytes")
     blueprint = make_blueprint(opened.index, options)
     dense = make_blueprint(opened.index, QuantizeOptions("none"))
     exact, plain, calibrated = (
@@ -100,7 +99,7 @@ def test_products_with_an_experts_own_inputs_get_better(wide_checkpoint, config,
     assert after[1] < before[1]  # whose columns matter alike in a random model
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf3"])
+@pytest.mark.parametrize("kind", ["nf4", "trellis3"])
 def test_a_few_windows_harm_no_expert(wide_checkpoint, config, tmp_path, kind):
     """A random Mixtral got worse: each expert's codes fitted the noise of its few rows."""
     with InputsWriter(tmp_path / "inputs") as writer:

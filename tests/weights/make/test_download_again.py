@@ -45,10 +45,7 @@ def test_a_failed_download_leaves_what_came_and_the_next_one_resumes(fake, home,
 
 def test_a_shard_that_is_used_up_is_neither_planned_nor_requested_again(fake):
     """A resumed download announced all shards, and measured the hub's rate on the first."""
-    fail_second(fake)
-    with pytest.raises(HubError):
-        get(REPO)
-    fake.faults.clear()
+    cut_off(fake)
     fake.requests.clear()
     made = plan_download(DownloadRequest(resolve(REPO), NF4), Meter())
     assert made is not None
@@ -70,10 +67,7 @@ def test_it_resumes_after_ctrl_c(fake, made, making, save_each_part):
 
 
 def test_it_resumes_the_commit_it_started_with_though_the_branch_moved(fake):
-    fail_second(fake)
-    with pytest.raises(HubError):
-        get(REPO)
-    fake.faults.clear()
+    cut_off(fake)
     fake.history, fake.commit = {COMMIT}, "d" * 40
     meter = Meter()
     assert read_manifest(get(REPO, meter=meter)).source.commit == COMMIT
@@ -81,10 +75,7 @@ def test_it_resumes_the_commit_it_started_with_though_the_branch_moved(fake):
 
 
 def test_it_starts_again_where_the_hub_has_forgotten_that_commit(fake):
-    fail_second(fake)
-    with pytest.raises(HubError):
-        get(REPO)
-    fake.faults.clear()
+    cut_off(fake)
     fake.commit = "d" * 40
     meter = Meter()
     assert read_manifest(get(REPO, meter=meter)).source.commit == "d" * 40
@@ -100,10 +91,7 @@ def test_it_starts_again_where_the_hub_has_forgotten_that_commit(fake):
     ],
 )
 def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(fake, made, before):
-    fail_second(fake)
-    with pytest.raises(HubError):
-        get(REPO, options=before)
-    fake.faults.clear()
+    cut_off(fake, options=before)
     meter = Meter()
     assert files_of(get(REPO, meter=meter)) == files_of(made)
     assert meter.bar("quantizing").first == 0
@@ -111,10 +99,7 @@ def test_with_other_options_it_starts_again_but_for_the_shards_that_are_there(fa
 
 
 def test_under_its_own_key_it_needs_no_other_name(fake, made):
-    fail_second(fake)
-    with pytest.raises(HubError):
-        get(REPO, key="mine")
-    fake.faults.clear()
+    cut_off(fake, key="mine")
     assert files_of(get("mine")) == files_of(made)
 
 
@@ -150,6 +135,14 @@ def test_a_directory_that_changed_meanwhile_starts_again(two_shards, tmp_path, m
     assert files_of(installed) == files_of(get(str(checkpoint), key="again")) | {
         name: (installed / name).read_bytes() for name in ("mixchat.json", "mixchat.copy.json")
     }
+
+
+def cut_off(fake: FakeHub, **how: Any) -> None:
+    """Begin a download that gets only the first shard."""
+    fail_second(fake)
+    with pytest.raises(HubError):
+        get(REPO, **how)
+    fake.faults.clear()
 
 
 def fail_second(fake: FakeHub) -> None:
@@ -203,7 +196,7 @@ def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over():
     assert fits()
     assert fits(attention=4)
     assert not fits(attention=16)
-    assert not fits("nf3")
+    assert not fits("trellis3")
     assert not fits("none")
     assert fits(head=16)
     assert not fits(head=4)

@@ -204,7 +204,7 @@ class TestAlreadyInstalled:
             QuantizeOptions(head=4),
             QuantizeOptions(head=16),
             QuantizeOptions(quant_type="none"),
-            QuantizeOptions(quant_type="nf3"),
+            QuantizeOptions(quant_type="trellis3"),
         ],
     )
     def test_with_other_quantization_it_is_not_taken_for_what_was_requested(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from weight_tools import Fetching, order_of, shard
 from mixchat.base import machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.machine import disk_usage
-from mixchat.weights.families.read_config import read_config
+from mixchat.weights.families.read_config import FAMILIES, read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import Source, read_manifest
 from mixchat.weights.known_models import KNOWN, MIXTRAL
@@ -36,6 +37,16 @@ from mixchat.weights.source.checkpoint_index import expected_index
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 MB = 1_000_000
+MXFP4 = "gpt_oss in mxfp4"
+FORMS: list[dict[str, Any]] = [
+    {},
+    *({"attention": bits, "head": bits} for bits in (16, 6, 5)),
+    {"layout": "bitsandbytes"},
+    {"layout": "cpu-packed"},
+    {"attention": 4, "head": 4},
+    *({"quant_type": kind} for kind in ("trellis3", "trellis2", "none")),
+    {"quant_type": "none", "attention": 8},
+]
 PLACES = {
     "one after another": order_of(["embed", "layers.0", "layers.1", "layers.2"]),
     "dealt out": 4,
@@ -76,15 +87,25 @@ class TestDisk:
         Build(opened, target, blueprint).run(ahead=ahead)
         assert 0.99 * peak < max(most) < 1.01 * peak
 
-    def test_a_finished_models_size_is_known_beforehand(self, tiny_checkpoint, install):
-        index = DirectoryCheckpoint(tiny_checkpoint, Source("x")).index
-        for attention in (None, 16, 8, 4):
-            for head in (None, 16, 4):
-                options = {"attention": attention, "head": head}
-                installed = install(tiny_checkpoint, **options)
-                weights = read_manifest(installed).weights.values()
-                size = make_blueprint(index, QuantizeOptions(**options)).size
-                assert size == sum(record.size for record in weights)
+    @pytest.mark.parametrize("family", [*FAMILIES, MXFP4])
+    def test_a_finished_models_size_is_known_beforehand(self, family, make_checkpoint, install):
+        """By the headers of the checkpoint, and by its config.json alone."""
+        how = {"model_type": "gpt_oss", "stored_as": "mxfp4"}
+        if family != MXFP4:
+            how = {"model_type": family, "stored_as": "bfloat16"}
+        checkpoint = make_checkpoint(**how, hidden_size=128, intermediate_size=128, head_dim=32)
+        index = DirectoryCheckpoint(checkpoint, Source("x")).index
+        config_alone = expected_index(index.config, "x", mxfp4=family == MXFP4)
+        for options in FORMS[:6] if family == MXFP4 else FORMS:
+            installed = install(checkpoint, **options)
+            sizes = {
+                name: (installed / name).stat().st_size for name in read_manifest(installed).weights
+            }
+            for known in (index, config_alone):
+                planned = make_blueprint(known, QuantizeOptions(**options))
+                headers = planned.headers()
+                assert {name: header.size for name, header in headers.items()} == sizes, options
+                assert planned.size == sum(sizes.values())
 
     def test_a_shard_that_takes_no_room_is_not_counted(self, large, tmp_path):
         opened = DirectoryCheckpoint(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))

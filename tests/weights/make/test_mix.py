@@ -27,7 +27,6 @@ from mixchat.weights.make.mix import (
     summary,
     usual_type,
 )
-from mixchat.weights.matrix.linear import TYPES
 
 MIXTRAL = Blueprint(read_config(KNOWN["instruct"].config), Quantization(layout="cpu-packed"))
 SHORT = replace(MIXTRAL, config=replace(MIXTRAL.config, num_hidden_layers=2))
@@ -36,7 +35,7 @@ costs = st.floats(0.01, 10)
 
 def types_of(form):
     up, down = form
-    return up, down or TYPES[up].down_type or up
+    return up, down or up
 
 
 def loss(forms, sensitivities):
@@ -130,8 +129,8 @@ def test_whole_bits_name_a_type():
 def test_a_damaged_note_of_the_types_is_named(tmp_path, content):
     inputs = ExpertInputs(tmp_path, SHORT.config)
     assert inputs.mix is None
-    inputs.write_mix(Mix("2.4", [("nf3", "nf3"), ("nf4", None)]))
-    assert inputs.mix == Mix("2.4", [("nf3", "nf3"), ("nf4", None)])
+    inputs.write_mix(Mix("2.4", [("trellis3", "trellis3"), ("nf4", None)]))
+    assert inputs.mix == Mix("2.4", [("trellis3", "trellis3"), ("nf4", None)])
     (tmp_path / "mix.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"mix\.json"):
         assert inputs.mix

@@ -24,7 +24,6 @@ from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, as_packed, type_of_bits
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import FP4, NF4, NibbleCodes, Quantized4bit
 from mixchat.weights.matrix.quant_type import BlockCodes, Linear, PlainLinear
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3, TrellisCodes
@@ -90,16 +89,6 @@ def numbers_of_int8(codes: torch.Tensor) -> list[float]:
     return [code / 127 for code in codes.tolist()]
 
 
-def numbers_of_nf3(codes: torch.Tensor) -> list[float]:
-    """The docstring of `nf3.py`, byte by byte."""
-    found, levels = [], NF3.levels.tolist()
-    for one, two, three in codes.view(-1, 3).tolist():
-        rest = one // 64 + two // 64 * 4 + three // 64 * 16
-        for byte in (one, two, three, rest):
-            found += [levels[byte % 8], levels[byte // 8 % 8]]
-    return found
-
-
 def even_numbers(bits: int) -> Callable[[torch.Tensor], list[float]]:
     """The docstring of `int6.py`, block by block."""
 
@@ -128,7 +117,6 @@ KINDS = [
     Kind(INT8, numbers_of_int8, 2e-4, 2e-4),
     Kind(INT6, even_numbers(6), 2e-4, 1.2e-2),
     Kind(INT5, even_numbers(5), 2e-4, 1.2e-2),
-    Kind(NF3, numbers_of_nf3, 4e-4, 1.2e-2),
     Kind(NF4, in_two_halves(NF4.levels), 4e-4, 1.2e-2),
     Kind(FP4, in_two_halves(FP4.levels), 4e-4, 1.2e-2),
     Kind(MXFP4, in_two_halves(MXFP4.levels), 4e-4, 1.2e-2),
@@ -380,7 +368,7 @@ def test_the_steps_of_a_packed_map_have_its_bits(
 
 
 @pytest.mark.parametrize(
-    ("part", "whole"), [(NF4, INT8), (NF4, NF3), (FP4, NF4), (MXFP4, NF4), (FP4, MXFP4)]
+    ("part", "whole"), [(NF4, INT8), (NF4, TRELLIS3), (FP4, NF4), (MXFP4, NF4), (FP4, MXFP4)]
 )
 def test_a_part_of_another_type_is_refused(part: NibbleCodes, whole: BlockCodes) -> None:
     parts = [Quantized4bit(part, 64, 128, *part.codes(random(64, 128)))]
@@ -399,5 +387,5 @@ def test_each_type_is_known_by_its_name_and_to_manifests() -> None:
 def test_a_type_is_found_by_its_bits() -> None:
     names = {16: "none", 8: "int8", 6: "int6", 5: "int5", 4: "nf4", 3: "trellis3", 2: "trellis2"}
     assert {bits: type_of_bits(bits) for bits in names} == names
-    found = {kind: type_of_bits(4, kind) for kind in ("nf3", "fp4", "mxfp4", "none")}
-    assert found == {"nf3": "nf4", "fp4": "fp4", "mxfp4": "nf4", "none": "nf4"}
+    found = {kind: type_of_bits(4, kind) for kind in ("trellis3", "fp4", "mxfp4", "none")}
+    assert found == {"trellis3": "nf4", "fp4": "fp4", "mxfp4": "nf4", "none": "nf4"}

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from mixchat.weights.matrix import gptq
-from mixchat.weights.matrix.nf3 import NF3
 from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, Inputs, Way
 
-each_type = pytest.mark.parametrize("kind", [NF4, NF3], ids=["nf4", "nf3"])
+each_type = pytest.mark.parametrize("kind", [NF4], ids=["nf4"])
 
 
 def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import gguf_files
 import pytest
 from fake_hub import REPO, FakeHub
@@ -14,12 +15,17 @@ from weight_tools import Meter, files_of, get
 from mixchat.base.errors import CheckpointError, HubError, UsageError
 from mixchat.base.progress import NoProgress
 from mixchat.weights.care.repair import repair, verify
+from mixchat.weights.families.gguf import gguf_config
 from mixchat.weights.format.manifest import Source, read_manifest
+from mixchat.weights.make import download_plan
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download import DownloadRequest, plan_download
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.make.unfinished import Spill
 from mixchat.weights.models import resolve
 from mixchat.weights.source.open_checkpoint import open_checkpoint
+
+WEIGHTS = (".gguf", ".safetensors")
 
 
 def install_from(path: Path, target: Path, **options: str) -> dict[str, bytes]:
@@ -50,6 +56,15 @@ class TestFamilies:
         # Not rounded, so that every weight shows.
         made = install_from(path, tmp_path / "made", quant_type="none")
         assert made == install_from(checkpoint, tmp_path / "own", quant_type="none")
+
+    def test_every_other_architecture_is_refused_by_its_name(self) -> None:
+        run = {gguf.MODEL_ARCH_NAMES[number] for number in gguf_files.ARCHITECTURES.values()}
+        others = {*gguf.MODEL_ARCH_NAMES.values()} - run
+        assert len(others) > 80
+        for other in others:
+            with pytest.raises(CheckpointError, match="does not run the architecture") as caught:
+                gguf_config({"general.architecture": other, f"{other}.expert_count": 8}, {}, "x")
+            assert f"'{other}'" in str(caught.value)
 
     def test_an_old_mixtral_has_each_matrix_for_itself(self, mixtral: Path, tmp_path: Path) -> None:
         path = gguf_files.write(mixtral, tmp_path / "model.gguf", separate=True)
@@ -118,6 +133,25 @@ class TestOnTheHub:
         plan = plan_download(request, NoProgress())
         assert plan is not None
         assert plan.fetch == plan.checkpoint == len(hub.files["tiny-v0.1.Q8_0.gguf"])
+
+    def test_a_plan_asks_for_the_disk_of_the_whole_file_beside_the_model(
+        self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its SHA-256 is the whole file's, so that no part of it may be used or removed before."""
+        monkeypatch.setattr(download_plan, "_SMALL_FILES_BYTES", 0)
+        ref, taken, drop = resolve(f"{REPO}:Q8_0"), list[int](), Spill.keep_only
+
+        def measure(spill: Spill, names: set[str]) -> None:
+            files = [path for path in ref.directory.rglob("*") if path.suffix in WEIGHTS]
+            taken.append(sum(path.stat().st_size for path in files))
+            drop(spill, names)
+
+        monkeypatch.setattr(Spill, "keep_only", measure)
+        plan = plan_download(DownloadRequest(ref, QuantizeOptions()), NoProgress())
+        assert plan is not None
+        get(f"{REPO}:Q8_0")
+        assert plan.disk[0].needed == pytest.approx(max(taken), rel=0.05)
+        assert plan.disk[0].needed > plan.checkpoint + 0.9 * plan.installed
 
     def test_an_interrupted_download_resumes(self, hub: FakeHub) -> None:
         hub.fail("^/tiny", after=1, cut_after=20_000, times=1)  # of the store, after the header

@@ -16,12 +16,8 @@ function element(name, className, text = "") {
 }
 
 function show(message) {
-  if (message.role === "user") {
-    return chat.appendChild(element("div", "user", message.content));
-  }
-  const shown = chat.appendChild(element("div", "assistant"));
-  shown.innerHTML = markdown.render(message.content);
-  return shown;
+  if (message.role === "user") chat.appendChild(element("div", "user", message.content));
+  else new AnswerView(message.content, message.reasoning_content).draw(true);
 }
 
 function note(text, className = "note") {
@@ -60,10 +56,11 @@ async function* events(response) {
   }
 }
 
-/** An answer on the screen while it grows: its thinking, folded, and its text in Markdown. */
+/** An answer on the screen, which may grow: its thinking, folded, and its text in Markdown. */
 class AnswerView {
-  constructor() {
-    this.text = this.thinking = "";
+  constructor(text = "", thinking = "") {
+    this.text = text;
+    this.thinking = thinking;
     this.root = chat.appendChild(element("div", "assistant"));
     this.folded = element("details", "");
     this.summary = this.folded.appendChild(element("summary", "", "Thinking …"));
@@ -77,13 +74,13 @@ class AnswerView {
     this.frame ||= requestAnimationFrame(() => this.draw());
   }
 
-  draw() {
+  draw(isDone) {
     cancelAnimationFrame(this.frame);
     this.frame = null;
     const atEnd = innerHeight + scrollY >= document.body.scrollHeight - 60;
     if (this.thinking && !this.folded.isConnected) this.root.prepend(this.folded);
     this.thought.textContent = this.thinking;
-    if (this.text) {
+    if (this.text || isDone) {
       this.summary.textContent = `Thinking, ${this.thinking.trim().split(/\s+/).length} words`;
       this.body.innerHTML = markdown.render(this.text);
     }
@@ -92,7 +89,8 @@ class AnswerView {
 }
 
 async function stream(view) {
-  const body = { messages, stream: true, stream_options: { include_usage: true } };
+  const asked = messages.map(({ role, content }) => ({ role, content }));
+  const body = { messages: asked, stream: true, stream_options: { include_usage: true } };
   const options = { method: "POST", body: JSON.stringify(body), signal: running.signal };
   const response = await call("v1/chat/completions", options);
   let began = null, reason = null, usage = null;
@@ -125,10 +123,10 @@ async function answer() {
   }
   running = null;
   setRunning(false);
-  view.draw();
+  view.draw(true);
   if (asked !== messages) return; // a new chat has begun
-  if (view.text) {
-    messages.push({ role: "assistant", content: view.text });
+  if (view.text || view.thinking) {
+    messages.push({ role: "assistant", content: view.text, reasoning_content: view.thinking });
   } else {
     view.root.remove();
     chat.lastChild.remove();

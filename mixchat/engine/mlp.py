@@ -1,0 +1,57 @@
+"""The dense part of one layer, which every token goes through.
+
+T = tokens, D = hidden_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mixchat.engine.attention import SingleTokenContext
+from mixchat.kernels import rows
+from mixchat.kernels.program import Stage, alone, together
+from mixchat.kernels.router import Router
+from mixchat.weights.format.expert import Expert
+from mixchat.weights.matrix.quant_type import RecordingLinear, RecordRows
+
+
+class DenseMLP:
+    """A feed-forward network of an expert's form, whose output may be multiplied by a gate.
+
+    gate: a router to one expert, whose weight multiplies.
+    """
+
+    def __init__(self, network: Expert, gate: Router | None = None) -> None:
+        self._network, self._gate = network, gate
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """Map x [T, D] to [T, D]."""
+        out = self._network(x, exact=exact)
+        if self._gate is None:
+            return out
+        _, weights = self._gate(x)
+        return rows.weighted_sum(out.unsqueeze(1), weights)
+
+    def record_inputs(self, of_w13: RecordRows, of_w2: RecordRows) -> None:
+        """Record the inputs of both matrices from now on. No step can be made then."""
+        up, down = self._network.gate_up, self._network.down
+        recording = RecordingLinear(up, of_w13), RecordingLinear(down, of_w2)
+        self._network = replace(self._network, gate_up=recording[0], down=recording[1])
+
+    def stages(self, context: SingleTokenContext) -> list[Stage]:
+        """Return `__call__` for one token, from `normed` to `dense`."""
+        out = context.dense
+        if self._gate is None:
+            return self._network.stages(context.normed, out)[0]
+        ungated = context.tensor("ungated", 1, *out.shape)
+        weight = torch.empty(1, 1)
+        score, choose = self._gate.steps(
+            context.normed, torch.empty(1, 1, dtype=torch.int64), weight
+        )
+        return [
+            *self._network.stages(context.normed, ungated[0])[0],
+            together(score),
+            alone(choose, rows.weighted_sum_step(ungated, weight, out)),
+        ]

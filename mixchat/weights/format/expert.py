@@ -1,0 +1,128 @@
+"""The block of an expert, with its matrices one after the other, and how it is computed.
+
+An expert is w13, then w2, then zeros up to a multiple of 4096 bytes, so that each begins on a page
+boundary, on disk and in memory. For Mixtral 8x7B in NF4:
+
+    w13.absmax 3,670,016 | w13.codes 58,720,256 | w2.absmax 1,835,008 | w2.codes 29,360,128
+    = 93,585,408 bytes = 22,848 pages, no padding
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import ALIGNMENT, TensorSpec
+from mixchat.kernels.program import Stage, alone, together
+from mixchat.kernels.rows import Swiglu, can_compute
+from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
+from mixchat.weights.matrix.quant_type import Linear
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert, a function of x [n, D]. `exact` is as in `Linear`."""
+
+    gate_up: Linear
+    down: Linear
+    swiglu: Swiglu
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """Return w2(silu(w1 x) * w3 x), [n, D], or with the product that the model has."""
+        return self.down(self.swiglu(self.gate_up(x, exact=exact)), exact=exact)
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Return the addresses of codes, absmax and bias of both matrices."""
+        return [*as_packed(self.gate_up).addresses, *as_packed(self.down).addresses]
+
+    def has_stages(self, x: torch.Tensor) -> bool:
+        """Return whether `stages` takes rows like x [T, D]."""
+        matrices = self.gate_up, self.down
+        if not all(isinstance(one, PackedLinear) and one.is_whole for one in matrices):
+            return False
+        return can_compute(x.dtype, as_packed(self.gate_up).rows // 2, x.device.type)
+
+    def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[list[int]]]:
+        """Return `__call__` as stages that map a row x [1, D] to each row of `out` [K, D].
+
+        Also returns the places of `addresses` for each row. Other addresses written there make
+        the stages compute other experts of the same form.
+        """
+        up, down = as_packed(self.gate_up), as_packed(self.down)
+        gate_up = torch.empty(len(out), up.rows, dtype=x.dtype)
+        gated = torch.empty(len(out), up.rows // 2, dtype=x.dtype)
+        round_x, project_up = up.row_steps(x, gate_up)
+        round_gated, project_down = down.row_steps(gated, out)
+        stages = [
+            alone(round_x),
+            together(*project_up),
+            together(self.swiglu.step(gate_up, gated)),
+            together(round_gated),
+            together(*project_down),
+        ]
+        names = ("codes", "absmax", "bias")
+        products = zip(project_up, project_down, strict=True)
+        return stages, [
+            [step.address(name) for step in both for name in names] for both in products
+        ]
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """The block of an expert. Its matrices take `nbytes`, the block takes `stride`."""
+
+    gate_up: LinearSpec
+    down: LinearSpec
+    swiglu: Swiglu
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in (*self.gate_up.tensors, *self.down.tensors))
+
+    @property
+    def packed(self) -> tuple[bool, bool]:
+        return self.gate_up.packed, self.down.packed
+
+    @cached_property
+    def stride(self) -> int:
+        """Return the bytes of the block, in whole pages."""
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def tensors(self, expert: int) -> list[TensorSpec]:
+        """Return the block as tensors of a safetensors file, which allows no holes."""
+        specs = [
+            replace(spec, name=f"{expert}.{spec.name}")
+            for spec in (*self.gate_up.tensors, *self.down.tensors)
+        ]
+        padding = self.stride - self.nbytes
+        if padding:
+            specs.append(TensorSpec(f"{expert}.padding", torch.uint8, (padding,)))
+        return specs
+
+    def build(self, block: torch.Tensor) -> Expert:
+        """Return the expert over a block of `stride` bytes, which is used in place."""
+        gate_up, down = self._views(block)
+        return Expert(self.gate_up.build(gate_up), self.down.build(down), self.swiglu)
+
+    def convert(self, block: torch.Tensor, to: ExpertSpec) -> None:
+        """Rewrite the block in place from this layout to the layout of `to`."""
+        gate_up, down = self._views(block)
+        self.gate_up.convert(gate_up, to.gate_up)
+        self.down.convert(down, to.down)
+
+    def _views(self, block: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        views, start = [], 0
+        for spec in (*self.gate_up.tensors, *self.down.tensors):
+            views.append(block[start : start + spec.nbytes].view(spec.dtype).view(spec.shape))
+            start += spec.nbytes
+        split = len(self.gate_up.tensors)
+        return views[:split], views[split:]
+
+
+def swiglu_of(config: ModelConfig) -> Swiglu:
+    """Return what experts do between their matrices."""
+    return Swiglu(config.swiglu_limit, config.swiglu_alpha)
