@@ -25,7 +25,8 @@ from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
 from mixchat.loading.workers import Share
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
-from mixchat.weights.format.blueprint import Blueprint, Expert
+from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 GREEDY = SamplingOptions(temperature=0)
