@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from mixchat.base import gpu
-from mixchat.engine.kv_cache import cache_bytes
+from mixchat.engine.kv_cache import bytes_seen
 from mixchat.kernels.pages import Bits
 from mixchat.planning.disk_speed import measure_disk
-from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.format.blueprint import HEAD, Blueprint
 
 _SUMMED_FLOATS = 250_000_000  # more than any cache of a CPU holds
 _TOKENS, _COLUMNS, _ROWS = 2048, 4096, 4096  # of the matrix product
@@ -92,10 +91,9 @@ def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) ->
     """Return the bytes that decoding a token reads, after `context` others."""
     config = blueprint.config
     experts = config.num_moe_layers * config.num_experts_per_tok * blueprint.mean_expert
-    head = [blueprint.head] if blueprint.head else []
-    matrices = sum(t.nbytes for spec in [*_dense_matrices(blueprint), *head] for t in spec.tensors)
+    matrices = sum(t.nbytes for spec in blueprint.shared_matrices.values() for t in spec.tensors)
     tied = 0 if blueprint.head else blueprint.embedding.nbytes
-    cache = cache_bytes(config, context, blueprint.quantization.dtype, kv_bits)
+    cache = bytes_seen(config, context, blueprint.quantization.dtype, kv_bits)
     return experts + matrices + tied + cache
 
 
@@ -104,9 +102,5 @@ def operations_per_token(blueprint: Blueprint) -> int:
     config, expert = blueprint.config, blueprint.expert
     each = sum(spec.rows * spec.columns for spec in (expert.gate_up, expert.down))
     experts = config.num_moe_layers * config.num_experts_per_tok * each
-    return 2 * (experts + sum(spec.rows * spec.columns for spec in _dense_matrices(blueprint)))
-
-
-def _dense_matrices(blueprint: Blueprint) -> list[LinearSpec]:
-    layers = range(blueprint.config.num_hidden_layers)
-    return [spec for layer in layers for spec in blueprint.dense_matrices(layer)]
+    dense = [spec for name, spec in blueprint.shared_matrices.items() if name != HEAD]
+    return 2 * (experts + sum(spec.rows * spec.columns for spec in dense))

@@ -12,31 +12,40 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mixchat.base.errors import UsageError
 from mixchat.base.files import write_file
+from mixchat.base.options import ExpertSize
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec, tensor_sha256
 from mixchat.base.settings import models_dir
+from mixchat.planning.fitting import expected_mix
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.format.blueprint import EMBEDDING, SHARED_FILE, experts_file
+from mixchat.weights.format.blueprint import EMBEDDING
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
     Source,
     WeightsRecord,
+    unlike,
     write_manifest,
 )
 from mixchat.weights.known_models import KNOWN
 from mixchat.weights.make.quantize_options import DENSE_BITS, default_blueprint
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 
+FOUR_BITS = ExpertSize(4.0)
+
 
 @contextmanager
 def synthetic_model(
-    layers: int, expert_bits: int = 4, shape: str = "instruct", dense_bits: int = DENSE_BITS
+    layers: int,
+    expert_bits: ExpertSize = FOUR_BITS,
+    shape: str = "instruct",
+    dense_bits: int = DENSE_BITS,
 ) -> Iterator[Path]:
     """Yield the directory of such a model, then delete it."""
     models = models_dir()
@@ -50,32 +59,33 @@ def synthetic_model(
 def write_synthetic(
     directory: Path,
     layers: int,
-    expert_bits: int = 4,
+    expert_bits: ExpertSize = FOUR_BITS,
     shape: str = "instruct",
     dense_bits: int = DENSE_BITS,
 ) -> None:
     """Write a model, by default with attention and head in 8 bits, as a download does.
 
-    4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits. Raises `UsageError` for bits that
-    the model has not.
+    4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits. In a mix all layers count as
+    equally sensitive. Raises `UsageError` for bits that the model has not.
     """
     known = KNOWN[shape]
-    kind = known.experts_quant_type or type_of_bits(expert_bits)
-    if TYPES[kind].bits != expert_bits:
+    kind = known.experts_quant_type or type_of_bits(expert_bits.whole or 4)
+    if expert_bits.whole not in (None, TYPES[kind].bits):
         raise UsageError(f"{shape} has experts in {TYPES[kind].bits} bits, not {expert_bits}")
     config = known.with_layers(layers)
     blueprint = default_blueprint(read_config(config), kind, dense_bits)
-    quantization = blueprint.quantization
+    if expert_bits.whole is None:
+        blueprint = expected_mix(blueprint, expert_bits)
+    whole = blueprint.quantization.description()
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()
     write_file(directory / "config.json", text)
     files = {"config.json": FileRecord.of(text)}
-    weights = {SHARED_FILE: _write(directory / SHARED_FILE, blueprint.shared_tensors(), 0)}
-    for layer in range(blueprint.config.num_moe_layers):
-        name = experts_file(layer)
-        weights[name] = _write(directory / name, blueprint.expert_tensors(layer), layer + 1)
-    description = quantization.description()
-    write_manifest(directory, Manifest(Source("synthetic"), description, files, weights))
+    weights, own = {}, blueprint.quantizations()
+    for seed, (name, specs) in enumerate(blueprint.files().items()):
+        record = _write(directory / name, specs, seed)
+        weights[name] = replace(record, unlike=unlike(own[name].description(), whole))
+    write_manifest(directory, Manifest(Source("synthetic"), whole, files, weights))
 
 
 def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> WeightsRecord:
@@ -108,4 +118,5 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
 if __name__ == "__main__":
     _directory, _layers, *_options = sys.argv[1:]
     _bits, _shape, _dense = [*_options, *("4", "instruct", str(DENSE_BITS))[len(_options) :]]
-    write_synthetic(Path(_directory), int(_layers), int(_bits), _shape, int(_dense))
+    _size = ExpertSize.parse(_bits)
+    write_synthetic(Path(_directory), int(_layers), _size, _shape, int(_dense))

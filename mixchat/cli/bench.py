@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from mixchat.base.errors import UsageError
+from mixchat.base.options import ExpertSize
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, option
-from mixchat.cli.flags.shell_completion import known_shapes, runnable_models
+from mixchat.cli.flags.shell_completion import known_shapes, one_of, runnable_models
 from mixchat.cli.output.png import checked_picture, write_figure
 from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
@@ -44,11 +45,12 @@ class BenchFlags(load_flags.LoadFlags):
         "instruct",
         autocompletion=known_shapes,
     )
-    expert_bits: Literal["16", "4", "3", "2"] | None = option(
+    expert_bits: str | None = option(
         "--expert-bits BITS",
-        "Bits of an expert's weight with --synthetic (16, 4, 3, 2).",
+        "Bits of an expert's weight with --synthetic, as for 'mixchat download'.",
         MEASURING,
         show_default="4",
+        autocompletion=one_of(*load_flags.EXPERT_BITS),
     )
     dense_bits: Literal["16", "8", "6", "5", "4"] | None = option(
         "--dense-bits BITS",
@@ -92,6 +94,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
             raise UsageError(f"{flag} goes with --synthetic", hint="A model has the bits it has.")
     if is_given(context, "shape") and synthetic is None:
         raise UsageError("--shape goes with --synthetic")
+    size = load_flags.parse_expert_bits(flags.expert_bits) or ExpertSize(4.0)
     picture = checked_picture(flags.png)
     if synthetic is not None:
         _check_shape(flags.shape, synthetic)
@@ -101,7 +104,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
 
     options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
     load = load_flags.load_options(flags, context_size=options.context_size)
-    form = int(flags.expert_bits or 4), flags.shape, int(flags.dense_bits or 8)
+    form = size, flags.shape, int(flags.dense_bits or 8)
     with _model(model, synthetic, *form) as directory:
         done = Bench(directory, load, options)
         _measure(done, flags.rounds)
@@ -127,7 +130,7 @@ def _check_shape(shape: str, layers: int) -> None:
 
 @contextmanager
 def _model(
-    name: str | None, layers: int | None, expert_bits: int, shape: str, dense_bits: int
+    name: str | None, layers: int | None, expert_bits: ExpertSize, shape: str, dense_bits: int
 ) -> Iterator[Path]:
     """Yield the model's directory. A synthetic model is deleted at the end."""
     from mixchat.weights import models

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.engine.kv_cache import PagedKVCache
 from mixchat.engine.norm import RMSNorm
+from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.kernels import rows
 from mixchat.kernels.program import Stage, Step, alone, together

@@ -14,8 +14,9 @@ from operator import is_
 import torch
 
 from mixchat.engine.attention import KVContext, SingleTokenContext
-from mixchat.engine.kv_cache import KVCache, PagedKVCache
+from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import AfterLayer, Block
+from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.experts.holder import ExpertLists
 from mixchat.kernels import rows
 from mixchat.kernels.program import Program

@@ -66,9 +66,11 @@ class CachedPrefix:
         return room if max_tokens is None else min(max_tokens, room)
 
     def shared_with(self, ids: Sequence[int]) -> int:
-        return shared_beginning(self.ids, ids)
+        """Return how many first tokens of a prompt the cache can be cut to."""
+        return self.cache.usable(shared_beginning(self.ids, ids))
 
     def cut(self, length: int) -> None:
+        assert self.cache.usable(length) == length
         with interrupts.deferred():
             del self._ids[length:]
             self.cache.length = length
@@ -84,8 +86,9 @@ class CachedPrefix:
 
     def copy_from(self, other: CachedPrefix, length: int) -> None:
         self.clear()
-        for layer in range(self.cache.config.num_hidden_layers):
-            self.cache.restore(layer, other.cache.content(layer, length), length)
+        cache = other.cache
+        for layer in range(cache.config.num_hidden_layers):
+            self.cache.restore(layer, cache.content(layer, length), length, cache.first)
         self.resume(other.ids[:length])
 
     def clear(self) -> None:

@@ -4,7 +4,8 @@ It is a safetensors file with these tensors, in this order:
 
     mixchat_prompt_cache   JSON: {"format": 1, "model": "...", "cache": "pages of 16 bits",
                            "tokens": 700}, and "exact": true after --exact-prompts, and
-                           "rope": [16384] if the keys depend on the size of the context
+                           "rope": [16384] if the keys depend on the size of the context, and
+                           "first": 2560 if layers with a window have no tokens before that
     ids                    the tokens whose keys and values it has
     0.keys, 0.values, ...  the content of each layer's cache
     sha256                 of all bytes before it
@@ -26,6 +27,7 @@ from mixchat.base.files import open_private_file, write_all, write_error
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
+from mixchat.kernels.pages import PAGE
 from mixchat.weights.format.manifest import Manifest
 
 _FORMAT = 1
@@ -54,19 +56,20 @@ class PromptCache:
     def load(self) -> int:
         """Load the file into an engine that holds nothing. Return how many tokens it holds then.
 
-        A conversation that is longer than the context is cut. Raises `CheckpointError` if the file
+        A conversation that is longer than the context is cut, or not loaded if layers with a window
+        lack tokens of the beginning. Raises `CheckpointError` if the file
         is damaged, or of another model or kind of cache. The engine then holds nothing.
         """
         _, cache = self._engine.held(self._number)
         try:
             with SafetensorsFile(self.path, follow=False) as file:
-                saved = _read(file, cache, self._engine)
+                saved, length = _read(file, cache, self._engine)
         except BaseException:
             cache.clear()
             raise
         self._saved = saved
-        self._engine.resume(saved[: cache.capacity], self._number)
-        return min(len(saved), cache.capacity)
+        self._engine.resume(saved[:length], self._number)
+        return length
 
     def save(self) -> bool:
         """Write the file, whole or not at all. Return False if it is up to date.
@@ -88,6 +91,7 @@ def _describe(cache: KVCache, engine: Engine, tokens: int) -> bytes:
     fields = {"format": _FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
     fields |= {"exact": True} if engine.exact_prompts else {}
     fields |= {"rope": rope} if (rope := _stretched_for(cache)) else {}
+    fields |= {"first": cache.first} if cache.first else {}
     return json.dumps(fields).encode()
 
 
@@ -97,14 +101,14 @@ def _stretched_for(cache: KVCache) -> list[int]:
     return [length for length in lengths if length is not None]
 
 
-def _specs(cache: KVCache, tokens: int, description: int) -> list[TensorSpec]:
+def _specs(cache: KVCache, tokens: int, first: int, description: int) -> list[TensorSpec]:
     return [
         TensorSpec(_DESCRIPTION, torch.uint8, (description,)),
         TensorSpec(_IDS, torch.int64, (tokens,)),
         *(
             TensorSpec(f"{layer}.{spec.name}", spec.dtype, spec.shape)
             for layer in range(cache.config.num_hidden_layers)
-            for spec in cache.specs(tokens)
+            for spec in cache.specs(layer, tokens, first)
         ),
         TensorSpec(_DIGEST, torch.uint8, (hashlib.sha256().digest_size,)),
     ]
@@ -119,20 +123,23 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> No
             digest.update(data)
             write_all(descriptor, data)
 
-        put(header_bytes(_specs(cache, len(ids), len(description))))
+        put(header_bytes(_specs(cache, len(ids), cache.first, len(description))))
         put(description)
         put(tensor_bytes(torch.tensor(ids, dtype=torch.int64)))
         for layer in range(cache.config.num_hidden_layers):
             content = cache.content(layer, len(ids))  # one layer, since all are gigabytes
-            for spec in cache.specs(len(ids)):
+            for spec in cache.specs(layer, len(ids), cache.first):
                 put(tensor_bytes(content[spec.name]))
         put(digest.digest())
 
 
-def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
-    """Load what fits into the cache. Return the ids of all tokens in the file."""
-    tokens = _tokens(file, cache, engine)
-    length = min(tokens, cache.capacity)
+def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[list[int], int]:
+    """Load what fits into the cache.
+
+    Return the ids of all tokens in the file, and the count of those that are loaded.
+    """
+    tokens, first = _tokens(file, cache, engine)
+    length = cache.usable(min(tokens, cache.capacity), first)
     start = file.header.start(_DESCRIPTION)
     head = torch.empty(start + file.header.spec(_DESCRIPTION).nbytes, dtype=torch.uint8)
     file.read_into(head, 0)
@@ -145,16 +152,22 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> list[int]:
 
     ids: list[int] = take(_IDS).tolist()
     for layer in range(cache.config.num_hidden_layers):
-        given = {spec.name: take(f"{layer}.{spec.name}") for spec in cache.specs(tokens)}
-        fits = {spec.name: given[spec.name][:, : spec.shape[1]] for spec in cache.specs(length)}
-        cache.restore(layer, fits, length)
+        specs = cache.specs(layer, tokens, first)
+        given = {spec.name: take(f"{layer}.{spec.name}") for spec in specs}
+        if length:
+            specs = cache.specs(layer, length, first)
+            fits = {spec.name: given[spec.name][:, : spec.shape[1]] for spec in specs}
+            cache.restore(layer, fits, length, first)
     if bytes(tensor_bytes(file.read(_DIGEST))) != digest.digest():
         raise CheckpointError(f"{file.path} is damaged (its SHA-256 differs)")
-    return ids
+    return ids, length
 
 
-def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
-    """Return how many tokens the file has. Raises `CheckpointError` for a wrong header."""
+def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[int, int]:
+    """Return how many tokens the file has, and the first one of layers with a window.
+
+    Raises `CheckpointError` for a wrong header.
+    """
     fields = _read_description(file)
     if fields.get("format") != _FORMAT:
         raise CheckpointError(f"{file.path} was written by another version of mixchat")
@@ -172,9 +185,12 @@ def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> int:
     tokens = fields.get("tokens")
     if type(tokens) is not int or not 0 < tokens < 2**31:
         raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")
-    if file.header.specs != _specs(cache, tokens, file.header.spec(_DESCRIPTION).nbytes):
+    first = fields.get("first", 0)
+    if type(first) is not int or first < 0 or first % PAGE or not cache.usable(tokens, first):
+        raise CheckpointError(f"{file.path} is damaged (its first token is wrong)")
+    if file.header.specs != _specs(cache, tokens, first, file.header.spec(_DESCRIPTION).nbytes):
         raise CheckpointError(f"{file.path} is damaged (its tensors do not match its description)")
-    return tokens
+    return tokens, first
 
 
 def _read_description(file: SafetensorsFile) -> dict[str, Any]:

@@ -28,15 +28,24 @@ class ExpertKey(NamedTuple):
 class ExpertCache:
     """Maps experts to slots 0 .. slots-1. If all are taken, the policy says which to evict.
 
-    `limit` of the slots are used.
+    `limit` of the slots are used. size_of: the bytes of a slot, and of an expert of a layer, by its
+    number. An expert only takes slots of its size.
     """
 
-    def __init__(self, slots: int, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        slots: int,
+        policy: Policy | None = None,
+        size_of: Callable[[int], int] = lambda number: 0,
+    ) -> None:
         assert slots > 0
         self.slots = self.limit = slots
+        self._size_of = size_of
         self._policy = LRU() if policy is None else policy
         self._slots: dict[ExpertKey, int] = {}
-        self._free = set(range(slots))
+        self._free: dict[int, set[int]] = {}  # by their size
+        for slot in range(slots):
+            self._free.setdefault(size_of(slot), set()).add(slot)
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._slots
@@ -67,24 +76,26 @@ class ExpertCache:
         Return None if there are no others.
         """
         assert key not in self._slots
-        slot = None
-        while len(self._slots) >= self.limit:  # more than once if `resize` left pinned ones
-            victim = self._victim(pinned)
+        size = self._size_of(key.layer)
+        free, slot = self._free[size], None
+        # More than once if `resize` left pinned ones.
+        while not free or len(self._slots) >= self.limit:
+            victim = self._victim(pinned, None if free else size)
             if victim is None:
                 return None
             slot = self._slots[victim]
             self.discard(victim)
-        if slot is None:
-            slot = min(self._free.intersection(preferred) or self._free)
+        if slot not in free:
+            slot = min(free.intersection(preferred) or free)
         self._slots[key] = slot
-        self._free.discard(slot)
+        free.discard(slot)
         self._policy.use(key)
         return slot
 
     def discard(self, key: ExpertKey) -> None:
         """Free the expert's slot, if it has one."""
         if key in self._slots:
-            self._free.add(self._slots.pop(key))
+            self._free[self._size_of(key.layer)].add(self._slots.pop(key))
         self._policy.forget(key)
 
     def resize(self, limit: int, pinned: Collection[ExpertKey] = ()) -> None:
@@ -98,10 +109,12 @@ class ExpertCache:
 
     def free_slots(self) -> set[int]:
         """Return the slots without an expert, also beyond the limit."""
-        return set(self._free)
+        return set().union(*self._free.values())
 
-    def _victim(self, pinned: Collection[ExpertKey]) -> ExpertKey | None:
-        return next((key for key in self._policy.victims() if key not in pinned), None)
+    def _victim(self, pinned: Collection[ExpertKey], size: int | None = None) -> ExpertKey | None:
+        """Return the first expert to evict, of this size or of any."""
+        victims = (key for key in self._policy.victims() if key not in pinned)
+        return next((key for key in victims if size in (None, self._size_of(key.layer))), None)
 
 
 class Policy(Protocol):

@@ -26,16 +26,23 @@ _LOADS_AHEAD = 2  # experts on their way while one is computed
 class DeviceCompute:
     """Computes experts out of the slots of `device`. Two slots are enough.
 
+    forms: a number for each layer, which is another if its experts have another form. None if all
+    layers have the same.
+
     Experts in their slots come first. Otherwise a prefill with more experts than slots would evict
     each just before its turn.
     """
 
     def __init__(
-        self, fetcher: Fetcher, device: torch.device, host: HostCompute | None = None
+        self,
+        fetcher: Fetcher,
+        device: torch.device,
+        host: HostCompute | None = None,
+        forms: Sequence[int] | None = None,
     ) -> None:
-        self.fetcher, self.device, self._host = fetcher, device, host
+        self.fetcher, self.device, self._host, self._forms = fetcher, device, host, forms
         self._order: list[ExpertKey] = []
-        self._programs: dict[int, RowExperts] = {}  # by the count of experts
+        self._programs: dict[tuple[int, int], RowExperts] = {}  # by count and form of experts
         self._on_host: set[ExpertKey] = set()
 
     @property
@@ -85,9 +92,10 @@ class DeviceCompute:
         keys, self._order = self._order[:count], self._order[count:]
         experts = [self.fetcher.ready(key) for key in keys]
         x = rows.of(keys[0])
-        if count not in self._programs and experts[0].has_stages(x):
-            self._programs[count] = RowExperts(experts[0], x, count)
-        if (program := self._programs.get(count)) is not None:
+        kind = count, self._forms[rows.layer] if self._forms else 0
+        if kind not in self._programs and experts[0].has_stages(x):
+            self._programs[kind] = RowExperts(experts[0], x, count)
+        if (program := self._programs.get(kind)) is not None:
             outputs = program(x, experts)
         else:
             outputs = torch.cat([expert(x, exact=rows.exact) for expert in experts])

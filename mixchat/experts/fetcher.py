@@ -191,8 +191,9 @@ class Fetcher:
         assert slot is not None
         return self._store.expert(slot)
 
-    def _release_surplus(self) -> None:
-        surplus = len(self._store.blocks) - self._cache.limit
+    def _release_surplus(self, coming: int = 0) -> None:
+        """Free blocks beyond the limit, of which so many are about to be made."""
+        surplus = len(self._store.blocks) + coming - self._cache.limit
         if surplus > 0:
             free = self._cache.free_slots() & set(self._store.blocks)
             for slot in sorted(free)[:surplus]:
@@ -229,7 +230,7 @@ class Fetcher:
             self._loads.pop(other).cancelled = True
         if slot is None:
             return False
-        self._release_surplus()
+        self._release_surplus(slot not in held)
         try:
             self._mover.begin(load, self._store.load(key, slot))
         except BaseException:  # without memory or a thread nobody brings it

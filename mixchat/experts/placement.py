@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,8 @@ from mixchat.base.quantities import MemoryBudget, format_least, format_size
 from mixchat.experts.sharing import in_proportion, owner_counts
 
 MIN_SLOTS = 2
+# Of slots of different sizes. One for the expert that is computed, the others for loads.
+_MIN_SLOTS_PER_LAYER = 3
 # Fewer would not help a GPU, and loads that were put off need slots, too.
 MIN_HOST_SLOTS = 4
 # For the rest of the machine and temporary tensors, if no budget is given (see memory.py).
@@ -18,11 +21,36 @@ RESERVE_BYTES = 10**9
 
 
 @dataclass(frozen=True)
+class SlotSizes:
+    """The bytes of a cache's slots, in turn those of an expert of each layer.
+
+    Of layers with 3, 3 and 4 MB, slots 0 to 5 have 3, 3, 4, 3, 3 and 4 MB. A layer's experts only
+    take slots of their size, so that one that is evicted leaves no room unused. A single size is
+    for all layers.
+    """
+
+    layers: tuple[int, ...]
+
+    def of(self, number: int) -> int:
+        """Return the bytes of a slot, or of an expert of a layer, by its number."""
+        return self.layers[number % len(self.layers)]
+
+    def total(self, slots: int) -> int:
+        rounds, rest = divmod(slots, len(self.layers))
+        return rounds * sum(self.layers) + sum(self.layers[:rest])
+
+    def for_slots(self, slots: int, experts: int) -> SlotSizes:
+        """Return these sizes, or the largest one for all slots if few of the experts fit."""
+        few = slots < min(_MIN_SLOTS_PER_LAYER * len(self.layers), experts)
+        return SlotSizes((max(self.layers),)) if few else self
+
+
+@dataclass(frozen=True)
 class Demand:
     """The bytes that a model needs. `context` is the full KV cache.
 
-    expert: the largest one. A slot of a cache has room for it. experts: their count. whole: all of
-    them together, which is less if some are smaller.
+    expert: the largest one. experts: their count. whole: all of them together, which is less if
+    some are smaller. sizes: of slots, None if each has room for the largest expert.
     """
 
     shared: int
@@ -30,15 +58,22 @@ class Demand:
     expert: int
     experts: int
     whole: int
+    sizes: SlotSizes | None = None
 
     def taken(self, slots: int) -> int:
         """Return the bytes of RAM of so many slots."""
+        if self.sizes is not None:
+            return self.sizes.for_slots(slots, self.experts).total(slots)
         return self.whole if slots >= self.experts else slots * self.expert
 
     def fitting(self, room: int) -> int:
         """Return how many slots fit into RAM."""
         if room >= self.whole:
             return self.experts
+        if self.sizes is not None:
+            slots = bisect_right(range(self.experts), room, key=self.sizes.total) - 1
+            if self.taken(slots) <= room:
+                return slots
         return min(room // self.expert, self.experts - 1)
 
     @property
@@ -137,8 +172,9 @@ def _first_slots(demand: Demand, room: DeviceRoom) -> int:
         )
     free = _allowed(room)
     _check(demand, free, room.name)
-    taken = demand.shared + demand.context + _spare(room)
-    return min(max((free - taken) // demand.expert, MIN_SLOTS), demand.experts)
+    left = free - demand.shared - demand.context - _spare(room)
+    slots = left // demand.expert if demand.sizes is None else demand.fitting(left)
+    return min(max(slots, MIN_SLOTS), demand.experts)
 
 
 def _other_slots(demand: Demand, room: DeviceRoom) -> int:
@@ -181,6 +217,8 @@ def _divide_host(slots: int, owned: Sequence[int], held: Sequence[int]) -> list[
 
 
 def _host_slots(demand: Demand, free: int, budget: MemoryBudget | None) -> int:
+    # Each slot is locked in RAM with room for the largest expert.
+    demand = replace(demand, whole=demand.experts * demand.expert, sizes=None)
     if budget is None:
         count = (free - reserve_of(free)) // demand.expert
     elif budget.of(demand.whole) == 0:

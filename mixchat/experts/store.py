@@ -37,8 +37,8 @@ class ExpertStore:
 
     stored: returns a layer's layout at the source. used: the layout that this device computes. If
     they differ a block is reordered after its load, which takes a GPU a millisecond and a CPU a
-    second. size: the bytes of the largest expert. A smaller one leaves the end of a slot alone.
-    name: the tier of slots on a GPU.
+    second. size: the bytes of a slot, by its number. A smaller expert leaves the end of a slot
+    alone. name: the tier of slots on a GPU.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ExpertStore:
         *,
         stored: Layouts,
         used: Layouts,
-        size: int,
+        size: Callable[[int], int],
         device: torch.device,
         name: str = "device",
     ) -> None:
@@ -94,7 +94,7 @@ class ExpertStore:
     def nbytes(self) -> int:
         """Return the bytes of memory that slots take. Untouched pages of a CPU take none."""
         if self._device != CPU:
-            return len(self._slots) * self._size
+            return sum(map(self._size, self._slots))
         return sum(slot.filled for slot in self._slots.values())
 
     def release(self, slot: int) -> None:
@@ -103,7 +103,7 @@ class ExpertStore:
 
     def _slot(self, number: int) -> _Slot:
         if number not in self._slots:
-            self._slots[number] = _Slot(new_block(self._size, self._device))
+            self._slots[number] = _Slot(new_block(self._size(number), self._device))
         return self._slots[number]
 
     def _load(self, key: ExpertKey, slot: _Slot, before: Any) -> Steps:

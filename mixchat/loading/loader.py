@@ -17,9 +17,9 @@ from mixchat.base.settings import models_dir
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import Engine
-from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Block, Embedding, Model
 from mixchat.engine.norm import RMSNorm
+from mixchat.engine.paged_cache import new_cache
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import rotary_embeddings
 from mixchat.engine.speculation import Speculation

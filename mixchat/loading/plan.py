@@ -20,10 +20,16 @@ from mixchat.loading.loader import choose_devices
 from mixchat.loading.workers import ask_workers
 from mixchat.planning.fitting import MemoryPlan, expected_mix, fit_model, has_bits
 from mixchat.planning.hardware import Machine, ToldMachine
-from mixchat.planning.known_fits import fit_known, scaled
 from mixchat.planning.machine_speeds import BUSY, Measurement
 from mixchat.planning.measuring import measure_machine, measuring_ends, saved_measurement
-from mixchat.planning.plan import MachinePlan, Variant, plan_model, plan_variant
+from mixchat.planning.plan import (
+    MachinePlan,
+    Variant,
+    fit_known,
+    plan_model,
+    plan_variant,
+    scaled,
+)
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.blueprint import Blueprint

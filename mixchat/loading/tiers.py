@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,17 +11,19 @@ import torch
 from mixchat.base import gpu, machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.progress import Note
+from mixchat.base.safetensors import TensorSpec
 from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import DeviceCompute, HostCompute
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.memory import CPU, MemoryWatch
-from mixchat.experts.placement import MIN_SLOTS, Placement
+from mixchat.experts.placement import MIN_SLOTS, Placement, SlotSizes
 from mixchat.experts.prefetch import NextRouters, Prefetch
 from mixchat.experts.sharing import assign_owners
 from mixchat.experts.sources import DiskSource, HostSource, PageLock
 from mixchat.experts.store import ExpertStore
 from mixchat.loading.workers import Share
+from mixchat.planning.fitting import slot_sizes
 from mixchat.planning.measuring import measure_machine, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
 
@@ -72,6 +74,7 @@ def build_experts(
             exact=exact,
             stays_cached=stays_cached,
             is_first=number == 0,
+            in_sizes=share.here is None and len(devices) == 1,
         )
         for number, (device, part) in enumerate(zip(used, parts, strict=True))
     ]
@@ -96,8 +99,12 @@ def _on_device(
     exact: bool,
     stays_cached: bool,
     is_first: bool,
+    in_sizes: bool,
 ) -> DeviceCompute:
-    """Return the holder of a device's experts. Only its mover reads its files and RAM."""
+    """Return the holder of a device's experts. Only its mover reads its files and RAM.
+
+    in_sizes: give slots the sizes of the layers' experts, if the device may hold any of them.
+    """
     passes = Passes(installed.config.num_moe_layers)
     blueprint = installed.blueprint
     used, size = blueprint.computed_on(device), blueprint.expert.stride
@@ -112,24 +119,26 @@ def _on_device(
         in_ram = HostSource(
             disk, placement.host_slots, stored, order, size=size, swaps=swaps, lock=lock
         )
+    sizes = SlotSizes((size,))
+    if in_sizes:
+        sizes = slot_sizes(blueprint).for_slots(placement.slots, placement.experts)
     name = "device" if is_first else "other-device"
     store = ExpertStore(
         in_ram or disk,
         stored=blueprint.expert_of,
         used=used.expert_of,
-        size=size,
+        size=sizes.of,
         device=device,
         name=name,
     )
-    slots, watch = placement.slots, None
-    if device == CPU:
-        watch = _watch(installed, placement)
-    else:
-        slots = _reserve(store, slots, device, note)
-    cache = ExpertCache(slots, POLICIES[policy](passes))
+    cache = ExpertCache(placement.slots, POLICIES[policy](passes), sizes.of)
+    watch = _watch(installed, placement) if device == CPU else None
+    if device != CPU:
+        cache.resize(_reserve(store, placement.slots, device, note))
     fetcher = Fetcher(cache, store, placement, passes, stats, watch)
     host = None if in_ram is None or exact else _host_compute(installed, in_ram, device, note)
-    return DeviceCompute(fetcher, device, host)
+    layers = range(installed.config.num_moe_layers)
+    return DeviceCompute(fetcher, device, host, [id(used.expert_of(layer)) for layer in layers])
 
 
 def _stays_cached(installed: InstalledModel, placement: Placement, device: torch.device) -> bool:
@@ -192,20 +201,19 @@ def _host_compute(
 def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.device) -> Prefetch:
     config, blueprint = installed.config, installed.blueprint
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
-    gates = [installed.tensor(blueprint.gate(layer)).to(device) for layer in layers]
-    norms = [installed.tensor(blueprint.norms(layer)[1]).to(device) for layer in layers]
-    biases = [
-        installed.tensor(blueprint.gate_bias(layer)).to(device)
-        for layer in layers
-        if config.moe_bias
-    ]
-    corrections = [
-        installed.tensor(blueprint.score_correction(layer)).to(device)
-        for layer in layers
-        if config.e_score_correction_bias
-    ]
-    choices, scoring = config.num_experts_per_tok, config.scoring_func
-    return Prefetch(NextRouters(gates, norms, choices, biases, corrections, scoring), stats)
+
+    def tensors(spec: Callable[[int], TensorSpec]) -> list[torch.Tensor]:
+        return [installed.tensor(spec(layer)).to(device) for layer in layers]
+
+    routers = NextRouters(
+        tensors(blueprint.gate),
+        tensors(lambda layer: blueprint.norms(layer)[1]),
+        config.num_experts_per_tok,
+        tensors(blueprint.gate_bias) if config.moe_bias else (),
+        tensors(blueprint.score_correction) if config.e_score_correction_bias else (),
+        config.scoring_func,
+    )
+    return Prefetch(routers, stats)
 
 
 def _lock_for(device: torch.device) -> PageLock:

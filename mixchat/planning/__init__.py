@@ -3,8 +3,7 @@
 `Machine` (the hardware) and the options give a `MemoryPlan`. With a `Measurement` it gives a
 `MachinePlan`.
 
-- plan.py: the plan of a model on a machine, and the predicted speed of a loaded one
-- known_fits.py: the known models on a machine, by arithmetic from one model's figures
+- plan.py: the plan of one model or of all known ones, and the predicted speed of a loaded one
 - hardware.py: the machine that a plan is for, this one or one that a person describes
 - fitting.py: places a model in memory, for a plan and for loading
 - expectation.py: how fast it decodes

@@ -19,8 +19,8 @@ import torch
 from mixchat.base import gpu
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.decoder import new_decoder
-from mixchat.engine.kv_cache import new_cache
 from mixchat.engine.model import Block
+from mixchat.engine.paged_cache import new_cache
 from mixchat.engine.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import repeat
 from typing import Literal
 
@@ -22,6 +24,7 @@ from mixchat.experts.placement import (
     Demand,
     DeviceRoom,
     Placement,
+    SlotSizes,
     place_on_cpu,
     place_on_gpus,
     reserve_of,
@@ -120,10 +123,12 @@ def _fit(
     blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions
 ) -> MemoryPlan:
     demand = _demand(blueprint, computed, options)
+    if blueprint.layers and not (options.workers or free.others):
+        demand = replace(demand, sizes=slot_sizes(blueprint))
     context = Context.of(blueprint.config, options.context_size).tokens
     placement = _place(demand, free, options)
     room = _room_for_context(demand, free, options, placement)
-    largest = min(room // _token_bytes(blueprint, options), blueprint.config.largest_context)
+    largest = _largest_context(blueprint, options, room)
     return MemoryPlan(blueprint, free, options, computed, context, largest, demand, placement)
 
 
@@ -165,17 +170,29 @@ def _demand(blueprint: Blueprint, computed: Blueprint, options: LoadOptions) -> 
     context = Context.of(blueprint.config, options.context_size).tokens
     return Demand(
         shared=computed.shared_size,
-        context=context * _token_bytes(blueprint, options),
+        context=_context_bytes(blueprint, options, context),
         expert=blueprint.expert.stride,
         experts=blueprint.expert_count,
         whole=blueprint.experts_size,
     )
 
 
-def _token_bytes(blueprint: Blueprint, options: LoadOptions) -> int:
-    """Return the bytes of a token's keys and values in all answers at once."""
+def slot_sizes(blueprint: Blueprint) -> SlotSizes:
+    """Return the sizes of slots on one device, without workers."""
+    layers = range(blueprint.config.num_moe_layers)
+    return SlotSizes(tuple(blueprint.expert_of(layer).stride for layer in layers))
+
+
+def _context_bytes(blueprint: Blueprint, options: LoadOptions, tokens: int) -> int:
+    """Return the bytes of so many tokens' keys and values in all answers at once."""
     dtype = blueprint.quantization.dtype
-    return options.parallel * cache_bytes(blueprint.config, 1, dtype, options.kv_bits)
+    return options.parallel * cache_bytes(blueprint.config, tokens, dtype, options.kv_bits)
+
+
+def _largest_context(blueprint: Blueprint, options: LoadOptions, room: int) -> int:
+    size = partial(_context_bytes, blueprint, options)
+    counts = range(1, blueprint.config.largest_context + 1)
+    return bisect_right(counts, room, key=size)
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:

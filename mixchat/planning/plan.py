@@ -1,24 +1,28 @@
 """Plans a model on a machine before it is loaded, and predicts its speed once it is.
 
+Known models are planned by arithmetic, from the figures of the model that was measured.
+
 Speeds are None if the disk is needed and was not measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mixchat.base import gpu
+from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.options import LoadOptions
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.memory import CPU
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import Expectation, SpeedRange, expect
-from mixchat.planning.fitting import MemoryPlan, Tier
+from mixchat.planning.fitting import FreeMemory, MemoryPlan, Tier, fit_model
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
-from mixchat.planning.known_fits import KnownFit
-from mixchat.planning.machine_speeds import Measurement
+from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.measuring import saved_measurement
 from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
 from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_model
@@ -27,6 +31,7 @@ from mixchat.weights.make.quantize_options import DEMO_LOSS, DEMO_LOSS_CALIBRATE
 
 _RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that a person might add
 _GPU_STEP = 8 * 10**9
+_STARTING = 5e-5  # seconds to start the kernels of an expert on a GPU
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,20 @@ class Variant:
     loss: tuple[float | None, float | None]
     fit: MemoryPlan
     expected: Expectation
+
+
+@dataclass(frozen=True)
+class KnownFit:
+    """A known model in the free memory, with the names that it has.
+
+    bytes: of the installed model. `problem` says why it has no `fit`.
+    """
+
+    names: tuple[str, ...]
+    bytes: int
+    fit: MemoryPlan | None = None
+    expected: Expectation | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,53 @@ def _upgrades(device: torch.device, fit: MemoryPlan, measurement: Measurement) -
 
 def _counts(placement: Placement) -> tuple[int, ...]:
     return *placement.by_device, placement.host_slots
+
+
+def fit_known(
+    known: Mapping[tuple[str, ...], Blueprint],
+    free: FreeMemory,
+    device: torch.device,
+    options: LoadOptions,
+    measured: Callable[[MemoryPlan], Measurement],
+) -> Iterator[KnownFit]:
+    """Yield the models by their size, with the measurement that `measured` has for each."""
+    for names, blueprint in sorted(known.items(), key=lambda item: item[1].weights_size):
+        size = blueprint.weights_size
+        try:
+            fit = fit_model(blueprint, free, options)
+        except ResourceError:
+            yield KnownFit(names, size, problem="does not fit into memory")
+        except UsageError:
+            yield KnownFit(names, size, problem="does not run with these flags")
+        else:
+            measurement, answers = measured(fit), options.parallel
+            expected = expect(fit.computed, device, measurement, fit.placement, answers)
+            yield KnownFit(names, size, fit, expected)
+
+
+def scaled(measurement: Measurement, measured: Blueprint, blueprint: Blueprint) -> Measurement:
+    """Return a measurement for one model as one for another, whose parts have other sizes.
+
+    The CPU takes as long as it takes to read a part. GPUs also start kernels, which takes as long
+    for every model.
+    """
+    experts = blueprint.mean_expert / measured.mean_expert
+    layers = blueprint.attention_size / measured.attention_size
+    samples = tuple(_scaled(sample, experts, layers) for sample in measurement.samples)
+    return replace(measurement, samples=samples)
+
+
+def _scaled(sample: MachineSpeeds, experts: float, layers: float) -> MachineSpeeds:
+    on_gpu = len(sample.expert_seconds) > 1
+    seconds = {
+        device: {
+            rows: max(experts * seconds, 0.0 if device == str(CPU) else _STARTING)
+            for rows, seconds in by_rows.items()
+        }
+        for device, by_rows in sample.expert_seconds.items()
+    }
+    layer_seconds = sample.layer_seconds * (1.0 if on_gpu else layers)
+    return replace(sample, expert_seconds=seconds, layer_seconds=layer_seconds)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixchat.base.errors import UsageError
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import ExpertSize, LoadOptions, SamplingOptions
 from mixchat.base.safetensors import SafetensorsFile
 from mixchat.bench import synthetic
 from mixchat.loading.loader import load_engine
@@ -61,4 +61,16 @@ def test_a_model_has_the_first_layers_of_its_shape(layers):
 
 def test_experts_that_come_in_mxfp4_have_no_other_bits(tmp_path):
     with pytest.raises(UsageError, match="gpt-oss has experts in 4 bits, not 3"):
-        synthetic.write_synthetic(tmp_path / "model", 1, 3, "gpt-oss")
+        synthetic.write_synthetic(tmp_path / "model", 1, ExpertSize(3.0), "gpt-oss")
+    with pytest.raises(UsageError, match="stay as they are"):
+        synthetic.write_synthetic(tmp_path / "other", 1, ExpertSize(2.5), "gpt-oss")
+
+
+@pytest.mark.parametrize("shape", ["instruct"], indirect=True)
+@pytest.mark.parametrize("size", ["3.2", "4.4"])
+def test_a_model_with_experts_of_several_types_reads_a_prompt_and_decodes(shape, tmp_path, size):
+    synthetic.write_synthetic(tmp_path / "model", 4, ExpertSize.parse(size), shape)
+    engine = load_engine(tmp_path / "model", LoadOptions(device="cpu", context_size=64))
+    assert engine.blueprint.layers
+    tokens = engine.generate([7, 8, 9] * 8, sampling=SamplingOptions(seed=0), stop_ids=set())
+    assert len([*islice(tokens, 8)]) == 8

@@ -5,9 +5,10 @@
         [--peer PYTHON MODEL.gguf] [--keep]
 
 WORK gets a model with Mixtral's real layer shapes and random weights for each count of bits (0.79
-GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. For each count of GiB in
---free another process holds what is free beyond that. Every figure comes from a process of its own,
-one after the other, in rounds, so that what else the machine does strikes all alike.
+GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. 2.5 or 14GB makes a mix. For
+each count of GiB in --free another process holds what is free beyond that. Every figure comes from
+a process of its own, one after the other, in rounds, so that what else the machine does strikes all
+alike.
 
 The limit is what a token takes where nothing waits: the longer of reading its bytes at the disk's
 bandwidth and of computing it at the speeds that the round's calibration found. Some disks are twice
@@ -53,7 +54,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", type=Path)
-    parser.add_argument("--expert-bits", nargs="*", choices=["4", "3"], default=["4"])
+    parser.add_argument("--expert-bits", nargs="*", default=["4"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--free", type=float, nargs="*", default=[])
     parser.add_argument("--host-memory", nargs="*", default=[])

@@ -110,6 +110,7 @@ def test_a_picture_is_drawn(mixchat, tiny, tmp_path):
         (("--synthetic", "33"), "--synthetic has to be at most 32, the layers of instruct, not 33"),
         (("--synthetic", "2", "--shape", "mixtral"), "--shape cannot be 'mixtral'"),
         (("demo", "--shape", "qwen3"), "--shape goes with --synthetic"),
+        (("--synthetic", "2", "--expert-bits", "5"), "--expert-bits has to be 16, 4, 3 or 2"),
     ],
 )
 def test_what_cannot_be_is_refused(mixchat, arguments, said):

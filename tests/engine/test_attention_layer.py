@@ -14,10 +14,12 @@ from mixchat.base.model_config import ModelConfig, RopeParameters
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention
 from mixchat.engine.decoder import new_decoder
-from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
+from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Block
 from mixchat.engine.norm import RMSNorm
+from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.rope import rotary_embeddings
+from mixchat.engine.tensor_cache import TensorKVCache
 from mixchat.experts.cache import ExpertKey
 from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.pages import PAGE

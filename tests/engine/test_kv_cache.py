@@ -7,15 +7,10 @@ import torch
 from engine_tools import answer
 
 from mixchat.base.options import LoadOptions
-from mixchat.engine import kv_cache
-from mixchat.engine.kv_cache import (
-    KVCache,
-    PagedKVCache,
-    TensorKVCache,
-    attention_mask,
-    cache_bytes,
-    new_cache,
-)
+from mixchat.engine import paged_cache
+from mixchat.engine.kv_cache import KVCache, bytes_seen, cache_bytes
+from mixchat.engine.paged_cache import PagedKVCache, new_cache
+from mixchat.engine.tensor_cache import TensorKVCache, attention_mask
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 from mixchat.weights.families.read_config import read_config
@@ -68,6 +63,14 @@ def conversation(cache: KVCache, dtype: torch.dtype, *turns: int) -> torch.Tenso
     return torch.cat(seen, dim=1)
 
 
+def held(cache: KVCache) -> int:
+    """Return the bytes of a cache."""
+    if isinstance(cache, PagedKVCache):
+        return sum(page.nbytes for pages in cache._pages for page in pages)
+    assert isinstance(cache, TensorKVCache)
+    return sum(layer.nbytes for layers in cache._stored.values() for _, layer in layers)
+
+
 @needs_kernel
 @pytest.mark.parametrize(
     ("bits", "dtype", "within"),
@@ -98,18 +101,19 @@ def test_what_was_cut_off_is_written_over(kind, bits):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_cache_takes_no_memory(kind):
-    def held(cache: KVCache) -> int:
-        if isinstance(cache, PagedKVCache):
-            return sum(page.nbytes for pages in cache._pages for page in pages)
-        assert isinstance(cache, TensorKVCache)
-        return sum(layer.nbytes for layers in cache._stored.values() for layer in layers)
-
     cache = kind(16)
     assert held(cache) == 0
     conversation(cache, torch.bfloat16, 10)
     little = held(cache)
     conversation(cache, torch.bfloat16, 1900)
     assert 0 < 3 * little < held(cache)
+
+
+def test_a_layer_with_a_window_counts_what_it_keeps_and_what_it_reads():
+    """A window of 400 keeps 2,048 more, in whole pages, and one page that is half full."""
+    token = 2 * 2 * 16 * 2  # bytes in one layer
+    assert cache_bytes(CONFIG, 20_000, torch.bfloat16) == (20_000 + 512 + 2048 + 512) * token
+    assert bytes_seen(CONFIG, 20_000, torch.bfloat16) == (20_000 + 400) * token
 
 
 def test_the_bytes_of_a_full_cache():
@@ -122,7 +126,7 @@ def test_the_device_chooses_the_kind(monkeypatch):
     expected = PagedKVCache if kernels_available() else TensorKVCache
     assert type(new_cache(CONFIG, 10, torch.bfloat16, CPU)) is expected
     assert type(new_cache(CONFIG, 10, torch.bfloat16, torch.device("meta"))) is TensorKVCache
-    monkeypatch.setattr(kv_cache, "kernels_available", lambda: False)
+    monkeypatch.setattr(paged_cache, "kernels_available", lambda: False)
     assert type(new_cache(CONFIG, 10, torch.bfloat16, CPU)) is TensorKVCache
 
 
@@ -130,7 +134,7 @@ def test_the_device_chooses_the_kind(monkeypatch):
 def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(tiny_model, monkeypatch, kernel):
     """In a prefill, between the keys and the values, or a page and its address: each turn failed
     from then on."""
-    monkeypatch.setattr(kv_cache, "kernels_available", lambda: kernel)
+    monkeypatch.setattr(paged_cache, "kernels_available", lambda: kernel)
 
     def text() -> list[int]:
         return answer(engine, range(5, 37), max_tokens=20)
@@ -139,7 +143,7 @@ def test_ctrl_c_while_the_cache_grows_leaves_the_next_turn_right(tiny_model, mon
     engine = load_engine(tiny_model, options)
     expected = text()
     engine = load_engine(tiny_model, options)
-    owner, name = (kv_cache.pages, "store") if kernel else (TensorKVCache, "_put")
+    owner, name = (paged_cache.pages, "store") if kernel else (TensorKVCache, "_put")
     real, calls = getattr(owner, name), iter(range(1000))
 
     def broken_off(*arguments: object) -> None:

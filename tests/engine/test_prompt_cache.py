@@ -17,10 +17,12 @@ from mixchat.base import files
 from mixchat.base.errors import CheckpointError, MixchatError, ResourceError
 from mixchat.base.options import LoadOptions
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
-from mixchat.engine import kv_cache
+from mixchat.engine import paged_cache
 from mixchat.engine.generate import Engine
-from mixchat.engine.kv_cache import KVCache, PagedKVCache, TensorKVCache
+from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.prompt_cache import PromptCache
+from mixchat.engine.tensor_cache import TensorKVCache
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 
@@ -34,7 +36,7 @@ def open_engine(
     request: pytest.FixtureRequest, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Open:
     """Loads the tiny model, or another one, with a cache of the one kind or the other."""
-    monkeypatch.setattr(kv_cache, "kernels_available", lambda: request.param)
+    monkeypatch.setattr(paged_cache, "kernels_available", lambda: request.param)
 
     def opened(model: Path = tiny_model, **options: Any) -> Engine:
         return load_engine(model, LoadOptions(device="cpu", **options))
@@ -196,9 +198,9 @@ def test_a_file_of_other_bits_is_refused(open_engine, tmp_path):
 @needs_kernel
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_file_of_the_other_kind_is_refused(tiny_model, tmp_path, monkeypatch, kernel):
-    monkeypatch.setattr(kv_cache, "kernels_available", lambda: kernel)
+    monkeypatch.setattr(paged_cache, "kernels_available", lambda: kernel)
     saved(tmp_path / "f", load_engine(tiny_model, LoadOptions(device="cpu")))
-    monkeypatch.setattr(kv_cache, "kernels_available", lambda: not kernel)
+    monkeypatch.setattr(paged_cache, "kernels_available", lambda: not kernel)
     other = load_engine(tiny_model, LoadOptions(device="cpu"))
     refused(tmp_path / "f", other, "another kind of KV cache")
 
@@ -209,6 +211,7 @@ DESCRIPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"model": "0" * 64}, "another model"),
     ({"cache": ["pages"]}, "another kind"),
     ({"tokens": 22}, "its tensors do not match"),
+    *(({"first": n}, "its first token is wrong") for n in (-512, 5, 512, 2**70, "0", None)),
     ({"tokens": 2**30}, "its tensors do not match"),
     *(({"tokens": n}, "count of tokens is wrong") for n in (2**70, 0, -1, True, "23", None)),
     ({"more": "x" * 5000}, "its description is missing"),
@@ -340,7 +343,7 @@ def test_a_restored_cache_attends_to_the_same_numbers(bits, tokens):
         for layer in range(2):
             content = old.content(layer, tokens)
             assert {n: (t.dtype, tuple(t.shape)) for n, t in content.items()} == {
-                spec.name: (spec.dtype, spec.shape) for spec in old.specs(tokens)
+                spec.name: (spec.dtype, spec.shape) for spec in old.specs(layer, tokens, 0)
             }
             new.restore(layer, content, tokens)
         new.length = tokens

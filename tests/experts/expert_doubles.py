@@ -31,7 +31,7 @@ def runner(
         source or DiskSource(installed, ExpertStats(), choose=False),
         stored=installed.blueprint.expert_of,
         used=used.expert_of,
-        size=used.expert.stride,
+        size=lambda slot: used.expert.stride,
         device=CPU,
     )
     stats = ExpertStats()

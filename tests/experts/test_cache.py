@@ -89,6 +89,29 @@ def test_whatever_happens_no_slot_is_lost_or_shared_and_nothing_pinned_goes(make
             assert taken[other] == before[other]
 
 
+@policies
+@given(events=st.lists(operations, max_size=60))
+def test_an_expert_only_takes_a_slot_of_its_size(make, events):
+    """Layers 0 and 2 have one size, 1 and 3 the other, and of 5 slots 3 and 2."""
+    passes = Passes(4)
+    cache = ExpertCache(5, make(passes), lambda number: number % 2)
+    for what, key, pinned, number in events:
+        passes.enter(key.layer)
+        if what == "resize":
+            cache.resize(number, pinned)
+        elif what == "discard":
+            cache.discard(key)
+        elif cache.lookup(key) is None:
+            slot = cache.admit(key, pinned)
+            assert slot is None or slot % 2 == key.layer % 2
+            alike = {other for other in cache if other.layer % 2 == key.layer % 2}
+            assert slot is not None or alike <= pinned or set(cache) <= pinned
+            assert slot is None or len(cache) <= cache.limit
+        taken = {cache.slot_of(other) for other in cache}
+        assert len(taken) == len(cache)
+        assert cache.free_slots() == set(range(5)) - taken
+
+
 def test_of_free_slots_a_preferred_one_is_taken():
     cache = ExpertCache(4)
     assert cache.admit(A, preferred={2, 3}) == 2

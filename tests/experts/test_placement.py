@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.quantities import MemoryBudget
-from mixchat.experts.placement import Demand, DeviceRoom, Placement, place_on_cpu, place_on_gpus
+from mixchat.experts.placement import (
+    Demand,
+    DeviceRoom,
+    Placement,
+    SlotSizes,
+    place_on_cpu,
+    place_on_gpus,
+)
 from mixchat.experts.sharing import owner_counts
 
 GB = 10**9
@@ -232,6 +239,19 @@ budgets = (
     | st.builds(MemoryBudget, size=st.integers(0, 10**4))
     | st.builds(MemoryBudget, fraction=st.floats(0.001, 1))
 )
+mixed_demands = st.builds(
+    lambda layers, each, **given: Demand(
+        **given,
+        expert=max(layers),
+        experts=len(layers) * each,
+        whole=sum(layers) * each,
+        sizes=SlotSizes(tuple(layers)),
+    ),
+    layers=st.lists(st.integers(1, 100), min_size=1, max_size=6),
+    each=st.integers(2, 10),
+    shared=st.integers(0, 500),
+    context=st.integers(0, 500),
+)
 demands = st.builds(
     lambda part, expert, experts, **given: Demand(
         **given,
@@ -247,7 +267,7 @@ demands = st.builds(
 )
 
 
-@given(demands, st.integers(0, 10**4), st.integers(0, 10**4), budgets, budgets)
+@given(demands | mixed_demands, st.integers(0, 10**4), st.integers(0, 10**4), budgets, budgets)
 def test_what_is_placed_fits_and_what_is_refused_says_why(
     demand, free, free_host, memory, host_memory
 ):
@@ -262,9 +282,41 @@ def test_what_is_placed_fits_and_what_is_refused_says_why(
             continue
         assert 2 <= placement.slots <= demand.experts
         slots = placement.slots
-        taken = slots * demand.expert if on_device else demand.taken(slots)
+        taken = demand.taken(slots)
+        if on_device and demand.sizes is None:
+            taken = slots * demand.expert
         assert demand.shared + demand.context + taken <= free
         assert placement.host_slots == 0 or 4 <= placement.host_slots <= demand.experts
         assert placement.host_slots * demand.expert <= free_host
         assert placement.reserve > 0
         assert on_device or placement.host_slots == 0
+
+
+def test_slots_of_several_sizes_hold_more_experts_than_slots_of_the_largest():
+    """Of 32 layers of 8 experts, 8 have 70 MB an expert and 24 have 50."""
+    mega, layers = 10**6, (70, 50, 50, 50) * 8
+    sizes = SlotSizes(tuple(size * mega for size in layers))
+    demand = Demand(0, 0, 70 * mega, 256, 8 * sum(layers) * mega, sizes)
+    room = 10_000 * mega
+    assert replace(demand, sizes=None).fitting(room) == 142
+    assert demand.fitting(room) == 181
+    assert demand.taken(181) <= room < demand.taken(182)
+    assert demand.fitting(demand.whole) == 256
+    # Three for each layer are the fewest.
+    assert demand.fitting(demand.taken(96)) == 96
+    assert demand.fitting(sizes.total(95)) == sizes.total(95) // (70 * mega) == 74
+
+
+def test_a_layer_s_experts_have_slots_in_turn():
+    sizes = SlotSizes((3, 3, 4))
+    assert [sizes.of(slot) for slot in range(6)] == [3, 3, 4, 3, 3, 4]
+    assert sizes.total(7) == 23
+    assert sizes.for_slots(9, 20) == sizes.for_slots(6, 6) == sizes
+    assert sizes.for_slots(8, 20) == SlotSizes((4,))
+
+
+def test_ram_for_a_gpu_has_room_for_the_largest_expert_in_each_slot():
+    """A budget was compared with the sum of all experts, and 5 bytes were to lock 8 of slots."""
+    demand = Demand(shared=0, context=0, expert=2, experts=4, whole=5)
+    with pytest.raises(ResourceError, match="asks for 8 bytes, 5 bytes are free"):
+        place_on_gpus(demand, [DeviceRoom("GPU", 4)], 5, MemoryBudget(size=8))

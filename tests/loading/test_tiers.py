@@ -26,6 +26,7 @@ from mixchat.loading.loader import load_engine
 from mixchat.loading.workers import Share
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 GREEDY = SamplingOptions(temperature=0)
@@ -123,6 +124,49 @@ def test_nor_does_it_with_experts_in_3_bits_or_of_several_types(
         options = LoadOptions(MemoryBudget(fraction=fraction), device="cpu")
         engine = load_engine(model, options)
         assert [text(engine), text(engine, SHORT)] == expected
+
+
+def test_a_layer_is_not_computed_in_the_form_of_another(make_checkpoint, install, monkeypatch):
+    """After a layer in one type, the next layer's codes were read as if they had that type, too.
+
+    It happened while a mix decoded and some experts were not in memory, and gave wrong text.
+    """
+    model = install(make_checkpoint(intermediate_size=128), [("trellis3", None), ("nf4", None)])
+    found = []
+    for has_stages in (Expert.has_stages, lambda *_: False):
+        monkeypatch.setattr(Expert, "has_stages", has_stages)
+        for fraction in (0.5, 1.0):
+            options = LoadOptions(MemoryBudget(fraction=fraction), device="cpu")
+            found.append(text(load_engine(model, options)))
+    assert found == found[:1] * 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+@pytest.mark.parametrize("forms", [SMALL_FIRST, SMALL_FIRST[::-1]])
+def test_experts_of_several_sizes_have_slots_of_their_sizes(
+    tiny_checkpoint, install, forms, device
+):
+    """Slots of the largest size made a mix hold as few experts as the larger type alone."""
+    model = install(tiny_checkpoint, forms)
+    with InstalledModel(model) as installed:
+        blueprint = installed.blueprint
+    sizes = [blueprint.expert_of(layer).stride for layer in range(2)]
+    held = 4 * sizes[0] + 3 * sizes[1]
+    assert held < 7 * max(sizes)
+    expected = text(load_engine(model, LoadOptions(device="cpu")))
+    engine = load_engine(model, LoadOptions(MemoryBudget(size=held), device="cpu"))
+    if device != "cpu":
+        context = 2 * 2 * 128 * 32 * 2
+        budget = MemoryBudget(size=blueprint.shared_size + context + held)
+        none = MemoryBudget(size=0)
+        engine = load_engine(model, LoadOptions(none, (budget,), device=device))
+    assert list(engine.experts.slots_by_tier.values()) == [7]
+    assert text(engine) == text(engine) == expected
+    assert engine.experts.bytes_held <= held
+    assert engine.experts.halve()
+    assert text(engine) == expected
+    if device != "cpu":  # RAM is free, so its slots come back
+        assert engine.experts.bytes_held <= 3 * max(sizes)
 
 
 @pytest.mark.parametrize(("slots", "free", "past"), [(8, 16, False), (8, 15, True), (7, 100, True)])

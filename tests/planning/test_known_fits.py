@@ -8,7 +8,7 @@ from planning_tools import BLUEPRINT, CPU, GPU_SPEEDS, SPEEDS, measured
 from mixchat.base.options import LoadOptions
 from mixchat.planning.expectation import expect
 from mixchat.planning.fitting import FreeMemory, fit_model
-from mixchat.planning.known_fits import fit_known, scaled
+from mixchat.planning.plan import fit_known, scaled
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.make.outline import known_blueprints
 

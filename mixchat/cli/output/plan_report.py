@@ -16,8 +16,7 @@ from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation
-    from mixchat.planning.known_fits import KnownFit
-    from mixchat.planning.plan import MachinePlan, Upgrade, Variant
+    from mixchat.planning.plan import KnownFit, MachinePlan, Upgrade, Variant
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 

@@ -24,9 +24,8 @@ from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
-    from mixchat.planning.known_fits import KnownFit
     from mixchat.planning.machine_speeds import Measurement
-    from mixchat.planning.plan import MachinePlan
+    from mixchat.planning.plan import KnownFit, MachinePlan
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
@@ -146,7 +145,7 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         if left < demand.context + placement.reserve:
             yield "", "as the context fills, fewer experts fit"
     else:
-        left = free.device - demand.shared - demand.context - placement.slots * demand.expert
+        left = free.device - demand.shared - demand.context - demand.taken(placement.slots)
         yield "GPU", f"{slots}, the context; {format_size(left)} left free"
         for (name, size), count in zip(free.others.items(), placement.other_slots, strict=True):
             left = size - count * demand.expert

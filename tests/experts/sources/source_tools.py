@@ -66,7 +66,11 @@ class Device:
         layout: Any = Bytes(stride)
         self.cache = ExpertCache(slots)
         self.store = ExpertStore(
-            source, stored=lambda _: layout, used=lambda _: layout, size=stride, device=CPU
+            source,
+            stored=lambda _: layout,
+            used=lambda _: layout,
+            size=lambda _: stride,
+            device=CPU,
         )
         self.put_off: dict[ExpertKey, Steps] = {}
 

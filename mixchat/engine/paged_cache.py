@@ -1,0 +1,162 @@
+"""A KV cache in pages, and the choice of a cache.
+
+T = new tokens, P = tokens before them, H = num_attention_heads, G = num_key_value_heads,
+h = head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mixchat.base import interrupts
+from mixchat.base.model_config import ModelConfig
+from mixchat.base.safetensors import TensorSpec
+from mixchat.engine.kv_cache import KVCache, bits_of
+from mixchat.engine.tensor_cache import TensorKVCache
+from mixchat.kernels import attention, pages
+from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.pages import KEY_BLOCK, PAGE, Bits, CacheShape
+from mixchat.kernels.program import Step
+
+# Of a call to the kernel. Pairs are of a new token and one that it may see.
+_MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**22, 64
+_NO_PAGE = torch.empty(0, dtype=torch.uint8)  # of tokens that no window reaches, at the address 0
+
+
+def new_cache(
+    config: ModelConfig,
+    capacity: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: Bits | None = None,
+) -> KVCache:
+    """Return the fastest kind of cache on the device. bits: None for the bits of `dtype`."""
+    if device.type == "cpu" and dtype != torch.float16 and kernels_available():
+        return PagedKVCache(config, capacity, bits or bits_of(dtype))
+    return TensorKVCache(config, capacity, dtype, device, quantized=bits == 8)
+
+
+class PagedKVCache(KVCache):
+    """A cache for the CPU's kernel, in pages of 512 tokens, which never move."""
+
+    def __init__(self, config: ModelConfig, capacity: int, bits: Bits) -> None:
+        super().__init__(config, capacity)
+        self._shape = CacheShape(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, bits
+        )
+        row, scales = self._shape.width * bits // 8, self._shape.scales_at
+        # The start in a group's part of a page, and the bytes of one token.
+        self._parts = {"keys": (0, row), "values": (self._shape.values_at, row)}
+        if bits == 8:
+            self._parts |= {"key_scales": (scales, 4), "value_scales": (scales + PAGE * 4, 4)}
+        self.clear()
+
+    @property
+    def form(self) -> str:
+        return f"pages of {self._shape.bits} bits"
+
+    def specs(self, layer: int, tokens: int, first: int) -> list[TensorSpec]:
+        """Return specs of bytes, for whole blocks of tokens."""
+        filled = -(-tokens // KEY_BLOCK) * KEY_BLOCK - self._start(layer, first)
+        return [
+            TensorSpec(name, torch.uint8, (self._shape.groups, filled, row))
+            for name, (_, row) in self._parts.items()
+        ]
+
+    def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        first = self._start(layer, self.first) // PAGE
+        filled = self._pages[layer][first : -(-tokens // PAGE)]
+
+        def joined(name: str) -> torch.Tensor:
+            return torch.cat([self._part(page, name) for page in filled], dim=1)
+
+        specs = self.specs(layer, tokens, self.first)
+        return {spec.name: joined(spec.name)[:, : spec.shape[1]] for spec in specs}
+
+    def clear(self) -> None:
+        self.length = 0
+        layers = range(self.config.num_hidden_layers)
+        self._firsts = [0 for _ in layers]
+        self._pages: list[list[torch.Tensor]] = [[] for _ in layers]
+        self._addresses = [torch.empty(0, dtype=torch.int64) for _ in layers]
+
+    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
+        # First, so that no address of an old page is left.
+        self._addresses[layer] = torch.empty(0, dtype=torch.int64)
+        first = self._firsts[layer]
+        self._pages[layer] = [_NO_PAGE] * (first // PAGE)
+        for start in range(0, tokens - first, PAGE):
+            page = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
+            for name, tensor in content.items():
+                given = tensor[:, start : start + PAGE]
+                self._part(page, name)[:, : given.shape[1]] = given
+            self._pages[layer].append(page)
+
+    def _part(self, page: torch.Tensor, name: str) -> torch.Tensor:
+        """Return a view of a page's keys, values or scales, [G, PAGE, bytes]."""
+        start, row = self._parts[name]
+        groups = self._shape.groups
+        return page.view(groups, -1)[:, start : start + PAGE * row].view(groups, PAGE, row)
+
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        addresses = self._with_room(layer, keys.shape[0])
+        pages.store(self._shape, addresses, self.length, keys, values)
+
+    def _with_room(self, layer: int, tokens: int) -> torch.Tensor:
+        """Return the addresses of a layer's pages."""
+        addresses = self._addresses[layer]
+        if addresses.numel() * PAGE < self.length + tokens or self.length < self._firsts[layer]:
+            return self._make_room(layer, tokens)
+        return addresses
+
+    def _make_room(self, layer: int, tokens: int) -> torch.Tensor:
+        first, old = self._first_to_keep(layer, tokens), self._pages[layer]
+        made = [_NO_PAGE] * (first // PAGE) + old[first // PAGE :]
+        made += [_NO_PAGE] * (-(-(self.length + tokens) // PAGE) - len(made))
+        for number in range(first // PAGE, len(made)):
+            if not made[number].numel():
+                made[number] = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
+        # Last, because an error may come before. In this order the next call makes good what is
+        # missing.
+        self._pages[layer] = made
+        self._addresses[layer] = torch.tensor([page.data_ptr() for page in made])
+        self._firsts[layer] = first
+        return self._addresses[layer]
+
+    def steps(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
+    ) -> tuple[Step, Step, Step]:
+        """Return `attend` for one token as steps. Each needs the step before it."""
+        attend = attention.attend_steps(self._shape, queries, out, self.capacity)
+        return pages.store_step(self._shape, keys, values), *attend
+
+    def set_layer(
+        self, steps: tuple[Step, Step, Step], layer: int, sinks: torch.Tensor | None
+    ) -> None:
+        """Let the steps compute this layer, whose sinks they do not keep."""
+        for step in steps[1:]:
+            attention.set_window(self._shape, step, self.config.window(layer), sinks)
+
+    def set_place(self, steps: tuple[Step, Step, Step], layer: int) -> None:
+        """Let the steps compute the next token of a layer."""
+        assert self.length < self.capacity
+        pages = self._with_room(layer, 1).data_ptr()
+        splits = attention.count_splits(self.length + 1)
+        store, attend, merge = steps
+        store.set(pages=pages, past=self.length)
+        attend.set(pages=pages, past=self.length, splits=splits)
+        merge.set(splits=splits)
+
+    def _attend(
+        self, layer: int, queries: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        window, addresses = self.config.window(layer), self._addresses[layer]
+        end = self.length + queries.shape[0]
+        # Ctrl-C is handled between two calls of some tenths of a second.
+        tokens_per_call = max(_MIN_TOKENS_PER_CALL, _MAX_PAIRS_PER_CALL // end)
+        past, attended = self.length, []
+        for piece in torch.split(queries, tokens_per_call):
+            interrupts.check()
+            attended.append(attention.attend(self._shape, addresses, past, piece, window, sinks))
+            past += piece.shape[0]
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
