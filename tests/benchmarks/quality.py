@@ -129,7 +129,9 @@ class Meter:
         for (name, number), mine in zip(every, scores, strict=True):
             path = self._work / f"expected-{name}-{number}.pt"
             if not path.exists():
-                torch.save(mine, path)
+                unfinished = path.with_suffix(".part")  # a kill left a file that cannot be read
+                torch.save(mine, unfinished)
+                unfinished.rename(path)
             loss = functional.nll_loss(mine, self._texts[name][number][1:]).item()
             figures = found.setdefault(name, {"loss": [], "kl": []})
             figures["loss"].append(loss)
