@@ -2,14 +2,14 @@
 
     python tests/benchmarks/quality.py WORK [TEXT ...] [--windows 8] [--llama GGML] [--ik GGML]
 
-Prints a table with all figures, then those that README.md and `mixchat plan` (`DEMO_LOSS`) have,
-in their form, and writes WORK/frontier.json and WORK/frontier-*.svg. WORK is a directory of models
-and results, 6 GB: the same command continues there. --llama and --ik name libggml of llama.cpp
-(libggml-base.so in llama-cpp-python's folder lib) and of ik_llama.cpp, whose functions round
-weights (`peer_types.py`). Without a TEXT the five of `quality_texts.py` are read. --checkpoint
-takes another Mixtral of one file than the demo, such as the one of `part_experts.py`. Each needs
-another WORK. --dense prints another table: attention and head in 16, 8, 6, 5 and 4 bits, with
-experts in 4 bits, and in 16 bits.
+Prints a table with all figures, then those that README.md and `mixchat plan` (`DEMO_LOSS` and
+`DEMO_LOSS_CALIBRATED`) have, in their form, and writes WORK/frontier.json and WORK/frontier-*.svg.
+WORK is a directory of models and results, 6 GB: the same command continues there. --forms takes
+some of mixchat's forms. --llama and --ik name libggml of llama.cpp (libggml-base.so in
+llama-cpp-python's folder lib) and of ik_llama.cpp, whose functions round weights (`peer_types.py`).
+Without a TEXT the five of `quality_texts.py` are read. --checkpoint takes another Mixtral of one
+file than the demo, such as the one of `part_experts.py`. Each needs another WORK. --dense prints
+another table: attention and head in 16, 8, 6, 5 and 4 bits, with experts in 4 bits, and in 16 bits.
 
 The model is the demo's dense one as a mixture of one expert, padded and rescaled
 (`padded_model.py`), so that all forms fit its shape and none meets the levels of its file. All
@@ -38,6 +38,7 @@ import torch
 from frontier import Point, draw
 from quality_forms import (
     CALIBRATED,
+    EXPERT_BITS,
     PARTS,
     QUANT_TYPES,
     WINDOW,
@@ -55,6 +56,7 @@ from mixchat.loading.loader import load_engine
 README_HEAD = """\
 | form                | bits | experts alone | calibrated    | bits | all           | calibrated    |
 | ------------------- | ---- | ------------- | ------------- | ---- | ------------- | ------------- |"""  # noqa: E501
+FORMS = (*QUANT_TYPES, *EXPERT_BITS)
 Texts = Mapping[str, Sequence[torch.Tensor]]  # by their names, in windows
 
 
@@ -127,7 +129,9 @@ class Meter:
         for (name, number), mine in zip(every, scores, strict=True):
             path = self._work / f"expected-{name}-{number}.pt"
             if not path.exists():
-                torch.save(mine, path)
+                unfinished = path.with_suffix(".part")  # a kill left a file that cannot be read
+                torch.save(mine, unfinished)
+                unfinished.rename(path)
             loss = functional.nll_loss(mine, self._texts[name][number][1:]).item()
             figures = found.setdefault(name, {"loss": [], "kl": []})
             figures["loss"].append(loss)
@@ -193,6 +197,18 @@ def demo_loss(variants: Sequence[Variant]) -> dict[str, tuple[float, float]]:
     }
 
 
+def demo_loss_calibrated(variants: Sequence[Variant]) -> dict[str, float]:
+    """Return `DEMO_LOSS_CALIBRATED`: the same of what is always calibrated, by `--expert-bits`."""
+    rises = {one.name: one.mean_rise(variants[0]) for one in variants if one.rounded == "all"}
+    return {bits: round(rises[name + CALIBRATED], 3) for name, bits in EXPERT_BITS.items()}
+
+
+def own_forms(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names of mixchat's forms with "" or `CALIBRATED`. Some are always calibrated."""
+    yield from ((name, "") for name in names if name in QUANT_TYPES)
+    yield from ((name, CALIBRATED) for name in names)
+
+
 def points(variants: Sequence[Variant]) -> list[Point]:
     """Return the frontier: of each form, its bits and what it loses."""
     return [
@@ -221,6 +237,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, metavar="GGML")
     parser.add_argument("--ik", type=Path, metavar="GGML")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="of mixchat")
     parser.add_argument("--dense", action="store_true")
     given = parser.parse_args()
     work = given.work.resolve()
@@ -235,10 +252,9 @@ def main() -> None:
     if given.dense:
         variants += map(meter.measure, workshop.dense())
     else:
-        for calibrated in ("", CALIBRATED):
-            for name in QUANT_TYPES:
-                own = (workshop.own(name, calibrated, rounded) for rounded in given.parts)
-                variants += map(meter.measure, own)
+        for name, calibrated in own_forms(given.forms):
+            own = (workshop.own(name, calibrated, rounded) for rounded in given.parts)
+            variants += map(meter.measure, own)
         for forms in zip(*map(workshop.peers, given.parts), strict=True):
             variants += map(meter.measure, forms)
             for form in forms:
@@ -248,8 +264,9 @@ def main() -> None:
     if not given.dense:
         draw(points(variants), work)
         print("", README_HEAD, *readme_rows(variants), sep="\n")
-        if set(given.parts) == set(PARTS):
+        if set(given.parts) == set(PARTS) and set(FORMS) == set(given.forms):
             print(f"\nDEMO_LOSS = {demo_loss(variants)}")
+            print(f"DEMO_LOSS_CALIBRATED = {demo_loss_calibrated(variants)}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch_mixture import WEIGHTS, mean_squares, read_mixture, write_text
 from transformers import AutoTokenizer
 
-from mixchat.base.options import DenseBits
+from mixchat.base.options import DenseBits, ExpertSize
 from mixchat.base.progress import NoProgress
 from mixchat.cli.output.progress import TerminalReporter
-from mixchat.sessions.install import calibrate_model
+from mixchat.sessions.install import calibrate_model, is_uncalibrated
 from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
@@ -38,6 +38,7 @@ UNQUANTIZED = "unquantized"
 CALIBRATED = ", calibrated"
 PARTS = "experts", "all"
 QUANT_TYPES = {"4 bits": "nf4", "3 bits": "trellis3"}
+EXPERT_BITS = {"2.5 bits": "2.5", "2 bits": "2"}  # which a calibration makes of 4 bits
 DENSE_BITS = {"nf4": (16, 8, 6, 5, 4), "none": (8, 6, 5)}  # by the type of the experts
 
 
@@ -92,12 +93,15 @@ class Workshop:
         """Return a form of mixchat, as it is installed or calibrated, with its parts."""
 
         def make() -> tuple[Path, float]:
-            place = self._installed(QUANT_TYPES[name])
+            place, bits = self._installed(QUANT_TYPES.get(name, "nf4")), EXPERT_BITS.get(name)
             if calibrated:
-                place = copied(place, place.with_name(f"{place.name}-calibrated"))
-                if blueprint_of(place).quantization.scales != "calibrated":
+                place = copied(place, place.with_name(f"{bits or place.name}-calibrated"))
+                size = ExpertSize.parse(bits) if bits else None
+                if is_uncalibrated(place, size):
                     text, windows = self._text()
-                    calibrate_model(place, text, NoProgress(), TerminalReporter(), windows)
+                    calibrate_model(
+                        place, text, NoProgress(), TerminalReporter(), windows, bits=size
+                    )
             if rounded == "all":
                 place = copied(place, place.with_name(f"{place.name}-8"))
                 if blueprint_of(place).quantization.head != "int8":

@@ -28,7 +28,6 @@ import torch
 
 from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.files import (
-    read_bytes,
     read_json_object,
     rename_durably,
     temporary_path,
@@ -151,7 +150,7 @@ class ExpertInputs:
 
         Raises `CheckpointError`.
         """
-        data = bytearray(read_bytes(_dense_path(self._directory, linear.name)))
+        data = _read(_dense_path(self._directory, linear.name))
         if not data or len(data) % (2 * linear.columns):
             raise CheckpointError(f"{self._directory}: the inputs of {linear.name} are damaged")
         return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, linear.columns)
@@ -176,7 +175,7 @@ class ExpertInputs:
         return self._inputs, (self._selected == expert).any(-1)
 
     def _read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, selected = (bytearray(read_bytes(path)) for path in _paths(self._directory, layer))
+        inputs, selected = map(_read, _paths(self._directory, layer))
         width, choices = self._config.hidden_size, self._config.num_experts_per_tok
         rows = len(selected) // choices
         if not rows or len(inputs) != 2 * rows * width:
@@ -317,6 +316,14 @@ def dense_inputs_size(blueprint: Blueprint, rows: int) -> int:
 def _append(path: Path, added: torch.Tensor) -> None:
     with open(path, "ab") as file:
         file.write(tensor_bytes(added))
+
+
+def _read(path: Path) -> bytearray:
+    """Return the bytes of a file of any size. Raises `CheckpointError`."""
+    try:
+        return bytearray(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _dense_path(directory: Path, name: str) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from mixchat.base import files
 from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families.read_config import read_config_file
@@ -18,6 +19,7 @@ from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.calibrator import Calibrator, ExpertInputs, InputsWriter, inputs_size
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Inputs
 from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
 
@@ -196,6 +198,18 @@ def test_what_was_cut_off_leaves_nothing(tmp_path, config):
     with pytest.raises(KeyboardInterrupt):
         cut_off()
     assert not list(tmp_path.iterdir())
+
+
+def test_inputs_may_be_larger_than_other_files_of_a_model(tmp_path, config, monkeypatch):
+    """Those of a large model have hundreds of megabytes. They were refused after hours."""
+    monkeypatch.setattr(files, "MAX_SIZE", 100)
+    with InputsWriter(tmp_path / "inputs", dense_rows=10) as writer:
+        writer.add(0, torch.ones(7, config.hidden_size), torch.zeros(7, 2))
+        writer.add_dense("lm_head", torch.ones(12, 64))
+    inputs = ExpertInputs(tmp_path / "inputs", config)
+    linear = LinearSpec("lm_head", 8, 64, "int6", "bitsandbytes", torch.bfloat16)
+    assert len(inputs.of(0, 0)[0]) == 7
+    assert inputs.dense(linear).shape == (10, 64)
 
 
 def test_damaged_inputs_are_an_error(tmp_path, config):
