@@ -50,6 +50,7 @@ def test_a_download_in_mixed_bits_says_what_it_takes_and_calibrates(run, checkpo
     manifest = (models / "mine" / "mixchat.json").read_bytes()
     assert json.loads(manifest)["format"] == 5
     run("verify", "mine")
+    run("run", "-m", "mine", "-n", "3", "hello")
     assert "mixed" in run("list").out
     run(*download)
     assert (models / "mine" / "mixchat.json").read_bytes() == manifest
