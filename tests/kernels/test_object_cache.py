@@ -41,7 +41,7 @@ def test_what_was_compiled_before_is_not_compiled_again(place, monkeypatch):
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     optimized = []
-    monkeypatch.setattr(compiling, "_optimize", lambda *module: optimized.append(module))
+    monkeypatch.setattr(compiling, "optimize", lambda *module: optimized.append(module))
     assert adding(2) == 42
     assert optimized == []
     assert adding(3) == 43  # another module
