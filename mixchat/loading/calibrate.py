@@ -239,15 +239,16 @@ def _announcement(config: ModelConfig, text: Text, windows: int, seconds: float)
 def _seconds_to_fit(config: ModelConfig, windows: int) -> float:
     """Return about how long it takes to round all experts.
 
-    The operations are half a Hessian, its factor, the feedback, and errors. C = columns, R = rows.
-    The factor is slower than a product.
+    The operations are half a Hessian, its factor, the feedback twice, fitted scales, errors, and
+    what w2 makes up for. C = columns, R = rows. The factor is slower than a product.
     """
     rows = windows * WINDOW * config.num_experts_per_tok / config.num_local_experts
     width, inner = config.hidden_size, config.intermediate_size
     operations = sum(
-        rows * C**2 + C**3 / 2 + 2 * R * C**2 + min(2 * rows, 6 * HELD_OUT_MAX) * R * C
+        rows * C**2 + C**3 / 2 + 6 * R * C**2 + min(2 * rows, 6 * HELD_OUT_MAX) * R * C
         for R, C in ((2 * inner, width), (width, inner))
     )
+    operations += (4 * rows + 2 * inner) * width * inner
     experts = config.num_moe_layers * config.num_local_experts
     return experts * operations / _operations_a_second()
 
@@ -305,9 +306,9 @@ def _check_memory(blueprint: Blueprint, windows: int) -> None:
 
 
 def _memory(config: ModelConfig, windows: int) -> int:
-    """Return the bytes to round an expert's w2, for three matrices of its inputs."""
+    """Return the bytes to round an expert's w2, for three matrices of its inputs and of w2."""
     width, inner = config.hidden_size, config.intermediate_size
-    matrices = 3 * 4 * max(width, inner) ** 2 + 8 * width * inner
+    matrices = 3 * 4 * max(width, inner) ** 2 + 12 * width * inner
     return matrices + windows * _memory_of_window(config)
 
 
@@ -325,7 +326,7 @@ def _memory_of_window(config: ModelConfig) -> int:
     """Return the bytes of a window's inputs, of a layer and of an expert."""
     width, inner = config.hidden_size, config.intermediate_size
     share = config.num_experts_per_tok / config.num_local_experts
-    return int(2 * WINDOW * (width + share * (width + 2 * inner)))
+    return int(2 * WINDOW * (width + share * (width + 3 * inner)))
 
 
 def _check_disk(directory: Path, inputs: int, note: Note) -> None:

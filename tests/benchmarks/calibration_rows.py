@@ -34,7 +34,7 @@ from transformers import LlamaForCausalLM
 from mixchat.base.progress import NoProgress
 from mixchat.text.choose import load_tokenizer
 from mixchat.weights.make.calibrator import FOLD
-from mixchat.weights.matrix import encode
+from mixchat.weights.matrix import encode, gptq
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Inputs, QuantType, Way
 from mixchat.weights.source import demo
@@ -94,18 +94,21 @@ def rounded(kind: QuantType, weight: torch.Tensor, inputs: Inputs | None) -> tor
     return spec.build(spec.encode(weight, inputs))(torch.eye(weight.shape[1])).T.contiguous()
 
 
-def undamped_factor(inputs: torch.Tensor) -> torch.Tensor:
-    """U as it was before: H damped by 1% of its mean."""
+def undamped(inputs: torch.Tensor) -> gptq.Feedback:
+    """The factors as they were before: H damped by 1% of its mean."""
     hessian = inputs.float().T @ inputs.float() / len(inputs)
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    correlations, sizes = hessian.flip(0, 1), hessian.diagonal().sqrt()
+    triangle = torch.linalg.cholesky(correlations).flip(0, 1)
+    diagonal = triangle.diagonal()
+    correlations = correlations / sizes.flip(0) / sizes.flip(0).unsqueeze(-1)
+    return gptq.Feedback(triangle / diagonal, diagonal.square(), correlations, sizes)
 
 
 @contextlib.contextmanager
 def before() -> Iterator[None]:
     """Round as before: what is held out has been seen, so that GPTQ always wins."""
-    with mock.patch.object(encode, "feedback_factor", undamped_factor):
+    with mock.patch.object(encode, "feedback_of", undamped):
         yield
 
 

@@ -189,7 +189,8 @@ class ExpertInputs:
 class Calibrator:
     """Makes matrices anew from the checkpoint. An expert's w2 comes after its w13.
 
-    `window` is in tokens.
+    w2 learns from the inputs that the rounded w13 gives it, and makes up for their errors. `window`
+    is in tokens.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class Calibrator:
     ):
         self.inputs, self.reader = inputs, reader
         self._index, self._window = checkpoint.index, window
-        self._w2_inputs = (torch.empty(0), torch.empty(0))
+        self._w2_inputs = Inputs(torch.empty(0), torch.empty(0), self._note)
         self._ways, self._errors = Counter[Way](), 0.0
 
     @property
@@ -221,14 +222,20 @@ class Calibrator:
             last = self._held_out(rows)
             return part.encoded(weight, Inputs(rows[~last], rows[last], self._note), bias)
         if part.linear.name == "w2":
-            return part.encoded(weight, Inputs(*self._w2_inputs, self._note), bias)
+            return part.encoded(weight, self._w2_inputs, bias)
         fit, held_out = self._rows(*part.expert)
         exact: Linear = DenseLinear(weight.to(fit.dtype))
         if bias is not None:
             exact = BiasedLinear(exact, bias)
-        swiglu = swiglu_of(self._index.config)
-        self._w2_inputs = swiglu(exact(fit)), swiglu(exact(held_out))
-        return part.encoded(weight, Inputs(fit, held_out, self._note), bias)
+        made = part.encoded(weight, Inputs(fit, held_out, self._note), bias)
+        rounded, swiglu = part.linear.build(made), swiglu_of(self._index.config)
+        self._w2_inputs = Inputs(
+            swiglu(rounded(fit)),
+            swiglu(rounded(held_out)),
+            self._note,
+            exact=(swiglu(exact(fit)), swiglu(exact(held_out))),
+        )
+        return made
 
     def report(self) -> str:
         """Return the count of matrices made in each way, and the gain."""

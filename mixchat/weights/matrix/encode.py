@@ -6,8 +6,8 @@ A block is 64 weights that share one scale. A code stands for the level nearest 
   bitsandbytes' bits.
 - With `search`, the scale is absmax times the best of 32 factors. Half of them are negative,
   because some blocks fit the mirror image of the levels better.
-- With `inputs`, searched scales, weighted scales (by the inputs of a column), and GPTQ with
-  weighted scales (`gptq.py`) are tried. Inputs that were held out decide.
+- With `inputs`, searched scales, weighted scales (by the inputs of a column), and GPTQ with fitted
+  scales (`gptq.py`) are tried. Inputs that were held out decide.
 
 N = weights, B = blocks, C = columns, F = factors (32), S = rows of the table (1025).
 """
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 from mixchat.weights.matrix.gptq import (
-    feedback_factor,
+    corrected,
+    error_of_products,
+    feedback_of,
     mean_squares,
     nearest_levels,
-    round_columns,
-    sum_of_squares,
+    round_with_fitted_scales,
 )
 from mixchat.weights.matrix.quant_type import (
     BLOCKSIZE,
@@ -97,7 +98,7 @@ def encode(
         values = grid.levels[codes.int()].mul_(scales.float().unsqueeze(-1))
         return values.view(-1)[: weight.numel()].view(weight.shape)
 
-    codes, scales = best_way(_ways(grid, weight, inputs.fit), dense, weight, inputs)
+    codes, scales = best_way(_ways(grid, weight, inputs), dense, weight, inputs)
     return pack(codes).view(-1), scales
 
 
@@ -115,7 +116,7 @@ def best_way(
     taken: Way = "plain"
     errors: dict[Way, float] = {}
     for way, coded in ways:
-        errors[way] = sum_of_squares(dense(*coded).sub_(weight), inputs.held_out)
+        errors[way] = error_of_products(dense(*coded), weight, inputs)
         if best is None or errors[way] < errors[taken]:
             best, taken = coded, way
     assert best is not None
@@ -123,15 +124,27 @@ def best_way(
     return best
 
 
-def _ways(grid: Grid, weight: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[Way, Encoded]]:
+def _ways(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Iterator[tuple[Way, Encoded]]:
     """Yield the codes and scales of each way. GPTQ needs C to be a multiple of 64."""
+    importance = mean_squares(inputs.fit)
     yield "plain", _rounded(grid, weight, True, None)
-    codes, scales = _rounded(grid, weight, True, mean_squares(inputs))
+    codes, scales = _rounded(grid, weight, True, importance)
     yield "weighted", (codes, scales)
     if weight.shape[-1] % BLOCKSIZE == 0:
+        feedback = feedback_of(inputs.fit)
+        if inputs.exact is not None:
+            weight = corrected(weight, feedback, inputs)
+            scales = _rounded(grid, weight, True, importance)[1]
         by_column = torch.empty(weight.T.shape, dtype=torch.uint8)
         rounder = nearest_levels(grid.levels, by_column)
-        round_columns(weight, scales.float(), rounder, feedback_factor(inputs))
+        fitted = round_with_fitted_scales(
+            weight.float(),
+            scales.float().view(len(weight), -1),
+            rounder,
+            feedback,
+            lambda scales: scales.bfloat16().float(),
+        )
+        scales = fitted.bfloat16().view(-1)
         yield "gptq", (by_column.T.contiguous().view(-1, BLOCKSIZE), scales)
 
 

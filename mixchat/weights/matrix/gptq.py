@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from mixchat.weights.matrix.quant_type import BLOCKSIZE
+from mixchat.weights.matrix.quant_type import BLOCKSIZE, Inputs
 
 _PIECE = 4096  # rows that are widened or multiplied at once
 _BAND = 1024  # rows of H that are computed at once
 _PRIOR = 32  # inputs whose columns are alike, added to the given ones
+_FITTED = 512  # rows whose scales are fitted at once
+_LEAST_CHANGE = 0.25  # of a fitted scale, to the one before
 _TINY = 1e-38
 # Takes the place of a column, what it should be [R], and scales [R]. Returns what it is rounded to.
 Rounder = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,8 +40,17 @@ def shrinkage(rows: int, columns: int) -> float:
     return math.sqrt(columns / (columns + rows))
 
 
-def feedback_factor(inputs: torch.Tensor) -> torch.Tensor:
-    """Return F [C, C], fp32, for inputs [n, C], with H shrunk toward its diagonal."""
+class Feedback(NamedTuple):
+    """H = F D F^T of some inputs, fp32."""
+
+    factor: torch.Tensor  # F [C, C]
+    diagonal: torch.Tensor  # of D [C]
+    correlations: torch.Tensor  # H [C, C] with its columns the other way round, over the sizes
+    sizes: torch.Tensor  # the roots of H's diagonal [C]
+
+
+def feedback_of(inputs: torch.Tensor) -> Feedback:
+    """Return the factors for inputs [n, C], with H shrunk toward its diagonal."""
     sizes = mean_squares(inputs).sqrt()
     kept = 1 - shrinkage(*inputs.shape)
     correlations = torch.zeros(len(sizes), len(sizes))
@@ -49,11 +61,43 @@ def feedback_factor(inputs: torch.Tensor) -> torch.Tensor:
             end = start + _BAND  # the upper triangle is not needed
             lower = correlations[start:end, :end]
             lower.addmm_(scaled[:, start:end].T, scaled[:, :end], alpha=kept / len(inputs))
+    for start in range(0, len(sizes), _BAND):
+        end = start + _BAND
+        correlations[:start, start:end] = correlations[start:end, :start].T
     correlations.diagonal().fill_(1)
     triangle = torch.linalg.cholesky(correlations)
-    del correlations
     factor: torch.Tensor = triangle.flip(0, 1)
-    return factor.div_(factor.diagonal() * sizes).mul_(sizes.unsqueeze(-1))
+    diagonal = factor.diagonal() * sizes
+    factor.div_(diagonal).mul_(sizes.unsqueeze(-1))
+    return Feedback(factor, diagonal.square(), correlations, sizes)
+
+
+def corrected(weight: torch.Tensor, feedback: Feedback, inputs: Inputs) -> torch.Tensor:
+    """Return the weight [R, C], fp32, that makes up for rounded matrices before it.
+
+    Its products with `fit` come nearest to the right products (GPTAQ, Li et al., arXiv:2504.02692).
+    """
+    result = weight.float()
+    if inputs.exact is None:
+        return result
+    factor, moved = feedback.factor, torch.zeros_like(result)
+    kept = 1 - shrinkage(*inputs.fit.shape)
+    for rows, exact in zip(
+        *(torch.split(x, _PIECE) for x in (inputs.fit, inputs.exact[0])), strict=True
+    ):
+        missing = (exact.float() - rows.float()) @ result.T
+        moved.addmm_(missing.T, rows.float(), alpha=kept / len(inputs.fit))
+    # moved / H
+    moved = _solve(factor.T, moved, upper=False).div_(feedback.diagonal)
+    return result + _solve(factor, moved, upper=True)
+
+
+def _solve(triangle: torch.Tensor, product: torch.Tensor, *, upper: bool) -> torch.Tensor:
+    """Return x [R, C] with x @ triangle = product."""
+    found: torch.Tensor = torch.linalg.solve_triangular(
+        triangle, product, upper=upper, left=False, unitriangular=True
+    )
+    return found
 
 
 def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
@@ -68,10 +112,17 @@ def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
     return ((squares + _PRIOR * mean) / (len(inputs) + _PRIOR)).clamp(min=mean / 1000)
 
 
-def sum_of_squares(matrix: torch.Tensor, inputs: torch.Tensor) -> float:
-    """Return the sum of the squares of the products of a matrix [R, C] with inputs [n, C]."""
-    rows, pieces = inputs.float(), torch.split(matrix, _PIECE)
-    return sum(float((rows @ piece.T).square().sum()) for piece in pieces)
+def error_of_products(matrix: torch.Tensor, weight: torch.Tensor, inputs: Inputs) -> float:
+    """Return the sum of the squared errors of products with `held_out`.
+
+    matrix: what stands for weight [R, C], fp32.
+    """
+    rows = inputs.held_out.float()
+    exact = rows if inputs.exact is None else inputs.exact[1].float()
+    pieces = zip(torch.split(matrix, _PIECE), torch.split(weight, _PIECE), strict=True)
+    return sum(
+        float((rows @ made.T - exact @ right.float().T).square().sum()) for made, right in pieces
+    )
 
 
 def nearest_levels(levels: torch.Tensor, codes: torch.Tensor) -> Rounder:
@@ -86,20 +137,68 @@ def nearest_levels(levels: torch.Tensor, codes: torch.Tensor) -> Rounder:
     return rounded
 
 
+def round_with_fitted_scales(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    rounded: Rounder,
+    feedback: Feedback,
+    stored: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Round columns twice, the second time with the scales that suit the first codes best.
+
+    Returns these scales, fp32 [R, C / 64]. `stored` gives the nearest ones that can be stored.
+    """
+    made = round_columns(weight, scales, rounded, feedback.factor)
+    better = stored(fitted_scales(weight, made, scales, feedback))
+    round_columns(weight, better, rounded, feedback.factor)
+    return better
+
+
 def round_columns(
     weight: torch.Tensor, scales: torch.Tensor, rounded: Rounder, factor: torch.Tensor
-) -> None:
+) -> torch.Tensor:
     """Let `rounded` round the columns of weight [R, C], with C a multiple of 64.
 
-    `scales` [B] are fp32. `factor` is F.
+    Returns what they are rounded to. `scales` [R, C / 64] are fp32. `factor` is F.
     """
-    rows = len(weight)
     left = weight.float().T.contiguous()  # [C, R], with what earlier columns have lost
-    by_block = scales.view(rows, -1).T  # [C / 64, R]
-    for block, scale in enumerate(by_block):
+    for block, scale in enumerate(scales.T):
         start, end = block * BLOCKSIZE, (block + 1) * BLOCKSIZE
         here, errors = left[start:end], weight[:, start:end].float().T.contiguous()
         for place, error in enumerate(errors):
-            error -= rounded(start + place, here[place], scale)
+            here[place] = rounded(start + place, here[place], scale)
+            error -= here[place]
             here[place + 1 :].addr_(factor[start + place, start + place + 1 : end], error)
         left[end:].addmm_(factor[start:end, end:].T, errors)
+    return left.T
+
+
+def fitted_scales(
+    weight: torch.Tensor, made: torch.Tensor, scales: torch.Tensor, feedback: Feedback
+) -> torch.Tensor:
+    """Return the scales with the least error of products if all codes stay.
+
+    `made` [R, C] is what weight [R, C] was rounded to with `scales` [R, C / 64].
+    """
+    rows = [slice(start, start + _FITTED) for start in range(0, len(weight), _FITTED)]
+    return torch.cat([_fitted(weight[some], made[some], scales[some], feedback) for some in rows])
+
+
+def _fitted(
+    weight: torch.Tensor, made: torch.Tensor, scales: torch.Tensor, feedback: Feedback
+) -> torch.Tensor:
+    """Solve the normal equations of each row. All is the other way round, as correlations are."""
+    sizes, old = feedback.sizes.flip(0), scales.flip(-1)
+    one = old.where(old != 0, 1).repeat_interleave(BLOCKSIZE, -1)
+    codes = made.flip(-1) / one * sizes
+    target = weight.flip(-1) * sizes
+    normal, right = old.new_empty(*old.shape, old.shape[1]), torch.empty_like(old)
+    for block, some in enumerate(torch.split(feedback.correlations, BLOCKSIZE)):
+        columns = slice(block * BLOCKSIZE, (block + 1) * BLOCKSIZE)
+        product = codes[:, columns] @ some  # [R, C]
+        right[:, block] = (product * target).sum(-1)
+        normal[:, block] = (product * codes).view(len(old), -1, BLOCKSIZE).sum(-1)
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + _TINY
+    found: torch.Tensor = torch.linalg.solve(normal, right)
+    return found.where(found / old > _LEAST_CHANGE, old).flip(-1)

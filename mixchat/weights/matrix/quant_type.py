@@ -37,6 +37,9 @@ class Inputs(NamedTuple):
     # Called with the way taken, and the sum of squared errors of the products with `held_out` in
     # that way and in the plain one.
     chosen: Callable[[Way, float, float], object]
+    # `fit` and `held_out` as they are if no matrix before this one is rounded. The products with
+    # them are the right ones.
+    exact: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Linear(Protocol):

@@ -91,7 +91,7 @@ class TrellisCodes(RowCodes):
         def ways() -> Iterator[tuple[Way, Encoded]]:
             yield "plain", plain
             if whole.shape[1] == columns:
-                made = round_for_inputs(self._table, whole, inputs.fit)
+                made = round_for_inputs(self._table, whole, inputs)
                 yield "gptq", _flat(*made, columns)
 
         def dense(codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

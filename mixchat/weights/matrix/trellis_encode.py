@@ -12,8 +12,13 @@ from __future__ import annotations
 import torch
 
 from mixchat.kernels.trellis_units import RING
-from mixchat.weights.matrix.gptq import feedback_factor, mean_squares, round_columns
-from mixchat.weights.matrix.quant_type import BLOCKSIZE
+from mixchat.weights.matrix.gptq import (
+    corrected,
+    feedback_of,
+    mean_squares,
+    round_with_fitted_scales,
+)
+from mixchat.weights.matrix.quant_type import BLOCKSIZE, Inputs
 from mixchat.weights.matrix.trellis_search import nearest
 from mixchat.weights.matrix.trellis_table import Table, bytes_of_scales, scales_of_bytes
 
@@ -33,9 +38,11 @@ def round_plainly(table: Table, weight: torch.Tensor) -> Rounded:
     return torch.cat([_rounded(table, *piece)[0] for piece in pieces]), scales
 
 
-def round_for_inputs(table: Table, weight: torch.Tensor, inputs: torch.Tensor) -> Rounded:
+def round_for_inputs(table: Table, weight: torch.Tensor, inputs: Inputs) -> Rounded:
     """Return the words of weight [R, C], fp32, for the least error of products with inputs."""
-    scales = _scales(table, weight, mean_squares(inputs))
+    feedback = feedback_of(inputs.fit)
+    weight = corrected(weight, feedback, inputs)
+    scales = _scales(table, weight, mean_squares(inputs.fit))
     words = torch.empty(len(weight) // RING, weight.shape[1], table.bits, dtype=torch.int64)
 
     def rounded(place: int, column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -43,9 +50,14 @@ def round_for_inputs(table: Table, weight: torch.Tensor, inputs: torch.Tensor) -
         words[:, place] = made[:, 0]
         return values.squeeze(-1)
 
-    flat = scales_of_bytes(scales).view(-1)
-    round_columns(weight, flat, rounded, feedback_factor(inputs))
-    return words, scales
+    fitted = round_with_fitted_scales(
+        weight,
+        scales_of_bytes(scales),
+        rounded,
+        feedback,
+        lambda scales: scales_of_bytes(bytes_of_scales(scales)),
+    )
+    return words, bytes_of_scales(fitted)
 
 
 def _rounded(

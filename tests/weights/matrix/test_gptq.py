@@ -29,17 +29,20 @@ def halves(rows: torch.Tensor, chosen: list[Way] | None = None) -> Inputs:
     return Inputs(rows[:half], rows[half:], lambda way, *_: ways.append(way))
 
 
+def shrunk_hessian(inputs: torch.Tensor) -> torch.Tensor:
+    x = inputs.double()
+    hessian = x.T @ x / len(x) * (1 - gptq.shrinkage(*x.shape))
+    hessian.diagonal().copy_(gptq.mean_squares(inputs))
+    return hessian
+
+
 def slowly(
     weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, inputs: torch.Tensor
 ) -> torch.Tensor:
     """Column by column in double precision: after each, the columns behind it are chosen anew for
     the least error of all products (ordinary least squares)."""
     rows, columns = weight.shape
-    x = inputs.double()
-    hessian = x.T @ x / len(x)
-    shrunk = gptq.shrinkage(len(x), columns)
-    hessian *= 1 - shrunk
-    hessian.diagonal().copy_(gptq.mean_squares(inputs))
+    hessian = shrunk_hessian(inputs)
     left, codes = weight.double().clone(), torch.empty(rows, columns, dtype=torch.uint8)
     each = scales.double().view(rows, -1).repeat_interleave(64, 1)
     for place in range(columns):
@@ -61,7 +64,9 @@ def test_it_is_least_squares_for_the_columns_that_are_left(kind: BlockCodes) -> 
     _, scales = kind.codes(weight, search=True)
     fast = torch.empty(128, 16, dtype=torch.uint8)
     rounded = gptq.nearest_levels(levels, fast)
-    gptq.round_columns(weight, scales.float(), rounded, gptq.feedback_factor(inputs))
+    gptq.round_columns(
+        weight, scales.float().view(16, -1), rounded, gptq.feedback_of(inputs).factor
+    )
     fast = fast.T.reshape(-1, 64)
     assert (fast != slowly(weight, scales.float(), levels, inputs)).float().mean() < 0.005
 
@@ -70,21 +75,77 @@ def test_the_factor_makes_the_shrunk_hessian_whatever_is_computed_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs = alike(300, 128)
-    whole = gptq.feedback_factor(inputs)
+    whole, pivots, *_ = gptq.feedback_of(inputs)
     monkeypatch.setattr(gptq, "_BAND", 48)
     monkeypatch.setattr(gptq, "_PIECE", 70)
-    in_bands = gptq.feedback_factor(inputs)
+    in_bands, _, correlations, sizes = gptq.feedback_of(inputs)
     torch.testing.assert_close(in_bands, whole, rtol=1e-3, atol=1e-4)
-    x = inputs.double()
-    hessian = x.T @ x / len(x) * (1 - gptq.shrinkage(*x.shape))
-    hessian.diagonal().copy_(gptq.mean_squares(inputs))
+    hessian = shrunk_hessian(inputs)
+    whole_hessian = correlations.flip(0, 1) * sizes * sizes.unsqueeze(-1)
+    torch.testing.assert_close(whole_hessian.double(), hessian, rtol=1e-3, atol=1e-3)
     undone = torch.linalg.inv(in_bands.double())
     diagonal = undone @ hessian @ undone.T
     assert torch.equal(in_bands, in_bands.triu())
     torch.testing.assert_close(in_bands.diagonal(), torch.ones(128))
+    torch.testing.assert_close(diagonal.diagonal().float(), pivots, rtol=1e-3, atol=0)
     sizes = diagonal.diagonal().sqrt()
     off = (diagonal - diagonal.diagonal().diag()) / sizes / sizes.unsqueeze(-1)
     assert off.abs().max() < 1e-3
+
+
+def test_fitted_scales_are_the_least_squares_solution_of_each_row() -> None:
+    weight, inputs = random(600, 192), alike(300, 192)
+    hessian, feedback = shrunk_hessian(inputs), gptq.feedback_of(inputs)
+    codes, scales = random(600, 192, seed=7).sign() * 0.5 + weight, torch.rand(600, 3) + 0.5
+    scales[5, 1] = 0
+    codes[5, 64:128] = 0
+    each = scales.repeat_interleave(64, 1)
+    found = gptq.fitted_scales(weight, codes * each, scales, feedback)
+    assert found[5, 1] == 0
+
+    def loss(some: torch.Tensor) -> torch.Tensor:
+        wrong = (codes * some.repeat_interleave(64, 1) - weight).double()
+        return ((wrong @ hessian) * wrong).sum(-1)
+
+    least = loss(found)
+    for block in range(3):
+        for change in (0.99, 1.01):
+            other = found.clone()
+            other[:, block] *= change
+            assert (loss(other) >= least * (1 - 1e-5)).all()
+
+
+def noisy(rows: torch.Tensor) -> Inputs:
+    """Inputs as they are after a matrix before was rounded coarsely, and the exact ones."""
+    wrong = rows + 0.3 * (rows.abs().mean(0) * random(*rows.shape, seed=5)) - 0.2 * rows.roll(1, -1)
+    half = len(rows) // 2
+    exact = rows[:half], rows[half:]
+    return Inputs(wrong[:half], wrong[half:], lambda *_: None, exact)
+
+
+def test_a_corrected_weight_is_the_least_squares_solution() -> None:
+    weight, inputs = random(16, 128), noisy(alike(600, 128))
+    assert inputs.exact is not None
+    given, exact = inputs.fit.double(), inputs.exact[0].double()
+    kept = 1 - gptq.shrinkage(*given.shape)
+    moved = weight.double() @ (exact - given).T @ given / len(given) * kept
+    expected = weight + moved @ torch.linalg.inv(shrunk_hessian(inputs.fit))
+    found = gptq.corrected(weight, gptq.feedback_of(inputs.fit), inputs)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@each_type
+def test_a_matrix_makes_up_for_what_was_rounded_before_it(kind: BlockCodes) -> None:
+    """The second matrix of an expert learnt from inputs that it never gets."""
+    weight, inputs = random(64, 128).bfloat16(), noisy(alike(4000, 128))
+    assert inputs.exact is not None
+    exact = halves(torch.cat(inputs.exact))
+    errors = []
+    for learnt in (exact, inputs):
+        made = kind.codes(weight, inputs=learnt)
+        matrix = kind.dequantize(*made, (64, 128), torch.float32)
+        errors.append(gptq.error_of_products(matrix, weight, inputs))
+    assert errors[1] < 0.8 * errors[0]
 
 
 @each_type
