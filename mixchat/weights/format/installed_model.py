@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -102,10 +101,8 @@ class InstalledModel:
         spec = self.blueprint.shared_matrices[target.name]
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
         if spec.quant_type != target.quant_type:
-            plain = replace(spec, layout="bitsandbytes")
-            spec.convert(tensors, plain)
             bias = tensors[-1:] if spec.bias else []
-            return target.build([plain.dequantized(tensors), *bias])
+            return target.build([spec.dequantized(tensors), *bias])
         spec.convert(tensors, target)
         return target.build(tensors)
 

@@ -224,18 +224,22 @@ class Calibrator:
         if part.linear.name == "w2":
             return part.encoded(weight, self._w2_inputs, bias)
         fit, held_out = self._rows(*part.expert)
-        exact: Linear = DenseLinear(weight.to(fit.dtype))
-        if bias is not None:
-            exact = BiasedLinear(exact, bias)
         made = part.encoded(weight, Inputs(fit, held_out, self._note), bias)
-        rounded, swiglu = part.linear.build(made), swiglu_of(self._index.config)
-        self._w2_inputs = Inputs(
-            swiglu(rounded(fit)),
-            swiglu(rounded(held_out)),
-            self._note,
-            exact=(swiglu(exact(fit)), swiglu(exact(held_out))),
+        rounded, exact = (
+            [self._gated(matrix, bias, rows) for rows in (fit, held_out)]
+            for matrix in (part.linear.dequantized(made), weight)
         )
+        self._w2_inputs = Inputs(rounded[0], rounded[1], self._note, (exact[0], exact[1]))
         return made
+
+    def _gated(
+        self, w13: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what w2 gets for rows [n, D], [n, F]."""
+        linear: Linear = DenseLinear(w13.to(rows.dtype))
+        if bias is not None:
+            linear = BiasedLinear(linear, bias)
+        return swiglu_of(self._index.config)(linear(rows))
 
     def report(self) -> str:
         """Return the count of matrices made in each way, and the gain."""

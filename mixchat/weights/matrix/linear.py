@@ -234,9 +234,8 @@ class LinearSpec:
         return PackedLinear(matrix, self.rows)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the matrix [R, C] as `dtype`, out of codes that are not `packed`."""
-        assert not self.packed
-        absmax, codes, *_ = tensors
+        """Return the matrix [R, C] as `dtype`, the same in each layout."""
+        absmax, codes, *_ = self._reordered(tensors, packed=False) if self.packed else tensors
         return self._codes.dequantize(codes, absmax, (self.rows, self.columns), self.dtype)
 
     def convert(self, tensors: Sequence[torch.Tensor], to: LinearSpec) -> None:
