@@ -59,7 +59,7 @@ def _repeated(data: bytes, size: int) -> bytes:
     return (data * (size // len(data) + 1))[:size]
 
 
-# What comes in place of a file's bytes, with the status and the headers of the file.
+# Replacements of a file's bytes, with the status and the headers of the file.
 LIES: dict[str, Callable[[bytes], bytes]] = {
     "page": lambda data: _repeated(PAGE, len(data)),
     "json": lambda data: _repeated(b'{"error": "try later"} ', len(data)),

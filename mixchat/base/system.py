@@ -42,7 +42,7 @@ BINARY, NO_FOLLOW, NO_WAIT, CLOSE_ON_EXEC, DIRECT, DIRECTORY = (
     for name in ("BINARY", "NOFOLLOW", "NONBLOCK", "CLOEXEC", "DIRECT", "DIRECTORY")
 )
 CLOSED_PIPE = (errno.EPIPE, errno.EINVAL) if WINDOWS else (errno.EPIPE,)
-# How standard output and error are written. A file on Windows would get code page 1252.
+# The encoding of standard output and error. A file on Windows would get code page 1252.
 STREAMS: dict[str, Any] = {"errors": "replace"}
 if WINDOWS:
     STREAMS |= {"encoding": "utf-8", "newline": "\n"}

@@ -42,7 +42,7 @@ def left_out_note(turns: int) -> str:
 
 @dataclass(frozen=True)
 class AnswerLimits:
-    """What ends an answer: a token, a string, or a count of tokens.
+    """The ends of an answer, a token, a string, or a count of tokens.
 
     max_tokens: the most tokens that were requested, if any. room: the tokens that the context has
     left.

@@ -1,4 +1,4 @@
-"""What a sandbox and its parent share: JSON messages over a socket, and the memory limit."""
+"""The JSON messages between a sandbox and its parent, and the memory limit."""
 
 from __future__ import annotations
 

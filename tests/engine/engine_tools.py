@@ -1,4 +1,4 @@
-"""What tests of engines share."""
+"""Tools that tests of engines share."""
 
 from collections.abc import Sequence
 from typing import Any

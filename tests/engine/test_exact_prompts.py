@@ -90,7 +90,7 @@ def test_each_token_has_the_bits_of_a_decoded_one_in_any_chunk_on_any_count_of_t
     threads(1)
     decoded = read(engine, [1])
     ways = [*((1, (chunk,)) for chunk in CHUNKS), (2, (7,)), (2, (2048,)), (2, (33, 1, 5))]
-    # Where only one by one is exact, so it is read: then many ways are the same.
+    # If only one by one is exact, it is read so. Then many ways are the same.
     for count, chunks in {(count, at_most(engine.prefill_chunk, chunks)) for count, chunks in ways}:
         threads(count)
         assert same(read(engine, list(chunks)), decoded), (count, chunks)
