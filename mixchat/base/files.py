@@ -41,9 +41,10 @@ NOT_WRITABLE = (
 )
 
 
-def write_error(error: OSError, path: object, fault: str) -> MixchatError:
-    """Return the error for a file that cannot be written."""
-    kind = MixchatError
+def write_error(
+    error: OSError, path: object, fault: str, kind: type[MixchatError] = MixchatError
+) -> MixchatError:
+    """Return the error for a file that cannot be written, `kind` if it is of no other kind."""
     if error.errno in DISK_FULL:
         kind = ResourceError
     elif error.errno in NOT_WRITABLE:

@@ -65,7 +65,7 @@ class OutputFile:
                 with suppress(OSError):
                     file.close()  # Windows removes no open file
                     self.place.unlink()
-            raise write_error(error, self, "cannot be written") from None
+            raise write_error(error, self, "cannot be written", UsageError) from None
 
     def open(self) -> BinaryIO:
         """Return the file, empty and open for writing, without a buffer."""
@@ -73,7 +73,7 @@ class OutputFile:
         try:
             return open(self._descriptor(), "wb", buffering=0)
         except OSError as error:
-            raise write_error(error, self, "cannot be written") from None
+            raise write_error(error, self, "cannot be written", UsageError) from None
 
     @property
     def place(self) -> Path:

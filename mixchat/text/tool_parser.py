@@ -154,7 +154,8 @@ class _MarkupParser(_CallParser):
         before, after, key, value, end, last = map(re.escape, format.markup)
         head = rf"[ \n]{{0,2}}{before}([\w.-]+){after}"
         self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
-        self._argument = re.compile(f"{key}(.*?){value}(.*?){end}", re.DOTALL)
+        self._end = format.markup[4]
+        self._argument = re.compile(f"{key}((?:(?!{value}).)*){value}(.*?){end}", re.DOTALL)
         self._last = re.compile(rf"[ \n]{{0,2}}{last or re.escape(format.closing)}")
         self._tools = {tool.name: tool for tool in offered}
         self._name, self._count, self._came = "", 0, ""
@@ -182,7 +183,8 @@ class _MarkupParser(_CallParser):
             self._take(found.end())
             self.calls, self._name, self._count = self.calls + 1, found[1], 0
             return [CallDelta(index + 1, id=new_call_id(), name=self._name)]
-        if found := self._argument.match(self._held):
+        # A search for the end first, since this is asked for each token of a long argument.
+        if self._end in self._held and (found := self._argument.match(self._held)):
             self._take(found.end())
             self._count += 1
             before = "{" if self._count == 1 else ", "

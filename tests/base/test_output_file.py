@@ -75,6 +75,17 @@ def test_a_pipe_receives_all_data(tmp_path):
         assert file.read() == OURS
 
 
+def test_a_device_that_is_not_there_is_wrong_use(tmp_path, monkeypatch):
+    """/dev/tty without a terminal counted as a fault of mixchat's."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENXIO, "No such device or address")
+
+    monkeypatch.setattr(OutputFile, "_descriptor", refuse)
+    with pytest.raises(UsageError, match="cannot be written"):
+        OutputFile("--trace", tmp_path / "x").open()
+
+
 def test_a_directory_is_refused(tmp_path):
     with pytest.raises(UsageError, match="was not written by --out"):
         output(tmp_path).check()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,3 +121,19 @@ def test_arguments_come_as_they_are_generated() -> None:
     parser = answer_parser(None, FORMATS["tags"], tokenizer, ())
     for piece, arguments in ((CUT, '{"a": '), ('"x', '"x'), ("y", "y"), ('"}}', '"}')):
         assert "".join(call.arguments for call in parser.add(piece).calls) == arguments
+
+
+def test_a_long_text_between_tags_costs_each_token_little(monkeypatch):
+    """Each token looked for the end of a name at each line of HTML, in cubic time."""
+    matched = []
+    tools: Any = Characters()
+    parser: Any = answer_parser(None, FORMATS["qwen-coder"], tools, ())
+    pattern = parser._argument
+    watched = SimpleNamespace(match=lambda held: matched.append(held) or pattern.match(held))
+    monkeypatch.setattr(parser, "_argument", watched)
+    text = "<p>\n" * 300
+    new = AnswerText()
+    for piece in re.findall("(?s).{1,4}", f"<tool_call>\n{QWEN}".replace('}"{', text)):
+        new += parser.add(piece)
+    assert json.loads(joined_calls(new.calls)[0].arguments)["a"] == text
+    assert len(matched) < 10

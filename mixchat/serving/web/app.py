@@ -56,7 +56,7 @@ _MAX_WAITING_CHECKS = 16
 _MAX_IGNORED = 20  # fields that a response names
 _MAX_NOTED = 100  # names
 # The fields with schemas or grammars, which are checked in processes.
-_FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text")
+_FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text", "output_config")
 _CHAT_PATH = "/v1/chat/completions"
 _MESSAGES_PATH = "/v1/messages"
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets

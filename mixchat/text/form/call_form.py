@@ -20,6 +20,7 @@ _MARKUP_KEYS = {
     *("$schema", "$defs", "definitions"),
 }
 _TEXT_KEYS = {"type", "enum", "const", "title", "description", "default", "examples"}
+_HIDING_KEYS = {"$ref", "allOf", "anyOf", "oneOf"}
 _NOTHING = '""'
 _BLANKS = r"/[ \n]{1,2}/?"
 
@@ -59,7 +60,7 @@ def call_grammar(text: str) -> str:
     form = CallForm.parse(text)
     for tool in form.tools:
         _check(tool)
-        if form.format.kind == "markup" and tool.strict:
+        if form.format.kind == "markup":
             _check_markup(tool)
     if form.answer is not None:
         check_schema(dict(form.answer))
@@ -78,10 +79,18 @@ def _check(tool: Tool) -> None:
 
 
 def _check_markup(tool: Tool) -> None:
-    """Raise `UsageError` for what has no effect if each argument has its own tag."""
+    """Raise `UsageError` for what has no effect if each argument has its own tag.
+
+    Without `strict` that is only what hides the arguments' names.
+    """
     texts = [schema for name, schema in tool.arguments.items() if tool.takes_text(name)]
     unknown = {*(tool.parameters or {})} - _MARKUP_KEYS
-    unknown |= {key for schema in texts for key in schema} - _TEXT_KEYS
+    if tool.strict:
+        unknown |= {key for schema in texts for key in schema} - _TEXT_KEYS
+    elif tool.arguments:
+        return
+    else:
+        unknown &= _HIDING_KEYS
     if unknown:
         names = ", ".join(sorted(unknown))
         reason = f"not supported in this model's form of calls: {names}"
@@ -144,10 +153,14 @@ def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterat
         schema = part if isinstance(part, dict) else {}
         yield f"{rule}_value: {json_rule(schema, lenient=not tool.strict)}"
         yield f"{rule}: {head} {rule}_value {close}"
-    elif texts := part.get("enum", [part["const"]] if "const" in part else None):
+    elif texts := [text for text in _choices(part) if isinstance(text, str)]:
         yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
     else:
         yield f"{rule}: {head} text"
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Any]:
+    return [*schema.get("enum", [schema["const"]] if "const" in schema else [])]
 
 
 def _markup_text(form: CallForm) -> str:

@@ -157,6 +157,8 @@ class HubCheckpoint(Checkpoint):
             pointer.unlink(missing_ok=True)
             try:
                 pointer.symlink_to(os.path.relpath(path, pointer.parent))
+            except FileExistsError:
+                pass  # another download has made it
             except OSError:  # Windows may refuse. Then huggingface_hub has the file itself there.
                 os.replace(path, pointer)
                 path = pointer

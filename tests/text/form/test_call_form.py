@@ -186,6 +186,23 @@ def test_a_strict_tool_is_refused_for_what_tags_cannot_keep() -> None:
         call_grammar(CallForm(FORMATS["glm"], [Tool("f", None, schema)]).to_text())
 
 
+def test_tags_need_the_names_of_arguments() -> None:
+    """The model could only call such a tool without arguments, and nothing said so."""
+    hidden = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"b": {}}}}}
+    for schema in (hidden, {"allOf": [hidden["$defs"]["a"]]}):  # type: ignore[index]
+        with pytest.raises(UsageError, match=r"form of calls: (\$ref|allOf)"):
+            call_grammar(CallForm(FORMATS["glm"], [Tool("f", None, schema)]).to_text())
+        call_grammar(CallForm(FORMATS["tags"], [Tool("f", None, schema)]).to_text())
+
+
+@pytest.mark.parametrize("choices", [{"enum": ["a", None]}, {"enum": ["a", 1]}, {"const": None}])
+def test_choices_of_a_text_that_are_none_do_not_spoil_the_grammar(choices: Any) -> None:
+    """Clients that allow null in a list of choices got "the grammar cannot be used"."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", **choices}}}
+    for tool in (Tool("f", None, schema), Tool("f", None, schema, strict=True)):
+        assert "null" not in call_grammar(CallForm(FORMATS["glm"], [tool]).to_text())
+
+
 @pytest.mark.parametrize("said", ["<tool_call>\n", '<tool_call>{"'])
 def test_what_follows_the_opening_in_its_token_counts(said: str) -> None:
     tokens = Tokens()
