@@ -110,18 +110,17 @@ class PagedKVCache(KVCache):
         return addresses
 
     def _make_room(self, layer: int, tokens: int) -> torch.Tensor:
-        first, old = self._first_to_keep(layer, tokens), self._pages[layer]
-        made = [_NO_PAGE] * (first // PAGE) + old[first // PAGE :]
-        made += [_NO_PAGE] * (-(-(self.length + tokens) // PAGE) - len(made))
+        first, end = self._first_to_keep(layer, tokens), -(-(self.length + tokens) // PAGE)
+        made = [_NO_PAGE] * (first // PAGE) + self._pages[layer][first // PAGE : end]
+        made += [_NO_PAGE] * (end - len(made))
         for number in range(first // PAGE, len(made)):
             if not made[number].numel():
                 made[number] = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
-        # Last, because an error may come before. In this order the next call makes good what is
-        # missing.
-        self._pages[layer] = made
-        self._addresses[layer] = torch.tensor([page.data_ptr() for page in made])
+        addresses = torch.tensor([page.data_ptr() for page in made])
+        # Last, because an error may come before.
+        self._pages[layer], self._addresses[layer] = made, addresses
         self._firsts[layer] = first
-        return self._addresses[layer]
+        return addresses
 
     def steps(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor

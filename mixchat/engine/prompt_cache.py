@@ -52,6 +52,7 @@ class PromptCache:
     def __init__(self, path: Path, engine: Engine, number: int = 0) -> None:
         self.path, self._engine, self._number = path, engine, number
         self._saved: list[int] = []  # the ids in the file
+        self._first = 0  # of these, the first that layers with a window have
 
     def load(self) -> int:
         """Load the file into an engine that holds nothing. Return how many tokens it holds then.
@@ -63,11 +64,11 @@ class PromptCache:
         _, cache = self._engine.held(self._number)
         try:
             with SafetensorsFile(self.path, follow=False) as file:
-                saved, length = _read(file, cache, self._engine)
+                saved, length, first = _read(file, cache, self._engine)
         except BaseException:
             cache.clear()
             raise
-        self._saved = saved
+        self._saved, self._first = saved, first
         self._engine.resume(saved[:length], self._number)
         return length
 
@@ -77,13 +78,13 @@ class PromptCache:
         Raises `ResourceError` if the disk is full, else another `MixchatError`.
         """
         ids, cache = self._engine.held(self._number)
-        if ids == self._saved[: len(ids)]:
+        if ids == self._saved[: len(ids)] and cache.usable(len(ids), self._first) == len(ids):
             return False
         try:
             _write(self.path, cache, ids, self._engine)
         except OSError as error:
             raise write_error(error, self.path, "the prompt cache cannot be written") from None
-        self._saved = ids
+        self._saved, self._first = ids, cache.first
         return True
 
 
@@ -133,10 +134,11 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> No
         put(digest.digest())
 
 
-def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[list[int], int]:
+def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[list[int], int, int]:
     """Load what fits into the cache.
 
-    Return the ids of all tokens in the file, and the count of those that are loaded.
+    Return the ids of all tokens in the file, the count of those that are loaded, and the first
+    token of layers with a window.
     """
     tokens, first = _tokens(file, cache, engine)
     length = cache.usable(min(tokens, cache.capacity), first)
@@ -160,7 +162,7 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[list[i
             cache.restore(layer, fits, length, first)
     if bytes(tensor_bytes(file.read(_DIGEST))) != digest.digest():
         raise CheckpointError(f"{file.path} is damaged (its SHA-256 differs)")
-    return ids, length
+    return ids, length, first
 
 
 def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[int, int]:

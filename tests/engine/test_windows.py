@@ -104,6 +104,17 @@ def test_what_is_cut_back_within_2048_tokens_is_still_there(kind, keep_all):
     assert one.first == 0
 
 
+@needs_kernel
+def test_a_new_beginning_takes_the_pages_that_it_needs():
+    """It took as many as the whole conversation before had, in each layer with a window."""
+    cache = paged(16)
+    for seed in range(4):
+        turn(cache, 2048, seed)
+    cache.length = cache.usable(0)
+    turn(cache, 49, 5)
+    assert sum(page.numel() > 0 for page in cache._pages[0]) == 1
+
+
 @pytest.mark.parametrize("kind", LONG_KINDS)
 def test_a_pass_that_is_broken_off_leaves_what_the_next_one_sees(kind, keep_all):
     """It had given back what only the tokens after it did not need."""
@@ -175,6 +186,21 @@ def test_a_context_that_ends_before_what_was_saved_begins_anew(load, tmp_path):
     assert PromptCache(tmp_path / "f", small).load() == 0
     assert small.held()[0] == []
     assert answer(small, prompt[:500]) == answer(load(), prompt[:500])
+
+
+def test_a_beginning_that_the_file_cannot_give_is_saved_anew(load, tmp_path):
+    """The file counted as up to date, so each start computed the beginning again."""
+    one, prompt = load(), ids_of(1530)
+    answer(one, prompt)
+    assert PromptCache(tmp_path / "f", one).save()
+    small = load(context_size=600)
+    saved = PromptCache(tmp_path / "f", small)
+    saved.load()
+    answer(small, prompt[:500], max_tokens=1)
+    assert small.held()[0] == prompt[:500]
+    assert saved.save()
+    assert PromptCache(tmp_path / "f", load()).load() == 500
+    assert not saved.save()
 
 
 def test_conversations_at_once_share_what_is_kept(load):
