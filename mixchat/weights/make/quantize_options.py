@@ -18,8 +18,8 @@ from mixchat.weights.source.checkpoint_index import CheckpointIndex
 # The gain in perplexity by the type of the experts, and if they are calibrated. It is the demo
 # model's mean over five texts, as `tests/benchmarks/quality.py` prints it.
 DEMO_LOSS: dict[QuantType, tuple[float, float]] = {
-    "nf4": (0.173, 0.095),
-    "trellis3": (0.415, 0.258),
+    "nf4": (0.173, 0.072),
+    "trellis3": (0.415, 0.197),
 }
 # The same for what is always calibrated, by `--expert-bits`, None if it was not measured.
 DEMO_LOSS_CALIBRATED: dict[str, float | None] = {"2.5": None, "2": None}
