@@ -28,7 +28,9 @@ import torch
 
 from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.files import (
+    open_regular,
     read_json_object,
+    reading,
     rename_durably,
     temporary_path,
     write_file,
@@ -331,10 +333,8 @@ def _append(path: Path, added: torch.Tensor) -> None:
 
 def _read(path: Path) -> bytearray:
     """Return the bytes of a file of any size. Raises `CheckpointError`."""
-    try:
-        return bytearray(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    with reading(path), open(open_regular(path), "rb") as file:
+        return bytearray(file.read())
 
 
 def _dense_path(directory: Path, name: str) -> Path:
