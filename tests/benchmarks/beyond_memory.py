@@ -1,14 +1,14 @@
 """A Mixtral larger than memory: tokens a second, beside the disk's limit and beside llama.cpp.
 
     python tests/benchmarks/beyond_memory.py WORK [--free GIB ...] [--host-memory SIZE ...]
-        [--expert-bits 4 ...] [--layers 32] [--tokens 48] [--rounds 2] [--depth N]
-        [--peer PYTHON MODEL.gguf] [--keep]
+        [--expert-bits 4 ...] [--layers 32] [--shape instruct] [--tokens 48] [--rounds 2]
+        [--depth N] [--peer PYTHON MODEL.gguf] [--keep]
 
 WORK gets a model with Mixtral's real layer shapes and random weights for each count of bits (0.79
-GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. 2.5 or 14GB makes a mix. For
-each count of GiB in --free another process holds what is free beyond that. Every figure comes from
-a process of its own, one after the other, in rounds, so that what else the machine does strikes all
-alike.
+GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. 2.5 or 14GB makes a mix.
+--shape takes another known model's shapes. For each count of GiB in --free another process holds
+what is free beyond that. Every figure comes from a process of its own, one after the other, in
+rounds, so that what else the machine does strikes all alike.
 
 The limit is what a token takes where nothing waits: the longer of reading its bytes at the disk's
 bandwidth and of computing it at the speeds that the round's calibration found. Some disks are twice
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--expert-bits", nargs="*", default=["4"])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", default="instruct")
     parser.add_argument("--free", type=float, nargs="*", default=[])
     parser.add_argument("--host-memory", nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=48)
@@ -79,7 +80,7 @@ def main() -> None:
     for bits, model in models.items():
         if not model.exists():
             command = [sys.executable, "-m", "mixchat.bench.synthetic", str(model)]
-            run([*command, str(given.layers), bits])
+            run([*command, str(given.layers), bits, given.shape])
     try:
         for number in range(given.rounds):
             for free in given.free or [None]:
@@ -172,7 +173,8 @@ def answer(model: Path, budget: str, tokens: int, depth: int | None) -> dict[str
     saved = saved_measurement(blueprint, model, CPU)
     assert saved is not None
     expected = expect(blueprint, CPU, saved, placement)
-    disk = measure_disk(model, 94 << 20, 6 * (94 << 20), lambda: None, 0.4)
+    stride = blueprint.expert.stride
+    disk = measure_disk(model, stride, max(6 * stride, 512 << 20), lambda: None, 0.4)
     # Nothing is read where all experts had come before.
     read_rate = did.bytes_read / did.read_seconds if did.read_seconds else disk.idle
     meanwhile = expect(blueprint, CPU, with_disk(saved, read_rate), placement)
