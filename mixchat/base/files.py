@@ -52,6 +52,27 @@ def write_error(
     return kind(f"{path}: {fault} ({error.strerror})")
 
 
+def local_error(
+    error: OSError, place: object, variable: str = "MIXCHAT_HOME"
+) -> MixchatError | None:
+    """Return the error for a full disk or a directory that cannot be written, or None.
+
+    variable: the one that names the directory.
+    """
+    if error.errno in DISK_FULL:
+        return ResourceError(
+            f"the disk is full ({place})",
+            hint=f"Free some space, or set {variable} to a directory on a larger disk. What is "
+            "done stays; the same command resumes there.",
+        )
+    if error.errno in NOT_WRITABLE:
+        return UsageError(
+            f"cannot write {error.filename or variable}: {error.strerror}",
+            hint=f"Set {variable} to a directory that can be written.",
+        )
+    return None
+
+
 def open_regular(
     path: Path, flags: int = os.O_RDONLY, mode: int = 0o666, *, follow: bool = True
 ) -> int:

@@ -34,7 +34,7 @@ from mixchat.weights.format.manifest import (
     write_manifest,
 )
 from mixchat.weights.known_models import KNOWN
-from mixchat.weights.make.quantize_options import DENSE_BITS, default_blueprint
+from mixchat.weights.make.quantize_options import default_blueprint
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 
 FOUR_BITS = ExpertSize(4.0)
@@ -45,7 +45,7 @@ def synthetic_model(
     layers: int,
     expert_bits: ExpertSize = FOUR_BITS,
     shape: str = "instruct",
-    dense_bits: int = DENSE_BITS,
+    dense_bits: int | None = None,
 ) -> Iterator[Path]:
     """Yield the directory of such a model, then delete it."""
     models = models_dir()
@@ -61,9 +61,9 @@ def write_synthetic(
     layers: int,
     expert_bits: ExpertSize = FOUR_BITS,
     shape: str = "instruct",
-    dense_bits: int = DENSE_BITS,
+    dense_bits: int | None = None,
 ) -> None:
-    """Write a model, by default with attention and head in 8 bits, as a download does.
+    """Write a model, by default with attention and head in the bits of a download.
 
     4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits. In a mix all layers count as
     equally sensitive. Raises `UsageError` for bits that the model has not.
@@ -73,7 +73,9 @@ def write_synthetic(
     if expert_bits.whole not in (None, TYPES[kind].bits):
         raise UsageError(f"{shape} has experts in {TYPES[kind].bits} bits, not {expert_bits}")
     config = known.with_layers(layers)
-    blueprint = default_blueprint(read_config(config), kind, dense_bits)
+    # The bits depend on all layers, of which these are the first.
+    every = default_blueprint(read_config(known.config), kind, dense_bits)
+    blueprint = replace(every, config=read_config(config))
     if expert_bits.whole is None:
         blueprint = expected_mix(blueprint, expert_bits)
     whole = blueprint.quantization.description()
@@ -117,6 +119,6 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
 
 if __name__ == "__main__":
     _directory, _layers, *_options = sys.argv[1:]
-    _bits, _shape, _dense = [*_options, *("4", "instruct", str(DENSE_BITS))[len(_options) :]]
+    _bits, _shape = [*_options[:2], *("4", "instruct")[len(_options) :]]
     _size = ExpertSize.parse(_bits)
-    write_synthetic(Path(_directory), int(_layers), _size, _shape, int(_dense))
+    write_synthetic(Path(_directory), int(_layers), _size, _shape, *map(int, _options[2:]))

@@ -56,7 +56,7 @@ class BenchFlags(load_flags.LoadFlags):
         "--dense-bits BITS",
         "Bits of a weight of attention and head with --synthetic (16, 8, 6, 5, 4).",
         MEASURING,
-        show_default="8",
+        show_default=load_flags.DEFAULT_DENSE_BITS,
     )
     depth: list[int] | None = option(
         "--depth N",
@@ -104,7 +104,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
 
     options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
     load = load_flags.load_options(flags, context_size=options.context_size)
-    form = size, flags.shape, int(flags.dense_bits or 8)
+    form = size, flags.shape, flags.dense_bits and int(flags.dense_bits)
     with _model(model, synthetic, *form) as directory:
         done = Bench(directory, load, options)
         _measure(done, flags.rounds)
@@ -130,7 +130,11 @@ def _check_shape(shape: str, layers: int) -> None:
 
 @contextmanager
 def _model(
-    name: str | None, layers: int | None, expert_bits: ExpertSize, shape: str, dense_bits: int
+    name: str | None,
+    layers: int | None,
+    expert_bits: ExpertSize,
+    shape: str,
+    dense_bits: int | None,
 ) -> Iterator[Path]:
     """Yield the model's directory. A synthetic model is deleted at the end."""
     from mixchat.weights import models

@@ -60,13 +60,13 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     """
     others = OtherPrograms()
     options = load_flags.load_options(flags)
-    told = {
+    figures = {
         "ram": _told("--ram", flags.ram, parse_size),
         "gpus": _told("--gpu", flags.gpu, parse_sizes) or (),
         "disk_speed": _told("--disk-speed", flags.disk_speed, parse_rate),
         "free_disk": _told("--free-disk", flags.free_disk, parse_size),
     }
-    if told["gpus"] and flags.device is not None:
+    if figures["gpus"] and flags.device is not None:
         raise UsageError("--gpu tells about a GPU of another machine, --device names one of this")
     from mixchat.weights import models
 
@@ -83,18 +83,19 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     size = load_flags.parse_expert_bits(flags.expert_bits, flags.ctx_size)
     mix = size if size is not None and is_for_calibration(size) else None
     bits = None if size is None or mix is not None else size.whole
-    catalog = {} if is_given(context, "model") else known_blueprints()
+    told = ToldMachine(**figures)
+    catalog = {} if is_given(context, "model") else known_blueprints(told.layout)
 
     def report_on(ref: models.ModelRef) -> PlanReport:
         with reporter.progress() as progress:
-            found = outline(ref, progress, bits, told["free_disk"])
+            found = outline(ref, progress, bits, told.free_disk, told.layout)
         if mix is not None:
             found = in_mix(found, mix)
         made = plan_machine(
             found,
             options,
             reporter,
-            told=ToldMachine(**told),
+            told=told,
             others=others,
             again=flags.measure,
             catalog=catalog,

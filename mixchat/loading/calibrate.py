@@ -46,6 +46,7 @@ from mixchat.weights.make.calibrator import (
 )
 from mixchat.weights.make.download_plan import DownloadPlan
 from mixchat.weights.make.mix import bits_of, budget_of, choose_mix, forms_of, summary, usual_type
+from mixchat.weights.matrix.int6 import ROWS_AT_ONCE
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
@@ -92,7 +93,7 @@ def calibration(
     """
     manifest, path = read_manifest(directory), directory / INPUTS_DIR
     blueprint = installed_blueprint(directory, manifest)
-    _check_memory(blueprint, 0)
+    _check_memory(blueprint, directory, 0)
     if bits is not None:
         expected_mix(blueprint, bits)  # refuses before anything is done
     with (
@@ -151,14 +152,15 @@ def forecast(plan: DownloadPlan, bits: ExpertSize, *, again: bool) -> str:
     """
     blueprint, config = plan.blueprint, plan.blueprint.config
     made = expected_mix(blueprint, bits)
-    windows = default_windows(config, machine.nearest_existing(plan.target))
+    directory = machine.nearest_existing(plan.target)
+    windows = default_windows(config, directory)
     text = (
         f"calibrates experts to {bits_of(made):.2f} bits, {format_size(made.size)} in all, because "
         f"rounding alone would lose more: writes at most {windows} windows of text for at most "
         f"{format_time(_DEFAULT_TEXT_S)}, and rounds for about "
         f"{format_time(_seconds_to_fit(config, windows))}, with "
-        f"{format_least(inputs_size(config, windows * WINDOW))} of disk meanwhile and "
-        f"{format_least(_memory(config, windows))} of memory"
+        f"{format_least(_disk(blueprint, directory, windows))} of disk meanwhile and "
+        f"{format_least(_memory(blueprint, directory, windows))} of memory"
     )
     if plan.commit is not None and again:
         weights = 2 * budget_of(blueprint, 8)
@@ -178,18 +180,17 @@ def record_inputs(
     what loading raises.
     """
     blueprint = installed_blueprint(directory, read_manifest(directory))
-    config, dense_rows = blueprint.config, _dense_rows(blueprint)
+    config, dense_rows = blueprint.config, _dense_rows(blueprint, directory)
     windows = _windows(text, text.windows or default_windows(config, directory))
-    _check_memory(blueprint, len(windows))
-    dense = dense_inputs_size(blueprint, dense_rows)
-    _check_disk(directory, inputs_size(config, len(windows) * WINDOW) + dense, note)
+    _check_memory(blueprint, directory, len(windows))
+    _check_disk(directory, _disk(blueprint, directory, len(windows)), note, dense=bool(dense_rows))
     with InputsWriter(target, dense_rows) as writer:
         engine = load_engine(
             directory,
             LoadOptions(context_size=WINDOW + 1),
             wrap=lambda runner: RecordingRunner(runner, writer.add),
         )
-        if dense:
+        if dense_rows:
             engine.passes.model.record_inputs(blueprint, writer.add_dense)
         seconds = 0.0
         for number, window in enumerate(windows[:_MEASURED_WINDOWS]):
@@ -204,11 +205,17 @@ def record_inputs(
             _run(engine, window, number)
 
 
-def _dense_rows(blueprint: Blueprint) -> int:
-    """Return how many inputs each calibrated matrix of attention and head gets, in windows."""
+def _dense_rows(blueprint: Blueprint, directory: Path) -> int:
+    """Return how many inputs each calibrated matrix of attention and head gets, in windows.
+
+    They take a quarter of the free disk at most.
+    """
     specs = [spec for spec in blueprint.shared_matrices.values() if is_calibrated(spec)]
-    widest = max((spec.columns for spec in specs), default=0)
-    return WINDOW * max(FOLD, math.ceil(_DENSE_ROWS_A_COLUMN * widest / WINDOW))
+    if not specs:
+        return 0
+    windows = math.ceil(_DENSE_ROWS_A_COLUMN * max(spec.columns for spec in specs) / WINDOW)
+    room = machine.free_disk(directory) / 4 / dense_inputs_size(blueprint, WINDOW)
+    return WINDOW * max(FOLD, min(windows, int(room)))
 
 
 def default_windows(config: ModelConfig, directory: Path) -> int:
@@ -216,7 +223,7 @@ def default_windows(config: ModelConfig, directory: Path) -> int:
     width = max(config.hidden_size, config.intermediate_size)
     tokens = ROWS_A_COLUMN * width * config.num_local_experts / config.num_experts_per_tok
     disk = machine.free_disk(directory) / 2 / inputs_size(config, WINDOW)
-    memory = (machine.free_memory() / 2 - _memory(config, 0)) / _memory_of_window(config)
+    memory = (machine.free_memory() / 2 - _expert_memory(config, 0)) / _memory_of_window(config)
     return max(FOLD, int(min(math.ceil(tokens / WINDOW), disk, memory)))
 
 
@@ -295,8 +302,8 @@ def _run(engine: Engine, window: Sequence[int], seed: int) -> float:
     return time.monotonic() - begin
 
 
-def _check_memory(blueprint: Blueprint, windows: int) -> None:
-    needed = max(_memory(blueprint.config, windows), _dense_memory(blueprint))
+def _check_memory(blueprint: Blueprint, directory: Path, windows: int) -> None:
+    needed = _memory(blueprint, directory, windows)
     if needed > (free := machine.free_memory()):
         raise ResourceError(
             f"not enough memory: {format_least(needed)} needed to calibrate a matrix, "
@@ -305,20 +312,38 @@ def _check_memory(blueprint: Blueprint, windows: int) -> None:
         )
 
 
-def _memory(config: ModelConfig, windows: int) -> int:
+def _disk(blueprint: Blueprint, directory: Path, windows: int) -> int:
+    """Return the bytes of the inputs of so many windows."""
+    rows = windows * WINDOW
+    dense = dense_inputs_size(blueprint, min(rows, _dense_rows(blueprint, directory)))
+    return inputs_size(blueprint.config, rows) + dense
+
+
+def _memory(blueprint: Blueprint, directory: Path, windows: int) -> int:
+    """Return the bytes to round any matrix for the inputs of so many windows."""
+    dense = _dense_memory(blueprint, _dense_rows(blueprint, directory))
+    return max(_expert_memory(blueprint.config, windows), dense)
+
+
+def _expert_memory(config: ModelConfig, windows: int) -> int:
     """Return the bytes to round an expert's w2, for three matrices of its inputs and of w2."""
     width, inner = config.hidden_size, config.intermediate_size
     matrices = 3 * 4 * max(width, inner) ** 2 + 12 * width * inner
     return matrices + windows * _memory_of_window(config)
 
 
-def _dense_memory(blueprint: Blueprint) -> int:
+def _dense_memory(blueprint: Blueprint, rows: int) -> int:
     """Return the bytes to round the largest calibrated matrix of attention and head."""
     specs = [spec for spec in blueprint.shared_matrices.values() if is_calibrated(spec)]
-    inputs = 2 * _dense_rows(blueprint)
-    # Three matrices of the inputs, three of the weights in fp32, one in 16 bits.
+    # The inputs twice, three matrices of them, six of some rows in fp32, all rows in 16 bits and as
+    # codes.
     return max(
-        (spec.columns * (inputs + 12 * spec.columns + 14 * spec.rows) for spec in specs), default=0
+        (
+            spec.columns
+            * (4 * rows + 12 * spec.columns + 24 * min(spec.rows, ROWS_AT_ONCE) + 3 * spec.rows)
+            for spec in specs
+        ),
+        default=0,
     )
 
 
@@ -329,14 +354,14 @@ def _memory_of_window(config: ModelConfig) -> int:
     return int(2 * WINDOW * (width + share * (width + 3 * inner)))
 
 
-def _check_disk(directory: Path, inputs: int, note: Note) -> None:
+def _check_disk(directory: Path, inputs: int, note: Note, *, dense: bool) -> None:
     weights = read_manifest(directory).weights
-    layer = max(record.size for name, record in weights.items() if name != SHARED_FILE)
-    needed, free = inputs + layer, machine.free_disk(directory)
+    file = max(record.size for name, record in weights.items() if dense or name != SHARED_FILE)
+    needed, free = inputs + file, machine.free_disk(directory)
     disk = f"{format_least(needed)} of disk in {directory}, {format_size(free)} free"
     if needed > free:
         raise ResourceError(
             f"not enough disk: a calibration takes {disk}",
-            hint=f"Free some space: {format_least(inputs)} are for the inputs of experts.",
+            hint=f"Free some space: {format_least(inputs)} are for the inputs of matrices.",
         )
     note(f"the calibration takes {disk}")

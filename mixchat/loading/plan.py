@@ -55,7 +55,9 @@ def plan(
     The models of `catalog`, by their names, are compared by arithmetic from the same figures.
     Raises `MixchatError` if the model does not fit, an option cannot be used, or a worker fails.
     """
-    devices, blueprint = choose_devices(options.device), told.layout(outline.blueprint)
+    devices, blueprint = choose_devices(options.device), outline.blueprint
+    if told.layout is not None:  # which an installed model need not have here
+        blueprint = blueprint.in_layout(told.layout)
     here, device = devices[0], told.device(devices[0])
     machine = told.machine(Machine.now(outline.directory, devices))
     fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
@@ -73,8 +75,7 @@ def plan(
         return told.measurement(own, other.computed, device)
 
     if catalog:
-        laid_out = {names: told.layout(each) for names, each in catalog.items()}
-        fits = fit_known(laid_out, machine.free, device, options, by_arithmetic)
+        fits = fit_known(catalog, machine.free, device, options, by_arithmetic)
         made = replace(made, known=tuple(fits))
     is_chosen = outline.installed or "--expert-bits" in outline.arguments
     small = None if is_chosen else in_3_bits(blueprint)

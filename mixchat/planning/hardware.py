@@ -13,6 +13,7 @@ from mixchat.planning.compute_speed import ROWS
 from mixchat.planning.fitting import FreeMemory, MemoryPlan
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.matrix.linear import Layout
 
 # Bytes that other programs need on a described machine, and the largest part of all.
 _TAKEN_RAM, _TAKEN_GPU, _TAKEN_PART = 2 * 10**9, 5 * 10**8, 0.25
@@ -82,9 +83,10 @@ class ToldMachine:
         """Return the device that computes there, if `here` does on this machine."""
         return torch.device(gpu.KIND, 0) if self.gpus else here
 
-    def layout(self, blueprint: Blueprint) -> Blueprint:
-        """Return the model as it is downloaded on that machine."""
-        return blueprint.in_layout("bitsandbytes") if self.gpus else blueprint
+    @property
+    def layout(self) -> Layout | None:
+        """Return the layout of a download there, None for the one of a download here."""
+        return "bitsandbytes" if self.gpus else None
 
     def measurable(self, fit: MemoryPlan, here: torch.device) -> Blueprint:
         """Return the form of the model that `here` can measure."""

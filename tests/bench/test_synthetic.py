@@ -12,7 +12,9 @@ from mixchat.bench import synthetic
 from mixchat.loading.loader import load_engine
 from mixchat.weights.families.read_config import FAMILIES
 from mixchat.weights.format.blueprint import SHARED_FILE
+from mixchat.weights.format.manifest import read_manifest
 from mixchat.weights.known_models import KNOWN, KnownModel
+from mixchat.weights.make import quantize_options
 
 SMALL = {
     "vocab_size": 320,
@@ -27,12 +29,24 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Makes the shapes of a known model small, with changes. Small models count as large ones."""
+
+    def small(name, **changes):
+        known = KNOWN[name]
+        values = {key: SMALL[key] for key in SMALL if key in known.config}
+        config = {**known.config, **values, **changes}
+        monkeypatch.setitem(synthetic.KNOWN, name, KnownModel(known.repo, config))
+
+    monkeypatch.setattr(quantize_options, "_SMALL_DENSE_BYTES", 0)
+    return small
+
+
 @pytest.fixture(params=["instruct", "qwen3", "gpt-oss", "mellum2", "olmoe", "granite"])
-def shape(request, monkeypatch):
+def shape(request, small):
     """The name of a known model, whose shapes are small here."""
-    known = KNOWN[request.param]
-    config = {**known.config, **{key: SMALL[key] for key in SMALL if key in known.config}}
-    monkeypatch.setitem(synthetic.KNOWN, request.param, KnownModel(known.repo, config))
+    small(request.param)
     return request.param
 
 
@@ -57,6 +71,15 @@ def test_each_shape_is_of_a_family():
 def test_a_model_has_the_first_layers_of_its_shape(layers):
     types = KNOWN["mellum2"].with_layers(layers)["layer_types"]
     assert types == KNOWN["mellum2"].config["layer_types"][:layers]
+
+
+@pytest.mark.parametrize(("dense_bits", "kind"), [(None, "int8"), (6, "int6"), (16, "none")])
+def test_a_layer_alone_has_the_bits_of_the_whole_model(tmp_path, small, dense_bits, kind):
+    """The head is a larger part of a token's bytes if there are fewer layers."""
+    small("instruct", intermediate_size=512, vocab_size=640)
+    synthetic.write_synthetic(tmp_path / "model", 1, dense_bits=dense_bits)
+    quantization = read_manifest(tmp_path / "model").quantization
+    assert quantization["attention"] == quantization["head"] == kind
 
 
 def test_experts_that_come_in_mxfp4_have_no_other_bits(tmp_path):

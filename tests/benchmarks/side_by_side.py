@@ -132,7 +132,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, metavar="FILE")
     parser.add_argument("--synthetic", type=int, metavar="LAYERS")
     parser.add_argument("--shape", default="instruct", metavar="NAME", help="of --synthetic")
-    parser.add_argument("--dense-bits", type=int, default=8, metavar="N", help="of --synthetic")
+    parser.add_argument("--dense-bits", type=int, metavar="N", help="of --synthetic")
     parser.add_argument("--format", choices=FORMATS, default="Q4_0", help="of --synthetic")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--context", type=int, action="append", metavar="N")

@@ -11,6 +11,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base import machine
 from mixchat.planning import fitting, measuring
+from mixchat.weights.make.outline import known_blueprints
 
 
 def test_another_machine_is_planned_by_what_is_told_about_it(planned, measured, monkeypatch):
@@ -63,6 +64,19 @@ def test_a_gpu_that_is_told_about_has_speeds_that_are_said_to_be_assumed(mixchat
     )
     assert found["hit_rate"] > one["hit_rate"]
     assert found["tokens_per_second"] > one["tokens_per_second"]
+
+
+def test_a_model_for_a_gpu_has_the_bits_of_a_download_there(mixchat, measured):
+    """With a GPU, attention and head of Qwen3 get 8 bits, and 6 without one."""
+    done = mixchat("plan", "--gpu", "24GB", "--json", fake=False)
+    known = known_blueprints("bitsandbytes")
+    found = {
+        tuple(each["names"]): each["bytes"] for each in json.loads(done.stdout)["known_models"]
+    }
+    assert found == {names: made.weights_size for names, made in known.items()}
+    done = mixchat("plan", "qwen3", "--gpu", "24GB", "--json", fake=False)
+    quantization = json.loads(done.stdout)["quantization"]
+    assert (quantization["attention"], quantization["layout"]) == ("int8", "bitsandbytes")
 
 
 @pytest.mark.parametrize(("free", "fits"), [("20GB", False), ("100GB", True)])

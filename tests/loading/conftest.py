@@ -5,7 +5,7 @@ from pathlib import Path
 
 import paper_gpu
 import pytest
-from paper_gpu import PaperRuntime
+from paper_runtime import PaperRuntime
 from paper_tools import CONTEXT, KINDS, LAYERS, Case, Cases, logits, speeds
 
 from mixchat.base.options import LoadOptions

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from paper_gpu import PaperRuntime
+from paper_runtime import PaperRuntime
 
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import Note

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from paper_gpu import Event, PaperRuntime
+from paper_runtime import Event, PaperRuntime
 from paper_tools import (
     EXPERTS,
     GREEDY,

@@ -13,9 +13,8 @@ import text_builders as build
 from hypothesis import given, settings
 from text_strategies import anything, harmless
 
-from mixchat.base.errors import CheckpointError, PromptError
+from mixchat.base.errors import PromptError
 from mixchat.text.choose import load_tokenizer
-from mixchat.text.hf import JsonTokenizer
 from mixchat.text.spm import SentencePieceTokenizer
 
 few = settings(deadline=None, max_examples=80)
@@ -293,103 +292,6 @@ def test_broken_bytes_do_not_change_their_neighbours(tokenizer, kind):
     # Control tokens and unknown ids have no text, so they do not break a character.
     one, two, three = (first + byte for byte in "€".encode())
     assert tokenizer.decode([one, 1, two, tokenizer.vocab_size + 5, three]) == "€"
-
-
-NAMED = [{"name": "rag", "template": build.MISTRAL}, {"name": "default", "template": build.CHATML}]
-
-
-@pytest.mark.parametrize(
-    ("files", "template", "kind"),
-    [
-        ("both", None, SentencePieceTokenizer),
-        ("both", build.MISTRAL, SentencePieceTokenizer),
-        ("both", build.CHATML, JsonTokenizer),
-        ("both", build.LLAMA2, JsonTokenizer),
-        ("both", NAMED, JsonTokenizer),
-        ("tokenizer.model", build.CHATML, SentencePieceTokenizer),
-        ("tokenizer.json", build.MISTRAL, JsonTokenizer),
-    ],
-)
-def test_the_choice_of_a_file(files, template, kind, tmp_path):
-    build.write_checkpoint(
-        tmp_path,
-        None if files == "tokenizer.model" else build.byte_level(),
-        model_file=None if files == "tokenizer.json" else build.V1_FILE,
-        template=template,
-    )
-    assert type(load_tokenizer(tmp_path)) is kind
-
-
-def assert_refused(file: Path, match: str | None = None) -> None:
-    """The tokenizer of the file's directory cannot be loaded, and one line names the file."""
-    with pytest.raises(CheckpointError, match=match) as caught:
-        load_tokenizer(file.parent)
-    message = str(caught.value)
-    assert str(file) in message
-    assert "\n" not in message
-    assert len(message) < len(str(file)) + 300
-
-
-@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"", b"{}", b"[]", b"null", b'"text"', b"{", b"\x00" * 64, b"\xff\xfe\xfa", b"[" * 100_000,
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 493443\n",
-        b"<!DOCTYPE html>\n<html><body>Not found</body></html>", b'{"model": 5}',
-        b'{"model": {"type": "BPE"}}', b'{"model": {"vocab": [1]}, "added_tokens": 3}',
-        b'{"version": "1.0", "added_tokens": [{"id": 0}], "model": {"type": "BPE"}}',
-        b'{"version": "1.0", "added_tokens": [7], "model": {"type": "BPE"}}',
-        b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}',
-    ],
-    ids=range(17),
-)  # fmt: skip
-def test_damaged_files_are_named_in_one_line(name, content, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    assert_refused(tmp_path / name)
-
-
-def test_a_file_cut_short_is_damaged(checkpoints, tmp_path):
-    for source in (build.V1_FILE, checkpoints["byte-level"] / "tokenizer.json"):
-        data = source.read_bytes()
-        name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
-        for size in (1, len(data) // 2, len(data) - 1):
-            (tmp_path / name).write_bytes(data[:size])
-            assert_refused(tmp_path / name)
-        (tmp_path / name).unlink()
-
-
-@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-def test_a_directory_is_not_a_file(name, tmp_path):
-    (tmp_path / name).mkdir()
-    assert_refused(tmp_path / name, "cannot be read")
-
-
-def test_no_tokenizer_at_all(tmp_path):
-    for directory in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match=r"no tokenizer\.model and no tokenizer\.json"):
-            load_tokenizer(directory)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer_config.json", "{"),
-        ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", '{"chat_template": 5}'),
-        ("tokenizer_config.json", '{"chat_template": [{"name": "rag", "template": "x"}]}'),
-        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<a>"}}}'),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": "<a>"}}'),
-        ("added_tokens.json", '{"<a>": "7"}'),
-        ("added_tokens.json", '{"<a>": true}'),
-        ("special_tokens_map.json", "null"),
-    ],
-)
-def test_damaged_settings_are_named_in_one_line(name, content, tmp_path):
-    build.write_checkpoint(tmp_path, model_file=build.V1_FILE)
-    (tmp_path / name).write_text(content)
-    assert_refused(tmp_path / name)
 
 
 def test_importing_the_room_loads_no_library():

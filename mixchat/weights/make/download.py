@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixchat.base.errors import ResourceError, UsageError
-from mixchat.base.files import DISK_FULL, NOT_WRITABLE
+from mixchat.base.errors import UsageError
+from mixchat.base.files import local_error
 from mixchat.base.lock import exclusive_lock
 from mixchat.base.progress import Progress
 from mixchat.base.settings import data_dir
@@ -196,15 +196,6 @@ def local_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise ResourceError(
-                f"the disk is full: {data_dir()}",
-                hint="Free some space, or set MIXCHAT_HOME to a directory on a larger disk. "
-                "What is done stays; the same command resumes there.",
-            ) from error
-        if error.errno in NOT_WRITABLE:
-            raise UsageError(
-                f"cannot write {error.filename or data_dir()}: {error.strerror}",
-                hint="Set MIXCHAT_HOME to a directory that can be written.",
-            ) from error
+        if (known := local_error(error, data_dir())) is not None:
+            raise known from error
         raise

@@ -25,7 +25,7 @@ from mixchat.weights.make.quantize_options import (
     default_blueprint,
     make_blueprint,
 )
-from mixchat.weights.matrix.linear import TYPES, type_of_bits
+from mixchat.weights.matrix.linear import TYPES, Layout, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
@@ -59,12 +59,13 @@ def outline(
     progress: Progress,
     bits: int | None = None,
     free_disk: int | None = None,
+    layout: Layout | None = None,
 ) -> Outline:
     """Return the outline of a model, with the default options if it is not installed.
 
     bits: of its experts. If it is installed with others, the outline is of a second download.
-    free_disk: the free bytes of another machine's disk. Asks the hub only for one of its models
-    that is neither installed nor known.
+    free_disk: the free bytes of another machine's disk. layout: of a download there. Asks the hub
+    only for one of its models that is neither installed nor known.
     """
     source, target = None, ref.directory
     flags = [] if bits is None else ["--expert-bits", str(bits)]
@@ -78,7 +79,7 @@ def outline(
             return found
     journal = Journal(target)
     source = source or ref.find_source(journal.source)
-    options = QuantizeOptions() if bits is None else QuantizeOptions(type_of_bits(bits))
+    options = QuantizeOptions(type_of_bits(bits or 4), layout=layout)
     made = _before_download(source, journal, target, options, free_disk, progress)
     arguments = (ref.name if ref.source_repo else source.repo, *flags)
     return replace(made, name=ref.name, arguments=arguments)
@@ -90,13 +91,13 @@ def known_index(known: KnownModel) -> CheckpointIndex:
     return expected_index(read_config(known.config), known.repo, _SHARD_BYTES_MAX, mxfp4=mxfp4)
 
 
-def known_blueprints() -> dict[tuple[str, ...], Blueprint]:
+def known_blueprints(layout: Layout | None = None) -> dict[tuple[str, ...], Blueprint]:
     """Return the known models as a download makes them by default, by the names of a shape."""
     names: dict[tuple[ModelConfig, QuantType], list[str]] = {}
     for name, known in KNOWN.items():
         kind: QuantType = known.experts_quant_type or "nf4"
         names.setdefault((read_config(known.config), kind), []).append(name)
-    return {tuple(same): default_blueprint(*shape) for shape, same in names.items()}
+    return {tuple(same): default_blueprint(*shape, layout=layout) for shape, same in names.items()}
 
 
 def _installed(name: str, directory: Path) -> tuple[Source, Outline]:

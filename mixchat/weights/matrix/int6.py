@@ -22,7 +22,6 @@ N = weights, B = blocks of 64 weights, R = rows, C = columns.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from mixchat.kernels.plane_units import CODES_OF_LOW, FIVE_BITS, LOW_BITS, SIX_BITS
 from mixchat.kernels.units import BAND, UnitSet
@@ -37,6 +36,7 @@ from mixchat.weights.matrix.quant_type import (
     absmax_size,
 )
 
+ROWS_AT_ONCE = 2**14  # that are encoded, which bounds the memory that inputs take
 _WORD = 16  # bits
 
 
@@ -69,10 +69,20 @@ class _EvenCodes(RowCodes):
         self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
     ) -> Encoded:
         """Search always. Codes are flat [S * C / 64 * bytes of a block]."""
-        codes, absmax = encode(self._grid, weight, self._pack_blocks, search=True, inputs=inputs)
-        shape = self.stored_rows(*weight.shape), weight.shape[1]
-        codes = functional.pad(codes, (0, self.codes_size(*shape) - len(codes)))
-        return codes, functional.pad(absmax, (0, absmax_size(*shape) - len(absmax)))
+        rows, columns = weight.shape
+        stored, blocks = self.stored_rows(rows, columns), ROWS_AT_ONCE * columns // BLOCKSIZE
+        codes = torch.zeros(self.codes_size(stored, columns), dtype=torch.uint8)
+        absmax = torch.zeros(absmax_size(stored, columns), dtype=torch.bfloat16)
+        for some, *places in zip(
+            torch.split(weight, ROWS_AT_ONCE),
+            torch.split(codes, blocks * BLOCKSIZE * self.bits // 8),
+            torch.split(absmax, blocks),
+            strict=True,
+        ):
+            made = encode(self._grid, some, self._pack_blocks, search=True, inputs=inputs)
+            for part, place in zip(made, places, strict=True):
+                place[: len(part)] = part
+        return codes, absmax
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         numbers: torch.Tensor = (self.unpack(codes).view(-1).float() - self._half) / self._half

@@ -14,10 +14,9 @@ from mixchat.base.errors import (
     HubError,
     MixchatError,
     ModelNotFoundError,
-    ResourceError,
     UsageError,
 )
-from mixchat.base.files import DISK_FULL, NOT_WRITABLE
+from mixchat.base.files import local_error
 
 _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"
 
@@ -132,17 +131,8 @@ def _refused(status: int, repo_id: str, host: str) -> MixchatError:
 
 
 def _failed_here(error: OSError, repo_id: str, home: str) -> MixchatError:
-    if error.errno in DISK_FULL:
-        return ResourceError(
-            f"the disk is full while fetching {repo_id}",
-            hint=f"Free some space, or set {home} to a directory on a larger disk. "
-            "What was fetched stays; the same command continues there.",
-        )
-    if error.errno in NOT_WRITABLE:
-        return UsageError(
-            f"cannot write {error.filename}: {error.strerror}",
-            hint=f"Set {home} to a directory that can be written.",
-        )
+    if (known := local_error(error, f"fetching {repo_id}", home)) is not None:
+        return known
     reason = error.strerror or "the data is incomplete"
     return HubError(f"fetching {repo_id} failed: {reason}", hint="Run the same command again.")
 
