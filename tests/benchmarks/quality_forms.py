@@ -38,7 +38,11 @@ UNQUANTIZED = "unquantized"
 CALIBRATED = ", calibrated"
 PARTS = "experts", "all"
 QUANT_TYPES = {"4 bits": "nf4", "3 bits": "trellis3"}
-EXPERT_BITS = {"2.5 bits": "2.5", "2 bits": "2"}  # which a calibration makes of 4 bits
+EXPERT_BITS = {  # which a calibration makes of 4 bits
+    "2.5 bits": "2.5",
+    "2.3 bits": "2.3",
+    "2 bits": "2",
+}
 DENSE_BITS = {"nf4": (16, 8, 6, 5, 4), "none": (8, 6, 5)}  # by the type of the experts
 
 
