@@ -33,6 +33,7 @@ from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
 COLD_PROMPT = 12  # tokens
+_FILLING_CHECK_S = 0.05  # between two looks
 _WARM_UP_TOKENS = 2  # their time is not taken
 _SPARE_TOKENS = 64  # of the context
 _RANDOM_TOKENS = 2048  # of a random context, stored at once
@@ -121,11 +122,13 @@ class Bench:
         loaded = time.perf_counter()
         self._rate(self._prompt(COLD_PROMPT), 0)
         ended = time.perf_counter()
-        expert = self.blueprint.expert.stride
+        moved, expert = self.engine.experts.stats.bytes_moved, self.blueprint.expert.stride
+        while self.engine.experts.is_filling:  # it would slow what is measured next
+            time.sleep(_FILLING_CHECK_S)
         self.cold_start = ColdStart(
             loaded - start,
             ended - start,
-            self.engine.stats.experts.bytes_moved + self.blueprint.shared_size,
+            moved + self.blueprint.shared_size,
             disk_bandwidth(self._directory, expert),
             copy_bandwidth(self.engine.device, expert),
         )

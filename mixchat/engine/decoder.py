@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from itertools import takewhile
-from operator import is_
 
 import torch
 
@@ -17,11 +16,10 @@ from mixchat.engine.attention import KVContext, SingleTokenContext
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import AfterLayer, Block
 from mixchat.engine.paged_cache import PagedKVCache
-from mixchat.experts.holder import ExpertLists
+from mixchat.experts.holder import LayerExperts
 from mixchat.kernels import rows
 from mixchat.kernels.program import Program
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.linear import LinearSpec
 
 
@@ -44,8 +42,6 @@ class Decoder:
         ]
         self._dense = len(dense)
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
-        # Experts of all layers. Not kept alive, so that the memory of a slot can be given back.
-        self._used: weakref.ref[ExpertLists] | None = None
 
     def run(
         self, x: torch.Tensor, before: KVContext, after_layer: AfterLayer
@@ -66,13 +62,9 @@ class Decoder:
         resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
         layers = self._layers[start : start + len(resident) + 1]
         end = start + len(layers)
-        if self._used is None or self._used() is not resident:
-            for layer, experts in zip(layers, [*resident, ()], strict=False):  # the last has none
-                if layer.use(experts):
-                    self._programs.clear()
-            self._used = None
-            if isinstance(resident, ExpertLists) and len(resident) == len(self._layers):
-                self._used = weakref.ref(resident)
+        for layer, experts in zip(layers, [*resident, None], strict=False):  # the last has none
+            if layer.use(experts):
+                self._programs.clear()
         if (start, end) not in self._programs:
             stages = [stage for layer in layers for stage in layer.stages]
             self._programs[start, end] = Program(stages)
@@ -115,26 +107,26 @@ class _Layer:
         self._up_to_router = before + block.stages_up_to_router(self._routing, context)
         self.stages = self._up_to_router
         # Not kept alive, so that the memory of a slot can be given back.
-        self._experts: Sequence[weakref.ref[Expert]] = ()
+        self._experts: weakref.ref[LayerExperts] | None = None
 
-    def use(self, experts: Sequence[Expert]) -> bool:
+    def use(self, experts: LayerExperts | None) -> bool:
         """Let the stages end with these experts, or with the router if there are none.
 
         Returns False if they do already.
         """
-        before = [expert() for expert in self._experts]
-        if len(before) == len(experts) and all(map(is_, before, experts)):
+        before = None if self._experts is None else self._experts()
+        if before is experts and (self._experts is None) == (experts is None):
             return False
         self.stages = self._up_to_router
-        if experts:
+        if experts is not None:
             self.stages = self.stages + self._block.expert_stages(
                 self._routing, self._context, experts
             )
-        self._experts = [weakref.ref(expert) for expert in experts]
+        self._experts = None if experts is None else weakref.ref(experts)
         return True
 
     def finish(self) -> None:
-        if self._experts:
+        if self._experts is not None:
             selected = self._routing[0][0].tolist()
             self._block.moe.runner.note_hits([self.keys[expert] for expert in selected])
         else:

@@ -86,7 +86,7 @@ class ExpertCache:
             slot = self._slots[victim]
             self.discard(victim)
         if slot not in free:
-            slot = min(free.intersection(preferred) or free)
+            slot = next(iter(free.intersection(preferred) or free))
         self._slots[key] = slot
         free.discard(slot)
         self._policy.use(key)

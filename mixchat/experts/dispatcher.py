@@ -14,10 +14,10 @@ from mixchat.base import gpu
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.compute import DeviceCompute
 from mixchat.experts.fetcher import Fetcher
+from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.prefetch import Prefetch, ranked_keys
 from mixchat.experts.sharing import share
-from mixchat.weights.format.expert import Expert
 
 _LOCAL = 0  # this machine among the holders. Workers count from 1
 
@@ -93,6 +93,15 @@ class Dispatcher:
     def holds(self, key: ExpertKey) -> bool:
         return self._fetcher(key).holds(key)
 
+    @property
+    def is_filling(self) -> bool:
+        return any(fetcher.is_filling for fetcher in self._fetchers)
+
+    def fill(self, keys: Sequence[ExpertKey]) -> None:
+        """Load experts in this order while nothing else is to be loaded, if all fit."""
+        for number, fetcher in enumerate(self._fetchers):
+            fetcher.fill([key for key in keys if self._owner(key) == number])
+
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Return the first of these experts that each device has slots for."""
         room = [fetcher.slots for fetcher in self._fetchers]
@@ -127,7 +136,7 @@ class Dispatcher:
             worker.begin_turn()
         self._note_workers()
 
-    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
         is_alone = len(self._fetchers) == 1 and not self._workers
         return self._fetchers[0].resident(layers) if is_alone else ()
 

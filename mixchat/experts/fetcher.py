@@ -1,15 +1,17 @@
-"""Brings the experts of one device into their slots, on request or by prediction."""
+"""Brings the experts of one device into their slots, on request, by prediction or to fill them."""
 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence, Set
-from itertools import takewhile
+from contextlib import suppress
 
+from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
-from mixchat.experts.holder import ExpertLists
+from mixchat.experts.holder import LayerExperts
 from mixchat.experts.memory import MemoryWatch
-from mixchat.experts.mover import ExpertLoad, Mover
+from mixchat.experts.mover import FILL, PREDICTED, REQUESTED, ExpertLoad, Mover
 from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.store import ExpertStore
 from mixchat.weights.format.expert import Expert
@@ -21,8 +23,9 @@ _MAX_PREFETCHES = 4  # at once
 class Fetcher:
     """Holds the experts of one device. A cache assigns their slots, a mover fills them.
 
-    An expert in the cache may still be on its way, in `_loads`. Workers compute those in
-    `on_workers` as long as they can. Several fetchers may share `stats`.
+    An expert in the cache may still be on its way, in `_loads`, or in `_fills` if nobody has needed
+    it yet. Workers compute those in `on_workers` as long as they can. Several fetchers may share
+    `stats`.
     """
 
     def __init__(
@@ -37,11 +40,11 @@ class Fetcher:
         self._cache, self._store, self._placement = cache, store, placement
         self._passes, self.stats, self._watch = passes, stats, watch
         self.on_workers: Set[ExpertKey] = frozenset()
-        self._mover = Mover(store.stream)
+        self._mover = Mover(store.stream, watch.is_ample if watch else lambda: True)
         self._loads: dict[ExpertKey, ExpertLoad] = {}
-        self._counted = 0  # bytes moved that `stats` has
-        # The last result of `resident` if all experts are held, and its first key.
-        self._all: tuple[ExpertKey, ExpertLists] | None = None
+        self._fills: OrderedDict[ExpertKey, ExpertLoad] = OrderedDict()
+        # By layer: its experts, if all are held. They stay there while all experts fit.
+        self._held_layers: dict[int, LayerExperts] = {}
 
     @property
     def slots(self) -> int:
@@ -60,10 +63,43 @@ class Fetcher:
     def holds_all(self) -> bool:
         """Return whether the device holds all experts that no worker computes."""
         needed = self._placement.experts - len(self.on_workers)
-        if self._loads or len(self._cache) < needed:
+        if self._loads or self.is_filling or len(self._cache) < needed:
             return False
         own = (key for key in self._cache if key not in self.on_workers)
         return not self.on_workers or sum(1 for _ in own) == needed
+
+    @property
+    def is_filling(self) -> bool:
+        """Return whether experts that nobody needs yet are on their way."""
+        while self._fills and (load := next(iter(self._fills.values()))).ended:
+            if not self._has_failed(load.key):
+                del self._fills[load.key]
+        return bool(self._fills)
+
+    def fill(self, keys: Sequence[ExpertKey]) -> None:
+        """Load experts in this order while nothing else is to be loaded, if there is room for all.
+
+        One that fails, or whose turn comes while memory is short, stays missing.
+        """
+        missing = [key for key in keys if key not in self._cache and key not in self.on_workers]
+        if len(self._cache) + len(missing) <= self.slots:
+            with suppress(ResourceError):  # no thread
+                for key in missing:
+                    self._start(ExpertLoad(key, FILL))
+
+    def _end_fills(self) -> None:
+        while self.is_filling:
+            key, load = self._fills.popitem(last=False)
+            load.cancelled = True
+            self._cache.discard(key)
+
+    def _hurry(self, key: ExpertKey, priority: int) -> bool:
+        """Return whether a fill is bringing the expert, from now on with this priority."""
+        load = self._fills.get(key)
+        if load is None or not self._mover.reorder(load, priority):
+            return False
+        self._loads[key] = self._fills.pop(key)
+        return True
 
     def tier(self, key: ExpertKey) -> str:
         """Return the expert's fastest tier: `device`, `host` or `disk`."""
@@ -76,24 +112,24 @@ class Fetcher:
         """Return `RESIDENT`, `LOADING` or `MISSING`."""
         if key not in self._cache:
             return MISSING
-        return LOADING if key in self._loads else RESIDENT
+        fill = self._fills.get(key)
+        has_come = key not in self._loads and (fill is None or (fill.ended and not fill.failed))
+        return RESIDENT if has_come else LOADING
 
-    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
         self.follow_memory()
         if self._cache.limit < self._placement.experts:
             return ()
-        if not self.holds_all:
-            return self._experts_of(takewhile(lambda keys: all(map(self.holds, keys)), layers))
-        # To ask for each of thousands of experts takes milliseconds.
-        first = layers[0][0]
-        if self._all is None or self._all[0] != first or len(self._all[1]) != len(layers):
-            self._all = first, self._experts_of(layers)
-        return self._all[1]
-
-    def _experts_of(self, layers: Iterable[Sequence[ExpertKey]]) -> ExpertLists:
-        return ExpertLists(
-            [self._expert(self._cache.slot_of(key)) for key in keys] for keys in layers
-        )
+        found, held = list[LayerExperts](), self._held_layers
+        for keys in layers:
+            layer = keys[0].layer
+            # To ask for each of thousands of experts takes milliseconds.
+            if layer not in held:
+                if not all(map(self.holds, keys)):
+                    break
+                held[layer] = LayerExperts(self._expert(self._cache.slot_of(key)) for key in keys)
+            found.append(held[layer])
+        return found
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
         """Count uses of experts from `resident`, which may have left their slots since."""
@@ -106,18 +142,21 @@ class Fetcher:
         """Note a router's choice, and cancel the other prefetches of its layer."""
         self._passes.enter(layer)
         self.follow_memory()
-        for key, load in list(self._loads.items()):
-            if load.is_prefetch and key.layer == layer:
-                self._settle(key, load, is_right=key in chosen)
+        for key in self._prefetches:
+            if key.layer == layer:
+                self._settle(key, self._loads[key], is_right=key in chosen)
 
     def _settle(self, key: ExpertKey, load: ExpertLoad, *, is_right: bool) -> None:
         ended = load.ended
         if is_right:
             self.stats.right_predictions += 1
-            self._mover.promote(load)
+            self._mover.reorder(load, REQUESTED)
             if not ended:
                 self.stats.late_predictions += 1
                 self.stats.misses[key] += 1
+        elif not ended and self.slots >= self._placement.experts:
+            self._fills[key] = self._loads.pop(key)
+            self._mover.reorder(load, FILL)
         elif not ended:
             load.cancelled = True
         if load.cancelled or load.failed:
@@ -128,22 +167,25 @@ class Fetcher:
     def request(self, window: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> None:
         """Start loading missing experts, until only slots of `window` and `pinned` are left."""
         for key in window:
-            if key not in self._cache or self._has_failed(key):
+            if self._hurry(key, REQUESTED):
+                self.stats.misses[key] += 1
+            elif key not in self._cache or self._has_failed(key):
                 if not self._start(ExpertLoad(key), {*window, *pinned}):
                     return
                 self.stats.misses[key] += 1
 
     def prefetch(self, keys: Iterable[ExpertKey], pinned: Collection[ExpertKey]) -> None:
         """Start loading predicted experts. Evict no pinned or prefetched ones."""
-        started = sum(load.is_prefetch for load in self._loads.values())
-        room = min(_MAX_PREFETCHES, self.slots // 4) - started
+        room = min(_MAX_PREFETCHES, self.slots // 4) - len(self._prefetches)
         for key in keys:
-            if key in self._cache or key in self.on_workers:
+            is_new = key not in self._cache
+            if key in self.on_workers or not (is_new or key in self._fills):
                 continue
-            if room <= 0 or not self._start(ExpertLoad(key, is_prefetch=True), pinned):
+            if room <= 0 or (is_new and not self._start(ExpertLoad(key, PREDICTED), pinned)):
                 return
-            self.stats.predictions += 1
-            room -= 1
+            if is_new or self._hurry(key, PREDICTED):
+                self.stats.predictions += 1
+                room -= 1
 
     def ready(self, key: ExpertKey) -> Expert:
         """Wait for an expert, and return it. Raise the error of its load."""
@@ -162,7 +204,9 @@ class Fetcher:
         """Hold fewer experts if other programs need the memory, or more again."""
         if self._watch is not None:
             # The memory of a prefetch that was given up counts, since the next expert gets it.
-            self.resize(self._watch.limit(len(self._store.blocks)))
+            # Of fills, only the first one may have some.
+            without = len(self._fills) - 1 if self.is_filling else 0
+            self.resize(self._watch.limit(len(self._store.blocks) - without))
 
     def halve(self) -> bool:
         limit = self._cache.limit // 2
@@ -174,13 +218,15 @@ class Fetcher:
     def resize(self, limit: int) -> None:
         """Hold no more than `limit` experts, and free the memory of the others."""
         if limit != self._cache.limit:
-            self._all = None
+            self._held_layers.clear()
+            self._end_fills()
             self._cache.resize(limit, pinned=self._loads)
-            self._release_surplus()
+            self._release_surplus(self._cache.limit)  # all that are free
 
     def close(self) -> None:
         """Free the memory of all slots. Nothing can be fetched after that."""
-        self._all = None
+        self._held_layers.clear()
+        self._end_fills()
         for load in self._loads.values():
             load.cancelled = True
         self._loads.clear()
@@ -191,7 +237,7 @@ class Fetcher:
         assert slot is not None
         return self._store.expert(slot)
 
-    def _release_surplus(self, coming: int = 0) -> None:
+    def _release_surplus(self, coming: int) -> None:
         """Free blocks beyond the limit, of which so many are about to be made."""
         surplus = len(self._store.blocks) + coming - self._cache.limit
         if surplus > 0:
@@ -208,23 +254,26 @@ class Fetcher:
                 self._give_up(load.key)
             raise
         self.stats.stalled_seconds += time.perf_counter() - start
-        self.stats.bytes_moved += self._store.bytes_moved - self._counted
-        self._counted = self._store.bytes_moved
         del self._loads[load.key]
 
     def _has_failed(self, key: ExpertKey) -> bool:
         """Return whether the expert's load has failed since somebody stopped waiting for it."""
-        if key in self._loads and self._loads[key].failed:
-            self._give_up(key)
-            return True
-        return False
+        load = self._loads.get(key) or self._fills.get(key)
+        if load is None or not load.failed:
+            return False
+        self._give_up(key)
+        return True
 
-    def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey]) -> bool:
-        self._all = None
+    @property
+    def _prefetches(self) -> list[ExpertKey]:
+        return [key for key, load in self._loads.items() if load.priority == PREDICTED]
+
+    def _start(self, load: ExpertLoad, pinned: Collection[ExpertKey] = ()) -> bool:
         key, held = load.key, self._store.blocks
-        prefetches = [other for other, queued in self._loads.items() if queued.is_prefetch]
-        slot = self._cache.admit(key, {*pinned, *prefetches}, held)
-        if slot is None and not load.is_prefetch:
+        # To look for one among thousands takes too long for each of thousands of fills.
+        preferred = () if load.priority == FILL else held
+        slot = self._cache.admit(key, {*pinned, *self._prefetches}, preferred)
+        if slot is None and load.priority == REQUESTED:
             slot = self._cache.admit(key, pinned, held)
         for other in [other for other in self._loads if other not in self._cache]:
             self._loads.pop(other).cancelled = True
@@ -236,9 +285,9 @@ class Fetcher:
         except BaseException:  # without memory or a thread nobody brings it
             self._cache.discard(key)
             raise
-        self._loads[key] = load
+        (self._fills if load.priority == FILL else self._loads)[key] = load
         return True
 
     def _give_up(self, key: ExpertKey) -> None:
         self._cache.discard(key)
-        del self._loads[key]
+        (self._loads if key in self._loads else self._fills).pop(key)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mixchat.weights.format.expert import Expert
 
 
-class ExpertLists(list[list["Expert"]]):
-    """The experts of layers, to which weak references are possible, as not to a list."""
+class LayerExperts(list["Expert"]):
+    """The experts of a layer, to which weak references are possible, as not to a list."""
 
 
 class ExpertRunner(Protocol):
@@ -38,12 +38,12 @@ class ExpertRunner(Protocol):
         With `exact` a token's result does not depend on the others, as far as `Linear` can do it.
         """
 
-    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
         """Return the experts of the first of these layers, as many as are in memory completely.
 
         The model may compute them without `run`, once. It then calls `note_hits`. Nothing is
         returned if experts have to make room for others. The memory is kept while the result lives.
-        If all experts stay where they are, the same `ExpertLists` is returned each time.
+        While a layer's experts stay where they are, its list is the same each time.
         """
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None:
@@ -68,6 +68,10 @@ class ExpertHolder(ExpertRunner, Protocol):
     @property
     def bytes_held(self) -> int:
         """Return the bytes that experts take on this machine's devices."""
+
+    @property
+    def is_filling(self) -> bool:
+        """Return whether experts that nobody needs yet are on their way."""
 
     def tier(self, key: ExpertKey) -> str:
         """Return the tier of the expert's fastest copy: `device`, `host` and so on."""

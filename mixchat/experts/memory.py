@@ -36,7 +36,8 @@ class MemoryWatch:
     ) -> None:
         self._free, self._reserve, self._expert = free, reserve, expert
         self._slots, self._least, self._limit = slots, least, slots
-        self._measured = -INTERVAL
+        self._measured = self._asked = -INTERVAL
+        self._is_ample = True
 
     def limit(self, held: int) -> int:
         """Return how many experts may be held, if `held` are. Measure twice a second at most."""
@@ -50,6 +51,13 @@ class MemoryWatch:
         if not self._limit <= target <= self._limit + 1:
             self._limit = min(max(target, self._least), self._slots)
         return self._limit
+
+    def is_ample(self) -> bool:
+        """Return whether no other program needs the memory. Only the mover's thread asks."""
+        now = time.monotonic()
+        if now - self._asked >= INTERVAL:
+            self._asked, self._is_ample = now, self._free() >= self._reserve // 2
+        return self._is_ample
 
 
 def within_memory(

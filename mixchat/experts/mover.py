@@ -1,4 +1,4 @@
-"""Loads experts in the background: requested ones first, then prefetches.
+"""Loads experts in the background: requested ones first, then prefetches, then fills.
 
 The thread is not a daemon, because Python ends daemons in the middle of torch's code, which then
 aborts the process.
@@ -7,14 +7,17 @@ aborts the process.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
+from heapq import heappop, heappush
+from itertools import count
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertKey
 
+# Priorities of loads. A fill brings an expert that nobody needs yet into a free slot.
+REQUESTED, PREDICTED, FILL = range(3)
 _IDLE_S = 0.1  # until the thread ends
 _SIGNAL_CHECK_S = 0.05  # between two checks for a signal
 
@@ -29,8 +32,8 @@ class ExpertLoad:
     get the slot at once, because it is carried out afterwards.
     """
 
-    def __init__(self, key: ExpertKey, *, is_prefetch: bool = False) -> None:
-        self.key, self.is_prefetch = key, is_prefetch
+    def __init__(self, key: ExpertKey, priority: int = REQUESTED) -> None:
+        self.key, self.priority = key, priority
         self.steps: Steps | None = None  # while it is queued or carried out
         self.cancelled = False
         self._ended = threading.Event()
@@ -58,12 +61,21 @@ class ExpertLoad:
 
 
 class Mover:
-    """Carries out loads. Its thread enters the context `inside` meanwhile."""
+    """Carries out loads. Its thread enters the context `inside` meanwhile.
 
-    def __init__(self, inside: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
-        self._inside = inside
-        self._requested: deque[ExpertLoad] = deque()
-        self._prefetches: list[ExpertLoad] = []
+    may_fill: returns whether fills may begin. If not, they fail.
+    """
+
+    def __init__(
+        self,
+        inside: Callable[[], AbstractContextManager[object]] = nullcontext,
+        may_fill: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._inside, self._may_fill = inside, may_fill
+        # A heap: priority, the layer of a prefetch, and the place among others of both. A load may
+        # be in it several times, and counts with its present priority.
+        self._queue: list[tuple[int, int, int, ExpertLoad]] = []
+        self._places = count(1)
         self._changed = threading.Condition()
         self._works = False
 
@@ -74,16 +86,19 @@ class Mover:
                 _start(self._work)
                 self._works = True
             load.steps = steps
-            (self._prefetches if load.is_prefetch else self._requested).append(load)
+            self._put(load, next(self._places))
             self._changed.notify()
 
-    def promote(self, load: ExpertLoad) -> None:
-        """Carry out a prefetch as a request."""
+    def reorder(self, load: ExpertLoad, priority: int) -> bool:
+        """Carry out a load with another priority. Return False if it has ended."""
         with self._changed:
-            load.is_prefetch = False
-            if load in self._prefetches:
-                self._prefetches.remove(load)
-                self._requested.append(load)
+            load.priority = priority
+            self._put(load, next(self._places))
+            return not load.ended
+
+    def _put(self, load: ExpertLoad, place: int) -> None:
+        layer = load.key.layer if load.priority == PREDICTED else 0
+        heappush(self._queue, (load.priority, layer, place, load))
 
     def _work(self) -> None:
         try:
@@ -97,10 +112,10 @@ class Mover:
         """End all loads, so that nobody waits. A later one gets a new thread."""
         with self._changed:
             self._works = False
-            for load in (*self._requested, *self._prefetches):
-                load.end(error)
-            self._requested.clear()
-            self._prefetches.clear()
+            for *_, load in self._queue:
+                if not load.ended:
+                    load.end(error)
+            self._queue.clear()
 
     def _carry_out(self, load: ExpertLoad) -> None:
         assert load.steps is not None
@@ -119,23 +134,26 @@ class Mover:
 
     def _put_off(self, load: ExpertLoad) -> bool:
         with self._changed:
-            if not (load.is_prefetch and self._requested):
+            if not self._queue or self._queue[0][0] >= load.priority:
                 return False
-            self._prefetches.insert(0, load)  # before others of its layer
+            self._put(load, -next(self._places))  # before others of its layer
             return True
 
     def _next(self) -> ExpertLoad | None:
         with self._changed:
-            if not (self._requested or self._prefetches or _program_is_over()):
+            if not (self._queue or _program_is_over()):
                 self._changed.wait(_IDLE_S)
-            self._works = bool(self._requested or self._prefetches) and not _program_is_over()
-            if not self._works:
-                return None
-            if self._requested:
-                return self._requested.popleft()
-            nearest = min(self._prefetches, key=lambda load: load.key.layer)
-            self._prefetches.remove(nearest)
-            return nearest
+            while self._queue and not _program_is_over():
+                priority, *_, load = heappop(self._queue)
+                if priority != load.priority or load.ended:
+                    continue
+                if priority != FILL or self._may_fill():
+                    return load
+                assert load.steps is not None
+                load.steps.close()  # it may have been put off
+                load.end(MemoryError())
+            self._works = False
+            return None
 
 
 def _start(work: Callable[[], None]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 
 from mixchat.base import gpu
-from mixchat.experts.cache import ExpertKey
+from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
 from mixchat.weights.format.expert import Expert, ExpertSpec
@@ -49,15 +50,15 @@ class ExpertStore:
         used: Layouts,
         size: Callable[[int], int],
         device: torch.device,
+        stats: ExpertStats,
         name: str = "device",
     ) -> None:
         self.name = "host" if device == CPU else name
-        self._source, self._stored, self._used = source, stored, used
+        self._source, self._stored, self._used, self._stats = source, stored, used, stats
         self._size, self._device = size, device
         self._streams = gpu.streams(device)
         self._side = self._streams.Stream(device)
         self._slots: dict[int, _Slot] = {}
-        self.bytes_moved = 0
 
     def stream(self) -> AbstractContextManager[object]:
         """Return the context in which loads overlap with computing."""
@@ -87,7 +88,7 @@ class ExpertStore:
 
     @property
     def blocks(self) -> Collection[int]:
-        """Return the slots that have memory."""
+        """Return the slots that have memory, or get it as their load begins."""
         return self._slots.keys()
 
     @property
@@ -103,28 +104,31 @@ class ExpertStore:
 
     def _slot(self, number: int) -> _Slot:
         if number not in self._slots:
-            self._slots[number] = _Slot(new_block(self._size(number), self._device))
+            block = cache(partial(new_block, self._size(number), self._device))
+            if self._device != CPU:
+                block()  # belongs to the stream that takes it, and not to the mover's
+            self._slots[number] = _Slot(block)
         return self._slots[number]
 
     def _load(self, key: ExpertKey, slot: _Slot, before: Any) -> Steps:
         before.wait(self._side)
         evicted, slot.holds = slot.holds, None
-        layout = self._used(key.layer)
-        yield from self._source.load(key, slot.block, evicted)
-        self._stored(key.layer).convert(slot.block, layout)
+        layout, block = self._used(key.layer), slot.block()
+        yield from self._source.load(key, block, evicted)
+        self._stored(key.layer).convert(block, layout)
         slot.take(layout)
         arrived = self._streams.Event()
         arrived.record(self._side)
         arrived.synchronize()
         slot.holds = key
-        self.bytes_moved += layout.nbytes
+        self._stats.bytes_moved += layout.nbytes
 
 
 @dataclass
 class _Slot:
     """`holds` is the key that was completely loaded. `filled` counts bytes that were touched."""
 
-    block: torch.Tensor
+    block: Callable[[], torch.Tensor]  # takes the memory when it is first called
     layout: ExpertSpec | None = None
     expert: Expert | None = None
     holds: ExpertKey | None = None
@@ -133,7 +137,7 @@ class _Slot:
     def take(self, layout: ExpertSpec) -> None:
         """Let `expert` be of this layout. It stays the same object if it is so already."""
         if self.layout != layout:
-            self.layout, self.expert = layout, layout.build(self.block)
+            self.layout, self.expert = layout, layout.build(self.block())
             self.filled = max(self.filled, layout.stride)
 
 

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from mixchat.experts.cache import ExpertKey
-    from mixchat.experts.holder import ExpertRunner
-    from mixchat.weights.format.expert import Expert
+    from mixchat.experts.holder import ExpertRunner, LayerExperts
 
     # Takes a layer, its rows [T, D], and the experts [T, K] selected for them.
     Record = Callable[[int, torch.Tensor, torch.Tensor], object]
@@ -132,7 +131,7 @@ class RecordingRunner:
         self._record(layer, hidden_states, selected_experts)
         return result
 
-    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
         """Return none, because only `run` records."""
         return ()
 

@@ -23,6 +23,7 @@ from mixchat.engine.paged_cache import new_cache
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import rotary_embeddings
 from mixchat.engine.speculation import Speculation
+from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import in_proportion
@@ -134,6 +135,8 @@ def _assemble(
         new_cache(config, context, dtype, device, options.kv_bits) for _ in range(options.parallel)
     ]
     model.decode_by(new_decoder(used, model.blocks, caches[0]))
+    layers, each = range(config.num_moe_layers), range(config.num_local_experts)
+    experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
     return Engine(
         model,
         caches,

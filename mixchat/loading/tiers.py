@@ -129,6 +129,7 @@ def _on_device(
         used=used.expert_of,
         size=sizes.of,
         device=device,
+        stats=stats,
         name=name,
     )
     cache = ExpertCache(placement.slots, POLICIES[policy](passes), sizes.of)

@@ -7,6 +7,7 @@ because a choice stays when other programs have ended.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -23,6 +24,7 @@ from mixchat.engine.model import Block
 from mixchat.engine.paged_cache import new_cache
 from mixchat.engine.rope import rotary_embeddings
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.holder import LayerExperts
 from mixchat.experts.memory import CPU
 from mixchat.kernels import rows
 from mixchat.planning.machine_speeds import interpolate
@@ -225,6 +227,7 @@ class _PoolRunner:
 
     def __init__(self, pool: Sequence[Expert] = (), start: int = 0) -> None:
         self._pool, self._start = pool, start
+        self._held = functools.cache(lambda count: LayerExperts(map(self._expert, range(count))))
 
     def run(
         self,
@@ -241,8 +244,8 @@ class _PoolRunner:
         outputs = [self._expert(expert)(hidden_states) for expert in selected]
         return rows.weighted_sum(torch.stack(outputs, dim=1), routing_weights)
 
-    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
-        return [[self._expert(key.expert) for key in keys] for keys in layers if self._pool]
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
+        return [self._held(len(keys)) for keys in layers if self._pool]
 
     def note_hits(self, keys: Sequence[ExpertKey]) -> None: ...
 

@@ -130,7 +130,7 @@ class OpenChat:
 
     def _hooks(self) -> tuple[AfterTurn, Predict]:
         predictor = self._models.predictor(self.session, self.saver.model)
-        return self._new_report(self.session, predictor), _reading_seconds(predictor)
+        return self._new_report(self.session, predictor), _reading_seconds(predictor, self.session)
 
 
 def find_chat(wanted: str | None) -> SavedChat | None:
@@ -190,11 +190,14 @@ def save_report(session: ChatSession, model: str) -> None:
         save_report(report_path(model), report_of(engine, model))
 
 
-def _reading_seconds(predictor: Predictor) -> Predict:
+def _reading_seconds(predictor: Predictor, session: ChatSession) -> Predict:
 
     def seconds(tokens: int, first: bool) -> float | None:
-        predicted = predictor()
-        speed = None if predicted is None else predicted.prompt(tokens, cold=first)
+        predicted, engine = predictor(), session.backend.engine
+        # If all experts fit, they come before anyone asks.
+        fit = engine is not None and engine.experts.slots >= engine.blueprint.expert_count
+        cold = first and (engine is None or not fit or engine.experts.is_filling)
+        speed = None if predicted is None else predicted.prompt(tokens, cold=cold)
         return None if speed is None else 2 * tokens / (speed.low + speed.high)
 
     return seconds

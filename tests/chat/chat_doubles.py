@@ -23,6 +23,8 @@ class Experts:
 
     stats: ExpertStats = field(default_factory=ExpertStats)
     slots_by_tier: dict[str, int] = field(default_factory=lambda: {"host": 16})
+    slots: int = 16
+    is_filling: bool = False
 
     def tier(self, key: ExpertKey) -> str:
         return "host" if key == KEY else "disk"
@@ -50,7 +52,7 @@ class ScriptedEngine:
         self.config = Config()
         self.identity = "scripted"
         self.stats = GenerationStats()
-        self.experts = Experts()
+        self.experts, self.blueprint = Experts(), SimpleNamespace(expert_count=32)
         self.slots_by_tier, self.expert_bytes = self.experts.slots_by_tier, 16_000_000
         self.passes = SimpleNamespace(total_tokens=1, total_seconds=1.0)
         self.prompts: list[list[int]] = []

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from command_line import FAKE, Done
@@ -11,7 +12,8 @@ from fake_mixchat import make_session
 
 from mixchat.cli.output.verbose import VerboseReport, expert_lines, generation_lines
 from mixchat.engine.stats import GenerationStats, SpeculationStats
-from mixchat.experts.cache import ExpertStats
+from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.sessions.open_chat import _reading_seconds
 
 
 def prompts_in(path):
@@ -159,6 +161,36 @@ def test_verbose_tells_how_fast_files_were_read():
         "loaded   3 GB, waited 0.0 s for it",
         "files    read for 1.5 s at 2 GB/s",
     ]
+
+
+def test_verbose_predicts_no_cold_start_if_all_experts_had_come_before():
+    rate = SimpleNamespace(low=4.0, high=8.0, measured_at=0.0)
+    prediction = SimpleNamespace(decode=lambda: None, prompt=lambda tokens, cold: not cold and rate)
+    stats = GenerationStats(prompt_tokens=8, prefill_seconds=2.0)
+    stats.experts.hits[ExpertKey(0, 0)] += 8
+    assert generation_lines(stats, prediction, first=True)[2] == (
+        "         first token after 2.0 s (1 to 2 s predicted)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("slots", "is_filling", "cold"), [(32, False, False), (32, True, True), (16, False, True)]
+)
+def test_the_time_of_the_first_prompt_is_that_of_a_cold_start_unless_all_experts_have_come(
+    slots, is_filling, cold
+):
+    session = make_session()
+    experts = session.backend.engine.experts
+    experts.slots, experts.is_filling = slots, is_filling
+    asked = []
+
+    def prompt(tokens, cold):
+        asked.append(cold)
+        return SimpleNamespace(low=4.0, high=4.0)
+
+    seconds = _reading_seconds(lambda: SimpleNamespace(prompt=prompt), session)
+    assert (seconds(8, True), seconds(8, False)) == (2.0, 2.0)
+    assert asked == [cold, False]
 
 
 def test_verbose_tells_of_tokens_that_were_proposed():

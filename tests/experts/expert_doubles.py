@@ -27,14 +27,15 @@ def runner(
 ) -> Dispatcher:
     layout = "cpu-packed" if kernels_available() else "bitsandbytes"
     used = installed.blueprint.in_layout(layout)
+    stats = ExpertStats()
     store = ExpertStore(
         source or DiskSource(installed, ExpertStats(), choose=False),
         stored=installed.blueprint.expert_of,
         used=used.expert_of,
         size=lambda slot: used.expert.stride,
         device=CPU,
+        stats=stats,
     )
-    stats = ExpertStats()
     fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
     experts = DeviceCompute(fetcher, CPU)
     return Dispatcher([experts], stats, workers=workers, copies=frozenset(copies))

@@ -83,6 +83,17 @@ def test_it_looks_at_once_also_just_after_the_machine_was_started(clock):
     assert watch.limit(50) == 40
 
 
+def test_memory_is_short_for_fills_while_less_than_half_of_the_reserve_is_free(clock):
+    free = {"bytes": GB // 2}
+    watch = MemoryWatch(lambda: free["bytes"], reserve=GB, expert=EXPERT, slots=100, least=2)
+    assert watch.is_ample()
+    free["bytes"] -= 1
+    assert watch.is_ample()  # it looks twice a second
+    clock.later()
+    assert not watch.is_ample()
+    assert watch.limit(50) == 44
+
+
 @given(st.lists(st.integers(0, 14 * GB), min_size=1, max_size=20))
 def test_while_others_stay_as_they_are_it_does_not_swing(others):
     """Freed memory counts as free: each change goes one way, and then the limit stays."""

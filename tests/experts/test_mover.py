@@ -7,86 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from mover_doubles import PATIENCE, Work, arrivals
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.mover import ExpertLoad, Mover, Steps
-
-PATIENCE = 60  # seconds, after which a test fails instead of hanging
-
-
-class Stop:
-    """A point in the steps of a load where the mover's thread waits for the test."""
-
-    def __init__(self) -> None:
-        self._reached, self._passed = threading.Event(), threading.Event()
-
-    def reach(self) -> None:
-        self._reached.set()
-        assert self._passed.wait(PATIENCE)
-
-    def wait(self) -> None:
-        assert self._reached.wait(PATIENCE)
-
-    def go(self) -> None:
-        self._passed.set()
-
-
-class Work:
-    """Begins loads on a mover, and notes each of their steps: `a0`, `a1`, `a there`."""
-
-    def __init__(self) -> None:
-        self.mover = Mover()
-        self.others = set(threading.enumerate())
-        self.log: list[str] = []
-        self.stops: list[Stop] = []
-
-    def begin(
-        self,
-        name: str,
-        steps: int = 1,
-        *,
-        layer: int = 0,
-        is_prefetch: bool = False,
-        stop: int = -1,
-    ) -> ExpertLoad:
-        """Queue a load of so many steps; in step `stop` it waits for `self.stops[-1].go()`."""
-        load = ExpertLoad(ExpertKey(layer, ord(name[0])), is_prefetch=is_prefetch)
-        here = Stop()
-        if stop >= 0:
-            self.stops.append(here)
-        self.mover.begin(load, self._steps(name, steps, here, stop))
-        return load
-
-    def prefetch(self, name: str, steps: int = 1, *, layer: int = 1, stop: int = -1) -> ExpertLoad:
-        return self.begin(name, steps, layer=layer, is_prefetch=True, stop=stop)
-
-    def hold(self) -> Stop:
-        """Keep the mover busy until the stop that is returned is let go."""
-        self.begin("-", stop=0)
-        self.stops[-1].wait()
-        return self.stops[-1]
-
-    def finish(self) -> list[str]:
-        """Let all go, and wait until there is nothing to do. The log, without the holds."""
-        for stop in self.stops:
-            stop.go()
-        for thread in set(threading.enumerate()) - self.others:
-            thread.join(PATIENCE)
-        return [entry for entry in self.log if not entry.startswith("-")]
-
-    def _steps(self, name: str, count: int, here: Stop, stop: int) -> Steps:
-        try:
-            for step in range(count):
-                self.log.append(f"{name}{step}")
-                if step == stop:
-                    here.reach()
-                yield
-        except GeneratorExit:
-            self.log.append(f"{name} closed")
-            raise
-        self.log.append(f"{name} there")
+from mixchat.experts.mover import FILL, PREDICTED, REQUESTED, ExpertLoad, Mover
 
 
 @pytest.fixture
@@ -95,10 +21,6 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
     work = Work()
     yield work
     work.finish()
-
-
-def arrivals(log: list[str]) -> str:
-    return "".join(entry[0] for entry in log if entry.endswith("there"))
 
 
 def test_they_are_carried_out_in_order_and_in_the_background(work):
@@ -178,8 +100,8 @@ def test_a_prefetch_in_the_queue_that_is_requested_comes_before_all_prefetches(w
     work.prefetch("a", layer=1)
     right = work.prefetch("b", layer=4)
     work.begin("w")
-    work.mover.promote(right)
-    assert not right.is_prefetch
+    work.mover.reorder(right, REQUESTED)
+    assert right.priority == REQUESTED
     held.go()
     assert arrivals(work.finish()) == "wba"
 
@@ -187,7 +109,7 @@ def test_a_prefetch_in_the_queue_that_is_requested_comes_before_all_prefetches(w
 def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work):
     right = work.prefetch("g", 3, stop=0)
     work.stops[0].wait()
-    work.mover.promote(right)
+    work.mover.reorder(right, REQUESTED)
     work.begin("w")
     work.stops[0].go()
     assert arrivals(work.finish()) == "gw"
@@ -200,7 +122,7 @@ def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_pre
     work.stops[0].go()
     work.stops[1].wait()
     work.prefetch("a", layer=1)
-    work.mover.promote(right)
+    work.mover.reorder(right, REQUESTED)
     work.begin("v")
     work.stops[1].go()
     right.wait()
@@ -209,29 +131,71 @@ def test_a_prefetch_that_was_put_off_and_is_requested_continues_before_other_pre
     assert arrivals(log) == "wgva"
 
 
+def test_fills_come_last_and_in_order(work):
+    held = work.hold()
+    for name, layer in zip("abc", (2, 0, 1), strict=True):
+        work.begin(name, layer=layer, priority=FILL)
+    work.prefetch("g")
+    work.begin("w")
+    held.go()
+    assert arrivals(work.finish()) == "wgabc"
+
+
+@pytest.mark.parametrize("priority", [REQUESTED, PREDICTED])
+def test_a_fill_in_hand_is_put_off_after_its_step_and_continues_before_other_fills(work, priority):
+    work.begin("a", 3, priority=FILL, stop=0)
+    work.stops[0].wait()
+    work.begin("b", priority=FILL)
+    work.begin("w", 2, priority=priority)
+    work.stops[0].go()
+    assert work.finish()[:6] == ["a0", "w0", "w1", "w there", "a1", "a2"]
+    assert arrivals(work.log) == "wab"
+
+
+def test_a_fill_may_become_a_prefetch_and_a_fill_again(work):
+    held = work.hold()
+    loads = [work.begin(name, priority=FILL) for name in "abcd"]
+    for load, priority in ((2, PREDICTED), (1, PREDICTED), (2, FILL), (3, REQUESTED)):
+        assert work.mover.reorder(loads[load], priority)
+    held.go()
+    assert arrivals(work.finish()) == "dbac"
+    assert not work.mover.reorder(loads[0], REQUESTED)  # it has ended
+
+
+def test_while_fills_may_not_begin_they_fail_and_others_come(work):
+    work.mover = Mover(may_fill=lambda: False)
+    held = work.hold()
+    fills = [work.begin(name, priority=FILL) for name in "ab"]
+    work.prefetch("g")
+    assert work.mover.reorder(fills[1], REQUESTED)
+    held.go()
+    assert arrivals(work.finish()) == "bg"
+    assert [load.failed for load in fills] == [True, False]
+
+
 def test_to_want_what_is_there_changes_nothing(work):
     prefetch = work.prefetch("g")
     prefetch.wait()
-    work.mover.promote(prefetch)
+    work.mover.reorder(prefetch, REQUESTED)
     assert work.finish() == ["g0", "g there"]
 
 
-@pytest.mark.parametrize("is_prefetch", [False, True])
-def test_one_that_is_cancelled_in_the_queue_is_not_started(work, is_prefetch):
+@pytest.mark.parametrize("priority", [REQUESTED, PREDICTED, FILL])
+def test_one_that_is_cancelled_in_the_queue_is_not_started(work, priority):
     held = work.hold()
-    gone = work.begin("a", is_prefetch=is_prefetch)
-    work.begin("b", is_prefetch=is_prefetch)
+    gone = work.begin("a", priority=priority)
+    work.begin("b", priority=priority)
     gone.cancelled = True
     held.go()
     assert work.finish() == ["b0", "b there"]
     assert not gone.ended
 
 
-@pytest.mark.parametrize("is_prefetch", [False, True])
-def test_one_that_is_cancelled_in_hand_ends_after_its_step(work, is_prefetch):
-    gone = work.begin("a", 3, is_prefetch=is_prefetch, stop=1)
+@pytest.mark.parametrize("priority", [REQUESTED, PREDICTED, FILL])
+def test_one_that_is_cancelled_in_hand_ends_after_its_step(work, priority):
+    gone = work.begin("a", 3, priority=priority, stop=1)
     work.stops[0].wait()
-    work.begin("b", is_prefetch=is_prefetch)
+    work.begin("b", priority=priority)
     gone.cancelled = True
     work.stops[0].go()
     assert work.finish() == ["a0", "a1", "a closed", "b0", "b there"]
@@ -317,13 +281,16 @@ def test_whatever_comes_each_arrives_whole_or_is_closed(work):
     names = [chr(0x4E00 + number) for number in range(300)]
     for name in names:
         loads[name] = work.begin(
-            name, luck.randint(1, 4), layer=luck.randint(0, 3), is_prefetch=luck.random() < 0.6
+            name,
+            luck.randint(1, 4),
+            layer=luck.randint(0, 3),
+            priority=luck.choice([REQUESTED, PREDICTED, FILL]),
         )
         other = loads[luck.choice(list(loads))]
         if luck.random() < 0.2:
             other.cancelled = True
         elif luck.random() < 0.2:
-            work.mover.promote(other)
+            work.mover.reorder(other, luck.choice([REQUESTED, PREDICTED, FILL]))
     log = work.finish()
     for name, load in loads.items():
         mine = [entry for entry in log if entry[0] == name]

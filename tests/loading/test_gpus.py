@@ -165,7 +165,7 @@ def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(paper, case, m
     for number, device in enumerate(dispatcher._devices):
         store = device.fetcher._store
         assert store._side.index == device.device.index == number
-        assert {slot.block.device.index for slot in store._slots.values()} == {number}
+        assert {slot.block().device.index for slot in store._slots.values()} == {number}
         held = {slot.holds for slot in store._slots.values()} - {None}
         assert {dispatcher._owner(key) for key in held} <= {number}
         sources.add(id(store._source))

@@ -104,6 +104,41 @@ def test_where_experts_are_does_not_show_in_the_text(
     assert sum(map(sum, report.hits)) + sum(map(sum, report.misses)) > 24 * 4
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_after_loading_all_experts_come_although_no_token_is_computed(
+    tiny_model, expected_in_turn, expert_size, device
+):
+    """The first prompt waited for the disk although a person had typed for ten seconds."""
+    if device == "cpu":
+        engine = load_engine(tiny_model, LoadOptions(device=device))
+    else:
+        engine = load(tiny_model, 8, 0, expert_size)
+    while engine.experts.is_filling:
+        time.sleep(0.001)
+    held = {tier for layer in report_of(engine, "tiny").tiers for tier in layer}
+    assert held == {"host" if device == "cpu" else "device"}
+    assert engine.experts.stats.bytes_moved == 8 * engine.blueprint.expert.nbytes
+    assert [text(engine), text(engine, SHORT)] == expected_in_turn
+    assert not engine.experts.stats.misses
+
+
+def test_a_damaged_expert_is_an_error_when_it_is_needed_and_not_before(
+    tiny_model, expected, monkeypatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise CheckpointError("cut short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InstalledModel, "read_expert", fail)
+        engine = load_engine(tiny_model, LoadOptions(device="cpu"))
+        while engine.experts.is_filling:
+            time.sleep(0.001)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="cut short"):
+                text(engine)
+    assert text(engine) == expected
+
+
 SMALL_FIRST = [("trellis3", "trellis3"), ("nf4", None)]
 
 

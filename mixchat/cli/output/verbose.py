@@ -54,8 +54,9 @@ def generation_lines(
 ) -> list[str]:
     """Return tokens, rates and predicted rates of prefill and decode.
 
-    The prompt of the first turn brings the experts from disk.
+    The prompt of the first turn brings experts from disk, unless all have come before.
     """
+    first = first and bool(stats.experts.misses)
     new = stats.prompt_tokens - stats.reused_tokens
     # The first token comes from the prefill.
     decoded = max(stats.generated_tokens - 1, 0)

@@ -64,13 +64,14 @@ class Device:
 
     def __init__(self, source: ExpertSource, stride: int, slots: int) -> None:
         layout: Any = Bytes(stride)
-        self.cache = ExpertCache(slots)
+        self.cache, self.stats = ExpertCache(slots), ExpertStats()
         self.store = ExpertStore(
             source,
             stored=lambda _: layout,
             used=lambda _: layout,
             size=lambda _: stride,
             device=CPU,
+            stats=self.stats,
         )
         self.put_off: dict[ExpertKey, Steps] = {}
 

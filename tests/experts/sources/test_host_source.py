@@ -253,9 +253,9 @@ def test_a_store_counts_what_came_and_says_where_experts_are(installed):
     device = Device(disk, disk.stride, 2)
     device.load(A)
     device.prefetch(B, 1)
-    assert device.store.bytes_moved == disk.stride
+    assert device.stats.bytes_moved == disk.stride
     device.load(B)
-    assert device.store.bytes_moved == 2 * disk.stride
+    assert device.stats.bytes_moved == 2 * disk.stride
     assert device.store.tier(A, resident=True) == "host"
     assert device.store.tier(A, resident=False) == "disk"
 

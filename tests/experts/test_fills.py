@@ -1,0 +1,327 @@
+"""Experts that come while nobody asks for any, because all fit."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from expert_doubles import fetcher_of, routing, runner
+
+from mixchat.base.errors import CheckpointError
+from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.dispatcher import Dispatcher
+from mixchat.experts.fetcher import LOADING, MISSING, RESIDENT, Fetcher
+from mixchat.experts.mover import ExpertLoad, Mover, Steps
+from mixchat.experts.sources import DiskSource
+from mixchat.weights.format.installed_model import InstalledModel
+
+EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]
+
+
+class Source(DiskSource):
+    """Notes what is loaded. Loads of `held` keys wait until `go`, and those of `bad` keys fail."""
+
+    def __init__(self, installed: InstalledModel) -> None:
+        super().__init__(installed, ExpertStats(), choose=False)
+        self.begun: list[ExpertKey] = []
+        self.held: dict[ExpertKey, threading.Event] = {}
+        self.bad: set[ExpertKey] = set()
+
+    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+        self.begun.append(key)
+        if key in self.held:
+            self.held[key].wait()
+        if key in self.bad:
+            block.fill_(255)
+            raise CheckpointError("cut short")
+        yield from super().load(key, block, evicted)
+
+    def wait_for(self, key: ExpertKey) -> None:
+        while key not in self.begun:
+            time.sleep(0.001)
+
+    def go(self, *keys: ExpertKey) -> None:
+        for key in keys or self.held:
+            self.held[key].set()
+
+
+@pytest.fixture
+def installed(tiny_model: Path) -> InstalledModel:
+    return InstalledModel(tiny_model)
+
+
+@pytest.fixture
+def source(installed: InstalledModel) -> Iterator[Source]:
+    source = Source(installed)
+    yield source
+    source.go()
+
+
+def begin(
+    installed: InstalledModel, source: Source, held: Sequence[ExpertKey] = (), slots: int = 8
+) -> tuple[Dispatcher, Fetcher]:
+    """Let fills begin, and return as soon as they wait for the first of `held`."""
+    source.held = {key: threading.Event() for key in held}
+    experts = runner(installed, slots, source)
+    experts.fill(EVERYTHING)
+    for key in held[:1]:
+        source.wait_for(key)
+    return experts, fetcher_of(experts)
+
+
+def finish(source: Source, experts: Dispatcher) -> None:
+    source.go()
+    while experts.is_filling:
+        time.sleep(0.001)
+
+
+def is_right(installed: InstalledModel, experts: Dispatcher) -> bool:
+    """Return whether both layers give the bits that they give with fresh experts."""
+    fresh = runner(installed, 8)
+    return all(
+        torch.equal(experts.run(layer, *routing(9, seed=3)), fresh.run(layer, *routing(9, seed=3)))
+        for layer in range(2)
+    )
+
+
+def test_all_experts_come_in_the_order_of_layers_although_nobody_asks(installed, source):
+    experts, fetcher = begin(installed, source)
+    finish(source, experts)
+    assert source.begun == EVERYTHING
+    assert fetcher.holds_all
+    assert not experts.stats.hits
+    assert not experts.stats.misses
+    assert experts.stats.bytes_moved == 8 * installed.blueprint.expert.nbytes
+    assert is_right(installed, experts)
+    assert not experts.stats.misses
+    assert len(source.begun) == 8
+
+
+def test_none_comes_unasked_if_they_do_not_all_fit(installed, source):
+    experts, _ = begin(installed, source, slots=7)
+    assert not experts.is_filling
+    assert source.begun == []
+
+
+def test_experts_of_workers_stay_there(installed, source):
+    experts = runner(installed, 5, source)
+    fetcher = fetcher_of(experts)
+    fetcher.on_workers = frozenset(EVERYTHING[2:5])
+    experts.fill(EVERYTHING)
+    finish(source, experts)
+    assert source.begun == EVERYTHING[:2] + EVERYTHING[5:]
+
+
+def test_an_expert_that_is_needed_comes_next_and_is_a_miss(installed, source):
+    experts, fetcher = begin(installed, source, EVERYTHING[:1])
+    last = EVERYTHING[-1]
+    assert fetcher.state(EVERYTHING[0]) == fetcher.state(last) == LOADING
+    assert not fetcher.holds_all
+    fetcher.request([last])
+    source.go()
+    fetcher.ready(last)
+    finish(source, experts)
+    assert source.begun == [EVERYTHING[0], last, *EVERYTHING[1:-1]]
+    assert dict(experts.stats.misses) == {last: 1}
+    assert not experts.stats.hits
+    fetcher.request([EVERYTHING[1]])
+    fetcher.ready(EVERYTHING[1])
+    assert dict(experts.stats.hits) == {EVERYTHING[1]: 1}
+    assert fetcher.holds_all
+
+
+def test_the_one_that_is_just_coming_is_a_miss_too(installed, source):
+    experts, fetcher = begin(installed, source, EVERYTHING[:1])
+    fetcher.request(EVERYTHING[:1])
+    source.go()
+    fetcher.ready(EVERYTHING[0])
+    finish(source, experts)
+    assert source.begun == EVERYTHING
+    assert dict(experts.stats.misses) == {EVERYTHING[0]: 1}
+
+
+def test_a_predicted_expert_comes_before_others_and_a_wrong_one_comes_all_the_same(
+    installed, source
+):
+    experts, fetcher = begin(installed, source, EVERYTHING[:1])
+    wrong, right = EVERYTHING[5], EVERYTHING[7]
+    fetcher.prefetch([wrong, right], pinned=[])
+    fetcher.settle(1, [right])
+    source.go()
+    fetcher.request([right])
+    fetcher.ready(right)
+    finish(source, experts)
+    assert source.begun == [EVERYTHING[0], right, *EVERYTHING[1:-1]]
+    stats = experts.stats
+    assert (stats.predictions, stats.right_predictions, stats.late_predictions) == (2, 1, 1)
+    assert dict(stats.misses) == {right: 1}
+    assert fetcher.holds_all
+
+
+def test_a_predicted_expert_that_came_in_time_is_a_hit(installed, source):
+    experts, fetcher = begin(installed, source, EVERYTHING[1:2])
+    right = EVERYTHING[6]
+    fetcher.prefetch([right], pinned=[])
+    source.go()
+    fetcher._loads[right].wait()
+    fetcher.settle(1, [right])
+    fetcher.request([right])
+    fetcher.ready(right)
+    assert dict(experts.stats.hits) == {right: 1}
+    assert not experts.stats.misses
+    finish(source, experts)
+
+
+@pytest.mark.parametrize("number", range(0, 8, 3))
+def test_layers_are_right_while_experts_are_coming(installed, source, number):
+    experts, _ = begin(installed, source, EVERYTHING[number : number + 1])
+    threading.Timer(0.01, source.go).start()
+    assert is_right(installed, experts)
+    finish(source, experts)
+    assert is_right(installed, experts)
+
+
+def test_whole_layers_are_resident_while_others_are_coming(installed, source):
+    experts, fetcher = begin(installed, source, EVERYTHING[4:5])
+    layers = [EVERYTHING[:4], EVERYTHING[4:]]
+    (held,) = fetcher.resident(layers)
+    assert len(held) == 4
+    finish(source, experts)
+    first, second = fetcher.resident(layers)
+    assert first is held
+    assert second is fetcher.resident(layers)[1]
+
+
+def test_fills_end_when_fewer_experts_may_be_held(installed, source):
+    experts, fetcher = begin(installed, source, EVERYTHING[3:4])
+    fetcher.resize(4)
+    assert not experts.is_filling
+    assert [fetcher.state(key) for key in EVERYTHING] == [RESIDENT] * 3 + [MISSING] * 5
+    assert len(fetcher._store.blocks) == 3
+    source.go()
+    assert is_right(installed, experts)
+    fetcher.resize(8)
+    assert is_right(installed, experts)
+    assert not experts.is_filling
+
+
+def test_fills_end_when_the_engine_is_closed(installed, source):
+    others = set(threading.enumerate())
+    experts, fetcher = begin(installed, source, EVERYTHING[3:4])
+    experts.close()
+    assert not fetcher._store.blocks
+    source.go()
+    for mover in set(threading.enumerate()) - others:
+        if not mover.name.startswith("read"):
+            mover.join()
+    assert source.begun == EVERYTHING[:4]
+
+
+def test_a_fill_that_fails_is_missing_and_its_error_comes_when_it_is_needed(installed, source):
+    source.bad = {EVERYTHING[1], EVERYTHING[7]}
+    experts, fetcher = begin(installed, source)
+    finish(source, experts)
+    assert [key for key in EVERYTHING if fetcher.state(key) == MISSING] == sorted(source.bad)
+    assert not fetcher.holds_all
+    for _ in range(2):
+        fetcher.request([EVERYTHING[7]])
+        with pytest.raises(CheckpointError, match="cut short"):
+            fetcher.ready(EVERYTHING[7])
+    fetcher.request([EVERYTHING[6]])
+    fetcher.ready(EVERYTHING[6])
+    source.bad = set()
+    assert is_right(installed, experts)
+
+
+def test_a_fill_that_failed_while_others_are_coming_is_read_again_when_needed(installed, source):
+    early, late = EVERYTHING[2], EVERYTHING[5]
+    experts, fetcher = begin(installed, source, EVERYTHING[:2])
+    fetcher.prefetch([early], pinned=[])
+    fetcher.settle(0, [])  # it was wrong, and is a fill again, the last one to be looked at
+    source.bad = {early}
+    source.held[late] = threading.Event()
+    source.go(*EVERYTHING[:2])
+    source.wait_for(late)
+    assert experts.is_filling
+    assert fetcher.state(early) == LOADING
+    source.bad = set()
+    source.go()
+    fetcher.request([early])
+    fetcher.ready(early)
+    assert source.begun.count(early) == 2
+    assert dict(experts.stats.misses) == {early: 1}
+    assert is_right(installed, experts)
+    finish(source, experts)
+
+
+def test_an_interrupt_while_a_fill_is_needed_leaves_it_on_its_way(installed, source, monkeypatch):
+    experts, fetcher = begin(installed, source, EVERYTHING[:1])
+
+    def interrupt(load):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertLoad, "wait", interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            experts.run(0, *routing(9))
+    source.go()
+    assert is_right(installed, experts)
+    finish(source, experts)
+    assert fetcher.holds_all
+    assert sorted(source.begun) == EVERYTHING
+
+
+class Watch:
+    """Memory that is short if told so."""
+
+    def __init__(self) -> None:
+        self.ample, self.told = True, list[int]()
+
+    def is_ample(self) -> bool:
+        return self.ample
+
+    def limit(self, held: int) -> int:
+        self.told.append(held)
+        return 8
+
+
+def test_no_fill_begins_while_memory_is_short(installed, source, monkeypatch):
+    watch = Watch()
+    experts = runner(installed, 8, source)
+    fetcher = fetcher_of(experts)
+    monkeypatch.setattr(fetcher, "_mover", Mover(may_fill=watch.is_ample))
+    source.held = {EVERYTHING[2]: threading.Event()}
+    experts.fill(EVERYTHING)
+    source.wait_for(EVERYTHING[2])
+    watch.ample = False
+    finish(source, experts)
+    assert source.begun == EVERYTHING[:3]
+    assert [fetcher.state(key) for key in EVERYTHING] == [RESIDENT] * 3 + [MISSING] * 5
+    assert is_right(installed, experts)
+
+
+def test_experts_that_are_still_to_come_do_not_count_as_held(installed, source, monkeypatch):
+    """Their memory would be missing from what is free, and a limit that counts it too high."""
+    experts, fetcher = begin(installed, source, EVERYTHING[3:4])
+    watch = Watch()
+    monkeypatch.setattr(fetcher, "_watch", watch)
+    fetcher.follow_memory()
+    finish(source, experts)
+    fetcher.follow_memory()
+    assert watch.told == [4, 8]
+
+
+def test_without_a_thread_experts_come_when_they_are_needed(installed, source, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        experts, fetcher = begin(installed, source)
+    assert not experts.is_filling
+    assert {fetcher.state(key) for key in EVERYTHING} == {MISSING}
+    assert is_right(installed, experts)
