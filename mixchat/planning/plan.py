@@ -49,11 +49,11 @@ class Variant:
     """The same model with experts of another type, or of several.
 
     bits: as `--expert-bits` takes them. loss: the gain of the demo's perplexity if it is plainly
-    rounded to these bits, and if it is calibrated. None if there is no such model, or no figure.
+    rounded to these bits, None if it is always calibrated, and if it is calibrated.
     """
 
     bits: str
-    loss: tuple[float | None, float | None]
+    loss: tuple[float | None, float]
     fit: MemoryPlan
     expected: Expectation
 

@@ -216,12 +216,10 @@ def _frontier(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         about = "about " if form in plan.mixes else ""
         yield f"{form.bits} bits", f"{size} of disk, {held}, {about}{speed_text(expected.speed)}"
         plain, calibrated = form.loss
-        if plain is not None and calibrated is not None:
+        demo = f"{calibrated:.0%}; a download calibrates it"
+        if plain is not None:
             demo = f"{plain:.0%}, {calibrated:.0%} if calibrated (--calibrate)"
-            yield "", f"the demo model's perplexity rises by {demo}"
-        else:
-            demo = "is not measured" if calibrated is None else f"rises by {calibrated:.0%}"
-            yield "", f"the demo model's perplexity {demo}; a download calibrates it"
+        yield "", f"the demo model's perplexity rises by {demo}"
     yield "", "a larger model's rises less; --expert-bits 3 plans or downloads it in 3 bits"
 
 
