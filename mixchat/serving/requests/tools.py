@@ -18,6 +18,8 @@ _MAX_TOOLS = 128
 _MAX_CALLS = 128  # of a message
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _CHOICES = ("none", "auto", "required")
+_IMAGES = ("input_image", "image")  # in OpenAI's responses and in Anthropic's API
+_UNSEEN = {"type": "text", "text": "[an image, which this model cannot see]"}
 _CHOICE = "none, auto, required, or a function with its name"
 
 
@@ -130,6 +132,17 @@ class ToolFields(RequestObject):
         if not isinstance(given, str) or given not in _CHOICES:
             raise value_error("tool_choice", _CHOICE, given)
         return given
+
+
+def readable(result: Any) -> Any:
+    """Return a tool's result with a text in place of each image.
+
+    An agent cannot take a result back, so a refusal would end its conversation.
+    """
+    if not isinstance(result, list):
+        return result
+    images = [isinstance(part, dict) and part.get("type") in _IMAGES for part in result]
+    return [_UNSEEN if image else part for image, part in zip(images, result, strict=True)]
 
 
 Calls = Annotated[list[CallField], FailFast(), max_items(_MAX_CALLS)]

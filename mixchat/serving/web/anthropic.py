@@ -8,7 +8,7 @@
 | tools, tool_choice                        | functions, with disable_parallel_tool_use    |
 | thinking                                  | think, or reasoning_effort none              |
 | output_config                             | reasoning_effort, response_format            |
-| images, documents, tools of Anthropic     | refused                                      |
+| images, documents, tools of Anthropic     | refused, except images in a tool's result    |
 | _LABELS, cache_control                    | ignored                                      |
 | all others                                | ignored and named, or refused if strict      |
 """
@@ -27,7 +27,7 @@ from mixchat.serving.requests.errors import RequestError, field_error
 from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, validated
 from mixchat.serving.requests.forms import schema_format
 from mixchat.serving.requests.options import LoadedModel, ParsedRequest
-from mixchat.serving.requests.tools import call_object
+from mixchat.serving.requests.tools import call_object, readable
 from mixchat.serving.service import Done
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import JSON, call_arguments, to_event
@@ -170,7 +170,7 @@ def _messages(message: _Message) -> Iterator[dict[str, Any]]:
     blocks = message.content
     for block in blocks:
         if block.type == "tool_result":
-            content = _text(validated(_Result, {"content": block.content}).content)
+            content = _text(validated(_Result, {"content": readable(block.content)}).content)
             yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
     calls = [
         call_object(ToolCall(block.id, block.name, json.dumps(block.input)))

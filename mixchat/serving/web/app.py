@@ -123,6 +123,8 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     def model_route(path: str, endpoint: ModelEndpoint) -> Route:
         async def bound(state: AppState, request: Request) -> ASGIApp:
             body = await run_in_threadpool(read_object, await _body(state, request))
+            if ollama.asks_nothing(path, body):
+                return await _load_or_unload(state, path, body)
 
             async def answer(scope: Scope, receive: Receive, send: Send) -> None:
                 async with AsyncExitStack() as until_sent:
@@ -143,6 +145,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
             route("/api/ps", "GET", _ollama_loaded),
             route("/api/show", "POST", _ollama_model),
             route("/api/version", "GET", _ollama_version),
+            route("/api/pull", "POST", _ollama_pull),
             route("/v1/models", "GET", _models),
             route("/v1/models/{name:path}", "GET", _model),
             route("/health", "GET", _health),
@@ -222,12 +225,30 @@ async def _ollama_models(state: AppState, request: Request) -> Response:
 
 
 async def _ollama_loaded(state: AppState, request: Request) -> Response:
-    return _json(ollama.model_list([state.models.name] if state.models.is_loaded else []))
+    names = [state.models.name] if state.models.is_loaded else []
+    return _json(ollama.loaded_list(names, state.models.idle_s))
 
 
 async def _ollama_model(state: AppState, request: Request) -> Response:
     body = read_object(await _body(state, request))
     return _json(ollama.describe(body, await state.models.contexts()))
+
+
+async def _ollama_pull(state: AppState, request: Request) -> Response:
+    """Agents pull a model that they do not find by its name without :latest."""
+    body = read_object(await _body(state, request))
+    ollama.named(body, await state.models.contexts())
+    line = to_json({"status": "success"}) + b"\n"  # Codex waits for its end
+    return Response(line, media_type=ollama.OllamaResponses.content_type)
+
+
+async def _load_or_unload(state: AppState, path: str, body: dict[str, Any]) -> Response:
+    name = ollama.named(body, await state.models.contexts())
+    if ollama.is_unload(body):
+        await state.models.unload(name)
+        return _json(ollama.empty_answer(path, name, "unload"))
+    async with state.models.use(name):
+        return _json(ollama.empty_answer(path, name, "load"))
 
 
 async def _ollama_version(state: AppState, request: Request) -> Response:

@@ -4,6 +4,7 @@
 | ------------------------------ | ------------------------------------------------------- |
 | messages, tools                | OpenAI's; a result belongs to the call of its tool_name |
 | prompt, system                 | a question and a system message; a text with raw        |
+| no messages, an empty prompt   | loads the model, or unloads it if keep_alive is 0       |
 | format                         | response_format                                         |
 | options                        | _OPTIONS; num_predict is max_tokens                     |
 | think                          | as far as the model's template knows it                 |
@@ -14,11 +15,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Annotated, Any, ClassVar
 
 from pydantic import FailFast, Field
@@ -42,6 +44,9 @@ _OPTIONS = (
     *("repeat_penalty", "presence_penalty", "frequency_penalty"),
 )
 _SAME = ("model", "stream", "tools", "think")
+_QUESTIONS = {"/api/chat": "messages", "/api/generate": "prompt"}
+_NO_TIME = (0, "0", "0s", "0m", "0h")
+_FOREVER_S = 300 * 365 * 86_400.0  # as Ollama says of a model that stays
 _REASONS = {"length": "length", "context": "length"}
 _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the model reads text alone")
 
@@ -191,7 +196,7 @@ class OllamaResponses(ResponseBuilder):
         return to_json({**self._head(), **content, **more}) + b"\n"
 
     def _head(self) -> JSON:
-        return {"model": self._model, "created_at": datetime.now(timezone.utc).isoformat()}
+        return _head(self._model)
 
     def _end(self, done: Done) -> JSON:
         """Return the counts of an answer, with times in nanoseconds."""
@@ -217,25 +222,66 @@ class GenerateResponses(OllamaResponses):
         return {"response": delta.text, **thinking}
 
 
+def asks_nothing(path: str, body: dict[str, Any]) -> bool:
+    """Return whether a request only loads or unloads a model."""
+    return path in _QUESTIONS and body.get(_QUESTIONS[path]) in (None, "", [])
+
+
+def is_unload(body: dict[str, Any]) -> bool:
+    """Return whether a request without a question unloads its model."""
+    return body.get("keep_alive") in _NO_TIME
+
+
+def empty_answer(path: str, name: str, reason: str) -> JSON:
+    """Return the answer of a request that asks nothing."""
+    message: JSON = {"message": {"role": "assistant", "content": ""}}
+    content = message if path == "/api/chat" else {"response": ""}
+    return {**_head(name), **content, "done": True, "done_reason": reason}
+
+
 def model_list(names: Iterable[str]) -> JSON:
-    """Return the answer of /api/tags and /api/ps."""
+    """Return the answer of /api/tags."""
     return {"models": list(map(_model, names))}
+
+
+def loaded_list(names: Iterable[str], idle_s: float | None) -> JSON:
+    """Return the answer of /api/ps. The models are unloaded after `idle_s` seconds, if ever."""
+    idle_s = _FOREVER_S if idle_s is None else min(idle_s, _FOREVER_S)
+    expires = (datetime.now(timezone.utc) + timedelta(seconds=idle_s)).isoformat()
+    return {"models": [{**_model(name), "size_vram": 0, "expires_at": expires} for name in names]}
+
+
+def named(body: dict[str, Any], names: Container[str]) -> str:
+    """Return the model that a body names. Raises `RequestError` for an unknown model."""
+    name = str(body.get("model") or body.get("name")).removesuffix(LATEST)
+    if name not in names:
+        raise RequestError(f"there is no model {name!a:.80} here", status=404)
+    return name
 
 
 def describe(body: dict[str, Any], contexts: Mapping[str, Context]) -> JSON:
     """Return the answer of /api/show. Raises `RequestError` for an unknown model."""
-    name = str(body.get("model") or body.get("name")).removesuffix(LATEST)
-    if name not in contexts:
-        raise RequestError(f"there is no model {name!a:.80} here", status=404)
+    name = named(body, contexts)
     size = {"mixchat.context_length": contexts[name].tokens}
     info = {"general.architecture": "mixchat", **size}
     return {**_model(name), "model_info": info, "capabilities": ["completion", "tools"]}
 
 
+def _head(name: str) -> JSON:
+    return {"model": name, "created_at": datetime.now(timezone.utc).isoformat()}
+
+
 def _model(name: str) -> JSON:
-    details = {"format": "mixchat", "family": "", "parameter_size": "", "quantization_level": ""}
+    details = dict.fromkeys(("family", "parameter_size", "quantization_level"), "")
     tagged = name if ":" in name else f"{name}{LATEST}"  # Open WebUI asks for no other name
-    return {"name": tagged, "model": tagged, "details": details}
+    return {
+        "name": tagged,
+        "model": tagged,
+        "modified_at": datetime.now(timezone.utc).isoformat(),
+        "size": 0,  # unknown here, but there are clients that read no list without it
+        "digest": hashlib.sha256(name.encode()).hexdigest(),
+        "details": {"format": "mixchat", "families": [], **details},
+    }
 
 
 def error_body(error: RequestError) -> JSON:

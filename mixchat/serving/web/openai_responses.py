@@ -27,6 +27,7 @@ from mixchat.serving.requests.errors import RequestError, field_error, value_err
 from mixchat.serving.requests.fields import RequestObject, known_fields, only, validated
 from mixchat.serving.requests.forms import schema_format
 from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.requests.tools import readable
 from mixchat.serving.service import Done
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import JSON, to_event
@@ -136,7 +137,7 @@ def _messages(given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield answer
             answer = {}
         if kind == "function_call_output":
-            content = _text(item.get("output"), f"{path}.output")
+            content = _text(readable(item.get("output")), f"{path}.output")
             yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
         elif kind == "message":
             message = {"role": item.get("role"), "content": _text(item.get("content"), path)}

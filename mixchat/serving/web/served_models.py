@@ -52,6 +52,13 @@ class ServedModels:
     def is_loaded(self) -> bool:
         return self._model is not None
 
+    @property
+    def idle_s(self) -> float | None:
+        """Return the seconds without a request until the model is unloaded, None for never."""
+        if self._timer is None or self._users:
+            return self._sleep_after
+        return max(self._timer.when() - asyncio.get_running_loop().time(), 0.0)
+
     async def contexts(self) -> dict[str, Context]:
         """Return the contexts of the models that requests may name, the last used model first."""
         others = await to_thread.run_sync(self._others)
@@ -80,6 +87,13 @@ class ServedModels:
             if not self._users:
                 self._unused.set()
                 self.await_sleep()
+
+    async def unload(self, name: str) -> None:
+        """Unload the model `name`, if it is loaded, as soon as nobody uses it."""
+        async with self._turn:
+            if name == self.name:
+                await self._unused.wait()
+                await to_thread.run_sync(self._unload)
 
     def await_sleep(self) -> None:
         """Unload the model after a time, unless a request comes before."""

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
+from datetime import datetime, timezone
 
+import ollama
 import pytest
 from raw_http import exchange, read_response, request
 from scripted_service import ScriptedService
@@ -181,6 +183,45 @@ def test_an_idle_model_is_unloaded_and_the_next_request_loads_it_again(shelf):
 
     asyncio.run(main())
     assert shelf.loads == ["a", "a"]
+
+
+def test_a_model_is_unloaded_as_soon_as_its_answers_are_sent(shelf):
+    async def main():
+        models = models_of(shelf)
+        async with models.use("a"):
+            unloading = asyncio.ensure_future(models.unload("a"))
+            await asyncio.sleep(0.02)
+            assert shelf.open == ["a"]
+        await unloading
+        await models.unload("b")
+        assert (shelf.open, models.is_loaded) == ([], False)
+        async with models.use():
+            assert shelf.open == ["a"]
+
+    asyncio.run(main())
+    assert shelf.loads == ["a", "a"]
+
+
+@pytest.mark.parametrize("client", ["chat", "generate"])
+def test_ollamas_clients_load_and_unload_a_model_without_a_question(serve, shelf, client):
+    """Open WebUI unloads so. The model wrote an answer to the empty prompt instead."""
+    models = models_of(shelf, sleep_after=600)
+    served = serve(models=models)
+    with closing(ollama.Client(host=served.url)) as api:
+        ask = getattr(api, client)
+        for name, keep_alive, reason, loaded in [
+            ("a", None, "load", ["a"]),
+            ("a", 0, "unload", []),
+            ("b", "0s", "unload", []),
+            ("b:latest", "5m", "load", ["b"]),
+        ]:
+            answer = ask(name, keep_alive=keep_alive)
+            assert (answer.done, answer.done_reason, shelf.open) == (True, reason, loaded)
+        (model,) = api.ps().models
+        left = model.expires_at - datetime.now(timezone.utc)
+    assert (model.model, 0 < left.total_seconds() <= 600) == ("b:latest", True)
+    assert shelf.loads == ["a", "b"]
+    models.close()
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_request_alone(shelf):

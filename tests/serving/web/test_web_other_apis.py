@@ -274,7 +274,10 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
         ("/api/chat", {"messages": question("a"), "options": [1]}, 400, "options"),
         ("/api/chat", {"messages": [1] * 20_000}, 400, "20000 items"),
         ("/v1/messages", {"max_tokens": 1, "messages": [1] * 20_000}, 400, "20000 items"),
-        ("/api/pull", {"model": "b"}, 404, "not found"),
+        ("/api/pull", {"model": "b"}, 404, "no model 'b'"),
+        ("/api/generate", {"model": "b", "prompt": ""}, 404, "no model 'b'"),
+        ("/api/chat", {"messages": []}, 404, "no model"),
+        ("/api/push", {"model": "b"}, 404, "not found"),
     ],
 )
 def test_a_wrong_request_is_refused_in_the_form_of_its_api(served, path, body, status, text):
@@ -296,11 +299,43 @@ def test_ollama_generates_from_a_prompt_chats_or_raw_text(served, stream):
 
 
 def test_ollama_lists_and_shows_models(served):
+    """llm-ollama knows models by their digests, and each of llm's commands failed without one."""
     with closing(OllamaClient(served)) as client:
-        assert [model.model for model in client.api.list().models] == ["scripted:latest"]
+        (model,) = client.api.list().models
+        assert (model.model, len(model.digest)) == ("scripted:latest", 64)
+        assert None not in (model.modified_at, model.size)
         assert [model.model for model in client.api.ps().models] == ["scripted:latest"]
         assert "tools" in client.api.show("scripted:latest").capabilities
+        assert client.api.ps().models[0].expires_at.year > 2200  # it stays loaded
     assert exchange(served, request("/api/version")).json["version"].count(".") == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ollama_pulls_a_model_that_is_here(served, stream):
+    """Codex pulls the model that it was given, unless its name with the tag is the same."""
+    with closing(OllamaClient(served)) as client:
+        pulled = client.api.pull("scripted", stream=stream)
+        assert [part.status for part in (pulled if stream else [pulled])] == ["success"]
+    line = exchange(served, request("/api/pull", {"model": "scripted"})).body
+    assert line.endswith(b"\n")  # Codex reads lines
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_an_agent_that_looks_at_an_image_goes_on_without_it(served, path):
+    """Codex offers a tool that returns an image. Its call ended the conversation."""
+    image = {"type": "input_image" if path == "/v1/responses" else "image", "image_url": "data:,"}
+    if path == "/v1/responses":
+        call = {"type": "function_call", "call_id": "a", "name": "view", "arguments": "{}"}
+        result = {"type": "function_call_output", "call_id": "a", "output": [image]}
+        body = {"input": [*question("no"), call, result, *question("yes")]}
+    else:
+        call = {"type": "tool_use", "id": "a", "name": "view", "input": {}}
+        result = {"type": "tool_result", "tool_use_id": "a", "content": [image]}
+        said = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        body = {"max_tokens": 9, "messages": [*question("no"), *said, *question("yes")]}
+    assert exchange(served, request(path, body)).status == 200
+    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
+    assert "tool: [an image, which this model cannot see]\n" in prompt
 
 
 @pytest.mark.parametrize(
