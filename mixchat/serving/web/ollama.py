@@ -5,7 +5,7 @@
 | messages, tools                | OpenAI's; a result belongs to the call of its tool_name |
 | prompt, system                 | a question and a system message; a text with raw        |
 | no messages, an empty prompt   | loads the model, or unloads it if keep_alive is 0       |
-| format                         | response_format                                         |
+| format                         | response_format, with objects closed as in Ollama       |
 | options                        | _OPTIONS; num_predict is max_tokens                     |
 | think                          | as far as the model's template knows it                 |
 | stream                         | true if it is not given                                 |
@@ -35,6 +35,7 @@ from mixchat.serving.requests.options import LATEST, LoadedModel, ParsedRequest
 from mixchat.serving.requests.tools import call_object
 from mixchat.serving.service import Delta, Done
 from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
+from mixchat.text.form.schema import closed
 from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
 # Clients compare it with the Ollama that they need.
@@ -124,7 +125,7 @@ def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
     if fields.format == "json":
         chat["response_format"] = {"type": "json_object"}
     elif isinstance(fields.format, dict):
-        chat["response_format"] = schema_format(fields.format)
+        chat["response_format"] = schema_format(closed(fields.format))
     elif fields.format != "":
         raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
     return chat

@@ -30,6 +30,7 @@ _IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _IN_OBJECTS = ("properties", "patternProperties")
 _ALONE = ("items", "additionalProperties")
 _DEFINITIONS = ("$defs", "definitions")
+_COMBINING = {"anyOf", "oneOf", "$ref", "if", "patternProperties"}
 # The blanks between two parts of JSON. Without a bound, a model can emit blanks until its answer is
 # cut off.
 _BLANKS = r"( |\n[ \t]{0,20})?"
@@ -155,6 +156,21 @@ def tightened(schema: Any) -> Any:
     if isinstance(least, int | float) and 0 <= least <= _MAX_TIGHTENED:
         changed["exclusiveMinimum"] = least + _SLIVER
     return changed
+
+
+def closed(schema: Schema) -> Schema:
+    """Return a schema whose objects have no properties besides the named ones.
+
+    An object that says otherwise or combines schemas stays open, and all do if there is an allOf.
+    """
+    return schema if '"allOf"' in json.dumps(schema) else _closed(schema)
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, dict) or ("properties" in schema and _COMBINING & schema.keys()):
+        return schema
+    first = {"additionalProperties": False} if "properties" in schema else {}
+    return {**first, **_with_parts(schema, _closed)}
 
 
 def _moved(schema: Any) -> Any:
