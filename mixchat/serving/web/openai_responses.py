@@ -2,7 +2,8 @@
 
 | field                                      | taken as                                         |
 | ------------------------------------------ | ------------------------------------------------ |
-| input, instructions                        | messages, calls of functions and their results   |
+| input, instructions                        | messages, calls and their results, and the       |
+|                                            | reasoning before a call                          |
 | max_output_tokens, temperature, top_p      | as in a chat                                     |
 | tools, tool_choice, parallel_tool_calls    | as in a chat, only functions                     |
 | text.format                                | response_format                                  |
@@ -39,7 +40,6 @@ _LABELS = (
     *("max_tool_calls", "top_logprobs"),
 )
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
-_SKIPPED = ("reasoning", "item_reference")  # items of an input
 _STATELESS = "is not supported: answers are not stored, so send the whole conversation"
 _NONE = only((None, False), "unsupported_parameter", _STATELESS)
 
@@ -122,16 +122,20 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 def _messages(given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the messages of an input. Calls one after the other belong to one answer."""
-    answer: dict[str, Any] = {}
+    answer, thinking = dict[str, Any](), ""
     for i, item in enumerate(given):
         kind, path = item.get("type", "message"), f"input[{i}]"
-        if kind in _SKIPPED:
+        if kind == "item_reference":
+            continue
+        if kind == "reasoning":
+            thinking = _thinking(item)
             continue
         if kind == "function_call":
             answer = answer or {"role": "assistant", "content": "", "tool_calls": []}
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
             answer.setdefault("tool_calls", []).append(call)
+            answer["reasoning_content"] = thinking
             continue
         if answer:
             yield answer
@@ -139,16 +143,24 @@ def _messages(given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if kind == "function_call_output":
             content = _text(readable(item.get("output")), f"{path}.output")
             yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
+            thinking = ""
         elif kind == "message":
             message = {"role": item.get("role"), "content": _text(item.get("content"), path)}
             if message["role"] == "assistant":
                 answer = message
             else:
+                thinking = ""
                 yield message
         else:
             raise value_error(f"{path}.type", "message, function_call or its output", kind)
     if answer:
         yield answer
+
+
+def _thinking(item: dict[str, Any]) -> str:
+    parts = item.get("content")
+    texts = [p.get("text") for p in parts if isinstance(p, dict)] if isinstance(parts, list) else []
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _text(content: Any, path: str) -> str:

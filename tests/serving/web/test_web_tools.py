@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from raw_http import exchange, request
 
 from mixchat.text.thinking import ThinkingFormat
 
@@ -127,3 +128,25 @@ def test_the_thinking_before_a_call_can_be_sent_back(served, client):
         {"role": "tool", "tool_call_id": "1", "content": "say:ok"},
     ]
     assert whole(client, messages) == ("ok", "stop", [])
+
+
+def test_the_reasoning_before_a_call_is_the_templates_in_responses(served, monkeypatch):
+    """Codex sends it back. It was left out, and gpt-oss has to read it until its final answer."""
+    seen = []
+    template, encode = served.service.template, served.service.template.encode
+    monkeypatch.setattr(template, "encode", lambda *a: seen.append(a[0]) or encode(*a))
+
+    def reasoning(text):
+        return {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]}
+
+    def called(id):
+        call = {"type": "function_call", "call_id": id, "name": "find", "arguments": "{}"}
+        return [call, {"type": "function_call_output", "call_id": id, "output": "found"}]
+
+    said = {"role": "assistant", "content": "I look."}
+    items = [{"role": "user", "content": "Hi"}, reasoning("Hm."), said, *called("1")]
+    items += [*called("2"), reasoning("So."), *called("3")]
+    items += [{"type": "reasoning", "content": None}, {"role": "user", "content": "say:ok"}]
+    assert exchange(served, request("/v1/responses", {"input": items})).status == 200
+    answers = [message for message in seen[0] if message.role == "assistant"]
+    assert [answer.thinking for answer in answers] == ["Hm.", "", "So."]
