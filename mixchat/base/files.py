@@ -57,13 +57,13 @@ def local_error(
 ) -> MixchatError | None:
     """Return the error for a full disk or a directory that cannot be written, or None.
 
-    variable: the one that names the directory.
+    variable: the environment variable that names the directory.
     """
     if error.errno in DISK_FULL:
         return ResourceError(
             f"the disk is full ({place})",
             hint=f"Free some space, or set {variable} to a directory on a larger disk. What is "
-            "done stays; the same command resumes there.",
+            "done stays. The same command resumes there.",
         )
     if error.errno in NOT_WRITABLE:
         return UsageError(

@@ -33,7 +33,7 @@ from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 
 COLD_PROMPT = 12  # tokens
-_FILLING_CHECK_S = 0.05  # between two looks
+_FILLING_CHECK_S = 0.05  # between two checks
 _WARM_UP_TOKENS = 2  # their time is not taken
 _SPARE_TOKENS = 64  # of the context
 _RANDOM_TOKENS = 2048  # of a random context, stored at once

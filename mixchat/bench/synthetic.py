@@ -63,7 +63,7 @@ def write_synthetic(
     shape: str = "instruct",
     dense_bits: int | None = None,
 ) -> None:
-    """Write a model, by default with attention and head in the bits of a download.
+    """Write a model, by default with attention and head in the bits of a download in 4 bits.
 
     4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits. In a mix all layers count as
     equally sensitive. Raises `UsageError` for bits that the model has not.
@@ -73,9 +73,9 @@ def write_synthetic(
     if expert_bits.whole not in (None, TYPES[kind].bits):
         raise UsageError(f"{shape} has experts in {TYPES[kind].bits} bits, not {expert_bits}")
     config = known.with_layers(layers)
-    # The bits depend on all layers, of which these are the first.
-    every = default_blueprint(read_config(known.config), kind, dense_bits)
-    blueprint = replace(every, config=read_config(config))
+    # The bits depend on all layers, but only the first ones are written.
+    whole_model = default_blueprint(read_config(known.config), kind, dense_bits)
+    blueprint = replace(whole_model, config=read_config(config))
     if expert_bits.whole is None:
         blueprint = expected_mix(blueprint, expert_bits)
     whole = blueprint.quantization.description()

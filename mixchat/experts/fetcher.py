@@ -93,8 +93,8 @@ class Fetcher:
             load.cancelled = True
             self._cache.discard(key)
 
-    def _hurry(self, key: ExpertKey, priority: int) -> bool:
-        """Return whether a fill is bringing the expert, from now on with this priority."""
+    def _reprioritize(self, key: ExpertKey, priority: int) -> bool:
+        """Carry out the expert's fill with this priority. Return False if there is none."""
         load = self._fills.get(key)
         if load is None or not self._mover.reorder(load, priority):
             return False
@@ -167,7 +167,7 @@ class Fetcher:
     def request(self, window: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> None:
         """Start loading missing experts, until only slots of `window` and `pinned` are left."""
         for key in window:
-            if self._hurry(key, REQUESTED):
+            if self._reprioritize(key, REQUESTED):
                 self.stats.misses[key] += 1
             elif key not in self._cache or self._has_failed(key):
                 if not self._start(ExpertLoad(key), {*window, *pinned}):
@@ -183,7 +183,7 @@ class Fetcher:
                 continue
             if room <= 0 or (is_new and not self._start(ExpertLoad(key, PREDICTED), pinned)):
                 return
-            if is_new or self._hurry(key, PREDICTED):
+            if is_new or self._reprioritize(key, PREDICTED):
                 self.stats.predictions += 1
                 room -= 1
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LayerExperts(list["Expert"]):
-    """The experts of a layer, to which weak references are possible, as not to a list."""
+    """The experts of a layer. Unlike a list, it can have weak references."""
 
 
 class ExpertRunner(Protocol):

@@ -72,8 +72,8 @@ class Mover:
         may_fill: Callable[[], bool] = lambda: True,
     ) -> None:
         self._inside, self._may_fill = inside, may_fill
-        # A heap: priority, the layer of a prefetch, and the place among others of both. A load may
-        # be in it several times, and counts with its present priority.
+        # A heap: priority, the layer of a prefetch, and the place in it. A load may be in the heap
+        # several times, and counts with its present priority.
         self._queue: list[tuple[int, int, int, ExpertLoad]] = []
         self._places = count(1)
         self._changed = threading.Condition()

@@ -206,9 +206,9 @@ def record_inputs(
 
 
 def _dense_rows(blueprint: Blueprint, directory: Path) -> int:
-    """Return how many inputs each calibrated matrix of attention and head gets, in windows.
+    """Return how many inputs each calibrated matrix of attention and head gets, in whole windows.
 
-    They take a quarter of the free disk at most.
+    They take a quarter of the free disk at most, but there are always `FOLD` windows.
     """
     specs = [spec for spec in blueprint.shared_matrices.values() if is_calibrated(spec)]
     if not specs:

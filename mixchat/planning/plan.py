@@ -48,8 +48,8 @@ class Upgrade:
 class Variant:
     """The same model with experts of another type, or of several.
 
-    bits: as `--expert-bits` takes them. loss: the gain of the demo's perplexity if it is plainly
-    rounded to these bits, None if it is always calibrated, and if it is calibrated.
+    bits: as `--expert-bits` takes them. loss: the rise of the demo's perplexity if it is only
+    rounded, None if a download always calibrates, and if it is calibrated.
     """
 
     bits: str

@@ -76,7 +76,8 @@ def main() -> None:
         print(json.dumps(answer(Path(given.one[0]), given.one[1], given.tokens, given.depth)))
         return
     os.environ["MIXCHAT_HOME"] = str(given.work)
-    models = {bits: given.work / f"model-{bits}" for bits in given.expert_bits}
+    form = f"{given.shape}-{given.layers}"
+    models = {bits: given.work / f"{form}-{bits}" for bits in given.expert_bits}
     for bits, model in models.items():
         if not model.exists():
             command = [sys.executable, "-m", "mixchat.bench.synthetic", str(model)]

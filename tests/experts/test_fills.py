@@ -177,9 +177,10 @@ def test_a_predicted_expert_that_came_in_time_is_a_hit(installed, source):
 
 
 @pytest.mark.parametrize("number", range(0, 8, 3))
-def test_layers_are_right_while_experts_are_coming(installed, source, number):
+def test_layers_are_right_while_experts_are_coming(installed, source, monkeypatch, number):
     experts, _ = begin(installed, source, EVERYTHING[number : number + 1])
-    threading.Timer(0.01, source.go).start()
+    wait = ExpertLoad.wait
+    monkeypatch.setattr(ExpertLoad, "wait", lambda load: [source.go(), wait(load)])
     assert is_right(installed, experts)
     finish(source, experts)
     assert is_right(installed, experts)

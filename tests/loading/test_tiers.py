@@ -106,7 +106,7 @@ def test_where_experts_are_does_not_show_in_the_text(
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 def test_after_loading_all_experts_come_although_no_token_is_computed(
-    tiny_model, expected_in_turn, expert_size, device
+    tiny_model, expected_in_turn, expert_size, device, free
 ):
     """The first prompt waited for the disk although a person had typed for ten seconds."""
     if device == "cpu":
@@ -123,7 +123,7 @@ def test_after_loading_all_experts_come_although_no_token_is_computed(
 
 
 def test_a_damaged_expert_is_an_error_when_it_is_needed_and_not_before(
-    tiny_model, expected, monkeypatch
+    tiny_model, expected, monkeypatch, free
 ):
     def fail(*_: Any, **__: Any) -> None:
         raise CheckpointError("cut short")

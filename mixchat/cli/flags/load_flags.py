@@ -102,7 +102,7 @@ CACHE_POLICY = setting(
     autocompletion=one_of(*POLICIES),
 )
 DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
-DEFAULT_DENSE_BITS = "6 in models of small experts on a CPU, else 8"
+DEFAULT_DENSE_BITS = "8; 6 in models of small experts on a CPU"
 EXPERT_BITS = ("16", "4", "3", "2")  # of whole types
 BITS_OF_EXPERTS = option(
     "--expert-bits BITS",

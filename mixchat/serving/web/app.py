@@ -235,10 +235,10 @@ async def _ollama_model(state: AppState, request: Request) -> Response:
 
 
 async def _ollama_pull(state: AppState, request: Request) -> Response:
-    """Agents pull a model that they do not find by its name without :latest."""
+    """Answer that a model is here. Agents pull a model that is listed as NAME:latest."""
     body = read_object(await _body(state, request))
     ollama.named(body, await state.models.contexts())
-    line = to_json({"status": "success"}) + b"\n"  # Codex waits for its end
+    line = to_json({"status": "success"}) + b"\n"  # Codex waits for the line's end
     return Response(line, media_type=ollama.OllamaResponses.content_type)
 
 

@@ -47,7 +47,7 @@ _OPTIONS = (
 _SAME = ("model", "stream", "tools", "think")
 _QUESTIONS = {"/api/chat": "messages", "/api/generate": "prompt"}
 _NO_TIME = (0, "0", "0s", "0m", "0h")
-_FOREVER_S = 300 * 365 * 86_400.0  # as Ollama says of a model that stays
+_FOREVER_S = 300 * 365 * 86_400.0  # Ollama's expires_at of a model that stays loaded
 _REASONS = {"length": "length", "context": "length"}
 _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the model reads text alone")
 
@@ -254,7 +254,7 @@ def loaded_list(names: Iterable[str], idle_s: float | None) -> JSON:
 
 def named(body: dict[str, Any], names: Container[str]) -> str:
     """Return the model that a body names. Raises `RequestError` for an unknown model."""
-    name = str(body.get("model") or body.get("name")).removesuffix(LATEST)
+    name = str(body.get("model") or body.get("name") or "").removesuffix(LATEST)
     if name not in names:
         raise RequestError(f"there is no model {name!a:.80} here", status=404)
     return name
@@ -279,7 +279,7 @@ def _model(name: str) -> JSON:
         "name": tagged,
         "model": tagged,
         "modified_at": datetime.now(timezone.utc).isoformat(),
-        "size": 0,  # unknown here, but there are clients that read no list without it
+        "size": 0,  # unknown here, but some clients refuse a list without it
         "digest": hashlib.sha256(name.encode()).hexdigest(),
         "details": {"format": "mixchat", "families": [], **details},
     }

@@ -128,7 +128,7 @@ def _messages(given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if kind == "item_reference":
             continue
         if kind == "reasoning":
-            thinking = _thinking(item)
+            thinking += _thinking(item)
             continue
         if kind == "function_call":
             answer = answer or {"role": "assistant", "content": "", "tool_calls": []}

@@ -161,7 +161,7 @@ def tightened(schema: Any) -> Any:
 def closed(schema: Schema) -> Schema:
     """Return a schema whose objects have no properties besides the named ones.
 
-    An object that says otherwise or combines schemas stays open, and all do if there is an allOf.
+    An object stays open if it says so or combines schemas. If there is an allOf, all stay open.
     """
     return schema if '"allOf"' in json.dumps(schema) else _closed(schema)
 

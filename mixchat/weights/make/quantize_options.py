@@ -25,7 +25,7 @@ DEMO_LOSS: dict[QuantType, tuple[float, float]] = {
 DEMO_LOSS_CALIBRATED = {"2.5": 0.583, "2.3": 0.713, "2": 1.051}
 # Attention and head get 6 bits if they have more bytes than this, and than this part of the bytes
 # of the experts that a token uses. It is 0.25 to 0.3 in Mixtral, and 0.89 or more in models of
-# small experts. The demo with 57 MB is as small as models are that lose much by rounding.
+# small experts. Small models lose much by rounding. The demo's have 57 MB.
 _SMALL_DENSE_BYTES, _LARGE_DENSE_PART = 10**8, 0.5
 
 

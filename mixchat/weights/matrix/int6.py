@@ -36,7 +36,7 @@ from mixchat.weights.matrix.quant_type import (
     absmax_size,
 )
 
-ROWS_AT_ONCE = 2**14  # that are encoded, which bounds the memory that inputs take
+ROWS_AT_ONCE = 2**14  # rows that are encoded at once, which bounds memory
 _WORD = 16  # bits
 
 

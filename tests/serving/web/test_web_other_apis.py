@@ -330,7 +330,7 @@ def test_ollama_pulls_a_model_that_is_here(served, stream):
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
-def test_an_agent_that_looks_at_an_image_goes_on_without_it(served, path):
+def test_an_agent_that_looks_at_an_image_continues_without_it(served, path):
     """Codex offers a tool that returns an image. Its call ended the conversation."""
     image = {"type": "input_image" if path == "/v1/responses" else "image", "image_url": "data:,"}
     if path == "/v1/responses":

@@ -74,8 +74,8 @@ def test_bits_that_are_requested_are_taken():
 
 
 @pytest.mark.usefixtures("no_settings", "for_small_models_too")
-def test_a_model_with_bits_of_another_default_is_installed_already(tiny_checkpoint):
-    """Models of small experts had 8 bits once. The download without flags goes on finding them."""
+def test_a_download_without_flags_finds_a_model_of_an_earlier_default(tiny_checkpoint):
+    """Models of small experts had 8 bits once. A download without flags still finds them."""
     source = str(tiny_checkpoint)
     installed = get(source, key="mine", options=QuantizeOptions(attention=8, head=8))
     assert get(source, key="mine") == installed

@@ -97,7 +97,7 @@ def test_fitted_scales_are_the_least_squares_solution_of_each_row() -> None:
     weight, inputs = random(600, 192), alike(300, 192)
     hessian, feedback = shrunk_hessian(inputs), gptq.feedback_of(inputs)
     codes, spread = random(600, 192, seed=7).sign() * 0.5 + weight, torch.rand(600, 3)
-    scales = 0.75 + 0.5 * spread  # none fits so badly that it would be kept for that
+    scales = 0.75 + 0.5 * spread  # a scale that fits badly would be kept
     scales[5, 1] = 0
     codes[5, 64:128] = 0
     each = scales.repeat_interleave(64, 1)
