@@ -275,8 +275,10 @@ class Fetcher:
         slot = self._cache.admit(key, {*pinned, *self._prefetches}, preferred)
         if slot is None and load.priority == REQUESTED:
             slot = self._cache.admit(key, pinned, held)
-        for other in [other for other in self._loads if other not in self._cache]:
-            self._loads.pop(other).cancelled = True
+        evicts = load.priority != FILL and self.slots < self._placement.experts
+        for loads in (self._loads, self._fills if evicts else {}):
+            for other in [other for other in loads if other not in self._cache]:
+                loads.pop(other).cancelled = True
         if slot is None:
             return False
         self._release_surplus(slot not in held)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 INTERVAL = 0.5  # seconds between two measurements
+_FILL_INTERVAL = 0.05  # the same while experts come that nobody needs yet
 
 
 def free_on(device: torch.device) -> int:
@@ -55,7 +56,7 @@ class MemoryWatch:
     def is_ample(self) -> bool:
         """Return whether no other program needs the memory. Only the mover's thread asks."""
         now = time.monotonic()
-        if now - self._asked >= INTERVAL:
+        if now - self._asked >= _FILL_INTERVAL:
             self._asked, self._is_ample = now, self._free() >= self._reserve // 2
         return self._is_ample
 

@@ -147,8 +147,12 @@ class Mover:
                 priority, *_, load = heappop(self._queue)
                 if priority != load.priority or load.ended:
                     continue
-                if priority != FILL or self._may_fill():
-                    return load
+                try:
+                    if priority != FILL or self._may_fill():
+                        return load
+                except BaseException as error:
+                    load.end(error)
+                    raise
                 assert load.steps is not None
                 load.steps.close()  # it may have been put off
                 load.end(MemoryError())

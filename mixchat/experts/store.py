@@ -100,7 +100,9 @@ class ExpertStore:
 
     def release(self, slot: int) -> None:
         """Free a slot's memory. A load on its way there has no effect."""
-        self._slots.pop(slot, None)
+        gone = self._slots.pop(slot, None)
+        if gone is not None:  # queued loads still have the slot, and would keep its memory
+            gone.block, gone.expert = _no_block, None
 
     def _slot(self, number: int) -> _Slot:
         if number not in self._slots:
@@ -116,7 +118,7 @@ class ExpertStore:
         layout, block = self._used(key.layer), slot.block()
         yield from self._source.load(key, block, evicted)
         self._stored(key.layer).convert(block, layout)
-        slot.take(layout)
+        slot.take(layout, block)
         arrived = self._streams.Event()
         arrived.record(self._side)
         arrived.synchronize()
@@ -134,11 +136,16 @@ class _Slot:
     holds: ExpertKey | None = None
     filled: int = 0
 
-    def take(self, layout: ExpertSpec) -> None:
+    def take(self, layout: ExpertSpec, block: torch.Tensor) -> None:
         """Let `expert` be of this layout. It stays the same object if it is so already."""
         if self.layout != layout:
-            self.layout, self.expert = layout, layout.build(self.block())
+            self.layout, self.expert = layout, layout.build(block)
             self.filled = max(self.filled, layout.stride)
+
+
+def _no_block() -> torch.Tensor:
+    """Stand for the memory of a slot that was freed before its load began."""
+    raise MemoryError
 
 
 def new_block(size: int, device: torch.device) -> torch.Tensor:

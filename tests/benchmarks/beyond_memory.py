@@ -1,8 +1,8 @@
 """A Mixtral larger than memory: tokens a second, beside the disk's limit and beside llama.cpp.
 
     python tests/benchmarks/beyond_memory.py WORK [--free GIB ...] [--host-memory SIZE ...]
-        [--expert-bits 4 ...] [--layers 32] [--shape instruct] [--tokens 48] [--rounds 2]
-        [--depth N] [--peer PYTHON MODEL.gguf] [--keep]
+        [--expert-bits 4 ...] [--layers 32] [--shape instruct] [--dense-bits 8] [--tokens 48]
+        [--rounds 2] [--depth N] [--peer PYTHON MODEL.gguf] [--keep]
 
 WORK gets a model with Mixtral's real layer shapes and random weights for each count of bits (0.79
 GB a layer with experts in 4, 0.67 in 3), which are deleted afterwards. 2.5 or 14GB makes a mix.
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--expert-bits", nargs="*", default=["4"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--shape", default="instruct")
+    parser.add_argument("--dense-bits", default="8")
     parser.add_argument("--free", type=float, nargs="*", default=[])
     parser.add_argument("--host-memory", nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=48)
@@ -81,7 +82,7 @@ def main() -> None:
     for bits, model in models.items():
         if not model.exists():
             command = [sys.executable, "-m", "mixchat.bench.synthetic", str(model)]
-            run([*command, str(given.layers), bits, given.shape])
+            run([*command, str(given.layers), bits, given.shape, given.dense_bits])
     try:
         for number in range(given.rounds):
             for free in given.free or [None]:

@@ -210,6 +210,26 @@ def test_fills_end_when_fewer_experts_may_be_held(installed, source):
     assert not experts.is_filling
 
 
+def test_a_fill_that_makes_room_for_another_expert_does_not_overwrite_it(installed, source):
+    """A worker was lost while fills ran. Their slots went to its experts, and were filled again."""
+    experts = runner(installed, 4, source)
+    fetcher = fetcher_of(experts)
+    fetcher.on_workers = frozenset(EVERYTHING[4:])
+    source.held = {EVERYTHING[0]: threading.Event()}
+    experts.fill(EVERYTHING)
+    source.wait_for(EVERYTHING[0])
+    fetcher.on_workers = frozenset()
+    fetcher.request(EVERYTHING[4:6])
+    (gone, *_) = [key for key in EVERYTHING[:4] if fetcher.state(key) == MISSING]
+    source.go()
+    for key in EVERYTHING[4:6]:
+        fetcher.ready(key)
+    finish(source, experts)
+    assert is_right(installed, experts)
+    fetcher.load(gone, [])
+    assert fetcher.holds(gone)
+
+
 def test_fills_end_when_the_engine_is_closed(installed, source):
     others = set(threading.enumerate())
     experts, fetcher = begin(installed, source, EVERYTHING[3:4])

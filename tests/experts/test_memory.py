@@ -88,7 +88,7 @@ def test_memory_is_short_for_fills_while_less_than_half_of_the_reserve_is_free(c
     watch = MemoryWatch(lambda: free["bytes"], reserve=GB, expert=EXPERT, slots=100, least=2)
     assert watch.is_ample()
     free["bytes"] -= 1
-    assert watch.is_ample()  # it looks twice a second
+    assert watch.is_ample()  # it looks twenty times a second
     clock.later()
     assert not watch.is_ample()
     assert watch.limit(50) == 44

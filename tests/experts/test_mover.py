@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 from mover_doubles import PATIENCE, Work, arrivals
@@ -171,6 +172,20 @@ def test_while_fills_may_not_begin_they_fail_and_others_come(work):
     held.go()
     assert arrivals(work.finish()) == "bg"
     assert [load.failed for load in fills] == [True, False]
+
+
+def test_an_error_while_memory_is_asked_for_ends_all_loads(work):
+    """The fill whose turn it was never ended, so one that needed it waited for ever."""
+    asked = Mock(side_effect=[True, OSError("too many open files")])
+    work.mover = Mover(may_fill=asked)
+    held = work.hold()
+    fills = [work.begin(name, priority=FILL) for name in "abc"]
+    held.go()
+    fills[0].wait()
+    for fill in fills[1:]:
+        with pytest.raises(OSError, match="too many"):
+            fill.wait()
+    work.begin("d").wait()
 
 
 def test_to_want_what_is_there_changes_nothing(work):

@@ -1,6 +1,7 @@
 """The memory of GPUs on paper: what is promised, what runs out, and what is given back."""
 
-from threading import current_thread, main_thread
+from threading import Event, current_thread, main_thread
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from served_workers import hello_of
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
+from mixchat.experts.mover import Steps
+from mixchat.experts.sources import DiskSource
 from mixchat.experts.store import ExpertStore
 from mixchat.loading.loader import load_engine
 from mixchat.loading.served_experts import load_served_experts
@@ -276,3 +279,24 @@ def test_budgets_are_for_all_gpus_or_for_each_and_errors_name_the_gpu(paper, cas
     with pytest.raises(ResourceError, match=r"asks for \S+ \S+, 4 GB are free on paper:1"):
         load(case("nf4"), 3, others=(10**6, 3))
     assert load(case("nf4"), EXPERTS).slots_by_tier == {"device": 4, "other-device": 8}
+
+
+def test_queued_fills_keep_no_memory_when_the_engine_is_closed(paper, case, monkeypatch):
+    """Loads that wait for their turn held their slots, until the mover's thread came to them."""
+    before, _ = settled(paper)
+    reached, passed = Event(), Event()
+    load_expert = DiskSource.load
+
+    def held(self: DiskSource, *place: Any) -> Steps:
+        reached.set()
+        passed.wait()
+        yield from load_expert(self, *place)
+
+    monkeypatch.setattr(DiskSource, "load", held)
+    engine = load(case("nf4"), EXPERTS)
+    reached.wait()
+    expert = demand_of(case("nf4")).expert
+    assert paper.memories[0].taken - before >= EXPERTS * expert
+    engine.close()
+    assert paper.memories[0].taken - before <= 2 * expert
+    passed.set()

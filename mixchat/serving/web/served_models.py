@@ -8,10 +8,10 @@ unloaded, and the next request loads it again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from threading import Lock
-from typing import cast
+from typing import Any, cast
 
 from anyio import to_thread
 
@@ -90,10 +90,9 @@ class ServedModels:
 
     async def unload(self, name: str) -> None:
         """Unload the model `name`, if it is loaded, as soon as nobody uses it."""
-        async with self._turn:
-            if name == self.name:
-                await self._unused.wait()
-                await to_thread.run_sync(self._unload)
+        while self.is_loaded and name == self.name:
+            await self._unused.wait()
+            await _to_end(self._sleep())
 
     def await_sleep(self) -> None:
         """Unload the model after a time, unless a request comes before."""
@@ -118,11 +117,9 @@ class ServedModels:
 
     async def _change(self, name: str) -> None:
         """Load a model, to the end even if its client leaves, so that no two are ever loaded."""
-        changing = asyncio.ensure_future(to_thread.run_sync(self._replace, name))
         try:
-            await asyncio.shield(changing)
+            await _to_end(to_thread.run_sync(self._replace, name))
         finally:
-            await asyncio.gather(changing, return_exceptions=True)
             self.await_sleep()
 
     def _begin_sleep(self) -> None:
@@ -153,3 +150,12 @@ class ServedModels:
         with self._lock:
             self._model = None
             self._earlier = self._earlier.plus(model.service.stats())
+
+
+async def _to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that goes on to its end even if nobody waits any longer."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        await asyncio.gather(task, return_exceptions=True)

@@ -161,9 +161,11 @@ def tightened(schema: Any) -> Any:
 def closed(schema: Schema) -> Schema:
     """Return a schema whose objects have no properties besides the named ones.
 
-    An object stays open if it says so or combines schemas. If there is an allOf, all stay open.
+    An object stays open if it says so or combines schemas. All stay open if there is an allOf, or
+    if the schema could not be met otherwise.
     """
-    return schema if '"allOf"' in json.dumps(schema) else _closed(schema)
+    made: Schema = _closed(schema)
+    return schema if '"allOf"' in json.dumps(schema) or _fault(made) is not None else made
 
 
 def _closed(schema: Any) -> Any:
