@@ -43,7 +43,7 @@ class Fetcher:
         self._mover = Mover(store.stream, watch.is_ample if watch else lambda: True)
         self._loads: dict[ExpertKey, ExpertLoad] = {}
         self._fills: OrderedDict[ExpertKey, ExpertLoad] = OrderedDict()
-        # By layer: its experts, if all are held. They stay there while all experts fit.
+        # The experts of layers of which all are held. They stay there while all experts fit.
         self._held_layers: dict[int, LayerExperts] = {}
 
     @property

@@ -1,4 +1,4 @@
-"""Loads experts in the background: requested ones first, then prefetches, then fills.
+"""Loads experts in the background, requested ones first, then prefetches, then fills.
 
 The thread is not a daemon, because Python ends daemons in the middle of torch's code, which then
 aborts the process.

@@ -18,13 +18,10 @@ from mixchat.experts.memory import free_on
 from mixchat.experts.placement import Placement
 from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
 
-PATIENCE_S = 60
-
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
+    """Wait for it. If it never comes, pytest's own limit of time ends the test."""
     while not condition():
-        assert time.monotonic() < end
         time.sleep(0.01)
 
 
