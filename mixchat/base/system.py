@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -136,6 +137,14 @@ def make_private(descriptor: int) -> None:
     """Let only its owner read a file. On Windows the directory decides that."""
     if not WINDOWS:
         _os.fchmod(descriptor, 0o600)
+
+
+def yield_core() -> None:
+    """Let another thread that waits for this core run first."""
+    if hasattr(os, "sched_yield"):
+        _os.sched_yield()
+    else:
+        time.sleep(0)
 
 
 def user_id() -> int:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 import zmq
 
-from mixchat.base import interrupts
+from mixchat.base import interrupts, system
 from mixchat.base.errors import (
     CheckpointError,
     MixchatError,
@@ -194,6 +194,8 @@ class WorkerSocket:
             self._socket.send(message, zmq.NOBLOCK)
         except zmq.ZMQError:
             raise _lost() from None
+        # If all cores compute, libzmq's thread would wait until this one's experts are computed.
+        system.yield_core()
 
     def receive(self, deadline: float) -> bytes:
         """Return the next message. Raises `ConnectionLostError`, also after the deadline."""
