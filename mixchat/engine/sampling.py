@@ -8,12 +8,14 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 
 from mixchat.base.options import SamplingOptions
 
 _MIN_TEMPERATURE = 1e-5  # a lower one would only overflow
 _MAX_TEMPERATURE = 1e30  # all tokens are equally likely, and no number is too large for fp32
 _TOP_P_TOKENS = 1024  # tokens that top-p looks at first
+_BLOCK = 64  # tokens of which the best one is found first
 _REPEAT_PENALTY_TOKENS = 64  # last tokens, as in llama.cpp and ollama
 
 
@@ -82,13 +84,14 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor) -> int:
         if self._options.temperature < _MIN_TEMPERATURE:
-            return int(logits.argmax())
-        probabilities = filtered_probabilities(logits, self._options)
+            return int(logits.numpy().argmax())  # several times as fast as torch's
+        ids, probabilities = candidates(logits, self._options)
         # It takes a tenth of the time of `torch.multinomial`.
         cumulative = probabilities.cumsum(0, dtype=torch.float64)
         assert cumulative[-1] > 0, "not of numbers"
         point = torch.rand(1, dtype=torch.float64, generator=self._generator) * cumulative[-1]
-        return int(torch.searchsorted(cumulative, point, right=True))
+        drawn = torch.searchsorted(cumulative, point, right=True)
+        return int(drawn if ids is None else ids[drawn])
 
 
 def log_probabilities(
@@ -125,47 +128,51 @@ def penalize(logits: torch.Tensor, recent: Iterable[int], penalty: float) -> tor
     return logits.index_copy(0, ids, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
-def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """Return probabilities [V] after temperature, then top-k, top-p and min-p.
+def candidates(
+    logits: torch.Tensor, options: SamplingOptions
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the tokens that temperature, top-k, top-p and min-p leave, and their probabilities.
 
-    The best token always stays.
+    logits: [V]. Both results are [n], in the order of the ids, and None stands for all ids. The
+    probabilities need not add up to 1. The best token always stays.
     """
     scaled = logits / min(options.temperature, _MAX_TEMPERATURE)
-    probabilities = scaled.softmax(0)
+    ids: torch.Tensor | None = None
     if 0 < options.top_k < len(logits):
-        probabilities = _only_at(_best(scaled, options.top_k), probabilities)
+        ids = _best(scaled, options.top_k)
+        scaled = scaled[ids]
+    probabilities = scaled.softmax(0)
     if options.top_p < 1:
-        probabilities = _only_at(_nucleus(scaled, probabilities, options.top_p), probabilities)
+        if ids is None:
+            ids = _likely(scaled, probabilities, options.top_p)
+            probabilities = probabilities[ids]
+        kept = probabilities.cumsum(0) - probabilities < options.top_p
+        kept[0] = True  # top_p may be 0 in fp32
+        ids, probabilities = ids[kept], probabilities[kept]
     if options.min_p > 0:
-        likely = probabilities >= options.min_p * probabilities.max()
-        probabilities = _only_at(likely, probabilities)
-    return probabilities
+        kept = probabilities >= options.min_p * probabilities.max()
+        ids = kept.nonzero()[:, 0] if ids is None else ids[kept]
+        probabilities = probabilities[kept]
+    if ids is None:
+        return None, probabilities
+    ids, order = ids.sort()
+    return ids, probabilities[order]
 
 
-def _only_at(kept: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Return probabilities [V] that are 0 but for `kept`, ids or a mask."""
-    result = torch.zeros_like(probabilities)
-    result[kept] = probabilities[kept]
-    return result / result.sum()
-
-
-def _nucleus(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the ids of the fewest best tokens that have the probability `top_p` together."""
+def _likely(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return the ids of best tokens, the best first, which have the probability `top_p` or more."""
+    ids = _best(scaled, min(_TOP_P_TOKENS, len(scaled)))
     # Sorting all tokens takes ten times as long.
-    for count in (_TOP_P_TOKENS, len(scaled)):
-        ids = _best(scaled, min(count, len(scaled)))
-        mass = probabilities[ids].cumsum(0)
-        if mass[-1] >= top_p:
-            break
-    kept = mass - probabilities[ids] < top_p
-    kept[0] = True  # top_p may be 0 in fp32
-    return ids[kept]
+    return ids if probabilities[ids].sum() >= top_p else _best(scaled, len(scaled))
 
 
 def _best(scaled: torch.Tensor, count: int) -> torch.Tensor:
     """Return the ids of the largest finite logits, the best first. Equals keep their order."""
     if not count:
         return torch.empty(0, dtype=torch.int64)
-    least = scaled.topk(count).values[-1].clamp(min=torch.finfo(scaled.dtype).min)
+    # So many blocks have a logit that is as large as the `count`-th largest of all blocks' best.
+    blocks = functional.pad(scaled, (0, -len(scaled) % _BLOCK), value=-torch.inf).view(-1, _BLOCK)
+    bests = blocks.amax(1) if count <= len(blocks) else scaled
+    least = bests.topk(count).values[-1].clamp(min=torch.finfo(scaled.dtype).min)
     ids = (scaled >= least).nonzero()[:, 0]
     return ids[scaled[ids].sort(descending=True, stable=True).indices[:count]]

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.sampling import (
     Sampler,
-    filtered_probabilities,
+    candidates,
     log_probabilities,
     penalize,
     raised,
@@ -26,16 +26,25 @@ def random_logits(seed: int, size: int = 50) -> torch.Tensor:
     return 3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
+def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+    """Return the probabilities [V] of all tokens, 0 for those that are no candidates."""
+    ids, probabilities = candidates(logits, options)
+    kept = torch.zeros_like(logits)
+    kept[slice(None) if ids is None else ids] = probabilities / probabilities.sum()
+    return kept
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 10**6),
+    st.sampled_from([50, 3000]),
     st.floats(0.2, 3),
     st.integers(0, 60),
     st.floats(0.05, 1),
     st.floats(0, 0.9),
 )
-def test_filters_equal_those_of_transformers(seed, temperature, top_k, top_p, min_p):
-    logits = random_logits(seed)
+def test_filters_equal_those_of_transformers(seed, size, temperature, top_k, top_p, min_p):
+    logits = random_logits(seed, size)
     scores = TemperatureLogitsWarper(temperature)(None, logits[None])
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
@@ -49,7 +58,7 @@ def test_filters_equal_those_of_transformers(seed, temperature, top_k, top_p, mi
     torch.testing.assert_close(ours, scores[0].softmax(-1), rtol=1e-4, atol=1e-5)
 
 
-@given(st.lists(st.integers(-2, 2), min_size=1), st.data())
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=300), st.data())
 def test_the_best_tokens_come_first_and_of_equal_ones_the_smaller_id(whole, data):
     count = data.draw(st.integers(0, len(whole)))
     ordered = sorted(range(len(whole)), key=lambda token: (-whole[token], token))
