@@ -42,7 +42,8 @@ _MAX_CACHED_FORMS = 64
 Compile: TypeAlias = "Callable[..., StartConstraint]"
 
 
-def _small(form: Any) -> Any:
+def small_form(form: Any) -> Any:
+    """Return a schema or a grammar, unless it has too many bytes."""
     size = len(form) if isinstance(form, str) else len(to_json(form))
     if size > _MAX_FORM:
         raise wrong(None, f"is too large: {_MAX_FORM} bytes are taken at most")
@@ -53,7 +54,7 @@ class _JsonSchema(RequestObject):
     ignored = ("name", "description")
     never_null = ("schema",)
     strict: bool = False  # every schema is followed to the letter
-    given: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_small)]
+    given: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(small_form)]
 
 
 class ResponseFormat(RequestObject):
@@ -83,7 +84,7 @@ class FormFields(RequestObject):
     """The fields that give an answer its form. `grammar` is the field of llama.cpp's server."""
 
     response_format: ResponseFormat | None = None
-    grammar: Annotated[str, AfterValidator(_small)] = ""
+    grammar: Annotated[str, AfterValidator(small_form)] = ""
 
     @field_validator("grammar")
     @classmethod

@@ -23,14 +23,15 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Annotated, Any, ClassVar
 
-from pydantic import FailFast, Field
+from pydantic import AfterValidator, FailFast, Field
 
+from mixchat.base.errors import UsageError
 from mixchat.base.model_config import Context
 from mixchat.serving.requests.chat import MAX_MESSAGES, read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
 from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, only, validated
-from mixchat.serving.requests.forms import schema_format
+from mixchat.serving.requests.forms import schema_format, small_form
 from mixchat.serving.requests.options import LATEST, LoadedModel, ParsedRequest
 from mixchat.serving.requests.tools import call_object
 from mixchat.serving.service import Delta, Done
@@ -83,7 +84,7 @@ class _Fields(RequestObject):
     prompt: str = ""
     system: str = ""
     raw: bool = False
-    format: Any = ""
+    format: Annotated[Any, AfterValidator(small_form)] = ""
     options: dict[str, Any] = Field({})
     images: Annotated[Any, _NO_IMAGES] = None
     suffix: Annotated[Any, only(("",), "unsupported_parameter", "is not supported")] = None
@@ -91,13 +92,13 @@ class _Fields(RequestObject):
 
 def read_ollama_chat(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/chat. Raises as `read_chat` does."""
-    fields, shared, unused = _read(body)
+    fields, shared, unused = _read(body, model)
     return read_chat({**shared, "messages": _messages(fields.messages)}, model, unused)
 
 
 def read_generate(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     """Return the job of a body of /api/generate. Raises as `read_chat` does."""
-    fields, shared, unused = _read(body)
+    fields, shared, unused = _read(body, model)
     if fields.raw:
         return read_completion({**shared, "prompt": fields.prompt}, model, unused)
     system = [{"role": "system", "content": fields.system}] if fields.system else []
@@ -105,15 +106,15 @@ def read_generate(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
     return read_chat(chat, model, unused)
 
 
-def _read(body: dict[str, Any]) -> tuple[_Fields, dict[str, Any], list[str]]:
+def _read(body: dict[str, Any], model: LoadedModel) -> tuple[_Fields, dict[str, Any], list[str]]:
     """Return the fields of a body, those that OpenAI has, too, and the names of unused ones."""
     body, unused = known_fields(_Fields, body)
     fields, known = validated(_Fields, body), {*_OPTIONS, "num_predict"}
     unused += [f"options.{name}" for name in fields.options if name not in known]
-    return fields, _shared(fields, body), unused
+    return fields, _shared(fields, body, model), unused
 
 
-def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
+def _shared(fields: _Fields, body: dict[str, Any], model: LoadedModel) -> dict[str, Any]:
     """Return the fields of chats and completions, in OpenAI's form."""
     chat: dict[str, Any] = {"stream": True}
     chat |= {name: body[name] for name in _SAME if body.get(name) is not None}
@@ -125,10 +126,23 @@ def _shared(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
     if fields.format == "json":
         chat["response_format"] = {"type": "json_object"}
     elif isinstance(fields.format, dict):
-        chat["response_format"] = schema_format(closed(fields.format))
+        chat["response_format"] = schema_format(_closed(fields.format, model))
     elif fields.format != "":
         raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
     return chat
+
+
+def _closed(schema: dict[str, Any], model: LoadedModel) -> dict[str, Any]:
+    """Return a schema with closed objects, or the schema itself if it could not be met then."""
+    made = closed(schema)
+    try:
+        if made != schema:
+            model.compile_form(made)  # in a sandbox, as a client wrote it
+    except UsageError as error:
+        if error.hint is not None:  # it exceeds a limit
+            raise
+        return schema
+    return made
 
 
 def _messages(given: Sequence[_Message]) -> list[dict[str, Any]]:
