@@ -122,7 +122,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
 
     def model_route(path: str, endpoint: ModelEndpoint) -> Route:
         async def bound(state: AppState, request: Request) -> ASGIApp:
-            body = await run_in_threadpool(read_object, await _body(state, request))
+            body = await _object(state, request)
             if ollama.asks_nothing(path, body):
                 return await _load_or_unload(state, path, body)
 
@@ -230,13 +230,13 @@ async def _ollama_loaded(state: AppState, request: Request) -> Response:
 
 
 async def _ollama_model(state: AppState, request: Request) -> Response:
-    body = read_object(await _body(state, request))
+    body = await _object(state, request)
     return _json(ollama.describe(body, await state.models.contexts()))
 
 
 async def _ollama_pull(state: AppState, request: Request) -> Response:
     """Answer that a model is here. Agents pull a model that is listed as NAME:latest."""
-    body = read_object(await _body(state, request))
+    body = await _object(state, request)
     ollama.named(body, await state.models.contexts())
     line = to_json({"status": "success"}) + b"\n"  # Codex waits for the line's end
     return Response(line, media_type=ollama.OllamaResponses.content_type)
@@ -318,6 +318,11 @@ async def _detokenize(
         raise field_error("tokens", f"has {len(items)} items; at most {limit} are taken")
     ids = token_ids(items, tokenizer.vocab_size, "tokens")
     return _json({"content": await run_in_threadpool(tokenizer.decode, ids)})
+
+
+async def _object(state: AppState, request: Request) -> dict[str, Any]:
+    # In a thread, since a large body would hold up the answers in the event loop.
+    return await run_in_threadpool(read_object, await _body(state, request))
 
 
 async def _body(state: AppState, request: Request) -> bytes:

@@ -16,6 +16,7 @@ from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.service import ShuttingDownError
+from mixchat.serving.web import app
 from mixchat.serving.web.served_models import ServedModels
 
 CHAT = "/v1/chat/completions"
@@ -223,6 +224,22 @@ def test_ollamas_clients_load_and_unload_a_model_without_a_question(serve, shelf
     assert (model.model, 0 < left.total_seconds() <= 600) == ("b:latest", True)
     assert shelf.loads == ["a", "b"]
     models.close()
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/show", "/api/pull"])
+def test_a_body_is_read_outside_of_the_event_loop(served, monkeypatch, path):
+    """A large one for /api/pull held up all answers."""
+    bodies = []
+
+    def read(body):
+        bodies.append(json.loads(body))
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        return bodies[-1]
+
+    monkeypatch.setattr(app, "read_object", read)
+    assert exchange(served, request(path, {"model": "scripted"})).status == 200
+    assert bodies == [{"model": "scripted"}]
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_request_alone(shelf):
