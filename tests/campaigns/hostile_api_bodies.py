@@ -13,6 +13,8 @@ ODD: list[Any] = [
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 CALLED = {"city": "Oslo"}
 FUNCTION = {"name": "weather", "description": "Weather", "parameters": SCHEMA}
+REASONING = {"type": "reasoning_text", "text": "Hm."}
+IMAGE = {"type": "input_image", "image_url": "data:,"}
 HI = {"role": "user", "content": "Hi"}
 MESSAGES = {
     "model": "",
@@ -34,7 +36,7 @@ MESSAGES = {
                 {
                     "type": "tool_result",
                     "tool_use_id": "a",
-                    "content": [{"type": "text", "text": "rain"}],
+                    "content": [{"type": "text", "text": "rain"}, {"type": "image"}],
                     "is_error": False,
                 },
                 {"type": "text", "text": "And?"},
@@ -59,10 +61,10 @@ APIS: dict[str, dict[str, Any]] = {
     "/v1/responses": {
         "input": [
             {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
-            {"type": "reasoning", "id": "r", "summary": []},
+            {"type": "reasoning", "id": "r", "summary": [], "content": [REASONING]},
             {"type": "message", "role": "assistant", "content": "Let me see."},
             {"type": "function_call", "call_id": "a", "name": "weather", "arguments": "{}"},
-            {"type": "function_call_output", "call_id": "a", "output": "rain"},
+            {"type": "function_call_output", "call_id": "a", "output": [IMAGE]},
         ],
         "instructions": "Be brief.",
         "max_output_tokens": 3,
@@ -113,6 +115,7 @@ APIS: dict[str, dict[str, Any]] = {
         "options": {"num_predict": 3, "seed": 1, "repeat_penalty": 1.1},
         "format": "json",
     },
+    "/api/pull": {"model": "demo", "stream": False, "insecure": False},
 }
 _FORMS = ("tools", "tool_choice", "text", "output_config", "format")
 

@@ -16,7 +16,7 @@ from tests.serving.web.raw_http import Response, read_response, request
 HANG = 300.0  # seconds, since a busy machine takes long for hundreds of requests
 LARGE = 100_000_000  # bytes
 CHAT = "/v1/chat/completions"
-PATHS = (CHAT, "/v1/completions", "/tokenize", "/detokenize", *APIS, "/api/show")
+PATHS = (CHAT, "/v1/completions", "/tokenize", "/detokenize", *APIS, "/api/show", "/api/pull")
 
 
 class Target:
@@ -189,12 +189,12 @@ def greedy(target: Target, rng: random.Random) -> Response:
     return target.send(request("/tokenize" if "content" in body else path, body))
 
 
-def schema(target: Target, rng: random.Random) -> Response:
-    """A schema that would take long to compile, or an answer that could not end."""
+def schemas() -> list[dict[str, Any]]:
+    """Return schemas that would take long to compile, or whose answers could not end."""
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(28):
         deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
-    schemas = [
+    return [
         deep,
         {"$ref": "#"},
         {"type": "string", "pattern": "(a+)+$"},
@@ -208,7 +208,22 @@ def schema(target: Target, rng: random.Random) -> Response:
         {"allOf": [{"anyOf": [{"const": j} for j in range(3)]} for _ in range(12)]},
         {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
     ]
-    return target.send(request(CHAT, chat(response_format=by_schema(rng.choice(schemas)))))
+
+
+def schema(target: Target, rng: random.Random) -> Response:
+    return target.send(request(CHAT, chat(response_format=by_schema(rng.choice(schemas())))))
+
+
+def chain(length: int) -> dict[str, Any]:
+    """Return a schema of references, each to the next one, which can overflow a stack."""
+    parts = {f"d{n}": {"items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**parts, f"d{length}": {}}}
+
+
+def bombs() -> list[dict[str, Any]]:
+    """Return schemas that take gigabytes when they are compiled."""
+    keys = {"type": "object", "patternProperties": {f"a.{{{n}}}b": {} for n in range(1, 31)}}
+    return [bomb(), bomb("(a|b).{%d}c"), keys]
 
 
 def by_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -217,8 +232,7 @@ def by_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 def gigabytes(rng: random.Random) -> dict[str, Any]:
     """A body whose schema takes gigabytes, when it is compiled or behind the answer's beginning."""
-    keys = {"type": "object", "patternProperties": {f"a.{{{n}}}b": {} for n in range(1, 31)}}
-    early = chat(response_format=by_schema(rng.choice([bomb(), bomb("(a|b).{%d}c"), keys])))
+    early = chat(response_format=by_schema(rng.choice([*bombs(), chain(3000)])))
     late = chat(response_format=by_schema(late_bomb()))
     late["messages"].append({"role": "assistant", "content": '"x'})
     return rng.choice([early, late])
@@ -260,11 +274,4 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "hostile schemas": (schema, 40),
     "schemas that take gigabytes": (schema_bomb, 20),
     "the same, and clients that leave": (schema_bomb_leaving, 20),
-}
-# The scripted service has no vocabulary for which a form could be compiled.
-NEED_A_MODEL = {
-    "the same with tools and schemas",
-    "hostile schemas",
-    "schemas that take gigabytes",
-    "the same, and clients that leave",
 }
