@@ -53,7 +53,8 @@ def read_config(raw: dict[str, Any]) -> ModelConfig:
     """Read the keys of a config.json. Raises `CheckpointError` if no family here has them."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        needs = f" needs {_MISSING[kind]}, which" if kind in _MISSING else ", which"
+        missing = _MISSING.get(str(kind))
+        needs = f" needs {missing}, which" if missing else ", which"
         raise CheckpointError(
             f"config.json says model_type {kind!r:.80}{needs} mixchat does not run",
             hint=f"It runs {', '.join(FAMILIES)}.",

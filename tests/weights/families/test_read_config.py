@@ -86,6 +86,8 @@ def test_eos_may_be_a_list():
     [
         ({"model_type": "llama"}, "does not run"),
         ({"model_type": None}, "does not run"),
+        ({"model_type": ["llama"]}, "does not run"),
+        ({"model_type": {"a": "llama"}}, "does not run"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "4096"}, "hidden_size"),
