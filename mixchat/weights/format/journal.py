@@ -42,10 +42,11 @@ class Journal:
         """Return the source of the unfinished model, or None."""
         try:
             source = Source(**(self.head or {})["source"])
-        except (KeyError, TypeError):
+            texts = [text for text in (source.commit, source.revision) if text is not None]
+            "".join([source.repo, *texts]).encode()
+        except (KeyError, TypeError, UnicodeEncodeError):
             return None
-        texts = (source.repo, source.commit or "", source.revision or "")
-        return source if all(isinstance(text, str) for text in texts) else None
+        return source
 
     def made_under(self, head: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """Return `made` if the journal has this head, else nothing."""

@@ -8,6 +8,7 @@ import pytest
 from weight_tools import fetching, files_of, made_of, quantize, run, shard
 
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal
+from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
@@ -62,6 +63,17 @@ def test_a_file_that_no_model_has_counts_for_nothing(checkpoint, whole, tmp_path
     journal.write_bytes(journal.read_bytes() + line)
     run(fetching(checkpoint, tmp_path / "installed"), tmp_path / "installed")
     assert made_of(tmp_path / "installed") == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"commit": []}, {"commit": {}}, {"revision": 5}, {"commit": "\ud800"}, {"repo": "\udfff"}],
+)
+def test_a_source_that_is_no_text_counts_for_nothing(tmp_path, changes):
+    """Such a commit in the journal ended the download as a fault of our own."""
+    source = {"repo": "org/model", "commit": "c", "revision": None}
+    assert started(tmp_path, {"source": source}).source == Source(**source)
+    assert started(tmp_path, {"source": source | changes}).source is None
 
 
 def test_what_is_added_behind_a_torn_line_is_read_back(tmp_path):
