@@ -50,6 +50,8 @@ def _open_checkpoint(
     if source.repo == DEMO:
         return DemoCheckpoint(target, progress)
     path, made = Path(source.repo), target / SOURCE_DIR
+    if made.is_symlink():  # a link must not choose where files are written
+        made.unlink()
     if path.is_absolute():
         files = local_files(path) if path.suffix == SUFFIX else _gguf_files(path, source.repo)
         return GgufCheckpoint(files, source, made) if files else DirectoryCheckpoint(path, source)

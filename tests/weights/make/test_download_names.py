@@ -241,6 +241,17 @@ class TestAlreadyInstalled:
         with pytest.raises(UsageError, match="already installed, from revision"):
             get(REPO, revision="other")
 
+    @pytest.mark.posix
+    def test_a_link_does_not_choose_where_files_are_fetched_to(self, fake, home):
+        """The small files of a checkpoint stayed in the directory of a planted link."""
+        elsewhere, planted = home / "elsewhere", resolve(REPO).directory / "source"
+        elsewhere.mkdir(parents=True)
+        planted.parent.mkdir(parents=True)
+        planted.symlink_to(elsewhere)
+        installed = get(REPO, check=lambda directory: None)
+        assert is_installed(installed)
+        assert [*elsewhere.iterdir()] == []
+
     @pytest.mark.parametrize("name", ["demo", "."])
     def test_a_revision_goes_with_the_hub_alone(self, name, home):
         with pytest.raises(UsageError, match="--revision"):
