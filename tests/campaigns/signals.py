@@ -188,6 +188,7 @@ def main() -> None:
     asked = rig.parsed(__doc__, starts=100, one=300, chats=100, at_once=1, seed=0)
     faults = []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` ignores it
     with TemporaryDirectory(prefix="mixchat-campaign-") as name:
         if asked.starts:
             faults += starts(asked.starts, Path(name), asked.seed)
