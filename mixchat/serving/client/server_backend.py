@@ -125,7 +125,8 @@ class ServerReply:
         self._backend, self._stream, self._turn = backend, stream, turn
         self._on_prefill = on_prefill
         self._started, self._first_piece = started, 0.0
-        self._text = self._thinking = ""
+        self._text, self._thinking = list[str](), list[str]()  # pieces
+        self._length = 0
         self._thinking_tokens = 0
 
     def texts(self) -> Iterator[AnswerText]:
@@ -146,10 +147,10 @@ class ServerReply:
         before = self._turn.before or Message("assistant", "")
         return Message(
             "assistant",
-            before.content + self._text,
+            before.content + "".join(self._text),
             None,
             self.reason not in COMPLETE,
-            before.thinking + self._thinking,
+            before.thinking + "".join(self._thinking),
             before.thinking_tokens + self._thinking_tokens,
         )
 
@@ -165,13 +166,11 @@ class ServerReply:
 
     def _take(self, piece: Piece) -> Iterator[AnswerText]:
         if piece.text or piece.thinking:
-            self._text += piece.text
-            self._thinking += piece.thinking
+            self._text += [piece.text] if piece.text else []
+            self._thinking.append(piece.thinking)
             self._thinking_tokens += not self._text
-            if (
-                len(self._text) + len(self._thinking)
-                > (self._backend.context or UNKNOWN_CONTEXT).longest_text
-            ):
+            self._length += len(piece.text) + len(piece.thinking)
+            if self._length > (self._backend.context or UNKNOWN_CONTEXT).longest_text:
                 raise ServerError("the server sends more text than its context can hold")
             self._backend.stats.generated_tokens += 1  # most servers send a token at a time
             self._time()

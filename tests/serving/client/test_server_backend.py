@@ -1,5 +1,7 @@
 """A session that a server answers is like any other, except for what only an engine knows."""
 
+from dataclasses import replace
+
 import pytest
 from scripted_server import (
     DONE,
@@ -16,6 +18,7 @@ from scripted_server import (
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.options import RequestedSampling
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta, ThinkingDelta
+from mixchat.serving.client import server_backend
 from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import ListedModel
@@ -289,6 +292,33 @@ def test_an_answer_that_fills_a_known_context_is_told_from_one_of_full_length(si
     with ScriptedServer(says("a", reason="length", counts=usage(9, 3))) as server:
         *_, finished = session_with(server, context_size=size).ask("Hi")
     assert finished.reason == reason
+
+
+class Piece(str):
+    """A text that fails if it is added to the text before it, all of which is copied then."""
+
+    __slots__ = ()
+
+    def __radd__(self, before):
+        raise AssertionError("the answer so far was copied")
+
+
+@pytest.mark.parametrize("field", ["text", "thinking"])
+def test_the_pieces_of_an_answer_are_joined_once(monkeypatch, field):
+    """An answer without an end took minutes until it was too long."""
+    read = server_backend.read_piece
+
+    def read_piece(data):
+        piece = read(data)
+        return replace(piece, **{"text": "", field: Piece(piece.text)})
+
+    monkeypatch.setattr(server_backend, "read_piece", read_piece)
+    with ScriptedServer(says("a", "b", "c")) as server:
+        client = ServerClient(ServerURL.parse(server.address))
+        reply = ServerBackend(client, ListedModel("tiny", None)).send({})
+        list(reply.texts())
+    message = reply.message()
+    assert (message.content, message.thinking) == (("abc", "") if field == "text" else ("", "abc"))
 
 
 def test_an_answer_without_an_end_is_ended_by_what_the_context_can_hold():
