@@ -176,7 +176,8 @@ def home_of_its_own(work: Path, turn: int) -> Path:
 def lost(screen: str, place: Path) -> Iterator[str]:
     """Yield what was printed and is in no saved chat: the answer's first words."""
     _, _, said = screen.partition("\x1b[?2004l")
-    said = re.sub(r"reading [\d,]+ of [\d,]+ tokens", "", said)
+    said = re.sub(r"reading [\d,]+ (of|tokens)[^\r]*", "", said)  # up to its removal
+    said = re.sub(r"\x1b\[2m.*?\x1b\[22m", "", said)  # the status line
     words = [word for word in said.split() if word.isalpha()]
     saved = [json.loads(path.read_text()) for path in (place / "chats").glob("*.json")]
     text = " ".join(message["content"] for chat in saved for message in chat["messages"])
