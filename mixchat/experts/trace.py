@@ -135,5 +135,5 @@ class RecordingRunner:
         """Return none, because only `run` records."""
         return ()
 
-    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
         """Do nothing, because `resident` returns none."""
