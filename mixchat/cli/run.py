@@ -38,14 +38,13 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     """Chat with a model, or print one answer to a PROMPT or a pipe.
 
     Piped text goes before the PROMPT. A PROMPT of - is the piped text alone, and </dev/null leaves
-    it out.
+    it out. 'mixchat run --server' asks a running 'mixchat serve'. Then -m names one of its models,
+    by default the first, and MIXCHAT_API_KEY holds its key.
 
-    With --server, -m names one of the server's models, by default the first, and MIXCHAT_API_KEY
-    holds the server's key.
-
-    A line of --jsonl may have an "id", and fields of requests to 'mixchat serve'. The answers come
-    in order, a JSON object a line. The same command with --resume-from resumes an interrupted run,
-    and tries failed lines again. The last answer of a line counts.
+    --jsonl answers a file of prompts, --parallel of them at once. A line may have an "id", and
+    fields of requests to 'mixchat serve'. The answers come in order, a JSON object a line. The same
+    command with --resume-from resumes an interrupted run, and tries failed lines again. If a line
+    has several answers then, the last one counts.
 
     After --resume or with --prompt-cache, a --seed gives the same answer again only with
     --exact-prompts. --trace and --prompt-cache replace an existing FILE only if mixchat wrote it.
