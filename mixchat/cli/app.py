@@ -61,13 +61,13 @@ app = typer.Typer(
     name="mixchat",
     cls=Commands,
     add_completion=False,  # see flags/shell_completion.py
-    help="Chat with a mixture-of-experts model that is larger than your machine's memory.\n\n"
-    "To begin, 'mixchat run -m demo' tries a small model, and 'mixchat plan' shows which models "
-    "fit here.",
+    help="Chat with a mixture-of-experts model that is larger than your machine's memory.",
     # Rich would add a third to the time of --help, and reads brackets as markup.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _MAX_COLUMNS},
-    epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.",
+    epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.\n\n"
+    "To begin, 'mixchat run -m demo' tries a small model, and 'mixchat plan' shows which models "
+    "fit here.",
 )
 app.command(
     "run",

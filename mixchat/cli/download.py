@@ -122,7 +122,7 @@ class RecalibrateFlags(CalibrateFlags):
     """The flags of `mixchat calibrate`."""
 
     model: str = load_flags.INSTALLED
-    expert_bits: str | None = load_flags.expert_bits("as they are")
+    expert_bits: str | None = load_flags.expert_bits("as they are", ("4", "3", "2"))
     windows: int | None = option(
         "--windows N",
         "Calibrate with N windows of 512 tokens.",

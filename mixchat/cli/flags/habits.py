@@ -48,6 +48,7 @@ _NEVER_OURS = [flag for flag in _FLAGS if re.fullmatch(r"-\w{2,}", flag)]
 _COMMANDS_BY_ANSWER = {
     "'mixchat --version' prints the version.": "version",
     "'mixchat run' is a chat, or one answer.": "chat prompt ask cli",
+    "'mixchat run -m demo' is a chat with the demo model.": "demo",
     "A model is loaded as long as its 'mixchat run' or 'serve' runs; see 'mixchat list'.": "ps",
     "Ctrl-C ends 'mixchat run' and 'mixchat serve', and frees their memory.": "stop",
     "'mixchat chats' lists the saved chats.": "logs",

@@ -177,13 +177,13 @@ ANY_MODEL = (
 )
 
 
-def expert_bits(shown: str) -> Any:
-    """Return the flag `--expert-bits`, with its default as `shown`."""
+def expert_bits(shown: str, bits: Sequence[str] = EXPERT_BITS) -> Any:
+    """Return the flag `--expert-bits` for these bits, with its default as `shown`."""
     return option(
         "--expert-bits BITS",
-        "Bits of an expert's weight (16, 4, 3, 2, or between, as 2.4), or the memory of the whole "
-        "model, such as 14GB.",
-        autocompletion=one_of(*EXPERT_BITS),
+        f"Bits of an expert's weight ({', '.join(bits)}, or between, as 2.4), or the memory of the "
+        "whole model, such as 14GB.",
+        autocompletion=one_of(*bits),
         show_default=shown,
     )
 

@@ -186,7 +186,10 @@ class RunFlags(LoadFlags):
         show_default="on",
     )
     quiet: bool = setting(
-        "-q --quiet/--no-quiet", "Print no notes on standard error, only errors.", OUTPUT, show_default=False
+        "-q --quiet/--no-quiet",
+        "Print no notes on standard error, only errors.",
+        OUTPUT,
+        show_default=False,
     )
     trace: Path | None = option(
         "--trace FILE", "Write the experts of each token to FILE, as JSON Lines.", OUTPUT
