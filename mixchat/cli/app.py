@@ -65,9 +65,9 @@ app = typer.Typer(
     # Rich would add a third to the time of --help, and reads brackets as markup.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _MAX_COLUMNS},
-    epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.\n\n"
-    "To begin, 'mixchat run -m demo' tries a small model, and 'mixchat plan' shows which models "
-    "fit here.",
+    epilog="To begin, 'mixchat run -m demo' tries a small model, and 'mixchat plan' shows which "
+    "models fit here.\n\n"
+    "Other names: pull for download, ls for list, help [COMMAND] for --help.",
 )
 app.command(
     "run",
