@@ -57,7 +57,6 @@ _ToolChoice: TypeAlias = Annotated[Any, only(("none", "auto"), "unsupported_valu
 
 
 class _Part(RequestObject):
-    never_null = ("type",)
     type: Literal["text"]
     text: str
 
@@ -74,7 +73,6 @@ def _text(given: Any, parts_of: Callable[[Any], list[_Part]], info: ValidationIn
 
 class _ChatMessage(RequestObject):
     ignored = ("name", "reasoning")
-    never_null = ("role", "content")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     reasoning_content: Any = None
     tool_calls: Calls = Field([])
@@ -84,7 +82,9 @@ class _ChatMessage(RequestObject):
     refusal: _MediaField = None
     annotations: _MediaField = None
     # A string in the end, by `_text`.
-    content: Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), WrapValidator(_text)]
+    content: Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), WrapValidator(_text)] = Field(
+        None, validate_default=True
+    )
 
     def message(self, path: str) -> Message:
         """Return the message. Raises `RequestError` for fields of another role."""

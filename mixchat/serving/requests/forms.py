@@ -51,7 +51,6 @@ def _small(form: Any) -> Any:
 
 class _JsonSchema(RequestObject):
     ignored = ("name", "description")
-    never_null = ("schema",)
     strict: bool = False  # every schema is followed to the letter
     given: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(_small)]
 
@@ -59,7 +58,6 @@ class _JsonSchema(RequestObject):
 class ResponseFormat(RequestObject):
     """The field response_format."""
 
-    never_null = ("type",)
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JsonSchema | None = Field(None, validate_default=True)
 
