@@ -40,7 +40,7 @@ from mixchat.serving.requests.fields import (
     validated,
     wrong,
 )
-from mixchat.serving.requests.forms import Compile, FormFields, no_forms
+from mixchat.serving.requests.forms import Compile, FormFields
 from mixchat.serving.service import Job, Service
 from mixchat.text.tokenizer import TokenTexts
 
@@ -88,7 +88,7 @@ class LoadedModel:
 
     service: Service
     defaults: Defaults
-    compile_form: Compile = no_forms
+    compile_form: Compile
 
     @cached_property
     def texts(self) -> TokenTexts:

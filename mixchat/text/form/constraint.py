@@ -8,9 +8,10 @@ from __future__ import annotations
 import weakref
 from base64 import b64decode
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -61,9 +62,9 @@ class ConstraintCompiler:
         )
         self.idle = deque[Sandbox](maxlen=1)  # the sandbox of an answer that has ended
 
-    def compile(self, constraint: OutputConstraint) -> CompiledConstraint:
-        """Return a constraint for this tokenizer."""
-        return CompiledConstraint(constraint, self)
+    def compile(self, constraint: OutputConstraint) -> StartConstraint:
+        """Return what starts the constraint of each answer of this form."""
+        return partial(TokenConstraint, constraint.grammar, self)
 
     def sandbox(self) -> Sandbox:
         """Return a sandbox that has all tokens, or soon will."""
@@ -73,23 +74,11 @@ class ConstraintCompiler:
             return Sandbox(PROGRAM, [self._load])
 
 
-class CompiledConstraint:
-    """An output constraint for one tokenizer. Each answer starts a `TokenConstraint`."""
-
-    def __init__(self, constraint: OutputConstraint, compiler: ConstraintCompiler) -> None:
-        self._grammar, self._compiler = constraint.grammar, compiler
-
-    def start(self, before: Sequence[int] = (), *, continued: bool = False) -> TokenConstraint:
-        """Return the constraint of an answer that begins with the tokens `before`.
-
-        If the answer is `continued`, it continues the text of a prompt, and its first word keeps
-        its space. The grammar is compiled in the background.
-        """
-        return TokenConstraint(self._grammar, self._compiler, before, begins_text=not continued)
-
-
 class TokenConstraint:
     """A `Constraint` of one answer. When its form is complete, only a token that ends it may come.
+
+    The answer begins with the tokens `before`. If it is `continued`, it continues the text of a
+    prompt, and its first word keeps its space. The grammar is compiled in the background.
 
     `compiled` has the mask of the first token. The sandbox ends with the constraint, unless the
     next answer can use it. Every method raises `UsageError` if the grammar is too complex, and
@@ -100,12 +89,12 @@ class TokenConstraint:
         self,
         grammar: str,
         compiler: ConstraintCompiler,
-        before: Sequence[int],
+        before: Sequence[int] = (),
         *,
-        begins_text: bool,
+        continued: bool = False,
     ) -> None:
         self._size, self._firsts = compiler.size, compiler.firsts
-        self._begins_text, self._is_new = begins_text, True
+        self._begins_text, self._is_new = not continued, True
         arguments = (grammar, [self._as_first(token) for token in before])
         call = SandboxCall(_SUBJECT, "start", arguments, compiler.seconds, MAX_CALL)
         self._sandbox = compiler.sandbox()
@@ -142,6 +131,10 @@ class TokenConstraint:
 
     def _ask(self, method: str, *arguments: object) -> Any:
         return asked(self._sandbox, SandboxCall(_SUBJECT, method, arguments, _STEP_CPU_S))
+
+
+# Takes the tokens of an answer's beginning, and `continued`.
+StartConstraint: TypeAlias = Callable[..., TokenConstraint]
 
 
 def _give_back(compiler: ConstraintCompiler, sandbox: Sandbox, first_mask: Future[str]) -> None:

@@ -74,7 +74,7 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
     thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
     parser = answer_parser(thinking, form.format, tokens, (), offered=form.tools)
     answer = Answer(Detokenizer(tokens), AnswerLimits({STOP}, (), None, 3000), parser)
-    constraint: Any = compiled(form, tokens).start(continued=True)
+    constraint: Any = compiled(form, tokens)(continued=True)
     if not form.must_call:
         constraint = CallConstraint(constraint, parser, form.format.opening, tokens)
     choose, calls = random.Random(seed), ()
