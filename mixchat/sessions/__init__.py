@@ -1,6 +1,6 @@
 """Opens chats, services and workers. No other room joins chat, serving and loading.
 
-- provider.py: the interface of the models of a machine or server, and a chat's options
+- provider.py: the interface of the models of a machine or server
 - local_models.py: the models of this machine
 - server_models.py: the models of a server
 - opening.py: loads a model for a chat or for a service

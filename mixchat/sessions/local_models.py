@@ -12,9 +12,10 @@ from mixchat.base.errors import MixchatError, UsageError
 from mixchat.base.model_config import DEFAULT_TOKENS, Context
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
+from mixchat.chat.parameters import ChatOptions
 from mixchat.sessions.cache_file import CacheSaver
 from mixchat.sessions.opening import find_or_build, open_service, open_session
-from mixchat.sessions.provider import ChatOptions, Predictor
+from mixchat.sessions.provider import Predictor
 from mixchat.weights.families.read_config import read_config_file
 
 if TYPE_CHECKING:

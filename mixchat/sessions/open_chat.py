@@ -11,7 +11,8 @@ from mixchat.base import interrupts
 from mixchat.base.errors import ChatNotFoundError, MixchatError, ModelNotFoundError, ResourceError
 from mixchat.base.progress import Reporter
 from mixchat.base.settings import data_dir
-from mixchat.sessions.provider import ChatOptions, ModelProvider, Predictor
+from mixchat.chat.parameters import ChatOptions
+from mixchat.sessions.provider import ModelProvider, Predictor
 
 if TYPE_CHECKING:
     from pathlib import Path

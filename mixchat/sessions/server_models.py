@@ -11,9 +11,9 @@ from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
 from mixchat.base.options import RequestedSampling
 from mixchat.base.progress import Reporter
-from mixchat.chat.parameters import with_numbers
+from mixchat.chat.parameters import ChatOptions, with_numbers
 from mixchat.serving.client.server_url import ServerURL
-from mixchat.sessions.provider import ChatOptions, Predictor, new_session
+from mixchat.sessions.provider import Predictor
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
@@ -61,8 +61,10 @@ class ServerModels:
 
     def open(self, name: str, options: ChatOptions) -> ChatSession:
         """Return a session with a model, which need not be listed."""
+        from mixchat.chat.session import ChatSession
+
         sampling = with_numbers(RequestedSampling(), options.sampling)
-        return new_session(self._backend(name), options, sampling)
+        return ChatSession(self._backend(name), sampling, options)
 
     @contextmanager
     def lines(

@@ -8,6 +8,7 @@ from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, make
 from mixchat.base.errors import PromptError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.engine_backend import EngineBackend
+from mixchat.chat.parameters import ChatOptions
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.text.messages import Message
 
@@ -170,7 +171,7 @@ def test_a_completion_keeps_the_space_that_it_continues_with(continues, text):
     template = PlainTemplate(continues_prompt=continues)
     engine = ScriptedEngine(" world")
     backend = EngineBackend(engine, SpacelessTokenizer(), template)
-    session = ChatSession(backend, sampling=SamplingOptions())
+    session = ChatSession(backend, SamplingOptions(), ChatOptions())
     assert listen(session.ask("Hello"))[0] == text
 
 
