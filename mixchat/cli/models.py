@@ -11,11 +11,10 @@ import typer
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.base.quantities import format_size
 from mixchat.base.settings import models_dir, server_caches_dir
-from mixchat.chat.printing import say, show_lines
+from mixchat.chat.printing import one_line, say, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
 from mixchat.cli.flags.load_flags import INSTALLED, JSON, dense_bits, parse_dense_bits
 from mixchat.cli.flags.settings import option
-from mixchat.cli.output.messages import confirmed
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.weights.families.read_config import read_config_file
@@ -216,8 +215,7 @@ def _ask(question: str) -> None:
             "cannot ask for confirmation: standard input is not a terminal",
             hint="Use --yes to do it without asking.",
         )
-    if not confirmed(question):
-        raise typer.Abort
+    typer.confirm(one_line(question), abort=True, err=True)
 
 
 def _show(damages: list[Damage]) -> None:

@@ -14,7 +14,7 @@ import typer
 from mixchat.base.errors import UsageError
 from mixchat.base.model_config import Context
 from mixchat.chat import parameters
-from mixchat.chat.parameters import OVERFLOWS, THINKS, ChatOptions, checked_word
+from mixchat.chat.parameters import OVERFLOWS, THINKS, ChatOptions, Overflow, Think, checked_word
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags import load_flags
@@ -40,7 +40,6 @@ from mixchat.cli.flags.shell_completion import one_of, saved_chats
 from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
-    from mixchat.chat.parameters import Overflow, Think
     from mixchat.text.form.output_constraint import OutputConstraint
 
 _RESUME = ("-r", "--resume")

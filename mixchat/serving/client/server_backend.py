@@ -177,7 +177,7 @@ class ServerReply:
             self._time()
             yield AnswerText(piece.text, piece.thinking)
         if piece.reason is not None:
-            self._end("length" if piece.reason == "length" else "stop")
+            self._end(piece.reason)
             self._stream.hurry()  # some servers forget to say that this is the end
         if piece.usage is not None:
             stats, usage = self._backend.stats, piece.usage

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import FailFast, Field, ValidationInfo, WrapValidator
 
-from mixchat.serving.requests.chat_job import ChatRequest, chat_job
+from mixchat.serving.requests.chat_job import chat_job
 from mixchat.serving.requests.errors import field_error
 from mixchat.serving.requests.fields import (
     RequestObject,
@@ -138,8 +138,8 @@ def read_chat(
     if not fields.messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
     job = replace(job, top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None)
-    request = ChatRequest(_messages(fields.messages), variables, fields.offer(), fields)
-    job = chat_job(request, job, model)
+    messages = _messages(fields.messages)
+    job = chat_job(job, model, messages, variables, fields.offer(), fields)
     return parsed(fields, job, [job.prompt_ids], ignored)
 
 
