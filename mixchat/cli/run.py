@@ -19,11 +19,12 @@ from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
 from mixchat.experts.workers import torchrun
+from mixchat.serving.client.server_url import SERVER_PORT
 from mixchat.sessions.answer_lines import LineFiles, answer_file
 from mixchat.sessions.cache_file import checked_cache_file
 from mixchat.sessions.local_models import LocalModels
 from mixchat.sessions.open_chat import OpenChat, find_chat
-from mixchat.sessions.server_models import ServerModels
+from mixchat.sessions.server_models import ServerModels, is_served_here
 from mixchat.sessions.servers import serve_rank_0
 
 if TYPE_CHECKING:
@@ -146,9 +147,6 @@ def _no_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
 
 def _note_server(model: str, reporter: TerminalReporter) -> None:
     """Tell of a server here that has the model."""
-    from mixchat.serving.client.local_server import is_served_here
-    from mixchat.serving.client.server_url import SERVER_PORT
-
     if not reporter.quiet and is_served_here(model):
         flag = f"--server 127.0.0.1:{SERVER_PORT}"
         reporter.note(f"a server with {model} is running: {flag} answers without loading it again")
