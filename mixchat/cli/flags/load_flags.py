@@ -25,14 +25,7 @@ from mixchat.base.options import (
 from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.parameters import LENGTHS, SAMPLING, checked_word
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.settings import (
-    AGAIN,
-    MEMORY,
-    MODEL,
-    option,
-    setting,
-    setting_argument,
-)
+from mixchat.cli.flags.settings import AGAIN, MEMORY, MODEL, option, setting, setting_argument
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.experts.cache import POLICIES
 

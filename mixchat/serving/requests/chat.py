@@ -26,13 +26,7 @@ from pydantic import FailFast, Field, ValidationInfo, WrapValidator
 
 from mixchat.serving.requests.chat_job import chat_job
 from mixchat.serving.requests.errors import field_error
-from mixchat.serving.requests.fields import (
-    RequestObject,
-    max_items,
-    number,
-    only,
-    wrong,
-)
+from mixchat.serving.requests.fields import RequestObject, max_items, number, only, wrong
 from mixchat.serving.requests.options import (
     TOP_LOGPROBS,
     LoadedModel,

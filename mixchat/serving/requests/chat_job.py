@@ -7,12 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mixchat.serving.requests.errors import field_error, to_json
-from mixchat.serving.requests.forms import (
-    FormFields,
-    MakeConstraint,
-    compiled,
-    constraint_of,
-)
+from mixchat.serving.requests.forms import FormFields, MakeConstraint, compiled, constraint_of
 from mixchat.serving.requests.options import LoadedModel
 from mixchat.serving.requests.tools import ToolOffer
 from mixchat.serving.service import Job, Service

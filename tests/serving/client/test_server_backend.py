@@ -1,17 +1,7 @@
 """A session that a server answers is like any other, except for what only an engine knows."""
 
 import pytest
-from scripted_server import (
-    DONE,
-    STREAM,
-    Answer,
-    ScriptedServer,
-    delta,
-    event,
-    refusal,
-    says,
-    usage,
-)
+from scripted_server import DONE, STREAM, Answer, ScriptedServer, delta, event, refusal, says, usage
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.options import RequestedSampling
