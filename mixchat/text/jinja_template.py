@@ -15,7 +15,7 @@ from mixchat.text.messages import (
     Variables,
     as_parts,
     require_question,
-    system_in_first_question,
+    system_in_question,
 )
 from mixchat.text.thinking import format_of
 from mixchat.text.tokenizer import Insert, Tokenizer
@@ -81,7 +81,7 @@ class JinjaTemplate:
         """Encode as `Template` says. Raises `CheckpointError` if the template itself fails."""
         require_question(messages)
         if any(m.role == "system" for m in messages) and not self._takes_system:
-            messages = system_in_first_question(messages)
+            messages = system_in_question(messages)
         if self.tools is not None:
             messages = self._with_its_calls(messages, self.tools)
         offered = [self._description(tool) for tool in tools]

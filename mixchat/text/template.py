@@ -12,8 +12,7 @@ from mixchat.text.messages import (
     Variables,
     require_question,
     split_system,
-    system_in_first_question,
-    system_in_last_question,
+    system_in_question,
 )
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import Insert, Tokenizer
@@ -67,8 +66,7 @@ class InstructTemplate:
         self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
         require_question(messages)
-        place_system = system_in_first_question if self._is_first else system_in_last_question
-        placed = place_system(MISTRAL.with_its_ids(messages))
+        placed = system_in_question(MISTRAL.with_its_ids(messages), 0 if self._is_first else -1)
         last_question = max(i for i, message in enumerate(placed) if message.role == "user")
         ids = [*_optional(self._tokenizer.bos_id)]
         for place, message in enumerate(placed):

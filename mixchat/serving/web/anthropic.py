@@ -33,6 +33,7 @@ from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import JSON, call_arguments, to_event
 from mixchat.text.tool_call import ToolCall
 
+PATH = "/v1/messages"
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
 _SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream")
 _STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
