@@ -10,7 +10,6 @@ import typer
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
-from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags, run_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.run_flags import RunFlags
@@ -57,7 +56,7 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     models = _models(flags, load, reporter)
     name = models.choose(flags.model if is_given(context, "model") else None, resumed)
     if torchrun.rank() and not flags.server:
-        serve_rank_0(name, load, reporter, say)
+        serve_rank_0(name, load, reporter)
         return
     size = models.context_of(name)
     try:

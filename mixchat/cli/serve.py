@@ -124,7 +124,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
         sleep_after=None if flags.sleep_after is None else parse_duration(flags.sleep_after),
         keep_caches=flags.keep_cache,
     )
-    serve_http(flags.model, load, options, TerminalReporter(), say)
+    serve_http(flags.model, load, options, TerminalReporter())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def worker(context: typer.Context, flags: WorkerFlags) -> None:
     """
     options = load_flags.load_options(flags)
     if not flags.new_key:
-        serve_experts(flags.model, options, flags.listen, TerminalReporter(), say)
+        serve_experts(flags.model, options, flags.listen, TerminalReporter())
         return
     from mixchat.experts.workers.key_file import default_key_file, make_key_file
 

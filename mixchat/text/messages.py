@@ -73,7 +73,7 @@ def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
 
 
 def system_in_question(messages: Sequence[Message], number: int = 0) -> list[Message]:
-    """Return the conversation with its system text in front of a question, 0 the first, -1 the last.
+    """Return the conversation with its system text in its first question, or in its last (-1).
 
     Mistral's own formats do so. It also serves a template that has no system role.
     """
