@@ -208,11 +208,7 @@ class EngineReply:
     """A `Reply` of an engine, which generates `ids`. before: the answer that is continued."""
 
     def __init__(
-        self,
-        ids: Generator[int, None, None],
-        answer: Answer,
-        before: Message | None,
-        first: int,
+        self, ids: Generator[int, None, None], answer: Answer, before: Message | None, first: int
     ) -> None:
         self.first, self._ids = first, ids
         self._answer, self._before = answer, before

@@ -71,10 +71,7 @@ class ChatSession:
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        sampling: SamplingOptions | RequestedSampling,
-        options: ChatOptions,
+        self, backend: Backend, sampling: SamplingOptions | RequestedSampling, options: ChatOptions
     ) -> None:
         self.backend = backend
         self.sampling = self.advised = sampling  # `/set NAME none` returns to `advised`

@@ -185,7 +185,8 @@ def _code_of(error: Exception) -> int:
         return interrupts.exit_code(0)
     if _comes_from_ctrl_c(error):
         return _INTERRUPTED
-    return _CLOSED_PIPE if _is_closed_pipe(error) else print_error(error)
+    is_closed_pipe = isinstance(error, OSError) and error.errno in system.CLOSED_PIPE
+    return _CLOSED_PIPE if is_closed_pipe else print_error(error)
 
 
 def _comes_from_ctrl_c(error: BaseException | None) -> bool:
@@ -242,10 +243,6 @@ def _parser_with_old_names(
             twin.opts = [old]
             twin.add_to_parser(parser, context)
     return parser
-
-
-def _is_closed_pipe(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in system.CLOSED_PIPE
 
 
 def _prepare_streams() -> None:

@@ -51,10 +51,7 @@ _EXAMPLE = option("--example", "Print an example of config.toml with every setti
 
 
 def config(
-    context: typer.Context,
-    as_json: bool = JSON,
-    path: bool = _PATH,
-    example: bool = _EXAMPLE,
+    context: typer.Context, as_json: bool = JSON, path: bool = _PATH, example: bool = _EXAMPLE
 ) -> None:
     """Show the settings in force, and where each of them comes from.
 
@@ -128,11 +125,8 @@ def _as_text(settings: list[CurrentSetting]) -> str:
     path = config_file()
     rows = [("SETTING", "VALUE", "FROM")]
     rows += [(each.key, _shown(each), each.source) for each in settings]
-    return f"{aligned(rows)}\n\n{aligned([(f'{path}{_state()}',)])}"
-
-
-def _state() -> str:
-    return "" if config_file().exists() else " (does not exist)"
+    state = "" if path.exists() else " (does not exist)"
+    return f"{aligned(rows)}\n\n{aligned([(f'{path}{state}',)])}"
 
 
 def _shown(each: CurrentSetting) -> str:

@@ -92,13 +92,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
         if mix is not None:
             found = in_mix(found, mix)
         made = plan_machine(
-            found,
-            options,
-            reporter,
-            told=told,
-            others=others,
-            again=flags.measure,
-            catalog=catalog,
+            found, options, reporter, told=told, others=others, again=flags.measure, catalog=catalog
         )
         return PlanReport(found, made)
 

@@ -63,7 +63,6 @@ class ModelService:
         self.most_jobs: int = len(self._engine.sequences) + queue
 
     def submit(self, *jobs: tuple[Job, Sink]) -> Callable[[], None]:
-        """Queue jobs as `Service.submit` does."""
         for job, _ in jobs:
             self._engine.longest_answer(job.prompt_ids, job.max_tokens)
         new = [RunningJob(job, sink, self.tokenizer, self.context.tokens) for job, sink in jobs]

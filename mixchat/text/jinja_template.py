@@ -10,13 +10,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from mixchat.base.errors import CheckpointError, PromptError, short_message
-from mixchat.text.messages import (
-    Message,
-    Variables,
-    as_parts,
-    require_question,
-    system_in_question,
-)
+from mixchat.text.messages import Message, Variables, as_parts, require_question, system_in_question
 from mixchat.text.thinking import format_of
 from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import ChatTemplate
@@ -89,9 +83,7 @@ class JinjaTemplate:
         used = self._reserved.union(*(message.content for message in messages), extras)
         cover = _Cover(self._tokenizer.control_tokens, used)
         text = self._render(
-            list(map(cover.message, messages)),
-            variables,
-            cover.value(offered) or None,
+            list(map(cover.message, messages)), variables, cover.value(offered) or None
         )
         return self._tokenizer.encode_template(text, cover.inserts)
 

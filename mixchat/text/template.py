@@ -37,7 +37,6 @@ class Template(Protocol):
         takes neither tools nor calls (see `in_plain_text`). Raises `PromptError` if the template
         cannot express the conversation.
         """
-        ...
 
 
 class InstructTemplate:
@@ -79,7 +78,8 @@ class InstructTemplate:
                 ids += self._calls(message.calls)
             else:
                 answer = message.content_ids
-                ids += self._answer(message.content) if answer is None else answer
+                text = message.content if self._is_first else message.content.rstrip(" ")
+                ids += self._tokenizer.encode(text) if answer is None else answer
                 ids += _optional(self._tokenizer.eos_id)
         return ids
 
@@ -116,9 +116,6 @@ class InstructTemplate:
         """Return the ids of a value's JSON between two control tokens."""
         text, known = json.dumps(value, ensure_ascii=False), self._tokenizer.control_tokens
         return [known[begin], *self._tokenizer.encode(text), known[end]]
-
-    def _answer(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text if self._is_first else text.rstrip(" "))
 
 
 class CompletionTemplate:

@@ -260,7 +260,6 @@ def _chats(chat: ActiveChat, argument: str) -> None:
 
 
 def _last(chat: ActiveChat, role: Role) -> str | None:
-    """Return the last question or answer."""
     history = reversed(chat.session.history)
     return next((message.content for message in history if message.role == role), None)
 

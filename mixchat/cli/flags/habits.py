@@ -73,7 +73,8 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
 
 def unknown_flag(flag: str, context: Any) -> UsageError:
     """Return the error for a flag that a command lacks, with the best hint."""
-    known = [opt for parameter in context.command.params for opt in _opts(parameter)]
+    parameters = context.command.params
+    known = [opt for each in parameters for opt in (*each.opts, *each.secondary_opts)]
     answer = _FLAGS.get(flag)
     if answer is not None and (named := re.match(r"--[a-z-]+", answer)) and named[0] not in known:
         answer = None
@@ -90,10 +91,6 @@ def unknown_command(name: str, known: Iterable[str]) -> UsageError:
     near = _near(name, {each: each for each in known})
     answer = f"Did you mean 'mixchat {near}'?" if near else "'mixchat --help' shows all commands."
     return UsageError(f"there is no command {name!r}", hint=_COMMANDS.get(name, answer))
-
-
-def _opts(parameter: Any) -> list[str]:
-    return [*parameter.opts, *parameter.secondary_opts]
 
 
 def _near(word: str, known: Mapping[str, str]) -> str | None:

@@ -201,11 +201,7 @@ def parsed(
     """Return the request with `n` jobs for each prompt, each with its own seed."""
     seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
     jobs = tuple(
-        replace(
-            job,
-            prompt_ids=tuple(ids),
-            sampling=replace(job.sampling, seed=(seed + i) % 2**63),
-        )
+        replace(job, prompt_ids=tuple(ids), sampling=replace(job.sampling, seed=(seed + i) % 2**63))
         for ids in prompts
         for i in range(fields.n)
     )

@@ -151,14 +151,10 @@ def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterat
         schema = part if isinstance(part, dict) else {}
         yield f"{rule}_value: {json_rule(schema, lenient=not tool.strict)}"
         yield f"{rule}: {head} {rule}_value {close}"
-    elif texts := [text for text in _choices(part) if isinstance(text, str)]:
+    elif texts := [text for text in part.get("enum", [part.get("const")]) if isinstance(text, str)]:
         yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
     else:
         yield f"{rule}: {head} text"
-
-
-def _choices(schema: Mapping[str, Any]) -> list[Any]:
-    return [*schema.get("enum", [schema["const"]] if "const" in schema else [])]
 
 
 def _markup_text(form: CallForm) -> str:

@@ -54,7 +54,6 @@ class _FormService:
         return _GRAMMAR_OF[kind](text)
 
     def load(self, tokens: Sequence[str], stop_ids: Sequence[int]) -> None:
-        """Take the bytes of all tokens."""
         self._vocabulary = ll_tokenizer([token.encode("latin-1") for token in tokens], stop_ids)
 
     def start(self, grammar: str, before: Sequence[int]) -> str:
