@@ -107,7 +107,7 @@ def _call_constraint(form: CallForm, begun: Sequence[int], model: LoadedModel) -
     tokenizer, continues = service.tokenizer, service.template.continues_prompt
 
     def make(parser: ThinkingParser) -> Constraint:
-        from mixchat.text.form.call_constraint import CallConstraint
+        from mixchat.text.form.constraint import CallConstraint
 
         if form.must_call:
             return start(begun, continued=continues)

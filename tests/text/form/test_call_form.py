@@ -14,9 +14,8 @@ from form_walks import STOP
 from mixchat.base.errors import UsageError
 from mixchat.chat.answer import Answer, AnswerLimits
 from mixchat.text.detokenizer import Detokenizer
-from mixchat.text.form.call_constraint import CallConstraint
 from mixchat.text.form.call_form import CallForm, call_grammar
-from mixchat.text.form.constraint import ConstraintCompiler
+from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import TokenBytes
