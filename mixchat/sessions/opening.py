@@ -15,6 +15,7 @@ from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import Reporter
 from mixchat.chat.parameters import ChatOptions, with_numbers
 from mixchat.engine.environment import prepare_environment
+from mixchat.sessions.cache_file import ServerCaches
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
@@ -98,11 +99,8 @@ def open_service(
         from mixchat.serving.model_service import ModelService
         from mixchat.serving.requests.options import Defaults
 
-        caches = None
-        if keep_caches:
-            from mixchat.sessions.server_caches import ServerCaches
-
-            caches = ServerCaches(model.files.directory.name, reporter.note)
+        key = model.files.directory.name
+        caches = ServerCaches(key, reporter.note) if keep_caches else None
 
         def build() -> Engine:
             engine = build_engine(model.files, load, reporter.note)
