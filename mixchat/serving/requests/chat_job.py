@@ -37,6 +37,7 @@ def chat_job(
     """
     service, compile_form = model.service, model.compile_form
     template, tokenizer, thinking = service.template, service.tokenizer, service.template.thinking
+    messages, variables = list(messages), dict(variables)
     service.context.check_text(_texts(messages, offer), "the prompt")
     continued = messages[-1].role == "assistant"
     begun = tokenizer.encode(messages.pop().content) if continued else []
