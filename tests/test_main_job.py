@@ -64,9 +64,8 @@ def test_the_demo_is_listed_and_described(home):
 
 
 def test_chat_turns_prefill_only_new_tokens(home):
-    from mixchat.base.options import LoadOptions, SamplingOptions
+    from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
     from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.parameters import ChatOptions
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
     from mixchat.text.choose import load_template, load_tokenizer

@@ -4,7 +4,7 @@
 - backend.py: the interface of an engine or a server that answers
 - engine_backend.py: answers with an engine
 - answer.py: an answer while it is generated
-- parameters.py: the options of a chat, and the limits and changes of its parameters
+- parameters.py: the parameters that can be changed in a chat, and their limits
 - plain_text.py: untrusted text, checked to be text
 - theme.py: the styles of everything on the screen
 - printing.py: prints everything that a person sees

@@ -11,8 +11,7 @@ from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
     from mixchat.base.model_config import Context
-    from mixchat.base.options import RequestedSampling, SamplingOptions
-    from mixchat.chat.parameters import Overflow
+    from mixchat.base.options import Overflow, RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats
     from mixchat.text.thinking import AnswerText

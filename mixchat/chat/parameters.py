@@ -7,9 +7,10 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from mixchat.base.errors import UsageError
+from mixchat.base.options import Overflow, Think
 
 if TYPE_CHECKING:
     from mixchat.base.options import RequestedSampling, SamplingOptions
@@ -17,27 +18,9 @@ if TYPE_CHECKING:
 
     Sampling = TypeVar("Sampling", bound=SamplingOptions | RequestedSampling)
 
-Overflow = Literal["stop", "drop-oldest"]
-Think = Literal["show", "hide", "off"]
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 THINKS: tuple[Think, ...] = get_args(Think)
 _NONE = ("none", "off", "default")
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """The options of a chat's answers. None leaves one to the model or the server.
-
-    `sampling` is by the Python names of `SAMPLING`. `max_tokens` is the longest answer that is
-    allowed, 0 for what fits.
-    """
-
-    sampling: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
-    system: str | None = None
-    max_tokens: int | None = None
-    stop: Sequence[str] = ()
-    overflow: Overflow = "stop"
-    think: Think = "show"
 
 
 @dataclass(frozen=True)

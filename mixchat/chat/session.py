@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.model_config import Context
+from mixchat.base.options import ChatOptions
 from mixchat.chat.answer import Reason
 from mixchat.chat.backend import Backend, OnPrefill, Reply, Turn
-from mixchat.chat.parameters import ChatOptions
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.files import MAX_SIZE, open_regular, write_all, write_error
 from mixchat.base.lock import lock_open_file
+from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Note, Reporter
-from mixchat.chat.parameters import ChatOptions
 from mixchat.chat.printing import show
 from mixchat.sessions.provider import ModelProvider
 

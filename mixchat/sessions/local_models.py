@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError, UsageError
 from mixchat.base.model_config import DEFAULT_TOKENS, Context
-from mixchat.base.options import LoadOptions
+from mixchat.base.options import ChatOptions, LoadOptions
 from mixchat.base.progress import Reporter
-from mixchat.chat.parameters import ChatOptions
 from mixchat.serving.client.server_url import SERVER_IDENTITY
 from mixchat.sessions.cache_file import CacheSaver
 from mixchat.sessions.opening import find_or_build, open_service, open_session

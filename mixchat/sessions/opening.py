@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.errors import ModelNotFoundError
 from mixchat.base.model_config import advised_length, advised_sampling
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
 from mixchat.base.progress import Reporter
-from mixchat.chat.parameters import ChatOptions, with_numbers
+from mixchat.chat.parameters import with_numbers
 from mixchat.engine.environment import prepare_environment
 from mixchat.sessions.cache_file import ServerCaches
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from mixchat.base.model_config import Context
 
 if TYPE_CHECKING:
-    from mixchat.chat.parameters import ChatOptions
+    from mixchat.base.options import ChatOptions
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession

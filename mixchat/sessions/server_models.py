@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
-from mixchat.base.options import RequestedSampling
+from mixchat.base.options import ChatOptions, RequestedSampling
 from mixchat.base.progress import Reporter, in_background
-from mixchat.chat.parameters import ChatOptions, with_numbers
+from mixchat.chat.parameters import with_numbers
 from mixchat.serving.client.server_url import SERVER_PORT, ServerURL
 from mixchat.sessions.provider import Predictor
 

@@ -155,8 +155,8 @@ class TinyTemplate:
 
 def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
     """A `ChatSession` with a scripted engine; it is `session.engine`."""
+    from mixchat.base.options import ChatOptions
     from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.parameters import ChatOptions
     from mixchat.chat.session import ChatSession
 
     backend = EngineBackend(

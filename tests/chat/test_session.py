@@ -6,9 +6,8 @@ import pytest
 from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, make_session
 
 from mixchat.base.errors import PromptError
-from mixchat.base.options import SamplingOptions
+from mixchat.base.options import ChatOptions, SamplingOptions
 from mixchat.chat.engine_backend import EngineBackend
-from mixchat.chat.parameters import ChatOptions
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.text.messages import Message
 

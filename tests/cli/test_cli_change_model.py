@@ -10,8 +10,7 @@ from tiny_tokenizer import write_tokenizer
 
 import mixchat.loading.loader
 from mixchat.base.errors import MixchatError, ResourceError
-from mixchat.base.options import LoadOptions
-from mixchat.chat.parameters import ChatOptions
+from mixchat.base.options import ChatOptions, LoadOptions
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.sessions.cache_file import CacheSaver
 from mixchat.sessions.local_models import LocalModels

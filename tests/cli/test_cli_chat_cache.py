@@ -16,9 +16,8 @@ from mixchat.sessions.cache_file import CacheSaver
 @pytest.fixture
 def saver_of(tiny_model, tmp_path):
     """A saver of a new engine, as another run has it."""
-    from mixchat.base.options import LoadOptions
+    from mixchat.base.options import ChatOptions, LoadOptions
     from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.parameters import ChatOptions
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
 

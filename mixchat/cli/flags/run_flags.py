@@ -13,8 +13,9 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.model_config import Context
+from mixchat.base.options import ChatOptions, Overflow, Think
 from mixchat.chat import parameters
-from mixchat.chat.parameters import OVERFLOWS, THINKS, ChatOptions, Overflow, Think, checked_word
+from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags import load_flags

@@ -44,8 +44,8 @@ def logits(monkeypatch):
 
 
 def session_with(engine, **options):
+    from mixchat.base.options import ChatOptions
     from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.parameters import ChatOptions
     from mixchat.chat.session import ChatSession
 
     backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())

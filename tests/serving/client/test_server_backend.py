@@ -4,8 +4,7 @@ import pytest
 from scripted_server import DONE, STREAM, Answer, ScriptedServer, delta, event, refusal, says, usage
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
-from mixchat.base.options import RequestedSampling
-from mixchat.chat.parameters import ChatOptions
+from mixchat.base.options import ChatOptions, RequestedSampling
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta, ThinkingDelta
 from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
