@@ -10,8 +10,8 @@ attention in 8, which rounds a second time. In F16 it is what 4 bits alone cost.
 are copied as they are.
 "tokens": windows of the texts that llama.cpp and mixchat cut as the original tokenizer does.
 
-The model is the one of `quality.py`, the demo's dense model as a mixture, here of two equal experts. PYTHON has
-llama-cpp-python, whose `llama_model_quantize` makes the files. WORK gets 2 GB.
+The model is the one of `quality.py`, the demo's dense model as a mixture, here of two equal
+experts. PYTHON has llama-cpp-python, whose `llama_model_quantize` makes the files. WORK gets 8 GB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from padded_model import dense_tensors, two_experts, padded, padded_config, rescaled, write_gguf
+from padded_model import dense_tensors, padded, padded_config, rescaled, two_experts, write_gguf
 from quality import Texts, divergence, log_probabilities, windows_of
 from quality_forms import HIDDEN, ONE_EXPERT, install, write_model
 from quality_texts import write_texts

@@ -1,9 +1,9 @@
 """llama.cpp's part of `gguf_kinds.py`, in a Python that has llama-cpp-python.
 
-    quantize SOURCE TARGET KIND    writes a GGUF file of another kind
-    logits FILE OUT.npy            reads windows as a line of JSON, and writes logits window by
-                                   window: a line for each, and then it waits for a line
-    tokens FILE CHARACTERS TEXT... prints the ids of each text's beginning, as JSON
+quantize SOURCE TARGET KIND    writes a GGUF file of another kind
+logits FILE OUT.npy            reads windows as a line of JSON, and writes logits window by
+                               window: a line for each, and then it waits for a line
+tokens FILE CHARACTERS TEXT... prints the ids of each text's beginning, as JSON
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def tokens(file: str, characters: str, *texts: str) -> None:
     for path in texts:
         text = Path(path).read_text(encoding="utf-8")[: int(characters)].encode()
         ids = (llama_cpp.llama_token * len(text))()
-        count = llama_cpp.llama_tokenize(
-            vocabulary, text, len(text), ids, len(text), False, True
-        )
+        count = llama_cpp.llama_tokenize(vocabulary, text, len(text), ids, len(text), False, True)
         found.append(ids[:count])
     print(json.dumps(found))
 

@@ -102,8 +102,10 @@ def two_experts(tensors: Tensors) -> Tensors:
     made: Tensors = {}
     for name, tensor in tensors.items():
         block, _, part = name.rpartition(".")
-        is_expert = part in ("ffn_gate", "ffn_up", "ffn_down")
-        made[f"{name}_exps" if is_expert else name] = np.stack([tensor, tensor]) if is_expert else tensor
+        if part in ("ffn_gate", "ffn_up", "ffn_down"):
+            made[f"{name}_exps"] = np.stack([tensor, tensor])
+        else:
+            made[name] = tensor
         if part == "ffn_norm":
             made[f"{block}.ffn_gate_inp"] = np.zeros((2, tensor.size), dtype=np.float32)
     return made
