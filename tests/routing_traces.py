@@ -1,9 +1,9 @@
 """Experts, uses of them and routing traces, for the tests of eviction policies."""
 
 from hypothesis import strategies as st
+from routing_simulation import Trace
 
 from mixchat.experts.cache import ExpertKey, Policy
-from mixchat.experts.trace import Trace
 
 A, B, C, D = (ExpertKey(0, expert) for expert in range(4))
 keys = st.sampled_from([A, B, C, D, ExpertKey(1, 0)])

@@ -64,7 +64,7 @@ def test_the_demo_is_listed_and_described(home):
 
 
 def test_chat_turns_prefill_only_new_tokens(home):
-    from mixchat.base.options import LoadOptions, SamplingOptions
+    from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
@@ -75,8 +75,8 @@ def test_chat_turns_prefill_only_new_tokens(home):
     engine = load_engine(directory, LoadOptions(device="cpu"))
     session = ChatSession(
         EngineBackend(engine, tokenizer, load_template(directory, tokenizer)),
-        sampling=SamplingOptions(temperature=0),
-        max_tokens=24,
+        SamplingOptions(temperature=0),
+        ChatOptions(max_tokens=24),
     )
     list(session.ask("My name is Ada. What is the capital of France?"))
     before = session.engine.stats

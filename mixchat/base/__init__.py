@@ -4,7 +4,7 @@
 - model_config.py: the shape of a model, with the keys of config.json, and its context
 - settings.py: the directories of mixchat's files, and the settings in config.toml
 - quantities.py: sizes, rates and times as text, and amounts of memory from text
-- options.py: the options of sampling and of loading a model, and the address of a worker
+- options.py: the options of sampling, of a chat and of loading a model, and a worker's address
 - safetensors.py: the file format of weights
 - system.py: all that differs between Linux, macOS and Windows
 - files.py: mixchat's own files, read with clear errors, written whole or not at all

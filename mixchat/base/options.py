@@ -1,9 +1,10 @@
-"""The options of sampling and of loading a model, and a worker's address."""
+"""The options of sampling, of a chat and of loading a model, and a worker's address."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv6Address
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,6 +13,8 @@ from mixchat.base.errors import UsageError
 from mixchat.base.quantities import MemoryBudget, parse_size
 
 CacheBits = Literal[8, 16]
+Overflow = Literal["stop", "drop-oldest"]
+Think = Literal["show", "hide", "off"]
 DEFAULT_POLICY = "layered"  # of `experts.cache.POLICIES`
 
 _MOST_BITS = 16  # of a weight
@@ -92,6 +95,22 @@ class RequestedSampling:
     min_p: float | None = None
     repeat_penalty: float | None = None
     seed: int | None = None
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """The options of a chat's answers. None leaves one to the model or the server.
+
+    `sampling` is by the names of `SamplingOptions`. `max_tokens` is the longest answer that is
+    allowed, 0 for what fits.
+    """
+
+    sampling: Mapping[str, float | None] = field(default_factory=dict)
+    system: str | None = None
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    overflow: Overflow = "stop"
+    think: Think = "show"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def read_config(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: there is no such file (MIXCHAT_CONFIG names it)") from None
         return {}
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in its name
-        raise UsageError(f"{path}: cannot be read ({_reason(error)})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: cannot be read ({reason})") from None
     if len(data) > _CONFIG_BYTES_MAX:
         raise UsageError(f"{path}: too large for a file of settings")
     return _parse_config(path, data)
@@ -74,7 +75,3 @@ def _parse_config(path: Path, data: bytes) -> dict[str, Any]:
         hint = 'Write each line as KEY = VALUE, text in quotes: model = "demo".'
         raise UsageError(f"{path}: not TOML: {error}", hint=hint) from None
     return settings
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

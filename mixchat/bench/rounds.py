@@ -71,7 +71,7 @@ class BenchTask:
 
     @property
     def name(self) -> str:
-        return f"{'decode behind' if self.kind == 'decode' else 'prompt of'} {self.length:,} tokens"
+        return f"{'decode after' if self.kind == 'decode' else 'prompt of'} {self.length:,} tokens"
 
     @property
     def limited_by(self) -> str:

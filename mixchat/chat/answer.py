@@ -12,11 +12,7 @@ from mixchat.text.messages import Message
 from mixchat.text.thinking import AnswerText, ThinkingParser
 
 Reason = Literal["stop", "length", "stop_string", "interrupted", "context", "tool_calls"]
-COMPLETE = (
-    "stop",
-    "stop_string",
-    "tool_calls",
-)  # the reasons of answers of which nothing is missing
+COMPLETE = ("stop", "stop_string", "tool_calls")  # the reasons of answers that lack nothing
 
 
 def cut_off_note(tokens: int, more: str, *, is_thinking: bool = False) -> str:

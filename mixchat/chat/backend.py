@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mixchat.chat.answer import Reason
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
     from mixchat.base.model_config import Context
-    from mixchat.base.options import RequestedSampling, SamplingOptions
+    from mixchat.base.options import Overflow, RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats
     from mixchat.text.thinking import AnswerText
 
-Overflow = Literal["stop", "drop-oldest"]
-Think = Literal["show", "hide", "off"]
 # Is called with the tokens of the prompt that are processed, and with their total. Both are 0 if a
 # server does not tell them, or has not yet.
 OnPrefill = Callable[[int, int], object]
@@ -33,7 +31,7 @@ class Turn:
 
     system: the system prompt, if there is one. first: the first message that is in the prompt,
     since earlier turns left the others out. before: the answer that is to be continued. max_tokens:
-    see `ChatSession`. may_think: False turns thinking off if the model can do without.
+    see `ChatOptions`. may_think: False turns thinking off if the model can do without.
     """
 
     system: Sequence[Message]

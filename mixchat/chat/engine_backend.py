@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mixchat.engine.generate import Engine
     from mixchat.engine.sampling import Constraint
     from mixchat.engine.stats import GenerationStats
-    from mixchat.text.form.constraint import CompiledConstraint
+    from mixchat.text.form.constraint import StartConstraint
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 
@@ -46,8 +46,8 @@ class _Prompt:
 class EngineBackend:
     """A `Backend`.
 
-    advised_tokens: the length of answers that the model's makers advise. form: the form of each
-    answer, if there is one.
+    advised_tokens: the length of answers that the model's makers advise. form: starts the
+    constraint of each answer, if there is one.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class EngineBackend:
         template: Template,
         *,
         advised_tokens: int | None = None,
-        form: CompiledConstraint | None = None,
+        form: StartConstraint | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.template = engine, tokenizer, template
         self._advised_tokens, self._form = advised_tokens, form
@@ -194,7 +194,7 @@ class EngineBackend:
         if self._form is None:
             return None
         start = () if before is None else self._content_ids(before)
-        return self._form.start(start, continued=self.template.continues_prompt)
+        return self._form(start, continued=self.template.continues_prompt)
 
     def _unread(self, prompt_ids: Sequence[int]) -> int:
         """Return how many tokens of a prompt the engine has to process."""
@@ -208,11 +208,7 @@ class EngineReply:
     """A `Reply` of an engine, which generates `ids`. before: the answer that is continued."""
 
     def __init__(
-        self,
-        ids: Generator[int, None, None],
-        answer: Answer,
-        before: Message | None,
-        first: int,
+        self, ids: Generator[int, None, None], answer: Answer, before: Message | None, first: int
     ) -> None:
         self.first, self._ids = first, ids
         self._answer, self._before = answer, before

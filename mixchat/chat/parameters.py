@@ -7,9 +7,10 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from mixchat.base.errors import UsageError
+from mixchat.base.options import Overflow, Think
 
 if TYPE_CHECKING:
     from mixchat.base.options import RequestedSampling, SamplingOptions
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     Sampling = TypeVar("Sampling", bound=SamplingOptions | RequestedSampling)
 
-OVERFLOWS = ("stop", "drop-oldest")
-THINKS = ("show", "hide", "off")
+OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
+THINKS: tuple[Think, ...] = get_args(Think)
 _NONE = ("none", "off", "default")
 
 

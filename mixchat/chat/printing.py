@@ -41,12 +41,11 @@ def show(text: str, stream: TextIO | None = None) -> None:
     print(clean, end="" if clean.endswith("\n") else "\n", file=stream, flush=True)
 
 
-def show_lines(text: str, stream: TextIO | None = None) -> None:
+def show_lines(text: str) -> None:
     """Print our own lines and tables as `show` does. A terminal gets whole words."""
-    stream = stream or sys.stdout
-    if stream.isatty():
-        text = "\n".join(fitted(sanitize(line), stream) for line in text.split("\n"))
-    show(text, stream)
+    if sys.stdout.isatty():
+        text = "\n".join(fitted(sanitize(line), sys.stdout) for line in text.split("\n"))
+    show(text)
 
 
 def show_piece(text: str) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.model_config import Context
+from mixchat.base.options import ChatOptions
 from mixchat.chat.answer import Reason
-from mixchat.chat.backend import Backend, OnPrefill, Overflow, Reply, Think, Turn
+from mixchat.chat.backend import Backend, OnPrefill, Reply, Turn
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
@@ -65,28 +66,17 @@ def _ignore(done: int, total: int) -> None:
 class ChatSession:
     """One conversation with one backend. The next turn remembers exactly the text that was shown.
 
-    `history` has all questions and answers. `sampling`, `max_tokens`, `stop`, `system` and
-    `overflow` and `think` may be changed between turns. `max_tokens` is the longest answer that is
-    allowed, 0 for what fits, None for the default.
+    `history` has all questions and answers. `sampling` and all that comes from the options may be
+    changed between turns.
     """
 
     def __init__(
-        self,
-        backend: Backend,
-        *,
-        system: str | None = None,
-        sampling: SamplingOptions | RequestedSampling,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        overflow: Overflow = "stop",
-        think: Think = "show",
+        self, backend: Backend, sampling: SamplingOptions | RequestedSampling, options: ChatOptions
     ) -> None:
         self.backend = backend
         self.sampling = self.advised = sampling  # `/set NAME none` returns to `advised`
-        self.max_tokens = max_tokens
-        self.stop = tuple(stop)
-        self.system = system
-        self.overflow, self.think = overflow, think
+        self.system, self.max_tokens = options.system, options.max_tokens
+        self.stop, self.overflow, self.think = tuple(options.stop), options.overflow, options.think
         self.history: list[Message] = []
         self._first = 0  # message of the history that is in the prompt
         self._turns = 0

@@ -65,7 +65,9 @@ app = typer.Typer(
     # Rich would add a third to the time of --help, and reads brackets as markup.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _MAX_COLUMNS},
-    epilog="Other names: pull for download, ls for list, help [COMMAND] for --help.",
+    epilog="To begin, 'mixchat run -m demo' tries a small model, and 'mixchat plan' shows which "
+    "models fit here.\n\n"
+    "Other names: pull for download, ls for list, help [COMMAND] for --help.",
 )
 app.command(
     "run",
@@ -183,7 +185,8 @@ def _code_of(error: Exception) -> int:
         return interrupts.exit_code(0)
     if _comes_from_ctrl_c(error):
         return _INTERRUPTED
-    return _CLOSED_PIPE if _is_closed_pipe(error) else print_error(error)
+    is_closed_pipe = isinstance(error, OSError) and error.errno in system.CLOSED_PIPE
+    return _CLOSED_PIPE if is_closed_pipe else print_error(error)
 
 
 def _comes_from_ctrl_c(error: BaseException | None) -> bool:
@@ -240,10 +243,6 @@ def _parser_with_old_names(
             twin.opts = [old]
             twin.add_to_parser(parser, context)
     return parser
-
-
-def _is_closed_pipe(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in system.CLOSED_PIPE
 
 
 def _prepare_streams() -> None:

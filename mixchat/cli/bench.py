@@ -84,6 +84,8 @@ class BenchFlags(load_flags.LoadFlags):
 def bench(context: typer.Context, flags: BenchFlags) -> None:
     """Measure a model's speed against the limits of this machine.
 
+    Give a MODEL, or --synthetic LAYERS to measure without a download.
+
     --png replaces an existing FILE only if mixchat drew it.
     """
     model, synthetic = flags.model, flags.synthetic

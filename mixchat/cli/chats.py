@@ -10,7 +10,7 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.chat.printing import columns, say, show
-from mixchat.chat.saved.chat_text import chat_table
+from mixchat.chat.saved.chat_text import chat_table, to_json, to_markdown
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.load_flags import JSON
 from mixchat.cli.flags.settings import option
@@ -38,20 +38,12 @@ def chats(chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM) -> Non
     store = ChatStore()
     if chat is None:
         _list(store, as_json)
-    elif rm:
-        say(f"removed {store.remove(_checked(chat))}")
+        return
+    chat = checked(chat, "the chat's ID")
+    if rm:
+        say(f"removed {store.remove(chat)}")
     else:
-        _print(store, _checked(chat), as_json)
-
-
-def _checked(chat: str) -> str:
-    return checked(chat, "the chat's ID")
-
-
-def _print(store: ChatStore, wanted: str, as_json: bool) -> None:
-    from mixchat.chat.saved.chat_text import to_json, to_markdown
-
-    show((to_json if as_json else to_markdown)(store.load(wanted)))
+        show((to_json if as_json else to_markdown)(store.load(chat)))
 
 
 def _list(store: ChatStore, as_json: bool) -> None:

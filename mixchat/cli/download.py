@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class CalibrateFlags:
     """The flags of a calibration."""
 
-    expert_bits: str | None = load_flags.BITS_OF_EXPERTS
+    expert_bits: str | None = load_flags.expert_bits("4")
     ctx_size: int | None = load_flags.CONTEXT_SIZE
     calibrate_text: Path | None = option(
         "--calibrate-text FILE", "Calibrate with the text of FILE, not with the model's own."
@@ -59,29 +59,26 @@ class DownloadFlags(CalibrateFlags):
 def download(context: typer.Context, flags: DownloadFlags) -> None:
     """Download and quantize a model, or resume a download.
 
-    One shard is fetched while the one before it is quantized and then deleted, so that the disk
-    holds the result and two shards at most. Every file is checked against the hub's SHA-256. The
-    same command resumes an interrupted download. It first checks what is there, about 1 GB a
-    second. Only safetensors, GGUF, JSON and tokenizer files are fetched.
+    The same command resumes an interrupted download. One file of weights is fetched while the one
+    before it is quantized, and then deleted. So the disk holds the result and two files at most.
+    Every file is checked against the hub's SHA-256. Only safetensors, GGUF, JSON and tokenizer
+    files are fetched.
 
-    ORG/NAME:KIND is a model in GGUF, with its tokenizer. A file of it is fetched whole before it is
-    quantized to mixchat's own form, which rounds a second time. If a repository has several kinds
-    and none is named, they are listed. Checkpoints that bitsandbytes has quantized (NF4 or FP4) and
-    experts in MXFP4, as in gpt-oss, are copied without rounding again.
+    ORG/NAME:KIND is a model in GGUF. Without a KIND, a repository's kinds are listed if it has
+    several. GGUF is quantized again, to mixchat's own form. Checkpoints that bitsandbytes has
+    quantized, and experts in MXFP4, as in gpt-oss, are copied without rounding again.
 
-    --expert-bits 3 makes 17.6 GB of Mixtral's experts instead of 24.0, at a cost that 'mixchat
-    plan' names. --expert-bits 16 stores bf16, fp16 and fp32 unquantized. Other bits, such as 2.4,
-    count the scales, and layers that lose most by noise get more of them. A size, such as 14GB, is
-    the memory for the whole model, with keys and values for --ctx-size and what is left free.
-    For both, and for 2 bits, which plain rounding would ruin, the model is first installed in 4
-    bits, and then calibrated as 'mixchat calibrate --expert-bits' does. The plan says beforehand
-    what that takes.
+    With --expert-bits 3 Mixtral's experts take 17.6 GB instead of 24.0, at a cost in quality that
+    'mixchat plan' names. --expert-bits 16 does not quantize. Bits between, such as 2.4, give the
+    layers that need it a larger type. A size, such as 14GB, is for the whole model, what is left
+    free, and a context of --ctx-size tokens. For 2 bits, bits between and sizes, the model is first
+    installed in 4 bits. A calibration to the wanted bits follows. --dry-run says how long that
+    takes.
 
     Attention and head get 8 bits, at hardly any cost in quality. In models of small experts, such
-    as Qwen3, they are half of the bytes that a token reads. On a CPU they get 6 bits there.
-    Decoding is then a tenth faster, and perplexity rises by 1 to 2%. Of Mixtral, --dense-bits 16
-    takes 1.4 GB more than 8, and 4 takes 0.7 GB less, at some cost. --calibrate runs 'mixchat
-    calibrate' afterwards.
+    as Qwen3, a token reads as many bytes of them as of experts. So they get 6 bits there on a CPU.
+    Decoding is then a tenth faster, and perplexity rises by 1 to 2%. For Mixtral, --dense-bits 16
+    takes 1.4 GB more than 8, and 4 takes 0.7 GB less, at some cost in quality.
     """
     from mixchat.weights import models
 
@@ -125,6 +122,7 @@ class RecalibrateFlags(CalibrateFlags):
     """The flags of `mixchat calibrate`."""
 
     model: str = load_flags.INSTALLED
+    expert_bits: str | None = load_flags.expert_bits("as they are", ("4", "3", "2"))
     windows: int | None = option(
         "--windows N",
         "Calibrate with N windows of 512 tokens.",
@@ -138,22 +136,21 @@ class RecalibrateFlags(CalibrateFlags):
 def calibrate(context: typer.Context, flags: RecalibrateFlags) -> None:
     """Re-quantize a model's experts with GPTQ on sample text.
 
-    The model reads a text, or writes one itself, while the inputs of its experts are recorded. Then
-    each expert is read from the checkpoint again (from the hub, unless 'mixchat download
-    --keep-source' kept it), and rounded for the least error with these inputs, by weighted
-    scales and by GPTQ. Each fifth window is held out, and a matrix gets the way with the least
-    error on the windows that were held out. If neither way helps, it stays as a download makes it.
-    The model's size and speed stay the same. Attention and head in 6 or 5 bits are rounded again,
-    too. --expert-bits gives the experts other bits.
+    The model loses less quality afterwards, and keeps its size and speed. --expert-bits gives the
+    experts other bits. Attention and head in 6 or 5 bits are calibrated, too.
 
-    By default the text gives each expert two inputs for each column of its widest matrix, if the
-    text has so many tokens, half of the free disk and memory holds them, and they add no more than
-    two hours. How long it takes is said beforehand. For Mixtral, 64 windows take 8.6 GB of disk
-    meanwhile and 4.6 GB of memory.
+    The model reads a text, or writes one itself, while the inputs of its experts are recorded. Then
+    each expert is read from the checkpoint again, and rounded for the least error with these
+    inputs. A fifth of the text is held out, and a matrix changes only if its error is less there.
+    If a download with --keep-source kept the checkpoint, it is not fetched again.
+
+    How long it takes is said beforehand. The length of the text follows from the model's shape and
+    from the free disk, memory and time, unless --windows sets it. For Mixtral, 64 windows take 8.6
+    GB of disk meanwhile and 4.6 GB of memory.
 
     Once the inputs are recorded, the same command resumes an interrupted calibration. Layers are
-    replaced one at a time, so that the model runs at any time. The checkpoint has to be the one
-    that the model was made of. A damaged expert cannot be repaired alone afterwards.
+    replaced one at a time, so that the model runs at any time. A damaged expert of a calibrated
+    model cannot be repaired alone.
     """
     from mixchat.weights import models
 

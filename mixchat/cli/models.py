@@ -11,11 +11,10 @@ import typer
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.base.quantities import format_size
 from mixchat.base.settings import models_dir, server_caches_dir
-from mixchat.chat.printing import say, show_lines
+from mixchat.chat.printing import one_line, say, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
 from mixchat.cli.flags.load_flags import INSTALLED, JSON, dense_bits, parse_dense_bits
 from mixchat.cli.flags.settings import option
-from mixchat.cli.output.messages import confirmed
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.weights.families.read_config import read_config_file
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 _YES = option("--yes -y", "Do not ask for confirmation.")
 _LAYOUT = option(
     "--layout LAYOUT",
-    "Order of the codes, cpu-packed or bitsandbytes.",
+    "Order of the quantized weights, cpu-packed or bitsandbytes.",
     show_default="the fastest on this machine",
 )
 _DENSE_BITS = dense_bits("as they are", ("8", "6", "5"))
@@ -147,17 +146,17 @@ def convert(
     layout: Literal["cpu-packed", "bitsandbytes"] | None = _LAYOUT,
     dense_bits: str | None = _DENSE_BITS,
 ) -> None:
-    """Reorder a model's codes, or round its attention and head.
+    """Change the layout of a model, or round its attention and head.
 
-    The layout cpu-packed is the order that mixchat's CPU kernels read, the layout bitsandbytes the
-    order that a GPU reads. A model in the other layout runs too, but each expert is reordered
-    whenever it is loaded, which takes a CPU about a second. To reorder loses nothing.
+    A layout is an order of the quantized weights. CPUs read cpu-packed, and GPUs read bitsandbytes.
+    A model in the other layout runs, too, but then each expert is reordered whenever it is loaded,
+    which takes a CPU about a second. Changing the layout loses nothing.
 
     --dense-bits 8, 6 or 5 rounds attention and head from 16 bits, as 'mixchat download' does. The
     model gets smaller and faster, but only another download brings its 16 bits back.
 
-    Both flags together are one conversion. The disk holds one file twice meanwhile. After an
-    interruption the model runs, and the same command converts the rest.
+    The disk holds one file twice meanwhile. After an interruption the model still runs, and the
+    same command converts the rest.
     """
     from mixchat.weights import models
 
@@ -216,8 +215,7 @@ def _ask(question: str) -> None:
             "cannot ask for confirmation: standard input is not a terminal",
             hint="Use --yes to do it without asking.",
         )
-    if not confirmed(question):
-        raise typer.Abort
+    typer.confirm(one_line(question), abort=True, err=True)
 
 
 def _show(damages: list[Damage]) -> None:

@@ -38,7 +38,7 @@ class PlanFlags(load_flags.LoadFlags):
     )
     ctx_size: int | None = load_flags.CONTEXT_SIZE
     parallel: int = load_flags.parallel(1)
-    expert_bits: str | None = load_flags.BITS_OF_EXPERTS
+    expert_bits: str | None = load_flags.expert_bits("4")
     measure: bool = option("--measure", "Measure this machine again (20 s at most).")
     as_json: bool = load_flags.JSON
 
@@ -46,13 +46,13 @@ class PlanFlags(load_flags.LoadFlags):
 def plan(context: typer.Context, flags: PlanFlags) -> None:
     """Predict whether a model fits here, and how fast it runs.
 
-    Without a MODEL it also compares all known models, by arithmetic from the figures of one.
+    Without a MODEL, it plans the default model and compares it with all known ones. No weights
+    are downloaded.
 
-    The first plan measures the disk, memory and computing, and saves the figures with their date
-    in machine.json in the data directory (MIXCHAT_HOME). After a month they are measured again. If
-    other programs are busy, saved figures are used. Each speed is a range from the slowest of
-    several samples to the fastest. 'run --verbose' prints the predicted speed next to the measured
-    one.
+    The first plan measures the disk, memory and CPU or GPU, and saves the figures in machine.json
+    in the data directory (MIXCHAT_HOME). After a month they are measured again. If other programs
+    are busy, saved figures are used. Each speed is a range from the slowest of several samples to
+    the fastest. 'mixchat run --verbose' prints the predicted speed next to the measured one.
 
     --ram, --gpu, --disk-speed and --free-disk describe another machine. Everything else is taken
     from this machine, also the speed of the CPU. A GPU that cannot be measured here gets the speeds
@@ -92,13 +92,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
         if mix is not None:
             found = in_mix(found, mix)
         made = plan_machine(
-            found,
-            options,
-            reporter,
-            told=told,
-            others=others,
-            again=flags.measure,
-            catalog=catalog,
+            found, options, reporter, told=told, others=others, again=flags.measure, catalog=catalog
         )
         return PlanReport(found, made)
 

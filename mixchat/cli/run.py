@@ -10,7 +10,6 @@ import typer
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
-from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags, run_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.run_flags import RunFlags
@@ -19,11 +18,12 @@ from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
 from mixchat.experts.workers import torchrun
+from mixchat.serving.client.server_url import SERVER_PORT
 from mixchat.sessions.answer_lines import LineFiles, answer_file
 from mixchat.sessions.cache_file import checked_cache_file
 from mixchat.sessions.local_models import LocalModels
 from mixchat.sessions.open_chat import OpenChat, find_chat
-from mixchat.sessions.server_models import ServerModels
+from mixchat.sessions.server_models import ServerModels, is_served_here
 from mixchat.sessions.servers import serve_rank_0
 
 if TYPE_CHECKING:
@@ -38,14 +38,13 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     """Chat with a model, or print one answer to a PROMPT or a pipe.
 
     Piped text goes before the PROMPT. A PROMPT of - is the piped text alone, and </dev/null leaves
-    it out.
+    it out. 'mixchat run --server' asks a running 'mixchat serve'. Then -m names one of its models,
+    by default the first, and MIXCHAT_API_KEY holds its key.
 
-    With --server, -m names one of the server's models, by default the first, and MIXCHAT_API_KEY
-    holds the server's key.
-
-    A line of --jsonl may have an "id", and fields of requests to 'mixchat serve'. The answers come
-    in order, a JSON object a line. The same command with --resume-from resumes an interrupted run,
-    and tries failed lines again. The last answer of a line counts.
+    --jsonl answers a file of prompts, --parallel of them at once. A line may have an "id", and
+    fields of requests to 'mixchat serve'. The answers come in order, a JSON object a line. The same
+    command with --resume-from resumes an interrupted run, and tries failed lines again. If a line
+    has several answers then, the last one counts.
 
     After --resume or with --prompt-cache, a --seed gives the same answer again only with
     --exact-prompts. --trace and --prompt-cache replace an existing FILE only if mixchat wrote it.
@@ -57,7 +56,7 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     models = _models(flags, load, reporter)
     name = models.choose(flags.model if is_given(context, "model") else None, resumed)
     if torchrun.rank() and not flags.server:
-        serve_rank_0(name, load, reporter, say)
+        serve_rank_0(name, load, reporter)
         return
     size = models.context_of(name)
     try:
@@ -147,9 +146,6 @@ def _no_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
 
 def _note_server(model: str, reporter: TerminalReporter) -> None:
     """Tell of a server here that has the model."""
-    from mixchat.serving.client.local_server import is_served_here
-    from mixchat.serving.client.server_url import SERVER_PORT
-
     if not reporter.quiet and is_served_here(model):
         flag = f"--server 127.0.0.1:{SERVER_PORT}"
         reporter.note(f"a server with {model} is running: {flag} answers without loading it again")

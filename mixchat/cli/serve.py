@@ -28,7 +28,7 @@ class ServeFlags(LoadFlags):
     model: str = load_flags.MODEL_NAME
     host: str = option(
         "--host HOST",
-        "Address of this machine to listen at; any but loopback needs a key.",
+        "Address of this machine to listen at; any but localhost needs a key.",
         SERVER,
         "127.0.0.1",
     )
@@ -66,9 +66,14 @@ class ServeFlags(LoadFlags):
         "Process only once what prompts of several clients begin with.",
         SERVER,
         True,
+        show_default="on",
     )
     page: bool = option(
-        "--page/--no-page", "Show a chat in the browser at the server's address.", SERVER, True
+        "--page/--no-page",
+        "Show a chat in the browser at the server's address.",
+        SERVER,
+        True,
+        show_default="on",
     )
     swap: bool = option(
         "--swap",
@@ -91,13 +96,16 @@ class ServeFlags(LoadFlags):
 def serve(context: typer.Context, flags: ServeFlags) -> None:
     """Serve a model over HTTP, with the APIs of OpenAI and others.
 
-    Routes: /v1/chat/completions, /v1/responses and /v1/completions as OpenAI's, /v1/messages as
-    Anthropic's, /api/chat and /api/generate as Ollama's, /v1/models, /tokenize, /detokenize,
-    /health and /metrics. A browser gets a chat at /.
+    A browser gets a chat at http://127.0.0.1:11435. Programs get OpenAI's /v1/chat/completions,
+    /v1/responses and /v1/completions, Anthropic's /v1/messages, and Ollama's /api/chat and
+    /api/generate. There are also /v1/models, /tokenize, /detokenize, /health and /metrics.
 
-    Set the key from a file: MIXCHAT_API_KEY="$(cat FILE)". With a shared prefix, a client can
-    learn what others asked, from cached_tokens in an answer and from the time it takes. Ctrl-C or
-    SIGTERM lets running answers end, for 7 seconds at most.
+    To serve other machines, give an address with --host and a key in MIXCHAT_API_KEY, such as
+    MIXCHAT_API_KEY="$(cat FILE)". There is no TLS. The beginning that several prompts share is
+    processed once. A client can learn from the time and from cached_tokens what others asked,
+    unless there is --no-shared-prefix.
+
+    Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
     """
     # Exact prompts make an answer the same whoever else is served.
     load = load_flags.load_options(flags, exact_prompts=True)
@@ -116,7 +124,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
         sleep_after=None if flags.sleep_after is None else parse_duration(flags.sleep_after),
         keep_caches=flags.keep_cache,
     )
-    serve_http(flags.model, load, options, TerminalReporter(), say)
+    serve_http(flags.model, load, options, TerminalReporter())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +144,14 @@ class WorkerFlags(HolderFlags):
 def worker(context: typer.Context, flags: WorkerFlags) -> None:
     """Hold and compute experts for a chat on another machine.
 
-    The model has to be installed here, too. 'mixchat run --worker HOST' on the other machine then
-    uses the memory and the cores of both. Only those who have the key are served, one chat at a
-    time. What travels is encrypted with that key. 'torchrun -m mixchat run' starts both: rank 0
-    chats, the others are its workers.
+    'mixchat run --worker HOST' on the other machine then uses the memory and the cores of both. The
+    same model has to be installed on both. Make a key with --new-key once, and copy its file to
+    both. Only those who have the key are served, one chat at a time, and all traffic is encrypted
+    with it. 'torchrun -m mixchat run' starts a chat as rank 0, and workers as the other ranks.
     """
     options = load_flags.load_options(flags)
     if not flags.new_key:
-        serve_experts(flags.model, options, flags.listen, TerminalReporter(), say)
+        serve_experts(flags.model, options, flags.listen, TerminalReporter())
         return
     from mixchat.experts.workers.key_file import default_key_file, make_key_file
 

@@ -10,7 +10,7 @@
 - norm.py: the RMSNorm
 - attention.py: attention of a layer
 - rope.py: rotary position embedding
-- decoder.py: the blocks for one token, as programs of kernels
+- decoder.py: computes one token faster than model.py, with the same bits, by kernels
 - moe.py: the router, and the steps of experts
 - mlp.py: the dense part of a layer
 - kv_cache.py: keys and values of the tokens so far

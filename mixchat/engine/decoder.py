@@ -35,10 +35,14 @@ class Decoder:
         self._cache, self._runner = cache, blocks[-1].moe.runner
         self._context = SingleTokenContext(cache, hidden_size, dtype)
         dense = [*takewhile(lambda block: block.is_dense, blocks)]
-        first, *others = blocks[len(dense) :]
+        sparse = blocks[len(dense) :]
+        # The experts that the routers select, [layers, K].
+        self._selected = torch.empty(len(sparse), sparse[0].moe.choices, dtype=torch.int64)
         self._layers = [
-            _Layer(first, self._context, dense),
-            *(_Layer(block, self._context) for block in others),
+            _Layer(block, self._context, selected, () if number else dense)
+            for number, (block, selected) in enumerate(
+                zip(sparse, torch.split(self._selected, 1), strict=True)
+            )
         ]
         self._dense = len(dense)
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
@@ -69,8 +73,11 @@ class Decoder:
             stages = [stage for layer in layers for stage in layer.stages]
             self._programs[start, end] = Program(stages)
         self._programs[start, end].run()
-        for layer in layers:
-            layer.finish()
+        if resident:
+            selected = self._selected[start : start + len(resident)].tolist()
+            self._runner.note_hits(layers[0].keys[0].layer, selected)
+        if len(resident) < len(layers):
+            layers[-1].run_routed()
         return end
 
 
@@ -99,10 +106,14 @@ class _Layer:
     """The stages of dense layers, then of a layer, which may end with the router."""
 
     def __init__(
-        self, block: Block, context: SingleTokenContext, dense: Sequence[Block] = ()
+        self,
+        block: Block,
+        context: SingleTokenContext,
+        selected: torch.Tensor,
+        dense: Sequence[Block],
     ) -> None:
         self._block, self._context, self.keys = block, context, block.moe.keys
-        self._routing = block.moe.empty_routing()
+        self._routing = selected, torch.empty(selected.shape)
         before = [stage for other in dense for stage in other.dense_stages(context)]
         self._up_to_router = before + block.stages_up_to_router(self._routing, context)
         self.stages = self._up_to_router
@@ -125,9 +136,5 @@ class _Layer:
         self._experts = None if experts is None else weakref.ref(experts)
         return True
 
-    def finish(self) -> None:
-        if self._experts is not None:
-            selected = self._routing[0][0].tolist()
-            self._block.moe.runner.note_hits([self.keys[expert] for expert in selected])
-        else:
-            self._block.run_routed(self._routing, self._context)
+    def run_routed(self) -> None:
+        self._block.run_routed(self._routing, self._context)

@@ -36,9 +36,10 @@ class SparseMoE:
     def keys(self) -> list[ExpertKey]:
         return [ExpertKey(self._layer, expert) for expert in range(self._router.gate.shape[0])]
 
-    def empty_routing(self) -> Routing:
-        choices = self._router.choices
-        return torch.empty(1, choices, dtype=torch.int64), torch.empty(1, choices)
+    @property
+    def choices(self) -> int:
+        """Return K."""
+        return self._router.choices
 
     def router_stages(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
         """Return the router for one token as stages that fill `routing`."""

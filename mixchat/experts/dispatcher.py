@@ -62,10 +62,16 @@ class Dispatcher:
         workers: Sequence[WorkerExperts] = (),
         copies: Set[ExpertKey] = frozenset(),
     ) -> None:
-        self._devices, self.stats, self._owner = devices, stats, owner
+        self._devices, self._stats, self._owner = devices, stats, owner
         self._fetchers = [device.fetcher for device in devices]
         self._prefetch, self._workers, self._copies = prefetch, workers, copies
         self._note_workers()
+
+    @property
+    def stats(self) -> ExpertStats:
+        for fetcher in self._fetchers:
+            fetcher.count_hits()
+        return self._stats
 
     @property
     def slots(self) -> int:
@@ -140,8 +146,8 @@ class Dispatcher:
         is_alone = len(self._fetchers) == 1 and not self._workers
         return self._fetchers[0].resident(layers) if is_alone else ()
 
-    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
-        self._fetchers[0].note_hits(keys)
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
+        self._fetchers[0].note_hits(layer, selected)
 
     def run(
         self,
@@ -172,7 +178,7 @@ class Dispatcher:
         self._look_ahead(rows, predicted)
         self._finish(rows)
         failed = [key for worker, _ in sent for key in worker.finish(rows)]
-        self.stats.hits.update(key for _, keys in sent for key in keys if key not in failed)
+        self._stats.hits.update(key for _, keys in sent for key in keys if key not in failed)
         if failed:
             self._note_workers()
             self._begin(rows, failed)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Sequence, Set
 from contextlib import suppress
+from itertools import repeat
 
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
@@ -18,6 +19,7 @@ from mixchat.weights.format.expert import Expert
 
 RESIDENT, LOADING, MISSING = range(3)
 _MAX_PREFETCHES = 4  # at once
+_MAX_UNCOUNTED = 64  # tokens
 
 
 class Fetcher:
@@ -45,6 +47,7 @@ class Fetcher:
         self._fills: OrderedDict[ExpertKey, ExpertLoad] = OrderedDict()
         # The experts of layers of which all are held. They stay there while all experts fit.
         self._held_layers: dict[int, LayerExperts] = {}
+        self._uncounted: deque[tuple[int, Sequence[Sequence[int]]]] = deque()
 
     @property
     def slots(self) -> int:
@@ -131,15 +134,28 @@ class Fetcher:
             found.append(held[layer])
         return found
 
-    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
-        """Count uses of experts from `resident`, which may have left their slots since."""
-        self._passes.enter(keys[0].layer)
-        for key in keys:
-            self.stats.hits[key] += 1
-            self._cache.lookup(key)
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
+        self._uncounted.append((layer, selected))
+        if len(self._uncounted) >= _MAX_UNCOUNTED:
+            self.count_hits()
+
+    def count_hits(self) -> None:
+        """Count what `note_hits` was told, before the cache changes or somebody reads the counts.
+
+        Between two tokens, whose weights have emptied the processor's caches, this would take
+        several times as long.
+        """
+        while self._uncounted:
+            first, selected = self._uncounted.popleft()
+            for layer, experts in enumerate(selected, first):
+                self._passes.enter(layer)
+                for key in map(ExpertKey, repeat(layer), experts):
+                    self.stats.hits[key] += 1
+                    self._cache.lookup(key)  # it may have left its slot since
 
     def settle(self, layer: int, chosen: Collection[ExpertKey]) -> None:
         """Note a router's choice, and cancel the other prefetches of its layer."""
+        self.count_hits()
         self._passes.enter(layer)
         self.follow_memory()
         for key in self._prefetches:
@@ -166,6 +182,7 @@ class Fetcher:
 
     def request(self, window: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> None:
         """Start loading missing experts, until only slots of `window` and `pinned` are left."""
+        self.count_hits()
         for key in window:
             if self._reprioritize(key, REQUESTED):
                 self.stats.misses[key] += 1
@@ -218,6 +235,7 @@ class Fetcher:
     def resize(self, limit: int) -> None:
         """Hold no more than `limit` experts, and free the memory of the others."""
         if limit != self._cache.limit:
+            self.count_hits()
             self._held_layers.clear()
             self._end_fills()
             self._cache.resize(limit, pinned=self._loads)

@@ -46,8 +46,8 @@ class ExpertRunner(Protocol):
         While a layer's experts stay where they are, its list is the same each time.
         """
 
-    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
-        """Note uses of a layer's experts that `resident` has returned."""
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
+        """Note uses of experts that `resident` has returned, by layer, from this one on."""
 
 
 class ExpertHolder(ExpertRunner, Protocol):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -32,21 +31,6 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "mixchat-trace", 1
 _BEGINNING = f'{{"format":"{FORMAT}"'.encode()
 _COUNTS = ("layers", "experts", "experts_per_token")
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The routing of a run: `forwards[i][layer]` has the selected experts of that pass's tokens."""
-
-    model: str
-    layers: int
-    experts: int
-    experts_per_token: int
-    forwards: list[list[list[int]]]
-
-    def tokens(self, forward: list[list[int]]) -> int:
-        """Return the number of tokens. One is decode, more are prefill."""
-        return len(forward[0]) // self.experts_per_token
 
 
 def trace_file(path: Path) -> OutputFile:
@@ -135,5 +119,5 @@ class RecordingRunner:
         """Return none, because only `run` records."""
         return ()
 
-    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
         """Do nothing, because `resident` returns none."""

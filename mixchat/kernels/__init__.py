@@ -1,6 +1,6 @@
 """Vector code for CPUs, written in Python and compiled by LLVM on the machine that runs it.
 
-Read emit.py first, then units.py, tile.py and quantized_matmul.py.
+Codes are quantized weights. Read emit.py first, then units.py, tile.py and quantized_matmul.py.
 
 - emit.py: a small language for writing vector code in Python
 - arithmetic.py: functions that no single instruction computes

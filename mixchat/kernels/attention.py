@@ -14,16 +14,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from llvmlite import ir
 
 from mixchat.kernels.arithmetic import as_fp32, exponential, reduced, store_fp32
-from mixchat.kernels.compile import (
-    LANES,
-    Compiled,
-    InstructionSet,
-    compile_module,
-    instruction_set,
-)
+from mixchat.kernels.compile import compiled_here
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, vector
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, CacheShape, group_part
 from mixchat.kernels.program import Signature, Step, copy_of
@@ -81,7 +74,7 @@ def attend_steps(
         tokens=queries.shape[0],
         per_item=_rows(shape) // shape.shared,
     )
-    compiled = _compiled(shape, instruction_set(), queries.dtype == torch.bfloat16)
+    compiled = _compiled(shape, queries.dtype == torch.bfloat16)
     attend, merge = (compiled.function(name) for name in ("attend", "merge"))
     keeps = queries, parts, out
     return (
@@ -112,13 +105,10 @@ def _rows(shape: CacheShape) -> int:
     return max(_ROWS, shape.shared)
 
 
-@functools.cache
-def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    assert instructions is not None
-    module = ir.Module("attention")
-    _AttendKernel(module, shape, LANES[instructions], bf16).write()
-    _write_merge(module, shape, LANES[instructions], bf16)
-    return compile_module(module, instructions)
+@compiled_here
+def _compiled(module: Any, lanes: int, shape: CacheShape, bf16: bool) -> None:
+    _AttendKernel(module, shape, lanes, bf16).write()
+    _write_merge(module, shape, lanes, bf16)
 
 
 class _AttendKernel:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec
 
 import llvmlite.binding as llvm
 import torch
+from llvmlite import ir
 
 from mixchat.base import system
 from mixchat.kernels.object_cache import ObjectCache
@@ -17,6 +19,7 @@ from mixchat.kernels.threads import NativeFunction
 # Increase it if kernels change. Then old measurements and machine code are not used.
 KERNELS = 5
 InstructionSet = Literal["avx512", "avx2", "neon"]
+_P = ParamSpec("_P")
 # On some x86 CPUs LLVM would split vectors of 512 bits.
 _FULL_WIDTH = ",-prefer-256-bit"
 
@@ -115,6 +118,29 @@ class Compiled:
             address = self._engine.get_function_address(name)
             self._functions[name] = NativeFunction(address, owner=self._engine)
         return self._functions[name]
+
+
+def compiled_here(write: Callable[Concatenate[Any, int, _P], None]) -> Callable[_P, Compiled]:
+    """Decorate a function that writes a module for vectors of so many lanes, to compile the module.
+
+    That happens once for each set of instructions and of the other arguments, which have no names.
+    """
+    writer: Callable[..., None] = write
+
+    @functools.cache
+    def compiled(instructions: InstructionSet, *given: Any) -> Compiled:
+        module = ir.Module(write.__module__)
+        writer(module, LANES[instructions], *given)
+        return compile_module(module, instructions)
+
+    @functools.wraps(write)
+    def for_this_cpu(*given: _P.args, **named: _P.kwargs) -> Compiled:
+        instructions = instruction_set()
+        assert instructions is not None
+        assert not named
+        return compiled(instructions, *given)
+
+    return for_this_cpu
 
 
 def kernels_available() -> bool:

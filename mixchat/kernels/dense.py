@@ -8,25 +8,16 @@ N = tokens, R = rows (out features), C = columns (in features).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from llvmlite import ir
 from torch.nn import functional
 
 from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, reduced, store_fp32
-from mixchat.kernels.compile import (
-    LANES,
-    Compiled,
-    InstructionSet,
-    compile_module,
-    instruction_set,
-    multiplies_bf16,
-)
+from mixchat.kernels.compile import compiled_here, multiplies_bf16
 from mixchat.kernels.emit import Function, Value, f32, vector
 from mixchat.kernels.program import Signature
 
@@ -98,21 +89,17 @@ def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         tokens=flat.shape[0],
         chunk=max(8, _X_BYTES // (x.element_size() * columns)),
     )
-    compiled = _compiled(instruction_set(), x.dtype == torch.bfloat16)
-    compiled.function("multiply").run(numbers, torch.get_num_threads())
+    multiply = _compiled(x.dtype == torch.bfloat16).function("multiply")
+    multiply.run(numbers, torch.get_num_threads())
     return out
 
 
-@functools.cache
-def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    assert instructions is not None
-    module = ir.Module("dense")
-    lanes = LANES[instructions]
+@compiled_here
+def _compiled(module: Any, lanes: int, bf16: bool) -> None:
     # Rows and tokens that are computed at once, the most first, as registers allow.
     heights, widths = ((8, 1), (3, 1)) if lanes == 16 else ((4, 1), (2, 1))
     tiles = [[_DenseTile(module, lanes, bf16, rows, width) for width in widths] for rows in heights]
     _write_multiply(module, tiles)
-    return compile_module(module, instructions)
 
 
 class _DenseTile:

@@ -16,17 +16,15 @@ T = new tokens, P = tokens before them, H = heads, G = groups, h = head_dim.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from llvmlite import ir
 
 from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16
-from mixchat.kernels.compile import Compiled, InstructionSet, compile_module, instruction_set
+from mixchat.kernels.compile import compiled_here
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i8, i32, i64
 from mixchat.kernels.program import Arguments, Signature, Step
 
@@ -96,9 +94,9 @@ def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor) -> S
     """Return `store` as a step. The address `pages` and `past` are still to be set."""
     tokens = keys.shape[0]
     numbers = _SIGNATURE.numbers(keys=keys.data_ptr(), values=values.data_ptr(), tokens=tokens)
-    compiled = _compiled(shape, instruction_set(), keys.dtype == torch.bfloat16)
+    function = _compiled(shape, keys.dtype == torch.bfloat16).function("store")
     threads = 1 if tokens == 1 else None
-    return Step(compiled.function("store"), _SIGNATURE, numbers, (keys, values), threads)
+    return Step(function, _SIGNATURE, numbers, (keys, values), threads)
 
 
 def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) -> Pointer:
@@ -107,12 +105,9 @@ def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) 
     return given.function.address(page + group * shape.group_bytes)
 
 
-@functools.cache
-def _compiled(shape: CacheShape, instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    assert instructions is not None
-    module = ir.Module("pages")
+@compiled_here
+def _compiled(module: Any, lanes: int, shape: CacheShape, bf16: bool) -> None:
     _StoreKernel(module, shape, bf16).write()
-    return compile_module(module, instructions)
 
 
 class _StoreKernel:

@@ -7,17 +7,15 @@ prepared once.
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from llvmlite import ir
 
 from mixchat.kernels import threads
-from mixchat.kernels.compile import Compiled, compile_module, instruction_set
+from mixchat.kernels.compile import compiled_here, instruction_set
 from mixchat.kernels.emit import Function, Pointer, Value, i32, i64, void
 from mixchat.kernels.threads import NativeFunction
 
@@ -189,19 +187,15 @@ def _ends(stages: Sequence[Stage]) -> list[list[int]]:
     return ends
 
 
-@functools.cache
-def _compiled() -> Compiled:
-    instructions = instruction_set()
-    assert instructions is not None
-    module = ir.Module("program")
+@compiled_here
+def _compiled(module: Any, lanes: int) -> None:
     _Walk(module).write()
-    return compile_module(module, instructions)
 
 
 class _Walk:
     """The function `walk`, in which each thread goes through all stages."""
 
-    def __init__(self, module: ir.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self._function = Function(module, "walk")
         self._given = _SIGNATURE.read_by(self._function)
 

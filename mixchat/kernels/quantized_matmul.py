@@ -23,15 +23,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from llvmlite import ir
 
 from mixchat.kernels.arithmetic import as_fp32
-from mixchat.kernels.compile import (
-    Compiled,
-    InstructionSet,
-    compile_module,
-    instruction_set,
-)
+from mixchat.kernels.compile import compiled_here, instruction_set
 from mixchat.kernels.emit import Function, Value, f32, i32, vector
 from mixchat.kernels.program import Arguments, Step, copy_of
 from mixchat.kernels.tile import SIGNATURE, DecodedTile, Tile, write_decode
@@ -111,7 +105,7 @@ def quantized_matmul_steps(
         decoded=start + blocks * (8 + block * size),
         slots=slots,
     )
-    compiled = _compiled(instructions, unit, bf16, bias is not None)
+    compiled = _compiled(unit, bf16, bias is not None)
     round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
     keeps = flat, levels, out, scratch
     return (
@@ -149,9 +143,8 @@ def _run_length(bands: int, band_bytes: int) -> int:
     return max(1, min(most, _STREAM_BYTES // band_bytes))
 
 
-@functools.cache
-def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool, biased: bool) -> Compiled:
-    module = ir.Module("quantized_matmul")
+@compiled_here
+def _compiled(module: Any, lanes: int, unit: type[Unit], bf16: bool, biased: bool) -> None:
     _write_round_x(module, unit, bf16)
     wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
     if issubclass(unit, Trellis):
@@ -163,7 +156,6 @@ def _compiled(instructions: InstructionSet, unit: type[Unit], bf16: bool, biased
     else:
         plain = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
         _write_multiply(module, unit, wide, plain[-1], _Tokens(plain))
-    return compile_module(module, instructions)
 
 
 def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:

@@ -5,7 +5,6 @@ T = tokens, D = columns, E = experts, K = experts of a token.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +15,7 @@ from torch.nn import functional
 
 from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, exponential, sigmoid
-from mixchat.kernels.compile import LANES, Compiled, InstructionSet, compile_module, instruction_set
+from mixchat.kernels.compile import compiled_here
 from mixchat.kernels.emit import Function, Value, f32, i64, vector
 from mixchat.kernels.program import Signature, Step, copy_of, fp32_bits
 
@@ -132,7 +131,7 @@ class Router:
             scaling=fp32_bits(self.scaling),
         )
         bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
-        compiled = _compiled(instruction_set(), *bf16, self.bias is not None, self._scores)
+        compiled = _compiled(*bf16, self.bias is not None, self._scores)
         keeps = (x, self.gate, self.bias, correction, experts, weights, logits, ranks)
         score, choose = (compiled.function(name) for name in ("score", "choose"))
         threads = 1 if tokens <= _FEW else None
@@ -155,24 +154,22 @@ def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tens
         choices=targets.shape[0],
         columns=targets.shape[1],
     )
-    function = _compiled(instruction_set(), False, False, False, None).function("look_up")
+    function = _compiled(False, False, False, None).function("look_up")
     return Step(function, _LOOK_UP, numbers, (experts, table, targets), threads=1)
 
 
-@functools.cache
+@compiled_here
 def _compiled(
-    instructions: InstructionSet | None,
+    module: ir.Module,
+    lanes: int,
     x_bf16: bool,
     gate_bf16: bool,
     biased: bool,
     scores: Scoring | None,
-) -> Compiled:
-    assert instructions is not None
-    module = ir.Module("router")
-    _Score(module, LANES[instructions], x_bf16, gate_bf16, biased).write()
+) -> None:
+    _Score(module, lanes, x_bf16, gate_bf16, biased).write()
     (_Choose(module) if scores is None else _ChooseByScores(module, scores)).write()
     _write_look_up(module)
-    return compile_module(module, instructions)
 
 
 def _write_look_up(module: ir.Module) -> None:

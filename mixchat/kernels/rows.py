@@ -8,7 +8,6 @@ T = tokens, D = columns, K = experts of a token, h = head_dim.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -17,13 +16,7 @@ from llvmlite import ir
 from torch.nn import functional
 
 from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16, sigmoid, store_fp32
-from mixchat.kernels.compile import (
-    LANES,
-    Compiled,
-    InstructionSet,
-    compile_module,
-    instruction_set,
-)
+from mixchat.kernels.compile import LANES, compiled_here, instruction_set
 from mixchat.kernels.emit import Function, Pointer, Value, f32, vector
 from mixchat.kernels.program import Signature, Step, fp32_bits
 
@@ -172,19 +165,16 @@ def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
 def _step(
     name: str, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor, **given: int
 ) -> Step:
-    function = _compiled(instruction_set(), out.dtype == torch.bfloat16).function(name)
+    function = _compiled(out.dtype == torch.bfloat16).function(name)
     numbers = _SIGNATURE.numbers(x=x.data_ptr(), out=out.data_ptr(), tokens=out.shape[0], **given)
     threads = 1 if out.numel() <= _FEW else None
     return Step(function, _SIGNATURE, numbers, (x, out, *others), threads)
 
 
-@functools.cache
-def _compiled(instructions: InstructionSet | None, bf16: bool) -> Compiled:
-    assert instructions is not None
-    module = ir.Module("rows")
+@compiled_here
+def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
     for kind in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _LimitedSwiglu, _WeightedSum, _Add):
-        kind(module, LANES[instructions], bf16).write()
-    return compile_module(module, instructions)
+        kind(module, lanes, bf16).write()
 
 
 class _Rows(ABC):

@@ -14,12 +14,8 @@ class NativeFunction:
     """A compiled function, which takes a pointer. The code lives as long as `owner`."""
 
     def __init__(self, address: int, owner: object) -> None:
-        self._address, self._owner = address, owner
+        self.address, self._owner = address, owner
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-
-    @property
-    def address(self) -> int:
-        return self._address
 
     def run(self, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:
         """Call it from `threads` threads with the address of `arguments`. Wait for all of them."""
@@ -29,7 +25,7 @@ class NativeFunction:
             return
         library = _library()
         if library is not None:
-            library.GOMP_parallel(self._address, where, threads, 0)
+            library.GOMP_parallel(self.address, where, threads, 0)
             return
         others = [_pool(threads - 1).submit(self._call, where) for _ in range(threads - 1)]
         self._call(where)

@@ -13,13 +13,11 @@ N = columns of bands, L = lanes, R = RING rows.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from llvmlite import ir
 from torch.nn import functional
 
-from mixchat.kernels.compile import LANES, Compiled, compile_module, instruction_set
+from mixchat.kernels.compile import LANES, compiled_here, instruction_set
 from mixchat.kernels.emit import Function, Pointer, Value, f32, i16, i32, i64, vector
 from mixchat.kernels.program import Signature, Step
 from mixchat.kernels.trellis_units import FACTOR, RING, SUBSET_BITS, WINDOW
@@ -57,17 +55,13 @@ def encode_trellis(
     names = ("x", "weights", "levels", "codes", "chosen")
     given = {name: one.data_ptr() for name, one in zip(names, tensors, strict=True)}
     numbers = _SIGNATURE.numbers(**given, count=padded)
-    Step(_compiled(lanes, planes).function("encode"), _SIGNATURE, numbers, tensors).run()
+    Step(_compiled(planes).function("encode"), _SIGNATURE, numbers, tensors).run()
     return codes[:count], chosen[:count]
 
 
-@functools.cache
-def _compiled(lanes: int, planes: int) -> Compiled:
-    instructions = instruction_set()
-    assert instructions is not None
-    module = ir.Module("trellis_encode")
+@compiled_here
+def _compiled(module: ir.Module, lanes: int, planes: int) -> None:
     _Encode(module, lanes, planes).write()
-    return compile_module(module, instructions)
 
 
 class _Encode:

@@ -1,4 +1,4 @@
-"""The composition root, which builds engines, workers and plans.
+"""Builds engines, workers and plans out of the parts of all rooms below.
 
 - loader.py: builds an engine out of an installed model, a device and options
 - workers.py: connects to workers, and divides the experts among them and this machine

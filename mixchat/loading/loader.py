@@ -38,7 +38,7 @@ from mixchat.planning.torch_threads import choose_threads
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.matrix.quant_type import DenseLinear, Linear
+from mixchat.weights.matrix.quant_type import Linear, dense_linear
 
 Wrap = Callable[[ExpertRunner], ExpertRunner]
 
@@ -238,7 +238,7 @@ def _embedding_and_head(
     stored = installed.blueprint
     if stored.head is None or used.head is None:
         table = installed.tensor(stored.embedding).to(device)
-        head: Linear = DenseLinear(table)
+        head = dense_linear(table)
         return lambda ids: functional.embedding(ids.to(device, non_blocking=True), table), head
     head = installed.linear(used.head, device)
     return lambda ids: installed.rows(stored.embedding, ids).to(device, non_blocking=True), head

@@ -22,14 +22,7 @@ from mixchat.planning.fitting import MemoryPlan, expected_mix, fit_model, has_bi
 from mixchat.planning.hardware import Machine, ToldMachine
 from mixchat.planning.machine_speeds import BUSY, Measurement
 from mixchat.planning.measuring import measure_machine, measuring_ends, saved_measurement
-from mixchat.planning.plan import (
-    MachinePlan,
-    Variant,
-    fit_known,
-    plan_model,
-    plan_variant,
-    scaled,
-)
+from mixchat.planning.plan import MachinePlan, Variant, fit_known, plan_model, plan_variant, scaled
 from mixchat.planning.torch_threads import choose_threads
 from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.blueprint import Blueprint

@@ -247,7 +247,7 @@ class _PoolRunner:
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
         return [self._held(len(keys)) for keys in layers if self._pool]
 
-    def note_hits(self, keys: Sequence[ExpertKey]) -> None: ...
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None: ...
 
     def _expert(self, number: int) -> Expert:
         return self._pool[(self._start + number) % len(self._pool)]

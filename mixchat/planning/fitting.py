@@ -30,13 +30,7 @@ from mixchat.experts.placement import (
     reserve_of,
 )
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.make.mix import (
-    budget_of,
-    choose_mix,
-    equal_sensitivities,
-    mixed,
-    usual_type,
-)
+from mixchat.weights.make.mix import budget_of, choose_mix, equal_sensitivities, mixed, usual_type
 
 _SAME = 0.02  # of the bytes of experts, which steps from layer to layer leave over
 Tier = Literal["host", "device"]

@@ -66,8 +66,8 @@ def spread_model(
     on_workers = frozenset(chain(*there))
     held_here = min(held_together(blueprint, device, placement), len(here))
     loads = layer_loads(config, [here, *there])
-    hit_rate = expected_hit_rate(config, sum(placement.by_device), here)
-    host_hit_rate = expected_hit_rate(config, held_here, here)
+    hit_rate = expected_hit_rate(config, sum(placement.by_device), len(here))
+    host_hit_rate = expected_hit_rate(config, held_here, len(here))
     size, name = size_of(blueprint), str(device)
     costs = [
         spread_cost(size, speeds, name, loads, offers, hit_rate, host_hit_rate)

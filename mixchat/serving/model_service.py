@@ -63,7 +63,6 @@ class ModelService:
         self.most_jobs: int = len(self._engine.sequences) + queue
 
     def submit(self, *jobs: tuple[Job, Sink]) -> Callable[[], None]:
-        """Queue jobs as `Service.submit` does."""
         for job, _ in jobs:
             self._engine.longest_answer(job.prompt_ids, job.max_tokens)
         new = [RunningJob(job, sink, self.tokenizer, self.context.tokens) for job, sink in jobs]
@@ -180,19 +179,20 @@ class ModelService:
 
     def _step(self, engine: Engine, batch: Batch) -> None:
         changed = batch.step() if batch.size else []
-        experts = engine.experts.stats
+        reports = [(job, job.report()) for job in self._running if job.answer in changed]
+        ended = [(job, last) for job, last in reports if last is not None]
         with self._changed:
-            self._ended_stats = replace(
-                self._ended_stats,
-                busy_seconds=engine.passes.total_seconds,
-                expert_hits=experts.hits.total(),
-                expert_misses=experts.misses.total(),
-                bytes_moved=experts.bytes_moved,
-            )
-        for job in [job for job in self._running if job.answer in changed]:
-            last = job.report()
-            if last is not None:
-                self._end(job, last)
+            self._ended_stats = replace(self._ended_stats, busy_seconds=engine.passes.total_seconds)
+            if ended:  # for each token it would take too long
+                experts = engine.experts.stats
+                self._ended_stats = replace(
+                    self._ended_stats,
+                    expert_hits=experts.hits.total(),
+                    expert_misses=experts.misses.total(),
+                    bytes_moved=experts.bytes_moved,
+                )
+        for job, last in ended:
+            self._end(job, last)
 
     def _end(self, job: RunningJob, last: Done | Failed) -> None:
         with self._changed:

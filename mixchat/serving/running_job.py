@@ -92,7 +92,6 @@ class RunningJob:
         return self.done(self._text.reason) if answer.has_ended else None
 
     def done(self, reason: Reason) -> Done:
-        """Return the event of an answer that has ended."""
         self._constraint = None  # whose process ends with it
         if self.answer is None:
             return Done(reason, len(self._job.prompt_ids), 0, 0)

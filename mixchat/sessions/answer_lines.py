@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.files import MAX_SIZE, open_regular, write_all, write_error
 from mixchat.base.lock import lock_open_file
+from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Note, Reporter
 from mixchat.chat.printing import show
-from mixchat.sessions.provider import ChatOptions, ModelProvider
+from mixchat.sessions.provider import ModelProvider
 
 if TYPE_CHECKING:
     from mixchat.serving.requests.lines import Line
@@ -72,7 +73,6 @@ class Answers:
         self.failed: set[int] = set()
 
     def want(self, number: int) -> bool:
-        """Return whether a line has to be answered."""
         return True
 
     def write(self, answer: dict[str, Any]) -> None:

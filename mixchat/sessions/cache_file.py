@@ -1,21 +1,24 @@
-"""Saves the engine's KV cache in a file for the next run."""
+"""Saves KV caches in files, a chat's for the next run, a server's while its model is not loaded."""
 
 from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError, MixchatError
+from mixchat.base.files import write_error
 from mixchat.base.output_file import OutputFile
-from mixchat.base.progress import Reporter
+from mixchat.base.progress import Note, Reporter
 from mixchat.base.sanitize import sanitize
+from mixchat.base.settings import server_caches_dir
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.engine.generate import Engine
     from mixchat.engine.prompt_cache import PromptCache
 
 # The start of such a file after 8 bytes with its header's length (engine/prompt_cache.py).
@@ -128,6 +131,49 @@ class CacheSaver:
             self._path.unlink(missing_ok=True)
             return False
         return True
+
+
+class ServerCaches:
+    """A file for each KV cache of a model's engine, which only this person can read.
+
+    `key` is the name of the model's directory. A file that cannot be used or written is told to
+    `note`, and costs a prompt's computation.
+    """
+
+    def __init__(self, key: str, note: Note) -> None:
+        self._directory, self._note = server_caches_dir(key), note
+        self._caches: list[PromptCache] = []
+
+    def load(self, engine: Engine) -> None:
+        from mixchat.engine.prompt_cache import PromptCache
+
+        self._caches = [
+            PromptCache(self._directory / f"{number}.kv", engine, number)
+            for number in range(len(engine.sequences))
+        ]
+        for cache in self._caches:
+            try:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    cache.path.lstat()
+                    cache.load()
+            except MixchatError as error:
+                self._note(f"{error}; it will be written again")
+            except OSError as error:
+                self._note(f"KV caches cannot be read: {cache.path} ({error.strerror})")
+                return  # the next one lies in the same directory
+
+    def save(self, engine: Engine) -> None:
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            self._note(str(write_error(error, self._directory, "KV caches cannot be saved")))
+            return
+        for cache in self._caches:
+            try:
+                cache.save()
+            except MixchatError as error:
+                self._note(str(error))
+                return  # the disk is full, so the next one would fail, too
 
 
 def _output(path: Path) -> OutputFile:

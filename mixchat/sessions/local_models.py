@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError, UsageError
 from mixchat.base.model_config import DEFAULT_TOKENS, Context
-from mixchat.base.options import LoadOptions
+from mixchat.base.options import ChatOptions, LoadOptions
 from mixchat.base.progress import Reporter
+from mixchat.serving.client.server_url import SERVER_IDENTITY
 from mixchat.sessions.cache_file import CacheSaver
 from mixchat.sessions.opening import find_or_build, open_service, open_session
-from mixchat.sessions.provider import ChatOptions, Predictor
+from mixchat.sessions.provider import Predictor
 from mixchat.weights.families.read_config import read_config_file
 
 if TYPE_CHECKING:
@@ -47,14 +48,11 @@ class LocalModels:
 
     def choose(self, given: str | None, resumed: SavedChat | None) -> str:
         """Return a model. The usual one continues a server's chat whose model is unknown here."""
-        from mixchat.serving.client.server_backend import ServerBackend
         from mixchat.weights.models import is_model
 
         if given is not None:
             return given
-        if resumed is None or (
-            resumed.identity == ServerBackend.identity and not is_model(resumed.model)
-        ):
+        if resumed is None or (resumed.identity == SERVER_IDENTITY and not is_model(resumed.model)):
             return self._usual
         return resumed.model
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from mixchat.base import interrupts
 from mixchat.base.errors import ChatNotFoundError, MixchatError, ModelNotFoundError, ResourceError
+from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.settings import data_dir
-from mixchat.sessions.provider import ChatOptions, ModelProvider, Predictor
+from mixchat.sessions.provider import ModelProvider, Predictor
 
 if TYPE_CHECKING:
     from pathlib import Path

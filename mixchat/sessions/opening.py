@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.errors import ModelNotFoundError
 from mixchat.base.model_config import advised_length, advised_sampling
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
 from mixchat.base.progress import Reporter
 from mixchat.chat.parameters import with_numbers
 from mixchat.engine.environment import prepare_environment
-from mixchat.sessions.provider import ChatOptions, new_session
+from mixchat.sessions.cache_file import ServerCaches
 
 if TYPE_CHECKING:
     from mixchat.chat.session import ChatSession
@@ -62,6 +62,7 @@ def open_session(
     """Return a session with a model."""
     with _opened(name, reporter) as model:
         from mixchat.chat.engine_backend import EngineBackend
+        from mixchat.chat.session import ChatSession
         from mixchat.loading.loader import build_engine
         from mixchat.text.form.constraint import ConstraintCompiler
 
@@ -75,7 +76,7 @@ def open_session(
             advised_tokens=model.max_tokens,
             form=compiled,
         )
-        return new_session(backend, options, resolve_sampling(options.sampling, model.sampling))
+        return ChatSession(backend, resolve_sampling(options.sampling, model.sampling), options)
 
 
 def open_service(
@@ -98,11 +99,8 @@ def open_service(
         from mixchat.serving.model_service import ModelService
         from mixchat.serving.requests.options import Defaults
 
-        caches = None
-        if keep_caches:
-            from mixchat.sessions.server_caches import ServerCaches
-
-            caches = ServerCaches(model.files.directory.name, reporter.note)
+        key = model.files.directory.name
+        caches = ServerCaches(key, reporter.note) if keep_caches else None
 
         def build() -> Engine:
             engine = build_engine(model.files, load, reporter.note)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mixchat.base.model_config import Context
-from mixchat.base.options import RequestedSampling, SamplingOptions
 
 if TYPE_CHECKING:
-    from mixchat.chat.backend import Backend, Overflow, Think
+    from mixchat.base.options import ChatOptions
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
@@ -20,38 +18,6 @@ if TYPE_CHECKING:
     from mixchat.serving.requests.lines import Begin
 
 Predictor = Callable[[], "Prediction | None"]  # of a loaded model's speed, None if unknown
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """The options of a run's answers. None leaves one to the model or the server.
-
-    `sampling` is by the Python names of `SAMPLING`.
-    """
-
-    sampling: Mapping[str, float | None]
-    system: str | None = None
-    max_tokens: int | None = None
-    stop: Sequence[str] = ()
-    overflow: Overflow = "stop"
-    think: Think = "show"
-
-
-def new_session(
-    backend: Backend, options: ChatOptions, sampling: SamplingOptions | RequestedSampling
-) -> ChatSession:
-    """Return a session that `backend` answers, with this sampling."""
-    from mixchat.chat.session import ChatSession
-
-    return ChatSession(
-        backend,
-        system=options.system,
-        sampling=sampling,
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        overflow=options.overflow,
-        think=options.think,
-    )
 
 
 class ModelProvider(Protocol):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from socket import create_connection
 from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
-from mixchat.base.options import RequestedSampling
-from mixchat.base.progress import Reporter
+from mixchat.base.options import ChatOptions, RequestedSampling
+from mixchat.base.progress import Reporter, in_background
 from mixchat.chat.parameters import with_numbers
-from mixchat.serving.client.server_url import ServerURL
-from mixchat.sessions.provider import ChatOptions, Predictor, new_session
+from mixchat.serving.client.server_url import SERVER_PORT, ServerURL
+from mixchat.sessions.provider import Predictor
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
@@ -25,6 +27,25 @@ if TYPE_CHECKING:
     from mixchat.text.form.output_constraint import OutputConstraint
 
 KEY_VARIABLE = "MIXCHAT_API_KEY"
+_GLANCE_S = 0.05
+
+
+def is_served_here(model: str) -> bool:
+    """Return whether a server at the usual port here has this model, within 50 ms.
+
+    No key is sent, because any user's program may listen there.
+    """
+    try:  # before the library for HTTP is imported, which takes longer
+        create_connection(("127.0.0.1", SERVER_PORT), _GLANCE_S).close()
+    except OSError:
+        return False
+    from mixchat.serving.client.server_client import ServerClient
+
+    models = in_background(ServerClient(ServerURL.parse(f"127.0.0.1:{SERVER_PORT}")).models)
+    wait([models], _GLANCE_S)
+    if not models.done() or models.exception() is not None:
+        return False
+    return any(listed.name == model for listed in models.result())
 
 
 class ServerModels:
@@ -61,8 +82,10 @@ class ServerModels:
 
     def open(self, name: str, options: ChatOptions) -> ChatSession:
         """Return a session with a model, which need not be listed."""
+        from mixchat.chat.session import ChatSession
+
         sampling = with_numbers(RequestedSampling(), options.sampling)
-        return new_session(self._backend(name), options, sampling)
+        return ChatSession(self._backend(name), sampling, options)
 
     @contextmanager
     def lines(

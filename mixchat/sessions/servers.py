@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
+from mixchat.chat.printing import say
 from mixchat.engine.environment import prepare_environment
 from mixchat.sessions.local_models import LocalModels
 from mixchat.sessions.opening import find_or_build, open_service
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from mixchat.experts.workers.server import Server
     from mixchat.serving.requests.options import LoadedModel
     from mixchat.serving.web.served_models import ServedModels
-
-Say = Callable[[str], None]  # prints a line for a person
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,7 @@ class ServeOptions:
     keep_caches: bool
 
 
-def serve_http(
-    model: str, load: LoadOptions, options: ServeOptions, reporter: Reporter, say: Say
-) -> None:
+def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: Reporter) -> None:
     """Serve a model over HTTP until a signal. The port is taken before the model loads."""
     from mixchat.serving.web.access import Access, bind, find_address, is_loopback, url_of
 
@@ -86,25 +83,25 @@ def _served_models(
     return ServedModels(first, open_model, others=others, sleep_after=options.sleep_after)
 
 
-def serve_experts(model: str, load: LoadOptions, listen: str, reporter: Reporter, say: Say) -> None:
+def serve_experts(model: str, load: LoadOptions, listen: str, reporter: Reporter) -> None:
     """Serve a model's experts to one chat after another until Ctrl-C."""
-    with _expert_server(model, load, listen, reporter, say) as (server, address):
+    with _expert_server(model, load, listen, reporter) as (server, address):
         say(f"{address}: ready for a chat; Ctrl-C ends it")
         server.serve()
 
 
-def serve_rank_0(model: str, load: LoadOptions, reporter: Reporter, say: Say) -> None:
+def serve_rank_0(model: str, load: LoadOptions, reporter: Reporter) -> None:
     """Serve experts to torchrun's rank 0 until it ends."""
     from mixchat.experts.workers import torchrun
 
     listen = torchrun.local_address()
-    with _expert_server(model, load, listen, reporter, say) as (server, address):
+    with _expert_server(model, load, listen, reporter) as (server, address):
         server.serve(over=torchrun.publish(address))
 
 
 @contextmanager
 def _expert_server(
-    model: str, load: LoadOptions, listen: str, reporter: Reporter, say: Say
+    model: str, load: LoadOptions, listen: str, reporter: Reporter
 ) -> Iterator[tuple[Server, str]]:
     from mixchat.experts.workers.address import resolve
     from mixchat.experts.workers.key_file import default_key_file, read_key_file

@@ -55,7 +55,6 @@ class CheckpointText:
             return _SandboxedTemplate(self._sandbox, self._both_subject, facts, eos_token_ids)
 
     def close(self) -> None:
-        """End the sandbox."""
         self._sandbox.close()
 
 
@@ -73,12 +72,11 @@ class _Sandboxed:
 
 
 class _SandboxedTokenizer(_Sandboxed):
-    """A `Tokenizer` that runs in the sandbox."""
-
     def __init__(self, sandbox: Sandbox, subject: str, facts: Any) -> None:
         super().__init__(sandbox, subject)
         self.vocab_size = int(facts["vocab_size"])
-        self.bos_id, self.eos_id = (_optional_int(facts[name]) for name in ("bos_id", "eos_id"))
+        ids = (facts[name] for name in ("bos_id", "eos_id"))
+        self.bos_id, self.eos_id = (None if i is None else int(i) for i in ids)
         self.adds_bos = bool(facts["adds_bos"])
         self.control_tokens: Mapping[str, int] = {
             str(token): int(i) for token, i in facts["control_tokens"].items()
@@ -102,8 +100,6 @@ class _SandboxedTokenizer(_Sandboxed):
 
 
 class _SandboxedTemplate(_Sandboxed):
-    """A `Template` that runs in the sandbox."""
-
     def __init__(
         self, sandbox: Sandbox, subject: str, facts: Any, eos_token_ids: Collection[int]
     ) -> None:
@@ -136,7 +132,3 @@ def _checked_ids(value: Any, subject: str) -> list[int]:
     if isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0:
         return value
     raise unusable(subject)
-
-
-def _optional_int(value: Any) -> int | None:
-    return None if value is None else int(value)

@@ -10,13 +10,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from mixchat.base.errors import CheckpointError, PromptError, short_message
-from mixchat.text.messages import (
-    Message,
-    Variables,
-    as_parts,
-    require_question,
-    system_in_first_question,
-)
+from mixchat.text.messages import Message, Variables, as_parts, require_question, system_in_question
 from mixchat.text.thinking import format_of
 from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import ChatTemplate
@@ -81,7 +75,7 @@ class JinjaTemplate:
         """Encode as `Template` says. Raises `CheckpointError` if the template itself fails."""
         require_question(messages)
         if any(m.role == "system" for m in messages) and not self._takes_system:
-            messages = system_in_first_question(messages)
+            messages = system_in_question(messages)
         if self.tools is not None:
             messages = self._with_its_calls(messages, self.tools)
         offered = [self._description(tool) for tool in tools]
@@ -89,9 +83,7 @@ class JinjaTemplate:
         used = self._reserved.union(*(message.content for message in messages), extras)
         cover = _Cover(self._tokenizer.control_tokens, used)
         text = self._render(
-            list(map(cover.message, messages)),
-            variables,
-            cover.value(offered) or None,
+            list(map(cover.message, messages)), variables, cover.value(offered) or None
         )
         return self._tokenizer.encode_template(text, cover.inserts)
 

@@ -72,20 +72,11 @@ def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
     return "\n\n".join(system), [m for m in messages if m.role != "system"]
 
 
-def system_in_first_question(messages: Sequence[Message]) -> list[Message]:
-    """Return the conversation with its system text in front of the first question.
+def system_in_question(messages: Sequence[Message], number: int = 0) -> list[Message]:
+    """Return the conversation with its system text in its first question, or in its last (-1).
 
-    Mistral's own first format does so. It also serves a template that has no system role.
+    Mistral's own formats do so. It also serves a template that has no system role.
     """
-    return _system_in_question(messages, 0)
-
-
-def system_in_last_question(messages: Sequence[Message]) -> list[Message]:
-    """Return the conversation with its system text in front of the last question."""
-    return _system_in_question(messages, -1)
-
-
-def _system_in_question(messages: Sequence[Message], number: int) -> list[Message]:
     system, rest = split_system(messages)
     questions = [i for i, message in enumerate(rest) if message.role == "user"]
     if system and questions:

@@ -145,8 +145,6 @@ class Sandbox:
 
 
 class _Child:
-    """A child process, from its start to its end."""
-
     def __init__(self, command: tuple[str, str], opening: Sequence[SandboxCall]) -> None:
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         process, channel = system.start_with_socket(

@@ -166,7 +166,6 @@ _CONTROL = b"\x18\x03"  # field 3, varint, type CONTROL
 
 
 def _piece_types(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield each piece's id and type."""
     for index, (_, start, end) in enumerate(_pieces(data)):
         kind = 1  # NORMAL
         for number, _, value, value_end in _fields(data, start, end):

@@ -12,8 +12,7 @@ from mixchat.text.messages import (
     Variables,
     require_question,
     split_system,
-    system_in_first_question,
-    system_in_last_question,
+    system_in_question,
 )
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import Insert, Tokenizer
@@ -38,7 +37,6 @@ class Template(Protocol):
         takes neither tools nor calls (see `in_plain_text`). Raises `PromptError` if the template
         cannot express the conversation.
         """
-        ...
 
 
 class InstructTemplate:
@@ -67,8 +65,7 @@ class InstructTemplate:
         self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
         require_question(messages)
-        place_system = system_in_first_question if self._is_first else system_in_last_question
-        placed = place_system(MISTRAL.with_its_ids(messages))
+        placed = system_in_question(MISTRAL.with_its_ids(messages), 0 if self._is_first else -1)
         last_question = max(i for i, message in enumerate(placed) if message.role == "user")
         ids = [*_optional(self._tokenizer.bos_id)]
         for place, message in enumerate(placed):
@@ -81,7 +78,8 @@ class InstructTemplate:
                 ids += self._calls(message.calls)
             else:
                 answer = message.content_ids
-                ids += self._answer(message.content) if answer is None else answer
+                text = message.content if self._is_first else message.content.rstrip(" ")
+                ids += self._tokenizer.encode(text) if answer is None else answer
                 ids += _optional(self._tokenizer.eos_id)
         return ids
 
@@ -118,9 +116,6 @@ class InstructTemplate:
         """Return the ids of a value's JSON between two control tokens."""
         text, known = json.dumps(value, ensure_ascii=False), self._tokenizer.control_tokens
         return [known[begin], *self._tokenizer.encode(text), known[end]]
-
-    def _answer(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text if self._is_first else text.rstrip(" "))
 
 
 class CompletionTemplate:

@@ -207,7 +207,7 @@ class _TagParser(ThinkingParser):
         if not self._has_thought:
             self._drop_space()
         end = self._held.find(_CLOSE)
-        certain = len(self._held) - _pending(self._held) if end < 0 else end
+        certain = len(self._held) - pending(self._held, _CLOSE) if end < 0 else end
         thinking = self._take(certain)
         if end >= 0:
             thinking = thinking.rstrip()
@@ -225,11 +225,11 @@ class _TagParser(ThinkingParser):
         self._take(len(self._held) - len(self._held.lstrip()))
 
 
-def _pending(text: str) -> int:
-    """Return the length of the end that may be white space before the closing tag, or its start."""
-    sizes = range(min(len(_CLOSE) - 1, len(text)), 0, -1)
-    tag = next((size for size in sizes if _CLOSE.startswith(text[-size:])), 0)
-    return len(text) - len(text[: len(text) - tag].rstrip())
+def pending(text: str, tag: str) -> int:
+    """Return the length of the end that may be white space before a tag, or the tag's start."""
+    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
+    begun = next((size for size in sizes if tag.startswith(text[-size:])), 0)
+    return len(text) - len(text[: len(text) - begun].rstrip())
 
 
 class _HarmonyParser(ThinkingParser):

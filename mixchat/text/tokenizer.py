@@ -48,7 +48,6 @@ class Tokenizer(Protocol):
 
         Raises `PromptError` if `text` is not valid Unicode.
         """
-        ...
 
     def encode_template(self, text: str, inserts: Mapping[str, Insert] | None = None) -> list[int]:
         """Return the ids of trusted text. Control tokens count, and no BOS is added.
@@ -56,18 +55,15 @@ class Tokenizer(Protocol):
         `inserts` maps single characters of `text` to their replacements. A string is inserted as
         untrusted text, ids are inserted as they are. Raises `PromptError` as `encode` does.
         """
-        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without control and unknown ones. Broken UTF-8 is U+FFFD."""
-        ...
 
     def token_bytes(self) -> TokenBytes:
         """Return the bytes of all tokens. Joined, the bytes of ids are the UTF-8 of `decode(ids)`.
 
         That holds if they are valid UTF-8 and none of the ids is a control or unknown token.
         """
-        ...
 
 
 class TokenTexts:

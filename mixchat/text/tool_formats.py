@@ -141,7 +141,8 @@ def in_plain_text(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> li
         if message.role == "tool":
             message = Message("user", _RESULT.format(message.content))
         if message.calls:
-            message = Message("assistant", f"{message.content}{_calls(message.calls)}")
+            calls = f"{PLAIN.opening}{PLAIN.text_of(message.calls)}"
+            message = Message("assistant", f"{message.content}{calls}")
         if plain and plain[-1].role == message.role == "user":
             joined = f"{plain[-1].content}\n{message.content}"
             plain[-1] = Message("user", joined)
@@ -154,10 +155,6 @@ def in_plain_text(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> li
     if plain and plain[0].role == "system":
         system = f"{plain.pop(0).content}\n\n{system}"
     return [Message("system", system), *plain]
-
-
-def _calls(calls: Sequence[ToolCall]) -> str:
-    return f"{PLAIN.opening}{PLAIN.text_of(calls)}"
 
 
 def _shortened(id: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mixchat.text.thinking import AnswerText, ThinkingFormat, ThinkingParser, parser_of
+from mixchat.text.thinking import AnswerText, ThinkingFormat, ThinkingParser, parser_of, pending
 from mixchat.text.tool_call import CallDelta, Tool, new_call_id
 from mixchat.text.tool_formats import ToolFormat
 
@@ -94,7 +94,7 @@ class _CallParser(ThinkingParser):
             return self._take(len(self._held))
         place = self._held.find(self._opening)
         if place < 0:
-            return self._take(len(self._held) - self._pending())
+            return self._take(len(self._held) - pending(self._held, self._opening))
         return self._open(place, len(self._opening))
 
     def _open(self, place: int, size: int) -> str:
@@ -105,13 +105,6 @@ class _CallParser(ThinkingParser):
         text = before.rstrip()
         self._blanks = before[len(text) :]
         return text
-
-    def _pending(self) -> int:
-        """Return the length of the end that may be white space and the start of the opening."""
-        held, opening = self._held, self._opening
-        sizes = range(min(len(opening) - 1, len(held)), 0, -1)
-        begun = next((size for size in sizes if opening.startswith(held[-size:])), 0)
-        return len(held) - len(held[: len(held) - begun].rstrip())
 
     def _call(self) -> list[CallDelta]:
         """Return the next pieces of calls, none if more text is needed."""

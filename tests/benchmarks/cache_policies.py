@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from routing_simulation import Replay, Trace, Visit, replay_visits, synthetic_trace, visits
+
 from mixchat.experts.cache import POLICIES, ExpertKey, Passes, Policy
-from mixchat.experts.trace import Trace
-from mixchat.planning.routing import Replay, Visit, replay_visits, synthetic_trace, visits
 
 NAMES = [*POLICIES, "lfu", "belady"]
 FRACTIONS = (0.25, 0.5, 0.75)

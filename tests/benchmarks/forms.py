@@ -26,7 +26,7 @@ import torch
 from mixchat.engine.sampling import only
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.form.constraint import ConstraintCompiler
-from mixchat.text.form.output_constraint import json_object, json_schema, lark_grammar
+from mixchat.text.form.output_constraint import checked, checked_schema
 from mixchat.text.tokenizer import Tokenizer
 from mixchat.weights.models import installed_directory
 
@@ -47,9 +47,9 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORMS = {
-    "any object": json_object(),
-    "schema": json_schema(SCHEMA),
-    "grammar": lark_grammar('start: "{" (WORD | /[^a-z]/)* "}"\nWORD: /[a-z]{1,20}/'),
+    "any object": checked_schema({"type": "object"}),
+    "schema": checked_schema(SCHEMA),
+    "grammar": checked("lark", 'start: "{" (WORD | /[^a-z]/)* "}"\nWORD: /[a-z]{1,20}/'),
 }
 
 
@@ -88,7 +88,7 @@ def measure(name: str, tokenizer: Tokenizer, repeats: int) -> None:
         steps: dict[str, list[float]] = defaultdict(list)
         compiled = timed(steps["compile"], lambda form=form: compiler.compile(form))
         for _ in range(repeats):
-            constraint = timed(steps["start"], compiled.start)
+            constraint = timed(steps["start"], compiled)
             for token in ids:
                 mask = timed(steps["mask"], constraint.allowed)
                 assert mask[token], (kind, token)

@@ -97,8 +97,25 @@ def rescaled(tensors: Tensors, head_dim: int) -> Tensors:
     return made
 
 
+def two_experts(tensors: Tensors) -> Tensors:
+    """Return the tensors of the same function as a mixture of two equal experts."""
+    made: Tensors = {}
+    for name, tensor in tensors.items():
+        block, _, part = name.rpartition(".")
+        if part in ("ffn_gate", "ffn_up", "ffn_down"):
+            made[f"{name}_exps"] = np.stack([tensor, tensor])
+        else:
+            made[name] = tensor
+        if part == "ffn_norm":
+            made[f"{block}.ffn_gate_inp"] = np.zeros((2, tensor.size), dtype=np.float32)
+    return made
+
+
 def write_gguf(source: Path, target: Path, tensors: Tensors, config: dict[str, Any]) -> None:
-    """Write tensors in fp32, with the metadata of `source` but for what `config` says."""
+    """Write tensors in fp32, with the metadata of `source` but for what `config` says.
+
+    With the stacks of `two_experts` it is a mixture, whose tokens choose both.
+    """
     changed = {
         "llama.embedding_length": config["hidden_size"],
         "llama.attention.head_count": config["num_attention_heads"],
@@ -111,6 +128,9 @@ def write_gguf(source: Path, target: Path, tensors: Tensors, config: dict[str, A
             continue
         inner = one.types[-1] if one.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(key, changed.get(key, one.contents()), one.types[0], sub_type=inner)
+    if any(name.endswith("_exps") for name in tensors):
+        writer.add_expert_count(2)
+        writer.add_expert_used_count(2)
     for name, tensor in tensors.items():
         writer.add_tensor(f"{name}.weight", tensor, raw_dtype=GGMLQuantizationType.F32)
     writer.write_header_to_file()

@@ -6,11 +6,11 @@ from itertools import permutations
 from cache_policies import LFU, NAMES, read_trace, replay
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routing_simulation import Counts, Trace
 from routing_traces import A, B, C, keys, trace, traces, used
 
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.trace import Trace, TraceWriter
-from mixchat.planning.routing import Counts
+from mixchat.experts.trace import TraceWriter
 
 
 def test_lfu_decides_between_equals_by_the_last_use():

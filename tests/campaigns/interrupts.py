@@ -58,7 +58,7 @@ def open_session(model: Path, experts: int | None) -> Any:
     """A conversation with an engine that holds so many experts, or all."""
     from chat_doubles import CharacterTokenizer, TinyTemplate
 
-    from mixchat.base.options import LoadOptions, SamplingOptions
+    from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
     from mixchat.base.quantities import MemoryBudget
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
@@ -72,7 +72,7 @@ def open_session(model: Path, experts: int | None) -> Any:
     assert experts is None or engine.experts.slots == experts
     greedy = SamplingOptions(temperature=0.0)
     backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
-    return ChatSession(backend, sampling=greedy, max_tokens=LONGEST)
+    return ChatSession(backend, greedy, ChatOptions(max_tokens=LONGEST))
 
 
 def interrupted(session: Any, question: str, in_chat: bool, presser: Presser, at: float) -> str:

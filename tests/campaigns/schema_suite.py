@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "text/form"))
 from form_walks import compiled, has_form, random_text
 
 from mixchat.base.errors import UsageError
-from mixchat.text.form.constraint import CompiledConstraint
+from mixchat.text.form.constraint import StartConstraint
 from mixchat.text.form.output_constraint import HASTY_S, checked_schema
 
 DRAFT = "draft2020-12"
@@ -78,7 +78,7 @@ class Campaign:
                 self.faults.append(f"written: {label}: {text[:100]!r}")
                 break
 
-    def _judge_instance(self, label: str, form: CompiledConstraint, test: dict[str, Any]) -> None:
+    def _judge_instance(self, label: str, form: StartConstraint, test: dict[str, Any]) -> None:
         allowed = any(has_form(form, text) for text in spellings(test["data"]))
         verdict = "allowed" if allowed else "refused"
         self.counts[f"{'valid' if test['valid'] else 'invalid'} instances {verdict}"] += 1

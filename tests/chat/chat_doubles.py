@@ -155,6 +155,7 @@ class TinyTemplate:
 
 def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
     """A `ChatSession` with a scripted engine; it is `session.engine`."""
+    from mixchat.base.options import ChatOptions
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
 
@@ -169,5 +170,6 @@ def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
         advised_tokens=options.pop("advised_tokens", None),
         form=options.pop("form", None),
     )
-    options.setdefault("sampling", SamplingOptions(seed=options.pop("sampling_seed", None)))
-    return ChatSession(backend, **options)
+    seed = options.pop("sampling_seed", None)
+    sampling = options.pop("sampling", SamplingOptions(seed=seed))
+    return ChatSession(backend, sampling, ChatOptions(**options))

@@ -130,11 +130,10 @@ def test_off_uses_the_switch_of_the_template(session_of, form, think, variables)
     [(TAGS, "<think>\n", "</think>\n\n"), (TAGS, "", ""), (HARMONY, "", TO_FINAL)],
 )
 def test_an_answer_of_a_given_form_begins_at_once(session_of, form, prefix, path):
-    class Form:
-        def start(self, before: Any, *, continued: bool) -> Any:
-            return tuple(before), continued
+    def what_was_asked(before: Any, *, continued: bool) -> Any:
+        return tuple(before), continued
 
-    session = session_of("{}", thinking=form, prefix=prefix, form=Form())
+    session = session_of("{}", thinking=form, prefix=prefix, form=what_was_asked)
     assert listen(session.ask("Hi"))[:2] == ("", "{}")
     assert prompt_of(session, 0) == spelled(f"[user]Hi{prefix}{path}")
     assert session.engine.constraints == [((), False)]

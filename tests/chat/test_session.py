@@ -6,7 +6,7 @@ import pytest
 from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, make_session
 
 from mixchat.base.errors import PromptError
-from mixchat.base.options import SamplingOptions
+from mixchat.base.options import ChatOptions, SamplingOptions
 from mixchat.chat.engine_backend import EngineBackend
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
 from mixchat.text.messages import Message
@@ -170,7 +170,7 @@ def test_a_completion_keeps_the_space_that_it_continues_with(continues, text):
     template = PlainTemplate(continues_prompt=continues)
     engine = ScriptedEngine(" world")
     backend = EngineBackend(engine, SpacelessTokenizer(), template)
-    session = ChatSession(backend, sampling=SamplingOptions())
+    session = ChatSession(backend, SamplingOptions(), ChatOptions())
     assert listen(session.ask("Hello"))[0] == text
 
 
@@ -366,26 +366,24 @@ def test_the_progress_of_the_prefill_goes_to_whoever_asks():
     assert seen == [(0, 8), (8, 8)]  # "[user]Hi"
 
 
-class Form:
-    """A form whose constraints are what it was asked for."""
-
-    def start(self, before=(), *, continued=False):
-        return (list(before), continued)
+def what_was_asked(before=(), *, continued=False):
+    """Starts no constraint of a form."""
+    return (list(before), continued)
 
 
 def test_each_answer_of_a_form_has_a_constraint_from_its_start_or_prompt(session_of):
-    session = session_of("abcd", "ef", "gh", form=Form(), max_tokens=2)
+    session = session_of("abcd", "ef", "gh", form=what_was_asked, max_tokens=2)
     listen(session.ask("Hi"))
     listen(session.continue_answer())
     listen(session.ask_again())
     assert session.engine.constraints == [([], False), ([ord("a"), ord("b")], False), ([], False)]
-    completing = session_of("abcd", form=Form(), continues_prompt=True)
+    completing = session_of("abcd", form=what_was_asked, continues_prompt=True)
     listen(completing.ask("Hi"))
     assert completing.engine.constraints == [([], True)]
 
 
 def test_another_model_brings_the_form_for_its_own_tokens(session_of):
-    session, other = session_of("One", form=Form()), session_of("Two")
+    session, other = session_of("One", form=what_was_asked), session_of("Two")
     session.take_model(other)
     listen(session.ask("Hi"))
     assert session.engine.constraints == [None]

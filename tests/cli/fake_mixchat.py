@@ -42,14 +42,9 @@ def open_fake(model, load, options, reporter, form=None):
     session = make_session(
         *answers(),
         context_size=load.context_size or 1000,
-        sampling=resolve_sampling(options.sampling, {}),
-        system=options.system,
-        max_tokens=options.max_tokens,
-        stop=options.stop,
-        overflow=options.overflow,
         form=form,
-        think=options.think,
         thinking=thinking(),
+        **vars(options) | {"sampling": resolve_sampling(options.sampling, {})},
     )
     if delay := float(os.environ.get("DELAY", "0")):
         slow_down(session.engine, delay)

@@ -41,7 +41,7 @@ def test_a_table_says_how_fast_and_how_near_to_the_limit(mixchat, tiny):
     assert [part for part in head.split() if part.isupper()] == [
         *("TOK/S", "MIN", "MAX", "OF", "THE", "LIMIT"),
     ]
-    assert decode.startswith("decode behind 0 tokens  ")
+    assert decode.startswith("decode after 0 tokens  ")
     assert decode.endswith("(memory)")
     assert prompt.startswith("prompt of 16 tokens  ")
     assert prompt.endswith("(compute)")
@@ -51,8 +51,8 @@ def test_json_has_each_round(mixchat, tiny):
     done = run(mixchat, tiny, "--json", "--depth", "0", "--depth", "30", "--kv-bits", "8")
     found = json.loads(done.stdout)
     assert [task["name"] for task in found["tasks"]] == [
-        "decode behind 0 tokens",
-        "decode behind 30 tokens",
+        "decode after 0 tokens",
+        "decode after 30 tokens",
         "prompt of 16 tokens",
     ]
     for task in found["tasks"]:

@@ -10,12 +10,11 @@ from tiny_tokenizer import write_tokenizer
 
 import mixchat.loading.loader
 from mixchat.base.errors import MixchatError, ResourceError
-from mixchat.base.options import LoadOptions
+from mixchat.base.options import ChatOptions, LoadOptions
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.sessions.cache_file import CacheSaver
 from mixchat.sessions.local_models import LocalModels
 from mixchat.sessions.open_chat import OpenChat
-from mixchat.sessions.provider import ChatOptions
 
 LOAD = LoadOptions(device="cpu")
 REPORTER = TerminalReporter(quiet=True)

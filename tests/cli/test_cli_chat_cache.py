@@ -16,7 +16,7 @@ from mixchat.sessions.cache_file import CacheSaver
 @pytest.fixture
 def saver_of(tiny_model, tmp_path):
     """A saver of a new engine, as another run has it."""
-    from mixchat.base.options import LoadOptions
+    from mixchat.base.options import ChatOptions, LoadOptions
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
@@ -25,7 +25,7 @@ def saver_of(tiny_model, tmp_path):
         engine = load_engine(tiny_model, LoadOptions(device="cpu", context_size=128))
         sampling = SamplingOptions(temperature=0.0)
         backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
-        session = ChatSession(backend, sampling=sampling, max_tokens=6)
+        session = ChatSession(backend, sampling, ChatOptions(max_tokens=6))
         return ChatSaver(session, ChatStore(tmp_path / "chats"), "tiny")
 
     return new

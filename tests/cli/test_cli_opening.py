@@ -31,8 +31,8 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
         seen["directory"], seen["load"] = installed.directory, options
         return Engine()
 
-    def session(*arguments, **options):
-        seen["session"] = options
+    def session(backend, sampling, options):
+        seen["session"] = sampling, options
         raise Stop
 
     monkeypatch.setattr("mixchat.loading.loader.build_engine", build_engine)
@@ -44,12 +44,11 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
         *("--repeat-penalty", "1.7", "--seed", "8", "-n", "9", "--stop", "x", "--stop", "y"),
     )
     mixchat("run", "-m", str(tiny_model), "Hi", *flags, fake=False)
-    load, options = seen["load"], seen["session"]
+    load, (sampling, options) = seen["load"], seen["session"]
     assert Path(seen["directory"]) == Path(seen["text"]) == tiny_model
     assert (load.context_size, load.device) == (77, "cpu")
     assert load.host_memory == MemoryBudget(fraction=0.5)
-    sampling = options["sampling"]
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.3, 0.4, 5)
     assert (sampling.min_p, sampling.repeat_penalty, sampling.seed) == (0.06, 1.7, 8)
-    assert (options["system"], options["max_tokens"]) == ("Be brief.", 9)
-    assert options["stop"] == ["x", "y"]
+    assert (options.system, options.max_tokens) == ("Be brief.", 9)
+    assert options.stop == ["x", "y"]

@@ -50,10 +50,8 @@ def ask(mixchat, monkeypatch, exact_model):
 
     def opened(model, load, options, reporter, form=None):
         engine = load_engine(exact_model, replace(load, device="cpu"))
-        return ChatSession(
-            EngineBackend(engine, Tokenizer(), Template(), form=form),
-            **vars(replace(options, sampling=resolve_sampling(options.sampling, {}))),
-        )
+        backend = EngineBackend(engine, Tokenizer(), Template(), form=form)
+        return ChatSession(backend, resolve_sampling(options.sampling, {}), options)
 
     monkeypatch.setattr("mixchat.sessions.local_models.open_session", opened)
     monkeypatch.setattr(LocalModels, "predictor", lambda *given: lambda: None)

@@ -318,9 +318,7 @@ def test_a_server_that_has_the_model_already_is_noted(mixchat, monkeypatch):
     from mixchat.cli.output.progress import TerminalReporter
     from mixchat.cli.run import _note_server
 
-    monkeypatch.setattr(
-        "mixchat.serving.client.local_server.is_served_here", lambda name: name == "demo"
-    )
+    monkeypatch.setattr("mixchat.cli.run.is_served_here", lambda name: name == "demo")
     said = []
     monkeypatch.setattr(TerminalReporter, "note", lambda self, text: said.append(text))
     _note_server("instruct", TerminalReporter())

@@ -2,15 +2,7 @@
 
 import pytest
 from command_line import FAKE
-from scripted_server import (
-    Answer,
-    ScriptedServer,
-    as_json,
-    delta,
-    refusal,
-    says,
-    usage,
-)
+from scripted_server import Answer, ScriptedServer, as_json, delta, refusal, says, usage
 from terminal import Terminal
 
 ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"

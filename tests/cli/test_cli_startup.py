@@ -77,6 +77,12 @@ def test_what_needs_no_model_does_not_wait_for_torch(arguments, code, environmen
     assert not {"torch", "bitsandbytes", "huggingface_hub", "numpy"} & loaded
 
 
+def test_a_model_of_this_machine_is_chosen_without_the_library_for_http(environment):
+    """Each run imported it, only to compare with a constant."""
+    code, _, loaded = loaded_by(environment | {"MIXCHAT_MODEL": "nonsense"}, "run", "Hi")
+    assert (code, "httpcore2" in loaded) == (4, False)
+
+
 def test_help_imports_few_modules():
     """It takes a tenth of a second, of which nearly all goes into imports; the time itself depends
     on what else the machine does."""

@@ -20,15 +20,11 @@ from mixchat.engine.speculation import Speculation
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
 from mixchat.text.choose import load_tokenizer
-from mixchat.text.form.constraint import CompiledConstraint, ConstraintCompiler
-from mixchat.text.form.output_constraint import (
-    OutputConstraint,
-    json_object,
-    json_schema,
-    lark_grammar,
-)
+from mixchat.text.form.constraint import ConstraintCompiler, StartConstraint
+from mixchat.text.form.output_constraint import OutputConstraint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "text/form"))
+from form_walks import json_object, json_schema, lark_grammar
 from schema_maker import SchemaMaker
 
 STOP = 2  # <|im_end|>
@@ -64,15 +60,15 @@ def tokenizer(model: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiled(tokenizer: Any) -> Callable[[OutputConstraint], CompiledConstraint]:
+def compiled(tokenizer: Any) -> Callable[[OutputConstraint], StartConstraint]:
     return ConstraintCompiler(tokenizer, {STOP}).compile
 
 
 def answer(
-    engine: Engine, form: CompiledConstraint | None, seed: int, most: int = 400, **options: Any
+    engine: Engine, form: StartConstraint | None, seed: int, most: int = 400, **options: Any
 ) -> list[int]:
     sampling = SamplingOptions(seed=seed, **{"temperature": 1.0, **options})
-    constraint = None if form is None else form.start()
+    constraint = None if form is None else form()
     given = {"stop_ids": {STOP}, "max_tokens": most, "constraint": constraint}
     return engine_tools.answer(engine, PROMPT, sampling, **given)
 
@@ -152,7 +148,7 @@ def test_answers_of_several_forms_at_once_are_those_that_each_gets_alone(model, 
     forms = [compiled(json_schema(ORDER)), compiled(json_object()), None]
 
     def prompts() -> list[AnswerRequest]:
-        return [prompt(n + 20, form and form.start()) for n, form in enumerate([*forms, forms[0]])]
+        return [prompt(n + 20, form and form()) for n, form in enumerate([*forms, forms[0]])]
 
     together = answered(engine, *prompts())
     assert together == [answered(engine, one)[0] for one in prompts()]
@@ -178,6 +174,6 @@ class DeadEnd:
 def test_a_form_without_a_way_on_ends_only_its_own_answer(model, compiled):
     engine = load_engine(model, LoadOptions(device="cpu", exact_prompts=True, parallel=2))
     other = compiled(json_schema(ORDER))
-    (ids, error), whole = answered(engine, prompt(1, DeadEnd()), prompt(2, other.start()))
+    (ids, error), whole = answered(engine, prompt(1, DeadEnd()), prompt(2, other()))
     assert (ids, str(error)) == ([50], "nothing can come next")
     assert (whole[0][-1], whole[1]) == (STOP, None)

@@ -175,7 +175,7 @@ class NoExperts:
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
         return ()
 
-    def note_hits(self, keys: Sequence[ExpertKey]) -> None: ...
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None: ...
 
 
 def blocks(used: Blueprint) -> list[Block]:

@@ -66,7 +66,7 @@ class AllInMemory:
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[Sequence[Expert]]:
         return [self.experts]
 
-    def note_hits(self, keys: Sequence[ExpertKey]) -> None:
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
         """Count nothing."""
 
 
@@ -183,7 +183,7 @@ def test_a_program_has_the_bits_of_the_layer_for_any_choices(
     moe = Weights(config).moe(Quantization(quant_type, "cpu-packed", dtype=dtype))
     # The context's cache is only for attention.
     context: Any = SingleTokenContext(None, 64, dtype)  # type: ignore[arg-type]
-    routing = moe.empty_routing()
+    routing = torch.empty(1, choices, dtype=torch.int64), torch.empty(1, choices)
     runner: Any = moe.runner
     stages = moe.expert_stages(routing, context, runner.experts)
     program = Program([*moe.router_stages(routing, context), *stages])

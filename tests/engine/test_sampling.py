@@ -13,13 +13,7 @@ from transformers.generation.logits_process import (
 )
 
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.sampling import (
-    Sampler,
-    candidates,
-    log_probabilities,
-    penalize,
-    raised,
-)
+from mixchat.engine.sampling import Sampler, candidates, log_probabilities, penalize, raised
 
 
 def random_logits(seed: int, size: int = 50) -> torch.Tensor:

@@ -346,3 +346,17 @@ def test_without_a_thread_experts_come_when_they_are_needed(installed, source, m
     assert not experts.is_filling
     assert {fetcher.state(key) for key in EVERYTHING} == {MISSING}
     assert is_right(installed, experts)
+
+
+def test_what_the_model_used_itself_is_counted_and_stays_if_memory_gets_short(installed, source):
+    """These uses are counted later, and so have to be before others leave."""
+    experts, fetcher = begin(installed, source)
+    finish(source, experts)
+    experts.note_hits(0, [[3, 1], [2, 0]])
+    experts.note_hits(0, [[3, 2], [2, 1]])
+    fetcher.resize(6)
+    kept = [key for key in EVERYTHING if fetcher.holds(key)]
+    assert kept == [ExpertKey(0, n) for n in (1, 2, 3)] + [ExpertKey(1, n) for n in (0, 1, 2)]
+    experts.note_hits(1, [[0, 1]])
+    uses = {(0, 3): 2, (0, 1): 1, (0, 2): 1, (1, 2): 2, (1, 0): 2, (1, 1): 2}
+    assert {tuple(key): count for key, count in experts.stats.hits.items()} == uses

@@ -151,9 +151,8 @@ def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path):
     assert forwards(path) == []
 
 
-def test_traces_and_replays_need_no_torch():
-    code = "import sys, mixchat.experts.trace, mixchat.planning.routing as s\n"
-    code += "s.replay(s.synthetic_trace(tokens=3), 9, 'lru'); sys.exit('torch' in sys.modules)"
+def test_traces_need_no_torch():
+    code = "import sys, mixchat.experts.trace; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

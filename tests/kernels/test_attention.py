@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from mixchat.kernels import attention, pages
+from mixchat.kernels import attention
+from mixchat.kernels import compile as compiling
 from mixchat.kernels.compile import InstructionSet, instruction_set, kernels_available
 from mixchat.kernels.pages import PAGE, CacheShape, store
 
@@ -19,8 +20,7 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Each set that this CPU has, instead of the best."""
     if request.param == "avx512" and instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    for module in (attention, pages):
-        monkeypatch.setattr(module, "instruction_set", lambda: request.param)
+    monkeypatch.setattr(compiling, "instruction_set", lambda: request.param)
     return request.param
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mixchat.kernels import compile as compiling
 from mixchat.kernels import dense
 from mixchat.kernels.compile import InstructionSet, instruction_set, kernels_available
 
@@ -11,7 +12,7 @@ from mixchat.kernels.compile import InstructionSet, instruction_set, kernels_ava
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> InstructionSet:
     if not kernels_available() or (request.param, instruction_set()) == ("avx512", "avx2"):
         pytest.skip(f"the CPU has no {request.param}")
-    monkeypatch.setattr(dense, "instruction_set", lambda: request.param)
+    monkeypatch.setattr(compiling, "instruction_set", lambda: request.param)
     return request.param
 
 

@@ -16,7 +16,7 @@ from neon_tools import ArmModule, arm_code, can_emulate, run_under_qemu
 from mixchat.kernels import attention, dense, pages, program, router, rows, trellis_encode
 from mixchat.kernels import compile as compiling
 from mixchat.kernels import quantized_matmul as kernel
-from mixchat.kernels.compile import CPUS, InstructionSet, instruction_set
+from mixchat.kernels.compile import CPUS, LANES, InstructionSet, compiled_here, instruction_set
 from mixchat.kernels.pages import PAGE, CacheShape
 from mixchat.kernels.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.units import MANY
@@ -40,16 +40,19 @@ Use = Callable[..., None]
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """Let the kernels be compiled for a set of instructions, NEON for `run_under_qemu`."""
-    compiler = kernel.compile_module
+    compiler = compiling.compile_module
 
     def use(instructions: InstructionSet, *, dotprod: bool = True) -> None:
         if instructions == "neon":
             monkeypatch.setattr(compiling, "has_feature", lambda name: dotprod)
+        how = ArmModule if instructions == "neon" else compiler
+        monkeypatch.setattr(compiling, "compile_module", how)
+        monkeypatch.setattr(compiling, "instruction_set", lambda: instructions)
         for module in MODULES:
-            monkeypatch.setattr(module, "instruction_set", lambda: instructions)
-            how = ArmModule if instructions == "neon" else compiler
-            monkeypatch.setattr(module, "compile_module", how)
-            monkeypatch.setattr(module, "_compiled", inspect.unwrap(module._compiled))
+            if hasattr(module, "instruction_set"):
+                monkeypatch.setattr(module, "instruction_set", lambda: instructions)
+            again = compiled_here(inspect.unwrap(module._compiled))
+            monkeypatch.setattr(module, "_compiled", again)
 
     return use
 
@@ -116,15 +119,12 @@ def test_attention_has_the_bits_of_avx2(use: Use, tmp_path: Path) -> None:
 def test_arm_gets_its_own_instructions_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without them LLVM would need a dozen instructions for four products."""
     codes: list[str] = []
-
-    def keep(module: ir.Module, instructions: InstructionSet) -> None:
-        codes.append(arm_code(module, as_text=True))
-
-    monkeypatch.setattr(kernel, "compile_module", keep)
     monkeypatch.setattr(compiling, "has_feature", lambda name: True)
     four, trellis = NF4.units, TRELLIS2.units
     for unit in (four.words["neon"], four.bytes["neon"], trellis.words["neon"]):
-        inspect.unwrap(kernel._compiled)("neon", unit, True, False)
+        module = ir.Module()
+        inspect.unwrap(kernel._compiled)(module, LANES["neon"], unit, True, False)
+        codes.append(arm_code(module, as_text=True))
     words, of_bytes, of_trellis = codes
     assert all(name in words for name in ("smlal2", "tbl", "trn2"))
     assert "sdot" not in words

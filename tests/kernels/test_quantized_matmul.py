@@ -17,6 +17,7 @@ from mixchat.kernels import trellis_units
 from mixchat.kernels.compile import (
     CPUS,
     InstructionSet,
+    compiled_here,
     has_feature,
     instruction_set,
     kernels_available,
@@ -45,6 +46,17 @@ X86: tuple[InstructionSet, ...] = ("avx512", "avx2")
 IS_ARM = instruction_set() == "neon"
 WAYS = [f"{own} {form}" for form in ("words", "bytes") for own in (["neon"] if IS_ARM else X86)]
 x86_alone = pytest.mark.skipif(IS_ARM, reason="this is no x86 CPU")
+
+
+def choose(instructions: InstructionSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel be compiled for a set of instructions."""
+    for module in (compiling, kernel):
+        monkeypatch.setattr(module, "instruction_set", lambda: instructions)
+
+
+def compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what was compiled, for a CPU with other features."""
+    monkeypatch.setattr(kernel, "_compiled", compiled_here(kernel._compiled.__wrapped__))
 
 
 class Emulation(Unit):
@@ -109,7 +121,7 @@ def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if not has_set or (form == "bytes" and not CPUS[instructions].multiplies_bytes):
         found = emulated(found)
     if has_set:
-        monkeypatch.setattr(kernel, "instruction_set", lambda: instructions)
+        choose(instructions, monkeypatch)
     monkeypatch.setattr(UnitSet, "unit_for", lambda *_: found)
     return request.param
 
@@ -199,7 +211,7 @@ def test_both_sets_of_instructions_give_the_same_bits(
     if many and len({CPUS[name].multiplies_bytes for name in X86}) == 2:
         pytest.skip("the CPU multiplies bytes with one of them only")
     if instruction_set() == "avx512":
-        monkeypatch.setattr(kernel, "instruction_set", lambda: "avx2")
+        choose("avx2", monkeypatch)
     elif kind in (*EVEN, *IN_BYTES) and not many:
         unit = emulated(kind.units.words["avx512"])
         monkeypatch.setattr(UnitSet, "unit_for", lambda *_: unit)
@@ -215,14 +227,14 @@ def test_both_sets_of_instructions_give_the_same_bits(
 def test_neon_gives_the_bits_of_x86(
     kind: BlockCodes, tokens: int, multiplies_bytes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "_compiled", kernel._compiled.__wrapped__)
+    compile_again(monkeypatch)
     matrix, x = Matrix(96, 256, kind), random(tokens, 256, seed=1)
     own = CPUS[instruction_set() or "avx2"].multiplies_bytes
     if kind.units.bytes and tokens >= MANY and own != multiplies_bytes:
         pytest.skip("the CPU rounds many tokens otherwise")
     result = matrix(x)
-    monkeypatch.setattr(kernel, "instruction_set", lambda: "neon")
-    monkeypatch.setattr(kernel, "compile_module", compile_emulated)
+    choose("neon", monkeypatch)
+    monkeypatch.setattr(compiling, "compile_module", compile_emulated)
     monkeypatch.setattr(compiling, "has_feature", lambda name: multiplies_bytes)
     assert torch.equal(matrix(x), result)
 
@@ -234,11 +246,10 @@ def test_any_count_of_tokens_at_once_gives_the_same_bits(
 ) -> None:
     """With AVX2 the CPU decides about it: this one would only ever try one of the two."""
     matrix, x = Matrix(96, 256, kind), random(11, 256, seed=1)
-    uncached = kernel._compiled.__wrapped__
-    monkeypatch.setattr(kernel, "instruction_set", lambda: "avx2")
-    monkeypatch.setattr(kernel, "_compiled", uncached)
+    choose("avx2", monkeypatch)
     results = []
     for has in (True, False):
+        compile_again(monkeypatch)
         monkeypatch.setattr(compiling, "has_feature", lambda name, has=has: has)
         results.append(matrix(x))
     assert torch.equal(*results)
@@ -258,8 +269,8 @@ def test_a_trellis_gives_the_same_bits_on_every_cpu(
         pytest.skip("the CPU has no AVX-512")
     matrix, x = Matrix(128, 256, kind), random(3, 256, seed=1)
     results = [matrix(x), torch.cat([matrix(row) for row in x.split(1)])]
-    monkeypatch.setattr(kernel, "instruction_set", lambda: instructions)
-    monkeypatch.setattr(kernel, "_compiled", kernel._compiled.__wrapped__)
+    choose(instructions, monkeypatch)
+    compile_again(monkeypatch)
     for module in (compiling, trellis_units):
         monkeypatch.setattr(
             module, "has_feature", lambda name: name != missing and has_feature(name)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mixchat.kernels import compile as compiling
 from mixchat.kernels import trellis_encode
 from mixchat.kernels.compile import LANES, InstructionSet, instruction_set, kernels_available
 from mixchat.kernels.trellis_encode import encode_trellis
@@ -33,7 +34,8 @@ def test_it_finds_the_numbers_that_a_slow_search_finds(
 ) -> None:
     if instructions == "avx512" and instruction_set() != "avx512":
         pytest.skip("the CPU has no AVX-512")
-    monkeypatch.setattr(trellis_encode, "instruction_set", lambda: instructions)
+    for module in (compiling, trellis_encode):
+        monkeypatch.setattr(module, "instruction_set", lambda: instructions)
     x, weights = columns(count, table)
     words, numbers = encode_trellis(x, weights, table.levels)
     _, expected = search(table, x, weights)

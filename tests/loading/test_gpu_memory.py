@@ -5,17 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from paper_tools import (
-    EXPERTS,
-    SPREADS,
-    apart,
-    demand_of,
-    load,
-    logits,
-    settled,
-    spread_out,
-    text,
-)
+from paper_tools import EXPERTS, SPREADS, apart, demand_of, load, logits, settled, spread_out, text
 from served_workers import hello_of
 
 from mixchat.base.errors import ResourceError, UsageError

@@ -12,16 +12,8 @@ from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import assign_owners
-from mixchat.planning import routing
-from mixchat.planning.expectation import (
-    SpeedRange,
-    TokenCost,
-    busiest_share,
-    expect,
-    size_of,
-)
+from mixchat.planning.expectation import SpeedRange, TokenCost, busiest_share, expect, size_of
 from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
-from mixchat.planning.routing import replay, synthetic_trace
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 
@@ -48,16 +40,10 @@ def decode_cost(
 
 def test_hit_rates_grow_with_slots_up_to_all():
     rates = [hit_rates(BLUEPRINT, CPU, on_cpu(slots))[0] for slots in (2, *range(16, 257, 16))]
-    assert all(fewer <= more + 0.01 for fewer, more in itertools.pairwise(rates))
+    assert all(fewer <= more for fewer, more in itertools.pairwise(rates))
     assert rates[0] < 0.01
     assert rates[-1] == 1.0
     assert all(rate < 1 for rate in rates[:-1])
-
-
-def test_a_hit_rate_is_that_of_a_cache_that_is_warm():
-    """A tenth of a long trace is cold, a third of this one would be: that third does not count."""
-    long = replay(synthetic_trace(tokens=3000, seed=5), 192, "layered").decode.hit_rate
-    assert hit_rates(BLUEPRINT, CPU, on_cpu(192))[0] == pytest.approx(long, abs=0.02)
 
 
 def test_ram_behind_a_gpu_holds_other_experts_than_the_gpu_does():
@@ -82,29 +68,6 @@ def test_experts_of_other_shapes_than_mixtral_s_hit_by_chance(experts, chosen):
     config = replace(CONFIG, num_local_experts=experts, num_experts_per_tok=chosen)
     placement = Placement(8 * experts, 0, 32 * experts)
     assert hit_rates(Blueprint(config, Quantization()), CPU, placement)[0] == 0.25
-
-
-def test_a_hit_rate_is_worth_400_replayed_tokens(monkeypatch):
-    """It is asked for at every plan, several times: that takes a tenth of a second each."""
-    routing.expected_hit_rate.cache_clear()
-    routing._paper_trace.cache_clear()
-    replayed: list[int] = []
-    made: list[int] = []
-
-    def counted_replay(trace, slots, policy):
-        replayed.append(len(trace.forwards))
-        return replay(trace, slots, policy)
-
-    def counted_trace(*shape, tokens):
-        made.append(tokens)
-        return synthetic_trace(*shape, tokens=tokens)
-
-    monkeypatch.setattr(routing, "replay", counted_replay)
-    monkeypatch.setattr(routing, "synthetic_trace", counted_trace)
-    for slots in (100, 101, 100):
-        hit_rates(BLUEPRINT, CPU, on_cpu(slots))
-    assert sum(replayed) <= 2 * 400
-    assert made == [300]
 
 
 def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read():

@@ -20,9 +20,7 @@ from mixchat.planning import fitting, measuring
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.hardware import Machine, OtherGPU
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
-from mixchat.planning.measuring import (
-    measurement_file,
-)
+from mixchat.planning.measuring import measurement_file
 from mixchat.planning.plan import MachinePlan, plan_model, predict_speed
 from mixchat.planning.prompts import LONG_PROMPT
 from mixchat.planning.worker_split import WorkerOffer

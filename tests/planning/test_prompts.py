@@ -10,13 +10,7 @@ from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import expected_distinct
 from mixchat.planning.machine_speeds import MachineSpeeds
-from mixchat.planning.prompts import (
-    PROMPT,
-    FirstToken,
-    first_token,
-    prompt_cost,
-    prompt_speed,
-)
+from mixchat.planning.prompts import PROMPT, FirstToken, first_token, prompt_cost, prompt_speed
 
 BLIND = without_disk(SPEEDS)
 ALL, HALF = Placement(256, 0, 256), Placement(128, 0, 256)

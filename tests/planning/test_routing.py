@@ -2,18 +2,17 @@
 
 import math
 from collections import Counter
-from itertools import pairwise, product
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from routing_traces import trace, traces
+from routing_simulation import Trace, replay, sharing, synthetic_trace
 
-from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, Passes
-from mixchat.experts.trace import Trace
-from mixchat.planning.routing import Counts, layer_loads, replay, sharing, synthetic_trace
+from mixchat.base.options import DEFAULT_POLICY
+from mixchat.experts.cache import ExpertKey
+from mixchat.planning.routing import expected_hit_rate, layer_loads
 
 TOKENS = 4000
 
@@ -54,37 +53,6 @@ def test_in_a_synthetic_trace_every_pair_of_experts_is_as_likely(synthetic):
     assert max(abs(count / uses - 1 / 28) for count in pairs.values()) < 4.5 * error
 
 
-def test_a_synthetic_trace_is_one_of_decode_and_repeats_by_its_seed():
-    made = synthetic_trace(3, 6, 3, tokens=5, seed=4)
-    assert (made.layers, made.experts, made.experts_per_token) == (3, 6, 3)
-    assert [made.tokens(forward) for forward in made.forwards] == [1] * 5
-    assert all(len(set(s)) == 3 for forward in made.forwards for s in forward)
-    assert made == synthetic_trace(3, 6, 3, tokens=5, seed=4)
-    assert made != synthetic_trace(3, 6, 3, tokens=5, seed=5)
-
-
-def test_prefill_and_decode_are_counted_apart_and_each_expert_once_a_pass():
-    made = trace([[0, 1, 1, 0, 0, 2]], [[0, 1]], [[3, 0]])
-    result = replay(made, 4, "lru")
-    assert (result.prefill, result.decode) == (Counts(0, 3), Counts(3, 1))
-    assert result.decode.hit_rate == 0.75
-
-
-def test_without_uses_there_is_no_hit_rate():
-    assert replay(trace([[0, 1, 1, 0]]), 4, "lru").decode.hit_rate is None
-
-
-def test_what_is_in_the_cache_goes_first():
-    """In the trace's order, 2 would evict 0 just before its turn."""
-    assert replay(trace([[0, 1]], [[2, 0]]), 2, "lru").decode == Counts(1, 3)
-
-
-def test_each_long_prefill_finds_as_many_experts_as_there_are_slots():
-    """Eight experts in the order of their layers, in five slots: LRU hits 2 a pass."""
-    sweep = [[0, 1, 2, 3], [0, 1, 2, 3]]
-    assert replay(trace(sweep, sweep, sweep), 5, "layered").prefill == Counts(5 + 5, 8 + 3 + 3)
-
-
 def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic):
     """By the clock, 64 slots hold the last token's experts and 112 those of the last two; what is
     between is of no use to LRU."""
@@ -99,27 +67,6 @@ def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic
     assert rates["layered"][2] > rates["lru"][2] + 0.1
 
 
-policies = st.sampled_from(sorted(POLICIES))
-
-
-@given(traces(forwards=20, layers=2, tokens=2), st.integers(1, 8), policies)
-def test_a_replay_does_what_plain_calls_of_the_cache_do(made, slots, policy):
-    passes = Passes(made.layers)
-    cache, hits = ExpertCache(slots, POLICIES[policy](passes)), [0, 0]
-    for forward, layer in product(made.forwards, range(made.layers)):
-        passes.enter(layer)
-        chosen = list(dict.fromkeys(ExpertKey(layer, expert) for expert in forward[layer]))
-        here = [key for key in chosen if key in cache]
-        for key in here:
-            assert cache.lookup(key) is not None
-        hits[len(forward[0]) > 2] += len(here)
-        for key in chosen:
-            if key not in here:
-                cache.admit(key)
-    result = replay(made, slots, policy)
-    assert [result.decode.hits, result.prefill.hits] == hits
-
-
 def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic):
     """64 slots hold what one token used. Of the 13 pairs that share, one is the same pair:
 
@@ -127,6 +74,20 @@ def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic)
     """
     expected = sum(sharing(layer, 32) for layer in range(32)) / 32 * 14 / 13 / 2
     assert replay(synthetic, 64, "lru").decode.hit_rate == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("slots", [20, 56, 100, 168, 230])
+def test_an_expected_hit_rate_is_that_of_a_simulated_cache(synthetic, slots):
+    rate = replay(synthetic, slots, DEFAULT_POLICY).decode.hit_rate
+    assert expected_hit_rate(config(32, 8, 2), slots) == pytest.approx(rate, abs=0.01)
+
+
+def test_a_part_of_the_experts_hits_as_often_as_all_with_slots_in_proportion():
+    """The experts 2 and 5 of each layer are all that use 32 slots, the others are on workers."""
+    made = synthetic_trace(tokens=1000, seed=2)
+    part = [[[e for e in chosen if e in (2, 5)] for chosen in forward] for forward in made.forwards]
+    rate = replay(replace(made, forwards=part), 32, DEFAULT_POLICY).decode.hit_rate
+    assert expected_hit_rate(config(32, 8, 2), 32, 64) == pytest.approx(rate, abs=0.05)
 
 
 def config(layers: int, experts: int, chosen: int) -> Any:

@@ -14,12 +14,7 @@ from planning_tools import CPU, GPU, SPEEDS, without_disk
 from mixchat.base import machine
 from mixchat.planning import measuring
 from mixchat.planning.machine_speeds import Measurement
-from mixchat.planning.measuring import (
-    SAMPLES,
-    load_measurement,
-    measure_and_save,
-    measurement_key,
-)
+from mixchat.planning.measuring import SAMPLES, load_measurement, measure_and_save, measurement_key
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 

@@ -14,7 +14,7 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import ModelSize, TokenCost, token_cost
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
-from mixchat.planning.routing import expected_hit_rate, layer_loads
+from mixchat.planning.routing import layer_loads
 from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_cost, spread_model
 
 SIZE = ModelSize(layers=2, experts_per_token=2, expert=10**6, head=3 * 10**6)
@@ -151,13 +151,3 @@ def test_without_figures_of_the_disk_only_what_needs_no_disk_is_known():
     blind = without_disk(SPEEDS)
     assert spread(64, offer(64), speeds=blind).expected.speed is None
     assert spread(128, offer(128), speeds=blind).expected.speed is not None
-
-
-def test_slots_for_a_part_of_the_experts_hit_as_often_as_that_part_more_would_for_all():
-    """A quarter of the experts with 16 slots are like all of them with 64."""
-    quarter = frozenset(ExpertKey(layer, e) for layer in range(32) for e in (2, 5))
-    shape = BLUEPRINT.config
-    assert expected_hit_rate(shape, 64, quarter) == 1
-    assert expected_hit_rate(shape, 32, quarter) == pytest.approx(
-        expected_hit_rate(shape, 128), abs=0.05
-    )

@@ -18,17 +18,10 @@ from mixchat.engine.passes import ForwardPasses
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.running_job import RunningJob
-from mixchat.serving.service import (
-    Delta,
-    Done,
-    Failed,
-    QueueFullError,
-    Reading,
-    ShuttingDownError,
-)
+from mixchat.serving.service import Delta, Done, Failed, QueueFullError, Reading, ShuttingDownError
 from mixchat.text.checkpoint_text import CheckpointText
-from mixchat.text.form.call_constraint import CallConstraint
 from mixchat.text.form.call_form import CallForm
+from mixchat.text.form.constraint import CallConstraint
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tool_call import Tool, joined_calls
 from mixchat.text.tool_formats import PLAIN

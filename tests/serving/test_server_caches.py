@@ -4,7 +4,7 @@ import pytest
 from waiter import Waiter, job
 
 from mixchat.serving.service import Done
-from mixchat.sessions.server_caches import ServerCaches
+from mixchat.sessions.cache_file import ServerCaches
 
 
 def test_kv_caches_in_files_serve_the_next_service(model_service, monkeypatch, tmp_path):

@@ -43,7 +43,6 @@ class ChatSaver:
 
     @property
     def kv_path(self) -> Path:
-        """Return the place for this chat's KV cache."""
         return self.store.kv_path(self.chat.id)
 
     def start_new(self) -> None:
@@ -109,7 +108,6 @@ class ChatSaver:
         self.autosave = self._autosave_at_first
 
     def current(self) -> SavedChat:
-        """Return the chat as it is now."""
         return replace(
             self.chat,
             model=self.model,

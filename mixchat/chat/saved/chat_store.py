@@ -14,12 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from mixchat.base import system
-from mixchat.base.errors import (
-    ChatNotFoundError,
-    CheckpointError,
-    ResourceError,
-    UsageError,
-)
+from mixchat.base.errors import ChatNotFoundError, CheckpointError, ResourceError, UsageError
 from mixchat.base.files import write_error, write_private_file
 from mixchat.base.lock import Busy, exclusive_lock
 from mixchat.base.settings import data_dir

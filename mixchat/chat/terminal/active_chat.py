@@ -92,7 +92,6 @@ class ActiveChat:
         self._reading = ReadingTime(predict)
 
     def resume(self, chat: SavedChat) -> None:
-        """Continue a saved chat."""
         self._cache.leave_chat()
         with interrupts.deferred():  # else one chat's turns could be saved as another's
             self.saver.resume(chat)

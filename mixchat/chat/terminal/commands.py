@@ -260,12 +260,13 @@ def _chats(chat: ActiveChat, argument: str) -> None:
 
 
 def _last(chat: ActiveChat, role: Role) -> str | None:
-    """Return the last question or answer."""
     history = reversed(chat.session.history)
     return next((message.content for message in history if message.role == role), None)
 
 
-@_command("", "answer again", "answer the last question again, differently")
+@_command(
+    "", "answer again", "answer the last question again; with temp 0 the answer stays the same"
+)
 def _regen(chat: ActiveChat, argument: str) -> None:
     chat.answer(chat.session.ask_again)
 

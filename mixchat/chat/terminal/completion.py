@@ -92,7 +92,6 @@ class CommandCompleter(Completer):
         self._commands = commands
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
-        """Yield what fits the text before the cursor."""
         text = document.text_before_cursor
         if not text.startswith("/") or "\n" in document.text:
             return

@@ -46,7 +46,6 @@ class InputHistory(History):
         super().append_string(string)
 
     def store_string(self, string: str) -> None:
-        """Add an entry to the file."""
         if self._path is not None:
             with self._faults_recorded(self._path), _alone(self._path):
                 _append(self._path, _written(string))

@@ -91,7 +91,6 @@ class Figures:
         return None if context is None else context.tokens
 
     def line(self, model: str, width: int) -> str:
-        """Return the status line with these figures."""
         return status_line(model, self.used, self.size, width=width, **self._measured)
 
     def line_now(self, model: str, width: int) -> str:
@@ -111,7 +110,6 @@ class Figures:
             self._measured["on_workers"] = engine.slots_by_tier.get("worker")
 
     def turn(self, finished: Finished) -> None:
-        """Count again, after an answer."""
         stats, experts = finished.stats, finished.stats.experts
         if speed := _speed(stats):
             self._measured["speed"] = speed

@@ -46,7 +46,7 @@ def read_prompt(
         piped = _read_stdin(context, note)
     argument = None if argument == STDIN else argument
     if argument is not None and not _is_text(argument):
-        decode(_bytes_of(argument), "the prompt")
+        decode(argument.encode("utf-8", "surrogateescape"), "the prompt")
     if piped is None and argument is None and not named:
         return None
     given = [text for text in (piped, *files.values(), argument) if text is not None]
@@ -118,7 +118,3 @@ def _note_if_it_takes_long(note: Note) -> Iterator[None]:
 def _is_text(argument: str) -> bool:
     """Return whether it is UTF-8. Python decodes other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in argument)
-
-
-def _bytes_of(argument: str) -> bytes:
-    return argument.encode("utf-8", "surrogateescape")

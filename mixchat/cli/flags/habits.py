@@ -48,6 +48,7 @@ _NEVER_OURS = [flag for flag in _FLAGS if re.fullmatch(r"-\w{2,}", flag)]
 _COMMANDS_BY_ANSWER = {
     "'mixchat --version' prints the version.": "version",
     "'mixchat run' is a chat, or one answer.": "chat prompt ask cli",
+    "'mixchat run -m demo' is a chat with the demo model.": "demo",
     "A model is loaded as long as its 'mixchat run' or 'serve' runs; see 'mixchat list'.": "ps",
     "Ctrl-C ends 'mixchat run' and 'mixchat serve', and frees their memory.": "stop",
     "'mixchat chats' lists the saved chats.": "logs",
@@ -72,7 +73,8 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
 
 def unknown_flag(flag: str, context: Any) -> UsageError:
     """Return the error for a flag that a command lacks, with the best hint."""
-    known = [opt for parameter in context.command.params for opt in _opts(parameter)]
+    parameters = context.command.params
+    known = [opt for each in parameters for opt in (*each.opts, *each.secondary_opts)]
     answer = _FLAGS.get(flag)
     if answer is not None and (named := re.match(r"--[a-z-]+", answer)) and named[0] not in known:
         answer = None
@@ -89,10 +91,6 @@ def unknown_command(name: str, known: Iterable[str]) -> UsageError:
     near = _near(name, {each: each for each in known})
     answer = f"Did you mean 'mixchat {near}'?" if near else "'mixchat --help' shows all commands."
     return UsageError(f"there is no command {name!r}", hint=_COMMANDS.get(name, answer))
-
-
-def _opts(parameter: Any) -> list[str]:
-    return [*parameter.opts, *parameter.secondary_opts]
 
 
 def _near(word: str, known: Mapping[str, str]) -> str | None:

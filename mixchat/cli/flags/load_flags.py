@@ -25,14 +25,7 @@ from mixchat.base.options import (
 from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.parameters import LENGTHS, SAMPLING, checked_word
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.settings import (
-    AGAIN,
-    MEMORY,
-    MODEL,
-    option,
-    setting,
-    setting_argument,
-)
+from mixchat.cli.flags.settings import AGAIN, MEMORY, MODEL, option, setting, setting_argument
 from mixchat.cli.flags.shell_completion import one_of, runnable_models
 from mixchat.experts.cache import POLICIES
 
@@ -104,13 +97,6 @@ CACHE_POLICY = setting(
 DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
 DEFAULT_DENSE_BITS = "8; 6 in models of small experts on a CPU"
 EXPERT_BITS = ("16", "4", "3", "2")  # of whole types
-BITS_OF_EXPERTS = option(
-    "--expert-bits BITS",
-    "Bits of an expert's weight (16, 4, 3, 2, or between, as 2.4), or the memory of the whole "
-    "model, such as 14GB.",
-    autocompletion=one_of(*EXPERT_BITS),
-    show_default="4",
-)
 JSON = option("--json", "Print JSON, for programs.")
 PNG = option("--png FILE", "Draw a picture into FILE, with matplotlib.")
 
@@ -149,7 +135,7 @@ class HolderFlags:
     )
     key_file: Path | None = setting(
         "--key-file FILE",
-        "File of the workers' key, which 'mixchat worker --new-key' makes.",
+        "The workers' key, which 'mixchat worker --new-key' writes.",
         MEMORY,
         show_default="worker.key in the data directory",
     )
@@ -182,6 +168,17 @@ ANY_MODEL = (
     "A name that 'mixchat list' or 'mixchat plan' shows, demo, ORG/NAME or ORG/NAME:Q4_K_M (GGUF) "
     "on the hub, a directory, or a .gguf file."
 )
+
+
+def expert_bits(shown: str, bits: Sequence[str] = EXPERT_BITS) -> Any:
+    """Return the flag `--expert-bits` for these bits, with its default as `shown`."""
+    return option(
+        "--expert-bits BITS",
+        f"Bits of an expert's weight ({', '.join(bits)}, or between, as 2.4), or the memory of the "
+        "whole model, such as 14GB.",
+        autocompletion=one_of(*bits),
+        show_default=shown,
+    )
 
 
 def dense_bits(shown: str, bits: Sequence[str] = DENSE_BITS) -> Any:

@@ -13,6 +13,7 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.model_config import Context
+from mixchat.base.options import ChatOptions, Overflow, Think
 from mixchat.chat import parameters
 from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word
 from mixchat.chat.plain_text import read_text_file
@@ -38,10 +39,8 @@ from mixchat.cli.flags.settings import (
 )
 from mixchat.cli.flags.shell_completion import one_of, saved_chats
 from mixchat.serving.client.server_url import ServerURL
-from mixchat.sessions.provider import ChatOptions
 
 if TYPE_CHECKING:
-    from mixchat.chat.backend import Overflow, Think
     from mixchat.text.form.output_constraint import OutputConstraint
 
 _RESUME = ("-r", "--resume")
@@ -186,7 +185,10 @@ class RunFlags(LoadFlags):
         show_default="on",
     )
     quiet: bool = setting(
-        "-q --quiet/--no-quiet", "Print only errors on standard error.", OUTPUT, show_default=False
+        "-q --quiet/--no-quiet",
+        "Print no notes on standard error, only errors.",
+        OUTPUT,
+        show_default=False,
     )
     trace: Path | None = option(
         "--trace FILE", "Write the experts of each token to FILE, as JSON Lines.", OUTPUT

@@ -5,7 +5,7 @@
 - reports.py: the base of reports, and those on models and downloads
 - plan_report.py, plan_text.py: a plan
 - bench_report.py: the result of mixchat bench
-- messages.py: errors, notes and questions on standard error
+- messages.py: errors and notes on standard error
 - progress.py, bars.py: bars on a terminal of any width, lines elsewhere
 - png.py: pictures, if matplotlib is installed
 """

@@ -1,4 +1,4 @@
-"""Prints errors, notes and questions on standard error."""
+"""Prints errors and notes on standard error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import suppress
 from mixchat.base.errors import MixchatError, ResourceError, UsageError
 from mixchat.base.files import DISK_FULL
 from mixchat.base.machine import memory_left_by_ulimit
-from mixchat.chat.printing import one_line, say, show
+from mixchat.chat.printing import say, show
 from mixchat.chat.theme import ERROR
 
 # In errors of torch, of the dynamic loader and of C++, in lower case.
@@ -27,13 +27,6 @@ _NO_MEMORY = (
 def note(text: str) -> None:
     """Print a note in one line."""
     say(f"note: {' '.join(text.split())}")
-
-
-def confirmed(question: str) -> bool:
-    """Ask on standard error. Raises `typer.Abort`."""
-    import typer
-
-    return typer.confirm(one_line(question), err=True)
 
 
 def print_error(error: Exception) -> int:

@@ -7,13 +7,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from mixchat.base.quantities import (
-    format_age,
-    format_rates,
-    format_size,
-    format_time,
-    format_times,
-)
+from mixchat.base.quantities import format_age, format_rates, format_size, format_time, format_times
 from mixchat.cli.output.reports import aligned
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.machine_speeds import IN_USE

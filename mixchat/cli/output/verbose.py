@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from mixchat.base.quantities import format_age, format_rates, format_size, format_times
 from mixchat.chat.printing import say
@@ -22,14 +21,8 @@ if TYPE_CHECKING:
 class VerboseReport:
     """Prints a turn's figures and the predicted speed. `engine` is None if a server answers."""
 
-    def __init__(
-        self,
-        engine: Engine | None,
-        predict: Callable[[], Prediction | None],
-        stream: TextIO | None = None,
-    ) -> None:
+    def __init__(self, engine: Engine | None, predict: Callable[[], Prediction | None]) -> None:
         self._engine, self._predict = engine, predict
-        self._stream = stream or sys.stderr
         self._first = True
 
     def __call__(self, finished: Finished) -> None:
@@ -41,7 +34,7 @@ class VerboseReport:
             f"ended    {finished.reason}",
         ]
         self._first = False
-        say(*lines, stream=self._stream)
+        say(*lines)
 
     def _expert_lines(self, finished: Finished) -> list[str]:
         if self._engine is None:

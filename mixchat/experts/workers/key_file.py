@@ -48,7 +48,7 @@ def read_key_file(path: Path) -> bytes:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             text = file.read(_MAX_FILE)
     except FileNotFoundError:
-        hint = "Make it with `mixchat worker --new-key`, and copy it to each of the machines."
+        hint = "Make it with 'mixchat worker --new-key', and copy it to each of the machines."
         raise UsageError(f"{path}: there is no key", hint=hint) from None
     except OSError as error:
         raise UsageError(f"{path}: the key cannot be read ({error.strerror})") from None
@@ -56,6 +56,6 @@ def read_key_file(path: Path) -> bytes:
         hint = f"Change that with `chmod 600 {path}`."
         raise UsageError(f"{path}: others can read the key (its mode is {mode:o})", hint=hint)
     if not re.fullmatch(rb"[0-9a-fA-F]{%d}" % (2 * KEY_SIZE), text.strip()):
-        hint = "Copy the file again, or make another with `mixchat worker --new-key`."
+        hint = "Copy the file again, or make another with 'mixchat worker --new-key'."
         raise UsageError(f"{path}: not a key (64 hexadecimal digits)", hint=hint)
     return bytes.fromhex(text.decode())

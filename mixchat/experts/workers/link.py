@@ -241,7 +241,7 @@ def _lost() -> sockets.ConnectionLostError:
 
 def _handshake_error(address: Address, event: int, value: int) -> MixchatError:
     if event == zmq.EVENT_CLOSED:
-        hint = "Start `mixchat worker` there, with --listen and its address. Look at its firewall."
+        hint = "Start 'mixchat worker' there, with --listen and its address. Look at its firewall."
         return ServerError(f"{address}: no worker can be reached there", hint=hint)
     if event == zmq.EVENT_DISCONNECTED:
         hint = "Look for the worker's port in what it printed when it started."

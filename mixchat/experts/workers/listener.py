@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import zmq
@@ -54,9 +55,10 @@ class Listener:
         self._authenticator = ThreadAuthenticator(self._context)
         try:
             self._authenticator.start()
-            self._authenticator.configure_curve_callback(
-                _DOMAIN, _Admission(sockets.curve_keys(key, b"chat").public)
-            )
+            public = sockets.curve_keys(key, b"chat").public
+            # CURVE has checked the secret key that belongs to it.
+            admission = SimpleNamespace(callback=lambda domain, given: given == public)
+            self._authenticator.configure_curve_callback(_DOMAIN, admission)
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
             sockets.prepare(self._socket, sockets.curve_keys(key, b"worker"))
             self._socket.curve_server, self._socket.zap_domain = True, _DOMAIN.encode()
@@ -134,13 +136,3 @@ class Listener:
             elif value == _CANNOT_DECRYPT and time.monotonic() >= self._quiet_until:
                 self._quiet_until = time.monotonic() + _QUIET_S
                 self._note("somebody was sent away who has another key")
-
-
-class _Admission:
-    """Lets in peers with this public key. CURVE has checked the secret one."""
-
-    def __init__(self, public: bytes) -> None:
-        self._public = public
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key == self._public

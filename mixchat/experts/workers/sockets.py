@@ -67,7 +67,7 @@ def open_context() -> zmq.Context[zmq.Socket[bytes]]:
             spare.append(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ResourceError(f"cannot connect: {reason}", hint="Raise `ulimit -n`.") from None
+        raise ResourceError(f"cannot connect: {reason}", hint="Raise 'ulimit -n'.") from None
     finally:
         for descriptor in spare:
             os.close(descriptor)

@@ -4,5 +4,4 @@
 - server_client.py: asks a server over HTTP
 - server_json.py: what a server sends: models, events, errors
 - server_url.py: the URL of a server
-- local_server.py: looks for a server on this machine
 """

@@ -15,6 +15,7 @@ from mixchat.chat.backend import LEAVE_OUT_HINT, OnPrefill, Turn
 from mixchat.engine.stats import GenerationStats
 from mixchat.serving.client.server_client import HTTPReply, ServerClient
 from mixchat.serving.client.server_json import Comment, ListedModel, Piece, events, read_piece
+from mixchat.serving.client.server_url import SERVER_IDENTITY
 from mixchat.text.messages import Message
 from mixchat.text.thinking import AnswerText
 
@@ -27,7 +28,7 @@ _NO_TURN = Turn((), (), 0, None, RequestedSampling(), None, (), "stop")
 class ServerBackend:
     """A `Backend` for a server's model. `form` has the fields for the form of answers."""
 
-    identity = "server"
+    identity = SERVER_IDENTITY
     engine = None
     can_skip_thinking = True  # as far as one can know
 
@@ -176,7 +177,7 @@ class ServerReply:
             self._time()
             yield AnswerText(piece.text, piece.thinking)
         if piece.reason is not None:
-            self._end("length" if piece.reason == "length" else "stop")
+            self._end(piece.reason)
             self._stream.hurry()  # some servers forget to say that this is the end
         if piece.usage is not None:
             stats, usage = self._backend.stats, piece.usage

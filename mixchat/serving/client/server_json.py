@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mixchat.base.errors import (
     MixchatError,
@@ -68,7 +68,7 @@ class Piece:
     """The next piece of an answer. `reason` is stop or length at its end, None before."""
 
     text: str = ""
-    reason: str | None = None
+    reason: Literal["stop", "length"] | None = None
     usage: Usage | None = None
     thinking: str = ""
 
@@ -142,12 +142,12 @@ def read_piece(data: str) -> Piece:
     choice = next((each for each in map(_object, choices) if not each.get("index")), {})
     delta = _object(choice.get("delta") or {})
     thinking = delta.get("reasoning_content") or delta.get("reasoning")  # some servers' name
-    reason = choice.get("finish_reason")
-    if reason:
-        reason = "length" if reason == "length" else "stop"
+    reason: Literal["stop", "length"] | None = None
+    if given := choice.get("finish_reason"):
+        reason = "length" if given == "length" else "stop"
     usage = _usage(raw.get("usage"))
     text = _text(delta.get("content")) + _calls(delta.get("tool_calls") or [])
-    return Piece(text, reason or None, usage, _text(thinking))
+    return Piece(text, reason, usage, _text(thinking))
 
 
 def _calls(given: object) -> str:

@@ -8,6 +8,7 @@ from urllib.parse import SplitResult, urlsplit
 from mixchat.base.errors import UsageError
 
 SERVER_PORT = 11435
+SERVER_IDENTITY = "server"  # in place of the hash of a model's weights
 _PORTS = {"http": 80, "https": 443}
 _HINT = f"Write it like 127.0.0.1:{SERVER_PORT} or https://example.com/v1."
 

@@ -24,15 +24,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import FailFast, Field, ValidationInfo, WrapValidator
 
-from mixchat.serving.requests.chat_job import ChatRequest, chat_job
-from mixchat.serving.requests.errors import field_error
-from mixchat.serving.requests.fields import (
-    RequestObject,
-    max_items,
-    number,
-    only,
-    wrong,
-)
+from mixchat.serving.requests.chat_job import chat_job
+from mixchat.serving.requests.errors import field_error, value_error
+from mixchat.serving.requests.fields import RequestObject, max_items, number, only, wrong
 from mixchat.serving.requests.options import (
     TOP_LOGPROBS,
     LoadedModel,
@@ -41,12 +35,14 @@ from mixchat.serving.requests.options import (
     parsed,
     read_fields,
 )
-from mixchat.serving.requests.thinking import take_thinking
 from mixchat.serving.requests.tools import Calls, ToolFields, calls_of
 from mixchat.text.messages import Message, Role
+from mixchat.text.thinking import EFFORT, EFFORTS, SWITCHES, ThinkingFormat
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 1000  # of a message
+_KWARGS, _OLLAMA = "chat_template_kwargs", "think"
+_HIGHER_EFFORTS = ("xhigh", "max")  # than any that templates know
 _NO_FUNCTIONS = "is not supported: use tools"
 _NO_CALL = "cannot be followed: use tools and tool_choice"
 _TEXT_ONLY = "is not supported: the model reads and writes text alone"
@@ -57,7 +53,6 @@ _ToolChoice: TypeAlias = Annotated[Any, only(("none", "auto"), "unsupported_valu
 
 
 class _Part(RequestObject):
-    never_null = ("type",)
     type: Literal["text"]
     text: str
 
@@ -74,7 +69,6 @@ def _text(given: Any, parts_of: Callable[[Any], list[_Part]], info: ValidationIn
 
 class _ChatMessage(RequestObject):
     ignored = ("name", "reasoning")
-    never_null = ("role", "content")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     reasoning_content: Any = None
     tool_calls: Calls = Field([])
@@ -84,7 +78,9 @@ class _ChatMessage(RequestObject):
     refusal: _MediaField = None
     annotations: _MediaField = None
     # A string in the end, by `_text`.
-    content: Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), WrapValidator(_text)]
+    content: Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), WrapValidator(_text)] = Field(
+        None, validate_default=True
+    )
 
     def message(self, path: str) -> Message:
         """Return the message. Raises `RequestError` for fields of another role."""
@@ -130,7 +126,7 @@ def read_chat(
     `unused` are fields of another API, which have no effect. Raises `RequestError` and
     `PromptError`.
     """
-    body, variables = take_thinking(body, model.service.template.thinking)
+    body, variables = _take_thinking(body, model.service.template.thinking)
     fields, job, ignored = read_fields(_ChatFields, body, model, unused)
     ignored += ("functions",) if fields.functions not in (None, []) else ()
     if fields.top_logprobs and not fields.logprobs:
@@ -138,8 +134,8 @@ def read_chat(
     if not fields.messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
     job = replace(job, top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None)
-    request = ChatRequest(_messages(fields.messages), variables, fields.offer(), fields)
-    job = chat_job(request, job, model)
+    messages = _messages(fields.messages)
+    job = chat_job(job, model, messages, variables, fields.offer(), fields)
     return parsed(fields, job, [job.prompt_ids], ignored)
 
 
@@ -158,3 +154,51 @@ def _messages(fields: Sequence[_ChatMessage]) -> list[Message]:
         reason = "have no results: a message of the role tool has to follow"
         raise field_error(f"messages[{len(messages) - 1}].tool_calls", reason, "invalid_value")
     return messages
+
+
+def _take_thinking(
+    body: dict[str, Any], format: ThinkingFormat | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a body without the fields that the model's template knows, and its variables.
+
+    Only variables with a few known values are taken, since others could put control tokens into a
+    prompt. Raises `RequestError` for a value of the wrong type.
+    """
+    if format is None:
+        return body, {}
+    rest = dict(body)
+    variables = _from_fields(rest, format) | _from_kwargs(rest, format)
+    for name, value in variables.items():
+        if name in SWITCHES and not isinstance(value, bool):
+            raise value_error(f"{_KWARGS}.{name}", "true or false", value)
+        if name == EFFORT and value not in EFFORTS:
+            raise value_error(f"{_KWARGS}.{name}", " or ".join(EFFORTS), value)
+    return rest, variables
+
+
+def _from_kwargs(rest: dict[str, Any], format: ThinkingFormat) -> dict[str, Any]:
+    given = rest.get(_KWARGS)
+    if not isinstance(given, dict):
+        return {}
+    variables = {name: given[name] for name in format.variables if name in given}
+    rest[_KWARGS] = {name: value for name, value in given.items() if name not in variables}
+    if not rest[_KWARGS]:
+        del rest[_KWARGS]
+    return variables
+
+
+def _from_fields(rest: dict[str, Any], format: ThinkingFormat) -> dict[str, Any]:
+    effort, switch, thinks = rest.get(EFFORT), format.switch, rest.get(_OLLAMA)
+    effort = EFFORTS[-1] if effort in _HIGHER_EFFORTS else effort
+    variables: dict[str, Any] = {}
+    if switch is not None and isinstance(thinks, bool):
+        variables[switch] = rest.pop(_OLLAMA)
+    elif EFFORT in format.variables and thinks is True:
+        del rest[_OLLAMA]  # a model with efforts always thinks
+    if EFFORT in format.variables and effort in EFFORTS:
+        del rest[EFFORT]
+        variables[EFFORT] = effort
+    elif switch is not None and effort == "none":
+        del rest[EFFORT]
+        variables[switch] = False
+    return variables

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mixchat.serving.requests.errors import field_error, to_json
-from mixchat.serving.requests.forms import (
-    FormFields,
-    MakeConstraint,
-    compiled,
-    constraint_of,
-)
+from mixchat.serving.requests.forms import FormFields, MakeConstraint, compiled, constraint_of
 from mixchat.serving.requests.options import LoadedModel
 from mixchat.serving.requests.tools import ToolOffer
 from mixchat.serving.service import Job, Service
@@ -27,39 +22,34 @@ if TYPE_CHECKING:
 _HARMONY_TOKENS = ("<|channel|>", "<|constrain|>", "<|message|>")
 
 
-@dataclass(frozen=True)
-class ChatRequest:
-    """A conversation to answer. A last message of the assistant begins the answer.
-
-    `variables` are for the template's thinking. `offer` is None if no tool may be called.
-    """
-
-    messages: Sequence[Message]
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    offer: ToolOffer | None = None
-    form: FormFields = field(default_factory=FormFields)
-
-
-def chat_job(request: ChatRequest, job: Job, model: LoadedModel) -> Job:
+def chat_job(
+    job: Job,
+    model: LoadedModel,
+    messages: list[Message],
+    variables: dict[str, Any],
+    offer: ToolOffer | None,
+    form: FormFields,
+) -> Job:
     """Return `job` with the prompt of a chat. This takes seconds for a long conversation.
 
-    Raises `RequestError` and `PromptError`.
+    A last message of the assistant begins the answer. `variables` are for the template's thinking.
+    `offer` is None if no tool may be called. Raises `RequestError` and `PromptError`.
     """
     service, compile_form = model.service, model.compile_form
     template, tokenizer, thinking = service.template, service.tokenizer, service.template.thinking
-    messages, variables, offer = list(request.messages), dict(request.variables), request.offer
-    service.context.check_text(_texts(request), "the prompt")
+    messages, variables = list(messages), dict(variables)
+    service.context.check_text(_texts(messages, offer), "the prompt")
     continued = messages[-1].role == "assistant"
     begun = tokenizer.encode(messages.pop().content) if continued else []
     continues = template.continues_prompt
     format = None if offer is None else template.tools or PLAIN
     if offer is None or format is None:
-        constraint = constraint_of(request.form, compile_form, begun, continues)
+        constraint = constraint_of(form, compile_form, begun, continues)
         skips_thinking = constraint is not None
     else:
-        form = _call_form(offer, format, request.form, service)
-        constraint = _call_constraint(form, begun, model)
-        skips_thinking = form.must_call
+        calls = _call_form(offer, format, form, service)
+        constraint = _call_constraint(calls, begun, model)
+        skips_thinking = calls.must_call
     if skips_thinking and thinking is not None and thinking.switch is not None:
         variables[thinking.switch] = False
     ids = _encoded(messages, variables, offer, service)
@@ -78,11 +68,11 @@ def chat_job(request: ChatRequest, job: Job, model: LoadedModel) -> Job:
     )
 
 
-def _texts(request: ChatRequest) -> str:
-    calls = (call.arguments for message in request.messages for call in message.calls)
-    tools = () if request.offer is None else request.offer.tools
+def _texts(messages: Sequence[Message], offer: ToolOffer | None) -> str:
+    calls = (call.arguments for message in messages for call in message.calls)
+    tools = () if offer is None else offer.tools
     described = (to_json(tool.to_json()).decode() for tool in tools)
-    return "".join([*(message.content for message in request.messages), *calls, *described])
+    return "".join([*(message.content for message in messages), *calls, *described])
 
 
 def _encoded(
@@ -118,7 +108,7 @@ def _call_constraint(form: CallForm, begun: Sequence[int], model: LoadedModel) -
     tokenizer, continues = service.tokenizer, service.template.continues_prompt
 
     def make(parser: ThinkingParser) -> Constraint:
-        from mixchat.text.form.call_constraint import CallConstraint
+        from mixchat.text.form.constraint import CallConstraint
 
         if form.must_call:
             return start(begun, continued=continues)

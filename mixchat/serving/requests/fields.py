@@ -35,27 +35,21 @@ _Model = TypeVar("_Model", bound="RequestObject")
 class RequestObject(BaseModel):
     """A JSON object of exact types, in which true is not 1. Unknown fields are refused.
 
-    null counts as not given, but as a wrong value of a `never_null` field. The `ignored` fields may
-    have any value.
+    null counts as not given. The `ignored` fields may have any value.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
     ignored: ClassVar[tuple[str, ...]] = ()
-    never_null: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _drop_ignored(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        kept = {
-            n: value for n, value in given.items() if value is not None and n not in cls.ignored
-        }
-        if len(kept) > _MAX_FIELDS:  # pydantic would make an error for each unknown field
-            kept = dict(islice(kept.items(), _MAX_FIELDS))
-        for name in cls.never_null:
-            kept.setdefault(name, None)
-        return kept
+        kept = (
+            (n, value) for n, value in given.items() if value is not None and n not in cls.ignored
+        )
+        return dict(islice(kept, _MAX_FIELDS))  # pydantic makes an error for each unknown field
 
 
 def validated(model: type[_Model], given: object) -> _Model:

@@ -17,22 +17,20 @@ from mixchat.text.form.call_form import CallForm
 from mixchat.text.form.grammar import looks_like_gbnf
 from mixchat.text.form.output_constraint import (
     HASTY_S,
+    Kind,
     OutputConstraint,
-    checked_calls,
-    checked_grammar,
+    checked,
     checked_schema,
 )
 
 if TYPE_CHECKING:
     from mixchat.engine.sampling import Constraint
     from mixchat.serving.service import Service
-    from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
+    from mixchat.text.form.constraint import ConstraintCompiler, StartConstraint
     from mixchat.text.thinking import ThinkingParser
 
 Form: TypeAlias = "dict[str, Any] | str | CallForm"
 MakeConstraint: TypeAlias = "Callable[[ThinkingParser], Constraint]"
-# Takes the tokens of an answer's beginning, and `continued`.
-StartConstraint: TypeAlias = "Callable[..., TokenConstraint]"
 _MAX_FORM = 100_000  # bytes of a schema or a grammar, which take 2 s
 _MAX_CACHED_FORMS = 64
 
@@ -52,7 +50,6 @@ def small_form(form: Any) -> Any:
 
 class _JsonSchema(RequestObject):
     ignored = ("name", "description")
-    never_null = ("schema",)
     strict: bool = False  # every schema is followed to the letter
     given: Annotated[dict[str, Any], Field(alias="schema"), AfterValidator(small_form)]
 
@@ -60,7 +57,6 @@ class _JsonSchema(RequestObject):
 class ResponseFormat(RequestObject):
     """The field response_format."""
 
-    never_null = ("type",)
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JsonSchema | None = Field(None, validate_default=True)
 
@@ -128,18 +124,9 @@ def compiled(form: Form, compile_form: Compile, field: str, code: str) -> StartC
         raise RequestError(message, param=field, code=code) from None
 
 
-def no_forms(given: Form, at_end: ExitStack | None = None) -> StartConstraint:
-    """Refuse every form, because nothing could enforce one."""
-    raise RequestError(
-        "response_format: only text is available on this server",
-        param="response_format",
-        code="unsupported_value",
-    )
-
-
 def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
     """Return what compiles forms for a service, each within so many seconds."""
-    checked: dict[str, OutputConstraint] = {}
+    known: dict[str, OutputConstraint] = {}
 
     @cache
     def compiler() -> ConstraintCompiler:
@@ -149,17 +136,18 @@ def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
 
     def compile_form(given: Form, at_end: ExitStack | None = None) -> StartConstraint:
         key = given.to_text() if isinstance(given, CallForm) else json.dumps(given)
-        form = checked.get(key)
+        form = known.get(key)
         if form is None:
             if isinstance(given, CallForm):
-                form = checked_calls(key, seconds, at_end)
+                form = checked("calls", key, seconds, at_end)
             elif isinstance(given, dict):
                 form = checked_schema(given, seconds, at_end)
             else:
-                form = checked_grammar(given, looks_like_gbnf(given), seconds, at_end)
-            if len(checked) >= _MAX_CACHED_FORMS:
-                checked.clear()
-            checked[key] = form
-        return compiler().compile(form).start
+                kind: Kind = "gbnf" if looks_like_gbnf(given) else "lark"
+                form = checked(kind, given, seconds, at_end)
+            if len(known) >= _MAX_CACHED_FORMS:
+                known.clear()
+            known[key] = form
+        return compiler().compile(form)
 
     return compile_form

@@ -40,7 +40,7 @@ from mixchat.serving.requests.fields import (
     validated,
     wrong,
 )
-from mixchat.serving.requests.forms import Compile, FormFields, no_forms
+from mixchat.serving.requests.forms import Compile, FormFields
 from mixchat.serving.service import Job, Service
 from mixchat.text.tokenizer import TokenTexts
 
@@ -88,7 +88,7 @@ class LoadedModel:
 
     service: Service
     defaults: Defaults
-    compile_form: Compile = no_forms
+    compile_form: Compile
 
     @cached_property
     def texts(self) -> TokenTexts:
@@ -201,11 +201,7 @@ def parsed(
     """Return the request with `n` jobs for each prompt, each with its own seed."""
     seed = secrets.randbelow(2**32) if fields.seed is None else fields.seed
     jobs = tuple(
-        replace(
-            job,
-            prompt_ids=tuple(ids),
-            sampling=replace(job.sampling, seed=(seed + i) % 2**63),
-        )
+        replace(job, prompt_ids=tuple(ids), sampling=replace(job.sampling, seed=(seed + i) % 2**63))
         for ids in prompts
         for i in range(fields.n)
     )

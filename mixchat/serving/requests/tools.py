@@ -49,7 +49,6 @@ Name = Annotated[str, AfterValidator(_checked_name)]
 
 
 class _Function(RequestObject):
-    never_null = ("name",)
     name: Name
     description: str | None = None
     parameters: Annotated[dict[str, Any] | None, AfterValidator(_of_an_object)] = None
@@ -59,13 +58,11 @@ class _Function(RequestObject):
 class ToolField(RequestObject):
     """One of the field tools."""
 
-    never_null = ("type", "function")
     type: Literal["function"]
     function: _Function
 
 
 class _CalledFunction(RequestObject):
-    never_null = ("name", "arguments")
     name: Name
     arguments: str
 
@@ -74,19 +71,16 @@ class CallField(RequestObject):
     """One of a message's tool_calls."""
 
     ignored = ("index",)
-    never_null = ("id", "function")
     id: str
     type: Literal["function"] = "function"
     function: _CalledFunction
 
 
 class _Named(RequestObject):
-    never_null = ("name",)
     name: str
 
 
 class _FunctionChoice(RequestObject):
-    never_null = ("type", "function")
     type: Literal["function"]
     function: _Named
 

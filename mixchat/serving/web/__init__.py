@@ -7,6 +7,6 @@
 - page.py: the page at `/`, a chat in the browser, with its files in page_files/
 - answers.py: the jobs of one request while they run, whole or as a stream
 - responses.py: the form of a response, the objects of OpenAI's chats, and counts for Prometheus
-- blocks.py: the parts of an answer one after the other
+- blocks.py: an answer as blocks of thinking, text and calls, for APIs that send such blocks
 - openai_responses.py, anthropic.py, ollama.py: other APIs, each turned into OpenAI's chats and back
 """

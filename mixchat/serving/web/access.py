@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any, TypeAlias
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -23,13 +21,12 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import NetworkAddress
 from mixchat.experts.workers.address import Address, listen_error, resolve
 from mixchat.serving.requests.errors import RequestError, to_json
+from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.page import PAGE_PATHS
 
 _ANY = "*"
 _OPEN_PATHS = {"/health"} | PAGE_PATHS  # need no key, because they tell nothing
 IGNORED = "x-mixchat-ignored"  # names a request's fields without an effect
-# The form of errors of the API at a path.
-FormOf: TypeAlias = "Callable[[str], Callable[[RequestError], dict[str, Any]]]"
 
 
 def find_address(host: str, port: int, key: str | None) -> Address:
@@ -86,10 +83,10 @@ class Access:
     local_only: bool = True
 
 
-def guarded(app: ASGIApp, access: Access, form_of: FormOf) -> ASGIApp:
+def guarded(app: ASGIApp, access: Access) -> ASGIApp:
     """Return `app` with all checks before it."""
     if access.key is not None:
-        app = _KeyCheck(app, access.key, form_of)
+        app = _KeyCheck(app, access.key)
     if access.origins:
         app = CORSMiddleware(
             app,
@@ -98,30 +95,28 @@ def guarded(app: ASGIApp, access: Access, form_of: FormOf) -> ASGIApp:
             allow_headers=(_ANY,),
             expose_headers=("x-request-id", "retry-after", IGNORED),
         )
-    return _HeaderCheck(app, access, form_of)
+    return _HeaderCheck(app, access)
 
 
-def openai_error(error: RequestError) -> dict[str, Any]:
-    """Return an error in OpenAI's form."""
-    return error.body
-
-
-def error_response(
-    error: RequestError, body_of: Callable[[RequestError], dict[str, Any]] = openai_error
-) -> Response:
-    """Return the response for an error, in the form of an API."""
+def error_response(error: RequestError, path: str) -> Response:
+    """Return the response for an error, in the form of the API at a path."""
+    body = error.body
+    if path.startswith("/api/"):
+        body = ollama.error_body(error)
+    elif path.startswith(anthropic.PATH):
+        body = anthropic.error_body(error)
     return Response(
-        to_json(body_of(error)), error.status, headers=error.headers, media_type="application/json"
+        to_json(body), error.status, headers=error.headers, media_type="application/json"
     )
 
 
 class _HeaderCheck:
-    def __init__(self, app: ASGIApp, access: Access, form_of: FormOf) -> None:
-        self._app, self._access, self._form_of = app, access, form_of
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._fault(Headers(scope=scope))
-        refused = None if error is None else error_response(error, self._form_of(scope["path"]))
+        refused = None if error is None else error_response(error, scope["path"])
         await (refused or self._app)(scope, receive, send)
 
     def _fault(self, headers: Headers) -> RequestError | None:
@@ -141,8 +136,8 @@ class _HeaderCheck:
 class _KeyCheck:
     """Checks the key in constant time."""
 
-    def __init__(self, app: ASGIApp, key: str, form_of: FormOf) -> None:
-        self._app, self._digest, self._form_of = app, _digest(key.encode()), form_of
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._digest = app, _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -159,7 +154,7 @@ class _KeyCheck:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error_response(error, self._form_of(scope["path"]))(scope, receive, send)
+        await error_response(error, scope["path"])(scope, receive, send)
 
 
 def _digest(key: bytes) -> bytes:

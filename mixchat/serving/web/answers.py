@@ -60,7 +60,6 @@ class PendingAnswers:
         self._cancel = self._service.submit(*zip(self._jobs, sinks, strict=True))
 
     def cancel(self) -> None:
-        """Cancel what still runs."""
         if self._cancel is not None:
             self._cancel()
 

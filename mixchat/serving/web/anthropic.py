@@ -33,6 +33,7 @@ from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import JSON, call_arguments, to_event
 from mixchat.text.tool_call import ToolCall
 
+PATH = "/v1/messages"
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
 _SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream")
 _STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
@@ -42,7 +43,6 @@ _KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_e
 
 class _Block(RequestObject):
     ignored = ("cache_control", "citations", "signature", "caller")
-    never_null = ("type",)
     type: Literal["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]
     text: str = ""
     thinking: str = ""
@@ -63,7 +63,6 @@ _Blocks = Annotated[list[_Block], FailFast(), max_items(MAX_PARTS), BeforeValida
 
 
 class _Message(RequestObject):
-    never_null = ("role", "content")
     role: Literal["user", "assistant", "system"]
     content: _Blocks
 
@@ -74,7 +73,6 @@ class _Result(RequestObject):
 
 class _Tool(RequestObject):
     ignored = ("cache_control", "eager_input_streaming", "defer_loading", "allowed_callers")
-    never_null = ("name", "input_schema")
     type: Literal["custom"] = "custom"
     name: str
     description: str | None = None
@@ -83,7 +81,6 @@ class _Tool(RequestObject):
 
 
 class _Choice(RequestObject):
-    never_null = ("type",)
     type: Literal["auto", "any", "tool", "none"]
     name: str = ""
     disable_parallel_tool_use: bool = False
@@ -91,12 +88,10 @@ class _Choice(RequestObject):
 
 class _Thinking(RequestObject):
     ignored = ("budget_tokens", "display")
-    never_null = ("type",)
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
 
 
 class _Schema(RequestObject):
-    never_null = ("type", "schema")
     type: Literal["json_schema"]
     given: Annotated[dict[str, Any], Field(alias="schema")]
 
@@ -108,7 +103,6 @@ class _OutputConfig(RequestObject):
 
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_LABELS)
-    never_null = ("messages",)
     messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)]
     system: _Blocks = Field([])
     stop_sequences: Annotated[list[str], FailFast()] = Field([])

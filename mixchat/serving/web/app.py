@@ -37,7 +37,7 @@ from mixchat.serving.requests.fields import RequestObject, validated
 from mixchat.serving.requests.options import LoadedModel, ParsedRequest
 from mixchat.serving.service import QueueFullError
 from mixchat.serving.web import anthropic, ollama
-from mixchat.serving.web.access import IGNORED, Access, error_response, guarded, openai_error
+from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
 from mixchat.serving.web.openai_responses import ResponsesResponses, read_responses
 from mixchat.serving.web.page import page_routes
@@ -58,7 +58,6 @@ _MAX_NOTED = 100  # names
 # The fields with schemas or grammars, which are checked in processes.
 _FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text", "output_config")
 _CHAT_PATH = "/v1/chat/completions"
-_MESSAGES_PATH = "/v1/messages"
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
 Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
@@ -72,7 +71,7 @@ _APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
     _CHAT_PATH: (read_chat, ChatResponses),
     "/v1/completions": (read_completion, CompletionResponses),
     "/v1/responses": (read_responses, ResponsesResponses),
-    _MESSAGES_PATH: (anthropic.read_messages, anthropic.AnthropicResponses),
+    anthropic.PATH: (anthropic.read_messages, anthropic.AnthropicResponses),
     "/api/chat": (ollama.read_ollama_chat, ollama.OllamaResponses),
     "/api/generate": (ollama.read_generate, ollama.GenerateResponses),
 }
@@ -112,7 +111,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     """Return the application of ASGI, with the page at `/` if `page`."""
 
     def failed(request: Request, error: Exception) -> Response:
-        return error_response(state.explain(error), _error_body(request.url.path))
+        return error_response(state.explain(error), request.url.path)
 
     def route(path: str, method: str, endpoint: Endpoint) -> Route:
         async def bound(request: Request) -> ASGIApp:
@@ -140,7 +139,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
     app = Starlette(
         routes=[
             *(model_route(path, partial(_answer, api=api)) for path, api in _APIS.items()),
-            model_route(f"{_MESSAGES_PATH}/count_tokens", _count_tokens),
+            model_route(f"{anthropic.PATH}/count_tokens", _count_tokens),
             route("/api/tags", "GET", _ollama_models),
             route("/api/ps", "GET", _ollama_loaded),
             route("/api/show", "POST", _ollama_model),
@@ -163,7 +162,7 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
         },
     )
     app.router.redirect_slashes = False
-    return _ResponseHeaders(guarded(app, access, _error_body))
+    return _ResponseHeaders(guarded(app, access))
 
 
 async def _answer(
@@ -253,13 +252,6 @@ async def _load_or_unload(state: AppState, path: str, body: dict[str, Any]) -> R
 
 async def _ollama_version(state: AppState, request: Request) -> Response:
     return _json({"version": ollama.API_VERSION})
-
-
-def _error_body(path: str) -> Callable[[RequestError], dict[str, Any]]:
-    """Return what puts an error into the form of a route's API."""
-    if path.startswith("/api/"):
-        return ollama.error_body
-    return anthropic.error_body if path.startswith(_MESSAGES_PATH) else openai_error
 
 
 async def _models(state: AppState, request: Request) -> Response:
@@ -356,7 +348,7 @@ def _no_such_route(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message += f"; this server answers chats at {_CHAT_PATH}"
     refused = RequestError(message, status=error.status_code, headers=error.headers)
-    return error_response(refused, _error_body(request.url.path))
+    return error_response(refused, request.url.path)
 
 
 class _ResponseHeaders:

@@ -55,20 +55,17 @@ _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the mode
 
 class _Function(RequestObject):
     ignored = ("index", "description")
-    never_null = ("name",)
     name: str
     arguments: dict[str, Any] = Field({})
 
 
 class _Call(RequestObject):
     ignored = ("type", "index")
-    never_null = ("function",)
     id: str = ""
     function: _Function
 
 
 class _Message(RequestObject):
-    never_null = ("role",)
     role: str
     content: str = ""
     thinking: str = ""

@@ -46,7 +46,6 @@ _NONE = only((None, False), "unsupported_parameter", _STATELESS)
 
 class _Format(RequestObject):
     ignored = ("name", "description")
-    never_null = ("type",)
     type: str
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool = False
@@ -68,7 +67,6 @@ def _as_items(given: Any) -> Any:
 
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_LABELS)
-    never_null = ("input",)
     input: Annotated[list[dict[str, Any]], FailFast(), BeforeValidator(_as_items)]
     instructions: str = ""
     max_output_tokens: Any = None

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mixchat.base.errors import UsageError
-from mixchat.text.form.grammar import find_fault, grammar_error
+from mixchat.text.form.grammar import checked_lark
 from mixchat.text.form.schema import alone, check_schema, escaped, json_rule
 from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import ToolFormat
@@ -64,9 +64,7 @@ def call_grammar(text: str) -> str:
             _check_markup(tool)
     if form.answer is not None:
         check_schema(dict(form.answer))
-    fault = find_fault(_grammar(replace(form, control_tokens={})))
-    if fault is not None:
-        raise grammar_error(fault)
+    checked_lark(_grammar(replace(form, control_tokens={})))
     return _grammar(form)
 
 
@@ -153,14 +151,10 @@ def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterat
         schema = part if isinstance(part, dict) else {}
         yield f"{rule}_value: {json_rule(schema, lenient=not tool.strict)}"
         yield f"{rule}: {head} {rule}_value {close}"
-    elif texts := [text for text in _choices(part) if isinstance(text, str)]:
+    elif texts := [text for text in part.get("enum", [part.get("const")]) if isinstance(text, str)]:
         yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
     else:
         yield f"{rule}: {head} text"
-
-
-def _choices(schema: Mapping[str, Any]) -> list[Any]:
-    return [*schema.get("enum", [schema["const"]] if "const" in schema else [])]
 
 
 def _markup_text(form: CallForm) -> str:

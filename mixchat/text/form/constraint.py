@@ -8,9 +8,10 @@ from __future__ import annotations
 import weakref
 from base64 import b64decode
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,11 +28,13 @@ from mixchat.text.form.output_constraint import (
 from mixchat.text.sandbox import Sandbox, SandboxCall
 
 if TYPE_CHECKING:
+    from mixchat.text.thinking import ThinkingParser
     from mixchat.text.tokenizer import Tokenizer
 
 _LOAD_CPU_S = 10.0  # for a vocabulary, of which one of 256,000 tokens takes 1 s
 _STEP_CPU_S = 0.5  # for a token, of which ordinary ones take a hundredth at most
 _SUBJECT = "the form of the answer"
+_MAX_OPENING = 32  # tokens
 
 
 class ConstraintCompiler:
@@ -61,9 +64,9 @@ class ConstraintCompiler:
         )
         self.idle = deque[Sandbox](maxlen=1)  # the sandbox of an answer that has ended
 
-    def compile(self, constraint: OutputConstraint) -> CompiledConstraint:
-        """Return a constraint for this tokenizer."""
-        return CompiledConstraint(constraint, self)
+    def compile(self, constraint: OutputConstraint) -> StartConstraint:
+        """Return what starts the constraint of each answer of this form."""
+        return partial(TokenConstraint, constraint.grammar, self)
 
     def sandbox(self) -> Sandbox:
         """Return a sandbox that has all tokens, or soon will."""
@@ -73,23 +76,11 @@ class ConstraintCompiler:
             return Sandbox(PROGRAM, [self._load])
 
 
-class CompiledConstraint:
-    """An output constraint for one tokenizer. Each answer starts a `TokenConstraint`."""
-
-    def __init__(self, constraint: OutputConstraint, compiler: ConstraintCompiler) -> None:
-        self._grammar, self._compiler = constraint.grammar, compiler
-
-    def start(self, before: Sequence[int] = (), *, continued: bool = False) -> TokenConstraint:
-        """Return the constraint of an answer that begins with the tokens `before`.
-
-        If the answer is `continued`, it continues the text of a prompt, and its first word keeps
-        its space. The grammar is compiled in the background.
-        """
-        return TokenConstraint(self._grammar, self._compiler, before, begins_text=not continued)
-
-
 class TokenConstraint:
     """A `Constraint` of one answer. When its form is complete, only a token that ends it may come.
+
+    The answer begins with the tokens `before`. If it is `continued`, it continues the text of a
+    prompt, and its first word keeps its space. The grammar is compiled in the background.
 
     `compiled` has the mask of the first token. The sandbox ends with the constraint, unless the
     next answer can use it. Every method raises `UsageError` if the grammar is too complex, and
@@ -100,12 +91,12 @@ class TokenConstraint:
         self,
         grammar: str,
         compiler: ConstraintCompiler,
-        before: Sequence[int],
+        before: Sequence[int] = (),
         *,
-        begins_text: bool,
+        continued: bool = False,
     ) -> None:
         self._size, self._firsts = compiler.size, compiler.firsts
-        self._begins_text, self._is_new = begins_text, True
+        self._begins_text, self._is_new = not continued, True
         arguments = (grammar, [self._as_first(token) for token in before])
         call = SandboxCall(_SUBJECT, "start", arguments, compiler.seconds, MAX_CALL)
         self._sandbox = compiler.sandbox()
@@ -144,9 +135,57 @@ class TokenConstraint:
         return asked(self._sandbox, SandboxCall(_SUBJECT, method, arguments, _STEP_CPU_S))
 
 
+# Takes the tokens of an answer's beginning, and `continued`.
+StartConstraint: TypeAlias = Callable[..., TokenConstraint]
+
+
 def _give_back(compiler: ConstraintCompiler, sandbox: Sandbox, first_mask: Future[str]) -> None:
     """Keep the sandbox for the next answer, unless it computes something that nobody wants."""
     if first_mask.done() and first_mask.exception() is None:
         compiler.idle.append(sandbox)
     else:
         sandbox.interrupt()
+
+
+class CallConstraint:
+    """A `Constraint` that allows every token until the parser finds the opening of a call.
+
+    The parser has to take each token before `allowed` is called. What follows an opening in the
+    same token may not fit the constraint. Then nothing is a call, and every token stays allowed.
+    """
+
+    def __init__(
+        self, form: TokenConstraint, parser: ThinkingParser, opening: str, tokenizer: Tokenizer
+    ) -> None:
+        self._form, self._parser, self._opening = form, parser, opening
+        self._tokenizer = tokenizer
+        self._opening_id = tokenizer.control_tokens.get(opening)
+        self._last = deque[int](maxlen=_MAX_OPENING)
+        self._has_begun = False
+        self.compiled: Future[None] = Future()  # the answer may begin before the form is compiled
+        self.compiled.set_result(None)
+
+    def allowed(self) -> torch.Tensor | None:
+        if not self._has_begun and self._parser.opens_call:
+            self._has_begun = True
+            self._parser.may_call = all(map(self._form.accepts, self._opening_tokens()))
+        return self._form.allowed() if self._counts else None
+
+    def accept(self, token: int) -> None:
+        if self._counts:
+            self._form.accept(token)
+        else:
+            self._last.append(token)
+
+    @property
+    def _counts(self) -> bool:
+        return self._has_begun and self._parser.may_call
+
+    def _opening_tokens(self) -> list[int]:
+        """Return the last tokens, from the one in which the opening begins."""
+        last = list(self._last)
+        for start in range(len(last) - 1, -1, -1):
+            tokens = last[start:]
+            if tokens[0] == self._opening_id or self._opening in self._tokenizer.decode(tokens):
+                return tokens
+        return last

@@ -6,7 +6,6 @@ answer, and llguidance's own limits do not bound that.
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -16,21 +15,24 @@ from mixchat.text.form.call_form import call_grammar
 from mixchat.text.form.grammar import (
     NO_TEXT,
     OPTIONS,
+    checked_lark,
     grammar_error,
+    lark_from_gbnf,
     ll_tokenizer,
     parsed_fault,
 )
-from mixchat.text.form.output_constraint import gbnf_grammar, json_schema, lark_grammar
+from mixchat.text.form.output_constraint import Kind
+from mixchat.text.form.schema import schema_grammar
 from mixchat.text.sandbox_child import serve
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-_GRAMMAR_OF: dict[str, Callable[[str], str]] = {
-    "schema": lambda text: json_schema(json.loads(text)).grammar,
+_GRAMMAR_OF: dict[Kind, Callable[[str], str]] = {
+    "schema": schema_grammar,
     "calls": call_grammar,
-    "lark": lambda text: lark_grammar(text).grammar,
-    "gbnf": lambda text: gbnf_grammar(text).grammar,
+    "lark": checked_lark,
+    "gbnf": lark_from_gbnf,
 }
 
 
@@ -47,12 +49,11 @@ class _FormService:
     _vocabulary: LLTokenizer
     _matcher: LLMatcher
 
-    def check(self, kind: str, text: str) -> str:
+    def check(self, kind: Kind, text: str) -> str:
         """Return the Lark grammar of a constraint. Raises `UsageError`."""
         return _GRAMMAR_OF[kind](text)
 
     def load(self, tokens: Sequence[str], stop_ids: Sequence[int]) -> None:
-        """Take the bytes of all tokens."""
         self._vocabulary = ll_tokenizer([token.encode("latin-1") for token in tokens], stop_ids)
 
     def start(self, grammar: str, before: Sequence[int]) -> str:

@@ -69,6 +69,13 @@ def find_fault(grammar: str) -> Fault | None:
     return parsed_fault(matcher.get_error()) if matcher.is_error() else None
 
 
+def checked_lark(text: str) -> str:
+    """Return a Lark grammar. Raises `UsageError` with the line and column of its fault."""
+    if (fault := find_fault(text)) is not None:
+        raise grammar_error(fault)
+    return text
+
+
 def parsed_fault(error: str) -> Fault:
     """Return the fault in an error of llguidance, without the picture or dump after it."""
     placed = _PLACE.match(error)

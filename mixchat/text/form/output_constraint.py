@@ -8,16 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mixchat.base.errors import CheckpointError, UsageError
-from mixchat.text.form.grammar import (
-    find_fault,
-    grammar_error,
-    lark_from_gbnf,
-    looks_like_gbnf,
-)
-from mixchat.text.form.schema import check_schema, json_rule
+from mixchat.text.form.grammar import looks_like_gbnf
 from mixchat.text.sandbox import Sandbox, SandboxCall
 
 PROGRAM = "mixchat.text.form.form_child"  # the inside of the sandbox
@@ -28,6 +22,8 @@ HASTY_S, PATIENT_S = 3.0, 30.0
 _OVERFLOW = f"ends its process (signal {signal.SIGSEGV:d})"
 _MAX_FILE = 4_000_000  # bytes
 _SUBJECTS = {"schema": "the schema", "calls": "the schemas"}
+
+Kind = Literal["schema", "calls", "lark", "gbnf"]  # of the text that gives a form
 
 
 @dataclass(frozen=True)
@@ -50,92 +46,35 @@ class OutputConstraint:
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-def json_object() -> OutputConstraint:
-    """Return the constraint of any JSON object."""
-    return _schema_constraint({"type": "object"})
-
-
-def json_schema(schema: object) -> OutputConstraint:
-    """Return the constraint of the JSON that a schema allows, its properties in the same order.
-
-    It runs in this process. Outside of tests `checked_schema` runs it in a sandbox. Raises
-    `UsageError` with a JSON pointer, such as #/properties/age, if the schema cannot be met or asks
-    for something that is not supported. It is never met in part.
-    """
-    if not isinstance(schema, dict):
-        raise UsageError("a JSON schema has to be an object")
-    try:
-        check_schema(schema)
-        return _schema_constraint(schema)
-    except RecursionError:
-        raise UsageError("the schema is too deeply nested") from None
-
-
-def _schema_constraint(schema: dict[str, Any]) -> OutputConstraint:
-    return OutputConstraint(f"start: {json_rule(schema)}", schema)
-
-
-def lark_grammar(text: str) -> OutputConstraint:
-    """Return the constraint of the texts that a Lark grammar allows, as llguidance reads it.
-
-    Raises `UsageError` with the line and column if it cannot be read.
-    """
-    if (fault := find_fault(text)) is not None:
-        raise grammar_error(fault)
-    return OutputConstraint(text, text=text)
-
-
-def gbnf_grammar(text: str) -> OutputConstraint:
-    """Return the constraint of the texts that a grammar of llama.cpp allows.
-
-    Raises `UsageError` with the line if it cannot be read.
-    """
-    return OutputConstraint(lark_from_gbnf(text), text=text)
-
-
 def checked_schema(
     schema: object, seconds: float = PATIENT_S, at_end: ExitStack | None = None
 ) -> OutputConstraint:
-    """Return what `json_schema` returns, computed in a sandbox.
+    """Return the constraint of the JSON that a schema allows, its properties in the same order.
 
-    `at_end` ends the check when it is closed. Raises `UsageError` as `json_schema` does, and if the
-    schema takes more than `seconds` of computing or more than 1 GB.
+    `at_end` ends the check when it is closed. Raises `UsageError` as `schema_grammar` does, and if
+    the schema takes more than `seconds` of computing or more than 1 GB.
     """
     try:
         text = json.dumps(schema)
     except RecursionError:
         raise UsageError("the schema is too deeply nested") from None
-    grammar = _checked("schema", text, seconds, at_end)
+    grammar = checked("schema", text, seconds, at_end).grammar
     return OutputConstraint(grammar, schema if isinstance(schema, dict) else None)
 
 
-def checked_calls(
-    text: str, seconds: float = PATIENT_S, at_end: ExitStack | None = None
+def checked(
+    kind: Kind, text: str, seconds: float = PATIENT_S, at_end: ExitStack | None = None
 ) -> OutputConstraint:
-    """Return the constraint of a `CallForm`, computed in a sandbox.
+    """Return the constraint of a schema, a `CallForm` or a grammar, computed in a sandbox.
 
-    Raises `UsageError` as `checked_schema` does.
+    Raises `UsageError` as `checked_schema` does, for a grammar with the line of its fault.
     """
-    return OutputConstraint(_checked("calls", text, seconds, at_end))
-
-
-def checked_grammar(
-    text: str, is_gbnf: bool, seconds: float = PATIENT_S, at_end: ExitStack | None = None
-) -> OutputConstraint:
-    """Return the constraint of a grammar of llama.cpp or of Lark, computed in a sandbox.
-
-    Raises `UsageError` with the line if it cannot be read, or if it takes too much.
-    """
-    grammar = _checked("gbnf" if is_gbnf else "lark", text, seconds, at_end)
-    return OutputConstraint(grammar, text=text)
-
-
-def _checked(kind: str, text: str, seconds: float, at_end: ExitStack | None) -> str:
     subject = _SUBJECTS.get(kind, "the grammar")
     with closing(Sandbox(PROGRAM)) as sandbox:
         if at_end is not None:
             at_end.callback(sandbox.interrupt)
-        return str(asked(sandbox, SandboxCall(subject, "check", (kind, text), seconds, MAX_CALL)))
+        call = SandboxCall(subject, "check", (kind, text), seconds, MAX_CALL)
+        return OutputConstraint(str(asked(sandbox, call)), text=text)
 
 
 def asked(sandbox: Sandbox, call: SandboxCall) -> Any:
@@ -162,12 +101,12 @@ def read_schema(value: str) -> OutputConstraint:
 def read_grammar(path: Path) -> OutputConstraint:
     """Return the constraint of a grammar file, GBNF or Lark by its suffix, else by its content.
 
-    Raises `UsageError` as `checked_grammar` does.
+    Raises `UsageError` as `checked` does.
     """
     with _named(str(path)):
         text, suffix = _read(path), path.suffix.lower()
         is_gbnf = suffix == ".gbnf" or (suffix != ".lark" and looks_like_gbnf(text))
-        return checked_grammar(text, is_gbnf)
+        return checked("gbnf" if is_gbnf else "lark", text)
 
 
 @contextmanager

@@ -53,6 +53,21 @@ def check_schema(schema: Schema) -> None:
         )
 
 
+def schema_grammar(text: str) -> str:
+    """Return the Lark grammar of the JSON that a schema, given as JSON, allows.
+
+    Raises `UsageError` as `check_schema` does. A schema is never met in part.
+    """
+    try:
+        schema = json.loads(text)
+        if not isinstance(schema, dict):
+            raise UsageError("a JSON schema has to be an object")
+        check_schema(schema)
+        return f"start: {json_rule(schema)}"
+    except RecursionError:
+        raise UsageError("the schema is too deeply nested") from None
+
+
 def _fault(schema: Schema) -> str | None:
     """Return what is wrong with a schema, in llguidance's words."""
     found = find_fault(f"start: %json {json.dumps(schema)}")

@@ -14,12 +14,7 @@ from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.base.lock import Busy, exclusive_lock
 from mixchat.base.settings import models_dir
 from mixchat.weights.format.journal import JOURNAL_FILE, Journal
-from mixchat.weights.format.manifest import (
-    INPUTS_DIR,
-    MANIFEST_COPY,
-    MANIFEST_FILE,
-    is_installed,
-)
+from mixchat.weights.format.manifest import INPUTS_DIR, MANIFEST_COPY, MANIFEST_FILE, is_installed
 from mixchat.weights.format.model_files import NEW_SUFFIX, place_new_files
 from mixchat.weights.make.unfinished import SPILL_PREFIX
 from mixchat.weights.source import hub

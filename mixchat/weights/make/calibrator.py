@@ -43,7 +43,7 @@ from mixchat.weights.format.expert import swiglu_of
 from mixchat.weights.format.manifest import Manifest
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.matrix.linear import TYPES, BiasedLinear, LinearSpec
-from mixchat.weights.matrix.quant_type import DenseLinear, Inputs, Linear, QuantType, Way
+from mixchat.weights.matrix.quant_type import Inputs, QuantType, Way, dense_linear
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader, other_checkpoint
 from mixchat.weights.source.checkpoint_index import CONFIG
 
@@ -238,7 +238,7 @@ class Calibrator:
         self, w13: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor
     ) -> torch.Tensor:
         """Return what w2 gets for rows [n, D], [n, F]."""
-        linear: Linear = DenseLinear(w13.to(rows.dtype))
+        linear = dense_linear(w13.to(rows.dtype))
         if bias is not None:
             linear = BiasedLinear(linear, bias)
         return swiglu_of(self._index.config)(linear(rows))

@@ -20,11 +20,7 @@ from mixchat.weights.format.model_files import check_files
 from mixchat.weights.known_models import KNOWN, KnownModel, known_model
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
-from mixchat.weights.make.quantize_options import (
-    QuantizeOptions,
-    default_blueprint,
-    make_blueprint,
-)
+from mixchat.weights.make.quantize_options import QuantizeOptions, default_blueprint, make_blueprint
 from mixchat.weights.matrix.linear import TYPES, Layout, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index

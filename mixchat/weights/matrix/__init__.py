@@ -1,8 +1,10 @@
 """Stores and multiplies matrices, dense or in codes of 2 to 8 bits.
 
+In a trellis, a code of 2 or 3 bits, a number depends on the bits of several rows.
+
 - linear.py: y = x W^T, the table of types, and the form in which a matrix is stored
 - quant_type.py: the bases of quantization types, and the dense one
-- trellis.py: 2-bit and 3-bit codes that depend on each other
+- trellis.py: a trellis as a quantization type
 - trellis_table.py: the numbers of a trellis, and the words that choose them
 - trellis_layout.py: the two layouts of a trellis' codes
 - trellis_search.py: the best sequence of numbers for given ones (Viterbi)

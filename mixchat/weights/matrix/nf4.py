@@ -27,13 +27,7 @@ import torch
 from mixchat.kernels.four_bit_units import FOUR_BITS
 from mixchat.kernels.units import BAND
 from mixchat.weights.matrix.encode import Grid, encode
-from mixchat.weights.matrix.quant_type import (
-    BLOCKSIZE,
-    BlockCodes,
-    Encoded,
-    Inputs,
-    Shape,
-)
+from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, Inputs, Shape
 
 FourBit = Literal["nf4", "fp4"]
 _CHUNK = 2**23  # weights, for which quantize_4bit's temporary tensors take 150 MB

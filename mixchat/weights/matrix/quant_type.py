@@ -96,14 +96,9 @@ class QuantizationType(ABC):
         """Return the map over these tensors, which are used in place."""
 
 
-class DenseLinear:
-    """A dense matrix [R, C]."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
-
-    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        return dense_matmul(x, self._weight, exact=exact)
+def dense_linear(weight: torch.Tensor) -> Linear:
+    """Return the map of a dense matrix [R, C]."""
+    return functools.partial(dense_matmul, weight=weight)
 
 
 class RecordingLinear:
@@ -132,7 +127,7 @@ class _DenseType(QuantizationType):
         return [weight.to(dtype)]
 
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
-        return DenseLinear(tensors[0])
+        return dense_linear(tensors[0])
 
 
 DENSE = _DenseType()
@@ -174,7 +169,7 @@ class BlockCodes(QuantizationType):
 
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
         absmax, codes = tensors
-        return PlainLinear(self, codes, absmax, shape)
+        return functools.partial(self.matmul, codes=codes, absmax=absmax, shape=shape)
 
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
         """Return what the numbers of the codes are multiplied with, fp32."""
@@ -203,7 +198,10 @@ class BlockCodes(QuantizationType):
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        """Return x [..., C] times the transposed matrix, [..., R]. Layout "bitsandbytes"."""
+        """Return x [..., C] times the transposed matrix, [..., R]. Layout "bitsandbytes".
+
+        It is right on every device, and slow on a CPU.
+        """
 
     @abstractmethod
     def dequantize(
@@ -247,18 +245,6 @@ class BlockCodes(QuantizationType):
             made = reorder(old, columns)
             new.view(made.dtype).view(made.shape).copy_(made)
         return result
-
-
-class PlainLinear:
-    """Codes in the layout "bitsandbytes", right on every device and slow on a CPU."""
-
-    def __init__(
-        self, kind: BlockCodes, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape
-    ) -> None:
-        self._kind, self._codes, self._absmax, self._shape = kind, codes, absmax, shape
-
-    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        return self._kind.matmul(x, self._codes, self._absmax, self._shape, exact=exact)
 
 
 class RowCodes(BlockCodes):

@@ -269,7 +269,7 @@ def _check_shard(file: RemoteFile) -> RemoteFile:
     if file.size > _SHARD_BYTES_MAX:
         raise CheckpointError(
             f"{file.where} is too large to be fetched over HTTP",
-            hint="Fetch it with `hf download`, and name the directory that it is in.",
+            hint="Fetch it with 'hf download', and name the directory that it is in.",
         )
     return file
 

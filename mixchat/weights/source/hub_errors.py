@@ -10,12 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from mixchat.base.errors import (
-    HubError,
-    MixchatError,
-    ModelNotFoundError,
-    UsageError,
-)
+from mixchat.base.errors import HubError, MixchatError, ModelNotFoundError, UsageError
 from mixchat.base.files import local_error
 
 _LOGIN = "set HF_TOKEN to a token of yours, or run: hf auth login"

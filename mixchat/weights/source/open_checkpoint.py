@@ -16,12 +16,7 @@ from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint, DirectoryCheckpoint
 from mixchat.weights.source.checkpoint_index import INDEX, read_weight_map
 from mixchat.weights.source.demo import DemoCheckpoint
-from mixchat.weights.source.gguf_checkpoint import (
-    SUFFIX,
-    GgufCheckpoint,
-    choose_files,
-    local_files,
-)
+from mixchat.weights.source.gguf_checkpoint import SUFFIX, GgufCheckpoint, choose_files, local_files
 from mixchat.weights.source.hub_checkpoint import SOURCE_DIR, HubCheckpoint
 
 

@@ -14,11 +14,7 @@ from chat_files import BEGAN, ID, TALK, chat_of, file_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixchat.base.errors import (
-    ChatNotFoundError,
-    ResourceError,
-    UsageError,
-)
+from mixchat.base.errors import ChatNotFoundError, ResourceError, UsageError
 from mixchat.chat.saved.chat_file import checked_name
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.text.messages import Message

@@ -11,9 +11,7 @@ from chat_files import ID, chat_of, file_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mixchat.base.errors import (
-    CheckpointError,
-)
+from mixchat.base.errors import CheckpointError
 from mixchat.chat.saved.chat_store import ChatStore
 
 

@@ -44,11 +44,12 @@ def logits(monkeypatch):
 
 
 def session_with(engine, **options):
+    from mixchat.base.options import ChatOptions
     from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
 
     backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
-    return ChatSession(backend, sampling=GREEDY, **options)
+    return ChatSession(backend, GREEDY, ChatOptions(**options))
 
 
 def assert_as_in_a_run_of_its_own(session, open_engine, logits):

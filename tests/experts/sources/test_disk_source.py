@@ -13,18 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from source_tools import (
-    CPU,
-    EXPERTS,
-    KEYS,
-    A,
-    B,
-    C,
-    D,
-    digest,
-    load,
-    whole,
-)
+from source_tools import CPU, EXPERTS, KEYS, A, B, C, D, digest, load, whole
 
 from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts import sources

@@ -21,9 +21,7 @@ from worker_double import (
 )
 
 from mixchat.base import interrupts
-from mixchat.base.errors import (
-    MixchatError,
-)
+from mixchat.base.errors import MixchatError
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages

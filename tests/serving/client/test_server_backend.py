@@ -3,20 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from scripted_server import (
-    DONE,
-    STREAM,
-    Answer,
-    ScriptedServer,
-    delta,
-    event,
-    refusal,
-    says,
-    usage,
-)
+from scripted_server import DONE, STREAM, Answer, ScriptedServer, delta, event, refusal, says, usage
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
-from mixchat.base.options import RequestedSampling
+from mixchat.base.options import ChatOptions, RequestedSampling
 from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta, ThinkingDelta
 from mixchat.serving.client import server_backend
 from mixchat.serving.client.server_backend import ServerBackend
@@ -29,8 +19,9 @@ from mixchat.text.messages import Message
 
 def session_with(server, context_size=None, **options):
     client = ServerClient(ServerURL.parse(server.address))
-    options.setdefault("sampling", RequestedSampling())
-    return ChatSession(ServerBackend(client, ListedModel("tiny", context_size)), **options)
+    sampling = options.pop("sampling", RequestedSampling())
+    backend = ServerBackend(client, ListedModel("tiny", context_size))
+    return ChatSession(backend, sampling, ChatOptions(**options))
 
 
 def text_of(events):
@@ -62,7 +53,7 @@ def test_a_schema_is_sent_in_the_form_of_openai():
         client = ServerClient(ServerURL.parse(server.address))
         form = OutputConstraint("", schema).request_fields()
         backend = ServerBackend(client, ListedModel("tiny"), form)
-        list(ChatSession(backend, sampling=RequestedSampling()).ask("Hi"))
+        list(ChatSession(backend, RequestedSampling(), ChatOptions()).ask("Hi"))
     (sent,) = server.asked()
     assert sent["response_format"] == {
         "type": "json_schema",

@@ -11,11 +11,12 @@ from mixchat.base.errors import (
     ServerError,
     UsageError,
 )
-from mixchat.serving.client import local_server, server_client
-from mixchat.serving.client.local_server import is_served_here
+from mixchat.serving.client import server_client
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
 from mixchat.serving.client.server_url import ServerURL
+from mixchat.sessions import server_models
+from mixchat.sessions.server_models import is_served_here
 
 
 def client_of(server, key=None):
@@ -156,11 +157,11 @@ def test_a_name_that_has_no_address_is_one_line(host):
 
 
 def test_a_server_of_this_machine_is_found_by_its_model(monkeypatch):
-    monkeypatch.setattr(local_server, "_GLANCE_S", 60)
+    monkeypatch.setattr(server_models, "_GLANCE_S", 60)
     monkeypatch.setenv("MIXCHAT_API_KEY", "secret")
     with ScriptedServer() as server:
         port = int(server.address.rpartition(":")[2])
-        monkeypatch.setattr(local_server, "SERVER_PORT", port)
+        monkeypatch.setattr(server_models, "SERVER_PORT", port)
         assert is_served_here("other")
         assert not is_served_here("instruct")
     assert not is_served_here("other")
@@ -170,7 +171,7 @@ def test_a_server_of_this_machine_is_found_by_its_model(monkeypatch):
 def test_a_server_of_this_machine_that_is_silent_costs_next_to_nothing(monkeypatch):
     with ScriptedServer(models=Answer(head=False, end="hold")) as server:
         port = int(server.address.rpartition(":")[2])
-        monkeypatch.setattr(local_server, "SERVER_PORT", port)
+        monkeypatch.setattr(server_models, "SERVER_PORT", port)
         assert not is_served_here("tiny")
         assert not server.gone.is_set()
         server.stop_holding()

@@ -11,6 +11,7 @@ from mixchat.base.errors import PromptError
 from mixchat.base.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.requests import lines as lines_module
+from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.lines import (
     Begin,
     Line,
@@ -25,7 +26,7 @@ ADVICE = Defaults(SamplingOptions(temperature=1.0), 12)
 
 
 def begin_with(service: ModelService, **given: Any) -> Begin:
-    return answered_here(LoadedModel(service, ADVICE), LineDefaults(**given))
+    return answered_here(LoadedModel(service, ADVICE, forms_of(service)), LineDefaults(**given))
 
 
 def answers(

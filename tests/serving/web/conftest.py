@@ -10,6 +10,7 @@ from scripted_service import ScriptedService
 
 from mixchat.base.options import SamplingOptions
 from mixchat.experts.workers.address import resolve
+from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.web.access import Access, bind
 from mixchat.serving.web.app import AppState, create_app
@@ -45,21 +46,21 @@ class Served:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
-    """Starts a server, with options of `ScriptedService`, `WebServer` and `AppState`."""
+    """Starts a server, with options of `ScriptedService` and `WebServer`."""
     servers = []
 
     def start(
         access: Access | None = None,
         defaults: Defaults | None = None,
         limits: dict[str, Any] | None = None,
-        state: dict[str, Any] | None = None,
+        compile_form: Any = None,
         page: bool = True,
         models: ServedModels | None = None,
         **options: Any,
     ) -> Served:
         service, reports, notes = ScriptedService(**options), [], []
         defaults = defaults or Defaults(SamplingOptions(temperature=0.5))
-        first = LoadedModel(service, defaults, **(state or {}))
+        first = LoadedModel(service, defaults, compile_form or forms_of(service))
         models = models or ServedModels(first, lambda name: first)
         shared = AppState(models, reports.append, notes.append)
         bound = bind(resolve("127.0.0.1:0", any_port=True))

@@ -14,6 +14,7 @@ from scripted_service import ScriptedService
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
+from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.service import ShuttingDownError
 from mixchat.serving.web import app
@@ -41,7 +42,7 @@ class Shelf:
         self.loads.append(name)
         close = service.close
         service.close = lambda patience=0.0: (close(patience), self.open.remove(name))
-        return LoadedModel(service, Defaults(SamplingOptions()))
+        return LoadedModel(service, Defaults(SamplingOptions()), forms_of(service))
 
 
 @pytest.fixture

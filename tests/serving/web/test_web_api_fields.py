@@ -38,7 +38,7 @@ def question(script):
 def test_anthropics_thinking_and_effort_are_the_templates(serve, fields, variables, strict):
     served = serve(
         defaults=Defaults(SamplingOptions(), strict=strict),
-        state={"compile_form": lambda form, at_end=None: lambda *a, **k: None},
+        compile_form=lambda form, at_end=None: lambda *a, **k: None,
     )
     names = ("enable_thinking", "reasoning_effort")
     served.service.template.thinking = ThinkingFormat("tags", names)

@@ -322,7 +322,7 @@ def test_a_field_without_an_effect_is_named_in_a_header_and_noted_once(lenient):
 def test_a_schema_that_takes_gigabytes_is_refused(serve):
     """It took the server's memory, until the system ended the server."""
     compile_form = forms_of(serve().service, seconds=1)
-    served = serve(state={"compile_form": compile_form})
+    served = serve(compile_form=compile_form)
     form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
     refused = exchange(served, request(CHAT, HI | {"response_format": form}))
     assert (refused.status, refused.error["code"]) == (400, "invalid_schema")

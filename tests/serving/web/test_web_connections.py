@@ -251,7 +251,7 @@ def test_connections_send_at_once():
 
 def test_a_client_that_leaves_ends_the_check_of_its_schema(serve):
     """It went on with a core and gigabytes."""
-    served = serve(state={"compile_form": forms_of(serve().service, seconds=60)})
+    served = serve(compile_form=forms_of(serve().service, seconds=60))
     form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
     before = children()
     with served.connect() as connection:

@@ -30,7 +30,7 @@ class Compiler:
 
 
 def ask(serve, compiler: Compiler, schema: Any) -> Response:
-    served = serve(state={"compile_form": compiler})
+    served = serve(compile_form=compiler)
     body = {"prompt": "a", "format": schema, "stream": False}
     return exchange(served, request("/api/generate", body))
 

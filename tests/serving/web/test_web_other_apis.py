@@ -31,7 +31,7 @@ THOUGHT = "<think>Hm.</think>Well."
 def served(serve):
     served = serve(
         defaults=Defaults(SamplingOptions(), strict=False),
-        state={"compile_form": lambda form, at_end=None: lambda *a, **k: None},
+        compile_form=lambda form, at_end=None: lambda *a, **k: None,
     )
     served.service.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
     return served
@@ -359,7 +359,7 @@ def test_at_most_two_forms_are_checked_at_once(serve, path, body):
         running.remove(threading.get_ident())
         return lambda *a, **k: None
 
-    served = serve(state={"compile_form": compile_form})
+    served = serve(compile_form=compile_form)
     with ThreadPoolExecutor(6) as pool:
         responses = list(pool.map(lambda _: exchange(served, request(path, body)), range(6)))
     assert {response.status for response in responses} == {200}

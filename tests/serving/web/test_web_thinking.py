@@ -62,7 +62,7 @@ def test_a_model_that_does_not_think_has_no_reasoning_content(client):
     ],
 )
 def test_what_the_template_knows_is_honoured(serve, fields, variables):
-    served = serve(state={"compile_form": lambda given, at_end=None: lambda *a, **k: None})
+    served = serve(compile_form=lambda given, at_end=None: lambda *a, **k: None)
     served.service.template.thinking = ThinkingFormat(
         "tags", ("enable_thinking", "reasoning_effort")
     )

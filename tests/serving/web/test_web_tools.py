@@ -27,7 +27,7 @@ def call(tool, **arguments):
 
 @pytest.fixture
 def served(serve):
-    return serve(state={"compile_form": lambda form, at_end=None: lambda *a, **k: None})
+    return serve(compile_form=lambda form, at_end=None: lambda *a, **k: None)
 
 
 @pytest.fixture

@@ -14,9 +14,8 @@ from form_walks import STOP
 from mixchat.base.errors import UsageError
 from mixchat.chat.answer import Answer, AnswerLimits
 from mixchat.text.detokenizer import Detokenizer
-from mixchat.text.form.call_constraint import CallConstraint
 from mixchat.text.form.call_form import CallForm, call_grammar
-from mixchat.text.form.constraint import ConstraintCompiler
+from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import TokenBytes
@@ -74,7 +73,7 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
     thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
     parser = answer_parser(thinking, form.format, tokens, (), offered=form.tools)
     answer = Answer(Detokenizer(tokens), AnswerLimits({STOP}, (), None, 3000), parser)
-    constraint: Any = compiled(form, tokens).start(continued=True)
+    constraint: Any = compiled(form, tokens)(continued=True)
     if not form.must_call:
         constraint = CallConstraint(constraint, parser, form.format.opening, tokens)
     choose, calls = random.Random(seed), ()

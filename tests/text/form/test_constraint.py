@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from form_walks import STOP, ByteTokenizer, compiled
+from form_walks import STOP, ByteTokenizer, compiled, json_object, lark_grammar
 
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
-from mixchat.text.form.output_constraint import json_object, lark_grammar
 
 
 def allowed(constraint: TokenConstraint) -> set[int]:
@@ -19,7 +18,7 @@ def allowed(constraint: TokenConstraint) -> set[int]:
 def test_once_the_form_is_complete_only_tokens_that_end_the_answer_are_allowed():
     tokenizer = ByteTokenizer(b"ab", b"")
     form = ConstraintCompiler(tokenizer, {STOP, 258}).compile(lark_grammar('start: "ab"'))  # type: ignore[arg-type]
-    constraint = form.start()
+    constraint = form()
     assert allowed(constraint) == {ord("a"), 257}
     constraint.accept(257)
     assert allowed(constraint) == {STOP, 258}
@@ -27,20 +26,20 @@ def test_once_the_form_is_complete_only_tokens_that_end_the_answer_are_allowed()
 
 
 def test_an_answer_may_end_or_continue_if_the_form_allows_both():
-    constraint = compiled(lark_grammar("start: /a+/")).start()
+    constraint = compiled(lark_grammar("start: /a+/"))()
     assert allowed(constraint) == {ord("a")}
     constraint.accept(ord("a"))
     assert allowed(constraint) == {ord("a"), STOP}
 
 
 def test_the_tokens_that_are_allowed_are_a_bool_for_each_of_the_vocabulary():
-    mask = compiled(json_object(), ByteTokenizer(b"x", b"y")).start().allowed()
+    mask = compiled(json_object(), ByteTokenizer(b"x", b"y"))().allowed()
     assert (mask.dtype, mask.shape) == (torch.bool, (259,))
 
 
 def test_answers_have_constraints_of_their_own():
     form = compiled(lark_grammar('start: "ab"'))
-    first, second = form.start(), form.start()
+    first, second = form(), form()
     first.accept(ord("a"))
     assert (allowed(first), allowed(second)) == ({ord("b")}, {ord("a")})
 
@@ -49,7 +48,7 @@ def test_the_first_token_counts_as_it_is_shown():
     """SentencePiece shows `▁yes` at the start as `yes`, and after other text with its space."""
     tokenizer = ByteTokenizer(b" yes", b" ", first={257: b"yes", 258: b""})
     form = compiled(lark_grammar('start: "yes" " yes"?'), tokenizer)
-    constraint = form.start()
+    constraint = form()
     assert allowed(constraint) == {ord("y"), 257}
     constraint.accept(257)
     assert allowed(constraint) == {ord(" "), 257, 258, STOP}
@@ -58,18 +57,18 @@ def test_the_first_token_counts_as_it_is_shown():
 def test_the_first_token_keeps_its_space_if_it_continues_a_prompt():
     tokenizer = ByteTokenizer(b" yes", first={257: b"yes"})
     form = compiled(lark_grammar('start: " yes" | "no"'), tokenizer)
-    assert allowed(form.start(continued=True)) == {ord(" "), 257, ord("n")}
-    assert allowed(form.start()) == {ord(" "), ord("n")}
+    assert allowed(form(continued=True)) == {ord(" "), 257, ord("n")}
+    assert allowed(form()) == {ord(" "), ord("n")}
 
 
 def test_an_answer_is_continued_from_its_end():
     form = compiled(lark_grammar('start: "abc"'))
-    assert allowed(form.start([ord("a"), ord("b")])) == {ord("c")}
+    assert allowed(form([ord("a"), ord("b")])) == {ord("c")}
 
 
 def test_an_answer_of_another_form_cannot_be_continued():
     with pytest.raises(PromptError, match="does not have the form"):
-        compiled(lark_grammar('start: "abc"')).start([ord("a"), ord("x")]).allowed()
+        compiled(lark_grammar('start: "abc"'))([ord("a"), ord("x")]).allowed()
 
 
 def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason():
@@ -80,7 +79,7 @@ def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason():
             return TokenBytes([b"a", b"", b"b"], {})
 
     form = ConstraintCompiler(Few(), {1}).compile(lark_grammar("start: /a/ /z/"))  # type: ignore[arg-type]
-    constraint = form.start()
+    constraint = form()
     constraint.accept(0)
     with pytest.raises(UsageError, match="no token for what has to come"):
         constraint.allowed()
@@ -96,7 +95,7 @@ def test_control_tokens_are_never_allowed_as_text(tokenizer):
     stop = tokenizer.eos_id or tokenizer.control_tokens.get("<|im_end|>")
     form = ConstraintCompiler(tokenizer, {stop}).compile(lark_grammar("start: /(.|\\n)*/"))
     controls = set(tokenizer.control_tokens.values())
-    assert allowed(form.start()) & controls == {stop}
+    assert allowed(form()) & controls == {stop}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -107,7 +106,7 @@ def test_what_is_shown_of_random_answers_has_the_form(seed, tokenizer, kind):
     constraint = lark_grammar(f"start: /{pattern}{{1,30}}/")
     form = ConstraintCompiler(tokenizer, {stop}).compile(constraint)
     for before in ([], tokenizer.encode("Once upon")):
-        answer, ids = form.start(continued=bool(before)), list[int]()
+        answer, ids = form(continued=bool(before)), list[int]()
         generator = torch.Generator().manual_seed(seed)
         while True:
             weights = answer.allowed().float()
@@ -118,11 +117,11 @@ def test_what_is_shown_of_random_answers_has_the_form(seed, tokenizer, kind):
             ids.append(token)
         detokenizer = Detokenizer(tokenizer, before)
         text = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
-        assert compiled(constraint).start(text.encode()).allowed()[STOP], text
+        assert compiled(constraint)(text.encode()).allowed()[STOP], text
 
 
 def test_tokens_of_mistrals_vocabulary_spell_json(v1):
-    constraint = ConstraintCompiler(v1, {2}).compile(json_object()).start()
+    constraint = ConstraintCompiler(v1, {2}).compile(json_object())()
     for token in v1.encode('{"name": "Grace\\n é 🙂", "x": [1, 2.5]}'):
         assert constraint.allowed()[token]
         constraint.accept(token)

@@ -33,7 +33,7 @@ def test_a_form_that_takes_gigabytes_at_a_token_ends_its_own_answer_alone():
     """It compiled in 0.1 s, and took all memory when the answer's second token was chosen."""
     bad = compiled(checked_schema(late_bomb(), HASTY_S))
     good = compiled(checked_schema({"type": "string"}, HASTY_S))
-    other, constraint = good.start(), bad.start()
+    other, constraint = good(), bad()
     assert constraint.allowed()[ord('"')]
     constraint.accept(ord('"'))
     with pytest.raises(UsageError, match=rf"^the form of the answer {TOO_MUCH}"):
@@ -63,10 +63,10 @@ def test_a_check_that_nobody_waits_for_ends_at_once():
 
 def test_the_sandbox_of_an_answer_that_nobody_wants_ends():
     before = children()
-    constraint: Any = compiled(checked_schema({"type": "string"}, HASTY_S)).start()
+    constraint: Any = compiled(checked_schema({"type": "string"}, HASTY_S))()
     assert constraint.allowed().any()
-    one = compiled(checked_schema(late_bomb(), HASTY_S)).start()
-    two = compiled(checked_schema(late_bomb(), HASTY_S)).start()
+    one = compiled(checked_schema(late_bomb(), HASTY_S))()
+    two = compiled(checked_schema(late_bomb(), HASTY_S))()
     del constraint, one, two
     wait_until(lambda: len(children() - before) <= 1)
 

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from form_walks import compiled, has_form, random_text
+from form_walks import (
+    compiled,
+    gbnf_grammar,
+    has_form,
+    json_object,
+    json_schema,
+    lark_grammar,
+    random_text,
+)
 from jsonschema import Draft202012Validator
 from schema_maker import SchemaMaker
 
 from mixchat.base.errors import UsageError
-from mixchat.text.form.output_constraint import (
-    checked_schema,
-    gbnf_grammar,
-    json_object,
-    json_schema,
-    lark_grammar,
-    read_grammar,
-    read_schema,
-)
+from mixchat.text.form.output_constraint import checked_schema, read_grammar, read_schema
 
 PERSON = {
     "type": "object",
@@ -216,7 +216,7 @@ def nested(depth: int) -> dict[str, Any]:
 @pytest.mark.parametrize("depth", [100, 2000])
 def test_a_schema_that_is_too_deep_is_refused(depth):
     with pytest.raises(UsageError, match="the schema"):
-        json_schema(nested(depth))
+        checked_schema(nested(depth))
 
 
 def chain(count: int, part: Callable[[Any], Any]) -> dict[str, Any]:

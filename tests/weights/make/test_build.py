@@ -6,16 +6,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from weight_tools import (
-    fetching,
-    files_of,
-    made_of,
-    order_of,
-    quantize,
-    run,
-    shard,
-    shard_names,
-)
+from weight_tools import fetching, files_of, made_of, order_of, quantize, run, shard, shard_names
 
 from mixchat.base.errors import MixchatError
 from mixchat.weights.format.journal import JOURNAL_FILE

@@ -12,12 +12,7 @@ from safetensors.torch import load_file, save_file
 from weight_tools import NF4, Meter, files_of, get, left_in, shard_names
 
 from mixchat.base import machine
-from mixchat.base.errors import (
-    CheckpointError,
-    HubError,
-    ResourceError,
-    UsageError,
-)
+from mixchat.base.errors import CheckpointError, HubError, ResourceError, UsageError
 from mixchat.weights import models
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.make.build import Build

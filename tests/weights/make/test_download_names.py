@@ -16,10 +16,7 @@ from mixchat.base.lock import exclusive_lock
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsWriter
 from mixchat.weights import models
-from mixchat.weights.format.manifest import (
-    is_installed,
-    read_manifest,
-)
+from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.make import download
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download import DownloadRequest

@@ -6,9 +6,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 
-from mixchat.weights.matrix.bnb_format import (
-    read_matrix,
-)
+from mixchat.weights.matrix.bnb_format import read_matrix
 from mixchat.weights.matrix.nf4 import Quantized4bit
 
 NAME = "model.layers.0.block_sparse_moe.experts.3.w1.weight"

@@ -5,17 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from bnb_tensors import (
-    COLUMNS,
-    NAME,
-    ROWS,
-    STATE,
-    Tensors,
-    described,
-    description,
-    quantized,
-    read,
-)
+from bnb_tensors import COLUMNS, NAME, ROWS, STATE, Tensors, described, description, quantized, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

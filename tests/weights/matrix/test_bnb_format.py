@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.matrix.bnb_format import (
-    component_names,
-    is_quantized,
-    quant_type,
-    read_matrix,
-)
+from mixchat.weights.matrix.bnb_format import component_names, is_quantized, quant_type, read_matrix
 from mixchat.weights.matrix.quant_type import absmax_size
 
 STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)

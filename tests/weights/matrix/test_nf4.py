@@ -6,14 +6,7 @@ import torch
 
 from mixchat.base.errors import CheckpointError
 from mixchat.weights.matrix.linear import Layout, LinearSpec
-from mixchat.weights.matrix.nf4 import (
-    FOUR_BIT,
-    FP4,
-    NF4,
-    FourBit,
-    Quantized4bit,
-    round_absmax,
-)
+from mixchat.weights.matrix.nf4 import FOUR_BIT, FP4, NF4, FourBit, Quantized4bit, round_absmax
 from mixchat.weights.matrix.quant_type import absmax_size
 
 each_type = pytest.mark.parametrize("kind", [NF4, FP4], ids=["nf4", "fp4"])

@@ -15,12 +15,7 @@ from fake_hub import REPO, FakeHub
 from tiny_tokenizer import write_tokenizer
 from weight_tools import Bar, files_of, shard_names
 
-from mixchat.base.errors import (
-    HubError,
-    ModelNotFoundError,
-    ResourceError,
-    UsageError,
-)
+from mixchat.base.errors import HubError, ModelNotFoundError, ResourceError, UsageError
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source import hub, hub_request, transfer
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
