@@ -182,7 +182,6 @@ class Fetcher:
 
     def request(self, window: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> None:
         """Start loading missing experts, until only slots of `window` and `pinned` are left."""
-        self.count_hits()
         for key in window:
             if self._reprioritize(key, REQUESTED):
                 self.stats.misses[key] += 1
@@ -290,6 +289,7 @@ class Fetcher:
         key, held = load.key, self._store.blocks
         # To look for one among thousands takes too long for each of thousands of fills.
         preferred = () if load.priority == FILL else held
+        self.count_hits()
         slot = self._cache.admit(key, {*pinned, *self._prefetches}, preferred)
         if slot is None and load.priority == REQUESTED:
             slot = self._cache.admit(key, pinned, held)

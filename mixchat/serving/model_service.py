@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mixchat.text.template import Template
     from mixchat.text.tokenizer import Tokenizer
 
+_COUNTED_PASSES = 16  # from one time to the next at which the engine's counts are read
+
 
 class ModelService:
     """A `Service` over the engine of `load`, which `close` closes at the end.
@@ -52,6 +54,7 @@ class ModelService:
         self._running: list[RunningJob] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._passes = 0
         self._ended_stats = ServiceStats()  # without the tokens of running jobs
         loaded: Future[Engine] = Future()
         self._thread = threading.Thread(
@@ -124,7 +127,7 @@ class ModelService:
             try:
                 while (job := self._take_next_job(batch)) is not None:
                     self._begin(job, batch)
-                self._step(engine, batch)
+                self._step(batch)
             except Exception as error:  # a fault of ours: nobody may wait for ever
                 for failed in tuple(self._running):
                     self._end(failed, Failed(error))
@@ -177,24 +180,30 @@ class ModelService:
         except Exception as error:
             self._end(job, Failed(error))
 
-    def _step(self, engine: Engine, batch: Batch) -> None:
+    def _step(self, batch: Batch) -> None:
         changed = batch.step() if batch.size else []
-        reports = [(job, job.report()) for job in self._running if job.answer in changed]
-        ended = [(job, last) for job, last in reports if last is not None]
+        self._passes += 1
+        if self._passes % _COUNTED_PASSES == 0:
+            self._count()
+        for job in [job for job in self._running if job.answer in changed]:
+            last = job.report()
+            if last is not None:
+                self._end(job, last)
+
+    def _count(self) -> None:
+        """Note what the engine has done. After each pass that would take too long."""
+        experts = self._engine.experts.stats
         with self._changed:
-            self._ended_stats = replace(self._ended_stats, busy_seconds=engine.passes.total_seconds)
-            if ended:  # for each token it would take too long
-                experts = engine.experts.stats
-                self._ended_stats = replace(
-                    self._ended_stats,
-                    expert_hits=experts.hits.total(),
-                    expert_misses=experts.misses.total(),
-                    bytes_moved=experts.bytes_moved,
-                )
-        for job, last in ended:
-            self._end(job, last)
+            self._ended_stats = replace(
+                self._ended_stats,
+                busy_seconds=self._engine.passes.total_seconds,
+                expert_hits=experts.hits.total(),
+                expert_misses=experts.misses.total(),
+                bytes_moved=experts.bytes_moved,
+            )
 
     def _end(self, job: RunningJob, last: Done | Failed) -> None:
+        self._count()
         with self._changed:
             self._running.remove(job)
             self._ended_stats = self._ended_stats.with_tokens(*job.counts()).with_end(last)

@@ -129,6 +129,7 @@ class ServerReply:
         self._text, self._thinking = list[str](), list[str]()  # pieces
         self._length = 0
         self._thinking_tokens = 0
+        self._has_usage = False
 
     def texts(self) -> Iterator[AnswerText]:
         """Yield the text as it comes. Raises `ServerError` if it breaks off."""
@@ -137,6 +138,8 @@ class ServerReply:
         except ServerError:
             if self.reason == "interrupted":
                 raise
+        finally:
+            self._count()
         if self.reason == "interrupted":
             place = "in its middle" if self._text or self._thinking else "before it began"
             hint = "Its own messages may say why; a prompt that is too long is one reason."
@@ -168,7 +171,7 @@ class ServerReply:
     def _take(self, piece: Piece) -> Iterator[AnswerText]:
         if piece.text or piece.thinking:
             self._text += [piece.text] if piece.text else []
-            self._thinking.append(piece.thinking)
+            self._thinking += [piece.thinking] if piece.thinking else []
             self._thinking_tokens += not self._text
             self._length += len(piece.text) + len(piece.thinking)
             if self._length > (self._backend.context or UNKNOWN_CONTEXT).longest_text:
@@ -184,7 +187,7 @@ class ServerReply:
             stats.prompt_tokens = usage.prompt_tokens
             stats.reused_tokens = usage.cached_tokens
             stats.generated_tokens = usage.generated_tokens or stats.generated_tokens
-            self._count(stats.prompt_tokens + stats.generated_tokens)
+            self._has_usage = True
 
     def _show_progress(self, comment: str) -> None:
         if found := _READING.fullmatch(comment):
@@ -204,11 +207,15 @@ class ServerReply:
             self.reason = reason
             self._time()
 
-    def _count(self, tokens: int) -> None:
-        message, context = self.message(), self._backend.context
+    def _count(self) -> None:
+        """Note how many tokens the conversation has, if the server has told."""
+        if not self._has_usage:
+            return
+        stats, message, context = self._backend.stats, self.message(), self._backend.context
+        tokens = stats.prompt_tokens + stats.generated_tokens
         if self.reason == "length" and context is not None and tokens >= context.tokens:
             self.reason = "context"
-        if message is not None and self._backend.stats.prompt_tokens:
+        if message is not None and stats.prompt_tokens:
             messages = [*self._turn.system, *self._turn.messages[self.first :], message]
             self._backend.count(messages, tokens)
 

@@ -312,6 +312,21 @@ def test_the_pieces_of_an_answer_are_joined_once(monkeypatch, field):
     assert (message.content, message.thinking) == (("abc", "") if field == "text" else ("", "abc"))
 
 
+def test_counts_that_come_with_each_piece_do_not_join_the_answer_each_time(monkeypatch):
+    """60,000 pieces with counts took 13 seconds."""
+    joined, message = [], server_backend.ServerReply.message
+    monkeypatch.setattr(
+        server_backend.ServerReply, "message", lambda reply: joined.append(1) or message(reply)
+    )
+    pieces = [event for n in range(9) for event in (delta("x"), usage(3, n + 1).strip())]
+    with ScriptedServer(Answer([*pieces, delta("!", "stop"), DONE])) as server:
+        client = ServerClient(ServerURL.parse(server.address))
+        backend = ServerBackend(client, ListedModel("tiny", None))
+        list(backend.send({}).texts())
+    assert len(joined) == 1
+    assert (backend.stats.prompt_tokens, backend.stats.generated_tokens) == (3, 10)
+
+
 def test_an_answer_without_an_end_is_ended_by_what_the_context_can_hold():
     endless = Answer([delta("x" * 10_000)] * 100)
     with ScriptedServer(endless) as server:
