@@ -59,8 +59,8 @@ class DownloadFlags(CalibrateFlags):
 def download(context: typer.Context, flags: DownloadFlags) -> None:
     """Download and quantize a model, or resume a download.
 
-    The same command resumes an interrupted download. One file of weights is fetched while the one
-    before it is quantized, and then deleted. So the disk holds the result and two files at most.
+    The same command resumes an interrupted download. While one file of weights is fetched, the
+    one before it is quantized and deleted. So the disk holds the result and two files at most.
     Every file is checked against the hub's SHA-256. Only safetensors, GGUF, JSON and tokenizer
     files are fetched.
 
@@ -70,10 +70,10 @@ def download(context: typer.Context, flags: DownloadFlags) -> None:
 
     With --expert-bits 3 Mixtral's experts take 17.6 GB instead of 24.0, at a cost in quality that
     'mixchat plan' names. --expert-bits 16 does not quantize. Bits between, such as 2.4, give the
-    layers that need it a larger type. A size, such as 14GB, is for the whole model, what is left
-    free, and a context of --ctx-size tokens. For 2 bits, bits between and sizes, the model is first
-    installed in 4 bits. A calibration to the wanted bits follows. --dry-run says how long that
-    takes.
+    layers that need it a larger type. A size, such as 14GB, is enough memory for the whole
+    model, for a context of --ctx-size tokens, and for what is left free. For 2 bits, bits between
+    and sizes, the model is first installed in 4 bits. A calibration to the wanted bits follows.
+    --dry-run says how long that takes.
 
     Attention and head get 8 bits, at hardly any cost in quality. In models of small experts, such
     as Qwen3, a token reads as many bytes of them as of experts. So they get 6 bits there on a CPU.

@@ -28,7 +28,7 @@ class ServeFlags(LoadFlags):
     model: str = load_flags.MODEL_NAME
     host: str = option(
         "--host HOST",
-        "Address of this machine to listen at; any but localhost needs a key.",
+        "Address of this machine to listen at, with a key unless it is localhost.",
         SERVER,
         "127.0.0.1",
     )
@@ -103,7 +103,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
     To serve other machines, give an address with --host and a key in MIXCHAT_API_KEY, such as
     MIXCHAT_API_KEY="$(cat FILE)". There is no TLS. The beginning that several prompts share is
     processed once. A client can learn from the time and from cached_tokens what others asked,
-    unless there is --no-shared-prefix.
+    unless --no-shared-prefix is given.
 
     Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
     """

@@ -160,7 +160,7 @@ def candidates(
 
 
 def _likely(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the ids of best tokens, the best first, which have the probability `top_p` or more."""
+    """Return the ids of the best tokens, the best first, with `top_p` or more in all."""
     ids = _best(scaled, min(_TOP_P_TOKENS, len(scaled)))
     # Sorting all tokens takes ten times as long.
     return ids if probabilities[ids].sum() >= top_p else _best(scaled, len(scaled))
@@ -170,7 +170,7 @@ def _best(scaled: torch.Tensor, count: int) -> torch.Tensor:
     """Return the ids of the largest finite logits, the best first. Equals keep their order."""
     if not count:
         return torch.empty(0, dtype=torch.int64)
-    # So many blocks have a logit that is as large as the `count`-th largest of all blocks' best.
+    # The best logits of `count` blocks are not below `least`, so `count` tokens or more are kept.
     blocks = functional.pad(scaled, (0, -len(scaled) % _BLOCK), value=-torch.inf).view(-1, _BLOCK)
     bests = blocks.amax(1) if count <= len(blocks) else scaled
     least = bests.topk(count).values[-1].clamp(min=torch.finfo(scaled.dtype).min)

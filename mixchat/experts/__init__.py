@@ -1,7 +1,7 @@
 """Holds experts, moves them between memories, and computes them.
 
 A slot is memory for one expert. A tier is a kind of memory, such as a GPU's, RAM or the disk. The
-cache chooses an expert's slot, the mover the order of loading, and the store copies the bytes.
+cache chooses an expert's slot. The mover chooses the order of loading. The store copies the bytes.
 
 - holder.py: the interface through which the model uses experts
 - dispatcher.py: sends each layer's rows to the holders of its experts, and combines the outputs

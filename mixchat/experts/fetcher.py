@@ -142,8 +142,8 @@ class Fetcher:
     def count_hits(self) -> None:
         """Count what `note_hits` was told, before the cache changes or somebody reads the counts.
 
-        Between two tokens, whose weights have emptied the processor's caches, this would take
-        several times as long.
+        Counting after each token would take several times as long, because the weights of a token
+        push everything else out of the processor's caches.
         """
         while self._uncounted:
             first, selected = self._uncounted.popleft()

@@ -47,7 +47,10 @@ class ExpertRunner(Protocol):
         """
 
     def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
-        """Note uses of experts that `resident` has returned, by layer, from this one on."""
+        """Note uses of experts that `resident` has returned.
+
+        selected: [layers, K], the experts of `layer` and of the layers after it.
+        """
 
 
 class ExpertHolder(ExpertRunner, Protocol):

@@ -121,9 +121,10 @@ class Compiled:
 
 
 def compiled_here(write: Callable[Concatenate[Any, int, _P], None]) -> Callable[_P, Compiled]:
-    """Decorate a function that writes a module for vectors of so many lanes, to compile the module.
+    """Turn a function that writes a module into one that returns the module compiled.
 
-    That happens once for each set of instructions and of the other arguments, which have no names.
+    `write` gets the module, the lanes of a vector, and the arguments, which are given without
+    names. Each set of instructions is compiled once for the same arguments.
     """
     writer: Callable[..., None] = write
 

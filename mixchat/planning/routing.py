@@ -1,4 +1,4 @@
-"""Hit rates of caches and loads of several holders, by what a router chooses."""
+"""Predicts hit rates of caches, and the loads of several holders of experts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mixchat.experts.sharing import share
 
 _MAX_CHOICES = 1000  # that are gone through one by one
 _MIXTRAL = (8, 2)  # experts, and how many of them a token uses
-# The hit rates of the default policy with slots for 0, 1/4, 2/4 ... of such a model's experts. The
-# simulation in `tests/benchmarks/cache_policies.py` repeats experts as often as table 5 of the
-# Mixtral paper (arXiv 2401.04088) says. Between these points the rates lie on lines.
+# The hit rates of the default policy with slots for 0, 1/4, 2/4 ... of such a model's experts. They
+# come from `tests/routing_simulation.py`, which repeats experts as often as table 5 of the Mixtral
+# paper (arXiv 2401.04088) says. Between these points the rates lie on lines, within 0.01.
 _HIT_RATES = (0.0, 0.303, 0.533, 0.762, 1.0)
 
 
 def expected_hit_rate(config: ModelConfig, slots: int, experts: int | None = None) -> float:
-    """Return the hit rate, 0 to 1, of so many slots for so many experts, None for all.
+    """Return the hit rate, 0 to 1, of a cache with `slots` for `experts`, None for all experts.
 
     Experts repeat as in the Mixtral paper, or by chance in models of another shape.
     """

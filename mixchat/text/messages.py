@@ -75,7 +75,7 @@ def split_system(messages: Sequence[Message]) -> tuple[str, list[Message]]:
 def system_in_question(messages: Sequence[Message], number: int = 0) -> list[Message]:
     """Return the conversation with its system text in its first question, or in its last (-1).
 
-    Mistral's own formats do so. It also serves a template that has no system role.
+    Mistral's own formats have it there. Templates without a system role need it there.
     """
     system, rest = split_system(messages)
     questions = [i for i, message in enumerate(rest) if message.role == "user"]

@@ -226,7 +226,7 @@ class _TagParser(ThinkingParser):
 
 
 def pending(text: str, tag: str) -> int:
-    """Return the length of the end that may be white space before a tag, or the tag's start."""
+    """Return the length of the end that may be the start of a tag, with white space before it."""
     sizes = range(min(len(tag) - 1, len(text)), 0, -1)
     begun = next((size for size in sizes if tag.startswith(text[-size:])), 0)
     return len(text) - len(text[: len(text) - begun].rstrip())

@@ -21,8 +21,8 @@ def bench(tiny_model: Path, known_limits: None) -> Bench:
 def test_each_task_is_measured_in_each_round(bench):
     assert list(bench.run()) == bench.tasks * 3
     assert [task.name for task in bench.tasks] == [
-        "decode behind 0 tokens",
-        "decode behind 40 tokens",
+        "decode after 0 tokens",
+        "decode after 40 tokens",
         "prompt of 16 tokens",
     ]
     for task in bench.tasks:
@@ -40,10 +40,10 @@ def test_decoding_is_measured_token_by_token(bench):
 
 def test_a_limit_is_what_the_bytes_and_operations_allow(bench):
     list(bench.run())
-    here, behind, prompt = bench.tasks
+    here, later, prompt = bench.tasks
     size = rounds.bytes_per_token(bench.blueprint, 0, None)
     operations = rounds.operations_per_token(bench.blueprint)
-    assert here.limit_rates[0] > behind.limit_rates[0]  # more bytes, fewer tokens
+    assert here.limit_rates[0] > later.limit_rates[0]  # more bytes, fewer tokens
     assert here.limit_rates[0] == pytest.approx(1e9 / size)
     assert prompt.limit_rates[0] == pytest.approx(2e9 / operations)
 

@@ -4,10 +4,11 @@
 
 Prints a table: the KL divergence from the unquantized model in nats a token, and how much higher
 perplexity is, means of the five texts of `quality_texts.py`. "llama.cpp" runs the file. "as read"
-is mixchat with the same weights in 16 bits, which shows that it reads them right: what is left
-between both is their arithmetic. "installed" is what `mixchat download FILE` makes, 4 bits and
+is mixchat with the same weights in 16 bits. It differs from "llama.cpp" by the arithmetic alone if
+mixchat reads the file right. "installed" is what `mixchat download FILE` makes, 4 bits and
 attention in 8, which rounds a second time. In F16 it is what 4 bits alone cost. Experts in MXFP4
 are copied as they are.
+
 "tokens": windows of the texts that llama.cpp and mixchat cut as the original tokenizer does.
 
 The model is the one of `quality.py`, the demo's dense model as a mixture, here of two equal

@@ -367,7 +367,7 @@ def test_the_progress_of_the_prefill_goes_to_whoever_asks():
 
 
 def what_was_asked(before=(), *, continued=False):
-    """Starts no constraint of a form."""
+    """Return what a form was asked for, in place of a constraint."""
     return (list(before), continued)
 
 

@@ -75,7 +75,7 @@ def test_it_is_downloaded_shown_measured_and_removed(run, checkpoint, installed,
     assert ask(prompt=("-",), stdin=b"Hi there")["ids"] == ids
     report = json.loads(run("stats", "mine", "--json").out)
     assert (report["model"], len(report["tiers"])) == ("mine", 2)
-    assert "decode behind 0 tokens" in run("bench", "mine", *QUICK, "--device", "cpu").out
+    assert "decode after 0 tokens" in run("bench", "mine", *QUICK, "--device", "cpu").out
     run("rm", "mine", "--yes")
     assert not installed.exists()
 

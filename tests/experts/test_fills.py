@@ -349,7 +349,7 @@ def test_without_a_thread_experts_come_when_they_are_needed(installed, source, m
 
 
 def test_what_the_model_used_itself_is_counted_and_stays_if_memory_gets_short(installed, source):
-    """These uses are counted later, and so have to be before others leave."""
+    """These uses are counted late, but before experts leave their slots."""
     experts, fetcher = begin(installed, source)
     finish(source, experts)
     experts.note_hits(0, [[3, 1], [2, 0]])

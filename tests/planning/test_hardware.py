@@ -1,4 +1,4 @@
-"""What a person tells about a machine replaces what is here, and nothing else."""
+"""Figures of another machine replace those of this one, and nothing else."""
 
 from dataclasses import replace
 

@@ -264,9 +264,7 @@ def _last(chat: ActiveChat, role: Role) -> str | None:
     return next((message.content for message in history if message.role == role), None)
 
 
-@_command(
-    "", "answer again", "answer the last question again; with temp 0 the answer stays the same"
-)
+@_command("", "answer again", "answer the last question again, the same with temp 0")
 def _regen(chat: ActiveChat, argument: str) -> None:
     chat.answer(chat.session.ask_again)
 

@@ -3,7 +3,7 @@
 - output_constraint.py: schemas and grammars, read from files or requests and checked in a sandbox
 - schema.py: the part of a JSON schema that is at fault
 - grammar.py: the faults of a grammar, and llama.cpp's grammars as Lark grammars
-- constraint.py: the tokens that may come next in an answer, or once a call begins in one
+- constraint.py: the tokens that may come next in an answer, or in the calls of one
 - call_form.py: calls of tools, held to the tools' schemas
 - form_child.py: the inside of the sandbox
 """

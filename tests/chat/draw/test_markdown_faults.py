@@ -1,4 +1,4 @@
-"""What drawing costs, and what an exception, Ctrl-C, a file or a narrow terminal leaves of it."""
+"""The cost of drawing, and its rest after an exception, Ctrl-C, in a file or a narrow terminal."""
 
 import io
 import itertools

@@ -203,7 +203,7 @@ def test_products_with_others_like_few_inputs_get_no_worse(
 
 
 def test_codes_that_lose_on_what_was_held_out_are_not_taken() -> None:
-    """What is held out uses other columns than the rest, which nobody can foresee."""
+    """The rows that are held out use other columns than the rest, which nobody can foresee."""
     weight, chosen = random(64, 128).bfloat16(), list[Way]()
     rows = alike(200, 128)
     rows[100:] = random(100, 128) * rows[:100].square().mean(0).rsqrt()
