@@ -318,7 +318,7 @@ def test_counts_that_come_with_each_piece_do_not_join_the_answer_each_time(monke
     monkeypatch.setattr(
         server_backend.ServerReply, "message", lambda reply: joined.append(1) or message(reply)
     )
-    pieces = [event for n in range(9) for event in (delta("x"), usage(3, n + 1).strip())]
+    pieces = [event for n in range(9) for event in (delta("x"), usage(3, n + 1))]
     with ScriptedServer(Answer([*pieces, delta("!", "stop"), DONE])) as server:
         client = ServerClient(ServerURL.parse(server.address))
         backend = ServerBackend(client, ListedModel("tiny", None))
