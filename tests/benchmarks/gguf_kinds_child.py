@@ -8,17 +8,19 @@ tokens FILE CHARACTERS TEXT... prints the ids of each text's beginning, as JSON
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
 
 def quantize(source: str, target: str, kind: str) -> None:
+    import llama_cpp
+
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
@@ -26,6 +28,8 @@ def quantize(source: str, target: str, kind: str) -> None:
 
 
 def _model(file: str, *, vocabulary_alone: bool = False) -> Any:
+    import llama_cpp
+
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = vocabulary_alone
     model = llama_cpp.llama_model_load_from_file(file.encode(), params)
@@ -35,6 +39,8 @@ def _model(file: str, *, vocabulary_alone: bool = False) -> Any:
 
 
 def logits(file: str, out: str) -> None:
+    import llama_cpp
+
     windows = json.loads(sys.stdin.readline())
     model = _model(file)
     params = llama_cpp.llama_context_default_params()
@@ -58,6 +64,8 @@ def logits(file: str, out: str) -> None:
 
 
 def tokens(file: str, characters: str, *texts: str) -> None:
+    import llama_cpp
+
     vocabulary = llama_cpp.llama_model_get_vocab(_model(file, vocabulary_alone=True))
     found = []
     for path in texts:
@@ -68,5 +76,16 @@ def tokens(file: str, characters: str, *texts: str) -> None:
     print(json.dumps(found))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tasks = {task.__name__: task for task in (quantize, logits, tokens)}
+    parser.add_argument("task", choices=tasks)
+    parser.add_argument("arguments", nargs="+")
+    given = parser.parse_args()
+    tasks[given.task](*given.arguments)
+
+
 if __name__ == "__main__":
-    {"quantize": quantize, "logits": logits, "tokens": tokens}[sys.argv[1]](*sys.argv[2:])
+    main()
