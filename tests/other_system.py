@@ -39,7 +39,8 @@ _MODULES = ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty", "readlin
 _FUNCTIONS = {
     "win32": (
         *("pread", "preadv", "pwrite", "pwritev", "readv", "writev", "posix_fadvise", "fchmod"),
-        *("sched_getaffinity", "geteuid", "getuid", "set_blocking", "sysconf", "mkfifo", "fork"),
+        *("sched_getaffinity", "sched_yield", "geteuid", "getuid"),
+        *("set_blocking", "sysconf", "mkfifo", "fork"),
         *("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECT", "O_DIRECTORY"),
     ),
     "darwin": ("posix_fadvise", "sched_getaffinity", "O_DIRECT"),
