@@ -230,7 +230,7 @@ async def _ollama_loaded(state: AppState, request: Request) -> Response:
 
 async def _ollama_model(state: AppState, request: Request) -> Response:
     body = await _object(state, request)
-    return _json(ollama.describe(body, await state.models.contexts()))
+    return _json(ollama.describe(body, await state.models.contexts(), state.models.thinks))
 
 
 async def _ollama_pull(state: AppState, request: Request) -> Response:

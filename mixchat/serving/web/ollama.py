@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Annotated, Any, ClassVar
@@ -271,12 +271,18 @@ def named(body: dict[str, Any], names: Container[str]) -> str:
     return name
 
 
-def describe(body: dict[str, Any], contexts: Mapping[str, Context]) -> JSON:
-    """Return the answer of /api/show. Raises `RequestError` for an unknown model."""
+def describe(
+    body: dict[str, Any], contexts: Mapping[str, Context], thinks: Callable[[str], bool]
+) -> JSON:
+    """Return the answer of /api/show. Raises `RequestError` for an unknown model.
+
+    `thinks` returns whether a model is known to think.
+    """
     name = named(body, contexts)
     size = {"mixchat.context_length": contexts[name].tokens}
     info = {"general.architecture": "mixchat", **size}
-    return {**_model(name), "model_info": info, "capabilities": ["completion", "tools"]}
+    capabilities = ["completion", "tools", *(["thinking"] if thinks(name) else [])]
+    return {**_model(name), "model_info": info, "capabilities": capabilities}
 
 
 def _head(name: str) -> JSON:

@@ -59,6 +59,11 @@ class ServedModels:
             return self._sleep_after
         return max(self._timer.when() - asyncio.get_running_loop().time(), 0.0)
 
+    def thinks(self, name: str) -> bool:
+        """Return whether this model is loaded and thinks."""
+        model = self._model
+        return model is not None and name == self.name and bool(model.service.template.thinking)
+
     async def contexts(self) -> dict[str, Context]:
         """Return the contexts of the models that requests may name, the last used model first."""
         others = await to_thread.run_sync(self._others)

@@ -305,7 +305,10 @@ def test_ollama_lists_and_shows_models(served):
         assert (model.model, len(model.digest)) == ("scripted:latest", 64)
         assert None not in (model.modified_at, model.size)
         assert [model.model for model in client.api.ps().models] == ["scripted:latest"]
-        assert "tools" in client.api.show("scripted:latest").capabilities
+        for thinking, more in ((None, []), (ThinkingFormat("tags"), ["thinking"])):
+            served.service.template.thinking = thinking
+            capabilities = client.api.show("scripted:latest").capabilities
+            assert capabilities == ["completion", "tools", *more]
         assert client.api.ps().models[0].expires_at.year > 2200  # it stays loaded
     assert exchange(served, request("/api/version")).json["version"].count(".") == 2
 
