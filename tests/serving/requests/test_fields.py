@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mixchat.base.errors import (
@@ -147,6 +147,7 @@ def test_what_is_read_is_what_was_sent(value):
 @given(st.randoms(use_true_random=False), st.booleans())
 def test_a_changed_body_of_another_api_is_read_or_refused(random, strict):
     path, body = changed(random, forms=True)
+    assume(path in READERS)  # others ask for no answer
     model = LoadedModel(SERVICE, Defaults(SamplingOptions(), strict=strict), take_any_form)
     error = error_of(lambda: READERS[path](read_object(json.dumps(body).encode()), model))
     assert error is None or error.status in (400, 404)
