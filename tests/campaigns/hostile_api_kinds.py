@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from typing import Any
 
 from hostile_api_bodies import CALLED, ODD, SCHEMA
@@ -32,10 +31,7 @@ def load(target: Target, rng: random.Random) -> Response:
 
 
 def load_leaving(target: Target, rng: random.Random) -> Response:
-    with target.connect() as connection:
-        connection.sendall(_load(target, rng))
-        time.sleep(rng.random() / 4)
-    raise ConnectionResetError
+    return target.leave(_load(target, rng), rng.random() / 4)
 
 
 def format(target: Target, rng: random.Random) -> Response:
@@ -52,10 +48,7 @@ def format_bomb(target: Target, rng: random.Random) -> Response:
 
 
 def format_bomb_leaving(target: Target, rng: random.Random) -> Response:
-    with target.connect() as connection:
-        connection.sendall(_formed(rng, _bomb(rng)))
-        time.sleep(rng.random())
-    raise ConnectionResetError
+    return target.leave(_formed(rng, _bomb(rng)), rng.random())
 
 
 def images(target: Target, rng: random.Random) -> Response:

@@ -35,6 +35,13 @@ class Target:
                     connection.sendall(piece)
             return read_response(connection)
 
+    def leave(self, data: bytes, after: float) -> Response:
+        """Send data, wait some seconds, and leave without an answer: `ConnectionResetError`."""
+        with self.connect() as connection:
+            connection.sendall(data)
+            time.sleep(after)
+        raise ConnectionResetError
+
 
 Kind = Callable[[Target, random.Random], Response]
 
@@ -163,10 +170,7 @@ def leaving(target: Target, rng: random.Random) -> Response:
         body = SHORT[path] | {"stream": stream}
         body |= {name: text for name in ("input", "prompt") if name in body}
     data = request(path, body)
-    with target.connect() as connection:
-        connection.sendall(data[: rng.choice([len(data) // 2, len(data)])])
-        time.sleep(rng.random() / 4)
-    raise ConnectionResetError
+    return target.leave(data[: rng.choice([len(data) // 2, len(data)])], rng.random() / 4)
 
 
 def greedy(target: Target, rng: random.Random) -> Response:
@@ -243,10 +247,7 @@ def schema_bomb(target: Target, rng: random.Random) -> Response:
 
 
 def schema_bomb_leaving(target: Target, rng: random.Random) -> Response:
-    with target.connect() as connection:
-        connection.sendall(request(CHAT, gigabytes(rng)))
-        time.sleep(rng.random())
-    raise ConnectionResetError
+    return target.leave(request(CHAT, gigabytes(rng)), rng.random())
 
 
 def foreign(target: Target, rng: random.Random) -> Response:
