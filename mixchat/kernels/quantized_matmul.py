@@ -43,11 +43,23 @@ class QuantizedMatrix(NamedTuple):
     """A matrix in the layout "cpu-packed"."""
 
     codes: torch.Tensor  # of `units.bits` bits
-    absmax: torch.Tensor  # [B * R], in the form that the units load
+    absmax: torch.Tensor  # [B, R] in the form that the units load, or [R / 32, B, 32]
     levels: torch.Tensor | None  # of `UnitSet.level_tables`; None if codes are numbers themselves
     shape: tuple[int, int]  # R, a multiple of the units' band, and C, of their block
     units: UnitSet
     bias: torch.Tensor | None = None  # fp32 [R]
+
+    @property
+    def of_bands(self) -> QuantizedMatrix:
+        """Return the matrix with a copy of absmax [R / 32, B, 32], which is read faster."""
+        assert self.units.band == BAND  # others are decoded by halves
+        bands = self.absmax.view(-1, self.shape[0] // BAND, BAND)
+        return self._replace(absmax=bands.transpose(0, 1).contiguous())
+
+    @property
+    def absmax_strides(self) -> tuple[int, int]:
+        """Return how many numbers of absmax one row and one block count for."""
+        return (self.absmax.shape[1], BAND) if self.absmax.dim() == 3 else (1, self.shape[0])
 
 
 def quantized_matmul(
@@ -68,14 +80,20 @@ def quantized_matmul(
 
 
 def quantized_matmul_steps(
-    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor, *, exact: bool = False
+    flat: torch.Tensor,
+    matrix: QuantizedMatrix,
+    out: torch.Tensor,
+    *,
+    exact: bool = False,
+    alike: int = 1,
 ) -> tuple[Step, Step]:
     """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
     The second one needs the first. They do not keep codes, absmax and bias alive. Only for one
-    token they can run again.
+    token they can run again. `alike` such steps share a stage.
     """
     codes, absmax, levels, (rows, columns), units, bias = matrix
+    of_row, of_block = matrix.absmax_strides
     tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
     instructions = instruction_set()
     assert instructions is not None
@@ -94,13 +112,15 @@ def quantized_matmul_steps(
         x_sums=start + blocks * (block * size + 4),
         codes=codes.data_ptr(),
         absmax=absmax.data_ptr(),
+        absmax_of_row=of_row,
+        absmax_of_block=of_block,
         levels=0 if levels is None else levels.data_ptr(),
         out=out.data_ptr(),
         rows=rows,
         columns=columns,
         tokens=tokens,
         chunk=max(8, _X_BYTES * (4 if decoded else 1) // (size * columns) // 8 * 8),
-        run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8),
+        run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8, alike),
         bias=0 if bias is None else bias.data_ptr(),
         decoded=start + blocks * (8 + block * size),
         slots=slots,
@@ -122,7 +142,9 @@ def quantized_row_steps(
     x is [K, C], or [1, C] for all rows. Codes, absmax and bias of each step may be replaced.
     """
     tokens, columns = flat.shape
-    round_x, multiply = quantized_matmul_steps(flat, matrix, out[:tokens], exact=True)
+    round_x, multiply = quantized_matmul_steps(
+        flat, matrix, out[:tokens], exact=True, alike=len(out)
+    )
     starts = {name: multiply.get(name) for name in ("x_integers", "x_scales", "x_sums")}
     blocks = columns // matrix.units.block
     size = (starts["x_scales"] - starts["x_integers"]) // tokens  # bytes of a row of integers
@@ -137,9 +159,9 @@ def quantized_row_steps(
     return round_x, [step_of(row) for row in range(len(out))]
 
 
-def _run_length(bands: int, band_bytes: int) -> int:
-    """Return a stream's bands in an item of work."""
-    most = bands // (_STREAMS * _ITEMS * torch.get_num_threads())
+def _run_length(bands: int, band_bytes: int, alike: int) -> int:
+    """Return a stream's bands in an item of work, if `alike` such matrices share a stage."""
+    most = bands // (_STREAMS * max(1, _ITEMS // alike) * torch.get_num_threads())
     return max(1, min(most, _STREAM_BYTES // band_bytes))
 
 

@@ -17,7 +17,7 @@ from mixchat.kernels.program import Signature
 from mixchat.kernels.trellis_units import Trellis
 from mixchat.kernels.units import Unit
 
-_AHEAD = 4  # blocks early, scales are prefetched, which lie far apart
+_AHEAD = 2  # blocks early, scales are prefetched, which may lie far apart
 # Bytes by which codes are prefetched early. The CPU's prefetcher stops at the end of each page.
 _CODES_AHEAD = 3072
 _LINE = 64  # bytes of a cache line
@@ -29,6 +29,8 @@ SIGNATURE = Signature(
     "x_sums",
     "codes",
     "absmax",
+    "absmax_of_row",
+    "absmax_of_block",
     "levels",
     "out",
     "rows",
@@ -64,6 +66,7 @@ class Tile:
         self._x_scales, self._x_sums = given.pointer("x_scales"), given.pointer("x_sums")
         self._bias = given.pointer("bias")
         self._rows, self._columns = given.number("rows"), given.number("columns")
+        self._of_row, self._of_block = map(given.number, ("absmax_of_row", "absmax_of_block"))
         first, self._token, self._apart = self.function.numbers
         self._numbers = [first + self._apart * number for number in range(bands)]
         self._blocks = self._columns // unit.block
@@ -156,8 +159,9 @@ class Tile:
             for token in range(self.tokens)
         ]
         for band in range(self.bands):
-            here = block * self._rows + self._numbers[band] * unit.band
-            self._absmax.prefetch((here + self._rows * _AHEAD) * unit.scale_bytes)
+            first_row = self._numbers[band] * unit.band
+            here = first_row * self._of_row + block * self._of_block
+            self._absmax.prefetch((here + self._of_block * _AHEAD) * unit.scale_bytes)
             scales = [unit.scales(self._absmax, here + part * unit.lanes) for part in range(parts)]
             for token in range(self.tokens):
                 pair = band * self.tokens + token

@@ -264,4 +264,4 @@ class _FilledTensors:
         return filled.view(spec.dtype).view(spec.shape)
 
     def linear(self, spec: LinearSpec) -> Linear:
-        return spec.build([self.tensor(tensor) for tensor in spec.tensors])
+        return spec.build([self.tensor(tensor) for tensor in spec.tensors], in_place=False)

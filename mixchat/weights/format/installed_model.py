@@ -104,7 +104,7 @@ class InstalledModel:
             bias = tensors[-1:] if spec.bias else []
             return target.build([spec.dequantized(tensors), *bias])
         spec.convert(tensors, target)
-        return target.build(tensors)
+        return target.build(tensors, in_place=False)
 
     def open_direct(self) -> bool:
         """Prepare `direct` reads and return whether they are possible."""

@@ -219,8 +219,8 @@ class LinearSpec:
         codes, absmax = reorder(codes, absmax, self.stored_rows, self.columns)
         return [absmax, codes, *rest]
 
-    def build(self, tensors: Sequence[torch.Tensor]) -> Linear:
-        """Return the map over these tensors, which are used in place."""
+    def build(self, tensors: Sequence[torch.Tensor], *, in_place: bool = True) -> Linear:
+        """Return the map over these tensors, or over copies of some that are read faster."""
         if self.bias and not self.packed:
             return BiasedLinear(replace(self, bias=False).build(tensors[:-1]), tensors[-1])
         if not self.packed:
@@ -231,7 +231,7 @@ class LinearSpec:
         if bias is not None and shape[0] > self.rows:
             bias = functional.pad(bias, (0, shape[0] - self.rows))
         matrix = QuantizedMatrix(codes, absmax, kind.level_table, shape, kind.units, bias)
-        return PackedLinear(matrix, self.rows)
+        return PackedLinear(matrix if in_place else matrix.of_bands, self.rows)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the matrix [R, C] as `dtype`, the same in each layout."""
