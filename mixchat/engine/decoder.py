@@ -1,7 +1,7 @@
-"""Decodes the layers for one token as programs of kernels.
+"""Decodes one token as programs of kernels.
 
 A program gives the same bits as the `__call__` of a `Block`, and saves the time of Python between
-kernels. It ends with the router of a layer whose runner has to bring experts.
+kernels. It ends with the router of a layer whose runner has to bring experts, or with the head.
 """
 
 from __future__ import annotations
@@ -14,36 +14,44 @@ import torch
 
 from mixchat.engine.attention import KVContext, SingleTokenContext
 from mixchat.engine.kv_cache import KVCache
-from mixchat.engine.model import AfterLayer, Block
+from mixchat.engine.model import AfterLayer, Block, Output
 from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.experts.holder import LayerExperts
 from mixchat.kernels import rows
-from mixchat.kernels.program import Program
+from mixchat.kernels.program import Program, Stage, Step, alone, together
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.linear import LinearSpec, PackedLinear
 
 
 class Decoder:
-    """Computes the layers for the next token of a cache (a `SingleTokenDecoder`).
+    """Computes the next token of a cache (a `SingleTokenDecoder`), the output only if it is given.
 
     It takes caches of the same capacity and form as this one.
     """
 
     def __init__(
-        self, blocks: Sequence[Block], cache: PagedKVCache, hidden_size: int, dtype: torch.dtype
+        self,
+        blocks: Sequence[Block],
+        cache: PagedKVCache,
+        hidden_size: int,
+        dtype: torch.dtype,
+        output: Output | None = None,
     ) -> None:
         self._cache, self._runner = cache, blocks[-1].moe.runner
         self._context = SingleTokenContext(cache, hidden_size, dtype)
+        self._output = None if output is None else _Output(output, self._context)
         dense = [*takewhile(lambda block: block.is_dense, blocks)]
         sparse = blocks[len(dense) :]
         # The experts that the routers select, [layers, K].
         self._selected = torch.empty(len(sparse), sparse[0].moe.choices, dtype=torch.int64)
         self._layers = [
-            _Layer(block, self._context, selected, () if number else dense)
-            for number, (block, selected) in enumerate(
-                zip(sparse, torch.split(self._selected, 1), strict=True)
-            )
+            _Layer(block, self._context, selected)
+            for block, selected in zip(sparse, torch.split(self._selected, 1), strict=True)
         ]
+        before = [stage for block in dense for stage in block.dense_stages(self._context)]
+        self._layers[0].begin_with(before)
+        if self._output is not None:
+            self._layers[-1].end_with(self._output.stages)
         self._dense = len(dense)
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
 
@@ -54,11 +62,13 @@ class Decoder:
             return None
         self._context.x.copy_(x)
         self._context.set_place(before)
+        if self._output is not None:
+            self._output.prepare()
         end = 0
         while end < len(self._layers):
             end = self._run_from(end)
             after_layer(self._dense + end - 1)
-        return self._context.x
+        return self._context.x if self._output is None else self._output.logits()
 
     def _run_from(self, start: int) -> int:
         """Compute layers up to the first without experts in memory. Return its end."""
@@ -81,7 +91,9 @@ class Decoder:
         return end
 
 
-def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Decoder | None:
+def new_decoder(
+    used: Blueprint, blocks: Sequence[Block], cache: KVCache, output: Output | None = None
+) -> Decoder | None:
     """Return the decoder of a model that computes `used`, or None if kernels cannot do it."""
     config, dtype = used.config, used.quantization.dtype
     matrices = used.typical_matrices
@@ -95,7 +107,7 @@ def new_decoder(used: Blueprint, blocks: Sequence[Block], cache: KVCache) -> Dec
     )
     if not all(rows.can_compute(dtype, count) for count in columns):
         return None
-    return Decoder(blocks, cache, config.hidden_size, dtype)
+    return Decoder(blocks, cache, config.hidden_size, dtype, output)
 
 
 def _has_steps(matrix: LinearSpec) -> bool:
@@ -103,22 +115,23 @@ def _has_steps(matrix: LinearSpec) -> bool:
 
 
 class _Layer:
-    """The stages of dense layers, then of a layer, which may end with the router."""
+    """The stages of a layer, which may end with the router."""
 
-    def __init__(
-        self,
-        block: Block,
-        context: SingleTokenContext,
-        selected: torch.Tensor,
-        dense: Sequence[Block],
-    ) -> None:
+    def __init__(self, block: Block, context: SingleTokenContext, selected: torch.Tensor) -> None:
         self._block, self._context, self.keys = block, context, block.moe.keys
         self._routing = selected, torch.empty(selected.shape)
-        before = [stage for other in dense for stage in other.dense_stages(context)]
-        self._up_to_router = before + block.stages_up_to_router(self._routing, context)
+        self._up_to_router = block.stages_up_to_router(self._routing, context)
+        self._after: Sequence[Stage] = ()
         self.stages = self._up_to_router
         # Not kept alive, so that the memory of a slot can be given back.
         self._experts: weakref.ref[LayerExperts] | None = None
+
+    def begin_with(self, stages: Sequence[Stage]) -> None:
+        self._up_to_router = self.stages = [*stages, *self._up_to_router]
+
+    def end_with(self, stages: Sequence[Stage]) -> None:
+        """Compute these stages after the experts."""
+        self._after = stages
 
     def use(self, experts: LayerExperts | None) -> bool:
         """Let the stages end with these experts, or with the router if there are none.
@@ -130,11 +143,37 @@ class _Layer:
             return False
         self.stages = self._up_to_router
         if experts is not None:
-            self.stages = self.stages + self._block.expert_stages(
-                self._routing, self._context, experts
-            )
+            of_experts = self._block.expert_stages(self._routing, self._context, experts)
+            self.stages = [*self.stages, *of_experts, *self._after]
         self._experts = None if experts is None else weakref.ref(experts)
         return True
 
     def run_routed(self) -> None:
+        """Compute what is after the router."""
         self._block.run_routed(self._routing, self._context)
+        if self._after:
+            Program(self._after).run()
+
+
+class _Output:
+    """The norm and the head for one token, as stages if the head is packed."""
+
+    def __init__(self, output: Output, context: SingleTokenContext) -> None:
+        self._output, self._x = output, context.x
+        self.stages: list[Stage] = []
+        self._project: Step | None = None
+        norm, head = output
+        if isinstance(head, PackedLinear) and head.is_whole:
+            self._logits = torch.empty(1, head.rows, dtype=context.x.dtype)
+            round_x, self._project = head.steps(context.normed, self._logits)
+            first = norm.stage(context.x, context.normed)
+            self.stages = [first, alone(round_x), together(self._project)]
+
+    def prepare(self) -> None:
+        """Let the stages write to a new tensor."""
+        if self._project is not None:
+            self._logits = torch.empty_like(self._logits)
+            self._project.set(out=self._logits.data_ptr())
+
+    def logits(self) -> torch.Tensor:
+        return self._output(self._x) if self._project is None else self._logits

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -169,13 +169,24 @@ def _gate(spec: TensorSpec, tensors: ModelTensors) -> torch.Tensor:
     return gate.float()  # once, and not for each token
 
 
+class Output(NamedTuple):
+    """What follows the layers."""
+
+    norm: RMSNorm
+    head: Linear
+
+    def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """Map rows x [n, D] to logits [n, V]."""
+        return self.head(self.norm(x), exact=exact)
+
+
 class SingleTokenDecoder(Protocol):
-    """Computes the blocks for the next token of a cache, with the same bits."""
+    """Computes the next token of a cache, with the same bits."""
 
     def run(
         self, x: torch.Tensor, before: KVContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
-        """Map the token's row [1, D] to the one after all layers, which the next call overwrites.
+        """Map the token's row [1, D] to its logits [1, V].
 
         Returns None if it cannot be done for this cache.
         """
@@ -193,17 +204,17 @@ class Model:
         head: Linear,
     ) -> None:
         self.config = config
-        self._embedding, self.blocks, self._norm, self._head = embedding, blocks, norm, head
+        self._embedding, self.blocks, self.output = embedding, blocks, Output(norm, head)
         self._decoder: SingleTokenDecoder | None = None
         self._record_head: RecordRows = lambda rows: None
 
     @property
     def device(self) -> torch.device:
-        return self._norm.weight.device
+        return self.output.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._norm.weight.dtype
+        return self.output.norm.weight.dtype
 
     def decode_by(self, decoder: SingleTokenDecoder | None) -> None:
         self._decoder = decoder
@@ -219,7 +230,7 @@ class Model:
             block.attention.record_inputs(*(partial(record, name) for name in names))
             if block.mlp is not None and (matrices := used.mlp(layer)):
                 block.mlp.record_inputs(*(partial(record, spec.name) for spec in matrices))
-        self._record_head = lambda rows: record(HEAD, self._norm(rows))
+        self._record_head = lambda rows: record(HEAD, self.output.norm(rows))
 
     def forward(
         self,
@@ -236,12 +247,13 @@ class Model:
         has the bits that it has alone in a call, if all matrices can be computed so.
         """
         x = self._embedding(ids)  # [T, D]
-        decoded = None
+        logits = None
         if self._decoder is not None and ids.shape[0] == 1:
-            decoded = self._decoder.run(x, before, after_layer)
-        x = self._through_blocks(x, before, exact, after_layer) if decoded is None else decoded
-        self._record_head(x)
-        logits = self._head(self._norm(x[logits_of]), exact=exact)
+            logits = self._decoder.run(x, before, after_layer)
+        if logits is None:
+            x = self._through_blocks(x, before, exact, after_layer)
+            self._record_head(x)
+            logits = self.output(x[logits_of], exact=exact)
         before.advance(ids.shape[0])  # last, so that an interrupted pass leaves the cache as it was
         return logits
 

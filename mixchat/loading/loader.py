@@ -134,7 +134,7 @@ def _assemble(
     caches = [
         new_cache(config, context, dtype, device, options.kv_bits) for _ in range(options.parallel)
     ]
-    model.decode_by(new_decoder(used, model.blocks, caches[0]))
+    model.decode_by(new_decoder(used, model.blocks, caches[0], model.output))
     layers, each = range(config.num_moe_layers), range(config.num_local_experts)
     experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
     return Engine(

@@ -65,7 +65,7 @@ def test_the_inputs_of_dense_parts_are_recorded_for_each_token(kind, chunk, mode
     assert rows.keys() == used.shared_matrices.keys()
     for name, spec in used.shared_matrices.items():
         assert rows[name].shape == (TOKENS, spec.columns)
-    assert torch.equal(model._head(rows["lm_head"]), expected)
+    assert torch.equal(model.output.head(rows["lm_head"]), expected)
     first = model.blocks[0]
     normed = first._attention_norm(model._embedding(ids))
     assert torch.equal(rows[used.qkv(0).name], normed)
