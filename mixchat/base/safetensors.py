@@ -171,7 +171,7 @@ class SafetensorsFile:
                     system.advise(self._fd, start, size, needed=True)
         for start, row in zip(starts, block.view(torch.uint8), strict=True):
             self.read_into(row, start)
-        return block[[places[number] for number in numbers]]
+        return block if numbers == [*places] else block[[places[number] for number in numbers]]
 
     def open_direct(self) -> bool:
         """Open the file past the page cache, and return whether that is possible."""

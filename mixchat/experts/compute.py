@@ -6,7 +6,7 @@ n = rows of an expert, D = hidden_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import takewhile
+from itertools import accumulate, islice, takewhile
 
 import torch
 
@@ -18,9 +18,10 @@ from mixchat.experts.memory import CPU
 from mixchat.experts.sources import HostSource
 from mixchat.kernels.program import Program, alone
 from mixchat.kernels.router import look_up_step
-from mixchat.weights.format.expert import Expert
+from mixchat.weights.format.expert import Expert, compute_together
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
+_MOST_ROWS = 2**10
 
 
 class DeviceCompute:
@@ -67,7 +68,7 @@ class DeviceCompute:
     def compute_next(self, rows: LayerRows) -> bool:
         """Compute the next expert of `begin` into `rows`. Return False if none was left.
 
-        For one token, all experts in their slots are computed together.
+        On the CPU, experts in their slots are computed together.
         """
         if not self._order:
             return False
@@ -83,13 +84,20 @@ class DeviceCompute:
 
     def _together(self, rows: LayerRows) -> int:
         """Return how many of the next experts are computed together, or 0 if none can be."""
-        if not rows.is_one_token or self.device != CPU:
+        if self.device != CPU:
             return 0
-        held = sum(1 for _ in takewhile(self.fetcher.holds, self._order))
-        return min(held, self.fetcher.slots - self._ahead)
+        room = self.fetcher.slots - self._ahead
+        held = [*islice(takewhile(self.fetcher.holds, self._order), max(0, room))]
+        if rows.is_one_token:
+            return len(held)
+        totals = accumulate(rows.counts[key] for key in held)
+        return sum(1 for _ in takewhile(lambda total: total <= _MOST_ROWS, totals))
 
     def _compute_together(self, rows: LayerRows, count: int) -> None:
         keys, self._order = self._order[:count], self._order[count:]
+        if not rows.is_one_token:
+            self._compute_groups(rows, keys)
+            return
         experts = [self.fetcher.ready(key) for key in keys]
         x = rows.of(keys[0])
         kind = count, self._forms[rows.layer] if self._forms else 0
@@ -101,6 +109,16 @@ class DeviceCompute:
             outputs = torch.cat([expert(x, exact=rows.exact) for expert in experts])
         for key, output in zip(keys, torch.split(outputs, 1), strict=True):
             rows.put(key, output)
+
+    def _compute_groups(self, rows: LayerRows, keys: list[ExpertKey]) -> None:
+        keys.sort(key=rows.counts.__getitem__, reverse=True)  # so that the last ones are short
+        experts = [self.fetcher.ready(key) for key in keys]
+        if experts[0].has_stages(rows.hidden_states):
+            x, counts = rows.gathered(keys), [rows.counts[key] for key in keys]
+            rows.put_all(keys, compute_together(experts, counts, x, exact=rows.exact))
+            return
+        for key, expert in zip(keys, experts, strict=True):
+            rows.put(key, expert(rows.of(key), exact=rows.exact))
 
     def _chosen_for_host(self, rows: LayerRows, keys: Iterable[ExpertKey]) -> set[ExpertKey]:
         if self._host is None:

@@ -5,6 +5,8 @@ T = tokens, D = hidden_size, K = num_experts_per_tok, n = rows of an expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mixchat.experts.cache import ExpertKey
@@ -50,6 +52,10 @@ class LayerRows:
             return self.hidden_states
         return self.hidden_states[self._indices(key) // self._choices]
 
+    def gathered(self, keys: Sequence[ExpertKey]) -> torch.Tensor:
+        """Return these experts' rows [N, D], of one after the other."""
+        return self.hidden_states[self._all_indices(keys) // self._choices]
+
     def on_cpu(self, key: ExpertKey) -> torch.Tensor:
         """Return an expert's rows [n, D] on the CPU. This may wait for a GPU."""
         if self.is_one_token and self._copy is not None:
@@ -63,6 +69,13 @@ class LayerRows:
         else:
             output = output.to(self.outputs.device, non_blocking=True)
             self.outputs[self._indices(key)] = output
+
+    def put_all(self, keys: Sequence[ExpertKey], outputs: torch.Tensor) -> None:
+        """Store the outputs [N, D] for `gathered` rows."""
+        self.outputs[self._all_indices(keys)] = outputs
+
+    def _all_indices(self, keys: Sequence[ExpertKey]) -> torch.Tensor:
+        return torch.cat([self._indices(key) for key in keys])
 
     def combine(self, routing_weights: torch.Tensor) -> torch.Tensor:
         """Return [T, D]: each token's outputs, weighted by routing_weights [T, K], float32."""

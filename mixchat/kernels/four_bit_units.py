@@ -116,6 +116,11 @@ class FourBitsInBytes(_InHalves, ByteUnit):
         levels = table.plus(BYTES_AT).load(vector(i8, 16))
         self._levels = levels.shuffled([*range(16)] * (self.lanes // 4))
 
+    @classmethod
+    def widths(cls) -> tuple[int, ...]:
+        """Return more for AVX-512, where 10 are 11% faster than 8, since codes are decoded less."""
+        return (10, 6, 4, 3, 2, 1) if cls.lanes == 16 else super().widths()
+
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
         """Return the levels of rows 0 to 15, then of 16 to 31, with a row's four together."""
         one, other = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Step:
 
     def copy(self) -> Step:
         """Return the step with its own array of arguments, for the same tensors."""
-        return replace(self, numbers=copy_of(self.numbers))
+        return Step(self.function, self.signature, copy_of(self.numbers), self.keeps, self.threads)
 
     def set(self, **given: int) -> None:
         self.signature.set(self.numbers, **given)

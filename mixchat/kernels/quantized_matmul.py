@@ -18,8 +18,8 @@ in MXFP4.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,12 @@ class QuantizedMatrix(NamedTuple):
     shape: tuple[int, int]  # R, a multiple of the units' band, and C, of their block
     units: UnitSet
     bias: torch.Tensor | None = None  # fp32 [R]
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Return the addresses of codes, absmax and bias, 0 without one."""
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return self.codes.data_ptr(), self.absmax.data_ptr(), bias
 
     @property
     def of_bands(self) -> QuantizedMatrix:
@@ -80,58 +86,14 @@ def quantized_matmul(
 
 
 def quantized_matmul_steps(
-    flat: torch.Tensor,
-    matrix: QuantizedMatrix,
-    out: torch.Tensor,
-    *,
-    exact: bool = False,
-    alike: int = 1,
+    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor, *, exact: bool = False
 ) -> tuple[Step, Step]:
     """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
     The second one needs the first. They do not keep codes, absmax and bias alive. Only for one
-    token they can run again. `alike` such steps share a stage.
+    token they can run again.
     """
-    codes, absmax, levels, (rows, columns), units, bias = matrix
-    of_row, of_block = matrix.absmax_strides
-    tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
-    instructions = instruction_set()
-    assert instructions is not None
-    unit = units.unit_for(instructions, 1 if exact else tokens)
-    size, block = unit.x_type.width // 8, unit.block
-    decoded = columns * BAND if issubclass(unit, Trellis) and tokens > 1 else 0
-    slots = torch.get_num_threads()
-    # Three allocations would take as long as rounding one token.
-    blocks = tokens * columns // block
-    scratch = torch.empty(blocks * (8 + block * size) + decoded * slots, dtype=torch.uint8)
-    start = scratch.data_ptr()
-    numbers = SIGNATURE.numbers(
-        x=flat.data_ptr(),
-        x_integers=start,
-        x_scales=start + blocks * block * size,
-        x_sums=start + blocks * (block * size + 4),
-        codes=codes.data_ptr(),
-        absmax=absmax.data_ptr(),
-        absmax_of_row=of_row,
-        absmax_of_block=of_block,
-        levels=0 if levels is None else levels.data_ptr(),
-        out=out.data_ptr(),
-        rows=rows,
-        columns=columns,
-        tokens=tokens,
-        chunk=max(8, _X_BYTES * (4 if decoded else 1) // (size * columns) // 8 * 8),
-        run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8, alike),
-        bias=0 if bias is None else bias.data_ptr(),
-        decoded=start + blocks * (8 + block * size),
-        slots=slots,
-    )
-    compiled = _compiled(unit, bf16, bias is not None)
-    round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
-    keeps = flat, levels, out, scratch
-    return (
-        Step(round_x, SIGNATURE, copy_of(numbers), keeps, threads=1 if tokens == 1 else None),
-        Step(multiply, SIGNATURE, numbers, keeps),
-    )
+    return _steps(flat, matrix, out, _unit(matrix, 1 if exact else flat.shape[0]), alike=1)
 
 
 def quantized_row_steps(
@@ -141,22 +103,122 @@ def quantized_row_steps(
 
     x is [K, C], or [1, C] for all rows. Codes, absmax and bias of each step may be replaced.
     """
-    tokens, columns = flat.shape
-    round_x, multiply = quantized_matmul_steps(
-        flat, matrix, out[:tokens], exact=True, alike=len(out)
+    round_x, multiply = _steps(flat, matrix, out, _unit(matrix, 1), alike=len(out))
+    parts = _Parts(multiply, out)
+    return round_x, [parts.step(row if len(flat) > 1 else 0, row, 1) for row in range(len(out))]
+
+
+def grouped_matmul_steps(
+    flat: torch.Tensor,
+    matrices: Sequence[QuantizedMatrix],
+    counts: Sequence[int],
+    out: torch.Tensor,
+    *,
+    exact: bool = False,
+) -> tuple[list[Step], list[Step]]:
+    """Return steps that round x [N, C], and steps that write the rows of `out` [N, R] once.
+
+    `counts` are how many rows each matrix is multiplied with, one after the other. All matrices
+    have the same form.
+    """
+    rounds: list[Step] = []
+    products: list[Step] = []
+    units = [_unit(matrices[0], 1 if exact else count) for count in counts]
+    first = 0
+    for unit, numbers in itertools.groupby(range(len(counts)), key=units.__getitem__):
+        group = [*numbers]
+        end = first + sum(counts[number] for number in group)
+        rows = out[first:end]
+        round_x, multiply = _steps(flat[first:end], matrices[group[0]], rows, unit, len(group))
+        rounds.append(round_x)
+        parts, row, decoded = _Parts(multiply, rows), 0, multiply.get("decoded")
+        for number in group:
+            step = parts.step(row, row, counts[number])
+            codes, absmax, bias = matrices[number].addresses
+            step.set(codes=codes, absmax=absmax, bias=bias, decoded=decoded)
+            products.append(step)
+            row += counts[number]
+            decoded += _decoded_bytes(unit, matrices[0])
+        first = end
+    return rounds, products
+
+
+class _Parts:
+    """Products of some rows of the rounded x, as steps of their own."""
+
+    def __init__(self, multiply: Step, out: torch.Tensor) -> None:
+        self._multiply, self._out = multiply, out
+        tokens = multiply.get("tokens")
+        x, scales, sums = (multiply.get(name) for name in ("x_integers", "x_scales", "x_sums"))
+        self._starts = x, scales, sums
+        self._sizes = (scales - x) // tokens, (sums - scales) // tokens  # of a row
+
+    def step(self, row: int, out_row: int, count: int) -> Step:
+        """Return the step for `count` rows of x from `row` on, which writes from `out_row` on."""
+        (x, scales, sums), (of_x, of_scales) = self._starts, self._sizes
+        step = self._multiply.copy()  # which keeps `out`
+        step.set(
+            x_integers=x + row * of_x,
+            x_scales=scales + row * of_scales,
+            x_sums=sums + row * of_scales,
+            tokens=count,
+            out=self._out.data_ptr() + out_row * self._out.stride(0) * self._out.element_size(),
+        )
+        return step
+
+
+def _decoded_bytes(unit: type[Unit], matrix: QuantizedMatrix) -> int:
+    """Return the bytes for half a decoded band of each thread."""
+    return matrix.shape[1] * BAND * torch.get_num_threads() if issubclass(unit, Trellis) else 0
+
+
+def _unit(matrix: QuantizedMatrix, tokens: int) -> type[Unit]:
+    instructions = instruction_set()
+    assert instructions is not None
+    return matrix.units.unit_for(instructions, tokens)
+
+
+def _steps(
+    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor, unit: type[Unit], alike: int
+) -> tuple[Step, Step]:
+    """Return the steps of `quantized_matmul_steps`, of which `alike` share a stage."""
+    (rows, columns), units, levels = matrix.shape, matrix.units, matrix.levels
+    codes, absmax, bias = matrix.addresses
+    of_row, of_block = matrix.absmax_strides
+    tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
+    size, block = unit.x_type.width // 8, unit.block
+    decoded = _decoded_bytes(unit, matrix) if tokens > 1 else 0
+    # Three allocations would take as long as rounding one token.
+    blocks = tokens * columns // block
+    scratch = torch.empty(blocks * (8 + block * size) + decoded * alike, dtype=torch.uint8)
+    start = scratch.data_ptr()
+    numbers = SIGNATURE.numbers(
+        x=flat.data_ptr(),
+        x_integers=start,
+        x_scales=start + blocks * block * size,
+        x_sums=start + blocks * (block * size + 4),
+        codes=codes,
+        absmax=absmax,
+        absmax_of_row=of_row,
+        absmax_of_block=of_block,
+        levels=0 if levels is None else levels.data_ptr(),
+        out=out.data_ptr(),
+        rows=rows,
+        columns=columns,
+        tokens=tokens,
+        chunk=max(8, _X_BYTES * (4 if decoded else 1) // (size * columns) // 8 * 8),
+        run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8, alike),
+        bias=bias,
+        decoded=start + blocks * (8 + block * size),
+        slots=torch.get_num_threads(),
     )
-    starts = {name: multiply.get(name) for name in ("x_integers", "x_scales", "x_sums")}
-    blocks = columns // matrix.units.block
-    size = (starts["x_scales"] - starts["x_integers"]) // tokens  # bytes of a row of integers
-    sizes = dict(zip(starts, (size, blocks * 4, blocks * 4), strict=True))
-
-    def step_of(row: int) -> Step:
-        step, at = multiply.copy(), row if tokens > 1 else 0
-        places = {name: start + at * sizes[name] for name, start in starts.items()}
-        step.set(tokens=1, out=out[row].data_ptr(), **places)
-        return replace(step, keeps=(*multiply.keeps, out))
-
-    return round_x, [step_of(row) for row in range(len(out))]
+    compiled = _compiled(unit, bf16, matrix.bias is not None)
+    round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
+    keeps = flat, levels, out, scratch
+    return (
+        Step(round_x, SIGNATURE, copy_of(numbers), keeps, threads=1 if tokens == 1 else None),
+        Step(multiply, SIGNATURE, numbers, keeps),
+    )
 
 
 def _run_length(bands: int, band_bytes: int, alike: int) -> int:

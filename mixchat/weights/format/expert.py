@@ -9,6 +9,7 @@ boundary, on disk and in memory. For Mixtral 8x7B in NF4:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +17,7 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, TensorSpec
-from mixchat.kernels.program import Stage, alone, together
+from mixchat.kernels.program import Program, Stage, alone, together
 from mixchat.kernels.rows import Swiglu, can_compute
 from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
 from mixchat.weights.matrix.quant_type import Linear
@@ -69,6 +70,30 @@ class Expert:
         return stages, [
             [step.address(name) for step in both for name in names] for both in products
         ]
+
+
+def compute_together(
+    experts: Sequence[Expert], counts: Sequence[int], x: torch.Tensor, *, exact: bool
+) -> torch.Tensor:
+    """Return the experts' outputs [N, D] for the rows x [N, D], of which each takes its count.
+
+    The experts have the same form, and stages for x. The bits are those of `Expert.__call__`.
+    """
+    up, down = zip(*((as_packed(one.gate_up), as_packed(one.down)) for one in experts), strict=True)
+    gate_up = x.new_empty(len(x), up[0].rows)
+    gated = x.new_empty(len(x), up[0].rows // 2)
+    out = x.new_empty(len(x), down[0].rows)
+    round_x, project_up = PackedLinear.grouped_steps(up, counts, x, gate_up, exact=exact)
+    round_gated, project_down = PackedLinear.grouped_steps(down, counts, gated, out, exact=exact)
+    stages = (
+        round_x,
+        project_up,
+        [experts[0].swiglu.step(gate_up, gated)],
+        round_gated,
+        project_down,
+    )
+    Program([together(*steps) for steps in stages]).run()
+    return out
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mixchat.kernels.compile import instruction_set
 from mixchat.kernels.program import Step
 from mixchat.kernels.quantized_matmul import (
     QuantizedMatrix,
+    grouped_matmul_steps,
     quantized_matmul,
     quantized_matmul_steps,
     quantized_row_steps,
@@ -74,8 +75,7 @@ class PackedLinear:
     @property
     def addresses(self) -> tuple[int, int, int]:
         """Return the addresses of codes, absmax and bias, 0 without one."""
-        codes, absmax, bias = self._matrix.codes, self._matrix.absmax, self._matrix.bias
-        return codes.data_ptr(), absmax.data_ptr(), 0 if bias is None else bias.data_ptr()
+        return self._matrix.addresses
 
     def steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, Step]:
         """Return the steps that write `__call__` of x [1, C] to `out` [1, R].
@@ -94,6 +94,23 @@ class PackedLinear:
         """Return a step that rounds x [1 or K, C], and one for each row of `out` [K, R]."""
         assert self.is_whole
         return quantized_row_steps(x, self._matrix, out)
+
+    @staticmethod
+    def grouped_steps(
+        matrices: Sequence[PackedLinear],
+        counts: Sequence[int],
+        x: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        exact: bool,
+    ) -> tuple[list[Step], list[Step]]:
+        """Return steps that round x [N, C], and steps that write the rows of `out` [N, R] once.
+
+        `counts` are the rows for each of the matrices, which have the same form.
+        """
+        assert matrices[0].is_whole
+        of_matrices = [one._matrix for one in matrices]
+        return grouped_matmul_steps(x, of_matrices, counts, out, exact=exact)
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         result = quantized_matmul(x, self._matrix, exact=exact)
