@@ -21,7 +21,7 @@ from mixchat.kernels.router import look_up_step
 from mixchat.weights.format.expert import Expert, compute_together
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
-_MOST_ROWS = 2**10
+_MOST_NUMBERS = 2**21  # in the rows of experts that are computed together, which fit in a cache
 
 
 class DeviceCompute:
@@ -90,8 +90,9 @@ class DeviceCompute:
         held = [*islice(takewhile(self.fetcher.holds, self._order), max(0, room))]
         if rows.is_one_token:
             return len(held)
+        most = _MOST_NUMBERS // rows.hidden_states.shape[1]
         totals = accumulate(rows.counts[key] for key in held)
-        return sum(1 for _ in takewhile(lambda total: total <= _MOST_ROWS, totals))
+        return sum(1 for _ in takewhile(lambda total: total <= most, totals))
 
     def _compute_together(self, rows: LayerRows, count: int) -> None:
         keys, self._order = self._order[:count], self._order[count:]
@@ -111,11 +112,10 @@ class DeviceCompute:
             rows.put(key, output)
 
     def _compute_groups(self, rows: LayerRows, keys: list[ExpertKey]) -> None:
-        keys.sort(key=rows.counts.__getitem__, reverse=True)  # so that the last ones are short
         experts = [self.fetcher.ready(key) for key in keys]
         if experts[0].has_stages(rows.hidden_states):
-            x, counts = rows.gathered(keys), [rows.counts[key] for key in keys]
-            rows.put_all(keys, compute_together(experts, counts, x, exact=rows.exact))
+            outs = [rows.output_of(key) for key in keys]
+            compute_together(experts, rows.of(*keys), outs, exact=rows.exact)
             return
         for key, expert in zip(keys, experts, strict=True):
             rows.put(key, expert(rows.of(key), exact=rows.exact))

@@ -104,40 +104,37 @@ def quantized_row_steps(
     x is [K, C], or [1, C] for all rows. Codes, absmax and bias of each step may be replaced.
     """
     round_x, multiply = _steps(flat, matrix, out, _unit(matrix, 1), alike=len(out))
-    parts = _Parts(multiply, out)
-    return round_x, [parts.step(row if len(flat) > 1 else 0, row, 1) for row in range(len(out))]
+    parts, apart = _Parts(multiply), len(flat) > 1
+    return round_x, [parts.step(n * apart, row) for n, row in enumerate(torch.split(out, 1))]
 
 
 def grouped_matmul_steps(
     flat: torch.Tensor,
     matrices: Sequence[QuantizedMatrix],
-    counts: Sequence[int],
-    out: torch.Tensor,
+    outs: Sequence[torch.Tensor],
     *,
     exact: bool = False,
 ) -> tuple[list[Step], list[Step]]:
-    """Return steps that round x [N, C], and steps that write the rows of `out` [N, R] once.
+    """Return steps that round x [N, C], and steps that write each matrix' `out` [n, R], once.
 
-    `counts` are how many rows each matrix is multiplied with, one after the other. All matrices
-    have the same form.
+    x has the rows for one matrix after those for another. All matrices have the same form.
     """
     rounds: list[Step] = []
     products: list[Step] = []
-    units = [_unit(matrices[0], 1 if exact else count) for count in counts]
+    units = [_unit(matrices[0], 1 if exact else len(out)) for out in outs]
     first = 0
-    for unit, numbers in itertools.groupby(range(len(counts)), key=units.__getitem__):
+    for unit, numbers in itertools.groupby(range(len(outs)), key=units.__getitem__):
         group = [*numbers]
-        end = first + sum(counts[number] for number in group)
-        rows = out[first:end]
-        round_x, multiply = _steps(flat[first:end], matrices[group[0]], rows, unit, len(group))
-        rounds.append(round_x)
-        parts, row, decoded = _Parts(multiply, rows), 0, multiply.get("decoded")
+        end = first + sum(len(outs[number]) for number in group)
+        whole = _steps(flat[first:end], matrices[group[0]], outs[group[0]], unit, len(group))
+        rounds.append(whole[0])
+        parts, row, decoded = _Parts(whole[1]), 0, whole[1].get("decoded")
         for number in group:
-            step = parts.step(row, row, counts[number])
+            step = parts.step(row, outs[number])
             codes, absmax, bias = matrices[number].addresses
             step.set(codes=codes, absmax=absmax, bias=bias, decoded=decoded)
             products.append(step)
-            row += counts[number]
+            row += len(outs[number])
             decoded += _decoded_bytes(unit, matrices[0])
         first = end
     return rounds, products
@@ -146,23 +143,22 @@ def grouped_matmul_steps(
 class _Parts:
     """Products of some rows of the rounded x, as steps of their own."""
 
-    def __init__(self, multiply: Step, out: torch.Tensor) -> None:
-        self._multiply, self._out = multiply, out
-        tokens = multiply.get("tokens")
+    def __init__(self, multiply: Step) -> None:
+        self._multiply, tokens = multiply, multiply.get("tokens")
         x, scales, sums = (multiply.get(name) for name in ("x_integers", "x_scales", "x_sums"))
         self._starts = x, scales, sums
         self._sizes = (scales - x) // tokens, (sums - scales) // tokens  # of a row
 
-    def step(self, row: int, out_row: int, count: int) -> Step:
-        """Return the step for `count` rows of x from `row` on, which writes from `out_row` on."""
+    def step(self, row: int, out: torch.Tensor) -> Step:
+        """Return the step for the rows of x from `row` on, which writes `out` [n, R]."""
         (x, scales, sums), (of_x, of_scales) = self._starts, self._sizes
-        step = self._multiply.copy()  # which keeps `out`
+        step = self._multiply.copy()
         step.set(
             x_integers=x + row * of_x,
             x_scales=scales + row * of_scales,
             x_sums=sums + row * of_scales,
-            tokens=count,
-            out=self._out.data_ptr() + out_row * self._out.stride(0) * self._out.element_size(),
+            tokens=len(out),
+            out=out.data_ptr(),
         )
         return step
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from mixchat.kernels.arithmetic import as_fp32, rounded_to_bf16, sigmoid, store_fp32
 from mixchat.kernels.compile import LANES, compiled_here, instruction_set
-from mixchat.kernels.emit import Function, Pointer, Value, f32, vector
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i64, vector
 from mixchat.kernels.program import Signature, Step, fp32_bits
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -36,6 +36,7 @@ _SIGNATURE = Signature(
     "limit",
     "alpha",
     "rotated",
+    "places",
 )
 
 
@@ -141,20 +142,30 @@ class Swiglu:
         return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **given)
 
 
-def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the sum [T, D] of x [T, K, D] times its weights [T, K], fp32."""
+def weighted_sum(
+    x: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the sum [T, D] of x [T, K, D] times its weights [T, K], fp32.
+
+    `places` [T, K], int64, choose rows of x [n, D] instead.
+    """
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
-        return (x.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        chosen = x if places is None else x[places]
+        return (chosen.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
     x, weights = x.contiguous(), weights.contiguous()
-    out = torch.empty(x.shape[0], x.shape[2], dtype=x.dtype)
-    weighted_sum_step(x, weights, out).run()
+    out = torch.empty(weights.shape[0], x.shape[-1], dtype=x.dtype)
+    weighted_sum_step(x, weights, out, places).run()
     return out
 
 
-def weighted_sum_step(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Step:
+def weighted_sum_step(
+    x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, places: torch.Tensor | None = None
+) -> Step:
     """Return `weighted_sum` as a step, for contiguous tensors."""
-    given = {"weight": weights.data_ptr(), "columns": x.shape[2], "count": x.shape[1]}
-    return _step("weighted_sum", x, out, weights, **given)
+    if places is None:
+        places = torch.arange(weights.numel())
+    given = {"weight": weights.data_ptr(), "columns": x.shape[-1], "count": weights.shape[1]}
+    return _step("weighted_sum", x, out, weights, places, **given, places=places.data_ptr())
 
 
 def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
@@ -301,11 +312,12 @@ class _WeightedSum(_Rows):
 
     def row(self, token: Value) -> None:
         function, count = self.function, self.given.number("count")
-        weights = self.given.pointer("weight")
+        weights, places = self.given.pointer("weight"), self.given.pointer("places")
         with function.loop(0, self.columns, self.lanes) as (column, _):
             with function.loop(0, count, 1, [self.zeros]) as (choice, sums):
-                row = token * count + choice
-                weight = weights.load(f32, row * 4).broadcast(self.lanes)
+                number = token * count + choice
+                weight = weights.load(f32, number * 4).broadcast(self.lanes)
+                row = places.load(i64, number * 8)
                 numbers = self.load(self.x, row * self.columns + column)
                 sums[0] = function.multiply_add(numbers, weight, sums[0])
             self.store(sums[0], token * self.columns + column)

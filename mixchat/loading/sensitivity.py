@@ -101,7 +101,7 @@ class _NoisyRunner(RecordingRunner):
     ) -> torch.Tensor:
         if layer != self.place[0]:
             return super().run(layer, hidden_states, selected_experts, routing_weights, exact=exact)
-        rows = LayerRows(layer, hidden_states, selected_experts, selected_experts.cpu())
+        rows = LayerRows(layer, hidden_states, selected_experts.cpu())
         for key in rows.counts:
             rows.put(key, self._expert(key, hidden_states.device)(rows.of(key)))
         return rows.combine(routing_weights)

@@ -58,7 +58,7 @@ class AllInMemory:
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        rows = LayerRows(layer, hidden_states, selected_experts, selected_experts)
+        rows = LayerRows(layer, hidden_states, selected_experts)
         for key in rows.counts:
             rows.put(key, self.experts[key.expert](rows.of(key), exact=exact))
         return rows.combine(routing_weights)

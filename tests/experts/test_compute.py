@@ -136,7 +136,7 @@ def test_experts_in_the_cache_are_used_before_others_evict_them(installed):
 def test_for_one_token_experts_in_their_slots_are_computed_together_with_the_same_bits(installed):
     one, (hidden, selected, weights) = runner(installed, 8), routing(1, choices=3)
     one.run(1, hidden, selected, weights)  # brings them in
-    rows, (device,) = LayerRows(1, hidden, selected, selected), one._devices
+    rows, (device,) = LayerRows(1, hidden, selected), one._devices
     device.begin(rows, list(rows.counts))
     assert device.compute_next(rows)
     assert not device.compute_next(rows)

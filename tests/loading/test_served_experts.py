@@ -37,7 +37,7 @@ def test_rows_get_the_bits_that_they_get_in_a_prompt(make_checkpoint, install, s
     hidden_states = torch.randn(17, hidden_size, generator=torch.Generator().manual_seed(1))
     # One row for expert 1, after five for expert 0.
     selected = torch.tensor([[0, 1], *[[0, 2]] * 4, *[[2, 3]] * 12])
-    rows = LayerRows(1, hidden_states, selected, selected)
+    rows = LayerRows(1, hidden_states, selected)
     with torch.inference_mode():
         expected = engine.experts.compute(1, hidden_states, selected)
     keys = list(rows.counts)

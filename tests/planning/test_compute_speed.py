@@ -87,9 +87,9 @@ def test_its_attention_is_of_the_models_shape_and_kind(blueprint, monkeypatch, a
     built: list[LinearSpec] = []
     build = LinearSpec.build
 
-    def watch(spec, tensors):
+    def watch(spec, tensors, **how):
         built.append(spec)
-        return build(spec, tensors)
+        return build(spec, tensors, **how)
 
     monkeypatch.setattr(LinearSpec, "build", watch)
     how = replace(blueprint.quantization, attention=attention)

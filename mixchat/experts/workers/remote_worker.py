@@ -53,7 +53,7 @@ class RemoteWorker:
             self._try_again()
 
     def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        x = _gathered(rows, keys)  # first, since a GPU's memory may run out in it
+        x = rows.on_cpu(*keys)  # first, since a GPU's memory may run out in it
         unanswered, self._unanswered = self._unanswered, keys
         try:
             assert self._link is not None
@@ -117,10 +117,3 @@ class RemoteWorker:
                 f"worker {self.name} is lost ({reason}): this machine computes its experts {until}"
             )
         self._is_noted = True
-
-
-def _gathered(rows: LayerRows, keys: Sequence[ExpertKey]) -> torch.Tensor:
-    """Return the rows of experts on the CPU, [n, D], or one token's [1, D]."""
-    if rows.is_one_token:
-        return rows.on_cpu(keys[0])
-    return torch.cat([rows.of(key) for key in keys]).cpu()

@@ -73,18 +73,18 @@ class Expert:
 
 
 def compute_together(
-    experts: Sequence[Expert], counts: Sequence[int], x: torch.Tensor, *, exact: bool
-) -> torch.Tensor:
-    """Return the experts' outputs [N, D] for the rows x [N, D], of which each takes its count.
+    experts: Sequence[Expert], x: torch.Tensor, outs: Sequence[torch.Tensor], *, exact: bool
+) -> None:
+    """Write the experts' outputs [n, D] each. The rows x [N, D] are one expert's after another's.
 
     The experts have the same form, and stages for x. The bits are those of `Expert.__call__`.
     """
     up, down = zip(*((as_packed(one.gate_up), as_packed(one.down)) for one in experts), strict=True)
     gate_up = x.new_empty(len(x), up[0].rows)
     gated = x.new_empty(len(x), up[0].rows // 2)
-    out = x.new_empty(len(x), down[0].rows)
-    round_x, project_up = PackedLinear.grouped_steps(up, counts, x, gate_up, exact=exact)
-    round_gated, project_down = PackedLinear.grouped_steps(down, counts, gated, out, exact=exact)
+    ups = torch.split(gate_up, [len(out) for out in outs])
+    round_x, project_up = PackedLinear.grouped_steps(up, x, ups, exact=exact)
+    round_gated, project_down = PackedLinear.grouped_steps(down, gated, outs, exact=exact)
     stages = (
         round_x,
         project_up,
@@ -93,7 +93,6 @@ def compute_together(
         project_down,
     )
     Program([together(*steps) for steps in stages]).run()
-    return out
 
 
 @dataclass(frozen=True)

@@ -98,19 +98,18 @@ class PackedLinear:
     @staticmethod
     def grouped_steps(
         matrices: Sequence[PackedLinear],
-        counts: Sequence[int],
         x: torch.Tensor,
-        out: torch.Tensor,
+        outs: Sequence[torch.Tensor],
         *,
         exact: bool,
     ) -> tuple[list[Step], list[Step]]:
-        """Return steps that round x [N, C], and steps that write the rows of `out` [N, R] once.
+        """Return steps that round x [N, C], and steps that write each matrix' `out` [n, R] once.
 
-        `counts` are the rows for each of the matrices, which have the same form.
+        x has the rows for one matrix after those for another. All matrices have the same form.
         """
         assert matrices[0].is_whole
         of_matrices = [one._matrix for one in matrices]
-        return grouped_matmul_steps(x, of_matrices, counts, out, exact=exact)
+        return grouped_matmul_steps(x, of_matrices, outs, exact=exact)
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         result = quantized_matmul(x, self._matrix, exact=exact)
