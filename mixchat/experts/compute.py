@@ -115,7 +115,8 @@ class DeviceCompute:
         experts = [self.fetcher.ready(key) for key in keys]
         if experts[0].has_stages(rows.hidden_states):
             outs = [rows.output_of(key) for key in keys]
-            compute_together(experts, rows.of(*keys), outs, exact=rows.exact)
+            x, x_rows = rows.hidden_states, rows.tokens_of(keys)
+            compute_together(experts, x, x_rows, outs, exact=rows.exact)
             return
         for key, expert in zip(keys, experts, strict=True):
             rows.put(key, expert(rows.of(key), exact=rows.exact))

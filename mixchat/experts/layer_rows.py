@@ -5,6 +5,7 @@ T = tokens, D = hidden_size, K = num_experts_per_tok, n = rows of an expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -65,7 +66,11 @@ class LayerRows:
         """Return the rows of an expert [n, D], or of several, on the hidden states' device."""
         if self.is_one_token:
             return self.hidden_states
-        return self.hidden_states[torch.cat([self._tokens[self._parts[key]] for key in keys])]
+        return self.hidden_states[self.tokens_of(keys)]
+
+    def tokens_of(self, keys: Sequence[ExpertKey]) -> torch.Tensor:
+        """Return the numbers of the rows that `of` returns for several tokens."""
+        return torch.cat([self._tokens[self._parts[key]] for key in keys])
 
     def on_cpu(self, *keys: ExpertKey) -> torch.Tensor:
         """Return `of` on the CPU. This may wait for a GPU."""

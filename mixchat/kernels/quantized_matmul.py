@@ -26,7 +26,7 @@ import torch
 
 from mixchat.kernels.arithmetic import as_fp32
 from mixchat.kernels.compile import compiled_here, instruction_set
-from mixchat.kernels.emit import Function, Value, f32, i32, vector
+from mixchat.kernels.emit import Function, Value, f32, i32, i64, vector
 from mixchat.kernels.program import Arguments, Step, copy_of
 from mixchat.kernels.tile import SIGNATURE, DecodedTile, Tile, write_decode
 from mixchat.kernels.trellis_units import Trellis
@@ -112,29 +112,33 @@ def grouped_matmul_steps(
     flat: torch.Tensor,
     matrices: Sequence[QuantizedMatrix],
     outs: Sequence[torch.Tensor],
+    x_rows: torch.Tensor,
     *,
     exact: bool = False,
 ) -> tuple[list[Step], list[Step]]:
-    """Return steps that round x [N, C], and steps that write each matrix' `out` [n, R], once.
+    """Return steps that round rows of x [N, C], and steps that write each `out` [n, R], once.
 
-    x has the rows for one matrix after those for another. All matrices have the same form.
+    `x_rows` are the numbers of the rows for one matrix after those for another, int64. All matrices
+    have the same form.
     """
     rounds: list[Step] = []
     products: list[Step] = []
-    units = [_unit(matrices[0], 1 if exact else len(out)) for out in outs]
+    counts = [out.shape[0] for out in outs]
+    units = [_unit(matrices[0], 1 if exact else count) for count in counts]
     first = 0
     for unit, numbers in itertools.groupby(range(len(outs)), key=units.__getitem__):
         group = [*numbers]
-        end = first + sum(len(outs[number]) for number in group)
-        whole = _steps(flat[first:end], matrices[group[0]], outs[group[0]], unit, len(group))
-        rounds.append(whole[0])
-        parts, row, decoded = _Parts(whole[1]), 0, whole[1].get("decoded")
+        end = first + sum(counts[number] for number in group)
+        some = x_rows[first:end]
+        round_x, multiply = _steps(flat, matrices[0], outs[group[0]], unit, len(group), some)
+        rounds.append(round_x)
+        parts, row, decoded = _Parts(multiply), 0, multiply.get("decoded")
         for number in group:
             step = parts.step(row, outs[number])
             codes, absmax, bias = matrices[number].addresses
             step.set(codes=codes, absmax=absmax, bias=bias, decoded=decoded)
             products.append(step)
-            row += len(outs[number])
+            row += counts[number]
             decoded += _decoded_bytes(unit, matrices[0])
         first = end
     return rounds, products
@@ -157,7 +161,7 @@ class _Parts:
             x_integers=x + row * of_x,
             x_scales=scales + row * of_scales,
             x_sums=sums + row * of_scales,
-            tokens=len(out),
+            tokens=out.shape[0],
             out=out.data_ptr(),
         )
         return step
@@ -175,13 +179,22 @@ def _unit(matrix: QuantizedMatrix, tokens: int) -> type[Unit]:
 
 
 def _steps(
-    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor, unit: type[Unit], alike: int
+    flat: torch.Tensor,
+    matrix: QuantizedMatrix,
+    out: torch.Tensor,
+    unit: type[Unit],
+    alike: int,
+    x_rows: torch.Tensor | None = None,
 ) -> tuple[Step, Step]:
-    """Return the steps of `quantized_matmul_steps`, of which `alike` share a stage."""
+    """Return the steps of `quantized_matmul_steps`, of which `alike` share a stage.
+
+    `x_rows`, int64, choose the rows of x if they are given.
+    """
     (rows, columns), units, levels = matrix.shape, matrix.units, matrix.levels
     codes, absmax, bias = matrix.addresses
     of_row, of_block = matrix.absmax_strides
-    tokens, bf16 = flat.shape[0], flat.dtype == torch.bfloat16
+    tokens = flat.shape[0] if x_rows is None else x_rows.shape[0]
+    bf16 = flat.dtype == torch.bfloat16
     size, block = unit.x_type.width // 8, unit.block
     decoded = _decoded_bytes(unit, matrix) if tokens > 1 else 0
     # Three allocations would take as long as rounding one token.
@@ -190,6 +203,7 @@ def _steps(
     start = scratch.data_ptr()
     numbers = SIGNATURE.numbers(
         x=flat.data_ptr(),
+        x_rows=0 if x_rows is None else x_rows.data_ptr(),
         x_integers=start,
         x_scales=start + blocks * block * size,
         x_sums=start + blocks * (block * size + 4),
@@ -209,11 +223,11 @@ def _steps(
         slots=torch.get_num_threads(),
     )
     compiled = _compiled(unit, bf16, matrix.bias is not None)
-    round_x, multiply = (compiled.function(name) for name in ("round_x", "multiply"))
-    keeps = flat, levels, out, scratch
+    round_x = compiled.function("round_x" if x_rows is None else "round_chosen")
+    keeps = flat, x_rows, levels, out, scratch
     return (
         Step(round_x, SIGNATURE, copy_of(numbers), keeps, threads=1 if tokens == 1 else None),
-        Step(multiply, SIGNATURE, numbers, keeps),
+        Step(compiled.function("multiply"), SIGNATURE, numbers, keeps),
     )
 
 
@@ -225,7 +239,8 @@ def _run_length(bands: int, band_bytes: int, alike: int) -> int:
 
 @compiled_here
 def _compiled(module: Any, lanes: int, unit: type[Unit], bf16: bool, biased: bool) -> None:
-    _write_round_x(module, unit, bf16)
+    for chosen in (False, True):
+        _write_round_x(module, unit, bf16, chosen)
     wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
     if issubclass(unit, Trellis):
         kind = unit.decoded
@@ -238,9 +253,12 @@ def _compiled(module: Any, lanes: int, unit: type[Unit], bf16: bool, biased: boo
         _write_multiply(module, unit, wide, plain[-1], _Tokens(plain))
 
 
-def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
-    """Write `round_x`. An item of work is a token."""
-    function = Function(module, "round_x")
+def _write_round_x(module: Any, unit: type[Unit], bf16: bool, chosen: bool) -> None:
+    """Write `round_x`, or `round_chosen` for the rows of x that `x_rows` names.
+
+    An item of work is a token.
+    """
+    function = Function(module, "round_chosen" if chosen else "round_x")
     given = SIGNATURE.read_by(function)
     x, x_integers = given.pointer("x"), given.pointer("x_integers")
     scales, sums = given.pointer("x_scales"), given.pointer("x_sums")
@@ -253,7 +271,9 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool) -> None:
         function.loop(0, blocks, 1) as (block, _),
     ):
         first = token * columns + block * unit.block
-        pieces = [as_fp32(x, first + at, bf16, lanes) for at in range(0, unit.block, lanes)]
+        row = given.pointer("x_rows").load(i64, token * 8) if chosen else token
+        source = row * columns + block * unit.block
+        pieces = [as_fp32(x, source + at, bf16, lanes) for at in range(0, unit.block, lanes)]
         absmax = _largest(function, pieces)
         factor = function.constant(f32, unit.largest_x) / absmax
         factor = absmax.compare(">", 1e-30).choose(factor, 0.0)

@@ -24,6 +24,7 @@ _LINE = 64  # bytes of a cache line
 
 SIGNATURE = Signature(
     "x",
+    "x_rows",
     "x_integers",
     "x_scales",
     "x_sums",

@@ -73,18 +73,28 @@ class Expert:
 
 
 def compute_together(
-    experts: Sequence[Expert], x: torch.Tensor, outs: Sequence[torch.Tensor], *, exact: bool
+    experts: Sequence[Expert],
+    x: torch.Tensor,
+    x_rows: torch.Tensor,
+    outs: Sequence[torch.Tensor],
+    *,
+    exact: bool,
 ) -> None:
-    """Write the experts' outputs [n, D] each. The rows x [N, D] are one expert's after another's.
+    """Write the output [n, D] of each expert for its rows of x [T, D].
 
-    The experts have the same form, and stages for x. The bits are those of `Expert.__call__`.
+    `x_rows` are their numbers, one expert's after another's, int64. The experts have the same form,
+    and stages for x. The bits are those of `Expert.__call__`.
     """
+    x = x.contiguous()
     up, down = zip(*((as_packed(one.gate_up), as_packed(one.down)) for one in experts), strict=True)
-    gate_up = x.new_empty(len(x), up[0].rows)
-    gated = x.new_empty(len(x), up[0].rows // 2)
-    ups = torch.split(gate_up, [len(out) for out in outs])
-    round_x, project_up = PackedLinear.grouped_steps(up, x, ups, exact=exact)
-    round_gated, project_down = PackedLinear.grouped_steps(down, gated, outs, exact=exact)
+    rows = x_rows.shape[0]
+    gate_up = x.new_empty(rows, up[0].rows)
+    gated = x.new_empty(rows, up[0].rows // 2)
+    ups = torch.split(gate_up, [out.shape[0] for out in outs])
+    round_x, project_up = PackedLinear.grouped_steps(up, x, ups, x_rows, exact=exact)
+    round_gated, project_down = PackedLinear.grouped_steps(
+        down, gated, outs, torch.arange(rows), exact=exact
+    )
     stages = (
         round_x,
         project_up,

@@ -100,16 +100,18 @@ class PackedLinear:
         matrices: Sequence[PackedLinear],
         x: torch.Tensor,
         outs: Sequence[torch.Tensor],
+        x_rows: torch.Tensor,
         *,
         exact: bool,
     ) -> tuple[list[Step], list[Step]]:
-        """Return steps that round x [N, C], and steps that write each matrix' `out` [n, R] once.
+        """Return steps that round rows of x [N, C], and steps that write each `out` [n, R], once.
 
-        x has the rows for one matrix after those for another. All matrices have the same form.
+        `x_rows` are the numbers of the rows for one matrix after those for another, int64. All
+        matrices have the same form.
         """
         assert matrices[0].is_whole
         of_matrices = [one._matrix for one in matrices]
-        return grouped_matmul_steps(x, of_matrices, outs, exact=exact)
+        return grouped_matmul_steps(x, of_matrices, outs, x_rows, exact=exact)
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         result = quantized_matmul(x, self._matrix, exact=exact)
