@@ -173,9 +173,13 @@ class Pointer:
         address = self._builder.bitcast(self.plus(offset).raw, value.type.as_pointer())
         self._builder.store(value.raw, address, align=1)
 
-    def prefetch(self, offset: Value | int) -> None:
-        """Prefetch the line into the first cache. The address need not exist."""
-        read, keep, data = (self._function.constant(i32, number) for number in (0, 3, 1))
+    def prefetch(self, offset: Value | int, *, once: bool = False) -> None:
+        """Prefetch the line into the first cache. The address need not exist.
+
+        A line that is read `once` need not go to the other caches.
+        """
+        numbers = 0, 0 if once else 3, 1
+        read, keep, data = (self._function.constant(i32, number) for number in numbers)
         self._function.call("llvm.prefetch.p0", void, self.plus(offset), read, keep, data)
 
     def take_next(self, order: str = "monotonic") -> Value:

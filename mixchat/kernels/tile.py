@@ -123,11 +123,12 @@ class Tile:
         return sums
 
     def _prefetch(self, column: Value) -> None:
+        # The weights of a token would push all else out of the caches, also what Python needs next.
         unit = self._unit
         start = self._bytes_of(column) + _CODES_AHEAD
         for codes in self._bands:
             for line in range(0, unit.unrolled * unit.columns * unit.band * unit.bits // 8, _LINE):
-                codes.prefetch(start + line)
+                codes.prefetch(start + line, once=self.tokens == 1)
 
     def _bytes_of(self, columns: Value) -> Value:
         return columns * (self._unit.band * self._unit.bits // 8)
@@ -162,7 +163,8 @@ class Tile:
         for band in range(self.bands):
             first_row = self._numbers[band] * unit.band
             here = first_row * self._of_row + block * self._of_block
-            self._absmax.prefetch((here + self._of_block * _AHEAD) * unit.scale_bytes)
+            further = (here + self._of_block * _AHEAD) * unit.scale_bytes
+            self._absmax.prefetch(further, once=self.tokens == 1)
             scales = [unit.scales(self._absmax, here + part * unit.lanes) for part in range(parts)]
             for token in range(self.tokens):
                 pair = band * self.tokens + token
