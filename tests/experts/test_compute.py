@@ -8,11 +8,16 @@ import torch
 from expert_doubles import fetcher_of, routing, runner
 
 from mixchat.base.errors import CheckpointError, ResourceError
+from mixchat.experts import compute
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.mover import ExpertLoad, Mover, Steps
 from mixchat.experts.sources import DiskSource
+from mixchat.kernels.compile import kernels_available
+from mixchat.weights.format.expert import compute_together
 from mixchat.weights.format.installed_model import InstalledModel
+
+needs_kernels = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
 
 def slow(installed: InstalledModel, layer: int, *inputs: torch.Tensor) -> torch.Tensor:
@@ -142,6 +147,45 @@ def test_for_one_token_experts_in_their_slots_are_computed_together_with_the_sam
     assert not device.compute_next(rows)
     experts = [fetcher_of(one).ready(key) for key in rows.counts]
     assert torch.equal(rows.outputs, torch.cat([expert(hidden) for expert in experts]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("slots", "groups"), [(3, {1}), (8, {2, 4})])
+def test_a_prompts_experts_are_computed_together_with_the_same_bits(
+    make_checkpoint, install, slots, groups, exact, monkeypatch
+):
+    installed = InstalledModel(install(make_checkpoint(intermediate_size=128)))
+    inputs, together = routing(90), []
+
+    def watched(experts, *rest, **how):
+        together.append(len(experts))
+        compute_together(experts, *rest, **how)
+
+    monkeypatch.setattr(compute, "compute_together", watched)
+    results = []
+    for rows in (0, 100, 10**6):  # one expert has up to 70 rows
+        monkeypatch.setattr(compute, "_MOST_NUMBERS", rows * 64)
+        one = runner(installed, slots)
+        results += [one.run(1, *inputs, exact=exact) for _ in range(2)]
+    assert all(torch.equal(results[0], other) for other in results)
+    assert set(together) == groups
+
+
+def test_outputs_are_in_the_order_of_a_tokens_choices():
+    selected = torch.tensor([[3, 1], [1, 0], [3, 2], [1, 3]])
+    rows = LayerRows(7, torch.arange(4.0)[:, None].expand(4, 8), selected)
+    assert [(key.expert, count) for key, count in rows.counts.items()] == [
+        (1, 3),
+        (3, 3),
+        (0, 1),
+        (2, 1),
+    ]
+    for key in rows.counts:
+        rows.put(key, rows.of(key) + 10 * key.expert)
+    assert rows.outputs[:, 0].tolist() == [30, 10, 11, 1, 32, 22, 13, 33]
+    weights = torch.tensor([[1.0, 2.0]]).expand(4, 2)
+    assert rows.combine(weights)[:, 3].tolist() == [50, 13, 76, 79]
 
 
 class Failing:

@@ -25,6 +25,7 @@ from mixchat.kernels.compile import (
 from mixchat.kernels.emit import Value, i32, vector
 from mixchat.kernels.four_bit_units import FOUR_BITS, MXFP4_UNITS
 from mixchat.kernels.plane_units import FIVE_BITS, SIX_BITS
+from mixchat.kernels.program import Program, together
 from mixchat.kernels.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.trellis_units import Trellis
 from mixchat.kernels.units import MANY, Unit, UnitSet
@@ -189,14 +190,43 @@ def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: str) -> None:
 
 
 @each_type
+@pytest.mark.parametrize("exact", [False, True])
+def test_products_that_are_computed_together_have_the_bits_that_they_have_alone(
+    threads: int, kind: BlockCodes, exact: bool
+) -> None:
+    counts = 40, MANY + 1, 3, MANY, 1, 10, 1  # these take other instructions by turns
+    matrices = [Matrix(192, 128, kind).packed for _ in counts]
+    for seed, matrix in enumerate(matrices):
+        matrix.absmax.copy_(matrix.absmax.roll(seed))
+    x = random(50, 128, seed=1).bfloat16()
+    numbers = torch.randint(50, (sum(counts),), generator=torch.Generator().manual_seed(2))
+    outs = [torch.empty(count, 192, dtype=x.dtype) for count in counts]
+    stages = kernel.grouped_matmul_steps(x, matrices, outs, numbers, exact=exact)
+    Program([together(*steps) for steps in stages]).run()
+    rows = torch.split(x[numbers], counts)
+    for matrix, some, out in zip(matrices, rows, outs, strict=True):
+        assert torch.equal(out, kernel.quantized_matmul(some, matrix, exact=exact))
+
+
+@pytest.mark.parametrize("kind", [NF4, FP4, MXFP4, *EVEN], ids=lambda kind: kind.name)
+def test_scales_that_lie_band_by_band_give_the_same_bits(unit: str, kind: BlockCodes) -> None:
+    matrix = Matrix(160, 192, kind).packed
+    matrix.absmax.copy_(matrix.absmax.roll(5))
+    for tokens in (1, 3, 70):
+        x = random(tokens, 192, seed=1)
+        of_bands = kernel.quantized_matmul(x, matrix.of_bands)
+        assert torch.equal(of_bands, kernel.quantized_matmul(x, matrix))
+
+
+@each_type
 def test_a_token_alone_has_the_result_that_it_has_among_others(
     unit: str, threads: int, kind: BlockCodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "_X_BYTES", 1)  # an item of work has 8 tokens
     matrix, x = Matrix(160, 192, kind), random(70, 192, seed=1)
-    together = matrix(x)
-    assert torch.equal(together, torch.cat([matrix(row) for row in x.split(1)]))
-    assert torch.equal(together[5:38], matrix(x[5:38]))
+    whole = matrix(x)
+    assert torch.equal(whole, torch.cat([matrix(row) for row in x.split(1)]))
+    assert torch.equal(whole[5:38], matrix(x[5:38]))
 
 
 @x86_alone
