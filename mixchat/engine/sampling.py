@@ -136,11 +136,11 @@ def candidates(
     logits: [V]. Both results are [n], in the order of the ids, and None stands for all ids. The
     probabilities need not add up to 1. The best token always stays.
     """
-    scaled = logits / min(options.temperature, _MAX_TEMPERATURE)
     ids: torch.Tensor | None = None
     if 0 < options.top_k < len(logits):
-        ids = _best(scaled, options.top_k)
-        scaled = scaled[ids]
+        ids = _best(logits, options.top_k)
+        logits = logits[ids]
+    scaled = logits / min(options.temperature, _MAX_TEMPERATURE)
     probabilities = scaled.softmax(0)
     if options.top_p < 1:
         if ids is None:
@@ -166,13 +166,14 @@ def _likely(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> 
     return ids if probabilities[ids].sum() >= top_p else _best(scaled, len(scaled))
 
 
-def _best(scaled: torch.Tensor, count: int) -> torch.Tensor:
+def _best(logits: torch.Tensor, count: int) -> torch.Tensor:
     """Return the ids of the largest finite logits, the best first. Equals keep their order."""
     if not count:
         return torch.empty(0, dtype=torch.int64)
     # The best logits of `count` blocks are not below `least`, so `count` tokens or more are kept.
-    blocks = functional.pad(scaled, (0, -len(scaled) % _BLOCK), value=-torch.inf).view(-1, _BLOCK)
-    bests = blocks.amax(1) if count <= len(blocks) else scaled
-    least = bests.topk(count).values[-1].clamp(min=torch.finfo(scaled.dtype).min)
-    ids = (scaled >= least).nonzero()[:, 0]
-    return ids[scaled[ids].sort(descending=True, stable=True).indices[:count]]
+    missing = -len(logits) % _BLOCK
+    whole = functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+    bests = whole.view(-1, _BLOCK).amax(1) if count * _BLOCK <= len(whole) else logits
+    least = bests.topk(count).values[-1].clamp(min=torch.finfo(logits.dtype).min)
+    ids = (logits >= least).nonzero()[:, 0]
+    return ids[logits[ids].sort(descending=True, stable=True).indices[:count]]

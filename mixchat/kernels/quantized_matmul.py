@@ -90,37 +90,28 @@ def quantized_matmul_steps(
 ) -> tuple[Step, Step]:
     """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
-    The second one needs the first. They do not keep codes, absmax and bias alive. Only for one
-    token they can run again.
+    The second one needs the first. They are as those of `grouped_matmul_steps`.
     """
-    return _steps(flat, matrix, out, _unit(matrix, 1 if exact else flat.shape[0]), alike=1)
-
-
-def quantized_row_steps(
-    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor
-) -> tuple[Step, list[Step]]:
-    """Return a step that rounds x, and steps that write one row of `out` [K, R] each.
-
-    x is [K, C], or [1, C] for all rows. Codes, absmax and bias of each step may be replaced.
-    """
-    round_x, multiply = _steps(flat, matrix, out, _unit(matrix, 1), alike=len(out))
-    parts, apart = _Parts(multiply), len(flat) > 1
-    return round_x, [parts.step(n * apart, row) for n, row in enumerate(torch.split(out, 1))]
+    (round_x,), (multiply,) = grouped_matmul_steps(flat, [matrix], [out], exact=exact)
+    return round_x, multiply
 
 
 def grouped_matmul_steps(
     flat: torch.Tensor,
     matrices: Sequence[QuantizedMatrix],
     outs: Sequence[torch.Tensor],
-    x_rows: torch.Tensor,
+    x_rows: torch.Tensor | None = None,
     *,
     exact: bool = False,
 ) -> tuple[list[Step], list[Step]]:
-    """Return steps that round rows of x [N, C], and steps that write each `out` [n, R], once.
+    """Return steps that round rows of x [N, C], and steps that write each `out` [n, R].
 
-    `x_rows` are the numbers of the rows for one matrix after those for another, int64. All matrices
-    have the same form.
+    The rows for one matrix come after those for another, or each `out` [1, R] needs the only row of
+    x. `x_rows`, int64, choose other rows of x. All matrices have the same form. The steps do not
+    keep codes, absmax and bias alive, which may be replaced. If each `out` has one row, they can
+    run again.
     """
+    shared = x_rows is None and flat.shape[0] == 1
     rounds: list[Step] = []
     products: list[Step] = []
     counts = [out.shape[0] for out in outs]
@@ -129,16 +120,15 @@ def grouped_matmul_steps(
     for unit, numbers in itertools.groupby(range(len(outs)), key=units.__getitem__):
         group = [*numbers]
         end = first + sum(counts[number] for number in group)
-        some = x_rows[first:end]
-        round_x, multiply = _steps(flat, matrices[0], outs[group[0]], unit, len(group), some)
+        some = flat if shared or x_rows is not None else flat[first:end]
+        chosen = None if x_rows is None else x_rows[first:end]
+        most = max(counts[number] for number in group)
+        round_x, multiply = _steps(some, chosen, matrices[0], unit, len(group), most)
         rounds.append(round_x)
         parts, row, decoded = _Parts(multiply), 0, multiply.get("decoded")
         for number in group:
-            step = parts.step(row, outs[number])
-            codes, absmax, bias = matrices[number].addresses
-            step.set(codes=codes, absmax=absmax, bias=bias, decoded=decoded)
-            products.append(step)
-            row += counts[number]
+            products.append(parts.step(row, matrices[number], outs[number], decoded))
+            row += 0 if shared else counts[number]
             decoded += _decoded_bytes(unit, matrices[0])
         first = end
     return rounds, products
@@ -148,21 +138,31 @@ class _Parts:
     """Products of some rows of the rounded x, as steps of their own."""
 
     def __init__(self, multiply: Step) -> None:
-        self._multiply, tokens = multiply, multiply.get("tokens")
+        self._multiply, tokens = multiply, multiply.get("tokens") or 1
         x, scales, sums = (multiply.get(name) for name in ("x_integers", "x_scales", "x_sums"))
         self._starts = x, scales, sums
         self._sizes = (scales - x) // tokens, (sums - scales) // tokens  # of a row
 
-    def step(self, row: int, out: torch.Tensor) -> Step:
-        """Return the step for the rows of x from `row` on, which writes `out` [n, R]."""
+    def step(self, row: int, matrix: QuantizedMatrix, out: torch.Tensor, decoded: int) -> Step:
+        """Return the step for the rows of x from `row` on, which writes `out` [n, R].
+
+        A thread's decoded levels lie at the address `decoded`.
+        """
+        codes, absmax, bias = matrix.addresses
         (x, scales, sums), (of_x, of_scales) = self._starts, self._sizes
-        step = self._multiply.copy()
+        whole = self._multiply
+        numbers = copy_of(whole.numbers)
+        step = Step(whole.function, whole.signature, numbers, (*whole.keeps, out))
         step.set(
             x_integers=x + row * of_x,
             x_scales=scales + row * of_scales,
             x_sums=sums + row * of_scales,
             tokens=out.shape[0],
             out=out.data_ptr(),
+            codes=codes,
+            absmax=absmax,
+            bias=bias,
+            decoded=decoded,
         )
         return step
 
@@ -180,23 +180,22 @@ def _unit(matrix: QuantizedMatrix, tokens: int) -> type[Unit]:
 
 def _steps(
     flat: torch.Tensor,
+    x_rows: torch.Tensor | None,
     matrix: QuantizedMatrix,
-    out: torch.Tensor,
     unit: type[Unit],
     alike: int,
-    x_rows: torch.Tensor | None = None,
+    most: int,
 ) -> tuple[Step, Step]:
-    """Return the steps of `quantized_matmul_steps`, of which `alike` share a stage.
+    """Return a step that rounds rows of x, and one that multiplies them with a matrix.
 
-    `x_rows`, int64, choose the rows of x if they are given.
+    The second one is to be divided into `alike` steps with up to `most` rows, by `_Parts`.
     """
     (rows, columns), units, levels = matrix.shape, matrix.units, matrix.levels
-    codes, absmax, bias = matrix.addresses
     of_row, of_block = matrix.absmax_strides
     tokens = flat.shape[0] if x_rows is None else x_rows.shape[0]
     bf16 = flat.dtype == torch.bfloat16
     size, block = unit.x_type.width // 8, unit.block
-    decoded = _decoded_bytes(unit, matrix) if tokens > 1 else 0
+    decoded = _decoded_bytes(unit, matrix) if most > 1 else 0
     # Three allocations would take as long as rounding one token.
     blocks = tokens * columns // block
     scratch = torch.empty(blocks * (8 + block * size) + decoded * alike, dtype=torch.uint8)
@@ -207,24 +206,20 @@ def _steps(
         x_integers=start,
         x_scales=start + blocks * block * size,
         x_sums=start + blocks * (block * size + 4),
-        codes=codes,
-        absmax=absmax,
         absmax_of_row=of_row,
         absmax_of_block=of_block,
         levels=0 if levels is None else levels.data_ptr(),
-        out=out.data_ptr(),
         rows=rows,
         columns=columns,
         tokens=tokens,
         chunk=max(8, _X_BYTES * (4 if decoded else 1) // (size * columns) // 8 * 8),
         run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8, alike),
-        bias=bias,
         decoded=start + blocks * (8 + block * size),
         slots=torch.get_num_threads(),
     )
     compiled = _compiled(unit, bf16, matrix.bias is not None)
     round_x = compiled.function("round_x" if x_rows is None else "round_chosen")
-    keeps = flat, x_rows, levels, out, scratch
+    keeps = flat, x_rows, levels, scratch
     return (
         Step(round_x, SIGNATURE, copy_of(numbers), keeps, threads=1 if tokens == 1 else None),
         Step(compiled.function("multiply"), SIGNATURE, numbers, keeps),

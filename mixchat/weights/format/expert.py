@@ -17,7 +17,7 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, TensorSpec
-from mixchat.kernels.program import Program, Stage, alone, together
+from mixchat.kernels.program import Program, Stage, Step, alone, together
 from mixchat.kernels.rows import Swiglu, can_compute
 from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
 from mixchat.weights.matrix.quant_type import Linear
@@ -53,20 +53,9 @@ class Expert:
         Also returns the places of `addresses` for each row. Other addresses written there make
         the stages compute other experts of the same form.
         """
-        up, down = as_packed(self.gate_up), as_packed(self.down)
-        gate_up = torch.empty(len(out), up.rows, dtype=x.dtype)
-        gated = torch.empty(len(out), up.rows // 2, dtype=x.dtype)
-        round_x, project_up = up.row_steps(x, gate_up)
-        round_gated, project_down = down.row_steps(gated, out)
-        stages = [
-            alone(round_x),
-            together(*project_up),
-            together(self.swiglu.step(gate_up, gated)),
-            together(round_gated),
-            together(*project_down),
-        ]
+        rows = torch.split(out, 1)
+        stages, products = _stages([self] * len(rows), x, rows, exact=True)
         names = ("codes", "absmax", "bias")
-        products = zip(project_up, project_down, strict=True)
         return stages, [
             [step.address(name) for step in both for name in names] for both in products
         ]
@@ -85,24 +74,36 @@ def compute_together(
     `x_rows` are their numbers, one expert's after another's, int64. The experts have the same form,
     and stages for x. The bits are those of `Expert.__call__`.
     """
-    x = x.contiguous()
+    Program(_stages(experts, x.contiguous(), outs, x_rows, exact=exact)[0]).run()
+
+
+def _stages(
+    experts: Sequence[Expert],
+    x: torch.Tensor,
+    outs: Sequence[torch.Tensor],
+    x_rows: torch.Tensor | None = None,
+    *,
+    exact: bool,
+) -> tuple[list[Stage], list[tuple[Step, Step]]]:
+    """Return the stages of experts of one form, and the products of each.
+
+    x, `outs` and `x_rows` are as in `grouped_matmul_steps`.
+    """
     up, down = zip(*((as_packed(one.gate_up), as_packed(one.down)) for one in experts), strict=True)
-    rows = x_rows.shape[0]
-    gate_up = x.new_empty(rows, up[0].rows)
-    gated = x.new_empty(rows, up[0].rows // 2)
-    ups = torch.split(gate_up, [out.shape[0] for out in outs])
+    counts = [out.shape[0] for out in outs]
+    gate_up = x.new_empty(sum(counts), up[0].rows)
+    gated = x.new_empty(sum(counts), up[0].rows // 2)
+    ups = torch.split(gate_up, counts)
     round_x, project_up = PackedLinear.grouped_steps(up, x, ups, x_rows, exact=exact)
-    round_gated, project_down = PackedLinear.grouped_steps(
-        down, gated, outs, torch.arange(rows), exact=exact
-    )
-    stages = (
-        round_x,
-        project_up,
-        [experts[0].swiglu.step(gate_up, gated)],
-        round_gated,
-        project_down,
-    )
-    Program([together(*steps) for steps in stages]).run()
+    round_gated, project_down = PackedLinear.grouped_steps(down, gated, outs, exact=exact)
+    stages = [
+        alone(*round_x) if x.shape[0] == 1 else together(*round_x),
+        together(*project_up),
+        together(experts[0].swiglu.step(gate_up, gated)),
+        together(*round_gated),
+        together(*project_down),
+    ]
+    return stages, list(zip(project_up, project_down, strict=True))
 
 
 @dataclass(frozen=True)

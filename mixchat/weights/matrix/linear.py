@@ -22,7 +22,6 @@ from mixchat.kernels.quantized_matmul import (
     grouped_matmul_steps,
     quantized_matmul,
     quantized_matmul_steps,
-    quantized_row_steps,
 )
 from mixchat.kernels.units import MANY
 from mixchat.weights.matrix.int6 import INT5, INT6
@@ -90,25 +89,16 @@ class PackedLinear:
         """Return whether no rows of zeros are stored, as steps need it."""
         return self.rows == self._matrix.shape[0]
 
-    def row_steps(self, x: torch.Tensor, out: torch.Tensor) -> tuple[Step, list[Step]]:
-        """Return a step that rounds x [1 or K, C], and one for each row of `out` [K, R]."""
-        assert self.is_whole
-        return quantized_row_steps(x, self._matrix, out)
-
     @staticmethod
     def grouped_steps(
         matrices: Sequence[PackedLinear],
         x: torch.Tensor,
         outs: Sequence[torch.Tensor],
-        x_rows: torch.Tensor,
+        x_rows: torch.Tensor | None = None,
         *,
         exact: bool,
     ) -> tuple[list[Step], list[Step]]:
-        """Return steps that round rows of x [N, C], and steps that write each `out` [n, R], once.
-
-        `x_rows` are the numbers of the rows for one matrix after those for another, int64. All
-        matrices have the same form.
-        """
+        """Return `grouped_matmul_steps` of these matrices."""
         assert matrices[0].is_whole
         of_matrices = [one._matrix for one in matrices]
         return grouped_matmul_steps(x, of_matrices, outs, x_rows, exact=exact)
