@@ -24,9 +24,10 @@ from mixchat.weights.matrix.linear import LinearSpec, PackedLinear
 
 
 class Decoder:
-    """Computes the next token of a cache (a `SingleTokenDecoder`), the output only if it is given.
+    """Computes the next token of a cache (a `SingleTokenDecoder`).
 
-    It takes caches of the same capacity and form as this one.
+    It takes caches of the same capacity and form as this one. `output` is the norm and the head, if
+    they are to be computed.
     """
 
     def __init__(
@@ -39,19 +40,23 @@ class Decoder:
     ) -> None:
         self._cache, self._runner = cache, blocks[-1].moe.runner
         self._context = SingleTokenContext(cache, hidden_size, dtype)
-        self._output = None if output is None else _Output(output, self._context)
+        self._head = None if output is None else _Head(output, self._context)
         dense = [*takewhile(lambda block: block.is_dense, blocks)]
         sparse = blocks[len(dense) :]
         # The experts that the routers select, [layers, K].
         self._selected = torch.empty(len(sparse), sparse[0].moe.choices, dtype=torch.int64)
+        first = [stage for block in dense for stage in block.dense_stages(self._context)]
+        last = [] if self._head is None else self._head.stages
         self._layers = [
-            _Layer(block, self._context, selected)
+            _Layer(
+                block,
+                self._context,
+                selected,
+                first if block is sparse[0] else (),
+                last if block is sparse[-1] else (),
+            )
             for block, selected in zip(sparse, torch.split(self._selected, 1), strict=True)
         ]
-        before = [stage for block in dense for stage in block.dense_stages(self._context)]
-        self._layers[0].begin_with(before)
-        if self._output is not None:
-            self._layers[-1].end_with(self._output.stages)
         self._dense = len(dense)
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
 
@@ -62,13 +67,13 @@ class Decoder:
             return None
         self._context.x.copy_(x)
         self._context.set_place(before)
-        if self._output is not None:
-            self._output.prepare()
+        if self._head is not None:
+            self._head.prepare()
         end = 0
         while end < len(self._layers):
             end = self._run_from(end)
             after_layer(self._dense + end - 1)
-        return self._context.x if self._output is None else self._output.logits()
+        return self._context.x if self._head is None else self._head.logits()
 
     def _run_from(self, start: int) -> int:
         """Compute layers up to the first without experts in memory. Return its end."""
@@ -115,23 +120,23 @@ def _has_steps(matrix: LinearSpec) -> bool:
 
 
 class _Layer:
-    """The stages of a layer, which may end with the router."""
+    """The stages of a layer, which may end with the router, and others before and after it."""
 
-    def __init__(self, block: Block, context: SingleTokenContext, selected: torch.Tensor) -> None:
+    def __init__(
+        self,
+        block: Block,
+        context: SingleTokenContext,
+        selected: torch.Tensor,
+        before: Sequence[Stage],
+        after: Sequence[Stage],
+    ) -> None:
         self._block, self._context, self.keys = block, context, block.moe.keys
         self._routing = selected, torch.empty(selected.shape)
-        self._up_to_router = block.stages_up_to_router(self._routing, context)
-        self._after: Sequence[Stage] = ()
+        self._up_to_router = [*before, *block.stages_up_to_router(self._routing, context)]
+        self._after, self._program_after = after, Program(after) if after else None
         self.stages = self._up_to_router
         # Not kept alive, so that the memory of a slot can be given back.
         self._experts: weakref.ref[LayerExperts] | None = None
-
-    def begin_with(self, stages: Sequence[Stage]) -> None:
-        self._up_to_router = self.stages = [*stages, *self._up_to_router]
-
-    def end_with(self, stages: Sequence[Stage]) -> None:
-        """Compute these stages after the experts."""
-        self._after = stages
 
     def use(self, experts: LayerExperts | None) -> bool:
         """Let the stages end with these experts, or with the router if there are none.
@@ -151,11 +156,11 @@ class _Layer:
     def run_routed(self) -> None:
         """Compute what is after the router."""
         self._block.run_routed(self._routing, self._context)
-        if self._after:
-            Program(self._after).run()
+        if self._program_after is not None:
+            self._program_after.run()
 
 
-class _Output:
+class _Head:
     """The norm and the head for one token, as stages if the head is packed."""
 
     def __init__(self, output: Output, context: SingleTokenContext) -> None:

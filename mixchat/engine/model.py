@@ -170,7 +170,7 @@ def _gate(spec: TensorSpec, tensors: ModelTensors) -> torch.Tensor:
 
 
 class Output(NamedTuple):
-    """What follows the layers."""
+    """The norm and the head, which follow the layers."""
 
     norm: RMSNorm
     head: Linear
@@ -188,7 +188,8 @@ class SingleTokenDecoder(Protocol):
     ) -> torch.Tensor | None:
         """Map the token's row [1, D] to its logits [1, V].
 
-        Returns None if it cannot be done for this cache.
+        A decoder without norm and head returns the row after all layers, which the next call
+        overwrites. Returns None if it cannot be done for this cache.
         """
 
 

@@ -21,7 +21,7 @@ from mixchat.kernels.router import look_up_step
 from mixchat.weights.format.expert import Expert, compute_together
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
-_MOST_NUMBERS = 2**21  # in the rows of experts that are computed together, which fit in a cache
+_MOST_X_NUMBERS = 2**21  # of x, for experts that are computed together, which fit in a cache
 
 
 class DeviceCompute:
@@ -73,33 +73,32 @@ class DeviceCompute:
         if not self._order:
             return False
         interrupts.check()
-        together = self._together(rows)
-        self._request(together)
-        if together:
-            self._compute_together(rows, together)
+        count = self._count_together(rows)
+        self._request(count)
+        keys, self._order = self._order[:count], self._order[count:]
+        if keys and rows.is_one_token:
+            self._compute_row(rows, keys)
+        elif keys:
+            self._compute_rows(rows, keys)
         else:
             key = self._order.pop(0)
             rows.put(key, self._output(key, rows))
         return True
 
-    def _together(self, rows: LayerRows) -> int:
+    def _count_together(self, rows: LayerRows) -> int:
         """Return how many of the next experts are computed together, or 0 if none can be."""
         if self.device != CPU:
             return 0
         room = self.fetcher.slots - self._ahead
-        held = [*islice(takewhile(self.fetcher.holds, self._order), max(0, room))]
+        held = [*islice(takewhile(self.fetcher.holds, self._order), room)]
         if rows.is_one_token:
             return len(held)
-        most = _MOST_NUMBERS // rows.hidden_states.shape[1]
+        most = _MOST_X_NUMBERS // rows.hidden_states.shape[1]
         totals = accumulate(rows.counts[key] for key in held)
         return sum(1 for _ in takewhile(lambda total: total <= most, totals))
 
-    def _compute_together(self, rows: LayerRows, count: int) -> None:
-        keys, self._order = self._order[:count], self._order[count:]
-        if not rows.is_one_token:
-            self._compute_groups(rows, keys)
-            return
-        experts = [self.fetcher.ready(key) for key in keys]
+    def _compute_row(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        experts, count = [self.fetcher.ready(key) for key in keys], len(keys)
         x = rows.of(keys[0])
         kind = count, self._forms[rows.layer] if self._forms else 0
         if kind not in self._programs and experts[0].has_stages(x):
@@ -111,11 +110,11 @@ class DeviceCompute:
         for key, output in zip(keys, torch.split(outputs, 1), strict=True):
             rows.put(key, output)
 
-    def _compute_groups(self, rows: LayerRows, keys: list[ExpertKey]) -> None:
+    def _compute_rows(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         experts = [self.fetcher.ready(key) for key in keys]
         if experts[0].has_stages(rows.hidden_states):
-            outs = [rows.output_of(key) for key in keys]
             x, x_rows = rows.hidden_states, rows.tokens_of(keys)
+            outs = [rows.output_of(key) for key in keys]
             compute_together(experts, x, x_rows, outs, exact=rows.exact)
             return
         for key, expert in zip(keys, experts, strict=True):

@@ -203,7 +203,7 @@ class Dispatcher:
             wanted.append(self._prefetch.predict(layer, hidden_states))
         found = gpu.read(wanted)
         copy = found[1] if on_cpu else None
-        rows = LayerRows(layer, hidden_states, found[0], copy, exact=exact)
+        rows = LayerRows(layer, hidden_states, found[0], copy=copy, exact=exact)
         return rows, found[-1] if predicts else None
 
     @property

@@ -26,8 +26,8 @@ class LayerRows:
         layer: int,
         hidden_states: torch.Tensor,
         selected: torch.Tensor,
-        copy: torch.Tensor | None = None,
         *,
+        copy: torch.Tensor | None = None,
         exact: bool = False,
     ) -> None:
         self.layer, self.hidden_states, self.exact, self._copy = layer, hidden_states, exact, copy

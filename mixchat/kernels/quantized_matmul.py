@@ -35,15 +35,16 @@ from mixchat.kernels.units import BAND, Unit, UnitSet
 _STREAMS = 2  # bands that are read at once for one token; memory was slower with more
 # Bytes of a stream in one item of work, if enough items are left for each thread.
 _STREAM_BYTES, _ITEMS = 2**20, 8
+_DECODING = 8  # trellises that share a stage with several tokens, which bounds their memory
 _X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class QuantizedMatrix(NamedTuple):
-    """A matrix in the layout "cpu-packed"."""
+    """A matrix whose codes have the layout "cpu-packed"."""
 
     codes: torch.Tensor  # of `units.bits` bits
-    absmax: torch.Tensor  # [B, R] in the form that the units load, or [R / 32, B, 32]
+    absmax: torch.Tensor  # flat [B * R], or [R / 32, B, 32], in the form that the units load
     levels: torch.Tensor | None  # of `UnitSet.level_tables`; None if codes are numbers themselves
     shape: tuple[int, int]  # R, a multiple of the units' band, and C, of their block
     units: UnitSet
@@ -92,7 +93,7 @@ def quantized_matmul_steps(
 
     The second one needs the first. They are as those of `grouped_matmul_steps`.
     """
-    (round_x,), (multiply,) = grouped_matmul_steps(flat, [matrix], [out], exact=exact)
+    (round_x,), ((multiply,),) = grouped_matmul_steps(flat, [matrix], [out], exact=exact)
     return round_x, multiply
 
 
@@ -103,8 +104,8 @@ def grouped_matmul_steps(
     x_rows: torch.Tensor | None = None,
     *,
     exact: bool = False,
-) -> tuple[list[Step], list[Step]]:
-    """Return steps that round rows of x [N, C], and steps that write each `out` [n, R].
+) -> tuple[list[Step], list[list[Step]]]:
+    """Return steps that round rows of x [N, C], and steps that write each `out` [n, R], by stages.
 
     The rows for one matrix come after those for another, or each `out` [1, R] needs the only row of
     x. `x_rows`, int64, choose other rows of x. All matrices have the same form. The steps do not
@@ -125,13 +126,15 @@ def grouped_matmul_steps(
         most = max(counts[number] for number in group)
         round_x, multiply = _steps(some, chosen, matrices[0], unit, len(group), most)
         rounds.append(round_x)
-        parts, row, decoded = _Parts(multiply), 0, multiply.get("decoded")
-        for number in group:
+        parts, row = _Parts(multiply), 0
+        for place, number in enumerate(group):
+            decoded = place % _DECODING * _decoded_bytes(unit, matrices[0])
             products.append(parts.step(row, matrices[number], outs[number], decoded))
             row += 0 if shared else counts[number]
-            decoded += _decoded_bytes(unit, matrices[0])
         first = end
-    return rounds, products
+    # All units of a trellis are the same.
+    together = _DECODING if issubclass(units[0], Trellis) and max(counts) > 1 else len(products)
+    return rounds, [products[at : at + together] for at in range(0, len(products), together)]
 
 
 class _Parts:
@@ -146,7 +149,7 @@ class _Parts:
     def step(self, row: int, matrix: QuantizedMatrix, out: torch.Tensor, decoded: int) -> Step:
         """Return the step for the rows of x from `row` on, which writes `out` [n, R].
 
-        A thread's decoded levels lie at the address `decoded`.
+        Its decoded levels lie `decoded` bytes after the first ones.
         """
         codes, absmax, bias = matrix.addresses
         (x, scales, sums), (of_x, of_scales) = self._starts, self._sizes
@@ -162,7 +165,7 @@ class _Parts:
             codes=codes,
             absmax=absmax,
             bias=bias,
-            decoded=decoded,
+            decoded=whole.get("decoded") + decoded,
         )
         return step
 
@@ -195,10 +198,12 @@ def _steps(
     tokens = flat.shape[0] if x_rows is None else x_rows.shape[0]
     bf16 = flat.dtype == torch.bfloat16
     size, block = unit.x_type.width // 8, unit.block
-    decoded = _decoded_bytes(unit, matrix) if most > 1 else 0
+    width = unit.widths()[0]
+    # Of each step of a stage, in which threads may be at different steps.
+    decoded = _decoded_bytes(unit, matrix) * min(alike, _DECODING) if most > 1 else 0
     # Three allocations would take as long as rounding one token.
     blocks = tokens * columns // block
-    scratch = torch.empty(blocks * (8 + block * size) + decoded * alike, dtype=torch.uint8)
+    scratch = torch.empty(blocks * (8 + block * size) + decoded, dtype=torch.uint8)
     start = scratch.data_ptr()
     numbers = SIGNATURE.numbers(
         x=flat.data_ptr(),
@@ -212,7 +217,7 @@ def _steps(
         rows=rows,
         columns=columns,
         tokens=tokens,
-        chunk=max(8, _X_BYTES * (4 if decoded else 1) // (size * columns) // 8 * 8),
+        chunk=max(width, _X_BYTES * (4 if decoded else 1) // (size * columns) // width * width),
         run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8, alike),
         decoded=start + blocks * (8 + block * size),
         slots=torch.get_num_threads(),

@@ -150,8 +150,8 @@ def weighted_sum(
     `places` [T, K], int64, choose rows of x [n, D] instead.
     """
     if not can_compute(x.dtype, x.shape[-1], x.device.type):
-        chosen = x if places is None else x[places]
-        return (chosen.float() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        wide = (x if places is None else x[places]).float()
+        return (wide * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
     x, weights = x.contiguous(), weights.contiguous()
     out = torch.empty(weights.shape[0], x.shape[-1], dtype=x.dtype)
     weighted_sum_step(x, weights, out, places).run()

@@ -22,12 +22,14 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 
-SHAPE = {"intermediate_size": 128, "head_dim": 32, "num_local_experts": 5}
+SHAPE = {"intermediate_size": 128, "head_dim": 32, "num_local_experts": 5, "vocab_size": 128}
 # Forms of an installed model and of its cache: each takes other ways through the kernels.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "nf4": ({}, {}, None),
     "attention in nf4": ({}, {"attention": 4}, None),
     "experts in trellis3": ({}, {"quant_type": "trellis3"}, None),
+    "head with rows of zeros": ({"vocab_size": 97}, {}, None),
+    "dense head": ({}, {"head": 16}, None),
     "8-bit cache": ({}, {}, 8),
     "sliding window": ({"sliding_window": 20}, {}, None),
     "one kv head": ({"num_key_value_heads": 1}, {}, None),
@@ -78,6 +80,18 @@ def test_answers_and_caches_have_the_bits_of_the_blocks(kind, slots, models):
     assert isinstance(engine.passes.model._decoder, Decoder)
     assert same(written(engine), expected)
     assert same(written(engine), expected)  # now with everything in memory, if it fits
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_the_logits_of_a_token_stay_as_they_are_when_the_next_one_is_computed(slots, models):
+    engine = load(models("nf4"), slots)
+    assert engine.passes.model._decoder._head.stages  # type: ignore[union-attr]
+    prefix = engine.sequences[0]
+    passes = [engine.passes.compute([SequenceTokens(prefix, [token])]) for token in PROMPT[:5]]
+    copies = [logits.clone() for logits in passes]
+    engine.passes.compute([SequenceTokens(prefix, PROMPT[:1])])
+    assert all(map(torch.equal, passes, copies))
+    assert len({tuple(logits[0].tolist()) for logits in passes}) == 5
 
 
 def test_with_all_experts_in_memory_their_runner_is_not_asked(models, monkeypatch):

@@ -194,15 +194,16 @@ def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: str) -> None:
 def test_products_that_are_computed_together_have_the_bits_that_they_have_alone(
     threads: int, kind: BlockCodes, exact: bool
 ) -> None:
-    counts = 40, MANY + 1, 3, MANY, 1, 10, 1  # these take other instructions by turns
+    # These take other instructions by turns, and are more than the trellises that share a stage.
+    counts = 40, MANY + 1, 3, MANY, 1, 10, 1, 2, 30, 5
     matrices = [Matrix(192, 128, kind).packed for _ in counts]
     for seed, matrix in enumerate(matrices):
         matrix.absmax.copy_(matrix.absmax.roll(seed))
     x = random(50, 128, seed=1).bfloat16()
     numbers = torch.randint(50, (sum(counts),), generator=torch.Generator().manual_seed(2))
     outs = [torch.empty(count, 192, dtype=x.dtype) for count in counts]
-    stages = kernel.grouped_matmul_steps(x, matrices, outs, numbers, exact=exact)
-    Program([together(*steps) for steps in stages]).run()
+    rounds, products = kernel.grouped_matmul_steps(x, matrices, outs, numbers, exact=exact)
+    Program([together(*steps) for steps in (rounds, *products)]).run()
     rows = torch.split(x[numbers], counts)
     for matrix, some, out in zip(matrices, rows, outs, strict=True):
         assert torch.equal(out, kernel.quantized_matmul(some, matrix, exact=exact))

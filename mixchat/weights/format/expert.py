@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 
@@ -98,12 +99,12 @@ def _stages(
     round_gated, project_down = PackedLinear.grouped_steps(down, gated, outs, exact=exact)
     stages = [
         alone(*round_x) if x.shape[0] == 1 else together(*round_x),
-        together(*project_up),
+        *(together(*steps) for steps in project_up),
         together(experts[0].swiglu.step(gate_up, gated)),
         together(*round_gated),
-        together(*project_down),
+        *(together(*steps) for steps in project_down),
     ]
-    return stages, list(zip(project_up, project_down, strict=True))
+    return stages, list(zip(chain(*project_up), chain(*project_down), strict=True))
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class PackedLinear:
         x_rows: torch.Tensor | None = None,
         *,
         exact: bool,
-    ) -> tuple[list[Step], list[Step]]:
+    ) -> tuple[list[Step], list[list[Step]]]:
         """Return `grouped_matmul_steps` of these matrices."""
         assert matrices[0].is_whole
         of_matrices = [one._matrix for one in matrices]
@@ -228,7 +228,11 @@ class LinearSpec:
         return [absmax, codes, *rest]
 
     def build(self, tensors: Sequence[torch.Tensor], *, in_place: bool = True) -> Linear:
-        """Return the map over these tensors, or over copies of some that are read faster."""
+        """Return the map over these tensors.
+
+        With `in_place` they are used as they are. Otherwise absmax may be copied to an order that
+        is read faster.
+        """
         if self.bias and not self.packed:
             return BiasedLinear(replace(self, bias=False).build(tensors[:-1]), tensors[-1])
         if not self.packed:

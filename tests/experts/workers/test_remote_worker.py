@@ -46,7 +46,7 @@ class FakeLink:
 def rows_of(value: float) -> LayerRows:
     """Two tokens, each for both experts."""
     selected = torch.tensor([[0, 1], [0, 1]])
-    return LayerRows(0, torch.full((2, 8), value), selected, selected)
+    return LayerRows(0, torch.full((2, 8), value), selected)
 
 
 def test_a_layer_that_begins_again_gets_its_own_answer():
