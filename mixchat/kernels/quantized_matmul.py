@@ -81,7 +81,7 @@ def quantized_matmul(
     rounded = x if x.dtype in _DTYPES else x.float()
     flat = rounded.reshape(-1, columns).contiguous()
     out = torch.empty(*x.shape[:-1], rows, dtype=flat.dtype)
-    for step in quantized_matmul_steps(flat, matrix, out, exact=exact):
+    for step in quantized_matmul_steps(flat, matrix, out.view(-1, rows), exact=exact):
         step.run()
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
@@ -116,6 +116,7 @@ def grouped_matmul_steps(
     rounds: list[Step] = []
     products: list[Step] = []
     counts = [out.shape[0] for out in outs]
+    assert shared or sum(counts) == (flat if x_rows is None else x_rows).shape[0]
     units = [_unit(matrices[0], 1 if exact else count) for count in counts]
     first = 0
     for unit, numbers in itertools.groupby(range(len(outs)), key=units.__getitem__):
