@@ -8,8 +8,10 @@ import torch
 
 from mixchat.engine.attention import Attention
 from mixchat.engine.model import Block
+from mixchat.experts.compute import RowExperts
+from mixchat.kernels.compile import kernels_available
 from mixchat.planning import compute_speed
-from mixchat.planning.compute_speed import layer_probe
+from mixchat.planning.compute_speed import Effort, ExpertTimer, layer_probe
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import LinearSpec
@@ -98,3 +100,27 @@ def test_its_attention_is_of_the_models_shape_and_kind(blueprint, monkeypatch, a
     used = changed.computed_on(CPU)
     assert built == [used.qkv(0), used.o(0)] * compute_speed._COPIES
     assert {spec.quant_type for spec in built} == {attention}
+
+
+@pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
+@pytest.mark.parametrize("mixed", [False, True])
+def test_experts_for_one_row_are_measured_as_a_token_computes_them(
+    make_checkpoint, install, monkeypatch, mixed
+):
+    """One by one they seemed to take twice as long. Experts of several forms are not alike."""
+    with InstalledModel(install(make_checkpoint(intermediate_size=128))) as installed:
+        blueprint = installed.blueprint
+    if mixed:
+        own = blueprint.quantization
+        blueprint = replace(blueprint, layers=(own, replace(own, quant_type="trellis3")))
+    counts: list[int] = []
+    call = RowExperts.__call__
+
+    def watch(program, x, experts):
+        counts.append(len(experts))
+        return call(program, x, experts)
+
+    monkeypatch.setattr(RowExperts, "__call__", watch)
+    seconds = ExpertTimer(blueprint, CPU, Effort(pool_bytes=0, seconds=0.01)).seconds()
+    assert seconds[1] > 0
+    assert set(counts) == (set() if mixed else {blueprint.config.num_experts_per_tok})
