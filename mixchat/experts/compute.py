@@ -118,6 +118,7 @@ class DeviceCompute:
             compute_together(experts, x, x_rows, outs, exact=rows.exact)
             return
         for key, expert in zip(keys, experts, strict=True):
+            interrupts.check()
             rows.put(key, expert(rows.of(key), exact=rows.exact))
 
     def _chosen_for_host(self, rows: LayerRows, keys: Iterable[ExpertKey]) -> set[ExpertKey]:
