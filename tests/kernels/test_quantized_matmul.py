@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matmul_tools import EVEN, IN_BYTES, Matrix, each_type, random
 from neon_tools import compile_emulated
 
 from mixchat.kernels import compile as compiling
@@ -25,24 +26,16 @@ from mixchat.kernels.compile import (
 from mixchat.kernels.emit import Value, i32, vector
 from mixchat.kernels.four_bit_units import FOUR_BITS, MXFP4_UNITS
 from mixchat.kernels.plane_units import FIVE_BITS, SIX_BITS
-from mixchat.kernels.program import Program, together
 from mixchat.kernels.quantized_matmul import QuantizedMatrix
 from mixchat.kernels.trellis_units import Trellis
 from mixchat.kernels.units import MANY, Unit, UnitSet
-from mixchat.weights.matrix.int6 import INT5, INT6
-from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.nf4 import FP4, NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, QuantType
-from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
 
-EVEN = (INT8, INT6, INT5)  # levels, with x in 15 bits and a sign if not in bytes
-IN_BYTES = (TRELLIS2, TRELLIS3)  # for any count of tokens
-TYPES = {kind.name: kind for kind in (NF4, FP4, MXFP4, *EVEN, *IN_BYTES)}
-each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
 X86: tuple[InstructionSet, ...] = ("avx512", "avx2")
 IS_ARM = instruction_set() == "neon"
 WAYS = [f"{own} {form}" for form in ("words", "bytes") for own in (["neon"] if IS_ARM else X86)]
@@ -134,28 +127,8 @@ def within(unit: str, kind: BlockCodes) -> float:
     return 7e-5 if kind in EVEN else 3e-4
 
 
-def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator)
-
-
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result.double() - expected).norm() / expected.norm())
-
-
-class Matrix:
-    """A random matrix: packed, and as the numbers that its codes stand for."""
-
-    def __init__(self, rows: int, columns: int, kind: BlockCodes = NF4) -> None:
-        self.rows = kind.stored_rows(rows, columns)
-        shape = self.rows, columns
-        codes, absmax = kind.codes(random(*shape).bfloat16())
-        self.exact = kind.dequantize(codes, absmax, shape, torch.float32).double()
-        packed = kind.to_packed_layout(codes, absmax, *shape)
-        self.packed = QuantizedMatrix(*packed, kind.level_table, shape, kind.units)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return kernel.quantized_matmul(x, self.packed)
 
 
 @each_type
@@ -187,26 +160,6 @@ def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: str) -> None:
     both = torch.stack((codes >> 4, codes & 15), dim=-1).view(256, 1024 // 64, 64).int()
     rounded = levels[both] * absmax.double().view(256, -1, 1)
     assert error(matrix(x), expected) < error(x.double() @ rounded.view(256, 1024).T, expected) / 4
-
-
-@each_type
-@pytest.mark.parametrize("exact", [False, True])
-def test_products_that_are_computed_together_have_the_bits_that_they_have_alone(
-    threads: int, kind: BlockCodes, exact: bool
-) -> None:
-    # These take other instructions by turns, and are more than the trellises that share a stage.
-    counts = 40, MANY + 1, 3, MANY, 1, 10, 1, 2, 30, 5
-    matrices = [Matrix(192, 128, kind).packed for _ in counts]
-    for seed, matrix in enumerate(matrices):
-        matrix.absmax.copy_(matrix.absmax.roll(seed))
-    x = random(50, 128, seed=1).bfloat16()
-    numbers = torch.randint(50, (sum(counts),), generator=torch.Generator().manual_seed(2))
-    outs = [torch.empty(count, 192, dtype=x.dtype) for count in counts]
-    rounds, products = kernel.grouped_matmul_steps(x, matrices, outs, numbers, exact=exact)
-    Program([together(*steps) for steps in (rounds, *products)]).run()
-    rows = torch.split(x[numbers], counts)
-    for matrix, some, out in zip(matrices, rows, outs, strict=True):
-        assert torch.equal(out, kernel.quantized_matmul(some, matrix, exact=exact))
 
 
 @pytest.mark.parametrize("kind", [NF4, FP4, MXFP4, *EVEN], ids=lambda kind: kind.name)
