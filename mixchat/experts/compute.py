@@ -76,10 +76,8 @@ class DeviceCompute:
         count = self._count_together(rows)
         self._request(count)
         keys, self._order = self._order[:count], self._order[count:]
-        if keys and rows.is_one_token:
-            self._compute_row(rows, keys)
-        elif keys:
-            self._compute_rows(rows, keys)
+        if keys:
+            self._compute_together(rows, keys)
         else:
             key = self._order.pop(0)
             rows.put(key, self._output(key, rows))
@@ -97,29 +95,26 @@ class DeviceCompute:
         totals = accumulate(rows.counts[key] for key in held)
         return sum(1 for _ in takewhile(lambda total: total <= most, totals))
 
-    def _compute_row(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        experts, count = [self.fetcher.ready(key) for key in keys], len(keys)
-        x = rows.of(keys[0])
-        kind = count, self._forms[rows.layer] if self._forms else 0
-        if kind not in self._programs and experts[0].has_stages(x):
-            self._programs[kind] = RowExperts(experts[0], x, count)
-        if (program := self._programs.get(kind)) is not None:
-            outputs = program(x, experts)
-        else:
-            outputs = torch.cat([expert(x, exact=rows.exact) for expert in experts])
-        for key, output in zip(keys, torch.split(outputs, 1), strict=True):
-            rows.put(key, output)
-
-    def _compute_rows(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+    def _compute_together(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         experts = [self.fetcher.ready(key) for key in keys]
-        if experts[0].has_stages(rows.hidden_states):
+        if not experts[0].has_stages(rows.hidden_states):
+            for key, expert in zip(keys, experts, strict=True):
+                interrupts.check()
+                rows.put(key, expert(rows.of(key), exact=rows.exact))
+        elif rows.is_one_token:
+            outputs = self._program(rows, experts)(rows.hidden_states, experts)
+            for key, output in zip(keys, torch.split(outputs, 1), strict=True):
+                rows.put(key, output)
+        else:
             x, x_rows = rows.hidden_states, rows.tokens_of(keys)
             outs = [rows.output_of(key) for key in keys]
             compute_together(experts, x, x_rows, outs, exact=rows.exact)
-            return
-        for key, expert in zip(keys, experts, strict=True):
-            interrupts.check()
-            rows.put(key, expert(rows.of(key), exact=rows.exact))
+
+    def _program(self, rows: LayerRows, experts: Sequence[Expert]) -> RowExperts:
+        kind = len(experts), self._forms[rows.layer] if self._forms else 0
+        if kind not in self._programs:
+            self._programs[kind] = RowExperts(experts[0], rows.hidden_states, len(experts))
+        return self._programs[kind]
 
     def _chosen_for_host(self, rows: LayerRows, keys: Iterable[ExpertKey]) -> set[ExpertKey]:
         if self._host is None:

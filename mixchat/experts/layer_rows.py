@@ -59,7 +59,7 @@ class LayerRows:
 
     @property
     def outputs(self) -> torch.Tensor:
-        """Return all outputs [T * K, D], those of a token in the order of its choices."""
+        """Return all outputs [T * K, D], each token's in the order of its choices."""
         return self._outputs if self.is_one_token else self._outputs[self._places.flatten()]
 
     def of(self, *keys: ExpertKey) -> torch.Tensor:

@@ -91,7 +91,7 @@ def quantized_matmul_steps(
 ) -> tuple[Step, Step]:
     """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
 
-    The second one needs the first. They are as those of `grouped_matmul_steps`.
+    The second one needs the first. `grouped_matmul_steps` says what they keep alive.
     """
     (round_x,), ((multiply,),) = grouped_matmul_steps(flat, [matrix], [out], exact=exact)
     return round_x, multiply

@@ -73,7 +73,7 @@ def compute_together(
     """Write the output [n, D] of each expert for its rows of x [T, D].
 
     `x_rows` are their numbers, one expert's after another's, int64. The experts have the same form,
-    and stages for x. The bits are those of `Expert.__call__`.
+    and stages for x. `Expert.__call__` gives the same bits.
     """
     Program(_stages(experts, x.contiguous(), outs, x_rows, exact=exact)[0]).run()
 
