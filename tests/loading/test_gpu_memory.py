@@ -273,6 +273,7 @@ def test_budgets_are_for_all_gpus_or_for_each_and_errors_name_the_gpu(paper, cas
 
 def test_queued_fills_keep_no_memory_when_the_engine_is_closed(paper, case, monkeypatch):
     """Loads that wait for their turn held their slots, until the mover's thread came to them."""
+    model = case("nf4")  # made before its loads are held
     before, _ = settled(paper)
     reached, passed = Event(), Event()
     load_expert = DiskSource.load
@@ -283,9 +284,9 @@ def test_queued_fills_keep_no_memory_when_the_engine_is_closed(paper, case, monk
         yield from load_expert(self, *place)
 
     monkeypatch.setattr(DiskSource, "load", held)
-    engine = load(case("nf4"), EXPERTS)
+    engine = load(model, EXPERTS)
     reached.wait()
-    expert = demand_of(case("nf4")).expert
+    expert = demand_of(model).expert
     assert paper.memories[0].taken - before >= EXPERTS * expert
     engine.close()
     assert paper.memories[0].taken - before <= 2 * expert
