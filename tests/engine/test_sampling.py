@@ -13,7 +13,14 @@ from transformers.generation.logits_process import (
 )
 
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.sampling import Sampler, candidates, log_probabilities, penalize, raised
+from mixchat.engine.sampling import (
+    Sampler,
+    at_share,
+    candidates,
+    log_probabilities,
+    penalize,
+    raised,
+)
 
 
 def random_logits(seed: int, size: int = 50) -> torch.Tensor:
@@ -28,7 +35,7 @@ def filtered_probabilities(logits: torch.Tensor, options: SamplingOptions) -> to
     return kept
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([50, 3000]),
@@ -90,6 +97,31 @@ def test_a_token_without_probability_is_never_drawn():
     logits[[7, 30]] = 0.0
     sampler = Sampler(SamplingOptions(temperature=1.0, seed=0))
     assert {sampler.sample(logits, []) for _ in range(200)} == {7, 30}
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.sampled_from([0.0, 0.0, 1e-30, 0.1, 0.25, 3.0]), min_size=1, max_size=300),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_token_is_drawn_by_its_share_of_the_sum_of_all(weights, share):
+    probabilities = torch.tensor(weights)
+    ends = probabilities.cumsum(0, dtype=torch.float64)
+    if ends[-1] == 0:
+        return
+    drawn = at_share(probabilities, torch.tensor([share], dtype=torch.float64))
+    assert probabilities[drawn] > 0
+    # Another order of adding may change the last bits of a sum.
+    point, least = share * ends[-1], ends[-1] * 1e-14
+    assert ends[drawn] - probabilities[drawn] - least <= point <= ends[drawn] + least
+
+
+@given(st.integers(1, 300), st.sampled_from([1, 63, 64, 65, 129]))
+def test_the_last_token_is_drawn_by_the_largest_share(size, zeros):
+    """Sums of a block in another order may be smaller than the share of it."""
+    probabilities = torch.cat((torch.rand(size) + 0.1, torch.zeros(zeros)))
+    largest = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert at_share(probabilities, largest) == size - 1
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 2), st.lists(st.integers(0, 49), max_size=70))
@@ -171,7 +203,7 @@ def openai_logits(logits: torch.Tensor, answer: list[int], options: SamplingOpti
 numbers = st.floats(-2, 2)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(0, 10**6),
     numbers,
@@ -219,7 +251,7 @@ class Script:
         self.taken.append(token)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(0, 10**6),
     st.lists(st.sets(st.integers(0, 49), min_size=1), min_size=1, max_size=8),
