@@ -17,7 +17,7 @@ from mixchat.kernels.object_cache import ObjectCache
 from mixchat.kernels.threads import NativeFunction
 
 # Increase it if kernels change. Then old measurements and machine code are not used.
-KERNELS = 6
+KERNELS = 7
 InstructionSet = Literal["avx512", "avx2", "neon"]
 _P = ParamSpec("_P")
 # On some x86 CPUs LLVM would split vectors of 512 bits.
