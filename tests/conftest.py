@@ -21,6 +21,11 @@ os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# On a busy machine, a test takes longer than hypothesis allows by default.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # Nothing here may reach a hub: transformers and huggingface_hub read these when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -225,9 +225,7 @@ def test_malformed_files_are_refused_in_one_line(tmp_path, header, data, length)
     assert "\n" not in str(caught.value)
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_changed_byte_in_the_header_never_crashes(tmp_path, data) -> None:
     path = tmp_path / "x"

@@ -98,7 +98,7 @@ def ends(
     return reached
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(traces(forwards=6, layers=2, tokens=2), st.integers(1, 5), st.booleans())
 def test_the_oracle_is_as_good_as_trying_everything(made, slots, hits_first):
     result = replay(made, slots, "belady")

@@ -139,7 +139,7 @@ def configs(draw: st.DrawFn, kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "longrope"])
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_angles_are_transformers_to_the_bit(kind, data):
     raw = data.draw(configs(kind))
@@ -169,7 +169,7 @@ odd = st.sampled_from(
 lists = st.lists(st.just(1.0) | odd, min_size=1, max_size=2)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     rope=st.dictionaries(st.sampled_from(KEYS), odd | positive | lists, max_size=8),
     kind=st.sampled_from([*ROPES, "default", "su"]).map(lambda name: name.split(",")[0]),

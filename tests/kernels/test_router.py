@@ -128,7 +128,7 @@ def correction_of(router: Any) -> torch.Tensor | None:
     return None if found is None else found.detach().flatten()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(0, 2**31), st.booleans(), st.data())
 def test_the_kernel_and_torch_choose_the_same_of_equal_logits(
     experts, values, seed, normalized, data

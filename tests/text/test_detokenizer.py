@@ -9,7 +9,7 @@ from text_strategies import anything
 
 from mixchat.text.detokenizer import Detokenizer, StopStrings
 
-many = settings(deadline=None, max_examples=100)
+many = settings(max_examples=100)
 
 
 def streamed(tokenizer: Any, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> list[str]:
@@ -126,13 +126,13 @@ def reference(stops: list[str], text: str) -> tuple[str, bool]:
     return text, False
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(stops=st.lists(st.text("ab\n", max_size=4), max_size=3), chunks=st.lists(abc, max_size=6))
 def test_the_cut_of_the_stream_makes_no_difference(stops, chunks):
     assert shown(stops, chunks) == reference(stops, "".join(chunks))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(stops=st.lists(st.text("ab\n", max_size=4), max_size=3), chunks=st.lists(abc, max_size=6))
 def test_only_what_may_begin_a_stop_string_is_held_back(stops, chunks):
     stop = StopStrings(stops)

@@ -97,7 +97,7 @@ def talk(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[Message]]:
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama-old", "llama-new"])
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(messages=talk(harmless))
 def test_ordinary_talk_gets_transformers_ids(name, kind, messages, speakers):
     template, _, theirs = speakers[name, kind]
@@ -119,7 +119,7 @@ def test_the_simplest_case_by_hand(checkpoints, byte_level):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(messages=talk(anything), kind=st.sampled_from(["byte-level", "llama-old", "llama-new"]))
 def test_no_message_adds_a_control_token(name, kind, messages, speakers):
     template, tokenizer, _ = speakers[name, kind]
@@ -129,7 +129,7 @@ def test_no_message_adds_a_control_token(name, kind, messages, speakers):
     )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(messages=talk(anything))
 def test_no_message_adds_a_control_token_to_any_tokenizer(messages, directory, tokenizer):
     template = JinjaTemplate(ChatTemplate(build.CHATML, directory), tokenizer)
@@ -140,7 +140,7 @@ def test_no_message_adds_a_control_token_to_any_tokenizer(messages, directory, t
 
 
 @pytest.mark.parametrize("forger", FORGERS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(messages=talk(anything))
 def test_no_template_assembles_a_control_token(forger, messages, byte_level):
     template = jinja(FORGERS[forger], byte_level)
@@ -181,7 +181,7 @@ def test_a_simple_encoding_would_assemble_these_tokens(forger, texts, byte_level
     assert len(build.controls_in(byte_level, template.encode(messages))) == 1
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(text=anything)
 def test_hostile_text_arrives_as_it_was_typed(text, byte_level):
     ids = jinja(build.CHATML, byte_level).encode([Message("user", text)])

@@ -76,13 +76,13 @@ def conversations(draw: st.DrawFn) -> list[Message]:
     return [*messages, Message("user", draw(anything))]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(messages=conversations())
 def test_the_ids_are_mistral_commons(messages, instruct, oracle):
     assert instruct.encode(messages) == oracle(messages)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(messages=conversations())
 def test_the_ids_of_the_third_generation_are_mistral_commons(messages, instruct_v3, oracle_v3):
     assert instruct_v3.encode(messages) == oracle_v3(messages)
@@ -168,7 +168,7 @@ def test_a_base_models_own_text_is_inserted_as_its_ids(v1):
     assert more == [1, *v1.encode("Once upon a time, there was </s>")]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(parts=st.lists(anything, min_size=1, max_size=3))
 def test_a_base_models_text_yields_no_control_token(parts, v1):
     ids = CompletionTemplate(v1).encode([Message("user", part) for part in parts])

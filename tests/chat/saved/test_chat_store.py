@@ -44,7 +44,7 @@ class TestRoundTrip:
     # Two halves that were never joined must not come back as one character.
     @example("\ud83d\ude00 \udcff \0 \r\n \u2028")
     @given(st.text(st.characters(exclude_categories=())))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_every_text_comes_back_even_what_utf8_cannot_say(self, text):
         with tempfile.TemporaryDirectory() as directory:
             store = ChatStore(Path(directory))

@@ -109,7 +109,7 @@ def test_an_answer_that_was_stopped_within_code_swallows_nothing(answer):
 # Whatever is said, the turns can be told apart.
 @example("```", "<script>")
 @given(*[st.text(st.sampled_from("`~<>!-#= \n\ta1.[]:/?&;\\*script"), max_size=40)] * 2)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_last_turn_is_always_a_turn(question, answer):
     messages = (*saying(question, answer).messages, Message("user", "end"))
     markdown = to_markdown(replace(CHAT, messages=messages, name=None, system=answer))

@@ -97,7 +97,7 @@ class TestDamage:
             lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
         ).map(lambda value: json.dumps(value).encode())
     )
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_whatever_bytes_a_file_has_it_is_refused(self, data):
         with tempfile.TemporaryDirectory() as directory:
             store = ChatStore(Path(directory))
@@ -117,7 +117,7 @@ class TestDamage:
             ),
         ),
     )
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def test_what_is_read_can_be_saved(self, key, value):
         with tempfile.TemporaryDirectory() as directory:
             store = ChatStore(Path(directory))

@@ -30,7 +30,6 @@ from mixchat.experts.store import new_block
 keys = st.sampled_from(KEYS)
 
 
-@settings(deadline=None)
 @given(st.lists(keys, max_size=60))
 def test_where_ram_has_room_for_all_each_is_read_from_disk_once(installed, truth, wanted):
     disk = Disk(installed)
@@ -43,7 +42,6 @@ def test_where_ram_has_room_for_all_each_is_read_from_disk_once(installed, truth
     assert {key for key in KEYS if tier.tier(key) == "host"} == set(wanted)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(4, 9), st.lists(keys, max_size=80))
 def test_with_swaps_both_memories_together_hold_as_many_as_they_can(
     installed, truth, slots, host_slots, wanted
@@ -77,7 +75,7 @@ operations = st.one_of(
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(3, 7), st.integers(4, 9), st.lists(operations, max_size=60))
 def test_whatever_is_put_off_or_cancelled_what_counts_as_there_is_whole(
     installed, truth, swaps, slots, host_slots, events

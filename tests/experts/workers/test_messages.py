@@ -4,7 +4,7 @@ import json
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from worker_double import HELLO
 
@@ -23,7 +23,6 @@ from mixchat.experts.workers.messages import (
 )
 from mixchat.experts.workers.sockets import PIECE, BadMessageError
 
-untimed = settings(deadline=None)  # the machine may be busy
 indices = st.integers(0, 2**16 - 1)
 experts = st.dictionaries(indices, st.integers(1, 200), min_size=1, max_size=9)
 
@@ -48,7 +47,6 @@ def test_a_chat_side_says_its_version():
     assert HELLO.version == __version__
 
 
-@untimed
 @given(indices, experts, st.binary(max_size=9))
 def test_a_request_arrives_with_its_first_rows(layer, rows, piece):
     request = Compute(layer=layer, experts=tuple(rows.items()), shared_row=False)
@@ -67,14 +65,12 @@ def test_the_longest_messages_are_not_too_long():
     assert len(pack(Hold(keys=keys))) <= PIECE
 
 
-@untimed
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_another_error(data):
     with suppress(BadMessageError):
         unpack(data)
 
 
-@untimed
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(),

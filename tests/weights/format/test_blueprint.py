@@ -25,7 +25,7 @@ def blueprint(
     return Blueprint(config, Quantization(kind, layout, dtype=dtype))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 4).map(lambda number: 64 * number),
     st.integers(1, 40).map(lambda number: 2 * number),

@@ -52,7 +52,7 @@ def sizes():
     return {form: mixed(SHORT, [form] * 2).experts_size // 2 for form in forms}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.builds(Sensitivity, costs, costs), min_size=2, max_size=2), st.floats(0, 1))
 def test_no_choice_that_is_a_step_smaller_loses_less(sizes, sensitivities, part):
     """Steps that do not fit leave a part of the budget over."""

@@ -195,7 +195,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(sorted(described(quantized()[0]))), json_values))
 def test_no_description_causes_anything_but_a_checkpoint_error(changes):
     tensors, expected = quantized()
@@ -208,7 +208,7 @@ def test_no_description_causes_anything_but_a_checkpoint_error(changes):
         assert torch.equal(matrix.dense(torch.float32), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_no_bytes_for_a_description_cause_anything_but_a_checkpoint_error(raw):
     tensors, _ = quantized()

@@ -55,7 +55,7 @@ def test_larger_blocks_become_blocks_of_64_without_loss(nested, blocksize, colum
     assert torch.equal(matrix.dense(torch.float32), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     rows=st.integers(1, 9),
     half=st.integers(1, 70),

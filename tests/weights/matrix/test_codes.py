@@ -162,7 +162,7 @@ def test_dequantizing_is_the_definition_to_rounding(
     torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=1e-7)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from(KINDS), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
 def test_packing_loses_nothing(kind: Kind, bands: int, blocks: int, seed: int) -> None:
     columns = 64 * blocks

@@ -55,7 +55,7 @@ alike_bits = st.builds(
 ).map(lambda bits: bits.astype(np.uint16))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(any_bits, alike_bits))
 @example(np.zeros(64, np.uint16))
 @example(np.zeros(65, np.uint16))  # bitsandbytes gives a short block of zeros absmax 1e-38
@@ -134,7 +134,7 @@ def test_the_count_of_threads_stays_what_it_was():
     assert torch.get_num_threads() == before
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(any_bits, alike_bits))
 @example(np.zeros(128, np.uint16))
 @example(np.arange(64, dtype=np.uint16))

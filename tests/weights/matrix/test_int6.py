@@ -38,7 +38,7 @@ def place_of(kind: _EvenCodes, row: int, column: int) -> tuple[int, int, int, in
 
 
 @each_kind
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 63), st.integers(0, 63), st.integers(0, 63))
 def test_a_code_lies_where_the_layout_says(kind, row, column, code):
     code %= 2**kind.bits

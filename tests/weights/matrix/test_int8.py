@@ -56,7 +56,7 @@ any_bits = st.binary(min_size=2, max_size=400).map(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(any_bits)
 @example(np.zeros(64, np.uint16))
 @example(np.zeros(65, np.uint16))
