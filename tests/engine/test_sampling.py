@@ -109,19 +109,18 @@ def test_a_token_is_drawn_by_its_share_of_the_sum_of_all(weights, share):
     ends = probabilities.cumsum(0, dtype=torch.float64)
     if ends[-1] == 0:
         return
-    drawn = at_share(probabilities, torch.tensor([share], dtype=torch.float64))
+    drawn = at_share(probabilities, share)
     assert probabilities[drawn] > 0
-    # Another order of adding may change the last bits of a sum.
-    point, least = share * ends[-1], ends[-1] * 1e-14
+    # Blocks are added up in fp32.
+    point, least = share * ends[-1], ends[-1] * 1e-6
     assert ends[drawn] - probabilities[drawn] - least <= point <= ends[drawn] + least
 
 
 @given(st.integers(1, 300), st.sampled_from([1, 63, 64, 65, 129]))
 def test_the_last_token_is_drawn_by_the_largest_share(size, zeros):
-    """Sums of a block in another order may be smaller than the share of it."""
+    """The sum of a block's numbers, one by one, may be smaller than its share of all."""
     probabilities = torch.cat((torch.rand(size) + 0.1, torch.zeros(zeros)))
-    largest = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert at_share(probabilities, largest) == size - 1
+    assert at_share(probabilities, 1 - 2**-53) == size - 1
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 2), st.lists(st.integers(0, 49), max_size=70))
