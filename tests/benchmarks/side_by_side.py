@@ -1,4 +1,4 @@
-"""`mixchat bench` with llama.cpp beside it: both measured in the same rounds, one after the other.
+"""`mixchat bench` with llama.cpp beside it: both measured in the same rounds, by turns.
 
     python tests/benchmarks/side_by_side.py MODEL --gguf FILE [--python PYTHON] [options]
     python tests/benchmarks/side_by_side.py --synthetic LAYERS [--format Q4_0] [--python PYTHON]
@@ -6,9 +6,10 @@
 
 FILE is the same model for llama.cpp; of a synthetic model it is written, in its format FORMAT.
 PYTHON has llama-cpp-python and gguf (see `peer_child.py`). The options are those of `mixchat bench`
-but for workers. What else the machine does slows both alike. A ratio is that of one round; what is
-shown is the median of all rounds, and the range. llama.cpp computes a context before it decodes
-behind it, which takes minutes: with one --context and no --prompt (`--prompt 0`) only once.
+but for workers. What else the machine does slows both alike, and memory that changes its speed
+within seconds hits both if a round has several turns. A ratio is that of one round; what is shown
+is the median of all rounds, and the range. llama.cpp computes a context before it decodes behind
+it, which takes minutes: with one --context and no --prompt (`--prompt 0`) only once.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
 
 
 class SideBySide:
-    """A bench, and llama.cpp's tokens a second for each of its tasks."""
+    """A bench, and llama.cpp's tokens a second for each of its tasks. A round has some turns."""
 
-    def __init__(self, bench: Bench, peer: Peer, tokens: int) -> None:
-        self.bench, self._peer, self._tokens = bench, peer, tokens
+    def __init__(self, bench: Bench, peer: Peer, tokens: int, turns: int) -> None:
+        self.bench, self._peer, self._tokens, self._turns = bench, peer, tokens, turns
         self.rates: list[list[float]] = [[] for _ in bench.tasks]
 
     def run(self) -> Iterator[None]:
-        """Measure round by round; yields after each task."""
+        """Measure turn by turn; yields after each task."""
         for number, task in enumerate(self.bench.run()):
             self.rates[number % len(self.rates)].append(self._measure(task))
             yield
@@ -58,7 +59,8 @@ class SideBySide:
 
         found = BenchReport(self.bench).as_json()
         for task, ours, theirs in zip(found["tasks"], self.bench.tasks, self.rates, strict=True):
-            task |= {"llama.cpp": theirs, "to_peer": median(ratios(ours.rates, theirs))}
+            times = ratios(ours.rates, theirs, self._turns)
+            task |= {"llama.cpp": theirs, "times": times, "to_peer": median(times)}
         return found
 
     def as_text(self) -> str:
@@ -68,7 +70,7 @@ class SideBySide:
 
         more = [("LLAMA.CPP", "TIMES", "MIN - MAX")]
         for task, rates in zip(self.bench.tasks, self.rates, strict=True):
-            times = ratios(task.rates, rates)
+            times = ratios(task.rates, rates, self._turns)
             spread = f"{min(times):.2f} - {max(times):.2f}"
             more.append((f"{median(rates):.1f}", f"{median(times):.2f}", spread))
         cells = zip(task_table(self.bench.tasks), more, strict=True)
@@ -88,9 +90,11 @@ class SideBySide:
         )
 
 
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Return how many times as fast mixchat is, in each round."""
-    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+def ratios(ours: Sequence[float], theirs: Sequence[float], turns: int) -> list[float]:
+    """Return how many times as fast mixchat is, in each round of so many turns."""
+    seconds, of_peer = ([1 / rate for rate in rates] for rates in (ours, theirs))
+    rounds = [slice(start, start + turns) for start in range(0, len(seconds), turns)]
+    return [sum(of_peer[part]) / sum(seconds[part]) for part in rounds]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     png = checked_picture(given.png)
     contexts, prompts = given.context or (0,), [n for n in given.prompt or (512,) if n]
-    options = BenchOptions(contexts, prompts, given.tokens, given.rounds)
+    options = BenchOptions(contexts, prompts, given.tokens, given.rounds * given.turns)
     load = LoadOptions(
         given.host_memory and MemoryBudget.parse(given.host_memory),
         MemoryBudget.parse_list(given.device_memory) if given.device_memory else (),
@@ -118,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bench = Bench(directory, load, options)
             choose_threads(bench.blueprint)
             bench.start_cold()
-            both = SideBySide(bench, peer, given.tokens)
+            both = SideBySide(bench, peer, given.tokens, given.turns)
             for number, _ in enumerate(both.run(), 1):
                 print(f"{number} tasks measured", end="\r", file=sys.stderr)
         show(both, given.json, png)
@@ -139,6 +143,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, action="append", metavar="N")
     parser.add_argument("--tokens", type=int, default=48, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--turns", type=int, default=4, metavar="N", help="in a round")
     parser.add_argument("--kv-bits", type=int, choices=(8, 16), metavar="N")
     parser.add_argument("--exact-prompts", action="store_true")
     parser.add_argument("--host-memory", metavar="SIZE")

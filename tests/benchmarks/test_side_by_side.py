@@ -34,7 +34,7 @@ else:
     for line in sys.stdin:
         print(*(0.5 * int(count) for count in line.split(":")[1].split()), flush=True)
 """
-QUICK = ("--rounds", "2", "--tokens", "3", "--prompt", "16", "--device", "cpu")
+QUICK = ("--rounds", "2", "--turns", "1", "--tokens", "3", "--prompt", "16", "--device", "cpu")
 
 
 class Peer:
@@ -68,14 +68,16 @@ def test_both_are_measured_in_each_round():
     tasks = [BenchTask("decode", 0), BenchTask("decode", 40), BenchTask("prompt", 16)]
     bench: Any = SimpleNamespace(tasks=tasks, run=lambda: iter(tasks * 3))
     peer: Any = Peer()
-    both = SideBySide(bench, peer, tokens=5)
+    both = SideBySide(bench, peer, tokens=5, turns=1)
     assert len(list(both.run())) == 9
     assert peer.asked == [("decode", 0), ("decode", 40), ("prefill", 16)] * 3
     assert both.rates == [[10.0] * 3, [10.0] * 3, [100.0] * 3]
 
 
 def test_a_ratio_is_that_of_a_round():
-    assert ratios([10.0, 20.0, 40.0], [5.0, 20.0, 10.0]) == [2.0, 1.0, 4.0]
+    assert ratios([10.0, 20.0, 40.0], [5.0, 20.0, 10.0], turns=1) == [2.0, 1.0, 4.0]
+    # Of the same tokens in each turn, in 3 and in 6 seconds.
+    assert ratios([1.0, 0.5, 8.0, 8.0], [0.2, 1.0, 4.0, 4.0], turns=2) == [2.0, 2.0]
 
 
 def test_llama_cpp_stands_beside(tiny_model, python, tmp_path, capsys):
