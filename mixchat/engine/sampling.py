@@ -127,10 +127,10 @@ def penalize(logits: torch.Tensor, recent: Iterable[int], penalty: float) -> tor
 
 
 def at_share(probabilities: torch.Tensor, share: float) -> int:
-    """Return the place at which the sum of what is before it, and of it, exceeds a share of all.
+    """Return the first place up to which probabilities add up to more than a share of their sum.
 
-    probabilities: [n], any sum. share: below 1. It takes a tenth of the time of
-    `torch.multinomial`. Adding up all numbers one by one would take as long as that.
+    probabilities: [n]. share: below 1. Their sums are computed by blocks, since one by one they
+    take several times as long.
     """
     blocks = _in_blocks(probabilities, 0)
     ends = blocks.sum(1).numpy().cumsum(dtype=np.float64)

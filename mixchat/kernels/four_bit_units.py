@@ -118,7 +118,7 @@ class FourBitsInBytes(_InHalves, ByteUnit):
 
     @classmethod
     def widths(cls) -> tuple[int, ...]:
-        """Return 7 for AVX-512, whose registers then hold all sums of a block and of a band."""
+        """Return 7 for AVX-512, whose registers then hold the sums of a block and the totals."""
         return (7, 4, 3, 2, 1) if cls.lanes == 16 else super().widths()
 
     def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
