@@ -17,14 +17,13 @@ import torch
 
 from mixchat.kernels.arithmetic import as_fp32, exponential, reduced, store_fp32
 from mixchat.kernels.compile import compiled_here
-from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, vector
+from mixchat.kernels.emit import Function, Pointer, Value, f32, i32, i64, vector
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, CacheShape, group_part
 from mixchat.kernels.program import Signature, Step, copy_of
 
 _KEYS = 64  # that are scored before their values are added
 _SPLIT = PAGE  # keys of one item of work
 _ROWS = 32  # of one item of work, unless one token has more
-_TILE = 4  # rows that are computed at once
 _VECTORS = 2  # of keys, or of a value's numbers, that are computed at once
 _MASKED, _LOWEST = -3e38, -1e38  # scores, of which e^(masked - lowest) is 0
 _NO_WINDOW = 2**30  # tokens
@@ -190,9 +189,12 @@ class _AttendKernel:
     def _tiles(
         self, rows: Value
     ) -> Iterator[tuple[int, AbstractContextManager[tuple[Value, list[Value]]]]]:
-        whole = rows // _TILE * _TILE
-        yield _TILE, self.function.loop(0, whole, _TILE)
-        yield 1, self.function.loop(whole, rows, 1)
+        """Yield how many rows are computed at once, as registers allow, and a loop over them."""
+        done = self.function.constant(i64, 0)
+        for count in (8, 4, 1) if self.lanes == 16 else (4, 1):
+            end = done + (rows - done) // count * count
+            yield count, self.function.loop(done, end, count)
+            done = end
 
     def _score(self, page: Pointer, here: Value, rows: Value) -> None:
         function, shape, lanes = self.function, self.shape, self.lanes
