@@ -18,8 +18,9 @@ from mixchat.kernels.compile import kernels_available
 from mixchat.kernels.pages import KEY_BLOCK, PAGE, Bits, CacheShape
 from mixchat.kernels.program import Step
 
-# Of a call to the kernel. Pairs are of a new token and one that it may see.
-_MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**22, 64
+# Of a call to the kernel. Pairs are of a new token and one that it may see. With more, the parts
+# that it merges leave the CPU's caches, and each call waits for new memory.
+_MAX_PAIRS_PER_CALL, _MIN_TOKENS_PER_CALL = 2**19, 32
 _NO_PAGE = torch.empty(0, dtype=torch.uint8)  # of tokens that no window reaches, at the address 0
 
 
@@ -151,7 +152,7 @@ class PagedKVCache(KVCache):
     ) -> torch.Tensor:
         window, addresses = self.config.window(layer), self._addresses[layer]
         end = self.length + queries.shape[0]
-        # Ctrl-C is handled between two calls of some tenths of a second.
+        # Ctrl-C is handled between two calls of some hundredths of a second.
         tokens_per_call = max(_MIN_TOKENS_PER_CALL, _MAX_PAIRS_PER_CALL // end)
         past, attended = self.length, []
         for piece in torch.split(queries, tokens_per_call):
