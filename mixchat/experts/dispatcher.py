@@ -65,6 +65,8 @@ class Dispatcher:
         self._devices, self._stats, self._owner = devices, stats, owner
         self._fetchers = [device.fetcher for device in devices]
         self._prefetch, self._workers, self._copies = prefetch, workers, copies
+        # Of outputs that nobody reads any more. New memory would take as long as some products.
+        self._memory: torch.Tensor | None = None
         self._note_workers()
 
     @property
@@ -144,6 +146,7 @@ class Dispatcher:
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
         is_alone = len(self._fetchers) == 1 and not self._workers
+        self._memory = None  # a prompt's, which one token does not need
         return self._fetchers[0].resident(layers) if is_alone else ()
 
     def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
@@ -159,7 +162,9 @@ class Dispatcher:
         exact: bool = False,
     ) -> torch.Tensor:
         rows = self.compute(layer, hidden_states, selected_experts, exact=exact)
-        return rows.combine(routing_weights)
+        combined = rows.combine(routing_weights)
+        self._memory = rows.memory
+        return combined
 
     def compute(
         self,
@@ -203,7 +208,8 @@ class Dispatcher:
             wanted.append(self._prefetch.predict(layer, hidden_states))
         found = gpu.read(wanted)
         copy = found[1] if on_cpu else None
-        rows = LayerRows(layer, hidden_states, found[0], copy=copy, exact=exact)
+        memory, self._memory = self._memory, None
+        rows = LayerRows(layer, hidden_states, found[0], copy=copy, exact=exact, memory=memory)
         return rows, found[-1] if predicts else None
 
     @property

@@ -18,7 +18,8 @@ class LayerRows:
     """One call of a layer's experts. Each expert is to be used once, with all of its rows.
 
     hidden_states: [T, D]. selected: [T, K], int64, on the CPU. copy: the hidden states on the CPU,
-    if they were read. counts: the rows of each expert, those with the most rows first.
+    if they were read. counts: the rows of each expert, those with the most rows first. memory: the
+    outputs, [T * K, D], expert by expert. What an earlier call used is used again if it fits.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class LayerRows:
         *,
         copy: torch.Tensor | None = None,
         exact: bool = False,
+        memory: torch.Tensor | None = None,
     ) -> None:
         self.layer, self.hidden_states, self.exact, self._copy = layer, hidden_states, exact, copy
         device, (tokens, choices) = hidden_states.device, selected.shape
@@ -49,8 +51,11 @@ class LayerRows:
             key: slice(end - self.counts[key], end)
             for key, end in zip(self.counts, ends, strict=True)
         }
-        # Expert by expert.
-        self._outputs = hidden_states.new_empty(tokens * choices, hidden_states.shape[-1])
+        shape = tokens * choices, hidden_states.shape[-1]
+        if memory is None or memory.shape != shape:
+            with torch.inference_mode(False):  # another call may not be in it
+                memory = torch.empty(shape, dtype=hidden_states.dtype, device=device)
+        self.memory = memory
 
     @property
     def is_one_token(self) -> bool:
@@ -60,7 +65,7 @@ class LayerRows:
     @property
     def outputs(self) -> torch.Tensor:
         """Return all outputs [T * K, D], each token's in the order of its choices."""
-        return self._outputs if self.is_one_token else self._outputs[self._places.flatten()]
+        return self.memory if self.is_one_token else self.memory[self._places.flatten()]
 
     def of(self, *keys: ExpertKey) -> torch.Tensor:
         """Return the rows of an expert [n, D], or of several, on the hidden states' device."""
@@ -80,7 +85,7 @@ class LayerRows:
 
     def output_of(self, key: ExpertKey) -> torch.Tensor:
         """Return an expert's place for its output [n, D], on the hidden states' device."""
-        return self._outputs[self._parts[key]]
+        return self.memory[self._parts[key]]
 
     def put(self, key: ExpertKey, output: torch.Tensor) -> None:
         """Store an expert's output [n, D], from any device."""
@@ -89,5 +94,5 @@ class LayerRows:
     def combine(self, routing_weights: torch.Tensor) -> torch.Tensor:
         """Return [T, D]: each token's outputs, weighted by routing_weights [T, K], float32."""
         if self.is_one_token:
-            return rows.weighted_sum(self._outputs.unsqueeze(0), routing_weights)
-        return rows.weighted_sum(self._outputs, routing_weights, self._places)
+            return rows.weighted_sum(self.memory.unsqueeze(0), routing_weights)
+        return rows.weighted_sum(self.memory, routing_weights, self._places)

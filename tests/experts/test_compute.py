@@ -172,6 +172,22 @@ def test_a_prompts_experts_are_computed_together_with_the_same_bits(
     assert set(together) == groups
 
 
+def test_the_outputs_of_a_layer_take_the_memory_of_the_layer_before(installed):
+    one, inputs = runner(installed, 8), [routing(17, seed=seed) for seed in (1, 2)]
+    expected = [runner(installed, 8).run(1, *each) for each in inputs]
+    with torch.inference_mode():
+        first = one.run(1, *inputs[0])
+        memory = one._memory
+    second = one.run(1, *inputs[1])
+    assert memory is one._memory is not None
+    assert torch.equal(first, expected[0])
+    assert torch.equal(second, expected[1])
+    one.run(1, *routing(16))
+    assert one._memory is not memory
+    one.resident([])
+    assert one._memory is None  # while an answer is decoded
+
+
 def test_outputs_are_in_the_order_of_a_tokens_choices():
     selected = torch.tensor([[3, 1], [1, 0], [3, 2], [1, 3]])
     rows = LayerRows(7, torch.arange(4.0)[:, None].expand(4, 8), selected)
