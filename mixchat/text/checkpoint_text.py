@@ -1,4 +1,9 @@
-"""A checkpoint's tokenizer and template, run in a sandbox. The rest of mixchat uses these."""
+"""A checkpoint's tokenizer and template. The rest of mixchat uses these.
+
+Both are parsed and run in a sandbox, because their files are programs: a template can loop, and so
+can a tokenizer's regular expressions. The sandbox sends the bytes of every token once. Text is made
+of tokens here, by a look into that table.
+"""
 
 from __future__ import annotations
 
@@ -71,9 +76,17 @@ class _Sandboxed:
         return _checked_ids(self._ask(method, *arguments), self._subject)
 
 
-class _SandboxedTokenizer(_Sandboxed):
+class _SandboxedTokenizer(_Sandboxed, Tokenizer):
+    """Encodes in the sandbox. Decoding is a look into a table, which no text can slow down."""
+
     def __init__(self, sandbox: Sandbox, subject: str, facts: Any) -> None:
         super().__init__(sandbox, subject)
+        first, names = (
+            {int(i): str(text).encode("latin-1") for i, text in facts[name]}
+            for name in ("first", "names")
+        )
+        within = [str(text).encode("latin-1") for text in facts["within"]]
+        self.token_bytes = TokenBytes(within, first, names)
         self.vocab_size = int(facts["vocab_size"])
         ids = (facts[name] for name in ("bos_id", "eos_id"))
         self.bos_id, self.eos_id = (None if i is None else int(i) for i in ids)
@@ -87,16 +100,6 @@ class _SandboxedTokenizer(_Sandboxed):
 
     def encode_template(self, text: str, inserts: Mapping[str, Insert] | None = None) -> list[int]:
         return self._ask_ids("encode_template", text, dict(inserts or {}))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._ask("decode", list(ids)))
-
-    def token_bytes(self) -> TokenBytes:
-        value = self._ask("token_bytes")
-        with _checking_facts(self._subject):
-            within = [str(text).encode("latin-1") for text in value["within"]]
-            first = {int(i): str(text).encode("latin-1") for i, text in value["first"]}
-        return TokenBytes(within, first)
 
 
 class _SandboxedTemplate(_Sandboxed):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from mixchat.text.tokenizer import Tokenizer
-
-# A character has at most four bytes, and each may be a token. So only the last three can still
-# change.
-_MAX_PENDING = 3  # tokens
-_KEPT_TOKENS = 12  # when the window is cut, so that enough text comes before the last three
-_MAX_WINDOW = 2 * _KEPT_TOKENS  # tokens
+if TYPE_CHECKING:
+    from mixchat.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns ids into text, one at a time. Each costs the decoding of a short window.
+    """Turns ids into text, one at a time.
 
     The texts of `add` and `flush`, joined, are what `decode(prompt + ids)` adds to
     `decode(prompt)`. If "\u20ac" is three byte tokens:
@@ -23,50 +20,28 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         """Continue the text of `prompt_ids`, which must end with a whole character."""
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        for token_id in reversed(prompt_ids):
-            if not self._is_silent(token_id):
-                self._window.insert(0, token_id)
-            if len(self._window) == _KEPT_TOKENS:
+        self._tokens = tokenizer.token_bytes
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._is_first = True
+        for token in prompt_ids:
+            if not self._is_first:
                 break
-        self._text = tokenizer.decode(self._window)
-        self._shown = len(self._text)
-        self._pending = ""
+            self._bytes_of(token)
 
     def add(self, token_id: int) -> str:
         """Return the text that has become certain, which is often one word, sometimes nothing."""
-        text = self._tokenizer.decode([*self._window, token_id])
-        if text == self._text and self._is_silent(token_id):
-            return ""
-        self._text = text
-        self._window.append(token_id)
-        certain = len(text) - _pending_length(text)
-        new, self._pending = text[self._shown : certain], text[max(certain, self._shown) :]
-        self._shown = max(self._shown, certain)
-        if len(self._window) >= _MAX_WINDOW:
-            # The window may begin inside a character, but its text begins the same every time.
-            self._window = self._window[-_KEPT_TOKENS:]
-            self._text = self._tokenizer.decode(self._window)
-            self._shown = len(self._text) - len(self._pending)
-        return new
+        return self._decoder.decode(self._bytes_of(token_id))
 
     def flush(self) -> str:
         """Return the rest at the end of the ids. An unfinished character is U+FFFD."""
-        rest, self._pending = self._pending, ""
-        self._shown += len(rest)
-        return rest
+        return self._decoder.decode(b"", final=True)
 
-    def _is_silent(self, token_id: int) -> bool:
-        """Return whether a token has no text. A control token would push text out of the window."""
-        # A single token of one space decodes to "", too, because a leading space is dropped.
-        return self._tokenizer.decode([token_id, token_id]) == ""
-
-
-def _pending_length(text: str) -> int:
-    """Return how many characters at the end may be the start of an incomplete character."""
-    whole = len(text.rstrip("\ufffd"))
-    return min(len(text) - whole, _MAX_PENDING)
+    def _bytes_of(self, token_id: int) -> bytes:
+        added = self._tokens.added(token_id, is_first=self._is_first)
+        # A token whose only space is dropped at the start is the first one all the same.
+        if added or token_id in self._tokens.first:
+            self._is_first = False
+        return added
 
 
 class StopStrings:

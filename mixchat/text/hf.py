@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import CheckpointError, short_message
 from mixchat.base.files import read_json_object
-from mixchat.text.hf_bytes import byte_level_bytes, decoded_bytes, without
-from mixchat.text.tokenizer import Insert, TokenBytes, require_unicode, token_pattern
+from mixchat.text.hf_bytes import byte_level_bytes, decoded_bytes, with_controls
+from mixchat.text.tokenizer import Insert, TokenBytes, Tokenizer, require_unicode, token_pattern
 from mixchat.text.tokenizer_files import (
     MAX_TOKENIZER_FILE,
     AddedToken,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which no text needs
 
 
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A `Tokenizer` that gives each control token of tokenizer.json a secret name.
 
     The package finds an added token in any text that spells it. So each control token is renamed to
@@ -48,7 +48,6 @@ class JsonTokenizer:
 
         secret = secrets.token_hex(8)
         self._marks = {t.content: f"{_OPEN}{secret}.{n}{_CLOSE}" for n, t in enumerate(controls)}
-        self._names = {mark: content for content, mark in self._marks.items()}
         self._splice = f"{_OPEN}{secret}{_CLOSE}"
         self._tokenizer = _build(_renamed(spec, added, self._marks), file)
         self.vocab_size: int = self._tokenizer.get_vocab_size()
@@ -58,15 +57,14 @@ class JsonTokenizer:
         self._splice_id = _add_splice(self._tokenizer, self._splice)
 
         special = {t.content for t in controls if t.special or t.content in names.values()}
-        self._hidden = {i for t, i in self.control_tokens.items() if t in special}
-        self._hidden.add(self._splice_id)
+        self._shown_names = {
+            i: name.encode() for name, i in self.control_tokens.items() if name not in special
+        }
         words = [t.content for t in controls if t.single_word]
         self._controls = token_pattern(self._marks, whole_words=words)
-        self._mark = token_pattern(self._names)
         decoder = json.dumps(spec.get("decoder"))
-        self._bytes = self._byte_ids() if "ByteFallback" in decoder else {}
         self._is_byte_level = "ByteLevel" in decoder
-        self._byte_of = {token_id: byte for byte, token_id in self._bytes.items()}
+        self._byte_of = self._byte_tokens() if "ByteFallback" in decoder else {}
 
         # The tokens of a newline after an insert. If they are two, text after any token gets a
         # leading space, which is wrong for text that continues.
@@ -78,6 +76,7 @@ class JsonTokenizer:
         self.eos_id = self._first_id(names.get("eos_token"), "</s>")
         settings = read_optional_json(directory / "tokenizer_config.json")
         self.adds_bos = self._adds_bos(settings.get("add_bos_token"))
+        self.token_bytes = self._all_bytes()
 
     def encode(self, text: str) -> list[int]:
         require_unicode(text)
@@ -96,22 +95,14 @@ class JsonTokenizer:
         ids = self._spliced(parts, answers, continued=self._leads_with_space)
         return ids if ids is not None else self._spliced(parts, answers, continued=False) or []
 
-    def decode(self, ids: Sequence[int]) -> str:
-        shown = [i for i in ids if i not in self._hidden]
-        if self._bytes:
-            known = (i for i in shown if self._tokenizer.id_to_token(i) is not None)
-            shown = list(self._whole_characters(known))
-        text: str = self._tokenizer.decode(shown, skip_special_tokens=False)
-        return self._mark.sub(lambda match: self._names[match.group()], text)
-
-    def token_bytes(self) -> TokenBytes:
+    def _all_bytes(self) -> TokenBytes:
         ids = range(self.vocab_size)
         tokens = (
             byte_level_bytes(self._tokenizer, ids)
             if self._is_byte_level
             else decoded_bytes(self._tokenizer, ids, self._byte_of, anchor=self._ids("a"))
         )
-        return without(tokens, set(self.control_tokens.values()))
+        return with_controls(tokens, set(self.control_tokens.values()), self._shown_names)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -139,29 +130,10 @@ class JsonTokenizer:
             ids += [*answer, *run[head:]]
         return ids
 
-    def _whole_characters(self, ids: Iterable[int]) -> Iterator[int]:
-        """Replace the ids of bytes that are not UTF-8 by the ids of U+FFFD.
-
-        The package rejects a whole run of bytes for one wrong byte, so text that was shown would
-        change when the next byte arrives.
-        """
-        run = bytearray()
-        for token_id in ids:
-            if token_id in self._byte_of:
-                run.append(self._byte_of[token_id])
-                continue
-            yield from self._valid(run)
-            run.clear()
-            yield token_id
-        yield from self._valid(run)
-
-    def _valid(self, run: bytearray) -> Iterator[int]:
-        return (self._bytes[byte] for byte in run.decode("utf-8", "replace").encode("utf-8"))
-
-    def _byte_ids(self) -> dict[int, int]:
-        """Return the id of each byte's token, or nothing unless all 256 exist."""
-        ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
-        known = {byte: token_id for byte, token_id in ids.items() if token_id is not None}
+    def _byte_tokens(self) -> dict[int, int]:
+        """Return the byte of each byte's token by its id, or nothing unless all 256 exist."""
+        ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        known = {token: byte for byte, token in enumerate(ids) if token is not None}
         return known if len(known) == 256 else {}
 
     def _first_id(self, *tokens: str | None) -> int | None:

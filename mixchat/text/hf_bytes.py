@@ -47,10 +47,13 @@ def byte_level_bytes(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> Tok
     return TokenBytes([exact(tokenizer.id_to_token(i) or "") for i in ids], {})
 
 
-def without(tokens: TokenBytes, controls: Collection[int]) -> TokenBytes:
-    """Return the bytes of tokens, none for `controls`."""
+def with_controls(
+    tokens: TokenBytes, controls: Collection[int], names: Mapping[int, bytes]
+) -> TokenBytes:
+    """Return the bytes of tokens, none for `controls`, some of which have `names`."""
     within = [b"" if i in controls else text for i, text in enumerate(tokens.within)]
-    return TokenBytes(within, {i: t for i, t in tokens.first.items() if i not in controls})
+    first = {i: text for i, text in tokens.first.items() if i not in controls}
+    return TokenBytes(within, first, names)
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -26,7 +26,7 @@ from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
 
 _MAX_CALL = 2_000_000  # bytes of a call; encoding them takes up to 800 MB
 _CPU_S, _CPU_S_PER_BYTE = 2, 2e-6  # a MB of text takes 1 s
-_VOCABULARY_CPU_S = 3  # loading one of 256,000 tokens takes 2 s
+_VOCABULARY_CPU_S = 5  # one of 256,000 tokens takes 2 s, and their bytes another
 _WALL_S_PER_CPU_S = 10  # a busy machine may give a process a tenth of a core
 
 # With -I nothing in the current directory is imported, and no PYTHON* variable has an effect.
@@ -52,8 +52,8 @@ _SET_VARIABLES = {
 
 def cpu_seconds(method: str, size: int) -> float:
     """Return the computing time that a call of `size` bytes may take."""
-    whole = method in ("load_tokenizer", "token_bytes")
-    return (_VOCABULARY_CPU_S if whole else _CPU_S) + size * _CPU_S_PER_BYTE
+    seconds = _VOCABULARY_CPU_S if method == "load_tokenizer" else _CPU_S
+    return seconds + size * _CPU_S_PER_BYTE
 
 
 def reply_seconds(cpu_seconds: float) -> float:

@@ -58,7 +58,12 @@ class _CheckpointService:
         self._tokenizer = tokenizer = load_tokenizer(self._directory)
         names = ("vocab_size", "bos_id", "eos_id", "adds_bos")
         facts = {name: getattr(tokenizer, name) for name in names}
-        return {**facts, "control_tokens": dict(tokenizer.control_tokens)}
+        facts["control_tokens"] = dict(tokenizer.control_tokens)
+        tokens = tokenizer.token_bytes  # Latin-1 is a character for each byte
+        facts["within"] = [data.decode("latin-1") for data in tokens.within]
+        for name, by_id in (("first", tokens.first), ("names", tokens.names)):
+            facts[name] = [[token, data.decode("latin-1")] for token, data in by_id.items()]
+        return facts
 
     def load_template(self) -> object:
         self._template = template = load_template(self._directory, self._tokenizer)
@@ -77,14 +82,6 @@ class _CheckpointService:
     def encode_template(self, text: str, inserts: Mapping[str, Any]) -> object:
         tuples = {key: v if isinstance(v, str) else tuple(v) for key, v in inserts.items()}
         return self._tokenizer.encode_template(text, tuples)
-
-    def decode(self, ids: Sequence[int]) -> object:
-        return self._tokenizer.decode(ids)
-
-    def token_bytes(self) -> object:
-        tokens = self._tokenizer.token_bytes()
-        first = [[i, text.decode("latin-1")] for i, text in tokens.first.items()]
-        return {"within": [text.decode("latin-1") for text in tokens.within], "first": first}
 
     def encode_messages(
         self,

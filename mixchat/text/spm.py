@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mixchat.base.files import read_bytes
 from mixchat.text.tokenizer import (
     Insert,
     TokenBytes,
+    Tokenizer,
     looks_like_markup,
     require_unicode,
     token_pattern,
@@ -25,7 +26,7 @@ from mixchat.text.tokenizer_files import (
 )
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A `Tokenizer` for a SentencePiece model and the tokens that a fine-tune added to it."""
 
     def __init__(self, file: Path) -> None:
@@ -53,7 +54,6 @@ class SentencePieceTokenizer:
         self._model = model
         self._size = size
         self.control_tokens: Mapping[str, int] = {pieces[unknown]: unknown, **own, **added}
-        self._hidden: Set[int] = set(self.control_tokens.values()) - {unknown}
         self._controls = token_pattern(self.control_tokens)
         self._newline: list[int] = model.encode("\n")
 
@@ -66,6 +66,7 @@ class SentencePieceTokenizer:
         self.bos_id = self._special(names.get("bos_token"), model.bos_id())
         self.eos_id = self._special(names.get("eos_token"), model.eos_id())
         self.adds_bos = self.bos_id is not None and settings.get("add_bos_token") is not False
+        self.token_bytes = self._all_bytes()
 
     def encode(self, text: str) -> list[int]:
         require_unicode(text)
@@ -91,12 +92,7 @@ class SentencePieceTokenizer:
                 ids.extend(self.encode(part) if leading_space else self._encode_continued(part))
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        known = [i for i in ids if 0 <= i < self._size and i not in self._hidden]
-        text: str = self._model.decode(known)
-        return text
-
-    def token_bytes(self) -> TokenBytes:
+    def _all_bytes(self) -> TokenBytes:
         within = [self._piece_bytes(i) for i in range(self.vocab_size)]
         spaced = [i for i, piece in enumerate(within) if piece.startswith(b" ")]
         alone: list[str] = self._model.decode([[i] for i in spaced])

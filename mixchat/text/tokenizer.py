@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from mixchat.base.errors import PromptError
+from mixchat.text.detokenizer import Detokenizer
 
 # A character in a template's text may stand for plain text, or for ids that are taken as they are.
 Insert: TypeAlias = "str | tuple[int, ...]"
@@ -24,10 +25,20 @@ class TokenBytes:
 
     `within` has the bytes of a token that follows others, by id. `first` has only the tokens that
     add other bytes at the start of a text, because SentencePiece drops a leading space there.
+    `names` has the names of control tokens that a person sees, such as `<think>`: their checkpoint
+    does not mark them as special.
     """
 
     within: Sequence[bytes]
     first: Mapping[int, bytes]
+    names: Mapping[int, bytes] = field(default_factory=dict)
+
+    def added(self, token: int, *, is_first: bool) -> bytes:
+        """Return the bytes that a token adds to a text that a person sees. Unknown ids add none."""
+        if is_first and token in self.first:
+            return self.first[token]
+        known = self.within[token] if 0 <= token < len(self.within) else b""
+        return known or self.names.get(token, b"")
 
 
 class Tokenizer(Protocol):
@@ -42,6 +53,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     adds_bos: bool  # whether the checkpoint wants BOS in front of plain text
     control_tokens: Mapping[str, int]
+    token_bytes: TokenBytes
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of untrusted text, without control tokens and BOS.
@@ -57,29 +69,19 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids without control and unknown ones. Broken UTF-8 is U+FFFD."""
-
-    def token_bytes(self) -> TokenBytes:
-        """Return the bytes of all tokens. Joined, the bytes of ids are the UTF-8 of `decode(ids)`.
-
-        That holds if they are valid UTF-8 and none of the ids is a control or unknown token.
-        """
+        """Return the text of ids without special and unknown ones. Broken UTF-8 is U+FFFD."""
+        detokenizer = Detokenizer(self)
+        return "".join(map(detokenizer.add, ids)) + detokenizer.flush()
 
 
 class TokenTexts:
     """The bytes of each token, or a control token's name."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._bytes = tokenizer.token_bytes.within
         self._names = {token: name.encode() for name, token in tokenizer.control_tokens.items()}
-        self._bytes: Sequence[bytes] = ()
-
-    def load(self) -> None:
-        """Ask the tokenizer, which may take a second."""
-        self._bytes = self._bytes or self._tokenizer.token_bytes().within
 
     def bytes_of(self, token: int) -> bytes:
-        """Return the bytes of a token, once they are loaded."""
         known = self._bytes[token] if token < len(self._bytes) else b""
         return known or self._names.get(token, b"")
 

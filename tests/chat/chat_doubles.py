@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from character_tokens import character_bytes
+
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
@@ -105,6 +107,7 @@ class CharacterTokenizer:
     """A token is a character's code point; 0 is the control token that ends an answer."""
 
     control_tokens = MARKS
+    token_bytes = character_bytes({STOP, *MARKS.values()})
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]

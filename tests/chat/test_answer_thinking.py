@@ -11,6 +11,7 @@ from mixchat.chat.session import Finished, TextDelta, ThinkingDelta
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.messages import Message
 from mixchat.text.thinking import AnswerText, ThinkingFormat, parser_of
+from mixchat.text.tokenizer import TokenBytes
 
 TAGS = ThinkingFormat("tags", ("enable_thinking",))
 HARMONY = ThinkingFormat("harmony", ("reasoning_effort",))
@@ -167,8 +168,13 @@ def test_no_thinking_comes_after_text(session_of):
 class Pairs(CharacterTokenizer):
     """A token is two characters."""
 
-    def decode(self, ids: Any) -> str:
-        return "".join(f"{chr(token >> 8)}{chr(token & 255)}" for token in ids).replace("\0", "")
+    token_bytes = TokenBytes(
+        [
+            f"{chr(token >> 8)}{chr(token & 255)}".replace("\0", "").encode()
+            for token in range(1 << 16)
+        ],
+        {},
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from mixchat.sessions.cache_file import FILE_START
 from mixchat.sessions.local_models import LocalModels
+from mixchat.text.tokenizer import TokenBytes
 
 _FIRST = 30  # the tiny model's 97 tokens are the characters from here on
 
@@ -17,8 +18,7 @@ _FIRST = 30  # the tiny model's 97 tokens are the characters from here on
 class Tokenizer:
     """A token is a printable character of ASCII."""
 
-    def decode(self, ids):
-        return "".join(chr(token + _FIRST) for token in ids)
+    token_bytes = TokenBytes([chr(token + _FIRST).encode() for token in range(97)], {})
 
 
 class Template:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from character_tokens import character_bytes
 from waiter import WAIT, Waiter, job
 
 from mixchat.base.errors import CheckpointError, PromptError
@@ -285,6 +286,7 @@ def test_a_job_tells_thinking_apart_from_text() -> None:
 
     class Characters:
         control_tokens: dict[str, int] = {}  # noqa: RUF012
+        token_bytes = character_bytes()
 
         def decode(self, ids: Any) -> str:
             return "".join(map(chr, ids))

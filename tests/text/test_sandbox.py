@@ -63,7 +63,7 @@ def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory):
         assert sandboxed.encode_template("<s>AxB", inserts) == tokenizer.encode_template(
             "<s>AxB", inserts
         )
-        assert sandboxed.token_bytes() == tokenizer.token_bytes()
+        assert sandboxed.token_bytes == tokenizer.token_bytes
         assert sandboxed.decode([*ids, 10**9]) == tokenizer.decode([*ids, 10**9])
         streams = (Detokenizer(sandboxed), Detokenizer(tokenizer))
         assert [streams[0].add(i) for i in ids] == [streams[1].add(i) for i in ids]

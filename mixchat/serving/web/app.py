@@ -177,8 +177,6 @@ async def _answer(
     asked = await while_connected(request.receive, _read(state, model, body, read))
     request.state.ignored = _named(asked)
     state.note_ignored(request.state.ignored)
-    if asked.jobs[0].top_logprobs is not None:
-        await run_in_threadpool(model.texts.load)
     responses = builder(asked, model)
     answers = PendingAnswers(model.service, asked.jobs)
     await run_in_threadpool(answers.submit)

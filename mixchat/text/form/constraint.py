@@ -52,7 +52,7 @@ class ConstraintCompiler:
 
         Raises `UsageError` if no token can end an answer.
         """
-        tokens = tokenizer.token_bytes()
+        tokens = tokenizer.token_bytes
         stops = sorted(i for i in stop_ids if i < len(tokens.within))
         if not stops:
             raise UsageError("the model has no token that ends an answer of a given form")

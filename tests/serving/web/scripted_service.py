@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from character_tokens import character_bytes
+
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import Context
 from mixchat.serving.service import (
@@ -30,7 +32,7 @@ from mixchat.serving.service import (
 from mixchat.text.detokenizer import StopStrings
 from mixchat.text.messages import Message, require_question
 from mixchat.text.thinking import ThinkingFormat
-from mixchat.text.tokenizer import TokenBytes, require_unicode
+from mixchat.text.tokenizer import require_unicode
 from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import PLAIN, ToolFormat
 from mixchat.text.tool_parser import answer_parser
@@ -38,16 +40,6 @@ from mixchat.text.tool_parser import answer_parser
 STOP, BOS = 0, 1
 PAUSE = 0.05
 _PARTS = re.compile(r"\{\w+\}|.", re.DOTALL)
-
-
-class _CharacterBytes:
-    """The bytes of each token, which are those of its character."""
-
-    def __len__(self) -> int:
-        return CharacterTokenizer.vocab_size
-
-    def __getitem__(self, token: int) -> bytes:
-        return b"" if token in (STOP, BOS) else chr(token).encode(errors="replace")
 
 
 class CharacterTokenizer:
@@ -66,11 +58,10 @@ class CharacterTokenizer:
         parts = [(inserts or {}).get(character, character) for character in text]
         return [i for part in parts for i in (self.encode(part) if type(part) is str else part)]
 
+    token_bytes = character_bytes({STOP, BOS})
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in ids if i not in (STOP, BOS))
-
-    def token_bytes(self) -> TokenBytes:
-        return TokenBytes(_CharacterBytes(), {})
 
     def token_id(self, token: str) -> int | None:
         return self.control_tokens.get(token)

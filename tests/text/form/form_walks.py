@@ -23,12 +23,8 @@ class ByteTokenizer:
     """A tokenizer as far as forms use it; `first` has tokens with other bytes at a text's start."""
 
     def __init__(self, *more: bytes, first: Mapping[int, bytes] | None = None) -> None:
-        self.tokens = TokenBytes(
-            [*(bytes([byte]) for byte in range(256)), b"", *more], dict(first or {})
-        )
-
-    def token_bytes(self) -> TokenBytes:
-        return self.tokens
+        words = [*(bytes([byte]) for byte in range(256)), b"", *more]
+        self.token_bytes = TokenBytes(words, dict(first or {}))
 
 
 def json_schema(schema: object) -> OutputConstraint:

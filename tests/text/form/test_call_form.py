@@ -45,9 +45,7 @@ class Tokens:
         self.words = [*(bytes([i]) for i in range(256)), b"", *WORDS, *(b"" for _ in controls)]
         first = len(self.words) - len(controls)
         self.control_tokens = {name: first + i for i, name in enumerate(controls)}
-
-    def token_bytes(self) -> TokenBytes:
-        return TokenBytes(self.words, {})
+        self.token_bytes = TokenBytes(self.words, {})
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.words[i] for i in ids).decode("utf-8", "replace")

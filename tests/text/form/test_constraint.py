@@ -1,7 +1,5 @@
 """Constraints: what they allow is the text that a person sees, and an answer ends by itself."""
 
-from typing import Any
-
 import pytest
 import torch
 from form_walks import STOP, ByteTokenizer, compiled, json_object, lark_grammar
@@ -9,6 +7,7 @@ from form_walks import STOP, ByteTokenizer, compiled, json_object, lark_grammar
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.text.detokenizer import Detokenizer
 from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
+from mixchat.text.tokenizer import TokenBytes
 
 
 def allowed(constraint: TokenConstraint) -> set[int]:
@@ -73,10 +72,7 @@ def test_an_answer_of_another_form_cannot_be_continued():
 
 def test_a_vocabulary_that_lacks_a_character_is_named_as_the_reason():
     class Few:
-        def token_bytes(self) -> Any:
-            from mixchat.text.tokenizer import TokenBytes
-
-            return TokenBytes([b"a", b"", b"b"], {})
+        token_bytes = TokenBytes([b"a", b"", b"b"], {})
 
     form = ConstraintCompiler(Few(), {1}).compile(lark_grammar("start: /a/ /z/"))  # type: ignore[arg-type]
     constraint = form()
