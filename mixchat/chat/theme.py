@@ -7,7 +7,11 @@ white are none of them, since they are hard to read on a light background.
 from __future__ import annotations
 
 import os
-from typing import TextIO
+from functools import cache
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.style import Style
 
 PROMPT, WORDS = "bold green", "green"  # the `>>>`, and the text of the person
 ERROR = "bold red"
@@ -16,10 +20,14 @@ ERROR = "bold red"
 SUGGESTION = "#808080 italic"
 FRAME = "dim"  # around the model's text
 THINKING = "dim"
-CODE, LINK = "cyan", "underline"
-HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
-INLINE = {"strong": "bold", "em": "italic", "s": "strike"}
-TOKENS = {
+# Rich's names of the parts of Markdown, after `markdown.`
+MARKDOWN = {
+    **{"h1": "bold underline", "h2": "bold", "h3": "bold italic"},
+    **dict.fromkeys(("h4", "h5", "h6"), "bold"),
+    **{"strong": "bold", "em": "italic", "s": "strike", "u": "underline", "code": "cyan"},
+    **{"block_quote": "none", "hr": FRAME, "table.border": FRAME, "table.header": "bold"},
+}
+_TOKENS = {
     "Token.Comment": "dim italic",
     "Token.Keyword": "magenta",
     "Token.Operator.Word": "magenta",
@@ -37,6 +45,18 @@ TOKENS = {
 }
 
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32"}
+
+
+@cache
+def code_styles() -> dict[Any, Style]:
+    """Return Rich's styles of Pygments' tokens."""
+    from pygments.token import string_to_tokentype
+    from rich.style import Style
+
+    return {
+        string_to_tokentype(name.removeprefix("Token.")): Style.parse(style)
+        for name, style in _TOKENS.items()
+    }
 
 
 def painted(text: str, style: str, stream: TextIO) -> str:

@@ -1,36 +1,50 @@
-"""Draws an answer's Markdown for a terminal, without losing anything the model wrote."""
+"""Draws an answer's Markdown with Rich, without losing anything that the model wrote.
+
+Rich's own parser drops `<think>` and `vector<T>`, and joins lines. So the text is parsed by
+`markdown_rules`, and Rich draws the tokens, with an element for code of our own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
 
 from markdown_it.rules_block.table import escapedSplit
 from markdown_it.token import Token
-from markdown_it.tree import SyntaxTreeNode
 from rich import box
-from rich.cells import cell_len
+from rich.cells import chop_cells
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markdown import (
+    CodeBlock,
+    Heading,
+    HorizontalRule,
+    Markdown,
+    MarkdownElement,
+    TableElement,
+)
+from rich.rule import Rule
 from rich.segment import Segment
+from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
 from mixchat.base.sanitize import sanitize
-from mixchat.chat.draw.highlight import TAB, Bar, Code, fitting
 from mixchat.chat.draw.markdown_rules import MAX_NESTING, parser
-from mixchat.chat.theme import CODE, FRAME, HEADINGS, INLINE, LINK
+from mixchat.chat.theme import FRAME, MARKDOWN, code_styles
 
-_MIN_INDENTED_WIDTH = 6  # columns, or text is not indented
-_MIN_CELL_WIDTH = 7  # columns of a cell and its frame, or a table is not drawn
+_TAB = " " * 4
+_FRAME_WIDTH = 20  # columns of the lines around code
+_MIN_CELL_WIDTH = 7  # columns of a cell and its frame, or a table is shown as written
+_MIN_NESTED_WIDTH = 4  # columns of each level of lists and quotes, or they are shown as written
 
 # A backslash before these is Markdown's. Before others, as in `\(` and `\{`, it is text.
 _ESCAPED = set("\\`*_~#+-.!|<>$")
 # Unicode's line and paragraph separators, which terminals show differently.
 _SEPARATORS = {0x2028: "\n", 0x2029: "\n"}
-
-
-def render(text: str) -> RenderableType:
-    """Return what Rich prints for the Markdown `text`, which equals what streaming it shows."""
-    return _Document(text)
+_THEME = Theme({f"markdown.{name}": style for name, style in MARKDOWN.items()})
 
 
 def cleaned(text: str, encoding: str) -> str:
@@ -40,168 +54,161 @@ def cleaned(text: str, encoding: str) -> str:
 
 
 @dataclass(frozen=True)
-class PartlyDrawn:
-    """The state of a code block of which `lines` lines are on the screen.
+class MarkdownText:
+    """Rich prints it as a stream of the same text shows it."""
 
-    If it is in an item of a list or in a quote, `path` leads to it, with the number of the part in
-    each. If it is `resumed`, the drawn lines ended with a frame, so the rest gets a new one.
-    """
-
-    lines: int
-    path: tuple[int, ...] = ()
-    resumed: bool = False
-
-    def rest_of(self, drawn: RenderableType) -> RenderableType:
-        """Return what is still to be drawn of a block."""
-        if self.path and isinstance(drawn, _Indented):
-            return drawn.resumed(self.path[0], replace(self, path=self.path[1:]))
-        if isinstance(drawn, Code):
-            return replace(drawn, first=self.lines, resumed=self.resumed)
-        return drawn
-
-
-NOTHING = PartlyDrawn(0)
-
-
-def broken_off(text: str) -> tuple[MarkdownBlock, PartlyDrawn] | None:
-    """Return the block at the end of a cleaned text, if that ends in a fence that is not closed.
-
-    The incomplete line counts as not drawn, because its rest alone would be hard to read.
-    """
-    found = blocks(text)
-    drawn = found[-1].drawn if found else None
-    path: tuple[int, ...] = ()
-    while isinstance(drawn, _Indented):
-        number, drawn = drawn.last
-        path = (*path, number)
-    if not isinstance(drawn, Code) or drawn.closed:
-        return None
-    return found[-1], PartlyDrawn(drawn.code.count("\n"), path, resumed=True)
-
-
-class _Document:
-    def __init__(self, text: str) -> None:
-        self._text = text
+    text: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for block in blocks(cleaned(self._text, options.encoding)):
-            if block.gap:
-                yield Text()
-            yield block.drawn
+        for block in blocks(cleaned(self.text, options.encoding)):
+            yield from block.parts
 
 
 @dataclass(frozen=True)
 class MarkdownBlock:
-    """A paragraph, table, top-level list item, which starts at line `start` of its text."""
+    """A paragraph, a table, an item of a list at the top level, and so on.
+
+    `start` is its first line. `gap` tells whether a blank line comes before it. `source` is its
+    text, which is shown in a terminal of fewer columns than `min_width`. `is_open` tells whether it
+    ends with code whose fence has no end yet.
+    """
 
     start: int
-    gap: bool  # a blank line comes before it
-    drawn: RenderableType
+    gap: bool
+    source: str
+    tokens: list[Token]
+    min_width: int
+    is_open: bool
+
+    @property
+    def parts(self) -> list[RenderableType]:
+        """Return the blank line before the block, if there is one, and the block."""
+        return [Text(), self] if self.gap else [self]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < self.min_width:
+            yield Text(self.source.replace("\t", _TAB), overflow="fold")
+            return
+        with console.use_theme(_THEME):
+            lines = console.render_lines(_RichMarkdown(self.tokens), options, pad=False)
+        for line in lines:
+            # Rich fills rows with spaces. If the terminal takes a character for wider than Rich
+            # does, they would begin another row.
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
+            yield from (*line, Segment.line())
 
 
 def blocks(text: str) -> list[MarkdownBlock]:
     """Return the blocks of a cleaned text, each drawn independently of the others.
 
     A block cannot change when a complete line of the next one is there. So references and
-    underlined headings are text here, blank lines stay as they were written (no list is loose as a
-    whole), and items have the numbers they were given.
+    underlined headings are text here, and blank lines stay as they were written.
     """
-    source = _Source(text.split("\n"))
-    found: list[MarkdownBlock] = []
-    for part in _with_items(SyntaxTreeNode(parser().parse(text)).children):
-        gap = bool(found) and source.gap(part)
-        found.append(MarkdownBlock(_start(part), gap, source.drawn(part)))
+    lines, found = text.split("\n"), list[MarkdownBlock]()
+    for block in _split(parser().parse(text)):
+        start, end = block[0].map or (0, 0)
+        source = "\n".join(lines[start:end]).rstrip()
+        gap = bool(found) and not lines[start - 1].strip(" \t>")
+        min_width, is_open = _min_width(block, lines), _ends_in_open_fence(block, end)
+        if block[0].type == "paragraph_open":
+            block[1].children = [_text(_indent(source)), *(block[1].children or [])]
+        for token in block:
+            if token.type == "inline":
+                token.children = list(_readable(token.children or []))
+        found.append(MarkdownBlock(start, gap, source, block, min_width, is_open))
     return found
 
 
-def _with_items(nodes: list[SyntaxTreeNode]) -> list[SyntaxTreeNode]:
-    """Return the nodes with the items of lists in place of the lists."""
-    lists = ("bullet_list", "ordered_list")
-    return [part for node in nodes for part in (node.children if node.type in lists else [node])]
+def _split(tokens: list[Token]) -> Iterator[list[Token]]:
+    """Yield the tokens of each block. An item of a list becomes a list with the item's number."""
+    block = list[Token]()
+    for token in tokens:
+        if token.level == 0 and token.type.endswith("_list_open"):
+            opening = token
+        elif token.level == 0 and token.type.endswith("_list_close"):
+            continue
+        elif token.level == 1 and token.type == "list_item_open":
+            number = {"start": token.info} if token.info else {}
+            block = [opening.copy(attrs=number, map=token.map), token]
+        else:
+            block.append(token)
+        if token.level == 1 and token.type == "list_item_close":
+            closing = Token(opening.type.replace("_open", "_close"), opening.tag, -1)
+            yield [*block, closing]
+        elif token.level == 0 and token.nesting < 1:
+            yield block
+        else:
+            continue
+        block = []
 
 
-def _start(node: SyntaxTreeNode) -> int:
-    return node.map[0] if node.map else 0
+def _indent(source: str) -> str:
+    """Return the spaces before a paragraph, which may be code without a fence.
+
+    A single one comes from tokenizers.
+    """
+    spaces = source[: len(source) - len(source.lstrip(" "))]
+    return spaces if len(spaces) > 1 else ""
 
 
-def _is_too_deep(node: SyntaxTreeNode) -> bool:
-    """Return whether the parser dropped a part of a block, because it was nested too deep."""
-    blocks = (child for child in node.children if child.type != "inline")
-    return (node.is_nested and node.level >= MAX_NESTING - 1) or any(map(_is_too_deep, blocks))
+def _readable(children: Iterable[Token]) -> Iterator[Token]:
+    """Yield the tokens of a text. Rich loses the addresses of links and images, and joins lines."""
+    targets: list[str] = []
+    linked = ""
+    for token in children:
+        if token.type == "link_open":
+            targets.append(_target(token, "href"))
+            linked = ""
+            yield Token("u_open", "u", 1)
+        elif token.type == "link_close":
+            target = targets.pop()
+            yield Token("u_close", "u", -1)
+            if target != linked:
+                yield _text(f" ({target})")
+        elif token.type == "image":
+            yield _text(f"{token.content} ({_target(token, 'src')})")
+        elif token.type == "softbreak":
+            yield Token("hardbreak", "br", 0)
+        elif token.type == "text_special" and token.content not in _ESCAPED:
+            yield _text(token.markup)
+        elif token.type in ("text", "text_special"):
+            linked += token.content
+            yield _text(token.content.replace("\t", _TAB))
+        else:
+            linked += token.content
+            yield token
 
 
-class _Source:
-    """The lines of a text, and the drawing of its nodes."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self._lines = lines
-
-    def gap(self, node: SyntaxTreeNode) -> bool:
-        """Return whether a blank line comes before a node."""
-        return not self._lines[_start(node) - 1].strip(" \t>")
-
-    def drawn(self, node: SyntaxTreeNode) -> RenderableType:
-        """Return one block with everything in it."""
-        if _is_too_deep(node):
-            return self._as_written(node)
-        match node.type:
-            case "heading":
-                return _inline(node.children[0].token, HEADINGS.get(node.tag, "bold"))
-            case "paragraph":
-                return _inline(node.children[0].token, before=self._indent(node))
-            case "fence":
-                return Code(node.content, node.info.strip(), closed=_is_closed(node))
-            case "code_block":
-                return _indented_text(node.content)
-            case "table":
-                as_written = self._as_written(node)
-                return as_written if self._has_cells_too_many(node) else _Table(node, as_written)
-            case "hr":
-                return Bar()
-            case "blockquote":
-                return _Indented("│ ", "│ ", self._all(node.children))
-        bullet = f"{node.info}{node.markup}" if node.info else "•"
-        return _Indented(f"{bullet} ", " " * (len(bullet) + 1), self._all(node.children))
-
-    def _all(self, nodes: list[SyntaxTreeNode]) -> list[RenderableType]:
-        drawn: list[RenderableType] = []
-        for part in _with_items(nodes):
-            if drawn and self.gap(part):
-                drawn.append(Text())
-            drawn.append(self.drawn(part))
-        return drawn
-
-    def _has_cells_too_many(self, table: SyntaxTreeNode) -> bool:
-        """Return whether a row has more cells than the header, which Markdown drops."""
-        header, *rows = (row for section in table.children for row in section.children)
-        return any(_cells(self._lines[_start(row)]) > len(header.children) for row in rows)
-
-    def _indent(self, paragraph: SyntaxTreeNode) -> str:
-        """Return the spaces before a paragraph, which may be code without a fence.
-
-        Within lists they belong to the list, and a single one comes from tokenizers.
-        """
-        line = self._lines[_start(paragraph)]
-        spaces = len(line) - len(line.lstrip(" "))
-        return " " * spaces if spaces > 1 and paragraph.level == 0 else ""
-
-    def _as_written(self, node: SyntaxTreeNode) -> Text:
-        start, end = node.map or (0, 0)
-        return Text("\n".join(self._lines[start:end]).rstrip().replace("\t", TAB))
+def _text(content: str) -> Token:
+    return Token("text", "", 0, content=content)
 
 
-def _is_closed(fence: SyntaxTreeNode) -> bool:
-    """Return whether the fence is closed, so that its last line is not code."""
-    start, end = fence.map or (0, 0)
-    return end - start == len(fence.content.splitlines()) + 2
+def _target(token: Token, name: str) -> str:
+    title = f' "{token.attrs["title"]}"' if "title" in token.attrs else ""
+    return f"{token.attrs[name]}{title}"
 
 
-def _indented_text(code: str) -> Text:
-    """Return code without a fence as it was written, because its start and end are uncertain."""
-    lines = code.removesuffix("\n").replace("\t", TAB).split("\n")
-    return Text(
-        "\n".join(f"{TAB}{line}" if line.strip() else "" for line in lines), overflow="fold"
-    )
+def _ends_in_open_fence(block: list[Token], end: int) -> bool:
+    for token in reversed(block):
+        if token.type == "fence":
+            first, last = token.map or (0, 0)
+            has_end = last - first == len(token.content.splitlines()) + 2
+            return last == end and not has_end
+    return False
+
+
+def _min_width(block: list[Token], lines: list[str]) -> int:
+    """Return the columns that a block needs. No terminal has enough for what would lose text."""
+    levels = max(token.level for token in block)
+    columns = sum(token.type == "th_open" for token in block)
+    rows = [token.map[0] for token in block if token.type == "tr_open" and token.map]
+    # The parser drops what is nested deeper, and cells that have no header.
+    if levels >= MAX_NESTING - 1 or max((_cells(lines[row]) for row in rows), default=0) > columns:
+        return 10**6
+    return max(_MIN_CELL_WIDTH * columns + 1, _MIN_NESTED_WIDTH * levels)
 
 
 def _cells(row: str) -> int:
@@ -209,97 +216,74 @@ def _cells(row: str) -> int:
     return len(cells[cells[0] == "" :]) - (cells[-1] == "" and len(cells) > 1)
 
 
-class _Indented:
-    """An item of a list or a quote, with its content after its mark."""
+class _Heading(Heading):
+    LEVEL_ALIGN: ClassVar = {f"h{level}": "left" for level in range(1, 7)}
 
-    def __init__(self, first: str, other: str, content: list[RenderableType]) -> None:
-        self._first, self._other, self._content = first, other, content
 
-    @property
-    def last(self) -> tuple[int, RenderableType]:
-        """Return the number of its last part, and that part."""
-        number = len(self._content) - 1
-        return number, self._content[number] if self._content else Text()
+class _Code(CodeBlock):
+    """Code with a line before and after it, on the terminal's own background."""
 
-    def resumed(self, part: int, partly: PartlyDrawn) -> _Indented:
-        """Return the same from the rest of this part on, without a mark.
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> _Code:
+        made = cls(token.info.strip(), "")
+        made._has_fence = token.type == "fence"
+        return made
 
-        Returns all of it if there is no such part, because the line only looked like a fence.
-        """
-        if part >= len(self._content):
-            return self
-        rest, *others = self._content[part:]
-        return _Indented(self._other, self._other, [partly.rest_of(rest), *others])
+    _has_fence = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        first, other = (fitting(mark, options) for mark in (self._first, self._other))
-        width = options.max_width - cell_len(first)
-        if width < _MIN_INDENTED_WIDTH:
-            yield Text(first.rstrip(), style=FRAME)
-            yield from self._content
+        code = str(self.text).removesuffix("\n")
+        if not self._has_fence:  # as it was written, because its start and end are uncertain
+            lines = (f"{_TAB}{line}" if line.strip() else "" for line in code.split("\n"))
+            yield Text("\n".join(lines).replace("\t", _TAB), overflow="fold")
             return
-        mark = first
-        for part in self._content or [Text()]:
-            for line in console.render_lines(part, options.update(width=width), pad=False):
-                yield Segment(mark, console.get_style(FRAME))
-                yield from line
-                yield Segment.line()
-                mark = other
+        language = self.lexer_name
+        first = f"── {language} " if language else ""
+        code = code.expandtabs(len(_TAB))
+        theme = ANSISyntaxTheme(code_styles())
+        syntax = Syntax(code, language.split(" ")[0] or "text", theme=theme)
+        drawn = syntax.highlight(code)
+        if drawn.plain.rstrip("\n") != code.rstrip("\n"):  # a lexer that changes text
+            drawn = Text(code)
+        width = min(_FRAME_WIDTH, options.max_width)
+        yield Text(first.ljust(width, "─"), style=FRAME, no_wrap=True, overflow="crop")
+        for line in drawn.split("\n", allow_blank=True)[: code.count("\n") + 1]:
+            # A full row is cut, because spaces in code count.
+            widths = map(len, chop_cells(line.plain, options.max_width)[:-1])
+            yield from line.divide(accumulate(widths))
+        yield Text("─" * width, style=FRAME)
 
 
-class _Table:
-    """A table, or its source if there are too few columns to draw it."""
+class _Table(TableElement):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            assert isinstance(table, Table)
+            table.box, table.pad_edge, table.collapse_padding = box.SQUARE, True, False
+            yield table
 
-    def __init__(self, node: SyntaxTreeNode, as_written: Text) -> None:
-        self._rows = [row for section in node.children for row in section.children]
-        self._as_written = as_written
+
+class _Rule(HorizontalRule):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Rule(style=FRAME)
+
+
+class _RichMarkdown(Markdown):
+    """One block in Rich's Markdown, with the tokens of our parser."""
+
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        **{"heading_open": _Heading, "fence": _Code, "code_block": _Code},
+        **{"table_open": _Table, "hr": _Rule},
+    }
+    inlines = Markdown.inlines | {"u"}
+
+    def __init__(self, tokens: list[Token]) -> None:
+        super().__init__("", hyperlinks=False)
+        self.parsed = tokens
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        header, *rows = self._rows
-        if options.max_width < _MIN_CELL_WIDTH * len(header.children) + 1:
-            yield self._as_written
-            return
-        table = Table(box=box.SQUARE, border_style=FRAME)
-        for cell in header.children:
-            align = str(cell.attrs.get("style", "")).removeprefix("text-align:") or "left"
-            table.add_column(_inline(cell.children[0].token), justify=align, overflow="fold")  # type: ignore[arg-type]
-        for row in rows:
-            table.add_row(*(_inline(cell.children[0].token) for cell in row.children))
-        yield table
-
-
-def _inline(token: Token | None, style: str = "", before: str = "") -> Text:
-    """Return a line of text with its emphasis, code and links, after the spaces `before` it."""
-    text = Text(before, style=style, overflow="fold")
-    styles: list[str] = []
-    targets: list[tuple[int, str]] = []
-    for child in (token and token.children) or []:
-        if child.type == "link_open":
-            targets.append((len(text), _target(child, "href")))
-        elif child.type == "link_close":
-            start, target = targets.pop()
-            text.stylize(LINK, start)
-            text.append("" if text.plain[start:] == target else f" ({target})")
-        elif child.nesting == 1:
-            styles.append(INLINE[child.tag])
-        elif child.nesting == -1:
-            styles.pop()
-        else:
-            own = [CODE] if child.tag == "code" else []
-            text.append(_leaf(child), " ".join(styles + own))
-    return text
-
-
-def _leaf(token: Token) -> str:
-    if token.tag == "br":
-        return "\n"
-    if token.type == "image":
-        return f"{token.content} ({_target(token, 'src')})"
-    if token.type == "text_special" and token.content not in _ESCAPED:
-        return token.markup
-    return token.content.replace("\t", TAB)
-
-
-def _target(token: Token, name: str) -> str:
-    title = f' "{token.attrs["title"]}"' if "title" in token.attrs else ""
-    return f"{token.attrs[name]}{title}"
+        segments = iter(super().__rich_console__(console, options))
+        first = next(segments, None)
+        if first is not None and first != Segment.line():  # Rich's gap before a list, quote, table
+            yield first
+        yield from segments

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import replace
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import SegmentLines
 from rich.text import Text
 
 from mixchat.base import interrupts
-from mixchat.chat.draw.highlight import Code
-from mixchat.chat.draw.markdown import (
-    NOTHING,
-    MarkdownBlock,
-    PartlyDrawn,
-    blocks,
-    broken_off,
-    cleaned,
-)
+from mixchat.chat.draw.markdown import MarkdownBlock, blocks, cleaned
 
 _MAX_DRAWING_SHARE = 0.1  # of the time
 _MIN_FRAME_INTERVAL_S = 0.03
@@ -40,36 +31,15 @@ _HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 _ERASE_BELOW = "\r\x1b[K\x1b[C\x1b[J\r"
 
 
-@dataclass(frozen=True)
-class _Rest:
-    """The text that is not final yet, and how it continues what is final."""
-
-    parts: list[str]
-    gap: bool = False  # a blank line comes before it
-    partly: PartlyDrawn = NOTHING  # what is final of the code block at its start
-
-    @property
-    def text(self) -> str:
-        return "".join(self.parts)
-
-    def blocks(self, text: str) -> list[MarkdownBlock]:
-        """Return the blocks of `text`, which starts as the rest does, without what is final."""
-        found = blocks(text)
-        if not found:
-            return []
-        first, *others = found
-        return [replace(first, gap=self.gap, drawn=self.partly.rest_of(first.drawn)), *others]
-
-
 class MarkdownStream:
-    """Draws the text it is fed. When it is closed, the screen shows the same as `render` of all.
+    """Draws the text it is fed. When it is closed, the screen shows what `MarkdownText` shows.
 
     Text that cannot change any more is printed once. In a terminal the tail is below it, cut to the
     screen's height. Between frames the hidden cursor is at the start of the tail, so after any
     resizing the rows from the cursor on are the tail. Nothing else may write before `close`.
 
-    `before` is the text that the fed text continues. If it ends in a code block, the drawing starts
-    with that block's last line. `below` returns a line to show faintly below the tail, or nothing.
+    `before` is the text that the fed text continues. If it ends within code, the drawing starts
+    with that block. `below` returns a line to show faintly below the tail, or nothing.
     """
 
     def __init__(
@@ -83,17 +53,20 @@ class MarkdownStream:
         self._console, self._clock = console, clock
         lacks_escapes = console.is_dumb_terminal or console.legacy_windows
         self._has_tail = console.is_terminal and not lacks_escapes
-        self._rest, self._before, self._below = _Rest([]), before, below
+        self._rest, self._before, self._below = "", before, below
+        # A blank line comes before the rest. The line above its code is drawn.
+        self._gap = self._lacks_frame = False
         self._shown: tuple[list[str], ConsoleOptions] | None = None
         self._next_frame = clock()
         self._size = console.size
 
     def feed(self, text: str) -> None:
         """Take the next piece, and draw unless too much time was spent on drawing."""
-        if self._before:
-            self._rest = self._resumed(cleaned(self._before, self._console.encoding))
-            self._before = ""
-        self._rest.parts.append(cleaned(text, self._console.encoding))
+        if self._before and text:
+            before, self._before = cleaned(self._before, self._console.encoding), ""
+            last = blocks(before)[-1:]
+            self._rest = _from_line(before, last[0].start) if last and last[0].is_open else ""
+        self._rest += cleaned(text, self._console.encoding)
         started = self._clock()
         if started < self._next_frame:
             return
@@ -118,57 +91,70 @@ class MarkdownStream:
         with interrupts.deferred():  # no half frame, and none that is drawn twice
             self._write(self._last_rows(), after=_SHOW_CURSOR)
 
-    def _resumed(self, before: str) -> _Rest:
-        found = broken_off(before)
-        if found is None:
-            return _Rest([])
-        block, partly = found
-        return _Rest([_from_line(before, block.start)], partly=partly)
-
     def _draw(self) -> None:
         options = self._console.options
-        final, rest = self._settled()
-        tail = [*self._tail_rows(rest), *self._line_below()] if self._has_tail else []
+        final = self._settled()
+        tail = [*self._tail_rows(), *self._line_below()] if self._has_tail else []
         tail = tail[-max(options.size.height - 1, 1) :]
         if final or self._shown != (tail, options):
             up = f"\x1b[{len(tail) - 1}A" if len(tail) > 1 else ""
             self._write(
                 final, before=_HIDE_CURSOR, after=_NO_WRAP + "\n".join(tail) + "\r" + up + _WRAP
             )
-        self._rest, self._shown = rest, (tail, options)
+        self._shown = tail, options
 
-    def _tail_rows(self, rest: _Rest) -> list[str]:
-        return self._rows(rest.blocks(rest.text))
+    def _settled(self) -> list[str]:
+        """Return the rows that have become final, and take their text from the rest.
+
+        Only the last block of the complete lines can still change, and the end of long code.
+        """
+        complete = self._blocks(self._rest[: self._rest.rfind("\n") + 1])
+        if not complete:
+            return []
+        *final, last = complete
+        rows = self._rows(final)
+        if final:
+            self._rest, self._gap, self._lacks_frame = (
+                _from_line(self._rest, last.start),
+                last.gap,
+                False,
+            )
+        if last.is_open and last.tokens[0].type == "fence":
+            rows += self._settled_code()
+        return rows
+
+    def _settled_code(self) -> list[str]:
+        """Return the rows of code above the screen, up to a blank line, and shorten the rest.
+
+        The lines after it get the same colours, unless the blank line is within a string.
+        """
+        fence, *lines = self._rest.split("\n")
+        above = lines[: -self._console.height]
+        if "" not in above:
+            return []
+        size = len(above) - above[::-1].index("")
+        rows = self._rows(self._blocks("\n".join([fence, *above[:size], ""])))[:-1]
+        self._rest, self._gap, self._lacks_frame = "\n".join([fence, *lines[size:]]), False, True
+        return rows
+
+    def _blocks(self, text: str) -> list[MarkdownBlock]:
+        """Return the blocks of the beginning of the rest."""
+        found = blocks(text)
+        return [replace(found[0], gap=self._gap), *found[1:]] if found else []
+
+    def _tail_rows(self) -> list[str]:
+        return self._rows(self._blocks(self._rest))
 
     def _last_rows(self) -> list[str]:
-        return self._tail_rows(self._rest)
+        return self._tail_rows()
 
     def _line_below(self) -> list[str]:
         line = self._below()
         return [_faint(line)] if line else []
 
-    def _settled(self) -> tuple[list[str], _Rest]:
-        """Return the rows that have become final, and the rest.
-
-        Only the last block of the complete lines can still change, but not the early lines of code.
-        """
-        text = self._rest.text
-        found = self._rest.blocks(text[: text.rfind("\n") + 1])
-        if not found:
-            return [], replace(self._rest, parts=[text])
-        *final, last = found
-        rest = _Rest([text], last.gap, NOTHING if final else self._rest.partly)
-        if final:
-            rest = replace(rest, parts=[_from_line(text, last.start)])
-        if isinstance(last.drawn, Code) and last.drawn.settled > last.drawn.first:
-            code = replace(last.drawn, end=last.drawn.settled)
-            final.append(replace(last, drawn=code))
-            rest = replace(rest, gap=False, partly=PartlyDrawn(last.drawn.settled))
-        return self._rows(final), rest
-
     def _rows(self, drawn: Iterable[MarkdownBlock]) -> list[str]:
-        parts = ([Text(), block.drawn] if block.gap else [block.drawn] for block in drawn)
-        return self._rendered(chain.from_iterable(parts))
+        rows = self._rendered(part for block in drawn for part in block.parts)
+        return rows[self._lacks_frame :]
 
     def _rendered(self, parts: Iterable[RenderableType]) -> list[str]:
         lines = [line for part in parts for line in self._console.render_lines(part, pad=False)]
@@ -181,7 +167,8 @@ class MarkdownStream:
         frame = "".join(f"{row}\n" for row in final)
         if self._has_tail:
             frame = f"{_BEGIN}{before}{_ERASE_BELOW}{frame}{after}{_END}"
-        self._console.file.write(frame)
+        encoding = self._console.encoding
+        self._console.file.write(frame.encode(encoding, "replace").decode(encoding))
         self._console.file.flush()
 
 
@@ -194,12 +181,13 @@ class ThinkingStream(MarkdownStream):
         super().__init__(console, below=below)
         self._note = note
 
-    def _settled(self) -> tuple[list[str], _Rest]:
+    def _settled(self) -> list[str]:
         size = self._console.size
-        return [], _Rest([self._rest.text[-size.height * size.width :]])  # all that fits
+        self._rest = self._rest[-size.height * size.width :]  # all that fits
+        return []
 
-    def _tail_rows(self, rest: _Rest) -> list[str]:
-        return self._rendered([Text(rest.text.rstrip("\n"), "dim")])
+    def _tail_rows(self) -> list[str]:
+        return self._rendered([Text(self._rest.rstrip("\n"), "dim")])
 
     def _last_rows(self) -> list[str]:
         return [_faint(self._note()), ""]

@@ -146,9 +146,9 @@ class Screen:
         if not self._draws:
             printing.show(sanitize(f"{text}\n"), self.out)
             return
-        from mixchat.chat.draw.markdown import render
+        from mixchat.chat.draw.markdown import MarkdownText
 
-        self._console().print(render(text))
+        self._console().print(MarkdownText(text))
 
     @property
     def _draws(self) -> bool:

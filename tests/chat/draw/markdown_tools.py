@@ -5,7 +5,7 @@ from contextlib import closing
 
 from screens import Terminal
 
-from mixchat.chat.draw.markdown import render
+from mixchat.chat.draw.markdown import MarkdownText
 from mixchat.chat.draw.markdown_stream import MarkdownStream
 
 # A campaign sets it to more: MARKDOWN_TEXTS=5000 pytest tests/chat/draw/test_markdown.py
@@ -55,7 +55,7 @@ def streamed(terminal, parts, frames=4):
 def printed(text, *terminal):
     """The terminal with the whole text."""
     terminal = Terminal(*terminal)
-    terminal.console.print(render(text))
+    terminal.console.print(MarkdownText(text))
     return terminal
 
 

@@ -62,7 +62,7 @@ def test_the_rest_of_an_answer_is_drawn_as_what_it_continues_with():
     """/continue drew code as prose: its comments became headings."""
     out = Tty()
     Screen(out).show(answered("# Example\n", "x\n```\n", end="end"), "```\na\n")
-    assert out.shown[1:] == ["# Example", "x", "─" * 20]
+    assert out.shown[1:] == ["a", "# Example", "x", "─" * 20]
 
 
 @pytest.mark.parametrize(("raw", "out"), [(True, Tty()), (False, io.StringIO())])
