@@ -84,10 +84,10 @@ def _mistral_generation(source: str) -> int | None:
     `[INST]` and `[/INST]` are ordinary text in the first generation, and nothing else is marked up.
     Those up to the third have markup for tools, too.
     """
-    found = set(_MARKUP.findall(source))
-    if "[INST]" not in found or not found <= _MISTRAL_V3:
+    markup = set(_MARKUP.findall(source))
+    if "[INST]" not in markup or not markup <= _MISTRAL_V3:
         return None
-    return 1 if found <= _MISTRAL_V1 else 3
+    return 1 if markup <= _MISTRAL_V1 else 3
 
 
 def _is_instruct(template: ChatTemplate, tokenizer: Tokenizer) -> bool:

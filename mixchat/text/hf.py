@@ -89,11 +89,11 @@ class JsonTokenizer(Tokenizer):
         text = self._controls.sub(lambda match: self._marks[match.group()], text)
         pattern = token_pattern(encoded)
         answers = [encoded[key] for key in pattern.findall(text)]
-        parts = [part.translate(plain) for part in pattern.split(text)]
-        for part in parts:
-            require_unicode(part)
-        ids = self._spliced(parts, answers, continued=self._leads_with_space)
-        return ids if ids is not None else self._spliced(parts, answers, continued=False) or []
+        segments = [segment.translate(plain) for segment in pattern.split(text)]
+        for segment in segments:
+            require_unicode(segment)
+        ids = self._spliced(segments, answers, continued=self._leads_with_space)
+        return ids if ids is not None else self._spliced(segments, answers, continued=False) or []
 
     def _all_bytes(self) -> TokenBytes:
         ids = range(self.vocab_size)
@@ -109,17 +109,19 @@ class JsonTokenizer(Tokenizer):
         return ids
 
     def _spliced(
-        self, parts: list[str], answers: list[tuple[int, ...]], *, continued: bool
+        self, segments: list[str], answers: list[tuple[int, ...]], *, continued: bool
     ) -> list[int] | None:
-        """Encode `parts` as one text with `answers` between them.
+        """Encode `segments` as one text with `answers` between them.
 
         With `continued` a part after an answer gets no leading space, because it is encoded after a
         newline. Returns None if the newline's tokens cannot be separated from the part's.
         """
-        lines = [continued and part != "" and not part.startswith(_OPEN) for part in parts]
-        text = parts[0] + "".join(
-            self._splice + "\n" * line + part
-            for part, line in zip(parts[1:], lines[1:], strict=True)
+        lines = [
+            continued and segment != "" and not segment.startswith(_OPEN) for segment in segments
+        ]
+        text = segments[0] + "".join(
+            self._splice + "\n" * line + segment
+            for segment, line in zip(segments[1:], lines[1:], strict=True)
         )
         runs = _split_at(self._ids(text), self._splice_id)
         ids = next(runs)
@@ -200,8 +202,8 @@ def _touches(merge: Any, prefix: str, marks: Mapping[str, str]) -> bool:
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
         return False
-    left, right = pair
-    return left in marks or right in marks or left + right.removeprefix(prefix) in marks
+    first, second = pair
+    return first in marks or second in marks or first + second.removeprefix(prefix) in marks
 
 
 def _build(spec: dict[str, Any], file: Path) -> tokenizers.Tokenizer:

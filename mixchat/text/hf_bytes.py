@@ -62,7 +62,7 @@ def _byte_level_alphabet() -> dict[str, int]:
     Bytes that print in Latin-1 stand for themselves, the others are U+0100 and on, in order.
     """
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printing]
+    unprinted = [byte for byte in range(0x100) if byte not in printing]
     return {chr(byte): byte for byte in printing} | {
-        chr(0x100 + number): byte for number, byte in enumerate(others)
+        chr(0x100 + number): byte for number, byte in enumerate(unprinted)
     }

@@ -105,10 +105,10 @@ class JinjaTemplate:
 
     def _description(self, tool: Tool) -> Mapping[str, Any]:
         """Return a tool for the template. Harmony's cannot do without a description."""
-        given = tool.to_json()
+        description = tool.to_json()
         if self.tools is not None and self.tools.kind == "harmony":
-            given["function"].setdefault("description", "")
-        return given
+            description["function"].setdefault("description", "")
+        return description
 
     @cached_property
     def _takes_calls(self) -> bool:
@@ -192,23 +192,23 @@ class _Cover:
 
     def message(self, message: Message) -> dict[str, Any]:
         """Return a message as templates know it."""
-        found = {"role": message.role, "content": self.content(message)}
+        covered = {"role": message.role, "content": self.content(message)}
         if message.calls:
-            found["tool_calls"] = self.value([call.to_json() for call in message.calls])
+            covered["tool_calls"] = self.value([call.to_json() for call in message.calls])
             if message.thinking:
                 thinking = self._text(message.thinking)
-                found |= {"reasoning_content": thinking, "thinking": thinking}
-        return found | ({"tool_call_id": self._text(message.call_id)} if message.call_id else {})
+                covered |= {"reasoning_content": thinking, "thinking": thinking}
+        return covered | ({"tool_call_id": self._text(message.call_id)} if message.call_id else {})
 
-    def value(self, given: Any) -> Any:
+    def value(self, json_value: Any) -> Any:
         """Return JSON with its texts covered, except for words that templates look for."""
-        if isinstance(given, dict):
-            return {self.value(name): self.value(value) for name, value in given.items()}
-        if isinstance(given, list):
-            return [self.value(item) for item in given]
-        if isinstance(given, str) and given not in _SCHEMA_WORDS:
-            return self._text(given)
-        return given
+        if isinstance(json_value, dict):
+            return {self.value(name): self.value(value) for name, value in json_value.items()}
+        if isinstance(json_value, list):
+            return [self.value(item) for item in json_value]
+        if isinstance(json_value, str) and json_value not in _SCHEMA_WORDS:
+            return self._text(json_value)
+        return json_value
 
     def _text(self, content: str) -> str:
         """Return `content` with its dangerous characters replaced."""

@@ -77,9 +77,9 @@ def system_in_question(messages: Sequence[Message], number: int = 0) -> list[Mes
 
     Mistral's own formats have it there. Templates without a system role need it there.
     """
-    system, rest = split_system(messages)
-    questions = [i for i, message in enumerate(rest) if message.role == "user"]
+    system, talk = split_system(messages)
+    questions = [i for i, message in enumerate(talk) if message.role == "user"]
     if system and questions:
-        place = questions[number]
-        rest[place] = replace(rest[place], content=f"{system}\n\n{rest[place].content}")
-    return rest
+        index = questions[number]
+        talk[index] = replace(talk[index], content=f"{system}\n\n{talk[index].content}")
+    return talk

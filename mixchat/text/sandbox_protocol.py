@@ -41,8 +41,8 @@ def _receive_exactly(channel: socket.socket, size: int, deadline: float | None) 
     while len(data) < size:
         if deadline is not None:
             channel.settimeout(max(deadline - time.monotonic(), 1e-3))
-        part = channel.recv(min(size - len(data), 1 << 20))
-        if not part:
+        chunk = channel.recv(min(size - len(data), 1 << 20))
+        if not chunk:
             raise EOFError
-        data += part
+        data += chunk
     return bytes(data)

@@ -46,7 +46,9 @@ class SentencePieceTokenizer(Tokenizer):
         declared = {i for i in added.values() if i < size} - fixed
         if suspects or declared:
             # SentencePiece finds user-defined pieces in any text, control pieces in none.
-            typeable = {i for i, kind in _piece_types(data) if kind == _USER_DEFINED} & suspects
+            typeable = {
+                i for i, piece_type in _piece_types(data) if piece_type == _USER_DEFINED
+            } & suspects
             if typeable | declared:
                 model = _load(_make_control(data, typeable | declared), file)
                 own |= {pieces[i]: i for i in typeable}
@@ -80,16 +82,18 @@ class SentencePieceTokenizer(Tokenizer):
         encoded = {key: v for key, v in inserts.items() if not isinstance(v, str)}
         ids: list[int] = []
         leading_space = True
-        for part, is_token in _split(text, self._controls, token_pattern(encoded)):
-            if part in encoded:
-                ids.extend(encoded[part])
+        for segment, is_token in _split(text, self._controls, token_pattern(encoded)):
+            if segment in encoded:
+                ids.extend(encoded[segment])
                 leading_space = False
             elif is_token:
-                ids.append(self.control_tokens[part])
+                ids.append(self.control_tokens[segment])
                 leading_space = self._space_after_control
             else:
-                part = part.translate(plain)
-                ids.extend(self.encode(part) if leading_space else self._encode_continued(part))
+                segment = segment.translate(plain)
+                ids.extend(
+                    self.encode(segment) if leading_space else self._encode_continued(segment)
+                )
         return ids
 
     def _all_bytes(self) -> TokenBytes:
@@ -163,11 +167,11 @@ _CONTROL = b"\x18\x03"  # field 3, varint, type CONTROL
 
 def _piece_types(data: bytes) -> Iterator[tuple[int, int]]:
     for index, (_, start, end) in enumerate(_pieces(data)):
-        kind = 1  # NORMAL
+        piece_type = 1  # NORMAL
         for number, _, value, value_end in _fields(data, start, end):
             if number == 3:
-                kind = data[value] if value_end - value == 1 else kind
-        yield index, kind
+                piece_type = data[value] if value_end - value == 1 else piece_type
+        yield index, piece_type
 
 
 def _make_control(data: bytes, ids: Set[int]) -> bytes:
@@ -194,15 +198,15 @@ def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, in
     while position < end:
         outer = position
         key, position = _read_varint(data, position)
-        kind = key & 7
+        wire_type = key & 7
         start = position
-        if kind == 0:
+        if wire_type == 0:
             _, position = _read_varint(data, position)
-        elif kind == 2:
+        elif wire_type == 2:
             length, start = _read_varint(data, position)
             position = start + length
         else:
-            position += 8 if kind == 1 else 4
+            position += 8 if wire_type == 1 else 4
         yield key >> 3, outer, start, position
 
 

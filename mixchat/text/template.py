@@ -68,9 +68,9 @@ class InstructTemplate:
         placed = system_in_question(MISTRAL.with_its_ids(messages), 0 if self._is_first else -1)
         last_question = max(i for i, message in enumerate(placed) if message.role == "user")
         ids = [*_optional(self._tokenizer.bos_id)]
-        for place, message in enumerate(placed):
+        for index, message in enumerate(placed):
             if message.role == "user":
-                ids += self._available(tools) if place == last_question else []
+                ids += self._available(tools) if index == last_question else []
                 ids += self._question(message.content)
             elif message.role == "tool":
                 ids += self._result(message)
@@ -94,12 +94,12 @@ class InstructTemplate:
         return [begin, *self._tokenizer.encode(text), end]
 
     def _available(self, tools: Sequence[Tool]) -> list[int]:
-        text = []
+        functions = []
         for tool in tools:
             parameters = dict(tool.parameters or {})
-            given = {"description": tool.description or "", "parameters": parameters}
-            text.append({"type": "function", "function": {"name": tool.name, **given}})
-        return self._between("[AVAILABLE_TOOLS]", text, "[/AVAILABLE_TOOLS]") if tools else []
+            details = {"description": tool.description or "", "parameters": parameters}
+            functions.append({"type": "function", "function": {"name": tool.name, **details}})
+        return self._between("[AVAILABLE_TOOLS]", functions, "[/AVAILABLE_TOOLS]") if tools else []
 
     def _result(self, message: Message) -> list[int]:
         content: object = message.content
@@ -135,13 +135,13 @@ class CompletionTemplate:
     def encode(
         self, messages: Sequence[Message], variables: Variables = None, tools: Sequence[Tool] = ()
     ) -> list[int]:
-        system, rest = split_system(messages)
+        system, talk = split_system(messages)
         if system:
-            rest = [Message("user", f"{system}\n\n" if rest else system), *rest]
+            talk = [Message("user", f"{system}\n\n" if talk else system), *talk]
         # All of it is untrusted text, so each message is one character of the "template".
         inserts: dict[str, Insert] = {
             chr(0xF0000 + i): message.content if (ids := message.content_ids) is None else ids
-            for i, message in enumerate(rest)
+            for i, message in enumerate(talk)
         }
         return [*self._bos, *self._tokenizer.encode_template("".join(inserts), inserts)]
 

@@ -268,8 +268,8 @@ class _HarmonyParser(ThinkingParser):
             self._header = None if self._header is None else f"{self._header} "
             return AnswerText()
         header, self._header = self._header or "", None if name == _MESSAGE else ""
-        if self.may_call and (found := _FUNCTION.search(header)):
-            self._function = found[1]
+        if self.may_call and (match := _FUNCTION.search(header)):
+            self._function = match[1]
         if name != _MESSAGE:
             self._has_channel = name == _CHANNEL
             return AnswerText()

@@ -128,12 +128,12 @@ def read_added_tokens(directory: Path) -> list[AddedToken]:
 
     Raises `CheckpointError` if they are not tables of ids and tokens.
     """
-    found: dict[int, AddedToken] = {}
+    tokens: dict[int, AddedToken] = {}
     file = directory / "added_tokens.json"
     for content, token_id in read_optional_json(file).items():
         if type(token_id) is not int or token_id < 0 or not content:
             raise CheckpointError(f"{file}: the token {content!r} has the id {token_id!r}")
-        found[token_id] = AddedToken(token_id, content, looks_like_markup(content))
+        tokens[token_id] = AddedToken(token_id, content, looks_like_markup(content))
     file = directory / "tokenizer_config.json"
     decoder = read_optional_json(file).get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
@@ -141,8 +141,8 @@ def read_added_tokens(directory: Path) -> list[AddedToken]:
     for key, entry in decoder.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10):
             raise CheckpointError(f"{file}: added_tokens_decoder has the id {short_message(key)!r}")
-        found[int(key)] = parse_added_token(int(key), entry, file)
-    return [found[token_id] for token_id in sorted(found)]
+        tokens[int(key)] = parse_added_token(int(key), entry, file)
+    return [tokens[token_id] for token_id in sorted(tokens)]
 
 
 def parse_added_token(token_id: int, entry: object, file: Path) -> AddedToken:

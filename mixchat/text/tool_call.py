@@ -75,7 +75,7 @@ def joined_calls(deltas: tuple[CallDelta, ...]) -> tuple[ToolCall, ...]:
     """Return the calls of an answer whose pieces these are."""
     calls: dict[int, ToolCall] = {}
     for delta in deltas:
-        before = calls.get(delta.index, ToolCall(delta.id, delta.name, ""))
-        arguments = before.arguments + delta.arguments
-        calls[delta.index] = ToolCall(before.id, before.name, arguments)
+        call = calls.get(delta.index, ToolCall(delta.id, delta.name, ""))
+        arguments = call.arguments + delta.arguments
+        calls[delta.index] = ToolCall(call.id, call.name, arguments)
     return tuple(calls.values())

@@ -92,18 +92,18 @@ class _CallParser(ThinkingParser):
         """Return the text that is certain to be no call, up to the opening."""
         if not self.may_call:
             return self._take(len(self._held))
-        place = self._held.find(self._opening)
-        if place < 0:
+        start = self._held.find(self._opening)
+        if start < 0:
             return self._take(len(self._held) - pending(self._held, self._opening))
-        return self._open(place, len(self._opening))
+        return self._open(start, len(self._opening))
 
-    def _open(self, place: int, size: int) -> str:
+    def _open(self, start: int, size: int) -> str:
         """Return the text before an opening of this size at this place."""
-        before = self._take(place)
+        text_before = self._take(start)
         self._take(size)
         self.opens_call = True
-        text = before.rstrip()
-        self._blanks = before[len(text) :]
+        text = text_before.rstrip()
+        self._blanks = text_before[len(text) :]
         return text
 
     def _call(self) -> list[CallDelta]:
@@ -113,13 +113,13 @@ class _CallParser(ThinkingParser):
             if self._object.is_over:
                 self._object = None
             return [CallDelta(self.calls - 1, self._take(size))] if size else []
-        found = _NEXT.search(self._held) if self.calls else _FIRST.match(self._held)
-        if found is None:
+        head = _NEXT.search(self._held) if self.calls else _FIRST.match(self._held)
+        if head is None:
             return []
-        self._take(found.end())
+        self._take(head.end())
         self._object = _ObjectEnd()
         self.calls += 1
-        return [CallDelta(self.calls - 1, id=new_call_id(), name=found[1])]
+        return [CallDelta(self.calls - 1, id=new_call_id(), name=head[1])]
 
     def _without_call(self) -> str:
         self.opens_call = False
@@ -144,8 +144,8 @@ class _MarkupParser(_CallParser):
         known = tokenizer.control_tokens
         self._tags = [name for name in format.marks if name in known]
         self.marks = {**self.marks, **{known[name]: name for name in self._tags}}
-        before, after, key, value, end, last = map(re.escape, format.markup)
-        head = rf"[ \n]{{0,2}}{before}([\w.-]+){after}"
+        name_start, name_end, key, value, end, last = map(re.escape, format.markup)
+        head = rf"[ \n]{{0,2}}{name_start}([\w.-]+){name_end}"
         self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
         self._end = format.markup[4]
         self._argument = re.compile(f"{key}((?:(?!{value}).)*){value}(.*?){end}", re.DOTALL)
@@ -170,22 +170,24 @@ class _MarkupParser(_CallParser):
     def _call(self) -> list[CallDelta]:
         index = self.calls - 1
         if not self._name:
-            found = self._next.search(self._held) if self.calls else self._first.match(self._held)
-            if found is None:
+            match = self._next.search(self._held) if self.calls else self._first.match(self._held)
+            if match is None:
                 return []
-            self._take(found.end())
-            self.calls, self._name, self._count = self.calls + 1, found[1], 0
+            self._take(match.end())
+            self.calls, self._name, self._count = self.calls + 1, match[1], 0
             return [CallDelta(index + 1, id=new_call_id(), name=self._name)]
         # A search for the end first, since this is asked for each token of a long argument.
-        if self._end in self._held and (found := self._argument.match(self._held)):
-            self._take(found.end())
+        if self._end in self._held and (match := self._argument.match(self._held)):
+            self._take(match.end())
             self._count += 1
-            before = "{" if self._count == 1 else ", "
+            separator = "{" if self._count == 1 else ", "
             return [
-                CallDelta(index, f"{before}{json.dumps(found[1])}: {self._value(*found.groups())}")
+                CallDelta(
+                    index, f"{separator}{json.dumps(match[1])}: {self._value(*match.groups())}"
+                )
             ]
-        if found := self._last.match(self._held):
-            self._take(found.end())
+        if match := self._last.match(self._held):
+            self._take(match.end())
             self._name = ""
             return [CallDelta(index, "}" if self._count else "{}")]
         return []
@@ -208,7 +210,7 @@ class _ObjectEnd:
 
     def take(self, text: str) -> int:
         """Return how many characters of the next text belong to the object."""
-        for place, character in enumerate(text):
+        for index, character in enumerate(text):
             if self._is_escaped:
                 self._is_escaped = False
             elif self._in_string and character == "\\":
@@ -219,5 +221,5 @@ class _ObjectEnd:
                 self._depth += (character in "{[") - (character in "}]")
                 if self._depth == 0 and character in "}]":
                     self.is_over = True
-                    return place + 1
+                    return index + 1
         return len(text)

@@ -47,9 +47,9 @@ class CallForm:
     @classmethod
     def parse(cls, text: str) -> CallForm:
         """Read what `to_text` has written."""
-        given = json.loads(text)
-        tools = [Tool(**tool) for tool in given["tools"]]
-        return cls(**{**given, "format": ToolFormat(**given["format"]), "tools": tools})
+        fields = json.loads(text)
+        tools = [Tool(**tool) for tool in fields["tools"]]
+        return cls(**{**fields, "format": ToolFormat(**fields["format"]), "tools": tools})
 
 
 def call_grammar(text: str) -> str:
@@ -127,8 +127,8 @@ def _json_calls(form: CallForm) -> str:
     if form.format.kind == "list":
         more = '(", " call)*' if form.parallel else ""
         return f'{first} {_BLANKS} "[" call {more} "]"'
-    one = f"{_BLANKS} call {_BLANKS} {_text(form, form.format.closing)}"
-    return f"{first} {one}" + (f" ({_BLANKS} {opening} {one})*" if form.parallel else "")
+    call = f"{_BLANKS} call {_BLANKS} {_text(form, form.format.closing)}"
+    return f"{first} {call}" + (f" ({_BLANKS} {opening} {call})*" if form.parallel else "")
 
 
 def _markup_arguments(form: CallForm, tool: Tool, number: int) -> Iterator[str]:
@@ -142,16 +142,20 @@ def _markup_arguments(form: CallForm, tool: Tool, number: int) -> Iterator[str]:
 
 
 def _markup_argument(form: CallForm, tool: Tool, name: str, rule: str) -> Iterator[str]:
-    _, _, before, after, end, _ = form.format.markup
-    head, close = _tags(form, f"{before}{name}{after}"), _tags(form, end)
-    part = tool.arguments[name]
+    _, _, name_start, name_end, end, _ = form.format.markup
+    head, close = _tags(form, f"{name_start}{name}{name_end}"), _tags(form, end)
+    schema_part = tool.arguments[name]
     if not tool.takes_text(name):
-        if '"$ref"' in json.dumps(part):
-            part = alone(_schema(tool), f"/properties/{escaped(name)}")
-        schema = part if isinstance(part, dict) else {}
+        if '"$ref"' in json.dumps(schema_part):
+            schema_part = alone(_schema(tool), f"/properties/{escaped(name)}")
+        schema = schema_part if isinstance(schema_part, dict) else {}
         yield f"{rule}_value: {json_rule(schema, lenient=not tool.strict)}"
         yield f"{rule}: {head} {rule}_value {close}"
-    elif texts := [text for text in part.get("enum", [part.get("const")]) if isinstance(text, str)]:
+    elif texts := [
+        text
+        for text in schema_part.get("enum", [schema_part.get("const")])
+        if isinstance(text, str)
+    ]:
         yield f"{rule}: {head} ({' | '.join(map(json.dumps, texts))}) {close}"
     else:
         yield f"{rule}: {head} text"
@@ -161,17 +165,17 @@ def _markup_text(form: CallForm) -> str:
     """Return the rule of a text without quotes, which ends at the tag after it."""
     end = form.format.markup[4]
     tag = next((tag for tag in form.control_tokens if tag in end), None)
-    before = end if tag is None else end[: end.index(tag)]
-    pattern = re.escape(before).replace("\\\n", "\\n").replace("/", "\\/")
+    text_end = end if tag is None else end[: end.index(tag)]
+    pattern = re.escape(text_end).replace("\\\n", "\\n").replace("/", "\\/")
     if tag is None:
         return f"text[lazy]: /(.|\\n)*{pattern}/"
-    return f"text: /(.|\\n)*{pattern}/ {_tags(form, end[len(before) :])}"
+    return f"text: /(.|\\n)*{pattern}/ {_tags(form, end[len(text_end) :])}"
 
 
 def _tags(form: CallForm, text: str) -> str:
     """Return a text with control tokens in it as a part of a grammar."""
     known = "|".join(map(re.escape, form.control_tokens)) or r"(?!)"
-    return " ".join(_text(form, part) for part in re.split(f"({known})", text) if part)
+    return " ".join(_text(form, segment) for segment in re.split(f"({known})", text) if segment)
 
 
 def _harmony(form: CallForm) -> str:
@@ -187,11 +191,11 @@ def _answer(form: CallForm) -> str:
 
 def _call(form: CallForm, name: str, arguments: str) -> str:
     if form.format.kind == "markup":
-        before, after, *_, end = (_tags(form, text) for text in form.format.markup)
-        return f"{before} {json.dumps(name)} {after} {arguments} {end}"
+        name_start, name_end, *_, call_end = (_tags(form, text) for text in form.format.markup)
+        return f"{name_start} {json.dumps(name)} {name_end} {arguments} {call_end}"
     if form.format.kind != "harmony":
-        head, end = f'{{"name": "{name}", "arguments": ', "}"
-        return f"{json.dumps(head)} {arguments} {json.dumps(end)}"
+        head, call_end = f'{{"name": "{name}", "arguments": ', "}"
+        return f"{json.dumps(head)} {arguments} {json.dumps(call_end)}"
     channel, constrain, message = (
         _text(form, f"<|{token}|>") for token in ("channel", "constrain", "message")
     )

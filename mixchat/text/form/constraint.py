@@ -57,7 +57,7 @@ class ConstraintCompiler:
         if not stops:
             raise UsageError("the model has no token that ends an answer of a given form")
         self.size, self.seconds = len(tokens.within), seconds
-        self.firsts = {i: self.size + place for place, i in enumerate(tokens.first)}
+        self.firsts = {i: self.size + number for number, i in enumerate(tokens.first)}
         all_bytes = [text.decode("latin-1") for text in (*tokens.within, *tokens.first.values())]
         self._load = SandboxCall(
             "the vocabulary", "load", (all_bytes, stops), _LOAD_CPU_S, MAX_CALL

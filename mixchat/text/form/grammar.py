@@ -86,15 +86,15 @@ def parsed_fault(error: str) -> Fault:
     message = message.partition("; following special tokens")[0]
     if details and message.endswith("regex parse error:"):
         message += details[details.rfind("\nerror: ") + 7 :].partition("\n")[0]
-    place = (int(placed[1]), int(placed[2])) if placed else (0, 0)
-    return Fault(short_message(message), *place)
+    position = (int(placed[1]), int(placed[2])) if placed else (0, 0)
+    return Fault(short_message(message), *position)
 
 
 def grammar_error(fault: Fault) -> UsageError:
     """Return the error for a grammar with this fault."""
-    place = f" at line {fault.line}" if fault.line else ""
-    place += f", column {fault.column}" if fault.column else ""
-    return UsageError(f"the grammar cannot be used{place}: {fault.message}")
+    position = f" at line {fault.line}" if fault.line else ""
+    position += f", column {fault.column}" if fault.column else ""
+    return UsageError(f"the grammar cannot be used{position}: {fault.message}")
 
 
 @cache
@@ -137,8 +137,8 @@ def _converted(text: str) -> str:
 
 def _line_in_gbnf(text: str, lark: str, line: int) -> int:
     """Return the line of the rule that became the one at a line of the Lark grammar."""
-    before = "\n".join(lark.split("\n")[:line])
-    number = len(_LARK_RULE.findall(before))
+    head = "\n".join(lark.split("\n")[:line])
+    number = len(_LARK_RULE.findall(head))
     return _lines(text)[number - 1] if number else 0
 
 

@@ -140,8 +140,8 @@ def _parsed(text: str) -> object:
     try:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UsageError(f"not JSON at {place}: {error.msg}") from None
+        position = f"line {error.lineno}, column {error.colno}"
+        raise UsageError(f"not JSON at {position}: {error.msg}") from None
     except RecursionError:
         raise UsageError("too deeply nested") from None
     except ValueError as error:

@@ -70,8 +70,8 @@ def schema_grammar(text: str) -> str:
 
 def _fault(schema: Schema) -> str | None:
     """Return what is wrong with a schema, in llguidance's words."""
-    found = find_fault(f"start: %json {json.dumps(schema)}")
-    return None if found is None else _FRAME.sub("", found.message).replace(_HOME, "")
+    fault = find_fault(f"start: %json {json.dumps(schema)}")
+    return None if fault is None else _FRAME.sub("", fault.message).replace(_HOME, "")
 
 
 def _unmet(fault: str | None) -> bool:
@@ -82,17 +82,17 @@ def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
     """Return the pointer of the deepest part with this fault, and what is wrong there."""
     pointer, seen, began = "", {""}, time.process_time()
     while True:
-        for part in _parts_of(schema, pointer):
+        for candidate in _parts_of(schema, pointer):
             if (
-                part in seen
+                candidate in seen
                 or len(seen) > _MAX_SEARCHED
                 or time.process_time() - began > _SEARCH_CPU_S
             ):
                 continue
-            seen.add(part)
-            deeper = _fault(alone(schema, part))
+            seen.add(candidate)
+            deeper = _fault(alone(schema, candidate))
             if deeper is not None and (deeper == fault or (_unmet(deeper) and _unmet(fault))):
-                pointer, fault = part, deeper
+                pointer, fault = candidate, deeper
                 break
         else:
             return pointer, fault
@@ -137,7 +137,7 @@ def _parts_of(schema: Schema, pointer: str) -> Iterator[str]:
         yield target
     for key in _IN_LISTS:
         if isinstance(node.get(key), list):
-            yield from (f"{pointer}/{key}/{place}" for place in range(len(node[key])))
+            yield from (f"{pointer}/{key}/{index}" for index in range(len(node[key])))
     for key in _IN_OBJECTS:
         if isinstance(node.get(key), dict):
             yield from (f"{pointer}/{key}/{escaped(name)}" for name in node[key])
@@ -178,8 +178,8 @@ def closed(schema: Schema) -> Schema:
 
     An object stays open if it says so or combines schemas. All stay open if there is an allOf.
     """
-    made: Schema = _closed(schema)
-    return schema if '"allOf"' in json.dumps(schema) else made
+    closed_schema: Schema = _closed(schema)
+    return schema if '"allOf"' in json.dumps(schema) else closed_schema
 
 
 def _closed(schema: Any) -> Any:
@@ -204,9 +204,9 @@ def _with_parts(schema: Schema, change: Callable[[Any], Any]) -> Schema:
     changed = dict(schema)
     for key, value in schema.items():
         if key in (*_IN_OBJECTS, *_DEFINITIONS) and isinstance(value, dict):
-            changed[key] = {name: change(part) for name, part in value.items()}
+            changed[key] = {name: change(subschema) for name, subschema in value.items()}
         elif key in _IN_LISTS and isinstance(value, list):
-            changed[key] = [change(part) for part in value]
+            changed[key] = [change(subschema) for subschema in value]
         elif key in _ALONE:
             changed[key] = change(value)
     return changed
@@ -239,15 +239,15 @@ class _Unfolded:
         if self._count > _MAX_UNFOLDED or has_own_root:
             raise _UnknownError
         kept = {key: schema[key] for key in schema if key not in ("$ref", *_DEFINITIONS)}
-        kept = _with_parts(kept, lambda part: self._unfold(part, inside))
+        kept = _with_parts(kept, lambda subschema: self._unfold(subschema, inside))
         target = _target_of(schema)
         if target is None:
             return kept
         if target in inside:
             self.loops.append(target)
             return False
-        part = self._unfold(_part_at(self._whole, target), inside | {target})
-        return {**kept, "allOf": [*kept.get("allOf", []), part]}
+        target_schema = self._unfold(_part_at(self._whole, target), inside | {target})
+        return {**kept, "allOf": [*kept.get("allOf", []), target_schema]}
 
 
 def escaped(name: str) -> str:
