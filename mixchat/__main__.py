@@ -13,6 +13,8 @@ import sys
 
 def main() -> None:
     """Run the command line."""
+    if sys.platform == "win32":
+        sys.exit("error: mixchat does not run on Windows: install it in WSL 2")
     from mixchat.base import interrupts
     from mixchat.cli.app import run
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,25 +109,6 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-# Modules that Windows lacks, and the helpers that import them.
-_POSIX = re.compile(
-    r"^(import|from) (fcntl|grp|pty|pwd|resource|termios|terminal|prompt_tools)\b", re.MULTILINE
-)
-
-
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out files that Windows cannot import."""
-    is_file = sys.platform == "win32" and collection_path.suffix == ".py"
-    posix = is_file and _POSIX.search(collection_path.read_text(encoding="utf-8"))
-    return True if posix else None
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of links, signals, modes and /proc on Windows."""
-    for item in items if sys.platform == "win32" else ():
-        if item.get_closest_marker("posix"):
-            item.add_marker(pytest.mark.skip(reason="needs POSIX"))
 
 
 def quantize_stacks(directory: Path) -> None:

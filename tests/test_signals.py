@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mixchat.base import interrupts, system
+from mixchat.base import interrupts
 
 BEGINNING = """
 import os, signal, sys, time
@@ -116,15 +116,13 @@ def run(code: str, *before: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.mark.posix
-@pytest.mark.parametrize("number", system.ENDING)
+@pytest.mark.parametrize("number", interrupts.ENDING)
 def test_a_signal_ends_a_process_that_is_stuck(number):
     """As in a native function that does not return: no code gets the exception."""
     done = run(f"with interrupts.deferred():\n    send({number:d})\n    time.sleep(50)")
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
-@pytest.mark.posix
 def test_saving_is_finished_before_the_process_ends():
     code = (
         "with interrupts.deferred(), interrupts.saving():\n"
@@ -136,7 +134,6 @@ def test_saving_is_finished_before_the_process_ends():
     assert (done.returncode, done.stdout, done.stderr) == (143, "saved\n", "")
 
 
-@pytest.mark.posix
 def test_a_second_signal_does_not_interrupt_the_cleanup_of_the_first():
     code = (
         "try:\n"
@@ -151,7 +148,6 @@ def test_a_second_signal_does_not_interrupt_the_cleanup_of_the_first():
     assert (done.returncode, done.stdout, done.stderr) == (129, "cleaned\n", "")
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_whose_exception_is_swallowed_still_ends_the_process(number):
     """Exceptions in callbacks are printed and ignored: a run continued to exit code 0."""
@@ -170,14 +166,12 @@ def test_a_signal_whose_exception_is_swallowed_still_ends_the_process(number):
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
-@pytest.mark.posix
 def test_other_swallowed_exceptions_are_printed_as_always():
     done = run("class Gone:\n    def __del__(self): raise ValueError('lost')\nGone()")
     assert done.returncode == 0
     assert "ValueError: lost" in done.stderr
 
 
-@pytest.mark.posix
 def test_a_process_under_nohup_continues_when_its_terminal_is_closed():
     code = (
         "with interrupts.starting():\n"
@@ -191,8 +185,7 @@ def test_a_process_under_nohup_continues_when_its_terminal_is_closed():
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
-@pytest.mark.posix
-@pytest.mark.parametrize("number", [*system.ENDING, signal.SIGINT])
+@pytest.mark.parametrize("number", [*interrupts.ENDING, signal.SIGINT])
 def test_a_signal_while_torch_is_imported_ends_it_at_once(tmp_path, number):
     """An exception broke numpy ("CPU dispatcher tracer already initialized", exit code 1)."""
     package = f"{tmp_path}/torch.py"

@@ -6,7 +6,7 @@
 - quantities.py: sizes, rates and times as text, and amounts of memory from text
 - options.py: the options of sampling, of a chat and of loading a model, and a worker's address
 - safetensors.py: the file format of weights
-- system.py: all that differs between Linux, macOS and Windows
+- system.py: all that differs between Linux and macOS, and the modes of a terminal
 - files.py: mixchat's own files, read with clear errors, written whole or not at all
 - output_file.py: files that a person names for output, never overwriting another file
 - lock.py: locks between processes, for files that only one may write

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mixchat.base import system
 from mixchat.base.errors import (
     CheckpointError,
     MixchatError,
@@ -83,12 +82,11 @@ def open_regular(
     """
     if not follow and path.is_symlink():
         raise OSError(errno.ELOOP, "is a symbolic link", str(path))
-    flags |= system.NO_WAIT | system.CLOSE_ON_EXEC | system.BINARY
+    flags |= os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags | (0 if follow else system.NO_FOLLOW), mode)
+        descriptor = os.open(path, flags, mode)
     except OSError as error:
-        # A socket, a FIFO that nobody reads, or a directory on Windows.
-        if error.errno == errno.ENXIO or (error.errno == errno.EACCES and path.is_dir()):
+        if error.errno == errno.ENXIO:  # a socket, or a FIFO that nobody reads
             raise _not_regular(path) from None
         raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -171,7 +169,7 @@ def read_all(descriptor: int, start: int, target: memoryview) -> int:
     """Fill `target` from offset `start` on, and return how many bytes were there."""
     done = 0
     while done < len(target):
-        count = system.read_at(descriptor, target[done:], start + done)
+        count = os.preadv(descriptor, [target[done:]], start + done)
         if not count:
             break
         done += count
@@ -233,4 +231,13 @@ def temporary_path(path: Path) -> Path:
 def rename_durably(temporary: Path, path: Path) -> None:
     """Rename a file that is synced, and sync the directory."""
     os.replace(temporary, path)
-    system.sync_directory(path.parent)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names of a directory's files durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -23,11 +23,12 @@ from typing import Any
 
 from mixchat.base import system
 
-_SIGNALS = (signal.SIGINT, *system.ENDING)
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # the process
+_SIGNALS = (signal.SIGINT, *ENDING)
 _CTRL_C_TIMEOUT_S = 0.3  # until a Ctrl-C that did not end the answer raises
 _END_TIMEOUT_S = 0.7  # until it is ended by force
 _RAISE_AGAIN_S = 0.01  # until a swallowed exception is raised again
-_MAIN = threading.main_thread().ident
+_MAIN = threading.main_thread().ident or 0
 
 _SHOW_CURSOR, _NO_PASTE_MARKS = "\x1b[?25h", "\x1b[?2004l"
 
@@ -145,7 +146,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     elif not _state.swallowed:  # once is enough, since a chat may just be saved
         return
     _state.swallowed = False
-    if _state.pending not in system.ENDING:
+    if _state.pending not in ENDING:
         _state.pending = number
     if not _state.deferred:
         check()
@@ -167,7 +168,7 @@ def _repeat_ctrl_c(stop: Callable[[], bool]) -> None:
     time.sleep(_CTRL_C_TIMEOUT_S)
     if _state.stop is stop:
         _state.overdue = stop
-        system.signal_main_thread(signal.SIGINT)
+        signal.pthread_kill(_MAIN, signal.SIGINT)
 
 
 def _end_in_time() -> None:
@@ -197,7 +198,7 @@ class _RaiseAgain:
 
 def _send_again(number: int) -> None:
     time.sleep(_RAISE_AGAIN_S)
-    system.signal_main_thread(number)
+    signal.pthread_kill(_MAIN, number)
 
 
 def _in_thread(work: Callable[..., None], *arguments: Any) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from mixchat.base import system
-
 # filelock is imported late, because `mixchat --help` takes no lock.
 
 _POLL_S = 0.02  # between two attempts to take a lock
@@ -74,9 +72,6 @@ def lock_file(
             with suppress(OSError):  # a file that is left locks nothing
                 path.unlink()
         lock.release()
-        if remove and system.WINDOWS:  # which removes no open file
-            with suppress(OSError):
-                path.unlink()
 
 
 def lock_open_file(descriptor: int) -> bool:

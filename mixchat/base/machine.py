@@ -9,9 +9,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from mixchat.base import cgroups, system
+from mixchat.base import cgroups
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_BLOCK = 512  # bytes, of `st_blocks`, which leaves out a file's holes
 
 
 def cpu_name() -> str:
@@ -148,12 +149,12 @@ def disk_usage(path: Path) -> int:
     if path.is_symlink() or not path.exists():
         return 0
     if path.is_file():
-        return system.bytes_on_disk(path.stat())
+        return path.stat().st_blocks * _BLOCK
     total = 0
     for parent, _, names in os.walk(path):
         for name in names:
             try:
-                total += system.bytes_on_disk(os.lstat(os.path.join(parent, name)))
+                total += os.lstat(os.path.join(parent, name)).st_blocks * _BLOCK
             except OSError:
                 continue
     return total

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mixchat.base import system
 from mixchat.base.errors import UsageError
 from mixchat.base.files import open_regular, read_piece, write_error
 
@@ -63,7 +62,6 @@ class OutputFile:
         except OSError as error:
             if regular:
                 with suppress(OSError):
-                    file.close()  # Windows removes no open file
                     self.place.unlink()
             raise write_error(error, self, "cannot be written", UsageError) from None
 
@@ -117,7 +115,7 @@ class OutputFile:
         mode = self._mode()
         if mode is not None and not stat.S_ISREG(mode):
             # This waits for a FIFO's reader.
-            return os.open(self.path, os.O_WRONLY | system.CLOSE_ON_EXEC | system.BINARY)
+            return os.open(self.path, os.O_WRONLY)
         new = os.O_CREAT | os.O_EXCL if mode is None else 0  # not what another process creates now
         descriptor = open_regular(self.place, os.O_RDWR | new, follow=False)
         try:

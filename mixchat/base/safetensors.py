@@ -305,7 +305,6 @@ class SafetensorsWriter:
         assert not self._todo, f"{self._todo[-1].name} was not written"
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()  # Windows renames no open file
         rename_durably(self._temporary, self.path)
 
 

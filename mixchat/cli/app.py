@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from mixchat import __version__
-from mixchat.base import interrupts, system
+from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
@@ -185,8 +185,7 @@ def _code_of(error: Exception) -> int:
         return interrupts.exit_code(0)
     if _comes_from_ctrl_c(error):
         return _INTERRUPTED
-    is_closed_pipe = isinstance(error, OSError) and error.errno in system.CLOSED_PIPE
-    return _CLOSED_PIPE if is_closed_pipe else print_error(error)
+    return _CLOSED_PIPE if isinstance(error, BrokenPipeError) else print_error(error)
 
 
 def _comes_from_ctrl_c(error: BaseException | None) -> bool:
@@ -255,8 +254,7 @@ def _prepare_streams() -> None:
         sys.exit(print_error(MixchatError("standard output is closed", hint=hint)))
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(**system.STREAMS)
-    system.enable_escapes()
+            reconfigure(errors="replace")
 
 
 def _abandon_output() -> None:

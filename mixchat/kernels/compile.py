@@ -12,7 +12,6 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
-from mixchat.base import system
 from mixchat.kernels.object_cache import ObjectCache
 from mixchat.kernels.threads import NativeFunction
 
@@ -92,13 +91,12 @@ LANES = {name: cpu.lanes for name, cpu in CPUS.items()}
 def instruction_set() -> InstructionSet | None:
     """Return the best instruction set that kernels are written for, or None if the CPU has none.
 
-    `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it. On Windows, where no
-    kernel was tried yet, there is none.
+    `ATEN_CPU_CAPABILITY=avx2` (or `default`) in the environment limits it.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if _is_arm() and os.environ.get("ATEN_CPU_CAPABILITY") != "default":
         capability = "ARM"  # for which torch has several words
-    sets = () if system.WINDOWS else _CHOICES.get(capability, ())
+    sets = _CHOICES.get(capability, ())
     return next((name for name in sets if all(map(has_feature, CPUS[name].needs))), None)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import grp
 import hashlib
 import os
+import pwd
 import stat
 import time
 from collections.abc import Iterator
@@ -13,7 +15,6 @@ from pathlib import Path
 
 import llvmlite
 
-from mixchat.base import system
 from mixchat.base.files import write_private_file
 from mixchat.base.settings import data_dir
 
@@ -21,7 +22,6 @@ _DIGEST = hashlib.sha256().digest_size
 _MOST_FILES = 64  # enough for some versions and models
 _ABANDONED = 3600  # seconds after which no process still writes a file
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
-_LINKS_REFUSED = system.NO_FOLLOW | system.CLOSE_ON_EXEC
 
 
 class ObjectCache:
@@ -71,7 +71,7 @@ def _trusted_directory(directory: Path) -> Iterator[int]:
     If it is a link itself, it is not followed.
     """
     above = directory.parent.resolve(strict=True)
-    place = os.open(above / directory.name, os.O_RDONLY | system.DIRECTORY | _LINKS_REFUSED)
+    place = os.open(above / directory.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         for path in (above, *above.parents):
             _check_trusted(os.stat(path), above=True)
@@ -82,7 +82,7 @@ def _trusted_directory(directory: Path) -> Iterator[int]:
 
 
 def _read_trusted(name: str, place: int) -> bytes:
-    descriptor = os.open(name, os.O_RDONLY | system.NO_WAIT | _LINKS_REFUSED, dir_fd=place)
+    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=place)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         _check_trusted(status)
@@ -94,7 +94,7 @@ def _read_trusted(name: str, place: int) -> bytes:
 def _check_trusted(status: os.stat_result, *, above: bool = False) -> None:
     """Raise `PermissionError` if another user than this one and root can change it."""
     writable = status.st_mode & (_above_writable(status) if above else _OTHERS)
-    if status.st_uid not in (system.user_id(), 0) or writable:
+    if status.st_uid not in (os.geteuid(), 0) or writable:
         raise PermissionError(errno.EPERM, "others can write here")
 
 
@@ -105,4 +105,13 @@ def _above_writable(status: os.stat_result) -> int:
     """
     if status.st_mode & stat.S_ISVTX:
         return 0
-    return stat.S_IWOTH if system.is_own_group(status.st_gid) else _OTHERS
+    return stat.S_IWOTH if _is_own_group(status.st_gid) else _OTHERS
+
+
+def _is_own_group(gid: int) -> bool:
+    """Return whether a group has the user's name and no other member."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return gid == user.pw_gid and group.gr_name == user.pw_name and not group.gr_mem

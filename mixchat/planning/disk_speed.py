@@ -215,7 +215,7 @@ class _Disk:
             return [True]
         try:
             self._set_direct(True)
-            system.read_at(min(self._fds), self._target[:ALIGNMENT], 0)
+            os.preadv(min(self._fds), [self._target[:ALIGNMENT]], 0)
         except OSError:  # not every file system can
             return [False]
         return [False, True]

@@ -8,6 +8,7 @@ memory, time and output, and everything that goes wrong in it ends as one `Check
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mixchat.base import system
 from mixchat.base.errors import CheckpointError, PromptError, UsageError, short_message
 from mixchat.base.progress import in_background
 from mixchat.text.sandbox_protocol import MAX_MEMORY, receive, to_frame
@@ -39,7 +39,6 @@ _COMMAND = (
 # not get the keys and tokens of the person who runs mixchat.
 _KEPT_VARIABLES = (
     *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR"),
-    *("SYSTEMROOT", "TEMP"),  # without which Windows starts no Python
 )
 # One thread is enough, and each takes address space.
 _SET_VARIABLES = {
@@ -147,9 +146,18 @@ class Sandbox:
 class _Child:
     def __init__(self, command: tuple[str, str], opening: Sequence[SandboxCall]) -> None:
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-        process, channel = system.start_with_socket(
-            [*_COMMAND, *sys.path, *command], kept | _SET_VARIABLES
-        )
+        channel, child_end = socket.socketpair()
+        with child_end:
+            process = subprocess.Popen(
+                [sys.executable, *_COMMAND, *sys.path, *command],
+                stdin=child_end.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=kept | _SET_VARIABLES,
+                start_new_session=True,  # Ctrl-C does not reach it
+            )
+        assert process.stderr is not None
+        os.set_blocking(process.stderr.fileno(), False)
         self.values: list[Any] = []  # of the opening calls
         self._process, self._channel = process, channel
         self.end = weakref.finalize(self, _end, process, channel)
@@ -197,7 +205,7 @@ class _Child:
         code = self._process.poll()
         self._process.kill()
         output = (self._process.stderr.read(10_000) or b"").decode("utf-8", "replace")
-        if code and code == system.OUT_OF_TIME:
+        if code == -signal.SIGPROF:
             return f"takes more than {allowed:.2g} s to compute"
         if any(message in output for message in _OUT_OF_MEMORY):
             return _TOO_LARGE

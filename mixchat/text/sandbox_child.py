@@ -7,12 +7,15 @@ and it ends when the socket is closed.
 from __future__ import annotations
 
 import importlib
+import os
+import resource
+import signal
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mixchat.base import system
 from mixchat.base.errors import MixchatError, short_message
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import from_parts
@@ -22,6 +25,12 @@ from mixchat.text.tokenizer import Tokenizer
 from mixchat.text.tool_call import Tool
 
 _LIBRARIES = ("jinja2.ext", "jinja2.sandbox", "sentencepiece", "tokenizers")
+_LIMITS = {  # it writes no file and starts no process
+    resource.RLIMIT_AS: MAX_MEMORY,
+    resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_FSIZE: 0,
+    resource.RLIMIT_NPROC: 0,
+}
 
 
 def main(directory: str) -> None:
@@ -36,13 +45,17 @@ def serve(service: object) -> None:
 
     Import libraries before, while Python can still write the .pyc files.
     """
-    system.limit_process(MAX_MEMORY)
-    with system.given_socket() as channel, suppress(EOFError, OSError):
+    for limit, most in _LIMITS.items():
+        with suppress(ValueError, OSError):  # macOS does not know every limit
+            resource.setrlimit(limit, (most, most))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the timer ends the process in any code
+    os.set_blocking(2, False)  # pages of errors must not wait for a reader
+    with socket.socket(fileno=0) as channel, suppress(EOFError, OSError):
         while True:
             seconds, (method, *arguments) = receive(channel), receive(channel)
-            system.limit_time(seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             reply = _reply(getattr(service, method), arguments)
-            system.limit_time(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             channel.sendall(reply)
 
 

@@ -33,7 +33,6 @@ def irregular(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     return Path("thing")
 
 
-@pytest.mark.posix
 def test_only_a_regular_file_is_read(irregular):
     """A checkpoint whose config.json was a FIFO hung forever, and /dev/zero filled the memory."""
     with pytest.raises(CheckpointError, match=r"thing: cannot be read \(is not a regular file\)"):
@@ -45,7 +44,6 @@ def test_a_directory_is_not_read(tmp_path):
         read_bytes(tmp_path)
 
 
-@pytest.mark.posix
 def test_a_link_is_followed_only_where_that_is_allowed(tmp_path):
     """huggingface_hub's cache consists of links; mixchat's own files are none."""
     (tmp_path / "file").write_bytes(b"data")
@@ -56,7 +54,6 @@ def test_a_link_is_followed_only_where_that_is_allowed(tmp_path):
         read_bytes(link, follow=False)
 
 
-@pytest.mark.posix
 def test_a_refused_file_is_closed_again(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     before = len(os.listdir("/dev/fd"))
@@ -66,7 +63,6 @@ def test_a_refused_file_is_closed_again(tmp_path):
     assert len(os.listdir("/dev/fd")) == before
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("write", [write_file, write_private_file])
 class TestWriting:
     def test_a_link_is_replaced_and_its_target_is_not_changed(self, tmp_path, write):
@@ -103,7 +99,6 @@ class TestWriting:
         assert (tmp_path / "file").read_bytes() == b"old"
 
 
-@pytest.mark.posix
 def test_only_its_owner_can_read_a_private_file(tmp_path):
     write_private_file(tmp_path / "file", b"data")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600

@@ -57,7 +57,6 @@ def test_a_missing_directory_is_on_the_disk_of_the_one_above(tmp_path):
     assert not machine.same_disk(below, Path("/proc"))
 
 
-@pytest.mark.posix
 def test_the_disk_usage_of_files_excludes_holes(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "full").write_bytes(b"x" * 100_000)
@@ -86,7 +85,6 @@ def test_a_processor_without_a_name_is_named_by_its_architecture(tmp_path, monke
     assert machine.cpu_name() == "aarch64"
 
 
-@pytest.mark.posix
 @pytest.mark.usefixtures("no_limits")
 def test_cores_outside_of_affinity_and_quota_do_not_count(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
@@ -120,7 +118,6 @@ def test_the_cores_that_other_programs_take_are_told_from_our_own(monkeypatch):
     assert others.share() == pytest.approx(0.3)  # 10 of 20 s, of which 4 are ours
 
 
-@pytest.mark.posix
 def test_the_cores_that_other_programs_take_are_seen_on_macos_too(monkeypatch):
     """A busy machine without /proc/stat counted as idle."""
     MacTimes = namedtuple("MacTimes", "user nice system idle")
@@ -132,7 +129,6 @@ def test_the_cores_that_other_programs_take_are_seen_on_macos_too(monkeypatch):
     assert others.share() == pytest.approx(0.9)
 
 
-@pytest.mark.posix
 def test_a_system_without_counts_of_its_cores_counts_as_idle(monkeypatch):
     def refuse():
         raise FileNotFoundError("/proc/stat")
@@ -150,7 +146,6 @@ def test_free_memory_is_asked_of_the_system_also_without_proc(monkeypatch):
     assert machine.total_memory() == 16 * 10**9
 
 
-@pytest.mark.posix
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps as much")
 def test_freed_memory_goes_back_to_the_system():
     """After a model was closed, 430 MB of it still counted as used."""

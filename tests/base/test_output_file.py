@@ -46,7 +46,6 @@ def test_the_hint_of_a_flag_that_never_replaces_names_no_other_file(tmp_path):
     assert caught.value.hint == "Give a file that does not exist yet."
 
 
-@pytest.mark.posix
 def test_a_link_is_followed_also_to_a_missing_file(tmp_path):
     (tmp_path / "link").symlink_to("f")
     for _ in range(2):
@@ -58,7 +57,6 @@ def test_a_link_is_followed_also_to_a_missing_file(tmp_path):
         output(tmp_path / "link").write(OURS)
 
 
-@pytest.mark.posix
 def test_a_device_is_written_to_where_a_stream_is_enough():
     output(Path("/dev/null")).write(OURS)
     assert Path("/dev/null").is_char_device()
@@ -66,7 +64,6 @@ def test_a_device_is_written_to_where_a_stream_is_enough():
         output(Path("/dev/null"), streams=False).check()
 
 
-@pytest.mark.posix
 def test_a_pipe_receives_all_data(tmp_path):
     reader, writer = os.pipe()
     output(Path(f"/dev/fd/{writer}")).write(OURS)
@@ -106,7 +103,6 @@ def test_a_file_created_since_the_check_is_not_replaced(tmp_path, monkeypatch):
     assert (tmp_path / "f").read_bytes() == b"notes"
 
 
-@pytest.mark.posix
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_has_its_own_error():
     with pytest.raises(ResourceError, match="No space left"):

@@ -119,7 +119,6 @@ def test_a_tensor_of_its_own_comes_before_a_part(tmp_path):
         assert torch.equal(file.read("s[9]"), torch.ones(1))
 
 
-@pytest.mark.posix
 def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
@@ -143,7 +142,6 @@ def test_a_file_cut_short_after_it_was_opened_is_an_error_not_a_signal(tmp_path)
             file.read("a")
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("numbers", [[2], [5, 0, 5, 1, 0], list(range(6))])
 def test_rows_are_read_once_each_in_the_order_of_the_file(tmp_path, monkeypatch, dtype, numbers):

@@ -72,7 +72,6 @@ def test_a_directory_is_not_a_file_of_settings(config):
         read_config(config)
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("name", ["nul\0byte", "loop"])
 def test_an_impossible_file_name_is_an_error(config, name):
     if name == "loop":

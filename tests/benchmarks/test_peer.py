@@ -32,7 +32,6 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.posix
 def test_rates_come_from_the_seconds_of_each_pass(tmp_path):
     with Peer(python_that_runs(tmp_path, ECHO), tmp_path / "model.gguf", 100) as running:
         assert running.prefill(64) == pytest.approx(2.0)
@@ -40,14 +39,12 @@ def test_rates_come_from_the_seconds_of_each_pass(tmp_path):
         assert running.decode(50, 10) == pytest.approx(1 / 50.5)
 
 
-@pytest.mark.posix
 def test_a_peer_that_dies_is_named_with_its_last_words(tmp_path):
     program = "import sys; sys.exit('no such model')"
     with pytest.raises(ResourceError, match=r"^llama\.cpp ended early: .*no such model"):
         Peer(python_that_runs(tmp_path, program), tmp_path / "model.gguf", 100)
 
 
-@pytest.mark.posix
 def test_a_python_without_llama_cpp_is_refused(tmp_path):
     with pytest.raises(MissingDependencyError, match="needs llama-cpp-python"):
         peer.require(python_that_runs(tmp_path, "import no_such_module"))
@@ -103,7 +100,6 @@ def test_a_file_has_the_tensors_that_llama_cpp_loads(name, tmp_path, monkeypatch
     assert 0.0003 < abs(weights).mean() < 0.001
 
 
-@pytest.mark.posix
 def test_nothing_of_it_is_left_afterwards(tmp_path):
     with Peer(python_that_runs(tmp_path, ECHO), tmp_path / "model.gguf", 100) as running:
         process = running._process.pid

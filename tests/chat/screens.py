@@ -27,7 +27,6 @@ class Terminal(io.TextIOBase):
             color_system=colours,
             width=width,
             height=height,
-            legacy_windows=False,
             _environ={},
         )
         self._switch_on()

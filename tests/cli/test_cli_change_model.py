@@ -100,7 +100,6 @@ def ask(saver, question="hell"):
     return finished.stats
 
 
-@pytest.mark.posix
 def test_one_engine_is_closed_before_another_is_loaded(start, loads):
     chat = start()
     ask(chat.saver)
@@ -115,7 +114,6 @@ def test_one_engine_is_closed_before_another_is_loaded(start, loads):
     assert chat.saver.store.latest().model == "second"
 
 
-@pytest.mark.posix
 def test_the_statistics_of_both_are_saved(start, home):
     chat = start()
     ask(chat.saver)
@@ -126,7 +124,6 @@ def test_the_statistics_of_both_are_saved(start, home):
     assert (home / "stats" / "second.json").exists()
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize(
     "fault", [ResourceError("no room"), MemoryError(), KeyboardInterrupt(), OSError(errno.EIO, "x")]
 )
@@ -146,7 +143,6 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(start, loads, fault):
     assert ask(chat.saver, "he").generated_tokens == 3
 
 
-@pytest.mark.posix
 def test_where_neither_can_be_loaded_the_error_names_both(start, loads):
     chat = start()
     loads.failing |= {"second": ResourceError("no room"), "first": ResourceError("none either")}
@@ -158,7 +154,6 @@ def test_where_neither_can_be_loaded_the_error_names_both(start, loads):
     chat.close()
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize(
     ("name", "load", "error"),
     [
@@ -184,14 +179,12 @@ def test_what_is_wrong_is_said_before_anything_is_closed(start, loads, home, nam
     assert ask(chat.saver).generated_tokens == 3
 
 
-@pytest.mark.posix
 def test_a_context_that_the_other_model_cannot_have_is_said_before(home):
     load = LoadOptions(device="cpu", context_size=120)
     with pytest.raises(MixchatError, match="120"):
         LocalModels(load, REPORTER, usual="second").check("first", "second")
 
 
-@pytest.mark.posix
 def test_a_tokenizer_that_cannot_be_read_is_said_before(start, home):
     chat = start()
     odd = home / "models" / "odd"
@@ -204,7 +197,6 @@ def test_a_tokenizer_that_cannot_be_read_is_said_before(start, home):
     assert not chat.saver.session.engine.is_closed
 
 
-@pytest.mark.posix
 def test_others_are_those_with_another_directory(start, home):
     chat = start()
     assert chat.others() == ["second"]
@@ -214,7 +206,6 @@ def test_others_are_those_with_another_directory(start, home):
     assert chat.others() == ["first", "second"]
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("beside", [True, False])
 def test_the_kv_cache_comes_back_with_the_model_that_stays(start, loads, tmp_path, beside):
     chat = start()
@@ -227,7 +218,6 @@ def test_the_kv_cache_comes_back_with_the_model_that_stays(start, loads, tmp_pat
         assert ask(chat.saver, "he").reused_tokens == 3
 
 
-@pytest.mark.posix
 def test_the_kv_cache_of_the_new_model_is_saved_in_place_of_the_old_one_s(start, capsys):
     chat = start()
     with CacheSaver(chat.saver, REPORTER, create=True) as cache:
@@ -240,7 +230,6 @@ def test_the_kv_cache_of_the_new_model_is_saved_in_place_of_the_old_one_s(start,
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.posix
 def test_a_chat_types_it(start, reports):
     opened = start()
     typed = "hell\r/model second\rhe\r/model\r" + CTRL_D

@@ -63,7 +63,6 @@ def test_nothing_is_saved_unless_that_is_wanted(saver_of):
     assert not saver.kv_path.exists()
 
 
-@pytest.mark.posix
 def test_a_link_in_its_place_is_not_written_through(saver_of, tmp_path):
     """Its target was overwritten, with no flag given: a device's node, as root."""
     precious = tmp_path / "precious"
@@ -78,7 +77,6 @@ def test_a_link_in_its_place_is_not_written_through(saver_of, tmp_path):
         assert precious.read_text() == "precious"
 
 
-@pytest.mark.posix
 def test_a_pipe_in_its_place_is_left_as_it_is_and_said(saver_of, capsys):
     saver = saver_of()
     saver.store.directory.mkdir()

@@ -49,7 +49,6 @@ def test_a_flag_goes_before_a_variable_and_that_before_the_file(mixchat, config_
     assert mixchat("run", "Hi", MIXCHAT_MAX_TOKENS="").stdout == b"Hell\n"
 
 
-@pytest.mark.posix
 def test_a_named_file_stands_in_for_the_other(mixchat, config_file, tmp_path):
     config_file("max-tokens = 4")
     (tmp_path / "mine.toml").write_text("max-tokens = 1")

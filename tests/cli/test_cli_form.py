@@ -30,7 +30,6 @@ def ask(mixchat, installed, tmp_path):
     )
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_an_answer_is_json_by_the_schema(ask, tmp_path, seed):
     (tmp_path / "s.json").write_text(json.dumps(SCHEMA))
@@ -42,7 +41,6 @@ def test_an_answer_is_json_by_the_schema(ask, tmp_path, seed):
         assert answer["size"] <= 99
 
 
-@pytest.mark.posix
 def test_with_json_the_answer_is_a_string_that_holds_json(ask):
     done = ask("--json", "--schema", json.dumps(SCHEMA), "Hi")
     printed = json.loads(done.stdout)
@@ -50,14 +48,12 @@ def test_with_json_the_answer_is_a_string_that_holds_json(ask):
     assert printed["stop_reason"] == "stop"
 
 
-@pytest.mark.posix
 def test_a_pipe_gets_an_answer_of_the_grammar(ask, tmp_path):
     (tmp_path / "g.gbnf").write_text('root ::= "yes" | "no"')
     done = ask("--grammar", str(tmp_path / "g.gbnf"), stdin=b"Is it so?\n")
     assert done.stdout in (b"yes\n", b"no\n")
 
 
-@pytest.mark.posix
 def test_the_note_on_an_answer_that_was_cut_off_is_there_with_a_form_too(ask):
     strings = {"type": "array", "items": {"type": "string", "minLength": 9}, "minItems": 99}
     done = ask("--schema", json.dumps(strings), "--ctx-size", "64", "Hi")
@@ -96,7 +92,6 @@ def test_a_grammar_is_refused_with_its_file_and_line(mixchat, tmp_path):
     )
 
 
-@pytest.mark.posix
 def test_lines_of_a_file_have_forms_of_their_own(ask, tmp_path):
     by_schema = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
     never = {"type": "json_schema", "json_schema": {"name": "none", "schema": {"enum": []}}}

@@ -108,7 +108,6 @@ def test_another_file_is_left_as_it_is(run, tmp_path, content):
     assert out.read_text() == content
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -192,7 +191,6 @@ def test_an_answer_file_of_one_endless_line_is_not_read_whole(tmp_path, monkeypa
         answer_with(out, 1, set())
 
 
-@pytest.mark.posix
 def test_the_lines_may_come_from_a_pipe_with_a_name(run):
     """It said "is not a regular file" for `--jsonl <(command)`."""
     reading, writing = os.pipe()
@@ -203,7 +201,6 @@ def test_the_lines_may_come_from_a_pipe_with_a_name(run):
     assert (done.returncode, len(parsed(done.stdout))) == (0, 2)
 
 
-@pytest.mark.posix
 def test_a_second_run_with_the_same_file_of_answers_is_refused_and_leaves_it_alone(run, tmp_path):
     """Both wrote: the second one took the line that the first was writing for one cut off."""
     out, link = tmp_path / "out", tmp_path / "link"
@@ -220,7 +217,6 @@ def test_a_second_run_with_the_same_file_of_answers_is_refused_and_leaves_it_alo
     assert sorted(tmp_path.iterdir()) == [link, out]
 
 
-@pytest.mark.posix
 def test_ctrl_c_leaves_whole_lines_and_says_nothing_else(model, environment, tmp_path):
     out = tmp_path / "out.jsonl"
     command = [

@@ -72,7 +72,6 @@ def test_the_next_run_reads_only_what_is_new(ask, tmp_path):
         assert done.stdout == ask(question).stdout
 
 
-@pytest.mark.posix
 def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
     file = tmp_path / "f"
     for _ in range(2):
@@ -216,7 +215,6 @@ def test_a_file_of_another_kind_is_left_as_it_is(mixchat, tmp_path, data):
     assert file.read_bytes() == data
 
 
-@pytest.mark.posix
 def test_a_link_that_a_person_names_is_followed(ask, tmp_path):
     (tmp_path / "there").mkdir()
     link, target = tmp_path / "f", tmp_path / "there" / "g"
@@ -243,7 +241,6 @@ def test_a_file_that_was_made_while_it_answered_is_left_as_it_is(ask, tmp_path, 
     assert (done.stdout, done.returncode, file.read_text()) == (expected, 2, "notes")
 
 
-@pytest.mark.posix
 def test_what_is_no_file_is_left_as_it_is(mixchat, tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

@@ -85,7 +85,6 @@ def test_a_closed_stdin_is_an_empty_one(process):
     assert process("run", "Hi", shell="<&-") == Done(b"Hello\n", b"", 0)
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("arguments", [["run", "Hi"], ["list"], ["plan", "demo"], ["--version"]])
 def test_a_closed_stdout_is_an_error_at_once(process, arguments):
     """The whole answer was computed, for nobody, and the exit code was 0."""
@@ -263,14 +262,12 @@ def test_stderr_may_be_the_closed_pipe(process):
         assert process("run", "--temp", "-1", shell="2>&1", stdout=pipe).returncode == 2
 
 
-@pytest.mark.posix
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_under_stdout_is_one_line(process):
     done = process("run", "Hi", shell=">/dev/full")
     assert done == Done(b"", b"error: No space left on device\n", 7)
 
 
-@pytest.mark.posix
 def test_ctrl_c_ends_it_silently(environment):
     with start(environment, DELAY="0.1", SCRIPT=f'["{"x" * 3000}"]') as process:
         assert process.stdout.read(1) == b"x"

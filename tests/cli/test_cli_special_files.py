@@ -45,7 +45,6 @@ def put_directory(path):
     path.mkdir()
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("name", [*SMALL_FILES, INDEX, SHARD])
 @pytest.mark.parametrize("put", [put_fifo, put_directory])
 def test_a_checkpoint_with_it_is_refused_in_one_line(mixchat, environment, checkpoint, name, put):
@@ -58,7 +57,6 @@ def test_a_checkpoint_with_it_is_refused_in_one_line(mixchat, environment, check
     assert not (Path(environment["MIXCHAT_HOME"]) / "models" / "checkpoint").exists()
 
 
-@pytest.mark.posix
 def test_a_checkpoint_of_links_is_as_good_as_any(mixchat, checkpoint, tmp_path):
     """Hugging Face's cache is made of them."""
     links = tmp_path / "links"
@@ -68,7 +66,6 @@ def test_a_checkpoint_of_links_is_as_good_as_any(mixchat, checkpoint, tmp_path):
     assert mixchat("download", str(links)).returncode == 0
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("name", ["mixchat.json", "mixchat.copy.json", "config.json"])
 @pytest.mark.parametrize("command", ["list", "show", "verify"])
 def test_a_model_with_a_fifo_is_damaged_and_nobody_waits(mixchat, installed, command, name):
@@ -78,7 +75,6 @@ def test_a_model_with_a_fifo_is_damaged_and_nobody_waits(mixchat, installed, com
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("name", ["shared.safetensors", "experts-001.safetensors"])
 def test_a_model_whose_weights_are_a_fifo_is_damaged(mixchat, installed, name):
     put_fifo(installed / name)
@@ -87,7 +83,6 @@ def test_a_model_whose_weights_are_a_fifo_is_damaged(mixchat, installed, name):
     assert name in done.stdout.decode()
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("name", ["mixchat.json", "config.json", "experts-001.safetensors"])
 def test_repair_leaves_a_fifo_where_it_is_and_names_it(mixchat, environment, checkpoint, name):
     assert mixchat("download", str(checkpoint)).returncode == 0
@@ -101,7 +96,6 @@ def test_repair_leaves_a_fifo_where_it_is_and_names_it(mixchat, environment, che
     assert path.is_fifo()
 
 
-@pytest.mark.posix
 def test_an_unfinished_model_whose_journal_is_a_fifo_is_listed(mixchat, environment):
     unfinished = Path(environment["MIXCHAT_HOME"]) / "models" / "unfinished"
     unfinished.mkdir(parents=True)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from command_line import loaded_by
 
-from mixchat.base import system
+from mixchat.base import interrupts
 
 HEAVY = {
     "bitsandbytes",
@@ -103,7 +103,6 @@ def test_python_m_mixchat_is_mixchat():
     assert done.stdout.startswith("mixchat ")
 
 
-@pytest.mark.posix
 def test_help_names_every_command(mixchat):
     said = mixchat().stdout.decode()
     assert said.startswith("Usage: mixchat ")
@@ -131,8 +130,7 @@ def test_ctrl_c_ends_it_quietly_before_anything_else_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.posix
-@pytest.mark.parametrize("number", system.ENDING)
+@pytest.mark.parametrize("number", interrupts.ENDING)
 def test_a_closed_window_ends_it_as_ctrl_c_does(environment, number):
     """A model in the making is removed on the way out; the default action would leave it there."""
     code = (

@@ -186,7 +186,6 @@ def test_png_draws_every_report(mixchat, home, tmp_path, name):
         assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-@pytest.mark.posix
 def test_a_report_is_not_written_through_a_link(home, tmp_path):
     precious, path = tmp_path / "precious", report_path("demo")
     precious.write_text("precious")
@@ -223,7 +222,6 @@ def test_only_a_picture_of_ours_is_replaced(mixchat, kept, tmp_path):
     assert photograph.read_bytes() == before
 
 
-@pytest.mark.posix
 def test_a_picture_can_go_into_a_pipe(mixchat, kept):
     pytest.importorskip("matplotlib")
     reader, pipe = os.pipe()

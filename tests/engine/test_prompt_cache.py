@@ -251,7 +251,6 @@ def test_a_file_that_was_changed_right_is_taken(open_engine, tmp_path):
     assert PromptCache(tmp_path / "f", open_engine()).load() == 23
 
 
-@pytest.mark.posix
 def test_a_link_is_neither_read_nor_written_through(open_engine, tmp_path):
     """A file in the place of a chat's cache may be somebody else's link to anything."""
     link, target = tmp_path / "f", tmp_path / "g"

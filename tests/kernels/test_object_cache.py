@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from llvmlite import ir
 
-from mixchat.base import system
 from mixchat.kernels import compile as compiling
+from mixchat.kernels import object_cache
 from mixchat.kernels.compile import compile_module, instruction_set
 from mixchat.kernels.emit import Function, i64
 from mixchat.kernels.object_cache import _MOST_FILES, ObjectCache
@@ -112,9 +112,9 @@ def test_a_sticky_directory_above_is_no_harm(cached):
 def test_a_directory_that_the_users_own_group_can_write_is_no_harm(cached, monkeypatch):
     """The mode of ~/.local/share is 775 where each user has a group of their own."""
     cached[0].chmod(0o775)
-    monkeypatch.setattr(system, "is_own_group", lambda gid: True)
+    monkeypatch.setattr(object_cache, "_is_own_group", lambda gid: True)
     assert cached[1].load() == b"code"
-    monkeypatch.setattr(system, "is_own_group", lambda gid: False)
+    monkeypatch.setattr(object_cache, "_is_own_group", lambda gid: False)
     assert cached[1].load() is None
     monkeypatch.undo()
     user = pwd.getpwuid(os.geteuid())

@@ -43,7 +43,6 @@ def test_as_many_threads_as_asked_for_call_it_and_this_is_one(count) -> None:
     assert threading.get_native_id() in recorder.callers
 
 
-@pytest.mark.posix
 def test_the_threads_are_those_of_torch():
     """A second OpenMP library in the process would have its own, and both would spin."""
     import torch

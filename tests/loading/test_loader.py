@@ -99,7 +99,6 @@ def test_a_gpu_gives_what_the_cpu_gives(make_checkpoint, install, monkeypatch, o
     assert (results[0] - results[1]).norm() < tolerance * results[1].norm()
 
 
-@pytest.mark.posix
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
 @pytest.mark.parametrize("how", ["dropped", "closed"])
 def test_an_engine_that_is_dropped_or_closed_leaves_no_file_open(tiny_model, tmp_path, how):

@@ -44,7 +44,6 @@ def ask(model: Path, options: LoadOptions, *addresses: object) -> list[WorkerOff
         return ask_workers(installed, named)
 
 
-@pytest.mark.posix
 def test_a_worker_says_its_room_and_is_timed(tiny_model, worker, options):
     for count in (1, 2):
         (offer,) = ask(tiny_model, options, worker.address)
@@ -54,7 +53,6 @@ def test_a_worker_says_its_room_and_is_timed(tiny_model, worker, options):
         worker.wait_for_note("the chat ends", count)
 
 
-@pytest.mark.posix
 def test_a_worker_that_cannot_be_asked_is_an_error_and_the_others_are_free(
     tiny_model, worker, options
 ):

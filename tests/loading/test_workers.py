@@ -185,7 +185,6 @@ def text(engine: Engine, prompt: Sequence[int] = PROMPT, tokens: int = 12) -> li
     return list(engine.generate(prompt, sampling=greedy, stop_ids=set(), max_tokens=tokens))
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize(
     ("kind", "split", "exact"),
     [
@@ -207,7 +206,6 @@ def test_who_computes_does_not_show_in_the_bits(load, fork, model, alone, kind, 
     assert all(link.seconds_computing for link in links(engine))
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("many", [True, False], ids=["prefill", "decode"])
 @pytest.mark.parametrize(
     ("fault", "layer"),
@@ -231,7 +229,6 @@ def test_an_answer_does_not_show_that_a_worker_fails_in_it(
     assert len(notes) == 1
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("kind", [FAST, "nf4, packed"])
 def test_a_line_tells_of_a_worker_that_computes_otherwise(kind, load, fork, model, monkeypatch):
     others = {"bytes": "words", "words": "bytes"}
@@ -255,7 +252,6 @@ def test_a_line_tells_of_a_worker_that_computes_otherwise(kind, load, fork, mode
     assert note.endswith("--exact-prompts makes them the same") == (here in others)
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("slots", [2, 5, 9])
 def test_a_worker_that_comes_back_is_taken_up_at_the_next_turn(load, fork, model, alone, slots):
     """Also where it has less memory, or more, than before."""
@@ -274,7 +270,6 @@ def test_a_worker_that_comes_back_is_taken_up_at_the_next_turn(load, fork, model
     assert link.seconds_computing > 0
 
 
-@pytest.mark.posix
 def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
     load, fork, model, alone, monkeypatch
 ):
@@ -303,7 +298,6 @@ def test_ctrl_c_in_the_midst_of_a_layer_leaves_the_next_answer_right(
         engine.forget()
 
 
-@pytest.mark.posix
 def test_ctrl_c_while_a_worker_is_taken_up_again_does_not_leave_it_out(
     load, fork, model, alone, monkeypatch
 ):
@@ -326,7 +320,6 @@ def test_ctrl_c_while_a_worker_is_taken_up_again_does_not_leave_it_out(
     assert engine.slots_by_tier["worker"] == 8
 
 
-@pytest.mark.posix
 def test_a_closed_engine_leaves_its_workers_to_another_one(load, alone, fork, model):
     """A chat that changes its model closes one engine, whose parts something may keep."""
     worker = fork.start(model(FAST), 6)
@@ -340,7 +333,6 @@ def test_a_closed_engine_leaves_its_workers_to_another_one(load, alone, fork, mo
     assert text(second) == alone(FAST).text
 
 
-@pytest.mark.posix
 def test_a_second_chat_is_refused_while_the_first_one_lasts(load, fork, model):
     worker = fork.start(model(FAST), 5)
     first = load(FAST, 7, [worker.address])

@@ -1,5 +1,6 @@
 """Measuring a disk: how much is written and read, in the faster way, and nothing stays behind."""
 
+import errno
 import math
 import os
 import threading
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from other_system import F_NOCACHE
 
 from mixchat.base import machine, system
 from mixchat.planning import disk_speed
@@ -37,7 +39,6 @@ def open_below(directory: Path) -> list[str]:
     return [link for link in links if link.startswith(str(directory))]
 
 
-@pytest.mark.posix
 def test_a_disk_is_measured_and_nothing_stays_behind(tmp_path):
     result = measured(tmp_path / "not there yet")
     assert result is not None
@@ -45,7 +46,6 @@ def test_a_disk_is_measured_and_nothing_stays_behind(tmp_path):
     assert list(tmp_path.iterdir()) == open_below(tmp_path) == []
 
 
-@pytest.mark.posix
 def test_the_disk_is_read_while_the_main_thread_computes_and_while_it_does_not(
     tmp_path, monkeypatch
 ):
@@ -107,21 +107,24 @@ def test_a_place_that_cannot_be_written_to_is_not_measured(monkeypatch):
     assert measured(Path("/proc")) is None
 
 
-@pytest.mark.posix
+def use_macos(monkeypatch, control):
+    monkeypatch.setattr(system, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(system, "fcntl", SimpleNamespace(F_NOCACHE=F_NOCACHE, fcntl=control))
+
+
 def test_on_macos_the_disk_is_written_and_read_past_the_page_cache(tmp_path, monkeypatch):
     """A disk on macOS was never measured, because it has no posix_fadvise."""
-    f_nocache, uncached = 48, set[int]()
+    uncached = set[int]()
     monkeypatch.delattr(os, "posix_fadvise")
-    monkeypatch.delattr(os, "O_DIRECT")
 
     def control(fd, command, value):
-        assert (command, value) == (f_nocache, 1)
+        assert (command, value) == (F_NOCACHE, 1)
         uncached.add(fd)
         return 0
 
     touched: list[int] = []
     preadv, write = os.preadv, os.write
-    monkeypatch.setattr(system._fcntl, "fcntl", control)
+    use_macos(monkeypatch, control)
     monkeypatch.setattr(os, "preadv", lambda fd, *rest: (touched.append(fd), preadv(fd, *rest))[1])
     monkeypatch.setattr(os, "write", lambda fd, data: (touched.append(fd), write(fd, data))[1])
     result = measured(tmp_path)
@@ -131,9 +134,11 @@ def test_on_macos_the_disk_is_written_and_read_past_the_page_cache(tmp_path, mon
     assert set(touched) <= uncached
 
 
-@pytest.mark.posix
 def test_a_system_on_which_the_page_cache_cannot_be_passed_is_not_measured(tmp_path, monkeypatch):
-    monkeypatch.delattr(os, "posix_fadvise")  # and no command of fcntl in its place
+    def control(fd, command, value):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    use_macos(monkeypatch, control)
     assert measured(tmp_path) is None
 
 
@@ -165,7 +170,6 @@ def test_a_slow_disk_is_measured_with_less_than_an_expert(tmp_path, monkeypatch)
     assert sum(written) == 4096 < BLOCK
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("slow", [True, False])
 def test_the_faster_way_to_read_is_taken(tmp_path, monkeypatch, slow):
     state = {"direct": False}
@@ -198,7 +202,6 @@ def test_a_file_system_without_direct_reads_is_read_through_the_cache(tmp_path, 
     assert asked.count(True) == 1
 
 
-@pytest.mark.posix
 def test_memory_is_fresh_each_time_where_a_cold_start_is_measured(tmp_path, monkeypatch):
     preadv, targets = os.preadv, []
 
@@ -212,7 +215,6 @@ def test_memory_is_fresh_each_time_where_a_cold_start_is_measured(tmp_path, monk
     assert len(set(targets)) > 2
 
 
-@pytest.mark.posix
 def test_experts_of_an_installed_model_are_read_each_before_one_is_again(tmp_path, monkeypatch):
     """Bytes just written are still in the cache of a machine's host: a disk seemed as fast."""
     for layer in range(2):
@@ -242,7 +244,6 @@ def test_a_model_of_few_experts_is_not_read_again_and_again(tmp_path, monkeypatc
     assert sum(written) == SIZE
 
 
-@pytest.mark.posix
 def test_ctrl_c_while_the_disk_is_read_leaves_nothing(tmp_path, monkeypatch):
     preadv, threads = os.preadv, set(threading.enumerate())
     computing = threading.Event()

@@ -140,7 +140,6 @@ def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path, text):
     assert load_measurement(path, "here", CPU) == MADE
 
 
-@pytest.mark.posix
 def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
     path, precious = tmp_path / "machine.json", tmp_path / "precious"
     precious.write_text(entry())

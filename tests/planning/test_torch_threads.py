@@ -92,7 +92,6 @@ def test_a_damaged_file_is_written_again(tmp_path, content):
     assert measure.calls == 1
 
 
-@pytest.mark.posix
 def test_a_link_in_its_place_is_replaced(tmp_path):
     path, precious = tmp_path / "threads.json", tmp_path / "precious"
     precious.write_text("{}")

@@ -1,6 +1,5 @@
 """KV caches in files, from one service to the next."""
 
-import pytest
 from waiter import Waiter, job
 
 from mixchat.serving.service import Done
@@ -41,7 +40,6 @@ def test_a_directory_that_cannot_be_made_for_kv_caches_is_noted(
     assert "KV caches cannot be saved" in notes[0]
 
 
-@pytest.mark.posix
 def test_a_directory_of_kv_caches_that_cannot_be_read_costs_a_line_and_not_the_start(
     model_service, monkeypatch, tmp_path
 ):

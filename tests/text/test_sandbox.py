@@ -128,7 +128,6 @@ def test_after_ctrl_c_no_reply_is_taken_for_another_calls(sandboxed, monkeypatch
     assert tokenizer.encode("two") == expected
 
 
-@pytest.mark.posix
 def test_a_child_that_waits_is_ended(sandboxed, monkeypatch):
     """It computes nothing, so its limit of CPU time does not end it."""
     tokenizer = sandboxed.tokenizer()
@@ -162,7 +161,6 @@ def test_a_child_may_send_anything(reply, sandboxed, monkeypatch):
             tokenizer.encode("Hello")
 
 
-@pytest.mark.posix
 def test_the_child_ends_with_its_parent(checkpoints):
     """Also if the parent is killed."""
     code = (
@@ -193,7 +191,6 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.posix
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_the_child_inherits_nothing_of_its_parent(sandboxed):
     sandboxed.tokenizer()
@@ -208,7 +205,6 @@ def test_the_child_inherits_nothing_of_its_parent(sandboxed):
     assert "libtorch" not in loaded
 
 
-@pytest.mark.posix
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_the_child_gets_no_keys_and_tokens(checkpoints, monkeypatch):
     """A tokenizer or template that breaks out of its library found them in its environment."""

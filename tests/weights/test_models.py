@@ -236,7 +236,6 @@ class TestFind:
         assert "mixchat download org/name" in caught.value.hint
 
 
-@pytest.mark.posix
 class TestLocate:
     def test_finds_what_is_there_whatever_its_state(self):
         for key, finished in (("org--name", True), ("half", False)):
@@ -276,7 +275,6 @@ class TestLocate:
         assert models.existing_directory("link") == models.models_dir() / "link"
 
 
-@pytest.mark.posix
 class TestList:
     def test_nothing_yet(self, home):
         assert models.list_models() == []

@@ -51,8 +51,7 @@ class MarkdownStream:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._console, self._clock = console, clock
-        lacks_escapes = console.is_dumb_terminal or console.legacy_windows
-        self._has_tail = console.is_terminal and not lacks_escapes
+        self._has_tail = console.is_terminal and not console.is_dumb_terminal
         self._rest, self._before, self._below = "", before, below
         # A blank line comes before the rest. The line above its code is drawn.
         self._gap = self._lacks_frame = False

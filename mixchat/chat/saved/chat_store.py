@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from mixchat.base import system
 from mixchat.base.errors import ChatNotFoundError, CheckpointError, ResourceError, UsageError
-from mixchat.base.files import write_error, write_private_file
+from mixchat.base.files import sync_directory, write_error, write_private_file
 from mixchat.base.lock import Busy, exclusive_lock
 from mixchat.base.settings import data_dir
 from mixchat.chat.saved.chat_file import (
@@ -192,7 +191,7 @@ class ChatStore:
         try:
             self.kv_path(id).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-            system.sync_directory(self.directory)
+            sync_directory(self.directory)
         except OSError as error:
             raise write_error(error, path, "the chat cannot be removed") from None
         return id

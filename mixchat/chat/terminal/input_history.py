@@ -10,7 +10,6 @@ from pathlib import Path
 
 from prompt_toolkit.history import History
 
-from mixchat.base import system
 from mixchat.base.files import open_regular, write_private_file
 from mixchat.base.lock import exclusive_lock
 
@@ -115,7 +114,7 @@ def _append(path: Path, data: bytes) -> None:
     """Append all of it or nothing, because a cut character would spoil the file. May create it."""
     fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600, follow=False)
     with open(fd, "ab", buffering=0) as file:
-        system.make_private(fd)
+        os.fchmod(fd, 0o600)
         before = os.fstat(fd).st_size
         try:
             if os.write(fd, data) < len(data):

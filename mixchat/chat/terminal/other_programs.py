@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from mixchat.base import system
 from mixchat.base.errors import MissingDependencyError, UsageError
 from mixchat.base.files import MAX_SIZE
 
-_USUAL_EDITORS = ("editor", "nano", "vim", "vi", "emacs", "notepad")
+_USUAL_EDITORS = ("editor", "nano", "vim", "vi", "emacs")
 
 _MAX_COPIED_BY_TERMINAL = 74_994  # bytes, which all terminals that can copy take
 _CLIPBOARD_TIMEOUT_S = 5
@@ -39,7 +38,7 @@ def edited(text: str) -> str:
     command = _editor()
     with tempfile.TemporaryDirectory(prefix="mixchat-") as folder:
         file = Path(folder, "message.md")
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | system.BINARY, 0o600), "wb") as stream:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stream:
             stream.write((text + "\n").encode("utf-8", "replace"))
         _run([*command, str(file)])
         return _read(file)
@@ -53,7 +52,7 @@ def _editor() -> list[str]:
             raise UsageError("no editor was found", hint="Set EDITOR to the name of one.")
         return [named]
     try:
-        command = shlex.split(named, posix=not system.WINDOWS)
+        command = shlex.split(named)
     except ValueError as error:
         raise UsageError(f"cannot read EDITOR={named!r} ({error})") from None
     if not command:

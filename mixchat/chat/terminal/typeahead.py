@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 from prompt_toolkit.input import Input
@@ -35,18 +38,24 @@ def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
     if before is None:
         yield
         return
-    quiet = system.without_echo(before)
+    # No echo, and the keys are kept at Ctrl-C.
+    quiet = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]
 
-    def suspend() -> None:
+    def suspend(number: int, frame: FrameType | None) -> None:
         pause()
         _set(before, _NO_MARKS)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # until `fg`
+        signal.signal(number, suspend)
+        _set(quiet, _MARK_PASTES)
 
-    with system.on_suspend(suspend, lambda: _set(quiet, _MARK_PASTES)):
-        try:
-            _set(quiet, _MARK_PASTES)
-            yield
-        finally:
-            _set(before, _NO_MARKS)
+    previous = signal.signal(signal.SIGTSTP, suspend)
+    try:
+        _set(quiet, _MARK_PASTES)
+        yield
+    finally:
+        _set(before, _NO_MARKS)
+        signal.signal(signal.SIGTSTP, previous)
 
 
 def _set(mode: list[Any], marks: bytes) -> None:
@@ -70,7 +79,9 @@ def reading_keys(source: Input) -> Iterator[None]:
         _take(source, _late_bytes)
         yield
         if mode := system.terminal_mode(source):
-            system.set_terminal_mode(source, system.with_signals(mode))
+            # Now Ctrl-C makes a signal, and keeps the keys before it.
+            with_signals = [*mode[:3], mode[3] | termios.ISIG | termios.NOFLSH, *mode[4:]]
+            system.set_terminal_mode(source, with_signals)
         _take(source, _late_bytes)
         if _drop_ctrl_c(source):
             raise KeyboardInterrupt
@@ -134,6 +145,6 @@ def _late_bytes(source: Input) -> bytes:
 def _waiting_line(source: Input) -> bytes | None:
     """Return the next whole line, if there is one. Outside a prompt a terminal has only lines."""
     mode, fd = system.terminal_mode(source), source.fileno()
-    if mode is None or not system.reads_lines(mode):
+    if mode is None or not mode[3] & termios.ICANON:
         return None
     return os.read(fd, 65536) if select.select([fd], [], [], 0)[0] else None

@@ -8,7 +8,6 @@ import secrets
 import stat
 from pathlib import Path
 
-from mixchat.base import system
 from mixchat.base.errors import UsageError
 from mixchat.base.files import open_regular, removed_on_error, write_error
 from mixchat.base.settings import data_dir
@@ -52,7 +51,7 @@ def read_key_file(path: Path) -> bytes:
         raise UsageError(f"{path}: there is no key", hint=hint) from None
     except OSError as error:
         raise UsageError(f"{path}: the key cannot be read ({error.strerror})") from None
-    if mode & _OTHERS and not system.WINDOWS:  # which has no such modes
+    if mode & _OTHERS:
         hint = f"Change that with `chmod 600 {path}`."
         raise UsageError(f"{path}: others can read the key (its mode is {mode:o})", hint=hint)
     if not re.fullmatch(rb"[0-9a-fA-F]{%d}" % (2 * KEY_SIZE), text.strip()):

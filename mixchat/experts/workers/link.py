@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import socket
 import time
 import weakref
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 import torch
 import zmq
 
-from mixchat.base import interrupts, system
+from mixchat.base import interrupts
 from mixchat.base.errors import (
     CheckpointError,
     MixchatError,
@@ -195,7 +196,7 @@ class WorkerSocket:
         except zmq.ZMQError:
             raise _lost() from None
         # If all cores compute, libzmq's thread would wait until this one's experts are computed.
-        system.yield_core()
+        os.sched_yield()
 
     def receive(self, deadline: float) -> bytes:
         """Return the next message. Raises `ConnectionLostError`, also after the deadline."""

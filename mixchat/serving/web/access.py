@@ -55,9 +55,7 @@ def bind(address: Address) -> socket.socket:
     # more for each answer.
     bound = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        # On Windows SO_REUSEADDR would let another program take the port, too.
-        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-        bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address.target)
     except OSError as error:
         bound.close()

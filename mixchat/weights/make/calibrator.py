@@ -96,7 +96,7 @@ class InputsWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             for path in self._temporary.iterdir():
-                with open(path, "rb+") as file:  # Windows syncs no file open for reading
+                with open(path, "rb") as file:
                     os.fsync(file.fileno())
             shutil.rmtree(self._directory, ignore_errors=True)
             rename_durably(self._temporary, self._directory)

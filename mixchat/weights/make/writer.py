@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mixchat.base import system
-from mixchat.base.files import open_regular
+from mixchat.base.files import open_regular, sync_directory
 from mixchat.base.safetensors import tensor_bytes
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.make.parts import ModelPart
@@ -45,7 +44,7 @@ class ModelWriter:
             os.fsync(self._descriptors[name])
         self._unsynced.clear()
         if self._unnamed:
-            system.sync_directory(self._directory)
+            sync_directory(self._directory)
             self._unnamed = False
 
     def finish(self) -> dict[str, int]:
@@ -76,4 +75,4 @@ class ModelWriter:
 def _write_at(descriptor: int, data: memoryview, start: int) -> None:
     done = 0
     while done < len(data):
-        done += system.write_at(descriptor, data[done:], start + done)
+        done += os.pwrite(descriptor, data[done:], start + done)

@@ -159,7 +159,7 @@ class HubCheckpoint(Checkpoint):
                 pointer.symlink_to(os.path.relpath(path, pointer.parent))
             except FileExistsError:
                 pass  # another download has made it
-            except OSError:  # Windows may refuse. Then huggingface_hub has the file itself there.
+            except OSError:  # exFAT has no links. Then huggingface_hub has the file itself there.
                 os.replace(path, pointer)
                 path = pointer
         hub.write_ref(self._remote.repo_id, self.source.revision, self._remote.commit)

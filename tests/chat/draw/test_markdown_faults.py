@@ -69,7 +69,6 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("at", [*range(0, 30, 5), 10**6])
 @pytest.mark.parametrize("where", ["blocks", "write"])
 def test_ctrl_c_in_a_frame_waits_for_its_end(monkeypatch, ctrl_c, where, at):

@@ -63,7 +63,6 @@ class TestRoundTrip:
         assert not file_of(store).exists()
 
 
-@pytest.mark.posix
 class TestFiles:
     def test_only_the_owner_can_read_whatever_the_umask(self, store):
         before = os.umask(0)
@@ -259,7 +258,6 @@ class TestNamesAlone:
         assert three.names() == []
 
 
-@pytest.mark.posix
 class TestAll:
     def test_the_newest_is_first(self, three):
         ids = [summary.id for summary in three.all()]

@@ -129,14 +129,12 @@ def test_a_name_that_cannot_be_shown_is_not_offered(tmp_path, name):
     assert list(file_names(f"{tmp_path}/")) == []
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("text", ["missing/", "one.txt/", "loop/x", "\0", "~nobody-here/"])
 def test_what_cannot_be_read_has_no_files(files, text):
     (files / "loop").symlink_to("loop")
     assert list(file_names(text)) == []
 
 
-@pytest.mark.posix
 def test_a_link_in_a_circle_is_a_name_like_others(files):
     (files / "loop").symlink_to("loop")
     assert list(file_names("lo")) == ["loop"]

@@ -37,7 +37,6 @@ def test_without_a_tool_the_terminal_is_asked_to_copy(tmp_path, monkeypatch):
     assert sent == b"\x1b]52;c;" + base64.b64encode("naïve".encode()) + b"\x07"
 
 
-@pytest.mark.posix
 def test_a_tool_of_the_desktop_gets_the_text(tmp_path, monkeypatch, capsys):
     tool = tmp_path / "wl-copy"
     tool.write_text(f"#!/bin/sh\n/bin/cat > {tmp_path}/clipboard\n")
@@ -69,7 +68,6 @@ def test_what_was_read_is_dropped_by_clear_by_load_and_by_read_none(session_of, 
         session.engine.script = ["a", "b"]
 
 
-@pytest.mark.posix
 def test_read_does_not_wait_for_a_fifo(session_of, tmp_path):
     """Nobody writes to it, so the chat waited for ever."""
     os.mkfifo(tmp_path / "fifo")

@@ -48,7 +48,6 @@ def test_prompt_toolkits_own_class_reads_them_too(path):
     assert list(FileHistory(str(path)).load_history_strings()) == ["two\nlines", "one"]
 
 
-@pytest.mark.posix
 def test_only_the_owner_can_read_them(path):
     before = os.umask(0)
     try:
@@ -58,7 +57,6 @@ def test_only_the_owner_can_read_them(path):
     assert (rights(path), rights(path.parent)) == (0o600, 0o700)
 
 
-@pytest.mark.posix
 def test_a_file_with_other_rights_gets_the_right_ones(path):
     path.parent.mkdir(mode=0o755)
     path.touch(mode=0o644)
@@ -82,7 +80,6 @@ def test_without_a_file_it_remembers_until_it_ends():
     assert list(keep(None, "one", "two").load_history_strings()) == ["two", "one"]
 
 
-@pytest.mark.posix
 def test_the_newest_stay_if_there_are_too_many(path, monkeypatch):
     monkeypatch.setattr(input_history, "_MAX_ENTRIES", 3)
     keep(path, *"abcde")
@@ -101,7 +98,6 @@ def test_a_file_that_is_too_long_keeps_its_end(path, monkeypatch):
     assert path.stat().st_size < 500
 
 
-@pytest.mark.posix
 def test_a_link_in_its_place_is_left_as_it_is(path, tmp_path):
     """Whoever could write into the directory could have what is typed appended to any file."""
     precious = tmp_path / "precious"
@@ -163,7 +159,6 @@ def not_text(path):
     path.write_bytes(NOT_TEXT)
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("obstacle", [no_directory, a_directory, a_pipe, not_text])
 def test_a_file_that_cannot_be_used_leaves_the_memory(path, obstacle):
     obstacle(path)

@@ -90,7 +90,6 @@ def test_after_an_answer_was_stopped_anywhere_the_next_turn_is_exact(open_engine
             session.undo(chance.randrange(1, 3))
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("layer", [0, 1])
 def test_after_ctrl_c_in_the_middle_of_a_layer_the_next_turn_is_exact(open_engine, logits, layer):
     session = session_with(open_engine(), max_tokens=6)

@@ -114,7 +114,6 @@ def ctrl_c_after(session, tokens):
     session.engine.generate = generate
 
 
-@pytest.mark.posix
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
     session = session_of("Hello world", "Fine")
     with ctrl_c_after(session, 3):
@@ -125,7 +124,6 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
     assert prompts_of(session)[1] == f"[user]Hi[assistant]{said}[user]Go on"
 
 
-@pytest.mark.posix
 def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
     session = session_of("never seen")
     with ctrl_c_after(session, 0):
@@ -135,7 +133,6 @@ def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
     assert session.history == []
 
 
-@pytest.mark.posix
 def test_ctrl_c_does_not_wait_long_for_a_token(session_of):
     session = session_of("Hello")
     generate, waited = session.engine.generate, []
@@ -163,7 +160,6 @@ def test_ctrl_c_is_given_back_after_an_answer(session_of):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.posix
 def test_ctrl_c_between_answer_and_prompt_does_not_leave(session_of):
     session = session_of("Hello", "Fine")
     pressed = []

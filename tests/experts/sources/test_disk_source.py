@@ -186,7 +186,6 @@ def test_a_file_cut_short_after_it_was_opened_is_named(directory, tmp_path, choo
         load(source, A, size)
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("choose", [True, False])
 def test_a_read_error_is_raised_with_the_files_name(directory, choose, monkeypatch):
     def broken(*args):

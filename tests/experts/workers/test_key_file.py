@@ -9,7 +9,6 @@ from mixchat.base.errors import UsageError
 from mixchat.experts.workers.key_file import default_key_file, make_key_file, read_key_file
 
 
-@pytest.mark.posix
 def test_a_new_key_is_random_and_for_its_owner_only(tmp_path):
     first, second = tmp_path / "data" / "worker.key", tmp_path / "other.key"
     make_key_file(first)
@@ -34,7 +33,6 @@ def test_a_key_is_not_overwritten(tmp_path):
     assert read_key_file(path) == key
 
 
-@pytest.mark.posix
 def test_a_link_is_not_followed_to_make_a_key(tmp_path):
     (tmp_path / "worker.key").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="a key already"):
@@ -54,7 +52,6 @@ def test_a_missing_key_says_how_to_make_one(tmp_path):
     assert "mixchat worker --new-key" in (caught.value.hint or "")
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644])
 def test_a_key_that_others_can_read_or_write_is_refused(tmp_path, mode):
     path = tmp_path / "worker.key"
@@ -65,7 +62,6 @@ def test_a_key_that_others_can_read_or_write_is_refused(tmp_path, mode):
     assert f"chmod 600 {path}" in (caught.value.hint or "")
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("text", ["", "ab", "ab" * 31, "ab" * 33, "zz" * 32, "ab" * 5000, "é" * 32])
 def test_another_file_is_not_a_key(tmp_path, text):
     path = tmp_path / "worker.key"
@@ -75,7 +71,6 @@ def test_another_file_is_not_a_key(tmp_path, text):
         read_key_file(path)
 
 
-@pytest.mark.posix
 def test_a_key_may_have_been_copied_by_hand(tmp_path):
     path = tmp_path / "worker.key"
     path.write_text(f"  {'AB' * 32}\r\n")
@@ -83,7 +78,6 @@ def test_a_key_may_have_been_copied_by_hand(tmp_path):
     assert read_key_file(path) == b"\xab" * 32
 
 
-@pytest.mark.posix
 def test_a_key_is_read_from_regular_files_only(tmp_path):
     os.mkfifo(tmp_path / "worker.key", 0o600)
     with pytest.raises(UsageError, match="cannot be read"):

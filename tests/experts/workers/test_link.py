@@ -88,7 +88,6 @@ def test_one_chat_has_several_workers_and_each_is_lost_alone(worker):
     other.stop()
 
 
-@pytest.mark.posix
 def test_a_worker_that_is_killed_in_the_midst_of_a_request_is_lost_at_once(process):
     link = process.open(silence=10 * PATIENCE)  # it is not silence that tells
     assert "begins" in process.next_line()
@@ -100,7 +99,6 @@ def test_a_worker_that_is_killed_in_the_midst_of_a_request_is_lost_at_once(proce
     assert link.is_lost
 
 
-@pytest.mark.posix
 def test_a_worker_that_is_stopped_is_lost_after_the_silence(process):
     link = process.open()
     assert "begins" in process.next_line()
@@ -133,7 +131,6 @@ def test_a_worker_that_lives_and_never_answers_is_lost_when_its_time_is_over(wor
     worker.wait_for_note("ends")
 
 
-@pytest.mark.posix
 def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(process):
     link = process.open()
     ask(link, 1, TOKEN, row())
@@ -171,7 +168,6 @@ def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker):
     assert "closed the connection" in worker.wait_for_note("ends")
 
 
-@pytest.mark.posix
 def test_ctrl_c_ends_the_wait_for_a_worker(worker):
     waits, computing = threading.Event(), threading.Event()
 
@@ -192,7 +188,6 @@ def test_ctrl_c_ends_the_wait_for_a_worker(worker):
     assert link.is_lost  # the result must not meet the next request
 
 
-@pytest.mark.posix
 def test_a_deferred_ctrl_c_ends_the_wait_for_a_worker(worker):
     """Between layers signals are deferred: the wait looks for them by itself."""
 

@@ -182,7 +182,6 @@ for count in range(40):
 """
 
 
-@pytest.mark.posix
 def test_a_chat_side_without_free_descriptors_is_told_and_goes_on(worker):
     """With two of them libzmq aborts the process, and strangers may have taken the others."""
     command = [sys.executable, "-c", NO_DESCRIPTOR, str(worker.address)]

@@ -164,7 +164,6 @@ class Endless(io.RawIOBase):
         return len(buffer)
 
 
-@pytest.mark.posix
 def test_a_line_without_an_end_is_cut_and_given_up(monkeypatch):
     """A line's length was checked after it was read: /dev/zero took 8.8 GB in a minute."""
     monkeypatch.setattr(lines_module, "_MAX_SKIPPED", 3_000_000)

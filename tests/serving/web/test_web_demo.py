@@ -69,14 +69,12 @@ def post(client, path, **body):
         return json.load(response)
 
 
-@pytest.mark.posix
 def test_it_answers_a_question(client):
     answer = ask(client, 0, temperature=0)
     assert answer.choices[0].message.content == "The capital of France is Paris."
     assert answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.posix
 def test_the_tokens_of_an_answer_are_its_text(client):
     (choice,) = ask(client, 1, logprobs=True, top_logprobs=3).choices
     tokens = [token for token in choice.logprobs.content if token.token != "<|im_end|>"]
@@ -85,7 +83,6 @@ def test_the_tokens_of_an_answer_are_its_text(client):
     assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in tokens)
 
 
-@pytest.mark.posix
 def test_a_bias_of_minus_100_forbids_a_token(client):
     (plain,) = ask(client, 0, temperature=0, logprobs=True).choices
     ids = post(client, "tokenize", content=plain.logprobs.content[0].token)["tokens"]
@@ -93,7 +90,6 @@ def test_a_bias_of_minus_100_forbids_a_token(client):
     assert not biased.choices[0].message.content.startswith(plain.logprobs.content[0].token)
 
 
-@pytest.mark.posix
 def test_text_goes_through_tokens_and_back(client):
     text = "Café: 5 \u20ac, <|im_end|> is text"
     tokens = post(client, "tokenize", content=text)
@@ -101,7 +97,6 @@ def test_text_goes_through_tokens_and_back(client):
     assert tokens["tokens"] != post(client, "tokenize", content=text, add_special=True)["tokens"]
 
 
-@pytest.mark.posix
 def test_a_base_prompt_is_completed(client):
     answer = client.completions.create(
         model="demo", prompt="One, two, three, four,", temperature=0, max_tokens=3
@@ -121,7 +116,6 @@ PERSON = {
 BY_SCHEMA = {"type": "json_schema", "json_schema": {"name": "animal", "schema": PERSON}}
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("number", range(4))
 def test_an_answer_has_the_form_that_is_asked_for(client, number):
     done = ask(client, number, response_format=BY_SCHEMA, n=2, max_tokens=300)
@@ -135,7 +129,6 @@ def test_an_answer_has_the_form_that_is_asked_for(client, number):
 TOOL = {"type": "function", "function": {"name": "describe", "parameters": PERSON}}
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("number", range(4))
 def test_a_call_that_is_required_keeps_to_its_schema(client, number):
     done = ask(client, number, tools=[TOOL], tool_choice="required", n=2, max_tokens=300)
@@ -146,7 +139,6 @@ def test_a_call_that_is_required_keeps_to_its_schema(client, number):
             jsonschema.validate(json.loads(call.function.arguments), PERSON)
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("grammar", ['root ::= "yes" | "no"', 'start: "yes" | "no"'])
 def test_an_answer_keeps_to_a_grammar_as_at_the_server_of_llama_cpp(client, grammar):
     done = ask(client, 0, extra_body={"grammar": grammar})
@@ -156,7 +148,6 @@ def test_an_answer_keeps_to_a_grammar_as_at_the_server_of_llama_cpp(client, gram
     assert (error.value.param, error.value.code) == ("grammar", "invalid_grammar")
 
 
-@pytest.mark.posix
 def test_a_schema_that_cannot_be_met_is_refused_with_its_place(client):
     never = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
     asked = {"type": "json_schema", "json_schema": {"name": "never", "schema": never}}
@@ -165,7 +156,6 @@ def test_a_schema_that_cannot_be_met_is_refused_with_its_place(client):
     assert (error.value.param, error.value.code) == ("response_format", "invalid_schema")
 
 
-@pytest.mark.posix
 def test_an_answer_of_a_form_is_continued_in_it(client):
     """The beginning that a client sends back counts: the rest alone is no JSON."""
     begun = '{"name": "Cat", "le'
@@ -177,7 +167,6 @@ def test_an_answer_of_a_form_is_continued_in_it(client):
     assert json.loads(begun + done.choices[0].message.content)["name"] == "Cat"
 
 
-@pytest.mark.posix
 def test_a_beginning_of_another_form_is_refused(client):
     messages = [
         {"role": "user", "content": "Describe a cat as JSON."},

@@ -65,7 +65,6 @@ def found() -> dict[str, bool]:
     return {str(left.path.relative_to(base)): left.resumable for left in sweep()}
 
 
-@pytest.mark.posix
 class TestRemoving:
     def test_a_finished_model_is_gone_and_nothing_else(self, finished, unfinished, precious):
         remove(finished)
@@ -113,7 +112,6 @@ class TestRemoving:
         assert not is_installed(finished)
 
 
-@pytest.mark.posix
 class TestLeftovers:
     def test_a_clean_directory_has_none(self, finished):
         assert found() == {}

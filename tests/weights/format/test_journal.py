@@ -97,7 +97,6 @@ def test_what_the_journal_forgets_it_does_not_name_again(tmp_path):
     assert Journal(tmp_path).made == journal.made == {"x": {"two": "2"}, "y": {"three": "3"}}
 
 
-@pytest.mark.posix
 def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
     """Whoever could write into a model's directory could have any file appended to, or cut."""
     precious = tmp_path / "precious"
@@ -111,7 +110,6 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
     assert not (tmp_path / JOURNAL_FILE).is_symlink()
 
 
-@pytest.mark.posix
 def test_a_pipe_in_its_place_does_not_make_a_list_of_models_wait(tmp_path):
     os.mkfifo(tmp_path / JOURNAL_FILE)
     assert Journal(tmp_path).head is None

@@ -192,7 +192,6 @@ class TestTwoProcesses:
         assert is_installed(home / "models" / "tiny")
 
 
-@pytest.mark.posix
 class TestAlreadyInstalled:
     @pytest.mark.parametrize(
         "other",
@@ -238,7 +237,6 @@ class TestAlreadyInstalled:
         with pytest.raises(UsageError, match="already installed, from revision"):
             get(REPO, revision="other")
 
-    @pytest.mark.posix
     def test_a_link_does_not_choose_where_files_are_fetched_to(self, fake, home):
         """The small files of a checkpoint stayed in the directory of a planted link."""
         elsewhere, planted = home / "elsewhere", resolve(REPO).directory / "source"

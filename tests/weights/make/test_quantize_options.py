@@ -229,7 +229,6 @@ def peak_memory(checkpoint: Path, target: Path) -> int:
     return int(out.stdout) * 1024
 
 
-@pytest.mark.posix
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_count_of_layers(make_checkpoint, tmp_path):
     """Four layers more, 100 MB, may not cost more than two experts."""
@@ -241,7 +240,6 @@ def test_peak_memory_does_not_grow_with_the_count_of_layers(make_checkpoint, tmp
     assert peaks[1] - peaks[0] < 2 * 3 * 512 * 1024 * 4
 
 
-@pytest.mark.posix
 @pytest.mark.slow
 def test_peak_memory_at_mixtrals_size_in_fp32_is_below_1500_mb(tmp_path):
     """One layer with two experts of the real shape: as many bytes at once as with 32 and 8."""

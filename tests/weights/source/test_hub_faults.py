@@ -169,7 +169,6 @@ def interrupted(fake: FakeHub, home: Path, ready: Callable[[], bool]) -> str:
     return stderr
 
 
-@pytest.mark.posix
 @pytest.mark.slow
 def test_ctrl_c_ends_a_download_at_once_while_headers_trickle(fake, tmp_path):
     """Threads of a pool are waited for at its end: it took as long as the slowest header."""
@@ -177,7 +176,6 @@ def test_ctrl_c_ends_a_download_at_once_while_headers_trickle(fake, tmp_path):
     interrupted(fake, tmp_path, lambda: any(SHARDS[0] in path for path in fake.got("store")))
 
 
-@pytest.mark.posix
 @pytest.mark.slow
 def test_ctrl_c_ends_a_download_at_once_while_a_shard_trickles(fake, tmp_path):
     fake.files |= files_of(write_tokenizer(_new(tmp_path / "tokenizer")))
