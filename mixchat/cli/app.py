@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from copy import copy
-from functools import partial
 from typing import Any
 
 import typer
@@ -39,12 +37,6 @@ from mixchat.cli.stats import stats
 
 _INTERRUPTED = 130
 _CLOSED_PIPE = 141
-# Earlier names of flags by today's, which still work.
-_OLD_NAMES = {
-    "--host-memory": "--expert-memory",
-    "--calibrate-text": "--text",
-    "--depth": "--context",
-}
 _MAX_COLUMNS = 120  # of --help
 
 
@@ -224,24 +216,11 @@ def _command() -> Any:
     context = command.context_class(command, **command.context_settings)
     command.get_help_option(context).default = False
     for each in command.commands.values():
-        each.make_parser = partial(_parser_with_old_names, each.params, each.make_parser)
         for parameter in each.params:
             if parameter.param_type_name == "argument":
                 # PROMPT is enough without <list[str]>.
                 parameter.display_type_rich = lambda ctx: ""
     return command
-
-
-def _parser_with_old_names(
-    parameters: Sequence[Any], make_parser: Callable[[Any], Any], context: Any
-) -> Any:
-    parser = make_parser(context)
-    for parameter in parameters:
-        if old := _OLD_NAMES.get(parameter.opts[0]):
-            twin = copy(parameter)
-            twin.opts = [old]
-            twin.add_to_parser(parser, context)
-    return parser
 
 
 def _prepare_streams() -> None:

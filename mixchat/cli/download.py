@@ -130,7 +130,6 @@ class RecalibrateFlags(CalibrateFlags):
         max=512,
         show_default="by the model's shape and this machine's speed",
     )
-    force: bool = option("--force", "Use a checkpoint that may have changed since the download.")
 
 
 def calibrate(context: typer.Context, flags: RecalibrateFlags) -> None:
@@ -160,9 +159,7 @@ def calibrate(context: typer.Context, flags: RecalibrateFlags) -> None:
     prepare_environment()
     reporter = TerminalReporter()
     with reporter.progress() as progress, resumable(progress):
-        calibrate_model(
-            directory, text, progress, reporter, flags.windows, bits=bits, force=flags.force
-        )
+        calibrate_model(directory, text, progress, reporter, flags.windows, bits=bits)
     say(f"{flags.model} is calibrated")
 
 

@@ -170,7 +170,7 @@ def convert(
     from mixchat.weights.make.download import local_errors
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
-        target = find_target(directory, layout, bits)  # it mends the manifest of an older format
+        target = find_target(directory, layout, bits)
         before = read_manifest(directory).quantization
         changed = convert_model(directory, target, progress)
     rounded = [part for part in bits._fields if before[part] != getattr(target, part)]

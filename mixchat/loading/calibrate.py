@@ -84,12 +84,11 @@ def calibration(
     on_window: OnWindow,
     *,
     bits: ExpertSize | None = None,
-    force: bool = False,
 ) -> Iterator[Calibrator]:
     """Record the inputs of a model's experts, and yield the calibrator for them.
 
     With `bits` the experts get other types. An interrupted calibration's inputs and types are used
-    again. They are removed once the block has ended well. `force` is as in `check_checkpoint`.
+    again. They are removed once the block has ended well.
     """
     manifest, path = read_manifest(directory), directory / INPUTS_DIR
     blueprint = installed_blueprint(directory, manifest)
@@ -100,9 +99,7 @@ def calibration(
         open_checkpoint(manifest.source, directory, progress) as checkpoint,
         CheckpointReader(checkpoint, manifest.checkpoint) as reader,
     ):
-        check_checkpoint(
-            directory.name, manifest, blueprint, checkpoint, reader, progress.note, force=force
-        )
+        check_checkpoint(manifest, blueprint, checkpoint, reader)
         if path.exists():
             progress.note("resuming an interrupted calibration, with the inputs that it recorded")
         else:

@@ -54,12 +54,10 @@ def calibrate_model(
     windows: int | None = None,
     *,
     bits: ExpertSize | None = None,
-    force: bool = False,
 ) -> None:
     """Calibrate an installed model with `text`, or with `windows` of text that it writes.
 
-    With `bits` its experts get other types. `force` takes a checkpoint although nothing shows that
-    the model was made of it.
+    With `bits` its experts get other types.
     """
     from mixchat.loading.calibrate import Text, calibration
     from mixchat.text.checkpoint_text import CheckpointText
@@ -77,7 +75,7 @@ def calibrate_model(
         with ExitStack() as stack:
             doing = "writing text" if text is None else "reading text"
             with _shown_counts(doing, progress, reporter) as on_window:
-                made = calibration(directory, tokens, progress, on_window, bits=bits, force=force)
+                made = calibration(directory, tokens, progress, on_window, bits=bits)
                 remake = stack.enter_context(made)
             convert(directory, target, progress, remake)
 

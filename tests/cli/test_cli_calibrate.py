@@ -7,7 +7,6 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from manifest_tools import as_format_3
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.safetensors import SafetensorsFile, tensor_bytes, tensor_sha256
@@ -347,21 +346,6 @@ def test_a_checkpoint_with_another_tensor_is_refused_before_its_layer_is_replace
     run("calibrate", "mine", code=6)
     (checkpoint / "model.safetensors").write_bytes(whole)
     run("calibrate", "mine", "--calibrate-text", text)
-
-
-def test_a_checkpoint_without_hashes_in_the_manifest_needs_force(run, installed, checkpoint, text):
-    """Nothing tells whether its checkpoint is still the same."""
-    as_format_3(installed)
-    before = contents(installed)
-    refused = run("calibrate", "mine", code=2)
-    assert "nothing shows that it is still the same" in lines_of(refused)[0]
-    assert "--force" in lines_of(refused)[1]
-    assert contents(installed) == before
-    forced = run("calibrate", "mine", "--calibrate-text", text, "--force")
-    assert lines_of(forced)[0].startswith("warning: nothing shows that the checkpoint")
-    run("calibrate", "mine")  # it knows the hashes now
-    change_tensor(checkpoint, W2.format(0, 0))
-    run("calibrate", "mine", "--force", code=6)
 
 
 def test_as_many_windows_are_read_as_were_asked_for_and_it_is_said_beforehand(run, installed, text):

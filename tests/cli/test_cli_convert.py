@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from manifest_tools import as_format_3
 
 from mixchat.base.lock import exclusive_lock
 from mixchat.weights.care import convert as convert_module
@@ -55,16 +54,6 @@ def test_into_the_layout_asked_for(mixchat, installed, both):
     assert same(installed, both["cpu-packed"])
     assert mixchat("verify", "mine").returncode == 0
     assert b"layout             cpu-packed\n" in mixchat("show", "mine").stdout
-
-
-def test_a_manifest_of_the_format_before_is_rewritten(mixchat, installed, both):
-    as_format_3(installed)
-    refused = mixchat("verify", "mine")
-    assert refused.returncode == 6
-    assert lines_of(refused)[1].endswith("To mend it: mixchat convert mine.")
-    assert mixchat("convert", "mine", "--layout", "bitsandbytes").returncode == 0
-    assert same(installed, both["bitsandbytes"])
-    assert mixchat("verify", "mine").returncode == 0
 
 
 def test_already_so_is_said_in_one_line(mixchat, installed, both):

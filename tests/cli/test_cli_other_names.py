@@ -43,28 +43,3 @@ def test_help_needs_no_config_that_can_be_read(mixchat, tmp_path):
     (tmp_path / "broken.toml").write_text("temp = ")
     done = mixchat("help", "run", MIXCHAT_CONFIG=tmp_path / "broken.toml")
     assert (done.stderr, done.returncode) == (b"", 0)
-
-
-@pytest.mark.parametrize(
-    ("command", "old", "new", "wrong", "said"),
-    [
-        ("plan", "--expert-memory", "--host-memory", "lots", "cannot read 'lots' as an amount"),
-        ("run", "--expert-memory", "--host-memory", "lots", "cannot read 'lots' as an amount"),
-        ("calibrate", "--text", "--calibrate-text", "nowhere", "nowhere: cannot be read"),
-        ("bench", "--context", "--depth", "-1", "--depth"),
-    ],
-)
-def test_a_flag_has_one_name_in_all_commands_and_the_old_one_still_works(
-    mixchat, command, old, new, wrong, said
-):
-    """`--context` was the size of a context for some, and in `bench` what is in it; `calibrate` had
-    `--text` for what `download` called `--calibrate-text`."""
-    shown = mixchat(command, "--help").stdout.decode()
-    assert f"{new} " in shown
-    assert f"{old} " not in shown
-    assert f"{old}, " not in shown
-    for arguments in ((old, wrong), (f"{old}={wrong}",)):
-        given = mixchat(command, "demo", *arguments, fake=False)
-        assert (given.returncode, given.stdout) == (2, b"")
-        assert said in given.stderr.decode()
-        assert given.stderr == mixchat(command, "demo", new, wrong, fake=False).stderr

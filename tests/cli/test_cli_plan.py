@@ -188,11 +188,10 @@ def test_a_checkpoint_in_a_directory_is_planned_before_it_is_installed(
 
 
 def test_budgets_and_context_change_the_plan(planned, measured):
-    for option in ("--host-memory", "--expert-memory"):
-        arguments = (option, "5GB", "--ctx-size", "1000", "--json")
-        fit = json.loads(planned(*arguments).stdout)["fit"]
-        assert fit["placement"]["slots"] == 5 * GB // 93585408
-        assert fit["context"] == 1000
+    arguments = ("--host-memory", "5GB", "--ctx-size", "1000", "--json")
+    fit = json.loads(planned(*arguments).stdout)["fit"]
+    assert fit["placement"]["slots"] == 5 * GB // 93585408
+    assert fit["context"] == 1000
 
 
 def test_answers_at_once_take_a_context_each(planned, measured):

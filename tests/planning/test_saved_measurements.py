@@ -87,11 +87,6 @@ def entry(**changes: Any) -> str:
     return json.dumps({"format": 3, "machines": {"here": made}})
 
 
-def undated() -> str:
-    """The first format had one sample and no date."""
-    return json.dumps({"format": 1, "machines": {"here": dataclasses.asdict(SPEEDS)}})
-
-
 DAMAGED = [
     "",
     "{",
@@ -104,7 +99,6 @@ DAMAGED = [
     '{"format": 3, "machines": {"here": [1]}}',
     '{"format": 3, "machines": {"here": {}}}',
     '{"format": 3, "machines": {"here": {"measured_at": 1, "samples": []}}}',
-    undated(),
     entry().replace('"format": 3', '"format": 0'),
     entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
     entry(memory_bandwidth=0),
@@ -193,10 +187,3 @@ def test_the_key_names_what_a_result_depends_on(blueprint, tmp_path, monkeypatch
         patch.setattr(torch, "__version__", "0.0")
         keys.add(measurement_key(blueprint, tmp_path, CPU))
     assert len(keys) == 10
-
-
-def test_a_file_of_an_earlier_version_is_read(tmp_path):
-    """It also said whether the disk was faster past the page cache, which each run finds out."""
-    path = tmp_path / "machine.json"
-    path.write_text(entry(disk_direct=True))
-    assert load_measurement(path, "here", CPU) == MADE

@@ -34,7 +34,6 @@ from mixchat.weights.format.manifest import (
     read_manifest,
     repair_hint,
     unlike,
-    upgrade_manifest,
     write_manifest,
 )
 from mixchat.weights.format.model_files import (
@@ -58,9 +57,8 @@ def find_target(
 ) -> Quantization:
     """Return the quantization to convert to, by default the layout that is fastest here.
 
-    Brings the manifest to today's format. Raises `UsageError` if a conversion cannot make it.
+    Raises `UsageError` if a conversion cannot make it.
     """
-    upgrade_manifest(directory)
     now = Quantization.from_description(read_manifest(directory).quantization)
     if now.quant_type == "none":
         raise UsageError(

@@ -13,9 +13,8 @@
 Weights have a SHA-256 for each tensor, so that a damaged one can be rebuilt alone. `unlike` has the
 values of `quantization` that a file lacks while a conversion is unfinished. If the experts of a
 layer have other types, it has their `quant_type`, and `down` if w2 has another type than w1 and w3.
-Such a manifest has format 5. `checkpoint` has the SHA-256s of the checkpoint's tensors. The last
-SHA-256 is over all other keys. `mixchat.copy.json` has the same bytes, because nothing else could
-restore a damaged manifest.
+`checkpoint` has the SHA-256s of the checkpoint's tensors. The last SHA-256 is over all other keys.
+`mixchat.copy.json` has the same bytes, because nothing else could restore a damaged manifest.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +35,6 @@ MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
 INPUTS_DIR = "expert-inputs"  # of a calibration
 FORMAT = 4
-_FORMAT_MIXED = 5  # the experts' types differ by layer or matrix
-_FORMAT_BEFORE = 3  # it lacked `checkpoint` and `unlike`
-_DOWNLOAD_AGAIN = "mixchat rm {}, and download it again"  # {} stands for the model
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _EXPERT_TYPES = ("nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
@@ -131,8 +126,7 @@ class Manifest:
         return "mixed" if self.is_mixed else str(self.quantization["quant_type"])
 
     def serialized(self) -> bytes:
-        version = _FORMAT_MIXED if self.is_mixed else FORMAT
-        document: dict[str, Any] = {"format": version, **asdict(self)}
+        document: dict[str, Any] = {"format": FORMAT, **asdict(self)}
         document["quantization"] = {key: self.quantization[key] for key in _KEYS}
         return _dumped({**document, "sha256": _digest(document)})
 
@@ -176,29 +170,20 @@ def _hint_for_manifest(directory: Path) -> str:
 
 def _read(path: Path) -> Manifest:
     raw = read_json_object(path)
-    if raw.get("format") not in (FORMAT, _FORMAT_MIXED):
-        raise _other_format(path, raw.get("format"))
+    version = raw.get("format")
+    if version != FORMAT:
+        raise _unreadable(
+            path, f"made by another mixchat (format {version!r:.40}, this one reads {FORMAT})"
+        )
     if raw.pop("sha256", None) != _digest(raw):
         raise CheckpointError(f"{path}: damaged (its SHA-256 differs)")
     return _parse(path, raw)
 
 
-def _other_format(path: Path, version: object) -> CheckpointError:
-    mend = _DOWNLOAD_AGAIN
-    if type(version) is int and version > _FORMAT_MIXED:
-        mend = f"update mixchat; or {mend}"
-    elif version == _FORMAT_BEFORE:
-        mend = "mixchat convert {}"
-    message = f"made by another mixchat (format {version!r:.40}, this one reads {_FORMAT_MIXED})"
-    return _unreadable(path, message, mend)
-
-
-def _unreadable(path: Path, message: str, mend: str = _DOWNLOAD_AGAIN) -> CheckpointError:
-    """Return the error for an intact manifest. `mend` is a command, with {} for the model."""
-    outside = path.parent.absolute().parent != models_dir()
-    move = f"move it to {models_dir()}, then " if outside else ""
+def _unreadable(path: Path, message: str) -> CheckpointError:
+    """Return the error for an intact manifest of another mixchat."""
     return CheckpointError(
-        f"{path}: {message}", hint=f"To mend it: {move}{mend.format(path.parent.name)}."
+        f"{path}: {message}", hint="Update mixchat, or remove the model and download it again."
     )
 
 
@@ -215,15 +200,6 @@ def _parse(path: Path, raw: dict[str, Any]) -> Manifest:
     except (TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{path}: a part is missing or malformed") from None
     return manifest
-
-
-def upgrade_manifest(directory: Path) -> None:
-    """Rewrite a manifest of the format before this one. The weights stay the same."""
-    path = directory / MANIFEST_FILE
-    with suppress(CheckpointError):
-        raw = read_json_object(path)
-        if raw.get("format") == _FORMAT_BEFORE and raw.pop("sha256", None) == _digest(raw):
-            write_manifest(directory, _parse(path, {"checkpoint": {}, **raw}))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

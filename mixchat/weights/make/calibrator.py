@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.errors import CheckpointError
 from mixchat.base.files import (
     open_regular,
     read_json_object,
@@ -36,7 +36,6 @@ from mixchat.base.files import (
     write_file,
 )
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.progress import Note
 from mixchat.base.safetensors import tensor_bytes
 from mixchat.weights.format.blueprint import Blueprint, Form, experts_file
 from mixchat.weights.format.expert import swiglu_of
@@ -277,19 +276,11 @@ def _some(every: torch.Tensor, chosen: torch.Tensor, part: torch.Tensor) -> torc
 
 
 def check_checkpoint(
-    name: str,
-    manifest: Manifest,
-    blueprint: Blueprint,
-    checkpoint: Checkpoint,
-    reader: CheckpointReader,
-    note: Note,
-    *,
-    force: bool,
+    manifest: Manifest, blueprint: Blueprint, checkpoint: Checkpoint, reader: CheckpointReader
 ) -> None:
-    """Check that the model `name` was made of this checkpoint, by one part of an expert.
+    """Check that a model was made of this checkpoint, by one part of an expert.
 
-    Raises `CheckpointError` if it is another one, and `UsageError` if nothing shows that it is the
-    same, unless `force` is set.
+    Raises `CheckpointError` if it is another one.
     """
     if checkpoint.index.config != blueprint.config:
         raise other_checkpoint(checkpoint, CONFIG, "its values differ")
@@ -298,13 +289,7 @@ def check_checkpoint(
     experts = [part for part in model_parts(blueprint) if part.expert]
     sources = {name for part in experts for name in part.components(checkpoint.index)}
     if not sources <= manifest.checkpoint.keys():
-        if not force:
-            raise UsageError(
-                f"the manifest of {name!r} has no checksums of {checkpoint.source.repo}: nothing "
-                "shows that it is still the same",
-                hint="--force takes it as it is.",
-            )
-        note("warning: nothing shows that the checkpoint is the one the model was made of")
+        raise other_checkpoint(checkpoint, CONFIG, "it has other tensors")
     for tensor in experts[0].components(checkpoint.index):
         reader.read(tensor)
 
