@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib import import_module
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import typer
 
@@ -34,19 +33,16 @@ def complete(group: Any, instruction: str) -> int:
     """Print the completions of the command line that the shell gives."""
     completion = _typer_completion()
     completion.completion_init()
-    # Importing Rich would take longer than all the rest.
-    cast("dict[str, Any]", sys.modules).setdefault("rich", None)
-    for command in group.commands.values():
-        command.hidden = False  # a name in no list is completed all the same
-        if not hasattr(command, "commands"):
-            command.parse_args = MethodType(_parse_lightly, command)
-    if instruction == "complete_bash":
-        _drop_equals_signs()
     printed = io.StringIO()
     with redirect_stdout(printed):
         code: int = completion.shell_complete(group, {}, _PROGRAM, COMPLETE_VARIABLE, instruction)
     text = printed.getvalue()
-    show_piece(_with_escaped_spaces(text) if instruction == "complete_bash" else text)
+    if instruction == "complete_bash":
+        # Bash does not escape spaces. It must not in a word that starts with a quote.
+        words, position = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
+        if not "".join(words[position : position + 1]).startswith(("'", '"')):
+            text = text.replace(" ", "\\ ")
+    show_piece(text)
     return code
 
 
@@ -95,32 +91,6 @@ def _shell() -> str:
             hint=f"Type the command in one of these shells: {_PROGRAM} --install-completion",
         )
     return name
-
-
-def _parse_lightly(command: Any, context: Any, words: list[str]) -> list[str]:
-    """Set the given parameters without conversion, which imports pydantic."""
-    given, rest, _ = command.make_parser(context).parse_args(args=words)
-    for parameter in command.params:
-        value, source = parameter.consume_value(context, given)
-        context.set_parameter_source(parameter.name, source)
-        context.params[parameter.name] = value
-    context.args = rest
-    return context.args  # type: ignore[no-any-return]
-
-
-def _drop_equals_signs() -> None:
-    """Drop the `=` words. Bash makes three words of --model=demo, and click expects two."""
-    words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
-    dropped = [i for i, word in enumerate(words) if word == "=" and i < here]
-    os.environ["COMP_WORDS"] = "\n".join(w for i, w in enumerate(words) if i not in dropped)
-    os.environ["COMP_CWORD"] = str(here - len(dropped))
-
-
-def _with_escaped_spaces(lines: str) -> str:
-    """Escape spaces, which bash does not do, unless the word starts with a quote."""
-    words, here = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
-    quoted = words[here : here + 1] and words[here].startswith(("'", '"'))
-    return lines if quoted else lines.replace(" ", "\\ ")
 
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
