@@ -4,15 +4,7 @@ import json
 
 import pytest
 import torch
-from part_experts import (
-    expert_file,
-    make_experts,
-    make_routers,
-    manual,
-    report,
-    train_router,
-    write_parted,
-)
+from part_experts import manual, train_router
 from torch_mixture import mean_squares, read_mixture
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -77,24 +69,3 @@ def test_a_router_tells_kinds_apart():
 def test_a_manual_page_loses_its_marks():
     page = '.\\" comment\n.SH NAME\nls \\- list \\fBfiles\\fR'
     assert list(manual([page])) == ["NAME\nls - list files"]
-
-
-def test_experts_part_and_a_mixture_of_them_is_written(tmp_path, capsys):
-    """Two kinds of text: one counts upwards, the other downwards."""
-    dense = made(tmp_path / "dense", 1, 1)
-    starts = torch.arange(12)[:, None] + torch.arange(30)
-    texts = {"up": starts % 40, "down": -starts % 40}
-    make_experts(tmp_path, read_mixture(dense), texts, steps=6)
-    before = [expert_file(tmp_path, kind).read_bytes() for kind in texts]
-    make_experts(tmp_path, read_mixture(dense), texts, steps=6)
-    assert [expert_file(tmp_path, kind).read_bytes() for kind in texts] == before
-    routers = make_routers(tmp_path, read_mixture(dense), texts)
-    parted = write_parted(tmp_path, dense, list(texts), routers)
-    report(tmp_path, dense, parted, texts)
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
-    assert [row[0].strip() for row in rows[2:]] == ["up", "down"]
-    for row in rows[2:]:
-        base, own, others = (float(cell) for cell in row[1:4])
-        assert own < base
-        assert own < others
-    assert MixtralForCausalLM.from_pretrained(parted).config.num_local_experts == 2

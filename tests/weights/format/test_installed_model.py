@@ -99,7 +99,7 @@ def test_a_model_of_an_unknown_type_is_one_line_with_what_to_do(installed: Path,
     else:
         raw["weights"]["experts-001.safetensors"]["unlike"]["quant_type"] = "nf3"
     edit_manifest(installed, quantization=raw["quantization"], weights=raw["weights"])
-    with pytest.raises(CheckpointError, match=r"json: quant_type 'nf3' is not known") as caught:
+    with pytest.raises(CheckpointError, match="nf3") as caught:
         read_manifest(installed)
     assert "download it again" in str(caught.value.hint)
 

@@ -71,7 +71,7 @@ class TestHub:
 
     def test_does_not_pass_off_one_revision_as_another(self, fake):
         get(REPO)
-        with pytest.raises(UsageError, match="already installed, from revision c0ffee"):
+        with pytest.raises(UsageError, match="c0ffee"):
             get(REPO, revision="dddd")
 
     def test_keep_source_leaves_the_shards_in_the_cache(self, fake, made):
@@ -155,21 +155,6 @@ class TestRoom:
         with pytest.raises(UsageError, match="cannot write") as caught:
             get(str(tiny_checkpoint), key="tiny")
         assert "MIXCHAT_HOME" in (caught.value.hint or "")
-
-    def test_a_plan_fetches_and_makes_nothing(self, fake, home):
-        made = plan_download(DownloadRequest(resolve(REPO), NF4), Meter())
-        assert made is not None
-        assert made.fetch == sum(len(fake.files[shard]) for shard in SHARDS)
-        assert (made.commit, made.target) == (COMMIT, home / "models" / "org--tiny-mixtral")
-        assert not home.exists()
-
-    def test_the_demos_plan_needs_no_wheel(self, home, monkeypatch):
-        monkeypatch.setattr(demo, "build_checkpoint", refuse)
-        made = plan_download(DownloadRequest(resolve("demo"), NF4), Meter())
-        assert made is not None
-        assert made.fetch == demo.WHEEL_SIZE
-        assert made.disk[0].needed > demo.BUILD_BYTES + made.installed
-        assert not home.exists()
 
 
 class TestCheck:

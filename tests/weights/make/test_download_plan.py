@@ -182,13 +182,6 @@ class TestPlan:
         saved = before.disk[0].needed - after.disk[0].needed
         assert saved == disk_usage(target)
 
-    def test_what_is_kept_in_the_cache_counts_there(self, fake, tmp_path, cache, monkeypatch):
-        monkeypatch.setattr(machine, "same_disk", lambda one, other: False)
-        made = self.made(fake, tmp_path / "target", cache)
-        target, there = made.disk
-        assert (there.place, there.needed) == (cache, made.fetch)
-        assert target.needed < made.installed + download_plan._SMALL_FILES_BYTES + MB
-
     def test_without_room_for_two_shards_one_comes_after_the_other(
         self, fake, tmp_path, monkeypatch
     ):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_hub import COMMIT, REPO, FakeHub
 from safetensors.torch import load_file
-from weight_tools import Bar, files_of, shard_names
+from weight_tools import Bar, shard_names
 
 from mixchat.base.errors import HubError
 from mixchat.weights.format.manifest import Source
@@ -58,10 +58,6 @@ class TestBesideTheModel:
         assert (bar.done, checkpoint.missing(SHARDS[0])) == (size, 0)
         checkpoint.release(SHARDS[0])
         assert not list((target / "source").iterdir())
-
-    def test_nothing_of_it_is_in_the_cache(self, fake, target, cache):
-        bring(origin_for(target))
-        assert not blob(cache, fake).exists()
 
     def test_release_leaves_the_others_alone_and_takes_what_had_come(self, fake, target):
         checkpoint = origin_for(target)
@@ -331,18 +327,3 @@ def test_a_checkpoint_leaves_nothing_in_hugging_faces_cache(fake, target, cache)
     checkpoint.close()
     assert not cache.exists()
     assert [path.name for path in (target / "source").iterdir()] == [SHARDS[0]]
-
-
-def test_small_files_in_hugging_faces_cache_are_used_and_stay(fake, target, cache):
-    origin_for(target, keep_source=True).companions()
-    kept = files_of(cache / "models--org--tiny-mixtral" / "snapshots" / COMMIT)
-    fake.requests.clear()
-    checkpoint = origin_for(target)
-    checkpoint.companions()
-    checkpoint.close()
-    assert not [
-        path
-        for path in fake.got("hub")
-        if not path.startswith("/api/") and "safetensors" not in path
-    ]
-    assert files_of(cache / "models--org--tiny-mixtral" / "snapshots" / COMMIT) == kept
