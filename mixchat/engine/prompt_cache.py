@@ -30,7 +30,7 @@ from mixchat.engine.kv_cache import KVCache
 from mixchat.kernels.pages import PAGE
 from mixchat.weights.format.manifest import Manifest
 
-_FORMAT = 1
+_FORMAT = 2
 _DESCRIPTION, _IDS, _DIGEST = "mixchat_prompt_cache", "ids", "sha256"
 _MAX_DESCRIPTION_BYTES = 4096
 
@@ -89,10 +89,15 @@ class PromptCache:
 
 
 def _describe(cache: KVCache, engine: Engine, tokens: int) -> bytes:
-    fields = {"format": _FORMAT, "model": engine.identity, "cache": cache.form, "tokens": tokens}
-    fields |= {"exact": True} if engine.exact_prompts else {}
-    fields |= {"rope": rope} if (rope := _stretched_for(cache)) else {}
-    fields |= {"first": cache.first} if cache.first else {}
+    fields = {
+        "format": _FORMAT,
+        "model": engine.identity,
+        "cache": cache.form,
+        "exact": engine.exact_prompts,
+        "rope": _stretched_for(cache),
+        "tokens": tokens,
+        "first": cache.first,
+    }
     return json.dumps(fields).encode()
 
 
@@ -179,15 +184,15 @@ def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[int,
         raise CheckpointError(
             f"{file.path} was written for another kind of KV cache, not {cache.form}"
         )
-    if fields.get("exact", False) != engine.exact_prompts:
+    if fields.get("exact") != engine.exact_prompts:
         written = "not written" if engine.exact_prompts else "written"
         raise CheckpointError(f"{file.path} was {written} with --exact-prompts")
-    if fields.get("rope", []) != _stretched_for(cache):
+    if fields.get("rope") != _stretched_for(cache):
         raise CheckpointError(f"{file.path} was written with another --ctx-size")
     tokens = fields.get("tokens")
     if type(tokens) is not int or not 0 < tokens < 2**31:
         raise CheckpointError(f"{file.path} is damaged (its count of tokens is wrong)")
-    first = fields.get("first", 0)
+    first = fields.get("first")
     if type(first) is not int or first < 0 or first % PAGE or not cache.usable(tokens, first):
         raise CheckpointError(f"{file.path} is damaged (its first token is wrong)")
     if file.header.specs != _specs(cache, tokens, first, file.header.spec(_DESCRIPTION).nbytes):

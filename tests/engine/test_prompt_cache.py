@@ -206,8 +206,8 @@ def test_a_file_of_the_other_kind_is_refused(tiny_model, tmp_path, monkeypatch, 
 
 
 DESCRIPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"format": 2}, "another version"),
-    ({"format": True, "model": None}, "another model"),
+    ({"format": 1}, "another version"),
+    ({"format": 2.0, "model": None}, "another model"),
     ({"model": "0" * 64}, "another model"),
     ({"cache": ["pages"]}, "another kind"),
     ({"tokens": 22}, "its tensors do not match"),
