@@ -78,6 +78,7 @@ class ChatSession:
         self.system, self.max_tokens = options.system, options.max_tokens
         self.stop, self.overflow, self.think = tuple(options.stop), options.overflow, options.think
         self.history: list[Message] = []
+        self._undone: list[list[Message]] = []  # what each `undo` since the last answer removed
         self._first = 0  # message of the history that is in the prompt
         self._turns = 0
         self._has_token = self._interrupted = False
@@ -119,7 +120,7 @@ class ChatSession:
 
     def restore(self, history: Sequence[Message]) -> None:
         """Replace the history by these questions and answers."""
-        self.history, self._first = list(history), 0
+        self.history, self._first, self._undone = list(history), 0, []
         self._turns = sum(message.role == "assistant" for message in history)
 
     def take_model(self, other: ChatSession) -> None:
@@ -135,20 +136,33 @@ class ChatSession:
             if value != getattr(self.advised, name)
         }
         if other.backend.identity != self.backend.identity:
-            self.history = [dataclasses.replace(message, ids=None) for message in self.history]
+            self.history = _without_ids(self.history)
+            self._undone = [_without_ids(messages) for messages in self._undone]
             self._first = 0
         self.backend, self.advised = other.backend, advised
         self.sampling = dataclasses.replace(advised, **changed)
 
-    def undo(self, turns: int = 1) -> int:
-        """Remove the last questions and their answers. Returns how many questions that were."""
+    def undo(self, turns: int = 1) -> None:
+        """Remove the last questions and their answers. Until the next answer, `redo` restores them.
+
+        Raises `PromptError` if there are not so many.
+        """
         questions = [i for i, message in enumerate(self.history) if message.role == "user"]
-        taken = questions[-turns:]
-        if taken:
-            del self.history[taken[0] :]
-            if taken[0] <= self._first:
-                self._first = 0  # what had been left out may fit again
-        return len(taken)
+        if not questions:
+            raise PromptError("there is nothing to undo")
+        if turns > len(questions):
+            raise PromptError(f"this chat has fewer than {turns} turns: {len(questions)}")
+        start = questions[-turns]
+        self._undone.append(self.history[start:])
+        del self.history[start:]
+        if start <= self._first:
+            self._first = 0  # what had been left out may fit again
+
+    def redo(self) -> int:
+        """Restore the turns that the last `undo` removed, and return how many those are."""
+        messages = self._undone.pop() if self._undone else []
+        self.history += messages
+        return sum(message.role == "user" for message in messages)
 
     def interrupt(self) -> bool:
         """End the answer after its next token. A signal handler may call it.
@@ -204,6 +218,7 @@ class ChatSession:
             message = reply.message()
             if message is not None:
                 self.history, self._first = [*asked, message], reply.first
+                self._undone = []
                 self._turns += 1
 
         with closing(reply):
@@ -259,3 +274,7 @@ class ChatSession:
         if self.sampling.seed is None:
             return self.sampling
         return dataclasses.replace(self.sampling, seed=(self.sampling.seed + self._turns) % 2**63)
+
+
+def _without_ids(messages: Sequence[Message]) -> list[Message]:
+    return [dataclasses.replace(message, ids=None) for message in messages]

@@ -202,10 +202,69 @@ def test_a_continued_answer_is_one_answer(session_of):
 def test_undo_takes_whole_turns_back(session_of):
     session = session_of("a", "b", "c")
     turns_of(session, "one", "two", "three")
-    assert session.undo(2) == 2
+    session.undo(2)
     assert [message.content for message in session.history] == ["one", "a"]
-    assert session.undo(5) == 1
-    assert session.undo() == 0
+    session.undo()
+    assert session.history == []
+
+
+def test_undo_of_more_turns_than_there_are_changes_nothing(session_of):
+    """It removed all of them."""
+    session = session_of("a", "b")
+    with pytest.raises(PromptError):
+        session.undo()
+    turns_of(session, "one", "two")
+    before = list(session.history)
+    with pytest.raises(PromptError, match="fewer than 3"):
+        session.undo(3)
+    assert session.history == before
+    assert session.redo() == 0
+
+
+def test_redo_restores_what_each_undo_removed_the_last_one_first(session_of):
+    session = session_of("a", "b", "c")
+    turns_of(session, "one", "two", "three")
+    before = list(session.history)
+    session.undo()
+    session.undo(2)
+    assert session.redo() == 2
+    assert session.history == before[:4]
+    assert session.redo() == 1
+    assert session.history == before
+    assert session.redo() == 0
+
+
+def test_redo_restores_nothing_of_before_the_last_answer_or_of_another_chat(session_of):
+    session = session_of("a", "b", "c")
+    turns_of(session, "one")
+    session.undo()
+    turns_of(session, "two")
+    assert session.redo() == 0
+    session.undo()
+    session.clear()
+    assert session.redo() == 0
+
+
+def test_a_question_without_an_answer_keeps_what_redo_restores(session_of):
+    session = session_of("a", context_size=60)
+    turns_of(session, "one")
+    session.undo()
+    with pytest.raises(PromptError, match="too long"):
+        listen(session.ask("x" * 70))
+    assert session.redo() == 1
+
+
+def test_turns_that_are_restored_after_a_change_of_model_have_none_of_its_ids(session_of):
+    session, other = session_of("a", "b"), session_of("c")
+    other.engine.identity = "another"
+    turns_of(session, "one")
+    session.undo()
+    session.take_model(other)
+    session.redo()
+    assert [(message.content, message.ids) for message in session.history] == [
+        ("one", None),
+        ("a", None),
+    ]
 
 
 def test_used_counts_the_tokens_of_the_conversation(session_of):

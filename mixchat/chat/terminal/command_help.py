@@ -10,7 +10,7 @@ from mixchat.chat.parameters import NAMES
 
 # The names of our commands in other programs.
 _HABITS = {
-    **dict.fromkeys(("retry", "regenerate", "redo", "again", "r"), "/regen"),
+    **dict.fromkeys(("retry", "regenerate", "again", "r"), "/regen"),
     **dict.fromkeys(("new", "reset", "restart", "forget", "cls"), "/clear"),
     **dict.fromkeys(("h", "commands", "usage", "man"), "/help"),
     **dict.fromkeys(("q", "x", "leave", "close", "end"), "/bye"),

@@ -269,7 +269,7 @@ def _regen(chat: ActiveChat, argument: str) -> None:
     chat.answer(chat.session.ask_again)
 
 
-@_command("[n]", "remove turns", "remove the last turn, or the last n")
+@_command("[n]", "remove turns", "remove the last turn, or the last n; /redo restores them")
 def _undo(chat: ActiveChat, argument: str) -> None:
     try:
         count = int(argument or 1)
@@ -277,11 +277,20 @@ def _undo(chat: ActiveChat, argument: str) -> None:
         count = 0
     if count < 1:
         raise UsageError(f"/undo takes a number of turns, 1 or more, not {argument!r}")
-    taken = chat.session.undo(count)
-    if not taken:
-        raise PromptError("there is nothing to undo")
+    chat.session.undo(count)
     chat.saver.save()
-    chat.screen.say(f"({taken} {'turn' if taken == 1 else 'turns'} removed)")
+    turns, them = ("1 turn", "it") if count == 1 else (f"{count} turns", "them")
+    chat.screen.say(f"({turns} removed; /redo restores {them}, until your next question)")
+
+
+@_command("", "restore turns", "restore what the last /undo removed, until your next question")
+def _redo(chat: ActiveChat, argument: str) -> None:
+    count = chat.session.redo()
+    if not count:
+        hint = "/regen answers the last question again."
+        raise PromptError("no turn was removed since the last answer", hint=hint)
+    chat.saver.save()
+    chat.screen.say(f"({'1 turn' if count == 1 else f'{count} turns'} restored)")
 
 
 @_command("", "reword the question", "change the last question, and ask it instead")

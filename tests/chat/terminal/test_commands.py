@@ -33,7 +33,7 @@ def test_help_fits_a_small_terminal_with_the_prompt_below_it(session_of):
 
 def test_help_explains_one_command(session_of):
     assert typed(session_of(), "/help undo", "/help /exit").text == (
-        "/undo [n]  remove the last turn, or the last n\n"
+        "/undo [n]  remove the last turn, or the last n; /redo restores them\n"
         "/bye  leave (also /exit, /quit, exit, quit, bye, Ctrl-D)\n"
     )
 
@@ -239,6 +239,34 @@ def test_undo_takes_turns_back(session_of, store):
     typed(session, "one", "two", "three", "/undo 2", "four", store=store)
     assert prompts_of(session)[3] == "[user]one[assistant]a[user]four"
     assert store.all()[0].turns == 2
+
+
+def test_undo_of_too_many_turns_leaves_the_saved_chat_as_it_is(session_of, store):
+    """`/undo 99` after `/save` emptied the chat and its file."""
+    session = session_of("a", "b")
+    chat = typed(session, "one", "two", "/save mine", "/undo 99", store=store)
+    assert "fewer than 99" in error_of(chat)
+    assert len(session.history) == 4
+    assert list(store.load("mine").messages) == session.history
+
+
+def test_redo_restores_the_turns_in_the_chat_and_in_its_file(session_of, store):
+    session = session_of("a", "b", "c")
+    chat = typed(session, "one", "two", "/undo 2", "/redo", "three", store=store)
+    assert prompts_of(session)[2] == "[user]one[assistant]a[user]two[assistant]b[user]three"
+    assert "(2 turns restored)" in chat.text
+    typed(session, "/undo", "/redo", store=store)
+    typed(session, "/undo 3", "/redo", store=store)
+    assert list(store.load("last").messages) == session.history
+    assert len(session.history) == 6
+
+
+def test_redo_says_if_there_is_nothing_to_restore(session_of):
+    session = session_of("a", "b")
+    chat = typed(session, "one", "/undo", "two", "/redo")
+    assert "no turn was removed" in error_of(chat)
+    assert chat.errors[0].hint.startswith("/regen ")
+    assert [message.content for message in session.history] == ["two", "b"]
 
 
 @pytest.mark.parametrize("argument", ["0", "-1", "x", "1.5"])
