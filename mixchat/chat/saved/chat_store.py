@@ -174,11 +174,13 @@ class ChatStore:
         return [name for name in names if name is not None]
 
     def all(self) -> list[ChatSummary]:
-        """Return a summary of every chat, damaged or not, the one that was saved last first.
+        """Return a summary of every chat with a turn, and of every damaged one.
 
-        Raises `OSError` if the directory cannot be read, as every search for a chat does.
+        The one that was saved last comes first. A chat of which every turn was undone is found by
+        its ID or name alone. Raises `OSError` if the directory cannot be read, as every search for
+        a chat does.
         """
-        summaries = [summary for id in self.ids() if (summary := self._summary(id))]
+        summaries = [each for each in self._summaries() if each.turns or each.problem]
         return sorted(summaries, key=lambda summary: (summary.updated, summary.id), reverse=True)
 
     def remove(self, wanted: str) -> str:
@@ -230,7 +232,10 @@ class ChatStore:
         return [path for path in ours if path.is_file()]
 
     def _named(self, name: str) -> list[str]:
-        return [summary.id for summary in self.all() if summary.name == name]
+        return [summary.id for summary in self._summaries() if summary.name == name]
+
+    def _summaries(self) -> Iterator[ChatSummary]:
+        return (summary for id in self.ids() if (summary := self._summary(id)))
 
     def _near_misses(self, wanted: str) -> str:
         known = [word for chat in self.all() for word in (chat.id, chat.name) if word]

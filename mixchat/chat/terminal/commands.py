@@ -235,10 +235,13 @@ def _system(chat: ActiveChat, argument: str) -> None:
 def _save(chat: ActiveChat, argument: str) -> None:
     if not chat.session.history:
         raise PromptError("there is nothing to save yet")
+    previous = chat.saver.chat
     chat.saver.rename(parameters.unquoted(argument) or None)
     saved = chat.saver.chat
+    is_renamed = previous.name not in (None, saved.name) and previous.id == saved.id
+    done = f"renamed from {shlex.quote(previous.name or '')}" if is_renamed else "saved"
     name = shlex.quote(saved.name or saved.id)
-    chat.screen.say(f"(saved; mixchat run --resume {name} resumes it)")
+    chat.screen.say(f"({done}; mixchat run --resume {name} resumes it)")
 
 
 @_command("ID or NAME", "resume a chat", "resume a saved chat", _saved_chats)

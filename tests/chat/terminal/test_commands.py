@@ -211,6 +211,26 @@ def test_save_gives_the_chat_a_name_by_which_load_finds_it(session_of, store):
     assert [(saved.name, saved.turns) for saved in store.all()] == [("weather", 2)]
 
 
+def test_save_under_another_name_says_from_which_one(session_of, store):
+    """The first name was gone without a word."""
+    session = session_of("Hello")
+    chat = typed(session, "Hi", "/save", "/save 'one of two'", "/save two", "/save", store=store)
+    said = re.findall(r"^\((saved|renamed from .*);", chat.text, re.M)
+    assert said == ["saved", "saved", "renamed from 'one of two'", "saved"]
+    assert [saved.name for saved in store.all()] == ["two"]
+
+
+def test_a_chat_without_a_turn_is_listed_nowhere_and_found_by_its_name(session_of, store):
+    session = session_of("Hello", "Fine")
+    lines = ("Hi", "/clear", "Again", "/save mine", "/undo", "/chats")
+    chat = typed(session, *lines, store=store)
+    assert '"Hi"' in chat.text
+    assert "mine" not in chat.text.rpartition("ABOUT")[2]
+    assert "mine" not in dict(completions(chat.active)["load"].argument(""))
+    assert store.load("last").messages[0].content == "Hi"
+    assert store.load("mine").messages == ()
+
+
 def test_load_keeps_the_chat_if_there_is_no_other(session_of, store):
     session = session_of("Hello")
     assert "there is no saved chat 'nothing'" in error_of(
