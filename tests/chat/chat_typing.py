@@ -47,7 +47,7 @@ class OneModel:
 class Chat:
     """Types `keys` into a chat with `session`; afterwards: `text`, `errors`, `turns`."""
 
-    def __init__(self, session, keys, after_turn=None, store=None, models=None):
+    def __init__(self, session, keys, after_turn=None, store=None, models=None, history=None):
         self.session, self.errors, self.turns = session, [], []
         with create_pipe_input() as source, create_app_session(source, DummyOutput()):
             source.send_text(keys)
@@ -67,7 +67,9 @@ class Chat:
                 report=self.errors.append,
                 after_turn=after_turn or self.turns.append,
             )
-            Repl(self.active, ChatPrompt(None, completions(self.active), self.active.status)).run()
+            offered = completions(self.active)
+            self.prompt = ChatPrompt(history, offered, self.active.status)
+            Repl(self.active, self.prompt).run()
             self.text = out.getvalue()
 
 

@@ -33,7 +33,7 @@ _KEYS = (
     'Alt-Enter, Ctrl-J  new line; or put """ before and after several lines',
     "Ctrl-X Ctrl-E      write in your editor",
     "Ctrl-R             search your earlier questions",
-    "Ctrl-C             stop the answer; at the prompt: clear the line, twice: leave",
+    "Ctrl-C             stop the answer; clear the line; twice on an empty one: leave",
     "/help COMMAND      more about a command, as in /help read",
 )
 

@@ -22,13 +22,18 @@ class InputHistory(History):
 
     It never raises. After an error with the file, described in `fault`, entries are in memory. A
     link, or anything but a regular file, is left as it is. Several chats can write to one file.
+
+    A command is saved when it has worked. In this chat, one that failed is an entry, too.
     """
 
     def __init__(self, path: Path | None) -> None:
         super().__init__()
         self.fault: str | None = None
+        self._failed: set[str] = set()
+        self._command: str | None = None  # that was entered last, and may not have ended
         self._path = path
         self._entries: list[str] = []
+        self._stored = ""  # the last entry that was saved
         if path is not None:
             with self._faults_recorded(path):
                 self._open(path)
@@ -38,13 +43,45 @@ class InputHistory(History):
         return reversed(self._entries)
 
     def append_string(self, string: str) -> None:
-        """Save an entry, unless it starts with a space or repeats the one before."""
+        """Save an entry, unless it starts with a space or repeats the one before.
+
+        What may be a command waits for `command_ended`.
+        """
+        self._command = string if string.startswith("/") else None
         if string.startswith(" ") or not string or string in self._entries[-1:]:
             return
         self._entries.append(string)
         super().append_string(string)
 
     def store_string(self, string: str) -> None:
+        if self._command is None:
+            self._store(string)
+
+    def command_ended(self, *, worked: bool) -> None:
+        """Save the entry that may be a command, or note that it failed."""
+        if (command := self._command) is None:
+            return
+        self._command = None
+        if not worked:
+            self._failed.add(command)
+        else:
+            self._failed.discard(command)
+            if command != self._stored:
+                self._store(command)
+
+    def suggested(self, typed: str) -> str:
+        """Return the rest of the newest line that begins with `typed`, or nothing.
+
+        A command that failed is not suggested.
+        """
+        for entry in reversed(self._entries) if typed.strip() else ():
+            for line in () if entry in self._failed else reversed(entry.splitlines()):
+                if line.startswith(typed):
+                    return line[len(typed) :]
+        return ""
+
+    def _store(self, string: str) -> None:
+        self._stored = string
         if self._path is not None:
             with self._faults_recorded(self._path), _alone(self._path):
                 _append(self._path, _written(string))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
-from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+from prompt_toolkit.auto_suggest import AutoSuggest, Suggestion
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER, EditingMode
 from prompt_toolkit.filters import (
     Condition,
@@ -69,7 +71,7 @@ class ChatPrompt:
         self._status = status
         self._warn = warn
         self._to_editor = False
-        self._history = InputHistory(history)
+        self.history = InputHistory(history)
         self._warned = False
         self._session = self._new_session(commands, vi)
 
@@ -108,19 +110,19 @@ class ChatPrompt:
             return text
 
     def _warn_of_history(self) -> None:
-        if self._history.fault and not self._warned:
+        if self.history.fault and not self._warned:
             self._warned = True
-            self._warn(self._history.fault)
+            self._warn(self.history.fault)
 
     def _new_session(
         self, commands: Mapping[str, CommandCompletion], vi: bool
     ) -> PromptSession[str]:
         session: PromptSession[str] = PromptSession(
-            history=self._history,
+            history=self.history,
             completer=CommandCompleter(commands),
             # Room for the menu is reserved only if there may be one.
             complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-            auto_suggest=AutoSuggestFromHistory(),
+            auto_suggest=_GhostText(self.history),
             prompt_continuation=_continuation,
             bottom_toolbar=self._bottom_line,
             key_bindings=self._keys(),
@@ -161,6 +163,16 @@ class ChatPrompt:
         """End the prompt, and erase it. The next one starts with the editor's text."""
         self._to_editor = event.app.erase_when_done = True
         event.app.exit(result=event.current_buffer.text)
+
+
+class _GhostText(AutoSuggest):
+    """Shows what the history suggests behind the typed text."""
+
+    def __init__(self, history: InputHistory) -> None:
+        self._history = history
+
+    def get_suggestion(self, buffer: Buffer, document: Document) -> Suggestion | None:
+        return Suggestion(self._history.suggested(document.text.rpartition("\n")[2]))
 
 
 def quoted_text(text: str) -> str | None:

@@ -46,6 +46,7 @@ class Repl:
         elif command and typed:
             self._run_command(command[1], (command[2] or "").strip())
         elif text or self._chat.attached:
+            self._prompt.history.command_ended(worked=True)  # of what only begins like one
             self._chat.ask(text, instead=bool(draft))
 
     def _run_command(self, name: str, argument: str) -> None:
@@ -56,15 +57,19 @@ class Repl:
             if self._chat.left:  # without a model
                 raise
             self._chat.report(error)
+            self._prompt.history.command_ended(worked=False)
+        else:
+            self._prompt.history.command_ended(worked=True)
         self._chat.count_figures()
 
     def _after_ctrl_c(self) -> None:
-        """Leave at the second Ctrl-C in a row. The first one clears the line, or stops its text."""
+        """Leave at the second Ctrl-C at an empty line. Others clear it, or stop its text."""
         if self._prompt.sent:
             self._chat.stopped()
             return
         if self._about_to_leave and not self._prompt.typed:
             self._chat.left = True
             return
-        self._about_to_leave = True
-        self._chat.screen.say("(Ctrl-C again, Ctrl-D or /bye leaves)")
+        self._about_to_leave = not self._prompt.typed
+        if self._about_to_leave:
+            self._chat.screen.say("(Ctrl-C again, Ctrl-D or /bye leaves)")

@@ -10,6 +10,7 @@ from chat_typing import CTRL_C, CTRL_D, Chat, prompts_of
 
 from mixchat.base.errors import PromptError
 from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.chat.terminal.input_history import InputHistory
 
 
 @pytest.mark.parametrize("leave", ["/bye\r", "  /bye \r", "/exit\r", CTRL_D, "\r" + CTRL_C * 2])
@@ -37,6 +38,35 @@ def test_ctrl_c_after_typing_again_does_not_leave(session_of):
     session = session_of("Hello")
     Chat(session, "one" + CTRL_C + "two" + CTRL_C + "Hi\r" + CTRL_D)
     assert prompts_of(session) == ["[user]Hi"]
+
+
+@pytest.mark.parametrize(("keys", "notes"), [("one", 0), ("one" + CTRL_C, 1), ("", 1)])
+def test_only_ctrl_c_at_an_empty_line_says_that_another_one_leaves(session_of, keys, notes):
+    """It said so when it had cleared the line, and the next one left."""
+    session = session_of("Hello")
+    chat = Chat(session, keys + CTRL_C + "Hi\r" + CTRL_D)
+    assert chat.text.count("Ctrl-C again") == notes
+    assert prompts_of(session) == ["[user]Hi"]
+
+
+def test_only_commands_that_worked_are_suggested_and_saved(session_of, tmp_path):
+    """A command with a typing error was suggested for ever."""
+    session, path = session_of("Hello", "So it is"), tmp_path / "history"
+    lines = ["/undo 99", "/show", "/show", "Hi", "/undo 9", "/undo", "/undo", " /set temp 1"]
+    keys = "".join(f"{line}\r" for line in [*lines, "/etc/hosts is empty", "/nosuch"])
+    suggest = Chat(session, keys + CTRL_D, history=path).prompt.history.suggested
+    assert [suggest(start) for start in ("/u", "/s", "/e", "/n", "H")] == [
+        *("ndo", "how", "tc/hosts is empty", "", "i"),
+    ]
+    saved = reversed(list(InputHistory(path).load_history_strings()))
+    assert list(saved) == ["/show", "Hi", "/undo", "/etc/hosts is empty"]
+
+
+def test_a_command_that_works_at_last_is_suggested_again(session_of, tmp_path):
+    session, path = session_of("Hello"), tmp_path / "history"
+    chat = Chat(session, "/undo\rHi\r/undo\r" + CTRL_D, history=path)
+    assert chat.prompt.history.suggested("/u") == "ndo"
+    assert list(InputHistory(path).load_history_strings()) == ["/undo", "Hi"]
 
 
 def test_ctrl_c_right_after_enter_stops_the_answer_and_does_not_leave(session_of):
