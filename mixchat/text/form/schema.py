@@ -20,6 +20,10 @@ _MAX_POINTER = 120  # characters in a message
 _MAX_SEARCHED, _SEARCH_CPU_S = 300, 1.0  # parts, and seconds of computing
 _MAX_UNFOLDED = 3_000  # schemas
 _SLIVER, _MAX_TIGHTENED = 1e-9, 1e6
+# Of an integer. Without a bound, a weak model writes digits until its answer is cut off. llguidance
+# computes with 64 bits.
+_LARGEST = 9 * 10**18
+_MINIMA, _MAXIMA = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 
 _UNMET = "Unsatisfiable schema: "
 _UNKNOWN = re.compile(r'Unimplemented keys: \["(.*)"\]')
@@ -160,17 +164,36 @@ def json_rule(schema: Schema, *, lenient: bool = False) -> str:
 
 
 def tightened(schema: Any) -> Any:
-    """Return a schema in which exclusive minima are a little higher.
+    """Return a schema with bounds for all integers, and exclusive minima that are a little higher.
 
     For more than 8 and at most 8.75, llguidance 1.9 allows 8 itself.
     """
     if not isinstance(schema, dict):
         return schema
     changed = _with_parts(schema, tightened)
+    changed |= _missing_bounds(schema)
     least = schema.get("exclusiveMinimum")
     if isinstance(least, int | float) and 0 <= least <= _MAX_TIGHTENED:
         changed["exclusiveMinimum"] = least + _SLIVER
     return changed
+
+
+def _missing_bounds(schema: Schema) -> Schema:
+    """Return the bounds that a schema of integers lacks, or one of numbers with a single bound.
+
+    A number without any bound gets none, because it could not have an exponent then.
+    """
+    types = schema.get("type")
+    types = types if isinstance(types, list) else [types]
+    minima = [schema[key] for key in _MINIMA if isinstance(schema.get(key), int | float)]
+    maxima = [schema[key] for key in _MAXIMA if isinstance(schema.get(key), int | float)]
+    is_integer = "integer" in types and "number" not in types
+    is_listed = "enum" in schema or "const" in schema
+    if is_listed or not (is_integer or minima or maxima):
+        return {}
+    below = {} if minima or min(maxima, default=0) <= -_LARGEST else {"minimum": -_LARGEST}
+    above = {} if maxima or max(minima, default=0) >= _LARGEST else {"maximum": _LARGEST}
+    return {**below, **above}
 
 
 def closed(schema: Schema) -> Schema:

@@ -175,6 +175,22 @@ def test_texts_between_tags_stand_without_quotes(name: str, controls: bool, text
     assert json.loads(call.arguments) == {"text": text, "lines": [1, 2], "more": "5"}
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        '<tool_call>\n{"name": "write", "arguments": {"text": "", "lines": [1]}}\n</tool_call>',
+        *WRITTEN.values(),
+    ],
+    ids=["tags", *WRITTEN],
+)
+def test_an_integer_in_a_call_has_an_end(request: Any, said: str) -> None:
+    name = request.node.callspec.id
+    form = CallForm(FORMATS[name], [WRITE], parallel=False)
+    walk(form, Tokens(), 0, said)
+    with pytest.raises(AssertionError, match="1" * 21):
+        walk(form, Tokens(), 0, said.replace("[1", "[" + "1" * 21))
+
+
 def test_a_strict_tool_is_refused_for_what_tags_cannot_keep() -> None:
     for more in ({"minLength": 3}, {"pattern": "a"}):
         schema = {"type": "object", "properties": {"a": {"type": "string", **more}}}

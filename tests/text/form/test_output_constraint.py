@@ -99,6 +99,35 @@ def test_an_exclusive_minimum_is_not_allowed(schema, good, bad):
     assert [has_form(form, text) for text in good + bad] == [True] * len(good) + [False] * len(bad)
 
 
+INTEGER, LONG = {"type": "integer"}, "1" * 21
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (INTEGER, ["0", "-5", "1" * 19, "-" + "1" * 19], [LONG, "-" + LONG]),
+        ({**INTEGER, "minimum": 1}, ["1", "1" * 19], ["0", LONG]),
+        ({**INTEGER, "exclusiveMaximum": 1}, ["0", "-" + "1" * 19], ["1", "-" + LONG]),
+        ({**INTEGER, "multipleOf": 3}, ["3", "1" * 18], ["4", "3" * 21]),
+        ({"type": ["integer", "null"]}, ["1", "null"], [LONG]),
+        ({"anyOf": [INTEGER, {"type": "string"}]}, ["1", f'"{LONG}"'], [LONG]),
+        ({"$ref": "#/$defs/n", "$defs": {"n": INTEGER}}, ["1"], [LONG]),
+        ({"type": "array", "items": INTEGER}, ["[1]"], [f"[{LONG}]"]),
+        ({"type": "object", "additionalProperties": INTEGER}, ['{"a": 1}'], [f'{{"a": {LONG}}}']),
+        ({"type": "number", "minimum": 0}, ["0.5", "1" * 19], [LONG]),
+        ({"minimum": 0}, ["1", '"a"'], [LONG]),
+        ({"enum": [92 * 10**17, 1], **INTEGER}, ["92" + "0" * 17, "1"], ["2"]),
+        ({"const": 92 * 10**17, **INTEGER}, ["92" + "0" * 17], ["2"]),
+        ({"type": "number"}, ["6.02e23", "1" * 24], ["a"]),
+        ({"type": ["integer", "number"]}, ["6.02e23"], ["a"]),
+    ],
+)
+def test_an_integer_has_at_most_20_digits_unless_the_schema_has_more(schema, good, bad):
+    """A weak model wrote digits until its tokens ended."""
+    form = compiled(json_schema(schema))
+    assert [has_form(form, text) for text in good + bad] == [True] * len(good) + [False] * len(bad)
+
+
 def test_constants_are_not_taken_for_schemas():
     constant = {"exclusiveMinimum": 8, "properties": {"exclusiveMinimum": 8}}
     assert has_form(compiled(json_schema({"const": constant})), json.dumps(constant))
