@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mixchat.weights.matrix import gptq
+from mixchat.weights.matrix.encode import best_way
 from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, Inputs, Way
 
@@ -211,3 +212,30 @@ def test_codes_that_lose_on_what_was_held_out_are_not_taken() -> None:
     plain = NF4.codes(weight, search=True)
     assert chosen == ["plain"]
     assert all(torch.equal(one, other) for one, other in zip(made, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("errors", "best"),
+    [
+        ((1, 1.02, 1.03), "plain"),
+        ((1, 0.98, 1.02), "weighted"),
+        ((1, 0.98, 0.99), "weighted"),
+        ((1, 1.02, 0.98), "gptq"),
+        ((1, 0.99, 0.98), "gptq"),
+        ((1, 1, 1), "plain"),
+    ],
+)
+def test_of_ways_a_few_percent_apart_the_one_with_the_least_error_is_taken(
+    errors: tuple[float, ...], best: Way
+) -> None:
+    """A guard that was 5% too loose passed every test."""
+    weight, noise, taken = random(32, 64), random(32, 64, seed=1), list[tuple[Way, float]]()
+    ways: tuple[Way, ...] = ("plain", "weighted", "gptq")
+    rows = random(20, 64, seed=2)
+    inputs = Inputs(rows, rows, lambda way, error, plain: taken.append((way, error / plain)))
+    made = [(weight + error**0.5 * noise, torch.ones(1)) for error in errors]
+    found = best_way(zip(ways, made, strict=True), lambda codes, _: codes, weight, inputs)
+    ((way, error),) = taken
+    assert way == best
+    assert found is made[ways.index(best)]
+    assert error == pytest.approx(errors[ways.index(best)], rel=1e-4)

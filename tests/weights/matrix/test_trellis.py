@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mixchat.kernels.compile import kernels_available
-from mixchat.weights.matrix import trellis_search
+from mixchat.weights.matrix import trellis_layout, trellis_search
+from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Inputs, Way
 from mixchat.weights.matrix.trellis import TABLE_2, TABLE_3, TRELLIS2, TRELLIS3, TrellisCodes
 from mixchat.weights.matrix.trellis_table import Table, bytes_of_scales, scales_of_bytes
@@ -70,6 +71,28 @@ def test_normal_numbers_err_as_little_as_the_docstring_says(
     weight = random(256, 256)
     again = kind.dequantize(*kind.codes(weight), (256, 256), torch.float32)
     assert (again - weight).square().mean() < most
+
+
+@pytest.mark.parametrize(("plane", "bits"), [(0, 0b01010101), (1, 0b10101010)])
+def test_each_of_two_planes_has_its_own_bits_in_the_packed_layout(plane: int, bits: int) -> None:
+    """Planes that were exchanged on the way there and back passed this file's tests."""
+    codes = torch.zeros(2, 16, 3, 8, dtype=torch.uint8)  # [bands, columns, ring and planes, bytes]
+    codes[:, :, 1 + plane] = 0xFF
+    packed = trellis_layout.packed(codes, 16, 2).view(2, -1)
+    assert not packed[:, :128].any()  # the ring
+    assert (packed[:, 128:] == bits).all()
+    assert torch.equal(trellis_layout.unpacked(packed, 16, 2).reshape(codes.shape), codes)
+
+
+@each_type
+@pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
+def test_a_product_is_that_of_the_numbers_that_were_chosen(kind: TrellisCodes, layout: str) -> None:
+    if layout == "cpu-packed" and not kernels_available():
+        pytest.skip("there is no kernel that multiplies packed codes")
+    weight, x = random(128, 128), random(3, 128, seed=1)
+    spec = LinearSpec("w", 128, 128, kind.name, layout, torch.bfloat16)
+    expected = x @ kind.dequantize(*kind.codes(weight), (128, 128), torch.float32).T
+    assert (spec.build(spec.encode(weight))(x) - expected).norm() < 0.02 * expected.norm()
 
 
 @each_type
