@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from rich.console import Console
+
 from mixchat.chat.draw import markdown_stream
+from mixchat.chat.draw.markdown import MarkdownText
 from mixchat.chat.session import TextDelta
 from mixchat.chat.terminal.screen import Screen
 
@@ -79,3 +82,23 @@ def test_no_control_sequence_reaches_the_terminal_wherever_it_is_cut(monkeypatch
     assert leaks(60) == []
     monkeypatch.setattr("mixchat.chat.terminal.screen.sanitize", str)
     assert leaks(60) != []  # it would see them
+
+
+def test_no_entity_of_a_link_becomes_a_character_that_a_terminal_acts_on(monkeypatch):
+    """`[a](&#x202e;gpj.exe)` turned the text after it around, and `&#13;` wrote over the row."""
+    monkeypatch.setenv("TERM", "xterm")
+    drawn = shown("[a](&#x202e;gpj.exe 't&#13;&rlm;&#x9b;') ![b](c&lrm;d) | &amp;\n", raw=False)
+    assert not set(drawn) & (FORBIDDEN | set("\u200e\u200f"))
+    assert '(&#8238;gpj.exe "t&#13;&#8207;&#x9b;")' in drawn
+    assert "(c&#8206;d)" in drawn
+    drawn = shown("| a |\n|--|\n| [x](y&#x202e;?a=1&amp;b) |\n", raw=False)
+    assert "y&#8238;?a=1&b" in drawn
+
+
+def test_an_entity_of_a_link_can_be_written_in_any_encoding():
+    """An answer ended with a UnicodeEncodeError in a terminal without UTF-8."""
+    data = io.BytesIO()
+    out = io.TextIOWrapper(data, encoding="ascii")
+    Console(file=out, force_terminal=True).print(MarkdownText("[a](b&#x1f600;c)"))
+    out.flush()
+    assert b"b&#128512;c" in data.getvalue()

@@ -117,7 +117,7 @@ def blocks(text: str) -> list[MarkdownBlock]:
             block[1].children = [_text(_indent(source)), *(block[1].children or [])]
         for token in block:
             if token.type == "inline":
-                token.children = list(_readable(token.children or []))
+                token.children = list(_readable(token.children or [], token.content))
         found.append(MarkdownBlock(start, gap, source, block, min_width, is_open))
     return found
 
@@ -154,13 +154,16 @@ def _indent(source: str) -> str:
     return spaces if len(spaces) > 1 else ""
 
 
-def _readable(children: Iterable[Token]) -> Iterator[Token]:
-    """Yield the tokens of a text. Rich loses the addresses of links and images, and joins lines."""
+def _readable(children: Iterable[Token], source: str) -> Iterator[Token]:
+    """Yield the tokens of the text `source`.
+
+    Rich loses the addresses of links and images, and joins lines.
+    """
     targets: list[str] = []
     linked = ""
     for token in children:
         if token.type == "link_open":
-            targets.append(_target(token, "href"))
+            targets.append(_target(token, "href", source))
             linked = ""
             yield Token("u_open", "u", 1)
         elif token.type == "link_close":
@@ -169,7 +172,7 @@ def _readable(children: Iterable[Token]) -> Iterator[Token]:
             if target != linked:
                 yield _text(f" ({target})")
         elif token.type == "image":
-            yield _text(f"{token.content} ({_target(token, 'src')})")
+            yield _text(f"{token.content} ({_target(token, 'src', source)})")
         elif token.type == "softbreak":
             yield Token("hardbreak", "br", 0)
         elif token.type == "text_special" and token.content not in _ESCAPED:
@@ -186,9 +189,16 @@ def _text(content: str) -> Token:
     return Token("text", "", 0, content=content)
 
 
-def _target(token: Token, name: str) -> str:
+def _target(token: Token, name: str, source: str) -> str:
+    """Return the address and title of a link in the text `source`.
+
+    The parser has decoded entities in them. A character that only an entity has written, as a bidi
+    control or what the encoding lacks, stays one.
+    """
     title = f' "{token.attrs["title"]}"' if "title" in token.attrs else ""
-    return f"{token.attrs[name]}{title}"
+    target = f"{token.attrs[name]}{title}"
+    written = {*source, " ", '"'} if "&" in source else target
+    return "".join(char if char in written else f"&#{ord(char)};" for char in target)
 
 
 def _ends_in_open_fence(block: list[Token], end: int) -> bool:
