@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 _T = TypeVar("_T")
 Note = Callable[[str], object]  # prints a line
+_NOTE_AFTER_S = 1.0
 
 
 class Task(Protocol):
@@ -74,6 +77,26 @@ class _NoTask:
 
     def close(self) -> None:
         pass
+
+
+@contextmanager
+def noted_if_slow(note: Note, text: str) -> Iterator[None]:
+    """Print `text` if a block takes a second and a person watches."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    timer = threading.Timer(_NOTE_AFTER_S, note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def waiting_for(path: Path | str, note: Note) -> AbstractContextManager[None]:
+    """Note that a file is read if the block takes a second. A pipe may be silent for ever."""
+    return noted_if_slow(note, f"reading {path}; Ctrl-C ends it")
 
 
 def in_background(work: Callable[..., _T], *arguments: object) -> Future[_T]:

@@ -16,6 +16,7 @@ from mixchat.cli.flags.arguments import checked, read_beginning
 from mixchat.cli.flags.load_flags import parse_dense_bits, parse_expert_bits
 from mixchat.cli.flags.settings import option
 from mixchat.cli.flags.shell_completion import runnable_models
+from mixchat.cli.output.messages import note
 from mixchat.cli.output.progress import TerminalReporter, resumable
 from mixchat.engine.environment import prepare_environment
 from mixchat.sessions.install import calibrate_model, check_text, is_uncalibrated
@@ -164,7 +165,7 @@ def calibrate(context: typer.Context, flags: RecalibrateFlags) -> None:
 
 
 def _text(flags: CalibrateFlags) -> str | None:
-    return None if flags.calibrate_text is None else read_beginning(flags.calibrate_text)
+    return None if flags.calibrate_text is None else read_beginning(flags.calibrate_text, note)
 
 
 def _show_plan(

@@ -62,7 +62,7 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     try:
         if flags.jsonl is not None:
             files = LineFiles(flags.jsonl, flags.resume_from, flags.keep_failed, flags.parallel)
-            options = run_flags.chat_options(context, flags, size)
+            options = run_flags.chat_options(context, flags, size, reporter.note)
             answer_file(models, name, options, files, reporter)
         else:
             _converse(context, flags, models, name, size, resumed, reporter)
@@ -72,7 +72,7 @@ def run(context: typer.Context, flags: RunFlags) -> None:
 
 def _models(flags: RunFlags, load: LoadOptions, reporter: Reporter) -> ModelProvider:
     """Check the flags' files, and return the models of the server or of this machine."""
-    form = run_flags.read_form(flags)
+    form = run_flags.read_form(flags, reporter.note)
     cache = None if flags.prompt_cache is None else checked_cache_file(flags.prompt_cache)
     if load.trace is not None:
         from mixchat.experts.trace import trace_file
@@ -102,7 +102,7 @@ def _converse(
     resumed: SavedChat | None,
     reporter: TerminalReporter,
 ) -> None:
-    options = run_flags.chat_options(context, flags, size)
+    options = run_flags.chat_options(context, flags, size, reporter.note)
     if not flags.server:
         _note_server(name, reporter)
     files = read_files(flags.file or [], size, reporter.note)

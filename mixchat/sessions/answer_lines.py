@@ -17,7 +17,7 @@ from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.files import MAX_SIZE, open_regular, write_all, write_error
 from mixchat.base.lock import lock_open_file
 from mixchat.base.options import ChatOptions
-from mixchat.base.progress import Note, Reporter
+from mixchat.base.progress import Note, Reporter, waiting_for
 from mixchat.chat.printing import show
 from mixchat.sessions.provider import ModelProvider
 
@@ -50,7 +50,7 @@ def answer_file(
     the end if some lines could not be answered.
     """
     with (
-        open_lines(files.prompts) as file,
+        open_lines(files.prompts, reporter.note) as file,
         open_answers(files.resume_from, keep_failed=files.keep_failed) as answers,
         models.lines(name, options, files.parallel) as (begin, context),
     ):
@@ -168,13 +168,14 @@ def open_answers(path: Path | None, *, keep_failed: bool = False) -> Iterator[An
 
 
 @contextmanager
-def open_lines(path: str) -> Iterator[BinaryIO]:
+def open_lines(path: str, note: Note) -> Iterator[BinaryIO]:
     """Open the file of prompts, or standard input for `-`. Raises `UsageError` if that fails."""
     if path == _STDIN:
         yield io.BytesIO() if sys.stdin is None else sys.stdin.buffer
         return
     try:
-        file = open(path, "rb")  # noqa: SIM115 - an error of reading is another one
+        with waiting_for(path, note):
+            file = open(path, "rb")  # noqa: SIM115 - an error of reading is another one
     except OSError as error:
         raise UsageError(f"--jsonl {path}: {error.strerror}") from None
     with file:

@@ -1,5 +1,6 @@
 """Standard input of `mixchat run`: how much of it is read, when it is waited for, and `-`."""
 
+import os
 import subprocess
 
 import pytest
@@ -9,7 +10,7 @@ from terminal import Terminal
 from mixchat.base.model_config import BYTES_PER_TOKEN, DEFAULT_TOKENS
 
 LONGEST = DEFAULT_TOKENS * BYTES_PER_TOKEN
-CTRL_D = "\x04"
+CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 def prompt_in(path):
@@ -79,6 +80,32 @@ def test_who_waits_for_standard_input_is_told_after_a_second(environment):
         terminal.wait_for("note: reading standard input; </dev/null leaves it out")
         terminal.wait_for("Hello")
         assert terminal.wait_for_end() == 0
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("flag", ["--schema", "--grammar", "-f", "--system-file", "--jsonl"])
+def test_who_waits_for_a_silent_pipe_is_told_after_a_second(environment, tmp_path, flag):
+    """`mixchat run --schema <(sleep 60)` was silent, and nobody knew what it did."""
+    os.mkfifo(tmp_path / "pipe")
+    question = [] if flag == "--jsonl" else ["Hi"]
+    command = [*FAKE, "run", flag, str(tmp_path / "pipe"), *question]
+    with Terminal(command, environment) as terminal:
+        terminal.wait_for("note: reading")
+        terminal.wait_for("pipe")
+        terminal.type(CTRL_C)
+        assert terminal.wait_for_end() == 130
+
+
+@pytest.mark.posix
+def test_a_pipe_that_speaks_at_last_is_read(environment, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    command = [*FAKE, "run", "-f", str(tmp_path / "pipe"), "Why?"]
+    with Terminal(command, environment | {"PROMPTS": str(tmp_path / "p")}) as terminal:
+        terminal.wait_for("note: reading")
+        (tmp_path / "pipe").write_text("text")
+        terminal.wait_for("Hello")
+        assert terminal.wait_for_end() == 0
+    assert prompt_in(tmp_path / "p") == "text\n\nWhy?"
 
 
 @pytest.mark.parametrize("command", [behind("true", "Hi"), behind("sleep 2", "-q", "Hi")])

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import codecs
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.base.model_config import Context
-from mixchat.base.progress import Note
+from mixchat.base.progress import Note, noted_if_slow, waiting_for
 from mixchat.chat.plain_text import decode, read_stream, read_text_file
 
 STDIN = "-"
-_NOTE_AFTER_S = 1.0
 _LONGEST_CALIBRATION = 2**21  # bytes, more than a calibration takes
 
 
@@ -27,9 +24,15 @@ def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path
     return {
         path: _required_stdin(context, note)
         if str(path) == STDIN
-        else read_text_file(path, context)
+        else read_file(path, context, note)
         for path in paths
     }
+
+
+def read_file(path: Path, context: Context, note: Note) -> str:
+    """Return the text of a file or pipe. Raises `PromptError` as `read_files` does."""
+    with waiting_for(path, note):
+        return read_text_file(path, context)
 
 
 def read_prompt(
@@ -58,10 +61,10 @@ def read_prompt(
     return prompt
 
 
-def read_beginning(path: Path) -> str:
+def read_beginning(path: Path, note: Note) -> str:
     """Return the beginning of a text to calibrate with. Raises `UsageError`."""
     try:
-        with open(path, "rb") as file:
+        with waiting_for(path, note), open(path, "rb") as file:
             data = file.read(_LONGEST_CALIBRATION)
         decoder = codecs.getincrementaldecoder("utf-8")()
         return decoder.decode(data, len(data) < _LONGEST_CALIBRATION)
@@ -95,24 +98,10 @@ def _required_stdin(context: Context, note: Note) -> str:
 def _read_stdin(context: Context, note: Note) -> str:
     if sys.stdin is None:  # closed
         return ""
-    with _note_if_it_takes_long(note):
+    hint = "Ctrl-D ends it" if stdin_is_terminal() else "</dev/null leaves it out"
+    with noted_if_slow(note, f"reading standard input; {hint}"):
         # Python would decode it by the locale, which may accept any bytes.
         return read_stream(sys.stdin.buffer, "standard input", context)
-
-
-@contextmanager
-def _note_if_it_takes_long(note: Note) -> Iterator[None]:
-    if not sys.stderr.isatty():
-        yield
-        return
-    hint = "Ctrl-D ends it" if stdin_is_terminal() else "</dev/null leaves it out"
-    timer = threading.Timer(_NOTE_AFTER_S, note, [f"reading standard input; {hint}"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _is_text(argument: str) -> bool:

@@ -14,12 +14,12 @@ import typer
 from mixchat.base.errors import UsageError
 from mixchat.base.model_config import Context
 from mixchat.base.options import ChatOptions, Overflow, Think
+from mixchat.base.progress import Note
 from mixchat.chat import parameters
 from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word
-from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags import load_flags
-from mixchat.cli.flags.arguments import STDIN, checked
+from mixchat.cli.flags.arguments import STDIN, checked, read_file
 from mixchat.cli.flags.load_flags import LoadFlags, expanded, within_limits
 from mixchat.cli.flags.settings import (
     AGAIN,
@@ -262,12 +262,12 @@ def check_run_flags(context: typer.Context, flags: RunFlags) -> None:
         refuse_together(context, "--server", _FOR_LOADING, hint)
 
 
-def chat_options(context: typer.Context, flags: RunFlags, size: Context) -> ChatOptions:
+def chat_options(context: typer.Context, flags: RunFlags, size: Context, note: Note) -> ChatOptions:
     """Return the options of answers. Raises as `_system_prompt` does."""
     hides = flags.quiet and flags.think == "show"
     return ChatOptions(
         sampling={name: getattr(flags, name) for name in _SAMPLED},
-        system=_system_prompt(context, size),
+        system=_system_prompt(context, size, note),
         max_tokens=flags.max_tokens,
         stop=flags.stop or [],
         overflow=cast("Overflow", flags.overflow),
@@ -281,15 +281,15 @@ def given_settings(context: typer.Context) -> list[str]:
     return [name for flag, name in flags.items() if is_given(context, flag)]
 
 
-def read_form(flags: RunFlags) -> OutputConstraint | None:
+def read_form(flags: RunFlags, note: Note) -> OutputConstraint | None:
     """Return the form of --schema or --grammar. Raises `UsageError` with the place of a fault."""
     if flags.schema is not None and flags.grammar is not None:
         raise UsageError("--schema and --grammar exclude each other")
     from mixchat.text.form.output_constraint import read_grammar, read_schema
 
     if flags.schema is not None:
-        return read_schema(flags.schema)
-    return None if flags.grammar is None else read_grammar(flags.grammar)
+        return read_schema(flags.schema, note)
+    return None if flags.grammar is None else read_grammar(flags.grammar, note)
 
 
 def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
@@ -321,7 +321,7 @@ def _check_lines(context: typer.Context, flags: RunFlags) -> None:
         raise UsageError(f"--{only.replace('_', '-')} needs --jsonl FILE")
 
 
-def _system_prompt(context: typer.Context, size: Context) -> str | None:
+def _system_prompt(context: typer.Context, size: Context, note: Note) -> str | None:
     """Return the system prompt. Raises `UsageError` for two, `PromptError` for a bad file."""
     settings = settings_of(context.command)
     setting = chosen(context, settings["system"], settings["system-file"])
@@ -330,4 +330,4 @@ def _system_prompt(context: typer.Context, size: Context) -> str | None:
     value = context.params[setting.name]
     if setting.name == "system":
         return value or None
-    return read_text_file(expanded(value), size)
+    return read_file(expanded(value), size, note)

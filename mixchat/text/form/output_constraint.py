@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixchat.base.errors import CheckpointError, UsageError
+from mixchat.base.progress import Note, waiting_for
 from mixchat.text.form.grammar import looks_like_gbnf
 from mixchat.text.sandbox import Sandbox, SandboxCall
 
@@ -24,6 +25,10 @@ _MAX_FILE = 4_000_000  # bytes
 _SUBJECTS = {"schema": "the schema", "calls": "the schemas"}
 
 Kind = Literal["schema", "calls", "lark", "gbnf"]  # of the text that gives a form
+
+
+def _ignore(text: str) -> None:
+    """Leave a silent pipe unnoted."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +92,26 @@ def asked(sandbox: Sandbox, call: SandboxCall) -> Any:
         raise UsageError(reason, hint=hint) from None
 
 
-def read_schema(value: str) -> OutputConstraint:
-    """Return the constraint of a JSON schema, or of the file that holds it.
+def read_schema(value: str, note: Note = _ignore) -> OutputConstraint:
+    """Return the constraint of a JSON schema, or of the file or pipe that holds it.
 
+    `note` is called if a pipe is silent.
     Raises `UsageError` with the line and column of what is not JSON, or the pointer of what cannot
     be met or used.
     """
     inline = value.lstrip().startswith("{")
     with _named("--schema" if inline else value):
-        return checked_schema(_parsed(value if inline else _read(Path(value))))
+        return checked_schema(_parsed(value if inline else _read(Path(value), note)))
 
 
-def read_grammar(path: Path) -> OutputConstraint:
+def read_grammar(path: Path, note: Note = _ignore) -> OutputConstraint:
     """Return the constraint of a grammar file, GBNF or Lark by its suffix, else by its content.
 
+    `note` is called if a pipe is silent.
     Raises `UsageError` as `checked` does.
     """
     with _named(str(path)):
-        text, suffix = _read(path), path.suffix.lower()
+        text, suffix = _read(path, note), path.suffix.lower()
         is_gbnf = suffix == ".gbnf" or (suffix != ".lark" and looks_like_gbnf(text))
         return checked("gbnf" if is_gbnf else "lark", text)
 
@@ -118,9 +125,9 @@ def _named(name: str) -> Iterator[None]:
         raise UsageError(f"{name}: {error}", hint=error.hint) from None
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, note: Note) -> str:
     try:
-        with open(path, "rb") as file:
+        with waiting_for(path, note), open(path, "rb") as file:
             data = file.read(_MAX_FILE + 1)
     except (OSError, ValueError) as error:  # the latter for a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
