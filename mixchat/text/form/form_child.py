@@ -22,8 +22,10 @@ from mixchat.text.form.grammar import (
     parsed_fault,
 )
 from mixchat.text.form.output_constraint import Kind
-from mixchat.text.form.schema import schema_grammar
+from mixchat.text.form.schema import JSON_START, schema_grammar
 from mixchat.text.sandbox_child import serve
+
+_MAX_DIGITS = 20  # of a number's integer, fraction or exponent, one after the other
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -48,13 +50,16 @@ class _FormService:
 
     _vocabulary: LLTokenizer
     _matcher: LLMatcher
+    _digits: _DigitLimit
 
     def check(self, kind: Kind, text: str) -> str:
         """Return the Lark grammar of a constraint. Raises `UsageError`."""
         return _GRAMMAR_OF[kind](text)
 
     def load(self, tokens: Sequence[str], stop_ids: Sequence[int]) -> None:
-        self._vocabulary = ll_tokenizer([token.encode("latin-1") for token in tokens], stop_ids)
+        data = [token.encode("latin-1") for token in tokens]
+        self._vocabulary = ll_tokenizer(data, stop_ids)
+        self._digits = _DigitLimit(data)
 
     def start(self, grammar: str, before: Sequence[int]) -> str:
         """Start an answer that begins with the tokens `before`, and return the first mask."""
@@ -65,6 +70,7 @@ class _FormService:
             raise grammar_error(parsed_fault(self._matcher.get_error()))
         if not all(map(self._matcher.consume_token, before)):
             raise PromptError("the answer so far does not have the form that is asked for")
+        self._digits.start(before, is_json=grammar.startswith(JSON_START))
         return self.mask()
 
     def mask(self) -> str:
@@ -72,13 +78,47 @@ class _FormService:
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise self._error()
-        return b64encode(bits).decode()
+        return b64encode(self._digits.limited(bits)).decode()
 
     def accept(self, token: int) -> bool:
         """Take the next token, and return whether it was allowed."""
+        self._digits.take(token)
         return self._matcher.consume_token(token)
 
     def _error(self) -> UsageError:
         fault = parsed_fault(self._matcher.get_error()).message
         reason = "the model has no token for what has to come" if fault == NO_TEXT else fault
         return UsageError(f"the answer cannot be continued in its form: {reason}")
+
+
+class _DigitLimit:
+    """Ends numbers in JSON, whose digits llguidance does not bound. A weak model repeats them."""
+
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        self._tokens = tokens
+        begins_with_digit = bytearray(-(-len(tokens) // 32) * 4)
+        for number, token in enumerate(tokens):
+            begins_with_digit[number // 8] |= token[:1].isdigit() << number % 8
+        self._digits = int.from_bytes(begins_with_digit, "little")
+
+    def start(self, before: Sequence[int], *, is_json: bool) -> None:
+        """Begin an answer with the tokens `before`. Another text than JSON has no limit."""
+        self._is_json, self._in_text, self._is_escaped, self._run = is_json, False, False, 0
+        for token in before:
+            self.take(token)
+
+    def take(self, token: int) -> None:
+        """Count the digits at the end of an answer, outside of its texts."""
+        for byte in self._tokens[token] if self._is_json else b"":
+            is_quote = byte == ord('"') and not self._is_escaped
+            self._is_escaped = byte == ord("\\") and not self._is_escaped
+            self._in_text ^= is_quote
+            is_digit = ord("0") <= byte <= ord("9") and not self._in_text
+            self._run = self._run + 1 if is_digit else 0
+
+    def limited(self, bits: bytes) -> bytes:
+        """Return a mask without digits after too many of them, unless nothing else may come."""
+        mask = int.from_bytes(bits, "little")
+        if self._run < _MAX_DIGITS or not mask & ~self._digits:
+            return bits
+        return (mask & ~self._digits).to_bytes(len(bits), "little")

@@ -38,6 +38,7 @@ _COMBINING = {"anyOf", "oneOf", "$ref", "if", "patternProperties"}
 # The blanks between two parts of JSON. Without a bound, a model can emit blanks until its answer is
 # cut off.
 _BLANKS = r"( |\n[ \t]{0,20})?"
+JSON_START = "start: %json "  # of a grammar of JSON alone
 _HOME = "/$defs/mixchat"  # of a schema inside another one
 
 

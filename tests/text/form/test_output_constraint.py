@@ -128,6 +128,42 @@ def test_an_integer_has_at_most_20_digits_unless_the_schema_has_more(schema, goo
     assert [has_form(form, text) for text in good + bad] == [True] * len(good) + [False] * len(bad)
 
 
+def longest(schema, text, digit="1"):
+    """Return how many times a digit may follow a text, 60 at most."""
+    constraint = compiled(schema)()
+    for byte in text.encode():
+        assert constraint.allowed()[byte]
+        constraint.accept(byte)
+    for count in range(60):
+        if not constraint.allowed()[ord(digit)]:
+            return count
+        constraint.accept(ord(digit))
+    return 60
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "most"),
+    [
+        ({"type": "number"}, "", 20),
+        ({"type": "number"}, "-", 20),
+        ({"type": "number"}, "0.", 20),
+        ({"type": "number"}, "1.5e-", 20),
+        ({"type": "number", "minimum": 0}, "0.", 20),
+        ({"type": "object"}, '{"a\\"1": ["1", 0.', 20),
+        ({"type": "string"}, '"', 60),
+        ({"type": "array"}, '["\\\\", "\\"', 60),
+        ({"const": 10**22}, "1", 22),
+    ],
+)
+def test_a_number_has_an_end(schema, text, most):
+    """A weak model repeated digits of a fraction until its tokens ended."""
+    assert longest(json_schema(schema), text, "0" if "const" in schema else "1") == most
+
+
+def test_the_digits_of_a_grammar_are_its_own():
+    assert longest(lark_grammar("start: /[0-9]+/"), "") == 60
+
+
 def test_constants_are_not_taken_for_schemas():
     constant = {"exclusiveMinimum": 8, "properties": {"exclusiveMinimum": 8}}
     assert has_form(compiled(json_schema({"const": constant})), json.dumps(constant))
