@@ -1,44 +1,41 @@
 // A chat with the model of this server, by the API that every other client uses.
-"use strict";
+
+import { deleteChat, deleteChats, listChats, newChat, readChat, saveChat } from "./chats.js";
+import { draw } from "./markdown.js";
 
 const find = (selector) => document.querySelector(selector);
-const chat = find("#chat"), question = find("#ask textarea");
-// It takes no HTML and no scripts from an answer. Pictures would tell their servers of the reader.
-const markdown = window.markdownit({ breaks: true }).disable("image");
-let messages = JSON.parse(sessionStorage.getItem("messages") || "[]"); // as the API takes them
-let running = null; // the AbortController of the answer that is on its way
+const turns = find("#turns"), question = find("#question"), models = find("#models");
+const LOST = "The server does not answer. Is 'mixchat serve' still running?";
+const WRONG_KEY = "This is not the server's key. Check it, and enter it again.";
+const FULL = "This browser has no room for the chat, so it is lost with this tab. Delete old chats.";
+const LONGEST_SPOKEN = 2_000; // characters of an answer that a screen reader is given
 
-function element(name, className, text = "") {
-  const made = document.createElement(name);
-  made.className = className;
-  made.textContent = text;
-  return made;
-}
+let session = {}; // what this tab keeps: the key
+try {
+  session = sessionStorage;
+} catch {} // the browser keeps nothing
+let chat = newChat();
+let running = null; // the answer that is on its way: its message and its AbortController
+let draft = null; // what stood in the field before the last question was taken into it
+let follows = true; // the window follows the end of the answer
+let lastScroll = 0;
 
-function show(message) {
-  if (message.role === "user") chat.appendChild(element("div", "user", message.content));
-  else new AnswerView(message.content, message.reasoning_content).draw(true);
-}
+// ---- the server
 
-function note(text, className = "note") {
-  chat.appendChild(element("p", className, text));
-  scrollTo(0, document.body.scrollHeight);
-}
-
-function save() {
-  sessionStorage.setItem("messages", JSON.stringify(messages));
-}
+const lost = (error) => {
+  throw error.name === "AbortError" ? error : new Error(LOST);
+};
 
 /** Fetch from this server. Ask for the key if it is missing or wrong. */
 async function call(path, options = {}) {
-  const key = sessionStorage.getItem("key");
   const headers = { "content-type": "application/json" };
-  if (key) headers.authorization = `Bearer ${key}`;
-  const response = await fetch(path, { ...options, headers });
+  if (session.key) headers.authorization = `Bearer ${session.key}`;
+  const response = await fetch(path, { ...options, headers }).catch(lost);
   if (response.ok) return response;
-  if (response.status === 401) find("#key").hidden = false;
   const body = await response.json().catch(() => ({}));
-  throw new Error(body.error ? body.error.message : `the server answered ${response.status}`);
+  if (response.status === 401) askForKey(true);
+  const message = body.error?.message || `The server answered with status ${response.status}.`;
+  throw new Error(response.status === 401 ? (session.key ? WRONG_KEY : "") : message);
 }
 
 /** The objects of a stream of events, as they come. */
@@ -46,7 +43,7 @@ async function* events(response) {
   let text = "";
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(lost);
     if (done) return;
     const lines = (text + value).split("\n");
     text = lines.pop();
@@ -56,101 +53,272 @@ async function* events(response) {
   }
 }
 
-/** An answer on the screen, which may grow: its thinking, folded, and its text in Markdown. */
-class AnswerView {
-  constructor(text = "", thinking = "") {
-    this.text = text;
-    this.thinking = thinking;
-    this.root = chat.appendChild(element("div", "assistant"));
-    this.folded = element("details", "");
-    this.summary = this.folded.appendChild(element("summary", "", "Thinking …"));
-    this.thought = this.folded.appendChild(element("div", ""));
-    this.body = this.root.appendChild(element("div", "", "…"));
-  }
-
-  add(delta) {
-    this.text += delta.content || "";
-    this.thinking += delta.reasoning_content || "";
-    this.frame ||= requestAnimationFrame(() => this.draw());
-  }
-
-  draw(isDone) {
-    cancelAnimationFrame(this.frame);
-    this.frame = null;
-    const atEnd = innerHeight + scrollY >= document.body.scrollHeight - 60;
-    if (this.thinking && !this.folded.isConnected) this.root.prepend(this.folded);
-    this.thought.textContent = this.thinking;
-    if (this.text || isDone) {
-      this.summary.textContent = `Thinking, ${this.thinking.trim().split(/\s+/).length} words`;
-      this.body.innerHTML = markdown.render(this.text);
-    }
-    if (atEnd) scrollTo(0, document.body.scrollHeight);
-  }
-}
-
-async function stream(view) {
-  const asked = messages.map(({ role, content }) => ({ role, content }));
-  const body = { messages: asked, stream: true, stream_options: { include_usage: true } };
-  const options = { method: "POST", body: JSON.stringify(body), signal: running.signal };
-  const response = await call("v1/chat/completions", options);
-  let began = null, reason = null, usage = null;
-  for await (const event of events(response)) {
+/** Receive the answer to the messages into `reply`, and return a note on it. */
+async function receive(own, reply, signal) {
+  const asked = own.messages.slice(0, -1).map(({ role, content }) => ({ role, content }));
+  if (own.system.trim()) asked.unshift({ role: "system", content: own.system });
+  const model = models.value || undefined;
+  const body = { model, messages: asked, stream: true, stream_options: { include_usage: true } };
+  const options = { method: "POST", body: JSON.stringify(body), signal };
+  let name = model, began = null, reason = null, count = 0;
+  for await (const event of events(await call("v1/chat/completions", options))) {
     if (event.error) throw new Error(event.error.message);
-    usage = event.usage || usage;
+    name = event.model || name;
+    count = event.usage?.completion_tokens ?? count;
     const [choice] = event.choices || [];
     if (!choice) continue;
-    view.add(choice.delta);
-    if (view.text || view.thinking) began ||= performance.now();
+    reply.content += choice.delta.content || "";
+    reply.reasoning_content += choice.delta.reasoning_content || "";
+    if (reply.content || reply.reasoning_content) began ||= performance.now();
     reason = choice.finish_reason || reason;
+    drawSoon(reply);
   }
+  if (!reason) throw new Error(LOST);
   const seconds = (performance.now() - began) / 1000;
-  const count = usage.completion_tokens;
-  const rate = count > 1 && seconds > 0 ? `, ${((count - 1) / seconds).toFixed(1)} a second` : "";
-  return `${count} tokens${rate}${reason === "length" ? ", cut off at the limit" : ""}`;
+  const rate = began && count > 1 && seconds > 0 ? `, ${((count - 1) / seconds).toFixed(1)} a second` : "";
+  return `${name}, ${count} tokens${rate}${reason === "length" ? ", cut off at the limit" : ""}`;
 }
 
-async function answer() {
-  const asked = messages;
-  running = new AbortController();
-  setRunning(true);
-  const view = new AnswerView();
-  let said = "", failed = null;
+/** Let the model answer these messages, in place of all that came after them. */
+async function answer(asked) {
+  const own = chat, before = chat.messages, controller = new AbortController();
+  const reply = { role: "assistant", content: "", reasoning_content: "", note: "" };
+  own.messages = [...asked, reply];
+  setRunning({ reply, controller });
+  problem("");
+  show();
+  toEnd();
+  if (asked.length > before.length) keep(own); // or an earlier answer would be lost too early
   try {
-    said = await stream(view);
+    reply.note = await receive(own, reply, controller.signal);
   } catch (error) {
-    if (error.name === "AbortError") said = "stopped";
-    else failed = error;
+    reply.note = "stopped";
+    if (error.name !== "AbortError" && own === chat) problem(error.message);
   }
-  running = null;
-  setRunning(false);
-  view.draw(true);
-  if (asked !== messages) return; // a new chat has begun
-  if (view.text || view.thinking) {
-    messages.push({ role: "assistant", content: view.text, reasoning_content: view.thinking });
+  if (running?.reply === reply) setRunning(null);
+  if (reply.content || reply.reasoning_content) {
+    keep(own);
+    if (own === chat) announce(reply.content);
   } else {
-    view.root.remove();
-    chat.lastChild.remove();
-    question.value ||= messages.pop().content; // to be sent again
+    own.messages = before;
+    const last = asked.at(-1); // to be sent again, unless it was only answered again
+    if (own === chat && !before.includes(last)) question.value ||= last.content;
   }
-  save();
-  if (failed) note(failed.message, "error");
-  else note(said);
+  if (own === chat) show();
 }
 
-function setRunning(is) {
-  find("#send").hidden = is;
-  find("#stop").hidden = !is;
+// ---- the chat on the screen
+
+function element(name, className, text = "") {
+  const node = document.createElement(name);
+  node.className = className;
+  node.textContent = text;
+  return node;
 }
+
+function button(action, text) {
+  const node = element("button", action, text);
+  node.type = "button";
+  node.dataset.action = action;
+  return node;
+}
+
+/** Draw the chat's messages. Turns that are drawn already stay as they are. */
+function show() {
+  const atEnd = follows;
+  chat.messages.forEach((message, i) => {
+    const old = turns.children[i];
+    if (old?.message === message && message !== running?.reply && old.isDone) return;
+    const turn = old?.message === message ? old : newTurn(message);
+    drawTurn(turn);
+    if (!old) turns.append(turn);
+    else if (old !== turn) old.replaceWith(turn);
+  });
+  while (turns.children.length > chat.messages.length) turns.lastChild.remove();
+  find("#welcome").hidden = chat.messages.length > 0;
+  document.title = chat.messages.length ? `${chat.messages[0].content.slice(0, 60)} – mixchat` : "mixchat";
+  if (atEnd) toEnd();
+}
+
+function newTurn(message) {
+  const isQuestion = message.role === "user";
+  const turn = element("article", isQuestion ? "turn question" : "turn answer");
+  turn.message = message;
+  turn.append(element("h2", "unseen", isQuestion ? "Your question" : "Answer"));
+  if (!isQuestion) {
+    const thinking = turn.appendChild(element("details", "thinking"));
+    thinking.append(element("summary", ""), element("div", "thought"));
+  }
+  turn.append(element("div", "text"));
+  const row = turn.appendChild(element("div", "row actions"));
+  if (isQuestion) row.append(button("edit", "Edit"));
+  else row.append(button("copy", "Copy"), button("again", "Answer again"), element("span", "note"));
+  return turn;
+}
+
+function drawTurn(turn) {
+  const { role, content, reasoning_content: thought = "", note = "" } = turn.message;
+  const [text, row] = [".text", ".actions"].map((name) => turn.querySelector(name));
+  turn.isDone = turn.message !== running?.reply;
+  if (role === "user") {
+    text.dir = "auto";
+    text.textContent = content;
+    return;
+  }
+  const words = thought.trim().split(/\s+/).length;
+  turn.querySelector(".thinking").hidden = !thought;
+  turn.querySelector("summary").textContent = content || turn.isDone ? `Thought, ${words} words` : "Thinking …";
+  turn.querySelector(".thought").textContent = thought;
+  if (content || thought || turn.isDone) draw(text, content, !turn.isDone);
+  else text.replaceChildren(element("p", "waiting", `Waiting for ${models.value || "the model"} …`));
+  row.hidden = !turn.isDone;
+  turn.querySelector(".note").textContent = note;
+}
+
+/** Draw the answer that grows, once in a frame. */
+function drawSoon(reply) {
+  if (!running || running.reply !== reply) return;
+  running.frame ||= requestAnimationFrame(() => {
+    if (running?.reply !== reply) return;
+    running.frame = null;
+    drawTurn(turns.lastChild);
+    if (follows) toEnd();
+  });
+}
+
+function setRunning(answering) {
+  const hadFocus = document.activeElement?.matches("#stop, #turns button");
+  running = answering;
+  find("#send").hidden = Boolean(running);
+  find("#stop").hidden = !running;
+  if (running) announce("The model answers.");
+  if (hadFocus) question.focus({ preventScroll: true }); // its button is gone
+}
+
+function problem(text) {
+  find("#problem").textContent = text;
+}
+
+/** Let a screen reader say a text, once. It does not read an answer token by token. */
+function announce(text) {
+  const announcer = find("#announcer");
+  announcer.textContent = text.slice(0, LONGEST_SPOKEN);
+  setTimeout(() => (announcer.textContent = ""), 2000); // it has been given on, and is not text
+}
+
+function isAtEnd() {
+  return innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
+}
+
+function toEnd() {
+  follows = true;
+  scrollTo(0, document.documentElement.scrollHeight);
+}
+
+// Only a person scrolls up. Text that grows leaves the window at its place.
+addEventListener("scroll", () => {
+  if (isAtEnd()) follows = true;
+  else if (scrollY < lastScroll) follows = false;
+  lastScroll = scrollY;
+  find("#down").hidden = isAtEnd();
+});
+
+// ---- the chats of this browser
+
+function keep(own) {
+  if (!saveChat(own)) return problem(FULL);
+  if (own === chat) history.replaceState(null, "", `#${own.id}`);
+  listAll();
+}
+
+function listAll() {
+  const items = listChats().map(({ id, title }) => {
+    const item = element("li", ""), link = element("a", "", title), erase = button("delete", "×");
+    link.href = `#${id}`;
+    link.dir = "auto";
+    if (id === chat.id) link.ariaCurrent = "page";
+    erase.ariaLabel = `Delete the chat: ${title}`;
+    item.append(link, erase);
+    return item;
+  });
+  find("#chats ul").replaceChildren(...items);
+  find("#chats .empty").hidden = items.length > 0;
+  find("#forget").hidden = !items.length;
+}
+
+/** Open the chat that the page's address names, or else a new one. */
+function openChat() {
+  const id = location.hash.slice(1), { system } = chat;
+  running?.controller.abort();
+  setRunning(null);
+  endEdit();
+  chat = readChat(id) || newChat(system);
+  if (id && chat.id !== id) history.replaceState(null, "", location.pathname);
+  if (chat.messages.at(-1)?.role === "user") question.value = chat.messages.pop().content; // no answer came
+  if ([...models.options].some((option) => option.value === chat.model)) models.value = chat.model;
+  find("#system-text").value = chat.system;
+  turns.replaceChildren();
+  problem("");
+  markSystem();
+  show();
+  listAll();
+  // The last turn: its question, if the answer is longer than the window.
+  [...turns.querySelectorAll(".question")].at(-1)?.scrollIntoView();
+}
+
+function markSystem() {
+  find("#system-button").classList.toggle("set", Boolean(chat.system.trim()));
+  find("#system-button").textContent = chat.system.trim() ? "System prompt: on" : "System prompt";
+}
+
+addEventListener("popstate", openChat);
+
+addEventListener("pagehide", () => {
+  if (running?.reply.content || running?.reply.reasoning_content) saveChat(chat);
+});
+
+// Another tab changed a chat, maybe this one.
+addEventListener("storage", () => {
+  const stored = readChat(chat.id);
+  const isNews = stored?.saved > chat.saved && stored.messages.at(-1).role === "assistant";
+  if (isNews && !running && draft === null) openChat();
+  else listAll();
+});
+
+find("#chats").addEventListener("click", ({ target }) => {
+  if (target.matches("a")) find("#chats").hidePopover();
+  if (target.dataset.action !== "delete") return;
+  const link = target.parentElement.querySelector("a"), id = link.hash.slice(1);
+  if (!confirm(`Delete this chat?\n\n${link.textContent}`)) return;
+  deleteChat(id);
+  if (id === chat.id) startNew();
+  else listAll();
+});
+
+find("#forget").addEventListener("click", () => {
+  if (!confirm("Delete all chats that this browser keeps?")) return;
+  deleteChats();
+  startNew();
+});
+
+function startNew() {
+  history.pushState(null, "", location.pathname);
+  openChat();
+  question.focus();
+}
+
+find("#new").addEventListener("click", startNew);
+
+// ---- asking, and what can be done with an answer
 
 find("#ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const content = question.value.trim();
   if (!content || running) return;
   question.value = "";
-  messages.push({ role: "user", content });
-  show(messages.at(-1));
-  save();
-  answer();
+  const earlier = draft === null ? chat.messages : chat.messages.slice(0, lastQuestion());
+  endEdit();
+  answer([...earlier, { role: "user", content }]);
 });
 
 question.addEventListener("keydown", (event) => {
@@ -160,32 +328,110 @@ question.addEventListener("keydown", (event) => {
   }
 });
 
-find("#stop").addEventListener("click", () => running?.abort());
+function lastQuestion() {
+  return chat.messages.findLastIndex((message) => message.role === "user");
+}
 
-find("#new").addEventListener("click", () => {
-  running?.abort();
-  messages = [];
-  chat.replaceChildren();
-  save();
+/** Take the last question into the field, to be asked in other words. */
+function edit() {
+  draft ??= question.value;
+  question.value = chat.messages[lastQuestion()].content;
+  showEdit(true);
+  question.focus();
+}
+
+function endEdit() {
+  if (draft === null) return;
+  question.value = draft;
+  draft = null;
+  showEdit(false);
+}
+
+function showEdit(isOn) {
+  find("#editing").hidden = !isOn;
+  turns.classList.toggle("editing", isOn);
+}
+
+const actions = {
+  copy: (target) => copy(target.closest(".turn").message.content, target),
+  "copy-code": (target) => copy(target.closest(".code").querySelector("code").textContent, target),
+  again: () => answer(chat.messages.slice(0, lastQuestion() + 1)),
+  edit,
+};
+
+turns.addEventListener("click", ({ target }) => {
+  if (!running || target.dataset.action?.startsWith("copy")) actions[target.dataset.action]?.(target);
+});
+
+async function copy(text, target) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // A browser has no clipboard for pages of another machine without TLS.
+    const area = document.body.appendChild(element("textarea", "unseen"));
+    area.value = text;
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    target.focus();
+  }
+  target.textContent = "Copied";
+  announce("Copied");
+  setTimeout(() => (target.textContent = "Copy"), 2000);
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.isComposing || find(":popover-open")) return;
+  if (running) running.controller.abort();
+  else endEdit();
+});
+
+find("#stop").addEventListener("click", () => running?.controller.abort());
+find("#editing button").addEventListener("click", () => {
+  endEdit();
+  question.focus();
+});
+find("#down").addEventListener("click", () => {
+  toEnd();
   question.focus();
 });
 
+find("#system-text").addEventListener("input", (event) => {
+  chat.system = event.target.value;
+  markSystem();
+});
+models.addEventListener("change", () => (chat.model = models.value));
+
+// ---- the beginning, and the key
+
+function askForKey(isOn) {
+  find("#key").hidden = !isOn;
+  find("#ask").hidden = isOn;
+  if (isOn) find("#key-field").select();
+}
+
 find("#key").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("key", find("#key input").value);
-  find("#key").hidden = true;
-  begin();
+  session.key = find("#key-field").value;
+  begin().then(() => question.focus());
 });
 
 async function begin() {
-  chat.replaceChildren();
-  messages.forEach(show);
   try {
-    const models = await (await call("v1/models")).json();
-    find("#model").textContent = document.title = models.data[0].id;
+    const { data } = await (await call("v1/models")).json();
+    models.replaceChildren(...data.map(({ id }) => new Option(id, id)));
+    models.disabled = data.length < 2;
+    if (data.some(({ id }) => id === chat.model)) models.value = chat.model;
+    find("#welcome").textContent = `Ask ${models.value} something.`;
+    askForKey(false);
+    problem("");
+    if (matchMedia("(hover: hover)").matches) question.focus({ preventScroll: true });
   } catch (error) {
-    note(error.message, "error");
+    problem(error.message);
   }
 }
 
+history.scrollRestoration = "manual";
+find("#app").hidden = false;
+openChat();
 begin();
