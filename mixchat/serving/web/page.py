@@ -10,7 +10,8 @@ from starlette.routing import Route
 
 _LOADED = (
     *("page.css", "page.js", "chats.js", "markdown.js", "favicon.svg"),
-    *("markdown-it.min.js", "highlight.min.js", "temml.min.js", "temml.css"),  # libraries, as is
+    # Libraries, as their npm packages markdown-it, @highlightjs/cdn-assets and temml ship them.
+    *("markdown-it.min.js", "highlight.min.js", "temml.min.js", "temml.css"),
 )
 _FILES = {"/": "page.html"} | {f"/{name}": name for name in _LOADED}
 PAGE_PATHS = frozenset(_FILES)
@@ -18,7 +19,8 @@ _HEADERS = {
     # An answer may name pictures and scripts of other servers. Nothing is fetched from there. The
     # only picture is the page's own icon.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-dns-prefetch-control": "off",  # looks up the servers that an answer links to
     "x-content-type-options": "nosniff",

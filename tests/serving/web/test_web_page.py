@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -12,56 +13,46 @@ from raw_http import exchange, request
 from mixchat.serving.web import page
 from mixchat.serving.web.access import Access
 
-# As much of a browser as the script needs. It prints what is kept and shown at the end.
-PAGE_DOUBLE = """
-class Node {
-  constructor() { this.parts = []; this.on = {}; this.value = this.innerHTML = ""; }
-  appendChild(part) { this.parts.push(part); part.isConnected = true; return part; }
-  prepend(part) { this.parts.unshift(part); part.isConnected = true; }
-  replaceChildren() { this.parts = []; }
-  remove() { this.isGone = true; }
-  addEventListener(name, act) { this.on[name] = act; }
-  focus() {}
-  get lastChild() { return this.parts.at(-1); }
-  get text() {
-    return this.isGone ? "" : [this.textContent, ...this.parts.map((part) => part.text)].join(" ");
-  }
-}
-const nodes = {}, kept = {};
-const sessionStorage = {
-  getItem: (name) => kept[name], setItem: (name, value) => kept[name] = value };
-const document = {
-  querySelector: (name) => nodes[name] ||= new Node(),
-  createElement: () => new Node(),
-  body: { scrollHeight: 0 },
-};
-const window = { markdownit: () => ({ disable: () => ({ render: (text) => text }) }) };
-const innerHeight = 0, scrollY = 0, scrollTo = () => 0, cancelAnimationFrame = () => 0;
-const requestAnimationFrame = () => 1;
-const fetch = async (path) => path === "v1/models"
-  ? { ok: true, json: async () => ({ data: [{ id: "x" }] }) } : new Response(BODY);
-process.on("exit", () => console.log(JSON.stringify([
-  JSON.parse(kept.messages), nodes["#chat"].text])));
+FILES = Path(page.__file__).with_name("page_files")
+# The texts' HTML, by the page's own script.
+TO_HTML = """
+const [folder] = process.argv.slice(1), fs = require("fs");
+globalThis.markdownit = require(folder + "/markdown-it.min.js");
+const script = encodeURIComponent(fs.readFileSync(folder + "/markdown.js", "utf8"));
+import("data:text/javascript," + script).then(({ toHtml }) => {
+  const texts = JSON.parse(fs.readFileSync(0, "utf8"));
+  console.log(JSON.stringify(texts.map((text) => toHtml(text).join(""))));
+});
 """
+TEXT_TAGS = {"p", "br", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "hr", "strong"}
+TEXT_TAGS |= {"em", "s", "code", "pre", "table", "thead", "tbody", "tr", "th", "td"}
+TEXT_TAGS |= {"a", "div", "span", "button"}
+TEXT_ATTRIBUTES = {"href", "title", "target", "rel", "class", "tabindex", "type", "align", "start"}
+TEXT_ATTRIBUTES |= {"data-tex", "data-language", "data-action"}
+CLASSES = {"code", "row", "scrolls", "formula", "formula display"}
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="the script runs in Node.js")
 QUESTION = {"messages": [{"role": "user", "content": "say:well"}]}
 
 
-def loaded(page):
-    """The paths that a page loads."""
-    return [f"/{name}" for name in re.findall(r'(?:href|src)="([^"]+)"', page.body.decode())]
+def loaded():
+    """The paths that the page and its scripts load."""
+    texts = [(FILES / name).read_text() for name in ("page.html", "page.js")]
+    return [f"/{name}" for name in re.findall(r'(?:href=|src=|from )"(?:\./)?([^"]+)"', str(texts))]
 
 
 def test_a_browser_gets_the_page_and_what_it_loads_without_a_key(serve):
     served = serve(Access(key="secret"))
-    page = exchange(served, request("/"))
-    assert page.headers["content-type"].startswith("text/html")
-    assert len(loaded(page)) == 3
-    for path in ["/", *loaded(page)]:
+    html = exchange(served, request("/"))
+    assert html.headers["content-type"].startswith("text/html")
+    assert len(loaded()) == 9
+    for path in ["/", *loaded()]:
         response = exchange(served, request(path))
         assert (response.status, len(response.body) > 0) == (200, True)
-        policy = response.headers["content-security-policy"]
-        assert policy.startswith("default-src 'none'; script-src 'self'; ")
-        assert "unsafe" not in policy
+        policy = response.headers["content-security-policy"].split("; ")
+        assert policy[0] == "default-src 'none'"
+        sources = {source for rule in policy for source in rule.split()[1:]}
+        assert sources == {"'none'", "'self'"}
+        assert response.headers["x-dns-prefetch-control"] == "off"
     assert exchange(served, request("/v1/models")).status == 401
 
 
@@ -83,34 +74,77 @@ def test_without_the_page_there_is_nothing(serve, path):
 
 
 def test_other_files_of_its_folder_are_not_served(served):
-    for path in ("/markdown-it.LICENSE", "/page_files/page.html", "/..%2fpage.py", "/page.html"):
+    for path in (
+        "/markdown-it.LICENSE",
+        "/temml.LICENSE",
+        "/page_files/page.html",
+        "/..%2fpage.py",
+        "/page.html",
+    ):
         assert exchange(served, request(path)).status == 404
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="the script runs in Node.js")
-def test_an_answer_that_is_only_thinking_is_shown_and_kept():
-    """It was taken away, and the question stood in its field again."""
-    delta = {"reasoning_content": "Hm, hm."}
-    events = [
-        {"choices": [{"delta": delta}]},
-        {"choices": [{"delta": {}, "finish_reason": "length"}]},
-    ]
-    events.append({"choices": [], "usage": {"completion_tokens": 3}})
-    body = "".join(f"data: {json.dumps(event)}\n" for event in events)
-    script = PAGE_DOUBLE.replace("BODY", json.dumps(body))
-    script += Path(page.__file__).with_name("page_files").joinpath("page.js").read_text()
-    script += (
-        'find("#ask textarea").value = "Why?"; find("#ask").on.submit({ preventDefault() {} });'
-    )
+class Elements(HTMLParser):
+    """The elements of HTML, each with its attributes."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.all = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.all.append((tag, dict(attributes)))
+
+
+def to_html(*texts):
     done = subprocess.run(
-        ["node"], input=script, capture_output=True, text=True, timeout=60, check=False
+        ["node", "-e", TO_HTML, str(FILES)],
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    kept, shown = json.loads(done.stdout)
-    assert kept == [
-        {"role": "user", "content": "Why?"},
-        {"role": "assistant", "content": "", "reasoning_content": "Hm, hm."},
-    ]
-    assert "Thinking, 2 words" in shown
-    assert "3 tokens" in shown
-    assert "cut off at the limit" in shown
+    return json.loads(done.stdout)
+
+
+@needs_node
+def test_a_text_gives_no_html_of_its_own_and_links_only_to_the_web():
+    texts = json.loads(Path(__file__).with_name("hostile_texts.json").read_text())
+    for html in to_html(*texts, "\n\n".join(texts)):
+        for tag, attributes in Elements(html).all:
+            assert tag in TEXT_TAGS
+            assert set(attributes) <= TEXT_ATTRIBUTES
+            assert attributes.get("class", "code") in CLASSES
+            assert attributes.get("href", "https://").startswith(("http://", "https://", "mailto:"))
+
+
+@needs_node
+def test_prices_are_no_formulas_and_formulas_are_no_markdown():
+    prices, inline, block, nested, code = to_html(
+        "It costs $5 and $6, or $HOME and $PATH.",
+        r"\(a_1 * b_2 * c_3\) and $x_1$",
+        "So:\n\\[\na\n- b\n= c\n\\]\nThen",
+        "> - $$\n>   x\n>   $$",
+        "`$a$`\n\n    $$b$$",
+    )
+    assert "formula" not in prices + code
+    formulas = [tex["data-tex"] for _, tex in Elements(inline).all if "data-tex" in tex]
+    assert formulas == ["a_1 * b_2 * c_3", "x_1"]
+    assert [tag for tag, _ in Elements(block).all] == ["p", "div", "p"]
+    assert Elements(nested).all[-1] == ("div", {"class": "formula display", "data-tex": "\nx\n"})
+
+
+@needs_node
+def test_headings_of_an_answer_leave_out_no_level():
+    """A screen reader's list of headings had gaps."""
+    (html,) = to_html("### a\n\n# b\n\n###### c")
+    assert [tag for tag, _ in Elements(html).all] == ["h3", "h3", "h4"]
+
+
+def test_each_library_comes_with_its_licence():
+    for library in FILES.glob("*.min.js"):
+        notice = library.with_name(library.name.replace(".min.js", ".LICENSE")).read_text()
+        assert "Copyright" in notice
+        assert "icense" in library.read_text()[:300]

@@ -29,13 +29,13 @@ const lost = (error) => {
 /** Fetch from this server. Ask for the key if it is missing or wrong. */
 async function call(path, options = {}) {
   const headers = { "content-type": "application/json" };
-  if (session.key) headers.authorization = `Bearer ${session.key}`;
+  if (session.apiKey) headers.authorization = `Bearer ${session.apiKey}`;
   const response = await fetch(path, { ...options, headers }).catch(lost);
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   if (response.status === 401) askForKey(true);
   const message = body.error?.message || `The server answered with status ${response.status}.`;
-  throw new Error(response.status === 401 ? (session.key ? WRONG_KEY : "") : message);
+  throw new Error(response.status === 401 ? (session.apiKey ? WRONG_KEY : "") : message);
 }
 
 /** The objects of a stream of events, as they come. */
@@ -125,7 +125,6 @@ function button(action, text) {
 
 /** Draw the chat's messages. Turns that are drawn already stay as they are. */
 function show() {
-  const atEnd = follows;
   chat.messages.forEach((message, i) => {
     const old = turns.children[i];
     if (old?.message === message && message !== running?.reply && old.isDone) return;
@@ -137,7 +136,6 @@ function show() {
   while (turns.children.length > chat.messages.length) turns.lastChild.remove();
   find("#welcome").hidden = chat.messages.length > 0;
   document.title = chat.messages.length ? `${chat.messages[0].content.slice(0, 60)} – mixchat` : "mixchat";
-  if (atEnd) toEnd();
 }
 
 function newTurn(message) {
@@ -182,7 +180,6 @@ function drawSoon(reply) {
     if (running?.reply !== reply) return;
     running.frame = null;
     drawTurn(turns.lastChild);
-    if (follows) toEnd();
   });
 }
 
@@ -211,9 +208,12 @@ function isAtEnd() {
 }
 
 function toEnd() {
-  follows = true;
+  follows = true; // also if the text grows
   scrollTo(0, document.documentElement.scrollHeight);
+  lastScroll = scrollY;
 }
+
+new ResizeObserver(() => follows && toEnd()).observe(turns);
 
 // Only a person scrolls up. Text that grows leaves the window at its place.
 addEventListener("scroll", () => {
@@ -262,6 +262,7 @@ function openChat() {
   markSystem();
   show();
   listAll();
+  follows = false;
   // The last turn: its question, if the answer is longer than the window.
   [...turns.querySelectorAll(".question")].at(-1)?.scrollIntoView();
 }
@@ -412,7 +413,7 @@ function askForKey(isOn) {
 
 find("#key").addEventListener("submit", (event) => {
   event.preventDefault();
-  session.key = find("#key-field").value;
+  session.apiKey = find("#key-field").value;
   begin().then(() => question.focus());
 });
 
