@@ -246,6 +246,8 @@ def test_damaged_chats_are_left_out_of_the_list(page):
     ):
         page.run(f"localStorage.setItem('mixchat:chat:{i}', {json.dumps(value)})")
     put(page, "bad", [{"role": "system", "content": "x"}])
+    no_system = {"saved": 1, "model": "", "messages": turns("No system?")}
+    page.run(f"localStorage.setItem('mixchat:chat:s', {json.dumps(json.dumps(no_system))})")
     put(page, "good", turns("Fine?", "Yes"))
     page.go(page.run("location.origin") + "/#0")
     page.reload()

@@ -14,8 +14,8 @@ export function newChat(system = "", model = "") {
 export function readChat(id) {
   try {
     const { saved, system, model, messages } = JSON.parse(localStorage.getItem(PREFIX + id));
-    const isRight = messages.every(isMessage) && messages.length > 0 && saved > 0;
-    return isRight ? { id, saved, system: String(system), model: String(model), messages } : null;
+    const isRight = areTexts(system, model) && messages.length > 0 && messages.every(isMessage);
+    return isRight && saved > 0 ? { id, saved, system, model, messages } : null;
   } catch {
     return null; // also if the browser keeps nothing
   }
@@ -23,8 +23,11 @@ export function readChat(id) {
 
 function isMessage(message) {
   const { role, content, reasoning_content: thinking = "", note = "" } = message;
-  const areTexts = [content, thinking, note].every((text) => typeof text === "string");
-  return areTexts && ["user", "assistant"].includes(role);
+  return ["user", "assistant"].includes(role) && areTexts(content, thinking, note);
+}
+
+function areTexts(...values) {
+  return values.every((value) => typeof value === "string");
 }
 
 /** Keep a chat, and return whether that worked. If another tab changed it, keep it as a new one. */

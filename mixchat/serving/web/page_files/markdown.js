@@ -35,12 +35,12 @@ function readFormulaBlock(state, startLine, endLine, silent) {
   if (!/\$\$|\\\[/.test(state.src.slice(start, start + 2))) return false;
   if (state.sCount[startLine] - state.blkIndent >= 4) return false; // code
   const lastLine = Math.min(endLine, startLine + 100);
-  const match = FORMULA_BLOCK.exec(state.getLines(startLine, lastLine, state.blkIndent, false).trimStart());
+  const lines = state.getLines(startLine, lastLine, state.blkIndent, false).trimStart();
+  const match = FORMULA_BLOCK.exec(lines);
   if (!match) return false;
   if (silent) return true;
-  const lines = match[0].trimEnd().split("\n").length;
-  addFormula(state, "formula_block", match).map = [startLine, startLine + lines];
-  state.line = startLine + lines;
+  state.line = startLine + match[0].trimEnd().split("\n").length;
+  addFormula(state, "formula_block", match).map = [startLine, state.line];
   return true;
 }
 
@@ -148,7 +148,8 @@ function colour(code) {
 
 function typeset(formula) {
   const source = formula.textContent;
-  const options = { displayMode: formula.matches(".display"), throwOnError: true, maxSize: [20, 200] };
+  const displayMode = formula.matches(".display");
+  const options = { displayMode, throwOnError: true, maxSize: [20, 200] }; // em, points
   try {
     globalThis.temml.render(formula.dataset.tex, formula, options);
   } catch {

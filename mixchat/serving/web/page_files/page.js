@@ -35,7 +35,8 @@ async function call(path, options = {}) {
   const body = await response.json().catch(() => ({}));
   if (response.status === 401) askForKey(true);
   const message = body.error?.message || `The server answered with status ${response.status}.`;
-  throw new Error(response.status === 401 ? (session.apiKey ? WRONG_KEY : "") : message);
+  if (response.status !== 401) throw new Error(message);
+  throw new Error(session.apiKey ? WRONG_KEY : "");
 }
 
 /** The objects of a stream of events, as they come. */
@@ -75,8 +76,10 @@ async function receive(own, reply, signal) {
   }
   if (!reason) throw new Error(LOST);
   const seconds = (performance.now() - began) / 1000;
-  const rate = began && count > 1 && seconds > 0 ? `, ${((count - 1) / seconds).toFixed(1)} a second` : "";
-  return `${name}, ${count} tokens${rate}${reason === "length" ? ", cut off at the limit" : ""}`;
+  const notes = [name, `${count} tokens`];
+  if (began && count > 1 && seconds > 0) notes.push(`${((count - 1) / seconds).toFixed(1)} a second`);
+  if (reason === "length") notes.push("cut off at the limit");
+  return notes.join(", ");
 }
 
 /** Let the model answer these messages, in place of all that came after them. */
@@ -135,7 +138,8 @@ function show() {
   });
   while (turns.children.length > chat.messages.length) turns.lastChild.remove();
   find("#welcome").hidden = chat.messages.length > 0;
-  document.title = chat.messages.length ? `${chat.messages[0].content.slice(0, 60)} – mixchat` : "mixchat";
+  const [first] = chat.messages;
+  document.title = first ? `${first.content.slice(0, 60)} – mixchat` : "mixchat";
 }
 
 function newTurn(message) {
@@ -165,7 +169,8 @@ function drawTurn(turn) {
   }
   const words = thought.trim().split(/\s+/).length;
   turn.querySelector(".thinking").hidden = !thought;
-  turn.querySelector("summary").textContent = content || turn.isDone ? `Thought, ${words} words` : "Thinking …";
+  const isThinking = !content && !turn.isDone;
+  turn.querySelector("summary").textContent = isThinking ? "Thinking …" : `Thought, ${words} words`;
   turn.querySelector(".thought").textContent = thought;
   if (content || thought || turn.isDone) draw(text, content, !turn.isDone);
   else text.replaceChildren(element("p", "waiting", `Waiting for ${models.value || "the model"} …`));
@@ -254,8 +259,10 @@ function openChat() {
   endEdit();
   chat = readChat(id) || newChat(system);
   if (id && chat.id !== id) history.replaceState(null, "", location.pathname);
-  if (chat.messages.at(-1)?.role === "user") question.value = chat.messages.pop().content; // no answer came
-  if ([...models.options].some((option) => option.value === chat.model)) models.value = chat.model;
+  if (chat.messages.at(-1)?.role === "user") {
+    question.value = chat.messages.pop().content; // no answer came
+  }
+  pickModel();
   find("#system-text").value = chat.system;
   turns.replaceChildren();
   problem("");
@@ -265,6 +272,10 @@ function openChat() {
   follows = false;
   // The last turn: its question, if the answer is longer than the window.
   [...turns.querySelectorAll(".question")].at(-1)?.scrollIntoView();
+}
+
+function pickModel() {
+  if ([...models.options].some(({ value }) => value === chat.model)) models.value = chat.model;
 }
 
 function markSystem() {
@@ -422,7 +433,7 @@ async function begin() {
     const { data } = await (await call("v1/models")).json();
     models.replaceChildren(...data.map(({ id }) => new Option(id, id)));
     models.disabled = data.length < 2;
-    if (data.some(({ id }) => id === chat.model)) models.value = chat.model;
+    pickModel();
     find("#welcome").textContent = `Ask ${models.value} something.`;
     askForKey(false);
     problem("");
