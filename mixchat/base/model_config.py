@@ -11,7 +11,9 @@ from mixchat.base.errors import CheckpointError, PromptTooLongError, UsageError
 from mixchat.base.files import read_json_object
 from mixchat.base.quantities import format_size
 
-DEFAULT_TOKENS = 8192  # Mixtral can do 32768, at 128 KiB each
+# The bounds of a context that nobody chose. Mixtral's tokens take 128 KiB each, and coding agents
+# begin with prompts of 10,000 to 20,000 tokens.
+DEFAULT_TOKENS, MAX_DEFAULT_TOKENS = 8192, 32768
 # An upper bound: Mistral's longest token has 16 characters, the demo's 81, GPT-4's 128 spaces.
 BYTES_PER_TOKEN = 128
 _USUAL = 4  # an answer may take 1/4 of the context by default
@@ -210,14 +212,18 @@ class ModelConfig:
         return max(self.max_position_embeddings, int(stretched))
 
     @property
-    def default_context(self) -> int:
-        """Return the tokens of a context that nobody chose.
+    def default_contexts(self) -> tuple[int, ...]:
+        """Return the sizes in tokens of a context that nobody chose, the smallest first.
 
-        A longer one than the original would stretch the frequencies of short sequences, too.
+        Loading takes one of them by the free memory. They are few and far apart, so that a little
+        more or less free memory gives the same size again. None is longer than the original
+        context of a rope that follows the length, which would change short sequences, too.
         """
         ropes = (rope for rope in self.ropes if rope.follows_length)
         originals = (rope.original_max_position_embeddings for rope in ropes)
-        return min(DEFAULT_TOKENS, self.largest_context, *originals)
+        most = min(MAX_DEFAULT_TOKENS, self.largest_context, *originals)
+        doubled = (DEFAULT_TOKENS, 2 * DEFAULT_TOKENS, MAX_DEFAULT_TOKENS)
+        return tuple(dict.fromkeys(min(tokens, most) for tokens in doubled))
 
     def _is_sliding(self, layer: int) -> bool:
         return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
@@ -257,25 +263,43 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens of prompt and answer together, and the model's largest number."""
+    """The tokens of prompt and answer together, and the model's largest number.
+
+    is_chosen: by a person. If not, free memory decided.
+    """
 
     tokens: int
     largest: int
+    is_chosen: bool = True
 
     @classmethod
     def of(cls, config: ModelConfig, tokens: int | None) -> Context:
-        """Return a context of `tokens`, or of the default size. Raises `UsageError`."""
+        """Return a context of `tokens`, None for the least that loading takes by itself.
+
+        Raises `UsageError`.
+        """
         largest = config.largest_context
         if tokens is None:
-            return cls(config.default_context, largest)
+            return cls(config.default_contexts[0], largest, is_chosen=False)
         if not 1 < tokens <= largest:
             raise UsageError(f"--ctx-size {tokens}: this model takes 2 to {largest} tokens")
         return cls(tokens, largest)
 
     @property
     def usual_answer(self) -> int:
-        """Return the default length of an answer in tokens."""
-        return self.tokens // _USUAL
+        """Return the default length of an answer in tokens.
+
+        Free memory must not change answers, so it has no part in their length.
+        """
+        return (self.tokens if self.is_chosen else min(self.tokens, DEFAULT_TOKENS)) // _USUAL
+
+    @property
+    def in_words(self) -> str:
+        size = f"{self.tokens:,} tokens"
+        if self.tokens == self.largest:
+            return f"{size}, the most that this model takes"
+        reason = "" if self.is_chosen else ", chosen by the free memory"
+        return f"{size}{reason}; --ctx-size can be up to {self.largest:,}"
 
     @property
     def longest_text(self) -> int:

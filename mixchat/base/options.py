@@ -120,6 +120,7 @@ class LoadOptions:
     - host_memory: RAM for experts
     - device_memory: memory to take on a GPU, one amount for all GPUs or one for each
     - context_size: in tokens
+    - least_context: tokens for which the context has room if memory allows and nobody chose one
     - kv_bits: bits of a number in the KV cache, None for the model's dtype
     - exact_prompts: compute batch-invariantly, with the bits of decode
     - parallel: the conversations at once, each with a KV cache of this context
@@ -134,6 +135,7 @@ class LoadOptions:
     host_memory: MemoryBudget | None = None
     device_memory: tuple[MemoryBudget, ...] = ()
     context_size: int | None = None
+    least_context: int = 0
     kv_bits: CacheBits | None = None
     exact_prompts: bool = False
     parallel: int = 1

@@ -68,7 +68,7 @@ class EngineBackend:
 
     @property
     def context(self) -> Context:
-        return Context(self.engine.context_size, self.engine.config.largest_context)
+        return self.engine.context
 
     @property
     def stats(self) -> GenerationStats:

@@ -33,6 +33,7 @@ class Engine:
     note: is called with messages for a person. identity: differs if the weights do. blueprint: the
     form in which the weights are computed. exact_prompts: give prompts the bits of decoding.
     speculation: verify several tokens in one pass, which has to be exact on this device.
+    context_is_chosen: by a person, and not by free memory.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Engine:
         exact_prompts: bool = False,
         speculation: Speculation | None = None,
         name: str = "MODEL",
+        context_is_chosen: bool = True,
     ) -> None:
         self.config, self.identity, self.exact_prompts = model.config, identity, exact_prompts
         self.experts, self.blueprint = experts, blueprint
@@ -55,6 +57,7 @@ class Engine:
         self.sequences = [CachedPrefix(cache) for cache in caches]
         self.prefill_chunk, self.speculation = prefill_chunk, speculation
         self._stats, self._experts_before = GenerationStats(), ExpertStats()
+        self._context_is_chosen = context_is_chosen
         self.is_closed = False
 
     @property
@@ -64,7 +67,7 @@ class Engine:
 
     @property
     def context(self) -> Context:
-        return self.sequences[0].context
+        return replace(self.sequences[0].context, is_chosen=self._context_is_chosen)
 
     @property
     def device(self) -> torch.device:

@@ -88,6 +88,14 @@ class PromptCache:
         return True
 
 
+def saved_tokens(path: Path) -> int:
+    """Return how many tokens a file has, 0 if it is missing or damaged."""
+    with suppress(CheckpointError, OSError), SafetensorsFile(path, follow=False) as file:
+        if _IDS in file.header:
+            return file.header.spec(_IDS).shape[0]
+    return 0
+
+
 def _describe(cache: KVCache, engine: Engine, tokens: int) -> bytes:
     fields = {
         "format": _FORMAT,

@@ -148,6 +148,7 @@ def _assemble(
         note=note,
         identity=identity_of(installed.manifest),
         name=_name_of(installed.directory),
+        context_is_chosen=options.context_size is not None,
     )
 
 

@@ -120,10 +120,45 @@ def _fit(
     if blueprint.layers and not (options.workers or free.others):
         demand = replace(demand, sizes=slot_sizes(blueprint))
     context = Context.of(blueprint.config, options.context_size).tokens
+    if options.context_size is None:
+        context = _default_context(blueprint, demand, free, options)
+        demand = replace(demand, context=_context_bytes(blueprint, options, context))
     placement = _place(demand, free, options)
     room = _room_for_context(demand, free, options, placement)
     largest = _largest_context(blueprint, options, room)
     return MemoryPlan(blueprint, free, options, computed, context, largest, demand, placement)
+
+
+def _default_context(
+    blueprint: Blueprint, demand: Demand, free: FreeMemory, options: LoadOptions
+) -> int:
+    """Return the largest default context, in tokens, that costs no expert its place once full.
+
+    On a CPU, experts use the room of a context until it fills. With 32 GB free and 26 GB of model,
+    the 4 GB of Mixtral's 32,768 tokens are free anyway. With 24 GB free, it is 8,192 tokens.
+    A saved conversation of `least_context` tokens gets room if the model still fits.
+    """
+    smallest, *larger = sizes = blueprint.config.default_contexts
+    needed = min((size for size in sizes if size >= options.least_context), default=sizes[-1])
+
+    def place_beside(tokens: int) -> Placement | None:
+        shared = demand.shared + _context_bytes(blueprint, options, tokens)
+        with suppress(ResourceError, UsageError):
+            return _place(replace(demand, shared=shared, context=0), free, options)
+        return None
+
+    usual = place_beside(smallest)
+    # A CPU that cannot leave the reserve free, or any device with the fewest experts, is full.
+    is_full = (
+        usual is None
+        or usual.slots <= MIN_SLOTS
+        or (free.device is None and usual.reserve < reserve_of(free.host))
+    )
+    for tokens in reversed(larger):
+        placement = place_beside(tokens)
+        if placement is not None and (tokens <= needed or (placement == usual and not is_full)):
+            return tokens
+    return smallest
 
 
 def expected_mix(blueprint: Blueprint, bits: ExpertSize) -> Blueprint:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError, UsageError
-from mixchat.base.model_config import DEFAULT_TOKENS, Context
+from mixchat.base.model_config import DEFAULT_TOKENS, MAX_DEFAULT_TOKENS, Context
 from mixchat.base.options import ChatOptions, LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.serving.client.server_url import SERVER_IDENTITY
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mixchat.serving.requests.lines import Begin
     from mixchat.text.form.output_constraint import OutputConstraint
 
-_DEFAULT_CONTEXT = Context(DEFAULT_TOKENS, DEFAULT_TOKENS)
+_MAX_CONTEXT = Context(MAX_DEFAULT_TOKENS, MAX_DEFAULT_TOKENS, is_chosen=False)
 
 
 class LocalModels:
@@ -57,7 +57,7 @@ class LocalModels:
         return resumed.model
 
     def context_of(self, name: str) -> Context:
-        """Return a model's context, the default one until it is installed.
+        """Return the largest context that a model may get, the usual one until it is installed.
 
         Raises `UsageError` for a size that the model cannot do.
         """
@@ -66,11 +66,23 @@ class LocalModels:
         try:
             config = read_config_file(installed_directory(name) / "config.json")
         except MixchatError:  # `open` raises it again, or builds the demo
-            return _DEFAULT_CONTEXT
+            return _MAX_CONTEXT
+        if self._load.context_size is None:
+            return Context(config.default_contexts[-1], config.largest_context, is_chosen=False)
         return Context.of(config, self._load.context_size)
 
-    def open(self, name: str, options: ChatOptions) -> ChatSession:
-        return open_session(name, self._load, options, self._reporter, form=self._form)
+    def open(
+        self, name: str, options: ChatOptions, resumed: SavedChat | None = None
+    ) -> ChatSession:
+        return open_session(
+            name,
+            self._load,
+            options,
+            self._reporter,
+            form=self._form,
+            resumed=resumed,
+            cache=self._prompt_cache,
+        )
 
     @contextmanager
     def lines(
@@ -117,12 +129,18 @@ class LocalModels:
         return [name for name in installed_names() if installed_directory(name) != directory]
 
     def other_contexts(self, current: str) -> dict[str, Context]:
-        """Return the contexts of the other models, the default one for a model that cannot load."""
+        """Return the least contexts of the other models, which programs can rely on.
+
+        A model that cannot load has the usual one.
+        """
+        from mixchat.weights.models import installed_directory
+
         contexts = {}
         for name in self.others(current):
-            contexts[name] = _DEFAULT_CONTEXT
+            contexts[name] = Context(DEFAULT_TOKENS, DEFAULT_TOKENS, is_chosen=False)
             with suppress(MixchatError):
-                contexts[name] = self.context_of(name)
+                config = read_config_file(installed_directory(name) / "config.json")
+                contexts[name] = Context.of(config, self._load.context_size)
         return contexts
 
     def check(self, name: str, current: str) -> None:

@@ -47,7 +47,7 @@ class OpenChat:
         self._models, self._options, self._reporter = models, options, reporter
         self._new_report = new_report
         self.place = models.place
-        self.session = models.open(name, options)
+        self.session = models.open(name, options, resumed)
         self.saver = new_saver(self.session, name, reporter, autosave=autosave)
         if resumed is not None:
             self.saver.resume(resumed, except_for)
@@ -69,7 +69,9 @@ class OpenChat:
         after_turn, predict = self._hooks()
         with self._models.cache(self.saver, asks_once=False) as cache:
             screen = Screen(raw=raw)
-            screen.say(f"{self.saver.model}; /help shows the commands, Ctrl-D leaves")
+            context = self.session.context  # None if a server does not tell
+            size = f" with a context of {context.tokens:,} tokens" if context else ""
+            screen.say(f"{self.saver.model}{size}; /help shows the commands, Ctrl-D leaves")
             chat = ActiveChat(
                 self.saver,
                 screen,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mixchat.base.errors import ModelNotFoundError
-from mixchat.base.model_config import advised_length, advised_sampling
+from mixchat.base.errors import ModelNotFoundError, PromptError
+from mixchat.base.model_config import DEFAULT_TOKENS, advised_length, advised_sampling
 from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
 from mixchat.base.progress import Reporter
 from mixchat.chat.parameters import with_numbers
@@ -18,6 +18,7 @@ from mixchat.engine.environment import prepare_environment
 from mixchat.sessions.cache_file import ServerCaches
 
 if TYPE_CHECKING:
+    from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.session import ChatSession
     from mixchat.engine.generate import Engine
     from mixchat.serving.model_service import ModelService
@@ -58,9 +59,16 @@ def open_session(
     options: ChatOptions,
     reporter: Reporter,
     form: OutputConstraint | None = None,
+    resumed: SavedChat | None = None,
+    cache: Path | None = None,
 ) -> ChatSession:
-    """Return a session with a model."""
+    """Return a session with a model.
+
+    Its context has room for the `resumed` chat and for the KV cache in the file `cache`, unless a
+    person chose another size or memory is too short.
+    """
     with _opened(name, reporter) as model:
+        load = replace(load, least_context=_tokens_to_hold(model, options, resumed, cache))
         from mixchat.chat.engine_backend import EngineBackend
         from mixchat.chat.session import ChatSession
         from mixchat.loading.loader import build_engine
@@ -77,6 +85,28 @@ def open_session(
             form=compiled,
         )
         return ChatSession(backend, resolve_sampling(options.sampling, model.sampling), options)
+
+
+def _tokens_to_hold(
+    model: OpenedModel, options: ChatOptions, resumed: SavedChat | None, cache: Path | None
+) -> int:
+    """Return the tokens of a chat or of its KV cache, and of one more answer, 0 without any.
+
+    A chat that leaves out old turns fits into every context. Its KV cache need not.
+    """
+    from mixchat.engine.prompt_cache import saved_tokens
+
+    tokens = 0
+    if cache is not None:
+        tokens = saved_tokens(cache)
+    if resumed is not None:
+        from mixchat.chat.saved.chat_store import ChatStore
+
+        tokens = max(tokens, saved_tokens(ChatStore().kv_path(resumed.id)))
+        if options.overflow == "stop" and resumed.messages:
+            with suppress(PromptError):
+                tokens = max(tokens, len(model.template.encode(resumed.messages)))
+    return tokens and tokens + DEFAULT_TOKENS // 4
 
 
 def open_service(

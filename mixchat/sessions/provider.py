@@ -36,8 +36,10 @@ class ModelProvider(Protocol):
     def context_of(self, name: str) -> Context:
         """Return a model's context."""
 
-    def open(self, name: str, options: ChatOptions) -> ChatSession:
-        """Return a session with a model."""
+    def open(
+        self, name: str, options: ChatOptions, resumed: SavedChat | None = None
+    ) -> ChatSession:
+        """Return a session with a model, whose context holds the `resumed` chat if possible."""
 
     def lines(
         self, name: str, options: ChatOptions, parallel: int

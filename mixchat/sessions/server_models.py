@@ -80,7 +80,9 @@ class ServerModels:
         """Return a model's context, a large one if the server does not tell."""
         return self._backend(name).context or UNKNOWN_CONTEXT
 
-    def open(self, name: str, options: ChatOptions) -> ChatSession:
+    def open(
+        self, name: str, options: ChatOptions, resumed: SavedChat | None = None
+    ) -> ChatSession:
         """Return a session with a model, which need not be listed."""
         from mixchat.chat.session import ChatSession
 

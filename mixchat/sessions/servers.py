@@ -51,25 +51,30 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
         state = AppState(models, reporter.error, reporter.note)
         access = Access(options.key, options.origins, is_loopback(address))
         ready = f"{url_of(bound)}: serving {models.name}; Ctrl-C ends it"
+        size = f"context: {models.context.in_words}"
         app = create_app(state, access, page=options.page)
         server = WebServer(app, bound, started=models.await_sleep)
         serve_until_signal(
-            server, models, lambda: say(ready), reporter.note, saves=options.keep_caches
+            server, models, lambda: say(ready, size), reporter.note, saves=options.keep_caches
         )
 
 
 def _served_models(
     name: str, load: LoadOptions, options: ServeOptions, reporter: Reporter
 ) -> ServedModels:
+    tokens: dict[str, int] = {}  # of models that were loaded before
+
     def open_model(name: str) -> LoadedModel:
+        # Clients rely on the size that they were told, and saved KV caches may need it.
         service, defaults = open_service(
             name,
-            load,
+            replace(load, least_context=tokens.get(name, 0)),
             options.queue,
             reporter,
             shared_prefix=options.shared_prefix,
             keep_caches=options.keep_caches,
         )
+        tokens[name] = service.context.tokens
         from mixchat.serving.requests.forms import forms_of
         from mixchat.serving.requests.options import LoadedModel
 

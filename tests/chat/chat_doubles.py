@@ -7,6 +7,7 @@ from typing import Any
 
 from character_tokens import character_bytes
 
+from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
@@ -62,6 +63,10 @@ class ScriptedEngine:
         self.constraints: list[Any] = []
         self.closed = 0  # answers
         self.is_closed = False
+
+    @property
+    def context(self) -> Context:
+        return Context(self.context_size, self.config.largest_context)
 
     def forget(self) -> None:
         """Nothing is held."""

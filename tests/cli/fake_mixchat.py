@@ -38,7 +38,7 @@ def thinking():
     return ThinkingFormat(words[0], tuple(words[1:])) if words else None
 
 
-def open_fake(model, load, options, reporter, form=None):
+def open_fake(model, load, options, reporter, form=None, **saved):
     session = make_session(
         *answers(),
         context_size=load.context_size or 1000,

@@ -1,11 +1,21 @@
-"""Every flag of `mixchat run` arrives where it belongs; an old demo is noticed."""
+"""Every flag of `mixchat run` arrives where it belongs, and so does what was saved."""
 
+from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from mixchat.base.quantities import MemoryBudget
+from mixchat.chat.saved.chat_file import SavedChat
+from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.engine import prompt_cache
+from mixchat.text.messages import Message
 
 
-def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model):
+@pytest.fixture
+def seen(monkeypatch):
+    """What a session is opened with. A conversation has 100 tokens for each message."""
     seen = {}
 
     class Stop(Exception):
@@ -23,6 +33,7 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
 
         def template(self, eos_token_ids):
             assert eos_token_ids == Config.eos_token_ids
+            return SimpleNamespace(encode=lambda messages: [5] * 100 * len(messages))
 
     class Engine:
         config = Config()
@@ -38,6 +49,10 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     monkeypatch.setattr("mixchat.loading.loader.build_engine", build_engine)
     monkeypatch.setattr("mixchat.text.checkpoint_text.CheckpointText", Text)
     monkeypatch.setattr("mixchat.chat.session.ChatSession", session)
+    return seen
+
+
+def test_flags_reach_the_engine_and_the_session(mixchat, seen, tiny_model):
     flags = (
         *("--ctx-size", "77", "--host-memory", "50%", "--device", "cpu", "-s", "Be brief."),
         *("--temp", "0.3", "--top-p", "0.4", "--top-k", "5", "--min-p", "0.06"),
@@ -52,3 +67,33 @@ def test_flags_reach_the_engine_and_the_session(mixchat, monkeypatch, tiny_model
     assert (sampling.min_p, sampling.repeat_penalty, sampling.seed) == (0.06, 1.7, 8)
     assert (options.system, options.max_tokens) == ("Be brief.", 9)
     assert options.stop == ["x", "y"]
+
+
+def test_a_saved_conversation_asks_for_a_context_that_holds_it(
+    mixchat, seen, tiny_model, environment, monkeypatch
+):
+    """A context by free memory could be smaller than the one in which a chat was saved."""
+    with monkeypatch.context() as patch:
+        patch.setenv("MIXCHAT_HOME", environment["MIXCHAT_HOME"])
+        when = datetime.now(timezone.utc)
+        talk = (Message("user", "Hi"), Message("assistant", "Hello")) * 50
+        usual = (str(tiny_model), "c0ffee", when, when, None, {}, talk)
+        ChatStore().save(SavedChat("20261125-0000-aaa", "long", *usual))
+    run = ("run", "-m", str(tiny_model), "Go on", "--device", "cpu")
+    mixchat(*run, "--resume", "long", fake=False)
+    assert seen["load"].least_context == 100 * 100 + 2048
+    mixchat(*run, "--resume", "long", "--overflow", "drop-oldest", fake=False)
+    assert seen["load"].least_context == 0
+    mixchat(*run, fake=False)
+    assert seen["load"].least_context == 0
+
+
+def test_a_prompt_cache_asks_for_a_context_that_holds_it(
+    mixchat, seen, tiny_model, tmp_path, monkeypatch
+):
+    path = tmp_path / "manual.cache"
+    tokens = {path: 20_000}
+    monkeypatch.setattr(prompt_cache, "saved_tokens", lambda path: tokens.get(path, 0))
+    run = ("run", "-m", str(tiny_model), "Hi", "--device", "cpu")
+    mixchat(*run, "--prompt-cache", str(path), fake=False)
+    assert seen["load"].least_context == 20_000 + 2048

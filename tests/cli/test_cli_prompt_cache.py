@@ -48,7 +48,7 @@ def ask(mixchat, monkeypatch, exact_model):
     from mixchat.loading.loader import load_engine
     from mixchat.sessions.opening import resolve_sampling
 
-    def opened(model, load, options, reporter, form=None):
+    def opened(model, load, options, reporter, form=None, **saved):
         engine = load_engine(exact_model, replace(load, device="cpu"))
         backend = EngineBackend(engine, Tokenizer(), Template(), form=form)
         return ChatSession(backend, resolve_sampling(options.sampling, {}), options)

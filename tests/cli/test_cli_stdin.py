@@ -7,9 +7,9 @@ import pytest
 from command_line import FAKE
 from terminal import Terminal
 
-from mixchat.base.model_config import BYTES_PER_TOKEN, DEFAULT_TOKENS
+from mixchat.base.model_config import BYTES_PER_TOKEN, MAX_DEFAULT_TOKENS
 
-LONGEST = DEFAULT_TOKENS * BYTES_PER_TOKEN
+LONGEST = MAX_DEFAULT_TOKENS * BYTES_PER_TOKEN
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
@@ -27,14 +27,14 @@ def test_an_endless_standard_input_is_refused_at_once(environment):
     done = subprocess.run(behind("yes"), capture_output=True, env=environment, timeout=60)
     first, *_ = done.stderr.decode().splitlines()
     assert (done.returncode, done.stdout) == (3, b"")
-    assert first.startswith("error: standard input is too long: more than 1.05 MB, the context")
+    assert first.startswith("error: standard input is too long: more than 4.19 MB, the context")
 
 
 @pytest.mark.parametrize(("more", "what"), [(0, "the question"), (1, "standard input")])
 def test_no_more_is_read_than_the_context_could_hold(mixchat, more, what):
     """Text with more bytes than any tokens of the context stand for is not given to a tokenizer.
 
-    The bound is that of 8192 tokens here, as the scripted engine's is not known beforehand.
+    The bound is that of 32,768 tokens here, as the scripted engine's is not known beforehand.
     """
     done = mixchat("run", stdin=b"x" * (LONGEST + more))
     assert (done.returncode, done.stdout) == (3, b"")
@@ -46,14 +46,14 @@ def test_of_a_file_no_more_is_read_either(mixchat, tmp_path):
         file.truncate(10**12)  # a hole: it takes no disk
     done = mixchat("run", "-f", str(tmp_path / "f"), "Why?")
     assert done.returncode == 3
-    assert f"{tmp_path / 'f'} is too long: more than 1.05 MB" in done.stderr.decode()
+    assert f"{tmp_path / 'f'} is too long: more than 4.19 MB" in done.stderr.decode()
 
 
 def test_several_files_are_too_long_together(mixchat, tmp_path):
     (tmp_path / "f").write_bytes(b"x" * (LONGEST - 1))
     done = mixchat("run", "-f", str(tmp_path / "f"), "Why?")
     assert done.returncode == 3
-    assert "error: the prompt is too long: more than 1.05 MB" in done.stderr.decode()
+    assert "error: the prompt is too long: more than 4.19 MB" in done.stderr.decode()
 
 
 def test_a_small_model_reads_less(mixchat, tiny_model):

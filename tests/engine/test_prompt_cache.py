@@ -21,7 +21,7 @@ from mixchat.engine import paged_cache
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.paged_cache import PagedKVCache
-from mixchat.engine.prompt_cache import PromptCache
+from mixchat.engine.prompt_cache import PromptCache, saved_tokens
 from mixchat.engine.tensor_cache import TensorKVCache
 from mixchat.kernels.compile import kernels_available
 from mixchat.loading.loader import load_engine
@@ -112,6 +112,15 @@ def test_a_smaller_context_takes_the_beginning(open_engine, tmp_path, context):
     fresh = open_engine(kv_bits=8, context_size=context)
     assert answer(small, prompt) == answer(fresh, prompt)
     assert small.stats.reused_tokens == len(prompt) - 1
+
+
+def test_the_tokens_of_a_file_are_known_before_a_model_is_loaded(open_engine, tmp_path):
+    saved(tmp_path / "f", open_engine())
+    assert saved_tokens(tmp_path / "f") == 23
+    assert saved_tokens(tmp_path / "none") == 0
+    for content in (b"", b"x" * 5000, (tmp_path / "f").read_bytes()[:200]):
+        (tmp_path / "damaged").write_bytes(content)
+        assert saved_tokens(tmp_path / "damaged") == 0
 
 
 def test_what_the_file_has_is_not_written_again(open_engine, tmp_path):

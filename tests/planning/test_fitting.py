@@ -1,14 +1,15 @@
 """The memory that a model asks for."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mixchat.base.errors import UsageError
-from mixchat.base.model_config import ModelConfig
+from mixchat.base.model_config import Context, ModelConfig, RopeParameters
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.experts.placement import Demand
+from mixchat.experts.placement import Demand, reserve_of
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -32,13 +33,78 @@ def test_the_demand_of_mixtral():
     )
 
 
-def test_a_context_is_at_most_8192_tokens_unless_asked_for():
-    assert fitted(MODEL).context == 8192
-    assert fitted(replace(MODEL, max_position_embeddings=2048)).context == 2048
+def test_a_context_that_a_person_chose_is_taken_or_refused():
     assert [fitted(MODEL, size).context for size in (2, 32768)] == [2, 32768]
     for size in (0, 1, 32769):
         with pytest.raises(UsageError, match="2 to 32768"):
             fitted(MODEL, size)
+
+
+GB = 10**9
+
+
+def context(free: float, device: float | None = None, **options: Any) -> int:
+    on_gpu = None if device is None else int(device * GB)
+    memory = FreeMemory(int(free * GB), on_gpu)
+    return fit_model(Blueprint(MODEL, Quantization()), memory, LoadOptions(**options)).context
+
+
+@pytest.mark.parametrize(
+    ("free", "tokens"), [(64, 32768), (33, 32768), (31, 16384), (30, 8192), (14, 8192), (4.3, 8192)]
+)
+def test_a_context_is_as_large_as_costs_no_expert_its_place(free, tokens):
+    """Coding agents failed with "prompt is too long": each model had 8,192 tokens."""
+    assert context(free) == tokens
+    assert context(64, device=free + 0.2) == tokens  # keys and values are on the GPU then
+
+
+@pytest.mark.parametrize("free", [29.5, 30.5, 31.2, 32.9, 40])
+def test_a_full_context_that_nobody_chose_leaves_the_experts_and_the_reserve(free):
+    fit = fit_model(Blueprint(MODEL, Quantization()), FreeMemory(int(free * GB)), LoadOptions())
+    if fit.context > 8192:
+        left = fit.free.host - fit.demand.shared - fit.demand.whole - fit.demand.context
+        assert fit.placement.slots == 256
+        assert left >= reserve_of(fit.free.host)
+
+
+def test_answers_at_once_8_bits_and_windows_count_in_the_context():
+    assert [context(32, parallel=count) for count in (1, 2, 4)] == [16384, 8192, 8192]
+    assert context(32, kv_bits=8) == 32768
+    windows = replace(MODEL, sliding_window=128, layer_types=("sliding_attention",) * 32)
+    fit = fit_model(Blueprint(windows, Quantization()), FreeMemory(30 * GB), LoadOptions())
+    assert fit.context == 32768  # of which layers keep 2,688 tokens
+
+
+def test_a_context_keeps_to_budgets():
+    budget = MemoryBudget(size=8 * GB)
+    assert context(64, host_memory=budget) == 32768
+    assert context(13.5, host_memory=budget) == 8192
+    assert context(64, device=24, device_memory=(budget,)) == 8192
+    wide = (MemoryBudget(size=32 * GB),)
+    assert context(64, device=40, device_memory=wide) == 32768
+
+
+def test_a_context_is_never_longer_than_the_models_or_its_ropes_original():
+    for largest, tokens in ((2048, 2048), (20000, 20000), (131072, 32768)):
+        assert fitted(replace(MODEL, max_position_embeddings=largest)).context == tokens
+    rope = RopeParameters(1e6, "dynamic", 4.0, original_max_position_embeddings=4096)
+    assert fitted(replace(MODEL, rope_parameters=rope)).context == 4096
+
+
+def test_a_saved_conversation_fits_again_when_less_memory_is_free():
+    """With 32,768 tokens one day and 8,192 the next, its KV cache could not be used."""
+    assert context(14, least_context=20000) == 32768
+    assert context(14, least_context=9000) == 16384
+    assert context(14, least_context=8000) == 8192
+    assert context(6, least_context=20000) == 16384  # more does not fit
+    assert context(14, least_context=20000, context_size=4096) == 4096
+    assert context(64, least_context=10**6) == 32768
+
+
+def test_free_memory_does_not_change_the_length_of_answers():
+    assert Context(32768, 32768, is_chosen=False).usual_answer == 2048
+    assert Context(8192, 32768, is_chosen=False).usual_answer == 2048
+    assert Context(32768, 32768).usual_answer == 8192
 
 
 def test_the_table_of_the_embedding_counts_only_where_it_is_the_head_too():

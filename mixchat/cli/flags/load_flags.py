@@ -78,7 +78,7 @@ CONTEXT_SIZE = setting(
     "Context size in tokens.",
     MEMORY,
     check=within_limits("ctx_size"),
-    show_default="the model's, at most 8192",
+    show_default="by free memory, 8192 to 32768",
 )
 EXACT_PROMPTS = setting(
     "--exact-prompts/--no-exact-prompts",

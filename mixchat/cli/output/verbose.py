@@ -30,6 +30,7 @@ class VerboseReport:
         lines = [
             *generation_lines(finished.stats, self._predict(), first=self._first),
             *self._expert_lines(finished),
+            *([] if self._engine is None else [f"context  {self._engine.context.in_words}"]),
             f"seed     {seed}",
             f"ended    {finished.reason}",
         ]

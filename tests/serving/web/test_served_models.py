@@ -13,12 +13,13 @@ from scripted_service import ScriptedService
 
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import Context
-from mixchat.base.options import SamplingOptions
+from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.service import ShuttingDownError
 from mixchat.serving.web import app
 from mixchat.serving.web.served_models import ServedModels
+from mixchat.sessions import servers
 
 CHAT = "/v1/chat/completions"
 SIZES = {"a": 4000, "b": 40_000}  # tokens of the contexts
@@ -303,3 +304,24 @@ def test_a_body_may_be_as_long_as_the_model_that_it_names_can_take(serve, shelf,
                 connection.sendall(data)
             assert read_response(connection).status == status
     models.close()
+
+
+def test_a_model_that_is_loaded_again_has_room_for_the_context_that_clients_were_told(monkeypatch):
+    """With less free memory than at the start, its context could be a quarter of what it was."""
+    asked = []
+
+    def open_service(name, load, queue, reporter, **options):
+        asked.append(load.least_context)
+        return ScriptedService(context_size=3000), Defaults(SamplingOptions())
+
+    monkeypatch.setattr(servers, "open_service", open_service)
+    options = servers.ServeOptions("", 0, 4, (), None, False, True, True, False, None, False)
+
+    async def main():
+        models = servers._served_models("a", LoadOptions(), options, None)
+        await models.unload(models.name)
+        async with models.use():
+            models.close()
+
+    asyncio.run(main())
+    assert asked == [0, 3000]

@@ -32,6 +32,7 @@ class Process:
         found = re.match(r"http://\S+:(\d+)/v1: serving ", self.first_line)
         assert found, self.first_line + self.popen.stderr.read()
         self.port = int(found[1])
+        self.context_line = self.next_line()
 
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port), timeout=HANGS)
