@@ -40,6 +40,7 @@ class PlanFlags(load_flags.LoadFlags):
     parallel: int = load_flags.parallel(1)
     expert_bits: str | None = load_flags.expert_bits("4")
     measure: bool = option("--measure", "Measure this machine again (20 s at most).")
+    details: bool = option("--details", "Show the reasons, fewer bits, and what more memory gives.")
     as_json: bool = load_flags.JSON
 
 
@@ -94,7 +95,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
         made = plan_machine(
             found, options, reporter, told=told, others=others, again=flags.measure, catalog=catalog
         )
-        return PlanReport(found, made)
+        return PlanReport(found, made, flags.details)
 
     try:
         report = report_on(ref)

@@ -39,20 +39,10 @@ def saved_measurement(
     return load_measurement(measurement_file(), key, device)
 
 
-def measuring_ends() -> float:
-    """Return when measuring has to end, by `time.perf_counter`."""
-    return time.perf_counter() + MOST_SECONDS
-
-
-def measure_machine(
-    blueprint: Blueprint, directory: Path, device: torch.device, until: float | None = None
-) -> Measurement:
-    """Measure this machine, and save the result in place of what was known.
-
-    It ends at `until`, as `measuring_ends` returns it.
-    """
+def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device) -> Measurement:
+    """Measure this machine, and save the result in place of what was known."""
     key, layer = measurement_key(blueprint, directory, device), layer_probe(blueprint, device)
-    until = measuring_ends() if until is None else until
+    until = time.perf_counter() + MOST_SECONDS
     effort = replace(SAMPLE_EFFORT, until=until)
 
     def sample() -> MachineSpeeds:

@@ -1,6 +1,6 @@
 """Plans a model on a machine before it is loaded, and predicts its speed once it is.
 
-Known models are planned by arithmetic, from the figures of the model that was measured.
+Known models and fewer bits are planned by arithmetic, from the figures of the measured model.
 
 Speeds are None if the disk is needed and was not measured.
 """
@@ -27,7 +27,6 @@ from mixchat.planning.measuring import saved_measurement
 from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
 from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_model
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.make.quantize_options import DEMO_LOSS, DEMO_LOSS_CALIBRATED
 
 _RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that a person might add
 _GPU_STEP = 8 * 10**9
@@ -48,15 +47,10 @@ class Upgrade:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """The same model with experts of another type, or of several.
-
-    bits: as `--expert-bits` takes them. loss: the rise of the demo's perplexity if it is only
-    rounded, None if a download always calibrates, and if it is calibrated.
-    """
+class Size:
+    """The same model with experts of these `bits`, as `--expert-bits` takes them."""
 
     bits: str
-    loss: tuple[float | None, float]
     fit: MemoryPlan
     expected: Expectation
 
@@ -91,8 +85,7 @@ class MachinePlan:
     first_token: FirstToken | None
     more: tuple[Upgrade, ...]
     spread: WorkerSplit | None = None  # one answer at a time with workers
-    in_3_bits: Variant | None = None  # None if impossible, not compared, or installed already
-    mixes: tuple[Variant, ...] = ()  # whose speeds follow from the figures by arithmetic
+    sizes: tuple[Size, ...] = ()  # the planned one and smaller ones, if there is a choice
     told: ToldMachine = NOTHING_TOLD  # about the machine, and not measured
     known: tuple[KnownFit, ...] = ()  # other models, if they were asked for
 
@@ -102,18 +95,9 @@ class MachinePlan:
         return bool(self.told.gpus) and not gpu.count()
 
 
-def _expected(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Expectation:
+def expect_fit(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Expectation:
+    """Return the speed of decoding with the places and the answers at once of a fit."""
     return expect(fit.computed, device, measurement, fit.placement, fit.options.parallel)
-
-
-def plan_variant(
-    bits: str, device: torch.device, fit: MemoryPlan, measurement: Measurement
-) -> Variant:
-    """Return what a download in this form would give."""
-    kind = fit.blueprint.quantization.quant_type
-    calibrated = DEMO_LOSS_CALIBRATED
-    loss = (None, calibrated[bits]) if bits in calibrated else DEMO_LOSS[kind]
-    return Variant(bits, loss, fit, _expected(device, fit, measurement))
 
 
 def plan_model(
@@ -134,7 +118,7 @@ def plan_model(
         device,
         fit,
         measurement,
-        _expected(device, fit, measurement),
+        expect_fit(device, fit, measurement),
         prompt_speed(computed, device, measurement, placement),
         first_token(fit.blueprint, device, measurement),
         tuple(_upgrades(device, fit, measurement)),
@@ -150,7 +134,7 @@ def _upgrades(device: torch.device, fit: MemoryPlan, measurement: Measurement) -
     seen = {_counts(fit.placement)}
     for tier, step in steps:
         richer = fit.with_more(tier, step)
-        expected = _expected(device, richer, measurement)
+        expected = expect_fit(device, richer, measurement)
         if expected.cost is not None and _counts(richer.placement) not in seen:
             yield Upgrade(tier, step, richer, expected)
             seen.add(_counts(richer.placement))
@@ -177,9 +161,7 @@ def fit_known(
         except UsageError:
             yield KnownFit(names, size, problem="does not run with these flags")
         else:
-            measurement, answers = measured(fit), options.parallel
-            expected = expect(fit.computed, device, measurement, fit.placement, answers)
-            yield KnownFit(names, size, fit, expected)
+            yield KnownFit(names, size, fit, expect_fit(device, fit, measured(fit)))
 
 
 def scaled(measurement: Measurement, measured: Blueprint, blueprint: Blueprint) -> Measurement:

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/quality.py WORK [TEXT ...] [--windows 8] [--llama GGML] [--ik GGML]
 
-Prints a table with all figures, then those that README.md and `mixchat plan` (`DEMO_LOSS` and
-`DEMO_LOSS_CALIBRATED`) have, in their form, and writes WORK/frontier.json and WORK/frontier-*.svg.
+Prints a table with all figures, then those that README.md and `mixchat plan` (`DEMO_LOSS`)
+have, in their form, and writes WORK/frontier.json and WORK/frontier-*.svg.
 WORK is a directory of models and results, 6 GB: the same command continues there. --forms takes
 some of mixchat's forms. --llama and --ik name libggml of llama.cpp (libggml-base.so in
 llama-cpp-python's folder lib) and of ik_llama.cpp, whose functions round weights (`peer_types.py`).
@@ -188,19 +188,20 @@ def readme_rows(variants: Sequence[Variant]) -> list[str]:
     ]
 
 
-def demo_loss(variants: Sequence[Variant]) -> dict[str, tuple[float, float]]:
-    """Return `DEMO_LOSS`: by type, how much perplexity rises, plain and calibrated."""
-    rises = {one.name: one.mean_rise(variants[0]) for one in variants if one.rounded == "all"}
-    return {
-        kind: (round(rises[name], 3), round(rises[name + CALIBRATED], 3))
-        for name, kind in QUANT_TYPES.items()
+def demo_loss(variants: Sequence[Variant]) -> dict[str, tuple[float | None, float]]:
+    """Return `DEMO_LOSS`: by `--expert-bits`, how much perplexity rises, plain and calibrated.
+
+    Forms that a download calibrates have no plain figure.
+    """
+    rises = {
+        one.name: round(one.mean_rise(variants[0]), 3) for one in variants if one.rounded == "all"
     }
-
-
-def demo_loss_calibrated(variants: Sequence[Variant]) -> dict[str, float]:
-    """Return `DEMO_LOSS_CALIBRATED`: the same of what is always calibrated, by `--expert-bits`."""
-    rises = {one.name: one.mean_rise(variants[0]) for one in variants if one.rounded == "all"}
-    return {bits: round(rises[name + CALIBRATED], 3) for name, bits in EXPERT_BITS.items()}
+    bits = {name: name.removesuffix(" bits") for name in QUANT_TYPES} | EXPERT_BITS
+    return {
+        bits[name]: (rises[name] if name in QUANT_TYPES else None, rises[name + CALIBRATED])
+        for name in bits
+        if name + CALIBRATED in rises
+    }
 
 
 def own_forms(names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -266,7 +267,6 @@ def main() -> None:
         print("", README_HEAD, *readme_rows(variants), sep="\n")
         if set(given.parts) == set(PARTS) and set(FORMS) == set(given.forms):
             print(f"\nDEMO_LOSS = {demo_loss(variants)}")
-            print(f"DEMO_LOSS_CALIBRATED = {demo_loss_calibrated(variants)}")
 
 
 if __name__ == "__main__":

@@ -53,11 +53,12 @@ def measured(monkeypatch):
 
 @pytest.fixture
 def planned(mixchat):
-    """Runs `mixchat plan ARGS`, on the CPU unless they name another device."""
+    """Runs `mixchat plan ARGS --details`, on the CPU unless they name another device."""
 
-    def planned(*arguments):
+    def planned(*arguments, details=True):
         device = () if "--device" in arguments else ("--device", "cpu")
-        return mixchat("plan", *arguments, *device, fake=False)
+        more = ("--details",) if details else ()
+        return mixchat("plan", *arguments, *device, *more, fake=False)
 
     return planned
 

@@ -25,11 +25,16 @@ def sections(done):
     return {title: text for title, _, text in (part.partition("\n") for part in parts)}
 
 
+def verdict_text(done):
+    """The lines under the first title."""
+    return done.stdout.decode().split("\n\n")[0].partition("\n")[2]
+
+
 def verdict(done):
-    """The verdict's three lines: their labels and what they say."""
+    """The verdict's lines: their labels and what they say."""
     assert (done.returncode, done.stderr) == (0, b"")
-    lines = sections(done)["Verdict"].splitlines()
-    return dict(re.split(" {2,}", line.strip(), maxsplit=1) for line in lines)
+    lines = verdict_text(done).splitlines()
+    return dict(re.split(" {2,}", line.lstrip(), maxsplit=1) for line in lines if line[2] != " ")
 
 
 def at(monkeypatch, days):

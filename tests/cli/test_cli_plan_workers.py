@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from plan_tools import sections
+from plan_tools import sections, verdict
 
 from mixchat.loading import plan
 from mixchat.planning.worker_split import WorkerOffer
@@ -26,7 +26,8 @@ def test_with_workers_it_says_who_holds_what_and_how_fast_it_is_with_them_and_wi
         WorkerOffer("10.0.0.3:80", 4, 0.0035, 1e-3),
     ]
     arguments = (str(tiny_model), "--host-memory", "40%", "--worker", "10.0.0.2")
-    shown = sections(planned(*arguments))
+    done = planned(*arguments)
+    shown, speed = sections(done), verdict(done)["speed"]
     assert list(shown)[4:6] == ["What to expect", "With workers"]
     lines = [
         re.split(" {2,}", line.strip(), maxsplit=1) for line in shown["With workers"].split("\n")
@@ -36,8 +37,8 @@ def test_with_workers_it_says_who_holds_what_and_how_fast_it_is_with_them_and_wi
         ["takes 4 ms for an expert and a token, and 0.2 ms for the way there and back"],
         ["10.0.0.3:80", "holds 4 experts, with room for 4"],
         ["takes 3.5 ms for an expert and a token, and 1 ms for the way there and back"],
-        ["this machine", "holds 3 experts, 1 of them beside a worker"],
-        ["disk", "nothing that is read more than once"],
+        ["this machine", "holds 3 experts, 1 of them copies of a worker's"],
+        ["disk", "not used after loading"],
         ["decode", lines[6][1]],
         [lines[7][0]],
     ]
@@ -46,7 +47,7 @@ def test_with_workers_it_says_who_holds_what_and_how_fast_it_is_with_them_and_wi
     assert re.fullmatch(r"[\d.]+ ms waiting for workers, beyond .*", lines[8][0])
     alone = re.search(r"decode +(.* tok/s)", shown["What to expect"])[1]
     with_them = re.match(r".* tok/s", lines[6][1])[0]
-    assert f"{with_them} with 2 workers, {alone} without, faster than you read" in shown["Verdict"]
+    assert f"{with_them} with 2 workers, {alone} without, faster than you read" in speed
 
 
 def test_as_json_it_has_what_workers_offer_and_hold(planned, measured, offered, tiny_model):

@@ -169,13 +169,13 @@ def test_of_two_gpus_the_first_may_have_more_beside_the_budget_of_each():
 
 def test_a_plan_for_two_gpus_names_both():
     outline = Outline("a model", BLUEPRINT, Path("models"), installed=True)
-    shown = PlanReport(outline, on_two_gpus(11, 11, 64)).as_text()
+    shown = PlanReport(outline, on_two_gpus(11, 11, 64), details=True).as_text()
     assert "GPU       a GPU, 11 GB, 11 GB free" in shown
     assert "cuda:1    another GPU, 11 GB, 11 GB free" in shown
     assert re.search(r"cuda:1  +\d+ experts; \S+ GB left free", shown)
     assert "are on the GPUs" in shown
     assert "+8 GB on the first GPU" in shown
-    unused = PlanReport(outline, on_two_gpus(11, 0.5, 64)).as_text()
+    unused = PlanReport(outline, on_two_gpus(11, 0.5, 64), details=True).as_text()
     assert "cuda:1  not used, for two experts do not fit; 500 MB left free" in unused
     found = json.loads(json.dumps(PlanReport(outline, on_two_gpus(11, 11, 64)).as_json()))
     assert found["machine"]["other_gpus"] == [

@@ -10,23 +10,29 @@ from typing import TYPE_CHECKING, Any
 from mixchat.base.quantities import format_least, format_size
 from mixchat.cli.output import plan_text
 from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_text
-from mixchat.cli.output.reports import DownloadReport, Report, disk_as_json
+from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
+from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation
-    from mixchat.planning.plan import KnownFit, MachinePlan, Upgrade, Variant
+    from mixchat.planning.plan import KnownFit, MachinePlan, Size, Upgrade
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
 
 @dataclass(frozen=True)
 class PlanReport(Report):
-    """The plan of a model on a machine."""
+    """The plan of a model on a machine.
+
+    The first screen tells if the model fits, how fast it is and what to type. `details` adds the
+    reasons.
+    """
 
     outline: Outline
     plan: MachinePlan
+    details: bool = False
 
     @property
     def command(self) -> str | None:
@@ -52,13 +58,17 @@ class PlanReport(Report):
 
     def as_text(self) -> str:
         outline, plan = self.outline, self.plan
-        texts = [section("verdict", self.verdict()), *plan_text.sections(outline, plan)]
-        if not outline.installed and not plan.told.is_another:
-            texts.append(section("to download it", self._download()))
+        place = "the machine" if plan.told.is_another else "this machine"
+        lines = plan_text.indented(aligned(list(self.verdict())))
+        texts = [f"{outline.name} on {place}\n{lines}"]
         if plan.known:
-            where = "the machine" if plan.told.is_another else "this machine"
-            title = f"the known models on {where}"
-            texts.append(section(title, plan_text.known_models(outline.name, plan)))
+            texts.append(section(f"known models on {place}", plan_text.known_models(plan)))
+        if self.details:
+            texts += plan_text.sections(outline, plan)
+            if not outline.installed and not plan.told.is_another:
+                texts.append(section("to download it", self._download()))
+        else:
+            texts.append("--details shows the reasons, fewer bits, and what more memory gives.")
         return "\n\n".join(texts)
 
     def as_json(self) -> dict[str, Any]:
@@ -89,6 +99,7 @@ class PlanReport(Report):
                 "placement": asdict(fit.placement),
             },
             "held": expected.held,
+            "copies": plan_text.copies(plan),
             **_cost_as_json(expected),
             "measured_at": plan.measurement.measured_at,
             "measured_on": {"cpu": plan.measurement.cpu, "directory": plan.measurement.directory},
@@ -96,8 +107,7 @@ class PlanReport(Report):
             "samples": len(plan.measurement.samples),
             "prompt": prompt and asdict(prompt) | {"tokens": LONG_PROMPT},
             "first_token": first and asdict(first) | {"seconds": first.seconds, "tokens": PROMPT},
-            "in_3_bits": plan.in_3_bits and _form_as_json(plan.in_3_bits),
-            "mixes": [_form_as_json(form) | {"bits": form.bits} for form in plan.mixes],
+            "sizes": [_size_as_json(size) for size in plan.sizes],
             "workers": plan.spread and _spread_as_json(plan, plan.spread),
             "known_models": [_known_as_json(model) for model in plan.known],
             "what_more_buys": [_more_as_json(more) for more in plan.more],
@@ -106,23 +116,22 @@ class PlanReport(Report):
 
     def verdict(self) -> Iterator[tuple[str, str]]:
         """Yield the lines on the fit, the speed and the next command."""
-        outline = self.outline
+        outline, plan = self.outline, self.plan
         for need in outline.lacking:
-            missing = format_least(need.needed - need.free)
-            place = f" in {need.place}" if self.plan.told.free_disk is None else ""
+            place = f" in {need.place}" if plan.told.free_disk is None else ""
             yield (
                 "it does not fit",
-                f"{missing} of disk are missing: the download takes up to "
-                f"{format_least(need.needed)}{place}, {format_size(need.free)} are free",
+                f"needs {format_least(need.needed)} of disk while downloading; "
+                f"{format_size(need.free)} are free{place}",
             )
         if not outline.lacking:
-            here = outline.installed and not self.plan.told.is_another
-            yield "it runs here" if here else "it fits", _held(self.plan)
-        yield "speed", _speed_in_words(self.plan)
+            is_here = outline.installed and not plan.told.is_another
+            yield "it runs here" if is_here else "it fits", _held(plan)
+        yield from _speed_in_words(plan)
         if self.command:
-            yield "type", self.command
+            yield "next", self.command
         else:
-            yield "to do", "free some space, or set MIXCHAT_HOME to a directory on a larger disk"
+            yield "next", "free some disk, or set MIXCHAT_HOME to a directory on a larger one"
 
     def _download(self) -> str:
         if self.outline.download is not None:
@@ -138,25 +147,25 @@ def _held(plan: MachinePlan) -> str:
     if expected.held > first:
         parts.append(f"{expected.held - first} in RAM")
     if expected.held < placement.experts:
-        parts.append(f"{placement.experts - expected.held} on disk, read when a token needs them")
+        parts.append(f"{placement.experts - expected.held} read from disk")
     return ", ".join(parts)
 
 
-def _speed_in_words(plan: MachinePlan) -> str:
+def _speed_in_words(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     expected, text = plan.expected, speed_text(plan.expected.speed)
     if plan.spread is not None:
         workers = count_text(len(plan.spread.offers), "worker")
-        beside = f"{text} without" if expected.answers == 1 else "one answer at a time"
+        without = f"{text} without" if expected.answers == 1 else "one answer at a time"
         expected = plan.spread.expected
-        text = f"{speed_text(expected.speed)} with {workers}, {beside}"
+        text = f"{speed_text(expected.speed)} with {workers}, {without}"
     elif expected.answers > 1 and expected.speed is not None:
         together = speed_text(expected.together)
         text = f"{text} for each of {expected.answers} answers at once, {together} together"
-    if expected.speed is not None:
-        text += f", {expected.speed.in_words}"
+    yield "speed", f"{text}, {expected.speed.in_words}" if expected.speed else text
     if plan.gpu_is_assumed:
-        return f"{text} (of a GPU whose speed is assumed)"
-    return f"{text} (measured on a busy machine)" if plan.measurement.busy else text
+        yield "", "the GPU's speed is assumed"
+    elif plan.measurement.busy:
+        yield "", "measured on a busy machine: 'mixchat plan --measure' when it is idle"
 
 
 def _assumed(plan: MachinePlan) -> dict[str, float] | None:
@@ -182,9 +191,15 @@ def _cost_as_json(expected: Expectation) -> dict[str, Any]:
     }
 
 
-def _form_as_json(form: Variant) -> dict[str, Any]:
-    size = form.fit.blueprint.size
-    return {"kept_bytes": size, "held": form.expected.held, **_speed_as_json(form.expected)}
+def _size_as_json(size: Size) -> dict[str, Any]:
+    plain, calibrated = DEMO_LOSS[size.bits]
+    return {
+        "bits": size.bits,
+        "kept_bytes": size.fit.blueprint.size,
+        "held": size.expected.held,
+        "demo_loss": {"plain": plain, "calibrated": calibrated},
+        **_speed_as_json(size.expected),
+    }
 
 
 def _spread_as_json(plan: MachinePlan, spread: WorkerSplit) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
@@ -11,7 +12,6 @@ from mixchat.base.quantities import format_age, format_rates, format_size, forma
 from mixchat.cli.output.reports import aligned
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.machine_speeds import IN_USE
-from mixchat.planning.plan import Variant
 from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.planning.routing import repeats_as_mixtral
 from mixchat.weights.make.quantize_options import DEMO_LOSS
@@ -19,9 +19,13 @@ from mixchat.weights.make.quantize_options import DEMO_LOSS
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
     from mixchat.planning.machine_speeds import Measurement
-    from mixchat.planning.plan import KnownFit, MachinePlan
+    from mixchat.planning.plan import MachinePlan
     from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
+
+# The words of a rise of the demo's perplexity that is lower than each limit. It rises by 17% in 4
+# bits and by 42% in 3. The published figures of Mixtral are 2.3% (Q4_0) and 4.5% (Q3_K_M).
+_QUALITY = ((0.25, "good"), (0.5, "fair"), (1.0, "low"), (math.inf, "poor"))
 
 
 def sections(outline: Outline, plan: MachinePlan) -> Iterator[str]:
@@ -30,8 +34,8 @@ def sections(outline: Outline, plan: MachinePlan) -> Iterator[str]:
     yield section(f"the model: {outline.name}", _model(outline, plan))
     yield section("what goes where", _places(plan))
     yield section("what to expect", _expected(plan))
-    if plan.in_3_bits or plan.mixes:
-        yield section("with experts in fewer bits", _frontier(plan))
+    if plan.sizes:
+        yield section("with experts in fewer bits", _sizes(plan))
     if plan.spread:
         yield section("with workers", _spread(plan, plan.spread))
     yield section("what more memory would give", _more(plan))
@@ -40,8 +44,12 @@ def sections(outline: Outline, plan: MachinePlan) -> Iterator[str]:
 def section(title: str, content: str | Iterable[tuple[str, str]]) -> str:
     """Return a title and indented lines, from a text or from rows of cells."""
     text = content if isinstance(content, str) else aligned(list(content))
-    indented = "\n".join(f"  {line}" for line in text.splitlines())
-    return f"{title[0].upper()}{title[1:]}\n{indented}"
+    return f"{title[0].upper()}{title[1:]}\n{indented(text)}"
+
+
+def indented(text: str) -> str:
+    """Return the lines with two spaces before each."""
+    return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -49,38 +57,41 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     not_told = ", this machine's" if told.is_another else ""
     yield "CPU", f"{there.cpu}, {count_text(there.cores, 'core')}{not_told}"
     limit = f" (limit: {there.free.limit})" if there.free.limit else ""
-    yield "RAM", f"{_memory(there.memory, there.free.host, told.ram is not None)}{limit}"
+    yield "RAM", f"{_memory(there.memory, there.free.host, '--ram' if told.ram else None)}{limit}"
     if there.gpu_memory is not None and there.free.device is not None:
-        is_told = bool(told.gpus)
-        yield "GPU", f"{there.gpu}, {_memory(there.gpu_memory, there.free.device, is_told)}"
+        flag = "--gpu" if told.gpus else None
+        yield "GPU", f"{there.gpu}, {_memory(there.gpu_memory, there.free.device, flag)}"
         for other in there.other_gpus:
             free = there.free.others[other.device]
-            yield other.device, f"{other.name}, {_memory(other.memory, free, is_told)}"
+            yield other.device, f"{other.name}, {_memory(other.memory, free, flag)}"
     elif plan.device.type == "cpu":
         yield "GPU", "not used"
-    yield "disk", _disk(plan)
+    yield from _disk(plan)
     yield from _speeds(plan)
     yield from _measured(plan.measurement)
 
 
-def _memory(size: int, free: int, is_told: bool) -> str:
-    if is_told:
-        return f"{format_size(size)} (told), {format_size(free)} free (assumed)"
+def _memory(size: int, free: int, flag: str | None) -> str:
+    """Return a memory's size, and how much is free. `flag` has told the size."""
+    if flag:
+        return f"{format_size(size)} (from {flag}), {format_size(free)} free (assumed)"
     return f"{format_size(size)}, {format_size(free)} free"
 
 
-def _disk(plan: MachinePlan) -> str:
-    speeds, told = plan.measurement.typical, plan.told
-    free = f"{format_size(plan.machine.disk_free)} free{' (told)' if told.free_disk else ''}"
+def _disk(plan: MachinePlan) -> Iterator[tuple[str, str]]:
+    speeds, told, of_it = plan.measurement.typical, plan.told, f"tokens get {IN_USE:.0%} of it"
+    origin = " (from --free-disk)" if told.free_disk is not None else ""
+    yield "disk", f"{format_size(plan.machine.disk_free)} free{origin}"
     if told.disk_speed is not None:
-        return f"{free}, reads {_rate(told.disk_speed)} (told; tokens get {IN_USE:.0%} of it)"
-    if speeds.disk_bandwidth is None or speeds.disk_bandwidth_idle is None:
-        return f"{free}, not measured: it cannot be written to, or has no room; see --disk-speed"
-    read = f"reads {_rate(speeds.disk_bandwidth_idle)} (tokens get {IN_USE:.0%} of it)"
-    read += f", {_rate(speeds.disk_bandwidth)} while the CPU computes"
-    if speeds.disk_bandwidth_fresh is not None:
-        read += f", {_rate(speeds.disk_bandwidth_fresh)} in a cold start"
-    return f"{free}, {read}"
+        yield "", f"reads {_rate(told.disk_speed)} (from --disk-speed; {of_it})"
+    elif speeds.disk_bandwidth is None or speeds.disk_bandwidth_idle is None:
+        yield "", "not measured: it cannot be written to, or has no room; see --disk-speed"
+    else:
+        yield "", f"reads {_rate(speeds.disk_bandwidth_idle)} ({of_it})"
+        busy = f"{_rate(speeds.disk_bandwidth)} while the CPU computes"
+        if speeds.disk_bandwidth_fresh is not None:
+            busy += f", {_rate(speeds.disk_bandwidth_fresh)} in a cold start"
+        yield "", busy
 
 
 def _speeds(plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -124,8 +135,9 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield "shared", f"{format_size(demand.shared)}: the weights that every token needs{wide}"
     parallel = plan.fit.options.parallel
     each = f" for each of {parallel} answers at once" if parallel > 1 else ""
-    size, tokens = format_size(demand.context), count_text(plan.fit.context, "token")
-    yield "context", f"{size} for {tokens}{each}"
+    chosen = "" if plan.fit.options.context_size else ", chosen by the free memory"
+    size, tokens = format_size(demand.context), f"{plan.fit.context:,} tokens"
+    yield "context", f"{size} for {tokens}{each}{chosen}"
     when = "installed" if outline.installed else "once it is downloaded"
     yield "disk", f"{format_size(outline.blueprint.size)}, {when}"
 
@@ -148,16 +160,25 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         host = placement.host_slots
         left = free.host - host * demand.expert
         behind = count_text(host, "expert") if host else "no experts"
-        fit = sum(placement.by_device) + host
-        if plan.expected.held < min(fit, placement.experts):
-            behind += f", those on {gpus_text(plan)} among them"
+        if count := copies(plan):
+            behind += f", {count} of them copies of experts on {gpus_text(plan)}"
         yield "RAM", f"{behind}; {format_size(left)} left free"
     yield "disk", _rest(placement.experts - plan.expected.held)
 
 
+def copies(plan: MachinePlan) -> int:
+    """Return how many experts in RAM are on a GPU, too.
+
+    With slots for 212 of 256 experts on a GPU, 44 are left for RAM. If RAM has 138 slots, 94 hold
+    copies.
+    """
+    placement = plan.fit.placement
+    return max(sum(placement.by_device) + placement.host_slots - plan.expected.held, 0)
+
+
 def _rest(experts: int) -> str:
     if not experts:
-        return "nothing that is read more than once"
+        return "not used after loading"
     return f"the other {count_text(experts, 'expert')}, read when a token needs them"
 
 
@@ -185,7 +206,7 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "", f"{_time(first.starting)} reading the shared weights"
         yield from (("", reason) for reason in _reasons(first.prompt))
     fewer = ", with fewer experts in memory" if plan.fit.largest_context > plan.fit.context else ""
-    yield "context", f"up to {plan.fit.largest_context} tokens fit{fewer}"
+    yield "context", f"up to {plan.fit.largest_context:,} tokens fit{fewer}"
 
 
 def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
@@ -198,23 +219,30 @@ def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
         yield "together", f"{speed_text(expected.together)} of {expected.answers} answers at once"
 
 
-def _frontier(plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    """Yield a row for each size, and how much the demo loses there."""
-    now = Variant("4", DEMO_LOSS["nf4"], plan.fit, plan.expected)
-    smaller = [form for form in (plan.in_3_bits, *plan.mixes) if form is not None]
-    smaller.sort(key=lambda form: -form.fit.blueprint.size)
-    for form in (now, *smaller):
-        fit, expected = form.fit, form.expected
-        size = format_size(fit.blueprint.size)
-        held = f"{expected.held} of {count_text(fit.placement.experts, 'expert')} in memory"
-        about = "about " if form in plan.mixes else ""
-        yield f"{form.bits} bits", f"{size} of disk, {held}, {about}{speed_text(expected.speed)}"
-        plain, calibrated = form.loss
-        demo = f"{calibrated:.0%}; a download calibrates it"
-        if plain is not None:
-            demo = f"{plain:.0%}, {calibrated:.0%} if calibrated (--calibrate)"
-        yield "", f"the demo model's perplexity rises by {demo}"
-    yield "", "a larger model's rises less; --expert-bits 3 plans or downloads it in 3 bits"
+def _sizes(plan: MachinePlan) -> str:
+    """Return the table of sizes, by arithmetic from the figures of the first."""
+    rows = [("bits", "disk", "held", "tok/s", "quality (rise of perplexity)")]
+    for size in plan.sizes:
+        plain, calibrated = DEMO_LOSS[size.bits]
+        rise = calibrated if plain is None else plain
+        word = next(word for limit, word in _QUALITY if rise < limit)
+        expected, experts = size.expected, size.fit.placement.experts
+        rows.append(
+            (
+                size.bits,
+                format_size(size.fit.blueprint.size),
+                f"{expected.held / experts:.0%}",
+                rates_text(expected.speed),
+                f"{word} (demo +{rise:.0%}, larger models less)",
+            )
+        )
+    plain_only = [(bits, after) for bits, (plain, after) in DEMO_LOSS.items() if plain is not None]
+    gains = " and ".join(f"{bits} bits to +{after:.0%}" for bits, after in plain_only)
+    return (
+        f"{aligned(rows)}\n"
+        f"'mixchat download NAME --expert-bits BITS' installs one. --calibrate takes the\n"
+        f"demo in {gains}. A download calibrates the others."
+    )
 
 
 def _spread(plan: MachinePlan, spread: WorkerSplit) -> Iterator[tuple[str, str]]:
@@ -222,7 +250,7 @@ def _spread(plan: MachinePlan, spread: WorkerSplit) -> Iterator[tuple[str, str]]
         yield offer.address, f"holds {count_text(held, 'expert')}, with room for {offer.slots}"
         each = f"{_time(offer.expert_seconds)} for an expert and a token"
         yield "", f"takes {each}, and {_time(offer.round_trip)} for the way there and back"
-    beside = f", {spread.copies} of them beside a worker" if spread.copies else ""
+    beside = f", {spread.copies} of them copies of a worker's" if spread.copies else ""
     yield "this machine", f"holds {count_text(spread.here, 'expert')}{beside}"
     yield "disk", _rest(plan.fit.placement.experts - spread.expected.held)
     yield from _decode(spread.expected)
@@ -237,7 +265,8 @@ def _reasons(cost: TokenCost) -> Iterator[str]:
     if cost.read:
         yield f"{_time(cost.reading)} reading {_number(cost.read)} experts from disk"
     if cost.hidden:
-        yield f"{_time(cost.hidden)} less, because some of this runs at the same time"
+        moving = "reading" if cost.read else "copying" if cost.copied else "waiting"
+        yield f"-{_time(cost.hidden)}: {moving} and computing overlap"
 
 
 def _number(count: float) -> str:
@@ -255,32 +284,25 @@ def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield f"+{format_size(more.bytes)} {what}", _pace(more.expected)
 
 
-def known_models(name: str, plan: MachinePlan) -> str:
-    """Return the table of the known models, which were compared with the planned one."""
+def known_models(plan: MachinePlan) -> str:
+    """Return the table of the known models, by arithmetic from the figures of the planned one."""
     rows = [("model", "disk", "tok/s", "experts")]
     for model in plan.known:
-        rows.append((", ".join(model.names), format_size(model.bytes), *_known(model, plan)))
-    return (
-        f"{aligned(rows)}\n"
-        f"The speeds follow from the figures of {name} by arithmetic, unless a model\n"
-        "was measured before. 'mixchat plan NAME' measures it, and says more."
-    )
-
-
-def _known(model: KnownFit, plan: MachinePlan) -> tuple[str, str]:
-    if model.fit is None or model.expected is None:
-        return "-", model.problem or ""
-    speed, placement = model.expected.speed, model.fit.placement
-    pace = "unknown" if speed is None else format_rates(speed.low, speed.high)
-    held, everything = model.expected.held, placement.experts
-    on_gpu = 0 if plan.machine.free.device is None else sum(placement.by_device)
-    places = {
-        f"on {gpus_text(plan)}": on_gpu,
-        "in RAM": held - on_gpu,
-        "on disk": everything - held,
-    }
-    shares = (f"{count / everything:.0%} {place}" for place, count in places.items() if count)
-    return pace, ", ".join(shares)
+        name, size = ", ".join(model.names), format_size(model.bytes)
+        if model.fit is None or model.expected is None:
+            rows.append((name, size, "-", model.problem or ""))
+            continue
+        held, experts = model.expected.held, model.fit.placement.experts
+        on_gpu = 0 if plan.machine.free.device is None else sum(model.fit.placement.by_device)
+        counts = {
+            f"on {gpus_text(plan)}": on_gpu,
+            "in RAM": held - on_gpu,
+            "on disk": experts - held,
+        }
+        shares = [f"{count / experts:.0%} {tier}" for tier, count in counts.items() if count]
+        rows.append((name, size, rates_text(model.expected.speed), ", ".join(shares)))
+    age = format_age(time.time() - plan.measurement.measured_at)
+    return f"{aligned(rows)}\nAll speeds follow from one measurement of this machine ({age})."
 
 
 def _pace(expected: Expectation) -> str:
@@ -303,6 +325,11 @@ def speed_text(speed: SpeedRange | None) -> str:
     if speed is None:
         return "unknown, because the disk could not be measured"
     return f"{format_rates(speed.low, speed.high)} tok/s"
+
+
+def rates_text(speed: SpeedRange | None) -> str:
+    """Return a speed as a cell of a table."""
+    return "unknown" if speed is None else format_rates(speed.low, speed.high)
 
 
 def gpus_text(plan: MachinePlan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -15,14 +15,16 @@ from mixchat.weights.matrix.linear import TYPES, Layout, Scales, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
-# The gain in perplexity by the type of the experts, and if they are calibrated. It is the demo
-# model's mean over five texts, as `tests/benchmarks/quality.py` prints it.
-DEMO_LOSS: dict[QuantType, tuple[float, float]] = {
-    "nf4": (0.173, 0.075),
-    "trellis3": (0.415, 0.197),
+# The rise of perplexity by `--expert-bits`, for experts that are only rounded, and for calibrated
+# ones. A download calibrates those without a first figure. It is the demo model's mean over five
+# texts, as `tests/benchmarks/quality.py` prints it.
+DEMO_LOSS: dict[str, tuple[float | None, float]] = {
+    "4": (0.173, 0.075),
+    "3": (0.415, 0.197),
+    "2.5": (None, 0.583),
+    "2.3": (None, 0.713),
+    "2": (None, 1.051),
 }
-# The same for what is always calibrated, by `--expert-bits`.
-DEMO_LOSS_CALIBRATED = {"2.5": 0.583, "2.3": 0.713, "2": 1.051}
 # Attention and head get 6 bits if they have more bytes than this, and than this part of the bytes
 # of the experts that a token uses. It is 0.25 to 0.3 in Mixtral, and 0.89 or more in models of
 # small experts. Small models lose much by rounding. The demo's have 57 MB.
@@ -127,14 +129,6 @@ def _has_4_bits(index: CheckpointIndex, part: str, kind: QuantType) -> UsageErro
         hint="Other bits would round the weights twice: leave them out, or download a checkpoint "
         "that is not quantized.",
     )
-
-
-def in_3_bits(blueprint: Blueprint) -> Blueprint | None:
-    """Return the model with experts in 3 bits, or None if its checkpoint has 4."""
-    stored = blueprint.quantization
-    if stored.quant_type != "nf4" or stored.scales == "given":
-        return None
-    return replace(blueprint, quantization=replace(stored, quant_type=type_of_bits(3)))
 
 
 def rounded_from(index: CheckpointIndex, blueprint: Blueprint) -> str | None:
