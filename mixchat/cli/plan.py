@@ -47,8 +47,8 @@ class PlanFlags(load_flags.LoadFlags):
 def plan(context: typer.Context, flags: PlanFlags) -> None:
     """Predict whether a model fits here, and how fast it runs.
 
-    Without a MODEL, it plans the default model and compares it with all known ones. No weights
-    are downloaded.
+    Without a MODEL, it plans the default model and compares it with all known ones. All speeds
+    follow from one measurement. --details adds the reasons. No weights are downloaded.
 
     The first plan measures the disk, memory and CPU or GPU, and saves the figures in machine.json
     in the data directory (MIXCHAT_HOME). After a month they are measured again. If other programs
