@@ -63,6 +63,8 @@ _SAMPLING_FIELDS = {"presence_penalty", "frequency_penalty"} | (
     {parameter.field for parameter in SAMPLING.values()} - {"seed"}
 )
 _FOREIGN_PENALTY = "repetition_penalty"
+# The limit of OpenAI. `run --temp` has none.
+_TEMPERATURE = NumberParameter("temperature", float, lambda x: 0 <= x <= 2, "between 0 and 2")
 _BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
 _PENALTY = NumberParameter("penalty", float, lambda x: -2 <= x <= 2, "between -2 and 2")
 TOP_LOGPROBS = NumberParameter(
@@ -142,7 +144,7 @@ class SharedFields(FormFields):
         bool, only((False,), "unsupported_value", "has to be false: answers are not stored")
     ] = False
     seed: Annotated[int | None, number(SAMPLING["seed"])] = None
-    temperature: Annotated[float | None, number(SAMPLING["temp"])] = None
+    temperature: Annotated[float | None, number(_TEMPERATURE)] = None
     top_p: Annotated[float | None, number(SAMPLING["top-p"])] = None
     top_k: Annotated[int | None, number(SAMPLING["top-k"])] = None
     min_p: Annotated[float | None, number(SAMPLING["min-p"])] = None
@@ -174,7 +176,7 @@ def read_fields(
     `unused` are those of another API's body. Raises `RequestError` for the first wrong field.
     """
     service, defaults = model.service, model.defaults
-    _check_model(body.get("model"), service.name)
+    check_model(body.get("model"), service.name)
     ignored = tuple(unused)
     if not defaults.strict:
         body, foreign = _without_foreign(body)
@@ -209,7 +211,8 @@ def parsed(
     return ParsedRequest(jobs, fields.n, seed, fields.stream, include_usage, ignored)
 
 
-def _check_model(given: object, served: str) -> None:
+def check_model(given: object, served: str) -> None:
+    """Raise `RequestError` if a request names another model than the served one."""
     if given is not None and not isinstance(given, str):
         raise value_error("model", "a string", given)
     if given is not None and given.removesuffix(LATEST) != served.removesuffix(LATEST):

@@ -34,7 +34,7 @@ from mixchat.serving.requests.errors import (
     to_json,
 )
 from mixchat.serving.requests.fields import RequestObject, validated
-from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.requests.options import LoadedModel, ParsedRequest, check_model
 from mixchat.serving.service import QueueFullError
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
@@ -58,6 +58,7 @@ _MAX_NOTED = 100  # names
 # The fields with schemas or grammars, which are checked in processes.
 _FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text", "output_config")
 _CHAT_PATH = "/v1/chat/completions"
+_EMBEDDING_PATHS = ("/v1/embeddings", "/api/embed", "/api/embeddings")
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
 Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
@@ -281,6 +282,7 @@ async def _metrics(state: AppState, request: Request) -> Response:
 
 
 class _Text(RequestObject):
+    ignored = ("model",)
     content: str
     add_special: bool = False
 
@@ -288,6 +290,7 @@ class _Text(RequestObject):
 async def _tokenize(
     state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
 ) -> Response:
+    check_model(body.get("model"), model.service.name)
     text = validated(_Text, body)
     model.service.context.check_text(text.content, "content")  # others wait for the tokenizer
     tokenizer = model.service.tokenizer
@@ -296,12 +299,14 @@ async def _tokenize(
 
 
 class _Tokens(RequestObject):
+    ignored = ("model",)
     tokens: list[Any]
 
 
 async def _detokenize(
     state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
 ) -> Response:
+    check_model(body.get("model"), model.service.name)
     items = validated(_Tokens, body).tokens
     limit, tokenizer = model.service.context.largest, model.service.tokenizer
     if len(items) > limit:
@@ -343,7 +348,12 @@ def _json(value: object) -> Response:
 def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path!a:.80}: {error.detail.lower()}"
-    if error.status_code == 404:
+    if request.url.path in _EMBEDDING_PATHS:
+        message = (
+            "this server makes no embeddings: use ollama, llama.cpp's server or "
+            "sentence-transformers with an embedding model"
+        )
+    elif error.status_code == 404:
         message += f"; this server answers chats at {_CHAT_PATH}"
     refused = RequestError(message, status=error.status_code, headers=error.headers)
     return error_response(refused, request.url.path)

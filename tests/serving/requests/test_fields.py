@@ -165,6 +165,7 @@ CHAT_REFUSED = [
     ({"temperature": True}, "temperature", "invalid_value"),
     ({"temperature": -1}, "temperature", "invalid_value"),
     ({"temperature": 10**400}, "temperature", "invalid_value"),
+    ({"temperature": 2.001}, "temperature", "invalid_value"),
     ({"top_p": 0}, "top_p", "invalid_value"),
     ({"top_k": 1.5}, "top_k", "invalid_value"),
     ({"seed": -1}, "seed", "invalid_value"),

@@ -287,6 +287,17 @@ def test_counts_go_on_over_a_change_of_model(serve, shelf):
     models.close()
 
 
+def test_tokens_are_those_of_the_model_that_the_request_names(serve, shelf):
+    """The field was refused, so that a client could not count the tokens of its own model."""
+    models = models_of(shelf)
+    served = serve(models=models)
+    tokens = exchange(served, request("/tokenize", {"model": "b", "content": "Hé"})).json
+    assert (tokens, shelf.open) == ({"tokens": [72, 233]}, ["b"])
+    text = exchange(served, request("/detokenize", {"model": "a", **tokens})).json
+    assert (text, shelf.open) == ({"content": "Hé"}, ["a"])
+    models.close()
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_may_be_as_long_as_the_model_that_it_names_can_take(serve, shelf, chunked):
     """The limit was the loaded model's, so that long prompts for another one were refused."""

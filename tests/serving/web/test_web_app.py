@@ -58,6 +58,13 @@ def test_text_is_turned_into_tokens_and_back(served):
     assert with_bos.json == {"tokens": [1, 72]}
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_tokens_of_a_model_that_is_not_here_are_refused(served, path):
+    body = {"content": "a"} if path == "/tokenize" else {"tokens": [97]}
+    for name, status in {"scripted": 200, "scripted:latest": 200, "other": 404}.items():
+        assert exchange(served, request(path, {"model": name, **body})).status == status
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -121,6 +128,12 @@ def test_wrong_paths_and_methods_have_openais_form(served, data, status):
 def test_a_client_of_another_api_is_told_the_path_of_chats(served):
     """OpenAI's client shows the message; it said no more than "not found"."""
     with served.openai() as client, pytest.raises(openai.NotFoundError, match=CHAT):
+        client.moderations.create(input="Hi")
+
+
+def test_a_client_of_embeddings_is_told_what_makes_them(served):
+    """It was sent to the path of chats, where nobody gets embeddings."""
+    with served.openai() as client, pytest.raises(openai.NotFoundError, match="embedding model"):
         client.embeddings.create(model="scripted", input="Hi")
 
 
