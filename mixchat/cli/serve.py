@@ -85,6 +85,12 @@ class ServeFlags(LoadFlags):
         "Unload the model after so long without a request, such as 10m, until the next one.",
         SERVER,
     )
+    drain: str = option(
+        "--drain TIME",
+        "Let running answers end for so long after SIGTERM or Ctrl-C, such as 10m.",
+        SERVER,
+        "7s",
+    )
     keep_cache: bool = option(
         "--keep-cache", "Save the conversations' KV caches while the model is unloaded.", SERVER
     )
@@ -105,7 +111,8 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
     processed once. A client can learn from the time and from cached_tokens what others asked,
     unless --no-shared-prefix is given.
 
-    Ctrl-C or SIGTERM lets running answers end, for 7 seconds at most.
+    Ctrl-C or SIGTERM closes the port and lets running answers end, for 7 seconds at most. A server
+    behind a load balancer gets more with --drain.
     """
     # Exact prompts make an answer the same whoever else is served.
     load = load_flags.load_options(flags, exact_prompts=True)
@@ -123,6 +130,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
         swap=flags.swap,
         sleep_after=None if flags.sleep_after is None else parse_duration(flags.sleep_after),
         keep_caches=flags.keep_cache,
+        drain=parse_duration(flags.drain),
     )
     serve_http(flags.model, load, options, TerminalReporter())
 

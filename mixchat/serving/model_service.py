@@ -91,12 +91,9 @@ class ModelService:
                 stats = stats.with_tokens(*job.counts())
             return replace(stats, running=len(self._running), waiting=len(self._waiting))
 
-    def close(self, patience: float = 0.0) -> None:
+    def close(self) -> None:
         with self._changed:
             self._closing = True
-            self._changed.notify_all()
-        self._thread.join(patience)
-        with self._changed:
             for job in (*self._waiting, *self._running):
                 job.cancel()
             self._changed.notify_all()

@@ -162,5 +162,5 @@ class Service(Protocol):
     def stats(self) -> ServiceStats:
         """Return the counts as they are now."""
 
-    def close(self, patience: float = 0.0) -> None:
-        """Take no more jobs, let the others run for `patience` seconds, and cancel what is left."""
+    def close(self) -> None:
+        """Take no more jobs, and cancel the others."""

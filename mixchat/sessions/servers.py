@@ -36,6 +36,7 @@ class ServeOptions:
     swap: bool
     sleep_after: float | None  # seconds
     keep_caches: bool
+    drain: float  # seconds
 
 
 def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: Reporter) -> None:
@@ -55,7 +56,12 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
         app = create_app(state, access, page=options.page)
         server = WebServer(app, bound, started=models.await_sleep)
         serve_until_signal(
-            server, models, lambda: say(ready, size), reporter.note, saves=options.keep_caches
+            server,
+            models,
+            lambda: say(ready, size),
+            reporter.note,
+            drain=options.drain,
+            saves=options.keep_caches,
         )
 
 

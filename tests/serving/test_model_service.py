@@ -204,20 +204,13 @@ def test_a_prompt_that_is_too_long_is_refused_at_once(model_service):
         model_service().submit((job(0, prompt_ids=(3,) * 128), print))
 
 
-def test_closing_lets_answers_end_and_takes_no_others(model_service):
-    service = model_service()
-    waiters = [Waiter(service, job(n)) for n in range(10)]
-    service.close(patience=WAIT)
-    assert all(waiter.result()[1].reason != "interrupted" for waiter in waiters)
-    with pytest.raises(ShuttingDownError):
-        service.submit((job(0), print))
-
-
-def test_closing_without_patience_cancels(model_service):
+def test_closing_cancels_answers_and_takes_no_others(model_service):
     service = model_service(parallel=1)
     waiters = [Waiter(service, job(n, max_tokens=90, stop_ids=frozenset())) for n in range(100)]
     service.close()
     assert waiters[99].result()[1] == Done("interrupted", 14, 0, 0)
+    with pytest.raises(ShuttingDownError):
+        service.submit((job(0), print))
 
 
 def test_log_probabilities_are_those_of_the_model(model_service):

@@ -113,12 +113,12 @@ class ServedModels:
             now = ServiceStats() if self._model is None else self._model.service.stats()
             return self._earlier.plus(now)
 
-    def close(self, patience: float = 0.0) -> None:
+    def close(self) -> None:
         """Close the service, as `Service.close` does, and load no more."""
         with self._lock:
             self._closing, model = True, self._model
         if model is not None:
-            model.service.close(patience)
+            model.service.close()
 
     async def _change(self, name: str) -> None:
         """Load a model, to the end even if its client leaves, so that no two are ever loaded."""

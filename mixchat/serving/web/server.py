@@ -10,6 +10,7 @@ import asyncio
 import math
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
@@ -21,14 +22,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mixchat.base import interrupts, system
 from mixchat.base.progress import Note, in_background
+from mixchat.base.quantities import format_time
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.web.served_models import ServedModels
 
 _CLIENT_TIMEOUT_S = 30.0  # for a whole request, and for a client to read
 _MAX_WAITING = 256  # connections without a whole request yet
 _WAITING_GRACE_S = 1.0
-_ANSWER_TIMEOUT_S = 7.0  # for running answers to end
-_CLOSE_TIMEOUT_S = 0.5  # more, until the service is left to itself
+_CLOSE_TIMEOUT_S = 0.5  # for cancelled answers to end, until the service is left to itself
 _FLUSH_TIMEOUT_S = 1  # for what is computed to be sent
 _SIGNAL_WAIT_S = 0.5  # between looks at signals of other threads
 _OPEN_FILES = 8192  # the usual limit is 1,024
@@ -191,19 +192,35 @@ class WebServer:
     def join(self) -> None:
         """Wait for the end. Raises what ended it."""
         assert self._over is not None
-        while not wait([self._over], _SIGNAL_WAIT_S).done:
-            pass  # a signal that the system gave to another thread is handled here
+        self._wait(math.inf)
         self._over.result()
 
     @property
     def connections(self) -> int:
         return len(self._server.server_state.connections)
 
+    def drain(self, seconds: float) -> None:
+        """Close the port and idle connections, and end if the other requests are answered in time.
+
+        A load balancer then asks another server, since this one refuses its connections.
+        """
+        self._server.config.timeout_graceful_shutdown = math.ceil(seconds) + _FLUSH_TIMEOUT_S
+        self._server.should_exit = True
+        self._wait(seconds)
+
     def stop(self) -> None:
         """Take no more connections, send what is computed, and end."""
         self._server.should_exit = True
-        if self._over is not None:
-            wait([self._over], _FLUSH_TIMEOUT_S + 0.5)
+        self._wait(_FLUSH_TIMEOUT_S + 0.5)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait for the end. A signal that the system gave to another thread is handled here."""
+        deadline = time.monotonic() + seconds
+        while self._over is not None and not self._over.done():
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return
+            wait([self._over], min(remaining, _SIGNAL_WAIT_S))
 
 
 class _Server(Server):
@@ -224,12 +241,13 @@ def serve_until_signal(
     ready: Callable[[], object],
     note: Note,
     *,
+    drain: float,
     saves: bool = False,
 ) -> None:
-    """Serve until a signal, and raise its exception when all has ended, within 10 s.
+    """Serve until a signal, and raise its exception when all has ended.
 
-    Running answers have 7 s then, and none after a second Ctrl-C. If the models' end `saves`
-    something, nothing but Ctrl-C cuts it off.
+    Running answers have `drain` seconds then, and none after a second Ctrl-C. The rest takes 2 s at
+    most. If the models' end `saves` something, nothing but Ctrl-C cuts it off.
     """
     with interrupts.saving():
         server.start()
@@ -242,9 +260,10 @@ def serve_until_signal(
                 name = "answer" if count == 1 else "answers"
                 is_ctrl_c = isinstance(signal, KeyboardInterrupt)
                 again = "; Ctrl-C ends them at once" if is_ctrl_c else ""
-                note(f"{count} {name} may end, for {_ANSWER_TIMEOUT_S:.0f} s{again}")
+                note(f"{count} {name} may end, for {format_time(drain)}{again}")
             raise
         finally:
-            closing = in_background(models.close, _ANSWER_TIMEOUT_S)
-            wait([closing], None if saves else _ANSWER_TIMEOUT_S + _CLOSE_TIMEOUT_S)
+            server.drain(drain)
+            closing = in_background(models.close)
+            wait([closing], None if saves else _CLOSE_TIMEOUT_S)
             server.stop()

@@ -143,10 +143,9 @@ class ScriptedService:
         with self._lock:
             return replace(self._stats, running=len(self._running))
 
-    def close(self, patience: float = 0.0) -> None:
+    def close(self) -> None:
         with self._lock:
             self._closing = True
-        self._empty.wait(patience)
         for running in list(self._running):
             running.cancelled.set()
         self._empty.wait(5)

@@ -42,7 +42,7 @@ class Shelf:
         self.open.append(name)
         self.loads.append(name)
         close = service.close
-        service.close = lambda patience=0.0: (close(patience), self.open.remove(name))
+        service.close = lambda: (close(), self.open.remove(name))
         return LoadedModel(service, Defaults(SamplingOptions()), forms_of(service))
 
 
@@ -160,7 +160,7 @@ def test_the_servers_end_waits_for_a_model_that_is_being_unloaded(shelf):
             pass
         entered, may_close = threading.Event(), threading.Event()
         close = model.service.close
-        model.service.close = lambda patience=0.0: (entered.set(), may_close.wait(60))
+        model.service.close = lambda: (entered.set(), may_close.wait(60))
         await until(entered.is_set)
         ending = asyncio.ensure_future(asyncio.to_thread(models.close))
         await asyncio.sleep(0.05)

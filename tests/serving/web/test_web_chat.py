@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -298,8 +299,8 @@ def test_forty_at_once_of_which_a_third_leaves_get_what_each_gets_alone(serve):
     with ThreadPoolExecutor(40) as threads:
         list(threads.map(one, range(40)))
     assert results == {i: f"answer {i} of seed {i}" for i in range(40) if i % 3}
-    served.service.close(10)
-    assert served.service.stats().running == 0
+    while served.service.stats().running:  # those whose clients left end by themselves
+        time.sleep(0.01)
     assert served.reports == []
 
 

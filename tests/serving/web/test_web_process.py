@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import resource
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,10 +51,10 @@ class Process:
             time.sleep(0.01)
 
     def wait_until_closing(self):
-        hi = request(CHAT, {"messages": [{"role": "user", "content": "Hi"}]})
-        while (response := exchange(self, hi)).status == 200:
-            time.sleep(0.01)
-        return response
+        """Wait until it takes no more connections."""
+        with suppress(ConnectionError):
+            while exchange(self, request("/health")).status == 200:
+                time.sleep(0.01)
 
     def next_line(self):
         """The next line that it prints, which is waited for."""
@@ -138,7 +140,8 @@ def test_a_signal_that_the_system_gives_to_another_thread_ends_it(start):
     assert process.end() == (143, "")
 
 
-def test_running_answers_come_to_their_end_and_new_ones_are_refused(start, tmp_path):
+def test_running_answers_come_to_their_end_and_new_connections_are_refused(start, tmp_path):
+    """It answered 503, which a load balancer passes on to the client."""
     process = start(variables={"GATE": str(tmp_path / "gate")})
     text = "say:a{gate}b"
     with process.ask(text) as whole, process.ask(text, stream=True) as streamed:
@@ -146,16 +149,48 @@ def test_running_answers_come_to_their_end_and_new_ones_are_refused(start, tmp_p
         process.popen.send_signal(signal.SIGTERM)
         # Only then: a question that comes before it would be counted.
         assert process.next_line() == ENDING.format("2 answers")
-        refusal = process.wait_until_closing()
-        assert (refusal.status, refusal.error["code"]) == (503, "shutting_down")
+        process.wait_until_closing()
+        with pytest.raises(ConnectionRefusedError):
+            process.connect()
         (tmp_path / "gate").touch()
         assert content(read_response(whole)) == "ab"
         assert b"data: [DONE]" in read_response(streamed).body
     assert process.end() == (143, "")
 
 
+def test_a_request_that_came_before_the_signal_is_answered(start):
+    """It was refused if its body came after the signal."""
+    process = start()
+    body = json.dumps({"messages": [{"role": "user", "content": "say:well"}]}).encode()
+    whole = request(CHAT, body)
+    with process.connect() as late, process.connect() as idle:
+        late.sendall(whole[:-1])
+        assert exchange(process, request("/health")).status == 200
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_until_closing()
+        assert idle.recv(1) == b""
+        late.sendall(whole[-1:])
+        assert content(read_response(late)) == "well"
+    assert process.end() == (143, "")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_answer_without_an_end_is_cut_off(start, whole):
+    process = start("--drain", "1s")
+    with process.ask("say:a{hang}", stream=not whole) as asked:
+        process.wait_until_running(1)
+        process.popen.send_signal(signal.SIGTERM)
+        response = read_response(asked)
+        if whole:
+            assert (response.status, response.error["code"]) == (503, "shutting_down")
+        else:
+            assert b'"content":"a"' in response.body
+            assert b"the answer is cut off" in response.body
+    assert process.end() == (143, "note: 1 answer may end, for 1 s\n")
+
+
 @pytest.mark.slow
-def test_an_answer_without_an_end_is_cut_off(start):
+def test_an_answer_has_7_seconds_to_end(start):
     process = start()
     with process.ask("say:a{hang}") as whole, process.ask("say:a{hang}", stream=True) as streamed:
         process.wait_until_running(2)
@@ -245,6 +280,7 @@ def test_a_port_in_use_is_told(refused):
         (["--host", "no such host"], "cannot read"),
         (["--cors", "localhost:3000"], "is no origin"),
         (["--cors", "http://localhost:3000/page"], "is no origin"),
+        (["--drain", "soon"], "cannot read 'soon' as a time"),
         (["--api-key", ""], "the API key is empty"),
         (["--api-key", "a b\n"], "the API key has to be"),
         (["--api-key", "schlüssel"], "the API key has to be"),
