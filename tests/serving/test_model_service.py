@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from character_tokens import character_bytes
-from waiter import WAIT, Waiter, job
+from waiter import Waiter, job
 
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import SamplingOptions
