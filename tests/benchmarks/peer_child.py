@@ -221,7 +221,7 @@ class Llama:
         params.n_threads = params.n_threads_batch = os.cpu_count() or 2
         self._context = llama_cpp.llama_init_from_model(model, params)
         self._random = np.random.default_rng(1)
-        self._held = 0
+        self._held = 0  # tokens of the first sequence, -1 if other sequences have some
 
     def begin(self, context: int) -> None:
         """Hold so many random tokens, those that are there first: computing them takes minutes."""
@@ -249,6 +249,7 @@ class Llama:
     def run_together(self, sequences: int, position: int) -> float:
         """Seconds for one random token more of so many sequences, in one pass."""
         llama, start = self._llama, time.perf_counter()
+        self._held = -1
         batch = llama.llama_batch_init(sequences, 0, 1)
         batch.n_tokens = sequences
         for n, token in enumerate(self._random.integers(5, VOCAB, sequences).tolist()):

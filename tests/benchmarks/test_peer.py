@@ -1,10 +1,13 @@
 """llama.cpp's process, played by a program that says how long it took."""
 
+import ctypes
 import os
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import peer_child
 import pytest
 from peer import Peer
@@ -35,6 +38,68 @@ def test_rates_come_from_the_seconds_of_each_pass(tmp_path):
         assert running.prefill(64) == pytest.approx(2.0)
         assert running.decode(0, 10) == pytest.approx(2.0)
         assert running.decode(50, 10) == pytest.approx(1 / 50.5)
+
+
+class LlamaCpp:
+    """llama.cpp's memory, in which the positions of each sequence have to follow each other."""
+
+    llama_token = ctypes.c_int
+
+    def __init__(self):
+        self.lengths = dict.fromkeys(range(peer_child.SEQUENCES), 0)
+        self.logits = ctypes.c_float()
+
+    def llama_get_memory(self, context):
+        return None
+
+    def llama_memory_seq_rm(self, memory, sequence, first, last):
+        self.lengths[sequence] = min(self.lengths[sequence], first)
+        return True
+
+    def llama_memory_clear(self, memory, data):
+        self.lengths = dict.fromkeys(self.lengths, 0)
+
+    def llama_batch_init(self, tokens, embeddings, sequences):
+        rows = [[0] for _ in range(tokens)]
+        names = ("token", "pos", "logits", "n_seq_id")
+        return SimpleNamespace(seq_id=rows, **{name: [0] * tokens for name in names})
+
+    def llama_batch_get_one(self, ids, count):
+        first = range(self.lengths[0], self.lengths[0] + count)
+        return SimpleNamespace(n_tokens=count, pos=first, seq_id=[[0]] * count)
+
+    def llama_decode(self, context, batch):
+        for n in range(batch.n_tokens):
+            (sequence,) = batch.seq_id[n]
+            if batch.pos[n] != self.lengths[sequence]:
+                return -1
+            self.lengths[sequence] += 1
+        return 0
+
+    def llama_synchronize(self, context):
+        pass
+
+    def llama_get_logits(self, context):
+        return ctypes.addressof(self.logits)
+
+    def llama_batch_free(self, batch):
+        pass
+
+
+def test_measurements_follow_each_other_in_any_order(monkeypatch):
+    """Other sequences kept their tokens, so that llama.cpp refused the second round."""
+    llama = LlamaCpp()
+    monkeypatch.setattr(peer_child.Llama, "__init__", lambda self: None)
+    model = peer_child.Llama()
+    model._llama, model._context, model._held = llama, None, 0
+    model._random = np.random.default_rng(1)
+    for sequences in (4, 1, 2, 4):
+        model.begin(0)
+        for position in range(3):
+            model.run_together(sequences, position)
+        assert list(llama.lengths.values())[:5] == [3] * sequences + [0] * (5 - sequences)
+    model.begin(8)
+    assert llama.lengths == dict.fromkeys(llama.lengths, 0) | {0: 8}
 
 
 def test_a_peer_that_dies_is_named_with_its_last_words(tmp_path):
