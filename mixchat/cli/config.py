@@ -17,10 +17,10 @@ from mixchat.cli.flags.load_flags import JSON
 from mixchat.cli.flags.settings import (
     AGAIN,
     ValueSource,
+    all_settings,
     config_defaults,
     explained,
     option,
-    settings_of,
     takes_number,
     value_source,
 )
@@ -56,10 +56,10 @@ def config(
     """Show the settings in force, and where each of them comes from.
 
     'mixchat config --path' prints the path of config.toml, and --example prints a file to begin
-    with. Its keys are flags of 'mixchat run' without the dashes, such as temp = 0.2. Each setting
-    also has an environment variable, such as MIXCHAT_TEMP. A flag overrides the variable, and the
-    variable overrides the file. An empty variable counts as not set. MIXCHAT_STOP and
-    MIXCHAT_WORKER are split at spaces.
+    with. Its keys are flags of 'mixchat run' without the dashes, such as temp = 0.2, and alias of
+    'mixchat serve'. Each setting also has an environment variable, such as MIXCHAT_TEMP. A flag
+    overrides the variable, and the variable overrides the file. An empty variable counts as not
+    set. MIXCHAT_STOP, MIXCHAT_WORKER and MIXCHAT_ALIAS are split at spaces.
 
     There are other variables. MIXCHAT_HOME is the directory of models, chats and history.
     MIXCHAT_CONFIG is the path of config.toml. MIXCHAT_DEMO_WHEEL is the path of the demo model's
@@ -73,7 +73,7 @@ def config(
     if path:
         show_path(config_file())
     elif example:
-        show("\n".join(_example(settings_of(commands["run"]))))
+        show("\n".join(_example(all_settings(commands))))
     else:
         _show(commands, as_json)
 
@@ -81,10 +81,11 @@ def config(
 def _show(commands: dict[str, Any], as_json: bool) -> None:
     problems: list[Exception] = []
     try:
-        given = config_defaults(commands)["run"]
+        defaults = config_defaults(commands)
+        given = defaults["serve"] | defaults["run"]
     except UsageError as error:
         given, problems = {}, [error]
-    settings = list(_settings(commands["run"], given))
+    settings = list(_settings(commands, given))
     problems += [each.problem for each in settings if each.problem]
     if as_json:
         show(json.dumps(_as_dict(settings), indent=2))
@@ -95,10 +96,11 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
         raise typer.Exit(codes[0])
 
 
-def _settings(command: Any, given: dict[str, Any]) -> Iterator[CurrentSetting]:
+def _settings(commands: dict[str, Any], given: dict[str, Any]) -> Iterator[CurrentSetting]:
     """Parse each setting by itself, so that a bad one does not hide the others."""
+    command = commands["run"]
     context = command.context_class(command, info_name="run", default_map=given)
-    for key, parameter in settings_of(command).items():
+    for key, parameter in all_settings(commands).items():
         problem: Exception | None = None
         try:
             parameter.handle_parse_result(context, {}, [])

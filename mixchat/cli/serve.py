@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import typer
@@ -13,12 +14,35 @@ from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.load_flags import HolderFlags, LoadFlags
-from mixchat.cli.flags.settings import AGAIN, SERVER, option
+from mixchat.cli.flags.settings import AGAIN, SERVER, option, setting
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.serving.client.server_url import SERVER_PORT
 from mixchat.sessions.servers import ServeOptions, serve_experts, serve_http
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # an extension's has its own scheme
+
+
+_MAX_ALIASES, _MAX_NAME_LENGTH = 100, 200  # characters
+
+
+def parse_aliases(texts: Iterable[str]) -> dict[str, str]:
+    """Return the models by their aliases, without Ollama's tag. Raises `UsageError`."""
+    aliases: dict[str, str] = {}
+    for text in texts:
+        alias, equals, model = checked(text, "--alias").partition("=")
+        alias = alias.removesuffix(":latest")
+        names = alias, model
+        if not equals or not all(0 < len(name) <= _MAX_NAME_LENGTH for name in names):
+            hint = f"Write it like gpt-4o=demo, with {_MAX_NAME_LENGTH} characters a name at most."
+            raise UsageError(f"--alias {text!r:.80} is no NAME=MODEL", hint=hint)
+        if not text.isprintable():
+            raise UsageError(f"--alias {text!r:.80} has characters that cannot be shown")
+        if alias in aliases:
+            raise UsageError(f"--alias {alias!r:.80} is given twice")
+        aliases[alias] = model
+    if len(aliases) > _MAX_ALIASES:
+        raise UsageError(f"--alias takes {_MAX_ALIASES} names at most, not {len(aliases)}")
+    return aliases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +104,12 @@ class ServeFlags(LoadFlags):
         "Let a request name another installed model, which then replaces the loaded one.",
         SERVER,
     )
+    alias: list[str] | None = setting(
+        "--alias NAME=MODEL",
+        f"Let MODEL answer requests for NAME, as in gpt-4o=demo; {AGAIN}.",
+        SERVER,
+        check=parse_aliases,
+    )
     sleep_after: str | None = option(
         "--sleep-after TIME",
         "Unload the model after so long without a request, such as 10m, until the next one.",
@@ -131,6 +161,7 @@ def serve(context: typer.Context, flags: ServeFlags) -> None:
         sleep_after=None if flags.sleep_after is None else parse_duration(flags.sleep_after),
         keep_caches=flags.keep_cache,
         drain=parse_duration(flags.drain),
+        aliases=parse_aliases(flags.alias or ()),
     )
     serve_http(flags.model, load, options, TerminalReporter())
 

@@ -1,7 +1,8 @@
-"""The models of this machine, for `mixchat run`."""
+"""The models of this machine, for `mixchat run` and `serve --swap`."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
     from mixchat.serving.requests.lines import Begin
+    from mixchat.serving.web.served_models import ModelFacts
     from mixchat.text.form.output_constraint import OutputConstraint
 
 _MAX_CONTEXT = Context(MAX_DEFAULT_TOKENS, MAX_DEFAULT_TOKENS, is_chosen=False)
@@ -45,6 +47,7 @@ class LocalModels:
     ) -> None:
         self._load, self._reporter, self._usual, self._form = load, reporter, usual, form
         self._prompt_cache, self._keep_cache = prompt_cache, keep_cache
+        self._facts: dict[str, tuple[tuple[int, int], ModelFacts]] = {}
 
     def choose(self, given: str | None, resumed: SavedChat | None) -> str:
         """Return a model. The usual one continues a server's chat whose model is unknown here."""
@@ -143,6 +146,23 @@ class LocalModels:
                 contexts[name] = Context.of(config, self._load.context_size)
         return contexts
 
+    def facts(self, name: str) -> ModelFacts | None:
+        """Return what is known of an installed model, None if its files are damaged or gone."""
+        from mixchat.weights.format.manifest import MANIFEST_FILE
+        from mixchat.weights.models import installed_directory
+
+        try:
+            directory = installed_directory(name)
+            status = (directory / MANIFEST_FILE).stat()
+            stamp = status.st_ino, status.st_mtime_ns
+            known, facts = self._facts.get(name, (None, None))
+            if facts is None or known != stamp:  # reading thousands of checksums takes long
+                facts = _facts_of(directory, status.st_mtime)
+                self._facts[name] = stamp, facts
+            return facts
+        except (MixchatError, OSError):
+            return None
+
     def check(self, name: str, current: str) -> None:
         """Raise `MixchatError` if a chat cannot change. The demo is built for it."""
         from mixchat.text.checkpoint_text import CheckpointText
@@ -160,6 +180,23 @@ class LocalModels:
         ):
             Context.of(installed.config, self._load.context_size)
             text.tokenizer()
+
+
+def _facts_of(directory: Path, modified: float) -> ModelFacts:
+    from mixchat.serving.web.served_models import ModelFacts
+    from mixchat.weights.format.blueprint import Blueprint, Quantization
+    from mixchat.weights.format.manifest import read_manifest
+
+    manifest, config = read_manifest(directory), read_config_file(directory / "config.json")
+    quantization = manifest.quant_type
+    return ModelFacts(
+        manifest.size,
+        Blueprint(config, Quantization()).parameter_count,
+        manifest.quantization["dtype"] if quantization == "none" else quantization,
+        hashlib.sha256(manifest.serialized()).hexdigest(),
+        modified,
+        config.model_type,
+    )
 
 
 def _directory_of(name: str) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,11 +37,12 @@ class ServeOptions:
     sleep_after: float | None  # seconds
     keep_caches: bool
     drain: float  # seconds
+    aliases: Mapping[str, str]
 
 
 def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: Reporter) -> None:
     """Serve a model over HTTP until a signal. The port is taken before the model loads."""
-    from mixchat.serving.web.access import Access, bind, find_address, is_loopback, url_of
+    from mixchat.serving.web.access import Access, bind, find_address, is_loopback, page_url, url_of
 
     address = find_address(options.host, options.port, options.key)
     with bind(address) as bound:
@@ -51,7 +52,8 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
 
         state = AppState(models, reporter.error, reporter.note)
         access = Access(options.key, options.origins, is_loopback(address))
-        ready = f"{url_of(bound)}: serving {models.name}; Ctrl-C ends it"
+        page = f"; a browser opens {page_url(bound)}" if options.page else ""
+        ready = f"{url_of(bound)}/v1: serving {models.name}{page}; Ctrl-C ends it"
         size = f"context: {models.context.in_words}"
         app = create_app(state, access, page=options.page)
         server = WebServer(app, bound, started=models.await_sleep)
@@ -91,7 +93,19 @@ def _served_models(
 
     local = LocalModels(load, reporter, usual=name)
     others = partial(local.other_contexts, name) if options.swap else dict
-    return ServedModels(first, open_model, others=others, sleep_after=options.sleep_after)
+    models = {name, *others()}
+    for alias, model in options.aliases.items():
+        if model not in models:
+            hint = "" if options.swap else "; --swap serves other installed models, too"
+            reporter.note(f"--alias {alias}: this server has no model {model!r}{hint}")
+    return ServedModels(
+        first,
+        open_model,
+        others=others,
+        aliases=options.aliases,
+        facts=local.facts,
+        sleep_after=options.sleep_after,
+    )
 
 
 def serve_experts(model: str, load: LoadOptions, listen: str, reporter: Reporter) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from test_cli_run import prompts_in
 
-from mixchat.cli.flags.settings import settings_of
+from mixchat.cli.flags.settings import all_settings
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def settings():
 
     from mixchat.cli.app import app
 
-    return settings_of(typer.main.get_command(app).commands["run"])
+    return all_settings(typer.main.get_command(app).commands)
 
 
 def test_a_flag_goes_before_a_variable_and_that_before_the_file(mixchat, config_file):
@@ -128,6 +128,16 @@ def test_what_is_wrong_in_the_file_is_said_with_its_name_and_the_key(
         assert done.returncode == 2
         assert re.fullmatch(f"error: {re.escape(str(place))}: ({message})", first_line(done))
         assert b"Traceback" not in done.stderr
+
+
+def test_a_setting_of_serve_alone_is_checked_and_shown(mixchat, config_file):
+    config_file('alias = ["gpt-4o=demo"]')
+    assert holding(mixchat("config", "--json"))["alias"]["value"] == ["gpt-4o=demo"]
+    assert mixchat("run", "Hi").stdout == b"Hello\n"
+    place = config_file('alias = ["gpt-4o"]')
+    done = mixchat("config")
+    assert done.returncode == 2
+    assert first_line(done) == f"error: {place}: alias 'gpt-4o' is no NAME=MODEL"
 
 
 @pytest.mark.parametrize(

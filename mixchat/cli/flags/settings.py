@@ -19,7 +19,8 @@ from mixchat.base.settings import config_file, read_config
 PREFIX = "MIXCHAT_"
 AGAIN = "may be given again"  # of a flag with several values
 _DAMAGE = "mixchat.config"  # the error of config.toml, in the context's `meta`
-_COMMAND = "run"  # has every setting as a flag
+_COMMAND = "run"  # has nearly every setting as a flag
+_MORE_SETTINGS = {"serve": ("alias",)}  # that `run` has no flags for
 _LARGEST_NUMBER = 10**30  # Python refuses to write numbers of thousands of digits
 
 # The headings of flags in --help.
@@ -126,6 +127,15 @@ def settings_of(command: Any) -> dict[str, Any]:
     return {key: parameter for parameter in command.params if (key := _key(parameter))}
 
 
+def all_settings(commands: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of all commands, by their keys in config.toml."""
+    settings = settings_of(commands[_COMMAND])
+    for command, keys in _MORE_SETTINGS.items():
+        more = settings_of(commands[command])
+        settings |= {key: more[key] for key in keys}
+    return settings
+
+
 def value_source(context: typer.Context, parameter: Any) -> ValueSource:
     """Return the source of a parameter's value."""
     source = context.get_parameter_source(parameter.name)
@@ -184,7 +194,7 @@ def config_defaults(commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises `UsageError` for a bad file, key or type.
     """
     path = config_file()
-    known, values = settings_of(commands[_COMMAND]), read_config(path)
+    known, values = all_settings(commands), read_config(path)
     if unknown := [key for key in values if key not in known]:
         raise _unknown(path, unknown[0], known, commands[_COMMAND])
     given = {key: _as_given(f"{path}: {key}", known[key], values[key]) for key in values}

@@ -64,9 +64,15 @@ def bind(address: Address) -> socket.socket:
 
 
 def url_of(bound: socket.socket) -> str:
-    """Return the URL for clients of OpenAI's API."""
+    """Return the URL of a server."""
     host, port = bound.getsockname()[:2]
-    return f"http://{NetworkAddress(host, port)}/v1"
+    return f"http://{NetworkAddress(host, port)}"
+
+
+def page_url(bound: socket.socket) -> str:
+    """Return the URL for a browser on this machine. Some open none of a wildcard address."""
+    host, port = bound.getsockname()[:2]
+    return f"http://localhost:{port}" if ip_address(host).is_unspecified else url_of(bound)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,8 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
             body = await _object(state, request)
             if ollama.asks_nothing(path, body):
                 return await _load_or_unload(state, path, body)
+            if isinstance(body.get("model"), str):
+                body["model"] = state.models.resolve(body["model"])
 
             async def answer(scope: Scope, receive: Receive, send: Send) -> None:
                 async with AsyncExitStack() as until_sent:
@@ -219,17 +221,21 @@ async def _count_tokens(
 
 
 async def _ollama_models(state: AppState, request: Request) -> Response:
-    return _json(ollama.model_list(await state.models.contexts()))
+    return _json(ollama.model_list(await state.models.facts(await state.models.contexts())))
 
 
 async def _ollama_loaded(state: AppState, request: Request) -> Response:
     names = [state.models.name] if state.models.is_loaded else []
-    return _json(ollama.loaded_list(names, state.models.idle_s))
+    facts, context = await state.models.facts(names), state.models.context
+    return _json(ollama.loaded_list(facts, context, state.models.idle_s))
 
 
 async def _ollama_model(state: AppState, request: Request) -> Response:
     body = await _object(state, request)
-    return _json(ollama.describe(body, await state.models.contexts(), state.models.thinks))
+    contexts = await state.models.contexts()
+    name = ollama.named(body, contexts)
+    facts = (await state.models.facts([name]))[name]
+    return _json(ollama.describe(name, contexts[name], facts, thinks=state.models.thinks(name)))
 
 
 async def _ollama_pull(state: AppState, request: Request) -> Response:
@@ -255,9 +261,8 @@ async def _ollama_version(state: AppState, request: Request) -> Response:
 
 async def _models(state: AppState, request: Request) -> Response:
     contexts = await state.models.contexts()
-    return _json(
-        {"object": "list", "data": [_model_object(state, *one) for one in contexts.items()]}
-    )
+    models = [await _model_object(state, *one) for one in contexts.items()]
+    return _json({"object": "list", "data": models})
 
 
 async def _model(state: AppState, request: Request) -> Response:
@@ -265,11 +270,13 @@ async def _model(state: AppState, request: Request) -> Response:
     if name not in contexts:
         message = f"there is no such model here; this server has {', '.join(map(repr, contexts))}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
-    return _json(_model_object(state, name, contexts[name]))
+    return _json(await _model_object(state, name, contexts[name]))
 
 
-def _model_object(state: AppState, name: str, context: Context) -> dict[str, Any]:
-    model = {"id": name, "object": "model", "created": state.created, "owned_by": "mixchat"}
+async def _model_object(state: AppState, name: str, context: Context) -> dict[str, Any]:
+    facts = (await state.models.facts([name]))[name]
+    created = state.created if facts is None else int(facts.modified)
+    model = {"id": name, "object": "model", "created": created, "owned_by": "mixchat"}
     return {**model, "context_size": context.tokens}
 
 

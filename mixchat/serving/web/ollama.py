@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Annotated, Any, ClassVar
@@ -36,6 +36,7 @@ from mixchat.serving.requests.options import LATEST, LoadedModel, ParsedRequest
 from mixchat.serving.requests.tools import call_object
 from mixchat.serving.service import Delta, Done
 from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
+from mixchat.serving.web.served_models import ModelFacts
 from mixchat.text.form.schema import closed
 from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
 
@@ -251,16 +252,19 @@ def empty_answer(path: str, name: str, reason: str) -> JSON:
     return {**_head(name), **content, "done": True, "done_reason": reason}
 
 
-def model_list(names: Iterable[str]) -> JSON:
+def model_list(models: Mapping[str, ModelFacts | None]) -> JSON:
     """Return the answer of /api/tags."""
-    return {"models": list(map(_model, names))}
+    return {"models": [_model(name, facts) for name, facts in models.items()]}
 
 
-def loaded_list(names: Iterable[str], idle_s: float | None) -> JSON:
+def loaded_list(
+    models: Mapping[str, ModelFacts | None], context: Context, idle_s: float | None
+) -> JSON:
     """Return the answer of /api/ps. The models are unloaded after `idle_s` seconds, if ever."""
     idle_s = _FOREVER_S if idle_s is None else min(idle_s, _FOREVER_S)
     expires = (datetime.now(timezone.utc) + timedelta(seconds=idle_s)).isoformat()
-    return {"models": [{**_model(name), "size_vram": 0, "expires_at": expires} for name in names]}
+    loaded = {"size_vram": 0, "expires_at": expires, "context_length": context.tokens}
+    return {"models": [{**_model(name, facts), **loaded} for name, facts in models.items()]}
 
 
 def named(body: dict[str, Any], names: Container[str]) -> str:
@@ -271,35 +275,49 @@ def named(body: dict[str, Any], names: Container[str]) -> str:
     return name
 
 
-def describe(
-    body: dict[str, Any], contexts: Mapping[str, Context], thinks: Callable[[str], bool]
-) -> JSON:
-    """Return the answer of /api/show. Raises `RequestError` for an unknown model.
-
-    `thinks` returns whether a model is known to think.
-    """
-    name = named(body, contexts)
-    size = {"mixchat.context_length": contexts[name].tokens}
-    info = {"general.architecture": "mixchat", **size}
-    capabilities = ["completion", "tools", *(["thinking"] if thinks(name) else [])]
-    return {**_model(name), "model_info": info, "capabilities": capabilities}
+def describe(name: str, context: Context, facts: ModelFacts | None, *, thinks: bool) -> JSON:
+    """Return the answer of /api/show. `thinks` is whether the model is known to think."""
+    family = "mixchat" if facts is None else facts.family
+    info: JSON = {"general.architecture": family, f"{family}.context_length": context.tokens}
+    if facts is not None:
+        info["general.parameter_count"] = facts.parameters
+    capabilities = ["completion", "tools", *(["thinking"] if thinks else [])]
+    return {**_model(name, facts), "model_info": info, "capabilities": capabilities}
 
 
 def _head(name: str) -> JSON:
     return {"model": name, "created_at": datetime.now(timezone.utc).isoformat()}
 
 
-def _model(name: str) -> JSON:
-    details = dict.fromkeys(("family", "parameter_size", "quantization_level"), "")
+def _model(name: str, facts: ModelFacts | None) -> JSON:
+    """Return a model's entry. Some clients refuse one without size, digest or details."""
     tagged = name if ":" in name else f"{name}{LATEST}"  # Open WebUI asks for no other name
+    model: JSON = {"name": tagged, "model": tagged}
+    if facts is None:  # the model's files are damaged or gone
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        details = dict.fromkeys(("family", "parameter_size", "quantization_level"), "")
+        modified, families = datetime.now(timezone.utc), []
+    else:
+        digest, families = facts.digest, [facts.family]
+        modified = datetime.fromtimestamp(facts.modified, timezone.utc)
+        details = {
+            "family": facts.family,
+            "parameter_size": _count(facts.parameters),
+            "quantization_level": f"{facts.quantization}, {facts.bits:.3g} bits",
+        }
     return {
-        "name": tagged,
-        "model": tagged,
-        "modified_at": datetime.now(timezone.utc).isoformat(),
-        "size": 0,  # unknown here, but some clients refuse a list without it
-        "digest": hashlib.sha256(name.encode()).hexdigest(),
-        "details": {"format": "mixchat", "families": [], **details},
+        **model,
+        "modified_at": modified.isoformat(),
+        "size": 0 if facts is None else facts.size,
+        "digest": digest,
+        "details": {"format": "mixchat", "families": families, **details},
     }
+
+
+def _count(parameters: int) -> str:
+    """Return `46702792704` as `46.7B`."""
+    factor, unit = (10**9, "B") if parameters >= 10**9 else (10**6, "M")
+    return f"{parameters / factor:.1f}{unit}"
 
 
 def error_body(error: RequestError) -> JSON:

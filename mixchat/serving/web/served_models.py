@@ -8,9 +8,11 @@ unloaded, and the next request loads it again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, cast
 
 from anyio import to_thread
@@ -20,12 +22,34 @@ from mixchat.serving.requests.options import LATEST, LoadedModel
 from mixchat.serving.service import ServiceStats, ShuttingDownError
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """An installed model's size in bytes, its number of weights, and their usual type.
+
+    `digest` is the SHA-256 of its manifest, which has those of all weights. `modified` is in
+    seconds since 1970. `family` is its model_type.
+    """
+
+    size: int
+    parameters: int
+    quantization: str
+    digest: str
+    modified: float
+    family: str
+
+    @property
+    def bits(self) -> float:
+        """Return the bits of a weight, the mean of all."""
+        return 8 * self.size / self.parameters
+
+
 class ServedModels:
     """The loaded model, and what loads it again or another one.
 
-    `load` raises `MixchatError`. `others` has further models that it can load, by name. It may read
-    the disk. After `sleep_after` seconds without a request, the model is unloaded. Only `close` and
-    `stats` may be called outside of the event loop.
+    `load` raises `MixchatError`. `others` has further models that it can load, by name. `aliases`
+    are more names of models. `facts` returns what is known of a model. It may read the disk, as
+    `others` may. After `sleep_after` seconds without a request, the model is unloaded. Only `close`
+    and `stats` may be called outside of the event loop.
     """
 
     def __init__(
@@ -34,12 +58,15 @@ class ServedModels:
         load: Callable[[str], LoadedModel],
         *,
         others: Callable[[], Mapping[str, Context]] = dict,
+        aliases: Mapping[str, str] = MappingProxyType({}),
+        facts: Callable[[str], ModelFacts | None] = lambda name: None,
         sleep_after: float | None = None,
     ) -> None:
         self.name, self.context = first.service.name, first.service.context
         self._first = {self.name: self.context}
         self._model = cast("LoadedModel | None", first)
         self._load, self._others, self._sleep_after = load, others, sleep_after
+        self._aliases, self._facts = aliases, facts
         self._turn = asyncio.Lock()  # first come, first served
         self._users, self._unused = 0, asyncio.Event()
         self._unused.set()
@@ -59,13 +86,29 @@ class ServedModels:
             return self._sleep_after
         return max(self._timer.when() - asyncio.get_running_loop().time(), 0.0)
 
+    def resolve(self, name: str) -> str:
+        """Return a model's own name for an alias, and other names without Ollama's tag."""
+        name = name.removesuffix(LATEST)
+        return self._aliases.get(name, name)
+
     def thinks(self, name: str) -> bool:
         """Return whether this model is loaded and thinks."""
-        model = self._model
-        return model is not None and name == self.name and bool(model.service.template.thinking)
+        model, is_loaded = self._model, self.resolve(name) == self.name
+        return model is not None and is_loaded and bool(model.service.template.thinking)
 
     async def contexts(self) -> dict[str, Context]:
-        """Return the contexts of the models that requests may name, the last used model first."""
+        """Return the contexts by the names that requests may use, the last used model first."""
+        known = await self._known()
+        aliases = self._aliases.items()
+        return known | {alias: known[name] for alias, name in aliases if name in known}
+
+    async def facts(self, names: Iterable[str]) -> dict[str, ModelFacts | None]:
+        """Return what is known of models, by the names that requests may use."""
+        return await to_thread.run_sync(
+            lambda: {name: self._facts(self.resolve(name)) for name in names}
+        )
+
+    async def _known(self) -> dict[str, Context]:
         others = await to_thread.run_sync(self._others)
         return {self.name: self.context} | self._first | dict(others)
 
@@ -76,8 +119,8 @@ class ServedModels:
         Raises `MixchatError` if it cannot be loaded.
         """
         async with self._turn:
-            wanted = name.removesuffix(LATEST) if isinstance(name, str) else self.name
-            if wanted != self.name and wanted not in await self.contexts():
+            wanted = self.resolve(name) if isinstance(name, str) else self.name
+            if wanted != self.name and wanted not in await self._known():
                 wanted = self.name
             if self._model is None or wanted != self.name:
                 await self._unused.wait()
@@ -95,7 +138,7 @@ class ServedModels:
 
     async def unload(self, name: str) -> None:
         """Unload the model `name`, if it is loaded, as soon as nobody uses it."""
-        while self.is_loaded and name == self.name:
+        while self.is_loaded and self.resolve(name) == self.name:
             await self._unused.wait()
             await _to_end(self._sleep())
 

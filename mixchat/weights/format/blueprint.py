@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -288,6 +289,16 @@ class Blueprint:
     def weights_size(self) -> int:
         """Return the bytes of all tensors, which is the size without the files' headers."""
         return sum(spec.nbytes for spec in self.shared_tensors()) + self.experts_size
+
+    @property
+    def parameter_count(self) -> int:
+        """Return the number of weights, whatever their types. A tied head counts once."""
+        dense = Blueprint(self.config, Quantization("none"))
+        experts = (*dense.expert.gate_up.tensors, *dense.expert.down.tensors)
+        is_tied = self.config.tie_word_embeddings
+        shared = (spec for spec in dense.shared_tensors() if not (is_tied and HEAD in spec.name))
+        count = sum(prod(spec.shape) for spec in shared)
+        return count + self.expert_count * sum(prod(spec.shape) for spec in experts)
 
     @property
     def attention_size(self) -> int:

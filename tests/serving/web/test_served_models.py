@@ -18,7 +18,7 @@ from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.service import ShuttingDownError
 from mixchat.serving.web import app
-from mixchat.serving.web.served_models import ServedModels
+from mixchat.serving.web.served_models import ModelFacts, ServedModels
 from mixchat.sessions import servers
 
 CHAT = "/v1/chat/completions"
@@ -89,6 +89,24 @@ def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
 
     asyncio.run(main())
     assert shelf.loads == ["a", "b", "a"]
+
+
+def test_an_alias_means_its_model_whatever_has_the_same_name(shelf):
+    async def main():
+        models = models_of(shelf, aliases={"gpt-4o": "b", "a": "b", "b": "unknown", "d": "gpt-4o"})
+        for name, used in [("gpt-4o", "b"), ("a", "b"), ("b", "b"), ("d", "b")]:
+            async with models.use(name) as model:
+                assert model.service.name == used
+        contexts = await models.contexts()
+        assert {name: context.tokens for name, context in contexts.items()} == {
+            "b": 40_000,
+            "a": 40_000,
+            "gpt-4o": 40_000,
+        }
+        await models.unload("gpt-4o")
+        assert not models.is_loaded
+
+    asyncio.run(main())
 
 
 def test_a_change_waits_for_running_answers_and_later_requests_wait_behind_it(shelf):
@@ -284,6 +302,55 @@ def test_counts_go_on_over_a_change_of_model(serve, shelf):
         ("b", 40_000),
         ("a", 4000),
     ]
+    models.close()
+
+
+def test_an_alias_is_a_name_in_each_api(serve, shelf):
+    models = models_of(shelf, aliases={"gpt-4o": "b"})
+    served = serve(models=models)
+    asked = {"model": "gpt-4o", "messages": [{"role": "user", "content": "say:hi"}]}
+    for path, body in {
+        CHAT: asked,
+        "/v1/responses": {"model": "gpt-4o", "input": "say:hi"},
+        "/v1/messages": asked | {"max_tokens": 5},
+        "/api/chat": asked | {"stream": False},
+        "/tokenize": {"model": "gpt-4o", "content": "a"},
+        "/api/show": {"model": "gpt-4o:latest"},
+        "/api/pull": {"model": "gpt-4o"},
+        "/api/generate": {"model": "gpt-4o", "prompt": "", "keep_alive": 0},
+    }.items():
+        response = exchange(served, request(path, body))
+        assert response.status == 200, response.body
+    assert shelf.open == []
+    tags = exchange(served, request("/api/tags")).json["models"]
+    assert [model["name"] for model in tags] == ["b:latest", "a:latest", "gpt-4o:latest"]
+    models.close()
+
+
+def test_ollama_and_openai_show_what_is_known_of_a_model(serve, shelf):
+    """Sizes were 0, times the present, and a digest that of the name."""
+    modified = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    facts = ModelFacts(4_500_000_000, 8_000_000_000, "nf4", "d" * 64, modified.timestamp(), "olmoe")
+    models = models_of(shelf, facts={"a": facts}.get, aliases={"gpt-4o": "a"})
+    served = serve(models=models)
+    with closing(ollama.Client(host=served.url)) as client:
+        listed = {model.model: model for model in client.list().models}
+        for model in listed["a:latest"], listed["gpt-4o:latest"], client.ps().models[0]:
+            assert (model.size, model.digest) == (4_500_000_000, "d" * 64)
+            assert model.details.quantization_level == "nf4, 4.5 bits"
+            assert (model.details.parameter_size, model.details.family) == ("8.0B", "olmoe")
+        assert listed["a:latest"].modified_at == modified
+        assert listed["b:latest"].size == 0  # nothing is known of it
+        shown = client.show("a")
+        assert shown.modelinfo == {
+            "general.architecture": "olmoe",
+            "olmoe.context_length": 4000,
+            "general.parameter_count": 8_000_000_000,
+        }
+        assert shown.modified_at == modified
+    loaded = exchange(served, request("/api/ps")).json["models"][0]
+    assert loaded["context_length"] == 4000
+    assert exchange(served, request("/v1/models/a")).json["created"] == modified.timestamp()
     models.close()
 
 

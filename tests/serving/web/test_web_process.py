@@ -30,8 +30,10 @@ class Process:
         self.popen = subprocess.Popen(
             [*FAKE, "--port", "0", *arguments], stderr=subprocess.PIPE, text=True, **options
         )
-        self.first_line = self.next_line()
-        found = re.match(r"http://\S+:(\d+)/v1: serving ", self.first_line)
+        self.first_line = line = self.next_line()
+        while line.startswith("note: "):
+            line = self.next_line()
+        found = re.match(r"http://\S+:(\d+)/v1: serving ", line)
         assert found, self.first_line + self.popen.stderr.read()
         self.port = int(found[1])
         self.context_line = self.next_line()
@@ -113,12 +115,44 @@ def content(response):
     return response.json["choices"][0]["message"]["content"]
 
 
-def test_its_first_line_names_the_url_and_the_model(start):
+def test_its_first_line_names_the_model_and_the_urls_for_programs_and_for_a_browser(start):
     process = start("-m", "demo")
-    assert re.fullmatch(
-        r"http://127\.0\.0\.1:\d+/v1: serving demo; Ctrl-C ends it\n", process.first_line
+    url = f"http://127.0.0.1:{process.port}"
+    assert process.first_line == (
+        f"{url}/v1: serving demo; a browser opens {url}; Ctrl-C ends it\n"
     )
     assert exchange(process, request("/v1/models")).json["data"][0]["id"] == "demo"
+
+
+def test_without_a_page_its_first_line_names_none(start):
+    process = start("-m", "demo", "--no-page")
+    assert process.first_line.endswith("/v1: serving demo; Ctrl-C ends it\n")
+
+
+def test_aliases_are_names_of_the_model(start):
+    """Tools that have names of models built in could not be used."""
+    given = ["--alias", "gpt-4o=demo", "--alias", "b=other"]
+    process = start("-m", "demo", *given, variables={"MIXCHAT_ALIAS": "unused=demo"})
+    assert process.first_line == (
+        "note: --alias b: this server has no model 'other'; --swap serves other installed models, "
+        "too\n"
+    )
+    listed = exchange(process, request("/v1/models")).json["data"]
+    assert [model["id"] for model in listed] == ["demo", "gpt-4o"]
+    body = {"messages": [{"role": "user", "content": "say:well"}]}
+    for name, status in {"gpt-4o": 200, "gpt-4o:latest": 200, "b": 404, "unused": 404}.items():
+        assert exchange(process, request(CHAT, {"model": name, **body})).status == status
+
+
+def test_aliases_may_be_settings(start, environment, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text('alias = ["a=demo", "b=demo"]\n')
+    for variables, names in [
+        ({"MIXCHAT_CONFIG": str(config)}, ["demo", "a", "b"]),
+        ({"MIXCHAT_CONFIG": str(config), "MIXCHAT_ALIAS": "c=demo d=demo"}, ["demo", "c", "d"]),
+    ]:
+        listed = exchange(start("-m", "demo", variables=variables), request("/v1/models")).json
+        assert [model["id"] for model in listed["data"]] == names
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -231,6 +265,7 @@ def test_connections_beyond_the_usual_limit_of_files_stop_nobody(start):
 def test_with_a_key_which_may_be_a_variable_it_may_be_reached_from_elsewhere(start):
     process = start("--host", "0.0.0.0", variables={"MIXCHAT_API_KEY": "secret"})
     assert process.first_line.startswith("http://0.0.0.0:")
+    assert f"a browser opens http://localhost:{process.port};" in process.first_line
     assert exchange(process, request("/v1/models")).status == 401
     data = request("/v1/models", host="box.example", authorization="Bearer secret")
     assert exchange(process, data).status == 200
@@ -242,9 +277,7 @@ def test_it_listens_on_ipv6_too(start):
     except OSError:
         pytest.skip("this machine has no IPv6")
     process = start("--host", "::1")
-    assert (
-        process.first_line == f"http://[::1]:{process.port}/v1: serving instruct; Ctrl-C ends it\n"
-    )
+    assert process.first_line.startswith(f"http://[::1]:{process.port}/v1: serving instruct;")
     with socket.create_connection(("::1", process.port), timeout=HANGS) as connection:
         connection.sendall(request("/health", host=f"[::1]:{process.port}"))
         assert read_response(connection).status == 200
@@ -280,6 +313,12 @@ def test_a_port_in_use_is_told(refused):
         (["--host", "no such host"], "cannot read"),
         (["--cors", "localhost:3000"], "is no origin"),
         (["--cors", "http://localhost:3000/page"], "is no origin"),
+        (["--alias", "gpt-4o"], "is no NAME=MODEL"),
+        (["--alias", "=demo"], "is no NAME=MODEL"),
+        (["--alias", f"{'a' * 201}=demo"], "is no NAME=MODEL"),
+        (["--alias", "a\x1b=demo"], "cannot be shown"),
+        (["--alias", "a=demo", "--alias", "a:latest=b"], "given twice"),
+        ([f"--alias=a{n}=demo" for n in range(101)], "100 names at most"),
         (["--drain", "soon"], "cannot read 'soon' as a time"),
         (["--api-key", ""], "the API key is empty"),
         (["--api-key", "a b\n"], "the API key has to be"),

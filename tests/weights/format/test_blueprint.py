@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixchat.base.model_config import ModelConfig, RopeParameters
+from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
+from mixchat.weights.known_models import KNOWN
 from mixchat.weights.matrix.linear import Layout
 from mixchat.weights.matrix.quant_type import QuantType
 
@@ -80,3 +83,13 @@ def test_only_models_with_biases_have_one_of_their_router(bias):
         assert specs[name] == model.gate_bias(1)
         assert specs[name].shape == (8,)
         assert replace(specs[name], name="") == replace(model.gate_bias(0), name="")
+
+
+@pytest.mark.parametrize("name", ["instruct", "qwen3", "gpt-oss", "olmoe", "granite", "mellum2"])
+def test_parameters_are_counted_as_transformers_counts_them(name):
+    raw = KNOWN[name].config
+    with torch.device("meta"):
+        oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
+    count = sum(parameter.numel() for parameter in oracle.parameters())
+    for quantization in (Quantization("nf4", head="int8"), Quantization("none")):
+        assert Blueprint(read_config(raw), quantization).parameter_count == count
