@@ -25,6 +25,7 @@ def exit_codes(text: str) -> dict[int, str]:
 def command_lines() -> list[str]:
     """Each `mixchat ...` of README's shell blocks, without redirections, pipes and comments."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    blocks = re.sub(r"^docker .*$", "", blocks, flags=re.MULTILINE)  # mixchat is an image there
     found = re.findall(r"\bmixchat [^\n|>#]*|\bmixchat$", blocks, flags=re.MULTILINE)
     return [line.strip() for line in found]
 

@@ -19,6 +19,7 @@ import pytest
 from raw_http import exchange, read_response, request
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_serve.py"))]
+DOCKERFILE = Path(__file__).parents[3] / ".github/Dockerfile"
 CHAT = "/v1/chat/completions"
 HANGS = 60  # seconds after which a test fails, since something hangs
 
@@ -269,6 +270,20 @@ def test_with_a_key_which_may_be_a_variable_it_may_be_reached_from_elsewhere(sta
     assert exchange(process, request("/v1/models")).status == 401
     data = request("/v1/models", host="box.example", authorization="Bearer secret")
     assert exchange(process, data).status == 200
+
+
+def test_the_command_of_the_dockerfile_serves_a_model_that_it_can_build(start):
+    """It asked for `instruct`, which a new volume lacks."""
+    text = DOCKERFILE.read_text(encoding="utf-8")
+    command, arguments = (
+        json.loads(re.search(rf"^{name} (.*)$", text, re.MULTILINE)[1])
+        for name in ("ENTRYPOINT", "CMD")
+    )
+    assert (command, arguments[0]) == (["mixchat"], "serve")
+    variables = dict(re.findall(r"(MIXCHAT_\w+)=(\S+)", re.search(r"^ENV .*$", text, re.M)[0]))
+    del variables["MIXCHAT_HOME"]
+    process = start(*arguments[1:], variables=variables | {"MIXCHAT_API_KEY": "secret"})
+    assert process.first_line.startswith(f"http://0.0.0.0:{process.port}/v1: serving demo;")
 
 
 def test_it_listens_on_ipv6_too(start):
