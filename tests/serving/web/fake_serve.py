@@ -1,6 +1,9 @@
 """`mixchat serve` as a program of its own, with a scripted service in place of a model."""
 
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))  # as pytest does for the modules of tests/
 
 from scripted_service import ScriptedService
 
