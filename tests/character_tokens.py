@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from mixchat.text.tokenizer import TokenBytes
+from mixchat.text.detokenizer import TokenBytes
 
 
 class _CharacterBytes:

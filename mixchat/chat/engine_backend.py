@@ -188,7 +188,7 @@ class EngineBackend:
             self.context.tokens - len(prompt.ids),
         )
         parser = parser_of(self.template.thinking, self.tokenizer, prompt.made, prompt.begun)
-        return Answer(Detokenizer(self.tokenizer, context), limits, parser)
+        return Answer(Detokenizer(self.tokenizer.token_bytes, context), limits, parser)
 
     def _start_constraint(self, before: Message | None) -> Constraint | None:
         if self._form is None:

@@ -27,7 +27,7 @@ class RunningJob:
         prompt, begun = job.prompt_ids[:made], job.prompt_ids[made:]
         self._parser = answer_parser(job.thinking, job.tools, tokenizer, prompt, begun, job.offered)
         self._text = Answer(
-            Detokenizer(tokenizer, job.prompt_ids if job.continues_prompt else ()),
+            Detokenizer(tokenizer.token_bytes, job.prompt_ids if job.continues_prompt else ()),
             AnswerLimits(job.stop_ids, job.stop, job.max_tokens, room),
             self._parser,
         )

@@ -15,6 +15,6 @@
 - tool_call.py: a tool, a call, and a piece of a call
 - tool_formats.py: the forms in which models call tools, and one for models that learned none
 - tool_parser.py: takes calls out of an answer while it is generated
-- detokenizer.py: text from one id after the other, in whole characters, up to a stop string
+- detokenizer.py: the bytes of tokens, and text from one id after the other, up to a stop string
 - form/: holds answers to a JSON schema or a grammar
 """

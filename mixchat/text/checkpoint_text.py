@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.messages import Message, Variables, as_parts
 from mixchat.text.sandbox import Sandbox, SandboxCall, unusable
 from mixchat.text.template import Template
 from mixchat.text.thinking import ThinkingFormat
-from mixchat.text.tokenizer import Insert, TokenBytes, Tokenizer
+from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import template_file
 from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import FORMATS

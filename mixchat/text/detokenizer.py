@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-if TYPE_CHECKING:
-    from mixchat.text.tokenizer import Tokenizer
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """The bytes that each token adds to the UTF-8 of a text, none for control tokens.
+
+    `within` has the bytes of a token that follows others, by id. `first` has only the tokens that
+    add other bytes at the start of a text, because SentencePiece drops a leading space there.
+    `names` has the names of control tokens that a person sees, such as `<think>`: their checkpoint
+    does not mark them as special.
+    """
+
+    within: Sequence[bytes]
+    first: Mapping[int, bytes]
+    names: Mapping[int, bytes] = field(default_factory=dict)
+
+    def added(self, token: int, *, is_first: bool) -> bytes:
+        """Return the bytes that a token adds to a text that a person sees. Unknown ids add none."""
+        if is_first and token in self.first:
+            return self.first[token]
+        known = self.within[token] if 0 <= token < len(self.within) else b""
+        return known or self.names.get(token, b"")
 
 
 class Detokenizer:
@@ -18,9 +37,9 @@ class Detokenizer:
         add(▁a) = "a", add(<0xE2>) = "", add(<0x82>) = "", add(<0xAC>) = "\u20ac"
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokens: TokenBytes, prompt_ids: Sequence[int] = ()) -> None:
         """Continue the text of `prompt_ids`, which must end with a whole character."""
-        self._tokens = tokenizer.token_bytes
+        self._tokens = tokens
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self._is_first = True
         for token in prompt_ids:

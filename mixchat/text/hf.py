@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mixchat.base.errors import CheckpointError, short_message
 from mixchat.base.files import read_json_object
+from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.hf_bytes import byte_level_bytes, decoded_bytes, with_controls
-from mixchat.text.tokenizer import Insert, TokenBytes, Tokenizer, require_unicode, token_pattern
+from mixchat.text.tokenizer import Insert, Tokenizer, require_unicode, token_pattern
 from mixchat.text.tokenizer_files import (
     MAX_TOKENIZER_FILE,
     AddedToken,

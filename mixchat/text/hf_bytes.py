@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mixchat.text.tokenizer import TokenBytes
+from mixchat.text.detokenizer import TokenBytes
 
 if TYPE_CHECKING:
     import tokenizers

@@ -9,9 +9,9 @@ from typing import Any
 
 from mixchat.base.errors import CheckpointError, short_message
 from mixchat.base.files import read_bytes
+from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.tokenizer import (
     Insert,
-    TokenBytes,
     Tokenizer,
     looks_like_markup,
     require_unicode,

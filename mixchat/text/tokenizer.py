@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from mixchat.base.errors import PromptError
-from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.detokenizer import Detokenizer, TokenBytes
 
 # A character in a template's text may stand for plain text, or for ids that are taken as they are.
 Insert: TypeAlias = "str | tuple[int, ...]"
@@ -17,28 +16,6 @@ Insert: TypeAlias = "str | tuple[int, ...]"
 # not match. Only one part of a pattern can take the first letter, or a text without an end would
 # take hours.
 _MARKUP = re.compile(r"<[^\s<>\w]*\w[^\s<>]*>|\[[^\s\[\]\w]*\w[^\s\[\]]*\]")
-
-
-@dataclass(frozen=True)
-class TokenBytes:
-    """The bytes that each token adds to the UTF-8 of a text, none for control tokens.
-
-    `within` has the bytes of a token that follows others, by id. `first` has only the tokens that
-    add other bytes at the start of a text, because SentencePiece drops a leading space there.
-    `names` has the names of control tokens that a person sees, such as `<think>`: their checkpoint
-    does not mark them as special.
-    """
-
-    within: Sequence[bytes]
-    first: Mapping[int, bytes]
-    names: Mapping[int, bytes] = field(default_factory=dict)
-
-    def added(self, token: int, *, is_first: bool) -> bytes:
-        """Return the bytes that a token adds to a text that a person sees. Unknown ids add none."""
-        if is_first and token in self.first:
-            return self.first[token]
-        known = self.within[token] if 0 <= token < len(self.within) else b""
-        return known or self.names.get(token, b"")
 
 
 class Tokenizer(Protocol):
@@ -70,7 +47,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special and unknown ones. Broken UTF-8 is U+FFFD."""
-        detokenizer = Detokenizer(self)
+        detokenizer = Detokenizer(self.token_bytes)
         return "".join(map(detokenizer.add, ids)) + detokenizer.flush()
 
 

@@ -8,10 +8,9 @@ from chat_doubles import MARKS, CharacterTokenizer
 
 from mixchat.chat.answer import Answer, AnswerLimits
 from mixchat.chat.session import Finished, TextDelta, ThinkingDelta
-from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.messages import Message
 from mixchat.text.thinking import AnswerText, ThinkingFormat, parser_of
-from mixchat.text.tokenizer import TokenBytes
 
 TAGS = ThinkingFormat("tags", ("enable_thinking",))
 HARMONY = ThinkingFormat("harmony", ("reasoning_effort",))
@@ -185,7 +184,7 @@ def test_a_token_that_has_thinking_and_answer_is_not_remembered(text, content_id
     tokens = [ord(a) << 8 | ord(b) for a, b in zip(text[::2], text[1::2], strict=False)]
     tokenizer: Any = Pairs()
     limits = AnswerLimits(frozenset({0}), (), None, 100)
-    answer = Answer(Detokenizer(tokenizer), limits, parser_of(TAGS, tokenizer, ()))
+    answer = Answer(Detokenizer(tokenizer.token_bytes), limits, parser_of(TAGS, tokenizer, ()))
     for token in [*tokens, 0]:
         answer.add(token)
     message = answer.message()

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import mixchat.base.errors
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "chat"), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
 from chat_doubles import make_session
 
 from mixchat.sessions.opening import resolve_sampling

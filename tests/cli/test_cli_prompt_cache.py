@@ -10,7 +10,7 @@ import pytest
 
 from mixchat.sessions.cache_file import FILE_START
 from mixchat.sessions.local_models import LocalModels
-from mixchat.text.tokenizer import TokenBytes
+from mixchat.text.detokenizer import TokenBytes
 
 _FIRST = 30  # the tiny model's 97 tokens are the characters from here on
 

@@ -13,7 +13,7 @@ many = settings(max_examples=100)
 
 
 def streamed(tokenizer: Any, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, prompt_ids)
+    detokenizer = Detokenizer(tokenizer.token_bytes, prompt_ids)
     return [*(detokenizer.add(i) for i in ids), detokenizer.flush()]
 
 
@@ -50,7 +50,7 @@ def test_each_character_is_shown_when_it_is_complete(text, cut, tokenizer):
     if "\ufffd" in tokenizer.decode(ids):
         return
     shown = ""
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer.token_bytes)
     for count, token_id in enumerate(ids, start=1):
         shown += detokenizer.add(token_id)
         assert "\ufffd" not in shown
@@ -78,7 +78,7 @@ def test_a_word_keeps_its_space_after_many_control_tokens(v1):
 
 
 def test_flushing_twice_shows_nothing_twice(v1):
-    detokenizer = Detokenizer(v1)
+    detokenizer = Detokenizer(v1.token_bytes)
     detokenizer.add(3 + 0xE2)
     assert detokenizer.flush() == "\ufffd"
     assert detokenizer.flush() == ""

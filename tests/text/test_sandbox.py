@@ -65,7 +65,7 @@ def test_the_sandbox_answers_as_the_same_tokenizer_outside(directory):
         )
         assert sandboxed.token_bytes == tokenizer.token_bytes
         assert sandboxed.decode([*ids, 10**9]) == tokenizer.decode([*ids, 10**9])
-        streams = (Detokenizer(sandboxed), Detokenizer(tokenizer))
+        streams = (Detokenizer(sandboxed.token_bytes), Detokenizer(tokenizer.token_bytes))
         assert [streams[0].add(i) for i in ids] == [streams[1].add(i) for i in ids]
 
 

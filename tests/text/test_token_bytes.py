@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_strategies import anything
 
-from mixchat.text.detokenizer import Detokenizer
-from mixchat.text.tokenizer import TokenBytes
+from mixchat.text.detokenizer import Detokenizer, TokenBytes
 
 many = settings(max_examples=150)
 choices = st.lists(st.integers(0, 10**9), min_size=1, max_size=30)
@@ -22,7 +21,7 @@ def joined(tokens: TokenBytes, ids: list[int], *, begins: bool = True) -> bytes:
 
 
 def shown(tokenizer: Any, ids: list[int], before: list[int]) -> str:
-    detokenizer = Detokenizer(tokenizer, before)
+    detokenizer = Detokenizer(tokenizer.token_bytes, before)
     return "".join(map(detokenizer.add, ids)) + detokenizer.flush()
 
 

@@ -8,11 +8,11 @@ import random
 from collections.abc import Mapping
 from functools import cache
 
+from mixchat.text.detokenizer import TokenBytes
 from mixchat.text.form.constraint import ConstraintCompiler, StartConstraint
 from mixchat.text.form.grammar import checked_lark, lark_from_gbnf
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.form.schema import schema_grammar
-from mixchat.text.tokenizer import TokenBytes
 
 STOP = 256
 # A value that may end here does so often: else strings, numbers and lists grow without a bound.

@@ -13,12 +13,11 @@ from form_walks import STOP
 
 from mixchat.base.errors import UsageError
 from mixchat.chat.answer import Answer, AnswerLimits
-from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.form.call_form import CallForm, call_grammar
 from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.thinking import ThinkingFormat
-from mixchat.text.tokenizer import TokenBytes
 from mixchat.text.tool_call import Tool, joined_calls
 from mixchat.text.tool_formats import FORMATS
 from mixchat.text.tool_parser import answer_parser
@@ -70,7 +69,7 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
     """An answer that begins with what is `said` and continues with random tokens that may come."""
     thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
     parser = answer_parser(thinking, form.format, tokens, (), offered=form.tools)
-    answer = Answer(Detokenizer(tokens), AnswerLimits({STOP}, (), None, 3000), parser)
+    answer = Answer(Detokenizer(tokens.token_bytes), AnswerLimits({STOP}, (), None, 3000), parser)
     constraint: Any = compiled(form, tokens)(continued=True)
     if not form.must_call:
         constraint = CallConstraint(constraint, parser, form.format.opening, tokens)

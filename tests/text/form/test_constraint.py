@@ -5,9 +5,8 @@ import torch
 from form_walks import STOP, ByteTokenizer, compiled, json_object, lark_grammar
 
 from mixchat.base.errors import PromptError, UsageError
-from mixchat.text.detokenizer import Detokenizer
+from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.form.constraint import ConstraintCompiler, TokenConstraint
-from mixchat.text.tokenizer import TokenBytes
 
 
 def allowed(constraint: TokenConstraint) -> set[int]:
@@ -111,7 +110,7 @@ def test_what_is_shown_of_random_answers_has_the_form(seed, tokenizer, kind):
             if token == stop:
                 break
             ids.append(token)
-        detokenizer = Detokenizer(tokenizer, before)
+        detokenizer = Detokenizer(tokenizer.token_bytes, before)
         text = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
         assert compiled(constraint)(text.encode()).allowed()[STOP], text
 
