@@ -136,6 +136,7 @@ def test_verbose_prints_figures_on_stderr(mixchat):
         "decode   6 tokens, 20.0 tok/s (18 to 21 predicted, measured 3 days ago)",
         "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots",
         "loaded   6 kB, waited 0.0 s for it",
+        "context  1,000 tokens; --ctx-size can be up to 32,768",
         "seed     7",
         "ended    stop",
     ]
@@ -150,8 +151,8 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[4] == "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots"
     assert lines[5] == "loaded   6 kB, waited 0.0 s for it"
-    assert lines[12] == "experts  15 hits, 5 misses (hit rate 75.0%), 16 RAM slots"
-    assert lines[13] == "loaded   5 kB, waited 0.0 s for it"
+    assert lines[13] == "experts  15 hits, 5 misses (hit rate 75.0%), 16 RAM slots"
+    assert lines[14] == "loaded   5 kB, waited 0.0 s for it"
 
 
 def test_verbose_tells_how_fast_files_were_read():
@@ -206,7 +207,7 @@ def test_verbose_tells_of_tokens_that_were_proposed():
 def test_a_seed_is_drawn_where_none_is_given(mixchat):
     def seed():
         lines = mixchat("run", "Hi", "--verbose").stderr.decode().splitlines()
-        return int(lines[6].split()[1])
+        return next(line for line in lines if line.startswith("seed"))
 
     assert seed() != seed()
 
