@@ -136,7 +136,7 @@ def in_plain_text(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> li
 
     The system text describes the tools. A call is text, and a result is part of a question.
     """
-    plain: list[Message] = []
+    plain, texts = list[Message](), list[list[str]]()  # texts: of each plain message
     for message in messages:
         if message.role == "tool":
             message = Message("user", _RESULT.format(message.content))
@@ -144,10 +144,14 @@ def in_plain_text(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> li
             calls = f"{PLAIN.opening}{PLAIN.text_of(message.calls)}"
             message = Message("assistant", f"{message.content}{calls}")
         if plain and plain[-1].role == message.role == "user":
-            joined = f"{plain[-1].content}\n{message.content}"
-            plain[-1] = Message("user", joined)
+            texts[-1].append(message.content)
         else:
             plain.append(message)
+            texts.append([message.content])
+    plain = [
+        message if len(parts) == 1 else Message(message.role, "\n".join(parts))
+        for message, parts in zip(plain, texts, strict=True)
+    ]
     if not tools:
         return plain
     lines = "\n".join(json.dumps(tool.to_json()["function"], ensure_ascii=False) for tool in tools)

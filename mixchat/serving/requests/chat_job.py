@@ -38,7 +38,8 @@ def chat_job(
     service, compile_form = model.service, model.compile_form
     template, tokenizer, thinking = service.template, service.tokenizer, service.template.thinking
     messages, variables = list(messages), dict(variables)
-    service.context.check_text(_texts(messages, offer), "the prompt")
+    if _characters(messages, offer) > service.context.longest_text:
+        raise service.context.text_too_long("the prompt")
     continued = messages[-1].role == "assistant"
     begun = tokenizer.encode(messages.pop().content) if continued else []
     continues = template.continues_prompt
@@ -68,11 +69,14 @@ def chat_job(
     )
 
 
-def _texts(messages: Sequence[Message], offer: ToolOffer | None) -> str:
-    calls = (call.arguments for message in messages for call in message.calls)
+def _characters(messages: Sequence[Message], offer: ToolOffer | None) -> int:
+    """Return the characters of a prompt. Many messages may share the same thinking."""
+    count = sum(len(message.content) for message in messages)
+    for message in messages:
+        if message.calls:
+            count += len(message.thinking) + sum(len(call.arguments) for call in message.calls)
     tools = () if offer is None else offer.tools
-    described = (to_json(tool.to_json()).decode() for tool in tools)
-    return "".join([*(message.content for message in messages), *calls, *described])
+    return count + sum(len(to_json(tool.to_json())) for tool in tools)
 
 
 def _encoded(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mixchat.base.errors import (
@@ -80,6 +80,14 @@ def field_error(path: str, reason: str, code: str | None = None) -> RequestError
 def value_error(path: str, allowed: str, value: object) -> RequestError:
     """Return the error about a value that is not allowed."""
     return field_error(path, f"has to be {allowed}, not {shown(value)}", "invalid_value")
+
+
+def path_text(parts: Iterable[str | int]) -> str:
+    """Return the path of names and indices, such as `messages[0].role`."""
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
 
 
 def plain(path: str) -> str:

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from mixchat.chat.parameters import NumberParameter
-from mixchat.serving.requests.errors import RequestError, field_error, shown, value_error
+from mixchat.serving.requests.errors import RequestError, field_error, path_text, shown, value_error
 
 _MAX_FIELDS = 100  # more than any object has known ones
 # OpenAI's code and our words, by pydantic's type of an error.
@@ -72,9 +72,7 @@ def known_fields(
 
 
 def _request_error(details: ErrorDetails) -> RequestError:
-    path, kind = "", details["type"]
-    for part in details["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    path, kind = path_text(details["loc"]), details["type"]
     code = details.get("ctx", {}).get("code", _CODES.get(kind, "invalid_value"))
     reason = _REASONS.get(kind) or details["msg"].replace("Input should be", "has to be", 1)
     if code == "invalid_value" and reason.startswith("has to be"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Form: TypeAlias = "dict[str, Any] | str | CallForm"
 MakeConstraint: TypeAlias = "Callable[[ThinkingParser], Constraint]"
 _MAX_FORM = 100_000  # bytes of a schema or a grammar, which take 2 s
-_MAX_CACHED_FORMS = 64
+_MAX_CACHED_FORMS, _MAX_CACHED = 64, 8_000_000  # forms, and characters of all of them
 
 
 # Compiles a JSON schema, a grammar's text, or calls of tools, until `at_end` is closed. Raises
@@ -126,7 +127,7 @@ def compiled(form: Form, compile_form: Compile, field: str, code: str) -> StartC
 
 def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
     """Return what compiles forms for a service, each within so many seconds."""
-    known: dict[str, OutputConstraint] = {}
+    known: dict[bytes, tuple[OutputConstraint, int]] = {}  # by hash, with its characters
 
     @cache
     def compiler() -> ConstraintCompiler:
@@ -135,19 +136,23 @@ def forms_of(service: Service, seconds: float = HASTY_S) -> Compile:
         return ConstraintCompiler(service.tokenizer, service.template.stop_ids, seconds)
 
     def compile_form(given: Form, at_end: ExitStack | None = None) -> StartConstraint:
-        key = given.to_text() if isinstance(given, CallForm) else json.dumps(given)
-        form = known.get(key)
+        text = given.to_text() if isinstance(given, CallForm) else json.dumps(given)
+        key = hashlib.sha256(text.encode()).digest()
+        form, _ = known.get(key, (None, 0))
         if form is None:
             if isinstance(given, CallForm):
-                form = checked("calls", key, seconds, at_end)
+                form = checked("calls", text, seconds, at_end)
             elif isinstance(given, dict):
                 form = checked_schema(given, seconds, at_end)
             else:
                 kind: Kind = "gbnf" if looks_like_gbnf(given) else "lark"
                 form = checked(kind, given, seconds, at_end)
-            if len(known) >= _MAX_CACHED_FORMS:
-                known.clear()
-            known[key] = form
+            size = len(text) + len(form.grammar)
+            if size <= _MAX_CACHED:
+                cached = sum(size for _, size in list(known.values()))
+                if len(known) >= _MAX_CACHED_FORMS or cached + size > _MAX_CACHED:
+                    known.clear()
+                known[key] = form, size
         return compiler().compile(form)
 
     return compile_form

@@ -15,7 +15,7 @@ from mixchat.serving.requests.fields import RequestObject, max_items, validated,
 from mixchat.text.tool_call import CallDelta, Tool, ToolCall
 
 _MAX_TOOLS = 128
-_MAX_CALLS = 128  # of a message
+MAX_CALLS = 128  # of a message
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _CHOICES = ("none", "auto", "required")
 _IMAGES = ("input_image", "image")  # in OpenAI's responses and in Anthropic's API
@@ -139,7 +139,7 @@ def readable(result: Any) -> Any:
     return [_UNSEEN if image else part for image, part in zip(images, result, strict=True)]
 
 
-Calls = Annotated[list[CallField], FailFast(), max_items(_MAX_CALLS)]
+Calls = Annotated[list[CallField], FailFast(), max_items(MAX_CALLS)]
 
 
 def call_object(call: ToolCall | CallDelta) -> dict[str, Any]:

@@ -185,14 +185,18 @@ def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Templates want questions and answers in turns. An instruction in the midst of a conversation
     counts as a part of the question, so that the prompt before it stays cached.
     """
-    merged = list[dict[str, Any]]()
+    merged, texts = list[dict[str, Any]](), list[list[str]]()  # texts: of each merged message
     for message in messages:
         role = "user" if message["role"] == "system" else message["role"]
         if role == "user" and merged and merged[-1]["role"] == "user":
-            merged[-1]["content"] += "\n\n" + message["content"]
+            texts[-1].append(message["content"])
         else:
             merged.append({**message, "role": role})
-    return merged
+            texts.append([message["content"]])
+    return [
+        {**message, "content": "\n\n".join(parts)}
+        for message, parts in zip(merged, texts, strict=True)
+    ]
 
 
 def _text(blocks: Sequence[_Block]) -> str:

@@ -33,7 +33,7 @@ from mixchat.serving.requests.errors import RequestError, field_error, to_json
 from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, only, validated
 from mixchat.serving.requests.forms import schema_format, small_form
 from mixchat.serving.requests.options import LATEST, LoadedModel, ParsedRequest
-from mixchat.serving.requests.tools import call_object
+from mixchat.serving.requests.tools import MAX_CALLS, call_object
 from mixchat.serving.service import Delta, Done
 from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
 from mixchat.serving.web.served_models import ModelFacts
@@ -71,7 +71,7 @@ class _Message(RequestObject):
     content: str = ""
     thinking: str = ""
     images: Annotated[Any, _NO_IMAGES] = None
-    tool_calls: Annotated[list[_Call], FailFast()] = Field([])
+    tool_calls: Annotated[list[_Call], FailFast(), max_items(MAX_CALLS)] = Field([])
     tool_name: str = ""
     tool_call_id: str = ""
 

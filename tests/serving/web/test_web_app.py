@@ -2,10 +2,17 @@
 
 import json
 import subprocess
+import time
 
 import openai
 import pytest
 from raw_http import exchange, read_response, request
+
+from mixchat.serving.requests import body as body_reader
+from mixchat.serving.requests.body import read_object
+from mixchat.serving.web import anthropic
+from mixchat.text.messages import Message
+from mixchat.text.tool_formats import in_plain_text
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "say:well"}]}
@@ -166,6 +173,42 @@ def test_a_body_that_no_two_readers_understand_alike_is_refused(served, body, sa
     assert response.status == 400
     assert said in response.error["message"]
     assert served.reports == []
+
+
+def test_no_path_is_written_out_for_a_body_without_a_fault(monkeypatch):
+    """A name of 500 kB was copied for each of 240,000 items under it: 1 MB took 5 s of a core."""
+    monkeypatch.setattr(body_reader, "path_text", None)
+    deep = {"a" * 1000: {"b": ["text", 1, {"c": [None, "d"]}]}}
+    assert read_object(json.dumps(deep).encode()) == deep
+
+
+def test_texts_that_are_joined_are_copied_once():
+    """Joining 10,000 questions one by one copied 50 GB."""
+    questions = [Message("user", "x" * 1000)] * 10_000
+    start = time.process_time()
+    (joined,) = in_plain_text(questions)
+    merged = anthropic._merged([{"role": "user", "content": "x" * 1000}] * 10_000)
+    assert time.process_time() - start < 4  # seconds of computing
+    assert len(joined.content) == 1001 * 10_000 - 1
+    assert [len(one["content"]) for one in merged] == [1002 * 10_000 - 2]
+
+
+def test_thinking_that_many_calls_share_counts_for_each_of_them(served):
+    """300 kB became a prompt of 200 MB, since each call's message has the thinking before it."""
+    thought = {"type": "reasoning", "content": [{"text": "x" * 100_000}]}
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    said = [call, {"role": "assistant", "content": "y"}] * 20
+    result = {"type": "function_call_output", "call_id": "a", "output": "r"}
+    items = [{"role": "user", "content": "a"}, thought, *said, call, result]
+    refused = exchange(served, request("/v1/responses", {"input": items}))
+    assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_message_of_ollama_has_no_more_calls_than_another_apis(lenient):
+    calls = [{"function": {"name": "f", "arguments": {}}}] * 129
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}]
+    refused = exchange(lenient, request("/api/chat", {"messages": messages}))
+    assert (refused.status, "129 items" in refused.json["error"]) == (400, True)
 
 
 def test_a_compressed_body_is_refused(served):
