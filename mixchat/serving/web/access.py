@@ -1,13 +1,15 @@
 """The server's address, and the requests that it turns away.
 
 A web page's origin has to be the server itself or one of `--cors`. DNS rebinding gives a page no
-foreign origin, but a foreign Host header.
+foreign origin, but a foreign Host header. A browser names no origin for some requests, such as
+those for pictures. Sec-Fetch-Site then tells whether they come from another site.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -27,6 +29,8 @@ from mixchat.serving.web.page import PAGE_PATHS
 _ANY = "*"
 _OPEN_PATHS = {"/health"} | PAGE_PATHS  # need no key, because they tell nothing
 IGNORED = "x-mixchat-ignored"  # names a request's fields without an effect
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::[0-9]*)?")  # a name or an address, and a port
+_OWN_SITES = ("same-origin", "none")  # none: a person typed the address
 
 
 def find_address(host: str, port: int, key: str | None) -> Address:
@@ -119,11 +123,11 @@ class _HeaderCheck:
         self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._fault(Headers(scope=scope))
+        error = self._fault(Headers(scope=scope), scope["method"])
         refused = None if error is None else error_response(error, scope["path"])
         await (refused or self._app)(scope, receive, send)
 
-    def _fault(self, headers: Headers) -> RequestError | None:
+    def _fault(self, headers: Headers, method: str) -> RequestError | None:
         if "content-length" in headers and "transfer-encoding" in headers:
             # A proxy that reads the other one would see other requests.
             message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
@@ -132,6 +136,8 @@ class _HeaderCheck:
         message, allowed = "", {None, f"http://{host}", f"https://{host}", *self._access.origins}
         if origin not in allowed and _ANY not in allowed:
             message = f"web pages of {origin!a:.80} may not use this server: see --cors"
+        elif origin is None and _ANY not in allowed and _is_of_foreign_page(headers, method):
+            message = "web pages of other sites may not use this server: see --cors"
         elif self._access.local_only and self._access.key is None and not _is_local(host):
             message = f"this server is not {host!a:.80}: use localhost or 127.0.0.1"
         return RequestError(message, status=403, code="forbidden") if message else None
@@ -165,8 +171,17 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def _is_of_foreign_page(headers: Headers, method: str) -> bool:
+    """Return whether a page of another site makes a request, unless a person follows its link."""
+    if headers.get("sec-fetch-site", "none") in _OWN_SITES:
+        return False
+    follows = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+    return method not in ("GET", "HEAD") or follows != ("navigate", "document")
+
+
 def _is_local(host: str) -> bool:
-    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+    found = _HOST.fullmatch(host)
+    name = "" if found is None else found[1]
     if name.lower() == "localhost":
         return True
     try:

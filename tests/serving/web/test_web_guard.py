@@ -22,6 +22,11 @@ PAGE = "http://localhost:3000"
         ("localhost.evil.example:11435", 403),
         ("127.0.0.1.evil.example", 403),
         ("192.168.1.5", 403),
+        ("localhost:evil.example", 403),
+        ("127.0.0.1:80:evil.example", 403),
+        ("[::1]:80@evil.example", 403),
+        ("[::1]evil.example", 403),
+        ("localhost:80 evil.example", 403),
         ("0.0.0.0", 403),
         ("[::2]:80", 403),
         ("", 403),
@@ -44,6 +49,38 @@ def test_no_web_page_is_served_by_default(served, origin):
     assert response.status == 403
     assert "access-control-allow-origin" not in response.headers
     assert "--cors" in response.error["message"]
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "SAME-ORIGIN?", ""])
+@pytest.mark.parametrize(
+    ("method", "mode", "dest", "status"),
+    [
+        ("POST", "no-cors", "empty", 403),
+        ("POST", "navigate", "document", 403),
+        ("GET", "no-cors", "image", 403),
+        ("GET", "no-cors", "script", 403),
+        ("GET", "navigate", "iframe", 403),
+        ("GET", None, None, 403),
+        ("GET", "navigate", "document", 200),
+    ],
+)
+def test_a_page_whose_origin_is_not_named_is_known_by_its_site(
+    serve, site, method, mode, dest, status
+):
+    """A browser names no origin for pictures. Following a link to the page still works."""
+    given = {"sec_fetch_site": site, "sec_fetch_mode": mode, "sec_fetch_dest": dest}
+    path, body = ("/", None) if method == "GET" else ("/tokenize", {"content": "x"})
+    assert exchange(serve(), request(path, body, method=method, **given)).status == status
+    everyone = exchange(serve(Access(origins=("*",))), request(path, body, method=method, **given))
+    assert everyone.status == 200
+
+
+@pytest.mark.parametrize("site", ["same-origin", "none"])
+def test_the_servers_own_page_and_typed_addresses_are_served(served, site):
+    for body in (None, {"content": "x"}):
+        given = {"sec_fetch_site": site, "sec_fetch_mode": "cors", "sec_fetch_dest": "empty"}
+        path = "/health" if body is None else "/tokenize"
+        assert exchange(served, request(path, body, **given)).status == 200
 
 
 def test_the_pages_that_cors_names_are_served_and_no_others(serve):
