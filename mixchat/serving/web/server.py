@@ -16,6 +16,7 @@ from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
+import h11
 from starlette.types import ASGIApp
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -33,6 +34,8 @@ _CLOSE_TIMEOUT_S = 0.5  # for cancelled answers to end, until the service is lef
 _FLUSH_TIMEOUT_S = 1  # for what is computed to be sent
 _SIGNAL_WAIT_S = 0.5  # between looks at signals of other threads
 _OPEN_FILES = 8192  # the usual limit is 1,024
+_MAX_CHUNKS = 10_000  # of a body; each takes the event loop 5 us, even with one byte
+_PROBE_S, _PROBE_REPLY_S = 0.3, 0.1  # between probes of a client, and until its refusal is here
 
 
 def _refusal(status: str, message: str, code: str) -> bytes:
@@ -45,6 +48,11 @@ _TOO_SLOW = _refusal(
     "408 Request Timeout", "the request did not come to its end in time", "request_timeout"
 )
 _NOT_HTTP = _refusal("400 Bad Request", "this is not a valid request of HTTP", "invalid_http")
+_TOO_MANY_CHUNKS = _refusal(
+    "413 Content Too Large",
+    f"the body has more than {_MAX_CHUNKS} chunks: send larger ones",
+    "request_too_large",
+)
 
 
 class WaitingConnections:
@@ -71,6 +79,22 @@ class WaitingConnections:
         self._since.pop(connection, None)
 
 
+class _ChunkLimit(h11.Connection):
+    """A connection's state of HTTP, for bodies of a bounded number of chunks."""
+
+    chunks = 0  # of the request's body so far
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.chunks = 0
+        elif isinstance(event, h11.Data) and event.chunk_start:
+            self.chunks += 1
+            if self.chunks > _MAX_CHUNKS:
+                raise h11.RemoteProtocolError("too many chunks")
+        return event
+
+
 class ClientConnection(H11Protocol):
     """A client's connection, for many requests in turn."""
 
@@ -78,10 +102,13 @@ class ClientConnection(H11Protocol):
         self, *args: Any, waiting: WaitingConnections, timeout: float, **options: Any
     ) -> None:
         super().__init__(*args, **options)
+        self.conn: _ChunkLimit = _ChunkLimit(h11.SERVER)
         self._waiting, self._timeout = waiting, timeout
         self._deadline: asyncio.TimerHandle | None = None  # of a request
         self._stalled: asyncio.TimerHandle | None = None  # since the client takes nothing
         self._begun = False  # whether a part of the request has come
+        self._half_closed = False  # the client sends no more
+        self._probe: asyncio.TimerHandle | None = None  # of a client that sends no more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -90,7 +117,43 @@ class ClientConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self._stop_stall()
+        self._stop_probe()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Return whether the connection stays open, for the answer to a request.
+
+        Only a client of HTTP/1.1 gets it. A client that has left looks the same until it is sent
+        something, and others know no interim responses that could be sent.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or cycle.response_started:
+            return False
+        if self.scope["http_version"] != "1.1":
+            return False
+        self._half_closed = True
+        self._stop_probe()
+        self._probe = self.loop.call_later(_PROBE_S, self._send_probe)
+        return True
+
+    def _send_probe(self) -> None:
+        """Send an interim response, which a client that has left refuses."""
+        if self.cycle.response_started or self.transport.is_closing():
+            return
+        interim = h11.InformationalResponse(status_code=102, headers=[], reason=b"Processing")
+        self.transport.write(self.conn.send(interim))
+        self._probe = self.loop.call_later(_PROBE_REPLY_S, self._look_for_refusal)
+
+    def _look_for_refusal(self) -> None:
+        sock = self.transport.get_extra_info("socket")
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        else:
+            self._probe = self.loop.call_later(_PROBE_S, self._send_probe)
+
+    def _stop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
 
     def data_received(self, data: bytes) -> None:
         self._begun = True
@@ -102,7 +165,9 @@ class ClientConnection(H11Protocol):
         before = self.cycle
         super().on_response_complete()  # which may begin with a request that came meanwhile
         waits = self.cycle is before or self.cycle.more_body
-        if waits and not self.transport.is_closing():
+        if waits and self._half_closed:
+            self.transport.close()
+        elif waits and not self.transport.is_closing():
             self._wait()
 
     def pause_writing(self) -> None:
@@ -117,7 +182,8 @@ class ClientConnection(H11Protocol):
         """Refuse what is not HTTP, in JSON."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
-            self.transport.write(_NOT_HTTP)
+            is_chunked = self.conn.chunks > _MAX_CHUNKS
+            self.transport.write(_TOO_MANY_CHUNKS if is_chunked else _NOT_HTTP)
         self.transport.close()
 
     def give_up(self) -> None:

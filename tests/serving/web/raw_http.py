@@ -41,11 +41,12 @@ def read_response(connection: socket.socket) -> Response:
         while line := stream.readline().strip():
             name, _, value = line.decode("latin-1").partition(": ")
             headers[name.lower()] = value
-        length = int(headers.get("content-length", "-1"))
+        status = int(first.split()[1])
+        length = 0 if status < 200 else int(headers.get("content-length", "-1"))
         body = b""
         while length != len(body) and (piece := stream.read(max(length - len(body), -1) % 65537)):
             body += piece
-    return Response(int(first.split()[1]), headers, body)
+    return Response(status, headers, body)
 
 
 def exchange(served: Any, data: bytes) -> Response:

@@ -1,5 +1,6 @@
 """Connections whose client is slow, silent, or gone."""
 
+import json
 import socket
 import time
 from contextlib import suppress
@@ -71,6 +72,46 @@ def test_a_client_that_leaves_ends_all_its_answers(served, options):
     wait_for(lambda: served.service.stats().cancelled == count)
     assert served.service.stats().running == 0
     assert served.reports == []
+
+
+@pytest.mark.parametrize(
+    "text", ["say:well", "say:we" + "{wait}" * 20 + "ll"], ids=["now", "later"]
+)
+def test_a_client_that_sends_no_more_gets_its_answer(served, text):
+    """`nc -N` closes its side of the connection behind the request. It got nothing."""
+    with served.connect() as connection:
+        connection.sendall(asking(text))
+        connection.shutdown(socket.SHUT_WR)
+        data = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = data.rpartition(b"\r\n\r\n")
+    *interim, last = head.split(b"\r\n\r\n")
+    assert set(interim) <= {b"HTTP/1.1 102 Processing"}
+    assert bool(interim) == ("{wait}" in text)
+    assert last.startswith(b"HTTP/1.1 200")
+    assert json.loads(body)["choices"][0]["message"]["content"] == "well"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"GET /health HTTP/1.1\r\n", asking("Hi")[:-3], asking("a").replace(b"1.1", b"1.0", 1)],
+    ids=["nothing", "headers", "body", "HTTP/1.0"],
+)
+def test_a_client_that_leaves_in_the_midst_of_a_request_is_closed(served, data):
+    with served.connect() as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):
+            pass
+    wait_for(lambda: served.server.connections == 0)
+
+
+def test_two_requests_before_the_end_of_sending_are_both_answered(served):
+    with served.connect() as connection:
+        connection.sendall(asking("say:well") + request("/health"))
+        connection.shutdown(socket.SHUT_WR)
+        assert read_response(connection).json["choices"][0]["message"]["content"] == "well"
+        assert read_response(connection).json == {"status": "ok"}
+        assert connection.recv(1) == b""
 
 
 def test_a_client_that_leaves_while_it_waits_for_its_turn_is_forgotten(serve):
@@ -203,6 +244,20 @@ def test_what_is_no_http_is_refused(served, data):
         refused = read_response(connection)
         assert (refused.status, refused.error["code"]) == (400, "invalid_http")  # it was text
     assert exchange(served, request("/health")).status == 200
+
+
+def test_a_body_in_tiny_chunks_is_refused(served):
+    """300 kB in chunks of one byte kept the event loop from all others for 1.5 s of computing."""
+    head = request(CHAT, b"", content_length=None, transfer_encoding="chunked")
+    with served.connect() as connection:
+        with suppress(ConnectionError):
+            connection.sendall(head + b"1\r\nx\r\n" * 50_000)
+        refused = read_response(connection)
+    assert (refused.status, refused.error["code"]) == (413, "request_too_large")
+    body = asking("say:well").rpartition(b"\r\n\r\n")[2]
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    for _ in range(2):  # the chunks of each request are counted by themselves
+        assert exchange(served, head + chunks + b"0\r\n\r\n").status == 200
 
 
 def test_a_body_that_comes_behind_its_refusal_leaves_no_deadline_for_the_next_answer(
