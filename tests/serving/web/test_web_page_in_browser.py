@@ -10,10 +10,7 @@ from test_served_models import Shelf, models_of
 from mixchat.serving.web.access import Access
 from mixchat.text.thinking import ThinkingFormat
 
-pytestmark = [
-    pytest.mark.posix,
-    pytest.mark.skipif(browser.PROGRAM is None, reason="there is no Chromium"),
-]
+pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="there is no Chromium")
 LONG = "A line.\n\n" * 60
 ACTIVE = "document.activeElement.id"
 ANSWERED = "document.querySelector('#stop').hidden && document.querySelector('.answer .note')"
