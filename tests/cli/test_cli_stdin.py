@@ -82,7 +82,6 @@ def test_who_waits_for_standard_input_is_told_after_a_second(environment):
         assert terminal.wait_for_end() == 0
 
 
-@pytest.mark.posix
 @pytest.mark.parametrize("flag", ["--schema", "--grammar", "-f", "--system-file", "--jsonl"])
 def test_who_waits_for_a_silent_pipe_is_told_after_a_second(environment, tmp_path, flag):
     """`mixchat run --schema <(sleep 60)` was silent, and nobody knew what it did."""
@@ -96,7 +95,6 @@ def test_who_waits_for_a_silent_pipe_is_told_after_a_second(environment, tmp_pat
         assert terminal.wait_for_end() == 130
 
 
-@pytest.mark.posix
 def test_a_pipe_that_speaks_at_last_is_read(environment, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     command = [*FAKE, "run", "-f", str(tmp_path / "pipe"), "Why?"]

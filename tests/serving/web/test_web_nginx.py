@@ -48,7 +48,6 @@ http {{
 """
 
 pytestmark = [
-    pytest.mark.posix,
     pytest.mark.skipif(not NGINX or not OPENSSL, reason="needs nginx and openssl"),
 ]
 
