@@ -25,6 +25,7 @@ from mixchat.base.errors import (
 )
 from mixchat.base.quantities import format_size
 
+TEMPORARY_SUFFIX = ".mixchat.tmp"  # of a file until it is whole, which no other program writes
 MAX_SIZE = 100_000_000  # bytes, of small files of checkpoints and of chats
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # The permissions are missing, or something else is there.
@@ -194,7 +195,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 def open_private_file(path: Path) -> Iterator[int]:
     """Open a new file that only its owner can read, and rename it to `path` at the end."""
     _check_replaceable(path)
-    descriptor, name = tempfile.mkstemp(".tmp", f"{path.name[:40]}.", path.parent)
+    descriptor, name = tempfile.mkstemp(TEMPORARY_SUFFIX, f"{path.name[:40]}.", path.parent)
     with removed_on_error(Path(name)):
         try:
             yield descriptor
@@ -225,7 +226,7 @@ def _check_replaceable(path: Path) -> None:
 
 def temporary_path(path: Path) -> Path:
     """Return the name of a file until it is whole."""
-    return path.with_name(path.name + ".tmp")
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
 def rename_durably(temporary: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 # filelock is imported late, because `mixchat --help` takes no lock.
 
+LOCK_SUFFIX = ".mixchat.lock"
 _POLL_S = 0.02  # between two attempts to take a lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -28,7 +29,7 @@ def exclusive_lock(
     Raises `Busy` after that, or at once without `on_wait`, and `OSError`.
     """
     # No model, chat or file of mixchat begins with a dot.
-    path = target.parent / f".{target.name}.lock"
+    path = target.parent / f".{target.name}{LOCK_SUFFIX}"
     with ExitStack() as stack:
         try:
             stack.enter_context(lock_file(path, remove=True))

@@ -270,7 +270,7 @@ def _parse_entry(where: str, name: str, raw: Any, base: int) -> tuple[TensorSpec
 class SafetensorsWriter:
     """A context manager that writes one file with these tensors, in their order.
 
-    The bytes go to `<name>.tmp`, which is renamed at the end, or removed after an error.
+    The bytes go to `<name>.mixchat.tmp`, which is renamed at the end, or removed after an error.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:

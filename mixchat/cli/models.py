@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.base.quantities import format_size
-from mixchat.base.settings import models_dir, server_caches_dir
+from mixchat.base.settings import models_dir
 from mixchat.chat.printing import one_line, say, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
 from mixchat.cli.flags.load_flags import INSTALLED, JSON, dense_bits, parse_dense_bits
 from mixchat.cli.flags.settings import option
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
+from mixchat.sessions.cache_file import remove_server_caches
 from mixchat.weights.families.read_config import read_config_file
 
 if TYPE_CHECKING:
@@ -90,10 +91,11 @@ def rm(model: str = INSTALLED, yes: bool = _YES) -> None:
     from mixchat.weights.make.download import local_errors
 
     with local_errors():
-        housekeeping.remove(target)
+        foreign = housekeeping.remove(target)
         report_path_by_key(target.name).unlink(missing_ok=True)
-        shutil.rmtree(server_caches_dir(target.name), ignore_errors=True)
+        remove_server_caches(target.name)
     say(f"removed {target.name}: {format_size(size)}")
+    _show_foreign(foreign)
 
 
 def verify(model: str = INSTALLED) -> None:
@@ -197,11 +199,13 @@ def gc(unfinished: bool = _UNFINISHED) -> None:
     with local_errors():
         for leftover in housekeeping.sweep(unfinished=unfinished):
             name = f"{leftover.path} ({format_size(leftover.bytes)})"
-            if leftover.removed:
+            if leftover.state == "removed":
                 freed += leftover.bytes
                 say(f"removed: {name}")
-            else:
+            elif leftover.state == "resumable":
                 say(f"left: {name}, which the same command can resume")
+            else:
+                _show_foreign([leftover.path])
         for path, size in ChatStore().sweep():
             freed += size
             say(f"removed: {path} ({format_size(size)})")
@@ -216,6 +220,11 @@ def _ask(question: str) -> None:
             hint="Use --yes to do it without asking.",
         )
     typer.confirm(one_line(question), abort=True, err=True)
+
+
+def _show_foreign(paths: list[Path]) -> None:
+    for path in paths:
+        say(f"left: {path}, which mixchat did not write")
 
 
 def _show(damages: list[Damage]) -> None:

@@ -8,6 +8,7 @@ import grp
 import hashlib
 import os
 import pwd
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import llvmlite
 
-from mixchat.base.files import write_private_file
+from mixchat.base.files import TEMPORARY_SUFFIX, write_private_file
 from mixchat.base.settings import data_dir
 
 _DIGEST = hashlib.sha256().digest_size
+_NAME = re.compile(r"[0-9a-f]{64}\.o")  # other files in the directory stay
 _MOST_FILES = 64  # enough for some versions and models
 _ABANDONED = 3600  # seconds after which no process still writes a file
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -57,9 +59,10 @@ class ObjectCache:
                 self._sweep()
 
     def _sweep(self) -> None:
-        files = sorted(self._directory.glob("*.o"), key=lambda path: path.lstat().st_mtime)
-        old = time.time() - _ABANDONED
-        abandoned = [path for path in self._directory.glob("*.tmp") if path.lstat().st_mtime < old]
+        files = [path for path in self._directory.glob("*.o") if _NAME.fullmatch(path.name)]
+        files.sort(key=lambda path: path.lstat().st_mtime)
+        old, unwritten = time.time() - _ABANDONED, self._directory.glob(f"*{TEMPORARY_SUFFIX}")
+        abandoned = [path for path in unwritten if path.lstat().st_mtime < old]
         for path in [*files[:-_MOST_FILES], *abandoned]:
             path.unlink(missing_ok=True)
 

@@ -31,7 +31,8 @@ from mixchat.loading.sensitivity import measure_sensitivities
 from mixchat.planning.fitting import expected_mix, expert_budget
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
-from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
+from mixchat.weights.format.manifest import read_manifest
+from mixchat.weights.format.own_files import INPUTS_DIR
 from mixchat.weights.make.calibrator import (
     FOLD,
     HELD_OUT_MAX,

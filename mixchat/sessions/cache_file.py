@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError, MixchatError
-from mixchat.base.files import write_error
+from mixchat.base.files import TEMPORARY_SUFFIX, write_error
 from mixchat.base.output_file import OutputFile
 from mixchat.base.progress import Note, Reporter
 from mixchat.base.sanitize import sanitize
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # The start of such a file after 8 bytes with its header's length (engine/prompt_cache.py).
 FILE_START = b'{"__metadata__":{"format":"pt"},"mixchat_prompt_cache":'
+_CACHE_NAME = re.compile(r"[0-9]+\.kv")  # of a server
 _LENGTH_START = b"\xf8"  # the lowest byte of a length that is 8 less than a multiple of 4096
 
 
@@ -174,6 +176,16 @@ class ServerCaches:
             except MixchatError as error:
                 self._note(str(error))
                 return  # the disk is full, so the next one would fail, too
+
+
+def remove_server_caches(key: str) -> None:
+    """Remove the files of `ServerCaches`, if possible. Other files in their directory stay."""
+    directory = server_caches_dir(key)
+    with suppress(OSError):
+        for path in directory.iterdir():
+            if _CACHE_NAME.fullmatch(path.name) or path.name.endswith(TEMPORARY_SUFFIX):
+                path.unlink()
+        directory.rmdir()
 
 
 def _output(path: Path) -> OutputFile:

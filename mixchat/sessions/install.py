@@ -32,7 +32,8 @@ def is_uncalibrated(directory: Path, bits: ExpertSize | None = None) -> bool:
     """
     from mixchat.planning.fitting import has_bits
     from mixchat.weights.format.installed_model import installed_blueprint
-    from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
+    from mixchat.weights.format.manifest import read_manifest
+    from mixchat.weights.format.own_files import INPUTS_DIR
 
     manifest = read_manifest(directory)
     calibrated = manifest.quantization["scales"] == "calibrated"

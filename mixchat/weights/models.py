@@ -10,12 +10,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mixchat.base.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
-from mixchat.base.machine import disk_usage
 from mixchat.base.settings import models_dir
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source, is_installed, read_manifest
 from mixchat.weights.format.model_files import check_files
+from mixchat.weights.format.own_files import is_model_directory, own_bytes
 from mixchat.weights.known_models import ALIASES, known_model
 
 DEMO = "demo"
@@ -131,7 +131,7 @@ def resolve(name: str, *, key: str | None = None) -> ModelRef:
     if _is_repo_id(name):
         return ModelRef(name, key or _repo_key(name), repo=name)
     # Before the aliases, one of which may be newer than a model here with this name.
-    if _is_key(name) and (models_dir() / name).is_dir():
+    if _is_here(name):
         repo = name.replace("--", "/", 1).replace("--", ":", 1)
         return ModelRef(name, key or name, repo=repo if _is_repo_id(repo) else None)
     if name in ALIASES:
@@ -157,7 +157,7 @@ def installed_directory(name: str, *, anywhere: bool = True) -> Path:
     directory = ref.directory
     if is_installed(directory):
         return directory
-    if directory.is_dir():
+    if is_model_directory(directory):
         raise ModelNotFoundError(
             f"the model {_shown(name)} is unfinished: its download was interrupted",
             hint=f"To resume it: mixchat download {name}",
@@ -179,14 +179,14 @@ def is_model(name: str) -> bool:
         ref = resolve(name)
     except MixchatError:
         return False
-    return ref.directory.is_dir() or (ref.path is not None and is_installed(ref.path))
+    return is_model_directory(ref.directory) or (ref.path is not None and is_installed(ref.path))
 
 
 def existing_directory(name: str) -> Path:
     """Return the directory of a model here, finished or not. Raises `ModelNotFoundError`."""
     ref = resolve(name)
     directory = ref.directory
-    if ref.path is not None or not directory.is_dir():
+    if ref.path is not None or not is_model_directory(directory):
         raise ModelNotFoundError(
             f"the model {_shown(name)} is not on this machine", hint="See: mixchat list"
         )
@@ -207,7 +207,7 @@ def installed_names() -> list[str]:
 
 def describe(directory: Path) -> ModelEntry:
     """Return the entry of the model in a directory, whatever its state."""
-    entry = ModelEntry(directory.name, directory, disk_usage(directory))
+    entry = ModelEntry(directory.name, directory, own_bytes(directory))
     if not is_installed(directory):
         source = Journal(directory).source or Source("")
         return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
@@ -233,13 +233,13 @@ def _directories() -> list[Path]:
         entries = sorted(models_dir().iterdir())
     except OSError:
         return []
-    return [entry for entry in entries if _is_key(entry.name) and entry.is_dir()]
+    return [entry for entry in entries if _is_here(entry.name)]
 
 
 def _directory_of(name: str) -> Path | None:
     if name == DEMO or name in ALIASES or _is_repo_id(name):
         return None
-    if _is_key(name) and (models_dir() / name).is_dir():
+    if _is_here(name):
         return None
     is_place = _is_clean(name) and (
         os.path.isdir(name) or (name.endswith(_GGUF) and os.path.isfile(name))
@@ -294,6 +294,11 @@ def _is_repo_id(name: str) -> bool:
 
 def _is_key(name: str) -> bool:
     return _KEY.fullmatch(name) is not None and ".." not in name
+
+
+def _is_here(key: str) -> bool:
+    """Return whether `models_dir()` has a model of this key, finished or not."""
+    return _is_key(key) and is_model_directory(models_dir() / key)
 
 
 def _is_own_key(key: str) -> bool:

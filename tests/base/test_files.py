@@ -86,7 +86,7 @@ class TestWriting:
     def test_a_full_disk_leaves_no_temporary_file_and_the_old_file_unchanged(
         self, tmp_path, write, monkeypatch
     ):
-        """After a run on a full disk stats/demo.json.tmp remained."""
+        """After a run on a full disk stats/demo.json.mixchat.tmp remained."""
         write(tmp_path / "file", b"old")
 
         def full(descriptor):

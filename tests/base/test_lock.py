@@ -48,7 +48,7 @@ def holder(target: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def lock_file_of(target: Path) -> Path:
-    return target.parent / f".{target.name}.lock"
+    return target.parent / f".{target.name}.mixchat.lock"
 
 
 def test_the_lock_is_a_file_beside_the_model_that_is_removed_afterwards(target):

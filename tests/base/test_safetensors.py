@@ -122,7 +122,7 @@ def test_a_tensor_of_its_own_comes_before_a_part(tmp_path):
 def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("precious")
-    (tmp_path / "x.tmp").symlink_to(outside)
+    (tmp_path / "x.mixchat.tmp").symlink_to(outside)
     write(tmp_path / "x", TENSORS)
     assert outside.read_text() == "precious"
 

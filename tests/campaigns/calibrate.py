@@ -119,7 +119,8 @@ class Calibrations:
 
     def _place(self) -> str:
         """Return the stage of the work, by its files."""
-        from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
+        from mixchat.weights.format.manifest import read_manifest
+        from mixchat.weights.format.own_files import INPUTS_DIR
 
         manifest, base = read_manifest(self._model), read_manifest(self._base)
         new = [name for name in base.weights if manifest.weights[name] != base.weights[name]]

@@ -167,12 +167,12 @@ def _find() -> object:
 def _place(target: Path) -> str:
     """Return the stage of the download, by its files."""
     names = [path.name for path in target.iterdir()] if target.is_dir() else []
-    if "journal.jsonl" not in names:
+    if "mixchat.journal.jsonl" not in names:
         return "before the journal"
     if "mixchat.copy.json" in names or "config.json" in names:
         return "at the small files at the end"
-    made = (target / "journal.jsonl").read_bytes().count(b"\n") - 1
-    parts = any((target / "source").glob("*.part"))
+    made = (target / "mixchat.journal.jsonl").read_bytes().count(b"\n") - 1
+    parts = any((target / "mixchat.source").glob("*.part"))
     return f"{'some' if made else 'nothing'} made{', in the midst of a shard' * parts}"
 
 

@@ -99,10 +99,11 @@ def _cases(
     yield "journal: nested", lambda: _journal(home, "line", nested), download
     model, repo = home / "models" / rig.KEY, cache / "hub/models--org--tiny-mixtral"
     shard = min(source.glob("*-of-*")).name
-    places = [model, home / f"models/.{rig.KEY}.lock"]
-    places += [model / name for name in ("source", "build", "journal.jsonl", "mixchat.json.tmp")]
-    places += [model / "shared.safetensors", model / "config.json", model / "aside-x"]
-    places += [model / "source" / name for name in (shard, f"{shard}.mixchat.part")]
+    places = [model, home / f"models/.{rig.KEY}.mixchat.lock"]
+    marked = ("source", "build", "journal.jsonl", "json.mixchat.tmp")
+    places += [model / f"mixchat.{name}" for name in marked]
+    places += [model / "shared.safetensors", model / "config.json", model / "mixchat.spill-x"]
+    places += [model / "mixchat.source" / name for name in (shard, f"{shard}.mixchat.part")]
     places += [repo / f"snapshots/{COMMIT}/{name}" for name in ("config.json", shard)]
     blob = hashlib.sha256((source / shard).read_bytes()).hexdigest()
     places += [repo / "blobs" / name for name in (blob, f"{blob}.mixchat.part")]
@@ -175,7 +176,7 @@ def _journal(home: Path, key: str, value: Any) -> None:
     elif key in ("file", "sha"):
         line["file" if key == "file" else "sha256"] = value
     lines = [json.dumps(head), value if key == "line" else json.dumps(line)]
-    (model / "journal.jsonl").write_text("\n".join(lines) + "\n")
+    (model / "mixchat.journal.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def _link(place: Path, goal: Path) -> None:

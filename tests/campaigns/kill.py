@@ -42,7 +42,7 @@ def shards_on_disk(work: Path) -> dict[str, int]:
         hashlib.sha256(path.read_bytes()).hexdigest(): path.name
         for path in (work / "source").glob("*-of-*")
     }
-    source, blobs = work / "home/models" / rig.KEY / "source", work / "hf/hub"
+    source, blobs = work / "home/models" / rig.KEY / "mixchat.source", work / "hf/hub"
     sizes = {}
     for path in (*source.glob("*-of-*"), *blobs.glob("models--*/blobs/*")):
         name = path.name.removesuffix(".mixchat.part")
@@ -188,10 +188,10 @@ def _round(
 def _where(work: Path) -> str:
     """Return what the killed one was at."""
     target = work / "home/models" / rig.KEY
-    if not (target / "journal.jsonl").exists():
+    if not (target / "mixchat.journal.jsonl").exists():
         return "before the first file, or after the last"
-    made = len((target / "journal.jsonl").read_bytes().splitlines()) > 1
-    spilled = any(target.glob("aside-*"))
+    made = len((target / "mixchat.journal.jsonl").read_bytes().splitlines()) > 1
+    spilled = any(target.glob("mixchat.spill-*"))
     return "fetching, nothing made" if not made else "making" + (", tensors spilled" * spilled)
 
 

@@ -12,7 +12,8 @@ from tiny_tokenizer import write_tokenizer
 from mixchat.base.safetensors import SafetensorsFile, tensor_bytes, tensor_sha256
 from mixchat.loading import calibrate as calibrate_module
 from mixchat.weights.families.read_config import read_config_file
-from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
+from mixchat.weights.format.manifest import read_manifest
+from mixchat.weights.format.own_files import INPUTS_DIR
 from mixchat.weights.make.calibrator import inputs_size
 
 EXPERTS = ("experts-000.safetensors", "experts-001.safetensors")

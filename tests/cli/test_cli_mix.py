@@ -9,7 +9,8 @@ from test_cli_calibrate import MODEL, TEXT, contents, lines_of
 from tiny_tokenizer import write_tokenizer
 
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.format.manifest import INPUTS_DIR, read_manifest
+from mixchat.weights.format.manifest import read_manifest
+from mixchat.weights.format.own_files import INPUTS_DIR
 from mixchat.weights.make.mix import bits_of, forms_of
 from mixchat.weights.matrix.linear import TYPES
 

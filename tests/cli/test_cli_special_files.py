@@ -99,6 +99,6 @@ def test_repair_leaves_a_fifo_where_it_is_and_names_it(mixchat, environment, che
 def test_an_unfinished_model_whose_journal_is_a_fifo_is_listed(mixchat, environment):
     unfinished = Path(environment["MIXCHAT_HOME"]) / "models" / "unfinished"
     unfinished.mkdir(parents=True)
-    put_fifo(unfinished / "journal.jsonl")
+    put_fifo(unfinished / "mixchat.journal.jsonl")
     done = mixchat("list", "--json")
     assert [model["problem"] for model in json.loads(done.stdout)] == ["unfinished"]

@@ -39,7 +39,7 @@ def installed(from_hub, models):
 @pytest.fixture
 def half(models):
     (models / "half").mkdir()
-    (models / "half" / "journal.jsonl").write_bytes(b"{}\n")
+    (models / "half" / "mixchat.journal.jsonl").write_bytes(b"{}\n")
     return models / "half"
 
 
@@ -54,6 +54,25 @@ def lines_of(done):
 
 
 class TestRm:
+    def test_what_mixchat_did_not_write_is_named_and_stays(self, mixchat, installed, models):
+        for name in ("thesis.txt", "chat_template.jinja"):
+            (installed / name).write_text("years")
+        caches = models.parent / "server" / "mine"
+        caches.mkdir(parents=True)
+        (caches / "0.kv").write_bytes(b"x")
+        (caches / "notes").write_text("years")
+        done = mixchat("rm", "mine", "--yes")
+        assert done.returncode == 0
+        assert {path.name for path in installed.iterdir()} == {"thesis.txt", "chat_template.jinja"}
+        assert lines_of(done)[1:] == [
+            f"left: {installed / name}, which mixchat did not write"
+            for name in ("chat_template.jinja", "thesis.txt")
+        ]
+        assert [path.name for path in caches.iterdir()] == ["notes"]
+        assert mixchat("rm", "mine", "--yes").returncode == 4
+        assert (installed / "thesis.txt").read_text() == "years"
+        assert mixchat("list").stdout == b""
+
     def test_with_yes_it_does_not_ask(self, mixchat, installed, models):
         done = mixchat("rm", "mine", "--yes")
         assert (done.stdout, done.returncode) == (b"", 0)
@@ -203,17 +222,32 @@ class TestGc:
         assert lines_of(done) == ["freed 0 bytes"]
 
     def test_leftovers_go_and_work_to_go_on_with_stays(self, mixchat, installed, half, models):
-        (installed / "source").mkdir()
-        (installed / "source" / "model.safetensors").write_bytes(b"x" * 100_000)
-        (models / ".gone.lock").write_text("")
+        (installed / "mixchat.source").mkdir()
+        (installed / "mixchat.source" / "model.safetensors").write_bytes(b"x" * 100_000)
+        (models / ".gone.mixchat.lock").write_text("")
         done = mixchat("gc")
         lines = lines_of(done)
         assert [line.split()[0] for line in lines] == ["left:", "removed:", "freed"]
         assert "which the same command can resume" in lines[0]
-        assert not (installed / "source").exists()
+        assert not (installed / "mixchat.source").exists()
         assert (installed / "mixchat.json").exists()
         assert half.exists()
-        assert not (models / ".gone.lock").exists()
+        assert not (models / ".gone.mixchat.lock").exists()
+
+    def test_what_mixchat_did_not_write_is_named_and_stays(self, mixchat, installed, models):
+        """A directory without a manifest was removed, which may hold a person's own checkpoint."""
+        thesis, checkpoint = models / "notes" / "thesis.txt", models / "myckpt" / "config.json"
+        for path in (thesis, checkpoint, installed / "thesis.txt"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("years")
+        done = mixchat("gc", "--unfinished")
+        names = ("mine/thesis.txt", "myckpt", "notes")
+        assert lines_of(done) == [
+            *(f"left: {models / name}, which mixchat did not write" for name in names),
+            "freed 0 bytes",
+        ]
+        assert thesis.read_text() == checkpoint.read_text() == "years"
+        assert (installed / "thesis.txt").read_text() == "years"
 
     def test_unfinished_work_goes_when_asked_for(self, mixchat, installed, half):
         done = mixchat("gc", "--unfinished")

@@ -179,3 +179,19 @@ def test_a_place_that_cannot_be_written_does_no_harm(tmp_path):
     cache = ObjectCache("source", "target", tmp_path / "file" / "kernels")
     cache.save(b"code")
     assert cache.load() is None
+
+
+def test_files_that_the_cache_did_not_write_stay(tmp_path):
+    """The oldest files of any name were removed, and all whose names ended with .tmp."""
+    directory = tmp_path / "kernels"
+    cache = ObjectCache("source", "target", directory)
+    cache.save(b"code")
+    foreign = ["main.o", "thesis.tmp", *(f"{number}.o" for number in range(_MOST_FILES))]
+    for name in foreign:
+        (directory / name).write_bytes(b"mine")
+        os.utime(directory / name, (0, 0))
+    abandoned = directory / "0123.x1.mixchat.tmp"
+    abandoned.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    cache.save(b"code")
+    assert {path.name for path in directory.iterdir()} == {cache._name, *foreign}

@@ -1,9 +1,11 @@
 """KV caches in files, from one service to the next."""
 
+import shutil
+
 from waiter import Waiter, job
 
 from mixchat.serving.service import Done
-from mixchat.sessions.cache_file import ServerCaches
+from mixchat.sessions.cache_file import ServerCaches, remove_server_caches
 
 
 def test_kv_caches_in_files_serve_the_next_service(model_service, monkeypatch, tmp_path):
@@ -50,3 +52,19 @@ def test_a_directory_of_kv_caches_that_cannot_be_read_costs_a_line_and_not_the_s
     service = model_service(caches=ServerCaches("tiny", notes.append))
     assert isinstance(Waiter(service, job(9)).result()[1], Done)
     assert [note.partition(":")[0] for note in notes] == ["KV caches cannot be read"]
+
+
+def test_removing_caches_leaves_the_files_of_others(monkeypatch, tmp_path):
+    """The whole directory was removed with its model."""
+    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path))
+    directory = tmp_path / "server" / "tiny"
+    (directory / "notes").mkdir(parents=True)
+    for name in ("0.kv", "12.kv", "0.kv.x1.mixchat.tmp", "mine.kv", "0.kv.tmp"):
+        (directory / name).write_bytes(b"x")
+    remove_server_caches("tiny")
+    remove_server_caches("other")
+    assert {path.name for path in directory.iterdir()} == {"notes", "mine.kv", "0.kv.tmp"}
+    shutil.rmtree(directory)
+    directory.mkdir()
+    remove_server_caches("tiny")
+    assert not directory.exists()

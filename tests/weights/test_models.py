@@ -312,7 +312,7 @@ class TestList:
     def test_what_is_no_model_is_left_out(self):
         keep("good")
         (models.models_dir() / "a file").write_text("")
-        (models.models_dir() / ".good.lock").write_text("")
+        (models.models_dir() / ".good.mixchat.lock").write_text("")
         (models.models_dir() / "a space").mkdir()
         (models.models_dir() / "dangling").symlink_to("nowhere")
         assert [model.key for model in models.list_models()] == ["good"]

@@ -51,7 +51,8 @@ def shard(checkpoint: Path, target: Path, place: Place | int) -> Path:
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def quantize(
@@ -164,7 +165,7 @@ class Making:
 
 
 def fetching(checkpoint: Path, target: Path) -> Fetching:
-    return Fetching(checkpoint, target / "source")
+    return Fetching(checkpoint, target / "mixchat.source")
 
 
 def run(
@@ -178,8 +179,8 @@ def run(
 
 def made_of(target: Path) -> dict[str, bytes]:
     """The model; the directory for shards may stay, but empty."""
-    if (target / "source").is_dir():
-        (target / "source").rmdir()
+    if (target / "mixchat.source").is_dir():
+        (target / "mixchat.source").rmdir()
     return files_of(target)
 
 

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from mixchat.base.errors import ChatNotFoundError, CheckpointError, ResourceError, UsageError
-from mixchat.base.files import sync_directory, write_error, write_private_file
+from mixchat.base.files import TEMPORARY_SUFFIX, sync_directory, write_error, write_private_file
 from mixchat.base.lock import Busy, exclusive_lock
 from mixchat.base.settings import data_dir
 from mixchat.chat.saved.chat_file import (
@@ -29,6 +29,8 @@ from mixchat.chat.saved.chat_file import (
 )
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{4}-[a-z0-9]{3}")
+_CHAT = re.compile(rf"{_ID.pattern}\.json")
+_LEFTOVER = re.compile(rf"{_ID.pattern}\.(kv|(kv|json)\..+{re.escape(TEMPORARY_SUFFIX)})")
 _ID_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # without those that look alike
 _LOCK_TIMEOUT_S = 5.0  # for other sessions to save, which takes milliseconds
 _MIN_LEFTOVER_AGE_S = 3600  # no process still writes an older file
@@ -163,7 +165,7 @@ class ChatStore:
 
     def ids(self) -> list[str]:
         """Return the ID of every chat, damaged or not, the oldest first. Opens no file."""
-        return [path.stem for path in self._files(".json") if _ID.fullmatch(path.stem)]
+        return [path.stem for path in self._files(_CHAT)]
 
     def names(self) -> list[str]:
         """Return the names of chats, the newest first. Reads only the beginnings of the files.
@@ -208,7 +210,7 @@ class ChatStore:
         They are KV caches without a chat and files that were never whole, if they are an hour old.
         A process may be writing newer ones. Raises `OSError`.
         """
-        for path in self._files(".kv", ".tmp"):
+        for path in self._files(_LEFTOVER):
             needed = path.suffix == ".kv" and path.with_suffix(".json").exists()
             with suppress(FileNotFoundError):
                 status = path.lstat()
@@ -222,14 +224,13 @@ class ChatStore:
             raise UsageError(f"{id!r} is not a chat's ID")
         return self.directory / f"{id}.json"
 
-    def _files(self, *suffixes: str) -> list[Path]:
-        """Return our files in the directory. Raises `OSError` if it cannot be read."""
+    def _files(self, names: re.Pattern[str]) -> list[Path]:
+        """Return the files with such names. Raises `OSError` if the directory cannot be read."""
         try:
             paths = sorted(self.directory.iterdir())
         except FileNotFoundError:
             return []
-        ours = (path for path in paths if path.suffix in suffixes and _ID.match(path.name))
-        return [path for path in ours if path.is_file()]
+        return [path for path in paths if names.fullmatch(path.name) and path.is_file()]
 
     def _named(self, name: str) -> list[str]:
         return [summary.id for summary in self._summaries() if summary.name == name]

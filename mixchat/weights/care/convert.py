@@ -36,12 +36,8 @@ from mixchat.weights.format.manifest import (
     unlike,
     write_manifest,
 )
-from mixchat.weights.format.model_files import (
-    NEW_SUFFIX,
-    check_files,
-    finish_replacement,
-    replace_file,
-)
+from mixchat.weights.format.model_files import check_files, finish_replacement, replace_file
+from mixchat.weights.format.own_files import NEW_SUFFIX
 from mixchat.weights.make.calibrator import Calibrator, ExpertInputs, is_calibrated
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import best_layout

@@ -1,53 +1,62 @@
-"""Removes models, and the leftovers of killed processes."""
+"""Removes models, and the leftovers of killed processes. What mixchat did not write stays."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from mixchat.base import machine
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
-from mixchat.base.lock import Busy, exclusive_lock
+from mixchat.base.lock import LOCK_SUFFIX, Busy, exclusive_lock
+from mixchat.base.machine import disk_usage
 from mixchat.base.settings import models_dir
-from mixchat.weights.format.journal import JOURNAL_FILE, Journal
-from mixchat.weights.format.manifest import INPUTS_DIR, MANIFEST_COPY, MANIFEST_FILE, is_installed
-from mixchat.weights.format.model_files import NEW_SUFFIX, place_new_files
-from mixchat.weights.make.unfinished import SPILL_PREFIX
+from mixchat.weights.format.journal import Journal
+from mixchat.weights.format.manifest import MANIFESTS, is_installed
+from mixchat.weights.format.model_files import place_new_files
+from mixchat.weights.format.own_files import (
+    INPUTS_DIR,
+    NEW_SUFFIX,
+    PART_SUFFIX,
+    foreign_files,
+    is_marked,
+    is_model_directory,
+    own_bytes,
+    own_files,
+    remove_own_files,
+    remove_path,
+)
 from mixchat.weights.source import hub
-from mixchat.weights.source.demo import BUILD_DIR
-from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
-from mixchat.weights.source.transfer import PART_SUFFIX
 
 
 @dataclass(frozen=True)
 class Leftover:
     """A file or directory that no finished model needs, and its bytes.
 
-    `resumable`: a download or a calibration can resume it.
+    "resumable": a download or a calibration can resume it, so it stays. "foreign": mixchat did not
+    write it, so it stays, and its bytes are not counted.
     """
 
     path: Path
     bytes: int
-    resumable: bool
-    removed: bool = False
+    state: Literal["removed", "resumable", "foreign"]
 
 
-def remove(target: Path) -> None:
-    """Remove a model, finished or not. Raises `UsageError` if another process uses it."""
-    if not target.is_symlink() and not target.is_dir():
+def remove(target: Path) -> list[Path]:
+    """Remove a model, finished or not. Return the files in its directory that are not mixchat's.
+
+    Raises `UsageError` if another process uses it.
+    """
+    if target.is_symlink():
+        with not_in_use(target):
+            target.unlink()
+        return []
+    if not is_model_directory(target):
         raise ModelNotFoundError(f"the model {target.name!r} is not on this machine")
     with not_in_use(target):
-        if target.is_symlink():
-            target.unlink()
-            return
-        # Without manifests nothing takes the rest for a model.
-        for name in (MANIFEST_COPY, MANIFEST_FILE):
-            (target / name).unlink(missing_ok=True)
-        shutil.rmtree(target)
+        return remove_own_files(target)
 
 
 @contextmanager
@@ -66,49 +75,76 @@ def not_in_use(target: Path) -> Iterator[None]:
 def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
     """Remove the leftovers of killed processes, and yield each as it is found.
 
-    Resumable work is removed only with `unfinished`. Models in use stay as they are.
+    Resumable work is removed only with `unfinished`. Models in use stay as they are, and so does
+    all that mixchat did not write.
     """
+    visible = [path for path in _entries(models_dir()) if not path.name.startswith(".")]
+    foreign = [path for path in visible if not is_model_directory(path)]
     for target in _targets():
         with suppress(Busy), exclusive_lock(target):
-            for leftover in _left_in(target):
-                yield _cleared(leftover, unfinished)
+            if is_model_directory(target) and not target.is_symlink():
+                yield from _swept(target, unfinished)
+    for path in foreign:
+        yield Leftover(path, 0, "foreign")
     # Other tools use the files that --keep-source puts into huggingface_hub's cache.
     for path in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
         blob = path.name.removesuffix(PART_SUFFIX)
         with suppress(Busy), hub.blob_lock(path.parents[1].name, blob, timeout=1):
-            yield _cleared(Leftover(path, machine.disk_usage(path), resumable=True), unfinished)
+            yield _cleared(path, resumable=not unfinished)
 
 
-def _cleared(leftover: Leftover, unfinished: bool) -> Leftover:
-    if leftover.resumable and not unfinished:
-        return leftover
-    if leftover.path.is_dir() and not leftover.path.is_symlink():
-        shutil.rmtree(leftover.path)
+def _swept(target: Path, unfinished: bool) -> Iterator[Leftover]:
+    """Yield the leftovers in a model's directory, and what in it is not mixchat's."""
+    foreign = foreign_files(target)
+    if is_installed(target):
+        for path in _left_in(target):
+            yield _cleared(path, resumable=path.name == INPUTS_DIR and not unfinished)
     else:
-        leftover.path.unlink(missing_ok=True)
-    return replace(leftover, removed=True)
+        size = own_bytes(target)
+        resumable = Journal(target).head is not None and not unfinished
+        if not resumable:
+            remove_own_files(target)
+        yield Leftover(target, size, "resumable" if resumable else "removed")
+    for path in foreign:
+        yield Leftover(path, 0, "foreign")
+
+
+def _left_in(target: Path) -> list[Path]:
+    """Return what mixchat left in the directory of an installed model."""
+    used_suffix: tuple[str, ...] = ()
+    try:
+        place_new_files(target)
+    except CheckpointError:  # without a manifest, nothing tells which new files are used
+        used_suffix = (NEW_SUFFIX,)
+    marked = [path for path in own_files(target) if is_marked(path.name)]
+    return [
+        path
+        for path in marked
+        if path.name not in MANIFESTS and not path.name.endswith(used_suffix)
+    ]
+
+
+def _cleared(path: Path, *, resumable: bool) -> Leftover:
+    size = disk_usage(path)
+    if not resumable:
+        remove_path(path)
+    return Leftover(path, size, "resumable" if resumable else "removed")
 
 
 def _targets() -> list[Path]:
     """Return the directories of models, also those with only a lock left."""
-    try:
-        entries = sorted(models_dir().iterdir())
-    except OSError:
-        return []
-    names = {entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."}
-    names |= {entry.name[1:-5] for entry in entries if re.fullmatch(r"\..+\.lock", entry.name)}
+    locked = re.compile(rf"\.(.+){re.escape(LOCK_SUFFIX)}")
+    names = set()
+    for path in _entries(models_dir()):
+        if match := locked.fullmatch(path.name):
+            names.add(match[1])
+        elif not path.name.startswith(".") and is_model_directory(path):
+            names.add(path.name)
     return [models_dir() / name for name in sorted(names)]
 
 
-def _left_in(target: Path) -> Iterator[Leftover]:
-    if not target.is_dir() or target.is_symlink():
-        return
-    if not is_installed(target):
-        yield Leftover(target, machine.disk_usage(target), Journal(target).head is not None)
-        return
-    names = [JOURNAL_FILE, SOURCE_DIR, BUILD_DIR, f"{SPILL_PREFIX}*", "*.tmp", f"*{PART_SUFFIX}"]
-    with suppress(CheckpointError):  # without a manifest, nothing tells which new files are used
-        place_new_files(target)
-        names.append(f"*{NEW_SUFFIX}")
-    for path in sorted(path for name in [INPUTS_DIR, *names] for path in target.glob(name)):
-        yield Leftover(path, machine.disk_usage(path), resumable=path.name == INPUTS_DIR)
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []

@@ -1,7 +1,7 @@
 """The record of an unfinished model's finished tensors, so that none is made twice.
 
-The first line of `journal.jsonl`, the head, says what is being made, and of what. Each further line
-names tensors that are written and synced, with their SHA-256s.
+The first line of `mixchat.journal.jsonl`, the head, says what is being made, and of what. Each
+further line names tensors that are written and synced, with their SHA-256s.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import open_regular, read_bytes, write_file
 from mixchat.weights.format.manifest import Source
-
-JOURNAL_FILE = "journal.jsonl"
+from mixchat.weights.format.own_files import JOURNAL_FILE
 
 
 class Journal:

@@ -33,7 +33,6 @@ from mixchat.base.settings import models_dir
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
-INPUTS_DIR = "expert-inputs"  # of a calibration
 FORMAT = 4
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _EXPERT_TYPES = ("nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")

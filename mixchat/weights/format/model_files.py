@@ -4,7 +4,7 @@ The replacement survives a power cut. The new file gets a name that follows from
 tensors. Then the manifest is written, and the model has the new file. Then the file gets its final
 name. `path_of` takes the first of these that is there:
 
-    experts-003.safetensors.5ee86d3270a1f2c4.new    only if the manifest has these SHA-256s
+    experts-003.safetensors.5ee86d3270a1f2c4.mixchat.new    only if the manifest has these SHA-256s
     experts-003.safetensors
 """
 
@@ -22,8 +22,7 @@ from mixchat.weights.format.manifest import (
     restore_manifests,
     write_manifest,
 )
-
-NEW_SUFFIX = ".new"
+from mixchat.weights.format.own_files import NEW_SUFFIX
 
 
 def path_of(directory: Path, manifest: Manifest, name: str) -> Path:

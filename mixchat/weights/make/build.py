@@ -20,7 +20,7 @@ from mixchat.base.files import read_bytes, write_file
 from mixchat.base.progress import NoProgress, Progress, Task, in_background, progress_bar
 from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.journal import JOURNAL_FILE, Journal
+from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import (
     FORMAT,
     FileRecord,
@@ -31,11 +31,11 @@ from mixchat.weights.format.manifest import (
     unlike,
     write_manifest,
 )
+from mixchat.weights.format.own_files import COMPANION_FILES, JOURNAL_FILE, SPILL_PREFIX
 from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.make.unfinished import SPILL_PREFIX, Spill, find_damaged
+from mixchat.weights.make.unfinished import Spill, find_damaged
 from mixchat.weights.make.writer import ModelWriter
 from mixchat.weights.source.checkpoint import Checkpoint
-from mixchat.weights.source.checkpoint_index import COMPANION_FILES
 
 _CHECKPOINT = "checkpoint"  # its tensors that were read, in the journal
 _SAVE_INTERVAL_S = 2.0

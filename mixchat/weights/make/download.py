@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +14,27 @@ from mixchat.base.files import local_error
 from mixchat.base.lock import exclusive_lock
 from mixchat.base.progress import Progress
 from mixchat.base.settings import data_dir
-from mixchat.weights.format.journal import JOURNAL_FILE, Journal
+from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import is_installed, read_manifest
 from mixchat.weights.format.model_files import check_files
+from mixchat.weights.format.own_files import (
+    JOURNAL_FILE,
+    SOURCE_DIR,
+    files_in_the_way,
+    foreign_files,
+    own_files,
+    remove_path,
+)
 from mixchat.weights.make.build import Build, finish_interrupted
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.models import ModelRef
-from mixchat.weights.source.hub_checkpoint import SOURCE_DIR
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 Check = Callable[[Path], None]
 _COMMIT_DIGITS_MIN = 7
+_SHOWN_NAMES = 5  # of files, in a message
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,6 @@ def plan_download(request: DownloadRequest, progress: Progress) -> DownloadPlan 
 def _install(
     request: DownloadRequest, progress: Progress, announce: Callable[[DownloadPlan], None]
 ) -> None:
-    target = request.ref.directory
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target} is in the way", hint="Move or remove it.")
     with _open_build(request, progress, check=request.check) as build:
         plan = make_plan(build)
         if plan.fits:
@@ -102,6 +107,7 @@ def _open_build(
     request: DownloadRequest, progress: Progress, check: Check | None = None
 ) -> Iterator[Build]:
     target = request.ref.directory
+    _check_target(target, progress)
     journal = Journal(target)
     source = request.ref.find_source(journal.source, request.revision)
     with open_checkpoint(
@@ -109,6 +115,26 @@ def _open_build(
     ) as checkpoint:
         blueprint = make_blueprint(checkpoint.index, request.options)
         yield Build(checkpoint, target, blueprint, journal)
+
+
+def _check_target(target: Path, progress: Progress) -> None:
+    """Name the files in a directory that stay. Raises `UsageError` if one would be overwritten."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{target} is in the way", hint="Move or remove it.")
+    if overwritten := files_in_the_way(target):
+        raise UsageError(
+            f"{target} has files that mixchat did not write and would overwrite: "
+            f"{_names(overwritten)}",
+            hint="Move them, or install the model under another name with --name.",
+        )
+    if foreign := foreign_files(target):
+        progress.note(f"left in {target}: {_names(foreign)}, which mixchat did not write")
+
+
+def _names(paths: Sequence[Path]) -> str:
+    shown = ", ".join(path.name for path in paths[:_SHOWN_NAMES])
+    more = len(paths) - _SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _discard_other_work(build: Build, progress: Progress) -> None:
@@ -122,12 +148,9 @@ def _discard_other_work(build: Build, progress: Progress) -> None:
     same_weights = head is None or head.get("fingerprint") == checkpoint.fingerprint
     if head is not None:
         progress.note("the unfinished download had other weights or options: starting again")
-    for path in target.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            if not (same_weights and path.name == SOURCE_DIR):
-                shutil.rmtree(path)
-        else:
-            path.unlink()
+    for path in own_files(target):
+        if not (same_weights and path.name == SOURCE_DIR):
+            remove_path(path)
 
 
 def _find_installed(request: DownloadRequest) -> Path | None:

@@ -13,6 +13,7 @@ from mixchat.base import machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.quantities import format_least, format_size
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.own_files import own_bytes
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import rounded_from
@@ -134,7 +135,7 @@ def find_disk_needs(
     `temporary` is as for `estimate_peak_disk`. `caches` get so many bytes. free_disk: the free
     bytes of another machine's disks.
     """
-    here = machine.disk_usage(target) if free_disk is None else 0
+    here = own_bytes(target) if free_disk is None else 0
 
     def needs(ahead: bool) -> tuple[Need, ...]:
         peak = estimate_peak_disk(index, blueprint, temporary, ahead=ahead)

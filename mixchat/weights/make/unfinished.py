@@ -23,8 +23,7 @@ from mixchat.base.safetensors import (
     wrong_tensors,
 )
 from mixchat.weights.format.blueprint import Blueprint
-
-SPILL_PREFIX = "aside-"  # of file names
+from mixchat.weights.format.own_files import SPILL_PREFIX
 
 
 class Spill:

@@ -18,8 +18,8 @@ from mixchat.base.progress import Task
 from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.format.own_files import COMPANION_FILES
 from mixchat.weights.source.checkpoint_index import (
-    COMPANION_FILES,
     CONFIG,
     INDEX,
     CheckpointIndex,

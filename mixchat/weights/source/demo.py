@@ -22,6 +22,7 @@ from mixchat.base.files import write_file
 from mixchat.base.progress import Progress, progress_bar
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.format.own_files import BUILD_DIR
 from mixchat.weights.models import DEMO
 from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_index import SINGLE, expected_index
@@ -72,7 +73,6 @@ GENERATION: dict[str, Any] = {
     "max_new_tokens": 1024,
 }
 
-BUILD_DIR = "build"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -93,7 +93,7 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
 
 
 class DemoCheckpoint(Checkpoint):
-    """A checkpoint of one shard, built in `build/` in `target` when it is first needed."""
+    """A checkpoint of one shard, built in `mixchat.build/` in `target` when it is first needed."""
 
     def __init__(self, target: Path, progress: Progress) -> None:
         self.source = Source(DEMO)

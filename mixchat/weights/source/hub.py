@@ -19,8 +19,8 @@ from mixchat.base.lock import lock_file
 from mixchat.base.progress import in_background
 from mixchat.base.safetensors import Header, header_length
 from mixchat.weights.families.read_config import read_config
+from mixchat.weights.format.own_files import COMPANION_FILES
 from mixchat.weights.source.checkpoint_index import (
-    COMPANION_FILES,
     CONFIG,
     INDEX,
     SINGLE,

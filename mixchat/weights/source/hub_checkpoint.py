@@ -17,6 +17,7 @@ from mixchat.base.lock import Busy
 from mixchat.base.progress import Task
 from mixchat.base.safetensors import Header
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.format.own_files import SOURCE_DIR
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint, ShardReader, Stopped
 from mixchat.weights.source.gguf_checkpoint import write_made
@@ -31,16 +32,15 @@ from mixchat.weights.source.transfer import (
     wrong_bytes,
 )
 
-SOURCE_DIR = "source"
 _PROBE_S = 1.0  # to measure the hub's speed
 
 
 class HubCheckpoint(Checkpoint):
     """The files of one commit.
 
-    A shard is fetched to `source/` in `target` and removed when it is released. With `keep_source`
-    all are fetched to huggingface_hub's cache and stay. A file in this cache is used if its hash is
-    right.
+    A shard is fetched to `mixchat.source/` in `target` and removed when it is released. With
+    `keep_source` all are fetched to huggingface_hub's cache and stay. A file in this cache is used
+    if its hash is right.
     """
 
     def __init__(

@@ -11,13 +11,14 @@ from mixchat.base.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.base.files import read_bytes
 from mixchat.base.progress import Progress
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.format.own_files import SOURCE_DIR
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint, DirectoryCheckpoint
 from mixchat.weights.source.checkpoint_index import INDEX, read_weight_map
 from mixchat.weights.source.demo import DemoCheckpoint
 from mixchat.weights.source.gguf_checkpoint import SUFFIX, GgufCheckpoint, choose_files, local_files
-from mixchat.weights.source.hub_checkpoint import SOURCE_DIR, HubCheckpoint
+from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
 
 @contextmanager

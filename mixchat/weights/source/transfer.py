@@ -16,11 +16,11 @@ from typing import Any
 from mixchat.base.errors import HubError
 from mixchat.base.files import open_regular, rename_durably
 from mixchat.base.progress import Task
+from mixchat.weights.format.own_files import PART_SUFFIX
 from mixchat.weights.source.checkpoint import Stopped
 from mixchat.weights.source.hub_errors import is_transient
 from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_after
 
-PART_SUFFIX = ".mixchat.part"
 _CHUNK_BYTES = 1 << 20
 _SYNC_BYTES = 1 << 28  # that a power cut can take back
 # Before each further attempt.

@@ -317,14 +317,15 @@ class TestRemoving:
 
     def test_the_sweep_takes_old_leftovers_and_nothing_else(self, three):
         before = sorted(os.listdir(three.directory))
-        names = ["20261120-0000-aaa.kv", f"{ID}.json.x1.tmp", f"{ID}.kv.x1.tmp", f"{ID}-x.kv"]
-        for name in [*names, f"{ID}.kv", "notes.tmp"]:
+        names = ["20261120-0000-aaa.kv", *(f"{ID}.{end}.x1.mixchat.tmp" for end in ("json", "kv"))]
+        foreign = ["notes.tmp", "thesis.kv", f"{ID}-notes.tmp", f"{ID}-x.kv", f"{ID}.mine.kv"]
+        for name in [*names, f"{ID}.kv", *foreign]:
             (three.directory / name).write_bytes(b"xyz")
         assert list(three.sweep()) == []  # somebody may be writing them
         for path in three.directory.iterdir():
             os.utime(path, (0, 0))
         assert sorted(three.sweep()) == sorted((three.directory / name, 3) for name in names)
-        assert sorted(os.listdir(three.directory)) == sorted([*before, f"{ID}.kv", "notes.tmp"])
+        assert sorted(os.listdir(three.directory)) == sorted([*before, f"{ID}.kv", *foreign])
 
     def test_there_is_nothing_to_sweep_without_a_directory(self, store):
         assert list(store.sweep()) == []

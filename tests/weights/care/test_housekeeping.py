@@ -1,4 +1,4 @@
-"""Leftovers are removed; nothing outside is, and nothing that another process is working on."""
+"""Leftovers are removed, but nothing that mixchat did not write or that is being worked on."""
 
 import shutil
 from pathlib import Path
@@ -15,12 +15,24 @@ from mixchat.weights.format.manifest import is_installed
 from mixchat.weights.source import hub
 
 JUNK = {
-    "journal.jsonl": b"{}\n",
-    "source/model-00001.safetensors.mixchat.part": b"x" * 10_000,
-    "build/checkpoint/model.safetensors": b"x" * 10_000,
-    "aside-model-00001.safetensors": b"x" * 5_000,
-    "mixchat.json.tmp": b"{",
+    "mixchat.journal.jsonl": b"{}\n",
+    "mixchat.source/model-00001.safetensors.mixchat.part": b"x" * 10_000,
+    "mixchat.build/checkpoint/model.safetensors": b"x" * 10_000,
+    "mixchat.spill-model-00001.safetensors": b"x" * 5_000,
+    "mixchat.json.mixchat.tmp": b"{",
     "shared.safetensors.mixchat.part": b"x",
+}
+# Files of a person, with names that are nearly mixchat's.
+FOREIGN = {
+    "thesis.txt": b"years",
+    "thesis.tmp": b"days",
+    "thesis.new": b"hours",
+    "journal.jsonl": b'{"monday": "wrote"}\n',
+    "aside-notes.txt": b"notes",
+    "mixchat.txt": b"about mixchat",
+    "source/model-00001.safetensors": b"weights",
+    "build/checkpoint/model.safetensors": b"weights",
+    "expert-inputs/readme": b"mine",
 }
 
 
@@ -46,7 +58,7 @@ def finished(tiny_model: Path) -> Path:
 @pytest.fixture
 def unfinished() -> Path:
     target = models.models_dir() / "half"
-    write(target, {**JUNK, "journal.jsonl": b'{"format": 2}\n'})
+    write(target, {**JUNK, "mixchat.journal.jsonl": b'{"format": 2}\n'})
     return target
 
 
@@ -56,13 +68,10 @@ def write(directory: Path, files: dict[str, bytes]) -> None:
         (directory / name).write_bytes(data)
 
 
-def found() -> dict[str, bool]:
-    """Return the leftovers, by their paths below the models, and whether each can be resumed.
-
-    The others are removed by this.
-    """
+def found(**options: bool) -> dict[str, str]:
+    """Sweep, and return the states of all that it found, by their paths below the models."""
     base = models.models_dir()
-    return {str(left.path.relative_to(base)): left.resumable for left in sweep()}
+    return {str(leftover.path.relative_to(base)): leftover.state for leftover in sweep(**options)}
 
 
 class TestRemoving:
@@ -103,13 +112,27 @@ class TestRemoving:
             remove(models.models_dir() / "file")
 
     def test_one_whose_removal_is_cut_short_is_not_taken_for_a_model(self, finished, monkeypatch):
-        def cut(path: Path) -> None:
-            raise KeyboardInterrupt
+        """Every removal can be the last one. The next sweep then removes the rest of the model."""
+        write(finished, FOREIGN)
+        unlink = Path.unlink
+        for count in range(8):
+            model = Path(shutil.copytree(finished, models.models_dir() / f"cut-{count}"))
+            before, removed = files_of(model), []
 
-        monkeypatch.setattr(shutil, "rmtree", cut)
-        with pytest.raises(KeyboardInterrupt):
-            remove(finished)
-        assert not is_installed(finished)
+            def cut(path: Path, missing_ok: bool = False, *, most=count, removed=removed) -> None:
+                if path.suffix != ".lock":
+                    if len(removed) == most:
+                        raise KeyboardInterrupt
+                    removed.append(path)
+                unlink(path, missing_ok=missing_ok)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "unlink", cut)
+                with pytest.raises(KeyboardInterrupt):
+                    remove(model)
+            assert is_installed(model) == (count < 2)
+            list(sweep())
+            assert files_of(model) == (before if count < 2 else FOREIGN)
 
 
 class TestLeftovers:
@@ -126,34 +149,33 @@ class TestLeftovers:
         write(finished, JUNK)
         lying = found()
         assert lying == {
-            f"done/{name}": False
+            f"done/{name}": "removed"
             for name in (
-                "aside-model-00001.safetensors",
-                "build",
-                "journal.jsonl",
-                "mixchat.json.tmp",
+                "mixchat.spill-model-00001.safetensors",
+                "mixchat.build",
+                "mixchat.journal.jsonl",
+                "mixchat.json.mixchat.tmp",
                 "shared.safetensors.mixchat.part",
-                "source",
+                "mixchat.source",
             )
         }
         assert files_of(finished) == before
 
     def test_an_unfinished_model_can_be_gone_on_with(self, unfinished):
         size = disk_usage(unfinished)
-        assert list(sweep()) == [Leftover(unfinished, size, resumable=True)]
+        assert list(sweep()) == [Leftover(unfinished, size, "resumable")]
         assert size > 20_000
         (leftover,) = sweep(unfinished=True)
-        assert leftover == Leftover(unfinished, size, resumable=True, removed=True)
+        assert leftover == Leftover(unfinished, size, "removed")
         assert not unfinished.exists()
 
     def test_one_that_says_nothing_of_what_it_was_cannot(self, unfinished):
-        (unfinished / "journal.jsonl").unlink()
-        (leftover,) = sweep()
-        assert leftover.removed
+        (unfinished / "mixchat.journal.jsonl").unlink()
+        assert found() == {"half": "removed"}
         assert not unfinished.exists()
 
     def test_a_lock_of_a_killed_process_is_removed_by_looking(self, finished):
-        for name in (".done.lock", ".gone.lock"):
+        for name in (".done.mixchat.lock", ".gone.mixchat.lock"):
             (models.models_dir() / name).write_text("")
         assert found() == {}
         assert list(models.models_dir().iterdir()) == [finished]
@@ -161,28 +183,28 @@ class TestLeftovers:
     def test_a_model_in_use_is_left_alone_and_its_lock(self, unfinished):
         with exclusive_lock(unfinished):
             assert found() == {}
-            assert (models.models_dir() / ".half.lock").exists()
+            assert (models.models_dir() / ".half.mixchat.lock").exists()
 
     def test_links_and_strange_names_are_left_alone(self, precious):
         write(precious, JUNK)
         (models.models_dir() / "link").symlink_to(precious)
         (models.models_dir() / "a file").write_text("mine")
         (models.models_dir() / ".hidden").mkdir()
-        assert found() == {}
+        assert found(unfinished=True) == {"a file": "foreign"}
         assert (models.models_dir() / "a file").exists()
+        assert {name: (precious / name).read_bytes() for name in JUNK} == JUNK
 
     def test_a_link_among_them_is_removed_not_followed(self, finished, precious):
-        (finished / "source").symlink_to(precious)
-        assert found() == {"done/source": False}
-        assert not (finished / "source").is_symlink()
+        (finished / "mixchat.source").symlink_to(precious)
+        assert found() == {"done/mixchat.source": "removed"}
+        assert not (finished / "mixchat.source").is_symlink()
         assert (precious / "file").read_text() == "precious"
 
     def test_parts_in_the_hubs_cache_can_be_gone_on_with(self, cache):
         blobs = hub.repo_dir("org/name") / "blobs"
         write(blobs, {"abc.mixchat.part": b"x" * 5_000, "abc": b"a blob", "d.incomplete": b"hf's"})
         (leftover,) = sweep()
-        assert leftover.path == blobs / "abc.mixchat.part"
-        assert leftover.resumable
+        assert (leftover.path, leftover.state) == (blobs / "abc.mixchat.part", "resumable")
         list(sweep(unfinished=True))
         assert sorted(path.name for path in blobs.iterdir()) == ["abc", "d.incomplete"]
 
@@ -193,10 +215,80 @@ class TestLeftovers:
         with hub.blob_lock(blobs.parent.name, sha256, timeout=1):
             assert list(sweep(unfinished=True)) == []
         (leftover,) = sweep(unfinished=True)
-        assert leftover.removed
+        assert leftover.state == "removed"
 
     def test_what_another_process_has_started_meanwhile_stays(self, unfinished):
         """Found and removed were once two steps; a download that began between them was lost."""
         with exclusive_lock(unfinished):
             assert list(sweep(unfinished=True)) == []
         assert unfinished.exists()
+
+
+@pytest.mark.posix
+class TestForeignFiles:
+    """A directory in models/ without a manifest or a journal was removed without a question."""
+
+    def test_directories_and_checkpoints_without_a_mark_stay(self, finished, tiny_checkpoint):
+        write(models.models_dir() / "notes", FOREIGN)
+        shutil.copytree(tiny_checkpoint, models.models_dir() / "mine")
+        (models.models_dir() / "empty").mkdir()
+        before = files_of(models.models_dir())
+        expected = {"empty": "foreign", "mine": "foreign", "notes": "foreign"}
+        assert found(unfinished=True) == expected
+        assert files_of(models.models_dir()) == before
+        assert (models.models_dir() / "empty").is_dir()
+
+    def test_those_in_an_installed_model_stay_and_are_named(self, finished):
+        before = files_of(finished)
+        write(finished, JUNK | FOREIGN)
+        swept = found(unfinished=True)
+        foreign = {name for name, state in swept.items() if state == "foreign"}
+        assert foreign == {f"done/{name.partition('/')[0]}" for name in FOREIGN}
+        assert files_of(finished) == before | FOREIGN
+
+    def test_those_in_an_unfinished_model_stay_and_are_named(self, unfinished):
+        write(unfinished, FOREIGN)
+        swept = found(unfinished=True)
+        assert swept.pop("half") == "removed"
+        assert {*swept.values()} == {"foreign"}
+        assert files_of(unfinished) == FOREIGN
+
+    def test_a_checkpoint_next_to_a_marked_directory_is_not_taken_for_a_model(self, unfinished):
+        """Only a journal shows that a config.json is mixchat's."""
+        checkpoint = {"config.json": b"{}", "shared.safetensors": b"weights"}
+        write(unfinished, checkpoint)
+        (unfinished / "mixchat.journal.jsonl").unlink()
+        assert found() == {
+            "half": "removed",
+            "half/config.json": "foreign",
+            "half/shared.safetensors": "foreign",
+        }
+        assert files_of(unfinished) == checkpoint
+
+    def test_a_small_file_that_the_manifest_does_not_list_is_foreign(self, finished):
+        write(finished, {"chat_template.jinja": b"mine"})
+        assert remove(finished) == [finished / "chat_template.jinja"]
+        assert files_of(finished) == {"chat_template.jinja": b"mine"}
+
+    def test_those_in_a_removed_model_stay_and_are_named(self, finished):
+        write(finished, JUNK | FOREIGN)
+        stay = remove(finished)
+        assert {path.name for path in stay} == {name.partition("/")[0] for name in FOREIGN}
+        assert files_of(finished) == FOREIGN
+
+    def test_a_model_whose_manifests_are_damaged_is_removed_as_a_whole(self, finished):
+        for name in ("mixchat.json", "mixchat.copy.json"):
+            (finished / name).write_bytes(b"{")
+        assert remove(finished) == []
+        assert not finished.exists()
+
+    def test_a_directory_without_a_mark_is_no_model_to_remove(self):
+        write(models.models_dir() / "notes", FOREIGN)
+        with pytest.raises(ModelNotFoundError):
+            remove(models.models_dir() / "notes")
+        assert files_of(models.models_dir() / "notes") == FOREIGN
+
+    def test_a_lock_file_of_another_program_stays(self, home):
+        (models.models_dir() / ".thesis.lock").write_text("of an editor")
+        assert found() == {}
+        assert (models.models_dir() / ".thesis.lock").read_text() == "of an editor"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from weight_tools import fetching, files_of, made_of, quantize, run, shard
 
-from mixchat.weights.format.journal import JOURNAL_FILE, Journal
+from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.format.own_files import JOURNAL_FILE
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint

@@ -9,11 +9,10 @@ import pytest
 from weight_tools import fetching, files_of, made_of, order_of, quantize, run, shard, shard_names
 
 from mixchat.base.errors import MixchatError
-from mixchat.weights.format.journal import JOURNAL_FILE
+from mixchat.weights.format.own_files import JOURNAL_FILE, SPILL_PREFIX
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.make.unfinished import SPILL_PREFIX
 
 EXPERT = "layers.0.block_sparse_moe.experts.1"
 

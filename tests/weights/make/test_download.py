@@ -51,7 +51,9 @@ class TestHub:
         path = get(REPO)
         assert os.listdir(home) == ["models"]
         assert os.listdir(home / "models") == [path.name]
-        assert not [name for name in os.listdir(path) if name in ("source", "journal.jsonl")]
+        assert not [
+            name for name in os.listdir(path) if name in ("mixchat.source", "mixchat.journal.jsonl")
+        ]
         assert (
             sum(
                 file.stat().st_size
@@ -147,7 +149,7 @@ class TestRoom:
             with pytest.raises(ResourceError, match="disk is full") as caught:
                 get(str(two_shards), key="tiny")
         assert "resumes" in (caught.value.hint or "")
-        assert (home / "models" / "tiny" / "journal.jsonl").exists()
+        assert (home / "models" / "tiny" / "mixchat.journal.jsonl").exists()
         assert is_installed(get(str(two_shards), key="tiny"))
 
     def test_a_data_directory_that_cannot_be_written(self, tiny_checkpoint, home):
@@ -180,4 +182,4 @@ class TestCheck:
         with pytest.raises(CheckpointError, match="holds NaN"):
             get(str(checkpoint))
         assert not is_installed(home / "models" / "tiny")
-        assert (home / "models" / "tiny" / "journal.jsonl").exists()
+        assert (home / "models" / "tiny" / "mixchat.journal.jsonl").exists()

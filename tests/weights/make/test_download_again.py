@@ -32,9 +32,9 @@ def test_a_failed_download_leaves_what_came_and_the_next_one_resumes(fake, home,
     with pytest.raises(HubError):
         get(REPO)
     target = home / "models" / "org--tiny-mixtral"
-    assert (target / "journal.jsonl").exists()
+    assert (target / "mixchat.journal.jsonl").exists()
     assert not is_installed(target)
-    assert not (home / "models" / ".org--tiny-mixtral.lock").exists()
+    assert not (home / "models" / ".org--tiny-mixtral.mixchat.lock").exists()
     done = list(making.names)
     fake.faults.clear()
     meter = Meter()
@@ -178,7 +178,7 @@ def interrupt_after(count: int, make: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_download_cut_off_between_the_two_manifests_is_finished_by_the_next(fake, made, home):
     target = get(REPO)
     (target / "mixchat.json").unlink()
-    (target / "journal.jsonl").write_text("{}\n")
+    (target / "mixchat.journal.jsonl").write_text("{}\n")
     fake.requests.clear()
     assert files_of(get(REPO)) == files_of(made)
     assert not fake.requests

@@ -113,8 +113,8 @@ class TestDemo:
         path = get("demo")
         assert get("demo") == path == models.installed_directory("demo")
         assert read_manifest(path).source.repo == "demo"
-        assert tiny_demo == [path / "build" / "checkpoint"]
-        assert not (path / "build").exists()
+        assert tiny_demo == [path / "mixchat.build" / "checkpoint"]
+        assert not (path / "mixchat.build").exists()
         assert os.listdir(home) == ["models"]
         assert os.listdir(home / "models") == ["demo"]
 
@@ -131,13 +131,13 @@ class TestDemo:
         assert left_in(home) in (["models"], ["models", "models/demo"])
 
     def test_what_a_killed_build_left_is_built_again(self, tiny_demo, home):
-        stale = home / "models" / "demo" / "build" / "checkpoint"
+        stale = home / "models" / "demo" / "mixchat.build" / "checkpoint"
         stale.mkdir(parents=True)
         (stale / "half").write_bytes(b"half")
-        (home / "models" / "demo" / "build" / ".demo-wheel-x").mkdir()
+        (home / "models" / "demo" / "mixchat.build" / ".demo-wheel-x").mkdir()
         path = get("demo")
         assert is_installed(path)
-        assert not (path / "build").exists()
+        assert not (path / "mixchat.build").exists()
 
     def test_resumes_where_it_was_cut_off(self, tiny_demo, home, monkeypatch):
         def cut(*_: object) -> None:
@@ -239,7 +239,7 @@ class TestAlreadyInstalled:
 
     def test_a_link_does_not_choose_where_files_are_fetched_to(self, fake, home):
         """The small files of a checkpoint stayed in the directory of a planted link."""
-        elsewhere, planted = home / "elsewhere", resolve(REPO).directory / "source"
+        elsewhere, planted = home / "elsewhere", resolve(REPO).directory / "mixchat.source"
         elsewhere.mkdir(parents=True)
         planted.parent.mkdir(parents=True)
         planted.symlink_to(elsewhere)

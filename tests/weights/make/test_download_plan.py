@@ -69,7 +69,7 @@ class TestDisk:
     @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
     def test_the_peak_is_what_is_measured(self, large, tmp_path, monkeypatch, place, ahead):
         monkeypatch.setattr(download_plan, "_SMALL_FILES_BYTES", 0)
-        target, source = tmp_path / "model", tmp_path / "model" / "source"
+        target, source = tmp_path / "model", tmp_path / "model" / "mixchat.source"
         checkpoint = shard(large, tmp_path / "shards", place)
         opened = Fetching(checkpoint, source)
         blueprint = make_blueprint(opened.index, QuantizeOptions())
@@ -173,9 +173,9 @@ class TestPlan:
     def test_what_is_there_already_is_not_needed_again(self, fake, tmp_path):
         target = tmp_path / "target"
         before = self.made(fake, target)
-        (target / "source").mkdir(parents=True)
+        (target / "mixchat.source").mkdir(parents=True)
         name = "model-00001-of-00002.safetensors"
-        (target / "source" / name).write_bytes(fake.files[name])
+        (target / "mixchat.source" / name).write_bytes(fake.files[name])
         after = self.made(fake, target)
         assert before.fetch - after.fetch == len(fake.files[name])
         assert before.checkpoint == after.checkpoint

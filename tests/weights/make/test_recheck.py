@@ -9,9 +9,10 @@ from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsFile
 from mixchat.weights.care.repair import verify
 from mixchat.weights.format.journal import Journal
+from mixchat.weights.format.own_files import SPILL_PREFIX
 from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.make.unfinished import SPILL_PREFIX, find_damaged
+from mixchat.weights.make.unfinished import find_damaged
 
 
 @pytest.fixture

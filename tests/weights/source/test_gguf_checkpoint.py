@@ -125,7 +125,7 @@ class TestOnTheHub:
         assert weights_of(made) == install_from(local, tmp_path / "own")
         assert made.name == f"{REPO.replace('/', '--')}--{kind}"
         assert resolve(made.name).repo == f"{REPO}:{kind}"
-        assert not (made / "source").exists()
+        assert not (made / "mixchat.source").exists()
         assert all(kind.upper() in path for path in hub.got("store"))
 
     def test_a_plan_reads_headers_alone(self, hub: FakeHub) -> None:

@@ -181,7 +181,7 @@ def test_ctrl_c_ends_a_download_at_once_while_a_shard_trickles(fake, tmp_path):
     fake.files |= files_of(write_tokenizer(_new(tmp_path / "tokenizer")))
     fake.delay, fake.step = 0.5, 70_000  # headers come in one piece
     target = tmp_path / "home" / "models" / REPO.replace("/", "--")
-    said = interrupted(fake, tmp_path, (target / "journal.jsonl").exists)
+    said = interrupted(fake, tmp_path, (target / "mixchat.journal.jsonl").exists)
     assert "the same command resumes" in said
-    assert (target / "journal.jsonl").exists()
-    assert list((target / "source").iterdir())
+    assert (target / "mixchat.journal.jsonl").exists()
+    assert list((target / "mixchat.source").iterdir())

@@ -53,7 +53,7 @@ def stop_at(patch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
     write = SafetensorsWriter.write
 
     def stopping(self: SafetensorsWriter, tensor: str, *rest: Any) -> None:
-        if self.path.name == f"{name}.new" and len(self._todo) == 1:
+        if self.path.name == f"{name}.mixchat.new" and len(self._todo) == 1:
             raise error
         write(self, tensor, *rest)
 

@@ -113,9 +113,8 @@ class TestCutOff:
 
     def sweep(self, installed: Path) -> None:
         """Remove what `gc` removes of a finished model."""
-        for leftover in housekeeping._left_in(installed):
-            assert not leftover.resumable
-            housekeeping._cleared(leftover, unfinished=False)
+        for path in housekeeping._left_in(installed):
+            housekeeping._cleared(path, resumable=False)
 
     def test_twice_in_a_row_it_still_resumes(self, both, installed):
         for step in (12, 8, 4):
@@ -167,7 +166,16 @@ class TestCutOff:
         assert list(housekeeping._left_in(installed)) == []
 
     def test_a_new_file_stays_if_no_manifest_tells_whether_it_is_used(self, installed):
-        (installed / f"{LAST}.0.new").write_bytes(b"perhaps")
+        (installed / f"{LAST}.0.mixchat.new").write_bytes(b"perhaps")
         for name in MANIFESTS:
             (installed / name).write_text("{")
+        assert list(housekeeping._left_in(installed)) == []
+
+    def test_foreign_files_next_to_a_model_that_is_converted_stay(self, both, installed):
+        """Whatever ended with .new was removed, and whatever ended with .tmp by the next gc."""
+        foreign = {name: b"mine" for name in ("thesis.new", f"{LAST}.new", f"{LAST}.new.tmp")}
+        for name, data in foreign.items():
+            (installed / name).write_bytes(data)
+        pack(installed)
+        assert files_of(installed) == files_of(both["cpu-packed"]) | foreign
         assert list(housekeeping._left_in(installed)) == []

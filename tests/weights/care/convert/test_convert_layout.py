@@ -66,12 +66,12 @@ class TestConverting:
         seen: list[list[str]] = []
 
         def watched(directory: Path, manifest: Manifest, name: str, written: Path) -> None:
-            seen.append(sorted(path.name for path in directory.glob("*.new")))
+            seen.append(sorted(path.name for path in directory.glob("*.mixchat.new")))
             replace_file(directory, manifest, name, written)
 
         monkeypatch.setattr(convert_module, "replace_file", watched)
         pack(installed)
-        assert seen == [[f"{name}.new"] for name in ("shared.safetensors", FIRST, LAST)]
+        assert seen == [[f"{name}.mixchat.new"] for name in ("shared.safetensors", FIRST, LAST)]
 
     def test_the_disk_that_it_takes_is_said_beforehand(self, installed):
         meter = Meter()
