@@ -14,9 +14,8 @@ from mixchat.base.errors import UsageError
 from mixchat.base.options import ExpertSize
 from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
-from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, option
-from mixchat.cli.flags.shell_completion import known_shapes, one_of, runnable_models
+from mixchat.cli.flags.shell_completion import known_shapes, one_of
 from mixchat.cli.output.png import checked_picture, write_figure
 from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
 class BenchFlags(load_flags.LoadFlags):
     """The flags of `mixchat bench`."""
 
-    model: str | None = typer.Argument(
-        None, metavar="MODEL", autocompletion=runnable_models, help=load_flags.INSTALLED.help
-    )
+    model: str = load_flags.model_argument(load_flags.INSTALLED.help)
     synthetic: int | None = option(
         "--synthetic LAYERS",
         "Measure LAYERS layers with random weights, of 0.79 GB each in Mixtral's shapes.",
@@ -84,13 +81,13 @@ class BenchFlags(load_flags.LoadFlags):
 def bench(context: typer.Context, flags: BenchFlags) -> None:
     """Measure a model's speed against the limits of this machine.
 
-    Give a MODEL, or --synthetic LAYERS to measure without a download.
+    --synthetic LAYERS measures without a download.
 
     --png replaces an existing FILE only if mixchat drew it.
     """
-    model, synthetic = flags.model, flags.synthetic
-    if (model is None) == (synthetic is None):
-        raise UsageError("give a MODEL, or --synthetic LAYERS")
+    synthetic = flags.synthetic
+    if synthetic is not None and is_given(context, "model"):
+        raise UsageError("give a MODEL or --synthetic LAYERS, not both")
     for flag, bits in (("--expert-bits", flags.expert_bits), ("--dense-bits", flags.dense_bits)):
         if bits is not None and synthetic is None:
             raise UsageError(f"{flag} goes with --synthetic", hint="A model has the bits it has.")
@@ -107,7 +104,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
     options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
     load = load_flags.load_options(flags, context_size=options.context_size)
     form = size, flags.shape, flags.dense_bits and int(flags.dense_bits)
-    with _model(model, synthetic, *form) as directory:
+    with _model(flags.model, synthetic, *form) as directory:
         done = Bench(directory, load, options)
         _measure(done, flags.rounds)
         report = BenchReport(done)
@@ -132,7 +129,7 @@ def _check_shape(shape: str, layers: int) -> None:
 
 @contextmanager
 def _model(
-    name: str | None,
+    name: str,
     layers: int | None,
     expert_bits: ExpertSize,
     shape: str,
@@ -142,7 +139,7 @@ def _model(
     from mixchat.weights import models
 
     if layers is None:
-        yield models.installed_directory(checked(name or "", "the model's name"))
+        yield models.installed_directory(name)
         return
     from mixchat.bench.synthetic import synthetic_model
 

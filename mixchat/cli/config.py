@@ -159,9 +159,10 @@ def _example_value(parameter: Any) -> str:
         return "true"
     if takes_number(parameter):
         return str(parameter.metavar)
-    return _toml(
-        [parameter.metavar] if parameter.multiple else parameter.default or parameter.metavar
-    )
+    if parameter.multiple:
+        return _toml([parameter.metavar])
+    has_text = isinstance(parameter.default, str) and parameter.default
+    return _toml(parameter.default if has_text else parameter.metavar)
 
 
 def _toml(value: Any) -> str:

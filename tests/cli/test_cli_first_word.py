@@ -6,8 +6,8 @@ import pytest
 @pytest.fixture
 def installed(tmp_path):
     """A model on this machine, as far as its directory tells."""
-    (tmp_path / "home" / "models" / "org--name").mkdir(parents=True)
-    (tmp_path / "home" / "models" / "mine").mkdir()
+    for name in ("org--name", "mine"):
+        (tmp_path / "home" / "models" / name / "mixchat.source").mkdir(parents=True)
 
 
 @pytest.mark.usefixtures("installed")

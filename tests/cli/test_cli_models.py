@@ -57,7 +57,9 @@ def test_list_is_a_table(mixchat, keep, tmp_path):
     keep("org--name", "org/name", "c0ffee" * 6 + "abcd")
     keep("tiny", "[red]\x1b[2J")
     (keep("broken", "org/broken") / "config.json").unlink()
+    (tmp_path / "home" / "models" / "notes").mkdir()
     (tmp_path / "home" / "models" / "zz").mkdir()
+    (tmp_path / "home" / "models" / "zz" / "mixchat.source").mkdir()
     lines = mixchat("list").stdout.decode().splitlines()
     assert lines[0].split() == ["NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE"]
     assert [line.split()[0] for line in lines[1:]] == ["broken", "org--name", "tiny", "zz"]

@@ -1,5 +1,7 @@
 """Every flag of `mixchat run` arrives where it belongs, and so does what was saved."""
 
+import json
+import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,3 +99,26 @@ def test_a_prompt_cache_asks_for_a_context_that_holds_it(
     run = ("run", "-m", str(tiny_model), "Hi", "--device", "cpu")
     mixchat(*run, "--prompt-cache", str(path), fake=False)
     assert seen["load"].least_context == 20_000 + 2048
+
+
+@pytest.mark.parametrize("named", [(), ("demo",)])
+def test_the_only_installed_model_is_the_default_of_every_command(
+    mixchat, monkeypatch, tiny_model, tmp_path, named
+):
+    """A chat asked for 93 GB, although the demo was installed."""
+    for name in ("tiny", *named):
+        shutil.copytree(tiny_model, tmp_path / "home" / "models" / name)
+    served = []
+    for function in ("serve_http", "serve_experts"):
+        monkeypatch.setattr(f"mixchat.cli.serve.{function}", lambda name, *_: served.append(name))
+    expected = "instruct" if named else "tiny"
+    assert f"'{expected}'" in mixchat("stats", fake=False).stderr.decode()
+    assert json.loads(mixchat("run", "--json", "Hi").stdout)["model"] == expected
+    assert mixchat("serve", fake=False).returncode == 0
+    assert mixchat("worker", fake=False).returncode == 0
+    assert served == [expected] * 2
+    settings = json.loads(mixchat("config", "--json").stdout)["settings"]
+    assert settings["model"] == {"value": expected, "from": "default"}
+    assert (
+        json.loads(mixchat("run", "--json", "Hi", MIXCHAT_MODEL="mine").stdout)["model"] == "mine"
+    )

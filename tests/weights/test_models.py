@@ -69,7 +69,9 @@ def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
     directory = models.models_dir() / key
     directory.mkdir(parents=True)
     (directory / "shared.safetensors").write_bytes(b"x" * 1000)
-    if finished:
+    if not finished:
+        (directory / "mixchat.journal.jsonl").write_bytes(b"{}\n")
+    else:
         config = json.dumps(CONFIG).encode()
         (directory / "config.json").write_bytes(config)
         files = {"config.json": FileRecord(len(config), "0" * 64)}
@@ -87,7 +89,7 @@ class TestResolve:
 
     def test_a_model_here_precedes_an_alias_that_is_newer(self, home):
         """Somebody may have installed a model as "8x22b" before that was an alias."""
-        (home / "models" / "8x22b").mkdir(parents=True)
+        keep("8x22b", finished=False)
         assert models.resolve("8x22b") == models.ModelRef("8x22b", "8x22b")
         with pytest.raises(UsageError, match="cannot be a model's name"):
             models.resolve("org/name", key="8x22b")
@@ -325,6 +327,50 @@ def test_names_of_finished_models_are_the_shortest(home):
     keep("half", finished=False)
     (models.models_dir() / "a file").write_text("")
     assert models.installed_names() == ["demo", "mine", "instruct", "org--tune"]
+
+
+class TestDefault:
+    def test_the_only_installed_model_is_the_default(self):
+        """A chat asked for 93 GB, although the demo was installed."""
+        keep("half", finished=False)
+        (models.models_dir() / "notes").mkdir()
+        assert models.default_model() == "instruct"
+        keep("mistralai--Mixtral-8x7B-v0.1")
+        assert models.default_model() == "base"
+        keep("mine")
+        assert models.default_model() == "instruct"
+
+    def test_with_no_model_the_demo_is_offered_first(self):
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.installed_directory("instruct")
+        hint = caught.value.hint or ""
+        assert hint.index("-m demo") < hint.index("mixchat download instruct (93 GB)")
+
+    def test_with_others_those_are_named(self):
+        keep("demo")
+        keep("mine")
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.installed_directory("instruct")
+        assert "demo, mine" in (caught.value.hint or "")
+
+
+class TestToRemove:
+    @pytest.mark.parametrize(
+        ("name", "word"), [("nope", "demo, half"), ("demmo", "Did you mean demo?")]
+    )
+    def test_an_unknown_name_gets_the_models_that_are_here(self, name, word):
+        """Models that nobody had installed were offered for removal."""
+        keep("demo")
+        keep("half", finished=False)
+        with pytest.raises(ModelNotFoundError) as caught:
+            models.existing_directory(name)
+        assert word in (caught.value.hint or "")
+        assert "instruct" not in (caught.value.hint or "")
+
+    def test_a_directory_that_is_no_model_is_not_found(self):
+        (models.models_dir() / "notes").mkdir(parents=True)
+        with pytest.raises(ModelNotFoundError, match="notes"):
+            models.existing_directory("notes")
 
 
 def test_importing_does_no_work():

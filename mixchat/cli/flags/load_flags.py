@@ -26,7 +26,7 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.parameters import LENGTHS, SAMPLING, checked_word
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.settings import AGAIN, MEMORY, MODEL, option, setting, setting_argument
-from mixchat.cli.flags.shell_completion import one_of, runnable_models
+from mixchat.cli.flags.shell_completion import models_here, one_of, runnable_models
 from mixchat.experts.cache import POLICIES
 
 # Each number's flag and limits, by its name in Python.
@@ -65,13 +65,24 @@ def _check_workers(addresses: list[str]) -> None:
         seen.add(address)
 
 
+def _default_model() -> str:
+    from mixchat.weights.models import default_model
+
+    return default_model()
+
+
+_DEFAULT_MODEL = {
+    "default_factory": _default_model,
+    "show_default": "the only installed one, else instruct",
+}
 MODEL_NAME = setting(
     "-m --model NAME",
     "A name that 'mixchat list' or 'mixchat plan' shows, demo, or ORG/NAME on the hub.",
     MODEL,
-    "instruct",
+    ...,
     check=checked_model,
     autocompletion=runnable_models,
+    **_DEFAULT_MODEL,
 )
 CONTEXT_SIZE = setting(
     "--ctx-size N",
@@ -162,7 +173,7 @@ class LoadFlags(HolderFlags):
 
 
 INSTALLED = typer.Argument(
-    metavar="MODEL", autocompletion=runnable_models, help="A name that 'mixchat list' shows."
+    metavar="MODEL", autocompletion=models_here, help="A name that 'mixchat list' shows."
 )
 ANY_MODEL = (
     "A name that 'mixchat list' or 'mixchat plan' shows, demo, ORG/NAME or ORG/NAME:Q4_K_M (GGUF) "
@@ -192,16 +203,16 @@ def dense_bits(shown: str, bits: Sequence[str] = DENSE_BITS) -> Any:
     )
 
 
-def model_argument(help: str, **argument: Any) -> Any:
-    """Return the argument MODEL, whose default is the setting `model`."""
+def model_argument(help: str, default: Any = ..., **argument: Any) -> Any:
+    """Return the argument MODEL, by default the setting `model`, then as MODEL_NAME."""
     return setting_argument(
         "model",
-        "instruct",
+        default,
         metavar="MODEL",
         check=checked_model,
         autocompletion=runnable_models,
         help=help,
-        **argument,
+        **{**(_DEFAULT_MODEL if default is ... else {}), **argument},
     )
 
 

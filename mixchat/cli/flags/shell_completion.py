@@ -14,8 +14,7 @@ from typing import Any
 import typer
 
 from mixchat.base.errors import UsageError
-from mixchat.base.settings import models_dir
-from mixchat.chat.printing import one_line, say, show, show_piece
+from mixchat.chat.printing import say, show, show_piece
 
 COMPLETE_VARIABLE = "_MIXCHAT_COMPLETE"  # set by the scripts of --install-completion
 _PROGRAM = "mixchat"
@@ -103,11 +102,18 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
 
 
 def runnable_models(incomplete: str) -> list[str]:
-    """Complete to a fixed name or an installed model."""
+    """Complete to a fixed name or a model on this machine."""
     from mixchat.weights.known_models import ALIASES
-    from mixchat.weights.models import DEMO
+    from mixchat.weights.models import DEMO, names_here
 
-    return one_of(*dict.fromkeys([*ALIASES, DEMO, *_installed()]))(incomplete)
+    return one_of(*dict.fromkeys([*ALIASES, DEMO, *names_here()]))(incomplete)
+
+
+def models_here(incomplete: str) -> list[str]:
+    """Complete to a model on this machine."""
+    from mixchat.weights.models import names_here
+
+    return one_of(*names_here())(incomplete)
 
 
 def known_shapes(incomplete: str) -> list[str]:
@@ -127,12 +133,3 @@ def saved_chats(incomplete: str) -> list[str]:
         return one_of(*names, *reversed(store.ids()))(incomplete)
     except OSError:
         return []
-
-
-def _installed() -> list[str]:
-    try:
-        entries = [entry for entry in models_dir().iterdir() if entry.is_dir()]
-    except OSError:
-        return []
-    names = (entry.name for entry in entries if not entry.name.startswith("."))
-    return sorted(name for name in names if one_line(name) == name)

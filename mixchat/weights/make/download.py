@@ -34,7 +34,7 @@ from mixchat.weights.source.open_checkpoint import open_checkpoint
 
 Check = Callable[[Path], None]
 _COMMIT_DIGITS_MIN = 7
-_SHOWN_NAMES = 5  # of files, in a message
+_SHOWN_NAMES = 20  # of files, in a message
 
 
 @dataclass(frozen=True)

@@ -105,19 +105,21 @@ def test_under_its_own_key_it_needs_no_other_name(fake, made):
 
 def test_an_unfinished_key_of_which_nothing_is_known_has_to_be_removed(home):
     (home / "models" / "half").mkdir(parents=True)
+    (home / "models" / "half" / "mixchat.journal.jsonl").write_text("damaged")
     with pytest.raises(ModelNotFoundError, match="unfinished") as caught:
         get("half")
     assert "mixchat rm half" in (caught.value.hint or "")
 
 
-def test_what_is_not_its_work_is_removed(fake, home):
+def test_work_of_another_download_is_removed(fake, home):
     stale = home / "models" / "org--tiny-mixtral" / "experts-099.safetensors"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"half")
+    (stale.parent / "mixchat.journal.jsonl").write_text("{}\n")
     (stale.parent / "old").mkdir()
     assert is_installed(get(REPO))
     assert not stale.exists()
-    assert not (stale.parent / "old").exists()
+    assert (stale.parent / "old").exists()
 
 
 def test_a_directory_that_changed_meanwhile_starts_again(two_shards, tmp_path, monkeypatch):
