@@ -317,13 +317,18 @@ class Context:
 
     def prompt_too_long(self, tokens: int) -> PromptTooLongError:
         """Return the error for a prompt without room for an answer."""
-        return self._too_long("the prompt", f"{tokens} tokens", tokens)
+        return self._too_long("the prompt", f"{tokens:,} tokens", tokens)
 
-    def _too_long(self, name: str, size: str, tokens: int = 0) -> PromptTooLongError:
-        hint = f"Shorten it: this model reads {self.largest - 1} tokens at most."
-        if max(self.tokens, tokens) < self.largest:
-            hint = f"--ctx-size can be up to {self.largest}."
-        holds = f"the context holds {self.tokens} tokens, the answer included"
+    def _too_long(self, name: str, size: str, tokens: int | None = None) -> PromptTooLongError:
+        """Return the error. `tokens` is None if they were not counted."""
+        if max(self.tokens, tokens or 0) >= self.largest:
+            hint = f"Shorten it: this model reads {self.largest - 1:,} tokens at most."
+        elif tokens is None:
+            hint = f"Shorten it, or use a larger --ctx-size, up to {self.largest}."
+        else:  # a power of two that leaves the usual part of the context to the answer
+            wanted = tokens * _USUAL // (_USUAL - 1)
+            hint = f"Shorten it, or use --ctx-size {min(1 << wanted.bit_length(), self.largest)}."
+        holds = f"but the context holds {self.tokens:,} tokens, the answer included"
         return PromptTooLongError(f"{name} is too long: {size}, {holds}", hint=hint)
 
 

@@ -40,8 +40,7 @@ class MemoryBudget:
             return cls(fraction=number / 100)
         if text.strip()[-1].isdigit() and 0 < number < _FEWEST:
             raise UsageError(
-                f"{text!r} is an amount of {number:.0f} bytes, too few for anything",
-                hint=f"For gigabytes: {text.strip()}GB.",
+                f"{text.strip()} means {number:.0f} bytes", hint=f"Did you mean {text.strip()}GB?"
             )
         return cls(size=int(number * (_UNITS | _BINARY_UNITS)[unit]))
 

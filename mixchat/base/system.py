@@ -53,6 +53,11 @@ def allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def open_files_limit() -> int:
+    """Return how many files this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def terminal_mode(source: Any) -> list[Any] | None:
     """Return the mode of the terminal that `source` reads, or None."""
     with suppress(AttributeError, OSError, ValueError, NotImplementedError, termios.error):

@@ -20,7 +20,7 @@ def read_text_file(path: Path, context: Context) -> str:
     except OSError as error:
         raise PromptError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():
-        raise PromptError(f"{path} is empty")
+        raise PromptError(f"{path} is empty", hint="Name a file with text, or leave it out.")
     return text
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from mixchat import __version__
-from mixchat.base import interrupts
-from mixchat.base.errors import MixchatError
+from mixchat.base import interrupts, system
+from mixchat.base.errors import MixchatError, UsageError
 from mixchat.chat import printing
 from mixchat.cli.bench import bench
 from mixchat.cli.chats import chats
@@ -37,6 +38,8 @@ from mixchat.cli.stats import stats
 
 _INTERRUPTED = 130
 _CLOSED_PIPE = 141
+# More than a model has layers. A terminal's library can use no descriptor above it.
+_OPEN_FILES = 1024
 _MAX_COLUMNS = 120  # of --help
 
 
@@ -141,13 +144,19 @@ def _mixchat(
 ) -> None:
     if context.invoked_subcommand is None:
         printing.show(context.get_help())
-    else:
-        apply_config(context)
+        return
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # torch cannot be loaded there
+        hint = "Change to another one, or to the new one of the same name: cd ."
+        raise UsageError("the working directory was deleted", hint=hint) from None
+    apply_config(context)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run one command line (`sys.argv` by default) and exit with its exit code."""
     _prepare_streams()
+    system.allow_open_files(_OPEN_FILES)
     # A signal ends it like Ctrl-C, so that unfinished files are removed.
     interrupts.install()
     code = _exit_code(sys.argv[1:] if arguments is None else arguments)

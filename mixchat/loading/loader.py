@@ -101,8 +101,23 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
     # Torch takes numbers from 128 on for negative ones.
     if gpu.is_gpu(device) and not 0 <= (device.index or 0) < gpu.count():
-        raise UsageError(f"--device {name!r}: torch sees {gpu.count()} GPUs here")
+        raise _no_such_gpu(name)
     return device
+
+
+def _no_such_gpu(name: str) -> UsageError:
+    last = gpu.count() - 1
+    if last >= 0:
+        usable = f"{gpu.KIND}:0" + (f" to {gpu.KIND}:{last}" if last else "")
+        return UsageError(
+            f"--device {name!r}: torch sees {last + 1} GPU{'s' if last else ''} here",
+            hint=f"Use {usable}, or leave --device out.",
+        )
+    reason = "" if torch.version.cuda else ", because this PyTorch is built for CPUs alone"
+    return UsageError(
+        f"--device {name!r}: torch sees no GPU here{reason}",
+        hint="Leave --device out, to compute on the CPU.",
+    )
 
 
 def _assemble(

@@ -146,7 +146,7 @@ def find_chat(wanted: str | None) -> SavedChat | None:
         return ChatStore().load(wanted)
     except ChatNotFoundError as error:
         if " " in wanted:  # it looks like a question
-            error.hint = "Put a PROMPT before --resume, or after --resume ID."
+            error.hint = f"Put a PROMPT before --resume, or after --resume ID. {error.hint}"
         raise
 
 

@@ -122,4 +122,4 @@ def test_a_bare_number_that_means_gigabytes_is_refused(text):
     """`--host-memory 8` was taken for 8 bytes."""
     with pytest.raises(UsageError, match="bytes") as refused:
         MemoryBudget.parse(text)
-    assert refused.value.hint == f"For gigabytes: {text.strip()}GB."
+    assert refused.value.hint == f"Did you mean {text.strip()}GB?"

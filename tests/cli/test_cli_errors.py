@@ -5,10 +5,14 @@ import os
 import pty
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from command_line import FAKE
+from tiny_tokenizer import write_tokenizer
+
+from mixchat.base.errors import CheckpointError
 
 
 def lines_of(done):
@@ -37,10 +41,11 @@ def lines_of(done):
         (["-n", "-1"], "--max-tokens has to be 1 or more, or 0 for what fits, not -1"),
         (["--ctx-size", "0"], "--ctx-size has to be 1 or more, not 0"),
         (["--stop", ""], "--stop is empty"),
-        (["--host-memory", "lots"], "cannot read 'lots' as an amount of memory"),
-        (["--host-memory", ""], "cannot read '' as an amount of memory"),
-        (["--worker", ""], "cannot read '' as HOST[:PORT]"),
-        (["--worker", "a:0"], "'a:0': a port is between 1 and 65535"),
+        (["--host-memory", "lots"], "--host-memory: cannot read 'lots' as an amount of memory"),
+        (["--host-memory", ""], "--host-memory: cannot read '' as an amount of memory"),
+        (["--worker", ""], "--worker: cannot read '' as HOST[:PORT]"),
+        (["--worker", "a:0"], "--worker: 'a:0': a port is between 1 and 65535"),
+        (["--host-memory", "16"], "--host-memory: 16 means 16 bytes"),
         (["--worker", "a", "--worker", "a:7917"], "--worker a:7917 is given twice"),
     ],
 )
@@ -196,6 +201,47 @@ def test_an_error_of_ours_is_one_line_and_shows_its_traceback_on_demand(mixchat)
     again = mixchat("run", "Hi", SCRIPT=script, MIXCHAT_DEBUG=1)
     assert again.returncode == 1
     assert "Traceback" in again.stderr.decode()
+    for off in ("0", "", "false", "off"):
+        assert mixchat("run", "Hi", SCRIPT=script, MIXCHAT_DEBUG=off).stderr == done.stderr
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_limit_of_open_files_is_named_whatever_error_it_led_to(capsys, wrapped):
+    """It was taken for a damaged model, with exit code 6 and no word of the limit."""
+    from mixchat.base.files import reading
+    from mixchat.cli.output.messages import print_error
+
+    path = Path("experts-031.safetensors")
+    with pytest.raises((CheckpointError, OSError)) as caught:  # noqa: SIM117
+        with reading(path) if wrapped else nullcontext():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    assert print_error(caught.value) == 7
+    assert "ulimit -n" in capsys.readouterr().err
+
+
+def test_a_model_of_more_layers_than_open_files_names_the_limit(
+    environment, make_checkpoint, install
+):
+    deep = install(write_tokenizer(make_checkpoint(num_hidden_layers=40, vocab_size=262)))
+    run = f"{sys.executable} -m mixchat run -m {deep} -n 1 --device cpu Hi </dev/null"
+    for limit, code in (("-n 32", 7), ("-Sn 32", 0)):  # a soft limit is raised
+        command = ["sh", "-c", f"ulimit {limit}; exec {run}"]
+        done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+        assert done.returncode == code, done.stderr
+        assert (b"ulimit -n" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize("command", ["list", "run -m demo Hi", "serve", "gc"])
+def test_a_deleted_working_directory_is_named(environment, tmp_path, command):
+    """A library of torch ended the process with a fatal error of its own."""
+    deleted = f"mkdir gone && cd gone && rmdir ../gone; exec {sys.executable} -m mixchat {command}"
+    done = subprocess.run(
+        ["sh", "-c", deleted], capture_output=True, env=environment, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == 2
+    error, hint = lines_of(done)
+    assert error == "error: the working directory was deleted"
+    assert hint.startswith("hint: ")
 
 
 @pytest.mark.parametrize("model", ["nonsense", "instruct", "../escape", "[red]x[/]", "a\nb\x1b[2J"])

@@ -166,7 +166,17 @@ def test_a_chat_that_is_not_there_is_an_error(mixchat):
     done = mixchat("run", "--resume", "nothing", "Hi")
     assert (done.returncode, done.stdout) == (4, b"")
     assert done.stderr.startswith(b"error: there is no saved chat 'nothing'")
+    assert b"hint: " in done.stderr
     assert mixchat("run", "Hi", "--resume").returncode == 4
+
+
+@pytest.mark.parametrize("wanted", ["nothing", "Why is the sky blue?", "20"])
+def test_the_list_of_chats_is_named_if_a_chat_is_not_found(mixchat, ids, wanted):
+    for _ in range(2):
+        mixchat("run", "--save", "Hi")
+    done = mixchat("run", "--resume", wanted, "Hi")
+    assert done.returncode == 4
+    assert "mixchat chats" in done.stderr.decode().splitlines()[1]
 
 
 @pytest.mark.parametrize(

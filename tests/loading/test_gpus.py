@@ -349,7 +349,7 @@ def test_an_event_of_one_gpu_is_not_recorded_on_the_stream_of_another(paper):
 
 def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_refused(paper):
     assert choose_devices(None) == [torch.device("paper:0")]
-    with pytest.raises(UsageError, match="torch sees 1 GPUs here"):
+    with pytest.raises(UsageError, match="torch sees 1 GPU here"):
         choose_devices("paper:1")
     paper.devices = 2
     assert choose_devices("paper:1") == [torch.device("paper:1")]

@@ -41,6 +41,14 @@ def test_a_budget_sets_the_slots(tiny_model):
     assert engine.experts.slots_by_tier == {"host": 4}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:0,cuda:1"])
+def test_without_a_gpu_a_device_is_best_left_out(name):
+    with pytest.raises(UsageError, match="no GPU") as caught:
+        choose_devices(name)
+    assert "Leave --device out" in (caught.value.hint or "")
+
+
 @pytest.mark.parametrize("name", ["", "tpu", "cuda:99", "cuda:128", "mps", "meta", "cpu:x"])
 def test_devices_that_cannot_be_used_are_refused(name):
     with pytest.raises(UsageError, match="--device"):

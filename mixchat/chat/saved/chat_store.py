@@ -34,6 +34,8 @@ _LEFTOVER = re.compile(rf"{_ID.pattern}\.(kv|(kv|json)\..+{re.escape(TEMPORARY_S
 _ID_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # without those that look alike
 _LOCK_TIMEOUT_S = 5.0  # for other sessions to save, which takes milliseconds
 _MIN_LEFTOVER_AGE_S = 3600  # no process still writes an older file
+_LIST_HINT = "'mixchat chats', or /chats in a chat, lists them."
+_START_HINT = "'mixchat run' starts one, and saves it."
 _MAX_LISTED = 5  # chats, in a message
 _MAX_QUESTION = 200  # characters
 
@@ -148,7 +150,10 @@ class ChatStore:
         if len(found) == 1:
             return found[0]
         if found:
-            raise ChatNotFoundError(f"{wanted!r} means {len(found)} chats: {_some(found)}")
+            hint = f"Give more of the ID. {_LIST_HINT}"
+            raise ChatNotFoundError(
+                f"{wanted!r} means {len(found)} chats: {_some(found)}", hint=hint
+            )
         raise ChatNotFoundError(
             f"there is no saved chat {wanted!r}", hint=self._near_misses(wanted)
         )
@@ -161,7 +166,7 @@ class ChatStore:
         for summary in self.all():
             if summary.problem is None:
                 return self.load(summary.id)
-        raise ChatNotFoundError("there are no saved chats yet")
+        raise ChatNotFoundError("there are no saved chats yet", hint=_START_HINT)
 
     def ids(self) -> list[str]:
         """Return the ID of every chat, damaged or not, the oldest first. Opens no file."""
@@ -240,12 +245,10 @@ class ChatStore:
 
     def _near_misses(self, wanted: str) -> str:
         known = [word for chat in self.all() for word in (chat.id, chat.name) if word]
+        if not known:
+            return f"There are no saved chats yet. {_START_HINT}"
         near = difflib.get_close_matches(wanted, known)
-        return (
-            f"Did you mean {_some(near)}?"
-            if near
-            else "List them: 'mixchat chats', or /chats in a chat."
-        )
+        return f"Did you mean {_some(near)}? {_LIST_HINT}" if near else _LIST_HINT
 
     def _summary(self, id: str) -> ChatSummary | None:
         """Return a chat in a line, None if it has just been removed."""

@@ -55,7 +55,9 @@ def read_prompt(
     given = [text for text in (piped, *files.values(), argument) if text is not None]
     parts = [text for text in given if text.strip()]
     if not parts:
-        raise PromptError(f"{'standard input' if argument is None else 'the prompt'} is empty")
+        if argument is None:
+            raise _empty_stdin()
+        raise PromptError("the prompt is empty", hint="Write a question, or leave it out to chat.")
     prompt = "\n\n".join([*(part.rstrip("\n") for part in parts[:-1]), parts[-1]])
     context.check_text(prompt, "the prompt")
     return prompt
@@ -91,8 +93,13 @@ def checked(argument: str, name: str) -> str:
 def _required_stdin(context: Context, note: Note) -> str:
     text = _read_stdin(context, note)
     if not text.strip():
-        raise PromptError("standard input is empty")
+        raise _empty_stdin()
     return text
+
+
+def _empty_stdin() -> PromptError:
+    hint = "Pipe text into mixchat, or give a PROMPT. In a terminal, 'mixchat run' alone is a chat."
+    return PromptError("standard input is empty", hint=hint)
 
 
 def _read_stdin(context: Context, note: Note) -> str:

@@ -318,11 +318,11 @@ def _named(context: typer.Context, parameter: Any, message: str, hint: str | Non
         "variable": parameter.envvar,
         "file": f"{config_file()}: {_key(parameter)}",
     }.get(value_source(context, parameter))
-    if name is None:
-        return UsageError(message, hint=hint)
     flag = next((flag for flag in parameter.opts if message.startswith(f"{flag} ")), None)
+    if name is None and (flag or parameter.param_type_name == "argument"):
+        return UsageError(message, hint=hint)
     problem = f" {message[len(flag) + 1 :]}" if flag else f": {message}"
-    return UsageError(name + problem, hint=hint)
+    return UsageError((name or _shown(parameter)) + problem, hint=hint)
 
 
 def _key(parameter: Any) -> str | None:

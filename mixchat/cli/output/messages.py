@@ -8,12 +8,14 @@ import sys
 import traceback
 from contextlib import suppress
 
+from mixchat.base import system
 from mixchat.base.errors import MixchatError, ResourceError, UsageError
 from mixchat.base.files import DISK_FULL
 from mixchat.base.machine import memory_left_by_ulimit
 from mixchat.chat.printing import say, show
 from mixchat.chat.theme import ERROR
 
+_OFF = ("", "0", "false", "no", "off")  # values of a variable
 # In errors of torch, of the dynamic loader and of C++, in lower case.
 _NO_MEMORY = (
     "can't allocate memory",
@@ -37,7 +39,7 @@ def print_error(error: Exception) -> int:
             f"internal error: {type(error).__name__}: {error}",
             hint="Run it again with MIXCHAT_DEBUG=1 to see the traceback.",
         )
-    if os.environ.get("MIXCHAT_DEBUG"):
+    if os.environ.get("MIXCHAT_DEBUG", "").lower() not in _OFF:
         show("".join(traceback.format_exception(error)), sys.stderr)
     _print_line(f"error: {known}", ERROR)
     if known.hint:
@@ -46,6 +48,13 @@ def print_error(error: Exception) -> int:
 
 
 def _as_ours(error: Exception) -> MixchatError | None:
+    if _is_lack_of_files(error):
+        limit = system.open_files_limit()
+        return ResourceError(
+            f"too many open files: a limit allows {limit} of this process (ulimit -n)",
+            hint="Start mixchat in a new shell, or have the hard limit raised (ulimit -Hn). Each "
+            "layer of a model takes a file.",
+        )
     if isinstance(error, MixchatError):
         return error
     if _is_lack_of_memory(error):
@@ -89,6 +98,16 @@ def _is_lack_of_memory(error: BaseException) -> bool:
     # numpy only says that it cannot be imported. The error before has the reason.
     before = error.__cause__ or error.__context__
     return before is not None and _is_lack_of_memory(before)
+
+
+def _is_lack_of_files(error: BaseException | None) -> bool:
+    """Return whether an error, or one that led to it, is that no more files can be opened."""
+    while error is not None:
+        by_loader = isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error)
+        if by_loader or (isinstance(error, OSError) and error.errno == errno.EMFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _print_line(text: str, style: str = "") -> None:

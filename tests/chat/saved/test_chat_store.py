@@ -173,7 +173,9 @@ class TestFinding:
         three.rename(three.load("20261124"), "Holiday plans")
         with pytest.raises(ChatNotFoundError) as caught:
             three.load("Holiday plan")
-        assert caught.value.hint == "Did you mean Holiday plans?"
+        assert caught.value.hint == (
+            "Did you mean Holiday plans? 'mixchat chats', or /chats in a chat, lists them."
+        )
         with pytest.raises(ChatNotFoundError) as caught:
             three.load("unheard of")
         assert "mixchat chats" in caught.value.hint
