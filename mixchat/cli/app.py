@@ -90,7 +90,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 for _name, _function in _COMMANDS.items():
     app.command(_name, cls=HeadedCommand)(_function)
 # Their names in other programs.
-app.command("pull", hidden=True)(_COMMANDS["download"])
+app.command("pull", hidden=True, cls=HeadedCommand)(_COMMANDS["download"])
 app.command("ls", hidden=True)(list_models)
 
 

@@ -68,7 +68,7 @@ def test_a_wrong_value_is_said_with_what_is_allowed(mixchat, arguments, said):
     """It said only that some input should be a valid number."""
     error, hint = lines_of(mixchat(*arguments))
     assert error == f"error: {said}"
-    assert "--help' explains it" in hint
+    assert "--help-all' explains it" in hint
 
 
 @pytest.mark.parametrize("bits", ["5", "0.5", "four", "50%"])
@@ -96,6 +96,6 @@ def test_help_is_as_wide_as_the_terminal_and_120_columns_at_most(
 ):
     """It was 80 columns wide on every terminal."""
     monkeypatch.setenv("COLUMNS", str(columns))
-    for arguments in (("run", "--help"), ("help", "run")):
+    for arguments in (("run", "--help"), ("run", "--help-all"), ("help", "run")):
         longest = max(map(len, mixchat(*arguments).stdout.decode().splitlines()))
         assert widest - 12 <= longest <= widest

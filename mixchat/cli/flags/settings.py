@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from mixchat.base.errors import UsageError
 from mixchat.base.settings import config_file, read_config
+from mixchat.chat.printing import show
 
 PREFIX = "MIXCHAT_"
 AGAIN = "may be given again"  # of a flag with several values
@@ -33,6 +34,17 @@ _HEADINGS = (
     "Options",
 )
 
+_HELP_ALL_NAME = "help_all"
+_MAX_HELP_LINES = 30
+# The names in Python of the flags that a brief help shows, of all commands.
+_MOST_USED = (
+    *("model", "name", "expert_bits", "calibrate", "dry_run"),
+    *("ram", "gpu", "synthetic", "shape", "windows", "calibrate_text", "listen", "new_key"),
+    *("host", "port", "api_key", "swap", "sleep_after"),
+    *("file", "system", "resume", "temperature", "max_tokens", "as_json", "extract"),
+    *("ctx_size", _HELP_ALL_NAME),
+)
+
 ValueSource = Literal["flag", "variable", "file", "default"]
 # By pydantic's names of errors.
 _KINDS = {
@@ -49,7 +61,37 @@ _SOURCES: dict[str, ValueSource] = {
 
 
 class HeadedCommand(TyperCommand):
-    """Shows flags under headings, without Rich, whose import takes long."""
+    """Shows flags under headings, without Rich, whose import takes long.
+
+    If the help of a command with --help-all has more than a screen of lines, --help shows its first
+    paragraph and the most used flags.
+    """
+
+    def get_help(self, ctx: Any) -> str:
+        whole = self.whole_help(ctx)
+        shown = {each.name: each for each in self.get_params(ctx) if each.get_help_record(ctx)}
+        if _HELP_ALL_NAME not in shown or whole.count("\n") < _MAX_HELP_LINES:
+            return whole
+        arguments = [each for each in shown.values() if each.param_type_name == "argument"]
+        most_used = [shown[name] for name in _MOST_USED if name in shown]
+        options = [each for each in most_used if each not in arguments]
+        formatter = ctx.make_formatter()
+        self.format_usage(ctx, formatter)
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(str(self.help).partition("\n\n")[0])
+        for heading, parameters in (("Arguments", arguments), ("Most used options", options)):
+            if parameters:
+                with formatter.section(heading):
+                    formatter.write_dl([each.get_help_record(ctx) for each in parameters])
+        count = len(shown) - len(arguments) - len(options)
+        formatter.write_paragraph()
+        formatter.write_text(f"'{ctx.command_path} --help-all' explains these and {count} more.")
+        return str(formatter.getvalue()).rstrip("\n")
+
+    def whole_help(self, ctx: Any) -> str:
+        """Return the help with all flags."""
+        return str(super().get_help(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         rows: dict[str, list[tuple[str, str]]] = {}
@@ -102,13 +144,32 @@ def setting_argument(
     return typer.Argument(default, **_common(PREFIX + key.upper(), check), **argument)
 
 
+def _show_whole_help(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        show(context.command.whole_help(context))  # type: ignore[attr-defined]
+        raise typer.Exit
+
+
+_HELP_ALL = option(
+    "--help-all",
+    "Show all flags, and explain the command.",
+    callback=_show_whole_help,
+    is_eager=True,
+    expose_value=False,
+)
+
+
 def with_flags(command: Callable[[typer.Context, Any], None]) -> Callable[..., None]:
-    """Return a command with a parameter for each field of the dataclass that `command` takes."""
+    """Return a command with a parameter for each field of the dataclass that `command` takes.
+
+    --help-all is added, because only such commands have more flags than fit on a screen.
+    """
     flags = get_type_hints(command)["flags"]
     types = get_type_hints(flags)
 
     @wraps(command)
     def run(context: typer.Context, **given: Any) -> None:
+        del given[_HELP_ALL_NAME]  # it has been answered
         command(context, flags(**given))
 
     parameters = [
@@ -117,8 +178,9 @@ def with_flags(command: Callable[[typer.Context, Any], None]) -> Callable[..., N
         )
         for each in fields(flags)
     ]
+    help_all = Parameter(_HELP_ALL_NAME, Parameter.KEYWORD_ONLY, default=_HELP_ALL, annotation=bool)
     first = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    run.__signature__ = Signature([first, *parameters])  # type: ignore[attr-defined]
+    run.__signature__ = Signature([first, *parameters, help_all])  # type: ignore[attr-defined]
     return run
 
 
@@ -221,7 +283,9 @@ def explained(error: typer.BadParameter) -> Exception:
         message = f"{_shown(error.param)} has to be {_allowed(details()[0])}"
     elif context is None or value_source(context, error.param) in ("flag", "default"):
         return error
-    return _named(context, error.param, message, f"'{context.command_path} --help' explains it.")
+    return _named(
+        context, error.param, message, f"'{context.command_path} --help-all' explains it."
+    )
 
 
 def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> UsageError:
