@@ -393,7 +393,21 @@ def test_a_model_that_is_loaded_again_has_room_for_the_context_that_clients_were
         return ScriptedService(context_size=3000), Defaults(SamplingOptions())
 
     monkeypatch.setattr(servers, "open_service", open_service)
-    options = servers.ServeOptions("", 0, 4, (), None, False, True, True, False, None, False)
+    options = servers.ServeOptions(
+        host="",
+        port=0,
+        queue=4,
+        origins=(),
+        key=None,
+        strict=False,
+        shared_prefix=True,
+        page=False,
+        swap=False,
+        sleep_after=None,
+        keep_caches=False,
+        drain=0.0,
+        aliases={},
+    )
 
     async def main():
         models = servers._served_models("a", LoadOptions(), options, None)
