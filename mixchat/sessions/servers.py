@@ -105,6 +105,7 @@ def _served_models(
         aliases=options.aliases,
         facts=local.facts,
         sleep_after=options.sleep_after,
+        queue=options.queue,
     )
 
 

@@ -24,11 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 from hostile_api_kinds import API_KINDS
+from hostile_body_kinds import BODY_KINDS
 from hostile_request_kinds import HANG, KINDS, Kind, Target
 from rig import HERE, table, workplace
 
 WEB = HERE.parent / "serving" / "web"
-ALL = KINDS | API_KINDS
+ALL = KINDS | API_KINDS | BODY_KINDS
 IDLE = 1000
 CLOSED = "closed"
 # The scripted service has no vocabulary for which a form could be compiled.

@@ -1,19 +1,24 @@
 """The jobs of one request while they run, whole or as a stream.
 
-Comments in a stream keep proxies from cutting a silent connection.
+What a client has not taken yet is held here, within the budget of all requests, so that the model
+is free as soon as an answer is computed. Comments in a stream keep proxies from cutting a silent
+connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mixchat.base.errors import ResourceError
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.service import (
     Delta,
@@ -21,55 +26,85 @@ from mixchat.serving.service import (
     Failed,
     Job,
     JobEvent,
+    QueueFullError,
     Reading,
     Service,
     ShuttingDownError,
 )
+from mixchat.serving.web.bodies import Share
 from mixchat.serving.web.responses import ResponseBuilder
 
 _T = TypeVar("_T")
 _LONG_S = 3600.0  # between looks at an answer that is sent whole
 PING_S = 3.0  # without an event, until a ping is sent
 _NO_BUFFER = (b"x-accel-buffering", b"no")  # nginx would hold pieces back
+_PIECE = 65_536  # bytes that are sent at once, so that a slow client's wait in the budget
+# Bytes of an event, of a token with its log probability, and of one of its likeliest tokens.
+_PER_EVENT, _PER_TOKEN, _PER_CHOICE = 300, 200, 130
 
 
 class PendingAnswers:
     """The answers to one request, each with a number.
 
-    Events wait here, so a slow client holds nobody up.
+    Events wait here, so a slow client holds nobody up. They are a part of the request's share. If
+    another request needs its memory, the answers are given up.
     """
 
-    def __init__(self, service: Service, jobs: Sequence[Job]) -> None:
+    def __init__(self, service: Service, jobs: Sequence[Job], share: Share) -> None:
         """Submit nothing yet. This, `next` and `collect` need the event loop."""
-        self._service, self._jobs = service, jobs
+        self._service, self._jobs, self._share = service, jobs, share
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._events: list[tuple[int, JobEvent]] = []
+        self._events = deque[tuple[int, JobEvent, int]]()  # with their bytes
         self._error: Exception | None = None  # of the first answer that failed
         self._cancel: Callable[[], None] | None = None
-        self._unfinished = len(jobs)
+        self._is_over = False  # nobody takes events any longer
+        self._unfinished = self._running = len(jobs)
+        self._computed: Callable[[], object] = lambda: None
+        share.can_give_up(self._give_up)
 
     @property
     def finished(self) -> bool:
         """Return whether `next` has returned the end of every answer."""
         return self._unfinished == 0
 
+    def when_computed(self, call: Callable[[], object]) -> None:
+        """Call this as soon as there is no more to compute."""
+        self._computed = call
+        if not self._running:
+            call()
+
     def submit(self) -> None:
         """Submit all jobs or none, which may block. Raises as `Service.submit` does."""
         sinks = [partial(self._hear, number) for number in range(len(self._jobs))]
         self._cancel = self._service.submit(*zip(self._jobs, sinks, strict=True))
 
-    def cancel(self) -> None:
-        if self._cancel is not None:
-            self._cancel()
+    def end(self) -> None:
+        """Compute no more, and forget the events that nobody has taken."""
+        self._is_over = True
+        self._stop()
+        self._share.shrink(sum(size for *_, size in self._events))
+        self._events.clear()
 
     async def next(self, timeout: float) -> list[tuple[int, JobEvent]]:
-        """Wait for events, and return them with their answers' numbers.
+        """Wait for events, and return some of them with their answers' numbers.
 
         Returns none after `timeout` seconds. Raises the error of a failed answer after the events
         before it, and `ShuttingDownError` if the service ended an answer.
         """
-        if self._error is None:
+        await self._wait(timeout)
+        events, size = list[tuple[int, JobEvent]](), 0
+        while self._events and size < _PIECE:
+            number, event, taken = self._events.popleft()
+            events.append((number, event))
+            size += taken
+        self._share.shrink(size)
+        self._unfinished -= sum(isinstance(event, Done) for _, event in events)
+        return events
+
+    async def _wait(self, timeout: float) -> None:
+        """Wait for events. Raises as `next` does if there are none."""
+        if self._error is None and not self._events:
             # Not `asyncio.wait_for`, which may lose a cancellation that comes with an event.
             timer = self._loop.call_later(timeout, self._arrived.set)
             try:
@@ -77,22 +112,23 @@ class PendingAnswers:
             finally:
                 timer.cancel()
         self._arrived.clear()
-        events, self._events = self._events, []
-        if not events and self._error is not None:
+        if not self._events and self._error is not None:
             raise self._error
-        self._unfinished -= sum(isinstance(event, Done) for _, event in events)
-        return events
 
     async def collect(self) -> list[tuple[Delta, Done]]:
-        """Return all answers, whole. Raises what `next` does."""
+        """Return all answers, whole, which stay in the share. Raises what `next` does."""
+        while self._running and self._error is None:
+            await self._arrived.wait()
+            self._arrived.clear()
+        if self._error is not None:
+            raise self._error
         deltas: list[list[Delta]] = [[] for _ in self._jobs]
         done: dict[int, Done] = {}
-        while not self.finished:
-            for number, event in await self.next(_LONG_S):
-                if isinstance(event, Delta):
-                    deltas[number].append(event)
-                elif isinstance(event, Done):
-                    done[number] = event
+        for number, event, _ in self._events:
+            if isinstance(event, Delta):
+                deltas[number].append(event)
+            elif isinstance(event, Done):
+                done[number] = event
         return [(_joined(parts), done[number]) for number, parts in enumerate(deltas)]
 
     def _hear(self, number: int, event: JobEvent) -> None:
@@ -101,15 +137,50 @@ class PendingAnswers:
             self._loop.call_soon_threadsafe(self._take, number, event)
 
     def _take(self, number: int, event: JobEvent) -> None:
-        if self._error is None:
+        self._running -= isinstance(event, Done | Failed)
+        if self._error is None and not self._is_over:
             if isinstance(event, Failed):
                 self._error = event.error
+                self._stop()
             elif isinstance(event, Done) and event.reason == "interrupted":
                 message = "the server is shutting down: the answer is cut off"
                 self._error = ShuttingDownError(message)
             else:
-                self._events.append((number, event))
+                self._keep(number, event)
+        if not self._running:
+            self._computed()
         self._arrived.set()
+
+    def _stop(self) -> None:
+        if self._cancel is not None:
+            self._cancel()
+
+    def _keep(self, number: int, event: JobEvent) -> None:
+        size = _size(event)
+        try:
+            self._share.grow(size)
+        except QueueFullError:
+            self._give_up()
+        else:
+            self._events.append((number, event, size))
+
+    def _give_up(self) -> None:
+        """End the answers, and forget what the client has not taken."""
+        self._error = ResourceError(
+            "the answer is cut off: other requests need the memory of what is not taken yet",
+            hint="Read it faster, or ask for less at once.",
+        )
+        self.end()
+        self._arrived.set()
+
+
+def _size(event: JobEvent) -> int:
+    """Return about how many bytes an event takes."""
+    if not isinstance(event, Delta):
+        return _PER_EVENT
+    texts = (event.text, event.thinking, *(call.arguments for call in event.calls))
+    tokens = sum(_PER_TOKEN + _PER_CHOICE * len(token.top) for token in event.tokens)
+    return _PER_EVENT + sum(map(len, texts)) + tokens
 
 
 def _joined(parts: Sequence[Delta]) -> Delta:
@@ -142,6 +213,32 @@ async def _leaving(receive: Receive) -> None:
         pass
 
 
+class WholeAnswer(Response):
+    """A response in JSON, which is in the request's share until a client has taken it."""
+
+    def __init__(self, body: bytes, share: Share) -> None:
+        super().__init__(body, media_type="application/json")
+        self._share, self._left = share, b""
+        share.can_give_up(self._give_up)
+        share.grow(len(body))
+        self._left = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.body = b""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        sent, size = 0, len(self._left)
+        while sent < size:
+            piece = self._left[sent : sent + _PIECE]
+            if not piece:
+                return  # it was given up, so the connection is closed
+            sent += len(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": sent < size})
+
+    def _give_up(self) -> None:
+        self._share.shrink(len(self._left))
+        self._left = b""
+
+
 class AnswerStream:
     """A response of ASGI with answers as they come, which end if the client leaves."""
 
@@ -153,12 +250,16 @@ class AnswerStream:
     ) -> None:
         self._answers, self._responses, self._explain = answers, responses, explain
 
+    def when_computed(self, call: Callable[[], object]) -> None:
+        """Call this as soon as the model has no more to compute for this response."""
+        self._answers.when_computed(call)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(ClientDisconnect):
                 await while_connected(receive, self._send(send))
         finally:
-            self._answers.cancel()
+            self._answers.end()
 
     async def _send(self, send: Send) -> None:
         headers = [(b"content-type", self._responses.content_type.encode()), _NO_BUFFER]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
@@ -23,7 +23,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mixchat.base.errors import MixchatError
 from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
-from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
 from mixchat.serving.requests.errors import (
@@ -38,7 +37,8 @@ from mixchat.serving.requests.options import LoadedModel, ParsedRequest, check_m
 from mixchat.serving.service import QueueFullError
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
-from mixchat.serving.web.answers import AnswerStream, PendingAnswers, while_connected
+from mixchat.serving.web.answers import AnswerStream, PendingAnswers, WholeAnswer, while_connected
+from mixchat.serving.web.bodies import Body, MemoryBudget, Turns, WithShare, body_budget
 from mixchat.serving.web.openai_responses import ResponsesResponses, read_responses
 from mixchat.serving.web.page import page_routes
 from mixchat.serving.web.responses import (
@@ -55,6 +55,7 @@ _MAX_FORM_CHECKS = 2  # at once, each with up to a core and 1 GB
 _MAX_WAITING_CHECKS = 16
 _MAX_IGNORED = 20  # fields that a response names
 _MAX_NOTED = 100  # names
+_PER_TOKEN = 40  # bytes of a prompt's token
 # The fields with schemas or grammars, which are checked in processes.
 _FORM_FIELDS = ("response_format", "grammar", "tools", "format", "text", "output_config")
 _CHAT_PATH = "/v1/chat/completions"
@@ -62,9 +63,8 @@ _EMBEDDING_PATHS = ("/v1/embeddings", "/api/embed", "/api/embeddings")
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
 Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
-ModelEndpoint = Callable[
-    ["AppState", Request, LoadedModel, dict[str, Any]], Awaitable[ASGIApp]
-]  # with the request's body
+ModelEndpoint = Callable[["AppState", Request, LoadedModel, Body], Awaitable[ASGIApp]]
+_Fields = TypeVar("_Fields", bound=RequestObject)
 Read = Callable[[dict[str, Any], LoadedModel], ParsedRequest]
 
 # The reader of a request, and the builder of its response.
@@ -83,16 +83,19 @@ class AppState:
     """The objects that routes share.
 
     `report` gets mixchat's own faults. `note` gets a line for each field without an effect, once.
+    Requests may hold the bytes of `budget`.
     """
 
     models: ServedModels
     report: Callable[[Exception], object]
     note: Note
     created: int = field(default_factory=lambda: int(time.time()))
+    budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(body_budget()))
 
     def __post_init__(self) -> None:
         self._noted = set[str]()
         self.form_checks = CapacityLimiter(_MAX_FORM_CHECKS)
+        self.turns = Turns()  # of large bodies
 
     def note_ignored(self, names: Sequence[str]) -> None:
         for name in names:
@@ -122,17 +125,22 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
 
     def model_route(path: str, endpoint: ModelEndpoint) -> Route:
         async def bound(state: AppState, request: Request) -> ASGIApp:
-            body = await _object(state, request)
-            if ollama.asks_nothing(path, body):
-                return await _load_or_unload(state, path, body)
-            if isinstance(body.get("model"), str):
-                body["model"] = state.models.resolve(body["model"])
+            body = await _body(state, request)
+            # Who waits for a model holds no more than the bytes.
+            asked = await while_connected(request.receive, body.read(partial(_outline, path)))
+            if asked.asks_nothing:
+                return await _load_or_unload(state, path, asked.fields)
+            body.has_form = asked.has_form
 
             async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-                async with AsyncExitStack() as until_sent:
-                    using = until_sent.enter_async_context(state.models.use(body.get("model")))
-                    model = await while_connected(receive, using)
+                with ExitStack() as using:
+                    taking = state.models.take(asked.fields.get("model"), using)
+                    model = await while_connected(receive, taking)
                     response = await endpoint(state, request, model, body)
+                    if isinstance(response, AnswerStream):
+                        response.when_computed(using.close)
+                    else:
+                        using.close()
                     await response(scope, receive, send)
 
             return answer
@@ -165,44 +173,66 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
         },
     )
     app.router.redirect_slashes = False
-    return _ResponseHeaders(guarded(app, access))
+    return _ResponseHeaders(guarded(WithShare(app, state.budget), access))
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What decides about a request before its body is read."""
+
+    fields: dict[str, Any]  # with short values
+    asks_nothing: bool
+    has_form: bool
+
+
+def _outline(path: str, body: dict[str, Any]) -> _Outline:
+    names = ("model", "name", "keep_alive")
+    fields = {name: body[name] for name in names if isinstance(body.get(name), str | int | float)}
+    has_form = any(body.get(name) for name in _FORM_FIELDS)
+    return _Outline(fields, ollama.asks_nothing(path, body), has_form)
 
 
 async def _answer(
     state: AppState,
     request: Request,
     model: LoadedModel,
-    body: dict[str, Any],
+    body: Body,
     *,
     api: tuple[Read, type[ResponseBuilder]],
 ) -> ASGIApp:
     read, builder = api
+    share = request.state.share
     asked = await while_connected(request.receive, _read(state, model, body, read))
+    body.drop()
+    # Tools and forms are parts of the body that live as long as the answer.
+    tokens = sum(len(job.prompt_ids) for job in asked.jobs)
+    share.grow(tokens * _PER_TOKEN + (body.weight if body.has_form else 0))
     request.state.ignored = _named(asked)
+    asked = replace(asked, ignored=())
     state.note_ignored(request.state.ignored)
     responses = builder(asked, model)
-    answers = PendingAnswers(model.service, asked.jobs)
+    answers = PendingAnswers(model.service, asked.jobs, share)
     await run_in_threadpool(answers.submit)
     if asked.stream:
         return AnswerStream(answers, responses, state.explain)
     try:
-        return _json(responses.whole(await while_connected(request.receive, answers.collect())))
+        whole = await while_connected(request.receive, answers.collect())
+        data = await run_in_threadpool(lambda: to_json(responses.whole(whole)))
     finally:
-        answers.cancel()
+        answers.end()
+    return WholeAnswer(data, share)
 
 
-async def _read(
-    state: AppState, model: LoadedModel, body: dict[str, Any], read: Read
-) -> ParsedRequest:
+async def _read(state: AppState, model: LoadedModel, body: Body, read: Read) -> ParsedRequest:
     """Parse a body, unless the client leaves."""
-    has_form = any(body.get(name) for name in _FORM_FIELDS)
-    limiter = state.form_checks if has_form else None
+    limiter = state.form_checks if body.has_form else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
         raise QueueFullError(message)
-    with ExitStack() as at_end:
-        model = replace(model, compile_form=partial(model.compile_form, at_end=at_end))
-        return await to_thread.run_sync(read, body, model, abandon_on_cancel=True, limiter=limiter)
+    async with limiter or nullcontext():
+        with ExitStack() as at_end:
+            model = replace(model, compile_form=partial(model.compile_form, at_end=at_end))
+            return await body.read(lambda given: read(given, model), at_end)
 
 
 def _named(asked: ParsedRequest) -> list[str]:
@@ -211,7 +241,7 @@ def _named(asked: ParsedRequest) -> list[str]:
 
 
 async def _count_tokens(
-    state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
+    state: AppState, request: Request, model: LoadedModel, body: Body
 ) -> ASGIApp:
     asked = await while_connected(
         request.receive, _read(state, model, body, anthropic.read_counted)
@@ -288,17 +318,19 @@ async def _metrics(state: AppState, request: Request) -> Response:
     return Response(to_prometheus(state.models.stats()), media_type=CONTENT_TYPE)
 
 
+def _read_for(model: LoadedModel, fields: type[_Fields], body: dict[str, Any]) -> _Fields:
+    check_model(body.get("model"), model.service.name)
+    return validated(fields, body)
+
+
 class _Text(RequestObject):
     ignored = ("model",)
     content: str
     add_special: bool = False
 
 
-async def _tokenize(
-    state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
-) -> Response:
-    check_model(body.get("model"), model.service.name)
-    text = validated(_Text, body)
+async def _tokenize(state: AppState, request: Request, model: LoadedModel, body: Body) -> Response:
+    text = await body.read(partial(_read_for, model, _Text))
     model.service.context.check_text(text.content, "content")  # others wait for the tokenizer
     tokenizer = model.service.tokenizer
     bos = [] if tokenizer.bos_id is None or not text.add_special else [tokenizer.bos_id]
@@ -311,10 +343,9 @@ class _Tokens(RequestObject):
 
 
 async def _detokenize(
-    state: AppState, request: Request, model: LoadedModel, body: dict[str, Any]
+    state: AppState, request: Request, model: LoadedModel, body: Body
 ) -> Response:
-    check_model(body.get("model"), model.service.name)
-    items = validated(_Tokens, body).tokens
+    items = (await body.read(partial(_read_for, model, _Tokens))).tokens
     limit, tokenizer = model.service.context.largest, model.service.tokenizer
     if len(items) > limit:
         raise field_error("tokens", f"has {len(items)} items; at most {limit} are taken")
@@ -323,11 +354,14 @@ async def _detokenize(
 
 
 async def _object(state: AppState, request: Request) -> dict[str, Any]:
-    # In a thread, since a large body would hold up the answers in the event loop.
-    return await run_in_threadpool(read_object, await _body(state, request))
+    body = await _body(state, request)
+    # What is parsed is held until the response is sent.
+    given = await while_connected(request.receive, body.read(lambda given: given))
+    request.state.share.grow(body.weight)
+    return given
 
 
-async def _body(state: AppState, request: Request) -> bytes:
+async def _body(state: AppState, request: Request) -> Body:
     """Return the body. Refuse one that no model can take before all of it is read."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("the body is compressed: send it as it is", status=415)
@@ -338,12 +372,14 @@ async def _body(state: AppState, request: Request) -> bytes:
         longest = max(context.longest_text for context in contexts.values())
     limit = longest + _MAX_BODY_EXTRA
     if size <= limit:
+        share = request.state.share
         async for piece in request.stream():
+            share.grow(len(piece))
             body += piece
             if len(body) > limit:
                 break
         else:
-            return bytes(body)
+            return Body(bytes(body), share, state.budget, state.turns, state.models.resolve)
     message = f"the body is too large: this server reads {limit} bytes at most"
     raise RequestError(message, status=413, code="request_too_large")
 

@@ -1,25 +1,38 @@
 """The models of a server, of which at most one is loaded.
 
-A request uses a model until its answers are sent. A request for another model waits until nobody
-uses the loaded one, and later requests wait longer. A model that nobody uses for long is
-unloaded, and the next request loads it again.
+A request uses a model until its answers are computed. A request for another model waits until
+nobody uses the loaded one. Requests for the loaded model pass it for some seconds, then they wait,
+too, so that both models get their turns. A model that nobody uses for long is unloaded, and the
+next request loads it again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 from anyio import to_thread
 
 from mixchat.base.model_config import Context
 from mixchat.serving.requests.options import LATEST, LoadedModel
-from mixchat.serving.service import ServiceStats, ShuttingDownError
+from mixchat.serving.service import QueueFullError, ServiceStats, ShuttingDownError
+
+_TURN_S = 5.0  # in which requests for the loaded model pass those for another one
+_IDLE_S = 0.25  # without a request, until the model is changed before that time
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request that waits for a model, any if `name` is None."""
+
+    name: str | None
+    since: float
+    model: asyncio.Future[LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,9 @@ class ServedModels:
 
     `load` raises `MixchatError`. `others` has further models that it can load, by name. `aliases`
     are more names of models. `facts` returns what is known of a model. It may read the disk, as
-    `others` may. After `sleep_after` seconds without a request, the model is unloaded. Only `close`
-    and `stats` may be called outside of the event loop.
+    `others` may. `queue` requests may wait for a model. After `sleep_after` seconds without a
+    request, the model is unloaded. Only `close` and `stats` may be called outside of the event
+    loop.
     """
 
     def __init__(
@@ -61,17 +75,21 @@ class ServedModels:
         aliases: Mapping[str, str] = MappingProxyType({}),
         facts: Callable[[str], ModelFacts | None] = lambda name: None,
         sleep_after: float | None = None,
+        queue: int = 64,
     ) -> None:
         self.name, self.context = first.service.name, first.service.context
         self._first = {self.name: self.context}
         self._model = cast("LoadedModel | None", first)
         self._load, self._others, self._sleep_after = load, others, sleep_after
         self._aliases, self._facts = aliases, facts
-        self._turn = asyncio.Lock()  # first come, first served
+        self._queue = max(queue, 1)  # one lets the model be loaded
+        self._waiting: list[_Waiting] = []
         self._users, self._unused = 0, asyncio.Event()
         self._unused.set()
-        self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[None] | None = None  # which unloads the model
+        self._loaded_at = self._used_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None  # until the model sleeps
+        self._next_look: asyncio.TimerHandle | None = None  # at those who wait
+        self._change: asyncio.Task[None] | None = None  # which loads or unloads a model
         self._lock, self._closing = Lock(), False  # guard `_model` and `_earlier`
         self._earlier = ServiceStats()  # of models that were unloaded
 
@@ -114,33 +132,32 @@ class ServedModels:
 
     @asynccontextmanager
     async def use(self, name: object = None) -> AsyncIterator[LoadedModel]:
-        """Yield the model `name`, or the last used one if there is no such model.
+        """Yield a model, as `take` returns it."""
+        with ExitStack() as at_end:
+            yield await self.take(name, at_end)
 
-        Raises `MixchatError` if it cannot be loaded.
+    async def take(self, name: object, at_end: ExitStack) -> LoadedModel:
+        """Return the model `name`, or the last used one if there is no such model.
+
+        It stays loaded until `at_end` is closed. Raises `MixchatError` if it cannot be loaded, and
+        `QueueFullError` if too many wait.
         """
-        async with self._turn:
-            wanted = self.resolve(name) if isinstance(name, str) else self.name
-            if wanted != self.name and wanted not in await self._known():
-                wanted = self.name
-            if self._model is None or wanted != self.name:
-                await self._unused.wait()
-                await self._change(wanted)
-            model = cast("LoadedModel", self._model)
-            self._users += 1
-            self._unused.clear()
-        try:
-            yield model
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._unused.set()
-                self.await_sleep()
+        wanted = self.resolve(name) if isinstance(name, str) else self.name
+        is_known = wanted == self.name or wanted in await self._known()
+        model = self._model
+        if model is None or self._holds_back() or (is_known and wanted != self.name):
+            model = await self._wait(wanted if is_known and isinstance(name, str) else None)
+        else:
+            self._begin_use()
+        at_end.callback(self._release)
+        return model
 
     async def unload(self, name: str) -> None:
         """Unload the model `name`, if it is loaded, as soon as nobody uses it."""
         while self.is_loaded and self.resolve(name) == self.name:
-            await self._unused.wait()
-            await _to_end(self._sleep())
+            if self._change is None and not self._users:
+                self._begin_sleep()
+            await (self._unused.wait() if self._change is None else asyncio.shield(self._change))
 
     def await_sleep(self) -> None:
         """Unload the model after a time, unless a request comes before."""
@@ -154,7 +171,8 @@ class ServedModels:
         """Return the counts of all models since the start."""
         with self._lock:
             now = ServiceStats() if self._model is None else self._model.service.stats()
-            return self._earlier.plus(now)
+            stats = self._earlier.plus(now)
+        return replace(stats, waiting=stats.waiting + len(self._waiting))
 
     def close(self) -> None:
         """Close the service, as `Service.close` does, and load no more."""
@@ -163,23 +181,103 @@ class ServedModels:
         if model is not None:
             model.service.close()
 
-    async def _change(self, name: str) -> None:
-        """Load a model, to the end even if its client leaves, so that no two are ever loaded."""
+    async def _wait(self, name: str | None) -> LoadedModel:
+        """Return a model when its turn has come. The request counts as its user then."""
+        if len(self._waiting) >= self._queue:
+            raise QueueFullError(f"{len(self._waiting)} requests wait for a model already")
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(name, loop.time(), loop.create_future())
+        self._waiting.append(waiting)
+        self._look()
         try:
-            await _to_end(to_thread.run_sync(self._replace, name))
-        finally:
+            return await waiting.model
+        except asyncio.CancelledError:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+                self._look()
+            elif not waiting.model.cancelled() and waiting.model.exception() is None:
+                self._release()  # it was given just before
+            raise
+
+    def _begin_use(self) -> None:
+        self._users += 1
+        self._unused.clear()
+
+    def _release(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._used_at = asyncio.get_running_loop().time()
+            self._unused.set()
             self.await_sleep()
+            self._look()
+
+    def _others_waiting(self) -> list[_Waiting]:
+        """Return those who wait for a model to be loaded, the first of them first."""
+        here = () if self._model is None else (None, self.name)
+        return [one for one in self._waiting if not one.model.done() and one.name not in here]
+
+    def _turn_ends(self, other: _Waiting) -> float:
+        """Return the time at which requests for the loaded model no longer pass another one."""
+        return max(self._loaded_at, other.since) + _TURN_S
+
+    def _holds_back(self) -> bool:
+        """Return whether a request for the loaded model has to wait."""
+        others = self._others_waiting()
+        now = asyncio.get_running_loop().time()
+        return self._change is not None or (bool(others) and now >= self._turn_ends(others[0]))
+
+    def _look(self) -> None:
+        """Give the loaded model to those who wait for it, or load another one if it is time."""
+        if self._next_look is not None:
+            self._next_look.cancel()
+        if self._change is not None or not self._waiting:
+            return
+        if not self._holds_back():
+            self._let_pass()
+        others = self._others_waiting()
+        if self._users or not others:
+            return
+        loop = asyncio.get_running_loop()
+        due = min(self._turn_ends(others[0]), self._used_at + _IDLE_S)
+        if self._model is None or self._closing or loop.time() >= due:
+            name = others[0].name or self.name
+            self._change = asyncio.ensure_future(self._run(self._replace, name))
+        else:
+            self._next_look = loop.call_at(due, self._look)
+
+    def _let_pass(self) -> None:
+        """Give the loaded model to those who wait for it."""
+        others, model = self._others_waiting(), self._model
+        for one in [one for one in self._waiting if one not in others and not one.model.done()]:
+            self._waiting.remove(one)
+            self._begin_use()
+            one.model.set_result(cast("LoadedModel", model))
+
+    async def _run(self, change: Callable[..., None], *name: str) -> None:
+        """Load or unload a model. No request ends it, so that no two models are ever loaded."""
+        try:
+            await to_thread.run_sync(change, *name)
+        except Exception as error:
+            if not name:
+                raise
+            for one in [one for one in self._waiting if (one.name or self.name) in name]:
+                self._waiting.remove(one)
+                if not one.model.done():
+                    one.model.set_exception(error)
+        finally:
+            self._change, self._loaded_at = None, asyncio.get_running_loop().time()
+            if name:
+                self.await_sleep()
+                self._let_pass()
+            self._look()
 
     def _begin_sleep(self) -> None:
-        if not self._users:
-            self._task = asyncio.ensure_future(self._sleep())
-
-    async def _sleep(self) -> None:
-        async with self._turn:
-            if not self._users:
-                await to_thread.run_sync(self._unload)
+        if not self._users and self._change is None:
+            self._change = asyncio.ensure_future(self._run(self._unload))
 
     def _replace(self, name: str) -> None:
+        if self._closing:
+            raise ShuttingDownError("the server is shutting down")
         self._unload()
         model = self._load(name)
         with self._lock:
@@ -198,12 +296,3 @@ class ServedModels:
         with self._lock:
             self._model = None
             self._earlier = self._earlier.plus(model.service.stats())
-
-
-async def _to_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await work that goes on to its end even if nobody waits any longer."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    finally:
-        await asyncio.gather(task, return_exceptions=True)

@@ -14,6 +14,7 @@ from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.web.access import Access, bind
 from mixchat.serving.web.app import AppState, create_app
+from mixchat.serving.web.bodies import MemoryBudget
 from mixchat.serving.web.served_models import ServedModels
 from mixchat.serving.web.server import WebServer
 
@@ -29,6 +30,7 @@ class Served:
     server: WebServer
     reports: list[Exception] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    budget: MemoryBudget | None = None
 
     @property
     def url(self) -> str:
@@ -56,19 +58,21 @@ def serve() -> Iterator[Callable[..., Served]]:
         compile_form: Any = None,
         page: bool = True,
         models: ServedModels | None = None,
+        budget: int = 512_000_000,
         **options: Any,
     ) -> Served:
         service, reports, notes = ScriptedService(**options), [], []
         defaults = defaults or Defaults(SamplingOptions(temperature=0.5))
         first = LoadedModel(service, defaults, compile_form or forms_of(service))
         models = models or ServedModels(first, lambda name: first)
-        shared = AppState(models, reports.append, notes.append)
+        memory = MemoryBudget(budget)
+        shared = AppState(models, reports.append, notes.append, budget=memory)
         bound = bind(resolve("127.0.0.1:0", any_port=True))
         app = create_app(shared, access or Access(), page=page)
         server = WebServer(app, bound, **(limits or {}))
         server.start()
         servers.append((server, service))
-        return Served(bound.getsockname()[1], service, server, reports, notes)
+        return Served(bound.getsockname()[1], service, server, reports, notes, memory)
 
     yield start
     for server, service in servers:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import socket
 import threading
+from collections import Counter
 from contextlib import closing, suppress
 from datetime import datetime, timezone
 
@@ -16,8 +18,8 @@ from mixchat.base.model_config import Context
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.options import Defaults, LoadedModel
-from mixchat.serving.service import ShuttingDownError
-from mixchat.serving.web import app
+from mixchat.serving.service import QueueFullError, ShuttingDownError
+from mixchat.serving.web import bodies, served_models
 from mixchat.serving.web.served_models import ModelFacts, ServedModels
 from mixchat.sessions import servers
 
@@ -109,7 +111,11 @@ def test_an_alias_means_its_model_whatever_has_the_same_name(shelf):
     asyncio.run(main())
 
 
-def test_a_change_waits_for_running_answers_and_later_requests_wait_behind_it(shelf):
+@pytest.mark.parametrize("turn_s", [0.0, 60.0])
+def test_later_requests_pass_one_for_another_model_until_its_turn_comes(shelf, monkeypatch, turn_s):
+    """With turns of 0 s, nobody passes. The last of them takes any model."""
+    monkeypatch.setattr(served_models, "_TURN_S", turn_s)
+
     async def main():
         models, order = models_of(shelf), []
 
@@ -118,13 +124,112 @@ def test_a_change_waits_for_running_answers_and_later_requests_wait_behind_it(sh
                 order.append(model.service.name)
 
         async with models.use("a"):
-            waiting = [asyncio.ensure_future(use(name)) for name in ("b", "a", "b")]
+            waiting = [asyncio.ensure_future(use("b"))]
+            await until(lambda: models.stats().waiting == 1)
+            waiting += [asyncio.ensure_future(use(name)) for name in ("a", "b", None)]
             await asyncio.sleep(0.05)
-            assert (order, shelf.open) == ([], ["a"])
+            assert (order, shelf.open) == (["a", "a"] if turn_s else [], ["a"])
         await asyncio.gather(*waiting)
-        assert order == ["b", "a", "b"]
+        if turn_s:
+            assert (order, shelf.loads) == (["a", "a", "b", "b"], ["a", "b"])
+        else:
+            assert (order, shelf.loads) == (["b", "b", "b", "a"], ["a", "b", "a"])
 
     asyncio.run(main())
+
+
+def test_neither_of_two_models_is_starved_by_clients_without_a_pause(shelf, monkeypatch):
+    """Two clients of each model ask again at once. A model had to be loaded for each question."""
+    monkeypatch.setattr(served_models, "_TURN_S", 0.1)
+
+    async def main():
+        models, counts = models_of(shelf), Counter()
+        end = asyncio.get_running_loop().time() + 2
+
+        async def ask(name):
+            while asyncio.get_running_loop().time() < end:
+                async with models.use(name):
+                    await asyncio.sleep(0.01)
+                    counts[name] += 1
+
+        await asyncio.gather(*map(ask, "aabb"))
+        assert min(counts.values()) > 10
+        assert len(shelf.loads) < 30
+
+    asyncio.run(main())
+
+
+def test_requests_that_wait_for_a_model_are_counted_and_bounded(shelf):
+    """80 of them waited with a --queue of 64, and each held what was parsed of its body."""
+
+    async def main():
+        models = models_of(shelf, queue=2)
+        async with models.use("a"):
+            waiting = [asyncio.ensure_future(models.use("b").__aenter__()) for _ in range(2)]
+            await until(lambda: models.stats().waiting == 2)
+            with pytest.raises(QueueFullError):
+                await models.use("b").__aenter__()
+            async with models.use("a"):  # which waits for nothing
+                pass
+            waiting[0].cancel()
+            await until(lambda: models.stats().waiting == 1)
+        await waiting[1]
+
+    asyncio.run(main())
+
+
+def test_who_leaves_lets_those_pass_who_waited_behind(shelf, monkeypatch):
+    monkeypatch.setattr(served_models, "_TURN_S", 0.0)
+
+    async def main():
+        models = models_of(shelf)
+        async with models.use("a"):
+            leaving = asyncio.ensure_future(models.use("b").__aenter__())
+            await until(lambda: models.stats().waiting == 1)
+            staying = asyncio.ensure_future(models.use("a").__aenter__())
+            await until(lambda: models.stats().waiting == 2)
+            leaving.cancel()
+            await staying
+        assert shelf.loads == ["a"]
+
+    asyncio.run(main())
+
+
+def test_a_model_that_fails_to_load_fails_all_who_wait_for_it_at_once(shelf):
+    async def main():
+        models = models_of(shelf)
+        shelf.errors.append(ResourceError("there is no room"))
+        async with models.use("a"):
+            waiting = [asyncio.ensure_future(models.use("b").__aenter__()) for _ in range(3)]
+            await until(lambda: models.stats().waiting == 3)
+        failed = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(error) for error in failed] == [ResourceError] * 3
+
+    asyncio.run(main())
+
+
+def test_a_slow_reader_of_a_long_answer_keeps_nobody_from_another_model(serve, shelf):
+    """No other model was loaded until all of the answer was sent."""
+    models = models_of(shelf)
+    served = serve(models=models)
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", served.port))
+        # With log probabilities an answer of 900 tokens fills every buffer on the way.
+        given = {"stream": True, "logprobs": True, "top_logprobs": 3, "n": 16, "max_tokens": 0}
+        slow.sendall(request(CHAT, asking("say:" + "a" * 900, model="a", **given)))
+        for name in ("b", "a"):
+            asked = asking("say:hi", model=name)
+            assert exchange(served, request(CHAT, asked)).json["model"] == name
+        data = b""
+        while b"[DONE]" not in data[-100:]:
+            data += slow.recv(65_536)
+    assert data.count(b'"finish_reason":"stop"') == 16
+    models.close()
+
+
+def asking(text, **more):
+    return {"messages": [{"role": "user", "content": text}], **more}
 
 
 def test_who_leaves_while_waiting_holds_nobody_up(shelf):
@@ -163,8 +268,7 @@ def test_a_model_that_was_loaded_for_nobody_sleeps_too(shelf):
         leaving = await left_while_loading(models, shelf)
         shelf.may_load.set()
         await asyncio.wait([leaving])
-        await until(lambda: shelf.open == [])
-        assert shelf.loads == ["a", "b"]
+        await until(lambda: (shelf.loads, shelf.open) == (["a", "b"], []))
 
     asyncio.run(main())
 
@@ -249,17 +353,17 @@ def test_ollamas_clients_load_and_unload_a_model_without_a_question(serve, shelf
 @pytest.mark.parametrize("path", ["/api/chat", "/api/show", "/api/pull"])
 def test_a_body_is_read_outside_of_the_event_loop(served, monkeypatch, path):
     """A large one for /api/pull held up all answers."""
-    bodies = []
+    read_bodies = []
 
     def read(body):
-        bodies.append(json.loads(body))
+        read_bodies.append(json.loads(body))
         with pytest.raises(RuntimeError):
             asyncio.get_running_loop()
-        return bodies[-1]
+        return read_bodies[-1]
 
-    monkeypatch.setattr(app, "read_object", read)
+    monkeypatch.setattr(bodies, "read_object", read)
     assert exchange(served, request(path, {"model": "scripted"})).status == 200
-    assert bodies == [{"model": "scripted"}]
+    assert read_bodies == [{"model": "scripted"}]
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_request_alone(shelf):

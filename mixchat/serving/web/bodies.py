@@ -1,0 +1,236 @@
+"""The memory of requests: their bodies, what is parsed of them, and answers that wait to be taken.
+
+All share one budget, so that clients cannot take the memory that the model's plan leaves free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from typing import Any, TypeVar
+
+from anyio import to_thread
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mixchat.base.machine import free_memory
+from mixchat.base.quantities import format_size
+from mixchat.serving.requests.body import read_object
+from mixchat.serving.requests.errors import RequestError
+from mixchat.serving.service import QueueFullError
+
+_T = TypeVar("_T")
+_FREE_PART = 4  # of the free memory, one part is for requests
+_MIN_BUDGET, _MAX_BUDGET = 64_000_000, 512_000_000  # bytes
+_SMALL_SHARE = 65_536  # bytes; only such a small share gets some of the budget's last quarter
+# An upper bound of the bytes that a body takes while it is parsed and checked. A text is held as
+# bytes, as text and as parts of it. An object, with its fields' model, takes 500 bytes.
+_PER_BYTE, _PER_OBJECT, _PER_ITEM = 6, 500, 70
+_LIGHT = 1_000_000  # bytes; a lighter body is parsed at once
+
+
+def body_budget() -> int:
+    """Return the bytes that requests may hold together on this machine."""
+    return min(max(free_memory() // _FREE_PART, _MIN_BUDGET), _MAX_BUDGET)
+
+
+class MemoryBudget:
+    """Bounds the bytes of all requests together. Only the event loop may use it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._answers = set[Share]()  # those that can be given up
+
+    @property
+    def most(self) -> int:
+        """Return the bytes that one body may take."""
+        return self.limit - self.limit // 4
+
+    @contextmanager
+    def share(self) -> Iterator[Share]:
+        """Yield a share, which is empty at first."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            self._answers.discard(share)
+            share.shrink(share.size)
+
+    def can_give_up(self, share: Share, give_up: Callable[[], object]) -> None:
+        """Call `give_up` if this share is the largest one and another answer needs its memory."""
+        share.give_up = give_up
+        self._answers.add(share)
+
+    def take(self, share: Share, count: int) -> None:
+        is_answer = share in self._answers
+        is_small = share.size + count <= _SMALL_SHARE
+        while self.held + count > (self.limit if is_answer or is_small else self.most):
+            largest = max(self._answers, key=lambda one: one.size, default=share)
+            if not is_answer or largest is share:
+                limit = format_size(self.limit)
+                raise QueueFullError(f"requests hold the {limit} of memory that they may have")
+            self._answers.remove(largest)
+            largest.give_up()
+        self.held += count
+
+    def give_back(self, count: int) -> None:
+        self.held -= count
+
+
+class Share:
+    """The bytes that one request holds."""
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget, self.size = budget, 0
+        self.give_up: Callable[[], object] = lambda: None
+
+    def grow(self, count: int) -> None:
+        """Hold more. Raises `QueueFullError` if there is no room."""
+        self._budget.take(self, count)
+        self.size += count
+
+    def shrink(self, count: int) -> None:
+        self.size -= count
+        self._budget.give_back(count)
+
+    @contextmanager
+    def holding(self, count: int) -> Iterator[None]:
+        self.grow(count)
+        try:
+            yield
+        finally:
+            self.shrink(count)
+
+    def can_give_up(self, give_up: Callable[[], object]) -> None:
+        self._budget.can_give_up(self, give_up)
+
+
+class WithShare:
+    """Gives each request a share, until its response is sent."""
+
+    def __init__(self, app: ASGIApp, budget: MemoryBudget) -> None:
+        self._app, self._budget = app, budget
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._budget.share() as share:
+            scope.setdefault("state", {})["share"] = share
+            await self._app(scope, receive, send)
+
+
+class Turns:
+    """Lets one of many run at a time. The lightest of those that wait is the next one."""
+
+    def __init__(self) -> None:
+        self._is_taken, self._count = False, 0
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    @asynccontextmanager
+    async def turn(self, weight: int) -> AsyncIterator[None]:
+        if self._is_taken:
+            await self._wait(weight)
+        self._is_taken = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, weight: int) -> None:
+        self._count += 1
+        given = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (weight, self._count, given))
+        try:
+            await given
+        except asyncio.CancelledError:
+            if not given.cancelled():  # it was given just before
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            *_, given = heapq.heappop(self._waiting)
+            if not given.done():
+                given.set_result(None)
+                return
+        self._is_taken = False
+
+
+class Body:
+    """The bytes of a request's body. What is parsed of them lives only while it is read."""
+
+    def __init__(
+        self,
+        data: bytes,
+        share: Share,
+        budget: MemoryBudget,
+        turns: Turns,
+        model_name: Callable[[str], str] = str,
+    ) -> None:
+        """Take the bytes, which the share holds already. `model_name` resolves aliases.
+
+        Raises `RequestError` if they are too many values for the budget.
+        """
+        self._data, self._share, self._turns = data, share, turns
+        self._model_name = model_name
+        self.has_form = False  # with schemas or a grammar
+        objects, items = data.count(b"{") + data.count(b"["), data.count(b",")
+        self.weight = len(data) * _PER_BYTE + objects * _PER_OBJECT + items * _PER_ITEM
+        if len(data) + self.weight > budget.most:
+            message = "the body has more values than this server has memory for"
+            raise RequestError(message, status=413, code="request_too_large")
+
+    async def read(
+        self, read: Callable[[dict[str, Any]], _T], at_end: ExitStack | None = None
+    ) -> _T:
+        """Return what `read` makes of the parsed body, in a thread, as a large one takes seconds.
+
+        If nobody waits any longer, `read` does not begin, and `at_end` is closed, which may end it.
+        Raises `RequestError` for a body that is no JSON object, and `QueueFullError`.
+        """
+        left = threading.Event()
+        at_end = at_end or ExitStack()
+        at_end.callback(left.set)
+
+        def work() -> _T:
+            parsed = {} if left.is_set() else read_object(self._data)
+            if left.is_set():
+                raise ClientDisconnect
+            if isinstance(parsed.get("model"), str):
+                parsed["model"] = self._model_name(parsed["model"])
+            return read(parsed)
+
+        if self.weight <= _LIGHT:
+            return await in_thread(work, at_end)
+        async with self._turns.turn(self.weight):
+            with self._share.holding(self.weight):
+                return await in_thread(work, at_end)
+
+    def drop(self) -> None:
+        """Forget the bytes."""
+        self._share.shrink(len(self._data))
+        self._data = b""
+
+
+async def in_thread(work: Callable[[], _T], at_end: ExitStack) -> _T:
+    """Return the result of work in a thread, and wait for its end even if this is cancelled.
+
+    `at_end` is closed then, which may end it.
+    """
+    running = asyncio.ensure_future(to_thread.run_sync(work))
+    try:
+        return await asyncio.shield(running)
+    finally:
+        if not running.done():
+            at_end.close()
+        await to_end(running)
+
+
+async def to_end(task: asyncio.Future[Any]) -> None:
+    """Wait for the end of a task, however often this is cancelled."""
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # which counts as seen then

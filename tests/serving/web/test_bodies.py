@@ -1,0 +1,287 @@
+"""The memory of requests: one budget for all, and few bodies that are parsed at once."""
+
+import asyncio
+import json
+import threading
+from contextlib import ExitStack, suppress
+
+import pytest
+from raw_http import exchange, read_response, request
+
+from mixchat.base.errors import ResourceError
+from mixchat.serving.requests.errors import RequestError
+from mixchat.serving.service import Delta, Done, Job, QueueFullError, TokenLogprob
+from mixchat.serving.web import bodies
+from mixchat.serving.web.answers import PING_S, PendingAnswers, WholeAnswer
+from mixchat.serving.web.bodies import Body, MemoryBudget, Turns
+
+CHAT = "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "say:well"}]}
+LIMIT = 10_000_000
+HELD = b'{"a":[' + b"0," * 10_000 + b"0]}"
+
+
+def body_of(data, share, budget, turns=None):
+    share.grow(len(data))
+    return Body(data, share, budget, turns or Turns())
+
+
+def test_the_budget_of_a_machine_is_a_part_of_its_free_memory(monkeypatch):
+    for free, budget in [(10**8, 64_000_000), (10**9, 250_000_000), (10**11, 512_000_000)]:
+        monkeypatch.setattr(bodies, "free_memory", lambda free=free: free)
+        assert bodies.body_budget() == budget
+
+
+def test_all_requests_share_one_budget_of_which_small_ones_get_the_last_quarter():
+    budget = MemoryBudget(LIMIT)
+    with budget.share() as large, budget.share() as other, budget.share() as small:
+        large.grow(budget.most)
+        with pytest.raises(QueueFullError):
+            other.grow(100_000)
+        small.grow(50_000)
+        large.shrink(200_000)
+        other.grow(100_000)
+    with budget.share() as later:
+        later.grow(budget.most)
+
+
+def test_the_largest_answer_that_is_not_taken_makes_room_for_another_one():
+    budget, given_up = MemoryBudget(LIMIT), []
+    with budget.share() as slow, budget.share() as slower, budget.share() as taken:
+        for share, size in [(slow, 4_000_000), (slower, 5_000_000), (taken, 0)]:
+
+            def give_up(share=share):
+                given_up.append(share)
+                share.shrink(share.size)
+
+            share.can_give_up(give_up)
+            share.grow(size)
+        taken.grow(2_000_000)
+        assert given_up == [slower]
+        with pytest.raises(QueueFullError):
+            taken.grow(9_000_000)  # it is the largest one then
+        assert given_up == [slower, slow]
+
+
+def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch):
+    monkeypatch.setattr(bodies, "_LIGHT", 0)
+
+    async def main():
+        budget, turns, order, running = MemoryBudget(LIMIT), Turns(), [], []
+        may_end = threading.Event()
+
+        def read(given):
+            running.append(None)
+            order.append(len(given))
+            assert may_end.wait(60)
+            assert len(running) == 1
+            running.pop()
+
+        with budget.share() as share:
+            tasks = []
+            for fields in (9, 5, 2, 7):
+                data = json.dumps({str(n): [] for n in range(fields)}).encode()
+                body = body_of(data, share, budget, turns)
+                tasks.append(asyncio.ensure_future(body.read(read)))
+                await asyncio.sleep(0.02)
+            may_end.set()
+            await asyncio.gather(*tasks)
+        assert order == [9, 2, 5, 7]
+
+    asyncio.run(main())
+
+
+def test_a_small_body_waits_for_no_large_one():
+    async def main():
+        budget, turns = MemoryBudget(LIMIT), Turns()
+        with budget.share() as share:
+            async with turns.turn(0):
+                assert await body_of(b'{"a": 1}', share, budget, turns).read(len) == 1
+
+    asyncio.run(main())
+
+
+def test_the_body_of_a_client_that_left_is_never_parsed(monkeypatch):
+    """60 clients sent 1 MB each and left. Another one waited until all were parsed, for 225 s."""
+    monkeypatch.setattr(bodies, "_LIGHT", 0)
+    parsed = []
+    monkeypatch.setattr(bodies, "read_object", lambda data: parsed.append(data) or {})
+
+    async def main():
+        budget, turns = MemoryBudget(LIMIT), Turns()
+        with budget.share() as share:
+            async with turns.turn(0):
+                left, stays = (
+                    asyncio.ensure_future(body_of(data, share, budget, turns).read(len))
+                    for data in (b"left", b"stays")
+                )
+                await asyncio.sleep(0.02)
+                left.cancel()
+                await asyncio.wait([left])
+            await stays
+        assert parsed == [b"stays"]
+
+    asyncio.run(main())
+
+
+def test_who_leaves_while_a_body_is_parsed_ends_it_and_lets_the_next_one_begin_then(monkeypatch):
+    """Others began while the threads of clients that had left still ran: 40 at once."""
+    monkeypatch.setattr(bodies, "_LIGHT", 0)
+    began, may_end, ended = threading.Event(), threading.Event(), []
+
+    def parse(data):
+        if data == b"left":
+            began.set()
+            assert may_end.wait(60)
+            ended.append(data)
+        return {}
+
+    monkeypatch.setattr(bodies, "read_object", parse)
+
+    async def main():
+        budget, turns = MemoryBudget(LIMIT), Turns()
+        with budget.share() as share, ExitStack() as at_end:
+            at_end.callback(may_end.set)
+            left = body_of(b"left", share, budget, turns)
+            leaving = asyncio.ensure_future(left.read(lambda given: ended.append("read"), at_end))
+            await asyncio.to_thread(began.wait, 60)
+            staying = body_of(b"stays", share, budget, turns)
+            reading = asyncio.ensure_future(staying.read(lambda given: tuple(ended)))
+            await asyncio.sleep(0.02)
+            leaving.cancel()
+            assert await reading == (b"left",)
+            with suppress(asyncio.CancelledError):
+                await leaving
+        assert ended == [b"left"]
+
+    asyncio.run(main())
+
+
+def test_a_body_of_more_values_than_there_is_memory_for_is_refused(serve):
+    """100 clients with 2 MB each took 4.1 GB."""
+    served = serve(budget=LIMIT)
+    given = {**HI, "metadata": {"x": [[]] * 20_000}}
+    response = exchange(served, request(CHAT, given))
+    assert (response.status, response.error["code"]) == (413, "request_too_large")
+    given["metadata"] = {"x": "a" * 1_000_000}
+    assert exchange(served, request(CHAT, given)).status == 200
+
+
+def test_bodies_that_are_too_large_together_are_refused_while_small_ones_are_answered(serve):
+    served = serve(budget=LIMIT // 2)
+    half = request(CHAT, b"x" * 1_000_000)[:-1]
+    senders = [served.connect() for _ in range(4)]
+    for sender in senders:
+        sender.sendall(half)
+    for sender in senders:
+        sender.settimeout(0.5)
+        with suppress(TimeoutError):
+            refused = read_response(sender)
+            break
+    assert (refused.status, refused.headers["retry-after"]) == (429, "2")
+    assert "MB" in refused.error["message"]
+    assert exchange(served, request(CHAT, HI)).status == 200
+    for sender in senders:
+        sender.close()
+
+
+def test_a_request_gives_all_its_memory_back(serve):
+    served = serve(budget=LIMIT, compile_form=lambda form, at_end=None: lambda *given: None)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    asked = [
+        request(CHAT, HI),
+        request(CHAT, {**HI, "stream": True}, connection="close"),
+        request(CHAT, {**HI, "tools": [tool]}),
+        request(CHAT, {**HI, "n": 99}),
+        request(CHAT, b"{"),
+        request("/tokenize", {"content": "x" * 500_000}),
+        request("/api/show", {"model": "scripted"}),
+    ]
+    for data in asked:
+        for _ in range(30):
+            response = exchange(served, data)
+            assert response.status in (200, 400), response
+    assert served.budget.held == 0
+
+
+class _Answers:
+    """A service that only keeps the sink."""
+
+    def submit(self, *jobs):
+        self.cancelled = False
+        ((_, self.sink),) = jobs
+
+        def cancel():
+            self.cancelled = True
+
+        return cancel
+
+
+def test_an_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
+    token = TokenLogprob(1, -1.0, tuple((n, -1.0) for n in range(20)))
+
+    async def main():
+        budget, service = MemoryBudget(LIMIT), _Answers()
+        with budget.share() as share:
+            job = Job((1,), frozenset(), None)
+            pending = PendingAnswers(service, [job], share)
+            pending.submit()
+            for _ in range(LIMIT // 2_000):
+                service.sink(Delta("x", (token,)))
+            await asyncio.sleep(0.1)  # the events arrive
+            with pytest.raises(ResourceError, match="cut off"):
+                await pending.next(PING_S)
+            assert service.cancelled
+            assert share.size == 0
+
+    asyncio.run(main())
+
+
+def test_a_whole_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
+    async def main():
+        budget, sent = MemoryBudget(LIMIT), []
+        with budget.share() as share, budget.share() as other:
+            answer = WholeAnswer(b"x" * 8_000_000, share)
+
+            async def send(message):
+                sent.append(message)
+                if len(sent) == 3:  # the client is slow now, and another one needs memory
+                    other.can_give_up(lambda: None)
+                    other.grow(3_000_000)
+
+            await answer({}, None, send)
+            assert share.size == 0
+        assert [message["type"][14:] for message in sent] == ["start", "body", "body"]
+        assert sent[-1]["more_body"]  # so that the server closes the connection
+
+    asyncio.run(main())
+
+
+def test_a_model_is_free_as_soon_as_an_answer_is_computed():
+    async def main():
+        service, computed = _Answers(), []
+        with MemoryBudget(LIMIT).share() as share:
+            pending = PendingAnswers(service, [Job((1,), frozenset(), None)], share)
+            pending.submit()
+            pending.when_computed(lambda: computed.append(pending.finished))
+            service.sink(Delta("x"))
+            service.sink(Done("stop", 1, 0, 1))
+            await asyncio.sleep(0.02)
+            assert computed == [False]  # nobody has taken it yet
+            pending.when_computed(lambda: computed.append("again"))
+            assert computed == [False, "again"]
+            assert share.size > 0
+            pending.end()
+            service.sink(Delta("late"))
+            await asyncio.sleep(0.02)
+            assert share.size == 0
+
+    asyncio.run(main())
+
+
+def test_a_body_is_checked_for_the_budget_by_its_objects():
+    budget = MemoryBudget(LIMIT)
+    with budget.share() as share:
+        assert body_of(HELD, share, budget).weight < LIMIT // 2
+        with pytest.raises(RequestError):
+            body_of(b"[" * 20_000, share, budget)
