@@ -30,6 +30,7 @@ _SMALL_SHARE = 65_536  # bytes; only such a small share gets some of the budget'
 # bytes, as text and as parts of it. An object, with its fields' model, takes 500 bytes.
 _PER_BYTE, _PER_OBJECT, _PER_ITEM = 6, 500, 70
 _LIGHT = 1_000_000  # bytes; a lighter body is parsed at once
+_PATIENCE_PER_BYTE = 2e-7  # seconds; a body of 50 MB lets those pass that come 10 s later
 
 
 def body_budget() -> int:
@@ -121,11 +122,11 @@ class WithShare:
 
 
 class Turns:
-    """Lets one of many run at a time. The lightest of those that wait is the next one."""
+    """Lets one of many run at a time. A light one passes heavy ones, which have more patience."""
 
     def __init__(self) -> None:
         self._is_taken, self._count = False, 0
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
 
     @asynccontextmanager
     async def turn(self, weight: int) -> AsyncIterator[None]:
@@ -138,9 +139,10 @@ class Turns:
             self._pass_on()
 
     async def _wait(self, weight: int) -> None:
+        loop = asyncio.get_running_loop()
+        given, due = loop.create_future(), loop.time() + weight * _PATIENCE_PER_BYTE
         self._count += 1
-        given = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (weight, self._count, given))
+        heapq.heappush(self._waiting, (due, self._count, given))
         try:
             await given
         except asyncio.CancelledError:

@@ -63,8 +63,11 @@ def test_the_largest_answer_that_is_not_taken_makes_room_for_another_one():
         assert given_up == [slower, slow]
 
 
-def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch):
+@pytest.mark.parametrize(("patience", "expected"), [(1.0, [9, 2, 5, 7]), (0.0, [9, 5, 2, 7])])
+def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch, patience, expected):
+    """The heaviest ones never had their turn while lighter ones came, in spite of their wait."""
     monkeypatch.setattr(bodies, "_LIGHT", 0)
+    monkeypatch.setattr(bodies, "_PATIENCE_PER_BYTE", patience)
 
     async def main():
         budget, turns, order, running = MemoryBudget(LIMIT), Turns(), [], []
@@ -86,7 +89,7 @@ def test_large_bodies_are_parsed_one_at_a_time_the_lightest_first(monkeypatch):
                 await asyncio.sleep(0.02)
             may_end.set()
             await asyncio.gather(*tasks)
-        assert order == [9, 2, 5, 7]
+        assert order == expected
 
     asyncio.run(main())
 
@@ -233,6 +236,29 @@ def test_an_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
                 await pending.next(PING_S)
             assert service.cancelled
             assert share.size == 0
+
+    asyncio.run(main())
+
+
+def test_sending_a_long_answer_lets_others_run():
+    """A socket that had failed got all pieces before anybody saw it, with a warning for each."""
+
+    async def main():
+        sent, turns = [], []
+
+        async def send(message):
+            sent.append(message)
+
+        async def look():
+            while not sent or sent[-1].get("more_body", True):
+                turns.append(len(sent))
+                await asyncio.sleep(0)
+
+        with MemoryBudget(LIMIT).share() as share:
+            answer = WholeAnswer(b"x" * 1_000_000, share)
+            await asyncio.gather(look(), answer({}, None, send))
+        assert len({*turns}) > 10
+        assert b"".join(message.get("body", b"") for message in sent) == b"x" * 1_000_000
 
     asyncio.run(main())
 
