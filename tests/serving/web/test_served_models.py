@@ -494,7 +494,9 @@ def test_a_model_that_is_loaded_again_has_room_for_the_context_that_clients_were
 
     def open_service(name, load, queue, reporter, **options):
         asked.append(load.least_context)
-        return ScriptedService(context_size=3000), Defaults(SamplingOptions())
+        service = ScriptedService(context_size=3000)
+        service.name = name
+        return service, Defaults(SamplingOptions())
 
     monkeypatch.setattr(servers, "open_service", open_service)
     options = servers.ServeOptions(
