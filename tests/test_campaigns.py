@@ -22,6 +22,7 @@ CAMPAIGNS = Path(__file__).parent / "campaigns"
         ["flips.py", "--flips", "8", "--real", "1"],
         ["hub_faults.py", "--rounds", "6"],
         ["hostile_requests.py", "--rounds", "0.05"],
+        ["crowd.py", "--count", "400", "--files", "256", "--seconds", "5"],
         ["hostile.py", "--parts", "mutations", "--mutations", "40"],
     ],
     ids=lambda command: command[0],

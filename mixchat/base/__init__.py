@@ -12,6 +12,7 @@
 - lock.py: locks between processes, for files that only one may write
 - machine.py: this machine's processor, memory and disk
 - gpu.py: the GPUs that torch sees, their memory, streams and waits
+- held_files.py: files of the system that can be read without a free descriptor
 - cgroups.py: the limits of memory and CPU time that control groups set
 - interrupts.py: the moment at which Ctrl-C, SIGTERM and SIGHUP take effect
 - progress.py: the progress of long work, and work in a background thread

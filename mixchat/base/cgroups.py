@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixchat.base.held_files import read_text
+
 PROCESS = Path("/proc/self")
 VERSION_2 = ""  # the hierarchy of version 2
 
@@ -132,7 +134,7 @@ def _number(path: Path) -> int | None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(errors="replace").splitlines()
+        return read_text(path).splitlines()
     except OSError:  # no such controller or file, or no Linux
         return []
 

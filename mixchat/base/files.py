@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mixchat.base import system
 from mixchat.base.errors import (
     CheckpointError,
     MixchatError,
@@ -85,7 +86,7 @@ def open_regular(
         raise OSError(errno.ELOOP, "is a symbolic link", str(path))
     flags |= os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags, mode)
+        descriptor = system.open_file(path, flags, mode)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a FIFO that nobody reads
             raise _not_regular(path) from None

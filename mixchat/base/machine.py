@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from mixchat.base import cgroups
+from mixchat.base.held_files import hold_from_now_on, read_text
 
-_CPU_INFO = Path("/proc/cpuinfo")
+_CPU_INFO, _MEMORY_INFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 _BLOCK = 512  # bytes, of `st_blocks`, which leaves out a file's holes
 
 
@@ -66,9 +67,7 @@ def _times() -> tuple[float, float, float]:
 
 def total_memory() -> int:
     """Return the bytes of RAM, within the limits of control groups."""
-    import psutil
-
-    whole = int(psutil.virtual_memory().total)
+    whole, _ = _memory()
     limit = cgroups.memory_limit()
     return whole if limit is None else min(whole, limit)
 
@@ -76,6 +75,14 @@ def total_memory() -> int:
 def free_memory() -> int:
     """Return the bytes of RAM that can be allocated without swapping."""
     return min(_free_by_limit().values())
+
+
+def survive_without_descriptors() -> None:
+    """Let `free_memory` be asked from now on although no descriptor is left."""
+    hold_from_now_on()
+    with suppress(OSError):
+        read_text(_MEMORY_INFO)
+    free_memory()
 
 
 def return_freed_memory() -> None:
@@ -98,13 +105,27 @@ def tightest_memory_limit() -> str | None:
 
 def _free_by_limit() -> dict[str, int]:
     """Return the bytes that each limit leaves. "" is the machine itself."""
-    import psutil
-
-    free = {"": int(psutil.virtual_memory().available)}
+    _, available = _memory()
+    free = {"": available}
     room = cgroups.memory_room()
     if room is not None:
         free["control group"] = room
     return free | memory_left_by_ulimit()
+
+
+def _memory() -> tuple[int, int]:
+    """Return the bytes of RAM, and those of it that can be allocated."""
+    import psutil
+
+    try:
+        memory = psutil.virtual_memory()
+        return int(memory.total), int(memory.available)
+    except OSError:  # strangers' connections have all descriptors
+        lines = read_text(_MEMORY_INFO).splitlines()
+    kib = {
+        name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)
+    }
+    return 1024 * kib["MemTotal"], 1024 * kib["MemAvailable"]
 
 
 def memory_left_by_ulimit() -> dict[str, int]:

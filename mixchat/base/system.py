@@ -5,15 +5,23 @@ Other modules do not ask which system runs.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
 import sys
 import termios
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 DIRECT: int = getattr(os, "O_DIRECT", 0)  # of `os.open`, which macOS lacks
+_USUAL_FILES = 64  # that a process with a model has open
+_OPEN_S, _OPEN_AGAIN_S = 3.0, 0.05  # for a file, if strangers have all descriptors
+_open_files_lock = threading.Lock()
 
 
 def drops_pages() -> bool:
@@ -56,6 +64,70 @@ def allow_open_files(count: int) -> None:
 def open_files_limit() -> int:
     """Return how many files this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def hold_back_open_files(count: int) -> None:
+    """Keep so many of the files that this process may open for `open_file`.
+
+    Of a low limit a quarter is kept.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return
+    most = hard - min(count, hard // 4)
+    if soft == resource.RLIM_INFINITY or soft > most:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def open_file(path: Path, flags: int, mode: int = 0o777) -> int:
+    """Open a file as `os.open` does, also one of those that `hold_back_open_files` keeps.
+
+    A connection may take one of them at that moment, until it has failed to prove its key.
+    """
+    latest = time.monotonic() + _OPEN_S
+    try:
+        return os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    while True:
+        try:
+            with _limit_raised():
+                return os.open(path, flags, mode)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not _holds_back() or time.monotonic() > latest:
+                raise
+            time.sleep(_OPEN_AGAIN_S)
+
+
+@contextmanager
+def _limit_raised() -> Iterator[None]:
+    """Let this process open all files that it may."""
+    with _open_files_lock:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _holds_back() -> bool:
+    with _open_files_lock:  # which is raised in it
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return bool(soft != hard)
+
+
+def open_files_left() -> int | None:
+    """Return how many more files this process may open, or None if nothing limits them."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    try:
+        return max(0, int(soft) - len(os.listdir("/dev/fd")))
+    except OSError:  # a sandbox without /proc
+        return max(0, int(soft) - _USUAL_FILES)
 
 
 def terminal_mode(source: Any) -> list[Any] | None:

@@ -1,6 +1,12 @@
-"""Input without an end in place of every file, pipe and answer that is read: refused in time."""
+"""Input without an end in place of every file, pipe and answer that is read: refused in time.
+
+Answers come as fast as they can, or a piece in a second. For those the client waits for seconds
+here instead of minutes and hours.
+"""
 
 import contextlib
+import gzip
+import json
 import os
 import signal
 import socket
@@ -16,12 +22,21 @@ from hostile import Found, judged
 ZERO = "/dev/zero"
 SPARSE = 1 << 33  # bytes of a file that takes no room
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n\r\n"
+CHUNKS = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nTransfer-Encoding: chunked\r\n\r\n"
+COMPRESSED = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Encoding: gzip\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\n\r\n"
+REFUSAL = b"HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\n\r\n"
+EXTENSION = b"1;" + b"x" * 60_000 + b"\r\n:\r\n"  # of a chunk
+EMPTY_BLOCK = b"\x00\x00\x00\xff\xff"  # of deflate
 SERVERS: list[int] = []  # their processes
+_LISTED = CONTINUE  # the beginning of an answer whose server has a list of models
 MODELS = HEAD % b"application/json" + b'{"data": [{"id": "tiny"}]}'
 
 
 def campaign(work: Path, found: Found, options: Namespace) -> None:
     """Give each reader a file, a pipe or a server that never ends."""
+    _lose_patience()
     source = rig.make_checkpoint(work / "source", 4, 1 << 40, **{**rig.TINY, "vocab_size": 32000})
     pid = rig.fork(rig.mixchat("download", str(source), "--name", "tiny"), work / "out")
     assert rig.wait(pid) == 0, (work / "out").read_text()
@@ -97,17 +112,73 @@ def _served(work: Path) -> Iterator[tuple[str, tuple[str, ...], dict[str, str]]]
         ("a header without an end", b"HTTP/1.1 200 OK\r\nA: ", b"x"),
         ("headers without an end", b"HTTP/1.1 200 OK\r\n", b"A: x\r\n"),
         ("a refusal without an end", b"HTTP/1.1 400 Bad\r\n\r\n", b"x"),
+        ("a redirect without an end", REDIRECT, b"x"),
+        ("informational responses", b"", CONTINUE),
+        ("informational responses before an answer", _LISTED, CONTINUE),
+        ("comments", stream, b": ping\n\n"),
+        ("comments that tell of a queue", stream, b": waiting\n\n"),
+        ("comments on a prompt", stream, b": read 1 of 999999999 tokens\n\n"),
+        ("empty pieces", stream, _delta("")),
+        ("pieces without a delta", stream, b'data: {"choices": []}\n\n'),
+        ("events without data", stream, b"id: 5\n\n"),
+        ("empty lines", stream, b"\n"),
+        ("extensions of chunks", CHUNKS % b"text/event-stream", EXTENSION),
     ):
         address = _server(answer, body * (65536 // len(body) + 1))
         yield f"{name} of a server", ("run", "--server", address, "--no-stream", "Hi"), {}
         lines = ("run", "--server", address, "-m", "tiny", "--jsonl", str(_line(work)))
         yield f"{name} of a server for lines", lines, {}
-    for name, answer in (
-        ("a listing", HEAD % b"application/json"),
-        ("a refusal", b"HTTP/1.1 500 Error\r\n\r\n"),
+    for name, answer, body in (
+        ("a list of models", HEAD % b"application/json", b" "),
+        ("informational responses", b"", CONTINUE),
+        ("informational responses before an answer", _LISTED, CONTINUE),
+        ("a header", b"HTTP/1.1 200 OK\r\nA: ", b"x"),
+        ("a refusal", REFUSAL, b" "),
+        ("comments", stream, b": ping\n\n"),
+        ("comments on a prompt", stream, b": read 1 of 9 tokens\n\n"),
+        ("empty pieces", stream, _delta("")),
+        ("half an event", stream, b"d"),
     ):
-        endpoint = {"HF_ENDPOINT": f"http://{_server(answer, bytes(65536))}"}
+        address = _server(answer, body, pause=1)
+        arguments = ("run", "--server", address, "--no-stream", "Hi")
+        yield f"{name}, a piece a second, of a server", arguments, {}
+    for name, answer, body in (
+        ("a listing", HEAD % b"application/json", b"\0"),
+        ("a refusal", b"HTTP/1.1 500 Error\r\n\r\n", b"\0"),
+        ("informational responses", b"", CONTINUE),
+        ("a redirect", REDIRECT, b"x"),
+        ("a redirect in a circle", REDIRECT[:-2] + b"Content-Length: 0\r\n\r\n", b""),
+        ("a bomb of gzip", COMPRESSED % b"application/json", gzip.compress(b" " * (1 << 26))),
+        ("gzip of nothing", COMPRESSED % b"a/b" + gzip.compress(b"")[:10], EMPTY_BLOCK),
+        ("extensions of chunks", CHUNKS % b"application/json", EXTENSION),
+    ):
+        body *= 65536 // max(1, len(body)) + 1
+        endpoint = {"HF_ENDPOINT": f"http://{_server(answer, body)}"}
         yield f"{name} of a hub", ("download", rig.REPO), endpoint
+    for name, answer, body in (
+        ("a listing", HEAD % b"application/json", b" "),
+        ("informational responses", b"", CONTINUE),
+        ("a header", b"HTTP/1.1 200 OK\r\nA: ", b"x"),
+        ("a redirect", REDIRECT, b"x"),
+    ):
+        endpoint = {"HF_ENDPOINT": f"http://{_server(answer, body, pause=1)}"}
+        yield f"{name}, a piece a second, of a hub", ("download", rig.REPO), endpoint
+
+
+def _lose_patience() -> None:
+    """Let children wait for seconds."""
+    from mixchat.serving.client import patience
+    from mixchat.weights.source import hub_limits, transfer
+
+    patience._SMALL_S = patience._ANSWER_S = patience._QUEUE_S = 5.0
+    patience._BYTE_S = 0.0
+    hub_limits._PACE_S = 5.0
+    transfer._WAITS_S = (0.0,) * 5  # type: ignore[assignment]
+
+
+def _delta(text: str) -> bytes:
+    piece = {"choices": [{"index": 0, "delta": {"content": text}}]}
+    return f"data: {json.dumps(piece)}\n\n".encode()
 
 
 def _line(work: Path) -> Path:
@@ -116,23 +187,27 @@ def _line(work: Path) -> Path:
     return path
 
 
-def _server(answer: bytes, body: bytes) -> str:
+def _server(answer: bytes, body: bytes, pause: float = 0.0) -> str:
     """Start a process that answers, and never ends its answer; return its address.
 
-    It has a list of models if its answer is a stream of events.
+    It has a list of models if its answer is a stream of events, or `_LISTED`.
     """
+    has_models = b"event-stream" in answer or answer is _LISTED
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
         while True:
             connection, _ = listener.accept()
             with connection, contextlib.suppress(OSError):
-                if connection.recv(65536).startswith(b"GET") and b"event-stream" in answer:
+                if connection.recv(65536).startswith(b"GET") and has_models:
                     connection.sendall(MODELS)
                     continue
                 connection.sendall(answer)
                 while True:
                     connection.sendall(body)
+                    time.sleep(pause)
+                    if not body:
+                        break
 
     SERVERS.append(rig.fork(serve))
     return "127.0.0.1:{}".format(*listener.getsockname()[1:])

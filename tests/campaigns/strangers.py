@@ -5,12 +5,15 @@ None of them may get more than libzmq's greeting, which everybody gets.
 
 import random
 import secrets
+import selectors
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
 
 # See ZMTP 3.1 and CURVE: a signature, the version, the mechanism; and a chat side's first command.
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
@@ -68,6 +71,56 @@ def crowd(target: tuple[str, int], count: int, seconds: float) -> None:
                 with suppress(OSError):
                     opened.enter_context(socket.create_connection(target, 0.5))
             time.sleep(1)
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Connections that are all there at once, send `said`, and wait for an end.
+
+    With `comes_again` each is made anew when it was closed.
+    """
+
+    said: bytes = b""
+    comes_again: bool = True
+
+    def visit(self, target: tuple[str, int], count: int, over: threading.Event) -> int:
+        """Visit a port until it is over. Return how many connections were made."""
+        selector, made = selectors.DefaultSelector(), 0
+        for _ in range(count):
+            self._connect(target, selector)
+            made += 1
+        while not over.is_set():
+            for key, _ in selector.select(0.2):
+                connection: Any = key.fileobj
+                if key.events == selectors.EVENT_WRITE:
+                    with suppress(OSError):
+                        connection.send(self.said)
+                    selector.modify(connection, selectors.EVENT_READ)
+                elif not _received(connection):
+                    selector.unregister(connection)
+                    connection.close()
+                    if self.comes_again:
+                        self._connect(target, selector)
+                        made += 1
+        for key in [*selector.get_map().values()]:
+            key.fileobj.close()  # type: ignore[union-attr]
+        selector.close()
+        return made
+
+    def _connect(self, target: tuple[str, int], selector: selectors.BaseSelector) -> None:
+        connection = socket.socket()
+        connection.setblocking(False)
+        with suppress(BlockingIOError):
+            connection.connect(target)
+        event = selectors.EVENT_WRITE if self.said else selectors.EVENT_READ
+        selector.register(connection, event)
+
+
+def _received(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(4096)
+    except OSError:
+        return b""
 
 
 def _visit_once(target: tuple[str, int], said: bytes) -> int | None:

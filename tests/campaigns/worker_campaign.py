@@ -51,8 +51,9 @@ class Campaign:
         )
         self.answers = self._references()
 
-    def worker(self) -> Worker:
-        return Worker(self.network, self.key, self.model, self.work / "worker-output", HALF)
+    def worker(self, files: int | None = None) -> Worker:
+        output = self.work / "worker-output"
+        return Worker(self.network, self.key, self.model, output, HALF, files)
 
     def chat(self, workers: int = 1) -> ChatSide:
         return ChatSide(self.network, self.key, self.model, HALF, workers)

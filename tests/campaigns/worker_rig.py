@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import random
+import resource
 import select
 import signal
 import subprocess
@@ -68,13 +69,27 @@ class Network:
 
 
 class Worker:
-    """`mixchat worker` in a forked process."""
+    """`mixchat worker` in a forked process, which may open so many `files`."""
 
-    def __init__(self, network: Network, key: Path, model: Path, output: Path, memory: str) -> None:
+    def __init__(
+        self,
+        network: Network,
+        key: Path,
+        model: Path,
+        output: Path,
+        memory: str,
+        files: int | None = None,
+    ) -> None:
         self.output = output
         output.write_text("")
         command = rig.mixchat(*worker_arguments(network, key, model, memory))
-        self.pid = rig.fork(network.inside(0, command), output)
+
+        def limited() -> object:
+            if files is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+            return command()
+
+        self.pid = rig.fork(network.inside(0, limited), output)
         self.wait_for("ready for a chat")
 
     def wait_for(self, part: str, count: int = 1) -> None:

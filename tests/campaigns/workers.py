@@ -1,7 +1,7 @@
 """Kills, stops, cuts off and interrupts workers at drawn moments: no answer shows it.
 
     python tests/campaigns/workers.py [--parts kills,hangs,links,chats,strangers,descriptors,
-        ctrl-c-worker,ctrl-c-run,ctrl-c-chat] [--seed 0] [--model DIR]
+        crowd,ctrl-c-worker,ctrl-c-run,ctrl-c-chat] [--seed 0] [--model DIR]
 
 A worker (`mixchat worker`) and a chat side are in network namespaces of their own, which needs
 root. The chat side is a program that calls `load_engine` and `generate`, and tells when each token
@@ -17,6 +17,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,8 @@ CTRL_C = {
     "ctrl-c-run": interrupted_runs,
     "ctrl-c-chat": interrupted_chats,
 }
-PARTS = ",".join(["kills,hangs,links,chats,strangers,descriptors", *CTRL_C])
+PARTS = ",".join(["kills,hangs,links,chats,strangers,descriptors,crowd", *CTRL_C])
+_FILES, _CROWD = 1024, 1300  # that a worker may open, and strangers at once
 TARGETS = {"kills": 2.0, "hangs": 10.0, "links": 10.0}  # seconds until an answer goes on
 BLOCKED = 5.0  # seconds until a rightful chat side among strangers is served
 
@@ -202,6 +204,41 @@ def without_descriptors(campaign: Campaign, count: int) -> Found:
     return found
 
 
+def in_a_crowd(campaign: Campaign, count: int) -> Found:
+    """Let 1,300 strangers come again and again to a worker that may open 1,024 files.
+
+    A chat that was there before goes on, and others with the key get in.
+    """
+    found, worker, chat = Found("a crowd"), campaign.worker(_FILES), campaign.chat()
+    target, over = (campaign.network.hosts[0], PORT), time.monotonic() + count
+
+    def come() -> None:
+        ended = threading.Event()
+        threading.Timer(count, ended.set).start()
+        strangers.Crowd().visit(target, _CROWD, ended)
+
+    came = rig.fork(campaign.network.inside(1, come))
+    while time.monotonic() < over - count / 2:
+        kind, ids, tokens = DECODE
+        chat.ask(ids, tokens)
+        *_, (_, _, answer, notes, on_worker) = chat.until_end()
+        if answer != campaign.answers[kind]:
+            found.faults.append(f"{kind}: another answer: {answer}")
+        found.outcomes["answers with the worker" if on_worker else "answers alone"] += 1
+        found.outcomes.update(note.split("(")[1].split(")")[0] for note in notes)
+        if worker.use()[2] >= _FILES:
+            found.faults.append("the worker has no descriptor for itself")
+    chat.end()
+    worker.wait_for("the chat ends")
+    while time.monotonic() < over:
+        rightful(campaign, found)
+    rig.wait(came)
+    if not _lives(worker.pid):
+        found.faults.append("the worker has ended")
+    worker.end()
+    return found
+
+
 def _lives(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
@@ -213,7 +250,7 @@ def main() -> int:
     parser.add_argument(
         "--rounds",
         type=int,
-        help="of each part; by default 100, 50, 50, 30, 10000, 20 (seconds) and 50 each",
+        help="of each part; by default 100, 50, 50, 30, 10000, 20 and 60 (seconds) and 50 each",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path)
@@ -243,6 +280,8 @@ def run_part(campaign: Campaign, part: str, rounds: int | None) -> Found:
         return among_strangers(campaign, rounds or 10_000)
     if part == "descriptors":
         return without_descriptors(campaign, rounds or 20)
+    if part == "crowd":
+        return in_a_crowd(campaign, rounds or 60)
     if part == "chats":
         return chats(campaign, rounds or 20, rounds or 10)
     if part in CTRL_C:

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from mixchat.base import system
+from mixchat.base import machine, system
 from mixchat.experts.workers import sockets
 from mixchat.experts.workers.address import Address, listen_error
 
-_BACKLOG = 128
+_BACKLOG = 1024  # each waits its turn when strangers take all descriptors
 _DOMAIN = "mixchat"
 _MAX_DESCRIPTORS = 1 << 14  # for strangers, if the system lets it
+_HELD_BACK = 256  # descriptors of the worker itself, for the files of a model
 _EVENTS_S = 1.0  # between two readings of the events while a chat is busy
 _QUIET_S = 10.0  # between two lines on strangers
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -46,6 +47,8 @@ class Listener:
     def __init__(self, address: Address, key: bytes, note: Callable[[str], None]) -> None:
         """Listen. Raises `UsageError` if the address cannot be used."""
         system.allow_open_files(_MAX_DESCRIPTORS)  # each stranger takes one for a moment
+        system.hold_back_open_files(_HELD_BACK)
+        machine.survive_without_descriptors()
         self._note, self._quiet_until, self._read_at = note, 0.0, 0.0
         # By descriptor: the route of the connection, once it has spoken.
         self._open: dict[int, bytes | None] = {}

@@ -111,10 +111,9 @@ class Server:
 
     def _begin(self, hello: messages.Hello) -> messages.Welcome:
         try:
-            arithmetic = self._model.begin(hello)
+            arithmetic, slots = self._model.begin(hello), self._model.slots
         except Exception as error:
             raise _RefusedError("other", _reason(error)) from error
-        slots = self._model.slots
         if slots < _MIN_SLOTS:
             text = f"has room for {slots} of the experts, and {_MIN_SLOTS} are the fewest"
             raise _RefusedError("room", text)

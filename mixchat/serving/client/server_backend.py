@@ -19,7 +19,8 @@ from mixchat.serving.client.server_url import SERVER_IDENTITY
 from mixchat.text.messages import Message
 from mixchat.text.thinking import AnswerText
 
-# The comment of mixchat's own server while it reads a prompt.
+# The comments of mixchat's own server while a request waits, and while it reads a prompt.
+_WAITING = "waiting"
 _READING = re.compile(r"read ([0-9]{1,9}) of ([0-9]{1,9}) tokens", re.ASCII)
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 _NO_TURN = Turn((), (), 0, None, RequestedSampling(), None, (), "stop")
@@ -173,7 +174,9 @@ class ServerReply:
             self._text += [piece.text] if piece.text else []
             self._thinking += [piece.thinking] if piece.thinking else []
             self._thinking_tokens += not self._text
-            self._length += len(piece.text) + len(piece.thinking)
+            characters = len(piece.text) + len(piece.thinking)
+            self._stream.patience.take_text(characters)
+            self._length += characters
             if self._length > (self._backend.context or UNKNOWN_CONTEXT).longest_text:
                 raise ServerError("the server sends more text than its context can hold")
             self._backend.stats.generated_tokens += 1  # most servers send a token at a time
@@ -181,7 +184,7 @@ class ServerReply:
             yield AnswerText(piece.text, piece.thinking)
         if piece.reason is not None:
             self._end(piece.reason)
-            self._stream.hurry()  # some servers forget to say that this is the end
+            self._stream.patience.end_soon()  # some servers forget to say that this is the end
         if piece.usage is not None:
             stats, usage = self._backend.stats, piece.usage
             stats.prompt_tokens = usage.prompt_tokens
@@ -190,9 +193,12 @@ class ServerReply:
             self._has_usage = True
 
     def _show_progress(self, comment: str) -> None:
-        if found := _READING.fullmatch(comment):
+        if comment == _WAITING:
+            self._stream.patience.wait_in_queue()
+        elif found := _READING.fullmatch(comment):
             done, total = int(found[1]), int(found[2])
             if done <= total:
+                self._stream.patience.read(done)
                 self._on_prefill(done, total)
 
     def _time(self) -> None:

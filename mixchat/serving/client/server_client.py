@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import socket
 import ssl
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import httpcore2
 
 from mixchat.base.errors import MixchatError, ServerError, UsageError, short_message
+from mixchat.serving.client.patience import Patience
 from mixchat.serving.client.server_json import (
     BusyError,
     ListedModel,
@@ -24,11 +23,12 @@ from mixchat.serving.client.server_json import (
 from mixchat.serving.client.server_url import ServerURL
 
 _CONNECT_TIMEOUT_S = 10.0
-_END_TIMEOUT_S = 2.0  # after the last piece of an answer
 _READ_S = 0.2  # of each attempt to read
-_MAX_BODY = 2**24  # bytes of a list of models, or of an error
+_WRITE_S = 300.0  # until the server takes some bytes
+_WRITE_BYTES = 2**16
+_MAX_REASON = 2**20  # bytes of an error
 _START_HINT = "Start it with 'mixchat serve', or check the URL."
-# It notices a machine that was switched off, because nothing limits the silence.
+# It notices a machine that was switched off, because a large prompt takes hours of silence.
 _KEEPALIVE: list[httpcore2.SOCKET_OPTION] = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
 _FAULTS = (
     httpcore2.NetworkError,
@@ -41,8 +41,8 @@ _FAULTS = (
 class ServerClient:
     """The client of one server, with a connection for each request.
 
-    Only this server gets the `key`, because redirects are not followed. Nothing but Ctrl-C limits
-    the server's silence. Methods raise `MixchatError`.
+    Only this server gets the `key`, because redirects are not followed. `Patience` limits what the
+    server may take. Methods raise `MixchatError`.
     """
 
     def __init__(self, url: ServerURL, key: str | None = None) -> None:
@@ -77,13 +77,14 @@ class ServerClient:
         target = httpcore2.URL(
             scheme=url.scheme, host=url.host, port=url.port, target=url.path + path
         )
+        patience = Patience(None if body is None else len(body))
         connection = httpcore2.HTTPConnection(
             target.origin,
             ssl.create_default_context() if url.scheme == "https" else None,
-            network_backend=_PatientNetwork(),
+            network_backend=_PatientNetwork(patience),
             socket_options=_KEEPALIVE,
         )
-        timeouts = {"timeout": {"connect": _CONNECT_TIMEOUT_S}}
+        timeouts = {"timeout": {"connect": _CONNECT_TIMEOUT_S, "write": _WRITE_S}}
         request = connection.stream(
             method, target, headers=self._headers(body), content=body, extensions=timeouts
         )
@@ -96,7 +97,8 @@ class ServerClient:
                 raise ServerError(said, hint=_START_HINT) from None
             except _FAULTS as error:
                 raise _fault(url, "closed the connection without an answer", error) from None
-            return HTTPReply(url, response, opened.pop_all().close)
+            patience.begin()
+            return HTTPReply(url, response, patience, opened.pop_all().close)
 
     def _headers(self, body: bytes | None) -> dict[bytes | str, bytes | str]:
         headers: dict[bytes | str, bytes | str] = {
@@ -119,7 +121,7 @@ class ServerClient:
             place = place.removesuffix("/chat/completions").removesuffix("/models")
             hint = f"If that is the server that you mean: --server {place}"
             raise ServerError(f"{self.url} sends the request elsewhere, to {place}", hint=hint)
-        error = error_of(reply.status, parsed_error(reply.body()))
+        error = error_of(reply.status, parsed_error(reply.reason()))
         error.hint = self._hint(error, reply)
         raise error
 
@@ -138,7 +140,7 @@ class ServerClient:
         return None
 
     def _no_stream(self, reply: HTTPReply) -> MixchatError:
-        raw = parsed_error(reply.body()) if reply.kind == "application/json" else None
+        raw = parsed_error(reply.reason()) if reply.kind == "application/json" else None
         if isinstance(raw, dict) and raw.get("error"):
             return error_of(reply.status, raw)
         kind = short_message(reply.kind)
@@ -149,9 +151,13 @@ class HTTPReply:
     """The reply to a request. `close` also ends its answer."""
 
     def __init__(
-        self, url: ServerURL, response: httpcore2.Response, close: Callable[[], None]
+        self,
+        url: ServerURL,
+        response: httpcore2.Response,
+        patience: Patience,
+        close: Callable[[], None],
     ) -> None:
-        self.close = close
+        self.patience, self.close = patience, close
         self._url, self._response = url, response
         self.status = response.status
         self.kind = (self.header("Content-Type") or "").partition(";")[0].strip().lower()
@@ -163,20 +169,21 @@ class HTTPReply:
         return None
 
     def body(self) -> bytes:
-        """Return the body, at most 16 MiB of it."""
+        return b"".join(self._pieces("broke off"))
+
+    def reason(self) -> bytes:
+        """Return what comes of an error's body within 10 s, at most 1 MiB."""
+        self.patience.give_reason()
         body = bytearray()
-        for piece in self._pieces("broke off"):
-            body += piece
-            if len(body) > _MAX_BODY:
-                break
-        return bytes(body[:_MAX_BODY])
+        with suppress(ServerError):
+            for piece in self._pieces("broke off"):
+                body += piece
+                if len(body) > _MAX_REASON:
+                    break
+        return bytes(body[:_MAX_REASON])
 
     def pieces(self) -> Iterator[bytes]:
         return self._pieces("broke off in the middle of the answer")
-
-    def hurry(self) -> None:
-        """Wait no longer than 2 s from here on."""
-        self._response.extensions["network_stream"].deadline = time.monotonic() + _END_TIMEOUT_S
 
     def _pieces(self, fault: str) -> Iterator[bytes]:
         try:
@@ -186,34 +193,40 @@ class HTTPReply:
 
 
 class _PatientNetwork(httpcore2.SyncBackend):
-    """Connections that wait without end, but let Ctrl-C in."""
+    """Connections that wait as long as `patience` allows, but let Ctrl-C in."""
+
+    def __init__(self, patience: Patience) -> None:
+        super().__init__()
+        self._patience = patience
 
     def connect_tcp(self, *args: Any, **options: Any) -> _PatientStream:
-        return _PatientStream(super().connect_tcp(*args, **options))
+        return _PatientStream(super().connect_tcp(*args, **options), self._patience)
 
 
 class _PatientStream(httpcore2.NetworkStream):
     """A connection that reads in short attempts. A signal may have to wait for one to end."""
 
-    deadline = math.inf  # seconds of the monotonic clock
-
-    def __init__(self, stream: httpcore2.NetworkStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: httpcore2.NetworkStream, patience: Patience) -> None:
+        self._stream, self._patience = stream, patience
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        while time.monotonic() <= self.deadline:
+        while True:
+            seconds = min(self._patience.seconds(), _READ_S)
             with suppress(httpcore2.ReadTimeout):
-                return self._stream.read(max_bytes, _READ_S)
-        raise httpcore2.ReadTimeout
+                data = self._stream.read(max_bytes, seconds)
+                self._patience.take(len(data))
+                return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, timeout)
+        for start in range(0, len(buffer), _WRITE_BYTES):
+            self._patience.seconds()
+            self._stream.write(buffer[start : start + _WRITE_BYTES], timeout)
 
     def close(self) -> None:
         self._stream.close()
 
     def start_tls(self, *args: Any, **options: Any) -> _PatientStream:
-        return _PatientStream(self._stream.start_tls(*args, **options))
+        return _PatientStream(self._stream.start_tls(*args, **options), self._patience)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

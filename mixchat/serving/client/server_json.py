@@ -93,12 +93,13 @@ def events(pieces: Iterable[bytes]) -> Iterator[str | Comment]:
     data: list[str] = []
     size = 0
     for line in _lines(pieces):
-        name, _, value = line.partition(":")
         if not line:
             if data:
                 yield "\n".join(data)
             data, size = [], 0
-        elif not name:
+            continue
+        name, _, value = line.partition(":")
+        if not name:
             yield Comment(value.strip())
         elif name == "data":
             data.append(value.removeprefix(" "))
@@ -111,12 +112,11 @@ def events(pieces: Iterable[bytes]) -> Iterator[str | Comment]:
 def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
     rest = bytearray()
     for piece in pieces:
-        start = len(rest)  # no newline comes before it
-        rest += piece
-        while (end := rest.find(b"\n", start)) >= 0:
-            yield _line(rest[:end])
-            del rest[: end + 1]
-            start = 0
+        first, *others = piece.split(b"\n")
+        rest += first
+        for other in others:
+            yield _line(rest)
+            rest = bytearray(other)
         _check_size(len(rest))
     if rest:
         yield _line(rest)

@@ -2,6 +2,7 @@
 
 - access.py: the address that it listens on, and the requests that it turns away
 - server.py: uvicorn in a thread, from the first request to an orderly end
+- acceptor.py: accepts connections, no more than there are descriptors for
 - app.py: the routes
 - served_models.py: the loaded model, its sleep, and the change to another one
 - page.py: the page at `/`, a chat in the browser, with its files in page_files/

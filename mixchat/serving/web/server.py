@@ -21,19 +21,21 @@ from starlette.types import ASGIApp
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mixchat.base import interrupts, system
+from mixchat.base import interrupts, machine
 from mixchat.base.progress import Note, in_background
 from mixchat.base.quantities import format_time
 from mixchat.serving.requests.errors import RequestError, to_json
+from mixchat.serving.web.acceptor import Acceptor, most_connections
 from mixchat.serving.web.served_models import ServedModels
 
 _CLIENT_TIMEOUT_S = 30.0  # for a whole request, and for a client to read
 _MAX_WAITING = 256  # connections without a whole request yet
 _WAITING_GRACE_S = 1.0
+_FULL_GRACE_S = 0.2  # of a connection without a byte, if there is no room for others
+_ROOM = 32  # connections that are closed at once to make room
 _CLOSE_TIMEOUT_S = 0.5  # for cancelled answers to end, until the service is left to itself
 _FLUSH_TIMEOUT_S = 1  # for what is computed to be sent
 _SIGNAL_WAIT_S = 0.5  # between looks at signals of other threads
-_OPEN_FILES = 8192  # the usual limit is 1,024
 _MAX_CHUNKS = 10_000  # of a body; each takes the event loop 5 us, even with one byte
 _PROBE_S, _PROBE_REPLY_S = 0.3, 0.1  # between probes of a client, and until its refusal is here
 
@@ -64,19 +66,34 @@ class WaitingConnections:
     def __init__(self, limit: int = _MAX_WAITING, grace: float = _WAITING_GRACE_S) -> None:
         self._limit, self._grace = limit, grace
         self._since: dict[ClientConnection, float] = {}
+        self._look: asyncio.TimerHandle | None = None  # for connections that are too old
 
     def add(self, connection: ClientConnection) -> None:
-        """Add a connection, and close the oldest of too many."""
-        now = connection.loop.time()
-        self._since[connection] = now
-        while len(self._since) > self._limit:
-            oldest, since = next(iter(self._since.items()))
-            if now - since < self._grace:
-                return
-            oldest.give_up()
+        """Add a connection, and close the oldest of too many, as soon as they are old enough."""
+        self._since[connection] = connection.loop.time()
+        if self._look is None:
+            self._close_oldest(connection.loop)
 
     def remove(self, connection: ClientConnection) -> None:
         self._since.pop(connection, None)
+
+    def make_room(self) -> None:
+        """Close some of the oldest, first those that have sent nothing yet."""
+        silent = [connection for connection in self._since if not connection.has_begun]
+        grace = _FULL_GRACE_S if silent else self._grace
+        for connection in (silent or [*self._since])[:_ROOM]:
+            if connection.loop.time() - self._since[connection] < grace:
+                return
+            connection.give_up()
+
+    def _close_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._look = None
+        while len(self._since) > self._limit:
+            oldest, since = next(iter(self._since.items()))
+            if (wait := since + self._grace - loop.time()) > 0:
+                self._look = loop.call_later(wait, self._close_oldest, loop)
+                return
+            oldest.give_up()
 
 
 class _ChunkLimit(h11.Connection):
@@ -106,7 +123,7 @@ class ClientConnection(H11Protocol):
         self._waiting, self._timeout = waiting, timeout
         self._deadline: asyncio.TimerHandle | None = None  # of a request
         self._stalled: asyncio.TimerHandle | None = None  # since the client takes nothing
-        self._begun = False  # whether a part of the request has come
+        self.has_begun = False  # whether a part of the request has come
         self._half_closed = False  # the client sends no more
         self._probe: asyncio.TimerHandle | None = None  # of a client that sends no more
 
@@ -156,7 +173,7 @@ class ClientConnection(H11Protocol):
             self._probe.cancel()
 
     def data_received(self, data: bytes) -> None:
-        self._begun = True
+        self.has_begun = True
         super().data_received(data)
         if self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
             self._stop_waiting()
@@ -189,13 +206,13 @@ class ClientConnection(H11Protocol):
     def give_up(self) -> None:
         """Close the connection, and say so to a client that has begun a request."""
         self._stop_waiting()
-        if self._begun and not (self.cycle and self.cycle.response_started):
+        if self.has_begun and not (self.cycle and self.cycle.response_started):
             self.transport.write(_TOO_SLOW)
         self.transport.close()
 
     def _wait(self) -> None:
         self._stop_waiting()  # for the rest of a request that was answered early
-        self._begun = False
+        self.has_begun = False
         self._deadline = self.loop.call_later(self._timeout, self.give_up)
         self._waiting.add(self)
 
@@ -225,9 +242,8 @@ class WebServer:
 
         Clients have `timeout` seconds to send, and to read.
         """
-        protocol: Any = partial(
-            ClientConnection, waiting=waiting or WaitingConnections(), timeout=timeout
-        )
+        waiting = waiting or WaitingConnections()
+        protocol: Any = partial(ClientConnection, waiting=waiting, timeout=timeout)
         self._server = _Server(
             Config(
                 app,
@@ -242,13 +258,14 @@ class WebServer:
                 timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
             ),
             started,
+            waiting,
         )
         self._bound = bound
         self._over: Future[None] | None = None
 
     def start(self) -> None:
         """Start, and wait until it serves. Raises `OSError` if it cannot."""
-        system.allow_open_files(_OPEN_FILES)
+        machine.survive_without_descriptors()
         self._over = in_background(self._server.run, [self._bound])
         self._over.add_done_callback(lambda over: self._server.ready.set())
         self._server.ready.wait()
@@ -290,15 +307,31 @@ class WebServer:
 
 
 class _Server(Server):
-    def __init__(self, config: Config, started: Callable[[], object]) -> None:
+    def __init__(
+        self, config: Config, started: Callable[[], object], waiting: WaitingConnections
+    ) -> None:
         super().__init__(config)
         self.ready = threading.Event()
-        self._started = started
+        self._started, self._waiting = started, waiting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
+        await super().startup(sockets=[])  # uvicorn would let asyncio accept
+        limit, opened = most_connections(), self.server_state.connections
+        for bound in sockets or []:
+            bound.listen(self.config.backlog)
+            bound.setblocking(False)
+            acceptor: Any = Acceptor(
+                bound, self._connection, opened, self._waiting.make_room, limit
+            )
+            self.servers.append(acceptor)
         self._started()
         self.ready.set()
+
+    def _connection(self) -> asyncio.BaseProtocol:
+        protocol: Any = self.config.http_protocol_class
+        state = self.server_state
+        made: asyncio.BaseProtocol = protocol(self.config, state, self.lifespan.state)
+        return made
 
 
 def serve_until_signal(

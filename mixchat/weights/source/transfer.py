@@ -19,10 +19,13 @@ from mixchat.base.progress import Task
 from mixchat.weights.format.own_files import PART_SUFFIX
 from mixchat.weights.source.checkpoint import Stopped
 from mixchat.weights.source.hub_errors import is_transient
-from mixchat.weights.source.hub_request import RemoteBytes, WrongAnswer, retry_after
+from mixchat.weights.source.hub_limits import WrongAnswer
+from mixchat.weights.source.hub_request import RemoteBytes, retry_after
 
 _CHUNK_BYTES = 1 << 20
 _SYNC_BYTES = 1 << 28  # that a power cut can take back
+# Of a file, so that its attempts are counted anew: so many bytes, or a part of a small one.
+_PROGRESS_BYTES, _PROGRESS_PARTS = 1 << 16, 100
 # Before each further attempt.
 _WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -181,12 +184,14 @@ def _retry(
 ) -> None:
     """Repeat `attempt` until `done` is `size`. The pauses start short again after progress.
 
-    Bytes that are fetched a second time do not count, because that could repeat for ever.
+    Few bytes, and bytes that are fetched a second time, do not count, because that could repeat for
+    ever.
     """
     waits, most = iter(_WAITS_S), done()
+    progress = min(_PROGRESS_BYTES, size // _PROGRESS_PARTS)
     while done() < size:
         failure = _failure(attempt)
-        if done() > most:
+        if done() > most + progress:
             waits, most = iter(_WAITS_S), done()
         if done() >= size:
             return

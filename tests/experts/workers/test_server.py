@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from worker_double import (
     TOKEN,
     NeverEnding,
     ThreadedWorker,
+    WorkerProcess,
     ask,
     assert_right,
     outputs,
@@ -105,6 +107,51 @@ def test_a_worker_without_a_free_descriptor_goes_on(process):
             assert_right(link)
     link.close()
     process.open().close()
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit of util-linux")
+def test_strangers_leave_a_worker_the_files_that_it_needs():
+    """It ended with "/proc/meminfo: Too many open files" when 1,300 connections were there."""
+    process = WorkerProcess(files=256)
+    try:
+        link = process.open(silence=PATIENCE)
+        with ExitStack() as opened:
+            for _ in range(300):
+                stranger = socket.create_connection(process.address.target, PATIENCE)
+                opened.callback(stranger.close)
+            for _ in range(20):
+                assert_right(link)
+            link.close()
+            deadline = time.monotonic() + PATIENCE
+            while True:  # until the handshakes of the first strangers are out of time
+                with suppress(MixchatError):
+                    link = process.open(silence=PATIENCE)
+                    break
+                assert time.monotonic() < deadline
+            assert_right(link)
+        link.close()
+    finally:
+        process.end()
+
+
+def test_a_model_that_cannot_be_opened_for_a_chat_refuses_this_one_only(worker):
+    """A model that could not tell its room ended the worker."""
+
+    class Closed(type(worker.model)):
+        @property
+        def slots(self):
+            raise OSError(24, "Too many open files")
+
+        @slots.setter
+        def slots(self, count): ...
+
+    rightful, worker.model.__class__ = worker.model.__class__, Closed
+    opened = WorkerSocket(worker.address, KEY)
+    refused = expect(Refusal, answer_to(opened, pack(HELLO)))
+    assert "Too many open files" in refused.text
+    opened.close()
+    worker.model.__class__ = rightful
+    assert_serves(worker)
 
 
 def test_silent_strangers_are_sent_away(worker):

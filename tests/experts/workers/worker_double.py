@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mixchat.base import interrupts
+from mixchat.base import interrupts, machine
 from mixchat.base.errors import MixchatError
+from mixchat.base.files import read_bytes
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers.address import resolve
 from mixchat.experts.workers.link import Link
@@ -165,11 +167,15 @@ class ThreadedWorker:
 
 
 class WorkerProcess:
-    """A server in a process of its own; a request for `STUCK_LAYER` never ends there."""
+    """A server in a process of its own; a request for `STUCK_LAYER` never ends there.
 
-    def __init__(self) -> None:
+    It may open so many `files` at most.
+    """
+
+    def __init__(self, files: int | None = None) -> None:
+        limit = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdout=subprocess.PIPE, text=True
+            [*limit, sys.executable, __file__], stdout=subprocess.PIPE, text=True
         )
         self.pid, self.address = self._process.pid, resolve(self.next_line())
 
@@ -197,6 +203,16 @@ STUCK_LAYER = 3  # of a `WorkerProcess`: what it is asked for there never ends
 
 
 class _StuckDoubles(Doubles):
+    """Those of a process ask for the memory and read a file, as an installed model's do."""
+
+    def begin(self, hello: Hello) -> str:
+        read_bytes(Path(__file__))
+        return super().begin(hello)
+
+    def follow_memory(self) -> None:
+        machine.free_memory()
+        super().follow_memory()
+
     def compute(
         self,
         layer: int,

@@ -116,7 +116,7 @@ def test_an_answer_has_ended_when_the_server_says_so_in_one_way_or_another(endin
     ids=["silent", "pings"],
 )
 def test_a_server_that_forgets_to_hang_up_does_not_hold_the_answer(monkeypatch, answer):
-    monkeypatch.setattr("mixchat.serving.client.server_client._END_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("mixchat.serving.client.patience._END_S", 0.01)
     with ScriptedServer(answer) as server:
         *_, finished = session_with(server).ask("Hi")
         assert finished.reason == "stop"

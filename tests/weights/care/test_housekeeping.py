@@ -224,7 +224,6 @@ class TestLeftovers:
         assert unfinished.exists()
 
 
-@pytest.mark.posix
 class TestForeignFiles:
     """A directory in models/ without a manifest or a journal was removed without a question."""
 

