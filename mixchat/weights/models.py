@@ -281,7 +281,7 @@ def _models_to_try(names: Sequence[str]) -> str:
     if not names:
         return f"No model is here yet: 'mixchat run -m {DEMO}' tries a small one."
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return f"Here are {', '.join(names[:_MOST_NAMED])}{more}."
+    return f"Models on this machine: {', '.join(names[:_MOST_NAMED])}{more}."
 
 
 def _no_model_in(directory: Path) -> ModelNotFoundError:
