@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from plan_tools import GB, SPEEDS, sections, verdict
+from plan_tools import GB, SPEEDS, sections, verdict, verdict_text
 
 from mixchat.base import machine
 from mixchat.base.quantities import format_size
@@ -343,3 +343,15 @@ def test_with_answers_at_once_it_says_whose_speed_is_which(planned, measured):
 def test_an_installed_model_for_answers_at_once_is_served(planned, measured, tiny_model):
     command = verdict(planned(str(tiny_model), "--parallel", "2"))["next"]
     assert command == f"mixchat serve -m {tiny_model} --parallel 2 --device cpu"
+
+
+def test_a_busy_machine_is_named_within_80_columns_for_an_installed_model_too(
+    planned, measured, monkeypatch, tiny_model
+):
+    """'mixchat plan --measure' was the advice, which measures for the default model instead."""
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: 0.9)
+    *lines, command = verdict_text(planned(str(tiny_model), details=False)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "mixchat plan" not in lines[-1]
+    assert "--measure" in lines[-1]
+    assert command.split()[0] == "next"

@@ -165,7 +165,7 @@ def _speed_in_words(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     if plan.gpu_is_assumed:
         yield "", "the GPU's speed is assumed"
     elif plan.measurement.busy:
-        yield "", "measured on a busy machine: 'mixchat plan --measure' when it is idle"
+        yield "", "measured on a busy machine: use --measure when it is idle"
 
 
 def _assumed(plan: MachinePlan) -> dict[str, float] | None:
