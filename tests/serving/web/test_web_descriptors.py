@@ -35,6 +35,7 @@ class Process:
         )
         line = self.popen.stderr.readline()
         self.port = int(line.split("/")[2].rpartition(":")[2])
+        self.popen.stderr.readline()  # the context's size
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
