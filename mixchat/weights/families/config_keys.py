@@ -44,16 +44,22 @@ def shape_of(
 ) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments that all families have, with the family's defaults.
 
-    `raw` has Mixtral's keys. The numbers of key-value heads and of a head's columns may be missing.
-    partial_rotary: whether a part of a head may be rotated.
+    `raw` has Mixtral's keys. `num_key_value_heads` and `head_dim` may be missing.
+    partial_rotary: the family's attention can rotate a part of each head.
     """
     ropes = rope_parameters(raw, rope_theta)
     if not partial_rotary and any(rope.partial_rotary_factor != 1 for rope in ropes.values()):
         raise CheckpointError("config.json: a partial_rotary_factor is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported")
+    end_ids = raw.get("eos_token_id")
+    end_ids = end_ids if isinstance(end_ids, list) else [] if end_ids is None else [end_ids]
+    for token_id in end_ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise CheckpointError(f"config.json: eos_token_id is {token_id!r}, not a whole number")
     heads = positive_int(raw, "num_attention_heads")
     values = with_defaults(raw)
+    # As in transformers: without the key every head has its own key and value.
     values.setdefault("num_key_value_heads", heads)
     values.setdefault("head_dim", positive_int(raw, "hidden_size") // heads)
     return {
@@ -62,7 +68,7 @@ def shape_of(
         "rms_norm_eps": positive_number(values, "rms_norm_eps", rms_norm_eps),
         **ropes,
         "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
-        "eos_token_ids": _eos_token_ids(raw),
+        "eos_token_ids": tuple(end_ids),
     }
 
 
@@ -123,7 +129,7 @@ def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
     """Return `ModelConfig`'s arguments for the windows of the layers in `layer_types`."""
     types = raw["layer_types"]
     known = get_args(LayerType)
-    if not isinstance(types, list) or not all(kind in known for kind in types):
+    if not isinstance(types, list) or not all(name in known for name in types):
         raise CheckpointError(
             f"config.json: layer_types is {types!r:.80}, not a list of {' or '.join(known)}"
         )
@@ -133,13 +139,14 @@ def layer_types(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def types_of_layers(raw: dict[str, Any], is_sliding: Callable[[int], bool]) -> list[str]:
-    """Return the `layer_types` in which the layers have a window for which `is_sliding` holds."""
+    """Return `layer_types`, with a window in each layer for which `is_sliding` is true."""
     layers = range(layer_count(raw))
     return ["sliding_attention" if is_sliding(layer) else "full_attention" for layer in layers]
 
 
 def layer_count(raw: dict[str, Any]) -> int:
-    """Return the count of layers, so few that a list of them fits into memory."""
+    """Return the count of layers, at most 10,000."""
+    # Callers make lists of this length before anything else bounds it.
     layers = positive_int(raw, "num_hidden_layers")
     if layers > _LAYERS_MAX:
         raise CheckpointError(f"config.json: {layers} layers are more than any model has")
@@ -166,73 +173,77 @@ def rope_parameters(raw: dict[str, Any], rope_theta: float) -> dict[str, RopePar
     outer = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     outer = {"rope_theta": rope_theta, **with_defaults(outer)}
     context = positive_int(raw, "max_position_embeddings")
-    kinds = [kind for kind in get_args(LayerType) if kind in rope]
-    if not kinds:
+    keyed = [layer_type for layer_type in get_args(LayerType) if layer_type in rope]
+    if not keyed:
+        # Phi-3 has this key outside of the rope, where transformers gives it priority.
         original = with_defaults({_ORIGINAL: raw.get(_ORIGINAL)})
         return {"rope_parameters": _rope({**outer, **with_defaults(rope), **original}, context)}
     # transformers looks for `truncate` beside these objects, and never in them.
-    beside = {"truncate": rope.get("truncate", True)}
-    each = (with_defaults(_object(rope, kind)) for kind in kinds)
-    ropes = [_rope({**outer, **values, **beside}, context) for values in each]
+    truncate = {"truncate": rope.get("truncate", True)}
+    objects = (with_defaults(_object(rope, layer_type)) for layer_type in keyed)
+    ropes = [_rope({**outer, **values, **truncate}, context) for values in objects]
     return dict(zip(("rope_parameters", "sliding_rope_parameters"), ropes, strict=False))
 
 
 def _rope(values: dict[str, Any], context: int) -> RopeParameters:
     """Return the rotary embedding in `values`. `context` is `max_position_embeddings`."""
-    kind = values.get("rope_type", values.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
+    rope_type = values.get("rope_type", values.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_NUMBERS:
         raise CheckpointError(
-            f"config.json: rope type {kind!r:.80} is not supported",
+            f"config.json: rope type {rope_type!r:.80} is not supported",
             hint=f"The types that run are {', '.join(_ROPE_NUMBERS)}.",
         )
     theta = positive_number(values, "rope_theta")
     partial = positive_number(values, "partial_rotary_factor", 1.0)
-    if kind == "default":
+    if rope_type == "default":
         if "factor" in values:
             raise CheckpointError("config.json: the rope has a factor, but no rope_type")
         return RopeParameters(theta, partial_rotary_factor=partial)
-    trained = values if kind in ("yarn", "llama3", "longrope") else {}
+    trained = values if rope_type in ("yarn", "llama3", "longrope") else {}
     original = positive_int({_ORIGINAL: context, **trained}, _ORIGINAL)
-    implied = context / original if kind in ("yarn", "longrope") else None
-    keys = [key for key in _ROPE_NUMBERS[kind] if key in values or kind == "llama3"]
+    # transformers computes a missing factor of these two from the contexts.
+    implied = context / original if rope_type in ("yarn", "longrope") else None
+    keys = [key for key in _ROPE_NUMBERS[rope_type] if key in values or rope_type == "llama3"]
     read: dict[str, Any] = {key: positive_number(values, key) for key in keys}
-    if kind == "longrope":
+    if rope_type == "longrope":
         read |= {key: _numbers(values, key) for key in ("short_factor", "long_factor")}
     return RopeParameters(
         theta,
-        kind,
+        rope_type,
         factor=positive_number(values, "factor", implied),
         original_max_position_embeddings=original,
-        truncate=kind != "yarn" or flag(values, "truncate", True),
+        truncate=rope_type != "yarn" or flag(values, "truncate", True),
         partial_rotary_factor=partial,
         **read,
     )
 
 
 def _numbers(values: dict[str, Any], key: str) -> tuple[float, ...]:
-    given = values.get(key)
-    if not isinstance(given, list):
-        raise CheckpointError(f"config.json: {key} is {given!r:.80}, not a list of numbers")
-    return tuple(positive_number({key: number}, key) for number in given)
+    numbers = values.get(key)
+    if not isinstance(numbers, list):
+        raise CheckpointError(f"config.json: {key} is {numbers!r:.80}, not a list of numbers")
+    return tuple(positive_number({key: number}, key) for number in numbers)
 
 
 def positive_int(values: dict[str, Any], key: str) -> int:
     """Return a positive whole number."""
     value = values.get(key)
+    # JSON's true is an int to Python. Two numbers below 2**31 multiply without overflow in int64.
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise CheckpointError(f"config.json: {key} is {value!r}, not a positive whole number")
     return value
 
 
 def whole_number(values: dict[str, Any], key: str) -> int:
-    """Return a whole number that may be 0, as it is if it is missing."""
-    given = values.get(key)
-    return 0 if given is None or given == 0 else positive_int(values, key)
+    """Return a whole number, 0 if the key is missing or null."""
+    number = values.get(key)
+    return 0 if number is None or number == 0 else positive_int(values, key)
 
 
 def positive_number(values: dict[str, Any], key: str, default: float | None = None) -> float:
     """Return a positive number, `default` if the key is missing."""
     value = values.get(key, default)
+    # Python's JSON also reads NaN and Infinity. NaN fails every comparison.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
         raise CheckpointError(f"config.json: {key} is {value!r}, not a positive number")
     return float(value)
@@ -251,12 +262,3 @@ def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"config.json: {key} is {value!r}, not an object")
     return value
-
-
-def _eos_token_ids(raw: dict[str, Any]) -> tuple[int, ...]:
-    given = raw.get("eos_token_id")
-    tokens = given if isinstance(given, list) else [] if given is None else [given]
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise CheckpointError(f"config.json: eos_token_id is {token!r}, not a whole number")
-    return tuple(tokens)

@@ -15,11 +15,11 @@ from mixchat.base.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of a checkpoint's tensor, turned if it is `transposed`, times `factor`.
+    """Rows of a checkpoint's tensor, which is transposed first if need be, times `factor`.
 
-    name: of the tensor, or `X[3]` for the fourth part of a stacked tensor X.
-    shape: of what `name` names, as it is stored.
-    rows: of the tensor after it is turned, all if None.
+    name: the tensor's name, or `X[3]` for the fourth part of a stacked tensor X.
+    shape: the stored shape of the tensor or part.
+    rows: the rows to take after a transposition, all if None.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Slice:
 
     @property
     def is_whole(self) -> bool:
-        """Return whether it is the tensor as it is stored."""
+        """Return whether the slice is the stored tensor without a change."""
         return self.rows is None and not self.transposed and self.factor == 1
 
 
@@ -47,11 +47,11 @@ class Family:
     """A family of models, by config.json's `model_type`.
 
     read_config: reads a config.json. Raises `CheckpointError`.
-    moe: says how the router, the experts and what is beside them are made of a checkpoint's
-    tensors. Expert 3 of layer 0 has `model.layers.0.block_sparse_moe.experts.3.w13.weight`, and
-    `w2`. All other tensors are `decoder_tensors`.
-    rotates_neighbours: whether a checkpoint's queries and keys have the two columns of a rotated
-    pair side by side.
+    moe: yields the tensors of a layer's router, experts and dense part with their slices. Expert 3
+    of layer 0 has `model.layers.0.block_sparse_moe.experts.3.w13.weight`, and `w2`. All other
+    tensors are `decoder_tensors`.
+    rotates_neighbours: a checkpoint's queries and keys have the two columns of a rotated pair side
+    by side.
     """
 
     model_type: str
@@ -96,7 +96,7 @@ def router(config: ModelConfig, prefix: str, name: str) -> Tensors:
 
 
 def with_shared_expert(moe: LayerTensors, name: str) -> LayerTensors:
-    """Describe `moe` and, if there is one, the dense part that a checkpoint calls `name`."""
+    """Describe `moe` and, if the model has it, the dense part that a checkpoint calls `name`."""
 
     def tensors(config: ModelConfig, prefix: str) -> Tensors:
         yield from moe(config, prefix)
@@ -156,19 +156,21 @@ def _attention(config: ModelConfig, prefix: str, step: int) -> Tensors:
     hidden, columns = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
     scale, residual = config.attention_multiplier, config.residual_multiplier
-    q_factor = 1 if scale is None else scale * sqrt(config.head_dim)  # the engine divides by sqrt
+    # Granite multiplies scores by a number of its own. The engine divides by the root.
+    q_factor = 1 if scale is None else scale * sqrt(config.head_dim)
     parts = {"q": (columns, q_factor, step), "k": (key_value, 1, step), "v": (key_value, 1, 1)}
-    for kind, width in _parameters(config.attention_bias or config.qkv_bias, hidden):
+    for parameter, width in _parameters(config.attention_bias or config.qkv_bias, hidden):
         qkv = (
-            Slice(f"{prefix}{x}_proj.{kind}", (count, *width), rows, factor=factor)
+            Slice(f"{prefix}{x}_proj.{parameter}", (count, *width), rows, factor=factor)
             for x, (count, factor, step) in parts.items()
             for rows in _rows(count, config.head_dim, step)
         )
-        yield f"{prefix}qkv_proj.{kind}", tuple(qkv)
-    for kind, width in _parameters(config.attention_bias, columns):
-        name = f"{prefix}o_proj.{kind}"
+        yield f"{prefix}qkv_proj.{parameter}", tuple(qkv)
+    for parameter, width in _parameters(config.attention_bias, columns):
+        name = f"{prefix}o_proj.{parameter}"
         yield name, (Slice(name, (hidden, *width), factor=residual),)
     if config.qk_norm:
+        # One norm over all heads of a projection (OLMoE), or a norm that all heads share (Qwen3).
         widths = (columns, key_value) if config.qk_norm == "projection" else (config.head_dim,) * 2
         for x, count in zip("qk", widths, strict=True):
             yield _same(f"{prefix}{x}_norm.weight", (count,))
@@ -177,7 +179,10 @@ def _attention(config: ModelConfig, prefix: str, step: int) -> Tensors:
 
 
 def _rows(count: int, head_dim: int, step: int) -> list[range] | list[None]:
-    """Return the rows in the order of an installed model, each `step`th one of a head first."""
+    """Return the rows in the order of an installed model, each `step`th one of a head first.
+
+    With 4 rows in a head and a step of 2, the order is 0 2 1 3.
+    """
     if step == 1:
         return [None]
     heads = range(0, count, head_dim)

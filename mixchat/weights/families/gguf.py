@@ -79,8 +79,9 @@ _LATER_DENSE = {
 class _Architecture:
     """A family by llama.cpp's name for it.
 
-    keys: of config.json, beside the usual ones. fixed: what llama.cpp always computes with.
-    sigmoid: whether its router does not take a softmax.
+    keys: config.json's keys beside `_KEYS`, with llama.cpp's names. fixed: values of config.json
+    that no metadata has, because llama.cpp's code fixes them. experts: config.json's key for the
+    count of experts. sigmoid: the router takes a sigmoid, not a softmax.
     """
 
     model_type: str
@@ -141,34 +142,43 @@ def gguf_config(
     `where` names it in messages. Raises `CheckpointError`.
     """
     name = metadata.get("general.architecture")
-    family = _ARCHITECTURES.get(name) if isinstance(name, str) else None
-    if family is None or (name == "llama" and not metadata.get("llama.expert_count")):
-        kind = "dense models" if family else f"the architecture {name!r:.80}"
+    architecture = _ARCHITECTURES.get(name) if isinstance(name, str) else None
+    # llama.cpp calls a dense Llama and a Mixtral "llama". Only the experts distinguish them.
+    if architecture is None or (name == "llama" and not metadata.get("llama.expert_count")):
+        unsupported = "dense models" if architecture else f"the architecture {name!r:.80}"
         raise CheckpointError(
-            f"{where}: mixchat does not run {kind}",
+            f"{where}: mixchat does not run {unsupported}",
             hint=f"It runs mixtures of experts, as GGUF of {', '.join(_ARCHITECTURES)}.",
         )
-    keys = {**_KEYS, family.experts: "expert_count", **family.keys}
-    given = {key: metadata.get(f"{name}.{theirs}") for key, theirs in keys.items()}
-    if given["intermediate_size"] is None:
-        given["intermediate_size"] = given["moe_intermediate_size"]
-    config = {key: value for key, value in given.items() if value is not None}
-    _refuse_lists(config, where)
-    _check_router(metadata.get(f"{name}.expert_gating_func"), family, where)
+    keys = {**_KEYS, architecture.experts: "expert_count", **architecture.keys}
+    values = {key: metadata.get(f"{name}.{gguf_key}") for key, gguf_key in keys.items()}
+    if values["intermediate_size"] is None:
+        values["intermediate_size"] = values["moe_intermediate_size"]
+    config = {key: value for key, value in values.items() if value is not None}
+    for key, value in config.items():
+        if not isinstance(value, (bool, int, float)):  # a list has a value for each layer
+            raise CheckpointError(
+                f"{where}: {key} is {type(value).__name__}, not a number: models with layers of "
+                "different shapes do not run"
+            )
+    gating = metadata.get(f"{name}.expert_gating_func")
+    # 1 and 3 are a softmax, before or after the choice of experts. 2 is a sigmoid.
+    if gating not in (None, 0, *((2,) if architecture.sigmoid else (1, 3))):
+        raise CheckpointError(f"{where}: its router computes scores of the kind {gating!r:.80}")
+    # The blocks that predict further tokens are counted with the others.
     if predicting := config.get("num_nextn_predict_layers"):
         config["num_hidden_layers"] = config.get("num_hidden_layers", 0) - predicting
     return {
-        "model_type": family.model_type,
+        "model_type": architecture.model_type,
         **config,
-        **_heads(config, metadata.get(f"{name}.rope.dimension_count")),
-        **_rope(metadata, f"{name}.", family.model_type, where),
+        **_rope(metadata, f"{name}.", config, architecture.model_type, where),
         **_shown_by(tensors),
-        **family.fixed,
+        **architecture.fixed,
     }
 
 
 def _shown_by(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Return what only the tensors tell."""
+    """Return the keys of config.json that only the tensors show."""
     bias = "blk.0.attn_q.bias" in tensors
     return {
         "vocab_size": tensors.get(EMBEDDING, (0,))[0],
@@ -179,50 +189,39 @@ def _shown_by(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _refuse_lists(config: Mapping[str, Any], where: str) -> None:
-    for key, value in config.items():
-        if not isinstance(value, (bool, int, float)):
-            raise CheckpointError(
-                f"{where}: {key} is {type(value).__name__}, not a number: models with layers of "
-                "different shapes do not run"
-            )
-
-
-def _heads(config: Mapping[str, Any], rotated: Any) -> dict[str, Any]:
-    """Return the width of a head, and the part of it that is rotated."""
-    if rotated is None:
-        return {}
-    width = config.get("head_dim", rotated)
-    known = isinstance(rotated, int) and isinstance(width, int) and width > 0
-    return {"head_dim": width, "partial_rotary_factor": rotated / width if known else 0.0}
-
-
-def _rope(metadata: Mapping[str, Any], name: str, model_type: str, where: str) -> dict[str, Any]:
-    """Return the rotary embedding."""
-    kind = metadata.get(f"{name}{_ROPE}type", "none")
-    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):
+def _rope(
+    metadata: Mapping[str, Any],
+    prefix: str,
+    config: Mapping[str, Any],
+    model_type: str,
+    where: str,
+) -> dict[str, Any]:
+    """Return the rotary embedding, with a head's width and the part of it that is rotated."""
+    keys: dict[str, Any] = {}
+    if (rotated := metadata.get(f"{prefix}rope.dimension_count")) is not None:
+        width = config.get("head_dim", rotated)
+        valid = isinstance(rotated, int) and isinstance(width, int) and width > 0
+        # 0 is refused later, with the name of the key.
+        keys = {"head_dim": width, "partial_rotary_factor": rotated / width if valid else 0.0}
+    scaling = metadata.get(f"{prefix}{_ROPE}type", "none")
+    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
         raise CheckpointError(
-            f"{where}: rope scaling of the type {kind!r:.80} does not run in GGUF"
+            f"{where}: rope scaling of the type {scaling!r:.80} does not run in GGUF"
         )
-    rope: dict[str, Any] = {"rope_theta": metadata.get(f"{name}rope.freq_base", 1e4)}
-    if kind == "none":
-        return {"rope_parameters": {**rope, "rope_type": "default"}}
-    rope |= {"rope_type": kind, "factor": metadata.get(f"{name}{_ROPE}factor")}
-    if kind == "yarn":
+    rope: dict[str, Any] = {"rope_theta": metadata.get(f"{prefix}rope.freq_base", 1e4)}
+    if scaling == "none":
+        return {**keys, "rope_parameters": {**rope, "rope_type": "default"}}
+    rope |= {"rope_type": scaling, "factor": metadata.get(f"{prefix}{_ROPE}factor")}
+    if scaling == "yarn":
         numbers = {
             "original_max_position_embeddings": "original_context_length",
             "beta_fast": "yarn_beta_fast",
             "beta_slow": "yarn_beta_slow",
         }
-        rope |= {key: metadata.get(f"{name}{_ROPE}{theirs}") for key, theirs in numbers.items()}
+        rope |= {key: metadata.get(f"{prefix}{_ROPE}{name}") for key, name in numbers.items()}
+        # No metadata has it. Of these families, gpt-oss alone sets it to false.
         rope["truncate"] = model_type != "gpt_oss"
-    return {"rope_parameters": rope}
-
-
-def _check_router(gating: Any, family: _Architecture, where: str) -> None:
-    usual = (2,) if family.sigmoid else (1, 3)  # softmax, before or after the choice
-    if gating not in (None, 0, *usual):
-        raise CheckpointError(f"{where}: its router computes scores of the kind {gating!r:.80}")
+    return {**keys, "rope_parameters": rope}
 
 
 def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
@@ -237,11 +236,14 @@ def gguf_tensors(config: ModelConfig, available: Collection[str]) -> Tensors:
     moe = with_shared_expert(experts, "mlp.shared_expert")
     neighbours = config.model_type in _ROTATES_NEIGHBOURS
     for installed, slices in decoder_tensors(config, moe, rotates_neighbours=neighbours):
-        yield installed, tuple(_renamed(each, other_norm=norm) for each in slices)
+        yield installed, tuple(_renamed(source, other_norm=norm) for source in slices)
 
 
 def _experts(config: ModelConfig, prefix: str, *, stacked: bool) -> Tensors:
-    """Yield a layer's experts. Old files of Mixtrals have each matrix for itself."""
+    """Yield a layer's experts. stacked: a tensor has one matrix of all experts, [E, rows, columns].
+
+    Old files of Mixtral have a tensor for each matrix.
+    """
     inner, hidden = config.intermediate_size, config.hidden_size
     own = prefix.replace("model.layers.", "blk.")
     for expert in range(config.num_local_experts):
@@ -250,9 +252,15 @@ def _experts(config: ModelConfig, prefix: str, *, stacked: bool) -> Tensors:
             f"{own}ffn_{x}_exps.{{}}[{expert}]" if stacked else f"{own}ffn_{x}.{expert}.{{}}"
             for x in ("gate", "up", "down")
         )
-        for kind, width in (("weight", (hidden,)), *([("bias", ())] if config.moe_bias else [])):
+        for parameter, width in (
+            ("weight", (hidden,)),
+            *([("bias", ())] if config.moe_bias else []),
+        ):
             rows = (inner, *width)
-            yield f"{installed}w13.{kind}", tuple(Slice(x.format(kind), rows) for x in (gate, up))
+            yield (
+                f"{installed}w13.{parameter}",
+                tuple(Slice(x.format(parameter), rows) for x in (gate, up)),
+            )
         factor = config.residual_multiplier
         yield (
             f"{installed}w2.weight",
@@ -263,13 +271,14 @@ def _experts(config: ModelConfig, prefix: str, *, stacked: bool) -> Tensors:
 
 
 def _renamed(source: Slice, *, other_norm: bool) -> Slice:
-    """Return the slice with llama.cpp's name. The gate of a shared expert has no rows there."""
+    """Return the slice with llama.cpp's name."""
     match = _LAYER.fullmatch(source.name)
     if match is None:
         return replace(source, name=_NAMES.get(source.name, source.name))
-    layer, name, kind = match.groups(default="")
+    layer, name, suffix = match.groups(default="")
     own = _NAMES[name]
     if own == "ffn_norm" and other_norm:
         own = _OTHER_NORM
+    # The gate [1, D] of a shared expert is a vector [D] there.
     shape = source.shape[1:] if own == "ffn_gate_inp_shexp" else source.shape
-    return replace(source, name=f"blk.{layer}.{own}{kind}", shape=shape)
+    return replace(source, name=f"blk.{layer}.{own}{suffix}", shape=shape)

@@ -11,6 +11,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.weights.families import config_keys as read
 from mixchat.weights.families.family import Family, Slice, Tensors, expert_prefix, router
 
+# For a config.json without a rope, from transformers' config class.
 _ROPE = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -40,6 +41,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _experts(config: ModelConfig, prefix: str) -> Tensors:
     inner, hidden, stack = config.intermediate_size, config.hidden_size, f"{prefix}mlp.experts."
+    # Row 0 is the gate of channel 0, row 1 its up. w13 has all gates above all ups.
     gate_up = range(0, 2 * inner, 2), range(1, 2 * inner, 2)
     yield from router(config, prefix, "mlp.router")
     for expert in range(config.num_local_experts):

@@ -36,6 +36,7 @@ def _experts(config: ModelConfig, prefix: str) -> Tensors:
     yield from router(config, prefix, "block_sparse_moe.router.layer")
     for expert in range(config.num_local_experts):
         gate_up = Slice(f"{moe}input_linear.weight[{expert}]", (2 * inner, hidden))
+        # So the sum of the experts comes multiplied, and the engine only adds it.
         down = Slice(
             f"{moe}output_linear.weight[{expert}]",
             (hidden, inner),

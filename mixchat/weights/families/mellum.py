@@ -16,19 +16,18 @@ _ROPES = {
 
 
 def _read_config(raw: dict[str, Any]) -> ModelConfig:
-    layers = read.layer_count(raw)
     keys = read.with_defaults(
         read.of_experts(raw),
         num_key_value_heads=4,
         head_dim=128,
         sliding_window=1024,
-        layer_types=["full_attention"] * layers,
+        layer_types=["full_attention"] * read.layer_count(raw),
         rope_parameters=_ROPES,
     )
-    kinds = keys.get("mlp_layer_types", [])
-    if not isinstance(kinds, list) or any(kind != "sparse" for kind in kinds):
+    layers = keys.get("mlp_layer_types", [])
+    if not isinstance(layers, list) or any(layer != "sparse" for layer in layers):
         raise CheckpointError(
-            f"config.json: mlp_layer_types is {kinds!r:.80}: models with dense layers do not run"
+            f"config.json: mlp_layer_types is {layers!r:.80}: models with dense layers do not run"
         )
     return ModelConfig(
         **read.shape_of(keys, rope_theta=1e4, rms_norm_eps=1e-6),

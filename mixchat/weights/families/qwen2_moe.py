@@ -19,6 +19,7 @@ def _read_config(raw: dict[str, Any]) -> ModelConfig:
     read.no_dense_layers(keys)
     if read.flag(keys, "use_sliding_window"):
         last = read.positive_int({"max_window_layers": 28, **keys}, "max_window_layers")
+        # As in transformers, every other layer before max_window_layers.
         sliding = range(0, last, 2)
         keys = {"layer_types": read.types_of_layers(raw, sliding.__contains__), **keys}
     return ModelConfig(

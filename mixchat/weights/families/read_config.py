@@ -51,33 +51,29 @@ _MISSING = {
 
 def read_config(raw: dict[str, Any]) -> ModelConfig:
     """Read the keys of a config.json. Raises `CheckpointError` if no family here has them."""
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        missing = _MISSING.get(str(kind))
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        missing = _MISSING.get(str(model_type))
         needs = f" needs {missing}, which" if missing else ", which"
         raise CheckpointError(
-            f"config.json says model_type {kind!r:.80}{needs} mixchat does not run",
+            f"config.json says model_type {model_type!r:.80}{needs} mixchat does not run",
             hint=f"It runs {', '.join(FAMILIES)}.",
         )
-    _refuse_quantized(raw.get("quantization_config"))
-    config = FAMILIES[kind].read_config(raw)
+    # Here, because config.json comes before the first of many gigabytes of weights.
+    value = raw.get("quantization_config")
+    quantization = value if isinstance(value, dict) else {}
+    method = quantization.get("quant_method")
+    in_blocks = method == "fp8" and quantization.get("weight_block_size") == [128, 128]
+    if method not in (None, "bitsandbytes", "mxfp4") and not in_blocks:
+        raise CheckpointError(
+            f"config.json says that the weights are quantized with {method!r:.80}, which mixchat "
+            "does not read",
+            hint="Download the checkpoint that it was made of, one in GGUF (ORG/NAME:Q4_K_M), or "
+            "one that bitsandbytes has quantized.",
+        )
+    config = FAMILIES[model_type].read_config(raw)
     config.check()
     return config
-
-
-def _refuse_quantized(given: Any) -> None:
-    """Refuse a form of weights that cannot be read, before any of it is fetched."""
-    method = given.get("quant_method") if isinstance(given, dict) else None
-    if method in (None, "bitsandbytes", "mxfp4"):
-        return
-    if method == "fp8" and given.get("weight_block_size") == [128, 128]:
-        return
-    raise CheckpointError(
-        f"config.json says that the weights are quantized with {method!r:.80}, which mixchat does "
-        "not read",
-        hint="Download the checkpoint that it was made of, one in GGUF (ORG/NAME:Q4_K_M), or one "
-        "that bitsandbytes has quantized.",
-    )
 
 
 def read_config_file(path: Path) -> ModelConfig:
