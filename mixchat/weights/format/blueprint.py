@@ -44,9 +44,10 @@ class Quantization:
     """The types of the matrices. `dtype` is the type of all other tensors.
 
     The experts are of `quant_type`, but w2 is of type `down` if that is given. Attention and head
-    are "int8", "int6", "int5", "none" (dense, in `dtype`), or in 4 bits. What other dense parts a
-    layer has, has the type of attention. `scales` says how scales in 4 bits are chosen. Those of
-    attention and head are searched if the experts are calibrated, unless their type is, too.
+    are "int8", "int6", "int5", "none" (dense, in `dtype`), or in 4 bits. A layer's other dense
+    parts have the type of attention. `scales` says how scales in 4 bits are chosen. If those of
+    experts are calibrated, those of attention and head are searched, or calibrated if their type
+    allows it.
     """
 
     quant_type: QuantType = "nf4"
@@ -73,8 +74,8 @@ class Quantization:
 class Blueprint:
     """The tensors of a model of this shape and quantization, and how they are computed.
 
-    layers: the quantization of each layer's experts, if not all have `quantization`. Then a layer's
-    experts may be larger than another's.
+    layers: the quantization of each layer's experts, empty if all have `quantization`. In such a
+    mix the experts of layers differ in size.
     """
 
     config: ModelConfig
@@ -103,22 +104,22 @@ class Blueprint:
 
     @cached_property
     def _layer_experts(self) -> tuple[ExpertSpec, ...]:
-        made = {form: self._expert(form) for form in set(self.layers)}
-        return tuple(made[form] for form in self.layers)
+        experts = {form: self._expert(form) for form in set(self.layers)}
+        return tuple(experts[form] for form in self.layers)
 
     def _expert(self, form: Quantization) -> ExpertSpec:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        kind, scales, bias = form.quant_type, form.scales, self.config.moe_bias
-        down, own = form.down or kind, Blueprint(self.config, form)
+        up, scales, bias = form.quant_type, form.scales, self.config.moe_bias
+        down, own = form.down or up, Blueprint(self.config, form)
         return ExpertSpec(
-            replace(own._linear("w13", 2 * inner, hidden, kind), scales=scales, bias=bias),
+            replace(own._linear("w13", 2 * inner, hidden, up), scales=scales, bias=bias),
             replace(own._linear("w2", hidden, inner, down), scales=scales, bias=bias),
             swiglu_of(self.config),
         )
 
     @property
     def expert_forms(self) -> list[ExpertSpec]:
-        """Return the forms that layers' experts have, each once."""
+        """Return the distinct forms of the layers' experts."""
         return [*dict.fromkeys(self._layer_experts)] or [self.expert]
 
     @cached_property
@@ -129,7 +130,7 @@ class Blueprint:
 
     @property
     def mean_expert(self) -> int:
-        """Return the bytes of an expert, the mean of all layers."""
+        """Return the bytes of an expert, averaged over all layers."""
         return self.experts_size // self.expert_count
 
     def qkv(self, layer: int) -> LinearSpec:
@@ -156,7 +157,7 @@ class Blueprint:
         )
 
     def dense_matrices(self, layer: int | None = None) -> list[LinearSpec]:
-        """Return the matrices that all tokens of a layer go through, of the last one if None."""
+        """Return the matrices of a layer that every token passes, the last layer's if None."""
         layer = self.config.num_hidden_layers - 1 if layer is None else layer
         return [self.qkv(layer), self.o(layer), *(self.mlp(layer) or ())]
 
@@ -167,7 +168,7 @@ class Blueprint:
         return [*experts, *self.dense_matrices(0), *self.dense_matrices()]
 
     def expert_arithmetic(self, device: torch.device, *, exact: bool) -> str:
-        """Return a name for how experts are computed there. If it is equal, so are the bits."""
+        """Return a name of the arithmetic of experts there. Equal names give equal bits."""
         matrices = [form.gate_up for form in self.expert_forms]
         return " and ".join(sorted({m.arithmetic(device, exact=exact) for m in matrices}))
 
@@ -207,11 +208,12 @@ class Blueprint:
         ]
 
     def sinks(self, layer: int) -> TensorSpec:
-        """Return the logits of a layer's heads that join the sums of their softmax."""
+        """Return a logit for each head of a layer, which joins the sum of the head's softmax."""
         return self._tensor(layer, "self_attn.sinks", self.config.num_attention_heads)
 
     def gate(self, layer: int) -> TensorSpec:
         """Return the matrix of a layer's router, which is never quantized."""
+        # It is small, 64 KB in Mixtral, and an error in it chooses other experts.
         shape = self.config.num_local_experts, self.config.hidden_size
         return self._tensor(layer, f"{_ROUTER}.weight", *shape)
 
@@ -220,7 +222,8 @@ class Blueprint:
         return self._tensor(layer, f"{_ROUTER}.bias", self.config.num_local_experts)
 
     def score_correction(self, layer: int) -> TensorSpec:
-        """Return what a layer's router adds to scores, fp32, if they have a correction."""
+        """Return the correction that a layer's router adds to scores, fp32."""
+        # transformers keeps it in fp32 in models in bf16, too.
         name, count = f"{_ROUTER}.e_score_correction_bias", self.config.num_local_experts
         return replace(self._tensor(layer, name, count), dtype=torch.float32)
 
@@ -318,6 +321,7 @@ class Blueprint:
 
     def computed_on(self, device: torch.device) -> Blueprint:
         """Return the same model in the layout that this device computes fastest."""
+        # Only the compiled kernels for CPUs read the packed layout.
         packed = device.type == "cpu" and kernels_available()
         return self.in_layout("cpu-packed" if packed else "bitsandbytes")
 
@@ -350,7 +354,7 @@ class Blueprint:
 
 
 def layers_unlike(shared: Quantization, layers: Iterable[Quantization]) -> tuple[Quantization, ...]:
-    """Return a blueprint's `layers`, which are none if all are like `shared`."""
+    """Return a blueprint's `layers`, empty if all are equal to `shared`."""
     own = tuple(layers)
     return () if {*own} <= {shared} else own
 

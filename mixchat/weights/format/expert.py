@@ -44,15 +44,15 @@ class Expert:
     def has_stages(self, x: torch.Tensor) -> bool:
         """Return whether `stages` takes rows like x [T, D]."""
         matrices = self.gate_up, self.down
-        if not all(isinstance(one, PackedLinear) and one.is_whole for one in matrices):
+        if not all(isinstance(matrix, PackedLinear) and matrix.is_whole for matrix in matrices):
             return False
         return can_compute(x.dtype, as_packed(self.gate_up).rows // 2, x.device.type)
 
     def stages(self, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Stage], list[list[int]]]:
         """Return `__call__` as stages that map a row x [1, D] to each row of `out` [K, D].
 
-        Also returns the places of `addresses` for each row. Other addresses written there make
-        the stages compute other experts of the same form.
+        Also return where the stages hold `addresses`, for each row. Other addresses written there
+        make the stages compute other experts of the same form.
         """
         rows = torch.split(out, 1)
         stages, products = _stages([self] * len(rows), x, rows, exact=True)
@@ -72,8 +72,8 @@ def compute_together(
 ) -> None:
     """Write the output [n, D] of each expert for its rows of x [T, D].
 
-    `x_rows` are their numbers, one expert's after another's, int64. The experts have the same form,
-    and stages for x. `Expert.__call__` gives the same bits.
+    `x_rows` are the numbers of the rows, one expert's after another's, int64. The experts have the
+    same form, and stages for x. `Expert.__call__` gives the same bits.
     """
     Program(_stages(experts, x.contiguous(), outs, x_rows, exact=exact)[0]).run()
 
@@ -90,13 +90,16 @@ def _stages(
 
     x, `outs` and `x_rows` are as in `grouped_matmul_steps`.
     """
-    up, down = zip(*((as_packed(one.gate_up), as_packed(one.down)) for one in experts), strict=True)
+    up, down = zip(
+        *((as_packed(expert.gate_up), as_packed(expert.down)) for expert in experts), strict=True
+    )
     counts = [out.shape[0] for out in outs]
     gate_up = x.new_empty(sum(counts), up[0].rows)
     gated = x.new_empty(sum(counts), up[0].rows // 2)
     ups = torch.split(gate_up, counts)
     round_x, project_up = PackedLinear.grouped_steps(up, x, ups, x_rows, exact=exact)
     round_gated, project_down = PackedLinear.grouped_steps(down, gated, outs, exact=exact)
+    # Rounding one row takes less time than the threads need to meet.
     stages = [
         alone(*round_x) if x.shape[0] == 1 else together(*round_x),
         *(together(*steps) for steps in project_up),
@@ -160,5 +163,5 @@ class ExpertSpec:
 
 
 def swiglu_of(config: ModelConfig) -> Swiglu:
-    """Return what experts do between their matrices."""
+    """Return the function between an expert's matrices."""
     return Swiglu(config.swiglu_limit, config.swiglu_alpha)

@@ -23,7 +23,7 @@ from mixchat.weights.format.model_files import check_files, path_of
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
 
-Stamp: TypeAlias = tuple[int, ...] | None  # of a file's content, None if it is missing
+Stamp: TypeAlias = tuple[int, ...] | None  # differs if a file was replaced, None if it is missing
 
 
 def _stamp(path: Path) -> Stamp:
@@ -61,30 +61,28 @@ class InstalledModel:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: list[SafetensorsFile] = []
-        manifest, names = _stamp(directory / MANIFEST_FILE), _stamp(directory)
+        # Another command can replace files meanwhile, which looks like a damaged model.
+        manifest_stamp, directory_stamp = _stamp(directory / MANIFEST_FILE), _stamp(directory)
         try:
-            self._open_all()
+            self.manifest = read_manifest(directory)
+            check_files(directory, self.manifest)
+            self.blueprint = installed_blueprint(directory, self.manifest)
+            self.config = self.blueprint.config
+            self._shared = self._open(SHARED_FILE, self.blueprint.shared_tensors())
+            self._experts = [
+                self._open(experts_file(layer), self.blueprint.expert_tensors(layer))
+                for layer in range(self.config.num_moe_layers)
+            ]
+            first = next(self.blueprint.expert_tensors(0)).name
+            self._expert_base = [file.header.start(first) for file in self._experts]
         except CheckpointError:
             self.close()
-            if _stamp(directory) != names:  # a file may have got its last name
+            if _stamp(directory) != directory_stamp:  # a file may have got its last name
                 raise self._changed() from None
             raise
-        if _stamp(directory / MANIFEST_FILE) != manifest:
+        if _stamp(directory / MANIFEST_FILE) != manifest_stamp:
             self.close()
             raise self._changed()
-
-    def _open_all(self) -> None:
-        self.manifest = read_manifest(self.directory)
-        check_files(self.directory, self.manifest)
-        self.blueprint = installed_blueprint(self.directory, self.manifest)
-        self.config = self.blueprint.config
-        self._shared = self._open(SHARED_FILE, self.blueprint.shared_tensors())
-        self._experts = [
-            self._open(experts_file(layer), self.blueprint.expert_tensors(layer))
-            for layer in range(self.config.num_moe_layers)
-        ]
-        first = next(self.blueprint.expert_tensors(0)).name
-        self._expert_base = [file.header.start(first) for file in self._experts]
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
         return self._shared.read(spec.name)
@@ -94,9 +92,9 @@ class InstalledModel:
         return self._shared.read_rows(spec.name, numbers)
 
     def linear(self, target: LinearSpec, device: torch.device) -> Linear:
-        """Read the shared matrix named as `target` to `device`, in its layout.
+        """Read the shared matrix with the name of `target` to `device`, in the layout of `target`.
 
-        5 to 8 bits are widened if `target` is dense.
+        A matrix in 5 to 8 bits is widened if `target` is dense.
         """
         spec = self.blueprint.shared_matrices[target.name]
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
@@ -115,7 +113,7 @@ class InstalledModel:
     ) -> None:
         """Fill `block` (uint8, on the CPU) with an expert's bytes from `begin` on, in one read.
 
-        `direct` goes past the page cache. Then `begin`, the block's address and its length have to
+        `direct` bypasses the page cache. Then `begin`, the block's address and its length have to
         be multiples of 4096.
         """
         start = self._expert_base[layer] + expert * self.blueprint.expert_of(layer).stride + begin

@@ -1,6 +1,6 @@
 """The record of an unfinished model's finished tensors, so that none is made twice.
 
-The first line of `mixchat.journal.jsonl`, the head, says what is being made, and of what. Each
+The first line of `mixchat.journal.jsonl`, its head, describes the model and its source. Each
 further line names tensors that are written and synced, with their SHA-256s.
 """
 
@@ -34,56 +34,7 @@ class Journal:
             lines = read_bytes(self._path, follow=False).splitlines(keepends=True)
         except CheckpointError:
             return
-        self._read(lines)
-
-    @property
-    def source(self) -> Source | None:
-        """Return the source of the unfinished model, or None."""
-        try:
-            source = Source(**(self.head or {})["source"])
-            texts = [text for text in (source.commit, source.revision) if text is not None]
-            "".join([source.repo, *texts]).encode()
-        except (KeyError, TypeError, UnicodeEncodeError):
-            return None
-        return source
-
-    def made_under(self, head: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-        """Return `made` if the journal has this head, else nothing."""
-        return self.made if self.head == head else {}
-
-    def start(self, head: dict[str, Any]) -> None:
-        """Prepare the file for further lines. Another head replaces it."""
-        if self.head == head:
-            with self._opened() as journal:
-                journal.truncate(self._whole)
-        else:
-            self.head, self.made = head, {}
-            write_file(self._path, _line(head))
-
-    def add(self, file: str, digests: dict[str, str]) -> None:
-        """Note tensors of `file` that are written, though not yet durably."""
-        self._unsaved.append((file, digests))
-
-    def save(self) -> None:
-        """Make the notes durable. The tensors must be durable already."""
-        with self._opened() as journal:
-            journal.write(b"".join(_line_of(file, made) for file, made in self._unsaved))
-            journal.flush()
-            os.fsync(journal.fileno())
-        for file, made in self._unsaved:
-            self.made.setdefault(file, {}).update(made)
-        self._unsaved.clear()
-
-    def forget(self, lost: Mapping[str, Collection[str]]) -> None:
-        """Remove these tensors from the record, durably."""
-        for file, tensors in lost.items():
-            for tensor in tensors:
-                del self.made[file][tensor]
-        if lost:
-            lines = [_line_of(file, made) for file, made in self.made.items()]
-            write_file(self._path, b"".join([_line(self.head), *lines]))
-
-    def _read(self, lines: list[bytes]) -> None:
+        # A power cut can leave half a line, or zeros. All before it counts.
         for line in lines:
             try:
                 record: Any = json.loads(line) if line.endswith(b"\n") else None
@@ -97,6 +48,54 @@ class Journal:
                 return
             self._whole += len(line)
 
+    @property
+    def source(self) -> Source | None:
+        """Return the source of the unfinished model, or None."""
+        try:
+            source = Source(**(self.head or {})["source"])
+            texts = [text for text in (source.commit, source.revision) if text is not None]
+            # Raises for what is no text, and for half of a surrogate pair, which JSON can hold.
+            "".join([source.repo, *texts]).encode()
+        except (KeyError, TypeError, UnicodeEncodeError):
+            return None
+        return source
+
+    def made_under(self, head: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """Return `made` if the journal has this head, else nothing."""
+        return self.made if self.head == head else {}
+
+    def start(self, head: dict[str, Any]) -> None:
+        """Prepare the file for further lines. Another head replaces it."""
+        if self.head == head:
+            with self._opened() as journal:  # what follows half a line would not be read
+                journal.truncate(self._whole)
+        else:
+            self.head, self.made = head, {}
+            write_file(self._path, _line(head))
+
+    def add(self, file: str, digests: dict[str, str]) -> None:
+        """Note tensors of `file` that are written but not yet durable."""
+        self._unsaved.append((file, digests))
+
+    def save(self) -> None:
+        """Make the notes durable. The tensors must be durable already."""
+        with self._opened() as journal:
+            journal.write(b"".join(_line_of(file, digests) for file, digests in self._unsaved))
+            journal.flush()
+            os.fsync(journal.fileno())
+        for file, digests in self._unsaved:
+            self.made.setdefault(file, {}).update(digests)
+        self._unsaved.clear()
+
+    def forget(self, lost: Mapping[str, Collection[str]]) -> None:
+        """Remove these tensors from the record, durably."""
+        for file, tensors in lost.items():
+            for tensor in tensors:
+                del self.made[file][tensor]
+        if lost:
+            lines = [_line_of(file, digests) for file, digests in self.made.items()]
+            write_file(self._path, b"".join([_line(self.head), *lines]))
+
     def _opened(self) -> BinaryIO:
         return open(open_regular(self._path, os.O_WRONLY | os.O_APPEND, follow=False), "ab")
 
@@ -105,5 +104,5 @@ def _line(record: dict[str, Any] | None) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-def _line_of(file: str, made: Mapping[str, str]) -> bytes:
-    return _line({"file": file, "sha256": made})
+def _line_of(file: str, digests: Mapping[str, str]) -> bytes:
+    return _line({"file": file, "sha256": digests})

@@ -106,7 +106,7 @@ class Manifest:
 
     @property
     def partly(self) -> str | None:
-        """Return "converted" or "calibrated" if only some files are so, else None."""
+        """Return "converted" or "calibrated" if only some files are, else None."""
         unlike = {key for record in self.weights.values() for key in record.unlike} - {*_MIXED}
         return ("calibrated" if unlike == {"scales"} else "converted") if unlike else None
 
@@ -131,7 +131,7 @@ class Manifest:
 
 
 def unlike(own: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a file's quantization that are not the manifest's."""
+    """Return the values of a file's quantization `own` that differ from the manifest's."""
     return {key: value for key, value in own.items() if value != whole.get(key)}
 
 
@@ -142,7 +142,13 @@ def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
     try:
         return _read(directory / name)
     except CheckpointError as error:
-        error.hint = error.hint or _hint_for_manifest(directory)
+        if not error.hint and any(is_manifest(directory / other) for other in MANIFESTS):
+            error.hint = repair_hint(directory)
+        error.hint = error.hint or _hint_outside(directory)
+        error.hint = error.hint or (
+            f"Its copy is damaged, too: 'mixchat rm {directory.name}', "
+            "and download the model again."
+        )
         raise
 
 
@@ -159,14 +165,6 @@ def _hint_outside(directory: Path) -> str | None:
     return f"Copy it again: 'mixchat repair' works only on models in {models_dir()}."
 
 
-def _hint_for_manifest(directory: Path) -> str:
-    if any(is_manifest(directory / name) for name in MANIFESTS):
-        return repair_hint(directory)
-    return _hint_outside(directory) or (
-        f"Its copy is damaged, too: 'mixchat rm {directory.name}', and download the model again."
-    )
-
-
 def _read(path: Path) -> Manifest:
     raw = read_json_object(path)
     version = raw.get("format")
@@ -176,17 +174,6 @@ def _read(path: Path) -> Manifest:
         )
     if raw.pop("sha256", None) != _digest(raw):
         raise CheckpointError(f"{path}: damaged (its SHA-256 differs)")
-    return _parse(path, raw)
-
-
-def _unreadable(path: Path, message: str) -> CheckpointError:
-    """Return the error for an intact manifest of another mixchat."""
-    return CheckpointError(
-        f"{path}: {message}", hint="Update mixchat, or remove the model and download it again."
-    )
-
-
-def _parse(path: Path, raw: dict[str, Any]) -> Manifest:
     try:
         manifest = Manifest(
             source=Source(**raw["source"]),
@@ -201,8 +188,16 @@ def _parse(path: Path, raw: dict[str, Any]) -> Manifest:
     return manifest
 
 
+def _unreadable(path: Path, message: str) -> CheckpointError:
+    """Return the error for an intact manifest of another mixchat."""
+    return CheckpointError(
+        f"{path}: {message}", hint="Update mixchat, or remove the model and download it again."
+    )
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the copy, then `mixchat.json`, each atomically and durably."""
+    # If the power fails in between, mixchat.json still has the old content, and is whole.
     for name in (MANIFEST_COPY, MANIFEST_FILE):
         write_file(directory / name, manifest.serialized())
 
@@ -213,7 +208,7 @@ def is_installed(directory: Path) -> bool:
 
 
 def is_manifest(path: Path) -> bool:
-    """Return whether the file is a manifest, to the byte as mixchat writes it."""
+    """Return whether the file is a manifest with exactly the bytes that mixchat writes."""
     try:
         _read(path)
         return read_bytes(path) == _dumped(read_json_object(path))
@@ -234,8 +229,12 @@ def read_either_manifest(directory: Path) -> Manifest:
 def restore_manifests(directory: Path) -> None:
     """Make manifest and copy equal, from the one that is intact. Raises `CheckpointError`."""
     intact = [name for name in MANIFESTS if is_manifest(directory / name)]
-    found = read_bytes(directory / intact[0]) if intact else None
-    data = found or read_either_manifest(directory).serialized()
+    # Without an intact one, reading raises the error that says what is damaged.
+    data = (
+        read_bytes(directory / intact[0])
+        if intact
+        else read_either_manifest(directory).serialized()
+    )
     for name in MANIFESTS:
         if name not in intact or read_bytes(directory / name) != data:
             write_file(directory / name, data)
@@ -259,6 +258,7 @@ def _check_quantization(path: Path, quantization: dict[str, Any]) -> None:
     }
     for key, allowed in (_QUANTIZATION | depending).items():
         value = quantization.get(key)
+        # By type, too, since 64.0 == 64 and True == 1.
         if not any(value == known and type(value) is type(known) for known in allowed):
             raise _unreadable(path, f"{key} {value!r:.40} is not known to this mixchat")
 
@@ -275,6 +275,7 @@ def _check(path: Path, manifest: Manifest) -> None:
     texts += [sha256 for record in records for sha256 in record.sha256.values()]
     if not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{path}: a part is missing or malformed")
+    # A name with a slash would be a path to a file outside of the model.
     for name, size in manifest.sizes.items():
         if not _NAME.fullmatch(name) or type(size) is not int or size < 0:
             raise CheckpointError(f"{path}: a file record is malformed: {name!r:.80}")

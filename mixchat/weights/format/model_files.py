@@ -61,8 +61,8 @@ def finish_replacement(directory: Path) -> None:
     The caller has the model's lock. Raises as `place_new_files` does.
     """
     place_new_files(directory)
-    for left in directory.glob(f"*{NEW_SUFFIX}"):
-        left.unlink()
+    for path in directory.glob(f"*{NEW_SUFFIX}"):
+        path.unlink()
 
 
 def place_new_files(directory: Path) -> None:
