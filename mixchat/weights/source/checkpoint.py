@@ -78,9 +78,9 @@ class Checkpoint:
         return self.index.open(shard, self.companions() / shard)
 
     def rate(self, shards: Sequence[str], *, keep: bool) -> float | None:
-        """Return how fast these shards come, in bytes a second, or None.
+        """Measure how fast these shards come, in bytes a second, None if none has to be fetched.
 
-        With `keep`, `fetch` continues after the bytes that came.
+        With `keep`, the bytes that came stay, and `fetch` continues after them.
         """
         return None
 
@@ -97,7 +97,8 @@ class DirectoryCheckpoint(Checkpoint):
         where = str(directory)
         with reading(directory):
             names = [entry.name for entry in directory.iterdir()]
-        for name in COMPANION_FILES:  # before hours of work, not after them
+        # These are copied last. A FIFO or device among them has to fail now, not after hours.
+        for name in COMPANION_FILES:
             if (directory / name).exists():
                 require_regular(directory / name)
         index = read_bytes(directory / INDEX) if INDEX in names else None
@@ -117,6 +118,7 @@ class DirectoryCheckpoint(Checkpoint):
 
 def fingerprint_of(files: Mapping[str, Path]) -> str:
     """Return a hash that differs if the files' sizes or times do."""
+    # To hash the bytes of Mixtral, 93 GB, would take minutes.
     stats = [(name, path.stat()) for name, path in sorted(files.items())]
     text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -127,7 +129,7 @@ class Stopped(Exception):
 
 
 def other_checkpoint(checkpoint: Checkpoint, file: str, difference: str) -> CheckpointError:
-    """Return the error for another checkpoint than a model was made of."""
+    """Return the error for a checkpoint that differs from the one that a model was made of."""
     return CheckpointError(
         f"{checkpoint.source.repo}: {file} is not what the model was made of ({difference})",
         hint="Bring the checkpoint back as it was, or remove the model (mixchat rm) and download "

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -43,9 +43,9 @@ Read = Callable[[str], torch.Tensor]
 class CheckpointIndex:
     """The tensors of a checkpoint, by the headers of its shards.
 
-    `weight_map` is None if the headers tell it. `where` names the checkpoint in messages. Files in
-    GGUF have llama.cpp's names. Raises `CheckpointError` unless all tensors are there, with the
-    config's shapes, and no others.
+    `weight_map` is the shard of each tensor, taken from the headers if None. `where` names the
+    checkpoint in messages. Tensors in GGUF have llama.cpp's names. Raises `CheckpointError` unless
+    the checkpoint has all tensors, with the config's shapes, and no others.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class CheckpointIndex:
         return self.nbytes(self.components(matrix)) + decoded
 
     def slices(self, tensor: str) -> tuple[Slice, ...]:
-        """Return what makes a tensor of the installed model, such as "lm_head.weight"."""
+        """Return the slices that make a tensor of the installed model, like "lm_head.weight"."""
         return self._slices[tensor]
 
     def components(self, matrix: str) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class CheckpointIndex:
     def dtypes(self) -> set[torch.dtype]:
         """Return the types of all tensors that are not quantized.
 
-        GGUF files have all vectors and routers in fp32, which tells nothing of the model's type.
+        llama.cpp's converter makes all vectors and routers fp32. In GGUF these are left out.
         """
         dense = (name for name in self._shapes if self.quant_type(name) is None)
         if self._gguf:
@@ -146,11 +146,13 @@ class CheckpointIndex:
         else:
             tensor = self.read_4bit(matrix, read).dense(torch.bfloat16)
             if self.quant_type(matrix) == "mxfp4":
-                tensor = tensor.T  # as the tensor would be in 16 bits
-        least, most = tensor.aminmax()  # NaN wins; isfinite() would need a second tensor
+                # gpt-oss stores matrices as [in, out] in 16 bits, and as [out, in] in MXFP4.
+                tensor = tensor.T
+        # One NaN makes both NaN. isfinite() would need a second tensor of this size.
+        least, most = tensor.aminmax()
         if not (torch.isfinite(least) and torch.isfinite(most)):
-            kind = "NaN" if torch.isnan(least) else "infinity"
-            raise CheckpointError(f"{self._place(matrix)}: {matrix} holds {kind}")
+            value = "NaN" if torch.isnan(least) else "infinity"
+            raise CheckpointError(f"{self._place(matrix)}: {matrix} holds {value}")
         return tensor.view(self._shape(matrix))
 
     def read_4bit(self, matrix: str, read: Read) -> Quantized4bit:
@@ -178,15 +180,16 @@ class CheckpointIndex:
         return torch.bfloat16 if self._is_decoded(tensor) else self._spec(tensor).dtype
 
     def _is_decoded(self, tensor: str) -> bool:
-        """Return whether reading a tensor makes bf16 of another form."""
+        """Return whether a tensor is decoded to bf16 when it is read."""
         in_fp8 = fp8_format.is_quantized(tensor, self._weight_map)
         return in_fp8 or self._in_blocks(tensor) is not None
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
-        whole, part = split_part(tensor)
-        return self._shapes[whole] if part is None else self._shapes[whole][1:]
+        stack, number = split_part(tensor)
+        return self._shapes[stack] if number is None else self._shapes[stack][1:]
 
     def _check_tensors(self) -> None:
+        config = self.config
         known: set[str] = set()
         for name, shape in self._shapes.items():
             for component in self.components(name):
@@ -194,14 +197,22 @@ class CheckpointIndex:
                     raise CheckpointError(f"{self.where}: the tensor {component} is missing")
             self._check_tensor(name, shape)
             known.update(self.components(name))
+        if config.tie_word_embeddings:
+            known.add("lm_head.weight")
+        # The layers that predict further tokens follow the others.
+        last = config.num_hidden_layers
+        predicting = range(last, last + config.num_nextn_predict_layers)
+        prefixes = tuple(f"blk.{n}." if self._gguf else layer_prefix(n) for n in predicting)
         for name, shard in self._weight_map.items():
             self._headers[shard].spec(name)
-            if name not in known and not self._is_ignored(name):
-                raise CheckpointError(
-                    f"{self.where}: {name!r:.120} is not a tensor of a {self.config.model_type}"
-                )
+            if name in known or name.startswith(prefixes) or _IGNORED.fullmatch(name):
+                continue
+            raise CheckpointError(
+                f"{self.where}: {name!r:.120} is not a tensor of a {config.model_type}"
+            )
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        """Compare a matrix or vector, in the form that it is stored in, with the config's shape."""
         if mxfp4_format.is_quantized(name, self._weight_map):
             for spec in mxfp4_format.component_specs(name, shape):
                 self._check_shape(spec.name, spec.shape)
@@ -219,20 +230,12 @@ class CheckpointIndex:
         elif len(shape) != 2:
             raise CheckpointError(f"{self._place(name)}: {name} is quantized, but no matrix")
 
-    def _is_ignored(self, name: str) -> bool:
-        tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
-        first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
-        layers = range(first, first + count)
-        prefixes = [f"blk.{n}." if self._gguf else layer_prefix(n) for n in layers]
-        predicting = name.startswith(tuple(prefixes))
-        return tied_head or predicting or bool(_IGNORED.fullmatch(name))
-
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         spec = self._in_blocks(name)
-        found = spec.weights if spec else self._spec(name).shape
-        if found != shape:
+        stored = spec.weights if spec else self._spec(name).shape
+        if stored != shape:
             raise CheckpointError(
-                f"{self._place(name)}: {name} has the shape {list(found)}, "
+                f"{self._place(name)}: {name} has the shape {list(stored)}, "
                 f"config.json asks for {list(shape)}"
             )
 
@@ -247,11 +250,12 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return _shapes_of(slices(config))
 
 
-def _shapes_of(made_of: Mapping[str, tuple[Slice, ...]]) -> dict[str, tuple[int, ...]]:
+def _shapes_of(slices_by_tensor: Mapping[str, tuple[Slice, ...]]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for source in itertools.chain.from_iterable(made_of.values()):
-        name, part = split_part(source.name)
-        shapes[name] = source.shape if part is None else (part + 1, *source.shape)
+    # The parts of a stacked tensor come in order, so the last one tells how many there are.
+    for source in itertools.chain.from_iterable(slices_by_tensor.values()):
+        name, number = split_part(source.name)
+        shapes[name] = source.shape if number is None else (number + 1, *source.shape)
     return shapes
 
 
@@ -262,9 +266,15 @@ def expected_index(
 
     mxfp4: stacks of matrices are in MXFP4.
     """
+    specs: list[TensorSpec] = []
+    for name, shape in expected_shapes(config).items():
+        if mxfp4 and len(shape) > 2:
+            specs += mxfp4_format.component_specs(name, shape)
+        else:
+            specs.append(TensorSpec(name, torch.bfloat16, shape))
     shards: list[list[TensorSpec]] = [[]]
     size = 0
-    for spec in _expected_specs(config, mxfp4):
+    for spec in specs:
         if size + spec.nbytes > shard_bytes and shards[-1]:
             shards.append([])
             size = 0
@@ -274,14 +284,6 @@ def expected_index(
     headers = {name: Header.of(specs, name) for name, specs in zip(names, shards, strict=True)}
     weight_map = {spec.name: name for name in names for spec in headers[name].specs}
     return CheckpointIndex(config, headers, weight_map, where)
-
-
-def _expected_specs(config: ModelConfig, mxfp4: bool) -> Iterator[TensorSpec]:
-    for name, shape in expected_shapes(config).items():
-        if mxfp4 and len(shape) > 2:
-            yield from mxfp4_format.component_specs(name, shape)
-        else:
-            yield TensorSpec(name, torch.bfloat16, shape)
 
 
 def read_weight_map(
@@ -323,6 +325,8 @@ def _parse(index: bytes, where: str) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{where}: {INDEX} cannot be read") from None
     for shard in weight_map.values():
+        # consolidated.* is Mistral's own copy of the weights, with the rows of q and k in another
+        # order. The name becomes a path, so it must not leave the directory.
         if (
             not isinstance(shard, str)
             or not _PLAIN_NAME.fullmatch(shard)

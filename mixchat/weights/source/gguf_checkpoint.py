@@ -23,11 +23,14 @@ from mixchat.weights.source.gguf_file import GgufFile, GgufHeader
 from mixchat.weights.source.gguf_text import generation_config, text_files
 
 SUFFIX = ".gguf"
+# llama-gguf-split splits a model into NAME-00001-of-00003.gguf and so on.
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
+# Names end with the type of most weights. UD are Unsloth's mixes.
 _KIND = re.compile(
     r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|MXFP4\w*|BF16|FP?16|FP?32))$", re.IGNORECASE
 )
-_OTHER_MODELS = ("mmproj", "imatrix")  # in the names of files that are no language models
+# In the names of files that lie beside models: projectors of images, and importances of weights.
+_OTHER_MODELS = ("mmproj", "imatrix")
 
 
 class GgufCheckpoint(Checkpoint):
@@ -90,44 +93,55 @@ def read_gguf(
     files = text_files(
         metadata, index.config.max_position_embeddings, index.config.vocab_size, where
     )
-    made = {CONFIG: raw, "generation_config.json": ends}
-    written = {name: (json.dumps(text, indent=2) + "\n").encode() for name, text in made.items()}
+    documents = {CONFIG: raw, "generation_config.json": ends}
+    written = {
+        name: (json.dumps(document, indent=2) + "\n").encode()
+        for name, document in documents.items()
+    }
     return index, {**files, **written}
 
 
-def choose_files(names: Collection[str], kind: str | None, where: str) -> dict[str, str]:
-    """Return the files of one model among `names`, which may be in folders, by their own name.
+def choose_files(names: Collection[str], quantization: str | None, where: str) -> dict[str, str]:
+    """Return the files of one model among `names`, which can have folders, by name without folder.
 
-    kind: the end of a file's name ("Q4_K_M"), or all of it. It may be None for the only model.
-    Raises `UsageError` with the kinds that there are.
+    quantization: the end of a file's name ("Q4_K_M"), or all of it. None chooses the only model.
+    Raises `UsageError`, which lists the quantizations that there are.
     """
     models: dict[str, list[str]] = {}
     for name in sorted(names):
         stem = name.rpartition("/")[2].removesuffix(SUFFIX)
-        if name.endswith(SUFFIX) and not any(other in stem.lower() for other in _OTHER_MODELS):
-            part = _PART.fullmatch(stem)
-            models.setdefault(part[1] if part else stem, []).append(name)
-    wanted = (kind or "").lower().removesuffix(SUFFIX)
-    found = [m for m in models if not kind or wanted in (m.lower(), kind_of(m).lower())]
-    if len(found) != 1:
-        raise _ambiguous(found or [*models], kind, where)
-    _check_parts(models[found[0]], where)
-    return {name.rpartition("/")[2]: name for name in models[found[0]]}
+        if name.endswith(SUFFIX) and not any(word in stem.lower() for word in _OTHER_MODELS):
+            numbered = _PART.fullmatch(stem)
+            models.setdefault(numbered[1] if numbered else stem, []).append(name)
+    wanted = (quantization or "").lower().removesuffix(SUFFIX)
+    matches = [m for m in models if not quantization or wanted in (m.lower(), kind_of(m).lower())]
+    if len(matches) != 1:
+        choices = matches or [*models]
+        types = [kind_of(model) for model in choices]
+        shown = types if len({*types}) == len(types) else choices
+        problem = f"has no {quantization}" if quantization else "has several models"
+        hint = None
+        if shown:
+            example = f"{where.partition(':')[0]}:{shown[0]}"
+            hint = f"Choose one of {', '.join(shown[:40])}, as in {example}."
+        raise UsageError(f"{where} {problem} in GGUF", hint=hint)
+    _check_parts(models[matches[0]], where)
+    return {name.rpartition("/")[2]: name for name in models[matches[0]]}
 
 
 def local_files(path: Path) -> dict[str, Path]:
     """Return a GGUF file with the other parts of its model, by name. Raises `CheckpointError`."""
-    part = _PART.fullmatch(path.stem)
-    if part is None:
+    numbered = _PART.fullmatch(path.stem)
+    if numbered is None:
         return {path.name: path}
-    names = [other.name for other in path.parent.glob(f"*-of-{part[3]}{SUFFIX}")]
-    names = [name for name in names if name.startswith(f"{part[1]}-") and _PART.match(name)]
+    names = [file.name for file in path.parent.glob(f"*-of-{numbered[3]}{SUFFIX}")]
+    names = [name for name in names if name.startswith(f"{numbered[1]}-") and _PART.match(name)]
     _check_parts(sorted(names), str(path))
     return {name: path.parent / name for name in sorted(names)}
 
 
 def kind_of(model: str) -> str:
-    """Return the kind that ends a model's name, else the name."""
+    """Return the type of weights that ends a model's name ("Q4_K_M"), else the name."""
     match = _KIND.search(model)
     return match[1] if match else model
 
@@ -141,20 +155,8 @@ def write_made(directory: Path, files: Mapping[str, bytes]) -> None:
 
 def _check_parts(names: list[str], where: str) -> None:
     """Raise `CheckpointError` unless all parts of a model are there."""
-    parts = [_PART.fullmatch(name.rpartition("/")[2].removesuffix(SUFFIX)) for name in names]
-    numbers = [int(part[2]) for part in parts if part]
-    count = int(parts[0][3]) if parts and parts[0] else len(names)
+    matches = [_PART.fullmatch(name.rpartition("/")[2].removesuffix(SUFFIX)) for name in names]
+    numbers = [int(match[2]) for match in matches if match]
+    count = int(matches[0][3]) if matches and matches[0] else len(names)
     if (numbers or [1]) != [*range(1, count + 1)]:
         raise CheckpointError(f"{where}: {len(names)} of the {count} parts of its GGUF are there")
-
-
-def _ambiguous(models: list[str], kind: str | None, where: str) -> UsageError:
-    kinds = [kind_of(model) for model in models]
-    shown = kinds if len({*kinds}) == len(kinds) else models
-    problem = f"has no {kind} in GGUF" if kind else "has several models in GGUF"
-    return UsageError(
-        f"{where} {problem}",
-        hint=f"Choose one of {', '.join(shown[:40])}, as in {where.partition(':')[0]}:{shown[0]}."
-        if models
-        else None,
-    )

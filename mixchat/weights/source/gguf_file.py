@@ -21,7 +21,7 @@ from mixchat.base.safetensors import Header, SafetensorsFile, TensorSpec
 from mixchat.weights.matrix.gguf_format import tensor_spec
 
 MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
+_VERSIONS = (2, 3)  # counts have 64 bits since version 2, and 3 has a variant in big endian
 _HEADER_BYTES_MAX = 64_000_000  # with a vocabulary of 200,000 it has 12 MB
 _FIRST_READ_BYTES = 1 << 20
 _ENTRIES_MAX = 100_000  # of metadata and of tensors
@@ -33,7 +33,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = "BbHhIif?..Qqd"  # as struct and numpy call the types, those of 8 and 9 are not scalars
 
 ReadPiece = Callable[[int, int], "bytes | bytearray"]
-"""Returns bytes of a file, from an offset on, so many."""
+"""Returns bytes of a file. Its arguments are their offset and their count."""
 
 
 class GgufHeader(Header):
@@ -82,17 +82,27 @@ def read_header(read: ReadPiece, size: int, where: str) -> GgufHeader:
         if key in metadata:
             raise CheckpointError(f"{where}: its header has {key!r:.80} twice")
         metadata[key] = cursor.value(cursor.number("I"))
-    found = [_read_tensor(cursor) for _ in range(tensors)]
+    specs: list[tuple[TensorSpec, int]] = []
+    for _ in range(tensors):
+        name = cursor.text(_NAME_BYTES_MAX)
+        if (dimensions := cursor.number("I")) > _DIMENSIONS_MAX:
+            raise CheckpointError(f"{where}: {name!r:.80} has {dimensions} dimensions")
+        # The file has the columns first, the rows last.
+        shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))[::-1]
+        if any(length >= 2**40 for length in shape):
+            raise CheckpointError(f"{where}: the shape of {name!r:.80} is {shape!r:.80}")
+        spec = tensor_spec(name, cursor.number("I"), shape, where)
+        specs.append((spec, cursor.number("Q")))
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise CheckpointError(f"{where}: the alignment is {alignment!r:.80}, not a power of two")
     return GgufHeader(
-        _placed(found, cursor.position, alignment, size, where), metadata, size, where
+        _placed(specs, cursor.position, alignment, size, where), metadata, size, where
     )
 
 
 class _Cursor:
-    """Reads values from the beginning of a file, which is fetched as far as it is needed."""
+    """Reads values from the beginning of a file, which is fetched in growing pieces."""
 
     def __init__(self, read: ReadPiece, size: int, where: str) -> None:
         self._read, self._size, self.where = read, min(size, _HEADER_BYTES_MAX), where
@@ -104,6 +114,7 @@ class _Cursor:
         if end > self._size:
             raise CheckpointError(f"{self.where}: not a GGUF file, or cut short")
         if end > len(self._data):
+            # Twice as much each time, so that 12 MB take 5 requests to the hub.
             most = max(end, 2 * len(self._data), _FIRST_READ_BYTES)
             start = len(self._data)
             self._data += self._read(start, min(most, self._size) - start)
@@ -113,10 +124,10 @@ class _Cursor:
         self.position = end
         return taken
 
-    def number(self, kind: str) -> Any:
-        (value,) = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))
         # The shortest number that is this fp32, as config.json had it.
-        return float(str(np.float32(value))) if kind == "f" else value
+        return float(str(np.float32(value))) if code == "f" else value
 
     def count(self, most: int) -> int:
         count: int = self.number("Q")
@@ -131,43 +142,33 @@ class _Cursor:
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.where}: a text in its header is not UTF-8") from None
 
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
+    def value(self, value_type: int) -> Any:
+        if value_type == _STRING:
             return self.text()
-        if kind == _ARRAY:
+        if value_type == _ARRAY:
             return self._array(self.number("I"), self.count(_ITEMS_MAX))
-        return self.number(self._scalar(kind))
+        return self.number(self._scalar(value_type))
 
-    def _array(self, kind: int, count: int) -> Any:
-        if kind == _STRING:
+    def _array(self, item_type: int, count: int) -> Any:
+        if item_type == _STRING:
             return [self.text() for _ in range(count)]
-        scalar = np.dtype(f"<{self._scalar(kind)}")
+        scalar = np.dtype(f"<{self._scalar(item_type)}")
         return np.frombuffer(self.take(count * scalar.itemsize), scalar).tolist()
 
-    def _scalar(self, kind: int) -> str:
-        scalar = _SCALARS[kind] if kind < len(_SCALARS) else "."
+    def _scalar(self, value_type: int) -> str:
+        scalar = _SCALARS[value_type] if value_type < len(_SCALARS) else "."
         if scalar == ".":  # such as a list of lists, which nothing needs
-            raise CheckpointError(f"{self.where}: its header has a value of the type {kind}")
+            raise CheckpointError(f"{self.where}: its header has a value of the type {value_type}")
         return scalar
-
-
-def _read_tensor(cursor: _Cursor) -> tuple[TensorSpec, int]:
-    name = cursor.text(_NAME_BYTES_MAX)
-    if (dimensions := cursor.number("I")) > _DIMENSIONS_MAX:
-        raise CheckpointError(f"{cursor.where}: {name!r:.80} has {dimensions} dimensions")
-    shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))[::-1]
-    if any(length >= 2**40 for length in shape):
-        raise CheckpointError(f"{cursor.where}: the shape of {name!r:.80} is {shape!r:.80}")
-    spec = tensor_spec(name, cursor.number("I"), shape, cursor.where)
-    return spec, cursor.number("Q")
 
 
 def _placed(
     tensors: list[tuple[TensorSpec, int]], base: int, alignment: int, size: int, where: str
 ) -> dict[str, tuple[TensorSpec, int]]:
-    """Return each tensor with the offset of its bytes, which follow each other, by name."""
+    """Return each tensor with the offset of its bytes, by name. Nothing may lie between them."""
     header, base = base, _aligned(base, alignment)
     end, entries = 0, {}
+    # A tensor without bytes has the offset of the next one, and comes first.
     for spec, offset in sorted(tensors, key=lambda tensor: (tensor[1], tensor[0].nbytes)):
         if offset != end:
             raise CheckpointError(f"{where}: the bytes of {spec.name!r:.80} are misplaced")

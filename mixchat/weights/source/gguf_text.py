@@ -1,7 +1,7 @@
 """The tokenizer, chat template and settings of a model in GGUF, as the files of a checkpoint.
 
-The metadata has the vocabulary, but only a name for the rules that split a text before. The files
-are written and not run here, because all of it is untrusted.
+The metadata has the vocabulary, but only a name for the rules that split a text into words. All of
+it is untrusted, so the files are only written here, and not run.
 """
 
 from __future__ import annotations
@@ -110,21 +110,21 @@ class _Vocabulary:
         self.types = types
 
     def texts(self, name: str) -> list[str]:
-        found = self._metadata.get(f"{_KEY}{name}")
-        if not isinstance(found, list) or not found or not isinstance(found[0], str):
+        values = self._metadata.get(f"{_KEY}{name}")
+        if not isinstance(values, list) or not values or not isinstance(values[0], str):
             raise CheckpointError(f"{self.where}: it has no list {_KEY}{name}")
-        return found
+        return values
 
     def numbers(self, name: str) -> list[Any]:
-        found = self._metadata.get(f"{_KEY}{name}")
-        if not isinstance(found, list) or any(isinstance(number, str) for number in found[:1]):
+        values = self._metadata.get(f"{_KEY}{name}")
+        if not isinstance(values, list) or any(isinstance(number, str) for number in values[:1]):
             return []
-        return found
+        return values
 
     def special(self) -> Iterator[tuple[str, int]]:
-        """Yield the name of each special token that there is ("bos"), and its id."""
-        for name, theirs in _NAMES.items():
-            token_id = self._metadata.get(f"{_KEY}{theirs}_token_id")
+        """Yield the name ("bos") and the id of each special token in the metadata."""
+        for name, gguf_name in _NAMES.items():
+            token_id = self._metadata.get(f"{_KEY}{gguf_name}_token_id")
             if isinstance(token_id, int) and 0 <= token_id < len(self.tokens):
                 yield name, token_id
 
@@ -138,15 +138,16 @@ def _byte_pairs(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[st
             hint=f"It knows {', '.join(_SPLITS)}.",
         )
     steps = _SPLITS[pre]
-    tokens, controls = vocabulary.tokens, (_CONTROL, _USER_DEFINED)
+    tokens, added = vocabulary.tokens, (_CONTROL, _USER_DEFINED)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added_token(number, token, special=kind == _CONTROL)
-            for number, (token, kind) in enumerate(zip(tokens, vocabulary.types, strict=True))
-            if kind in controls
+            {"id": number, "content": token, **flags, "special": token_type == _CONTROL}
+            for number, (token, token_type) in enumerate(zip(tokens, vocabulary.types, strict=True))
+            if token_type in added
         ],
         "normalizer": {"type": "NFC"} if pre in _NORMALIZED else None,
         "pre_tokenizer": steps[0]
@@ -169,13 +170,9 @@ def _byte_pairs(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[st
     }
 
 
-def _added_token(number: int, token: str, *, special: bool) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": token, **flags, "special": special}
-
-
 def _settings(metadata: Mapping[str, Any], vocabulary: _Vocabulary, context: int) -> dict[str, Any]:
     """Return the tokenizer_config.json, with the chat template."""
+    # llama.cpp's defaults for files that do not say if a text begins with <s>.
     begins = vocabulary.model == "llama" or metadata.get(f"{_KEY}pre") in _WHOLE_TOKENS
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -197,8 +194,8 @@ def _sentencepiece_model(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -
     unknown = vocabulary.types.index(_UNKNOWN) if _UNKNOWN in vocabulary.types else -1
     # SentencePiece has one unknown piece, and llama.cpp may have several.
     types = [
-        _CONTROL if kind == _UNKNOWN and number != unknown else kind
-        for number, kind in enumerate(vocabulary.types)
+        _CONTROL if token_type == _UNKNOWN and number != unknown else token_type
+        for number, token_type in enumerate(vocabulary.types)
     ]
     pieces = zip(vocabulary.tokens, scores, types, strict=True)
     names = {name: vocabulary.tokens[number].encode() for name, number in vocabulary.special()}
@@ -221,9 +218,14 @@ def _sentencepiece_model(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -
     )
 
 
-def _piece(text: str, score: float, kind: int) -> bytes:
+# Protocol buffers: a field is its number and wire type, then a varint (type 0), or a length and
+# its bytes (2). 0x15 is field 2 with 4 bytes (5), the score of a piece.
+def _piece(text: str, score: float, token_type: int) -> bytes:
     return (
-        _bytes_field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _varint_field(3, kind)
+        _bytes_field(1, text.encode())
+        + b"\x15"
+        + struct.pack("<f", score)
+        + _varint_field(3, token_type)
     )
 
 

@@ -32,7 +32,8 @@ def open_checkpoint(
 ) -> Iterator[Checkpoint]:
     """Open the checkpoint of `source` for a model in `target`.
 
-    `check` is called with the directory of its small files, and may raise. The demo's are pinned.
+    `check` is called with the directory of its small files, and may raise. The demo's files are
+    pinned and need no check.
     """
     with closing(_open_checkpoint(source, target, progress, keep_source)) as checkpoint:
         if check is not None and source.repo != DEMO:
@@ -45,18 +46,22 @@ def _open_checkpoint(
 ) -> Checkpoint:
     if source.repo == DEMO:
         return DemoCheckpoint(target, progress)
-    path, made = Path(source.repo), target / SOURCE_DIR
-    if made.is_symlink():  # a link must not choose where files are written
-        made.unlink()
+    path, small_files = Path(source.repo), target / SOURCE_DIR
+    if small_files.is_symlink():  # a link must not choose where files are written
+        small_files.unlink()
     if path.is_absolute():
         files = local_files(path) if path.suffix == SUFFIX else _gguf_files(path, source.repo)
-        return GgufCheckpoint(files, source, made) if files else DirectoryCheckpoint(path, source)
+        return (
+            GgufCheckpoint(files, source, small_files)
+            if files
+            else DirectoryCheckpoint(path, source)
+        )
     if snapshot := _offline_snapshot(source):
         commit = snapshot.name
         known = replace(source, commit=commit)
-        repo, _, kind = source.repo.partition(":")
-        if files := _gguf_files(snapshot, repo, kind):
-            return GgufCheckpoint(files, known, made, fixed=commit)
+        repo, _, quantization = source.repo.partition(":")
+        if files := _gguf_files(snapshot, repo, quantization):
+            return GgufCheckpoint(files, known, small_files, fixed=commit)
         return DirectoryCheckpoint(snapshot, known, fingerprint=commit)
     remote = _look_up(source)
     resolved = replace(source, commit=remote.commit)
@@ -81,6 +86,7 @@ def _offline_snapshot(source: Source) -> Path | None:
         return None
     repo = hub.repo_dir(source.repo.partition(":")[0])
     revision = source.commit or source.revision or constants.DEFAULT_REVISION
+    # refs/ has the commit of each branch and tag that was looked up. A commit has no such file.
     try:
         commit = read_bytes(repo / "refs" / revision).decode().strip()
     except (CheckpointError, ValueError):
@@ -94,12 +100,12 @@ def _offline_snapshot(source: Source) -> Path | None:
     )
 
 
-def _gguf_files(directory: Path, where: str, kind: str = "") -> dict[str, Path]:
-    """Return the files of a directory's model in GGUF, or nothing if it has a checkpoint's."""
-    if not kind and _is_complete(directory):
+def _gguf_files(directory: Path, where: str, quantization: str = "") -> dict[str, Path]:
+    """Return the files of a directory's model in GGUF. Safetensors precede, and then it is none."""
+    if not quantization and _is_complete(directory):
         return {}
     paths = {str(path.relative_to(directory)): path for path in _all_gguf(directory)}
-    chosen = choose_files(paths, kind or None, where) if paths else {}
+    chosen = choose_files(paths, quantization or None, where) if paths else {}
     return {name: paths[at] for name, at in chosen.items()}
 
 
