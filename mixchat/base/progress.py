@@ -28,7 +28,7 @@ class Task(Protocol):
 class Progress(Protocol):
     """Shows several progress bars, and lines between them."""
 
-    def task(self, what: str, total: int, done: int = 0) -> Task:
+    def task(self, name: str, total: int, done: int = 0) -> Task:
         """Return a new bar, full at `total` bytes."""
 
     def note(self, text: str) -> None:
@@ -52,9 +52,9 @@ class Reporter(Protocol):
 
 
 @contextmanager
-def progress_bar(progress: Progress, what: str, total: int, done: int = 0) -> Iterator[Task]:
-    """Show a bar named `what` during a block."""
-    task = progress.task(what, total, done)
+def progress_bar(progress: Progress, name: str, total: int, done: int = 0) -> Iterator[Task]:
+    """Show a bar named `name` during a block."""
+    task = progress.task(name, total, done)
     try:
         yield task
     finally:
@@ -64,7 +64,7 @@ def progress_bar(progress: Progress, what: str, total: int, done: int = 0) -> It
 class NoProgress:
     """A `Progress` that shows nothing."""
 
-    def task(self, what: str, total: int, done: int = 0) -> Task:
+    def task(self, name: str, total: int, done: int = 0) -> Task:
         return _NoTask()
 
     def note(self, text: str) -> None:

@@ -40,21 +40,23 @@ class LimitsMeter:
         self._data = torch.ones(_SUMMED_FLOATS, device=device)
         self._products = [
             (
-                torch.randn(_TOKENS, _COLUMNS).to(device, kind),
-                torch.randn(_ROWS, _COLUMNS).to(device, kind),
+                torch.randn(_TOKENS, _COLUMNS).to(device, dtype),
+                torch.randn(_ROWS, _COLUMNS).to(device, dtype),
             )
-            for kind in (torch.bfloat16, torch.float32)
+            for dtype in (torch.bfloat16, torch.float32)
         ]
-        self._kind = min((0, 1), key=self._product_seconds)
+        # CPUs without instructions for bf16 multiply it more slowly than fp32.
+        self._fastest = min((0, 1), key=self._product_seconds)
 
     def measure(self) -> Limits:
         """Return the best of a few tries."""
+        # A try can only be slowed, by other programs, and never hastened.
         memory = min(self._seconds(lambda: self._data.sum()) for _ in range(_TRIES))
-        product = min(self._product_seconds(self._kind) for _ in range(2))
+        product = min(self._product_seconds(self._fastest) for _ in range(2))
         return Limits(self._data.nbytes / memory, 2 * _TOKENS * _COLUMNS * _ROWS / product)
 
-    def _product_seconds(self, kind: int) -> float:
-        x, weight = self._products[kind]
+    def _product_seconds(self, product: int) -> float:
+        x, weight = self._products[product]
         return self._seconds(lambda: torch.nn.functional.linear(x, weight))
 
     def _seconds(self, run: Callable[[], object]) -> float:
@@ -65,7 +67,7 @@ class LimitsMeter:
 
 
 def disk_bandwidth(directory: Path, block: int) -> float | None:
-    """Return bytes a second in reading blocks as experts are read, None if not measurable."""
+    """Return the bytes a second of reading blocks like experts, None if not measurable."""
     speed = measure_disk(directory, block, max(4 * block, 512_000_000), lambda: None, 0.25)
     return None if speed is None else speed.idle
 
@@ -88,19 +90,21 @@ def copy_bandwidth(device: torch.device, size: int) -> float | None:
 
 
 def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:
-    """Return the bytes that decoding a token reads, after `context` others."""
+    """Return the bytes that decoding a token reads after `context` other tokens."""
     config = blueprint.config
     experts = config.num_moe_layers * config.num_experts_per_tok * blueprint.mean_expert
     matrices = sum(t.nbytes for spec in blueprint.shared_matrices.values() for t in spec.tensors)
+    # A token needs one row of the embedding, unless the embedding is the head, too.
     tied = 0 if blueprint.head else blueprint.embedding.nbytes
     cache = bytes_seen(config, context, blueprint.quantization.dtype, kv_bits)
     return experts + matrices + tied + cache
 
 
 def operations_per_token(blueprint: Blueprint) -> int:
-    """Return operations of a prompt's token in all matrices with weights but the head."""
+    """Return the operations of a prompt's token in all matrices of weights but the head."""
     config, expert = blueprint.config, blueprint.expert
     each = sum(spec.rows * spec.columns for spec in (expert.gate_up, expert.down))
     experts = config.num_moe_layers * config.num_experts_per_tok * each
+    # Only the last token of a prompt passes the head. A multiplication and an addition count 2.
     dense = [spec for name, spec in blueprint.shared_matrices.items() if name != HEAD]
     return 2 * (experts + sum(spec.rows * spec.columns for spec in dense))

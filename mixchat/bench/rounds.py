@@ -1,6 +1,6 @@
-"""Measures a model in rounds, the machine's limits and then mixchat.
+"""Measures the machine's limits and mixchat in turns.
 
-Other programs slow both alike. The median of the ratios is shown.
+Other programs slow both alike, so the median of the ratios is shown.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class BenchTask:
 
     @property
     def of_limit(self) -> float:
-        """Return the part of the limit that is reached, 0 to 1."""
+        """Return the measured rate divided by the limit's, 0 to 1."""
         return median(rate / most for rate, most in zip(self.rates, self.limit_rates, strict=True))
 
 
@@ -115,9 +115,16 @@ class Bench:
 
     def start_cold(self) -> None:
         """Load with nothing in the page cache, and generate the first token."""
-        _drop_from_page_cache(self._directory)
+        if system.drops_pages():
+            for path in filter(Path.is_file, self._directory.iterdir()):  # a FIFO would wait
+                fd = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(fd)  # pages that are not on disk yet cannot be dropped
+                    system.advise(fd, 0, 0, needed=False)
+                finally:
+                    os.close(fd)
         start = time.perf_counter()
-        # Random weights repeat themselves.
+        # Models with random weights repeat themselves, which speculation would predict too well.
         self.engine = load_engine(self._directory, replace(self._load, speculation=False))
         loaded = time.perf_counter()
         self._rate(self._prompt(COLD_PROMPT), 0)
@@ -141,23 +148,22 @@ class Bench:
             for task in self.tasks:
                 self.limits.append(limits := meter.measure())
                 task.limit_rates.append(self._most(task, limits))
-                measure = self._decode if task.kind == "decode" else self._prefill
-                task.rates.append(measure(task.length))
+                task.rates.append(self.measure(task))
                 yield task
+
+    def measure(self, task: BenchTask) -> float:
+        """Return the tokens a second of a task, measured once."""
+        if task.kind == "prompt":
+            self._hold_random(0)
+            self._rate(self._prompt(task.length), 0)
+            return task.length / self.engine.stats.prefill_seconds
+        self._hold_random(task.length)
+        return self._rate([0] * task.length + self._prompt(1), self._options.tokens)
 
     def _most(self, task: BenchTask, limits: Limits) -> float:
         if task.kind == "prompt":
             return limits.gemm / operations_per_token(self.blueprint)
         return limits.memory / bytes_per_token(self.blueprint, task.length, self._load.kv_bits)
-
-    def _decode(self, context: int) -> float:
-        self._hold_random(context)
-        return self._rate([0] * context + self._prompt(1), self._options.tokens)
-
-    def _prefill(self, tokens: int) -> float:
-        self._hold_random(0)
-        self._rate(self._prompt(tokens), 0)
-        return tokens / self.engine.stats.prefill_seconds
 
     def _hold_random(self, context: int) -> None:
         """Hold random keys and values, since computing them would take minutes."""
@@ -177,6 +183,7 @@ class Bench:
 
     def _rate(self, prompt: list[int], tokens: int) -> float:
         """Return tokens a second after `_WARM_UP_TOKENS`."""
+        # Without stop ids no answer ends before its last token.
         answer = self.engine.generate(prompt, sampling=SamplingOptions(seed=0), stop_ids=set())
         for _ in islice(answer, 1 + (_WARM_UP_TOKENS if tokens else 0)):
             pass
@@ -184,15 +191,3 @@ class Bench:
         count = len(list(islice(answer, tokens)))
         assert count == tokens
         return count / (time.perf_counter() - start)
-
-
-def _drop_from_page_cache(directory: Path) -> None:
-    if not system.drops_pages():
-        return
-    for path in filter(Path.is_file, directory.iterdir()):  # opening a FIFO would wait
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-            system.advise(fd, 0, 0, needed=False)
-        finally:
-            os.close(fd)

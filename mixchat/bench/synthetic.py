@@ -66,15 +66,15 @@ def write_synthetic(
     """Write a model, by default with attention and head in the bits of a download in 4 bits.
 
     4 of Mixtral's 32 layers take 3.6 GB with experts in 4 bits. In a mix all layers count as
-    equally sensitive. Raises `UsageError` for bits that the model has not.
+    equally sensitive. Raises `UsageError` if the model has no experts in these bits.
     """
     known = KNOWN[shape]
-    kind = known.experts_quant_type or type_of_bits(expert_bits.whole or 4)
-    if expert_bits.whole not in (None, TYPES[kind].bits):
-        raise UsageError(f"{shape} has experts in {TYPES[kind].bits} bits, not {expert_bits}")
+    quant_type = known.experts_quant_type or type_of_bits(expert_bits.whole or 4)
+    if expert_bits.whole not in (None, TYPES[quant_type].bits):
+        raise UsageError(f"{shape} has experts in {TYPES[quant_type].bits} bits, not {expert_bits}")
     config = known.with_layers(layers)
     # The bits depend on all layers, but only the first ones are written.
-    whole_model = default_blueprint(read_config(known.config), kind, dense_bits)
+    whole_model = default_blueprint(read_config(known.config), quant_type, dense_bits)
     blueprint = replace(whole_model, config=read_config(config))
     if expert_bits.whole is None:
         blueprint = expected_mix(blueprint, expert_bits)
@@ -83,10 +83,10 @@ def write_synthetic(
     text = json.dumps(config).encode()
     write_file(directory / "config.json", text)
     files = {"config.json": FileRecord.of(text)}
-    weights, own = {}, blueprint.quantizations()
+    weights, quantizations = {}, blueprint.quantizations()
     for seed, (name, specs) in enumerate(blueprint.files().items()):
         record = _write(directory / name, specs, seed)
-        weights[name] = replace(record, unlike=unlike(own[name].description(), whole))
+        weights[name] = replace(record, unlike=unlike(quantizations[name].description(), whole))
     write_manifest(directory, Manifest(Source("synthetic"), whole, files, weights))
 
 
@@ -109,7 +109,7 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(116, 119, spec.shape, dtype=spec.dtype, generator=generator)
     if spec.name.endswith(".absmax"):
         return (0.002 * torch.rand(spec.shape, generator=generator)).to(spec.dtype)
-    # Else all tokens would look alike to the routers.
+    # With smaller embeddings all tokens would look alike to the routers.
     if spec.name == EMBEDDING:
         return torch.randn(spec.shape, generator=generator).to(spec.dtype)
     if spec.name.endswith("norm.weight"):

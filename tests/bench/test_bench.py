@@ -58,7 +58,7 @@ def test_decoding_meets_the_context_that_was_asked_for(bench, monkeypatch):
         return real(cache, layer, *arguments)
 
     monkeypatch.setattr(type(bench.engine.held()[1]), "attend", attend)
-    bench._decode(40)
+    bench.measure(BenchTask("decode", 40))
     assert lengths == [40 + number for number in range(len(lengths))]
     assert len(lengths) == 1 + 2 + 5
 

@@ -28,7 +28,8 @@ class FittingBars(Progress):
     """Adapts its columns when the terminal's width or the names change."""
 
     def __init__(self, console: Console) -> None:
-        self._terminal = console  # Progress draws its first frame before it has set its console
+        # Progress draws its first frame before it has set its own console.
+        self._terminal = console
         self._fits = (0, 0)
         super().__init__(console=console, speed_estimate_period=20)
 
@@ -42,14 +43,15 @@ class FittingBars(Progress):
 
 
 def _columns(width: int, longest: int) -> tuple[ProgressColumn, ...]:
-    """Return the columns. `longest` is the longest name, which is cut before the bar gets short."""
+    """Return the columns of a terminal of `width`, for names of at most `longest` columns."""
     figures = _figures(width)
-    left = width - sum(_FIGURES[name] + 1 for name in figures) - 1
-    room = max(min(longest, left - _MIN_BAR), 1)
-    name = Column(no_wrap=True, overflow="ellipsis", max_width=room)
+    available = width - sum(_FIGURES[name] + 1 for name in figures) - 1
+    # A long name is cut before the bar gets shorter than this.
+    name_width = max(min(longest, available - _MIN_BAR), 1)
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=name_width)
     return (
         TextColumn("{task.description}", markup=False, table_column=name),
-        BarColumn(bar_width=max(min(left - room, _MAX_BAR), 1)),
+        BarColumn(bar_width=max(min(available - name_width, _MAX_BAR), 1)),
         *figures.values(),
     )
 

@@ -29,6 +29,7 @@ class BenchReport(Report):
 
     def heading(self) -> str:
         """Return machine, model, limits and cold start, a line for each."""
+        # The limits change from round to round. GB and TFLOP are decimal, as data sheets have them.
         bench, cold = self.bench, self.bench.cold_start
         memory = median(limits.memory for limits in bench.limits) / 1e9
         gemm = median(limits.gemm for limits in bench.limits) / 1e12
@@ -63,7 +64,19 @@ class BenchReport(Report):
                 "first_token_seconds": cold.first_token_seconds,
                 "bytes": cold.bytes,
             },
-            "tasks": [_task_as_json(task) for task in bench.tasks],
+            "tasks": [
+                {
+                    "name": task.name,
+                    "limited_by": task.limited_by,
+                    "mixchat": task.rates,
+                    "limit": task.limit_rates,
+                    # tests/benchmarks/side_by_side.py fills these two.
+                    "llama.cpp": [],
+                    "to_peer": None,
+                    "of_limit": task.of_limit,
+                }
+                for task in bench.tasks
+            ],
         }
 
     def picture(self) -> Any:
@@ -85,24 +98,11 @@ def draw_rates(bench: Bench, rates: Sequence[Mapping[str, Sequence[float]]]) -> 
     panels = figure.subplots(1, len(rates), squeeze=False)[0]
     for axes, task, bars in zip(panels, bench.tasks, rates, strict=True):
         middle = [median(values) for values in bars.values()]
-        below = [one - min(values) for one, values in zip(middle, bars.values(), strict=True)]
-        above = [max(values) - one for one, values in zip(middle, bars.values(), strict=True)]
+        below = [center - min(values) for center, values in zip(middle, bars.values(), strict=True)]
+        above = [max(values) - center for center, values in zip(middle, bars.values(), strict=True)]
         axes.bar(list(bars), middle, yerr=[below, above], color=_COLOURS[: len(bars)])
         axes.set(title=task.name, ylabel="tok/s" if task is bench.tasks[0] else "")
     return figure
-
-
-def _task_as_json(task: BenchTask) -> dict[str, Any]:
-    return {
-        "name": task.name,
-        "limited_by": task.limited_by,
-        "mixchat": task.rates,
-        "limit": task.limit_rates,
-        # Scripts may read these two, which tests/benchmarks/side_by_side.py fills.
-        "llama.cpp": [],
-        "to_peer": None,
-        "of_limit": task.of_limit,
-    }
 
 
 def _cells(task: BenchTask) -> tuple[str, ...]:
@@ -119,8 +119,8 @@ def _machine(bench: Bench) -> str:
     count = torch.get_num_threads()
     threads = f"{count} {'thread' if count == 1 else 'threads'}"
     kernels = f"{instruction_set() or 'no'} kernels"
-    others = " and other GPUs" if "other-device" in bench.engine.slots_by_tier else ""
-    devices = f"{bench.engine.device}{others}"
+    other_gpus = " and other GPUs" if "other-device" in bench.engine.slots_by_tier else ""
+    devices = f"{bench.engine.device}{other_gpus}"
     return f"{machine.cpu_name()}: {threads}, {kernels}, computing on {devices}"
 
 
@@ -128,7 +128,9 @@ def _model(bench: Bench) -> str:
     config, stored = bench.blueprint.config, bench.blueprint.quantization
     dense = str(stored.dtype).removeprefix("torch.")
     types = {"experts": stored.quant_type, "attention": stored.attention, "head": stored.head}
-    in_words = ", ".join(f"{part} in {weight_type(kind, dense)}" for part, kind in types.items())
+    in_words = ", ".join(
+        f"{matrices} in {weight_type(quant_type, dense)}" for matrices, quant_type in types.items()
+    )
     return (
         f"{config.num_moe_layers} layers of {config.num_local_experts} experts, "
         f"{config.num_experts_per_tok} a token; {in_words}"

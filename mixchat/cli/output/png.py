@@ -11,20 +11,11 @@ from typing import Any
 from mixchat.base.errors import MissingDependencyError
 from mixchat.base.output_file import OutputFile
 
-# Bytes near the start of mixchat's pictures. The second are a text chunk of PNG.
+# Bytes near the start of mixchat's pictures. Only such a file is overwritten. The second are a text
+# chunk of PNG.
 _PNG, _SOFTWARE = b"\x89PNG\r\n", b"tEXtSoftware\0mixchat"
 _LARGEST_INCHES = 40.0  # at 100 dots an inch
 _SMALLEST_INCHES = (8.0, 4.0)
-
-
-def _install_line(package: str) -> str:
-    """Return the command that adds a package to this installation of mixchat."""
-    installation = Path(sys.prefix)
-    if (installation / "pipx_metadata.json").exists():
-        return f"pipx inject mixchat {package}"
-    if (installation / "uv-receipt.toml").exists():
-        return f"uv pip install --python {sys.executable} {package}"
-    return f"{sys.executable} -m pip install {package}"
 
 
 def new_figure(width: float, height: float, title: str) -> Any:
@@ -34,8 +25,16 @@ def new_figure(width: float, height: float, title: str) -> Any:
         figures = import_module("matplotlib.figure")
         canvases = import_module("matplotlib.backends.backend_agg")
     except ImportError:
+        # pipx and uv mark their environments with these files. uv's has no pip.
+        installation = Path(sys.prefix)
+        if (installation / "pipx_metadata.json").exists():
+            command = "pipx inject mixchat matplotlib"
+        elif (installation / "uv-receipt.toml").exists():
+            command = f"uv pip install --python {sys.executable} matplotlib"
+        else:
+            command = f"{sys.executable} -m pip install matplotlib"
         raise MissingDependencyError(
-            "--png needs matplotlib, which is not installed", hint=_install_line("matplotlib")
+            "--png needs matplotlib, which is not installed", hint=command
         ) from None
     least_width, least_height = _SMALLEST_INCHES
     size = (
@@ -44,8 +43,8 @@ def new_figure(width: float, height: float, title: str) -> Any:
     )
     figure = figures.Figure(figsize=size, dpi=100, layout="constrained")
     canvases.FigureCanvasAgg(figure)
-    plain = ascii(" ".join(title.split()))[1:-1]  # no font has all characters
-    figure.suptitle(plain, parse_math=False)
+    # No font has all characters, and matplotlib would read dollar signs as mathematics.
+    figure.suptitle(ascii(" ".join(title.split()))[1:-1], parse_math=False)
     return figure
 
 

@@ -47,7 +47,22 @@ def print_answer(
     if output.as_json or output.extract or not output.stream:
         finished = _collect(session, question, lambda text: None, note)
         _raise_if_interrupted(finished)
-        _print_whole(session, finished, output, model)
+        answer = session.history[-1].content
+        if output.as_json:
+            # A terminal would obey some characters.
+            escaped = sys.stdout.isatty()
+            answer = json.dumps(as_json(session, finished, model), ensure_ascii=escaped)
+        elif output.extract:
+            from mixchat.chat.draw.markdown_rules import code_blocks
+
+            blocks = code_blocks(answer)
+            if not blocks:
+                raise NoCodeError(
+                    "the answer contains no code block",
+                    hint="Without -x, the whole answer is printed.",
+                )
+            answer = blocks[0]
+        show(answer)
     elif sys.stdout.isatty():
         finished = _draw(session, question, output.raw)
     else:
@@ -57,8 +72,8 @@ def print_answer(
         note("the model thought, but ended without an answer")
     if finished.reason == "context" and session.context is not None:
         size = session.context.tokens
-        place = " while the model was thinking" if finished.is_thinking else ""
-        note(f"the answer is cut off{place}: the context of {size} tokens is full")
+        moment = " while the model was thinking" if finished.is_thinking else ""
+        note(f"the answer is cut off{moment}: the context of {size} tokens is full")
     if finished.reason == "length" and (session.max_tokens is None or finished.is_thinking):
         from mixchat.chat.answer import cut_off_note
 
@@ -104,29 +119,6 @@ def _pipe(session: ChatSession, question: str, note: Note) -> Finished:
     finished = _collect(session, question, take, note)
     show_piece("" if last.endswith("\n") else "\n")
     return finished
-
-
-def _print_whole(
-    session: ChatSession, finished: Finished, output: OutputOptions, model: str
-) -> None:
-    answer = session.history[-1].content
-    if output.as_json:
-        # A terminal would obey some characters.
-        escaped = sys.stdout.isatty()
-        show(json.dumps(as_json(session, finished, model), ensure_ascii=escaped))
-        return
-    show(_first_block(answer) if output.extract else answer)
-
-
-def _first_block(answer: str) -> str:
-    from mixchat.chat.draw.markdown_rules import code_blocks
-
-    blocks = code_blocks(answer)
-    if not blocks:
-        raise NoCodeError(
-            "the answer contains no code block", hint="Without -x, the whole answer is printed."
-        )
-    return blocks[0]
 
 
 def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:

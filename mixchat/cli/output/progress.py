@@ -86,9 +86,9 @@ class Bars:
         self._stream = stream
         self._bars: RichProgress | None = None
 
-    def task(self, what: str, total: int, done: int = 0) -> Task:
+    def task(self, name: str, total: int, done: int = 0) -> Task:
         bars = self._started()
-        return _Bar(bars, bars.add_task(one_line(what), total=total, completed=done))
+        return _Bar(bars, bars.add_task(one_line(name), total=total, completed=done))
 
     def note(self, text: str) -> None:
         from rich.text import Text
@@ -124,20 +124,23 @@ class _Bar:
 
 
 class Lines:
-    """Prints a line when a task starts and ends, and one a minute in between."""
+    """Prints a line when a task starts and ends, and one a minute in between.
+
+    Threads that fetch shards at the same time share it.
+    """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # `ended` and `moved` print with it
         self._tasks: list[_Line] = []
         self._last_line = clock()
 
-    def task(self, what: str, total: int, done: int = 0) -> Task:
+    def task(self, name: str, total: int, done: int = 0) -> Task:
         with self._lock:
-            task = _Line(self, what, total, done, self._clock())
+            task = _Line(self, name, total, done, self._clock())
             self._tasks.append(task)
-            before = f", {format_size(done)} of it already done" if done else ""
-            self.note(f"{what}: {format_size(total)}{before}")
+            finished = f", {format_size(done)} of it already done" if done else ""
+            self.note(f"{name}: {format_size(total)}{finished}")
         return task
 
     def note(self, text: str) -> None:
@@ -165,7 +168,7 @@ class Lines:
 
 
 class _Line:
-    """A task's progress. Its rate counts from the last line on."""
+    """A task's progress. The printed rate is the rate since the line before."""
 
     def __init__(self, lines: Lines, name: str, total: int, done: int, now: float) -> None:
         self._lines, self._name = lines, name
@@ -187,8 +190,8 @@ class _Line:
         self._last, self._last_done = now, self._done
         if seconds <= 0 or came <= 0:
             return text
-        left = (self._total - self._done) * seconds / came
-        return f"{text}, {format_size(int(came / seconds))}/s, {format_time(left)} left"
+        remaining = (self._total - self._done) * seconds / came
+        return f"{text}, {format_size(int(came / seconds))}/s, {format_time(remaining)} left"
 
     def outcome(self, now: float) -> str:
         came = format_size(self._done - self._first)

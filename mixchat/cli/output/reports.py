@@ -67,7 +67,7 @@ class ModelDetails(Report):
     config: ModelConfig
 
     def as_text(self) -> str:
-        manifest, config, made = self.manifest, self.config, self.manifest.quantization
+        manifest, config, quantization = self.manifest, self.config, self.manifest.quantization
         rows = [
             ("path", str(self.directory)),
             ("source", manifest.source.repo),
@@ -75,11 +75,11 @@ class ModelDetails(Report):
             ("revision", manifest.source.revision or "none given"),
             ("size", format_size(manifest.size)),
             ("experts", manifest.quant_type),
-            ("scales", str(made["scales"])),
-            ("layout", str(made["layout"])),
-            ("attention", weight_type(made["attention"], made["dtype"])),
-            ("head", weight_type(made["head"], made["dtype"])),
-            ("dtype", f"{made['dtype']}{self._rounded()}"),
+            ("scales", str(quantization["scales"])),
+            ("layout", str(quantization["layout"])),
+            ("attention", weight_type(quantization["attention"], quantization["dtype"])),
+            ("head", weight_type(quantization["head"], quantization["dtype"])),
+            ("dtype", f"{quantization['dtype']}{self._rounded()}"),
             ("model type", config.model_type),
             ("layers", str(config.num_hidden_layers)),
             (
@@ -91,8 +91,10 @@ class ModelDetails(Report):
         ]
         if manifest.partly:
             command = {"calibrated": "calibrate", "converted": "convert"}[manifest.partly]
-            rest = f"mixchat {command} {self.directory.name}"
-            rows.append(("unfinished", f"only some layers are {manifest.partly}; the rest: {rest}"))
+            resuming = f"mixchat {command} {self.directory.name}"
+            rows.append(
+                ("unfinished", f"only some layers are {manifest.partly}; the rest: {resuming}")
+            )
         return aligned(rows)
 
     def as_json(self) -> dict[str, Any]:
@@ -101,7 +103,7 @@ class ModelDetails(Report):
         `revision` is the requested branch, tag or commit, or null. `weight_bytes` counts the files
         of weights. `scales` and `layout` tell the choice and the order of the experts' codes.
         """
-        manifest, config, made = self.manifest, self.config, self.manifest.quantization
+        manifest, config, quantization = self.manifest, self.config, self.manifest.quantization
         # The manifest's values, even of a damaged model.
         return {
             **_entry_as_json(describe(self.directory)),
@@ -111,10 +113,10 @@ class ModelDetails(Report):
             "commit": manifest.source.commit,
             "revision": manifest.source.revision,
             "weight_bytes": manifest.size,
-            "scales": made["scales"],
-            "layout": made["layout"],
-            "attention": weight_type(made["attention"], made["dtype"]),
-            "head": weight_type(made["head"], made["dtype"]),
+            "scales": quantization["scales"],
+            "layout": quantization["layout"],
+            "attention": weight_type(quantization["attention"], quantization["dtype"]),
+            "head": weight_type(quantization["head"], quantization["dtype"]),
             "model_type": config.model_type,
             "layers": config.num_hidden_layers,
             "experts_per_layer": config.num_local_experts,
@@ -123,8 +125,8 @@ class ModelDetails(Report):
         }
 
     def _rounded(self) -> str:
-        before, dtype = checkpoint_dtype(self.directory), self.manifest.quantization["dtype"]
-        return f", rounded from {before}" if before not in (None, dtype, "bfloat16") else ""
+        original, dtype = checkpoint_dtype(self.directory), self.manifest.quantization["dtype"]
+        return f", rounded from {original}" if original not in (None, dtype, "bfloat16") else ""
 
 
 @dataclass(frozen=True)
