@@ -64,18 +64,18 @@ class BenchTask:
     rates, limit_rates: tokens a second in each round, and the most that its limits allow.
     """
 
-    kind: Literal["decode", "prompt"]
+    phase: Literal["decode", "prompt"]
     length: int
     rates: list[float] = field(default_factory=list)
     limit_rates: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return f"{'decode after' if self.kind == 'decode' else 'prompt of'} {self.length:,} tokens"
+        return f"{'decode after' if self.phase == 'decode' else 'prompt of'} {self.length:,} tokens"
 
     @property
     def limited_by(self) -> str:
-        return "memory" if self.kind == "decode" else "compute"
+        return "memory" if self.phase == "decode" else "compute"
 
     @property
     def of_limit(self) -> float:
@@ -153,7 +153,7 @@ class Bench:
 
     def measure(self, task: BenchTask) -> float:
         """Return the tokens a second of a task, measured once."""
-        if task.kind == "prompt":
+        if task.phase == "prompt":
             self._hold_random(0)
             self._rate(self._prompt(task.length), 0)
             return task.length / self.engine.stats.prefill_seconds
@@ -161,7 +161,7 @@ class Bench:
         return self._rate([0] * task.length + self._prompt(1), self._options.tokens)
 
     def _most(self, task: BenchTask, limits: Limits) -> float:
-        if task.kind == "prompt":
+        if task.phase == "prompt":
             return limits.gemm / operations_per_token(self.blueprint)
         return limits.memory / bytes_per_token(self.blueprint, task.length, self._load.kv_bits)
 

@@ -49,7 +49,7 @@ class SideBySide:
             yield
 
     def _measure(self, task: BenchTask) -> float:
-        if task.kind == "decode":
+        if task.phase == "decode":
             return self._peer.decode(task.length, self._tokens)
         return self._peer.prefill(task.length)
 

@@ -109,6 +109,7 @@ def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
 
 
 def _pipe(session: ChatSession, question: str, note: Note) -> Finished:
+    # A shell's prompt must not follow the answer in its last line.
     last = ""
 
     def take(text: str) -> None:
@@ -127,6 +128,7 @@ def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, A
     The key `thinking` is there if the model thought before it answered.
     """
     stats, answer, context = finished.stats, session.history[-1], session.context
+    # The prefill generates the first token.
     decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds
     ids = answer.content_ids
     return {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from mixchat.base.progress import Progress, Task
 
-_LINE_INTERVAL_S = 60.0
+_LINE_INTERVAL_S = 60.0  # into a log, a download of an hour writes 60 lines
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def status(text: str, stream: TextIO | None = None) -> Iterator[Callable[[str], 
         return
     from rich.text import Text
 
+    # As `Text`, because Rich would read markup in a string, such as a model's name in brackets.
     with _console(stream).status(Text(one_line(text))) as shown:
         yield lambda text: shown.update(Text(one_line(text)))
 
@@ -178,7 +179,8 @@ class _Line:
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        self._first = min(self._first, self._done)  # moved back over damaged bytes
+        # A transfer moves back over bytes that proved damaged, and fetches them again.
+        self._first = min(self._first, self._done)
         self._lines.moved()
 
     def close(self) -> None:

@@ -101,7 +101,7 @@ class ModelDetails(Report):
         """Return the keys of `mixchat list --json` and more.
 
         `revision` is the requested branch, tag or commit, or null. `weight_bytes` counts the files
-        of weights. `scales` and `layout` tell the choice and the order of the experts' codes.
+        of weights. `scales` and `layout` are the method and the order of the experts' codes.
         """
         manifest, config, quantization = self.manifest, self.config, self.manifest.quantization
         # The manifest's values, even of a damaged model.
@@ -131,7 +131,7 @@ class ModelDetails(Report):
 
 @dataclass(frozen=True)
 class DownloadReport(Report):
-    """The plan of a download. `afterwards` says what a calibration takes that follows it."""
+    """The plan of a download. `afterwards` is the time of a calibration that follows, in words."""
 
     plan: DownloadPlan
     afterwards: str | None = None
@@ -154,6 +154,7 @@ class DownloadReport(Report):
             rows.append(("time", f"about {format_time(plan.seconds)}{rate}"))
         if self.afterwards is not None:
             rows.append(("then", self.afterwards))
+        # fp16 and fp32 have more bits of precision than bf16, whose 8 include the implicit one.
         if plan.rounded_from is not None:
             stored = "are stored as bf16, which rounds them to 8 bits of precision"
             rows.append(("note", f"{plan.rounded_from} weights {stored}"))
@@ -180,6 +181,7 @@ class DownloadReport(Report):
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     """Return the rows as lines of aligned columns."""
+    # Names come from files and the hub, so they can hold newlines and control characters.
     cells = [[one_line(" ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     padded = (map(str.ljust, row, widths) for row in cells)

@@ -142,7 +142,7 @@ def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
     try:
         return _read(directory / name)
     except CheckpointError as error:
-        if not error.hint and any(is_manifest(directory / other) for other in MANIFESTS):
+        if not error.hint and any(is_manifest(directory / manifest) for manifest in MANIFESTS):
             error.hint = repair_hint(directory)
         error.hint = error.hint or _hint_outside(directory)
         error.hint = error.hint or (
