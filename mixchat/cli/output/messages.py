@@ -48,6 +48,7 @@ def print_error(error: Exception) -> int:
 
 
 def _as_ours(error: Exception) -> MixchatError | None:
+    # First, because one of our errors can have this cause, and only the limit helps then.
     if _is_lack_of_files(error):
         limit = system.open_files_limit()
         return ResourceError(
@@ -58,11 +59,16 @@ def _as_ours(error: Exception) -> MixchatError | None:
     if isinstance(error, MixchatError):
         return error
     if _is_lack_of_memory(error):
-        return ResourceError("there is not enough memory", hint=_memory_hint(error))
+        hint = "Close other programs, or try a smaller --ctx-size or --host-memory."
+        if _is_of_gpu(error):
+            hint = "Try a smaller --ctx-size or --device-memory."
+        elif limits := " and ".join(memory_left_by_ulimit()):
+            hint = f"A limit on this process allows no more ({limits}): raise it."
+        return ResourceError("there is not enough memory", hint=hint)
     if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
+        name = f"{error.filename}: " if error.filename else ""
         full = error.errno in DISK_FULL
-        return (ResourceError if full else MixchatError)(f"{place}{error.strerror}")
+        return (ResourceError if full else MixchatError)(f"{name}{error.strerror}")
     # Typer's own errors have this method, but no public class.
     if format_message := getattr(error, "format_message", None):
         ctx = getattr(error, "ctx", None)
@@ -71,14 +77,6 @@ def _as_ours(error: Exception) -> MixchatError | None:
             format_message(), hint=f"'{command} --help' shows the arguments and flags."
         )
     return None
-
-
-def _memory_hint(error: Exception) -> str:
-    if _is_of_gpu(error):
-        return "Try a smaller --ctx-size or --device-memory."
-    if limits := " and ".join(memory_left_by_ulimit()):
-        return f"A limit on this process allows no more ({limits}): raise it."
-    return "Close other programs, or try a smaller --ctx-size or --host-memory."
 
 
 def _is_of_gpu(error: BaseException) -> bool:
@@ -96,12 +94,12 @@ def _is_lack_of_memory(error: BaseException) -> bool:
         if any(words in text for words in _NO_MEMORY) and "static tls" not in text:
             return True
     # numpy only says that it cannot be imported. The error before has the reason.
-    before = error.__cause__ or error.__context__
-    return before is not None and _is_lack_of_memory(before)
+    cause = error.__cause__ or error.__context__
+    return cause is not None and _is_lack_of_memory(cause)
 
 
 def _is_lack_of_files(error: BaseException | None) -> bool:
-    """Return whether an error, or one that led to it, is that no more files can be opened."""
+    """Return whether an error or one of its causes is a lack of file descriptors."""
     while error is not None:
         by_loader = isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error)
         if by_loader or (isinstance(error, OSError) and error.errno == errno.EMFILE):
@@ -112,5 +110,6 @@ def _is_lack_of_files(error: BaseException | None) -> bool:
 
 def _print_line(text: str, style: str = "") -> None:
     """Print one line, although a file's name in it may hold a newline."""
+    # If standard error is closed, the exit code still has to be right.
     with suppress(OSError):
         say(" ".join(text.split()), style=style)

@@ -131,7 +131,7 @@ class ModelDetails(Report):
 
 @dataclass(frozen=True)
 class DownloadReport(Report):
-    """The plan of a download. `afterwards` is the time of a calibration that follows, in words."""
+    """The plan of a download. `afterwards` describes the calibration that follows, if one does."""
 
     plan: DownloadPlan
     afterwards: str | None = None
