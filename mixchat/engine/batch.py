@@ -22,8 +22,10 @@ from mixchat.engine.sampling import Constraint, Sampler
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.engine.stats import GenerationStats
 
-_MIN_SHARED_TO_WAIT = 16  # tokens that another prompt of the pass computes
-_MIN_SHARED_TO_COPY = 4  # tokens; all prompts of a model share their first ones
+# Tokens that another prompt of the pass computes, so that waiting for it pays.
+_MIN_SHARED_TO_WAIT = 16
+# Tokens. All prompts of a model share the first ones of its template.
+_MIN_SHARED_TO_COPY = 4
 
 OnPrefill = Callable[[int, int], object]  # is called with the tokens done, and their total
 _Pass = list[tuple["BatchedAnswer", SequenceTokens]]
@@ -110,8 +112,9 @@ class BatchedAnswer:
 class Batch:
     """The answers that an engine computes now, at most one for each of its sequences.
 
-    exact_prompts: compute prompts with the bits of decoding. chunk: tokens of a prompt in a pass,
-    None for as many as let others decode. shared_prefix: let an answer reuse earlier prompts.
+    exact_prompts: compute prompts with the bits of decoding. chunk: tokens of a prompt in a pass.
+    None: sized so that running answers keep decoding. shared_prefix: let an answer reuse earlier
+    prompts.
     """
 
     def __init__(
@@ -157,88 +160,86 @@ class Batch:
         Answers that have ended leave the batch. An error is stored in the answers that it hit.
         """
         ended = [answer for answer in self._answers if answer.has_ended]
+        active = [answer for answer in self._answers if not answer.has_ended]
         start = time.perf_counter()
-        computed = self._compute([answer for answer in self._answers if not answer.has_ended])
+        # Verified logits need no pass, so the other answers wait for the next step.
+        computed = [answer for answer in active if answer.take_verified()]
+        if not computed and (chunks := self._next_pass(active)):
+            computed = [answer for answer, _ in chunks]
+            try:
+                self._run_pass(chunks)
+            except _AllCancelledError:
+                pass
+            except MixchatError as error:
+                for answer in computed:
+                    answer.error = error
         seconds = time.perf_counter() - start
         for answer in computed:
             self._sample(answer, seconds)
         for answer in [*ended, *(answer for answer in computed if answer.has_ended)]:
-            self._remove(answer)
+            self._answers.remove(answer)
+            if answer.prefix is not None:
+                self._free.append(answer.prefix)
         return [*ended, *computed]
 
-    def _compute(self, answers: Sequence[BatchedAnswer]) -> list[BatchedAnswer]:
-        verified = [answer for answer in answers if answer.take_verified()]
-        if verified:
-            return verified
-        parts = self._next_pass(answers)
-        computed = [answer for answer, _ in parts]
-        if not computed:
-            return []
-        try:
-            self._run_pass(parts)
-        except _AllCancelledError:
-            pass
-        except MixchatError as error:
-            for answer in computed:
-                answer.error = error
-        return computed
-
     def _next_pass(self, answers: Sequence[BatchedAnswer]) -> _Pass:
-        alone = len(answers) == 1
-        parts = [(one, one.last_token(propose=alone)) for one in answers if one.generated_tokens]
-        room = self._sizer.choose(decodes=bool(parts))
+        """Return each running answer's last token, and chunks of new prompts in the room left."""
+        # Several answers fill a pass without proposals, and `Speculation` compares lone passes.
+        propose = len(answers) == 1
+        chunks = [
+            (answer, answer.last_token(propose=propose))
+            for answer in answers
+            if answer.generated_tokens
+        ]
+        room = self._sizer.choose(decodes=bool(chunks))
         reading: list[BatchedAnswer] = []
         for answer in answers:
             if answer.generated_tokens or room <= 0:
                 continue
-            if answer.prefix is None and not self._begin(answer, reading):
+            if answer.prefix is None and not self._assign_cache(answer, reading):
                 continue
             assert answer.prefix is not None
             reading.append(answer)
             start = answer.prefix.cache.length
             ids = answer.ids[start : start + room]
             room -= len(ids)
-            parts.append((answer, SequenceTokens(answer.prefix, ids)))
-        return parts
+            chunks.append((answer, SequenceTokens(answer.prefix, ids)))
+        return chunks
 
-    def _run_pass(self, parts: _Pass) -> None:
-        decodes = any(answer.generated_tokens for answer, _ in parts)
+    def _run_pass(self, chunks: _Pass) -> None:
+        """Compute the pass, and give each answer its logits if its prompt is complete."""
+        layers = self._passes.model.config.num_hidden_layers
+        reading = [(answer, chunk) for answer, chunk in chunks if not answer.generated_tokens]
+        decodes = len(reading) < len(chunks)
+
+        def after_layer(layer: int) -> None:
+            if all(answer.is_cancelled for answer, _ in chunks):
+                raise _AllCancelledError
+            for answer, chunk in reading:
+                # Of 100 tokens, a layer of 32 counts as 3.
+                done = answer.tokens_read + len(chunk.ids) * (layer + 1) // layers
+                answer.request.on_prefill(done, answer.tokens_to_read)
+
         start = time.perf_counter()
         logits = self._passes.compute(
-            [part for _, part in parts],
+            [chunk for _, chunk in chunks],
+            # An answer that decodes must not depend on the prompts that share its pass.
             exact=self._exact_prompts or decodes,
-            after_layer=self._after_layer(parts),
+            after_layer=after_layer,
         )
         seconds = time.perf_counter() - start
-        prompt_tokens = sum(len(part.ids) for one, part in parts if not one.generated_tokens)
-        self._sizer.add(prompt_tokens, seconds, decodes=decodes)
-        counts = [1 + len(part.proposal) for _, part in parts]
-        for (answer, part), rows in zip(parts, torch.split(logits, counts), strict=True):
+        self._sizer.add(sum(len(chunk.ids) for _, chunk in reading), seconds, decodes=decodes)
+        counts = [1 + len(chunk.proposal) for _, chunk in chunks]
+        for (answer, chunk), rows in zip(chunks, torch.split(logits, counts), strict=True):
             if not answer.generated_tokens:
-                answer.tokens_read += len(part.ids)
-            elif len(parts) == 1:
-                answer.proposals.put(part.proposal, rows, seconds)
+                answer.tokens_read += len(chunk.ids)
+            elif len(chunks) == 1:
+                answer.proposals.put(chunk.proposal, rows, seconds)
             if answer.tokens_read == answer.tokens_to_read:
                 answer.logits = rows[0]
 
-    def _after_layer(self, parts: _Pass) -> Callable[[int], None]:
-        """Return a function that reports the progress of prompts, and ends a useless pass.
-
-        Of 100 tokens, a layer of 32 counts as 3.
-        """
-        layers = self._passes.model.config.num_hidden_layers
-        reading = [(one, len(part.ids)) for one, part in parts if not one.generated_tokens]
-
-        def after_layer(layer: int) -> None:
-            if all(answer.is_cancelled for answer, _ in parts):
-                raise _AllCancelledError
-            for answer, tokens in reading:
-                done = answer.tokens_read + tokens * (layer + 1) // layers
-                answer.request.on_prefill(done, answer.tokens_to_read)
-
-        return after_layer
-
     def _sample(self, answer: BatchedAnswer, seconds: float) -> None:
+        """Count a pass's seconds, and append the next token if its logits are known."""
         if answer.generated_tokens:
             answer.stats.decode_seconds += seconds
         else:
@@ -252,40 +253,33 @@ class Batch:
         except MixchatError as error:
             answer.error = error
 
-    def _begin(self, answer: BatchedAnswer, reading: Sequence[BatchedAnswer]) -> bool:
+    def _assign_cache(self, answer: BatchedAnswer, reading: Sequence[BatchedAnswer]) -> bool:
         """Give an answer a cache. Return False if it waits to copy a prompt of this pass."""
-        prompt = answer.ids[:-1]  # at least one token is computed, since caches have no logits
-        if self._shares:
-            best = max(self._sequences, key=lambda prefix: prefix.shared_with(prompt))
-            enough = best.shared_with(prompt) + _MIN_SHARED_TO_WAIT
-            if any(shared_beginning(one.ids, prompt) >= enough for one in reading):
-                return False
-            prefix = self._share(best, prompt)
-        else:
-            prefix = self._free[0]
+        # At least one token is computed, since caches have no logits.
+        prompt = answer.ids[:-1]
+        prefix = self._free[0]
+        if not self._shares:
             prefix.cut(0)
+        else:
+            best = max(self._sequences, key=lambda sequence: sequence.shared_with(prompt))
+            shared = best.shared_with(prompt)
+            enough = shared + _MIN_SHARED_TO_WAIT
+            if any(shared_beginning(reader.ids, prompt) >= enough for reader in reading):
+                return False
+            if shared >= _MIN_SHARED_TO_COPY:
+                targets = [sequence for sequence in self._free if sequence is not best]
+                # A cache that would lose most of its tokens is copied, if another one is free.
+                if best in self._free and (2 * shared >= len(best.ids) or not targets):
+                    prefix = best
+                else:
+                    prefix = targets[0]
+                    if shared > prefix.shared_with(prompt):
+                        prefix.copy_from(best, shared)
         answer.stats.reused_tokens = prefix.shared_with(prompt)
         prefix.cut(answer.stats.reused_tokens)
         self._free.remove(prefix)
         answer.prefix = prefix
         return True
-
-    def _share(self, best: CachedPrefix, prompt: Sequence[int]) -> CachedPrefix:
-        shared = best.shared_with(prompt)
-        if shared < _MIN_SHARED_TO_COPY:
-            return self._free[0]
-        # A cache that would lose most of its tokens is copied, if there is another.
-        others = [one for one in self._free if one is not best]
-        if best in self._free and (2 * shared >= len(best.ids) or not others):
-            return best
-        if shared > others[0].shared_with(prompt):
-            others[0].copy_from(best, shared)
-        return others[0]
-
-    def _remove(self, answer: BatchedAnswer) -> None:
-        self._answers.remove(answer)
-        if answer.prefix is not None:
-            self._free.append(answer.prefix)
 
 
 class _AllCancelledError(Exception):

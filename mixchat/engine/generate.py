@@ -56,7 +56,7 @@ class Engine:
         self.passes = ForwardPasses(model, experts, note, name)
         self.sequences = [CachedPrefix(cache) for cache in caches]
         self.prefill_chunk, self.speculation = prefill_chunk, speculation
-        self._stats, self._experts_before = GenerationStats(), ExpertStats()
+        self._stats, self._experts_at_start = GenerationStats(), ExpertStats()
         self._context_is_chosen = context_is_chosen
         self.is_closed = False
 
@@ -86,7 +86,7 @@ class Engine:
     @property
     def stats(self) -> GenerationStats:
         """Return the counts of the last call of `generate` so far."""
-        return replace(self._stats, experts=self.experts.stats.since(self._experts_before))
+        return replace(self._stats, experts=self.experts.stats.since(self._experts_at_start))
 
     def held(self, number: int = 0) -> tuple[list[int], KVCache]:
         """Return the tokens that a cache holds, and the cache."""
@@ -135,13 +135,6 @@ class Engine:
         Raises `PromptError` at once if the prompt is empty or too long, and `CheckpointError` if it
         has unknown tokens. The iterator raises that, too, if logits are NaN or infinite.
         """
-        self.longest_answer(prompt_ids, max_tokens)
-        ids = list(prompt_ids)
-        return self._generate(
-            AnswerRequest(ids, sampling, stop_ids, max_tokens, constraint, on_prefill)
-        )
-
-    def _generate(self, request: AnswerRequest) -> Iterator[int]:
         batch = Batch(
             self.passes,
             self.sequences[:1],
@@ -149,15 +142,23 @@ class Engine:
             exact_prompts=self.exact_prompts,
             chunk=self.prefill_chunk,
         )
-        answer = batch.add(request)
-        self._stats, self._experts_before = answer.stats, self.experts.stats.copy()
-        while not answer.has_ended:
-            before = answer.generated_tokens
-            batch.step()
-            if answer.error is not None:
-                try:
-                    raise answer.error
-                finally:
-                    answer.error = None  # else the traceback and the answer keep each other alive
-            if answer.generated_tokens > before:
-                yield answer.ids[-1]
+        answer = batch.add(
+            AnswerRequest(prompt_ids, sampling, stop_ids, max_tokens, constraint, on_prefill)
+        )
+        self._stats, self._experts_at_start = answer.stats, self.experts.stats.copy()
+
+        # A generator's own body would raise the errors of `add` only at its first token.
+        def tokens() -> Iterator[int]:
+            while not answer.has_ended:
+                count = answer.generated_tokens
+                batch.step()
+                if answer.error is not None:
+                    try:
+                        raise answer.error
+                    finally:
+                        # Otherwise the traceback and the answer keep each other alive.
+                        answer.error = None
+                if answer.generated_tokens > count:
+                    yield answer.ids[-1]
+
+        return tokens()
