@@ -78,7 +78,7 @@ class ExpertCache:
         assert key not in self._slots
         size = self._size_of(key.layer)
         free, slot = self._free[size], None
-        # More than once if `resize` left pinned ones.
+        # More than one expert is evicted if `resize` had to leave pinned ones.
         while not free or len(self._slots) >= self.limit:
             victim = self._victim(pinned, None if free else size)
             if victim is None:
@@ -169,11 +169,12 @@ class LayeredLRU:
             self._used[key.layer].pop(key, None)
 
     def victims(self) -> Iterator[ExpertKey]:
-        return heapq.merge(*self._used.values(), key=self._rank, reverse=True)
+        def rank(key: ExpertKey) -> tuple[int, int]:
+            age = self._passes.count(key.layer) - self._used[key.layer][key]
+            return age, self._passes.until(key.layer)
 
-    def _rank(self, key: ExpertKey) -> tuple[int, int]:
-        age = self._passes.count(key.layer) - self._used[key.layer][key]
-        return age, self._passes.until(key.layer)
+        # Each layer is in this order already, and most calls look at the first victims only.
+        return heapq.merge(*self._used.values(), key=rank, reverse=True)
 
 
 class Passes:
@@ -236,8 +237,8 @@ class ExpertStats:
     def copy(self) -> ExpertStats:
         return self.since(ExpertStats())
 
-    def since(self, before: ExpertStats) -> ExpertStats:
+    def since(self, start: ExpertStats) -> ExpertStats:
         """Return the counts since an earlier time."""
         return ExpertStats(
-            **{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)}
+            **{f.name: getattr(self, f.name) - getattr(start, f.name) for f in fields(self)}
         )

@@ -21,17 +21,15 @@ from mixchat.kernels.router import look_up_step
 from mixchat.weights.format.expert import Expert, compute_together
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed
-_MOST_X_NUMBERS = 2**21  # of x, for experts that are computed together, which fit in a cache
+# Numbers of x for experts that are computed together, which fit in a CPU's cache.
+_MAX_X_NUMBERS = 2**21
 
 
 class DeviceCompute:
     """Computes experts out of the slots of `device`. Two slots are enough.
 
-    forms: a number for each layer, which is another if its experts have another form. None if all
-    layers have the same.
-
-    Experts in their slots come first. Otherwise a prefill with more experts than slots would evict
-    each just before its turn.
+    forms: a number for each layer. Layers whose experts have the same form have the same number.
+    None if all layers do.
     """
 
     def __init__(
@@ -53,7 +51,12 @@ class DeviceCompute:
     def begin(self, rows: LayerRows, keys: Collection[ExpertKey]) -> None:
         """Start loading the first of these experts, for `compute_next`."""
         self.fetcher.settle(rows.layer, keys)
-        self._on_host = self._chosen_for_host(rows, keys)
+        self._on_host.clear()
+        if self._host is not None:
+            missing = {key: rows.counts[key] for key in keys if self.fetcher.state(key) == MISSING}
+            self._on_host.update(self._host.choose(missing))
+        # Experts in their slots come first. Otherwise a prefill with more experts than slots would
+        # evict each just before its turn.
         by_state = sorted(keys, key=self.fetcher.state)
         # The CPU's experts come second, so that the GPU has work meanwhile.
         self._order = sorted(
@@ -73,7 +76,16 @@ class DeviceCompute:
         if not self._order:
             return False
         interrupts.check()
-        count = self._count_together(rows)
+        count = 0  # of the next experts, those that are computed together
+        if self.device == CPU:
+            # Slots for the loads ahead stay free of experts that are in use.
+            room = self.fetcher.slots - self._ahead
+            held = [*islice(takewhile(self.fetcher.holds, self._order), room)]
+            count = len(held)
+            if not rows.is_one_token:
+                most = _MAX_X_NUMBERS // rows.hidden_states.shape[1]
+                totals = accumulate(rows.counts[key] for key in held)
+                count = sum(1 for _ in takewhile(lambda total: total <= most, totals))
         self._request(count)
         keys, self._order = self._order[:count], self._order[count:]
         if keys:
@@ -82,18 +94,6 @@ class DeviceCompute:
             key = self._order.pop(0)
             rows.put(key, self._output(key, rows))
         return True
-
-    def _count_together(self, rows: LayerRows) -> int:
-        """Return how many of the next experts are computed together, or 0 if none can be."""
-        if self.device != CPU:
-            return 0
-        room = self.fetcher.slots - self._ahead
-        held = [*islice(takewhile(self.fetcher.holds, self._order), room)]
-        if rows.is_one_token:
-            return len(held)
-        most = _MOST_X_NUMBERS // rows.hidden_states.shape[1]
-        totals = accumulate(rows.counts[key] for key in held)
-        return sum(1 for _ in takewhile(lambda total: total <= most, totals))
 
     def _compute_together(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         experts = [self.fetcher.ready(key) for key in keys]
@@ -111,16 +111,11 @@ class DeviceCompute:
             compute_together(experts, x, x_rows, outs, exact=rows.exact)
 
     def _program(self, rows: LayerRows, experts: Sequence[Expert]) -> RowExperts:
-        kind = len(experts), self._forms[rows.layer] if self._forms else 0
-        if kind not in self._programs:
-            self._programs[kind] = RowExperts(experts[0], rows.hidden_states, len(experts))
-        return self._programs[kind]
-
-    def _chosen_for_host(self, rows: LayerRows, keys: Iterable[ExpertKey]) -> set[ExpertKey]:
-        if self._host is None:
-            return set()
-        missing = {key: rows.counts[key] for key in keys if self.fetcher.state(key) == MISSING}
-        return set(self._host.choose(missing))
+        # A program has the form of its experts, and gets their addresses with each call.
+        program_key = len(experts), self._forms[rows.layer] if self._forms else 0
+        if program_key not in self._programs:
+            self._programs[program_key] = RowExperts(experts[0], rows.hidden_states, len(experts))
+        return self._programs[program_key]
 
     @property
     def _ahead(self) -> int:
@@ -137,13 +132,14 @@ class DeviceCompute:
             if output is not None:
                 self.fetcher.stats.misses[key] += 1
                 return output
+            # It has left RAM since it was chosen.
             self.fetcher.request([key])
         expert = self.fetcher.ready(key)
         return expert(rows.of(key).to(self.device, non_blocking=True), exact=rows.exact)
 
 
 class RowExperts:
-    """Computes so many experts for the same row [1, D] in one program, on the CPU.
+    """Computes `count` experts for the same row [1, D] in one program, on the CPU.
 
     `expert` is any of their form, and `x` any row of their type.
     """

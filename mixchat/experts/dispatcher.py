@@ -65,7 +65,8 @@ class Dispatcher:
         self._devices, self._stats, self._owner = devices, stats, owner
         self._fetchers = [device.fetcher for device in devices]
         self._prefetch, self._workers, self._copies = prefetch, workers, copies
-        # Of outputs that nobody reads any more. New memory would take as long as some products.
+        # The last layer's outputs, which nobody reads any more. New memory would take as long as
+        # some matrix products.
         self._memory: torch.Tensor | None = None
         self._note_workers()
 
@@ -177,6 +178,7 @@ class Dispatcher:
         """Return the experts' outputs. The arguments are as in `run`."""
         rows, predicted = self._read(layer, hidden_states, selected_experts, exact)
         local, sent = self._divide(rows)
+        # The workers compute while this machine does, and its disk reads what comes next.
         for worker, keys in sent:
             worker.begin(rows, keys)
         self._begin(rows, local)
@@ -199,40 +201,41 @@ class Dispatcher:
         predicted experts are None, so that the next experts are on their way first.
         """
         decodes = hidden_states.shape[0] == 1 and gpu.is_gpu(hidden_states.device)
-        on_cpu, predicts = decodes and self._needs_rows_on_cpu, decodes and self._predicts
+        needs_copy = decodes and (
+            bool(self._workers) or any(device.may_use_rows_on_cpu for device in self._devices)
+        )
+        predicts = decodes and self._predicts
         wanted = [selected]
-        if on_cpu:
+        if needs_copy:
             wanted.append(hidden_states)
         if predicts:
             assert self._prefetch is not None
             wanted.append(self._prefetch.predict(layer, hidden_states))
-        found = gpu.read(wanted)
-        copy = found[1] if on_cpu else None
+        tensors = gpu.read(wanted)
+        copy = tensors[1] if needs_copy else None
         memory, self._memory = self._memory, None
-        rows = LayerRows(layer, hidden_states, found[0], copy=copy, exact=exact, memory=memory)
-        return rows, found[-1] if predicts else None
+        rows = LayerRows(layer, hidden_states, tensors[0], copy=copy, exact=exact, memory=memory)
+        return rows, tensors[-1] if predicts else None
 
     @property
     def _predicts(self) -> bool:
         return self._prefetch is not None and not all(each.holds_all for each in self._fetchers)
 
-    @property
-    def _needs_rows_on_cpu(self) -> bool:
-        return bool(self._workers) or any(each.may_use_rows_on_cpu for each in self._devices)
-
     def _divide(
         self, rows: LayerRows
     ) -> tuple[list[ExpertKey], list[tuple[WorkerExperts, list[ExpertKey]]]]:
+        """Return the experts that this machine computes, and those of each worker."""
         if not self._workers:
             return list(rows.counts), []
-        shares = share(rows.counts, {key: self._holders(key) for key in rows.counts})
+        holders: dict[ExpertKey, list[int]] = {}
+        for key in rows.counts:
+            workers = [n for n, worker in enumerate(self._workers, start=1) if key in worker.held]
+            # A copy that is not in memory would have to be read first.
+            is_copied = key in self._copies and self.holds(key)
+            holders[key] = [_LOCAL, *workers] if is_copied or not workers else workers
+        shares = share(rows.counts, holders)
         local = shares.pop(_LOCAL, [])
         return local, [(self._workers[number - 1], keys) for number, keys in shares.items()]
-
-    def _holders(self, key: ExpertKey) -> list[int]:
-        workers = [n for n, worker in enumerate(self._workers, start=1) if key in worker.held]
-        is_copied = key in self._copies and self.holds(key)
-        return [_LOCAL, *workers] if is_copied or not workers else workers
 
     def _begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         for number, device in enumerate(self._devices):
@@ -246,6 +249,7 @@ class Dispatcher:
             busy = [device for device in busy if device.compute_next(rows)]
 
     def _look_ahead(self, rows: LayerRows, predicted: torch.Tensor | None) -> None:
+        """Prefetch the copies of this layer's experts, then the predicted experts."""
         if self._prefetch is None or not self._predicts:
             return
         if predicted is None:

@@ -123,7 +123,7 @@ class Fetcher:
         self.follow_memory()
         if self._cache.limit < self._placement.experts:
             return ()
-        found, held = list[LayerExperts](), self._held_layers
+        resident, held = list[LayerExperts](), self._held_layers
         for keys in layers:
             layer = keys[0].layer
             # To ask for each of thousands of experts takes milliseconds.
@@ -131,8 +131,8 @@ class Fetcher:
                 if not all(map(self.holds, keys)):
                     break
                 held[layer] = LayerExperts(self._expert(self._cache.slot_of(key)) for key in keys)
-            found.append(held[layer])
-        return found
+            resident.append(held[layer])
+        return resident
 
     def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
         self._uncounted.append((layer, selected))
@@ -140,11 +140,9 @@ class Fetcher:
             self.count_hits()
 
     def count_hits(self) -> None:
-        """Count what `note_hits` was told, before the cache changes or somebody reads the counts.
-
-        Counting after each token would take several times as long, because the weights of a token
-        push everything else out of the processor's caches.
-        """
+        """Count the noted hits, before the cache changes or somebody reads the counts."""
+        # Counting after each token would take several times as long, because the weights of a token
+        # push everything else out of the processor's caches.
         while self._uncounted:
             first, selected = self._uncounted.popleft()
             for layer, experts in enumerate(selected, first):
@@ -158,27 +156,25 @@ class Fetcher:
         self.count_hits()
         self._passes.enter(layer)
         self.follow_memory()
-        for key in self._prefetches:
-            if key.layer == layer:
-                self._settle(key, self._loads[key], is_right=key in chosen)
-
-    def _settle(self, key: ExpertKey, load: ExpertLoad, *, is_right: bool) -> None:
-        ended = load.ended
-        if is_right:
-            self.stats.right_predictions += 1
-            self._mover.reorder(load, REQUESTED)
-            if not ended:
-                self.stats.late_predictions += 1
-                self.stats.misses[key] += 1
-        elif not ended and self.slots >= self._placement.experts:
-            self._fills[key] = self._loads.pop(key)
-            self._mover.reorder(load, FILL)
-        elif not ended:
-            load.cancelled = True
-        if load.cancelled or load.failed:
-            self._give_up(key)
-        elif ended:
-            del self._loads[key]
+        for key in (key for key in self._prefetches if key.layer == layer):
+            # Read once: the mover's thread may end the load meanwhile.
+            load, ended = self._loads[key], self._loads[key].ended
+            if key in chosen:
+                self.stats.right_predictions += 1
+                self._mover.reorder(load, REQUESTED)
+                if not ended:
+                    self.stats.late_predictions += 1
+                    self.stats.misses[key] += 1
+            elif not ended and self.slots >= self._placement.experts:
+                # All experts fit, so a wrong prediction takes no other expert's slot.
+                self._fills[key] = self._loads.pop(key)
+                self._mover.reorder(load, FILL)
+            elif not ended:
+                load.cancelled = True
+            if load.cancelled or load.failed:
+                self._give_up(key)
+            elif ended:
+                del self._loads[key]
 
     def request(self, window: Sequence[ExpertKey], pinned: Collection[ExpertKey] = ()) -> None:
         """Start loading missing experts, until only slots of `window` and `pinned` are left."""
@@ -255,7 +251,7 @@ class Fetcher:
         return self._store.expert(slot)
 
     def _release_surplus(self, coming: int) -> None:
-        """Free blocks beyond the limit, of which so many are about to be made."""
+        """Free blocks beyond the limit, with room for `coming` new ones."""
         surplus = len(self._store.blocks) + coming - self._cache.limit
         if surplus > 0:
             free = self._cache.free_slots() & set(self._store.blocks)
@@ -267,7 +263,8 @@ class Fetcher:
         try:
             load.wait()
         except BaseException:
-            if load.ended:  # it failed. After a signal it would still be on its way
+            # A load that failed has ended. After a signal it is still on its way.
+            if load.ended:
                 self._give_up(load.key)
             raise
         self.stats.stalled_seconds += time.perf_counter() - start
@@ -292,17 +289,21 @@ class Fetcher:
         self.count_hits()
         slot = self._cache.admit(key, {*pinned, *self._prefetches}, preferred)
         if slot is None and load.priority == REQUESTED:
+            # A requested expert may take the slot of a prefetch.
             slot = self._cache.admit(key, pinned, held)
+        # Loads whose slot was taken are useless. If all experts fit, no fill has lost its slot, and
+        # looking through thousands of them takes long.
         evicts = load.priority != FILL and self.slots < self._placement.experts
         for loads in (self._loads, self._fills if evicts else {}):
-            for other in [other for other in loads if other not in self._cache]:
-                loads.pop(other).cancelled = True
+            for evicted in [expert for expert in loads if expert not in self._cache]:
+                loads.pop(evicted).cancelled = True
         if slot is None:
             return False
         self._release_surplus(slot not in held)
         try:
             self._mover.begin(load, self._store.load(key, slot))
-        except BaseException:  # without memory or a thread nobody brings it
+        except BaseException:
+            # Without memory or a thread nobody brings it.
             self._cache.discard(key)
             raise
         (self._fills if load.priority == FILL else self._loads)[key] = load

@@ -72,10 +72,10 @@ class Mover:
         may_fill: Callable[[], bool] = lambda: True,
     ) -> None:
         self._inside, self._may_fill = inside, may_fill
-        # A heap: priority, the layer of a prefetch, and the place in it. A load may be in the heap
-        # several times, and counts with its present priority.
+        # A heap: priority, the layer of a prefetch, and the order of arrival. A load may be in the
+        # heap several times, and counts with its present priority.
         self._queue: list[tuple[int, int, int, ExpertLoad]] = []
-        self._places = count(1)
+        self._arrivals = count(1)
         self._changed = threading.Condition()
         self._works = False
 
@@ -86,19 +86,20 @@ class Mover:
                 _start(self._work)
                 self._works = True
             load.steps = steps
-            self._put(load, next(self._places))
+            self._put(load, next(self._arrivals))
             self._changed.notify()
 
     def reorder(self, load: ExpertLoad, priority: int) -> bool:
         """Carry out a load with another priority. Return False if it has ended."""
         with self._changed:
             load.priority = priority
-            self._put(load, next(self._places))
+            # The heap's other entry of this load no longer has its priority, and is skipped.
+            self._put(load, next(self._arrivals))
             return not load.ended
 
-    def _put(self, load: ExpertLoad, place: int) -> None:
+    def _put(self, load: ExpertLoad, order: int) -> None:
         layer = load.key.layer if load.priority == PREDICTED else 0
-        heappush(self._queue, (load.priority, layer, place, load))
+        heappush(self._queue, (load.priority, layer, order, load))
 
     def _work(self) -> None:
         try:
@@ -106,38 +107,33 @@ class Mover:
                 while (load := self._next()) is not None:
                     self._carry_out(load)
         except BaseException as error:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        """End all loads, so that nobody waits. A later one gets a new thread."""
-        with self._changed:
-            self._works = False
-            for *_, load in self._queue:
-                if not load.ended:
-                    load.end(error)
-            self._queue.clear()
+            # All loads end, so that nobody waits. A later one gets a new thread.
+            with self._changed:
+                self._works = False
+                for *_, load in self._queue:
+                    if not load.ended:
+                        load.end(error)
+                self._queue.clear()
 
     def _carry_out(self, load: ExpertLoad) -> None:
+        """Load an expert, or put it off for a more urgent load that comes meanwhile."""
         assert load.steps is not None
         try:
-            if load.cancelled:  # in the queue, perhaps after some steps
+            # Cancelled in the queue, perhaps after some steps.
+            if load.cancelled:
                 return load.steps.close()
             for _ in load.steps:
                 if load.cancelled or _program_is_over():
                     return load.steps.close()
-                if self._put_off(load):
-                    return None
+                with self._changed:
+                    if self._queue and self._queue[0][0] < load.priority:
+                        # Below zero, so that it comes before others of its layer.
+                        self._put(load, -next(self._arrivals))
+                        return None
             load.end()
         except BaseException as error:
             load.end(error)
         return None
-
-    def _put_off(self, load: ExpertLoad) -> bool:
-        with self._changed:
-            if not self._queue or self._queue[0][0] >= load.priority:
-                return False
-            self._put(load, -next(self._places))  # before others of its layer
-            return True
 
     def _next(self) -> ExpertLoad | None:
         with self._changed:
@@ -154,7 +150,8 @@ class Mover:
                     load.end(error)
                     raise
                 assert load.steps is not None
-                load.steps.close()  # it may have been put off
+                # It may have been put off, and then reads are in flight.
+                load.steps.close()
                 load.end(MemoryError())
             self._works = False
             return None

@@ -36,8 +36,8 @@ class SlotSizes:
         return self.layers[number % len(self.layers)]
 
     def total(self, slots: int) -> int:
-        rounds, rest = divmod(slots, len(self.layers))
-        return rounds * sum(self.layers) + sum(self.layers[:rest])
+        rounds, remainder = divmod(slots, len(self.layers))
+        return rounds * sum(self.layers) + sum(self.layers[:remainder])
 
     def for_slots(self, slots: int, experts: int) -> SlotSizes:
         """Return these sizes, or the largest one for all slots if few of the experts fit."""
@@ -61,7 +61,7 @@ class Demand:
     sizes: SlotSizes | None = None
 
     def taken(self, slots: int) -> int:
-        """Return the bytes of RAM of so many slots."""
+        """Return the bytes of RAM that slots take."""
         if self.sizes is not None:
             return self.sizes.for_slots(slots, self.experts).total(slots)
         return self.whole if slots >= self.experts else slots * self.expert
@@ -100,16 +100,28 @@ class Placement:
         return self.slots, *self.other_slots
 
     def at_most(self, experts: int) -> Placement:
-        """Return the placement of so many experts, or fewer."""
-        first, *others = map(min, self.by_device, owner_counts(experts, self.by_device))
-        return replace(self, slots=first, other_slots=tuple(others))
+        """Return the placement of `experts` experts, or fewer."""
+        first, *later = map(min, self.by_device, owner_counts(experts, self.by_device))
+        return replace(self, slots=first, other_slots=tuple(later))
 
     def parts(self, owned: Sequence[int]) -> list[Placement]:
         """Return the placement of the experts that each device owns. `owned` has their numbers.
 
-        A device's part of the RAM is in proportion to the experts that it does not hold.
+        A device's slots in RAM are in proportion to the experts that it does not hold.
         """
-        host_slots = _divide_host(self.host_slots, owned, self.by_device)
+        lacking = [count - own for count, own in zip(owned, self.by_device, strict=True)]
+        host_slots = [0] * len(owned)
+        while any(lacking):
+            share = owned
+            if self.host_slots < sum(owned):
+                share = in_proportion(self.host_slots, lacking)
+            counts = list(map(min, share, owned))
+            # A device with too few slots to be of use leaves them to the others.
+            few = [n for n, count in enumerate(counts) if lacking[n] and count < MIN_HOST_SLOTS]
+            if not few:
+                host_slots = [count if lacking[n] else 0 for n, count in enumerate(counts)]
+                break
+            lacking[min(few, key=counts.__getitem__)] = 0
         return [
             Placement(slots, host, count, self.reserve)
             for slots, host, count in zip(self.by_device, host_slots, owned, strict=True)
@@ -140,8 +152,9 @@ def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Plac
         count = _budgeted(demand, budget, MIN_SLOTS, "two experts")
         _check_budget(demand, count, room - demand.context)
     slots = min(count, demand.experts)
-    left = min(room - demand.taken(slots), reserve_of(free))
-    return Placement(slots, 0, demand.experts, max(left, RESERVE_BYTES // 4))
+    # Experts may take part of the reserve, but a quarter of the smallest one stays.
+    reserve = min(room - demand.taken(slots), reserve_of(free))
+    return Placement(slots, 0, demand.experts, max(reserve, RESERVE_BYTES // 4))
 
 
 def place_on_gpus(
@@ -153,11 +166,19 @@ def place_on_gpus(
     are not used. A fraction as a budget is of a GPU's free memory. `host_budget` and the errors
     are as in `place_on_cpu`.
     """
-    first, *others = rooms
-    slots = [_first_slots(demand, first), *(_other_slots(demand, room) for room in others)]
+    first, *later = rooms
+    slots = [_first_slots(demand, first), *(_other_slots(demand, room) for room in later)]
     host_slots = 0
-    if sum(slots) < demand.experts:
-        host_slots = _host_slots(demand, free_host, host_budget)
+    # Each slot in RAM is locked, with room for the largest expert.
+    locked = replace(demand, whole=demand.experts * demand.expert, sizes=None)
+    if sum(slots) < demand.experts and (host_budget is None or host_budget.of(locked.whole)):
+        if host_budget is None:
+            count = (free_host - reserve_of(free_host)) // locked.expert
+        else:
+            count = _budgeted(locked, host_budget, MIN_HOST_SLOTS, "four experts")
+            _check_budget(locked, min(count, locked.experts), free_host)
+        count = min(count, locked.experts)
+        host_slots = count if count >= MIN_HOST_SLOTS else 0
     placement = Placement(slots[0], host_slots, demand.experts, other_slots=tuple(slots[1:]))
     return placement.at_most(demand.experts)
 
@@ -172,8 +193,8 @@ def _first_slots(demand: Demand, room: DeviceRoom) -> int:
         )
     free = _allowed(room)
     _check(demand, free, room.name)
-    left = free - demand.shared - demand.context - _spare(room)
-    slots = left // demand.expert if demand.sizes is None else demand.fitting(left)
+    free -= demand.shared + demand.context + _spare(room)
+    slots = free // demand.expert if demand.sizes is None else demand.fitting(free)
     return min(max(slots, MIN_SLOTS), demand.experts)
 
 
@@ -203,35 +224,8 @@ def _spare(room: DeviceRoom) -> int:
     return reserve_of(room.free) if room.budget is None else 0
 
 
-def _divide_host(slots: int, owned: Sequence[int], held: Sequence[int]) -> list[int]:
-    """Return the slots in RAM of each device, never too few to be of use."""
-    lacking = [count - own for count, own in zip(owned, held, strict=True)]
-    while any(lacking):
-        share = in_proportion(slots, lacking) if slots < sum(owned) else owned
-        parts = list(map(min, share, owned))
-        few = [n for n, part in enumerate(parts) if lacking[n] and part < MIN_HOST_SLOTS]
-        if not few:
-            return [part if lacks else 0 for part, lacks in zip(parts, lacking, strict=True)]
-        lacking[min(few, key=parts.__getitem__)] = 0
-    return [0] * len(owned)
-
-
-def _host_slots(demand: Demand, free: int, budget: MemoryBudget | None) -> int:
-    # Each slot is locked in RAM with room for the largest expert.
-    demand = replace(demand, whole=demand.experts * demand.expert, sizes=None)
-    if budget is None:
-        count = (free - reserve_of(free)) // demand.expert
-    elif budget.of(demand.whole) == 0:
-        return 0
-    else:
-        count = _budgeted(demand, budget, MIN_HOST_SLOTS, "four experts")
-        _check_budget(demand, min(count, demand.experts), free)
-    slots = min(count, demand.experts)
-    return slots if slots >= MIN_HOST_SLOTS else 0
-
-
 def reserve_of(free: int) -> int:
-    """Return the bytes to leave alone of so many free ones."""
+    """Return the bytes to leave alone if `free` bytes are free."""
     return max(RESERVE_BYTES, int(RESERVE_FRACTION * free))
 
 

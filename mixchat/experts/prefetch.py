@@ -16,7 +16,7 @@ from mixchat.experts.tuner import Tuner
 from mixchat.kernels.dense import dense_matmul
 from mixchat.kernels.router import Scoring
 
-# Layers to look ahead in decoding. Trying shows which number pays.
+# Layers to look ahead in decoding, in the order of trying them.
 DEPTHS = (3, 6, 0, 1)
 _TUNER_ROUND = 2  # tokens
 
@@ -88,9 +88,8 @@ def ranked_keys(layer: int, choices: torch.Tensor) -> list[ExpertKey]:
 class Prefetch:
     """Decides how many layers to look ahead, so that tokens come fastest.
 
-    In a prefill the next layer needs most of its experts, so one layer ahead cannot lose. In
-    decoding each depth is tried. Wrong predictions keep the disk busy, and even right ones may keep
-    the cores from computing.
+    In decoding each depth is tried. Wrong predictions keep the disk busy, and even right ones can
+    keep the cores from computing.
     """
 
     def __init__(self, routers: NextRouters, stats: ExpertStats) -> None:
@@ -102,23 +101,20 @@ class Prefetch:
     def predict(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the choices to prefetch while `layer` is computed."""
         if hidden_states.shape[0] > 1:
+            # In a prefill the next layer needs most of its experts, so one layer ahead cannot lose.
             self._started = None
             return self._routers(layer, hidden_states, 1)
         if layer == 0:
             self._started = time.perf_counter(), self._stats.needed
         elif layer == self._routers.layers - 1 and self._started is not None:
-            start, before = self._started
-            self._judge(time.perf_counter() - start, self._stats.needed - before)
+            # Record the token's time and its missing experts. Loading is assumed to take half of
+            # the time, so a token with twice as many missing experts counts as 1.5 tokens.
+            start, needed_at_start = self._started
+            needed = self._stats.needed - needed_at_start
+            self._tokens += 1
+            self._needed += needed
+            if self._needed:
+                mean = self._needed / self._tokens
+                self.tuner.add(time.perf_counter() - start, 0.5 + 0.5 * needed / mean)
             self._started = None
         return self._routers(layer, hidden_states, self.tuner.variant)
-
-    def _judge(self, seconds: float, needed: int) -> None:
-        """Note how long a token took, which `needed` so many experts that were not there.
-
-        Loading is assumed to take half of the time, so twice as many count as 1.5 tokens.
-        """
-        self._tokens += 1
-        self._needed += needed
-        if self._needed:
-            mean = self._needed / self._tokens
-            self.tuner.add(seconds, 0.5 + 0.5 * needed / mean)

@@ -47,8 +47,13 @@ def divide(
     uses = uses or {}
     every = (ExpertKey(*key) for key in product(range(layers), range(experts)))
     held = _assign(every, _quotas(layers * experts, slots), uses)
-    _add_copies(held, layers, experts, slots, uses)
-    for keys in held:
+    # By expert, then by layer, so that without uses each layer gets as many copies.
+    copies = [ExpertKey(layer, expert) for expert, layer in product(range(experts), range(layers))]
+    copies.sort(key=lambda key: -uses.get(key, 0))
+    for keys, count in zip(held, slots, strict=True):
+        own = set(keys)
+        room = max(count - len(keys), 0)
+        keys += [key for key in copies if key not in own][:room]
         keys.sort(key=lambda key: (-uses.get(key, 0), key.expert, key.layer))
     return held
 
@@ -85,14 +90,15 @@ def _assign(
     held: list[list[ExpertKey]] = [[] for _ in quotas]
     for _, group in groupby(sorted(keys), key=lambda key: key.layer):
         keys_of_layer = sorted(group, key=lambda key: (-uses.get(key, 0), key))
-        left = _part_of_layer(quotas, [len(keys) for keys in held], len(keys_of_layer))
+        room = _layer_counts(quotas, [len(keys) for keys in held], len(keys_of_layer))
         work = [0] * len(quotas)
+        # The most used expert goes to the holder with least to do, which evens out their work.
         for key in keys_of_layer:
             holder = min(
-                (number for number, count in enumerate(left) if count),
-                key=lambda number: (work[number], -left[number], number),
+                (number for number, count in enumerate(room) if count),
+                key=lambda number: (work[number], -room[number], number),
             )
-            left[holder] -= 1
+            room[holder] -= 1
             work[holder] += uses.get(key, 0) + 1
             held[holder].append(key)
     return held
@@ -109,34 +115,20 @@ def _quotas(total: int, slots: Sequence[int]) -> list[int]:
     return quotas
 
 
-def _part_of_layer(quotas: Sequence[int], given: Sequence[int], experts: int) -> list[int]:
-    """Return how many experts of a layer each holder gets, after it was `given` some before.
+def _layer_counts(quotas: Sequence[int], held: Sequence[int], experts: int) -> list[int]:
+    """Return how many of a layer's experts each holder gets. `held` counts its earlier ones.
 
-    Each is to have the same part of its quota after each layer.
+    After each layer all holders have the same share of their quotas, up to rounding.
     """
-    done, every = sum(given) + experts, sum(quotas)
-    due = [quota * done / every - had for quota, had in zip(quotas, given, strict=True)]
-    parts = [max(int(missing), 0) for missing in due]
-    while sum(parts) != experts:
-        step = 1 if sum(parts) < experts else -1
-        owed = [missing - part for missing, part in zip(due, parts, strict=True)]
+    done, every = sum(held) + experts, sum(quotas)
+    due = [quota * done / every - count for quota, count in zip(quotas, held, strict=True)]
+    counts = [max(int(missing), 0) for missing in due]
+    # Rounding leaves some experts over, or too few. The holder that is owed most gets the next.
+    while sum(counts) != experts:
+        step = 1 if sum(counts) < experts else -1
+        owed = [missing - count for missing, count in zip(due, counts, strict=True)]
         number = max(
-            (n for n in range(len(parts)) if parts[n] + step >= 0), key=lambda n: step * owed[n]
+            (n for n in range(len(counts)) if counts[n] + step >= 0), key=lambda n: step * owed[n]
         )
-        parts[number] += step
-    return parts
-
-
-def _add_copies(
-    held: list[list[ExpertKey]],
-    layers: int,
-    experts: int,
-    slots: Sequence[int],
-    uses: Mapping[ExpertKey, int],
-) -> None:
-    keys = [ExpertKey(layer, expert) for expert, layer in product(range(experts), range(layers))]
-    keys.sort(key=lambda key: -uses.get(key, 0))
-    for number, count in enumerate(slots):
-        has = set(held[number])
-        room = max(count - len(held[number]), 0)
-        held[number] += [key for key in keys if key not in has][:room]
+        counts[number] += step
+    return counts

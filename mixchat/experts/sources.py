@@ -24,7 +24,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 # Bytes of a read, which takes 2 to 8 ms. A more urgent load waits for reads in flight.
 STEP = 8 << 20
-AT_ONCE = 4  # reads
+AT_ONCE = 4  # reads in flight
 _TUNER_ROUND = 2  # experts
 
 PageLock = Callable[[torch.Tensor], None]  # pins a block in RAM for copies to a GPU
@@ -49,7 +49,7 @@ def _new_readers() -> ThreadPoolExecutor:
 
 
 def _pieces(block: torch.Tensor) -> deque[_Piece]:
-    return deque(_Piece(n * STEP, part) for n, part in enumerate(torch.split(block, STEP)))
+    return deque(_Piece(n * STEP, view) for n, view in enumerate(torch.split(block, STEP)))
 
 
 def _end(reads: Iterable[Future[int]]) -> None:
@@ -61,14 +61,15 @@ class DiskSource:
     """The experts' files, which have the master copies.
 
     With `choose`, reading past the page cache (O_DIRECT) is tried, too, and the fastest mode is
-    used. O_DIRECT takes no core and no memory, but only the page cache has pages that others have
-    read. In fragmented memory slots are made of small pages, which gave 2.1 GB/s instead of 3.5.
-    Then it can be faster to read into a few large pages, and copy.
+    used.
     """
 
     def __init__(self, model: InstalledModel, stats: ExpertStats, *, choose: bool) -> None:
         self._model, self._stats = model, stats
         modes = [_Mode()]
+        # O_DIRECT takes no core and no memory, but only the page cache has pages that others have
+        # read. In fragmented memory slots are made of small pages, which gave 2.1 GB/s instead of
+        # 3.5. Then it can be faster to read into a few large pages, and copy.
         if choose and model.open_direct():
             modes = [_Mode(direct=True), _Mode(direct=True, staged=True), *modes]
         self._tuner = Tuner(modes, length=_TUNER_ROUND * model.blueprint.expert.stride)
@@ -90,7 +91,8 @@ class DiskSource:
         pieces, reads = _pieces(block), deque[Future[int]]()
         try:
             while pieces or reads:
-                self._reads = reads  # another load may have come between two steps
+                # Another load may have come between two steps.
+                self._reads = reads
                 began = time.perf_counter()
                 while pieces and len(reads) < AT_ONCE:
                     reads.append(self._begin(key, pieces.popleft(), self._tuner.variant))
@@ -158,7 +160,8 @@ class DiskSource:
         return len(piece.bytes)
 
     def _staging(self) -> Sequence[torch.Tensor]:
-        """Return all stages, which are made at once because large pages are rare."""
+        """Return all stages."""
+        # Made at once, because large pages are rare.
         if not self._stages:
             self._stages = torch.split(new_block(AT_ONCE * STEP, CPU).fill_(0), STEP)
             for stage in self._stages:
@@ -169,9 +172,8 @@ class DiskSource:
 class HostSource:
     """`slots` experts in RAM, between another source and the slots of a GPU.
 
-    A slot has `size` bytes, enough for the largest expert.
-    With `swaps`, RAM holds other experts than the GPU. An expert that goes up leaves its slot to
-    the one that it evicts.
+    A slot has `size` bytes, enough for the largest expert. With `swaps`, RAM holds other experts
+    than the GPU. An expert that goes up leaves its slot to the one that it evicts.
     """
 
     def __init__(
@@ -217,7 +219,9 @@ class HostSource:
             # Those put off leave slots for one that goes up, for `evicted`, and a borrowed one.
             yield from self._source.load(key, block, evicted)
             return
-        yield from self._bring(key)
+        if self._cache.lookup(key) is None or key in self._partial:
+            with self._filling(key) as slot_block:
+                yield from self._source.load(key, slot_block, None)
         if self._swaps and evicted is not None and evicted not in self._cache:
             with self._filling(evicted, kept=key) as slot_block:
                 self._copy(evicted, block, slot_block)
@@ -229,40 +233,31 @@ class HostSource:
                 if key not in self._borrowed:
                     self._cache.discard(key)
 
-    def _bring(self, key: ExpertKey) -> Steps:
-        if self._cache.lookup(key) is None or key in self._partial:
-            with self._filling(key) as block:
-                yield from self._source.load(key, block, None)
-
     @contextmanager
     def _filling(self, key: ExpertKey, kept: ExpertKey | None = None) -> Iterator[torch.Tensor]:
         """Yield a slot's block. Its expert counts as missing until it is filled."""
         try:
-            yield self._block(self._admit(key, kept))
-        except BaseException:  # also if the load is cancelled
+            with self._access:
+                # An expert whose load was put off has its slot already.
+                slot = self._cache.slot_of(key)
+                if slot is None:
+                    pinned = {*self._partial, *self._borrowed, *([] if kept is None else [kept])}
+                    self._partial.add(key)
+                    slot = self._cache.admit(key, pinned)
+            assert slot is not None, "loads that were put off leave enough slots"
+            if slot not in self._blocks:
+                block = new_block(self._size, CPU)
+                self._lock(block)
+                self._blocks[slot] = block
+            yield self._blocks[slot]
+        except BaseException:
+            # Also if the load is cancelled, which closes its steps.
             if key in self._partial:
                 with self._access:
                     self._cache.discard(key)
             raise
         finally:
             self._partial.discard(key)
-
-    def _admit(self, key: ExpertKey, kept: ExpertKey | None) -> int:
-        with self._access:
-            slot = self._cache.slot_of(key)  # an earlier load of it was put off
-            if slot is None:
-                pinned = {*self._partial, *self._borrowed, *([] if kept is None else [kept])}
-                self._partial.add(key)
-                slot = self._cache.admit(key, pinned)
-        assert slot is not None, "loads that were put off leave enough slots"
-        return slot
-
-    def _block(self, slot: int) -> torch.Tensor:
-        if slot not in self._blocks:
-            block = new_block(self._size, CPU)
-            self._lock(block)
-            self._blocks[slot] = block
-        return self._blocks[slot]
 
     def _copy(self, key: ExpertKey, source: torch.Tensor, target: torch.Tensor) -> None:
         size = self._layouts(key.layer).stride

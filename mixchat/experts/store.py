@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -67,9 +67,26 @@ class ExpertStore:
 
     def load(self, key: ExpertKey, slot: int) -> Steps:
         """Return the steps that load an expert into a slot, which the device may still read."""
-        before = self._streams.Event()
-        before.record(self._streams.current_stream(self._device))
-        return self._load(key, self._slot(slot), before)
+        target, was_read = self._slot(slot), self._streams.Event()
+        was_read.record(self._streams.current_stream(self._device))
+
+        def steps() -> Steps:
+            was_read.wait(self._side)
+            evicted, target.holds = target.holds, None
+            layout, new_memory = self._used(key.layer), target.block
+            if new_memory is None:
+                raise MemoryError  # the slot was freed before its load began
+            block = new_memory()
+            yield from self._source.load(key, block, evicted)
+            self._stored(key.layer).convert(block, layout)
+            target.take(layout, block)
+            arrived = self._streams.Event()
+            arrived.record(self._side)
+            arrived.synchronize()
+            target.holds = key
+            self._stats.bytes_moved += layout.nbytes
+
+        return steps()
 
     def expert(self, slot: int) -> Expert:
         """Return the expert in a slot, which reads the slot's bytes when it is called."""
@@ -100,52 +117,41 @@ class ExpertStore:
 
     def release(self, slot: int) -> None:
         """Free a slot's memory. A load on its way there has no effect."""
-        gone = self._slots.pop(slot, None)
-        if gone is not None:  # queued loads still have the slot, and would keep its memory
-            gone.block, gone.expert = _no_block, None
+        released = self._slots.pop(slot, None)
+        if released is not None:
+            # Queued loads still have the slot, and would keep its memory.
+            released.block = released.expert = None
 
     def _slot(self, number: int) -> _Slot:
         if number not in self._slots:
             block = cache(partial(new_block, self._size(number), self._device))
             if self._device != CPU:
-                block()  # belongs to the stream that takes it, and not to the mover's
+                # Memory belongs to the stream that takes it, which is not to be the mover's.
+                block()
             self._slots[number] = _Slot(block)
         return self._slots[number]
-
-    def _load(self, key: ExpertKey, slot: _Slot, before: Any) -> Steps:
-        before.wait(self._side)
-        evicted, slot.holds = slot.holds, None
-        layout, block = self._used(key.layer), slot.block()
-        yield from self._source.load(key, block, evicted)
-        self._stored(key.layer).convert(block, layout)
-        slot.take(layout, block)
-        arrived = self._streams.Event()
-        arrived.record(self._side)
-        arrived.synchronize()
-        slot.holds = key
-        self._stats.bytes_moved += layout.nbytes
 
 
 @dataclass
 class _Slot:
-    """`holds` is the key that was completely loaded. `filled` counts bytes that were touched."""
+    """A slot's memory and the expert in it.
 
-    block: Callable[[], torch.Tensor]  # takes the memory when it is first called
+    block: takes the memory when it is first called, None after the slot was freed. holds: the key
+    that was completely loaded. filled: counts bytes that were touched.
+    """
+
+    block: Callable[[], torch.Tensor] | None
     layout: ExpertSpec | None = None
     expert: Expert | None = None
     holds: ExpertKey | None = None
     filled: int = 0
 
     def take(self, layout: ExpertSpec, block: torch.Tensor) -> None:
-        """Let `expert` be of this layout. It stays the same object if it is so already."""
+        """Let `expert` be of this layout."""
+        # It stays the same object if it can: programs of kernels have its addresses.
         if self.layout != layout:
             self.layout, self.expert = layout, layout.build(block)
             self.filled = max(self.filled, layout.stride)
-
-
-def _no_block() -> torch.Tensor:
-    """Stand for the memory of a slot that was freed before its load began."""
-    raise MemoryError
 
 
 def new_block(size: int, device: torch.device) -> torch.Tensor:

@@ -69,25 +69,23 @@ class TraceWriter:
         """Record a layer's experts. Layer 0 starts a pass. An interrupted one leaves no line."""
         if layer == 0:
             self._forward = []
-        if layer == len(self._forward):
-            self._forward.append(selected)
-            if len(self._forward) == self._layers:
-                self._write(_line(self._forward))
-
-    def close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
-
-    def _write(self, line: bytes) -> None:
-        if self._file is None:
+        if layer != len(self._forward):
             return
+        self._forward.append(selected)
+        if len(self._forward) < self._layers or self._file is None:
+            return
+        line = _line(self._forward)
         try:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
             self.close()
             raise ResourceError(f"{self._output}: cannot be written ({error.strerror})") from None
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def _line(value: object) -> bytes:

@@ -165,7 +165,7 @@ def test_a_prompts_experts_are_computed_together_with_the_same_bits(
     monkeypatch.setattr(compute, "compute_together", watched)
     results = []
     for rows in (0, 100, 10**6):  # one expert has up to 70 rows
-        monkeypatch.setattr(compute, "_MOST_X_NUMBERS", rows * 64)
+        monkeypatch.setattr(compute, "_MAX_X_NUMBERS", rows * 64)
         one = runner(installed, slots)
         results += [one.run(1, *inputs, exact=exact) for _ in range(2)]
     assert all(torch.equal(results[0], other) for other in results)
