@@ -129,7 +129,7 @@ class Batch:
     ) -> None:
         self._passes, self._sequences, self._speculation = passes, sequences, speculation
         self._exact_prompts, self._shares = exact_prompts, shared_prefix
-        # The least recently used first. At first, those that hold nothing.
+        # The least recently used comes first. At the start, empty ones come first.
         self._free = sorted(sequences, key=lambda prefix: bool(prefix.ids))
         self._answers: list[BatchedAnswer] = []
         self._sizer = PassSizer(chunk)

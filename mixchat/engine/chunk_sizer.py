@@ -8,7 +8,7 @@ PREFILL_CHUNK = 2048
 _FIRST_CHUNK, _SMALLEST_CHUNK = 32, 16
 # Seconds that a pass may take if other answers decode in it, and if none do.
 _DECODING_TARGET_S, _PREFILL_TARGET_S = 0.7, 8.0
-# The first may be so many times as long as a pass that only decodes.
+# On a slow machine, the first target as a multiple of a pass that only decodes.
 _DECODING_TARGET_RATIO = 4
 _OLD_PASS_WEIGHT = 0.7  # of each earlier pass, against the one after it
 _PRIOR_WEIGHT = 0.01  # of the belief that a pass of no tokens takes no time
@@ -42,9 +42,9 @@ class PassSizer:
 class ChunkSizer:
     """Learns from passes that took `fixed + n * each` seconds for n tokens of prompts.
 
-    If experts are read from disk, `fixed` is large. The tokens may then take as long. With 0.1 s
-    and 0.01 s a token, 60 tokens fit into 0.7 s. With 10 s and 0.01 s a token the chunk has 1,000
-    tokens.
+    If experts are read from disk, `fixed` is large. The tokens may then take as long as that. With
+    0.1 s and 0.01 s a token, 60 tokens fit into 0.7 s. With 10 s and 0.01 s a token the chunk has
+    1,000 tokens.
     """
 
     def __init__(self, first: int, least: int, most: int) -> None:
@@ -56,7 +56,8 @@ class ChunkSizer:
     def add(self, tokens: int, seconds: float) -> None:
         new = (1, tokens, seconds, tokens * tokens, tokens * seconds)
         old = (self._weight, self._tokens, self._seconds, self._squares, self._products)
-        sums = (_OLD_PASS_WEIGHT * one + other for one, other in zip(old, new, strict=True))
+        # Old passes fade, because the speed changes as the cache of experts fills.
+        sums = (_OLD_PASS_WEIGHT * past + item for past, item in zip(old, new, strict=True))
         self._weight, self._tokens, self._seconds, self._squares, self._products = sums
         self._last = tokens
 
@@ -64,16 +65,15 @@ class ChunkSizer:
         """Return the tokens for `target` seconds, at most twice the last pass's."""
         if not self._weight:
             return self._first
-        fixed, each = self._fit()
-        room = max(target - fixed, fixed)
-        wanted = self._most if each * self._most <= room else int(room / each)
-        return min(max(wanted, self._least), 2 * max(self._last, self._least), self._most)
-
-    def _fit(self) -> tuple[float, float]:
-        """Return `fixed` and `each`, by least squares."""
+        # Fit `fixed` and `each` by least squares.
         tokens, seconds = self._tokens / self._weight, self._seconds / self._weight
         variance = self._squares / self._weight - tokens**2
         covariance = self._products / self._weight - tokens * seconds
+        # The prior belief, of a line through 0, decides while all passes have the same tokens.
         slope = covariance + _PRIOR_WEIGHT * tokens * seconds
         each = max(slope / (variance + _PRIOR_WEIGHT * tokens**2), 0.0)
-        return max(seconds - each * tokens, 0.0), each
+        fixed = max(seconds - each * tokens, 0.0)
+        room = max(target - fixed, fixed)
+        wanted = self._most if each * self._most <= room else int(room / each)
+        # A fit of few passes may be far off, so the chunk grows by steps.
+        return min(max(wanted, self._least), 2 * max(self._last, self._least), self._most)

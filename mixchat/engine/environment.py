@@ -23,15 +23,14 @@ def prepare_environment() -> None:
     # By default OpenMP's idle threads keep spinning. If a core is busy, decoding then loses three
     # quarters of its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if "torch" not in sys.modules:
-        _check_address_space(machine.memory_left_by_ulimit().get("ulimit -v"))
-        with interrupts.starting():
-            import torch  # noqa: F401
-
-
-def _check_address_space(free: int | None) -> None:
+    if "torch" in sys.modules:
+        return
+    free = machine.memory_left_by_ulimit().get("ulimit -v")
     if free is not None and free < _MIN_ADDRESS_SPACE_BYTES:
-        needed, left = format_least(_MIN_ADDRESS_SPACE_BYTES), format_size(free)
         raise ResourceError(
-            f"not enough memory: {needed} needed, ulimit -v leaves {left}", hint="Raise that limit."
+            f"not enough memory: {format_least(_MIN_ADDRESS_SPACE_BYTES)} needed, "
+            f"ulimit -v leaves {format_size(free)}",
+            hint="Raise that limit.",
         )
+    with interrupts.starting():
+        import torch  # noqa: F401

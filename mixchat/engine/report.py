@@ -163,10 +163,7 @@ def _check(report: ExpertReport) -> None:
     counts: list[Any] = [*whole, *report.slots.values(), *chain(*report.hits, *report.misses)]
     if not all(type(count) is int for count in counts):
         raise ValueError("a count is not a whole number")
+    numbers: list[Any] = [*counts, report.stalled_seconds, report.seconds]
     # Python reads NaN and Infinity in JSON, and whole numbers too large for a float.
-    if not all(_in_range(number) for number in (*counts, report.stalled_seconds, report.seconds)):
+    if not all(type(number) in (int, float) and 0 <= number < 2**63 for number in numbers):
         raise ValueError("a number is out of range")
-
-
-def _in_range(number: object) -> bool:
-    return type(number) in (int, float) and 0 <= number < 2**63  # type: ignore[operator]

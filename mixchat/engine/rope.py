@@ -7,11 +7,10 @@ which makes them equal to the bit. h = head_dim, or the columns of a head that a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
-from mixchat.base.model_config import ModelConfig, RopeParameters, RopeType
+from mixchat.base.model_config import ModelConfig, RopeParameters
 from mixchat.kernels import rows
 from mixchat.kernels.program import Step
 
@@ -20,11 +19,14 @@ class RotaryEmbedding:
     """Rotates pairs (i, i + h / 2) of a head by the angle position * frequencies[i].
 
     Su et al., arXiv:2104.09864, in Hugging Face's two-halves order. If a head has more columns than
-    these, the others stay as they are. Types that stretch by the length of a sequence ("dynamic",
-    "longrope") always stretch for one that fills the context, so that keys in a cache stay right
-    and an answer does not depend on how its prompt was read. Logits then differ from transformers'
-    for shorter sequences, if the context is longer than the original one, which is the default.
+    these, the others stay unchanged. Types that stretch by the length of a sequence ("dynamic",
+    "longrope") always stretch for a sequence that fills the context. Logits then differ from
+    transformers' for shorter sequences, if the context is longer than the original one, which is
+    the default.
     """
+
+    # A stretch that followed the length would make the keys in a cache wrong, and the answer would
+    # depend on how its prompt was read.
 
     def __init__(
         self,
@@ -35,11 +37,13 @@ class RotaryEmbedding:
         device: torch.device,
     ) -> None:
         self.width = head_dim = parameters.rotated(head_dim)
-        frequencies = _FREQUENCIES[parameters.rope_type](parameters, head_dim, context)  # [h / 2]
+        frequencies = _frequencies(parameters, head_dim, context)  # [h / 2]
+        # In fp32: bf16 has 8 bits, and could not tell position 1000 from 1001.
         angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies)
-        cos, sin = (part * _attention_factor(parameters) for part in (angles.cos(), angles.sin()))
-        self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)
-        # [context, h]. `sin` has the sign, so that a rotation needs no negation.
+        factor = _attention_factor(parameters)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)  # [context, h]
+        # `sin` has the sign, so that a rotation needs no negation.
         self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
 
     def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
@@ -68,34 +72,47 @@ def _powers(theta: float | torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.as_tensor(theta**exponents)
 
 
-def _default(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
-    return 1.0 / _powers(rope.rope_theta, head_dim)
-
-
-def _linear(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
-    """Divide all frequencies by `factor`."""
-    return _default(rope, head_dim, context) / rope.factor
-
-
-def _dynamic(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
-    """Take a larger `rope_theta`, by how much the context exceeds the original one."""
+def _frequencies(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
+    """Return the angle between two positions for each pair [h / 2], by the type of the rope."""
     length = rope.stretched_for(context)
-    if length is None:
-        return _default(rope, head_dim, context)
-    tokens = torch.tensor(length)  # what follows is rounded to fp32, as in transformers
-    stretched = (rope.factor * tokens / rope.original_max_position_embeddings) - (rope.factor - 1)
-    theta = rope.rope_theta * stretched ** (head_dim / (head_dim - 2))
-    return 1.0 / _powers(theta, head_dim)
+    powers = _powers(rope.rope_theta, head_dim)
+    match rope.rope_type:
+        case "linear":
+            return 1.0 / powers / rope.factor
+        case "dynamic" if length is not None:
+            # A larger theta, by how much the context exceeds the original one. A tensor, because
+            # transformers rounds these steps to fp32.
+            tokens, original = torch.tensor(length), rope.original_max_position_embeddings
+            ratio = (rope.factor * tokens / original) - (rope.factor - 1)
+            theta = rope.rope_theta * ratio ** (head_dim / (head_dim - 2))
+            return 1.0 / _powers(theta, head_dim)
+        case "longrope":
+            # Each frequency is divided by a number of its own. Ding et al., arXiv:2402.13753.
+            factors = torch.tensor(rope.short_factor if length is None else rope.long_factor)
+            return 1.0 / (factors * powers)
+        case "yarn":
+            return _yarn(rope, powers, head_dim)
+        case "llama3":
+            # High frequencies stay, low ones are divided, and those between are a mix of both.
+            low, high = rope.low_freq_factor, rope.high_freq_factor
+            frequencies, original = 1.0 / powers, rope.original_max_position_embeddings
+            lengths = 2 * math.pi / frequencies  # of one rotation, in tokens
+            kept = (original / lengths - low) / (high - low)
+            mixed = (1 - kept) * frequencies / rope.factor + kept * frequencies
+            stretched = torch.where(lengths < original / high, frequencies, mixed)
+            return torch.where(lengths > original / low, frequencies / rope.factor, stretched)
+        case _:  # "default", and "dynamic" within the original context
+            return 1.0 / powers
 
 
-def _yarn(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
+def _yarn(rope: RopeParameters, powers: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Keep high frequencies, divide low ones by `factor`, and change over between them.
 
     Peng et al., arXiv:2309.00071.
     """
 
     def pair_with(rotations: float) -> float:
-        """Return which pair turns so many times over the original context."""
+        """Return the pair that turns `rotations` times over the original context."""
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
         return (head_dim * math.log(turns)) / (2 * math.log(rope.rope_theta))
 
@@ -107,37 +124,7 @@ def _yarn(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
         high += 0.001
     pairs = torch.arange(head_dim // 2, dtype=torch.float32)
     kept = 1 - torch.clamp((pairs - low) / (high - low), 0, 1)
-    powers = _powers(rope.rope_theta, head_dim)
     return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
-
-
-def _llama3(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
-    """Keep high frequencies, divide low ones by `factor`, and mix both between them."""
-    original, factor = rope.original_max_position_embeddings, rope.factor
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    frequencies = _default(rope, head_dim, context)
-    lengths = 2 * math.pi / frequencies  # of one rotation, in tokens
-    kept = (original / lengths - low) / (high - low)
-    mixed = (1 - kept) * frequencies / factor + kept * frequencies
-    stretched = torch.where(lengths < original / high, frequencies, mixed)
-    return torch.where(lengths > original / low, frequencies / factor, stretched)
-
-
-def _longrope(rope: RopeParameters, head_dim: int, context: int) -> torch.Tensor:
-    """Divide each frequency by a number of its own. Ding et al., arXiv:2402.13753."""
-    is_short = rope.stretched_for(context) is None
-    factors = torch.tensor(rope.short_factor if is_short else rope.long_factor)
-    return 1.0 / (factors * _powers(rope.rope_theta, head_dim))
-
-
-_FREQUENCIES: dict[RopeType, Callable[[RopeParameters, int, int], torch.Tensor]] = {
-    "default": _default,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "yarn": _yarn,
-    "llama3": _llama3,
-    "longrope": _longrope,
-}
 
 
 def _attention_factor(rope: RopeParameters) -> float:

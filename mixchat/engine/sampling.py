@@ -13,8 +13,10 @@ from torch.nn import functional
 
 from mixchat.base.options import SamplingOptions
 
-_MIN_TEMPERATURE = 1e-5  # a lower one would only overflow
-_MAX_TEMPERATURE = 1e30  # all tokens are equally likely, and no number is too large for fp32
+# A lower temperature would make logits overflow, and is greedy.
+_MIN_TEMPERATURE = 1e-5
+# At this one all tokens are equally likely, and no number is too large for fp32.
+_MAX_TEMPERATURE = 1e30
 _TOP_P_TOKENS = 1024  # tokens that top-p looks at first
 _BLOCK = 64  # tokens that are looked at together first
 _REPEAT_PENALTY_TOKENS = 64  # last tokens, as in llama.cpp and ollama
@@ -40,8 +42,8 @@ class Constraint(Protocol):
 class Sampler:
     """Draws an answer's tokens. With a seed the same logits give the same tokens on every device.
 
-    The tokens of `stop_ids` get no `repeat_penalty`, or short answers would not end. The penalties
-    for presence and frequency count the tokens that this sampler drew.
+    The tokens of `stop_ids` get no `repeat_penalty`. The penalties for presence and frequency count
+    the tokens that this sampler drew.
     """
 
     def __init__(
@@ -60,16 +62,9 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, history: Sequence[int]) -> int:
         """Return the next token after `history`. logits: [V], any float type, on the CPU."""
-        token = self._draw(self._adjusted(logits.float(), history))
-        self._counts[token] += 1
-        if self._constraint is not None:
-            self._constraint.accept(token)
-        return token
-
-    def _adjusted(self, logits: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
-        """Return logits [V] with penalties and biases, -inf for what is forbidden."""
-        options = self._options
+        options, logits = self._options, logits.float()
         if options.repeat_penalty != 1:
+            # With a penalty for stop tokens, short answers would not end.
             recent = set(history[-_REPEAT_PENALTY_TOKENS:]) - self._stop_ids
             logits = penalize(logits, recent, options.repeat_penalty)
         if options.presence_penalty or options.frequency_penalty:
@@ -79,17 +74,21 @@ class Sampler:
             )
         if options.logit_bias:
             logits = raised(logits, options.logit_bias)
+        # Last, so that no bias allows a token that the constraint forbids.
         if self._constraint is not None and (mask := self._constraint.allowed()) is not None:
             logits = only(logits, mask)
-        return logits
-
-    def _draw(self, logits: torch.Tensor) -> int:
-        if self._options.temperature < _MIN_TEMPERATURE:
-            return int(logits.numpy().argmax())  # several times as fast as torch's
-        ids, probabilities = candidates(logits, self._options)
-        share = torch.rand(1, dtype=torch.float64, generator=self._generator).item()
-        drawn = at_share(probabilities, share)
-        return drawn if ids is None else int(ids[drawn])
+        if options.temperature < _MIN_TEMPERATURE:
+            token = int(logits.numpy().argmax())  # several times as fast as torch's
+        else:
+            ids, probabilities = candidates(logits, options)
+            # A device's own generator would give other tokens for the same seed.
+            share = torch.rand(1, dtype=torch.float64, generator=self._generator).item()
+            index = at_share(probabilities, share)
+            token = index if ids is None else int(ids[index])
+        self._counts[token] += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        return token
 
 
 def log_probabilities(
@@ -112,7 +111,7 @@ def raised(logits: torch.Tensor, amounts: Sequence[tuple[int, float]]) -> torch.
 
 
 def only(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Return logits [V] with -inf for each token that is not `allowed`. None beyond its end is."""
+    """Return logits [V] with -inf for tokens that are not `allowed`, or lie beyond its end."""
     size = min(len(allowed), len(logits))
     masked = torch.full_like(logits, -torch.inf)
     masked[:size] = logits[:size].masked_fill(~allowed[:size], -torch.inf)
@@ -127,20 +126,20 @@ def penalize(logits: torch.Tensor, recent: Iterable[int], penalty: float) -> tor
 
 
 def at_share(probabilities: torch.Tensor, share: float) -> int:
-    """Return the first place up to which probabilities add up to more than a share of their sum.
+    """Return the first index up to which probabilities add up to more than a share of their sum.
 
-    probabilities: [n]. share: below 1. Their sums are computed by blocks, since one by one they
-    take several times as long.
+    probabilities: [n]. share: below 1.
     """
+    # By blocks, since summing the numbers one by one takes several times as long.
     blocks = _in_blocks(probabilities, 0)
     ends = blocks.sum(1).numpy().cumsum(dtype=np.float64)
     assert ends[-1] > 0, "not of numbers"
     point = share * ends[-1]
     block = int(ends.searchsorted(point, side="right"))
     inner = blocks[block].numpy().cumsum(dtype=np.float64)
-    before = ends[block - 1] if block else 0.0
+    start = ends[block - 1] if block else 0.0
     # The two sums of a block may differ in their last bits.
-    point = min(point - before, np.nextafter(inner[-1], 0.0))
+    point = min(point - start, np.nextafter(inner[-1], 0.0))
     return block * _BLOCK + int(inner.searchsorted(point, side="right"))
 
 
@@ -160,7 +159,10 @@ def candidates(
     probabilities = scaled.softmax(0)
     if options.top_p < 1:
         if ids is None:
-            ids = _likely(scaled, probabilities, options.top_p)
+            ids = _best(scaled, min(_TOP_P_TOKENS, len(scaled)))
+            # Sorting all tokens takes ten times as long, and is seldom needed.
+            if probabilities[ids].sum() < options.top_p:
+                ids = _best(scaled, len(scaled))
             probabilities = probabilities[ids]
         kept = probabilities.cumsum(0) - probabilities < options.top_p
         kept[0] = True  # top_p may be 0 in fp32
@@ -171,15 +173,9 @@ def candidates(
         probabilities = probabilities[kept]
     if ids is None:
         return None, probabilities
+    # In the order of the ids, so that a seed gives the same token by each of these ways.
     ids, order = ids.sort()
     return ids, probabilities[order]
-
-
-def _likely(scaled: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return the ids of the best tokens, the best first, with `top_p` or more in all."""
-    ids = _best(scaled, min(_TOP_P_TOKENS, len(scaled)))
-    # Sorting all tokens takes ten times as long.
-    return ids if probabilities[ids].sum() >= top_p else _best(scaled, len(scaled))
 
 
 def _best(logits: torch.Tensor, count: int) -> torch.Tensor:
@@ -193,8 +189,8 @@ def _best(logits: torch.Tensor, count: int) -> torch.Tensor:
     return ids[logits[ids].sort(descending=True, stable=True).indices[:count]]
 
 
-def _in_blocks(values: torch.Tensor, rest: float) -> torch.Tensor:
-    """Return values [n] as [blocks, _BLOCK]. The last block is filled up with `rest`."""
+def _in_blocks(values: torch.Tensor, padding: float) -> torch.Tensor:
+    """Return values [n] as [blocks, _BLOCK]. The last block is filled up with `padding`."""
     missing = -len(values) % _BLOCK
-    whole = functional.pad(values, (0, missing), value=rest) if missing else values
+    whole = functional.pad(values, (0, missing), value=padding) if missing else values
     return whole.view(-1, _BLOCK)

@@ -47,10 +47,11 @@ class Speculation:
         return self.single_seconds > 0 and self._saved_seconds >= 0
 
     def add_single(self, seconds: float) -> None:
-        """Note a pass of one token. Bringing experts back after verifying is lost time."""
+        """Note a pass of one token."""
         if not self.single_seconds:
             self.single_seconds, self._saved_seconds = seconds, _MAX_SAVED_PASSES * seconds
         elif self._has_verified:
+            # Verifying evicted experts. The time to bring them back is lost by it.
             self._save(self.single_seconds - seconds)
         else:
             self.single_seconds += _LAST_PASS_WEIGHT * (seconds - self.single_seconds)
@@ -72,7 +73,7 @@ class Speculation:
 
 
 class Proposals:
-    """The proposed tokens of one answer, and the logits after those that were verified.
+    """The proposed tokens of one answer, and the logits after the verified tokens.
 
     No token of `stop_ids` is proposed, and none without `speculation`.
     """
@@ -97,10 +98,22 @@ class Proposals:
         """Return up to `most` tokens that may follow `ids`."""
         if self._speculation is None or not self._speculation.pays:
             return []
-        end = self._find(ids)
-        if end is None:
+        # Find the last earlier occurrence of the last tokens. It may overlap with them.
+        self._text += array("i", ids[len(self._text) // _TOKEN_BYTES :]).tobytes()
+        last = self._text[-_MIN_MATCH_TOKENS * _TOKEN_BYTES :]
+        match = len(self._text) - len(last)
+        while (match := self._text.rfind(last, 0, match + len(last) - 1)) >= 0:
+            if match % _TOKEN_BYTES == 0:
+                break  # else it begins in the middle of a token
+        if match < 0:
             return []
-        count = min(_count_repeated(ids, end), most)
+        # Propose as many tokens as are repeated: the longer the quote, the farther it goes on.
+        end = match // _TOKEN_BYTES + _MIN_MATCH_TOKENS
+        longest, repeated = min(end, _MAX_PROPOSAL_TOKENS), 0
+        while repeated < longest and ids[end - 1 - repeated] == ids[-1 - repeated]:
+            repeated += 1
+        count = min(repeated, most)
+        # What follows may end before that, if the text repeats itself, and then begins again.
         following = islice(cycle(ids[end : end + count]), count)
         return list(takewhile(lambda token: token not in self._stop_ids, following))
 
@@ -116,21 +129,3 @@ class Proposals:
         self.stats.passes += 1
         self.stats.proposed += len(proposal)
         self._verified = [(token, logits[n]) for n, token in enumerate(proposal, start=1)]
-
-    def _find(self, ids: Sequence[int]) -> int | None:
-        """Return the end of the last place where the last tokens were before."""
-        self._text += array("i", ids[len(self._text) // _TOKEN_BYTES :]).tobytes()
-        last = self._text[-_MIN_MATCH_TOKENS * _TOKEN_BYTES :]
-        place = len(self._text) - len(last)
-        while (place := self._text.rfind(last, 0, place + len(last) - 1)) >= 0:
-            if place % _TOKEN_BYTES == 0:
-                return place // _TOKEN_BYTES + _MIN_MATCH_TOKENS
-        return None
-
-
-def _count_repeated(ids: Sequence[int], end: int) -> int:
-    """Return how many tokens before `end` are the last ones of `ids`."""
-    most, count = min(end, _MAX_PROPOSAL_TOKENS), 0
-    while count < most and ids[end - 1 - count] == ids[-1 - count]:
-        count += 1
-    return count

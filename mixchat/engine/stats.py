@@ -11,7 +11,7 @@ from mixchat.experts.cache import ExpertStats
 class SpeculationStats:
     """Counts of proposed tokens.
 
-    passes: those that verified proposals. single_seconds: the mean of passes of one token.
+    passes: that verified proposals. single_seconds: the mean of passes of one token.
     """
 
     passes: int = 0
