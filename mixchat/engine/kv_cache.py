@@ -53,9 +53,76 @@ class KVCache(ABC):
         return slice(self.length, self.length + tokens)
 
     def advance(self, tokens: int) -> None:
-        """Count so many new tokens, after all layers have stored them."""
+        """Count new tokens, after all layers have stored them."""
         self.length += tokens
 
+    def is_like(self, cache: KVCache) -> bool:
+        mine, theirs = (self.config, self.capacity), (cache.config, cache.capacity)
+        return mine == theirs and self.form == cache.form
+
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """Return the name of the form. Content fits into caches of the same form."""
+
+    def _start(self, layer: int, first: int) -> int:
+        """Return the first token of a layer's content."""
+        return 0 if self.config.window(layer) is None else first
+
+    def _check_content(
+        self, layer: int, content: dict[str, torch.Tensor], tokens: int, first: int
+    ) -> None:
+        """Raise `CheckpointError` unless `content` has this cache's form."""
+        assert self.length == 0
+        forms = {name: (tensor.dtype, tensor.shape) for name, tensor in content.items()}
+        specs = self.specs(layer, tokens, first)
+        expected = {spec.name: (spec.dtype, spec.shape) for spec in specs}
+        if forms != expected or tokens > self.capacity:
+            raise CheckpointError(f"the saved part of layer {layer} does not fit this KV cache")
+
+    def _first_to_keep(self, layer: int, tokens: int) -> int:
+        """Return a layer's first token, a multiple of `PAGE`, while it gets T new ones.
+
+        The pass may be interrupted, so all that the token after `length` sees is kept, too.
+        """
+        window = self.config.window(layer)
+        if window is None or not self.length:
+            return 0
+        assert self.usable(self.length)
+        oldest = min(self.length + 1, self.length + tokens - MAX_CUT_TOKENS) - window
+        # A cache that was restored may lack earlier tokens, whose memory is not taken again.
+        return max(self._firsts[layer], oldest // PAGE * PAGE)
+
+    @abstractmethod
+    def specs(self, layer: int, tokens: int, first: int) -> list[TensorSpec]:
+        """Return the specs of `content` for some tokens, each [G, tokens or more, n].
+
+        Layers with a window have no tokens before `first`.
+        """
+
+    @abstractmethod
+    def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Return a copy on the CPU of a layer's first `tokens`, as far as it keeps them."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Empty the cache, and give its memory back."""
+
+    @abstractmethod
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values [T, G, h] of a layer after the first `length` tokens."""
+
+    @abstractmethod
+    def restore(
+        self, layer: int, content: dict[str, torch.Tensor], tokens: int, first: int = 0
+    ) -> None:
+        """Put a layer's first `tokens`, as `content` returns them, into an empty cache.
+
+        first: of the cache that they come from. The caller sets `length` after the last layer.
+        Raises `CheckpointError` if the content has another form.
+        """
+
+    @abstractmethod
     def attend(
         self,
         layer: int,
@@ -69,78 +136,6 @@ class KVCache(ABC):
         A token attends to itself and to all before it, or to the last W of these in a layer with a
         window W. `sinks` are logits [H], fp32, of which each joins the sum of a head's softmax.
         """
-        assert self.length + keys.shape[0] <= self.capacity
-        self.store(layer, keys, values)
-        return self._attend(layer, queries, sinks)
-
-    def restore(
-        self, layer: int, content: dict[str, torch.Tensor], tokens: int, first: int = 0
-    ) -> None:
-        """Put a layer's first `tokens`, as `content` returns them, into an empty cache.
-
-        first: of the cache that they come from. The caller sets `length` after the last layer.
-        Raises `CheckpointError` if the content has another form.
-        """
-        assert self.length == 0
-        given = {name: (tensor.dtype, tensor.shape) for name, tensor in content.items()}
-        specs = self.specs(layer, tokens, first)
-        expected = {spec.name: (spec.dtype, spec.shape) for spec in specs}
-        if given != expected or tokens > self.capacity:
-            raise CheckpointError(f"the saved part of layer {layer} does not fit this KV cache")
-        self._firsts[layer] = self._start(layer, first)
-        self._restore(layer, content, tokens)
-
-    def is_like(self, other: KVCache) -> bool:
-        mine, theirs = (self.config, self.capacity), (other.config, other.capacity)
-        return mine == theirs and self.form == other.form
-
-    @property
-    @abstractmethod
-    def form(self) -> str:
-        """Return the name of the form. Content fits into caches of the same form."""
-
-    def _start(self, layer: int, first: int) -> int:
-        """Return the first token of a layer's content."""
-        return 0 if self.config.window(layer) is None else first
-
-    def _first_to_keep(self, layer: int, tokens: int) -> int:
-        """Return a layer's first token, a multiple of `PAGE`, while it gets T new ones.
-
-        The pass may be interrupted, so all that the token after `length` sees is kept, too.
-        """
-        window = self.config.window(layer)
-        if window is None or not self.length:
-            return 0
-        assert self.usable(self.length)
-        oldest = min(self.length + 1, self.length + tokens - MAX_CUT_TOKENS) - window
-        return max(self._firsts[layer], oldest // PAGE * PAGE)
-
-    @abstractmethod
-    def specs(self, layer: int, tokens: int, first: int) -> list[TensorSpec]:
-        """Return the specs of `content` for so many tokens, each [G, tokens or more, n].
-
-        Layers with a window have no tokens before `first`.
-        """
-
-    @abstractmethod
-    def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
-        """Return a copy of a layer's first `tokens`, of those that are kept, on the CPU."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Empty the cache, and give its memory back."""
-
-    @abstractmethod
-    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values [T, G, h] of a layer after the first `length` tokens."""
-
-    @abstractmethod
-    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None: ...
-
-    @abstractmethod
-    def _attend(
-        self, layer: int, queries: torch.Tensor, sinks: torch.Tensor | None
-    ) -> torch.Tensor: ...
 
 
 def cache_bytes(
@@ -148,21 +143,23 @@ def cache_bytes(
 ) -> int:
     """Return the bytes that a full cache takes."""
     window = -(-(config.sliding_window or 0) // PAGE) * PAGE
+    # A page more, because the oldest token that is kept may be the last one of its page.
     return _bytes(config, capacity, window + MAX_CUT_TOKENS + PAGE, bits or bits_of(dtype))
 
 
 def bytes_seen(
     config: ModelConfig, tokens: int, dtype: torch.dtype, bits: Bits | None = None
 ) -> int:
-    """Return the bytes of keys and values that a token reads after so many others."""
+    """Return the bytes of keys and values that a token reads after `tokens` earlier ones."""
     return _bytes(config, tokens, config.sliding_window or 0, bits or bits_of(dtype))
 
 
 def _bytes(config: ModelConfig, tokens: int, most: int, bits: Bits) -> int:
-    """Return the bytes of so many tokens, of which layers with a window have `most`."""
+    """Return the bytes of `tokens`, of which layers with a window have `most`."""
     layers = range(config.num_hidden_layers)
     sliding = sum(config.window(layer) is not None for layer in layers)
     stored = (len(layers) - sliding) * tokens + sliding * min(tokens, most)
+    # With 8 bits each key and each value of a group has a scale in fp32.
     size = config.head_dim * bits // 8 + (4 if bits == 8 else 0)
     return 2 * stored * config.num_key_value_heads * size
 

@@ -81,16 +81,20 @@ class PagedKVCache(KVCache):
         self._pages: list[list[torch.Tensor]] = [[] for _ in layers]
         self._addresses = [torch.empty(0, dtype=torch.int64) for _ in layers]
 
-    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
-        # First, so that no address of an old page is left.
+    def restore(
+        self, layer: int, content: dict[str, torch.Tensor], tokens: int, first: int = 0
+    ) -> None:
+        self._check_content(layer, content, tokens, first)
+        # The addresses go first, so that none of an old page is left.
         self._addresses[layer] = torch.empty(0, dtype=torch.int64)
-        first = self._firsts[layer]
-        self._pages[layer] = [_NO_PAGE] * (first // PAGE)
-        for start in range(0, tokens - first, PAGE):
+        self._firsts[layer] = start = self._start(layer, first)
+        self._pages[layer] = [_NO_PAGE] * (start // PAGE)
+        for offset in range(0, tokens - start, PAGE):
+            # Zeros, which the kernel needs after the last token.
             page = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
             for name, tensor in content.items():
-                given = tensor[:, start : start + PAGE]
-                self._part(page, name)[:, : given.shape[1]] = given
+                rows = tensor[:, offset : offset + PAGE]
+                self._part(page, name)[:, : rows.shape[1]] = rows
             self._pages[layer].append(page)
 
     def _part(self, page: torch.Tensor, name: str) -> torch.Tensor:
@@ -104,29 +108,27 @@ class PagedKVCache(KVCache):
         pages.store(self._shape, addresses, self.length, keys, values)
 
     def _with_room(self, layer: int, tokens: int) -> torch.Tensor:
-        """Return the addresses of a layer's pages."""
+        """Return the addresses of a layer's pages, with room for T new tokens."""
         addresses = self._addresses[layer]
-        if addresses.numel() * PAGE < self.length + tokens or self.length < self._firsts[layer]:
-            return self._make_room(layer, tokens)
-        return addresses
-
-    def _make_room(self, layer: int, tokens: int) -> torch.Tensor:
+        # Almost always a token fits into the last page, and no list has to be made.
+        if addresses.numel() * PAGE >= self.length + tokens and self.length >= self._firsts[layer]:
+            return addresses
         first, end = self._first_to_keep(layer, tokens), -(-(self.length + tokens) // PAGE)
-        made = [_NO_PAGE] * (first // PAGE) + self._pages[layer][first // PAGE : end]
-        made += [_NO_PAGE] * (end - len(made))
-        for number in range(first // PAGE, len(made)):
-            if not made[number].numel():
-                made[number] = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
-        addresses = torch.tensor([page.data_ptr() for page in made])
-        # Last, because an error may come before.
-        self._pages[layer], self._addresses[layer] = made, addresses
+        kept = [_NO_PAGE] * (first // PAGE) + self._pages[layer][first // PAGE : end]
+        kept += [_NO_PAGE] * (end - len(kept))
+        for number in range(first // PAGE, len(kept)):
+            if not kept[number].numel():
+                kept[number] = torch.zeros(self._shape.page_bytes, dtype=torch.uint8)
+        addresses = torch.tensor([page.data_ptr() for page in kept])
+        # Last, because memory for a page may be missing.
+        self._pages[layer], self._addresses[layer] = kept, addresses
         self._firsts[layer] = first
         return addresses
 
     def steps(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor
     ) -> tuple[Step, Step, Step]:
-        """Return `attend` for one token as steps. Each needs the step before it."""
+        """Return `attend` for one token as steps: store, attend and merge, in this order."""
         attend = attention.attend_steps(self._shape, queries, out, self.capacity)
         return pages.store_step(self._shape, keys, values), *attend
 
@@ -147,16 +149,23 @@ class PagedKVCache(KVCache):
         attend.set(pages=pages, past=self.length, splits=splits)
         merge.set(splits=splits)
 
-    def _attend(
-        self, layer: int, queries: torch.Tensor, sinks: torch.Tensor | None
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        past, end = self.length, self.length + keys.shape[0]
+        assert end <= self.capacity
+        self.store(layer, keys, values)
         window, addresses = self.config.window(layer), self._addresses[layer]
-        end = self.length + queries.shape[0]
         # Ctrl-C is handled between two calls of some hundredths of a second.
         tokens_per_call = max(_MIN_TOKENS_PER_CALL, _MAX_PAIRS_PER_CALL // end)
-        past, attended = self.length, []
-        for piece in torch.split(queries, tokens_per_call):
+        attended = []
+        for chunk in torch.split(queries, tokens_per_call):
             interrupts.check()
-            attended.append(attention.attend(self._shape, addresses, past, piece, window, sinks))
-            past += piece.shape[0]
+            attended.append(attention.attend(self._shape, addresses, past, chunk, window, sinks))
+            past += chunk.shape[0]
         return attended[0] if len(attended) == 1 else torch.cat(attended)

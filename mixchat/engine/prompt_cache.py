@@ -2,10 +2,10 @@
 
 It is a safetensors file with these tensors, in this order:
 
-    mixchat_prompt_cache   JSON: {"format": 1, "model": "...", "cache": "pages of 16 bits",
-                           "tokens": 700}, and "exact": true after --exact-prompts, and
-                           "rope": [16384] if the keys depend on the size of the context, and
-                           "first": 2560 if layers with a window have no tokens before that
+    mixchat_prompt_cache   JSON: {"format": 2, "model": "...", "cache": "pages of 16 bits",
+                           "tokens": 700, "exact": false, "rope": [], "first": 0}. "exact" is true
+                           after --exact-prompts, "rope" [16384] if the keys depend on the size of
+                           the context, "first" 2560 if layers with a window have no older tokens
     ids                    the tokens whose keys and values it has
     0.keys, 0.values, ...  the content of each layer's cache
     sha256                 of all bytes before it
@@ -52,14 +52,14 @@ class PromptCache:
     def __init__(self, path: Path, engine: Engine, number: int = 0) -> None:
         self.path, self._engine, self._number = path, engine, number
         self._saved: list[int] = []  # the ids in the file
-        self._first = 0  # of these, the first that layers with a window have
+        self._first = 0  # the first of these tokens in layers with a window
 
     def load(self) -> int:
         """Load the file into an engine that holds nothing. Return how many tokens it holds then.
 
         A conversation that is longer than the context is cut, or not loaded if layers with a window
-        lack tokens of the beginning. Raises `CheckpointError` if the file
-        is damaged, or of another model or kind of cache. The engine then holds nothing.
+        lack tokens of the beginning. Raises `CheckpointError` if the file is damaged, or of another
+        model or kind of cache. The engine then holds nothing.
         """
         _, cache = self._engine.held(self._number)
         try:
@@ -96,19 +96,6 @@ def saved_tokens(path: Path) -> int:
     return 0
 
 
-def _describe(cache: KVCache, engine: Engine, tokens: int) -> bytes:
-    fields = {
-        "format": _FORMAT,
-        "model": engine.identity,
-        "cache": cache.form,
-        "exact": engine.exact_prompts,
-        "rope": _stretched_for(cache),
-        "tokens": tokens,
-        "first": cache.first,
-    }
-    return json.dumps(fields).encode()
-
-
 def _stretched_for(cache: KVCache) -> list[int]:
     """Return the lengths that the keys' frequencies are stretched for."""
     lengths = (rope.stretched_for(cache.capacity) for rope in cache.config.ropes)
@@ -129,7 +116,16 @@ def _specs(cache: KVCache, tokens: int, first: int, description: int) -> list[Te
 
 
 def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> None:
-    description = _describe(cache, engine, len(ids))
+    fields = {
+        "format": _FORMAT,
+        "model": engine.identity,
+        "cache": cache.form,
+        "exact": engine.exact_prompts,
+        "rope": _stretched_for(cache),
+        "tokens": len(ids),
+        "first": cache.first,
+    }
+    description = json.dumps(fields).encode()
     digest = hashlib.sha256()
     with open_private_file(path) as descriptor:
 
@@ -141,7 +137,8 @@ def _write(path: Path, cache: KVCache, ids: Sequence[int], engine: Engine) -> No
         put(description)
         put(tensor_bytes(torch.tensor(ids, dtype=torch.int64)))
         for layer in range(cache.config.num_hidden_layers):
-            content = cache.content(layer, len(ids))  # one layer, since all are gigabytes
+            # A copy of one layer at a time, since all are gigabytes.
+            content = cache.content(layer, len(ids))
             for spec in cache.specs(layer, len(ids), cache.first):
                 put(tensor_bytes(content[spec.name]))
         put(digest.digest())
@@ -153,8 +150,9 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[list[i
     Return the ids of all tokens in the file, the count of those that are loaded, and the first
     token of layers with a window.
     """
-    tokens, first = _tokens(file, cache, engine)
+    tokens, first = _check_description(file, cache, engine)
     length = cache.usable(min(tokens, cache.capacity), first)
+    # The digest is of all bytes before it: the header, the description, then each tensor.
     start = file.header.start(_DESCRIPTION)
     head = torch.empty(start + file.header.spec(_DESCRIPTION).nbytes, dtype=torch.uint8)
     file.read_into(head, 0)
@@ -167,23 +165,31 @@ def _read(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[list[i
 
     ids: list[int] = take(_IDS).tolist()
     for layer in range(cache.config.num_hidden_layers):
-        specs = cache.specs(layer, tokens, first)
-        given = {spec.name: take(f"{layer}.{spec.name}") for spec in specs}
+        saved = cache.specs(layer, tokens, first)
+        content = {spec.name: take(f"{layer}.{spec.name}") for spec in saved}
         if length:
             specs = cache.specs(layer, length, first)
-            fits = {spec.name: given[spec.name][:, : spec.shape[1]] for spec in specs}
-            cache.restore(layer, fits, length, first)
+            fitting = {spec.name: content[spec.name][:, : spec.shape[1]] for spec in specs}
+            cache.restore(layer, fitting, length, first)
+    # Only now, since a file of gigabytes is read once. The caller clears a damaged cache.
     if bytes(tensor_bytes(file.read(_DIGEST))) != digest.digest():
         raise CheckpointError(f"{file.path} is damaged (its SHA-256 differs)")
     return ids, length, first
 
 
-def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[int, int]:
+def _check_description(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[int, int]:
     """Return how many tokens the file has, and the first one of layers with a window.
 
     Raises `CheckpointError` for a wrong header.
     """
-    fields = _read_description(file)
+    fields: Any = None
+    header = file.header
+    # A description of gigabytes is not read.
+    if _DESCRIPTION in header and header.spec(_DESCRIPTION).nbytes <= _MAX_DESCRIPTION_BYTES:
+        with suppress(ValueError, RecursionError):
+            fields = json.loads(bytes(tensor_bytes(file.read(_DESCRIPTION))))
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file.path} is damaged (its description is missing)")
     if fields.get("format") != _FORMAT:
         raise CheckpointError(f"{file.path} was written by another version of mixchat")
     if fields.get("model") != engine.identity:
@@ -203,16 +209,7 @@ def _tokens(file: SafetensorsFile, cache: KVCache, engine: Engine) -> tuple[int,
     first = fields.get("first")
     if type(first) is not int or first < 0 or first % PAGE or not cache.usable(tokens, first):
         raise CheckpointError(f"{file.path} is damaged (its first token is wrong)")
-    if file.header.specs != _specs(cache, tokens, first, file.header.spec(_DESCRIPTION).nbytes):
+    # All sizes follow from the description, so nothing larger is read.
+    if header.specs != _specs(cache, tokens, first, header.spec(_DESCRIPTION).nbytes):
         raise CheckpointError(f"{file.path} is damaged (its tensors do not match its description)")
     return tokens, first
-
-
-def _read_description(file: SafetensorsFile) -> dict[str, Any]:
-    header, fields = file.header, None
-    if _DESCRIPTION in header and header.spec(_DESCRIPTION).nbytes <= _MAX_DESCRIPTION_BYTES:
-        with suppress(ValueError, RecursionError):
-            fields = json.loads(bytes(tensor_bytes(file.read(_DESCRIPTION))))
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file.path} is damaged (its description is missing)")
-    return fields

@@ -69,15 +69,21 @@ class TensorKVCache(KVCache):
             for spec in self.specs(0, 0, 0)
         }
 
-    def _restore(self, layer: int, content: dict[str, torch.Tensor], tokens: int) -> None:
+    def restore(
+        self, layer: int, content: dict[str, torch.Tensor], tokens: int, first: int = 0
+    ) -> None:
+        self._check_content(layer, content, tokens, first)
+        self._firsts[layer] = start = self._start(layer, first)
         for name, tensor in content.items():
-            self._stored[name][layer] = self._firsts[layer], tensor.to(self._device, copy=True)
+            # A copy, because the content may be a view of a saved file's longer tensor.
+            self._stored[name][layer] = start, tensor.to(self._device, copy=True)
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        for name, given in (("key", keys), ("value", values)):
-            numbers = given.transpose(0, 1)  # [G, T, h]
+        for name, new in (("key", keys), ("value", values)):
+            numbers = new.transpose(0, 1)  # [G, T, h]
             if self._quantized:
                 scales = numbers.float().abs().amax(-1, keepdim=True) / _INT8_MAX
+                # A key of zeros has a scale of 0, and stays zeros.
                 numbers = (numbers.float() / scales.clamp(min=1e-30)).round()
                 self._put(f"{name}_scales", layer, scales)
             self._put(f"{name}s", layer, numbers)
@@ -101,24 +107,40 @@ class TensorKVCache(KVCache):
         first, stored = self._stored[name][layer]
         return stored[:, tokens.start - first : tokens.stop - first]
 
-    def _attend(
-        self, layer: int, queries: torch.Tensor, sinks: torch.Tensor | None
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tokens, heads, _ = queries.shape
         groups = self.config.num_key_value_heads
         shared, window = heads // groups, self.config.window(layer)
+        assert self.length + tokens <= self.capacity
+        self.store(layer, keys, values)
         # The first token that the first query sees.
         start = 0 if window is None else max(0, self.length + 1 - window)
         seen = slice(start, self.length + tokens)
-        keys, values = (self._widened(name, layer, seen) for name in ("key", "value"))
-        mask = self._mask_of(self.length - start, tokens, window)
+        keys, values = (self._part(name, layer, seen) for name in ("keys", "values"))
+        if self._quantized:
+            keys = (keys * self._part("key_scales", layer, seen)).to(self._dtype)
+            values = (values * self._part("value_scales", layer, seen)).to(self._dtype)
+        # All layers of a pass with the same window share a mask.
+        pass_key = self.length - start, tokens, window
+        if pass_key not in self._masks:
+            if len(self._masks) == _MASKS:
+                self._masks.clear()
+            self._masks[pass_key] = attention_mask(*pass_key, self._device)
+        mask = self._masks[pass_key]
         # The R = H / G heads that share a key are joined like R times as many tokens. On a CPU
         # `enable_gqa` would read each key R times.
         grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
         if sinks is None:
             attended = functional.scaled_dot_product_attention(
                 grouped.reshape(1, groups, shared * tokens, -1),  # [1, G, R * T, h]
-                keys[None],  # [1, G, P + T, h]
+                keys[None],
                 values[None],
                 attn_mask=None if mask is None else mask.repeat(shared, 1),  # [R * T, P + T]
             )
@@ -126,21 +148,6 @@ class TensorKVCache(KVCache):
             attended = _attention_with_sinks(grouped, keys, values, mask, sinks)
         merged = attended.view(groups, shared, tokens, -1).permute(2, 0, 1, 3)  # [T, G, R, h]
         return merged.reshape(tokens, heads, -1)
-
-    def _widened(self, name: str, layer: int, seen: slice) -> torch.Tensor:
-        stored = self._part(f"{name}s", layer, seen)
-        if not self._quantized:
-            return stored
-        return (stored * self._part(f"{name}_scales", layer, seen)).to(self._dtype)
-
-    def _mask_of(self, past: int, tokens: int, window: int | None) -> torch.Tensor | None:
-        """Return a mask, the same for all layers of a pass with the same window."""
-        place = past, tokens, window
-        if place not in self._masks:
-            if len(self._masks) == _MASKS:
-                self._masks.clear()
-            self._masks[place] = attention_mask(*place, self._device)
-        return self._masks[place]
 
 
 def _attention_with_sinks(
@@ -155,30 +162,31 @@ def _attention_with_sinks(
     torch's own attention has no sinks.
     """
     groups, shared, tokens, width = queries.shape
-    pieces = []
+    attended = []
     # Scores take 4 bytes for each head and pair of tokens.
     for start in range(0, tokens, _SINK_TOKENS):
-        part = slice(start, start + _SINK_TOKENS)
-        scores = queries[:, :, part] @ keys.mT[:, None] * width**-0.5  # [G, R, t, P + T]
+        chunk = slice(start, start + _SINK_TOKENS)
+        scores = queries[:, :, chunk] @ keys.mT[:, None] * width**-0.5  # [G, R, t, P + T]
         if mask is not None:
-            scores = scores.masked_fill(~mask[part], -torch.inf)
+            scores = scores.masked_fill(~mask[chunk], -torch.inf)
+        # A sink takes a share of the softmax, but has no value to add.
         sink = sinks.view(groups, shared, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-        pieces.append(weights.to(values.dtype) @ values[:, None])
-    return torch.cat(pieces, dim=2)
+        attended.append(weights.to(values.dtype) @ values[:, None])
+    return torch.cat(attended, dim=2)
 
 
 def attention_mask(
     past: int, tokens: int, window: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Return which of P + T positions each of T tokens may see [T, P + T]. None is all of them.
+    """Return which of P + T keys each of T queries may see [T, P + T], or None for all keys.
 
     Past 1, tokens 2 and window 2 give [[1, 1, 0], [0, 1, 1]].
     """
     sees_all = window is None or past + tokens <= window
     if tokens == 1 and sees_all:
         return None
-    position = torch.arange(past, past + tokens, device=device)[:, None]
-    other = torch.arange(past + tokens, device=device)[None]
-    mask = other <= position
-    return mask if window is None else mask & (other > position - window)
+    query = torch.arange(past, past + tokens, device=device)[:, None]
+    key = torch.arange(past + tokens, device=device)[None]
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
