@@ -82,7 +82,7 @@ class SingleTokenContext:
         sinks: torch.Tensor | None,
         out: torch.Tensor,
     ) -> tuple[Step, Step, Step]:
-        """Return `KVContext.attend` as steps. Each needs the one before it.
+        """Return `KVContext.attend` as steps. Each needs the step before it.
 
         They do not keep the sinks alive.
         """
@@ -126,17 +126,20 @@ class Attention:
         self._qkv_proj = RecordingLinear(self._qkv_proj, of_qkv)
         self._o_proj = RecordingLinear(self._o_proj, of_o)
 
-    def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, cache: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         qkv = self._qkv_proj(x, exact=exact)
         qkv = qkv.view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
-        self._prepare(qkv)
-        rotated = self._rope(qkv[:, : heads + groups], before.positions(tokens))  # [T, H + G, h]
+        for norm, normed in self._normed(qkv):
+            norm.normalize_heads(normed)
+        if config.clip_qkv is not None:
+            qkv.clamp_(-config.clip_qkv, config.clip_qkv)
+        rotated = self._rope(qkv[:, : heads + groups], cache.positions(tokens))  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
         values = qkv[:, heads + groups :]  # [T, G, h]
-        attended = before.attend(self._layer, queries, keys, values, self._sinks)  # [T, H, h]
+        attended = cache.attend(self._layer, queries, keys, values, self._sinks)  # [T, H, h]
         return self._o_proj(attended.reshape(tokens, -1), exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
@@ -147,6 +150,10 @@ class Attention:
         rotated = context.tensor("rotated", 1, heads + groups, config.head_dim)
         attended = context.tensor("attended", 1, heads, config.head_dim)
         round_x, project = as_packed(self._qkv_proj).steps(context.normed, qkv.view(1, -1))
+        # Each of these steps needs the step before it, so one thread runs them in order.
+        prepare = [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
+        if config.clip_qkv is not None:
+            prepare.append(rows.clamp_step(qkv.view(1, -1), config.clip_qkv))
         rotate = context.rotate(self._rope, qkv[:, : heads + groups], rotated)
         queries, keys = rotated[:, :heads], rotated[:, heads:]
         store, attend, merge = context.attend(
@@ -157,26 +164,12 @@ class Attention:
         return [
             alone(round_x),
             together(project),
-            alone(*self._prepare_steps(qkv), rotate, store),
+            alone(*prepare, rotate, store),
             together(attend),
             together(merge),
             alone(round_attended),
             together(project_out),
         ]
-
-    def _prepare(self, qkv: torch.Tensor) -> None:
-        """Normalize and clip queries, keys and values [T, H + 2G, h] in place."""
-        for norm, heads in self._normed(qkv):
-            norm.normalize_heads(heads)
-        limit = self._config.clip_qkv
-        if limit is not None:
-            qkv.clamp_(-limit, limit)
-
-    def _prepare_steps(self, qkv: torch.Tensor) -> list[Step]:
-        """Return `_prepare` for one token as steps. Each needs the one before it."""
-        limit = self._config.clip_qkv
-        clip = [] if limit is None else [rows.clamp_step(qkv.view(1, -1), limit)]
-        return [norm.heads_step(heads) for norm, heads in self._normed(qkv)] + clip
 
     def _normed(self, qkv: torch.Tensor) -> Iterable[tuple[RMSNorm, torch.Tensor]]:
         """Return the norms, if there are any, each with its queries [T, H, h] or keys [T, G, h]."""

@@ -20,7 +20,7 @@ from mixchat.experts.holder import LayerExperts
 from mixchat.kernels import rows
 from mixchat.kernels.program import Program, Stage, Step, alone, together
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.matrix.linear import LinearSpec, PackedLinear
+from mixchat.weights.matrix.linear import PackedLinear
 
 
 class Decoder:
@@ -61,39 +61,37 @@ class Decoder:
         self._programs: dict[tuple[int, int], Program] = {}  # by their layers: from and to
 
     def run(
-        self, x: torch.Tensor, before: KVContext, after_layer: AfterLayer
+        self, x: torch.Tensor, cache: KVContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
-        if not isinstance(before, PagedKVCache) or not self._cache.is_like(before):
+        if not isinstance(cache, PagedKVCache) or not self._cache.is_like(cache):
             return None
         self._context.x.copy_(x)
-        self._context.set_place(before)
+        self._context.set_place(cache)
         if self._head is not None:
             self._head.prepare()
-        end = 0
-        while end < len(self._layers):
-            end = self._run_from(end)
+        start = 0
+        while start < len(self._layers):
+            # A program ends after the first layer without all experts in memory. The list keeps
+            # the memory of the others until the program has ended.
+            resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
+            layers = self._layers[start : start + len(resident) + 1]
+            end = start + len(layers)
+            for layer, experts in zip(layers, [*resident, None], strict=False):
+                if layer.use(experts):
+                    # Programs that overlap have the layer's old stages, too.
+                    self._programs.clear()
+            if (start, end) not in self._programs:
+                stages = [stage for layer in layers for stage in layer.stages]
+                self._programs[start, end] = Program(stages)
+            self._programs[start, end].run()
+            if resident:
+                selected = self._selected[start : start + len(resident)].tolist()
+                self._runner.note_hits(layers[0].keys[0].layer, selected)
+            if len(resident) < len(layers):
+                layers[-1].run_routed()
             after_layer(self._dense + end - 1)
+            start = end
         return self._context.x if self._head is None else self._head.logits()
-
-    def _run_from(self, start: int) -> int:
-        """Compute layers up to the first without experts in memory. Return its end."""
-        # Keeps the memory of these experts until the program has ended.
-        resident = self._runner.resident([layer.keys for layer in self._layers[start:]])
-        layers = self._layers[start : start + len(resident) + 1]
-        end = start + len(layers)
-        for layer, experts in zip(layers, [*resident, None], strict=False):  # the last has none
-            if layer.use(experts):
-                self._programs.clear()
-        if (start, end) not in self._programs:
-            stages = [stage for layer in layers for stage in layer.stages]
-            self._programs[start, end] = Program(stages)
-        self._programs[start, end].run()
-        if resident:
-            selected = self._selected[start : start + len(resident)].tolist()
-            self._runner.note_hits(layers[0].keys[0].layer, selected)
-        if len(resident) < len(layers):
-            layers[-1].run_routed()
-        return end
 
 
 def new_decoder(
@@ -102,7 +100,8 @@ def new_decoder(
     """Return the decoder of a model that computes `used`, or None if kernels cannot do it."""
     config, dtype = used.config, used.quantization.dtype
     matrices = used.typical_matrices
-    if not isinstance(cache, PagedKVCache) or not all(map(_has_steps, matrices)):
+    packed = all(matrix.packed and matrix.stored_rows == matrix.rows for matrix in matrices)
+    if not isinstance(cache, PagedKVCache) or not packed:
         return None
     rotated = [rope.rotated(config.head_dim) for rope in config.ropes]
     columns = (
@@ -115,25 +114,24 @@ def new_decoder(
     return Decoder(blocks, cache, config.hidden_size, dtype, output)
 
 
-def _has_steps(matrix: LinearSpec) -> bool:
-    return matrix.packed and matrix.stored_rows == matrix.rows
-
-
 class _Layer:
-    """The stages of a layer, which may end with the router, and others before and after it."""
+    """A layer's stages, between the stages of dense layers `first` and of the head `last`.
+
+    They end with the router if the layer's experts are not all in memory.
+    """
 
     def __init__(
         self,
         block: Block,
         context: SingleTokenContext,
         selected: torch.Tensor,
-        before: Sequence[Stage],
-        after: Sequence[Stage],
+        first: Sequence[Stage],
+        last: Sequence[Stage],
     ) -> None:
         self._block, self._context, self.keys = block, context, block.moe.keys
         self._routing = selected, torch.empty(selected.shape)
-        self._up_to_router = [*before, *block.stages_up_to_router(self._routing, context)]
-        self._after, self._program_after = after, Program(after) if after else None
+        self._up_to_router = [*first, *block.stages_up_to_router(self._routing, context)]
+        self._last, self._last_program = last, Program(last) if last else None
         self.stages = self._up_to_router
         # Not kept alive, so that the memory of a slot can be given back.
         self._experts: weakref.ref[LayerExperts] | None = None
@@ -143,21 +141,22 @@ class _Layer:
 
         Returns False if they do already.
         """
-        before = None if self._experts is None else self._experts()
-        if before is experts and (self._experts is None) == (experts is None):
+        previous = None if self._experts is None else self._experts()
+        # A list that is gone gives None, too, but its stages have addresses that are gone.
+        if previous is experts and (self._experts is None) == (experts is None):
             return False
         self.stages = self._up_to_router
         if experts is not None:
             of_experts = self._block.expert_stages(self._routing, self._context, experts)
-            self.stages = [*self.stages, *of_experts, *self._after]
+            self.stages = [*self.stages, *of_experts, *self._last]
         self._experts = None if experts is None else weakref.ref(experts)
         return True
 
     def run_routed(self) -> None:
         """Compute what is after the router."""
         self._block.run_routed(self._routing, self._context)
-        if self._program_after is not None:
-            self._program_after.run()
+        if self._last_program is not None:
+            self._last_program.run()
 
 
 class _Head:

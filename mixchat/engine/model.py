@@ -88,12 +88,13 @@ class Block:
             moe = SparseMoE(layer - first, _router(layer, used, tensors), runner)
         return cls(attention_norm, attention, mlp_norm, moe, _mlp(layer, used, tensors))
 
-    def __call__(self, x: torch.Tensor, before: KVContext, *, exact: bool = False) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, cache: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self.attention(self._attention_norm(x), before, exact=exact)
+        x = x + self.attention(self._attention_norm(x), cache, exact=exact)
         normed = self._mlp_norm(x)
-        parts = [part(normed, exact=exact) for part in (self._moe, self.mlp) if part]
-        return x + (parts[0] if len(parts) == 1 else parts[0] + parts[1])
+        outputs = [network(normed, exact=exact) for network in (self._moe, self.mlp) if network]
+        # Both outputs are added first, as in transformers, since sums in bf16 depend on the order.
+        return x + (outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1])
 
     def stages_up_to_router(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
         """Return stages for one token up to the router, which fill `routing`."""
@@ -166,7 +167,8 @@ def _gate(spec: TensorSpec, tensors: ModelTensors) -> torch.Tensor:
     gate = tensors.tensor(spec).contiguous()
     if rows.can_compute(gate.dtype, gate.shape[1], gate.device.type):
         return gate
-    return gate.float()  # once, and not for each token
+    # The router computes in fp32. Without a kernel the gate is widened once, not for each token.
+    return gate.float()
 
 
 class Output(NamedTuple):
@@ -184,12 +186,12 @@ class SingleTokenDecoder(Protocol):
     """Computes the next token of a cache, with the same bits."""
 
     def run(
-        self, x: torch.Tensor, before: KVContext, after_layer: AfterLayer
+        self, x: torch.Tensor, cache: KVContext, after_layer: AfterLayer
     ) -> torch.Tensor | None:
         """Map the token's row [1, D] to its logits [1, V].
 
         A decoder without norm and head returns the row after all layers, which the next call
-        overwrites. Returns None if it cannot be done for this cache.
+        overwrites. Returns None if it cannot decode for this cache.
         """
 
 
@@ -225,7 +227,8 @@ class Model:
 
         All tokens are recorded for the head, although it computes few.
         """
-        self._decoder = None  # it would compute without them
+        # Its programs call kernels, and not the matrices that record.
+        self._decoder = None
         for layer, block in enumerate(self.blocks):
             names = used.qkv(layer).name, used.o(layer).name
             block.attention.record_inputs(*(partial(record, name) for name in names))
@@ -236,7 +239,7 @@ class Model:
     def forward(
         self,
         ids: torch.Tensor,
-        before: KVContext,
+        cache: KVContext,
         *,
         exact: bool = False,
         logits_of: slice | list[int] = LAST,
@@ -250,18 +253,14 @@ class Model:
         x = self._embedding(ids)  # [T, D]
         logits = None
         if self._decoder is not None and ids.shape[0] == 1:
-            logits = self._decoder.run(x, before, after_layer)
+            logits = self._decoder.run(x, cache, after_layer)
         if logits is None:
-            x = self._through_blocks(x, before, exact, after_layer)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, cache, exact=exact)
+                after_layer(layer)
             self._record_head(x)
+            # Only these rows go through the head, whose matrix is the largest dense one.
             logits = self.output(x[logits_of], exact=exact)
-        before.advance(ids.shape[0])  # last, so that an interrupted pass leaves the cache as it was
+        # Last, so that an interrupted pass leaves the cache as it was.
+        cache.advance(ids.shape[0])
         return logits
-
-    def _through_blocks(
-        self, x: torch.Tensor, before: KVContext, exact: bool, after_layer: AfterLayer
-    ) -> torch.Tensor:
-        for layer, block in enumerate(self.blocks):
-            x = block(x, before, exact=exact)
-            after_layer(layer)
-        return x
