@@ -22,12 +22,13 @@ RESERVE_BYTES = 10**9
 
 @dataclass(frozen=True)
 class SlotSizes:
-    """The bytes of a cache's slots, in turn those of an expert of each layer.
+    """The bytes of a cache's slots: slot n has the size of layer n's experts, and so on in turn.
 
-    Of layers with 3, 3 and 4 MB, slots 0 to 5 have 3, 3, 4, 3, 3 and 4 MB. A layer's experts only
-    take slots of their size, so that one that is evicted leaves no room unused. A single size is
-    for all layers.
+    If experts have 3, 3 and 4 MB in three layers, slots 0 to 5 have 3, 3, 4, 3, 3 and 4 MB. A
+    single size is for all layers.
     """
+
+    # A layer's experts only take slots of their size, so an eviction leaves no room unused.
 
     layers: tuple[int, ...]
 

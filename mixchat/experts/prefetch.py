@@ -76,7 +76,8 @@ class NextRouters:
 def ranked_keys(layer: int, choices: torch.Tensor) -> list[ExpertKey]:
     """Return the experts of the layers after `layer`, the nearest layer's first.
 
-    In a layer, the ones that most tokens select come first. choices: by `NextRouters`, on the CPU.
+    In a layer, the experts that most tokens select come first. choices: by `NextRouters`, on the
+    CPU.
     """
     return [
         ExpertKey(ahead, expert)

@@ -23,7 +23,7 @@ def share(
     """
     work: dict[int, float] = {}
     shares: dict[int, list[ExpertKey]] = {}
-    # Those without a choice come first, then the largest. The small ones even out the rest.
+    # Experts of a single holder come first, then the largest. The small ones even out the work.
     for key in sorted(counts, key=lambda key: (len(holders[key]), -counts[key], key)):
         chosen = min(holders[key], key=lambda holder: work.get(holder, 0.0))
         work[chosen] = work.get(chosen, 0.0) + 1 + counts[key] / _ROWS_LIKE_READING
