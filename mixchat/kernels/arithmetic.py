@@ -18,11 +18,12 @@ def exponential(function: Function, x: Value) -> Value:
     power = x * _LOG2_E
     is_normal = power.compare(">", _LEAST)
     power = is_normal.choose(power, _LEAST)
+    # e^x = 2^whole * 2^fraction, with a fraction from -1/2 to 1/2.
     whole = function.rounded(power)
-    rest = power - whole
+    fraction = power - whole
     result = function.constant(x.type, _SERIES[-1])
     for factor in reversed(_SERIES[:-1]):
-        result = function.multiply_add(result, rest, function.constant(x.type, factor))
+        result = function.multiply_add(result, fraction, function.constant(x.type, factor))
     # To multiply a float by 2^n, n is added to its exponent, which begins at bit 23.
     bits = result.bits_as(integers) + (whole.as_integer(integers) << 23)
     return is_normal.choose(bits.bits_as(x.type), 0.0)
@@ -32,30 +33,33 @@ def sigmoid(function: Function, x: Value) -> Value:
     """Return 1 / (1 + e^-x), by powers of e that are at most 1."""
     is_positive = x.compare(">", 0.0)
     power = exponential(function, is_positive.choose(-x, x))
-    one = function.constant(x.type, 1.0)
-    return is_positive.choose(one, power) / (power + 1.0)
+    numerator = is_positive.choose(function.constant(x.type, 1.0), power)
+    return numerator / (power + 1.0)
 
 
-def as_fp32(pointer: Pointer, place: Value, bf16: bool, count: int | None = None) -> Value:
-    """Load number `place` of a tensor in bf16 or fp32, or `count` numbers from there."""
+def as_fp32(pointer: Pointer, index: Value, bf16: bool, count: int | None = None) -> Value:
+    """Load number `index` of a tensor in bf16 or fp32, or `count` numbers from there."""
     short, integer, real = (
-        kind if count is None else vector(kind, count) for kind in (i16, i32, f32)
+        element if count is None else vector(element, count) for element in (i16, i32, f32)
     )
     if not bf16:
-        return pointer.load(real, place * 4)
-    return (pointer.load(short, place * 2).widened(integer) << 16).bits_as(real)
+        return pointer.load(real, index * 4)
+    # bf16 is the upper half of fp32, so two instructions convert it on any CPU.
+    return (pointer.load(short, index * 2).widened(integer) << 16).bits_as(real)
 
 
-def store_fp32(pointer: Pointer, value: Value, place: Value, bf16: bool) -> None:
-    """Store fp32 numbers from number `place` of a tensor in bf16 or fp32 on."""
+def store_fp32(pointer: Pointer, value: Value, index: Value, bf16: bool) -> None:
+    """Store fp32 numbers from number `index` of a tensor in bf16 or fp32 on."""
     if bf16:
-        pointer.store(rounded_to_bf16(value), place * 2)
+        pointer.store(rounded_to_bf16(value), index * 2)
     else:
-        pointer.store(value, place * 4)
+        pointer.store(value, index * 4)
 
 
 def rounded_to_bf16(value: Value) -> Value:
     """Round fp32 to the nearest bf16, ties to even, and return its bits (i16). NaN stays NaN."""
+    # Adding just below half of the last place carries if the rest is above half, or at half and
+    # the last bit is odd. NaN would carry into the sign, and so is replaced.
     bits = value.bits_as(_as_many(i32, value))
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     is_number = (bits & 0x7FFFFFFF).compare("<=", 0x7F800000)
@@ -64,12 +68,12 @@ def rounded_to_bf16(value: Value) -> Value:
 
 def reduced(function: Function, value: Value, how: Literal["fadd", "fmax"]) -> Value:
     """Return the sum or maximum of a vector by halves. `Function.total` rounds sums differently."""
+    # By halves it takes log2(count) steps that wait for each other, from first to last count steps.
     count = value.type.count
     while count > 1:
         count //= 2
-        other = value.shuffled([*range(count, 2 * count)])
-        value = value.shuffled([*range(count)])
-        value = value + other if how == "fadd" else function.maximum(value, other)
+        high, low = value.half(1), value.half(0)
+        value = low + high if how == "fadd" else function.maximum(low, high)
     return Value(function, function.builder.extract_element(value.raw, i32(0)))
 
 

@@ -78,7 +78,7 @@ CPUS: dict[InstructionSet, Cpu] = {
         feature="dotprod",
     ),
 }
-# Those to choose from, the best first, by torch's word for what the CPU has.
+# The best first, by torch's word for what the CPU has.
 _CHOICES: dict[str, tuple[InstructionSet, ...]] = {
     "AVX512": ("avx512", "avx2"),
     "AVX2": ("avx2",),
@@ -95,7 +95,7 @@ def instruction_set() -> InstructionSet | None:
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if _is_arm() and os.environ.get("ATEN_CPU_CAPABILITY") != "default":
-        capability = "ARM"  # for which torch has several words
+        capability = "ARM"  # torch has several words for it
     sets = _CHOICES.get(capability, ())
     return next((name for name in sets if all(map(has_feature, CPUS[name].needs))), None)
 
@@ -121,23 +121,23 @@ class Compiled:
 def compiled_here(write: Callable[Concatenate[Any, int, _P], None]) -> Callable[_P, Compiled]:
     """Turn a function that writes a module into one that returns the module compiled.
 
-    `write` gets the module, the lanes of a vector, and the arguments, which are given without
-    names. Each set of instructions is compiled once for the same arguments.
+    `write` gets the module, the lanes of a vector, and positional arguments. Each set of
+    instructions is compiled once for the same arguments.
     """
     writer: Callable[..., None] = write
 
     @functools.cache
-    def compiled(instructions: InstructionSet, *given: Any) -> Compiled:
+    def compiled(instructions: InstructionSet, *arguments: Any) -> Compiled:
         module = ir.Module(write.__module__)
-        writer(module, LANES[instructions], *given)
+        writer(module, LANES[instructions], *arguments)
         return compile_module(module, instructions)
 
     @functools.wraps(write)
-    def for_this_cpu(*given: _P.args, **named: _P.kwargs) -> Compiled:
+    def for_this_cpu(*arguments: _P.args, **named: _P.kwargs) -> Compiled:
         instructions = instruction_set()
         assert instructions is not None
         assert not named
-        return compiled(instructions, *given)
+        return compiled(instructions, *arguments)
 
     return for_this_cpu
 
@@ -151,7 +151,8 @@ def kernels_available() -> bool:
 def has_feature(name: str) -> bool:
     """Return whether the CPU has this feature, by LLVM's name."""
     features = llvm.get_host_cpu_features()
-    if not features and _is_arm():  # LLVM does not ask Apple's, which all have these
+    # LLVM does not ask Apple's CPUs. All that run macOS have these two.
+    if not features and _is_arm():
         return name in ("neon", "dotprod")
     return bool(features.get(name, False))
 
@@ -169,6 +170,8 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
+    # Otherwise LLVM uses AVX-512's masks and 32 registers for vectors of 256 bits, too. Tests of
+    # AVX2 on such a CPU would not run what a CPU with AVX2 alone runs.
     if instructions == "avx2":
         features.update({name: False for name in features if name.startswith("avx512")})
     machine = llvm.Target.from_default_triple().create_target_machine(
@@ -182,18 +185,20 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
     cache = ObjectCache(source, f"{target} {KERNELS}")
     parsed = llvm.parse_assembly(source)
     code = cache.load()
+    # MCJIT asks for the module's object file, and compiles only if there is none.
     if code is None:
         parsed.verify()
         optimize(parsed, machine)
     engine = llvm.create_mcjit_compiler(parsed, machine)
-    engine.set_object_cache(lambda module, made: cache.save(made), lambda module: code)
+    engine.set_object_cache(lambda module, compiled: cache.save(compiled), lambda module: code)
     engine.finalize_object()
     return Compiled(engine)
 
 
 def optimize(parsed: Any, machine: Any) -> None:
     """Optimize a parsed module in place."""
-    # LLVM's own choices cost registers.
+    # The kernels are vectorized and unrolled as registers allow. What LLVM would add spills sums to
+    # the stack.
     tuning = llvm.create_pipeline_tuning_options(speed_level=2)
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
     passes = llvm.create_pass_builder(machine, tuning)

@@ -8,8 +8,7 @@ N = tokens, R = rows (out features), C = columns (in features).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional
 from mixchat.kernels import rows
 from mixchat.kernels.arithmetic import as_fp32, reduced, store_fp32
 from mixchat.kernels.compile import compiled_here, multiplies_bf16
-from mixchat.kernels.emit import Function, Value, f32, vector
+from mixchat.kernels.emit import Function, f32, vector
 from mixchat.kernels.program import Signature
 
 _MANY = 32  # tokens from which on widening the weights to fp32 pays
@@ -41,34 +40,21 @@ def dense_matmul(x: torch.Tensor, weight: torch.Tensor, *, exact: bool = False) 
         return exact_matmul(x, weight)
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return functional.linear(x, weight)
+    # oneDNN is half as fast for one token in bf16 with AVX512-BF16. `torch.backends.mkldnn.flags`,
+    # which would switch it off, warns about GPUs.
     if tokens == 1:
-        with _without_onednn():
+        was_enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
             return functional.linear(x, weight)
-    # Hardly any CPU has instructions for fp16.
+        finally:
+            torch._C._set_mkldnn_enabled(was_enabled)
+    # Hardly any CPU has instructions for fp16. Without them fp32 is up to four times as fast.
     if tokens >= _MANY and (x.dtype == torch.float16 or not multiplies_bf16()):
-        return _in_fp32(x, weight)
+        wide, height = x.float(), max(1, _WIDENED // columns)
+        pieces = (functional.linear(wide, piece.float()) for piece in torch.split(weight, height))
+        return torch.cat([piece.to(x.dtype) for piece in pieces], dim=-1)
     return functional.linear(x, weight)
-
-
-def _in_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute in fp32 on CPUs without instructions for 16 bits, up to four times as fast."""
-    wide, height = x.float(), max(1, _WIDENED // weight.shape[1])
-    pieces = (functional.linear(wide, piece.float()) for piece in torch.split(weight, height))
-    return torch.cat([piece.to(x.dtype) for piece in pieces], dim=-1)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Compute without oneDNN, which is half as fast for one token in bf16 with AVX512-BF16.
-
-    `torch.backends.mkldnn.flags` warns about GPUs.
-    """
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
 
 
 def exact_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -111,9 +97,9 @@ class _DenseTile:
         self._write()
 
     def _write(self) -> None:
-        function, given = self.function, _SIGNATURE.read_by(self.function)
-        x, weight = given.pointer("x"), given.pointer("weight")
-        columns, (row, token) = given.number("columns"), function.numbers
+        function, args = self.function, _SIGNATURE.read_by(self.function)
+        x, weight = args.pointer("x"), args.pointer("weight")
+        columns, (row, token) = args.number("columns"), function.numbers
         zero, size = function.constant(vector(f32, self._lanes), 0.0), 2 if self._bf16 else 4
         zeros = [zero] * (self.rows * self.tokens)
         with function.loop(0, columns, self._lanes, zeros) as (column, sums):
@@ -121,48 +107,45 @@ class _DenseTile:
                 as_fp32(x, (token + number) * columns + column, self._bf16, self._lanes)
                 for number in range(self.tokens)
             ]
-            further = column + _AHEAD // size
-            # This tile reads the bytes after the end of a row anyway.
-            behind = further + columns * (self.rows - 1)
-            further = further.compare("<", columns).choose(further, behind)
+            ahead = column + _AHEAD // size
+            # After the end of a row comes this tile's next row, which is being read already.
+            next_tile = ahead + columns * (self.rows - 1)
+            ahead = ahead.compare("<", columns).choose(ahead, next_tile)
             for number in range(self.rows):
-                place = (row + number) * columns + column
-                weight.prefetch(((row + number) * columns + further) * size)
-                factors = as_fp32(weight, place, self._bf16, self._lanes)
-                for at, one in enumerate(numbers, number * self.tokens):
-                    sums[at] = function.multiply_add(factors, one, sums[at])
-        for at, total in enumerate(sums):
-            place = (token + at % self.tokens) * given.number("rows") + row + at // self.tokens
+                position = (row + number) * columns + column
+                weight.prefetch(((row + number) * columns + ahead) * size)
+                factors = as_fp32(weight, position, self._bf16, self._lanes)
+                for index, x_numbers in enumerate(numbers, number * self.tokens):
+                    sums[index] = function.multiply_add(factors, x_numbers, sums[index])
+        for index, total in enumerate(sums):
+            tile_row, tile_token = divmod(index, self.tokens)
+            target = (token + tile_token) * args.number("rows") + row + tile_row
             value = reduced(function, total, "fadd")
-            store_fp32(given.pointer("out"), value, place, self._bf16)
+            store_fp32(args.pointer("out"), value, target, self._bf16)
         function.finish()
 
 
 def _write_multiply(module: Any, tiles: Sequence[Sequence[_DenseTile]]) -> None:
     """Write `multiply`. An item of work is `_GROUP` rows and one chunk of tokens."""
     function = Function(module, "multiply")
-    given = _SIGNATURE.read_by(function)
-    height, tokens, chunk = (given.number(name) for name in ("rows", "tokens", "chunk"))
-    groups, chunks = (height + (_GROUP - 1)) // _GROUP, (tokens + chunk - 1) // chunk
+    args = _SIGNATURE.read_by(function)
+    rows, tokens, chunk = (args.number(name) for name in ("rows", "tokens", "chunk"))
+    groups, chunks = (rows + (_GROUP - 1)) // _GROUP, (tokens + chunk - 1) // chunk
     with function.each_item(function.pointer, groups * chunks) as item:
         start = item // groups * chunk
         end = function.minimum(start + chunk, tokens)
         row = item % groups * _GROUP
-        last = function.minimum(row + _GROUP, height)
-        for of_one_height in tiles:
-            step = of_one_height[0].rows
-            after = row + (last - row) // step * step
-            with function.loop(row, after, step) as (here, _):
-                _write_tokens(function, of_one_height, here, start, end)
-            row = after
+        last_row = function.minimum(row + _GROUP, rows)
+        # The widest tiles first. Each next size takes the rows, and the tokens, that remain.
+        for tiles_of_height in tiles:
+            height = tiles_of_height[0].rows
+            next_row = row + (last_row - row) // height * height
+            with function.loop(row, next_row, height) as (tile_row, _):
+                token = start
+                for tile in tiles_of_height:
+                    next_token = token + (end - token) // tile.tokens * tile.tokens
+                    with function.loop(token, next_token, tile.tokens) as (tile_token, _):
+                        function.call_own(tile.function, function.pointer, tile_row, tile_token)
+                    token = next_token
+            row = next_row
     function.finish()
-
-
-def _write_tokens(
-    function: Function, tiles: Sequence[_DenseTile], row: Value, start: Value, end: Value
-) -> None:
-    for tile in tiles:
-        after = start + (end - start) // tile.tokens * tile.tokens
-        with function.loop(start, after, tile.tokens) as (token, _):
-            function.call_own(tile.function, function.pointer, row, token)
-        start = after

@@ -5,11 +5,11 @@ module of LLVM's intermediate representation. A function that doubles n numbers,
 
     function = Function(module, "double", numbers=1)
     pointer, (n,) = function.pointer, function.numbers
-    with function.loop(0, n, 8) as (place, _):
-        pointer.store(pointer.load(vector(f32, 8), place * 4) * 2, place * 4)
+    with function.loop(0, n, 8) as (index, _):
+        pointer.store(pointer.load(vector(f32, 8), index * 4) * 2, index * 4)
     function.finish()
 
-Offsets are in bytes. A Python number stands for a constant, in every place of a vector.
+Offsets are in bytes. A Python number stands for a constant, in every lane of a vector.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 f32 = ir.FloatType()
 void = ir.VoidType()
 _byte_pointer = i8.as_pointer()
-_CACHE_LINE = 64  # bytes
+_CACHE_LINE_BYTES = 64
 
 
 def vector(element: Any, count: int) -> Any:
@@ -46,98 +46,99 @@ class Value:
     def _is_float(self) -> bool:
         return bool(getattr(self.type, "element", self.type) == f32)
 
-    def _binary(self, other: Value | float, integer: str, real: str | None = None) -> Value:
+    def _binary(self, rhs: Value | float, integer: str, real: str | None = None) -> Value:
         operation = real if self._is_float else integer
         assert operation is not None
-        right = self._function.constant(self.type, other)
-        return self._wrap(getattr(self._builder, operation)(self.raw, right.raw))
+        operand = self._function.constant(self.type, rhs)
+        return self._wrap(getattr(self._builder, operation)(self.raw, operand.raw))
 
     def _wrap(self, raw: Any) -> Value:
         return Value(self._function, raw)
 
-    def __add__(self, other: Value | float) -> Value:
-        return self._binary(other, "add", "fadd")
+    def __add__(self, rhs: Value | float) -> Value:
+        return self._binary(rhs, "add", "fadd")
 
-    def __sub__(self, other: Value | float) -> Value:
-        return self._binary(other, "sub", "fsub")
+    def __sub__(self, rhs: Value | float) -> Value:
+        return self._binary(rhs, "sub", "fsub")
 
-    def __mul__(self, other: Value | float) -> Value:
-        return self._binary(other, "mul", "fmul")
+    def __mul__(self, rhs: Value | float) -> Value:
+        return self._binary(rhs, "mul", "fmul")
 
-    def __truediv__(self, other: Value | float) -> Value:
-        return self._binary(other, "", "fdiv")
+    def __truediv__(self, rhs: Value | float) -> Value:
+        return self._binary(rhs, "", "fdiv")
 
-    def __floordiv__(self, other: Value | int) -> Value:
+    def __floordiv__(self, rhs: Value | int) -> Value:
         """Divide unsigned integers."""
-        return self._binary(other, "udiv")
+        return self._binary(rhs, "udiv")
 
-    def __mod__(self, other: Value | int) -> Value:
+    def __mod__(self, rhs: Value | int) -> Value:
         """Take the remainder of unsigned integers."""
-        return self._binary(other, "urem")
+        return self._binary(rhs, "urem")
 
-    def __and__(self, other: Value | int) -> Value:
-        return self._binary(other, "and_")
+    def __and__(self, rhs: Value | int) -> Value:
+        return self._binary(rhs, "and_")
 
-    def __or__(self, other: Value | int) -> Value:
-        return self._binary(other, "or_")
+    def __or__(self, rhs: Value | int) -> Value:
+        return self._binary(rhs, "or_")
 
-    def __lshift__(self, other: Value | int) -> Value:
-        return self._binary(other, "shl")
+    def __lshift__(self, rhs: Value | int) -> Value:
+        return self._binary(rhs, "shl")
 
-    def __rshift__(self, other: Value | int) -> Value:
+    def __rshift__(self, rhs: Value | int) -> Value:
         """Shift in zeros from the left."""
-        return self._binary(other, "lshr")
+        return self._binary(rhs, "lshr")
 
     def __neg__(self) -> Value:
         return self * -1
 
-    def compare(self, operator: str, other: Value | float) -> Value:
+    def compare(self, operator: str, rhs: Value | float) -> Value:
         """Return a bit, or a vector of bits, by an operator like <= or ==. Integers are signed."""
-        right = self._function.constant(self.type, other).raw
+        operand = self._function.constant(self.type, rhs).raw
         if self._is_float:
-            return self._wrap(self._builder.fcmp_ordered(operator, self.raw, right))
-        return self._wrap(self._builder.icmp_signed(operator, self.raw, right))
+            return self._wrap(self._builder.fcmp_ordered(operator, self.raw, operand))
+        return self._wrap(self._builder.icmp_signed(operator, self.raw, operand))
 
     def choose(self, yes: Value, no: Value | float) -> Value:
-        other = self._function.constant(yes.type, no)
-        return self._wrap(self._builder.select(self.raw, yes.raw, other.raw))
+        if_false = self._function.constant(yes.type, no)
+        return self._wrap(self._builder.select(self.raw, yes.raw, if_false.raw))
 
-    def bits_as(self, kind: Any) -> Value:
-        return self._wrap(self._builder.bitcast(self.raw, kind))
+    def bits_as(self, result_type: Any) -> Value:
+        return self._wrap(self._builder.bitcast(self.raw, result_type))
 
-    def widened(self, kind: Any) -> Value:
+    def widened(self, result_type: Any) -> Value:
         """Return unsigned integers in more bits."""
-        return self._wrap(self._builder.zext(self.raw, kind))
+        return self._wrap(self._builder.zext(self.raw, result_type))
 
-    def sign_extended(self, kind: Any) -> Value:
+    def sign_extended(self, result_type: Any) -> Value:
         """Return signed integers in more bits."""
-        return self._wrap(self._builder.sext(self.raw, kind))
+        return self._wrap(self._builder.sext(self.raw, result_type))
 
-    def narrowed(self, kind: Any) -> Value:
-        return self._wrap(self._builder.trunc(self.raw, kind))
+    def narrowed(self, result_type: Any) -> Value:
+        return self._wrap(self._builder.trunc(self.raw, result_type))
 
-    def as_float(self, kind: Any) -> Value:
+    def as_float(self, result_type: Any) -> Value:
         """Convert signed integers to floats."""
-        return self._wrap(self._builder.sitofp(self.raw, kind))
+        return self._wrap(self._builder.sitofp(self.raw, result_type))
 
-    def as_integer(self, kind: Any) -> Value:
+    def as_integer(self, result_type: Any) -> Value:
         """Convert floats to signed integers, rounded towards 0."""
-        return self._wrap(self._builder.fptosi(self.raw, kind))
+        return self._wrap(self._builder.fptosi(self.raw, result_type))
 
     def arithmetic_shift(self, bits: int) -> Value:
         """Shift to the right, with copies of the sign bit from the left."""
         return self._binary(bits, "ashr")
 
     def broadcast(self, count: int) -> Value:
-        kind = vector(self.type, count)
-        first = self._builder.insert_element(ir.Constant(kind, ir.Undefined), self.raw, i32(0))
-        return self._wrap(first).shuffled([0] * count)
+        # LLVM has no instruction that broadcasts. It recognizes this pair and emits the CPU's own.
+        undefined = ir.Constant(vector(self.type, count), ir.Undefined)
+        lane_0 = self._builder.insert_element(undefined, self.raw, i32(0))
+        return self._wrap(lane_0).shuffled([0] * count)
 
-    def shuffled(self, places: Sequence[int], other: Value | None = None) -> Value:
-        """Return the elements at these places of this vector followed by `other`."""
-        second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
-        mask = ir.Constant(vector(i32, len(places)), list(places))
-        return self._wrap(self._builder.shuffle_vector(self.raw, second, mask))
+    def shuffled(self, lanes: Sequence[int], second: Value | None = None) -> Value:
+        """Return these lanes of this vector followed by `second`."""
+        rhs = ir.Constant(self.type, ir.Undefined) if second is None else second.raw
+        mask = ir.Constant(vector(i32, len(lanes)), list(lanes))
+        return self._wrap(self._builder.shuffle_vector(self.raw, rhs, mask))
 
     def half(self, number: int) -> Value:
         """Return the first half of a vector, or the second one."""
@@ -145,12 +146,12 @@ class Value:
         return self.shuffled([*range(number * count, (number + 1) * count)])
 
     def every_second(self, first: int) -> Value:
-        """Return the elements at the even places of a vector, or at the odd ones."""
+        """Return the even lanes of a vector for `first` 0, the odd lanes for 1."""
         return self.shuffled([*range(first, self.type.count, 2)])
 
 
-def _suffix(kind: Any) -> str:
-    return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+def _suffix(value_type: Any) -> str:
+    return f"v{value_type.count}f32" if isinstance(value_type, ir.VectorType) else "f32"
 
 
 class Pointer:
@@ -163,9 +164,10 @@ class Pointer:
         moved = self._builder.gep(self.raw, [self._function.constant(i64, offset).raw])
         return Pointer(self._function, moved)
 
-    def load(self, kind: Any, offset: Value | int = 0) -> Value:
+    def load(self, value_type: Any, offset: Value | int = 0) -> Value:
         """Load a value, aligned or not."""
-        address = self._builder.bitcast(self.plus(offset).raw, kind.as_pointer())
+        # With align=1 LLVM emits movups, which is as fast as movaps within a cache line.
+        address = self._builder.bitcast(self.plus(offset).raw, value_type.as_pointer())
         return Value(self._function, self._builder.load(address, align=1))
 
     def store(self, value: Value, offset: Value | int = 0) -> None:
@@ -178,9 +180,10 @@ class Pointer:
 
         A line that is read `once` need not go to the other caches.
         """
+        # LLVM's flags: a read and not a write, locality 0 (prefetchnta) or 3 (prefetcht0), data.
         numbers = 0, 0 if once else 3, 1
-        read, keep, data = (self._function.constant(i32, number) for number in numbers)
-        self._function.call("llvm.prefetch.p0", void, self.plus(offset), read, keep, data)
+        flags = [self._function.constant(i32, number) for number in numbers]
+        self._function.call("llvm.prefetch.p0", void, self.plus(offset), *flags)
 
     def take_next(self, order: str = "monotonic") -> Value:
         """Add one to the 64-bit number there, atomically. Return the old number.
@@ -207,25 +210,26 @@ class Function:
     """A function that is being written. It takes a pointer and `numbers` 64-bit integers."""
 
     def __init__(self, module: Any, name: str, numbers: int = 0) -> None:
-        kind = ir.FunctionType(void, [_byte_pointer] + [i64] * numbers)
-        self.raw = ir.Function(module, kind, name)
+        function_type = ir.FunctionType(void, [_byte_pointer] + [i64] * numbers)
+        self.raw = ir.Function(module, function_type, name)
         # A vector on the stack that is in two cache lines takes longer to load.
         self.raw.attributes.add("nounwind")  # llvmlite writes no alignment without an attribute
-        self.raw.attributes.alignstack = _CACHE_LINE
+        self.raw.attributes.alignstack = _CACHE_LINE_BYTES
         self._module = module
         self.builder = ir.IRBuilder(self.raw.append_basic_block())
-        pointer, *rest = self.raw.args
+        pointer, *integers = self.raw.args
         self.pointer = Pointer(self, pointer)
-        self.numbers = [Value(self, number) for number in rest]
+        self.numbers = [Value(self, integer) for integer in integers]
 
-    def constant(self, kind: Any, number: Value | float | Sequence[int]) -> Value:
+    def constant(self, value_type: Any, number: Value | float | Sequence[int]) -> Value:
         """Return the number as a constant of this type, or a `Value` as it is."""
         if isinstance(number, Value):
             return number
-        if not isinstance(kind, ir.VectorType):
-            return Value(self, kind(number))
-        numbers = number if isinstance(number, Sequence) else [number] * kind.count
-        return Value(self, ir.Constant(kind, [kind.element(one) for one in numbers]))
+        if not isinstance(value_type, ir.VectorType):
+            return Value(self, value_type(number))
+        numbers = number if isinstance(number, Sequence) else [number] * value_type.count
+        elements = [value_type.element(element) for element in numbers]
+        return Value(self, ir.Constant(value_type, elements))
 
     def address(self, number: Value) -> Pointer:
         return Pointer(self, self.builder.inttoptr(number.raw, _byte_pointer))
@@ -235,35 +239,37 @@ class Function:
         raw = [argument.raw for argument in arguments]
         function = self._module.globals.get(name)
         if function is None:
-            kind = ir.FunctionType(returns, [argument.type for argument in raw])
-            function = ir.Function(self._module, kind, name)
+            function_type = ir.FunctionType(returns, [argument.type for argument in raw])
+            function = ir.Function(self._module, function_type, name)
         return Value(self, self.builder.call(function, raw))
 
-    def call_by_parts(self, name: str, size: int, *vectors: Value) -> Value:
+    def call_by_parts(self, name: str, size: int, *operands: Value) -> Value:
         """Call one of LLVM's own functions for each `size` bytes of vectors, and join the results.
 
         They have the type of the first vector.
         """
-        kind = vectors[0].type
-        if kind.count * kind.element.width == 8 * size:
-            return self.call(name, kind, *vectors)
-        parts = [
-            self.call_by_parts(name, size, *(one.half(number) for one in vectors))
+        result_type = operands[0].type
+        if result_type.count * result_type.element.width == 8 * size:
+            return self.call(name, result_type, *operands)
+        low, high = (
+            self.call_by_parts(name, size, *(operand.half(number) for operand in operands))
             for number in (0, 1)
-        ]
-        return parts[0].shuffled([*range(kind.count)], parts[1])
+        )
+        return low.shuffled([*range(result_type.count)], high)
 
-    def maximum(self, one: Value, other: Value) -> Value:
-        """Take the larger numbers, place by place. Integers are signed."""
-        return one.compare(">", other).choose(one, other)
+    # fcmp with select is one instruction on x86, maxps, which returns `rhs` if a number is NaN.
+    # LLVM's maxnum ignores NaN, which takes three.
+    def maximum(self, lhs: Value, rhs: Value) -> Value:
+        """Take the larger numbers, lane by lane. Integers are signed."""
+        return lhs.compare(">", rhs).choose(lhs, rhs)
 
-    def minimum(self, one: Value, other: Value) -> Value:
-        """Take the smaller numbers, place by place. Integers are signed."""
-        return one.compare("<", other).choose(one, other)
+    def minimum(self, lhs: Value, rhs: Value) -> Value:
+        """Take the smaller numbers, lane by lane. Integers are signed."""
+        return lhs.compare("<", rhs).choose(lhs, rhs)
 
-    def multiply_add(self, one: Value, other: Value, third: Value) -> Value:
-        """Return one * other + third of floats, rounded once."""
-        return self.call(f"llvm.fma.{_suffix(one.type)}", one.type, one, other, third)
+    def multiply_add(self, lhs: Value, rhs: Value, addend: Value) -> Value:
+        """Return lhs * rhs + addend of floats, rounded once."""
+        return self.call(f"llvm.fma.{_suffix(lhs.type)}", lhs.type, lhs, rhs, addend)
 
     def total(self, value: Value) -> Value:
         """Add up a vector of floats, from the first to the last."""
@@ -276,19 +282,19 @@ class Function:
 
     def scratch(self, size: int) -> Pointer:
         """Reserve `size` bytes on the stack."""
-        kind = ir.ArrayType(i8, size)
+        # In the entry block, because an alloca within a loop takes new bytes in each turn.
         with self.builder.goto_entry_block():
-            space = self.builder.alloca(kind)
-            space.align = _CACHE_LINE
+            space = self.builder.alloca(ir.ArrayType(i8, size))
+            space.align = _CACHE_LINE_BYTES
         return Pointer(self, self.builder.bitcast(space, _byte_pointer))
 
-    def call_own(self, other: Function, pointer: Pointer, *numbers: Value) -> None:
+    def call_own(self, callee: Function, pointer: Pointer, *numbers: Value) -> None:
         """Call a function of the same module."""
-        self.builder.call(other.raw, [pointer.raw, *(number.raw for number in numbers)])
+        self.builder.call(callee.raw, [pointer.raw, *(number.raw for number in numbers)])
 
     def call_address(self, address: Value, returns: Any, *pointers: Pointer) -> Value:
-        kind = ir.FunctionType(returns, [_byte_pointer] * len(pointers)).as_pointer()
-        function = self.builder.inttoptr(address.raw, kind)
+        function_type = ir.FunctionType(returns, [_byte_pointer] * len(pointers))
+        function = self.builder.inttoptr(address.raw, function_type.as_pointer())
         return Value(self, self.builder.call(function, [pointer.raw for pointer in pointers]))
 
     @contextmanager
@@ -297,30 +303,31 @@ class Function:
     ) -> Iterator[tuple[Value, list[Value]]]:
         """Loop over what is written inside, as Python does over range(start, end, step).
 
-        Yields the counter, and a list of the carried values. Each turn replaces its elements. After
-        the loop it holds the last ones.
+        Yields the counter, and a list of the carried values. What is written inside replaces its
+        elements, by which the next turn starts. After the loop the list holds the last values.
         """
         builder = self.builder
+        # The blocks have LLVM's names. A phi takes the value of the block that was left last.
         first, last = self.constant(i64, start).raw, self.constant(i64, end).raw
-        before = builder.block
-        head, body, after = (self.raw.append_basic_block() for _ in range(3))
-        builder.branch(head)
-        builder.position_at_end(head)
+        preheader = builder.block
+        header, body, exit_block = (self.raw.append_basic_block() for _ in range(3))
+        builder.branch(header)
+        builder.position_at_end(header)
         counter = builder.phi(i64)
-        counter.add_incoming(first, before)
-        turning = [builder.phi(value.type) for value in carried]
-        for phi, value in zip(turning, carried, strict=True):
-            phi.add_incoming(value.raw, before)
-        builder.cbranch(builder.icmp_signed("<", counter, last), body, after)
+        counter.add_incoming(first, preheader)
+        phis = [builder.phi(value.type) for value in carried]
+        for phi, value in zip(phis, carried, strict=True):
+            phi.add_incoming(value.raw, preheader)
+        builder.cbranch(builder.icmp_signed("<", counter, last), body, exit_block)
         builder.position_at_end(body)
-        values = [Value(self, phi) for phi in turning]
+        values = [Value(self, phi) for phi in phis]
         yield Value(self, counter), values
         counter.add_incoming(builder.add(counter, i64(step)), builder.block)
-        for phi, value in zip(turning, values, strict=True):
+        for phi, value in zip(phis, values, strict=True):
             phi.add_incoming(value.raw, builder.block)
-        builder.branch(head)
-        builder.position_at_end(after)
-        values[:] = [Value(self, phi) for phi in turning]
+        builder.branch(header)
+        builder.position_at_end(exit_block)
+        values[:] = [Value(self, phi) for phi in phis]
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:
@@ -332,37 +339,37 @@ class Function:
     def each_item(self, counter: Pointer, count: Value) -> Iterator[Value]:
         """Run what is written inside once for each item of work, a number below `count`.
 
-        Each of the threads that run this function takes the next free one.
+        Each of the threads that run this function takes the next free item.
         """
         builder = self.builder
-        head, body, after = (self.raw.append_basic_block() for _ in range(3))
-        builder.branch(head)
-        builder.position_at_end(head)
+        header, body, exit_block = (self.raw.append_basic_block() for _ in range(3))
+        builder.branch(header)
+        builder.position_at_end(header)
         item = counter.take_next()
-        builder.cbranch(item.compare("<", count).raw, body, after)
+        builder.cbranch(item.compare("<", count).raw, body, exit_block)
         builder.position_at_end(body)
         yield item
-        builder.branch(head)
-        builder.position_at_end(after)
+        builder.branch(header)
+        builder.position_at_end(exit_block)
 
     @contextmanager
     def wait(self, number: Pointer, least: Value) -> Iterator[Value]:
         """Wait until another thread publishes a number that is not below `least`.
 
-        What is written inside runs again and again until then. Yields the count of runs before.
+        What is written inside runs again and again until then. Yields how often it has run.
         """
-        builder, before = self.builder, self.builder.block
-        head, body, after = (self.raw.append_basic_block() for _ in range(3))
-        builder.branch(head)
-        builder.position_at_end(head)
-        turn = builder.phi(i64)
-        turn.add_incoming(i64(0), before)
-        builder.cbranch(number.published().compare("<", least).raw, body, after)
+        builder, preheader = self.builder, self.builder.block
+        header, body, exit_block = (self.raw.append_basic_block() for _ in range(3))
+        builder.branch(header)
+        builder.position_at_end(header)
+        runs = builder.phi(i64)
+        runs.add_incoming(i64(0), preheader)
+        builder.cbranch(number.published().compare("<", least).raw, body, exit_block)
         builder.position_at_end(body)
-        yield Value(self, turn)
-        turn.add_incoming(builder.add(turn, i64(1)), builder.block)
-        builder.branch(head)
-        builder.position_at_end(after)
+        yield Value(self, runs)
+        runs.add_incoming(builder.add(runs, i64(1)), builder.block)
+        builder.branch(header)
+        builder.position_at_end(exit_block)
 
     def finish(self) -> None:
         self.builder.ret_void()

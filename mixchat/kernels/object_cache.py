@@ -22,8 +22,8 @@ from mixchat.base.settings import data_dir
 _DIGEST = hashlib.sha256().digest_size
 _NAME = re.compile(r"[0-9a-f]{64}\.o")  # other files in the directory stay
 _MOST_FILES = 64  # enough for some versions and models
-_ABANDONED = 3600  # seconds after which no process still writes a file
-_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_ABANDONED_S = 3600  # after which no process still writes a file
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class ObjectCache:
@@ -42,8 +42,8 @@ class ObjectCache:
     def load(self) -> bytes | None:
         """Return the code if it is there, undamaged, and no other user can have written it."""
         try:
-            with _trusted_directory(self._directory) as place:
-                content = _read_trusted(self._name, place)
+            with _trusted_directory(self._directory) as directory:
+                content = _read_trusted(self._name, directory)
         except OSError:
             return None
         digest, code = content[:_DIGEST], content[_DIGEST:]
@@ -56,15 +56,14 @@ class ObjectCache:
             with _trusted_directory(self._directory):
                 content = hashlib.sha256(code).digest() + code
                 write_private_file(self._directory / self._name, content)
-                self._sweep()
-
-    def _sweep(self) -> None:
-        files = [path for path in self._directory.glob("*.o") if _NAME.fullmatch(path.name)]
-        files.sort(key=lambda path: path.lstat().st_mtime)
-        old, unwritten = time.time() - _ABANDONED, self._directory.glob(f"*{TEMPORARY_SUFFIX}")
-        abandoned = [path for path in unwritten if path.lstat().st_mtime < old]
-        for path in [*files[:-_MOST_FILES], *abandoned]:
-            path.unlink(missing_ok=True)
+                named = (path for path in self._directory.glob("*.o") if _NAME.fullmatch(path.name))
+                files = sorted(named, key=lambda path: path.lstat().st_mtime)
+                # A process that was killed leaves its temporary file.
+                latest = time.time() - _ABANDONED_S
+                temporary = self._directory.glob(f"*{TEMPORARY_SUFFIX}")
+                abandoned = [path for path in temporary if path.lstat().st_mtime < latest]
+                for path in [*files[:-_MOST_FILES], *abandoned]:
+                    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -74,18 +73,19 @@ def _trusted_directory(directory: Path) -> Iterator[int]:
     If it is a link itself, it is not followed.
     """
     above = directory.parent.resolve(strict=True)
-    place = os.open(above / directory.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = os.open(above / directory.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         for path in (above, *above.parents):
             _check_trusted(os.stat(path), above=True)
-        _check_trusted(os.fstat(place))
-        yield place
+        _check_trusted(os.fstat(descriptor))
+        yield descriptor
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
-def _read_trusted(name: str, place: int) -> bytes:
-    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=place)
+def _read_trusted(name: str, directory: int) -> bytes:
+    # O_NONBLOCK, because opening a FIFO would wait for a writer.
+    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=directory)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         _check_trusted(status)
@@ -96,19 +96,15 @@ def _read_trusted(name: str, place: int) -> bytes:
 
 def _check_trusted(status: os.stat_result, *, above: bool = False) -> None:
     """Raise `PermissionError` if another user than this one and root can change it."""
-    writable = status.st_mode & (_above_writable(status) if above else _OTHERS)
+    writable = status.st_mode & _WRITABLE_BY_OTHERS
+    # In a sticky directory (/tmp) only a file's owner can replace it.
+    if above and status.st_mode & stat.S_ISVTX:
+        writable = 0
+    # Debian and Fedora give each user a group of the same name, and its members may write.
+    elif above and _is_own_group(status.st_gid):
+        writable &= stat.S_IWOTH
     if status.st_uid not in (os.geteuid(), 0) or writable:
         raise PermissionError(errno.EPERM, "others can write here")
-
-
-def _above_writable(status: os.stat_result) -> int:
-    """Return the bits that let others replace files in a directory.
-
-    In a sticky one (/tmp) nobody else can. Many systems let a user's private group write.
-    """
-    if status.st_mode & stat.S_ISVTX:
-        return 0
-    return stat.S_IWOTH if _is_own_group(status.st_gid) else _OTHERS
 
 
 def _is_own_group(gid: int) -> bool:

@@ -99,10 +99,10 @@ def store_step(shape: CacheShape, keys: torch.Tensor, values: torch.Tensor) -> S
     return Step(function, _SIGNATURE, numbers, (keys, values), threads)
 
 
-def group_part(given: Arguments, shape: CacheShape, token: Value, group: Value) -> Pointer:
+def group_part(args: Arguments, shape: CacheShape, token: Value, group: Value) -> Pointer:
     """Return the address of a group's part of the token's page."""
-    page = given.pointer("pages").load(i64, token // PAGE * 8)
-    return given.function.address(page + group * shape.group_bytes)
+    page = args.pointer("pages").load(i64, token // PAGE * 8)
+    return args.function.address(page + group * shape.group_bytes)
 
 
 @compiled_here
@@ -116,21 +116,21 @@ class _StoreKernel:
     def __init__(self, module: Any, shape: CacheShape, bf16: bool) -> None:
         self.shape, self._bf16 = shape, bf16
         self.function = Function(module, "store")
-        self._given = _SIGNATURE.read_by(self.function)
+        self._args = _SIGNATURE.read_by(self.function)
 
     def write(self) -> None:
-        function, given, shape = self.function, self._given, self.shape
+        function, args, shape = self.function, self._args, self.shape
         size = shape.bits // 8
-        with function.each_item(function.pointer, given.number("tokens")) as token:
-            place = given.number("past") + token
-            here = place % PAGE
-            block = here // KEY_BLOCK * (KEY_BLOCK * shape.width * size) + here % KEY_BLOCK * 4
-            word = here // shape.per_word * (shape.width * 4) + here % shape.per_word * size
+        with function.each_item(function.pointer, args.number("tokens")) as token:
+            position = args.number("past") + token
+            line = position % PAGE
+            block = line // KEY_BLOCK * (KEY_BLOCK * shape.width * size) + line % KEY_BLOCK * 4
+            word = line // shape.per_word * (shape.width * 4) + line % shape.per_word * size
             with function.loop(0, shape.groups, 1) as (group, _):
-                target = group_part(given, shape, place, group)
+                target = group_part(args, shape, position, group)
                 first = (token * shape.groups + group) * shape.head_dim
-                keys, values = given.pointer("keys"), given.pointer("values")
-                scale = target.plus(here * 4 + shape.scales_at)
+                keys, values = args.pointer("keys"), args.pointer("values")
+                scale = target.plus(line * 4 + shape.scales_at)
                 with self._encoded(keys, first, scale) as (number, key):
                     lane = (
                         number // shape.per_word * (KEY_BLOCK * 4) + number % shape.per_word * size
@@ -144,22 +144,23 @@ class _StoreKernel:
     def _encoded(
         self, source: Pointer, first: Value, scale: Pointer
     ) -> Iterator[tuple[Value, Value]]:
-        """Yield the place of each number of a head, and how it is stored."""
+        """Yield the index of each number of a head, and the number as it is stored."""
         factor = self._scaled(source, first, scale) if self.shape.bits == 8 else None
-        with self.function.loop(0, self.shape.head_dim, 1) as (place, _):
-            number = as_fp32(source, first + place, self._bf16)
+        with self.function.loop(0, self.shape.head_dim, 1) as (index, _):
+            number = as_fp32(source, first + index, self._bf16)
             if factor is not None:
                 stored = self.function.rounded(number * factor).as_integer(i32).narrowed(i8)
             else:
                 stored = number if self.shape.bits == 32 else rounded_to_bf16(number)
-            yield place, stored
+            yield index, stored
 
     def _scaled(self, source: Pointer, first: Value, scale: Pointer) -> Value:
         """Store the scale of a head's numbers, and return its inverse."""
         function, zero = self.function, self.function.constant(f32, 0.0)
-        with function.loop(0, self.shape.head_dim, 1, [zero]) as (place, largest):
-            number = as_fp32(source, first + place, self._bf16)
+        with function.loop(0, self.shape.head_dim, 1, [zero]) as (index, largest):
+            number = as_fp32(source, first + index, self._bf16)
             largest[0] = function.maximum(function.maximum(number, -number), largest[0])
         scale.store(largest[0] * (1 / _LARGEST))
+        # A head of zeros, or of numbers whose factor would be infinite, is stored as zeros.
         factor = function.constant(f32, _LARGEST) / largest[0]
         return largest[0].compare(">", 1e-30).choose(factor, 0.0)

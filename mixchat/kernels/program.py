@@ -40,45 +40,45 @@ class Signature:
     """
 
     def __init__(self, *names: str) -> None:
-        self._places = {name: place for place, name in enumerate(("next", *names))}
-        self._array: type[Numbers] = ctypes.c_int64 * len(self._places)
+        self._indices = {name: index for index, name in enumerate(("next", *names))}
+        self._array: type[Numbers] = ctypes.c_int64 * len(self._indices)
 
-    def numbers(self, **given: int) -> Numbers:
+    def numbers(self, **arguments: int) -> Numbers:
         """Return an array with these arguments. The others are 0."""
         array = self._array()
-        self.set(array, **given)
+        self.set(array, **arguments)
         return array
 
-    def set(self, numbers: Numbers, **given: int) -> None:
-        for name, number in given.items():
-            numbers[self._places[name]] = number
+    def set(self, numbers: Numbers, **arguments: int) -> None:
+        for name, number in arguments.items():
+            numbers[self._indices[name]] = number
 
     def get(self, numbers: Numbers, name: str) -> int:
-        return numbers[self._places[name]]
+        return numbers[self._indices[name]]
 
     def address(self, numbers: Numbers, name: str) -> int:
-        return ctypes.addressof(numbers) + 8 * self._places[name]
+        return ctypes.addressof(numbers) + 8 * self._indices[name]
 
     def read_by(self, function: Function) -> Arguments:
-        return Arguments(function, self._places)
+        return Arguments(function, self._indices)
 
 
 class Arguments:
     """The arguments of a function that is being written."""
 
-    def __init__(self, function: Function, places: dict[str, int]) -> None:
-        self.function, self._places = function, places
+    def __init__(self, function: Function, indices: dict[str, int]) -> None:
+        self.function, self._indices = function, indices
 
-    def load(self, name: str, kind: Any) -> Value:
+    def load(self, name: str, value_type: Any) -> Value:
         """Load an argument from the lowest of its 64 bits."""
-        return self.function.pointer.load(kind, 8 * self._places[name])
+        return self.function.pointer.load(value_type, 8 * self._indices[name])
 
     def number(self, name: str) -> Value:
         return self.load(name, i64)
 
     def address(self, name: str) -> Pointer:
-        """Return the place of an argument."""
-        return self.function.pointer.plus(8 * self._places[name])
+        """Return the address of an argument."""
+        return self.function.pointer.plus(8 * self._indices[name])
 
     def pointer(self, name: str) -> Pointer:
         return self.function.address(self.number(name))
@@ -102,8 +102,8 @@ class Step:
         """Return the step with its own array of arguments, for the same tensors."""
         return Step(self.function, self.signature, copy_of(self.numbers), self.keeps, self.threads)
 
-    def set(self, **given: int) -> None:
-        self.signature.set(self.numbers, **given)
+    def set(self, **arguments: int) -> None:
+        self.signature.set(self.numbers, **arguments)
 
     def get(self, name: str) -> int:
         return self.signature.get(self.numbers, name)
@@ -139,8 +139,8 @@ _SIGNATURE = Signature("steps", "stages", "count", "team_size", "give_way", "don
 _STEP_BYTES = 16  # in `steps`: the addresses of function and arguments
 # In `stages`: the ends of the shared steps and of the others, and the threads that arrived.
 _STAGE_BYTES = 24
-# Looks at the other threads' progress, some microseconds, after which a thread gives way to others.
-# One of them may be what it waits for, if another program has taken its core.
+# Looks at the other threads' progress, some microseconds. Then a thread gives way to others,
+# because another program may have the core of the thread that it waits for.
 _SPINS = 400
 
 
@@ -175,15 +175,15 @@ def _ends(stages: Sequence[Stage]) -> list[list[int]]:
     For 2 shared steps, 1 alone, 3 alone and 1 shared it is [[2, 6, 0], [7, 7, 0]].
     """
     ends: list[list[int]] = []
-    place = 0
+    end = 0
     for stage in stages:
-        place += len(stage.steps)
+        end += len(stage.steps)
         if not stage.alone:
-            ends.append([place, place, 0])
+            ends.append([end, end, 0])
         elif ends:
-            ends[-1][1] = place
+            ends[-1][1] = end
         else:
-            ends.append([0, place, 0])
+            ends.append([0, end, 0])
     return ends
 
 
@@ -197,18 +197,20 @@ class _Walk:
 
     def __init__(self, module: Any) -> None:
         self._function = Function(module, "walk")
-        self._given = _SIGNATURE.read_by(self._function)
+        self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, given = self._function, self._given
-        stages, start = given.pointer("stages"), function.constant(i64, 0)
-        team = function.call_address(given.number("team_size"), i32).sign_extended(i64)
-        with function.loop(0, given.number("count"), 1, [start]) as (stage, carried):
-            here, first = stages.plus(stage * _STAGE_BYTES), carried[0]
-            shared_end, end = here.load(i64), here.load(i64, 8)
+        function, args = self._function, self._args
+        stages, start = args.pointer("stages"), function.constant(i64, 0)
+        team = function.call_address(args.number("team_size"), i32).sign_extended(i64)
+        with function.loop(0, args.number("count"), 1, [start]) as (stage, carried):
+            entry, first = stages.plus(stage * _STAGE_BYTES), carried[0]
+            shared_end, end = entry.load(i64), entry.load(i64, 8)
             with function.loop(first, shared_end, 1) as (step, _):
                 self._call(step)
-            arrived = here.plus(16)
+            # The last thread to arrive has seen all results ("acq_rel"). It resets what the next
+            # run counts, and only then lets the others go on ("release").
+            arrived = entry.plus(16)
             with function.when(arrived.take_next("acq_rel").compare("==", team - 1)):
                 arrived.store(function.constant(i64, 0))
                 with function.loop(first, shared_end, 1) as (step, _):
@@ -216,31 +218,26 @@ class _Walk:
                 with function.loop(shared_end, end, 1) as (step, _):
                     self._call(step)
                     self._arguments_of(step).store(function.constant(i64, 0))
-                given.address("done").publish(stage + 1)
+                args.address("done").publish(stage + 1)
             self._wait(stage + 1)
             carried[0] = end
         function.finish()
 
     def _wait(self, done: Value) -> None:
         """Wait until so many stages are done."""
-        function, given = self._function, self._given
-        with function.wait(given.address("done"), done) as turn:
-            self._pause()
-            with function.when(turn.compare(">", _SPINS)):
-                function.call_address(given.number("give_way"), void)
-
-    def _pause(self) -> None:
-        """Let the core's other thread compute for a moment."""
-        if instruction_set() == "neon":
-            self._function.call("llvm.aarch64.hint", void, self._function.constant(i32, 1))
-        else:
-            self._function.call("llvm.x86.sse2.pause", void)
+        function, args = self._function, self._args
+        with function.wait(args.address("done"), done) as spins:
+            # Lets the core's other hyperthread compute for a moment. Hint 1 of ARM is `yield`.
+            if instruction_set() == "neon":
+                function.call("llvm.aarch64.hint", void, function.constant(i32, 1))
+            else:
+                function.call("llvm.x86.sse2.pause", void)
+            with function.when(spins.compare(">", _SPINS)):
+                function.call_address(args.number("give_way"), void)
 
     def _call(self, step: Value) -> None:
-        kernel = self._given.pointer("steps").load(i64, step * _STEP_BYTES)
+        kernel = self._args.pointer("steps").load(i64, step * _STEP_BYTES)
         self._function.call_address(kernel, void, self._arguments_of(step))
 
     def _arguments_of(self, step: Value) -> Pointer:
-        return self._function.address(
-            self._given.pointer("steps").load(i64, step * _STEP_BYTES + 8)
-        )
+        return self._function.address(self._args.pointer("steps").load(i64, step * _STEP_BYTES + 8))

@@ -7,6 +7,7 @@ import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# libgomp, LLVM's libomp and Intel's all have GCC's entry point.
 _NEEDED = ("GOMP_parallel", "omp_get_num_threads")
 
 
@@ -19,18 +20,19 @@ class NativeFunction:
 
     def run(self, arguments: ctypes.Array[ctypes.c_int64], threads: int) -> None:
         """Call it from `threads` threads with the address of `arguments`. Wait for all of them."""
-        where = ctypes.addressof(arguments)
+        address = ctypes.addressof(arguments)
         if threads == 1:
-            self._call(where)
+            self._call(address)
             return
         library = _library()
         if library is not None:
-            library.GOMP_parallel(self.address, where, threads, 0)
+            library.GOMP_parallel(self.address, address, threads, 0)
             return
-        others = [_pool(threads - 1).submit(self._call, where) for _ in range(threads - 1)]
-        self._call(where)
-        for other in others:
-            other.result()
+        pool = _pool(threads - 1)
+        futures = [pool.submit(self._call, address) for _ in range(threads - 1)]
+        self._call(address)
+        for future in futures:
+            future.result()
 
 
 def team_size_function() -> int | None:
