@@ -24,8 +24,12 @@ from mixchat.kernels.program import Signature, Step, copy_of
 _KEYS = 64  # that are scored before their values are added
 _SPLIT = PAGE  # keys of one item of work
 _ROWS = 32  # of one item of work, unless one token has more
-_VECTORS = 2  # of keys, or of a value's numbers, that are computed at once
-_MASKED, _LOWEST = -3e38, -1e38  # scores, of which e^(masked - lowest) is 0
+# Vectors of keys, or of a value's numbers, that are computed at once. A factor that was broadcast
+# then serves two products.
+_VECTORS = 2
+# Scores. If all keys so far are masked, the largest score is _LOWEST, and e^(masked - lowest) is 0.
+# With infinities the difference would be NaN.
+_MASKED, _LOWEST = -3e38, -1e38
 _NO_WINDOW = 2**30  # tokens
 _SIGNATURE = Signature(
     "pages", "queries", "parts", "out", "past", "tokens", "splits", "per_item", "window", "sinks"
@@ -59,10 +63,9 @@ def attend(
 def attend_steps(
     shape: CacheShape, queries: torch.Tensor, out: torch.Tensor, most_keys: int
 ) -> tuple[Step, Step]:
-    """Return the steps of `attend`, for at most so many keys. The second one needs the first.
+    """Return the steps of `attend`, for at most `most_keys` keys. The second needs the first.
 
-    The address `pages`, `past`, `splits` (see `count_splits`) and what `set_window` sets are still
-    to be set.
+    Before they run, set the address `pages`, `past`, `splits` (see `count_splits`) and the window.
     """
     rows = queries.shape[0] * shape.heads
     parts = torch.empty(rows * count_splits(most_keys), shape.width + 2)
@@ -85,18 +88,19 @@ def attend_steps(
 def set_window(
     shape: CacheShape, step: Step, window: int | None, sinks: torch.Tensor | None
 ) -> None:
-    """Let a step of `attend_steps` use this window and these sinks, which it does not keep."""
+    """Let a step of `attend_steps` use this window and these sinks. The caller keeps the sinks."""
     logits = _no_sinks(shape.heads) if sinks is None else sinks
     step.set(window=window or _NO_WINDOW, sinks=logits.data_ptr())
 
 
 @functools.cache
 def _no_sinks(heads: int) -> torch.Tensor:
+    """Return logits of which nothing joins a sum. A step keeps only their address."""
     return torch.full((heads,), -torch.inf)
 
 
 def count_splits(keys: int) -> int:
-    """Return the parts into which so many keys are split."""
+    """Return the number of parts into which `keys` keys are split."""
     return -(-keys // _SPLIT)
 
 
@@ -120,33 +124,34 @@ class _AttendKernel:
         self.shape, self.lanes, self._bf16 = shape, lanes, bf16
         self.floats = vector(f32, lanes)
         self.function = function = Function(module, "attend")
-        self._given = _SIGNATURE.read_by(function)
+        self._args = _SIGNATURE.read_by(function)
         self._queries = function.scratch(_rows(shape) * shape.width * 4)
         self._scores = function.scratch(_rows(shape) * _KEYS * 4)
         self._sums = function.scratch(_rows(shape) * shape.width * 4)
         self._state = function.scratch(_rows(shape) * 8)  # largest score, sum of weights
 
     def write(self) -> None:
-        function, given, shape = self.function, self._given, self.shape
-        tokens, splits = given.number("tokens"), given.number("splits")
-        per_item, past = given.number("per_item"), given.number("past")
+        function, args, shape = self.function, self._args, self.shape
+        tokens, splits = args.number("tokens"), args.number("splits")
+        per_item, past = args.number("per_item"), args.number("past")
         blocks = (tokens + per_item - 1) // per_item
         with function.each_item(function.pointer, blocks * splits * shape.groups) as item:
-            split, rest = item % splits, item // splits
-            group, first = rest % shape.groups, rest // shape.groups * per_item
+            split, block_and_group = item % splits, item // splits
+            group = block_and_group % shape.groups
+            first = block_and_group // shape.groups * per_item
             end = function.minimum(first + per_item, tokens)
             rows = (end - first) * shape.shared
             self._begin(first, group, rows)
             # From the window of the first token to the last token itself.
-            lowest = past + first + 1 - given.number("window")
+            lowest = past + first + 1 - args.number("window")
             start = split * _SPLIT
             start_at = function.maximum(lowest // _KEYS * _KEYS, start)
             limit = function.minimum(start + _SPLIT, past + end)
             with function.loop(start_at, limit, _KEYS) as (key, _):
-                page = group_part(given, shape, key, group)
+                page = group_part(args, shape, key, group)
                 following = key + _KEYS
                 following = following.compare("<", limit).choose(following, key)
-                next_page = group_part(given, shape, following, group)
+                next_page = group_part(args, shape, following, group)
                 self._score(page, key % PAGE, rows)
                 self._weigh(page, key, first, rows)
                 self._add_values(page, key % PAGE, rows, next_page, following % PAGE)
@@ -160,17 +165,18 @@ class _AttendKernel:
     def _begin(self, first: Value, group: Value, rows: Value) -> None:
         """Prepare the queries times 1 / sqrt(h), and an empty state."""
         function, shape, lanes = self.function, self.shape, self.lanes
-        queries, bf16 = self._given.pointer("queries"), self._bf16
+        queries, bf16 = self._args.pointer("queries"), self._bf16
         zeros = function.constant(self.floats, 0.0)
         with function.loop(0, rows, 1) as (row, _):
-            here = row * (shape.width * 4)
+            target = row * (shape.width * 4)
+            # The padding to whole vectors stays 0, in queries as in pages, and adds nothing.
             for start in range(0, shape.width, lanes):
-                self._queries.store(zeros, here + start * 4)
-                self._sums.store(zeros, here + start * 4)
+                self._queries.store(zeros, target + start * 4)
+                self._sums.store(zeros, target + start * 4)
             source = self._row(row, first, group) * shape.head_dim
             with function.loop(0, shape.head_dim, 1) as (number, _):
                 value = as_fp32(queries, source + number, bf16)
-                self._queries.store(value * shape.head_dim**-0.5, here + number * 4)
+                self._queries.store(value * shape.head_dim**-0.5, target + number * 4)
             self._state.store(function.constant(f32, _LOWEST), row * 8)
             self._state.store(function.constant(f32, 0.0), row * 8 + 4)
 
@@ -178,9 +184,9 @@ class _AttendKernel:
         """Return the numbers in the words as floats, the low bits first."""
         if self.shape.bits == 32:
             return [words.bits_as(self.floats)]
+        # bf16 is the upper half of fp32.
         if self.shape.bits == 16:
-            both = words << 16, words & 0xFFFF0000
-            return [words.bits_as(self.floats) for words in both]
+            return [half.bits_as(self.floats) for half in (words << 16, words & 0xFFFF0000)]
         return [
             (words << (24 - 8 * number)).arithmetic_shift(24).as_float(self.floats)
             for number in range(4)
@@ -196,122 +202,123 @@ class _AttendKernel:
             yield count, self.function.loop(done, end, count)
             done = end
 
-    def _score(self, page: Pointer, here: Value, rows: Value) -> None:
+    def _score(self, page: Pointer, line: Value, rows: Value) -> None:
         function, shape, lanes = self.function, self.shape, self.lanes
         words, per_word = shape.width // shape.per_word, shape.per_word
         zero = function.constant(self.floats, 0.0)
         block_bytes = words * KEY_BLOCK * 4
-        # Values have as many bytes, and are prefetched meanwhile.
-        values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
+        # The values of these keys have as many bytes, so each step of the loop prefetches one line.
+        values = page.plus(line // per_word * (shape.width * 4) + shape.values_at)
         for count, tiles in self._tiles(rows):
             with tiles as (row, _), function.loop(0, _KEYS, _VECTORS * lanes) as (start, _):
-                places = [here + start + number * lanes for number in range(_VECTORS)]
+                keys = [line + start + number * lanes for number in range(_VECTORS)]
                 blocks = [
-                    page.plus(place // KEY_BLOCK * block_bytes + place % KEY_BLOCK * 4)
-                    for place in places
+                    page.plus(key // KEY_BLOCK * block_bytes + key % KEY_BLOCK * 4) for key in keys
                 ]
                 with function.loop(0, words, 1, [zero] * (count * _VECTORS)) as (word, sums):
                     numbers = [
                         self._unpacked(block.load(vector(i32, lanes), word * (KEY_BLOCK * 4)))
                         for block in blocks
                     ]
-                    for place in range(_VECTORS):
-                        line = (start // lanes + place) * (words * lanes * 4)
-                        values.prefetch(line + word * (lanes * 4))
+                    for number in range(_VECTORS):
+                        values_line = (start // lanes + number) * (words * lanes * 4)
+                        values.prefetch(values_line + word * (lanes * 4))
                     for tiled in range(count):
                         query = (row + tiled) * shape.width + word * per_word
-                        for number in range(per_word):
-                            factor = self._queries.load(f32, (query + number) * 4).broadcast(lanes)
-                            for place in range(_VECTORS):
-                                at = tiled * _VECTORS + place
-                                sums[at] = function.multiply_add(
-                                    numbers[place][number], factor, sums[at]
+                        for column in range(per_word):
+                            factor = self._queries.load(f32, (query + column) * 4).broadcast(lanes)
+                            for number in range(_VECTORS):
+                                index = tiled * _VECTORS + number
+                                sums[index] = function.multiply_add(
+                                    numbers[number][column], factor, sums[index]
                                 )
-                for place, key in enumerate(places):
+                for number, key in enumerate(keys):
                     scale = None
                     if shape.bits == 8:
                         scale = page.load(self.floats, key * 4 + shape.scales_at)
                     for tiled in range(count):
-                        score = sums[tiled * _VECTORS + place]
-                        where = (row + tiled) * _KEYS + start + place * lanes
-                        self._scores.store(score if scale is None else score * scale, where * 4)
+                        score = sums[tiled * _VECTORS + number]
+                        target = (row + tiled) * _KEYS + start + number * lanes
+                        self._scores.store(score if scale is None else score * scale, target * 4)
 
     def _weigh(self, page: Pointer, key: Value, first: Value, rows: Value) -> None:
         """Turn scores into weights e^(score - largest), and scale the sums down."""
         function, shape, lanes = self.function, self.shape, self.lanes
-        past = self._given.number("past")
-        window = self._given.number("window").narrowed(i32).broadcast(lanes)
-        count = _KEYS // lanes
-        places = vector(i32, lanes)
-        steps = function.constant(places, range(lanes))
+        past = self._args.number("past")
+        window = self._args.number("window").narrowed(i32).broadcast(lanes)
+        steps = function.constant(vector(i32, lanes), range(lanes))
         with function.loop(0, rows, 1) as (row, _):
             token = past + first + row // shape.shared
             scores = []
-            for number in range(count):
-                back = (token - key - number * lanes).narrowed(i32).broadcast(lanes) - steps
-                seen = back.compare(">=", 0) & back.compare("<", window)
+            for number in range(_KEYS // lanes):
+                distance = (token - key - number * lanes).narrowed(i32).broadcast(lanes) - steps
+                is_seen = distance.compare(">=", 0) & distance.compare("<", window)
                 score = self._scores.load(self.floats, (row * _KEYS + number * lanes) * 4)
-                scores.append(seen.choose(score, _MASKED))
+                scores.append(is_seen.choose(score, _MASKED))
             top = functools.reduce(function.maximum, scores)
             largest = reduced(function, top, "fmax")
-            before = self._state.load(f32, row * 8)
-            largest = function.maximum(largest, before)
+            previous = self._state.load(f32, row * 8)
+            largest = function.maximum(largest, previous)
             total = function.constant(self.floats, 0.0)
             for number, score in enumerate(scores):
                 weight = exponential(function, score - largest.broadcast(lanes))
                 total = total + weight
+                # The scales of values belong to the products, and not to the sum of weights.
                 if shape.bits == 8:
                     scale = (key % PAGE + number * lanes) * 4 + (shape.scales_at + PAGE * 4)
                     weight = weight * page.load(self.floats, scale)
                 self._scores.store(weight, (row * _KEYS + number * lanes) * 4)
-            factor = exponential(function, before - largest)
+            factor = exponential(function, previous - largest)
             weights = self._state.load(f32, row * 8 + 4) * factor + reduced(function, total, "fadd")
             self._state.store(largest, row * 8)
             self._state.store(weights, row * 8 + 4)
+            # After some keys the largest score hardly changes, and the factor is 1.
             with function.when(factor.compare("<", 1.0)):
                 for start in range(0, shape.width, lanes):
-                    at = (row * shape.width + start) * 4
-                    self._sums.store(self._sums.load(self.floats, at) * factor.broadcast(lanes), at)
+                    target = (row * shape.width + start) * 4
+                    sums = self._sums.load(self.floats, target)
+                    self._sums.store(sums * factor.broadcast(lanes), target)
 
     def _add_values(
-        self, page: Pointer, here: Value, rows: Value, next_page: Pointer, next_here: Value
+        self, page: Pointer, line: Value, rows: Value, next_page: Pointer, next_line: Value
     ) -> None:
         function, shape, lanes = self.function, self.shape, self.lanes
         per_word = shape.per_word
-        values = page.plus(here // per_word * (shape.width * 4) + shape.values_at)
+        values = page.plus(line // per_word * (shape.width * 4) + shape.values_at)
         together = _VECTORS * lanes
-        next_keys = next_page.plus(next_here * (shape.width * shape.bits // 8))
+        # The next keys have as many bytes as these values. Whoever scores them finds them cached.
+        next_keys = next_page.plus(next_line * (shape.width * shape.bits // 8))
         for count, tiles in self._tiles(rows):
             with tiles as (row, _), function.loop(0, shape.width, together) as (start, _):
                 targets = [
-                    ((row + tiled) * shape.width + start + part * lanes) * 4
+                    ((row + tiled) * shape.width + start + number * lanes) * 4
                     for tiled in range(count)
-                    for part in range(_VECTORS)
+                    for number in range(_VECTORS)
                 ]
-                before = [self._sums.load(self.floats, target) for target in targets]
-                with function.loop(0, _KEYS // per_word, 1, before) as (word, sums):
-                    at = (word * shape.width + start) * 4
+                loaded = [self._sums.load(self.floats, target) for target in targets]
+                with function.loop(0, _KEYS // per_word, 1, loaded) as (word, sums):
+                    offset = (word * shape.width + start) * 4
                     numbers = [
-                        self._unpacked(values.load(vector(i32, lanes), at + part * lanes * 4))
-                        for part in range(_VECTORS)
+                        self._unpacked(values.load(vector(i32, lanes), offset + number * lanes * 4))
+                        for number in range(_VECTORS)
                     ]
-                    for part in range(_VECTORS):
-                        next_keys.prefetch(at + part * lanes * 4)
+                    for number in range(_VECTORS):
+                        next_keys.prefetch(offset + number * lanes * 4)
                     for tiled in range(count):
                         weight = (row + tiled) * _KEYS + word * per_word
-                        for number in range(per_word):
-                            factor = self._scores.load(f32, (weight + number) * 4).broadcast(lanes)
-                            for part in range(_VECTORS):
-                                which = tiled * _VECTORS + part
-                                sums[which] = function.multiply_add(
-                                    numbers[part][number], factor, sums[which]
+                        for token in range(per_word):
+                            factor = self._scores.load(f32, (weight + token) * 4).broadcast(lanes)
+                            for number in range(_VECTORS):
+                                index = tiled * _VECTORS + number
+                                sums[index] = function.multiply_add(
+                                    numbers[number][token], factor, sums[index]
                                 )
                 for target, total in zip(targets, sums, strict=True):
                     self._sums.store(total, target)
 
     def _end(self, first: Value, group: Value, rows: Value, split: Value, splits: Value) -> None:
         function, shape, lanes = self.function, self.shape, self.lanes
-        parts, size = self._given.pointer("parts"), shape.width + 2
+        parts, size = self._args.pointer("parts"), shape.width + 2
         with function.loop(0, rows, 1) as (row, _):
             target = (self._row(row, first, group) * splits + split) * (size * 4)
             parts.store(self._state.load(vector(f32, 2), row * 8), target)
@@ -323,30 +330,30 @@ class _AttendKernel:
 def _write_merge(module: Any, shape: CacheShape, lanes: int, bf16: bool) -> None:
     """Write `merge`. An item of work is a row. A head's sink counts like a part without values."""
     function = Function(module, "merge")
-    given = _SIGNATURE.read_by(function)
-    parts, out, splits = given.pointer("parts"), given.pointer("out"), given.number("splits")
+    args = _SIGNATURE.read_by(function)
+    parts, out, splits = args.pointer("parts"), args.pointer("out"), args.number("splits")
     floats, size = vector(f32, lanes), (shape.width + 2) * 4
     vectors = shape.width // lanes
     line = function.scratch(shape.width * 4)
-    with function.each_item(function.pointer, given.number("tokens") * shape.heads) as row:
+    with function.each_item(function.pointer, args.number("tokens") * shape.heads) as row:
         zeros = [function.constant(floats, 0.0)] * vectors
-        sink = given.pointer("sinks").load(f32, row % shape.heads * 4)
+        sink = args.pointer("sinks").load(f32, row % shape.heads * 4)
         with function.loop(0, splits, 1, [sink]) as (split, largest):
             score = parts.load(f32, (row * splits + split) * size)
             largest[0] = function.maximum(score, largest[0])
         sink_weight = exponential(function, sink - largest[0])
         with function.loop(0, splits, 1, [sink_weight, *zeros]) as (split, sums):
-            part = parts.plus((row * splits + split) * size)
-            factor = exponential(function, part.load(f32) - largest[0])
-            sums[0] = function.multiply_add(part.load(f32, 4), factor, sums[0])
+            split_part = parts.plus((row * splits + split) * size)
+            factor = exponential(function, split_part.load(f32) - largest[0])
+            sums[0] = function.multiply_add(split_part.load(f32, 4), factor, sums[0])
             for number in range(vectors):
-                values = part.load(floats, 8 + number * lanes * 4)
+                values = split_part.load(floats, 8 + number * lanes * 4)
                 sums[1 + number] = function.multiply_add(
                     values, factor.broadcast(lanes), sums[1 + number]
                 )
         for number in range(vectors):
             line.store(sums[1 + number] / sums[0].broadcast(lanes), number * lanes * 4)
-        with function.loop(0, shape.head_dim, 1) as (at, _):
-            value, place = line.load(f32, at * 4), row * shape.head_dim + at
-            store_fp32(out, value, place, bf16)
+        with function.loop(0, shape.head_dim, 1) as (column, _):
+            value = line.load(f32, column * 4)
+            store_fp32(out, value, row * shape.head_dim + column, bf16)
     function.finish()

@@ -5,7 +5,7 @@ T = tokens, D = columns, E = experts, K = experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +22,8 @@ from mixchat.kernels.program import Signature, Step, copy_of, fp32_bits
 _LEAST_SUM = 1e-20  # is added to a sum of scores, which may be 0
 _FEW = 4  # tokens that one thread finishes before a second one has started
 _TOGETHER = 4  # logits of a token that are summed up at once, so that no sum waits for itself
-# Experts that are left are above `_START`, however low their logits are. As in torch, NaN is above
-# all numbers.
+# Ranks. Experts not yet chosen are above `_START`, however low their logits are. As in torch, NaN
+# is above all numbers.
 _CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
 _SIGNATURE = Signature(
     "x",
@@ -37,7 +37,7 @@ _SIGNATURE = Signature(
     "columns",
     "count",
     "choices",
-    "others",
+    "unchosen",
     "correction",
     "scaling",
 )
@@ -88,21 +88,17 @@ class Router:
     def _by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = functional.linear(x.float(), self.gate.float(), self.bias)  # [T, E]
         if self._scores is not None:
-            return self._by_scores(
-                logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(dim=-1)
-            )
+            scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(dim=-1)
+            ranks = scores if self.correction is None else scores + self.correction
+            order = ranks.sort(dim=-1, descending=True, stable=True).indices[:, : self.choices]
+            chosen = scores.gather(1, order)
+            if self.normalized:
+                chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + _LEAST_SUM)
+            return order, chosen * self.scaling
         # Of equal logits, topk takes any.
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         counted = ranked[:, : self.choices] if self.normalized else ranked
         return order[:, : self.choices], counted.softmax(dim=-1)[:, : self.choices]
-
-    def _by_scores(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ranks = scores if self.correction is None else scores + self.correction
-        order = ranks.sort(dim=-1, descending=True, stable=True).indices[:, : self.choices]
-        chosen = scores.gather(1, order)
-        if self.normalized:
-            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + _LEAST_SUM)
-        return order, chosen * self.scaling
 
     def steps(
         self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
@@ -126,7 +122,7 @@ class Router:
             columns=x.shape[1],
             count=count,
             choices=self.choices,
-            others=0 if self.normalized else count,
+            unchosen=0 if self.normalized else count,
             correction=correction.data_ptr(),
             scaling=fp32_bits(self.scaling),
         )
@@ -174,12 +170,12 @@ def _compiled(
 
 def _write_look_up(module: ir.Module) -> None:
     function = Function(module, "look_up")
-    given = _LOOK_UP.read_by(function)
-    experts, table, targets = (given.pointer(name) for name in ("experts", "table", "targets"))
-    columns = given.number("columns")
+    args = _LOOK_UP.read_by(function)
+    experts, table, targets = (args.pointer(name) for name in ("experts", "table", "targets"))
+    columns = args.number("columns")
     with (
         function.each_item(function.pointer, function.constant(i64, 1)),
-        function.loop(0, given.number("choices"), 1) as (choice, _),
+        function.loop(0, args.number("choices"), 1) as (choice, _),
         function.loop(0, columns, 1) as (column, _),
     ):
         number = table.load(i64, (experts.load(i64, choice * 8) * columns + column) * 8)
@@ -196,35 +192,35 @@ class _Score:
     ) -> None:
         self._function, self._lanes = Function(module, "score"), lanes
         self._x_bf16, self._gate_bf16, self._biased = x_bf16, gate_bf16, biased
-        self._given = _SIGNATURE.read_by(self._function)
+        self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, given = self._function, self._given
-        count = given.number("count")
+        function, args = self._function, self._args
+        count = args.number("count")
         groups = (count + _TOGETHER - 1) // _TOGETHER
-        with function.each_item(function.pointer, given.number("tokens") * groups) as item:
+        with function.each_item(function.pointer, args.number("tokens") * groups) as item:
             token, first = item // groups, item % groups * _TOGETHER
             # Beyond the last expert, the last one is computed again.
-            experts = [function.minimum(first + at, count - 1) for at in range(_TOGETHER)]
+            experts = [function.minimum(first + number, count - 1) for number in range(_TOGETHER)]
             for expert, logit in zip(experts, self._logits(token, experts), strict=True):
-                place = (token * count + expert) * 4
-                given.pointer("logits").store(logit, place)
-                given.pointer("ranks").store(_rank(function, logit), place)
+                target = (token * count + expert) * 4
+                args.pointer("logits").store(logit, target)
+                args.pointer("ranks").store(_rank(function, logit), target)
         function.finish()
 
     def _logits(self, token: Value, experts: Sequence[Value]) -> list[Value]:
-        function, given, lanes = self._function, self._given, self._lanes
-        columns, zeros = given.number("columns"), function.constant(vector(f32, lanes), 0.0)
+        function, args, lanes = self._function, self._args, self._lanes
+        columns, zeros = args.number("columns"), function.constant(vector(f32, lanes), 0.0)
         with function.loop(0, columns, lanes, [zeros] * len(experts)) as (column, sums):
-            x = as_fp32(given.pointer("x"), token * columns + column, self._x_bf16, lanes)
-            for at, expert in enumerate(experts):
-                place = expert * columns + column
-                row = as_fp32(given.pointer("gate"), place, self._gate_bf16, lanes)
-                sums[at] = function.multiply_add(x, row, sums[at])
-        logits = [function.total(one) for one in sums]
+            x = as_fp32(args.pointer("x"), token * columns + column, self._x_bf16, lanes)
+            for number, expert in enumerate(experts):
+                index = expert * columns + column
+                row = as_fp32(args.pointer("gate"), index, self._gate_bf16, lanes)
+                sums[number] = function.multiply_add(x, row, sums[number])
+        logits = [function.total(lanes_sum) for lanes_sum in sums]
         if not self._biased:
             return logits
-        bias = given.pointer("bias")
+        bias = args.pointer("bias")
         return [
             logit + bias.load(f32, expert * 4)
             for expert, logit in zip(experts, logits, strict=True)
@@ -242,58 +238,55 @@ class _Choose:
 
     def __init__(self, module: ir.Module) -> None:
         self._function = Function(module, "choose")
-        self._given = _SIGNATURE.read_by(self._function)
+        self._args = _SIGNATURE.read_by(self._function)
 
     def write(self) -> None:
-        function, given = self._function, self._given
-        count, choices = given.number("count"), given.number("choices")
-        with function.each_item(function.pointer, given.number("tokens")) as token:
+        function, args = self._function, self._args
+        count, choices = args.number("count"), args.number("choices")
+        with function.each_item(function.pointer, args.number("tokens")) as token:
             first = token * choices
             self._score(token * count, count)
-            with function.loop(first, first + choices, 1) as (place, _):
-                self._choose(token, place, count)
+            with function.loop(first, first + choices, 1) as (index, _):
+                # The best expert not yet chosen, and its logit in the place of its weight.
+                ranks = args.pointer("ranks")
+                start = [function.constant(i64, 0), function.constant(f32, _START)]
+                with function.loop(0, count, 1, start) as (expert, best):
+                    rank = ranks.load(f32, (token * count + expert) * 4)
+                    is_better = rank.compare(">", best[1])
+                    best[:] = is_better.choose(expert, best[0]), is_better.choose(rank, best[1])
+                offset = (token * count + best[0]) * 4
+                ranks.store(function.constant(f32, _CHOSEN), offset)
+                logit = args.pointer("logits").load(f32, offset)
+                args.pointer("experts").store(best[0], index * 8)
+                args.pointer("weights").store(logit, index * 4)
             self._soften(token, first, choices)
         function.finish()
 
     def _score(self, first: Value, count: Value) -> None:
         """Turn the token's logits into what it is chosen by, which logits are already."""
 
-    def _choose(self, token: Value, place: Value, count: Value) -> None:
-        """Store the best expert that is left, and its logit instead of its weight."""
-        function, given, ranks = self._function, self._given, self._given.pointer("ranks")
-        start = [function.constant(i64, 0), function.constant(f32, _START)]
-        with function.loop(0, count, 1, start) as (expert, best):
-            rank = ranks.load(f32, (token * count + expert) * 4)
-            is_better = rank.compare(">", best[1])
-            best[:] = is_better.choose(expert, best[0]), is_better.choose(rank, best[1])
-        there = (token * count + best[0]) * 4
-        ranks.store(function.constant(f32, _CHOSEN), there)
-        logit = given.pointer("logits").load(f32, there)
-        given.pointer("experts").store(best[0], place * 8)
-        given.pointer("weights").store(logit, place * 4)
-
     def _soften(self, token: Value, first: Value, choices: Value) -> None:
         """Turn logits into weights. The first logit is the largest."""
-        function, weights = self._function, self._given.pointer("weights")
+        function, weights = self._function, self._args.pointer("weights")
         largest = weights.load(f32, first * 4)
         zero = function.constant(f32, 0.0)
-        with function.loop(first, first + choices, 1, [zero]) as (place, sums):
-            power = self._power(weights.load(f32, place * 4) - largest)
-            weights.store(power, place * 4)
+        with function.loop(first, first + choices, 1, [zero]) as (index, sums):
+            power = self._power(weights.load(f32, index * 4) - largest)
+            weights.store(power, index * 4)
             sums[0] = sums[0] + power
-        total = sums[0] + self._others(token, largest)
-        with function.loop(first, first + choices, 1) as (place, _):
-            weights.store(weights.load(f32, place * 4) / total, place * 4)
+        total = sums[0] + self._unchosen(token, largest)
+        with function.loop(first, first + choices, 1) as (index, _):
+            weights.store(weights.load(f32, index * 4) / total, index * 4)
 
-    def _others(self, token: Value, largest: Value) -> Value:
+    def _unchosen(self, token: Value, largest: Value) -> Value:
         """Return the sum of the powers of the experts that were not chosen, if they count."""
-        function, given = self._function, self._given
-        zero, first = function.constant(f32, 0.0), token * given.number("count")
-        with function.loop(0, given.number("others"), 1, [zero]) as (expert, sums):
-            there = (first + expert) * 4
-            is_left = given.pointer("ranks").load(f32, there).compare(">", _START)
-            logit = given.pointer("logits").load(f32, there)
-            sums[0] = sums[0] + is_left.choose(self._power(logit - largest), 0.0)
+        function, args = self._function, self._args
+        zero, first = function.constant(f32, 0.0), token * args.number("count")
+        with function.loop(0, args.number("unchosen"), 1, [zero]) as (expert, sums):
+            offset = (first + expert) * 4
+            is_unchosen = args.pointer("ranks").load(f32, offset).compare(">", _START)
+            logit = args.pointer("logits").load(f32, offset)
+            sums[0] = sums[0] + is_unchosen.choose(self._power(logit - largest), 0.0)
         return sums[0]
 
     def _power(self, below: Value) -> Value:
@@ -309,38 +302,35 @@ class _ChooseByScores(_Choose):
         self._scores = scores
 
     def _score(self, first: Value, count: Value) -> None:
-        function, given = self._function, self._given
-        logits, ranks = given.pointer("logits"), given.pointer("ranks")
-        turn = self._sigmoid if self._scores == "sigmoid" else self._softmax(first, count)
+        function, args = self._function, self._args
+        logits, ranks = args.pointer("logits"), args.pointer("ranks")
+        if self._scores == "softmax":
+            start = function.constant(f32, _CHOSEN)
+            with function.loop(first, first + count, 1, [start]) as (index, best):
+                best[0] = function.maximum(logits.load(f32, index * 4), best[0])
+            largest, zero = best[0], function.constant(f32, 0.0)
+            with function.loop(first, first + count, 1, [zero]) as (index, sums):
+                sums[0] = sums[0] + self._power(logits.load(f32, index * 4) - largest)
+            total = sums[0]
         with function.loop(0, count, 1) as (expert, _):
-            there = (first + expert) * 4
-            score = turn(logits.load(f32, there))
-            logits.store(score, there)
-            corrected = score + given.pointer("correction").load(f32, expert * 4)
-            ranks.store(_rank(function, corrected), there)
-
-    def _sigmoid(self, logit: Value) -> Value:
-        return logit.compare("==", logit).choose(sigmoid(self._function, logit), logit)
-
-    def _softmax(self, first: Value, count: Value) -> Callable[[Value], Value]:
-        """Return the softmax over all of the token's logits as a function of one of them."""
-        function, logits = self._function, self._given.pointer("logits")
-        start = function.constant(f32, _CHOSEN)
-        with function.loop(first, first + count, 1, [start]) as (place, best):
-            best[0] = function.maximum(logits.load(f32, place * 4), best[0])
-        largest = best[0]
-        with function.loop(first, first + count, 1, [function.constant(f32, 0.0)]) as (place, sums):
-            sums[0] = sums[0] + self._power(logits.load(f32, place * 4) - largest)
-        total = sums[0]
-        return lambda logit: self._power(logit - largest) / total
+            offset = (first + expert) * 4
+            logit = logits.load(f32, offset)
+            if self._scores == "softmax":
+                score = self._power(logit - largest) / total
+            else:
+                # NaN stays NaN, so that a broken token is noticed.
+                score = logit.compare("==", logit).choose(sigmoid(function, logit), logit)
+            logits.store(score, offset)
+            corrected = score + args.pointer("correction").load(f32, expert * 4)
+            ranks.store(_rank(function, corrected), offset)
 
     def _soften(self, token: Value, first: Value, choices: Value) -> None:
         """Normalize the scores of the chosen experts, if asked, and scale them."""
-        function, given, weights = self._function, self._given, self._given.pointer("weights")
-        zero, scaling = function.constant(f32, 0.0), given.load("scaling", f32)
-        with function.loop(first, first + choices, 1, [zero]) as (place, sums):
-            sums[0] = sums[0] + weights.load(f32, place * 4)
-        is_normalized = given.number("others").compare("==", 0)
+        function, args, weights = self._function, self._args, self._args.pointer("weights")
+        zero, scaling = function.constant(f32, 0.0), args.load("scaling", f32)
+        with function.loop(first, first + choices, 1, [zero]) as (index, sums):
+            sums[0] = sums[0] + weights.load(f32, index * 4)
+        is_normalized = args.number("unchosen").compare("==", 0)
         total = is_normalized.choose(sums[0] + _LEAST_SUM, 1.0)
-        with function.loop(first, first + choices, 1) as (place, _):
-            weights.store(weights.load(f32, place * 4) / total * scaling, place * 4)
+        with function.loop(first, first + choices, 1) as (index, _):
+            weights.store(weights.load(f32, index * 4) / total * scaling, index * 4)

@@ -21,7 +21,8 @@ from mixchat.kernels.emit import Function, Pointer, Value, f32, i64, vector
 from mixchat.kernels.program import Signature, Step, fp32_bits
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_FEW = 2**16  # numbers that one thread finishes before a second one has started
+# Numbers that one thread finishes before a second one has started.
+_FEW = 2**16
 _SIGNATURE = Signature(
     "x",
     "weight",
@@ -72,9 +73,9 @@ def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.
 
     The numbers of a token follow one another. `out` has the strides of x, and may be x.
     """
-    given = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": fp32_bits(eps)}
+    arguments = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": fp32_bits(eps)}
     heads = x.shape[1] if x.dim() == 3 else 1
-    return _step("rms_norm", x, out, weight, **given, count=heads, stride=x.stride(0))
+    return _step("rms_norm", x, out, weight, **arguments, count=heads, stride=x.stride(0))
 
 
 def clamp_step(x: torch.Tensor, limit: float) -> Step:
@@ -102,9 +103,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rotate_step(x: torch.Tensor, out: torch.Tensor, rotated: int) -> Step:
-    """Return `rotate` as a step, of so many columns. `cos` and `sin` are still to be set."""
-    given = {"columns": x.shape[2], "count": x.shape[1], "stride": x.stride(0)}
-    return _step("rotate", x, out, **given, rotated=rotated)
+    """Return `rotate` of the first `rotated` columns as a step. `cos` and `sin` are not set yet."""
+    arguments = {"columns": x.shape[2], "count": x.shape[1], "stride": x.stride(0)}
+    return _step("rotate", x, out, **arguments, rotated=rotated)
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Swiglu:
         """Return `__call__` as a step, for contiguous tensors."""
         if self.limit is None:
             return _step("swiglu", gate_up, out, columns=out.shape[-1])
-        given = {"limit": fp32_bits(self.limit), "alpha": fp32_bits(self.alpha)}
-        return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **given)
+        arguments = {"limit": fp32_bits(self.limit), "alpha": fp32_bits(self.alpha)}
+        return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **arguments)
 
 
 def weighted_sum(
@@ -164,28 +165,29 @@ def weighted_sum_step(
     """Return `weighted_sum` as a step, for contiguous tensors."""
     if places is None:
         places = torch.arange(weights.numel())
-    given = {"weight": weights.data_ptr(), "columns": x.shape[-1], "count": weights.shape[1]}
-    return _step("weighted_sum", x, out, weights, places, **given, places=places.data_ptr())
+    arguments = {"weight": weights.data_ptr(), "columns": x.shape[-1], "count": weights.shape[1]}
+    return _step("weighted_sum", x, out, weights, places, **arguments, places=places.data_ptr())
 
 
-def add_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
-    """Return x + other [T, D] as a step, for contiguous tensors."""
-    return _step("add", x, out, other, weight=other.data_ptr(), columns=x.shape[-1])
+def add_step(x: torch.Tensor, addend: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return x + addend [T, D] as a step, for contiguous tensors."""
+    return _step("add", x, out, addend, weight=addend.data_ptr(), columns=x.shape[-1])
 
 
 def _step(
-    name: str, x: torch.Tensor, out: torch.Tensor, *others: torch.Tensor, **given: int
+    name: str, x: torch.Tensor, out: torch.Tensor, *operands: torch.Tensor, **arguments: int
 ) -> Step:
     function = _compiled(out.dtype == torch.bfloat16).function(name)
-    numbers = _SIGNATURE.numbers(x=x.data_ptr(), out=out.data_ptr(), tokens=out.shape[0], **given)
+    addresses = {"x": x.data_ptr(), "out": out.data_ptr()}
+    numbers = _SIGNATURE.numbers(**addresses, tokens=out.shape[0], **arguments)
     threads = 1 if out.numel() <= _FEW else None
-    return Step(function, _SIGNATURE, numbers, (x, out, *others), threads)
+    return Step(function, _SIGNATURE, numbers, (x, out, *operands), threads)
 
 
 @compiled_here
 def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
-    for kind in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _LimitedSwiglu, _WeightedSum, _Add):
-        kind(module, lanes, bf16).write()
+    for operation in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _LimitedSwiglu, _WeightedSum, _Add):
+        operation(module, lanes, bf16).write()
 
 
 class _Rows(ABC):
@@ -195,26 +197,27 @@ class _Rows(ABC):
 
     def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
         self.function, self.lanes, self._bf16 = Function(module, self.name), lanes, bf16
-        given = self.given = _SIGNATURE.read_by(self.function)
-        self.x, self.out = given.pointer("x"), given.pointer("out")
-        self.columns = given.number("columns")
+        args = self.args = _SIGNATURE.read_by(self.function)
+        self.x, self.out = args.pointer("x"), args.pointer("out")
+        self.columns = args.number("columns")
 
     def write(self) -> None:
-        with self.function.each_item(self.function.pointer, self.given.number("tokens")) as token:
+        with self.function.each_item(self.function.pointer, self.args.number("tokens")) as token:
             self.row(token)
         self.function.finish()
 
     @abstractmethod
     def row(self, token: Value) -> None: ...
 
-    def load(self, pointer: Pointer, place: Value) -> Value:
-        return as_fp32(pointer, place, self._bf16, self.lanes)
+    def load(self, pointer: Pointer, index: Value) -> Value:
+        return as_fp32(pointer, index, self._bf16, self.lanes)
 
-    def store(self, value: Value, place: Value) -> None:
-        store_fp32(self.out, value, place, self._bf16)
+    def store(self, value: Value, index: Value) -> None:
+        store_fp32(self.out, value, index, self._bf16)
 
     def rounded(self, value: Value) -> Value:
         """Round to the type of the rows, and return to fp32."""
+        # Transformers' norms round here, before they multiply with the weight.
         if not self._bf16:
             return value
         whole = rounded_to_bf16(value).widened(vector(ir.IntType(32), self.lanes))
@@ -229,18 +232,18 @@ class _RMSNorm(_Rows):
     name = "rms_norm"
 
     def row(self, token: Value) -> None:
-        function, given, lanes = self.function, self.given, self.lanes
-        with function.loop(0, given.number("count"), 1) as (head, _):
-            first = token * given.number("stride") + head * self.columns
+        function, args, lanes = self.function, self.args, self.lanes
+        with function.loop(0, args.number("count"), 1) as (head, _):
+            first = token * args.number("stride") + head * self.columns
             with function.loop(0, self.columns, lanes, [self.zeros]) as (column, sums):
                 numbers = self.load(self.x, first + column)
                 sums[0] = function.multiply_add(numbers, numbers, sums[0])
-            mean = function.total(sums[0]) / self.columns.as_float(f32) + given.load("eps", f32)
+            mean = function.total(sums[0]) / self.columns.as_float(f32) + args.load("eps", f32)
             root = function.call("llvm.sqrt.f32", f32, mean)
             factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
             with function.loop(0, self.columns, lanes) as (column, _):
                 normed = self.rounded(self.load(self.x, first + column) * factor)
-                weights = self.load(given.pointer("weight"), column)
+                weights = self.load(args.pointer("weight"), column)
                 self.store(normed * weights, first + column)
 
 
@@ -248,34 +251,34 @@ class _Clamp(_Rows):
     name = "clamp"
 
     def row(self, token: Value) -> None:
-        limit = self.given.load("limit", f32).broadcast(self.lanes)
+        limit = self.args.load("limit", f32).broadcast(self.lanes)
         with self.function.loop(0, self.columns, self.lanes) as (column, _):
-            place = token * self.columns + column
-            # In this order, NaN stays NaN.
-            number = self.function.minimum(limit, self.load(self.x, place))
-            self.store(self.function.maximum(-limit, number), place)
+            index = token * self.columns + column
+            # `minimum` and `maximum` return their second operand if one is NaN, so NaN stays NaN.
+            number = self.function.minimum(limit, self.load(self.x, index))
+            self.store(self.function.maximum(-limit, number), index)
 
 
 class _Rotate(_Rows):
     name = "rotate"
 
     def row(self, token: Value) -> None:
-        function, given, width = self.function, self.given, self.columns
-        heads, rotated = given.number("count"), given.number("rotated")
+        function, args, width = self.function, self.args, self.columns
+        heads, rotated = args.number("count"), args.number("rotated")
         half = rotated // 2
-        cos, sin = given.pointer("cos"), given.pointer("sin")
+        cos, sin = args.pointer("cos"), args.pointer("sin")
         with function.loop(0, heads, 1) as (head, _):
-            here = token * given.number("stride") + head * width
-            there = (token * heads + head) * width
+            source = token * args.number("stride") + head * width
+            target = (token * heads + head) * width
             with function.loop(0, half, self.lanes) as (column, _):
-                low, high = (self.load(self.x, here + at) for at in (column, column + half))
-                for at, same, other in ((column, low, high), (column + half, high, low)):
+                low, high = (self.load(self.x, source + at) for at in (column, column + half))
+                for at, number, partner in ((column, low, high), (column + half, high, low)):
                     angle = token * rotated + at
-                    swapped = other * self.load(sin, angle)
-                    turned = function.multiply_add(same, self.load(cos, angle), swapped)
-                    self.store(turned, there + at)
+                    swapped = partner * self.load(sin, angle)
+                    turned = function.multiply_add(number, self.load(cos, angle), swapped)
+                    self.store(turned, target + at)
             with function.loop(rotated, width, self.lanes) as (column, _):
-                self.store(self.load(self.x, here + column), there + column)
+                self.store(self.load(self.x, source + column), target + column)
 
 
 class _Swiglu(_Rows):
@@ -284,10 +287,10 @@ class _Swiglu(_Rows):
     def row(self, token: Value) -> None:
         function, columns = self.function, self.columns
         with function.loop(0, columns, self.lanes) as (column, _):
-            place = token * columns + column
-            gate = self.load(self.x, place + token * columns)
-            up = self.load(self.x, place + (token + 1) * columns)
-            self.store(self.product(gate, up), place)
+            index = token * columns + column
+            gate = self.load(self.x, index + token * columns)
+            up = self.load(self.x, index + (token + 1) * columns)
+            self.store(self.product(gate, up), index)
 
     def product(self, gate: Value, up: Value) -> Value:
         return gate * sigmoid(self.function, gate) * up
@@ -299,9 +302,9 @@ class _LimitedSwiglu(_Swiglu):
     def product(self, gate: Value, up: Value) -> Value:
         function = self.function
         limit, alpha = (
-            self.given.load(name, f32).broadcast(self.lanes) for name in ("limit", "alpha")
+            self.args.load(name, f32).broadcast(self.lanes) for name in ("limit", "alpha")
         )
-        # In this order, NaN stays NaN.
+        # In this order NaN stays NaN, as in `_Clamp`.
         gate = function.minimum(limit, gate)
         up = function.maximum(-limit, function.minimum(limit, up))
         return gate * sigmoid(function, gate * alpha) * (up + 1.0)
@@ -311,8 +314,8 @@ class _WeightedSum(_Rows):
     name = "weighted_sum"
 
     def row(self, token: Value) -> None:
-        function, count = self.function, self.given.number("count")
-        weights, places = self.given.pointer("weight"), self.given.pointer("places")
+        function, count = self.function, self.args.number("count")
+        weights, places = self.args.pointer("weight"), self.args.pointer("places")
         with function.loop(0, self.columns, self.lanes) as (column, _):
             with function.loop(0, count, 1, [self.zeros]) as (choice, sums):
                 number = token * count + choice
@@ -327,7 +330,7 @@ class _Add(_Rows):
     name = "add"
 
     def row(self, token: Value) -> None:
-        other = self.given.pointer("weight")
+        addend = self.args.pointer("weight")
         with self.function.loop(0, self.columns, self.lanes) as (column, _):
-            place = token * self.columns + column
-            self.store(self.load(self.x, place) + self.load(other, place), place)
+            index = token * self.columns + column
+            self.store(self.load(self.x, index) + self.load(addend, index), index)
