@@ -21,12 +21,14 @@ class Avx512FourBits(WordUnit):
         super().__init__(function, table)
         self._twice = table.load(vector(i16, 16)).shuffled([*range(16), *range(16)])
 
-    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+    def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
         """Return the levels of rows 0 to 15, and of rows 16 to 31."""
-        line = codes.load(vector(i8, LINE), place).widened(self.words)
+        line = codes.load(vector(i8, LINE), offset).widened(self.words)
+        # vpermw reads 5 bits of each index. The 5th is part of the other code, so the table of 16
+        # levels is there twice, and no instruction masks the codes.
         name = "llvm.x86.avx512.permvar.hi.512"
-        found = [self.function.call(name, self.words, self._twice, at) for at in (line, line >> 4)]
-        return [found]
+        nibbles = line, line >> 4
+        return [[self.function.call(name, self.words, self._twice, codes) for codes in nibbles]]
 
 
 class _InHalves(Unit):
@@ -40,20 +42,21 @@ class _InHalves(Unit):
             return sums
         lower, upper = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
         return [
-            one.shuffled(rows, other)
-            for one, other in (sums[:2], sums[2:])
+            first.shuffled(rows, second)
+            for first, second in (sums[:2], sums[2:])
             for rows in (lower, upper)
         ]
 
 
-def _interleaved(one: Value, other: Value) -> list[Value]:
+def _interleaved(even: Value, odd: Value) -> list[Value]:
     """Return the numbers of two vectors by turns."""
-    count = one.type.count
+    # In the order of vpunpcklbw and vpunpckhbw, which interleave within each 128 bits.
+    count = even.type.count
     half, quarter = count // 2, count // 4
     mixed = []
     for start in (0, quarter):
-        places = [*range(start, start + quarter), *range(start + half, start + half + quarter)]
-        mixed.append(one.shuffled([at + count * odd for at in places for odd in (0, 1)], other))
+        lanes = [*range(start, start + quarter), *range(start + half, start + half + quarter)]
+        mixed.append(even.shuffled([at + count * second for at in lanes for second in (0, 1)], odd))
     return mixed
 
 
@@ -72,13 +75,13 @@ class FourBits(_InHalves, WordUnit):
         """Return fewer for AVX-VNNI and NEON, which are slow with sums on the stack."""
         return (2, 1) if cls.cpu.multiplies_bytes or cls.apart else (4, 3, 2, 1)
 
-    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
-        line = codes.load(self.bytes, place)
-        places = line & 0xF, _shifted(line, 4) & 0xF
-        return [[words for at in places for words in self._words_at(at)]]
+    def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
+        line = codes.load(self.bytes, offset)
+        nibbles = line & 0xF, _shifted(line, 4) & 0xF
+        return [[words for indices in nibbles for words in self._words_at(indices)]]
 
-    def _words_at(self, places: Value) -> list[Value]:
-        low, high = (self.looked_up(table, places) for table in (self._low, self._high))
+    def _words_at(self, indices: Value) -> list[Value]:
+        low, high = (self.looked_up(table, indices) for table in (self._low, self._high))
         return [mixed.bits_as(self.words) for mixed in _interleaved(low, high)]
 
 
@@ -87,8 +90,8 @@ class NeonFourBits(FourBits):
 
     apart = True
 
-    def _words_at(self, places: Value) -> list[Value]:
-        low, high = (self.looked_up(table, places) for table in (self._low, self._high))
+    def _words_at(self, indices: Value) -> list[Value]:
+        low, high = (self.looked_up(table, indices) for table in (self._low, self._high))
         mixed = []
         for first in (0, LINE // 2):
             rows = [*range(first, first + 16, 2), *range(first + 1, first + 16, 2)]
@@ -102,6 +105,7 @@ class NeonFourBits(FourBits):
 
 def _shifted(line: Value, by: int) -> Value:
     """Return bytes with their bits shifted right. Any bits can be above them."""
+    # x86 has no shift of bytes.
     words = vector(i16, line.type.count // 2)
     return (line.bits_as(words) >> by).bits_as(line.type)
 
@@ -109,7 +113,7 @@ def _shifted(line: Value, by: int) -> Value:
 class FourBitsInBytes(_InHalves, ByteUnit):
     """4-bit codes with x in 8 bits, with AVX-512 twice as fast as words, with AVX2 1.7 times."""
 
-    columns, one, offset = 4, 127, 128
+    columns, level_of_one, offset = 4, 127, 128
 
     def __init__(self, function: Function, table: Pointer) -> None:
         super().__init__(function, table)
@@ -121,21 +125,22 @@ class FourBitsInBytes(_InHalves, ByteUnit):
         """Return 7 for AVX-512, whose registers then hold the sums of a block and the totals."""
         return (7, 4, 3, 2, 1) if cls.lanes == 16 else super().widths()
 
-    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+    def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
         """Return the levels of rows 0 to 15, then of 16 to 31, with a row's four together."""
+        # Words are two columns of a row. Those of the next two columns come beside them.
         if self.lanes == 16:
             # An instruction that takes two vectors would keep others from multiplying.
             turns = [at + 16 * odd for at in range(16) for odd in (0, 1)]
-            words = [codes.load(vector(i16, LINE), place).shuffled(turns)]
+            words = [codes.load(vector(i16, LINE), offset).shuffled(turns)]
         else:
-            one, other = (
-                codes.load(vector(i8, LINE), place + start).bits_as(vector(i16, LINE // 2))
+            first, second = (
+                codes.load(vector(i8, LINE), offset + start).bits_as(vector(i16, LINE // 2))
                 for start in (0, LINE)
             )
-            words = _interleaved(one, other)
-        mixed = [some.bits_as(self.bytes) for some in words]
-        shifted = [_shifted(some, 4) for some in mixed]
-        return [[self.looked_up(self._levels, some & 0xF) for some in (*mixed, *shifted)]]
+            words = _interleaved(first, second)
+        low = [pairs.bits_as(self.bytes) for pairs in words]
+        high = [_shifted(pairs, 4) for pairs in low]
+        return [[self.looked_up(self._levels, nibbles & 0xF) for nibbles in (*low, *high)]]
 
 
 class SignedFourBits(FourBitsInBytes):
@@ -151,26 +156,26 @@ class SignedFourBits(FourBitsInBytes):
 class _Mxfp4(Unit):
     """MXFP4. A level is a multiple of 1/2 up to 6, and exact in 16 bits and in 8.
 
-    The scale of 32 weights is the exponent of a float. 0 in its place is read as the number 0,
-    since 2^-127 has no exponent.
+    The scale of 32 weights is the exponent of a float. The exponent 0 (2^-127) is read as 0.
     """
 
     block, scale_bytes = 32, 1
 
-    def scales(self, absmax: Pointer, place: Value) -> Value:
-        exponents = absmax.load(vector(i8, self.lanes), place).widened(self.totals)
+    def scales(self, absmax: Pointer, index: Value) -> Value:
+        # Shifted to the exponent's place in fp32, whose denormal numbers 2^-127 would need.
+        exponents = absmax.load(vector(i8, self.lanes), index).widened(self.totals)
         return (exponents << 23).bits_as(vector(f32, self.lanes))
 
 
 def _four_bits(words: int, of_bytes: int, *added: type) -> UnitSet:
-    """Return units of 4 bits, which have these numbers as the level of 1."""
+    """Return units of 4 bits, with the level of 1 in words and in bytes."""
     return UnitSet(
         4,
-        on_each(FourBits, *added, one=words)
-        | {"avx512": on("avx512", Avx512FourBits, *added, one=words)}
-        | {"neon": on("neon", NeonFourBits, *added, one=words)},
-        on_each(FourBitsInBytes, *added, one=of_bytes)
-        | {"neon": on("neon", SignedFourBits, *added, one=of_bytes)},
+        on_each(FourBits, *added, level_of_one=words)
+        | {"avx512": on("avx512", Avx512FourBits, *added, level_of_one=words)}
+        | {"neon": on("neon", NeonFourBits, *added, level_of_one=words)},
+        on_each(FourBitsInBytes, *added, level_of_one=of_bytes)
+        | {"neon": on("neon", SignedFourBits, *added, level_of_one=of_bytes)},
     )
 
 

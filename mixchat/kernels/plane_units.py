@@ -29,25 +29,29 @@ class _Planes(Unit):
         """Return the bytes at which vectors start in a line."""
         return range(0, _LINE, 4 * self.lanes)
 
-    def levels(self, codes: Pointer, place: Value) -> Iterator[list[Value]]:
+    def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
         """Yield, for each `columns_at_once`, the levels of rows 0 to 15, then of 16 to 31.
 
         All at once would not fit in registers.
         """
         for first in range(0, self.columns, self.columns_at_once):
             numbers = (first, first + 1)
-            yield [self.joined(codes, place + at, code) for code in numbers for at in self.starts]
+            yield [
+                self.joined(codes, offset + start, code)
+                for code in numbers
+                for start in self.starts
+            ]
 
-    def joined(self, codes: Pointer, place: Value, first: int) -> Value:
-        """Return levels in words, each code `first` of a word, and with bytes the second next."""
+    def joined(self, codes: Pointer, offset: Value, first: int) -> Value:
+        """Return the levels of code `first` of all words, for bytes with those of `first` + 2."""
         extra = self.bits - LOW_BITS
-        line, at = divmod(first, CODES_OF_LOW)
-        low = codes.load(self.words, place + line * _LINE) >> LOW_BITS * at
-        high = codes.load(self.words, place + self.columns // CODES_OF_LOW * _LINE)
+        line, code = divmod(first, CODES_OF_LOW)
+        low = codes.load(self.words, offset + line * _LINE) >> LOW_BITS * code
+        high = codes.load(self.words, offset + self.columns // CODES_OF_LOW * _LINE)
         width = 16 // self.fields  # bits of a level
         levels = low & sum(0xF << width * number for number in range(self.fields))
         for number in range(self.fields):
-            # To the place above the low bits.
+            # To just above the low bits, by one shift, whichever way it goes.
             up = LOW_BITS + width * number - extra * (first + 2 * number)
             moved = high << up if up > 0 else high >> -up
             levels = levels | moved & ((2**extra - 1) << LOW_BITS + width * number)
@@ -66,7 +70,7 @@ class _InBytes(_Planes, ByteUnit):
 
 def _planes(bits: int, columns: int) -> UnitSet:
     half = 2 ** (bits - 1)
-    members = {"bits": bits, "columns": columns, "one": half, "offset": half}
+    members = {"bits": bits, "columns": columns, "level_of_one": half, "offset": half}
     return UnitSet(bits, on_each(_InWords, **members), on_each(_InBytes, **members))
 
 

@@ -32,8 +32,9 @@ from mixchat.kernels.tile import SIGNATURE, DecodedTile, Tile, write_decode
 from mixchat.kernels.trellis_units import Trellis
 from mixchat.kernels.units import BAND, Unit, UnitSet
 
-_STREAMS = 2  # bands that are read at once for one token; memory was slower with more
-# Bytes of a stream in one item of work, if enough items are left for each thread.
+# Bands that are read at once for one token. Memory was slower with more.
+_STREAMS = 2
+# Bytes of a stream in one item of work, if each thread still gets enough items.
 _STREAM_BYTES, _ITEMS = 2**20, 8
 _DECODING = 8  # trellises that share a stage with several tokens, which bounds their memory
 _X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
@@ -107,10 +108,10 @@ def grouped_matmul_steps(
 ) -> tuple[list[Step], list[list[Step]]]:
     """Return steps that round rows of x [N, C], and steps that write each `out` [n, R], by stages.
 
-    The rows for one matrix come after those for another, or each `out` [1, R] needs the only row of
-    x. `x_rows`, int64, choose other rows of x. All matrices have the same form. The steps do not
-    keep codes, absmax and bias alive, which may be replaced. If each `out` has one row, they can
-    run again.
+    Rows of x are in the order of the matrices, as many as each `out` has. Or x has one row, for all
+    of them. `x_rows`, int64, choose the rows of x instead. All matrices have the same form. The
+    steps do not keep codes, absmax and bias alive, which may be replaced. If each `out` has one
+    row, they can run again.
     """
     shared = x_rows is None and flat.shape[0] == 1
     rounds: list[Step] = []
@@ -122,14 +123,14 @@ def grouped_matmul_steps(
     for unit, numbers in itertools.groupby(range(len(outs)), key=units.__getitem__):
         group = [*numbers]
         end = first + sum(counts[number] for number in group)
-        some = flat if shared or x_rows is not None else flat[first:end]
+        source = flat if shared or x_rows is not None else flat[first:end]
         chosen = None if x_rows is None else x_rows[first:end]
         most = max(counts[number] for number in group)
-        round_x, multiply = _steps(some, chosen, matrices[0], unit, len(group), most)
+        round_x, multiply = _steps(source, chosen, matrices[0], unit, len(group), most)
         rounds.append(round_x)
         parts, row = _Parts(multiply), 0
-        for place, number in enumerate(group):
-            decoded = place % _DECODING * _decoded_bytes(unit, matrices[0])
+        for index, number in enumerate(group):
+            decoded = index % _DECODING * _decoded_bytes(unit, matrices[0])
             products.append(parts.step(row, matrices[number], outs[number], decoded))
             row += 0 if shared else counts[number]
         first = end
@@ -200,7 +201,10 @@ def _steps(
     bf16 = flat.dtype == torch.bfloat16
     size, block = unit.x_type.width // 8, unit.block
     width = unit.widths()[0]
-    # Of each step of a stage, in which threads may be at different steps.
+    # Enough items for all threads, if `alike` matrices share the stage.
+    items = max(1, _ITEMS // alike) * torch.get_num_threads()
+    most_bands = rows // unit.band // (_STREAMS * items)
+    # Threads may be at different steps of a stage, so each step has its own bytes.
     decoded = _decoded_bytes(unit, matrix) * min(alike, _DECODING) if most > 1 else 0
     # Three allocations would take as long as rounding one token.
     blocks = tokens * columns // block
@@ -219,7 +223,7 @@ def _steps(
         columns=columns,
         tokens=tokens,
         chunk=max(width, _X_BYTES * (4 if decoded else 1) // (size * columns) // width * width),
-        run=_run_length(rows // unit.band, columns * unit.band * units.bits // 8, alike),
+        run=max(1, min(most_bands, _STREAM_BYTES // (columns * unit.band * units.bits // 8))),
         decoded=start + blocks * (8 + block * size),
         slots=torch.get_num_threads(),
     )
@@ -232,20 +236,15 @@ def _steps(
     )
 
 
-def _run_length(bands: int, band_bytes: int, alike: int) -> int:
-    """Return a stream's bands in an item of work, if `alike` such matrices share a stage."""
-    most = bands // (_STREAMS * max(1, _ITEMS // alike) * torch.get_num_threads())
-    return max(1, min(most, _STREAM_BYTES // band_bytes))
-
-
 @compiled_here
 def _compiled(module: Any, lanes: int, unit: type[Unit], bf16: bool, biased: bool) -> None:
     for chosen in (False, True):
         _write_round_x(module, unit, bf16, chosen)
     wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
     if issubclass(unit, Trellis):
-        kind = unit.decoded
-        tiles = [DecodedTile(module, kind, bf16, biased, 1, width) for width in kind.widths()]
+        decoded = unit.decoded
+        widths = decoded.widths()
+        tiles = [DecodedTile(module, decoded, bf16, biased, 1, width) for width in widths]
         alone = Tile(module, unit, bf16, biased, 1, 1)
         decodes = [write_decode(module, unit, half) for half in (0, 1)]
         _write_multiply(module, unit, wide, alone, _DecodedTokens(tiles, decodes))
@@ -260,44 +259,40 @@ def _write_round_x(module: Any, unit: type[Unit], bf16: bool, chosen: bool) -> N
     An item of work is a token.
     """
     function = Function(module, "round_chosen" if chosen else "round_x")
-    given = SIGNATURE.read_by(function)
-    x, x_integers = given.pointer("x"), given.pointer("x_integers")
-    scales, sums = given.pointer("x_scales"), given.pointer("x_sums")
-    columns, lanes = given.number("columns"), unit.lanes
+    args = SIGNATURE.read_by(function)
+    x, x_integers = args.pointer("x"), args.pointer("x_integers")
+    scales, sums = args.pointer("x_scales"), args.pointer("x_sums")
+    columns, lanes = args.number("columns"), unit.lanes
     blocks, size = columns // unit.block, unit.x_type.width // 8
     integers, size_of_order = vector(i32, lanes), len(unit.x_order)
     order = [start + at for start in range(0, lanes, size_of_order) for at in unit.x_order]
     with (
-        function.each_item(function.pointer, given.number("tokens")) as token,
+        function.each_item(function.pointer, args.number("tokens")) as token,
         function.loop(0, blocks, 1) as (block, _),
     ):
         first = token * columns + block * unit.block
-        row = given.pointer("x_rows").load(i64, token * 8) if chosen else token
+        row = args.pointer("x_rows").load(i64, token * 8) if chosen else token
         source = row * columns + block * unit.block
         pieces = [as_fp32(x, source + at, bf16, lanes) for at in range(0, unit.block, lanes)]
-        absmax = _largest(function, pieces)
+        # Bits of magnitudes rise like the numbers. NaN comes last, and makes every result NaN.
+        bits = [piece.bits_as(integers) & 0x7FFFFFFF for piece in pieces]
+        largest = functools.reduce(lambda lhs, rhs: lhs.compare("<", rhs).choose(rhs, lhs), bits)
+        name = f"llvm.vector.reduce.umax.v{lanes}i32"
+        absmax = function.call(name, i32, largest).bits_as(f32)
         factor = function.constant(f32, unit.largest_x) / absmax
         factor = absmax.compare(">", 1e-30).choose(factor, 0.0)
-        scale = absmax * (1 / (unit.largest_x * unit.one))
+        scale = absmax * (1 / (unit.largest_x * unit.level_of_one))
         scales.store(scale, (token * blocks + block) * 4)
         total = function.constant(integers, 0)
-        for place, piece in enumerate(pieces):
+        for number, piece in enumerate(pieces):
             rounded = function.rounded(piece * factor.broadcast(lanes)).as_integer(integers)
             total = total + rounded
             narrow = rounded.narrowed(vector(unit.x_type, lanes)).shuffled(order)
-            x_integers.store(narrow, (first + place * lanes) * size)
+            x_integers.store(narrow, (first + number * lanes) * size)
         if unit.offset:
             total_of_lanes = function.call(f"llvm.vector.reduce.add.v{lanes}i32", i32, total)
             sums.store(total_of_lanes * -unit.offset, (token * blocks + block) * 4)
     function.finish()
-
-
-def _largest(function: Function, pieces: Sequence[Value]) -> Value:
-    """Return the largest magnitude. NaN comes last, and makes every result NaN."""
-    lanes = pieces[0].type.count
-    bits = [piece.bits_as(vector(i32, lanes)) & 0x7FFFFFFF for piece in pieces]
-    largest = functools.reduce(lambda one, two: one.compare("<", two).choose(two, one), bits)
-    return function.call(f"llvm.vector.reduce.umax.v{lanes}i32", i32, largest).bits_as(f32)
 
 
 class _Tokens:
@@ -306,12 +301,12 @@ class _Tokens:
     def __init__(self, tiles: Sequence[Tile]) -> None:
         self._tiles = tiles  # the last one is for one token
 
-    def may_start(self, given: Arguments) -> Value | None:
+    def may_start(self, args: Arguments) -> Value | None:
         """Return whether a thread takes part, or None if all do."""
         return None
 
-    def write(self, given: Arguments, band: Value, start: Value, end: Value) -> None:
-        self._each_tile(given.function, band, start, end, given.number("run"))
+    def write(self, args: Arguments, band: Value, start: Value, end: Value) -> None:
+        self._each_tile(args.function, band, start, end, args.number("run"))
 
     def _each_tile(
         self, function: Function, band: Value, start: Value, end: Value, last: Value
@@ -331,16 +326,16 @@ class _DecodedTokens(_Tokens):
         super().__init__(tiles)
         self._decodes = decodes
 
-    def may_start(self, given: Arguments) -> Value:
-        self._slot = given.address("slots_taken").take_next()
-        with_slot = self._slot.compare("<", given.number("slots"))
-        return given.number("tokens").compare("==", 1) | with_slot
+    def may_start(self, args: Arguments) -> Value:
+        self._slot = args.address("slots_taken").take_next()
+        with_slot = self._slot.compare("<", args.number("slots"))
+        return args.number("tokens").compare("==", 1) | with_slot
 
-    def write(self, given: Arguments, band: Value, start: Value, end: Value) -> None:
-        function, place = given.function, self._slot * given.number("columns") * BAND
+    def write(self, args: Arguments, band: Value, start: Value, end: Value) -> None:
+        function, slot = args.function, self._slot * args.number("columns") * BAND
         for half, decode in enumerate(self._decodes):
-            function.call_own(decode, function.pointer, band, place)
-            self._each_tile(function, band * 2 + half, start, end, place)
+            function.call_own(decode, function.pointer, band, slot)
+            self._each_tile(function, band * 2 + half, start, end, slot)
 
 
 def _write_multiply(module: Any, unit: type[Unit], wide: Tile, alone: Tile, many: _Tokens) -> None:
@@ -349,13 +344,13 @@ def _write_multiply(module: Any, unit: type[Unit], wide: Tile, alone: Tile, many
     `wide` and `alone` are for one token.
     """
     function = Function(module, "multiply")
-    given = SIGNATURE.read_by(function)
-    rows, tokens, chunk, run = (given.number(name) for name in ("rows", "tokens", "chunk", "run"))
+    args = SIGNATURE.read_by(function)
+    rows, tokens, chunk, run = (args.number(name) for name in ("rows", "tokens", "chunk", "run"))
     bands, size = rows // unit.band, run * _STREAMS
     groups = (bands + size - 1) // size
     chunks = (tokens + chunk - 1) // chunk
     items = groups * chunks
-    may_start = many.may_start(given)
+    may_start = many.may_start(args)
     if may_start is not None:
         items = may_start.choose(items, 0)
     is_one = tokens.compare("==", 1)
@@ -371,5 +366,5 @@ def _write_multiply(module: Any, unit: type[Unit], wide: Tile, alone: Tile, many
         with function.when(apart), function.loop(first, last, 1) as (band, _):
             function.call_own(alone.function, function.pointer, band, start, run)
         with function.when(is_one.compare("==", 0)), function.loop(first, last, 1) as (band, _):
-            many.write(given, band, start, end)
+            many.write(args, band, start, end)
     function.finish()

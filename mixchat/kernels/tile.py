@@ -7,8 +7,7 @@ block, too (`x_scales`).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from mixchat.kernels.arithmetic import store_fp32
@@ -17,7 +16,8 @@ from mixchat.kernels.program import Signature
 from mixchat.kernels.trellis_units import Trellis
 from mixchat.kernels.units import Unit
 
-_AHEAD = 2  # blocks early, scales are prefetched, which may lie far apart
+# Blocks by which scales are prefetched early. Those of two blocks may lie far apart in memory.
+_AHEAD = 2
 # Bytes by which codes are prefetched early. The CPU's prefetcher stops at the end of each page.
 _CODES_AHEAD = 3072
 _LINE = 64  # bytes of a cache line
@@ -59,15 +59,15 @@ class Tile:
     ) -> None:
         self.bands, self.tokens, self._biased = bands, tokens, biased
         self.function = Function(module, f"{type(self).__name__}_{bands}_{tokens}", numbers=3)
-        given = self._given = SIGNATURE.read_by(self.function)
-        self._units = unit.passes(self.function, given.pointer("levels"))
+        args = self._args = SIGNATURE.read_by(self.function)
+        self._units = unit.passes(self.function, args.pointer("levels"))
         self._unit, self._bf16 = self._units[0], bf16
-        self._x, self._codes = given.pointer("x_integers"), given.pointer("codes")
-        self._absmax, self._out = given.pointer("absmax"), given.pointer("out")
-        self._x_scales, self._x_sums = given.pointer("x_scales"), given.pointer("x_sums")
-        self._bias = given.pointer("bias")
-        self._rows, self._columns = given.number("rows"), given.number("columns")
-        self._of_row, self._of_block = map(given.number, ("absmax_of_row", "absmax_of_block"))
+        self._x, self._codes = args.pointer("x_integers"), args.pointer("codes")
+        self._absmax, self._out = args.pointer("absmax"), args.pointer("out")
+        self._x_scales, self._x_sums = args.pointer("x_scales"), args.pointer("x_sums")
+        self._bias = args.pointer("bias")
+        self._rows, self._columns = args.number("rows"), args.number("columns")
+        self._of_row, self._of_block = map(args.number, ("absmax_of_row", "absmax_of_block"))
         first, self._token, self._apart = self.function.numbers
         self._numbers = [first + self._apart * number for number in range(bands)]
         self._blocks = self._columns // unit.block
@@ -85,45 +85,42 @@ class Tile:
         )
         with function.loop(0, self._blocks, 1, zeros) as (block, totals):
             self._add(block, self._sums(block), totals)
-        for place, (band, token) in enumerate(self._pairs()):
-            here = totals[place * parts : (place + 1) * parts]
-            for row, total in unit.in_rows(self._numbers[band], here):
+        for pair, (band, token) in enumerate(product(range(self.bands), range(self.tokens))):
+            of_pair = totals[pair * parts : (pair + 1) * parts]
+            for row, total in unit.in_rows(self._numbers[band], of_pair):
                 if self._biased:
                     total = total + self._bias.load(total.type, row * 4)
                 first = (self._token + token) * self._rows + row
                 store_fp32(self._out, total, first, self._bf16)
         function.finish()
 
-    def _pairs(self) -> Iterator[tuple[int, int]]:
-        """Yield each band with each token, in the order of the sums."""
-        return itertools.product(range(self.bands), range(self.tokens))
-
     def _sums(self, block: Value) -> list[list[Value]]:
         """Return the sums of one block, for each token of each band."""
-        passes = [self._sums_of(unit, block) for unit in self._units]
+        passes = []
+        for unit in self._units:
+            starts, steps = self._starts(block), unit.block // unit.columns
+            with self.function.loop(0, steps, unit.unrolled, starts) as (first_step, sums):
+                self._prefetch(block * unit.block + first_step * unit.columns)
+                for unrolled in range(unit.unrolled):
+                    column = block * unit.block + (first_step + unrolled) * unit.columns
+                    for band, codes in enumerate(self._bands):
+                        groups = unit.levels(codes, self._bytes_of(column))
+                        for group, levels in enumerate(groups):
+                            for token in range(self.tokens):
+                                x_column = column + group * unit.columns_at_once
+                                x_index = (self._token + token) * self._columns + x_column
+                                x = unit.load_x(self._x, x_index * (unit.x_type.width // 8))
+                                first = (band * self.tokens + token) * unit.sums
+                                for index, rows in enumerate(levels, first):
+                                    sums[index] = unit.add_products(sums[index], rows, x)
+            passes.append(sums)
         size = self._unit.sums
-        starts = range(0, len(passes[0]), size)
-        return [[one for sums in passes for one in sums[start : start + size]] for start in starts]
-
-    def _sums_of(self, unit: Unit, block: Value) -> list[Value]:
-        starts = self._starts(block)
-        steps = unit.block // unit.columns
-        with self.function.loop(0, steps, unit.unrolled, starts) as (first_step, sums):
-            self._prefetch(block * unit.block + first_step * unit.columns)
-            for unrolled in range(unit.unrolled):
-                column = block * unit.block + (first_step + unrolled) * unit.columns
-                for band, codes in enumerate(self._bands):
-                    groups = unit.levels(codes, self._bytes_of(column))
-                    for group, levels in enumerate(groups):
-                        for token in range(self.tokens):
-                            x = self._x_at(token, column + group * unit.columns_at_once)
-                            place = (band * self.tokens + token) * unit.sums
-                            for part, some in enumerate(levels):
-                                sums[place + part] = unit.add_products(sums[place + part], some, x)
-        return sums
+        pairs = range(0, len(passes[0]), size)
+        return [[total for sums in passes for total in sums[pair : pair + size]] for pair in pairs]
 
     def _prefetch(self, column: Value) -> None:
-        # The weights of a token would push all else out of the caches, also what Python needs next.
+        # For one token, weights are read once. In all caches they would take the place of what
+        # Python needs next.
         unit = self._unit
         start = self._bytes_of(column) + _CODES_AHEAD
         for codes in self._bands:
@@ -134,20 +131,16 @@ class Tile:
         return columns * (self._unit.band * self._unit.bits // 8)
 
     def _starts(self, block: Value) -> list[Value]:
-        """Return minus what the unit's offset will add to the sums."""
-        unit, whole = self._unit, vector(i32, self._unit.lanes)
+        """Return minus what the unit's offset will add to the sums, by which a block starts."""
+        unit = self._unit
         if not unit.offset:
-            count = self.bands * self.tokens * unit.sums
-            return [self.function.constant(whole, 0)] * count
+            zero = self.function.constant(vector(i32, unit.lanes), 0)
+            return [zero] * (self.bands * self.tokens * unit.sums)
         offsets = [
             unit.start(self._x_sums.load(i32, self._block_of(token, block)))
             for token in range(self.tokens)
         ]
-        return [one for one in offsets for _ in range(unit.sums)] * self.bands
-
-    def _x_at(self, token: int, column: Value) -> Value:
-        place = (self._token + token) * self._columns + column
-        return self._unit.load_x(self._x, place * (self._unit.x_type.width // 8))
+        return [start for start in offsets for _ in range(unit.sums)] * self.bands
 
     def _block_of(self, token: int, block: Value) -> Value:
         """Return a block's offset in bytes in `x_scales` and `x_sums`."""
@@ -162,34 +155,36 @@ class Tile:
         ]
         for band in range(self.bands):
             first_row = self._numbers[band] * unit.band
-            here = first_row * self._of_row + block * self._of_block
-            further = (here + self._of_block * _AHEAD) * unit.scale_bytes
-            self._absmax.prefetch(further, once=self.tokens == 1)
-            scales = [unit.scales(self._absmax, here + part * unit.lanes) for part in range(parts)]
+            first = first_row * self._of_row + block * self._of_block
+            ahead = (first + self._of_block * _AHEAD) * unit.scale_bytes
+            self._absmax.prefetch(ahead, once=self.tokens == 1)
+            scales = [
+                unit.scales(self._absmax, first + number * unit.lanes) for number in range(parts)
+            ]
             for token in range(self.tokens):
                 pair = band * self.tokens + token
-                for part, whole in enumerate(unit.in_order(sums[pair])):
-                    place = pair * parts + part
-                    totals[place] = function.multiply_add(
-                        whole.as_float(floats), scales[part] * x_scales[token], totals[place]
+                for number, integers in enumerate(unit.in_order(sums[pair])):
+                    index = pair * parts + number
+                    totals[index] = function.multiply_add(
+                        integers.as_float(floats), scales[number] * x_scales[token], totals[index]
                     )
 
 
 class DecodedTile(Tile):
-    """A tile of half a band, whose levels lie in bytes `apart` bytes from `decoded` on."""
+    """A tile of half a band. Its levels are bytes, from `decoded` plus `apart` bytes on."""
 
     def _codes_of(self, band: Value) -> Pointer:
-        return self._given.pointer("decoded").plus(self._apart)
+        return self._args.pointer("decoded").plus(self._apart)
 
 
 def write_decode(module: Any, unit: type[Trellis], half: int) -> Function:
     """Write a function that decodes half of a band. Its numbers are the band and `apart`."""
     function = Function(module, f"decode_{half}", numbers=2)
-    given = SIGNATURE.read_by(function)
+    args = SIGNATURE.read_by(function)
     band, apart = function.numbers
-    decoder = unit(function, given.pointer("levels"), half)
-    columns, out = given.number("columns"), given.pointer("decoded").plus(apart)
-    codes, size = given.pointer("codes"), unit.band * unit.bits // 8  # bytes of a column
+    decoder = unit(function, args.pointer("levels"), half)
+    columns, out = args.number("columns"), args.pointer("decoded").plus(apart)
+    codes, size = args.pointer("codes"), unit.band * unit.bits // 8  # bytes of a column
     with function.loop(0, columns, unit.columns) as (column, _):
         decoder.decode(codes, (band * columns + column) * size, out, column)
     function.finish()

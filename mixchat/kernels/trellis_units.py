@@ -48,17 +48,14 @@ _ROWS_OF_LANES = RING // 16  # lanes with the same columns
 class _Levels(ByteUnit):
     """Multiplies levels of 7 bits with x in 7 bits and a sign."""
 
-    scale_bytes, one, offset = 1, 64, 64
+    scale_bytes, level_of_one, offset = 1, 64, 64
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
         if self.cpu.multiplies_bytes:
             return super().add_products(sums, levels, x)
         x = x if x.type == self.totals else x.broadcast(self.lanes)
-        return self._add_by_words(sums, levels, x.bits_as(self.bytes))
-
-    def _add_by_words(self, sums: Value, levels: Value, x: Value) -> Value:
-        """Add pairs of products in words, and then pairs of words."""
-        cpu = self.cpu
+        x, cpu = x.bits_as(self.bytes), self.cpu
+        # Pairs of products are added up in words, and then pairs of words.
         if cpu.add_pairs is not None and cpu.add_words is not None:
             words = self.function.call(cpu.add_pairs, self.words, levels, x)
             ones = self.function.constant(self.words, 1)
@@ -70,20 +67,21 @@ class _Levels(ByteUnit):
             sums = sums + words.every_second(first).sign_extended(self.totals)
         return sums
 
-    def scales(self, absmax: Pointer, place: Value) -> Value:
-        """Load 5 bits of exponent and 3 of mantissa. They are moved to their place in fp32."""
-        bits = absmax.load(vector(i8, self.lanes), place).widened(self.totals)
+    def scales(self, absmax: Pointer, index: Value) -> Value:
+        """Load 5 bits of exponent and 3 of mantissa as fp32."""
+        # Shifted to their place in fp32 they are tiny. A power of two makes up for the exponent.
+        bits = absmax.load(vector(i8, self.lanes), index).widened(self.totals)
         return (bits << 20).bits_as(vector(f32, self.lanes)) * 2.0**SCALE_EXPONENT
 
     def rows_of_pass(self, first: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
         """Yield totals of a pass, which have the j of turn 0, then of turn 1, by rows."""
-        whole = totals
-        while len(whole) > 1:
-            pairs = zip(whole[::2], whole[1::2], strict=True)
-            whole = [one.shuffled([*range(2 * one.type.count)], other) for one, other in pairs]
+        vectors = totals
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [low.shuffled([*range(2 * low.type.count)], high) for low, high in pairs]
         for j in range(_ROWS_OF_LANES):
-            places = [_ROWS_OF_LANES * turn + j for turn in range(TURNS)]
-            yield first + 16 * j, whole[0].shuffled(places)
+            lanes = [_ROWS_OF_LANES * turn + j for turn in range(TURNS)]
+            yield first + 16 * j, vectors[0].shuffled(lanes)
 
 
 class Trellis(_Levels):
@@ -109,33 +107,32 @@ class Trellis(_Levels):
     def columns_at_once(self) -> int:
         return 4 * self.lanes // _ROWS_OF_LANES
 
-    def levels(self, codes: Pointer, place: Value) -> Iterator[list[Value]]:
+    def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
         """Yield the levels of `columns_at_once` columns, for each turn."""
-        planes = (2 + self._half * self._planes) * _VECTOR
+        rows, first_plane = _ROWS_OF_LANES, (2 + self._half * self._planes) * _VECTOR
+        turns_of_byte = 8 // self._planes
         for start in range(0, _VECTOR, 4 * self.lanes):
-            even, odd = (
-                self._ring(codes.load(self.words, place + start + at)) for at in (0, _VECTOR)
-            )
-            of_planes = [
-                codes.load(self.words, place + start + planes + at * _VECTOR)
-                for at in range(self._planes)
+            rings = []
+            for parity in (0, 1):
+                ring = codes.load(self.words, offset + start + parity * _VECTOR)
+                # The second pass begins 8 rows on. Its last windows reach into the next j's words.
+                if self._half:
+                    next_j = [at - at % rows + (at + 1) % rows for at in range(self.lanes)]
+                    after = ring.bits_as(self.totals).shuffled(next_j).bits_as(self.words)
+                    ring = ring >> 8 | after << 8
+                rings.append(ring)
+            even, odd = rings
+            planes = [
+                codes.load(self.words, offset + start + first_plane + plane * _VECTOR)
+                for plane in range(self._planes)
             ]
-            yield [self._level(even, odd, of_planes, turn) for turn in range(TURNS)]
-
-    def _ring(self, words: Value) -> Value:
-        """Return the bits from the first row of this pass on."""
-        if not self._half:
-            return words
-        rows = _ROWS_OF_LANES
-        following = [at - at % rows + (at + 1) % rows for at in range(self.lanes)]
-        after = words.bits_as(self.totals).shuffled(following).bits_as(self.words)
-        return words >> 8 | after << 8
-
-    def _level(self, even: Value, odd: Value, planes: list[Value], turn: int) -> Value:
-        high = (odd >> turn) * (FACTOR >> 4) & 0x0F00
-        subsets = (even >> turn) * FACTOR >> 12 | high
-        each = 8 // self._planes  # turns in a byte
-        return self._level_of(subsets, planes[turn // each], turn % each * self._planes)
+            levels = []
+            for turn in range(TURNS):
+                high = (odd >> turn) * (FACTOR >> 4) & 0x0F00
+                subsets = (even >> turn) * FACTOR >> 12 | high
+                number, turn_of_byte = divmod(turn, turns_of_byte)
+                levels.append(self._level_of(subsets, planes[number], turn_of_byte * self._planes))
+            yield levels
 
     def _level_of(self, subsets: Value, planes: Value, first: int) -> Value:
         """Return the levels of bytes. The bits of their planes begin at bit `first`."""
@@ -143,20 +140,21 @@ class Trellis(_Levels):
         starts = range(0, self._table.type.count, 16)
         levels = [self.looked_up(self._repeated(start, 16), codes) for start in starts]
         for plane in range(self._planes):
-            is_one = (planes << 7 - first - plane).bits_as(self.bytes).compare("<", 0)
+            is_set = (planes << 7 - first - plane).bits_as(self.bytes).compare("<", 0)
             pairs = zip(levels[::2], levels[1::2], strict=True)
-            levels = [is_one.choose(one, zero) for zero, one in pairs]
+            levels = [is_set.choose(upper, lower) for lower, upper in pairs]
         return levels[0]
 
     def _repeated(self, start: int, count: int) -> Value:
         """Return some levels of the table, again and again."""
         return self._table.shuffled([start + at % count for at in range(self.bytes.count)])
 
-    def load_x(self, x: Pointer, place: Value) -> Value:
-        some = x.load(vector(i32, self.lanes // _ROWS_OF_LANES), place)
-        return some.shuffled([lane // _ROWS_OF_LANES for lane in range(self.lanes)])
+    def load_x(self, x: Pointer, offset: Value) -> Value:
+        fours = x.load(vector(i32, self.lanes // _ROWS_OF_LANES), offset)
+        return fours.shuffled([lane // _ROWS_OF_LANES for lane in range(self.lanes)])
 
     def start(self, total: Value) -> Value:
+        # Only in the lanes of the first columns, because the lanes of a row are added up.
         once = [-1] * _ROWS_OF_LANES + [0] * (self.lanes - _ROWS_OF_LANES)
         return super().start(total) & self.function.constant(self.totals, once)
 
@@ -171,27 +169,29 @@ class Trellis(_Levels):
     def _halves(self, vectors: list[Value], size: int) -> Iterator[tuple[Value, Value]]:
         """Yield each first `size` of twice as many numbers of two vectors, and each second."""
         low = [at for at in range(2 * self.lanes) if at // size % 2 == 0]
-        for one, other in zip(vectors[::2], vectors[1::2], strict=True):
-            yield one.shuffled(low, other), one.shuffled([at + size for at in low], other)
+        high = [at + size for at in low]
+        for first, second in zip(vectors[::2], vectors[1::2], strict=True):
+            yield first.shuffled(low, second), first.shuffled(high, second)
 
     def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
-        parts = len(totals) // 2
+        size = len(totals) // 2
         for half in (0, 1):
             first = band * RING + 8 * half
-            yield from self.rows_of_pass(first, totals[half * parts : (half + 1) * parts])
+            yield from self.rows_of_pass(first, totals[half * size : (half + 1) * size])
 
-    def decode(self, codes: Pointer, place: Value, out: Pointer, column: Value) -> None:
+    def decode(self, codes: Pointer, offset: Value, out: Pointer, column: Value) -> None:
         """Store the levels of `COLUMNS` columns, in bytes, as `Decoded` reads them."""
-        for group, levels in enumerate(self.levels(codes, place)):
-            groups, size = [[one.bits_as(self.totals) for one in levels]], self.lanes
+        for group, levels in enumerate(self.levels(codes, offset)):
+            # Vectors hold all columns for one turn. Halving them ends with four columns in each.
+            fours, size = [[level.bits_as(self.totals) for level in levels]], self.lanes
             while size > _ROWS_OF_LANES:
                 size //= 2
-                pairs = [[*zip(*self._halves(some, size), strict=True)] for some in groups]
-                groups = [[*half] for pair in pairs for half in pair]
+                pairs = [[*zip(*self._halves(vectors, size), strict=True)] for vectors in fours]
+                fours = [[*half] for pair in pairs for half in pair]
             first = column + group * self.columns_at_once
-            for number, vectors in enumerate(groups):
-                for part, one in enumerate(vectors):
-                    out.store(one, (first + 4 * number) * BAND + part * 4 * self.lanes)
+            for number, vectors in enumerate(fours):
+                for index, rows in enumerate(vectors):
+                    out.store(rows, (first + 4 * number) * BAND + index * 4 * self.lanes)
 
 
 class Decoded(_Levels):
@@ -199,9 +199,9 @@ class Decoded(_Levels):
 
     bits, columns = 8, 4
 
-    def levels(self, codes: Pointer, place: Value) -> Iterator[list[Value]]:
+    def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
         size = 4 * self.lanes
-        yield [codes.load(self.bytes, place + at) for at in range(0, 4 * BAND, size)]
+        yield [codes.load(self.bytes, offset + start) for start in range(0, 4 * BAND, size)]
 
     def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
         yield from self.rows_of_pass(band // 2 * RING + band % 2 * 8, totals)
@@ -231,7 +231,7 @@ class TrellisSet(UnitSet):
 
     def level_tables(self, levels: torch.Tensor) -> torch.Tensor:
         """Return the table that units read, uint8, of 32 or 64 levels from -63/64 to 63/64."""
-        return (levels * Trellis.one + Trellis.offset).round().to(torch.uint8)
+        return (levels * Trellis.level_of_one + Trellis.offset).round().to(torch.uint8)
 
 
 def _trellis(bits: int) -> TrellisSet:

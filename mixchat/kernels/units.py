@@ -1,8 +1,8 @@
 """Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
 
 A unit turns codes of a band of rows, 32 or in a trellis 64, into levels (integers, the codes'
-numbers times `one`), and adds their products with x (integers up to `largest_x`) to sums of 32
-bits. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
+numbers times `level_of_one`), and adds their products with x (integers up to `largest_x`) to sums
+of 32 bits. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
 
     4 bits, words:        8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
     4 bits, bytes:         127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
@@ -49,16 +49,16 @@ class Unit(ABC):
     columns: ClassVar[int] = 2  # whose codes are read at once
     x_type: ClassVar[Any] = i16
     largest_x: ClassVar[int] = 8191
-    one: ClassVar[int] = 4095  # the level of a code that stands for 1
+    level_of_one: ClassVar[int] = 4095  # the level of a code that stands for 1
     offset: ClassVar[int] = 0  # added to each level
-    # The places of columns in x, within as many columns, if levels are not in their order.
+    # The order of columns in x, within as many columns, if levels are not in their order.
     x_order: ClassVar[tuple[int, ...]] = (0,)
     unrolled: ClassVar[int] = 1  # steps of the loop over columns that are written out
 
     def __init__(self, function: Function, table: Pointer) -> None:
         self.function, self.table = function, table
         self.bytes, self.words, self.totals = (
-            vector(kind, 32 * self.lanes // kind.width) for kind in (i8, i16, i32)
+            vector(element, 32 * self.lanes // element.width) for element in (i8, i16, i32)
         )
 
     @classmethod
@@ -67,8 +67,8 @@ class Unit(ABC):
         return (8, 4, 3, 2, 1) if cls.lanes == 16 else (2, 1)
 
     @abstractmethod
-    def levels(self, codes: Pointer, place: Value) -> Iterable[list[Value]]:
-        """Load the codes of `columns` columns, and return their levels.
+    def levels(self, codes: Pointer, offset: Value) -> Iterable[list[Value]]:
+        """Load the codes of `columns` columns, `offset` bytes on, and return their levels.
 
         Each list has a vector of levels for each vector of sums. A lane is one row.
         """
@@ -95,17 +95,17 @@ class Unit(ABC):
         """Return the columns of a list of levels."""
         return 32 // int(self.x_type.width)
 
-    def load_x(self, x: Pointer, place: Value) -> Value:
-        """Load x of `columns_at_once` columns, for `add_products`."""
-        return x.load(i32, place)
+    def load_x(self, x: Pointer, offset: Value) -> Value:
+        """Load x of `columns_at_once` columns, `offset` bytes on, for `add_products`."""
+        return x.load(i32, offset)
 
     def start(self, total: Value) -> Value:
         """Return sums that start at `total`, 32 bits."""
         return total.broadcast(self.lanes)
 
-    def scales(self, absmax: Pointer, place: Value) -> Value:
-        """Load the scales of `lanes` rows as fp32."""
-        return as_fp32(absmax, place, True, self.lanes)
+    def scales(self, absmax: Pointer, index: Value) -> Value:
+        """Load the scales of `lanes` rows as fp32, from number `index` on."""
+        return as_fp32(absmax, index, True, self.lanes)
 
     def in_order(self, sums: list[Value]) -> list[Value]:
         """Return a block's sums in the order of the scales."""
@@ -113,12 +113,13 @@ class Unit(ABC):
 
     def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
         """Yield the first row of some totals of a band, and the totals, in the order of rows."""
-        for part, total in enumerate(totals):
-            yield band * self.band + part * self.lanes, total
+        for number, total in enumerate(totals):
+            yield band * self.band + number * self.lanes, total
 
-    def looked_up(self, table: Value, places: Value) -> Value:
-        """Return the bytes at these places, below 16, of a table that is repeated."""
-        return self.function.call_by_parts(self.cpu.look_up, self.cpu.operand_bytes, table, places)
+    def looked_up(self, table: Value, indices: Value) -> Value:
+        """Return the bytes of a table at these indices, below 16."""
+        # pshufb looks up within each 128 bits, so the table repeats its 16 bytes in all of them.
+        return self.function.call_by_parts(self.cpu.look_up, self.cpu.operand_bytes, table, indices)
 
 
 class WordUnit(Unit):
@@ -127,13 +128,15 @@ class WordUnit(Unit):
     apart: ClassVar[bool] = False  # whether all of a column's levels come before the other's
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        if self.cpu.add_words is not None:  # LLVM joins it to one instruction with VNNI
+        # With VNNI, LLVM joins pmaddwd and the addition to one instruction, vpdpwssd.
+        if self.cpu.add_words is not None:
             pairs = x.broadcast(self.lanes).bits_as(self.words)
             return sums + self.function.call(self.cpu.add_words, self.totals, levels, pairs)
+        # NEON: LLVM makes smlal of this, which widens, multiplies and adds.
         for column in (0, 1):
             factor = (x >> 16 * column).narrowed(i16).broadcast(self.lanes)
-            some = levels.half(column) if self.apart else levels.every_second(column)
-            sums = sums + some.sign_extended(self.totals) * factor.sign_extended(self.totals)
+            of_column = levels.half(column) if self.apart else levels.every_second(column)
+            sums = sums + of_column.sign_extended(self.totals) * factor.sign_extended(self.totals)
         return sums
 
 
@@ -143,10 +146,10 @@ class ByteUnit(Unit):
     x_type, largest_x = i8, 127
 
     def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
-        kind = self.totals if self.cpu.operand_bits == 32 else self.bytes
-        levels = levels.bits_as(kind)
+        operand_type = self.totals if self.cpu.operand_bits == 32 else self.bytes
+        levels = levels.bits_as(operand_type)
         x = x if x.type == self.totals else x.broadcast(self.lanes)
-        x = x.bits_as(kind)
+        x = x.bits_as(operand_type)
         cpu = self.cpu
         return self.function.call_by_parts(cpu.add_bytes, cpu.operand_bytes, sums, levels, x)
 
@@ -154,13 +157,13 @@ class ByteUnit(Unit):
 class EightBits(WordUnit):
     """8-bit codes, loaded as words with their sign."""
 
-    bits, largest_x, one, unrolled = 8, 32767, 127, 2
+    bits, largest_x, level_of_one, unrolled = 8, 32767, 127, 2
 
-    def levels(self, codes: Pointer, place: Value) -> list[list[Value]]:
+    def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
         size = 2 * self.lanes
         starts = range(0, 2 * BAND, size)
-        loaded = (codes.load(vector(i8, size), place + start) for start in starts)
-        return [[one.sign_extended(self.words) for one in loaded]]
+        loaded = (codes.load(vector(i8, size), offset + start) for start in starts)
+        return [[line.sign_extended(self.words) for line in loaded]]
 
 
 def on(instructions: InstructionSet, unit: type, *added: type, **changes: Any) -> type[Unit]:
@@ -175,7 +178,7 @@ def on_each(unit: type, *added: type, **changes: Any) -> dict[InstructionSet, ty
 
 
 class UnitSet(NamedTuple):
-    """The units for codes of so many bits."""
+    """The units for codes of `bits` bits."""
 
     bits: int
     words: dict[InstructionSet, type[Unit]]
@@ -192,7 +195,7 @@ class UnitSet(NamedTuple):
         return next(iter(self.words.values())).block
 
     def unit_for(self, instructions: InstructionSet, tokens: int) -> type[Unit]:
-        """Return the unit for so many tokens. Many are bytes if the CPU multiplies them."""
+        """Return the unit for `tokens` tokens: bytes for many, if the CPU multiplies bytes."""
         if tokens >= MANY and self.bytes and CPUS[instructions].multiplies_bytes:
             return self.bytes[instructions]
         return self.words[instructions]
@@ -200,9 +203,9 @@ class UnitSet(NamedTuple):
     def level_tables(self, levels: torch.Tensor) -> torch.Tensor:
         """Return the table that units read, uint8, of 16 levels, fp32, as words and bytes."""
         words, of_bytes = (next(iter(units.values())) for units in (self.words, self.bytes))
-        integers = (levels * words.one).round().to(torch.int16).view(torch.uint8)
+        integers = (levels * words.level_of_one).round().to(torch.int16).view(torch.uint8)
         assert len(integers) == BYTES_AT
-        short = (levels * of_bytes.one).round() + of_bytes.offset
+        short = (levels * of_bytes.level_of_one).round() + of_bytes.offset
         return torch.cat((integers, short.to(torch.uint8)))
 
 
