@@ -25,7 +25,7 @@ from mixchat.base.errors import CheckpointError
 from mixchat.weights.matrix.nf4 import FOUR_BIT, FourBit, Quantized4bit, round_absmax
 from mixchat.weights.matrix.quant_type import BLOCKSIZE
 
-_STATES = {kind: f"quant_state.bitsandbytes__{kind}" for kind in FOUR_BIT}
+_STATES = {name: f"quant_state.bitsandbytes__{name}" for name in FOUR_BIT}
 _NESTED = ("nested_absmax", "nested_quant_map")
 _COMPONENTS = ("absmax", "quant_map", *_NESTED, *_STATES.values())
 _MAX_STATE = 4096  # bytes of JSON
@@ -55,8 +55,8 @@ class _QuantState:
 
 def component_names(name: str, available: Collection[str]) -> tuple[str, ...]:
     """Return the names of the tensors that make up a matrix, its own first."""
-    others = (f"{name}.{part}" for part in _COMPONENTS)
-    return (name, *(other for other in others if other in available))
+    components = (f"{name}.{component}" for component in _COMPONENTS)
+    return (name, *(component for component in components if component in available))
 
 
 def is_quantized(name: str, available: Collection[str]) -> bool:
@@ -71,12 +71,12 @@ def quant_type(name: str, available: Collection[str]) -> FourBit | None:
     """
     if not is_quantized(name, available):
         return None
-    found = [kind for kind, state in _STATES.items() if f"{name}.{state}" in available]
-    if len(found) != 1:
+    types = [type_ for type_, state in _STATES.items() if f"{name}.{state}" in available]
+    if len(types) != 1:
         raise CheckpointError(
-            f"{name}: quantized, but with {len(found)} descriptions (quant_state) of NF4 or FP4"
+            f"{name}: quantized, but with {len(types)} descriptions (quant_state) of NF4 or FP4"
         )
-    return found[0]
+    return types[0]
 
 
 def read_matrix(
@@ -91,15 +91,24 @@ def read_matrix(
 
     `read` must not check for NaN, because codes can be stored as a float type.
     """
-    kind = quant_type(name, available)
-    if kind is None:
+    named = quant_type(name, available)
+    if named is None:
         raise CheckpointError(f"{name}: not quantized by bitsandbytes")
-    matrix = _Components(name, read, available)
-    state = _read_state(matrix, kind, [rows, columns])
-    _check_table(matrix, kind)
-    codes = _read_codes(matrix, FOUR_BIT[kind].codes_size(rows, columns))
+    matrix, quantization = _Components(name, read, available), FOUR_BIT[named]
+    state = _read_state(matrix, named, [rows, columns])
+    levels = matrix.numbers("quant_map", torch.float32, 16)
+    # Not bit by bit, because devices round the table differently.
+    if not torch.allclose(levels, quantization.levels, rtol=0, atol=1e-6):
+        raise CheckpointError(f"{name}.quant_map: not the table of {named}")
+    codes, size = matrix.read(name), quantization.codes_size(rows, columns)
+    if codes.dtype not in _STORAGE:
+        raise CheckpointError(f"{name}: 4-bit codes cannot be stored as {codes.dtype}")
+    if tuple(codes.shape) != (codes.numel(), 1) or codes.nbytes != size:
+        raise CheckpointError(
+            f"{name}: {codes.dtype} {list(codes.shape)}, should be {size} bytes in one column"
+        )
     absmax = _read_absmax(matrix, state, rows * columns)
-    return Quantized4bit(FOUR_BIT[kind], rows, columns, codes, absmax)
+    return Quantized4bit(quantization, rows, columns, codes.reshape(-1).view(torch.uint8), absmax)
 
 
 @dataclass(frozen=True)
@@ -113,9 +122,9 @@ class _Components:
             raise CheckpointError(f"{name}: the tensor is missing")
         return self.get(name)
 
-    def numbers(self, part: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """Read the component `part`, `count` finite numbers of this type."""
-        name = f"{self.name}.{part}"
+    def numbers(self, component: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """Read a component, `count` finite numbers of this type."""
+        name = f"{self.name}.{component}"
         tensor = self.read(name)
         if tensor.dtype != dtype or tuple(tensor.shape) != (count,):
             raise CheckpointError(
@@ -126,8 +135,8 @@ class _Components:
         return tensor
 
 
-def _read_state(matrix: _Components, kind: FourBit, shape: list[int]) -> _QuantState:
-    name = f"{matrix.name}.{_STATES[kind]}"
+def _read_state(matrix: _Components, named: FourBit, shape: list[int]) -> _QuantState:
+    name = f"{matrix.name}.{_STATES[named]}"
     raw = _parse(name, matrix.read(name))
 
     def check(key: str, right: bool) -> None:
@@ -136,29 +145,30 @@ def _read_state(matrix: _Components, kind: FourBit, shape: list[int]) -> _QuantS
             text = text if len(text) <= 60 else f"{text[:60]}..."
             raise CheckpointError(f"{name}: the {key} {text} does not fit or is not supported")
 
+    # `type(...) is int`, because True is an int in Python, and equals 1.
     numbers = raw["shape"] if isinstance(raw["shape"], list) else []
-    check("quant_type", raw["quant_type"] == kind)
+    check("quant_type", raw["quant_type"] == named)
     check("shape", numbers == shape and all(type(number) is int for number in numbers))
     check("blocksize", type(raw["blocksize"]) is int and raw["blocksize"] in _BLOCKSIZES)
     check("dtype", raw["dtype"] in _FLOATS)
-    nested = _nested(raw, check) if raw.keys() >= _NESTED_KEYS else None
-    if nested is None and any(f"{matrix.name}.{part}" in matrix.available for part in _NESTED):
+    if raw.keys() >= _NESTED_KEYS:
+        size, offset = raw["nested_blocksize"], raw["nested_offset"]
+        check("nested_blocksize", type(size) is int and size in _BLOCKSIZES)
+        check("nested_dtype", raw["nested_dtype"] in _FLOATS)
+        # JSON's NaN and Infinity are floats in Python. No comparison holds for NaN.
+        is_number = type(offset) in (int, float)
+        check("nested_offset", is_number and -_MAX_OFFSET <= offset <= _MAX_OFFSET)
+        nested = _Nested(size, getattr(torch, raw["nested_dtype"]), float(offset))
+        return _QuantState(raw["blocksize"], nested)
+    if any(f"{matrix.name}.{component}" in matrix.available for component in _NESTED):
         raise CheckpointError(f"{name}: does not describe the nested absmax that is there")
-    return _QuantState(raw["blocksize"], nested)
-
-
-def _nested(raw: dict[str, Any], check: Callable[[str, bool], None]) -> _Nested:
-    size, offset = raw["nested_blocksize"], raw["nested_offset"]
-    check("nested_blocksize", type(size) is int and size in _BLOCKSIZES)
-    check("nested_dtype", raw["nested_dtype"] in _FLOATS)
-    number = type(offset) in (int, float)
-    check("nested_offset", number and -_MAX_OFFSET <= offset <= _MAX_OFFSET)  # NaN is not
-    return _Nested(size, getattr(torch, raw["nested_dtype"]), float(offset))
+    return _QuantState(raw["blocksize"], None)
 
 
 def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > _MAX_STATE:
         raise CheckpointError(f"{name}: not a description of at most {_MAX_STATE} bytes")
+    # Deep nesting raises RecursionError.
     try:
         raw = json.loads(bytes(tensor.tolist()).decode("utf-8"))
     except (ValueError, RecursionError):
@@ -170,47 +180,24 @@ def _parse(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     return raw
 
 
-def _check_table(matrix: _Components, kind: FourBit) -> None:
-    numbers = matrix.numbers("quant_map", torch.float32, 16)
-    standard = FOUR_BIT[kind].levels
-    # Not bit by bit, because devices round the table differently.
-    if not torch.allclose(numbers, standard, rtol=0, atol=1e-6):
-        raise CheckpointError(f"{matrix.name}.quant_map: not the table of {kind}")
-
-
-def _read_codes(matrix: _Components, size: int) -> torch.Tensor:
-    name = matrix.name
-    codes = matrix.read(name)
-    if codes.dtype not in _STORAGE:
-        raise CheckpointError(f"{name}: 4-bit codes cannot be stored as {codes.dtype}")
-    if tuple(codes.shape) != (codes.numel(), 1) or codes.nbytes != size:
-        raise CheckpointError(
-            f"{name}: {codes.dtype} {list(codes.shape)}, should be {size} bytes in one column"
-        )
-    return codes.reshape(-1).view(torch.uint8)
-
-
 def _read_absmax(matrix: _Components, state: _QuantState, weights: int) -> torch.Tensor:
     """Read the absmax in fp32, one for each 64 weights."""
     count = -(-weights // state.blocksize)
     if state.nested is None:
         absmax = matrix.numbers("absmax", torch.float32, count)
     else:
-        absmax = _unnest(matrix, state.nested, count)
+        # As bitsandbytes' `dequantize_blockwise` does.
+        nested = state.nested
+        codes = matrix.numbers("absmax", torch.uint8, count)
+        levels = matrix.numbers("nested_quant_map", torch.float32, 256)
+        scales = matrix.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))
+        wide = scales.repeat_interleave(nested.blocksize)[:count]
+        # `nested.dtype` is not fp32 if saved after a run on a CPU.
+        absmax = (levels[codes.int()] * wide).to(nested.dtype)
+        absmax = absmax.add_(torch.tensor(nested.offset, dtype=torch.float32)).float()
     if not torch.isfinite(round_absmax(absmax)).all():
         raise CheckpointError(f"{matrix.name}.absmax: holds a scale that is too large")
     if state.blocksize == BLOCKSIZE:
         return absmax
     # Each smaller block has the scale of the larger block around it.
     return absmax.repeat_interleave(state.blocksize // BLOCKSIZE)[: -(-weights // BLOCKSIZE)]
-
-
-def _unnest(matrix: _Components, nested: _Nested, count: int) -> torch.Tensor:
-    """Return the absmax in fp32 [count], as bitsandbytes' `dequantize_blockwise` does."""
-    codes = matrix.numbers("absmax", torch.uint8, count)
-    numbers = matrix.numbers("nested_quant_map", torch.float32, 256)
-    scales = matrix.numbers("nested_absmax", torch.float32, -(-count // nested.blocksize))
-    wide = scales.repeat_interleave(nested.blocksize)[:count]
-    # `nested.dtype` is not fp32 if saved after a run on a CPU.
-    absmax = (numbers[codes.int()] * wide).to(nested.dtype)
-    return absmax.add_(torch.tensor(nested.offset, dtype=torch.float32)).float()

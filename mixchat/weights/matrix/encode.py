@@ -39,11 +39,14 @@ from mixchat.weights.matrix.quant_type import (
 )
 
 Pack = Callable[[torch.Tensor], torch.Tensor]  # of codes [B, 64], one a byte
-_TINY = 1e-38  # the least absmax that bitsandbytes divides by
+# The least absmax that bitsandbytes divides by.
+_TINY = 1e-38
 _PIECE = 2**19  # weights in one pass
-_MAX_THREADS = 6  # of about 13 MB each; more would mostly wait for Python's lock
+# Each takes about 13 MB. More would mostly wait for Python's lock.
+_MAX_THREADS = 6
 _STEPS = 512  # of the table, from 0 to 1
-_MARGIN = 1e-5  # more than rounding can add to the squared error of a block with absmax 1
+# More than rounding can add to the squared error of a block with absmax 1.
+_MARGIN = 1e-5
 
 
 class Grid:
@@ -110,7 +113,7 @@ def best_way(
 ) -> Encoded:
     """Return the codes and scales with the least error of products that were held out.
 
-    The first way is the plain one, which is taken if others are alike. `dense` makes a matrix.
+    The first way is the plain one. It is taken unless another is better. `dense` makes a matrix.
     """
     best: Encoded | None = None
     taken: Way = "plain"
@@ -166,13 +169,16 @@ def _rounded(
     scales = torch.empty(count, dtype=torch.bfloat16)
 
     @torch.inference_mode()  # a caller's holds for its own thread only
-    def quantize(number: int, some: torch.Tensor, packed: torch.Tensor, made: torch.Tensor) -> None:
-        each = None
+    def quantize(
+        number: int, weights: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor
+    ) -> None:
+        of_weights = None
         if importance is not None:
-            places = torch.arange(number * _PIECE, number * _PIECE + len(some)) % columns
-            each = in_blocks(importance[places])
+            # Pieces are cut from the flat matrix, so a piece may begin within a row.
+            indices = torch.arange(number * _PIECE, number * _PIECE + len(weights)) % columns
+            of_weights = in_blocks(importance[indices])
         separate = torch.empty(len(packed), BLOCKSIZE, dtype=torch.uint8)
-        _quantize_piece(grid, some, separate, made, search=search, importance=each)
+        _quantize_piece(grid, weights, separate, scales, search=search, importance=of_weights)
         packed.copy_(pack(separate).view(packed.shape))
 
     pieces = torch.split(flat, _PIECE)
@@ -192,17 +198,14 @@ def each_in_threads(work: Callable[..., None], *pieces: Sequence[object]) -> Non
 
     torch's own threads would wait for each other after every operation.
     """
-    threads = torch.get_num_threads()
+    threads, alone = torch.get_num_threads(), functools.partial(torch.set_num_threads, 1)
     try:
-        with ThreadPoolExecutor(min(threads, _MAX_THREADS), initializer=_work_alone) as pool:
-            list(pool.map(work, *pieces))  # as a list, it raises what a thread raised
+        # Keeps torch from starting threads in a thread, and in those that start later.
+        with ThreadPoolExecutor(min(threads, _MAX_THREADS), initializer=alone) as pool:
+            # As a list, it raises what a thread raised.
+            list(pool.map(work, *pieces))
     finally:
         torch.set_num_threads(threads)
-
-
-def _work_alone() -> None:
-    """Keep torch from starting threads in this one, and in those that start later."""
-    torch.set_num_threads(1)
 
 
 @torch.inference_mode()  # a caller's holds for its own thread only
@@ -217,23 +220,18 @@ def _quantize_piece(
 ) -> None:
     """Fill `codes` and `scales` for some blocks, of which the last may be short."""
     whole = weight.numel() // BLOCKSIZE  # blocks
-    scaled, absmax = _scale(in_blocks(weight.to(torch.bfloat16)).float())
+    blocks = in_blocks(weight.to(torch.bfloat16)).float()
+    absmax = blocks.abs().amax(-1)
+    # A product with 1 / absmax, because bitsandbytes rounds so. In a short last block it divides,
+    # but no bf16 number gets another code (a test tries all).
+    scaled = blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)
     codes.copy_(grid.nearest(scaled))
     scales.copy_(absmax)
-    scales[whole:].clamp_(min=_TINY)  # as bitsandbytes does in a short block only
+    # bitsandbytes does this in a short block only.
+    scales[whole:].clamp_(min=_TINY)
     if search and whole:
-        each = None if importance is None else importance[:whole]
-        _search(grid, scaled[:whole], absmax[:whole], codes[:whole], scales[:whole], each)
-
-
-def _scale(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight / absmax [B, 64] and absmax [B] of fp32 blocks, rounded as bitsandbytes does.
-
-    In a short last block it divides, but no bf16 number gets another code (a test tries all).
-    """
-    absmax = weight.abs().amax(-1)
-    scaled = weight * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)
-    return scaled, absmax
+        of_blocks = None if importance is None else importance[:whole]
+        _search(grid, scaled[:whole], absmax[:whole], codes[:whole], scales[:whole], of_blocks)
 
 
 def _search(
@@ -244,8 +242,15 @@ def _search(
     scales: torch.Tensor,
     importance: torch.Tensor | None,
 ) -> None:
+    """Replace the scales and codes of blocks that a factor of the grid makes better."""
+    # The table has the errors of all factors by weight / absmax, rounded to 1/512. One look-up and
+    # sum of rows takes the place of 32 trials, and the best factor is then tried exactly.
+    steps = (scaled * _STEPS + (_STEPS + 0.5)).to(torch.int32)
+    errors = torch.nn.functional.embedding_bag(
+        steps, grid.error_table, mode="sum", per_sample_weights=importance
+    )  # [B, F]
     unit = absmax.clamp(min=_TINY)  # `scaled` is weight / unit
-    trial = (absmax * _best_factor(grid, scaled, importance)).to(torch.bfloat16)
+    trial = (absmax * grid.factors[errors.argmin(-1)]).to(torch.bfloat16)
     ratio = trial.float() / unit
     trial_codes = grid.nearest(scaled * (1.0 / ratio).unsqueeze(-1))
     error = _squared_error(grid, scaled, absmax / unit, codes, importance)
@@ -253,16 +258,9 @@ def _search(
     # If the trial is 0 or infinite, this compares 0 with 0, or NaN, which is not better.
     better = trial_error < error - _MARGIN * (1 if importance is None else importance.amax(-1))
     torch.where(better, trial, scales, out=scales)
-    wide, trial_wide = codes.view(torch.int64), trial_codes.view(torch.int64)  # 8 at once
+    # Eight codes at once, as one number of 64 bits.
+    wide, trial_wide = codes.view(torch.int64), trial_codes.view(torch.int64)
     torch.where(better.unsqueeze(-1), trial_wide, wide, out=wide)
-
-
-def _best_factor(grid: Grid, scaled: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
-    steps = (scaled * _STEPS + (_STEPS + 0.5)).to(torch.int32)  # rounded to the nearest
-    errors = torch.nn.functional.embedding_bag(
-        steps, grid.error_table, mode="sum", per_sample_weights=importance
-    )  # [B, F]
-    return grid.factors[errors.argmin(-1)]
 
 
 def _squared_error(

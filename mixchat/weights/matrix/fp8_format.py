@@ -31,9 +31,10 @@ def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def read_matrix(name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """Read a matrix, whose shape was checked, as bf16."""
-    numbers, scales = (read(part) for part in component_names(name))
-    made = torch.empty(numbers.shape, dtype=torch.bfloat16)
-    rows = zip(torch.split(numbers, TILE), scales.float(), torch.split(made, TILE), strict=True)
-    for tile, row, target in rows:
-        target.copy_(tile.float() * row.repeat_interleave(TILE)[: tile.shape[1]])
-    return made
+    numbers, scales = map(read, component_names(name))
+    matrix = torch.empty(numbers.shape, dtype=torch.bfloat16)
+    # A band of 128 rows at a time, which bounds the memory in fp32.
+    bands = zip(torch.split(numbers, TILE), scales.float(), torch.split(matrix, TILE), strict=True)
+    for band, tile_scales, target in bands:
+        target.copy_(band.float() * tile_scales.repeat_interleave(TILE)[: band.shape[1]])
+    return matrix

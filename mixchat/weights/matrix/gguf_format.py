@@ -25,14 +25,14 @@ _PIECE = 2**18  # weights, whose temporary arrays fit in the caches
 
 @dataclass(frozen=True)
 class GgufSpec(TensorSpec):
-    """A tensor in blocks. `dtype` and `shape` are of its bytes, `kind` is ggml's name."""
+    """A tensor in blocks. `dtype` and `shape` are those of its bytes."""
 
-    kind: str
+    ggml_type: str  # by ggml's name
 
     @property
     def weights(self) -> tuple[int, ...]:
         """Return the shape in weights."""
-        block, nbytes = _block(self.kind)
+        block, nbytes = _block(self.ggml_type)
         return (*self.shape[:-1], self.shape[-1] // nbytes * block)
 
 
@@ -44,39 +44,42 @@ def tensor_spec(name: str, number: int, shape: tuple[int, ...], where: str) -> T
     from gguf import GGMLQuantizationType
 
     try:
-        kind = GGMLQuantizationType(number).name
+        ggml_type = GGMLQuantizationType(number).name
     except ValueError:
-        kind = f"number {number}"
-    if kind in _FLOATS:
-        return TensorSpec(name, _FLOATS[kind], shape)
-    if not _can_be_read(kind):
+        ggml_type = f"number {number}"
+    if ggml_type in _FLOATS:
+        return TensorSpec(name, _FLOATS[ggml_type], shape)
+    if not _can_be_read(ggml_type):
         raise CheckpointError(
-            f"{where}: {name!r:.80} has the type {kind}, which cannot be read",
+            f"{where}: {name!r:.80} has the type {ggml_type}, which cannot be read",
             hint="Choose another file of the repository, such as Q4_K_M or Q8_0.",
         )
-    block, nbytes = _block(kind)
+    block, nbytes = _block(ggml_type)
     if not shape or shape[-1] % block:
-        raise CheckpointError(f"{where}: the rows of {name!r:.80} are not whole blocks of {kind}")
-    return GgufSpec(name, torch.uint8, (*shape[:-1], shape[-1] // block * nbytes), kind)
+        raise CheckpointError(
+            f"{where}: the rows of {name!r:.80} are not whole blocks of {ggml_type}"
+        )
+    return GgufSpec(name, torch.uint8, (*shape[:-1], shape[-1] // block * nbytes), ggml_type)
 
 
 def dense(spec: GgufSpec, raw: torch.Tensor) -> torch.Tensor:
-    """Return the weights in bf16, which an infinity or NaN may be among."""
+    """Return the weights in bf16. They can hold infinity and NaN."""
     from gguf import GGMLQuantizationType
 
-    made = torch.empty(spec.weights, dtype=torch.bfloat16)
-    rows, kind = made.view(-1, made.shape[-1]), GGMLQuantizationType[spec.kind]
+    weights = torch.empty(spec.weights, dtype=torch.bfloat16)
+    rows, ggml_type = weights.view(-1, weights.shape[-1]), GGMLQuantizationType[spec.ggml_type]
 
     @torch.inference_mode()  # a caller's holds for its own thread only
     def decode(raw: torch.Tensor, rows: torch.Tensor) -> None:
         from gguf import dequantize
 
+        # Untrusted scales can be infinite or NaN. The caller checks the weights.
         with np.errstate(all="ignore"):
-            rows.copy_(torch.from_numpy(dequantize(raw.numpy(), kind)))
+            rows.copy_(torch.from_numpy(dequantize(raw.numpy(), ggml_type)))
 
     size = max(1, _PIECE // rows.shape[1])
     each_in_threads(decode, torch.split(raw.view(len(rows), -1), size), torch.split(rows, size))
-    return made
+    return weights
 
 
 def mxfp4(spec: GgufSpec, raw: torch.Tensor) -> Quantized4bit:
@@ -89,29 +92,30 @@ def mxfp4(spec: GgufSpec, raw: torch.Tensor) -> Quantized4bit:
     blocks = raw.view(-1, MXFP4.blocksize // 2 + 1)
     scales, pairs = blocks[:, 0].contiguous(), blocks[:, 1:]
     if (largest := int(scales.max())) > LARGEST_SCALE:
-        kind = "NaN" if largest == 255 else "a scale that is too large"
-        raise CheckpointError(f"{spec.name}: holds {kind}")
+        fault = "NaN" if largest == 255 else "a scale that is too large"
+        raise CheckpointError(f"{spec.name}: holds {fault}")
     codes = two_a_byte(torch.cat((pairs & 0xF, pairs >> 4), dim=1))
     return Quantized4bit(MXFP4, rows, columns, codes.view(-1), scales)
 
 
-def _block(kind: str) -> tuple[int, int]:
+def _block(ggml_type: str) -> tuple[int, int]:
     """Return the weights of a block, and its bytes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]]
     return block, nbytes
 
 
 @functools.cache
-def _can_be_read(kind: str) -> bool:
+def _can_be_read(ggml_type: str) -> bool:
     from gguf import GGMLQuantizationType, dequantize
 
-    number: Any = GGMLQuantizationType.__members__.get(kind)
+    number: Any = GGMLQuantizationType.__members__.get(ggml_type)
     if number is None:
         return False
+    # The package has no public list of the types that it can decode.
     try:
-        dequantize(np.zeros((1, _block(kind)[1]), dtype=np.uint8), number)
+        dequantize(np.zeros((1, _block(ggml_type)[1]), dtype=np.uint8), number)
     except NotImplementedError:
         return False
     return True

@@ -2,9 +2,9 @@
 
 Columns are rounded one after the other. Later columns make up for what that changes in the
 products. H is the mean of x x^T over the inputs x, and H = F D F^T with D diagonal and F an upper
-triangle with ones on its diagonal. An error e in column i, that is what rounding took off it,
-changes column j > i by e * F[i, j]. That is the same as GPTQ (Chee et al., arXiv:2307.13304), which
-needs the factor of inverse(H), and takes a quarter of the time.
+triangle with ones on its diagonal. If rounding took e off column i, column j > i changes by
+e * F[i, j]. That is the same as GPTQ (Chee et al., arXiv:2307.13304), which needs the factor of
+inverse(H), and takes a quarter of the time.
 
 With few rows, H is mostly noise, so it is shrunk toward its diagonal.
 
@@ -23,16 +23,16 @@ from mixchat.weights.matrix.quant_type import BLOCKSIZE, Inputs
 
 _PIECE = 4096  # rows that are widened or multiplied at once
 _BAND = 1024  # rows of H that are computed at once
-_PRIOR = 32  # inputs whose columns are alike, added to the given ones
+_PRIOR = 32  # inputs whose columns are alike, added to the real ones
 _FITTED = 512  # rows whose scales are fitted at once
 _LEAST_CHANGE = 0.25  # of a fitted scale, to the one before
 _TINY = 1e-38
-# Takes the place of a column, what it should be [R], and scales [R]. Returns what it is rounded to.
+# Takes the index of a column, its values [R] and scales [R]. Returns what it is rounded to.
 Rounder = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def shrinkage(rows: int, columns: int) -> float:
-    """Return by how much H of so many inputs is shrunk. 1 leaves its diagonal alone.
+    """Return by how much H of `rows` inputs is shrunk. 1 leaves nothing but its diagonal.
 
     On the demo's matrices it was best or within 3% of the best of several formulas, for other texts
     than were calibrated with.
@@ -45,7 +45,7 @@ class Feedback(NamedTuple):
 
     factor: torch.Tensor  # F [C, C]
     diagonal: torch.Tensor  # of D [C]
-    correlations: torch.Tensor  # H [C, C] with its columns the other way round, over the sizes
+    correlations: torch.Tensor  # H [C, C] with its columns reversed, over the sizes
     sizes: torch.Tensor  # the roots of H's diagonal [C]
 
 
@@ -55,7 +55,7 @@ def feedback_of(inputs: torch.Tensor) -> Feedback:
     kept = 1 - shrinkage(*inputs.shape)
     correlations = torch.zeros(len(sizes), len(sizes))
     for piece in torch.split(inputs, _PIECE):
-        # The other way round, because a lower factor of this is an upper one of H.
+        # Reversed, because Cholesky's lower factor of this is an upper one of H.
         scaled = piece.flip(-1).float().div_(sizes.flip(0))
         for start in range(0, len(sizes), _BAND):
             end = start + _BAND  # the upper triangle is not needed
@@ -94,10 +94,10 @@ def corrected(weight: torch.Tensor, feedback: Feedback, inputs: Inputs) -> torch
 
 def _solve(triangle: torch.Tensor, product: torch.Tensor, *, upper: bool) -> torch.Tensor:
     """Return x [R, C] with x @ triangle = product."""
-    found: torch.Tensor = torch.linalg.solve_triangular(
+    solution: torch.Tensor = torch.linalg.solve_triangular(
         triangle, product, upper=upper, left=False, unitriangular=True
     )
-    return found
+    return solution
 
 
 def mean_squares(inputs: torch.Tensor) -> torch.Tensor:
@@ -121,17 +121,18 @@ def error_of_products(matrix: torch.Tensor, weight: torch.Tensor, inputs: Inputs
     exact = rows if inputs.exact is None else inputs.exact[1].float()
     pieces = zip(torch.split(matrix, _PIECE), torch.split(weight, _PIECE), strict=True)
     return sum(
-        float((rows @ made.T - exact @ right.float().T).square().sum()) for made, right in pieces
+        float((rows @ rounded.T - exact @ exact_weight.float().T).square().sum())
+        for rounded, exact_weight in pieces
     )
 
 
 def nearest_levels(levels: torch.Tensor, codes: torch.Tensor) -> Rounder:
-    """Return what rounds to levels, which rise, fp32. It fills `codes` [C, R]."""
+    """Return a rounder to rising fp32 levels, which fills `codes` [C, R]."""
     boundaries = (levels[1:] + levels[:-1]) / 2
 
-    def rounded(place: int, column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def rounded(index: int, column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         nearest = torch.bucketize(column / scale.where(scale != 0, 1), boundaries)
-        codes[place] = nearest
+        codes[index] = nearest
         return levels[nearest] * scale
 
     return rounded
@@ -146,10 +147,10 @@ def round_with_fitted_scales(
 ) -> torch.Tensor:
     """Round columns twice, the second time with the scales that suit the first codes best.
 
-    Returns these scales, fp32 [R, C / 64]. `stored` gives the nearest ones that can be stored.
+    Returns these scales, fp32 [R, C / 64]. `stored` rounds scales as they are stored.
     """
-    made = round_columns(weight, scales, rounded, feedback.factor)
-    better = stored(fitted_scales(weight, made, scales, feedback))
+    first = round_columns(weight, scales, rounded, feedback.factor)
+    better = stored(fitted_scales(weight, first, scales, feedback))
     round_columns(weight, better, rounded, feedback.factor)
     return better
 
@@ -161,44 +162,49 @@ def round_columns(
 
     Returns what they are rounded to. `scales` [R, C / 64] are fp32. `factor` is F.
     """
-    left = weight.float().T.contiguous()  # [C, R], with what earlier columns have lost
+    remaining = weight.float().T.contiguous()  # [C, R], with what earlier columns have lost
     for block, scale in enumerate(scales.T):
         start, end = block * BLOCKSIZE, (block + 1) * BLOCKSIZE
-        here, errors = left[start:end], weight[:, start:end].float().T.contiguous()
-        for place, error in enumerate(errors):
-            here[place] = rounded(start + place, here[place], scale)
-            error -= here[place]
-            here[place + 1 :].addr_(factor[start + place, start + place + 1 : end], error)
-        left[end:].addmm_(factor[start:end, end:].T, errors)
-    return left.T
+        columns, errors = remaining[start:end], weight[:, start:end].float().T.contiguous()
+        for number, error in enumerate(errors):
+            index = start + number
+            columns[number] = rounded(index, columns[number], scale)
+            error -= columns[number]
+            columns[number + 1 :].addr_(factor[index, index + 1 : end], error)
+        # Later blocks get the errors of 64 columns in one product, which reads them once.
+        remaining[end:].addmm_(factor[start:end, end:].T, errors)
+    return remaining.T
 
 
 def fitted_scales(
-    weight: torch.Tensor, made: torch.Tensor, scales: torch.Tensor, feedback: Feedback
+    weight: torch.Tensor, rounded: torch.Tensor, scales: torch.Tensor, feedback: Feedback
 ) -> torch.Tensor:
     """Return the scales with the least error of products if all codes stay.
 
-    `made` [R, C] is what weight [R, C] was rounded to with `scales` [R, C / 64].
+    `rounded` [R, C] is what weight [R, C] was rounded to with `scales` [R, C / 64].
     """
-    rows = [slice(start, start + _FITTED) for start in range(0, len(weight), _FITTED)]
-    return torch.cat([_fitted(weight[some], made[some], scales[some], feedback) for some in rows])
+    # The normal equations take C / 64 numbers squared for each row.
+    pieces = zip(*(torch.split(x, _FITTED) for x in (weight, rounded, scales)), strict=True)
+    return torch.cat([_fitted(feedback, *piece) for piece in pieces])
 
 
 def _fitted(
-    weight: torch.Tensor, made: torch.Tensor, scales: torch.Tensor, feedback: Feedback
+    feedback: Feedback, weight: torch.Tensor, rounded: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
-    """Solve the normal equations of each row. All is the other way round, as correlations are."""
+    """Solve the normal equations of each row. Columns are reversed, as in the Hessian."""
     sizes, old = feedback.sizes.flip(0), scales.flip(-1)
-    one = old.where(old != 0, 1).repeat_interleave(BLOCKSIZE, -1)
-    codes = made.flip(-1) / one * sizes
+    divisor = old.where(old != 0, 1).repeat_interleave(BLOCKSIZE, -1)
+    codes = rounded.flip(-1) / divisor * sizes
     target = weight.flip(-1) * sizes
-    normal, right = old.new_empty(*old.shape, old.shape[1]), torch.empty_like(old)
-    for block, some in enumerate(torch.split(feedback.correlations, BLOCKSIZE)):
+    normal, rhs = old.new_empty(*old.shape, old.shape[1]), torch.empty_like(old)
+    for block, correlations in enumerate(torch.split(feedback.correlations, BLOCKSIZE)):
         columns = slice(block * BLOCKSIZE, (block + 1) * BLOCKSIZE)
-        product = codes[:, columns] @ some  # [R, C]
-        right[:, block] = (product * target).sum(-1)
+        product = codes[:, columns] @ correlations  # [R, C]
+        rhs[:, block] = (product * target).sum(-1)
         normal[:, block] = (product * codes).view(len(old), -1, BLOCKSIZE).sum(-1)
+    # A block of zeros has no equation of its own. The matrix would be singular.
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + _TINY
-    found: torch.Tensor = torch.linalg.solve(normal, right)
-    return found.where(found / old > _LEAST_CHANGE, old).flip(-1)
+    fitted: torch.Tensor = torch.linalg.solve(normal, rhs)
+    # No scale may vanish or change its sign. Such a block keeps the old one.
+    return fitted.where(fitted / old > _LEAST_CHANGE, old).flip(-1)

@@ -36,7 +36,8 @@ from mixchat.weights.matrix.quant_type import (
     absmax_size,
 )
 
-ROWS_AT_ONCE = 2**14  # rows that are encoded at once, which bounds memory
+# Rows that are encoded at once. A head of 151,936 rows and 2,048 columns is 1.2 GB in fp32.
+ROWS_AT_ONCE = 2**14
 _WORD = 16  # bits
 
 
@@ -73,15 +74,15 @@ class _EvenCodes(RowCodes):
         stored, blocks = self.stored_rows(rows, columns), ROWS_AT_ONCE * columns // BLOCKSIZE
         codes = torch.zeros(self.codes_size(stored, columns), dtype=torch.uint8)
         absmax = torch.zeros(absmax_size(stored, columns), dtype=torch.bfloat16)
-        for some, *places in zip(
+        for piece, *targets in zip(
             torch.split(weight, ROWS_AT_ONCE),
             torch.split(codes, blocks * BLOCKSIZE * self.bits // 8),
             torch.split(absmax, blocks),
             strict=True,
         ):
-            made = encode(self._grid, some, self._pack_blocks, search=True, inputs=inputs)
-            for part, place in zip(made, places, strict=True):
-                place[: len(part)] = part
+            encoded = encode(self._grid, piece, self._pack_blocks, search=True, inputs=inputs)
+            for result, target in zip(encoded, targets, strict=True):
+                target[: len(result)] = result
         return codes, absmax
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -122,18 +123,18 @@ class _EvenCodes(RowCodes):
 
 
 def _joined(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return numbers of so many bits [..., n], one a byte, as bytes [..., n * bits / 8]."""
-    together = numbers.reshape(*numbers.shape[:-1], -1, 8 // bits)
-    result = together[..., 0]
-    for place in range(1, 8 // bits):
-        result = result | together[..., place] << bits * place
+    """Return numbers of `bits` bits [..., n], one a byte, as bytes [..., n * bits / 8]."""
+    fields = numbers.reshape(*numbers.shape[:-1], -1, 8 // bits)
+    result = fields[..., 0]
+    for index in range(1, 8 // bits):
+        result = result | fields[..., index] << bits * index
     return result
 
 
 def _separate(joined: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the numbers of bytes [..., n], one a byte, [..., n * 8 / bits]."""
-    parts = [joined >> place & (1 << bits) - 1 for place in range(0, 8, bits)]
-    return torch.stack(parts, dim=-1).flatten(-2)
+    fields = [joined >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+    return torch.stack(fields, dim=-1).flatten(-2)
 
 
 INT5, INT6 = _EvenCodes("int5", FIVE_BITS), _EvenCodes("int6", SIX_BITS)

@@ -55,13 +55,13 @@ Scales = Literal["absmax", "search", "calibrated", "given"]
 
 
 def type_of_bits(bits: int, preferred: QuantType = "nf4") -> QuantType:
-    """Return the type with weights of so many bits, `preferred` if it has as many.
+    """Return the type with weights of `bits` bits, `preferred` if it has them.
 
-    It is never one that is only for experts.
+    A type that is only for experts is never preferred.
     """
     if TYPES[preferred].bits == bits and TYPES[preferred].for_dense_parts:
         return preferred
-    return next(name for name, kind in TYPES.items() if kind.bits == bits)
+    return next(name for name, quantization in TYPES.items() if quantization.bits == bits)
 
 
 class PackedLinear:
@@ -100,8 +100,8 @@ class PackedLinear:
     ) -> tuple[list[Step], list[list[Step]]]:
         """Return `grouped_matmul_steps` of these matrices."""
         assert matrices[0].is_whole
-        of_matrices = [one._matrix for one in matrices]
-        return grouped_matmul_steps(x, of_matrices, outs, x_rows, exact=exact)
+        quantized = [linear._matrix for linear in matrices]
+        return grouped_matmul_steps(x, quantized, outs, x_rows, exact=exact)
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         result = quantized_matmul(x, self._matrix, exact=exact)
@@ -145,8 +145,8 @@ class LinearSpec:
     @property
     def packed(self) -> bool:
         """Return whether the packed layout is requested and possible."""
-        kind = TYPES[self.quant_type]
-        return self.layout == "cpu-packed" and kind.can_pack(self.stored_rows, self.columns)
+        quantization = TYPES[self.quant_type]
+        return self.layout == "cpu-packed" and quantization.can_pack(self.stored_rows, self.columns)
 
     @property
     def stored_rows(self) -> int:
@@ -155,9 +155,9 @@ class LinearSpec:
 
     @property
     def _codes(self) -> BlockCodes:
-        kind = TYPES[self.quant_type]
-        assert isinstance(kind, BlockCodes)
-        return kind
+        quantization = TYPES[self.quant_type]
+        assert isinstance(quantization, BlockCodes)
+        return quantization
 
     def arithmetic(self, device: torch.device, *, exact: bool) -> str:
         """Return a name for how many rows are computed there. If it is equal, so are the bits."""
@@ -186,8 +186,9 @@ class LinearSpec:
 
         `bias` [R] is needed if the spec has one.
         """
-        kind, search = TYPES[self.quant_type], self.scales == "search"
-        return self._arranged(kind.encode(weight, self.dtype, search=search, inputs=inputs), bias)
+        quantization, search = TYPES[self.quant_type], self.scales == "search"
+        tensors = quantization.encode(weight, self.dtype, search=search, inputs=inputs)
+        return self._arranged(tensors, bias)
 
     def stack_quantized(
         self, matrices: Sequence[Quantized4bit], bias: torch.Tensor | None = None
@@ -197,20 +198,19 @@ class LinearSpec:
         absmax is rounded to the type's own. Raises `CheckpointError` if one has another type, or
         ends within a block and is not the last.
         """
-        kind = self._codes
+        quantization = self._codes
         assert sum(matrix.rows for matrix in matrices) == self.rows
         assert all(matrix.columns == self.columns for matrix in matrices)
         for matrix in matrices:
-            if matrix.kind is not kind:
-                raise CheckpointError(
-                    f"{self.name}: a part of it is {matrix.kind.name}, not {self.quant_type}"
-                )
-        if any(matrix.rows * matrix.columns % kind.blocksize for matrix in matrices[:-1]):
+            if matrix.quantization is not quantization:
+                name = matrix.quantization.name
+                raise CheckpointError(f"{self.name}: a part of it is {name}, not {self.quant_type}")
+        block = quantization.blocksize
+        if any(matrix.rows * matrix.columns % block for matrix in matrices[:-1]):
             raise CheckpointError(
-                f"{self.name}: a part of it does not end with a whole block of {kind.blocksize} "
-                "weights"
+                f"{self.name}: a part of it does not end with a whole block of {block} weights"
             )
-        absmax = torch.cat([matrix.absmax for matrix in matrices]).to(kind.scale_dtype)
+        absmax = torch.cat([matrix.absmax for matrix in matrices]).to(quantization.scale_dtype)
         return self._arranged([absmax, torch.cat([matrix.codes for matrix in matrices])], bias)
 
     def _arranged(
@@ -221,11 +221,11 @@ class LinearSpec:
         return arranged if bias is None else [*arranged, bias.float()]
 
     def _reordered(self, tensors: Sequence[torch.Tensor], *, packed: bool) -> list[torch.Tensor]:
-        absmax, codes, *rest = tensors
-        kind = self._codes
-        reorder = kind.to_packed_layout if packed else kind.to_bitsandbytes_layout
+        absmax, codes, *bias = tensors
+        quantization = self._codes
+        reorder = quantization.to_packed_layout if packed else quantization.to_bitsandbytes_layout
         codes, absmax = reorder(codes, absmax, self.stored_rows, self.columns)
-        return [absmax, codes, *rest]
+        return [absmax, codes, *bias]
 
     def build(self, tensors: Sequence[torch.Tensor], *, in_place: bool = True) -> Linear:
         """Return the map over these tensors.
@@ -237,12 +237,14 @@ class LinearSpec:
             return BiasedLinear(replace(self, bias=False).build(tensors[:-1]), tensors[-1])
         if not self.packed:
             return TYPES[self.quant_type].build(tensors, (self.rows, self.columns))
-        shape, kind = (self.stored_rows, self.columns), self._codes
-        absmax, codes, *rest = tensors
-        bias = rest[0] if rest else None
+        shape, quantization = (self.stored_rows, self.columns), self._codes
+        absmax, codes, bias = *tensors[:2], tensors[2] if self.bias else None
+        # The kernel adds a bias to the rows of zeros, too.
         if bias is not None and shape[0] > self.rows:
             bias = functional.pad(bias, (0, shape[0] - self.rows))
-        matrix = QuantizedMatrix(codes, absmax, kind.level_table, shape, kind.units, bias)
+        matrix = QuantizedMatrix(
+            codes, absmax, quantization.level_table, shape, quantization.units, bias
+        )
         return PackedLinear(matrix if in_place else matrix.of_bands, self.rows)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

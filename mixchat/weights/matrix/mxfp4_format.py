@@ -20,20 +20,22 @@ from mixchat.base.safetensors import TensorSpec, split_part
 from mixchat.weights.matrix.mxfp4 import LARGEST_SCALE, MXFP4
 from mixchat.weights.matrix.nf4 import Quantized4bit
 
-_PARTS = ("_blocks", "_scales")
+_COMPONENTS = ("_blocks", "_scales")
 
 
 def component_names(name: str) -> tuple[str, str]:
     """Return the names of the codes and scales of a tensor, or of a part of it."""
-    whole, part = split_part(name)
-    codes, scales = (f"{whole}{own}" if part is None else f"{whole}{own}[{part}]" for own in _PARTS)
+    stack, index = split_part(name)
+    suffix = "" if index is None else f"[{index}]"
+    codes, scales = (f"{stack}{component}{suffix}" for component in _COMPONENTS)
     return codes, scales
 
 
 def is_quantized(name: str, available: Collection[str]) -> bool:
     """Return whether the names say that the matrix is in MXFP4."""
-    whole, _ = split_part(name)
-    return whole not in available and any(f"{whole}{own}" in available for own in _PARTS)
+    stack, _ = split_part(name)
+    components = (f"{stack}{component}" for component in _COMPONENTS)
+    return stack not in available and any(component in available for component in components)
 
 
 def component_specs(name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, TensorSpec]:
@@ -44,18 +46,19 @@ def component_specs(name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, Tens
     if columns % MXFP4.blocksize:
         raise CheckpointError(f"{name}: {columns} columns in MXFP4 are not whole blocks of 32")
     scales = (experts, rows, columns // MXFP4.blocksize)
-    specs = zip(component_names(name), ((*scales, MXFP4.blocksize // 2), scales), strict=True)
-    codes, absmax = (TensorSpec(part, torch.uint8, own) for part, own in specs)
-    return codes, absmax
+    codes_name, scales_name = component_names(name)
+    codes = TensorSpec(codes_name, torch.uint8, (*scales, MXFP4.blocksize // 2))
+    return codes, TensorSpec(scales_name, torch.uint8, scales)
 
 
 def read_matrix(name: str, read: Callable[[str], torch.Tensor]) -> Quantized4bit:
     """Read a matrix [out, in], whose shape was checked. Raises `CheckpointError`."""
-    codes, scales = (read(part) for part in component_names(name))
+    codes, scales = map(read, component_names(name))
     if (largest := int(scales.max())) > LARGEST_SCALE:
-        kind = "NaN" if largest == 255 else "a scale that is too large"
-        raise CheckpointError(f"{component_names(name)[1]}: holds {kind}")
+        fault = "NaN" if largest == 255 else "a scale that is too large"
+        raise CheckpointError(f"{component_names(name)[1]}: holds {fault}")
     rows, blocks = scales.shape
+    # Installed models have the even column in the high nibble, as bitsandbytes does.
     flat = codes.reshape(-1)
     return Quantized4bit(
         MXFP4, rows, blocks * MXFP4.blocksize, flat << 4 | flat >> 4, scales.view(-1)

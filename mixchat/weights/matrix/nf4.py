@@ -58,7 +58,7 @@ class NibbleCodes(BlockCodes):
 class Quantized4bit:
     """A matrix in 4 bits, with flat codes and scales in the layout "bitsandbytes"."""
 
-    kind: NibbleCodes
+    quantization: NibbleCodes
     rows: int
     columns: int
     codes: torch.Tensor  # uint8
@@ -68,11 +68,11 @@ class Quantized4bit:
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
         shape = (self.rows, self.columns)
-        return self.kind.dequantize(self.codes, self.absmax, shape, dtype)
+        return self.quantization.dequantize(self.codes, self.absmax, shape, dtype)
 
     def cut(self, rows: range) -> Quantized4bit:
         """Return some of the rows, which have to be whole blocks."""
-        assert self.columns % self.kind.blocksize == 0
+        assert self.columns % self.quantization.blocksize == 0
         codes, absmax = (
             tensor.view(self.rows, -1)[rows.start : rows.stop : rows.step].reshape(-1)
             for tensor in (self.codes, self.absmax)
@@ -186,8 +186,9 @@ def _functional() -> Any:
 
 
 @functools.cache
-def _levels_on(kind: FourBitCodes, device: torch.device) -> torch.Tensor:
-    return kind.levels.to(device)
+def _levels_on(codes: FourBitCodes, device: torch.device) -> torch.Tensor:
+    """Keep a copy on each device. A new one in each product would wait for a GPU."""
+    return codes.levels.to(device)
 
 
 def two_a_byte(codes: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The bases of quantization types. One object for each type says all that depends on it.
+"""The bases of quantization types. One object for each type holds all that depends on the type.
 
 N = weights, B = blocks of 64 weights, R = rows (out features), C = columns (in features).
 """
@@ -37,8 +37,8 @@ class Inputs(NamedTuple):
     # Called with the way taken, and the sum of squared errors of the products with `held_out` in
     # that way and in the plain one.
     chosen: Callable[[Way, float, float], object]
-    # `fit` and `held_out` as they are if no matrix before this one is rounded. The products with
-    # them are the right ones.
+    # `fit` and `held_out` as they are if no matrix before this one is rounded. Products with them
+    # are what the rounded matrix should come near to.
     exact: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -64,8 +64,10 @@ class QuantizationType(ABC):
     calibrated_dense_parts = False
     # True if experts can have it in some layers or matrices only.
     mixable = False
-    needs_calibration = False  # whether plain rounding to it ruins a model
-    widened_on_gpu = False  # whether a GPU with room computes with it as a dense matrix
+    # True if plain rounding to it ruins a model.
+    needs_calibration = False
+    # True if a GPU with room computes with it as a dense matrix.
+    widened_on_gpu = False
 
     def stored_rows(self, rows: int, columns: int) -> int:
         return rows
@@ -242,8 +244,8 @@ class BlockCodes(QuantizationType):
         band = columns * self.units.band  # weights
         size = max(1, _REORDERED // band) * band * self.bits // 8
         for old, new in zip(torch.split(codes, size), torch.split(result, size), strict=True):
-            made = reorder(old, columns)
-            new.view(made.dtype).view(made.shape).copy_(made)
+            reordered = reorder(old, columns)
+            new.view(reordered.dtype).view(reordered.shape).copy_(reordered)
         return result
 
 
@@ -259,14 +261,14 @@ class RowCodes(BlockCodes):
     ) -> Iterator[torch.Tensor]:
         """Yield the matrix as `dtype`, some rows at a time. Layout "bitsandbytes"."""
         (rows, columns), block = shape, self.blocksize
-        # With so many rows, a block ends.
+        # `blocksize` rows end with a whole block, whatever the columns.
         size = max(1, _PIECE // (columns * block)) * block * columns
         scales = torch.split(absmax[: absmax_size(rows, columns, block)], size // block)
         for number, scale in enumerate(scales):
             start, end = number * size, min((number + 1) * size, rows * columns)
-            whole = start + len(scale) * block  # the end of the last block
-            some = self.decode(codes[start * self.bits // 8 : whole * self.bits // 8])
-            blocks = in_blocks(some[: end - start], block) * self.scales(scale).unsqueeze(-1)
+            last = start + len(scale) * block  # the end of the last block, which may be short
+            numbers = self.decode(codes[start * self.bits // 8 : last * self.bits // 8])
+            blocks = in_blocks(numbers[: end - start], block) * self.scales(scale).unsqueeze(-1)
             yield blocks.view(-1)[: end - start].view(-1, columns).to(dtype)
 
     def matmul(

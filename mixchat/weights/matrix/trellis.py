@@ -91,8 +91,8 @@ class TrellisCodes(RowCodes):
         def ways() -> Iterator[tuple[Way, Encoded]]:
             yield "plain", plain
             if whole.shape[1] == columns:
-                made = round_for_inputs(self._table, whole, inputs)
-                yield "gptq", _flat(*made, columns)
+                rounded = round_for_inputs(self._table, whole, inputs)
+                yield "gptq", _flat(*rounded, columns)
 
         def dense(codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
             return self.dequantize(codes, absmax, (rows, columns), torch.float32)
@@ -114,10 +114,10 @@ class TrellisCodes(RowCodes):
         scales = self.scales(absmax).view(len(rings), RING, -1)
         size = max(1, _PIECE // (RING * columns))  # rings
         for start in range(0, len(rings), size):
-            some = rings[start : start + size]
-            numbers = self.decode(some).view(len(some), columns, RING).transpose(1, 2)
-            each = scales[start : start + size].repeat_interleave(BLOCKSIZE, -1)[..., :columns]
-            weight = (numbers * each).reshape(-1, columns)
+            piece = rings[start : start + size]
+            numbers = self.decode(piece).view(len(piece), columns, RING).transpose(1, 2)
+            wide = scales[start : start + size].repeat_interleave(BLOCKSIZE, -1)[..., :columns]
+            weight = (numbers * wide).reshape(-1, columns)
             yield weight[: rows - start * RING].to(dtype)
 
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:

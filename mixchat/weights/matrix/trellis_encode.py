@@ -32,9 +32,9 @@ _PIECE = 2**22  # weights in one pass
 def round_plainly(table: Table, weight: torch.Tensor) -> Rounded:
     """Return the words of weight [R, C], fp32, for the least error of the weights."""
     scales = _scales(table, weight, torch.ones(weight.shape[1]))
-    each = scales_of_bytes(scales).repeat_interleave(BLOCKSIZE, -1)
+    wide = scales_of_bytes(scales).repeat_interleave(BLOCKSIZE, -1)
     size = max(1, _PIECE // (RING * weight.shape[1])) * RING
-    pieces = zip(torch.split(weight, size), torch.split(each, size), strict=True)
+    pieces = zip(torch.split(weight, size), torch.split(wide, size), strict=True)
     return torch.cat([_rounded(table, *piece)[0] for piece in pieces]), scales
 
 
@@ -45,9 +45,9 @@ def round_for_inputs(table: Table, weight: torch.Tensor, inputs: Inputs) -> Roun
     scales = _scales(table, weight, mean_squares(inputs.fit))
     words = torch.empty(len(weight) // RING, weight.shape[1], table.bits, dtype=torch.int64)
 
-    def rounded(place: int, column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        made, values = _rounded(table, column.unsqueeze(-1), scale.unsqueeze(-1))
-        words[:, place] = made[:, 0]
+    def rounded(index: int, column: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        column_words, values = _rounded(table, column.unsqueeze(-1), scale.unsqueeze(-1))
+        words[:, index] = column_words[:, 0]
         return values.squeeze(-1)
 
     fitted = round_with_fitted_scales(
@@ -82,15 +82,16 @@ def _in_rings(x: torch.Tensor) -> torch.Tensor:
 def _scales(table: Table, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """Return the bytes of the scales [R, C / 64]. `importance` [C] is of squared errors."""
     blocks = weight.view(len(weight), -1, BLOCKSIZE)
-    each = (importance / importance.mean()).view(-1, BLOCKSIZE)
-    sums, mean = each.sum(-1), blocks.square().mean(-1).sqrt()  # [C / 64], [R, C / 64]
+    relative = (importance / importance.mean()).view(-1, BLOCKSIZE)
+    sums, mean = relative.sum(-1), blocks.square().mean(-1).sqrt()  # [C / 64], [R, C / 64]
     magnitudes, largest = blocks.abs(), float(table.levels[-1])
     best, result = torch.full_like(mean, torch.inf), bytes_of_scales(mean)
     for factor in _FACTORS:
         trial = bytes_of_scales(mean / table.sigma * factor)
         scale = scales_of_bytes(trial)
         beyond = (magnitudes - (largest * scale).unsqueeze(-1)).clamp_(min=0).square_()
-        error = table.error * scale.square() * sums + torch.einsum("rbc,bc->rb", beyond, each)
+        clipped = torch.einsum("rbc,bc->rb", beyond, relative)
+        error = table.error * scale.square() * sums + clipped
         better = error < best
         best = torch.where(better, error, best)
         result = torch.where(better, trial, result)

@@ -27,15 +27,10 @@ def packed(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
         return torch.cat((ring, bits.flatten(2)), dim=-1)
     turns = bits.unsqueeze(-1) >> torch.arange(TURNS, dtype=torch.uint8, device=codes.device) & 1
     pairs = turns[..., 0, :] | turns[..., 1, :] << 1  # [..., pass, four, j, column, turn]
-    return torch.cat((ring, _in_fours(pairs).flatten(2)), dim=-1)
-
-
-def _in_fours(pairs: torch.Tensor) -> torch.Tensor:
-    """Return the two bits of turns [..., pass, n, 8] as bytes [..., pass, 2, n]."""
+    # A byte holds the two bits of four turns: 0 to 3 in the first vectors, 4 to 7 in the second.
     fours = pairs.view(*pairs.shape[:-1], 2, 4)
     joined = fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6
-    moved: torch.Tensor = joined.movedim(-1, -4)
-    return moved
+    return torch.cat((ring, joined.movedim(-1, -4).flatten(2)), dim=-1)
 
 
 def unpacked(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
@@ -48,21 +43,15 @@ def unpacked(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
     if planes == 1:
         bits = groups[..., size:].reshape(-1, count, 2, _FOURS, _ROW_WORDS, 4, 1)
     else:
+        # Bytes of four turns become pairs of bits, and these a byte of eight turns for each plane.
         fours = groups[..., size:].reshape(-1, count, 2, 2, _FOURS, _ROW_WORDS, 4)
-        bits = _of_turns(fours)
+        shifts = torch.arange(TURNS, dtype=torch.uint8, device=codes.device)
+        pairs = fours.movedim(3, -1).unsqueeze(-1) >> shifts[:4] * 2 & 3  # [..., column, 2, 4]
+        turns = pairs.flatten(-2)
+        by_plane = [((turns >> plane & 1) << shifts).sum(-1, dtype=torch.uint8) for plane in (0, 1)]
+        bits = torch.stack(by_plane, dim=-1)
     bits = bits.permute(0, 1, 3, 5, 6, 4, 2)
     return torch.cat((ring, bits), dim=4)
-
-
-def _of_turns(fours: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of two planes [..., pass, n, 2], of those that `_in_fours` returns."""
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=fours.device)
-    pairs = fours.movedim(3, -1).unsqueeze(-1) >> shifts & 3  # [..., column, 2, 4]
-    turns = pairs.flatten(-2)
-    places = torch.arange(TURNS, dtype=torch.uint8, device=fours.device)
-    return torch.stack(
-        [((turns >> plane & 1) << places).sum(-1, dtype=torch.uint8) for plane in (0, 1)], dim=-1
-    )
 
 
 def packed_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
@@ -72,6 +61,6 @@ def packed_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def unpacked_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return the scales that `packed_scales` has returned as they were."""
+    """Undo `packed_scales`."""
     bands = scales.view(-1, rows // RING, 16, _ROW_WORDS)
     return bands.permute(1, 3, 2, 0).reshape(-1)

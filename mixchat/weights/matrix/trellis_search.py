@@ -40,27 +40,28 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `nearest` without a kernel. Of equal sequences, it may return another one."""
     pieces = zip(torch.split(x, _AT_ONCE), torch.split(weight, _AT_ONCE), strict=True)
-    found = [_found(table, some.T, each.T) for some, each in pieces]
-    words, numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
+    results = [_search_rings(table, x.T, weight.T) for x, weight in pieces]
+    words, numbers = map(torch.cat, zip(*results, strict=True))
     return words, numbers
 
 
-def _found(
+def _search_rings(
     table: Table, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `search` of x and weight [64, n]."""
+    # The planes are free in each state, so each subset has one best number.
     errors = torch.full((RING, SUBSETS, x.shape[1]), _NEVER)
-    places = torch.zeros(errors.shape, dtype=torch.uint8)
-    for place, numbers in enumerate(table.by_subset):
+    best = torch.zeros(errors.shape, dtype=torch.uint8)
+    for index, numbers in enumerate(table.by_subset):
         error = (x.unsqueeze(1) - numbers.unsqueeze(-1)).square_()  # [64, 16, n]
-        places.masked_fill_(error < errors, place)
+        best.masked_fill_(error < errors, index)
         torch.minimum(errors, error, out=errors)
     errors.mul_(weight.unsqueeze(1))
     middle = RING // 2
     start = _path(table, errors.roll(middle, 0), None)[middle]  # row 0's window
     windows = _path(table, errors, start)
     subsets = table.subsets[windows]
-    chosen = places.gather(1, subsets.unsqueeze(1)).squeeze(1)
+    chosen = best.gather(1, subsets.unsqueeze(1)).squeeze(1)
     planes = [chosen >> plane & 1 for plane in range(table.bits - 1)]
     bits = torch.stack([(windows & 1).byte(), *planes]).permute(2, 0, 1)  # [n, W, 64]
     return words_of(bits.contiguous()), table.levels[chosen.long() * SUBSETS + subsets].T

@@ -17,7 +17,7 @@ _ONE = 64  # the integer that stands for the number 1
 _SCALE_BITS = 20  # of a float below those of a scale
 _EXPONENTS = 2.0**SCALE_EXPONENT  # makes an exponent of 8 bits out of one of 5
 _SMALLEST, _LARGEST = 8, 255  # bytes of scales, but for 0
-_PLACES = torch.arange(8, dtype=torch.uint8)
+_SHIFTS = torch.arange(8, dtype=torch.uint8)
 
 
 class Table:
@@ -39,10 +39,11 @@ class Table:
     def numbers(self, words: torch.Tensor) -> torch.Tensor:
         """Return the numbers, fp32 [n, 64], of words [n, W, 8]."""
         bits = bits_of(words)
+        # The ring goes on with its first bits, so that the last windows are slices, too.
         ring = torch.cat((bits[:, 0], bits[:, 0, : WINDOW - 1]), dim=-1)
         window = ring[:, :RING]
-        for place in range(1, WINDOW):
-            window = window | ring[:, place : place + RING] << place
+        for bit in range(1, WINDOW):
+            window = window | ring[:, bit : bit + RING] << bit
         index = self.subsets.to(words.device, torch.uint8)[window.int()]
         for plane in range(1, bits.shape[1]):
             index = index | bits[:, plane] << SUBSET_BITS - 1 + plane
@@ -51,13 +52,13 @@ class Table:
 
 def words_of(bits: torch.Tensor) -> torch.Tensor:
     """Return bits [n, W, 64], uint8, as words, int64 [n, W]."""
-    eight = bits.view(*bits.shape[:2], -1, 8) << _PLACES
+    eight = bits.view(*bits.shape[:2], -1, 8) << _SHIFTS
     return eight.sum(-1, dtype=torch.uint8).view(torch.int64).squeeze(-1)
 
 
 def bits_of(words: torch.Tensor) -> torch.Tensor:
     """Return the bits of words [n, W, 8], the first one lowest, uint8 [n, W, 64]."""
-    return (words.unsqueeze(-1) >> _PLACES.to(words.device) & 1).flatten(-2)
+    return (words.unsqueeze(-1) >> _SHIFTS.to(words.device) & 1).flatten(-2)
 
 
 def scales_of_bytes(scales: torch.Tensor) -> torch.Tensor:

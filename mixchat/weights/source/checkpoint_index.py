@@ -110,7 +110,7 @@ class CheckpointIndex:
         if mxfp4_format.is_quantized(matrix, self._weight_map):
             return "mxfp4"
         if spec := self._in_blocks(matrix):
-            return "mxfp4" if spec.kind == "MXFP4" else None
+            return "mxfp4" if spec.ggml_type == "MXFP4" else None
         return bnb_format.quant_type(matrix, self._weight_map)
 
     @property
