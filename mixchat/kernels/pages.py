@@ -144,23 +144,23 @@ class _StoreKernel:
     def _encoded(
         self, source: Pointer, first: Value, scale: Pointer
     ) -> Iterator[tuple[Value, Value]]:
-        """Yield the index of each number of a head, and the number as it is stored."""
-        factor = self._scaled(source, first, scale) if self.shape.bits == 8 else None
-        with self.function.loop(0, self.shape.head_dim, 1) as (index, _):
+        """Yield the index of each number of a head, and the number as it is stored.
+
+        With 8 bits, store their scale first.
+        """
+        function, head_dim = self.function, self.shape.head_dim
+        if self.shape.bits == 8:
+            with function.loop(0, head_dim, 1, [function.constant(f32, 0.0)]) as (index, largest):
+                number = as_fp32(source, first + index, self._bf16)
+                largest[0] = function.maximum(function.maximum(number, -number), largest[0])
+            scale.store(largest[0] * (1 / _LARGEST))
+            # A head of zeros, or of numbers whose factor would be infinite, is stored as zeros.
+            factor = function.constant(f32, _LARGEST) / largest[0]
+            factor = largest[0].compare(">", 1e-30).choose(factor, 0.0)
+        with function.loop(0, head_dim, 1) as (index, _):
             number = as_fp32(source, first + index, self._bf16)
-            if factor is not None:
-                stored = self.function.rounded(number * factor).as_integer(i32).narrowed(i8)
+            if self.shape.bits == 8:
+                stored = function.rounded(number * factor).as_integer(i32).narrowed(i8)
             else:
                 stored = number if self.shape.bits == 32 else rounded_to_bf16(number)
             yield index, stored
-
-    def _scaled(self, source: Pointer, first: Value, scale: Pointer) -> Value:
-        """Store the scale of a head's numbers, and return its inverse."""
-        function, zero = self.function, self.function.constant(f32, 0.0)
-        with function.loop(0, self.shape.head_dim, 1, [zero]) as (index, largest):
-            number = as_fp32(source, first + index, self._bf16)
-            largest[0] = function.maximum(function.maximum(number, -number), largest[0])
-        scale.store(largest[0] * (1 / _LARGEST))
-        # A head of zeros, or of numbers whose factor would be infinite, is stored as zeros.
-        factor = function.constant(f32, _LARGEST) / largest[0]
-        return largest[0].compare(">", 1e-30).choose(factor, 0.0)

@@ -219,21 +219,16 @@ class _Walk:
                     self._call(step)
                     self._arguments_of(step).store(function.constant(i64, 0))
                 args.address("done").publish(stage + 1)
-            self._wait(stage + 1)
+            with function.wait(args.address("done"), stage + 1) as spins:
+                # Lets the core's other hyperthread compute for a moment. Hint 1 of ARM is `yield`.
+                if instruction_set() == "neon":
+                    function.call("llvm.aarch64.hint", void, function.constant(i32, 1))
+                else:
+                    function.call("llvm.x86.sse2.pause", void)
+                with function.when(spins.compare(">", _SPINS)):
+                    function.call_address(args.number("give_way"), void)
             carried[0] = end
         function.finish()
-
-    def _wait(self, done: Value) -> None:
-        """Wait until so many stages are done."""
-        function, args = self._function, self._args
-        with function.wait(args.address("done"), done) as spins:
-            # Lets the core's other hyperthread compute for a moment. Hint 1 of ARM is `yield`.
-            if instruction_set() == "neon":
-                function.call("llvm.aarch64.hint", void, function.constant(i32, 1))
-            else:
-                function.call("llvm.x86.sse2.pause", void)
-            with function.when(spins.compare(">", _SPINS)):
-                function.call_address(args.number("give_way"), void)
 
     def _call(self, step: Value) -> None:
         kernel = self._args.pointer("steps").load(i64, step * _STEP_BYTES)
