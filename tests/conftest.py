@@ -139,6 +139,17 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_held_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hold no file of the system for the next test. A server holds them until its process ends."""
+    held: dict[Path, int] = {}
+    monkeypatch.setattr("mixchat.base.held_files._held", held)
+    monkeypatch.setattr("mixchat.base.held_files._holds", False)
+    yield
+    for descriptor in held.values():
+        os.close(descriptor)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def patient_with_sandboxes() -> Iterator[None]:
     """Wait longer for a sandbox, to which a busy machine gives less than a tenth of a core."""

@@ -126,9 +126,7 @@ def test_a_file_that_took_the_place_of_a_held_one_is_read(tmp_path):
         read_text(path)
 
 
-def test_files_are_held_only_by_processes_that_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(held_files, "_held", {})
-    monkeypatch.setattr(held_files, "_holds", False)  # a server in this process has said so
+def test_files_are_held_only_by_processes_that_say_so(tmp_path):
     (tmp_path / "file").write_text("text")
     assert read_text(tmp_path / "file") == "text"
     assert not held_files._held

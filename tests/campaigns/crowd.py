@@ -59,6 +59,7 @@ def _visited(name: str, crowd: Crowd, options: object, faults: list[str]) -> dic
     assert process.stderr is not None
     try:
         target = Target(int(process.stderr.readline().split("/")[2].rpartition(":")[2]))
+        process.stderr.readline()  # the context's size
         over = threading.Event()
         came: list[int] = []
         visit = threading.Thread(

@@ -399,16 +399,16 @@ def test_leaving_out_old_turns_is_offered_only_if_it_helps(session_of):
     session = session_of("a" * 20, "b", context_size=60)
     with pytest.raises(PromptError) as first:
         listen(session.ask("x" * 70))
-    assert first.value.hint == "--ctx-size can be up to 32768."
+    assert first.value.hint == "Shorten it, or use --ctx-size 128."
     turns_of(session, "one")
     with pytest.raises(PromptError) as second:
         listen(session.ask("x" * 40))
     assert len(session.history) == 2
     assert "drop-oldest" in second.value.hint
-    assert second.value.hint.endswith("/clear starts a new chat. --ctx-size can be up to 32768.")
+    assert second.value.hint.endswith(" Shorten it, or use --ctx-size 128.")
     with pytest.raises(PromptError) as alone:
         listen(session.ask("x" * 70))
-    assert alone.value.hint == "--ctx-size can be up to 32768."
+    assert alone.value.hint == "Shorten it, or use --ctx-size 256."
 
 
 def test_the_progress_of_the_prefill_goes_to_whoever_asks():

@@ -11,6 +11,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base import machine
 from mixchat.planning import fitting, measuring
+from mixchat.weights.make import download_plan
 from mixchat.weights.make.outline import known_blueprints
 
 
@@ -175,7 +176,7 @@ def test_what_an_unfinished_download_has_already_is_not_needed_again(
     planned, measured, monkeypatch
 ):
     before = json.loads(planned("instruct", "--json").stdout)
-    monkeypatch.setattr(machine, "disk_usage", lambda path: 20 * GB)
+    monkeypatch.setattr(download_plan, "own_bytes", lambda path: 20 * GB)
     after = json.loads(planned("instruct", "--json").stdout)
     spared = before["disk"][0]["needed_bytes"] - after["disk"][0]["needed_bytes"]
     assert spared == 20 * GB

@@ -114,6 +114,7 @@ def test_each_flag_of_run_either_works_with_a_server_or_is_refused():
     work |= {"top_k", "min_p", "repeat_penalty", "seed", "max_tokens", "stop", "overflow"}
     work |= {"resume", "save", "raw", "vi", "as_json", "extract", "stream", "quiet", "verbose"}
     work |= {"schema", "grammar", "jsonl", "resume_from", "keep_failed", "parallel", "think"}
+    work |= {"help_all"}
     command = typer.main.get_command(app).commands["run"]
     names = {parameter.name for parameter in command.params}
     assert names == work | set(run_flags._FOR_LOADING)
@@ -263,7 +264,8 @@ def test_a_server_that_does_not_answer_is_an_error_of_its_kind(ask, answer, code
 
 def test_an_address_that_cannot_be_read_is_wrong_use(mixchat):
     done = mixchat("run", "--server", "http://a b", "Hi")
-    assert (done.returncode, done.stderr[:28]) == (2, b"error: cannot read 'http://a")
+    assert done.returncode == 2
+    assert b"cannot read 'http://a b'" in done.stderr
 
 
 def test_a_server_without_models_asks_for_a_name(ask):

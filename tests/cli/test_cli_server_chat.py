@@ -20,7 +20,7 @@ def test_a_chat_with_a_server_from_hello_to_goodbye(chat):
     models = as_json({"data": [{"id": "tiny", "context_size": 100}, {"id": "other"}]})
     answers = [says("Hello", counts=usage(5, 2)), says("Fine")]
     with ScriptedServer(*answers, models=models) as server, chat(server) as terminal:
-        terminal.wait_for("tiny; /help")
+        terminal.wait_for("; /help")
         terminal.enter("Hi")
         terminal.wait_for("waiting for the server")
         terminal.wait_for("Hello")

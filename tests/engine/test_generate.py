@@ -106,8 +106,8 @@ def test_the_answer_ends_where_the_context_is_full(load):
     ("ids", "error", "match"),
     [
         ([], PromptError, "empty"),
-        ([5] * 128, PromptError, "128 tokens, the context holds 128"),
-        ([5] * 500, PromptError, "500 tokens, the context holds 128"),
+        ([5] * 128, PromptError, "128 tokens, but the context holds 128"),
+        ([5] * 500, PromptError, "500 tokens, but the context holds 128"),
         ([5, 97], CheckpointError, "gives the token 97, the model has 97"),
     ],
 )

@@ -4,6 +4,7 @@
 - server.py: uvicorn in a thread, from the first request to an orderly end
 - acceptor.py: accepts connections, no more than there are descriptors for
 - app.py: the routes
+- bodies.py: the memory of requests, their bodies and untaken answers, in one budget
 - served_models.py: the loaded model, its sleep, and the change to another one
 - page.py: the page at `/`, a chat in the browser, with its files in page_files/
 - answers.py: the jobs of one request while they run, whole or as a stream

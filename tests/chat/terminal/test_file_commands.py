@@ -119,7 +119,7 @@ def test_of_a_file_that_cannot_fit_no_more_is_read_than_would(session_of, tmp_pa
     with open(tmp_path / "endless", "wb") as file:
         file.truncate(10**12)  # a hole: it takes no disk
     error = error_of(typed(session_of(context_size=10), "/read endless"))
-    assert "endless is too long: more than 1.28 kB, the context holds 10 tokens" in error
+    assert "endless is too long: more than 1.28 kB, but the context holds 10 tokens" in error
 
 
 def test_a_file_is_named_and_not_lost_if_the_question_fails(session_of, tmp_path):
