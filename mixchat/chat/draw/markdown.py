@@ -107,19 +107,19 @@ def blocks(text: str) -> list[MarkdownBlock]:
     A block cannot change when a complete line of the next one is there. So references and
     underlined headings are text here, and blank lines stay as they were written.
     """
-    lines, found = text.split("\n"), list[MarkdownBlock]()
+    lines, drawn = text.split("\n"), list[MarkdownBlock]()
     for block in _split(parser().parse(text)):
         start, end = block[0].map or (0, 0)
         source = "\n".join(lines[start:end]).rstrip()
-        gap = bool(found) and not lines[start - 1].strip(" \t>")
+        gap = bool(drawn) and not lines[start - 1].strip(" \t>")
         min_width, is_open = _min_width(block, lines), _ends_in_open_fence(block, end)
         if block[0].type == "paragraph_open":
             block[1].children = [_text(_indent(source)), *(block[1].children or [])]
         for token in block:
             if token.type == "inline":
                 token.children = list(_readable(token.children or [], token.content))
-        found.append(MarkdownBlock(start, gap, source, block, min_width, is_open))
-    return found
+        drawn.append(MarkdownBlock(start, gap, source, block, min_width, is_open))
+    return drawn
 
 
 def _split(tokens: list[Token]) -> Iterator[list[Token]]:
@@ -235,9 +235,9 @@ class _Code(CodeBlock):
 
     @classmethod
     def create(cls, markdown: Markdown, token: Token) -> _Code:
-        made = cls(token.info.strip(), "")
-        made._has_fence = token.type == "fence"
-        return made
+        block = cls(token.info.strip(), "")
+        block._has_fence = token.type == "fence"
+        return block
 
     _has_fence = True
 

@@ -138,8 +138,8 @@ class MarkdownStream:
 
     def _blocks(self, text: str) -> list[MarkdownBlock]:
         """Return the blocks of the beginning of the rest."""
-        found = blocks(text)
-        return [replace(found[0], gap=self._gap), *found[1:]] if found else []
+        drawn = blocks(text)
+        return [replace(drawn[0], gap=self._gap), *drawn[1:]] if drawn else []
 
     def _tail_rows(self) -> list[str]:
         return self._rows(self._blocks(self._rest))
