@@ -111,3 +111,21 @@ def in_background(work: Callable[..., _T], *arguments: object) -> Future[_T]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+class QuietReporter:
+    """A `Reporter` that tells nothing, for programs."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    def error(self, error: Exception) -> None:
+        pass
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[Callable[[str], None]]:
+        yield lambda text: None
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        yield NoProgress()

@@ -1,70 +1,24 @@
-"""The parameters of sampling and of a chat, with the names of the flags, limits and changes."""
+"""The parameters of a chat, by the names of the flags, and their changes."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import Overflow, Think
+from mixchat.face.numbers import LENGTHS, SAMPLING
 
 if TYPE_CHECKING:
-    from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.chat.session import ChatSession
-
-    Sampling = TypeVar("Sampling", bound=SamplingOptions | RequestedSampling)
 
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 THINKS: tuple[Think, ...] = get_args(Think)
 _NONE = ("none", "off", "default")
 
 
-@dataclass(frozen=True)
-class NumberParameter:
-    """A number that controls sampling or a length. `field` is its name in Python."""
-
-    field: str
-    kind: Callable[[str], Any]
-    fits: Callable[[Any], bool]
-    limits: str
-
-    def read(self, name: str, text: str) -> Any:
-        """Return the value. Raises `UsageError` if it is not a number within the limits."""
-        try:
-            value = self.kind(text)
-        except ValueError:
-            raise UsageError(f"{name} has to be {self.limits}, not {text!r}") from None
-        self.check(name, value)
-        return value
-
-    def check(self, name: str, value: Any) -> None:
-        """Raise `UsageError` if the value is outside the limits, as NaN always is."""
-        if not self.fits(value):
-            raise UsageError(f"{name} has to be {self.limits}, not {value}")
-
-
-SAMPLING = {
-    "temp": NumberParameter("temperature", float, lambda x: 0 <= x < math.inf, "0 or more"),
-    "top-p": NumberParameter("top_p", float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "top-k": NumberParameter("top_k", int, lambda x: x >= 0, "0 or more"),
-    "min-p": NumberParameter("min_p", float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    "repeat-penalty": NumberParameter(
-        "repeat_penalty", float, lambda x: 0.01 <= x <= 100, "between 0.01 and 100"
-    ),
-    "seed": NumberParameter(
-        "seed", int, lambda x: 0 <= x < 2**63, "between 0 and 9223372036854775807"
-    ),
-}
-LENGTHS = {
-    "max-tokens": NumberParameter(
-        "max_tokens", int, lambda x: x >= 0, "1 or more, or 0 for what fits"
-    ),
-    "ctx-size": NumberParameter("ctx_size", int, lambda x: x >= 1, "1 or more"),
-}
 NAMES = (*SAMPLING, "max-tokens", "stop", "overflow", "think")  # of what a chat can change
 
 
@@ -72,7 +26,7 @@ def values(session: ChatSession) -> dict[str, str]:
     """Return all parameters as they are now."""
     sampling = {name: getattr(session.sampling, number.field) for name, number in SAMPLING.items()}
     stop = ", ".join(map(repr, session.stop)) or "none"
-    longest = session.backend.longest_answer(session.max_tokens)
+    longest = session.model.longest_answer(session.max_tokens)
     limit = "what fits" if session.max_tokens == 0 else longest
     others = {"max-tokens": limit, "stop": stop, "overflow": session.overflow}
     others["think"] = session.think
@@ -118,22 +72,3 @@ def checked_word(words: Sequence[str], name: str, text: str) -> Any:
     if text not in words:
         raise UsageError(f"{name} has to be {' or '.join(words)}, not {text!r}")
     return text
-
-
-def numbers_of(sampling: SamplingOptions | RequestedSampling) -> dict[str, Any]:
-    """Return the numbers that a chat can change, by their names in Python."""
-    return {number.field: getattr(sampling, number.field) for number in SAMPLING.values()}
-
-
-def with_numbers(sampling: Sampling, numbers: Mapping[str, Any]) -> Sampling:
-    """Return `sampling` with these numbers, by their names in Python. Bad ones are ignored."""
-    known = {number.field: number for number in SAMPLING.values()}
-    good = {
-        field: value
-        for field, value in numbers.items()
-        if field in known and value is not None and known[field].fits(value)
-    }
-    for field in ("top_k", "seed"):
-        if field in good:
-            good[field] = int(good[field])
-    return dataclasses.replace(sampling, **good)

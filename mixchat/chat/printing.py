@@ -120,3 +120,24 @@ def columns(stream: TextIO) -> int:
     except (AttributeError, OSError, ValueError):
         width = 0
     return shutil.get_terminal_size((width or 80, 24)).columns
+
+
+def cut_off_note(tokens: int, more: str, *, is_thinking: bool = False) -> str:
+    """Return the note on an answer cut off by its limit. `more` is the flag that raises it."""
+    when = " while the model was thinking" if is_thinking else ""
+    return f"cut off after {_counted(tokens)}{when}; {more} allows more"
+
+
+def thought_note(tokens: int) -> str:
+    """Return the line in place of a thinking."""
+    return f"thought for {_counted(tokens)}"
+
+
+def left_out_note(turns: int) -> str:
+    """Return the note on turns that are no longer in the prompt."""
+    count = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
+    return f"the context is full: {count} left out from here on"
+
+
+def _counted(tokens: int) -> str:
+    return f"{tokens:,} token{'s' if tokens != 1 else ''}"

@@ -4,76 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.model_config import Context
 from mixchat.base.options import ChatOptions
-from mixchat.chat.answer import Reason
-from mixchat.chat.backend import Backend, OnPrefill, Reply, Turn
+from mixchat.engine.stats import GenerationStats
+from mixchat.face.events import End, Event, LeftOut, Piece
+from mixchat.face.request import AnswerEvents, ChatModel, Request
 from mixchat.text.messages import Message
 
 if TYPE_CHECKING:
     from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
-    from mixchat.engine.stats import GenerationStats
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """The number of the oldest turns that are no longer in the prompt, because they do not fit."""
-
-    turns: int
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """The next piece of the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ThinkingDelta:
-    """The next piece of thinking before an answer, which may be empty, and its tokens so far."""
-
-    text: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last event of an answer, with why it ended, its counts and times, and its seed.
-
-    is_thinking: the answer had not begun yet.
-    """
-
-    reason: Reason
-    stats: GenerationStats
-    seed: int | None = None
-    is_thinking: bool = False
-
-
-Event = LeftOut | ThinkingDelta | TextDelta | Finished
-
-
-def _ignore(done: int, total: int) -> None:
-    """Leave the progress of the prefill unshown."""
+    from mixchat.text.form.output_constraint import OutputConstraint
 
 
 class ChatSession:
-    """One conversation with one backend. The next turn remembers exactly the text that was shown.
+    """One conversation with one model. The next turn remembers exactly the text that was shown.
 
     `history` has all questions and answers. `sampling` and all that comes from the options may be
     changed between turns.
     """
 
     def __init__(
-        self, backend: Backend, sampling: SamplingOptions | RequestedSampling, options: ChatOptions
+        self,
+        model: ChatModel,
+        sampling: SamplingOptions | RequestedSampling,
+        options: ChatOptions,
+        form: OutputConstraint | None = None,
     ) -> None:
-        self.backend = backend
+        self.model, self.form = model, form
         self.sampling = self.advised = sampling  # `/set NAME none` returns to `advised`
         self.system, self.max_tokens = options.system, options.max_tokens
         self.stop, self.overflow, self.think = tuple(options.stop), options.overflow, options.think
@@ -81,12 +42,14 @@ class ChatSession:
         self._undone: list[list[Message]] = []  # what each `undo` since the last answer removed
         self._first = 0  # message of the history that is in the prompt
         self._turns = 0
+        self._events: AnswerEvents | None = None  # of the answer that is computed
+        self._stats = GenerationStats()
         self._has_token = self._interrupted = False
 
     @property
     def engine(self) -> Engine:
         """Return the engine. Raises `UsageError` if a server answers."""
-        engine = self.backend.engine
+        engine = self.model.engine
         if engine is None:
             raise UsageError("a server answers here, and does not tell of its experts")
         return engine
@@ -94,25 +57,25 @@ class ChatSession:
     @property
     def is_closed(self) -> bool:
         """Return whether the engine has given its memory back, and nothing can be asked."""
-        engine = self.backend.engine
+        engine = self.model.engine
         return engine is not None and engine.is_closed
 
     @property
     def context(self) -> Context | None:
         """Return the limit of prompt and answer together, None if a server does not tell."""
-        return self.backend.context
+        return self.model.context
 
     @property
     def stats(self) -> GenerationStats:
-        """Return the counts and times of the last answer."""
-        return self.backend.stats
+        """Return the counts and times of the last answer, as far as it has come."""
+        return self._stats if self._events is None else self._events.stats
 
     @property
     def used_tokens(self) -> int | None:
         """Return how many tokens the conversation takes now, None if that is not known."""
         if not self.history:
             return 0
-        return self.backend.used_tokens([*self._system(), *self.history[self._first :]])
+        return self.model.used_tokens([*self._system(), *self.history[self._first :]])
 
     def clear(self) -> None:
         """Forget everything but the system prompt."""
@@ -135,11 +98,11 @@ class ChatSession:
             for name, value in vars(self.sampling).items()
             if value != getattr(self.advised, name)
         }
-        if other.backend.identity != self.backend.identity:
+        if other.model.identity != self.model.identity:
             self.history = _without_ids(self.history)
             self._undone = [_without_ids(messages) for messages in self._undone]
             self._first = 0
-        self.backend, self.advised = other.backend, advised
+        self.model, self.advised = other.model, advised
         self.sampling = dataclasses.replace(advised, **changed)
 
     def undo(self, turns: int = 1) -> None:
@@ -172,104 +135,93 @@ class ChatSession:
         """
         soon = self._has_token and not self._interrupted
         self._interrupted = True
+        if self._events is not None:
+            self._events.close()
         return soon
 
-    def ask(self, text: str, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
-        """Send `text`, and yield the answer piece by piece, then `Finished`.
+    def ask(self, text: str) -> Iterator[Event]:
+        """Send `text`, and yield the events of the answer, the last of them `End`.
 
         Of an answer that is cut short (`interrupt`, Ctrl-C, closing the iterator, a server that
         goes away) the part that was shown is remembered. If nothing was shown, or the turn fails,
         the conversation is unchanged. Raises `PromptError` if it does not fit the context.
         """
-        return self._answer([*self.history, Message("user", text)], on_prefill)
+        return self._answer([*self.history, Message("user", text)])
 
-    def ask_instead(self, text: str, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
+    def ask_instead(self, text: str) -> Iterator[Event]:
         """Send `text` in place of the last question. Raises `PromptError` without one."""
         before = self.history[: self._last_question()]
-        return self._answer([*before, Message("user", text)], on_prefill)
+        return self._answer([*before, Message("user", text)])
 
-    def ask_again(self, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
+    def ask_again(self) -> Iterator[Event]:
         """Ask the last question again, to replace its answer. Raises `PromptError` without one."""
-        return self._answer(self.history[: self._last_question() + 1], on_prefill)
+        return self._answer(self.history[: self._last_question() + 1])
 
-    def continue_answer(self, on_prefill: OnPrefill = _ignore) -> Iterator[Event]:
+    def continue_answer(self) -> Iterator[Event]:
         """Continue the last answer. Raises `PromptError` without one."""
         question = self._last_question()
-        return self._answer(self.history[: question + 1], on_prefill, self.history[question + 1])
+        return self._answer(self.history[: question + 1], self.history[question + 1])
 
     def _last_question(self) -> int:
         if len(self.history) < 2 or self.history[-1].role != "assistant":
             raise PromptError("nothing has been answered yet")
         return len(self.history) - 2
 
-    def _answer(
-        self, asked: list[Message], on_prefill: OnPrefill, before: Message | None = None
-    ) -> Iterator[Event]:
-        """Answer the last of the messages `asked`. `before` is the answer that is continued."""
+    def _answer(self, asked: list[Message], answered: Message | None = None) -> Iterator[Event]:
+        """Answer the last of the messages `asked`. `answered` is the answer that is continued."""
         self._has_token = self._interrupted = False
         if self.context is not None:
             self.context.check_text(asked[-1].content, "the question")
-        turn = self._turn(asked, before)
-        reply = self.backend.reply(turn, on_prefill)
-        reason: Reason = "interrupted"
-        is_thinking = False
-
-        def remember() -> None:
-            message = reply.message()
-            if message is not None:
-                self.history, self._first = [*asked, message], reply.first
-                self._undone = []
-                self._turns += 1
-
-        with closing(reply):
-            if reply.first > self._first:
-                yield LeftOut(sum(message.role == "user" for message in asked[: reply.first]))
-            try:
-                for delta in self._deltas(reply):
-                    is_thinking = isinstance(delta, ThinkingDelta)
-                    yield delta
-                reason = reply.reason
-            except KeyboardInterrupt:
-                pass
-            # SystemExit if the terminal was closed, ServerError if the server has gone
-            except (GeneratorExit, SystemExit, ServerError):
-                remember()
-                raise
-        remember()
-        yield Finished(reason, self.stats, turn.sampling.seed, is_thinking)
-
-    def _deltas(self, reply: Reply) -> Iterator[ThinkingDelta | TextDelta]:
-        is_thinking = False
-        for tokens, new in enumerate(reply.texts(), 1):
-            self._has_token = True
-            if new.thinking or (is_thinking and not new.text):
-                yield ThinkingDelta(new.thinking, tokens)
-            is_thinking = (is_thinking or new.thinking != "") and not new.text
-            if new.text:
-                yield TextDelta(new.text)
-            if self._interrupted:
-                return
-
-    def _system(self) -> list[Message]:
-        return [] if self.system is None else [Message("system", self.system)]
-
-    def _turn(self, asked: list[Message], before: Message | None) -> Turn:
-        return Turn(
-            system=self._system(),
-            messages=asked,
-            first=min(self._first, len(asked) - 1),
-            before=before,
+        first = min(self._first, len(asked) - 1)
+        begun = [] if answered is None else [answered]
+        request = Request(
+            messages=(*self._system(), *asked[first:], *begun),
             sampling=self._sampling_of_this_turn(),
             max_tokens=self.max_tokens,
             stop=self.stop,
             overflow=self.overflow,
-            may_think=self.think != "off",
+            think=self.think != "off",
+            form=self.form,
         )
+        self._events = events = self.model.ask(request)
+        end: End | None = None
+        try:
+            for event in events:
+                if isinstance(event, End):
+                    end = event
+                    break
+                self._has_token = self._has_token or isinstance(event, Piece)
+                if isinstance(event, LeftOut):
+                    first += event.messages
+                    turns = sum(message.role == "user" for message in asked[:first])
+                    yield LeftOut(turns, event.messages)
+                else:
+                    yield event
+        except KeyboardInterrupt:
+            pass
+        # SystemExit if the terminal was closed, ServerError if the server has gone
+        except (GeneratorExit, SystemExit, ServerError):
+            self._remember(events, asked, first)
+            raise
+        finally:
+            events.close()
+            self._events, self._stats = None, events.stats if end is None else end.stats
+        self._remember(events, asked, first)
+        yield end or End("interrupted", self._stats, message=events.message())
+
+    def _remember(self, events: AnswerEvents, asked: Sequence[Message], first: int) -> None:
+        message = events.message()
+        if message is not None:
+            self.history, self._first, self._undone = [*asked, message], first, []
+            self._turns += 1
+
+    def _system(self) -> list[Message]:
+        return [] if self.system is None else [Message("system", self.system)]
 
     def _sampling_of_this_turn(self) -> SamplingOptions | RequestedSampling:
-        """Return the options with a given seed raised by the turns so far.
+        """Return the options, a given seed raised by the turns so far.
 
-        A question that is asked again gets another answer so.
+        So `/regen` gives a different answer.
         """
         if self.sampling.seed is None:
             return self.sampling

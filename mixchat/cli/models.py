@@ -17,7 +17,7 @@ from mixchat.cli.flags.load_flags import INSTALLED, JSON, dense_bits, parse_dens
 from mixchat.cli.flags.settings import option
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
-from mixchat.sessions.cache_file import remove_server_caches
+from mixchat.face.kept_caches import remove_server_caches
 from mixchat.weights.families.read_config import read_config_file
 
 if TYPE_CHECKING:

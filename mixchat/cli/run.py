@@ -10,6 +10,8 @@ import typer
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
+from mixchat.chat.open_chat import OpenChat, Resumed, Saving, find_chat
+from mixchat.chat.saved.cache_saver import checked_cache_file
 from mixchat.cli.flags import load_flags, run_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.run_flags import RunFlags
@@ -18,20 +20,19 @@ from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
 from mixchat.experts.workers import torchrun
-from mixchat.serving.client.server_url import SERVER_PORT
-from mixchat.sessions.answer_lines import LineFiles, answer_file
-from mixchat.sessions.cache_file import checked_cache_file
-from mixchat.sessions.local_models import LocalModels
-from mixchat.sessions.open_chat import OpenChat, find_chat
-from mixchat.sessions.server_models import ServerModels, is_served_here
-from mixchat.sessions.servers import serve_rank_0
+from mixchat.face.local_models import LocalModels
+from mixchat.serving.answer_file import LineFiles, answer_file
+from mixchat.serving.client.server_models import ServerModels, is_served_here
+from mixchat.serving.client.server_url import SERVER_IDENTITY, SERVER_PORT
+from mixchat.serving.serve import serve_rank_0
 
 if TYPE_CHECKING:
     from mixchat.base.model_config import Context
+    from mixchat.chat.open_chat import ModelProvider
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
-    from mixchat.sessions.provider import ModelProvider, Predictor
+    from mixchat.face.reading_time import Predictor
 
 
 def run(context: typer.Context, flags: RunFlags) -> None:
@@ -54,7 +55,11 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     resumed = find_chat(flags.resume)
     load = load_flags.load_options(flags, parallel=1)
     models = _models(flags, load, reporter)
-    name = models.choose(flags.model if is_given(context, "model") else None, resumed)
+    name = models.choose(
+        flags.model if is_given(context, "model") else None,
+        None if resumed is None else resumed.model,
+        from_server=resumed is not None and resumed.identity == SERVER_IDENTITY,
+    )
     if torchrun.rank() and not flags.server:
         serve_rank_0(name, load, reporter)
         return
@@ -72,25 +77,16 @@ def run(context: typer.Context, flags: RunFlags) -> None:
 
 def _models(flags: RunFlags, load: LoadOptions, reporter: Reporter) -> ModelProvider:
     """Check the flags' files, and return the models of the server or of this machine."""
-    form = run_flags.read_form(flags, reporter.note)
-    cache = None if flags.prompt_cache is None else checked_cache_file(flags.prompt_cache)
     if load.trace is not None:
         from mixchat.experts.trace import trace_file
 
         trace_file(load.trace).check()
     if flags.server:
-        return ServerModels(flags.server, form, reporter)
+        return ServerModels(flags.server, reporter)
     if torchrun.rank() == 0:
         prepare_environment()
         load = replace(load, workers=(*load.workers, *torchrun.published()))
-    return LocalModels(
-        load,
-        reporter,
-        usual=flags.model,
-        form=form,
-        prompt_cache=cache,
-        keep_cache=flags.keep_cache,
-    )
+    return LocalModels(load, reporter, usual=flags.model)
 
 
 def _converse(
@@ -103,6 +99,8 @@ def _converse(
     reporter: TerminalReporter,
 ) -> None:
     options = run_flags.chat_options(context, flags, size, reporter.note)
+    form = run_flags.read_form(flags, reporter.note)
+    cache = None if flags.prompt_cache is None else checked_cache_file(flags.prompt_cache)
     if not flags.server:
         _note_server(name, reporter)
     files = read_files(flags.file or [], size, reporter.note)
@@ -117,9 +115,11 @@ def _converse(
         options,
         reporter,
         new_report=_verbose_report if flags.verbose else _no_report,
-        autosave=flags.save and (saved_by_default or is_given(context, "save")),
-        resumed=resumed,
-        except_for=run_flags.given_settings(context),
+        saving=Saving(
+            flags.save and (saved_by_default or is_given(context, "save")), cache, flags.keep_cache
+        ),
+        form=form,
+        resumed=None if resumed is None else Resumed(resumed, run_flags.given_settings(context)),
     )
     try:
         if question is None:
@@ -137,11 +137,11 @@ def _converse(
 def _verbose_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
     from mixchat.cli.output.verbose import VerboseReport
 
-    return VerboseReport(session.backend.engine, predictor)
+    return VerboseReport(session.model.engine, predictor)
 
 
 def _no_report(session: ChatSession, predictor: Predictor) -> AfterTurn:
-    return lambda finished: None
+    return lambda end: None
 
 
 def _note_server(model: str, reporter: TerminalReporter) -> None:

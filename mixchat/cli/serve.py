@@ -17,7 +17,7 @@ from mixchat.cli.flags.load_flags import HolderFlags, LoadFlags
 from mixchat.cli.flags.settings import AGAIN, SERVER, option, setting
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.serving.client.server_url import SERVER_PORT
-from mixchat.sessions.servers import ServeOptions, serve_experts, serve_http
+from mixchat.serving.serve import ServeOptions, serve_experts, serve_http
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")  # an extension's has its own scheme
 

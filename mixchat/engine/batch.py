@@ -279,6 +279,7 @@ class Batch:
         prefix.cut(answer.stats.reused_tokens)
         self._free.remove(prefix)
         answer.prefix = prefix
+        answer.request.on_prefill(0, answer.tokens_to_read)
         return True
 
 

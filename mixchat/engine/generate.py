@@ -14,7 +14,7 @@ from mixchat.base.progress import Note
 from mixchat.engine.batch import AnswerRequest, Batch, OnPrefill
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.kv_cache import KVCache
-from mixchat.engine.model import Model
+from mixchat.engine.model import Transformer
 from mixchat.engine.passes import CachedPrefix, ForwardPasses
 from mixchat.engine.sampling import Constraint
 from mixchat.engine.speculation import Speculation
@@ -38,7 +38,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: Transformer,
         caches: Sequence[KVCache],
         experts: ExpertHolder,
         blueprint: Blueprint,
@@ -114,7 +114,15 @@ class Engine:
         return self.sequences[0].longest_answer(ids, max_tokens)
 
     def new_batch(self, *, shared_prefix: bool = True) -> Batch:
-        return Batch(self.passes, self.sequences, self.speculation, shared_prefix=shared_prefix)
+        """Return a batch of all caches. If there is one, nobody waits behind a long prompt."""
+        return Batch(
+            self.passes,
+            self.sequences,
+            self.speculation,
+            exact_prompts=self.exact_prompts,
+            chunk=self.prefill_chunk if len(self.sequences) == 1 else None,
+            shared_prefix=shared_prefix,
+        )
 
     def generate(
         self,

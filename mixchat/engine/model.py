@@ -195,7 +195,7 @@ class SingleTokenDecoder(Protocol):
         """
 
 
-class Model:
+class Transformer:
     """Embedding, blocks, norm and head."""
 
     def __init__(

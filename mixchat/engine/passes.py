@@ -20,7 +20,7 @@ from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
 from mixchat.engine.kv_cache import KVCache
-from mixchat.engine.model import LAST, AfterLayer, Model
+from mixchat.engine.model import LAST, AfterLayer, Transformer
 from mixchat.experts.holder import ExpertHolder
 from mixchat.experts.memory import within_memory
 
@@ -119,7 +119,7 @@ class ForwardPasses:
     note: is called with messages for a person.
     """
 
-    def __init__(self, model: Model, experts: ExpertHolder, note: Note, name: str) -> None:
+    def __init__(self, model: Transformer, experts: ExpertHolder, note: Note, name: str) -> None:
         self.model, self.experts = model, experts
         self.total_tokens, self.total_seconds = 0, 0.0
         self._note, self._name = note, name

@@ -32,5 +32,5 @@ class GenerationStats:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    experts: ExpertStats = field(default_factory=ExpertStats)
+    experts: ExpertStats = field(default_factory=ExpertStats, repr=False)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)

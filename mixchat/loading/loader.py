@@ -17,7 +17,7 @@ from mixchat.base.settings import models_dir
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.generate import Engine
-from mixchat.engine.model import Block, Embedding, Model
+from mixchat.engine.model import Block, Embedding, Transformer
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.paged_cache import new_cache
 from mixchat.engine.prompt_cache import identity_of
@@ -226,14 +226,14 @@ def _build_model(
     runner: ExpertRunner,
     context: int,
     device: torch.device,
-) -> Model:
+) -> Transformer:
     config, tensors = used.config, _InstalledTensors(installed, device)
     dtype = used.quantization.dtype
     ropes = rotary_embeddings(config, context, dtype, device)
     embedding, head = _embedding_and_head(installed, used, device)
     norm = RMSNorm(tensors.tensor(used.norm), config.rms_norm_eps)
     blocks = [Block.build(layer, used, tensors, rope, runner) for layer, rope in enumerate(ropes)]
-    return Model(config, embedding, blocks, norm, head)
+    return Transformer(config, embedding, blocks, norm, head)
 
 
 class _InstalledTensors:

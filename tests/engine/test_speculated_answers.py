@@ -18,7 +18,7 @@ from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
-from mixchat.engine.model import LAST, Model
+from mixchat.engine.model import LAST, Transformer
 from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.speculation import Proposals
 from mixchat.experts.holder import ExpertRunner
@@ -166,13 +166,13 @@ def test_whatever_is_proposed_answers_are_those_without_it(pair, monkeypatch, ki
 
 def test_fewer_passes_suffice_where_text_is_repeated(pair, monkeypatch):
     passes: dict[KVCache, int] = {}
-    forward = Model.forward
+    forward = Transformer.forward
 
-    def counting(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+    def counting(self: Transformer, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
         passes[cache] = passes.get(cache, 0) + 1
         return forward(self, ids, cache, **how)
 
-    monkeypatch.setattr(Model, "forward", counting)
+    monkeypatch.setattr(Transformer, "forward", counting)
     engines = pair("nf4")
     for engine in engines:
         answer(engine, LOOPING, GREEDY, max_tokens=80)
@@ -220,9 +220,9 @@ def test_an_answer_that_is_dropped_leaves_the_cache_as_without_it(pair, taken):
 
 def test_a_pass_that_ctrl_c_ends_leaves_the_next_turn_right(pair, monkeypatch):
     engines, verifying = pair("nf4"), []
-    forward = Model.forward
+    forward = Transformer.forward
 
-    def interrupted(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+    def interrupted(self: Transformer, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
         if how["logits_of"] != LAST:
             verifying.append(True)
             how["after_layer"] = lambda layer: interrupts.check() if layer else stop()
@@ -233,7 +233,7 @@ def test_a_pass_that_ctrl_c_ends_leaves_the_next_turn_right(pair, monkeypatch):
 
     part: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(Model, "forward", interrupted)
+        patch.setattr(Transformer, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             part.extend(engines[0].generate(LOOPING, sampling=GREEDY, stop_ids=set()))
     assert verifying == [True]
@@ -268,12 +268,12 @@ def test_there_is_none_where_what_experts_get_is_recorded(models):
 
 def test_damaged_weights_are_named_although_tokens_were_verified(pair, monkeypatch):
     speculating, _ = pair("nf4")
-    forward = Model.forward
+    forward = Transformer.forward
 
-    def damaged(self: Model, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+    def damaged(self: Transformer, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
         logits = forward(self, ids, cache, **how)
         return logits * float("nan") if how["logits_of"] != LAST else logits
 
-    monkeypatch.setattr(Model, "forward", damaged)
+    monkeypatch.setattr(Transformer, "forward", damaged)
     with pytest.raises(CheckpointError, match="not numbers"):
         answer(speculating, LOOPING, GREEDY)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.errors import MixchatError
 from mixchat.base.options import SamplingOptions
-from mixchat.chat.parameters import numbers_of, with_numbers
 from mixchat.chat.saved.chat_file import SavedChat, checked_name, now
 from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.face.numbers import numbers_of, with_numbers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ class ChatSaver:
             id=self.store.new_id(started),
             name=None,
             model=self.model,
-            identity=self.session.backend.identity,
+            identity=self.session.model.identity,
             created=started,
             updated=started,
             system=self.session.system,
@@ -94,13 +94,13 @@ class ChatSaver:
         `except_for` names parts of the latter two that stay as they are. An answer by another model
         keeps its text, but not its token ids.
         """
-        session, same = self.session, chat.identity == self.session.backend.identity
+        session, same = self.session, chat.identity == self.session.model.identity
         messages = chat.messages if same else [replace(m, ids=None) for m in chat.messages]
         session.restore(messages)
         if "system" not in except_for:
             session.system = chat.system
         saved = {name: value for name, value in chat.sampling.items() if name not in except_for}
-        if session.backend.engine is None:  # a server may refuse options that nobody chose
+        if session.model.engine is None:  # a server may refuse options that nobody chose
             unchosen = numbers_of(SamplingOptions())
             saved = {name: value for name, value in saved.items() if value != unchosen.get(name)}
         session.sampling = with_numbers(session.sampling, saved)
@@ -111,7 +111,7 @@ class ChatSaver:
         return replace(
             self.chat,
             model=self.model,
-            identity=self.session.backend.identity,
+            identity=self.session.model.identity,
             updated=now(),
             system=self.session.system,
             sampling=numbers_of(self.session.sampling),

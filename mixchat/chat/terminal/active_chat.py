@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mixchat.base import interrupts
-from mixchat.chat.answer import cut_off_note
-from mixchat.chat.printing import one_line
+from mixchat.chat.printing import cut_off_note, one_line
 from mixchat.chat.terminal.status_line import NEARLY_FULL, Figures
 from mixchat.chat.terminal.typeahead import unseen_keys
+from mixchat.face.reading_time import ReadingTime
 
 if TYPE_CHECKING:
+    from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
-    from mixchat.chat.session import Event, Finished
     from mixchat.chat.terminal.screen import Screen
-    from mixchat.engine.stats import GenerationStats
+    from mixchat.face.events import End, Event
 
-# Returns the seconds that so many tokens should take, in the first turn or a later one. None if
-# nothing is known.
-Predict = Callable[[int, bool], float | None]
-Ask = Callable[..., "Iterator[Event]"]  # a way to ask the session, given all but `on_prefill`
-AfterTurn = Callable[["Finished"], None]
-_MIN_TIMED_PROMPT = 64  # tokens, or the pace says nothing about longer prompts
+AfterTurn = Callable[["End"], None]
 _ENDINGS = {
     "interrupted": "(stopped)",
     "context": "(cut off: the context is full; /clear starts a new chat)",
 }
-
-
-class ChatCache(Protocol):
-    """Saves the engine's KV cache with each chat, if it has a file for each."""
-
-    def leave_chat(self) -> None: ...
-
-    def enter_chat(self) -> None: ...
-
-    def changing_model(self) -> AbstractContextManager[None]: ...
 
 
 class ChatModels(Protocol):
@@ -55,8 +38,8 @@ class ChatModels(Protocol):
     def check(self, name: str) -> None:
         """Raise `MixchatError` if the chat cannot change to a model. Changes nothing."""
 
-    def change(self, name: str) -> tuple[AfterTurn, Predict]:
-        """Put a model in place of the chat's. Returns its `after_turn` and `predict`.
+    def change(self, name: str) -> tuple[AfterTurn, ReadingTime]:
+        """Put a model in place of the chat's. Returns its `after_turn` and `reading_time`.
 
         Raises `MixchatError` if it cannot be loaded. Then the old model is loaded again. If that
         fails as well, the session's engine stays closed.
@@ -74,12 +57,12 @@ class ActiveChat:
         self,
         saver: ChatSaver,
         screen: Screen,
-        cache: ChatCache,
+        cache: CacheSaver,
         *,
         models: ChatModels,
         report: Callable[[Exception], object],
         after_turn: AfterTurn,
-        predict: Predict = lambda tokens, first: None,
+        reading_time: ReadingTime | None = None,
     ) -> None:
         self.session, self.saver, self.screen = saver.session, saver, screen
         self.report, self._after_turn = report, after_turn
@@ -89,7 +72,7 @@ class ActiveChat:
         self._cache, self.models = cache, models
         self._warned = False
         self._figures = Figures(self.session)
-        self._reading = ReadingTime(predict)
+        self._reading = reading_time or ReadingTime()
 
     def resume(self, chat: SavedChat) -> None:
         self._cache.leave_chat()
@@ -112,14 +95,13 @@ class ActiveChat:
         try:
             self.models.check(name)
             with self._cache.changing_model():
-                self._after_turn, predict = self.models.change(name)
+                self._after_turn, self._reading = self.models.change(name)
         except KeyboardInterrupt:
             self.screen.say(f"(stopped; the model is still {one_line(self.saver.model)})")
             return
         finally:
             self.left = self.session.is_closed
         self._figures, self._warned = Figures(self.session), False
-        self._reading = ReadingTime(predict)
         self.saver.save()
         self.screen.say(f"(the model is {one_line(name)} from here on)")
         self._warn_of_context()
@@ -145,7 +127,7 @@ class ActiveChat:
         before = self.session.history
         ask = self.session.ask_instead if instead else self.session.ask
         try:
-            self.answer(partial(ask, question))
+            self.answer(ask(question))
         finally:  # Ctrl-C may come when the answer is there
             if self.session.history is not before:
                 self.attached.clear()
@@ -156,20 +138,20 @@ class ActiveChat:
         self.screen.say("(stopped)\n")
         self._note_attached()
 
-    def answer(self, ask: Ask, said: str = "") -> None:
-        """Ask, show the answer, or the rest of one that has `said` something, and save the chat."""
+    def answer(self, events: Iterator[Event], said: str = "") -> None:
+        """Show an answer, or the rest of one that has `said` something, and save the chat."""
         before = self.session.history
         try:
             with (
                 interrupts.stopping(self.session.interrupt),
                 unseen_keys(self.screen.pause),
-                self.screen.waiting(self._reading.seconds) as on_prefill,
             ):
-                finished = self.screen.show(
-                    ask(on_prefill=on_prefill),
+                end = self.screen.show(
+                    events,
                     said,
                     self._status_now,
                     shows_thinking=self.session.think == "show",
+                    expected=self._reading.seconds,
                 )
         except KeyboardInterrupt:
             self.screen.say("(stopped)\n")
@@ -178,7 +160,7 @@ class ActiveChat:
             if self.session.history is not before:  # the server has gone in the middle
                 self.screen.say("(what came is kept; /continue resumes it)\n")
         else:
-            self._ended(finished, said, remembered=self.session.history is not before)
+            self._ended(end, said, remembered=self.session.history is not before)
         finally:  # also if the terminal has been closed
             if self.session.history is not before:
                 with interrupts.deferred(), interrupts.saving():
@@ -201,25 +183,25 @@ class ActiveChat:
     def _status_now(self) -> str:
         return self._figures.line_now(self.saver.model, shutil.get_terminal_size().columns)
 
-    def _ended(self, finished: Finished, said: str, remembered: bool) -> None:
-        note = _ENDINGS.get(finished.reason)
-        if finished.reason == "interrupted" and remembered:
+    def _ended(self, end: End, said: str, remembered: bool) -> None:
+        note = _ENDINGS.get(end.reason)
+        if end.reason == "interrupted" and remembered:
             note = "(stopped; /continue resumes it)"
-        elif finished.reason == "length":
+        elif end.reason == "length":
             more = "/continue resumes it, /set max-tokens N"
-            tokens = finished.stats.generated_tokens
-            note = f"({cut_off_note(tokens, more, is_thinking=finished.is_thinking)})"
-        elif finished.reason == "context" and self.session.overflow == "drop-oldest":
+            tokens = end.stats.generated_tokens
+            note = f"({cut_off_note(tokens, more, is_thinking=end.is_thinking)})"
+        elif end.reason == "context" and self.session.overflow == "drop-oldest":
             note = "(cut off: the context is full; /continue leaves the oldest turns out)"
-        elif finished.reason == "stop" and finished.is_thinking:
+        elif end.reason == "stop" and end.is_thinking:
             note = "(the model thought, but ended without an answer)"
-        elif finished.reason == "stop" and self.session.history[-1].content == said:
+        elif end.reason == "stop" and self.session.history[-1].content == said:
             note = "(the model ended the answer at once)"
         self.screen.say(f"{note}\n" if note else "")
-        self._figures.turn(finished)
-        self._reading.note(finished.stats)
+        self._figures.turn(end)
+        self._reading.note(end.stats)
         self._warn_of_context()
-        self._after_turn(finished)
+        self._after_turn(end)
 
     def _warn_of_context(self) -> None:
         used, size = self._figures.used, self._figures.size
@@ -234,25 +216,3 @@ class ActiveChat:
             )
             self.screen.say(f"({used:,} of {size:,} tokens of the context are used: {policy})\n")
         self._warned = full
-
-
-class ReadingTime:
-    """Estimates the time to read a prompt, by this session's pace, or else by the prediction."""
-
-    def __init__(self, predict: Predict) -> None:
-        self._predict = predict
-        self._pace: float | None = None  # seconds a token
-        self._first = True
-
-    def note(self, stats: GenerationStats) -> None:
-        """Learn from a turn that has ended."""
-        self._first = False
-        tokens = stats.prompt_tokens - stats.reused_tokens
-        if tokens >= _MIN_TIMED_PROMPT and stats.prefill_seconds > 0:
-            self._pace = stats.prefill_seconds / tokens
-
-    def seconds(self, tokens: int) -> float | None:
-        """Return the seconds that so many tokens will take."""
-        if self._pace is not None:
-            return tokens * self._pace
-        return self._predict(tokens, self._first)

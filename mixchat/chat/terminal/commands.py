@@ -182,7 +182,7 @@ def _set(chat: ActiveChat, argument: str) -> None:
     parameters.change(chat.session, name, value.strip())
     chat.saver.save()
     session, note = chat.session, "takes effect with the next answer"
-    if name == "think" and session.think == "off" and not session.backend.can_skip_thinking:
+    if name == "think" and session.think == "off" and not session.model.can_skip_thinking:
         note = "the model has no switch that turns thinking off; if it thinks, that is hidden"
     chat.screen.say(f"({note})")
 
@@ -195,7 +195,7 @@ def _show(chat: ActiveChat, argument: str) -> None:
         "chat": f"{saver.chat.name or saver.chat.id}{'' if saver.autosave else ' (not saved)'}",
         "turns": str(sum(message.role == "user" for message in session.history)),
         "system": "none" if session.system is None else session.system,
-        **session.backend.about(),
+        **session.model.about(),
     }
     _say_table(chat, {**rows, **parameters.values(session)})
 
@@ -269,7 +269,7 @@ def _last(chat: ActiveChat, role: Role) -> str | None:
 
 @_command("", "answer again", "answer the last question again, the same with temp 0")
 def _regen(chat: ActiveChat, argument: str) -> None:
-    chat.answer(chat.session.ask_again)
+    chat.answer(chat.session.ask_again())
 
 
 @_command("[n]", "remove turns", "remove the last turn, or the last n; /redo restores them")
@@ -306,7 +306,7 @@ def _edit(chat: ActiveChat, argument: str) -> None:
 
 @_command("", "continue the answer", "continue the last answer")
 def _continue(chat: ActiveChat, argument: str) -> None:
-    chat.answer(chat.session.continue_answer, _last(chat, "assistant") or "")
+    chat.answer(chat.session.continue_answer(), _last(chat, "assistant") or "")
 
 
 @_command(
@@ -356,7 +356,7 @@ def _read(chat: ActiveChat, argument: str) -> None:
 def _tokens(chat: ActiveChat, argument: str) -> None:
     session, stats = chat.session, chat.session.stats
     prompt = f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache"
-    told = stats.prompt_tokens or session.backend.engine is not None
+    told = stats.prompt_tokens or session.model.engine is not None
     _say_table(
         chat,
         {

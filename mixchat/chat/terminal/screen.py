@@ -6,20 +6,20 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import TYPE_CHECKING, TextIO, cast
 
 from mixchat.base.quantities import format_time
 from mixchat.base.sanitize import sanitize
 from mixchat.chat import printing, theme
-from mixchat.chat.answer import left_out_note, thought_note
-from mixchat.chat.session import Finished, LeftOut, TextDelta, ThinkingDelta
+from mixchat.chat.printing import left_out_note, thought_note
+from mixchat.face.events import End, LeftOut, Piece, Reading
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mixchat.chat.draw.markdown_stream import MarkdownStream
-    from mixchat.chat.session import Event
+    from mixchat.face.events import Event
     from mixchat.text.messages import Message
 
 _PROGRESS_DELAY_S = 1.0  # before progress is shown
@@ -63,39 +63,47 @@ class Screen:
     def show(
         self,
         events: Iterator[Event],
-        before: str = "",
+        earlier: str = "",
         below: Callable[[], str] = str,
         *,
         shows_thinking: bool = True,
-    ) -> Finished:
+        expected: Callable[[int], float | None] = lambda tokens: None,
+    ) -> End:
         """Show an answer as it comes. Returns its last event. Leaves the cursor at a new line.
 
-        `before` is the earlier part of an answer that is continued. It is not shown again. `below`
-        returns a line to show below the text while the text is drawn, or nothing. Thinking that is
-        shown leaves a line with its length.
+        `earlier` is the part of an answer that is continued. It is not shown again. `below` returns
+        a line to show below the text while the text is drawn, or nothing. Thinking that is shown
+        leaves a line with its length. `expected` returns the seconds that a prompt of so many
+        tokens takes. Many seconds are shown at first.
         """
-        writer = self._answer = self._writer(before, below)
+        waiting = self._waiting = _WaitingLine(self.out, self._clock, self._terminal, expected)
+        writer = self._answer = self._writer(earlier, below)
         thinking = self._thinking_writer(below) if shows_thinking and self._terminal else None
         try:
             with closing(cast("Generator[Event, None, None]", events)):
                 for event in events:
-                    if isinstance(event, TextDelta):
-                        self._erase_waiting()
+                    if isinstance(event, Reading):
+                        waiting.update(event.done, event.total)
+                    elif isinstance(event, LeftOut):
+                        waiting.erase()
+                        self.say(f"({left_out_note(event.turns)})")
+                    elif isinstance(event, End):
+                        return event
+                    elif event.text:
+                        if event.thinking:
+                            self._think(event, thinking)
+                        waiting.erase()
                         self._begin(writer)
                         writer.feed(event.text)
-                    elif isinstance(event, ThinkingDelta):
-                        self._think(event, thinking)
-                    elif isinstance(event, LeftOut):
-                        self._erase_waiting()
-                        self.say(f"({left_out_note(event.turns)})")
                     else:
-                        return event
+                        self._think(event, thinking)
         finally:
             self._erase_waiting()
+            self._waiting = None
             self._begin(writer)
             self._answer = None
             writer.close()
-        raise AssertionError("every answer ends with Finished")
+        raise AssertionError("every answer ends with End")
 
     def _begin(self, writer: MarkdownStream | _PlainWriter) -> None:
         """Let `writer` be the one that shows, and end the thinking before."""
@@ -103,14 +111,14 @@ class Screen:
             self._answer.close()
         self._answer = writer
 
-    def _think(self, event: ThinkingDelta, writer: MarkdownStream | _PlainWriter | None) -> None:
-        self._thought = event.tokens
+    def _think(self, event: Piece, writer: MarkdownStream | _PlainWriter | None) -> None:
+        self._thought = event.thinking_tokens
         if writer is not None:
             self._erase_waiting()
             self._answer = writer
-            writer.feed(event.text)
+            writer.feed(event.thinking)
         elif self._waiting is not None:
-            self._waiting.think(event.tokens)
+            self._waiting.think(event.thinking_tokens)
 
     def pause(self) -> None:
         """Leave the terminal in order while the program is suspended."""
@@ -154,31 +162,13 @@ class Screen:
     def _draws(self) -> bool:
         return self._terminal and not self.raw
 
-    @contextmanager
-    def waiting(
-        self, expected: Callable[[int], float | None] = lambda tokens: None
-    ) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function that shows the progress of prompt processing, if it takes long.
-
-        It is called with the tokens processed so far and the tokens of the whole prompt. Both
-        counts are 0 while a server tells nothing. If many seconds are `expected`, they are shown
-        at first. The line is erased when the answer starts, or at the end.
-        """
-        line = _WaitingLine(self.out, self._clock, self._terminal, expected)
-        self._waiting = line
-        try:
-            yield line.update
-        finally:
-            line.erase()
-            self._waiting = None
-
-    def _writer(self, before: str, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
+    def _writer(self, earlier: str, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
         if not self._draws:
             return _PlainWriter(self.out)
         from mixchat.chat.draw.markdown_stream import MarkdownStream
 
         below = _TwiceASecond(below, self._clock)
-        return MarkdownStream(self._console(), before=before, below=below)
+        return MarkdownStream(self._console(), before=earlier, below=below)
 
     def _thinking_writer(self, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
         def note() -> str:

@@ -13,8 +13,9 @@ from mixchat.base.quantities import format_least
 from mixchat.base.sanitize import sanitize
 
 if TYPE_CHECKING:
-    from mixchat.chat.session import ChatSession, Finished
+    from mixchat.chat.session import ChatSession
     from mixchat.engine.stats import GenerationStats
+    from mixchat.face.events import End
 
 _BETWEEN = " · "
 NEARLY_FULL = 0.8  # of the context, when it is time to /clear or to finish
@@ -105,12 +106,12 @@ class Figures:
         """Count again, after the conversation has changed."""
         with suppress(MixchatError):  # a template's error is reported at the next question
             self.used = self._session.used_tokens
-        if (engine := self._session.backend.engine) is not None:
+        if (engine := self._session.model.engine) is not None:
             self._measured["memory"] = engine.expert_bytes or None  # 0 before the first answer
             self._measured["on_workers"] = engine.slots_by_tier.get("worker")
 
-    def turn(self, finished: Finished) -> None:
-        stats, experts = finished.stats, finished.stats.experts
+    def turn(self, end: End) -> None:
+        stats, experts = end.stats, end.stats.experts
         if speed := _speed(stats):
             self._measured["speed"] = speed
         if experts.hits.total() + experts.misses.total():

@@ -23,11 +23,12 @@ from mixchat.base.options import (
     device_names,
 )
 from mixchat.base.quantities import MemoryBudget
-from mixchat.chat.parameters import LENGTHS, SAMPLING, checked_word
+from mixchat.chat.parameters import checked_word
 from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.settings import AGAIN, MEMORY, MODEL, option, setting, setting_argument
 from mixchat.cli.flags.shell_completion import models_here, one_of, runnable_models
 from mixchat.experts.cache import POLICIES
+from mixchat.face.numbers import LENGTHS, SAMPLING
 
 # Each number's flag and limits, by its name in Python.
 _NUMBERS = {number.field: (f"--{name}", number) for name, number in {**SAMPLING, **LENGTHS}.items()}

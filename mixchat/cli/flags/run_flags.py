@@ -15,7 +15,6 @@ from mixchat.base.errors import UsageError
 from mixchat.base.model_config import Context
 from mixchat.base.options import ChatOptions, Overflow, Think
 from mixchat.base.progress import Note
-from mixchat.chat import parameters
 from mixchat.chat.parameters import OVERFLOWS, THINKS, checked_word
 from mixchat.chat.saved.chat_file import LAST
 from mixchat.cli.flags import load_flags
@@ -38,6 +37,7 @@ from mixchat.cli.flags.settings import (
     settings_of,
 )
 from mixchat.cli.flags.shell_completion import one_of, saved_chats
+from mixchat.face import numbers
 from mixchat.serving.client.server_url import ServerURL
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ _FOR_LOADING = (
     *("ctx_size", "keep_cache", "exact_prompts", "cache_policy", "prompt_cache", "trace"),
 )
 # The options of sampling, which are parameters of `run`, too.
-_SAMPLED = tuple(number.field for number in parameters.SAMPLING.values())
+_SAMPLED = tuple(number.field for number in numbers.SAMPLING.values())
 
 
 def _check_system_file(path: Path) -> None:

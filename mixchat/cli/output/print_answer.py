@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mixchat.base.errors import NoCodeError, UsageError
 from mixchat.base.progress import Note
-from mixchat.chat.printing import show, show_piece
+from mixchat.chat.printing import cut_off_note, left_out_note, show, show_piece
 
 if TYPE_CHECKING:
-    from mixchat.chat.session import ChatSession, Event, Finished
+    from mixchat.chat.session import ChatSession
+    from mixchat.face.events import End, Event
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,19 @@ class OutputOptions:
 
 def print_answer(
     session: ChatSession, question: str, output: OutputOptions, model: str, note: Note
-) -> Finished:
+) -> End:
     """Ask the question, print the answer, and return how it ended.
 
     Raises `KeyboardInterrupt` if interrupted, and `NoCodeError` if there is no code to extract.
     """
     if output.as_json or output.extract or not output.stream:
-        finished = _collect(session, question, lambda text: None, note)
-        _raise_if_interrupted(finished)
+        end = _collect(session, question, lambda text: None, note)
+        _raise_if_interrupted(end)
         answer = session.history[-1].content
         if output.as_json:
             # A terminal would obey some characters.
             escaped = sys.stdout.isatty()
-            answer = json.dumps(as_json(session, finished, model), ensure_ascii=escaped)
+            answer = json.dumps(as_json(session, end, model), ensure_ascii=escaped)
         elif output.extract:
             from mixchat.chat.draw.markdown_rules import code_blocks
 
@@ -64,70 +65,62 @@ def print_answer(
             answer = blocks[0]
         show(answer)
     elif sys.stdout.isatty():
-        finished = _draw(session, question, output.raw)
+        end = _draw(session, question, output.raw)
     else:
-        finished = _pipe(session, question, note)
-    _raise_if_interrupted(finished)
-    if finished.reason == "stop" and finished.is_thinking:
+        end = _pipe(session, question, note)
+    _raise_if_interrupted(end)
+    if end.reason == "stop" and end.is_thinking:
         note("the model thought, but ended without an answer")
-    if finished.reason == "context" and session.context is not None:
+    if end.reason == "context" and session.context is not None:
         size = session.context.tokens
-        moment = " while the model was thinking" if finished.is_thinking else ""
+        moment = " while the model was thinking" if end.is_thinking else ""
         note(f"the answer is cut off{moment}: the context of {size} tokens is full")
-    if finished.reason == "length" and (session.max_tokens is None or finished.is_thinking):
-        from mixchat.chat.answer import cut_off_note
-
-        tokens, is_thinking = finished.stats.generated_tokens, finished.is_thinking
+    if end.reason == "length" and (session.max_tokens is None or end.is_thinking):
+        tokens, is_thinking = end.stats.generated_tokens, end.is_thinking
         note(cut_off_note(tokens, "-n N", is_thinking=is_thinking))
-    return finished
+    return end
 
 
-def _collect(
-    session: ChatSession, question: str, take: Callable[[str], object], note: Note
-) -> Finished:
-    from mixchat.chat.answer import left_out_note
-    from mixchat.chat.session import LeftOut, TextDelta, ThinkingDelta
+def _collect(session: ChatSession, question: str, take: Callable[[str], object], note: Note) -> End:
+    from mixchat.face.events import End, LeftOut, Piece
 
     with closing(cast("Generator[Event, None, None]", session.ask(question))) as events:
         for event in events:
-            if isinstance(event, TextDelta):
+            if isinstance(event, Piece):
                 take(event.text)
             elif isinstance(event, LeftOut):
                 note(left_out_note(event.turns))
-            elif not isinstance(event, ThinkingDelta):
+            elif isinstance(event, End):
                 return event
     raise AssertionError("an answer has an end")
 
 
-def _draw(session: ChatSession, question: str, raw: bool) -> Finished:
+def _draw(session: ChatSession, question: str, raw: bool) -> End:
     from mixchat.chat.terminal.screen import Screen
 
-    screen = Screen(raw=raw)
-    with screen.waiting() as on_prefill:
-        events = session.ask(question, on_prefill)
-        return screen.show(events, shows_thinking=session.think == "show")
+    return Screen(raw=raw).show(session.ask(question), shows_thinking=session.think == "show")
 
 
-def _pipe(session: ChatSession, question: str, note: Note) -> Finished:
+def _pipe(session: ChatSession, question: str, note: Note) -> End:
     # A shell's prompt must not follow the answer in its last line.
     last = ""
 
     def take(text: str) -> None:
         nonlocal last
-        last = text
+        last = text or last
         show_piece(text)
 
-    finished = _collect(session, question, take, note)
+    end = _collect(session, question, take, note)
     show_piece("" if last.endswith("\n") else "\n")
-    return finished
+    return end
 
 
-def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, Any]:
+def as_json(session: ChatSession, end: End, model: str) -> dict[str, Any]:
     """Return the last answer as JSON. The ids are null from a server, or if cut within a token.
 
     The key `thinking` is there if the model thought before it answered.
     """
-    stats, answer, context = finished.stats, session.history[-1], session.context
+    stats, answer, context = end.stats, session.history[-1], session.context
     # The prefill generates the first token.
     decoded, seconds = stats.generated_tokens - 1, stats.decode_seconds
     ids = answer.content_ids
@@ -136,8 +129,8 @@ def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, A
         "answer": answer.content,
         "ids": None if ids is None else list(ids),
         **({"thinking": answer.thinking} if answer.thinking else {}),
-        "stop_reason": finished.reason,
-        "seed": finished.seed,
+        "stop_reason": end.reason,
+        "seed": end.seed,
         "usage": {
             "prompt_tokens": stats.prompt_tokens or None,  # a server may not tell
             "cached_tokens": stats.reused_tokens,
@@ -152,6 +145,6 @@ def as_json(session: ChatSession, finished: Finished, model: str) -> dict[str, A
     }
 
 
-def _raise_if_interrupted(finished: Finished) -> None:
-    if finished.reason == "interrupted":
+def _raise_if_interrupted(end: End) -> None:
+    if end.reason == "interrupted":
         raise KeyboardInterrupt

@@ -11,10 +11,10 @@ from mixchat.chat.printing import say
 from mixchat.engine.report import slots_in_words
 
 if TYPE_CHECKING:
-    from mixchat.chat.session import Finished
     from mixchat.engine.generate import Engine
     from mixchat.engine.stats import GenerationStats
     from mixchat.experts.cache import ExpertStats
+    from mixchat.face.events import End
     from mixchat.planning.plan import Prediction
 
 
@@ -25,17 +25,17 @@ class VerboseReport:
         self._engine, self._predict = engine, predict
         self._first = True
 
-    def __call__(self, finished: Finished) -> None:
-        seed = "left to the server" if finished.seed is None else finished.seed
+    def __call__(self, end: End) -> None:
+        seed = "left to the server" if end.seed is None else end.seed
         experts = ["experts  the server does not tell"]
         if self._engine is not None:
-            experts = expert_lines(finished.stats.experts, self._engine.slots_by_tier)
+            experts = expert_lines(end.stats.experts, self._engine.slots_by_tier)
             experts.append(f"context  {self._engine.context.in_words}")
         lines = [
-            *generation_lines(finished.stats, self._predict(), first=self._first),
+            *generation_lines(end.stats, self._predict(), first=self._first),
             *experts,
             f"seed     {seed}",
-            f"ended    {finished.reason}",
+            f"ended    {end.reason}",
         ]
         self._first = False
         say(*lines)

@@ -64,7 +64,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """The next piece of an answer. `reason` is stop or length at its end, None before."""
 
     text: str = ""
@@ -131,7 +131,7 @@ def _check_size(size: int) -> None:
         raise ServerError("the server sends an event of more than 1 MiB")
 
 
-def read_piece(data: str) -> Piece:
+def read_chunk(data: str) -> Chunk:
     """Return a piece of an answer, or raise the `ServerError` in it."""
     raw = _object(_json(data))
     if raw.get("error"):
@@ -147,7 +147,7 @@ def read_piece(data: str) -> Piece:
         reason = "length" if given == "length" else "stop"
     usage = _usage(raw.get("usage"))
     text = _text(delta.get("content")) + _calls(delta.get("tool_calls") or [])
-    return Piece(text, reason, usage, _text(thinking))
+    return Chunk(text, reason, usage, _text(thinking))
 
 
 def _calls(given: object) -> str:

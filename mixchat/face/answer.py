@@ -1,39 +1,16 @@
-"""An answer while it is generated, with its ids, the text that was shown, and why it ended."""
+"""The text of an answer while it is generated, with its ids, and why it ended."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
 
+from mixchat.face.events import COMPLETE, Reason
 from mixchat.text.detokenizer import Detokenizer, StopStrings
 from mixchat.text.messages import Message
 from mixchat.text.thinking import AnswerText, ThinkingParser
-
-Reason = Literal["stop", "length", "stop_string", "interrupted", "context", "tool_calls"]
-COMPLETE = ("stop", "stop_string", "tool_calls")  # the reasons of answers that lack nothing
-
-
-def cut_off_note(tokens: int, more: str, *, is_thinking: bool = False) -> str:
-    """Return the note on an answer cut off by its limit. `more` is the flag that raises it."""
-    place = " while the model was thinking" if is_thinking else ""
-    return f"cut off after {_counted(tokens)}{place}; {more} allows more"
-
-
-def thought_note(tokens: int) -> str:
-    """Return the line in place of a thinking."""
-    return f"thought for {_counted(tokens)}"
-
-
-def _counted(tokens: int) -> str:
-    return f"{tokens:,} token{'s' if tokens != 1 else ''}"
-
-
-def left_out_note(turns: int) -> str:
-    """Return the note on turns that are no longer in the prompt."""
-    count = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
-    return f"the context is full: {count} left out from here on"
+from mixchat.text.tool_call import CallDelta, joined_calls
 
 
 @dataclass(frozen=True)
@@ -50,7 +27,7 @@ class AnswerLimits:
     room: int
 
 
-class Answer:
+class AnswerState:
     r"""Takes ids, returns text to show, and the thinking before it, which has no stop strings.
 
     The next turn is built from the ids. If the text was cut, they have to end with it. With the
@@ -64,6 +41,7 @@ class Answer:
     ) -> None:
         self.ids: list[int] = []
         self.text = self.thinking = ""
+        self._calls: list[CallDelta] = []
         self.reason: Reason = "interrupted"
         self._cut = self._whole = False
         self._detokenizer, self._limits = detokenizer, limits
@@ -113,21 +91,22 @@ class Answer:
             self.reason = "tool_calls"
         return text
 
-    def message(self, before: Message | None = None) -> Message | None:
-        """Return the message to remember, joined to `before`, or None if nothing new was shown."""
+    def message(self, earlier: Message | None = None) -> Message | None:
+        """Return the message to remember, joined to `earlier`, or None if nothing new was shown."""
         if not (self._whole or self._cut or self.text or self.thinking):
             return None
-        ids, thought = self._shown_ids(), self.thinking_tokens
+        ids, thought = None if self._calls else self._shown_ids(), self.thinking_tokens
         if ids is not None:
             thought = min(thought, len(ids))
-        before = before or Message("assistant", "", ())
+        earlier = earlier or Message("assistant", "", ())
         return Message(
             "assistant",
-            before.content + self.text,
-            None if ids is None or before.ids is None else before.ids + ids,
+            earlier.content + self.text,
+            None if ids is None or earlier.ids is None else earlier.ids + ids,
             self.reason not in COMPLETE,
-            before.thinking + self.thinking,
-            before.thinking_tokens + thought,
+            earlier.thinking + self.thinking,
+            earlier.thinking_tokens + thought,
+            joined_calls(tuple(self._calls)),
         )
 
     def _mark(self, name: str) -> AnswerText:
@@ -146,6 +125,7 @@ class Answer:
         shown, stopped = self._stops.add(new.text)
         self.text += shown
         self.thinking += new.thinking
+        self._calls += new.calls
         if stopped:
             self.reason, self._cut = "stop_string", True
         return AnswerText(shown, new.thinking, new.calls)

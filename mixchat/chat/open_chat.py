@@ -2,35 +2,97 @@
 
 from __future__ import annotations
 
+import secrets
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mixchat.base import interrupts
-from mixchat.base.errors import ChatNotFoundError, MixchatError, ModelNotFoundError, ResourceError
+from mixchat.base.errors import (
+    ChatNotFoundError,
+    MixchatError,
+    ModelNotFoundError,
+    PromptError,
+    ResourceError,
+)
+from mixchat.base.model_config import DEFAULT_TOKENS, Context
 from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.settings import data_dir
-from mixchat.sessions.provider import ModelProvider, Predictor
+from mixchat.face.numbers import with_numbers
+from mixchat.face.reading_time import Predictor, ReadingTime
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
-    from mixchat.chat.session import ChatSession, Finished
-    from mixchat.chat.terminal.active_chat import AfterTurn, Predict
+    from mixchat.chat.session import ChatSession
+    from mixchat.chat.terminal.active_chat import AfterTurn
+    from mixchat.face.events import End
+    from mixchat.face.request import ChatModel
+    from mixchat.text.form.output_constraint import OutputConstraint
+    from mixchat.text.template import Template
+
+
+class ModelProvider(Protocol):
+    """The models of `mixchat run`, on this machine or a server."""
+
+    @property
+    def place(self) -> str:
+        """Return the place as a chat names it, such as `on this machine`."""
+
+    def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
+        """Return the named model, else the resumed chat's if it is there, else the usual one.
+
+        from_server: a server had the resumed chat's model. Raises `ModelNotFoundError` if there is
+        none.
+        """
+
+    def context_of(self, name: str) -> Context:
+        """Return a model's context."""
+
+    def open(self, name: str, least_context: Callable[[Template], int]) -> ChatModel:
+        """Load a model. Its context has room for so many tokens if memory allows."""
+
+    def predictor(self, model: ChatModel, name: str) -> Predictor:
+        """Return a function that predicts the speed of a loaded model."""
+
+    def others(self, current: str) -> list[str]:
+        """Return the names of the other models. It is called while a name is typed."""
+
+    def check(self, name: str, current: str) -> None:
+        """Raise `MixchatError` if a chat cannot change its model."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The files of a chat: its text if `autosave`, and its KV cache.
+
+    cache: the file of the KV cache for all chats of a run. keep_caches: one for each chat.
+    """
+
+    autosave: bool = True
+    cache: Path | None = None
+    keep_caches: bool = False
+
+
+class Resumed(NamedTuple):
+    """A saved chat that is continued with its settings, except for those in `except_for`."""
+
+    chat: SavedChat
+    except_for: Collection[str] = ()
+
 
 # Makes the report after each turn of a session.
 NewReport = Callable[["ChatSession", Predictor], "AfterTurn"]
 
 
 class OpenChat:
-    """A model's session and its saver, and the `ChatModels` of the terminal.
-
-    The saved chat `resumed` is continued with its settings, except for those in `except_for`.
-    """
+    """A model's session and its saver, and the `ChatModels` of the terminal."""
 
     def __init__(
         self,
@@ -40,22 +102,22 @@ class OpenChat:
         reporter: Reporter,
         *,
         new_report: NewReport,
-        autosave: bool,
-        resumed: SavedChat | None = None,
-        except_for: Collection[str] = (),
+        saving: Saving,
+        form: OutputConstraint | None = None,
+        resumed: Resumed | None = None,
     ) -> None:
         self._models, self._options, self._reporter = models, options, reporter
-        self._new_report = new_report
+        self._new_report, self._form, self._saving = new_report, form, saving
         self.place = models.place
-        self.session = models.open(name, options, resumed)
-        self.saver = new_saver(self.session, name, reporter, autosave=autosave)
+        self.session = self._open(name, None if resumed is None else resumed.chat)
+        self.saver = new_saver(self.session, name, reporter, autosave=saving.autosave)
         if resumed is not None:
-            self.saver.resume(resumed, except_for)
+            self.saver.resume(*resumed)
 
-    def ask(self, answer: Callable[[ChatSession], Finished]) -> None:
+    def ask(self, answer: Callable[[ChatSession], End]) -> None:
         """Let `answer` ask one question, and save the answer."""
         after_turn, _ = self._hooks()
-        with self._models.cache(self.saver, asks_once=True), saved_turn(self.saver):
+        with self._cache_saver(asks_once=True), saved_turn(self.saver):
             after_turn(answer(self.session))
 
     def talk(self, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
@@ -66,8 +128,8 @@ class OpenChat:
         from mixchat.chat.terminal.repl import Repl
         from mixchat.chat.terminal.screen import Screen
 
-        after_turn, predict = self._hooks()
-        with self._models.cache(self.saver, asks_once=False) as cache:
+        after_turn, reading_time = self._hooks()
+        with self._cache_saver(asks_once=False) as cache:
             screen = Screen(raw=raw)
             context = self.session.context  # None if a server does not tell
             size = f" with a context of {context.tokens:,} tokens" if context else ""
@@ -79,7 +141,7 @@ class OpenChat:
                 models=self,
                 report=self._reporter.error,
                 after_turn=after_turn,
-                predict=predict,
+                reading_time=reading_time,
             )
             if self.session.history:
                 chat.show_last_turn()
@@ -101,23 +163,58 @@ class OpenChat:
     def check(self, name: str) -> None:
         self._models.check(name, self.saver.model)
 
-    def change(self, name: str) -> tuple[AfterTurn, Predict]:
-        engine, before = self.session.backend.engine, self.saver.model
-        if engine is not None:
-            save_report(self.session, before)
-            engine.close()
+    def change(self, name: str) -> tuple[AfterTurn, ReadingTime]:
+        is_local, former = self.session.model.engine is not None, self.saver.model
+        if is_local:
+            save_report(self.session, former)
+            self.session.model.close()
         try:
             self._take(name)
         except (Exception, KeyboardInterrupt) as error:
-            if engine is not None:
+            if is_local:
                 _free_frames(error)
                 with interrupts.deferred():
-                    self._take_again(before, error)
+                    self._take_again(former, error)
             raise
         return self._hooks()
 
+    def _open(self, name: str, resumed: SavedChat | None = None) -> ChatSession:
+        """Return a session with a model, whose context holds the `resumed` chat if possible."""
+        from mixchat.chat.session import ChatSession
+
+        def least_context(template: Template) -> int:
+            return self._tokens_to_hold(template, resumed)
+
+        model = self._models.open(name, least_context)
+        sampling = with_numbers(model.sampling, self._options.sampling)
+        if model.engine is not None and sampling.seed is None:  # drawn here, to be shown
+            sampling = replace(sampling, seed=secrets.randbelow(2**32))
+        return ChatSession(model, sampling, self._options, self._form)
+
+    def _tokens_to_hold(self, template: Template, resumed: SavedChat | None) -> int:
+        """Return the tokens of a chat or of its KV cache, and of one more answer, 0 without any.
+
+        A chat that leaves out old turns fits into every context. Its KV cache need not.
+        """
+        from mixchat.chat.saved.chat_store import ChatStore
+        from mixchat.engine.prompt_cache import saved_tokens
+
+        tokens = 0 if self._saving.cache is None else saved_tokens(self._saving.cache)
+        if resumed is not None:
+            tokens = max(tokens, saved_tokens(ChatStore().kv_path(resumed.id)))
+            if self._options.overflow == "stop" and resumed.messages:
+                with suppress(PromptError):
+                    tokens = max(tokens, len(template.encode(resumed.messages)))
+        return tokens and tokens + DEFAULT_TOKENS // 4
+
+    def _cache_saver(self, *, asks_once: bool) -> CacheSaver:
+        from mixchat.chat.saved.cache_saver import CacheSaver
+
+        named, keep = self._saving.cache, self._saving.keep_caches
+        return CacheSaver(self.saver, self._reporter, named=named, create=keep, strict=asks_once)
+
     def _take(self, name: str) -> None:
-        opened = self._models.open(name, self._options)
+        opened = self._open(name)
         with interrupts.deferred():  # else the chat could be saved with the other model's name
             self.session.take_model(opened)
             self.saver.model = name
@@ -131,9 +228,10 @@ class OpenChat:
                 f"{reason}; nor can {name} be loaded again: {error}", hint=hint
             ) from None
 
-    def _hooks(self) -> tuple[AfterTurn, Predict]:
-        predictor = self._models.predictor(self.session, self.saver.model)
-        return self._new_report(self.session, predictor), _reading_seconds(predictor, self.session)
+    def _hooks(self) -> tuple[AfterTurn, ReadingTime]:
+        model = self.session.model
+        predictor = self._models.predictor(model, self.saver.model)
+        return self._new_report(self.session, predictor), ReadingTime(predictor, model.engine)
 
 
 def find_chat(wanted: str | None) -> SavedChat | None:
@@ -186,24 +284,11 @@ def save_report(session: ChatSession, model: str) -> None:
     """Save the figures of `mixchat stats`, if possible. A server has none."""
     from mixchat.engine.report import report_of, report_path, save_report
 
-    engine = session.backend.engine
+    engine = session.model.engine
     if engine is None or engine.is_closed:
         return
     with suppress(OSError, ModelNotFoundError):
         save_report(report_path(model), report_of(engine, model))
-
-
-def _reading_seconds(predictor: Predictor, session: ChatSession) -> Predict:
-
-    def seconds(tokens: int, first: bool) -> float | None:
-        predicted, engine = predictor(), session.backend.engine
-        # If all experts fit, they come before anyone asks.
-        fit = engine is not None and engine.experts.slots >= engine.blueprint.expert_count
-        cold = first and (engine is None or not fit or engine.experts.is_filling)
-        speed = None if predicted is None else predicted.prompt(tokens, cold=cold)
-        return None if speed is None else 2 * tokens / (speed.low + speed.high)
-
-    return seconds
 
 
 def _free_frames(error: BaseException | None) -> None:

@@ -1,30 +1,26 @@
-"""Saves KV caches in files, a chat's for the next run, a server's while its model is not loaded."""
+"""Saves the KV cache of a chat in a file, for the next run."""
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError, MixchatError
-from mixchat.base.files import TEMPORARY_SUFFIX, write_error
 from mixchat.base.output_file import OutputFile
-from mixchat.base.progress import Note, Reporter
+from mixchat.base.progress import Reporter
 from mixchat.base.sanitize import sanitize
-from mixchat.base.settings import server_caches_dir
 
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_saver import ChatSaver
-    from mixchat.engine.generate import Engine
     from mixchat.engine.prompt_cache import PromptCache
+    from mixchat.face.model import Model
 
 # The start of such a file after 8 bytes with its header's length (engine/prompt_cache.py).
 FILE_START = b'{"__metadata__":{"format":"pt"},"mixchat_prompt_cache":'
-_CACHE_NAME = re.compile(r"[0-9]+\.kv")  # of a server
 _LENGTH_START = b"\xf8"  # the lowest byte of a length that is 8 less than a multiple of 4096
 
 
@@ -81,7 +77,7 @@ class CacheSaver:
         try:
             yield
         except (Exception, KeyboardInterrupt):
-            if not self._saver.session.engine.is_closed:
+            if not self._saver.session.is_closed:
                 self._load()
             raise
         self._loaded = None
@@ -90,18 +86,23 @@ class CacheSaver:
     def _path(self) -> Path:
         return self._named or self._saver.kv_path
 
+    @property
+    def _model(self) -> Model:
+        return cast("Model", self._saver.session.model)
+
     def _load(self) -> None:
-        engine, path = self._saver.session.engine, self._path
-        engine.forget()  # what it holds may be of another chat
-        self._loaded = None
+        path, self._loaded = self._path, None
+        if self._saver.session.model.engine is None:
+            return  # a server keeps its own
+        self._model.do(lambda engine: engine.forget())  # what it holds may be of another chat
         if not _has_content(path):
             return
         from mixchat.engine.prompt_cache import PromptCache
 
-        self._loaded = PromptCache(path, engine)
+        self._loaded = cache = PromptCache(path, self._model.engine)
         try:
             with self._reporter.status(sanitize(f"reading {path}")):
-                self._loaded.load()
+                self._model.do(lambda engine: cache.load())
         except CheckpointError as error:
             self._reporter.note(f"{error}; it will be written again")
 
@@ -118,12 +119,14 @@ class CacheSaver:
 
         cache, path = self._loaded, self._path
         if cache is None or cache.path != path:  # no file yet, or another chat's
-            cache = PromptCache(path, self._saver.session.engine)
+            cache = PromptCache(path, self._model.engine)
         with interrupts.saving(), self._reporter.status(sanitize(f"writing {path}")):
-            cache.save()
+            self._model.do(lambda engine: cache.save())
 
     def _is_wanted(self) -> bool:
         """Return whether to write the file. Remove a chat's if every turn was undone."""
+        if self._saver.session.model.engine is None:
+            return False
         if self._named is not None:
             _output(self._named).check()
             return True
@@ -133,59 +136,6 @@ class CacheSaver:
             self._path.unlink(missing_ok=True)
             return False
         return True
-
-
-class ServerCaches:
-    """A file for each KV cache of a model's engine, which only this person can read.
-
-    `key` is the name of the model's directory. A file that cannot be used or written is told to
-    `note`, and costs a prompt's computation.
-    """
-
-    def __init__(self, key: str, note: Note) -> None:
-        self._directory, self._note = server_caches_dir(key), note
-        self._caches: list[PromptCache] = []
-
-    def load(self, engine: Engine) -> None:
-        from mixchat.engine.prompt_cache import PromptCache
-
-        self._caches = [
-            PromptCache(self._directory / f"{number}.kv", engine, number)
-            for number in range(len(engine.sequences))
-        ]
-        for cache in self._caches:
-            try:
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    cache.path.lstat()
-                    cache.load()
-            except MixchatError as error:
-                self._note(f"{error}; it will be written again")
-            except OSError as error:
-                self._note(f"KV caches cannot be read: {cache.path} ({error.strerror})")
-                return  # the next one lies in the same directory
-
-    def save(self, engine: Engine) -> None:
-        try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            self._note(str(write_error(error, self._directory, "KV caches cannot be saved")))
-            return
-        for cache in self._caches:
-            try:
-                cache.save()
-            except MixchatError as error:
-                self._note(str(error))
-                return  # the disk is full, so the next one would fail, too
-
-
-def remove_server_caches(key: str) -> None:
-    """Remove the files of `ServerCaches`, if possible. Other files in their directory stay."""
-    directory = server_caches_dir(key)
-    with suppress(OSError):
-        for path in directory.iterdir():
-            if _CACHE_NAME.fullmatch(path.name) or path.name.endswith(TEMPORARY_SUFFIX):
-                path.unlink()
-        directory.rmdir()
 
 
 def _output(path: Path) -> OutputFile:

@@ -1,0 +1,15 @@
+"""The face: a loaded model, requests to it, and the events of its answers. All front ends use it.
+
+- load.py: loads an installed model
+- model.py: the model, whose thread computes several answers at once
+- request.py: a request, and the interface of a model here or on a server
+- numbers.py: the options of a request by their names, and their limits
+- prompt.py: the prompt of a request, fitted into the context
+- forms.py: compiles the forms that answers have to match
+- running_answer.py: an answer from its prompt to its end
+- answer.py: the text of an answer while it is generated
+- events.py: the events of an answer
+- reading_time.py: the time to read a prompt
+- local_models.py: the models of this machine, for `mixchat run`
+- kept_caches.py: KV caches in files while a model is not loaded
+"""

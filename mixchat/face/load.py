@@ -1,0 +1,110 @@
+"""Loads an installed model, with its text and its makers' advice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixchat.base.errors import ModelNotFoundError
+from mixchat.base.model_config import advised_length, advised_sampling
+from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.progress import QuietReporter, Reporter
+from mixchat.base.quantities import MemoryBudget
+from mixchat.engine.environment import prepare_environment
+
+if TYPE_CHECKING:
+    from mixchat.engine.generate import Engine
+    from mixchat.face.model import Model
+    from mixchat.text.template import Template
+
+
+def load(
+    name: str, *, expert_memory: str | None = None, parallel: int = 1, **options: Any
+) -> Model:
+    """Load an installed model, by its name or its directory, such as "demo".
+
+    expert_memory: RAM for experts, such as "8GB". None takes what is free. parallel: the answers
+    that are computed at once. options: the other fields of `LoadOptions`, such as `context_size`.
+    Raises `ModelNotFoundError` if it is not installed, and `ResourceError` without enough memory.
+
+    >>> with load("demo", context_size=512) as model:
+    ...     for event in model.chat([{"role": "user", "content": "Hi"}], temperature=0):
+    ...         print(getattr(event, "text", ""), end="")  # doctest: +SKIP
+    """
+    memory = None if expert_memory is None else MemoryBudget.parse(expert_memory)
+    chosen = LoadOptions(
+        host_memory=memory, parallel=parallel, exact_prompts=parallel > 1, **options
+    )
+    return open_model(name, chosen, QuietReporter())
+
+
+def open_model(
+    name: str,
+    options: LoadOptions,
+    reporter: Reporter,
+    *,
+    least_context: Callable[[Template], int] = lambda template: 0,
+    keep_caches: bool = False,
+    **model_options: Any,
+) -> Model:
+    """Load a model, and show that it is loading meanwhile. A missing demo is built first.
+
+    least_context: returns the tokens for which the context has room if memory allows. keep_caches:
+    keep the KV caches in files while the model is not loaded. model_options: of `Model`.
+    """
+    from mixchat.text.checkpoint_text import CheckpointText
+
+    directory = find_or_build(name, reporter)
+    text = CheckpointText(directory)  # it loads in a thread while torch is imported
+    prepare_environment()
+    with reporter.status(f"loading {name}"), ExitStack() as opened:
+        from mixchat.face.kept_caches import KeptCaches
+        from mixchat.face.model import Model, ModelText
+        from mixchat.face.numbers import with_numbers
+        from mixchat.loading.loader import build_engine
+        from mixchat.weights.format.installed_model import InstalledModel
+
+        files = InstalledModel(directory)  # its hint names `repair`, if need be
+        opened.callback(files.close)
+        tokenizer, template = text.tokenizer(), text.template(files.config.eos_token_ids)
+        options = replace(options, least_context=least_context(template) or options.least_context)
+        caches = KeptCaches(directory.name, reporter.note) if keep_caches else None
+
+        def build() -> Engine:
+            engine = build_engine(files, options, reporter.note)
+            if caches is not None:
+                caches.load(engine)
+            return engine
+
+        def close(engine: Engine) -> None:
+            try:
+                if caches is not None:
+                    caches.save(engine)
+            finally:
+                engine.close()
+
+        sampling = with_numbers(SamplingOptions(), advised_sampling(directory))
+        own_text = ModelText(tokenizer, template, sampling, advised_length(directory))
+        model = Model(name, build, own_text, close=close, **model_options)
+        opened.pop_all()  # the engine reads the files
+        return model
+
+
+def find_or_build(name: str, reporter: Reporter) -> Path:
+    """Return the directory of an installed model. A missing demo is built first."""
+    from mixchat.weights import models
+
+    try:
+        return models.installed_directory(name)
+    except ModelNotFoundError:
+        if not (ref := models.resolve(name)).demo:
+            raise
+    prepare_environment()
+    from mixchat.weights.make.download import DownloadRequest, download
+    from mixchat.weights.make.quantize_options import QuantizeOptions
+
+    with reporter.progress() as progress:
+        return download(DownloadRequest(ref, QuantizeOptions()), progress)

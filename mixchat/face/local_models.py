@@ -1,0 +1,99 @@
+"""The models of this machine, for `mixchat run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from mixchat.base.errors import MixchatError, UsageError
+from mixchat.base.model_config import MAX_DEFAULT_TOKENS, Context
+from mixchat.base.options import LoadOptions
+from mixchat.base.progress import Reporter
+from mixchat.face.load import find_or_build, open_model
+from mixchat.face.reading_time import Predictor
+from mixchat.weights.families.read_config import read_config_file
+
+if TYPE_CHECKING:
+    from mixchat.face.model import Model
+    from mixchat.face.request import ChatModel
+    from mixchat.text.template import Template
+
+_MAX_CONTEXT = Context(MAX_DEFAULT_TOKENS, MAX_DEFAULT_TOKENS, is_chosen=False)
+
+
+class LocalModels:
+    """The `ModelProvider` of models that are loaded here. `usual` is the one if none is named."""
+
+    place = "on this machine"
+
+    def __init__(self, load: LoadOptions, reporter: Reporter, *, usual: str) -> None:
+        self._load, self._reporter, self._usual = load, reporter, usual
+
+    def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
+        """Return a model. The usual one continues a server's chat whose model is unknown here."""
+        from mixchat.weights.models import is_model
+
+        if name is not None:
+            return name
+        if resumed is None or (from_server and not is_model(resumed)):
+            return self._usual
+        return resumed
+
+    def context_of(self, name: str) -> Context:
+        """Return the largest context that a model may get, the usual one until it is installed.
+
+        Raises `UsageError` for a size that the model cannot do.
+        """
+        from mixchat.weights.models import installed_directory
+
+        try:
+            config = read_config_file(installed_directory(name) / "config.json")
+        except MixchatError:  # `open` raises it again, or builds the demo
+            return _MAX_CONTEXT
+        if self._load.context_size is None:
+            return Context(config.default_contexts[-1], config.largest_context, is_chosen=False)
+        return Context.of(config, self._load.context_size)
+
+    def open(self, name: str, least_context: Callable[[Template], int]) -> Model:
+        return open_model(name, self._load, self._reporter, least_context=least_context)
+
+    def predictor(self, model: ChatModel, name: str) -> Predictor:
+        from mixchat.loading.loader import speed_predictor
+        from mixchat.weights.models import installed_directory
+
+        engine = cast("Model", model).engine
+        return speed_predictor(installed_directory(name), self._load.device, engine)
+
+    def others(self, current: str) -> list[str]:
+        from mixchat.weights.models import installed_directory, installed_names
+
+        directory = _directory_of(current)
+        return [name for name in installed_names() if installed_directory(name) != directory]
+
+    def check(self, name: str, current: str) -> None:
+        """Raise `MixchatError` if a chat cannot change. The demo is built for it."""
+        from mixchat.text.checkpoint_text import CheckpointText
+        from mixchat.weights.format.installed_model import InstalledModel
+
+        if self._load.trace is not None:
+            raise UsageError("the model cannot change: --trace records the routing of one model")
+        directory = find_or_build(name, self._reporter)
+        if directory == _directory_of(current):
+            raise UsageError(f"this chat already has the model {name}")
+        with (
+            closing(CheckpointText(directory)) as text,
+            self._reporter.status(f"checking {name}"),
+            InstalledModel(directory) as installed,
+        ):
+            Context.of(installed.config, self._load.context_size)
+            text.tokenizer()
+
+
+def _directory_of(name: str) -> Path | None:
+    from mixchat.weights.models import installed_directory
+
+    with suppress(MixchatError):
+        return installed_directory(name)
+    return None

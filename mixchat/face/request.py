@@ -1,0 +1,150 @@
+"""What a model is asked, whoever asks: a conversation or a text, and how to answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from mixchat.base.errors import UsageError
+from mixchat.base.options import Overflow, RequestedSampling, SamplingOptions
+from mixchat.face.events import Event, Piece
+from mixchat.text.form.call_form import CallForm
+from mixchat.text.form.output_constraint import OutputConstraint
+from mixchat.text.messages import Message
+from mixchat.text.tool_call import Tool
+
+if TYPE_CHECKING:
+    from mixchat.base.model_config import Context
+    from mixchat.engine.generate import Engine
+    from mixchat.engine.stats import GenerationStats
+
+# A JSON schema, the text of a grammar (GBNF or Lark), either of them checked, or calls of tools.
+Form: TypeAlias = "dict[str, Any] | str | OutputConstraint | CallForm"
+
+
+@dataclass(frozen=True)
+class ToolOffer:
+    """The tools that an answer may call. If it `must_call`, it calls one or more of `callable`."""
+
+    tools: tuple[Tool, ...]
+    callable: tuple[Tool, ...]
+    must_call: bool = False
+    parallel: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request for one answer.
+
+    - messages: the conversation. A last message of the assistant begins the answer.
+    - prompt: a text or token ids, instead of messages. The answer continues them.
+    - sampling: None for the advice of the model's makers. With `RequestedSampling`, a server fills
+      in what is None.
+    - max_tokens: None for the usual length, 0 for as many as fit
+    - stop: strings that end the answer and are not shown
+    - overflow: "drop-oldest" leaves out old turns that do not fit
+    - think: False turns thinking off if the model can do without
+    - variables: of the chat template, those in its `ThinkingFormat`
+    - tools: None if the answer may call none
+    - form: what the answer has to match
+    - top_logprobs: the number of likeliest tokens to report with each token. 0 reports only the
+      token's own log probability, None nothing.
+    """
+
+    messages: Sequence[Message] = ()
+    prompt: str | Sequence[int] | None = None
+    sampling: SamplingOptions | RequestedSampling | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    overflow: Overflow = "stop"
+    think: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: ToolOffer | None = None
+    form: Form | None = None
+    top_logprobs: int | None = None
+
+
+class FormError(UsageError):
+    """A form that cannot be read or met. `subject` is schema, grammar or tools."""
+
+    subject = "schema"
+
+
+class AnswerEvents(Protocol):
+    """The events of an answer while it is computed. The last one is `End`.
+
+    Raises `MixchatError` if the answer cannot be finished.
+    """
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Return the counts and seconds so far."""
+
+    def message(self) -> Message | None:
+        """Return the message to remember of what was yielded so far, None if it shows nothing."""
+
+    def close(self) -> None:
+        """End the answer, if it has not ended."""
+
+    def __iter__(self) -> Iterator[Event]: ...
+
+    def __next__(self) -> Event: ...
+
+
+class ChatModel(Protocol):
+    """A model that answers, on this machine or on a server.
+
+    identity: differs if the weights do. sampling: the advice of the model's makers. engine: None on
+    a server. context: None if its size is not known.
+    """
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def sampling(self) -> SamplingOptions | RequestedSampling: ...
+
+    @property
+    def engine(self) -> Engine | None: ...
+
+    @property
+    def context(self) -> Context | None: ...
+
+    @property
+    def can_skip_thinking(self) -> bool:
+        """Return whether `Request.think` has an effect."""
+
+    def about(self) -> dict[str, str]:
+        """Return facts of the model for a person, by label."""
+
+    def longest_answer(self, max_tokens: int | None) -> int | None:
+        """Return how many tokens an answer may have, None for what fits, or a server allows."""
+
+    def used_tokens(self, messages: Sequence[Message]) -> int | None:
+        """Return how many tokens a conversation takes, None if that is not known."""
+
+    def ask(self, request: Request) -> AnswerEvents:
+        """Begin an answer. Raises `PromptTooLongError` if the prompt does not fit the context."""
+
+    def close(self) -> None:
+        """Give the memory back. Answers that run are cut off."""
+
+
+def shown_message(earlier: Message, pieces: Sequence[Piece]) -> Message | None:
+    """Return the message of an answer that was not ended, joined to the `earlier` answer.
+
+    It has no ids, because the last token may have added more text than was shown.
+    """
+    text = "".join(piece.text for piece in pieces)
+    thinking = "".join(piece.thinking for piece in pieces)
+    if not text and not thinking:
+        return None
+    return replace(
+        earlier,
+        content=earlier.content + text,
+        ids=None,
+        partial=True,
+        thinking=earlier.thinking + thinking,
+        thinking_tokens=earlier.thinking_tokens + pieces[-1].thinking_tokens,
+    )
