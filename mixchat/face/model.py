@@ -400,4 +400,7 @@ class ModelAnswer:
     def message(self) -> Message | None:
         if isinstance(self._end, End):
             return self._end.message
-        return shown_message(self._earlier, self._shown)
+        shown, computed = shown_message(self._earlier, self._shown), self._answer.message()
+        if shown is None or computed is None or shown.content != computed.content:
+            return shown
+        return computed if shown.thinking == computed.thinking else shown

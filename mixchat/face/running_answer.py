@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mixchat.experts.cache import ExpertStats
     from mixchat.face.prompt import Prompt
     from mixchat.face.request import Request
+    from mixchat.text.messages import Message
     from mixchat.text.thinking import ThinkingParser
     from mixchat.text.tokenizer import Tokenizer
 
@@ -28,7 +30,7 @@ _READING_INTERVAL_S = 0.1  # between two events of progress, of which each layer
 
 
 class RunningAnswer:
-    """An answer that waits or is computed. Any thread may call `cancel` and `stats`.
+    """An answer that waits or is computed. Any thread may call `cancel`, `message` and `stats`.
 
     request: has its sampling and the most tokens of the answer. context_size: in tokens.
     """
@@ -61,6 +63,7 @@ class RunningAnswer:
         self._constraint: Constraint | None = None
         self._error: Exception | None = None  # of what makes the constraint
         self._experts: ExpertStats | None = None  # at the start
+        self._lock = threading.Lock()  # guards `_state`
         self.answer: BatchedAnswer | None = None
         self.is_cancelled = False
 
@@ -70,6 +73,11 @@ class RunningAnswer:
         if self.answer is None:
             return GenerationStats(len(self._prompt.ids))
         return replace(self.answer.stats)
+
+    def message(self) -> Message | None:
+        """Return the message to remember so far, None if nothing was shown."""
+        with self._lock:
+            return self._state.message(self._prompt.answered)
 
     def cancel(self) -> None:
         """End the answer soon. `report` tells when."""
@@ -135,7 +143,7 @@ class RunningAnswer:
             stats,
             self._state.thinking_tokens,
             self._batch_request.sampling.seed,
-            self._state.message(self._prompt.answered),
+            self.message(),
             self._is_thinking,
         )
 
@@ -160,7 +168,9 @@ class RunningAnswer:
         if self._request.top_logprobs is not None and answer.logits is not None:
             own, top = log_probabilities(answer.logits, token, self._request.top_logprobs)
             self._tokens.append(TokenLogprob(token, own, top))
-        new, state = self._state.add(token), self._state
+        state = self._state
+        with self._lock:
+            new = state.add(token)
         if state.has_ended:
             answer.cancel()  # a stop string is none of the batch's business
         self._is_thinking = (self._is_thinking or new.thinking != "") and not new.text

@@ -1,16 +1,28 @@
 """Doubles for a chat: an engine that says what a script tells it, one token a character."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from character_tokens import character_bytes
 
+from mixchat.base.errors import MixchatError
 from mixchat.base.model_config import Context
-from mixchat.base.options import SamplingOptions
+from mixchat.base.options import ChatOptions, SamplingOptions
+from mixchat.chat.session import ChatSession
+from mixchat.engine.batch import AnswerRequest, BatchedAnswer
+from mixchat.engine.speculation import Proposals
 from mixchat.engine.stats import GenerationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.face.events import End, Failed, Piece
+from mixchat.face.model import Model, ModelAnswer, ModelText
+from mixchat.face.prompt import PromptMaker
+from mixchat.face.request import Request
+from mixchat.face.running_answer import RunningAnswer
+from mixchat.text.messages import Message
 from mixchat.text.thinking import ThinkingFormat
 
 STOP = 0
@@ -46,7 +58,8 @@ class Config:
 class ScriptedEngine:
     """Gives the answers of `script` one after the other, each followed by the stop token.
 
-    Where a script holds an exception in place of a character, it is raised there.
+    Where a script holds an exception in place of a character, it is raised there. A function is
+    called there.
     """
 
     def __init__(self, *script: str | Sequence[Any], context_size: int = 1000) -> None:
@@ -54,13 +67,12 @@ class ScriptedEngine:
         self.context_size = context_size
         self.config = Config()
         self.identity = "scripted"
-        self.stats = GenerationStats()
         self.experts, self.blueprint = Experts(), SimpleNamespace(expert_count=32)
         self.slots_by_tier, self.expert_bytes = self.experts.slots_by_tier, 16_000_000
         self.passes = SimpleNamespace(total_tokens=1, total_seconds=1.0)
+        self.sequences = [None]
         self.prompts: list[list[int]] = []
-        self.samplings: list[Any] = []
-        self.constraints: list[Any] = []
+        self.requests: list[AnswerRequest] = []
         self.closed = 0  # answers
         self.is_closed = False
 
@@ -68,44 +80,178 @@ class ScriptedEngine:
     def context(self) -> Context:
         return Context(self.context_size, self.config.largest_context)
 
+    @property
+    def samplings(self) -> list[SamplingOptions]:
+        return [request.sampling for request in self.requests]
+
+    def longest_answer(self, ids: Sequence[int], max_tokens: int | None) -> int:
+        room = self.context_size - len(ids)
+        if room <= 0:
+            raise self.context.prompt_too_long(len(ids))
+        return room if max_tokens is None else min(max_tokens, room)
+
+    def new_batch(self, *, shared_prefix: bool = True) -> "ScriptedBatch":
+        return ScriptedBatch(self)
+
     def forget(self) -> None:
         """Nothing is held."""
-
-    def held(self) -> tuple[list[int], None]:
-        return [], None
 
     def close(self) -> None:
         self.is_closed = True
 
-    def generate(
-        self,
-        prompt_ids: Any,
-        *,
-        sampling: Any,
-        stop_ids: Any,
-        max_tokens: int | None = None,
-        constraint: Any = None,
-        on_prefill: Any,
-    ) -> Iterator[int]:
-        self.prompts.append(list(prompt_ids))
-        self.samplings.append(sampling)
-        self.constraints.append(constraint)
-        self.stats = GenerationStats(len(prompt_ids), prefill_seconds=0.5, decode_seconds=0.25)
-        room = self.context_size - len(prompt_ids)
+
+class ScriptedBatch:
+    """A `Batch` of one answer, whose tokens a script gives."""
+
+    capacity = 1
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self._engine = engine
+        self._answer: BatchedAnswer | None = None
+        self._script = iter(())
+
+    @property
+    def size(self) -> int:
+        return self._answer is not None
+
+    def add(self, request: AnswerRequest) -> BatchedAnswer:
+        engine = self._engine
+        limit = engine.longest_answer(request.ids, request.max_tokens)
+        engine.prompts.append(list(request.ids))
+        engine.requests.append(request)
+        self._answer = BatchedAnswer(request, limit, Proposals(None, request.stop_ids))
+        self._answer.stats.prefill_seconds, self._answer.stats.decode_seconds = 0.5, 0.25
+        self._script = iter([*engine.script.pop(0), chr(STOP)])
+        return self._answer
+
+    def step(self) -> list[BatchedAnswer]:
+        answer = self._answer
+        assert answer is not None
+        if not answer.generated_tokens:
+            answer.request.on_prefill(0, len(answer.ids))
         try:
-            for item in [*self.script.pop(0), chr(STOP)]:
-                if isinstance(item, BaseException):
-                    raise item
-                if self.stats.generated_tokens in (room, max_tokens):
-                    return
-                self.stats.generated_tokens += 1
-                for counts in (self.experts.stats, self.stats.experts):
-                    counts.hits[KEY] += 3
-                    counts.misses[KEY] += 1
-                    counts.bytes_moved += 1000
-                yield ord(item)
+            item = next(self._script)
+            while callable(item):
+                item()
+                item = next(self._script)
+            if isinstance(item, BaseException):
+                raise item
+            if not answer.has_ended:
+                answer.ids.append(ord(item))
+                answer.stats.generated_tokens += 1
+                counts = self._engine.experts.stats
+                counts.hits[KEY] += 3
+                counts.misses[KEY] += 1
+                counts.bytes_moved += 1000
+        except MixchatError as error:
+            answer.error = error
+        if answer.has_ended:
+            self._answer = None
+            self._engine.closed += 1
+        return [answer]
+
+
+class ScriptedModel(Model):
+    """A model without its thread: each event is computed when it is asked for."""
+
+    def __init__(self, engine: ScriptedEngine, text: ModelText) -> None:
+        self.engine, self.name = engine, "scripted"
+        self.tokenizer, self.template = text.tokenizer, text.template
+        self.sampling, self.advised_tokens = text.sampling, text.max_tokens
+        self.forms = ScriptedForms()
+        self._prompts = PromptMaker(text.tokenizer, text.template, engine.context, self.forms)
+
+    @property
+    def context(self) -> Context:
+        return self.engine.context
+
+    @property
+    def identity(self) -> str:
+        return self.engine.identity
+
+    def do(self, work: Any) -> Any:
+        return work(self.engine)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def ask(self, request: Request) -> Any:
+        return ScriptedEvents(self, request)
+
+
+class ScriptedForms:
+    """A form is compiled when it is given: it is the function that starts a constraint."""
+
+    def compile(self, form: Any, at_end: Any = None) -> Any:
+        return form
+
+
+class ScriptedEvents:
+    """The events of one answer. Exceptions of the script are raised in the caller."""
+
+    def __init__(self, model: ScriptedModel, request: Request) -> None:
+        self._events: list[Any] = []
+        prompt = model.prompt(request)
+        self._earlier = prompt.answered or Message("assistant", "")
+        limit = model.longest_answer(request.max_tokens)
+        model.engine.longest_answer(prompt.ids, limit)
+        asked = AnswerRequest(
+            prompt.ids, request.sampling or model.sampling, model.template.stop_ids, limit
+        )
+        self._answer = RunningAnswer(
+            request,
+            prompt,
+            self._events.append,
+            asked,
+            model.tokenizer,
+            model._prompts.parser(prompt),
+            model.context.tokens,
+        )
+        self._shown: list[Piece] = []
+        self._end: End | None = None
+        self._iterator = self._computed(model.engine)
+
+    @property
+    def stats(self) -> GenerationStats:
+        return self._answer.stats
+
+    def close(self) -> None:
+        self._answer.cancel()
+        with suppress(ValueError):  # a signal may have come while it computes
+            self._iterator.close()
+
+    message = ModelAnswer.message
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        event = next(self._iterator)
+        if isinstance(event, Piece):
+            self._shown.append(event)
+        return event
+
+    def _computed(self, engine: ScriptedEngine) -> Iterator[Any]:
+        batch, last = engine.new_batch(), None
+        self._answer.is_ready(lambda: None, may_prepare=True)
+        self._answer.begin(batch, engine.experts.stats.copy())
+        try:
+            while last is None:
+                yield from self._taken()
+                if batch.size:
+                    batch.step()
+                last = self._answer.report(engine.experts.stats)
+            yield from self._taken()
         finally:
-            self.closed += 1
+            engine.closed += batch.size
+        if isinstance(last, Failed):
+            raise last.error
+        self._end = last
+        yield last
+
+    def _taken(self) -> Iterator[Any]:
+        while self._events:
+            yield self._events.pop(0)
 
 
 class CharacterTokenizer:
@@ -161,23 +307,24 @@ class TinyTemplate:
         return ids
 
 
+def what_was_asked(before: Sequence[int] = (), *, continued: bool = False) -> Any:
+    """Return what a form was asked for, in a constraint that is compiled."""
+    constraint: Any = SimpleNamespace(asked=(list(before), continued), compiled=Future())
+    constraint.compiled.set_result(None)
+    return constraint
+
+
 def make_session(*script: str | Sequence[Any], **options: Any) -> Any:
     """A `ChatSession` with a scripted engine; it is `session.engine`."""
-    from mixchat.base.options import ChatOptions
-    from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.session import ChatSession
-
-    backend = EngineBackend(
-        ScriptedEngine(*script, context_size=options.pop("context_size", 1000)),
-        CharacterTokenizer(),
-        PlainTemplate(
-            continues_prompt=options.pop("continues_prompt", False),
-            thinking=options.pop("thinking", None),
-            prefix=options.pop("prefix", ""),
-        ),
-        advised_tokens=options.pop("advised_tokens", None),
-        form=options.pop("form", None),
+    template = PlainTemplate(
+        continues_prompt=options.pop("continues_prompt", False),
+        thinking=options.pop("thinking", None),
+        prefix=options.pop("prefix", ""),
     )
-    seed = options.pop("sampling_seed", None)
-    sampling = options.pop("sampling", SamplingOptions(seed=seed))
-    return ChatSession(backend, sampling, ChatOptions(**options))
+    sampling = options.pop("sampling", SamplingOptions(seed=options.pop("sampling_seed", None)))
+    advised_tokens, form = options.pop("advised_tokens", None), options.pop("form", None)
+    model = ScriptedModel(
+        ScriptedEngine(*script, context_size=options.pop("context_size", 1000)),
+        ModelText(CharacterTokenizer(), template, sampling, advised_tokens),
+    )
+    return ChatSession(model, sampling, ChatOptions(**options), form)

@@ -1,16 +1,15 @@
 """Thinking is shown apart, counted, and left out of what the model is sent back."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from chat_doubles import MARKS, CharacterTokenizer
+from chat_doubles import MARKS, CharacterTokenizer, what_was_asked
 
-from mixchat.chat.answer import Answer, AnswerLimits
-from mixchat.chat.session import Finished, TextDelta, ThinkingDelta
+from mixchat.face.answer import AnswerLimits, AnswerState
+from mixchat.face.events import End, Piece
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.messages import Message
-from mixchat.text.thinking import AnswerText, ThinkingFormat, parser_of
+from mixchat.text.thinking import ThinkingFormat, parser_of
 
 TAGS = ThinkingFormat("tags", ("enable_thinking",))
 HARMONY = ThinkingFormat("harmony", ("reasoning_effort",))
@@ -28,17 +27,16 @@ def spelled(text: str) -> str:
     return text
 
 
-def listen(events: Any) -> tuple[str, str, Finished]:
+def listen(events: Any) -> tuple[str, str, End]:
     thinking = text = ""
     for event in events:
-        if isinstance(event, ThinkingDelta):
-            assert not text
-            thinking += event.text
-        elif isinstance(event, TextDelta):
+        if isinstance(event, Piece):
+            assert not (text and event.thinking)
+            thinking += event.thinking
             text += event.text
-        else:
+        elif isinstance(event, End):
             return thinking, text, event
-    raise AssertionError("no Finished event")
+    raise AssertionError("no End event")
 
 
 def prompt_of(session: Any, turn: int) -> str:
@@ -63,9 +61,10 @@ def test_thinking_comes_apart_and_is_in_no_later_prompt(session_of, form, though
 
 def test_the_events_count_the_tokens_so_far(session_of):
     session = session_of("<think>ab</think>c", thinking=TAGS)
-    events = [event for event in session.ask("Hi") if isinstance(event, ThinkingDelta)]
-    assert events[:2] == [ThinkingDelta("a", 8), ThinkingDelta("b", 9)]
-    assert events[-1] == ThinkingDelta("", session.history[-1].thinking_tokens)
+    events = [event for event in session.ask("Hi") if isinstance(event, Piece)]
+    seen = [(event.thinking, event.thinking_tokens) for event in events if not event.text]
+    assert seen[:2] == [("a", 8), ("b", 9)]
+    assert seen[-1] == ("", session.history[-1].thinking_tokens)
 
 
 @pytest.mark.parametrize(("form", "thought"), THOUGHTS)
@@ -122,7 +121,7 @@ def test_an_interrupted_thinking_can_be_continued(session_of):
 def test_off_uses_the_switch_of_the_template(session_of, form, think, variables):
     session = session_of("Yes", thinking=form, think=think)
     listen(session.ask("Hi"))
-    assert session.backend.template.variables[-1] == variables
+    assert session.model.template.variables[-1] == variables
 
 
 @pytest.mark.parametrize(
@@ -130,13 +129,10 @@ def test_off_uses_the_switch_of_the_template(session_of, form, think, variables)
     [(TAGS, "<think>\n", "</think>\n\n"), (TAGS, "", ""), (HARMONY, "", TO_FINAL)],
 )
 def test_an_answer_of_a_given_form_begins_at_once(session_of, form, prefix, path):
-    def what_was_asked(before: Any, *, continued: bool) -> Any:
-        return tuple(before), continued
-
     session = session_of("{}", thinking=form, prefix=prefix, form=what_was_asked)
     assert listen(session.ask("Hi"))[:2] == ("", "{}")
     assert prompt_of(session, 0) == spelled(f"[user]Hi{prefix}{path}")
-    assert session.engine.constraints == [((), False)]
+    assert session.engine.requests[0].constraint.asked == ([], False)
 
 
 def test_an_answer_without_its_thinkings_ids_is_continued_past_the_thinking(session_of):
@@ -151,17 +147,6 @@ def test_an_answer_without_its_thinkings_ids_is_continued_past_the_thinking(sess
 def test_another_final_message_is_not_taken(session_of):
     session = session_of(spelled(f"{FINAL}One<|end|>{FINAL}Two"), thinking=HARMONY)
     assert listen(session.ask("Hi"))[1] == "One"
-
-
-def test_no_thinking_comes_after_text(session_of):
-    """The tokens of half a character have no text."""
-    session = session_of("<think>a</think>b", thinking=TAGS)
-    texts = [AnswerText("", "a"), AnswerText("b", "c"), AnswerText(), AnswerText("d")]
-    deltas = list(session._deltas(SimpleNamespace(texts=lambda: iter(texts))))
-    assert deltas == [
-        *(ThinkingDelta("a", 1), ThinkingDelta("c", 2)),
-        *(TextDelta("b"), TextDelta("d")),
-    ]
 
 
 class Pairs(CharacterTokenizer):
@@ -184,7 +169,7 @@ def test_a_token_that_has_thinking_and_answer_is_not_remembered(text, content_id
     tokens = [ord(a) << 8 | ord(b) for a, b in zip(text[::2], text[1::2], strict=False)]
     tokenizer: Any = Pairs()
     limits = AnswerLimits(frozenset({0}), (), None, 100)
-    answer = Answer(Detokenizer(tokenizer.token_bytes), limits, parser_of(TAGS, tokenizer, ()))
+    answer = AnswerState(Detokenizer(tokenizer.token_bytes), limits, parser_of(TAGS, tokenizer, ()))
     for token in [*tokens, 0]:
         answer.add(token)
     message = answer.message()

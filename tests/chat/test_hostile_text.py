@@ -10,8 +10,8 @@ from rich.console import Console
 
 from mixchat.chat.draw import markdown_stream
 from mixchat.chat.draw.markdown import MarkdownText
-from mixchat.chat.session import TextDelta
 from mixchat.chat.terminal.screen import Screen
+from mixchat.face.events import End, Piece
 
 ESC, BEL, ST = "\x1b", "\x07", "\x1b\\"
 FORBIDDEN = {chr(c) for c in [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F)]}
@@ -50,8 +50,8 @@ def control_sequence(chance: random.Random) -> str:
 
 
 def answer(*pieces: str) -> Iterator[Any]:
-    yield from map(TextDelta, pieces)
-    yield None
+    yield from map(Piece, pieces)
+    yield End("stop")
 
 
 def shown(*pieces: str, raw: bool) -> str:

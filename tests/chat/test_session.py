@@ -4,12 +4,19 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, make_session
+from chat_doubles import (
+    CharacterTokenizer,
+    PlainTemplate,
+    ScriptedEngine,
+    ScriptedModel,
+    what_was_asked,
+)
 
 from mixchat.base.errors import PromptError
 from mixchat.base.options import ChatOptions, SamplingOptions
-from mixchat.chat.engine_backend import EngineBackend
-from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta
+from mixchat.chat.session import ChatSession
+from mixchat.face.events import End, LeftOut, Piece, Reading
+from mixchat.face.model import ModelText
 from mixchat.text.messages import Message
 
 
@@ -17,10 +24,11 @@ def listen(events):
     """The text of all events, and the last event."""
     text = ""
     for event in events:
-        if isinstance(event, Finished):
+        if isinstance(event, End):
             return text, event
-        text += event.text
-    raise AssertionError("no Finished event")
+        if isinstance(event, Piece):
+            text += event.text
+    raise AssertionError("no End event")
 
 
 def prompt_of(session, turn):
@@ -30,7 +38,8 @@ def prompt_of(session, turn):
 def test_an_answer_comes_in_pieces_and_ends_with_why(session_of):
     session = session_of("Hello")
     events = list(session.ask("Hi"))
-    assert [event.text for event in events[:-1]] == list("Hello")
+    assert events[0] == Reading(0, len("[user]Hi"))
+    assert [event.text for event in events[1:-1]] == list("Hello")
     assert events[-1].reason == "stop"
     assert events[-1].stats.generated_tokens == 6
     assert not session.history[-1].partial
@@ -98,6 +107,7 @@ def test_an_interrupted_answer_is_remembered_as_far_as_it_was_shown(session_of, 
     session = session_of(script, "Fine")
     events = session.ask("Hi")
     with closing(events):
+        next(events)  # the progress of the prompt
         shown = next(events).text + next(events).text
         if way == "interrupt":
             session.interrupt()
@@ -151,14 +161,6 @@ def test_a_question_asked_again_gets_another_seed_and_a_new_session_the_same(ses
     assert seeds() == seeds() == [7, 8]
 
 
-def test_text_arrives_before_the_next_token_is_asked_for(session_of):
-    """A closed pipe has to be noticed within one token."""
-    session = session_of("Hello")
-    events = session.ask("Hi")
-    assert next(events) == TextDelta("H")
-    assert session.engine.stats.generated_tokens == 1
-
-
 class SpacelessTokenizer(CharacterTokenizer):
     """Shows no leading space, as SentencePiece does."""
 
@@ -169,8 +171,8 @@ class SpacelessTokenizer(CharacterTokenizer):
 def test_a_completion_keeps_the_space_that_it_continues_with(continues, text):
     template = PlainTemplate(continues_prompt=continues)
     engine = ScriptedEngine(" world")
-    backend = EngineBackend(engine, SpacelessTokenizer(), template)
-    session = ChatSession(backend, SamplingOptions(), ChatOptions())
+    model = ScriptedModel(engine, ModelText(SpacelessTokenizer(), template))
+    session = ChatSession(model, SamplingOptions(), ChatOptions())
     assert listen(session.ask("Hello"))[0] == text
 
 
@@ -307,9 +309,9 @@ def test_a_chat_far_longer_than_the_context_can_be_resumed(session_of, monkeypat
     session = session_of("fine", context_size=400, overflow="drop-oldest")
     turn = [Message("user", "hi"), Message("assistant", "a" * 100, tuple(b"a" * 100))]
     session.restore(turn * 1000)
-    encode, encoded = session.backend.template.encode, []
+    encode, encoded = session.model.template.encode, []
     monkeypatch.setattr(
-        session.backend.template,
+        session.model.template,
         "encode",
         lambda given, *more: encoded.append(len(given)) or encode(given),
     )
@@ -411,23 +413,8 @@ def test_leaving_out_old_turns_is_offered_only_if_it_helps(session_of):
     assert alone.value.hint == "Shorten it, or use --ctx-size 256."
 
 
-def test_the_progress_of_the_prefill_goes_to_whoever_asks():
-    session = make_session("Hello")
-    seen = []
-    generate = session.engine.generate
-
-    def reading(prompt_ids, *, on_prefill, **options):
-        on_prefill(len(prompt_ids), len(prompt_ids))
-        return generate(prompt_ids, on_prefill=on_prefill, **options)
-
-    session.engine.generate = reading
-    listen(session.ask("Hi", lambda done, total: seen.append((done, total))))
-    assert seen == [(0, 8), (8, 8)]  # "[user]Hi"
-
-
-def what_was_asked(before=(), *, continued=False):
-    """Return what a form was asked for, in place of a constraint."""
-    return (list(before), continued)
+def asked_of(session):
+    return [request.constraint.asked for request in session.engine.requests]
 
 
 def test_each_answer_of_a_form_has_a_constraint_from_its_start_or_prompt(session_of):
@@ -435,14 +422,7 @@ def test_each_answer_of_a_form_has_a_constraint_from_its_start_or_prompt(session
     listen(session.ask("Hi"))
     listen(session.continue_answer())
     listen(session.ask_again())
-    assert session.engine.constraints == [([], False), ([ord("a"), ord("b")], False), ([], False)]
+    assert asked_of(session) == [([], False), ([ord("a"), ord("b")], False), ([], False)]
     completing = session_of("abcd", form=what_was_asked, continues_prompt=True)
     listen(completing.ask("Hi"))
-    assert completing.engine.constraints == [([], True)]
-
-
-def test_another_model_brings_the_form_for_its_own_tokens(session_of):
-    session, other = session_of("One", form=what_was_asked), session_of("Two")
-    session.take_model(other)
-    listen(session.ask("Hi"))
-    assert session.engine.constraints == [None]
+    assert asked_of(completing) == [([], True)]

@@ -8,6 +8,7 @@ from mixchat.base.errors import CheckpointError, MixchatError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal.commands import completions
+from mixchat.face.reading_time import ReadingTime
 
 
 class Models(OneModel):
@@ -30,7 +31,7 @@ class Models(OneModel):
             raise CheckpointError("broken is damaged")
         self.saver.session.take_model(self.other)
         self.saver.model = name
-        return self.after_turn, lambda tokens, first: None
+        return self.after_turn, ReadingTime()
 
 
 def typed(session, *lines, store=None, models=lambda saver: Models(saver, "Two")):

@@ -9,7 +9,10 @@ from contextlib import closing
 import pytest
 from chat_doubles import CharacterTokenizer, TinyTemplate
 
-from mixchat.base.options import SamplingOptions
+from mixchat.base.options import ChatOptions, SamplingOptions
+from mixchat.chat.session import ChatSession
+from mixchat.face.model import Model, ModelText
+from mixchat.text.messages import Message
 
 GREEDY = SamplingOptions(temperature=0.0)
 
@@ -43,20 +46,25 @@ def logits(monkeypatch):
     return seen
 
 
-def session_with(engine, **options):
-    from mixchat.base.options import ChatOptions
-    from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.session import ChatSession
+@pytest.fixture
+def session_with(open_engine):
+    models = []
 
-    backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
-    return ChatSession(backend, GREEDY, ChatOptions(**options))
+    def opened(**options):
+        text = ModelText(CharacterTokenizer(), TinyTemplate(), GREEDY)
+        models.append(Model("tiny", open_engine, text))
+        return ChatSession(models[-1], GREEDY, ChatOptions(**options))
+
+    yield opened
+    for model in models:
+        model.close()
 
 
 def assert_as_in_a_run_of_its_own(session, open_engine, logits):
     """Ask; a new engine that is given the same prompt has the same logits at every token."""
     before = session.history
-    prompt = session.backend.template.encode([*before, *session_question()])
-    logits.clear()
+    prompt = session.model.template.encode([*before, Message("user", "next")])
+    session.model.do(lambda engine: logits.clear())
     list(session.ask("next"))
     here = list(logits)
     logits.clear()
@@ -68,16 +76,12 @@ def assert_as_in_a_run_of_its_own(session, open_engine, logits):
     session.restore(before)
 
 
-def session_question():
-    from mixchat.text.messages import Message
-
-    return [Message("user", "next")]
-
-
 @pytest.mark.parametrize("seed", range(4))
-def test_after_an_answer_was_stopped_anywhere_the_next_turn_is_exact(open_engine, logits, seed):
+def test_after_an_answer_was_stopped_anywhere_the_next_turn_is_exact(
+    session_with, open_engine, logits, seed
+):
     chance = random.Random(seed)
-    session = session_with(open_engine(), max_tokens=6)
+    session = session_with(max_tokens=6)
     for number in range(6):
         session.max_tokens = 12
         with closing(session.ask(f"question {number}")) as events:
@@ -91,8 +95,8 @@ def test_after_an_answer_was_stopped_anywhere_the_next_turn_is_exact(open_engine
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_after_ctrl_c_in_the_middle_of_a_layer_the_next_turn_is_exact(open_engine, logits, layer):
-    session = session_with(open_engine(), max_tokens=6)
+def test_after_ctrl_c_in_a_layer_the_next_turn_is_exact(session_with, open_engine, logits, layer):
+    session = session_with(max_tokens=6)
     list(session.ask("first"))
     engine = session.engine
     attend, calls = engine.held()[1].attend, itertools.count()
@@ -104,15 +108,16 @@ def test_after_ctrl_c_in_the_middle_of_a_layer_the_next_turn_is_exact(open_engin
         return seen
 
     engine.held()[1].attend = interrupted
-    assert [event.reason for event in session.ask("a longer second question")] == ["interrupted"]
+    *_, end = session.ask("a longer second question")
+    assert end.reason == "interrupted"
     assert len(session.history) == 2
     assert_as_in_a_run_of_its_own(session, open_engine, logits)
 
 
-def test_a_continued_answer_is_the_one_that_was_not_stopped(open_engine):
-    whole = session_with(open_engine(), max_tokens=24)
+def test_a_continued_answer_is_the_one_that_was_not_stopped(session_with):
+    whole = session_with(max_tokens=24)
     list(whole.ask("tell me"))
-    pieces = session_with(open_engine(), max_tokens=8)
+    pieces = session_with(max_tokens=8)
     list(pieces.ask("tell me"))
     while len(pieces.history[-1].ids) < len(whole.history[-1].ids):
         list(pieces.continue_answer())

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from contextlib import contextmanager
 
 import pytest
 from chat_typing import CTRL_C, CTRL_D, Chat, prompts_of
@@ -125,59 +124,35 @@ def test_an_answer_that_was_cut_off_by_the_context_says_so(session_of):
     assert "the context is full" in Chat(session, "Hi\r" + CTRL_D).text
 
 
-@contextmanager
-def ctrl_c_after(session, tokens):
-    """Sends the signal of Ctrl-C when the engine has given so many tokens of an answer."""
-    generate = session.engine.generate
-
-    def interrupted(*args, **options):
-        if tokens == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        for count, token in enumerate(generate(*args, **options), 1):
-            yield token
-            if count == tokens:
-                session.engine.generate = generate
-                os.kill(os.getpid(), signal.SIGINT)
-
-    session.engine.generate = interrupted
-    yield
-    session.engine.generate = generate
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
-    session = session_of("Hello world", "Fine")
-    with ctrl_c_after(session, 3):
-        chat = Chat(session, "Hi\rGo on\r" + CTRL_D)
-    assert "(stopped; /continue resumes it)\n\nFine" in chat.text
-    said = chat.text.split("\n")[0]
-    assert said == "Hell"  # the token that was under way when it was pressed
-    assert prompts_of(session)[1] == f"[user]Hi[assistant]{said}[user]Go on"
+    session = session_of([*"Hel", press_ctrl_c, *"lo world"], "Fine")
+    chat = Chat(session, "Hi\rGo on\r" + CTRL_D)
+    assert chat.text.startswith("Hel\n(stopped; /continue resumes it)\n\nFine")
+    assert prompts_of(session)[1] == "[user]Hi[assistant]Hel[user]Go on"
 
 
 def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
-    session = session_of("never seen")
-    with ctrl_c_after(session, 0):
-        chat = Chat(session, "Hi\r" + CTRL_D)
+    session = session_of([press_ctrl_c, *"never seen"])
+    chat = Chat(session, "Hi\r" + CTRL_D)
     assert chat.text == "(stopped)\n\n"
-    assert session.engine.prompts == []
     assert session.history == []
 
 
 def test_ctrl_c_does_not_wait_long_for_a_token(session_of):
-    session = session_of("Hello")
-    generate, waited = session.engine.generate, []
+    waited = []
 
-    def slow(*args, **options):
-        for token in generate(*args, **options):
-            yield token
-            os.kill(os.getpid(), signal.SIGINT)
-            start = time.monotonic()
-            try:
-                time.sleep(120)
-            finally:
-                waited.append(time.monotonic() - start)
+    def sleep():
+        start = time.monotonic()
+        try:
+            time.sleep(120)
+        finally:
+            waited.append(time.monotonic() - start)
 
-    session.engine.generate = slow
+    session = session_of(["H", press_ctrl_c, sleep, *"ello"])
     chat = Chat(session, "Hi\r" + CTRL_D)
     assert chat.text.startswith("H\n(stopped; /continue resumes it)")
     assert session.history[-1].content == "H"

@@ -6,10 +6,8 @@ import time
 import pyte
 import pytest
 
-from mixchat.chat.session import LeftOut, TextDelta, ThinkingDelta
-from mixchat.chat.terminal.active_chat import ReadingTime
 from mixchat.chat.terminal.screen import Screen
-from mixchat.engine.stats import GenerationStats
+from mixchat.face.events import End, LeftOut, Piece, Reading
 from mixchat.text.messages import Message
 
 
@@ -43,15 +41,18 @@ def _terminal(monkeypatch):
     monkeypatch.setenv("LINES", "24")
 
 
-def answered(*pieces, end=None):
-    yield from (TextDelta(piece) if isinstance(piece, str) else piece for piece in pieces)
-    yield end
+END = End("stop")
+
+
+def answered(*pieces):
+    yield from (Piece(piece) if isinstance(piece, str) else piece for piece in pieces)
+    yield END
 
 
 def test_in_a_terminal_an_answer_is_drawn_as_markdown():
     out = Tty()
-    end = Screen(out).show(answered("# Ti", "tle\n\n- a\n- **b**", end="end"))
-    assert end == "end"
+    end = Screen(out).show(answered("# Ti", "tle\n\n- a\n- **b**"))
+    assert end is END
     text = "\n".join(out.shown)
     assert "Title" in text
     assert "#" not in text
@@ -61,7 +62,7 @@ def test_in_a_terminal_an_answer_is_drawn_as_markdown():
 def test_the_rest_of_an_answer_is_drawn_as_what_it_continues_with():
     """/continue drew code as prose: its comments became headings."""
     out = Tty()
-    Screen(out).show(answered("# Example\n", "x\n```\n", end="end"), "```\na\n")
+    Screen(out).show(answered("# Example\n", "x\n```\n"), "```\na\n")
     assert out.shown[1:] == ["a", "# Example", "x", "─" * 20]
 
 
@@ -89,8 +90,8 @@ def test_no_control_character_of_an_answer_gets_through(raw):
 
 def test_what_is_left_out_is_said():
     out = io.StringIO()
-    Screen(out).show(answered(LeftOut(1), "Hello"))
-    Screen(out).show(answered(LeftOut(3), "Hello"))
+    Screen(out).show(answered(LeftOut(1, 2), "Hello"))
+    Screen(out).show(answered(LeftOut(3, 6), "Hello"))
     assert "the oldest turn is left out" in out.getvalue()
     assert "the 3 oldest turns are left out" in out.getvalue()
 
@@ -98,8 +99,8 @@ def test_what_is_left_out_is_said():
 @pytest.mark.parametrize("raw", [True, False])
 def test_what_breaks_an_answer_off_leaves_all_that_came_on_the_screen(raw):
     def broken():
-        yield TextDelta("Hello, ")
-        yield TextDelta("wor")
+        yield Piece("Hello, ")
+        yield Piece("wor")
         raise RuntimeError
 
     out = Tty()
@@ -111,15 +112,17 @@ def test_what_breaks_an_answer_off_leaves_all_that_came_on_the_screen(raw):
 
 def test_a_prompt_that_takes_long_shows_how_much_of_it_is_read_until_the_answer_comes():
     out, clock = Tty(), Clock()
-    screen = Screen(out, clock=clock)
-    with screen.waiting() as reading:
-        reading(10, 2000)
+
+    def events():
+        yield Reading(10, 2000)
         assert out.shown == []
         for clock.now, done in ((1.0, 500), (1.01, 510), (1.2, 1234)):
-            reading(done, 2000)
+            yield Reading(done, 2000)
         assert out.shown == ["reading 1,234 of 2,000 tokens (62%)"]
         assert "510" not in out.getvalue()  # too soon after the one before
-        screen.show(answered("Hello"))
+        yield from answered("Hello")
+
+    Screen(out, clock=clock).show(events())
     assert out.shown == ["Hello"]
 
 
@@ -128,38 +131,44 @@ def test_the_time_of_a_long_prompt_is_said_before_it_is_read_and_what_is_left_me
 ):
     monkeypatch.setenv("COLUMNS", "60")
     out, clock = Tty(), Clock()
-    with Screen(out, clock=clock).waiting(lambda tokens: tokens / 80) as reading:
-        reading(0, 3200)
+
+    def events():
+        yield Reading(0, 3200)
         assert out.shown == ["reading 3,200 tokens, about 40 s"]
         clock.now = 0.9
-        reading(32, 3200)
+        yield Reading(32, 3200)
         assert out.shown == ["reading 3,200 tokens, about 40 s"]
         clock.now = 10.0
-        reading(800, 3200)
+        yield Reading(800, 3200)
         assert "reading 800 of 3,200 tokens (25%), about 30 s left" in out.getvalue()
         clock.now = 39.0
-        reading(3150, 3200)
+        yield Reading(3150, 3200)
         assert out.getvalue().endswith("(98%)")
+        yield END
+
+    Screen(out, clock=clock).show(events(), expected=lambda tokens: tokens / 80)
 
 
 @pytest.mark.parametrize("expected", [None, 2.0])
 def test_of_a_prompt_that_takes_no_time_or_an_unknown_one_nothing_is_said_before(expected):
     out = Tty()
-    with Screen(out, clock=Clock()).waiting(lambda tokens: expected) as reading:
-        reading(0, 3200)
-        assert out.shown == []
+    reading = answered(Reading(0, 3200))
+    Screen(out, clock=Clock()).show(reading, expected=lambda tokens: expected)
+    assert out.shown == []
 
 
 def test_a_server_is_waited_for_until_it_tells_how_far_it_is():
     out, clock = Tty(), Clock()
-    screen = Screen(out, clock=clock, raw=True)
-    with screen.waiting() as reading:
-        reading(0, 0)
+
+    def events():
+        yield Reading(0, 0)
         assert out.shown == ["waiting for the server"]
         clock.now = 2.0
-        reading(500, 2000)
+        yield Reading(500, 2000)
         assert out.shown == ["reading 500 of 2,000 tokens (25%), abou"]
-        screen.show(answered(LeftOut(2), "Hi", end="end"))
+        yield from answered(LeftOut(2, 4), "Hi")
+
+    Screen(out, clock=clock, raw=True).show(events())
     assert out.shown == [
         "(the context is full: the 2 oldest turns",
         " are left out from here on)",
@@ -172,32 +181,35 @@ def test_below_an_answer_is_a_line_while_it_is_written():
 
     def pieces():
         for clock.now, piece in ((0.0, "One "), (0.2, "two "), (0.6, "three")):
-            yield TextDelta(piece)
+            yield Piece(piece)
             shown.append(out.shown[1:])
             time.sleep(0.04)  # after a frame the drawing pauses
-        yield "end"
+        yield END
 
     shown = []
-    assert Screen(out, clock=clock).show(pieces(), "", lambda: next(lines)) == "end"
+    assert Screen(out, clock=clock).show(pieces(), "", lambda: next(lines)) is END
     assert [rows[-1:] for rows in shown] == [["1 tok/s"], ["1 tok/s"], ["2 tok/s"]]
     assert "tok/s" not in "".join(out.shown)
 
 
 def test_the_line_is_gone_if_no_answer_comes():
     out, clock = Tty(), Clock()
-    screen = Screen(out, clock=clock)
-    with screen.waiting() as reading:
+
+    def events():
         clock.now = 2.0
-        reading(5, 10)
+        yield Reading(5, 10)
         assert out.shown != []
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Screen(out, clock=clock).show(events())
     assert out.shown == []
 
 
 def test_elsewhere_there_are_no_signs_of_life():
     out, clock = io.StringIO(), Clock()
-    with Screen(out, clock=clock).waiting() as reading:
-        clock.now = 5.0
-        reading(5, 10)
+    clock.now = 5.0
+    Screen(out, clock=clock).show(answered(Reading(5, 10)))
     assert out.getvalue() == ""
 
 
@@ -233,25 +245,10 @@ def test_a_resumed_question_has_the_colours_that_it_was_typed_in(monkeypatch):
     ]
 
 
-def test_before_anything_was_read_it_is_what_is_predicted_for_the_turn():
-    asked = []
-    reading = ReadingTime(lambda tokens, first: asked.append((tokens, first)) or 7.0)
-    assert reading.seconds(3200) == 7.0
-    too_short = GenerationStats(prompt_tokens=90, reused_tokens=80, prefill_seconds=9.0)
-    reading.note(too_short)
-    assert reading.seconds(100) == 7.0
-    assert asked == [(3200, True), (100, False)]
-
-
-def test_after_a_long_prompt_it_is_at_the_pace_of_that():
-    reading = ReadingTime(lambda tokens, first: None)
-    assert reading.seconds(3200) is None
-    reading.note(GenerationStats(prompt_tokens=500, reused_tokens=400, prefill_seconds=2.0))
-    assert reading.seconds(3200) == pytest.approx(64.0)
-
-
 def thought(*pieces):
-    return [ThinkingDelta(piece, 10 * count) for count, piece in enumerate(pieces, 1)]
+    return [
+        Piece(thinking=piece, thinking_tokens=10 * count) for count, piece in enumerate(pieces, 1)
+    ]
 
 
 @pytest.fixture
@@ -268,8 +265,8 @@ def test_thinking_is_faint_until_the_answer_begins_then_a_line_with_its_length(p
         for event in thought("Hm, **so**", "\n- one\n"):
             yield event
             shown.append(out.shown)
-        yield TextDelta("**Yes**")
-        yield "end"
+        yield Piece("**Yes**")
+        yield END
 
     Screen(out).show(events(), below=lambda: "status")
     assert shown[0] == ["Hm, **so**", "status"]
@@ -285,8 +282,8 @@ def test_of_thinking_longer_than_the_screen_the_end_is_shown_and_one_line_left(p
         for number in range(100):
             yield from thought(f"thought {number}\n")
             shown.append(out.shown)
-        yield TextDelta("Yes")
-        yield "end"
+        yield Piece("Yes")
+        yield END
 
     Screen(out).show(events())
     assert shown[-1][-1] == "thought 99"
@@ -296,7 +293,7 @@ def test_of_thinking_longer_than_the_screen_the_end_is_shown_and_one_line_left(p
 
 def test_thinking_that_is_cut_off_leaves_its_length(paced):
     out = Tty()
-    Screen(out).show(answered(*thought("Hm", "mm"), end="end"))
+    Screen(out).show(answered(*thought("Hm", "mm")))
     assert out.shown == ["(thought for 20 tokens)"]
 
 
@@ -308,25 +305,24 @@ def test_thinking_that_is_hidden_shows_a_sign_of_life_and_leaves_nothing():
         for clock.now, event in zip((2.0, 2.01, 3.0), thought("a", "b", "c"), strict=True):
             yield event
         assert out.shown == ["thinking, 30 tokens"]
-        yield TextDelta("Yes")
-        yield "end"
+        yield Piece("Yes")
+        yield END
 
-    with screen.waiting():
-        screen.show(events(), shows_thinking=False)
+    screen.show(events(), shows_thinking=False)
     assert out.shown == ["Yes"]
     assert "20 tokens" not in out.getvalue()
 
 
 def test_raw_thinking_is_faint_above_its_length():
     out = Tty()
-    Screen(out, raw=True).show(answered(*thought("Hm\x1b", " so"), "**Yes**", end="end"))
+    Screen(out, raw=True).show(answered(*thought("Hm\x1b", " so"), "**Yes**"))
     assert out.shown == ["Hm so", "(thought for 20 tokens)", "", "**Yes**"]
     assert "\x1b[2m so\x1b[0m" in out.getvalue()
 
 
 def test_no_thinking_goes_anywhere_but_to_a_terminal():
     out = io.StringIO()
-    Screen(out).show(answered(*thought("Hm"), "Yes", end="end"))
+    Screen(out).show(answered(*thought("Hm"), "Yes"))
     assert out.getvalue() == "Yes\n"
 
 
