@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import mixchat as mixchat_api
+
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
 QUESTION = "What is the capital of France?"
@@ -64,24 +66,14 @@ def test_the_demo_is_listed_and_described(home):
 
 
 def test_chat_turns_prefill_only_new_tokens(home):
-    from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
-    from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.session import ChatSession
-    from mixchat.loading.loader import load_engine
-    from mixchat.text.choose import load_template, load_tokenizer
-
-    directory = home / "models" / "demo"
-    tokenizer = load_tokenizer(directory)
-    engine = load_engine(directory, LoadOptions(device="cpu"))
-    session = ChatSession(
-        EngineBackend(engine, tokenizer, load_template(directory, tokenizer)),
-        SamplingOptions(temperature=0),
-        ChatOptions(max_tokens=24),
-    )
-    list(session.ask("My name is Ada. What is the capital of France?"))
-    before = session.engine.stats
-    list(session.ask("And of Italy?"))
-    after = session.engine.stats
-    seen = before.prompt_tokens + before.generated_tokens
+    """Only the face is needed: a question, its answer's message, and the next question."""
+    messages = [mixchat_api.Message("user", "My name is Ada. What is the capital of France?")]
+    options = {"temperature": 0, "max_tokens": 24}
+    with mixchat_api.load(str(home / "models" / "demo"), device="cpu") as model:
+        *_, first = model.chat(messages, **options)
+        messages += [first.message, {"role": "user", "content": "And of Italy?"}]
+        *_, second = model.chat(messages, **options)
+    seen = first.stats.prompt_tokens + first.stats.generated_tokens
+    after = second.stats
     assert after.reused_tokens >= seen - 2  # the last token, and an end token the template adds
     assert after.prompt_tokens - after.reused_tokens < 25

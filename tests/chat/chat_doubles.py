@@ -1,5 +1,6 @@
 """Doubles for a chat: an engine that says what a script tells it, one token a character."""
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -75,6 +76,8 @@ class ScriptedEngine:
         self.requests: list[AnswerRequest] = []
         self.closed = 0  # answers
         self.is_closed = False
+        self.delay = 0.0  # seconds before each token
+        self.prompts_file: str | None = None  # gets the text of each prompt
 
     @property
     def context(self) -> Context:
@@ -119,6 +122,9 @@ class ScriptedBatch:
         limit = engine.longest_answer(request.ids, request.max_tokens)
         engine.prompts.append(list(request.ids))
         engine.requests.append(request)
+        if engine.prompts_file:
+            with open(engine.prompts_file, "a", encoding="utf-8") as file:
+                file.write("".join(map(chr, request.ids)) + "\n---\n")
         self._answer = BatchedAnswer(request, limit, Proposals(None, request.stop_ids))
         self._answer.stats.prefill_seconds, self._answer.stats.decode_seconds = 0.5, 0.25
         self._script = iter([*engine.script.pop(0), chr(STOP)])
@@ -129,6 +135,7 @@ class ScriptedBatch:
         assert answer is not None
         if not answer.generated_tokens:
             answer.request.on_prefill(0, len(answer.ids))
+        time.sleep(self._engine.delay)
         try:
             item = next(self._script)
             while callable(item):
@@ -180,10 +187,10 @@ class ScriptedModel(Model):
 
 
 class ScriptedForms:
-    """A form is compiled when it is given: it is the function that starts a constraint."""
+    """A form may be the function that starts a constraint. No other is held to anything."""
 
     def compile(self, form: Any, at_end: Any = None) -> Any:
-        return form
+        return form if callable(form) else what_was_asked
 
 
 class ScriptedEvents:

@@ -111,9 +111,9 @@ def mixchat(environment, monkeypatch, capsysbinary):
                 patch.setenv(key, str((environment | variables)[key]))
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
             if fake:
-                patch.setattr("mixchat.sessions.local_models.open_session", fake_mixchat.open_fake)
+                patch.setattr("mixchat.face.local_models.open_model", fake_mixchat.open_fake)
                 patch.setattr(
-                    "mixchat.sessions.local_models.LocalModels.predictor", fake_mixchat.predict_fake
+                    "mixchat.face.local_models.LocalModels.predictor", fake_mixchat.predict_fake
                 )
                 patch.setattr("mixchat.cli.run._note_server", fake_mixchat.note_nothing)
             with pytest.raises(SystemExit) as ending:

@@ -18,9 +18,9 @@ import mixchat.base.errors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
-from chat_doubles import make_session
+from chat_doubles import CharacterTokenizer, PlainTemplate, ScriptedEngine, ScriptedModel
 
-from mixchat.sessions.opening import resolve_sampling
+from mixchat.face.model import Model, ModelText
 from mixchat.text.thinking import ThinkingFormat
 
 
@@ -39,22 +39,25 @@ def thinking():
     return ThinkingFormat(words[0], tuple(words[1:])) if words else None
 
 
-def open_fake(model, load, options, reporter, form=None, **saved):
-    session = make_session(
-        *answers(),
-        context_size=load.context_size or 1000,
-        form=form,
-        thinking=thinking(),
-        **vars(options) | {"sampling": resolve_sampling(options.sampling, {})},
-    )
-    if delay := float(os.environ.get("DELAY", "0")):
-        slow_down(session.engine, delay)
-    if path := os.environ.get("PROMPTS"):
-        record(session.engine, path)
-    return session
+def scripted(load):
+    """The engine of the environment's script, and the text side of its model."""
+    engine = ScriptedEngine(*answers(), context_size=load.context_size or 1000)
+    engine.delay = float(os.environ.get("DELAY", "0"))
+    engine.prompts_file = os.environ.get("PROMPTS")
+    return engine, ModelText(CharacterTokenizer(), PlainTemplate(thinking=thinking()))
 
 
-def predict_fake(models, session, name):
+def open_fake(name, load, reporter, *, least_context=None):
+    """A model without a thread, for commands that run in the test's process."""
+    return ScriptedModel(*scripted(load))
+
+
+def open_with_thread(name, load, reporter, *, least_context=None):
+    engine, text = scripted(load)
+    return Model(name, lambda: engine, text)
+
+
+def predict_fake(models, model, name):
     measured_at = time.time() - 3 * 86400 - 5
     decode = types.SimpleNamespace(low=18.0, high=21.0, measured_at=measured_at)
     from_disk, from_ram = (
@@ -71,33 +74,11 @@ def note_nothing(model, reporter):
     """A server that runs on this machine is none of the tests' business."""
 
 
-def slow_down(engine, delay):
-    generate = engine.generate
-
-    def slowly(*args, **options):
-        for token in generate(*args, **options):
-            time.sleep(delay)
-            yield token
-
-    engine.generate = slowly
-
-
-def record(engine, path):
-    generate = engine.generate
-
-    def recorded(prompt_ids, **options):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(map(chr, prompt_ids)) + "\n---\n")
-        return generate(prompt_ids, **options)
-
-    engine.generate = recorded
-
-
 if __name__ == "__main__":
     from mixchat.cli import app, run
-    from mixchat.sessions import local_models
+    from mixchat.face import local_models
 
-    local_models.open_session = open_fake
+    local_models.open_model = open_with_thread
     local_models.LocalModels.predictor = predict_fake
     run._note_server = note_nothing
     app.run(sys.argv[1:])

@@ -11,10 +11,10 @@ from tiny_tokenizer import write_tokenizer
 import mixchat.loading.loader
 from mixchat.base.errors import MixchatError, ResourceError
 from mixchat.base.options import ChatOptions, LoadOptions
+from mixchat.chat.open_chat import OpenChat, Saving
+from mixchat.chat.saved.cache_saver import CacheSaver
 from mixchat.cli.output.progress import TerminalReporter
-from mixchat.sessions.cache_file import CacheSaver
-from mixchat.sessions.local_models import LocalModels
-from mixchat.sessions.open_chat import OpenChat
+from mixchat.face.local_models import LocalModels
 
 LOAD = LoadOptions(device="cpu")
 REPORTER = TerminalReporter(quiet=True)
@@ -87,7 +87,7 @@ def start(home, loads, reports):
             ChatOptions({"temperature": 0.0}, max_tokens=3),
             REPORTER,
             new_report=new_report,
-            autosave=True,
+            saving=Saving(),
         )
         return chat
 

@@ -6,29 +6,31 @@ import pytest
 from chat_doubles import CharacterTokenizer, TinyTemplate
 
 from mixchat.base.errors import UsageError
-from mixchat.base.options import SamplingOptions
+from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
+from mixchat.chat.saved.cache_saver import CacheSaver
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
+from mixchat.chat.session import ChatSession
 from mixchat.cli.output.progress import TerminalReporter
-from mixchat.sessions.cache_file import CacheSaver
+from mixchat.face.model import Model, ModelText
 
 
 @pytest.fixture
 def saver_of(tiny_model, tmp_path):
     """A saver of a new engine, as another run has it."""
-    from mixchat.base.options import ChatOptions, LoadOptions
-    from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
 
+    options, sampling = LoadOptions(device="cpu", context_size=128), SamplingOptions(temperature=0)
+    text, models = ModelText(CharacterTokenizer(), TinyTemplate(), sampling), []
+
     def new():
-        engine = load_engine(tiny_model, LoadOptions(device="cpu", context_size=128))
-        sampling = SamplingOptions(temperature=0.0)
-        backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
-        session = ChatSession(backend, sampling, ChatOptions(max_tokens=6))
+        models.append(Model("tiny", lambda: load_engine(tiny_model, options), text))
+        session = ChatSession(models[-1], sampling, ChatOptions(max_tokens=6))
         return ChatSaver(session, ChatStore(tmp_path / "chats"), "tiny")
 
-    return new
+    yield new
+    for model in models:
+        model.close()
 
 
 def cache_of(saver, **options):

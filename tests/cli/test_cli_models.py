@@ -1,23 +1,17 @@
 """`list`, `show`, and which models `run` builds by itself."""
 
 import json
-import os
-from dataclasses import replace
 
 import pytest
 
 from mixchat.base.errors import ModelNotFoundError
-from mixchat.base.options import LoadOptions
 from mixchat.cli.output.progress import TerminalReporter
-from mixchat.sessions.local_models import LocalModels
-from mixchat.sessions.opening import find_or_build
+from mixchat.face.load import find_or_build
 from mixchat.weights.format.manifest import (
-    MANIFEST_FILE,
     FileRecord,
     Manifest,
     Source,
     WeightsRecord,
-    read_manifest,
     write_manifest,
 )
 from mixchat.weights.models import DEMO_ABOUT
@@ -208,20 +202,3 @@ def test_run_takes_an_installed_model_as_it_is(calls, keep, monkeypatch, tmp_pat
     monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
     assert find_or_build("demo", TerminalReporter()) == installed
     assert calls == []
-
-
-def test_a_server_knows_what_the_manifest_says_of_a_model(keep, tmp_path, monkeypatch):
-    monkeypatch.setenv("MIXCHAT_HOME", str(tmp_path / "home"))
-    models = LocalModels(LoadOptions(), TerminalReporter(), usual="tiny")
-    manifest = keep("tiny", "org/name") / MANIFEST_FILE
-    os.utime(manifest, (1000, 1000))
-    before = models.facts("tiny")
-    assert (before.size, before.quantization, before.modified) == (26_100_000_000, "nf4", 1000)
-    assert (before.family, len(before.digest)) == ("mixtral", 64)
-    assert before.parameters > 10**8
-    write_manifest(manifest.parent, replace(read_manifest(manifest.parent), source=Source("other")))
-    assert models.facts("tiny").digest != before.digest
-    manifest.write_text("{}")
-    os.utime(manifest, (2000, 2000))
-    assert models.facts("tiny") is None
-    assert models.facts("nothing") is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from chat_doubles import ScriptedEngine
 
 from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.saved.chat_file import SavedChat
@@ -35,17 +36,15 @@ def seen(monkeypatch):
 
         def template(self, eos_token_ids):
             assert eos_token_ids == Config.eos_token_ids
-            return SimpleNamespace(encode=lambda messages: [5] * 100 * len(messages))
-
-    class Engine:
-        config = Config()
+            return SimpleNamespace(encode=lambda messages: [5] * 100 * len(messages), stop_ids=())
 
     def build_engine(installed, options, note):
         seen["directory"], seen["load"] = installed.directory, options
-        return Engine()
+        return ScriptedEngine()
 
-    def session(backend, sampling, options):
+    def session(model, sampling, options, form):
         seen["session"] = sampling, options
+        model.close()
         raise Stop
 
     monkeypatch.setattr("mixchat.loading.loader.build_engine", build_engine)

@@ -7,11 +7,10 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import SamplingOptions
-from mixchat.chat.parameters import numbers_of
 from mixchat.cli.app import app
 from mixchat.cli.flags.load_flags import within_limits
 from mixchat.cli.flags.run_flags import RunFlags
-from mixchat.sessions.opening import resolve_sampling
+from mixchat.face.numbers import numbers_of, with_numbers
 
 NAMES = list(numbers_of(SamplingOptions()))
 NOTHING_GIVEN = dict.fromkeys(NAMES)
@@ -19,26 +18,20 @@ NOTHING_GIVEN = dict.fromkeys(NAMES)
 
 def test_the_flags_have_the_names_of_the_options_and_nothing_given_is_the_defaults():
     assert set(NAMES) <= {field.name for field in dataclasses.fields(RunFlags)}
-    options = resolve_sampling(NOTHING_GIVEN, {})
+    options = with_numbers(SamplingOptions(), NOTHING_GIVEN)
     assert dataclasses.replace(options, seed=None) == SamplingOptions()
 
 
 def test_what_the_models_makers_advise_goes_before_the_defaults_and_behind_the_flags():
     advised = {"temperature": 0.2, "top_p": 0.9, "top_k": -1, "repeat_penalty": float("nan")}
-    options = resolve_sampling(NOTHING_GIVEN | {"top_p": 0.5}, advised)
+    options = with_numbers(with_numbers(SamplingOptions(), advised), NOTHING_GIVEN | {"top_p": 0.5})
     assert (options.temperature, options.top_p) == (0.2, 0.5)
     assert (options.top_k, options.repeat_penalty) == (0, 1.0)
 
 
 def test_options_carry_every_value_over():
     given = dict(zip(NAMES, (0.1, 0.2, 3, 0.4, 1.5, 6), strict=True))
-    assert numbers_of(resolve_sampling(given, {})) == given
-
-
-def test_a_seed_is_drawn_where_none_is_given():
-    seeds = {resolve_sampling(NOTHING_GIVEN, {}).seed for _ in range(5)}
-    assert len(seeds) > 1
-    assert None not in seeds
+    assert numbers_of(with_numbers(SamplingOptions(), given)) == given
 
 
 @pytest.mark.parametrize(

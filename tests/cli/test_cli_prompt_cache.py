@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from mixchat.sessions.cache_file import FILE_START
-from mixchat.sessions.local_models import LocalModels
+from mixchat.chat.saved.cache_saver import FILE_START
+from mixchat.face.events import Piece
+from mixchat.face.local_models import LocalModels
+from mixchat.face.model import Model, ModelAnswer, ModelText
 from mixchat.text.detokenizer import TokenBytes
 
 _FIRST = 30  # the tiny model's 97 tokens are the characters from here on
@@ -43,21 +45,23 @@ def exact_model(tiny_checkpoint, install):
 @pytest.fixture
 def ask(mixchat, monkeypatch, exact_model):
     """Runs `mixchat run ARGS` with the tiny model, greedily, for 8 tokens."""
-    from mixchat.chat.engine_backend import EngineBackend
-    from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
-    from mixchat.sessions.opening import resolve_sampling
 
-    def opened(model, load, options, reporter, form=None, **saved):
-        engine = load_engine(exact_model, replace(load, device="cpu"))
-        backend = EngineBackend(engine, Tokenizer(), Template(), form=form)
-        return ChatSession(backend, resolve_sampling(options.sampling, {}), options)
+    models = []
 
-    monkeypatch.setattr("mixchat.sessions.local_models.open_session", opened)
+    def opened(name, load, reporter, *, least_context):
+        options = replace(load, device="cpu")
+        models.append(Model(name, lambda: load_engine(exact_model, options), text))
+        return models[-1]
+
+    text = ModelText(Tokenizer(), Template())
+    monkeypatch.setattr("mixchat.face.local_models.open_model", opened)
     monkeypatch.setattr(LocalModels, "predictor", lambda *given: lambda: None)
-    return lambda *arguments: mixchat(
+    yield lambda *arguments: mixchat(
         *("run", "-s", "A long text.", "--temp", "0", "-n", "8", *arguments), fake=False
     )
+    for model in models:
+        model.close()
 
 
 def reused(done):
@@ -96,17 +100,17 @@ def test_a_chat_is_saved_at_its_end(ask, tmp_path, monkeypatch):
 
 
 def interrupting(monkeypatch, error):
-    from mixchat.engine.generate import Engine
+    """Raise the error in place of the fifth piece of an answer."""
+    follow, pieces = ModelAnswer.__next__, []
 
-    generate = Engine.generate
+    def interrupted(self):
+        event = follow(self)
+        pieces.extend([event] if isinstance(event, Piece) else [])
+        if len(pieces) > 4:
+            raise error
+        return event
 
-    def generated(self, *arguments, **options):
-        for number, token in enumerate(generate(self, *arguments, **options)):
-            if number == 4:
-                raise error
-            yield token
-
-    monkeypatch.setattr(Engine, "generate", generated)
+    monkeypatch.setattr(ModelAnswer, "__next__", interrupted)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from fake_mixchat import make_session
 from mixchat.cli.output.verbose import VerboseReport, expert_lines, generation_lines
 from mixchat.engine.stats import GenerationStats, SpeculationStats
 from mixchat.experts.cache import ExpertKey, ExpertStats
-from mixchat.sessions.open_chat import _reading_seconds
 
 
 def prompts_in(path):
@@ -171,26 +170,6 @@ def test_verbose_predicts_no_cold_start_if_all_experts_had_come_before():
     assert generation_lines(stats, prediction, first=True)[2] == (
         "         first token after 2.0 s (1 to 2 s predicted)"
     )
-
-
-@pytest.mark.parametrize(
-    ("slots", "is_filling", "cold"), [(32, False, False), (32, True, True), (16, False, True)]
-)
-def test_the_time_of_the_first_prompt_is_that_of_a_cold_start_unless_all_experts_have_come(
-    slots, is_filling, cold
-):
-    session = make_session()
-    experts = session.backend.engine.experts
-    experts.slots, experts.is_filling = slots, is_filling
-    asked = []
-
-    def prompt(tokens, cold):
-        asked.append(cold)
-        return SimpleNamespace(low=4.0, high=4.0)
-
-    seconds = _reading_seconds(lambda: SimpleNamespace(prompt=prompt), session)
-    assert (seconds(8, True), seconds(8, False)) == (2.0, 2.0)
-    assert asked == [cold, False]
 
 
 def test_verbose_tells_of_tokens_that_were_proposed():
