@@ -8,7 +8,7 @@
 ...         if isinstance(event, mixchat.Piece):
 ...             print(event.text, end="")
 ...         elif isinstance(event, mixchat.End):
-...             print(event.reason, event.stats.generated_tokens)
+...             print(" -", event.reason, event.stats.generated_tokens)
 
 CONTRIBUTING shows the rooms, which are the folders here, and how data passes through them.
 """
