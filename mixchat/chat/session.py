@@ -136,7 +136,7 @@ class ChatSession:
         soon = self._has_token and not self._interrupted
         self._interrupted = True
         if self._events is not None:
-            self._events.close()
+            self._events.cancel()
         return soon
 
     def ask(self, text: str) -> Iterator[Event]:

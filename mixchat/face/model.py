@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _COUNTED_PASSES = 16  # from one time to the next at which the engine's counts are read
+_abandoned: list[threading.Thread] = []  # that still load a model, after Ctrl-C
 
 
 class QueueFullError(ResourceError):
@@ -133,8 +134,15 @@ class Model:
         self._thread = threading.Thread(
             target=self._run, args=[load, loaded], name="model", daemon=True
         )
+        while _abandoned:
+            _abandoned.pop().join()  # its memory is needed
         self._thread.start()
-        self.engine = loaded.result()
+        try:
+            self.engine = loaded.result()
+        except BaseException:
+            self._closing = True
+            _abandoned.append(self._thread)
+            raise
         self.context, self.identity = self.engine.context, self.engine.identity
         self.capacity: int = len(self.engine.sequences) + waiting
         self.forms = FormCompiler(text.tokenizer, text.template, form_seconds)
@@ -263,7 +271,8 @@ class Model:
             return
         loaded.set_result(engine)
         try:
-            self._answer_all(engine)
+            if not self._closing:
+                self._answer_all(engine)
         finally:
             with self._changed:
                 self._closing = True
@@ -373,7 +382,7 @@ class ModelAnswer:
         self._events = queue.SimpleQueue[LeftOut | Reading | Piece | End | Failed]()
         prompt = model.prompt(request)
         (self._answer,) = model.submit((request, prompt, self._events.put))
-        self.close = weakref.finalize(self, model.cancel, [self._answer])
+        self.cancel = self.close = weakref.finalize(self, model.cancel, [self._answer])
         self._earlier = prompt.answered or Message("assistant", "")
         self._shown: list[Piece] = []
         self._end: End | Failed | None = None

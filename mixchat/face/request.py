@@ -84,6 +84,9 @@ class AnswerEvents(Protocol):
     def message(self) -> Message | None:
         """Return the message to remember of what was yielded so far, None if it shows nothing."""
 
+    def cancel(self) -> None:
+        """End the answer soon. Any thread or signal handler may call it."""
+
     def close(self) -> None:
         """End the answer, if it has not ended."""
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -222,10 +221,12 @@ class ScriptedEvents:
     def stats(self) -> GenerationStats:
         return self._answer.stats
 
+    def cancel(self) -> None:
+        self._answer.cancel()
+
     def close(self) -> None:
         self._answer.cancel()
-        with suppress(ValueError):  # a signal may have come while it computes
-            self._iterator.close()
+        self._iterator.close()
 
     message = ModelAnswer.message
 

@@ -1,6 +1,7 @@
-"""The client of a server with OpenAI's API, for a chat that such a server answers.
+"""The client of mixchat's server: a model of a server answers as one of this machine does.
 
-- server_backend.py: a server as what answers a chat
+- server_models.py: the models of a server, and a look for a server on this machine
+- server_model.py: a model of a server, and its answer
 - server_client.py: asks a server over HTTP
 - patience.py: how long a server may take, and how much it may send
 - server_json.py: what a server sends: models, events, errors

@@ -1,11 +1,11 @@
-"""Reads what a server with OpenAI's API sends."""
+"""Reads what mixchat's server sends."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mixchat.base.errors import (
     MixchatError,
@@ -15,12 +15,14 @@ from mixchat.base.errors import (
     short_message,
 )
 from mixchat.base.sanitize import sanitize
+from mixchat.face.events import Reason
+from mixchat.text.tool_call import CallDelta
 
 _MAX_EVENT = 2**20  # bytes, because a server could fill the memory
 _MAX_NAME = 200  # characters
-# Codes and words of servers for a prompt that does not fit.
-_TOO_LONG = ("context_length_exceeded", "exceed_context_size_error", "maximum context length")
-_NO_MODEL = "model_not_found"
+_MAX_CALLS = 128  # of tools, in an answer
+_TOO_LONG, _NO_MODEL = "context_length_exceeded", "model_not_found"  # codes of errors
+_REASONS: dict[object, Reason] = {"length": "length", "tool_calls": "tool_calls"}
 
 
 class BusyError(ServerError):
@@ -65,12 +67,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next piece of an answer. `reason` is stop or length at its end, None before."""
+    """The next piece of an answer. `reason` is None before its end."""
 
     text: str = ""
-    reason: Literal["stop", "length"] | None = None
-    usage: Usage | None = None
     thinking: str = ""
+    calls: tuple[CallDelta, ...] = ()
+    reason: Reason | None = None
+    usage: Usage | None = None
 
 
 def read_models(body: bytes) -> list[ListedModel]:
@@ -139,25 +142,28 @@ def read_chunk(data: str) -> Chunk:
     choices = raw.get("choices") or []
     if not isinstance(choices, list):
         raise ServerError("the server sends choices that are no list")
-    choice = next((each for each in map(_object, choices) if not each.get("index")), {})
+    choice = _object(choices[0]) if choices else {}
     delta = _object(choice.get("delta") or {})
-    thinking = delta.get("reasoning_content") or delta.get("reasoning")  # some servers' name
-    reason: Literal["stop", "length"] | None = None
-    if given := choice.get("finish_reason"):
-        reason = "length" if given == "length" else "stop"
-    usage = _usage(raw.get("usage"))
-    text = _text(delta.get("content")) + _calls(delta.get("tool_calls") or [])
-    return Chunk(text, reason, usage, _text(thinking))
+    calls = delta.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ServerError("the server sends calls that are no list")
+    reason = choice.get("finish_reason")
+    return Chunk(
+        _text(delta.get("content")),
+        _text(delta.get("reasoning_content")),
+        tuple(map(_call, calls)),
+        None if reason is None else _REASONS.get(reason, "stop"),
+        _usage(raw.get("usage")),
+    )
 
 
-def _calls(given: object) -> str:
-    """Return pieces of calls of tools as text."""
-    text = ""
-    for call in map(_object, given if isinstance(given, list) else [given]):
-        function = _object(call.get("function") or {})
-        name = _text(function.get("name"))
-        text += (f"\ncall {name}: " if name else "") + _text(function.get("arguments"))
-    return text
+def _call(raw: object) -> CallDelta:
+    call = _object(raw)
+    function, index = _object(call.get("function") or {}), call.get("index")
+    if type(index) is not int or not 0 <= index < _MAX_CALLS:
+        raise ServerError("the server sends a call of a tool without its number")
+    name, arguments = _text(function.get("name")), _text(function.get("arguments"))
+    return CallDelta(index, arguments, _text(call.get("id")), name)
 
 
 def _text(given: object) -> str:
@@ -172,9 +178,9 @@ def _text(given: object) -> str:
 def error_of(status: int, raw: object) -> MixchatError:
     """Return the error that a server reports in JSON. `status` is 0 in a stream."""
     code, said = _error(raw)
-    if any(words in code or words in said for words in _TOO_LONG):
+    if _TOO_LONG in code:
         return PromptTooLongError(f"the server says: {said or code}")
-    if _NO_MODEL in code or (status == 404 and "model" in said.lower()):
+    if _NO_MODEL in code:
         return ModelNotFoundError(f"the server says: {said or code}")
     kind = _BY_STATUS.get(status, ServerError)
     return kind(f"the server says: {said or code or f'{status}, without a reason'}")

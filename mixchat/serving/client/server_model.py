@@ -133,14 +133,19 @@ class ServerAnswer:
         self._shown: list[Piece] = []
         self._characters = self._thinking_tokens = 0
         self._reason: Reason = "interrupted"
-        self._has_usage = False
+        self._has_usage = self._is_cancelled = False
         self._events = self._read(left_out)
 
     def __iter__(self) -> Iterator[Event]:
         return self
 
     def __next__(self) -> Event:
+        if self._is_cancelled:
+            raise StopIteration
         return next(self._events)
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
 
     def message(self) -> Message | None:
         message = shown_message(self._answered, self._shown)
@@ -159,7 +164,6 @@ class ServerAnswer:
                 if isinstance(event, Comment):
                     yield from self._progress(event.text)
                 elif event.strip() == "[DONE]":
-                    self._end("stop")
                     break
                 else:
                     yield from self._take(read_chunk(event))
@@ -173,20 +177,21 @@ class ServerAnswer:
         yield self._last()
 
     def _take(self, chunk: Chunk) -> Iterator[Piece]:
-        if chunk.text or chunk.thinking:
-            self._characters += len(chunk.text) + len(chunk.thinking)
-            self._stream.patience.take_text(len(chunk.text) + len(chunk.thinking))
+        texts = (chunk.text, chunk.thinking, *(call.arguments for call in chunk.calls))
+        if characters := sum(map(len, texts)) or len(chunk.calls):
+            self._characters += characters
+            self._stream.patience.take_text(characters)
             if self._characters > (self._model.context or UNKNOWN_CONTEXT).longest_text:
                 raise ServerError("the server sends more text than its context can hold")
             self.stats.generated_tokens += 1  # the server sends about a token at a time
-            self._thinking_tokens += not chunk.text
+            self._thinking_tokens += chunk.thinking != ""
             self._time()
-            self._shown.append(
-                Piece(chunk.text, chunk.thinking, thinking_tokens=self._thinking_tokens)
-            )
-            yield self._shown[-1]
+            piece = Piece(chunk.text, chunk.thinking, chunk.calls, (), self._thinking_tokens)
+            self._shown.append(piece)
+            yield piece
         if chunk.reason is not None:
-            self._end(chunk.reason)
+            self._reason = chunk.reason
+            self._time()
             self._stream.patience.end_soon()
         if chunk.usage is not None:
             self.stats.prompt_tokens = chunk.usage.prompt_tokens
@@ -209,11 +214,6 @@ class ServerAnswer:
             self._first_piece = now
             self.stats.prefill_seconds = now - self._started
         self.stats.decode_seconds = now - self._first_piece
-
-    def _end(self, reason: Reason) -> None:
-        if self._reason == "interrupted":
-            self._reason = reason
-            self._time()
 
     def _last(self) -> End:
         """Return the end, and note how many tokens the conversation has."""

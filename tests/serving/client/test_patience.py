@@ -10,11 +10,12 @@ import pytest
 from scripted_server import DONE, LIST, Answer, ScriptedServer, as_json, delta, event, refusal
 
 from mixchat.base.errors import ServerError
+from mixchat.face.events import Piece
 from mixchat.serving.client import patience
 from mixchat.serving.client.patience import Patience
-from mixchat.serving.client.server_backend import ServerBackend
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import ListedModel, RefusedError
+from mixchat.serving.client.server_model import ServerModel
 from mixchat.serving.client.server_url import ServerURL
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n%s\r\n"
@@ -52,9 +53,9 @@ def endless(head: bytes, piece: bytes, pause: float = 0.0) -> Iterator[ServerCli
 
 
 def answer_of(client: ServerClient) -> str:
-    reply = ServerBackend(client, ListedModel("tiny")).send({})
+    reply = ServerModel(client, ListedModel("tiny")).send({})
     try:
-        return "".join(piece.text for piece in reply.texts())
+        return "".join(event.text for event in reply if isinstance(event, Piece))
     finally:
         reply.close()
 

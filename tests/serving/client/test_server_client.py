@@ -11,13 +11,12 @@ from mixchat.base.errors import (
     ServerError,
     UsageError,
 )
-from mixchat.serving.client import server_client
+from mixchat.serving.client import server_client, server_models
 from mixchat.serving.client.patience import Patience
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import BusyError, ListedModel, RefusedError
+from mixchat.serving.client.server_models import is_served_here
 from mixchat.serving.client.server_url import ServerURL
-from mixchat.sessions import server_models
-from mixchat.sessions.server_models import is_served_here
 
 
 def client_of(server, key=None):
@@ -104,7 +103,7 @@ def test_a_redirect_is_not_followed_since_the_key_would_go_to_another_server():
     ("answer", "kind", "said", "hint"),
     [
         (refusal("401 U", "no key"), ServerError, "no key", "may want a key: set MIXCHAT_API_KEY"),
-        (refusal("404 N", "no model x"), ModelNotFoundError, "no model x", None),
+        (refusal("404 N", "no model x", "model_not_found"), ModelNotFoundError, "no model x", None),
         (refusal("404 N", "Not Found"), ServerError, "Not Found", "below /v1"),
         (refusal("400 B", "m", "context_length_exceeded"), PromptTooLongError, "m", None),
         (refusal("400 B", "unknown: top_k"), RefusedError, "unknown: top_k", None),

@@ -1,4 +1,4 @@
-"""The JSON of a server is read if it has the form of OpenAI's API, else refused in one line."""
+"""The JSON of a server is read if it has the form of mixchat's, else refused in one line."""
 
 import json
 from contextlib import suppress
@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 
 from mixchat.base.errors import MixchatError, ModelNotFoundError, PromptTooLongError, ServerError
 from mixchat.serving.client.server_json import (
+    Chunk,
     Comment,
     ListedModel,
-    Piece,
     Usage,
     error_of,
     events,
     parsed_error,
+    read_chunk,
     read_models,
-    read_piece,
 )
+from mixchat.text.tool_call import CallDelta
 
 LONG = PromptTooLongError
 JSON = st.recursive(
@@ -39,37 +40,34 @@ JSON = st.recursive(
 
 
 def piece_of(**chunk):
-    return read_piece(json.dumps(chunk))
+    return read_chunk(json.dumps(chunk))
 
 
 def test_a_piece_has_text_reason_and_usage():
-    assert piece_of(choices=[{"delta": {"content": "Hi"}}]) == Piece("Hi")
-    assert piece_of(choices=[{"delta": {}, "finish_reason": "length"}]) == Piece("", "length")
-    for name in ("reasoning_content", "reasoning"):
-        assert piece_of(choices=[{"delta": {name: "Hm"}}]) == Piece(thinking="Hm")
-    assert piece_of(choices=[{"delta": None, "finish_reason": "eos"}]) == Piece("", "stop")
+    assert piece_of(choices=[{"delta": {"content": "Hi"}}]) == Chunk("Hi")
+    assert piece_of(choices=[{"delta": {}, "finish_reason": "length"}]) == Chunk(reason="length")
+    assert piece_of(choices=[{"delta": {"reasoning_content": "Hm"}}]) == Chunk(thinking="Hm")
+    assert piece_of(choices=[{"delta": None, "finish_reason": "eos"}]) == Chunk(reason="stop")
     counts = {"prompt_tokens": 5, "completion_tokens": 2}
-    assert piece_of(choices=[], usage=counts) == Piece(usage=Usage(5, 0, 2))
+    assert piece_of(choices=[], usage=counts) == Chunk(usage=Usage(5, 0, 2))
     counts["prompt_tokens_details"] = {"cached_tokens": 3}
     assert piece_of(choices=None, usage=counts).usage == Usage(5, 3, 2)
 
 
-def test_calls_of_tools_are_shown_as_text():
-    named = {"index": 0, "id": "1", "function": {"name": "find", "arguments": ""}}
-    pieces = [{"tool_calls": [named]}, {"tool_calls": [{"function": {"arguments": '{"a": 1}'}}]}]
-    texts = [piece_of(choices=[{"delta": delta}]).text for delta in pieces]
-    assert "".join(texts) == '\ncall find: {"a": 1}'
+def test_calls_of_tools_come_in_pieces():
+    function = {"name": "find", "arguments": ""}
+    first = {"tool_calls": [{"index": 0, "id": "1", "function": function}]}
+    more = {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1}'}}]}
+    assert piece_of(choices=[{"delta": first}]) == Chunk(calls=(CallDelta(0, "", "1", "find"),))
+    assert piece_of(choices=[{"delta": more}]) == Chunk(calls=(CallDelta(0, '{"a": 1}'),))
     end = piece_of(choices=[{"delta": {}, "finish_reason": "tool_calls"}])
-    assert end == Piece("", "stop")
-
-
-def test_other_choices_than_the_first_are_not_mixed_into_it():
-    choices = [{"index": 1, "delta": {"content": "B"}}, {"index": 0, "delta": {"content": "A"}}]
-    assert piece_of(choices=choices).text == "A"
+    assert end == Chunk(reason="tool_calls")
+    with pytest.raises(ServerError):
+        piece_of(choices=[{"delta": {"tool_calls": [{"index": 10**9}]}}])
 
 
 def test_half_a_character_is_replaced():
-    assert read_piece('{"choices": [{"delta": {"content": "a\\ud800b"}}]}').text == "a\ufffdb"
+    assert read_chunk('{"choices": [{"delta": {"content": "a\\ud800b"}}]}').text == "a\ufffdb"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +76,7 @@ def test_half_a_character_is_replaced():
 )
 def test_what_is_no_piece_is_refused(data):
     with pytest.raises(ServerError):
-        read_piece(data)
+        read_chunk(data)
 
 
 @pytest.mark.parametrize("error", [{"message": "broken"}, "broken", {"detail": "broken"}])
@@ -90,7 +88,7 @@ def test_an_error_in_the_stream_is_what_the_server_says(error):
 @given(JSON)
 def test_whatever_comes_is_read_or_refused(value):
     data = json.dumps(value)
-    for read in (read_piece, lambda text: read_models(text.encode())):
+    for read in (read_chunk, lambda text: read_models(text.encode())):
         with suppress(ServerError):
             read(data)
     assert isinstance(error_of(400, parsed_error(data.encode())), MixchatError)
@@ -112,15 +110,14 @@ def test_models_have_names_that_can_be_shown_and_the_size_that_mixchat_tells():
 @pytest.mark.parametrize(
     ("raw", "kind", "said"),
     [
-        ({"error": {"message": "m", "type": "exceed_context_size_error"}}, LONG, "m"),
-        ({"message": "the maximum context length is 9"}, LONG, "length is 9"),
+        ({"error": {"message": "m", "code": "context_length_exceeded"}}, LONG, "m"),
         ({"error": {"message": "m", "code": "model_not_found"}}, ModelNotFoundError, "m"),
         ({"detail": "Not Found"}, ServerError, "Not Found"),
         ("", ServerError, "500, without a reason"),
         ({"error": "long " * 200}, ServerError, "…"),
     ],
 )
-def test_errors_of_several_servers_become_ours(raw, kind, said):
+def test_errors_of_the_server_become_ours(raw, kind, said):
     error = error_of(500, raw)
     assert type(error) is kind
     assert said in str(error)

@@ -1,17 +1,16 @@
 """A session that a server answers is like any other, except for what only an engine knows."""
 
-from dataclasses import replace
-
 import pytest
 from scripted_server import DONE, STREAM, Answer, ScriptedServer, delta, event, refusal, says, usage
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.options import ChatOptions, RequestedSampling
-from mixchat.chat.session import ChatSession, Finished, LeftOut, TextDelta, ThinkingDelta
-from mixchat.serving.client import server_backend
-from mixchat.serving.client.server_backend import ServerBackend
+from mixchat.chat.session import ChatSession
+from mixchat.face import request
+from mixchat.face.events import End, LeftOut, Piece, Reading
 from mixchat.serving.client.server_client import ServerClient
 from mixchat.serving.client.server_json import ListedModel
+from mixchat.serving.client.server_model import ServerModel
 from mixchat.serving.client.server_url import ServerURL
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.messages import Message
@@ -20,12 +19,13 @@ from mixchat.text.messages import Message
 def session_with(server, context_size=None, **options):
     client = ServerClient(ServerURL.parse(server.address))
     sampling = options.pop("sampling", RequestedSampling())
-    backend = ServerBackend(client, ListedModel("tiny", context_size))
-    return ChatSession(backend, sampling, ChatOptions(**options))
+    form = options.pop("form", None)
+    model = ServerModel(client, ListedModel("tiny", context_size))
+    return ChatSession(model, sampling, ChatOptions(**options), form)
 
 
 def text_of(events):
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
+    return "".join(event.text for event in events if isinstance(event, Piece))
 
 
 def contents(session):
@@ -36,8 +36,9 @@ def test_an_answer_comes_in_pieces_and_is_remembered_without_ids():
     with ScriptedServer(says("Hel", "lo", counts=usage(7, 3, 4))) as server:
         session = session_with(server)
         events = list(session.ask("Hi"))
-    assert [event.text for event in events[:-1]] == ["Hel", "lo"]
-    assert isinstance(events[-1], Finished)
+    assert events[0] == Reading(0, 0)
+    assert [event.text for event in events[1:-1]] == ["Hel", "lo"]
+    assert isinstance(events[-1], End)
     assert events[-1].reason == "stop"
     stats = events[-1].stats
     assert (stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens) == (7, 4, 3)
@@ -50,10 +51,7 @@ def test_an_answer_comes_in_pieces_and_is_remembered_without_ids():
 def test_a_schema_is_sent_in_the_form_of_openai():
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
     with ScriptedServer(says("{}")) as server:
-        client = ServerClient(ServerURL.parse(server.address))
-        form = OutputConstraint("", schema).request_fields()
-        backend = ServerBackend(client, ListedModel("tiny"), form)
-        list(ChatSession(backend, RequestedSampling(), ChatOptions()).ask("Hi"))
+        list(session_with(server, form=OutputConstraint("", schema)).ask("Hi"))
     (sent,) = server.asked()
     assert sent["response_format"] == {
         "type": "json_schema",
@@ -94,9 +92,8 @@ def test_what_was_asked_for_is_sent_even_if_it_is_the_default_elsewhere():
     [
         [delta(None, "stop"), DONE],
         [delta("!", "stop")],  # no [DONE]
-        [delta("!"), DONE],  # no reason
         [delta("!", "stop"), b"data: garbage\n\n"],
-        [delta("!", "eos_token"), usage(3, 2).strip()],
+        [delta("!", "stop"), usage(3, 2).strip()],
     ],
 )
 def test_an_answer_has_ended_when_the_server_says_so_in_one_way_or_another(ending):
@@ -136,6 +133,7 @@ def test_without_counts_of_the_server_those_of_the_pieces_are_shown():
     "ending",
     [
         Answer([delta("Hel")]),
+        Answer([delta("Hel"), DONE]),  # no reason
         Answer([delta("Hel")], end="reset"),
         Answer([delta("Hel"), event({"error": {"message": "no memory"}})]),
         Answer([delta("Hel"), event({"error": {"message": "m", "code": "model_not_found"}})]),
@@ -165,7 +163,7 @@ def test_an_answer_that_breaks_off_is_one_line_and_what_was_shown_is_kept(ending
 
 
 def test_a_piece_that_is_cut_within_a_character_is_whole():
-    body = delta("").replace(b'""', '"é😀"'.encode()) + DONE
+    body = delta("", "stop").replace(b'""', '"é😀"'.encode()) + DONE
     pieces = [body[i : i + 1] for i in range(len(body))]
     with ScriptedServer(Answer(pieces)) as server:
         assert text_of(session_with(server).ask("Hi")) == "é😀"
@@ -186,6 +184,7 @@ def test_an_answer_that_is_stopped_ends_the_request_and_keeps_what_was_shown(way
     with ScriptedServer(Answer(pieces, end="hold")) as server:
         session = session_with(server)
         answer = session.ask("Count")
+        next(answer)  # nothing is read yet
         assert next(answer).text == "One"
         if way == "interrupt":
             session.interrupt()
@@ -199,10 +198,9 @@ def test_an_answer_that_is_stopped_ends_the_request_and_keeps_what_was_shown(way
 
 def test_progress_is_what_the_server_tells_in_comments():
     pieces = [b": waiting\n\n", b": read 5 of 20 tokens\n\n", b": read 30 of 20 tokens\n\n"]
-    seen = []
     with ScriptedServer(Answer([*pieces, delta("Hi", "stop"), DONE])) as server:
-        list(session_with(server).ask("Hi", lambda *counts: seen.append(counts)))
-    assert seen == [(0, 0), (5, 20)]
+        events = list(session_with(server).ask("Hi"))
+    assert events[:-2] == [Reading(0, 0), Reading(5, 20)]
 
 
 TOO_LONG = refusal("400 Bad Request", "too many tokens", "context_length_exceeded")
@@ -229,7 +227,7 @@ def test_old_turns_are_left_out_by_halves_until_it_fits_the_server():
         session = with_turns(server, 5, overflow="drop-oldest")
         events = list(session.ask("last"))
         list(session.ask("more"))
-    assert events[0] == LeftOut(4)
+    assert events[0] == LeftOut(4, 8)
     sent = [[m["content"] for m in body["messages"]] for body in server.asked()]
     assert [texts[0] for texts in sent] == ["q0", "q3", "q4", "q4"]
     assert len(session.history) == 14
@@ -285,46 +283,19 @@ def test_an_answer_that_fills_a_known_context_is_told_from_one_of_full_length(si
     assert finished.reason == reason
 
 
-class Piece(str):
-    """A text that fails if it is added to the text before it, all of which is copied then."""
-
-    __slots__ = ()
-
-    def __radd__(self, before):
-        raise AssertionError("the answer so far was copied")
-
-
-@pytest.mark.parametrize("field", ["text", "thinking"])
-def test_the_pieces_of_an_answer_are_joined_once(monkeypatch, field):
-    """An answer without an end took minutes until it was too long."""
-    read = server_backend.read_piece
-
-    def read_piece(data):
-        piece = read(data)
-        return replace(piece, **{"text": "", field: Piece(piece.text)})
-
-    monkeypatch.setattr(server_backend, "read_piece", read_piece)
-    with ScriptedServer(says("a", "b", "c")) as server:
-        client = ServerClient(ServerURL.parse(server.address))
-        reply = ServerBackend(client, ListedModel("tiny", None)).send({})
-        list(reply.texts())
-    message = reply.message()
-    assert (message.content, message.thinking) == (("abc", "") if field == "text" else ("", "abc"))
-
-
-def test_counts_that_come_with_each_piece_do_not_join_the_answer_each_time(monkeypatch):
-    """60,000 pieces with counts took 13 seconds."""
-    joined, message = [], server_backend.ServerReply.message
+def test_the_pieces_of_an_answer_are_joined_once(monkeypatch):
+    """An answer without an end took minutes until it was too long, and 60,000 counts 13 seconds."""
+    joined, shown_message = [], request.shown_message
     monkeypatch.setattr(
-        server_backend.ServerReply, "message", lambda reply: joined.append(1) or message(reply)
+        "mixchat.serving.client.server_model.shown_message",
+        lambda *parts: joined.append(1) or shown_message(*parts),
     )
     pieces = [event for n in range(9) for event in (delta("x"), usage(3, n + 1))]
     with ScriptedServer(Answer([*pieces, delta("!", "stop"), DONE])) as server:
         client = ServerClient(ServerURL.parse(server.address))
-        backend = ServerBackend(client, ListedModel("tiny", None))
-        list(backend.send({}).texts())
+        *_, end = ServerModel(client, ListedModel("tiny")).send({})
     assert len(joined) == 1
-    assert (backend.stats.prompt_tokens, backend.stats.generated_tokens) == (3, 10)
+    assert (end.stats.prompt_tokens, end.stats.generated_tokens) == (3, 10)
 
 
 def test_an_answer_without_an_end_is_ended_by_what_the_context_can_hold():
@@ -346,7 +317,8 @@ def test_a_servers_thinking_comes_apart_and_is_not_sent_back():
         events = list(session.ask("Hi"))
         list(session.ask("So?"))
         sent = [request.body for request in server.requests]
-    assert events[:3] == [ThinkingDelta("Hm", 1), ThinkingDelta(".", 2), TextDelta("Yes")]
+    thinking = [Piece("", "Hm", thinking_tokens=1), Piece("", ".", thinking_tokens=2)]
+    assert events[1:4] == [*thinking, Piece("Yes", thinking_tokens=2)]
     assert session.history[1] == Message("assistant", "Yes", None, False, "Hm.", 2)
     assert [message["content"] for message in sent[1]["messages"]] == ["Hi", "Yes", "So?"]
     assert "chat_template_kwargs" not in sent[1]
