@@ -4,10 +4,9 @@
 - run.py: mixchat run
 - serve.py: mixchat serve, worker
 - download.py: mixchat download, calibrate
-- models.py: mixchat list, show, verify, repair, convert, rm, gc
+- models.py: mixchat list, show, verify, repair, convert, rm, gc, stats
 - plan.py: mixchat plan
 - bench.py: mixchat bench
-- stats.py: mixchat stats
 - chats.py: mixchat chats
 - config.py: mixchat config
 - flags/: flags, their checks, their defaults, their completion, and the options that they give

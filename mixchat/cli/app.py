@@ -29,12 +29,11 @@ from mixchat.cli.flags.shell_completion import (
     one_of,
     show_completion,
 )
-from mixchat.cli.models import convert, gc, list_models, repair, rm, show_model, verify
+from mixchat.cli.models import convert, gc, list_models, repair, rm, show_model, stats, verify
 from mixchat.cli.output.messages import print_error
 from mixchat.cli.plan import plan
 from mixchat.cli.run import run as run_model
 from mixchat.cli.serve import serve, worker
-from mixchat.cli.stats import stats
 
 _INTERRUPTED = 130
 _CLOSED_PIPE = 141

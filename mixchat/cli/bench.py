@@ -12,11 +12,9 @@ import typer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import ExpertSize
-from mixchat.chat.printing import say
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, option
 from mixchat.cli.flags.shell_completion import known_shapes, one_of
-from mixchat.cli.output.png import checked_picture, write_figure
 from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
 
@@ -75,15 +73,12 @@ class BenchFlags(load_flags.LoadFlags):
     )
     exact_prompts: bool = load_flags.EXACT_PROMPTS
     as_json: bool = load_flags.JSON
-    png: Path | None = load_flags.PNG
 
 
 def bench(context: typer.Context, flags: BenchFlags) -> None:
     """Measure a model's speed against the limits of this machine.
 
     --synthetic LAYERS measures without a download.
-
-    --png replaces an existing FILE only if mixchat drew it.
     """
     synthetic = flags.synthetic
     if synthetic is not None and is_given(context, "model"):
@@ -94,7 +89,6 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
     if is_given(context, "shape") and synthetic is None:
         raise UsageError("--shape goes with --synthetic")
     size = load_flags.parse_expert_bits(flags.expert_bits) or ExpertSize(4.0)
-    picture = checked_picture(flags.png)
     if synthetic is not None:
         _check_shape(flags.shape, synthetic)
     prepare_environment()
@@ -105,13 +99,9 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
     load = load_flags.load_options(flags, context_size=options.context_size)
     form = size, flags.shape, flags.dense_bits and int(flags.dense_bits)
     with _model(flags.model, synthetic, *form) as directory:
-        done = Bench(directory, load, options)
-        _measure(done, flags.rounds)
-        report = BenchReport(done)
-        report.show(flags.as_json)
-        if picture is not None:  # last, for it may fail
-            write_figure(picture, report.picture())
-            say(f"wrote {picture.path}")
+        measured = Bench(directory, load, options)
+        _measure(measured, flags.rounds)
+        BenchReport(measured).show(flags.as_json)
 
 
 def _check_shape(shape: str, layers: int) -> None:

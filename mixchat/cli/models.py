@@ -1,7 +1,8 @@
-"""`mixchat list`, `show`, `verify`, `repair`, `convert`, `rm` and `gc`."""
+"""`mixchat list`, `show`, `verify`, `repair`, `convert`, `rm`, `gc` and `stats`."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,10 +12,16 @@ import typer
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
 from mixchat.base.quantities import format_size
 from mixchat.base.settings import models_dir
-from mixchat.chat.printing import one_line, say, show_lines
+from mixchat.chat.printing import draw, one_line, say, show, show_lines
 from mixchat.cli.flags.arguments import checked, stdin_is_terminal
-from mixchat.cli.flags.load_flags import INSTALLED, JSON, dense_bits, parse_dense_bits
-from mixchat.cli.flags.settings import option
+from mixchat.cli.flags.load_flags import (
+    INSTALLED,
+    JSON,
+    dense_bits,
+    model_argument,
+    parse_dense_bits,
+)
+from mixchat.cli.flags.settings import option, settings_of, value_source
 from mixchat.cli.output.progress import resumable, show_progress
 from mixchat.engine.environment import prepare_environment
 from mixchat.face.kept_caches import remove_server_caches
@@ -33,6 +40,7 @@ _DENSE_BITS = dense_bits("as they are", ("8", "6", "5"))
 _UNFINISHED = option(
     "--unfinished", "Also delete unfinished downloads and calibrations, which then start anew."
 )
+_LAST_MODEL = model_argument(INSTALLED.help, show_default="the model of the last run")
 _SHOWN_DAMAGES = 20
 
 
@@ -210,6 +218,26 @@ def gc(unfinished: bool = _UNFINISHED) -> None:
             freed += size
             say(f"removed: {path} ({format_size(size)})")
     say(f"freed {format_size(freed)}")
+
+
+def stats(context: typer.Context, model: str = _LAST_MODEL, as_json: bool = JSON) -> None:
+    """Show each expert's use and place in the last run."""
+    from mixchat.engine.report import load_report, newest_report_path, report_path
+
+    is_named = value_source(context, settings_of(context.command)["model"]) != "default"
+    path = (None if is_named else newest_report_path()) or report_path(model)
+    if not path.exists():
+        raise ModelNotFoundError(
+            f"there is no report of a run of {model!r} yet",
+            hint=f"mixchat run -m {model} saves one.",
+        )
+    report = load_report(path)
+    if as_json:
+        show(json.dumps(report.to_dict()))
+    else:
+        from mixchat.chat.draw.heatmap import drawn
+
+        draw(drawn(report, sys.stdout))
 
 
 def _ask(question: str) -> None:

@@ -18,7 +18,7 @@ from mixchat.engine.environment import prepare_environment
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFlags(load_flags.LoadFlags):
+class PlanFlags(load_flags.HolderFlags):
     """The flags of `mixchat plan`."""
 
     model: str = load_flags.model_argument(load_flags.ANY_MODEL, "instruct")
@@ -36,11 +36,12 @@ class PlanFlags(load_flags.LoadFlags):
     free_disk: str | None = option(
         "--free-disk SIZE", "Plan for a machine with so much free disk, such as 100GB.", MACHINE
     )
+    kv_bits: int | None = load_flags.KV_BITS
     ctx_size: int | None = load_flags.CONTEXT_SIZE
     parallel: int = load_flags.parallel(1)
     expert_bits: str | None = load_flags.expert_bits("4")
     measure: bool = option("--measure", "Measure this machine again (20 s at most).")
-    details: bool = option("--details", "Show the reasons, fewer bits, and what more memory gives.")
+    details: bool = option("--details", "Show the reasons, and experts in fewer bits.")
     as_json: bool = load_flags.JSON
 
 
@@ -55,11 +56,12 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     are busy, saved figures are used. Each speed is a range from the slowest of several samples to
     the fastest. 'mixchat run --verbose' prints the predicted speed next to the measured one.
 
-    --ram, --gpu, --disk-speed and --free-disk describe another machine. Everything else is taken
-    from this machine, also the speed of the CPU. A GPU that cannot be measured here gets the speeds
-    of a cheap card, which the plan names.
+    --ram, --gpu, --disk-speed and --free-disk describe another machine, or this one with more
+    memory. Everything else is taken from this machine, also the speed of the CPU. A GPU that cannot
+    be measured here gets the speeds of a cheap card, which the plan names. Workers do not count.
+    'mixchat bench --worker HOST' measures the speed with them.
     """
-    others = OtherPrograms()
+    programs = OtherPrograms()
     options = load_flags.load_options(flags)
     figures = {
         "ram": _told("--ram", flags.ram, parse_size),
@@ -89,13 +91,19 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
 
     def report_on(ref: models.ModelRef) -> PlanReport:
         with reporter.progress() as progress:
-            found = outline(ref, progress, bits, told.free_disk, told.layout)
+            planned = outline(ref, progress, bits, told.free_disk, told.layout)
         if mix is not None:
-            found = in_mix(found, mix)
-        made = plan_machine(
-            found, options, reporter, told=told, others=others, again=flags.measure, catalog=catalog
+            planned = in_mix(planned, mix)
+        machine_plan = plan_machine(
+            planned,
+            options,
+            reporter,
+            told=told,
+            programs=programs,
+            again=flags.measure,
+            catalog=catalog,
         )
-        return PlanReport(found, made, flags.details)
+        return PlanReport(planned, machine_plan, flags.details)
 
     try:
         report = report_on(ref)

@@ -15,18 +15,14 @@ from mixchat.base.machine import OtherPrograms
 from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.quantities import format_age
-from mixchat.engine.report import report_path, saved_uses
 from mixchat.loading.loader import choose_devices
-from mixchat.loading.workers import ask_workers
 from mixchat.planning.fitting import MemoryPlan, expected_mix, fit_model, has_bits
 from mixchat.planning.hardware import Machine, ToldMachine
 from mixchat.planning.machine_speeds import BUSY, Measurement
 from mixchat.planning.measuring import measure_machine, saved_measurement
 from mixchat.planning.plan import MachinePlan, Size, expect_fit, fit_known, plan_model, scaled
 from mixchat.planning.torch_threads import choose_threads
-from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import is_installed
 from mixchat.weights.make.outline import Outline
 from mixchat.weights.make.quantize_options import DEMO_LOSS
@@ -38,16 +34,16 @@ def plan(
     reporter: Reporter,
     *,
     told: ToldMachine,
-    others: OtherPrograms,
+    programs: OtherPrograms,
     again: bool = False,
     catalog: Mapping[tuple[str, ...], Blueprint] | None = None,
 ) -> MachinePlan:
     """Return the plan for a model, and measure the machine if that is needed, or `again`.
 
-    `told` has the figures of another machine, and `others` the programs since the command began.
-    All speeds come from one measurement. Those of the models of `catalog`, by their names, and of
-    experts in fewer bits follow from it by arithmetic.
-    Raises `MixchatError` if the model does not fit, an option cannot be used, or a worker fails.
+    `told` has the figures of another machine. `programs` tells how busy this one is. All speeds
+    come from one measurement. The speeds of the models of `catalog`, by their names, and of experts
+    in fewer bits follow from it by arithmetic.
+    Raises `MixchatError` if the model does not fit, or an option cannot be used.
     """
     devices, blueprint = choose_devices(options.device), outline.blueprint
     if told.layout is not None:  # which an installed model need not have here
@@ -56,18 +52,16 @@ def plan(
     machine = told.machine(Machine.now(outline.directory, devices))
     fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
     choose_threads(blueprint)
-    offers = _offers(outline, options, reporter)
     shape = told.measurable(fit, here)
-    known = _measurement(outline, shape, here, reporter, others, again=again)
+    known = _measurement(outline, shape, here, reporter, programs, again=again)
     measurement = told.measurement(known, fit.computed, device)
-    uses = saved_uses(report_path(outline.name))
-    planned = plan_model(machine, device, fit, measurement, offers, uses)
+    planned = plan_model(machine, device, fit, measurement)
 
-    def by_arithmetic(other: MemoryPlan) -> Measurement:
+    def by_arithmetic(form: MemoryPlan) -> Measurement:
         # Figures of another moment would compare the machine's load, and not the models. On a busy
         # machine 4 bits had 1.6 to 7 tok/s, and 3 bits of a second measurement 8 to 9.6.
-        scaled_figures = scaled(known, shape, told.measurable(other, here))
-        return told.measurement(scaled_figures, other.computed, device)
+        scaled_figures = scaled(known, shape, told.measurable(form, here))
+        return told.measurement(scaled_figures, form.computed, device)
 
     sizes = [Size("4", fit, planned.expected)]
     for bits in tuple(DEMO_LOSS)[1:]:
@@ -91,20 +85,8 @@ def in_mix(outline: Outline, bits: ExpertSize) -> Outline:
     if outline.installed and has_bits(outline.blueprint, bits):
         return outline
     arguments = (*(outline.arguments or (outline.name,)), "--expert-bits", str(bits))
-    made = expected_mix(outline.blueprint, bits)
-    return replace(outline, blueprint=made, installed=False, arguments=arguments)
-
-
-def _offers(outline: Outline, options: LoadOptions, reporter: Reporter) -> list[WorkerOffer]:
-    if not options.workers:
-        return []
-    if not outline.installed:
-        raise UsageError(
-            f"--worker is for an installed model, and {outline.name} is not installed",
-            hint="Workers serve only the same model as this machine's: install it on each of them.",
-        )
-    with reporter.status("asking the workers"), InstalledModel(outline.directory) as installed:
-        return ask_workers(installed, options)
+    blueprint = expected_mix(outline.blueprint, bits)
+    return replace(outline, blueprint=blueprint, installed=False, arguments=arguments)
 
 
 def _measurement(
@@ -112,7 +94,7 @@ def _measurement(
     blueprint: Blueprint,
     device: torch.device,
     reporter: Reporter,
-    others: OtherPrograms,
+    programs: OtherPrograms,
     *,
     again: bool,
 ) -> Measurement:
@@ -125,7 +107,7 @@ def _measurement(
             reason = "the last time a file just written was read, not the model"
         if reason is None:
             return saved
-        if others.share() > BUSY:
+        if programs.share() > BUSY:
             age = format_age(time.time() - saved.measured_at)
             reporter.note(f"this machine is busy, so the speeds measured {age} are used")
             return saved

@@ -8,8 +8,7 @@
 - fitting.py: places a model in memory, for a plan and for loading
 - expectation.py: how fast it decodes
 - prompts.py: how long prompts take
-- worker_split.py: how fast it decodes if workers hold experts, too
-- routing.py: hit rates and loads, from a router's choices
+- routing.py: hit rates, and the share of the busiest GPU, from a router's choices
 - machine_speeds.py: the measured speeds of a machine
 - measuring.py: measures this machine, and remembers the figures in machine.json
 - compute_speed.py, disk_speed.py: the single measurements

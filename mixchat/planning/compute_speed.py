@@ -69,7 +69,7 @@ def thread_seconds(
     On a busy machine there may be one round.
     """
     effort = replace(effort, until=time.perf_counter() + _MAX_THREADS_S)
-    before, seconds = torch.get_num_threads(), dict.fromkeys(counts, math.inf)
+    previous, seconds = torch.get_num_threads(), dict.fromkeys(counts, math.inf)
     try:
         for count in [*counts, *counts]:  # a machine's pace may change
             if effort.is_over and seconds[count] < math.inf:
@@ -78,7 +78,7 @@ def thread_seconds(
             compute = _token_probe(blueprint, effort.pool_bytes)
             seconds[count] = min(seconds[count], *samples_of(compute, CPU, effort))
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
     return seconds
 
 

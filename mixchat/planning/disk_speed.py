@@ -97,8 +97,8 @@ def _written(
     if size < block:
         yield block, []
         return
-    place = machine.nearest_existing(directory)
-    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+    existing = machine.nearest_existing(directory)
+    with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
         started = time.perf_counter()
         system.set_direct(file.fileno(), not system.drops_pages())
         written = _fill(file.fileno(), size, min(started + 4 * seconds, until))

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.experts.sharing import assign_owners
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
-from mixchat.planning.routing import expected_hit_rate, layer_loads
+from mixchat.planning.routing import busiest_share, expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
 
 # The part that is read of what could be read while the cores compute, by
@@ -49,17 +46,15 @@ class TokenCost:
     copied: float
     read: float
     slowed: float = 1.0  # the part of its speed that the disk has while the cores compute
-    waiting: float = 0.0  # seconds for workers, longer than this machine computes
 
     @property
     def hidden(self) -> float:
         """Return the seconds saved because moving and computing overlap."""
-        overlapping = self.computing * self.slowed + self.waiting
-        return OVERLAP * min(overlapping, self.copying + self.reading)
+        return OVERLAP * min(self.computing * self.slowed, self.copying + self.reading)
 
     @property
     def seconds(self) -> float:
-        return self.computing + self.waiting + self.copying + self.reading - self.hidden
+        return self.computing + self.copying + self.reading - self.hidden
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ def expect(
 def speed_range(
     costs: Sequence[TokenCost | None], measured_at: float, tokens: int = 1
 ) -> SpeedRange | None:
-    """Return the range of speeds with these costs of so many tokens."""
+    """Return the range of speeds, from costs that are each of `tokens` tokens."""
     seconds = [cost.seconds for cost in costs if cost is not None]
     if not seconds:
         return None
@@ -165,16 +160,16 @@ def token_cost(
     busiest GPU has the part `busiest` of a layer's chosen experts. All answers use `uses` experts
     of a layer together, None for one answer.
     """
-    one = speeds.expert_time(device, 1)
+    row_s = speeds.expert_time(device, 1)
     # More rows slow all matrices alike.
-    slower = speeds.expert_time(device, answers) / one
+    slowdown = speeds.expert_time(device, answers) / row_s
     uses = uses or float(size.experts_per_token)
-    expert = speeds.expert_time(device, answers * size.experts_per_token / uses)
+    expert_s = speeds.expert_time(device, answers * size.experts_per_token / uses)
     uses *= size.layers
     computing = (
-        slower * size.layers * speeds.layer_seconds
-        + uses * busiest * expert
-        + slower * (size.head + size.first_layers) / size.expert * one
+        slowdown * size.layers * speeds.layer_seconds
+        + uses * busiest * expert_s
+        + slowdown * (size.head + size.first_layers) / size.expert * row_s
     )
     missing, read = uses * (1 - hit_rate), uses * (1 - host_hit_rate)
     return moving_cost(size, speeds, computing, missing=missing, read=read, busiest=busiest)
@@ -189,9 +184,9 @@ def moving_cost(
     read: float,
     busiest: float = 1.0,
 ) -> TokenCost | None:
-    """Return the cost of computing for so long, if so many experts are missing in the slots.
+    """Return the cost of `computing` seconds and of `missing` experts that are in no slot.
 
-    `read` of them come from disk. The busiest GPU brings up the part `busiest`.
+    `read` of the missing ones come from disk. The busiest GPU brings up the part `busiest`.
     """
     if read and speeds.disk_bandwidth is None:
         return None
@@ -216,21 +211,6 @@ def held_together(blueprint: Blueprint, device: torch.device, placement: Placeme
     return min(slots + behind if apart else max(slots, behind), placement.experts)
 
 
-def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
-    """Return the part of a token's experts of a layer, 0 to 1, that the busiest GPU has on average.
-
-    With 4 of 8 experts on each of two, both of a token's experts are on the same GPU 3 times in 7,
-    so the busiest has 1.43 of 2.
-    """
-    if len(slots) == 1:
-        return 1.0
-    layers, experts = range(config.num_moe_layers), range(config.num_local_experts)
-    owner = assign_owners((ExpertKey(*key) for key in product(layers, experts)), slots)
-    held = [{key for key in owner if owner[key] == number} for number in range(len(slots))]
-    most = sum(times * max(counts) for counts, times in layer_loads(config, held).items())
-    return most / (len(layers) * config.num_experts_per_tok)
-
-
 def size_of(blueprint: Blueprint) -> ModelSize:
     """Return the parts of a model that cost time."""
     config, head = blueprint.config, blueprint.head
@@ -247,7 +227,7 @@ def size_of(blueprint: Blueprint) -> ModelSize:
 
 
 def expected_distinct(config: ModelConfig, tokens: int) -> float:
-    """Return how many experts of a layer so many tokens use together, chosen by chance.
+    """Return how many experts of a layer `tokens` tokens use together, chosen by chance.
 
     Of 8 experts with 2 a token, two tokens use 3.5.
     """

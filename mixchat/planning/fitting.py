@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
-from typing import Literal
 
 import torch
 
@@ -32,8 +31,7 @@ from mixchat.experts.placement import (
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.make.mix import budget_of, choose_mix, equal_sensitivities, mixed, usual_type
 
-_SAME = 0.02  # of the bytes of experts, which steps from layer to layer leave over
-Tier = Literal["host", "device"]
+_MIX_TOLERANCE = 0.02  # of the experts' bytes, since a mix chooses whole layers
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ class FreeMemory:
     @classmethod
     def now(cls, devices: Sequence[torch.device]) -> FreeMemory:
         """Return the free memory of this machine if these devices compute."""
-        first, *others = devices
+        first, *more = devices
         on_first = None if first == CPU else free_on(first)
-        on_others = {str(device): free_on(device) for device in others}
-        return cls(free_on(CPU), on_first, tightest_memory_limit(), on_others)
+        on_more = {str(device): free_on(device) for device in more}
+        return cls(free_on(CPU), on_first, tightest_memory_limit(), on_more)
 
     def rooms(self, budgets: Sequence[MemoryBudget]) -> list[DeviceRoom]:
         """Return the GPUs, with the budget for each or for all. Raises `UsageError`."""
@@ -81,22 +79,6 @@ class MemoryPlan:
     demand: Demand
     placement: Placement
 
-    def with_more(self, tier: Tier, size: int) -> MemoryPlan:
-        """Return the plan with `size` bytes more in a tier, on the first of several GPUs.
-
-        A budget for it grows as much.
-        """
-        options, demand = self.options, self.demand
-        if tier == "host":
-            free = replace(self.free, host=self.free.host + size)
-            budget = _raised(options.host_memory, demand.whole, size)
-            return fit_model(self.blueprint, free, replace(options, host_memory=budget))
-        first, *others = self.free.rooms(options.device_memory)
-        free = replace(self.free, device=first.free + size)
-        budgets = [_raised(first.budget, first.free, size), *(room.budget for room in others)]
-        given = tuple(budget for budget in budgets if budget is not None)
-        return fit_model(self.blueprint, free, replace(options, device_memory=given))
-
 
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> MemoryPlan:
     """Return the places of the model. Raises `UsageError` and `ResourceError` if it cannot.
@@ -124,8 +106,16 @@ def _fit(
         context = _default_context(blueprint, demand, free, options)
         demand = replace(demand, context=_context_bytes(blueprint, options, context))
     placement = _place(demand, free, options)
-    room = _room_for_context(demand, free, options, placement)
-    largest = _largest_context(blueprint, options, room)
+    # The largest context leaves the fewest experts. A budget of RAM keeps its slots.
+    least_slots, room = MIN_SLOTS, free.host
+    if free.device is not None:
+        first = free.rooms(options.device_memory)[0]
+        room = first.free if first.budget is None else first.budget.of(first.free)
+    elif options.host_memory is not None:
+        least_slots = placement.slots
+    room -= demand.shared + demand.taken(least_slots)
+    counts = range(1, blueprint.config.largest_context + 1)
+    largest = bisect_right(counts, room, key=partial(_context_bytes, blueprint, options))
     return MemoryPlan(blueprint, free, options, computed, context, largest, demand, placement)
 
 
@@ -172,16 +162,16 @@ def expected_mix(blueprint: Blueprint, bits: ExpertSize) -> Blueprint:
             f"--expert-bits: the checkpoint has the experts in 4 bits ({stored.quant_type}), which "
             "stay as they are"
         )
-    if (kind := usual_type(bits)) is not None:
-        return mixed(blueprint, [(kind, None)] * blueprint.config.num_moe_layers)
+    if (quant_type := usual_type(bits)) is not None:
+        return mixed(blueprint, [(quant_type, None)] * blueprint.config.num_moe_layers)
     budget = expert_budget(blueprint, bits)
     return choose_mix(blueprint, equal_sensitivities(blueprint), budget)
 
 
 def has_bits(blueprint: Blueprint, bits: ExpertSize) -> bool:
-    """Return whether a model has about the experts that `expected_mix` gives it."""
+    """Return whether a model's experts have about the size that `expected_mix` gives them."""
     size = expected_mix(blueprint, bits).experts_size
-    return abs(blueprint.experts_size - size) < _SAME * size
+    return abs(blueprint.experts_size - size) < _MIX_TOLERANCE * size
 
 
 def expert_budget(blueprint: Blueprint, bits: ExpertSize) -> int:
@@ -213,15 +203,9 @@ def slot_sizes(blueprint: Blueprint) -> SlotSizes:
 
 
 def _context_bytes(blueprint: Blueprint, options: LoadOptions, tokens: int) -> int:
-    """Return the bytes of so many tokens' keys and values in all answers at once."""
+    """Return the bytes of the keys and values of `tokens` tokens, for all answers at once."""
     dtype = blueprint.quantization.dtype
     return options.parallel * cache_bytes(blueprint.config, tokens, dtype, options.kv_bits)
-
-
-def _largest_context(blueprint: Blueprint, options: LoadOptions, room: int) -> int:
-    size = partial(_context_bytes, blueprint, options)
-    counts = range(1, blueprint.config.largest_context + 1)
-    return bisect_right(counts, room, key=size)
 
 
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
@@ -246,21 +230,3 @@ def _place(demand: Demand, free: FreeMemory, options: LoadOptions) -> Placement:
             f"A limit on this process allows no more ({free.limit}): raise it. {error.hint or ''}"
         )
         raise ResourceError(str(error), hint=hint.strip()) from None
-
-
-def _room_for_context(
-    demand: Demand, free: FreeMemory, options: LoadOptions, placement: Placement
-) -> int:
-    least = MIN_SLOTS
-    if free.device is not None:
-        first = free.rooms(options.device_memory)[0]
-        room = first.free if first.budget is None else first.budget.of(first.free)
-    else:
-        room = free.host
-        if options.host_memory is not None:
-            least = placement.slots
-    return room - demand.shared - demand.taken(least)
-
-
-def _raised(budget: MemoryBudget | None, whole: int, size: int) -> MemoryBudget | None:
-    return None if budget is None else MemoryBudget(size=budget.of(whole) + size)

@@ -11,7 +11,7 @@ import torch
 from mixchat.base import gpu, machine
 from mixchat.planning.compute_speed import ROWS
 from mixchat.planning.fitting import FreeMemory, MemoryPlan
-from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.machine_speeds import Measurement
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import Layout
 
@@ -48,7 +48,7 @@ class Machine:
     @classmethod
     def now(cls, directory: Path, devices: Sequence[torch.device]) -> Machine:
         """Return this machine, with the disk of `directory`, which need not exist."""
-        device, *others = devices
+        device, *more = devices
         return cls(
             cpu=machine.cpu_name(),
             cores=machine.usable_cores(),
@@ -57,9 +57,7 @@ class Machine:
             disk_free=machine.free_disk(directory),
             gpu=gpu.name(device) if gpu.is_gpu(device) else None,
             gpu_memory=gpu.total_memory(device) if gpu.is_gpu(device) else None,
-            other_gpus=tuple(
-                OtherGPU(str(other), gpu.name(other), gpu.total_memory(other)) for other in others
-            ),
+            other_gpus=tuple(OtherGPU(str(d), gpu.name(d), gpu.total_memory(d)) for d in more),
         )
 
 
@@ -93,51 +91,53 @@ class ToldMachine:
         return fit.computed if here.type == self.device(here).type else fit.blueprint
 
     def machine(self, here: Machine) -> Machine:
-        memory, free = here.memory, here.free
+        """Return this machine, `here`, with the figures that are told."""
+        there = here
         if self.ram is not None:
-            memory, free = self.ram, replace(free, host=_free(self.ram, _TAKEN_RAM), limit=None)
-        found = replace(here, memory=memory, free=free)
+            free = replace(here.free, host=_free(self.ram, _TAKEN_RAM), limit=None)
+            there = replace(here, memory=self.ram, free=free)
         if self.free_disk is not None:
-            found = replace(found, disk_free=self.free_disk)
-        return self._with_gpus(found) if self.gpus else found
+            there = replace(there, disk_free=self.free_disk)
+        if not self.gpus:
+            return there
+        first, *more = self.gpus
+        names = [f"{gpu.KIND}:{number}" for number in range(1, len(self.gpus))]
+        first_free, *more_free = (_free(size, _TAKEN_GPU) for size in self.gpus)
+        others = dict(zip(names, more_free, strict=True))
+        return replace(
+            there,
+            free=replace(there.free, device=first_free, others=others),
+            gpu=there.gpu or "a GPU",
+            gpu_memory=first,
+            other_gpus=tuple(map(OtherGPU, names, ["a GPU"] * len(names), more)),
+        )
 
     def measurement(
         self, here: Measurement, computed: Blueprint, device: torch.device
     ) -> Measurement:
         """Return a measurement of this machine with what is told."""
-        samples = tuple(self._sample(sample, computed, str(device)) for sample in here.samples)
-        return replace(here, samples=samples)
-
-    def _with_gpus(self, found: Machine) -> Machine:
-        first, *others = self.gpus
-        names = [f"{gpu.KIND}:{number}" for number in range(1, len(self.gpus))]
-        free = [_free(size, _TAKEN_GPU) for size in self.gpus]
-        return replace(
-            found,
-            free=replace(
-                found.free, device=free[0], others=dict(zip(names, free[1:], strict=True))
-            ),
-            gpu=found.gpu or "a GPU",
-            gpu_memory=first,
-            other_gpus=tuple(map(OtherGPU, names, ["a GPU"] * len(names), others)),
-        )
-
-    def _sample(self, sample: MachineSpeeds, computed: Blueprint, device: str) -> MachineSpeeds:
-        if self.disk_speed is not None:
-            sample = replace(
-                sample,
-                disk_bandwidth=self.disk_speed,
-                disk_bandwidth_idle=self.disk_speed,
-                disk_bandwidth_fresh=self.disk_speed,
-            )
-        if device in sample.expert_seconds:
-            return sample
-        return replace(
-            sample,
-            copy_bandwidth=GPU_BUS,
-            expert_seconds={**sample.expert_seconds, device: _gpu_expert_seconds(computed)},
-            layer_seconds=_gpu_layer_seconds(computed),
-        )
+        expert = computed.expert
+        weights = sum(linear.rows * linear.columns for linear in (expert.gate_up, expert.down))
+        samples = []
+        for sample in here.samples:
+            if (rate := self.disk_speed) is not None:
+                sample = replace(
+                    sample,
+                    disk_bandwidth=rate,
+                    disk_bandwidth_idle=rate,
+                    disk_bandwidth_fresh=rate,
+                )
+            if str(device) not in sample.expert_seconds:
+                reading = computed.mean_expert / GPU_MEMORY
+                on_gpu = {rows: reading + 2 * weights * rows / GPU_COMPUTE for rows in ROWS}
+                sample = replace(
+                    sample,
+                    copy_bandwidth=GPU_BUS,
+                    expert_seconds={**sample.expert_seconds, str(device): on_gpu},
+                    layer_seconds=_STARTING + computed.attention_size / GPU_MEMORY,
+                )
+            samples.append(sample)
+        return replace(here, samples=tuple(samples))
 
 
 NOTHING_TOLD = ToldMachine()
@@ -145,14 +145,3 @@ NOTHING_TOLD = ToldMachine()
 
 def _free(size: int, taken: int) -> int:
     return size - min(taken, int(_TAKEN_PART * size))
-
-
-def _gpu_expert_seconds(computed: Blueprint) -> dict[int, float]:
-    expert = computed.expert
-    weights = sum(linear.rows * linear.columns for linear in (expert.gate_up, expert.down))
-    reading = computed.mean_expert / GPU_MEMORY
-    return {rows: reading + 2 * weights * rows / GPU_COMPUTE for rows in ROWS}
-
-
-def _gpu_layer_seconds(computed: Blueprint) -> float:
-    return _STARTING + computed.attention_size / GPU_MEMORY

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from statistics import median
@@ -90,19 +89,20 @@ class Measurement:
     samples: tuple[MachineSpeeds, ...]
     cpu: str = ""
     directory: str = ""  # on the disk that was read
-    others: float = 0.0  # the part of the cores' time that other programs took, 0 to 1
+    other_programs: float = 0.0  # the part of the cores' time that they took, 0 to 1
 
     @classmethod
     def from_dict(cls, entry: Any, devices: set[str]) -> Measurement | None:
         """Read what `dataclasses.asdict` wrote, or None if it is damaged."""
         try:
             samples = tuple(MachineSpeeds.from_dict(sample, devices) for sample in entry["samples"])
-            measured_at, others = _figure(entry["measured_at"]), float(entry["others"])
-            found = cls(measured_at, samples, str(entry["cpu"]), str(entry["directory"]), others)
+            measured_at = _figure(entry["measured_at"])
+            other_programs = float(entry["other_programs"])
             datetime.fromtimestamp(measured_at)  # `plan` shows it
+            names = str(entry["cpu"]), str(entry["directory"])
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError):
             return None
-        return found if samples else None
+        return cls(measured_at, samples, *names, other_programs) if samples else None
 
     @property
     def complete(self) -> bool:
@@ -113,7 +113,7 @@ class Measurement:
     def busy(self) -> bool:
         """Return whether other programs wanted the cores or the memory."""
         speeds = [sample.memory_bandwidth for sample in self.samples]
-        return self.others > BUSY or max(speeds) > _MAX_SPREAD * min(speeds)
+        return self.other_programs > BUSY or max(speeds) > _MAX_SPREAD * min(speeds)
 
     def outdated(self, now: float) -> str | None:
         """Return why to measure again, as the end of a sentence, or None."""
@@ -127,7 +127,7 @@ class Measurement:
     @property
     def in_use(self) -> tuple[MachineSpeeds, ...]:
         """Return the typical figures and then each sample, by `MachineSpeeds.in_use`."""
-        return tuple(one.in_use for one in (self.typical, *self.samples))
+        return tuple(speeds.in_use for speeds in (self.typical, *self.samples))
 
     @property
     def typical(self) -> MachineSpeeds:
@@ -137,16 +137,13 @@ class Measurement:
             values = [getattr(sample, name) for sample in self.samples]
             known = [value for value in values if value is not None]
             figures[name] = median(known) if known else None
-        seconds = {
-            device: _medians([sample.expert_seconds[device] for sample in self.samples])
-            for device in self.samples[0].expert_seconds
-        }
+        seconds = {}
+        for device in self.samples[0].expert_seconds:
+            by_sample = [sample.expert_seconds[device] for sample in self.samples]
+            # A slow machine leaves out the large counts of rows, not in every sample the same.
+            counts = sorted(set.intersection(*map(set, by_sample)))
+            seconds[device] = {rows: median(s[rows] for s in by_sample) for rows in counts}
         return MachineSpeeds(expert_seconds=seconds, **figures)
-
-
-def _medians(samples: Sequence[dict[int, float]]) -> dict[int, float]:
-    counts = set.intersection(*(set(sample) for sample in samples))
-    return {rows: median(sample[rows] for sample in samples) for rows in sorted(counts)}
 
 
 def interpolate(seconds: dict[int, float], rows: float) -> float:

@@ -25,7 +25,7 @@ from mixchat.planning.disk_speed import measure_disk
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-_FORMAT = 3  # of machine.json
+_FORMAT = 4  # of machine.json
 SAMPLES = 3  # of a measurement
 MOST_SECONDS = 20.0  # unless one try of each figure takes longer
 _MAX_ENTRIES = 32  # because the numbers of some disks change with every start
@@ -48,8 +48,8 @@ def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device)
     def sample() -> MachineSpeeds:
         return take_sample(blueprint, directory, device, layer, effort=effort)
 
-    place = machine.nearest_existing(directory)
-    return measure_and_save(measurement_file(), key, place, sample, until)
+    existing = machine.nearest_existing(directory)
+    return measure_and_save(measurement_file(), key, existing, sample, until)
 
 
 @torch.inference_mode()
@@ -76,11 +76,11 @@ def take_sample(
     if device == CPU:
         layer_seconds = host.mean_of(layer)
     else:
-        other = ExpertTimer(blueprint, device, effort)
-        layer_seconds = other.mean_of(layer)
-        seconds[str(device)] = other.seconds()
-        copy_bandwidth = other.copy_bandwidth(copy)
-        del other
+        timer = ExpertTimer(blueprint, device, effort)
+        layer_seconds = timer.mean_of(layer)
+        seconds[str(device)] = timer.seconds()
+        copy_bandwidth = timer.copy_bandwidth(copy)
+        del timer
         gpu.release_unused(device)  # or it would count as taken
     memory = blueprint.mean_expert / seconds[str(CPU)][1]
     busy, idle, fresh = disk or (None, None, None)
@@ -92,7 +92,7 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
     computed = blueprint.computed_on(CPU)
     layout = computed.expert
     mixed = [f"{computed.mean_expert} on average"] if computed.layers else []
-    gate_up, (qkv, _, *others) = layout.gate_up, blueprint.dense_matrices()
+    gate_up, (qkv, _, *beside) = layout.gate_up, blueprint.dense_matrices()
     accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
     return "; ".join(
         (
@@ -106,7 +106,7 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"{'packed' if gate_up.packed else 'plain'} {layout.stride}",
             *mixed,
             f"attention {qkv.rows}x{qkv.columns} {qkv.quant_type}",
-            *(f"beside it {matrix.rows}x{matrix.columns}" for matrix in others),
+            *(f"beside it {matrix.rows}x{matrix.columns}" for matrix in beside),
         )
     )
 
@@ -133,27 +133,26 @@ def measure_and_save(
     No sample begins that would end after `until`. A file that cannot be written is ignored. Without
     figures of the disk nothing is saved.
     """
-    now, others = time.time(), machine.OtherPrograms()
+    now, programs = time.time(), machine.OtherPrograms()
     started, samples = time.perf_counter(), [sample()]
     while len(samples) < SAMPLES:
         each = (time.perf_counter() - started) / len(samples)
         if time.perf_counter() + each > until:
             break
         samples.append(sample())
-    measured = Measurement(now, tuple(samples), machine.cpu_name(), str(directory), others.share())
-    if measured.complete:
-        _save(path, key, measured)
-    return measured
-
-
-def _save(path: Path, key: str, measured: Measurement) -> None:
-    # Another process may have measured meanwhile.
-    others = [(other, entry) for other, entry in _read(path).items() if other != key]
-    machines = dict([*others[1 - _MAX_ENTRIES :], (key, asdict(measured))])
+    share = programs.share()
+    measured = Measurement(now, tuple(samples), machine.cpu_name(), str(directory), share)
+    if not measured.complete:
+        return measured
+    entries = _read(path)  # now, since another process may have measured meanwhile
+    entries.pop(key, None)
+    newest = [*entries.items()][1 - _MAX_ENTRIES :]
+    machines = dict([*newest, (key, asdict(measured))])
     content = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_private_file(path, content.encode())
+    return measured
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Speeds are None if the disk is needed and was not measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,34 +16,19 @@ import torch
 from mixchat.base import gpu
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import LoadOptions
-from mixchat.experts.cache import ExpertKey
 from mixchat.experts.memory import CPU
 from mixchat.experts.placement import Placement
 from mixchat.planning.expectation import Expectation, SpeedRange, expect
-from mixchat.planning.fitting import FreeMemory, MemoryPlan, Tier, fit_model
+from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
-from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.machine_speeds import Measurement
 from mixchat.planning.measuring import saved_measurement
 from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
-from mixchat.planning.worker_split import WorkerOffer, WorkerSplit, spread_model
 from mixchat.weights.format.blueprint import Blueprint
 
-_RAM_STEPS = (8 * 10**9, 16 * 10**9)  # bytes that a person might add
-_GPU_STEP = 8 * 10**9
-_STARTING = 5e-5  # seconds to start the kernels of an expert on a GPU
-# Seconds of a layer on a CPU that its size does not change. Granite's took 0.13 ms longer than
-# reading its bytes.
-_LAYER_STARTING = 1e-4
-
-
-@dataclass(frozen=True)
-class Upgrade:
-    """A machine with `bytes` more of a tier, and the model there."""
-
-    tier: Tier
-    bytes: int
-    fit: MemoryPlan
-    expected: Expectation
+_KERNEL_START_S = 5e-5  # of an expert on a GPU, whatever its size
+# Of a layer on a CPU, whatever its size. Granite's took 0.13 ms longer than reading its bytes.
+_LAYER_START_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -71,9 +56,9 @@ class KnownFit:
 
 @dataclass(frozen=True)
 class MachinePlan:
-    """A model on a machine, with its places, its speed, and what more memory would give.
+    """A model on a machine, with its placement and its speed. Workers do not count.
 
-    `prompt` and `first_token` are of one answer. Only `spread` counts workers.
+    `prompt` and `first_token` are of one answer.
     """
 
     machine: Machine
@@ -83,8 +68,6 @@ class MachinePlan:
     expected: Expectation  # with as many answers at once as the options of `fit` say
     prompt: SpeedRange | None  # of `LONG_PROMPT` tokens
     first_token: FirstToken | None
-    more: tuple[Upgrade, ...]
-    spread: WorkerSplit | None = None  # one answer at a time with workers
     sizes: tuple[Size, ...] = ()  # the planned one and smaller ones, if there is a choice
     told: ToldMachine = NOTHING_TOLD  # about the machine, and not measured
     known: tuple[KnownFit, ...] = ()  # other models, if they were asked for
@@ -101,47 +84,18 @@ def expect_fit(device: torch.device, fit: MemoryPlan, measurement: Measurement) 
 
 
 def plan_model(
-    there: Machine,
-    device: torch.device,
-    fit: MemoryPlan,
-    measurement: Measurement,
-    offers: Sequence[WorkerOffer] = (),
-    uses: Mapping[ExpertKey, int] | None = None,
+    machine: Machine, device: torch.device, fit: MemoryPlan, measurement: Measurement
 ) -> MachinePlan:
-    """Return the plan for a model that fits on a machine that was measured.
-
-    `uses` counts uses of experts.
-    """
-    computed, placement = fit.computed, fit.placement
+    """Return the plan for a model that fits on a machine that was measured."""
     return MachinePlan(
-        there,
+        machine,
         device,
         fit,
         measurement,
         expect_fit(device, fit, measurement),
-        prompt_speed(computed, device, measurement, placement),
+        prompt_speed(fit.computed, device, measurement, fit.placement),
         first_token(fit.blueprint, device, measurement),
-        tuple(_upgrades(device, fit, measurement)),
-        spread_model(computed, device, measurement, placement, offers, uses) if offers else None,
     )
-
-
-def _upgrades(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Iterator[Upgrade]:
-    """Yield the steps of memory that hold more experts."""
-    steps: list[tuple[Tier, int]] = [("host", step) for step in _RAM_STEPS]
-    if fit.free.device is not None:
-        steps.append(("device", _GPU_STEP))
-    seen = {_counts(fit.placement)}
-    for tier, step in steps:
-        richer = fit.with_more(tier, step)
-        expected = expect_fit(device, richer, measurement)
-        if expected.cost is not None and _counts(richer.placement) not in seen:
-            yield Upgrade(tier, step, richer, expected)
-            seen.add(_counts(richer.placement))
-
-
-def _counts(placement: Placement) -> tuple[int, ...]:
-    return *placement.by_device, placement.host_slots
 
 
 def fit_known(
@@ -165,29 +119,28 @@ def fit_known(
 
 
 def scaled(measurement: Measurement, measured: Blueprint, blueprint: Blueprint) -> Measurement:
-    """Return a measurement for one model as one for another, whose parts have other sizes.
+    """Return the measurement of one model, scaled to the sizes of another.
 
-    The CPU takes as long as it takes to read a part, and the same time for every layer besides.
-    GPUs also start kernels, which takes as long for every model.
+    On a CPU an expert takes bytes / bandwidth, and a layer that plus a constant. On a GPU an expert
+    takes at least the start of its kernels, and a layer the same time in every model.
     """
-    experts = blueprint.mean_expert / measured.mean_expert
-    layers = blueprint.attention_size / measured.attention_size
-    samples = tuple(_scaled(sample, experts, layers) for sample in measurement.samples)
-    return replace(measurement, samples=samples)
-
-
-def _scaled(sample: MachineSpeeds, experts: float, layers: float) -> MachineSpeeds:
-    on_gpu = len(sample.expert_seconds) > 1
-    seconds = {
-        device: {
-            rows: max(experts * seconds, 0.0 if device == str(CPU) else _STARTING)
-            for rows, seconds in by_rows.items()
+    expert_ratio = blueprint.mean_expert / measured.mean_expert
+    layer_ratio = blueprint.attention_size / measured.attention_size
+    samples = []
+    for sample in measurement.samples:
+        on_gpu = len(sample.expert_seconds) > 1
+        expert_seconds = {
+            device: {
+                rows: max(expert_ratio * seconds, 0.0 if device == str(CPU) else _KERNEL_START_S)
+                for rows, seconds in by_rows.items()
+            }
+            for device, by_rows in sample.expert_seconds.items()
         }
-        for device, by_rows in sample.expert_seconds.items()
-    }
-    constant = sample.layer_seconds if on_gpu else min(_LAYER_STARTING, sample.layer_seconds)
-    layer_seconds = constant + layers * (sample.layer_seconds - constant)
-    return replace(sample, expert_seconds=seconds, layer_seconds=layer_seconds)
+        whole = sample.layer_seconds
+        constant = whole if on_gpu else min(_LAYER_START_S, whole)
+        layer_seconds = constant + layer_ratio * (whole - constant)
+        samples.append(replace(sample, expert_seconds=expert_seconds, layer_seconds=layer_seconds))
+    return replace(measurement, samples=tuple(samples))
 
 
 @dataclass(frozen=True)

@@ -45,17 +45,17 @@ class FirstToken:
 def first_token(
     blueprint: Blueprint, device: torch.device, measurement: Measurement, prompt: int = PROMPT
 ) -> FirstToken | None:
-    """Return the cost of a prompt of so many tokens while nothing is in memory, on one GPU."""
-    parts = [
+    """Return the cost of a prompt of `prompt` tokens while nothing is in memory, on one GPU."""
+    costs = [
         (blueprint.shared_size / speeds.disk_bandwidth_fresh, cost)
         for speeds in (measurement.typical, *measurement.samples)
         if (cost := prompt_cost(blueprint, device, speeds.cold, prompt, missing=1.0, read=1.0))
         and speeds.disk_bandwidth_fresh
     ]
-    if not parts:
+    if not costs:
         return None
-    every = [starting + cost.seconds for starting, cost in parts]
-    return FirstToken(*parts[0], min(every), max(every))
+    seconds = [starting + cost.seconds for starting, cost in costs]
+    return FirstToken(*costs[0], min(seconds), max(seconds))
 
 
 def prompt_speed(
@@ -65,17 +65,15 @@ def prompt_speed(
     placement: Placement | None,
     prompt: int = LONG_PROMPT,
 ) -> SpeedRange | None:
-    """Return the tokens a second of a prompt of so many tokens.
-
-    With no placement, the slots hold nothing yet.
-    """
+    """Return the tokens a second of a prompt of `prompt` tokens, with empty slots for None."""
     missing = read = 1.0
     if placement is not None:
         missing = 1 - sum(placement.by_device) / placement.experts
         read = 1 - held_together(blueprint, device, placement) / placement.experts
     costs = [
         prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read)
-        for speeds in (one.cold if placement is None else one.in_use for one in measurement.samples)
+        for sample in measurement.samples
+        for speeds in (sample.cold if placement is None else sample.in_use,)
     ]
     return speed_range(costs, measurement.measured_at, prompt)
 
@@ -89,22 +87,22 @@ def prompt_cost(
     missing: float,
     read: float,
 ) -> TokenCost | None:
-    """Return the cost of a prompt of so many tokens, computed in chunks.
+    """Return the cost of a prompt of `prompt` tokens, computed in chunks.
 
     In each chunk no slot holds the part `missing` of the experts used, 0 to 1, and the part `read`
     comes from disk.
     """
     config, name = blueprint.config, str(device)
-    one, size = speeds.expert_time(name, 1), size_of(blueprint)
-    computing, uses = size.head / size.expert * one, 0.0
+    row_s, size = speeds.expert_time(name, 1), size_of(blueprint)
+    computing, uses = size.head / size.expert * row_s, 0.0
     for start in range(0, prompt, PREFILL_CHUNK):
         tokens = min(PREFILL_CHUNK, prompt - start)
         distinct = expected_distinct(config, tokens)
         rows = math.ceil(tokens * config.num_experts_per_tok / distinct)
         # More rows slow all matrices alike.
-        slower = speeds.expert_time(name, tokens) / one
-        layer = slower * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
-        first = slower * size.first_layers / size.expert * one
-        computing += first + config.num_moe_layers * layer
+        slowdown = speeds.expert_time(name, tokens) / row_s
+        layer_s = slowdown * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
+        first_layers_s = slowdown * size.first_layers / size.expert * row_s
+        computing += first_layers_s + config.num_moe_layers * layer_s
         uses += config.num_moe_layers * distinct
     return moving_cost(size, speeds, computing, missing=uses * missing, read=uses * read)

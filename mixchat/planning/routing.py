@@ -1,34 +1,33 @@
-"""Predicts hit rates of caches, and the loads of several holders of experts."""
+"""Predicts hit rates of caches, and the share of the busiest of several GPUs."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
-from itertools import combinations
+from collections.abc import Sequence
+from itertools import combinations, product
 
 import numpy as np
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.experts.cache import ExpertKey
-from mixchat.experts.sharing import share
+from mixchat.experts.sharing import assign_owners
 
-_MAX_CHOICES = 1000  # that are gone through one by one
-_MIXTRAL = (8, 2)  # experts, and how many of them a token uses
+_MAX_CHOICES = 1000  # of a router, to go through one by one. 8 of 128 experts have 1e12
+_MIXTRAL = (8, 2)  # experts of a layer, and experts of a token
 # The hit rates of the default policy with slots for 0, 1/4, 2/4 ... of such a model's experts. They
 # come from `tests/routing_simulation.py`, which repeats experts as often as table 5 of the Mixtral
 # paper (arXiv 2401.04088) says. Between these points the rates lie on lines, within 0.01.
 _HIT_RATES = (0.0, 0.303, 0.533, 0.762, 1.0)
 
 
-def expected_hit_rate(config: ModelConfig, slots: int, experts: int | None = None) -> float:
-    """Return the hit rate, 0 to 1, of a cache with `slots` for `experts`, None for all experts.
+def expected_hit_rate(config: ModelConfig, slots: int) -> float:
+    """Return the hit rate, 0 to 1, of a cache with `slots`.
 
     Experts repeat as in the Mixtral paper, or by chance in models of another shape.
     """
-    if experts is None:
-        experts = config.num_moe_layers * config.num_local_experts
+    experts = config.num_moe_layers * config.num_local_experts
     if slots >= experts:
         return 1.0
     if not repeats_as_mixtral(config):
@@ -37,40 +36,35 @@ def expected_hit_rate(config: ModelConfig, slots: int, experts: int | None = Non
 
 
 def repeats_as_mixtral(config: ModelConfig) -> bool:
-    """Return whether a router chooses as many of as many experts as Mixtral's.
+    """Return whether a router has Mixtral's shape.
 
     No counts of repeated experts are published for other shapes.
     """
     return (config.num_local_experts, config.num_experts_per_tok) == _MIXTRAL
 
 
-# The average count of layers, by the experts that each holder computes there for a token. This
-# machine comes first.
-Loads = Mapping[tuple[int, ...], float]
+def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
+    """Return the mean part of a token's experts, 0 to 1, on the GPU with most of them in a layer.
 
-
-def layer_loads(
-    config: ModelConfig, held: Sequence[Set[ExpertKey]]
-) -> dict[tuple[int, ...], float]:
-    """Return how many experts each holder computes in a layer, if every choice is as likely.
-
-    Each expert has a holder. With two holders of four of eight experts each, one layer and 2
-    experts a token, the result is {(2, 0): 6/28, (1, 1): 16/28, (0, 2): 6/28}.
+    Every choice of the router is as likely. With 4 of 8 experts on each of two GPUs, both of a
+    token's experts are on the same GPU 3 times in 7, so the busiest has 1.43 of 2.
     """
-    choices = _choices(config.num_local_experts, config.num_experts_per_tok)
-    times: Counter[tuple[int, ...]] = Counter()
-    for layer in range(config.num_moe_layers):
-        keys = [ExpertKey(layer, expert) for expert in range(config.num_local_experts)]
-        holders = {key: [n for n, part in enumerate(held) if key in part] for key in keys}
-        for choice in choices:
-            shares = share({keys[expert]: 1 for expert in choice}, holders)
-            times[tuple(len(shares.get(holder, ())) for holder in range(len(held)))] += 1
-    return {counts: number / len(choices) for counts, number in times.items()}
-
-
-def _choices(experts: int, chosen: int) -> list[tuple[int, ...]]:
-    """Return all choices of a router, or some of too many."""
+    if len(slots) == 1:
+        return 1.0
+    layers, experts, chosen = (
+        config.num_moe_layers,
+        config.num_local_experts,
+        config.num_experts_per_tok,
+    )
+    owner = assign_owners(map(ExpertKey._make, product(range(layers), range(experts))), slots)
     if math.comb(experts, chosen) <= _MAX_CHOICES:
-        return list(combinations(range(experts), chosen))
-    generator = random.Random(0)
-    return [tuple(generator.sample(range(experts), chosen)) for _ in range(_MAX_CHOICES)]
+        choices = list(combinations(range(experts), chosen))
+    else:
+        generator = random.Random(0)
+        choices = [tuple(generator.sample(range(experts), chosen)) for _ in range(_MAX_CHOICES)]
+    most = sum(
+        max(Counter(owner[ExpertKey(layer, expert)] for expert in choice).values())
+        for layer in range(layers)
+        for choice in choices
+    )
+    return most / len(choices) / (layers * chosen)

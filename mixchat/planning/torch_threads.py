@@ -27,28 +27,24 @@ Measure = Callable[[Sequence[int]], Mapping[int, float]]  # seconds by count
 
 def choose_threads(blueprint: Blueprint) -> None:
     """Let torch use the best count of threads for a model of this shape."""
-    physical = _cores()
+    physical = _torch_default()
     if os.environ.get("OMP_NUM_THREADS"):  # set by a person
         return
-    counts = candidates(physical, machine.usable_cores())
-    measure = functools.partial(thread_seconds, blueprint)
-    path = data_dir() / "threads.json"
-    torch.set_num_threads(known_or_best(path, _shape_of(blueprint), counts, measure))
-
-
-@functools.cache
-def _cores() -> int:
-    """Return torch's threads until another count is set."""
-    return torch.get_num_threads()
-
-
-def _shape_of(blueprint: Blueprint) -> str:
     config, used = blueprint.config, blueprint.quantization
-    return (
+    shape = (
         f"layers of {config.hidden_size} columns with {config.num_attention_heads} heads in "
         f"{used.attention}, {config.num_experts_per_tok} experts of {config.intermediate_size} in "
         f"{used.quant_type}"
     )
+    counts = candidates(physical, machine.usable_cores())
+    measure = functools.partial(thread_seconds, blueprint)
+    torch.set_num_threads(known_or_best(data_dir() / "threads.json", shape, counts, measure))
+
+
+@functools.cache
+def _torch_default() -> int:
+    """Return torch's threads before another count is set."""
+    return torch.get_num_threads()
 
 
 def candidates(physical: int, usable: int) -> list[int]:
@@ -73,26 +69,17 @@ def known_or_best(path: Path, shape: str, counts: Sequence[int], measure: Measur
         return counts[0]
     tried = ", ".join(map(str, counts))
     key = f"{machine.cpu_name()}; kernels {KERNELS}; of {tried} threads; {shape}"
-    saved = _read(path)
+    saved: dict[str, object] = {}
+    with contextlib.suppress(CheckpointError):
+        saved = read_json_object(path, follow=False)
     if saved.get(key) in counts:
         return cast("int", saved[key])
-    best = _best(counts, measure(counts))
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_private_file(path, json.dumps({**saved, key: best}, indent=1).encode())
-    return best
-
-
-def _best(counts: Sequence[int], seconds: Mapping[int, float]) -> int:
+    seconds = measure(counts)
     best = counts[0]
     for count in counts[1:]:
         if seconds[count] * _MIN_GAIN < seconds[best]:
             best = count
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_private_file(path, json.dumps({**saved, key: best}, indent=1).encode())
     return best
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        return read_json_object(path, follow=False)
-    except CheckpointError:
-        return {}

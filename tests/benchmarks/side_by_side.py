@@ -31,7 +31,6 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.engine.environment import prepare_environment
 
 if TYPE_CHECKING:
-    from mixchat.base.output_file import OutputFile
     from mixchat.bench.rounds import Bench, BenchTask
 
 
@@ -77,17 +76,20 @@ class SideBySide:
         table = aligned([row + others for row, others in cells])
         return f"{BenchReport(self.bench).heading()}\n\n{table}"
 
-    def picture(self) -> Any:
-        """Draw what `mixchat bench --png` draws, with llama.cpp's bars."""
-        from mixchat.cli.output.bench_report import draw_rates
+    def draw(self, png: Path) -> None:
+        """Draw bars for each task, of each program and the limit, with the slowest and fastest."""
+        from matplotlib.figure import Figure
 
-        return draw_rates(
-            self.bench,
-            [
-                {"mixchat": task.rates, "limit": task.limit_rates, "llama.cpp": rates}
-                for task, rates in zip(self.bench.tasks, self.rates, strict=True)
-            ],
-        )
+        figure = Figure(figsize=(3 + 2.5 * len(self.rates), 5), layout="constrained")
+        panels = figure.subplots(1, len(self.rates), squeeze=False)[0]
+        for axes, task, theirs in zip(panels, self.bench.tasks, self.rates, strict=True):
+            bars = {"mixchat": task.rates, "limit": task.limit_rates, "llama.cpp": theirs}
+            middle = [median(rates) for rates in bars.values()]
+            below = [median(rates) - min(rates) for rates in bars.values()]
+            above = [max(rates) - median(rates) for rates in bars.values()]
+            axes.bar(list(bars), middle, yerr=[below, above])
+            axes.set(title=task.name, ylabel="tok/s")
+        figure.savefig(png)
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float], turns: int) -> list[float]:
@@ -102,10 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare_environment()
     from mixchat.base.options import LoadOptions
     from mixchat.bench.rounds import Bench, BenchOptions
-    from mixchat.cli.output.png import checked_picture
     from mixchat.planning.torch_threads import choose_threads
 
-    png = checked_picture(given.png)
     contexts, prompts = given.context or (0,), [n for n in given.prompt or (512,) if n]
     options = BenchOptions(contexts, prompts, given.tokens, given.rounds * given.turns)
     load = LoadOptions(
@@ -125,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             both = SideBySide(bench, peer, given.tokens, given.turns)
             for number, _ in enumerate(both.run(), 1):
                 print(f"{number} tasks measured", end="\r", file=sys.stderr)
-        show(both, given.json, png)
+        print(json.dumps(both.as_dict(), indent=2) if given.json else both.as_text())
+        if given.png is not None:
+            both.draw(given.png)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -173,14 +175,6 @@ def models(given: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
         gguf = directory.parent / "synthetic.gguf"
         write_model(given.python, gguf, given.synthetic, given.format, given.shape)
         yield directory, gguf
-
-
-def show(both: SideBySide, as_json: bool, png: OutputFile | None) -> None:
-    from mixchat.cli.output.png import write_figure
-
-    print(json.dumps(both.as_dict(), indent=2) if as_json else both.as_text())
-    if png is not None:
-        write_figure(png, both.picture())
 
 
 if __name__ == "__main__":

@@ -94,13 +94,6 @@ def test_random_models_go_as_they_came_where_nothing_was_ever_installed(
     assert list((tmp_path / "home" / "models").iterdir()) == []
 
 
-def test_a_picture_is_drawn(mixchat, tiny, tmp_path):
-    pytest.importorskip("matplotlib")
-    done = run(mixchat, tiny, "--png", str(tmp_path / "a.png"))
-    assert done.stderr.decode() == f"wrote {tmp_path / 'a.png'}\n"
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -54,7 +54,7 @@ def shown(home, environment, *arguments, typed=""):
         ["show", f"./{HOSTILE}"],
         ["run", "-m", HOSTILE, "hi"],
         ["run", "-f", HOSTILE, "hi"],
-        ["stats", "-m", "unfinished", "--png", HOSTILE],
+        ["stats", HOSTILE],
         ["plan", f"./{HOSTILE}"],
         ["download", f"./{HOSTILE}"],
         [f"--{HOSTILE}"],

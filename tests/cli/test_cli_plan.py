@@ -29,7 +29,6 @@ def test_mixtral_is_planned_before_it_is_downloaded(planned, measured, environme
         "What goes where",
         "What to expect",
         "With experts in fewer bits",
-        "What more memory would give",
         "To download it",
     ]
     assert "16 GB, 14.5 GB free" in found["This machine"]
@@ -193,7 +192,6 @@ def test_as_json_it_has_all_of_it(planned, measured):
         "limit": None,
         "others": {},
     }
-    assert [more["bytes"] for more in found["what_more_buys"]] == [8 * GB, 16 * GB]
     assert found["speeds"]["expert_seconds"]["cpu"]["8"] == 0.005
 
 
@@ -202,7 +200,6 @@ def test_the_demo_is_planned_with_what_its_building_takes(planned, measured):
     found = sections(done)
     assert (done.returncode, done.stderr) == (0, b"")
     assert "not used after loading" in found["What goes where"]
-    assert "all experts are in the fastest memory" in found["What more memory would give"]
     assert re.search(r"fetch +92\.9 MB", found["To download it"])
     download = json.loads(planned("demo", "--json").stdout)["download"]
     assert download["fetch_bytes"] == 92871040

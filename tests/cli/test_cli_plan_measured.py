@@ -105,7 +105,6 @@ def test_speeds_and_the_first_token_are_ranges_over_the_samples(planned, measure
     expected = done["What to expect"]
     assert re.search(r"speed +\S+ to \S+ tok/s, ", done["instruct on this machine"])
     assert re.search(r"decode +\S+ to \S+ tok/s: a token takes ", expected)
-    assert " to " in done["What more memory would give"]
     assert re.search(r"prompt +\S+ to \S+ tok/s: 512 tokens are read in .* (s|min)\n", expected)
     assert re.search(r"first token +after \d+ to \d+ s for a prompt of 20 tokens", expected)
     found = json.loads(planned("instruct", "--json").stdout)

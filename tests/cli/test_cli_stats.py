@@ -2,8 +2,6 @@
 
 import json
 import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -153,39 +151,6 @@ def test_a_directory_in_the_reports_place_is_one_clear_line(mixchat, home):
     assert b"cannot be read" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("marker", "line"),
-    [
-        ("pipx_metadata.json", "pipx inject mixchat matplotlib"),
-        ("uv-receipt.toml", f"uv pip install --python {sys.executable} matplotlib"),
-        ("other", f"{sys.executable} -m pip install matplotlib"),
-    ],
-)
-def test_png_without_matplotlib_says_how_to_install_it_here(
-    mixchat, kept, tmp_path, monkeypatch, marker, line
-):
-    (tmp_path / marker).touch()
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
-        monkeypatch.setitem(sys.modules, name, None)
-    done = mixchat("stats", "demo", "--png", str(tmp_path / "x.png"))
-    assert (done.returncode, done.stdout) == (8, b"")
-    assert done.stderr.decode().splitlines()[1] == f"hint: {line}"
-    assert not (tmp_path / "x.png").exists()
-
-
-@pytest.mark.parametrize("name", ["demo", "$x^$ \\frac \u4e16\x1b[2J", "a\nb"])
-def test_png_draws_every_report(mixchat, home, tmp_path, name):
-    pytest.importorskip("matplotlib")
-    idle = [[0, 0], [0, 0]]
-    spread = replace(REPORT, tiers=[["worker", "disk"], ["host", "worker"]])
-    for report in (REPORT, replace(REPORT, hits=idle, misses=idle, tokens=0), spread):
-        save_report(report_path("demo"), replace(report, model=name))
-        done = mixchat("stats", "demo", "--png", str(tmp_path / "x.png"))
-        assert (done.returncode, done.stdout) == (0, b"")
-        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG\r\n")
-
-
 def test_a_report_is_not_written_through_a_link(home, tmp_path):
     precious, path = tmp_path / "precious", report_path("demo")
     precious.write_text("precious")
@@ -196,40 +161,6 @@ def test_a_report_is_not_written_through_a_link(home, tmp_path):
     save_report(path, REPORT)
     assert precious.read_text() == "precious"
     assert load_report(path) == REPORT
-
-
-@pytest.mark.parametrize("place", ["", "missing/x.png"])
-def test_a_picture_that_cannot_be_written_is_one_clear_line(mixchat, kept, tmp_path, place):
-    pytest.importorskip("matplotlib")
-    done = mixchat("stats", "demo", "--png", str(tmp_path / place))
-    assert done.returncode == 2
-    assert done.stderr.decode().startswith(f"error: --png {tmp_path / place}: ")
-    assert done.stderr.count(b"error: ") == 1
-
-
-def test_only_a_picture_of_ours_is_replaced(mixchat, kept, tmp_path):
-    """A photograph whose name was mistyped was overwritten."""
-    pytest.importorskip("matplotlib")
-    picture, photograph = tmp_path / "x.png", tmp_path / "photograph.png"
-    for _ in range(2):  # as a script does that runs every day
-        assert mixchat("stats", "demo", "--png", str(picture)).returncode == 0
-    photograph.write_bytes(b"\x89PNG\r\n\x1a\n and somebody else's pixels")
-    before = photograph.read_bytes()
-    done = mixchat("stats", "demo", "--png", str(photograph))
-    assert done.returncode == 2
-    assert b"exists, and was not written by" in done.stderr
-    assert b"hint: Give a file that does not exist yet, or one that --png wrote." in done.stderr
-    assert photograph.read_bytes() == before
-
-
-def test_a_picture_can_go_into_a_pipe(mixchat, kept):
-    pytest.importorskip("matplotlib")
-    reader, pipe = os.pipe()
-    with open(reader, "rb") as read, ThreadPoolExecutor() as pool:
-        picture = pool.submit(read.read)
-        assert mixchat("stats", "demo", "--png", f"/dev/fd/{pipe}").returncode == 0
-        os.close(pipe)
-        assert picture.result(20).startswith(b"\x89PNG\r\n")
 
 
 def test_every_tier_has_a_mark():

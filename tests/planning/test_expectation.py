@@ -12,8 +12,9 @@ from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import assign_owners
-from mixchat.planning.expectation import SpeedRange, TokenCost, busiest_share, expect, size_of
+from mixchat.planning.expectation import SpeedRange, TokenCost, expect, size_of
 from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
+from mixchat.planning.routing import busiest_share
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 

@@ -150,11 +150,10 @@ def test_a_gpu_too_small_for_16_bits_holds_8():
 
 
 def test_more_memory_of_a_gpu_widens_the_stored_model():
-    fit = fit_model(EIGHT_BITS, FreeMemory(64 * 10**9, 24 * 10**9), LoadOptions())
-    assert fit.computed == EIGHT_BITS
-    more = fit.with_more("device", 16 * 10**9)
-    assert more.computed == EIGHT_BITS.widened() != EIGHT_BITS
-    assert more.with_more("device", -(16 * 10**9)).computed == EIGHT_BITS
+    for size, computed in ((24, EIGHT_BITS), (40, EIGHT_BITS.widened())):
+        fit = fit_model(EIGHT_BITS, FreeMemory(64 * 10**9, size * 10**9), LoadOptions())
+        assert fit.computed == computed
+    assert EIGHT_BITS.widened() != EIGHT_BITS
 
 
 def test_a_head_apart_from_the_embedding_it_is_tied_to_is_not_widened():

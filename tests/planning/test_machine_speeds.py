@@ -52,9 +52,13 @@ DAY = 86400.0
     [
         (Measurement(0.0, (SPEEDS,)), 29 * DAY, None),
         (Measurement(0.0, (SPEEDS,)), 31 * DAY, "the last time was 31 days ago"),
-        (Measurement(0.0, (SPEEDS,), others=0.3), 599.0, None),
-        (Measurement(0.0, (SPEEDS,), others=0.3), 7200.0, "it was busy the last time, 2 hours ago"),
-        (Measurement(0.0, (SPEEDS,), others=0.1), 7200.0, None),
+        (Measurement(0.0, (SPEEDS,), other_programs=0.3), 599.0, None),
+        (
+            Measurement(0.0, (SPEEDS,), other_programs=0.3),
+            7200.0,
+            "it was busy the last time, 2 hours ago",
+        ),
+        (Measurement(0.0, (SPEEDS,), other_programs=0.1), 7200.0, None),
     ],
 )
 def test_what_is_old_or_was_measured_on_a_busy_machine_is_to_be_measured_again(made, age, why):

@@ -23,7 +23,6 @@ from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.measuring import measurement_file
 from mixchat.planning.plan import MachinePlan, plan_model, predict_speed
 from mixchat.planning.prompts import LONG_PROMPT
-from mixchat.planning.worker_split import WorkerOffer
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.outline import Outline
 
@@ -72,68 +71,10 @@ def test_a_machine_with_16_gb_holds_a_part_and_reads_the_rest():
     assert found.first_token.seconds > 9  # 26 GB at 3 GB a second
 
 
-def test_a_machine_that_holds_all_reads_nothing_and_needs_no_more():
+def test_a_machine_that_holds_all_reads_nothing():
     found = on_cpu(64)
     assert (found.expected.hit_rate, found.fit.placement.slots) == (1.0, 256)
     assert found.expected.cost.read == 0
-    assert found.more == ()
-
-
-def test_workers_are_planned_beside_the_machine_alone():
-    alone, offer = on_cpu(14.5), WorkerOffer("10.0.0.2:7917", 160, 0.003, 2e-4)
-    spread = plan_model(alone.machine, CPU, alone.fit, measured(SPEEDS), [offer])
-    assert (alone.spread, replace(spread, spread=None)) == (None, alone)
-    assert spread.spread.held == (160,)
-    assert spread.spread.here == alone.fit.placement.slots
-    assert spread.spread.expected.tokens_per_second is not None
-    assert spread.spread.expected.tokens_per_second > 3 * speed(alone)
-
-
-def test_more_memory_buys_what_a_machine_with_that_much_has():
-    found = on_cpu(14.5)
-    assert [(more.tier, more.bytes) for more in found.more] == [
-        ("host", 8 * GB),
-        ("host", 16 * GB),
-    ]
-    for more, ram in zip(found.more, (22.5, 30.5), strict=True):
-        richer = on_cpu(ram)
-        assert more.fit.placement == richer.fit.placement
-        assert more.expected.tokens_per_second == speed(richer)
-    assert speed(found) < found.more[0].expected.tokens_per_second
-
-
-def test_more_than_what_all_experts_take_is_not_named_twice():
-    found = on_cpu(24)
-    assert [more.bytes for more in found.more] == [8 * GB]
-    assert found.more[0].fit.placement.slots == 256
-
-
-def test_with_a_budget_more_memory_raises_the_budget():
-    found = on_cpu(64, host_memory=MemoryBudget(fraction=0.25))
-    assert found.fit.placement.slots == 64
-    added = 8 * GB // BLUEPRINT.expert.stride
-    assert found.more[0].fit.placement.slots in (64 + added, 65 + added)
-
-
-def test_more_memory_for_a_gpu_is_on_it_or_behind_it():
-    found = on_gpu(11, 8)
-    assert [(more.tier, more.bytes) for more in found.more] == [
-        ("host", 8 * GB),
-        ("host", 16 * GB),
-        ("device", 8 * GB),
-    ]
-    ram, _, device = found.more
-    assert ram.expected.tokens_per_second == speed(on_gpu(11, 16))
-    assert device.expected.tokens_per_second == speed(on_gpu(19, 8))
-    assert device.fit.placement.slots > found.fit.placement.slots == ram.fit.placement.slots
-
-
-def test_a_gpu_with_a_budget_may_take_that_much_more():
-    found = on_gpu(24, 64, device_memory=(MemoryBudget(size=8 * GB),))
-    device = found.more[-1]
-    assert device.tier == "device"
-    wider = on_gpu(24, 64, device_memory=(MemoryBudget(size=16 * GB),))
-    assert device.fit.placement == wider.fit.placement
 
 
 def on_two_gpus(first: float, second: float, ram: float, **options: Any) -> MachinePlan:
@@ -152,16 +93,10 @@ def test_a_second_gpu_holds_experts_and_makes_tokens_faster():
     assert speed(one) < speed(two) < speed(three)
     assert three.expected.hit_rate == 1
     assert sum(three.fit.placement.by_device) == 256
-    assert on_two_gpus(30, 30, 64).more == ()
 
 
-def test_of_two_gpus_the_first_may_have_more_beside_the_budget_of_each():
+def test_two_gpus_have_a_budget_each_or_one_for_both():
     budgets = (MemoryBudget(size=8 * GB), MemoryBudget(size=5 * GB))
-    found = on_two_gpus(24, 24, 64, device_memory=budgets)
-    device = found.more[-1]
-    assert device.tier == "device"
-    wider = on_two_gpus(24, 24, 64, device_memory=(MemoryBudget(size=16 * GB), budgets[1]))
-    assert device.fit.placement == wider.fit.placement
     with pytest.raises(UsageError, match="has 2 values, and there is 1 GPU"):
         on_gpu(24, 64, device_memory=budgets)
     assert on_two_gpus(24, 24, 64, device_memory=budgets[:1]).fit.placement.other_slots > (70,)
@@ -174,7 +109,6 @@ def test_a_plan_for_two_gpus_names_both():
     assert "cuda:1    another GPU, 11 GB, 11 GB free" in shown
     assert re.search(r"cuda:1  +\d+ experts; \S+ GB left free", shown)
     assert "are on the GPUs" in shown
-    assert "+8 GB on the first GPU" in shown
     unused = PlanReport(outline, on_two_gpus(11, 0.5, 64), details=True).as_text()
     assert "cuda:1  not used, for two experts do not fit; 500 MB left free" in unused
     found = json.loads(json.dumps(PlanReport(outline, on_two_gpus(11, 11, 64)).as_json()))
@@ -249,9 +183,6 @@ def test_a_speed_is_a_range_over_all_samples_with_the_typical_one_within():
     )
     assert speed(found) == speed(alone[1])
     assert found.expected.speed.measured_at == found.measurement.measured_at == 1.7e9
-    more = found.more[0].expected
-    assert more.tokens_per_second is not None
-    assert more.speed.low < more.tokens_per_second < more.speed.high
 
 
 def test_without_figures_of_the_disk_there_is_a_plan_without_speed():
@@ -260,8 +191,7 @@ def test_without_figures_of_the_disk_there_is_a_plan_without_speed():
     assert found.expected.speed is None
     assert (found.expected.cost, found.first_token) == (None, None)
     assert found.expected.tokens_per_second is None
-    # A memory that holds all needs no disk to decode.
-    assert [more.bytes for more in found.more] == [16 * GB]
+    assert on_cpu(30.5, blind).expected.speed is not None  # a memory that holds all needs no disk
 
 
 def test_looking_at_this_machine_finds_it(tmp_path, monkeypatch):
@@ -288,7 +218,7 @@ def test_a_loaded_model_is_predicted_as_planned_without_measuring(home, monkeypa
     measurement_file().parent.mkdir()
     slow = replace(SPEEDS, layer_seconds=2 * SPEEDS.layer_seconds)
     key = measuring.measurement_key(BLUEPRINT, home, CPU)
-    content = {"format": 3, "machines": {key: asdict(measured(SPEEDS, slow))}}
+    content = {"format": 4, "machines": {key: asdict(measured(SPEEDS, slow))}}
     measurement_file().write_text(json.dumps(content))
     found = on_cpu(14.5, SPEEDS, slow)
     predicted = predict_speed(BLUEPRINT, home, CPU, found.fit.placement)

@@ -33,7 +33,7 @@ MADE = Measurement(1.7e9, (SPEEDS,) * SAMPLES, "a CPU", str(PLACE), 0.1)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time and the machine are those of `MADE`."""
     monkeypatch.setattr(machine, "cpu_name", lambda: MADE.cpu)
-    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: MADE.others)
+    monkeypatch.setattr(machine.OtherPrograms, "share", lambda self: MADE.other_programs)
     monkeypatch.setattr(
         measuring,
         "time",
@@ -84,7 +84,7 @@ def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path):
 def entry(**changes: Any) -> str:
     sample = {**dataclasses.asdict(SPEEDS), **changes}
     made = {**dataclasses.asdict(MADE), "samples": [sample] * SAMPLES}
-    return json.dumps({"format": 3, "machines": {"here": made}})
+    return json.dumps({"format": 4, "machines": {"here": made}})
 
 
 DAMAGED = [
@@ -93,13 +93,13 @@ DAMAGED = [
     "[]",
     "\0",
     "[" * 100_000,
-    '{"format": 3}',
-    '{"format": 3, "machines": []}',
-    '{"format": 3, "machines": {"here": null}}',
-    '{"format": 3, "machines": {"here": [1]}}',
-    '{"format": 3, "machines": {"here": {}}}',
-    '{"format": 3, "machines": {"here": {"measured_at": 1, "samples": []}}}',
-    entry().replace('"format": 3', '"format": 0'),
+    '{"format": 4}',
+    '{"format": 4, "machines": []}',
+    '{"format": 4, "machines": {"here": null}}',
+    '{"format": 4, "machines": {"here": [1]}}',
+    '{"format": 4, "machines": {"here": {}}}',
+    '{"format": 4, "machines": {"here": {"measured_at": 1, "samples": []}}}',
+    entry().replace('"format": 4', '"format": 0'),
     entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
     entry(memory_bandwidth=0),
     entry(disk_bandwidth=-1),
@@ -120,7 +120,7 @@ DAMAGED = [
     entry(layer_seconds=None),
     entry(layer_seconds=0),
     entry().replace(', "cpu": "a CPU"', ""),
-    entry().replace('"others": 0.1', '"others": "some"'),
+    entry().replace('"other_programs": 0.1', '"other_programs": "some"'),
     entry().replace(', "layer_seconds": 0.001', ""),
 ]
 

@@ -64,9 +64,6 @@ def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other():
     assert fast.seconds == pytest.approx(1.2 - OVERLAP * 0.2)
     slowed = dataclasses.replace(slow, slowed=0.6)
     assert slowed.hidden == pytest.approx(OVERLAP * 0.06)
-    waits = dataclasses.replace(slowed, waiting=0.2)  # the disk has its full speed meanwhile
-    assert waits.hidden == pytest.approx(OVERLAP * 0.26)
-    assert waits.seconds == pytest.approx(1.1 - OVERLAP * 0.26)
 
 
 def test_without_figures_of_the_disk_only_what_needs_none_has_a_cost():

@@ -26,10 +26,10 @@ DEMO = Blueprint(read_config(DEMO_CONFIG), Quantization())
 def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    torch_threads._cores.cache_clear()
+    torch_threads._torch_default.cache_clear()
     yield
     torch.set_num_threads(before)
-    torch_threads._cores.cache_clear()
+    torch_threads._torch_default.cache_clear()
 
 
 class Machine:

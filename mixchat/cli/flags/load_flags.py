@@ -106,11 +106,18 @@ CACHE_POLICY = setting(
     check=partial(checked_word, tuple(POLICIES), "--cache-policy"),
     autocompletion=one_of(*POLICIES),
 )
+KV_BITS = setting(
+    "--kv-bits N",
+    "Bits of each number in the KV cache, 16 or 8.",
+    MEMORY,
+    check=_checked_bits,
+    autocompletion=one_of("8", "16"),
+    show_default="16",
+)
 DENSE_BITS = ("16", "8", "6", "5", "4")  # of attention and output head
 DEFAULT_DENSE_BITS = "8; 6 in models of small experts on a CPU"
 EXPERT_BITS = ("16", "4", "3", "2")  # of whole types
 JSON = option("--json", "Print JSON, for programs.")
-PNG = option("--png FILE", "Draw a picture into FILE, with matplotlib.")
 
 
 def parallel(default: int) -> Any:
@@ -163,14 +170,7 @@ class LoadFlags(HolderFlags):
         MEMORY,
         check=_check_workers,
     )
-    kv_bits: int | None = setting(
-        "--kv-bits N",
-        "Bits of each number in the KV cache, 16 or 8.",
-        MEMORY,
-        check=_checked_bits,
-        autocompletion=one_of("8", "16"),
-        show_default="16",
-    )
+    kv_bits: int | None = KV_BITS
 
 
 INSTALLED = typer.Argument(

@@ -7,5 +7,4 @@
 - bench_report.py: the result of mixchat bench
 - messages.py: errors and notes on standard error
 - progress.py, bars.py: bars on a terminal of any width, lines elsewhere
-- png.py: pictures, if matplotlib is installed
 """

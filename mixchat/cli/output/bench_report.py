@@ -1,21 +1,18 @@
-"""The result of `mixchat bench` as text, JSON and a picture."""
+"""The result of `mixchat bench` as text and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mixchat.base import machine
-from mixchat.cli.output.png import new_figure
 from mixchat.cli.output.reports import Report, aligned, weight_type
 from mixchat.engine.report import slots_in_words
 
 if TYPE_CHECKING:
     from mixchat.bench.rounds import Bench, BenchTask
-
-_COLOURS = ("#2a788e", "#e0e0e0", "#a5db36")
 
 
 @dataclass(frozen=True)
@@ -79,36 +76,15 @@ class BenchReport(Report):
             ],
         }
 
-    def picture(self) -> Any:
-        """Draw bars for each task and its limit."""
-        tasks = self.bench.tasks
-        rates = [{"mixchat": task.rates, "limit": task.limit_rates} for task in tasks]
-        return draw_rates(self.bench, rates)
-
 
 def task_table(tasks: Sequence[BenchTask]) -> list[tuple[str, ...]]:
     """Return a head and a row for each task, as cells."""
-    return [("", "TOK/S", "MIN - MAX", "OF THE LIMIT"), *map(_cells, tasks)]
-
-
-def draw_rates(bench: Bench, rates: Sequence[Mapping[str, Sequence[float]]]) -> Any:
-    """Draw bars for each task, from tokens a second of each round by name."""
-    title = f"{_model(bench)}, {machine.cpu_name()}"
-    figure = new_figure(3 + 2.5 * len(rates), 5, title)
-    panels = figure.subplots(1, len(rates), squeeze=False)[0]
-    for axes, task, bars in zip(panels, bench.tasks, rates, strict=True):
-        middle = [median(values) for values in bars.values()]
-        below = [center - min(values) for center, values in zip(middle, bars.values(), strict=True)]
-        above = [max(values) - center for center, values in zip(middle, bars.values(), strict=True)]
-        axes.bar(list(bars), middle, yerr=[below, above], color=_COLOURS[: len(bars)])
-        axes.set(title=task.name, ylabel="tok/s" if task is bench.tasks[0] else "")
-    return figure
-
-
-def _cells(task: BenchTask) -> tuple[str, ...]:
-    spread = f"{min(task.rates):.1f} - {max(task.rates):.1f}"
-    limit = f"{task.of_limit:.0%} ({task.limited_by})"
-    return task.name, f"{median(task.rates):.1f}", spread, limit
+    rows: list[tuple[str, ...]] = [("", "TOK/S", "MIN - MAX", "OF THE LIMIT")]
+    for task in tasks:
+        spread = f"{min(task.rates):.1f} - {max(task.rates):.1f}"
+        limit = f"{task.of_limit:.0%} ({task.limited_by})"
+        rows.append((task.name, f"{median(task.rates):.1f}", spread, limit))
+    return rows
 
 
 def _machine(bench: Bench) -> str:

@@ -17,8 +17,7 @@ from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation
-    from mixchat.planning.plan import KnownFit, MachinePlan, Size, Upgrade
-    from mixchat.planning.worker_split import WorkerSplit
+    from mixchat.planning.plan import KnownFit, MachinePlan, Size
     from mixchat.weights.make.outline import Outline
 
 
@@ -51,10 +50,9 @@ class PlanReport(Report):
             "--device": options.device,
             "--host-memory": options.host_memory,
             "--device-memory": ",".join(map(str, options.device_memory)) or None,
-            "--worker": " --worker ".join(options.workers) or None,
         }
-        given = (f"{flag} {value}" for flag, value in flags.items() if value is not None)
-        return " ".join((shlex.join(("mixchat", *run)), *given))
+        chosen = (f"{flag} {value}" for flag, value in flags.items() if value is not None)
+        return " ".join((shlex.join(("mixchat", *run)), *chosen))
 
     def as_text(self) -> str:
         outline, plan = self.outline, self.plan
@@ -66,14 +64,18 @@ class PlanReport(Report):
         if self.details:
             texts += plan_text.sections(outline, plan)
             if not outline.installed and not plan.told.is_another:
-                texts.append(section("to download it", self._download()))
+                asks = f"'mixchat download {outline.name} --dry-run' asks the hub what it takes."
+                needs = outline.download and DownloadReport(outline.download).as_text()
+                texts.append(section("to download it", needs or asks))
         else:
-            texts.append("--details shows the reasons, fewer bits, and what more memory gives.")
+            texts.append("--details shows the reasons, and experts in fewer bits.")
         return "\n\n".join(texts)
 
     def as_json(self) -> dict[str, Any]:
         outline, plan = self.outline, self.plan
         fit, expected, first, prompt = plan.fit, plan.expected, plan.first_token, plan.prompt
+        cost, measurement = expected.cost, plan.measurement
+        assumed = {"gpu_memory": GPU_MEMORY, "gpu_bus": GPU_BUS, "gpu_compute": GPU_COMPUTE}
         return {
             "model": outline.name,
             "path": str(outline.directory),
@@ -87,10 +89,10 @@ class PlanReport(Report):
             "verdict": expected.speed and expected.speed.in_words,
             "command": self.command,
             "told": asdict(plan.told),
-            "assumed": _assumed(plan),
+            "assumed": assumed if plan.gpu_is_assumed else None,
             "machine": asdict(plan.machine),
             "device": str(plan.device),
-            "speeds": asdict(plan.measurement.typical),
+            "speeds": asdict(measurement.typical),
             "fit": {
                 "context": fit.context,
                 "parallel": fit.options.parallel,
@@ -100,17 +102,17 @@ class PlanReport(Report):
             },
             "held": expected.held,
             "copies": plan_text.copies(plan),
-            **_cost_as_json(expected),
-            "measured_at": plan.measurement.measured_at,
-            "measured_on": {"cpu": plan.measurement.cpu, "directory": plan.measurement.directory},
-            "busy": plan.measurement.busy,
-            "samples": len(plan.measurement.samples),
+            "hit_rate": expected.hit_rate,
+            "host_hit_rate": expected.host_hit_rate,
+            "cost": cost and asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden},
+            "measured_at": measurement.measured_at,
+            "measured_on": {"cpu": measurement.cpu, "directory": measurement.directory},
+            "busy": measurement.busy,
+            "samples": len(measurement.samples),
             "prompt": prompt and asdict(prompt) | {"tokens": LONG_PROMPT},
             "first_token": first and asdict(first) | {"seconds": first.seconds, "tokens": PROMPT},
             "sizes": [_size_as_json(size) for size in plan.sizes],
-            "workers": plan.spread and _spread_as_json(plan, plan.spread),
             "known_models": [_known_as_json(model) for model in plan.known],
-            "what_more_buys": [_more_as_json(more) for more in plan.more],
             "download": outline.download and DownloadReport(outline.download).as_json(),
         }
 
@@ -126,39 +128,25 @@ class PlanReport(Report):
             )
         if not outline.lacking:
             is_here = outline.installed and not plan.told.is_another
-            yield "it runs here" if is_here else "it fits", _held(plan)
+            placement, held = plan.fit.placement, plan.expected.held
+            first = sum(placement.by_device)
+            place = "in RAM" if plan.machine.free.device is None else f"on {gpus_text(plan)}"
+            tiers = [f"{first} of {count_text(placement.experts, 'expert')} {place}"]
+            if held > first:
+                tiers.append(f"{held - first} in RAM")
+            if held < placement.experts:
+                tiers.append(f"{placement.experts - held} read from disk")
+            yield "it runs here" if is_here else "it fits", ", ".join(tiers)
         yield from _speed_in_words(plan)
         if self.command:
             yield "next", self.command
         else:
             yield "next", "free some disk, or set MIXCHAT_HOME to a directory on a larger one"
 
-    def _download(self) -> str:
-        if self.outline.download is not None:
-            return DownloadReport(self.outline.download).as_text()
-        return f"'mixchat download {self.outline.name} --dry-run' asks the hub what it takes."
-
-
-def _held(plan: MachinePlan) -> str:
-    placement, expected = plan.fit.placement, plan.expected
-    first = sum(placement.by_device)
-    place = "in RAM" if plan.machine.free.device is None else f"on {gpus_text(plan)}"
-    parts = [f"{first} of {count_text(placement.experts, 'expert')} {place}"]
-    if expected.held > first:
-        parts.append(f"{expected.held - first} in RAM")
-    if expected.held < placement.experts:
-        parts.append(f"{placement.experts - expected.held} read from disk")
-    return ", ".join(parts)
-
 
 def _speed_in_words(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     expected, text = plan.expected, speed_text(plan.expected.speed)
-    if plan.spread is not None:
-        workers = count_text(len(plan.spread.offers), "worker")
-        without = f"{text} without" if expected.answers == 1 else "one answer at a time"
-        expected = plan.spread.expected
-        text = f"{speed_text(expected.speed)} with {workers}, {without}"
-    elif expected.answers > 1 and expected.speed is not None:
+    if expected.answers > 1 and expected.speed is not None:
         together = speed_text(expected.together)
         text = f"{text} for each of {expected.answers} answers at once, {together} together"
     yield "speed", f"{text}, {expected.speed.in_words}" if expected.speed else text
@@ -168,26 +156,11 @@ def _speed_in_words(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "", "measured on a busy machine: use --measure when it is idle"
 
 
-def _assumed(plan: MachinePlan) -> dict[str, float] | None:
-    if not plan.gpu_is_assumed:
-        return None
-    return {"gpu_memory": GPU_MEMORY, "gpu_bus": GPU_BUS, "gpu_compute": GPU_COMPUTE}
-
-
 def _speed_as_json(expected: Expectation | None) -> dict[str, Any]:
     speed = expected and expected.speed
     return {
         "tokens_per_second": expected and expected.tokens_per_second,
         "speed": speed and asdict(speed),
-    }
-
-
-def _cost_as_json(expected: Expectation) -> dict[str, Any]:
-    cost = expected.cost
-    return {
-        "hit_rate": expected.hit_rate,
-        "host_hit_rate": expected.host_hit_rate,
-        "cost": cost and asdict(cost) | {"seconds": cost.seconds, "hidden": cost.hidden},
     }
 
 
@@ -202,21 +175,6 @@ def _size_as_json(size: Size) -> dict[str, Any]:
     }
 
 
-def _spread_as_json(plan: MachinePlan, spread: WorkerSplit) -> dict[str, Any]:
-    expected, of_workers = spread.expected, zip(spread.offers, spread.held, strict=True)
-    return {
-        "offers": [asdict(offer) | {"held": held} for offer, held in of_workers],
-        "experts": {
-            "here": spread.here,
-            "copies": spread.copies,
-            "workers": spread.on_workers,
-            "disk": plan.fit.placement.experts - expected.held,
-        },
-        **_speed_as_json(expected),
-        **_cost_as_json(expected),
-    }
-
-
 def _known_as_json(model: KnownFit) -> dict[str, Any]:
     return {
         "names": model.names,
@@ -225,13 +183,4 @@ def _known_as_json(model: KnownFit) -> dict[str, Any]:
         "placement": model.fit and asdict(model.fit.placement),
         "held": model.expected and model.expected.held,
         **_speed_as_json(model.expected),
-    }
-
-
-def _more_as_json(more: Upgrade) -> dict[str, Any]:
-    return {
-        "tier": more.tier,
-        "bytes": more.bytes,
-        "placement": asdict(more.fit.placement),
-        **_speed_as_json(more.expected),
     }

@@ -17,10 +17,8 @@ from mixchat.planning.routing import repeats_as_mixtral
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
-    from mixchat.planning.expectation import Expectation, SpeedRange, TokenCost
-    from mixchat.planning.machine_speeds import Measurement
+    from mixchat.planning.expectation import SpeedRange, TokenCost
     from mixchat.planning.plan import MachinePlan
-    from mixchat.planning.worker_split import WorkerSplit
     from mixchat.weights.make.outline import Outline
 
 # The words of a rise of the demo's perplexity that is lower than each limit. It rises by 17% in 4
@@ -36,9 +34,6 @@ def sections(outline: Outline, plan: MachinePlan) -> Iterator[str]:
     yield section("what to expect", _expected(plan))
     if plan.sizes:
         yield section("with experts in fewer bits", _sizes(plan))
-    if plan.spread:
-        yield section("with workers", _spread(plan, plan.spread))
-    yield section("what more memory would give", _more(plan))
 
 
 def section(title: str, content: str | Iterable[tuple[str, str]]) -> str:
@@ -61,14 +56,21 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     if there.gpu_memory is not None and there.free.device is not None:
         flag = "--gpu" if told.gpus else None
         yield "GPU", f"{there.gpu}, {_memory(there.gpu_memory, there.free.device, flag)}"
-        for other in there.other_gpus:
-            free = there.free.others[other.device]
-            yield other.device, f"{other.name}, {_memory(other.memory, free, flag)}"
+        for card in there.other_gpus:
+            free = there.free.others[card.device]
+            yield card.device, f"{card.name}, {_memory(card.memory, free, flag)}"
     elif plan.device.type == "cpu":
         yield "GPU", "not used"
     yield from _disk(plan)
     yield from _speeds(plan)
-    yield from _measured(plan.measurement)
+    measurement = plan.measurement
+    when = datetime.fromtimestamp(measurement.measured_at).strftime("%Y-%m-%d %H:%M")
+    age = format_age(time.time() - measurement.measured_at)
+    samples = count_text(len(measurement.samples), "sample")
+    yield "measured", f"{when} ({age}), {samples}; --measure measures again"
+    yield "", f"on {measurement.cpu}, and the disk of {measurement.directory}"
+    if measurement.busy:
+        yield "", "measured on a busy machine: better figures come when it is idle"
 
 
 def _memory(size: int, free: int, flag: str | None) -> str:
@@ -106,15 +108,6 @@ def _speeds(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "assumed", "the speeds of the GPU, because this machine has none to measure:"
         memory, compute = _rate(GPU_MEMORY), f"{GPU_COMPUTE / 1e12:.0f} TFLOP/s"
         yield "", f"{memory} from its memory, {_rate(GPU_BUS)} from RAM, {compute}"
-
-
-def _measured(made: Measurement) -> Iterator[tuple[str, str]]:
-    when = datetime.fromtimestamp(made.measured_at).strftime("%Y-%m-%d %H:%M")
-    age, count = format_age(time.time() - made.measured_at), len(made.samples)
-    yield "measured", f"{when} ({age}), {count_text(count, 'sample')}; --measure measures again"
-    yield "", f"on {made.cpu}, and the disk of {made.directory}"
-    if made.busy:
-        yield "", "measured on a busy machine: better figures come when it is idle"
 
 
 def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
@@ -163,7 +156,9 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         if count := copies(plan):
             behind += f", {count} of them copies of experts on {gpus_text(plan)}"
         yield "RAM", f"{behind}; {format_size(left)} left free"
-    yield "disk", _rest(placement.experts - plan.expected.held)
+    unheld = placement.experts - plan.expected.held
+    later = f"the other {count_text(unheld, 'expert')}, read when a token needs them"
+    yield "disk", later if unheld else "not used after loading"
 
 
 def copies(plan: MachinePlan) -> int:
@@ -176,15 +171,18 @@ def copies(plan: MachinePlan) -> int:
     return max(sum(placement.by_device) + placement.host_slots - plan.expected.held, 0)
 
 
-def _rest(experts: int) -> str:
-    if not experts:
-        return "not used after loading"
-    return f"the other {count_text(experts, 'expert')}, read when a token needs them"
-
-
 def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     expected = plan.expected
-    yield from _decode(expected)
+    if expected.cost is None:
+        yield "decode", speed_text(None)
+    else:
+        each = " for each answer" if expected.answers > 1 else ""
+        pace = f"{speed_text(expected.speed)}{each}"
+        yield "decode", f"{pace}: a token takes {_time(expected.cost.seconds)}"
+        yield from (("", reason) for reason in _reasons(expected.cost))
+        if expected.answers > 1:
+            together = speed_text(expected.together)
+            yield "together", f"{together} of {expected.answers} answers at once"
     hits = f"{expected.hit_rate:.0%} of the experts that tokens use"
     if plan.machine.free.device is None:
         yield "cache hits", f"{hits} are in RAM"
@@ -207,16 +205,6 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield from (("", reason) for reason in _reasons(first.prompt))
     fewer = ", with fewer experts in memory" if plan.fit.largest_context > plan.fit.context else ""
     yield "context", f"up to {plan.fit.largest_context:,} tokens fit{fewer}"
-
-
-def _decode(expected: Expectation) -> Iterator[tuple[str, str]]:
-    if expected.cost is None:
-        yield "decode", speed_text(None)
-        return
-    yield "decode", f"{_pace(expected)}: a token takes {_time(expected.cost.seconds)}"
-    yield from (("", reason) for reason in _reasons(expected.cost))
-    if expected.answers > 1:
-        yield "together", f"{speed_text(expected.together)} of {expected.answers} answers at once"
 
 
 def _sizes(plan: MachinePlan) -> str:
@@ -245,43 +233,19 @@ def _sizes(plan: MachinePlan) -> str:
     )
 
 
-def _spread(plan: MachinePlan, spread: WorkerSplit) -> Iterator[tuple[str, str]]:
-    for offer, held in zip(spread.offers, spread.held, strict=True):
-        yield offer.address, f"holds {count_text(held, 'expert')}, with room for {offer.slots}"
-        each = f"{_time(offer.expert_seconds)} for an expert and a token"
-        yield "", f"takes {each}, and {_time(offer.round_trip)} for the way there and back"
-    beside = f", {spread.copies} of them copies of a worker's" if spread.copies else ""
-    yield "this machine", f"holds {count_text(spread.here, 'expert')}{beside}"
-    yield "disk", _rest(plan.fit.placement.experts - spread.expected.held)
-    yield from _decode(spread.expected)
-
-
 def _reasons(cost: TokenCost) -> Iterator[str]:
     yield f"{_time(cost.computing)} computing"
-    if cost.waiting:
-        yield f"{_time(cost.waiting)} waiting for workers, beyond what is computed here meanwhile"
     if cost.copied:
         yield f"{_time(cost.copying)} copying {_number(cost.copied)} experts from RAM to the GPU"
     if cost.read:
         yield f"{_time(cost.reading)} reading {_number(cost.read)} experts from disk"
     if cost.hidden:
-        moving = "reading" if cost.read else "copying" if cost.copied else "waiting"
+        moving = "reading" if cost.read else "copying"
         yield f"-{_time(cost.hidden)}: {moving} and computing overlap"
 
 
 def _number(count: float) -> str:
     return f"{count:.3g}" if count < 999.5 else f"{count:.0f}"
-
-
-def _more(plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    if plan.expected.cost is None:
-        yield "unknown", "because the disk could not be measured"
-    elif not plan.more:
-        yield "nothing", "all experts are in the fastest memory already"
-    for more in plan.more:
-        first = "the first GPU" if plan.machine.free.others else "the GPU"
-        what = "RAM" if more.tier == "host" else f"on {first}"
-        yield f"+{format_size(more.bytes)} {what}", _pace(more.expected)
 
 
 def known_models(plan: MachinePlan) -> str:
@@ -303,11 +267,6 @@ def known_models(plan: MachinePlan) -> str:
         rows.append((name, size, rates_text(model.expected.speed), ", ".join(shares)))
     age = format_age(time.time() - plan.measurement.measured_at)
     return f"{aligned(rows)}\nAll speeds follow from one measurement of this machine ({age})."
-
-
-def _pace(expected: Expectation) -> str:
-    each = " for each answer" if expected.answers > 1 else ""
-    return f"{speed_text(expected.speed)}{each}"
 
 
 def _rate(bytes_per_second: float) -> str:
