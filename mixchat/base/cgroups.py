@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from mixchat.base.held_files import read_text
@@ -18,27 +17,22 @@ PROCESS = Path("/proc/self")
 VERSION_2 = ""  # the hierarchy of version 2
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """The names of a group's files. `reclaimable` is a line of memory.stat."""
-
-    limits: tuple[str, ...]
-    used: str
-    reclaimable: str
-
-
+# By controller: the files of the limits and of what is used, and the line of memory.stat with the
+# cached pages that are not in use. No limit is a huge number in version 1 and "max" in version 2.
+# Above memory.high a process hardly runs.
 _MEMORY = {
-    # No limit is a huge number in version 1 and "max" in version 2.
-    "memory": _Memory(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
-    # Above memory.high a process hardly runs.
-    VERSION_2: _Memory(("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    "memory": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+    VERSION_2: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
 }
 
 
 def memory_limit(process: Path = PROCESS) -> int | None:
     """Return the bytes that this process's groups may use, or None."""
     return _least(
-        _limit(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
+        _number(group / name)
+        for controller, (names, _, _) in _MEMORY.items()
+        for group in groups(process, controller)
+        for name in names
     )
 
 
@@ -47,14 +41,28 @@ def memory_room(process: Path = PROCESS) -> int | None:
 
     Cached pages that are not in use count as free, because the kernel drops them first.
     """
-    return _least(
-        _room(group, files) for name, files in _MEMORY.items() for group in groups(process, name)
-    )
+    rooms = []
+    for controller, (names, usage, reclaimable) in _MEMORY.items():
+        for group in groups(process, controller):
+            limit = _least(_number(group / name) for name in names)
+            used = _number(group / usage)
+            if limit is not None and used is not None:
+                stat = dict(line.partition(" ")[::2] for line in _lines(group / "memory.stat"))
+                rooms.append(max(0, limit - used + int(stat.get(reclaimable, "0"))))
+    return min(rooms, default=None)
 
 
 def cores(process: Path = PROCESS) -> int | None:
     """Return the cores that the tightest quota of CPU time allows, rounded up, or None."""
-    return _least(_quota(group) for name in ("cpu", VERSION_2) for group in groups(process, name))
+    quotas = []
+    for group in (*groups(process, "cpu"), *groups(process, VERSION_2)):
+        # Version 1 has quota and period in two files, version 2 in one.
+        quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        if pair := re.fullmatch(r"(\d+) (\d+)", "".join(_lines(group / "cpu.max"))):
+            quota, period = int(pair[1]), int(pair[2])
+        if quota and period:
+            quotas.append(max(1, -(-quota // period)))
+    return min(quotas, default=None)
 
 
 def groups(process: Path, hierarchy: str) -> Iterator[Path]:
@@ -62,7 +70,12 @@ def groups(process: Path, hierarchy: str) -> Iterator[Path]:
 
     hierarchy: a controller of version 1, or `VERSION_2`.
     """
-    path = _memberships(process).get(hierarchy)
+    path = None
+    for line in _lines(process / "cgroup"):  # such as 4:cpu,cpuacct:/a/b
+        _, _, membership = line.partition(":")
+        names, _, group_path = membership.partition(":")
+        if hierarchy in names.split(","):
+            path = group_path
     if path is None:
         return
     mounts = list(_mounts(process, hierarchy))
@@ -82,45 +95,15 @@ def groups(process: Path, hierarchy: str) -> Iterator[Path]:
         yield group
 
 
-def _memberships(process: Path) -> dict[str, str]:
-    """Return the path of the process's group in each hierarchy, from `4:cpu,cpuacct:/a/b`."""
-    found: dict[str, str] = {}
-    for line in _lines(process / "cgroup"):
-        _, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        found |= dict.fromkeys(names.split(","), path)
-    return found
-
-
 def _mounts(process: Path, hierarchy: str) -> Iterator[tuple[str, Path]]:
     """Yield each mounted group and its mount point, as in proc_pid_mountinfo(5)."""
     for line in _lines(process / "mountinfo"):
         mount, _, filesystem = line.partition(" - ")
-        kind, _, options = (*filesystem.split(" ", 2), "", "", "")[:3]
-        names = {"cgroup": options.split(","), "cgroup2": [VERSION_2]}.get(kind, [])
+        fstype, _, options = (*filesystem.split(" ", 2), "", "", "")[:3]
+        names = {"cgroup": options.split(","), "cgroup2": [VERSION_2]}.get(fstype, [])
         if hierarchy in names:
             root, point = mount.split(" ")[3:5]
             yield _unescaped(root).rstrip("/"), Path(_unescaped(point))
-
-
-def _limit(group: Path, files: _Memory) -> int | None:
-    return _least(_number(group / name) for name in files.limits)
-
-
-def _room(group: Path, files: _Memory) -> int | None:
-    limit, used = _limit(group, files), _number(group / files.used)
-    if limit is None or used is None:
-        return None
-    stat = dict(line.partition(" ")[::2] for line in _lines(group / "memory.stat"))
-    return max(0, limit - used + int(stat.get(files.reclaimable, "0")))
-
-
-def _quota(group: Path) -> int | None:
-    """Return the cores of a group. Version 1 has quota and period in two files."""
-    quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
-    if pair := re.fullmatch(r"(\d+) (\d+)", "".join(_lines(group / "cpu.max"))):
-        quota, period = int(pair[1]), int(pair[2])
-    return max(1, -(-quota // period)) if quota and period else None
 
 
 def _least(numbers: Iterable[int | None]) -> int | None:

@@ -43,18 +43,16 @@ NOT_WRITABLE = (
 
 
 def write_error(
-    error: OSError, path: object, fault: str, kind: type[MixchatError] = MixchatError
+    error: OSError, path: object, fault: str, default: type[MixchatError] = MixchatError
 ) -> MixchatError:
-    """Return the error for a file that cannot be written, `kind` if it is of no other kind."""
-    if error.errno in DISK_FULL:
-        kind = ResourceError
-    elif error.errno in NOT_WRITABLE:
-        kind = UsageError
-    return kind(f"{path}: {fault} ({error.strerror})")
+    """Return the error for a file that cannot be written, a `default` if no class is narrower."""
+    narrower = ResourceError if error.errno in DISK_FULL else UsageError
+    known = error.errno in (*DISK_FULL, *NOT_WRITABLE)
+    return (narrower if known else default)(f"{path}: {fault} ({error.strerror})")
 
 
 def local_error(
-    error: OSError, place: object, variable: str = "MIXCHAT_HOME"
+    error: OSError, work: object, variable: str = "MIXCHAT_HOME"
 ) -> MixchatError | None:
     """Return the error for a full disk or a directory that cannot be written, or None.
 
@@ -62,7 +60,7 @@ def local_error(
     """
     if error.errno in DISK_FULL:
         return ResourceError(
-            f"the disk is full ({place})",
+            f"the disk is full ({work})",
             hint=f"Free some space, or set {variable} to a directory on a larger disk. What is "
             "done stays. The same command resumes there.",
         )
@@ -187,9 +185,9 @@ def read_piece(descriptor: int, start: int, size: int) -> bytearray:
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """Write all of `data`."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[os.write(descriptor, remaining) :]
 
 
 @contextmanager

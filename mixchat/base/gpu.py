@@ -49,8 +49,8 @@ def free_memory(device: torch.device) -> int:
 
 def number_in(error: torch.OutOfMemoryError) -> int | None:
     """Return the number of the GPU whose memory ran out, or None."""
-    found = re.search(r"\bGPU (\d+)\b", str(error))
-    return None if found is None else int(found[1])
+    match = re.search(r"\bGPU (\d+)\b", str(error))
+    return None if match is None else int(match[1])
 
 
 def release_unused(device: torch.device) -> None:
@@ -93,14 +93,14 @@ def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """
     if not is_gpu(tensors[0].device):
         return list(tensors)
-    parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
-    if not parts:
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
+    if not flat:
         return [tensor.new_empty(tensor.shape, device="cpu") for tensor in tensors]
-    whole = (torch.cat(parts) if len(parts) > 1 else parts[0]).cpu()
-    found = torch.split(whole, [tensor.nbytes for tensor in tensors])
+    copied = (torch.cat(flat) if len(flat) > 1 else flat[0]).cpu()
+    pieces = torch.split(copied, [tensor.nbytes for tensor in tensors])
     return [
-        part.view(tensor.dtype).view(tensor.shape)
-        for part, tensor in zip(found, tensors, strict=True)
+        piece.view(tensor.dtype).view(tensor.shape)
+        for piece, tensor in zip(pieces, tensors, strict=True)
     ]
 
 

@@ -30,7 +30,11 @@ def read_text(path: Path) -> str:
     if not _holds:
         return path.read_text(errors="replace")
     with _lock:
-        return _read(_descriptor(path)).decode(errors="replace")
+        descriptor = _descriptor(path)
+        data, piece = bytearray(), bytearray(_PIECE_BYTES)
+        while count := os.preadv(descriptor, [piece], len(data)):
+            data += piece[:count]
+        return data.decode(errors="replace")
 
 
 def _descriptor(path: Path) -> int:
@@ -48,13 +52,6 @@ def _descriptor(path: Path) -> int:
         os.close(held)
     _held[path] = opened
     return opened
-
-
-def _read(descriptor: int) -> bytes:
-    data, piece = bytearray(), bytearray(_PIECE_BYTES)
-    while count := os.preadv(descriptor, [piece], len(data)):
-        data += piece[:count]
-    return bytes(data)
 
 
 def _forget() -> None:

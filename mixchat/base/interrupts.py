@@ -70,12 +70,12 @@ def starting() -> Iterator[None]:
     if not _is_main():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _handled()}
+    previous = {number: signal.getsignal(number) for number in _handled()}
     use_defaults()
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -85,18 +85,18 @@ def deferred() -> Iterator[None]:
     if not _is_main():
         yield
         return
-    before = _take_ctrl_c()
+    previous = _take_ctrl_c()
     _state.deferred += 1
     try:
         yield
     finally:
         _state.deferred -= 1
-        _give_back(before)
+        _give_back(previous)
         if not _state.deferred and _state.pending is not None:
             number, _state.pending = _state.pending, None
-            if before is None or number != signal.SIGINT:
+            if previous is None or number != signal.SIGINT:
                 raise _exception(number)
-            before(number, None)
+            previous(number, None)
 
 
 @contextmanager
@@ -122,13 +122,13 @@ def stopping(stop: Callable[[], bool]) -> Iterator[None]:
 
     If it will not, or has not ended 0.3 s later, Ctrl-C raises as in ordinary code.
     """
-    before = _take_ctrl_c()
+    previous = _take_ctrl_c()
     _state.stop = stop
     try:
         yield
     finally:
         _state.stop = None  # first: a signal that comes now is not for this answer
-        _give_back(before)
+        _give_back(previous)
 
 
 def exit_code(code: int) -> int:
@@ -157,18 +157,19 @@ def _stop_answer() -> bool:
     overdue, _state.overdue = _state.overdue, None
     if overdue is not None:
         return overdue is not _state.stop  # that answer has ended meanwhile
-    if _state.stop is None or not _state.stop():
+    stop = _state.stop
+    if stop is None or not stop():
         return False
-    _in_thread(_repeat_ctrl_c, _state.stop)
+
+    def repeat() -> None:
+        """Send Ctrl-C again if the answer still runs."""
+        time.sleep(_CTRL_C_TIMEOUT_S)
+        if _state.stop is stop:
+            _state.overdue = stop
+            signal.pthread_kill(_MAIN, signal.SIGINT)
+
+    _in_thread(repeat)
     return True
-
-
-def _repeat_ctrl_c(stop: Callable[[], bool]) -> None:
-    """Send Ctrl-C again if the answer of `stop` still runs."""
-    time.sleep(_CTRL_C_TIMEOUT_S)
-    if _state.stop is stop:
-        _state.overdue = stop
-        signal.pthread_kill(_MAIN, signal.SIGINT)
 
 
 def _end_in_time() -> None:
@@ -176,15 +177,19 @@ def _end_in_time() -> None:
     time.sleep(_END_TIMEOUT_S)
     while _state.saving:
         time.sleep(0.01)
-    _restore_terminal()
+    if _state.terminal is not None:
+        system.set_terminal_mode(sys.stdin, _state.terminal)
+        with suppress(OSError):
+            if os.isatty(2):
+                os.write(2, (_SHOW_CURSOR + _NO_PASTE_MARKS).encode())
     os._exit(exit_code(0))
 
 
 class _RaiseAgain:
     """A hook that raises our exceptions again if they were swallowed."""
 
-    def __init__(self, others: Callable[[Any], object]) -> None:
-        self._others = others
+    def __init__(self, next_hook: Callable[[Any], object]) -> None:
+        self._next_hook = next_hook
 
     def __call__(self, lost: Any) -> None:
         if isinstance(lost.exc_value, KeyboardInterrupt):
@@ -193,7 +198,7 @@ class _RaiseAgain:
             _state.swallowed = True
             _in_thread(_send_again, _state.ending)
         else:
-            self._others(lost)
+            self._next_hook(lost)
 
 
 def _send_again(number: int) -> None:
@@ -222,21 +227,13 @@ def _is_main() -> bool:
 
 def _take_ctrl_c() -> Callable[..., Any] | None:
     """Install our handler of Ctrl-C, if need be, and return the old one."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is _handle or not callable(before) or not _is_main():
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is _handle or not callable(previous) or not _is_main():
         return None
     signal.signal(signal.SIGINT, _handle)
-    return before
+    return previous
 
 
-def _give_back(before: Callable[..., Any] | None) -> None:
-    if before is not None:
-        signal.signal(signal.SIGINT, before)
-
-
-def _restore_terminal() -> None:
-    if _state.terminal is not None:
-        system.set_terminal_mode(sys.stdin, _state.terminal)
-        with suppress(OSError):
-            if os.isatty(2):
-                os.write(2, (_SHOW_CURSOR + _NO_PASTE_MARKS).encode())
+def _give_back(previous: Callable[..., Any] | None) -> None:
+    if previous is not None:
+        signal.signal(signal.SIGINT, previous)

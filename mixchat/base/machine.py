@@ -46,7 +46,7 @@ class OtherPrograms:
 
     def share(self) -> float:
         """Return their share of the cores' time so far, 0 to 1, or 0 if not known."""
-        taken, idle, own = (now - before for now, before in zip(_times(), self._start, strict=True))
+        taken, idle, own = (now - then for now, then in zip(_times(), self._start, strict=True))
         whole = taken + idle
         return max(taken - own, 0.0) / whole if whole > 0 else 0.0
 
@@ -152,7 +152,7 @@ def memory_left_by_ulimit() -> dict[str, int]:
 
 def nearest_existing(directory: Path) -> Path:
     """Return the nearest directory, from this one up, that exists."""
-    return next(place for place in (directory, *directory.parents) if place.exists())
+    return next(path for path in (directory, *directory.parents) if path.exists())
 
 
 def free_disk(directory: Path) -> int:
@@ -160,9 +160,9 @@ def free_disk(directory: Path) -> int:
     return shutil.disk_usage(nearest_existing(directory)).free
 
 
-def same_disk(one: Path, other: Path) -> bool:
+def same_disk(first: Path, second: Path) -> bool:
     """Return whether both directories, which need not exist yet, are on one disk."""
-    return nearest_existing(one).stat().st_dev == nearest_existing(other).stat().st_dev
+    return nearest_existing(first).stat().st_dev == nearest_existing(second).stat().st_dev
 
 
 def disk_usage(path: Path) -> int:

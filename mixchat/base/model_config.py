@@ -77,25 +77,24 @@ class RopeParameters:
                 f"config.json: a partial_rotary_factor of {self.partial_rotary_factor:g} cannot "
                 f"rotate pairs of {head_dim} columns"
             )
-        head_dim = rotated
-        for fault in self._faults(head_dim):
+        for fault in self._faults(rotated):
             raise CheckpointError(f"config.json: rope type '{self.rope_type}' {fault}")
 
     def _faults(self, head_dim: int) -> Iterator[str]:
-        kind, pairs = self.rope_type, head_dim // 2
+        rope_type, pairs = self.rope_type, head_dim // 2
         if not 1 <= self.factor <= _MAX_FACTOR:
             yield f"has the factor {self.factor:g}, not one from 1 to {_MAX_FACTOR}"
-        if kind == "dynamic" and head_dim == 2:
+        if rope_type == "dynamic" and head_dim == 2:
             yield "needs a head_dim above 2"
-        if kind == "yarn" and self.rope_theta <= 1:
+        if rope_type == "yarn" and self.rope_theta <= 1:
             yield f"needs a rope_theta above 1, not {self.rope_theta:g}"
-        if kind == "yarn" and self.beta_fast < self.beta_slow:
+        if rope_type == "yarn" and self.beta_fast < self.beta_slow:
             yield "has a beta_fast that is smaller than its beta_slow"
-        if kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+        if rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             yield "needs a high_freq_factor above its low_freq_factor"
-        if kind == "longrope" and self.original_max_position_embeddings == 1:
+        if rope_type == "longrope" and self.original_max_position_embeddings == 1:
             yield "needs an original context above 1 token"
-        if kind == "longrope" and {len(self.short_factor), len(self.long_factor)} != {pairs}:
+        if rope_type == "longrope" and {len(self.short_factor), len(self.long_factor)} != {pairs}:
             yield f"needs {pairs} numbers in short_factor and in long_factor"
 
 

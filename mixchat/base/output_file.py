@@ -40,12 +40,24 @@ class OutputFile:
         """Check, before anything is computed, that the file can be written."""
         try:
             mode = self._mode()
-            if mode is not None and not self._may_be_replaced(mode):
-                raise self._taken()
-            if mode is None or not self.streams:
-                self._check_directory()
+            if mode is not None and stat.S_ISREG(mode):
+                with open(open_regular(self.path), "rb") as file:
+                    replaceable = self._is_ours(file.read(_HEAD_BYTES))
+            else:
+                replaceable = mode is None or (
+                    self.streams and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode))
+                )
         except OSError as error:
             raise UsageError(f"{self}: cannot be read ({error.strerror})") from None
+        if not replaceable:
+            raise self._taken()
+        directory = self.place.parent
+        if mode is not None and self.streams:
+            return self
+        if not directory.is_dir():
+            raise UsageError(f"{self}: there is no directory {directory}")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise UsageError(f"{self}: {directory} cannot be written to")
         return self
 
     def write(self, data: bytes) -> None:
@@ -85,19 +97,6 @@ class OutputFile:
             return os.stat(self.path).st_mode
         except FileNotFoundError:
             return None
-
-    def _check_directory(self) -> None:
-        directory = self.place.parent
-        if not directory.is_dir():
-            raise UsageError(f"{self}: there is no directory {directory}")
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise UsageError(f"{self}: {directory} cannot be written to")
-
-    def _may_be_replaced(self, mode: int) -> bool:
-        if not stat.S_ISREG(mode):
-            return self.streams and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode))
-        with open(open_regular(self.path), "rb") as file:
-            return self._is_ours(file.read(_HEAD_BYTES))
 
     def _is_ours(self, head: bytes) -> bool:
         return not head or self.ours(head)

@@ -47,7 +47,7 @@ class MemoryBudget:
     @classmethod
     def parse_list(cls, text: str) -> tuple[MemoryBudget, ...]:
         """Read amounts like `12GB,8GB`. Raises `UsageError`."""
-        return tuple(cls.parse(part) for part in text.split(","))
+        return tuple(cls.parse(amount) for amount in text.split(","))
 
     def __str__(self) -> str:
         return str(self.size) if self.fraction is None else f"{100 * self.fraction:.6g}%"

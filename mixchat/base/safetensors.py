@@ -85,7 +85,21 @@ class Header:
             raw = json.loads(text.decode("utf-8"))
         except (ValueError, RecursionError):
             raise CheckpointError(f"{where}: not a safetensors file (bad header)") from None
-        self._entries = _check_header(where, raw, 8 + len(text), size)
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{where}: not a safetensors file (bad header)")
+        raw.pop("__metadata__", None)
+        end = 8 + len(text)
+        entries = [_parse_entry(where, name, entry, end) for name, entry in raw.items()]
+        entries.sort(key=lambda entry: (entry[1], entry[0].nbytes))
+        for spec, start in entries:
+            if start != end:
+                raise CheckpointError(f"{where}: the bytes of {spec.name!r} are misplaced")
+            end += spec.nbytes
+        if end != size:
+            raise CheckpointError(
+                f"{where}: cut short or overlong: its header describes {end} bytes, it has {size}"
+            )
+        self._entries = {spec.name: (spec, start) for spec, start in entries}
 
     @classmethod
     def of(cls, specs: Sequence[TensorSpec], where: str) -> Header:
@@ -116,12 +130,12 @@ class Header:
     def _entry(self, name: str) -> tuple[TensorSpec, int]:
         if name in self._entries:
             return self._entries[name]
-        whole, part = split_part(name)
+        whole, index = split_part(name)
         spec, start = self._entries.get(whole, (None, 0))
-        if spec is None or part is None or not spec.shape or part >= spec.shape[0]:
+        if spec is None or index is None or not spec.shape or index >= spec.shape[0]:
             raise CheckpointError(f"{self.where}: there is no tensor {name!r}")
         own = replace(spec, name=name, shape=spec.shape[1:])
-        return own, start + part * own.nbytes
+        return own, start + index * own.nbytes
 
 
 def header_length(first: bytes | bytearray, size: int, where: str) -> int:
@@ -141,7 +155,9 @@ class SafetensorsFile:
         try:
             with reading(path):
                 self._fd = open_regular(path, follow=follow)
-                self.header = self._read_header()
+                size = os.fstat(self._fd).st_size
+                length = header_length(read_piece(self._fd, 0, 8), size, str(path))
+                self.header = Header(read_piece(self._fd, 8, length), size, str(path))
         except BaseException:
             self.close()
             raise
@@ -161,8 +177,8 @@ class SafetensorsFile:
         spec = self.header.spec(name)
         first, size = self.header.start(name), spec.nbytes // spec.shape[0]
         numbers = rows.tolist()
-        places = {number: place for place, number in enumerate(sorted(set(numbers)))}
-        starts = [first + number * size for number in places]
+        positions = {number: position for position, number in enumerate(sorted(set(numbers)))}
+        starts = [first + number * size for number in positions]
         assert all(first <= start < first + spec.nbytes for start in starts), "of another tensor"
         block = torch.empty(len(starts), *spec.shape[1:], dtype=spec.dtype)
         if len(starts) > 1:
@@ -171,7 +187,9 @@ class SafetensorsFile:
                     system.advise(self._fd, start, size, needed=True)
         for start, row in zip(starts, block.view(torch.uint8), strict=True):
             self.read_into(row, start)
-        return block if numbers == [*places] else block[[places[number] for number in numbers]]
+        return (
+            block if numbers == [*positions] else block[[positions[number] for number in numbers]]
+        )
 
     def open_direct(self) -> bool:
         """Open the file past the page cache, and return whether that is possible."""
@@ -222,31 +240,6 @@ class SafetensorsFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_header(self) -> Header:
-        size = os.fstat(self._fd).st_size
-        length = header_length(read_piece(self._fd, 0, 8), size, str(self.path))
-        return Header(read_piece(self._fd, 8, length), size, str(self.path))
-
-
-def _check_header(
-    where: str, header: Any, base: int, size: int
-) -> dict[str, tuple[TensorSpec, int]]:
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{where}: not a safetensors file (bad header)")
-    header.pop("__metadata__", None)
-    entries = [_parse_entry(where, name, raw, base) for name, raw in header.items()]
-    entries.sort(key=lambda entry: (entry[1], entry[0].nbytes))
-    end = base
-    for spec, start in entries:
-        if start != end:
-            raise CheckpointError(f"{where}: the bytes of {spec.name!r} are misplaced")
-        end += spec.nbytes
-    if end != size:
-        raise CheckpointError(
-            f"{where}: cut short or overlong: its header describes {end} bytes, it has {size}"
-        )
-    return {spec.name: (spec, start) for spec, start in entries}
-
 
 def _parse_entry(where: str, name: str, raw: Any, base: int) -> tuple[TensorSpec, int]:
     try:
@@ -293,19 +286,16 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, error_type: object, *_: object) -> None:
         try:
-            if kind is None:
-                self._finish()
+            if error_type is None:
+                assert not self._todo, f"{self._todo[-1].name} was not written"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                rename_durably(self._temporary, self.path)
         finally:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        assert not self._todo, f"{self._todo[-1].name} was not written"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        rename_durably(self._temporary, self.path)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

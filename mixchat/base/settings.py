@@ -58,10 +58,6 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read ({reason})") from None
     if len(data) > _CONFIG_BYTES_MAX:
         raise UsageError(f"{path}: too large for a file of settings")
-    return _parse_config(path, data)
-
-
-def _parse_config(path: Path, data: bytes) -> dict[str, Any]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -13,8 +13,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,31 +91,19 @@ def open_file(path: Path, flags: int, mode: int = 0o777) -> int:
         if error.errno != errno.EMFILE:
             raise
     while True:
-        try:
-            with _limit_raised():
+        # One thread at a time raises the limit, and only for the moment of opening.
+        with _open_files_lock:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            try:
                 return os.open(path, flags, mode)
-        except OSError as error:
-            if error.errno != errno.EMFILE or not _holds_back() or time.monotonic() > latest:
-                raise
-            time.sleep(_OPEN_AGAIN_S)
-
-
-@contextmanager
-def _limit_raised() -> Iterator[None]:
-    """Let this process open all files that it may."""
-    with _open_files_lock:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def _holds_back() -> bool:
-    with _open_files_lock:  # which is raised in it
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return bool(soft != hard)
+            except OSError as error:
+                holds_back = soft != hard
+                if error.errno != errno.EMFILE or not holds_back or time.monotonic() > latest:
+                    raise
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        time.sleep(_OPEN_AGAIN_S)
 
 
 def open_files_left() -> int | None:
