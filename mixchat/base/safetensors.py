@@ -155,9 +155,7 @@ class SafetensorsFile:
         try:
             with reading(path):
                 self._fd = open_regular(path, follow=follow)
-                size = os.fstat(self._fd).st_size
-                length = header_length(read_piece(self._fd, 0, 8), size, str(path))
-                self.header = Header(read_piece(self._fd, 8, length), size, str(path))
+                self.header = self._read_header()  # a file in GGUF reads its own
         except BaseException:
             self.close()
             raise
@@ -239,6 +237,11 @@ class SafetensorsFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _read_header(self) -> Header:
+        size = os.fstat(self._fd).st_size
+        length = header_length(read_piece(self._fd, 0, 8), size, str(self.path))
+        return Header(read_piece(self._fd, 8, length), size, str(self.path))
 
 
 def _parse_entry(where: str, name: str, raw: Any, base: int) -> tuple[TensorSpec, int]:
