@@ -18,7 +18,7 @@ from mixchat.engine.environment import prepare_environment
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFlags(load_flags.HolderFlags):
+class PlanFlags(load_flags.MemoryFlags):
     """The flags of `mixchat plan`."""
 
     model: str = load_flags.model_argument(load_flags.ANY_MODEL, "instruct")

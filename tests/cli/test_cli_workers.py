@@ -1,4 +1,4 @@
-"""`run`, `bench` and `plan` take the addresses of workers, and the file of their key."""
+"""`run` and `bench` take the addresses of workers, and the file of their key."""
 
 import socket
 from pathlib import Path
@@ -11,7 +11,6 @@ GIVEN = ("--worker", "192.168.1.5", "--worker", "helper:80", "--key-file", "a.ke
 TAKEN_BY = {
     "run": "fake_mixchat.open_fake",
     "bench": "mixchat.bench.rounds.Bench",
-    "plan": "mixchat.loading.plan.plan",
 }
 
 
@@ -62,7 +61,7 @@ def test_a_worker_that_is_silent_or_gone_at_the_start_is_exit_code_5(
         if not silent:
             listener.close()
         flags = ("--worker", address, "--key-file", str(key))
-        done = mixchat("plan", str(tiny_model), *flags)
+        done = mixchat("bench", str(tiny_model), "--prompt", "4", "--tokens", "4", *flags)
     assert done.returncode == 5
     reason = "the worker does not answer" if silent else "no worker can be reached there"
     assert done.stderr.decode().startswith(f"error: {address}: {reason}\n")

@@ -127,8 +127,8 @@ def parallel(default: int) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HolderFlags:
-    """The flags of a program that holds experts."""
+class MemoryFlags:
+    """The flags of the memory to take and of the device that computes."""
 
     host_memory: str | None = setting(
         "--host-memory SIZE",
@@ -152,6 +152,12 @@ class HolderFlags:
         autocompletion=one_of("cpu", "cuda"),
         show_default="cuda if there is a GPU, else cpu",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HolderFlags(MemoryFlags):
+    """The flags of a program that holds experts."""
+
     key_file: Path | None = setting(
         "--key-file FILE",
         "The workers' key, which 'mixchat worker --new-key' writes.",

@@ -6,7 +6,7 @@ import errno
 import socket
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,14 @@ def resolve(text: str, *, any_port: bool = False) -> Address:
     """
     named = NetworkAddress.parse(text, any_port=any_port)
     host = _LOCALHOST if named.host == "localhost" else named.host
-    found = _look_up(text, host, named.port)
-    targets = list(dict.fromkeys((family, target) for family, _, _, _, target in found))
+    infos = _look_up(text, host, named.port)
+    targets = list(dict.fromkeys((family, target) for family, _, _, _, target in infos))
     if len(targets) > 1:
         listed = ", ".join(str(target[0]) for _, target in targets)
-        one = NetworkAddress(str(targets[0][1][0]), named.port)
+        example = NetworkAddress(str(targets[0][1][0]), named.port)
         raise UsageError(
             f"{named.host} has several addresses: {listed}",
-            hint=f"Name one of them, such as {one}.",
+            hint=f"Name one of them, such as {example}.",
         )
     family, target = targets[0]
     return Address(str(named), family, target)
@@ -89,23 +89,17 @@ def listen_error(
 
 
 def _look_up(text: str, host: str, port: int) -> list[Any]:
-    """Call getaddrinfo in a thread, because it may block for long."""
+    """Call getaddrinfo in a thread, because it can block for a minute."""
     look_up = in_background(socket.getaddrinfo, host, port, socket.AF_UNSPEC, socket.SOCK_STREAM)
+    deadline = time.monotonic() + _LOOKUP_TIMEOUT_S
+    while not wait([look_up], _CTRL_C_CHECK_S).done:
+        interrupts.check()
+        if time.monotonic() >= deadline:
+            fault = f"{text}: looking up the name takes too long"
+            raise MixchatError(fault, hint="Name the address in numbers.")
     try:
-        return list(_wait(look_up, f"{text}: looking up the name takes too long"))
+        return look_up.result()
     except (OSError, ValueError) as error:  # ValueError: a name that no host can have
         reason = short_message(getattr(error, "strerror", None) or error)
         hint = "Look for a typing error, or name the address in numbers."
         raise UsageError(f"{text}: no such host ({reason})", hint=hint) from None
-
-
-def _wait(work: Future[Any], fault: str) -> Any:
-    deadline = time.monotonic() + _LOOKUP_TIMEOUT_S
-    while time.monotonic() < deadline:
-        interrupts.check()
-        try:
-            return work.result(_CTRL_C_CHECK_S)
-        except TimeoutError:
-            if work.done():  # the system's own deadline, in `work`
-                raise
-    raise MixchatError(fault, hint="Name the address in numbers.")

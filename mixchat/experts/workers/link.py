@@ -8,7 +8,6 @@ D = hidden_size, n = rows of a request.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import socket
 import time
@@ -69,7 +68,12 @@ class Link:
         self._request: tuple[messages.Compute, torch.Tensor, float] | None = None
         try:
             with self._closed_on_error():
-                welcome = self._greet(hello)
+                self._socket.send(messages.pack(hello))
+                deadline = time.monotonic() + _WELCOME_S
+                answer, _ = messages.unpack(self._socket.receive(deadline))
+                if isinstance(answer, messages.Refusal):
+                    raise _refusal(address, answer, hello)
+                welcome = messages.expect(messages.Welcome, answer)
         except sockets.ConnectionLostError as error:
             raise ServerError(f"{address}: the worker is lost: {error.reason}") from None
         self.slots, self.arithmetic = welcome.slots, welcome.arithmetic
@@ -114,7 +118,9 @@ class Link:
             done = messages.expect(messages.Computed, answer)
             y = torch.empty(request.rows, self._hidden_size, dtype=self._dtype)
             messages.receive_rows(y, piece, lambda: self._socket.receive(deadline))
-            if not _is_finite(y) and _is_finite(x):
+            # A sum is the fastest check. But it can overflow although all numbers are finite.
+            is_finite = y.sum(dtype=torch.float32).isfinite() or y.isfinite().all()
+            if not is_finite and x.isfinite().all():
                 raise sockets.BadMessageError("it sent numbers that are not finite")
         self.seconds_computing += done.seconds
         return y
@@ -124,13 +130,6 @@ class Link:
         self._socket.close()
         self._request = None
 
-    def _greet(self, hello: messages.Hello) -> messages.Welcome:
-        self._socket.send(messages.pack(hello))
-        answer, _ = messages.unpack(self._socket.receive(time.monotonic() + _WELCOME_S))
-        if isinstance(answer, messages.Refusal):
-            raise _refusal(self.address, answer, hello)
-        return messages.expect(messages.Welcome, answer)
-
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
         # Also after Ctrl-C, since its answer must not meet the next request.
@@ -139,11 +138,6 @@ class Link:
         except BaseException:
             self.close()
             raise
-
-
-def _is_finite(rows: torch.Tensor) -> bool:
-    # A sum is the fastest check, but is not finite for large numbers either.
-    return math.isfinite(rows.sum(dtype=torch.float32)) or bool(rows.isfinite().all())
 
 
 def _refusal(address: Address, refusal: messages.Refusal, hello: messages.Hello) -> MixchatError:
@@ -184,7 +178,16 @@ class WorkerSocket:
             self._monitor = sockets.watch(self._socket, _EVENTS)
             opened.append(self._monitor)
             self._socket.connect(sockets.endpoint(address))
-            self._shake_hands(address, time.monotonic() + sockets.HANDSHAKE_S + _POLL_S)
+            deadline = time.monotonic() + sockets.HANDSHAKE_S + _POLL_S
+            events: list[tuple[int, int]] = []
+            while not events and time.monotonic() < deadline:
+                interrupts.check()
+                self._monitor.poll(int(1000 * _POLL_S))
+                events = list(sockets.read_events(self._monitor))
+            # libzmq tells nothing if the other end accepts the connection and stays silent.
+            event, value = events[0] if events else (_FAILED, errno.EAGAIN)
+            if event != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                raise _handshake_error(address, event, value)
         except BaseException:
             self.close()
             raise
@@ -218,16 +221,6 @@ class WorkerSocket:
         events = [event for event, _ in sockets.read_events(self._monitor)]
         self._ended = self._ended or zmq.EVENT_DISCONNECTED in events
         return self._ended
-
-    def _shake_hands(self, address: Address, deadline: float) -> None:
-        while time.monotonic() < deadline:
-            interrupts.check()
-            self._monitor.poll(int(1000 * _POLL_S))
-            for event, value in sockets.read_events(self._monitor):
-                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    return
-                raise _handshake_error(address, event, value)
-        raise _handshake_error(address, _FAILED, errno.EAGAIN)
 
 
 def _close(context: zmq.Context[zmq.Socket[bytes]], opened: list[zmq.Socket[bytes]]) -> None:

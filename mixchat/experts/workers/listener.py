@@ -60,7 +60,7 @@ class Listener:
             self._authenticator.start()
             public = sockets.curve_keys(key, b"chat").public
             # CURVE has checked the secret key that belongs to it.
-            admission = SimpleNamespace(callback=lambda domain, given: given == public)
+            admission = SimpleNamespace(callback=lambda domain, peer_key: peer_key == public)
             self._authenticator.configure_curve_callback(_DOMAIN, admission)
             self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
             sockets.prepare(self._socket, sockets.curve_keys(key, b"worker"))
@@ -71,10 +71,8 @@ class Listener:
             self._socket.bind(sockets.endpoint(address))
         except zmq.ZMQError as error:
             self.close()
-            flags = "--listen HOST:PORT", "--listen"
-            raise listen_error(
-                address, OSError(error.errno, error.strerror), "worker", *flags
-            ) from None
+            fault, flags = OSError(error.errno, error.strerror), ("--listen HOST:PORT", "--listen")
+            raise listen_error(address, fault, "worker", *flags) from None
         except BaseException:
             self.close()
             raise
@@ -96,7 +94,11 @@ class Listener:
             self._read_events()
             return None
         if self._speaker is None or self._speaker.route != route.bytes:
-            self._speaker = self._identified(route.bytes, frames[-1])
+            self._read_events()  # first, since another connection may have had the descriptor
+            descriptor = int(frames[-1].get(zmq.SRCFD))
+            self._speaker = Peer(str(frames[-1].get("Peer-Address")), route.bytes, descriptor)
+            if descriptor in self._open:
+                self._open[descriptor] = route.bytes
         elif time.monotonic() >= self._read_at:  # or the events of strangers would pile up
             self._read_events()
         return PeerMessage(self._speaker, frames[0].bytes if len(frames) == 1 else b"")
@@ -121,13 +123,6 @@ class Listener:
         with suppress(zmq.ZMQError):
             self._authenticator.stop()
         self._context.destroy(linger=0)
-
-    def _identified(self, route: bytes, frame: zmq.Frame) -> Peer:
-        self._read_events()  # first, since another connection may have had the descriptor
-        peer = Peer(str(frame.get("Peer-Address")), route, int(frame.get(zmq.SRCFD)))
-        if peer.descriptor in self._open:
-            self._open[peer.descriptor] = route
-        return peer
 
     def _read_events(self) -> None:
         self._read_at = time.monotonic() + _EVENTS_S

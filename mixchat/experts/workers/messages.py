@@ -45,7 +45,7 @@ _Rows = Annotated[int, Field(gt=0, le=MAX_ROWS)]
 
 
 class WorkerMessage(BaseModel):
-    """A message. `kind` names it on the wire."""
+    """A message. `type` names it on the wire."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -53,7 +53,7 @@ class WorkerMessage(BaseModel):
 class Hello(WorkerMessage):
     """The chat side's first message, with its version and its model."""
 
-    kind: Literal["hello"] = "hello"
+    type: Literal["hello"] = "hello"
     model_identity: _Text  # hexadecimal
     model_name: _Text
     dtype: str = Field(pattern=f"^({'|'.join(DTYPES)})$")  # of the rows
@@ -65,7 +65,7 @@ class Hello(WorkerMessage):
 class Welcome(WorkerMessage):
     """The worker's answer, with its slots and its `LinearSpec.arithmetic`."""
 
-    kind: Literal["welcome"] = "welcome"
+    type: Literal["welcome"] = "welcome"
     slots: int = Field(ge=2, le=MAX_SLOTS)
     arithmetic: _Text
 
@@ -76,7 +76,7 @@ class Refusal(WorkerMessage):
     text: the worker's version or model, if that is the cause, and otherwise a line for people.
     """
 
-    kind: Literal["refusal"] = "refusal"
+    type: Literal["refusal"] = "refusal"
     cause: Cause
     text: _Text
 
@@ -84,7 +84,7 @@ class Refusal(WorkerMessage):
 class Hold(WorkerMessage):
     """The chat side's list of experts to load, each (layer, expert)."""
 
-    kind: Literal["hold"] = "hold"
+    type: Literal["hold"] = "hold"
     keys: tuple[tuple[_Index, _Index], ...] = Field(max_length=MAX_SLOTS)
 
     @model_validator(mode="after")
@@ -97,7 +97,7 @@ class Hold(WorkerMessage):
 class Compute(WorkerMessage):
     """A request for experts of a layer, each (expert, rows). With `shared_row` all get one row."""
 
-    kind: Literal["compute"] = "compute"
+    type: Literal["compute"] = "compute"
     layer: _Index
     experts: tuple[tuple[_Index, _Rows], ...] = Field(min_length=1, max_length=MAX_EXPERTS)
     shared_row: bool
@@ -125,21 +125,21 @@ class Compute(WorkerMessage):
 class Computed(WorkerMessage):
     """The worker's answer, with the seconds that it computed. The result's rows follow."""
 
-    kind: Literal["computed"] = "computed"
+    type: Literal["computed"] = "computed"
     seconds: float = Field(ge=0, allow_inf_nan=False)
 
 
 class Ended(WorkerMessage):
     """The worker's last message: why it ends the chat."""
 
-    kind: Literal["ended"] = "ended"
+    type: Literal["ended"] = "ended"
     reason: _Text
 
 
 _Message = TypeVar("_Message", bound=WorkerMessage)
 _ANY: TypeAdapter[WorkerMessage] = TypeAdapter(
     Annotated[
-        Hello | Welcome | Refusal | Hold | Compute | Computed | Ended, Field(discriminator="kind")
+        Hello | Welcome | Refusal | Hold | Compute | Computed | Ended, Field(discriminator="type")
     ]
 )
 
@@ -161,9 +161,9 @@ def unpack(data: bytes) -> tuple[WorkerMessage, bytes]:
     return message, rows
 
 
-def expect(kind: type[_Message], message: WorkerMessage) -> _Message:
-    """Return the message. Raises `BadMessageError` if it is of another kind."""
-    if not isinstance(message, kind):
+def expect(message_type: type[_Message], message: WorkerMessage) -> _Message:
+    """Return the message. Raises `BadMessageError` if it is of another type."""
+    if not isinstance(message, message_type):
         raise BadMessageError("it sent a message out of turn")
     return message
 

@@ -49,8 +49,18 @@ class RemoteWorker:
         if self._link is not None and (self._unanswered or self._link.is_lost):
             self.close()  # after an answer that was stopped in a layer, or a lost link
         self._unanswered = ()
-        if self._link is None and time.monotonic() >= self._rests_until:
-            self._try_again()
+        if self._link is not None or time.monotonic() < self._rests_until:
+            return
+        started = time.monotonic()
+        try:
+            self._link = self._connect()
+        except MixchatError as error:
+            if not isinstance(error, ResourceError):  # a busy worker may soon be free
+                now = time.monotonic()
+                self._rests_until = now + _REST_FACTOR * (now - started)
+            self._note_once(str(error).removeprefix(f"{self.name}: "))
+        else:
+            self._hold_planned()
 
     def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
         x = rows.on_cpu(*keys)  # first, since a GPU's memory may run out in it
@@ -81,18 +91,6 @@ class RemoteWorker:
         if self._link is not None:
             self._link.close()
         self._link, self._held = None, frozenset()
-
-    def _try_again(self) -> None:
-        started = time.monotonic()
-        try:
-            self._link = self._connect()
-        except MixchatError as error:
-            if not isinstance(error, ResourceError):  # a busy worker may soon be free
-                now = time.monotonic()
-                self._rests_until = now + _REST_FACTOR * (now - started)
-            self._note_once(str(error).removeprefix(f"{self.name}: "))
-        else:
-            self._hold_planned()
 
     def _hold_planned(self) -> None:
         assert self._link is not None

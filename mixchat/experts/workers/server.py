@@ -64,12 +64,6 @@ class WorkerModel(Protocol):
         """
 
 
-class _RefusedError(Exception):
-    def __init__(self, cause: messages.Cause, text: str) -> None:
-        super().__init__(text)
-        self.refusal = messages.Refusal(cause=cause, text=text)
-
-
 class Server:
     """Serves the chats that come to a listener, and closes it at the end."""
 
@@ -89,38 +83,37 @@ class Server:
 
     def _serve(self, message: PeerMessage) -> None:
         try:
-            hello = self._read(message)
-            welcome = self._begin(hello)
-        except _RefusedError as error:
-            self._refuse(message.peer, error.refusal)
-        else:
-            self._converse(message.peer, hello, welcome)
-
-    def _read(self, message: PeerMessage) -> messages.Hello:
-        try:
             hello = messages.expect(messages.Hello, messages.unpack(message.data)[0])
-        except sockets.BadMessageError as error:
-            raise _RefusedError("other", error.reason) from None
-        if hello.version != __version__:
-            raise _RefusedError("version", __version__)
+            answer = self._answer(hello)
+        except Exception as error:
+            answer = messages.Refusal(cause="other", text=_reason(error))
+        if isinstance(answer, messages.Refusal):
+            self._refuse(message.peer, answer)
+        else:
+            self._converse(message.peer, hello, answer)
+
+    def _answer(self, hello: messages.Hello) -> messages.Welcome | messages.Refusal:
         model = self._model
+        if hello.version != __version__:
+            return messages.Refusal(cause="version", text=__version__)
         if (hello.model_identity, hello.hidden_size) != (model.identity, model.hidden_size):
             text = messages.describe_model(model.name, model.identity)
-            raise _RefusedError("model", text)
-        return hello
-
-    def _begin(self, hello: messages.Hello) -> messages.Welcome:
-        try:
-            arithmetic, slots = self._model.begin(hello), self._model.slots
-        except Exception as error:
-            raise _RefusedError("other", _reason(error)) from error
+            return messages.Refusal(cause="model", text=text)
+        arithmetic, slots = model.begin(hello), model.slots
         if slots < _MIN_SLOTS:
             text = f"has room for {slots} of the experts, and {_MIN_SLOTS} are the fewest"
-            raise _RefusedError("room", text)
+            return messages.Refusal(cause="room", text=text)
         return messages.Welcome(slots=slots, arithmetic=arithmetic)
 
     def _converse(self, peer: Peer, hello: messages.Hello, welcome: messages.Welcome) -> None:
-        session = Session(self._listener, peer, self._model, hello, self._refuse_other)
+
+        def refuse_other(message: PeerMessage) -> None:
+            with suppress(sockets.BadMessageError):
+                messages.expect(messages.Hello, messages.unpack(message.data)[0])
+                busy = messages.Refusal(cause="busy", text="is busy with another chat")
+                self._refuse(message.peer, busy)
+
+        session = Session(self._listener, peer, self._model, hello, refuse_other)
         try:
             session.send(messages.pack(welcome))
             self._note(f"{peer.name}: a chat begins")
@@ -131,12 +124,6 @@ class Server:
             with suppress(sockets.ConnectionLostError):
                 session.send(messages.pack(messages.Ended(reason=reason)))
         self._note(f"{peer.name}: the chat ends after {session.requests} requests: {reason}")
-
-    def _refuse_other(self, message: PeerMessage) -> None:
-        with suppress(sockets.BadMessageError):
-            messages.expect(messages.Hello, messages.unpack(message.data)[0])
-            busy = messages.Refusal(cause="busy", text="is busy with another chat")
-            self._refuse(message.peer, busy)
 
     def _refuse(self, peer: Peer, refusal: messages.Refusal) -> None:
         self._note(f"{peer.name}: a chat is refused: {refusal.cause}")
@@ -171,10 +158,14 @@ class Session:
         """Serve until `ConnectionLostError` or an error of the experts is raised."""
         while True:
             message, piece = messages.unpack(self._next())
-            if isinstance(message, messages.Hold):
-                self._hold(message)
-            else:
+            if not isinstance(message, messages.Hold):
                 self._serve(messages.expect(messages.Compute, message), piece)
+                continue
+            _require(len(message.keys) <= self._room)
+            for layer, expert in message.keys:
+                _require(layer < self._model.num_layers and expert < self._model.num_experts)
+            self._model.hold([ExpertKey(*key) for key in message.keys])
+            self._loading = True
 
     def _next(self) -> bytes:
         """Return the next message. Load or free experts until there is one."""
@@ -185,18 +176,19 @@ class Session:
                 self._model.follow_memory()
         return message
 
-    def _hold(self, message: messages.Hold) -> None:
-        _require(len(message.keys) <= self._room)
-        for layer, expert in message.keys:
-            _require(layer < self._model.num_layers and expert < self._model.num_experts)
-        self._model.hold([ExpertKey(*key) for key in message.keys])
-        self._loading = True
-
     def _serve(self, request: messages.Compute, piece: bytes) -> None:
         _require(request.layer < self._model.num_layers)
         _require(all(expert < self._model.num_experts for expert, _ in request.experts))
         x = torch.empty(request.rows_sent, self._model.hidden_size, dtype=self._dtype)
-        messages.receive_rows(x, piece, self._receive_piece)
+
+        def receive() -> bytes:
+            deadline = time.monotonic() + sockets.SILENCE_S
+            while (piece := self._receive(_POLL_S)) is None:
+                if time.monotonic() >= deadline:
+                    raise sockets.ConnectionLostError("its rows do not arrive")
+            return piece
+
+        messages.receive_rows(x, piece, receive)
         start = time.perf_counter()
         y = self._model.compute(request.layer, request.experts, x, request.shared_row, self._check)
         seconds = time.perf_counter() - start
@@ -204,13 +196,6 @@ class Session:
         assert y.dtype == self._dtype
         messages.send_rows(self.send, messages.Computed(seconds=seconds), y)
         self.requests += 1
-
-    def _receive_piece(self) -> bytes:
-        deadline = time.monotonic() + sockets.SILENCE_S
-        while (piece := self._receive(_POLL_S)) is None:
-            if time.monotonic() >= deadline:
-                raise sockets.ConnectionLostError("its rows do not arrive")
-        return piece
 
     def _check(self) -> None:
         if self._receive(0.0) is not None:

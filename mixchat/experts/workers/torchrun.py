@@ -31,9 +31,9 @@ def local_address() -> str:
     """Return this machine's address towards rank 0, with port 0. Raises `UsageError`."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-        family, kind, protocol, _, target = found[0]
-        with socket.socket(family, kind, protocol) as probe:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        family, socket_type, protocol, _, target = infos[0]
+        with socket.socket(family, socket_type, protocol) as probe:
             probe.connect(target)  # a datagram socket sends nothing
             return str(NetworkAddress(probe.getsockname()[0], 0))
     except OSError as error:

@@ -234,7 +234,7 @@ NAN = torch.full((2, HELLO.hidden_size), torch.nan).bfloat16().view(torch.uint8)
         (DONE + bytes(ROW), "rows of another size"),
         (DONE, "rows of another size"),
         (DONE + NAN, "numbers that are not finite"),
-        (b'{"kind":"computed","seconds":NaN}\n' + bytes(2 * ROW), "a message that makes no sense"),
+        (b'{"type":"computed","seconds":NaN}\n' + bytes(2 * ROW), "a message that makes no sense"),
         (DONE[:5], "a message that makes no sense"),
         (WELCOME, "a message out of turn"),
         (b"", "a message that makes no sense"),

@@ -37,7 +37,7 @@ experts = st.dictionaries(indices, st.integers(1, 200), min_size=1, max_size=9)
         Computed(seconds=0.25),
         Ended(reason="the disk says no"),
     ],
-    ids=lambda message: message.kind,
+    ids=lambda message: message.type,
 )
 def test_a_message_arrives(message):
     assert unpack(pack(message)) == (message, b"")
@@ -76,7 +76,7 @@ def test_no_bytes_raise_another_error(data):
         st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
         lambda value: st.lists(value) | st.dictionaries(st.sampled_from(list("ab")), value),
     ),
-    st.sampled_from(["kind", "version", "dtype", "hidden_size", "exact_prompts"]),
+    st.sampled_from(["type", "version", "dtype", "hidden_size", "exact_prompts"]),
 )
 def test_no_json_raises_another_error(value, name):
     for odd in (value, {**json.loads(pack(HELLO)), name: value}):
@@ -101,5 +101,5 @@ def test_a_welcome_that_makes_no_sense_is_refused(slots):
 )
 def test_the_other_end_s_text_is_safe_to_show(text, shown):
     assert unpack(pack(Ended(reason=text)))[0] == Ended(reason=shown)
-    sent = json.dumps({"kind": "ended", "reason": text.replace("\udcff", "?")})
+    sent = json.dumps({"type": "ended", "reason": text.replace("\udcff", "?")})
     assert unpack(sent.encode())[0] == Ended(reason=shown)

@@ -235,7 +235,7 @@ def hello_with(**changes: object) -> bytes:
         hello_with(hidden_size="64"),
         hello_with(model_name=None),
         hello_with(more=1),
-        hello_with(kind="hold"),
+        hello_with(type="hold"),
         pack(HELLO, b"rows"),
     ],
     ids=lambda message: message[-30:].decode(errors="replace"),
@@ -271,13 +271,13 @@ def request_with(**changes: object) -> bytes:
 
 
 def hold(*keys: object) -> bytes:
-    return json.dumps({"kind": "hold", "keys": keys}).encode()
+    return json.dumps({"type": "hold", "keys": keys}).encode()
 
 
 ODD_MESSAGES = {
     "nothing": b"",
     "no JSON": b"\0x",
-    "an unknown kind": b'{"kind": "x"}',
+    "an unknown kind": b'{"type": "x"}',
     "a second hello": pack(HELLO),
     "a worker's word": pack(Computed(seconds=1)),
     "no experts": request_with(experts=[]),
