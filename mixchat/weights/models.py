@@ -255,14 +255,11 @@ def _directories() -> list[Path]:
 
 
 def _directory_of(name: str) -> Path | None:
-    if name == DEMO or name in ALIASES or _is_repo_id(name):
+    if name == DEMO or name in ALIASES or _is_repo_id(name) or _is_here(name):
         return None
-    if _is_here(name):
-        return None
-    is_place = _is_clean(name) and (
-        os.path.isdir(name) or (name.endswith(_GGUF) and os.path.isfile(name))
-    )
-    return Path(os.path.abspath(name)) if is_place else None
+    is_path = 0 < len(name) < 4096 and name.isprintable()
+    is_file = is_path and name.endswith(_GGUF) and os.path.isfile(name)
+    return Path(os.path.abspath(name)) if is_file or (is_path and os.path.isdir(name)) else None
 
 
 def _meant(name: str) -> str | None:
@@ -286,8 +283,8 @@ def _models_to_try(names: Sequence[str]) -> str:
 
 def _no_model_in(directory: Path) -> ModelNotFoundError:
     if (directory / "config.json").exists() or directory.suffix == _GGUF:
-        place = shlex.quote(str(directory))
-        hint = f"Install the checkpoint in it first: mixchat download {place} --name NAME"
+        path = shlex.quote(str(directory))
+        hint = f"Install the checkpoint in it first: mixchat download {path} --name NAME"
     else:
         hint = "There is no checkpoint in it either, which has a config.json."
     return ModelNotFoundError(f"there is no installed model in {directory}", hint=hint)
@@ -308,10 +305,10 @@ def _repo_key(repo: str) -> str:
 
 
 def _is_repo_id(name: str) -> bool:
-    repo, colon, kind = name.partition(":")
+    repo, colon, gguf_kind = name.partition(":")
     return (
         _REPO_ID.fullmatch(repo) is not None
-        and (not colon or _GGUF_KIND.fullmatch(kind) is not None)
+        and (not colon or _GGUF_KIND.fullmatch(gguf_kind) is not None)
         and "--" not in name
         and ".." not in name
         and not name.endswith(".git")
@@ -330,10 +327,6 @@ def _is_here(key: str) -> bool:
 def _is_own_key(key: str) -> bool:
     """Return whether a user may choose the key."""
     return _is_key(key) and "--" not in key and key not in ALIASES and key != DEMO
-
-
-def _is_clean(name: str) -> bool:
-    return 0 < len(name) < 4096 and name.isprintable()
 
 
 def _shown(name: str) -> str:

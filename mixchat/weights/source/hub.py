@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +32,9 @@ from mixchat.weights.source.gguf_checkpoint import SUFFIX, choose_files, read_gg
 from mixchat.weights.source.gguf_file import MAGIC, read_header
 from mixchat.weights.source.hub_errors import endpoint, plain_errors
 from mixchat.weights.source.hub_request import read_json
-from mixchat.weights.source.transfer import has_beginning, read_range
+from mixchat.weights.source.transfer import read_range
 
 _SHARD_BYTES_MAX = 50_000_000_000  # larger files are not served over plain HTTP
-_CHECKED_BYTES_MAX = 1_000_000_000  # of a shard that is fetched to check a broken header
 _FIRST_READ_BYTES = 1 << 16  # a shard's header has some thousand
 _REQUESTS_AT_ONCE = 8
 COMMIT = _SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -90,8 +89,8 @@ class RemoteFile:
 class HubListing:
     """The files of one commit that make up a checkpoint, and its tensors.
 
-    `read` has the small files that were read already, `made` those that a model in GGUF has in its
-    metadata.
+    `read` has the small files that were read already. `metadata_files` are those that are written
+    out of the metadata of a model in GGUF.
     """
 
     repo_id: str
@@ -100,7 +99,7 @@ class HubListing:
     read: dict[str, bytes]
     shards: dict[str, RemoteFile]
     index: CheckpointIndex
-    made: dict[str, bytes] = field(default_factory=dict)
+    metadata_files: dict[str, bytes] = field(default_factory=dict)
 
 
 def look_up(repo_id: str, revision: str | None = None) -> HubListing:
@@ -111,11 +110,15 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
     if it is no model that runs, `UsageError` if it has several models in GGUF, `HubError` if the
     hub cannot be reached.
     """
-    name, _, kind = repo_id.partition(":")
+    name, _, gguf_kind = repo_id.partition(":")
     with plain_errors(name):
         commit, listing = _listing(name, revision)
-        if kind or _has_only_gguf(listing):
-            return _look_up_gguf(name, commit, listing, kind)
+        has_safetensors = INDEX in listing or SINGLE in listing
+        if gguf_kind or (not has_safetensors and any(file.endswith(SUFFIX) for file in listing)):
+            chosen = choose_files(listing, gguf_kind or None, name)
+            shards = {shard: _check_shard(listing[path]) for shard, path in chosen.items()}
+            index, metadata = read_gguf(_headers(shards), repo_id)
+            return HubListing(name, commit, (), {}, shards, index, metadata)
         if CONFIG not in listing:
             raise CheckpointError(f"{repo_id}: there is no {CONFIG}: not a checkpoint for mixchat")
         read = {CONFIG: fetch_small(listing[CONFIG])}
@@ -130,20 +133,6 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
         headers = _headers(shards)
     tensors = CheckpointIndex(config, headers, weight_map, repo_id)
     return HubListing(repo_id, commit, small, read, shards, tensors)
-
-
-def _has_only_gguf(listing: Collection[str]) -> bool:
-    return not {INDEX, SINGLE} & {*listing} and any(name.endswith(SUFFIX) for name in listing)
-
-
-def _look_up_gguf(
-    repo_id: str, commit: str, listing: dict[str, RemoteFile], kind: str
-) -> HubListing:
-    chosen = choose_files(listing, kind or None, repo_id)
-    shards = {name: _check_shard(listing[path]) for name, path in chosen.items()}
-    headers: dict[str, Any] = _headers(shards)
-    index, made = read_gguf(headers, f"{repo_id}:{kind}" if kind else repo_id)
-    return HubListing(repo_id, commit, (), {}, shards, index, made)
 
 
 def fetch_small(file: RemoteFile) -> bytes:
@@ -215,7 +204,7 @@ def _has_listed_bytes(data: bytes, file: RemoteFile) -> bool:
     return len(data) == file.size
 
 
-def _headers(shards: dict[str, RemoteFile]) -> dict[str, Header]:
+def _headers(shards: dict[str, RemoteFile]) -> dict[str, Any]:
     stop = Event()
 
     def read(names: list[str]) -> dict[str, Header]:
@@ -252,14 +241,11 @@ def _header(file: RemoteFile, stop: Event) -> Header:
     except CheckpointError:
         if is_gguf and first.startswith(MAGIC):
             raise
-        if file.size < _CHECKED_BYTES_MAX and has_beginning(
-            url, file.size, str(file.sha256), first, stop
-        ):
-            raise
     raise HubError(
         f"the hub sends something else in place of {file.where}: no header of "
         f"{'GGUF' if is_gguf else 'safetensors'}",
-        hint="Does the network ask for a login first? Then log in and run the same command again.",
+        hint="Does the network ask for a login first? Then log in and run the same command again. "
+        "If not, the file on the hub is damaged.",
     )
 
 
@@ -279,37 +265,34 @@ def _listing(repo_id: str, revision: str | None) -> tuple[str, dict[str, RemoteF
 
     Those in folders are left out, but not models in GGUF.
     """
-    place = "" if revision is None else f"/revision/{quote(revision, safe='')}"
+    branch = "" if revision is None else f"/revision/{quote(revision, safe='')}"
+    files: dict[str, RemoteFile] = {}
     try:
-        info = read_json(f"{endpoint()}/api/models/{repo_id}{place}?blobs=true")
+        info = read_json(f"{endpoint()}/api/models/{repo_id}{branch}?blobs=true")
         commit = str(info["sha"])
-        files = {file.path: file for file in _remote_files(repo_id, commit, info["siblings"])}
+        for sibling in info["siblings"]:
+            path = sibling["rfilename"]
+            if "/" in path and not _GGUF_PATH.fullmatch(path):
+                continue
+            size, lfs, sha1 = (sibling.get(key) for key in ("size", "lfs", "blobId"))
+            sha256 = lfs["sha256"] if lfs else None
+            # The hashes become names in the cache, so nothing but hexadecimal digits is taken.
+            if type(size) is not int or size < 0 or not (sha1 is None or _SHA1.fullmatch(sha1)):
+                raise ValueError(path)
+            if sha256 is None:
+                files[path] = RemoteFile(repo_id, commit, path, size, None, sha1)
+            elif _SHA256.fullmatch(sha256):
+                files[path] = RemoteFile(repo_id, commit, path, size, sha256, None)
+            else:
+                raise ValueError(path)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        commit, files = "", {}
+        commit = ""
     if not COMMIT.fullmatch(commit):
         raise HubError(
             f"the hub's answer for {repo_id} is not valid",
             hint="Is HF_ENDPOINT the address of a hub? Does the network ask for a login first?",
         )
     return commit, files
-
-
-def _remote_files(repo_id: str, commit: str, siblings: Iterable[Any]) -> Iterable[RemoteFile]:
-    for sibling in siblings:
-        name = sibling["rfilename"]
-        if "/" in name and not _GGUF_PATH.fullmatch(name):
-            continue
-        size, lfs, sha1 = (sibling.get(key) for key in ("size", "lfs", "blobId"))
-        sha256 = lfs["sha256"] if lfs else None
-        if type(size) is not int or size < 0 or not _are_hashes(sha1, sha256):
-            raise ValueError(name)
-        yield RemoteFile(repo_id, commit, name, size, sha256, sha1 if sha256 is None else None)
-
-
-def _are_hashes(sha1: str | None, sha256: str | None) -> bool:
-    return (sha1 is None or bool(_SHA1.fullmatch(sha1))) and (
-        sha256 is None or bool(_SHA256.fullmatch(sha256))
-    )
 
 
 def _check_small(file: RemoteFile) -> None:

@@ -53,9 +53,9 @@ class HubCheckpoint(Checkpoint):
 
     def companions(self) -> Path:
         read = self._remote.read
-        if made := self._remote.made:
+        if metadata_files := self._remote.metadata_files:
             with plain_errors(self._remote.repo_id):
-                write_made(self._directory, made)
+                write_made(self._directory, metadata_files)
             return self._directory
         with plain_errors(self._remote.repo_id, "HF_HOME" if self.cache else "MIXCHAT_HOME"):
             for file in self._remote.small:
@@ -70,7 +70,7 @@ class HubCheckpoint(Checkpoint):
         return self._directory
 
     def close(self) -> None:
-        for name in (*(file.path for file in self._remote.small), *self._remote.made):
+        for name in (*(file.path for file in self._remote.small), *self._remote.metadata_files):
             (self._directory / name).unlink(missing_ok=True)
         with suppress(OSError):
             self._directory.rmdir()
@@ -81,8 +81,8 @@ class HubCheckpoint(Checkpoint):
         path = _cached(file) or self._path(file)
         if path.exists():
             return 0
-        part = part_path(path)
-        return max(0, file.size - part.stat().st_size) if part.exists() else file.size
+        partial = part_path(path)
+        return max(0, file.size - partial.stat().st_size) if partial.exists() else file.size
 
     def temporary(self, shard: str) -> int:
         file = self._remote.shards[shard]
@@ -95,10 +95,22 @@ class HubCheckpoint(Checkpoint):
         with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
             if cached and _is_intact(file, cached, stop):
                 return self._linked(file, cached) if self.cache else cached
-            if in_cache:
-                _fill_cache(file, task, stop)
-                return self._linked(file, file.blob)
-            return self._fetch_to_target(file, task, stop)
+            if not in_cache:
+                path = self._path(file)
+                if not path.exists():
+                    _fetch(file, path, task, stop)
+                elif not _is_intact(file, path, stop):
+                    path.unlink()
+                    raise wrong_bytes(file.path)
+                return path
+            repo = hub.repo_dir(file.repo_id).name
+            try:
+                with hub.blob_lock(repo, str(file.sha256), cancelled=stop.is_set):
+                    if not file.blob.exists() or not _is_intact(file, file.blob, stop):
+                        _fetch(file, file.blob, task, stop)
+            except Busy:
+                raise Stopped from None
+            return self._linked(file, file.blob)
 
     def release(self, shard: str) -> None:
         if not self.cache:
@@ -124,27 +136,14 @@ class HubCheckpoint(Checkpoint):
         try:
             if keep:
                 self.fetch(shard, came, stop)
-            else:
-                self._fetch_and_discard(shard, came, stop)
+            else:  # only the speed counts
+                with suppress(HubError), plain_errors(self._remote.repo_id):
+                    fetch_and_discard(self._remote.shards[shard].url, came, stop)
         except Stopped:
             pass
         finally:
             timer.cancel()
         return came.bytes / (time.monotonic() - start) if came.bytes > 0 else None
-
-    def _fetch_and_discard(self, shard: str, came: Task, stop: Event) -> None:
-        # This only measures the speed.
-        with suppress(HubError), plain_errors(self._remote.repo_id):
-            fetch_and_discard(self._remote.shards[shard].url, came, stop)
-
-    def _fetch_to_target(self, file: RemoteFile, task: Task, stop: Event) -> Path:
-        path = self._path(file)
-        if not path.exists():
-            _fetch(file, path, task, stop)
-        elif not _is_intact(file, path, stop):
-            path.unlink()
-            raise wrong_bytes(file.path)
-        return path
 
     def _path(self, file: RemoteFile) -> Path:
         return file.blob if self.cache else self._directory / file.name
@@ -179,16 +178,6 @@ def _cached(file: RemoteFile) -> Path | None:
             if nameless or real == blob.resolve():
                 return path
     return None
-
-
-def _fill_cache(file: RemoteFile, task: Task, stop: Event) -> None:
-    repo = hub.repo_dir(file.repo_id).name
-    try:
-        with hub.blob_lock(repo, str(file.sha256), cancelled=stop.is_set):
-            if not file.blob.exists() or not _is_intact(file, file.blob, stop):
-                _fetch(file, file.blob, task, stop)
-    except Busy:
-        raise Stopped from None
 
 
 def _fetch(file: RemoteFile, path: Path, task: Task, stop: Event) -> None:

@@ -44,25 +44,20 @@ def plain_errors(repo_id: str, home: str = "MIXCHAT_HOME") -> Iterator[None]:
 
     `home` is the variable that names the directory written to.
     """
-    _silence()
+    # By stacklevel, some of its warnings name our modules as their source.
+    for module in ("huggingface_hub", r"mixchat\.weights"):
+        warnings.filterwarnings("ignore", module=module)
     from huggingface_hub import errors
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     # The base of refusals and of failed connections is httpx's in 1.x and httpx2's in 2.x.
     http_error: type[Exception] = vars(errors)["HTTPError"]
     try:
         yield
     except (http_error, errors.OfflineModeIsEnabled, OSError) as error:
         raise _translate(error, repo_id, home) from error
-
-
-def _silence() -> None:
-    # By stacklevel, some of its warnings name our modules as their source.
-    for module in ("huggingface_hub", r"mixchat\.weights"):
-        warnings.filterwarnings("ignore", module=module)
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
-    disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
 
 
 def is_transient(error: Exception) -> bool:
@@ -101,8 +96,20 @@ def _translate(error: BaseException, repo_id: str, home: str) -> MixchatError:
     if isinstance(error, errors.HfHubHTTPError):
         return _refused(_status(error), repo_id, host)
     if isinstance(error, OSError):
-        return _failed_here(error, repo_id, home)
-    return _no_answer(error, host)
+        if (known := local_error(error, f"fetching {repo_id}", home)) is not None:
+            return known
+        reason = error.strerror or "the data is incomplete"
+        return HubError(f"fetching {repo_id} failed: {reason}", hint="Run the same command again.")
+    # By name, because the client library differs between releases.
+    if type(error).__name__ in ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError"):
+        return HubError(
+            f"the connection to the hub at {host} broke",
+            hint="Run the same command again; it continues where it stopped.",
+        )
+    return HubError(
+        f"cannot reach the hub at {host}",
+        hint="Check the network (and proxies), or name a directory that holds the checkpoint.",
+    )
 
 
 def _refused(status: int, repo_id: str, host: str) -> MixchatError:
@@ -123,26 +130,6 @@ def _refused(status: int, repo_id: str, host: str) -> MixchatError:
             hint="Run the same command again later; it continues where it stopped.",
         )
     return HubError(f"{host} refuses the request for {repo_id} ({status})")
-
-
-def _failed_here(error: OSError, repo_id: str, home: str) -> MixchatError:
-    if (known := local_error(error, f"fetching {repo_id}", home)) is not None:
-        return known
-    reason = error.strerror or "the data is incomplete"
-    return HubError(f"fetching {repo_id} failed: {reason}", hint="Run the same command again.")
-
-
-def _no_answer(error: BaseException | None, host: str) -> HubError:
-    # By name, because the client library differs between releases.
-    if type(error).__name__ in ("ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError"):
-        return HubError(
-            f"the connection to the hub at {host} broke",
-            hint="Run the same command again; it continues where it stopped.",
-        )
-    return HubError(
-        f"cannot reach the hub at {host}",
-        hint="Check the network (and proxies), or name a directory that holds the checkpoint.",
-    )
 
 
 def _status(error: Any) -> int:

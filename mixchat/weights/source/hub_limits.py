@@ -69,12 +69,12 @@ def limited(session: Any) -> Iterator[AnswerLimits]:
     """Limit what this thread reads from a session of huggingface_hub in this block."""
     with _watching:
         _watch(session)
-    before = getattr(_current, "limits", None)
+    outer = getattr(_current, "limits", None)
     _current.limits = limits = AnswerLimits()
     try:
         yield limits
     finally:
-        _current.limits = before
+        _current.limits = outer
 
 
 def _watch(session: Any) -> None:

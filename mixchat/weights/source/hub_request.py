@@ -50,7 +50,8 @@ class RemoteBytes:
                 raise self._wrong_range()
             _raise_for_status(response)
             first = self._first_byte(response, start)
-            limits.expect(self._most_bytes(response, first, end))
+            is_range = end is not None and response.status_code == 206
+            limits.expect(end + 1 - first if is_range else self.size)  # type: ignore[operator]
             yield response, first
 
     def _first_byte(self, response: Any, start: int) -> int:
@@ -60,9 +61,9 @@ class RemoteBytes:
             first, whole = (int(match[1]), match[2]) if match else (-1, "")
         elif response.headers.get("Content-Encoding", "identity") != "identity":
             whole = ""
-        kind = response.headers.get("Content-Type", "").lower()
+        content_type = response.headers.get("Content-Type", "").lower()
         # Some mirrors call every file HTML, but its size shows that it is ours.
-        if kind.startswith("text/html") and whole != str(self.size):
+        if content_type.startswith("text/html") and whole != str(self.size):
             raise self._other_file("a page of HTML")
         if self.size is not None and whole.isdecimal() and int(whole) != self.size:
             raise self._other_file(f"{whole} bytes instead of the {self.size} that it lists")
@@ -70,28 +71,24 @@ class RemoteBytes:
             raise self._wrong_range()
         return first
 
-    def _most_bytes(self, response: Any, first: int, end: int | None) -> int | None:
-        if end is not None and response.status_code == 206:
-            return end + 1 - first
-        return self.size
-
     def _wrong_range(self) -> WrongAnswer:
         self.ranges = False
         return WrongAnswer(
-            f"the hub sends another part of {self._name} than requested",
+            f"the hub sends another part of {self.name} than requested",
             hint="A proxy may be at fault. Try another network, or run the same command later; "
             "it continues where it stopped.",
         )
 
-    def _other_file(self, found: str) -> WrongAnswer:
+    def _other_file(self, content: str) -> WrongAnswer:
         return WrongAnswer(
-            f"the hub sends something else in place of {self._name}: {found}",
+            f"the hub sends something else in place of {self.name}: {content}",
             hint="Does the network ask for a login first? Then log in and run the same command "
             "again; it continues where it stopped.",
         )
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """Return the file's name, for messages."""
         return self.url.rsplit("/", 1)[-1]
 
 

@@ -42,14 +42,14 @@ def fetch_file(url: str, path: Path, size: int, sha256: str, task: Task, stop: E
     `Stopped` once `stop` is set, and what huggingface_hub raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_path(path)
-    if part.is_symlink() or not part.is_file():  # a planted link must not be followed
-        part.unlink(missing_ok=True)
+    partial = part_path(path)
+    if partial.is_symlink() or not partial.is_file():  # a planted link must not be followed
+        partial.unlink(missing_ok=True)
     # A power cut may have damaged the bytes of an earlier attempt.
-    attempts = 2 if part.exists() else 1
+    attempts = 2 if partial.exists() else 1
     for _ in range(attempts):
-        if _Download(url, part, size, task, stop).run(sha256):
-            rename_durably(part, path)
+        if _Download(url, partial, size, task, stop).run(sha256):
+            rename_durably(partial, path)
             return
     raise wrong_bytes(path.name)
 
@@ -81,7 +81,7 @@ def read_range(url: str, start: int, size: int, stop: Event, *, of: int | None =
                 if len(got) == size:
                     return
 
-    _retry(attempt, lambda: len(got), size, stop, url)
+    _retry(attempt, lambda: len(got), size, stop, remote.name)
     return got
 
 
@@ -94,26 +94,6 @@ def fetch_and_discard(url: str, task: Task, stop: Event) -> None:
                 return
 
 
-def has_beginning(
-    url: str, size: int, sha256: str, beginning: bytes | bytearray, stop: Event
-) -> bool:
-    """Return whether the hub's file has this size and SHA-256, and begins with these bytes.
-
-    All of it is fetched.
-    """
-    digest, first, done = hashlib.sha256(), bytearray(), 0
-    with RemoteBytes(url, size).stream(0, None) as (response, _):
-        for chunk in response.iter_bytes():
-            if stop.is_set():
-                raise Stopped
-            digest.update(chunk)
-            first += chunk[: len(beginning) - len(first)]
-            done += len(chunk)
-            if done > size:
-                break
-    return digest.hexdigest() == sha256 and first == beginning
-
-
 def wrong_bytes(name: str) -> HubError:
     """Return the error for a file that had the wrong hash and was removed."""
     return HubError(
@@ -123,8 +103,8 @@ def wrong_bytes(name: str) -> HubError:
 
 
 class _Download:
-    def __init__(self, url: str, part: Path, size: int, task: Task, stop: Event) -> None:
-        self._url, self._part, self._size = url, part, size
+    def __init__(self, url: str, partial: Path, size: int, task: Task, stop: Event) -> None:
+        self._part, self._size = partial, size
         self._remote = RemoteBytes(url, size)
         self._task, self._stop = task, stop
         self._done = self._synced = 0
@@ -138,7 +118,7 @@ class _Download:
             else:
                 self._done = _hash_into(self._digest, self._part, self._stop)
         self._part.touch()
-        _retry(self._attempt, lambda: self._done, self._size, self._stop, self._url)
+        _retry(self._attempt, lambda: self._done, self._size, self._stop, self._remote.name)
         if self._digest.hexdigest() == sha256:
             return True
         self._restart()
@@ -154,7 +134,7 @@ class _Download:
                     known, chunk = max(0, known - len(chunk)), chunk[known:]
                     if self._done + len(chunk) > self._size:
                         self._restart()
-                        raise wrong_bytes(_name(self._url))
+                        raise wrong_bytes(self._remote.name)
                     self._take(file, chunk)
                 os.fsync(file.fileno())
 
@@ -180,41 +160,37 @@ class _Download:
 
 
 def _retry(
-    attempt: Callable[[], None], done: Callable[[], int], size: int, stop: Event, url: str
+    attempt: Callable[[], None], done: Callable[[], int], size: int, stop: Event, name: str
 ) -> None:
     """Repeat `attempt` until `done` is `size`. The pauses start short again after progress.
 
     Few bytes, and bytes that are fetched a second time, do not count, because that could repeat for
     ever.
     """
+    from huggingface_hub import errors
+
+    http_error: type[Exception] = vars(errors)["HTTPError"]
     waits, most = iter(_WAITS_S), done()
     progress = min(_PROGRESS_BYTES, size // _PROGRESS_PARTS)
     while done() < size:
-        failure = _failure(attempt)
+        failure: Exception | None = None
+        try:
+            attempt()
+        except WrongAnswer as error:
+            failure = error
+        except http_error as error:
+            if not is_transient(error):
+                raise
+            failure = error
         if done() > most + progress:
             waits, most = iter(_WAITS_S), done()
         if done() >= size:
             return
         wait = next(waits, None)
         if wait is None:
-            raise failure or HubError(f"the hub sends no more bytes of {_name(url)}")
+            raise failure or HubError(f"the hub sends no more bytes of {name}")
         if stop.wait(max(wait, retry_after(failure))):
             raise Stopped
-
-
-def _failure(attempt: Callable[[], None]) -> Exception | None:
-    from huggingface_hub import errors
-
-    http_error: type[Exception] = vars(errors)["HTTPError"]
-    try:
-        attempt()
-    except WrongAnswer as error:
-        return error
-    except http_error as error:
-        if not is_transient(error):
-            raise
-        return error
-    return None
 
 
 def _hash_into(digest: hashlib._Hash, path: Path, stop: Event) -> int:
@@ -226,7 +202,3 @@ def _hash_into(digest: hashlib._Hash, path: Path, stop: Event) -> int:
             digest.update(chunk)
             done += len(chunk)
     return done
-
-
-def _name(url: str) -> str:
-    return url.rsplit("/", 1)[-1]
