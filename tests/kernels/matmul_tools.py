@@ -1,5 +1,8 @@
 """Random matrices for the kernel, of each type of codes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -21,6 +24,15 @@ each_type = pytest.mark.parametrize("kind", TYPES.values(), ids=list(TYPES))
 def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator)
+
+
+@contextmanager
+def three_threads() -> Iterator[None]:
+    """Let kernels run on three threads instead of the one that the tests use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 class Matrix:

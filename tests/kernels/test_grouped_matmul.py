@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from matmul_tools import Matrix, each_type, random
+from matmul_tools import Matrix, each_type, random, three_threads
 
 from mixchat.kernels import quantized_matmul as kernel
 from mixchat.kernels.compile import kernels_available
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel need
 @each_type
 @pytest.mark.parametrize("exact", [False, True])
 def test_products_that_are_computed_together_have_the_bits_that_they_have_alone(
-    threads: int, kind: BlockCodes, exact: bool
+    kind: BlockCodes, exact: bool
 ) -> None:
     # These take other instructions by turns, and are more than the trellises that share a stage.
     counts = 40, MANY + 1, 3, MANY, 1, 10, 1, 2, 30, 5
@@ -26,8 +26,9 @@ def test_products_that_are_computed_together_have_the_bits_that_they_have_alone(
     x = random(50, 128, seed=1).bfloat16()
     numbers = torch.randint(50, (sum(counts),), generator=torch.Generator().manual_seed(2))
     outs = [torch.empty(count, 192, dtype=x.dtype) for count in counts]
-    rounds, products = kernel.grouped_matmul_steps(x, matrices, outs, numbers, exact=exact)
-    Program([together(*steps) for steps in (rounds, *products)]).run()
+    with three_threads():
+        rounds, products = kernel.grouped_matmul_steps(x, matrices, outs, numbers, exact=exact)
+        Program([together(*steps) for steps in (rounds, *products)]).run()
     rows = torch.split(x[numbers], counts)
     for matrix, some, out in zip(matrices, rows, outs, strict=True):
         assert torch.equal(out, kernel.quantized_matmul(some, matrix, exact=exact))

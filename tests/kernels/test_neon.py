@@ -62,7 +62,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @under_qemu
-@pytest.mark.parametrize("tokens", [1, 3, 21])
+@pytest.mark.parametrize("tokens", [3, 21])
 @pytest.mark.parametrize(
     ("name", "dotprod"), [*((name, True) for name in TYPES), ("trellis2", False)]
 )

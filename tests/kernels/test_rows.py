@@ -1,5 +1,6 @@
 """Each pass over a token's row, against the same in double precision."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -26,35 +27,29 @@ def assert_near(result: torch.Tensor, exact: torch.Tensor) -> None:
     assert wrong.max() < 0
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_is_rounded_as_transformers_rounds_it(dtype):
+    for tokens in TOKENS:
+        x, weight = torch.randn(tokens, 576).to(dtype), torch.randn(576).to(dtype)
+        wide = x.double()
+        normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
+        expected = normed.to(dtype) * weight
+        result = rows.rms_norm(x, weight, 1e-5)
+        assert result.dtype == dtype
+        assert (result - expected).abs().max() <= (5e-6 if dtype == torch.float32 else 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_the_norm_is_rounded_as_transformers_rounds_it(dtype, tokens):
-    x, weight = torch.randn(tokens, 576).to(dtype), torch.randn(576).to(dtype)
-    wide = x.double()
-    normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
-    expected = normed.to(dtype) * weight
-    result = rows.rms_norm(x, weight, 1e-5)
-    assert result.dtype == dtype
-    assert (result - expected).abs().max() <= (5e-6 if dtype == torch.float32 else 0.0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("width", [32, 128, 10])
-def test_heads_in_the_middle_of_wider_rows_are_normalized_in_place(dtype, tokens, width):
-    around, weight = torch.randn(tokens, 9, width).to(dtype), torch.randn(width).to(dtype)
-    expected = around.clone()
-    expected[:, 2:7] = rows.rms_norm(around[:, 2:7].reshape(-1, width), weight, 1e-5).view(
-        tokens, 5, width
-    )
-    heads = around[:, 2:7]
-    assert rows.rms_norm(heads, weight, 1e-5, out=heads) is heads
-    assert torch.equal(around, expected)
+def test_heads_in_the_middle_of_wider_rows_are_normalized_in_place(dtype):
+    for tokens, width in itertools.product(TOKENS, (32, 128, 10)):
+        around, weight = torch.randn(tokens, 9, width).to(dtype), torch.randn(width).to(dtype)
+        expected = around.clone()
+        expected[:, 2:7] = rows.rms_norm(around[:, 2:7].reshape(-1, width), weight, 1e-5).view(
+            tokens, 5, width
+        )
+        heads = around[:, 2:7]
+        assert rows.rms_norm(heads, weight, 1e-5, out=heads) is heads
+        assert torch.equal(around, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,19 +68,21 @@ def test_eps_is_what_keeps_a_row_of_zeros_finite():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_heads_in_the_middle_of_wider_rows_are_rotated(dtype, tokens):
-    whole = torch.randn(tokens, 15, 96).to(dtype)[:, 2:12]
-    cos, sin = torch.randn(2, tokens, 64).to(dtype)
-    x = whole[..., :64]
-    swapped = x.double().roll(32, dims=-1)
-    expected = x.double() * cos.double()[:, None] + swapped * sin.double()[:, None]
-    scale = ERROR[dtype] * (x.abs() * cos.abs()[:, None] + swapped.abs() * sin.abs()[:, None])
-    result = rows.rotate(x.contiguous(), cos, sin)
-    assert result.shape == x.shape
-    assert ((result.double() - expected).abs() <= scale + 1e-6).all()
-    # Of 96 columns, 32 are not rotated.
-    assert torch.equal(rows.rotate(whole, cos, sin), torch.cat((result, whole[..., 64:]), dim=-1))
+def test_heads_in_the_middle_of_wider_rows_are_rotated(dtype):
+    for tokens in TOKENS:
+        whole = torch.randn(tokens, 15, 96).to(dtype)[:, 2:12]
+        cos, sin = torch.randn(2, tokens, 64).to(dtype)
+        x = whole[..., :64]
+        swapped = x.double().roll(32, dims=-1)
+        expected = x.double() * cos.double()[:, None] + swapped * sin.double()[:, None]
+        scale = ERROR[dtype] * (x.abs() * cos.abs()[:, None] + swapped.abs() * sin.abs()[:, None])
+        result = rows.rotate(x.contiguous(), cos, sin)
+        assert result.shape == x.shape
+        assert ((result.double() - expected).abs() <= scale + 1e-6).all()
+        # Of 96 columns, 32 are not rotated.
+        assert torch.equal(
+            rows.rotate(whole, cos, sin), torch.cat((result, whole[..., 64:]), dim=-1)
+        )
 
 
 def slow_swiglu(swiglu: Swiglu, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -97,11 +94,11 @@ def slow_swiglu(swiglu: Swiglu, gate: torch.Tensor, up: torch.Tensor) -> torch.T
 
 @each_swiglu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_the_gate_s_silu_is_multiplied_with_the_other_half(swiglu, dtype, tokens):
-    gate_up = (torch.randn(tokens, 2 * 384) * 8).to(dtype)
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    assert_near(swiglu(gate_up), slow_swiglu(swiglu, gate, up))
+def test_the_gate_s_silu_is_multiplied_with_the_other_half(swiglu, dtype):
+    for tokens in TOKENS:
+        gate_up = (torch.randn(tokens, 2 * 384) * 8).to(dtype)
+        gate, up = gate_up.double().chunk(2, dim=-1)
+        assert_near(swiglu(gate_up), slow_swiglu(swiglu, gate, up))
 
 
 @pytest.mark.parametrize("columns", [32, 12])  # 12 are left to torch
@@ -131,10 +128,12 @@ def test_nan_stays_nan(swiglu):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_rows_are_summed_with_their_weights(dtype, tokens):
-    x, weights = torch.rand(tokens, 3, 576).to(dtype), torch.rand(tokens, 3)
-    assert_near(rows.weighted_sum(x, weights), (x.double() * weights.double()[..., None]).sum(1))
+def test_rows_are_summed_with_their_weights(dtype):
+    for tokens in TOKENS:
+        x, weights = torch.rand(tokens, 3, 576).to(dtype), torch.rand(tokens, 3)
+        assert_near(
+            rows.weighted_sum(x, weights), (x.double() * weights.double()[..., None]).sum(1)
+        )
 
 
 def test_a_row_does_not_depend_on_how_many_others_there_are():
@@ -150,10 +149,9 @@ def test_what_has_no_whole_registers_or_another_type_is_left_to_torch():
     assert not rows.can_compute(torch.float32, 64, "meta")
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_torch_computes_what_the_kernels_do_not_take(tokens):
+def test_torch_computes_what_the_kernels_do_not_take():
     """Columns that fill no whole registers: the same formulas, in torch."""
-    columns, heads = 12, 3
+    tokens, columns, heads = 5, 12, 3
     x, weight = torch.randn(tokens, columns), torch.randn(columns)
     wide = x.double()
     normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
