@@ -45,6 +45,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "multipliers": {"model_type": "granitemoe"},
 }
 
+# Of these, a model for each way through a pass. How each feature is computed is tested with layers.
+WAYS = {
+    name: FAMILIES[name]
+    for name in (
+        "shared expert",
+        "correction and dense layer",
+        "half of a head rotated",
+        "sinks, biases and experts in mxfp4",
+        "multipliers",
+    )
+}
+
 
 class Always(Speculation):
     """Speculation that never stops, however slow it is."""

@@ -59,8 +59,6 @@ SIZES = {  # heads, of keys and values, of a head
     "few kv heads": (6, 2, 32),
     "one kv head": (5, 1, 16),
     "as many kv heads": (3, 3, 128),
-    "64": (4, 2, 64),
-    "80": (2, 1, 80),
     "96": (2, 1, 96),
     "odd heads": (4, 2, 10),
 }
@@ -128,10 +126,13 @@ def _norms(config: ModelConfig, theirs: Any) -> Sequence[Any]:
     return (theirs.q_norm, theirs.k_norm) if config.qk_norm else ()
 
 
-@pytest.mark.parametrize("layer", range(len(LAYERS)))
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("cache", [pytest.param("pages", marks=needs_kernel), "tensors"])
-@pytest.mark.parametrize("name", FEATURES)
+# The first layer has a window, if there is one.
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("Qwen3Moe", 0), ("Olmoe", 0), ("Mellum", 0), ("Mellum", 1), ("GptOss", 0), ("GptOss", 1)],
+)
 @torch.inference_mode()
 def test_a_layer_equals_transformers(name, cache, size, layer):
     """In a prompt beyond a page and a window, in steps, and in a prompt after these."""

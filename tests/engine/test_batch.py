@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import FAMILIES, answer
+from engine_tools import WAYS, answer
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions, int | None]]
     "trellis3, from disk": ({}, {"quant_type": "trellis3"}, LoadOptions(), 3),
     "attention in nf4": ({}, {"attention": 4}, LoadOptions(), None),
     "8-bit cache, from disk": ({}, {}, LoadOptions(kv_bits=8), 2),
-    **{name: (changes, {}, LoadOptions(), 3) for name, changes in FAMILIES.items()},
+    **{name: (changes, {}, LoadOptions(), 3) for name, changes in WAYS.items()},
 }
 
 
@@ -110,7 +110,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("kind", "seed"), [*((kind, 0) for kind in KINDS), ("nf4", 1)])
 def test_an_answer_is_the_one_that_its_prompt_gets_alone(load, kind, seed, small_pieces):
-    prompts = [prompt_of(20 * seed + n) for n in range(8)]
+    prompts = [prompt_of(20 * seed + n) for n in range(6)]
     one = load(kind, speculation=False)
     expected = [alone(one, prompt) for prompt in prompts]
     assert run(load(kind).new_batch(), prompts, seed) == expected

@@ -33,8 +33,8 @@ PLACES = {
 
 @pytest.fixture(
     scope="module",
-    params=[(96, 16), (128, 16), (128, 8)],
-    ids=["bitsandbytes", "kernels", "kernels, 8 bits"],
+    params=[(96, 16), (128, 8)],
+    ids=["bitsandbytes", "kernels, 8 bits"],
 )
 def healthy(
     request: pytest.FixtureRequest,

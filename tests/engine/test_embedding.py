@@ -28,7 +28,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied, fp32": (TIED, {"quant_type": "none"}),
     "tied, head apart": (TIED, {}),
 }
-IDS = {"one": [42], "repeated": [7, 7, 96, 0, 7, 0], "many": [5 * n % 97 for n in range(100)]}
+IDS = [[42], [7, 7, 96, 0, 7, 0], [5 * n % 97 for n in range(100)]]
 
 
 def logits(engine: Engine, ids: list[int]) -> torch.Tensor:
@@ -39,17 +39,16 @@ def logits(engine: Engine, ids: list[int]) -> torch.Tensor:
         return model.forward(torch.tensor(ids), cache, logits_of=slice(None))
 
 
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 @pytest.mark.parametrize(("changes", "options"), FORMS.values(), ids=FORMS.keys())
 def test_logits_have_the_bits_that_they_have_with_the_table_in_memory(
-    changes, options, ids, make_checkpoint, install
+    changes, options, make_checkpoint, install
 ):
     engine = load_engine(directory := install(make_checkpoint(**changes), **options), CPU)
-    found = logits(engine, ids)
+    found = [logits(engine, ids) for ids in IDS]
     with InstalledModel(directory) as installed:
         table = installed.tensor(installed.blueprint.embedding)
     engine.passes.model._embedding = lambda ids: functional.embedding(ids, table)
-    assert torch.equal(found, logits(engine, ids))
+    assert all(map(torch.equal, found, (logits(engine, ids) for ids in IDS)))
     assert engine.passes.model.dtype == table.dtype
 
 
@@ -60,7 +59,7 @@ def memories() -> dict[int, torch.UntypedStorage]:
     return {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
 
 
-@pytest.mark.parametrize("name", ["bf16", "bf16, dense head", "tied, bf16", "tied, head apart"])
+@pytest.mark.parametrize("name", ["bf16", "tied, bf16", "tied, head apart"])
 def test_the_table_is_held_only_where_it_is_the_head(name, make_checkpoint, install):
     """Of 4,096 tokens it has half a megabyte."""
     changes, options = FORMS[name]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_tools import FAMILIES, answer, cache_content
+from engine_tools import WAYS, answer, cache_content
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
     "8-bit cache": ({}, {}, 8),
     "sliding window": ({"sliding_window": 20}, {}, None),
     "no packed layout": ({"intermediate_size": 96}, {}, None),
-    **{name: (changes, {}, None) for name, changes in FAMILIES.items()},
+    **{name: (changes, {}, None) for name, changes in WAYS.items()},
 }
 
 needs_kernels = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")

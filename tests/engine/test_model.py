@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from engine_tools import FAMILIES
+from engine_tools import FAMILIES, WAYS
 from safetensors.torch import load_file, save_file
 
 from mixchat.base.options import LoadOptions
@@ -50,7 +50,7 @@ def prompt(vocab_size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("chunk", [1, 7, TOKENS])
+@pytest.mark.parametrize("chunk", [1, 7])
 @pytest.mark.parametrize("kind", ["no packed layout", "correction and dense layer"])
 def test_the_inputs_of_dense_parts_are_recorded_for_each_token(kind, chunk, model_of):
     """By the recorded rows, the matrices give what the model computes."""
@@ -160,8 +160,7 @@ def assert_as_near(
     assert (distances > 2 * times * noise).sum() <= 2
 
 
-@pytest.mark.parametrize("chunk", [TOKENS, 1])
-def test_a_checkpoint_in_fp16_that_is_not_quantized_loses_nothing(chunk, make_checkpoint, install):
+def test_a_checkpoint_in_fp16_that_is_not_quantized_loses_nothing(make_checkpoint, install):
     """It became bf16: logits were nine times as far off as transformers' own in fp16."""
     checkpoint = make_checkpoint(std=0.05, stored_as="float16")
     ids = prompt(97)
@@ -170,7 +169,7 @@ def test_a_checkpoint_in_fp16_that_is_not_quantized_loses_nothing(chunk, make_ch
         rounded = oracle(checkpoint, torch.float16)(ids[None]).logits[0].float()
     engine = load_engine(install(checkpoint, quant_type="none"), CPU)
     assert engine.passes.model.dtype == torch.float16
-    assert_as_near(logits(engine, ids, chunk).float(), exact, rounded)
+    assert_as_near(logits(engine, ids, TOKENS).float(), exact, rounded)
     assert (rounded - exact).norm() < 0.003 * exact.norm()
 
 
@@ -216,7 +215,7 @@ def test_attention_and_head_in_fewer_bits_stay_close(bits, most, tiny_checkpoint
     assert 0 < distances.median() < most  # of some tokens, the experts change
 
 
-@pytest.mark.parametrize("kind", ["no packed layout", *FAMILIES])
+@pytest.mark.parametrize("kind", ["no packed layout", *WAYS])
 def test_the_answer_is_the_same_for_every_size_of_the_cache(kind, model_of):
     shape = {"intermediate_size": 128, **FAMILIES[kind]} if kind in FAMILIES else {}
     installed = model_of(shape, {})
@@ -228,6 +227,6 @@ def test_the_answer_is_the_same_for_every_size_of_the_cache(kind, model_of):
             prompt(97),
             8,
         )
-        for slots in range(2, config.num_moe_layers * config.num_local_experts + 1)
+        for slots in (2, 3, config.num_moe_layers * config.num_local_experts)
     ]
     assert all(torch.equal(every[0], other) for other in every[1:])

@@ -3,7 +3,6 @@
 E = experts, K = experts of a token, D = hidden_size, F = intermediate_size.
 """
 
-import itertools
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -168,11 +167,10 @@ def test_a_layer_computes_what_transformers_computes(kind, shape):
 @pytest.mark.parametrize(
     ("kind", "quant_type", "dtype", "experts", "choices"),
     [
-        *(("mixtral", "nf4", torch.bfloat16, 11, choices) for choices in range(1, 11)),
-        *itertools.product(
-            ["olmoe", "gpt_oss"], ["nf4", "trellis3"], [torch.float32, torch.bfloat16], [160], [10]
-        ),
-        ("gpt_oss", "nf4", torch.float32, 128, 8),
+        *(("mixtral", "nf4", torch.bfloat16, 11, choices) for choices in (1, 2, 3, 10)),
+        ("olmoe", "nf4", torch.float32, 160, 10),
+        ("gpt_oss", "nf4", torch.bfloat16, 160, 10),
+        ("gpt_oss", "trellis3", torch.float32, 128, 8),
     ],
 )
 @torch.inference_mode()

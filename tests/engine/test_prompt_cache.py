@@ -76,7 +76,7 @@ def rewritten(path: Path, about: dict[str, Any] | None = None, **tensors: torch.
     path.write_bytes(data + hashlib.sha256(data).digest())
 
 
-@pytest.mark.parametrize("bits", [8, 16, None])
+@pytest.mark.parametrize("bits", [8, None])
 def test_the_next_run_continues_as_if_it_had_been_the_same(open_engine, tmp_path, bits):
     one = open_engine(kv_bits=bits)
     first = answer(one, PROMPT)
@@ -89,7 +89,7 @@ def test_the_next_run_continues_as_if_it_had_been_the_same(open_engine, tmp_path
     assert other.stats.reused_tokens == len(PROMPT) + len(first) - 1
 
 
-@pytest.mark.parametrize("bits", [8, 16, None])
+@pytest.mark.parametrize("bits", [8, None])
 def test_a_conversation_of_several_pages_is_saved(open_engine, tmp_path, long_model, bits):
     document = torch.randint(3, 97, (1100,), generator=torch.Generator().manual_seed(0)).tolist()
     one = open_engine(long_model, kv_bits=bits)
@@ -101,7 +101,7 @@ def test_a_conversation_of_several_pages_is_saved(open_engine, tmp_path, long_mo
     assert other.stats.reused_tokens == len(longer) - 2
 
 
-@pytest.mark.parametrize("context", [2, 15, 16, 17, 22, 23, 24])
+@pytest.mark.parametrize("context", [2, 16, 17, 23, 24])
 def test_a_smaller_context_takes_the_beginning(open_engine, tmp_path, context):
     saved(tmp_path / "f", open_engine(kv_bits=8))  # 23 tokens
     small = open_engine(kv_bits=8, context_size=context)
@@ -241,23 +241,18 @@ TENSORS: list[tuple[dict[str, torch.Tensor], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("about", "tensors", "message"),
-    [*((about, {}, said) for about, said in DESCRIPTIONS), *((None, *one) for one in TENSORS)],
-)
-def test_a_file_that_does_not_fit_its_description_or_its_reader_is_refused(
-    open_engine, tmp_path, about, tensors, message
-):
-    saved(tmp_path / "f", open_engine())
-    rewritten(tmp_path / "f", about, **tensors)
-    refused(tmp_path / "f", open_engine(), message)
-
-
-def test_a_file_that_was_changed_right_is_taken(open_engine, tmp_path):
-    """So that what the tests above change is what they are refused for."""
-    saved(tmp_path / "f", open_engine())
-    rewritten(tmp_path / "f", {})
-    assert PromptCache(tmp_path / "f", open_engine()).load() == 23
+def test_a_file_that_does_not_fit_its_description_or_its_reader_is_refused(open_engine, tmp_path):
+    path, engine = tmp_path / "f", open_engine()
+    saved(path, open_engine())
+    whole = path.read_bytes()
+    changes: list[tuple[Any, Any, str]] = [(about, {}, said) for about, said in DESCRIPTIONS]
+    for about, tensors, message in [*changes, *((None, *one) for one in TENSORS)]:
+        path.write_bytes(whole)
+        rewritten(path, about, **tensors)
+        refused(path, engine, message)
+    path.write_bytes(whole)
+    rewritten(path, {})  # What is changed rightly is taken.
+    assert PromptCache(path, engine).load() == 23
 
 
 def test_a_link_is_neither_read_nor_written_through(open_engine, tmp_path):
@@ -274,7 +269,6 @@ def test_a_link_is_neither_read_nor_written_through(open_engine, tmp_path):
     assert PromptCache(link, open_engine()).load() == 23
 
 
-@pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -284,11 +278,10 @@ def test_a_link_is_neither_read_nor_written_through(open_engine, tmp_path):
     ],
 )
 def test_writing_that_fails_leaves_what_was_there(
-    open_engine, tmp_path, monkeypatch, error, expected, there
+    open_engine, tmp_path, monkeypatch, error, expected
 ):
     path = tmp_path / "f"
-    if there:
-        path.write_bytes(b"old")
+    path.write_bytes(b"old")
     engine = open_engine()
     answer(engine, PROMPT)
     write, calls = os.write, iter(range(1000))
@@ -303,7 +296,7 @@ def test_writing_that_fails_leaves_what_was_there(
         with pytest.raises(expected):
             PromptCache(path, engine).save()
     error.__traceback__ = error.__context__ = None  # it lives on, and would keep the engine
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"] * there
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
     assert PromptCache(path, engine).save()
 
 
@@ -343,7 +336,7 @@ def filled(cache: KVCache, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 511, 512, 513, 1100])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 511, 512, 1100])
 def test_a_restored_cache_attends_to_the_same_numbers(bits, tokens):
     for old, new in zip(caches(bits), caches(bits), strict=True):
         filled(old, 1300)

@@ -139,7 +139,7 @@ def configs(draw: st.DrawFn, kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "longrope"])
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_angles_are_transformers_to_the_bit(kind, data):
     raw = data.draw(configs(kind))
@@ -151,10 +151,10 @@ def test_angles_are_transformers_to_the_bit(kind, data):
     assert_equal_to_transformers(raw, min(length, original - 1), context=original)
 
 
-@pytest.mark.parametrize("rope", [{}, {"rope_theta": 1e4}, {"rope_scaling": None}])
-def test_a_plain_rope_is_transformers(rope):
-    raw = {**SHAPE, "head_dim": 128, "max_position_embeddings": 64, **rope}
-    assert_equal_to_transformers(raw, length=5000, context=8192)
+def test_a_plain_rope_is_transformers():
+    for rope in ({}, {"rope_theta": 1e4}, {"rope_scaling": None}):
+        raw = {**SHAPE, "head_dim": 128, "max_position_embeddings": 64, **rope}
+        assert_equal_to_transformers(raw, length=5000, context=8192)
 
 
 KEYS = [
@@ -223,8 +223,9 @@ def logits(engine: Any, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     return torch.cat([passes(part, cache, logits_of=slice(None)) for part in ids.split(chunk)])
 
 
-@pytest.mark.parametrize("name", ROPES)
-@pytest.mark.parametrize("length", [ORIGINAL, 3 * ORIGINAL])
+@pytest.mark.parametrize(
+    ("name", "length"), [*((name, 3 * ORIGINAL) for name in ROPES), ("longrope", ORIGINAL)]
+)
 def test_logits_of_a_mixtral_are_transformers_within_and_beyond_the_original_context(
     name, length, make_checkpoint, install
 ):
@@ -277,7 +278,6 @@ def test_a_longer_context_than_the_original_changes_short_prompts_too(
     ("kind", "sizes", "same"),
     [
         ("dynamic", (40, ORIGINAL), True),
-        ("dynamic", (ORIGINAL, 100), False),
         ("dynamic", (100, 101), False),
         ("longrope", (ORIGINAL, 100), False),
         ("longrope", (100, 150), True),

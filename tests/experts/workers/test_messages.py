@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worker_double import HELLO
 
-from mixchat import __version__
 from mixchat.experts.workers.messages import (
     MAX_EXPERTS,
     MAX_SLOTS,
@@ -41,10 +40,6 @@ experts = st.dictionaries(indices, st.integers(1, 200), min_size=1, max_size=9)
 )
 def test_a_message_arrives(message):
     assert unpack(pack(message)) == (message, b"")
-
-
-def test_a_chat_side_says_its_version():
-    assert HELLO.version == __version__
 
 
 @given(indices, experts, st.binary(max_size=9))
