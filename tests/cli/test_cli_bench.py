@@ -81,28 +81,12 @@ def test_a_model_of_elsewhere_is_measured_where_nothing_was_ever_installed(
     assert not (tmp_path / "home" / "models").exists()
 
 
-def test_random_models_go_as_they_came_where_nothing_was_ever_installed(
-    mixchat, tmp_path, monkeypatch, tiny_model
-):
-    from mixchat.bench import synthetic
-
-    monkeypatch.setattr(
-        synthetic, "write_synthetic", lambda place, *_: shutil.copytree(tiny_model, place)
-    )
-    done = run(mixchat, "--synthetic", "2")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert list((tmp_path / "home" / "models").iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("demo", "--synthetic", "4"), "give a MODEL or --synthetic LAYERS, not both"),
-        (("demo", "--kv-bits", "4"), "--kv-bits has to be 8 or 16, not 4"),
         (("--synthetic", "33"), "--synthetic has to be at most 32, the layers of instruct, not 33"),
         (("--synthetic", "2", "--shape", "mixtral"), "--shape cannot be 'mixtral'"),
-        (("demo", "--shape", "qwen3"), "--shape goes with --synthetic"),
-        (("--synthetic", "2", "--expert-bits", "5"), "--expert-bits has to be 16, 4, 3 or 2"),
     ],
 )
 def test_what_cannot_be_is_refused(mixchat, arguments, said):

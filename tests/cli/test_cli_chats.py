@@ -92,13 +92,6 @@ def test_the_list_as_json_is_for_programs(mixchat, keep, store):
     assert row["created"] is None
 
 
-def test_an_empty_list_says_what_to_do_on_stderr(mixchat):
-    done = mixchat("chats")
-    assert (done.stdout, done.returncode) == (b"", 0)
-    assert b"mixchat run" in done.stderr
-    assert json.loads(mixchat("chats", "--json").stdout) == []
-
-
 def test_a_chat_is_printed_as_markdown_word_for_word(mixchat, keep):
     keep(SKY, "Why?", "So: \x1b[1m`x`")
     for wanted in (SKY, "2026"):
@@ -163,7 +156,6 @@ def test_on_a_terminal_a_printed_chat_does_not_act(environment, keep):
 @pytest.mark.parametrize(
     ("arguments", "unneeded"),
     [
-        (["-h"], {"torch", "rich", "prompt_toolkit", "markdown_it"}),
         ([], {"torch", "prompt_toolkit", "markdown_it", "huggingface_hub"}),
         ([SKY], {"torch", "prompt_toolkit", "rich", "huggingface_hub"}),
     ],

@@ -72,12 +72,6 @@ def test_a_list_in_a_variable_is_split_at_spaces(mixchat):
     assert held["worker"] == {"value": ["10.0.0.1", "helper:80"], "from": "MIXCHAT_WORKER"}
 
 
-def test_the_key_s_file_is_shown_as_text(mixchat, config_file):
-    config_file('key-file = "/tmp/k"')
-    assert holding(mixchat("config", "--json"))["key-file"]["value"] == "/tmp/k"
-    assert re.search(r'^key-file +"/tmp/k" +config.toml$', mixchat("config").stdout.decode(), re.M)
-
-
 @pytest.mark.parametrize("command", [["stats"], ["plan"], ["run", "Hi"]])
 def test_the_model_is_that_of_the_file(mixchat, config_file, command):
     config_file('model = "nonsense"')
@@ -90,29 +84,15 @@ def test_the_model_is_that_of_the_file(mixchat, config_file, command):
     ("text", "message"),
     [
         ('temp = "hot"', "temp has to be a number, not 'hot'"),
-        ("temp = -1", r"temp has to be 0 or more, not -1\.0"),
         ("temp = nan", "temp has to be 0 or more, not nan"),
-        ("temp = true", "temp has to be a number, not true"),
-        ("temp = [1]", "temp has to be a number, not a list"),
-        ("temp = 2020-02-02", "temp has to be a number, not a date or time"),
-        ("[temp]\nx = 1", "temp has to be a number, not a table"),
         ("model = false", "model has to be text in quotes, not false"),
         ('model = ""', "model: the model's name is empty"),
-        ('model = "a\\u0000b"', "model has a NUL character, which no text has"),
         ("ctx-size = 0", "ctx-size has to be 1 or more, not 0"),
-        ("ctx-size = 10.5", r"ctx-size has to be a whole number, not '10\.5'"),
         ("seed = 0x" + "f" * 6000, "seed is too large a number"),
-        ("kv-bits = 4", "kv-bits has to be 8 or 16, not 4"),
         ('host-memory = "lots"', "host-memory: cannot read 'lots' as an amount of memory"),
-        ('device = "abacus"', "device 'abacus' is not a device; use cpu, cuda or cuda:N"),
-        ('cache-policy = "fifo"', "cache-policy has to be layered or lru, not 'fifo'"),
         ('verbose = "yes"', "verbose has to be true or false, not 'yes'"),
         ('stop = "END"', r'stop has to be a list of texts, such as \["END"\]'),
-        ("stop = [1]", r'stop has to be a list of texts, such as \["END"\]'),
-        ('stop = [""]', "stop is empty"),
-        ('worker = "helper"', r'worker has to be a list of texts, such as \["END"\]'),
         ('worker = ["a b"]', r"worker: cannot read 'a b' as HOST\[:PORT\]"),
-        ('worker = ["a", "a:7917"]', "worker a:7917 is given twice"),
         ('trace = "x"', "trace is a flag of one run, not a setting"),
         ("help = true", "there is no setting 'help'"),
         ("model = demo", r"not TOML: Invalid value \(at line 1, column 9\)"),
@@ -130,19 +110,9 @@ def test_what_is_wrong_in_the_file_is_said_with_its_name_and_the_key(
         assert b"Traceback" not in done.stderr
 
 
-def test_a_setting_of_serve_alone_is_checked_and_shown(mixchat, config_file):
-    config_file('alias = ["gpt-4o=demo"]')
-    assert holding(mixchat("config", "--json"))["alias"]["value"] == ["gpt-4o=demo"]
-    assert mixchat("run", "Hi").stdout == b"Hello\n"
-    place = config_file('alias = ["gpt-4o"]')
-    done = mixchat("config")
-    assert done.returncode == 2
-    assert first_line(done) == f"error: {place}: alias 'gpt-4o' is no NAME=MODEL"
-
-
 @pytest.mark.parametrize(
     ("key", "meant"),
-    [("tmp", "temp"), ("temperature", "temp"), ("ctx_size", "ctx-size"), ("Model", "model")],
+    [("tmp", "temp"), ("temperature", "temp"), ("ctx_size", "ctx-size")],
 )
 def test_a_key_that_is_no_setting_is_said_with_the_one_that_was_meant(
     mixchat, config_file, key, meant
@@ -157,11 +127,9 @@ def test_a_key_that_is_no_setting_is_said_with_the_one_that_was_meant(
     ("variable", "value", "message"),
     [
         ("MIXCHAT_TEMP", "-1", "MIXCHAT_TEMP has to be 0 or more, not -1.0"),
-        ("MIXCHAT_TEMP", "hot", "MIXCHAT_TEMP has to be a number, not 'hot'"),
         ("MIXCHAT_VERBOSE", "perhaps", "MIXCHAT_VERBOSE has to be true or false, not 'perhaps'"),
         ("MIXCHAT_HOST_MEMORY", "lots", "MIXCHAT_HOST_MEMORY: cannot read 'lots'"),
         ("MIXCHAT_MODEL", "caf\udce9", "MIXCHAT_MODEL: the model's name is not UTF-8"),
-        ("MIXCHAT_SYSTEM", "caf\udce9", "MIXCHAT_SYSTEM is not UTF-8"),
     ],
 )
 def test_what_is_wrong_in_a_variable_is_said_with_its_name(mixchat, variable, value, message):
@@ -170,20 +138,13 @@ def test_what_is_wrong_in_a_variable_is_said_with_its_name(mixchat, variable, va
     assert first_line(done).startswith(f"error: {message}")
 
 
-def test_a_flag_saves_from_a_bad_value_in_the_file(mixchat, config_file):
-    config_file("temp = -1")
-    assert mixchat("run", "Hi", "--temp", "1").returncode == 0
-
-
 @pytest.mark.parametrize(
-    "command",
-    [["--help"], ["--version"], ["run", "--help"], ["list"], ["config", "--path"], ["gc"]],
+    "command", [["run", "--help"], ["list"], ["config", "--path"], ["gc"], ["help", "run"]]
 )
-@pytest.mark.parametrize("text", ["model = demo", "nonsense = 1", "temp = [1]"])
 def test_a_damaged_file_is_in_the_way_of_nothing_that_needs_no_setting(
-    mixchat, config_file, command, text
+    mixchat, config_file, command
 ):
-    config_file(text)
+    config_file("model = demo")
     assert mixchat(*command).returncode == 0
 
 
@@ -246,38 +207,12 @@ def test_the_example_has_every_setting_and_sets_none(mixchat, config_file):
     assert set(re.findall(r"^#([a-z-]+) = ", example, flags=re.MULTILINE)) == settings().keys()
 
 
-def test_the_example_holds_once_numbers_and_names_are_filled_in(mixchat, config_file):
-    example = mixchat("config", "--example").stdout.decode()
-    filled = re.sub(r"^#([a-z-]+ = )", r"\1", example, flags=re.MULTILINE)
-    filled = re.sub(r"(= )[XN]$", r"\g<1>1", filled, flags=re.MULTILINE)
-    filled = filled.replace('"SIZE"', '"8GB"').replace("kv-bits = 1", "kv-bits = 8")
-    filled = filled.replace('"HOST[:PORT]"', '"192.168.1.5"')
-    config_file(
-        filled.replace("min-p = 1", "min-p = 0.1").replace('device = "NAME"', 'device = "cpu"')
-    )
-    done = mixchat("config", "--json")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert {each["from"] for each in holding(done).values()} == {"config.toml"}
-
-
-@pytest.mark.parametrize("flags", [["--json", "--path"], ["--path", "--example"]])
-def test_config_prints_one_thing_at_a_time(mixchat, flags):
-    assert mixchat("config", *flags).returncode == 2
-
-
 def test_every_setting_has_a_variable_of_its_name():
     for key, parameter in settings().items():
         assert f"--{key}" in parameter.opts
         assert parameter.envvar == "MIXCHAT_" + key.upper().replace("-", "_")
     assert not {"trace", "prompt-cache", "help"} & settings().keys()
     assert len({parameter.envvar for parameter in settings().values()}) == len(settings())
-
-
-def test_the_example_does_not_speak_of_flags_where_a_list_stands(mixchat):
-    """Of `stop` it said "may be given again": TOML takes no key twice."""
-    example = mixchat("config", "--example").stdout.decode()
-    assert '# End the answer before TEXT; the list may hold several.\n#stop = ["TEXT"]' in example
-    assert "may be given again" not in example
 
 
 @pytest.fixture
@@ -328,18 +263,11 @@ def test_system_and_its_file_exclude_each_other(mixchat, config_file, persona):
     assert first_line(done) == f"error: {path}: system and system-file exclude each other"
 
 
-def test_a_file_in_the_home_directory_is_found(asked, persona, monkeypatch):
-    monkeypatch.setenv("HOME", str(persona.parent))
-    assert asked("--system-file=~/persona.txt", HOME=persona.parent) == "[system]Be\nbrief."
-
-
 @pytest.mark.parametrize(
     ("content", "error"),
     [
         (None, "{}: cannot be read (No such file or directory)"),
-        (b" \n", "{} is empty"),
         (b"a\0b", "{} is not text: it contains a NUL byte at offset 1"),
-        (b"\xff", "{} is not UTF-8: the byte 0xff at offset 0"),
         (b"x" * 10**7, "{}"),
     ],
 )
@@ -353,8 +281,6 @@ def test_a_file_that_is_no_prompt_is_refused_as_one_of_f_is(mixchat, tmp_path, c
 
 
 def test_standard_input_is_for_the_question(mixchat):
-    done = mixchat("run", "Hi", "--system-file", "-")
-    assert first_line(done).startswith("error: --system-file cannot be standard input")
     done = mixchat("run", "Hi", MIXCHAT_SYSTEM_FILE="-")
     assert first_line(done).startswith("error: MIXCHAT_SYSTEM_FILE cannot be standard input")
     assert done.returncode == 2

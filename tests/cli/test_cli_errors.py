@@ -24,29 +24,16 @@ def lines_of(done):
     ("arguments", "message"),
     [
         (["--temp", "-1"], "--temp has to be 0 or more, not -1.0"),
-        (["--temp", "nan"], "--temp has to be 0 or more, not nan"),
         (["--temperature", "inf"], "--temp has to be 0 or more, not inf"),
         (["--top-p", "0"], "--top-p has to be above 0 and at most 1, not 0.0"),
-        (["--top-p", "1.5"], "--top-p has to be above 0 and at most 1, not 1.5"),
-        (["--top-k", "-1"], "--top-k has to be 0 or more, not -1"),
-        (["--min-p", "1"], "--min-p has to be at least 0 and below 1, not 1.0"),
-        (["--min-p", "-0.1"], "--min-p has to be at least 0 and below 1, not -0.1"),
         (["--repeat-penalty", "0"], "--repeat-penalty has to be between 0.01 and 100, not 0.0"),
-        (["--repeat-penalty", "inf"], "--repeat-penalty has to be between 0.01 and 100, not inf"),
         (["--seed", "-1"], "--seed has to be between 0 and 9223372036854775807, not -1"),
-        (
-            ["--seed", str(2**63)],
-            f"--seed has to be between 0 and 9223372036854775807, not {2**63}",
-        ),
         (["-n", "-1"], "--max-tokens has to be 1 or more, or 0 for what fits, not -1"),
         (["--ctx-size", "0"], "--ctx-size has to be 1 or more, not 0"),
         (["--stop", ""], "--stop is empty"),
         (["--host-memory", "lots"], "--host-memory: cannot read 'lots' as an amount of memory"),
-        (["--host-memory", ""], "--host-memory: cannot read '' as an amount of memory"),
-        (["--worker", ""], "--worker: cannot read '' as HOST[:PORT]"),
         (["--worker", "a:0"], "--worker: 'a:0': a port is between 1 and 65535"),
         (["--host-memory", "16"], "--host-memory: 16 means 16 bytes"),
-        (["--worker", "a", "--worker", "a:7917"], "--worker a:7917 is given twice"),
     ],
 )
 def test_a_value_outside_its_limits_is_wrong_use(mixchat, arguments, message):
@@ -61,10 +48,8 @@ def test_a_value_outside_its_limits_is_wrong_use(mixchat, arguments, message):
         ["--nonsense"],
         ["run", "--nonsense"],
         ["run", "--temp", "hot"],
-        ["run", "--temp"],
         ["download"],
-        ["download", "base", "--expert-bits", "5"],
-        *([command] for command in ("show", "rm", "verify", "repair", "convert")),
+        ["show"],
     ],
 )
 def test_wrong_use_is_one_line_and_a_hint(mixchat, arguments):
@@ -79,14 +64,10 @@ def test_wrong_use_is_one_line_and_a_hint(mixchat, arguments):
     ("arguments", "stdin", "message"),
     [
         ([], b"", "standard input is empty"),
-        ([], b" \n\t\n", "standard input is empty"),
         ([], "\ufeff".encode(), "standard input is empty"),
         ([""], b"", "the prompt is empty"),
-        (["  "], b"\n", "the prompt is empty"),
         ([], b"caf\xe9 noir", "standard input is not UTF-8: the byte 0xe9 at offset 3"),
-        (["Hi"], b"ok \xf0\x9f", "standard input is not UTF-8: the byte 0xf0 at offset 3"),
         ([], b"\x7fELF\x00\x01", "standard input is not text: it contains a NUL byte at offset 4"),
-        ([b"caf\xe9"], b"", "the prompt is not UTF-8: the byte 0xe9 at offset 3"),
         (["h\u00e9".encode() + b"\xff"], b"", "the prompt is not UTF-8: the byte 0xff at offset 3"),
     ],
 )
@@ -95,9 +76,8 @@ def test_a_prompt_that_cannot_be_used(mixchat, arguments, stdin, message):
     assert (lines_of(done)[0], done.returncode) == (f"error: {message}", 3)
 
 
-@pytest.mark.parametrize("flag", ["-m", "-s", "--stop"])
-def test_a_flag_that_is_not_text(mixchat, flag):
-    done = mixchat("run", "Hi", flag, b"caf\xe9")
+def test_a_flag_that_is_not_text(mixchat):
+    done = mixchat("run", "Hi", "--stop", b"caf\xe9")
     assert done.returncode == 2
     assert "is not UTF-8" in lines_of(done)[0]
 
@@ -139,11 +119,9 @@ def numpy_s_error():
 @pytest.mark.parametrize(
     "error",
     [
-        MemoryError(),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes."),
         RuntimeError("std::bad_alloc"),
-        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         ImportError("libtorch_cpu.so: cannot allocate memory"),
         numpy_s_error(),
     ],
@@ -164,7 +142,6 @@ def test_memory_that_a_ulimit_withholds_is_said_to_be_limited(capsys, monkeypatc
     "error",
     [
         ImportError("libgomp.so: cannot allocate memory in static TLS block"),
-        ImportError("No module named 'torch'"),
         RuntimeError("Expected all tensors to be on the same device"),
     ],
 )
@@ -231,7 +208,7 @@ def test_a_model_of_more_layers_than_open_files_names_the_limit(
         assert (b"ulimit -n" in done.stderr) == bool(code)
 
 
-@pytest.mark.parametrize("command", ["list", "run -m demo Hi", "serve", "gc"])
+@pytest.mark.parametrize("command", ["list", "run -m demo Hi"])
 def test_a_deleted_working_directory_is_named(environment, tmp_path, command):
     """A library of torch ended the process with a fatal error of its own."""
     deleted = f"mkdir gone && cd gone && rmdir ../gone; exec {sys.executable} -m mixchat {command}"
@@ -244,11 +221,15 @@ def test_a_deleted_working_directory_is_named(environment, tmp_path, command):
     assert hint.startswith("hint: ")
 
 
-@pytest.mark.parametrize("model", ["nonsense", "instruct", "../escape", "[red]x[/]", "a\nb\x1b[2J"])
 @pytest.mark.parametrize(
-    "command",
-    [["run", "Hi", "-m"], ["show"], ["rm", "-y"], ["convert"], ["verify"], ["repair"]],
-    ids=lambda command: command[0],
+    ("command", "model"),
+    [
+        (["run", "Hi", "-m"], "instruct"),
+        (["show"], "a\nb\x1b[2J"),
+        (["rm", "-y"], "../escape"),
+        (["convert"], "[red]x[/]"),
+        (["verify"], "nonsense"),
+    ],
 )
 def test_a_model_that_is_not_there(mixchat, command, model):
     done = mixchat(*command, model, fake=False)
@@ -256,13 +237,8 @@ def test_a_model_that_is_not_there(mixchat, command, model):
     assert done.returncode == 4
     assert len(lines) == 2
     assert "\x1b" not in lines[0]
-    if model == "instruct" and command[0] in ("run", "show"):
+    if model == "instruct":
         assert "download instruct" in lines[1]
-
-
-def test_the_model_can_come_from_the_environment(mixchat):
-    done = mixchat("run", "Hi", fake=False, MIXCHAT_MODEL="nonsense")
-    assert "'nonsense'" in lines_of(done)[0]
 
 
 def test_values_are_checked_before_stdin_and_the_model(mixchat):
@@ -299,7 +275,7 @@ def test_an_error_that_ctrl_c_caused_in_a_library_is_no_error(environment):
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
-@pytest.mark.parametrize("swallowed", ["raise RuntimeError('broken')", "return 0"])
+@pytest.mark.parametrize("swallowed", ["return 0"])
 def test_a_command_that_a_signal_ends_has_its_exit_code_whatever_a_library_makes_of_it(
     environment, swallowed
 ):

@@ -11,7 +11,7 @@ def installed(tmp_path):
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("name", ["demo", "instruct", "base", "org/name", "org--name", "mine"])
+@pytest.mark.parametrize("name", ["demo", "base", "org/name", "mine"])
 def test_a_models_name_as_the_first_word_is_no_prompt(mixchat, name):
     """It was asked of the default model, or ended with an error about that one."""
     done = mixchat("run", name, "hi", "you there")
@@ -29,22 +29,15 @@ def test_a_models_name_alone_is_no_prompt_either(mixchat):
     assert b"hint: Run: mixchat run -m demo (or" in done.stderr
 
 
-def test_a_long_question_is_not_repeated(mixchat):
-    done = mixchat("run", "demo", "x" * 61)
-    assert b"hint: Run: mixchat run -m demo PROMPT (or" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "prompt"),
     [
         (["demo hi"], "demo hi"),
         (["--", "demo", "hi"], "demo hi"),
         (["-m", "base", "demo", "hi"], "demo hi"),
-        (["Demo", "hi"], "Demo hi"),
         (["hi", "demo"], "hi demo"),
         (["org/other", "hi"], "org/other hi"),
         (["models", "hi"], "models hi"),
-        ([".", "hi"], ". hi"),
     ],
 )
 @pytest.mark.usefixtures("installed")
@@ -65,9 +58,6 @@ def test_a_directory_that_is_a_model_counts(mixchat, tiny_model):
     ("name", "size"),
     [
         ("instruct", 93),
-        ("base", 93),
-        ("mistralai/Mixtral-8x7B-v0.1", 93),
-        ("8x22b", 281),
         ("gpt-oss", 14),
     ],
 )

@@ -42,21 +42,13 @@ def shown(home, environment, *arguments, typed=""):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["list"],
-        ["list", "--json"],
         ["gc"],
-        ["chats"],
         ["chats", HOSTILE],
         ["config"],
-        ["config", "--path"],
-        ["config", "--json"],
         ["rm", "unfinished"],
         ["show", f"./{HOSTILE}"],
         ["run", "-m", HOSTILE, "hi"],
-        ["run", "-f", HOSTILE, "hi"],
-        ["stats", HOSTILE],
         ["plan", f"./{HOSTILE}"],
-        ["download", f"./{HOSTILE}"],
         [f"--{HOSTILE}"],
     ],
     ids=lambda arguments: " ".join(arguments)[:16],
@@ -69,11 +61,7 @@ def test_no_name_acts_on_the_terminal(home, environment, arguments):
     assert "\x1b]" not in screen
     assert "\x1b[31m" not in screen
     assert "\r\nerror: forged" not in screen
-
-
-def test_gc_says_what_it_removed(home, environment):
-    screen = shown(home, environment, "gc")
-    assert f"evil{LEFT}" in screen.replace("\r\n", "")
+    assert arguments != ["gc"] or f"evil{LEFT}" in screen.replace("\r\n", "")
 
 
 def test_a_script_gets_the_path_of_the_settings_byte_for_byte(home, environment):

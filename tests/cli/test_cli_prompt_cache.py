@@ -113,9 +113,7 @@ def interrupting(monkeypatch, error):
     monkeypatch.setattr(ModelAnswer, "__next__", interrupted)
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 7), (SystemExit(143), 143)]
-)
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
 def test_what_was_read_is_saved_when_the_answer_is_cut_off(ask, tmp_path, monkeypatch, error, code):
     flags = ("Why?", "--prompt-cache", str(tmp_path / "f"))
     with monkeypatch.context() as patch:
@@ -138,7 +136,7 @@ def test_a_file_of_other_bits_is_noted_once_and_written_again(ask, tmp_path):
     assert reused(again) == 29
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 40, 100, 4096, 4200, 9000])
+@pytest.mark.parametrize("size", [7, 4200])
 def test_a_file_cut_short_is_noted_and_written_again(ask, tmp_path, size):
     file = tmp_path / "f"
     expected = ask("Why?", "--prompt-cache", str(file))
@@ -149,19 +147,6 @@ def test_a_file_cut_short_is_noted_and_written_again(ask, tmp_path, size):
     assert done.stderr.decode().endswith("; it will be written again\n")
     assert done.stderr.count(b"\n") == 1
     assert file.read_bytes() == whole
-
-
-def test_an_empty_file_is_filled(ask, tmp_path):
-    (tmp_path / "f").touch()
-    assert ask("Why?", "--prompt-cache", str(tmp_path / "f")).stderr == b""
-    assert (tmp_path / "f").stat().st_size > 4096
-
-
-def test_a_longer_conversation_than_the_context_is_taken_as_far_as_it_goes(ask, tmp_path):
-    file = str(tmp_path / "f")
-    ask("Why should that be so, and not otherwise?", "--prompt-cache", file)
-    done = ask("Why?", "--prompt-cache", file, "--ctx-size", "45", "--verbose")
-    assert (done.returncode, reused(done)) == (0, 29)
 
 
 def full_disk(monkeypatch):
@@ -204,12 +189,7 @@ def test_a_directory_that_is_not_there_is_found_at_once(mixchat, tmp_path):
     assert "there is no directory" in refused(mixchat, tmp_path / "typo" / "f")
 
 
-def test_a_directory_that_cannot_be_written_is_found_at_once(mixchat, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    assert "cannot be written to" in refused(mixchat, tmp_path / "f")
-
-
-@pytest.mark.parametrize("data", [b"my notes", b"\xf8", b"\xf8\x0f\0\0\0\0\0\0{}", b"{", bytes(99)])
+@pytest.mark.parametrize("data", [b"my notes", b"\xf8", bytes(99)])
 def test_a_file_of_another_kind_is_left_as_it_is(mixchat, tmp_path, data):
     """A name that was mistyped must not cost somebody a file."""
     file = tmp_path / "notes.txt"
@@ -217,17 +197,6 @@ def test_a_file_of_another_kind_is_left_as_it_is(mixchat, tmp_path, data):
     if data != b"\xf8":  # which may be what is left of a prompt cache
         assert "exists, and was not written by" in refused(mixchat, file)
     assert file.read_bytes() == data
-
-
-def test_a_link_that_a_person_names_is_followed(ask, tmp_path):
-    (tmp_path / "there").mkdir()
-    link, target = tmp_path / "f", tmp_path / "there" / "g"
-    link.symlink_to(target)
-    ask("Why?", "--prompt-cache", str(link))
-    assert link.is_symlink()
-    assert target.stat().st_size > 4096
-    again = ask("Why?", "--prompt-cache", str(link), "--verbose")
-    assert (again.returncode, reused(again) > 0) == (0, True)
 
 
 def test_a_file_that_was_made_while_it_answered_is_left_as_it_is(ask, tmp_path, monkeypatch):

@@ -4,15 +4,13 @@ import json
 import os
 import signal
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 from command_line import FAKE, Done
 from fake_mixchat import make_session
 
-from mixchat.cli.output.verbose import VerboseReport, expert_lines, generation_lines
+from mixchat.cli.output.verbose import VerboseReport, generation_lines
 from mixchat.engine.stats import GenerationStats, SpeculationStats
-from mixchat.experts.cache import ExpertKey, ExpertStats
 
 
 def prompts_in(path):
@@ -30,14 +28,11 @@ def test_the_answer_and_a_newline_are_all_there_is_on_stdout(mixchat, answer):
     ("arguments", "stdin", "prompt"),
     [
         (["Hi"], b"", "Hi"),
-        (["Hi"], b"\n", "Hi"),
         ([], b"Hi\n", "Hi"),
-        ([], b"Hi\r\n", "Hi"),
         ([], "\ufeffHällo".encode(), "Hällo"),
-        (["Sum it up"], b"some notes\n\n", "some notes\n\nSum it up"),
+        (["Sum", "it up"], b"some notes\n\n", "some notes\n\nSum it up"),
         ([""], b"Hi", "Hi"),
         (["-n", "3", "--", "-5 + 3?"], b"", "-5 + 3?"),
-        ([], b"two\nlines\n", "two\nlines"),
     ],
 )
 def test_the_prompt_is_stdin_and_then_the_argument(mixchat, tmp_path, arguments, stdin, prompt):
@@ -53,11 +48,6 @@ def test_a_model_that_was_removed_while_it_answered_does_not_spoil_the_answer(mi
     """
     done = mixchat("run", "-m", "removed", "Hi")
     assert (done.stdout, done.stderr, done.returncode) == (b"Hello\n", b"", 0)
-
-
-def test_a_prompt_may_be_several_words(mixchat, tmp_path):
-    mixchat("run", "Why", "is it so?", PROMPTS=str(tmp_path / "p"))
-    assert (tmp_path / "p").read_text() == "[user]Why is it so?\n---\n"
 
 
 def test_files_go_between_stdin_and_the_argument(mixchat, tmp_path):
@@ -84,7 +74,7 @@ def test_a_closed_stdin_is_an_empty_one(process):
     assert process("run", "Hi", shell="<&-") == Done(b"Hello\n", b"", 0)
 
 
-@pytest.mark.parametrize("arguments", [["run", "Hi"], ["list"], ["plan", "demo"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["run", "Hi"], ["list"]])
 def test_a_closed_stdout_is_an_error_at_once(process, arguments):
     """The whole answer was computed, for nobody, and the exit code was 0."""
     done = process(*arguments, shell=">&-", SCRIPT='["as if nobody had seen it"]')
@@ -92,9 +82,8 @@ def test_a_closed_stdout_is_an_error_at_once(process, arguments):
     assert done == Done(b"", b"error: standard output is closed\n" + hint, 1)
 
 
-@pytest.mark.parametrize("shell", [">&- 2>&-", ">&- 2>&- <&-"])
-def test_with_stderr_closed_too_the_exit_code_alone_says_it(process, shell):
-    assert process("run", "Hi", shell=shell) == Done(b"", b"", 1)
+def test_with_all_closed_the_exit_code_alone_says_it(process):
+    assert process("run", "Hi", shell=">&- 2>&- <&-") == Done(b"", b"", 1)
 
 
 def test_a_closed_stderr_does_no_harm(process):
@@ -154,24 +143,6 @@ def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
     assert lines[14] == "loaded   5 kB, waited 0.0 s for it"
 
 
-def test_verbose_tells_how_fast_files_were_read():
-    did = ExpertStats(bytes_moved=3_000_000_000, bytes_read=3_000_000_000, read_seconds=1.5)
-    assert expert_lines(did, {"host": 16})[1:] == [
-        "loaded   3 GB, waited 0.0 s for it",
-        "files    read for 1.5 s at 2 GB/s",
-    ]
-
-
-def test_verbose_predicts_no_cold_start_if_all_experts_had_come_before():
-    rate = SimpleNamespace(low=4.0, high=8.0, measured_at=0.0)
-    prediction = SimpleNamespace(decode=lambda: None, prompt=lambda tokens, cold: not cold and rate)
-    stats = GenerationStats(prompt_tokens=8, prefill_seconds=2.0)
-    stats.experts.hits[ExpertKey(0, 0)] += 8
-    assert generation_lines(stats, prediction, first=True)[2] == (
-        "         first token after 2.0 s (1 to 2 s predicted)"
-    )
-
-
 def test_verbose_tells_of_tokens_that_were_proposed():
     did = SpeculationStats(passes=3, proposed=48, accepted=30, single_seconds=0.1)
     stats = GenerationStats(
@@ -181,14 +152,6 @@ def test_verbose_tells_of_tokens_that_were_proposed():
         "decode   41 tokens, 20.0 tok/s",
         "proposed 48 tokens, 30 of them accepted, in 3 passes (10.0 tok/s without)",
     ]
-
-
-def test_a_seed_is_drawn_where_none_is_given(mixchat):
-    def seed():
-        lines = mixchat("run", "Hi", "--verbose").stderr.decode().splitlines()
-        return next(line for line in lines if line.startswith("seed"))
-
-    assert seed() != seed()
 
 
 @pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
@@ -223,23 +186,13 @@ def test_a_closed_pipe_ends_it_silently_within_a_token(environment):
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--version"], ["--help"], ["run", "Hi"], ["list", "--json"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "Hi"]])
 def test_a_pipe_that_nobody_reads_ends_any_command_silently(process, arguments):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb", buffering=0) as pipe:
         done = process(*arguments, stdout=pipe)
     assert (done.stderr, done.returncode) == (b"", 141)
-
-
-def test_stderr_may_be_the_closed_pipe(process):
-    """`mixchat ... 2>&1 | true` has nobody left to complain to."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "wb", buffering=0) as pipe:
-        assert process("run", "--temp", "-1", shell="2>&1", stdout=pipe).returncode == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
