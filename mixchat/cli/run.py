@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,13 +17,10 @@ from mixchat.cli.flags.run_flags import RunFlags
 from mixchat.cli.flags.settings import is_given
 from mixchat.cli.output.print_answer import OutputOptions, print_answer
 from mixchat.cli.output.progress import TerminalReporter
-from mixchat.engine.environment import prepare_environment
-from mixchat.experts.workers import torchrun
 from mixchat.face.local_models import LocalModels
 from mixchat.serving.answer_file import LineFiles, answer_file
 from mixchat.serving.client.server_models import ServerModels, is_served_here
 from mixchat.serving.client.server_url import SERVER_IDENTITY, SERVER_PORT
-from mixchat.serving.serve import serve_rank_0
 
 if TYPE_CHECKING:
     from mixchat.base.model_config import Context
@@ -60,19 +56,13 @@ def run(context: typer.Context, flags: RunFlags) -> None:
         None if resumed is None else resumed.model,
         from_server=resumed is not None and resumed.identity == SERVER_IDENTITY,
     )
-    if torchrun.rank() and not flags.server:
-        serve_rank_0(name, load, reporter)
-        return
     size = models.context_of(name)
-    try:
-        if flags.jsonl is not None:
-            files = LineFiles(flags.jsonl, flags.resume_from, flags.keep_failed, flags.parallel)
-            options = run_flags.chat_options(context, flags, size, reporter.note)
-            answer_file(models, name, options, files, reporter)
-        else:
-            _converse(context, flags, models, name, size, resumed, reporter)
-    finally:
-        torchrun.end()
+    if flags.jsonl is not None:
+        files = LineFiles(flags.jsonl, flags.resume_from, flags.keep_failed, flags.parallel)
+        options = run_flags.chat_options(context, flags, size, reporter.note)
+        answer_file(models, name, options, files, reporter)
+    else:
+        _converse(context, flags, models, name, size, resumed, reporter)
 
 
 def _models(flags: RunFlags, load: LoadOptions, reporter: Reporter) -> ModelProvider:
@@ -83,9 +73,6 @@ def _models(flags: RunFlags, load: LoadOptions, reporter: Reporter) -> ModelProv
         trace_file(load.trace).check()
     if flags.server:
         return ServerModels(flags.server, reporter)
-    if torchrun.rank() == 0:
-        prepare_environment()
-        load = replace(load, workers=(*load.workers, *torchrun.published()))
     return LocalModels(load, reporter, usual=flags.model)
 
 

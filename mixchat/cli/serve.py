@@ -186,7 +186,7 @@ def worker(context: typer.Context, flags: WorkerFlags) -> None:
     'mixchat run --worker HOST' on the other machine then uses the memory and the cores of both. The
     same model has to be installed on both. Make a key with --new-key once, and copy its file to
     both. Only those who have the key are served, one chat at a time, and all traffic is encrypted
-    with it. 'torchrun -m mixchat run' starts a chat as rank 0, and workers as the other ranks.
+    with it.
     """
     options = load_flags.load_options(flags)
     if not flags.new_key:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +16,6 @@ from mixchat.sessions.local_models import LocalModels
 from mixchat.sessions.opening import find_or_build, open_service
 
 if TYPE_CHECKING:
-    from mixchat.experts.workers.server import Server
     from mixchat.serving.requests.options import LoadedModel
     from mixchat.serving.web.served_models import ServedModels
 
@@ -111,24 +110,6 @@ def _served_models(
 
 def serve_experts(model: str, load: LoadOptions, listen: str, reporter: Reporter) -> None:
     """Serve a model's experts to one chat after another until Ctrl-C."""
-    with _expert_server(model, load, listen, reporter) as (server, address):
-        say(f"{address}: ready for a chat; Ctrl-C ends it")
-        server.serve()
-
-
-def serve_rank_0(model: str, load: LoadOptions, reporter: Reporter) -> None:
-    """Serve experts to torchrun's rank 0 until it ends."""
-    from mixchat.experts.workers import torchrun
-
-    listen = torchrun.local_address()
-    with _expert_server(model, load, listen, reporter) as (server, address):
-        server.serve(over=torchrun.publish(address))
-
-
-@contextmanager
-def _expert_server(
-    model: str, load: LoadOptions, listen: str, reporter: Reporter
-) -> Iterator[tuple[Server, str]]:
     from mixchat.experts.workers.address import resolve
     from mixchat.experts.workers.key_file import default_key_file, read_key_file
 
@@ -143,4 +124,5 @@ def _expert_server(
     with closing(Listener(address, key, say)) as listener:
         served = load_served_experts(directory, load, reporter.note)
         say(f"{served.name}: room for {served.slots} of {served.placement.experts} experts")
-        yield Server(listener, served, say), listener.address
+        say(f"{listener.address}: ready for a chat; Ctrl-C ends it")
+        Server(listener, served, say).serve()

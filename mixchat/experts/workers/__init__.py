@@ -8,5 +8,4 @@
 - remote_worker.py: a worker as the dispatcher sees it, which may be lost and come back
 - listener.py: the worker's port, and its peers
 - server.py: the worker, which serves one chat at a time
-- torchrun.py: the workers that torchrun starts
 """

@@ -423,7 +423,6 @@ def test_an_address_of_another_machine_is_one_clear_line():
 
 
 def test_a_worker_serves_chats_until_it_is_over():
-    """Under torchrun it ended with the first one, so that a chat which had lost it was alone."""
     worker = ThreadedWorker()
     for _ in range(2):
         assert_serves(worker)
