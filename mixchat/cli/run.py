@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
@@ -112,11 +111,8 @@ def _converse(
         if question is None:
             chat.talk(files, raw=flags.raw, vi=flags.vi)
         else:
-            chat.ask(
-                partial(
-                    print_answer, question=question, output=output, model=name, note=reporter.note
-                )
-            )
+            note = reporter.note
+            chat.ask(lambda session: print_answer(session, question, output, name, note))
     finally:
         chat.close()
 
