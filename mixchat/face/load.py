@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 def load(
     name: str, *, expert_memory: str | None = None, parallel: int = 1, **options: Any
 ) -> Model:
-    """Load an installed model, by its name or its directory, such as "demo".
+    """Load an installed model, by its name or its directory. Close it to give its memory back.
 
-    expert_memory: RAM for experts, such as "8GB". None takes what is free. parallel: the answers
-    that are computed at once. options: the other fields of `LoadOptions`, such as `context_size`.
-    Raises `ModelNotFoundError` if it is not installed, and `ResourceError` without enough memory.
+    A missing "demo" is built first. Options:
 
-    >>> with load("demo", context_size=512) as model:
-    ...     for event in model.chat([{"role": "user", "content": "Hi"}], temperature=0):
-    ...         print(getattr(event, "text", ""), end="")  # doctest: +SKIP
+    - expert_memory: RAM for experts, such as "8GB" or "50%". None takes what is free.
+    - parallel: answers that are computed at once. More requests wait.
+    - context_size: tokens of a prompt and its answer. None chooses by the free memory.
+    - device: "cpu", "cuda", or GPUs such as "cuda:0,cuda:1". None chooses the fastest.
+    - the other fields of `LoadOptions`, such as device_memory, kv_bits and workers
+
+    Raises `ModelNotFoundError` if it is not installed, `ResourceError` without enough memory, and
+    `CheckpointError` if its files are damaged.
     """
     memory = None if expert_memory is None else MemoryBudget.parse(expert_memory)
     chosen = LoadOptions(

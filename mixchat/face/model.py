@@ -126,7 +126,7 @@ class Model:
         self._close_engine, self._shared_prefix = close, shared_prefix
         self._waiting: list[RunningAnswer] = []
         self._running: list[RunningAnswer] = []
-        self._tasks: list[Callable[[], object]] = []
+        self._tasks: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
         self._changed = threading.Condition()
         self._closing, self._passes = False, 0
         self._ended_stats = ModelStats()  # without the tokens of running answers
@@ -157,9 +157,22 @@ class Model:
     def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Any) -> ModelAnswer:
         """Answer a conversation. Iterate over the result for its events, the last of them `End`.
 
-        messages: `{"role": "user", "content": "Hi"}` or `Message`. options: the fields of
-        `Request`, and those of `SamplingOptions`. Raises `PromptError` if the prompt does not fit
-        the context, and `UsageError` for an option that cannot be used.
+        messages: `{"role": "user", "content": "Hi"}`, or `Message`, such as an earlier
+        `End.message`. A last message of the assistant is continued. Options:
+
+        - temperature, top_p, top_k, min_p, repeat_penalty, presence_penalty, frequency_penalty,
+          logit_bias, seed: as in `SamplingOptions`, by default the advice of the model's makers
+        - max_tokens: of the answer, thinking included. 0 for as many as fit.
+        - stop: a string or several that end the answer and are not shown
+        - think: False turns thinking off if the model can do without
+        - tools: functions in OpenAI's form. `Piece.calls` and `End.message.calls` have the calls.
+        - form: a JSON schema (a dict) or a grammar (GBNF or Lark) that the answer has to match
+        - overflow: "drop-oldest" leaves out old turns that do not fit
+        - top_logprobs: likeliest tokens to report with each token, in `Piece.tokens`
+
+        The answer ends early if its iterator is closed or dropped. Raises `PromptError` if the
+        prompt does not fit the context, `UsageError` for an option that cannot be used, and
+        `QueueFullError` if too many requests wait.
         """
         return self.ask(request_of(self.sampling, messages=messages, **options))
 
@@ -224,7 +237,7 @@ class Model:
             )
         with self._changed:
             if self._closing:
-                raise ShuttingDownError("the server is shutting down")
+                raise ShuttingDownError("the model is closed")
             if len(self._waiting) + len(self._running) + len(running) > self.capacity:
                 raise QueueFullError(f"{self.capacity} requests are here already")
             self._waiting += running
@@ -240,17 +253,10 @@ class Model:
     def do(self, work: Callable[[Engine], _Result]) -> _Result:
         """Run `work` in the model's thread, between two passes, and return its result."""
         done: Future[_Result] = Future()
-
-        def task() -> None:
-            try:
-                done.set_result(work(self.engine))
-            except BaseException as error:
-                done.set_exception(error)
-
         with self._changed:
             if self._closing:
                 raise ShuttingDownError("the model is closed")
-            self._tasks.append(task)
+            self._tasks.append((work, done))
             self._changed.notify_all()
         return done.result()
 
@@ -280,7 +286,9 @@ class Model:
                 self._waiting.clear()
                 self._running.clear()
             for answer in cut_off:  # only if an error ends the thread
-                answer.sink(Failed(ShuttingDownError("the service has ended")))
+                answer.sink(Failed(ShuttingDownError("the model has failed")))
+            for _, done in self._tasks:
+                done.cancel()
             self._close_engine(engine)
 
     def _answer_all(self, engine: Engine) -> None:
@@ -288,7 +296,11 @@ class Model:
         batch = engine.new_batch(shared_prefix=self._shared_prefix)
         while self._wait(batch):
             while self._tasks:
-                self._tasks.pop(0)()
+                work, done = self._tasks.pop(0)
+                try:
+                    done.set_result(work(engine))
+                except BaseException as error:
+                    done.set_exception(error)
             try:
                 while (answer := self._take_next(batch)) is not None:
                     self._begin(answer, batch)
