@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -49,6 +50,9 @@ def run(context: typer.Context, flags: RunFlags) -> None:
     reporter = TerminalReporter(flags.quiet)
     resumed = find_chat(flags.resume)
     load = load_flags.load_options(flags, parallel=1)
+    if flags.jsonl is not None:
+        # Exact prompts make a line's answer the same whichever lines are answered with it.
+        load = replace(load, exact_prompts=True, parallel=flags.parallel)
     models = _models(flags, load, reporter)
     name = models.choose(
         flags.model if is_given(context, "model") else None,
@@ -64,7 +68,7 @@ def run(context: typer.Context, flags: RunFlags) -> None:
         _converse(context, flags, models, name, size, resumed, reporter)
 
 
-def _models(flags: RunFlags, load: LoadOptions, reporter: Reporter) -> ModelProvider:
+def _models(flags: RunFlags, load: LoadOptions, reporter: Reporter) -> LocalModels | ServerModels:
     """Check the flags' files, and return the models of the server or of this machine."""
     if load.trace is not None:
         from mixchat.experts.trace import trace_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mixchat.base.errors import MixchatError, UsageError
 from mixchat.base.model_config import MAX_DEFAULT_TOKENS, Context
@@ -56,8 +56,16 @@ class LocalModels:
             return Context(config.default_contexts[-1], config.largest_context, is_chosen=False)
         return Context.of(config, self._load.context_size)
 
-    def open(self, name: str, least_context: Callable[[Template], int]) -> Model:
-        return open_model(name, self._load, self._reporter, least_context=least_context)
+    def open(
+        self,
+        name: str,
+        least_context: Callable[[Template], int] = lambda template: 0,
+        **model_options: Any,
+    ) -> Model:
+        """Load a model. `model_options` are of `Model`."""
+        return open_model(
+            name, self._load, self._reporter, least_context=least_context, **model_options
+        )
 
     def predictor(self, model: ChatModel, name: str) -> Predictor:
         from mixchat.loading.loader import speed_predictor

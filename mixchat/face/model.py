@@ -15,14 +15,13 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from mixchat.base.errors import ResourceError
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.batch import AnswerRequest
 from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
 from mixchat.face.forms import FormCompiler
 from mixchat.face.numbers import request_of
 from mixchat.face.prompt import Prompt, PromptMaker
-from mixchat.face.request import Request, shown_message
+from mixchat.face.request import QueueFullError, Request, ShuttingDownError, shown_message
 from mixchat.face.running_answer import RunningAnswer, Sink
 from mixchat.text.form.output_constraint import PATIENT_S
 from mixchat.text.messages import Message
@@ -37,14 +36,6 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 _COUNTED_PASSES = 16  # from one time to the next at which the engine's counts are read
 _abandoned: list[threading.Thread] = []  # that still load a model, after Ctrl-C
-
-
-class QueueFullError(ResourceError):
-    """Too many requests are waiting."""
-
-
-class ShuttingDownError(ResourceError):
-    """The model is closed, or will be."""
 
 
 @dataclass(frozen=True)

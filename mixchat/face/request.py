@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from mixchat.base.errors import UsageError
+from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import Overflow, RequestedSampling, SamplingOptions
 from mixchat.face.events import Event, Piece
 from mixchat.text.form.call_form import CallForm
@@ -69,6 +69,14 @@ class FormError(UsageError):
     """A form that cannot be read or met. `subject` is schema, grammar or tools."""
 
     subject = "schema"
+
+
+class QueueFullError(ResourceError):
+    """Too many requests are waiting."""
+
+
+class ShuttingDownError(ResourceError):
+    """The model is closed, or will be."""
 
 
 class AnswerEvents(Protocol):

@@ -1,9 +1,9 @@
-"""Serving, which gives many answers at once from one loaded model.
+"""Serving, which answers programs over HTTP, and files of prompts.
 
-- service.py: the interface of a service that answers jobs
-- model_service.py: the service over one loaded model
-- running_job.py: a job with its answer, from tokens to events
-- requests/: turns requests of each API into jobs
-- web/: the web server, in front of a service
+- serve.py: `mixchat serve` and `mixchat worker`
+- installed_models.py: the installed models, as a server lists and swaps them
+- answer_file.py: the file of prompts of `mixchat run --jsonl`, and that of its answers
+- requests/: turns bodies into requests of the face
+- web/: the web server, in front of models
 - client/: lets a server answer a chat
 """

@@ -19,10 +19,13 @@ from mixchat.base.lock import lock_open_file
 from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Note, Reporter, waiting_for
 from mixchat.chat.printing import show
-from mixchat.sessions.provider import ModelProvider
+from mixchat.face.events import End, Failed
+from mixchat.face.local_models import LocalModels
+from mixchat.face.numbers import with_numbers
+from mixchat.serving.client.server_models import ServerModels
 
 if TYPE_CHECKING:
-    from mixchat.serving.requests.lines import Line
+    from mixchat.serving.requests.lines import Begin, Line
 
 _STDIN = "-"
 _START = b'{"line": '  # of each line of the output
@@ -42,7 +45,11 @@ class LineFiles:
 
 
 def answer_file(
-    models: ModelProvider, name: str, options: ChatOptions, files: LineFiles, reporter: Reporter
+    models: LocalModels | ServerModels,
+    name: str,
+    options: ChatOptions,
+    files: LineFiles,
+    reporter: Reporter,
 ) -> None:
     """Answer a file of prompts.
 
@@ -52,14 +59,42 @@ def answer_file(
     with (
         open_lines(files.prompts, reporter.note) as file,
         open_answers(files.resume_from, keep_failed=files.keep_failed) as answers,
-        models.lines(name, options, files.parallel) as (begin, context),
+        ExitStack() as opened,
     ):
+        begin = _opened(models, name, options, files.parallel, opened)
         from mixchat.serving.requests.lines import answer_lines, longest_line, numbered_lines
 
-        lines = (
-            line for line in numbered_lines(file, longest_line(context)) if answers.want(line[0])
-        )
+        longest = longest_line(models.context_of(name))
+        lines = (line for line in numbered_lines(file, longest) if answers.want(line[0]))
         write_answers(answer_lines(lines, begin, files.parallel), answers, reporter.note)
+
+
+def _opened(
+    models: LocalModels | ServerModels,
+    name: str,
+    options: ChatOptions,
+    parallel: int,
+    opened: ExitStack,
+) -> Begin:
+    """Load a model until `opened` is closed, and return what begins the answers of lines.
+
+    A line's own fields go before `options`.
+    """
+    from mixchat.serving.requests.lines import AHEAD, LineDefaults, answered_by, answered_here
+
+    stop = {"stop": list(options.stop)} if options.stop else {}
+    if isinstance(models, ServerModels):
+        numbers = {**options.sampling, "max_tokens": options.max_tokens or None}
+        fields = {name: value for name, value in numbers.items() if value is not None} | stop
+        defaults = LineDefaults(fields, options.system)
+        return answered_by(models.open(name), defaults, parallel)
+    model = models.open(name, waiting=AHEAD * parallel)
+    opened.callback(model.close)
+    # The model answers this file alone, and bodies leave to its advice what they do not have.
+    model.sampling = with_numbers(model.sampling, options.sampling)
+    if options.max_tokens is not None:
+        model.advised_tokens = options.max_tokens
+    return answered_here(model, LineDefaults(stop, options.system))
 
 
 class Answers:
@@ -193,11 +228,11 @@ def write_answers(lines: Iterable[Line], answers: Answers, note: Note) -> None:
     count = tokens = 0
     start = time.perf_counter()
     for line in lines:
-        if isinstance(line.done, Exception) and not is_fault_of_request(line.done):
-            raise line.done
+        if isinstance(line.end, Failed) and not is_fault_of_request(line.end.error):
+            raise line.end.error
         answers.write(line.as_dict())
         count += 1
-        tokens += 0 if isinstance(line.done, Exception | None) else line.done.generated_tokens
+        tokens += line.end.stats.generated_tokens if isinstance(line.end, End) else 0
     seconds = time.perf_counter() - start
     rate = f", {tokens / seconds:.1f} tok/s" if tokens else ""
     note(f"{count} line{'' if count == 1 else 's'} in {seconds:.1f} s{rate}")

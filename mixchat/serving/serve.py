@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,12 @@ from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.chat.printing import say
 from mixchat.engine.environment import prepare_environment
-from mixchat.sessions.local_models import LocalModels
-from mixchat.sessions.opening import find_or_build, open_service
+from mixchat.face.load import find_or_build, open_model
+from mixchat.serving.installed_models import InstalledModels
+from mixchat.text.form.output_constraint import HASTY_S
 
 if TYPE_CHECKING:
-    from mixchat.serving.requests.options import LoadedModel
+    from mixchat.face.model import Model
     from mixchat.serving.web.served_models import ServedModels
 
 
@@ -49,7 +50,7 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
         from mixchat.serving.web.app import AppState, create_app
         from mixchat.serving.web.server import WebServer, serve_until_signal
 
-        state = AppState(models, reporter.error, reporter.note)
+        state = AppState(models, reporter.error, reporter.note, options.strict)
         access = Access(options.key, options.origins, is_loopback(address))
         page = f"; a browser opens {page_url(bound)}" if options.page else ""
         ready = f"{url_of(bound)}/v1: serving {models.name}{page}; Ctrl-C ends it"
@@ -71,27 +72,26 @@ def _served_models(
 ) -> ServedModels:
     tokens: dict[str, int] = {}  # of models that were loaded before
 
-    def open_model(name: str) -> LoadedModel:
+    def open_served(name: str) -> Model:
         # Clients rely on the size that they were told, and saved KV caches may need it.
-        service, defaults = open_service(
+        model = open_model(
             name,
-            replace(load, least_context=tokens.get(name, 0)),
-            options.queue,
+            load,
             reporter,
-            shared_prefix=options.shared_prefix,
+            least_context=lambda template: tokens.get(name, 0),
             keep_caches=options.keep_caches,
+            waiting=options.queue,
+            shared_prefix=options.shared_prefix,
+            form_seconds=HASTY_S,
         )
-        tokens[name] = service.context.tokens
-        from mixchat.serving.requests.forms import forms_of
-        from mixchat.serving.requests.options import LoadedModel
+        tokens[name] = model.context.tokens
+        return model
 
-        return LoadedModel(service, replace(defaults, strict=options.strict), forms_of(service))
-
-    first = open_model(name)
+    first = open_served(name)
     from mixchat.serving.web.served_models import ServedModels
 
-    local = LocalModels(load, reporter, usual=name)
-    others = partial(local.other_contexts, name) if options.swap else dict
+    installed = InstalledModels(load.context_size)
+    others = partial(installed.others, name) if options.swap else dict
     models = {name, *others()}
     for alias, model in options.aliases.items():
         if model not in models:
@@ -99,10 +99,10 @@ def _served_models(
             reporter.note(f"--alias {alias}: this server has no model {model!r}{hint}")
     return ServedModels(
         first,
-        open_model,
+        open_served,
         others=others,
         aliases=options.aliases,
-        facts=local.facts,
+        facts=installed.facts,
         sleep_after=options.sleep_after,
         queue=options.queue,
     )

@@ -177,8 +177,9 @@ class Calibrations:
 def warm_up() -> None:
     """Import what children need, and let them calibrate with few tokens."""
     rig.warm_up()
-    import mixchat.cli.download
     import mixchat.sessions.opening
+
+    import mixchat.cli.download
     import mixchat.text.checkpoint_text  # noqa: F401
     from mixchat.loading import calibrate
 

@@ -57,10 +57,10 @@ class Presser:
 def open_session(model: Path, experts: int | None) -> Any:
     """A conversation with an engine that holds so many experts, or all."""
     from chat_doubles import CharacterTokenizer, TinyTemplate
+    from mixchat.chat.engine_backend import EngineBackend
 
     from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
     from mixchat.base.quantities import MemoryBudget
-    from mixchat.chat.engine_backend import EngineBackend
     from mixchat.chat.session import ChatSession
     from mixchat.loading.loader import load_engine
     from mixchat.weights.format.installed_model import InstalledModel

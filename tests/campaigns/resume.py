@@ -62,9 +62,6 @@ def main() -> int:
 def _imported() -> None:
     import chat_doubles
 
-    import mixchat.chat.session
-    import mixchat.sessions.open_chat  # noqa: F401
-
     chat_doubles.make_session()
 
 
@@ -100,9 +97,9 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
     def turn(question: str) -> Callable[[], object]:
         def work() -> None:
             from chat_doubles import make_session
+            from mixchat.sessions.open_chat import find_chat, new_saver
 
             from mixchat.cli.output.progress import TerminalReporter
-            from mixchat.sessions.open_chat import find_chat, new_saver
 
             os.close(opened)
             session = make_session("An answer")

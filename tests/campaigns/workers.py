@@ -305,8 +305,9 @@ def warm_up() -> None:
 
 def demo() -> Path:
     """Build the demo model."""
-    from mixchat.cli.output.progress import TerminalReporter
     from mixchat.sessions.opening import find_or_build
+
+    from mixchat.cli.output.progress import TerminalReporter
 
     return find_or_build("demo", TerminalReporter())
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mixchat.serving.service import Done
+from mixchat.sessions.answer_lines import open_answers, write_answers
 
 from mixchat.base.errors import CheckpointError, PromptError, UsageError
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.lines import Line
-from mixchat.serving.service import Done
-from mixchat.sessions.answer_lines import open_answers, write_answers
 from tests.tiny_tokenizer import write_tokenizer
 
 

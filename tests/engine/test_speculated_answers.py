@@ -222,7 +222,9 @@ def test_a_pass_that_ctrl_c_ends_leaves_the_next_turn_right(pair, monkeypatch):
     engines, verifying = pair("nf4"), []
     forward = Transformer.forward
 
-    def interrupted(self: Transformer, ids: torch.Tensor, cache: KVCache, **how: Any) -> torch.Tensor:
+    def interrupted(
+        self: Transformer, ids: torch.Tensor, cache: KVCache, **how: Any
+    ) -> torch.Tensor:
         if how["logits_of"] != LAST:
             verifying.append(True)
             how["after_layer"] = lambda layer: interrupts.check() if layer else stop()

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mixchat.serving.model_service import ModelService
+from mixchat.sessions.cache_file import ServerCaches
 
 from mixchat.base.options import LoadOptions
 from mixchat.engine.generate import Engine
 from mixchat.loading.loader import load_engine
-from mixchat.serving.model_service import ModelService
-from mixchat.sessions.cache_file import ServerCaches
 from mixchat.text.checkpoint_text import CheckpointText
 from tests.tiny_tokenizer import write_tokenizer
 

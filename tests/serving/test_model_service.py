@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from character_tokens import character_bytes
+from mixchat.serving.model_service import ModelService
+from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.running_job import RunningJob
+from mixchat.serving.service import Delta, Done, Failed, QueueFullError, Reading, ShuttingDownError
 from waiter import Waiter, job
 
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.options import SamplingOptions
 from mixchat.engine.passes import ForwardPasses
-from mixchat.serving.model_service import ModelService
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.running_job import RunningJob
-from mixchat.serving.service import Delta, Done, Failed, QueueFullError, Reading, ShuttingDownError
 from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.form.constraint import CallConstraint

@@ -2,10 +2,9 @@
 
 import shutil
 
-from waiter import Waiter, job
-
 from mixchat.serving.service import Done
 from mixchat.sessions.cache_file import ServerCaches, remove_server_caches
+from waiter import Waiter, job
 
 
 def test_kv_caches_in_files_serve_the_next_service(model_service, monkeypatch, tmp_path):

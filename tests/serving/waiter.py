@@ -5,9 +5,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from mixchat.base.options import SamplingOptions
 from mixchat.serving.model_service import ModelService
 from mixchat.serving.service import Delta, Done, Failed, Job, JobEvent
+
+from mixchat.base.options import SamplingOptions
 
 WAIT = 60  # seconds after which something hangs
 

@@ -1,13 +1,9 @@
-"""Requests, checked field by field and turned into jobs.
+"""Bodies, checked field by field and turned into the face's requests.
 
-- body.py: JSON from bytes
-- fields.py: checked values from a JSON object
-- options.py: the fields that chat and completion share, and the model that answers
-- chat.py: the body of a chat, with the fields that control a model's thinking
-- chat_job.py: a chat, whichever API asks for it, turned into a job
-- tools.py: the tools that a request offers, and calls in its conversation
-- completion.py: a completion, turned into jobs
-- forms.py: the form that an answer has to have
+- fields.py: JSON from bytes, and checked values from a JSON object
+- shared.py: what bodies of all APIs have, and the request that they become
+- tools.py: the tools that a body offers, calls and their results
+- chat.py, completion.py: OpenAI's chats and completions
 - lines.py: a file of prompts, a JSON object a line
 - errors.py: errors in the form of OpenAI
 """

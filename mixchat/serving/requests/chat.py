@@ -1,55 +1,206 @@
-"""The body of a chat, turned into jobs.
+"""OpenAI's /v1/chat/completions: a body becomes a request.
 
-| field                         | taken as                                           |
-| ----------------------------- | -------------------------------------------------- |
-| messages                      | system, developer, user, assistant, tool, as text  |
-| messages[-1] of the assistant | the beginning of the answer                        |
-| messages[].name               | ignored                                            |
-| logprobs, top_logprobs        | at most 20                                         |
-| messages[].reasoning_content  | ignored, except in an answer with tool_calls       |
-| modalities                    | only ["text"]                                      |
-| chat_template_kwargs,         | as far as the model's template knows them, else    |
-| reasoning_effort, think       | ignored and named, or refused if strict            |
-| tools, tool_choice,           | see tools.py                                       |
-| parallel_tool_calls           |                                                    |
-| functions, function_call      | ignored and named, or refused if they force a call |
-| audio, and so on              | refused                                            |
+| field                                      | taken as                                           |
+| ------------------------------------------ | -------------------------------------------------- |
+| messages                                   | system, developer, user, assistant, tool, as text  |
+| messages[-1] of the assistant              | the beginning of the answer                        |
+| messages[].name                            | ignored                                            |
+| messages[].reasoning_content               | ignored, except in an answer with tool_calls       |
+| temperature, top_p, seed                   | OpenAI's, else the model's advice                  |
+| top_k, min_p, repeat_penalty               | mixchat's own, with the limits of `run`            |
+| repetition_penalty                         | as repeat_penalty                                  |
+| presence_penalty, frequency_penalty        | OpenAI's                                           |
+| logit_bias                                 | by token id, -100 to 100                           |
+| max_tokens, max_completion_tokens          | 0 for as many as fit                               |
+| n                                          | up to what the server can take                     |
+| stop, stream, stream_options.include_usage | OpenAI's                                           |
+| logprobs, top_logprobs                     | at most 20                                         |
+| response_format, grammar                   | a JSON schema, or GBNF and Lark as in llama.cpp    |
+| tools, tool_choice, parallel_tool_calls    | OpenAI's                                           |
+| functions, function_call                   | ignored and named, or refused if they force a call |
+| chat_template_kwargs, reasoning_effort,    | as far as the model's template knows them, else    |
+| think                                      | ignored and named, or refused if strict            |
+| modalities                                 | only ["text"]                                      |
+| model                                      | the served one, if given                           |
+| user, metadata and other labels            | ignored                                            |
+| store                                      | only false                                         |
+| _FOREIGN                                   | ignored and named, or refused if strict            |
+| audio, and all others                      | refused                                            |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import FailFast, Field, ValidationInfo, WrapValidator
+from pydantic import FailFast, Field, ValidationInfo, WrapValidator, field_validator
 
-from mixchat.serving.requests.chat_job import chat_job
+from mixchat.face.numbers import SAMPLING, NumberParameter
+from mixchat.face.request import Form, Request
 from mixchat.serving.requests.errors import field_error, value_error
-from mixchat.serving.requests.fields import RequestObject, max_items, number, only, wrong
-from mixchat.serving.requests.options import (
-    TOP_LOGPROBS,
-    LoadedModel,
-    ParsedRequest,
-    SharedFields,
-    parsed,
-    read_fields,
+from mixchat.serving.requests.fields import (
+    RequestObject,
+    checked_number,
+    max_items,
+    number,
+    only,
+    validated,
+    wrong,
 )
-from mixchat.serving.requests.tools import Calls, ToolFields, calls_of
-from mixchat.text.messages import Message, Role
+from mixchat.serving.requests.shared import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    APIRequest,
+    Grammar,
+    Length,
+    SamplingFields,
+    Schema,
+    Stops,
+    api_request,
+    check_model,
+    max_answers,
+    sampling_of,
+    thinking_variables,
+)
+from mixchat.serving.requests.tools import (
+    MAX_CALLS,
+    FunctionFields,
+    ToolName,
+    check_results,
+    checked_call,
+    offered,
+    tool_offer,
+)
+from mixchat.text.messages import Message
 from mixchat.text.thinking import EFFORT, EFFORTS, SWITCHES, ThinkingFormat
 
-MAX_MESSAGES = 10_000
-MAX_PARTS = 1000  # of a message
-_KWARGS, _OLLAMA = "chat_template_kwargs", "think"
-_HIGHER_EFFORTS = ("xhigh", "max")  # than any that templates know
+if TYPE_CHECKING:
+    from mixchat.base.options import SamplingOptions
+    from mixchat.face.model import Model
+
+_MAX_LOGPROBS = 20
+# Other servers' fields that only tune an answer, with the values that apply here.
+_FOREIGN = {
+    "cache_prompt": True,
+    "chat_template_kwargs": {},
+    "keep_alive": None,
+    "num_ctx": None,
+    "options": {},
+    "reasoning_effort": "none",
+    "think": False,
+    "verbosity": None,
+}
+_KWARGS = "chat_template_kwargs"
+_PENALTY = "repetition_penalty"  # of vLLM and Hugging Face
+_CHOICE = "none, auto, required, or a function with its name"
 _NO_FUNCTIONS = "is not supported: use tools"
 _NO_CALL = "cannot be followed: use tools and tool_choice"
 _TEXT_ONLY = "is not supported: the model reads and writes text alone"
+_NO_EFFORT = 'has to be "none": the model does not reason apart'
+_TOP_LOGPROBS = NumberParameter(
+    "top_logprobs", int, lambda x: 0 <= x <= _MAX_LOGPROBS, f"between 0 and {_MAX_LOGPROBS}"
+)
+TopLogprobs = Annotated[int | None, number(_TOP_LOGPROBS)]
 # An empty list counts as not given.
-_ToolField: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _NO_FUNCTIONS)]
-_MediaField: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _TEXT_ONLY)]
-_ToolChoice: TypeAlias = Annotated[Any, only(("none", "auto"), "unsupported_value", _NO_CALL)]
+_FunctionCall: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _NO_FUNCTIONS)]
+_Media: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _TEXT_ONLY)]
+
+
+class _JSONSchema(RequestObject):
+    ignored = ("name", "description")
+    strict: bool = False  # every schema is followed to the letter
+    schema_: Annotated[Schema, Field(alias="schema")]
+
+
+class _ResponseFormat(RequestObject):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JSONSchema | None = Field(None, validate_default=True)
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _belongs_to_type(cls, schema: Any, info: ValidationInfo) -> Any:
+        has_schema = info.data.get("type") == "json_schema"
+        if has_schema and schema is None:
+            raise wrong("missing_required_parameter", "is missing")
+        if schema is not None and not has_schema:
+            raise wrong("unknown_parameter", "belongs to the type json_schema alone")
+        return schema
+
+
+class _StreamOptions(RequestObject):
+    ignored = ("include_obfuscation",)
+    include_usage: bool = False
+
+
+class OpenAIFields(SamplingFields):
+    """The fields that OpenAI's chats and completions share."""
+
+    ignored: ClassVar[tuple[str, ...]] = (
+        *("model", "user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"),
+    )
+    store: Annotated[
+        bool, only((False,), "unsupported_value", "has to be false: answers are not stored")
+    ] = False
+    logit_bias: dict[str, Any] = Field({})
+    max_tokens: Length = None
+    max_completion_tokens: Length = None
+    stop: Stops = Field([])
+    n: int = 1
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    response_format: _ResponseFormat | None = None
+    grammar: Grammar = ""
+
+    @field_validator("grammar")
+    @classmethod
+    def _stands_alone(cls, grammar: str, info: ValidationInfo) -> str:
+        if grammar and info.data.get("response_format") is not None:
+            raise wrong(None, "and response_format exclude each other")
+        return grammar
+
+    def form(self) -> Form | None:
+        """Return the form of answers, None for text."""
+        format = self.response_format
+        if self.grammar or format is None or format.type == "text":
+            return self.grammar or None
+        return {"type": "object"} if format.json_schema is None else format.json_schema.schema_
+
+    def length(self) -> int | None:
+        """Return the most tokens of an answer. Raises `RequestError` if there are two."""
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise field_error("max_tokens", "and max_completion_tokens differ: give one of them")
+        return old if new is None else new
+
+
+_Fields = TypeVar("_Fields", bound=OpenAIFields)
+
+
+def read_openai(
+    fields_type: type[_Fields], body: dict[str, Any], model: Model, strict: bool
+) -> tuple[_Fields, SamplingOptions, tuple[str, ...]]:
+    """Return a body's fields, its sampling, and the names of fields without an effect.
+
+    Raises `RequestError` for the first wrong field.
+    """
+    check_model(body.get("model"), model.name)
+    ignored: tuple[str, ...] = ()
+    if not strict:
+        ignored = tuple(
+            name for name, usual in _FOREIGN.items() if body.get(name) not in (None, [], usual)
+        )
+        body = {name: value for name, value in body.items() if name not in _FOREIGN}
+        if (penalty := body.pop(_PENALTY, None)) is not None:
+            checked_number(penalty, SAMPLING["repeat-penalty"], _PENALTY)
+            if body.get("repeat_penalty") not in (None, penalty):
+                raise field_error(_PENALTY, "and repeat_penalty differ: give one of them")
+            body["repeat_penalty"] = penalty
+    fields = validated(fields_type, body)
+    if not 1 <= fields.n <= (limit := max_answers(model)):
+        raise value_error("n", f"between 1 and {limit}", fields.n)
+    sampling = sampling_of(model, fields, fields.logit_bias)
+    return fields, sampling, ignored
 
 
 class _Part(RequestObject):
@@ -57,26 +208,38 @@ class _Part(RequestObject):
     text: str
 
 
-def _text(given: Any, parts_of: Callable[[Any], list[_Part]], info: ValidationInfo) -> Any:
-    if given is None and info.data.get("tool_calls"):
+def _text(content: Any, parts_of: Callable[[Any], list[_Part]], info: ValidationInfo) -> Any:
+    if content is None and info.data.get("tool_calls"):
         return ""
-    if isinstance(given, str):
-        return given
-    if not isinstance(given, list):
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
         raise wrong("invalid_value", "has to be a string or a list of parts")
-    return "".join(part.text for part in parts_of(given))
+    return "".join(part.text for part in parts_of(content))
+
+
+class _CalledFunction(RequestObject):
+    name: ToolName
+    arguments: str
+
+
+class _Call(RequestObject):
+    ignored = ("index",)
+    id: str
+    type: Literal["function"] = "function"
+    function: _CalledFunction
 
 
 class _ChatMessage(RequestObject):
     ignored = ("name", "reasoning")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     reasoning_content: Any = None
-    tool_calls: Calls = Field([])
+    tool_calls: Annotated[list[_Call], FailFast(), max_items(MAX_CALLS)] = Field([])
     tool_call_id: str = ""
-    function_call: _ToolField = None
-    audio: _MediaField = None
-    refusal: _MediaField = None
-    annotations: _MediaField = None
+    function_call: _FunctionCall = None
+    audio: _Media = None
+    refusal: _Media = None
+    annotations: _Media = None
     # A string in the end, by `_text`.
     content: Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), WrapValidator(_text)] = Field(
         None, validate_default=True
@@ -84,19 +247,24 @@ class _ChatMessage(RequestObject):
 
     def message(self, path: str) -> Message:
         """Return the message. Raises `RequestError` for fields of another role."""
-        role: Role = "system" if self.role == "developer" else self.role
-        if self.tool_calls and role != "assistant":
-            reason = "belongs to the role assistant alone"
+        reason = "belongs to the role {} alone"
+        if self.tool_calls and self.role != "assistant":
+            reason = reason.format("assistant")
             raise field_error(f"{path}.tool_calls", reason, "unknown_parameter")
-        if role == "tool" and not self.tool_call_id:
-            raise field_error(f"{path}.tool_call_id", "is missing", "missing_required_parameter")
-        if self.tool_call_id and role != "tool":
-            reason = "belongs to the role tool alone"
-            raise field_error(f"{path}.tool_call_id", reason, "unknown_parameter")
-        calls = calls_of(self.tool_calls, f"{path}.tool_calls")
+        if self.tool_call_id and self.role != "tool":
+            raise field_error(f"{path}.tool_call_id", reason.format("tool"), "unknown_parameter")
+        calls = tuple(
+            checked_call(
+                call.id,
+                call.function.name,
+                call.function.arguments,
+                f"{path}.tool_calls[{number}].function.arguments",
+            )
+            for number, call in enumerate(self.tool_calls)
+        )
         thinking = self.reasoning_content if calls else ""
         return Message(
-            role,
+            "system" if self.role == "developer" else self.role,
             str(self.content),
             thinking=thinking if isinstance(thinking, str) else "",
             calls=calls,
@@ -104,56 +272,77 @@ class _ChatMessage(RequestObject):
         )
 
 
-class _ChatFields(ToolFields, SharedFields):
+class _Named(RequestObject):
+    name: str
+
+
+class _FunctionChoice(RequestObject):
+    type: Literal["function"]
+    function: _Named
+
+
+class _ChatFields(OpenAIFields):
     functions: Any = None
+    tools: FunctionFields = Field([])
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
     logprobs: bool = False
-    top_logprobs: Annotated[int | None, number(TOP_LOGPROBS)] = None
-    function_call: _ToolChoice = None
-    audio: _MediaField = None
-    web_search_options: _MediaField = None
+    top_logprobs: TopLogprobs = None
+    function_call: Annotated[Any, only(("none", "auto"), "unsupported_value", _NO_CALL)] = None
+    audio: _Media = None
+    web_search_options: _Media = None
     modalities: Annotated[Any, only((["text"],), "invalid_value", 'has to be ["text"]')] = None
-    reasoning_effort: Annotated[
-        Any, only(("none",), "invalid_value", 'has to be "none": the model does not reason apart')
-    ] = None
+    reasoning_effort: Annotated[Any, only(("none",), "invalid_value", _NO_EFFORT)] = None
     messages: Annotated[list[_ChatMessage], FailFast(), max_items(MAX_MESSAGES)] = Field([])
 
 
 def read_chat(
-    body: dict[str, Any], model: LoadedModel, unused: Sequence[str] = ()
-) -> ParsedRequest:
-    """Return the jobs of a body, which takes seconds for a long conversation.
+    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
+) -> APIRequest:
+    """Return the request of a body with its prompt, which takes seconds for a long conversation.
 
-    `unused` are fields of another API, which have no effect. Raises `RequestError` and
-    `PromptError`.
+    strict: refuse other servers' fields. Raises `RequestError` and `PromptError`.
     """
-    body, variables = _take_thinking(body, model.service.template.thinking)
-    fields, job, ignored = read_fields(_ChatFields, body, model, unused)
+    body, variables = _take_thinking(body, model.template.thinking)
+    fields, sampling, ignored = read_openai(_ChatFields, body, model, strict)
     ignored += ("functions",) if fields.functions not in (None, []) else ()
     if fields.top_logprobs and not fields.logprobs:
         raise field_error("top_logprobs", "needs logprobs: true", "invalid_value")
     if not fields.messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
-    job = replace(job, top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None)
-    messages = _messages(fields.messages)
-    job = chat_job(job, model, messages, variables, fields.offer(), fields)
-    return parsed(fields, job, [job.prompt_ids], ignored)
-
-
-def _messages(fields: Sequence[_ChatMessage]) -> list[Message]:
-    """Return the messages. Raises `RequestError` for a result of a tool without its call."""
-    messages, waiting = list[Message](), set[str]()
-    for i, given in enumerate(fields):
-        message = given.message(f"messages[{i}]")
-        if message.role == "tool" and message.call_id not in waiting:
-            reason = "is not the id of a call in the answer before"
-            raise field_error(f"messages[{i}].tool_call_id", reason, "invalid_value")
-        if message.role != "tool":
-            waiting = {call.id for call in message.calls}
-        messages.append(message)
-    if messages[-1].calls:
-        reason = "have no results: a message of the role tool has to follow"
-        raise field_error(f"messages[{len(messages) - 1}].tool_calls", reason, "invalid_value")
-    return messages
+    messages, paths = list[Message](), list[str]()
+    for i, field in enumerate(fields.messages):
+        messages.append(field.message(f"messages[{i}]"))
+        name = "tool_call_id" if field.role == "tool" else "tool_calls"
+        paths.append(f"messages[{i}].{name}")
+    check_results(messages, paths)
+    choice, function = fields.tool_choice, None
+    if isinstance(choice, dict):
+        function = validated(_FunctionChoice, choice, "tool_choice").function.name
+    elif choice not in ("none", "auto", "required"):
+        raise value_error("tool_choice", _CHOICE, choice)
+    offer = tool_offer(offered(fields.tools), choice, function, parallel=fields.parallel_tool_calls)
+    if offer is not None and fields.grammar:
+        raise field_error("grammar", "and tools exclude each other")
+    request = Request(
+        messages,
+        sampling=sampling,
+        max_tokens=fields.length(),
+        stop=tuple(filter(None, fields.stop)),
+        variables=variables,
+        tools=offer,
+        form=fields.form(),
+        top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
+    )
+    return api_request(
+        model,
+        [request],
+        at_end,
+        n=fields.n,
+        stream=fields.stream,
+        include_usage=fields.stream_options.include_usage,
+        ignored=ignored,
+    )
 
 
 def _take_thinking(
@@ -166,39 +355,21 @@ def _take_thinking(
     """
     if format is None:
         return body, {}
-    rest = dict(body)
-    variables = _from_fields(rest, format) | _from_kwargs(rest, format)
+    think, kwargs = body.get("think"), body.get(_KWARGS)
+    variables, used = thinking_variables(
+        format, think if isinstance(think, bool) else None, body.get(EFFORT)
+    )
+    names = {"think": "think", "effort": EFFORT}
+    rest = {name: value for name, value in body.items() if name not in [names[n] for n in used]}
+    if isinstance(kwargs, dict):
+        known = {name: kwargs[name] for name in format.variables if name in kwargs}
+        rest[_KWARGS] = {name: value for name, value in kwargs.items() if name not in known}
+        if not rest[_KWARGS]:
+            del rest[_KWARGS]
+        variables |= known
     for name, value in variables.items():
         if name in SWITCHES and not isinstance(value, bool):
             raise value_error(f"{_KWARGS}.{name}", "true or false", value)
         if name == EFFORT and value not in EFFORTS:
             raise value_error(f"{_KWARGS}.{name}", " or ".join(EFFORTS), value)
     return rest, variables
-
-
-def _from_kwargs(rest: dict[str, Any], format: ThinkingFormat) -> dict[str, Any]:
-    given = rest.get(_KWARGS)
-    if not isinstance(given, dict):
-        return {}
-    variables = {name: given[name] for name in format.variables if name in given}
-    rest[_KWARGS] = {name: value for name, value in given.items() if name not in variables}
-    if not rest[_KWARGS]:
-        del rest[_KWARGS]
-    return variables
-
-
-def _from_fields(rest: dict[str, Any], format: ThinkingFormat) -> dict[str, Any]:
-    effort, switch, thinks = rest.get(EFFORT), format.switch, rest.get(_OLLAMA)
-    effort = EFFORTS[-1] if effort in _HIGHER_EFFORTS else effort
-    variables: dict[str, Any] = {}
-    if switch is not None and isinstance(thinks, bool):
-        variables[switch] = rest.pop(_OLLAMA)
-    elif EFFORT in format.variables and thinks is True:
-        del rest[_OLLAMA]  # a model with efforts always thinks
-    if EFFORT in format.variables and effort in EFFORTS:
-        del rest[EFFORT]
-        variables[EFFORT] = effort
-    elif switch is not None and effort == "none":
-        del rest[EFFORT]
-        variables[switch] = False
-    return variables

@@ -13,7 +13,7 @@ from mixchat.base.errors import (
     ResourceError,
     UsageError,
 )
-from mixchat.serving.service import QueueFullError, ShuttingDownError
+from mixchat.face.request import QueueFullError, ShuttingDownError
 
 _INVALID = "invalid_request_error"
 _RETRY_S = 2  # for a client that met a full queue

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -13,16 +14,14 @@ from mixchat.base.errors import PromptError
 from mixchat.base.model_config import UNKNOWN_CONTEXT, Context
 from mixchat.base.progress import in_background
 from mixchat.base.quantities import format_size
-from mixchat.serving.requests.body import read_object
+from mixchat.face.events import End, Event, Failed, Piece
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
-from mixchat.serving.service import Delta, Done, Failed, JobEvent
+from mixchat.serving.requests.fields import read_object
 from mixchat.text.tool_call import CallDelta, joined_calls
 
 if TYPE_CHECKING:
-    from mixchat.serving.client.server_backend import ServerBackend
-    from mixchat.serving.client.server_client import ServerClient
-    from mixchat.serving.client.server_json import ListedModel
-    from mixchat.serving.requests.options import LoadedModel
+    from mixchat.face.model import Model
+    from mixchat.serving.client.server_model import ServerAnswer, ServerModel
 
 AHEAD = 2  # lines read for each answer at once
 _BYTES_PER_BYTE = 6  # for each byte of a prompt, as in \u0041
@@ -45,7 +44,7 @@ class LineDefaults:
 class Line:
     """A line of the input, and its answer once `is_ready` is set.
 
-    `id` is copied into the output. `done` is the end of the answer, or the reason for having none.
+    id: is copied into the output. end: of the answer, or the reason for having none.
     """
 
     def __init__(self, number: int) -> None:
@@ -53,36 +52,35 @@ class Line:
         self.text = ""
         self.calls: tuple[CallDelta, ...] = ()
         self.seed: int | None = None
-        self.done: Done | Exception | None = None
+        self.end: End | Failed | None = None
         self.is_ready = threading.Event()
 
-    def take(self, event: JobEvent) -> None:
-        if isinstance(event, Delta):
+    def take(self, event: Event | Failed) -> None:
+        if isinstance(event, Piece):
             self.text += event.text
             self.calls += event.calls
-        elif isinstance(event, Done | Failed):
-            self.end(event if isinstance(event, Done) else event.error)
-
-    def end(self, done: Done | Exception) -> None:
-        self.done = done
-        self.is_ready.set()
+        elif isinstance(event, End | Failed):
+            self.end = event
+            self.is_ready.set()
 
     def as_dict(self) -> dict[str, Any]:
-        found = {"line": self.number} | ({} if self.id is None else {"id": self.id})
-        if not isinstance(self.done, Done):
-            return found | {"error": str(self.done)}
+        answer = {"line": self.number} | ({} if self.id is None else {"id": self.id})
+        if isinstance(self.end, Failed):
+            return answer | {"error": str(self.end.error)}
+        assert self.end is not None
         calls = [
             {"name": call.name, "arguments": call.arguments} for call in joined_calls(self.calls)
         ]
-        return found | {
+        stats = self.end.stats
+        return answer | {
             "answer": self.text,
             **({"tool_calls": calls} if calls else {}),
-            "stop_reason": self.done.reason,
+            "stop_reason": self.end.reason,
             "seed": self.seed,
             "usage": {
-                "prompt_tokens": self.done.prompt_tokens,
-                "cached_tokens": self.done.cached_tokens,
-                "generated_tokens": self.done.generated_tokens,
+                "prompt_tokens": stats.prompt_tokens,
+                "cached_tokens": stats.reused_tokens,
+                "generated_tokens": stats.generated_tokens,
             },
         }
 
@@ -131,7 +129,12 @@ def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int)
             for number, text in lines:
                 if text.strip():
                     room.acquire()
-                    begun.put(_begun(Line(number), text, begin))
+                    line = Line(number)
+                    begun.put(line)
+                    try:
+                        begin(line, text)
+                    except Exception as error:
+                        line.take(Failed(error))
         except BaseException as error:
             begun.put(error)
         else:
@@ -146,78 +149,61 @@ def answer_lines(lines: Iterable[tuple[int, bytes]], begin: Begin, at_once: int)
         room.release()
 
 
-def _begun(line: Line, text: bytes, begin: Begin) -> Line:
-    try:
-        begin(line, text)
-    except Exception as error:
-        line.end(error)
-    return line
-
-
-def answered_here(model: LoadedModel, given: LineDefaults) -> Begin:
+def answered_here(model: Model, defaults: LineDefaults) -> Begin:
     """Return what lets a loaded model answer lines."""
     from mixchat.serving.requests.chat import read_chat
 
     def begin(line: Line, text: bytes) -> None:
-        body = request_of(line, text, given, model.service.context)
-        request = read_chat(body, model)
-        line.seed = request.seed
-        model.service.submit((request.jobs[0], line.take))
+        asked = read_chat(body_of(line, text, defaults, model.context), model)
+        line.seed = asked.sampling.seed
+        model.submit((asked.requests[0], asked.prompts[0], line.take))
 
     return begin
 
 
-def answered_by(
-    client: ServerClient, model: ListedModel, given: LineDefaults, at_once: int
-) -> Begin:
-    """Return what lets a server answer `at_once` lines at a time."""
-    from mixchat.serving.client.server_backend import ServerBackend
-
-    context = ServerBackend(client, model).context or UNKNOWN_CONTEXT
+def answered_by(model: ServerModel, defaults: LineDefaults, at_once: int) -> Begin:
+    """Return what lets a model of a server answer `at_once` lines at a time."""
+    context = model.context or UNKNOWN_CONTEXT
     waiting: queue.SimpleQueue[tuple[Line, Mapping[str, Any]]] = queue.SimpleQueue()
 
     def begin(line: Line, text: bytes) -> None:
-        body = request_of(line, text, given, context)
+        body = body_of(line, text, defaults, context)
         line.seed = body.get("seed")
-        waiting.put((line, {"model": model.name, **body}))
+        waiting.put((line, body))
 
     def work() -> None:
         while True:
             line, body = waiting.get()
             try:
-                line.end(_ask(line, ServerBackend(client, model), body))
+                with closing(_sent(model, body)) as events:
+                    for event in events:
+                        line.take(event)
             except Exception as error:
-                line.end(error)
+                line.take(Failed(error))
 
     for _ in range(at_once):
         in_background(work)
     return begin
 
 
-def _ask(line: Line, backend: ServerBackend, body: Mapping[str, Any]) -> Done:
+def _sent(model: ServerModel, body: Mapping[str, Any]) -> ServerAnswer:
+    """Send a body as soon as the server has room for it."""
     from mixchat.serving.client.server_json import BusyError, RefusedError
 
     deadline = time.monotonic() + _BUSY_TIMEOUT_S
     while True:
         try:
-            reply = backend.send(body)
-            break
+            return model.send(body)
         except RefusedError as error:
             raise RequestError(str(error)) from None
         except BusyError as error:
             if time.monotonic() + error.seconds > deadline:
                 raise
             time.sleep(error.seconds)
-    try:
-        line.text = "".join(new.text for new in reply.texts())
-    finally:
-        reply.close()
-    stats = backend.stats
-    return Done(reply.reason, stats.prompt_tokens, stats.reused_tokens, stats.generated_tokens)
 
 
-def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -> dict[str, Any]:
-    """Return a line's request. Raises `RequestError` and `PromptError`."""
+def body_of(line: Line, text: bytes, defaults: LineDefaults, context: Context) -> dict[str, Any]:
+    """Return a line as the body of a chat. Raises `RequestError` and `PromptError`."""
     if len(text) > longest_line(context):
         raise context.text_too_long("the line")
     body = read_object(text, "the line")
@@ -225,7 +211,7 @@ def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -
     for name in _NOT_IN_FILES:
         if name in body:
             raise field_error(name, "is not for a file of prompts", "unsupported_parameter")
-    body = {**given.fields, **body}
+    body = {**defaults.fields, **body}
     if "prompt" in body:
         prompt = body.pop("prompt")
         if not isinstance(prompt, str):
@@ -234,10 +220,8 @@ def request_of(line: Line, text: bytes, given: LineDefaults, context: Context) -
             raise field_error("prompt", "and messages exclude each other")
         body["messages"] = [{"role": "user", "content": prompt}]
     messages = body.get("messages")
-    if given.system is not None and isinstance(messages, list) and not _has_system(messages):
-        body["messages"] = [{"role": "system", "content": given.system}, *messages]
+    if defaults.system is not None and isinstance(messages, list):
+        roles = [message.get("role") for message in messages if isinstance(message, dict)]
+        if "system" not in roles:
+            body["messages"] = [{"role": "system", "content": defaults.system}, *messages]
     return body
-
-
-def _has_system(messages: list[Any]) -> bool:
-    return any(isinstance(each, dict) and each.get("role") == "system" for each in messages)

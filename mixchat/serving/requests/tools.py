@@ -1,41 +1,32 @@
-"""The tools that a request offers, and calls in its conversation, in OpenAI's form."""
+"""The tools that a body offers, calls of tools, and their results."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, FailFast, Field
+from pydantic import AfterValidator, FailFast
 
-from mixchat.serving.requests.body import read_object
-from mixchat.serving.requests.errors import RequestError, field_error, value_error
-from mixchat.serving.requests.fields import RequestObject, max_items, validated, wrong
+from mixchat.face.request import ToolOffer
+from mixchat.serving.requests.errors import RequestError, field_error
+from mixchat.serving.requests.fields import RequestObject, max_items, read_object, wrong
+from mixchat.text.messages import Message
 from mixchat.text.tool_call import CallDelta, Tool, ToolCall
 
-_MAX_TOOLS = 128
+MAX_TOOLS = 128
 MAX_CALLS = 128  # of a message
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
-_CHOICES = ("none", "auto", "required")
+_NAME_RULE = "has to be 1 to 128 of the characters a-z A-Z 0-9 _ . -"
 _IMAGES = ("input_image", "image")  # in OpenAI's responses and in Anthropic's API
 _UNSEEN = {"type": "text", "text": "[an image, which this model cannot see]"}
-_CHOICE = "none, auto, required, or a function with its name"
+
+Choice: TypeAlias = Literal["none", "auto", "required"]
 
 
-@dataclass(frozen=True)
-class ToolOffer:
-    """The tools that an answer may call. If it `must_call`, it calls one or more of `callable`."""
-
-    tools: tuple[Tool, ...]
-    callable: tuple[Tool, ...]
-    must_call: bool = False
-    parallel: bool = True
-
-
-def _checked_name(name: str) -> str:
+def _valid_name(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise wrong("invalid_value", "has to be 1 to 128 of the characters a-z A-Z 0-9 _ . -")
+        raise wrong("invalid_value", _NAME_RULE)
     return name
 
 
@@ -45,87 +36,102 @@ def _of_an_object(schema: dict[str, Any] | None) -> dict[str, Any] | None:
     return schema
 
 
-Name = Annotated[str, AfterValidator(_checked_name)]
+ToolName = Annotated[str, AfterValidator(_valid_name)]
+Parameters = Annotated[dict[str, Any] | None, AfterValidator(_of_an_object)]
 
 
-class _Function(RequestObject):
-    name: Name
+class Function(RequestObject):
+    """A function that a model may call, in OpenAI's form."""
+
+    name: ToolName
     description: str | None = None
-    parameters: Annotated[dict[str, Any] | None, AfterValidator(_of_an_object)] = None
+    parameters: Parameters = None
     strict: bool = False
 
+    def tool(self) -> Tool:
+        return Tool(self.name, self.description, self.parameters, self.strict)
 
-class ToolField(RequestObject):
-    """One of the field tools."""
+
+class FunctionField(RequestObject):
+    """One of the tools of a chat, for OpenAI and Ollama."""
 
     type: Literal["function"]
-    function: _Function
+    function: Function
 
 
-class _CalledFunction(RequestObject):
-    name: Name
-    arguments: str
+FunctionFields = Annotated[list[FunctionField], FailFast(), max_items(MAX_TOOLS)]
 
 
-class CallField(RequestObject):
-    """One of a message's tool_calls."""
-
-    ignored = ("index",)
-    id: str
-    type: Literal["function"] = "function"
-    function: _CalledFunction
+def offered(fields: Sequence[FunctionField]) -> list[Tool]:
+    """Return the tools of a chat's field."""
+    return [field.function.tool() for field in fields]
 
 
-class _Named(RequestObject):
-    name: str
+def tool_offer(
+    tools: Sequence[Tool],
+    choice: Choice = "auto",
+    only: str | None = None,
+    *,
+    parallel: bool = True,
+    names: Sequence[str] = (),
+    only_path: str = "tool_choice.function.name",
+) -> ToolOffer | None:
+    """Return the offer of a body, None if no tool may be called. Raises `RequestError`.
+
+    only: the tool that has to be called, if one is named. names: the paths of the tools' names, if
+    they are not OpenAI's.
+    """
+    known: dict[str, Tool] = {}
+    for number, tool in enumerate(tools):
+        if tool.name in known:
+            path = names[number] if names else f"tools[{number}].function.name"
+            raise field_error(path, "is given twice", "invalid_value")
+        known[tool.name] = tool
+    if not tools and (only is not None or choice == "required"):
+        raise field_error("tool_choice", "needs tools", "invalid_value")
+    if not tools or (choice == "none" and only is None):
+        return None
+    if only is None:
+        return ToolOffer(tuple(tools), tuple(tools), choice == "required", parallel)
+    if only not in known:
+        reason = f"names {only!a:.80}, which is not one of the tools"
+        raise field_error(only_path, reason, "invalid_value")
+    return ToolOffer(tuple(tools), (known[only],), must_call=True, parallel=parallel)
 
 
-class _FunctionChoice(RequestObject):
-    type: Literal["function"]
-    function: _Named
+def checked_name(name: str, path: str) -> str:
+    """Return the name of a called function. Raises `RequestError`."""
+    if not _NAME.fullmatch(name):
+        raise field_error(path, _NAME_RULE, "invalid_value")
+    return name
 
 
-class _NamedChoice(RequestObject):
-    tool_choice: _FunctionChoice
+def checked_call(id: str, name: str, arguments: str, path: str) -> ToolCall:
+    """Return a call. Raises `RequestError` if its arguments, the field at `path`, are no object."""
+    try:
+        read_object(arguments.encode(), "the text")
+    except RequestError as error:
+        raise field_error(path, f"has to be a JSON object: {error}", "invalid_value") from None
+    return ToolCall(id, name, arguments)
 
 
-class ToolFields(RequestObject):
-    """The fields that offer tools."""
+def check_results(messages: Sequence[Message], paths: Sequence[str]) -> None:
+    """Check that the result of each call follows it, and that no call lacks one at the end.
 
-    tools: Annotated[list[ToolField], FailFast(), max_items(_MAX_TOOLS)] = Field([])
-    tool_choice: Any = "auto"
-    parallel_tool_calls: bool = True
-
-    def offer(self) -> ToolOffer | None:
-        """Return the offer, None if no tool may be called. Raises `RequestError`."""
-        tools, choice = self._tools(), self._choice()
-        if not tools and choice not in ("none", "auto"):
-            raise field_error("tool_choice", "needs tools", "invalid_value")
-        if not tools or choice == "none":
-            return None
-        offer = ToolOffer(tools, tools, choice != "auto", self.parallel_tool_calls)
-        if not isinstance(choice, _Named):
-            return offer
-        only = tuple(tool for tool in tools if tool.name == choice.name)
-        if not only:
-            reason = f"names {choice.name!a:.80}, which is not one of the tools"
-            raise field_error("tool_choice.function.name", reason, "invalid_value")
-        return replace(offer, callable=only)
-
-    def _tools(self) -> tuple[Tool, ...]:
-        names = [field.function.name for field in self.tools]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                raise field_error(f"tools[{i}].function.name", "is given twice", "invalid_value")
-        return tuple(Tool(**field.function.model_dump()) for field in self.tools)
-
-    def _choice(self) -> str | _Named:
-        given = self.tool_choice
-        if isinstance(given, dict):
-            return validated(_NamedChoice, {"tool_choice": given}).tool_choice.function
-        if not isinstance(given, str) or given not in _CHOICES:
-            raise value_error("tool_choice", _CHOICE, given)
-        return given
+    paths: the fields of the messages' calls, or of the ids in results. Raises `RequestError`.
+    """
+    waiting = set[str]()
+    for message, path in zip(messages, paths, strict=True):
+        if message.role != "tool":
+            waiting = {call.id for call in message.calls}
+        elif not message.call_id:
+            raise field_error(path, "is missing", "missing_required_parameter")
+        elif message.call_id not in waiting:
+            reason = "is not the id of a call in the answer before"
+            raise field_error(path, reason, "invalid_value")
+    if messages and messages[-1].calls:
+        reason = "has calls without results, which have to follow it"
+        raise field_error(paths[-1], reason, "invalid_value")
 
 
 def readable(result: Any) -> Any:
@@ -139,23 +145,7 @@ def readable(result: Any) -> Any:
     return [_UNSEEN if image else part for image, part in zip(images, result, strict=True)]
 
 
-Calls = Annotated[list[CallField], FailFast(), max_items(MAX_CALLS)]
-
-
 def call_object(call: ToolCall | CallDelta) -> dict[str, Any]:
     """Return a call as a message of OpenAI's has it."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def calls_of(fields: Sequence[CallField], path: str) -> tuple[ToolCall, ...]:
-    """Return the calls in a message's field. Raises `RequestError`."""
-    calls = []
-    for i, field in enumerate(fields):
-        place = f"{path}[{i}].function.arguments"
-        try:
-            read_object(field.function.arguments.encode(), "the text")
-        except RequestError as error:
-            raise field_error(place, f"has to be a JSON object: {error}", "invalid_value") from None
-        calls.append(ToolCall(field.id, field.function.name, field.function.arguments))
-    return tuple(calls)

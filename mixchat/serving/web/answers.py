@@ -1,4 +1,4 @@
-"""The jobs of one request while they run, whole or as a stream.
+"""The answers to one request while they are computed, whole or as a stream.
 
 What a client has not taken yet is held here, within the budget of all requests, so that the model
 is free as soon as an answer is computed. Comments in a stream keep proxies from cutting a silent
@@ -19,18 +19,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mixchat.base.errors import ResourceError
+from mixchat.face.events import End, Event, Failed, Piece, Reading
+from mixchat.face.model import Model
+from mixchat.face.request import QueueFullError, ShuttingDownError
+from mixchat.face.running_answer import RunningAnswer
 from mixchat.serving.requests.errors import RequestError
-from mixchat.serving.service import (
-    Delta,
-    Done,
-    Failed,
-    Job,
-    JobEvent,
-    QueueFullError,
-    Reading,
-    Service,
-    ShuttingDownError,
-)
+from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.bodies import Share
 from mixchat.serving.web.responses import ResponseBuilder
 
@@ -50,16 +44,16 @@ class PendingAnswers:
     another request needs its memory, the answers are given up.
     """
 
-    def __init__(self, service: Service, jobs: Sequence[Job], share: Share) -> None:
+    def __init__(self, model: Model, request: APIRequest, share: Share) -> None:
         """Submit nothing yet. This, `next` and `collect` need the event loop."""
-        self._service, self._jobs, self._share = service, jobs, share
+        self._model, self._request, self._share = model, request, share
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._events = deque[tuple[int, JobEvent, int]]()  # with their bytes
+        self._events = deque[tuple[int, Event, int]]()  # with their bytes
         self._error: Exception | None = None  # of the first answer that failed
-        self._cancel: Callable[[], None] | None = None
+        self._answers: list[RunningAnswer] = []
         self._is_over = False  # nobody takes events any longer
-        self._unfinished = self._running = len(jobs)
+        self._unfinished = self._running = len(request.requests)
         self._computed: Callable[[], object] = lambda: None
         share.can_give_up(self._give_up)
 
@@ -75,31 +69,32 @@ class PendingAnswers:
             call()
 
     def submit(self) -> None:
-        """Submit all jobs or none, which may block. Raises as `Service.submit` does."""
-        sinks = [partial(self._hear, number) for number in range(len(self._jobs))]
-        self._cancel = self._service.submit(*zip(self._jobs, sinks, strict=True))
+        """Queue all answers or none, which may block. Raises as `Model.submit` does."""
+        requests, prompts = self._request.requests, self._request.prompts
+        sinks = [partial(self._hear, number) for number in range(len(requests))]
+        self._answers = self._model.submit(*zip(requests, prompts, sinks, strict=True))
 
     def end(self) -> None:
         """Compute no more, and forget the events that nobody has taken."""
         self._is_over = True
-        self._stop()
+        self._model.cancel(self._answers)
         self._share.shrink(sum(size for *_, size in self._events))
         self._events.clear()
 
-    async def next(self, timeout: float) -> list[tuple[int, JobEvent]]:
+    async def next(self, timeout: float) -> list[tuple[int, Event]]:
         """Wait for events, and return some of them with their answers' numbers.
 
         Returns none after `timeout` seconds. Raises the error of a failed answer after the events
-        before it, and `ShuttingDownError` if the service ended an answer.
+        before it, and `ShuttingDownError` if the model ended an answer.
         """
         await self._wait(timeout)
-        events, size = list[tuple[int, JobEvent]](), 0
+        events, size = list[tuple[int, Event]](), 0
         while self._events and size < _PIECE:
             number, event, taken = self._events.popleft()
             events.append((number, event))
             size += taken
         self._share.shrink(size)
-        self._unfinished -= sum(isinstance(event, Done) for _, event in events)
+        self._unfinished -= sum(isinstance(event, End) for _, event in events)
         return events
 
     async def _wait(self, timeout: float) -> None:
@@ -115,34 +110,36 @@ class PendingAnswers:
         if not self._events and self._error is not None:
             raise self._error
 
-    async def collect(self) -> list[tuple[Delta, Done]]:
+    async def collect(self) -> list[tuple[Piece, End]]:
         """Return all answers, whole, which stay in the share. Raises what `next` does."""
         while self._running and self._error is None:
             await self._arrived.wait()
             self._arrived.clear()
         if self._error is not None:
             raise self._error
-        deltas: list[list[Delta]] = [[] for _ in self._jobs]
-        done: dict[int, Done] = {}
+        pieces: list[list[Piece]] = [[] for _ in self._request.requests]
+        ends: dict[int, End] = {}
         for number, event, _ in self._events:
-            if isinstance(event, Delta):
-                deltas[number].append(event)
-            elif isinstance(event, Done):
-                done[number] = event
-        return [(_joined(parts), done[number]) for number, parts in enumerate(deltas)]
+            if isinstance(event, Piece):
+                pieces[number].append(event)
+            elif isinstance(event, End):
+                ends[number] = event
+        return [(_joined(parts), ends[number]) for number, parts in enumerate(pieces)]
 
-    def _hear(self, number: int, event: JobEvent) -> None:
-        """Take an event, in the service's thread."""
+    def _hear(self, number: int, event: Event | Failed) -> None:
+        """Take an event, in the model's thread."""
+        if isinstance(event, Piece) and event.is_empty:
+            return  # it counts a token of thinking
         with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._take, number, event)
 
-    def _take(self, number: int, event: JobEvent) -> None:
-        self._running -= isinstance(event, Done | Failed)
+    def _take(self, number: int, event: Event | Failed) -> None:
+        self._running -= isinstance(event, End | Failed)
         if self._error is None and not self._is_over:
             if isinstance(event, Failed):
                 self._error = event.error
-                self._stop()
-            elif isinstance(event, Done) and event.reason == "interrupted":
+                self._model.cancel(self._answers)
+            elif isinstance(event, End) and event.reason == "interrupted":
                 message = "the server is shutting down: the answer is cut off"
                 self._error = ShuttingDownError(message)
             else:
@@ -151,11 +148,7 @@ class PendingAnswers:
             self._computed()
         self._arrived.set()
 
-    def _stop(self) -> None:
-        if self._cancel is not None:
-            self._cancel()
-
-    def _keep(self, number: int, event: JobEvent) -> None:
+    def _keep(self, number: int, event: Event) -> None:
         size = _size(event)
         try:
             self._share.grow(size)
@@ -174,20 +167,22 @@ class PendingAnswers:
         self._arrived.set()
 
 
-def _size(event: JobEvent) -> int:
+def _size(event: Event) -> int:
     """Return about how many bytes an event takes."""
-    if not isinstance(event, Delta):
+    if not isinstance(event, Piece):
         return _PER_EVENT
     texts = (event.text, event.thinking, *(call.arguments for call in event.calls))
     tokens = sum(_PER_TOKEN + _PER_CHOICE * len(token.top) for token in event.tokens)
     return _PER_EVENT + sum(map(len, texts)) + tokens
 
 
-def _joined(parts: Sequence[Delta]) -> Delta:
-    tokens = tuple(token for part in parts for token in part.tokens)
-    thinking = "".join(part.thinking for part in parts)
-    calls = tuple(call for part in parts for call in part.calls)
-    return Delta("".join(part.text for part in parts), tokens, thinking, calls)
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        "".join(piece.thinking for piece in pieces),
+        tuple(call for piece in pieces for call in piece.calls),
+        tuple(token for piece in pieces for token in piece.tokens),
+    )
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
@@ -282,19 +277,17 @@ class AnswerStream:
         yield self._responses.close()
 
     async def _answered(self) -> AsyncIterator[bytes]:
-        done: dict[int, Done] = {}
+        ends: dict[int, End] = {}
         while not self._answers.finished:
-            events = await self._answers.next(PING_S)
-            done |= {number: event for number, event in events if isinstance(event, Done)}
             # Events that came together are sent together, for slow clients.
-            pieces = [self._piece(number, event) for number, event in events]
-            yield b"".join(pieces) or self._responses.comment("waiting")
-        yield self._responses.finish([done[number] for number in sorted(done)])
-
-    def _piece(self, number: int, event: JobEvent) -> bytes:
-        if isinstance(event, Reading):
-            return self._responses.comment(f"read {event.done} of {event.total} tokens")
-        if isinstance(event, Done):
-            return self._responses.ending(number, event)
-        assert isinstance(event, Delta)
-        return self._responses.piece(number, event)
+            sent = bytearray()
+            for number, event in await self._answers.next(PING_S):
+                if isinstance(event, Reading):
+                    sent += self._responses.comment(f"read {event.done} of {event.total} tokens")
+                elif isinstance(event, Piece):
+                    sent += self._responses.piece(number, event)
+                elif isinstance(event, End):
+                    ends[number] = event
+                    sent += self._responses.ending(number, event)
+            yield bytes(sent) or self._responses.comment("waiting")
+        yield self._responses.finish([ends[number] for number in sorted(ends)])

@@ -1,13 +1,13 @@
-"""Anthropic's /v1/messages: its requests as OpenAI's chats, and its responses.
+"""Anthropic's /v1/messages: a body becomes a request, and the answer Anthropic's message.
 
 | field                                     | taken as                                     |
 | ----------------------------------------- | -------------------------------------------- |
 | messages, system                          | text, thinking, tool_use, tool_result blocks |
-| max_tokens, temperature, top_p, top_k     | OpenAI's, or mixchat's                       |
-| stop_sequences                            | stop                                         |
+| max_tokens, temperature, top_p, top_k     | as in a chat of OpenAI                       |
+| stop_sequences                            | strings that end the answer                  |
 | tools, tool_choice                        | functions, with disable_parallel_tool_use    |
-| thinking                                  | think, or reasoning_effort none              |
-| output_config                             | reasoning_effort, response_format            |
+| thinking, output_config.effort            | as far as the model's template knows them    |
+| output_config.format                      | a JSON schema                                |
 | images, documents, tools of Anthropic     | refused, except images in a tool's result    |
 | _LABELS, cache_control                    | ignored                                      |
 | all others                                | ignored and named, or refused if strict      |
@@ -18,24 +18,54 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field
 
-from mixchat.serving.requests.chat import MAX_MESSAGES, MAX_PARTS, read_chat
+from mixchat.face.events import End
+from mixchat.face.request import Request
 from mixchat.serving.requests.errors import RequestError, field_error
-from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, validated
-from mixchat.serving.requests.forms import schema_format
-from mixchat.serving.requests.options import LoadedModel, ParsedRequest
-from mixchat.serving.requests.tools import call_object, readable
-from mixchat.serving.service import Done
+from mixchat.serving.requests.fields import RequestObject, max_items, read_known, validated
+from mixchat.serving.requests.shared import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    APIRequest,
+    Length,
+    Schema,
+    Stops,
+    Temperature,
+    TopK,
+    TopP,
+    api_request,
+    check_model,
+    check_unused,
+    sampling_of,
+    thinking_variables,
+)
+from mixchat.serving.requests.tools import (
+    MAX_CALLS,
+    MAX_TOOLS,
+    Choice,
+    Parameters,
+    ToolName,
+    check_results,
+    checked_name,
+    readable,
+    tool_offer,
+)
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import JSON, call_arguments, to_event
-from mixchat.text.tool_call import ToolCall
+from mixchat.text.messages import Message
+from mixchat.text.tool_call import Tool, ToolCall
+
+if TYPE_CHECKING:
+    from mixchat.face.model import Model
 
 PATH = "/v1/messages"
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
-_SAME = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream")
+_CHOICES: dict[str, Choice] = {"any": "required", "none": "none"}
 _STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
@@ -55,8 +85,8 @@ class _Block(RequestObject):
     is_error: bool = False
 
 
-def _as_blocks(given: Any) -> Any:
-    return [{"type": "text", "text": given}] if isinstance(given, str) else given
+def _as_blocks(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 _Blocks = Annotated[list[_Block], FailFast(), max_items(MAX_PARTS), BeforeValidator(_as_blocks)]
@@ -74,9 +104,9 @@ class _Result(RequestObject):
 class _Tool(RequestObject):
     ignored = ("cache_control", "eager_input_streaming", "defer_loading", "allowed_callers")
     type: Literal["custom"] = "custom"
-    name: str
+    name: ToolName
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: Parameters
     strict: bool = False
 
 
@@ -91,112 +121,132 @@ class _Thinking(RequestObject):
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
 
 
-class _Schema(RequestObject):
+class _Format(RequestObject):
     type: Literal["json_schema"]
-    given: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[Schema, Field(alias="schema")]
 
 
 class _OutputConfig(RequestObject):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: _Schema | None = None
+    format: _Format | None = None
 
 
 class _Fields(RequestObject):
-    ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_LABELS)
+    ignored: ClassVar[tuple[str, ...]] = ("model", *_LABELS)
+    max_tokens: Length = None
     messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)]
     system: _Blocks = Field([])
-    stop_sequences: Annotated[list[str], FailFast()] = Field([])
-    tools: Annotated[list[_Tool], FailFast()] = Field([])
-    tool_choice: _Choice | None = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    stop_sequences: Stops = Field([])
+    stream: bool = False
+    tools: Annotated[list[_Tool], FailFast(), max_items(MAX_TOOLS)] = Field([])
+    tool_choice: _Choice = _Choice(type="auto")
     thinking: _Thinking | None = None
     output_config: _OutputConfig = _OutputConfig()
 
 
-def read_messages(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
-    """Return the job of a body. Raises as `read_chat` does."""
+def read_messages(
+    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
+) -> APIRequest:
+    """Return the request of a body. Raises as `read_chat` does."""
     if body.get("max_tokens") is None:
         raise field_error("max_tokens", "is missing", "missing_required_parameter")
-    return read_counted(body, model)
+    return read_counted(body, model, strict, at_end)
 
 
-def read_counted(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
-    """Return the job of a body whose tokens are counted, which needs no `max_tokens`."""
-    body, unused = known_fields(_Fields, body)
-    return read_chat(_to_chat(body), model, unused)
-
-
-def _to_chat(body: dict[str, Any]) -> dict[str, Any]:
-    fields = validated(_Fields, body)
-    chat: dict[str, Any] = {name: body[name] for name in _SAME if name in body}
-    chat["messages"] = _merged([part for one in fields.messages for part in _messages(one)])
+def read_counted(
+    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
+) -> APIRequest:
+    """Return the request of a body whose tokens are counted, which needs no `max_tokens`."""
+    check_model(body.get("model"), model.name)
+    fields, unused = read_known(_Fields, body)
+    messages = _messages(fields)
+    if not messages:
+        raise field_error("messages", "is missing or empty", "missing_required_parameter")
     if system := _text(fields.system):
-        chat["messages"].insert(0, {"role": "system", "content": system})
-    if fields.stop_sequences:
-        chat["stop"] = fields.stop_sequences
-    chat |= _thinking(fields)
-    if (format := fields.output_config.format) is not None:
-        chat["response_format"] = schema_format(format.given)
-    if fields.tools:
-        chat["tools"] = [_tool(tool) for tool in fields.tools]
-    if (choice := fields.tool_choice) is not None:
-        named: dict[str, Any] = {"type": "function", "function": {"name": choice.name}}
-        kinds: dict[str, Any] = {"any": "required", "tool": named}
-        chat["tool_choice"] = kinds.get(choice.type, choice.type)
-        chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
-    return chat
+        messages.insert(0, Message("system", system))
+    config, thinks = fields.output_config, None
+    effort: str | None = config.effort
+    if fields.thinking is not None and fields.thinking.type == "disabled":
+        effort = "none"
+    elif fields.thinking is not None:
+        thinks = True
+    variables, used = thinking_variables(model.template.thinking, thinks, effort)
+    if thinks and "think" not in used:
+        unused.append("thinking")
+    if effort not in (None, "none") and "effort" not in used:
+        unused.append("output_config.effort")
+    choice = fields.tool_choice
+    offer = tool_offer(
+        [Tool(t.name, t.description, t.input_schema, t.strict) for t in fields.tools],
+        _CHOICES.get(choice.type, "auto"),
+        choice.name if choice.type == "tool" else None,
+        parallel=not choice.disable_parallel_tool_use,
+        names=[f"tools[{number}].name" for number in range(len(fields.tools))],
+        only_path="tool_choice.name",
+    )
+    request = Request(
+        messages,
+        sampling=sampling_of(model, fields),
+        max_tokens=fields.max_tokens,
+        stop=tuple(filter(None, fields.stop_sequences)),
+        variables=variables,
+        tools=offer,
+        form=None if config.format is None else config.format.schema_,
+    )
+    return api_request(
+        model,
+        [request],
+        at_end,
+        form_field="output_config.format",
+        stream=fields.stream,
+        ignored=check_unused(unused, strict),
+    )
 
 
-def _thinking(fields: _Fields) -> dict[str, Any]:
-    thinking, effort = fields.thinking, fields.output_config.effort
-    if thinking is not None and thinking.type == "disabled":
-        return {"reasoning_effort": "none"}
-    found: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
-    return found if thinking is None else {**found, "think": True}
-
-
-def _tool(tool: _Tool) -> dict[str, Any]:
-    function = tool.model_dump(include={"name", "description", "strict"})
-    return {"type": "function", "function": {**function, "parameters": tool.input_schema}}
-
-
-def _messages(message: _Message) -> Iterator[dict[str, Any]]:
-    """Yield OpenAI's messages for one. The results of tools come first, each in a message."""
-    blocks = message.content
-    for block in blocks:
-        if block.type == "tool_result":
-            content = _text(validated(_Result, {"content": readable(block.content)}).content)
-            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
-    calls = [
-        call_object(ToolCall(block.id, block.name, json.dumps(block.input)))
-        for block in blocks
-        if block.type == "tool_use"
-    ]
-    texts = [block for block in blocks if block.type == "text"]
-    if calls or texts:
-        thinking = "".join(block.thinking for block in blocks)
-        more: dict[str, Any] = {"tool_calls": calls} if calls else {}
-        more |= {"reasoning_content": thinking} if thinking else {}
-        yield {"role": message.role, "content": _text(texts), **more}
-
-
-def _merged(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages, with consecutive ones of a user joined.
+def _messages(fields: _Fields) -> list[Message]:
+    """Return the messages of a body, with consecutive ones of a user joined.
 
     Templates want questions and answers in turns. An instruction in the midst of a conversation
-    counts as a part of the question, so that the prompt before it stays cached.
+    counts as a part of the question, so that the prompt before it stays cached. Raises
+    `RequestError`.
     """
-    merged, texts = list[dict[str, Any]](), list[list[str]]()  # texts: of each merged message
-    for message in messages:
-        role = "user" if message["role"] == "system" else message["role"]
-        if role == "user" and merged and merged[-1]["role"] == "user":
-            texts[-1].append(message["content"])
-        else:
-            merged.append({**message, "role": role})
-            texts.append([message["content"]])
-    return [
-        {**message, "content": "\n\n".join(parts)}
-        for message, parts in zip(merged, texts, strict=True)
-    ]
+    messages, paths = list[Message](), list[str]()
+    for number, field in enumerate(fields.messages):
+        for message, path in _parts(field, f"messages[{number}].content"):
+            if message.role == "user" and messages and messages[-1].role == "user":
+                content = f"{messages[-1].content}\n\n{message.content}"
+                messages[-1] = replace(messages[-1], content=content)
+            else:
+                messages.append(message)
+                paths.append(path)
+    check_results(messages, paths)
+    return messages
+
+
+def _parts(field: _Message, path: str) -> Iterator[tuple[Message, str]]:
+    """Yield the messages of one, with their paths. The results of tools come first."""
+    calls = list[ToolCall]()
+    for number, block in enumerate(field.content):
+        if block.type == "tool_result":
+            content = {"content": readable(block.content)}
+            result = validated(_Result, content, f"{path}[{number}]")
+            message = Message("tool", _text(result.content), call_id=block.tool_use_id)
+            yield message, f"{path}[{number}].tool_use_id"
+        elif block.type == "tool_use":
+            name = checked_name(block.name, f"{path}[{number}].name")
+            calls.append(ToolCall(block.id, name, json.dumps(block.input)))
+    if len(calls) > MAX_CALLS:
+        raise field_error(path, f"has {len(calls)} calls; at most {MAX_CALLS} are taken")
+    if calls and field.role != "assistant":
+        raise field_error(path, "has a tool_use, which belongs to the role assistant alone")
+    texts = [block for block in field.content if block.type == "text"]
+    if calls or texts:
+        thinking = "".join(block.thinking for block in field.content) if calls else ""
+        role: Literal["assistant", "user"] = "assistant" if field.role == "assistant" else "user"
+        yield Message(role, _text(texts), thinking=thinking, calls=tuple(calls)), path
 
 
 def _text(blocks: Sequence[_Block]) -> str:
@@ -206,7 +256,7 @@ def _text(blocks: Sequence[_Block]) -> str:
 class AnthropicResponses(BlockResponses):
     """The answers of /v1/messages."""
 
-    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+    def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
         self._head = {
             "id": f"msg_{secrets.token_hex(12)}",
@@ -215,19 +265,19 @@ class AnthropicResponses(BlockResponses):
             "model": self._model,
         }
 
-    def whole_answer(self, done: Done) -> JSON:
+    def whole_answer(self, end: End) -> JSON:
         content = list(map(_content, self.blocks))
-        return {**self._head, "content": content, **self._stop(done), "usage": self._usage([done])}
+        return {**self._head, "content": content, **self._stop(end), "usage": self._usage([end])}
 
     def beginning(self) -> bytes:
         stop: JSON = {"stop_reason": None, "stop_sequence": None}
         message: JSON = {**self._head, "content": [], **stop, "usage": self._usage([])}
         return _event("message_start", message=message)
 
-    def last(self, done: Done) -> bytes:
-        return _event("message_delta", delta=self._stop(done), usage=self._usage([done]))
+    def last(self, end: End) -> bytes:
+        return _event("message_delta", delta=self._stop(end), usage=self._usage([end]))
 
-    def finish(self, done: Sequence[Done]) -> bytes:
+    def finish(self, ends: Sequence[End]) -> bytes:
         return _event("message_stop")
 
     def failure(self, error: RequestError) -> bytes:
@@ -236,33 +286,33 @@ class AnthropicResponses(BlockResponses):
     def comment(self, text: str) -> bytes:
         return _event("ping")
 
-    def events(self, change: Change, block: Block, piece: str) -> Iterator[bytes]:
+    def events(self, change: Change, block: Block, content: str) -> Iterator[bytes]:
         if change == "open":
             yield _event("content_block_start", index=block.index, content_block=_content(block))
         elif change == "close":
             yield _event("content_block_stop", index=block.index)
         else:
             kinds = {
-                "text": {"type": "text_delta", "text": piece},
-                "thinking": {"type": "thinking_delta", "thinking": piece},
-                "call": {"type": "input_json_delta", "partial_json": piece},
+                "text": {"type": "text_delta", "text": content},
+                "thinking": {"type": "thinking_delta", "thinking": content},
+                "call": {"type": "input_json_delta", "partial_json": content},
             }
             yield _event("content_block_delta", index=block.index, delta=kinds[block.kind])
 
-    def _stop(self, done: Done) -> JSON:
-        stops = self._request.jobs[0].stop
-        if done.reason == "stop_string":
+    def _stop(self, end: End) -> JSON:
+        stops = self._request.requests[0].stop
+        if end.reason == "stop_string":
             known = stops[0] if len(stops) == 1 else None  # of several, nobody tells which
             return {"stop_reason": "stop_sequence", "stop_sequence": known}
-        return {"stop_reason": _STOPS.get(done.reason, "end_turn"), "stop_sequence": None}
+        return {"stop_reason": _STOPS.get(end.reason, "end_turn"), "stop_sequence": None}
 
-    def _usage(self, done: Sequence[Done]) -> JSON:
-        prompt, cached = self.prompt_counts(done)
+    def _usage(self, ends: Sequence[End]) -> JSON:
+        prompt, cached = self.prompt_counts(ends)
         return {
             "input_tokens": prompt - cached,
             "cache_read_input_tokens": cached,
             "cache_creation_input_tokens": 0,
-            "output_tokens": sum(one.generated_tokens for one in done),
+            "output_tokens": sum(end.stats.generated_tokens for end in ends),
         }
 
 
@@ -275,8 +325,8 @@ def error_body(error: RequestError) -> JSON:
 
 def _content(block: Block) -> JSON:
     if block.kind == "call":
-        given = call_arguments(block.content)
-        return {"type": "tool_use", "id": block.id, "name": block.name, "input": given or {}}
+        arguments = call_arguments(block.content)
+        return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments or {}}
     if block.kind == "thinking":
         return {"type": "thinking", "thinking": block.content, "signature": ""}
     return {"type": "text", "text": block.content}

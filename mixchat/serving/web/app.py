@@ -23,6 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mixchat.base.errors import MixchatError
 from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
+from mixchat.face.model import Model
+from mixchat.face.request import QueueFullError
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion, token_ids
 from mixchat.serving.requests.errors import (
@@ -33,8 +35,7 @@ from mixchat.serving.requests.errors import (
     to_json,
 )
 from mixchat.serving.requests.fields import RequestObject, validated
-from mixchat.serving.requests.options import LoadedModel, ParsedRequest, check_model
-from mixchat.serving.service import QueueFullError
+from mixchat.serving.requests.shared import APIRequest, check_model
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
 from mixchat.serving.web.answers import AnswerStream, PendingAnswers, WholeAnswer, while_connected
@@ -63,9 +64,9 @@ _EMBEDDING_PATHS = ("/v1/embeddings", "/api/embed", "/api/embeddings")
 _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 
 Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
-ModelEndpoint = Callable[["AppState", Request, LoadedModel, Body], Awaitable[ASGIApp]]
+ModelEndpoint = Callable[["AppState", Request, Model, Body], Awaitable[ASGIApp]]
 _Fields = TypeVar("_Fields", bound=RequestObject)
-Read = Callable[[dict[str, Any], LoadedModel], ParsedRequest]
+Read = Callable[[dict[str, Any], Model, bool, ExitStack], APIRequest]
 
 # The reader of a request, and the builder of its response.
 _APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
@@ -82,13 +83,14 @@ _APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
 class AppState:
     """The objects that routes share.
 
-    `report` gets mixchat's own faults. `note` gets a line for each field without an effect, once.
-    Requests may hold the bytes of `budget`.
+    report: gets mixchat's own faults. note: gets a line for each field without an effect, once.
+    strict: refuse other servers' fields. budget: bytes that requests may hold.
     """
 
     models: ServedModels
     report: Callable[[Exception], object]
     note: Note
+    strict: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     budget: MemoryBudget = field(default_factory=lambda: MemoryBudget(body_budget()))
 
@@ -195,23 +197,20 @@ def _outline(path: str, body: dict[str, Any]) -> _Outline:
 async def _answer(
     state: AppState,
     request: Request,
-    model: LoadedModel,
+    model: Model,
     body: Body,
     *,
     api: tuple[Read, type[ResponseBuilder]],
 ) -> ASGIApp:
     read, builder = api
     share = request.state.share
-    asked = await while_connected(request.receive, _read(state, model, body, read))
+    asked = await _read(state, request, model, body, read)
     body.drop()
     # Tools and forms are parts of the body that live as long as the answer.
-    tokens = sum(len(job.prompt_ids) for job in asked.jobs)
+    tokens = sum(len(prompt.ids) for prompt in asked.prompts)
     share.grow(tokens * _PER_TOKEN + (body.weight if body.has_form else 0))
-    request.state.ignored = _named(asked)
-    asked = replace(asked, ignored=())
-    state.note_ignored(request.state.ignored)
     responses = builder(asked, model)
-    answers = PendingAnswers(model.service, asked.jobs, share)
+    answers = PendingAnswers(model, asked, share)
     await run_in_threadpool(answers.submit)
     if asked.stream:
         return AnswerStream(answers, responses, state.explain)
@@ -223,31 +222,32 @@ async def _answer(
     return WholeAnswer(data, share)
 
 
-async def _read(state: AppState, model: LoadedModel, body: Body, read: Read) -> ParsedRequest:
-    """Parse a body, unless the client leaves."""
+async def _count_tokens(state: AppState, request: Request, model: Model, body: Body) -> ASGIApp:
+    asked = await _read(state, request, model, body, anthropic.read_counted)
+    return _json({"input_tokens": len(asked.prompts[0].ids)})
+
+
+async def _read(
+    state: AppState, request: Request, model: Model, body: Body, read: Read
+) -> APIRequest:
+    """Parse a body and make its prompts, unless the client leaves. Note what has no effect."""
     limiter = state.form_checks if body.has_form else None
     if limiter is not None and limiter.statistics().tasks_waiting >= _MAX_WAITING_CHECKS:
         message = f"{_MAX_WAITING_CHECKS} requests wait for their schemas to be checked"
         raise QueueFullError(message)
-    async with limiter or nullcontext():
-        with ExitStack() as at_end:
-            model = replace(model, compile_form=partial(model.compile_form, at_end=at_end))
-            return await body.read(lambda given: read(given, model), at_end)
 
+    async def parsed() -> APIRequest:
+        async with limiter or nullcontext():
+            with ExitStack() as at_end:
+                return await body.read(
+                    lambda fields: read(fields, model, state.strict, at_end), at_end
+                )
 
-def _named(asked: ParsedRequest) -> list[str]:
-    """Return the ignored fields' names as short ASCII, because a client chose them."""
-    return list(map(plain, asked.ignored[:_MAX_IGNORED]))
-
-
-async def _count_tokens(
-    state: AppState, request: Request, model: LoadedModel, body: Body
-) -> ASGIApp:
-    asked = await while_connected(
-        request.receive, _read(state, model, body, anthropic.read_counted)
-    )
-    request.state.ignored = _named(asked)
-    return _json({"input_tokens": len(asked.jobs[0].prompt_ids)})
+    asked = await while_connected(request.receive, parsed())
+    # A client chose the names, so they are short ASCII.
+    request.state.ignored = list(map(plain, asked.ignored[:_MAX_IGNORED]))
+    state.note_ignored(request.state.ignored)
+    return replace(asked, ignored=())
 
 
 async def _ollama_models(state: AppState, request: Request) -> Response:
@@ -318,8 +318,8 @@ async def _metrics(state: AppState, request: Request) -> Response:
     return Response(to_prometheus(state.models.stats()), media_type=CONTENT_TYPE)
 
 
-def _read_for(model: LoadedModel, fields: type[_Fields], body: dict[str, Any]) -> _Fields:
-    check_model(body.get("model"), model.service.name)
+def _read_for(model: Model, fields: type[_Fields], body: dict[str, Any]) -> _Fields:
+    check_model(body.get("model"), model.name)
     return validated(fields, body)
 
 
@@ -329,10 +329,10 @@ class _Text(RequestObject):
     add_special: bool = False
 
 
-async def _tokenize(state: AppState, request: Request, model: LoadedModel, body: Body) -> Response:
+async def _tokenize(state: AppState, request: Request, model: Model, body: Body) -> Response:
     text = await body.read(partial(_read_for, model, _Text))
-    model.service.context.check_text(text.content, "content")  # others wait for the tokenizer
-    tokenizer = model.service.tokenizer
+    model.context.check_text(text.content, "content")  # others wait for the tokenizer
+    tokenizer = model.tokenizer
     bos = [] if tokenizer.bos_id is None or not text.add_special else [tokenizer.bos_id]
     return _json({"tokens": bos + await run_in_threadpool(tokenizer.encode, text.content)})
 
@@ -342,11 +342,9 @@ class _Tokens(RequestObject):
     tokens: list[Any]
 
 
-async def _detokenize(
-    state: AppState, request: Request, model: LoadedModel, body: Body
-) -> Response:
+async def _detokenize(state: AppState, request: Request, model: Model, body: Body) -> Response:
     items = (await body.read(partial(_read_for, model, _Tokens))).tokens
-    limit, tokenizer = model.service.context.largest, model.service.tokenizer
+    limit, tokenizer = model.context.largest, model.tokenizer
     if len(items) > limit:
         raise field_error("tokens", f"has {len(items)} items; at most {limit} are taken")
     ids = token_ids(items, tokenizer.vocab_size, "tokens")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from mixchat.serving.requests.options import LoadedModel, ParsedRequest
-from mixchat.serving.service import Delta, Done
+from mixchat.face.events import End, Piece
+from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.responses import JSON, ResponseBuilder
+
+if TYPE_CHECKING:
+    from mixchat.face.model import Model
 
 Change: TypeAlias = Literal["open", "add", "close"]
 Kind: TypeAlias = Literal["thinking", "text", "call"]
@@ -29,44 +32,44 @@ class Block:
 class BlockResponses(ResponseBuilder):
     """The answers of an API that sends blocks."""
 
-    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+    def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
         self.blocks: list[Block] = []
         self._open: Block | None = None
 
     @abstractmethod
-    def whole_answer(self, done: Done) -> JSON:
+    def whole_answer(self, end: End) -> JSON:
         """Return the body of an answer with all `blocks`."""
 
     @abstractmethod
-    def events(self, change: Change, block: Block, piece: str) -> Iterator[bytes]:
+    def events(self, change: Change, block: Block, content: str) -> Iterator[bytes]:
         """Yield the events of a block that is opened, gets a piece of content, or is closed."""
 
     @abstractmethod
-    def last(self, done: Done) -> bytes:
+    def last(self, end: End) -> bytes:
         """Return the end of an answer with all `blocks`."""
 
-    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
-        ((delta, done),) = answers
-        self.piece(0, delta)
-        return self.whole_answer(done)
+    def whole(self, answers: Sequence[tuple[Piece, End]]) -> JSON:
+        ((piece, end),) = answers
+        self.piece(0, piece)
+        return self.whole_answer(end)
 
-    def piece(self, number: int, delta: Delta) -> bytes:
-        return b"".join(self._take(delta))
-
-    def ending(self, number: int, done: Done) -> bytes:
-        return b"".join(self._close()) + self.last(done)
-
-    def _take(self, delta: Delta) -> Iterator[bytes]:
-        texts: dict[Kind, str] = {"thinking": delta.thinking, "text": delta.text}
+    def piece(self, number: int, piece: Piece) -> bytes:
+        events = list[bytes]()
+        texts: dict[Kind, str] = {"thinking": piece.thinking, "text": piece.text}
         for kind, content in texts.items():
             if content and (self._open is None or self._open.kind != kind):
-                yield from self._begin(Block(len(self.blocks), kind))
-            yield from self._extend(content)
-        for call in delta.calls:
+                events += self._begin(Block(len(self.blocks), kind))
+            events += self._extend(content)
+        for call in piece.calls:
             if call.id:
-                yield from self._begin(Block(len(self.blocks), "call", id=call.id, name=call.name))
-            yield from self._extend(call.arguments)
+                block = Block(len(self.blocks), "call", id=call.id, name=call.name)
+                events += self._begin(block)
+            events += self._extend(call.arguments)
+        return b"".join(events)
+
+    def ending(self, number: int, end: End) -> bytes:
+        return b"".join(self._close()) + self.last(end)
 
     def _begin(self, block: Block) -> Iterator[bytes]:
         yield from self._close()

@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mixchat.base.machine import free_memory
 from mixchat.base.quantities import format_size
-from mixchat.serving.requests.body import read_object
+from mixchat.face.request import QueueFullError
 from mixchat.serving.requests.errors import RequestError
-from mixchat.serving.service import QueueFullError
+from mixchat.serving.requests.fields import read_object
 
 _T = TypeVar("_T")
 _FREE_PART = 4  # of the free memory, one part is for requests

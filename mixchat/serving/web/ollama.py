@@ -1,12 +1,12 @@
-"""Ollama's /api/chat and /api/generate: its requests as OpenAI's chats, and its responses.
+"""Ollama's /api/chat and /api/generate: a body becomes a request, and the answer Ollama's lines.
 
 | field                          | taken as                                                |
 | ------------------------------ | ------------------------------------------------------- |
 | messages, tools                | OpenAI's; a result belongs to the call of its tool_name |
 | prompt, system                 | a question and a system message; a text with raw        |
 | no messages, an empty prompt   | loads the model, or unloads it if keep_alive is 0       |
-| format                         | response_format, with objects closed as in Ollama       |
-| options                        | _OPTIONS; num_predict is max_tokens                     |
+| format                         | "json" or a schema, with objects closed as in Ollama    |
+| options                        | numbers as in a chat of OpenAI; num_predict is a length |
 | think                          | as far as the model's template knows it                 |
 | stream                         | true if it is not given                                 |
 | images, suffix                 | refused                                                 |
@@ -19,34 +19,52 @@ import hashlib
 import json
 import time
 from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, FailFast, Field
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 
-from mixchat.base.errors import UsageError
 from mixchat.base.model_config import Context
-from mixchat.serving.requests.chat import MAX_MESSAGES, read_chat
-from mixchat.serving.requests.completion import read_completion
+from mixchat.face.events import End, Piece
+from mixchat.face.request import FormError, Request
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
-from mixchat.serving.requests.fields import RequestObject, known_fields, max_items, only, validated
-from mixchat.serving.requests.forms import schema_format, small_form
-from mixchat.serving.requests.options import LATEST, LoadedModel, ParsedRequest
-from mixchat.serving.requests.tools import MAX_CALLS, call_object
-from mixchat.serving.service import Delta, Done
+from mixchat.serving.requests.fields import RequestObject, max_items, only, read_known
+from mixchat.serving.requests.shared import (
+    LATEST,
+    MAX_MESSAGES,
+    APIRequest,
+    Length,
+    SamplingFields,
+    Stops,
+    api_request,
+    check_model,
+    check_unused,
+    form_error,
+    sampling_of,
+    small_form,
+    thinking_variables,
+)
+from mixchat.serving.requests.tools import (
+    MAX_CALLS,
+    FunctionFields,
+    ToolName,
+    check_results,
+    offered,
+    tool_offer,
+)
 from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
-from mixchat.serving.web.served_models import ModelFacts
 from mixchat.text.form.schema import closed
+from mixchat.text.messages import Message
 from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
+
+if TYPE_CHECKING:
+    from mixchat.face.model import Model
+    from mixchat.serving.web.served_models import ModelFacts
 
 # Clients compare it with the Ollama that they need.
 API_VERSION = "0.33.0"
-_OPTIONS = (
-    *("temperature", "top_p", "top_k", "min_p", "seed", "stop"),
-    *("repeat_penalty", "presence_penalty", "frequency_penalty"),
-)
-_SAME = ("model", "stream", "tools", "think")
 _QUESTIONS = {"/api/chat": "messages", "/api/generate": "prompt"}
 _NO_TIME = (0, "0", "0s", "0m", "0h")
 _FOREVER_S = 300 * 365 * 86_400.0  # Ollama's expires_at of a model that stays loaded
@@ -56,7 +74,7 @@ _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the mode
 
 class _Function(RequestObject):
     ignored = ("index", "description")
-    name: str
+    name: ToolName
     arguments: dict[str, Any] = Field({})
 
 
@@ -67,7 +85,7 @@ class _Call(RequestObject):
 
 
 class _Message(RequestObject):
-    role: str
+    role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
     thinking: str = ""
     images: Annotated[Any, _NO_IMAGES] = None
@@ -76,95 +94,145 @@ class _Message(RequestObject):
     tool_call_id: str = ""
 
 
+def _at_least_0(length: Any) -> Any:
+    """Return 0, which is as many as fit, for Ollama's -1 and -2."""
+    return 0 if type(length) is int and length < 0 else length
+
+
+class _Options(SamplingFields):
+    stop: Stops = Field([])
+    num_predict: Annotated[Length, BeforeValidator(_at_least_0)] = None
+
+
 class _Fields(RequestObject):
-    ignored: ClassVar[tuple[str, ...]] = (*_SAME, "logprobs", "top_logprobs")
+    ignored: ClassVar[tuple[str, ...]] = ("model", "logprobs", "top_logprobs")
     messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)] = Field([])
     prompt: str = ""
     system: str = ""
     raw: bool = False
     format: Annotated[Any, AfterValidator(small_form)] = ""
     options: dict[str, Any] = Field({})
+    tools: FunctionFields = Field([])
+    think: bool | str | None = None
+    stream: bool = True
     images: Annotated[Any, _NO_IMAGES] = None
     suffix: Annotated[Any, only(("",), "unsupported_parameter", "is not supported")] = None
 
 
-def read_ollama_chat(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
-    """Return the job of a body of /api/chat. Raises as `read_chat` does."""
-    fields, shared, unused = _read(body, model)
-    return read_chat({**shared, "messages": _messages(fields.messages)}, model, unused)
+def read_ollama_chat(
+    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
+) -> APIRequest:
+    """Return the request of a body of /api/chat. Raises as `read_chat` does."""
+    fields, unused = read_known(_Fields, body)
+    if not fields.messages:
+        raise field_error("messages", "is missing or empty", "missing_required_parameter")
+    check_model(body.get("model"), model.name)
+    return _request(fields, Request(_messages(fields.messages)), unused, model, strict, at_end)
 
 
-def read_generate(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
-    """Return the job of a body of /api/generate. Raises as `read_chat` does."""
-    fields, shared, unused = _read(body, model)
+def read_generate(
+    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
+) -> APIRequest:
+    """Return the request of a body of /api/generate. Raises as `read_chat` does."""
+    fields, unused = read_known(_Fields, body)
+    check_model(body.get("model"), model.name)
     if fields.raw:
-        return read_completion({**shared, "prompt": fields.prompt}, model, unused)
-    system = [{"role": "system", "content": fields.system}] if fields.system else []
-    chat = {**shared, "messages": [*system, {"role": "user", "content": fields.prompt}]}
-    return read_chat(chat, model, unused)
+        request = Request(prompt=fields.prompt)
+    else:
+        system = [Message("system", fields.system)] if fields.system else []
+        request = Request([*system, Message("user", fields.prompt)])
+    return _request(fields, request, unused, model, strict, at_end)
 
 
-def _read(body: dict[str, Any], model: LoadedModel) -> tuple[_Fields, dict[str, Any], list[str]]:
-    """Return the fields of a body, those that OpenAI has, too, and the names of unused ones."""
-    body, unused = known_fields(_Fields, body)
-    fields, known = validated(_Fields, body), {*_OPTIONS, "num_predict"}
-    unused += [f"options.{name}" for name in fields.options if name not in known]
-    return fields, _shared(fields, body, model), unused
-
-
-def _shared(fields: _Fields, body: dict[str, Any], model: LoadedModel) -> dict[str, Any]:
-    """Return the fields of chats and completions, in OpenAI's form."""
-    chat: dict[str, Any] = {"stream": True}
-    chat |= {name: body[name] for name in _SAME if body.get(name) is not None}
-    chat |= {name: fields.options[name] for name in _OPTIONS if name in fields.options}
-    if (length := fields.options.get("num_predict")) is not None:
-        chat["max_tokens"] = 0 if isinstance(length, int) and length < 0 else length
-    if isinstance(chat.get("think"), str):
-        chat["reasoning_effort"] = chat.pop("think")
+def _request(
+    fields: _Fields,
+    request: Request,
+    unused: Sequence[str],
+    model: Model,
+    strict: bool,
+    at_end: ExitStack | None,
+) -> APIRequest:
+    """Return the request with the fields that chats and texts share."""
+    options, unknown = read_known(_Options, fields.options, "options")
+    think = fields.think if isinstance(fields.think, bool) else None
+    effort = fields.think if isinstance(fields.think, str) else None
+    variables, used = thinking_variables(model.template.thinking, think, effort)
+    has_effect = bool(used) or fields.think in (None, False, "none")
+    unused = [*unused, *unknown, *([] if has_effect else ["think"])]
+    form: dict[str, Any] | None = None
     if fields.format == "json":
-        chat["response_format"] = {"type": "json_object"}
+        form = {"type": "object"}
     elif isinstance(fields.format, dict):
-        chat["response_format"] = schema_format(_closed(fields.format, model))
+        form = _closed(fields.format, model, at_end)
     elif fields.format != "":
         raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
-    return chat
+    request = replace(
+        request,
+        sampling=sampling_of(model, options),
+        max_tokens=options.num_predict,
+        stop=tuple(filter(None, options.stop)),
+        variables=variables,
+        tools=tool_offer(offered(fields.tools)),
+        form=form,
+    )
+    return api_request(
+        model,
+        [request],
+        at_end,
+        form_field="format",
+        stream=fields.stream,
+        ignored=check_unused(unused, strict),
+    )
 
 
-def _closed(schema: dict[str, Any], model: LoadedModel) -> dict[str, Any]:
+def _closed(schema: dict[str, Any], model: Model, at_end: ExitStack | None) -> dict[str, Any]:
     """Return a schema with closed objects, or the schema itself if it could not be met then."""
-    made = closed(schema)
+    closed_schema = closed(schema)
     try:
-        if made != schema:
-            model.compile_form(made)  # in a sandbox, as a client wrote it
-    except UsageError as error:
+        if closed_schema != schema:
+            model.forms.compile(closed_schema, at_end)  # in a sandbox, as a client wrote it
+    except FormError as error:
         if error.hint is not None:  # it exceeds a limit
-            raise
+            raise form_error(error, "format") from None
         return schema
-    return made
+    return closed_schema
 
 
-def _messages(given: Sequence[_Message]) -> list[dict[str, Any]]:
-    """Return OpenAI's messages. A result without an id is for the first call of its tool."""
-    messages, waiting = list[dict[str, Any]](), list[tuple[str, str]]()  # ids and names
-    for number, message in enumerate(given):
-        one: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            calls = [_call(call, f"call_{number}_{i}") for i, call in enumerate(message.tool_calls)]
-            waiting = [(call["id"], call["function"]["name"]) for call in calls]
-            one |= {"tool_calls": calls}
-            one |= {"reasoning_content": message.thinking} if message.thinking else {}
-        if message.role == "tool":
-            names = (message.tool_name, "")
-            found = next((w for w in waiting if not names[0] or w[1] in names), ("", ""))
-            waiting = [w for w in waiting if w != found]
-            one["tool_call_id"] = message.tool_call_id or found[0]
-        messages.append(one)
+def _messages(fields: Sequence[_Message]) -> list[Message]:
+    """Return the messages. A result without an id is for the first call of its tool.
+
+    Raises `RequestError`.
+    """
+    messages, paths = list[Message](), list[str]()
+    waiting: list[ToolCall] = []  # without a result yet
+    for number, field in enumerate(fields):
+        path, call_id = f"messages[{number}]", ""
+        if field.tool_calls and field.role != "assistant":
+            reason = "belongs to the role assistant alone"
+            raise field_error(f"{path}.tool_calls", reason, "unknown_parameter")
+        calls = tuple(
+            ToolCall(
+                call.id or f"call_{number}_{i}",
+                call.function.name,
+                json.dumps(call.function.arguments),
+            )
+            for i, call in enumerate(field.tool_calls)
+        )
+        if calls:
+            waiting = list(calls)
+        path += ".tool_calls"
+        if field.role == "tool":
+            path = f"messages[{number}].tool_{'call_id' if field.tool_call_id else 'name'}"
+            answered = [c for c in waiting if field.tool_name in ("", c.name)][:1]
+            waiting = [call for call in waiting if call not in answered]
+            call_id = field.tool_call_id or "".join(call.id for call in answered)
+        thinking = field.thinking if calls else ""
+        messages.append(
+            Message(field.role, field.content, thinking=thinking, calls=calls, call_id=call_id)
+        )
+        paths.append(path)
+    check_results(messages, paths)
     return messages
-
-
-def _call(call: _Call, id: str) -> dict[str, Any]:
-    function = call.function
-    return call_object(ToolCall(call.id or id, function.name, json.dumps(function.arguments)))
 
 
 class OllamaResponses(ResponseBuilder):
@@ -172,26 +240,26 @@ class OllamaResponses(ResponseBuilder):
 
     content_type = "application/x-ndjson"
 
-    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+    def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
         self._start, self._first = time.perf_counter_ns(), 0
         self._calls: list[CallDelta] = []
 
-    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
-        ((delta, done),) = answers
-        return {**self._head(), **self._content(delta), **self._end(done)}
+    def whole(self, answers: Sequence[tuple[Piece, End]]) -> JSON:
+        ((piece, end),) = answers
+        return {**_head(self._model), **self._content(piece), **self._end(end)}
 
-    def piece(self, number: int, delta: Delta) -> bytes:
+    def piece(self, number: int, piece: Piece) -> bytes:
         self._first = self._first or time.perf_counter_ns()
-        self._calls += delta.calls
-        if not delta.text and not delta.thinking:
+        self._calls += piece.calls  # Ollama's clients want each call whole
+        if not piece.text and not piece.thinking:
             return b""
-        return self._line(self._content(replace(delta, calls=())), {"done": False})
+        return self._line(self._content(replace(piece, calls=())), {"done": False})
 
-    def ending(self, number: int, done: Done) -> bytes:
-        calls = Delta("", calls=tuple(self._calls))
+    def ending(self, number: int, end: End) -> bytes:
+        calls = Piece(calls=tuple(self._calls))
         called = self._line(self._content(calls), {"done": False}) if self._calls else b""
-        return called + self._line(self._content(Delta("")), self._end(done))
+        return called + self._line(self._content(Piece()), self._end(end))
 
     def failure(self, error: RequestError) -> bytes:
         return to_json(error_body(error)) + b"\n"
@@ -199,30 +267,33 @@ class OllamaResponses(ResponseBuilder):
     def comment(self, text: str) -> bytes:
         return b""
 
-    def _content(self, delta: Delta) -> JSON:
-        thinking = {"thinking": delta.thinking} if delta.thinking else {}
-        called = [one for one in map(_called, joined_calls(delta.calls)) if one is not None]
-        calls = {"tool_calls": called} if called else {}
-        return {"message": {"role": "assistant", "content": delta.text, **thinking, **calls}}
+    def _content(self, piece: Piece) -> JSON:
+        message: JSON = {"role": "assistant", "content": piece.text}
+        if piece.thinking:
+            message["thinking"] = piece.thinking
+        calls = list[JSON]()
+        for call in joined_calls(piece.calls):
+            # A call that the limit cut off would run with other arguments.
+            if (arguments := call_arguments(call.arguments)) is not None:
+                function = {"name": call.name, "arguments": arguments}
+                calls.append({"id": call.id, "function": function})
+        return {"message": {**message, **({"tool_calls": calls} if calls else {})}}
 
     def _line(self, content: JSON, more: JSON) -> bytes:
-        return to_json({**self._head(), **content, **more}) + b"\n"
+        return to_json({**_head(self._model), **content, **more}) + b"\n"
 
-    def _head(self) -> JSON:
-        return _head(self._model)
-
-    def _end(self, done: Done) -> JSON:
+    def _end(self, end: End) -> JSON:
         """Return the counts of an answer, with times in nanoseconds."""
-        now, (prompt, _) = time.perf_counter_ns(), self.prompt_counts([done])
+        now, (prompt, _) = time.perf_counter_ns(), self.prompt_counts([end])
         first = self._first or now
         return {
             "done": True,
-            "done_reason": _REASONS.get(done.reason, "stop"),
+            "done_reason": _REASONS.get(end.reason, "stop"),
             "total_duration": now - self._start,
             "load_duration": 0,
             "prompt_eval_count": prompt,
             "prompt_eval_duration": first - self._start,
-            "eval_count": done.generated_tokens,
+            "eval_count": end.stats.generated_tokens,
             "eval_duration": now - first,
         }
 
@@ -230,9 +301,9 @@ class OllamaResponses(ResponseBuilder):
 class GenerateResponses(OllamaResponses):
     """The answers of /api/generate."""
 
-    def _content(self, delta: Delta) -> JSON:
-        thinking = {"thinking": delta.thinking} if delta.thinking else {}
-        return {"response": delta.text, **thinking}
+    def _content(self, piece: Piece) -> JSON:
+        thinking = {"thinking": piece.thinking} if piece.thinking else {}
+        return {"response": piece.text, **thinking}
 
 
 def asks_nothing(path: str, body: dict[str, Any]) -> bool:
@@ -323,11 +394,3 @@ def _count(parameters: int) -> str:
 def error_body(error: RequestError) -> JSON:
     """Return an error in Ollama's form."""
     return {"error": str(error)}
-
-
-def _called(call: ToolCall) -> JSON | None:
-    """Return a call, None for one that the limit cut off. It would run with other arguments."""
-    given = call_arguments(call.arguments)
-    if given is None:
-        return None
-    return {"id": call.id, "function": {"name": call.name, "arguments": given}}

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses: its requests as chats, and its responses. Nothing is stored.
+"""OpenAI's /v1/responses: a body becomes a request, and the answer a response. Nothing is stored.
 
 | field                                      | taken as                                         |
 | ------------------------------------------ | ------------------------------------------------ |
@@ -6,8 +6,8 @@
 |                                            | reasoning before a call                          |
 | max_output_tokens, temperature, top_p      | as in a chat                                     |
 | tools, tool_choice, parallel_tool_calls    | as in a chat, only functions                     |
-| text.format                                | response_format                                  |
-| reasoning.effort                           | reasoning_effort                                 |
+| text.format                                | a JSON schema                                    |
+| reasoning.effort                           | as far as the model's template knows it          |
 | previous_response_id, conversation,        | refused: answers are not stored                  |
 | background                                 |                                                  |
 | _LABELS                                    | ignored                                          |
@@ -18,42 +18,103 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, FailFast, Field
 
-from mixchat.serving.requests.chat import read_chat
+from mixchat.face.events import End
+from mixchat.face.request import Request
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
-from mixchat.serving.requests.fields import RequestObject, known_fields, only, validated
-from mixchat.serving.requests.forms import schema_format
-from mixchat.serving.requests.options import LoadedModel, ParsedRequest
-from mixchat.serving.requests.tools import readable
-from mixchat.serving.service import Done
+from mixchat.serving.requests.fields import RequestObject, max_items, only, read_known, validated
+from mixchat.serving.requests.shared import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    APIRequest,
+    Length,
+    Schema,
+    Seed,
+    Temperature,
+    TopP,
+    api_request,
+    check_model,
+    check_unused,
+    sampling_of,
+    thinking_variables,
+)
+from mixchat.serving.requests.tools import (
+    MAX_CALLS,
+    MAX_TOOLS,
+    Function,
+    ToolName,
+    check_results,
+    checked_call,
+    readable,
+    tool_offer,
+)
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import JSON, to_event
+from mixchat.text.messages import Message, Role
 
-_SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "seed")
+if TYPE_CHECKING:
+    from mixchat.face.model import Model
+
 _LABELS = (
     *("include", "store", "truncation", "user", "metadata", "prompt_cache_key", "stream_options"),
     *("prompt_cache_retention", "safety_identifier", "service_tier", "client_metadata"),
     *("max_tool_calls", "top_logprobs"),
 )
-_TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
+_CHOICE = "none, auto, required, or a function with its name"
 _STATELESS = "is not supported: answers are not stored, so send the whole conversation"
 _NONE = only((None, False), "unsupported_parameter", _STATELESS)
 
 
+class _Item(RequestObject):
+    """An item of an input. Clients send answers' items back with fields that say nothing here."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Part(_Item):
+    type: Literal["input_text", "output_text", "text", "refusal"]
+    text: Annotated[str, Field(validation_alias=AliasChoices("text", "refusal"))]
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+_Parts = Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), BeforeValidator(_as_parts)]
+
+
+class _MessageItem(_Item):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _Parts
+
+
+class _CallItem(_Item):
+    call_id: str
+    name: ToolName
+    arguments: str
+
+
+class _ResultItem(_Item):
+    call_id: str
+    output: Annotated[_Parts, BeforeValidator(readable)]
+
+
 class _Format(RequestObject):
     ignored = ("name", "description")
-    type: str
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool = False
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    strict: bool = False  # every schema is followed to the letter
 
 
 class _Text(RequestObject):
     ignored = ("verbosity",)
-    format: _Format | None = None
+    format: _Format = _Format(type="text")
 
 
 class _Reasoning(RequestObject):
@@ -61,17 +122,33 @@ class _Reasoning(RequestObject):
     effort: str | None = None
 
 
-def _as_items(given: Any) -> Any:
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+class _FunctionTool(Function):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _FunctionChoice(RequestObject):
+    type: Literal["function"]
+    name: str
+
+
+def _as_items(input: Any) -> Any:
+    return [{"role": "user", "content": input}] if isinstance(input, str) else input
 
 
 class _Fields(RequestObject):
-    ignored: ClassVar[tuple[str, ...]] = (*_SAME, *_LABELS)
-    input: Annotated[list[dict[str, Any]], FailFast(), BeforeValidator(_as_items)]
+    ignored: ClassVar[tuple[str, ...]] = ("model", *_LABELS)
+    input: Annotated[
+        list[dict[str, Any]], FailFast(), max_items(MAX_MESSAGES), BeforeValidator(_as_items)
+    ]
     instructions: str = ""
-    max_output_tokens: Any = None
-    tools: Annotated[list[dict[str, Any]], FailFast()] = Field([])
-    tool_choice: Any = None
+    max_output_tokens: Length = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    seed: Seed = None
+    stream: bool = False
+    tools: Annotated[list[dict[str, Any]], FailFast(), max_items(MAX_TOOLS)] = Field([])
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
     text: _Text = _Text()
     reasoning: _Reasoning = _Reasoning()
     previous_response_id: Annotated[Any, _NONE] = None
@@ -79,80 +156,113 @@ class _Fields(RequestObject):
     background: Annotated[Any, _NONE] = None
 
 
-def read_responses(body: dict[str, Any], model: LoadedModel) -> ParsedRequest:
-    """Return the job of a body. Raises as `read_chat` does."""
-    body, unused = known_fields(_Fields, body)
-    fields = validated(_Fields, body)
-    kinds = [tool.get("type") for tool in fields.tools]
-    unused += [f"tools[{i}].type" for i, kind in enumerate(kinds) if kind != "function"]
-    return read_chat(_to_chat(fields, body), model, unused)
+def read_responses(
+    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
+) -> APIRequest:
+    """Return the request of a body. Raises as `read_chat` does."""
+    check_model(body.get("model"), model.name)
+    fields, unused = read_known(_Fields, body)
+    messages = _messages(fields.input)
+    if not messages:
+        raise field_error("input", "is missing or empty", "missing_required_parameter")
+    if fields.instructions:
+        messages.insert(0, Message("system", fields.instructions))
+    effort = fields.reasoning.effort
+    variables, used = thinking_variables(model.template.thinking, None, effort)
+    if effort not in (None, "none") and not used:
+        unused.append("reasoning.effort")
+    functions: dict[str, Function] = {}  # by their paths
+    for number, tool in enumerate(fields.tools):
+        if tool.get("type") == "function":
+            functions[f"tools[{number}]"] = validated(_FunctionTool, tool, f"tools[{number}]")
+        else:
+            unused.append(f"tools[{number}].type")
+    choice, function = fields.tool_choice, None
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        function = validated(_FunctionChoice, choice, "tool_choice").name
+    elif isinstance(choice, dict):
+        choice = "auto"  # a tool that this server does not have
+    elif choice not in ("none", "auto", "required"):
+        raise value_error("tool_choice", _CHOICE, choice)
+    offer = None
+    if functions:  # a choice among tools of other types has no effect
+        offer = tool_offer(
+            [each.tool() for each in functions.values()],
+            choice,
+            function,
+            parallel=fields.parallel_tool_calls,
+            names=[f"{path}.name" for path in functions],
+            only_path="tool_choice.name",
+        )
+    format = fields.text.format
+    form: dict[str, Any] | None = None
+    if format.type == "json_schema":
+        form = format.schema_
+        if form is None:
+            raise field_error("text.format.schema", "is missing", "missing_required_parameter")
+    elif format.type == "json_object":
+        form = {"type": "object"}
+    request = Request(
+        messages,
+        sampling=sampling_of(model, fields),
+        max_tokens=fields.max_output_tokens,
+        variables=variables,
+        tools=offer,
+        form=form,
+    )
+    return api_request(
+        model,
+        [request],
+        at_end,
+        form_field="text.format",
+        stream=fields.stream,
+        ignored=check_unused(unused, strict),
+    )
 
 
-def _to_chat(fields: _Fields, body: dict[str, Any]) -> dict[str, Any]:
-    chat: dict[str, Any] = {name: body[name] for name in _SAME if body.get(name) is not None}
-    system = [{"role": "system", "content": fields.instructions}] if fields.instructions else []
-    chat["messages"] = [*system, *_messages(fields.input)]
-    if fields.max_output_tokens is not None:
-        chat["max_tokens"] = fields.max_output_tokens
-    if tools := [_tool(one) for one in fields.tools if one.get("type") == "function"]:
-        chat["tools"] = tools
-        if fields.tool_choice is not None:
-            chat["tool_choice"] = _choice(fields.tool_choice)
-    if fields.reasoning.effort is not None:
-        chat["reasoning_effort"] = fields.reasoning.effort
-    if (format := fields.text.format) is not None:
-        chat["response_format"] = {"type": format.type}
-        if format.type == "json_schema":
-            chat["response_format"] = schema_format(format.schema_, strict=format.strict)
-    return chat
+def _messages(items: Sequence[dict[str, Any]]) -> list[Message]:
+    """Return the messages of an input. Calls one after the other belong to one answer.
 
-
-def _choice(given: Any) -> Any:
-    if isinstance(given, dict) and given.get("type") == "function":
-        return {"type": "function", "function": {"name": given.get("name")}}
-    return "auto" if isinstance(given, dict) else given
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    names = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {name: tool.get(name) for name in names}}
-
-
-def _messages(given: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the messages of an input. Calls one after the other belong to one answer."""
-    answer, thinking = dict[str, Any](), ""
-    for i, item in enumerate(given):
-        kind, path = item.get("type", "message"), f"input[{i}]"
+    Reasoning is of the next call, unless a question or a result comes between. Raises
+    `RequestError`.
+    """
+    messages, paths, thinking = list[Message](), list[str](), ""
+    is_answer = False  # whether calls belong to the last message
+    for number, fields in enumerate(items):
+        kind, path = fields.get("type", "message"), f"input[{number}]"
         if kind == "item_reference":
             continue
         if kind == "reasoning":
-            thinking += _thinking(item)
+            thinking += _thinking(fields)
             continue
         if kind == "function_call":
-            answer = answer or {"role": "assistant", "content": "", "tool_calls": []}
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            call = {"id": item.get("call_id"), "type": "function", "function": function}
-            answer.setdefault("tool_calls", []).append(call)
-            answer["reasoning_content"] = thinking
+            item = validated(_CallItem, fields, path)
+            call = checked_call(item.call_id, item.name, item.arguments, f"{path}.arguments")
+            if not is_answer:
+                messages.append(Message("assistant", ""))
+                paths.append(path)
+            calls = (*messages[-1].calls, call)
+            if len(calls) > MAX_CALLS:
+                raise field_error(path, f"is one of more than {MAX_CALLS} calls of an answer")
+            messages[-1] = replace(messages[-1], thinking=thinking, calls=calls)
+            is_answer = True
             continue
-        if answer:
-            yield answer
-            answer = {}
+        is_answer = False
         if kind == "function_call_output":
-            content = _text(readable(item.get("output")), f"{path}.output")
-            yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
-            thinking = ""
+            result = validated(_ResultItem, fields, path)
+            messages.append(Message("tool", _text(result.output), call_id=result.call_id))
+            path, thinking = f"{path}.call_id", ""
         elif kind == "message":
-            message = {"role": item.get("role"), "content": _text(item.get("content"), path)}
-            if message["role"] == "assistant":
-                answer = message
-            else:
-                thinking = ""
-                yield message
+            message = validated(_MessageItem, fields, path)
+            role: Role = "system" if message.role == "developer" else message.role
+            messages.append(Message(role, _text(message.content)))
+            is_answer = role == "assistant"
+            thinking = thinking if is_answer else ""
         else:
             raise value_error(f"{path}.type", "message, function_call or its output", kind)
-    if answer:
-        yield answer
+        paths.append(path)
+    check_results(messages, paths)
+    return messages
 
 
 def _thinking(item: dict[str, Any]) -> str:
@@ -161,30 +271,18 @@ def _thinking(item: dict[str, Any]) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _text(content: Any, path: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise field_error(path, "has to have a string or a list of parts", "invalid_value")
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS:
-            raise field_error(path, "has a part that is no text", "unsupported_value")
-        text = part.get("text", part.get("refusal"))
-        if not isinstance(text, str):
-            raise field_error(path, "has a part without a text", "invalid_value")
-        texts.append(text)
-    return "".join(texts)
+def _text(parts: Sequence[_Part]) -> str:
+    return "".join(part.text for part in parts)
 
 
 class ResponsesResponses(BlockResponses):
     """The answers of /v1/responses."""
 
-    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+    def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
         self._number = -1
         self._ids: list[str] = []  # of blocks
-        job = request.jobs[0]
+        sampling = request.sampling
         self._head = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
@@ -192,29 +290,29 @@ class ResponsesResponses(BlockResponses):
             "model": self._model,
             "error": None,
             "instructions": None,
-            "max_output_tokens": job.max_tokens,
+            "max_output_tokens": model.longest_answer(request.requests[0].max_tokens),
             "metadata": {},
             "parallel_tool_calls": True,
             "previous_response_id": None,
             "store": False,
-            "temperature": job.sampling.temperature,
-            "top_p": job.sampling.top_p,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             "tool_choice": "auto",
             "tools": [],
             "truncation": "disabled",
         }
 
-    def whole_answer(self, done: Done) -> JSON:
-        return self._response(self._status(done), done)
+    def whole_answer(self, end: End) -> JSON:
+        return self._response(self._status(end), end)
 
     def beginning(self) -> bytes:
         response = self._response("in_progress", None)
         created = self._event("response.created", response=response)
         return created + self._event("response.in_progress", response=response)
 
-    def last(self, done: Done) -> bytes:
-        status = self._status(done)
-        return self._event(f"response.{status}", response=self._response(status, done))
+    def last(self, end: End) -> bytes:
+        status = self._status(end)
+        return self._event(f"response.{status}", response=self._response(status, end))
 
     def failure(self, error: RequestError) -> bytes:
         code = error.body["error"]["code"] or "server_error"
@@ -222,39 +320,39 @@ class ResponsesResponses(BlockResponses):
         response["error"] = {"code": code, "message": str(error)}
         return self._event("response.failed", response=response)
 
-    def _status(self, done: Done) -> str:
-        return "incomplete" if done.reason in ("length", "context") else "completed"
+    def _status(self, end: End) -> str:
+        return "incomplete" if end.reason in ("length", "context") else "completed"
 
-    def _response(self, status: str, done: Done | None) -> JSON:
+    def _response(self, status: str, end: End | None) -> JSON:
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         output = [self._item(block, "completed") for block in self.blocks]
-        usage = None if done is None else self._usage(done)
+        usage = None if end is None else self._usage(end)
         rest = {"incomplete_details": reason, "output": output, "usage": usage}
         return {**self._head, "status": status, **rest}
 
-    def _usage(self, done: Done) -> JSON:
-        prompt, cached = self.prompt_counts([done])
+    def _usage(self, end: End) -> JSON:
+        prompt, cached = self.prompt_counts([end])
         return {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached},
-            "output_tokens": done.generated_tokens,
-            "output_tokens_details": {"reasoning_tokens": done.thinking_tokens},
-            "total_tokens": prompt + done.generated_tokens,
+            "output_tokens": end.stats.generated_tokens,
+            "output_tokens_details": {"reasoning_tokens": end.thinking_tokens},
+            "total_tokens": prompt + end.stats.generated_tokens,
         }
 
-    def events(self, change: Change, block: Block, piece: str) -> Iterator[bytes]:
-        place = {"item_id": self._id(block), "output_index": block.index}
-        part = {**place, "content_index": 0}
+    def events(self, change: Change, block: Block, content: str) -> Iterator[bytes]:
+        ids = {"item_id": self._id(block), "output_index": block.index}
+        part = {**ids, "content_index": 0}
         name = {
             "text": "response.output_text",
             "thinking": "response.reasoning_text",
             "call": "response.function_call_arguments",
         }[block.kind]
-        inner = place if block.kind == "call" else part
+        inner = ids if block.kind == "call" else part
         if block.kind == "text":
             inner = {**inner, "logprobs": []}
         if change == "add":
-            yield self._event(f"{name}.delta", **inner, delta=piece)
+            yield self._event(f"{name}.delta", **inner, delta=content)
         elif change == "open":
             item = self._item(block, "in_progress")
             yield self._event("response.output_item.added", output_index=block.index, item=item)

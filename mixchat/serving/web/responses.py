@@ -7,14 +7,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mixchat.serving.requests.body import read_object
+from mixchat.face.events import End, Piece, TokenLogprob
 from mixchat.serving.requests.errors import RequestError, to_json
-from mixchat.serving.requests.options import LoadedModel, ParsedRequest
+from mixchat.serving.requests.fields import read_object
+from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.requests.tools import call_object
-from mixchat.serving.service import Delta, Done, ServiceStats, TokenLogprob
+from mixchat.text.tokenizer import TokenTexts
 from mixchat.text.tool_call import CallDelta, joined_calls
+
+if TYPE_CHECKING:
+    from mixchat.face.model import Model, ModelStats
 
 JSON: TypeAlias = dict[str, Any]
 _MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
@@ -45,11 +49,11 @@ class ResponseBuilder(ABC):
 
     content_type = "text/event-stream; charset=utf-8"  # of a stream
 
-    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
-        self._request, self._model, self._texts = request, model.service.name, model.texts
+    def __init__(self, request: APIRequest, model: Model) -> None:
+        self._request, self._model = request, model.name
 
     @abstractmethod
-    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
+    def whole(self, answers: Sequence[tuple[Piece, End]]) -> JSON:
         """Return the body of whole answers."""
 
     def beginning(self) -> bytes:
@@ -57,17 +61,17 @@ class ResponseBuilder(ABC):
         return b""
 
     @abstractmethod
-    def piece(self, number: int, delta: Delta) -> bytes: ...
+    def piece(self, number: int, piece: Piece) -> bytes: ...
 
     @abstractmethod
-    def ending(self, number: int, done: Done) -> bytes:
+    def ending(self, number: int, end: End) -> bytes:
         """Return the end of one answer."""
 
     @abstractmethod
     def failure(self, error: RequestError) -> bytes:
         """Return an error, since the status is sent already."""
 
-    def finish(self, done: Sequence[Done]) -> bytes:
+    def finish(self, ends: Sequence[End]) -> bytes:
         """Return what comes after all answers."""
         return b""
 
@@ -79,13 +83,13 @@ class ResponseBuilder(ABC):
         """Return a sign of life. A form without comments has none."""
         return f": {text}\n\n".encode()
 
-    def prompt_counts(self, done: Sequence[Done]) -> tuple[int, int]:
+    def prompt_counts(self, ends: Sequence[End]) -> tuple[int, int]:
         """Return the tokens of prompts and the cached ones among them.
 
         A prompt counts once, however many answers it has.
         """
-        prompt = sum(len(job.prompt_ids) for job in self._request.jobs[:: self._request.n])
-        cached = sum(each.cached_tokens for each in done[:: self._request.n])
+        prompt = sum(len(prompt.ids) for prompt in self._request.prompts[:: self._request.n])
+        cached = sum(end.stats.reused_tokens for end in ends[:: self._request.n])
         return prompt, min(prompt, cached)
 
 
@@ -96,42 +100,43 @@ class OpenAIResponses(ResponseBuilder):
     name: str  # of the object
     chunk_name: str
 
-    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+    def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
-        self._has_logprobs = request.jobs[0].top_logprobs is not None
+        has_logprobs = request.requests[0].top_logprobs is not None
+        self._texts = TokenTexts(model.tokenizer) if has_logprobs else None
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": self._model,
-            "seed": request.seed,
+            "seed": request.sampling.seed,
         }
 
-    def whole(self, answers: Sequence[tuple[Delta, Done]]) -> JSON:
+    def whole(self, answers: Sequence[tuple[Piece, End]]) -> JSON:
         choices = [
-            self._choice(number, text, _FINISH[done.reason], whole=True)
-            for number, (text, done) in enumerate(answers)
+            self._choice(number, text, _FINISH[end.reason], whole=True)
+            for number, (text, end) in enumerate(answers)
         ]
-        usage = self._usage([done for _, done in answers])
+        usage = self._usage([end for _, end in answers])
         return {**self._head, "object": self.name, "choices": choices, "usage": usage}
 
-    def piece(self, number: int, delta: Delta) -> bytes:
-        return self._chunk(self._choice(number, delta, None))
+    def piece(self, number: int, piece: Piece) -> bytes:
+        return self._chunk(self._choice(number, piece, None))
 
-    def ending(self, number: int, done: Done) -> bytes:
-        return self._chunk(self._choice(number, Delta(""), _FINISH[done.reason]))
+    def ending(self, number: int, end: End) -> bytes:
+        return self._chunk(self._choice(number, Piece(), _FINISH[end.reason]))
 
     def failure(self, error: RequestError) -> bytes:
         return to_event(error.body)
 
-    def finish(self, done: Sequence[Done]) -> bytes:
+    def finish(self, ends: Sequence[End]) -> bytes:
         """Return the chunk with the counts of tokens, if it is requested."""
-        return self._chunk(usage=self._usage(done)) if self._request.include_usage else b""
+        return self._chunk(usage=self._usage(ends)) if self._request.include_usage else b""
 
     def close(self) -> bytes:
         return b"data: [DONE]\n\n"
 
     @abstractmethod
-    def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
+    def _choice(self, number: int, piece: Piece, finish: str | None, whole: bool = False) -> JSON:
         """Return an answer, or a part of it. The last part has a reason to finish."""
 
     def _chunk(self, *choices: JSON, usage: JSON | None = None) -> bytes:
@@ -139,10 +144,10 @@ class OpenAIResponses(ResponseBuilder):
         chunk = {**self._head, "object": self.chunk_name, "choices": list(choices), **used}
         return to_event(chunk)
 
-    def _usage(self, done: Sequence[Done]) -> JSON:
-        prompt, cached = self.prompt_counts(done)
-        generated = sum(each.generated_tokens for each in done)
-        thought = sum(each.thinking_tokens for each in done)
+    def _usage(self, ends: Sequence[End]) -> JSON:
+        prompt, cached = self.prompt_counts(ends)
+        generated = sum(end.stats.generated_tokens for end in ends)
+        thought = sum(end.thinking_tokens for end in ends)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -160,33 +165,28 @@ class ChatResponses(OpenAIResponses):
     def beginning(self) -> bytes:
         """Return a chunk for each answer with its role."""
         role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        numbers = range(len(self._request.jobs))
+        numbers = range(len(self._request.requests))
         return b"".join(self._chunk({"index": n, **role, "finish_reason": None}) for n in numbers)
 
-    def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
-        thinking = {"reasoning_content": part.thinking} if part.thinking else {}
-        calls = {"tool_calls": list(map(_call_delta, part.calls))} if part.calls else {}
-        text = {"content": part.text} if part.text or not (thinking or calls) else {}
-        content: dict[str, Any] = {"delta": {**thinking, **text, **calls} if finish is None else {}}
+    def _choice(self, number: int, piece: Piece, finish: str | None, whole: bool = False) -> JSON:
+        thinking = {"reasoning_content": piece.thinking} if piece.thinking else {}
+        content: JSON
         if whole:
-            calls = (
-                {"tool_calls": list(map(call_object, joined_calls(part.calls)))} if calls else {}
-            )
-            said = part.text or (None if calls else "")
-            message = {"role": "assistant", "content": said, "refusal": None, **thinking, **calls}
-            content = {"message": message}
+            calls = list(map(call_object, joined_calls(piece.calls)))
+            said = piece.text or (None if calls else "")
+            message = {"role": "assistant", "content": said, "refusal": None, **thinking}
+            content = {"message": {**message, **({"tool_calls": calls} if calls else {})}}
+        elif finish is not None:
+            content = {"delta": {}}
+        else:
+            calls = list(map(_call_delta, piece.calls))
+            text = {"content": piece.text} if piece.text or not (thinking or calls) else {}
+            content = {"delta": {**thinking, **text, **({"tool_calls": calls} if calls else {})}}
         logprobs = None
-        if self._has_logprobs and (whole or part.tokens):
-            logprobs = {"content": list(map(self._token, part.tokens)), "refusal": None}
+        if self._texts is not None and (whole or piece.tokens):
+            tokens = [_token_object(token, self._texts) for token in piece.tokens]
+            logprobs = {"content": tokens, "refusal": None}
         return {"index": number, **content, "logprobs": logprobs, "finish_reason": finish}
-
-    def _token(self, token: TokenLogprob) -> JSON:
-        top = [self._logprob(other, logprob) for other, logprob in token.top]
-        return {**self._logprob(token.token, token.logprob), "top_logprobs": top}
-
-    def _logprob(self, token: int, logprob: float) -> JSON:
-        data = self._texts.bytes_of(token)
-        return {"token": self._texts[token], "logprob": _finite(logprob), "bytes": list(data)}
 
 
 class CompletionResponses(OpenAIResponses):
@@ -194,25 +194,26 @@ class CompletionResponses(OpenAIResponses):
 
     prefix, name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, request: ParsedRequest, model: LoadedModel) -> None:
+    def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
-        self._lengths = [0] * len(request.jobs)  # of the tokens' texts so far, in characters
+        self._lengths = [0] * len(request.requests)  # of the tokens' texts so far, in characters
 
-    def _choice(self, number: int, part: Delta, finish: str | None, whole: bool = False) -> JSON:
-        logprobs = self._logprobs(number, part.tokens) if self._has_logprobs else None
-        return {"index": number, "text": part.text, "logprobs": logprobs, "finish_reason": finish}
-
-    def _logprobs(self, number: int, tokens: Sequence[TokenLogprob]) -> JSON:
-        texts, offsets = self._texts, []
-        for token in tokens:
-            offsets.append(self._lengths[number])
-            self._lengths[number] += len(texts[token.token])
-        return {
-            "tokens": [texts[token.token] for token in tokens],
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [{texts[t]: _finite(p) for t, p in token.top} for token in tokens],
-            "text_offset": offsets,
-        }
+    def _choice(self, number: int, piece: Piece, finish: str | None, whole: bool = False) -> JSON:
+        texts, logprobs = self._texts, None
+        if texts is not None:
+            offsets = []
+            for token in piece.tokens:
+                offsets.append(self._lengths[number])
+                self._lengths[number] += len(texts[token.token])
+            logprobs = {
+                "tokens": [texts[token.token] for token in piece.tokens],
+                "token_logprobs": [_finite(token.logprob) for token in piece.tokens],
+                "top_logprobs": [
+                    {texts[t]: _finite(p) for t, p in token.top} for token in piece.tokens
+                ],
+                "text_offset": offsets,
+            }
+        return {"index": number, "text": piece.text, "logprobs": logprobs, "finish_reason": finish}
 
 
 def to_event(value: JSON, name: str | None = None) -> bytes:
@@ -228,13 +229,23 @@ def call_arguments(text: str) -> JSON | None:
     return None
 
 
+def _token_object(token: TokenLogprob, texts: TokenTexts) -> JSON:
+    """Return a token of a chat with the likeliest tokens."""
+
+    def entry(id: int, logprob: float) -> JSON:
+        return {"token": texts[id], "logprob": _finite(logprob), "bytes": list(texts.bytes_of(id))}
+
+    top = [entry(id, logprob) for id, logprob in token.top]
+    return {**entry(token.token, token.logprob), "top_logprobs": top}
+
+
 def _call_delta(delta: CallDelta) -> JSON:
     if not delta.id:
         return {"index": delta.index, "function": {"arguments": delta.arguments}}
     return {"index": delta.index, **call_object(delta)}
 
 
-def to_prometheus(stats: ServiceStats) -> str:
+def to_prometheus(stats: ModelStats) -> str:
     """Return the counts as text."""
     lines = []
     for name, kind, count, about in _METRICS:

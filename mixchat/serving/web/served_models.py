@@ -19,8 +19,9 @@ from typing import cast
 from anyio import to_thread
 
 from mixchat.base.model_config import Context
-from mixchat.serving.requests.options import LATEST, LoadedModel
-from mixchat.serving.service import QueueFullError, ServiceStats, ShuttingDownError
+from mixchat.face.model import Model, ModelStats
+from mixchat.face.request import QueueFullError, ShuttingDownError
+from mixchat.serving.requests.shared import LATEST
 
 _TURN_S = 5.0  # in which requests for the loaded model pass those for another one
 _IDLE_S = 0.25  # without a request, until the model is changed before that time
@@ -32,7 +33,7 @@ class _Waiting:
 
     name: str | None
     since: float
-    model: asyncio.Future[LoadedModel]
+    model: asyncio.Future[Model]
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class ServedModels:
 
     def __init__(
         self,
-        first: LoadedModel,
-        load: Callable[[str], LoadedModel],
+        first: Model,
+        load: Callable[[str], Model],
         *,
         others: Callable[[], Mapping[str, Context]] = dict,
         aliases: Mapping[str, str] = MappingProxyType({}),
@@ -77,9 +78,9 @@ class ServedModels:
         sleep_after: float | None = None,
         queue: int = 64,
     ) -> None:
-        self.name, self.context = first.service.name, first.service.context
+        self.name, self.context = first.name, first.context
         self._first = {self.name: self.context}
-        self._model = cast("LoadedModel | None", first)
+        self._model = cast("Model | None", first)
         self._load, self._others, self._sleep_after = load, others, sleep_after
         self._aliases, self._facts = aliases, facts
         self._queue = max(queue, 1)  # one lets the model be loaded
@@ -91,7 +92,7 @@ class ServedModels:
         self._next_look: asyncio.TimerHandle | None = None  # at those who wait
         self._change: asyncio.Task[None] | None = None  # which loads or unloads a model
         self._lock, self._closing = Lock(), False  # guard `_model` and `_earlier`
-        self._earlier = ServiceStats()  # of models that were unloaded
+        self._earlier = ModelStats()  # of models that were unloaded
 
     @property
     def is_loaded(self) -> bool:
@@ -112,7 +113,7 @@ class ServedModels:
     def thinks(self, name: str) -> bool:
         """Return whether this model is loaded and thinks."""
         model, is_loaded = self._model, self.resolve(name) == self.name
-        return model is not None and is_loaded and bool(model.service.template.thinking)
+        return model is not None and is_loaded and bool(model.template.thinking)
 
     async def contexts(self) -> dict[str, Context]:
         """Return the contexts by the names that requests may use, the last used model first."""
@@ -131,12 +132,12 @@ class ServedModels:
         return {self.name: self.context} | self._first | dict(others)
 
     @asynccontextmanager
-    async def use(self, name: object = None) -> AsyncIterator[LoadedModel]:
+    async def use(self, name: object = None) -> AsyncIterator[Model]:
         """Yield a model, as `take` returns it."""
         with ExitStack() as at_end:
             yield await self.take(name, at_end)
 
-    async def take(self, name: object, at_end: ExitStack) -> LoadedModel:
+    async def take(self, name: object, at_end: ExitStack) -> Model:
         """Return the model `name`, or the last used one if there is no such model.
 
         It stays loaded until `at_end` is closed. Raises `MixchatError` if it cannot be loaded, and
@@ -167,21 +168,21 @@ class ServedModels:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._sleep_after, self._begin_sleep)
 
-    def stats(self) -> ServiceStats:
+    def stats(self) -> ModelStats:
         """Return the counts of all models since the start."""
         with self._lock:
-            now = ServiceStats() if self._model is None else self._model.service.stats()
+            now = ModelStats() if self._model is None else self._model.stats
             stats = self._earlier.plus(now)
         return replace(stats, waiting=stats.waiting + len(self._waiting))
 
     def close(self) -> None:
-        """Close the service, as `Service.close` does, and load no more."""
+        """Close the model, as `Model.close` does, and load no more."""
         with self._lock:
             self._closing, model = True, self._model
         if model is not None:
-            model.service.close()
+            model.close()
 
-    async def _wait(self, name: str | None) -> LoadedModel:
+    async def _wait(self, name: str | None) -> Model:
         """Return a model when its turn has come. The request counts as its user then."""
         if len(self._waiting) >= self._queue:
             raise QueueFullError(f"{len(self._waiting)} requests wait for a model already")
@@ -251,7 +252,7 @@ class ServedModels:
         for one in [one for one in self._waiting if one not in others and not one.model.done()]:
             self._waiting.remove(one)
             self._begin_use()
-            one.model.set_result(cast("LoadedModel", model))
+            one.model.set_result(cast("Model", model))
 
     async def _run(self, change: Callable[..., None], *name: str) -> None:
         """Load or unload a model. No request ends it, so that no two models are ever loaded."""
@@ -283,16 +284,16 @@ class ServedModels:
         with self._lock:
             if not self._closing:
                 self._model = model
-                self.name, self.context = model.service.name, model.service.context
+                self.name, self.context = model.name, model.context
                 return
-        model.service.close()
+        model.close()
         raise ShuttingDownError("the server is shutting down")
 
     def _unload(self) -> None:
         model = self._model
         if model is None:
             return
-        model.service.close()  # `close` waits for it meanwhile
+        model.close()  # `close` waits for it meanwhile
         with self._lock:
             self._model = None
-            self._earlier = self._earlier.plus(model.service.stats())
+            self._earlier = self._earlier.plus(model.stats)

@@ -5,6 +5,9 @@ import json
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from mixchat.serving.requests.body import read_object
+from mixchat.serving.requests.options import Defaults, LoadedModel
+from mixchat.serving.service import QueueFullError, ShuttingDownError
 
 from mixchat.base.errors import (
     CheckpointError,
@@ -15,12 +18,9 @@ from mixchat.base.errors import (
     UsageError,
 )
 from mixchat.base.options import SamplingOptions
-from mixchat.serving.requests.body import read_object
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
-from mixchat.serving.requests.options import Defaults, LoadedModel
-from mixchat.serving.service import QueueFullError, ShuttingDownError
 from mixchat.serving.web.anthropic import read_counted, read_messages
 from mixchat.serving.web.ollama import read_generate, read_ollama_chat
 from mixchat.serving.web.openai_responses import read_responses

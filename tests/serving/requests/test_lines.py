@@ -6,12 +6,13 @@ import threading
 from typing import Any
 
 import pytest
+from mixchat.serving.model_service import ModelService
+from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.requests.options import Defaults, LoadedModel
 
 from mixchat.base.errors import PromptError
 from mixchat.base.options import SamplingOptions
-from mixchat.serving.model_service import ModelService
 from mixchat.serving.requests import lines as lines_module
-from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.requests.lines import (
     Begin,
     Line,
@@ -20,7 +21,6 @@ from mixchat.serving.requests.lines import (
     answered_here,
     numbered_lines,
 )
-from mixchat.serving.requests.options import Defaults, LoadedModel
 
 ADVICE = Defaults(SamplingOptions(temperature=1.0), 12)
 

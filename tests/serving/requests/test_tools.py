@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.requests.options import Defaults, LoadedModel
 
 from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.errors import RequestError
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tool_formats import FORMATS, PLAIN

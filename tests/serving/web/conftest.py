@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.requests.options import Defaults, LoadedModel
 from scripted_service import ScriptedService
 
 from mixchat.base.options import SamplingOptions
 from mixchat.experts.workers.address import resolve
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults, LoadedModel
 from mixchat.serving.web.access import Access, bind
 from mixchat.serving.web.app import AppState, create_app
 from mixchat.serving.web.bodies import MemoryBudget

@@ -5,11 +5,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # as pytest does for the modules of tests/
 
+from mixchat.serving.requests.options import Defaults
 from scripted_service import ScriptedService
 
 from mixchat.base.options import SamplingOptions
 from mixchat.cli import app
-from mixchat.serving.requests.options import Defaults
 from mixchat.sessions import servers
 
 

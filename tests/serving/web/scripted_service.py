@@ -14,9 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from character_tokens import character_bytes
-
-from mixchat.base.errors import ResourceError
-from mixchat.base.model_config import Context
 from mixchat.serving.service import (
     Delta,
     Done,
@@ -29,6 +26,9 @@ from mixchat.serving.service import (
     Sink,
     TokenLogprob,
 )
+
+from mixchat.base.errors import ResourceError
+from mixchat.base.model_config import Context
 from mixchat.text.detokenizer import StopStrings
 from mixchat.text.messages import Message, require_question
 from mixchat.text.thinking import ThinkingFormat

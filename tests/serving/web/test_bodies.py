@@ -6,11 +6,11 @@ import threading
 from contextlib import ExitStack, suppress
 
 import pytest
+from mixchat.serving.service import Delta, Done, Job, QueueFullError, TokenLogprob
 from raw_http import exchange, read_response, request
 
 from mixchat.base.errors import ResourceError
 from mixchat.serving.requests.errors import RequestError
-from mixchat.serving.service import Delta, Done, Job, QueueFullError, TokenLogprob
 from mixchat.serving.web import bodies
 from mixchat.serving.web.answers import PING_S, PendingAnswers, WholeAnswer
 from mixchat.serving.web.bodies import Body, MemoryBudget, Turns

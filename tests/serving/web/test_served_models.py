@@ -10,15 +10,15 @@ from datetime import datetime, timezone
 
 import ollama
 import pytest
+from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.requests.options import Defaults, LoadedModel
+from mixchat.serving.service import QueueFullError, ShuttingDownError
 from raw_http import exchange, read_response, request
 from scripted_service import ScriptedService
 
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import Context
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults, LoadedModel
-from mixchat.serving.service import QueueFullError, ShuttingDownError
 from mixchat.serving.web import bodies, served_models
 from mixchat.serving.web.served_models import ModelFacts, ServedModels
 from mixchat.sessions import servers

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from mixchat.serving.requests.options import Defaults
 from raw_http import exchange, request
 
 from mixchat.base.options import SamplingOptions
-from mixchat.serving.requests.options import Defaults
 from mixchat.text.thinking import ThinkingFormat
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}

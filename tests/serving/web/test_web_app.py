@@ -6,10 +6,10 @@ import time
 
 import openai
 import pytest
+from mixchat.serving.requests.body import read_object
 from raw_http import exchange, read_response, request
 
 from mixchat.serving.requests import body as body_reader
-from mixchat.serving.requests.body import read_object
 from mixchat.serving.web import anthropic
 from mixchat.text.messages import Message
 from mixchat.text.tool_formats import in_plain_text

@@ -10,12 +10,12 @@ import openai
 import pytest
 from chat_requests import CHAT, HI, ask, streamed, text_of
 from form_bombs import bomb
+from mixchat.serving.requests.forms import forms_of
+from mixchat.serving.requests.options import Defaults
 from raw_http import exchange, request
 
 from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests import forms
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults
 from mixchat.text.form import constraint
 from mixchat.text.form.output_constraint import OutputConstraint
 

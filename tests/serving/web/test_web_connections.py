@@ -8,10 +8,10 @@ from contextlib import suppress
 import psutil
 import pytest
 from form_bombs import bomb
+from mixchat.serving.requests.forms import forms_of
 from raw_http import exchange, read_response, request
 
 from mixchat.experts.workers.address import resolve
-from mixchat.serving.requests.forms import forms_of
 from mixchat.serving.web import answers
 from mixchat.serving.web.access import bind
 from mixchat.serving.web.server import WaitingConnections

@@ -13,10 +13,10 @@ import anthropic
 import ollama
 import openai
 import pytest
+from mixchat.serving.requests.options import Defaults
 from raw_http import exchange, request
 
 from mixchat.base.options import SamplingOptions
-from mixchat.serving.requests.options import Defaults
 from mixchat.serving.web.access import Access
 from mixchat.text.thinking import ThinkingFormat
 

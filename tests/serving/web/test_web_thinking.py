@@ -2,10 +2,10 @@
 
 import pytest
 from chat_requests import CHAT, HI, ask, streamed, text_of
+from mixchat.serving.requests.options import Defaults
 from raw_http import exchange, request
 
 from mixchat.base.options import SamplingOptions
-from mixchat.serving.requests.options import Defaults
 from mixchat.text.thinking import ThinkingFormat
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import jsonschema
 import pytest
 from form_walks import STOP
+from mixchat.chat.answer import Answer, AnswerLimits
 
 from mixchat.base.errors import UsageError
-from mixchat.chat.answer import Answer, AnswerLimits
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.form.call_form import CallForm, call_grammar
 from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler

@@ -1,0 +1,73 @@
+"""The installed models, as a server lists and swaps them."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixchat.base.errors import MixchatError
+from mixchat.base.model_config import DEFAULT_TOKENS, Context
+from mixchat.weights.families.read_config import read_config_file
+from mixchat.weights.format.manifest import MANIFEST_FILE, read_manifest
+from mixchat.weights.models import installed_directory, installed_names
+
+if TYPE_CHECKING:
+    from mixchat.serving.web.served_models import ModelFacts
+
+
+class InstalledModels:
+    """The models that are installed. `context_size` is chosen for all of them, in tokens."""
+
+    def __init__(self, context_size: int | None) -> None:
+        self._context_size = context_size
+        self._facts: dict[str, tuple[tuple[int, int], ModelFacts]] = {}
+
+    def others(self, current: str) -> dict[str, Context]:
+        """Return the least contexts of the other models, which programs can rely on.
+
+        A model that cannot load has the usual one.
+        """
+        contexts, own = dict[str, Context](), None
+        with suppress(MixchatError):
+            own = installed_directory(current)
+        for name in installed_names():
+            directory = installed_directory(name)
+            if directory == own:
+                continue
+            contexts[name] = Context(DEFAULT_TOKENS, DEFAULT_TOKENS, is_chosen=False)
+            with suppress(MixchatError):
+                config = read_config_file(directory / "config.json")
+                contexts[name] = Context.of(config, self._context_size)
+        return contexts
+
+    def facts(self, name: str) -> ModelFacts | None:
+        """Return the facts of an installed model, None if its files are damaged or gone."""
+        try:
+            directory = installed_directory(name)
+            status = (directory / MANIFEST_FILE).stat()
+            stamp = status.st_ino, status.st_mtime_ns
+            known, facts = self._facts.get(name, (None, None))
+            if facts is None or known != stamp:  # reading thousands of checksums takes long
+                facts = _facts_of(directory, status.st_mtime)
+                self._facts[name] = stamp, facts
+            return facts
+        except (MixchatError, OSError):
+            return None
+
+
+def _facts_of(directory: Path, modified: float) -> ModelFacts:
+    from mixchat.serving.web.served_models import ModelFacts
+    from mixchat.weights.format.blueprint import Blueprint, Quantization
+
+    manifest, config = read_manifest(directory), read_config_file(directory / "config.json")
+    quantization = manifest.quant_type
+    return ModelFacts(
+        manifest.size,
+        Blueprint(config, Quantization()).parameter_count,
+        manifest.quantization["dtype"] if quantization == "none" else quantization,
+        hashlib.sha256(manifest.serialized()).hexdigest(),
+        modified,
+        config.model_type,
+    )

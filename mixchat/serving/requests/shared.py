@@ -1,0 +1,226 @@
+"""What bodies of all APIs have: numbers, stop strings, thinking and forms, made into requests."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, FailFast
+
+from mixchat.base.errors import PromptTooLongError
+from mixchat.base.options import SamplingOptions
+from mixchat.face.numbers import LENGTHS, SAMPLING, NumberParameter
+from mixchat.face.prompt import LEAVE_OUT_HINT
+from mixchat.face.request import FormError, Request
+from mixchat.serving.requests.errors import RequestError, field_error, to_json, value_error
+from mixchat.serving.requests.fields import RequestObject, checked_number, number, wrong
+from mixchat.text.thinking import EFFORT, EFFORTS, ThinkingFormat
+
+if TYPE_CHECKING:
+    from mixchat.face.model import Model
+    from mixchat.face.prompt import Prompt
+
+LATEST = ":latest"  # which Ollama's clients add to a name
+MAX_MESSAGES = 10_000
+MAX_PARTS = 1000  # of a message
+_MAX_ANSWERS = 16  # of one request
+_MAX_STOPS, _MAX_STOP_LENGTH = 32, 500  # strings, characters
+_MAX_FORM = 100_000  # bytes of a schema or a grammar, which take 2 s
+_HIGHER_EFFORTS = ("xhigh", "max")  # than any that templates know
+_CODES = {"schema": "invalid_schema", "tools": "invalid_schema", "grammar": "invalid_grammar"}
+_BIAS = NumberParameter("logit_bias", float, lambda x: -100 <= x <= 100, "between -100 and 100")
+_PENALTY = NumberParameter("penalty", float, lambda x: -2 <= x <= 2, "between -2 and 2")
+# The limit of OpenAI. `run --temp` has none.
+_TEMPERATURE = NumberParameter("temperature", float, lambda x: 0 <= x <= 2, "between 0 and 2")
+
+Temperature = Annotated[float | None, number(_TEMPERATURE)]
+TopP = Annotated[float | None, number(SAMPLING["top-p"])]
+TopK = Annotated[int | None, number(SAMPLING["top-k"])]
+RepeatPenalty = Annotated[float | None, number(SAMPLING["repeat-penalty"])]
+Seed = Annotated[int | None, number(SAMPLING["seed"])]
+Length = Annotated[int | None, number(LENGTHS["max-tokens"])]
+
+
+def _as_list(stop: Any) -> Any:
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list):
+        raise wrong("invalid_value", "has to be a string or a list of strings")
+    if len(stops) > _MAX_STOPS:
+        raise wrong("invalid_value", f"has more than {_MAX_STOPS} strings")
+    return stops
+
+
+def _short(stop: str) -> str:
+    if len(stop) > _MAX_STOP_LENGTH:
+        raise wrong("invalid_value", f"has more than {_MAX_STOP_LENGTH} characters")
+    return stop
+
+
+def small_form(form: Any) -> Any:
+    """Return a schema or a grammar, unless it has too many bytes."""
+    size = len(form) if isinstance(form, str) else len(to_json(form))
+    if size > _MAX_FORM:
+        raise wrong(None, f"is too large: {_MAX_FORM} bytes are taken at most")
+    return form
+
+
+# Empty strings are left out by `stop_strings`.
+Stops = Annotated[
+    list[Annotated[str, AfterValidator(_short)]], FailFast(), BeforeValidator(_as_list)
+]
+Schema = Annotated[dict[str, Any], AfterValidator(small_form)]
+Grammar = Annotated[str, AfterValidator(small_form)]
+
+
+class SamplingFields(RequestObject):
+    """The numbers of OpenAI's, llama.cpp's and Ollama's requests. None if one is not given."""
+
+    seed: Seed = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: Annotated[float | None, number(SAMPLING["min-p"])] = None
+    repeat_penalty: RepeatPenalty = None
+    presence_penalty: Annotated[float | None, number(_PENALTY)] = None
+    frequency_penalty: Annotated[float | None, number(_PENALTY)] = None
+
+
+def sampling_of(
+    model: Model, fields: RequestObject, logit_bias: Mapping[str, Any] = MappingProxyType({})
+) -> SamplingOptions:
+    """Return the sampling of a body that has some of `SamplingFields`, else the model's advice.
+
+    logit_bias: what is added to logits, by token id. Raises `RequestError` for a bad one.
+    """
+    numbers = fields.model_dump(include={*SamplingFields.model_fields}, exclude_none=True)
+    pairs: dict[int, float] = {}
+    size = model.tokenizer.vocab_size
+    for name, value in logit_bias.items():
+        path = f"logit_bias.{name}"
+        token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else size
+        if token >= size:
+            raise field_error(path, f"is no token: ids are 0 to {size - 1}", "invalid_value")
+        pairs[token] = float(checked_number(value, _BIAS, path))
+    return replace(model.sampling, **numbers, logit_bias=tuple(pairs.items()))
+
+
+def thinking_variables(
+    format: ThinkingFormat | None, think: bool | None, effort: object
+) -> tuple[dict[str, Any], set[str]]:
+    """Return variables of the model's template, and which of "think" and "effort" have an effect.
+
+    effort: one of the template's, a higher one, or "none". Other values have no effect, because
+    they could put control tokens into the prompt.
+    """
+    variables: dict[str, Any] = {}
+    used = set[str]()
+    if format is None:
+        return variables, used
+    effort = EFFORTS[-1] if effort in _HIGHER_EFFORTS else effort
+    if format.switch is not None and think is not None:
+        variables[format.switch] = think
+        used.add("think")
+    elif EFFORT in format.variables and think:
+        used.add("think")  # a model with efforts always thinks
+    if EFFORT in format.variables and effort in EFFORTS:
+        variables[EFFORT] = effort
+        used.add("effort")
+    elif format.switch is not None and effort == "none":
+        variables[format.switch] = False
+        used.add("effort")
+    return variables, used
+
+
+def check_model(name: object, served: str) -> None:
+    """Raise `RequestError` if a request names another model than the served one."""
+    if name is not None and not isinstance(name, str):
+        raise value_error("model", "a string", name)
+    if name is not None and name.removesuffix(LATEST) != served.removesuffix(LATEST):
+        raise RequestError(
+            f"there is no model {name!a:.80} here; this server has {served!r}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+
+
+def check_unused(names: Sequence[str], strict: bool) -> tuple[str, ...]:
+    """Return the fields without an effect. Raises `RequestError` for them if `strict`."""
+    if strict and names:
+        raise field_error(names[0], "has no effect here", "unknown_parameter")
+    return tuple(names)
+
+
+def max_answers(model: Model) -> int:
+    """Return how many answers a body may ask for."""
+    return min(_MAX_ANSWERS, model.capacity)
+
+
+@dataclass(frozen=True)
+class APIRequest:
+    """What a body asks: `n` answers to each prompt, and how to send them.
+
+    requests, prompts: one for each answer, in the order of the answers. ignored: the fields without
+    an effect.
+    """
+
+    requests: tuple[Request, ...]
+    prompts: tuple[Prompt, ...]
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """Return the sampling of the first answer, whose seed is given or drawn."""
+        sampling = self.requests[0].sampling
+        assert isinstance(sampling, SamplingOptions)
+        return sampling
+
+
+def api_request(
+    model: Model,
+    requests: Sequence[Request],
+    at_end: ExitStack | None,
+    *,
+    form_field: str = "response_format",
+    n: int = 1,
+    stream: bool = False,
+    include_usage: bool = False,
+    ignored: tuple[str, ...] = (),
+) -> APIRequest:
+    """Make the prompts, and give each answer a seed of its own.
+
+    This takes seconds for a long conversation. `at_end` ends the check of a form if it is closed.
+    form_field: the API's name for the field of the form. Raises `RequestError` and `PromptError`.
+    """
+    answers: list[Request] = []
+    prompts: list[Prompt] = []
+    for request in requests:
+        try:
+            prompt = model.prompt(request, at_end)
+        except FormError as error:
+            raise form_error(error, form_field) from None
+        except PromptTooLongError as error:
+            error.hint = (error.hint or "").removeprefix(f"{LEAVE_OUT_HINT} ")  # which is a chat's
+            raise
+        sampling = request.sampling
+        assert isinstance(sampling, SamplingOptions)
+        seed = secrets.randbelow(2**32) if sampling.seed is None else sampling.seed
+        answers += [
+            replace(request, sampling=replace(sampling, seed=(seed + i) % 2**63)) for i in range(n)
+        ]
+        prompts += [prompt] * n
+    return APIRequest(tuple(answers), tuple(prompts), n, stream, include_usage, ignored)
+
+
+def form_error(error: FormError, form_field: str) -> RequestError:
+    """Return a form's error as one about its field in the body."""
+    field = form_field if error.subject == "schema" else error.subject
+    message = f"{field}: {error}{'. ' + error.hint if error.hint else ''}"
+    return RequestError(message, param=field, code=_CODES[error.subject])
