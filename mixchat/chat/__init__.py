@@ -1,12 +1,11 @@
 """The chat, as a person sees it.
 
 - session.py: a conversation with its messages and token ids, and an answer as events
-- open_chat.py: opens a chat or asks one question, saves it, and changes its model
 - parameters.py: the parameters that can be changed in a chat
 - plain_text.py: untrusted text, checked to be text
 - theme.py: the styles of everything on the screen
 - printing.py: prints everything that a person sees
-- terminal/: the prompt, the commands, the screen
+- terminal/: opens a chat; the prompt, the commands, the screen
 - draw/: Markdown, code and the heatmap
 - saved/: chats on disk, and their KV caches
 """

@@ -9,8 +9,8 @@ import typer
 
 from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Reporter
-from mixchat.chat.open_chat import OpenChat, Resumed, Saving, find_chat
 from mixchat.chat.saved.cache_saver import checked_cache_file
+from mixchat.chat.terminal.open_chat import OpenChat, Resumed, Saving, find_chat
 from mixchat.cli.flags import load_flags, run_flags
 from mixchat.cli.flags.arguments import read_files, read_prompt
 from mixchat.cli.flags.run_flags import RunFlags
@@ -24,10 +24,10 @@ from mixchat.serving.client.server_url import SERVER_IDENTITY, SERVER_PORT
 
 if TYPE_CHECKING:
     from mixchat.base.model_config import Context
-    from mixchat.chat.open_chat import ModelProvider
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.session import ChatSession
     from mixchat.chat.terminal.active_chat import AfterTurn
+    from mixchat.chat.terminal.open_chat import ModelProvider
     from mixchat.face.reading_time import Predictor
 
 

@@ -11,8 +11,8 @@ from tiny_tokenizer import write_tokenizer
 import mixchat.loading.loader
 from mixchat.base.errors import MixchatError, ResourceError
 from mixchat.base.options import ChatOptions, LoadOptions
-from mixchat.chat.open_chat import OpenChat, Saving
 from mixchat.chat.saved.cache_saver import CacheSaver
+from mixchat.chat.terminal.open_chat import OpenChat, Saving
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.face.local_models import LocalModels
 

@@ -6,8 +6,8 @@ import signal
 import subprocess
 
 import pytest
+from chat_doubles import make_session
 from command_line import FAKE, Done
-from fake_mixchat import make_session
 
 from mixchat.cli.output.verbose import VerboseReport, generation_lines
 from mixchat.engine.stats import GenerationStats, SpeculationStats

@@ -77,8 +77,7 @@ class CacheSaver:
         try:
             yield
         except (Exception, KeyboardInterrupt):
-            if not self._saver.session.is_closed:
-                self._load()
+            self._load()
             raise
         self._loaded = None
 
@@ -87,13 +86,19 @@ class CacheSaver:
         return self._named or self._saver.kv_path
 
     @property
+    def _has_engine(self) -> bool:
+        """Return whether there is a KV cache. A server keeps its own."""
+        engine = self._saver.session.model.engine
+        return engine is not None and not engine.is_closed
+
+    @property
     def _model(self) -> Model:
         return cast("Model", self._saver.session.model)
 
     def _load(self) -> None:
         path, self._loaded = self._path, None
-        if self._saver.session.model.engine is None:
-            return  # a server keeps its own
+        if not self._has_engine:
+            return
         self._model.do(lambda engine: engine.forget())  # what it holds may be of another chat
         if not _has_content(path):
             return
@@ -125,7 +130,7 @@ class CacheSaver:
 
     def _is_wanted(self) -> bool:
         """Return whether to write the file. Remove a chat's if every turn was undone."""
-        if self._saver.session.model.engine is None:
+        if not self._has_engine:
             return False
         if self._named is not None:
             _output(self._named).check()
