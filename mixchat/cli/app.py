@@ -27,7 +27,6 @@ from mixchat.cli.flags.shell_completion import (
     complete,
     install_completion,
     one_of,
-    show_completion,
 )
 from mixchat.cli.models import convert, gc, list_models, repair, rm, show_model, stats, verify
 from mixchat.cli.output.messages import print_error
@@ -109,12 +108,12 @@ def show_help(context: typer.Context, command: str | None = _COMMAND) -> None:
     if command is None:
         printing.show(root.get_help())
         return
-    name, found, _ = root.command.resolve_command(root, [command])
-    printing.show(found.context_class(found, info_name=name, parent=root).get_help())
+    name, resolved, _ = root.command.resolve_command(root, [command])
+    printing.show(resolved.context_class(resolved, info_name=name, parent=root).get_help())
 
 
-def _print_version(given: bool) -> None:
-    if given:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         printing.show(f"mixchat {__version__}")
         raise typer.Exit
 
@@ -126,21 +125,10 @@ _INSTALL = option(
     callback=install_completion,
     is_eager=True,
 )
-_SHOW = option(
-    "--show-completion",
-    "Print the completion script for this shell.",
-    callback=show_completion,
-    is_eager=True,
-)
 
 
 @app.callback(invoke_without_command=True)
-def _mixchat(
-    context: typer.Context,
-    version: bool = _VERSION,
-    completing: bool = _INSTALL,
-    script: bool = _SHOW,
-) -> None:
+def _mixchat(context: typer.Context, version: bool = _VERSION, completing: bool = _INSTALL) -> None:
     if context.invoked_subcommand is None:
         printing.show(context.get_help())
         return
@@ -154,7 +142,15 @@ def _mixchat(
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Run one command line (`sys.argv` by default) and exit with its exit code."""
-    _prepare_streams()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        hint = "To print nothing, send it to /dev/null: >/dev/null"
+        sys.exit(print_error(MixchatError("standard output is closed", hint=hint)))
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a locale may lack most characters
     system.allow_open_files(_OPEN_FILES)
     # A signal ends it like Ctrl-C, so that unfinished files are removed.
     interrupts.install()
@@ -168,30 +164,23 @@ def _exit_code(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except (KeyboardInterrupt, typer.Abort):
-        _abandon_output()
-        return _INTERRUPTED
+        code = _INTERRUPTED
     except SystemExit:  # by a signal
         _abandon_output()
         raise
     except Exception as error:
-        code = _code_of(error)
-        _abandon_output()
-        return code
-
-
-def _code_of(error: Exception) -> int:
-    """Return an error's exit code, and print it unless a signal caused it."""
-    if interrupts.exit_code(0):
-        return interrupts.exit_code(0)
-    if _comes_from_ctrl_c(error):
-        return _INTERRUPTED
-    return _CLOSED_PIPE if isinstance(error, BrokenPipeError) else print_error(error)
-
-
-def _comes_from_ctrl_c(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+        # A library may raise its own error at Ctrl-C. Nothing is printed then.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if code := interrupts.exit_code(0):
+            pass
+        elif cause is not None:
+            code = _INTERRUPTED
+        else:
+            code = _CLOSED_PIPE if isinstance(error, BrokenPipeError) else print_error(error)
+    _abandon_output()
+    return code
 
 
 def _invoke(arguments: Sequence[str]) -> int:
@@ -229,19 +218,6 @@ def _command() -> Any:
                 # PROMPT is enough without <list[str]>.
                 parameter.display_type_rich = lambda ctx: ""
     return command
-
-
-def _prepare_streams() -> None:
-    """Ensure streams that take any character. Exit at once if standard output is closed."""
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        hint = "To print nothing, send it to /dev/null: >/dev/null"
-        sys.exit(print_error(MixchatError("standard output is closed", hint=hint)))
-    for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")
 
 
 def _abandon_output() -> None:

@@ -17,7 +17,7 @@ from mixchat.cli.flags.settings import option
 from mixchat.cli.flags.shell_completion import saved_chats
 
 if TYPE_CHECKING:
-    from mixchat.chat.saved.chat_store import ChatStore, ChatSummary
+    from mixchat.chat.saved.chat_store import ChatSummary
 
 
 _CHAT = typer.Argument(
@@ -36,17 +36,13 @@ def chats(chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM) -> Non
     from mixchat.chat.saved.chat_store import ChatStore
 
     store = ChatStore()
-    if chat is None:
-        _list(store, as_json)
+    if chat is not None:
+        chat = checked(chat, "the chat's ID")
+        if rm:
+            say(f"removed {store.remove(chat)}")
+        else:
+            show((to_json if as_json else to_markdown)(store.load(chat)))
         return
-    chat = checked(chat, "the chat's ID")
-    if rm:
-        say(f"removed {store.remove(chat)}")
-    else:
-        show((to_json if as_json else to_markdown)(store.load(chat)))
-
-
-def _list(store: ChatStore, as_json: bool) -> None:
     saved = store.all()
     if as_json:
         show(json.dumps([_as_json(summary) for summary in saved], indent=2))

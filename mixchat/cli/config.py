@@ -35,7 +35,7 @@ class CurrentSetting:
 
     key: str
     value: Any
-    given_by: ValueSource
+    from_where: ValueSource
     parameter: Any
     problem: Exception | None = None
 
@@ -43,7 +43,7 @@ class CurrentSetting:
     def source(self) -> str:
         """Return the name of the variable or file, or `default`."""
         named = {"variable": str(self.parameter.envvar), "file": config_file().name}
-        return named.get(self.given_by, "default")
+        return named.get(self.from_where, "default")
 
 
 _PATH = option("--path", "Print the path of config.toml, whether it exists or not.")
@@ -82,13 +82,16 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
     problems: list[Exception] = []
     try:
         defaults = config_defaults(commands)
-        given = defaults["serve"] | defaults["run"]
+        file_values = defaults["serve"] | defaults["run"]
     except UsageError as error:
-        given, problems = {}, [error]
-    settings = list(_settings(commands, given))
+        file_values, problems = {}, [error]
+    settings = list(_settings(commands, file_values))
     problems += [each.problem for each in settings if each.problem]
     if as_json:
-        show(json.dumps(_as_dict(settings), indent=2))
+        values = {each.key: {"value": each.value, "from": each.source} for each in settings}
+        exists = config_file().exists()
+        report = {"path": str(config_file()), "exists": exists, "settings": values}
+        show(json.dumps(report, indent=2))
     else:
         show_lines(_as_text(settings))
     codes = [print_error(problem) for problem in problems]
@@ -96,10 +99,10 @@ def _show(commands: dict[str, Any], as_json: bool) -> None:
         raise typer.Exit(codes[0])
 
 
-def _settings(commands: dict[str, Any], given: dict[str, Any]) -> Iterator[CurrentSetting]:
+def _settings(commands: dict[str, Any], file_values: dict[str, Any]) -> Iterator[CurrentSetting]:
     """Parse each setting by itself, so that a bad one does not hide the others."""
     command = commands["run"]
-    context = command.context_class(command, info_name="run", default_map=given)
+    context = command.context_class(command, info_name="run", default_map=file_values)
     for key, parameter in all_settings(commands).items():
         problem: Exception | None = None
         try:
@@ -114,11 +117,6 @@ def _settings(commands: dict[str, Any], given: dict[str, Any]) -> Iterator[Curre
         yield CurrentSetting(
             key, None if nothing else value, value_source(context, parameter), parameter, problem
         )
-
-
-def _as_dict(settings: list[CurrentSetting]) -> dict[str, Any]:
-    found = {each.key: {"value": each.value, "from": each.source} for each in settings}
-    return {"path": str(config_file()), "exists": config_file().exists(), "settings": found}
 
 
 def _as_text(settings: list[CurrentSetting]) -> str:
@@ -151,18 +149,16 @@ def _example(settings: dict[str, Any]) -> Iterator[str]:
         default = _default(parameter)
         text = parameter.help.replace(AGAIN, "the list may hold several")
         yield f"\n# {text}" + (f" Default: {default}." if default else "")
-        yield f"#{key} = {_example_value(parameter)}"
-
-
-def _example_value(parameter: Any) -> str:
-    if parameter.is_flag:
-        return "true"
-    if takes_number(parameter):
-        return str(parameter.metavar)
-    if parameter.multiple:
-        return _toml([parameter.metavar])
-    has_text = isinstance(parameter.default, str) and parameter.default
-    return _toml(parameter.default if has_text else parameter.metavar)
+        if parameter.is_flag:
+            value = "true"
+        elif takes_number(parameter):
+            value = parameter.metavar
+        elif parameter.multiple:
+            value = _toml([parameter.metavar])
+        else:
+            has_text = isinstance(parameter.default, str) and parameter.default
+            value = _toml(parameter.default if has_text else parameter.metavar)
+        yield f"#{key} = {value}"
 
 
 def _toml(value: Any) -> str:

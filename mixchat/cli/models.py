@@ -181,14 +181,14 @@ def convert(
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
         target = find_target(directory, layout, bits)
-        before = read_manifest(directory).quantization
+        previous = read_manifest(directory).quantization
         changed = convert_model(directory, target, progress)
-    rounded = [part for part in bits._fields if before[part] != getattr(target, part)]
+    rounded = [name for name in bits._fields if previous[name] != getattr(target, name)]
     if rounded:
-        parts: dict[int, list[str]] = {}
-        for part in rounded:
-            parts.setdefault(getattr(bits, part), []).append(part)
-        has = [f"{count} bits in {' and '.join(some)}" for count, some in parts.items()]
+        by_bits: dict[int, list[str]] = {}
+        for name in rounded:
+            by_bits.setdefault(getattr(bits, name), []).append(name)
+        has = [f"{count} bits in {' and '.join(names)}" for count, names in by_bits.items()]
         say(f"{model} has {' and '.join(has)} now: that cannot be undone")
     elif any(bits):
         say(f"{model} has the requested bits already")

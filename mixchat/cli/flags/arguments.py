@@ -21,12 +21,15 @@ def read_files(paths: Iterable[Path], context: Context, note: Note) -> dict[Path
 
     Raises `PromptError` if one is empty, not text, or too long for the context.
     """
-    return {
-        path: _required_stdin(context, note)
-        if str(path) == STDIN
-        else read_file(path, context, note)
-        for path in paths
-    }
+    texts = {}
+    for path in paths:
+        if str(path) != STDIN:
+            texts[path] = read_file(path, context, note)
+            continue
+        texts[path] = _read_stdin(context, note)
+        if not texts[path].strip():
+            raise _empty_stdin()
+    return texts
 
 
 def read_file(path: Path, context: Context, note: Note) -> str:
@@ -52,13 +55,12 @@ def read_prompt(
         decode(argument.encode("utf-8", "surrogateescape"), "the prompt")
     if piped is None and argument is None and not named:
         return None
-    given = [text for text in (piped, *files.values(), argument) if text is not None]
-    parts = [text for text in given if text.strip()]
-    if not parts:
+    texts = [text for text in (piped, *files.values(), argument) if text and text.strip()]
+    if not texts:
         if argument is None:
             raise _empty_stdin()
         raise PromptError("the prompt is empty", hint="Write a question, or leave it out to chat.")
-    prompt = "\n\n".join([*(part.rstrip("\n") for part in parts[:-1]), parts[-1]])
+    prompt = "\n\n".join([*(text.rstrip("\n") for text in texts[:-1]), texts[-1]])
     context.check_text(prompt, "the prompt")
     return prompt
 
@@ -88,13 +90,6 @@ def checked(argument: str, name: str) -> str:
     if not _is_text(argument):
         raise UsageError(f"{name} is not UTF-8: {argument!r}")
     return argument
-
-
-def _required_stdin(context: Context, note: Note) -> str:
-    text = _read_stdin(context, note)
-    if not text.strip():
-        raise _empty_stdin()
-    return text
 
 
 def _empty_stdin() -> PromptError:

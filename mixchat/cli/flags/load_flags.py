@@ -240,12 +240,12 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 def load_options(flags: Any, **fixed: Any) -> LoadOptions:
     """Return the options that a command's flags give, and the `fixed` ones. Raises `UsageError`."""
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for field in fields(LoadOptions):
         value = getattr(flags, _NAMES.get(field.name, field.name), None)
         if value is not None:
-            given[field.name] = _READERS.get(field.name, lambda same: same)(value)
-    return LoadOptions(**{**given, **fixed})
+            options[field.name] = _READERS.get(field.name, lambda same: same)(value)
+    return LoadOptions(**{**options, **fixed})
 
 
 def parse_dense_bits(text: str | None) -> DenseBits:
@@ -255,16 +255,16 @@ def parse_dense_bits(text: str | None) -> DenseBits:
     if "=" not in text:
         bits = _dense_bits(text)
         return DenseBits(bits, bits)
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
+    by_name: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, value = (piece.strip() for piece in item.partition("="))
         if name not in DenseBits._fields:
-            parts = " and ".join(DenseBits._fields)
-            raise UsageError(f"--dense-bits {text!r}: the parts are {parts}")
-        if name in found:
+            names = " and ".join(DenseBits._fields)
+            raise UsageError(f"--dense-bits {text!r}: the parts are {names}")
+        if name in by_name:
             raise UsageError(f"--dense-bits {text!r} names {name!r} twice")
-        found[name] = _dense_bits(value)
-    return DenseBits(**found)
+        by_name[name] = _dense_bits(value)
+    return DenseBits(**by_name)
 
 
 def parse_expert_bits(text: str | None, context_size: int | None = None) -> ExpertSize | None:

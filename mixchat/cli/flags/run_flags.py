@@ -244,30 +244,43 @@ class RunCommand(HeadedCommand):
 
 def with_last_chat(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with a value for each bare `--resume`."""
-    given = list(arguments)
-    end = given.index("--") if "--" in given else len(given)
-    for place in range(end):
-        following = given[place + 1 : place + 2]
-        if given[place] in _RESUME and (not following or following[0].startswith("-")):
-            given[place] = f"--resume={LAST}"
-    return given
+    words = list(arguments)
+    end = words.index("--") if "--" in words else len(words)
+    for index in range(end):
+        following = words[index + 1 : index + 2]
+        if words[index] in _RESUME and (not following or following[0].startswith("-")):
+            words[index] = f"--resume={LAST}"
+    return words
 
 
 def check_run_flags(context: typer.Context, flags: RunFlags) -> None:
     """Raise `UsageError` for flags that exclude each other."""
     _check_first_word(context, flags.prompt or [])
-    _check_lines(context, flags)
+    if flags.jsonl is not None:
+        refuse_together(context, "--jsonl", _NOT_FOR_LINES)
+        if flags.keep_failed and flags.resume_from is None:
+            raise UsageError("--keep-failed needs --resume-from OUT")
+    elif only := next((name for name in _FOR_LINES if is_given(context, name)), None):
+        raise UsageError(f"--{only.replace('_', '-')} needs --jsonl FILE")
     if flags.server:
         hint = "Give them to the server; or leave --server out, to load a model here."
         refuse_together(context, "--server", _FOR_LOADING, hint)
 
 
 def chat_options(context: typer.Context, flags: RunFlags, size: Context, note: Note) -> ChatOptions:
-    """Return the options of answers. Raises as `_system_prompt` does."""
+    """Return the options of answers.
+
+    Raises `UsageError` for two system prompts, and `PromptError` for a bad file of one.
+    """
+    settings = settings_of(context.command)
+    setting = chosen(context, settings["system"], settings["system-file"])
+    system: Any = None if setting is None else context.params[setting.name]
+    if setting is not None and setting.name == "system_file":
+        system = read_file(expanded(system), size, note)
     hides = flags.quiet and flags.think == "show"
     return ChatOptions(
         sampling={name: getattr(flags, name) for name in _SAMPLED},
-        system=_system_prompt(context, size, note),
+        system=system or None,
         max_tokens=flags.max_tokens,
         stop=flags.stop or [],
         overflow=cast("Overflow", flags.overflow),
@@ -310,24 +323,3 @@ def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
         f"{name} is the name of a model; did you mean -m {name}?",
         hint=f"Run: mixchat {meant} (or, to ask just that: mixchat {literal})",
     )
-
-
-def _check_lines(context: typer.Context, flags: RunFlags) -> None:
-    if flags.jsonl is not None:
-        refuse_together(context, "--jsonl", _NOT_FOR_LINES)
-        if flags.keep_failed and flags.resume_from is None:
-            raise UsageError("--keep-failed needs --resume-from OUT")
-    elif only := next((name for name in _FOR_LINES if is_given(context, name)), None):
-        raise UsageError(f"--{only.replace('_', '-')} needs --jsonl FILE")
-
-
-def _system_prompt(context: typer.Context, size: Context, note: Note) -> str | None:
-    """Return the system prompt. Raises `UsageError` for two, `PromptError` for a bad file."""
-    settings = settings_of(context.command)
-    setting = chosen(context, settings["system"], settings["system-file"])
-    if setting is None:
-        return None
-    value = context.params[setting.name]
-    if setting.name == "system":
-        return value or None
-    return read_file(expanded(value), size, note)

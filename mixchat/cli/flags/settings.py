@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
@@ -97,7 +97,9 @@ class HeadedCommand(TyperCommand):
         rows: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if (row := parameter.get_help_record(ctx)) is not None:
-                rows.setdefault(_heading(parameter), []).append(row)
+                is_argument = parameter.param_type_name == "argument"
+                panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
+                rows.setdefault(panel or "Options", []).append(row)
         for heading in sorted(rows, key=_HEADINGS.index):
             with formatter.section(heading):
                 formatter.write_dl(rows[heading])
@@ -168,9 +170,9 @@ def with_flags(command: Callable[[typer.Context, Any], None]) -> Callable[..., N
     types = get_type_hints(flags)
 
     @wraps(command)
-    def run(context: typer.Context, **given: Any) -> None:
-        del given[_HELP_ALL_NAME]  # it has been answered
-        command(context, flags(**given))
+    def run(context: typer.Context, **values: Any) -> None:
+        del values[_HELP_ALL_NAME]  # it has been answered
+        command(context, flags(**values))
 
     parameters = [
         Parameter(
@@ -211,17 +213,16 @@ def is_given(context: typer.Context, name: str) -> bool:
 
 
 def refuse_together(
-    context: typer.Context, flag: str, others: Iterable[str], hint: str | None = None
+    context: typer.Context, flag: str, excluded: Collection[str], hint: str | None = None
 ) -> None:
-    """Raise `UsageError` if `flag` excludes given flags of `others`, named as in Python."""
-    names = set(others)
-    given = [
+    """Raise `UsageError` if flags are given that `flag` excludes, named as in Python."""
+    wrong = [
         _shown(parameter)
         for parameter in context.command.params
-        if parameter.name in names and is_given(context, parameter.name)
+        if parameter.name in excluded and is_given(context, parameter.name)
     ]
-    if given:
-        raise UsageError(f"{flag} does not go with {', '.join(given)}", hint=hint)
+    if wrong:
+        raise UsageError(f"{flag} does not go with {', '.join(wrong)}", hint=hint)
 
 
 def chosen(context: typer.Context, *parameters: Any) -> Any:
@@ -231,11 +232,16 @@ def chosen(context: typer.Context, *parameters: Any) -> Any:
     source.
     """
     for source in ("flag", "variable", "file"):
-        given = [each for each in parameters if value_source(context, each) == source]
-        if len(given) > 1:
-            raise UsageError(f"{_names_in(source, given)} exclude each other")
-        if given:
-            return given[0]
+        set_there = [each for each in parameters if value_source(context, each) == source]
+        if len(set_there) > 1:
+            if source == "variable":
+                names = [each.envvar for each in set_there]
+            else:
+                names = [("" if source == "file" else "--") + str(_key(each)) for each in set_there]
+            origin = f"{config_file()}: " if source == "file" else ""
+            raise UsageError(f"{origin}{' and '.join(names)} exclude each other")
+        if set_there:
+            return set_there[0]
     return None
 
 
@@ -257,14 +263,15 @@ def config_defaults(commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """
     path = config_file()
     known, values = all_settings(commands), read_config(path)
-    if unknown := [key for key in values if key not in known]:
-        raise _unknown(path, unknown[0], known, commands[_COMMAND])
-    given = {key: _as_given(f"{path}: {key}", known[key], values[key]) for key in values}
+    for key in values:
+        if key not in known:
+            raise _unknown(path, key, known, commands[_COMMAND])
+    words = {key: _as_word(f"{path}: {key}", known[key], values[key]) for key in values}
     return {
         name: {
-            parameter.name: given[key]
+            parameter.name: words[key]
             for key, parameter in settings_of(command).items()
-            if key in given
+            if key in words
         }
         for name, command in commands.items()
     }
@@ -299,37 +306,31 @@ def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> Usage
     return UsageError(f"{path}: there is no setting {key!r}", hint=hint)
 
 
-def _as_given(place: str, parameter: Any, value: Any) -> Any:
-    """Return TOML as the shell would give it."""
+def _as_word(where: str, parameter: Any, value: Any) -> Any:
+    """Return a value of TOML as the shell would give it."""
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise UsageError(f"{place} has to be true or false, not {value!r:.40}")
+            raise UsageError(f"{where} has to be true or false, not {value!r:.40}")
         return value
     if parameter.multiple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise UsageError(f'{place} has to be a list of texts, such as ["END"]')
-        return [_as_text(place, item) for item in value]
+            raise UsageError(f'{where} has to be a list of texts, such as ["END"]')
+        return [_as_text(where, item) for item in value]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         wanted = "a number" if takes_number(parameter) else "text in quotes"
-        raise UsageError(f"{place} has to be {wanted}, not {_kind(value)}")
-    return _as_text(place, value)
+        types = {bool: str(value).lower(), list: "a list", dict: "a table"}
+        actual = types.get(type(value), "a date or time")
+        raise UsageError(f"{where} has to be {wanted}, not {actual}")
+    return _as_text(where, value)
 
 
-def _as_text(place: str, value: str | int | float) -> str:
+def _as_text(where: str, value: str | int | float) -> str:
     if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
-        raise UsageError(f"{place} is too large a number")
+        raise UsageError(f"{where} is too large a number")
     text = str(value)
     if "\0" in text:
-        raise UsageError(f"{place} has a NUL character, which no text has")
+        raise UsageError(f"{where} has a NUL character, which no text has")
     return text
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "a table"
-    return "a date or time"
 
 
 def _shown(parameter: Any) -> str:
@@ -339,31 +340,19 @@ def _shown(parameter: Any) -> str:
 
 def _allowed(detail: Mapping[str, Any]) -> str:
     """Return `a number, not 'hot'` for pydantic's description of an error."""
-    kind, given = detail["type"], detail.get("ctx", {})
+    error_type, context = detail["type"], detail.get("ctx", {})
     _, listed, choices = detail["msg"].rstrip(".").partition(" is not one of ")
     if listed:
         allowed = " or ".join(choices.replace("'", "").rsplit(", ", 1))
-    elif kind in _LIMITS:
-        word, limit = _LIMITS[kind]
-        allowed = f"{word} {given[limit]}"
+    elif error_type in _LIMITS:
+        word, limit = _LIMITS[error_type]
+        allowed = f"{word} {context[limit]}"
     else:
-        allowed = _KINDS.get(kind, detail["msg"])
+        allowed = _KINDS.get(error_type, detail["msg"])
     return f"{allowed}, not {detail['input']!r}"
 
 
-def _names_in(source: ValueSource, parameters: Sequence[Any]) -> str:
-    if source == "file":
-        return f"{config_file()}: {' and '.join(str(_key(each)) for each in parameters)}"
-    if source == "variable":
-        return " and ".join(each.envvar for each in parameters)
-    return " and ".join(f"--{_key(each)}" for each in parameters)
-
-
 def _common(variable: str, check: Callable[[Any], object] | None) -> dict[str, Any]:
-    return {"envvar": variable, "show_envvar": False, "callback": _checker(check)}
-
-
-def _checker(check: Callable[[Any], object] | None) -> Callable[..., Any]:
     def checked(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
         if damage := context.meta.get(_DAMAGE):
             raise damage
@@ -374,7 +363,7 @@ def _checker(check: Callable[[Any], object] | None) -> Callable[..., Any]:
                 raise _named(context, parameter, str(error), error.hint) from None
         return value
 
-    return checked
+    return {"envvar": variable, "show_envvar": False, "callback": checked}
 
 
 def _named(context: typer.Context, parameter: Any, message: str, hint: str | None) -> UsageError:
@@ -394,9 +383,3 @@ def _key(parameter: Any) -> str | None:
     if not isinstance(variable, str) or not variable.startswith(PREFIX):
         return None
     return variable.removeprefix(PREFIX).replace("_", "-").lower()
-
-
-def _heading(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
-        return "Arguments"
-    return getattr(parameter, "rich_help_panel", None) or "Options"

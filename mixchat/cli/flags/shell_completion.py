@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from mixchat.base.errors import UsageError
-from mixchat.chat.printing import say, show, show_piece
+from mixchat.chat.printing import say, show_piece
 
 COMPLETE_VARIABLE = "_MIXCHAT_COMPLETE"  # set by the scripts of --install-completion
 _PROGRAM = "mixchat"
@@ -48,11 +48,23 @@ def complete(group: Any, instruction: str) -> int:
 def install_completion(wanted: bool) -> None:
     """Install completion for the running shell. Raises `UsageError`."""
     if wanted:
-        shell = _shell()
+        shellingham: Any = import_module("shellingham")  # Typer needs it, too
+        try:
+            shell = str(shellingham.detect_shell()[0])
+        except shellingham.ShellDetectionFailure:
+            shell = ""
+        if shell not in _SHELLS:
+            raise UsageError(
+                f"cannot complete in {shell or 'this shell'}: only in {', '.join(_SHELLS)}",
+                hint=f"Type the command in one of these shells: {_PROGRAM} --install-completion",
+            )
         _, path = _typer_completion().install(
             shell=shell, prog_name=_PROGRAM, complete_var=COMPLETE_VARIABLE
         )
-        path.write_text(_script(shell) + "\n", encoding="utf-8")
+        names = {"prog_name": _PROGRAM, "complete_var": COMPLETE_VARIABLE}
+        script = str(_typer_completion().get_completion_script(shell=shell, **names))
+        script += _ZSH_ENDING if shell == "zsh" else ""
+        path.write_text(script + "\n", encoding="utf-8")
         say(
             f"wrote {path}; shells that start from now on complete mixchat's commands",
             stream=sys.stdout,
@@ -60,36 +72,9 @@ def install_completion(wanted: bool) -> None:
         raise typer.Exit
 
 
-def show_completion(wanted: bool) -> None:
-    """Print the running shell's completion script. Raises `UsageError`."""
-    if wanted:
-        show(_script(_shell()))
-        raise typer.Exit
-
-
-def _script(shell: str) -> str:
-    names = {"prog_name": _PROGRAM, "complete_var": COMPLETE_VARIABLE}
-    script = str(_typer_completion().get_completion_script(shell=shell, **names))
-    return script + _ZSH_ENDING if shell == "zsh" else script
-
-
 def _typer_completion() -> Any:
     """Import Typer's completion here, for its options would import pydantic at each start."""
     return import_module("typer.completion")
-
-
-def _shell() -> str:
-    shellingham: Any = import_module("shellingham")  # Typer needs it, too
-    try:
-        name = str(shellingham.detect_shell()[0])
-    except shellingham.ShellDetectionFailure:
-        name = ""
-    if name not in _SHELLS:
-        raise UsageError(
-            f"cannot complete in {name or 'this shell'}: only in {', '.join(_SHELLS)}",
-            hint=f"Type the command in one of these shells: {_PROGRAM} --install-completion",
-        )
-    return name
 
 
 def one_of(*words: str) -> Callable[[str], list[str]]:

@@ -11,8 +11,8 @@ from mixchat.base.quantities import format_least, format_size
 from mixchat.cli.output import plan_text
 from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_text
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
+from mixchat.planning.expectation import LONG_PROMPT, PROMPT
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
-from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ class PlanReport(Report):
 
     def as_text(self) -> str:
         outline, plan = self.outline, self.plan
-        place = "the machine" if plan.told.is_another else "this machine"
+        here = "the machine" if plan.told.is_another else "this machine"
         lines = plan_text.indented(aligned(list(self.verdict())))
-        texts = [f"{outline.name} on {place}\n{lines}"]
+        texts = [f"{outline.name} on {here}\n{lines}"]
         if plan.known:
-            texts.append(section(f"known models on {place}", plan_text.known_models(plan)))
+            texts.append(section(f"known models on {here}", plan_text.known_models(plan)))
         if self.details:
             texts += plan_text.sections(outline, plan)
             if not outline.installed and not plan.told.is_another:
@@ -120,18 +120,18 @@ class PlanReport(Report):
         """Yield the lines on the fit, the speed and the next command."""
         outline, plan = self.outline, self.plan
         for need in outline.lacking:
-            place = f" in {need.place}" if plan.told.free_disk is None else ""
+            disk = f" in {need.place}" if plan.told.free_disk is None else ""
             yield (
                 "it does not fit",
                 f"needs {format_least(need.needed)} of disk while downloading; "
-                f"{format_size(need.free)} are free{place}",
+                f"{format_size(need.free)} are free{disk}",
             )
         if not outline.lacking:
             is_here = outline.installed and not plan.told.is_another
             placement, held = plan.fit.placement, plan.expected.held
             first = sum(placement.by_device)
-            place = "in RAM" if plan.machine.free.device is None else f"on {gpus_text(plan)}"
-            tiers = [f"{first} of {count_text(placement.experts, 'expert')} {place}"]
+            tier = "in RAM" if plan.machine.free.device is None else f"on {gpus_text(plan)}"
+            tiers = [f"{first} of {count_text(placement.experts, 'expert')} {tier}"]
             if held > first:
                 tiers.append(f"{held - first} in RAM")
             if held < placement.experts:

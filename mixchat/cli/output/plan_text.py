@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.quantities import format_age, format_rates, format_size, format_time, format_times
 from mixchat.cli.output.reports import aligned
+from mixchat.planning.expectation import LONG_PROMPT, PROMPT
 from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.machine_speeds import IN_USE
-from mixchat.planning.prompts import LONG_PROMPT, PROMPT
 from mixchat.planning.routing import repeats_as_mixtral
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
@@ -139,23 +139,23 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     demand, placement, free = plan.fit.demand, plan.fit.placement, plan.machine.free
     slots = f"{placement.slots} of {count_text(placement.experts, 'expert')}, the shared weights"
     if free.device is None:
-        left = free.host - demand.shared - demand.taken(placement.slots)
-        yield "RAM", f"{slots}; {format_size(left)} left free"
-        if left < demand.context + placement.reserve:
+        spare = free.host - demand.shared - demand.taken(placement.slots)
+        yield "RAM", f"{slots}; {format_size(spare)} left free"
+        if spare < demand.context + placement.reserve:
             yield "", "as the context fills, fewer experts fit"
     else:
-        left = free.device - demand.shared - demand.context - demand.taken(placement.slots)
-        yield "GPU", f"{slots}, the context; {format_size(left)} left free"
+        spare = free.device - demand.shared - demand.context - demand.taken(placement.slots)
+        yield "GPU", f"{slots}, the context; {format_size(spare)} left free"
         for (name, size), count in zip(free.others.items(), placement.other_slots, strict=True):
-            left = size - count * demand.expert
+            spare = size - count * demand.expert
             held = count_text(count, "expert") if count else "not used, for two experts do not fit"
-            yield name, f"{held}; {format_size(left)} left free"
+            yield name, f"{held}; {format_size(spare)} left free"
         host = placement.host_slots
-        left = free.host - host * demand.expert
+        spare = free.host - host * demand.expert
         behind = count_text(host, "expert") if host else "no experts"
         if count := copies(plan):
             behind += f", {count} of them copies of experts on {gpus_text(plan)}"
-        yield "RAM", f"{behind}; {format_size(left)} left free"
+        yield "RAM", f"{behind}; {format_size(spare)} left free"
     unheld = placement.experts - plan.expected.held
     later = f"the other {count_text(unheld, 'expert')}, read when a token needs them"
     yield "disk", later if unheld else "not used after loading"
