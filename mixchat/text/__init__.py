@@ -2,7 +2,7 @@
 
 - tokenizer.py: the interface of a tokenizer, and the rules for control tokens
 - spm.py: tokenizer.model (SentencePiece)
-- hf.py, hf_bytes.py: tokenizer.json, and the bytes of its tokens
+- hf.py: tokenizer.json, and the bytes of its tokens
 - tokenizer_files.py: the small files next to a tokenizer
 - messages.py: a conversation as a list of messages
 - template.py: the interface of a chat template, Mistral's instruct format, plain completion

@@ -110,8 +110,10 @@ class _SandboxedTemplate(_Sandboxed):
         super().__init__(sandbox, subject)
         self.continues_prompt = bool(facts["continues_prompt"])
         self.stop_ids = frozenset([*eos_token_ids, *_checked_ids(facts["stop_ids"], subject)])
-        kind, *variables = facts["thinking"] or [None]
-        self.thinking = None if kind is None else ThinkingFormat(kind, tuple(variables))
+        format_kind, *variables = facts["thinking"] or [None]
+        self.thinking = (
+            None if format_kind is None else ThinkingFormat(format_kind, tuple(variables))
+        )
         name = facts["tools"]
         self.tools = None if name is None else FORMATS[name]
 

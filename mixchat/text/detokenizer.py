@@ -95,8 +95,8 @@ class StopStrings:
 
     def flush(self) -> str:
         """Return the text that was held back, at the end of a text without a stop string."""
-        rest, self._held = self._held, ""
-        return rest
+        held, self._held = self._held, ""
+        return held
 
     def _partial(self, text: str) -> int:
         """Return the length of the longest end of `text` that begins a stop string."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from mixchat.base.errors import CheckpointError, short_message
 from mixchat.base.files import read_json_object
 from mixchat.text.detokenizer import TokenBytes
-from mixchat.text.hf_bytes import byte_level_bytes, decoded_bytes, with_controls
 from mixchat.text.tokenizer import Insert, Tokenizer, require_unicode, token_pattern
 from mixchat.text.tokenizer_files import (
     MAX_TOKENIZER_FILE,
@@ -40,6 +39,8 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, file: Path) -> None:
         """Read `file` and its neighbours. Raises `CheckpointError` if one is damaged."""
+        from tokenizers import AddedToken as Added
+
         directory = file.parent
         require_size(file, MAX_TOKENIZER_FILE)
         spec = read_json_object(file)
@@ -55,7 +56,10 @@ class JsonTokenizer(Tokenizer):
         self.control_tokens: Mapping[str, int] = {
             token: _id_of(self._tokenizer, mark) for token, mark in self._marks.items()
         }
-        self._splice_id = _add_splice(self._tokenizer, self._splice)
+        # The token that marks the place of inserted ids.
+        splice = Added(self._splice, normalized=False, special=True)
+        self._tokenizer.add_special_tokens([splice])
+        self._splice_id = _id_of(self._tokenizer, self._splice)
 
         special = {t.content for t in controls if t.special or t.content in names.values()}
         self._shown_names = {
@@ -65,7 +69,12 @@ class JsonTokenizer(Tokenizer):
         self._controls = token_pattern(self._marks, whole_words=words)
         decoder = json.dumps(spec.get("decoder"))
         self._is_byte_level = "ByteLevel" in decoder
-        self._byte_of = self._byte_tokens() if "ByteFallback" in decoder else {}
+        self._byte_of: dict[int, int] = {}
+        if "ByteFallback" in decoder:
+            ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+            known = {token: byte for byte, token in enumerate(ids) if token is not None}
+            # A vocabulary that lacks some bytes uses none of the others either.
+            self._byte_of = known if len(known) == 256 else {}
 
         # The tokens of a newline after an insert. If they are two, text after any token gets a
         # leading space, which is wrong for text that continues.
@@ -76,7 +85,11 @@ class JsonTokenizer(Tokenizer):
         self.bos_id = self._first_id(names.get("bos_token"), "<s>")
         self.eos_id = self._first_id(names.get("eos_token"), "</s>")
         settings = read_optional_json(directory / "tokenizer_config.json")
-        self.adds_bos = self._adds_bos(settings.get("add_bos_token"))
+        adds_bos = settings.get("add_bos_token")
+        if not isinstance(adds_bos, bool):
+            first_id = self._tokenizer.encode("a", add_special_tokens=True).ids[:1]
+            adds_bos = first_id == [self.bos_id]
+        self.adds_bos = self.bos_id is not None and adds_bos
         self.token_bytes = self._all_bytes()
 
     def encode(self, text: str) -> list[int]:
@@ -99,11 +112,14 @@ class JsonTokenizer(Tokenizer):
     def _all_bytes(self) -> TokenBytes:
         ids = range(self.vocab_size)
         tokens = (
-            byte_level_bytes(self._tokenizer, ids)
+            _byte_level_bytes(self._tokenizer, ids)
             if self._is_byte_level
-            else decoded_bytes(self._tokenizer, ids, self._byte_of, anchor=self._ids("a"))
+            else _decoded_bytes(self._tokenizer, ids, self._byte_of, anchor=self._ids("a"))
         )
-        return with_controls(tokens, set(self.control_tokens.values()), self._shown_names)
+        controls = set(self.control_tokens.values())
+        within = [b"" if i in controls else data for i, data in enumerate(tokens.within)]
+        first = {i: data for i, data in tokens.first.items() if i not in controls}
+        return TokenBytes(within, first, self._shown_names)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -133,20 +149,9 @@ class JsonTokenizer(Tokenizer):
             ids += [*answer, *run[head:]]
         return ids
 
-    def _byte_tokens(self) -> dict[int, int]:
-        """Return the byte of each byte's token by its id, or nothing unless all 256 exist."""
-        ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        known = {token: byte for byte, token in enumerate(ids) if token is not None}
-        return known if len(known) == 256 else {}
-
     def _first_id(self, *tokens: str | None) -> int | None:
         known = self.control_tokens
         return next((known[token] for token in tokens if token and token in known), None)
-
-    def _adds_bos(self, setting: object) -> bool:
-        if self.bos_id is None or isinstance(setting, bool):
-            return self.bos_id is not None and bool(setting)
-        return self._tokenizer.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
 
 
 def _all_added(spec: dict[str, Any], file: Path, names: Iterable[str]) -> list[AddedToken]:
@@ -179,7 +184,12 @@ def _renamed(
     if isinstance(vocab, dict):
         model["vocab"] = {marks.get(piece, piece): i for piece, i in vocab.items()}
     elif isinstance(vocab, list):
-        model["vocab"] = [_renamed_entry(entry, marks) for entry in vocab]
+        model["vocab"] = [
+            [marks.get(entry[0], entry[0]), *entry[1:]]
+            if isinstance(entry, list) and entry and isinstance(entry[0], str)
+            else entry
+            for entry in vocab
+        ]
     if isinstance(model.get("merges"), list):
         prefix = model.get("continuing_subword_prefix") or ""
         model["merges"] = [m for m in model["merges"] if not _touches(m, prefix, marks)]
@@ -190,12 +200,6 @@ def _renamed(
         asdict(token) | {"content": marks.get(token.content, token.content)} for token in added
     ]
     return {**spec, "model": model, "added_tokens": tokens, "truncation": None, "padding": None}
-
-
-def _renamed_entry(entry: Any, marks: Mapping[str, str]) -> Any:
-    if isinstance(entry, list) and entry and isinstance(entry[0], str):
-        return [marks.get(entry[0], entry[0]), *entry[1:]]
-    return entry
 
 
 def _touches(merge: Any, prefix: str, marks: Mapping[str, str]) -> bool:
@@ -221,14 +225,6 @@ def _build(spec: dict[str, Any], file: Path) -> tokenizers.Tokenizer:
         ) from None
 
 
-def _add_splice(tokenizer: tokenizers.Tokenizer, text: str) -> int:
-    """Add the token that marks the place of inserted ids, and return its id."""
-    from tokenizers import AddedToken as Added
-
-    tokenizer.add_special_tokens([Added(text, normalized=False, special=True)])
-    return _id_of(tokenizer, text)
-
-
 def _id_of(tokenizer: tokenizers.Tokenizer, token: str) -> int:
     token_id = tokenizer.token_to_id(token)
     assert token_id is not None, token
@@ -244,3 +240,45 @@ def _split_at(ids: Iterable[int], separator: int) -> Iterator[list[int]]:
         else:
             run.append(token_id)
     yield run
+
+
+def _decoded_bytes(
+    tokenizer: tokenizers.Tokenizer,
+    ids: Sequence[int],
+    byte_tokens: Mapping[int, int],
+    anchor: Sequence[int],
+) -> TokenBytes:
+    """Return the bytes of `ids`, found by decoding each of them after other text and alone.
+
+    `byte_tokens` has the tokens that stand for one byte, which may be part of a character. `anchor`
+    has the ids of a short text.
+    """
+    text = tokenizer.decode(list(anchor))
+    after = tokenizer.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
+    alone = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+
+    def exact(token_id: int, decoded: str) -> bytes:
+        is_part = token_id in byte_tokens and byte_tokens[token_id] >= 0x80
+        return bytes([byte_tokens[token_id]]) if is_part else decoded.encode()
+
+    within = [exact(i, whole.removeprefix(text)) for i, whole in zip(ids, after, strict=True)]
+    first = [exact(i, whole) for i, whole in zip(ids, alone, strict=True)]
+    return TokenBytes(within, {i: first[n] for n, i in enumerate(ids) if first[n] != within[n]})
+
+
+def _byte_level_bytes(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> TokenBytes:
+    """Return the bytes of `ids`, if each character of a token's name stands for a byte."""
+    # GPT-2's alphabet: a byte that prints in Latin-1 stands for itself, the others are U+0100 and
+    # on, in order.
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unprinted = [byte for byte in range(0x100) if byte not in printing]
+    bytes_of = {chr(byte): byte for byte in printing} | {
+        chr(0x100 + number): byte for number, byte in enumerate(unprinted)
+    }
+
+    def exact(piece: str) -> bytes:
+        # An added token may have other characters, which are text.
+        known = all(character in bytes_of for character in piece)
+        return bytes(bytes_of[character] for character in piece) if known else piece.encode()
+
+    return TokenBytes([exact(tokenizer.id_to_token(i) or "") for i in ids], {})

@@ -78,7 +78,10 @@ class JinjaTemplate:
             messages = system_in_question(messages)
         if self.tools is not None:
             messages = self._with_its_calls(messages, self.tools)
-        offered = [self._description(tool) for tool in tools]
+        offered = [tool.to_json() for tool in tools]
+        if self.tools is not None and self.tools.kind == "harmony":
+            for tool in offered:  # harmony's template fails without a description
+                tool["function"].setdefault("description", "")
         extras = json.dumps([offered, list(map(as_parts, messages))], ensure_ascii=False)
         used = self._reserved.union(*(message.content for message in messages), extras)
         cover = _Cover(self._tokenizer.control_tokens, used)
@@ -94,21 +97,15 @@ class JinjaTemplate:
             return one_call_each(messages)
         if not any(message.calls for message in messages) or self._takes_calls:
             return messages
-        return [self._with_call_ids(m, format) if m.calls else m for m in messages]
-
-    def _with_call_ids(self, message: Message, format: ToolFormat) -> Message:
-        """Return a message whose ids are its content and its calls, as a model generates them."""
-        encode = self._tokenizer.encode
+        # The ids of an answer are then those of its content and its calls, as a model writes them.
+        encode, encoded = self._tokenizer.encode, []
         opening = self._tokenizer.encode_template(format.opening)
-        ids = (*encode(message.content), *opening, *encode(format.text_of(message.calls)))
-        return Message("assistant", "", ids)
-
-    def _description(self, tool: Tool) -> Mapping[str, Any]:
-        """Return a tool for the template. Harmony's cannot do without a description."""
-        description = tool.to_json()
-        if self.tools is not None and self.tools.kind == "harmony":
-            description["function"].setdefault("description", "")
-        return description
+        for message in messages:
+            if message.calls:
+                calls = encode(format.text_of(message.calls))
+                message = Message("assistant", "", (*encode(message.content), *opening, *calls))
+            encoded.append(message)
+        return encoded
 
     @cached_property
     def _takes_calls(self) -> bool:
@@ -250,18 +247,17 @@ def compile_template(source: str) -> tuple[Callable[..., str], Collection[str]]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    def raise_exception(message: object) -> NoReturn:
+        raise TemplateRefusal(message)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     variables = meta.find_undeclared_variables(environment.parse(source))
     return environment.from_string(source).render, variables
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise TemplateRefusal(message)
 
 
 def _tojson(

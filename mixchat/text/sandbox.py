@@ -32,8 +32,8 @@ _WALL_S_PER_CPU_S = 10  # a busy machine may give a process a tenth of a core
 # With -I nothing in the current directory is imported, and no PYTHON* variable has an effect.
 _COMMAND = (
     *("-I", "-c"),
-    "import importlib, sys; *sys.path[:], program, given = sys.argv[1:]; "
-    "importlib.import_module(program).main(given)",
+    "import importlib, sys; *sys.path[:], program, argument = sys.argv[1:]; "
+    "importlib.import_module(program).main(argument)",
 )
 # The variables that the child gets: the paths of libraries, and the encoding of file names. It does
 # not get the keys and tokens of the person who runs mixchat.
@@ -92,12 +92,14 @@ class SandboxCall:
 class Sandbox:
     """Sends calls to the child, one at a time, and starts another child if one has ended."""
 
-    def __init__(self, program: str, opening: Sequence[SandboxCall] = (), given: str = "") -> None:
-        """Start a child that runs `main(given)` of the module `program`, and do not wait for it.
+    def __init__(
+        self, program: str, opening: Sequence[SandboxCall] = (), argument: str = ""
+    ) -> None:
+        """Start a child that runs `main(argument)` of the module `program`. Do not wait for it.
 
         `opening` are the calls that each child serves before all others.
         """
-        self._command, self._opening = (program, given), opening
+        self._command, self._opening = (program, argument), opening
         self._lock = threading.Lock()
         self._child: _Child | None = _Child(self._command, opening)
 
@@ -162,7 +164,12 @@ class _Child:
         self._process, self._channel = process, channel
         self.end = weakref.finalize(self, _end, process, channel)
         frames = [(call.frame(), call.allowed()) for call in opening]
-        in_background(self._send_all, frames)  # the child has yet to import its libraries
+
+        def send_opening() -> None:  # the child reads nothing before it has imported its libraries
+            for frame, allowed in frames:
+                self._send(frame, allowed)
+
+        in_background(send_opening)
 
     def kill(self) -> None:
         """Kill the process. The calls that wait for it fail."""
@@ -173,10 +180,6 @@ class _Child:
         allowed = call.allowed(len(frame))
         self._send(frame, allowed)
         return self.reply(call, allowed)
-
-    def _send_all(self, frames: Sequence[tuple[bytes, float]]) -> None:
-        for frame, allowed in frames:
-            self._send(frame, allowed)
 
     def _send(self, frame: bytes, allowed: float) -> None:
         self._channel.settimeout(reply_seconds(allowed))
@@ -241,10 +244,10 @@ def _value(reply: Any, subject: str) -> Any:
         raise unusable(subject)
     if "error" not in reply:
         return reply.get("value")
-    kind, text = reply["error"], str(reply.get("text"))
+    error, text = reply["error"], str(reply.get("text"))
     hint = reply.get("hint")
-    if kind in _ERRORS:
-        raise _ERRORS[kind](text, hint=hint if isinstance(hint, str) else None)
-    if kind == "MemoryError":
+    if error in _ERRORS:
+        raise _ERRORS[error](text, hint=hint if isinstance(hint, str) else None)
+    if error == "MemoryError":
         raise CheckpointError(f"{subject} {_TOO_LARGE}")
-    raise CheckpointError(f"{subject} fails: {text or kind}")
+    raise CheckpointError(f"{subject} fails: {text or error}")

@@ -11,7 +11,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,13 @@ def serve(service: object) -> None:
         while True:
             seconds, (method, *arguments) = receive(channel), receive(channel)
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            reply = _reply(getattr(service, method), arguments)
+            try:
+                reply = to_frame({"value": getattr(service, method)(*arguments)})
+            except BaseException as error:  # a panic inside the package tokenizers, too
+                is_ours = isinstance(error, MixchatError)
+                text = str(error) if is_ours else short_message(error)
+                hint = getattr(error, "hint", None) if is_ours else None
+                reply = to_frame({"error": type(error).__name__, "text": text, "hint": hint})
             signal.setitimer(signal.ITIMER_PROF, 0)
             channel.sendall(reply)
 
@@ -104,13 +110,3 @@ class _CheckpointService:
     ) -> object:
         offered = [Tool(**tool) for tool in tools]
         return self._template.encode(list(map(from_parts, messages)), variables, offered)
-
-
-def _reply(method: Callable[..., object], arguments: Sequence[Any]) -> bytes:
-    """Return the frame of a method's value, or of its error."""
-    try:
-        return to_frame({"value": method(*arguments)})
-    except MixchatError as error:
-        return to_frame({"error": type(error).__name__, "text": str(error), "hint": error.hint})
-    except BaseException as error:  # a panic inside the package tokenizers, too
-        return to_frame({"error": type(error).__name__, "text": short_message(error)})

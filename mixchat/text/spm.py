@@ -91,32 +91,29 @@ class SentencePieceTokenizer(Tokenizer):
                 leading_space = self._space_after_control
             else:
                 segment = segment.translate(plain)
-                ids.extend(
-                    self.encode(segment) if leading_space else self._encode_continued(segment)
-                )
+                if leading_space:
+                    ids.extend(self.encode(segment))
+                    continue
+                # SentencePiece omits the space only after other text, so a newline goes before.
+                after, head = self.encode("\n" + segment), len(self._newline)
+                starts = after[:head] == self._newline
+                ids.extend(after[head:] if starts else self.encode(segment))
         return ids
 
     def _all_bytes(self) -> TokenBytes:
-        within = [self._piece_bytes(i) for i in range(self.vocab_size)]
-        spaced = [i for i, piece in enumerate(within) if piece.startswith(b" ")]
+        within, controls = [b""] * self.vocab_size, {*self.control_tokens.values()}
+        for i in range(self._size):
+            piece: str = self._model.id_to_piece(i)
+            if i in controls:
+                continue
+            is_byte = self._model.is_byte(i)  # <0xNN>
+            within[i] = (
+                bytes.fromhex(piece[3:5]) if is_byte else piece.replace("\u2581", " ").encode()
+            )
+        spaced = [i for i, data in enumerate(within) if data.startswith(b" ")]
         alone: list[str] = self._model.decode([[i] for i in spaced])
         first = {i: text.encode() for i, text in zip(spaced, alone, strict=True)}
         return TokenBytes(within, {i: text for i, text in first.items() if text != within[i]})
-
-    def _piece_bytes(self, token_id: int) -> bytes:
-        if token_id >= self._size or token_id in self.control_tokens.values():
-            return b""
-        piece: str = self._model.id_to_piece(token_id)
-        if self._model.is_byte(token_id):
-            return bytes.fromhex(piece[3:5])  # <0xNN>
-        return piece.replace("\u2581", " ").encode()
-
-    def _encode_continued(self, text: str) -> list[int]:
-        """Encode text that continues other tokens, without the leading space."""
-        # SentencePiece omits the space only after other text, so prepend a newline and drop it.
-        ids = self.encode("\n" + text)
-        head = len(self._newline)
-        return ids[head:] if ids[:head] == self._newline else self.encode(text)
 
     def _special(self, token: str | None, default: int) -> int | None:
         return self.control_tokens.get(token or "", default if default >= 0 else None)

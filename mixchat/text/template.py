@@ -16,7 +16,7 @@ from mixchat.text.messages import (
 )
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tokenizer import Insert, Tokenizer
-from mixchat.text.tool_call import Tool, ToolCall
+from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import MISTRAL, ToolFormat
 
 
@@ -67,15 +67,36 @@ class InstructTemplate:
         require_question(messages)
         placed = system_in_question(MISTRAL.with_its_ids(messages), 0 if self._is_first else -1)
         last_question = max(i for i, message in enumerate(placed) if message.role == "user")
-        ids = [*_optional(self._tokenizer.bos_id)]
+        ids, known = [*_optional(self._tokenizer.bos_id)], self._tokenizer.control_tokens
         for index, message in enumerate(placed):
             if message.role == "user":
-                ids += self._available(tools) if index == last_question else []
-                ids += self._question(message.content)
+                if tools and index == last_question:
+                    functions = [
+                        {
+                            "type": "function",
+                            "function": {
+                                "name": tool.name,
+                                "description": tool.description or "",
+                                "parameters": dict(tool.parameters or {}),
+                            },
+                        }
+                        for tool in tools
+                    ]
+                    ids += self._between("[AVAILABLE_TOOLS]", functions, "[/AVAILABLE_TOOLS]")
+                if self._is_first:
+                    ids += self._tokenizer.encode(f"[INST] {message.content} [/INST]")
+                else:
+                    begin, end = map(known.__getitem__, ("[INST]", "[/INST]"))
+                    ids += [begin, *self._tokenizer.encode(message.content), end]
             elif message.role == "tool":
-                ids += self._result(message)
+                content: object = message.content
+                with suppress(ValueError, RecursionError):
+                    content = json.loads(message.content)
+                result = {"content": content, "call_id": message.call_id}
+                ids += self._between("[TOOL_RESULTS]", result, "[/TOOL_RESULTS]")
             elif message.calls:
-                ids += self._calls(message.calls)
+                calls = [{**call.to_json()["function"], "id": call.id} for call in message.calls]
+                ids += self._between("[TOOL_CALLS]", calls, "</s>")
             else:
                 answer = message.content_ids
                 text = message.content if self._is_first else message.content.rstrip(" ")
@@ -86,31 +107,6 @@ class InstructTemplate:
     @property
     def _is_first(self) -> bool:
         return "[INST]" not in self._tokenizer.control_tokens
-
-    def _question(self, text: str) -> list[int]:
-        if self._is_first:
-            return self._tokenizer.encode(f"[INST] {text} [/INST]")
-        begin, end = (self._tokenizer.control_tokens[token] for token in ("[INST]", "[/INST]"))
-        return [begin, *self._tokenizer.encode(text), end]
-
-    def _available(self, tools: Sequence[Tool]) -> list[int]:
-        functions = []
-        for tool in tools:
-            parameters = dict(tool.parameters or {})
-            details = {"description": tool.description or "", "parameters": parameters}
-            functions.append({"type": "function", "function": {"name": tool.name, **details}})
-        return self._between("[AVAILABLE_TOOLS]", functions, "[/AVAILABLE_TOOLS]") if tools else []
-
-    def _result(self, message: Message) -> list[int]:
-        content: object = message.content
-        with suppress(ValueError, RecursionError):
-            content = json.loads(message.content)
-        result = {"content": content, "call_id": message.call_id}
-        return self._between("[TOOL_RESULTS]", result, "[/TOOL_RESULTS]")
-
-    def _calls(self, calls: Sequence[ToolCall]) -> list[int]:
-        named = [{**call.to_json()["function"], "id": call.id} for call in calls]
-        return self._between("[TOOL_CALLS]", named, "</s>")
 
     def _between(self, begin: str, value: object, end: str) -> list[int]:
         """Return the ids of a value's JSON between two control tokens."""

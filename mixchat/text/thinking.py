@@ -38,9 +38,9 @@ class AnswerText:
     thinking: str = ""
     calls: tuple[CallDelta, ...] = ()
 
-    def __add__(self, other: AnswerText) -> AnswerText:
-        text, thinking = self.text + other.text, self.thinking + other.thinking
-        return AnswerText(text, thinking, self.calls + other.calls)
+    def __add__(self, later: AnswerText) -> AnswerText:
+        text, thinking = self.text + later.text, self.thinking + later.thinking
+        return AnswerText(text, thinking, self.calls + later.calls)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ThinkingParser(ABC):
         return AnswerText()
 
     def mark(self, name: str) -> AnswerText:
-        """Take a mark. Return the thinking that separates two messages."""
+        """Handle a control token. Return the separator between two messages' thinking."""
         return AnswerText()
 
     def ends_at(self, name: str) -> bool:

@@ -83,7 +83,10 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     file = template_file(directory)
     if file.suffix == ".jinja":
         require_size(file, MAX_TEMPLATE_FILE)
-        return ChatTemplate(_read_utf8(file), file)
+        try:
+            return ChatTemplate(read_bytes(file).decode("utf-8"), file)
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
     value = read_optional_json(file).get("chat_template")
     if isinstance(value, list):
         named = [e for e in value if isinstance(e, dict) and isinstance(e.get("name"), str)]
@@ -99,13 +102,6 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     if len(value) > MAX_TEMPLATE_FILE:
         raise _too_large(file, "the chat template", len(value), MAX_TEMPLATE_FILE)
     return ChatTemplate(value, file)
-
-
-def _read_utf8(file: Path) -> str:
-    try:
-        return read_bytes(file).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
 
 
 def read_special_tokens(directory: Path) -> dict[str, str]:

@@ -27,8 +27,8 @@ class Tool:
     @property
     def arguments(self) -> dict[str, Any]:
         """Return the schemas of the arguments by their names."""
-        found = (self.parameters or {}).get("properties")
-        return found if isinstance(found, dict) else {}
+        properties = (self.parameters or {}).get("properties")
+        return properties if isinstance(properties, dict) else {}
 
     def takes_text(self, argument: str) -> bool:
         """Return whether an argument is always a string."""
@@ -37,8 +37,8 @@ class Tool:
 
     def to_json(self) -> dict[str, Any]:
         """Return the tool as chat templates know it."""
-        given = {"description": self.description, "parameters": self.parameters}
-        known = {name: value for name, value in given.items() if value is not None}
+        optional = {"description": self.description, "parameters": self.parameters}
+        known = {name: value for name, value in optional.items() if value is not None}
         return {"type": "function", "function": {"name": self.name, **known}}
 
 

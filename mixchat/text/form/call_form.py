@@ -102,7 +102,7 @@ def _schema(tool: Tool) -> dict[str, Any]:
 def _grammar(form: CallForm) -> str:
     rules = [
         f"start: {'calls' if form.answer is None else 'calls | answer'}",
-        f"calls: {_harmony(form) if form.format.kind == 'harmony' else _json_calls(form)}",
+        f"calls: {_calls(form)}",
         f"call: {' | '.join(f'call_{i}' for i in range(len(form.tools)))}",
     ]
     if not form.must_call:
@@ -120,7 +120,10 @@ def _grammar(form: CallForm) -> str:
     return "\n".join(rules)
 
 
-def _json_calls(form: CallForm) -> str:
+def _calls(form: CallForm) -> str:
+    if form.format.kind == "harmony":
+        channel = _text(form, "<|channel|>")
+        return f'{channel} "commentary to=functions" call' if form.must_call else "before call"
     opening = _text(form, form.format.opening)
     is_control = form.format.opening in form.control_tokens
     first = opening if form.must_call else f"({opening} | before)" if is_control else "before"
@@ -176,11 +179,6 @@ def _tags(form: CallForm, text: str) -> str:
     """Return a text with control tokens in it as a part of a grammar."""
     known = "|".join(map(re.escape, form.control_tokens)) or r"(?!)"
     return " ".join(_text(form, segment) for segment in re.split(f"({known})", text) if segment)
-
-
-def _harmony(form: CallForm) -> str:
-    channel = _text(form, "<|channel|>")
-    return f'{channel} "commentary to=functions" call' if form.must_call else "before call"
 
 
 def _answer(form: CallForm) -> str:

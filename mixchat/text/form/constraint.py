@@ -79,7 +79,7 @@ class ConstraintCompiler:
 class TokenConstraint:
     """A `Constraint` of one answer. When its form is complete, only a token that ends it may come.
 
-    The answer begins with the tokens `before`. If it is `continued`, it continues the text of a
+    The answer begins with the tokens `beginning`. If it is `continued`, it continues the text of a
     prompt, and its first word keeps its space. The grammar is compiled in the background.
 
     `compiled` has the mask of the first token. The sandbox ends with the constraint, unless the
@@ -91,13 +91,13 @@ class TokenConstraint:
         self,
         grammar: str,
         compiler: ConstraintCompiler,
-        before: Sequence[int] = (),
+        beginning: Sequence[int] = (),
         *,
         continued: bool = False,
     ) -> None:
         self._size, self._firsts = compiler.size, compiler.firsts
         self._begins_text, self._is_new = not continued, True
-        arguments = (grammar, [self._as_first(token) for token in before])
+        arguments = (grammar, [self._as_first(token) for token in beginning])
         call = SandboxCall(_SUBJECT, "start", arguments, compiler.seconds, MAX_CALL)
         self._sandbox = compiler.sandbox()
         self.compiled: Future[str] = in_background(asked, self._sandbox, call)

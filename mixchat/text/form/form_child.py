@@ -38,7 +38,7 @@ _GRAMMAR_OF: dict[Kind, Callable[[str], str]] = {
 }
 
 
-def main(given: str) -> None:
+def main(argument: str) -> None:
     """Serve the parent."""
     import llguidance  # noqa: F401 - before the limits are set
 
@@ -61,16 +61,16 @@ class _FormService:
         self._vocabulary = ll_tokenizer(data, stop_ids)
         self._digits = _DigitLimit(data)
 
-    def start(self, grammar: str, before: Sequence[int]) -> str:
-        """Start an answer that begins with the tokens `before`, and return the first mask."""
+    def start(self, grammar: str, beginning: Sequence[int]) -> str:
+        """Start an answer that begins with the tokens `beginning`, and return the first mask."""
         from llguidance import LLMatcher
 
         self._matcher = LLMatcher(self._vocabulary, grammar + OPTIONS, log_level=0)
         if self._matcher.is_error():
             raise grammar_error(parsed_fault(self._matcher.get_error()))
-        if not all(map(self._matcher.consume_token, before)):
+        if not all(map(self._matcher.consume_token, beginning)):
             raise PromptError("the answer so far does not have the form that is asked for")
-        self._digits.start(before, is_json=grammar.startswith(JSON_START))
+        self._digits.start(beginning, is_json=grammar.startswith(JSON_START))
         return self.mask()
 
     def mask(self) -> str:
@@ -101,10 +101,10 @@ class _DigitLimit:
             begins_with_digit[number // 8] |= token[:1].isdigit() << number % 8
         self._digits = int.from_bytes(begins_with_digit, "little")
 
-    def start(self, before: Sequence[int], *, is_json: bool) -> None:
-        """Begin an answer with the tokens `before`. Another text than JSON has no limit."""
+    def start(self, beginning: Sequence[int], *, is_json: bool) -> None:
+        """Begin an answer with the tokens `beginning`. Another text than JSON has no limit."""
         self._is_json, self._in_text, self._is_escaped, self._run = is_json, False, False, 0
-        for token in before:
+        for token in beginning:
             self.take(token)
 
     def take(self, token: int) -> None:

@@ -112,7 +112,10 @@ def lark_from_gbnf(text: str) -> str:
     """Return a grammar of llama.cpp as Lark. Raises `UsageError` with the line of its fault."""
     lark = _converted(text)
     if (fault := find_fault(lark)) is not None:
-        raise grammar_error(Fault(fault.message, _line_in_gbnf(text, lark, fault.line)))
+        # The converter keeps the order of the rules.
+        head = "\n".join(lark.split("\n")[: fault.line])
+        number = len(_LARK_RULE.findall(head))
+        raise grammar_error(Fault(fault.message, _lines(text)[number - 1] if number else 0))
     return lark
 
 
@@ -133,13 +136,6 @@ def _converted(text: str) -> str:
         used = missing and re.search(rf"(?<![\w-]){re.escape(missing[1])}(?![\w-])", text)
         line = text.count("\n", 0, used.start()) + 1 if used else 0
         raise grammar_error(Fault(str(error), line)) from None
-
-
-def _line_in_gbnf(text: str, lark: str, line: int) -> int:
-    """Return the line of the rule that became the one at a line of the Lark grammar."""
-    head = "\n".join(lark.split("\n")[:line])
-    number = len(_LARK_RULE.findall(head))
-    return _lines(text)[number - 1] if number else 0
 
 
 def _lines(text: str) -> list[int]:

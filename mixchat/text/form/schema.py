@@ -6,7 +6,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any, TypeAlias
 from urllib.parse import quote, unquote
 
@@ -51,11 +50,6 @@ def check_schema(schema: Schema) -> None:
         if len(pointer) > _MAX_POINTER:
             pointer = f"{pointer[: _MAX_POINTER // 2]}...{pointer[-_MAX_POINTER // 2 :]}"
         raise UsageError(f"the schema cannot be {verb} at #{pointer}: {_in_words(fault)}")
-    unfolded = _Unfolded(schema)
-    if unfolded.schema is not None and unfolded.loops and _unmet(_fault(unfolded.schema)):
-        raise UsageError(
-            f"the schema cannot be met at #{unfolded.loops[0]}: each value contains another one"
-        )
 
 
 def schema_grammar(text: str) -> str:
@@ -234,44 +228,6 @@ def _with_parts(schema: Schema, change: Callable[[Any], Any]) -> Schema:
         elif key in _ALONE:
             changed[key] = change(value)
     return changed
-
-
-class _UnknownError(Exception):
-    """A schema would have too many values, or references that have another root."""
-
-
-class _Unfolded:
-    """A schema without references. Each is replaced by its target, and inside itself by `false`.
-
-    A finite value can do without a part inside the same part. So if this cannot be met, the schema
-    cannot either. `loops` has the pointers of the parts that contain themselves. `schema` is None
-    if it is not known.
-    """
-
-    def __init__(self, schema: Schema) -> None:
-        self.loops: list[str] = []
-        self.schema: Any = None
-        self._whole, self._count = schema, 0
-        with suppress(_UnknownError, RecursionError):
-            self.schema = self._unfold(schema, frozenset({""}))
-
-    def _unfold(self, schema: Any, inside: frozenset[str]) -> Any:
-        if not isinstance(schema, dict):
-            return schema
-        self._count += 1
-        has_own_root = "$id" in schema and schema is not self._whole
-        if self._count > _MAX_UNFOLDED or has_own_root:
-            raise _UnknownError
-        kept = {key: schema[key] for key in schema if key not in ("$ref", *_DEFINITIONS)}
-        kept = _with_parts(kept, lambda subschema: self._unfold(subschema, inside))
-        target = _target_of(schema)
-        if target is None:
-            return kept
-        if target in inside:
-            self.loops.append(target)
-            return False
-        target_schema = self._unfold(_part_at(self._whole, target), inside | {target})
-        return {**kept, "allOf": [*kept.get("allOf", []), target_schema]}
 
 
 def escaped(name: str) -> str:

@@ -229,34 +229,6 @@ NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}
 
 
 @pytest.mark.parametrize(
-    ("schema", "place"),
-    [
-        (
-            {"$defs": {"node": {**NODE, "required": ["next"]}}, "$ref": "#/$defs/node"},
-            "#/$defs/node",
-        ),
-        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "#"),
-        (
-            {
-                "$defs": {
-                    "a": {"type": "array", "items": {"$ref": "#/$defs/b"}, "minItems": 1},
-                    "b": {"type": "array", "prefixItems": [{"$ref": "#/$defs/a"}], "minItems": 1},
-                },
-                "type": "object",
-                "properties": {"x": {"$ref": "#/$defs/b"}},
-                "required": ["x"],
-            },
-            "#/$defs/b",
-        ),
-    ],
-)  # fmt: skip
-def test_a_schema_whose_values_have_no_end_is_refused(schema, place):
-    with pytest.raises(UsageError, match="each value contains another one") as error:
-        json_schema(schema)
-    assert f" at {place}: " in str(error.value)
-
-
-@pytest.mark.parametrize(
     "schema",
     [
         {"$defs": {"node": NODE}, "$ref": "#/$defs/node"},
