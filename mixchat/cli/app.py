@@ -22,12 +22,7 @@ from mixchat.cli.download import calibrate, download
 from mixchat.cli.flags.habits import refuse_foreign_flags, unknown_command, unknown_flag
 from mixchat.cli.flags.run_flags import RunCommand
 from mixchat.cli.flags.settings import HeadedCommand, apply_config, explained, option, with_flags
-from mixchat.cli.flags.shell_completion import (
-    COMPLETE_VARIABLE,
-    complete,
-    install_completion,
-    one_of,
-)
+from mixchat.cli.flags.shell_completion import COMPLETE_VARIABLE, complete, install_completion
 from mixchat.cli.models import convert, gc, list_models, repair, rm, show_model, stats, verify
 from mixchat.cli.output.messages import print_error
 from mixchat.cli.plan import plan
@@ -59,8 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _MAX_COLUMNS},
     epilog="To begin, 'mixchat run -m demo' tries a small model, and 'mixchat plan' shows which "
-    "models fit here.\n\n"
-    "Other names: pull for download, ls for list, help [COMMAND] for --help.",
+    "models fit here.",
 )
 app.command(
     "run",
@@ -87,29 +81,6 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _function in _COMMANDS.items():
     app.command(_name, cls=HeadedCommand)(_function)
-# Their names in other programs.
-app.command("pull", hidden=True, cls=HeadedCommand)(_COMMANDS["download"])
-app.command("ls", hidden=True)(list_models)
-
-
-def _command_names(context: typer.Context, incomplete: str) -> list[str]:
-    return one_of(*context.find_root().command.commands)(incomplete)  # type: ignore[attr-defined]
-
-
-_COMMAND = typer.Argument(
-    None, metavar="COMMAND", autocompletion=_command_names, help="One of mixchat's commands."
-)
-
-
-@app.command("help", hidden=True)
-def show_help(context: typer.Context, command: str | None = _COMMAND) -> None:
-    """Show the help of mixchat, or of one command."""
-    root: Any = context.find_root()
-    if command is None:
-        printing.show(root.get_help())
-        return
-    name, resolved, _ = root.command.resolve_command(root, [command])
-    printing.show(resolved.context_class(resolved, info_name=name, parent=root).get_help())
 
 
 def _print_version(wanted: bool) -> None:

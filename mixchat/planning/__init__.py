@@ -6,8 +6,7 @@
 - plan.py: the plan of one model or of all known ones, and the predicted speed of a loaded one
 - hardware.py: the machine that a plan is for, this one or one that a person describes
 - fitting.py: places a model in memory, for a plan and for loading
-- expectation.py: how fast it decodes
-- prompts.py: how long prompts take
+- expectation.py: how fast it decodes and reads prompts
 - routing.py: hit rates, and the share of the busiest GPU, from a router's choices
 - machine_speeds.py: the measured speeds of a machine
 - measuring.py: measures this machine, and remembers the figures in machine.json

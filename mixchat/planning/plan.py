@@ -18,12 +18,18 @@ from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.experts.memory import CPU
 from mixchat.experts.placement import Placement
-from mixchat.planning.expectation import Expectation, SpeedRange, expect
+from mixchat.planning.expectation import (
+    Expectation,
+    FirstToken,
+    SpeedRange,
+    expect,
+    first_token,
+    prompt_speed,
+)
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
 from mixchat.planning.machine_speeds import Measurement
 from mixchat.planning.measuring import saved_measurement
-from mixchat.planning.prompts import FirstToken, first_token, prompt_speed
 from mixchat.weights.format.blueprint import Blueprint
 
 _KERNEL_START_S = 5e-5  # of an expert on a GPU, whatever its size

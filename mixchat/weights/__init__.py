@@ -1,7 +1,7 @@
 """Downloads, quantizes, stores and repairs the weights of models.
 
 - models.py: the models on this machine, by name
-- known_models.py: the models with a short name
+- known_models.py: the models with a short name, whose config.json is in known/
 - families/: the families of models, each a description
 - matrix/: matrices in 16 bits and in each quantization type
 - format/: the format on disk of an installed model

@@ -33,7 +33,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.quantities import format_size
 from mixchat.base.safetensors import SafetensorsWriter, TensorSpec
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.known_models import MIXTRAL
+from mixchat.weights.known_models import KNOWN
 from mixchat.weights.source.checkpoint_index import INDEX, expected_shapes
 
 SHARD = 4_900_000_000  # bytes, about as the real one has them
@@ -45,7 +45,7 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     import mistral_common
 
     directory.mkdir(parents=True)
-    config = {**MIXTRAL, "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
+    config = {**KNOWN["instruct"].config, "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
     config["architectures"] = ["MixtralForCausalLM"]
     (directory / "config.json").write_text(json.dumps(config))
     tokenizer = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"

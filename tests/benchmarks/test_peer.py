@@ -124,7 +124,9 @@ def test_a_file_has_the_tensors_that_llama_cpp_loads(name, tmp_path, monkeypatch
     small = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 64, "head_dim": 32}
     small |= {"moe_intermediate_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
     config = {**KNOWN[name].config, **small}
-    monkeypatch.setitem(peer_child.KNOWN, name, KnownModel("org/name", config))
+    known = KnownModel("org/name", "a name")
+    vars(known)["config"] = config
+    monkeypatch.setitem(peer_child.KNOWN, name, known)
     peer_child.make(tmp_path / "model.gguf", 1, "Q4_0", name)
     architecture, more = MORE[name]
     reader = gguf.GGUFReader(tmp_path / "model.gguf")

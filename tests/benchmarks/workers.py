@@ -77,9 +77,9 @@ def measure_expert() -> float:
     from mixchat.planning.compute_speed import Effort, ExpertTimer
     from mixchat.weights.families.read_config import read_config
     from mixchat.weights.format.blueprint import Blueprint, Quantization
-    from mixchat.weights.known_models import MIXTRAL
+    from mixchat.weights.known_models import KNOWN
 
-    blueprint = Blueprint(read_config(MIXTRAL), Quantization())
+    blueprint = Blueprint(read_config(KNOWN["instruct"].config), Quantization())
     with torch.inference_mode():
         return ExpertTimer(blueprint, CPU, Effort(seconds=1)).seconds()[1]
 

@@ -9,7 +9,7 @@ from mixchat.cli.app import app
 from mixchat.cli.flags.settings import _MOST_USED
 
 COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-LONG = ("run", "serve", "download", "pull", "worker", "plan", "bench", "calibrate")
+LONG = ("run", "serve", "download", "worker", "plan", "bench", "calibrate")
 
 
 def flags_of(name: str) -> set[str]:

@@ -7,11 +7,11 @@ import torch
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.known_models import MIXTRAL
+from mixchat.weights.known_models import KNOWN
 
 CPU = torch.device("cpu")
 GPU = torch.device("cpu:0")  # another device by its name
-CONFIG = read_config(MIXTRAL)
+CONFIG = read_config(KNOWN["instruct"].config)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
 SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)

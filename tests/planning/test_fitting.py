@@ -13,9 +13,9 @@ from mixchat.experts.placement import Demand, reserve_of
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.known_models import MIXTRAL
+from mixchat.weights.known_models import KNOWN
 
-MODEL = read_config(MIXTRAL)
+MODEL = read_config(KNOWN["instruct"].config)
 
 
 def fitted(model: ModelConfig, context_size: int | None = None) -> MemoryPlan:

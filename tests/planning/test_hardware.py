@@ -11,11 +11,11 @@ from mixchat.planning.hardware import GPU_BUS, Machine, OtherGPU, ToldMachine
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.known_models import MIXTRAL
+from mixchat.weights.known_models import KNOWN
 
 GB = 10**9
 CPU, GPU = torch.device("cpu"), torch.device(gpu.KIND, 0)
-BLUEPRINT = Blueprint(read_config(MIXTRAL), Quantization())
+BLUEPRINT = Blueprint(read_config(KNOWN["instruct"].config), Quantization())
 SPEEDS = MachineSpeeds(2e9, 3e9, 1e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 HERE = Machine("a CPU", 8, 64 * GB, FreeMemory(40 * GB, limit="control group"), 500 * GB)
 

@@ -17,12 +17,12 @@ from mixchat.cli.output.plan_report import PlanReport
 from mixchat.experts.placement import Placement
 from mixchat.loading.loader import load_engine
 from mixchat.planning import fitting, measuring
+from mixchat.planning.expectation import LONG_PROMPT
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.hardware import Machine, OtherGPU
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.measuring import measurement_file
 from mixchat.planning.plan import MachinePlan, plan_model, predict_speed
-from mixchat.planning.prompts import LONG_PROMPT
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.outline import Outline
 

@@ -8,9 +8,15 @@ from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS, meas
 
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
-from mixchat.planning.expectation import expected_distinct
+from mixchat.planning.expectation import (
+    PROMPT,
+    FirstToken,
+    expected_distinct,
+    first_token,
+    prompt_cost,
+    prompt_speed,
+)
 from mixchat.planning.machine_speeds import MachineSpeeds
-from mixchat.planning.prompts import PROMPT, FirstToken, first_token, prompt_cost, prompt_speed
 
 BLIND = without_disk(SPEEDS)
 ALL, HALF = Placement(256, 0, 256), Placement(128, 0, 256)

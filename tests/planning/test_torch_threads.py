@@ -15,10 +15,10 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.known_models import MIXTRAL
+from mixchat.weights.known_models import KNOWN
 from mixchat.weights.source.demo import DEMO_CONFIG
 
-BLUEPRINT = Blueprint(read_config(MIXTRAL), Quantization())
+BLUEPRINT = Blueprint(read_config(KNOWN["instruct"].config), Quantization())
 DEMO = Blueprint(read_config(DEMO_CONFIG), Quantization())
 
 

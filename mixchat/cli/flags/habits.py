@@ -33,12 +33,13 @@ _FLAGS = {flag: ours for ours, flags in _FOREIGN_FLAGS.items() for flag in flags
 # Click would read -ngl as -n with a value, and -hf as -h.
 _MISREAD = {flag for flag in _FLAGS if re.fullmatch(r"-\w{2,}", flag)}
 _FOREIGN_COMMANDS = {
+    "--help": "help",
     "--version": "version",
     "run": "chat prompt ask cli",
     "chats": "logs",
-    "list": "models",
+    "list": "models ls",
     "serve": "server",
-    "download": "install get import create",
+    "download": "pull install get import create",
     "rm": "remove delete uninstall",
 }
 _COMMANDS = {name: ours for ours, names in _FOREIGN_COMMANDS.items() for name in names.split()}

@@ -17,7 +17,7 @@ from mixchat.base.machine import disk_usage
 from mixchat.weights.families.read_config import FAMILIES, read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import Source, read_manifest
-from mixchat.weights.known_models import KNOWN, MIXTRAL
+from mixchat.weights.known_models import KNOWN, KnownModel
 from mixchat.weights.make import download_plan
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import (
@@ -217,7 +217,7 @@ class TestPlan:
 
 ENOUGH = DownloadPlan(
     name="tiny",
-    blueprint=Blueprint(read_config(MIXTRAL), Quantization("nf4")),
+    blueprint=Blueprint(read_config(KNOWN["instruct"].config), Quantization("nf4")),
     target=Path("/models/tiny"),
     source="org/tiny",
     commit=None,
@@ -267,15 +267,18 @@ def test_gpt_oss_is_foreseen_in_mxfp4():
     specs = [spec for shard in index.shards for spec in index.header(shard).specs]
     assert sum(spec.nbytes for spec in specs) == 13_761_264_768
     assert make_blueprint(index, QuantizeOptions()).quantization.quant_type == "mxfp4"
-    config = {key: known.config[key] for key in known.config if key != "quantization_config"}
-    index = known_index(replace(known, config=config))
+    in_bf16 = KnownModel(known.repo, known.file)
+    vars(in_bf16)["config"] = {
+        key: value for key, value in known.config.items() if key != "quantization_config"
+    }
+    index = known_index(in_bf16)
     assert round(index.size / 1e9, 1) == 41.8
     assert make_blueprint(index, QuantizeOptions()).quantization.quant_type == "nf4"
 
 
 def test_mixtral_s_checkpoint_is_foreseen_with_its_19_shards():
     """So that `plan` knows, without asking the hub, how much disk the download takes."""
-    index = expected_index(read_config(MIXTRAL), "instruct", 5e9)
+    index = expected_index(read_config(KNOWN["instruct"].config), "instruct", 5e9)
     sizes = [index.header(shard).size for shard in index.shards]
     assert len(sizes) == 19
     assert max(sizes) < 5.001e9
