@@ -99,24 +99,20 @@ def _device(name: str) -> torch.device:
         raise UsageError(f"--device {name!r} is not a device; use cpu or cuda") from None
     if device.type not in ("cpu", gpu.KIND):
         raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
-    # Torch takes numbers from 128 on for negative ones.
-    if gpu.is_gpu(device) and not 0 <= (device.index or 0) < gpu.count():
-        raise _no_such_gpu(name)
-    return device
-
-
-def _no_such_gpu(name: str) -> UsageError:
     last = gpu.count() - 1
-    if last >= 0:
-        usable = f"{gpu.KIND}:0" + (f" to {gpu.KIND}:{last}" if last else "")
-        return UsageError(
-            f"--device {name!r}: torch sees {last + 1} GPU{'s' if last else ''} here",
-            hint=f"Use {usable}, or leave --device out.",
+    # Torch takes numbers from 128 on for negative ones.
+    if not gpu.is_gpu(device) or 0 <= (device.index or 0) <= last:
+        return device
+    if last < 0:
+        reason = "" if torch.version.cuda else ", because this PyTorch is built for CPUs alone"
+        raise UsageError(
+            f"--device {name!r}: torch sees no GPU here{reason}",
+            hint="Leave --device out, to compute on the CPU.",
         )
-    reason = "" if torch.version.cuda else ", because this PyTorch is built for CPUs alone"
-    return UsageError(
-        f"--device {name!r}: torch sees no GPU here{reason}",
-        hint="Leave --device out, to compute on the CPU.",
+    usable = f"{gpu.KIND}:0" + (f" to {gpu.KIND}:{last}" if last else "")
+    raise UsageError(
+        f"--device {name!r}: torch sees {last + 1} GPU{'s' if last else ''} here",
+        hint=f"Use {usable}, or leave --device out.",
     )
 
 
@@ -139,9 +135,12 @@ def _assemble(
     share = divide_experts(installed, fit.placement, workers)
     choose_threads(stored)
     experts = build_experts(installed, share, devices, options.cache_policy, note, exact=exact)
+    layers, each = range(config.num_moe_layers), range(config.num_local_experts)
     runner = wrap(experts)
     if options.trace is not None:
-        runner = RecordingRunner(runner, _trace_writer(options.trace, installed).record)
+        repo = installed.manifest.source.repo
+        shape = len(layers), len(each), config.num_experts_per_tok
+        runner = RecordingRunner(runner, TraceWriter(options.trace, repo, *shape).record)
     # Workers compute many rows otherwise than one. A record has only the text's tokens.
     alone = not workers and runner is experts
     speculates = options.speculation and alone and passes_are_exact(used, device)
@@ -150,8 +149,8 @@ def _assemble(
         new_cache(config, context, dtype, device, options.kv_bits) for _ in range(options.parallel)
     ]
     model.decode_by(new_decoder(used, model.blocks, caches[0], model.output))
-    layers, each = range(config.num_moe_layers), range(config.num_local_experts)
     experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
+    directory = installed.directory
     return Engine(
         model,
         caches,
@@ -162,7 +161,7 @@ def _assemble(
         speculation=Speculation() if speculates else None,
         note=note,
         identity=identity_of(installed.manifest),
-        name=_name_of(installed.directory),
+        name=directory.name if directory.parent == models_dir() else str(directory),
         context_is_chosen=options.context_size is not None,
     )
 
@@ -174,7 +173,7 @@ def speed_predictor(
 
     It returns None if this machine was not measured for such a model, or if there are workers.
     """
-    first, *others = choose_devices(device_name)
+    first, *more = choose_devices(device_name)
 
     def predict() -> Prediction | None:
         if "worker" in engine.slots_by_tier:
@@ -182,15 +181,11 @@ def speed_predictor(
         held = dict(engine.slots_by_tier)
         elsewhere = held.pop("other-device", 0)
         slots, *behind = held.values()
-        spread = tuple(in_proportion(elsewhere, [1 for _ in others])) if elsewhere else ()
+        spread = tuple(in_proportion(elsewhere, [1 for _ in more])) if elsewhere else ()
         placement = Placement(slots, sum(behind), engine.blueprint.expert_count, other_slots=spread)
         return predict_speed(engine.blueprint, directory, first, placement)
 
     return predict
-
-
-def _name_of(directory: Path) -> str:
-    return directory.name if directory.parent == models_dir() else str(directory)
 
 
 def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
@@ -209,17 +204,6 @@ def passes_are_exact(used: Blueprint, device: torch.device) -> bool:
     return chunks_are_exact(used, device) and (head is None or head.can_be_exact)
 
 
-def _trace_writer(path: Path, installed: InstalledModel) -> TraceWriter:
-    config = installed.config
-    return TraceWriter(
-        path,
-        installed.manifest.source.repo,
-        config.num_moe_layers,
-        config.num_local_experts,
-        config.num_experts_per_tok,
-    )
-
-
 def _build_model(
     installed: InstalledModel,
     used: Blueprint,
@@ -228,9 +212,22 @@ def _build_model(
     device: torch.device,
 ) -> Transformer:
     config, tensors = used.config, _InstalledTensors(installed, device)
-    dtype = used.quantization.dtype
-    ropes = rotary_embeddings(config, context, dtype, device)
-    embedding, head = _embedding_and_head(installed, used, device)
+    ropes = rotary_embeddings(config, context, used.quantization.dtype, device)
+    # The embedding's table is in memory only if it is the head.
+    stored = installed.blueprint
+    embedding: Embedding
+    if stored.head is None or used.head is None:
+        table = installed.tensor(stored.embedding).to(device)
+        head = dense_linear(table)
+
+        def embedding(ids: torch.Tensor) -> torch.Tensor:
+            return functional.embedding(ids.to(device, non_blocking=True), table)
+    else:
+        head = installed.linear(used.head, device)
+
+        def embedding(ids: torch.Tensor) -> torch.Tensor:
+            return installed.rows(stored.embedding, ids).to(device, non_blocking=True)
+
     norm = RMSNorm(tensors.tensor(used.norm), config.rms_norm_eps)
     blocks = [Block.build(layer, used, tensors, rope, runner) for layer, rope in enumerate(ropes)]
     return Transformer(config, embedding, blocks, norm, head)
@@ -245,16 +242,3 @@ class _InstalledTensors:
 
     def linear(self, spec: LinearSpec) -> Linear:
         return self._installed.linear(spec, self._device)
-
-
-def _embedding_and_head(
-    installed: InstalledModel, used: Blueprint, device: torch.device
-) -> tuple[Embedding, Linear]:
-    """Return the embedding, whose table is in memory only if it is the head, and the head."""
-    stored = installed.blueprint
-    if stored.head is None or used.head is None:
-        table = installed.tensor(stored.embedding).to(device)
-        head = dense_linear(table)
-        return lambda ids: functional.embedding(ids.to(device, non_blocking=True), table), head
-    head = installed.linear(used.head, device)
-    return lambda ids: installed.rows(stored.embedding, ids).to(device, non_blocking=True), head

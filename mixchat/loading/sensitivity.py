@@ -49,28 +49,22 @@ def measure_sensitivities(
             return noisy[0]
 
         options = LoadOptions(context_size=len(ids) + 1)
+        layers, sensitivities = installed.config.num_moe_layers, []
         with closing(load_engine(directory, options, wrap=wrap)) as engine:
-            return _measure(engine, tokens, noisy[0], installed.config.num_moe_layers, on_layer)
-
-
-def _measure(
-    engine: Engine,
-    tokens: torch.Tensor,
-    noisy: _NoisyRunner,
-    layers: int,
-    on_layer: Callable[[int, int], object],
-) -> list[Sensitivity]:
-    expected, found = _log_probabilities(engine, tokens), []
-    for layer in range(layers):
-        on_layer(layer, layers)
-        cost = []
-        for matrix in ("gate_up", "down"):
-            noisy.place = layer, matrix
-            scores = _log_probabilities(engine, tokens)
-            lost = functional.kl_div(scores, expected, reduction="batchmean", log_target=True)
-            cost.append(max(float(lost), 0.0) / _NOISE**2)
-        found.append(Sensitivity(*cost))
-    return found
+            expected = _log_probabilities(engine, tokens)
+            for layer in range(layers):
+                on_layer(layer, layers)
+                cost = []
+                for matrix in ("gate_up", "down"):
+                    noisy[0].noisy_matrix = layer, matrix
+                    scores = _log_probabilities(engine, tokens)
+                    lost = functional.kl_div(
+                        scores, expected, reduction="batchmean", log_target=True
+                    )
+                    # KL divergence grows with the square of small noise.
+                    cost.append(max(float(lost), 0.0) / _NOISE**2)
+                sensitivities.append(Sensitivity(*cost))
+    return sensitivities
 
 
 @torch.inference_mode()
@@ -83,12 +77,12 @@ def _log_probabilities(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class _NoisyRunner(RecordingRunner):
-    """Lets another runner compute, but for one layer. `place` is the layer and the noisy matrix."""
+    """Lets another runner compute all layers but that of `noisy_matrix`."""
 
     def __init__(self, runner: ExpertRunner, installed: InstalledModel) -> None:
         super().__init__(runner, lambda *_: None)
         self._installed = installed
-        self.place: tuple[int, Matrix] = -1, "down"
+        self.noisy_matrix: tuple[int, Matrix] = -1, "down"
 
     def run(
         self,
@@ -99,7 +93,7 @@ class _NoisyRunner(RecordingRunner):
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        if layer != self.place[0]:
+        if layer != self.noisy_matrix[0]:
             return super().run(layer, hidden_states, selected_experts, routing_weights, exact=exact)
         rows = LayerRows(layer, hidden_states, selected_experts.cpu())
         for key in rows.counts:
@@ -114,7 +108,7 @@ class _NoisyRunner(RecordingRunner):
         self._installed.read_expert(*key, block)
         block = block.to(device)
         stored.convert(block, used)
-        expert, matrix = used.build(block), self.place[1]
+        expert, matrix = used.build(block), self.noisy_matrix[1]
         seed = 2 * (key.layer * 2**10 + key.expert)
         if matrix == "down":
             return replace(expert, down=_NoisyLinear(expert.down, seed))

@@ -20,7 +20,7 @@ from mixchat.experts.memory import CPU, MemoryWatch
 from mixchat.experts.placement import MIN_SLOTS, Placement, SlotSizes
 from mixchat.experts.prefetch import NextRouters, Prefetch
 from mixchat.experts.sharing import assign_owners
-from mixchat.experts.sources import DiskSource, HostSource, PageLock
+from mixchat.experts.sources import DiskSource, HostSource
 from mixchat.experts.store import ExpertStore
 from mixchat.loading.workers import Share
 from mixchat.planning.fitting import slot_sizes
@@ -61,12 +61,15 @@ def build_experts(
     room = placement.by_device
     owner = assign_owners(here, room) | assign_owners(every - here, room)
     counts = Counter(owner.values())
-    parts = placement.parts([counts[number] for number in range(len(used))])
-    stays_cached = _stays_cached(installed, placement, used[0])
+    placements = placement.parts([counts[number] for number in range(len(used))])
+    # If the page cache can hold all experts, the next start reads none from the disk.
+    held = placement.slots if used[0] == CPU else placement.host_slots
+    cacheable = machine.free_memory() - held * installed.blueprint.mean_expert
+    stays_cached = cacheable >= installed.blueprint.experts_size
     holders = [
         _on_device(
             installed,
-            part,
+            own_placement,
             device,
             policy,
             stats,
@@ -76,7 +79,7 @@ def build_experts(
             is_first=number == 0,
             in_sizes=share.here is None and len(devices) == 1,
         )
-        for number, (device, part) in enumerate(zip(used, parts, strict=True))
+        for number, (device, own_placement) in enumerate(zip(used, placements, strict=True))
     ]
     return Dispatcher(
         holders,
@@ -115,9 +118,16 @@ def _on_device(
         # Experts that come down from a device are only of use in the file's layout.
         same = blueprint.all_in_layout_of(used.expert)
         swaps = placement.host_slots < placement.experts and same
-        order, lock, stored = POLICIES[policy](passes), _lock_for(device), blueprint.expert_of
+        order, stored = POLICIES[policy](passes), blueprint.expert_of
+        is_locked = gpu.is_gpu(device)
         in_ram = HostSource(
-            disk, placement.host_slots, stored, order, size=size, swaps=swaps, lock=lock
+            disk,
+            placement.host_slots,
+            stored,
+            order,
+            size=size,
+            swaps=swaps,
+            lock=lambda block: gpu.page_lock(block, device) if is_locked else None,
         )
     sizes = SlotSizes((size,))
     if in_sizes:
@@ -140,13 +150,6 @@ def _on_device(
     host = None if in_ram is None or exact else _host_compute(installed, in_ram, device, note)
     layers = range(installed.config.num_moe_layers)
     return DeviceCompute(fetcher, device, host, [id(used.expert_of(layer)) for layer in layers])
-
-
-def _stays_cached(installed: InstalledModel, placement: Placement, device: torch.device) -> bool:
-    """Return whether the page cache can hold all experts for the next start."""
-    held = placement.slots if device == CPU else placement.host_slots
-    taken = held * installed.blueprint.mean_expert
-    return machine.free_memory() - taken >= installed.blueprint.experts_size
 
 
 def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
@@ -215,9 +218,3 @@ def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.devic
         config.scoring_func,
     )
     return Prefetch(routers, stats)
-
-
-def _lock_for(device: torch.device) -> PageLock:
-    if gpu.is_gpu(device):
-        return lambda block: gpu.page_lock(block, device)
-    return lambda block: None
