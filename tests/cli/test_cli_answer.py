@@ -130,7 +130,6 @@ def test_thinking_without_an_answer_is_said(mixchat):
         ((), True, ["(thought for 18 tokens)"]),
         (("--raw",), True, ["Hm.", "(thought for 18 tokens)"]),
         (("--think", "hide"), False, []),
-        (("-q",), False, []),
     ],
 )
 def test_a_terminal_shows_thinking_until_the_answer_begins(environment, flags, shown, left):

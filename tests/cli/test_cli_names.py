@@ -44,7 +44,6 @@ def shown(home, environment, *arguments, typed=""):
     [
         ["gc"],
         ["chats", HOSTILE],
-        ["config"],
         ["rm", "unfinished"],
         ["show", f"./{HOSTILE}"],
         ["run", "-m", HOSTILE, "hi"],

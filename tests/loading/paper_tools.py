@@ -36,7 +36,7 @@ def settled(paper: PaperRuntime) -> tuple[int, int]:
     before, now = [-1], [0]
     while now != before:
         before, now = now, [*(memory.taken for memory in paper.memories), len(paper.locked)]
-        time.sleep(0.2)  # the threads that move experts end
+        time.sleep(0.05)  # the threads that move experts end
         gc.collect()
     return now[0], now[-1]
 

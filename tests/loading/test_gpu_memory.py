@@ -19,9 +19,7 @@ from mixchat.loading.served_experts import load_served_experts
 from mixchat.planning.fitting import FreeMemory
 
 
-@pytest.mark.parametrize(
-    "name", ["one holds all", "one over RAM for all", "two hold all", "three over RAM for all"]
-)
+@pytest.mark.parametrize("name", ["one over RAM for all", "three over RAM for all"])
 def test_each_gpu_takes_the_memory_that_it_was_said_to_take(paper, case, name):
     settled(paper)
     demand, spread = demand_of(case("nf4")), SPREADS[name]
@@ -40,12 +38,11 @@ def test_each_gpu_takes_the_memory_that_it_was_said_to_take(paper, case, name):
     assert FreeMemory.now([engine.device]).device == free == total - before[0] - taken[0]
 
 
-@pytest.mark.parametrize("name", ["one over RAM for all", "two over RAM for all"])
-def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(paper, case, name):
+def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(paper, case):
     """Pinned pages stayed so; the next block at that address could not be pinned."""
     before = settled(paper)
     other = paper.memory(torch.device("paper", 1)).taken
-    engine = spread_out(paper, case("nf4"), name)
+    engine = spread_out(paper, case("nf4"), "two over RAM for all")
     text(engine)
     assert before[1] < len(paper.locked) <= before[1] + EXPERTS
     assert set(paper.locked.values()) == {case("nf4").blueprint.expert.stride}
@@ -89,7 +86,7 @@ def test_a_gpu_that_never_has_memory_for_two_experts_is_refused(paper, case, mon
 def test_a_gpu_may_run_out_of_memory_at_any_time(paper, case, kind):
     """Also in the thread that moves experts, which reorders them in memory of the GPU."""
     expected = text(load(case(kind), EXPERTS))
-    for after in range(1, 1000, 160):
+    for after in range(1, 1000, 330):
         notes: list[str] = []
         engine = load(case(kind), 8, EXPERTS, notes.append)
         paper.allocations, paper.fail_at = 0, after
@@ -134,12 +131,11 @@ def test_8_bits_stay_where_they_are_needed_for_experts(paper, case, slots, more)
     assert engine.experts.slots == slots
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
-def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(paper, case, kind):
+def test_ram_that_cannot_be_page_locked_is_slower_and_no_fault(paper, case):
     """CUDA reports the refusal again at the next kernel, which was one that reorders an expert."""
-    expected = text(load(case(kind), EXPERTS))
+    expected = text(load(case("nf4, reordered"), EXPERTS))
     paper.refuses_locks = True
-    assert text(load(case(kind), 3, EXPERTS)) == expected
+    assert text(load(case("nf4, reordered"), 3, EXPERTS)) == expected
 
 
 def test_a_second_gpu_that_holds_no_two_experts_after_all_is_named(paper, case, monkeypatch):
@@ -158,7 +154,7 @@ def test_a_second_gpu_that_holds_no_two_experts_after_all_is_named(paper, case, 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, reordered"])
 def test_several_gpus_may_run_out_of_memory_at_any_time(paper, case, kind):
     expected = text(load(case(kind), EXPERTS))
-    for after in range(1, 1000, 240):
+    for after in range(1, 1000, 330):
         notes: list[str] = []
         paper.devices = 2
         engine = load(case(kind), 4, EXPERTS, notes.append, others=(5,))

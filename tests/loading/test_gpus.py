@@ -50,6 +50,8 @@ from mixchat.planning.measuring import measurement_key, take_sample
 from mixchat.planning.plan import Machine
 
 RESIDENT = [name for name in SPREADS if "hold" in name]
+# One for each way: all are there, some come from RAM, some from the disk.
+WAYS = ["one over RAM for all", "two hold all", "two over RAM for some", "three over the disk"]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,10 @@ def alone(case: Cases) -> Callable[[PaperRuntime, str], torch.Tensor]:
     return alone
 
 
-@pytest.mark.parametrize("name", SPREADS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("nf4", name) for name in SPREADS), *((kind, "two over RAM for some") for kind in KINDS)],
+)
 def test_gpus_compute_what_one_that_holds_all_computes(paper, case, alone, kind, name):
     expected = alone(paper, kind)
     engine = spread_out(paper, case(kind), name)
@@ -78,10 +82,7 @@ def test_gpus_compute_what_one_that_holds_all_computes(paper, case, alone, kind,
     assert apart(found, case(kind).expected) < TOLERANCES.get(kind, 0.03)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["one over RAM for some", "two hold all", "two over RAM for some", "three over the disk"],
-)
+@pytest.mark.parametrize("name", WAYS)
 def test_an_answer_after_a_prompt_is_that_of_one_gpu(paper, case, name):
     expected = text(load(case("nf4"), EXPERTS, kv_bits=8))
     engine = spread_out(paper, case("nf4"), name, kv_bits=8)
@@ -121,8 +122,7 @@ def test_what_the_cpu_computes_for_gpus_is_right(paper, case, monkeypatch, kind,
 
 
 @pytest.mark.parametrize(
-    ("name", "on_host"),
-    [*product(SPREADS, [False]), *((name, True) for name in SPREADS if SPREADS[name].host)],
+    ("name", "on_host"), [*product(WAYS, [False]), ("two over RAM for some", True)]
 )
 def test_a_token_waits_as_often_as_with_one_gpu(paper, case, monkeypatch, name, on_host):
     """Once a layer, for the choice, and once for the logits: rows and outputs need no wait."""
@@ -140,7 +140,7 @@ def test_a_token_waits_as_often_as_with_one_gpu(paper, case, monkeypatch, name, 
     assert (engine.experts.stats.misses.total() > before) == (name not in RESIDENT)
 
 
-@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("name", WAYS)
 def test_a_prompt_waits_as_often_as_with_one_gpu(paper, case, name):
     engine = spread_out(paper, case("fp32"), name)
     paper.waits = 0
@@ -148,7 +148,7 @@ def test_a_prompt_waits_as_often_as_with_one_gpu(paper, case, name):
     assert paper.waits <= 2 * LAYERS + 1
 
 
-@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("name", WAYS)
 def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(paper, case, monkeypatch, name):
     """A slot is filled once its own GPU, and not the current one, has read what was in it."""
     waited, wait = set(), Event.wait
@@ -174,7 +174,7 @@ def test_each_expert_has_one_home_with_streams_and_ram_of_its_own(paper, case, m
     assert waited == {(number, number) for number in range(len(dispatcher._devices))}
 
 
-@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("name", WAYS)
 def test_a_report_tells_the_gpus_apart(paper, case, name):
     engine, most = spread_out(paper, case("nf4"), name), SPREADS[name].tiers
     text(engine)
@@ -204,11 +204,11 @@ def test_ctrl_c_at_any_moment_leaves_an_engine_that_answers_the_same(
         check()
 
     monkeypatch.setattr(interrupts, "check", interrupted)
-    for calls in range(1, 60, 7):
+    for calls in range(1, 60, 14):
         left = calls
         with pytest.raises(KeyboardInterrupt):
             text(engine)
-        if calls % 4 == 0:
+        if calls % 4 == 1:
             assert text(engine) == expected
     assert text(engine) == expected
 
@@ -239,7 +239,7 @@ class NearbyWorker:
         return []
 
 
-@pytest.mark.parametrize("slots", [2, 4, 5])
+@pytest.mark.parametrize("slots", [2, 5])
 def test_what_workers_leave_to_two_gpus_is_spread_over_both(paper, case, monkeypatch, slots):
     """Every second expert was left to them, and all of these were at home on the same GPU."""
     alone = load(case("nf4"), EXPERTS)

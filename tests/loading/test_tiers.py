@@ -88,8 +88,9 @@ def load(
     )
 
 
-@pytest.mark.parametrize("host", [0, 4, 5, 8])
-@pytest.mark.parametrize("slots", [2, 3, 6, 8])
+@pytest.mark.parametrize(
+    ("slots", "host"), [(2, 0), (2, 4), (3, 5), (3, 8), (6, 0), (6, 5), (8, 0), (8, 8)]
+)
 def test_where_experts_are_does_not_show_in_the_text(
     tiny_model, expected_in_turn, expert_size, slots, host
 ):
@@ -142,8 +143,14 @@ def test_a_damaged_expert_is_an_error_when_it_is_needed_and_not_before(
 SMALL_FIRST = [("trellis3", "trellis3"), ("nf4", None)]
 
 
-@pytest.mark.parametrize("layout", ["cpu-packed", "bitsandbytes"])
-@pytest.mark.parametrize("forms", [[("trellis3", None)] * 2, SMALL_FIRST, SMALL_FIRST[::-1]])
+@pytest.mark.parametrize(
+    ("layout", "forms"),
+    [
+        ("cpu-packed", [("trellis3", None)] * 2),
+        ("cpu-packed", SMALL_FIRST),
+        ("bitsandbytes", SMALL_FIRST[::-1]),
+    ],
+)
 def test_nor_does_it_with_experts_in_3_bits_or_of_several_types(
     tiny_checkpoint, install, layout, forms
 ):
@@ -176,8 +183,7 @@ def test_a_layer_is_not_computed_in_the_form_of_another(make_checkpoint, install
     assert found == found[:1] * 4
 
 
-@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
-@pytest.mark.parametrize("forms", [SMALL_FIRST, SMALL_FIRST[::-1]])
+@pytest.mark.parametrize(("device", "forms"), [("cpu", SMALL_FIRST), ("cpu:0", SMALL_FIRST[::-1])])
 def test_experts_of_several_sizes_have_slots_of_their_sizes(
     tiny_checkpoint, install, forms, device
 ):
