@@ -8,7 +8,7 @@ from mixchat.base.options import LoadOptions
 from mixchat.bench import rounds
 from mixchat.bench.rounds import Bench, BenchOptions, BenchTask
 
-OPTIONS = BenchOptions(contexts=(0, 40), prompts=(16,), tokens=5, rounds=3)
+OPTIONS = BenchOptions(contexts=(0, 40), prompts=(16,), tokens=5, rounds=2)
 
 
 @pytest.fixture
@@ -19,16 +19,16 @@ def bench(tiny_model: Path, known_limits: None) -> Bench:
 
 
 def test_each_task_is_measured_in_each_round(bench):
-    assert list(bench.run()) == bench.tasks * 3
+    assert list(bench.run()) == bench.tasks * 2
     assert [task.name for task in bench.tasks] == [
         "decode after 0 tokens",
         "decode after 40 tokens",
         "prompt of 16 tokens",
     ]
     for task in bench.tasks:
-        assert len(task.rates) == len(task.limit_rates) == 3
+        assert len(task.rates) == len(task.limit_rates) == 2
         assert min(task.rates) > 0
-    assert len(bench.limits) == 9
+    assert len(bench.limits) == 6
 
 
 def test_decoding_is_measured_token_by_token(bench):

@@ -10,7 +10,6 @@ from mixchat.base.options import ExpertSize, LoadOptions, SamplingOptions
 from mixchat.base.safetensors import SafetensorsFile
 from mixchat.bench import synthetic
 from mixchat.loading.loader import load_engine
-from mixchat.weights.families.read_config import FAMILIES
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import read_manifest
 from mixchat.weights.known_models import KNOWN, KnownModel
@@ -43,7 +42,7 @@ def small(monkeypatch):
     return small
 
 
-@pytest.fixture(params=["instruct", "qwen3", "gpt-oss", "mellum2", "olmoe", "granite"])
+@pytest.fixture(params=["instruct", "gpt-oss", "mellum2", "granite"])
 def shape(request, small):
     """The name of a known model, whose shapes are small here."""
     small(request.param)
@@ -61,10 +60,6 @@ def test_a_model_of_each_shape_reads_a_prompt_and_decodes(shape, tmp_path):
     # NaN raises `CheckpointError`.
     tokens = engine.generate([7, 8, 9] * 8, sampling=SamplingOptions(seed=0), stop_ids=set())
     assert len([*islice(tokens, 8)]) == 8
-
-
-def test_each_shape_is_of_a_family():
-    assert {known.config["model_type"] for known in KNOWN.values()} <= {*FAMILIES}
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -90,9 +85,8 @@ def test_experts_that_come_in_mxfp4_have_no_other_bits(tmp_path):
 
 
 @pytest.mark.parametrize("shape", ["instruct"], indirect=True)
-@pytest.mark.parametrize("size", ["3.2", "4.4"])
-def test_a_model_with_experts_of_several_types_reads_a_prompt_and_decodes(shape, tmp_path, size):
-    synthetic.write_synthetic(tmp_path / "model", 4, ExpertSize.parse(size), shape)
+def test_a_model_with_experts_of_several_types_reads_a_prompt_and_decodes(shape, tmp_path):
+    synthetic.write_synthetic(tmp_path / "model", 4, ExpertSize(3.2), shape)
     engine = load_engine(tmp_path / "model", LoadOptions(device="cpu", context_size=64))
     assert engine.blueprint.layers
     tokens = engine.generate([7, 8, 9] * 8, sampling=SamplingOptions(seed=0), stop_ids=set())

@@ -188,20 +188,6 @@ def test_the_faster_way_to_read_is_taken(tmp_path, monkeypatch, slow):
     assert min(result.busy, result.idle) > 10 * BLOCK  # the other way reads two blocks a second
 
 
-def test_a_file_system_without_direct_reads_is_read_through_the_cache(tmp_path, monkeypatch):
-    asked: list[bool] = []
-
-    def refuse(disk, direct):
-        asked.append(direct)
-        if direct:
-            raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(disk_speed._Disk, "_set_direct", refuse)
-    result = measured(tmp_path)
-    assert result is not None
-    assert asked.count(True) == 1
-
-
 def test_memory_is_fresh_each_time_where_a_cold_start_is_measured(tmp_path, monkeypatch):
     preadv, targets = os.preadv, []
 
@@ -235,13 +221,6 @@ def test_experts_of_an_installed_model_are_read_each_before_one_is_again(tmp_pat
         "experts-000.safetensors",
         "experts-001.safetensors",
     }
-
-
-def test_a_model_of_few_experts_is_not_read_again_and_again(tmp_path, monkeypatch):
-    (tmp_path / "experts-000.safetensors").write_bytes(os.urandom(20 * BLOCK))
-    written = spy_on_writing(monkeypatch)
-    assert measured(tmp_path) is not None
-    assert sum(written) == SIZE
 
 
 def test_ctrl_c_while_the_disk_is_read_leaves_nothing(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import assign_owners
-from mixchat.planning.expectation import SpeedRange, TokenCost, expect, size_of
+from mixchat.planning.expectation import TokenCost, expect, size_of
 from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
 from mixchat.planning.routing import busiest_share
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -79,13 +79,6 @@ def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read():
     assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / (IN_USE * 3e9))
 
 
-def test_an_embedding_that_serves_as_the_head_is_computed_as_one():
-    tied = Blueprint(replace(CONFIG, tie_word_embeddings=True), BLUEPRINT.quantization)
-    assert tied.head is None
-    costs = [decode_cost(made, CPU, SPEEDS, on_cpu(256)) for made in (tied, BLUEPRINT)]
-    assert costs[0] == costs[1]
-
-
 @pytest.mark.parametrize("slots", [(64,), (64, 64), (96, 32), (80, 48, 16), (10, 40)])
 @pytest.mark.parametrize("chosen", [1, 2, 3])
 def test_the_busiest_gpu_has_what_counting_all_choices_says(slots, chosen):
@@ -113,19 +106,6 @@ def test_slots_of_all_gpus_count_for_the_hit_rate():
     spread = Placement(100, 56, 256, other_slots=(60, 40))
     assert hit_rates(BLUEPRINT, GPU, spread) == hit_rates(BLUEPRINT, GPU, Placement(200, 56, 256))
     assert held_together(BLUEPRINT, GPU, spread) == 256
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "words"),
-    [
-        (5.0, 9.0, "faster than you read"),
-        (4.9, 5.0, "about as fast as you read"),
-        (0.5, 4.9, "slower than you read"),
-        (0.5, 0.9, "much slower than you read"),
-    ],
-)
-def test_a_speed_is_said_in_words(low, high, words):
-    assert SpeedRange(low, high, 0.0).in_words == words
 
 
 @pytest.mark.parametrize("held", [256, 100])

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixchat.base import machine
 from mixchat.planning import measuring
 from mixchat.planning.compute_speed import Effort
 from mixchat.planning.disk_speed import DiskRates
@@ -132,7 +131,7 @@ def test_a_figure_is_the_mean_of_what_came_after_the_first_time(
     assert result.layer_seconds == pytest.approx(seconds, rel=0.05)
 
 
-@pytest.mark.parametrize(("each", "samples"), [(0.02, 3), (2.0, 1), (20.0, 1)])
+@pytest.mark.parametrize(("each", "samples"), [(0.05, 3), (20.0, 1)])
 def test_measuring_a_busy_machine_has_an_end(
     blueprint, tmp_path, monkeypatch, clock, each, samples
 ):
@@ -220,11 +219,3 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
         assert result.disk_bandwidth_fresh == 1e9
     stride = blueprint.expert.stride
     assert asked == [(tmp_path, stride, size, [1]) for size in (4 * stride, 10**6)]
-
-
-def test_without_room_all_but_the_disk_is_measured(blueprint, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "free_disk", lambda directory: 10 * blueprint.expert.stride - 1)
-    result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
-    assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (None, None)
-    assert result.memory_bandwidth > 0
-    assert set(result.expert_seconds["cpu"]) >= {1, 8}

@@ -54,7 +54,7 @@ def test_in_a_synthetic_trace_every_pair_of_experts_is_as_likely(synthetic):
 def test_a_little_more_room_is_a_little_better_with_the_layers_in_mind(synthetic):
     """By the clock, 64 slots hold the last token's experts and 112 those of the last two; what is
     between is of no use to LRU."""
-    short = Trace("synthetic", 32, 8, 2, synthetic.forwards[:500])
+    short = Trace("synthetic", 32, 8, 2, synthetic.forwards[:300])
     rates = {
         policy: [replay(short, slots, policy).decode.hit_rate for slots in (64, 88, 104)]
         for policy in ("lru", "layered")
@@ -74,10 +74,11 @@ def test_with_slots_for_the_last_token_lru_hits_what_two_tokens_share(synthetic)
     assert replay(synthetic, 64, "lru").decode.hit_rate == pytest.approx(expected, abs=0.005)
 
 
-@pytest.mark.parametrize("slots", [20, 56, 100, 168, 230])
+@pytest.mark.parametrize("slots", [20, 100, 200])
 def test_an_expected_hit_rate_is_that_of_a_simulated_cache(synthetic, slots):
-    rate = replay(synthetic, slots, DEFAULT_POLICY).decode.hit_rate
-    assert expected_hit_rate(config(32, 8, 2), slots) == pytest.approx(rate, abs=0.01)
+    short = Trace("synthetic", 32, 8, 2, synthetic.forwards[:1000])
+    rate = replay(short, slots, DEFAULT_POLICY).decode.hit_rate
+    assert expected_hit_rate(config(32, 8, 2), slots) == pytest.approx(rate, abs=0.015)
 
 
 def config(layers: int, experts: int, chosen: int) -> Any:

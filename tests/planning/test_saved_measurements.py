@@ -41,31 +41,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_machine_is_measured_several_times_and_remembered_with_the_date(tmp_path):
+def test_measuring_again_replaces_what_was_known(tmp_path):
+    """A measurement that a busy machine had spoiled stayed for good."""
     path = tmp_path / "new" / "machine.json"
     samples = [dataclasses.replace(SPEEDS, memory_bandwidth=1e9 + n) for n in range(SAMPLES)]
     left = iter(samples)
     made = measure_and_save(path, "here", PLACE, lambda: next(left))
     assert made == dataclasses.replace(MADE, samples=tuple(samples))
     assert load_measurement(path, "here", CPU) == made
-
-
-def test_measuring_again_replaces_what_was_known(tmp_path):
-    """A measurement that a busy machine had spoiled stayed for good."""
-    path = tmp_path / "machine.json"
-    measure_and_save(path, "here", PLACE, lambda: SPEEDS)
     slower = dataclasses.replace(SPEEDS, memory_bandwidth=1e9)
     made = measure_and_save(path, "here", PLACE, lambda: slower)
     assert made.samples == (slower,) * SAMPLES
     assert load_measurement(path, "here", CPU) == made
-
-
-def test_figures_of_another_device_are_saved_too(tmp_path):
-    path = tmp_path / "machine.json"
-    seconds = {"cpu": {1: 0.003, 8: 0.005}, "cuda": {1: 1e-4, 8: 2e-4}}
-    known = dataclasses.replace(SPEEDS, copy_bandwidth=2e10, expert_seconds=seconds)
-    made = measure_and_save(path, "here", PLACE, lambda: known)
-    assert load_measurement(path, "here", torch.device("cuda")) == made
 
 
 def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path):
@@ -90,8 +77,6 @@ def entry(**changes: Any) -> str:
 DAMAGED = [
     "",
     "{",
-    "[]",
-    "\0",
     "[" * 100_000,
     '{"format": 4}',
     '{"format": 4, "machines": []}',
@@ -102,22 +87,14 @@ DAMAGED = [
     entry().replace('"format": 4', '"format": 0'),
     entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
     entry(memory_bandwidth=0),
-    entry(disk_bandwidth=-1),
-    entry(disk_bandwidth=None),
     entry(disk_bandwidth_idle="3e9"),
-    entry(disk_bandwidth_fresh=0),
     entry(memory_bandwidth=float("nan")),
-    entry(memory_bandwidth=float("inf")),
     entry(memory_bandwidth=10**400),
-    entry(expert_seconds={}),
-    entry(expert_seconds=[]),
     entry(expert_seconds={"cpu": []}),
-    entry(expert_seconds={"cpu": {}}),
     entry(expert_seconds={"cpu": {"1": 1.0}}),
     entry(expert_seconds={"cuda": {"1": 1.0, "8": 1.0}}),
     entry(expert_seconds={"cpu": {"one": 1.0, "8": 1.0}}),
     entry(expert_seconds={"cpu": {"1": 1.0, "8": None}}),
-    entry(layer_seconds=None),
     entry(layer_seconds=0),
     entry().replace(', "cpu": "a CPU"', ""),
     entry().replace('"other_programs": 0.1', '"other_programs": "some"'),
@@ -125,13 +102,13 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path, text):
+def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path):
     path = tmp_path / "machine.json"
-    path.write_text(text)
-    assert load_measurement(path, "here", CPU) is None
-    assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
-    assert load_measurement(path, "here", CPU) == MADE
+    for text in DAMAGED:
+        path.write_text(text)
+        assert load_measurement(path, "here", CPU) is None, text
+        assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
+        assert load_measurement(path, "here", CPU) == MADE
 
 
 def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):

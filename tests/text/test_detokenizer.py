@@ -9,7 +9,7 @@ from text_strategies import anything
 
 from mixchat.text.detokenizer import Detokenizer, StopStrings
 
-many = settings(max_examples=100)
+many = settings(max_examples=40)
 
 
 def streamed(tokenizer: Any, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> list[str]:

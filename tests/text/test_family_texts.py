@@ -15,7 +15,7 @@ from mixchat.text.messages import Message
 from mixchat.text.thinking import ThinkingFormat
 
 CASES = [(family, name) for family, text in FAMILIES.items() for name in text.templates]
-CONVERSATIONS = 1000
+CONVERSATIONS = 200
 WORDS = [
     *build.CORPUS[0].split(), *build.CORPUS[2].split(), "don't", "DON'T", "I'll", "we're", "12345",
     "3.14", "naïve", "cafe\u0301", "Grüße", "здравствуй", "你好", "🙂", "👩‍🚀", "١٢٣", "e\u0301e",

@@ -31,7 +31,7 @@ _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 def texts() -> list[str]:
     draw = random.Random(1)
     pieces = [*WORDS, *CONTROL, *SHARDS, " ", " ", "\n", "한국어", "\U0001f9d1\u200d\U0001f680"]
-    return ["".join(draw.choices(pieces, k=draw.randrange(1, 30))) for _ in range(500)]
+    return ["".join(draw.choices(pieces, k=draw.randrange(1, 30))) for _ in range(150)]
 
 
 def written(files: dict[str, bytes], directory: Path) -> Path:

@@ -76,13 +76,13 @@ def conversations(draw: st.DrawFn) -> list[Message]:
     return [*messages, Message("user", draw(anything))]
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(messages=conversations())
 def test_the_ids_are_mistral_commons(messages, instruct, oracle):
     assert instruct.encode(messages) == oracle(messages)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(messages=conversations())
 def test_the_ids_of_the_third_generation_are_mistral_commons(messages, instruct_v3, oracle_v3):
     assert instruct_v3.encode(messages) == oracle_v3(messages)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat.text.thinking import AnswerText, ThinkingFormat, format_of, parser_of
@@ -69,6 +69,7 @@ def pieces_of(text: str, cuts: Any) -> list[str]:
         ("", "<think>🙂</think>🙂", "🙂", "🙂"),
     ],
 )
+@settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 60), max_size=60))
 def test_tags_are_found_in_any_pieces(prompt, answer, thinking, text, cuts):
     found, rest, start = parsed(TAGS, pieces_of(answer, cuts), prompt)

@@ -9,7 +9,7 @@ from text_strategies import anything
 
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
 
-many = settings(max_examples=150)
+many = settings(max_examples=40)
 choices = st.lists(st.integers(0, 10**9), min_size=1, max_size=30)
 
 

@@ -17,7 +17,7 @@ from mixchat.base.errors import PromptError
 from mixchat.text.choose import load_tokenizer
 from mixchat.text.spm import SentencePieceTokenizer
 
-few = settings(max_examples=80)
+few = settings(max_examples=30)
 
 
 @few

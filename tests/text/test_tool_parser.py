@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat.text.thinking import AnswerText, ThinkingFormat
@@ -99,6 +99,7 @@ def parsed(tools: str | None, thinking: Any, answer: str, cuts: list[int]) -> An
         (None, None, f"<tool_call>{F}</tool_call>", f"<tool_call>{F}</tool_call>", []),
     ],
 )  # fmt: skip
+@settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 200), max_size=60))
 def test_calls_are_found_in_any_pieces(
     tools: str, thinking: Any, answer: str, text: str, calls: Any, cuts: list[int]

@@ -144,7 +144,7 @@ strings = st.one_of(anything, st.sampled_from(["im_end", "<|im_end|>", "|>", "to
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(hostile=st.lists(strings, min_size=6, max_size=6))
 def test_nothing_in_tools_or_calls_adds_a_control_token(
     name: str, hostile: list[str], directories: Any

@@ -91,8 +91,9 @@ def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer
     return answer, joined_calls(calls)
 
 
-@pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "single"])
-@pytest.mark.parametrize("said", [None, "Hm. "], ids=["must", "may"])
+@pytest.mark.parametrize(
+    ("said", "parallel"), [(None, True), ("Hm. ", False)], ids=["must, parallel", "may, single"]
+)
 @pytest.mark.parametrize(
     ("name", "controls"),
     [
@@ -114,7 +115,7 @@ def test_random_tokens_make_calls_that_keep_to_the_schemas(
     tokens = Tokens(*controls)
     form = CallForm(FORMATS[name], TOOLS, tokens.control_tokens, said is None, parallel)
     counts = set()
-    for seed in range(4):
+    for seed in range(2):
         begun = "" if said is None else said + ("" if name == "harmony" else FORMATS[name].opening)
         if name == "harmony" and said:
             begun = "<|channel|>analysis<|message|>Hm.<|channel|>commentary to=functions"
@@ -165,7 +166,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize("controls", [True, False])
 @pytest.mark.parametrize("name", WRITTEN)
-@pytest.mark.parametrize("text", [TEXT, "5", ""])
+@pytest.mark.parametrize("text", [TEXT, ""])
 def test_texts_between_tags_stand_without_quotes(name: str, controls: bool, text: str) -> None:
     tokens = Tokens(*FORMATS[name].marks if controls else ())
     form = CallForm(FORMATS[name], [WRITE], tokens.control_tokens, parallel=False)
@@ -238,7 +239,7 @@ def test_without_an_opening_every_token_may_come() -> None:
 
 def test_an_answer_has_its_own_form_or_is_a_call() -> None:
     form = CallForm(FORMATS["tags"], TOOLS, must_call=True, answer={"enum": ["yes"]})
-    kinds = {walk(form, Tokens(), seed)[0].text for seed in range(12)}
+    kinds = {walk(form, Tokens(), seed)[0].text for seed in range(6)}
     assert kinds == {"", '"yes"'}
 
 

@@ -93,8 +93,7 @@ def test_control_tokens_are_never_allowed_as_text(tokenizer):
     assert allowed(form()) & controls == {stop}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_what_is_shown_of_random_answers_has_the_form(seed, tokenizer, kind):
+def test_what_is_shown_of_random_answers_has_the_form(tokenizer, kind):
     """For each kind of tokenizer, at the start of a text and after a prompt."""
     pattern = r"(é|€|🙂| a|  |\n|[a-z,.])" if kind != "unigram" else "( |[a-e])"
     stop = tokenizer.eos_id or tokenizer.control_tokens.get("<|im_end|>")
@@ -102,7 +101,7 @@ def test_what_is_shown_of_random_answers_has_the_form(seed, tokenizer, kind):
     form = ConstraintCompiler(tokenizer, {stop}).compile(constraint)
     for before in ([], tokenizer.encode("Once upon")):
         answer, ids = form(continued=bool(before)), list[int]()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(1)
         while True:
             weights = answer.allowed().float()
             token = int(torch.multinomial(weights, 1, generator=generator))
