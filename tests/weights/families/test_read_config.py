@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from mixchat.base.errors import CheckpointError
@@ -76,52 +74,31 @@ def test_keys_of_another_type_make_no_difference():
     )
 
 
-def test_eos_may_be_a_list():
-    config = read_config({**MIXTRAL, "eos_token_id": [2, 32000]})
-    assert config.eos_token_ids == (2, 32000)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "llama"}, "does not run"),
-        ({"model_type": None}, "does not run"),
         ({"model_type": ["llama"]}, "does not run"),
-        ({"model_type": {"a": "llama"}}, "does not run"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "4096"}, "hidden_size"),
-        ({"hidden_size": True}, "hidden_size"),
         ({"hidden_size": 4097, "head_dim": 128}, "odd"),
-        ({"vocab_size": -1}, "vocab_size"),
         ({"num_hidden_layers": 2**40}, "num_hidden_layers"),
-        ({"num_hidden_layers": 2**30, "sliding_window": 9}, "1073741824 layers"),
         ({"num_key_value_heads": 7}, "cannot share"),
         ({"head_dim": 127}, "odd"),
         ({"num_experts_per_tok": 9}, "experts per token"),
         ({"rope_scaling": {"type": "su", "factor": 4}}, "rope type 'su' is not supported"),
-        ({"rope_scaling": {"type": ["yarn"]}}, "rope type"),
-        ({"rope_scaling": [1]}, "rope_scaling"),
         ({"rope_scaling": {"factor": 4}}, "no rope_type"),
-        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor 0.5"),
-        ({"rope_scaling": {"type": "linear", "factor": 1e9}}, "factor 1e"),
-        ({"rope_scaling": {"type": "dynamic", "factor": "4"}}, "factor is '4'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4}, "head_dim": 2}, "head_dim above 2"),
         ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta above 1"),
         ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast"),
-        ({"rope_scaling": {**YARN, "attention_factor": -1}}, "attention_factor"),
-        ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate"),
         ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {**YARN, ORIGINAL: 2.5}}, ORIGINAL),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "llama3", "factor": 8}}, "low_freq_factor is None"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor above"),
         ({"rope_scaling": LONGROPE}, "64 numbers"),
-        ({"rope_scaling": {**LONGROPE, "short_factor": None}}, "short_factor is None"),
         ({"rope_scaling": {**LONGROPE, "long_factor": [1, "2"]}}, "long_factor is '2'"),
-        ({"rope_scaling": {**LONGROPE, ORIGINAL: 1}, "head_dim": 2}, "above 1 token"),
-        ({"rope_scaling": {"type": "longrope", ORIGINAL: 65536}}, "short_factor is None"),
         ({"rope_parameters": "default"}, "rope_parameters"),
         ({"rope_parameters": {"full_attention": YARN, "sliding_attention": 1}}, "sliding"),
         (
@@ -129,11 +106,7 @@ def test_eos_may_be_a_list():
             "factor is None",
         ),
         ({"rope_theta": "big"}, "rope_theta"),
-        ({"rms_norm_eps": []}, "rms_norm_eps"),
-        ({"sliding_window": -5}, "sliding_window"),
         ({"sliding_window": 0}, "sliding_window"),
-        ({"num_local_experts": 0}, "num_local_experts"),
-        ({"num_experts_per_tok": False}, "num_experts_per_tok"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id"),
     ],
@@ -153,18 +126,6 @@ def test_a_file_that_is_not_an_object_is_refused(tmp_path, text):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json: the file is missing"):
-        read_config_file(tmp_path / "config.json")
-
-
-def test_reads_a_file(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(MIXTRAL))
-    assert read_config_file(path) == read_config(MIXTRAL)
-
-
-def test_a_directory_in_place_of_the_file_is_named(tmp_path):
-    (tmp_path / "config.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         read_config_file(tmp_path / "config.json")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel ne
 each_layout = pytest.mark.parametrize(
     "layout", ["bitsandbytes", pytest.param("cpu-packed", marks=needs_kernel)]
 )
-each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-TOKENS = (1, 2, 7, 16, 33)
-SHAPES = ((64, 128), (96, 64), (40, 128), (64, 96), (5, 6), (3, 65), (1, 1))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENS = (1, 7, 33)
+SHAPES = ((64, 128), (40, 128), (64, 96), (3, 65), (1, 1))
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,18 @@ def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(kind.type.dequantize(*whole, (200, 33), torch.float32), matrix)
 
 
-@each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dequantizing_is_the_definition_to_rounding(
-    kind: Kind, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_dequantizing_is_the_definition_to_rounding(kind: Kind, shape: tuple[int, int]) -> None:
     codes, absmax = kind.type.codes(random(*shape))
-    result = kind.type.dequantize(codes, absmax, shape, dtype)
-    assert result.dtype == dtype
-    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-22}[dtype]
     expected = exact(kind, codes, absmax, shape)
-    torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=1e-7)
+    for dtype, rounding in (
+        (torch.bfloat16, 2**-8),
+        (torch.float16, 2**-10),
+        (torch.float32, 2**-22),
+    ):
+        result = kind.type.dequantize(codes, absmax, shape, dtype)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=1e-7)
 
 
 @settings(max_examples=50)
@@ -216,14 +218,12 @@ def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
 
 
 @each_layout
-@pytest.mark.parametrize("shape", SHAPES)
-def test_sizes_announced_are_sizes_written(
-    kind: Kind, layout: Layout, shape: tuple[int, int]
-) -> None:
-    linear = spec(kind, layout, *shape)
-    written = linear.encode(random(*shape))
-    assert [one.shape for one in linear.tensors] == [tuple(tensor.shape) for tensor in written]
-    assert [one.dtype for one in linear.tensors] == [tensor.dtype for tensor in written]
+def test_sizes_announced_are_sizes_written(kind: Kind, layout: Layout) -> None:
+    for shape in SHAPES:
+        linear = spec(kind, layout, *shape)
+        written = linear.encode(random(*shape))
+        assert [one.shape for one in linear.tensors] == [tuple(tensor.shape) for tensor in written]
+        assert [one.dtype for one in linear.tensors] == [tensor.dtype for tensor in written]
 
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
@@ -250,13 +250,12 @@ def test_a_shape_the_packed_layout_cannot_take_stays_portable(kind: Kind) -> Non
 
 
 @each_layout
-@each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_product_is_that_of_the_exact_matrix_to_rounding(
-    kind: Kind, layout: Layout, dtype: torch.dtype, shape: tuple[int, int]
+    kind: Kind, layout: Layout, shape: tuple[int, int]
 ) -> None:
     linear, matrix = build(kind, spec(kind, layout, *shape))
-    for tokens in TOKENS:
+    for tokens, dtype in product(TOKENS, DTYPES):
         x = random(tokens, shape[1], seed=tokens).to(dtype)
         result, expected = linear(x), x.double() @ matrix.T
         assert (result.dtype, result.shape) == (dtype, (tokens, shape[0]))
@@ -267,16 +266,14 @@ def test_a_product_is_that_of_the_exact_matrix_to_rounding(
 
 
 @each_layout
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_visible_and_to_its_token(
-    kind: Kind, layout: Layout, bad: float
-) -> None:
+def test_what_is_no_number_stays_visible_and_to_its_token(kind: Kind, layout: Layout) -> None:
     linear, _ = build(kind, spec(kind, layout))
     x = random(3, 128)
-    x[1, 77] = bad
-    finite = linear(x).isfinite()
-    assert finite[::2].all()
-    assert not finite[1].any()
+    for bad in (torch.nan, torch.inf):
+        x[1, 77] = bad
+        finite = linear(x).isfinite()
+        assert finite[::2].all()
+        assert not finite[1].any()
 
 
 def test_dequantizing_piece_by_piece_gives_the_rows_in_order(
@@ -302,10 +299,9 @@ def test_the_map_reads_its_tensors_anew_each_time(kind: Kind, layout: Layout) ->
 
 
 @each_layout
-@each_dtype
-@pytest.mark.parametrize("shape", [(64, 128), (50, 128), (7, 33)])
+@pytest.mark.parametrize("shape", [(64, 128), (7, 33)])
 def test_a_bias_is_added_to_each_row_and_read_anew(
-    kind: Kind, layout: Layout, dtype: torch.dtype, shape: tuple[int, int]
+    kind: Kind, layout: Layout, shape: tuple[int, int]
 ) -> None:
     plain = spec(kind, layout, *shape)
     biased, weight = replace(plain, bias=True), random(*shape)
@@ -313,7 +309,7 @@ def test_a_bias_is_added_to_each_row_and_read_anew(
     assert [one.shape for one in biased.tensors] == [tuple(tensor.shape) for tensor in tensors]
     assert biased.tensors[-1].name == "w.bias"
     linear, without = biased.build(tensors), plain.build(plain.encode(weight))
-    for tokens in TOKENS:
+    for tokens, dtype in product(TOKENS, DTYPES):
         x, bias = random(tokens, shape[1], seed=tokens).to(dtype), random(1, shape[0], tokens)
         if biased.stored_rows == shape[0] or not biased.packed:
             tensors[-1].copy_(bias[0])
@@ -340,13 +336,11 @@ def test_a_bias_stays_the_last_when_a_matrix_is_converted(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @needs_kernel
 def test_the_steps_of_a_packed_map_have_its_bits(
     kind: Kind, dtype: torch.dtype, bias: bool
 ) -> None:
-    if dtype == torch.float16:
-        pytest.skip("the kernels compute no fp16")
     linear = replace(spec(kind, "cpu-packed"), bias=bias)
     packed = as_packed(
         linear.build(linear.encode(random(64, 128), bias=random(1, 64)[0] if bias else None))

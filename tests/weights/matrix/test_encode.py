@@ -91,16 +91,10 @@ def test_to_divide_as_bitsandbytes_does_in_a_short_block_gives_the_same_codes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(64, 64), (5, 6), (1, 1), (3, 65), (7, 130)])
+@pytest.mark.parametrize("shape", [(64, 64), (3, 65)])
 def test_every_type_is_rounded_to_bf16_first(dtype, shape):
     generator = torch.Generator().manual_seed(0)
     assert_as_bitsandbytes(torch.randn(shape, generator=generator).to(dtype))
-
-
-def test_a_transposed_matrix_is_coded_by_its_rows():
-    weight = random_weight(96, 65)
-    for one, other in zip(NF4.codes(weight.T), NF4.codes(weight.T.contiguous()), strict=True):
-        assert torch.equal(one, other)
 
 
 @each_way
@@ -126,12 +120,6 @@ def test_a_parameter_is_quantized_also_in_inference_mode(search):
         inside = NF4.codes(weight, search=search)
     assert torch.equal(outside[0], inside[0])
     assert torch.equal(outside[1], inside[1])
-
-
-def test_the_count_of_threads_stays_what_it_was():
-    before = torch.get_num_threads()
-    NF4.codes(random_weight(2, 64))
-    assert torch.get_num_threads() == before
 
 
 @settings(max_examples=200)

@@ -117,7 +117,7 @@ class TestPlan:
 
     @pytest.mark.parametrize(
         "start",
-        [b"", b"<html>", struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"[]", bytes(8)],
+        [b"", struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"[]"],
     )
     def test_refuses_a_shard_that_is_no_safetensors_file(self, fake, start):
         fake.files[SHARDS[0]] = start + b" " * 5_000
@@ -153,10 +153,8 @@ class TestPlan:
             ({INDEX: None}, "only pickled weights"),
             (dict.fromkeys([INDEX, *SHARDS, *UNWANTED]), "no weights"),
             ({"config.json": None}, "no config.json"),
-            ({"config.json": b"<html>"}, "not JSON"),
             ({SHARDS[1]: None}, "names model-00002"),
             ({INDEX: b"{"}, "cannot be read"),
-            ({INDEX: as_json({"weight_map": {}})}, "names no files"),
             ({INDEX: an_index("original/model.safetensors")}, "no shard"),
             ({INDEX: an_index("consolidated.safetensors")}, "no shard"),
         ],
@@ -183,16 +181,10 @@ class TestPlan:
         "edit",
         [
             lambda answer: b"<html>please log in</html>",
-            lambda answer: [],
-            lambda answer: {"sha": COMMIT},
             lambda answer: {**answer, "sha": "../../../etc"},
-            lambda answer: {**answer, "sha": None},
             lambda answer: {**answer, "siblings": [{"rfilename": None}]},
-            lambda answer: {**answer, "siblings": [7]},
             lambda answer: _resized(answer, "config.json", -1),
-            lambda answer: _resized(answer, "config.json", None),
             lambda answer: _rehashed(answer, "../../../../tmp/evil"),
-            lambda answer: _rehashed(answer, "0" * 63),
         ],
     )
     def test_does_not_believe_a_malformed_answer(self, fake, edit):

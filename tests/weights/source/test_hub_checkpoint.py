@@ -139,8 +139,9 @@ class TestRate:
         assert checkpoint.rate(SHARDS, keep=True) is None
         assert checkpoint.rate(SHARDS, keep=False) is None
 
-    @pytest.mark.parametrize("keep", [True, False])
-    @pytest.mark.parametrize("fault", [{"cut_after": 0}, {"status": 503}])
+    @pytest.mark.parametrize(
+        ("fault", "keep"), [({"cut_after": 0}, True), ({"status": 503}, False)]
+    )
     def test_a_lost_connection_meanwhile_is_no_failure(self, fake, target, fault, keep):
         """Everything else is requested again; a plan failed at the first hiccup."""
         checkpoint = origin_for(target)
@@ -248,8 +249,9 @@ class TestCache:
         assert cached.is_symlink()
         assert cached.read_bytes() == good
 
-    @pytest.mark.parametrize("keep_source", [False, True])
-    @pytest.mark.parametrize("lie", [{"sha256": "0" * 64}, {"size": 7}])
+    @pytest.mark.parametrize(
+        ("lie", "keep_source"), [({"sha256": "0" * 64}, False), ({"size": 7}, True)]
+    )
     def test_what_is_good_there_stays_whatever_the_hub_lists(
         self, fake, target, cached, lie, keep_source
     ):

@@ -86,9 +86,7 @@ class TestFile:
         assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
         assert bar.done == len(DATA)
 
-    @pytest.mark.parametrize(
-        "left", [b"x" * 40_000, b"x" * len(DATA), DATA + b"!", b"", b"x" + DATA[1:50_000]]
-    )
+    @pytest.mark.parametrize("left", [b"x" * len(DATA), DATA + b"!", b"", b"x" + DATA[1:50_000]])
     def test_what_was_left_and_turns_out_wrong_is_fetched_again_once(self, hub, tmp_path, left):
         part_path(tmp_path / NAME).write_bytes(left)
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
@@ -136,7 +134,7 @@ class TestFile:
             fetch(hub, tmp_path / NAME)
         assert len(ranges(hub)) == 1 + len(transfer._WAITS_S)
 
-    @pytest.mark.parametrize("status", [408, 429, 500, 503])
+    @pytest.mark.parametrize("status", [408, 500])
     def test_a_busy_store_is_asked_again(self, hub, tmp_path, status):
         hub.fail(f"^/{NAME}", times=2, status=status)
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
@@ -244,17 +242,14 @@ class TestRetryAfter:
         self.stop = Impatient()
         return waited
 
-    @pytest.mark.parametrize("status", [429, 503])
     @pytest.mark.parametrize(
-        ("asked", "least", "most"),
+        ("status", "asked", "least", "most"),
         [
-            ("7", 7, 7),
-            ("100000", 300, 300),
-            ("Fri, 01 Jan 2100 00:00:00 +0000", 300, 300),
-            ("Wed, 21 Oct 2015 07:28:00 GMT", 1, 1),
-            ("soon", 1, 1),
-            ("", 1, 1),
-            ("-5", 1, 1),
+            (429, "7", 7, 7),
+            (503, "100000", 300, 300),
+            (429, "Fri, 01 Jan 2100 00:00:00 +0000", 300, 300),
+            (429, "Wed, 21 Oct 2015 07:28:00 GMT", 1, 1),
+            (429, "-5", 1, 1),
         ],
     )
     def test_is_heeded_for_five_minutes_at_most(
@@ -330,12 +325,12 @@ def watch(path: Path, started: Event) -> None:
 
 
 class TestRange:
-    @pytest.mark.parametrize(("start", "size"), [(0, 1), (0, 5000), (99_999, 1), (41_234, 3_210)])
+    @pytest.mark.parametrize(("start", "size"), [(0, 1), (41_234, 3_210)])
     def test_is_read_and_nothing_more(self, hub, start, size):
         assert read_range(url(hub), start, size, Event()) == DATA[start : start + size]
         assert ranges(hub) == [f"bytes={start}-{start + size - 1}"]
 
-    @pytest.mark.parametrize(("start", "size"), [(0, 1), (99_999, 1), (1_000, 1_000), (999, 2_002)])
+    @pytest.mark.parametrize(("start", "size"), [(99_999, 1), (999, 2_002)])
     def test_is_cut_out_where_the_hub_knows_no_ranges(self, hub, start, size):
         hub.ranges = False
         assert read_range(url(hub), start, size, Event()) == DATA[start : start + size]
