@@ -219,7 +219,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def install(checkpoint: Path, forms: Sequence[Any] = (), **options: Any) -> Path:
         from mixchat.weights.format.manifest import Source
-        from mixchat.weights.make.build import Build
+        from mixchat.weights.make.from_checkpoint import CheckpointBuild
         from mixchat.weights.make.mix import mixed
         from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
         from mixchat.weights.source.checkpoint import DirectoryCheckpoint
@@ -227,7 +227,7 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         target = tmp_path_factory.mktemp("installed") / "model"
         opened = DirectoryCheckpoint(checkpoint, Source("test"))
         blueprint = make_blueprint(opened.index, QuantizeOptions(**options))
-        Build(opened, target, mixed(blueprint, forms) if forms else blueprint).run()
+        CheckpointBuild(opened, target, mixed(blueprint, forms) if forms else blueprint).run()
         return target
 
     return install

@@ -20,6 +20,7 @@ from typing import Any
 DIRECT: int = getattr(os, "O_DIRECT", 0)  # of `os.open`, which macOS lacks
 _USUAL_FILES = 64  # that a process with a model has open
 _OPEN_S, _OPEN_AGAIN_S = 3.0, 0.05  # for a file, if strangers have all descriptors
+_AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # of renameat2 and of renamex_np
 _open_files_lock = threading.Lock()
 
 
@@ -46,6 +47,20 @@ def set_direct(descriptor: int, direct: bool) -> None:
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         flags = flags | DIRECT if direct else flags & ~DIRECT
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two directories in one step. Return False if that is impossible."""
+    import ctypes
+
+    library, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+    try:
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(*names, _RENAME_SWAP) == 0)
+        at = ctypes.c_int(_AT_FDCWD)
+        return bool(library.renameat2(at, names[0], at, names[1], _RENAME_EXCHANGE) == 0)
+    except AttributeError:  # an old musl has no renameat2
+        return False
 
 
 def allow_open_files(count: int) -> None:

@@ -30,7 +30,6 @@ from mixchat.weights.format.manifest import (
     Manifest,
     Source,
     WeightsRecord,
-    unlike,
     write_manifest,
 )
 from mixchat.weights.known_models import KNOWN
@@ -78,16 +77,15 @@ def write_synthetic(
     blueprint = replace(whole_model, config=read_config(config))
     if expert_bits.whole is None:
         blueprint = expected_mix(blueprint, expert_bits)
-    whole = blueprint.quantization.description()
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()
     write_file(directory / "config.json", text)
     files = {"config.json": FileRecord.of(text)}
-    weights, quantizations = {}, blueprint.quantizations()
+    weights, own = {}, blueprint.descriptions()
     for seed, (name, specs) in enumerate(blueprint.files().items()):
-        record = _write(directory / name, specs, seed)
-        weights[name] = replace(record, unlike=unlike(quantizations[name].description(), whole))
-    write_manifest(directory, Manifest(Source("synthetic"), whole, files, weights))
+        weights[name] = replace(_write(directory / name, specs, seed), quantization=own[name])
+    manifest = Manifest(Source("synthetic"), blueprint.description(), files, weights)
+    write_manifest(directory, manifest)
 
 
 def _write(path: Path, specs: Iterable[TensorSpec], seed: int) -> WeightsRecord:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mixchat.base.errors import UsageError
+from mixchat.base.quantities import format_time
 from mixchat.chat.printing import say, show, show_lines
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.arguments import checked, read_beginning
@@ -19,11 +23,11 @@ from mixchat.cli.flags.shell_completion import runnable_models
 from mixchat.cli.output.messages import note
 from mixchat.cli.output.progress import TerminalReporter, resumable
 from mixchat.engine.environment import prepare_environment
-from mixchat.sessions.install import calibrate_model, check_text, is_uncalibrated
 
 if TYPE_CHECKING:
     from mixchat.base.options import ExpertSize
-    from mixchat.base.progress import Progress
+    from mixchat.base.progress import Progress, Reporter
+    from mixchat.loading.calibrate import OnWindow
     from mixchat.weights.make.download import DownloadRequest
     from mixchat.weights.make.download_plan import DownloadPlan
 
@@ -90,6 +94,7 @@ def download(context: typer.Context, flags: DownloadFlags) -> None:
     if flags.expert_bits == "16" and not set(bits) <= {None, 16}:
         raise UsageError("--expert-bits 16 leaves the attention and the head unquantized, too")
     prepare_environment()
+    from mixchat.text.checkpoint_text import check_text
     from mixchat.weights.make.download import DownloadRequest
     from mixchat.weights.make.mix import is_for_calibration
     from mixchat.weights.make.quantize_options import QuantizeOptions
@@ -110,9 +115,8 @@ def download(context: typer.Context, flags: DownloadFlags) -> None:
             return
         result = _download(request, progress, remade)
         wants = flags.calibrate or text is not None or remade is not None
-        if wants and is_uncalibrated(ref.directory, remade):
-            with resumable(progress):
-                calibrate_model(ref.directory, text, progress, reporter, bits=remade)
+        if wants and not _is_calibrated(ref.directory, remade):
+            _calibrate(ref.directory, text, progress, reporter, bits=remade)
     if flags.as_json:
         show(json.dumps(result, indent=2))
     say(f"{ref.key} is ready in {result['path']}")
@@ -148,9 +152,9 @@ def calibrate(context: typer.Context, flags: RecalibrateFlags) -> None:
     from the free disk, memory and time, unless --windows sets it. For Mixtral, 64 windows take 8.6
     GB of disk meanwhile and 4.6 GB of memory.
 
-    Once the inputs are recorded, the same command resumes an interrupted calibration. Layers are
-    replaced one at a time, so that the model runs at any time. A damaged expert of a calibrated
-    model cannot be repaired alone.
+    Once the inputs are recorded, the same command resumes an interrupted calibration. The disk
+    holds the model twice meanwhile, and the old one runs until the new one takes its place. A
+    damaged expert of a calibrated model cannot be repaired alone.
     """
     from mixchat.weights import models
 
@@ -159,9 +163,71 @@ def calibrate(context: typer.Context, flags: RecalibrateFlags) -> None:
     directory = models.installed_directory(checked(flags.model, "the model's name"), anywhere=False)
     prepare_environment()
     reporter = TerminalReporter()
-    with reporter.progress() as progress, resumable(progress):
-        calibrate_model(directory, text, progress, reporter, flags.windows, bits=bits)
+    with reporter.progress() as progress:
+        _calibrate(directory, text, progress, reporter, flags.windows, bits=bits)
     say(f"{flags.model} is calibrated")
+
+
+def _calibrate(
+    directory: Path,
+    text: str | None,
+    progress: Progress,
+    reporter: Reporter,
+    windows: int | None = None,
+    *,
+    bits: ExpertSize | None,
+) -> None:
+    """Calibrate a model with `text`, or with `windows` of text that it writes."""
+    from mixchat.loading.calibrate import Text, calibrate_model
+    from mixchat.text.checkpoint_text import CheckpointText
+
+    with closing(CheckpointText(directory)) as files:
+        tokenizer = files.tokenizer()
+        ids = None if text is None else tokenizer.encode(text)
+        tokens = Text(ids, tokenizer.bos_id, windows)
+    doing = "writing text" if text is None else "reading text"
+    with resumable(progress):
+        counts = _shown_counts(doing, progress, reporter)
+        calibrate_model(directory, tokens, progress, counts, bits=bits)
+
+
+@contextmanager
+def _shown_counts(doing: str, progress: Progress, reporter: Reporter) -> Iterator[OnWindow]:
+    """Show how many windows or layers are done, and the time left for the others."""
+    start = time.monotonic()
+    with ExitStack() as stack:
+        update = stack.enter_context(reporter.status(doing))
+
+        def show(done: int, total: int, line: str, unit: str = "windows") -> None:
+            nonlocal update, start
+            if not done:
+                start = time.monotonic()
+            if line:
+                stack.close()  # it would write over the line
+                progress.note(line)
+                update = stack.enter_context(reporter.status(doing))
+            if done:
+                left = (time.monotonic() - start) / done * (total - done)
+                work = doing if unit == "windows" else "measuring"
+                update(f"{work}: {done} of {total} {unit}, {format_time(left)} left")
+
+        yield show
+
+
+def _is_calibrated(directory: Path, bits: ExpertSize | None) -> bool:
+    """Return whether a model is calibrated. Raises `UsageError` if so, but in other bits."""
+    from mixchat.planning.fitting import has_bits
+    from mixchat.weights.format.installed_model import installed_blueprint
+    from mixchat.weights.format.manifest import read_manifest
+
+    manifest = read_manifest(directory)
+    calibrated = bool(manifest.quantization["scales"] == "calibrated")
+    if calibrated and bits and not has_bits(installed_blueprint(directory, manifest), bits):
+        raise UsageError(
+            f"the model {directory.name!r} is already installed, calibrated in other bits",
+            hint=f"mixchat calibrate {directory.name} --expert-bits {bits} makes it anew.",
+        )
+    return calibrated
 
 
 def _text(flags: CalibrateFlags) -> str | None:

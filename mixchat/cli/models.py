@@ -37,9 +37,7 @@ _LAYOUT = option(
     show_default="the fastest on this machine",
 )
 _DENSE_BITS = dense_bits("as they are", ("8", "6", "5"))
-_UNFINISHED = option(
-    "--unfinished", "Also delete unfinished downloads and calibrations, which then start anew."
-)
+_UNFINISHED = option("--unfinished", "Also delete unfinished downloads, calibrations and the like.")
 _LAST_MODEL = model_argument(INSTALLED.help, show_default="the model of the last run")
 _SHOWN_DAMAGES = 20
 
@@ -76,8 +74,7 @@ def show_model(model: str = INSTALLED, as_json: bool = JSON) -> None:
         say(build, stream=sys.stdout)
         return
     from mixchat.cli.output.reports import ModelDetails
-    from mixchat.weights.format.manifest import read_manifest
-    from mixchat.weights.format.model_files import check_files
+    from mixchat.weights.format.manifest import check_files, read_manifest
 
     manifest = read_manifest(directory)
     config = read_config_file(directory / "config.json")
@@ -165,8 +162,8 @@ def convert(
     --dense-bits 8, 6 or 5 rounds attention and head from 16 bits, as 'mixchat download' does. The
     model gets smaller and faster, but only another download brings its 16 bits back.
 
-    The disk holds one file twice meanwhile. After an interruption the model still runs, and the
-    same command converts the rest.
+    The disk holds the model twice meanwhile. The old one runs until the new one takes its place,
+    and the same command resumes an interrupted conversion.
     """
     from mixchat.weights import models
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,10 +29,11 @@ from mixchat.experts.trace import RecordingRunner
 from mixchat.loading.loader import load_engine
 from mixchat.loading.sensitivity import measure_sensitivities
 from mixchat.planning.fitting import expected_mix, expert_budget
-from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint
+from mixchat.weights.care.housekeeping import not_in_use
+from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
-from mixchat.weights.format.manifest import read_manifest
-from mixchat.weights.format.own_files import INPUTS_DIR
+from mixchat.weights.format.manifest import check_files, read_manifest
+from mixchat.weights.format.workspace import INPUTS_DIR, settle, workspace
 from mixchat.weights.make.calibrator import (
     FOLD,
     HELD_OUT_MAX,
@@ -42,11 +43,23 @@ from mixchat.weights.make.calibrator import (
     Mix,
     check_checkpoint,
     dense_inputs_size,
+    gets_calibrated,
     inputs_size,
     is_calibrated,
 )
+from mixchat.weights.make.download import local_errors
 from mixchat.weights.make.download_plan import DownloadPlan
-from mixchat.weights.make.mix import bits_of, budget_of, choose_mix, forms_of, summary, usual_type
+from mixchat.weights.make.mix import (
+    bits_of,
+    budget_of,
+    choose_mix,
+    forms_of,
+    mixed,
+    summary,
+    usual_type,
+)
+from mixchat.weights.make.needs import SMALL_FILES_BYTES, Need
+from mixchat.weights.make.rebuild import Rebuild, Remake
 from mixchat.weights.matrix.int6 import ROWS_AT_ONCE
 from mixchat.weights.source.checkpoint import CheckpointReader
 from mixchat.weights.source.open_checkpoint import open_checkpoint
@@ -77,41 +90,64 @@ class Text(NamedTuple):
     windows: int | None = None
 
 
-@contextmanager
-def calibration(
+def calibrate_model(
     directory: Path,
     text: Text,
     progress: Progress,
-    on_window: OnWindow,
+    counts: AbstractContextManager[OnWindow],
     *,
     bits: ExpertSize | None = None,
-) -> Iterator[Calibrator]:
-    """Record the inputs of a model's experts, and yield the calibrator for them.
+) -> None:
+    """Calibrate an installed model. With `bits` its experts get other types.
 
-    With `bits` the experts get other types. An interrupted calibration's inputs and types are used
-    again. They are removed once the block has ended well.
+    `counts` shows the work that comes before the experts. The inputs and types of an interrupted
+    calibration are used again. Raises `UsageError` if the model has no experts to calibrate or the
+    text is too short, `ResourceError` if the disk or the memory is short, `CheckpointError` if the
+    checkpoint is not the one that the model was made of.
     """
-    manifest, path = read_manifest(directory), directory / INPUTS_DIR
-    blueprint = installed_blueprint(directory, manifest)
-    _check_memory(blueprint, directory, 0)
-    if bits is not None:
-        expected_mix(blueprint, bits)  # refuses before anything is done
-    with (
-        open_checkpoint(manifest.source, directory, progress) as checkpoint,
-        CheckpointReader(checkpoint, manifest.checkpoint) as reader,
-    ):
-        check_checkpoint(manifest, blueprint, checkpoint, reader)
-        if path.exists():
-            progress.note("resuming an interrupted calibration, with the inputs that it recorded")
-        else:
-            record_inputs(directory, path, text, on_window, progress.note)
-        inputs = ExpertInputs(path, blueprint.config)
-        if bits is not None:
-            _choose_types(directory, blueprint, inputs, bits, on_window, progress.note)
-        calibrator = Calibrator(inputs, checkpoint, reader, WINDOW)
-        yield calibrator
-        progress.note(calibrator.report())
-    shutil.rmtree(path)
+    with local_errors(), not_in_use(directory):
+        settle(directory)
+        manifest, path = read_manifest(directory), workspace(directory) / INPUTS_DIR
+        check_files(directory, manifest)
+        blueprint = installed_blueprint(directory, manifest)
+        _check_types(directory, blueprint)
+        _check_memory(blueprint, directory, 0)
+        mix = blueprint if bits is None else expected_mix(blueprint, bits)
+        with (
+            open_checkpoint(manifest.source, directory, progress) as checkpoint,
+            CheckpointReader(checkpoint, manifest.checkpoint) as reader,
+        ):
+            check_checkpoint(manifest, blueprint, checkpoint, reader)
+            inputs = ExpertInputs(path, blueprint.config)
+            with counts as on_window:
+                if path.exists():
+                    progress.note(
+                        "resuming an interrupted calibration, with the inputs that it recorded"
+                    )
+                else:
+                    _record_inputs(directory, mix.size, text, on_window, progress.note)
+                if bits is not None:
+                    _choose_types(directory, blueprint, inputs, bits, on_window, progress.note)
+            calibrator = Calibrator(inputs, checkpoint, reader, WINDOW)
+            forms = inputs.mix.forms if inputs.mix else forms_of(blueprint)
+            whole = replace(blueprint.quantization, scales="calibrated")
+            calibrated = mixed(replace(blueprint, quantization=whole), forms)
+            remake = Remake(gets_calibrated, calibrator.make, uses_inputs=True)
+            Rebuild(directory, calibrated, "calibrating", remake).run(progress)
+            progress.note(calibrator.report())
+
+
+def _check_types(directory: Path, blueprint: Blueprint) -> None:
+    stored = blueprint.quantization
+    if stored.quant_type == "none":
+        raise UsageError(
+            f"{directory.name!r} has no experts in 3 or 4 bits: there is nothing to calibrate"
+        )
+    if stored.scales == "given":
+        raise UsageError(
+            f"the experts of {directory.name!r} stay as they are: their checkpoint has them in "
+            f"4 bits ({stored.quant_type}), and no 16-bit form to quantize again"
+        )
 
 
 def _choose_types(
@@ -169,19 +205,17 @@ def forecast(plan: DownloadPlan, bits: ExpertSize, *, again: bool) -> str:
     return text
 
 
-def record_inputs(
-    directory: Path, target: Path, text: Text, on_window: OnWindow, note: Note = lambda text: None
-) -> None:
-    """Record in `target` the inputs of an installed model's experts.
-
-    Raises `UsageError` if the text is too short, `ResourceError` if the disk or the memory is, and
-    what loading raises.
-    """
+def _record_inputs(directory: Path, size: int, text: Text, on_window: OnWindow, note: Note) -> None:
+    """Record the inputs of a model's experts. size: the bytes of the calibrated model."""
     blueprint = installed_blueprint(directory, read_manifest(directory))
     config, dense_rows = blueprint.config, _dense_rows(blueprint, directory)
     windows = _windows(text, text.windows or default_windows(config, directory))
     _check_memory(blueprint, directory, len(windows))
-    _check_disk(directory, _disk(blueprint, directory, len(windows)), note, dense=bool(dense_rows))
+    target = workspace(directory) / INPUTS_DIR
+    needed = _disk(blueprint, directory, len(windows)) + size + SMALL_FILES_BYTES
+    need = Need(directory, needed, machine.free_disk(directory))
+    need.check()
+    note(f"calibrating takes {need}")
     with InputsWriter(target, dense_rows) as writer:
         engine = load_engine(
             directory,
@@ -350,16 +384,3 @@ def _memory_of_window(config: ModelConfig) -> int:
     width, inner = config.hidden_size, config.intermediate_size
     share = config.num_experts_per_tok / config.num_local_experts
     return int(2 * WINDOW * (width + share * (width + 3 * inner)))
-
-
-def _check_disk(directory: Path, inputs: int, note: Note, *, dense: bool) -> None:
-    weights = read_manifest(directory).weights
-    file = max(record.size for name, record in weights.items() if dense or name != SHARED_FILE)
-    needed, free = inputs + file, machine.free_disk(directory)
-    disk = f"{format_least(needed)} of disk in {directory}, {format_size(free)} free"
-    if needed > free:
-        raise ResourceError(
-            f"not enough disk: a calibration takes {disk}",
-            hint=f"Free some space: {format_least(inputs)} are for the inputs of matrices.",
-        )
-    note(f"the calibration takes {disk}")

@@ -8,7 +8,7 @@ of tokens here, by a look into that table.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ from mixchat.text.tokenizer import Insert, Tokenizer
 from mixchat.text.tokenizer_files import template_file
 from mixchat.text.tool_call import Tool
 from mixchat.text.tool_formats import FORMATS
+
+
+def check_text(checkpoint: Path) -> None:
+    """Raise `CheckpointError` if a checkpoint's tokenizer or template cannot be used."""
+    with closing(CheckpointText(checkpoint)) as text:
+        text.template()
 
 
 class CheckpointText:

@@ -12,12 +12,13 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mixchat.base.errors import CheckpointError, MixchatError, ModelNotFoundError, UsageError
+from mixchat.base.machine import disk_usage
 from mixchat.base.settings import models_dir
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.format.manifest import Source, is_installed, read_manifest
-from mixchat.weights.format.model_files import check_files
-from mixchat.weights.format.own_files import is_model_directory, own_bytes
+from mixchat.weights.format.manifest import Source, check_files, is_installed, read_manifest
+from mixchat.weights.format.own_files import entries_of, own_bytes
+from mixchat.weights.format.workspace import is_model_directory, key_of, workspace
 from mixchat.weights.known_models import ALIASES, known_model
 
 DEMO = "demo"
@@ -98,7 +99,6 @@ class ModelEntry:
     """A model in the data directory. `problem` is None if it is finished and can be read.
 
     `bytes` is its size on disk, `weights` the size of its files of weights. `context` is in tokens.
-    `partly` is "converted" or "calibrated" if only some files are.
     """
 
     key: str
@@ -110,7 +110,6 @@ class ModelEntry:
     context: int | None = None
     problem: str | None = None
     weights: int | None = None
-    partly: str | None = None
 
     @property
     def size(self) -> int:
@@ -225,9 +224,10 @@ def default_model() -> str:
 
 def describe(directory: Path) -> ModelEntry:
     """Return the entry of the model in a directory, whatever its state."""
-    entry = ModelEntry(directory.name, directory, own_bytes(directory))
+    place = workspace(directory)
+    entry = ModelEntry(directory.name, directory, own_bytes(directory) + disk_usage(place))
     if not is_installed(directory):
-        source = Journal(directory).source or Source("")
+        source = Journal(place).source or Source("")
         return replace(entry, source=source.repo, commit=source.commit, problem="unfinished")
     try:
         manifest = read_manifest(directory)
@@ -242,16 +242,12 @@ def describe(directory: Path) -> ModelEntry:
         quantization=manifest.quant_type,
         context=config.largest_context,
         weights=manifest.size,
-        partly=manifest.partly,
     )
 
 
 def _directories() -> list[Path]:
-    try:
-        entries = sorted(models_dir().iterdir())
-    except OSError:
-        return []
-    return [entry for entry in entries if _is_here(entry.name)]
+    keys = {key_of(entry.name) for entry in entries_of(models_dir())}
+    return [models_dir() / key for key in sorted(keys) if _is_here(key)]
 
 
 def _directory_of(name: str) -> Path | None:

@@ -39,7 +39,7 @@ from torch.nn import functional
 from mixchat.base.progress import NoProgress
 from mixchat.text.choose import load_tokenizer
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.build import Build
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
@@ -127,7 +127,7 @@ def equal_tokens(python: str, file: Path, place: Path, paths: Sequence[Path], te
 def installed(file: Path, place: Path, options: QuantizeOptions) -> Path:
     """Install a GGUF file as `mixchat download` does."""
     with open_checkpoint(Source(str(file)), place, NoProgress()) as checkpoint:
-        Build(checkpoint, place, make_blueprint(checkpoint.index, options)).run()
+        CheckpointBuild(checkpoint, place, make_blueprint(checkpoint.index, options)).run()
     return place
 
 

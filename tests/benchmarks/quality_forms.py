@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,13 @@ from transformers import AutoTokenizer
 
 from mixchat.base.options import DenseBits, ExpertSize
 from mixchat.base.progress import NoProgress
-from mixchat.cli.output.progress import TerminalReporter
-from mixchat.sessions.install import calibrate_model, is_uncalibrated
+from mixchat.loading.calibrate import Text, calibrate_model
+from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import Source, is_installed, read_manifest
-from mixchat.weights.make.build import Build
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source import demo
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
@@ -114,11 +115,13 @@ class Workshop:
             if calibrated:
                 place = copied(place, place.with_name(f"{bits or place.name}-calibrated"))
                 size = ExpertSize.parse(bits) if bits else None
-                if is_uncalibrated(place, size):
+                if read_manifest(place).quantization["scales"] != "calibrated":
                     text, windows = self._text()
-                    calibrate_model(
-                        place, text, NoProgress(), TerminalReporter(), windows, bits=size
-                    )
+                    with closing(CheckpointText(place)) as files:
+                        tokenizer = files.tokenizer()
+                        ids = None if text is None else tokenizer.encode(text)
+                    tokens, silent = Text(ids, tokenizer.bos_id, windows), nullcontext(_ignore)
+                    calibrate_model(place, tokens, NoProgress(), silent, bits=size)
             if rounded == "all":
                 place = copied(place, place.with_name(f"{place.name}-8"))
                 if blueprint_of(place).quantization.head != "int8":
@@ -226,12 +229,16 @@ def install(checkpoint: Path, target: Path, kind: str, dense_bits: int) -> Path:
     if not is_installed(target):
         opened = DirectoryCheckpoint(checkpoint, Source(str(checkpoint)))
         options = QuantizeOptions(quant_type=kind, attention=dense_bits, head=dense_bits)
-        Build(opened, target, make_blueprint(opened.index, options)).run()
+        CheckpointBuild(opened, target, make_blueprint(opened.index, options)).run()
     return target
 
 
 def blueprint_of(directory: Path) -> Blueprint:
     return installed_blueprint(directory, read_manifest(directory))
+
+
+def _ignore(done: int, total: int, line: str, unit: str = "windows") -> None:
+    pass
 
 
 def copied(source: Path, target: Path) -> Path:

@@ -87,7 +87,7 @@ class Calibrations:
             where = f"{number}, {how} after {at:.3f} s, room {room:,}, {place}"
             self._check(how, code, where)
             self._check_use(number, where)
-            if place == "after the end":
+            if place.startswith("after"):
                 break
             if number < 2 and self.chance.random() < 0.5:
                 self._check_other(number, where)
@@ -119,19 +119,16 @@ class Calibrations:
 
     def _place(self) -> str:
         """Return the stage of the work, by its files."""
+        from mixchat.weights.format.journal import Journal
         from mixchat.weights.format.manifest import read_manifest
-        from mixchat.weights.format.own_files import INPUTS_DIR
+        from mixchat.weights.format.workspace import INPUTS_DIR, workspace
 
-        manifest, base = read_manifest(self._model), read_manifest(self._base)
-        new = [name for name in base.weights if manifest.weights[name] != base.weights[name]]
-        old = [name for name, record in manifest.weights.items() if record.unlike]
-        if old:
-            return f"{len(new) - len(old)} files replaced"
-        if new and not (self._model / INPUTS_DIR).exists():
-            return "after the end"
-        if (self._model / INPUTS_DIR).exists():
-            return "all files replaced" if new else "inputs recorded"
-        return "nothing replaced yet"
+        place = workspace(self._model)
+        if read_manifest(self._model) != read_manifest(self._base):
+            return "after the swap" if place.exists() else "after the end"
+        if (made := Journal(place).made) or (place / "model").exists():
+            return f"{len(made)} files made"
+        return "inputs recorded" if (place / INPUTS_DIR).exists() else "nothing made yet"
 
     def _check(self, how: str, code: int | None, where: str) -> None:
         text = self._out.read_text()

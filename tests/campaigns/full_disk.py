@@ -166,13 +166,13 @@ def _find() -> object:
 
 def _place(target: Path) -> str:
     """Return the stage of the download, by its files."""
-    names = [path.name for path in target.iterdir()] if target.is_dir() else []
-    if "mixchat.journal.jsonl" not in names:
+    place = target.parent / Path(rig.WORKSPACE).name
+    if not (place / "journal.jsonl").exists():
         return "before the journal"
-    if "mixchat.copy.json" in names or "config.json" in names:
-        return "at the small files at the end"
-    made = (target / "mixchat.journal.jsonl").read_bytes().count(b"\n") - 1
-    parts = any((target / "mixchat.source").glob("*.part"))
+    if (place / "model" / "mixchat.copy.json").exists():
+        return "at the manifest"
+    made = (place / "journal.jsonl").read_bytes().count(b"\n") - 1
+    parts = any((place / "source").glob("*.part"))
     return f"{'some' if made else 'nothing'} made{', in the midst of a shard' * parts}"
 
 

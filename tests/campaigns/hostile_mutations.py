@@ -159,7 +159,7 @@ def _edited(chance: random.Random, name: str, data: bytes) -> bytes:
 
 def _open_source(copy: Path, chance: random.Random, name: str) -> str:
     from mixchat.weights.format.manifest import Source
-    from mixchat.weights.make.build import Build
+    from mixchat.weights.make.from_checkpoint import CheckpointBuild
     from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
     from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
 
@@ -168,7 +168,7 @@ def _open_source(copy: Path, chance: random.Random, name: str) -> str:
     if chance.random() < 0.1:
         target = copy.with_name("target")
         shutil.rmtree(target, ignore_errors=True)
-        Build(checkpoint, target, blueprint).run()
+        CheckpointBuild(checkpoint, target, blueprint).run()
         return "built"
     from mixchat.weights.source.checkpoint_index import expected_shapes
 
@@ -182,7 +182,7 @@ def _open_installed(copy: Path, chance: random.Random, name: str) -> str:
     import torch
 
     from mixchat.base.progress import NoProgress
-    from mixchat.sessions.install import check_text
+    from mixchat.text.checkpoint_text import check_text
     from mixchat.weights import models
     from mixchat.weights.care.repair import verify
     from mixchat.weights.format.installed_model import InstalledModel

@@ -100,10 +100,11 @@ def _cases(
     model, repo = home / "models" / rig.KEY, cache / "hub/models--org--tiny-mixtral"
     shard = min(source.glob("*-of-*")).name
     places = [model, home / f"models/.{rig.KEY}.mixchat.lock"]
-    marked = ("source", "build", "journal.jsonl", "json.mixchat.tmp")
-    places += [model / f"mixchat.{name}" for name in marked]
-    places += [model / "shared.safetensors", model / "config.json", model / "mixchat.spill-x"]
-    places += [model / "mixchat.source" / name for name in (shard, f"{shard}.mixchat.part")]
+    unfinished = home.parent / rig.WORKSPACE
+    names = ("source", "inputs", "old", "model", "spill-x", "journal.jsonl", "model/config.json")
+    places += [unfinished, *(unfinished / name for name in names)]
+    places += [model / "shared.safetensors", model / "mixchat.json.mixchat.tmp"]
+    places += [unfinished / "source" / name for name in (shard, f"{shard}.mixchat.part")]
     places += [repo / f"snapshots/{COMMIT}/{name}" for name in ("config.json", shard)]
     blob = hashlib.sha256((source / shard).read_bytes()).hexdigest()
     places += [repo / "blobs" / name for name in (blob, f"{blob}.mixchat.part")]
@@ -164,8 +165,8 @@ def _manifest(installed: Path, home: Path, name: str, part: str) -> None:
 
 def _journal(home: Path, key: str, value: Any) -> None:
     """An unfinished model whose journal holds something hostile."""
-    model = home / "models" / rig.KEY
-    model.mkdir(parents=True)
+    place = home.parent / rig.WORKSPACE
+    place.mkdir(parents=True)
     source = {"repo": rig.REPO, "commit": COMMIT, "revision": None}
     how = {"quant_type": "nf4", "blocksize": 64, "scales": "absmax", "layout": "cpu-packed"}
     how |= {"attention": "int8", "head": "int8", "dtype": "bfloat16"}
@@ -176,7 +177,7 @@ def _journal(home: Path, key: str, value: Any) -> None:
     elif key in ("file", "sha"):
         line["file" if key == "file" else "sha256"] = value
     lines = [json.dumps(head), value if key == "line" else json.dumps(line)]
-    (model / "mixchat.journal.jsonl").write_text("\n".join(lines) + "\n")
+    (place / "journal.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def _link(place: Path, goal: Path) -> None:

@@ -141,7 +141,7 @@ def _judge(work: Path, code: int | None, reference: dict[str, str], faults: str)
 
 def _flip(work: Path, chance: random.Random) -> bool:
     """Change a byte of an unfinished model, sometimes; not of the journal, which has no hash."""
-    files = [path for path in sorted(_model(work).rglob("*")) if path.is_file()]
+    files = [path for path in sorted((work / rig.WORKSPACE).rglob("*")) if path.is_file()]
     files = [path for path in files if path.stat().st_size and path.suffix != ".jsonl"]
     if not files or chance.random() < 0.2:
         return False

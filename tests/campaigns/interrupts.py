@@ -154,14 +154,14 @@ def make_model(work: Path) -> Path:
     import torch
 
     from mixchat.weights.format.manifest import Source
-    from mixchat.weights.make.build import Build
+    from mixchat.weights.make.from_checkpoint import CheckpointBuild
     from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
     from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
     checkpoint = rig.make_checkpoint(work / "checkpoint", dtype=torch.float32, **rig.TINY)
     opened = DirectoryCheckpoint(checkpoint, Source("test"))
     blueprint = make_blueprint(opened.index, QuantizeOptions(quant_type="none"))
-    Build(opened, work / "model", blueprint).run()
+    CheckpointBuild(opened, work / "model", blueprint).run()
     return work / "model"
 
 

@@ -42,7 +42,7 @@ def shards_on_disk(work: Path) -> dict[str, int]:
         hashlib.sha256(path.read_bytes()).hexdigest(): path.name
         for path in (work / "source").glob("*-of-*")
     }
-    source, blobs = work / "home/models" / rig.KEY / "mixchat.source", work / "hf/hub"
+    source, blobs = work / rig.WORKSPACE / "source", work / "hf/hub"
     sizes = {}
     for path in (*source.glob("*-of-*"), *blobs.glob("models--*/blobs/*")):
         name = path.name.removesuffix(".mixchat.part")
@@ -187,11 +187,11 @@ def _round(
 
 def _where(work: Path) -> str:
     """Return what the killed one was at."""
-    target = work / "home/models" / rig.KEY
-    if not (target / "mixchat.journal.jsonl").exists():
+    place = work / rig.WORKSPACE
+    if not (place / "journal.jsonl").exists():
         return "before the first file, or after the last"
-    made = len((target / "mixchat.journal.jsonl").read_bytes().splitlines()) > 1
-    spilled = any(target.glob("mixchat.spill-*"))
+    made = len((place / "journal.jsonl").read_bytes().splitlines()) > 1
+    spilled = any(place.glob("spill-*"))
     return "fetching, nothing made" if not made else "making" + (", tensors spilled" * spilled)
 
 

@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 REPO = "org/tiny-mixtral"
 KEY = "org--tiny-mixtral"
+WORKSPACE = f"home/models/.{KEY}.mixchat.unfinished"
 SMALL = {"vocab_size": 32000, "hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 4}
 TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 CONFIG = {

@@ -144,19 +144,21 @@ def run(mixchat, monkeypatch):
 
 @pytest.fixture
 def cut_off(run, monkeypatch):
-    """Runs a command line with Ctrl-C at the moment when it rewrites a file."""
-    from mixchat.weights.care.convert import _Converter
+    """Runs a command line with Ctrl-C at the moment when it writes to a file."""
+    from mixchat.weights.make import build
+    from mixchat.weights.make.writer import ModelWriter
 
-    rewrite = _Converter._rewrite
+    write = ModelWriter.write
 
     def cut_off(*arguments, at="experts-001.safetensors"):
-        def stopping(self, name, *rest):
-            if name == at:
+        def stopping(self, part, tensors):
+            if part.file == at:
                 raise KeyboardInterrupt
-            return rewrite(self, name, *rest)
+            return write(self, part, tensors)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_Converter, "_rewrite", stopping)
+            patch.setattr(ModelWriter, "write", stopping)
+            patch.setattr(build, "_SAVE_INTERVAL_S", -1.0)
             return run(*arguments, code=130)
 
     return cut_off

@@ -7,7 +7,7 @@ import pytest
 def installed(tmp_path):
     """A model on this machine, as far as its directory tells."""
     for name in ("org--name", "mine"):
-        (tmp_path / "home" / "models" / name / "mixchat.source").mkdir(parents=True)
+        (tmp_path / "home" / "models" / f".{name}.mixchat.unfinished").mkdir(parents=True)
 
 
 @pytest.mark.usefixtures("installed")

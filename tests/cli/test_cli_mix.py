@@ -9,7 +9,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import read_manifest
-from mixchat.weights.format.own_files import INPUTS_DIR
+from mixchat.weights.format.workspace import workspace
 from mixchat.weights.make.mix import bits_of, forms_of
 from mixchat.weights.matrix.linear import TYPES
 
@@ -69,7 +69,7 @@ def test_cut_off_it_answers_and_resumes_with_the_same_types(run, cut_off, checkp
     assert lines_of(refused)[-1].endswith("mixchat calibrate mine --expert-bits 3.7")
     run("calibrate", "mine")
     assert contents(models / "mine", MODEL) == contents(whole, MODEL)
-    assert not (models / "mine" / INPUTS_DIR).exists()
+    assert not workspace(models / "mine").exists()
     run("convert", "mine", "--layout", "bitsandbytes")
     assert forms_of(blueprint_of(models / "mine")) == forms_of(blueprint_of(whole))
     run("verify", "mine")

@@ -52,8 +52,7 @@ def test_list_is_a_table(mixchat, keep, tmp_path):
     keep("tiny", "[red]\x1b[2J")
     (keep("broken", "org/broken") / "config.json").unlink()
     (tmp_path / "home" / "models" / "notes").mkdir()
-    (tmp_path / "home" / "models" / "zz").mkdir()
-    (tmp_path / "home" / "models" / "zz" / "mixchat.source").mkdir()
+    (tmp_path / "home" / "models" / ".zz.mixchat.unfinished").mkdir()
     lines = mixchat("list").stdout.decode().splitlines()
     assert lines[0].split() == ["NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE"]
     assert [line.split()[0] for line in lines[1:]] == ["broken", "org--name", "tiny", "zz"]
@@ -74,7 +73,6 @@ def test_list_as_json_is_for_programs(mixchat, keep):
         "name": "org--name",
         "path": str(directory),
         "quantization": "nf4",
-        "partly": None,
         "context": 8192,
         "source": "org/name",
         "commit": "abc123",

@@ -22,7 +22,7 @@ def home(tmp_path):
     leftover.parent.mkdir(parents=True)
     leftover.write_text("left")
     os.utime(leftover, (time.time() - 10_000,) * 2)
-    unfinished = home / "models" / "unfinished" / "mixchat.source"
+    unfinished = home / "models" / ".unfinished.mixchat.unfinished"
     unfinished.mkdir(parents=True)
     (home / HOSTILE).write_text("text")
     return home

@@ -82,7 +82,7 @@ def test_a_model_whose_weights_are_a_fifo_is_damaged(mixchat, installed, name):
     assert name in done.stdout.decode()
 
 
-@pytest.mark.parametrize("name", ["mixchat.json", "config.json", "experts-001.safetensors"])
+@pytest.mark.parametrize("name", ["mixchat.json", "config.json"])
 def test_repair_leaves_a_fifo_where_it_is_and_names_it(mixchat, environment, checkpoint, name):
     assert mixchat("download", str(checkpoint)).returncode == 0
     path = Path(environment["MIXCHAT_HOME"]) / "models" / "checkpoint" / name
@@ -96,8 +96,8 @@ def test_repair_leaves_a_fifo_where_it_is_and_names_it(mixchat, environment, che
 
 
 def test_an_unfinished_model_whose_journal_is_a_fifo_is_listed(mixchat, environment):
-    unfinished = Path(environment["MIXCHAT_HOME"]) / "models" / "unfinished"
+    unfinished = Path(environment["MIXCHAT_HOME"]) / "models" / ".unfinished.mixchat.unfinished"
     unfinished.mkdir(parents=True)
-    put_fifo(unfinished / "mixchat.journal.jsonl")
+    put_fifo(unfinished / "journal.jsonl")
     done = mixchat("list", "--json")
     assert [model["problem"] for model in json.loads(done.stdout)] == ["unfinished"]

@@ -41,7 +41,7 @@ def kept(home):
 
 def test_a_model_has_one_report_whatever_it_is_called(home):
     key = "mistralai--Mixtral-8x7B-Instruct-v0.1"
-    (home / "models" / key / "mixchat.source").mkdir(parents=True)
+    (home / "models" / f".{key}.mixchat.unfinished").mkdir(parents=True)
     names = ["instruct", "mistralai/Mixtral-8x7B-Instruct-v0.1", key]
     assert {report_path(name) for name in names} == {home / "stats" / f"{key}.json"}
 

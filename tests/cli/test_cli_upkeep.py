@@ -10,8 +10,10 @@ from fake_hub import COMMIT, REPO, FakeHub
 from terminal import Terminal
 
 from mixchat.base.lock import exclusive_lock
+from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.build import Build
+from mixchat.weights.format.workspace import SOURCE_DIR, workspace
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
@@ -27,7 +29,7 @@ def models(environment):
 def from_hub(tiny_checkpoint, tmp_path_factory):
     target = tmp_path_factory.mktemp("from-hub") / "installed"
     checkpoint = DirectoryCheckpoint(tiny_checkpoint, Source(REPO, COMMIT))
-    Build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions())).run()
+    CheckpointBuild(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions())).run()
     return target
 
 
@@ -38,9 +40,10 @@ def installed(from_hub, models):
 
 @pytest.fixture
 def half(models):
-    (models / "half").mkdir()
-    (models / "half" / "mixchat.journal.jsonl").write_bytes(b"{}\n")
-    return models / "half"
+    place = workspace(models / "half")
+    place.mkdir()
+    (place / JOURNAL_FILE).write_bytes(b'{"base": null}\n')
+    return place
 
 
 def flip(path, offset):
@@ -118,7 +121,7 @@ class TestRm:
         assert (elsewhere / "mixchat.json").exists()
 
     def test_one_that_is_being_made_is_refused(self, mixchat, half):
-        with exclusive_lock(half):
+        with exclusive_lock(half.parent / "half"):
             done = mixchat("rm", "half", "-y")
         assert done.returncode == 2
         assert "another mixchat is working on" in lines_of(done)[0]
@@ -183,7 +186,7 @@ class TestRepair:
     ):
         checkpoint = DirectoryCheckpoint(tiny_checkpoint, Source(str(tiny_checkpoint)))
         blueprint = make_blueprint(checkpoint.index, QuantizeOptions())
-        Build(checkpoint, models / "local", blueprint).run()
+        CheckpointBuild(checkpoint, models / "local", blueprint).run()
         whole = (models / "local" / "shared.safetensors").read_bytes()
         flip(models / "local" / "shared.safetensors", -1)
         assert mixchat("repair", "local").returncode == 0
@@ -222,14 +225,15 @@ class TestGc:
         assert lines_of(done) == ["freed 0 bytes"]
 
     def test_leftovers_go_and_work_to_go_on_with_stays(self, mixchat, installed, half, models):
-        (installed / "mixchat.source").mkdir()
-        (installed / "mixchat.source" / "model.safetensors").write_bytes(b"x" * 100_000)
+        source = workspace(installed) / SOURCE_DIR
+        source.mkdir(parents=True)
+        (source / "model.safetensors").write_bytes(b"x" * 100_000)
         (models / ".gone.mixchat.lock").write_text("")
         done = mixchat("gc")
         lines = lines_of(done)
         assert [line.split()[0] for line in lines] == ["left:", "removed:", "freed"]
         assert "which the same command can resume" in lines[0]
-        assert not (installed / "mixchat.source").exists()
+        assert not source.exists()
         assert (installed / "mixchat.json").exists()
         assert half.exists()
         assert not (models / ".gone.mixchat.lock").exists()
@@ -256,7 +260,7 @@ class TestGc:
         assert installed.exists()
 
     def test_a_model_in_use_is_left_alone(self, mixchat, half):
-        with exclusive_lock(half):
+        with exclusive_lock(half.parent / "half"):
             done = mixchat("gc", "--unfinished")
         assert lines_of(done) == ["freed 0 bytes"]
         assert half.exists()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from mixchat.base.errors import CheckpointError, UsageError
 from mixchat.base.options import DenseBits
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import split_part
+from mixchat.loading.calibrate import Text, calibrate_model
 from mixchat.loading.loader import load_engine
 from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.care.repair import repair, verify
@@ -201,7 +203,7 @@ def test_other_bits_of_experts_are_refused(published, kind):
 def test_experts_cannot_be_calibrated_and_the_layout_can_be_converted(published, install):
     model, other = (install(published.quantized, layout=x) for x in ("cpu-packed", "bitsandbytes"))
     with pytest.raises(UsageError, match=r"stay as they are: .* has them in 4 bits \(mxfp4\)"):
-        find_target(model, None, DenseBits(), calibrated=True)
+        calibrate_model(model, Text(None, 1), NoProgress(), nullcontext(lambda *_: None))
     assert convert(model, find_target(model, "bitsandbytes", DenseBits()), NoProgress())
     file = experts_file(1)
     assert (model / file).read_bytes() == (other / file).read_bytes()

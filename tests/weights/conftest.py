@@ -10,6 +10,7 @@ from weight_tools import Making, files_of, quantize, shard
 
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make import build
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
@@ -80,7 +81,7 @@ def made(two_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed model of `two_shards`, as if from the hub. Do not write into it."""
     target = tmp_path_factory.mktemp("made") / "model"
     checkpoint = DirectoryCheckpoint(two_shards, Source(REPO, COMMIT), fingerprint=COMMIT)
-    build.Build(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions())).run()
+    CheckpointBuild(checkpoint, target, make_blueprint(checkpoint.index, QuantizeOptions())).run()
     return target
 
 

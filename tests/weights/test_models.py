@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.machine import disk_usage
 from mixchat.weights import models
+from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
@@ -20,6 +21,7 @@ from mixchat.weights.format.manifest import (
     WeightsRecord,
     write_manifest,
 )
+from mixchat.weights.format.workspace import MODEL_DIR, workspace
 from mixchat.weights.known_models import ALIASES
 
 QUANTIZATION = {
@@ -67,11 +69,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def keep(key: str, *, source: str = "org/name", finished: bool = True) -> Path:
     directory = models.models_dir() / key
-    directory.mkdir(parents=True)
-    (directory / "shared.safetensors").write_bytes(b"x" * 1000)
     if not finished:
-        (directory / "mixchat.journal.jsonl").write_bytes(b"{}\n")
+        (workspace(directory) / MODEL_DIR).mkdir(parents=True)
+        (workspace(directory) / MODEL_DIR / "shared.safetensors").write_bytes(b"x" * 1000)
+        (workspace(directory) / JOURNAL_FILE).write_bytes(b"{}\n")
     else:
+        directory.mkdir(parents=True)
+        (directory / "shared.safetensors").write_bytes(b"x" * 1000)
         config = json.dumps(CONFIG).encode()
         (directory / "config.json").write_bytes(config)
         files = {"config.json": FileRecord(len(config), "0" * 64)}

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from mixchat.base.progress import Task
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.build import Build
+from mixchat.weights.format.workspace import SOURCE_DIR, workspace
 from mixchat.weights.make.download import DownloadRequest, download
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.models import resolve
@@ -60,7 +61,9 @@ def quantize(
 ) -> None:
     """Make an installed model of a directory, as `download` does."""
     opened = DirectoryCheckpoint(checkpoint, Source("org/repo", "c0ffee"))
-    Build(opened, target, make_blueprint(opened.index, options or QuantizeOptions())).run(**how)
+    CheckpointBuild(opened, target, make_blueprint(opened.index, options or QuantizeOptions())).run(
+        **how
+    )
 
 
 class Bar:
@@ -165,7 +168,7 @@ class Making:
 
 
 def fetching(checkpoint: Path, target: Path) -> Fetching:
-    return Fetching(checkpoint, target / "mixchat.source")
+    return Fetching(checkpoint, workspace(target) / SOURCE_DIR)
 
 
 def run(
@@ -173,15 +176,8 @@ def run(
 ) -> Meter:
     meter = Meter()
     blueprint = make_blueprint(opened.index, options or QuantizeOptions())
-    Build(opened, target, blueprint).run(meter, **how)
+    CheckpointBuild(opened, target, blueprint).run(meter, **how)
     return meter
-
-
-def made_of(target: Path) -> dict[str, bytes]:
-    """The model; the directory for shards may stay, but empty."""
-    if (target / "mixchat.source").is_dir():
-        (target / "mixchat.source").rmdir()
-    return files_of(target)
 
 
 NF4 = QuantizeOptions()

@@ -17,7 +17,8 @@ from mixchat.weights.models import describe
 if TYPE_CHECKING:
     from mixchat.base.model_config import ModelConfig
     from mixchat.weights.format.manifest import Manifest
-    from mixchat.weights.make.download_plan import DownloadPlan, Need
+    from mixchat.weights.make.download_plan import DownloadPlan
+    from mixchat.weights.make.needs import Need
     from mixchat.weights.models import ModelEntry
 
 
@@ -49,7 +50,6 @@ class ModelList(Report):
         table = [("NAME", "SIZE", "QUANTIZATION", "CONTEXT", "COMMIT", "SOURCE")]
         for model in self.models:
             quantization, context = model.problem or model.quantization, str(model.context or "-")
-            quantization += f", partly {model.partly}" if model.partly else ""
             size, commit = format_size(model.size), (model.commit or "-")[:12]
             table.append((model.key, size, quantization, context, commit, model.source or "-"))
         return aligned(table)
@@ -89,12 +89,6 @@ class ModelDetails(Report):
             ("hidden size", str(config.hidden_size)),
             ("context", f"{config.largest_context} tokens"),
         ]
-        if manifest.partly:
-            command = {"calibrated": "calibrate", "converted": "convert"}[manifest.partly]
-            resuming = f"mixchat {command} {self.directory.name}"
-            rows.append(
-                ("unfinished", f"only some layers are {manifest.partly}; the rest: {resuming}")
-            )
         return aligned(rows)
 
     def as_json(self) -> dict[str, Any]:
@@ -202,7 +196,7 @@ def weight_type(quant_type: str, dtype: str) -> str:
 
 
 def _entry_as_json(model: ModelEntry) -> dict[str, Any]:
-    keys = ("bytes", "quantization", "partly", "context", "source", "commit", "problem")
+    keys = ("bytes", "quantization", "context", "source", "commit", "problem")
     return {"name": model.key, "path": str(model.path)} | {key: vars(model)[key] for key in keys}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import Literal
 
 from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
+from mixchat.base.files import TEMPORARY_SUFFIX
 from mixchat.base.lock import LOCK_SUFFIX, Busy, exclusive_lock
 from mixchat.base.machine import disk_usage
 from mixchat.base.settings import models_dir
-from mixchat.weights.format.journal import Journal
-from mixchat.weights.format.manifest import MANIFESTS, is_installed
-from mixchat.weights.format.model_files import place_new_files
-from mixchat.weights.format.own_files import (
-    INPUTS_DIR,
-    NEW_SUFFIX,
+from mixchat.weights.format.manifest import is_installed
+from mixchat.weights.format.own_files import entries_of, foreign_files, own_files, remove_path
+from mixchat.weights.format.workspace import (
     PART_SUFFIX,
-    foreign_files,
-    is_marked,
+    clear,
     is_model_directory,
-    own_bytes,
-    own_files,
-    remove_own_files,
-    remove_path,
+    is_resumable,
+    key_of,
+    put_aside,
+    settle,
+    workspace,
 )
 from mixchat.weights.source import hub
 
@@ -56,7 +54,8 @@ def remove(target: Path) -> list[Path]:
     if not is_model_directory(target):
         raise ModelNotFoundError(f"the model {target.name!r} is not on this machine")
     with not_in_use(target):
-        return remove_own_files(target)
+        put_aside(target)
+        return foreign_files(target)
 
 
 @contextmanager
@@ -78,11 +77,11 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
     Resumable work is removed only with `unfinished`. Models in use stay as they are, and so does
     all that mixchat did not write.
     """
-    visible = [path for path in _entries(models_dir()) if not path.name.startswith(".")]
+    visible = [path for path in entries_of(models_dir()) if not path.name.startswith(".")]
     foreign = [path for path in visible if not is_model_directory(path)]
     for target in _targets():
         with suppress(Busy), exclusive_lock(target):
-            if is_model_directory(target) and not target.is_symlink():
+            if not target.is_symlink():
                 yield from _swept(target, unfinished)
     for path in foreign:
         yield Leftover(path, 0, "foreign")
@@ -90,61 +89,41 @@ def sweep(*, unfinished: bool = False) -> Iterator[Leftover]:
     for path in sorted(hub.cache_dir().glob(f"models--*/blobs/*{PART_SUFFIX}")):
         blob = path.name.removesuffix(PART_SUFFIX)
         with suppress(Busy), hub.blob_lock(path.parents[1].name, blob, timeout=1):
-            yield _cleared(path, resumable=not unfinished)
+            size = disk_usage(path)
+            if unfinished:
+                path.unlink()
+            yield Leftover(path, size, "removed" if unfinished else "resumable")
 
 
 def _swept(target: Path, unfinished: bool) -> Iterator[Leftover]:
-    """Yield the leftovers in a model's directory, and what in it is not mixchat's."""
-    foreign = foreign_files(target)
-    if is_installed(target):
-        for path in _left_in(target):
-            yield _cleared(path, resumable=path.name == INPUTS_DIR and not unfinished)
-    else:
-        size = own_bytes(target)
-        resumable = Journal(target).head is not None and not unfinished
+    """Yield the leftovers of a model, and what in its directory is not mixchat's."""
+    place = workspace(target)
+    if os.path.lexists(place):
+        size = disk_usage(place)
+        with suppress(CheckpointError):  # without a manifest, nothing shows what the work is for
+            settle(target)
+        resumable = is_resumable(target) and not unfinished
         if not resumable:
-            remove_own_files(target)
-        yield Leftover(target, size, "resumable" if resumable else "removed")
-    for path in foreign:
+            clear(target)
+        yield Leftover(place, size, "resumable" if resumable else "removed")
+    if not is_installed(target):
+        return
+    for path in own_files(target):
+        if path.name.endswith(TEMPORARY_SUFFIX):
+            size = disk_usage(path)
+            remove_path(path)
+            yield Leftover(path, size, "removed")
+    for path in foreign_files(target):
         yield Leftover(path, 0, "foreign")
 
 
-def _left_in(target: Path) -> list[Path]:
-    """Return what mixchat left in the directory of an installed model."""
-    used_suffix: tuple[str, ...] = ()
-    try:
-        place_new_files(target)
-    except CheckpointError:  # without a manifest, nothing tells which new files are used
-        used_suffix = (NEW_SUFFIX,)
-    marked = [path for path in own_files(target) if is_marked(path.name)]
-    return [
-        path
-        for path in marked
-        if path.name not in MANIFESTS and not path.name.endswith(used_suffix)
-    ]
-
-
-def _cleared(path: Path, *, resumable: bool) -> Leftover:
-    size = disk_usage(path)
-    if not resumable:
-        remove_path(path)
-    return Leftover(path, size, "resumable" if resumable else "removed")
-
-
 def _targets() -> list[Path]:
-    """Return the directories of models, also those with only a lock left."""
-    locked = re.compile(rf"\.(.+){re.escape(LOCK_SUFFIX)}")
+    """Return the directories of models, also those with only a workspace or a lock left."""
     names = set()
-    for path in _entries(models_dir()):
-        if match := locked.fullmatch(path.name):
-            names.add(match[1])
-        elif not path.name.startswith(".") and is_model_directory(path):
-            names.add(path.name)
+    for path in entries_of(models_dir()):
+        name = key_of(path.name).removesuffix(LOCK_SUFFIX)
+        if name != path.name:
+            names.add(name.removeprefix("."))
+        elif is_installed(path):
+            names.add(name)
     return [models_dir() / name for name in sorted(names)]
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except OSError:
-        return []

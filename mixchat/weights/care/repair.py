@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from mixchat.weights.format.manifest import (
     read_either_manifest,
     read_manifest,
 )
-from mixchat.weights.format.model_files import finish_replacement, path_of
-from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.make.writer import ModelWriter
+from mixchat.weights.format.workspace import settle
+from mixchat.weights.make.parts import ModelPart
+from mixchat.weights.make.rebuild import Rebuild, Remake
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader
 from mixchat.weights.source.checkpoint_index import CONFIG
 
@@ -65,15 +64,42 @@ def repair(
 
     Raises `CheckpointError` if the checkpoint no longer has the same bytes.
     """
-    finish_replacement(directory)
+    settle(directory)
     manifest = read_manifest(directory)
+    # Small files are replaced where they are, each in one step, by the bytes in the manifest.
     for name in sorted({damage.file for damage in damages} & set(manifest.files)):
         data = read_bytes(checkpoint.companions() / name)
         _check_digest(manifest.files[name].sha256, data, name)
         write_file(directory / name, data)
     if Damage(CONFIG) in damages:
         damages = verify(directory, progress)
-    _repair_weights(directory, manifest, damages, checkpoint, progress)
+    damaged = {damage.file for damage in damages} & manifest.weights.keys()
+    if not damaged:
+        return
+    with CheckpointReader(checkpoint, manifest.checkpoint) as reader:
+
+        def is_damaged(part: ModelPart) -> bool:
+            places = [MISSING, *(spec.name for spec in part.tensors)]
+            return any(Damage(part.file, place) in damages for place in places)
+
+        def make(part: ModelPart) -> list[torch.Tensor]:
+            if part.linear is not None and part.linear.scales == "calibrated":
+                one, many = ("an expert", "experts") if part.expert else ("a matrix", "matrices")
+                raise CheckpointError(
+                    f"{one} of {part.file} is damaged, and calibrated {many} cannot be rebuilt "
+                    "alone",
+                    hint=f"Remove the model (mixchat rm {directory.name}), and download it again.",
+                )
+            tensors = part.make(checkpoint.index, reader.read)
+            for spec, tensor in zip(part.tensors, tensors, strict=True):
+                expected = manifest.weights[part.file].sha256[spec.name]
+                _check_digest(expected, tensor_bytes(tensor), spec.name)
+            return tensors
+
+        blueprint = installed_blueprint(directory, manifest)
+        build = Rebuild(directory, blueprint, "repairing", Remake(is_damaged, make), damaged)
+        progress.note(f"repairing takes {build.need}")
+        build.run(progress)
 
 
 def _damaged_files(directory: Path, manifest: Manifest) -> Iterator[Damage]:
@@ -91,7 +117,7 @@ def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterato
         known = manifest.weights[name].sha256
         digests = {spec.name: known[spec.name] for spec in header.specs}
         try:
-            with open(open_regular(path_of(directory, manifest, name)), "rb") as file:
+            with open(open_regular(directory / name), "rb") as file:
                 yield from _damages_of(file.fileno(), name, header, task)
                 for tensor in wrong_tensors(file.fileno(), header, digests, task):
                     yield Damage(name, tensor)
@@ -106,52 +132,6 @@ def _damages_of(descriptor: int, name: str, header: Header, task: Task) -> Itera
     if read_piece(descriptor, 0, len(beginning)) != beginning:
         yield Damage(name, HEADER)
     task.advance(len(beginning))
-
-
-def _repair_weights(
-    directory: Path,
-    manifest: Manifest,
-    damages: Sequence[Damage],
-    checkpoint: Checkpoint,
-    progress: Progress,
-) -> None:
-    """Rebuild the damaged parts. Opening a file repairs its header and its size."""
-    blueprint, index = installed_blueprint(directory, manifest), checkpoint.index
-    damaged = [part for part in model_parts(blueprint) if _is_damaged(part, damages)]
-    total = sum(index.nbytes(part.components(index)) for part in damaged)
-    with (
-        closing(ModelWriter(directory, blueprint)) as files,
-        CheckpointReader(checkpoint, manifest.checkpoint) as reader,
-        progress_bar(progress, f"repairing {directory.name}", total) as task,
-    ):
-        for part in damaged:
-            _refuse_calibrated(part, directory)
-            tensors = part.make(index, reader.read)
-            _check_tensors(part, tensors, manifest)
-            files.write(part, tensors)
-            task.advance(index.nbytes(part.components(index)))
-        files.finish()
-
-
-def _check_tensors(part: ModelPart, tensors: list[torch.Tensor], manifest: Manifest) -> None:
-    for spec, tensor in zip(part.tensors, tensors, strict=True):
-        expected = manifest.weights[part.file].sha256[spec.name]
-        _check_digest(expected, tensor_bytes(tensor), spec.name)
-
-
-def _refuse_calibrated(part: ModelPart, directory: Path) -> None:
-    if part.linear is not None and part.linear.scales == "calibrated":
-        one, many = ("an expert", "experts") if part.expert else ("a matrix", "matrices")
-        raise CheckpointError(
-            f"{one} of {part.file} is damaged, and calibrated {many} cannot be rebuilt alone",
-            hint=f"Remove the model (mixchat rm {directory.name}), and download it again.",
-        )
-
-
-def _is_damaged(part: ModelPart, damages: Sequence[Damage]) -> bool:
-    return Damage(part.file, MISSING) in damages or any(
-        Damage(part.file, spec.name) in damages for spec in part.tensors
-    )
 
 
 def _check_digest(sha256: str, data: bytes | memoryview, name: str) -> None:

@@ -4,7 +4,7 @@
 - expert.py: the block of an expert, and how it is computed
 - own_files.py: the names by which mixchat knows its own files
 - manifest.py: mixchat.json with source, quantization, sizes and SHA-256s
-- model_files.py: the model's files, and the safe replacement of one
 - journal.py: the finished tensors of an unfinished model
+- workspace.py: the directory of a new model, which takes the old one's place at the end
 - installed_model.py: opens an installed model and rejects what is not exactly one
 """

@@ -87,6 +87,20 @@ class Blueprint:
         experts = {experts_file(layer): own for layer, own in enumerate(layers)}
         return {SHARED_FILE: self.quantization} | experts
 
+    def description(self) -> dict[str, Any]:
+        """Return the manifest's `quantization`, with the scales of the experts."""
+        scales = self.layers[0].scales if self.layers else self.quantization.scales
+        return replace(self.quantization, scales=scales).description()
+
+    def descriptions(self) -> dict[str, dict[str, Any]]:
+        """Return by file the values in which it differs from `description`."""
+        whole = self.description()
+        own = {name: form.description() for name, form in self.quantizations().items()}
+        return {
+            name: {key: value for key, value in values.items() if value != whole.get(key)}
+            for name, values in own.items()
+        }
+
     def expert_of(self, layer: int) -> ExpertSpec:
         return self._layer_experts[layer] if self.layers else self.expert
 

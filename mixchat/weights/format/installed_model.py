@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 
@@ -18,20 +17,15 @@ from mixchat.weights.format.blueprint import (
     experts_file,
     layers_unlike,
 )
-from mixchat.weights.format.manifest import MANIFEST_FILE, Manifest, read_manifest, repair_hint
-from mixchat.weights.format.model_files import check_files, path_of
+from mixchat.weights.format.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    check_files,
+    read_manifest,
+    repair_hint,
+)
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
-
-Stamp: TypeAlias = tuple[int, ...] | None  # differs if a file was replaced, None if it is missing
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def installed_blueprint(directory: Path, manifest: Manifest) -> Blueprint:
@@ -61,8 +55,8 @@ class InstalledModel:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: list[SafetensorsFile] = []
-        # Another command can replace files meanwhile, which looks like a damaged model.
-        manifest_stamp, directory_stamp = _stamp(directory / MANIFEST_FILE), _stamp(directory)
+        # A new model can take this one's place meanwhile. Files of both look like a damaged model.
+        stamp = _stamp(directory)
         try:
             self.manifest = read_manifest(directory)
             check_files(directory, self.manifest)
@@ -77,12 +71,14 @@ class InstalledModel:
             self._expert_base = [file.header.start(first) for file in self._experts]
         except CheckpointError:
             self.close()
-            if _stamp(directory) != directory_stamp:  # a file may have got its last name
-                raise self._changed() from None
-            raise
-        if _stamp(directory / MANIFEST_FILE) != manifest_stamp:
+            if _stamp(directory) == stamp:
+                raise
+        if _stamp(directory) != stamp:
             self.close()
-            raise self._changed()
+            raise CheckpointError(
+                f"{directory}: the model was changed while it was being loaded",
+                hint="Try again when the other command has finished.",
+            )
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
         return self._shared.read(spec.name)
@@ -129,18 +125,21 @@ class InstalledModel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _changed(self) -> CheckpointError:
-        return CheckpointError(
-            f"{self.directory}: the model was changed while it was being loaded",
-            hint="Try again when the other command has finished.",
-        )
-
     def _open(self, name: str, expected: Iterable[TensorSpec]) -> SafetensorsFile:
-        file = SafetensorsFile(path_of(self.directory, self.manifest, name))
+        file = SafetensorsFile(self.directory / name)
         self._files.append(file)
         if file.header.specs != list(expected):
             raise _other_tensors(file.path)
         return file
+
+
+def _stamp(directory: Path) -> tuple[int, int] | None:
+    """Return what differs if another model has taken this one's place."""
+    try:
+        status = (directory / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns  # an inode's number may be used again
 
 
 def _other_tensors(path: Path) -> CheckpointError:

@@ -1,7 +1,7 @@
 """The record of an unfinished model's finished tensors, so that none is made twice.
 
-The first line of `mixchat.journal.jsonl`, its head, describes the model and its source. Each
-further line names tensors that are written and synced, with their SHA-256s.
+The first line of `journal.jsonl`, its head, describes the model and its source. Each further line
+names tensors that are written and synced, with their SHA-256s.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any, BinaryIO
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import open_regular, read_bytes, write_file
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.format.own_files import JOURNAL_FILE
+
+JOURNAL_FILE = "journal.jsonl"
 
 
 class Journal:
-    """The journal of `directory`, read once. `head` is None if no journal can be read.
+    """The journal of a workspace, read once. `head` is None if no journal can be read.
 
     `made` maps a file to its finished tensors and their SHA-256s.
     """

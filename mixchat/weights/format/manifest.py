@@ -1,18 +1,18 @@
 """The manifest of an installed model, `mixchat.json`, written last to mark a finished model.
 
-{"format": 4,
+{"format": 5,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
  "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "search", "layout": "cpu-packed",
                   "attention": "int8", "head": "int8", "dtype": "bfloat16"},
  "files": {"config.json": {"size": 123, "sha256": "..."}, ...},
  "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...},
-                                    "unlike": {}}, ...},
+                                    "quantization": {}}, ...},
  "checkpoint": {"model.layers.0.block_sparse_moe.experts.0.w1.weight": "...", ...},
  "sha256": "..."}
 
-Weights have a SHA-256 for each tensor, so that a damaged one can be rebuilt alone. `unlike` has the
-values of `quantization` that a file lacks while a conversion is unfinished. If the experts of a
-layer have other types, it has their `quant_type`, and `down` if w2 has another type than w1 and w3.
+Weights have a SHA-256 for each tensor, so that a damaged one can be rebuilt alone. A file's own
+`quantization` has the values in which it differs from the model's. If the experts of a layer have
+other types, these are their `quant_type`, and `down` if w2 has another type than w1 and w3.
 `checkpoint` has the SHA-256s of the checkpoint's tensors. The last SHA-256 is over all other keys.
 `mixchat.copy.json` has the same bytes, because nothing else could restore a damaged manifest.
 """
@@ -33,7 +33,7 @@ from mixchat.base.settings import models_dir
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
-FORMAT = 4
+FORMAT = 5
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _EXPERT_TYPES = ("nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
@@ -45,7 +45,7 @@ _QUANTIZATION: dict[str, tuple[object, ...]] = {
 }
 _DENSE_PARTS = ("attention", "head")
 _MIXED = ("quant_type", "down", "blocksize")
-_CONVERTED = ("scales", "layout", *_DENSE_PARTS)
+_OF_A_FILE = ("scales", *_MIXED)
 _KEYS = ("quant_type", "blocksize", "scales", "layout", *_DENSE_PARTS, "dtype")
 
 
@@ -77,12 +77,12 @@ class FileRecord:
 class WeightsRecord:
     """The size in bytes of a file of weights, and the SHA-256 of each tensor by name.
 
-    unlike: the values of the manifest's `quantization` that the file does not have yet.
+    quantization: the values in which the file differs from the manifest's `quantization`.
     """
 
     size: int
     sha256: dict[str, str]
-    unlike: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,14 @@ class Manifest:
     def size(self) -> int:
         return sum(record.size for record in self.weights.values())
 
-    @property
-    def partly(self) -> str | None:
-        """Return "converted" or "calibrated" if only some files are, else None."""
-        unlike = {key for record in self.weights.values() for key in record.unlike} - {*_MIXED}
-        return ("calibrated" if unlike == {"scales"} else "converted") if unlike else None
-
     def quantization_of(self, name: str) -> dict[str, Any]:
-        """Return the quantization that a file has now."""
-        return self.quantization | self.weights[name].unlike
+        """Return the quantization of a file of weights."""
+        return self.quantization | self.weights[name].quantization
 
     @property
     def is_mixed(self) -> bool:
         """Return whether the experts' types differ by layer or matrix."""
-        return any(key in record.unlike for record in self.weights.values() for key in _MIXED)
+        return any(key in record.quantization for record in self.weights.values() for key in _MIXED)
 
     @property
     def quant_type(self) -> str:
@@ -129,10 +123,10 @@ class Manifest:
         document["quantization"] = {key: self.quantization[key] for key in _KEYS}
         return _dumped({**document, "sha256": _digest(document)})
 
-
-def unlike(own: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a file's quantization `own` that differ from the manifest's."""
-    return {key: value for key, value in own.items() if value != whole.get(key)}
+    @property
+    def sha256(self) -> str:
+        """Return the SHA-256 of its bytes in hex, which differs if the model does."""
+        return hashlib.sha256(self.serialized()).hexdigest()
 
 
 def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
@@ -150,6 +144,19 @@ def read_manifest(directory: Path, name: str = MANIFEST_FILE) -> Manifest:
             "and download the model again."
         )
         raise
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Compare each file's size with the manifest. Raises `CheckpointError`."""
+    for name, expected in manifest.sizes.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing", hint=repair_hint(directory))
+        if (size := path.stat().st_size) != expected:
+            raise CheckpointError(
+                f"{path}: {size} bytes, but the manifest says {expected}",
+                hint=repair_hint(directory),
+            )
 
 
 def repair_hint(directory: Path) -> str:
@@ -267,9 +274,9 @@ def _check(path: Path, manifest: Manifest) -> None:
     source, records = manifest.source, manifest.weights.values()
     _check_quantization(path, manifest.quantization)
     for record in records:
-        if not record.unlike.keys() <= {*_CONVERTED, *_MIXED}:
+        if not record.quantization.keys() <= {*_OF_A_FILE}:
             raise CheckpointError(f"{path}: a record of weights is malformed")
-        _check_quantization(path, manifest.quantization | record.unlike)
+        _check_quantization(path, manifest.quantization | record.quantization)
     texts = [source.repo, source.commit or "", source.revision or "", *manifest.checkpoint.values()]
     texts += [record.sha256 for record in manifest.files.values()]
     texts += [sha256 for record in records for sha256 in record.sha256.values()]

@@ -1,234 +1,193 @@
-"""Builds an installed model out of shards as they come, and resumes an interrupted build.
+"""Makes a model in its workspace, and lets it take the place of the installed one at the end.
 
-While one shard is quantized, a thread fetches the next. Tensors of parts that also need a later
-shard are spilled to a small file. The journal records what is done.
+Each part is made, written and noted in the journal. The next run with the same head makes what is
+left. Files that stay as they are become links, which take no disk. The manifest is written last.
 """
 
 from __future__ import annotations
 
-import threading
+import os
+import shutil
 import time
-from collections.abc import Generator
-from concurrent.futures import Future
-from contextlib import closing, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from mixchat.base.errors import HubError
-from mixchat.base.files import read_bytes, write_file
-from mixchat.base.progress import NoProgress, Progress, Task, in_background, progress_bar
-from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
+from mixchat.base.progress import NoProgress, Progress, progress_bar
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.journal import Journal
 from mixchat.weights.format.manifest import (
     FORMAT,
     FileRecord,
     Manifest,
+    Source,
     WeightsRecord,
-    is_installed,
-    restore_manifests,
-    unlike,
     write_manifest,
 )
-from mixchat.weights.format.own_files import COMPANION_FILES, JOURNAL_FILE, SPILL_PREFIX
+from mixchat.weights.format.workspace import (
+    INPUTS_DIR,
+    MODEL_DIR,
+    SOURCE_DIR,
+    clear,
+    real_path,
+    swap_in,
+    workspace,
+)
 from mixchat.weights.make.parts import ModelPart, model_parts
-from mixchat.weights.make.unfinished import Spill, find_damaged
+from mixchat.weights.make.unfinished import find_damaged
 from mixchat.weights.make.writer import ModelWriter
-from mixchat.weights.source.checkpoint import Checkpoint
 
-_CHECKPOINT = "checkpoint"  # its tensors that were read, in the journal
+CHECKPOINT = "checkpoint"  # its tensors that were read, in the journal
 _SAVE_INTERVAL_S = 2.0
-_STOP_TIMEOUT_S = 0.3
 NO_PROGRESS = NoProgress()
 
 
 class Build:
-    """The build of the model `blueprint` of `checkpoint` in the directory `target`.
+    """The build of the model `blueprint` for the directory `target`.
 
-    `parts` are left to make, and they need `shards`. Work under another `head` is not resumed.
+    `parts` are left to make. `kept` names the files of weights that stay as they are. Work under
+    another `head` is not resumed.
     """
+
+    title = "quantizing"
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
         target: Path,
+        source: Source,
         blueprint: Blueprint,
-        journal: Journal | None = None,
+        work: Mapping[str, object],
+        kept: Collection[str] = (),
     ) -> None:
-        self.checkpoint, self.target, self.blueprint = checkpoint, target, blueprint
-        self.journal = journal or Journal(target)
+        self.target, self.source, self.blueprint = real_path(target), source, blueprint
+        self.place = workspace(target)
+        self.directory = self.place / MODEL_DIR
+        self.journal = Journal(self.place)
         self.head: dict[str, object] = {
             "format": FORMAT,
-            "source": vars(checkpoint.source),
+            "source": vars(source),
             "quantization": blueprint.quantization.description(),
-            "fingerprint": checkpoint.fingerprint,
+            "layers": [form.description() for form in blueprint.layers],
+            **work,
         }
-        if blueprint.layers:
-            self.head["layers"] = [form.description() for form in blueprint.layers]
-        self._index = checkpoint.index
-        self._find_work()
+        self.headers = {n: h for n, h in blueprint.headers().items() if n not in kept}
+        self.all_parts = [part for part in model_parts(blueprint) if part.file in self.headers]
+        self.find_work()
 
-    def run(self, progress: Progress = NO_PROGRESS, *, ahead: bool = True) -> None:
-        """Make what is left. The manifest is written last.
+    def run(self, progress: Progress = NO_PROGRESS) -> None:
+        """Make what is left, and swap the new model in.
 
-        `ahead`: fetch the next shard while one is quantized, which takes the disk of both. Raises
-        `CheckpointError` if a weight is not finite, and what fetching raises.
+        Raises `CheckpointError` if a weight is not finite, and what reading the sources raises.
         """
-        self.target.mkdir(parents=True, exist_ok=True)
-        companions = _read_companions(self.checkpoint.companions())
+        self.discard_other_work(progress)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        files = self.small_files()
         self.journal.start(self.head)
         self._forget_damaged(progress)
-        with closing(ModelWriter(self.target, self.blueprint)) as files:
-            self._make_all(files, progress, ahead)
-            self._finish(files, companions)
+        whole, left = (sum(map(self.nbytes, parts)) for parts in (self.all_parts, self.parts))
+        with closing(ModelWriter(self.directory, self.headers)) as writer:
+            with progress_bar(progress, self.title, whole, whole - left) as task:
+                saved = time.monotonic()
+                for part, tensors in self.made_parts(writer, progress):
+                    self.journal.add(part.file, writer.write(part, tensors))
+                    task.advance(self.nbytes(part))
+                    if time.monotonic() - saved > _SAVE_INTERVAL_S:
+                        self.save(writer)
+                        saved = time.monotonic()
+            writer.finish()
+            self.save(writer)
+        self._finish(files)
 
-    def _find_work(self) -> None:
+    def made_parts(
+        self, writer: ModelWriter, progress: Progress
+    ) -> Iterator[tuple[ModelPart, Sequence[torch.Tensor]]]:
+        """Yield the `parts`, each with its tensors."""
+        raise NotImplementedError
+
+    def small_files(self) -> dict[str, FileRecord]:
+        """Put the small files into `directory`, and return their records by name."""
+        raise NotImplementedError
+
+    def kept_records(self) -> dict[str, WeightsRecord]:
+        """Return the records of the files of weights that stay."""
+        return {}
+
+    def checkpoint_digests(self) -> dict[str, str]:
+        """Return the SHA-256s of the checkpoint's tensors."""
+        return dict(sorted(self.journal.made.get(CHECKPOINT, {}).items()))
+
+    def nbytes(self, part: ModelPart) -> int:
+        """Return the bytes of a part that the bar counts."""
+        return part.nbytes
+
+    def find_work(self) -> None:
+        """Find the parts that are left to make."""
         recorded = self.journal.made_under(self.head)
-        sizes = {name: header.size for name, header in self.blueprint.headers().items()}
         made = {
-            name: digests
-            for name, digests in recorded.items()
-            if name in sizes and _size(self.target / name) == sizes[name]
+            name: recorded[name]
+            for name, header in self.headers.items()
+            if name in recorded and _size(self.directory / name) == header.size
         }
         self.parts = [
             part
-            for part in model_parts(self.blueprint)
+            for part in self.all_parts
             if not all(spec.name in made.get(part.file, {}) for spec in part.tensors)
         ]
-        self._spill = Spill(self.target, recorded)
-        needed = {name for part in self.parts for name in part.components(self._index)}
-        self.shards = sorted({self._index.shard_of(name) for name in needed - self._spill.names})
 
-    def _forget_damaged(self, progress: Progress) -> None:
-        lost = find_damaged(self.target, self.blueprint, self.journal.made, progress)
-        if count := sum(len(tensors) for tensors in lost.values()):
-            self.journal.forget(lost)
-            self._find_work()
-            tensors = "1 tensor" if count == 1 else f"{count} tensors"
-            progress.note(f"damaged since the last run: {tensors}; quantizing again")
+    def discard_other_work(self, progress: Progress) -> None:
+        """Remove work under another head. Shards of the same weights stay, and inputs."""
+        head = self.journal.head
+        if head == self.head:
+            return
+        if head is not None:
+            progress.note("the unfinished work had other weights or options: starting again")
+        # Without a journal, the first shard may have been fetched in part.
+        same = head is None or head.get("fingerprint") == self.head.get("fingerprint")
+        clear(self.target, keep=(INPUTS_DIR, SOURCE_DIR) if same else (INPUTS_DIR,))
+        self.journal = Journal(self.place)
 
-    def _make_all(self, files: ModelWriter, progress: Progress, ahead: bool) -> None:
-        for shard in self._index.shards:
-            if shard not in self.shards:
-                self.checkpoint.release(shard)
-        left = sum(self._nbytes(part) for part in self.parts)
-        whole = sum(self._nbytes(part) for part in model_parts(self.blueprint))
-        with (
-            closing(_fetched(self.checkpoint, self.shards, progress, ahead)) as fetched,
-            progress_bar(progress, "quantizing", whole, whole - left) as task,
-        ):
-            for shard, path in fetched:
-                self._take(shard, path, files, task)
-                self.checkpoint.release(shard)
-
-    def _take(self, shard: str, path: Path, files: ModelWriter, task: Task) -> None:
-        """Make the parts that can be made now, and spill what the others need."""
-        with self._index.open(shard, path) as file:
-            if file.header.specs != self._index.header(shard).specs:
-                raise HubError(f"{path}: not the tensors that its header listed at first")
-            here = self._of_shard(shard)
-            saved = time.monotonic()
-            later = []
-            for part in self.parts:
-                if not set(part.components(self._index)) <= here | self._spill.names:
-                    later.append(part)
-                    continue
-                self._make(part, file, files, task)
-                if time.monotonic() - saved > _SAVE_INTERVAL_S:
-                    self._save(files)
-                    saved = time.monotonic()
-            needed = {name for part in later for name in part.components(self._index)}
-            if new := sorted(needed & here - self._spill.names):
-                self.journal.add(*self._spill.write(shard, file, new))
-        self._save(files)
-        self.parts = later
-        self._spill.keep_only(needed)
-
-    def _of_shard(self, shard: str) -> set[str]:
-        names = (name for part in self.parts for name in part.components(self._index))
-        return {name for name in names if self._index.shard_of(name) == shard}
-
-    def _make(self, part: ModelPart, file: SafetensorsFile, files: ModelWriter, task: Task) -> None:
-        read: dict[str, str] = {}
-
-        def reading(name: str) -> torch.Tensor:
-            spilled = name in self._spill.names
-            tensor = self._spill.read(name) if spilled else file.read(name)
-            read[name] = tensor_sha256(tensor)
-            return tensor
-
-        digests = files.write(part, part.make(self._index, reading))
-        self.journal.add(part.file, digests)
-        self.journal.add(_CHECKPOINT, read)
-        task.advance(self._nbytes(part))
-
-    def _save(self, files: ModelWriter) -> None:
-        files.sync()
+    def save(self, writer: ModelWriter) -> None:
+        """Make the written parts and their journal durable."""
+        writer.sync()
         self.journal.save()
 
-    def _nbytes(self, part: ModelPart) -> int:
-        return self._index.nbytes(part.components(self._index))
+    def _forget_damaged(self, progress: Progress) -> None:
+        lost = find_damaged(self.place, self.headers, self.journal.made, progress)
+        if count := sum(len(tensors) for tensors in lost.values()):
+            self.journal.forget(lost)
+            self.find_work()
+            tensors = "1 tensor" if count == 1 else f"{count} tensors"
+            progress.note(f"damaged since the last run: {tensors}; making again")
 
-    def _finish(self, files: ModelWriter, companions: dict[str, bytes]) -> None:
-        records = {}
-        for name, data in companions.items():
-            write_file(self.target / name, data)
-            records[name] = FileRecord.of(data)
-        weights, own = {}, self.blueprint.quantizations()
-        whole = self.blueprint.quantization.description()
-        for name, size in files.finish().items():
+    def _finish(self, files: dict[str, FileRecord]) -> None:
+        weights, own = self.kept_records(), self.blueprint.descriptions()
+        for name, header in self.headers.items():
             made = self.journal.made[name]
-            order = (spec.name for spec in self.blueprint.files()[name])
-            digests = {tensor: made[tensor] for tensor in order}
-            weights[name] = WeightsRecord(size, digests, unlike(own[name].description(), whole))
-        checkpoint = dict(sorted(self.journal.made[_CHECKPOINT].items()))
-        description = self.blueprint.quantization.description()
-        source = self.checkpoint.source
-        write_manifest(self.target, Manifest(source, description, records, weights, checkpoint))
-        finish_interrupted(self.target)
+            digests = {spec.name: made[spec.name] for spec in header.specs}
+            weights[name] = WeightsRecord(header.size, digests, own[name])
+        manifest = Manifest(
+            self.source,
+            self.blueprint.description(),
+            files,
+            {name: weights[name] for name in own},
+            self.checkpoint_digests(),
+        )
+        write_manifest(self.directory, manifest)
+        swap_in(self.target)
 
 
-def finish_interrupted(target: Path) -> None:
-    """Take the last steps of a build that was killed after it wrote the manifest."""
-    if not (target / JOURNAL_FILE).exists() or not is_installed(target):
-        return
-    restore_manifests(target)
-    for path in target.glob(SPILL_PREFIX + "*"):
-        path.unlink()
-    (target / JOURNAL_FILE).unlink()  # last, because a model that has one is unfinished
+def link(path: Path, new: Path) -> None:
+    """Give a file a second name. A file system without links gets a copy."""
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:
+        shutil.copyfile(path, new)
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _read_companions(directory: Path) -> dict[str, bytes]:
-    paths = {name: directory / name for name in COMPANION_FILES}
-    return {name: read_bytes(path) for name, path in paths.items() if path.exists()}
-
-
-def _fetched(
-    checkpoint: Checkpoint, shards: list[str], progress: Progress, ahead: bool
-) -> Generator[tuple[str, Path], None, None]:
-    """Yield each shard's name and path. With `ahead` a thread fetches the next one."""
-    missing = sum(checkpoint.missing(shard) for shard in shards)
-    shown = progress if missing else NO_PROGRESS
-    title, done = f"fetching {checkpoint.source.repo}", checkpoint.size - missing
-    stop = threading.Event()
-    with progress_bar(shown, title, checkpoint.size, done) as task:
-        coming: Future[Path] | None = None
-        try:
-            for number, shard in enumerate(shards):
-                coming = coming or in_background(checkpoint.fetch, shard, task, stop)
-                path = coming.result()
-                following = shards[number + 1 : number + 2] if ahead else []
-                coming = (
-                    in_background(checkpoint.fetch, *following, task, stop) if following else None
-                )
-                yield shard, path
-        finally:
-            stop.set()
-            if coming is not None:
-                with suppress(Exception):
-                    coming.result(_STOP_TIMEOUT_S)

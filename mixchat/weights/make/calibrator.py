@@ -37,12 +37,12 @@ from mixchat.base.files import (
 )
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import tensor_bytes
-from mixchat.weights.format.blueprint import Blueprint, Form, experts_file
+from mixchat.weights.format.blueprint import Blueprint, Form
 from mixchat.weights.format.expert import swiglu_of
 from mixchat.weights.format.manifest import Manifest
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.matrix.linear import TYPES, BiasedLinear, LinearSpec
-from mixchat.weights.matrix.quant_type import Inputs, QuantType, Way, dense_linear
+from mixchat.weights.matrix.quant_type import Inputs, Way, dense_linear
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader, other_checkpoint
 from mixchat.weights.source.checkpoint_index import CONFIG
 
@@ -89,7 +89,7 @@ class InputsWriter:
 
     def __enter__(self) -> InputsWriter:
         shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir()
+        self._temporary.mkdir(parents=True)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -109,10 +109,6 @@ class ExpertInputs:
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         self._directory, self._config = directory, config
         self._layer, self._inputs, self._selected = -1, torch.empty(0), torch.empty(0)
-
-    @property
-    def layers(self) -> set[int]:
-        return {int(path.name[-3:]) for path in self._directory.glob("selected-*")}
 
     @property
     def text(self) -> list[int]:
@@ -141,11 +137,6 @@ class ExpertInputs:
         """Note the types of each layer's experts, which a resumed calibration takes again."""
         write_file(self._directory / _MIX, json.dumps(mix._asdict()).encode())
 
-    @property
-    def has_dense(self) -> bool:
-        """Return whether there are inputs of attention and head."""
-        return any(self._directory.glob(_DENSE.format("*")))
-
     def dense(self, linear: LinearSpec) -> torch.Tensor:
         """Return the rows of a matrix of attention or head, bf16 [n, C].
 
@@ -155,15 +146,6 @@ class ExpertInputs:
         if not data or len(data) % (2 * linear.columns):
             raise CheckpointError(f"{self._directory}: the inputs of {linear.name} are damaged")
         return torch.frombuffer(data, dtype=torch.bfloat16).view(-1, linear.columns)
-
-    def remove_dense(self) -> None:
-        for path in self._directory.glob(_DENSE.format("*")):
-            path.unlink()
-
-    def remove(self, layer: int) -> None:
-        inputs, selected = _paths(self._directory, layer)
-        selected.unlink()  # first, because `layers` goes by these files
-        inputs.unlink()
 
     def of(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of all tokens, bf16 [N, D], and a mask of those that chose the expert.
@@ -197,29 +179,18 @@ class Calibrator:
     def __init__(
         self, inputs: ExpertInputs, checkpoint: Checkpoint, reader: CheckpointReader, window: int
     ):
-        self.inputs, self.reader = inputs, reader
+        self._inputs, self._reader = inputs, reader
         self._index, self._window = checkpoint.index, window
         self._w2_inputs = Inputs(torch.empty(0), torch.empty(0), self._note)
         self._ways, self._errors = Counter[Way](), 0.0
 
-    @property
-    def forms(self) -> dict[str, Form]:
-        """Return the types that experts get, by file, if they are chosen anew."""
-        mix = self.inputs.mix
-        return {experts_file(n): form for n, form in enumerate(mix.forms)} if mix else {}
-
-    def quant_type(self, stored: QuantType) -> QuantType:
-        """Return the type that most layers get for w1 and w3, `stored` if types stay."""
-        kinds = [up for up, _ in self.forms.values()]
-        return max(kinds, key=kinds.count, default=stored)
-
     @torch.inference_mode()
     def make(self, part: ModelPart) -> list[torch.Tensor]:
         assert part.linear is not None
-        weight = part.dense(self._index, self.reader.read)
-        bias = part.read_bias(self._index, self.reader.read)
+        weight = part.dense(self._index, self._reader.read)
+        bias = part.read_bias(self._index, self._reader.read)
         if part.expert is None:
-            rows = self.inputs.dense(part.linear)
+            rows = self._inputs.dense(part.linear)
             last = self._held_out(rows)
             return part.encoded(weight, Inputs(rows[~last], rows[last], self._note), bias)
         if part.linear.name == "w2":
@@ -257,7 +228,7 @@ class Calibrator:
 
     def _rows(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows [n, D] that an expert learns from, and those held out."""
-        every, chosen = self.inputs.of(layer, expert)
+        every, chosen = self._inputs.of(layer, expert)
         last = self._held_out(every)
         held_out = _some(every, chosen, last)
         few = held_out[:: max(1, -(-len(held_out) // HELD_OUT_MAX))]
@@ -298,6 +269,11 @@ def inputs_size(config: ModelConfig, tokens: int) -> int:
     """Return the bytes of the inputs of so many tokens on disk."""
     row = 2 * config.hidden_size + config.num_experts_per_tok
     return config.num_moe_layers * tokens * row
+
+
+def gets_calibrated(part: ModelPart) -> bool:
+    """Return whether a calibration makes a part anew."""
+    return part.expert is not None or (part.linear is not None and is_calibrated(part.linear))
 
 
 def is_calibrated(linear: LinearSpec) -> bool:

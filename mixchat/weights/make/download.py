@@ -15,18 +15,11 @@ from mixchat.base.lock import exclusive_lock
 from mixchat.base.progress import Progress
 from mixchat.base.settings import data_dir
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.format.manifest import is_installed, read_manifest
-from mixchat.weights.format.model_files import check_files
-from mixchat.weights.format.own_files import (
-    JOURNAL_FILE,
-    SOURCE_DIR,
-    files_in_the_way,
-    foreign_files,
-    own_files,
-    remove_path,
-)
-from mixchat.weights.make.build import Build, finish_interrupted
+from mixchat.weights.format.manifest import check_files, is_installed, read_manifest
+from mixchat.weights.format.own_files import files_in_the_way, foreign_files
+from mixchat.weights.format.workspace import SOURCE_DIR, settle, workspace
 from mixchat.weights.make.download_plan import DownloadPlan, estimate_time, make_plan
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.models import ModelRef
@@ -74,10 +67,9 @@ def download(
         progress.note(f"another mixchat is installing {target.name}; waiting for it")
 
     with local_errors(), exclusive_lock(target, on_wait=wait):
-        finish_interrupted(target)
+        settle(target)
         if not _find_installed(request):
             _install(request, progress, announce)
-        shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
     return target
 
 
@@ -95,7 +87,9 @@ def _install(
     with _open_build(request, progress, check=request.check) as build:
         plan = make_plan(build)
         if plan.fits:
-            _discard_other_work(build, progress)
+            if build.checkpoint.cache is not None:  # shards are fetched to the cache now
+                shutil.rmtree(build.place / SOURCE_DIR, ignore_errors=True)
+            build.discard_other_work(progress)
             plan = estimate_time(plan, build, keep=True)
         announce(plan)
         plan.check()
@@ -105,16 +99,15 @@ def _install(
 @contextmanager
 def _open_build(
     request: DownloadRequest, progress: Progress, check: Check | None = None
-) -> Iterator[Build]:
+) -> Iterator[CheckpointBuild]:
     target = request.ref.directory
     _check_target(target, progress)
-    journal = Journal(target)
-    source = request.ref.find_source(journal.source, request.revision)
+    source = request.ref.find_source(Journal(workspace(target)).source, request.revision)
     with open_checkpoint(
         source, target, progress, keep_source=request.keep_source, check=check
     ) as checkpoint:
         blueprint = make_blueprint(checkpoint.index, request.options)
-        yield Build(checkpoint, target, blueprint, journal)
+        yield CheckpointBuild(checkpoint, target, blueprint)
 
 
 def _check_target(target: Path, progress: Progress) -> None:
@@ -137,22 +130,6 @@ def _names(paths: Sequence[Path]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _discard_other_work(build: Build, progress: Progress) -> None:
-    """Remove work of other weights or options, but keep shards that can be used."""
-    target, checkpoint, head = build.target, build.checkpoint, build.journal.head
-    if checkpoint.cache is not None:  # shards are fetched to the cache now
-        shutil.rmtree(target / SOURCE_DIR, ignore_errors=True)
-    if head == build.head or not target.exists():
-        return
-    # Without a journal, the first shard may have been fetched in part.
-    same_weights = head is None or head.get("fingerprint") == checkpoint.fingerprint
-    if head is not None:
-        progress.note("the unfinished download had other weights or options: starting again")
-    for path in own_files(target):
-        if not (same_weights and path.name == SOURCE_DIR):
-            remove_path(path)
-
-
 def _find_installed(request: DownloadRequest) -> Path | None:
     """Return the model's directory if it is installed as requested, else None.
 
@@ -169,7 +146,7 @@ def _find_installed(request: DownloadRequest) -> Path | None:
             )
         return ref.path
     target = ref.directory
-    if not is_installed(target) or (target / JOURNAL_FILE).exists():
+    if not is_installed(target):
         return None
     _check_same(request, target)
     return target

@@ -13,29 +13,16 @@ from mixchat.base import machine
 from mixchat.base.errors import ResourceError
 from mixchat.base.quantities import format_least, format_size
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.own_files import own_bytes
-from mixchat.weights.make.build import Build
+from mixchat.weights.format.workspace import workspace
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
+from mixchat.weights.make.needs import SMALL_FILES_BYTES, Need, add_up_needs
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.quantize_options import rounded_from
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
 _PROCESS_BYTES = 400_000_000  # of memory, with torch, without weights
-_SMALL_FILES_BYTES = 16_000_000  # manifest, journal, tokenizer
 _SAMPLE_SHAPE = (1024, 4096)
 _WEIGHTS_A_SECOND_MAX = 5e8  # that are read, hashed and written
-
-
-@dataclass(frozen=True)
-class Need:
-    """The bytes needed in a place, and the bytes free there."""
-
-    place: Path
-    needed: int
-    free: int
-
-    @property
-    def suffices(self) -> bool:
-        return self.needed <= self.free
 
 
 @dataclass(frozen=True)
@@ -70,13 +57,7 @@ class DownloadPlan:
     def check(self) -> None:
         """Raise `ResourceError` if disk or memory is short."""
         for need in self.disk:
-            if not need.suffices:
-                raise ResourceError(
-                    f"not enough disk in {need.place}: {format_least(need.needed)} needed, "
-                    f"{format_size(need.free)} free",
-                    hint="Free some space, or set MIXCHAT_HOME (models) or HF_HOME (the hub's "
-                    "cache) to a directory on a larger disk.",
-                )
+            need.check()
         if not self.memory.suffices:
             raise ResourceError(
                 f"not enough memory: {format_least(self.memory.needed)} needed, "
@@ -85,7 +66,7 @@ class DownloadPlan:
             )
 
 
-def make_plan(build: Build, free_disk: int | None = None) -> DownloadPlan:
+def make_plan(build: CheckpointBuild, free_disk: int | None = None) -> DownloadPlan:
     """Make the plan of a build. free_disk: as for `find_disk_needs`."""
     checkpoint, blueprint, target = build.checkpoint, build.blueprint, build.target
     fetch = sum(checkpoint.missing(shard) for shard in build.shards)
@@ -110,7 +91,7 @@ def make_plan(build: Build, free_disk: int | None = None) -> DownloadPlan:
     )
 
 
-def estimate_time(plan: DownloadPlan, build: Build, *, keep: bool) -> DownloadPlan:
+def estimate_time(plan: DownloadPlan, build: CheckpointBuild, *, keep: bool) -> DownloadPlan:
     """Return the plan with its time, by fetching for a second. `keep` keeps those bytes."""
     rate = build.checkpoint.rate(build.shards, keep=keep)
     if rate is None and plan.fetch:
@@ -130,12 +111,12 @@ def find_disk_needs(
     caches: Sequence[tuple[Path, int]] = (),
     free_disk: int | None = None,
 ) -> tuple[tuple[Need, ...], bool]:
-    """Return the need of each disk beyond what is in `target`, and whether a shard fits ahead.
+    """Return the need of each disk beyond what is made, and whether a shard fits ahead.
 
     `temporary` is as for `estimate_peak_disk`. `caches` get so many bytes. free_disk: the free
     bytes of another machine's disks.
     """
-    here = own_bytes(target) if free_disk is None else 0
+    here = machine.disk_usage(workspace(target)) if free_disk is None else 0
 
     def needs(ahead: bool) -> tuple[Need, ...]:
         peak = estimate_peak_disk(index, blueprint, temporary, ahead=ahead)
@@ -144,19 +125,6 @@ def find_disk_needs(
 
     ahead = all(need.suffices for need in needs(True))
     return needs(ahead), ahead
-
-
-def add_up_needs(*needed: tuple[Path, int]) -> tuple[Need, ...]:
-    """Return the need of each disk, which adds up its places."""
-    found: list[Need] = []
-    for place, size in needed:
-        for number, need in enumerate(found):
-            if machine.same_disk(need.place, place):
-                found[number] = Need(need.place, need.needed + size, need.free)
-                break
-        else:
-            found.append(Need(place, size, machine.free_disk(place)))
-    return tuple(found)
 
 
 def estimate_peak_disk(
@@ -190,7 +158,7 @@ def estimate_peak_disk(
         fetched = sum(temporary(shard) for shard in index.shards[number : number + 1 + ahead])
         held = sum(spilled[n] for n in range(number + 1) if number <= until[n])
         peak = max(peak, total + fetched + held)
-    return peak + _SMALL_FILES_BYTES
+    return peak + SMALL_FILES_BYTES
 
 
 def find_memory_need(index: CheckpointIndex, blueprint: Blueprint) -> Need:

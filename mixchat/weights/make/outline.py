@@ -15,11 +15,12 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.format.manifest import Source, read_manifest
-from mixchat.weights.format.model_files import check_files
+from mixchat.weights.format.manifest import Source, check_files, read_manifest
+from mixchat.weights.format.workspace import workspace
 from mixchat.weights.known_models import KNOWN, KnownModel, known_model
-from mixchat.weights.make.build import Build
-from mixchat.weights.make.download_plan import DownloadPlan, Need, find_disk_needs, make_plan
+from mixchat.weights.make.download_plan import DownloadPlan, find_disk_needs, make_plan
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
+from mixchat.weights.make.needs import Need
 from mixchat.weights.make.quantize_options import QuantizeOptions, default_blueprint, make_blueprint
 from mixchat.weights.matrix.linear import TYPES, Layout, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
@@ -73,10 +74,9 @@ def outline(
             flags += ["--name", target.name]
         elif free_disk is None:
             return found
-    journal = Journal(target)
-    source = source or ref.find_source(journal.source)
+    source = source or ref.find_source(Journal(workspace(target)).source)
     options = QuantizeOptions(type_of_bits(bits or 4), layout=layout)
-    made = _before_download(source, journal, target, options, free_disk, progress)
+    made = _before_download(source, target, options, free_disk, progress)
     arguments = (ref.name if ref.source_repo else source.repo, *flags)
     return replace(made, name=ref.name, arguments=arguments)
 
@@ -105,7 +105,6 @@ def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
 
 def _before_download(
     source: Source,
-    journal: Journal,
     target: Path,
     options: QuantizeOptions,
     free_disk: int | None,
@@ -123,5 +122,5 @@ def _before_download(
         return Outline(name, blueprint, target, installed=False, disk=disk)
     with open_checkpoint(source, target, progress) as checkpoint:
         blueprint = make_blueprint(checkpoint.index, options)
-        plan = make_plan(Build(checkpoint, target, blueprint, journal), free_disk)
+        plan = make_plan(CheckpointBuild(checkpoint, target, blueprint), free_disk)
     return Outline(name, blueprint, target, installed=False, disk=plan.disk, download=plan)

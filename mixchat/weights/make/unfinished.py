@@ -1,4 +1,4 @@
-"""The files of an unfinished model, with spilled tensors, and the check of finished parts.
+"""The spilled tensors of a workspace, and the check of finished parts.
 
 A tensor is spilled to disk if the part that needs it also needs a later shard. Finished parts are
 checked before work continues, because the manifest would not show what a disk has changed.
@@ -22,8 +22,7 @@ from mixchat.base.safetensors import (
     tensor_sha256,
     wrong_tensors,
 )
-from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.own_files import SPILL_PREFIX
+from mixchat.weights.format.workspace import MODEL_DIR, SPILL_PREFIX
 
 
 class Spill:
@@ -69,24 +68,37 @@ class Spill:
 
 
 def find_damaged(
-    directory: Path,
-    blueprint: Blueprint,
+    place: Path,
+    headers: Mapping[str, Header],
     made: Mapping[str, Mapping[str, str]],
     progress: Progress,
 ) -> dict[str, set[str]]:
-    """Return the tensors of `made` whose bytes have changed, by file."""
-    headers = blueprint.headers() | _spill_headers(directory)
-    known = {name: _known(headers[name], made[name]) for name in made if name in headers}
-    whole = sum(headers[name].spec(tensor).nbytes for name in known for tensor in known[name])
-    found = {}
+    """Return the tensors of `made` in a workspace whose bytes have changed, by file.
+
+    headers: of the files of weights that are being made.
+    """
+    files = {place / MODEL_DIR / name: header for name, header in headers.items()}
+    files |= {place / name: header for name, header in _spill_headers(place).items()}
+    known = {
+        path: {
+            spec.name: made[path.name][spec.name]
+            for spec in header.specs
+            if spec.name in made[path.name]
+        }
+        for path, header in files.items()
+        if path.name in made
+    }
+    whole = sum(files[path].spec(tensor).nbytes for path in known for tensor in known[path])
+    damaged = {}
     with progress_bar(
         progress if whole else NoProgress(), "checking finished parts", whole
     ) as task:
-        for name, digests in known.items():
-            wrong = set(_wrong(directory / name, headers[name], digests, task))
-            # A spill file is written again as a whole.
-            found[name] = set(made[name]) if wrong and name.startswith(SPILL_PREFIX) else wrong
-    return {name: wrong for name, wrong in found.items() if wrong}
+        for path, digests in known.items():
+            if wrong := set(_wrong(path, files[path], digests, task)):
+                # A spill file is written again as a whole.
+                is_spill = path.name.startswith(SPILL_PREFIX)
+                damaged[path.name] = set(made[path.name]) if is_spill else wrong
+    return damaged
 
 
 def _spill_headers(directory: Path) -> dict[str, Header]:
@@ -95,10 +107,6 @@ def _spill_headers(directory: Path) -> dict[str, Header]:
         with suppress(CheckpointError), SafetensorsFile(path) as file:
             headers[path.name] = file.header
     return headers
-
-
-def _known(header: Header, digests: Mapping[str, str]) -> dict[str, str]:
-    return {spec.name: digests[spec.name] for spec in header.specs if spec.name in digests}
 
 
 def _wrong(path: Path, header: Header, digests: Mapping[str, str], task: Task) -> Iterator[str]:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from mixchat.base.files import open_regular, sync_directory
-from mixchat.base.safetensors import tensor_bytes
-from mixchat.weights.format.blueprint import Blueprint
+from mixchat.base.safetensors import Header, tensor_bytes
 from mixchat.weights.make.parts import ModelPart
 
 
 class ModelWriter:
     """The files of weights in `directory`, open for writing, with holes at first."""
 
-    def __init__(self, directory: Path, blueprint: Blueprint) -> None:
-        self._directory = directory
-        self._headers = blueprint.headers()
+    def __init__(self, directory: Path, headers: Mapping[str, Header]) -> None:
+        self._directory, self._headers = directory, headers
         self._descriptors: dict[str, int] = {}
         self._unsynced: set[str] = set()
         self._unnamed = False
@@ -47,12 +45,11 @@ class ModelWriter:
             sync_directory(self._directory)
             self._unnamed = False
 
-    def finish(self) -> dict[str, int]:
-        """Make all files durable and return the size in bytes of each."""
+    def finish(self) -> None:
+        """Make all files durable, also those without a part that was left to make."""
         for name in self._headers:
             self._open(name)
         self.sync()
-        return {name: header.size for name, header in self._headers.items()}
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

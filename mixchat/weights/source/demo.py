@@ -23,7 +23,7 @@ from mixchat.base.files import write_file
 from mixchat.base.progress import Progress, progress_bar
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.format.own_files import BUILD_DIR
+from mixchat.weights.format.workspace import SOURCE_DIR
 from mixchat.weights.models import DEMO
 from mixchat.weights.source.checkpoint import Checkpoint
 from mixchat.weights.source.checkpoint_index import SINGLE, expected_index
@@ -95,13 +95,13 @@ def build_checkpoint(target: Path, progress: Progress) -> None:
 
 
 class DemoCheckpoint(Checkpoint):
-    """A checkpoint of one shard, built in `mixchat.build/` in `target` when it is first needed."""
+    """A checkpoint of one shard, built in `source/` in a workspace when it is first needed."""
 
-    def __init__(self, target: Path, progress: Progress) -> None:
+    def __init__(self, place: Path, progress: Progress) -> None:
         self.source = Source(DEMO)
         self.index = expected_index(read_config(DEMO_CONFIG), SINGLE)
         self.size, self.fingerprint = WHEEL_SIZE, WHEEL_SHA256
-        self._directory, self._progress = target / BUILD_DIR, progress
+        self._directory, self._progress = place / SOURCE_DIR, progress
         self._checkpoint: Path | None = None
 
     def companions(self) -> Path:
@@ -119,6 +119,8 @@ class DemoCheckpoint(Checkpoint):
 
     def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
+        with suppress(OSError):
+            self._directory.parent.rmdir()
 
 
 def _wheel(directory: Path, progress: Progress) -> Path:

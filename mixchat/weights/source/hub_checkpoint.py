@@ -17,7 +17,7 @@ from mixchat.base.lock import Busy
 from mixchat.base.progress import Task
 from mixchat.base.safetensors import Header
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.format.own_files import SOURCE_DIR
+from mixchat.weights.format.workspace import SOURCE_DIR
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint, ShardReader, Stopped
 from mixchat.weights.source.gguf_checkpoint import write_made
@@ -38,18 +38,18 @@ _PROBE_S = 1.0  # to measure the hub's speed
 class HubCheckpoint(Checkpoint):
     """The files of one commit.
 
-    A shard is fetched to `mixchat.source/` in `target` and removed when it is released. With
+    A shard is fetched to `source/` in the workspace `place` and removed when it is released. With
     `keep_source` all are fetched to huggingface_hub's cache and stay. A file in this cache is used
     if its hash is right.
     """
 
     def __init__(
-        self, remote: HubListing, source: Source, target: Path, *, keep_source: bool = False
+        self, remote: HubListing, source: Source, place: Path, *, keep_source: bool = False
     ) -> None:
         self.source, self.index = source, remote.index
         self.size, self.fingerprint = remote.index.size, remote.commit
         self.cache = hub.cache_dir() if keep_source else None
-        self._remote, self._directory = remote, target / SOURCE_DIR
+        self._remote, self._directory = remote, place / SOURCE_DIR
 
     def companions(self) -> Path:
         read = self._remote.read

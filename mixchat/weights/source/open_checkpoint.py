@@ -11,7 +11,7 @@ from mixchat.base.errors import CheckpointError, HubError, ModelNotFoundError
 from mixchat.base.files import read_bytes
 from mixchat.base.progress import Progress
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.format.own_files import SOURCE_DIR
+from mixchat.weights.format.workspace import SOURCE_DIR, workspace
 from mixchat.weights.models import DEMO
 from mixchat.weights.source import hub
 from mixchat.weights.source.checkpoint import Checkpoint, DirectoryCheckpoint
@@ -45,10 +45,12 @@ def _open_checkpoint(
     source: Source, target: Path, progress: Progress, keep_source: bool
 ) -> Checkpoint:
     if source.repo == DEMO:
-        return DemoCheckpoint(target, progress)
-    path, small_files = Path(source.repo), target / SOURCE_DIR
-    if small_files.is_symlink():  # a link must not choose where files are written
-        small_files.unlink()
+        return DemoCheckpoint(workspace(target), progress)
+    path, place = Path(source.repo), workspace(target)
+    small_files = place / SOURCE_DIR
+    for directory in (place, small_files):
+        if directory.is_symlink():  # a link must not choose where files are written
+            directory.unlink()
     if path.is_absolute():
         files = local_files(path) if path.suffix == SUFFIX else _gguf_files(path, source.repo)
         return (
@@ -65,7 +67,7 @@ def _open_checkpoint(
         return DirectoryCheckpoint(snapshot, known, fingerprint=commit)
     remote = _look_up(source)
     resolved = replace(source, commit=remote.commit)
-    return HubCheckpoint(remote, resolved, target, keep_source=keep_source)
+    return HubCheckpoint(remote, resolved, place, keep_source=keep_source)
 
 
 def _look_up(source: Source) -> hub.HubListing:

@@ -16,7 +16,7 @@ from typing import Any
 from mixchat.base.errors import HubError
 from mixchat.base.files import open_regular, rename_durably
 from mixchat.base.progress import Task
-from mixchat.weights.format.own_files import PART_SUFFIX
+from mixchat.weights.format.workspace import PART_SUFFIX
 from mixchat.weights.source.checkpoint import Stopped
 from mixchat.weights.source.hub_errors import is_transient
 from mixchat.weights.source.hub_limits import WrongAnswer

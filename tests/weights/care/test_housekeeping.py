@@ -11,17 +11,18 @@ from mixchat.base.lock import exclusive_lock
 from mixchat.base.machine import disk_usage
 from mixchat.weights import models
 from mixchat.weights.care.housekeeping import Leftover, remove, sweep
-from mixchat.weights.format.manifest import is_installed
+from mixchat.weights.format.journal import JOURNAL_FILE
+from mixchat.weights.format.workspace import workspace
 from mixchat.weights.source import hub
 
-JUNK = {
-    "mixchat.journal.jsonl": b"{}\n",
-    "mixchat.source/model-00001.safetensors.mixchat.part": b"x" * 10_000,
-    "mixchat.build/checkpoint/model.safetensors": b"x" * 10_000,
-    "mixchat.spill-model-00001.safetensors": b"x" * 5_000,
-    "mixchat.json.mixchat.tmp": b"{",
-    "shared.safetensors.mixchat.part": b"x",
+# A workspace, and a file that was being written when its process was killed.
+WORK = {
+    "source/model-00001.safetensors.mixchat.part": b"x" * 10_000,
+    "model/shared.safetensors": b"x" * 10_000,
+    "spill-model-00001.safetensors": b"x" * 5_000,
+    "inputs.mixchat.tmp/inputs-000": b"x",
 }
+JUNK = {"mixchat.json.mixchat.tmp": b"{", "config.json.mixchat.tmp": b"{"}
 # Files of a person, with names that are nearly mixchat's.
 FOREIGN = {
     "thesis.txt": b"years",
@@ -57,9 +58,10 @@ def finished(tiny_model: Path) -> Path:
 
 @pytest.fixture
 def unfinished() -> Path:
-    target = models.models_dir() / "half"
-    write(target, {**JUNK, "mixchat.journal.jsonl": b'{"format": 2}\n'})
-    return target
+    """The workspace of a download."""
+    place = workspace(models.models_dir() / "half")
+    write(place, {**WORK, JOURNAL_FILE: b'{"base": null}\n'})
+    return place
 
 
 def write(directory: Path, files: dict[str, bytes]) -> None:
@@ -77,11 +79,11 @@ def found(**options: bool) -> dict[str, str]:
 class TestRemoving:
     def test_a_finished_model_is_gone_and_nothing_else(self, finished, unfinished, precious):
         remove(finished)
-        assert [path.name for path in models.models_dir().iterdir()] == ["half"]
+        assert list(models.models_dir().iterdir()) == [unfinished]
         assert (precious / "file").exists()
 
     def test_an_unfinished_one_too(self, finished, unfinished):
-        remove(unfinished)
+        remove(models.models_dir() / "half")
         assert [path.name for path in models.models_dir().iterdir()] == ["done"]
 
     def test_of_a_link_only_the_link_is_removed(self, precious):
@@ -94,7 +96,7 @@ class TestRemoving:
     def test_what_links_inside_lead_to_stays(self, unfinished, precious):
         (unfinished / "linked").symlink_to(precious)
         (unfinished / "file").symlink_to(precious / "file")
-        remove(unfinished)
+        remove(models.models_dir() / "half")
         assert (precious / "file").read_text() == "precious"
 
     def test_one_that_is_being_made_stays(self, finished):
@@ -111,29 +113,6 @@ class TestRemoving:
         with pytest.raises(ModelNotFoundError):
             remove(models.models_dir() / "file")
 
-    def test_one_whose_removal_is_cut_short_is_not_taken_for_a_model(self, finished, monkeypatch):
-        """Every removal can be the last one. The next sweep then removes the rest of the model."""
-        write(finished, FOREIGN)
-        unlink = Path.unlink
-        for count in range(8):
-            model = Path(shutil.copytree(finished, models.models_dir() / f"cut-{count}"))
-            before, removed = files_of(model), []
-
-            def cut(path: Path, missing_ok: bool = False, *, most=count, removed=removed) -> None:
-                if path.suffix != ".lock":
-                    if len(removed) == most:
-                        raise KeyboardInterrupt
-                    removed.append(path)
-                unlink(path, missing_ok=missing_ok)
-
-            with monkeypatch.context() as patch:
-                patch.setattr(Path, "unlink", cut)
-                with pytest.raises(KeyboardInterrupt):
-                    remove(model)
-            assert is_installed(model) == (count < 2)
-            list(sweep())
-            assert files_of(model) == (before if count < 2 else FOREIGN)
-
 
 class TestLeftovers:
     def test_a_clean_directory_has_none(self, finished):
@@ -147,17 +126,10 @@ class TestLeftovers:
     def test_of_a_finished_model_are_all_that_it_does_not_need(self, finished):
         before = files_of(finished)
         write(finished, JUNK)
-        lying = found()
-        assert lying == {
-            f"done/{name}": "removed"
-            for name in (
-                "mixchat.spill-model-00001.safetensors",
-                "mixchat.build",
-                "mixchat.journal.jsonl",
-                "mixchat.json.mixchat.tmp",
-                "shared.safetensors.mixchat.part",
-                "mixchat.source",
-            )
+        write(workspace(finished), WORK)
+        assert found() == {
+            workspace(finished).name: "removed",
+            **{f"done/{name}": "removed" for name in JUNK},
         }
         assert files_of(finished) == before
 
@@ -170,8 +142,8 @@ class TestLeftovers:
         assert not unfinished.exists()
 
     def test_one_that_says_nothing_of_what_it_was_cannot(self, unfinished):
-        (unfinished / "mixchat.journal.jsonl").unlink()
-        assert found() == {"half": "removed"}
+        (unfinished / JOURNAL_FILE).unlink()
+        assert found() == {unfinished.name: "removed"}
         assert not unfinished.exists()
 
     def test_a_lock_of_a_killed_process_is_removed_by_looking(self, finished):
@@ -181,23 +153,24 @@ class TestLeftovers:
         assert list(models.models_dir().iterdir()) == [finished]
 
     def test_a_model_in_use_is_left_alone_and_its_lock(self, unfinished):
-        with exclusive_lock(unfinished):
+        with exclusive_lock(models.models_dir() / "half"):
             assert found() == {}
             assert (models.models_dir() / ".half.mixchat.lock").exists()
 
     def test_links_and_strange_names_are_left_alone(self, precious):
         write(precious, JUNK)
         (models.models_dir() / "link").symlink_to(precious)
+        write(models.models_dir() / "....mixchat.unfinished", JUNK)
         (models.models_dir() / "a file").write_text("mine")
         (models.models_dir() / ".hidden").mkdir()
-        assert found(unfinished=True) == {"a file": "foreign"}
+        assert found(unfinished=True) == {"a file": "foreign", "link": "foreign"}
         assert (models.models_dir() / "a file").exists()
         assert {name: (precious / name).read_bytes() for name in JUNK} == JUNK
 
     def test_a_link_among_them_is_removed_not_followed(self, finished, precious):
-        (finished / "mixchat.source").symlink_to(precious)
-        assert found() == {"done/mixchat.source": "removed"}
-        assert not (finished / "mixchat.source").is_symlink()
+        workspace(finished).symlink_to(precious)
+        assert found() == {workspace(finished).name: "removed"}
+        assert not workspace(finished).is_symlink()
         assert (precious / "file").read_text() == "precious"
 
     def test_parts_in_the_hubs_cache_can_be_gone_on_with(self, cache):
@@ -219,13 +192,13 @@ class TestLeftovers:
 
     def test_what_another_process_has_started_meanwhile_stays(self, unfinished):
         """Found and removed were once two steps; a download that began between them was lost."""
-        with exclusive_lock(unfinished):
+        with exclusive_lock(models.models_dir() / "half"):
             assert list(sweep(unfinished=True)) == []
         assert unfinished.exists()
 
 
 class TestForeignFiles:
-    """A directory in models/ without a manifest or a journal was removed without a question."""
+    """A directory in models/ without a manifest was removed without a question."""
 
     def test_directories_and_checkpoints_without_a_mark_stay(self, finished, tiny_checkpoint):
         write(models.models_dir() / "notes", FOREIGN)
@@ -244,25 +217,6 @@ class TestForeignFiles:
         foreign = {name for name, state in swept.items() if state == "foreign"}
         assert foreign == {f"done/{name.partition('/')[0]}" for name in FOREIGN}
         assert files_of(finished) == before | FOREIGN
-
-    def test_those_in_an_unfinished_model_stay_and_are_named(self, unfinished):
-        write(unfinished, FOREIGN)
-        swept = found(unfinished=True)
-        assert swept.pop("half") == "removed"
-        assert {*swept.values()} == {"foreign"}
-        assert files_of(unfinished) == FOREIGN
-
-    def test_a_checkpoint_next_to_a_marked_directory_is_not_taken_for_a_model(self, unfinished):
-        """Only a journal shows that a config.json is mixchat's."""
-        checkpoint = {"config.json": b"{}", "shared.safetensors": b"weights"}
-        write(unfinished, checkpoint)
-        (unfinished / "mixchat.journal.jsonl").unlink()
-        assert found() == {
-            "half": "removed",
-            "half/config.json": "foreign",
-            "half/shared.safetensors": "foreign",
-        }
-        assert files_of(unfinished) == checkpoint
 
     def test_a_small_file_that_the_manifest_does_not_list_is_foreign(self, finished):
         write(finished, {"chat_template.jinja": b"mine"})

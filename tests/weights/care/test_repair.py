@@ -84,7 +84,7 @@ class TestRepair:
         repair(installed, verify(installed), opened, meter)
         assert names == ["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
         bar = meter.bar("repairing")
-        assert bar.done == bar.total == opened.index.nbytes(names)
+        assert 0 < bar.done == bar.total < (installed / EXPERTS).stat().st_size
 
     def test_a_source_that_changed_is_refused_and_nothing_is_overwritten(
         self, installed, two_shards, tmp_path

@@ -97,7 +97,7 @@ def test_a_model_of_an_unknown_type_is_one_line_with_what_to_do(installed: Path,
     if part == "experts of all layers":
         raw["quantization"]["quant_type"] = "nf3"
     else:
-        raw["weights"]["experts-001.safetensors"]["unlike"]["quant_type"] = "nf3"
+        raw["weights"]["experts-001.safetensors"]["quantization"]["quant_type"] = "nf3"
     edit_manifest(installed, quantization=raw["quantization"], weights=raw["weights"])
     with pytest.raises(CheckpointError, match="nf3") as caught:
         read_manifest(installed)
@@ -117,8 +117,8 @@ def test_a_model_of_an_unknown_type_is_one_line_with_what_to_do(installed: Path,
         {"weights": {"a": {"size": 1, "sha256": {"x": 1}}}},
         {"weights": {"../a": {"size": 1, "sha256": {}}}},
         {"weights": {"a": {"size": True, "sha256": {}}}},
-        {"weights": {"a": {"size": 1, "sha256": {}, "unlike": {"dtype": "float32"}}}},
-        {"weights": {"a": {"size": 1, "sha256": {}, "unlike": {"layout": "?"}}}},
+        {"weights": {"a": {"size": 1, "sha256": {}, "quantization": {"dtype": "float32"}}}},
+        {"weights": {"a": {"size": 1, "sha256": {}, "quantization": {"layout": "?"}}}},
         {"checkpoint": {"a": 1}},
     ],
 )
@@ -160,8 +160,8 @@ def test_other_words_are_refused(installed: Path, part: str, value: object) -> N
     assert f"{part} {value!r} is not known" in refusal(installed)
 
 
-def test_a_manifest_names_format_4_and_the_types(installed: Path) -> None:
+def test_a_manifest_names_format_5_and_the_types(installed: Path) -> None:
     document = json.loads((installed / MANIFEST_FILE).read_text())
-    assert document["format"] == 4
+    assert document["format"] == 5
     quantization = document["quantization"]
     assert (quantization["attention"], quantization["head"]) == ("int8", "int8")

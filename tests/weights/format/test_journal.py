@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-from weight_tools import fetching, files_of, made_of, quantize, run, shard
+from weight_tools import fetching, files_of, quantize, run, shard
 
-from mixchat.weights.format.journal import Journal
+from mixchat.weights.format.journal import JOURNAL_FILE, Journal
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.format.own_files import JOURNAL_FILE
-from mixchat.weights.make.build import Build
+from mixchat.weights.format.workspace import workspace
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 
@@ -20,7 +20,7 @@ def unfinished(checkpoint: Path, target: Path) -> Path:
     opened.fail_at = opened.index.shards[-1]
     with pytest.raises(ConnectionError):
         run(opened, target)
-    return target / JOURNAL_FILE
+    return workspace(target) / JOURNAL_FILE
 
 
 def started(directory: Path, head: dict[str, object]) -> Journal:
@@ -53,7 +53,7 @@ def test_a_torn_line_counts_for_nothing(checkpoint, whole, tmp_path, tear):
     journal = unfinished(checkpoint, tmp_path / "installed")
     journal.write_bytes(tear(journal.read_bytes()))
     run(fetching(checkpoint, tmp_path / "installed"), tmp_path / "installed")
-    assert made_of(tmp_path / "installed") == whole
+    assert files_of(tmp_path / "installed") == whole
 
 
 @pytest.mark.parametrize("name", ["a" * 5_000, "", ".", "../../precious", "a\0b"])
@@ -63,7 +63,7 @@ def test_a_file_that_no_model_has_counts_for_nothing(checkpoint, whole, tmp_path
     line = json.dumps({"file": name, "sha256": {"x": "0" * 64}}).encode() + b"\n"
     journal.write_bytes(journal.read_bytes() + line)
     run(fetching(checkpoint, tmp_path / "installed"), tmp_path / "installed")
-    assert made_of(tmp_path / "installed") == whole
+    assert files_of(tmp_path / "installed") == whole
 
 
 @pytest.mark.parametrize(
@@ -129,11 +129,13 @@ def test_work_with_other_options_is_not_resumed(checkpoint, tmp_path, making, ot
     run(opened, tmp_path / "installed", other)
     assert len(making.names) == len(list(model_parts(make_blueprint(opened.index, other))))
     quantize(checkpoint, tmp_path / "other", other)
-    assert made_of(tmp_path / "installed") == files_of(tmp_path / "other")
+    assert files_of(tmp_path / "installed") == files_of(tmp_path / "other")
 
 
 def test_its_head_says_what_is_made_of_what(checkpoint, tmp_path):
     unfinished(checkpoint, tmp_path / "installed")
     opened = fetching(checkpoint, tmp_path / "installed")
-    build = Build(opened, tmp_path / "installed", make_blueprint(opened.index, QuantizeOptions()))
+    build = CheckpointBuild(
+        opened, tmp_path / "installed", make_blueprint(opened.index, QuantizeOptions())
+    )
     assert build.journal.head == build.head == json.loads(json.dumps(build.head))

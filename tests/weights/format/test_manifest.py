@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, read_manifest
-from mixchat.weights.format.model_files import check_files
+from mixchat.weights.format.manifest import MANIFEST_COPY, MANIFEST_FILE, check_files, read_manifest
 
-DAMAGES = ["", "{", "[1]", '{"format": 4}', '{"format": 4, "sha256": "0"}']
+DAMAGES = ["", "{", "[1]", '{"format": 5}', '{"format": 5, "sha256": "0"}']
 
 
 @pytest.fixture

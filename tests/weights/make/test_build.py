@@ -6,10 +6,11 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from weight_tools import fetching, files_of, made_of, order_of, quantize, run, shard, shard_names
+from weight_tools import fetching, files_of, order_of, quantize, run, shard, shard_names
 
 from mixchat.base.errors import MixchatError
-from mixchat.weights.format.own_files import JOURNAL_FILE, SPILL_PREFIX
+from mixchat.weights.format.manifest import MANIFESTS, read_manifest
+from mixchat.weights.format.workspace import MODEL_DIR, SPILL_PREFIX, workspace
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
@@ -22,21 +23,21 @@ class TestShards:
     def test_an_expert_that_spans_several_is_the_same(self, small, whole, tmp_path, count):
         opened = fetching(shard(small, tmp_path / "shards", count), tmp_path / "model")
         run(opened, tmp_path / "model")
-        assert made_of(tmp_path / "model") == whole
+        assert files_of(tmp_path / "model") == whole
 
     @pytest.mark.parametrize("order", list(permutations(["w1", "w2", "w3"])))
     def test_the_matrices_of_an_expert_come_in_any_order(self, small, whole, tmp_path, order):
         place = order_of([f"{EXPERT}.{name}" for name in order])
         opened = fetching(shard(small, tmp_path / "shards", place), tmp_path / "model")
         run(opened, tmp_path / "model")
-        assert made_of(tmp_path / "model") == whole
+        assert files_of(tmp_path / "model") == whole
 
     def test_layers_come_in_any_order(self, tiny_checkpoint, tmp_path):
         place = order_of(["lm_head", "layers.1.", "model.norm", "layers.0."])
         opened = fetching(shard(tiny_checkpoint, tmp_path / "shards", place), tmp_path / "model")
         run(opened, tmp_path / "model")
         quantize(tiny_checkpoint, tmp_path / "whole")
-        assert made_of(tmp_path / "model") == files_of(tmp_path / "whole")
+        assert files_of(tmp_path / "model") == files_of(tmp_path / "whole")
 
     @pytest.mark.parametrize(("ahead", "most"), [(True, 2), (False, 1)])
     def test_each_is_fetched_once_and_let_go_before_the_one_after_the_next_comes(
@@ -55,13 +56,15 @@ class TestShards:
         run(opened, target, ahead=ahead)
         assert opened.fetched == opened.released == shard_names(5)
         assert max(held) <= most
-        assert list(opened.place.iterdir()) == []
+        assert not opened.place.exists()
 
     def test_nothing_but_the_model_is_left(self, small, tmp_path):
-        quantize(shard(small, tmp_path / "shards", 3), tmp_path / "model")
-        names = {path.name for path in (tmp_path / "model").iterdir()}
-        assert JOURNAL_FILE not in names
-        assert not [name for name in names if name.startswith(SPILL_PREFIX) or "tmp" in name]
+        checkpoint = shard(small, tmp_path / "shards", 3)
+        quantize(checkpoint, tmp_path / "model")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "shards"]
+        assert {*read_manifest(tmp_path / "model").sizes, *MANIFESTS} == {
+            path.name for path in (tmp_path / "model").iterdir()
+        }
 
     def test_a_shard_that_is_not_what_its_header_said_is_refused(self, small, tmp_path):
         checkpoint = shard(small, tmp_path / "shards", 2)
@@ -90,7 +93,7 @@ class TestResuming:
             assert sorted(before + making.names) == sorted(
                 f"{part.file} {part.tensors[0].name}" for part in every
             )
-            assert made_of(target) == whole
+            assert files_of(target) == whole
             shutil.rmtree(target)
 
     @pytest.mark.parametrize("stop", range(5))
@@ -104,7 +107,7 @@ class TestResuming:
             run(first, target)
         run(second, target)
         assert first.fetched + second.fetched == shard_names(5)
-        assert made_of(target) == whole
+        assert files_of(target) == whole
 
     def test_after_one_part_more_each_time_it_comes_to_an_end(
         self, small, whole, tmp_path, making, save_each_part
@@ -117,7 +120,7 @@ class TestResuming:
             except ConnectionError:
                 continue
             break
-        assert made_of(target) == whole
+        assert files_of(target) == whole
 
     def test_what_was_made_since_the_last_save_is_made_again(self, small, whole, tmp_path, making):
         making.fail_at = 7
@@ -153,7 +156,7 @@ class TestResuming:
         second = fetching(small, target)
         run(second, target)
         assert (making.names, second.fetched) == ([], [])
-        assert made_of(target) == whole
+        assert files_of(target) == whole
 
     @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, 5_000)])
     def test_a_file_that_vanished_or_is_short_is_made_again_whatever_the_journal_says(
@@ -165,10 +168,10 @@ class TestResuming:
         opened.fail_at = shard_names(3)[2]
         with pytest.raises(ConnectionError):
             run(opened, target)
-        for path in target.glob("shared.safetensors"):
+        for path in (workspace(target) / MODEL_DIR).glob("shared.safetensors"):
             spoil(path)
         run(fetching(checkpoint, target), target)
-        assert made_of(target) == whole
+        assert files_of(target) == whole
 
     def test_what_was_spilled_and_is_lost_is_taken_from_its_shard_again(
         self, small, whole, tmp_path
@@ -180,12 +183,12 @@ class TestResuming:
             opened.fail_at = shard_names(3)[2]
             with pytest.raises(ConnectionError):
                 run(opened, target)
-            for path in list(target.glob(SPILL_PREFIX + "*")):
+            for path in list(workspace(target).glob(SPILL_PREFIX + "*")):
                 spoil(path)
             again = fetching(checkpoint, target)
             run(again, target)
             assert len(again.fetched) > 1
-            assert made_of(target) == whole
+            assert files_of(target) == whole
 
 
 def test_a_shard_that_is_still_coming_does_not_keep_a_failed_build(two_shards, tmp_path, making):

@@ -14,9 +14,11 @@ from weight_tools import NF4, Meter, files_of, get, left_in, shard_names
 from mixchat.base import machine
 from mixchat.base.errors import CheckpointError, HubError, ResourceError, UsageError
 from mixchat.weights import models
+from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.format.manifest import is_installed, read_manifest
-from mixchat.weights.make.build import Build
+from mixchat.weights.format.workspace import workspace
 from mixchat.weights.make.download import DownloadRequest, download, plan_download
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.models import resolve
 from mixchat.weights.source import demo, hub
@@ -51,9 +53,6 @@ class TestHub:
         path = get(REPO)
         assert os.listdir(home) == ["models"]
         assert os.listdir(home / "models") == [path.name]
-        assert not [
-            name for name in os.listdir(path) if name in ("mixchat.source", "mixchat.journal.jsonl")
-        ]
         assert (
             sum(
                 file.stat().st_size
@@ -66,7 +65,7 @@ class TestHub:
     def test_asks_nobody_where_the_model_is_installed_already(self, fake, monkeypatch):
         path = get(REPO)
         fake.requests.clear()
-        monkeypatch.setattr(Build, "run", refuse)
+        monkeypatch.setattr(CheckpointBuild, "run", refuse)
         assert get(REPO) == path == get("org--tiny-mixtral") == get(REPO, revision=COMMIT[:7])
         assert plan_download(DownloadRequest(resolve(REPO), NF4), Meter()) is None
         assert not fake.requests
@@ -149,7 +148,7 @@ class TestRoom:
             with pytest.raises(ResourceError, match="disk is full") as caught:
                 get(str(two_shards), key="tiny")
         assert "resumes" in (caught.value.hint or "")
-        assert (home / "models" / "tiny" / "mixchat.journal.jsonl").exists()
+        assert (workspace(home / "models" / "tiny") / JOURNAL_FILE).exists()
         assert is_installed(get(str(two_shards), key="tiny"))
 
     def test_a_data_directory_that_cannot_be_written(self, tiny_checkpoint, home):
@@ -182,4 +181,4 @@ class TestCheck:
         with pytest.raises(CheckpointError, match="holds NaN"):
             get(str(checkpoint))
         assert not is_installed(home / "models" / "tiny")
-        assert (home / "models" / "tiny" / "mixchat.journal.jsonl").exists()
+        assert (workspace(home / "models" / "tiny") / JOURNAL_FILE).exists()

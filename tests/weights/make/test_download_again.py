@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from weight_tools import NF4, Meter, files_of, get, shard_names
 
 from mixchat.base.errors import HubError, ModelNotFoundError, UsageError
+from mixchat.weights.format.journal import JOURNAL_FILE
 from mixchat.weights.format.manifest import is_installed, read_manifest
+from mixchat.weights.format.workspace import MODEL_DIR, workspace
 from mixchat.weights.make import build
 from mixchat.weights.make.download import DownloadRequest, plan_download
 from mixchat.weights.make.parts import ModelPart
@@ -32,7 +34,7 @@ def test_a_failed_download_leaves_what_came_and_the_next_one_resumes(fake, home,
     with pytest.raises(HubError):
         get(REPO)
     target = home / "models" / "org--tiny-mixtral"
-    assert (target / "mixchat.journal.jsonl").exists()
+    assert (workspace(target) / JOURNAL_FILE).exists()
     assert not is_installed(target)
     assert not (home / "models" / ".org--tiny-mixtral.mixchat.lock").exists()
     done = list(making.names)
@@ -104,22 +106,21 @@ def test_under_its_own_key_it_needs_no_other_name(fake, made):
 
 
 def test_an_unfinished_key_of_which_nothing_is_known_has_to_be_removed(home):
-    (home / "models" / "half").mkdir(parents=True)
-    (home / "models" / "half" / "mixchat.journal.jsonl").write_text("damaged")
+    place = workspace(home / "models" / "half")
+    place.mkdir(parents=True)
+    (place / JOURNAL_FILE).write_text("damaged")
     with pytest.raises(ModelNotFoundError, match="unfinished") as caught:
         get("half")
     assert "mixchat rm half" in (caught.value.hint or "")
 
 
 def test_work_of_another_download_is_removed(fake, home):
-    stale = home / "models" / "org--tiny-mixtral" / "experts-099.safetensors"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"half")
-    (stale.parent / "mixchat.journal.jsonl").write_text("{}\n")
-    (stale.parent / "old").mkdir()
-    assert is_installed(get(REPO))
-    assert not stale.exists()
-    assert (stale.parent / "old").exists()
+    place = workspace(home / "models" / "org--tiny-mixtral")
+    (place / MODEL_DIR).mkdir(parents=True)
+    (place / MODEL_DIR / "experts-099.safetensors").write_bytes(b"half")
+    (place / JOURNAL_FILE).write_text('{"base": null}\n')
+    assert not (get(REPO) / "experts-099.safetensors").exists()
+    assert not place.exists()
 
 
 def test_a_directory_that_changed_meanwhile_starts_again(two_shards, tmp_path, monkeypatch):
@@ -175,15 +176,6 @@ def interrupt_after(count: int, make: Callable[..., Any]) -> Callable[..., Any]:
         return make(part, *arguments)
 
     return interrupted
-
-
-def test_a_download_cut_off_between_the_two_manifests_is_finished_by_the_next(fake, made, home):
-    target = get(REPO)
-    (target / "mixchat.json").unlink()
-    (target / "mixchat.journal.jsonl").write_text("{}\n")
-    fake.requests.clear()
-    assert files_of(get(REPO)) == files_of(made)
-    assert not fake.requests
 
 
 def test_what_is_missing_of_a_model_in_4_bits_is_not_passed_over():

@@ -17,9 +17,11 @@ from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsWriter
 from mixchat.weights import models
 from mixchat.weights.format.manifest import is_installed, read_manifest
+from mixchat.weights.format.workspace import SOURCE_DIR, workspace
 from mixchat.weights.make import download
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download import DownloadRequest
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions
 from mixchat.weights.models import resolve
 from mixchat.weights.source import demo
@@ -76,15 +78,17 @@ class TestLocal:
     def test_whatever_goes_wrong_leaves_no_model_but_work_to_resume(
         self, tiny_checkpoint, home, monkeypatch, error
     ):
-        def half(build: Build, *_: object, **__: object) -> None:
-            build.target.mkdir()
-            (build.target / "shared.safetensors").write_bytes(b"half")
+        def half(build: CheckpointBuild, *_: object, **__: object) -> None:
+            build.directory.mkdir(parents=True)
+            (build.directory / "shared.safetensors").write_bytes(b"half")
             raise error("stopped")
 
-        monkeypatch.setattr(Build, "run", half)
+        monkeypatch.setattr(CheckpointBuild, "run", half)
         with pytest.raises(error):
             get(str(tiny_checkpoint), key="tiny")
-        assert left_in(home) == ["models", "models/tiny", "models/tiny/shared.safetensors"]
+        place = "models/.tiny.mixchat.unfinished"
+        model = [f"{place}/model", f"{place}/model/shared.safetensors"]
+        assert left_in(home) == ["models", place, *model]
         assert not is_installed(home / "models" / "tiny")
 
 
@@ -113,8 +117,7 @@ class TestDemo:
         path = get("demo")
         assert get("demo") == path == models.installed_directory("demo")
         assert read_manifest(path).source.repo == "demo"
-        assert tiny_demo == [path / "mixchat.build" / "checkpoint"]
-        assert not (path / "mixchat.build").exists()
+        assert tiny_demo == [workspace(path) / SOURCE_DIR / "checkpoint"]
         assert os.listdir(home) == ["models"]
         assert os.listdir(home / "models") == ["demo"]
 
@@ -128,16 +131,17 @@ class TestDemo:
         monkeypatch.setattr(demo, "build_checkpoint", build)
         with pytest.raises(error):
             get("demo")
-        assert left_in(home) in (["models"], ["models", "models/demo"])
+        assert left_in(home) in (["models"], ["models", "models/.demo.mixchat.unfinished"])
 
     def test_what_a_killed_build_left_is_built_again(self, tiny_demo, home):
-        stale = home / "models" / "demo" / "mixchat.build" / "checkpoint"
+        source = workspace(home / "models" / "demo") / SOURCE_DIR
+        stale = source / "checkpoint"
         stale.mkdir(parents=True)
         (stale / "half").write_bytes(b"half")
-        (home / "models" / "demo" / "mixchat.build" / ".demo-wheel-x").mkdir()
+        (source / ".demo-wheel-x").mkdir()
         path = get("demo")
         assert is_installed(path)
-        assert not (path / "mixchat.build").exists()
+        assert not source.parent.exists()
 
     def test_resumes_where_it_was_cut_off(self, tiny_demo, home, monkeypatch):
         def cut(*_: object) -> None:

@@ -17,17 +17,17 @@ from mixchat.base.machine import disk_usage
 from mixchat.weights.families.read_config import FAMILIES, read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.manifest import Source, read_manifest
+from mixchat.weights.format.workspace import SOURCE_DIR, workspace
 from mixchat.weights.known_models import KNOWN, KnownModel
 from mixchat.weights.make import download_plan
-from mixchat.weights.make.build import Build
 from mixchat.weights.make.download_plan import (
     DownloadPlan,
-    Need,
-    add_up_needs,
     estimate_peak_disk,
     find_memory_need,
     make_plan,
 )
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
+from mixchat.weights.make.needs import Need, add_up_needs
 from mixchat.weights.make.outline import known_index
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.make.unfinished import Spill
@@ -68,8 +68,9 @@ class TestDisk:
     @pytest.mark.parametrize("ahead", [True, False])
     @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
     def test_the_peak_is_what_is_measured(self, large, tmp_path, monkeypatch, place, ahead):
-        monkeypatch.setattr(download_plan, "_SMALL_FILES_BYTES", 0)
-        target, source = tmp_path / "model", tmp_path / "model" / "mixchat.source"
+        monkeypatch.setattr(download_plan, "SMALL_FILES_BYTES", 0)
+        target = tmp_path / "model"
+        source = workspace(target) / SOURCE_DIR
         checkpoint = shard(large, tmp_path / "shards", place)
         opened = Fetching(checkpoint, source)
         blueprint = make_blueprint(opened.index, QuantizeOptions())
@@ -80,11 +81,11 @@ class TestDisk:
             """At its fullest: a shard is quantized and still there, the next one has come."""
             coming = [opened.arrived[name] for name in opened.index.shards[: len(most) + ahead]]
             assert all(event.wait(60) for event in coming)
-            most.append(disk_usage(target))
+            most.append(disk_usage(workspace(target)))
             drop(spill, names)
 
         monkeypatch.setattr(Spill, "keep_only", measure)
-        Build(opened, target, blueprint).run(ahead=ahead)
+        CheckpointBuild(opened, target, blueprint).run(ahead=ahead)
         assert 0.99 * peak < max(most) < 1.01 * peak
 
     @pytest.mark.parametrize("family", [*FAMILIES, MXFP4])
@@ -111,7 +112,7 @@ class TestDisk:
         opened = DirectoryCheckpoint(shard(large, tmp_path / "shards", PLACES["one"]), Source("x"))
         blueprint = make_blueprint(opened.index, QuantizeOptions())
         peak = estimate_peak_disk(opened.index, blueprint, opened.temporary)
-        assert 0 <= peak - blueprint.size - download_plan._SMALL_FILES_BYTES + 5 * 4096 < MB
+        assert 0 <= peak - blueprint.size - download_plan.SMALL_FILES_BYTES + 5 * 4096 < MB
 
     def test_places_on_one_disk_are_added_up(self, tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "free_disk", lambda place: 7 if "one" in str(place) else 9)
@@ -153,9 +154,10 @@ class TestPlan:
     def made(self, fake: FakeHub, target: Path, cache: Path | None = None) -> DownloadPlan:
         remote = hub.look_up(REPO)
         keep = cache is not None
-        opened = HubCheckpoint(remote, Source(REPO, remote.commit), target, keep_source=keep)
+        place = workspace(target)
+        opened = HubCheckpoint(remote, Source(REPO, remote.commit), place, keep_source=keep)
         blueprint = make_blueprint(opened.index, QuantizeOptions())
-        build = Build(opened, target, blueprint)
+        build = CheckpointBuild(opened, target, blueprint)
         return download_plan.estimate_time(make_plan(build), build, keep=False)
 
     def test_of_a_hub_says_what_will_come_and_what_it_becomes(self, fake, tmp_path):
@@ -173,14 +175,15 @@ class TestPlan:
     def test_what_is_there_already_is_not_needed_again(self, fake, tmp_path):
         target = tmp_path / "target"
         before = self.made(fake, target)
-        (target / "mixchat.source").mkdir(parents=True)
+        source = workspace(target) / SOURCE_DIR
+        source.mkdir(parents=True)
         name = "model-00001-of-00002.safetensors"
-        (target / "mixchat.source" / name).write_bytes(fake.files[name])
+        (source / name).write_bytes(fake.files[name])
         after = self.made(fake, target)
         assert before.fetch - after.fetch == len(fake.files[name])
         assert before.checkpoint == after.checkpoint
         saved = before.disk[0].needed - after.disk[0].needed
-        assert saved == disk_usage(target)
+        assert saved == disk_usage(workspace(target))
 
     def test_without_room_for_two_shards_one_comes_after_the_other(
         self, fake, tmp_path, monkeypatch
@@ -198,7 +201,7 @@ class TestPlan:
     def test_of_a_directory_fetches_nothing(self, two_shards, tmp_path):
         opened = DirectoryCheckpoint(two_shards, Source(str(two_shards)))
         blueprint = make_blueprint(opened.index, QuantizeOptions())
-        build = Build(opened, tmp_path / "target", blueprint)
+        build = CheckpointBuild(opened, tmp_path / "target", blueprint)
         made = download_plan.estimate_time(make_plan(build), build, keep=False)
         assert (made.fetch, made.rate, made.commit) == (0, None, None)
         assert made.seconds is not None

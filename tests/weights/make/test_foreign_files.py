@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from fake_hub import REPO
 from weight_tools import Meter, files_of, get
 
@@ -13,7 +12,6 @@ from mixchat.base.machine import disk_usage
 from mixchat.weights.format.blueprint import SHARED_FILE, experts_file
 from mixchat.weights.format.manifest import is_installed
 from mixchat.weights.format.own_files import own_bytes, own_files
-from mixchat.weights.make.calibrator import InputsWriter
 from mixchat.weights.make.download import DownloadRequest, plan_download
 from mixchat.weights.make.quantize_options import QuantizeOptions
 from mixchat.weights.models import resolve
@@ -105,17 +103,3 @@ def test_a_model_consists_of_own_files_alone(made):
     names = {path.name for path in own_files(made)}
     assert names == {*files_of(made)}
     assert {SHARED_FILE, experts_file(0), "config.json", "mixchat.json"} <= names
-
-
-def test_a_calibration_replaces_no_foreign_directory(tmp_path):
-    model = write(tmp_path, {"mixchat.inputs.tmp/mine": b"mine", "expert-inputs/mine": b"mine"})
-    for fails in (True, False):
-        try:
-            with InputsWriter(model / "mixchat.inputs") as writer:
-                writer.add(0, torch.zeros(2, 4), torch.zeros(2, 1))
-                if fails:
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            pass
-    names = {"mixchat.inputs/inputs-000", "mixchat.inputs/selected-000"}
-    assert {*files_of(model)} == {"mixchat.inputs.tmp/mine", "expert-inputs/mine", *names}

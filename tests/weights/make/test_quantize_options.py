@@ -208,12 +208,12 @@ def test_a_checkpoint_that_changed_is_told_by_its_fingerprint(checkpoint):
 PEAK = """
 import sys
 from pathlib import Path
-from mixchat.weights.make.build import Build
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 opened = DirectoryCheckpoint(Path(sys.argv[1]), Source("x"))
-Build(opened, Path(sys.argv[2]), make_blueprint(opened.index, QuantizeOptions())).run()
+CheckpointBuild(opened, Path(sys.argv[2]), make_blueprint(opened.index, QuantizeOptions())).run()
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from weight_tools import Meter, fetching, made_of, run, shard
+from weight_tools import Meter, fetching, files_of, run, shard
 
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsFile
 from mixchat.weights.care.repair import verify
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.format.own_files import SPILL_PREFIX
+from mixchat.weights.format.workspace import MODEL_DIR, SPILL_PREFIX, workspace
 from mixchat.weights.make.parts import model_parts
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.make.unfinished import find_damaged
@@ -38,10 +38,10 @@ def flip(path: Path, place: int) -> None:
 
 def first_made(checkpoint: Path, target: Path) -> tuple[Path, int]:
     """A file of the model, and where the bytes of a tensor in it begin that is made."""
-    made = Journal(target).made
-    file = next(name for name in made if not name.startswith(SPILL_PREFIX))
-    with SafetensorsFile(target / file) as opened:
-        return target / file, opened.header.start(next(iter(made[file])))
+    made, directory = Journal(workspace(target)).made, workspace(target) / MODEL_DIR
+    file = next(name for name in made if (directory / name).is_file())
+    with SafetensorsFile(directory / file) as opened:
+        return directory / file, opened.header.start(next(iter(made[file])))
 
 
 def test_a_part_with_a_flipped_byte_is_made_again_alone(checkpoint, unfinished, whole, making):
@@ -52,8 +52,8 @@ def test_a_part_with_a_flipped_byte_is_made_again_alone(checkpoint, unfinished, 
     meter = run(fetching(checkpoint, unfinished), unfinished)
     assert any(name.startswith(path.name) for name in making.names)
     assert verify(unfinished, NoProgress()) == []
-    assert made_of(unfinished) == whole
-    assert meter.notes == ["damaged since the last run: 1 tensor; quantizing again"]
+    assert files_of(unfinished) == whole
+    assert meter.notes == ["damaged since the last run: 1 tensor; making again"]
 
 
 def test_it_is_made_again_though_nothing_else_was_left_to_do(small, whole, tmp_path, monkeypatch):
@@ -62,30 +62,32 @@ def test_it_is_made_again_though_nothing_else_was_left_to_do(small, whole, tmp_p
         patch.delattr("mixchat.weights.make.build.Build._finish")
         with pytest.raises(AttributeError):
             run(fetching(small, target), target)
-    flip(target / "experts-000.safetensors", -1 - 4096)
+    flip(workspace(target) / MODEL_DIR / "experts-000.safetensors", -1 - 4096)
     again = fetching(small, target)
     run(again, target)
-    assert made_of(target) == whole
+    assert files_of(target) == whole
     assert again.fetched == ["model.safetensors"]
 
 
 def test_a_flipped_byte_of_what_was_spilled_does_not_get_into_a_part(checkpoint, unfinished, whole):
     """Nothing could tell: the part was made of it, and hashed afterwards."""
-    spill = sorted(unfinished.glob(SPILL_PREFIX + "*"))
+    spill = sorted(workspace(unfinished).glob(SPILL_PREFIX + "*"))
     assert spill
     for path in spill:
         flip(path, -1)
     again = fetching(checkpoint, unfinished)
     run(again, unfinished)
     assert len(again.fetched) > 1
-    assert made_of(unfinished) == whole
+    assert files_of(unfinished) == whole
 
 
 def test_what_is_whole_is_read_once_and_nothing_of_it_is_made_again(
     checkpoint, unfinished, whole, making
 ):
     before = {
-        f"{name} {tensor}" for name, made in Journal(unfinished).made.items() for tensor in made
+        f"{name} {tensor}"
+        for name, made in Journal(workspace(unfinished)).made.items()
+        for tensor in made
     }
     making.again()
     meter = run(fetching(checkpoint, unfinished), unfinished)
@@ -93,7 +95,7 @@ def test_what_is_whole_is_read_once_and_nothing_of_it_is_made_again(
     bar = meter.bar("checking")
     assert 0 < bar.done == bar.total
     assert meter.notes == []
-    assert made_of(unfinished) == whole
+    assert files_of(unfinished) == whole
 
 
 def test_nothing_is_checked_where_nothing_was_done(checkpoint, tmp_path):
@@ -103,18 +105,18 @@ def test_nothing_is_checked_where_nothing_was_done(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"")])
 def test_all_of_a_file_that_is_gone_is_named(checkpoint, unfinished, spoil):
-    made = Journal(unfinished).made
+    made = Journal(workspace(unfinished)).made
     path, _ = first_made(checkpoint, unfinished)
     spoil(path)
     opened = fetching(checkpoint, unfinished)
-    blueprint = make_blueprint(opened.index, QuantizeOptions())
-    found = find_damaged(unfinished, blueprint, made, Meter())
+    headers = make_blueprint(opened.index, QuantizeOptions()).headers()
+    found = find_damaged(workspace(unfinished), headers, made, Meter())
     assert found == {path.name: set(made[path.name])}
 
 
 def test_every_tensor_that_is_made_is_checked(checkpoint, unfinished):
     """Each of them is flipped in turn: none goes unseen."""
-    made = Journal(unfinished).made
+    made = Journal(workspace(unfinished)).made
     opened = fetching(checkpoint, unfinished)
     blueprint = make_blueprint(opened.index, QuantizeOptions())
     done = [
@@ -125,8 +127,10 @@ def test_every_tensor_that_is_made_is_checked(checkpoint, unfinished):
     ]
     assert len(done) > 5
     for file, spec in done:
-        with SafetensorsFile(unfinished / file) as opened:
+        path = workspace(unfinished) / MODEL_DIR / file
+        with SafetensorsFile(path) as opened:
             place = opened.header.start(spec.name) + spec.nbytes // 2
-        flip(unfinished / file, place)
-        assert find_damaged(unfinished, blueprint, made, Meter()) == {file: {spec.name}}
-        flip(unfinished / file, place)
+        flip(path, place)
+        damaged = find_damaged(workspace(unfinished), blueprint.headers(), made, Meter())
+        assert damaged == {file: {spec.name}}
+        flip(path, place)

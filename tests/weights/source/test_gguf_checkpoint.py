@@ -17,9 +17,10 @@ from mixchat.base.progress import NoProgress
 from mixchat.weights.care.repair import repair, verify
 from mixchat.weights.families.gguf import gguf_config
 from mixchat.weights.format.manifest import Source, read_manifest
+from mixchat.weights.format.workspace import workspace
 from mixchat.weights.make import download_plan
-from mixchat.weights.make.build import Build
 from mixchat.weights.make.download import DownloadRequest, plan_download
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.make.unfinished import Spill
 from mixchat.weights.models import resolve
@@ -31,7 +32,9 @@ WEIGHTS = (".gguf", ".safetensors")
 def install_from(path: Path, target: Path, **options: str) -> dict[str, bytes]:
     """Install a checkpoint, and return its files of weights."""
     with open_checkpoint(Source(str(path)), target, NoProgress()) as opened:
-        Build(opened, target, make_blueprint(opened.index, QuantizeOptions(**options))).run()
+        CheckpointBuild(
+            opened, target, make_blueprint(opened.index, QuantizeOptions(**options))
+        ).run()
     assert verify(target, NoProgress()) == []
     return weights_of(target)
 
@@ -125,7 +128,6 @@ class TestOnTheHub:
         assert weights_of(made) == install_from(local, tmp_path / "own")
         assert made.name == f"{REPO.replace('/', '--')}--{kind}"
         assert resolve(made.name).repo == f"{REPO}:{kind}"
-        assert not (made / "mixchat.source").exists()
         assert all(kind.upper() in path for path in hub.got("store"))
 
     def test_a_plan_reads_headers_alone(self, hub: FakeHub) -> None:
@@ -138,11 +140,12 @@ class TestOnTheHub:
         self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its SHA-256 is the whole file's, so that no part of it may be used or removed before."""
-        monkeypatch.setattr(download_plan, "_SMALL_FILES_BYTES", 0)
+        monkeypatch.setattr(download_plan, "SMALL_FILES_BYTES", 0)
         ref, taken, drop = resolve(f"{REPO}:Q8_0"), list[int](), Spill.keep_only
 
         def measure(spill: Spill, names: set[str]) -> None:
-            files = [path for path in ref.directory.rglob("*") if path.suffix in WEIGHTS]
+            place = workspace(ref.directory)
+            files = [path for path in place.rglob("*") if path.suffix in WEIGHTS]
             taken.append(sum(path.stat().st_size for path in files))
             drop(spill, names)
 

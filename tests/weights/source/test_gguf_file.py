@@ -15,7 +15,7 @@ from malformed_gguf import malformed
 from mixchat.base.errors import MixchatError
 from mixchat.base.progress import NoProgress
 from mixchat.weights.format.manifest import Source
-from mixchat.weights.make.build import Build
+from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
 from mixchat.weights.matrix import gguf_format
 from mixchat.weights.matrix.gguf_format import GgufSpec
@@ -95,7 +95,9 @@ def test_malformed_files_are_refused_in_one_line(whole: bytes, tmp_path: Path) -
         path.write_bytes(data)
         try:
             with open_checkpoint(Source(str(path)), target, NoProgress()) as opened:
-                Build(opened, target, make_blueprint(opened.index, QuantizeOptions())).run()
+                CheckpointBuild(
+                    opened, target, make_blueprint(opened.index, QuantizeOptions())
+                ).run()
             refused[label] = None
         except MixchatError as error:
             refused[label] = str(error)

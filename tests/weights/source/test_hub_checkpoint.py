@@ -53,25 +53,23 @@ class TestBesideTheModel:
         size = len(fake.files[SHARDS[0]])
         assert checkpoint.missing(SHARDS[0]) == checkpoint.temporary(SHARDS[0]) == size
         path = bring(checkpoint, bar=bar)
-        assert path == target / "mixchat.source" / SHARDS[0]
+        assert path == target / "source" / SHARDS[0]
         assert path.read_bytes() == fake.files[SHARDS[0]]
         assert (bar.done, checkpoint.missing(SHARDS[0])) == (size, 0)
         checkpoint.release(SHARDS[0])
-        assert not list((target / "mixchat.source").iterdir())
+        assert not list((target / "source").iterdir())
 
     def test_release_leaves_the_others_alone_and_takes_what_had_come(self, fake, target):
         checkpoint = origin_for(target)
         bring(checkpoint, SHARDS[1])
-        part_path(target / "mixchat.source" / SHARDS[0]).write_bytes(b"part")
+        part_path(target / "source" / SHARDS[0]).write_bytes(b"part")
         checkpoint.release(SHARDS[0])
-        assert [path.name for path in (target / "mixchat.source").iterdir()] == [SHARDS[1]]
+        assert [path.name for path in (target / "source").iterdir()] == [SHARDS[1]]
         assert checkpoint.release("never-fetched.safetensors") is None
 
     def test_what_another_process_left_is_gone_on_with(self, fake, target):
-        (target / "mixchat.source").mkdir(parents=True)
-        part_path(target / "mixchat.source" / SHARDS[0]).write_bytes(
-            fake.files[SHARDS[0]][:100_000]
-        )
+        (target / "source").mkdir(parents=True)
+        part_path(target / "source" / SHARDS[0]).write_bytes(fake.files[SHARDS[0]][:100_000])
         checkpoint, bar = origin_for(target), Bar()
         missing = checkpoint.missing(SHARDS[0])
         assert missing == len(fake.files[SHARDS[0]]) - 100_000
@@ -85,7 +83,7 @@ class TestBesideTheModel:
         checkpoint = origin_for(target)
         assert bring(checkpoint).exists()
         assert asked(fake) == []
-        (target / "mixchat.source" / SHARDS[0]).write_bytes(bytes(len(fake.files[SHARDS[0]])))
+        (target / "source" / SHARDS[0]).write_bytes(bytes(len(fake.files[SHARDS[0]])))
         with pytest.raises(HubError, match=SHARDS[0]):
             bring(checkpoint)
 
@@ -97,7 +95,7 @@ class TestBesideTheModel:
 
         def raced(path: Path, *how: object, **more: object) -> None:
             mkdir(path, *how, **more)  # type: ignore[arg-type]
-            if path.name == "mixchat.source":
+            if path.name == "source":
                 checkpoint.release(SHARDS[1])
 
         monkeypatch.setattr(Path, "mkdir", raced)
@@ -330,4 +328,4 @@ def test_a_checkpoint_leaves_nothing_in_hugging_faces_cache(fake, target, cache)
     bring(checkpoint)
     checkpoint.close()
     assert not cache.exists()
-    assert [path.name for path in (target / "mixchat.source").iterdir()] == [SHARDS[0]]
+    assert [path.name for path in (target / "source").iterdir()] == [SHARDS[0]]

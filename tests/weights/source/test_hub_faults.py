@@ -17,6 +17,7 @@ from weight_tools import Bar, files_of, shard_names
 
 from mixchat.base.errors import HubError, ModelNotFoundError, ResourceError, UsageError
 from mixchat.weights.format.manifest import Source
+from mixchat.weights.format.workspace import workspace
 from mixchat.weights.source import hub, hub_request, transfer
 from mixchat.weights.source.hub_checkpoint import HubCheckpoint
 
@@ -177,8 +178,8 @@ def test_ctrl_c_ends_a_download_at_once_while_headers_trickle(fake, tmp_path):
 def test_ctrl_c_ends_a_download_at_once_while_a_shard_trickles(fake, tmp_path):
     fake.files |= files_of(write_tokenizer(_new(tmp_path / "tokenizer")))
     fake.delay, fake.step = 0.5, 70_000  # headers come in one piece
-    target = tmp_path / "home" / "models" / REPO.replace("/", "--")
-    said = interrupted(fake, tmp_path, (target / "mixchat.journal.jsonl").exists)
+    place = workspace(tmp_path / "home" / "models" / REPO.replace("/", "--"))
+    said = interrupted(fake, tmp_path, (place / "journal.jsonl").exists)
     assert "the same command resumes" in said
-    assert (target / "mixchat.journal.jsonl").exists()
-    assert list((target / "mixchat.source").iterdir())
+    assert (place / "journal.jsonl").exists()
+    assert list((place / "source").iterdir())

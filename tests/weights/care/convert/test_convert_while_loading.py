@@ -11,10 +11,7 @@ import torch
 from convert_tools import FIRST, LAST, pack, reform
 
 from mixchat.base.errors import CheckpointError
-from mixchat.weights.format import installed_model
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.format.manifest import read_manifest
-from mixchat.weights.format.model_files import finish_replacement, new_path, path_of
 
 
 class TestLoadingBeside:
@@ -39,24 +36,6 @@ class TestLoadingBeside:
             InstalledModel(installed)
         with InstalledModel(installed):
             pass
-
-    def test_a_new_file_may_get_its_last_name_meanwhile(self, installed, monkeypatch):
-        new = new_path(installed, read_manifest(installed), LAST)
-        (installed / LAST).rename(new)
-        InstalledModel(installed).close()
-        opened = InstalledModel._open
-
-        def beside(model: InstalledModel, name: str, expected: Any) -> Any:
-            if name == LAST:
-                found = path_of(installed, model.manifest, name)
-                finish_replacement(installed)
-                monkeypatch.setattr(installed_model, "path_of", lambda *_: found)
-            return opened(model, name, expected)
-
-        monkeypatch.setattr(InstalledModel, "_open", beside)
-        with pytest.raises(CheckpointError, match="changed while it was being loaded"):
-            InstalledModel(installed)
-        assert not new.exists()
 
     def test_a_file_that_was_replaced_since_is_not_opened_past_the_page_cache(self, installed):
         with InstalledModel(installed) as model:

@@ -7,10 +7,11 @@ import pytest
 from weight_tools import Meter
 
 from mixchat.base.options import DenseBits, LoadOptions, SamplingOptions
-from mixchat.base.safetensors import SafetensorsWriter
 from mixchat.loading.loader import load_engine
 from mixchat.weights.care.convert import convert, find_target
-from mixchat.weights.format.manifest import read_manifest
+from mixchat.weights.make import build
+from mixchat.weights.make.parts import ModelPart
+from mixchat.weights.make.writer import ModelWriter
 from mixchat.weights.matrix.linear import Layout
 
 LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
@@ -43,18 +44,14 @@ def text_of(directory: Path) -> list[int]:
     return list(engine.generate([5, 17, 42], sampling=greedy, stop_ids=set(), max_tokens=20))
 
 
-def is_half_converted(directory: Path) -> bool:
-    """Return whether files of both forms are mixed."""
-    return any(record.unlike for record in read_manifest(directory).weights.values())
-
-
 def stop_at(patch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
-    """Raise this in the middle of writing a file."""
-    write = SafetensorsWriter.write
+    """Raise this at the first part of a file. The journal has all parts before."""
+    write = ModelWriter.write
 
-    def stopping(self: SafetensorsWriter, tensor: str, *rest: Any) -> None:
-        if self.path.name == f"{name}.mixchat.new" and len(self._todo) == 1:
+    def stopping(writer: ModelWriter, part: ModelPart, tensors: Any) -> dict[str, str]:
+        if part.file == name:
             raise error
-        write(self, tensor, *rest)
+        return write(writer, part, tensors)
 
-    patch.setattr(SafetensorsWriter, "write", stopping)
+    patch.setattr(ModelWriter, "write", stopping)
+    patch.setattr(build, "_SAVE_INTERVAL_S", -1.0)

@@ -1,0 +1,176 @@
+"""Makes a model anew of the installed one: in another layout, calibrated, or repaired.
+
+A part is made of the installed model's codes, or of the checkpoint. Files in which no part changes
+are linked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mixchat.base import machine
+from mixchat.base.errors import CheckpointError
+from mixchat.base.files import open_regular, read_all, reading, temporary_path
+from mixchat.base.progress import Progress
+from mixchat.base.safetensors import tensor_sha256
+from mixchat.weights.format.blueprint import EMBEDDING, Blueprint
+from mixchat.weights.format.installed_model import installed_blueprint
+from mixchat.weights.format.manifest import (
+    MANIFEST_FILE,
+    FileRecord,
+    WeightsRecord,
+    read_manifest,
+    repair_hint,
+)
+from mixchat.weights.format.workspace import base_of
+from mixchat.weights.make.build import NO_PROGRESS, Build, link
+from mixchat.weights.make.needs import SMALL_FILES_BYTES, Need
+from mixchat.weights.make.parts import ModelPart, model_parts
+from mixchat.weights.make.writer import ModelWriter
+
+
+class Remake(NamedTuple):
+    """The parts that are made of the checkpoint, and the function that makes one."""
+
+    parts: Callable[[ModelPart], bool]
+    make: Callable[[ModelPart], list[torch.Tensor]]
+    uses_inputs: bool = False  # of a calibration, which are of no use afterwards
+
+
+class Rebuild(Build):
+    """The build of the model `blueprint` of the one that is installed in `directory`.
+
+    doing: "converting", for the bar. damaged: files to write again whether or not a part changes.
+    The caller has the model's lock.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        blueprint: Blueprint,
+        doing: str,
+        remake: Remake | None = None,
+        damaged: Collection[str] = (),
+    ) -> None:
+        self.title = f"{doing} {directory.name}"
+        self._manifest, self._remake = read_manifest(directory), remake
+        old = installed_blueprint(directory, self._manifest)
+        self._old_headers = old.headers()
+        self._old_parts = {(part.name, part.linear is None): part for part in model_parts(old)}
+        changed = {part.file for part in model_parts(blueprint) if self._changes(part)}
+        kept = self._old_headers.keys() - changed - {*damaged}
+        uses_inputs = remake is not None and remake.uses_inputs
+        work = {"base": base_of(directory), "doing": doing, "uses_inputs": uses_inputs}
+        super().__init__(directory, self._manifest.source, blueprint, work, kept)
+        self._kept = sorted(kept)
+
+    def run(self, progress: Progress = NO_PROGRESS) -> None:
+        """Make the new model. Raises `ResourceError` if the disk is short."""
+        self.need.check()
+        super().run(progress)
+
+    @property
+    def need(self) -> Need:
+        """Return the need of disk beyond what is made already."""
+        files = [self.directory / name for name in self.headers]
+        made = sum(map(machine.disk_usage, files)) if self.journal.head == self.head else 0
+        size = sum(header.size for header in self.headers.values())
+        if not _has_links(self.target):
+            size += sum(self._manifest.weights[name].size for name in self._kept)
+        return Need(
+            self.target, max(0, size - made) + SMALL_FILES_BYTES, machine.free_disk(self.target)
+        )
+
+    def find_work(self) -> None:
+        super().find_work()
+        # A calibrated w2 learns from the products of w13, which was made just before it.
+        experts = {part.expert for part in self.parts if part.expert}
+        self.parts = [
+            part for part in self.all_parts if part in self.parts or part.expert in experts
+        ]
+
+    def small_files(self) -> dict[str, FileRecord]:
+        for name in (*self._manifest.files, *self._kept):
+            link(self.target / name, self.directory / name)
+        for name in self.headers:
+            # More is damaged than when the last run linked the file. Never write into the old one.
+            with suppress(FileNotFoundError):
+                if (self.directory / name).samefile(self.target / name):
+                    (self.directory / name).unlink()
+        return self._manifest.files
+
+    def kept_records(self) -> dict[str, WeightsRecord]:
+        return {name: self._manifest.weights[name] for name in self._kept}
+
+    def checkpoint_digests(self) -> dict[str, str]:
+        return self._manifest.checkpoint
+
+    def made_parts(
+        self, writer: ModelWriter, progress: Progress
+    ) -> Iterator[tuple[ModelPart, Sequence[torch.Tensor]]]:
+        for part in self.parts:
+            if self._remake is not None and self._remake.parts(part):
+                yield part, self._remake.make(part)
+            else:
+                yield part, self._converted(self._old_part(part), part)
+
+    def _changes(self, part: ModelPart) -> bool:
+        old = self._old_part(part)
+        same = old.tensors == part.tensors and _packed(old) == _packed(part)
+        return not same or (self._remake is not None and self._remake.parts(part))
+
+    def _old_part(self, part: ModelPart) -> ModelPart:
+        """Return the part of the installed model that a part is made of.
+
+        A new head is made of the embedding.
+        """
+        same = self._old_parts.get((part.name, part.linear is None))
+        return same or self._old_parts[EMBEDDING, True]
+
+    def _converted(self, old: ModelPart, new: ModelPart) -> list[torch.Tensor]:
+        tensors = self._read(old)
+        if new.linear is None:
+            return tensors
+        if old.linear is None or old.linear.quant_type != new.linear.quant_type:
+            return new.linear.encode(tensors[0], bias=tensors[-1] if new.linear.bias else None)
+        old.linear.convert(tensors[: len(old.linear.tensors)], new.linear)
+        return tensors
+
+    def _read(self, part: ModelPart) -> list[torch.Tensor]:
+        """Read a part of the installed model. Raises `CheckpointError` if it is damaged."""
+        path, header = self.target / part.file, self._old_headers[part.file]
+        tensors = []
+        with reading(path), open(open_regular(path), "rb") as file:
+            for spec in part.tensors:
+                block = torch.zeros(spec.nbytes, dtype=torch.uint8)
+                # By the blueprint, because the file's header may be damaged.
+                read_all(file.fileno(), header.start(spec.name), block.numpy().data)
+                tensor = block.view(spec.dtype).view(spec.shape)
+                if tensor_sha256(tensor) != self._manifest.weights[part.file].sha256[spec.name]:
+                    raise CheckpointError(
+                        f"{path}: {spec.name} is damaged (its SHA-256 differs)",
+                        hint=repair_hint(self.target),
+                    )
+                tensors.append(tensor)
+        return tensors
+
+
+def _packed(part: ModelPart) -> bool:
+    return part.linear is not None and part.linear.packed
+
+
+def _has_links(directory: Path) -> bool:
+    """Return whether the disk's file system lets a file have two names."""
+    name = temporary_path(directory / "link")
+    try:
+        os.link(directory / MANIFEST_FILE, name)
+    except OSError:
+        return False
+    name.unlink()
+    return True

@@ -1,0 +1,238 @@
+"""A model that is made anew is the old one or the new one, whenever the process is killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from care_tools import EXPERTS, flip, mend, verify
+from convert_tools import DENSE, EIGHT, FIRST, LAST, LAYOUTS, pack, reform, stop_at
+from weight_tools import Meter, files_of
+
+from mixchat.base import system
+from mixchat.weights import models
+from mixchat.weights.care.housekeeping import remove, sweep
+from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.format.workspace import MODEL_DIR, settle, workspace
+
+FOREIGN = {"thesis.txt": b"years", "notes/monday": b"days"}
+
+
+class Killed(BaseException):
+    """The process is gone: nothing that it would do on its way out happens."""
+
+
+class Killer:
+    """Kills at the step numbered `at` of those that change the disk for good."""
+
+    def __init__(self, at: int) -> None:
+        self._at, self.steps = at, 0
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Killer:
+        steps = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "link"), (shutil, "rmtree")]
+        for place, name in [*steps, (Path, "unlink"), (Path, "rmdir"), (system, "exchange")]:
+            self.patch.setattr(place, name, self._counted(getattr(place, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+
+    def _counted(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            if not str(arguments[0]).endswith(".lock"):  # which ends with a process
+                if self.steps == self._at:
+                    raise Killed
+                self.steps += 1
+            return act(*arguments, **options)
+
+        return counted
+
+
+def kill_at(step: int, work: Callable[[], object]) -> bool:
+    """Work until that step. Return whether it was reached."""
+    with Killer(step):
+        try:
+            work()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.fixture(params=[True, False], ids=["exchanged", "renamed twice"])
+def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system can exchange two names."""
+    if not request.param:
+        monkeypatch.setattr(system, "exchange", lambda one, other: False)
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def both(tiny_checkpoint: Path, install: Callable[..., Path]) -> dict[str, Path]:
+    """The same model quantized straight into either layout. Do not write into it."""
+    return {layout: install(tiny_checkpoint, layout=layout) for layout in LAYOUTS}
+
+
+@pytest.fixture
+def installed(both: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy in the layout "bitsandbytes" that a test may change."""
+    return Path(shutil.copytree(both["bitsandbytes"], tmp_path / "models" / "mine"))
+
+
+@pytest.fixture
+def home(no_settings: Path, cache: Path) -> Path:
+    models.models_dir().mkdir(parents=True)
+    return no_settings
+
+
+def write(directory: Path, files: dict[str, bytes] = FOREIGN) -> None:
+    for name, data in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
+
+
+def is_whole(directory: Path) -> bool:
+    return verify(directory) == []
+
+
+class TestKilled:
+    """A model of which some files were new could not be used without this command, for good."""
+
+    @pytest.mark.parametrize("foreign", [{}, FOREIGN], ids=["alone", "with notes"])
+    def test_a_conversion(self, tiny_checkpoint, install, home, exchanges, foreign):
+        before, after = (
+            install(tiny_checkpoint, **options)
+            for options in ({"layout": "bitsandbytes", **DENSE}, {"layout": "cpu-packed"})
+        )
+        step, killed, states = 0, True, set()
+        while killed:
+            mine = Path(shutil.copytree(before, models.models_dir() / "mine"))
+            write(mine, foreign)
+            killed = kill_at(step, lambda mine=mine: reform(mine, "cpu-packed", EIGHT))
+            if exchanges:
+                assert is_whole(mine)
+                states.add(files_of(mine).keys() >= foreign.keys())
+            list(sweep())
+            assert files_of(mine) in (files_of(before) | foreign, files_of(after) | foreign)
+            reform(mine, "cpu-packed", EIGHT)
+            assert files_of(mine) == files_of(after) | foreign
+            assert os.listdir(models.models_dir()) == ["mine"]
+            shutil.rmtree(mine)
+            step += 1
+        assert step > 30
+
+    def test_a_repair(self, tiny_checkpoint, install, home, exchanges):
+        whole, step, killed = install(tiny_checkpoint), 0, True
+        while killed:
+            mine = Path(shutil.copytree(whole, models.models_dir() / "mine"))
+            flip(mine / EXPERTS, 5000)
+            write(mine)
+            killed = kill_at(step, lambda mine=mine: mend(mine, tiny_checkpoint))
+            settle(mine)
+            mend(mine, tiny_checkpoint)
+            list(sweep(unfinished=True))
+            assert files_of(mine) == files_of(whole) | FOREIGN
+            assert os.listdir(models.models_dir()) == ["mine"]
+            shutil.rmtree(mine)
+            step += 1
+        assert step > 15
+
+    def test_a_removal(self, tiny_model, home):
+        step, killed, left = 0, True, set()
+        while killed:
+            mine = Path(shutil.copytree(tiny_model, models.models_dir() / "mine"))
+            write(mine)
+            killed = kill_at(step, lambda mine=mine: remove(mine))
+            list(sweep())
+            files = files_of(mine)
+            assert files in (files_of(tiny_model) | FOREIGN, FOREIGN)
+            left.add(len(files))
+            shutil.rmtree(mine)
+            step += 1
+        assert len(left) == 2
+
+
+class TestResumed:
+    def test_twice_in_a_row(self, both, installed):
+        for step in (12, 8, 4):
+            assert kill_at(step, lambda: pack(installed))
+        pack(installed)
+        assert files_of(installed) == files_of(both["cpu-packed"])
+
+    @pytest.mark.parametrize("name", [FIRST, LAST])
+    def test_what_is_made_is_not_made_again(self, both, installed, monkeypatch, name):
+        with monkeypatch.context() as patch:
+            stop_at(patch, name, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                pack(installed)
+        assert files_of(installed) == files_of(both["bitsandbytes"])
+        meter = Meter()
+        pack(installed, meter)
+        assert meter.bar("converting mine").first > 0
+        assert meter.notes[0].startswith("converting takes")
+        assert files_of(installed) == files_of(both["cpu-packed"])
+
+    def test_after_a_full_disk(self, both, installed, monkeypatch):
+        with monkeypatch.context() as patch:
+            stop_at(patch, LAST, OSError(errno.ENOSPC, "No space left on device"))
+            with pytest.raises(OSError, match="No space"):
+                pack(installed)
+        assert is_whole(installed)
+        pack(installed)
+        assert files_of(installed) == files_of(both["cpu-packed"])
+
+    def test_work_of_another_command_starts_again(
+        self, both, installed, tiny_checkpoint, monkeypatch
+    ):
+        with monkeypatch.context() as patch:
+            stop_at(patch, LAST, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                pack(installed)
+        flip(installed / LAST, 5000)
+        mend(installed, tiny_checkpoint)
+        assert files_of(installed) == files_of(both["bitsandbytes"])
+        meter = Meter()
+        pack(installed, meter)
+        assert meter.bar("converting mine").first == 0
+        assert files_of(installed) == files_of(both["cpu-packed"])
+
+
+def test_a_file_that_was_linked_and_is_damaged_since_is_not_written_in_place(
+    tiny_checkpoint, installed, both, monkeypatch
+):
+    """The new model's file is the old one's until it is made."""
+    flip(installed / FIRST, 5000)
+    with monkeypatch.context() as patch:
+        stop_at(patch, FIRST, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            mend(installed, tiny_checkpoint)
+    assert (workspace(installed) / MODEL_DIR / LAST).samefile(installed / LAST)
+    flip(installed / LAST, 5000)
+    with InstalledModel(installed) as model:
+        before = (installed / LAST).read_bytes()
+        mend(installed, tiny_checkpoint)
+        assert files_of(installed) == files_of(both["bitsandbytes"])
+        with open(f"/proc/self/fd/{model._experts[1]._fd}", "rb") as file:
+            assert file.read() == before
+
+
+def test_without_links_files_are_copied_and_the_disk_is_counted(
+    tiny_checkpoint, install, tmp_path, monkeypatch
+):
+    meters = [Meter(), Meter()]
+    wide = install(tiny_checkpoint, layout="bitsandbytes", **DENSE)
+    dense, other = (Path(shutil.copytree(wide, tmp_path / name)) for name in ("dense", "other"))
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    reform(dense, None, EIGHT, meters[0])
+    monkeypatch.setattr(os, "link", refused)
+    reform(other, None, EIGHT, meters[1])
+    assert files_of(other) == files_of(dense)
+    assert meters[0].notes[0].split(" of ")[0] != meters[1].notes[0].split(" of ")[0]
