@@ -81,8 +81,7 @@ def test_ci_runs_the_test_command_word_for_word():
 
 
 def test_the_chat_s_commands_are_those_that_help_shows():
-    from mixchat.chat.terminal.command_help import help_text
-    from mixchat.chat.terminal.commands import usages
+    from mixchat.chat.terminal.commands import help_text
 
     shown = README.split("```\n>>> /help\n")[1].split("```")[0]
-    assert shown == help_text(usages(), 80) + "\n"
+    assert shown == help_text(80) + "\n"

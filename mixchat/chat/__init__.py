@@ -3,8 +3,7 @@
 - session.py: a conversation with its messages and token ids, and an answer as events
 - parameters.py: the parameters that can be changed in a chat
 - plain_text.py: untrusted text, checked to be text
-- theme.py: the styles of everything on the screen
-- printing.py: prints everything that a person sees
+- printing.py: prints everything that a person sees, and its styles
 - terminal/: opens a chat; the prompt, the commands, the screen
 - draw/: Markdown, code and the heatmap
 - saved/: chats on disk, and their KV caches

@@ -1,4 +1,4 @@
-"""Prints everything that a person sees.
+"""Prints everything that a person sees, in the styles that this file names in Rich's words.
 
 No other module of cli/ and chat/ prints. Names of files, texts of models and messages of other
 libraries may contain control characters, which are removed here.
@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TextIO
 
 from mixchat.base.sanitize import sanitize
-from mixchat.chat.theme import painted
+
+# The colours are ANSI's own sixteen, so that the terminal's theme decides how they look. Yellow and
+# white are none of them, since they are hard to read on a light background.
+PROMPT, WORDS = "bold green", "green"  # the `>>>`, and the text of the person
+ERROR = "bold red"
+FRAME = "dim"  # around the model's text
+THINKING = "dim"
+_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32"}
 
 # The rows below a wrapped line are indented as far as a bracket, a label or a first column.
 _HANG = re.compile(r" *(?:\(|(?:error|hint|note|removed|left|damaged): |\S.{0,38}? {2,})?")
@@ -87,7 +94,10 @@ def wrapped(line: str, width: int) -> str:
     if _cells(line) <= width:
         return line
     words = re.findall(r"\s*\S+", line)  # each with the spaces before it
-    indent = _indent(line, width)
+    hang = _HANG.match(line)
+    indent = hang.end() if hang else 0
+    if indent + max(map(_cells, line.split()), default=0) > width:
+        indent = min(indent, _MAX_INDENT)
     rows = [""]
     for word in words:
         own = _cells(word.lstrip())
@@ -98,19 +108,21 @@ def wrapped(line: str, width: int) -> str:
     return "\n".join(rows)
 
 
-def _indent(line: str, width: int) -> int:
-    found = _HANG.match(line)
-    indent = found.end() if found else 0
-    longest = max(map(_cells, line.split()), default=0)
-    return indent if indent + longest <= width else min(indent, _MAX_INDENT)
-
-
 def _cells(text: str) -> int:
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
 
     return cell_len(text)
+
+
+def painted(text: str, style: str, stream: TextIO) -> str:
+    """Return `text` with the escapes for a style, if `stream` is a terminal that shows colours."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if not text or plain or not stream.isatty():
+        return text
+    codes = ";".join(_CODES[word] for word in style.split())
+    return f"\x1b[{codes}m{text}\x1b[0m"
 
 
 def columns(stream: TextIO) -> int:

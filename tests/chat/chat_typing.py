@@ -12,9 +12,8 @@ from mixchat.base.errors import MixchatError, ModelNotFoundError
 from mixchat.chat.saved.chat_saver import ChatSaver
 from mixchat.chat.saved.chat_store import ChatStore
 from mixchat.chat.terminal.active_chat import ActiveChat
-from mixchat.chat.terminal.commands import completions
+from mixchat.chat.terminal.commands import completions, run_command
 from mixchat.chat.terminal.prompt import ChatPrompt
-from mixchat.chat.terminal.repl import Repl
 from mixchat.chat.terminal.screen import Screen
 
 CTRL_C, CTRL_D, CTRL_U = "\x03", "\x04", "\x15"
@@ -69,7 +68,7 @@ class Chat:
             )
             offered = completions(self.active)
             self.prompt = ChatPrompt(history, offered, self.active.status)
-            Repl(self.active, self.prompt).run()
+            self.active.run(self.prompt, run_command)
             self.text = out.getvalue()
 
 

@@ -86,12 +86,12 @@ def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
 
 
 def test_a_chat_is_saved_at_its_end(ask, tmp_path, monkeypatch):
-    def chat(repl):
+    def chat(active, prompt):
         for question in ("Why?", "Where?"):
-            *_, finished = repl._chat.session.ask(question)
-            repl._chat._after_turn(finished)
+            *_, finished = active.session.ask(question)
+            active._after_turn(finished)
 
-    monkeypatch.setattr("mixchat.chat.terminal.repl.Repl.run", chat)
+    monkeypatch.setattr("mixchat.chat.terminal.active_chat.ActiveChat.run", chat)
     monkeypatch.setattr("mixchat.cli.run.read_prompt", lambda *given: None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     flags = ("--prompt-cache", str(tmp_path / "f"), "--verbose")

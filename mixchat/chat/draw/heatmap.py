@@ -63,85 +63,59 @@ class Heatmap:
         marks = ASCII_MARKS if options.ascii_only else MARKS
         room = options.max_width - _BEFORE - _AFTER
         width = next((width for width in (6, 4) if experts * width <= room), _NARROW_CELL)
-        a_line = _cells_a_line(experts, room // width)
-        yield _cropped(_header(width, a_line))
-        for layer, uses in enumerate(relative_uses(report)):
-            cells = [
-                _cell(use, use / experts, marks[tier], width)
-                for use, tier in zip(uses, report.tiers[layer], strict=True)
-            ]
-            rate = _rate(sum(report.hits[layer]), sum(report.misses[layer]), 0)
-            yield from map(_cropped, _rows(layer, cells, a_line, rate))
-        yield _legend(width, console.color_system is not None and not console.no_color)
-        yield _places(report, marks)
-        yield Text("\n".join(_totals(report)))
-
-
-def _cells_a_line(experts: int, fit: int) -> int:
-    """Return how many experts go on a line, all if they fit, else a multiple of 8 if possible."""
-    if experts <= fit:
-        return experts
-    return max(fit // 8 * 8 or fit, 1)
-
-
-def _header(width: int, a_line: int) -> Text:
-    """Return the numbers of the experts, only every eighth if cells are too narrow."""
-    if width == _NARROW_CELL:
-        names = "".join(f"{i:<{8 * width}}" for i in range(0, a_line, 8))
+        narrow, a_line = width == _NARROW_CELL, room // width  # experts on a line
+        # All if they fit, else a multiple of 8, because a narrow header numbers every eighth.
+        a_line = experts if experts <= a_line else max(a_line // 8 * 8 or a_line, 1)
+        step = 8 if narrow else 1
+        names = "".join(
+            f"{i:{'<' if narrow else '^'}{step * width}}" for i in range(0, a_line, step)
+        )
         names = names[: a_line * width].ljust(a_line * width)
-    else:
-        names = "".join(f"{i:^{width}}" for i in range(a_line))
-    return Text(f"{'':{_BEFORE}}{names}{'hits':>{_AFTER}}", style="bold")
+        header = Text(f"{'':{_BEFORE}}{names}{'hits':>{_AFTER}}", style="bold")
+        yield _cropped(header)
+        for layer, uses in enumerate(relative_uses(report)):
+            cells = list[tuple[str, str]]()  # texts and styles
+            for use, tier in zip(uses, report.tiers[layer], strict=True):
+                level = bisect_right(BOUNDS, use) + 1 if use else 0
+                percent = f"{use / experts * 100:3.0f}" if use else "  -"
+                text = str(level) if narrow else percent
+                cells.append((f"{text}{marks[tier]}".center(width), STYLES[level]))
+            rate = _rate(sum(report.hits[layer]), sum(report.misses[layer]), 0)
+            for start in range(0, experts, a_line):
+                line = Text(f"{layer:>3} " if start == 0 else f"{f'+{start}':<{_BEFORE}}")
+                line.append_tokens(cells[start : start + a_line])
+                yield _cropped(line.append(f"{rate:>{_AFTER}}") if start == 0 else line)
+        legend = "uses / layer's mean: " if narrow else "% of the layer's uses"
+        line = Text(f"cells    {legend}")
+        coloured = console.color_system is not None and not console.no_color
+        if coloured and not narrow:
+            line.append("\ncolours  uses / layer's mean: ")
+        if coloured or narrow:
+            levels = (
+                f"{level} {name}" if narrow else name for level, name in enumerate(LEVEL_NAMES)
+            )
+            line.append_tokens(
+                (f" {name} ", style) for name, style in zip(levels, STYLES, strict=True)
+            )
+        yield line
+        yield Text("\n".join(_totals(report, marks)))
 
 
-def _cell(use: float, share: float, mark: str, width: int) -> tuple[str, str]:
-    """Return text and style of a cell. `use` is a multiple of the mean, `share` from 0 to 1."""
-    level = bisect_right(BOUNDS, use) + 1 if use else 0
-    if width == _NARROW_CELL:
-        return f"{level}{mark}", STYLES[level]
-    text = f"{share * 100:3.0f}" if use else "  -"
-    return f"{text}{mark}".center(width), STYLES[level]
-
-
-def _rows(layer: int, cells: list[tuple[str, str]], a_line: int, rate: str) -> Iterator[Text]:
-    """Yield a layer's line, and lines below it for the experts that do not fit."""
-    for start in range(0, len(cells), a_line):
-        line = Text(f"{layer:>3} " if start == 0 else f"{'+' + str(start):<{_BEFORE}}")
-        line.append_tokens(cells[start : start + a_line])
-        yield line.append(f"{rate:>{_AFTER}}") if start == 0 else line
-
-
-def _legend(width: int, coloured: bool) -> Text:
-    if width != _NARROW_CELL:
-        line = Text("cells    % of the layer's uses")
-        if not coloured:
-            return line
-        line.append("\ncolours  uses / layer's mean: ")
-        names = [f" {name} " for name in LEVEL_NAMES]
-    else:
-        line = Text("cells    uses / layer's mean: ")
-        names = [f" {level} {name} " for level, name in enumerate(LEVEL_NAMES)]
-    return line.append_tokens(zip(names, STYLES, strict=True))
-
-
-def _places(report: ExpertReport, marks: dict[str, str]) -> Text:
-    """Return the legend of the marks, with the number of experts at each."""
+def _totals(report: ExpertReport, marks: dict[str, str]) -> Iterator[str]:
+    """Yield the lines below the heatmap: the experts at each place, the tokens, the loads."""
     counts = Counter(chain(*report.tiers))
     places = []
     for tier in report.tiers_used:
         slots = f" of {report.slots[tier]} slots" if tier in report.slots else ""
         places.append(f"{marks[tier]} {PLACES[tier]} {counts[tier]}{slots}")
-    return Text(f"experts  {'   '.join(places)}")
-
-
-def _totals(report: ExpertReport) -> Iterator[str]:
+    yield f"experts  {'   '.join(places)}"
     model = sanitize(" ".join(report.model.split()))
     yield f"model    {model}: {report.tokens:,} tokens in {format_time(report.seconds)}"
     hits, misses = sum(chain(*report.hits)), sum(chain(*report.misses))
     predictions = f"{report.predictions:,}"
     if report.predictions:
-        part = report.right_predictions / report.predictions
-        predictions += f", {report.right_predictions:,} right ({part:.0%})"
+        share = report.right_predictions / report.predictions
+        predictions += f", {report.right_predictions:,} right ({share:.0%})"
     yield f"uses     {hits + misses:,}, {_rate(hits, misses, 1)} hits; predictions {predictions}"
     moved, stalled = format_size(report.bytes_moved), f"{report.stalled_seconds:,.1f} s"
     if report.tokens:

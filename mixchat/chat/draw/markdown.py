@@ -1,18 +1,23 @@
 """Draws an answer's Markdown with Rich, without losing anything that the model wrote.
 
-Rich's own parser drops `<think>` and `vector<T>`, and joins lines. So the text is parsed by
-`markdown_rules`, and Rich draws the tokens, with an element for code of our own.
+Rich's own parser drops `<think>` and `vector<T>`, and joins lines. So a parser without rules that
+hide text reads it. Rich draws the tokens, with an element for code of our own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import ClassVar
 
+from markdown_it import MarkdownIt
 from markdown_it.rules_block.table import escapedSplit
+from markdown_it.rules_inline import StateInline, newline
 from markdown_it.token import Token
+from pygments.token import string_to_tokentype
 from rich import box
 from rich.cells import chop_cells
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -26,25 +31,52 @@ from rich.markdown import (
 )
 from rich.rule import Rule
 from rich.segment import Segment
+from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
 from mixchat.base.sanitize import sanitize
-from mixchat.chat.draw.markdown_rules import MAX_NESTING, parser
-from mixchat.chat.theme import FRAME, MARKDOWN, code_styles
+from mixchat.chat.printing import FRAME
 
 _TAB = " " * 4
 _FRAME_WIDTH = 20  # columns of the lines around code
 _MIN_CELL_WIDTH = 7  # columns of a cell and its frame, or a table is shown as written
 _MIN_NESTED_WIDTH = 4  # columns of each level of lists and quotes, or they are shown as written
+_MAX_NESTING = 20  # levels, below which markdown-it drops everything
 
 # A backslash before these is Markdown's. Before others, as in `\(` and `\{`, it is text.
 _ESCAPED = set("\\`*_~#+-.!|<>$")
 # Unicode's line and paragraph separators, which terminals show differently.
 _SEPARATORS = {0x2028: "\n", 0x2029: "\n"}
-_THEME = Theme({f"markdown.{name}": style for name, style in MARKDOWN.items()})
+# Formulas, and code outside a fence, have no emphasis and no escapes.
+_VERBATIM = re.compile(
+    r"""\\\(.{1,1000}?\\\) | \\\[.{1,1000}?\\\] | \$\$.{1,1000}?\$\$
+    | (?<=[0-9A-Za-z)]) \* (?=[0-9A-Za-z(])                            # 2*3*4
+    | (?<=[0-9A-Za-z)]) \*\* (?=[0-9])                                # x**2 + y**2
+    | (?<!\w) __ (?: [a-z][a-z0-9_]* | [A-Z][A-Z0-9_]* ) __ (?!\w)     # __init__, __FILE__
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_STYLES = {
+    **{"h1": "bold underline", "h2": "bold", "h3": "bold italic"},
+    **dict.fromkeys(("h4", "h5", "h6"), "bold"),
+    **{"strong": "bold", "em": "italic", "s": "strike", "u": "underline", "code": "cyan"},
+    **{"block_quote": "none", "hr": FRAME, "table.border": FRAME, "table.header": "bold"},
+}
+_THEME = Theme({f"markdown.{name}": style for name, style in _STYLES.items()})
+_CODE_STYLES = {  # of Pygments' tokens
+    "Comment": "dim italic",
+    **dict.fromkeys(("Keyword", "Operator.Word"), "magenta"),
+    **dict.fromkeys(("Literal.String", "Generic.Inserted"), "green"),
+    **dict.fromkeys(("Literal.Number", "Name.Builtin"), "cyan"),
+    **dict.fromkeys(("Name.Function", "Name.Class", "Name.Decorator", "Name.Tag"), "blue"),
+    **{"Generic.Deleted": "red", "Generic.Heading": "bold", "Generic.Subheading": "bold"},
+}
+_CODE_THEME = ANSISyntaxTheme(
+    {string_to_tokentype(name): Style.parse(style) for name, style in _CODE_STYLES.items()}
+)
 
 
 def cleaned(text: str, encoding: str) -> str:
@@ -101,6 +133,46 @@ class MarkdownBlock:
             yield from (*line, Segment.line())
 
 
+class _Parser(MarkdownIt):
+    """Leaves a link's address as it was written, whatever it is."""
+
+    def normalizeLink(self, url: str) -> str:
+        return url
+
+    def validateLink(self, url: str) -> bool:
+        return True
+
+
+@cache
+def _parser() -> MarkdownIt:
+    """Return the parser, without rules that hide text or let later lines change earlier ones."""
+
+    def verbatim(state: StateInline, silent: bool) -> bool:
+        match = _VERBATIM.match(state.src, state.pos, state.posMax)
+        if match is None:
+            return False
+        if not silent:
+            state.push("text", "", 0).content = match[0]
+        state.pos = match.end()
+        return True
+
+    def line_end(state: StateInline, silent: bool) -> bool:
+        begin = state.pos
+        if not newline(state, silent):
+            return False
+        if not silent:  # the parser's own rule drops the spaces of the next line
+            state.pending += state.src[begin + 1 : state.pos]
+        return True
+
+    parser = _Parser("commonmark", {"maxNesting": _MAX_NESTING}).enable(["strikethrough", "table"])
+    parser.disable(["html_block", "html_inline", "autolink", "entity"])
+    # A reference or an underline would change lines that are on the screen already.
+    parser.disable(["reference", "lheading", "text_join"])
+    parser.inline.ruler.before("escape", "verbatim", verbatim)
+    parser.inline.ruler.at("newline", line_end)
+    return parser
+
+
 def blocks(text: str) -> list[MarkdownBlock]:
     """Return the blocks of a cleaned text, each drawn independently of the others.
 
@@ -108,17 +180,24 @@ def blocks(text: str) -> list[MarkdownBlock]:
     underlined headings are text here, and blank lines stay as they were written.
     """
     lines, drawn = text.split("\n"), list[MarkdownBlock]()
-    for block in _split(parser().parse(text)):
+    for block in _split(_parser().parse(text)):
         start, end = block[0].map or (0, 0)
         source = "\n".join(lines[start:end]).rstrip()
         gap = bool(drawn) and not lines[start - 1].strip(" \t>")
-        min_width, is_open = _min_width(block, lines), _ends_in_open_fence(block, end)
+        fence = next((token for token in reversed(block) if token.type == "fence"), None)
+        is_open = False
+        if fence is not None and fence.map and fence.map[1] == end:
+            # A closed fence has two lines more than its content.
+            is_open = fence.map[1] - fence.map[0] != len(fence.content.splitlines()) + 2
         if block[0].type == "paragraph_open":
-            block[1].children = [_text(_indent(source)), *(block[1].children or [])]
+            # A paragraph may be code without a fence. A single space comes from tokenizers.
+            spaces = source[: len(source) - len(source.lstrip(" "))]
+            indent = spaces if len(spaces) > 1 else ""
+            block[1].children = [_text(indent), *(block[1].children or [])]
         for token in block:
             if token.type == "inline":
                 token.children = list(_readable(token.children or [], token.content))
-        drawn.append(MarkdownBlock(start, gap, source, block, min_width, is_open))
+        drawn.append(MarkdownBlock(start, gap, source, block, _min_width(block, lines), is_open))
     return drawn
 
 
@@ -145,20 +224,8 @@ def _split(tokens: list[Token]) -> Iterator[list[Token]]:
         block = []
 
 
-def _indent(source: str) -> str:
-    """Return the spaces before a paragraph, which may be code without a fence.
-
-    A single one comes from tokenizers.
-    """
-    spaces = source[: len(source) - len(source.lstrip(" "))]
-    return spaces if len(spaces) > 1 else ""
-
-
 def _readable(children: Iterable[Token], source: str) -> Iterator[Token]:
-    """Yield the tokens of the text `source`.
-
-    Rich loses the addresses of links and images, and joins lines.
-    """
+    """Yield the tokens of the text `source`, with what Rich loses: addresses and line ends."""
     targets: list[str] = []
     linked = ""
     for token in children:
@@ -201,29 +268,20 @@ def _target(token: Token, name: str, source: str) -> str:
     return "".join(char if char in written else f"&#{ord(char)};" for char in target)
 
 
-def _ends_in_open_fence(block: list[Token], end: int) -> bool:
-    for token in reversed(block):
-        if token.type == "fence":
-            first, last = token.map or (0, 0)
-            has_end = last - first == len(token.content.splitlines()) + 2
-            return last == end and not has_end
-    return False
-
-
 def _min_width(block: list[Token], lines: list[str]) -> int:
     """Return the columns that a block needs. No terminal has enough for what would lose text."""
     levels = max(token.level for token in block)
     columns = sum(token.type == "th_open" for token in block)
-    rows = [token.map[0] for token in block if token.type == "tr_open" and token.map]
+    most = 0
+    for token in block:
+        if token.type == "tr_open" and token.map:
+            cells = escapedSplit(lines[token.map[0]].strip(" \t>"))
+            bars = (cells[0] == "") + (cells[-1] == "" and len(cells) > 1)
+            most = max(most, len(cells) - bars)
     # The parser drops what is nested deeper, and cells that have no header.
-    if levels >= MAX_NESTING - 1 or max((_cells(lines[row]) for row in rows), default=0) > columns:
+    if levels >= _MAX_NESTING - 1 or most > columns:
         return 10**6
     return max(_MIN_CELL_WIDTH * columns + 1, _MIN_NESTED_WIDTH * levels)
-
-
-def _cells(row: str) -> int:
-    cells = escapedSplit(row.strip(" \t>"))
-    return len(cells[cells[0] == "" :]) - (cells[-1] == "" and len(cells) > 1)
 
 
 class _Heading(Heading):
@@ -250,9 +308,7 @@ class _Code(CodeBlock):
         language = self.lexer_name
         first = f"── {language} " if language else ""
         code = code.expandtabs(len(_TAB))
-        theme = ANSISyntaxTheme(code_styles())
-        syntax = Syntax(code, language.split(" ")[0] or "text", theme=theme)
-        drawn = syntax.highlight(code)
+        drawn = Syntax(code, language.split(" ")[0] or "text", theme=_CODE_THEME).highlight(code)
         if drawn.plain.rstrip("\n") != code.rstrip("\n"):  # a lexer that changes text
             drawn = Text(code)
         width = min(_FRAME_WIDTH, options.max_width)

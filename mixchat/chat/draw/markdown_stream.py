@@ -38,7 +38,7 @@ class MarkdownStream:
     screen's height. Between frames the hidden cursor is at the start of the tail, so after any
     resizing the rows from the cursor on are the tail. Nothing else may write before `close`.
 
-    `before` is the text that the fed text continues. If it ends within code, the drawing starts
+    `earlier` is the text that the fed text continues. If it ends within code, the drawing starts
     with that block. `below` returns a line to show faintly below the tail, or nothing.
     """
 
@@ -46,25 +46,26 @@ class MarkdownStream:
         self,
         console: Console,
         *,
-        before: str = "",
+        earlier: str = "",
         below: Callable[[], str] = str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._console, self._clock = console, clock
         self._has_tail = console.is_terminal and not console.is_dumb_terminal
-        self._rest, self._before, self._below = "", before, below
-        # A blank line comes before the rest. The line above its code is drawn.
-        self._gap = self._lacks_frame = False
+        self._earlier, self._below = earlier, below
+        self._rest = ""  # the text that can still change
+        self._gap = False  # a blank line comes before the rest
+        self._lacks_frame = False  # the line above the code of the rest is on the screen already
         self._shown: tuple[list[str], ConsoleOptions] | None = None
         self._next_frame = clock()
         self._size = console.size
 
     def feed(self, text: str) -> None:
         """Take the next piece, and draw unless too much time was spent on drawing."""
-        if self._before and text:
-            before, self._before = cleaned(self._before, self._console.encoding), ""
-            last = blocks(before)[-1:]
-            self._rest = _from_line(before, last[0].start) if last and last[0].is_open else ""
+        if self._earlier and text:
+            earlier, self._earlier = cleaned(self._earlier, self._console.encoding), ""
+            last = blocks(earlier)[-1:]
+            self._rest = _from_line(earlier, last[0].start) if last and last[0].is_open else ""
         self._rest += cleaned(text, self._console.encoding)
         started = self._clock()
         if started < self._next_frame:
@@ -88,18 +89,20 @@ class MarkdownStream:
     def close(self) -> None:
         """Draw all that is left, and leave the cursor at the start of a line."""
         with interrupts.deferred():  # no half frame, and none that is drawn twice
-            self._write(self._last_rows(), after=_SHOW_CURSOR)
+            self._write(self._tail_rows(), after=_SHOW_CURSOR)
 
     def _draw(self) -> None:
         options = self._console.options
-        final = self._settled()
-        tail = [*self._tail_rows(), *self._line_below()] if self._has_tail else []
-        tail = tail[-max(options.size.height - 1, 1) :]
+        final, tail = self._settled(), list[str]()
+        if self._has_tail:
+            line = self._below()
+            tail = [*self._tail_rows(), *([_faint(line)] if line else [])]
+            # A tail as high as the screen would scroll its first row out of reach.
+            tail = tail[-max(options.size.height - 1, 1) :]
         if final or self._shown != (tail, options):
             up = f"\x1b[{len(tail) - 1}A" if len(tail) > 1 else ""
-            self._write(
-                final, before=_HIDE_CURSOR, after=_NO_WRAP + "\n".join(tail) + "\r" + up + _WRAP
-            )
+            new_tail = _NO_WRAP + "\n".join(tail) + "\r" + up + _WRAP
+            self._write(final, begin=_HIDE_CURSOR, after=new_tail)
         self._shown = tail, options
 
     def _settled(self) -> list[str]:
@@ -113,27 +116,19 @@ class MarkdownStream:
         *final, last = complete
         rows = self._rows(final)
         if final:
-            self._rest, self._gap, self._lacks_frame = (
-                _from_line(self._rest, last.start),
-                last.gap,
-                False,
-            )
-        if last.is_open and last.tokens[0].type == "fence":
-            rows += self._settled_code()
-        return rows
-
-    def _settled_code(self) -> list[str]:
-        """Return the rows of code above the screen, up to a blank line, and shorten the rest.
-
-        The lines after it get the same colours, unless the blank line is within a string.
-        """
+            self._rest = _from_line(self._rest, last.start)
+            self._gap, self._lacks_frame = last.gap, False
+        if not last.is_open or last.tokens[0].type != "fence":
+            return rows
+        # Code above the screen is final up to a blank line. The lines after it get the same
+        # colours, unless the blank line is within a string.
         fence, *lines = self._rest.split("\n")
         above = lines[: -self._console.height]
-        if "" not in above:
-            return []
-        size = len(above) - above[::-1].index("")
-        rows = self._rows(self._blocks("\n".join([fence, *above[:size], ""])))[:-1]
-        self._rest, self._gap, self._lacks_frame = "\n".join([fence, *lines[size:]]), False, True
+        if "" in above:
+            size = len(above) - above[::-1].index("")
+            rows += self._rows(self._blocks("\n".join([fence, *above[:size], ""])))[:-1]
+            self._rest = "\n".join([fence, *lines[size:]])
+            self._gap, self._lacks_frame = False, True
         return rows
 
     def _blocks(self, text: str) -> list[MarkdownBlock]:
@@ -144,28 +139,21 @@ class MarkdownStream:
     def _tail_rows(self) -> list[str]:
         return self._rows(self._blocks(self._rest))
 
-    def _last_rows(self) -> list[str]:
-        return self._tail_rows()
-
-    def _line_below(self) -> list[str]:
-        line = self._below()
-        return [_faint(line)] if line else []
-
     def _rows(self, drawn: Iterable[MarkdownBlock]) -> list[str]:
-        rows = self._rendered(part for block in drawn for part in block.parts)
+        rows = self._rendered(drawable for block in drawn for drawable in block.parts)
         return rows[self._lacks_frame :]
 
-    def _rendered(self, parts: Iterable[RenderableType]) -> list[str]:
-        lines = [line for part in parts for line in self._console.render_lines(part, pad=False)]
+    def _rendered(self, drawables: Iterable[RenderableType]) -> list[str]:
+        lines = [line for each in drawables for line in self._console.render_lines(each, pad=False)]
         with self._console.capture() as capture:
             self._console.print(SegmentLines(lines, new_lines=True), soft_wrap=True, end="")
         return capture.get().split("\n")[:-1]
 
-    def _write(self, final: list[str], before: str = "", after: str = "") -> None:
+    def _write(self, final: list[str], begin: str = "", after: str = "") -> None:
         """Write a frame in one piece, final rows in place of the tail, then a new tail."""
         frame = "".join(f"{row}\n" for row in final)
         if self._has_tail:
-            frame = f"{_BEGIN}{before}{_ERASE_BELOW}{frame}{after}{_END}"
+            frame = f"{_BEGIN}{begin}{_ERASE_BELOW}{frame}{after}{_END}"
         encoding = self._console.encoding
         self._console.file.write(frame.encode(encoding, "replace").decode(encoding))
         self._console.file.flush()
@@ -188,8 +176,9 @@ class ThinkingStream(MarkdownStream):
     def _tail_rows(self) -> list[str]:
         return self._rendered([Text(self._rest.rstrip("\n"), "dim")])
 
-    def _last_rows(self) -> list[str]:
-        return [_faint(self._note()), ""]
+    def close(self) -> None:
+        with interrupts.deferred():
+            self._write([_faint(self._note()), ""], after=_SHOW_CURSOR)
 
 
 def _faint(line: str) -> str:

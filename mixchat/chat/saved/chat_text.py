@@ -1,4 +1,4 @@
-"""Saved chats as text, which is the table of all, or one chat as Markdown or JSON."""
+"""Saved chats as text: a table of them, one as Markdown or JSON, the code of an answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from mixchat.chat.saved.chat_file import as_json
 if TYPE_CHECKING:
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_store import ChatSummary
-    from mixchat.text.messages import Message
 
 _HEADINGS = ("ID", "LAST USED", "MODEL", "TURNS")
 _MIN_QUESTION_WIDTH = 20  # cells
@@ -32,39 +31,27 @@ def chat_table(chats: Sequence[ChatSummary], width: int | None) -> str:
     """
     from rich.cells import cell_len, set_cell_size
 
-    rows = [_HEADINGS, *map(_cells, chats)]
+    rows = [_HEADINGS]
+    for chat in chats:
+        used = f"{chat.updated.astimezone():%Y-%m-%d %H:%M}"
+        known = ("-", "-") if chat.problem else (_line(chat.model), str(chat.turns))
+        rows.append((chat.id, used, *known))
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    count, room = _fitting(widths, width)
-    last = ["ABOUT", *(_about(summary, room) for summary in chats)]
+    count, room = len(widths), _PIPED_QUESTION_WIDTH
+    if width is not None:
+        while (room := width - sum(widths[:count]) - 2 * count) < _MIN_QUESTION_WIDTH and count > 1:
+            count -= 1
+        room = max(room, _MIN_QUESTION_WIDTH)
+    about = ["ABOUT"]
+    for chat in chats:
+        if chat.problem:
+            about.append(f"cannot be read: mixchat chats {chat.id}")  # which says why
+        elif chat.name:
+            about.append(_line(chat.name))  # whole, because it can be typed
+        else:
+            about.append(f'"{_shortened(_line(chat.question), room - 2)}"')
     columns = ("  ".join(map(set_cell_size, row[:count], widths)) for row in rows)
-    return "\n".join(map("  ".join, zip(columns, last, strict=True)))
-
-
-def _fitting(widths: Sequence[int], width: int | None) -> tuple[int, int]:
-    """Return how many columns to show, and the cells that are left for a question."""
-    if width is None:
-        return len(widths), _PIPED_QUESTION_WIDTH
-    for count in range(len(widths), 0, -1):
-        room = width - sum(cells + 2 for cells in widths[:count])
-        if room >= _MIN_QUESTION_WIDTH:
-            break
-    return count, max(room, _MIN_QUESTION_WIDTH)
-
-
-def _cells(summary: ChatSummary) -> tuple[str, str, str, str]:
-    used = f"{summary.updated.astimezone():%Y-%m-%d %H:%M}"
-    if summary.problem:
-        return summary.id, used, "-", "-"
-    return summary.id, used, _line(summary.model), str(summary.turns)
-
-
-def _about(summary: ChatSummary, room: int) -> str:
-    """Return the whole name, because it can be typed, or the question in quotes if it fits."""
-    if summary.problem:
-        return f"cannot be read: mixchat chats {summary.id}"  # which says why
-    if summary.name:
-        return _line(summary.name)
-    return f'"{_shortened(_line(summary.question), room - 2)}"'
+    return "\n".join(map("  ".join, zip(columns, about, strict=True)))
 
 
 def _shortened(text: str, room: int) -> str:
@@ -104,18 +91,31 @@ def to_markdown(chat: SavedChat) -> str:
     Questions are quoted, so that no heading in them can pass for one of ours. An answer is quoted
     only if it would swallow the text after it, as an unfinished code block does.
     """
-    title = _escaped(chat.name or _first_question(chat) or "A chat")
+    title = chat.name
+    if title is None:
+        asked = [message.content for message in chat.messages if message.role == "user"]
+        title = " ".join(asked[0][: 5 * _MAX_TITLE].split()) if asked else ""
+        title = title if len(title) <= _MAX_TITLE else f"{title[:_MAX_TITLE].rstrip()}..."
     facts = [
         f"- Model: {_escaped(chat.model)}",
         f"- Started: {chat.created.astimezone():%Y-%m-%d %H:%M}",
         f"- ID: {chat.id}",
     ]
-    parts = [f"# {title}", "\n".join(facts)]
+    paragraphs = [f"# {_escaped(title or 'A chat')}", "\n".join(facts)]
     if chat.system is not None:
-        parts += ["## System prompt", _quoted(chat.system)]
+        paragraphs += ["## System prompt", _quoted(chat.system)]
     for message in chat.messages:
-        parts += _turn(message)
-    return _well_formed("\n\n".join(parts)) + "\n"
+        text = message.content
+        if message.role == "user":
+            paragraphs += ["## You", _quoted(text)]
+            continue
+        if message.thinking:
+            paragraphs += ["## Thinking", _quoted(message.thinking)]
+        quotes = _swallows_what_follows(text)
+        paragraphs += ["## Answer", _quoted(text) if quotes else text.rstrip("\n")]
+        if message.partial:
+            paragraphs.append(_UNFINISHED)
+    return _well_formed("\n\n".join(paragraphs)) + "\n"
 
 
 def write_export(chat: SavedChat, path: Path) -> None:
@@ -127,25 +127,11 @@ def write_export(chat: SavedChat, path: Path) -> None:
     OutputFile("/export", path, streams=False).write(text.encode())
 
 
-def _turn(message: Message) -> list[str]:
-    if message.role == "user":
-        return ["## You", _quoted(message.content)]
-    text = message.content
-    return [
-        *(["## Thinking", _quoted(message.thinking)] if message.thinking else []),
-        "## Answer",
-        _quoted(text) if _swallows_what_follows(text) else text.rstrip("\n"),
-        *([_UNFINISHED] if message.partial else []),
-    ]
+def code_blocks(text: str) -> list[str]:
+    """Return the content of each fenced block of a Markdown text, in order, those in lists too."""
+    from markdown_it import MarkdownIt
 
-
-def _first_question(chat: SavedChat) -> str:
-    """Return the beginning of the first question on one line, empty without one."""
-    for message in chat.messages:
-        if message.role == "user":
-            line = " ".join(message.content[: 5 * _MAX_TITLE].split())
-            return line if len(line) <= _MAX_TITLE else f"{line[:_MAX_TITLE].rstrip()}..."
-    return ""
+    return [token.content for token in MarkdownIt().parse(text) if token.type == "fence"]
 
 
 def _swallows_what_follows(text: str) -> bool:

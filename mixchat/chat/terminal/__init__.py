@@ -1,9 +1,8 @@
 """The chat in the terminal, with the prompt, the commands and the screen.
 
 - open_chat.py: opens a chat or asks one question, saves it, and changes its model
-- repl.py: reads a text, then runs a command or asks
-- active_chat.py: the chat that is open, which asks, answers, resumes a chat, starts a new one
-- commands.py, command_help.py: the commands after a slash, and the text of /help
+- active_chat.py: reads a text, runs a command or asks, shows the answer, saves it
+- commands.py: the commands after a slash, and the text of /help
 - screen.py: shows answers and notes
 - prompt.py: the prompt at which a person types
 - completion.py, input_history.py, typeahead.py: its parts

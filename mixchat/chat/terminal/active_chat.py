@@ -1,8 +1,8 @@
-"""The chat that is open in the terminal, on which the loop and the commands act."""
+"""The chat in the terminal: reads a text, runs a command or asks, shows the answer, saves it."""
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.terminal.prompt import ChatPrompt
     from mixchat.chat.terminal.screen import Screen
     from mixchat.face.events import End, Event
 
 AfterTurn = Callable[["End"], None]
-_ENDINGS = {
-    "interrupted": "(stopped)",
-    "context": "(cut off: the context is full; /clear starts a new chat)",
-}
+RunCommand = Callable[["ActiveChat", str, str], None]  # takes a command's name and argument
+_LEAVING = ("bye", "exit", "quit")  # without a slash, as in a shell or Python
+# `/etc/hosts is empty` is a question, `/exit` is not. What has several lines is one, too, unless it
+# is a system prompt.
+_COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
+_SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
 
 
 class ChatModels(Protocol):
@@ -65,16 +68,121 @@ class ActiveChat:
         reading_time: ReadingTime | None = None,
     ) -> None:
         self.session, self.saver, self.screen = saver.session, saver, screen
-        self.report, self._after_turn = report, after_turn
+        self._report, self._after_turn = report, after_turn
         self.attached: dict[str, str] = {}
         self.left = False  # this turn is the last one
         self.draft = ""  # the last question, offered at the prompt, whose text replaces it
-        self._cache, self.models = cache, models
+        self._cache = cache
+        self.models: ChatModels = models
         self._warned = False
-        self._figures = Figures(self.session)
+        self._figures = Figures(saver)
         self._reading = reading_time or ReadingTime()
 
+    def run(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
+        """Read and answer until Ctrl-D, `/bye`, or Ctrl-C twice."""
+        about_to_leave = False
+        while not self.left:
+            try:
+                self._turn(prompt, run_command)
+                about_to_leave = False
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                # Ctrl-C stops a text that was sent. It clears one that was typed.
+                was_about, about_to_leave = about_to_leave, not (prompt.sent or prompt.typed)
+                if prompt.sent:
+                    self.screen.say("(stopped)\n")
+                    self._note_attached()
+                elif about_to_leave and was_about:
+                    return
+                elif about_to_leave:
+                    self.screen.say("(Ctrl-C again, Ctrl-D or /bye leaves)")
+
+    def _turn(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
+        """Read one text. Run it as a command, or ask it."""
+        draft, self.draft = self.draft, ""
+        text = prompt.read(draft).strip()
+        command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
+        typed = not prompt.quoted and text != draft
+        if typed and text.lower() in _LEAVING:
+            self.left = True
+        elif command and typed:
+            worked = True
+            try:
+                with unseen_keys():
+                    run_command(self, command[1], (command[2] or "").strip())
+            except Exception as error:
+                if self.left:  # without a model
+                    raise
+                self._report(error)
+                worked = False
+            prompt.history.command_ended(worked=worked)
+            self._count_figures()
+        elif text or self.attached:
+            prompt.history.command_ended(worked=True)  # of what only begins like one
+            # A question can be all files.
+            question = "\n\n".join(filter(None, (*self.attached.values(), text)))
+            history = self.session.history
+            ask = self.session.ask_instead if draft else self.session.ask
+            try:
+                self.answer(ask(question))
+            finally:  # Ctrl-C may come when the answer is there
+                if self.session.history is not history:
+                    self.attached.clear()
+            self._note_attached()
+
+    def answer(self, events: Iterator[Event], said: str = "") -> None:
+        """Show an answer, or the rest of one that has `said` something, and save the chat."""
+        history = self.session.history
+        try:
+            with (
+                interrupts.stopping(self.session.interrupt),
+                unseen_keys(self.screen.pause),
+            ):
+                end = self.screen.show(
+                    events,
+                    said,
+                    lambda: self._figures.line(is_answering=True),
+                    shows_thinking=self.session.think == "show",
+                    expected=self._reading.seconds,
+                )
+        except KeyboardInterrupt:
+            self.screen.say("(stopped)\n")
+        except Exception as error:
+            self._report(error)
+            if self.session.history is not history:  # the server has gone in the middle
+                self.screen.say("(what came is kept; /continue resumes it)\n")
+        else:
+            note = self._note_on(end, said, remembered=self.session.history is not history)
+            self.screen.say(f"({note})\n" if note else "")
+            self._figures.turn(end)
+            self._reading.note(end.stats)
+            self._warn_of_context()
+            self._after_turn(end)
+        finally:  # also if the terminal has been closed
+            if self.session.history is not history:
+                with interrupts.deferred(), interrupts.saving():
+                    self.saver.save()
+
+    def _note_on(self, end: End, said: str, *, remembered: bool) -> str:
+        """Return why an answer is not whole, and what to type then, or nothing."""
+        if end.reason == "interrupted":
+            return "stopped; /continue resumes it" if remembered else "stopped"
+        if end.reason == "length":
+            more = "/continue resumes it, /set max-tokens N"
+            return cut_off_note(end.stats.generated_tokens, more, is_thinking=end.is_thinking)
+        if end.reason == "context" and self.session.overflow == "drop-oldest":
+            return "cut off: the context is full; /continue leaves the oldest turns out"
+        if end.reason == "context":
+            return "cut off: the context is full; /clear starts a new chat"
+        if end.reason == "stop" and end.is_thinking:
+            return "the model thought, but ended without an answer"
+        if end.reason == "stop" and self.session.history[-1].content == said:
+            return "the model ended the answer at once"
+        return ""
+
     def resume(self, chat: SavedChat) -> None:
+        """Continue a saved chat in place of this one."""
         self._cache.leave_chat()
         with interrupts.deferred():  # else one chat's turns could be saved as another's
             self.saver.resume(chat)
@@ -101,14 +209,14 @@ class ActiveChat:
             return
         finally:
             self.left = self.session.is_closed
-        self._figures, self._warned = Figures(self.session), False
+        self._figures, self._warned = Figures(self.saver), False
         self.saver.save()
         self.screen.say(f"(the model is {one_line(name)} from here on)")
         self._warn_of_context()
 
     def show_last_turn(self) -> None:
         """Show the last turn of a chat that was resumed, and how many came before it."""
-        self.count_figures()
+        self._count_figures()
         history = self.session.history
         turns = sum(message.role == "user" for message in history)
         if turns > 1:
@@ -121,87 +229,18 @@ class ActiveChat:
         count = f"{len(text):,} characters"
         self.screen.say(f"({one_line(path.name)}, {count}, goes before the next question)")
 
-    def ask(self, text: str, *, instead: bool) -> None:
-        """Ask, with the texts of files before it. With `instead`, replace the last question."""
-        question = "\n\n".join(part for part in (*self.attached.values(), text) if part)
-        before = self.session.history
-        ask = self.session.ask_instead if instead else self.session.ask
-        try:
-            self.answer(ask(question))
-        finally:  # Ctrl-C may come when the answer is there
-            if self.session.history is not before:
-                self.attached.clear()
-        self._note_attached()
-
-    def stopped(self) -> None:
-        """Note that Ctrl-C came before what was typed was begun."""
-        self.screen.say("(stopped)\n")
-        self._note_attached()
-
-    def answer(self, events: Iterator[Event], said: str = "") -> None:
-        """Show an answer, or the rest of one that has `said` something, and save the chat."""
-        before = self.session.history
-        try:
-            with (
-                interrupts.stopping(self.session.interrupt),
-                unseen_keys(self.screen.pause),
-            ):
-                end = self.screen.show(
-                    events,
-                    said,
-                    self._status_now,
-                    shows_thinking=self.session.think == "show",
-                    expected=self._reading.seconds,
-                )
-        except KeyboardInterrupt:
-            self.screen.say("(stopped)\n")
-        except Exception as error:
-            self.report(error)
-            if self.session.history is not before:  # the server has gone in the middle
-                self.screen.say("(what came is kept; /continue resumes it)\n")
-        else:
-            self._ended(end, said, remembered=self.session.history is not before)
-        finally:  # also if the terminal has been closed
-            if self.session.history is not before:
-                with interrupts.deferred(), interrupts.saving():
-                    self.saver.save()
+    def status(self) -> str:
+        """Return the status line, as wide as the terminal is now."""
+        return self._figures.line()
 
     def _note_attached(self) -> None:
         if self.attached:  # without an answer, nothing is lost, and nothing hidden
             names = one_line(", ".join(self.attached))
             self.screen.say(f"({names} still goes before the next question; /read none drops it)\n")
 
-    def count_figures(self) -> None:
-        """Count what the status line shows again, after a command may have changed it."""
-        if not self.left:
+    def _count_figures(self) -> None:
+        if not self.left:  # a command may have closed the engine
             self._figures.count()
-
-    def status(self) -> str:
-        """Return the status line, as wide as the terminal is now."""
-        return self._figures.line(self.saver.model, shutil.get_terminal_size().columns)
-
-    def _status_now(self) -> str:
-        return self._figures.line_now(self.saver.model, shutil.get_terminal_size().columns)
-
-    def _ended(self, end: End, said: str, remembered: bool) -> None:
-        note = _ENDINGS.get(end.reason)
-        if end.reason == "interrupted" and remembered:
-            note = "(stopped; /continue resumes it)"
-        elif end.reason == "length":
-            more = "/continue resumes it, /set max-tokens N"
-            tokens = end.stats.generated_tokens
-            note = f"({cut_off_note(tokens, more, is_thinking=end.is_thinking)})"
-        elif end.reason == "context" and self.session.overflow == "drop-oldest":
-            note = "(cut off: the context is full; /continue leaves the oldest turns out)"
-        elif end.reason == "stop" and end.is_thinking:
-            note = "(the model thought, but ended without an answer)"
-        elif end.reason == "stop" and self.session.history[-1].content == said:
-            note = "(the model ended the answer at once)"
-        self.screen.say(f"{note}\n" if note else "")
-        self._figures.turn(end)
-        self._reading.note(end.stats)
-        self._warn_of_context()
-        self._after_turn(end)
 
     def _warn_of_context(self) -> None:
         used, size = self._figures.used, self._figures.size

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,7 @@ from mixchat.base.sanitize import sanitize
 from mixchat.chat import parameters
 from mixchat.chat.plain_text import read_text_file
 from mixchat.chat.printing import draw, one_line, show
-from mixchat.chat.saved.chat_text import chat_table, write_export
-from mixchat.chat.terminal.command_help import help_text, hint_for
+from mixchat.chat.saved.chat_text import chat_table, code_blocks, write_export
 from mixchat.chat.terminal.completion import (
     FILES,
     CommandCompletion,
@@ -25,12 +26,18 @@ from mixchat.chat.terminal.completion import (
 from mixchat.chat.terminal.other_programs import copy
 
 if TYPE_CHECKING:
-    from mixchat.base.model_config import Context
     from mixchat.chat.terminal.active_chat import ActiveChat
     from mixchat.text.messages import Role
 
 _PIPED_WIDTH = 80  # columns, without a terminal
 _MAX_LISTED = 20  # chats that /chats lists
+_KEYS = (
+    'Alt-Enter, Ctrl-J  new line; or put """ before and after several lines',
+    "Ctrl-X Ctrl-E      write in your editor",
+    "Ctrl-R             search your earlier questions",
+    "Ctrl-C             stop the answer; clear the line; twice on an empty one: leave",
+    "/help COMMAND      more about a command, as in /help read",
+)
 
 Run = Callable[["ActiveChat", str], None]
 Completes = Callable[["ActiveChat"], CompleteArgument]
@@ -53,8 +60,6 @@ class Command:
 
 COMMANDS: dict[str, Command] = {}
 COMMAND_ALIASES: dict[str, str] = {"?": "help", "exit": "bye", "quit": "bye"}
-LEAVING = ("bye", "exit", "quit")
-"""Words that leave without a slash, as in a shell or Python."""
 
 
 def _command(
@@ -69,23 +74,36 @@ def _command(
     return add
 
 
-def find_command(name: str) -> Command:
-    """Return the command of this name or alias. Raises `UsageError` if there is none."""
-    command = COMMANDS.get(COMMAND_ALIASES.get(name, name))
-    if command is None:
-        raise UsageError(
-            f"there is no command /{name}",
-            hint=hint_for(name.lower(), [*COMMANDS, *COMMAND_ALIASES]),
-        )
-    return command
-
-
 def run_command(chat: ActiveChat, name: str, argument: str) -> None:
-    """Run a command. Raises `MixchatError` if it fails."""
-    command = find_command(name)
+    """Run a command. Raises `MixchatError` if it fails, or if there is none of this name."""
+    command = _find_command(name)
     if argument and not command.argument:
         raise UsageError(f"/{name} takes no argument, but got {argument!r}")
     command.run(chat, argument)
+
+
+def _find_command(name: str) -> Command:
+    command = COMMANDS.get(COMMAND_ALIASES.get(name, name))
+    if command is not None:
+        return command
+    near = difflib.get_close_matches(name.lower(), [*COMMANDS, *COMMAND_ALIASES], 1)
+    hint = f"Did you mean /{near[0]}?" if near else "/help shows them all."
+    if name in parameters.NAMES:
+        hint = f"Did you mean /set {name}?"
+    raise UsageError(f"there is no command /{name}", hint=hint)
+
+
+def help_text(width: int) -> str:
+    """Return the commands and keys, the commands in two columns if `width` cells have room."""
+    usages = {f"/{name} {c.argument}".rstrip(): c.help for name, c in COMMANDS.items()}
+    longest = max(map(len, usages))
+    lines = [f"{usage:{longest}}  {text}" for usage, text in usages.items()]
+    column = max(map(len, lines)) + 2
+    if 2 * column - 2 <= width:
+        half = (len(lines) + 1) // 2
+        rows = zip_longest(lines[:half], lines[half:], fillvalue="")
+        lines = [f"{first:{column}}{second}".rstrip() for first, second in rows]
+    return "\n".join([*lines, "", *_KEYS])
 
 
 def completions(chat: ActiveChat) -> Mapping[str, CommandCompletion]:
@@ -134,22 +152,13 @@ def _saved_chats(chat: ActiveChat) -> CompleteArgument:
     lambda chat: lambda text: [*COMMANDS, *COMMAND_ALIASES],
 )
 def _help(chat: ActiveChat, argument: str) -> None:
-    if argument:
-        name = argument.lstrip("/")
-        command = find_command(name)
-        usage = _usage(COMMAND_ALIASES.get(name, name), command)
-        chat.screen.say(f"{usage}  {command.detail}")
+    if not argument:
+        chat.screen.say(help_text(chat.screen.width or _PIPED_WIDTH))
         return
-    chat.screen.say(help_text(usages(), chat.screen.width or _PIPED_WIDTH))
-
-
-def usages() -> dict[str, str]:
-    """Return the help of each command by its usage, such as `/undo [n]`."""
-    return {_usage(name, command): command.help for name, command in COMMANDS.items()}
-
-
-def _usage(name: str, command: Command) -> str:
-    return f"/{name} {command.argument}".rstrip()
+    name = argument.lstrip("/")
+    command = _find_command(name)
+    usage = f"/{COMMAND_ALIASES.get(name, name)} {command.argument}".rstrip()
+    chat.screen.say(f"{usage}  {command.detail}")
 
 
 @_command("", "leave", "leave (also /exit, /quit, exit, quit, bye, Ctrl-D)")
@@ -170,8 +179,7 @@ def _clear(chat: ActiveChat, argument: str) -> None:
     lambda chat: _parameter_names,
 )
 def _set(chat: ActiveChat, argument: str) -> None:
-    # Other programs have "parameter" before the name.
-    name, _, value = argument.removeprefix("parameter ").lstrip().partition(" ")
+    name, _, value = argument.partition(" ")
     if name == "system":
         _system(chat, value.strip())
         return
@@ -215,8 +223,8 @@ def _model(chat: ActiveChat, argument: str) -> None:
     if argument:
         chat.change_model(parameters.unquoted(argument))
         return
-    others = ", ".join(chat.models.others())
-    more = f"also {chat.models.place}: {others}" if others else "there is no other one here"
+    names = ", ".join(chat.models.others())
+    more = f"also {chat.models.place}: {names}" if names else "there is no other one here"
     chat.screen.say(one_line(f"{chat.saver.model} ({more})"))
 
 
@@ -322,8 +330,6 @@ def _copy(chat: ActiveChat, argument: str) -> None:
     if text is None:
         raise PromptError("nothing has been answered yet")
     if argument == "code":
-        from mixchat.chat.draw.markdown_rules import code_blocks
-
         blocks = code_blocks(text)
         if not blocks:
             raise PromptError("the last answer has no code block")
@@ -356,22 +362,14 @@ def _read(chat: ActiveChat, argument: str) -> None:
 def _tokens(chat: ActiveChat, argument: str) -> None:
     session, stats = chat.session, chat.session.stats
     prompt = f"{stats.prompt_tokens:,}, {stats.reused_tokens:,} from the cache"
-    told = stats.prompt_tokens or session.model.engine is not None
-    _say_table(
-        chat,
-        {
-            "context": _use_of_context(session.used_tokens, session.context),
-            "last prompt": prompt if told else "not told by the server",
-            "last answer": f"{stats.generated_tokens:,}",
-        },
-    )
-
-
-def _use_of_context(used: int | None, context: Context | None) -> str:
-    taken = "not told by the server" if used is None else f"{used:,} tokens"
-    if used is None or context is None:
-        return taken
-    return f"{used:,} of {context.tokens:,} tokens ({100 * used // context.tokens}%)"
+    if not stats.prompt_tokens and session.model.engine is None:
+        prompt = "not told by the server"
+    used, context = session.used_tokens, session.context
+    room = "not told by the server" if used is None else f"{used:,} tokens"
+    if used is not None and context is not None:
+        room = f"{used:,} of {context.tokens:,} tokens ({100 * used // context.tokens}%)"
+    answer = f"{stats.generated_tokens:,}"
+    _say_table(chat, {"context": room, "last prompt": prompt, "last answer": answer})
 
 
 @_command("", "use of the experts", "show which experts were used, and where they are")

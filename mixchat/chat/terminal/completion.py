@@ -44,14 +44,23 @@ def file_names(text: str) -> Iterator[str]:
     quote = text[:1] if text[:1] in _QUOTES else ""
     typed = text[len(quote) :]
     folder, slash, start = typed.rpartition("/")
+
+    def is_offered(name: str) -> bool:
+        hidden = name.startswith(".") and not start.startswith(".")
+        # A name with a newline or an escape cannot be typed, or shown as it is.
+        plain = sanitize(name) == name and not {"\n", "\t"} & set(name)
+        return name.startswith(start) and not hidden and plain
+
     try:
-        entries = _entries(os.path.expanduser(folder + slash) or ".", start)
+        with os.scandir(os.path.expanduser(folder + slash) or ".") as entries:
+            offered = islice((entry for entry in entries if is_offered(entry.name)), _MAX_FILES)
+            files = sorted((entry.name, _is_directory(entry)) for entry in offered)
     except (OSError, ValueError):  # the latter for a NUL in the text
         return
-    for name, is_directory in entries:
+    for name, is_directory in files:
         has_meaning = name.startswith((*_QUOTES, "~"))
-        place = folder + slash or ("./" if has_meaning else "")
-        yield quote + place + name + ("/" if is_directory else quote)
+        parent = folder + slash or ("./" if has_meaning else "")
+        yield quote + parent + name + ("/" if is_directory else quote)
 
 
 FILES: CompleteArgument = file_names
@@ -63,19 +72,6 @@ def file_argument(text: str) -> Path:
     if text[:1] in _QUOTES:
         text = text[1:].removesuffix(text[0])
     return Path(os.path.expanduser(text))
-
-
-def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
-    with os.scandir(folder) as entries:
-        fitting = (entry for entry in entries if _offered(entry.name, start))
-        return sorted((entry.name, _is_directory(entry)) for entry in islice(fitting, _MAX_FILES))
-
-
-def _offered(name: str, start: str) -> bool:
-    hidden = name.startswith(".") and not start.startswith(".")
-    # A name with a newline or an escape cannot be typed, or shown as it is.
-    plain = sanitize(name) == name and not {"\n", "\t"} & set(name)
-    return name.startswith(start) and not hidden and plain
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:
@@ -97,28 +93,28 @@ class CommandCompleter(Completer):
             return
         name, space, argument = text[1:].partition(" ")
         if not space:
-            yield from self._named(name)
+            for known, candidate in self._commands.items():
+                if known.startswith(name):
+                    yield Completion(
+                        known + (" " if candidate.argument else ""),
+                        start_position=-len(name),
+                        display=f"/{known}",
+                        display_meta=candidate.help,
+                    )
         elif (command := self._commands.get(name)) and command.argument:
             yield from _arguments(command.argument, argument.lstrip())
 
-    def _named(self, start: str) -> Iterator[Completion]:
-        for name, command in self._commands.items():
-            if name.startswith(start):
-                yield Completion(
-                    name + (" " if command.argument else ""),
-                    start_position=-len(start),
-                    display="/" + name,
-                    display_meta=command.help,
-                )
-
 
 def _arguments(completes: CompleteArgument, typed: str) -> Iterator[Completion]:
-    for candidate, note in _candidates(completes, typed):
-        if completes is FILES:
-            display = _last_part(candidate)
-        elif candidate.casefold().startswith(typed.casefold()):
-            display = candidate
-        else:
+    try:
+        candidates = [(each, "") if isinstance(each, str) else each for each in completes(typed)]
+    except OSError:
+        return
+    for candidate, note in candidates:
+        display = candidate
+        if completes is FILES:  # `b/` for `a/b/`, and `b'` for `a/b'`
+            display = candidate[candidate.rfind("/", 0, -1) + 1 :]
+        elif not candidate.casefold().startswith(typed.casefold()):
             continue
         yield Completion(
             candidate,
@@ -126,16 +122,3 @@ def _arguments(completes: CompleteArgument, typed: str) -> Iterator[Completion]:
             display=one_line(display),
             display_meta=one_line(note),
         )
-
-
-def _candidates(completes: CompleteArgument, typed: str) -> list[tuple[str, str]]:
-    try:
-        return [(each, "") if isinstance(each, str) else each for each in completes(typed)]
-    except OSError:
-        return []
-
-
-def _last_part(path: str) -> str:
-    """Return `b/` for `a/b/`, and `b'` for `a/b'`."""
-    head, slash = (path[:-1], "/") if path.endswith("/") else (path, "")
-    return head.rpartition("/")[2] + slash

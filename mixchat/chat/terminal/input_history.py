@@ -91,15 +91,11 @@ class InputHistory(History):
         self._entries = _entries_in(_read(path)) if os.path.lexists(path) else []
         with _alone(path):
             _append(path, b"")  # makes the file, for its owner alone
-            self._compact(path)
-
-    def _compact(self, path: Path) -> None:
-        """Read the file, and remove the oldest entries if there are too many."""
-        data = _read(path)
-        entries = _entries_in(data)
-        self._entries = entries[-_MAX_ENTRIES:]
-        if len(entries) > _MAX_ENTRIES or path.stat().st_size > len(data):
-            write_private_file(path, b"".join(map(_written, self._entries)))
+            data = _read(path)
+            entries = _entries_in(data)
+            self._entries = entries[-_MAX_ENTRIES:]
+            if len(entries) > _MAX_ENTRIES or path.stat().st_size > len(data):
+                write_private_file(path, b"".join(map(_written, self._entries)))
 
     @contextmanager
     def _faults_recorded(self, path: Path) -> Iterator[None]:
@@ -152,11 +148,11 @@ def _append(path: Path, data: bytes) -> None:
     fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600, follow=False)
     with open(fd, "ab", buffering=0) as file:
         os.fchmod(fd, 0o600)
-        before = os.fstat(fd).st_size
+        size = os.fstat(fd).st_size
         try:
             if os.write(fd, data) < len(data):
                 raise OSError("the disk is full")
         except OSError:
             with suppress(OSError):
-                file.truncate(before)
+                file.truncate(size)
             raise

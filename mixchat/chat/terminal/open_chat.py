@@ -123,9 +123,8 @@ class OpenChat:
     def talk(self, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
         """Chat in the terminal. The texts of `files` go before the first question."""
         from mixchat.chat.terminal.active_chat import ActiveChat
-        from mixchat.chat.terminal.commands import completions
+        from mixchat.chat.terminal.commands import completions, run_command
         from mixchat.chat.terminal.prompt import ChatPrompt
-        from mixchat.chat.terminal.repl import Repl
         from mixchat.chat.terminal.screen import Screen
 
         after_turn, reading_time = self._hooks()
@@ -151,7 +150,7 @@ class OpenChat:
             prompt = ChatPrompt(
                 history, completions(chat), chat.status, vi=vi, warn=self._reporter.note
             )
-            Repl(chat, prompt).run()
+            chat.run(prompt, run_command)
 
     def close(self) -> None:
         """Save the figures that `mixchat stats` shows."""

@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -35,16 +34,30 @@ def edited(text: str) -> str:
     Raises `UsageError` if there is no editor, or if it fails, as with `:cq`, or leaves no UTF-8.
     Only its owner can read the temporary file, which is removed at the end.
     """
-    command = _editor()
+    command = _editor_command()
     with tempfile.TemporaryDirectory(prefix="mixchat-") as folder:
         file = Path(folder, "message.md")
         with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stream:
             stream.write((text + "\n").encode("utf-8", "replace"))
-        _run([*command, str(file)])
-        return _read(file)
+        # The terminal sends Ctrl-C to both processes, and it is the editor's. That does not inherit
+        # a handler, but would inherit SIG_IGN.
+        handler = signal.signal(signal.SIGINT, lambda number, frame: None)
+        try:
+            code = subprocess.call([*command, str(file)])
+        except OSError as error:
+            raise UsageError(f"cannot run the editor {command[0]!r} ({error.strerror})") from None
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        if code != 0:
+            raise UsageError(f"the editor {command[0]!r} failed: the text is unchanged")
+        try:
+            with open(file, encoding="utf-8") as written:
+                return written.read(MAX_SIZE).removesuffix("\n")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read the editor's file ({error})") from None
 
 
-def _editor() -> list[str]:
+def _editor_command() -> list[str]:
     named = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not named:
         named = next(filter(None, map(shutil.which, _USUAL_EDITORS)), None)
@@ -60,38 +73,6 @@ def _editor() -> list[str]:
     return command
 
 
-def _run(command: list[str]) -> None:
-    try:
-        with _ctrl_c_is_the_editors():
-            code = subprocess.call(command)
-    except OSError as error:
-        raise UsageError(f"cannot run the editor {command[0]!r} ({error.strerror})") from None
-    if code != 0:
-        raise UsageError(f"the editor {command[0]!r} failed: the text is unchanged")
-
-
-def _read(file: Path) -> str:
-    try:
-        with open(file, encoding="utf-8") as stream:
-            text = stream.read(MAX_SIZE)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the editor's file ({error})") from None
-    return text.removesuffix("\n")
-
-
-@contextmanager
-def _ctrl_c_is_the_editors() -> Iterator[None]:
-    """Ignore Ctrl-C, which the terminal sends to both processes.
-
-    The editor does not inherit a handler, but would inherit SIG_IGN.
-    """
-    before = signal.signal(signal.SIGINT, lambda number, frame: None)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def copy(text: str, terminal: TextIO) -> str:
     """Copy to the clipboard. Returns how, in words for a person.
 
@@ -100,7 +81,18 @@ def copy(text: str, terminal: TextIO) -> str:
     """
     data = text.encode("utf-8", "replace")
     for variable, command in _CLIPBOARD_TOOLS:
-        if (variable is None or os.environ.get(variable)) and _done_by(command, data):
+        if (variable and not os.environ.get(variable)) or shutil.which(command[0]) is None:
+            continue
+        with suppress(OSError, subprocess.SubprocessError):
+            # xclip keeps the ends of pipes open, so it gets none.
+            subprocess.run(
+                command,
+                input=data,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=_CLIPBOARD_TIMEOUT_S,
+                check=True,
+            )
             return "copied"
     if not terminal.isatty() or len(data) > _MAX_COPIED_BY_TERMINAL:
         raise MissingDependencyError(
@@ -110,20 +102,3 @@ def copy(text: str, terminal: TextIO) -> str:
     terminal.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
     terminal.flush()
     return "copied through the terminal, if it allows that"
-
-
-def _done_by(command: list[str], data: bytes) -> bool:
-    if shutil.which(command[0]) is None:
-        return False
-    try:
-        done = subprocess.run(
-            command,
-            input=data,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_CLIPBOARD_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return done.returncode == 0

@@ -28,8 +28,7 @@ from prompt_toolkit.styles import Style
 
 from mixchat.base.errors import MixchatError
 from mixchat.base.sanitize import VISIBLE, sanitize
-from mixchat.chat import theme
-from mixchat.chat.printing import say
+from mixchat.chat.printing import PROMPT, WORDS, say
 from mixchat.chat.terminal.completion import CommandCompleter, CommandCompletion
 from mixchat.chat.terminal.input_history import InputHistory
 from mixchat.chat.terminal.other_programs import edited
@@ -42,9 +41,10 @@ _ESC_TIMEOUT_S = 0.05  # until Esc is a key by itself in vi mode, not the start 
 
 _STYLE = Style.from_dict(
     {
-        "prompt": theme.for_prompt(theme.PROMPT),
-        "words": theme.for_prompt(theme.WORDS),
-        "auto-suggestion": theme.SUGGESTION,
+        "prompt": PROMPT.replace("green", "ansigreen"),
+        "words": WORDS.replace("green", "ansigreen"),
+        # Not bright black, which some themes have as background.
+        "auto-suggestion": "#808080 italic",
     }
 )
 
@@ -73,7 +73,25 @@ class ChatPrompt:
         self._to_editor = False
         self.history = InputHistory(history)
         self._warned = False
-        self._session = self._new_session(commands, vi)
+        self._session = PromptSession[str](
+            history=self.history,
+            completer=CommandCompleter(commands),
+            # Room for the menu is reserved only if there may be one.
+            complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
+            auto_suggest=_GhostText(self.history),
+            # The mark before a new line. A line that is wrapped has none.
+            prompt_continuation=lambda width, line, wraps: [
+                ("class:prompt", " " * width if wraps else _CONTINUED)
+            ],
+            bottom_toolbar=self._bottom_line,
+            key_bindings=self._keys(),
+            vi_mode=vi,
+            enable_suspend=True,
+            style=_STYLE,
+            input_processors=[_VisibleText()],
+        )
+        if vi:
+            self._session.app.ttimeoutlen = _ESC_TIMEOUT_S
 
     def read(self, default: str = "") -> str:
         """Return the text, which the user edits from `default`, without newlines at its end.
@@ -85,7 +103,11 @@ class ChatPrompt:
         self._warn_of_history()
         text = self._ask(default)
         while self._to_editor:
-            text = self._ask(self._edited(text))
+            try:
+                text = edited(_encodable(text))
+            except MixchatError as error:
+                self._warn(f"{error}. {error.hint}" if error.hint else str(error))
+            text = self._ask(text)
         self._warn_of_history()
         within = quoted_text(text)
         self.quoted = within is not None
@@ -102,38 +124,10 @@ class ChatPrompt:
             self.typed = bool(self._session.default_buffer.text)
             raise
 
-    def _edited(self, text: str) -> str:
-        try:
-            return edited(_encodable(text))
-        except MixchatError as error:
-            self._warn(f"{error}. {error.hint}" if error.hint else str(error))
-            return text
-
     def _warn_of_history(self) -> None:
         if self.history.fault and not self._warned:
             self._warned = True
             self._warn(self.history.fault)
-
-    def _new_session(
-        self, commands: Mapping[str, CommandCompletion], vi: bool
-    ) -> PromptSession[str]:
-        session: PromptSession[str] = PromptSession(
-            history=self.history,
-            completer=CommandCompleter(commands),
-            # Room for the menu is reserved only if there may be one.
-            complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-            auto_suggest=_GhostText(self.history),
-            prompt_continuation=_continuation,
-            bottom_toolbar=self._bottom_line,
-            key_bindings=self._keys(),
-            vi_mode=vi,
-            enable_suspend=True,
-            style=_STYLE,
-            input_processors=[_VisibleText()],
-        )
-        if vi:
-            session.app.ttimeoutlen = _ESC_TIMEOUT_S
-        return session
 
     def _bottom_line(self) -> StyleAndTextTuples:
         app = get_app()
@@ -144,25 +138,50 @@ class ChatPrompt:
         return [("", cut(text, app.output.get_size().columns))]
 
     def _keys(self) -> KeyBindings:
-        keys = KeyBindings()
-        focused = has_focus(DEFAULT_BUFFER)
+        def within_quotes() -> bool:
+            """Return whether quotes were opened and not closed, so that Enter adds a line."""
+            text = get_app().current_buffer.text
+            body = text.strip()
+            opened = body.startswith(_QUOTES) and not _closes_early(body)
+            return opened and quoted_text(text) is None
+
+        def goes_further() -> bool:
+            """Return whether a directory was taken, so that Enter offers its files."""
+            state = get_app().current_buffer.complete_state
+            chosen = state.current_completion if state else None
+            return chosen is not None and chosen.text.endswith("/")
+
+        def is_the_only_one() -> bool:
+            """Return whether the only completion was taken, which another Tab would take back."""
+            state = get_app().current_buffer.complete_state
+            return bool(state and state.current_completion and len(state.completions) == 1)
+
+        def add_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        def complete_further(event: KeyPressEvent) -> None:
+            """Keep the completion, and offer what can follow it, such as files in a directory."""
+            event.current_buffer.complete_state = None
+            event.current_buffer.start_completion()
+
+        def leave_for_editor(event: KeyPressEvent) -> None:
+            """End the prompt, and erase it. The next one starts with the editor's text."""
+            self._to_editor = event.app.erase_when_done = True
+            event.app.exit(result=event.current_buffer.text)
+
+        keys, focused = KeyBindings(), has_focus(DEFAULT_BUFFER)
         inserting = focused & (emacs_insert_mode | vi_insert_mode)
         # The prompt takes colours, typed or pasted as \x1b[31m, for a mouse, and fails.
         keys.add(Keys.Vt100MouseEvent)(lambda event: None)
-        keys.add("c-j", filter=inserting)(_add_line)
+        keys.add("c-j", filter=inserting)(add_line)
         # In vi mode this is Esc and then Enter, which sends the text as in every shell.
-        keys.add("escape", "enter", filter=inserting & emacs_mode)(_add_line)
-        keys.add("enter", filter=inserting & Condition(_within_quotes))(_add_line)
-        keys.add("enter", filter=focused & Condition(_on_directory))(_complete_further)
-        keys.add("tab", filter=focused & Condition(_on_the_only_one))(_complete_further)
-        keys.add("c-x", "c-e", filter=focused & emacs_mode)(self._leave_for_editor)
-        keys.add("v", filter=focused & vi_navigation_mode)(self._leave_for_editor)
+        keys.add("escape", "enter", filter=inserting & emacs_mode)(add_line)
+        keys.add("enter", filter=inserting & Condition(within_quotes))(add_line)
+        keys.add("enter", filter=focused & Condition(goes_further))(complete_further)
+        keys.add("tab", filter=focused & Condition(is_the_only_one))(complete_further)
+        keys.add("c-x", "c-e", filter=focused & emacs_mode)(leave_for_editor)
+        keys.add("v", filter=focused & vi_navigation_mode)(leave_for_editor)
         return keys
-
-    def _leave_for_editor(self, event: KeyPressEvent) -> None:
-        """End the prompt, and erase it. The next one starts with the editor's text."""
-        self._to_editor = event.app.erase_when_done = True
-        event.app.exit(result=event.current_buffer.text)
 
 
 class _GhostText(AutoSuggest):
@@ -196,53 +215,16 @@ def _closes_early(body: str) -> bool:
     return at >= 0 and (bool(newline) or at + len(_QUOTES) < len(first))
 
 
-def _within_quotes() -> bool:
-    """Return whether quotes were opened and not closed, so that Enter adds a line."""
-    text = get_app().current_buffer.text
-    body = text.strip()
-    return body.startswith(_QUOTES) and not _closes_early(body) and quoted_text(text) is None
-
-
-def _continuation(width: int, line: int, wraps: int) -> StyleAndTextTuples:
-    """Return the mark before a new line. A line that is wrapped has none."""
-    return [("class:prompt", " " * width if wraps else _CONTINUED)]
-
-
-def _on_directory() -> bool:
-    state = get_app().current_buffer.complete_state
-    chosen = state.current_completion if state else None
-    return chosen is not None and chosen.text.endswith("/")
-
-
-def _on_the_only_one() -> bool:
-    """Return whether the only completion was taken, which another Tab would take back."""
-    state = get_app().current_buffer.complete_state
-    return bool(state and state.current_completion and len(state.completions) == 1)
-
-
-def _complete_further(event: KeyPressEvent) -> None:
-    """Keep the completion, and offer what can follow it, such as the files in a directory."""
-    event.current_buffer.complete_state = None
-    event.current_buffer.start_completion()
-
-
 class _VisibleText(Processor):
     """Shows a person's words in their colour, and bidi controls as visible characters."""
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
         """Replace one character by one, so that the cursor stays in its place."""
-        fragments = transformation_input.fragments
-        return Transformation(
-            [(_coloured(part[0]), part[1].translate(VISIBLE)) for part in fragments]
-        )
-
-
-def _coloured(style: str) -> str:
-    return style if "auto-suggestion" in style else f"class:words {style}"
-
-
-def _add_line(event: KeyPressEvent) -> None:
-    event.current_buffer.insert_text("\n")
+        shown: StyleAndTextTuples = []
+        for style, text, *_ in transformation_input.fragments:
+            words = style if "auto-suggestion" in style else f"class:words {style}"
+            shown.append((words, text.translate(VISIBLE)))
+        return Transformation(shown)
 
 
 def _encodable(text: str) -> str:

@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, TextIO, TypeAlias, cast
 
 from mixchat.base.quantities import format_time
 from mixchat.base.sanitize import sanitize
-from mixchat.chat import printing, theme
-from mixchat.chat.printing import left_out_note, thought_note
+from mixchat.chat import printing
+from mixchat.chat.printing import PROMPT, THINKING, WORDS, left_out_note, painted, thought_note
 from mixchat.face.events import End, LeftOut, Piece, Reading
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Screen:
         self.out, self.raw = out or sys.stdout, raw
         self._clock = clock
         self._waiting: _WaitingLine | None = None
-        self._answer: MarkdownStream | _PlainWriter | None = None  # that is being shown
+        self._writer: _Writer | None = None  # that is showing something
         self._thought = 0  # tokens of the last thinking
         self._terminal = self.out.isatty() and os.environ.get("TERM") != "dumb"
 
@@ -77,8 +77,10 @@ class Screen:
         tokens takes. Many seconds are shown at first.
         """
         waiting = self._waiting = _WaitingLine(self.out, self._clock, self._terminal, expected)
-        writer = self._answer = self._writer(earlier, below)
-        thinking = self._thinking_writer(below) if shows_thinking and self._terminal else None
+        answer = self._writer = self._new_writer(below, earlier)
+        thinking: _Writer | None = None
+        if shows_thinking and self._terminal:
+            thinking = self._new_writer(below, note=lambda: f"({thought_note(self._thought)})")
         try:
             with closing(cast("Generator[Event, None, None]", events)):
                 for event in events:
@@ -89,106 +91,92 @@ class Screen:
                         self.say(f"({left_out_note(event.turns)})")
                     elif isinstance(event, End):
                         return event
-                    elif event.text:
-                        if event.thinking:
-                            self._think(event, thinking)
-                        waiting.erase()
-                        self._begin(writer)
-                        writer.feed(event.text)
                     else:
-                        self._think(event, thinking)
+                        self._show_piece(event, waiting, answer, thinking)
         finally:
-            self._erase_waiting()
+            waiting.erase()
             self._waiting = None
-            self._begin(writer)
-            self._answer = None
-            writer.close()
+            self._begin_answer(answer)
+            self._writer = None
+            answer.close()
         raise AssertionError("every answer ends with End")
 
-    def _begin(self, writer: MarkdownStream | _PlainWriter) -> None:
-        """Let `writer` be the one that shows, and end the thinking before."""
-        if self._answer is not writer and self._answer is not None:
-            self._answer.close()
-        self._answer = writer
+    def _show_piece(
+        self, piece: Piece, waiting: _WaitingLine, answer: _Writer, thinking: _Writer | None
+    ) -> None:
+        if piece.thinking or not piece.text:
+            self._thought = piece.thinking_tokens
+            if thinking is None:
+                waiting.think(piece.thinking_tokens)
+            else:
+                waiting.erase()
+                self._writer = thinking
+                thinking.feed(piece.thinking)
+        if piece.text:
+            waiting.erase()
+            self._begin_answer(answer)
+            answer.feed(piece.text)
 
-    def _think(self, event: Piece, writer: MarkdownStream | _PlainWriter | None) -> None:
-        self._thought = event.thinking_tokens
-        if writer is not None:
-            self._erase_waiting()
-            self._answer = writer
-            writer.feed(event.thinking)
-        elif self._waiting is not None:
-            self._waiting.think(event.thinking_tokens)
+    def _begin_answer(self, answer: _Writer) -> None:
+        """Let the answer be shown, and end the thinking before it."""
+        if self._writer is not answer and self._writer is not None:
+            self._writer.close()
+        self._writer = answer
 
     def pause(self) -> None:
         """Leave the terminal in order while the program is suspended."""
-        self._erase_waiting()
-        if self._answer is not None:
-            self._answer.pause()
+        if self._waiting is not None:
+            self._waiting.erase()
+        if self._writer is not None:
+            self._writer.pause()
 
     def show_turns(self, messages: Iterable[Message]) -> None:
-        """Show questions and answers of a resumed chat."""
+        """Show questions as they were typed and answers of a resumed chat."""
         for message in messages:
             if message.role == "user":
-                self._show_question(message.content)
+                lines = message.content.splitlines() or [""]
+                if len(lines) > _MAX_QUESTION_LINES:
+                    hidden = len(lines) - _FIRST_LINES - _LAST_LINES
+                    lines[_FIRST_LINES:-_LAST_LINES] = [f"({hidden:,} more lines)"]
+                for number, line in enumerate(lines):
+                    mark = painted("..." if number else ">>>", PROMPT, self.out)
+                    printing.draw(f"{mark} {painted(sanitize(line), WORDS, self.out)}\n", self.out)
                 continue
             if message.thinking_tokens:
                 self.say(f"({thought_note(message.thinking_tokens)})")
-            self._show_whole(message.content)
+            if self._terminal and not self.raw:
+                from mixchat.chat.draw.markdown import MarkdownText
+
+                self._console().print(MarkdownText(message.content))
+            else:
+                printing.show(sanitize(f"{message.content}\n"), self.out)
             self.say("(unfinished; /continue resumes it)\n" if message.partial else "")
 
-    def _show_question(self, text: str) -> None:
-        """Show a question as it was typed, of a long one the first and last lines."""
-        lines = text.splitlines() or [""]
-        if len(lines) > _MAX_QUESTION_LINES:
-            hidden = len(lines) - _FIRST_LINES - _LAST_LINES
-            lines[_FIRST_LINES:-_LAST_LINES] = [f"({hidden:,} more lines)"]
-        marks = [">>>", *["..."] * (len(lines) - 1)]
-        printing.draw("\n".join(map(self._question_line, marks, lines)), self.out)
+    def _new_writer(
+        self, below: Callable[[], str], earlier: str = "", note: Callable[[], str] | None = None
+    ) -> _Writer:
+        """Return the writer of an answer, or of a thinking that ends with a `note`."""
+        if not self._terminal or self.raw:
+            return _PlainWriter(self.out, note)
+        # Rich's Markdown is slow to load.
+        from mixchat.chat.draw.markdown_stream import MarkdownStream, ThinkingStream
 
-    def _question_line(self, mark: str, line: str) -> str:
-        words = theme.painted(sanitize(line), theme.WORDS, self.out)
-        return f"{theme.painted(mark, theme.PROMPT, self.out)} {words}"
+        line, due, clock = "", self._clock(), self._clock
 
-    def _show_whole(self, text: str) -> None:
-        if not self._draws:
-            printing.show(sanitize(f"{text}\n"), self.out)
-            return
-        from mixchat.chat.draw.markdown import MarkdownText
+        def twice_a_second() -> str:
+            nonlocal line, due
+            if (now := clock()) >= due:  # so that it can be read, and costs little
+                line, due = below(), now + _STATUS_INTERVAL_S
+            return line
 
-        self._console().print(MarkdownText(text))
-
-    @property
-    def _draws(self) -> bool:
-        return self._terminal and not self.raw
-
-    def _writer(self, earlier: str, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
-        if not self._draws:
-            return _PlainWriter(self.out)
-        from mixchat.chat.draw.markdown_stream import MarkdownStream
-
-        below = _TwiceASecond(below, self._clock)
-        return MarkdownStream(self._console(), before=earlier, below=below)
-
-    def _thinking_writer(self, below: Callable[[], str]) -> MarkdownStream | _PlainWriter:
-        def note() -> str:
-            return f"({thought_note(self._thought)})"
-
-        if not self._draws:
-            return _FaintWriter(self.out, note)
-        from mixchat.chat.draw.markdown_stream import ThinkingStream
-
-        below = _TwiceASecond(below, self._clock)
-        return ThinkingStream(self._console(), below=below, note=note)
+        if note is None:
+            return MarkdownStream(self._console(), earlier=earlier, below=twice_a_second)
+        return ThinkingStream(self._console(), below=twice_a_second, note=note)
 
     def _console(self) -> Console:
         from rich.console import Console
 
         return Console(file=self.out, highlight=False)
-
-    def _erase_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.erase()
 
 
 class _WaitingLine:
@@ -218,14 +206,18 @@ class _WaitingLine:
             self._write("waiting for the server")
             return
         if done == 0:
-            self._announce(total)
+            seconds = self._expected(total)
+            now = self._started = self._clock()
+            if seconds is not None and seconds >= _LONG_WAIT_S:
+                self._next = now + _PROGRESS_DELAY_S  # time to read it
+                self._write(f"reading {total:,} tokens, about {format_time(seconds)}")
             return
         now = self._clock()
         if now < self._next:
             return
         self._next = now + _PROGRESS_INTERVAL_S
-        left = (now - self._started) * (total - done) / done
-        more = f", about {format_time(left)} left" if left >= _LONG_WAIT_S else ""
+        seconds = (now - self._started) * (total - done) / done
+        more = f", about {format_time(seconds)} left" if seconds >= _LONG_WAIT_S else ""
         self._write(f"reading {done:,} of {total:,} tokens ({done / total:.0%}){more}")
 
     def think(self, tokens: int) -> None:
@@ -234,13 +226,6 @@ class _WaitingLine:
         if self._terminal and now >= self._next:
             self._next = now + _PROGRESS_INTERVAL_S
             self._write(f"thinking, {tokens:,} tokens")
-
-    def _announce(self, tokens: int) -> None:
-        seconds = self._expected(tokens)
-        self._started = self._clock()
-        if seconds is not None and seconds >= _LONG_WAIT_S:
-            self._next = self._started + _PROGRESS_DELAY_S  # time to read it
-            self._write(f"reading {tokens:,} tokens, about {format_time(seconds)}")
 
     def _write(self, text: str) -> None:
         self._shown = True
@@ -254,30 +239,16 @@ class _WaitingLine:
             self._out.flush()
 
 
-class _TwiceASecond:
-    """A line that is made again twice a second, so that it can be read and costs little."""
-
-    def __init__(self, make: Callable[[], str], clock: Callable[[], float]) -> None:
-        self._make, self._clock = make, clock
-        self._line, self._next = "", clock()
-
-    def __call__(self) -> str:
-        if (now := self._clock()) >= self._next:
-            self._line, self._next = self._make(), now + _STATUS_INTERVAL_S
-        return self._line
-
-
 class _PlainWriter:
-    """Shows an answer as it is written."""
+    """Shows an answer as it is written, or faintly a thinking, and then its `note()`."""
 
-    style = ""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out, self._at_line_start = out, True
+    def __init__(self, out: TextIO, note: Callable[[], str] | None = None) -> None:
+        self._out, self._note = out, note
+        self._at_line_start = True
 
     def feed(self, text: str) -> None:
         clean = sanitize(text)
-        self._out.write(theme.painted(clean, self.style, self._out) if self.style else clean)
+        self._out.write(clean if self._note is None else painted(clean, THINKING, self._out))
         self._out.flush()
         if clean:
             self._at_line_start = clean.endswith("\n")
@@ -286,21 +257,11 @@ class _PlainWriter:
         """Do nothing, because all that was written stays."""
 
     def close(self) -> None:
-        if not self._at_line_start:
-            self._out.write("\n")
-            self._out.flush()
-
-
-class _FaintWriter(_PlainWriter):
-    """Shows a thinking as it is written, then `note()`."""
-
-    style = theme.THINKING
-
-    def __init__(self, out: TextIO, note: Callable[[], str]) -> None:
-        super().__init__(out)
-        self._note = note
-
-    def close(self) -> None:
-        super().close()
-        self._out.write(f"{theme.painted(self._note(), self.style, self._out)}\n\n")
+        end = "" if self._at_line_start else "\n"
+        if self._note is not None:
+            end += f"{painted(self._note(), THINKING, self._out)}\n\n"
+        self._out.write(end)
         self._out.flush()
+
+
+_Writer: TypeAlias = "MarkdownStream | _PlainWriter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,10 @@ from mixchat.base.quantities import format_least
 from mixchat.base.sanitize import sanitize
 
 if TYPE_CHECKING:
-    from mixchat.chat.session import ChatSession
+    from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.engine.stats import GenerationStats
     from mixchat.face.events import End
 
-_BETWEEN = " · "
 NEARLY_FULL = 0.8  # of the context, when it is time to /clear or to finish
 
 
@@ -40,12 +40,21 @@ def status_line(
     hits, speed and the model are left out, in this order. Then the tokens become
     `1,234/8,192 (15%)`, then `15%`. From 80% of the context on they start with `!`.
     """
-    name, (long, short, shortest) = " ".join(sanitize(model).split()), _tokens(used, size)
+    long = short = shortest = ""  # the use of the context in three lengths
+    if used is not None and size is None:
+        long, short = f"{used:,} tokens", f"{used:,}"
+        shortest = short
+    elif used is not None and size is not None:
+        mark = "! " if used >= NEARLY_FULL * size else ""
+        percent = f"{used * 100 // max(size, 1)}%"
+        long = f"{mark}{used:,} of {size:,} tokens ({percent})"
+        short, shortest = f"{mark}{used:,}/{size:,} ({percent})", mark + percent
+    name = " ".join(sanitize(model).split())
     known = ((show, figures.get(key)) for key, show in _FIGURES.items())
     measured = [show(figure) for show, figure in known if figure is not None]
     full = [[name, long, *measured[:count]] for count in range(len(measured), -1, -1)]
-    for parts in [*full, [long], [short]]:
-        line = _BETWEEN.join(part for part in parts if part)
+    for fields in [*full, [long], [short]]:
+        line = " · ".join(filter(None, fields))
         if get_cwidth(line) <= width:
             return line
     return cut(shortest, width)
@@ -64,23 +73,11 @@ def cut(text: str, width: int) -> str:
     return shown + "…" if width > 0 else ""
 
 
-def _tokens(used: int | None, size: int | None) -> tuple[str, str, str]:
-    """Return the use of the context, as text of three lengths."""
-    if used is None:
-        return "", "", ""
-    if size is None:
-        return f"{used:,} tokens", f"{used:,}", f"{used:,}"
-    mark = "! " if used >= NEARLY_FULL * size else ""
-    percent = f"{used * 100 // max(size, 1)}%"
-    long = f"{mark}{used:,} of {size:,} tokens ({percent})"
-    return long, f"{mark}{used:,}/{size:,} ({percent})", mark + percent
-
-
 class Figures:
     """The figures of the status line, counted once a turn because it is drawn at every key."""
 
-    def __init__(self, session: ChatSession) -> None:
-        self._session = session
+    def __init__(self, saver: ChatSaver) -> None:
+        self._saver, self._session = saver, saver.session
         self.used: int | None = 0
         self._measured: dict[str, Any] = {}  # arguments of `status_line`
         self.count()
@@ -91,11 +88,11 @@ class Figures:
         context = self._session.context
         return None if context is None else context.tokens
 
-    def line(self, model: str, width: int) -> str:
-        return status_line(model, self.used, self.size, width=width, **self._measured)
-
-    def line_now(self, model: str, width: int) -> str:
-        """Return the status line in the middle of an answer, with the pace of that."""
+    def line(self, *, is_answering: bool = False) -> str:
+        """Return the status line, in the middle of an answer with the answer's own speed."""
+        width, model = shutil.get_terminal_size().columns, self._saver.model
+        if not is_answering:
+            return status_line(model, self.used, self.size, width=width, **self._measured)
         stats = self._session.stats
         used = stats.prompt_tokens + stats.generated_tokens
         # A server tells the tokens of its prompt at the end.
@@ -111,6 +108,7 @@ class Figures:
             self._measured["on_workers"] = engine.slots_by_tier.get("worker")
 
     def turn(self, end: End) -> None:
+        """Take the figures of an answer that has ended."""
         stats, experts = end.stats, end.stats.experts
         if speed := _speed(stats):
             self._measured["speed"] = speed

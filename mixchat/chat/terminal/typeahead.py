@@ -15,7 +15,6 @@ from typing import Any
 from prompt_toolkit.input import Input
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.input.vt100_parser import Vt100Parser
-from prompt_toolkit.key_binding import KeyPress
 from prompt_toolkit.keys import Keys
 
 from mixchat.base import system
@@ -34,16 +33,16 @@ def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
     They are not lost, not even at Ctrl-C, and a paste stays one. Ctrl-Z calls `pause` and restores
     the terminal. `fg` takes it again.
     """
-    before = system.terminal_mode(sys.stdin)
-    if before is None:
+    usual = system.terminal_mode(sys.stdin)
+    if usual is None:
         yield
         return
     # No echo, and the keys are kept at Ctrl-C.
-    quiet = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]
+    quiet = [*usual[:3], usual[3] & ~termios.ECHO | termios.NOFLSH, *usual[4:]]
 
     def suspend(number: int, frame: FrameType | None) -> None:
         pause()
-        _set(before, _NO_MARKS)
+        _set(usual, _NO_MARKS)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # until `fg`
         signal.signal(number, suspend)
@@ -54,7 +53,7 @@ def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
         _set(quiet, _MARK_PASTES)
         yield
     finally:
-        _set(before, _NO_MARKS)
+        _set(usual, _NO_MARKS)
         signal.signal(signal.SIGTSTP, previous)
 
 
@@ -83,20 +82,16 @@ def reading_keys(source: Input) -> Iterator[None]:
             with_signals = [*mode[:3], mode[3] | termios.ISIG | termios.NOFLSH, *mode[4:]]
             system.set_terminal_mode(source, with_signals)
         _take(source, _late_bytes)
-        if _drop_ctrl_c(source):
+        waiting = get_typeahead(source)
+        keys = [press.key for press in waiting]
+        if Keys.ControlM in keys:  # the Enter of another line, whose Ctrl-C is its own
+            keys = keys[: keys.index(Keys.ControlM)]
+        stopped = Keys.ControlC in keys
+        if stopped:
+            del waiting[keys.index(Keys.ControlC)]
+        store_typeahead(source, waiting)
+        if stopped:
             raise KeyboardInterrupt
-
-
-def _drop_ctrl_c(source: Input) -> bool:
-    """Drop a Ctrl-C that waits before the Enter of another line. Return whether there was one."""
-    keys = get_typeahead(source)
-    here = [press.key for press in keys]
-    if Keys.ControlM in here:
-        here = here[: here.index(Keys.ControlM)]
-    if found := Keys.ControlC in here:
-        del keys[here.index(Keys.ControlC)]
-    store_typeahead(source, keys)
-    return found
 
 
 def _take(source: Input, read: Callable[[Input], bytes]) -> None:
@@ -106,22 +101,21 @@ def _take(source: Input, read: Callable[[Input], bytes]) -> None:
         return  # without a terminal, or if it went away, which the prompt will notice
     text = typed.decode("utf-8", "replace").replace("\n", "\r")
     # Keys that the last prompt got too late come first. The waiting ones may continue them.
-    before = get_typeahead(source)
-    store_typeahead(source, before + _keys(text if before else text.lstrip("\r")))
-
-
-def _keys(text: str) -> list[KeyPress]:
-    keys: list[KeyPress] = []
+    keys = get_typeahead(source)
     parser = Vt100Parser(keys.append)
-    parser.feed(text)
+    # Enter alone, before anything was typed, is only impatience.
+    parser.feed(text if keys else text.lstrip("\r"))
     parser.flush()
-    return keys
+    store_typeahead(source, keys)
 
 
 def _waiting_bytes(source: Input) -> bytes:
     """Return all whole lines, and the rest of a paste whose end is not a whole line."""
-    fd, typed = source.fileno(), b""
-    while (line := _waiting_line(source)) is not None:
+    fd, typed, mode = source.fileno(), b"", system.terminal_mode(source)
+    # Outside a prompt a terminal has only lines.
+    has_lines = mode is not None and mode[3] & termios.ICANON
+    while has_lines and select.select([fd], [], [], 0)[0]:
+        line = os.read(fd, 65536)
         typed += line or _CTRL_D  # a terminal returns nothing for Ctrl-D
         if not line:
             break  # also if the terminal went away, which returns nothing for ever
@@ -140,11 +134,3 @@ def _late_bytes(source: Input) -> bytes:
     while os.isatty(fd) and select.select([fd], [], [], 0)[0] and (piece := os.read(fd, 65536)):
         typed += piece
     return typed.replace(b"\0", _CTRL_D)  # which is stored as a zero until raw mode starts
-
-
-def _waiting_line(source: Input) -> bytes | None:
-    """Return the next whole line, if there is one. Outside a prompt a terminal has only lines."""
-    mode, fd = system.terminal_mode(source), source.fileno()
-    if mode is None or not mode[3] & termios.ICANON:
-        return None
-    return os.read(fd, 65536) if select.select([fd], [], [], 0)[0] else None

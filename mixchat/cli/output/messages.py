@@ -12,8 +12,7 @@ from mixchat.base import system
 from mixchat.base.errors import MixchatError, ResourceError, UsageError
 from mixchat.base.files import DISK_FULL
 from mixchat.base.machine import memory_left_by_ulimit
-from mixchat.chat.printing import say, show
-from mixchat.chat.theme import ERROR
+from mixchat.chat.printing import ERROR, say, show
 
 _OFF = ("", "0", "false", "no", "off")  # values of a variable
 # In errors of torch, of the dynamic loader and of C++, in lower case.

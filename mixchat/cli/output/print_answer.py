@@ -54,7 +54,7 @@ def print_answer(
             escaped = sys.stdout.isatty()
             answer = json.dumps(as_json(session, end, model), ensure_ascii=escaped)
         elif output.extract:
-            from mixchat.chat.draw.markdown_rules import code_blocks
+            from mixchat.chat.saved.chat_text import code_blocks
 
             blocks = code_blocks(answer)
             if not blocks:

@@ -35,9 +35,9 @@ class Clock:
 class Eager(MarkdownStream):
     """A stream that has time to draw at each piece."""
 
-    def __init__(self, console, before=""):
+    def __init__(self, console, earlier=""):
         self.clock = Clock()
-        super().__init__(console, before=before, clock=self.clock)
+        super().__init__(console, earlier=earlier, clock=self.clock)
 
     def feed(self, text, draws=True):
         self.clock.now += draws

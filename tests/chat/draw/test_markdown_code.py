@@ -51,7 +51,7 @@ def test_emphasis_is_still_drawn():
 def resumed(before, after, width=60, height=20, size=7):
     """The terminal with the rest of a text, if the beginning was drawn before it broke off."""
     terminal = Terminal(width, height, "truecolor")
-    with closing(Eager(terminal.console, before=before)) as stream:
+    with closing(Eager(terminal.console, earlier=before)) as stream:
         for piece in pieces(after, size):
             stream.feed(piece)
     return terminal
@@ -97,13 +97,13 @@ def test_what_broke_off_in_no_code_block_is_resumed_as_it_comes(before):
 
 def test_where_nothing_more_comes_nothing_is_drawn():
     terminal = Terminal()
-    MarkdownStream(terminal.console, before="```\na").close()
+    MarkdownStream(terminal.console, earlier="```\na").close()
     assert terminal.rows == []
 
 
 def test_a_file_gets_the_rest_of_the_code(tmp_path):
     with open(tmp_path / "out", "w+") as file:
-        with closing(MarkdownStream(Console(file=file, width=40), before="```\na\n")) as stream:
+        with closing(MarkdownStream(Console(file=file, width=40), earlier="```\na\n")) as stream:
             stream.feed("# b\n")
         file.seek(0)
         assert file.read().split("\n")[1:3] == ["a", "# b"]
