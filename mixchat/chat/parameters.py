@@ -17,22 +17,21 @@ if TYPE_CHECKING:
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 THINKS: tuple[Think, ...] = get_args(Think)
 _NONE = ("none", "off", "default")
-
-
 NAMES = (*SAMPLING, "max-tokens", "stop", "overflow", "think")  # of what a chat can change
 
 
 def values(session: ChatSession) -> dict[str, str]:
     """Return all parameters as they are now."""
-    sampling = {name: getattr(session.sampling, number.field) for name, number in SAMPLING.items()}
-    stop = ", ".join(map(repr, session.stop)) or "none"
     longest = session.model.longest_answer(session.max_tokens)
-    limit = "what fits" if session.max_tokens == 0 else longest
-    others = {"max-tokens": limit, "stop": stop, "overflow": session.overflow}
-    others["think"] = session.think
+    known = {
+        **{name: getattr(session.sampling, number.field) for name, number in SAMPLING.items()},
+        "max-tokens": "what fits" if session.max_tokens == 0 else longest,
+        "stop": ", ".join(map(repr, session.stop)) or "none",
+        "overflow": session.overflow,
+        "think": session.think,
+    }
     return {
-        name: "left to the server" if value is None else str(value)
-        for name, value in {**sampling, **others}.items()
+        name: "left to the server" if value is None else str(value) for name, value in known.items()
     }
 
 

@@ -86,23 +86,23 @@ class ChatSession:
         self.history, self._first, self._undone = list(history), 0, []
         self._turns = sum(message.role == "assistant" for message in history)
 
-    def take_model(self, other: ChatSession) -> None:
+    def take_model(self, opened: ChatSession) -> None:
         """Continue with the model of another session, to its makers' advice.
 
         The seed stays, and what was changed of the sampling. Answers of other weights keep their
         text, but not their token ids.
         """
-        advised = dataclasses.replace(other.advised, seed=self.advised.seed)
+        advised = dataclasses.replace(opened.advised, seed=self.advised.seed)
         changed = {
             name: value
             for name, value in vars(self.sampling).items()
             if value != getattr(self.advised, name)
         }
-        if other.model.identity != self.model.identity:
+        if opened.model.identity != self.model.identity:
             self.history = _without_ids(self.history)
             self._undone = [_without_ids(messages) for messages in self._undone]
             self._first = 0
-        self.model, self.advised = other.model, advised
+        self.model, self.advised = opened.model, advised
         self.sampling = dataclasses.replace(advised, **changed)
 
     def undo(self, turns: int = 1) -> None:
@@ -150,8 +150,8 @@ class ChatSession:
 
     def ask_instead(self, text: str) -> Iterator[Event]:
         """Send `text` in place of the last question. Raises `PromptError` without one."""
-        before = self.history[: self._last_question()]
-        return self._answer([*before, Message("user", text)])
+        earlier = self.history[: self._last_question()]
+        return self._answer([*earlier, Message("user", text)])
 
     def ask_again(self) -> Iterator[Event]:
         """Ask the last question again, to replace its answer. Raises `PromptError` without one."""
@@ -172,11 +172,14 @@ class ChatSession:
         self._has_token = self._interrupted = False
         if self.context is not None:
             self.context.check_text(asked[-1].content, "the question")
-        first = min(self._first, len(asked) - 1)
+        first, sampling = min(self._first, len(asked) - 1), self.sampling
+        if sampling.seed is not None:  # So /regen gives a different answer.
+            seed = (sampling.seed + self._turns) % 2**63
+            sampling = dataclasses.replace(sampling, seed=seed)
         begun = [] if answered is None else [answered]
         request = Request(
             messages=(*self._system(), *asked[first:], *begun),
-            sampling=self._sampling_of_this_turn(),
+            sampling=sampling,
             max_tokens=self.max_tokens,
             stop=self.stop,
             overflow=self.overflow,
@@ -217,15 +220,6 @@ class ChatSession:
 
     def _system(self) -> list[Message]:
         return [] if self.system is None else [Message("system", self.system)]
-
-    def _sampling_of_this_turn(self) -> SamplingOptions | RequestedSampling:
-        """Return the options, a given seed raised by the turns so far.
-
-        So `/regen` gives a different answer.
-        """
-        if self.sampling.seed is None:
-            return self.sampling
-        return dataclasses.replace(self.sampling, seed=(self.sampling.seed + self._turns) % 2**63)
 
 
 def _without_ids(messages: Sequence[Message]) -> list[Message]:

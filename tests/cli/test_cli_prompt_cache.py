@@ -86,7 +86,7 @@ def test_nothing_is_said_of_it_and_only_its_owner_reads_it(ask, tmp_path):
 
 
 def test_a_chat_is_saved_at_its_end(ask, tmp_path, monkeypatch):
-    def chat(active, prompt):
+    def chat(active, prompt, run_command):
         for question in ("Why?", "Where?"):
             *_, finished = active.session.ask(question)
             active._after_turn(finished)

@@ -54,8 +54,8 @@ class CacheSaver:
         self._load()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None:
+    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
+        if error_type is not None:
             self._save_or_tell(lambda error: self._reporter.note(str(error)))
         elif self._strict:
             self._save()
@@ -118,29 +118,23 @@ class CacheSaver:
             tell(error)
 
     def _save(self) -> None:
-        if not self._is_wanted():
+        session, path = self._saver.session, self._path
+        if not self._has_engine:
+            return
+        if self._named is not None:
+            _output(self._named).check()
+        elif not self._saver.autosave or not (self._create or _has_content(path)):
+            return
+        elif not session.history:  # every turn was undone
+            path.unlink(missing_ok=True)
             return
         from mixchat.engine.prompt_cache import PromptCache
 
-        cache, path = self._loaded, self._path
+        cache = self._loaded
         if cache is None or cache.path != path:  # no file yet, or another chat's
             cache = PromptCache(path, self._model.engine)
         with interrupts.saving(), self._reporter.status(sanitize(f"writing {path}")):
             self._model.do(lambda engine: cache.save())
-
-    def _is_wanted(self) -> bool:
-        """Return whether to write the file. Remove a chat's if every turn was undone."""
-        if not self._has_engine:
-            return False
-        if self._named is not None:
-            _output(self._named).check()
-            return True
-        if not self._saver.autosave or not (self._create or _has_content(self._path)):
-            return False
-        if not self._saver.session.history:
-            self._path.unlink(missing_ok=True)
-            return False
-        return True
 
 
 def _output(path: Path) -> OutputFile:
@@ -153,7 +147,7 @@ def _is_ours(head: bytes) -> bool:
 
 def _has_content(path: Path) -> bool:
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size > 0
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0

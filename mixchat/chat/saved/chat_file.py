@@ -147,8 +147,15 @@ def _chat(id: str, raw: dict[str, Any]) -> SavedChat:
         _check(isinstance(raw[key], str), f"its {key} is not text")
     for key in ("name", "system"):
         _check(raw[key] is None or isinstance(raw[key], str), f"its {key} is neither text nor null")
-    name = raw["name"]
+    name, sampling, messages = raw["name"], raw["sampling"], raw["messages"]
     _check(name is None or checked_name(name) == name, "its name has spaces around it")
+    _check(isinstance(sampling, dict), "its sampling is not an object")
+    for value in sampling.values():
+        # A seed has 64 bits. Python's bool is an int, and JSON's numbers may be infinite.
+        whole = type(value) is int and -(2**63) <= value < 2**64
+        real = type(value) is float and math.isfinite(value)
+        _check(value is None or whole or real, "its sampling has something else than numbers")
+    _check(isinstance(messages, list), "its messages are not a list")
     return SavedChat(
         id,
         name,
@@ -157,8 +164,8 @@ def _chat(id: str, raw: dict[str, Any]) -> SavedChat:
         _time(raw["created"]),
         _time(raw["updated"]),
         raw["system"],
-        _sampling(raw["sampling"]),
-        _messages(raw["messages"]),
+        sampling,
+        tuple(map(_message, messages)),
     )
 
 
@@ -170,24 +177,6 @@ def _time(text: object) -> datetime:
     return time.astimezone(timezone.utc)
 
 
-def _sampling(raw: object) -> dict[str, _Number]:
-    if not isinstance(raw, dict) or not all(map(_is_number, raw.values())):
-        raise ValueError("its sampling is not an object of numbers")
-    return raw
-
-
-def _is_number(value: object) -> bool:
-    if type(value) is int:
-        return -(2**63) <= value < 2**64
-    return value is None or (type(value) is float and math.isfinite(value))
-
-
-def _messages(raw: object) -> tuple[Message, ...]:
-    if not isinstance(raw, list):
-        raise ValueError("its messages are not a list")
-    return tuple(_message(message) for message in raw)
-
-
 def _message(raw: object) -> Message:
     if not isinstance(raw, dict) or not {"role", "content"} <= raw.keys():
         raise ValueError("a message has no role or no content")
@@ -196,17 +185,15 @@ def _message(raw: object) -> Message:
     _check(raw["role"] in ("user", "assistant"), "a role is neither user nor assistant")
     _check(isinstance(raw["content"], str), "a message's content is not text")
     ids, partial = raw.get("ids"), raw.get("partial", False)
-    _check(ids is None or _are_ids(ids), "a message's ids are not token ids")
+    if ids is not None:
+        numbers = isinstance(ids, list) and all(type(id) is int and 0 <= id < 2**31 for id in ids)
+        _check(numbers, "a message's ids are not token ids")
+        ids = tuple(ids)
     _check(isinstance(partial, bool), "a message's partial is neither true nor false")
     thinking, tokens = raw.get("thinking", ""), raw.get("thinking_tokens", 0)
     _check(isinstance(thinking, str), "a message's thinking is not text")
     _check(type(tokens) is int and 0 <= tokens < 2**31, "a message's thinking_tokens is no count")
-    own = None if ids is None else tuple(ids)
-    return Message(raw["role"], raw["content"], own, partial, thinking, tokens)
-
-
-def _are_ids(raw: object) -> bool:
-    return isinstance(raw, list) and all(type(id) is int and 0 <= id < 2**31 for id in raw)
+    return Message(raw["role"], raw["content"], ids, partial, thinking, tokens)
 
 
 def _check(holds: bool, problem: str) -> None:

@@ -144,19 +144,19 @@ class ChatStore:
         """
         wanted = wanted.strip()
         if ID_PREFIX.fullmatch(wanted.lower()):
-            found = [id for id in self.ids() if id.startswith(wanted.lower())]
+            ids = [id for id in self.ids() if id.startswith(wanted.lower())]
         else:
-            found = self._named(wanted)
-        if len(found) == 1:
-            return found[0]
-        if found:
+            ids = self._named(wanted)
+        if len(ids) == 1:
+            return ids[0]
+        if ids:
             hint = f"Give more of the ID. {_LIST_HINT}"
-            raise ChatNotFoundError(
-                f"{wanted!r} means {len(found)} chats: {_some(found)}", hint=hint
-            )
-        raise ChatNotFoundError(
-            f"there is no saved chat {wanted!r}", hint=self._near_misses(wanted)
-        )
+            raise ChatNotFoundError(f"{wanted!r} means {len(ids)} chats: {_some(ids)}", hint=hint)
+        known = [word for chat in self.all() for word in (chat.id, chat.name) if word]
+        hint = _LIST_HINT if known else f"There are no saved chats yet. {_START_HINT}"
+        if near := difflib.get_close_matches(wanted, known):
+            hint = f"Did you mean {_some(near)}? {_LIST_HINT}"
+        raise ChatNotFoundError(f"there is no saved chat {wanted!r}", hint=hint)
 
     def latest(self) -> SavedChat:
         """Return the chat that was saved last and is not damaged.
@@ -241,37 +241,29 @@ class ChatStore:
         return [summary.id for summary in self._summaries() if summary.name == name]
 
     def _summaries(self) -> Iterator[ChatSummary]:
-        return (summary for id in self.ids() if (summary := self._summary(id)))
-
-    def _near_misses(self, wanted: str) -> str:
-        known = [word for chat in self.all() for word in (chat.id, chat.name) if word]
-        if not known:
-            return f"There are no saved chats yet. {_START_HINT}"
-        near = difflib.get_close_matches(wanted, known)
-        return f"Did you mean {_some(near)}? {_LIST_HINT}" if near else _LIST_HINT
-
-    def _summary(self, id: str) -> ChatSummary | None:
-        """Return a chat in a line, None if it has just been removed."""
-        path = self._path(id)
-        try:
-            changed = datetime.fromtimestamp(path.lstat().st_mtime, timezone.utc)
-            chat = read_chat(path)
-        except FileNotFoundError:
-            return None
-        except CheckpointError as error:
-            return ChatSummary(id, path, changed, problem=str(error))
-        asked = [message.content for message in chat.messages if message.role == "user"]
-        question = " ".join(asked[0][: 5 * _MAX_QUESTION].split()) if asked else ""
-        return ChatSummary(
-            id,
-            path,
-            chat.updated,
-            chat.created,
-            chat.name,
-            chat.model,
-            len(asked),
-            question[:_MAX_QUESTION],
-        )
+        for id in self.ids():
+            path = self._path(id)
+            try:
+                changed = datetime.fromtimestamp(path.lstat().st_mtime, timezone.utc)
+                chat = read_chat(path)
+            except FileNotFoundError:  # it has just been removed
+                continue
+            except CheckpointError as error:
+                yield ChatSummary(id, path, changed, problem=str(error))
+                continue
+            asked = [message.content for message in chat.messages if message.role == "user"]
+            # A pasted book is not split into words to show its beginning.
+            question = " ".join(asked[0][: 5 * _MAX_QUESTION].split()) if asked else ""
+            yield ChatSummary(
+                id,
+                path,
+                chat.updated,
+                chat.created,
+                chat.name,
+                chat.model,
+                len(asked),
+                question[:_MAX_QUESTION],
+            )
 
 
 def _holds(path: Path, chat: SavedChat | None) -> bool:

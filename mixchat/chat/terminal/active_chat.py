@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from mixchat.face.events import End, Event
 
 AfterTurn = Callable[["End"], None]
-RunCommand = Callable[["ActiveChat", str, str], None]  # takes a command's name and argument
-_LEAVING = ("bye", "exit", "quit")  # without a slash, as in a shell or Python
+RunCommand = Callable[["ActiveChat", str, str], None]
+LEAVING = ("bye", "exit", "quit")
+"""Words that leave without a slash, as in a shell or Python."""
 # `/etc/hosts is empty` is a question, `/exit` is not. What has several lines is one, too, unless it
 # is a system prompt.
 _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
@@ -79,7 +80,10 @@ class ActiveChat:
         self._reading = reading_time or ReadingTime()
 
     def run(self, prompt: ChatPrompt, run_command: RunCommand) -> None:
-        """Read and answer until Ctrl-D, `/bye`, or Ctrl-C twice."""
+        """Read and answer until Ctrl-D, `/bye`, or Ctrl-C twice.
+
+        `run_command` is called with the chat, the name of a command and its argument.
+        """
         about_to_leave = False
         while not self.left:
             try:
@@ -104,7 +108,7 @@ class ActiveChat:
         text = prompt.read(draft).strip()
         command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
         typed = not prompt.quoted and text != draft
-        if typed and text.lower() in _LEAVING:
+        if typed and text.lower() in LEAVING:
             self.left = True
         elif command and typed:
             worked = True

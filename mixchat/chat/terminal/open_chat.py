@@ -170,41 +170,47 @@ class OpenChat:
         try:
             self._take(name)
         except (Exception, KeyboardInterrupt) as error:
-            if is_local:
-                _free_frames(error)
+            if not is_local:
+                raise
+            # The variables of the error's frames hold what was loaded, and both may not fit.
+            cause: BaseException | None = error
+            while cause is not None:
+                traceback.clear_frames(cause.__traceback__)
+                cause = cause.__cause__ or cause.__context__
+            try:
                 with interrupts.deferred():
-                    self._take_again(former, error)
+                    self._take(former)
+            except Exception as second:
+                hint = getattr(second, "hint", None)
+                message = f"{error}; nor can {former} be loaded again: {second}"
+                raise MixchatError(message, hint=hint) from None
             raise
         return self._hooks()
 
     def _open(self, name: str, resumed: SavedChat | None = None) -> ChatSession:
         """Return a session with a model, whose context holds the `resumed` chat if possible."""
+        from mixchat.chat.saved.chat_store import ChatStore
         from mixchat.chat.session import ChatSession
+        from mixchat.engine.prompt_cache import saved_tokens
 
         def least_context(template: Template) -> int:
-            return self._tokens_to_hold(template, resumed)
+            """Return the tokens of the chat or of its KV cache, and of one more answer.
+
+            A chat that leaves out old turns fits into every context. Its KV cache need not.
+            """
+            tokens = 0 if self._saving.cache is None else saved_tokens(self._saving.cache)
+            if resumed is not None:
+                tokens = max(tokens, saved_tokens(ChatStore().kv_path(resumed.id)))
+                if self._options.overflow == "stop" and resumed.messages:
+                    with suppress(PromptError):
+                        tokens = max(tokens, len(template.encode(resumed.messages)))
+            return tokens and tokens + DEFAULT_TOKENS // 4
 
         model = self._models.open(name, least_context)
         sampling = with_numbers(model.sampling, self._options.sampling)
         if model.engine is not None and sampling.seed is None:  # drawn here, to be shown
             sampling = replace(sampling, seed=secrets.randbelow(2**32))
         return ChatSession(model, sampling, self._options, self._form)
-
-    def _tokens_to_hold(self, template: Template, resumed: SavedChat | None) -> int:
-        """Return the tokens of a chat or of its KV cache, and of one more answer, 0 without any.
-
-        A chat that leaves out old turns fits into every context. Its KV cache need not.
-        """
-        from mixchat.chat.saved.chat_store import ChatStore
-        from mixchat.engine.prompt_cache import saved_tokens
-
-        tokens = 0 if self._saving.cache is None else saved_tokens(self._saving.cache)
-        if resumed is not None:
-            tokens = max(tokens, saved_tokens(ChatStore().kv_path(resumed.id)))
-            if self._options.overflow == "stop" and resumed.messages:
-                with suppress(PromptError):
-                    tokens = max(tokens, len(template.encode(resumed.messages)))
-        return tokens and tokens + DEFAULT_TOKENS // 4
 
     def _cache_saver(self, *, asks_once: bool) -> CacheSaver:
         from mixchat.chat.saved.cache_saver import CacheSaver
@@ -217,15 +223,6 @@ class OpenChat:
         with interrupts.deferred():  # else the chat could be saved with the other model's name
             self.session.take_model(opened)
             self.saver.model = name
-
-    def _take_again(self, name: str, reason: BaseException) -> None:
-        try:
-            self._take(name)
-        except Exception as error:
-            hint = getattr(error, "hint", None)
-            raise MixchatError(
-                f"{reason}; nor can {name} be loaded again: {error}", hint=hint
-            ) from None
 
     def _hooks(self) -> tuple[AfterTurn, ReadingTime]:
         model = self.session.model
@@ -262,15 +259,15 @@ def saved_turn(saver: ChatSaver) -> Iterator[None]:
 
     Raises `ResourceError` if it cannot be saved. After another error, this one is only printed.
     """
-    before = saver.session.history
+    history = saver.session.history
     try:
         yield
     except BaseException:
-        if saver.session.history is not before:
+        if saver.session.history is not history:
             with interrupts.deferred(), interrupts.saving():
                 saver.save()
         raise
-    if saver.session.history is not before:
+    if saver.session.history is not history:
         try:
             with interrupts.deferred(), interrupts.saving():
                 saver.save_or_raise()
@@ -288,10 +285,3 @@ def save_report(session: ChatSession, model: str) -> None:
         return
     with suppress(OSError, ModelNotFoundError):
         save_report(report_path(model), report_of(engine, model))
-
-
-def _free_frames(error: BaseException | None) -> None:
-    """Drop the variables of an error's frames, which hold what was loaded."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
