@@ -197,7 +197,8 @@ def read_openai(
                 raise field_error(_PENALTY, "and repeat_penalty differ: give one of them")
             body["repeat_penalty"] = penalty
     fields = validated(fields_type, body)
-    if not 1 <= fields.n <= (limit := max_answers(model)):
+    limit = max_answers(model)
+    if not 1 <= fields.n <= limit:
         raise value_error("n", f"between 1 and {limit}", fields.n)
     sampling = sampling_of(model, fields, fields.logit_bias)
     return fields, sampling, ignored

@@ -214,16 +214,20 @@ def _messages(fields: _Fields) -> list[Message]:
     `RequestError`.
     """
     messages, paths = list[Message](), list[str]()
+    texts: list[list[str]] = []  # of each message, joined once at the end
     for number, field in enumerate(fields.messages):
         for message, path in _parts(field, f"messages[{number}].content"):
             if message.role == "user" and messages and messages[-1].role == "user":
-                content = f"{messages[-1].content}\n\n{message.content}"
-                messages[-1] = replace(messages[-1], content=content)
+                texts[-1].append(message.content)
             else:
                 messages.append(message)
                 paths.append(path)
+                texts.append([message.content])
     check_results(messages, paths)
-    return messages
+    return [
+        replace(message, content="\n\n".join(parts))
+        for message, parts in zip(messages, texts, strict=True)
+    ]
 
 
 def _parts(field: _Message, path: str) -> Iterator[tuple[Message, str]]:

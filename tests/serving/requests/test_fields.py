@@ -5,9 +5,6 @@ import json
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from mixchat.serving.requests.body import read_object
-from mixchat.serving.requests.options import Defaults, LoadedModel
-from mixchat.serving.service import QueueFullError, ShuttingDownError
 
 from mixchat.base.errors import (
     CheckpointError,
@@ -17,17 +14,18 @@ from mixchat.base.errors import (
     ResourceError,
     UsageError,
 )
-from mixchat.base.options import SamplingOptions
+from mixchat.face.request import QueueFullError, ShuttingDownError
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.completion import read_completion
 from mixchat.serving.requests.errors import RequestError, as_request_error, to_json
+from mixchat.serving.requests.fields import read_object
 from mixchat.serving.web.anthropic import read_counted, read_messages
 from mixchat.serving.web.ollama import read_generate, read_ollama_chat
 from mixchat.serving.web.openai_responses import read_responses
 from tests.campaigns.hostile_api_bodies import changed
-from tests.serving.web.scripted_service import ScriptedService
+from tests.serving.web.scripted_model import scripted_model
 
-SERVICE = ScriptedService()
+MODEL = scripted_model()  # which does not answer here
 READERS = {
     "/v1/messages": read_messages,
     "/v1/messages/count_tokens": read_counted,
@@ -77,12 +75,7 @@ any_json = st.recursive(
 
 
 def read(reader, body, strict=True):
-    defaults = Defaults(SamplingOptions(), strict=strict)
-    return reader(body, LoadedModel(SERVICE, defaults, take_any_form))
-
-
-def take_any_form(form, at_end=None):
-    return lambda *begun, **options: None
+    return reader(body, MODEL, strict)
 
 
 def error_of(work):
@@ -111,7 +104,7 @@ def replaced(value, path, new):
 
 @pytest.mark.parametrize("reader", GOOD)
 def test_a_good_body_is_read_whole(reader):
-    assert len(read(reader, GOOD[reader]).jobs) == 2
+    assert len(read(reader, GOOD[reader]).requests) == 2
 
 
 @given(st.sampled_from(list(GOOD)), st.data())
@@ -148,8 +141,7 @@ def test_what_is_read_is_what_was_sent(value):
 def test_a_changed_body_of_another_api_is_read_or_refused(random, strict):
     path, body = changed(random, forms=True)
     assume(path in READERS)  # others ask for no answer
-    model = LoadedModel(SERVICE, Defaults(SamplingOptions(), strict=strict), take_any_form)
-    error = error_of(lambda: READERS[path](read_object(json.dumps(body).encode()), model))
+    error = error_of(lambda: READERS[path](read_object(json.dumps(body).encode()), MODEL, strict))
     assert error is None or error.status in (400, 404)
 
 
@@ -182,9 +174,9 @@ CHAT_REFUSED = [
     ({"max_tokens": -1}, "max_tokens", "invalid_value"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", None),
     ({"stop": 5}, "stop", "invalid_value"),
-    ({"stop": ["a", 5]}, "stop", "invalid_value"),
+    ({"stop": ["a", 5]}, "stop[1]", "invalid_value"),
     ({"stop": ["a"] * 33}, "stop", "invalid_value"),
-    ({"stop": "a" * 501}, "stop", "invalid_value"),
+    ({"stop": "a" * 501}, "stop[0]", "invalid_value"),
     ({"stream": "yes"}, "stream", "invalid_value"),
     ({"stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
     ({"logprobs": 1}, "logprobs", "invalid_value"),
@@ -301,15 +293,15 @@ def test_fields_that_change_nothing_are_taken_and_not_named():
 def test_repetition_penalty_is_the_repeat_penalty():
     """The name of Hugging Face and of vLLM for what llama.cpp calls repeat_penalty."""
     body = HI | {"repetition_penalty": 1.3, "repeat_penalty": None}
-    assert read(read_chat, body, strict=False).jobs[0].sampling.repeat_penalty == 1.3
+    assert read(read_chat, body, strict=False).requests[0].sampling.repeat_penalty == 1.3
     error = error_of(lambda: read(read_chat, body | {"repeat_penalty": 1.2}, strict=False))
     assert (error.status, error.body["error"]["param"]) == (400, "repetition_penalty")
 
 
 def test_null_is_as_not_given():
     nothing = dict.fromkeys([*GOOD[read_chat].keys() - HI.keys(), "frobnicate", "audio"])
-    one, other = read(read_chat, HI | nothing), read(read_chat, HI)
-    assert (one.n, one.stream, one.jobs[0].max_tokens) == (1, False, other.jobs[0].max_tokens)
+    asked = read(read_chat, HI | nothing)
+    assert (asked.n, asked.stream, asked.requests[0].max_tokens) == (1, False, None)
 
 
 def test_a_body_of_many_unknown_fields_is_refused_once():

@@ -6,12 +6,9 @@ import threading
 from typing import Any
 
 import pytest
-from mixchat.serving.model_service import ModelService
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults, LoadedModel
 
 from mixchat.base.errors import PromptError
-from mixchat.base.options import SamplingOptions
+from mixchat.face.model import Model
 from mixchat.serving.requests import lines as lines_module
 from mixchat.serving.requests.lines import (
     Begin,
@@ -22,52 +19,51 @@ from mixchat.serving.requests.lines import (
     numbered_lines,
 )
 
-ADVICE = Defaults(SamplingOptions(temperature=1.0), 12)
 
-
-def begin_with(service: ModelService, **given: Any) -> Begin:
-    return answered_here(LoadedModel(service, ADVICE, forms_of(service)), LineDefaults(**given))
+def begin_with(model: Model, **defaults: Any) -> Begin:
+    model.advised_tokens = 12
+    return answered_here(model, LineDefaults(**defaults))
 
 
 def answers(
-    service: ModelService, lines: list[Any], at_once: int = 4, **given: Any
+    model: Model, lines: list[Any], at_once: int = 4, **defaults: Any
 ) -> list[dict[str, Any]]:
     text = [each if isinstance(each, bytes) else json.dumps(each).encode() for each in lines]
-    lines = answer_lines(enumerate(text, 1), begin_with(service, **given), at_once)
+    lines = answer_lines(enumerate(text, 1), begin_with(model, **defaults), at_once)
     return [line.as_dict() for line in lines]
 
 
-def test_lines_are_answered_in_their_order_as_each_one_alone(model_service):
+def test_lines_are_answered_in_their_order_as_each_one_alone(load):
     lines = [
         {"prompt": "Tell me " + "more " * (n % 5), "seed": n, "max_tokens": 1 + 7 * n % 20}
         for n in range(30)
     ]
-    together = answers(model_service(), lines)
+    together = answers(load(), lines)
     assert [line["line"] for line in together] == list(range(1, 31))
-    alone = model_service(parallel=1)
+    alone = load(parallel=1)
     for line, found in zip(lines, together, strict=True):
         expected = answers(alone, [line])[0]
         assert (found["answer"], found["seed"]) == (expected["answer"], line["seed"])
         assert found["usage"]["generated_tokens"] <= line["max_tokens"]
 
 
-def test_a_prompt_is_a_question_and_messages_are_a_conversation(model_service):
-    service = model_service()
+def test_a_prompt_is_a_question_and_messages_are_a_conversation(load):
+    model = load()
     question = [{"role": "user", "content": "Hi"}]
-    one, other = answers(service, [{"prompt": "Hi", "seed": 1}, {"messages": question, "seed": 1}])
+    one, other = answers(model, [{"prompt": "Hi", "seed": 1}, {"messages": question, "seed": 1}])
     assert one["answer"] == other["answer"]
     with_system = [{"role": "system", "content": "Be brief"}, *question]
     given, own = answers(
-        service,
+        model,
         [{"prompt": "Hi", "seed": 1}, {"messages": with_system, "seed": 1}],
         system="Be brief",
     )
     assert given["answer"] == own["answer"] != one["answer"]
 
 
-def test_a_line_goes_before_what_applies_to_all(model_service):
+def test_a_line_goes_before_what_applies_to_all(load):
     lines = [{"prompt": "Hi"}, {"prompt": "Hi", "seed": 8}]
-    found = answers(model_service(), lines, fields={"seed": 7})
+    found = answers(load(), lines, fields={"seed": 7})
     assert [line["seed"] for line in found] == [7, 8]
 
 
@@ -89,28 +85,26 @@ def test_a_line_goes_before_what_applies_to_all(model_service):
         ({"prompt": "x" * 10**7}, "too long"),
     ],
 )
-def test_a_line_that_cannot_be_answered_says_why_and_stops_no_other(model_service, line, said):
+def test_a_line_that_cannot_be_answered_says_why_and_stops_no_other(load, line, said):
     good = {"prompt": "Hi", "seed": 1}
-    first, bad, last = answers(model_service(), [good, line, good])
+    first, bad, last = answers(load(), [good, line, good])
     assert said in bad["error"]
     assert bad["line"] == 2
     assert first["answer"] == last["answer"]
 
 
-def test_an_id_comes_back_also_with_an_error(model_service):
-    found = answers(
-        model_service(), [{"id": {"a": [1]}, "prompt": "Hi"}, {"id": "x", "prompt": ""}]
-    )
+def test_an_id_comes_back_also_with_an_error(load):
+    found = answers(load(), [{"id": {"a": [1]}, "prompt": "Hi"}, {"id": "x", "prompt": ""}])
     assert found[0]["id"] == {"a": [1]}
     assert found[1]["id"] == "x"
 
 
-def test_empty_lines_are_left_out(model_service):
-    found = answers(model_service(), [b"\n", {"prompt": "Hi"}, b"  \n", {"prompt": "Ho"}])
+def test_empty_lines_are_left_out(load):
+    found = answers(load(), [b"\n", {"prompt": "Hi"}, b"  \n", {"prompt": "Ho"}])
     assert [line["line"] for line in found] == [2, 4]
 
 
-def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(model_service):
+def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(load):
     answered = threading.Event()
 
     def slow():
@@ -119,13 +113,13 @@ def test_an_answer_comes_before_the_next_line_of_a_slow_pipe(model_service):
         yield 2, b'{"prompt": "Ho"}'
 
     found: list[Line] = []
-    for line in answer_lines(slow(), begin_with(model_service()), 4):
+    for line in answer_lines(slow(), begin_with(load()), 4):
         found.append(line)
         answered.set()
     assert [line.number for line in found] == [1, 2]
 
 
-def test_lines_are_read_a_few_ahead_only(model_service):
+def test_lines_are_read_a_few_ahead_only(load):
     read: list[int] = []
 
     def endless():
@@ -133,18 +127,18 @@ def test_lines_are_read_a_few_ahead_only(model_service):
             read.append(number)
             yield number, b'{"prompt": "Hi"}'
 
-    running = answer_lines(endless(), begin_with(model_service()), 4)
+    running = answer_lines(endless(), begin_with(load()), 4)
     for _ in range(5):
         next(running)
     assert len(read) <= 5 + 2 * 4 + 1
 
 
-def test_what_reading_raises_comes_behind_the_lines_before(model_service):
+def test_what_reading_raises_comes_behind_the_lines_before(load):
     def broken():
         yield 1, b'{"prompt": "Hi"}'
         raise OSError("the disk is gone")
 
-    running = answer_lines(broken(), begin_with(model_service()), 4)
+    running = answer_lines(broken(), begin_with(load()), 4)
     assert next(running).number == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(running)

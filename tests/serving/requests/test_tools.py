@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults, LoadedModel
 
-from mixchat.base.options import SamplingOptions
 from mixchat.serving.requests.chat import read_chat
 from mixchat.serving.requests.errors import RequestError
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.thinking import ThinkingFormat
 from mixchat.text.tool_formats import FORMATS, PLAIN
-from tests.serving.web.scripted_service import ScriptedService
+from tests.serving.web.scripted_model import scripted_model, take_any_form
 
-DEFAULTS = Defaults(SamplingOptions())
 ASK = {"role": "user", "content": "Hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
@@ -31,25 +27,26 @@ TOOLS = [tool(), tool("g", parameters={"type": "object"}, strict=True)]
 
 
 @pytest.fixture
-def service():
-    return ScriptedService()
+def model():
+    with scripted_model() as model:
+        yield model
 
 
-def read(service, messages=(ASK,), **fields):
-    """The job of a request, and the forms that were compiled for it."""
+def read(model, messages=(ASK,), **fields):
+    """The request of a body, its prompt, and the forms that were compiled for it."""
     forms = []
 
     def compile_form(form, at_end=None):
         forms.append(form)
-        return lambda *begun, **options: None
+        return take_any_form(form)
 
-    body = {"messages": list(messages), **fields}
-    (job,) = read_chat(body, LoadedModel(service, DEFAULTS, compile_form)).jobs
-    return job, forms
+    model.forms.compile = compile_form
+    asked = read_chat({"messages": list(messages), **fields}, model)
+    return asked.requests[0], asked.prompts[0], forms
 
 
-def prompt(service, *messages, **fields):
-    return service.tokenizer.decode(read(service, messages, **fields)[0].prompt_ids)
+def prompt(model, *messages, **fields):
+    return model.tokenizer.decode(read(model, messages, **fields)[1].ids)
 
 
 @pytest.mark.parametrize(
@@ -61,54 +58,54 @@ def prompt(service, *messages, **fields):
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, True, ["g"], True),
     ],
 )
-def test_the_choice_decides_what_may_be_called(service, fields, must_call, names, parallel):
-    job, (form,) = read(service, tools=TOOLS, **fields)
+def test_the_choice_decides_what_may_be_called(model, fields, must_call, names, parallel):
+    _, made, (form,) = read(model, tools=TOOLS, **fields)
     assert (form.must_call, form.parallel) == (must_call, parallel)
     assert [tool.name for tool in form.tools] == names
-    assert (job.tools, form.answer) == (PLAIN, None)
-    assert service.tokenizer.decode(job.prompt_ids).startswith("f: x\ng: x\nuser: Hi")
+    assert (made.tools, form.answer) == (PLAIN, None)
+    assert model.tokenizer.decode(made.ids).startswith("f: x\ng: x\nuser: Hi")
 
 
-def test_nothing_is_offered_if_nothing_may_be_called(service):
-    job, forms = read(service, tools=TOOLS, tool_choice="none")
-    assert (job.tools, forms) == (None, [])
-    assert service.tokenizer.decode(job.prompt_ids) == "user: Hi\n"
+def test_nothing_is_offered_if_nothing_may_be_called(model):
+    request, made, forms = read(model, tools=TOOLS, tool_choice="none")
+    assert (request.tools, made.tools, forms) == (None, None, [])
+    assert model.tokenizer.decode(made.ids) == "user: Hi\n"
 
 
-def test_calls_and_results_are_in_the_prompt(service):
-    assert prompt(service, ASK, CALLING, RESULT) == 'user: Hi\nassistant:  f {"a": 1}\ntool: 5\n'
+def test_calls_and_results_are_in_the_prompt(model):
+    assert prompt(model, ASK, CALLING, RESULT) == 'user: Hi\nassistant:  f {"a": 1}\ntool: 5\n'
 
 
-def test_a_template_without_tools_gets_all_of_it_as_text(service):
-    service.template.tools = None
-    text = prompt(service, ASK, CALLING, RESULT, tools=TOOLS)
+def test_a_template_without_tools_gets_all_of_it_as_text(model):
+    model.template.tools = None
+    text = prompt(model, ASK, CALLING, RESULT, tools=TOOLS)
     assert text.startswith("system: You can call functions.")
     assert '{"name": "f", "arguments": {"a": 1}}\n</tool_call>' in text
     assert text.endswith("user: <tool_response>\n5\n</tool_response>\n")
-    assert read(service, tools=TOOLS)[0].tools == PLAIN
+    assert read(model, tools=TOOLS)[1].tools == PLAIN
 
 
-def test_an_answer_of_a_form_may_call_tools(service):
-    _, (form,) = read(service, tools=TOOLS, response_format={"type": "json_object"})
+def test_an_answer_of_a_form_may_call_tools(model):
+    *_, (form,) = read(model, tools=TOOLS, response_format={"type": "json_object"})
     assert (form.must_call, form.answer) == (True, {"type": "object"})
     required = {"tools": TOOLS, "tool_choice": "required"}
-    _, (form,) = read(service, response_format={"type": "json_object"}, **required)
+    *_, (form,) = read(model, response_format={"type": "json_object"}, **required)
     assert (form.must_call, form.answer) == (True, None)
 
 
-def test_an_answer_that_has_to_call_does_not_think(service):
-    service.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
-    read(service, tools=TOOLS)
-    read(service, tools=TOOLS, tool_choice="required")
-    assert service.template.variables == [{}, {"enable_thinking": False}]
+def test_an_answer_that_has_to_call_does_not_think(model):
+    model.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
+    read(model, tools=TOOLS)
+    read(model, tools=TOOLS, tool_choice="required")
+    assert model.template.variables == [{}, {"enable_thinking": False}]
 
 
-def test_a_call_of_harmony_has_its_own_channel(service):
+def test_a_call_of_harmony_has_its_own_channel(model):
     """The prompt of other forms leads into the channel of the answer."""
-    service.template.thinking = ThinkingFormat("harmony")
-    service.template.tools = FORMATS["harmony"]
-    job, _ = read(service, tools=TOOLS, tool_choice="required")
-    assert job.begun == 0
+    model.template.thinking = ThinkingFormat("harmony")
+    model.template.tools = FORMATS["harmony"]
+    _, made, _ = read(model, tools=TOOLS, tool_choice="required")
+    assert made.begun == 0
 
 
 REFUSED = [
@@ -151,25 +148,28 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "param"), REFUSED, ids=lambda value: str(value)[:60])
-def test_what_cannot_be_is_refused_with_its_place(service, change, param):
+def test_what_cannot_be_is_refused_with_its_place(model, change, param):
     with pytest.raises(RequestError) as error:
-        read(service, **{"messages": [ASK]} | change)
+        read(model, **{"messages": [ASK]} | change)
     assert (error.value.status, error.value.body["error"]["param"]) == (400, param)
     assert str(error.value).startswith(param)
     assert str(error.value).isprintable()
 
 
-def test_a_schema_that_cannot_be_kept_is_refused_with_its_tool(service):
+def test_a_schema_that_cannot_be_kept_is_refused_with_its_tool():
     never = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
     body = {"messages": [ASK], "tools": [tool(), tool("g", parameters=never)]}
-    with pytest.raises(RequestError, match=r"arguments of g: .* at #/properties/a") as error:
-        read_chat(body, LoadedModel(service, DEFAULTS, forms_of(service)))
+    with (
+        scripted_model(compile_form=None) as model,
+        pytest.raises(RequestError, match=r"arguments of g: .* at #/properties/a") as error,
+    ):
+        read_chat(body, model)
     assert error.value.body["error"] | {"message": ""} == {
         "message": "", "type": "invalid_request_error", "param": "tools", "code": "invalid_schema",
     }  # fmt: skip
 
 
-def test_a_form_survives_its_way_into_the_sandbox(service):
-    _, (form,) = read(service, tools=TOOLS, response_format={"type": "json_object"})
+def test_a_form_survives_its_way_into_the_sandbox(model):
+    *_, (form,) = read(model, tools=TOOLS, response_format={"type": "json_object"})
     assert CallForm.parse(form.to_text()).to_text() == form.to_text()
     assert json.loads(form.to_text())["tools"][1]["strict"] is True

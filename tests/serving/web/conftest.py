@@ -1,4 +1,4 @@
-"""A server on a free port in front of a scripted service, and clients for it."""
+"""A server on a free port in front of a scripted model, and clients for it."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults, LoadedModel
-from scripted_service import ScriptedService
+from scripted_model import scripted_model
 
-from mixchat.base.options import SamplingOptions
 from mixchat.experts.workers.address import resolve
 from mixchat.serving.web.access import Access, bind
 from mixchat.serving.web.app import AppState, create_app
@@ -26,7 +23,7 @@ class Served:
     """A server that runs, and what it reported."""
 
     port: int
-    service: ScriptedService
+    model: Any
     server: WebServer
     reports: list[Exception] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -35,6 +32,16 @@ class Served:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def requests(self) -> Any:
+        """The requests that the engine has begun."""
+        return self.model.engine.requests
+
+    @property
+    def prompt(self) -> str:
+        """The text of the last one's prompt."""
+        return self.model.tokenizer.decode(self.requests[-1].ids)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
@@ -48,35 +55,32 @@ class Served:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
-    """Starts a server, with options of `ScriptedService` and `WebServer`."""
+    """Starts a server, with options of `scripted_model` and `WebServer`."""
     servers = []
 
     def start(
         access: Access | None = None,
-        defaults: Defaults | None = None,
         limits: dict[str, Any] | None = None,
-        compile_form: Any = None,
         page: bool = True,
         models: ServedModels | None = None,
         budget: int = 512_000_000,
+        strict: bool = True,
         **options: Any,
     ) -> Served:
-        service, reports, notes = ScriptedService(**options), [], []
-        defaults = defaults or Defaults(SamplingOptions(temperature=0.5))
-        first = LoadedModel(service, defaults, compile_form or forms_of(service))
-        models = models or ServedModels(first, lambda name: first)
+        model, reports, notes = scripted_model(**options), [], []
+        models = models or ServedModels(model, lambda name: model)
         memory = MemoryBudget(budget)
-        shared = AppState(models, reports.append, notes.append, budget=memory)
+        shared = AppState(models, reports.append, notes.append, strict, budget=memory)
         bound = bind(resolve("127.0.0.1:0", any_port=True))
         app = create_app(shared, access or Access(), page=page)
         server = WebServer(app, bound, **(limits or {}))
         server.start()
-        servers.append((server, service))
-        return Served(bound.getsockname()[1], service, server, reports, notes, memory)
+        servers.append((server, model))
+        return Served(bound.getsockname()[1], model, server, reports, notes, memory)
 
     yield start
-    for server, service in servers:
-        service.close()
+    for server, model in servers:
+        model.close()
         server.stop()
 
 
@@ -94,4 +98,4 @@ def client(served):
 @pytest.fixture
 def lenient(serve):
     """A server as `mixchat serve` starts it without --strict."""
-    return serve(defaults=Defaults(SamplingOptions(), strict=False))
+    return serve(strict=False)

@@ -6,11 +6,14 @@ import threading
 from contextlib import ExitStack, suppress
 
 import pytest
-from mixchat.serving.service import Delta, Done, Job, QueueFullError, TokenLogprob
 from raw_http import exchange, read_response, request
 
 from mixchat.base.errors import ResourceError
+from mixchat.face.events import End, Piece, TokenLogprob
+from mixchat.face.prompt import Prompt
+from mixchat.face.request import QueueFullError, Request
 from mixchat.serving.requests.errors import RequestError
+from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web import bodies
 from mixchat.serving.web.answers import PING_S, PendingAnswers, WholeAnswer
 from mixchat.serving.web.bodies import Body, MemoryBudget, Turns
@@ -189,7 +192,9 @@ def test_bodies_that_are_too_large_together_are_refused_while_small_ones_are_ans
 
 
 def test_a_request_gives_all_its_memory_back(serve):
-    served = serve(budget=LIMIT, compile_form=lambda form, at_end=None: lambda *given: None)
+    served = serve(
+        budget=LIMIT,
+    )
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     asked = [
         request(CHAT, HI),
@@ -207,34 +212,34 @@ def test_a_request_gives_all_its_memory_back(serve):
     assert served.budget.held == 0
 
 
-class _Answers:
-    """A service that only keeps the sink."""
+class _Model:
+    """A model that only keeps the sink, and the answers that are cancelled."""
 
-    def submit(self, *jobs):
-        self.cancelled = False
-        ((_, self.sink),) = jobs
+    def submit(self, *answers):
+        ((_, _, self.sink),) = answers
+        return ["answer"]
 
-        def cancel():
-            self.cancelled = True
+    def cancel(self, answers):
+        self.cancelled = answers
 
-        return cancel
+
+ASKED = APIRequest((Request(),), (Prompt((1,)),))
 
 
 def test_an_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed():
     token = TokenLogprob(1, -1.0, tuple((n, -1.0) for n in range(20)))
 
     async def main():
-        budget, service = MemoryBudget(LIMIT), _Answers()
+        budget, model = MemoryBudget(LIMIT), _Model()
         with budget.share() as share:
-            job = Job((1,), frozenset(), None)
-            pending = PendingAnswers(service, [job], share)
+            pending = PendingAnswers(model, ASKED, share)
             pending.submit()
             for _ in range(LIMIT // 2_000):
-                service.sink(Delta("x", (token,)))
+                model.sink(Piece("x", tokens=(token,)))
             await asyncio.sleep(0.1)  # the events arrive
             with pytest.raises(ResourceError, match="cut off"):
                 await pending.next(PING_S)
-            assert service.cancelled
+            assert model.cancelled == ["answer"]
             assert share.size == 0
 
     asyncio.run(main())
@@ -285,20 +290,20 @@ def test_a_whole_answer_that_is_not_taken_is_given_up_when_its_memory_is_needed(
 
 def test_a_model_is_free_as_soon_as_an_answer_is_computed():
     async def main():
-        service, computed = _Answers(), []
+        model, computed = _Model(), []
         with MemoryBudget(LIMIT).share() as share:
-            pending = PendingAnswers(service, [Job((1,), frozenset(), None)], share)
+            pending = PendingAnswers(model, ASKED, share)
             pending.submit()
             pending.when_computed(lambda: computed.append(pending.finished))
-            service.sink(Delta("x"))
-            service.sink(Done("stop", 1, 0, 1))
+            model.sink(Piece("x"))
+            model.sink(End("stop"))
             await asyncio.sleep(0.02)
             assert computed == [False]  # nobody has taken it yet
             pending.when_computed(lambda: computed.append("again"))
             assert computed == [False, "again"]
             assert share.size > 0
             pending.end()
-            service.sink(Delta("late"))
+            model.sink(Piece("late"))
             await asyncio.sleep(0.02)
             assert share.size == 0
 

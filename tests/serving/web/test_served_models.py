@@ -10,25 +10,23 @@ from datetime import datetime, timezone
 
 import ollama
 import pytest
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults, LoadedModel
-from mixchat.serving.service import QueueFullError, ShuttingDownError
 from raw_http import exchange, read_response, request
-from scripted_service import ScriptedService
+from scripted_model import scripted_model
 
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import Context
-from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.options import LoadOptions
+from mixchat.face.request import QueueFullError, ShuttingDownError
+from mixchat.serving import serve as serve_module
 from mixchat.serving.web import bodies, served_models
 from mixchat.serving.web.served_models import ModelFacts, ServedModels
-from mixchat.sessions import servers
 
 CHAT = "/v1/chat/completions"
 SIZES = {"a": 4000, "b": 40_000}  # tokens of the contexts
 
 
 class Shelf:
-    """Loads models with scripted services, and knows which ones are open."""
+    """Loads scripted models, and knows which ones are open."""
 
     def __init__(self):
         self.open, self.loads, self.errors = [], [], []
@@ -39,13 +37,12 @@ class Shelf:
         assert self.may_load.wait(60)
         if self.errors:
             raise self.errors.pop()
-        service = ScriptedService(context_size=SIZES[name])
-        service.name = name
+        model = scripted_model(name, context_size=SIZES[name])
         self.open.append(name)
         self.loads.append(name)
-        close = service.close
-        service.close = lambda: (close(), self.open.remove(name))
-        return LoadedModel(service, Defaults(SamplingOptions()), forms_of(service))
+        close = model.close
+        model.close = lambda: (close(), self.open.remove(name))
+        return model
 
 
 @pytest.fixture
@@ -86,7 +83,7 @@ def test_another_model_replaces_the_loaded_one_and_only_one_is_open(shelf):
         models = models_of(shelf)
         for name, used in [(None, "a"), ("b", "b"), (None, "b"), ("unknown", "b"), ("a", "a")]:
             async with models.use(name) as model:
-                assert (model.service.name, shelf.open) == (used, [used])
+                assert (model.name, shelf.open) == (used, [used])
         assert list(await models.contexts()) == ["a", "b"]
 
     asyncio.run(main())
@@ -98,7 +95,7 @@ def test_an_alias_means_its_model_whatever_has_the_same_name(shelf):
         models = models_of(shelf, aliases={"gpt-4o": "b", "a": "b", "b": "unknown", "d": "gpt-4o"})
         for name, used in [("gpt-4o", "b"), ("a", "b"), ("b", "b"), ("d", "b")]:
             async with models.use(name) as model:
-                assert model.service.name == used
+                assert model.name == used
         contexts = await models.contexts()
         assert {name: context.tokens for name, context in contexts.items()} == {
             "b": 40_000,
@@ -121,7 +118,7 @@ def test_later_requests_pass_one_for_another_model_until_its_turn_comes(shelf, m
 
         async def use(name):
             async with models.use(name) as model:
-                order.append(model.service.name)
+                order.append(model.name)
 
         async with models.use("a"):
             waiting = [asyncio.ensure_future(use("b"))]
@@ -281,8 +278,8 @@ def test_the_servers_end_waits_for_a_model_that_is_being_unloaded(shelf):
         async with models.use() as model:
             pass
         entered, may_close = threading.Event(), threading.Event()
-        close = model.service.close
-        model.service.close = lambda: (entered.set(), may_close.wait(60))
+        close = model.close
+        model.close = lambda: (entered.set(), may_close.wait(60))
         await until(entered.is_set)
         ending = asyncio.ensure_future(asyncio.to_thread(models.close))
         await asyncio.sleep(0.05)
@@ -300,7 +297,7 @@ def test_an_idle_model_is_unloaded_and_the_next_request_loads_it_again(shelf):
         models.await_sleep()
         await until(lambda: shelf.open == [])
         async with models.use() as model:
-            assert model.service.name == "a"
+            assert model.name == "a"
             await asyncio.sleep(0.1)  # nobody takes it away from a running answer
             assert shelf.open == ["a"]
         await until(lambda: shelf.open == [])
@@ -373,7 +370,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_request_alone(shelf):
         with pytest.raises(ResourceError):
             await models.use("b").__aenter__()
         async with models.use() as model:
-            assert (model.service.name, shelf.open) == ("a", ["a"])
+            assert (model.name, shelf.open) == ("a", ["a"])
 
     asyncio.run(main())
 
@@ -492,14 +489,12 @@ def test_a_model_that_is_loaded_again_has_room_for_the_context_that_clients_were
     """With less free memory than at the start, its context could be a quarter of what it was."""
     asked = []
 
-    def open_service(name, load, queue, reporter, **options):
-        asked.append(load.least_context)
-        service = ScriptedService(context_size=3000)
-        service.name = name
-        return service, Defaults(SamplingOptions())
+    def open_model(name, load, reporter, *, least_context, **options):
+        asked.append(least_context(None))
+        return scripted_model(name, context_size=3000)
 
-    monkeypatch.setattr(servers, "open_service", open_service)
-    options = servers.ServeOptions(
+    monkeypatch.setattr(serve_module, "open_model", open_model)
+    options = serve_module.ServeOptions(
         host="",
         port=0,
         queue=4,
@@ -516,7 +511,7 @@ def test_a_model_that_is_loaded_again_has_room_for_the_context_that_clients_were
     )
 
     async def main():
-        models = servers._served_models("a", LoadOptions(), options, None)
+        models = serve_module._served_models("a", LoadOptions(), options, None)
         await models.unload(models.name)
         async with models.use():
             models.close()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from mixchat.serving.requests.options import Defaults
 from raw_http import exchange, request
 
-from mixchat.base.options import SamplingOptions
 from mixchat.text.thinking import ThinkingFormat
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -37,19 +35,18 @@ def question(script):
 @pytest.mark.parametrize("strict", [False, True])
 def test_anthropics_thinking_and_effort_are_the_templates(serve, fields, variables, strict):
     served = serve(
-        defaults=Defaults(SamplingOptions(), strict=strict),
-        compile_form=lambda form, at_end=None: lambda *a, **k: None,
+        strict=strict,
     )
     names = ("enable_thinking", "reasoning_effort")
-    served.service.template.thinking = ThinkingFormat("tags", names)
+    served.model.template.thinking = ThinkingFormat("tags", names)
     body = {"max_tokens": 9, "messages": question("a"), **fields}
     response = exchange(served, request("/v1/messages", body))
     assert (response.status, "x-mixchat-ignored" in response.headers) == (200, False)
-    assert served.service.template.variables == [variables]
+    assert served.model.template.variables == [variables]
 
 
 def test_a_model_with_efforts_alone_always_thinks(lenient):
-    lenient.service.template.thinking = ThinkingFormat("harmony", ("reasoning_effort",))
+    lenient.model.template.thinking = ThinkingFormat("harmony", ("reasoning_effort",))
     for thinking in ("enabled", "disabled"):
         body = {"max_tokens": 9, "messages": question("a"), "thinking": {"type": thinking}}
         response = exchange(lenient, request("/v1/messages", body))

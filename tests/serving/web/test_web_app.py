@@ -3,13 +3,14 @@
 import json
 import subprocess
 import time
+from types import SimpleNamespace
 
 import openai
 import pytest
-from mixchat.serving.requests.body import read_object
 from raw_http import exchange, read_response, request
 
-from mixchat.serving.requests import body as body_reader
+from mixchat.serving.requests import fields as body_reader
+from mixchat.serving.requests.fields import read_object
 from mixchat.serving.web import anthropic
 from mixchat.text.messages import Message
 from mixchat.text.tool_formats import in_plain_text
@@ -45,7 +46,7 @@ def test_health_is_told(served):
     assert exchange(served, request("/health")).json == {"status": "ok"}
 
 
-def test_metrics_are_those_of_the_service(served):
+def test_metrics_are_those_of_the_model(served):
     for text in ("say:a", "say:b", "say:{fail}"):
         exchange(served, request(CHAT, {"messages": [{"role": "user", "content": text}]}))
     response = exchange(served, request("/metrics"))
@@ -187,10 +188,13 @@ def test_texts_that_are_joined_are_copied_once():
     questions = [Message("user", "x" * 1000)] * 10_000
     start = time.process_time()
     (joined,) = in_plain_text(questions)
-    merged = anthropic._merged([{"role": "user", "content": "x" * 1000}] * 10_000)
+    fields = SimpleNamespace(
+        messages=[anthropic._Message(role="user", content="x" * 1000)] * 10_000
+    )
+    (merged,) = anthropic._messages(fields)
     assert time.process_time() - start < 4  # seconds of computing
     assert len(joined.content) == 1001 * 10_000 - 1
-    assert [len(one["content"]) for one in merged] == [1002 * 10_000 - 2]
+    assert len(merged.content) == 1002 * 10_000 - 2
 
 
 def test_thinking_that_many_calls_share_counts_for_each_of_them(served):

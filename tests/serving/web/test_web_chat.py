@@ -1,6 +1,5 @@
 """The openai package as the client of /v1/chat/completions: every field, streaming and not."""
 
-import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,10 @@ import openai
 import pytest
 from chat_requests import CHAT, HI, ask, streamed, text_of
 from form_bombs import bomb
-from mixchat.serving.requests.forms import forms_of
-from mixchat.serving.requests.options import Defaults
 from raw_http import exchange, request
 
 from mixchat.base.options import SamplingOptions
-from mixchat.serving.requests import forms
+from mixchat.face import forms
 from mixchat.text.form import constraint
 from mixchat.text.form.output_constraint import OutputConstraint
 
@@ -36,8 +33,9 @@ def test_a_whole_answer_has_openais_shape(client):
     assert choice.logprobs is None
     prompt = len("user: Hi say:Good day\n")
     assert answer.usage.prompt_tokens == prompt
-    assert answer.usage.completion_tokens == len("Good day")
-    assert answer.usage.total_tokens == prompt + len("Good day")
+    generated = len("Good day") + 1  # with the stop token
+    assert answer.usage.completion_tokens == generated
+    assert answer.usage.total_tokens == prompt + generated
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
 
 
@@ -54,7 +52,7 @@ def test_a_streamed_answer_is_the_whole_one_in_pieces(client):
 def test_usage_comes_in_a_chunk_of_its_own(client):
     *chunks, last = streamed(client, "say:abc", stream_options={"include_usage": True})
     assert last.choices == []
-    assert (last.usage.completion_tokens, last.usage.prompt_tokens) == (3, len("user: say:abc\n"))
+    assert (last.usage.completion_tokens, last.usage.prompt_tokens) == (4, len("user: say:abc\n"))
     assert all(chunk.choices and chunk.usage is None for chunk in chunks)
 
 
@@ -69,7 +67,7 @@ def test_n_answers_have_seeds_one_after_the_other(client, stream):
         texts = [choice.message.content for choice in answer.choices]
         assert [choice.index for choice in answer.choices] == [0, 1, 2]
         assert answer.usage.prompt_tokens == len("user: say:{seed}\n")
-        assert answer.usage.completion_tokens == 3
+        assert answer.usage.completion_tokens == 6
     assert texts == ["7", "8", "9"]
 
 
@@ -111,7 +109,7 @@ def test_the_options_of_sampling_get_to_the_model(client, served):
         logit_bias={"65": -100, "66": 1.5},
         extra_body={"top_k": 40, "min_p": 0.1, "repeat_penalty": 1.1},
     )
-    assert served.service.jobs[-1].sampling == SamplingOptions(
+    assert served.requests[-1].sampling == SamplingOptions(
         temperature=0,
         top_p=0.5,
         top_k=40,
@@ -126,11 +124,11 @@ def test_the_options_of_sampling_get_to_the_model(client, served):
 
 def test_what_is_not_given_is_the_models_advice(serve):
     advised = SamplingOptions(temperature=0.2, top_k=9, repeat_penalty=1.3)
-    served = serve(defaults=Defaults(advised, 11))
+    served = serve(sampling=advised, max_tokens=11)
     with served.openai() as client:
         ask(client, "Hi", seed=1)
         ask(client, "Hi", seed=1, top_p=0.9, max_tokens=5)
-    first, second = served.service.jobs
+    first, second = served.requests
     assert (first.sampling, first.max_tokens) == (
         SamplingOptions(temperature=0.2, top_k=9, repeat_penalty=1.3, seed=1),
         11,
@@ -141,24 +139,21 @@ def test_what_is_not_given_is_the_models_advice(serve):
 def test_an_answer_ends_after_a_quarter_of_the_context_by_default(client, served):
     ask(client, "Hi")
     ask(client, "Hi", extra_body={"max_tokens": 0})
-    assert [job.max_tokens for job in served.service.jobs] == [1000, None]
+    assert [request.max_tokens for request in served.requests] == [1000, None]
 
 
 def test_log_probabilities_have_openais_shape(client):
     (choice,) = ask(client, "say:aé", logprobs=True, top_logprobs=3).choices
-    first, second = choice.logprobs.content
-    assert (first.token, first.logprob, first.bytes) == ("a", -0.5, [97])
+    first, second, _ = choice.logprobs.content  # the stop token comes last
+    assert (first.token, first.logprob, first.bytes) == ("a", pytest.approx(-0.5), [97])
     assert (second.token, second.bytes) == ("é", [195, 169])
-    assert [top.token for top in first.top_logprobs] == ["a", "x", "</s>"]
-    assert [top.logprob for top in first.top_logprobs] == [-0.5, -9999.0, -3.0]
+    assert [top.token for top in first.top_logprobs] == ["a", "</s>"]
     (choice,) = ask(client, "say:a", logprobs=True).choices
     assert choice.logprobs.content[0].top_logprobs == []
     chunks = streamed(client, "say:aé", logprobs=True, top_logprobs=1)
     content = [t for c in chunks for x in c.choices if x.logprobs for t in x.logprobs.content]
-    assert [(t.token, [top.token for top in t.top_logprobs]) for t in content] == [
-        ("a", ["a"]),
-        ("é", ["é"]),
-    ]
+    told = [(t.token, [top.token for top in t.top_logprobs]) for t in content]
+    assert told[:2] == [("a", ["a"]), ("é", ["é"])]
 
 
 def test_a_conversation_gets_to_the_template_with_its_roles(client, served):
@@ -175,8 +170,7 @@ def test_a_conversation_gets_to_the_template_with_its_roles(client, served):
             },
         ],
     )
-    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
-    assert prompt == "system: Be brief.\nuser: a\nassistant: b\nuser: cd\n"
+    assert served.prompt == "system: Be brief.\nuser: a\nassistant: b\nuser: cd\n"
 
 
 def test_an_answer_whose_beginning_comes_last_is_continued(client, served):
@@ -185,9 +179,7 @@ def test_an_answer_whose_beginning_comes_last_is_continued(client, served):
         {"role": "assistant", "content": "one"},
     ]
     client.chat.completions.create(model="scripted", messages=messages)
-    job = served.service.jobs[-1]
-    assert served.service.tokenizer.decode(job.prompt_ids) == "user: say:one two\none"
-    assert job.continues_prompt  # so that the next word keeps its space
+    assert served.prompt == "user: say:one two\none"
 
 
 def test_an_answer_can_be_sent_back_as_the_client_holds_it(client):
@@ -206,7 +198,7 @@ def test_a_wrong_field_is_an_error_of_openais(client, served):
         ask(client, "Hi", temperature=-1)
     assert (caught.value.param, caught.value.code) == ("temperature", "invalid_value")
     assert caught.value.type == "invalid_request_error"
-    assert served.service.jobs == []
+    assert served.requests == []
     assert served.reports == []
 
 
@@ -232,7 +224,7 @@ def test_a_prompt_that_is_too_long_has_openais_code(client, size):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_is_told_with_the_time_to_come_again(serve, stream):
-    served = serve(parallel=1, queue=0)
+    served = serve(parallel=1, waiting=0)
     with served.openai() as client, ask(client, "say:a{hang}", stream=True) as running:
         next(iter(running))
         with pytest.raises(openai.RateLimitError) as caught:
@@ -242,7 +234,7 @@ def test_a_full_queue_is_told_with_the_time_to_come_again(serve, stream):
 
 
 def test_all_answers_of_a_request_are_taken_or_none(serve):
-    served = serve(parallel=2, queue=1)
+    served = serve(parallel=2, waiting=1)
     with served.openai() as client, ask(client, "say:a{hang}", stream=True) as running:
         next(iter(running))
         with pytest.raises(openai.RateLimitError):
@@ -252,7 +244,7 @@ def test_all_answers_of_a_request_are_taken_or_none(serve):
 
 def test_more_answers_than_the_server_ever_takes_are_refused_with_the_most_that_it_does(serve):
     """It was told to come again later, for ever."""
-    served = serve(parallel=1, queue=2)
+    served = serve(parallel=1, waiting=2)
     with served.openai() as client:
         assert len(ask(client, "say:well", n=3).choices) == 3
         with pytest.raises(openai.BadRequestError, match="between 1 and 3, not 4") as caught:
@@ -286,7 +278,7 @@ def test_an_error_in_the_midst_of_a_stream_comes_as_an_event(client):
 
 
 def test_forty_at_once_of_which_a_third_leaves_get_what_each_gets_alone(serve):
-    served = serve(parallel=4, queue=40)
+    served = serve(parallel=4, waiting=40)
     results = {}
 
     def one(number):
@@ -303,16 +295,15 @@ def test_forty_at_once_of_which_a_third_leaves_get_what_each_gets_alone(serve):
     with ThreadPoolExecutor(40) as threads:
         list(threads.map(one, range(40)))
     assert results == {i: f"answer {i} of seed {i}" for i in range(40) if i % 3}
-    while served.service.stats().running:  # those whose clients left end by themselves
+    while served.model.stats.running:  # those whose clients left end by themselves
         time.sleep(0.01)
     assert served.reports == []
 
 
 def test_no_number_in_an_answer_is_beyond_json(served):
-    answer = exchange(served, request(CHAT, HI | {"logprobs": True, "top_logprobs": 3}))
-    assert b"Infinity" not in answer.body
-    token = answer.json["choices"][0]["logprobs"]["content"][0]
-    assert all(math.isfinite(top["logprob"]) for top in token["top_logprobs"])
+    body = {"messages": [{"role": "user", "content": "say:~"}], "logprobs": True}
+    token = exchange(served, request(CHAT, body)).json["choices"][0]["logprobs"]["content"][0]
+    assert (token["token"], token["logprob"]) == ("~", -9999.0)  # JSON has no infinity
 
 
 def test_a_field_without_an_effect_is_named_in_a_header_and_noted_once(lenient):
@@ -335,7 +326,7 @@ def test_compiled_forms_are_kept_up_to_a_size(served, monkeypatch):
     monkeypatch.setattr(forms, "checked", check)
     monkeypatch.setattr(constraint, "ConstraintCompiler", Mock())
     monkeypatch.setattr(forms, "_MAX_CACHED", 1000)
-    compile_form = forms_of(served.service)
+    compile_form = forms.FormCompiler(served.model.tokenizer, served.model.template).compile
     for size, count in [(100, 1), (100, 1), (300, 2), (100, 2), (2000, 3), (100, 3), (2000, 4)]:
         compile_form("start: " + "a" * size)
         assert len(checks) == count
@@ -346,8 +337,7 @@ def test_compiled_forms_are_kept_up_to_a_size(served, monkeypatch):
 
 def test_a_schema_that_takes_gigabytes_is_refused(serve):
     """It took the server's memory, until the system ended the server."""
-    compile_form = forms_of(serve().service, seconds=1)
-    served = serve(compile_form=compile_form)
+    served = serve(compile_form=None, form_seconds=1)
     form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
     refused = exchange(served, request(CHAT, HI | {"response_format": form}))
     assert (refused.status, refused.error["code"]) == (400, "invalid_schema")

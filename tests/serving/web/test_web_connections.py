@@ -8,7 +8,6 @@ from contextlib import suppress
 import psutil
 import pytest
 from form_bombs import bomb
-from mixchat.serving.requests.forms import forms_of
 from raw_http import exchange, read_response, request
 
 from mixchat.experts.workers.address import resolve
@@ -68,9 +67,9 @@ def test_a_client_that_leaves_ends_all_its_answers(served, options):
     count = options.get("n", 1)
     with served.connect() as connection:
         connection.sendall(asking("say:a{hang}", **options))
-        wait_for(lambda: served.service.stats().running == count)
-    wait_for(lambda: served.service.stats().cancelled == count)
-    assert served.service.stats().running == 0
+        wait_for(lambda: served.model.stats.running == count)
+    wait_for(lambda: served.model.stats.cancelled == count)
+    assert served.model.stats.running == 0
     assert served.reports == []
 
 
@@ -118,11 +117,11 @@ def test_a_client_that_leaves_while_it_waits_for_its_turn_is_forgotten(serve):
     served = serve(parallel=1)
     with served.connect() as first:
         first.sendall(asking("say:a{hang}"))
-        wait_for(lambda: served.service.stats().running)
+        wait_for(lambda: served.model.stats.running)
         with served.connect() as second:
             second.sendall(asking("say:b{hang}"))
-            wait_for(lambda: served.service.stats().running == 2)
-    wait_for(lambda: served.service.stats().cancelled == 2)
+            wait_for(lambda: served.model.stats.waiting == 1)
+    wait_for(lambda: served.model.stats.cancelled == 2)
 
 
 def test_the_reading_of_a_prompt_is_told_in_comments(served):
@@ -155,7 +154,7 @@ def test_a_client_that_takes_nothing_holds_nobody_up_and_is_cut_off(with_impatie
             given = {"stream": True, "logprobs": True, "top_logprobs": 3, "n": 16, "max_tokens": 0}
             slow.sendall(asking("say:" + "a" * 900, **given))
             # On a slow machine the client is cut off before the last answers have ended.
-            wait_for(lambda: sum(ended(served.service.stats())) == 16)
+            wait_for(lambda: sum(ended(served.model.stats)) == 16)
             assert exchange(served, request("/health")).status == 200
             wait_for(lambda: served.server.connections == 0)
         assert served.reports == []
@@ -306,7 +305,7 @@ def test_connections_send_at_once():
 
 def test_a_client_that_leaves_ends_the_check_of_its_schema(serve):
     """It went on with a core and gigabytes."""
-    served = serve(compile_form=forms_of(serve().service, seconds=60))
+    served = serve(compile_form=None, form_seconds=60)
     form = {"type": "json_schema", "json_schema": {"schema": bomb()}}
     before = children()
     with served.connect() as connection:

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 from raw_http import Response, exchange, request
+from scripted_model import take_any_form
 
 from mixchat.base.errors import UsageError
+from mixchat.face.request import FormError
 from mixchat.text.form.output_constraint import checked_schema
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -15,7 +17,7 @@ CLOSED = {**SCHEMA, "additionalProperties": False}
 class Compiler:
     """Records the schemas that it can compile. With an error it can compile none."""
 
-    def __init__(self, error: UsageError | None = None) -> None:
+    def __init__(self, error: FormError | None = None) -> None:
         self.error = error
         self.asked: list[Any] = []
         self.compiled: list[Any] = []
@@ -24,9 +26,12 @@ class Compiler:
         self.asked.append(form)
         if self.error is not None:
             raise self.error
-        checked_schema(form)
+        try:
+            checked_schema(form)
+        except UsageError as error:
+            raise FormError(str(error), hint=error.hint) from None
         self.compiled.append(form)
-        return lambda *arguments, **options: None
+        return take_any_form(form)
 
 
 def ask(serve, compiler: Compiler, schema: Any) -> Response:
@@ -65,7 +70,7 @@ def test_a_schema_that_would_end_the_process_is_refused(serve):
 
 
 def test_a_schema_that_exceeds_a_limit_is_compiled_once(serve):
-    compiler = Compiler(UsageError("the schema takes too long", hint="Use fewer patterns."))
+    compiler = Compiler(FormError("the schema takes too long", hint="Use fewer patterns."))
     assert ask(serve, compiler, SCHEMA).status == 400
     assert compiler.asked == [CLOSED]
 

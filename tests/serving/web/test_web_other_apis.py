@@ -13,10 +13,9 @@ import anthropic
 import ollama
 import openai
 import pytest
-from mixchat.serving.requests.options import Defaults
 from raw_http import exchange, request
+from scripted_model import take_any_form
 
-from mixchat.base.options import SamplingOptions
 from mixchat.serving.web.access import Access
 from mixchat.text.thinking import ThinkingFormat
 
@@ -30,10 +29,9 @@ THOUGHT = "<think>Hm.</think>Well."
 @pytest.fixture
 def served(serve):
     served = serve(
-        defaults=Defaults(SamplingOptions(), strict=False),
-        compile_form=lambda form, at_end=None: lambda *a, **k: None,
+        strict=False,
     )
-    served.service.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
+    served.model.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
     return served
 
 
@@ -178,9 +176,8 @@ def test_an_answer_its_thinking_its_end_and_its_counts(client, served, stream):
         question(THOUGHT), stream=stream, system="Be brief."
     )
     assert (text, thinking, call, end) == ("Well.", "Hm.", None, client.ends["stop"])
-    assert counts == (True, len(THOUGHT))
-    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
-    assert prompt.startswith("system: Be brief.\nuser: say:")
+    assert counts == (True, len(THOUGHT) + 1)
+    assert served.prompt.startswith("system: Be brief.\nuser: say:")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -197,7 +194,7 @@ def test_a_call_and_its_result_lead_to_an_answer(client, served, stream):
     messages = client.with_result(messages, "rain say:It rains.")
     text, _, call, end, _ = client.ask(messages, stream=stream, tools=[client.tool])
     assert (text, call, end) == ("It rains.", None, client.ends["stop"])
-    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
+    prompt = served.prompt
     assert "tool: rain say:It rains." in prompt
     assert 'assistant: Let me see. weather {"city": "Oslo"}' in prompt
 
@@ -229,8 +226,7 @@ def test_an_instruction_after_a_question_belongs_to_it(served):
     body = {"max_tokens": 9, "messages": messages, "system": "S"}
     answer = exchange(served, request("/v1/messages", body)).json["content"]
     assert answer == [{"type": "text", "text": "yes"}]
-    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
-    assert prompt == "system: S\nuser: say:no\n\nsay:yes\n"
+    assert served.prompt == "system: S\nuser: say:no\n\nsay:yes\n"
 
 
 def test_anthropic_counts_the_tokens_of_a_request(served):
@@ -247,7 +243,7 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
         ("/v1/messages", {"max_tokens": 1, "model": "b", "messages": question("a")}, 404, "'b'"),
         ("/v1/responses", {"input": "a", "previous_response_id": "r"}, 400, "not stored"),
         ("/v1/responses", {"input": [{"type": "image_generation_call"}]}, 400, "input[0].type"),
-        ("/v1/responses", {"input": [{"role": "user", "content": [1]}]}, 400, "no text"),
+        ("/v1/responses", {"input": [{"role": "user", "content": [1]}]}, 400, "content[0]"),
         ("/v1/responses", {}, 400, "input"),
         ("/api/chat", {"messages": [{"role": "user", "images": ["x"]}]}, 400, "text alone"),
         ("/api/chat", {"messages": question("a"), "format": "yaml"}, 400, "format"),
@@ -268,7 +264,7 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
             "/v1/responses",
             {"input": [{"type": "function_call", "call_id": 1, "name": "w", "arguments": "{}"}]},
             400,
-            "tool_calls[0].id",
+            "input[0].call_id",
         ),
         ("/api/chat", {"messages": question("a"), "format": 5}, 400, "format has to be"),
         ("/api/chat", {"messages": question("a"), "options": [1]}, 400, "options"),
@@ -309,7 +305,7 @@ def test_ollama_generates_from_a_prompt_chats_or_raw_text(served, stream):
         for raw, prompt in [(False, "system: S\nuser: say:hi\n"), (True, "say:hi")]:
             parts = client.api.generate("scripted", "say:hi", system="S", raw=raw, stream=stream)
             assert "".join(part.response for part in (parts if stream else [parts])) == "hi"
-            assert served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids) == prompt
+            assert served.prompt == prompt
 
 
 def test_ollama_lists_and_shows_models(served):
@@ -320,7 +316,7 @@ def test_ollama_lists_and_shows_models(served):
         assert None not in (model.modified_at, model.size)
         assert [model.model for model in client.api.ps().models] == ["scripted:latest"]
         for thinking, more in ((None, []), (ThinkingFormat("tags"), ["thinking"])):
-            served.service.template.thinking = thinking
+            served.model.template.thinking = thinking
             capabilities = client.api.show("scripted:latest").capabilities
             assert capabilities == ["completion", "tools", *more]
         assert client.api.ps().models[0].expires_at.year > 2200  # it stays loaded
@@ -351,7 +347,7 @@ def test_an_agent_that_looks_at_an_image_continues_without_it(served, path):
         said = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
         body = {"max_tokens": 9, "messages": [*question("no"), *said, *question("yes")]}
     assert exchange(served, request(path, body)).status == 200
-    prompt = served.service.tokenizer.decode(served.service.jobs[-1].prompt_ids)
+    prompt = served.prompt
     assert "tool: [an image, which this model cannot see]\n" in prompt
 
 
@@ -374,7 +370,7 @@ def test_at_most_two_forms_are_checked_at_once(serve, path, body):
         most.append(len(running))
         two.wait(60)
         running.remove(threading.get_ident())
-        return lambda *a, **k: None
+        return take_any_form(form)
 
     served = serve(compile_form=compile_form)
     with ThreadPoolExecutor(6) as pool:

@@ -315,13 +315,13 @@ def test_the_system_prompt_goes_before_the_question(page, served):
     page.press("Escape")
     page.wait(f"{ACTIVE} === 'system-button'")
     ask(page, "say:well")
-    prompt = served.service.tokenizer.decode(served.service.jobs[0].prompt_ids)
+    prompt = served.model.tokenizer.decode(served.requests[0].ids)
     assert prompt.startswith("system: Be brief.\nuser: say:well")
 
 
 def test_an_answer_that_is_only_thinking_is_shown_folded_and_kept(page, served):
     """It was taken away, and the question stood in its field again."""
-    served.service.template.thinking = ThinkingFormat("tags", ())
+    served.model.template.thinking = ThinkingFormat("tags", ())
     ask(page, "say:<think>Hm, hm.</think>")
     assert page.text("summary") == "Thought, 2 words"
     assert not page.run("document.querySelector('.thought').checkVisibility()")

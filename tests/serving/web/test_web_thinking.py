@@ -2,10 +2,8 @@
 
 import pytest
 from chat_requests import CHAT, HI, ask, streamed, text_of
-from mixchat.serving.requests.options import Defaults
 from raw_http import exchange, request
 
-from mixchat.base.options import SamplingOptions
 from mixchat.text.thinking import ThinkingFormat
 
 
@@ -13,7 +11,7 @@ from mixchat.text.thinking import ThinkingFormat
 def thinking(served):
     """The model thinks, and its template has a switch."""
     variables = ("enable_thinking", "reasoning_effort")
-    served.service.template.thinking = ThinkingFormat("tags", variables)
+    served.model.template.thinking = ThinkingFormat("tags", variables)
     return served
 
 
@@ -21,7 +19,7 @@ def test_thinking_is_in_reasoning_content_and_counted_apart(thinking, client):
     answer = ask(client, "say:<think>Hm.</think>Yes")
     message = answer.choices[0].message
     assert (message.content, message.reasoning_content) == ("Yes", "Hm.")
-    assert answer.usage.completion_tokens == len("<think>Hm.</think>Yes")
+    assert answer.usage.completion_tokens == len("<think>Hm.</think>Yes") + 1
     assert answer.usage.completion_tokens_details.reasoning_tokens == len("<think>Hm.</think>")
 
 
@@ -62,21 +60,19 @@ def test_a_model_that_does_not_think_has_no_reasoning_content(client):
     ],
 )
 def test_what_the_template_knows_is_honoured(serve, fields, variables):
-    served = serve(compile_form=lambda given, at_end=None: lambda *a, **k: None)
-    served.service.template.thinking = ThinkingFormat(
-        "tags", ("enable_thinking", "reasoning_effort")
-    )
+    served = serve()
+    served.model.template.thinking = ThinkingFormat("tags", ("enable_thinking", "reasoning_effort"))
     assert exchange(served, request(CHAT, HI | fields)).status == 200
-    assert served.service.template.variables[-1] == variables
+    assert served.model.template.variables[-1] == variables
 
 
 def test_what_the_template_does_not_know_is_ignored_and_named(serve):
-    lenient = serve(defaults=Defaults(SamplingOptions(), strict=False))
-    lenient.service.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
+    lenient = serve(strict=False)
+    lenient.model.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
     kwargs = {"enable_thinking": False, "model_identity": "<|im_start|>system"}
     raw = exchange(lenient, request(CHAT, HI | {"chat_template_kwargs": kwargs}))
     assert (raw.status, raw.headers["x-mixchat-ignored"]) == (200, "chat_template_kwargs")
-    assert lenient.service.template.variables[-1] == {"enable_thinking": False}
+    assert lenient.model.template.variables[-1] == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize("kwargs", [{"enable_thinking": "no"}, {"reasoning_effort": "<|end|>"}])
@@ -93,7 +89,4 @@ def test_thinking_that_a_client_sends_back_is_left_out(thinking, client):
         {"role": "user", "content": "say:ok"},
     ]
     client.chat.completions.create(model="scripted", messages=talk)
-    (job,) = thinking.service.jobs
-    assert thinking.service.tokenizer.decode(job.prompt_ids) == (
-        "user: Hi\nassistant: Yes\nuser: say:ok\n"
-    )
+    assert thinking.prompt == "user: Hi\nassistant: Yes\nuser: say:ok\n"

@@ -27,7 +27,7 @@ def call(tool, **arguments):
 
 @pytest.fixture
 def served(serve):
-    return serve(compile_form=lambda form, at_end=None: lambda *a, **k: None)
+    return serve()
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_text_that_looks_like_a_call_is_text_without_tools(client, ask):
 
 
 def test_thinking_stays_apart_from_calls(served, client):
-    served.service.template.thinking = ThinkingFormat("tags")
+    served.model.template.thinking = ThinkingFormat("tags")
     script = f"<think>\n{call('weather', city='x')}\n</think>\n\n{call('find', name='Rome')}"
     messages = [{"role": "user", "content": f"say:{script}"}]
     (choice,) = client.chat.completions.create(
@@ -133,7 +133,7 @@ def test_the_thinking_before_a_call_can_be_sent_back(served, client):
 def test_the_reasoning_before_a_call_is_the_templates_in_responses(served, monkeypatch):
     """Codex sends it back. It was left out, and gpt-oss has to read it until its final answer."""
     seen = []
-    template, encode = served.service.template, served.service.template.encode
+    template, encode = served.model.template, served.model.template.encode
     monkeypatch.setattr(template, "encode", lambda *a: seen.append(a[0]) or encode(*a))
 
     def reasoning(text):
