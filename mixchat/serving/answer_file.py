@@ -98,23 +98,45 @@ def _opened(
 
 
 class Answers:
-    """Answers on standard output, and the numbers of the lines that have one.
+    """Standard output, or the file of `--resume-from`, to which answers are added.
 
-    `last` is the largest number. `failed` has the lines whose last answer is an error.
+    A line that failed is answered again, unless `keep_failed` is set. A line that was cut off is
+    removed. Raises `UsageError` if the file holds anything else.
+
+    last: the largest number of a line that has an answer. failed: the lines whose last answer is an
+    error.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, path: Path | None = None, descriptor: int = -1, *, keep_failed: bool = False
+    ) -> None:
         self.last = self.count = 0
         self.failed: set[int] = set()
+        self._path, self._descriptor = path, descriptor
+        if path is not None:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                size = self._read(file, path)
+            os.ftruncate(descriptor, size)
+            os.lseek(descriptor, size, os.SEEK_SET)
+        self._done = self.last
+        self._again = frozenset(() if keep_failed else self.failed)
 
     def want(self, number: int) -> bool:
-        return True
+        """Return whether a line has to be answered."""
+        return number > self._done or number in self._again
 
     def write(self, answer: dict[str, Any]) -> None:
-        self.note(answer)
-        show(json.dumps(answer))
+        """Add a line. Raises `ResourceError` if the disk is full."""
+        if self._path is None:
+            show(json.dumps(answer))
+        else:
+            try:
+                write_all(self._descriptor, json.dumps(answer).encode() + b"\n")
+            except OSError as error:
+                raise write_error(error, self._path, "the answers cannot be written") from None
+        self._note(answer)
 
-    def note(self, answer: dict[str, Any]) -> None:
+    def _note(self, answer: dict[str, Any]) -> None:
         """Note the answer of a line. Its last answer counts."""
         number = answer["line"]
         self.count += number > self.last
@@ -124,58 +146,27 @@ class Answers:
         else:
             self.failed.discard(number)
 
-
-class AnswerFile(Answers):
-    """The file of `--resume-from`, to which answers are added.
-
-    A line that failed is answered again, unless `keep_failed` is set. A line that was cut off is
-    removed. Raises `UsageError` if the file holds anything else.
-    """
-
-    def __init__(self, path: Path, descriptor: int, *, keep_failed: bool = False) -> None:
-        super().__init__()
-        self._path, self._descriptor = path, descriptor
-        with os.fdopen(os.dup(self._descriptor), "rb") as file:
-            whole = self._read(file)
-        os.ftruncate(self._descriptor, whole)
-        os.lseek(self._descriptor, whole, os.SEEK_SET)
-        self._before = self.last
-        self._again = frozenset(() if keep_failed else self.failed)
-
-    def want(self, number: int) -> bool:
-        return number > self._before or number in self._again
-
-    def write(self, answer: dict[str, Any]) -> None:
-        """Add a line. Raises `ResourceError` if the disk is full."""
-        try:
-            write_all(self._descriptor, json.dumps(answer).encode() + b"\n")
-        except OSError as error:
-            raise write_error(error, self._path, "the answers cannot be written") from None
-        self.note(answer)
-
-    def _read(self, file: BinaryIO) -> int:
+    def _read(self, file: BinaryIO, path: Path) -> int:
         """Note the answers. Return the bytes of the whole lines."""
         size = 0
         while line := file.readline(MAX_SIZE):
             cut_off = not line.endswith(b"\n") and len(line) < MAX_SIZE
             if cut_off and line[: len(_START)] == _START[: len(line)]:
                 break
-            self.note(self._checked(line))
+            try:
+                answer = json.loads(line)
+                number = answer["line"]
+                is_ours = type(number) is int and (number > self.last or number in self.failed)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                is_ours = False
+            if not is_ours:
+                raise UsageError(
+                    f"--resume-from {path}: it has a line that --jsonl has not written",
+                    hint="Name the file that --jsonl has written, or one that does not exist yet.",
+                )
+            self._note(answer)
             size += len(line)
         return size
-
-    def _checked(self, line: bytes) -> dict[str, Any]:
-        try:
-            answer: dict[str, Any] = json.loads(line)
-            number = answer["line"]
-            if type(number) is int and (number > self.last or number in self.failed):
-                return answer
-        except (ValueError, TypeError, KeyError, RecursionError):
-            pass
-        raise UsageError(
-            f"--resume-from {self._path}: it has a line that --jsonl has not written",
-            hint="Name the file that --jsonl has written, or one that does not exist yet.",
-        )
 
 
 @contextmanager
@@ -199,7 +190,7 @@ def open_answers(path: Path | None, *, keep_failed: bool = False) -> Iterator[An
                 f"--resume-from {path}: another mixchat is writing its answers there",
                 hint="Wait until it has finished, or stop it.",
             )
-        yield AnswerFile(path, descriptor, keep_failed=keep_failed)
+        yield Answers(path, descriptor, keep_failed=keep_failed)
 
 
 @contextmanager

@@ -174,9 +174,8 @@ class Calibrations:
 def warm_up() -> None:
     """Import what children need, and let them calibrate with few tokens."""
     rig.warm_up()
-    import mixchat.sessions.opening
-
     import mixchat.cli.download
+    import mixchat.face.load
     import mixchat.text.checkpoint_text  # noqa: F401
     from mixchat.loading import calibrate
 

@@ -97,8 +97,8 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
     def turn(question: str) -> Callable[[], object]:
         def work() -> None:
             from chat_doubles import make_session
-            from mixchat.sessions.open_chat import find_chat, new_saver
 
+            from mixchat.chat.terminal.open_chat import find_chat, new_saver
             from mixchat.cli.output.progress import TerminalReporter
 
             os.close(opened)

@@ -305,9 +305,8 @@ def warm_up() -> None:
 
 def demo() -> Path:
     """Build the demo model."""
-    from mixchat.sessions.opening import find_or_build
-
     from mixchat.cli.output.progress import TerminalReporter
+    from mixchat.face.load import find_or_build
 
     return find_or_build("demo", TerminalReporter())
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mixchat.serving.service import Done
-from mixchat.sessions.answer_lines import open_answers, write_answers
 
 from mixchat.base.errors import CheckpointError, PromptError, UsageError
+from mixchat.face.events import End, Failed
+from mixchat.serving.answer_file import open_answers, write_answers
 from mixchat.serving.requests.errors import RequestError
 from mixchat.serving.requests.lines import Line
 from tests.tiny_tokenizer import write_tokenizer
@@ -136,7 +136,7 @@ def test_a_fault_of_the_machine_is_no_answer_and_the_line_is_left_for_the_next_r
         for number, _ in lines:
             line = Line(number)
             fault = CheckpointError("experts-000.safetensors cannot be read")
-            line.end(Done("stop", 1, 0, 1) if number == 1 else fault)
+            line.take(End("stop") if number == 1 else Failed(fault))
             yield line
 
     out = tmp_path / "out"
@@ -154,7 +154,7 @@ def answer_with(out: Path, lines: int, errors: set[int], *, keep_failed: bool = 
         for number, _ in numbered:
             asked.append(number)
             line = Line(number)
-            line.end(RequestError("no") if number in errors else Done("stop", 1, 0, 1))
+            line.take(Failed(RequestError("no")) if number in errors else End("stop"))
             yield line
 
     with open_answers(out, keep_failed=keep_failed) as file:
@@ -182,7 +182,7 @@ def test_lines_that_failed_are_tried_again_and_their_last_answer_counts(tmp_path
 
 
 def test_an_answer_file_of_one_endless_line_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("mixchat.sessions.answer_lines.MAX_SIZE", 1000)
+    monkeypatch.setattr("mixchat.serving.answer_file.MAX_SIZE", 1000)
     out = tmp_path / "out"
     with open(out, "wb") as file:
         file.write(b'{"line": 1, "answer": "')

@@ -2,7 +2,7 @@
 
 - fields.py: JSON from bytes, and checked values from a JSON object
 - shared.py: what bodies of all APIs have, and the request that they become
-- tools.py: the tools that a body offers, calls and their results
+- tool_fields.py: the tools that a body offers, calls and their results
 - chat.py, completion.py: OpenAI's chats and completions
 - lines.py: a file of prompts, a JSON object a line
 - errors.py: errors in the form of OpenAI

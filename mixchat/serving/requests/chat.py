@@ -38,6 +38,7 @@ from pydantic import FailFast, Field, ValidationInfo, WrapValidator, field_valid
 
 from mixchat.face.numbers import SAMPLING, NumberParameter
 from mixchat.face.request import Form, Request
+from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import field_error, value_error
 from mixchat.serving.requests.fields import (
     RequestObject,
@@ -48,30 +49,7 @@ from mixchat.serving.requests.fields import (
     validated,
     wrong,
 )
-from mixchat.serving.requests.shared import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    APIRequest,
-    Grammar,
-    Length,
-    SamplingFields,
-    Schema,
-    Stops,
-    api_request,
-    check_model,
-    max_answers,
-    sampling_of,
-    thinking_variables,
-)
-from mixchat.serving.requests.tools import (
-    MAX_CALLS,
-    FunctionFields,
-    ToolName,
-    check_results,
-    checked_call,
-    offered,
-    tool_offer,
-)
+from mixchat.serving.requests.shared import APIRequest
 from mixchat.text.messages import Message
 from mixchat.text.thinking import EFFORT, EFFORTS, SWITCHES, ThinkingFormat
 
@@ -110,7 +88,7 @@ _Media: TypeAlias = Annotated[Any, only(([],), "unsupported_parameter", _TEXT_ON
 class _JSONSchema(RequestObject):
     ignored = ("name", "description")
     strict: bool = False  # every schema is followed to the letter
-    schema_: Annotated[Schema, Field(alias="schema")]
+    schema_: Annotated[shared.Schema, Field(alias="schema")]
 
 
 class _ResponseFormat(RequestObject):
@@ -133,7 +111,7 @@ class _StreamOptions(RequestObject):
     include_usage: bool = False
 
 
-class OpenAIFields(SamplingFields):
+class OpenAIFields(shared.SamplingFields):
     """The fields that OpenAI's chats and completions share."""
 
     ignored: ClassVar[tuple[str, ...]] = (
@@ -143,14 +121,14 @@ class OpenAIFields(SamplingFields):
         bool, only((False,), "unsupported_value", "has to be false: answers are not stored")
     ] = False
     logit_bias: dict[str, Any] = Field({})
-    max_tokens: Length = None
-    max_completion_tokens: Length = None
-    stop: Stops = Field([])
+    max_tokens: shared.Length = None
+    max_completion_tokens: shared.Length = None
+    stop: shared.Stops = Field([])
     n: int = 1
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
     response_format: _ResponseFormat | None = None
-    grammar: Grammar = ""
+    grammar: shared.Grammar = ""
 
     @field_validator("grammar")
     @classmethod
@@ -184,7 +162,7 @@ def read_openai(
 
     Raises `RequestError` for the first wrong field.
     """
-    check_model(body.get("model"), model.name)
+    shared.check_model(body.get("model"), model.name)
     ignored: tuple[str, ...] = ()
     if not strict:
         ignored = tuple(
@@ -197,10 +175,10 @@ def read_openai(
                 raise field_error(_PENALTY, "and repeat_penalty differ: give one of them")
             body["repeat_penalty"] = penalty
     fields = validated(fields_type, body)
-    limit = max_answers(model)
+    limit = shared.max_answers(model)
     if not 1 <= fields.n <= limit:
         raise value_error("n", f"between 1 and {limit}", fields.n)
-    sampling = sampling_of(model, fields, fields.logit_bias)
+    sampling = shared.sampling_of(model, fields, fields.logit_bias)
     return fields, sampling, ignored
 
 
@@ -220,7 +198,7 @@ def _text(content: Any, parts_of: Callable[[Any], list[_Part]], info: Validation
 
 
 class _CalledFunction(RequestObject):
-    name: ToolName
+    name: tool_fields.ToolName
     arguments: str
 
 
@@ -235,27 +213,21 @@ class _ChatMessage(RequestObject):
     ignored = ("name", "reasoning")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     reasoning_content: Any = None
-    tool_calls: Annotated[list[_Call], FailFast(), max_items(MAX_CALLS)] = Field([])
+    tool_calls: Annotated[list[_Call], FailFast()] = Field([])
     tool_call_id: str = ""
     function_call: _FunctionCall = None
     audio: _Media = None
     refusal: _Media = None
     annotations: _Media = None
     # A string in the end, by `_text`.
-    content: Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), WrapValidator(_text)] = Field(
-        None, validate_default=True
-    )
+    content: Annotated[
+        list[_Part], FailFast(), max_items(shared.MAX_PARTS), WrapValidator(_text)
+    ] = Field(None, validate_default=True)
 
     def message(self, path: str) -> Message:
-        """Return the message. Raises `RequestError` for fields of another role."""
-        reason = "belongs to the role {} alone"
-        if self.tool_calls and self.role != "assistant":
-            reason = reason.format("assistant")
-            raise field_error(f"{path}.tool_calls", reason, "unknown_parameter")
-        if self.tool_call_id and self.role != "tool":
-            raise field_error(f"{path}.tool_call_id", reason.format("tool"), "unknown_parameter")
+        """Return the message. Raises `RequestError` for the arguments of a call."""
         calls = tuple(
-            checked_call(
+            tool_fields.checked_call(
                 call.id,
                 call.function.name,
                 call.function.arguments,
@@ -284,7 +256,7 @@ class _FunctionChoice(RequestObject):
 
 class _ChatFields(OpenAIFields):
     functions: Any = None
-    tools: FunctionFields = Field([])
+    tools: tool_fields.FunctionFields = Field([])
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     logprobs: bool = False
@@ -294,7 +266,7 @@ class _ChatFields(OpenAIFields):
     web_search_options: _Media = None
     modalities: Annotated[Any, only((["text"],), "invalid_value", 'has to be ["text"]')] = None
     reasoning_effort: Annotated[Any, only(("none",), "invalid_value", _NO_EFFORT)] = None
-    messages: Annotated[list[_ChatMessage], FailFast(), max_items(MAX_MESSAGES)] = Field([])
+    messages: Annotated[list[_ChatMessage], FailFast(), max_items(shared.MAX_MESSAGES)] = Field([])
 
 
 def read_chat(
@@ -314,15 +286,17 @@ def read_chat(
     messages, paths = list[Message](), list[str]()
     for i, field in enumerate(fields.messages):
         messages.append(field.message(f"messages[{i}]"))
-        name = "tool_call_id" if field.role == "tool" else "tool_calls"
-        paths.append(f"messages[{i}].{name}")
-    check_results(messages, paths)
+        has_id = field.role == "tool" or field.tool_call_id
+        paths.append(f"messages[{i}].{'tool_call_id' if has_id else 'tool_calls'}")
+    tool_fields.check_results(messages, paths)
     choice, function = fields.tool_choice, None
     if isinstance(choice, dict):
         function = validated(_FunctionChoice, choice, "tool_choice").function.name
     elif choice not in ("none", "auto", "required"):
         raise value_error("tool_choice", _CHOICE, choice)
-    offer = tool_offer(offered(fields.tools), choice, function, parallel=fields.parallel_tool_calls)
+    offer = tool_fields.tool_offer(
+        tool_fields.offered(fields.tools), choice, function, parallel=fields.parallel_tool_calls
+    )
     if offer is not None and fields.grammar:
         raise field_error("grammar", "and tools exclude each other")
     request = Request(
@@ -335,7 +309,7 @@ def read_chat(
         form=fields.form(),
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
     )
-    return api_request(
+    return shared.api_request(
         model,
         [request],
         at_end,
@@ -357,7 +331,7 @@ def _take_thinking(
     if format is None:
         return body, {}
     think, kwargs = body.get("think"), body.get(_KWARGS)
-    variables, used = thinking_variables(
+    variables, used = shared.thinking_variables(
         format, think if isinstance(think, bool) else None, body.get(EFFORT)
     )
     names = {"think": "think", "effort": EFFORT}

@@ -26,35 +26,10 @@ from pydantic import BeforeValidator, FailFast, Field
 
 from mixchat.face.events import End
 from mixchat.face.request import Request
+from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error
 from mixchat.serving.requests.fields import RequestObject, max_items, read_known, validated
-from mixchat.serving.requests.shared import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    APIRequest,
-    Length,
-    Schema,
-    Stops,
-    Temperature,
-    TopK,
-    TopP,
-    api_request,
-    check_model,
-    check_unused,
-    sampling_of,
-    thinking_variables,
-)
-from mixchat.serving.requests.tools import (
-    MAX_CALLS,
-    MAX_TOOLS,
-    Choice,
-    Parameters,
-    ToolName,
-    check_results,
-    checked_name,
-    readable,
-    tool_offer,
-)
+from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import JSON, call_arguments, to_event
 from mixchat.text.messages import Message
@@ -65,7 +40,7 @@ if TYPE_CHECKING:
 
 PATH = "/v1/messages"
 _LABELS = ("metadata", "service_tier", "container", "inference_geo", "cache_control")
-_CHOICES: dict[str, Choice] = {"any": "required", "none": "none"}
+_CHOICES: dict[str, tool_fields.Choice] = {"any": "required", "none": "none"}
 _STOPS = {"tool_calls": "tool_use", "length": "max_tokens", "context": "max_tokens"}
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
@@ -89,7 +64,9 @@ def _as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-_Blocks = Annotated[list[_Block], FailFast(), max_items(MAX_PARTS), BeforeValidator(_as_blocks)]
+_Blocks = Annotated[
+    list[_Block], FailFast(), max_items(shared.MAX_PARTS), BeforeValidator(_as_blocks)
+]
 
 
 class _Message(RequestObject):
@@ -104,9 +81,9 @@ class _Result(RequestObject):
 class _Tool(RequestObject):
     ignored = ("cache_control", "eager_input_streaming", "defer_loading", "allowed_callers")
     type: Literal["custom"] = "custom"
-    name: ToolName
+    name: tool_fields.ToolName
     description: str | None = None
-    input_schema: Parameters
+    input_schema: tool_fields.Parameters
     strict: bool = False
 
 
@@ -123,7 +100,7 @@ class _Thinking(RequestObject):
 
 class _Format(RequestObject):
     type: Literal["json_schema"]
-    schema_: Annotated[Schema, Field(alias="schema")]
+    schema_: Annotated[shared.Schema, Field(alias="schema")]
 
 
 class _OutputConfig(RequestObject):
@@ -133,15 +110,15 @@ class _OutputConfig(RequestObject):
 
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = ("model", *_LABELS)
-    max_tokens: Length = None
-    messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)]
+    max_tokens: shared.Length = None
+    messages: Annotated[list[_Message], FailFast(), max_items(shared.MAX_MESSAGES)]
     system: _Blocks = Field([])
-    temperature: Temperature = None
-    top_p: TopP = None
-    top_k: TopK = None
-    stop_sequences: Stops = Field([])
+    temperature: shared.Temperature = None
+    top_p: shared.TopP = None
+    top_k: shared.TopK = None
+    stop_sequences: shared.Stops = Field([])
     stream: bool = False
-    tools: Annotated[list[_Tool], FailFast(), max_items(MAX_TOOLS)] = Field([])
+    tools: Annotated[list[_Tool], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])
     tool_choice: _Choice = _Choice(type="auto")
     thinking: _Thinking | None = None
     output_config: _OutputConfig = _OutputConfig()
@@ -160,7 +137,7 @@ def read_counted(
     body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
 ) -> APIRequest:
     """Return the request of a body whose tokens are counted, which needs no `max_tokens`."""
-    check_model(body.get("model"), model.name)
+    shared.check_model(body.get("model"), model.name)
     fields, unused = read_known(_Fields, body)
     messages = _messages(fields)
     if not messages:
@@ -173,13 +150,13 @@ def read_counted(
         effort = "none"
     elif fields.thinking is not None:
         thinks = True
-    variables, used = thinking_variables(model.template.thinking, thinks, effort)
+    variables, used = shared.thinking_variables(model.template.thinking, thinks, effort)
     if thinks and "think" not in used:
         unused.append("thinking")
     if effort not in (None, "none") and "effort" not in used:
         unused.append("output_config.effort")
     choice = fields.tool_choice
-    offer = tool_offer(
+    offer = tool_fields.tool_offer(
         [Tool(t.name, t.description, t.input_schema, t.strict) for t in fields.tools],
         _CHOICES.get(choice.type, "auto"),
         choice.name if choice.type == "tool" else None,
@@ -189,20 +166,20 @@ def read_counted(
     )
     request = Request(
         messages,
-        sampling=sampling_of(model, fields),
+        sampling=shared.sampling_of(model, fields),
         max_tokens=fields.max_tokens,
         stop=tuple(filter(None, fields.stop_sequences)),
         variables=variables,
         tools=offer,
         form=None if config.format is None else config.format.schema_,
     )
-    return api_request(
+    return shared.api_request(
         model,
         [request],
         at_end,
         form_field="output_config.format",
         stream=fields.stream,
-        ignored=check_unused(unused, strict),
+        ignored=shared.check_unused(unused, strict),
     )
 
 
@@ -223,7 +200,7 @@ def _messages(fields: _Fields) -> list[Message]:
                 messages.append(message)
                 paths.append(path)
                 texts.append([message.content])
-    check_results(messages, paths)
+    tool_fields.check_results(messages, paths)
     return [
         replace(message, content="\n\n".join(parts))
         for message, parts in zip(messages, texts, strict=True)
@@ -235,17 +212,13 @@ def _parts(field: _Message, path: str) -> Iterator[tuple[Message, str]]:
     calls = list[ToolCall]()
     for number, block in enumerate(field.content):
         if block.type == "tool_result":
-            content = {"content": readable(block.content)}
+            content = {"content": tool_fields.readable(block.content)}
             result = validated(_Result, content, f"{path}[{number}]")
             message = Message("tool", _text(result.content), call_id=block.tool_use_id)
             yield message, f"{path}[{number}].tool_use_id"
         elif block.type == "tool_use":
-            name = checked_name(block.name, f"{path}[{number}].name")
+            name = tool_fields.checked_name(block.name, f"{path}[{number}].name")
             calls.append(ToolCall(block.id, name, json.dumps(block.input)))
-    if len(calls) > MAX_CALLS:
-        raise field_error(path, f"has {len(calls)} calls; at most {MAX_CALLS} are taken")
-    if calls and field.role != "assistant":
-        raise field_error(path, "has a tool_use, which belongs to the role assistant alone")
     texts = [block for block in field.content if block.type == "text"]
     if calls or texts:
         thinking = "".join(block.thinking for block in field.content) if calls else ""

@@ -29,31 +29,10 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 from mixchat.base.model_config import Context
 from mixchat.face.events import End, Piece
 from mixchat.face.request import FormError, Request
+from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
 from mixchat.serving.requests.fields import RequestObject, max_items, only, read_known
-from mixchat.serving.requests.shared import (
-    LATEST,
-    MAX_MESSAGES,
-    APIRequest,
-    Length,
-    SamplingFields,
-    Stops,
-    api_request,
-    check_model,
-    check_unused,
-    form_error,
-    sampling_of,
-    small_form,
-    thinking_variables,
-)
-from mixchat.serving.requests.tools import (
-    MAX_CALLS,
-    FunctionFields,
-    ToolName,
-    check_results,
-    offered,
-    tool_offer,
-)
+from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
 from mixchat.text.form.schema import closed
 from mixchat.text.messages import Message
@@ -74,7 +53,7 @@ _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the mode
 
 class _Function(RequestObject):
     ignored = ("index", "description")
-    name: ToolName
+    name: tool_fields.ToolName
     arguments: dict[str, Any] = Field({})
 
 
@@ -89,7 +68,7 @@ class _Message(RequestObject):
     content: str = ""
     thinking: str = ""
     images: Annotated[Any, _NO_IMAGES] = None
-    tool_calls: Annotated[list[_Call], FailFast(), max_items(MAX_CALLS)] = Field([])
+    tool_calls: Annotated[list[_Call], FailFast()] = Field([])
     tool_name: str = ""
     tool_call_id: str = ""
 
@@ -99,20 +78,20 @@ def _at_least_0(length: Any) -> Any:
     return 0 if type(length) is int and length < 0 else length
 
 
-class _Options(SamplingFields):
-    stop: Stops = Field([])
-    num_predict: Annotated[Length, BeforeValidator(_at_least_0)] = None
+class _Options(shared.SamplingFields):
+    stop: shared.Stops = Field([])
+    num_predict: Annotated[shared.Length, BeforeValidator(_at_least_0)] = None
 
 
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = ("model", "logprobs", "top_logprobs")
-    messages: Annotated[list[_Message], FailFast(), max_items(MAX_MESSAGES)] = Field([])
+    messages: Annotated[list[_Message], FailFast(), max_items(shared.MAX_MESSAGES)] = Field([])
     prompt: str = ""
     system: str = ""
     raw: bool = False
-    format: Annotated[Any, AfterValidator(small_form)] = ""
+    format: Annotated[Any, AfterValidator(shared.small_form)] = ""
     options: dict[str, Any] = Field({})
-    tools: FunctionFields = Field([])
+    tools: tool_fields.FunctionFields = Field([])
     think: bool | str | None = None
     stream: bool = True
     images: Annotated[Any, _NO_IMAGES] = None
@@ -126,7 +105,7 @@ def read_ollama_chat(
     fields, unused = read_known(_Fields, body)
     if not fields.messages:
         raise field_error("messages", "is missing or empty", "missing_required_parameter")
-    check_model(body.get("model"), model.name)
+    shared.check_model(body.get("model"), model.name)
     return _request(fields, Request(_messages(fields.messages)), unused, model, strict, at_end)
 
 
@@ -135,7 +114,7 @@ def read_generate(
 ) -> APIRequest:
     """Return the request of a body of /api/generate. Raises as `read_chat` does."""
     fields, unused = read_known(_Fields, body)
-    check_model(body.get("model"), model.name)
+    shared.check_model(body.get("model"), model.name)
     if fields.raw:
         request = Request(prompt=fields.prompt)
     else:
@@ -156,7 +135,7 @@ def _request(
     options, unknown = read_known(_Options, fields.options, "options")
     think = fields.think if isinstance(fields.think, bool) else None
     effort = fields.think if isinstance(fields.think, str) else None
-    variables, used = thinking_variables(model.template.thinking, think, effort)
+    variables, used = shared.thinking_variables(model.template.thinking, think, effort)
     has_effect = bool(used) or fields.think in (None, False, "none")
     unused = [*unused, *unknown, *([] if has_effect else ["think"])]
     form: dict[str, Any] | None = None
@@ -168,20 +147,20 @@ def _request(
         raise field_error("format", 'has to be "json" or a JSON schema', "invalid_value")
     request = replace(
         request,
-        sampling=sampling_of(model, options),
+        sampling=shared.sampling_of(model, options),
         max_tokens=options.num_predict,
         stop=tuple(filter(None, options.stop)),
         variables=variables,
-        tools=tool_offer(offered(fields.tools)),
+        tools=tool_fields.tool_offer(tool_fields.offered(fields.tools)),
         form=form,
     )
-    return api_request(
+    return shared.api_request(
         model,
         [request],
         at_end,
         form_field="format",
         stream=fields.stream,
-        ignored=check_unused(unused, strict),
+        ignored=shared.check_unused(unused, strict),
     )
 
 
@@ -193,7 +172,7 @@ def _closed(schema: dict[str, Any], model: Model, at_end: ExitStack | None) -> d
             model.forms.compile(closed_schema, at_end)  # in a sandbox, as a client wrote it
     except FormError as error:
         if error.hint is not None:  # it exceeds a limit
-            raise form_error(error, "format") from None
+            raise shared.form_error(error, "format") from None
         return schema
     return closed_schema
 
@@ -207,9 +186,6 @@ def _messages(fields: Sequence[_Message]) -> list[Message]:
     waiting: list[ToolCall] = []  # without a result yet
     for number, field in enumerate(fields):
         path, call_id = f"messages[{number}]", ""
-        if field.tool_calls and field.role != "assistant":
-            reason = "belongs to the role assistant alone"
-            raise field_error(f"{path}.tool_calls", reason, "unknown_parameter")
         calls = tuple(
             ToolCall(
                 call.id or f"call_{number}_{i}",
@@ -231,7 +207,7 @@ def _messages(fields: Sequence[_Message]) -> list[Message]:
             Message(field.role, field.content, thinking=thinking, calls=calls, call_id=call_id)
         )
         paths.append(path)
-    check_results(messages, paths)
+    tool_fields.check_results(messages, paths)
     return messages
 
 
@@ -340,7 +316,7 @@ def loaded_list(
 
 def named(body: dict[str, Any], names: Container[str]) -> str:
     """Return the model that a body names. Raises `RequestError` for an unknown model."""
-    name = str(body.get("model") or body.get("name") or "").removesuffix(LATEST)
+    name = str(body.get("model") or body.get("name") or "").removesuffix(shared.LATEST)
     if name not in names:
         raise RequestError(f"there is no model {name!a:.80} here", status=404)
     return name
@@ -362,7 +338,7 @@ def _head(name: str) -> JSON:
 
 def _model(name: str, facts: ModelFacts | None) -> JSON:
     """Return a model's entry. Some clients refuse one without size, digest or details."""
-    tagged = name if ":" in name else f"{name}{LATEST}"  # Open WebUI asks for no other name
+    tagged = name if ":" in name else f"{name}{shared.LATEST}"  # Open WebUI asks for no other name
     model: JSON = {"name": tagged, "model": tagged}
     if facts is None:  # the model's files are damaged or gone
         digest = hashlib.sha256(name.encode()).hexdigest()

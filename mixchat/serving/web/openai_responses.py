@@ -27,33 +27,10 @@ from pydantic import AliasChoices, BeforeValidator, ConfigDict, FailFast, Field
 
 from mixchat.face.events import End
 from mixchat.face.request import Request
+from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
 from mixchat.serving.requests.fields import RequestObject, max_items, only, read_known, validated
-from mixchat.serving.requests.shared import (
-    MAX_MESSAGES,
-    MAX_PARTS,
-    APIRequest,
-    Length,
-    Schema,
-    Seed,
-    Temperature,
-    TopP,
-    api_request,
-    check_model,
-    check_unused,
-    sampling_of,
-    thinking_variables,
-)
-from mixchat.serving.requests.tools import (
-    MAX_CALLS,
-    MAX_TOOLS,
-    Function,
-    ToolName,
-    check_results,
-    checked_call,
-    readable,
-    tool_offer,
-)
+from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import JSON, to_event
 from mixchat.text.messages import Message, Role
@@ -86,7 +63,7 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-_Parts = Annotated[list[_Part], FailFast(), max_items(MAX_PARTS), BeforeValidator(_as_parts)]
+_Parts = Annotated[list[_Part], FailFast(), max_items(shared.MAX_PARTS), BeforeValidator(_as_parts)]
 
 
 class _MessageItem(_Item):
@@ -96,19 +73,19 @@ class _MessageItem(_Item):
 
 class _CallItem(_Item):
     call_id: str
-    name: ToolName
+    name: tool_fields.ToolName
     arguments: str
 
 
 class _ResultItem(_Item):
     call_id: str
-    output: Annotated[_Parts, BeforeValidator(readable)]
+    output: Annotated[_Parts, BeforeValidator(tool_fields.readable)]
 
 
 class _Format(RequestObject):
     ignored = ("name", "description")
     type: Literal["text", "json_object", "json_schema"]
-    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    schema_: Annotated[shared.Schema | None, Field(alias="schema")] = None
     strict: bool = False  # every schema is followed to the letter
 
 
@@ -122,7 +99,7 @@ class _Reasoning(RequestObject):
     effort: str | None = None
 
 
-class _FunctionTool(Function):
+class _FunctionTool(tool_fields.Function):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
@@ -138,15 +115,15 @@ def _as_items(input: Any) -> Any:
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = ("model", *_LABELS)
     input: Annotated[
-        list[dict[str, Any]], FailFast(), max_items(MAX_MESSAGES), BeforeValidator(_as_items)
+        list[dict[str, Any]], FailFast(), max_items(shared.MAX_MESSAGES), BeforeValidator(_as_items)
     ]
     instructions: str = ""
-    max_output_tokens: Length = None
-    temperature: Temperature = None
-    top_p: TopP = None
-    seed: Seed = None
+    max_output_tokens: shared.Length = None
+    temperature: shared.Temperature = None
+    top_p: shared.TopP = None
+    seed: shared.Seed = None
     stream: bool = False
-    tools: Annotated[list[dict[str, Any]], FailFast(), max_items(MAX_TOOLS)] = Field([])
+    tools: Annotated[list[dict[str, Any]], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     text: _Text = _Text()
@@ -160,7 +137,7 @@ def read_responses(
     body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
 ) -> APIRequest:
     """Return the request of a body. Raises as `read_chat` does."""
-    check_model(body.get("model"), model.name)
+    shared.check_model(body.get("model"), model.name)
     fields, unused = read_known(_Fields, body)
     messages = _messages(fields.input)
     if not messages:
@@ -168,10 +145,10 @@ def read_responses(
     if fields.instructions:
         messages.insert(0, Message("system", fields.instructions))
     effort = fields.reasoning.effort
-    variables, used = thinking_variables(model.template.thinking, None, effort)
+    variables, used = shared.thinking_variables(model.template.thinking, None, effort)
     if effort not in (None, "none") and not used:
         unused.append("reasoning.effort")
-    functions: dict[str, Function] = {}  # by their paths
+    functions: dict[str, tool_fields.Function] = {}  # by their paths
     for number, tool in enumerate(fields.tools):
         if tool.get("type") == "function":
             functions[f"tools[{number}]"] = validated(_FunctionTool, tool, f"tools[{number}]")
@@ -186,7 +163,7 @@ def read_responses(
         raise value_error("tool_choice", _CHOICE, choice)
     offer = None
     if functions:  # a choice among tools of other types has no effect
-        offer = tool_offer(
+        offer = tool_fields.tool_offer(
             [each.tool() for each in functions.values()],
             choice,
             function,
@@ -204,19 +181,19 @@ def read_responses(
         form = {"type": "object"}
     request = Request(
         messages,
-        sampling=sampling_of(model, fields),
+        sampling=shared.sampling_of(model, fields),
         max_tokens=fields.max_output_tokens,
         variables=variables,
         tools=offer,
         form=form,
     )
-    return api_request(
+    return shared.api_request(
         model,
         [request],
         at_end,
         form_field="text.format",
         stream=fields.stream,
-        ignored=check_unused(unused, strict),
+        ignored=shared.check_unused(unused, strict),
     )
 
 
@@ -237,13 +214,13 @@ def _messages(items: Sequence[dict[str, Any]]) -> list[Message]:
             continue
         if kind == "function_call":
             item = validated(_CallItem, fields, path)
-            call = checked_call(item.call_id, item.name, item.arguments, f"{path}.arguments")
+            call = tool_fields.checked_call(
+                item.call_id, item.name, item.arguments, f"{path}.arguments"
+            )
             if not is_answer:
                 messages.append(Message("assistant", ""))
                 paths.append(path)
             calls = (*messages[-1].calls, call)
-            if len(calls) > MAX_CALLS:
-                raise field_error(path, f"is one of more than {MAX_CALLS} calls of an answer")
             messages[-1] = replace(messages[-1], thinking=thinking, calls=calls)
             is_answer = True
             continue
@@ -261,7 +238,7 @@ def _messages(items: Sequence[dict[str, Any]]) -> list[Message]:
         else:
             raise value_error(f"{path}.type", "message, function_call or its output", kind)
         paths.append(path)
-    check_results(messages, paths)
+    tool_fields.check_results(messages, paths)
     return messages
 
 

@@ -13,7 +13,7 @@ from mixchat.face.events import End, Piece, TokenLogprob
 from mixchat.serving.requests.errors import RequestError, to_json
 from mixchat.serving.requests.fields import read_object
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.serving.requests.tools import call_object
+from mixchat.serving.requests.tool_fields import call_object
 from mixchat.text.tokenizer import TokenTexts
 from mixchat.text.tool_call import CallDelta, joined_calls
 

@@ -15,7 +15,7 @@ from mixchat.text.messages import Message
 from mixchat.text.tool_call import CallDelta, Tool, ToolCall
 
 MAX_TOOLS = 128
-MAX_CALLS = 128  # of a message
+_MAX_CALLS = 128  # of a message
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _NAME_RULE = "has to be 1 to 128 of the characters a-z A-Z 0-9 _ . -"
 _IMAGES = ("input_image", "image")  # in OpenAI's responses and in Anthropic's API
@@ -122,6 +122,12 @@ def check_results(messages: Sequence[Message], paths: Sequence[str]) -> None:
     """
     waiting = set[str]()
     for message, path in zip(messages, paths, strict=True):
+        if message.calls and message.role != "assistant":
+            raise field_error(path, "belongs to the role assistant alone", "unknown_parameter")
+        if message.call_id and message.role != "tool":
+            raise field_error(path, "belongs to the role tool alone", "unknown_parameter")
+        if len(message.calls) > _MAX_CALLS:
+            raise field_error(path, f"has {len(message.calls)} calls; at most {_MAX_CALLS} fit")
         if message.role != "tool":
             waiting = {call.id for call in message.calls}
         elif not message.call_id:
