@@ -1,21 +1,7 @@
 """The tree of errors. Each has its exit code and, usually, a hint.
 
-Every error that a person can cause or cure is a `MixchatError`. Any other is a bug.
-
-| exit code | meaning                                                          |
-| --------- | ---------------------------------------------------------------- |
-| 0         | done                                                             |
-| 1         | a fault of mixchat itself, or of the operating system            |
-| 2         | wrong use: an unknown flag, a value that cannot be read          |
-| 3         | the prompt cannot be used: empty, not text, longer than context  |
-| 4         | there is no such model or chat, or it is not on this machine     |
-| 5         | hub, server or worker does not answer, refuses, sends wrong data |
-| 6         | a checkpoint, model or saved chat is damaged or unsupported      |
-| 7         | not enough disk or memory, or a chat that cannot be saved        |
-| 8         | something else has to be installed first                         |
-| 9         | the answer contains no code block, which --extract asked for     |
-| 130       | interrupted (Ctrl-C)                                             |
-| 141       | the reader of the output went away (closed pipe)                 |
+Every error that a person can cause or cure is a `MixchatError`. Any other is a bug. README's table
+has the exit codes.
 """
 
 _MESSAGE_LENGTH_MAX = 380  # characters

@@ -154,6 +154,7 @@ def write_file(path: Path, data: bytes) -> None:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
+            # Without it, a power cut after the rename can leave an empty file under the new name.
             os.fsync(file.fileno())
         _check_replaceable(path)
         rename_durably(temporary, path)
@@ -236,6 +237,7 @@ def rename_durably(temporary: Path, path: Path) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Make the names of a directory's files durable."""
+    # A rename is durable once the directory is synced, not the file.
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -58,6 +58,7 @@ def lock_file(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # The group may write it, because users may share a cache.
+    # A soft lock is a file that a killed process leaves behind.
     lock = FileLock(path, mode=0o664, fallback_to_soft=False)
     try:
         lock.acquire(timeout=timeout, poll_interval=_POLL_S, cancel_check=cancelled)

@@ -34,6 +34,7 @@ def usable_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
+    # A container with a quota sees all cores, but gets only a part of their time.
     quota = cgroups.cores()
     return cores if quota is None else min(cores, quota)
 

@@ -112,8 +112,8 @@ class ModelConfig:
     shared_expert_intermediate_size: of a dense part of each layer, which all tokens go through
     beside the experts, 0 for none. shared_expert_gate: whether its output is multiplied by the
     sigmoid of a gate.
-    first_k_dense_replace: so many layers at the beginning have no experts, but a dense part of
-    dense_intermediate_size. All that holds experts counts the layers after them, from 0.
+    first_k_dense_replace: the count of layers at the beginning that have no experts, but a dense
+    part of dense_intermediate_size. What holds experts counts the layers after them from 0.
     num_nextn_predict_layers: of a checkpoint's layers after these, which are left out.
     qk_norm: an RMSNorm of queries and keys before they rotate, of each head or all heads together.
     clip_qkv: the largest absolute value of queries, keys and values.

@@ -64,6 +64,7 @@ def read_config(path: Path) -> dict[str, Any]:
         line = data.count(b"\n", 0, error.start) + 1
         byte = f"the byte 0x{data[error.start]:02x} in line {line}"
         raise UsageError(f"{path}: not UTF-8: {byte}") from None
+    # By name, because mypy checks for one version of Python, and the other module is missing there.
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         settings: dict[str, Any] = toml.loads(text)

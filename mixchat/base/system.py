@@ -64,7 +64,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def allow_open_files(count: int) -> None:
-    """Let this process open so many files, or as many as it may.
+    """Raise the limit of open files to `count`, or as far as the system lets it.
 
     macOS refuses more than a limit of its own.
     """
@@ -81,9 +81,9 @@ def open_files_limit() -> int:
 
 
 def hold_back_open_files(count: int) -> None:
-    """Keep so many of the files that this process may open for `open_file`.
+    """Reserve `count` descriptors for `open_file`, at most a quarter of all.
 
-    Of a low limit a quarter is kept.
+    The soft limit is lowered below the hard one, so only `open_file` gets the difference.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import typer
 
@@ -17,9 +17,6 @@ from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, option
 from mixchat.cli.flags.shell_completion import known_shapes, one_of
 from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
-
-if TYPE_CHECKING:
-    from mixchat.bench.rounds import Bench
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +91,20 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
     prepare_environment()
     from mixchat.bench.rounds import Bench, BenchOptions
     from mixchat.cli.output.bench_report import BenchReport
+    from mixchat.planning.torch_threads import choose_threads
 
     options = BenchOptions(flags.depth or (0,), flags.prompt or (512,), flags.tokens, flags.rounds)
     load = load_flags.load_options(flags, context_size=options.context_size)
     form = size, flags.shape, flags.dense_bits and int(flags.dense_bits)
     with _model(flags.model, synthetic, *form) as directory:
         measured = Bench(directory, load, options)
-        _measure(measured, flags.rounds)
+        choose_threads(measured.blueprint)
+        with status("the first token, from disk"):
+            measured.start_cold()
+        steps = flags.rounds * len(measured.tasks)
+        with status(f"measuring {steps} times") as update:
+            for number, _ in enumerate(measured.run(), 1):
+                update(f"{number} of {steps} measured")
         BenchReport(measured).show(flags.as_json)
 
 
@@ -135,18 +139,6 @@ def _model(
 
     with ExitStack() as stack:
         with status(f"writing {layers} layers of random weights"):
-            made = synthetic_model(layers, expert_bits, shape, dense_bits)
-            directory = stack.enter_context(made)
+            model = synthetic_model(layers, expert_bits, shape, dense_bits)
+            directory = stack.enter_context(model)
         yield directory
-
-
-def _measure(bench: Bench, rounds: int) -> None:
-    from mixchat.planning.torch_threads import choose_threads
-
-    choose_threads(bench.blueprint)
-    with status("the first token, from disk"):
-        bench.start_cold()
-    steps = rounds * len(bench.tasks)
-    with status(f"measuring {steps} times") as update:
-        for number, _ in enumerate(bench.run(), 1):
-            update(f"{number} of {steps} measured")

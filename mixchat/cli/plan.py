@@ -34,7 +34,7 @@ class PlanFlags(load_flags.MemoryFlags):
         "--disk-speed RATE", "Plan for a machine whose disk reads so fast, such as 3GB/s.", MACHINE
     )
     free_disk: str | None = option(
-        "--free-disk SIZE", "Plan for a machine with so much free disk, such as 100GB.", MACHINE
+        "--free-disk SIZE", "Plan for a machine with this much free disk, such as 100GB.", MACHINE
     )
     kv_bits: int | None = load_flags.KV_BITS
     ctx_size: int | None = load_flags.CONTEXT_SIZE

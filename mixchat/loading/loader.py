@@ -131,8 +131,10 @@ def _assemble(
     dtype = stored.quantization.dtype
     context = fit.context
     arithmetic = used.expert_arithmetic(device, exact=exact)
+    # Workers first: what they hold need not be read here.
     workers = connect_workers(installed, options, arithmetic, note)
     share = divide_experts(installed, fit.placement, workers)
+    # Before the kernels' steps are made, since they are made for a count of threads.
     choose_threads(stored)
     experts = build_experts(installed, share, devices, options.cache_policy, note, exact=exact)
     layers, each = range(config.num_moe_layers), range(config.num_local_experts)

@@ -109,6 +109,7 @@ class _NoisyRunner(RecordingRunner):
         block = block.to(device)
         stored.convert(block, used)
         expert, matrix = used.build(block), self.noisy_matrix[1]
+        # By the expert, so that a measurement can be repeated.
         seed = 2 * (key.layer * 2**10 + key.expert)
         if matrix == "down":
             return replace(expert, down=_NoisyLinear(expert.down, seed))

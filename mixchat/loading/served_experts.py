@@ -55,6 +55,7 @@ class ServedExperts:
         return self._experts.slots
 
     def begin(self, hello: Hello) -> str:
+        # The holder of the experts is built for exact prompts or for fast ones.
         if hello.exact_prompts != self._exact:
             self._exact = hello.exact_prompts
             self._drop()

@@ -165,7 +165,7 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
 
 
 def _reserve(store: ExpertStore, slots: int, device: torch.device, note: Note) -> int:
-    """Reserve so many slots, or half as many until they fit. Return their count."""
+    """Reserve `slots` slots, or half of them until they fit. Return their count."""
     while True:
         try:
             store.reserve(slots)

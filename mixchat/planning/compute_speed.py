@@ -75,7 +75,13 @@ def thread_seconds(
             if effort.is_over and seconds[count] < math.inf:
                 break
             torch.set_num_threads(count)  # first, because steps are made for a count
-            compute = _token_probe(blueprint, effort.pool_bytes)
+            # One token through a few layers, with experts in memory.
+            used, choices = blueprint.computed_on(CPU), blueprint.config.num_experts_per_tok
+            pool = _filled_experts(used, CPU, effort.pool_bytes)[1]
+            numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
+            runners = [(number, _PoolRunner(pool, number * choices)) for number in numbers]
+            layers = _Layers(blueprint, CPU, runners)
+            compute = layers.computing(layers.blocks)
             seconds[count] = min(seconds[count], *samples_of(compute, CPU, effort))
     finally:
         torch.set_num_threads(previous)
@@ -86,7 +92,7 @@ def samples_of(run: Callable[[], object], device: torch.device, effort: Effort) 
     """Return the seconds that `run` takes each time but the first."""
     samples: list[float] = []
     least, most = effort.seconds, 3 * effort.seconds
-    _seconds_of(run, device)
+    _seconds_of(run, device)  # compiles kernels, and brings memory into the caches
     while (spent := sum(samples)) < least or (len(samples) < 5 and spent < most):
         if samples and effort.is_over:
             break
@@ -176,16 +182,6 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
     layers = _Layers(blueprint, device, [(0, _PoolRunner())] * _COPIES)
     turns = itertools.cycle([layers.computing([block]) for block in layers.blocks])
     return lambda: next(turns)()
-
-
-def _token_probe(blueprint: Blueprint, pool_bytes: int) -> Callable[[], None]:
-    """Return a function that computes one token through a few layers, with experts in memory."""
-    used, choices = blueprint.computed_on(CPU), blueprint.config.num_experts_per_tok
-    pool = _filled_experts(used, CPU, pool_bytes)[1]
-    numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
-    runners = [(number, _PoolRunner(pool, number * choices)) for number in numbers]
-    layers = _Layers(blueprint, CPU, runners)
-    return layers.computing(layers.blocks)
 
 
 class _Layers:

@@ -194,6 +194,7 @@ def moving_cost(
     """
     if read and speeds.disk_bandwidth is None:
         return None
+    # A CPU computes experts where they are. Only a GPU has them copied.
     copied = missing if speeds.copy_bandwidth else 0.0
     busy = speeds.disk_bandwidth or 1.0
     alone = max(speeds.disk_bandwidth_idle or busy, busy)

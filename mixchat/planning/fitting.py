@@ -41,7 +41,7 @@ class FreeMemory:
     host: int
     device: int | None = None  # on the GPU that computes; None if the CPU does
     limit: str | None = None  # of RAM, by `tightest_memory_limit`
-    others: Mapping[str, int] = field(default_factory=dict)  # on other GPUs, by their names
+    other_gpus: Mapping[str, int] = field(default_factory=dict)  # on other GPUs, by their names
 
     @classmethod
     def now(cls, devices: Sequence[torch.device]) -> FreeMemory:
@@ -54,8 +54,8 @@ class FreeMemory:
     def rooms(self, budgets: Sequence[MemoryBudget]) -> list[DeviceRoom]:
         """Return the GPUs, with the budget for each or for all. Raises `UsageError`."""
         assert self.device is not None
-        first = "the first GPU" if self.others else "the device"
-        free = {first: self.device, **self.others}
+        first = "the first GPU" if self.other_gpus else "the device"
+        free = {first: self.device, **self.other_gpus}
         if len(budgets) > 1 and len(budgets) != len(free):
             gpus = "is 1 GPU" if len(free) == 1 else f"are {len(free)} GPUs"
             raise UsageError(
@@ -86,6 +86,7 @@ def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> M
     A GPU would widen matrices of 5 to 8 bits for each token. So they are widened once if all
     experts fit nevertheless.
     """
+    # Widening once costs memory, widening for each token costs time.
     wide = blueprint.widened()
     if free.device is not None and wide != blueprint:
         with suppress(ResourceError, UsageError):  # it does not fit so
@@ -99,7 +100,7 @@ def _fit(
     blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions
 ) -> MemoryPlan:
     demand = _demand(blueprint, computed, options)
-    if blueprint.layers and not (options.workers or free.others):
+    if blueprint.layers and not (options.workers or free.other_gpus):
         demand = replace(demand, sizes=slot_sizes(blueprint))
     context = Context.of(blueprint.config, options.context_size).tokens
     if options.context_size is None:
@@ -157,6 +158,7 @@ def expected_mix(blueprint: Blueprint, bits: ExpertSize) -> Blueprint:
     Which layers get more bits is known once sensitivities are measured. Raises `UsageError`.
     """
     stored = blueprint.quantization
+    # Rounding 4 bits again would add the losses of both. In a test Q4_K_M doubled the loss.
     if stored.scales == "given" and stored.quant_type != "none":
         raise UsageError(
             f"--expert-bits: the checkpoint has the experts in 4 bits ({stored.quant_type}), which "
@@ -224,6 +226,7 @@ def _place(demand: Demand, free: FreeMemory, options: LoadOptions) -> Placement:
     try:
         return place_on_cpu(demand, free.host, options.host_memory)
     except ResourceError as error:
+        # In a container the machine has memory that the process may not take.
         if free.limit is None:
             raise
         hint = (

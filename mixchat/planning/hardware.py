@@ -88,6 +88,7 @@ class ToldMachine:
 
     def measurable(self, fit: MemoryPlan, here: torch.device) -> Blueprint:
         """Return the form of the model that `here` can measure."""
+        # A model that a GPU would have in 16 bits is measured as stored if only a CPU is here.
         return fit.computed if here.type == self.device(here).type else fit.blueprint
 
     def machine(self, here: Machine) -> Machine:
@@ -103,10 +104,10 @@ class ToldMachine:
         first, *more = self.gpus
         names = [f"{gpu.KIND}:{number}" for number in range(1, len(self.gpus))]
         first_free, *more_free = (_free(size, _TAKEN_GPU) for size in self.gpus)
-        others = dict(zip(names, more_free, strict=True))
+        other_gpus = dict(zip(names, more_free, strict=True))
         return replace(
             there,
-            free=replace(there.free, device=first_free, others=others),
+            free=replace(there.free, device=first_free, other_gpus=other_gpus),
             gpu=there.gpu or "a GPU",
             gpu_memory=first,
             other_gpus=tuple(map(OtherGPU, names, ["a GPU"] * len(names), more)),

@@ -11,8 +11,8 @@ from typing import Any
 
 from mixchat.base.quantities import format_age
 
-_LIFETIME_S = 30 * 86400  # a measurement is trusted for so long
-_BUSY_LIFETIME_S = 600  # a busy machine is measured again after so long
+_LIFETIME_S = 30 * 86400  # of a measurement
+_BUSY_LIFETIME_S = 600  # of a measurement while other programs were busy
 BUSY = 0.2  # of the cores' time that other programs take
 # The part of the disk's measured speed that reads into slots of small pages have.
 # `tests/benchmarks/beyond_memory.py` measures 0.7 to 0.95.

@@ -116,10 +116,8 @@ class _SandboxedTemplate(_Sandboxed):
         super().__init__(sandbox, subject)
         self.continues_prompt = bool(facts["continues_prompt"])
         self.stop_ids = frozenset([*eos_token_ids, *_checked_ids(facts["stop_ids"], subject)])
-        format_kind, *variables = facts["thinking"] or [None]
-        self.thinking = (
-            None if format_kind is None else ThinkingFormat(format_kind, tuple(variables))
-        )
+        style, *variables = facts["thinking"] or [None]
+        self.thinking = None if style is None else ThinkingFormat(style, tuple(variables))
         name = facts["tools"]
         self.tools = None if name is None else FORMATS[name]
 

@@ -117,16 +117,16 @@ class JinjaTemplate:
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": "1", "tool_call_id": "123456789"},
         ]
-        try:
-            return probe in self._render(messages)
-        except (PromptError, CheckpointError):
-            return False
+        return self._shows(probe, messages)
 
     @cached_property
     def _takes_system(self) -> bool:
         """Return whether the template has a system role. Some refuse it, some omit it."""
         probe = "mixchat-system-probe"
         messages = [{"role": "system", "content": probe}, {"role": "user", "content": "Hi"}]
+        return self._shows(probe, messages)
+
+    def _shows(self, probe: str, messages: Sequence[Mapping[str, Any]]) -> bool:
         try:
             return probe in self._render(messages)
         except (PromptError, CheckpointError):

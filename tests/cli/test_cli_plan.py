@@ -172,7 +172,7 @@ def test_as_json_it_has_all_of_it(planned, measured):
         "host": int(14.5 * GB),
         "device": None,
         "limit": None,
-        "others": {},
+        "other_gpus": {},
     }
     assert found["speeds"]["expert_seconds"]["cpu"]["8"] == 0.005
 

@@ -54,7 +54,7 @@ def test_a_gpu_that_is_told_about_has_speeds_that_are_said_to_be_assumed(mixchat
     assert "the GPU's speed is assumed" in verdict_text(done)
     found = json.loads(mixchat(*arguments, "--json", fake=False).stdout)
     assert found["assumed"] == {"gpu_memory": 3e11, "gpu_bus": 1.2e10, "gpu_compute": 2e13}
-    assert found["machine"]["free"]["others"] == {"cuda:1": int(7.5 * GB)}
+    assert found["machine"]["free"]["other_gpus"] == {"cuda:1": int(7.5 * GB)}
     assert found["device"] == "cuda:0"
     expert = found["fit"]["demand"]["expert"]
     assert found["speeds"]["expert_seconds"]["cuda:0"]["1"] == pytest.approx(expert / 3e11, rel=0.1)

@@ -311,7 +311,7 @@ def test_planning_looks_at_every_gpu(paper, tmp_path):
     there = Machine.now(tmp_path, choose_devices(None))
     (other,) = there.other_gpus
     assert (other.device, other.name, other.memory) == ("paper:1", "GPU on paper", 10**9)
-    assert there.free.others["paper:1"] <= 10**9 < (there.free.device or 0)
+    assert there.free.other_gpus["paper:1"] <= 10**9 < (there.free.device or 0)
 
 
 def test_the_speed_with_the_slots_of_all_gpus_is_predicted(paper, case, monkeypatch):

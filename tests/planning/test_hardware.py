@@ -40,7 +40,7 @@ def test_gpus_that_are_told_stand_beside_the_ram_that_is_here():
     assert found.free.host == HERE.free.host
     assert (found.gpu_memory, found.free.device) == (24 * GB, int(23.5 * GB))
     assert found.other_gpus == (OtherGPU("cuda:1", "a GPU", 8 * GB),)
-    assert found.free.others == {"cuda:1": int(7.5 * GB)}
+    assert found.free.other_gpus == {"cuda:1": int(7.5 * GB)}
 
 
 def test_a_gpu_that_was_measured_keeps_its_speeds_and_another_gets_assumed_ones():

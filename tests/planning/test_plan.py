@@ -80,7 +80,7 @@ def test_a_machine_that_holds_all_reads_nothing():
 def on_two_gpus(first: float, second: float, ram: float, **options: Any) -> MachinePlan:
     there = machine(ram, first)
     other = OtherGPU("cuda:1", "another GPU", int(second * GB))
-    free = replace(there.free, others={"cuda:1": other.memory})
+    free = replace(there.free, other_gpus={"cuda:1": other.memory})
     there = replace(there, free=free, other_gpus=(other,))
     return planned(GPU, there, measured(GPU_SPEEDS), LoadOptions(**options))
 
@@ -115,7 +115,7 @@ def test_a_plan_for_two_gpus_names_both():
     assert found["machine"]["other_gpus"] == [
         {"device": "cuda:1", "name": "another GPU", "memory": 11 * GB}
     ]
-    assert found["machine"]["free"]["others"] == {"cuda:1": 11 * GB}
+    assert found["machine"]["free"]["other_gpus"] == {"cuda:1": 11 * GB}
     assert len(found["fit"]["placement"]["other_slots"]) == 1
 
 

@@ -17,7 +17,7 @@ from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation
-    from mixchat.planning.plan import KnownFit, MachinePlan, Size
+    from mixchat.planning.plan import MachinePlan
     from mixchat.weights.make.outline import Outline
 
 
@@ -111,8 +111,29 @@ class PlanReport(Report):
             "samples": len(measurement.samples),
             "prompt": prompt and asdict(prompt) | {"tokens": LONG_PROMPT},
             "first_token": first and asdict(first) | {"seconds": first.seconds, "tokens": PROMPT},
-            "sizes": [_size_as_json(size) for size in plan.sizes],
-            "known_models": [_known_as_json(model) for model in plan.known],
+            "sizes": [
+                {
+                    "bits": size.bits,
+                    "kept_bytes": size.fit.blueprint.size,
+                    "held": size.expected.held,
+                    "demo_loss": dict(
+                        zip(("plain", "calibrated"), DEMO_LOSS[size.bits], strict=True)
+                    ),
+                    **_speed_as_json(size.expected),
+                }
+                for size in plan.sizes
+            ],
+            "known_models": [
+                {
+                    "names": model.names,
+                    "bytes": model.bytes,
+                    "problem": model.problem,
+                    "placement": model.fit and asdict(model.fit.placement),
+                    "held": model.expected and model.expected.held,
+                    **_speed_as_json(model.expected),
+                }
+                for model in plan.known
+            ],
             "download": outline.download and DownloadReport(outline.download).as_json(),
         }
 
@@ -137,23 +158,19 @@ class PlanReport(Report):
             if held < placement.experts:
                 tiers.append(f"{placement.experts - held} read from disk")
             yield "it runs here" if is_here else "it fits", ", ".join(tiers)
-        yield from _speed_in_words(plan)
+        expected, text = plan.expected, speed_text(plan.expected.speed)
+        if expected.answers > 1 and expected.speed is not None:
+            together = speed_text(expected.together)
+            text = f"{text} for each of {expected.answers} answers at once, {together} together"
+        yield "speed", f"{text}, {expected.speed.in_words}" if expected.speed else text
+        if plan.gpu_is_assumed:
+            yield "", "the GPU's speed is assumed"
+        elif plan.measurement.busy:
+            yield "", "measured on a busy machine: use --measure when it is idle"
         if self.command:
             yield "next", self.command
         else:
             yield "next", "free some disk, or set MIXCHAT_HOME to a directory on a larger one"
-
-
-def _speed_in_words(plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    expected, text = plan.expected, speed_text(plan.expected.speed)
-    if expected.answers > 1 and expected.speed is not None:
-        together = speed_text(expected.together)
-        text = f"{text} for each of {expected.answers} answers at once, {together} together"
-    yield "speed", f"{text}, {expected.speed.in_words}" if expected.speed else text
-    if plan.gpu_is_assumed:
-        yield "", "the GPU's speed is assumed"
-    elif plan.measurement.busy:
-        yield "", "measured on a busy machine: use --measure when it is idle"
 
 
 def _speed_as_json(expected: Expectation | None) -> dict[str, Any]:
@@ -161,26 +178,4 @@ def _speed_as_json(expected: Expectation | None) -> dict[str, Any]:
     return {
         "tokens_per_second": expected and expected.tokens_per_second,
         "speed": speed and asdict(speed),
-    }
-
-
-def _size_as_json(size: Size) -> dict[str, Any]:
-    plain, calibrated = DEMO_LOSS[size.bits]
-    return {
-        "bits": size.bits,
-        "kept_bytes": size.fit.blueprint.size,
-        "held": size.expected.held,
-        "demo_loss": {"plain": plain, "calibrated": calibrated},
-        **_speed_as_json(size.expected),
-    }
-
-
-def _known_as_json(model: KnownFit) -> dict[str, Any]:
-    return {
-        "names": model.names,
-        "bytes": model.bytes,
-        "problem": model.problem,
-        "placement": model.fit and asdict(model.fit.placement),
-        "held": model.expected and model.expected.held,
-        **_speed_as_json(model.expected),
     }

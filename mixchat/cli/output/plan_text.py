@@ -57,7 +57,7 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         flag = "--gpu" if told.gpus else None
         yield "GPU", f"{there.gpu}, {_memory(there.gpu_memory, there.free.device, flag)}"
         for card in there.other_gpus:
-            free = there.free.others[card.device]
+            free = there.free.other_gpus[card.device]
             yield card.device, f"{card.name}, {_memory(card.memory, free, flag)}"
     elif plan.device.type == "cpu":
         yield "GPU", "not used"
@@ -146,7 +146,7 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     else:
         spare = free.device - demand.shared - demand.context - demand.taken(placement.slots)
         yield "GPU", f"{slots}, the context; {format_size(spare)} left free"
-        for (name, size), count in zip(free.others.items(), placement.other_slots, strict=True):
+        for (name, size), count in zip(free.other_gpus.items(), placement.other_slots, strict=True):
             spare = size - count * demand.expert
             held = count_text(count, "expert") if count else "not used, for two experts do not fit"
             yield name, f"{held}; {format_size(spare)} left free"
@@ -293,7 +293,7 @@ def rates_text(speed: SpeedRange | None) -> str:
 
 def gpus_text(plan: MachinePlan) -> str:
     """Return what a sentence calls the GPUs."""
-    return "the GPUs" if plan.machine.free.others else "the GPU"
+    return "the GPUs" if plan.machine.free.other_gpus else "the GPU"
 
 
 def count_text(count: int, unit: str) -> str:

@@ -83,7 +83,7 @@ class Listener:
         return self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0").removeprefix("tcp://")
 
     def receive(self, within: float) -> PeerMessage | None:
-        """Return the next message, or None if none comes within so many seconds."""
+        """Return the next message, or None if none comes within `within` seconds."""
         if (kept := self._kept) is not None:
             self._kept = None
             return kept

@@ -180,6 +180,7 @@ def receive_rows(rows: torch.Tensor, piece: bytes, receive: Callable[[], bytes])
     """Fill `rows` with a piece and those that follow. Raises `ConnectionLostError`."""
     data, filled = _bytes_of(rows), 0
     while True:
+        # The size is known from the request, so a longer or shorter piece is a fault of the sender.
         if len(piece) != min(PIECE, len(data) - filled):
             raise BadMessageError("it sent rows of another size")
         data[filled : filled + len(piece)] = piece

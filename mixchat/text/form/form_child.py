@@ -52,9 +52,9 @@ class _FormService:
     _matcher: LLMatcher
     _digits: _DigitLimit
 
-    def check(self, kind: Kind, text: str) -> str:
+    def check(self, language: Kind, text: str) -> str:
         """Return the Lark grammar of a constraint. Raises `UsageError`."""
-        return _GRAMMAR_OF[kind](text)
+        return _GRAMMAR_OF[language](text)
 
     def load(self, tokens: Sequence[str], stop_ids: Sequence[int]) -> None:
         data = [token.encode("latin-1") for token in tokens]

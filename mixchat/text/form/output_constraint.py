@@ -68,17 +68,17 @@ def checked_schema(
 
 
 def checked(
-    kind: Kind, text: str, seconds: float = PATIENT_S, at_end: ExitStack | None = None
+    language: Kind, text: str, seconds: float = PATIENT_S, at_end: ExitStack | None = None
 ) -> OutputConstraint:
     """Return the constraint of a schema, a `CallForm` or a grammar, computed in a sandbox.
 
     Raises `UsageError` as `checked_schema` does, for a grammar with the line of its fault.
     """
-    subject = _SUBJECTS.get(kind, "the grammar")
+    subject = _SUBJECTS.get(language, "the grammar")
     with closing(Sandbox(PROGRAM)) as sandbox:
         if at_end is not None:
             at_end.callback(sandbox.interrupt)
-        call = SandboxCall(subject, "check", (kind, text), seconds, MAX_CALL)
+        call = SandboxCall(subject, "check", (language, text), seconds, MAX_CALL)
         return OutputConstraint(str(asked(sandbox, call)), text=text)
 
 

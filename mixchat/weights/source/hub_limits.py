@@ -36,7 +36,7 @@ class AnswerLimits:
         self._seconds = math.inf
 
     def expect(self, size: int | None, seconds: float = math.inf) -> None:
-        """Allow a body of so many bytes, or of any size, that takes so long."""
+        """Allow a body of `size` bytes, None for any size, within `seconds`."""
         size = _UNKNOWN_BYTES if size is None else size
         self._left = size + size // _SPARE_SHARE + _SPARE_BYTES
         self._seconds = seconds

@@ -24,7 +24,8 @@ from mixchat.weights.source.hub_request import RemoteBytes, retry_after
 
 _CHUNK_BYTES = 1 << 20
 _SYNC_BYTES = 1 << 28  # that a power cut can take back
-# Of a file, so that its attempts are counted anew: so many bytes, or a part of a small one.
+# The progress after which a file's attempts are counted anew: bytes, or a part of a small file. A
+# proxy that breaks after a few bytes each time would be asked for ever otherwise.
 _PROGRESS_BYTES, _PROGRESS_PARTS = 1 << 16, 100
 # Before each further attempt.
 _WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
