@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from mixchat.base.errors import PromptError, ServerError, UsageError
 from mixchat.base.model_config import Context
@@ -17,7 +17,39 @@ from mixchat.text.messages import Message
 if TYPE_CHECKING:
     from mixchat.base.options import RequestedSampling, SamplingOptions
     from mixchat.engine.generate import Engine
+    from mixchat.face.reading_time import Predictor
     from mixchat.text.form.output_constraint import OutputConstraint
+    from mixchat.text.template import Template
+
+
+class ModelProvider(Protocol):
+    """The models of `mixchat run`, on this machine or a server."""
+
+    @property
+    def place(self) -> str:
+        """Return the place as a chat names it, such as `on this machine`."""
+
+    def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
+        """Return the named model, else the resumed chat's if it is there, else the usual one.
+
+        from_server: a server had the resumed chat's model. Raises `ModelNotFoundError` if there is
+        none.
+        """
+
+    def context_of(self, name: str) -> Context:
+        """Return a model's context."""
+
+    def open(self, name: str, least_context: Callable[[Template], int]) -> ChatModel:
+        """Load a model. Its context has room for so many tokens if memory allows."""
+
+    def predictor(self, model: ChatModel, name: str) -> Predictor:
+        """Return a function that predicts the speed of a loaded model."""
+
+    def others(self, current: str) -> list[str]:
+        """Return the names of the other models. It is called while a name is typed."""
+
+    def check(self, name: str, current: str) -> None:
+        """Raise `MixchatError` if a chat cannot change its model."""
 
 
 class ChatSession:

@@ -97,13 +97,14 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
     def turn(question: str) -> Callable[[], object]:
         def work() -> None:
             from chat_doubles import make_session
+            from mixchat.chat.open_chat import find_chat
 
-            from mixchat.chat.terminal.open_chat import find_chat, new_saver
-            from mixchat.cli.output.progress import TerminalReporter
+            from mixchat.chat.saved.chat_saver import ChatSaver
+            from mixchat.chat.saved.chat_store import ChatStore
 
             os.close(opened)
             session = make_session("An answer")
-            saver = new_saver(session, "demo", TerminalReporter(), autosave=True)
+            saver = ChatSaver(session, ChatStore(), "demo")
             chat = find_chat(id)
             assert chat
             saver.resume(chat)

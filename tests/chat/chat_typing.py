@@ -36,10 +36,10 @@ class OneModel:
 
     place = "on this machine"
 
-    def others(self):
+    def others(self, current):
         return []
 
-    def check(self, name):
+    def check(self, name, current):
         raise ModelNotFoundError(f"there is no model {name!r}")
 
 
@@ -58,11 +58,13 @@ class Chat:
                 autosave=store is not None,
                 warn=self.errors.append,
             )
+            models = models(self.saver) if models else OneModel()
             self.active = ActiveChat(
                 self.saver,
                 Screen(out),
                 NoCache(),
-                models=models(self.saver) if models else OneModel(),
+                models=models,
+                change_model=getattr(models, "change", None),
                 report=self.errors.append,
                 after_turn=after_turn or self.turns.append,
             )

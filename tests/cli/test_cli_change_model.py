@@ -104,7 +104,7 @@ def test_one_engine_is_closed_before_another_is_loaded(start, loads):
     chat = start()
     ask(chat.saver)
     asked, before = chat.saver.session.history, chat.saver.session.engine
-    chat.check("second")
+    chat.models.check("second", "first")
     chat.change("second")
     assert (loads.names, loads.open_then) == (["first", "second"], [0, 0])
     assert before.is_closed
@@ -193,17 +193,15 @@ def test_a_tokenizer_that_cannot_be_read_is_said_before(start, home):
         data = b"{" if file.name == "tokenizer.json" else file.read_bytes()
         (odd / file.name).write_bytes(data)
     with pytest.raises(MixchatError, match=r"tokenizer\.json"):
-        chat.check("odd")
+        chat.models.check("odd", "first")
     assert not chat.saver.session.engine.is_closed
 
 
 def test_others_are_those_with_another_directory(start, home):
-    chat = start()
-    assert chat.others() == ["second"]
-    chat.saver.model = str(home / "models" / "second")
-    assert chat.others() == ["first"]
-    chat.saver.model = "gone"
-    assert chat.others() == ["first", "second"]
+    models = start().models
+    assert models.others("first") == ["second"]
+    assert models.others(str(home / "models" / "second")) == ["first"]
+    assert models.others("gone") == ["first", "second"]
 
 
 @pytest.mark.parametrize("beside", [True, False])

@@ -254,15 +254,9 @@ class ChatStore:
             asked = [message.content for message in chat.messages if message.role == "user"]
             # A pasted book is not split into words to show its beginning.
             question = " ".join(asked[0][: 5 * _MAX_QUESTION].split()) if asked else ""
+            question, turns = question[:_MAX_QUESTION], len(asked)
             yield ChatSummary(
-                id,
-                path,
-                chat.updated,
-                chat.created,
-                chat.name,
-                chat.model,
-                len(asked),
-                question[:_MAX_QUESTION],
+                id, path, chat.updated, chat.created, chat.name, chat.model, turns, question
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from mixchat.base import interrupts
 from mixchat.chat.printing import cut_off_note, one_line
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
     from mixchat.chat.saved.chat_saver import ChatSaver
+    from mixchat.chat.session import ModelProvider
     from mixchat.chat.terminal.prompt import ChatPrompt
     from mixchat.chat.terminal.screen import Screen
     from mixchat.face.events import End, Event
@@ -31,30 +32,12 @@ _COMMAND = re.compile(r"/(\w*|\?)(?:[ \t]+(.*))?")
 _SYSTEM = re.compile(r"/(?:set[ \t]+)?(system)[ \t]+(\S.*)", re.DOTALL)
 
 
-class ChatModels(Protocol):
-    """The models that a chat may change to, and their `place`."""
-
-    place: str
-
-    def others(self) -> list[str]:
-        """Return the names of the other models. It is called while a name is typed."""
-
-    def check(self, name: str) -> None:
-        """Raise `MixchatError` if the chat cannot change to a model. Changes nothing."""
-
-    def change(self, name: str) -> tuple[AfterTurn, ReadingTime]:
-        """Put a model in place of the chat's. Returns its `after_turn` and `reading_time`.
-
-        Raises `MixchatError` if it cannot be loaded. Then the old model is loaded again. If that
-        fails as well, the session's engine stays closed.
-        """
-
-
 class ActiveChat:
     """A chat on a screen, with its session, its saver, its KV cache and its models.
 
-    An error of a turn is passed to `report`, the end of an answer to `after_turn`. `attached` has
-    the texts that go before the next question, by the names of their files.
+    An error of a turn is passed to `report`, the end of an answer to `after_turn`. `change_model`
+    puts a model in place of the chat's, and returns its `after_turn` and `reading_time`. `attached`
+    has the texts that go before the next question, by the names of their files.
     """
 
     def __init__(
@@ -63,7 +46,8 @@ class ActiveChat:
         screen: Screen,
         cache: CacheSaver,
         *,
-        models: ChatModels,
+        models: ModelProvider,
+        change_model: Callable[[str], tuple[AfterTurn, ReadingTime]],
         report: Callable[[Exception], object],
         after_turn: AfterTurn,
         reading_time: ReadingTime | None = None,
@@ -73,8 +57,7 @@ class ActiveChat:
         self.attached: dict[str, str] = {}
         self.left = False  # this turn is the last one
         self.draft = ""  # the last question, offered at the prompt, whose text replaces it
-        self._cache = cache
-        self.models: ChatModels = models
+        self._cache, self.models, self._change = cache, models, change_model
         self._warned = False
         self._figures = Figures(saver)
         self._reading = reading_time or ReadingTime()
@@ -139,10 +122,7 @@ class ActiveChat:
         """Show an answer, or the rest of one that has `said` something, and save the chat."""
         history = self.session.history
         try:
-            with (
-                interrupts.stopping(self.session.interrupt),
-                unseen_keys(self.screen.pause),
-            ):
+            with interrupts.stopping(self.session.interrupt), unseen_keys(self.screen.pause):
                 end = self.screen.show(
                     events,
                     said,
@@ -205,9 +185,9 @@ class ActiveChat:
     def change_model(self, name: str) -> None:
         """Continue with another model. Raises `MixchatError` if it cannot be loaded."""
         try:
-            self.models.check(name)
+            self.models.check(name, self.saver.model)
             with self._cache.changing_model():
-                self._after_turn, self._reading = self.models.change(name)
+                self._after_turn, self._reading = self._change(name)
         except KeyboardInterrupt:
             self.screen.say(f"(stopped; the model is still {one_line(self.saver.model)})")
             return
@@ -217,6 +197,10 @@ class ActiveChat:
         self.saver.save()
         self.screen.say(f"(the model is {one_line(name)} from here on)")
         self._warn_of_context()
+
+    def other_models(self) -> list[str]:
+        """Return the names of the models that the chat may change to."""
+        return self.models.others(self.saver.model)
 
     def show_last_turn(self) -> None:
         """Show the last turn of a chat that was resumed, and how many came before it."""

@@ -217,13 +217,13 @@ def _say_table(chat: ActiveChat, rows: Mapping[str, str]) -> None:
     "[NAME]",
     "change the model",
     "show which model answers, or continue this chat with another one",
-    lambda chat: lambda text: chat.models.others(),
+    lambda chat: lambda text: chat.other_models(),
 )
 def _model(chat: ActiveChat, argument: str) -> None:
     if argument:
         chat.change_model(parameters.unquoted(argument))
         return
-    names = ", ".join(chat.models.others())
+    names = ", ".join(chat.other_models())
     more = f"also {chat.models.place}: {names}" if names else "there is no other one here"
     chat.screen.say(one_line(f"{chat.saver.model} ({more})"))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from mixchat.base import interrupts
 from mixchat.base.errors import (
@@ -17,7 +17,7 @@ from mixchat.base.errors import (
     PromptError,
     ResourceError,
 )
-from mixchat.base.model_config import DEFAULT_TOKENS, Context
+from mixchat.base.model_config import DEFAULT_TOKENS
 from mixchat.base.options import ChatOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.settings import data_dir
@@ -29,43 +29,12 @@ if TYPE_CHECKING:
 
     from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
-    from mixchat.chat.saved.chat_saver import ChatSaver
     from mixchat.chat.session import ChatSession
+    from mixchat.chat.session import ModelProvider as ModelProvider
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.face.events import End
-    from mixchat.face.request import ChatModel
     from mixchat.text.form.output_constraint import OutputConstraint
     from mixchat.text.template import Template
-
-
-class ModelProvider(Protocol):
-    """The models of `mixchat run`, on this machine or a server."""
-
-    @property
-    def place(self) -> str:
-        """Return the place as a chat names it, such as `on this machine`."""
-
-    def choose(self, name: str | None, resumed: str | None, *, from_server: bool) -> str:
-        """Return the named model, else the resumed chat's if it is there, else the usual one.
-
-        from_server: a server had the resumed chat's model. Raises `ModelNotFoundError` if there is
-        none.
-        """
-
-    def context_of(self, name: str) -> Context:
-        """Return a model's context."""
-
-    def open(self, name: str, least_context: Callable[[Template], int]) -> ChatModel:
-        """Load a model. Its context has room for so many tokens if memory allows."""
-
-    def predictor(self, model: ChatModel, name: str) -> Predictor:
-        """Return a function that predicts the speed of a loaded model."""
-
-    def others(self, current: str) -> list[str]:
-        """Return the names of the other models. It is called while a name is typed."""
-
-    def check(self, name: str, current: str) -> None:
-        """Raise `MixchatError` if a chat cannot change its model."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +61,7 @@ NewReport = Callable[["ChatSession", Predictor], "AfterTurn"]
 
 
 class OpenChat:
-    """A model's session and its saver, and the `ChatModels` of the terminal."""
+    """A model's session and its saver, for a question or a chat in the terminal."""
 
     def __init__(
         self,
@@ -106,19 +75,46 @@ class OpenChat:
         form: OutputConstraint | None = None,
         resumed: Resumed | None = None,
     ) -> None:
-        self._models, self._options, self._reporter = models, options, reporter
+        self.models, self._options, self._reporter = models, options, reporter
+        from mixchat.chat.saved.chat_saver import ChatSaver
+        from mixchat.chat.saved.chat_store import ChatStore
+
         self._new_report, self._form, self._saving = new_report, form, saving
-        self.place = models.place
         self.session = self._open(name, None if resumed is None else resumed.chat)
-        self.saver = new_saver(self.session, name, reporter, autosave=saving.autosave)
+        self.saver = ChatSaver(
+            self.session,
+            ChatStore(),
+            name,
+            autosave=saving.autosave,
+            warn=reporter.error,
+            note=reporter.note,
+        )
         if resumed is not None:
             self.saver.resume(*resumed)
 
     def ask(self, answer: Callable[[ChatSession], End]) -> None:
-        """Let `answer` ask one question, and save the answer."""
+        """Let `answer` ask one question. Save what came, even if it could not be printed.
+
+        Raises `ResourceError` if it cannot be saved. After another error, this one is only printed.
+        """
         after_turn, _ = self._hooks()
-        with self._cache_saver(asks_once=True), saved_turn(self.saver):
-            after_turn(answer(self.session))
+        history = self.session.history
+        with self._cache_saver(asks_once=True):
+            try:
+                after_turn(answer(self.session))
+            except BaseException:
+                if self.session.history is not history:
+                    with interrupts.deferred(), interrupts.saving():
+                        self.saver.save()
+                raise
+            if self.session.history is history:
+                return
+            try:
+                with interrupts.deferred(), interrupts.saving():
+                    self.saver.save_or_raise()
+            except MixchatError as error:
+                hint = "The answer is whole. Free some space, or set MIXCHAT_HOME to another place."
+                raise ResourceError(str(error), hint=hint) from None
 
     def talk(self, files: Mapping[Path, str], *, raw: bool, vi: bool) -> None:
         """Chat in the terminal. The texts of `files` go before the first question."""
@@ -137,7 +133,8 @@ class OpenChat:
                 self.saver,
                 screen,
                 cache,
-                models=self,
+                models=self.models,
+                change_model=self.change,
                 report=self._reporter.error,
                 after_turn=after_turn,
                 reading_time=reading_time,
@@ -156,13 +153,12 @@ class OpenChat:
         """Save the figures that `mixchat stats` shows."""
         save_report(self.session, self.saver.model)
 
-    def others(self) -> list[str]:
-        return self._models.others(self.saver.model)
-
-    def check(self, name: str) -> None:
-        self._models.check(name, self.saver.model)
-
     def change(self, name: str) -> tuple[AfterTurn, ReadingTime]:
+        """Put a model in place of the chat's. Returns what reports its turns, and its pace.
+
+        Raises `MixchatError` if it cannot be loaded. Then the old model is loaded again. If that
+        fails as well, the session's engine stays closed.
+        """
         is_local, former = self.session.model.engine is not None, self.saver.model
         if is_local:
             save_report(self.session, former)
@@ -206,7 +202,7 @@ class OpenChat:
                         tokens = max(tokens, len(template.encode(resumed.messages)))
             return tokens and tokens + DEFAULT_TOKENS // 4
 
-        model = self._models.open(name, least_context)
+        model = self.models.open(name, least_context)
         sampling = with_numbers(model.sampling, self._options.sampling)
         if model.engine is not None and sampling.seed is None:  # drawn here, to be shown
             sampling = replace(sampling, seed=secrets.randbelow(2**32))
@@ -226,7 +222,7 @@ class OpenChat:
 
     def _hooks(self) -> tuple[AfterTurn, ReadingTime]:
         model = self.session.model
-        predictor = self._models.predictor(model, self.saver.model)
+        predictor = self.models.predictor(model, self.saver.model)
         return self._new_report(self.session, predictor), ReadingTime(predictor, model.engine)
 
 
@@ -242,38 +238,6 @@ def find_chat(wanted: str | None) -> SavedChat | None:
         if " " in wanted:  # it looks like a question
             error.hint = f"Put a PROMPT before --resume, or after --resume ID. {error.hint}"
         raise
-
-
-def new_saver(session: ChatSession, model: str, reporter: Reporter, *, autosave: bool) -> ChatSaver:
-    """Return the saver of a session's chat."""
-    from mixchat.chat.saved.chat_saver import ChatSaver
-    from mixchat.chat.saved.chat_store import ChatStore
-
-    warn, note = reporter.error, reporter.note
-    return ChatSaver(session, ChatStore(), model, autosave=autosave, warn=warn, note=note)
-
-
-@contextmanager
-def saved_turn(saver: ChatSaver) -> Iterator[None]:
-    """Save the answer that the block brings, even if it could not be printed.
-
-    Raises `ResourceError` if it cannot be saved. After another error, this one is only printed.
-    """
-    history = saver.session.history
-    try:
-        yield
-    except BaseException:
-        if saver.session.history is not history:
-            with interrupts.deferred(), interrupts.saving():
-                saver.save()
-        raise
-    if saver.session.history is not history:
-        try:
-            with interrupts.deferred(), interrupts.saving():
-                saver.save_or_raise()
-        except MixchatError as error:
-            hint = "The answer is whole. Free some space, or set MIXCHAT_HOME to another place."
-            raise ResourceError(str(error), hint=hint) from None
 
 
 def save_report(session: ChatSession, model: str) -> None:

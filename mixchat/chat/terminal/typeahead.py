@@ -69,19 +69,16 @@ def _set(mode: list[Any], marks: bytes) -> None:
 def reading_keys(source: Input) -> Iterator[None]:
     """Pass the keys that wait in the terminal to the prompt within, as if they were typed there.
 
-    Outside a prompt the terminal turns Enter into a newline, which the prompt would take for
-    Ctrl-J. A line may come after the first look, so there is a second one in raw mode. Raises
-    `KeyboardInterrupt` at the end if Ctrl-C came after the Enter that ended the prompt.
+    Raises `KeyboardInterrupt` at the end if Ctrl-C came after the Enter that ended the prompt.
     """
-    _take(source, _waiting_bytes)
     with source.raw_mode():
-        _take(source, _late_bytes)
+        _take(source)
         yield
         if mode := system.terminal_mode(source):
             # Now Ctrl-C makes a signal, and keeps the keys before it.
             with_signals = [*mode[:3], mode[3] | termios.ISIG | termios.NOFLSH, *mode[4:]]
             system.set_terminal_mode(source, with_signals)
-        _take(source, _late_bytes)
+        _take(source)
         waiting = get_typeahead(source)
         keys = [press.key for press in waiting]
         if Keys.ControlM in keys:  # the Enter of another line, whose Ctrl-C is its own
@@ -94,11 +91,25 @@ def reading_keys(source: Input) -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-def _take(source: Input, read: Callable[[Input], bytes]) -> None:
+def _take(source: Input) -> None:
+    """Store the keys that wait in a terminal that was just put into raw mode, whole pastes only.
+
+    Outside a prompt the terminal turned Enter into a newline, which the prompt would take for
+    Ctrl-J, and Ctrl-D into a zero.
+    """
+    typed, pasting, timeout = b"", False, 0.0
     try:
-        typed = read(source)
+        fd = source.fileno()
+        while os.isatty(fd) and select.select([fd], [], [], timeout)[0]:
+            piece = os.read(fd, 65536)
+            typed += piece
+            pasting = bool(piece) and typed.rfind(_PASTE) > typed.rfind(_END_OF_PASTE)
+            timeout = _PASTE_TIMEOUT_S if pasting else 0.0
+            if not piece:  # the terminal went away, which returns nothing for ever
+                break
     except (OSError, NotImplementedError, ValueError):
         return  # without a terminal, or if it went away, which the prompt will notice
+    typed = typed.replace(b"\0", _CTRL_D) + (_END_OF_PASTE if pasting else b"")
     text = typed.decode("utf-8", "replace").replace("\n", "\r")
     # Keys that the last prompt got too late come first. The waiting ones may continue them.
     keys = get_typeahead(source)
@@ -107,30 +118,3 @@ def _take(source: Input, read: Callable[[Input], bytes]) -> None:
     parser.feed(text if keys else text.lstrip("\r"))
     parser.flush()
     store_typeahead(source, keys)
-
-
-def _waiting_bytes(source: Input) -> bytes:
-    """Return all whole lines, and the rest of a paste whose end is not a whole line."""
-    fd, typed, mode = source.fileno(), b"", system.terminal_mode(source)
-    # Outside a prompt a terminal has only lines.
-    has_lines = mode is not None and mode[3] & termios.ICANON
-    while has_lines and select.select([fd], [], [], 0)[0]:
-        line = os.read(fd, 65536)
-        typed += line or _CTRL_D  # a terminal returns nothing for Ctrl-D
-        if not line:
-            break  # also if the terminal went away, which returns nothing for ever
-    if typed.rfind(_PASTE) <= typed.rfind(_END_OF_PASTE):
-        return typed
-    with source.raw_mode():
-        while typed.rfind(_PASTE) > typed.rfind(_END_OF_PASTE):
-            piece = os.read(fd, 65536) if select.select([fd], [], [], _PASTE_TIMEOUT_S)[0] else b""
-            typed += piece or _END_OF_PASTE
-    return typed
-
-
-def _late_bytes(source: Input) -> bytes:
-    """Return all that waits in a terminal that was just put into raw mode."""
-    fd, typed = source.fileno(), b""
-    while os.isatty(fd) and select.select([fd], [], [], 0)[0] and (piece := os.read(fd, 65536)):
-        typed += piece
-    return typed.replace(b"\0", _CTRL_D)  # which is stored as a zero until raw mode starts

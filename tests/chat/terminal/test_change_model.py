@@ -19,12 +19,12 @@ class Models(OneModel):
         self.other = make_session(*script, **options)
         self.other.engine.identity = "another"
 
-    def others(self):
+    def others(self, current):
         return ["broken", "small"]
 
-    def check(self, name):
-        if name not in self.others():
-            super().check(name)
+    def check(self, name, current):
+        if name not in self.others(current):
+            super().check(name, current)
 
     def change(self, name):
         if name == "broken":
@@ -120,7 +120,7 @@ def test_ctrl_c_while_it_loads_leaves_the_old_one(session_of, step):
             super().__init__(saver)
             setattr(self, step, self.interrupt)
 
-        def interrupt(self, name):
+        def interrupt(self, *names):
             raise KeyboardInterrupt
 
     session = session_of("One")
