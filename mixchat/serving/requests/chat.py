@@ -41,6 +41,7 @@ from mixchat.face.request import Form, Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import field_error, value_error
 from mixchat.serving.requests.fields import (
+    JSON,
     RequestObject,
     checked_number,
     max_items,
@@ -156,7 +157,7 @@ _Fields = TypeVar("_Fields", bound=OpenAIFields)
 
 
 def read_openai(
-    fields_type: type[_Fields], body: dict[str, Any], model: Model, strict: bool
+    fields_type: type[_Fields], body: JSON, model: Model, strict: bool
 ) -> tuple[_Fields, SamplingOptions, tuple[str, ...]]:
     """Return a body's fields, its sampling, and the names of fields without an effect.
 
@@ -269,9 +270,7 @@ class _ChatFields(OpenAIFields):
     messages: Annotated[list[_ChatMessage], FailFast(), max_items(shared.MAX_MESSAGES)] = Field([])
 
 
-def read_chat(
-    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
-) -> APIRequest:
+def read_chat(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body with its prompt, which takes seconds for a long conversation.
 
     strict: refuse other servers' fields. Raises `RequestError` and `PromptError`.
@@ -320,9 +319,7 @@ def read_chat(
     )
 
 
-def _take_thinking(
-    body: dict[str, Any], format: ThinkingFormat | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _take_thinking(body: JSON, format: ThinkingFormat | None) -> tuple[JSON, JSON]:
     """Return a body without the fields that the model's template knows, and its variables.
 
     Only variables with a few known values are taken, since others could put control tokens into a
@@ -335,16 +332,18 @@ def _take_thinking(
         format, think if isinstance(think, bool) else None, body.get(EFFORT)
     )
     names = {"think": "think", "effort": EFFORT}
-    rest = {name: value for name, value in body.items() if name not in [names[n] for n in used]}
+    remaining = {
+        name: value for name, value in body.items() if name not in [names[n] for n in used]
+    }
     if isinstance(kwargs, dict):
         known = {name: kwargs[name] for name in format.variables if name in kwargs}
-        rest[_KWARGS] = {name: value for name, value in kwargs.items() if name not in known}
-        if not rest[_KWARGS]:
-            del rest[_KWARGS]
+        remaining[_KWARGS] = {name: value for name, value in kwargs.items() if name not in known}
+        if not remaining[_KWARGS]:
+            del remaining[_KWARGS]
         variables |= known
     for name, value in variables.items():
         if name in SWITCHES and not isinstance(value, bool):
             raise value_error(f"{_KWARGS}.{name}", "true or false", value)
         if name == EFFORT and value not in EFFORTS:
             raise value_error(f"{_KWARGS}.{name}", " or ".join(EFFORTS), value)
-    return rest, variables
+    return remaining, variables

@@ -17,7 +17,7 @@ from mixchat.face.numbers import NumberParameter
 from mixchat.face.request import Request
 from mixchat.serving.requests.chat import OpenAIFields, TopLogprobs, read_openai
 from mixchat.serving.requests.errors import field_error, value_error
-from mixchat.serving.requests.fields import checked_number, only
+from mixchat.serving.requests.fields import JSON, checked_number, only
 from mixchat.serving.requests.shared import APIRequest, api_request, max_answers
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ class _CompletionFields(OpenAIFields):
     prompt: Any
 
 
-def read_completion(
-    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
-) -> APIRequest:
+def read_completion(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the requests of a body, as `read_chat` does. Raises `RequestError`, `PromptError`."""
     fields, sampling, ignored = read_openai(_CompletionFields, body, model, strict)
     if fields.best_of not in (None, fields.n):

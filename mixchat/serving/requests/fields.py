@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Container, Sequence
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -43,8 +43,10 @@ _REASONS = {
 }
 _Model = TypeVar("_Model", bound="RequestObject")
 
+JSON: TypeAlias = dict[str, Any]
 
-def read_object(body: bytes, name: str = "the body") -> dict[str, Any]:
+
+def read_object(body: bytes, name: str = "the body") -> JSON:
     """Return the JSON object in `body`, which messages call `name`.
 
     Raises `RequestError` for what other readers would understand otherwise: numbers beyond a
@@ -152,17 +154,15 @@ def validated(model: type[_Model], value: object, path: str = "") -> _Model:
         return model.model_validate(value)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
-    inner, kind = path_text(details["loc"]), details["type"]
-    code = details.get("ctx", {}).get("code", _CODES.get(kind, "invalid_value"))
-    reason = _REASONS.get(kind) or details["msg"].replace("Input should be", "has to be", 1)
+    inner, error_type = path_text(details["loc"]), details["type"]
+    code = details.get("ctx", {}).get("code", _CODES.get(error_type, "invalid_value"))
+    reason = _REASONS.get(error_type) or details["msg"].replace("Input should be", "has to be", 1)
     if code == "invalid_value" and reason.startswith("has to be"):
         reason += f", not {shown(details['input'])}"
     raise field_error(f"{path}.{inner}" if path and inner else path or inner, reason, code)
 
 
-def read_known(
-    model: type[_Model], body: dict[str, Any], path: str = ""
-) -> tuple[_Model, list[str]]:
+def read_known(model: type[_Model], body: JSON, path: str = "") -> tuple[_Model, list[str]]:
     """Return the fields that `model` has, and the names of the others. Raises as `validated`."""
     names = {*model.ignored, *model.model_fields}
     prefix = f"{path}." if path else ""

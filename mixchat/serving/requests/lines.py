@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -154,7 +154,7 @@ def answered_here(model: Model, defaults: LineDefaults) -> Begin:
     from mixchat.serving.requests.chat import read_chat
 
     def begin(line: Line, text: bytes) -> None:
-        asked = read_chat(body_of(line, text, defaults, model.context), model)
+        asked = read_chat(body_of(line, text, defaults, model.context), model, True, ExitStack())
         line.seed = asked.sampling.seed
         model.submit((asked.requests[0], asked.prompts[0], line.take))
 

@@ -186,7 +186,7 @@ class APIRequest:
 def api_request(
     model: Model,
     requests: Sequence[Request],
-    at_end: ExitStack | None,
+    at_end: ExitStack,
     *,
     form_field: str = "response_format",
     n: int = 1,

@@ -76,7 +76,7 @@ class Acceptor:
 def most_connections() -> int:
     """Return how many connections there may be, with files left for everything else."""
     system.allow_open_files(_OPEN_FILES)
-    left = system.open_files_left()
-    if left is None:
+    files = system.open_files_left()
+    if files is None:
         return _OPEN_FILES
-    return max(_LEAST, left - min(_HELD_BACK, left // 4))
+    return max(_LEAST, files - min(_HELD_BACK, files // 4))

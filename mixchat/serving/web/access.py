@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -94,7 +95,7 @@ class Access:
 def guarded(app: ASGIApp, access: Access) -> ASGIApp:
     """Return `app` with all checks before it."""
     if access.key is not None:
-        app = _KeyCheck(app, access.key)
+        app = _Guard(app, lambda scope: _key_fault(scope, _digest(access.key or "")))
     if access.origins:
         app = CORSMiddleware(
             app,
@@ -103,7 +104,7 @@ def guarded(app: ASGIApp, access: Access) -> ASGIApp:
             allow_headers=(_ANY,),
             expose_headers=("x-request-id", "retry-after", IGNORED),
         )
-    return _HeaderCheck(app, access)
+    return _Guard(app, lambda scope: _header_fault(scope, access))
 
 
 def error_response(error: RequestError, path: str) -> Response:
@@ -118,57 +119,53 @@ def error_response(error: RequestError, path: str) -> Response:
     )
 
 
-class _HeaderCheck:
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app, self._access = app, access
+class _Guard:
+    """Turns away the requests for which `fault` returns an error."""
+
+    def __init__(self, app: ASGIApp, fault: Callable[[Scope], RequestError | None]) -> None:
+        self._app, self._fault = app, fault
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._fault(Headers(scope=scope), scope["method"])
-        refused = None if error is None else error_response(error, scope["path"])
-        await (refused or self._app)(scope, receive, send)
-
-    def _fault(self, headers: Headers, method: str) -> RequestError | None:
-        if "content-length" in headers and "transfer-encoding" in headers:
-            # A proxy that reads the other one would see other requests.
-            message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
-            return RequestError(message, headers={"Connection": "close"})
-        origin, host = headers.get("origin"), headers.get("host", "")
-        message, allowed = "", {None, f"http://{host}", f"https://{host}", *self._access.origins}
-        if origin not in allowed and _ANY not in allowed:
-            message = f"web pages of {origin!a:.80} may not use this server: see --cors"
-        elif origin is None and _ANY not in allowed and _is_of_foreign_page(headers, method):
-            message = "web pages of other sites may not use this server: see --cors"
-        elif self._access.local_only and self._access.key is None and not _is_local(host):
-            message = f"this server is not {host!a:.80}: use localhost or 127.0.0.1"
-        return RequestError(message, status=403, code="forbidden") if message else None
+        error = self._fault(scope)
+        refusal = None if error is None else error_response(error, scope["path"])
+        await (refusal or self._app)(scope, receive, send)
 
 
-class _KeyCheck:
-    """Checks the key in constant time."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._digest = app, _digest(key.encode())
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            key = headers.get(b"x-api-key", b"")  # of Anthropic's clients
-        right = hmac.compare_digest(_digest(key.strip()), self._digest)
-        if right or scope["path"] in _OPEN_PATHS:
-            await self._app(scope, receive, send)
-            return
-        error = RequestError(
-            "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
-            status=401,
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await error_response(error, scope["path"])(scope, receive, send)
+def _header_fault(scope: Scope, access: Access) -> RequestError | None:
+    headers = Headers(scope=scope)
+    if "content-length" in headers and "transfer-encoding" in headers:
+        # A proxy that reads the other one would see other requests.
+        message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
+        return RequestError(message, headers={"Connection": "close"})
+    origin, host = headers.get("origin"), headers.get("host", "")
+    message, allowed = "", {None, f"http://{host}", f"https://{host}", *access.origins}
+    if origin not in allowed and _ANY not in allowed:
+        message = f"web pages of {origin!a:.80} may not use this server: see --cors"
+    elif origin is None and _ANY not in allowed and _is_of_foreign_page(headers, scope["method"]):
+        message = "web pages of other sites may not use this server: see --cors"
+    elif access.local_only and access.key is None and not _is_local(host):
+        message = f"this server is not {host!a:.80}: use localhost or 127.0.0.1"
+    return RequestError(message, status=403, code="forbidden") if message else None
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _key_fault(scope: Scope, digest: bytes) -> RequestError | None:
+    headers = dict(scope["headers"])
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer":
+        key = headers.get(b"x-api-key", b"")  # of Anthropic's clients
+    # Digests have one length, so the time of comparing them tells nothing.
+    if hmac.compare_digest(_digest(key.strip()), digest) or scope["path"] in _OPEN_PATHS:
+        return None
+    return RequestError(
+        "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
+        status=401,
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _digest(key: bytes | str) -> bytes:
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
 
 
 def _is_of_foreign_page(headers: Headers, method: str) -> bool:
@@ -180,8 +177,8 @@ def _is_of_foreign_page(headers: Headers, method: str) -> bool:
 
 
 def _is_local(host: str) -> bool:
-    found = _HOST.fullmatch(host)
-    name = "" if found is None else found[1]
+    match = _HOST.fullmatch(host)
+    name = "" if match is None else match[1]
     if name.lower() == "localhost":
         return True
     try:

@@ -28,10 +28,10 @@ from mixchat.face.events import End
 from mixchat.face.request import Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error
-from mixchat.serving.requests.fields import RequestObject, max_items, read_known, validated
+from mixchat.serving.requests.fields import JSON, RequestObject, max_items, read_known, validated
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
-from mixchat.serving.web.responses import JSON, call_arguments, to_event
+from mixchat.serving.web.responses import call_arguments, to_event
 from mixchat.text.messages import Message
 from mixchat.text.tool_call import Tool, ToolCall
 
@@ -54,7 +54,7 @@ class _Block(RequestObject):
     data: str = ""
     id: str = ""
     name: str = ""
-    input: dict[str, Any] = Field({})
+    input: JSON = Field({})
     tool_use_id: str = ""
     content: Any = ""
     is_error: bool = False
@@ -124,18 +124,14 @@ class _Fields(RequestObject):
     output_config: _OutputConfig = _OutputConfig()
 
 
-def read_messages(
-    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
-) -> APIRequest:
+def read_messages(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body. Raises as `read_chat` does."""
     if body.get("max_tokens") is None:
         raise field_error("max_tokens", "is missing", "missing_required_parameter")
     return read_counted(body, model, strict, at_end)
 
 
-def read_counted(
-    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
-) -> APIRequest:
+def read_counted(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body whose tokens are counted, which needs no `max_tokens`."""
     shared.check_model(body.get("model"), model.name)
     fields, unused = read_known(_Fields, body)

@@ -34,7 +34,7 @@ from mixchat.serving.requests.errors import (
     plain,
     to_json,
 )
-from mixchat.serving.requests.fields import RequestObject, validated
+from mixchat.serving.requests.fields import JSON, RequestObject, validated
 from mixchat.serving.requests.shared import APIRequest, check_model
 from mixchat.serving.web import anthropic, ollama
 from mixchat.serving.web.access import IGNORED, Access, error_response, guarded
@@ -66,7 +66,7 @@ _CLIENT_LEFT = 499  # nginx's status, which nobody gets
 Endpoint = Callable[["AppState", Request], Awaitable[ASGIApp]]
 ModelEndpoint = Callable[["AppState", Request, Model, Body], Awaitable[ASGIApp]]
 _Fields = TypeVar("_Fields", bound=RequestObject)
-Read = Callable[[dict[str, Any], Model, bool, ExitStack], APIRequest]
+Read = Callable[[JSON, Model, bool, ExitStack], APIRequest]
 
 # The reader of a request, and the builder of its response.
 _APIS: dict[str, tuple[Read, type[ResponseBuilder]]] = {
@@ -182,12 +182,12 @@ def create_app(state: AppState, access: Access, *, page: bool = True) -> ASGIApp
 class _Outline:
     """What decides about a request before its body is read."""
 
-    fields: dict[str, Any]  # with short values
+    fields: JSON  # with short values
     asks_nothing: bool
     has_form: bool
 
 
-def _outline(path: str, body: dict[str, Any]) -> _Outline:
+def _outline(path: str, body: JSON) -> _Outline:
     names = ("model", "name", "keep_alive")
     fields = {name: body[name] for name in names if isinstance(body.get(name), str | int | float)}
     has_form = any(body.get(name) for name in _FORM_FIELDS)
@@ -276,7 +276,7 @@ async def _ollama_pull(state: AppState, request: Request) -> Response:
     return Response(line, media_type=ollama.OllamaResponses.content_type)
 
 
-async def _load_or_unload(state: AppState, path: str, body: dict[str, Any]) -> Response:
+async def _load_or_unload(state: AppState, path: str, body: JSON) -> Response:
     name = ollama.named(body, await state.models.contexts())
     if ollama.is_unload(body):
         await state.models.unload(name)
@@ -291,7 +291,7 @@ async def _ollama_version(state: AppState, request: Request) -> Response:
 
 async def _models(state: AppState, request: Request) -> Response:
     contexts = await state.models.contexts()
-    models = [await _model_object(state, *one) for one in contexts.items()]
+    models = [await _model_object(state, *item) for item in contexts.items()]
     return _json({"object": "list", "data": models})
 
 
@@ -303,7 +303,7 @@ async def _model(state: AppState, request: Request) -> Response:
     return _json(await _model_object(state, name, contexts[name]))
 
 
-async def _model_object(state: AppState, name: str, context: Context) -> dict[str, Any]:
+async def _model_object(state: AppState, name: str, context: Context) -> JSON:
     facts = (await state.models.facts([name]))[name]
     created = state.created if facts is None else int(facts.modified)
     model = {"id": name, "object": "model", "created": created, "owned_by": "mixchat"}
@@ -318,7 +318,7 @@ async def _metrics(state: AppState, request: Request) -> Response:
     return Response(to_prometheus(state.models.stats()), media_type=CONTENT_TYPE)
 
 
-def _read_for(model: Model, fields: type[_Fields], body: dict[str, Any]) -> _Fields:
+def _read_for(model: Model, fields: type[_Fields], body: JSON) -> _Fields:
     check_model(body.get("model"), model.name)
     return validated(fields, body)
 
@@ -351,12 +351,12 @@ async def _detokenize(state: AppState, request: Request, model: Model, body: Bod
     return _json({"content": await run_in_threadpool(tokenizer.decode, ids)})
 
 
-async def _object(state: AppState, request: Request) -> dict[str, Any]:
+async def _object(state: AppState, request: Request) -> JSON:
     body = await _body(state, request)
     # What is parsed is held until the response is sent.
-    given = await while_connected(request.receive, body.read(lambda given: given))
+    fields = await while_connected(request.receive, body.read(lambda fields: fields))
     request.state.share.grow(body.weight)
-    return given
+    return fields
 
 
 async def _body(state: AppState, request: Request) -> Body:

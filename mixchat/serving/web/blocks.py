@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mixchat.face.events import End, Piece
+from mixchat.serving.requests.fields import JSON
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.serving.web.responses import JSON, ResponseBuilder
+from mixchat.serving.web.responses import ResponseBuilder
 
 if TYPE_CHECKING:
     from mixchat.face.model import Model

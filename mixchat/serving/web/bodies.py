@@ -69,7 +69,7 @@ class MemoryBudget:
         is_answer = share in self._answers
         is_small = share.size + count <= _SMALL_SHARE
         while self.held + count > (self.limit if is_answer or is_small else self.most):
-            largest = max(self._answers, key=lambda one: one.size, default=share)
+            largest = max(self._answers, key=lambda share: share.size, default=share)
             if not is_answer or largest is share:
                 limit = format_size(self.limit)
                 raise QueueFullError(f"requests hold the {limit} of memory that they may have")
@@ -140,21 +140,21 @@ class Turns:
 
     async def _wait(self, weight: int) -> None:
         loop = asyncio.get_running_loop()
-        given, due = loop.create_future(), loop.time() + weight * _PATIENCE_PER_BYTE
+        turn, due = loop.create_future(), loop.time() + weight * _PATIENCE_PER_BYTE
         self._count += 1
-        heapq.heappush(self._waiting, (due, self._count, given))
+        heapq.heappush(self._waiting, (due, self._count, turn))
         try:
-            await given
+            await turn
         except asyncio.CancelledError:
-            if not given.cancelled():  # it was given just before
+            if not turn.cancelled():  # it came just before
                 self._pass_on()
             raise
 
     def _pass_on(self) -> None:
         while self._waiting:
-            *_, given = heapq.heappop(self._waiting)
-            if not given.done():
-                given.set_result(None)
+            *_, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
                 return
         self._is_taken = False
 
@@ -191,13 +191,13 @@ class Body:
         If nobody waits any longer, `read` does not begin, and `at_end` is closed, which may end it.
         Raises `RequestError` for a body that is no JSON object, and `QueueFullError`.
         """
-        left = threading.Event()
+        is_over = threading.Event()
         at_end = at_end or ExitStack()
-        at_end.callback(left.set)
+        at_end.callback(is_over.set)
 
         def work() -> _T:
-            parsed = {} if left.is_set() else read_object(self._data)
-            if left.is_set():
+            parsed = {} if is_over.is_set() else read_object(self._data)
+            if is_over.is_set():
                 raise ClientDisconnect
             if isinstance(parsed.get("model"), str):
                 parsed["model"] = self._model_name(parsed["model"])

@@ -31,9 +31,9 @@ from mixchat.face.events import End, Piece
 from mixchat.face.request import FormError, Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error, to_json
-from mixchat.serving.requests.fields import RequestObject, max_items, only, read_known
+from mixchat.serving.requests.fields import JSON, RequestObject, max_items, only, read_known
 from mixchat.serving.requests.shared import APIRequest
-from mixchat.serving.web.responses import JSON, ResponseBuilder, call_arguments
+from mixchat.serving.web.responses import ResponseBuilder, call_arguments
 from mixchat.text.form.schema import closed
 from mixchat.text.messages import Message
 from mixchat.text.tool_call import CallDelta, ToolCall, joined_calls
@@ -54,7 +54,7 @@ _NO_IMAGES = only(([], ""), "unsupported_parameter", "is not supported: the mode
 class _Function(RequestObject):
     ignored = ("index", "description")
     name: tool_fields.ToolName
-    arguments: dict[str, Any] = Field({})
+    arguments: JSON = Field({})
 
 
 class _Call(RequestObject):
@@ -90,7 +90,7 @@ class _Fields(RequestObject):
     system: str = ""
     raw: bool = False
     format: Annotated[Any, AfterValidator(shared.small_form)] = ""
-    options: dict[str, Any] = Field({})
+    options: JSON = Field({})
     tools: tool_fields.FunctionFields = Field([])
     think: bool | str | None = None
     stream: bool = True
@@ -98,9 +98,7 @@ class _Fields(RequestObject):
     suffix: Annotated[Any, only(("",), "unsupported_parameter", "is not supported")] = None
 
 
-def read_ollama_chat(
-    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
-) -> APIRequest:
+def read_ollama_chat(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body of /api/chat. Raises as `read_chat` does."""
     fields, unused = read_known(_Fields, body)
     if not fields.messages:
@@ -109,9 +107,7 @@ def read_ollama_chat(
     return _request(fields, Request(_messages(fields.messages)), unused, model, strict, at_end)
 
 
-def read_generate(
-    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
-) -> APIRequest:
+def read_generate(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body of /api/generate. Raises as `read_chat` does."""
     fields, unused = read_known(_Fields, body)
     shared.check_model(body.get("model"), model.name)
@@ -129,7 +125,7 @@ def _request(
     unused: Sequence[str],
     model: Model,
     strict: bool,
-    at_end: ExitStack | None,
+    at_end: ExitStack,
 ) -> APIRequest:
     """Return the request with the fields that chats and texts share."""
     options, unknown = read_known(_Options, fields.options, "options")
@@ -138,7 +134,7 @@ def _request(
     variables, used = shared.thinking_variables(model.template.thinking, think, effort)
     has_effect = bool(used) or fields.think in (None, False, "none")
     unused = [*unused, *unknown, *([] if has_effect else ["think"])]
-    form: dict[str, Any] | None = None
+    form: JSON | None = None
     if fields.format == "json":
         form = {"type": "object"}
     elif isinstance(fields.format, dict):
@@ -164,7 +160,7 @@ def _request(
     )
 
 
-def _closed(schema: dict[str, Any], model: Model, at_end: ExitStack | None) -> dict[str, Any]:
+def _closed(schema: JSON, model: Model, at_end: ExitStack) -> JSON:
     """Return a schema with closed objects, or the schema itself if it could not be met then."""
     closed_schema = closed(schema)
     try:
@@ -282,12 +278,12 @@ class GenerateResponses(OllamaResponses):
         return {"response": piece.text, **thinking}
 
 
-def asks_nothing(path: str, body: dict[str, Any]) -> bool:
+def asks_nothing(path: str, body: JSON) -> bool:
     """Return whether a request only loads or unloads a model."""
     return path in _QUESTIONS and body.get(_QUESTIONS[path]) in (None, "", [])
 
 
-def is_unload(body: dict[str, Any]) -> bool:
+def is_unload(body: JSON) -> bool:
     """Return whether a request without a question unloads its model."""
     return body.get("keep_alive") in _NO_TIME
 
@@ -314,7 +310,7 @@ def loaded_list(
     return {"models": [{**_model(name, facts), **loaded} for name, facts in models.items()]}
 
 
-def named(body: dict[str, Any], names: Container[str]) -> str:
+def named(body: JSON, names: Container[str]) -> str:
     """Return the model that a body names. Raises `RequestError` for an unknown model."""
     name = str(body.get("model") or body.get("name") or "").removesuffix(shared.LATEST)
     if name not in names:

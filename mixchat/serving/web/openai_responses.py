@@ -29,10 +29,17 @@ from mixchat.face.events import End
 from mixchat.face.request import Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error, value_error
-from mixchat.serving.requests.fields import RequestObject, max_items, only, read_known, validated
+from mixchat.serving.requests.fields import (
+    JSON,
+    RequestObject,
+    max_items,
+    only,
+    read_known,
+    validated,
+)
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
-from mixchat.serving.web.responses import JSON, to_event
+from mixchat.serving.web.responses import to_event
 from mixchat.text.messages import Message, Role
 
 if TYPE_CHECKING:
@@ -115,7 +122,7 @@ def _as_items(input: Any) -> Any:
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = ("model", *_LABELS)
     input: Annotated[
-        list[dict[str, Any]], FailFast(), max_items(shared.MAX_MESSAGES), BeforeValidator(_as_items)
+        list[JSON], FailFast(), max_items(shared.MAX_MESSAGES), BeforeValidator(_as_items)
     ]
     instructions: str = ""
     max_output_tokens: shared.Length = None
@@ -123,7 +130,7 @@ class _Fields(RequestObject):
     top_p: shared.TopP = None
     seed: shared.Seed = None
     stream: bool = False
-    tools: Annotated[list[dict[str, Any]], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])
+    tools: Annotated[list[JSON], FailFast(), max_items(tool_fields.MAX_TOOLS)] = Field([])
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     text: _Text = _Text()
@@ -133,9 +140,7 @@ class _Fields(RequestObject):
     background: Annotated[Any, _NONE] = None
 
 
-def read_responses(
-    body: dict[str, Any], model: Model, strict: bool = True, at_end: ExitStack | None = None
-) -> APIRequest:
+def read_responses(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body. Raises as `read_chat` does."""
     shared.check_model(body.get("model"), model.name)
     fields, unused = read_known(_Fields, body)
@@ -172,7 +177,7 @@ def read_responses(
             only_path="tool_choice.name",
         )
     format = fields.text.format
-    form: dict[str, Any] | None = None
+    form: JSON | None = None
     if format.type == "json_schema":
         form = format.schema_
         if form is None:
@@ -197,7 +202,7 @@ def read_responses(
     )
 
 
-def _messages(items: Sequence[dict[str, Any]]) -> list[Message]:
+def _messages(items: Sequence[JSON]) -> list[Message]:
     """Return the messages of an input. Calls one after the other belong to one answer.
 
     Reasoning is of the next call, unless a question or a result comes between. Raises
@@ -206,13 +211,13 @@ def _messages(items: Sequence[dict[str, Any]]) -> list[Message]:
     messages, paths, thinking = list[Message](), list[str](), ""
     is_answer = False  # whether calls belong to the last message
     for number, fields in enumerate(items):
-        kind, path = fields.get("type", "message"), f"input[{number}]"
-        if kind == "item_reference":
+        item_type, path = fields.get("type", "message"), f"input[{number}]"
+        if item_type == "item_reference":
             continue
-        if kind == "reasoning":
+        if item_type == "reasoning":
             thinking += _thinking(fields)
             continue
-        if kind == "function_call":
+        if item_type == "function_call":
             item = validated(_CallItem, fields, path)
             call = tool_fields.checked_call(
                 item.call_id, item.name, item.arguments, f"{path}.arguments"
@@ -225,24 +230,24 @@ def _messages(items: Sequence[dict[str, Any]]) -> list[Message]:
             is_answer = True
             continue
         is_answer = False
-        if kind == "function_call_output":
+        if item_type == "function_call_output":
             result = validated(_ResultItem, fields, path)
             messages.append(Message("tool", _text(result.output), call_id=result.call_id))
             path, thinking = f"{path}.call_id", ""
-        elif kind == "message":
+        elif item_type == "message":
             message = validated(_MessageItem, fields, path)
             role: Role = "system" if message.role == "developer" else message.role
             messages.append(Message(role, _text(message.content)))
             is_answer = role == "assistant"
             thinking = thinking if is_answer else ""
         else:
-            raise value_error(f"{path}.type", "message, function_call or its output", kind)
+            raise value_error(f"{path}.type", "message, function_call or its output", item_type)
         paths.append(path)
     tool_fields.check_results(messages, paths)
     return messages
 
 
-def _thinking(item: dict[str, Any]) -> str:
+def _thinking(item: JSON) -> str:
     parts = item.get("content")
     texts = [p.get("text") for p in parts if isinstance(p, dict)] if isinstance(parts, list) else []
     return "".join(text for text in texts if isinstance(text, str))
@@ -304,8 +309,8 @@ class ResponsesResponses(BlockResponses):
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         output = [self._item(block, "completed") for block in self.blocks]
         usage = None if end is None else self._usage(end)
-        rest = {"incomplete_details": reason, "output": output, "usage": usage}
-        return {**self._head, "status": status, **rest}
+        end_fields = {"incomplete_details": reason, "output": output, "usage": usage}
+        return {**self._head, "status": status, **end_fields}
 
     def _usage(self, end: End) -> JSON:
         prompt, cached = self.prompt_counts([end])
@@ -319,13 +324,13 @@ class ResponsesResponses(BlockResponses):
 
     def events(self, change: Change, block: Block, content: str) -> Iterator[bytes]:
         ids = {"item_id": self._id(block), "output_index": block.index}
-        part = {**ids, "content_index": 0}
+        content_ids = {**ids, "content_index": 0}
         name = {
             "text": "response.output_text",
             "thinking": "response.reasoning_text",
             "call": "response.function_call_arguments",
         }[block.kind]
-        inner = ids if block.kind == "call" else part
+        inner = ids if block.kind == "call" else content_ids
         if block.kind == "text":
             inner = {**inner, "logprobs": []}
         if change == "add":
@@ -334,12 +339,12 @@ class ResponsesResponses(BlockResponses):
             item = self._item(block, "in_progress")
             yield self._event("response.output_item.added", output_index=block.index, item=item)
             if block.kind != "call":
-                yield self._event("response.content_part.added", **part, part=_part(block))
+                yield self._event("response.content_part.added", **content_ids, part=_part(block))
         else:
             whole = "arguments" if block.kind == "call" else "text"
             yield self._event(f"{name}.done", **inner, **{whole: block.content})
             if block.kind != "call":
-                yield self._event("response.content_part.done", **part, part=_part(block))
+                yield self._event("response.content_part.done", **content_ids, part=_part(block))
             item = self._item(block, "completed")
             yield self._event("response.output_item.done", output_index=block.index, item=item)
 

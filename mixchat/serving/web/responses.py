@@ -7,11 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from mixchat.face.events import End, Piece, TokenLogprob
 from mixchat.serving.requests.errors import RequestError, to_json
-from mixchat.serving.requests.fields import read_object
+from mixchat.serving.requests.fields import JSON, read_object
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.requests.tool_fields import call_object
 from mixchat.text.tokenizer import TokenTexts
@@ -20,7 +20,6 @@ from mixchat.text.tool_call import CallDelta, joined_calls
 if TYPE_CHECKING:
     from mixchat.face.model import Model, ModelStats
 
-JSON: TypeAlias = dict[str, Any]
 _MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 _FINISH = {
     **{"stop": "stop", "stop_string": "stop", "length": "length", "context": "length"},

@@ -214,18 +214,18 @@ class ServedModels:
 
     def _others_waiting(self) -> list[_Waiting]:
         """Return those who wait for a model to be loaded, the first of them first."""
-        here = () if self._model is None else (None, self.name)
-        return [one for one in self._waiting if not one.model.done() and one.name not in here]
+        loaded = () if self._model is None else (None, self.name)
+        return [each for each in self._waiting if not each.model.done() and each.name not in loaded]
 
-    def _turn_ends(self, other: _Waiting) -> float:
+    def _turn_ends(self, waiting: _Waiting) -> float:
         """Return the time at which requests for the loaded model no longer pass another one."""
-        return max(self._loaded_at, other.since) + _TURN_S
+        return max(self._loaded_at, waiting.since) + _TURN_S
 
     def _holds_back(self) -> bool:
         """Return whether a request for the loaded model has to wait."""
-        others = self._others_waiting()
+        waiting = self._others_waiting()
         now = asyncio.get_running_loop().time()
-        return self._change is not None or (bool(others) and now >= self._turn_ends(others[0]))
+        return self._change is not None or (bool(waiting) and now >= self._turn_ends(waiting[0]))
 
     def _look(self) -> None:
         """Give the loaded model to those who wait for it, or load another one if it is time."""
@@ -235,24 +235,25 @@ class ServedModels:
             return
         if not self._holds_back():
             self._let_pass()
-        others = self._others_waiting()
-        if self._users or not others:
+        waiting = self._others_waiting()
+        if self._users or not waiting:
             return
         loop = asyncio.get_running_loop()
-        due = min(self._turn_ends(others[0]), self._used_at + _IDLE_S)
+        due = min(self._turn_ends(waiting[0]), self._used_at + _IDLE_S)
         if self._model is None or self._closing or loop.time() >= due:
-            name = others[0].name or self.name
+            name = waiting[0].name or self.name
             self._change = asyncio.ensure_future(self._run(self._replace, name))
         else:
             self._next_look = loop.call_at(due, self._look)
 
     def _let_pass(self) -> None:
         """Give the loaded model to those who wait for it."""
-        others, model = self._others_waiting(), self._model
-        for one in [one for one in self._waiting if one not in others and not one.model.done()]:
-            self._waiting.remove(one)
-            self._begin_use()
-            one.model.set_result(cast("Model", model))
+        for_others, model = self._others_waiting(), self._model
+        for waiting in [*self._waiting]:
+            if waiting not in for_others and not waiting.model.done():
+                self._waiting.remove(waiting)
+                self._begin_use()
+                waiting.model.set_result(cast("Model", model))
 
     async def _run(self, change: Callable[..., None], *name: str) -> None:
         """Load or unload a model. No request ends it, so that no two models are ever loaded."""
@@ -261,10 +262,10 @@ class ServedModels:
         except Exception as error:
             if not name:
                 raise
-            for one in [one for one in self._waiting if (one.name or self.name) in name]:
-                self._waiting.remove(one)
-                if not one.model.done():
-                    one.model.set_exception(error)
+            for waiting in [each for each in self._waiting if (each.name or self.name) in name]:
+                self._waiting.remove(waiting)
+                if not waiting.model.done():
+                    waiting.model.set_exception(error)
         finally:
             self._change, self._loaded_at = None, asyncio.get_running_loop().time()
             if name:

@@ -179,9 +179,9 @@ class ClientConnection(H11Protocol):
             self._stop_waiting()
 
     def on_response_complete(self) -> None:
-        before = self.cycle
+        cycle = self.cycle
         super().on_response_complete()  # which may begin with a request that came meanwhile
-        waits = self.cycle is before or self.cycle.more_body
+        waits = self.cycle is cycle or self.cycle.more_body
         if waits and self._half_closed:
             self.transport.close()
         elif waits and not self.transport.is_closing():
@@ -330,8 +330,8 @@ class _Server(Server):
     def _connection(self) -> asyncio.BaseProtocol:
         protocol: Any = self.config.http_protocol_class
         state = self.server_state
-        made: asyncio.BaseProtocol = protocol(self.config, state, self.lifespan.state)
-        return made
+        connection: asyncio.BaseProtocol = protocol(self.config, state, self.lifespan.state)
+        return connection
 
 
 def serve_until_signal(

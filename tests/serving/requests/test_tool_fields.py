@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import pytest
 
@@ -41,7 +42,7 @@ def read(model, messages=(ASK,), **fields):
         return take_any_form(form)
 
     model.forms.compile = compile_form
-    asked = read_chat({"messages": list(messages), **fields}, model)
+    asked = read_chat({"messages": list(messages), **fields}, model, True, ExitStack())
     return asked.requests[0], asked.prompts[0], forms
 
 
@@ -163,7 +164,7 @@ def test_a_schema_that_cannot_be_kept_is_refused_with_its_tool():
         scripted_model(compile_form=None) as model,
         pytest.raises(RequestError, match=r"arguments of g: .* at #/properties/a") as error,
     ):
-        read_chat(body, model)
+        read_chat(body, model, True, ExitStack())
     assert error.value.body["error"] | {"message": ""} == {
         "message": "", "type": "invalid_request_error", "param": "tools", "code": "invalid_schema",
     }  # fmt: skip

@@ -192,9 +192,7 @@ def test_bodies_that_are_too_large_together_are_refused_while_small_ones_are_ans
 
 
 def test_a_request_gives_all_its_memory_back(serve):
-    served = serve(
-        budget=LIMIT,
-    )
+    served = serve(budget=LIMIT)
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     asked = [
         request(CHAT, HI),

@@ -34,9 +34,7 @@ def question(script):
 )
 @pytest.mark.parametrize("strict", [False, True])
 def test_anthropics_thinking_and_effort_are_the_templates(serve, fields, variables, strict):
-    served = serve(
-        strict=strict,
-    )
+    served = serve(strict=strict)
     names = ("enable_thinking", "reasoning_effort")
     served.model.template.thinking = ThinkingFormat("tags", names)
     body = {"max_tokens": 9, "messages": question("a"), **fields}

@@ -174,10 +174,7 @@ def test_a_conversation_gets_to_the_template_with_its_roles(client, served):
 
 
 def test_an_answer_whose_beginning_comes_last_is_continued(client, served):
-    messages = [
-        {"role": "user", "content": "say:one two"},
-        {"role": "assistant", "content": "one"},
-    ]
+    messages = [{"role": "user", "content": "say:one two"}, {"role": "assistant", "content": "one"}]
     client.chat.completions.create(model="scripted", messages=messages)
     assert served.prompt == "user: say:one two\none"
 

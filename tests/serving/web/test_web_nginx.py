@@ -47,9 +47,7 @@ http {{
 }}
 """
 
-pytestmark = [
-    pytest.mark.skipif(not NGINX or not OPENSSL, reason="needs nginx and openssl"),
-]
+pytestmark = [pytest.mark.skipif(not NGINX or not OPENSSL, reason="needs nginx and openssl")]
 
 
 def free_port():

@@ -28,9 +28,7 @@ THOUGHT = "<think>Hm.</think>Well."
 
 @pytest.fixture
 def served(serve):
-    served = serve(
-        strict=False,
-    )
+    served = serve(strict=False)
     served.model.template.thinking = ThinkingFormat("tags", ("enable_thinking",))
     return served
 
