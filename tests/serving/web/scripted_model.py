@@ -21,8 +21,8 @@ from character_tokens import character_bytes
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.batch import AnswerRequest
-from mixchat.engine.stats import GenerationStats
+from mixchat.engine.batch import AnswerRequest, BatchedAnswer
+from mixchat.engine.speculation import Proposals
 from mixchat.experts.cache import ExpertStats
 from mixchat.face.model import Model, ModelText
 from mixchat.text.messages import Message, require_question
@@ -86,31 +86,15 @@ class LineTemplate:
         return [ord(c) for line in lines for c in f"{line}\n"]
 
 
-class ScriptedAnswer:
-    """Stands for a `BatchedAnswer`."""
+class ScriptedAnswer(BatchedAnswer):
+    """An answer whose tokens a script gives."""
 
-    def __init__(self, request: AnswerRequest) -> None:
-        self.request, self.ids = request, list(request.ids)
-        self.stats = GenerationStats(len(self.ids))
-        self.error: Exception | None = None
-        self.logits: torch.Tensor | None = None
-        self.is_cancelled = False
-        self.tokens_read = 0
+    def __init__(self, request: AnswerRequest, limit: int) -> None:
+        super().__init__(request, limit, Proposals(None, request.stop_ids))
         _, has_script, script = CharacterTokenizer().decode(self.ids).rpartition("say:")
         text = script.strip("\n") if has_script else "Hello"
         self._parts = _PARTS.findall(text.replace("{seed}", str(request.sampling.seed)))
         self._wakes_at = 0.0
-
-    @property
-    def generated_tokens(self) -> int:
-        return self.stats.generated_tokens
-
-    @property
-    def has_ended(self) -> bool:
-        return self.is_cancelled or self.error is not None or self.ids[-1] == STOP
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
 
     def step(self) -> bool:
         """Read the prompt, or generate a token. Return whether there is something new."""
@@ -152,7 +136,8 @@ class ScriptedBatch:
 
     def add(self, request: AnswerRequest) -> ScriptedAnswer:
         self._engine.requests.append(request)
-        self._answers.append(ScriptedAnswer(request))
+        limit = self._engine.longest_answer(request.ids, request.max_tokens)
+        self._answers.append(ScriptedAnswer(request, limit))
         return self._answers[-1]
 
     def step(self) -> list[ScriptedAnswer]:

@@ -3,7 +3,6 @@
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import Mock
 
 import openai
 import pytest
@@ -12,9 +11,6 @@ from form_bombs import bomb
 from raw_http import exchange, request
 
 from mixchat.base.options import SamplingOptions
-from mixchat.face import forms
-from mixchat.text.form import constraint
-from mixchat.text.form.output_constraint import OutputConstraint
 
 
 def ends_of(chunks):
@@ -310,26 +306,6 @@ def test_a_field_without_an_effect_is_named_in_a_header_and_noted_once(lenient):
         assert (answer.status, answer.headers["x-mixchat-ignored"]) == (200, "think")
     assert lenient.notes == ["requests have the field think, which has no effect here"]
     assert "x-mixchat-ignored" not in exchange(lenient, request(CHAT, HI)).headers
-
-
-def test_compiled_forms_are_kept_up_to_a_size(served, monkeypatch):
-    """Forms as large as a body were kept for good, with the body's text: 64 times 4 MB."""
-    checks = []
-
-    def check(kind, text, *limits):
-        checks.append(text)
-        return OutputConstraint("x" * len(text), text=text)
-
-    monkeypatch.setattr(forms, "checked", check)
-    monkeypatch.setattr(constraint, "ConstraintCompiler", Mock())
-    monkeypatch.setattr(forms, "_MAX_CACHED", 1000)
-    compile_form = forms.FormCompiler(served.model.tokenizer, served.model.template).compile
-    for size, count in [(100, 1), (100, 1), (300, 2), (100, 2), (2000, 3), (100, 3), (2000, 4)]:
-        compile_form("start: " + "a" * size)
-        assert len(checks) == count
-    compile_form("start: " + "b" * 300)  # all others are dropped for it
-    compile_form("start: " + "a" * 100)
-    assert len(checks) == 6
 
 
 def test_a_schema_that_takes_gigabytes_is_refused(serve):

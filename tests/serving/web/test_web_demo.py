@@ -90,20 +90,6 @@ def test_a_bias_of_minus_100_forbids_a_token(client):
     assert not biased.choices[0].message.content.startswith(plain.logprobs.content[0].token)
 
 
-def test_text_goes_through_tokens_and_back(client):
-    text = "Café: 5 \u20ac, <|im_end|> is text"
-    tokens = post(client, "tokenize", content=text)
-    assert post(client, "detokenize", **tokens) == {"content": text}
-    assert tokens["tokens"] != post(client, "tokenize", content=text, add_special=True)["tokens"]
-
-
-def test_a_base_prompt_is_completed(client):
-    answer = client.completions.create(
-        model="demo", prompt="One, two, three, four,", temperature=0, max_tokens=3
-    )
-    assert answer.choices[0].text.strip().startswith("five")
-
-
 PERSON = {
     "type": "object",
     "properties": {

@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -123,9 +122,6 @@ def test_its_first_line_names_the_model_and_the_urls_for_programs_and_for_a_brow
         f"{url}/v1: serving demo; a browser opens {url}; Ctrl-C ends it\n"
     )
     assert exchange(process, request("/v1/models")).json["data"][0]["id"] == "demo"
-
-
-def test_without_a_page_its_first_line_names_none(start):
     process = start("-m", "demo", "--no-page")
     assert process.first_line.endswith("/v1: serving demo; Ctrl-C ends it\n")
 
@@ -143,17 +139,6 @@ def test_aliases_are_names_of_the_model(start):
     body = {"messages": [{"role": "user", "content": "say:well"}]}
     for name, status in {"gpt-4o": 200, "gpt-4o:latest": 200, "b": 404, "unused": 404}.items():
         assert exchange(process, request(CHAT, {"model": name, **body})).status == status
-
-
-def test_aliases_may_be_settings(start, environment, tmp_path):
-    config = tmp_path / "config.toml"
-    config.write_text('alias = ["a=demo", "b=demo"]\n')
-    for variables, names in [
-        ({"MIXCHAT_CONFIG": str(config)}, ["demo", "a", "b"]),
-        ({"MIXCHAT_CONFIG": str(config), "MIXCHAT_ALIAS": "c=demo d=demo"}, ["demo", "c", "d"]),
-    ]:
-        listed = exchange(start("-m", "demo", variables=variables), request("/v1/models")).json
-        assert [model["id"] for model in listed["data"]] == names
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -224,20 +209,6 @@ def test_an_answer_without_an_end_is_cut_off(start, whole):
     assert process.end() == (143, "note: 1 answer may end, for 1 s\n")
 
 
-@pytest.mark.slow
-def test_an_answer_has_7_seconds_to_end(start):
-    process = start()
-    with process.ask("say:a{hang}") as whole, process.ask("say:a{hang}", stream=True) as streamed:
-        process.wait_until_running(2)
-        process.popen.send_signal(signal.SIGTERM)
-        response = read_response(whole)
-        assert (response.status, response.error["code"]) == (503, "shutting_down")
-        body = read_response(streamed).body
-        assert b'"content":"a"' in body
-        assert b"the answer is cut off" in body
-    assert process.end() == (143, ENDING.format("2 answers"))
-
-
 def test_a_second_ctrl_c_ends_it_at_once(start):
     process = start()
     with process.ask("say:a{hang}") as asked:
@@ -249,18 +220,6 @@ def test_a_second_ctrl_c_ends_it_at_once(start):
         assert process.end() == (130, "")
         with pytest.raises(ConnectionError):
             read_response(asked)
-
-
-def test_connections_beyond_the_usual_limit_of_files_stop_nobody(start):
-    def few_files():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
-
-    process = start(preexec_fn=few_files)
-    idle = [process.connect() for _ in range(200)]
-    with process.ask("say:well") as asked:
-        assert content(read_response(asked)) == "well"
-    for connection in idle:
-        connection.close()
 
 
 def test_with_a_key_which_may_be_a_variable_it_may_be_reached_from_elsewhere(start):
