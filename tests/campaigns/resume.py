@@ -97,10 +97,10 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
     def turn(question: str) -> Callable[[], object]:
         def work() -> None:
             from chat_doubles import make_session
-            from mixchat.chat.terminal.open_chat import find_chat
 
             from mixchat.chat.saved.chat_saver import ChatSaver
             from mixchat.chat.saved.chat_store import ChatStore
+            from mixchat.chat.terminal.open_chat import find_chat
 
             os.close(opened)
             session = make_session("An answer")

@@ -189,6 +189,7 @@ class _Part(RequestObject):
 
 
 def _text(content: Any, parts_of: Callable[[Any], list[_Part]], info: ValidationInfo) -> Any:
+    # OpenAI's answers with calls have null as their content.
     if content is None and info.data.get("tool_calls"):
         return ""
     if isinstance(content, str):
@@ -211,6 +212,7 @@ class _Call(RequestObject):
 
 
 class _ChatMessage(RequestObject):
+    # An answer that a client sends back has fields of OpenAI's and of other servers' answers.
     ignored = ("name", "reasoning")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     reasoning_content: Any = None
@@ -236,6 +238,7 @@ class _ChatMessage(RequestObject):
             )
             for number, call in enumerate(self.tool_calls)
         )
+        # Templates show thinking only between calls and their results.
         thinking = self.reasoning_content if calls else ""
         return Message(
             "system" if self.role == "developer" else self.role,
@@ -256,6 +259,7 @@ class _FunctionChoice(RequestObject):
 
 
 class _ChatFields(OpenAIFields):
+    # `functions` and `function_call` were OpenAI's names before there were tools.
     functions: Any = None
     tools: tool_fields.FunctionFields = Field([])
     tool_choice: Any = "auto"

@@ -16,7 +16,8 @@ from mixchat.base.errors import (
 from mixchat.face.request import QueueFullError, ShuttingDownError
 
 _INVALID = "invalid_request_error"
-_RETRY_S = 2  # for a client that met a full queue
+# OpenAI's and Anthropic's packages read Retry-After, and ask again by themselves.
+_RETRY_S = 2
 _MAX_PATH = 80  # characters
 _MAX_VALUE = 60  # characters
 # Status, type and code. The first class that fits counts.

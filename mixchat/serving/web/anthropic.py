@@ -126,6 +126,7 @@ class _Fields(RequestObject):
 
 def read_messages(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIRequest:
     """Return the request of a body. Raises as `read_chat` does."""
+    # Anthropic's API alone requires it.
     if body.get("max_tokens") is None:
         raise field_error("max_tokens", "is missing", "missing_required_parameter")
     return read_counted(body, model, strict, at_end)
@@ -205,6 +206,7 @@ def _messages(fields: _Fields) -> list[Message]:
 
 def _parts(field: _Message, path: str) -> Iterator[tuple[Message, str]]:
     """Yield the messages of one, with their paths. The results of tools come first."""
+    # In Anthropic's API a result is a block in a message of the user, before its text.
     calls = list[ToolCall]()
     for number, block in enumerate(field.content):
         if block.type == "tool_result":
@@ -257,7 +259,7 @@ class AnthropicResponses(BlockResponses):
         return to_event(error_body(error), "error")
 
     def comment(self, text: str) -> bytes:
-        return _event("ping")
+        return _event("ping")  # Anthropic's own sign of life
 
     def events(self, change: Change, block: Block, content: str) -> Iterator[bytes]:
         if change == "open":
@@ -301,6 +303,7 @@ def _content(block: Block) -> JSON:
         arguments = call_arguments(block.content)
         return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments or {}}
     if block.kind == "thinking":
+        # Clients send the block back with its signature, which Anthropic checks and this does not.
         return {"type": "thinking", "thinking": block.content, "signature": ""}
     return {"type": "text", "text": block.content}
 

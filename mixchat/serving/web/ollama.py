@@ -214,6 +214,7 @@ class OllamaResponses(ResponseBuilder):
 
     def __init__(self, request: APIRequest, model: Model) -> None:
         super().__init__(request, model)
+        # Ollama's clients compute tok/s from these times.
         self._start, self._first = time.perf_counter_ns(), 0
         self._calls: list[CallDelta] = []
 
@@ -237,7 +238,7 @@ class OllamaResponses(ResponseBuilder):
         return to_json(error_body(error)) + b"\n"
 
     def comment(self, text: str) -> bytes:
-        return b""
+        return b""  # a line has to be a part of the answer
 
     def _content(self, piece: Piece) -> JSON:
         message: JSON = {"role": "assistant", "content": piece.text}

@@ -163,7 +163,7 @@ def read_responses(body: JSON, model: Model, strict: bool, at_end: ExitStack) ->
     if isinstance(choice, dict) and choice.get("type") == "function":
         function = validated(_FunctionChoice, choice, "tool_choice").name
     elif isinstance(choice, dict):
-        choice = "auto"  # a tool that this server does not have
+        choice = "auto"  # it names a tool that runs at OpenAI, such as web_search
     elif choice not in ("none", "auto", "required"):
         raise value_error("tool_choice", _CHOICE, choice)
     offer = None
@@ -212,6 +212,7 @@ def _messages(items: Sequence[JSON]) -> list[Message]:
     is_answer = False  # whether calls belong to the last message
     for number, fields in enumerate(items):
         item_type, path = fields.get("type", "message"), f"input[{number}]"
+        # References are to items that a server has stored.
         if item_type == "item_reference":
             continue
         if item_type == "reasoning":

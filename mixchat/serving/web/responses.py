@@ -139,6 +139,7 @@ class OpenAIResponses(ResponseBuilder):
         """Return an answer, or a part of it. The last part has a reason to finish."""
 
     def _chunk(self, *choices: JSON, usage: JSON | None = None) -> bytes:
+        # If usage is requested, every chunk has the field, which is null in all but the last.
         used = {"usage": usage} if self._request.include_usage else {}
         chunk = {**self._head, "object": self.chunk_name, "choices": list(choices), **used}
         return to_event(chunk)
@@ -163,6 +164,7 @@ class ChatResponses(OpenAIResponses):
 
     def beginning(self) -> bytes:
         """Return a chunk for each answer with its role."""
+        # Clients take the role from the first chunk, before the model has read the prompt.
         role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         numbers = range(len(self._request.requests))
         return b"".join(self._chunk({"index": n, **role, "finish_reason": None}) for n in numbers)

@@ -121,20 +121,20 @@ class ClientConnection(H11Protocol):
         super().__init__(*args, **options)
         self.conn: _ChunkLimit = _ChunkLimit(h11.SERVER)
         self._waiting, self._timeout = waiting, timeout
-        self._deadline: asyncio.TimerHandle | None = None  # of a request
-        self._stalled: asyncio.TimerHandle | None = None  # since the client takes nothing
+        # "deadline" of a request, "stall" of a client that takes nothing, "probe" of one that sends
+        # no more.
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self.has_begun = False  # whether a part of the request has come
         self._half_closed = False  # the client sends no more
-        self._probe: asyncio.TimerHandle | None = None  # of a client that sends no more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        self._stop_stall()
-        self._stop_probe()
+        self._waiting.remove(self)
+        for name in [*self._timers]:
+            self._stop(name)
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -149,8 +149,7 @@ class ClientConnection(H11Protocol):
         if self.scope["http_version"] != "1.1":
             return False
         self._half_closed = True
-        self._stop_probe()
-        self._probe = self.loop.call_later(_PROBE_S, self._send_probe)
+        self._start("probe", _PROBE_S, self._send_probe)
         return True
 
     def _send_probe(self) -> None:
@@ -159,18 +158,15 @@ class ClientConnection(H11Protocol):
             return
         interim = h11.InformationalResponse(status_code=102, headers=[], reason=b"Processing")
         self.transport.write(self.conn.send(interim))
-        self._probe = self.loop.call_later(_PROBE_REPLY_S, self._look_for_refusal)
+        self._start("probe", _PROBE_REPLY_S, self._look_for_refusal)
 
     def _look_for_refusal(self) -> None:
+        # The system of a client that has left answers the probe with a reset.
         sock = self.transport.get_extra_info("socket")
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
         else:
-            self._probe = self.loop.call_later(_PROBE_S, self._send_probe)
-
-    def _stop_probe(self) -> None:
-        if self._probe is not None:
-            self._probe.cancel()
+            self._start("probe", _PROBE_S, self._send_probe)
 
     def data_received(self, data: bytes) -> None:
         self.has_begun = True
@@ -189,11 +185,11 @@ class ClientConnection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(self._timeout, self.transport.abort)
+        self._start("stall", self._timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_stall()
+        self._stop("stall")
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, in JSON."""
@@ -213,17 +209,20 @@ class ClientConnection(H11Protocol):
     def _wait(self) -> None:
         self._stop_waiting()  # for the rest of a request that was answered early
         self.has_begun = False
-        self._deadline = self.loop.call_later(self._timeout, self.give_up)
+        self._start("deadline", self._timeout, self.give_up)
         self._waiting.add(self)
 
     def _stop_waiting(self) -> None:
         self._waiting.remove(self)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._stop("deadline")
 
-    def _stop_stall(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
+    def _start(self, name: str, seconds: float, call: Callable[[], object]) -> None:
+        self._stop(name)
+        self._timers[name] = self.loop.call_later(seconds, call)
+
+    def _stop(self, name: str) -> None:
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
 
 
 class WebServer:

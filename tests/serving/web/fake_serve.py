@@ -5,13 +5,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))  # as pytest does for the modules of tests/
 
-from scripted_model import scripted_model
-
 from mixchat.cli import app
 from mixchat.serving import serve
 
 
 def open_scripted(name, load, reporter, *, waiting, **options):
+    from scripted_model import scripted_model  # which imports torch
+
     return scripted_model(name, parallel=load.parallel, waiting=waiting)
 
 

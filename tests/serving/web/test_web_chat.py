@@ -215,6 +215,15 @@ def test_a_prompt_that_is_too_long_has_openais_code(client, size):
     assert caught.value.code == "context_length_exceeded"
 
 
+def test_a_client_whose_prompt_is_too_long_is_told_no_flags_of_a_chat(client):
+    """A chat is told that --overflow could leave out old turns, which a client cannot set."""
+    talk = [{"role": role, "content": "x" * 3000} for role in ("user", "assistant")]
+    messages = [*talk, {"role": "user", "content": "Hi"}]
+    with pytest.raises(openai.BadRequestError, match="too long") as caught:
+        client.chat.completions.create(model="scripted", messages=messages)
+    assert "--overflow" not in str(caught.value)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_is_told_with_the_time_to_come_again(serve, stream):
     served = serve(parallel=1, waiting=0)
