@@ -23,7 +23,7 @@ from mixchat.serving.requests.fields import read_object
 from mixchat.serving.web.anthropic import read_counted, read_messages
 from mixchat.serving.web.ollama import read_generate, read_ollama_chat
 from mixchat.serving.web.openai_responses import read_responses
-from tests.campaigns.hostile_api_bodies import changed
+from tests.hostile_api_bodies import changed
 from tests.serving.web.scripted_model import scripted_model
 
 MODEL = scripted_model()  # which does not answer here
