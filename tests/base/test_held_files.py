@@ -90,13 +90,6 @@ print(files.read_bytes(Path({str(tmp_path / "experts")!r})))
     assert without_descriptors(before, after) == "b'bytes'"
 
 
-def test_without_files_held_back_the_reason_is_told(tmp_path):
-    (tmp_path / "experts").write_text("bytes")
-    read = f"files.open_regular(Path({str(tmp_path / 'experts')!r}))"
-    tried = f"try:\n    {read}\nexcept OSError as error:\n    print(error.strerror)"
-    assert without_descriptors("", tried) == "Too many open files"
-
-
 def test_the_files_that_may_still_be_opened_are_counted():
     """One more is open while they are listed."""
     count = "64 - len(os.listdir('/dev/fd'))"
@@ -124,12 +117,6 @@ def test_a_file_that_took_the_place_of_a_held_one_is_read(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError):
         read_text(path)
-
-
-def test_files_are_held_only_by_processes_that_say_so(tmp_path):
-    (tmp_path / "file").write_text("text")
-    assert read_text(tmp_path / "file") == "text"
-    assert not held_files._held
 
 
 @pytest.mark.usefixtures("holding")

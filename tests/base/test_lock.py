@@ -58,22 +58,10 @@ def test_the_lock_is_a_file_beside_the_model_that_is_removed_afterwards(target):
     assert list(target.parent.iterdir()) == []
 
 
-def test_the_lock_is_released_after_an_error(target):
-    with pytest.raises(KeyboardInterrupt), exclusive_lock(target):
-        raise KeyboardInterrupt
-    with exclusive_lock(target):
-        pass
-
-
 def test_a_second_process_is_busy_while_the_first_holds_the_lock(target, holder):
     with pytest.raises(Busy), exclusive_lock(target):
         pass
     assert lock_file_of(target).exists()
-
-
-def test_other_models_are_not_locked(target, holder):
-    with exclusive_lock(other := target.with_name("other")):
-        assert lock_file_of(other).exists()
 
 
 def test_a_process_that_waits_says_so_once_and_continues_when_the_other_has_finished(

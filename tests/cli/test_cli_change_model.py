@@ -114,16 +114,6 @@ def test_one_engine_is_closed_before_another_is_loaded(start, loads):
     assert chat.saver.store.latest().model == "second"
 
 
-def test_the_statistics_of_both_are_saved(start, home):
-    chat = start()
-    ask(chat.saver)
-    chat.change("second")
-    assert (home / "stats" / "first.json").exists()
-    ask(chat.saver)
-    chat.close()
-    assert (home / "stats" / "second.json").exists()
-
-
 @pytest.mark.parametrize(
     "fault", [ResourceError("no room"), MemoryError(), KeyboardInterrupt(), OSError(errno.EIO, "x")]
 )

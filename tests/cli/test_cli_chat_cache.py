@@ -58,13 +58,6 @@ def test_a_resumed_chat_reads_only_what_is_new(saver_of):
         chat = again.chat
 
 
-def test_nothing_is_saved_unless_that_is_wanted(saver_of):
-    saver = saver_of()
-    with cache_of(saver, create=False):
-        asked(saver, "question")
-    assert not saver.kv_path.exists()
-
-
 def test_a_link_in_its_place_is_not_written_through(saver_of, tmp_path):
     """Its target was overwritten, with no flag given: a device's node, as root."""
     precious = tmp_path / "precious"
@@ -94,14 +87,6 @@ def test_a_pipe_in_its_place_is_left_as_it_is_and_said(saver_of, capsys):
         asked(saver, "question")
     assert said in str(caught.value)
     assert saver.kv_path.is_fifo()
-
-
-def test_a_chat_that_is_not_saved_has_no_cache(saver_of):
-    saver = saver_of()
-    saver.autosave = False
-    with cache_of(saver, create=True):
-        asked(saver, "question")
-    assert not saver.kv_path.exists()
 
 
 def test_each_chat_of_a_run_has_its_own(saver_of):
@@ -148,18 +133,6 @@ def test_a_chat_that_was_taken_back_has_no_cache(saver_of):
     assert not saver.kv_path.exists()
 
 
-def test_what_is_not_new_is_not_written_again(saver_of):
-    saver = saver_of()
-    with cache_of(saver, create=True):
-        asked(saver, "question")
-    before = saver.kv_path.stat()
-    again = saver_of()
-    again.resume(saver.chat)
-    with cache_of(again, create=True):
-        pass
-    assert again.kv_path.stat().st_ino == before.st_ino
-
-
 def test_a_damaged_cache_is_said_and_the_chat_continues(saver_of, capsys):
     saver = saver_of()
     with cache_of(saver, create=True):
@@ -172,11 +145,3 @@ def test_a_damaged_cache_is_said_and_the_chat_continues(saver_of, capsys):
     with cache_of(again, create=False):
         assert asked(again, "next")[0] == 0
     assert "is damaged" in capsys.readouterr().err
-
-
-def test_a_place_that_cannot_be_written_is_said_and_no_more(saver_of, capsys):
-    saver = saver_of()
-    with cache_of(saver, create=True):
-        asked(saver, "question")
-        saver.kv_path.mkdir()
-    assert "cannot be written" in capsys.readouterr().err

@@ -47,12 +47,6 @@ def test_the_list_is_a_table_with_the_newest_first(mixchat, keep):
     ]
 
 
-def test_a_long_question_is_cut_by_the_cells_that_it_takes(mixchat, keep):
-    keep(SKY, "天" * 500)
-    about = lines_of(mixchat("chats"))[1].split()[-1]
-    assert about == '"' + "天" * 27 + '..."'
-
-
 def test_nothing_in_a_chat_acts_on_the_terminal(mixchat, keep):
     keep(SKY, "\x1b[2Jred\x9b\u202e", model="\x1b]0;x\x07")
     row = lines_of(mixchat("chats"))[1]
@@ -98,12 +92,6 @@ def test_a_chat_is_printed_as_markdown_word_for_word(mixchat, keep):
         assert "\n## Answer\n\nSo: \x1b[1m`x`\n" in mixchat("chats", wanted).stdout.decode()
 
 
-def test_a_chat_is_printed_as_json(mixchat, keep):
-    keep(SKY, "Why?", name="sky")
-    printed = json.loads(mixchat("chats", "sky", "--json").stdout)
-    assert printed["messages"][0] == {"role": "user", "content": "Why?"}
-
-
 def test_a_chat_is_removed(mixchat, keep, store):
     keep(SKY, "Why?")
     keep(SEA, "Why not?")
@@ -144,13 +132,6 @@ def test_on_a_terminal_it_says_how_to_go_on_and_fits_the_screen(environment, kee
     row = next(line for line in shown.splitlines() if line.startswith(SKY))
     assert len(row) == 80
     assert row.endswith('..."')
-
-
-def test_on_a_terminal_a_printed_chat_does_not_act(environment, keep):
-    keep(SKY, "Why?", "So: \x1b[2J.")
-    with Terminal([*FAKE, "chats", SKY], environment) as terminal:
-        assert "So: [2J." in terminal.wait_for("So: [2J.")
-        assert terminal.wait_for_end() == 0
 
 
 @pytest.mark.parametrize(

@@ -161,26 +161,6 @@ def test_config_shows_what_holds_and_where_it_is_from(mixchat, config_file):
     assert lines[-1] == str(place)
 
 
-def test_config_says_where_the_file_would_be(mixchat, tmp_path):
-    done = mixchat("config")
-    assert done.returncode == 0
-    assert done.stdout.decode().splitlines()[-1].endswith("config.toml (does not exist)")
-    assert mixchat("config", "--path").stdout.decode().endswith("config.toml\n")
-    named = mixchat("config", "--path", MIXCHAT_CONFIG=tmp_path / "mine")
-    assert named.stdout.decode() == f"{tmp_path}/mine\n"
-
-
-def test_config_shows_the_other_settings_beside_a_bad_one(mixchat, config_file):
-    config_file('temp = -1\nmodel = "demo"')
-    done = mixchat("config", "--json", MIXCHAT_SEED="-3")
-    assert done.returncode == 2
-    assert holding(done)["model"] == {"value": "demo", "from": "config.toml"}
-    assert [line.split(" has")[0] for line in done.stderr.decode().splitlines()] == [
-        f"error: {json.loads(done.stdout)['path']}: temp",
-        "error: MIXCHAT_SEED",
-    ]
-
-
 def test_config_as_json_has_every_setting(mixchat, config_file):
     config_file('stop = ["a b"]')
     done = mixchat("config", "--json")

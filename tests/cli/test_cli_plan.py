@@ -11,7 +11,7 @@ from plan_tools import GB, SPEEDS, sections, verdict, verdict_text
 
 from mixchat.base import machine
 from mixchat.base.quantities import format_size
-from mixchat.planning import fitting, measuring
+from mixchat.planning import measuring
 from mixchat.weights.make.outline import known_blueprints
 
 
@@ -177,27 +177,6 @@ def test_as_json_it_has_all_of_it(planned, measured):
     assert found["speeds"]["expert_seconds"]["cpu"]["8"] == 0.005
 
 
-def test_an_installed_model_is_planned_as_it_is_installed(planned, measured, tiny_model):
-    done = planned(str(tiny_model))
-    found = sections(done)
-    assert done.returncode == 0
-    assert "To download it" not in found
-    assert ", installed" in found[f"The model: {tiny_model}"]
-    assert "up to 128 tokens fit" in found["What to expect"]
-    made = json.loads(planned(str(tiny_model), "--json").stdout)
-    assert (made["kept"], made["path"]) == (True, str(tiny_model))
-
-
-def test_a_checkpoint_in_a_directory_is_planned_before_it_is_installed(
-    planned, measured, tiny_checkpoint
-):
-    done = planned(str(tiny_checkpoint), "--json")
-    found = json.loads(done.stdout)
-    assert found["kept"] is False
-    assert found["download"]["kept_bytes"] == found["kept_bytes"]
-    assert found["download"]["source"] == str(tiny_checkpoint)
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -217,14 +196,6 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
     assert (done.returncode, done.stdout) == (code, b"")
     assert said in done.stderr
     assert b"Traceback" not in done.stderr
-    assert measured == []
-
-
-def test_a_model_that_does_not_fit_is_refused_as_run_refuses_it(planned, measured, monkeypatch):
-    monkeypatch.setattr(fitting, "free_on", lambda device: GB)
-    done = planned("instruct")
-    assert done.returncode == 7
-    assert b"the model needs at least 2.8 GB" in done.stderr
     assert measured == []
 
 

@@ -2,7 +2,6 @@
 
 import io
 import re
-import threading
 
 import pytest
 
@@ -93,28 +92,6 @@ def test_a_thread_that_still_moves_a_closed_bar_says_nothing():
     clock.now = 100
     task.advance(10)
     assert out.getvalue() == before
-
-
-def test_lines_of_several_threads_stay_whole():
-    out = io.StringIO()
-    clock = Clock()
-    lines = Lines(out, clock)
-
-    def work(name):
-        with progress_bar(lines, name, 100) as task:
-            for _ in range(100):
-                clock.now += 1
-                task.advance(1)
-
-    threads = [threading.Thread(target=work, args=(f"work{n}",)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    said = out.getvalue().splitlines()
-    assert sum(line.endswith(": 100 bytes") for line in said) == 8
-    assert sum(": 100 bytes in " in line for line in said) == 8
-    assert all(line.startswith("work") for line in said)
 
 
 def test_a_note_is_a_line_of_its_own_and_no_markup():

@@ -63,13 +63,6 @@ def test_a_chat_is_saved_and_resumed(chat, ask, ids):
         assert ids() == [saved]
 
 
-def test_a_prompt_continues_a_chat_and_is_saved(chat, mixchat, ids):
-    mixchat("run", "--save", "Hi")
-    done = mixchat("run", "--resume", ids()[0], "Again", SCRIPT='["Fine"]')
-    assert (done.returncode, done.stdout) == (0, b"Fine\n")
-    assert "Again[assistant]Fine" in chat("-r", answers=["So"], questions=["More"])[0]
-
-
 def test_a_turn_that_fails_to_be_printed_is_saved_all_the_same(mixchat, ids):
     """With -x, an answer without code was computed, not printed, and gone."""
     mixchat("run", "--save", "Hi")
@@ -156,15 +149,6 @@ def test_a_chat_that_is_not_there_is_an_error(mixchat):
     assert done.stderr.startswith(b"error: there is no saved chat 'nothing'")
     assert b"hint: " in done.stderr
     assert mixchat("run", "Hi", "--resume").returncode == 4
-
-
-@pytest.mark.parametrize("wanted", ["nothing", "20"])
-def test_the_list_of_chats_is_named_if_a_chat_is_not_found(mixchat, ids, wanted):
-    for _ in range(2):
-        mixchat("run", "--save", "Hi")
-    done = mixchat("run", "--resume", wanted, "Hi")
-    assert done.returncode == 4
-    assert "mixchat chats" in done.stderr.decode().splitlines()[1]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from chat_doubles import make_session
 from command_line import FAKE, Done
-
-from mixchat.cli.output.verbose import VerboseReport, generation_lines
-from mixchat.engine.stats import GenerationStats, SpeculationStats
 
 
 def prompts_in(path):
@@ -127,30 +123,6 @@ def test_verbose_prints_figures_on_stderr(mixchat):
         "context  1,000 tokens; --ctx-size can be up to 32,768",
         "seed     7",
         "ended    stop",
-    ]
-
-
-def test_verbose_counts_each_turn_of_a_chat_by_itself(capsys):
-    session = make_session("Hello", "Fine")
-    report = VerboseReport(session.engine, lambda: None)
-    for question in ("Hi", "And?"):
-        *_, finished = session.ask(question)
-        report(finished)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[4] == "experts  18 hits, 6 misses (hit rate 75.0%), 16 RAM slots"
-    assert lines[5] == "loaded   6 kB, waited 0.0 s for it"
-    assert lines[13] == "experts  15 hits, 5 misses (hit rate 75.0%), 16 RAM slots"
-    assert lines[14] == "loaded   5 kB, waited 0.0 s for it"
-
-
-def test_verbose_tells_of_tokens_that_were_proposed():
-    did = SpeculationStats(passes=3, proposed=48, accepted=30, single_seconds=0.1)
-    stats = GenerationStats(
-        prompt_tokens=9, generated_tokens=41, decode_seconds=2.0, speculation=did
-    )
-    assert generation_lines(stats, None, first=True)[3:] == [
-        "decode   41 tokens, 20.0 tok/s",
-        "proposed 48 tokens, 30 of them accepted, in 3 passes (10.0 tok/s without)",
     ]
 
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mixchat.base.errors import CheckpointError, MixchatError
-from mixchat.chat.draw.heatmap import MARKS
-from mixchat.engine.report import TIERS, ExpertReport, load_report, report_path, save_report
+from mixchat.engine.report import ExpertReport, load_report, report_path, save_report
 
 REPORT = ExpertReport(
     model="demo",
@@ -117,14 +116,6 @@ def test_a_damaged_report_is_one_clear_line(mixchat, kept):
         assert "mixchat run" in hint
 
 
-def test_a_report_without_experts_or_with_ragged_layers_is_none(kept):
-    for shape in ([], [[]], [[1], [1, 1]]):
-        tiers = [["disk"] * len(layer) for layer in shape]
-        save_report(kept, replace(REPORT, hits=shape, misses=shape, tiers=tiers))
-        with pytest.raises(CheckpointError, match="no experts, or not as many"):
-            load_report(kept)
-
-
 def test_a_report_is_not_written_through_a_link(home, tmp_path):
     precious, path = tmp_path / "precious", report_path("demo")
     precious.write_text("precious")
@@ -135,7 +126,3 @@ def test_a_report_is_not_written_through_a_link(home, tmp_path):
     save_report(path, REPORT)
     assert precious.read_text() == "precious"
     assert load_report(path) == REPORT
-
-
-def test_every_tier_has_a_mark():
-    assert set(TIERS) == set(MARKS)

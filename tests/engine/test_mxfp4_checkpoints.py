@@ -27,7 +27,6 @@ from mixchat.weights.format.blueprint import experts_file
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.matrix.mxfp4 import MXFP4
 from mixchat.weights.matrix.quant_type import Linear
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 from mixchat.weights.source.checkpoint_index import expected_index
@@ -141,14 +140,6 @@ def test_a_stack_is_read_as_the_numbers_that_its_codes_stand_for(published):
     for name in (f"{STACK}gate_up_proj", f"{STACK}down_proj"):
         found = checkpoint.index.read_dense(f"{name}[2]", read)
         assert torch.equal(found.float(), load_file(published.meant / FILE)[name][2])
-
-
-def test_nothing_is_rounded_a_second_time(published, install, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("quantized a second time")
-
-    monkeypatch.setattr(type(MXFP4), "codes", refuse)
-    assert install(published.quantized).is_dir()
 
 
 def test_the_logits_are_those_of_the_weights_that_it_stands_for(published, install):

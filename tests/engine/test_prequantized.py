@@ -18,7 +18,6 @@ from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
-from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 # bitsandbytes dequantizes whole blocks a row rightly, and only those.
@@ -146,12 +145,3 @@ def test_attention_alone_in_4_bits_is_dequantized_unless_the_experts_are_so_too(
         o = installed.tensor(installed.blueprint.o(0).tensors[0])
         expected = meant["model.layers.0.self_attn.o_proj.weight"].to(torch.bfloat16)
         assert torch.equal(o, expected)
-
-
-def test_nothing_of_it_is_searched_again(in_nf4, install, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("quantized a second time")
-
-    monkeypatch.setattr(NF4, "codes", refuse)
-    with InstalledModel(install(in_nf4[0])) as installed:
-        assert installed.manifest.quantization["scales"] == "given"

@@ -78,12 +78,6 @@ def test_proposals_that_are_right_pay_at_once():
     assert decode(Speculation(), 2000, cost=3.0, right=11) < 2000 * 0.27
 
 
-def test_what_was_won_earlier_pays_for_few_failures():
-    speculation = Speculation()
-    decode(speculation, 10_000, cost=3.0, right=11)
-    assert decode(speculation, 2000, cost=3.0, right=0) <= 2000 * 1.03
-
-
 def test_it_is_taken_up_again_where_text_begins_to_repeat():
     speculation = Speculation()
     decode(speculation, 2000, cost=3.0, right=0)

@@ -16,7 +16,6 @@ from mixchat.engine import kv_cache, paged_cache
 from mixchat.engine.batch import AnswerRequest
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache, cache_bytes
-from mixchat.engine.moe import SparseMoE
 from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.prompt_cache import PromptCache
 from mixchat.engine.tensor_cache import TensorKVCache
@@ -218,21 +217,3 @@ def test_speculation_across_a_page_gives_the_same_answers(load):
     prompt = [*text * 17, *text[:1]]  # 1,021 tokens, three before a page is full
     options = {"max_tokens": 60}
     assert answer(load(), prompt, **options) == answer(load(speculation=False), prompt, **options)
-
-
-def test_after_ctrl_c_in_a_prompt_the_next_turn_is_right(load, monkeypatch):
-    engine, prompt = load(), ids_of(1530)
-    answer(engine, prompt)
-    real, calls = SparseMoE.__call__, itertools.count()
-
-    def interrupted(self: SparseMoE, *arguments: Any, **given: Any) -> torch.Tensor:
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        return real(self, *arguments, **given)
-
-    longer = [*prompt, *ids_of(900, 1)]
-    with monkeypatch.context() as patch:
-        patch.setattr(SparseMoE, "__call__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            answer(engine, longer)
-    assert answer(engine, longer) == answer(load(), longer)

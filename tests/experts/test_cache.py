@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_traces import A, B, C, D, used
+from routing_traces import A, B, C, D
 
 from mixchat.experts.cache import (
     LRU,
@@ -149,14 +149,6 @@ def test_a_smaller_limit_evicts_and_a_larger_one_lets_in_again():
     assert len(cache) == 3
 
 
-def test_a_limit_is_at_least_one_and_at_most_all_slots():
-    cache = filled(A, B)
-    cache.resize(0)
-    assert (cache.limit, set(cache)) == (1, {B})
-    cache.resize(9)
-    assert cache.limit == 2
-
-
 def test_what_is_pinned_may_exceed_a_limit_until_it_is_pinned_no_more():
     cache = filled(A, B, C)
     cache.resize(1, pinned=[A, B])
@@ -206,27 +198,9 @@ def test_what_was_predicted_for_a_layer_to_come_is_given_up_after_what_has_been_
     assert predicted in list(policy.victims())[-2:]
 
 
-@policies
-def test_to_forget_what_is_not_there_changes_nothing(make):
-    policy = make(Passes(1))
-    used(policy, A, B)
-    policy.forget(C)
-    policy.forget(A)
-    policy.forget(A)
-    assert list(policy.victims()) == [B]
-
-
 def test_the_hit_rate_is_of_all_uses_and_none_before_the_first():
     assert ExpertStats().hit_rate == 0
     assert ExpertStats(Counter({A: 2, B: 1}), Counter({B: 1})).hit_rate == 0.75
-
-
-def test_a_copy_stays_as_it_is():
-    stats = ExpertStats(Counter({A: 1}))
-    before = stats.copy()
-    stats.hits[A] += 1
-    stats.predictions += 1
-    assert before == ExpertStats(Counter({A: 1}))
 
 
 def test_since_is_what_came_between():

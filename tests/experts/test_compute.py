@@ -100,26 +100,6 @@ def test_the_memory_of_a_prefetch_that_was_given_up_counts_as_held(installed, mo
     assert told == [4]
 
 
-def test_closing_ends_the_loads_that_are_queued(installed):
-    others, gate, loaded = set(threading.enumerate()), threading.Event(), []
-
-    class Waiting(Failing):
-        def load(self, key, block, evicted):
-            loaded.append(key)
-            gate.wait()
-            yield
-
-    fetcher = fetcher_of(runner(installed, 8, Waiting(installed)))
-    fetcher.request([ExpertKey(0, expert) for expert in range(3)])
-    while not loaded:
-        pass
-    fetcher.close()
-    gate.set()
-    for mover in set(threading.enumerate()) - others:
-        mover.join()
-    assert loaded == [ExpertKey(0, 0)]
-
-
 def test_experts_in_the_cache_are_used_before_others_evict_them(installed):
     """Walking 0, 1, 2, 3 with two slots in plain LRU order would never hit."""
     small = runner(installed, 2)

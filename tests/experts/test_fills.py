@@ -134,16 +134,6 @@ def test_an_expert_that_is_needed_comes_next_and_is_a_miss(installed, source):
     assert fetcher.holds_all
 
 
-def test_the_one_that_is_just_coming_is_a_miss_too(installed, source):
-    experts, fetcher = begin(installed, source, EVERYTHING[:1])
-    fetcher.request(EVERYTHING[:1])
-    source.go()
-    fetcher.ready(EVERYTHING[0])
-    finish(source, experts)
-    assert source.begun == EVERYTHING
-    assert dict(experts.stats.misses) == {EVERYTHING[0]: 1}
-
-
 def test_a_predicted_expert_comes_before_others_and_a_wrong_one_comes_all_the_same(
     installed, source
 ):
@@ -160,20 +150,6 @@ def test_a_predicted_expert_comes_before_others_and_a_wrong_one_comes_all_the_sa
     assert (stats.predictions, stats.right_predictions, stats.late_predictions) == (2, 1, 1)
     assert dict(stats.misses) == {right: 1}
     assert fetcher.holds_all
-
-
-def test_a_predicted_expert_that_came_in_time_is_a_hit(installed, source):
-    experts, fetcher = begin(installed, source, EVERYTHING[1:2])
-    right = EVERYTHING[6]
-    fetcher.prefetch([right], pinned=[])
-    source.go()
-    fetcher._loads[right].wait()
-    fetcher.settle(1, [right])
-    fetcher.request([right])
-    fetcher.ready(right)
-    assert dict(experts.stats.hits) == {right: 1}
-    assert not experts.stats.misses
-    finish(source, experts)
 
 
 @pytest.mark.parametrize("number", range(0, 8, 3))
@@ -334,18 +310,6 @@ def test_experts_that_are_still_to_come_do_not_count_as_held(installed, source, 
     finish(source, experts)
     fetcher.follow_memory()
     assert watch.told == [4, 8]
-
-
-def test_without_a_thread_experts_come_when_they_are_needed(installed, source, monkeypatch):
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        experts, fetcher = begin(installed, source)
-    assert not experts.is_filling
-    assert {fetcher.state(key) for key in EVERYTHING} == {MISSING}
-    assert is_right(installed, experts)
 
 
 def test_what_the_model_used_itself_is_counted_and_stays_if_memory_gets_short(installed, source):

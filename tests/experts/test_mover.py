@@ -56,18 +56,6 @@ def test_a_prefetch_is_put_off_when_something_requested_comes_and_continues_from
     assert work.finish() == ["g0", "g1", "w0", "w1", "w there", "g2", "g3", "g there"]
 
 
-def test_a_prefetch_that_was_put_off_may_be_put_off_again(work):
-    prefetch = work.prefetch("g", 3, stop=0)
-    work.stops[0].wait()
-    work.begin("w", stop=0)
-    work.stops[0].go()
-    work.stops[1].wait()
-    work.begin("v")
-    work.stops[1].go()
-    prefetch.wait()
-    assert work.finish() == ["g0", "w0", "w there", "v0", "v there", "g1", "g2", "g there"]
-
-
 def test_a_prefetch_that_was_put_off_continues_before_others_of_its_layer_start(work):
     """Else each interruption would begin one more, and none would be there in time."""
     work.prefetch("a", 2, stop=0)
@@ -94,17 +82,6 @@ def test_another_prefetch_of_a_nearer_layer_does_not_put_one_off(work):
     work.prefetch("b", layer=1)
     work.stops[0].go()
     assert arrivals(work.finish()) == "ab"
-
-
-def test_a_prefetch_in_the_queue_that_is_requested_comes_before_all_prefetches(work):
-    held = work.hold()
-    work.prefetch("a", layer=1)
-    right = work.prefetch("b", layer=4)
-    work.begin("w")
-    work.mover.reorder(right, REQUESTED)
-    assert right.priority == REQUESTED
-    held.go()
-    assert arrivals(work.finish()) == "wba"
 
 
 def test_a_prefetch_in_hand_that_is_requested_is_not_put_off(work):
@@ -186,13 +163,6 @@ def test_an_error_while_memory_is_asked_for_ends_all_loads(work):
         with pytest.raises(OSError, match="too many"):
             fill.wait()
     work.begin("d").wait()
-
-
-def test_to_want_what_is_there_changes_nothing(work):
-    prefetch = work.prefetch("g")
-    prefetch.wait()
-    work.mover.reorder(prefetch, REQUESTED)
-    assert work.finish() == ["g0", "g there"]
 
 
 @pytest.mark.parametrize("priority", [REQUESTED, PREDICTED, FILL])

@@ -64,15 +64,6 @@ def test_a_pass_that_was_interrupted_leaves_no_line(path):
     assert forwards(path) == [ONE]
 
 
-def test_nothing_is_recorded_after_the_end(path):
-    file = writer(path)
-    file.close()
-    file.close()
-    file.add(0, [0, 1])
-    file.add(1, [2, 3])
-    assert forwards(path) == []
-
-
 def test_a_disk_that_fills_up_is_an_error_once(path):
     class Filling:
         room, closed = 9, 0
@@ -133,22 +124,6 @@ def test_the_tracing_runner_notes_the_choice_and_changes_nothing(path):
             assert torch.equal(tracing.run(layer, hidden, chosen, weights, exact=True), hidden * 2)
             assert calls[layer] == (layer, hidden, chosen, weights, True)
     assert forwards(path) == [THREE]
-
-
-def test_a_pass_whose_last_layer_is_interrupted_is_not_noted(path):
-    class Runner:
-        def run(self, layer, hidden, *rest, exact=False):
-            if layer == 1:
-                raise KeyboardInterrupt
-            return hidden
-
-    with closing(writer(path)) as file:
-        tracing = RecordingRunner(Runner(), file.record)
-        chosen = torch.tensor([[0, 1]])
-        tracing.run(0, chosen, chosen, chosen)
-        with pytest.raises(KeyboardInterrupt):
-            tracing.run(1, chosen, chosen, chosen)
-    assert forwards(path) == []
 
 
 def test_traces_need_no_torch():

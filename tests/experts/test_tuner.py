@@ -4,7 +4,7 @@ from itertools import count
 from statistics import mean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat.experts.tuner import Tuner
@@ -93,6 +93,7 @@ def test_the_cost_is_that_of_the_last_four_rounds():
     assert mean(tuner._costs[0]) == 4
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=5, unique=True))
 def test_it_settles_on_the_cheapest(costs):
     tuner = Tuner(range(len(costs)), 1)

@@ -356,15 +356,6 @@ def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_re
     assert paper.current_device() == 1
 
 
-def test_the_second_of_two_gpus_computes_what_the_first_does(paper, case):
-    """Every tensor of its is in its memory: mixed memories are an error."""
-    expected = logits(load(case("nf4"), 3, EXPERTS))
-    paper.devices = 2
-    engine = load(case("nf4"), 3, EXPERTS, device="paper:1")
-    assert engine.device == torch.device("paper", 1)
-    assert torch.equal(logits(engine), expected)
-
-
 def test_planning_looks_at_a_gpu_and_measures_it(paper, case, tmp_path):
     device, blueprint = torch.device("paper", 0), case("nf4").blueprint
     there = Machine.now(tmp_path, [device])

@@ -26,21 +26,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_the_default_context_is_at_most_the_models(tiny_model):
-    assert load_engine(tiny_model, LoadOptions(device="cpu")).context_size == 128
-
-
-@pytest.mark.parametrize("size", [0, 1, 129, 10**9])
-def test_a_context_the_model_cannot_do_is_refused(tiny_model, size):
-    with pytest.raises(UsageError, match="2 to 128"):
-        load_engine(tiny_model, LoadOptions(device="cpu", context_size=size))
-
-
-def test_a_budget_sets_the_slots(tiny_model):
-    engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.5), device="cpu"))
-    assert engine.experts.slots_by_tier == {"host": 4}
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:0,cuda:1"])
 def test_without_a_gpu_a_device_is_best_left_out(name):
@@ -53,11 +38,6 @@ def test_without_a_gpu_a_device_is_best_left_out(name):
 def test_devices_that_cannot_be_used_are_refused(name):
     with pytest.raises(UsageError, match="--device"):
         choose_devices(name)
-
-
-def test_the_device_is_the_gpu_where_there_is_one():
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert {device.type for device in choose_devices(None)} == {expected}
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])

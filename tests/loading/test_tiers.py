@@ -20,7 +20,6 @@ from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.placement import Placement
-from mixchat.experts.sources import HostSource
 from mixchat.loading import tiers
 from mixchat.loading.loader import load_engine
 from mixchat.loading.workers import Share
@@ -224,11 +223,6 @@ def test_experts_are_read_past_the_page_cache_unless_it_can_hold_them_for_the_ne
     assert asked == [True] * past
 
 
-def test_the_cache_policy_does_not_show_in_the_text(tiny_model, expected):
-    options = LoadOptions(MemoryBudget(fraction=0.4), device="cpu", cache_policy="lru")
-    assert text(load_engine(tiny_model, options)) == expected
-
-
 def test_what_is_sooner_computed_than_copied_is_computed_in_ram(
     tiny_model, expected, expert_size, monkeypatch
 ):
@@ -284,10 +278,6 @@ def test_of_two_experts_one_is_copied_while_the_other_is_computed():
     assert host.choose({}) == []
 
 
-def out_of_memory(*_: Any, **__: Any) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
 def test_a_disk_that_fails_ends_the_turn_and_not_the_chat(tiny_model, expected, monkeypatch):
     engine = load_engine(tiny_model, LoadOptions(MemoryBudget(fraction=0.4), device="cpu"))
     real, reads = os.preadv, iter(range(10**6))
@@ -340,12 +330,3 @@ def test_slots_are_given_back_when_memory_shrinks_and_come_back_with_it(tiny_mod
     free["bytes"] = 10**12
     assert text(engine) == expected
     assert engine.experts.slots == 8
-
-
-def test_experts_in_ram_do_not_come_from_disk_again(tiny_model, expert_size, monkeypatch):
-    engine = load(tiny_model, 2, 8, expert_size)
-    text(engine)
-    monkeypatch.setattr(InstalledModel, "read_expert", out_of_memory)
-    assert text(engine)
-    source = engine.experts._devices[0].fetcher._store._source
-    assert isinstance(source, HostSource)

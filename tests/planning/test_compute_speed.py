@@ -14,7 +14,6 @@ from mixchat.planning import compute_speed
 from mixchat.planning.compute_speed import Effort, ExpertTimer, layer_probe
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix.linear import LinearSpec
 
 CPU = torch.device("cpu")
 
@@ -44,31 +43,6 @@ def test_each_call_takes_one_token_through_the_next_of_several_layers(blueprint,
     assert {output.shape for output in outputs} == {(1, blueprint.config.hidden_size)}
 
 
-def test_it_computes_with_ordinary_numbers(blueprint, monkeypatch):
-    """Numbers that are not ordinary can slow a CPU; fresh memory may hold any."""
-    outputs: list[torch.Tensor] = []
-    call, empty, new_empty = Block.__call__, torch.empty, torch.Tensor.new_empty
-
-    def watch(block, *arguments):
-        outputs.append(call(block, *arguments))
-        return outputs[-1]
-
-    def spoiled(tensor):
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(-1)
-
-    def garbage(*shape, **how):
-        return spoiled(empty(*shape, **how))
-
-    def new_garbage(like, *shape, **how):
-        return spoiled(new_empty(like, *shape, **how))
-
-    monkeypatch.setattr(Block, "__call__", watch)
-    monkeypatch.setattr(torch, "empty", garbage)
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_garbage)
-    layer_probe(blueprint, CPU)()
-    assert outputs[0].isfinite().all()
-
-
 def test_it_attends_to_the_tokens_before_however_often_it_is_called(blueprint, monkeypatch):
     before: list[int] = []
     attend = Attention.__call__
@@ -82,24 +56,6 @@ def test_it_attends_to_the_tokens_before_however_often_it_is_called(blueprint, m
     for _ in range(3):
         compute()
     assert before == [compute_speed._CONTEXT] * 3
-
-
-@pytest.mark.parametrize("attention", ["none", "int8", "nf4"])
-def test_its_attention_is_of_the_models_shape_and_kind(blueprint, monkeypatch, attention):
-    built: list[LinearSpec] = []
-    build = LinearSpec.build
-
-    def watch(spec, tensors, **how):
-        built.append(spec)
-        return build(spec, tensors, **how)
-
-    monkeypatch.setattr(LinearSpec, "build", watch)
-    how = replace(blueprint.quantization, attention=attention)
-    changed = replace(blueprint, quantization=how)
-    layer_probe(changed, CPU)()
-    used = changed.computed_on(CPU)
-    assert built == [used.qkv(0), used.o(0)] * compute_speed._COPIES
-    assert {spec.quant_type for spec in built} == {attention}
 
 
 @pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")

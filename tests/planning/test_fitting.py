@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mixchat.base.errors import UsageError
-from mixchat.base.model_config import Context, ModelConfig, RopeParameters
+from mixchat.base.model_config import ModelConfig, RopeParameters
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.placement import Demand, reserve_of
@@ -101,12 +101,6 @@ def test_a_saved_conversation_fits_again_when_less_memory_is_free():
     assert context(64, least_context=10**6) == 32768
 
 
-def test_free_memory_does_not_change_the_length_of_answers():
-    assert Context(32768, 32768, is_chosen=False).usual_answer == 2048
-    assert Context(8192, 32768, is_chosen=False).usual_answer == 2048
-    assert Context(32768, 32768).usual_answer == 8192
-
-
 def test_the_table_of_the_embedding_counts_only_where_it_is_the_head_too():
     """It has 32,000 rows of 4,096 weights, of which a token needs one row."""
     table = 32_000 * 4_096 * 2
@@ -147,13 +141,6 @@ def test_a_gpu_too_small_for_16_bits_holds_8():
     assert fit.computed == EIGHT_BITS
     with pytest.raises(UsageError, match="too small"):
         fit_model(Blueprint(MODEL, Quantization()), fit.free, options)
-
-
-def test_more_memory_of_a_gpu_widens_the_stored_model():
-    for size, computed in ((24, EIGHT_BITS), (40, EIGHT_BITS.widened())):
-        fit = fit_model(EIGHT_BITS, FreeMemory(64 * 10**9, size * 10**9), LoadOptions())
-        assert fit.computed == computed
-    assert EIGHT_BITS.widened() != EIGHT_BITS
 
 
 def test_a_head_apart_from_the_embedding_it_is_tied_to_is_not_widened():

@@ -1,7 +1,5 @@
 """The time of prompts: the first token of a cold start, and the speed of a long one."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS, measured, without_disk
@@ -47,23 +45,10 @@ def test_the_first_token_waits_for_nearly_all_of_the_model():
     assert found.prompt.copying == 0
 
 
-def test_a_longer_prompt_takes_longer_to_compute_and_no_less_to_read():
-    short, long = cold_start(SPEEDS), cold_start(SPEEDS, prompt=200)
-    assert short.prompt.computing < long.prompt.computing
-    assert short.prompt.reading <= long.prompt.reading
-
-
 def test_for_a_gpu_the_first_token_has_the_experts_copied_too():
     found = cold_start(GPU_SPEEDS, GPU)
     assert found.prompt.copied == found.prompt.read
     assert found.prompt.copying == pytest.approx(found.prompt.reading * 3e9 / 2e10)
-
-
-def test_the_first_token_is_a_range_over_the_samples():
-    slow = replace(SPEEDS, disk_bandwidth_fresh=1e9)
-    found = first_token(BLUEPRINT, CPU, measured(SPEEDS, slow, SPEEDS))
-    assert (found.low, found.high) == (cold_start(SPEEDS).seconds, cold_start(slow).seconds)
-    assert found.seconds == found.low
 
 
 def test_a_prompt_has_a_speed_with_all_experts_in_memory_with_half_and_with_none():

@@ -72,18 +72,6 @@ def test_a_word_keeps_its_space_only_after_a_prompt(v1):
     assert streamed(v1, [22557, 22557]) == ["Hello", " Hello", ""]
 
 
-def test_a_word_keeps_its_space_after_many_control_tokens(v1):
-    assert "".join(streamed(v1, [22557, *[1] * 100, 22557])) == "Hello Hello"
-    assert "".join(streamed(v1, [22557], [*v1.encode("Say"), *[2] * 100])) == " Hello"
-
-
-def test_flushing_twice_shows_nothing_twice(v1):
-    detokenizer = Detokenizer(v1.token_bytes)
-    detokenizer.add(3 + 0xE2)
-    assert detokenizer.flush() == "\ufffd"
-    assert detokenizer.flush() == ""
-
-
 abc = st.text("ab\n", max_size=12)
 
 
@@ -126,12 +114,3 @@ def test_only_what_may_begin_a_stop_string_is_held_back(stops, chunks):
         held = came[len(out) :]
         assert came == out + held
         assert held == "" or any(s.startswith(held) and s != held for s in stops)
-
-
-def test_an_example():
-    stop = StopStrings(["END"])
-    assert stop.add("the E") == ("the ", False)
-    assert stop.add("N") == ("", False)
-    assert stop.add("Dx") == ("", True)
-    assert stop.add("more") == ("", True)
-    assert stop.flush() == ""

@@ -174,8 +174,3 @@ def test_a_base_models_text_yields_no_control_token(parts, v1):
     ids = CompletionTemplate(v1).encode([Message("user", part) for part in parts])
     assert ids == [1, *v1.encode("".join(parts))]
     assert min(ids[1:], default=3) > 2
-
-
-def test_a_models_own_eos_ends_an_answer(v1):
-    assert InstructTemplate(v1).stop_ids == CompletionTemplate(v1).stop_ids == {2}
-    assert InstructTemplate(v1, stop_ids=[5]).stop_ids == {2, 5}

@@ -41,25 +41,6 @@ def test_transformers_reads_the_same_in_a_known_config(name):
     assert read_config(theirs.to_dict()) == read_config(raw)
 
 
-# The keys in which a repository differs from the defaults of transformers' class.
-CHANGED = {
-    "qwen3": {"num_hidden_layers", "max_position_embeddings", "norm_topk_prob", "rope_theta"},
-    "gpt-oss": {"num_hidden_layers", "num_local_experts", "layer_types", "quantization_config"},
-    "mellum2": {"layer_types", "rope_parameters"},
-    "olmoe": {"intermediate_size"},
-}
-
-
-@pytest.mark.parametrize("name", CHANGED)
-def test_a_known_config_differs_from_the_defaults_in_these_keys(name):
-    raw = KNOWN[name].config
-    changed = {key: raw[key] for key in CHANGED[name]}
-    tokens = {key: value for key, value in raw.items() if key.endswith("_token_id")}
-    theirs = CONFIG_MAPPING[raw["model_type"]](**changed, **tokens)
-    head_dim = {"head_dim": 128} if name == "qwen3" else {}  # the class has 64, the models 128
-    assert read_config({**theirs.to_dict(), **head_dim}) == read_config(raw)
-
-
 @pytest.mark.parametrize(("names", "blueprint"), known_blueprints().items())
 def test_a_known_model_is_planned_as_a_download_makes_it(names, blueprint):
     for name in names:

@@ -40,12 +40,6 @@ def test_a_link_is_not_followed_to_make_a_key(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written"):
-        make_key_file(tmp_path / "file" / "worker.key")
-
-
 def test_a_missing_key_says_how_to_make_one(tmp_path):
     with pytest.raises(UsageError, match="there is no key") as caught:
         read_key_file(tmp_path / "worker.key")

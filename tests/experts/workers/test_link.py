@@ -21,7 +21,6 @@ from worker_double import (
 )
 
 from mixchat.base import interrupts
-from mixchat.base.errors import MixchatError
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.workers import link as link_module
 from mixchat.experts.workers import messages
@@ -63,15 +62,6 @@ def test_a_worker_loads_the_experts_to_hold_in_their_order(worker, link):
     while worker.model.loaded != keys:
         assert worker.model.has_loaded.wait(PATIENCE)
         time.sleep(0.01)
-
-
-def test_a_chat_s_end_frees_the_worker_for_the_next_one(worker):
-    for _ in range(3):
-        link = worker.open()
-        assert link.slots == 6
-        assert_right(link)
-        link.close()
-    assert "after 1 requests: it closed the connection" in worker.wait_for_note("ends", 3)
 
 
 def test_one_chat_has_several_workers_and_each_is_lost_alone(worker):
@@ -143,29 +133,6 @@ def test_a_worker_that_is_killed_between_requests_is_known_to_be_lost(process):
     with pytest.raises(ConnectionLostError):
         ask(link, 1, TOKEN, row())
     link.close()
-
-
-def test_what_a_worker_cannot_compute_is_said_and_the_next_chat_is_served(worker):
-    def fail(check):
-        raise MixchatError("experts-001.safetensors: cannot be read (Input/output error)")
-
-    link = worker.open()
-    worker.model.on_compute = fail
-    with pytest.raises(ConnectionLostError, match=r"cannot be read \(Input/output error\)"):
-        ask(link, 1, TOKEN, row())
-    worker.model.on_compute = lambda check: None
-    link = worker.open()
-    ask(link, 1, TOKEN, row())
-    link.close()
-
-
-def test_a_worker_stops_computing_when_the_chat_side_is_gone(worker):
-    worker.model.on_compute = never_end = NeverEnding()
-    link = worker.open()
-    link.start(1, TOKEN, row())
-    assert never_end.started.wait(PATIENCE)
-    link.close()
-    assert "closed the connection" in worker.wait_for_note("ends")
 
 
 def test_ctrl_c_ends_the_wait_for_a_worker(worker):

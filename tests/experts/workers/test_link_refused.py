@@ -83,13 +83,6 @@ def liar(result: bytes, welcome: bytes = WELCOME) -> Iterator[Address]:
     thread.join(PATIENCE)
 
 
-def test_another_key_is_refused(worker):
-    with pytest.raises(UsageError, match="another key") as caught:
-        worker.open(key=bytes(32))
-    assert caught.value.hint
-    assert "another key" in worker.wait_for_note("sent away")
-
-
 def test_a_worker_with_another_key_is_found_out_by_the_chat_side():
     """The proof is mutual: this impostor speaks the protocol, and does not know the key."""
 

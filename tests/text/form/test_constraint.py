@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from form_walks import STOP, ByteTokenizer, compiled, json_object, lark_grammar
+from form_walks import STOP, ByteTokenizer, compiled, lark_grammar
 
 from mixchat.base.errors import PromptError, UsageError
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
@@ -28,18 +28,6 @@ def test_an_answer_may_end_or_continue_if_the_form_allows_both():
     assert allowed(constraint) == {ord("a")}
     constraint.accept(ord("a"))
     assert allowed(constraint) == {ord("a"), STOP}
-
-
-def test_the_tokens_that_are_allowed_are_a_bool_for_each_of_the_vocabulary():
-    mask = compiled(json_object(), ByteTokenizer(b"x", b"y"))().allowed()
-    assert (mask.dtype, mask.shape) == (torch.bool, (259,))
-
-
-def test_answers_have_constraints_of_their_own():
-    form = compiled(lark_grammar('start: "ab"'))
-    first, second = form(), form()
-    first.accept(ord("a"))
-    assert (allowed(first), allowed(second)) == ({ord("b")}, {ord("a")})
 
 
 def test_the_first_token_counts_as_it_is_shown():
@@ -112,11 +100,3 @@ def test_what_is_shown_of_random_answers_has_the_form(tokenizer, kind):
         detokenizer = Detokenizer(tokenizer.token_bytes, before)
         text = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
         assert compiled(constraint)(text.encode()).allowed()[STOP], text
-
-
-def test_tokens_of_mistrals_vocabulary_spell_json(v1):
-    constraint = ConstraintCompiler(v1, {2}).compile(json_object())()
-    for token in v1.encode('{"name": "Grace\\n é 🙂", "x": [1, 2.5]}'):
-        assert constraint.allowed()[token]
-        constraint.accept(token)
-    assert allowed(constraint) == {2}

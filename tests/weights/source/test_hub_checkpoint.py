@@ -59,14 +59,6 @@ class TestBesideTheModel:
         checkpoint.release(SHARDS[0])
         assert not list((target / "source").iterdir())
 
-    def test_release_leaves_the_others_alone_and_takes_what_had_come(self, fake, target):
-        checkpoint = origin_for(target)
-        bring(checkpoint, SHARDS[1])
-        part_path(target / "source" / SHARDS[0]).write_bytes(b"part")
-        checkpoint.release(SHARDS[0])
-        assert [path.name for path in (target / "source").iterdir()] == [SHARDS[1]]
-        assert checkpoint.release("never-fetched.safetensors") is None
-
     def test_what_another_process_left_is_gone_on_with(self, fake, target):
         (target / "source").mkdir(parents=True)
         part_path(target / "source" / SHARDS[0]).write_bytes(fake.files[SHARDS[0]][:100_000])
@@ -101,12 +93,6 @@ class TestBesideTheModel:
         monkeypatch.setattr(Path, "mkdir", raced)
         assert bring(checkpoint).read_bytes() == fake.files[SHARDS[0]]
 
-    def test_it_ends_when_stop_is_set(self, fake, target):
-        stop = Event()
-        stop.set()
-        with pytest.raises(Stopped):
-            origin_for(target).fetch(SHARDS[0], Bar(), stop)
-
 
 class TestRate:
     def test_tries_for_a_while_and_keeps_what_came_for_the_fetch(self, fake, target, monkeypatch):
@@ -129,13 +115,6 @@ class TestRate:
         assert rate is not None
         assert rate > 0
         assert not target.exists()
-
-    def test_is_none_where_nothing_has_to_come(self, fake, target):
-        checkpoint = origin_for(target)
-        for shard in SHARDS:
-            bring(checkpoint, shard)
-        assert checkpoint.rate(SHARDS, keep=True) is None
-        assert checkpoint.rate(SHARDS, keep=False) is None
 
     @pytest.mark.parametrize(
         ("fault", "keep"), [({"cut_after": 0}, True), ({"status": 503}, False)]

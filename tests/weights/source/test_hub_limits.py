@@ -95,7 +95,7 @@ def test_what_is_no_file_is_not_read_for_ever(cache, monkeypatch, tmp_path, head
     [(b"", CONTINUE), (b"HTTP/1.1 200 OK\r\nA: ", b"x"), (HEAD % b"", b" "), (REDIRECT, b"x")],
     ids=["informational", "head", "body", "redirect"],
 )
-@pytest.mark.parametrize("what", ["listing", "file", "range", "probe"])
+@pytest.mark.parametrize("what", ["listing", "file"])
 def test_a_byte_now_and_then_is_not_waited_for(cache, tmp_path, head, piece, what):
     with endless(head, piece, 0.05) as url, pytest.raises(HubError, match="too slowly"):
         ASKS[what](url, tmp_path)

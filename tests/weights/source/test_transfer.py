@@ -124,10 +124,6 @@ class TestFile:
             fetch(hub, tmp_path / NAME)
         assert part_path(tmp_path / NAME).read_bytes() == DATA[:-1]
 
-    def test_patience_is_counted_again_when_bytes_have_come(self, hub, tmp_path):
-        hub.fail(f"^/{NAME}", times=99, cut_after=1_000)
-        assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
-
     def test_patience_has_an_end(self, hub, tmp_path):
         hub.fail(f"^/{NAME}", cut_after=0)
         with pytest.raises(Exception, match=r"peer closed|disconnected|complete"):
@@ -178,14 +174,6 @@ class TestWrongAnswers:
         hub.fail(f"^/{NAME}", headers={"Content-Type": "text/html"})
         assert fetch(hub, tmp_path / NAME).read_bytes() == DATA
         assert ranges(hub) == ["bytes=70000-"]
-
-    def test_a_page_of_html_is_waited_out(self, hub, tmp_path):
-        part_path(tmp_path / NAME).write_bytes(DATA[:70_000])
-        hub.fail(f"^/{NAME}", times=3, page=True)
-        bar = Bar()
-        assert fetch(hub, tmp_path / NAME, bar).read_bytes() == DATA
-        assert ranges(hub) == ["bytes=70000-"] * 4
-        assert bar.done == 30_000
 
     @pytest.mark.parametrize("served", [DATA[:-1], DATA + b"!", b"{}"])
     def test_a_file_of_another_size_is_refused_before_its_bytes_come(self, hub, tmp_path, served):
