@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from plan_tools import BLIND, SPEEDS, at, sections
+from plan_tools import SPEEDS, at, sections
 
 from mixchat.base import machine
 from mixchat.planning import measuring
@@ -102,13 +102,6 @@ def test_speeds_and_the_first_token_are_ranges_over_the_samples(planned, measure
     assert (prompt["tokens"], first["tokens"]) == (512, 20)
     assert prompt["low"] < prompt["high"]
     assert first["low"] < first["seconds"] < first["high"]
-
-
-def test_an_unmeasured_disk_leaves_the_speed_unknown(planned, measured, monkeypatch):
-    monkeypatch.setattr(measuring, "take_sample", lambda *_, **how: BLIND)
-    found = sections(planned("instruct"))
-    assert "unknown, because the disk could not be measured" in found["What to expect"]
-    assert "not measured" in found["This machine"]
 
 
 def test_a_machine_is_measured_once_for_models_of_one_shape(planned, measured):

@@ -45,29 +45,6 @@ def test_lines_say_the_beginning_the_end_and_at_most_one_a_minute():
     ]
 
 
-def test_lines_tell_of_several_things_in_one():
-    out, clock = io.StringIO(), Clock()
-    lines = Lines(out, clock)
-    fetching, quantizing = lines.task("fetching", 10_000), lines.task("quantizing", 5_000)
-    clock.now = 30
-    fetching.advance(6_000)
-    clock.now = 61
-    quantizing.advance(100)
-    fetching.close()
-    clock.now = 130
-    quantizing.advance(100)
-    quantizing.close()
-    assert out.getvalue().splitlines() == [
-        "fetching: 10 kB",
-        "quantizing: 5 kB",
-        "fetching: 6 kB of 10 kB, 98 bytes/s, 41 s left; "
-        "quantizing: 100 bytes of 5 kB, 1 bytes/s, 50 min left",
-        "fetching: 6 kB in 1 min",
-        "quantizing: 200 bytes of 5 kB, 1 bytes/s, 55 min left",
-        "quantizing: 200 bytes in 2 min",
-    ]
-
-
 def test_lines_say_what_was_done_before_and_do_not_count_it_as_speed():
     out, clock = io.StringIO(), Clock()
     lines = Lines(out, clock)

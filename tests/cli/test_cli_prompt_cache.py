@@ -222,11 +222,3 @@ def test_what_is_no_file_is_left_as_it_is(mixchat, tmp_path):
     for path in (tmp_path, fifo, "/dev/null"):
         assert "exists, and was not written by" in refused(mixchat, path)
     assert "cannot be read" in refused(mixchat, circle)
-
-
-def test_a_name_with_a_newline_is_one_line(ask, tmp_path):
-    file = tmp_path / "a\n\x1b[31mb"
-    ask("Why?", "--prompt-cache", str(file))
-    done = ask("Why?", "--prompt-cache", str(file), "--kv-bits", "8")
-    assert done.stderr.count(b"\n") == 1
-    assert b"\x1b" not in done.stderr

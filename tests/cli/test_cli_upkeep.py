@@ -107,26 +107,6 @@ class TestRm:
         assert installed.exists() != gone
         assert (code == 0) == gone
 
-    def test_unfinished_work_is_removed_too(self, mixchat, half):
-        assert mixchat("rm", "half", "-y").returncode == 0
-        assert not half.exists()
-
-    def test_of_a_link_only_the_link_and_it_claims_no_more(self, mixchat, installed, models):
-        elsewhere = installed.rename(models.parent / "elsewhere")
-        (models / "link").symlink_to(elsewhere)
-        done = mixchat("rm", "link", "-y")
-        assert done.returncode == 0
-        assert lines_of(done) == ["removed link: 0 bytes"]
-        assert not (models / "link").is_symlink()
-        assert (elsewhere / "mixchat.json").exists()
-
-    def test_one_that_is_being_made_is_refused(self, mixchat, half):
-        with exclusive_lock(half.parent / "half"):
-            done = mixchat("rm", "half", "-y")
-        assert done.returncode == 2
-        assert "another mixchat is working on" in lines_of(done)[0]
-        assert half.exists()
-
 
 class TestVerify:
     def test_a_whole_model(self, mixchat, installed):
@@ -219,11 +199,6 @@ class TestGc:
     def no_cache(self, cache):
         """Not this machine's own."""
 
-    def test_nothing_to_do(self, mixchat, installed):
-        done = mixchat("gc")
-        assert (done.stdout, done.returncode) == (b"", 0)
-        assert lines_of(done) == ["freed 0 bytes"]
-
     def test_leftovers_go_and_work_to_go_on_with_stays(self, mixchat, installed, half, models):
         source = workspace(installed) / SOURCE_DIR
         source.mkdir(parents=True)
@@ -252,15 +227,3 @@ class TestGc:
         ]
         assert thesis.read_text() == checkpoint.read_text() == "years"
         assert (installed / "thesis.txt").read_text() == "years"
-
-    def test_unfinished_work_goes_when_asked_for(self, mixchat, installed, half):
-        done = mixchat("gc", "--unfinished")
-        assert done.returncode == 0
-        assert not half.exists()
-        assert installed.exists()
-
-    def test_a_model_in_use_is_left_alone(self, mixchat, half):
-        with exclusive_lock(half.parent / "half"):
-            done = mixchat("gc", "--unfinished")
-        assert lines_of(done) == ["freed 0 bytes"]
-        assert half.exists()

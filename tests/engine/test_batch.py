@@ -1,7 +1,7 @@
 """Several answers at once are those that each prompt gets alone, bit for bit."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,6 @@ def run(batch: Batch, waiting: Sequence[AnswerRequest], seed: int = 0) -> list[l
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read prompts a few tokens at a time."""
     monkeypatch.setattr("mixchat.engine.chunk_sizer.PREFILL_CHUNK", 5)
@@ -115,13 +108,6 @@ def test_an_answer_is_the_one_that_its_prompt_gets_alone(load, kind, seed, small
     expected = [alone(one, prompt) for prompt in prompts]
     assert run(load(kind).new_batch(), prompts, seed) == expected
     assert len({tuple(answer) for answer in expected}) == len(prompts)
-
-
-def test_answers_are_the_same_on_two_threads(load, request):
-    prompts = [prompt_of(n) for n in range(4)]
-    expected = [alone(load(), prompt) for prompt in prompts]
-    request.getfixturevalue("two_threads")
-    assert run(load().new_batch(), prompts) == expected
 
 
 def test_a_long_prompt_is_read_between_the_tokens_of_others(load, small_pieces):

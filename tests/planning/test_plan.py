@@ -119,16 +119,6 @@ def test_a_plan_for_two_gpus_names_both():
     assert len(found["fit"]["placement"]["other_slots"]) == 1
 
 
-def test_ram_behind_a_gpu_holds_what_the_gpu_does_not():
-    found = on_gpu(11, 16)
-    placement = found.fit.placement
-    assert found.expected.held == placement.slots + placement.host_slots < 256
-    assert found.expected.hit_rate < found.expected.host_hit_rate < 1
-    assert found.expected.cost.copied > found.expected.cost.read > 0
-    assert str(found.device) == "cpu:0"
-    assert on_gpu(11, 64).expected.host_hit_rate == 1.0
-
-
 @pytest.mark.parametrize(
     ("there", "options"),
     [

@@ -93,13 +93,6 @@ def test_stop_ids_come_from_all_files(tmp_path):
         assert chosen(tmp_path).stop_ids == {0, 2} | ids
 
 
-def test_a_token_that_closes_no_turn_of_this_template_ends_no_answer(tmp_path):
-    build.write_checkpoint(
-        tmp_path, build.byte_level(), template=build.ALPACA, eos_token="<|endoftext|>"
-    )
-    assert chosen(tmp_path).stop_ids == {0}
-
-
 @pytest.mark.parametrize("content", ['{"eos_token_id": "2"}', '{"eos_token_id": [true]}', "[", ""])
 def test_a_damaged_generation_config_is_named(content, tmp_path):
     build.write_checkpoint(tmp_path, model_file=build.V1_FILE)

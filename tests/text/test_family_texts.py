@@ -1,7 +1,6 @@
 """The templates and tokenizers of the families that people run give transformers' ids."""
 
 import random
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import text_builders as build
 from family_texts import FAMILIES
 
-from mixchat.text.checkpoint_text import CheckpointText
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
 from mixchat.text.thinking import ThinkingFormat
@@ -122,24 +120,3 @@ def test_an_answers_thinking_is_in_no_later_prompt(tmp_path):
     assert template.encode([before, answer, after]) == (
         template.encode([before, Message("assistant", "Yes"), after])
     )
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "variables"),
-    [
-        ("qwen3", "hybrid", {"enable_thinking": False}),
-        ("gpt-oss", "harmony", {"reasoning_effort": "high"}),
-        ("granite", "3.1", {}),
-    ],
-)
-def test_the_sandbox_passes_thinking_and_variables_on(family, name, variables, tmp_path):
-    template, _ = loaded(tmp_path, family, name)
-    answer = Message("assistant", "b", (70, 71, 72), thinking="x", thinking_tokens=1)
-    messages = [Message("user", "a"), answer, Message("user", "c")]
-    with closing(CheckpointText(tmp_path)) as text:
-        sandboxed = text.template()
-        assert sandboxed.thinking == template.thinking
-        assert sandboxed.encode(messages, variables) == template.encode(messages, variables)
-        assert sandboxed.encode(messages) == template.encode(messages)
-    if variables:
-        assert template.encode(messages, variables) != template.encode(messages)

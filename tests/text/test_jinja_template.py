@@ -196,19 +196,6 @@ def test_an_answers_own_ids_follow_the_prompt_they_answered(name, kind, speakers
         assert template.encode(messages)[: len(prompt) + len(ids)] == [*prompt, *ids]
 
 
-def test_ids_and_text_are_the_same_to_a_template(speakers):
-    for name, kind in speakers:
-        template, tokenizer, _ = speakers[name, kind]
-        if kind == "llama-old" and name in ("alpaca", "mistral"):
-            continue  # the answer's leading space is a token of its own there, or none
-        text = "Sure.\n\n- one\n- two"
-        ids = tuple(tokenizer.encode_template("\n" + text)[len(tokenizer.encode("\n")) :])
-        messages = [Message("user", "Hi"), Message("assistant", text), Message("user", "So?")]
-        with_ids = [messages[0], Message("assistant", "", ids), messages[2]]
-        decode = tokenizer.decode
-        assert decode(template.encode(with_ids)) == decode(template.encode(messages))
-
-
 @pytest.mark.parametrize(
     "source",
     [
@@ -298,11 +285,3 @@ def test_a_broken_or_hostile_template_is_named_in_one_line(name, tmp_path, monke
         text.template()
     assert str(caught.value).startswith(f"{tmp_path / 'tokenizer_config.json'}: the chat template ")
     assert "\n" not in str(caught.value)
-
-
-def test_a_template_that_fails_later_is_named_too(byte_level):
-    source = "{% if messages | length > 1 %}{{ messages[0].a.b }}{% endif %}"
-    template = jinja(source, byte_level, file="there")
-    template.encode([Message("user", "a")])
-    with pytest.raises(CheckpointError, match=r"^there: the chat template fails: "):
-        template.encode(conversation(["a", "b"], ["c"]))

@@ -74,22 +74,9 @@ def test_the_bytes_of_tokens_after_a_prompt_are_the_text_that_is_shown(
         assert data.decode() == shown(tokenizer, ids, before)
 
 
-@many
-@given(text=anything)
-def test_the_bytes_of_typed_text_are_that_text(text, tokenizer, tokens):
-    ids = tokenizer.encode("x" + text)
-    if not set(ids) & set(tokenizer.control_tokens.values()):  # the vocabulary lacks no character
-        assert joined(tokens, ids).decode() == tokenizer.decode(ids)
-
-
 def test_a_token_that_does_not_fill_a_character_has_its_bytes(v1):
     tokens = v1.token_bytes
     assert [tokens.within[i] for i in (3 + 0xE2, 3 + 0x82, 3 + 0xAC)] == [b"\xe2", b"\x82", b"\xac"]
-
-
-def test_a_word_loses_its_space_only_at_the_start_of_a_text(v1):
-    tokens, (hello,) = v1.token_bytes, v1.encode("Hello")
-    assert (tokens.within[hello], tokens.first[hello]) == (b" Hello", b"Hello")
 
 
 def test_every_token_has_an_entry_and_control_tokens_have_no_bytes(tokenizer, tokens):

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -88,25 +87,6 @@ def test_one_line_tells_of_many_with_another_key(worker):
             WorkerSocket(worker.address, bytes(32))
     assert_serves(worker)
     assert sum("sent away" in line for line in worker.notes) == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="another process's limits need Linux")
-def test_a_worker_without_a_free_descriptor_goes_on(process):
-    """Whoever used them all up from outside ended the worker: gloo aborts."""
-    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, 64))
-    link = process.open()
-    with ExitStack() as opened:
-        for _ in range(100):
-            stranger = socket.create_connection(process.address.target, PATIENCE)
-            opened.callback(stranger.close)
-        deadline = time.monotonic() + PATIENCE
-        while len(os.listdir(f"/proc/{process.pid}/fd")) < 64:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        for _ in range(20):
-            assert_right(link)
-    link.close()
-    process.open().close()
 
 
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit of util-linux")

@@ -6,8 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 from pathlib import Path
 from threading import Event
 
@@ -248,18 +246,6 @@ class TestRetryAfter:
         (waited,) = waits
         assert least <= waited <= most
 
-    def test_as_a_date_it_is_the_time_until_then(self, hub, tmp_path, waits):
-        then = datetime.now(timezone.utc) + timedelta(seconds=200)
-        fault = {"Retry-After": format_datetime(then, usegmt=True)}
-        hub.fail(f"^/{NAME}", times=1, status=429, headers=fault)
-        fetch(hub, tmp_path / NAME, stop=self.stop)
-        assert 100 < waits[0] < 201
-
-    def test_of_another_status_counts_for_nothing(self, hub, tmp_path, waits):
-        hub.fail(f"^/{NAME}", times=1, status=500, headers={"Retry-After": "90"})
-        fetch(hub, tmp_path / NAME, stop=self.stop)
-        assert waits == [1.0]
-
 
 class TestStopping:
     """A hang is the subject: whoever presses Ctrl-C does not wait for the hub."""
@@ -349,14 +335,6 @@ class TestHashing:
     def test_one_that_is_wrong_is_not(self, tmp_path, data):
         (tmp_path / NAME).write_bytes(data)
         assert not is_intact(tmp_path / NAME, len(DATA), SHA256, Event())
-
-    def test_it_ends_when_stop_is_set(self, tmp_path):
-        (tmp_path / NAME).write_bytes(DATA)
-        stop = Event()
-        stop.set()
-        with pytest.raises(Stopped):
-            is_intact(tmp_path / NAME, len(DATA), SHA256, stop)
-        assert (tmp_path / NAME).exists()
 
 
 def test_listening_counts_what_comes_until_stop_is_set(hub):
