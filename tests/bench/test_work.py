@@ -5,9 +5,9 @@ import torch
 from mixchat.bench.machine_limits import bytes_per_token, operations_per_token
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
-from mixchat.weights.known_models import MIXTRAL
+from mixchat.weights.known_models import KNOWN
 
-CONFIG = read_config({**MIXTRAL, "num_hidden_layers": 4})
+CONFIG = read_config({**KNOWN["instruct"].config, "num_hidden_layers": 4})
 
 
 def test_the_bytes_of_a_token_are_those_of_the_matrices_it_meets():
