@@ -10,9 +10,9 @@ from typing import Any
 import jsonschema
 import pytest
 from form_walks import STOP
-from mixchat.chat.answer import Answer, AnswerLimits
 
 from mixchat.base.errors import UsageError
+from mixchat.face.answer import AnswerLimits, AnswerState
 from mixchat.text.detokenizer import Detokenizer, TokenBytes
 from mixchat.text.form.call_form import CallForm, call_grammar
 from mixchat.text.form.constraint import CallConstraint, ConstraintCompiler
@@ -65,11 +65,13 @@ def compiled(form: CallForm, tokens: Tokens) -> Any:
     return ConstraintCompiler(tokens, {STOP}).compile(grammar)  # type: ignore[arg-type]
 
 
-def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[Answer, Any]:
+def walk(form: CallForm, tokens: Any, seed: int, said: str = "") -> tuple[AnswerState, Any]:
     """An answer that begins with what is `said` and continues with random tokens that may come."""
     thinking = ThinkingFormat("harmony") if form.format.kind == "harmony" else None
     parser = answer_parser(thinking, form.format, tokens, (), offered=form.tools)
-    answer = Answer(Detokenizer(tokens.token_bytes), AnswerLimits({STOP}, (), None, 3000), parser)
+    answer = AnswerState(
+        Detokenizer(tokens.token_bytes), AnswerLimits({STOP}, (), None, 3000), parser
+    )
     constraint: Any = compiled(form, tokens)(continued=True)
     if not form.must_call:
         constraint = CallConstraint(constraint, parser, form.format.opening, tokens)
