@@ -70,6 +70,7 @@ def groups(process: Path, hierarchy: str) -> Iterator[Path]:
 
     hierarchy: a controller of version 1, or `VERSION_2`.
     """
+    # systemd-run and SLURM limit a group above, or below, the one that is mounted.
     path = None
     for line in _lines(process / "cgroup"):  # such as 4:cpu,cpuacct:/a/b
         _, _, membership = line.partition(":")

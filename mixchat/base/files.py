@@ -80,8 +80,10 @@ def open_regular(
     A FIFO could wait forever for its other end. Raises `OSError`, whose `strerror` names what is
     there.
     """
+    # huggingface_hub's cache consists of links. mixchat's own files are none.
     if not follow and path.is_symlink():
         raise OSError(errno.ELOOP, "is a symbolic link", str(path))
+    # A checkpoint whose config.json was a FIFO hung for ever, and /dev/zero filled the memory.
     flags |= os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     try:
         descriptor = system.open_file(path, flags, mode)
@@ -218,6 +220,7 @@ def removed_on_error(path: Path) -> Iterator[None]:
 
 
 def _check_replaceable(path: Path) -> None:
+    # As root, a device was replaced by a file of ours.
     with suppress(FileNotFoundError):
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):

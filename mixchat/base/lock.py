@@ -60,6 +60,7 @@ def lock_file(
     # The group may write it, because users may share a cache.
     # A soft lock is a file that a killed process leaves behind.
     lock = FileLock(path, mode=0o664, fallback_to_soft=False)
+    # With a timeout, because a suspended process holds its lock for as long as it is suspended.
     try:
         lock.acquire(timeout=timeout, poll_interval=_POLL_S, cancel_check=cancelled)
     except Timeout:

@@ -93,6 +93,7 @@ def return_freed_memory() -> None:
     """
     import ctypes
 
+    # After a model was closed, 430 MB of it still counted as used.
     with suppress(AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -107,6 +108,7 @@ def tightest_memory_limit() -> str | None:
 def _free_by_limit() -> dict[str, int]:
     """Return the bytes that each limit leaves. "" is the machine itself."""
     _, available = _memory()
+    # Under `ulimit -v` a plan with all of the machine's memory failed at loading.
     free = {"": available}
     room = cgroups.memory_room()
     if room is not None:

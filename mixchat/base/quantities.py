@@ -38,6 +38,7 @@ class MemoryBudget:
             if not 0 < number <= 100:
                 raise UsageError(f"{text!r} is not between 0% and 100%")
             return cls(fraction=number / 100)
+        # `--host-memory 8` was taken for 8 bytes.
         if text.strip()[-1].isdigit() and 0 < number < _FEWEST:
             raise UsageError(
                 f"{text.strip()} means {number:.0f} bytes", hint=f"Did you mean {text.strip()}GB?"

@@ -105,7 +105,7 @@ def _mixchat(context: typer.Context, version: bool = _VERSION, completing: bool 
         return
     try:
         Path.cwd()
-    except FileNotFoundError:  # torch cannot be loaded there
+    except FileNotFoundError:  # a library of torch ends the process there
         hint = "Change to another one, or to the new one of the same name: cd ."
         raise UsageError("the working directory was deleted", hint=hint) from None
     apply_config(context)
@@ -117,6 +117,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        # Otherwise the whole answer is computed for nobody, and the exit code is 0.
         hint = "To print nothing, send it to /dev/null: >/dev/null"
         sys.exit(print_error(MixchatError("standard output is closed", hint=hint)))
     for stream in (sys.stdout, sys.stderr):

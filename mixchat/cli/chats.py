@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,10 +14,6 @@ from mixchat.cli.flags.arguments import checked
 from mixchat.cli.flags.load_flags import JSON
 from mixchat.cli.flags.settings import option
 from mixchat.cli.flags.shell_completion import saved_chats
-
-if TYPE_CHECKING:
-    from mixchat.chat.saved.chat_store import ChatSummary
-
 
 _CHAT = typer.Argument(
     None,
@@ -45,7 +40,13 @@ def chats(chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM) -> Non
         return
     saved = store.all()
     if as_json:
-        show(json.dumps([_as_json(summary) for summary in saved], indent=2))
+        keys = ("id", "name", "model", "turns", "question", "problem")
+        entries = [{key: vars(summary)[key] for key in keys} for summary in saved]
+        for entry, summary in zip(entries, saved, strict=True):
+            for key, moment in (("created", summary.created), ("updated", summary.updated)):
+                entry[key] = moment and moment.isoformat()
+            entry["path"] = str(summary.path)
+        show(json.dumps(entries, indent=2))
     elif saved:
         terminal = sys.stdout.isatty()
         show(chat_table(saved, columns(sys.stdout) if terminal else None))
@@ -54,13 +55,3 @@ def chats(chat: str | None = _CHAT, as_json: bool = JSON, rm: bool = _RM) -> Non
             say("", f"To resume one: mixchat run --resume {whole[0]}", stream=sys.stdout)
     else:
         say(f"There are no chats in {store.directory} yet.", "'mixchat run' starts one.")
-
-
-def _as_json(summary: ChatSummary) -> dict[str, Any]:
-    keys = ("id", "name", "model", "turns", "question", "problem")
-    times = {"created": summary.created, "updated": summary.updated}
-    return (
-        {key: vars(summary)[key] for key in keys}
-        | {key: time and time.isoformat() for key, time in times.items()}
-        | {"path": str(summary.path)}
-    )

@@ -108,6 +108,7 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     try:
         report = report_on(ref)
     except ResourceError:
+        # A person who named no model wants to know which ones fit.
         if not catalog or options.host_memory or options.device_memory:
             raise
         smallest = min(catalog, key=lambda names: catalog[names].weights_size)[0]

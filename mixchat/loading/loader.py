@@ -151,6 +151,7 @@ def _assemble(
         new_cache(config, context, dtype, device, options.kv_bits) for _ in range(options.parallel)
     ]
     model.decode_by(new_decoder(used, model.blocks, caches[0], model.output))
+    # The first prompt waited for the disk although a person had typed for ten seconds.
     experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
     directory = installed.directory
     return Engine(

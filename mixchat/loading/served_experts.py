@@ -74,6 +74,7 @@ class ServedExperts:
 
     def load_next(self) -> bool:
         self._experts.follow_memory()
+        # Pinned, because experts that had just been loaded were evicted again, without an end.
         wanted = self._experts.fitting(self._held)
         missing = next((key for key in wanted if not self._experts.holds(key)), None)
         if missing is None:

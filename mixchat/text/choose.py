@@ -63,18 +63,29 @@ def load_template(directory: Path, tokenizer: Tokenizer) -> Template:
     A checkpoint without a chat template is taken for a base model. Raises `CheckpointError` if the
     template, or another file next to it, is damaged.
     """
-    stop_ids = set(_generation_eos(directory))
+    file = directory / "generation_config.json"
+    value = read_optional_json(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise CheckpointError(f"{file}: eos_token_id is {value!r}, not an id or a list of ids")
+    # Some models have more tokens that end a turn than their tokenizer names.
+    stop_ids: set[int] = {*ids}
     template = read_chat_template(directory)
     if template is None:
         return CompletionTemplate(tokenizer, stop_ids=stop_ids, add_bos=tokenizer.adds_bos)
     if _is_instruct(template, tokenizer):
         return InstructTemplate(tokenizer, stop_ids=stop_ids)
-    jinja = JinjaTemplate(template, tokenizer, variables=_variables(directory, tokenizer))
+    # The special tokens by name, as transformers hands them to a chat template.
+    by_id = {token_id: token for token, token_id in tokenizer.control_tokens.items()}
+    defaults = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    variables = {name: by_id[i] for name, i in defaults.items() if i in by_id}
+    variables |= read_special_tokens(directory)
+    jinja = JinjaTemplate(template, tokenizer, variables=variables)
     turn_ends: Iterable[str] = (token for token in _TURN_ENDS if token in template.source)
     if jinja.thinking is not None and jinja.thinking.turn_ends:
         turn_ends = jinja.thinking.turn_ends
-    ids = (tokenizer.eos_id, *map(tokenizer.control_tokens.get, turn_ends))
-    jinja.stop_ids = frozenset(stop_ids.union(i for i in ids if i is not None))
+    ends = (tokenizer.eos_id, *map(tokenizer.control_tokens.get, turn_ends))
+    jinja.stop_ids = frozenset(stop_ids.union(i for i in ends if i is not None))
     return jinja
 
 
@@ -98,21 +109,3 @@ def _is_instruct(template: ChatTemplate, tokenizer: Tokenizer) -> bool:
         # Mistral's own have no space here. Others add one, which is a token.
         return " [/INST]" not in template.source
     return generation == 1
-
-
-def _variables(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the special tokens by name, as transformers hands them to a chat template."""
-    by_id = {token_id: token for token, token_id in tokenizer.control_tokens.items()}
-    defaults = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    known = {name: by_id[i] for name, i in defaults.items() if i in by_id}
-    return {**known, **read_special_tokens(directory)}
-
-
-def _generation_eos(directory: Path) -> list[int]:
-    """Return the ids in generation_config.json that end an answer. Raises `CheckpointError`."""
-    file = directory / "generation_config.json"
-    value = read_optional_json(file).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(i) is not int or i < 0 for i in ids):
-        raise CheckpointError(f"{file}: eos_token_id is {value!r}, not an id or a list of ids")
-    return ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,9 +140,14 @@ class JsonTokenizer(Tokenizer):
             self._splice + "\n" * line + segment
             for segment, line in zip(segments[1:], lines[1:], strict=True)
         )
-        runs = _split_at(self._ids(text), self._splice_id)
-        ids = next(runs)
-        for answer, run, line in zip(answers, runs, lines[1:], strict=True):
+        runs: list[list[int]] = [[]]
+        for token_id in self._ids(text):
+            if token_id == self._splice_id:
+                runs.append([])
+            else:
+                runs[-1].append(token_id)
+        ids = runs[0]
+        for answer, run, line in zip(answers, runs[1:], lines[1:], strict=True):
             head = len(self._newline) if line else 0
             if line and run[:head] != self._newline:
                 return None
@@ -229,17 +234,6 @@ def _id_of(tokenizer: tokenizers.Tokenizer, token: str) -> int:
     token_id = tokenizer.token_to_id(token)
     assert token_id is not None, token
     return token_id
-
-
-def _split_at(ids: Iterable[int], separator: int) -> Iterator[list[int]]:
-    run: list[int] = []
-    for token_id in ids:
-        if token_id == separator:
-            yield run
-            run = []
-        else:
-            run.append(token_id)
-    yield run
 
 
 def _decoded_bytes(

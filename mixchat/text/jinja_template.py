@@ -74,6 +74,7 @@ class JinjaTemplate:
     ) -> list[int]:
         """Encode as `Template` says. Raises `CheckpointError` if the template itself fails."""
         require_question(messages)
+        # A system text that a template omits would be lost without a word.
         if any(m.role == "system" for m in messages) and not self._takes_system:
             messages = system_in_question(messages)
         if self.tools is not None:

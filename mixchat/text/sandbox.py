@@ -159,6 +159,7 @@ class _Child:
                 start_new_session=True,  # Ctrl-C does not reach it
             )
         assert process.stderr is not None
+        # A child that wrote nothing must not be waited for.
         os.set_blocking(process.stderr.fileno(), False)
         self.values: list[Any] = []  # of the opening calls
         self._process, self._channel = process, channel
@@ -208,6 +209,7 @@ class _Child:
         code = self._process.poll()
         self._process.kill()
         output = (self._process.stderr.read(10_000) or b"").decode("utf-8", "replace")
+        # The timer of computing time, which the child sets for each call.
         if code == -signal.SIGPROF:
             return f"takes more than {allowed:.2g} s to compute"
         if any(message in output for message in _OUT_OF_MEMORY):

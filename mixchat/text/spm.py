@@ -46,9 +46,7 @@ class SentencePieceTokenizer(Tokenizer):
         declared = {i for i in added.values() if i < size} - fixed
         if suspects or declared:
             # SentencePiece finds user-defined pieces in any text, control pieces in none.
-            typeable = {
-                i for i, piece_type in _piece_types(data) if piece_type == _USER_DEFINED
-            } & suspects
+            typeable = _user_defined(data) & suspects
             if typeable | declared:
                 model = _load(_make_control(data, typeable | declared), file)
                 own |= {pieces[i]: i for i in typeable}
@@ -162,13 +160,17 @@ _USER_DEFINED = 4
 _CONTROL = b"\x18\x03"  # field 3, varint, type CONTROL
 
 
-def _piece_types(data: bytes) -> Iterator[tuple[int, int]]:
+def _user_defined(data: bytes) -> set[int]:
+    ids = set()
     for index, (_, start, end) in enumerate(_pieces(data)):
-        piece_type = 1  # NORMAL
-        for number, _, value, value_end in _fields(data, start, end):
-            if number == 3:
-                piece_type = data[value] if value_end - value == 1 else piece_type
-        yield index, piece_type
+        types = [
+            data[value]
+            for number, _, value, value_end in _fields(data, start, end)
+            if number == 3 and value_end - value == 1
+        ]
+        if types[-1:] == [_USER_DEFINED]:
+            ids.add(index)
+    return ids
 
 
 def _make_control(data: bytes, ids: Set[int]) -> bytes:

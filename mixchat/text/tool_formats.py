@@ -114,6 +114,7 @@ def one_call_each(messages: Sequence[Message]) -> list[Message]:
 
     An answer with both has its thinking, but no text.
     """
+    # Harmony's template shows only the first call of an answer, and takes all results for its own.
     parted: list[Message] = []
     waiting: list[ToolCall] = []
     for message in messages:

@@ -148,6 +148,7 @@ class _MarkupParser(_CallParser):
         head = rf"[ \n]{{0,2}}{name_start}([\w.-]+){name_end}"
         self._first, self._next = re.compile(head), re.compile(re.escape(format.opening) + head)
         self._end = format.markup[4]
+        # Only tried once the end is there. For each token it took cubic time on a page of HTML.
         self._argument = re.compile(f"{key}((?:(?!{value}).)*){value}(.*?){end}", re.DOTALL)
         self._last = re.compile(rf"[ \n]{{0,2}}{last or re.escape(format.closing)}")
         self._tools = {tool.name: tool for tool in offered}

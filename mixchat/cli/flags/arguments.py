@@ -47,6 +47,7 @@ def read_prompt(
     `-` asks for standard input, which is read only once. Raises `PromptError` if the prompt is
     empty, not text, or too long for the context.
     """
+    # Read up to what the context can hold: `yes | mixchat run` took 16 GB until it was killed.
     named, piped = STDIN in map(str, files), None
     if not named and (argument == STDIN or not stdin_is_terminal()):
         piped = _read_stdin(context, note)

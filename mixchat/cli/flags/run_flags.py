@@ -312,6 +312,7 @@ def _check_first_word(context: typer.Context, words: Sequence[str]) -> None:
     """
     from mixchat.weights.models import is_model
 
+    # The name was asked of the default model, or ended with an error about that one.
     named = any(is_given(context, name) for name in ("model", "resume", "server"))
     if not words or named or context.meta[_DASHES] or not is_model(words[0]):
         return

@@ -7,7 +7,6 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import typer
@@ -35,7 +34,7 @@ _HEADINGS = (
 )
 
 _HELP_ALL_NAME = "help_all"
-_MAX_HELP_LINES = 30
+_MAX_HELP_LINES = 30  # a screen; `run --help` had 125, in which nobody found -m
 # The names in Python of the flags that a brief help shows, of all commands.
 _MOST_USED = (
     *("model", "name", "expert_bits", "calibrate", "dry_run"),
@@ -264,8 +263,16 @@ def config_defaults(commands: dict[str, Any]) -> dict[str, dict[str, Any]]:
     path = config_file()
     known, values = all_settings(commands), read_config(path)
     for key in values:
-        if key not in known:
-            raise _unknown(path, key, known, commands[_COMMAND])
+        if key in known:
+            continue
+        hint = "'mixchat config' shows every setting."
+        of_run = (each for each in commands[_COMMAND].params if each not in known.values())
+        if any(f"--{key}" in parameter.opts for parameter in of_run):
+            raise UsageError(f"{path}: {key} is a flag of one run, not a setting", hint=hint)
+        flags = {flag[2:]: name for name, p in known.items() for flag in p.opts if flag[:2] == "--"}
+        if near := get_close_matches(key.lower().replace("_", "-"), flags, 1):
+            hint = f"Did you mean {flags[near[0]]}? {hint}"
+        raise UsageError(f"{path}: there is no setting {key!r}", hint=hint)
     words = {key: _as_word(f"{path}: {key}", known[key], values[key]) for key in values}
     return {
         name: {
@@ -293,17 +300,6 @@ def explained(error: typer.BadParameter) -> Exception:
     return _named(
         context, error.param, message, f"'{context.command_path} --help-all' explains it."
     )
-
-
-def _unknown(path: Path, key: str, known: dict[str, Any], command: Any) -> UsageError:
-    hint = "'mixchat config' shows every setting."
-    for parameter in command.params:
-        if f"--{key}" in parameter.opts and parameter not in known.values():
-            return UsageError(f"{path}: {key} is a flag of one run, not a setting", hint=hint)
-    flags = {flag[2:]: name for name, p in known.items() for flag in p.opts if flag[:2] == "--"}
-    if near := get_close_matches(key.lower().replace("_", "-"), flags, 1):
-        hint = f"Did you mean {flags[near[0]]}? {hint}"
-    return UsageError(f"{path}: there is no setting {key!r}", hint=hint)
 
 
 def _as_word(where: str, parameter: Any, value: Any) -> Any:

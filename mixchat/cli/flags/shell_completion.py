@@ -98,6 +98,7 @@ def models_here(incomplete: str) -> list[str]:
     """Complete to a model on this machine."""
     from mixchat.weights.models import names_here
 
+    # The known ones are left out: `rm` offered models that nobody had installed.
     return one_of(*names_here())(incomplete)
 
 

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 
 _WIDE, _NARROW = 80, 56  # columns that show a speed, and those that show bytes
 _FIGURES = {"percent": 4, "bytes": 14, "speed": 10, "time": 8}  # maximum width in columns
-_MIN_BAR, _MAX_BAR = 8, 40  # columns
+_MIN_BAR, _MAX_BAR = 8, 40  # columns; below 90 columns Rich's own had no bar
 
 
 class FittingBars(Progress):

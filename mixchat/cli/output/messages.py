@@ -48,13 +48,17 @@ def print_error(error: Exception) -> int:
 
 def _as_ours(error: Exception) -> MixchatError | None:
     # First, because one of our errors can have this cause, and only the limit helps then.
-    if _is_lack_of_files(error):
-        limit = system.open_files_limit()
-        return ResourceError(
-            f"too many open files: a limit allows {limit} of this process (ulimit -n)",
-            hint="Start mixchat in a new shell, or have the hard limit raised (ulimit -Hn). Each "
-            "layer of a model takes a file.",
-        )
+    cause: BaseException | None = error
+    while cause is not None:
+        by_loader = isinstance(cause, ImportError) and os.strerror(errno.EMFILE) in str(cause)
+        if by_loader or (isinstance(cause, OSError) and cause.errno == errno.EMFILE):
+            limit = system.open_files_limit()
+            return ResourceError(
+                f"too many open files: a limit allows {limit} of this process (ulimit -n)",
+                hint="Start mixchat in a new shell, or have the hard limit raised (ulimit -Hn). "
+                "Each layer of a model takes a file.",
+            )
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, MixchatError):
         return error
     if _is_lack_of_memory(error):
@@ -95,16 +99,6 @@ def _is_lack_of_memory(error: BaseException) -> bool:
     # numpy only says that it cannot be imported. The error before has the reason.
     cause = error.__cause__ or error.__context__
     return cause is not None and _is_lack_of_memory(cause)
-
-
-def _is_lack_of_files(error: BaseException | None) -> bool:
-    """Return whether an error or one of its causes is a lack of file descriptors."""
-    while error is not None:
-        by_loader = isinstance(error, ImportError) and os.strerror(errno.EMFILE) in str(error)
-        if by_loader or (isinstance(error, OSError) and error.errno == errno.EMFILE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _print_line(text: str, style: str = "") -> None:

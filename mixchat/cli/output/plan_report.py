@@ -56,6 +56,7 @@ class PlanReport(Report):
 
     def as_text(self) -> str:
         outline, plan = self.outline, self.plan
+        # 65 lines hid the three that a person wants: does it fit, how fast, and what to type.
         here = "the machine" if plan.told.is_another else "this machine"
         lines = plan_text.indented(aligned(list(self.verdict())))
         texts = [f"{outline.name} on {here}\n{lines}"]

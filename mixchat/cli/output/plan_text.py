@@ -62,8 +62,17 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     elif plan.device.type == "cpu":
         yield "GPU", "not used"
     yield from _disk(plan)
-    yield from _speeds(plan)
-    measurement = plan.measurement
+    measurement, speeds = plan.measurement, plan.measurement.typical
+    for device in speeds.expert_seconds:
+        name = "the CPU" if device == "cpu" else "the GPU"
+        pace = f", reading {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
+        yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {name}{pace}"
+    if speeds.copy_bandwidth is not None:
+        yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
+    if plan.gpu_is_assumed:
+        yield "assumed", "the speeds of the GPU, because this machine has none to measure:"
+        memory, compute = _rate(GPU_MEMORY), f"{GPU_COMPUTE / 1e12:.0f} TFLOP/s"
+        yield "", f"{memory} from its memory, {_rate(GPU_BUS)} from RAM, {compute}"
     when = datetime.fromtimestamp(measurement.measured_at).strftime("%Y-%m-%d %H:%M")
     age = format_age(time.time() - measurement.measured_at)
     samples = count_text(len(measurement.samples), "sample")
@@ -94,20 +103,6 @@ def _disk(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         if speeds.disk_bandwidth_fresh is not None:
             busy += f", {_rate(speeds.disk_bandwidth_fresh)} in a cold start"
         yield "", busy
-
-
-def _speeds(plan: MachinePlan) -> Iterator[tuple[str, str]]:
-    speeds = plan.measurement.typical
-    for device in speeds.expert_seconds:
-        name = "the CPU" if device == "cpu" else "the GPU"
-        pace = f", reading {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
-        yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {name}{pace}"
-    if speeds.copy_bandwidth is not None:
-        yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
-    if plan.gpu_is_assumed:
-        yield "assumed", "the speeds of the GPU, because this machine has none to measure:"
-        memory, compute = _rate(GPU_MEMORY), f"{GPU_COMPUTE / 1e12:.0f} TFLOP/s"
-        yield "", f"{memory} from its memory, {_rate(GPU_BUS)} from RAM, {compute}"
 
 
 def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:

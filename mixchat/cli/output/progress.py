@@ -118,6 +118,7 @@ class _Bar:
         self._bars, self._task = bars, task
 
     def advance(self, amount: int) -> None:
+        # A thread that fetches may move the bar after it was closed.
         self._bars.advance(self._task, amount)
 
     def close(self) -> None:

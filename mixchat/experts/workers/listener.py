@@ -46,6 +46,7 @@ class Listener:
 
     def __init__(self, address: Address, key: bytes, note: Callable[[str], None]) -> None:
         """Listen. Raises `UsageError` if the address cannot be used."""
+        # With 1,300 connections of strangers a worker ended with "Too many open files".
         system.allow_open_files(_MAX_DESCRIPTORS)  # each stranger takes one for a moment
         system.hold_back_open_files(_HELD_BACK)
         machine.survive_without_descriptors()

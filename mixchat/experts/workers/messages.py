@@ -35,6 +35,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def _clean(value: object) -> object:
     if not isinstance(value, str):
         return value
+    # A path that is not UTF-8 could not be sent, and that ended the worker.
     text = value[:_MAX_TEXT].encode(errors="replace").decode()
     return " ".join(sanitize(text).split())
 

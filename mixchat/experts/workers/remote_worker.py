@@ -76,6 +76,7 @@ class RemoteWorker:
             self._lose(error)
 
     def finish(self, rows: LayerRows) -> Sequence[ExpertKey]:
+        # Cleared first: a layer that begins again must not wait for an answer that nobody owes.
         keys, self._unanswered = self._unanswered, ()
         if self._link is not None:
             try:

@@ -75,6 +75,7 @@ class Server:
         try:
             while not over():
                 interrupts.check()
+                # Also while no chat is served, because other programs may need the memory.
                 self._model.follow_memory()
                 if message := self._listener.receive(_POLL_S):
                     self._serve(message)

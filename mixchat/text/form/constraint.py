@@ -168,7 +168,14 @@ class CallConstraint:
     def allowed(self) -> torch.Tensor | None:
         if not self._has_begun and self._parser.opens_call:
             self._has_begun = True
-            self._parser.may_call = all(map(self._form.accepts, self._opening_tokens()))
+            # The last tokens, from the one in which the opening begins.
+            tokens = list(self._last)
+            for start in range(len(tokens) - 1, -1, -1):
+                text = self._tokenizer.decode(tokens[start:])
+                if tokens[start] == self._opening_id or self._opening in text:
+                    tokens = tokens[start:]
+                    break
+            self._parser.may_call = all(map(self._form.accepts, tokens))
         return self._form.allowed() if self._counts else None
 
     def accept(self, token: int) -> None:
@@ -180,12 +187,3 @@ class CallConstraint:
     @property
     def _counts(self) -> bool:
         return self._has_begun and self._parser.may_call
-
-    def _opening_tokens(self) -> list[int]:
-        """Return the last tokens, from the one in which the opening begins."""
-        last = list(self._last)
-        for start in range(len(last) - 1, -1, -1):
-            tokens = last[start:]
-            if tokens[0] == self._opening_id or self._opening in self._tokenizer.decode(tokens):
-                return tokens
-        return last

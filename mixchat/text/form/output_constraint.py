@@ -74,6 +74,7 @@ def checked(
 
     Raises `UsageError` as `checked_schema` does, for a grammar with the line of its fault.
     """
+    # In a process of its own: a schema took 12 GB of the server's, which the system ended then.
     subject = _SUBJECTS.get(language, "the grammar")
     with closing(Sandbox(PROGRAM)) as sandbox:
         if at_end is not None:

@@ -17,7 +17,6 @@ Schema: TypeAlias = "dict[str, Any]"
 _MAX_POINTER = 120  # characters in a message
 # The search of the part at fault. Each part costs as much as the whole schema.
 _MAX_SEARCHED, _SEARCH_CPU_S = 300, 1.0  # parts, and seconds of computing
-_MAX_UNFOLDED = 3_000  # schemas
 _SLIVER, _MAX_TIGHTENED = 1e-9, 1e6
 # Of an integer. Without a bound, a weak model writes digits until its answer is cut off. llguidance
 # computes with 64 bits.
@@ -176,6 +175,7 @@ def _missing_bounds(schema: Schema) -> Schema:
 
     A number without any bound gets none, because it could not have an exponent then.
     """
+    # A weak model wrote digits until its tokens ended.
     types = schema.get("type")
     types = types if isinstance(types, list) else [types]
     minima = [schema[key] for key in _MINIMA if isinstance(schema.get(key), int | float)]

@@ -93,6 +93,7 @@ class HubCheckpoint(Checkpoint):
         cached = _cached(file)
         in_cache = self.cache is not None or file.blob.exists()
         with plain_errors(self._remote.repo_id, "HF_HOME" if in_cache else "MIXCHAT_HOME"):
+            # What is good in the cache stays, whatever the hub lists.
             if cached and _is_intact(file, cached, stop):
                 return self._linked(file, cached) if self.cache else cached
             if not in_cache:

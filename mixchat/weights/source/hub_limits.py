@@ -43,6 +43,7 @@ class AnswerLimits:
 
     def read(self, stream: Any, most: int, timeout: float | None) -> bytes:
         """Read from a connection. Raises `WrongAnswer` beyond the limits."""
+        # Only the time of reading counts. A slow disk or a suspended process is no slow hub.
         started = time.monotonic()
         data: bytes = stream.read(most, timeout)
         seconds = time.monotonic() - started

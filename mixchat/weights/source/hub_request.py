@@ -67,6 +67,7 @@ class RemoteBytes:
             raise self._other_file("a page of HTML")
         if self.size is not None and whole.isdecimal() and int(whole) != self.size:
             raise self._other_file(f"{whole} bytes instead of the {self.size} that it lists")
+        # A proxy that begins too early would give the file's bytes twice.
         if response.status_code == 206 and first != start:
             raise self._wrong_range()
         return first

@@ -128,6 +128,7 @@ class _Download:
 
     def _attempt(self) -> None:
         with self._remote.stream(self._done, None) as (response, first):
+            # If the whole file comes, what is there stays until the answer has passed it.
             known = self._done - first  # bytes of the answer that are there already
             with open(self._part, "ab", buffering=0) as file:
                 # A chunk of a fixed size would be lost if the connection broke.
