@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -67,11 +68,56 @@ def build_engine(
     `ExpertRunner`. Raises `CheckpointError` if the model is damaged, `UsageError` if an option
     cannot be used, `ResourceError` if the model does not fit.
     """
-    try:
-        return _assemble(installed, options, choose_devices(options.device), note, wrap)
-    except BaseException:
-        installed.close()
-        raise
+    with ExitStack() as on_error:
+        on_error.callback(installed.close)
+        devices = choose_devices(options.device)
+        device = devices[0]
+        config, stored = installed.config, installed.blueprint
+        exact = options.exact_prompts
+        fit = fit_model(stored, FreeMemory.now(devices), options)
+        used = fit.computed.computed_on(device)
+        dtype = stored.quantization.dtype
+        context = fit.context
+        arithmetic = used.expert_arithmetic(device, exact=exact)
+        # Workers first: what they hold need not be read here.
+        workers = connect_workers(installed, options, arithmetic, note)
+        share = divide_experts(installed, fit.placement, workers)
+        # Before the kernels' steps are made, since they are made for a count of threads.
+        choose_threads(stored)
+        experts = build_experts(installed, share, devices, options.cache_policy, note, exact=exact)
+        layers, each = range(config.num_moe_layers), range(config.num_local_experts)
+        runner = wrap(experts)
+        if options.trace is not None:
+            repo = installed.manifest.source.repo
+            shape = len(layers), len(each), config.num_experts_per_tok
+            runner = RecordingRunner(runner, TraceWriter(options.trace, repo, *shape).record)
+        # Workers compute many rows otherwise than one. A record has only the text's tokens.
+        alone = not workers and runner is experts
+        speculates = options.speculation and alone and passes_are_exact(used, device)
+        model = _build_model(installed, used, runner, context, device)
+        caches = [
+            new_cache(config, context, dtype, device, options.kv_bits)
+            for _ in range(options.parallel)
+        ]
+        model.decode_by(new_decoder(used, model.blocks, caches[0], model.output))
+        # The first prompt waited for the disk although a person had typed for ten seconds.
+        experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
+        directory = installed.directory
+        engine = Engine(
+            model,
+            caches,
+            experts,
+            fit.computed,
+            prefill_chunk=1 if exact and not chunks_are_exact(used, device) else PREFILL_CHUNK,
+            exact_prompts=exact,
+            speculation=Speculation() if speculates else None,
+            note=note,
+            identity=identity_of(installed.manifest),
+            name=directory.name if directory.parent == models_dir() else str(directory),
+            context_is_chosen=options.context_size is not None,
+        )
+        on_error.pop_all()
+    return engine
 
 
 def choose_devices(text: str | None) -> list[torch.device]:
@@ -113,59 +159,6 @@ def _device(name: str) -> torch.device:
     raise UsageError(
         f"--device {name!r}: torch sees {last + 1} GPU{'s' if last else ''} here",
         hint=f"Use {usable}, or leave --device out.",
-    )
-
-
-def _assemble(
-    installed: InstalledModel,
-    options: LoadOptions,
-    devices: Sequence[torch.device],
-    note: Note,
-    wrap: Wrap,
-) -> Engine:
-    device = devices[0]
-    config, stored = installed.config, installed.blueprint
-    exact = options.exact_prompts
-    fit = fit_model(stored, FreeMemory.now(devices), options)
-    used = fit.computed.computed_on(device)
-    dtype = stored.quantization.dtype
-    context = fit.context
-    arithmetic = used.expert_arithmetic(device, exact=exact)
-    # Workers first: what they hold need not be read here.
-    workers = connect_workers(installed, options, arithmetic, note)
-    share = divide_experts(installed, fit.placement, workers)
-    # Before the kernels' steps are made, since they are made for a count of threads.
-    choose_threads(stored)
-    experts = build_experts(installed, share, devices, options.cache_policy, note, exact=exact)
-    layers, each = range(config.num_moe_layers), range(config.num_local_experts)
-    runner = wrap(experts)
-    if options.trace is not None:
-        repo = installed.manifest.source.repo
-        shape = len(layers), len(each), config.num_experts_per_tok
-        runner = RecordingRunner(runner, TraceWriter(options.trace, repo, *shape).record)
-    # Workers compute many rows otherwise than one. A record has only the text's tokens.
-    alone = not workers and runner is experts
-    speculates = options.speculation and alone and passes_are_exact(used, device)
-    model = _build_model(installed, used, runner, context, device)
-    caches = [
-        new_cache(config, context, dtype, device, options.kv_bits) for _ in range(options.parallel)
-    ]
-    model.decode_by(new_decoder(used, model.blocks, caches[0], model.output))
-    # The first prompt waited for the disk although a person had typed for ten seconds.
-    experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
-    directory = installed.directory
-    return Engine(
-        model,
-        caches,
-        experts,
-        fit.computed,
-        prefill_chunk=1 if exact and not chunks_are_exact(used, device) else PREFILL_CHUNK,
-        exact_prompts=exact,
-        speculation=Speculation() if speculates else None,
-        note=note,
-        identity=identity_of(installed.manifest),
-        name=directory.name if directory.parent == models_dir() else str(directory),
-        context_is_chosen=options.context_size is not None,
     )
 
 
