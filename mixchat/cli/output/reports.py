@@ -67,29 +67,26 @@ class ModelDetails(Report):
     config: ModelConfig
 
     def as_text(self) -> str:
-        manifest, config, quantization = self.manifest, self.config, self.manifest.quantization
-        rows = [
-            ("path", str(self.directory)),
-            ("source", manifest.source.repo),
-            ("commit", manifest.source.commit or "none"),
-            ("revision", manifest.source.revision or "none given"),
-            ("size", format_size(manifest.size)),
-            ("experts", manifest.quant_type),
-            ("scales", str(quantization["scales"])),
-            ("layout", str(quantization["layout"])),
-            ("attention", weight_type(quantization["attention"], quantization["dtype"])),
-            ("head", weight_type(quantization["head"], quantization["dtype"])),
-            ("dtype", f"{quantization['dtype']}{self._rounded()}"),
-            ("model type", config.model_type),
-            ("layers", str(config.num_hidden_layers)),
-            (
-                "experts per layer",
-                f"{config.num_local_experts}, {config.num_experts_per_tok} per token",
+        facts, manifest = self.as_json(), self.manifest
+        dtype, original = manifest.quantization["dtype"], checkpoint_dtype(self.directory)
+        is_rounded = original not in (None, dtype, "bfloat16")
+        facts |= {
+            "commit": manifest.source.commit or "none",
+            "revision": manifest.source.revision or "none given",
+            "size": format_size(manifest.size),
+            "experts": manifest.quant_type,
+            "dtype": f"{dtype}, rounded from {original}" if is_rounded else dtype,
+            "experts_per_layer": "{experts_per_layer}, {experts_per_token} per token".format(
+                **facts
             ),
-            ("hidden size", str(config.hidden_size)),
-            ("context", f"{config.largest_context} tokens"),
-        ]
-        return aligned(rows)
+            "context": f"{facts['context']} tokens",
+        }
+        names = (
+            *("path", "source", "commit", "revision", "size", "experts", "scales", "layout"),
+            *("attention", "head", "dtype", "model_type", "layers", "experts_per_layer"),
+            *("hidden_size", "context"),
+        )
+        return aligned([(name.replace("_", " "), str(facts[name])) for name in names])
 
     def as_json(self) -> dict[str, Any]:
         """Return the keys of `mixchat list --json` and more.
@@ -117,10 +114,6 @@ class ModelDetails(Report):
             "experts_per_token": config.num_experts_per_tok,
             "hidden_size": config.hidden_size,
         }
-
-    def _rounded(self) -> str:
-        original, dtype = checkpoint_dtype(self.directory), self.manifest.quantization["dtype"]
-        return f", rounded from {original}" if original not in (None, dtype, "bfloat16") else ""
 
 
 @dataclass(frozen=True)
