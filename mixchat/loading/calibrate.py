@@ -33,7 +33,7 @@ from mixchat.weights.care.housekeeping import not_in_use
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import check_files, read_manifest
-from mixchat.weights.format.workspace import INPUTS_DIR, settle, workspace
+from mixchat.weights.format.workspace import INPUTS_DIR, workspace
 from mixchat.weights.make.calibrator import (
     FOLD,
     HELD_OUT_MAX,
@@ -106,7 +106,6 @@ def calibrate_model(
     checkpoint is not the one that the model was made of.
     """
     with local_errors(), not_in_use(directory):
-        settle(directory)
         manifest, path = read_manifest(directory), workspace(directory) / INPUTS_DIR
         check_files(directory, manifest)
         blueprint = installed_blueprint(directory, manifest)
@@ -193,7 +192,7 @@ def forecast(plan: DownloadPlan, bits: ExpertSize, *, again: bool) -> str:
         f"rounding alone would lose more: writes at most {windows} windows of text for at most "
         f"{format_time(_DEFAULT_TEXT_S)}, and rounds for about "
         f"{format_time(_seconds_to_fit(config, windows))}, with "
-        f"{format_least(_disk(blueprint, directory, windows))} of disk meanwhile and "
+        f"{format_least(_disk(blueprint, directory, windows) + made.size)} of disk meanwhile and "
         f"{format_least(_memory(blueprint, directory, windows))} of memory"
     )
     if plan.commit is not None and again:

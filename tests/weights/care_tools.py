@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mixchat.base.progress import NoProgress
+from mixchat.weights.care.housekeeping import not_in_use
 from mixchat.weights.care.repair import Damage, repair
 from mixchat.weights.care.repair import verify as verify_model
 from mixchat.weights.format.manifest import Source, restore_manifests
@@ -23,8 +24,8 @@ def flip(path: Path, offset: int) -> None:
 
 
 def mend(directory: Path, checkpoint: Path) -> None:
-    damages = verify(directory)
-    restore_manifests(directory)
-    repair(
-        directory, damages, DirectoryCheckpoint(checkpoint, Source(str(checkpoint))), NoProgress()
-    )
+    with not_in_use(directory):
+        damages = verify(directory)
+        restore_manifests(directory)
+        opened = DirectoryCheckpoint(checkpoint, Source(str(checkpoint)))
+        repair(directory, damages, opened, NoProgress())

@@ -9,6 +9,7 @@ from weight_tools import Meter
 from mixchat.base.options import DenseBits, LoadOptions, SamplingOptions
 from mixchat.loading.loader import load_engine
 from mixchat.weights.care.convert import convert, find_target
+from mixchat.weights.care.housekeeping import not_in_use
 from mixchat.weights.make import build
 from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.make.writer import ModelWriter
@@ -27,7 +28,8 @@ def reform(
     bits: DenseBits = AS_STORED,
     meter: Meter | None = None,
 ) -> bool:
-    return convert(directory, find_target(directory, layout, bits), meter or Meter())
+    with not_in_use(directory):
+        return convert(directory, find_target(directory, layout, bits), meter or Meter())
 
 
 def pack(directory: Path, meter: Meter | None = None) -> bool:

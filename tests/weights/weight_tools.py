@@ -172,11 +172,13 @@ def fetching(checkpoint: Path, target: Path) -> Fetching:
 
 
 def run(
-    opened: Fetching, target: Path, options: QuantizeOptions | None = None, **how: Any
+    opened: Fetching, target: Path, options: QuantizeOptions | None = None, ahead: bool = True
 ) -> Meter:
     meter = Meter()
     blueprint = make_blueprint(opened.index, options or QuantizeOptions())
-    CheckpointBuild(opened, target, blueprint).run(meter, **how)
+    build = CheckpointBuild(opened, target, blueprint)
+    build.ahead = ahead
+    build.run(meter)
     return meter
 
 

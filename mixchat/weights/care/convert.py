@@ -11,7 +11,6 @@ from mixchat.base.progress import Progress
 from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantization, layers_unlike
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import check_files, read_manifest
-from mixchat.weights.format.workspace import settle
 from mixchat.weights.make.calibrator import is_calibrated
 from mixchat.weights.make.quantize_options import best_layout
 from mixchat.weights.make.rebuild import Rebuild
@@ -60,12 +59,11 @@ def convert(directory: Path, target: Quantization, progress: Progress) -> bool:
     Raises `CheckpointError` for damaged files, `ResourceError` if the disk has no room for the new
     ones. The next call resumes after a failure.
     """
-    settle(directory)
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     old = installed_blueprint(directory, manifest)
     build = Rebuild(directory, _converted(old, target), "converting")
-    if not build.headers:
+    if not build.changed:
         return False
     progress.note(f"converting takes {build.need}")
     build.run(progress)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mixchat.base.errors import CheckpointError, ModelNotFoundError, UsageError
+from mixchat.base.errors import ModelNotFoundError, UsageError
 from mixchat.base.files import TEMPORARY_SUFFIX
 from mixchat.base.lock import LOCK_SUFFIX, Busy, exclusive_lock
 from mixchat.base.machine import disk_usage
@@ -60,9 +60,10 @@ def remove(target: Path) -> list[Path]:
 
 @contextmanager
 def not_in_use(target: Path) -> Iterator[None]:
-    """Hold a model's lock. Raises `UsageError` if another process has it."""
+    """Hold a model's lock, and settle its workspace. Raises `UsageError` if it is in use."""
     try:
         with exclusive_lock(target):
+            settle(target)
             yield
     except Busy:
         raise UsageError(
@@ -100,8 +101,7 @@ def _swept(target: Path, unfinished: bool) -> Iterator[Leftover]:
     place = workspace(target)
     if os.path.lexists(place):
         size = disk_usage(place)
-        with suppress(CheckpointError):  # without a manifest, nothing shows what the work is for
-            settle(target)
+        settle(target)
         resumable = is_resumable(target) and not unfinished
         if not resumable:
             clear(target)

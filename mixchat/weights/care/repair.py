@@ -17,12 +17,11 @@ from mixchat.base.safetensors import Header, tensor_bytes, wrong_tensors
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import (
     MANIFESTS,
-    Manifest,
+    WeightsRecord,
     is_manifest,
     read_either_manifest,
     read_manifest,
 )
-from mixchat.weights.format.workspace import settle
 from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.make.rebuild import Rebuild, Remake
 from mixchat.weights.source.checkpoint import Checkpoint, CheckpointReader
@@ -49,12 +48,19 @@ def verify(directory: Path, progress: Progress) -> list[Damage]:
     """
     manifest = read_either_manifest(directory)
     with progress_bar(progress, f"verifying {directory.name}", manifest.size) as task:
-        found = [Damage(name) for name in MANIFESTS if not is_manifest(directory / name)]
-        found += _damaged_files(directory, manifest)
+        damages = [Damage(name) for name in MANIFESTS if not is_manifest(directory / name)]
+        for name, record in manifest.files.items():
+            try:
+                data = read_bytes(directory / name)
+            except CheckpointError:
+                data = b""
+            if hashlib.sha256(data).hexdigest() != record.sha256:
+                damages.append(Damage(name))
         # A damaged config does not tell where the tensors lie.
-        if Damage(CONFIG) not in found:
-            found += _damaged_weights(directory, manifest, task)
-    return found
+        if Damage(CONFIG) not in damages:
+            for name, header in installed_blueprint(directory, manifest).headers().items():
+                damages += _damages_of(directory / name, header, manifest.weights[name], task)
+    return damages
 
 
 def repair(
@@ -64,7 +70,6 @@ def repair(
 
     Raises `CheckpointError` if the checkpoint no longer has the same bytes.
     """
-    settle(directory)
     manifest = read_manifest(directory)
     # Small files are replaced where they are, each in one step, by the bytes in the manifest.
     for name in sorted({damage.file for damage in damages} & set(manifest.files)):
@@ -102,36 +107,21 @@ def repair(
         build.run(progress)
 
 
-def _damaged_files(directory: Path, manifest: Manifest) -> Iterator[Damage]:
-    for name, record in manifest.files.items():
-        try:
-            data = read_bytes(directory / name)
-        except CheckpointError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() != record.sha256:
-            yield Damage(name)
-
-
-def _damaged_weights(directory: Path, manifest: Manifest, task: Task) -> Iterator[Damage]:
-    for name, header in installed_blueprint(directory, manifest).headers().items():
-        known = manifest.weights[name].sha256
-        digests = {spec.name: known[spec.name] for spec in header.specs}
-        try:
-            with open(open_regular(directory / name), "rb") as file:
-                yield from _damages_of(file.fileno(), name, header, task)
-                for tensor in wrong_tensors(file.fileno(), header, digests, task):
-                    yield Damage(name, tensor)
-        except OSError:
-            yield Damage(name, MISSING)
-
-
-def _damages_of(descriptor: int, name: str, header: Header, task: Task) -> Iterator[Damage]:
-    if os.fstat(descriptor).st_size != header.size:
-        yield Damage(name, SIZE)
-    beginning = header.beginning
-    if read_piece(descriptor, 0, len(beginning)) != beginning:
-        yield Damage(name, HEADER)
-    task.advance(len(beginning))
+def _damages_of(path: Path, header: Header, record: WeightsRecord, task: Task) -> Iterator[Damage]:
+    """Yield the damages of a file of weights, of which every byte is read."""
+    digests = {spec.name: record.sha256[spec.name] for spec in header.specs}
+    try:
+        with open(open_regular(path), "rb") as file:
+            if os.fstat(file.fileno()).st_size != header.size:
+                yield Damage(path.name, SIZE)
+            beginning = header.beginning
+            if read_piece(file.fileno(), 0, len(beginning)) != beginning:
+                yield Damage(path.name, HEADER)
+            task.advance(len(beginning))
+            for tensor in wrong_tensors(file.fileno(), header, digests, task):
+                yield Damage(path.name, tensor)
+    except OSError:
+        yield Damage(path.name, MISSING)
 
 
 def _check_digest(sha256: str, data: bytes | memoryview, name: str) -> None:

@@ -72,13 +72,14 @@ def is_resumable(target: Path) -> bool:
 
 
 def base_of(target: Path) -> str | None:
-    """Return what differs between the models that are installed in turn. Raises `CheckpointError`.
+    """Return what differs between the models that are installed in turn, None without one.
 
     A repaired model has the manifest that it had, but another inode.
     """
-    if not is_installed(target):
+    try:
+        return f"{read_either_manifest(target).sha256} {target.stat().st_ino}"
+    except CheckpointError:
         return None
-    return f"{read_either_manifest(target).sha256} {target.stat().st_ino}"
 
 
 def swap_in(target: Path) -> None:
@@ -95,23 +96,18 @@ def swap_in(target: Path) -> None:
 
 def put_aside(target: Path) -> None:
     """Remove a model, finished or not. Files that mixchat did not write stay."""
-    place = workspace(target)
-    with suppress(CheckpointError):
-        settle(target)
     if is_installed(target):
-        place.mkdir(exist_ok=True)
-        os.rename(target, place / OLD_DIR)
+        workspace(target).mkdir(exist_ok=True)
+        os.rename(target, workspace(target) / OLD_DIR)
     clear(target)
 
 
 def settle(target: Path) -> None:
-    """Finish a swap that was cut off, and remove a workspace of no use.
-
-    The caller has the model's lock. Raises `CheckpointError` if both manifests are damaged.
-    """
+    """Finish a swap that was cut off, and remove a workspace of no use, with the model's lock."""
     target, place = real_path(target), workspace(target)
-    if place.is_symlink():  # a link must not choose where files are written
-        place.unlink()
+    for path in (place, *entries_of(place)):
+        if path.is_symlink():  # a link must not choose where files are written
+            path.unlink()
     if not target.exists() and _is_whole(place / OLD_DIR):  # cut off between two renames
         os.rename(place / OLD_DIR, target)
     head = Journal(place).head

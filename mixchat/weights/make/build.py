@@ -6,11 +6,10 @@ left. Files that stay as they are become links, which take no disk. The manifest
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,14 +17,7 @@ import torch
 from mixchat.base.progress import NoProgress, Progress, progress_bar
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.journal import Journal
-from mixchat.weights.format.manifest import (
-    FORMAT,
-    FileRecord,
-    Manifest,
-    Source,
-    WeightsRecord,
-    write_manifest,
-)
+from mixchat.weights.format.manifest import FORMAT, Manifest, Source, WeightsRecord, write_manifest
 from mixchat.weights.format.workspace import (
     INPUTS_DIR,
     MODEL_DIR,
@@ -82,45 +74,32 @@ class Build:
         Raises `CheckpointError` if a weight is not finite, and what reading the sources raises.
         """
         self.discard_other_work(progress)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        files = self.small_files()
+        manifest = self.begin()
         self.journal.start(self.head)
         self._forget_damaged(progress)
-        whole, left = (sum(map(self.nbytes, parts)) for parts in (self.all_parts, self.parts))
+        whole, left = (sum(part.nbytes for part in each) for each in (self.all_parts, self.parts))
         with closing(ModelWriter(self.directory, self.headers)) as writer:
             with progress_bar(progress, self.title, whole, whole - left) as task:
                 saved = time.monotonic()
                 for part, tensors in self.made_parts(writer, progress):
                     self.journal.add(part.file, writer.write(part, tensors))
-                    task.advance(self.nbytes(part))
+                    task.advance(part.nbytes)
                     if time.monotonic() - saved > _SAVE_INTERVAL_S:
                         self.save(writer)
                         saved = time.monotonic()
             writer.finish()
             self.save(writer)
-        self._finish(files)
+        self._finish(manifest)
+
+    def begin(self) -> Manifest:
+        """Put all that is not made of parts into `directory`, and return its manifest."""
+        raise NotImplementedError
 
     def made_parts(
         self, writer: ModelWriter, progress: Progress
     ) -> Iterator[tuple[ModelPart, Sequence[torch.Tensor]]]:
         """Yield the `parts`, each with its tensors."""
         raise NotImplementedError
-
-    def small_files(self) -> dict[str, FileRecord]:
-        """Put the small files into `directory`, and return their records by name."""
-        raise NotImplementedError
-
-    def kept_records(self) -> dict[str, WeightsRecord]:
-        """Return the records of the files of weights that stay."""
-        return {}
-
-    def checkpoint_digests(self) -> dict[str, str]:
-        """Return the SHA-256s of the checkpoint's tensors."""
-        return dict(sorted(self.journal.made.get(CHECKPOINT, {}).items()))
-
-    def nbytes(self, part: ModelPart) -> int:
-        """Return the bytes of a part that the bar counts."""
-        return part.nbytes
 
     def find_work(self) -> None:
         """Find the parts that are left to make."""
@@ -161,32 +140,21 @@ class Build:
             tensors = "1 tensor" if count == 1 else f"{count} tensors"
             progress.note(f"damaged since the last run: {tensors}; making again")
 
-    def _finish(self, files: dict[str, FileRecord]) -> None:
-        weights, own = self.kept_records(), self.blueprint.descriptions()
+    def _finish(self, manifest: Manifest) -> None:
+        weights, own = manifest.weights, self.blueprint.descriptions()
         for name, header in self.headers.items():
             made = self.journal.made[name]
             digests = {spec.name: made[spec.name] for spec in header.specs}
             weights[name] = WeightsRecord(header.size, digests, own[name])
-        manifest = Manifest(
-            self.source,
-            self.blueprint.description(),
-            files,
-            {name: weights[name] for name in own},
-            self.checkpoint_digests(),
+        checkpoint = manifest.checkpoint | self.journal.made.get(CHECKPOINT, {})
+        finished = replace(
+            manifest,
+            quantization=self.blueprint.description(),
+            weights={name: weights[name] for name in own},
+            checkpoint=dict(sorted(checkpoint.items())),
         )
-        write_manifest(self.directory, manifest)
+        write_manifest(self.directory, finished)
         swap_in(self.target)
-
-
-def link(path: Path, new: Path) -> None:
-    """Give a file a second name. A file system without links gets a copy."""
-    new.unlink(missing_ok=True)
-    try:
-        os.link(path, new)
-    except OSError:
-        shutil.copyfile(path, new)
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _size(path: Path) -> int | None:

@@ -93,7 +93,8 @@ def _install(
             plan = estimate_time(plan, build, keep=True)
         announce(plan)
         plan.check()
-        build.run(progress, ahead=plan.ahead)
+        build.ahead = plan.ahead
+        build.run(progress)
 
 
 @contextmanager
@@ -159,7 +160,9 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
     hint = f"Remove it first (mixchat rm {key}), or install this one beside it with --name."
     if source.repo != (request.ref.source_repo or source.repo):
         difference = f"; it came from {source.repo}"
-    elif revision not in (None, source.revision) and not _begins(source.commit, revision):
+    elif revision not in (None, source.revision) and not (
+        len(revision) >= _COMMIT_DIGITS_MIN and (source.commit or "").startswith(revision)
+    ):
         difference = f", from revision {source.commit or 'unknown'}"
     elif not _made_as(request, manifest.quantization):
         difference = ", quantized differently"
@@ -171,11 +174,6 @@ def _check_same(request: DownloadRequest, target: Path) -> None:
         f"the model {key!r} is already installed{difference}",
         hint=hint,
     )
-
-
-def _begins(commit: str | None, revision: str | None) -> bool:
-    """Return whether the revision is the commit or at least its first seven digits."""
-    return len(revision or "") >= _COMMIT_DIGITS_MIN and (commit or "").startswith(revision or "")
 
 
 def _made_as(request: DownloadRequest, made: dict[str, Any]) -> bool:

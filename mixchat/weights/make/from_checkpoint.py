@@ -19,7 +19,7 @@ from mixchat.base.files import read_bytes, write_file
 from mixchat.base.progress import Progress, in_background, progress_bar
 from mixchat.base.safetensors import SafetensorsFile, tensor_sha256
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.manifest import FileRecord
+from mixchat.weights.format.manifest import FileRecord, Manifest
 from mixchat.weights.format.own_files import COMPANION_FILES
 from mixchat.weights.make.build import CHECKPOINT, NO_PROGRESS, Build
 from mixchat.weights.make.parts import ModelPart
@@ -31,18 +31,17 @@ _STOP_TIMEOUT_S = 0.3
 
 
 class CheckpointBuild(Build):
-    """The build of a model of `checkpoint`, where none is installed. It needs `shards`."""
+    """The build of a model of `checkpoint`, where none is installed. It needs `shards`.
+
+    `ahead`: fetch a shard while one is quantized. The disk holds both.
+    """
+
+    ahead = True
 
     def __init__(self, checkpoint: Checkpoint, target: Path, blueprint: Blueprint) -> None:
         self.checkpoint, self._index = checkpoint, checkpoint.index
         work = {"base": None, "fingerprint": checkpoint.fingerprint}
         super().__init__(target, checkpoint.source, blueprint, work)
-
-    def run(self, progress: Progress = NO_PROGRESS, *, ahead: bool = True) -> None:
-        """Make what is left. `ahead`: fetch a shard while one is quantized. The disk holds both."""
-        self._ahead = ahead
-        self.checkpoint.companions()  # first, so that nothing is left if they cannot be fetched
-        super().run(progress)
 
     def find_work(self) -> None:
         super().find_work()
@@ -50,17 +49,15 @@ class CheckpointBuild(Build):
         needed = {name for part in self.parts for name in part.components(self._index)}
         self.shards = sorted({self._index.shard_of(name) for name in needed - self._spill.names})
 
-    def small_files(self) -> dict[str, FileRecord]:
-        records, directory = {}, self.checkpoint.companions()
+    def begin(self) -> Manifest:
+        records, companions = {}, self.checkpoint.companions()
+        self.directory.mkdir(parents=True, exist_ok=True)  # now that they are fetched
         for name in COMPANION_FILES:
-            if (directory / name).exists():
-                data = read_bytes(directory / name)
+            if (companions / name).exists():
+                data = read_bytes(companions / name)
                 write_file(self.directory / name, data)
                 records[name] = FileRecord.of(data)
-        return records
-
-    def nbytes(self, part: ModelPart) -> int:
-        return self._index.nbytes(part.components(self._index))
+        return Manifest(self.source, {}, records, {})
 
     def made_parts(
         self, writer: ModelWriter, progress: Progress
@@ -68,7 +65,7 @@ class CheckpointBuild(Build):
         for shard in self._index.shards:
             if shard not in self.shards:
                 self.checkpoint.release(shard)
-        with closing(_fetched(self.checkpoint, self.shards, progress, self._ahead)) as fetched:
+        with closing(_fetched(self.checkpoint, self.shards, progress, self.ahead)) as fetched:
             for shard, path in fetched:
                 yield from self._parts_of(shard, path, writer)
                 self.checkpoint.release(shard)

@@ -68,12 +68,14 @@ def outline(
     flags = [] if bits is None else ["--expert-bits", str(bits)]
     with suppress(ModelNotFoundError):
         directory = models.installed_directory(ref.name)
-        source, found = _installed(ref.name, directory)
-        if bits not in (None, TYPES[found.blueprint.quantization.quant_type].bits):
+        manifest = read_manifest(directory)
+        check_files(directory, manifest)
+        source, installed = manifest.source, installed_blueprint(directory, manifest)
+        if bits not in (None, TYPES[installed.quantization.quant_type].bits):
             target = models_dir() / f"{directory.name.rpartition('--')[2]}-{bits}bit"
             flags += ["--name", target.name]
         elif free_disk is None:
-            return found
+            return Outline(ref.name, installed, directory, installed=True)
     source = source or ref.find_source(Journal(workspace(target)).source)
     options = QuantizeOptions(type_of_bits(bits or 4), layout=layout)
     made = _before_download(source, target, options, free_disk, progress)
@@ -94,13 +96,6 @@ def known_blueprints(layout: Layout | None = None) -> dict[tuple[str, ...], Blue
         kind: QuantType = known.experts_quant_type or "nf4"
         names.setdefault((read_config(known.config), kind), []).append(name)
     return {tuple(same): default_blueprint(*shape, layout=layout) for shape, same in names.items()}
-
-
-def _installed(name: str, directory: Path) -> tuple[Source, Outline]:
-    manifest = read_manifest(directory)
-    check_files(directory, manifest)
-    blueprint = installed_blueprint(directory, manifest)
-    return manifest.source, Outline(name, blueprint, directory, installed=True)
 
 
 def _before_download(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,20 +16,21 @@ import torch
 
 from mixchat.base import machine
 from mixchat.base.errors import CheckpointError
-from mixchat.base.files import open_regular, read_all, reading, temporary_path
+from mixchat.base.files import (
+    open_regular,
+    read_all,
+    read_bytes,
+    reading,
+    temporary_path,
+    write_file,
+)
 from mixchat.base.progress import Progress
 from mixchat.base.safetensors import tensor_sha256
 from mixchat.weights.format.blueprint import EMBEDDING, Blueprint
 from mixchat.weights.format.installed_model import installed_blueprint
-from mixchat.weights.format.manifest import (
-    MANIFEST_FILE,
-    FileRecord,
-    WeightsRecord,
-    read_manifest,
-    repair_hint,
-)
+from mixchat.weights.format.manifest import MANIFEST_FILE, Manifest, read_manifest, repair_hint
 from mixchat.weights.format.workspace import base_of
-from mixchat.weights.make.build import NO_PROGRESS, Build, link
+from mixchat.weights.make.build import Build
 from mixchat.weights.make.needs import SMALL_FILES_BYTES, Need
 from mixchat.weights.make.parts import ModelPart, model_parts
 from mixchat.weights.make.writer import ModelWriter
@@ -47,7 +48,7 @@ class Rebuild(Build):
     """The build of the model `blueprint` of the one that is installed in `directory`.
 
     doing: "converting", for the bar. damaged: files to write again whether or not a part changes.
-    The caller has the model's lock.
+    `changed` names the files that differ. The caller has the model's lock.
     """
 
     def __init__(
@@ -64,28 +65,20 @@ class Rebuild(Build):
         self._old_headers = old.headers()
         self._old_parts = {(part.name, part.linear is None): part for part in model_parts(old)}
         changed = {part.file for part in model_parts(blueprint) if self._changes(part)}
-        kept = self._old_headers.keys() - changed - {*damaged}
+        self.changed = changed | {*damaged}
+        linked = _has_links(directory)
+        self._kept = self._old_headers.keys() - self.changed if linked else set()
         uses_inputs = remake is not None and remake.uses_inputs
         work = {"base": base_of(directory), "doing": doing, "uses_inputs": uses_inputs}
-        super().__init__(directory, self._manifest.source, blueprint, work, kept)
-        self._kept = sorted(kept)
-
-    def run(self, progress: Progress = NO_PROGRESS) -> None:
-        """Make the new model. Raises `ResourceError` if the disk is short."""
-        self.need.check()
-        super().run(progress)
+        super().__init__(directory, self._manifest.source, blueprint, work, self._kept)
 
     @property
     def need(self) -> Need:
         """Return the need of disk beyond what is made already."""
         files = [self.directory / name for name in self.headers]
         made = sum(map(machine.disk_usage, files)) if self.journal.head == self.head else 0
-        size = sum(header.size for header in self.headers.values())
-        if not _has_links(self.target):
-            size += sum(self._manifest.weights[name].size for name in self._kept)
-        return Need(
-            self.target, max(0, size - made) + SMALL_FILES_BYTES, machine.free_disk(self.target)
-        )
+        size = sum(header.size for header in self.headers.values()) - made
+        return Need(self.target, max(0, size) + SMALL_FILES_BYTES, machine.free_disk(self.target))
 
     def find_work(self) -> None:
         super().find_work()
@@ -95,21 +88,20 @@ class Rebuild(Build):
             part for part in self.all_parts if part in self.parts or part.expert in experts
         ]
 
-    def small_files(self) -> dict[str, FileRecord]:
-        for name in (*self._manifest.files, *self._kept):
-            link(self.target / name, self.directory / name)
-        for name in self.headers:
-            # More is damaged than when the last run linked the file. Never write into the old one.
-            with suppress(FileNotFoundError):
-                if (self.directory / name).samefile(self.target / name):
-                    (self.directory / name).unlink()
-        return self._manifest.files
-
-    def kept_records(self) -> dict[str, WeightsRecord]:
-        return {name: self._manifest.weights[name] for name in self._kept}
-
-    def checkpoint_digests(self) -> dict[str, str]:
-        return self._manifest.checkpoint
+    def begin(self) -> Manifest:
+        self.need.check()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in self._manifest.files:
+            write_file(self.directory / name, read_bytes(self.target / name))
+        for name in self._manifest.weights:
+            new = self.directory / name
+            # A link of an earlier run goes, because a file that is damaged since would be written
+            # in place.
+            if new.exists() and (name in self._kept or new.stat().st_nlink > 1):
+                new.unlink()
+            if name in self._kept:
+                os.link(self.target / name, new)
+        return replace(self._manifest, weights={n: self._manifest.weights[n] for n in self._kept})
 
     def made_parts(
         self, writer: ModelWriter, progress: Progress

@@ -6,7 +6,7 @@ checked before work continues, because the manifest would not show what a disk h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import open_regular
-from mixchat.base.progress import NoProgress, Progress, Task, progress_bar
+from mixchat.base.progress import NoProgress, Progress, progress_bar
 from mixchat.base.safetensors import (
     Header,
     SafetensorsFile,
@@ -94,7 +94,12 @@ def find_damaged(
         progress if whole else NoProgress(), "checking finished parts", whole
     ) as task:
         for path, digests in known.items():
-            if wrong := set(_wrong(path, files[path], digests, task)):
+            try:
+                with open(open_regular(path), "rb") as file:
+                    wrong = {*wrong_tensors(file.fileno(), files[path], digests, task)}
+            except OSError:  # it is not there, or the disk cannot read it
+                wrong = {*digests}
+            if wrong:
                 # A spill file is written again as a whole.
                 is_spill = path.name.startswith(SPILL_PREFIX)
                 damaged[path.name] = set(made[path.name]) if is_spill else wrong
@@ -107,11 +112,3 @@ def _spill_headers(directory: Path) -> dict[str, Header]:
         with suppress(CheckpointError), SafetensorsFile(path) as file:
             headers[path.name] = file.header
     return headers
-
-
-def _wrong(path: Path, header: Header, digests: Mapping[str, str], task: Task) -> Iterator[str]:
-    try:
-        with open(open_regular(path), "rb") as file:
-            yield from wrong_tensors(file.fileno(), header, digests, task)
-    except OSError:  # it is not there, or the disk cannot read it
-        yield from digests

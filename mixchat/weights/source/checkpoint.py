@@ -146,7 +146,6 @@ class CheckpointReader:
         self._checkpoint, self._expected = checkpoint, expected
         self._open: dict[str, ShardReader] = {}
         self._stack = ExitStack()
-        self.digests: dict[str, str] = {}
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor. Raises `CheckpointError` if its SHA-256 differs."""
@@ -154,7 +153,7 @@ class CheckpointReader:
         if shard not in self._open:
             self._open[shard] = self._stack.enter_context(self._checkpoint.open(shard))
         tensor = self._open[shard].read(name)
-        digest = self.digests[name] = tensor_sha256(tensor)
+        digest = tensor_sha256(tensor)
         if digest != self._expected.get(name, digest):
             raise other_checkpoint(self._checkpoint, shard, f"the SHA-256 of {name} differs")
         return tensor

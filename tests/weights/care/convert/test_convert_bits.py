@@ -55,7 +55,7 @@ class TestRounding:
         meter = Meter()
         assert reform(dense, None, EIGHT, meter)
         changed = {path.name for path in dense.iterdir() if path.stat().st_ino != before[path.name]}
-        assert changed == {"shared.safetensors", "mixchat.json", "mixchat.copy.json"}
+        assert {name for name in changed if name.endswith(".safetensors")} == {"shared.safetensors"}
         bar = meter.bar("converting mine")
         assert 0 < bar.done == bar.total
         assert read_manifest(dense).weights["shared.safetensors"].size < size
