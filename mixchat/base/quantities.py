@@ -66,22 +66,12 @@ def parse_size(text: str) -> int:
     return size
 
 
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """Return `12GB,8GB` in bytes. Raises `UsageError`."""
-    return tuple(map(parse_size, text.split(",")))
-
-
 def parse_duration(text: str) -> float:
     """Return `90s`, `10m` or `1.5h` in seconds. Raises `UsageError`."""
     match = _DURATION.fullmatch(text)
     if match is None or not float(match[1]):
         raise UsageError(f"cannot read {text!r} as a time", hint="Write it like 90s, 10m or 2h.")
     return float(match[1]) * _SECONDS[match[2].lower()]
-
-
-def parse_rate(text: str) -> int:
-    """Return `3GB/s` in bytes a second. Raises `UsageError`."""
-    return parse_size(re.sub(r"\s*/\s*s\s*$", "", text, flags=re.IGNORECASE))
 
 
 def format_least(size: int) -> str:

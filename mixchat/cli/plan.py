@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,13 @@ import typer
 
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.machine import OtherPrograms
-from mixchat.base.quantities import parse_rate, parse_size, parse_sizes
+from mixchat.base.quantities import parse_size
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.settings import MACHINE, is_given, option
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
+
+_PER_SECOND = re.compile(r"\s*/\s*s\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +68,11 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     options = load_flags.load_options(flags)
     figures = {
         "ram": _told("--ram", flags.ram, parse_size),
-        "gpus": _told("--gpu", flags.gpu, parse_sizes) or (),
-        "disk_speed": _told("--disk-speed", flags.disk_speed, parse_rate),
+        "gpus": _told("--gpu", flags.gpu, lambda text: tuple(map(parse_size, text.split(","))))
+        or (),
+        "disk_speed": _told(
+            "--disk-speed", flags.disk_speed, lambda text: parse_size(_PER_SECOND.sub("", text))
+        ),
         "free_disk": _told("--free-disk", flags.free_disk, parse_size),
     }
     if figures["gpus"] and flags.device is not None:

@@ -138,9 +138,7 @@ def test_what_is_wrong_in_a_variable_is_said_with_its_name(mixchat, variable, va
     assert first_line(done).startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize(
-    "command", [["run", "--help"], ["list"], ["config", "--path"], ["gc"], ["help", "run"]]
-)
+@pytest.mark.parametrize("command", [["run", "--help"], ["list"], ["config", "--path"], ["gc"]])
 def test_a_damaged_file_is_in_the_way_of_nothing_that_needs_no_setting(
     mixchat, config_file, command
 ):

@@ -25,7 +25,7 @@ from mixchat.base.options import (
 from mixchat.base.quantities import MemoryBudget
 from mixchat.chat.parameters import checked_word
 from mixchat.cli.flags.arguments import checked
-from mixchat.cli.flags.settings import AGAIN, MEMORY, MODEL, option, setting, setting_argument
+from mixchat.cli.flags.settings import AGAIN, MEMORY, MODEL, PREFIX, common, option, setting
 from mixchat.cli.flags.shell_completion import models_here, one_of, runnable_models
 from mixchat.experts.cache import POLICIES
 from mixchat.face.numbers import LENGTHS, SAMPLING
@@ -212,11 +212,10 @@ def dense_bits(shown: str, bits: Sequence[str] = DENSE_BITS) -> Any:
 
 def model_argument(help: str, default: Any = ..., **argument: Any) -> Any:
     """Return the argument MODEL, by default the setting `model`, then as MODEL_NAME."""
-    return setting_argument(
-        "model",
+    return typer.Argument(
         default,
         metavar="MODEL",
-        check=checked_model,
+        **common(f"{PREFIX}MODEL", checked_model),
         autocompletion=runnable_models,
         help=help,
         **{**(_DEFAULT_MODEL if default is ... else {}), **argument},

@@ -135,14 +135,7 @@ def setting(
     """
     name = next(word for word in usage.split() if word.startswith("--")).partition("/")[0]
     variable = PREFIX + name.removeprefix("--").replace("-", "_").upper()
-    return option(usage, help, heading, default, **_common(variable, check), **more)
-
-
-def setting_argument(
-    key: str, default: Any, *, check: Callable[[Any], object], **argument: Any
-) -> Any:
-    """Return an argument whose default is the setting `key`."""
-    return typer.Argument(default, **_common(PREFIX + key.upper(), check), **argument)
+    return option(usage, help, heading, default, **common(variable, check), **more)
 
 
 def _show_whole_help(context: typer.Context, wanted: bool) -> None:
@@ -348,7 +341,9 @@ def _allowed(detail: Mapping[str, Any]) -> str:
     return f"{allowed}, not {detail['input']!r}"
 
 
-def _common(variable: str, check: Callable[[Any], object] | None) -> dict[str, Any]:
+def common(variable: str, check: Callable[[Any], object] | None) -> dict[str, Any]:
+    """Return what options and arguments have in common that a variable and config.toml set."""
+
     def checked(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
         if damage := context.meta.get(_DAMAGE):
             raise damage
