@@ -17,7 +17,7 @@ from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import SafetensorsWriter
 from mixchat.weights import models
 from mixchat.weights.format.manifest import is_installed, read_manifest
-from mixchat.weights.format.workspace import SOURCE_DIR, workspace
+from mixchat.weights.format.workspace import MODEL_DIR, OLD_DIR, SOURCE_DIR, workspace
 from mixchat.weights.make import download
 from mixchat.weights.make.build import Build
 from mixchat.weights.make.download import DownloadRequest
@@ -241,15 +241,17 @@ class TestAlreadyInstalled:
         with pytest.raises(UsageError, match="already installed, from revision"):
             get(REPO, revision="other")
 
-    def test_a_link_does_not_choose_where_files_are_fetched_to(self, fake, home):
+    @pytest.mark.parametrize("name", ["", SOURCE_DIR, MODEL_DIR, OLD_DIR])
+    def test_a_link_does_not_choose_where_files_are_fetched_to(self, fake, home, name):
         """The small files of a checkpoint stayed in the directory of a planted link."""
-        elsewhere, planted = home / "elsewhere", resolve(REPO).directory / "mixchat.source"
+        elsewhere, planted = home / "elsewhere", workspace(resolve(REPO).directory) / name
         elsewhere.mkdir(parents=True)
+        (elsewhere / "precious").write_text("precious")
         planted.parent.mkdir(parents=True)
         planted.symlink_to(elsewhere)
         installed = get(REPO, check=lambda directory: None)
         assert is_installed(installed)
-        assert [*elsewhere.iterdir()] == []
+        assert [*elsewhere.iterdir()] == [elsewhere / "precious"]
 
     @pytest.mark.parametrize("name", ["demo", "."])
     def test_a_revision_goes_with_the_hub_alone(self, name, home):
