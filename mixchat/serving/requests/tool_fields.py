@@ -133,8 +133,7 @@ def check_results(messages: Sequence[Message], paths: Sequence[str]) -> None:
         elif not message.call_id:
             raise field_error(path, "is missing", "missing_required_parameter")
         elif message.call_id not in waiting:
-            reason = "is not the id of a call in the answer before"
-            raise field_error(path, reason, "invalid_value")
+            raise field_error(path, "names no call of the answer before", "invalid_value")
     if messages and messages[-1].calls:
         reason = "has calls without results, which have to follow it"
         raise field_error(paths[-1], reason, "invalid_value")

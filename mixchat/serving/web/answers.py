@@ -87,18 +87,6 @@ class PendingAnswers:
         Returns none after `timeout` seconds. Raises the error of a failed answer after the events
         before it, and `ShuttingDownError` if the model ended an answer.
         """
-        await self._wait(timeout)
-        events, size = list[tuple[int, Event]](), 0
-        while self._events and size < _PIECE:
-            number, event, taken = self._events.popleft()
-            events.append((number, event))
-            size += taken
-        self._share.shrink(size)
-        self._unfinished -= sum(isinstance(event, End) for _, event in events)
-        return events
-
-    async def _wait(self, timeout: float) -> None:
-        """Wait for events. Raises as `next` does if there are none."""
         if self._error is None and not self._events:
             # Not `asyncio.wait_for`, which may lose a cancellation that comes with an event.
             timer = self._loop.call_later(timeout, self._arrived.set)
@@ -109,6 +97,14 @@ class PendingAnswers:
         self._arrived.clear()
         if not self._events and self._error is not None:
             raise self._error
+        events, size = list[tuple[int, Event]](), 0
+        while self._events and size < _PIECE:
+            number, event, taken = self._events.popleft()
+            events.append((number, event))
+            size += taken
+        self._share.shrink(size)
+        self._unfinished -= sum(isinstance(event, End) for _, event in events)
+        return events
 
     async def collect(self) -> list[tuple[Piece, End]]:
         """Return all answers, whole, which stay in the share. Raises what `next` does."""
@@ -190,8 +186,13 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T
 
     The request's body has to be read before.
     """
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_leaving(receive))
+    leaving = asyncio.ensure_future(left())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -201,11 +202,6 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T
         working.cancel()
         leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _leaving(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class WholeAnswer(Response):

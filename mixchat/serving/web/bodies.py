@@ -97,14 +97,6 @@ class Share:
         self.size -= count
         self._budget.give_back(count)
 
-    @contextmanager
-    def holding(self, count: int) -> Iterator[None]:
-        self.grow(count)
-        try:
-            yield
-        finally:
-            self.shrink(count)
-
     def can_give_up(self, give_up: Callable[[], object]) -> None:
         self._budget.can_give_up(self, give_up)
 
@@ -131,24 +123,21 @@ class Turns:
     @asynccontextmanager
     async def turn(self, weight: int) -> AsyncIterator[None]:
         if self._is_taken:
-            await self._wait(weight)
+            loop = asyncio.get_running_loop()
+            turn, due = loop.create_future(), loop.time() + weight * _PATIENCE_PER_BYTE
+            self._count += 1
+            heapq.heappush(self._waiting, (due, self._count, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():  # it came just before
+                    self._pass_on()
+                raise
         self._is_taken = True
         try:
             yield
         finally:
             self._pass_on()
-
-    async def _wait(self, weight: int) -> None:
-        loop = asyncio.get_running_loop()
-        turn, due = loop.create_future(), loop.time() + weight * _PATIENCE_PER_BYTE
-        self._count += 1
-        heapq.heappush(self._waiting, (due, self._count, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it came just before
-                self._pass_on()
-            raise
 
     def _pass_on(self) -> None:
         while self._waiting:
@@ -206,8 +195,11 @@ class Body:
         if self.weight <= _LIGHT:
             return await in_thread(work, at_end)
         async with self._turns.turn(self.weight):
-            with self._share.holding(self.weight):
+            self._share.grow(self.weight)
+            try:
                 return await in_thread(work, at_end)
+            finally:
+                self._share.shrink(self.weight)
 
     def drop(self) -> None:
         """Forget the bytes."""
@@ -226,13 +218,8 @@ async def in_thread(work: Callable[[], _T], at_end: ExitStack) -> _T:
     finally:
         if not running.done():
             at_end.close()
-        await to_end(running)
-
-
-async def to_end(task: asyncio.Future[Any]) -> None:
-    """Wait for the end of a task, however often this is cancelled."""
-    while not task.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
-    if not task.cancelled():
-        task.exception()  # which counts as seen then
+        while not running.done():  # however often this is cancelled
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # which counts as seen then

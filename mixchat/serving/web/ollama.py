@@ -197,7 +197,8 @@ def _messages(fields: Sequence[_Message]) -> list[Message]:
             path = f"messages[{number}].tool_{'call_id' if field.tool_call_id else 'name'}"
             answered = [c for c in waiting if field.tool_name in ("", c.name)][:1]
             waiting = [call for call in waiting if call not in answered]
-            call_id = field.tool_call_id or "".join(call.id for call in answered)
+            # A name without a call is refused as an id without a call is.
+            call_id = field.tool_call_id or next((c.id for c in answered), field.tool_name)
         thinking = field.thinking if calls else ""
         messages.append(
             Message(field.role, field.content, thinking=thinking, calls=calls, call_id=call_id)

@@ -16,10 +16,12 @@ import pytest
 from raw_http import exchange, request
 from scripted_model import take_any_form
 
+from mixchat.face.request import FormError
 from mixchat.serving.web.access import Access
 from mixchat.text.thinking import ThinkingFormat
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+BY_SCHEMA = {"type": "json_schema", "schema": SCHEMA}
 WEATHER = {"name": "weather", "description": "Weather of a city"}
 CALL = 'Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 CALLED = {"city": "Oslo"}
@@ -268,6 +270,24 @@ def test_anthropic_counts_the_tokens_of_a_request(served):
         ("/api/chat", {"messages": question("a"), "options": [1]}, 400, "options"),
         ("/api/chat", {"messages": [1] * 20_000}, 400, "20000 items"),
         ("/v1/messages", {"max_tokens": 1, "messages": [1] * 20_000}, 400, "20000 items"),
+        (
+            "/api/chat",
+            {"messages": [*question("a"), {"role": "tool", "tool_name": "f"}]},
+            400,
+            "messages[1].tool_name names no call",
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "messages": question("a"), "stop_sequences": ["x", 5]},
+            400,
+            "stop_sequences[1] has to be",
+        ),
+        (
+            "/api/chat",
+            {"messages": question("a"), "options": {"temperature": 5}},
+            400,
+            "options.temperature has to be",
+        ),
         ("/api/pull", {"model": "b"}, 404, "no model 'b'"),
         ("/api/generate", {"model": "b", "prompt": ""}, 404, "no model 'b'"),
         ("/api/chat", {"messages": []}, 404, "no model"),
@@ -295,6 +315,29 @@ def test_a_wrong_request_is_refused_in_the_form_of_its_api(served, path, body, s
     message = error if path.startswith("/api/") else error["message"]
     assert text in message
     assert (response.json.get("type") == "error") == (path == "/v1/messages")
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "body"),
+    [
+        ("/v1/messages", "output_config.format", {"output_config": {"format": BY_SCHEMA}}),
+        ("/v1/responses", "text.format", {"text": {"format": {**BY_SCHEMA, "name": "x"}}}),
+        ("/api/chat", "format", {"format": SCHEMA}),
+        ("/v1/responses", "tools", {"tools": [ResponsesClient.tool]}),
+    ],
+)
+def test_a_form_that_cannot_be_met_is_an_error_of_the_field_that_was_sent(serve, path, field, body):
+    def compile_form(form, at_end=None):
+        error = FormError("it cannot be met", hint="Shorten it.")
+        error.subject = "tools" if field == "tools" else "schema"
+        raise error
+
+    asked = {"input": "a"} if path == "/v1/responses" else {"messages": question("a")}
+    served = serve(compile_form=compile_form, strict=False)
+    response = exchange(served, request(path, {"max_tokens": 9, **asked, **body}))
+    error = response.json["error"]
+    message = error if path.startswith("/api/") else error["message"]
+    assert (response.status, message) == (400, f"{field}: it cannot be met. Shorten it.")
 
 
 @pytest.mark.parametrize("stream", [False, True])
