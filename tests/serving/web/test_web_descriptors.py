@@ -3,8 +3,6 @@
 import os
 import resource
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,37 +10,13 @@ from pathlib import Path
 
 import pytest
 from raw_http import exchange, read_response, request
+from test_web_process import Process
 
 from mixchat.serving.web import acceptor, server
 from mixchat.serving.web.server import WaitingConnections
 
-PATIENCE = 60  # seconds after which something hangs
 FILES = 128
-FAKE = str(Path(__file__).with_name("fake_serve.py"))
 pytestmark = pytest.mark.timeout(240)
-
-
-class Process:
-    """A server that may open `FILES` files."""
-
-    def __init__(self, home: Path) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, FAKE, "--port", "0"],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "MIXCHAT_HOME": str(home)},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
-        )
-        line = self.popen.stderr.readline()
-        self.port = int(line.split("/")[2].rpartition(":")[2])
-        self.popen.stderr.readline()  # the context's size
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-
-    def end(self) -> str:
-        self.popen.terminate()
-        return self.popen.communicate(timeout=PATIENCE)[1]
 
 
 @contextmanager
@@ -62,7 +36,10 @@ def test_a_crowd_takes_no_descriptor_that_the_server_needs(tmp_path, said):
 
     asyncio printed 400,000 lines of tracebacks meanwhile.
     """
-    process = Process(tmp_path)
+    process = Process(
+        env={**os.environ, "MIXCHAT_HOME": str(tmp_path)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
+    )
     try:
         with crowd(process.connect, 3 * FILES, said):
             for _ in range(3):
@@ -71,7 +48,8 @@ def test_a_crowd_takes_no_descriptor_that_the_server_needs(tmp_path, said):
                 assert time.monotonic() - began < 20
                 if (files := Path(f"/proc/{process.popen.pid}/fd")).exists():
                     assert len(os.listdir(files)) < FILES - 16
-        assert process.end() == ""
+        process.popen.terminate()
+        assert process.end() == (143, "")
     finally:
         process.popen.kill()
         process.popen.communicate()
