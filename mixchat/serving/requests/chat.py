@@ -306,7 +306,7 @@ def read_chat(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> APIR
         messages,
         sampling=sampling,
         max_tokens=fields.length(),
-        stop=tuple(filter(None, fields.stop)),
+        stop=tuple(fields.stop),
         variables=variables,
         tools=offer,
         form=fields.form(),

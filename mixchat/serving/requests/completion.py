@@ -59,7 +59,7 @@ def read_completion(body: JSON, model: Model, strict: bool, at_end: ExitStack) -
             prompt=text,
             sampling=sampling,
             max_tokens=fields.length(),
-            stop=tuple(filter(None, fields.stop)),
+            stop=tuple(fields.stop),
             form=fields.form(),
             top_logprobs=fields.logprobs,
         )

@@ -68,9 +68,12 @@ def small_form(form: Any) -> Any:
     return form
 
 
-# Empty strings are left out by `stop_strings`.
+# An empty string would end each answer at once, so it is left out.
 Stops = Annotated[
-    list[Annotated[str, AfterValidator(_short)]], FailFast(), BeforeValidator(_as_list)
+    list[Annotated[str, AfterValidator(_short)]],
+    FailFast(),
+    BeforeValidator(_as_list),
+    AfterValidator(lambda stops: list(filter(None, stops))),
 ]
 Schema = Annotated[dict[str, Any], AfterValidator(small_form)]
 Grammar = Annotated[str, AfterValidator(small_form)]
@@ -199,6 +202,10 @@ def api_request(
     This takes seconds for a long conversation. `at_end` ends the check of a form if it is closed.
     form_field: the API's name for the field of the form. Raises `RequestError` and `PromptError`.
     """
+    sampling = requests[0].sampling  # the same for all prompts of a body
+    assert isinstance(sampling, SamplingOptions)
+    seed = secrets.randbelow(2**32) if sampling.seed is None else sampling.seed
+    samplings = [replace(sampling, seed=(seed + i) % 2**63) for i in range(n)]
     answers: list[Request] = []
     prompts: list[Prompt] = []
     for request in requests:
@@ -209,12 +216,7 @@ def api_request(
         except PromptTooLongError as error:
             error.hint = (error.hint or "").removeprefix(f"{LEAVE_OUT_HINT} ")  # which is a chat's
             raise
-        sampling = request.sampling
-        assert isinstance(sampling, SamplingOptions)
-        seed = secrets.randbelow(2**32) if sampling.seed is None else sampling.seed
-        answers += [
-            replace(request, sampling=replace(sampling, seed=(seed + i) % 2**63)) for i in range(n)
-        ]
+        answers += [replace(request, sampling=each) for each in samplings]
         prompts += [prompt] * n
     return APIRequest(tuple(answers), tuple(prompts), n, stream, include_usage, ignored)
 

@@ -165,7 +165,7 @@ def read_counted(body: JSON, model: Model, strict: bool, at_end: ExitStack) -> A
         messages,
         sampling=shared.sampling_of(model, fields),
         max_tokens=fields.max_tokens,
-        stop=tuple(filter(None, fields.stop_sequences)),
+        stop=tuple(fields.stop_sequences),
         variables=variables,
         tools=offer,
         form=None if config.format is None else config.format.schema_,

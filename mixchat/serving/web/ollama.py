@@ -145,7 +145,7 @@ def _request(
         request,
         sampling=shared.sampling_of(model, options),
         max_tokens=options.num_predict,
-        stop=tuple(filter(None, options.stop)),
+        stop=tuple(options.stop),
         variables=variables,
         tools=tool_fields.tool_offer(tool_fields.offered(fields.tools)),
         form=form,

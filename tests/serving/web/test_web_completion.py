@@ -40,6 +40,11 @@ def test_prompts_may_be_several_and_each_has_n_answers(client):
     assert answer.usage.prompt_tokens == len("say:{seed}") + len("say:x") + 2
 
 
+def test_a_seed_that_is_drawn_is_that_of_all_prompts(client):
+    answer = ask(client, ["say:{seed}", "say:{seed}"])
+    assert [choice.text for choice in answer.choices] == [str(answer.seed)] * 2
+
+
 def test_prompts_may_be_token_ids(client, served):
     assert ask(client, ids("say:abc")).choices[0].text == "abc"
     both = ask(client, [ids("say:abc"), ids("say:d")])
