@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import islice
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -187,12 +187,22 @@ def only(allowed: Container[object], code: str, reason: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def or_text(wrap: Callable[[str], object]) -> BeforeValidator:
+    """Return a validator that takes a text in place of a list with the wrapped text."""
+    return BeforeValidator(lambda value: [wrap(value)] if isinstance(value, str) else value)
+
+
+def as_part(text: str) -> JSON:
+    """Return a text as a part or a block of a message."""
+    return {"type": "text", "text": text}
+
+
 def max_items(limit: int) -> BeforeValidator:
     """Return a validator that refuses long lists before it checks their items."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list) and len(value) > limit:
-            raise wrong(None, f"has {len(value)} items; at most {limit} are taken")
+            raise wrong("invalid_value", f"has {len(value)} items; at most {limit} are taken")
         return value
 
     return BeforeValidator(check)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, FailFast
+from pydantic import AfterValidator, FailFast
 
 from mixchat.base.errors import PromptTooLongError
 from mixchat.base.options import SamplingOptions
@@ -17,7 +17,14 @@ from mixchat.face.numbers import LENGTHS, SAMPLING, NumberParameter
 from mixchat.face.prompt import LEAVE_OUT_HINT
 from mixchat.face.request import FormError, Request
 from mixchat.serving.requests.errors import RequestError, field_error, to_json, value_error
-from mixchat.serving.requests.fields import RequestObject, checked_number, number, wrong
+from mixchat.serving.requests.fields import (
+    RequestObject,
+    checked_number,
+    max_items,
+    number,
+    or_text,
+    wrong,
+)
 from mixchat.text.thinking import EFFORT, EFFORTS, ThinkingFormat
 
 if TYPE_CHECKING:
@@ -45,15 +52,6 @@ Seed = Annotated[int | None, number(SAMPLING["seed"])]
 Length = Annotated[int | None, number(LENGTHS["max-tokens"])]
 
 
-def _as_list(stop: Any) -> Any:
-    stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list):
-        raise wrong("invalid_value", "has to be a string or a list of strings")
-    if len(stops) > _MAX_STOPS:
-        raise wrong("invalid_value", f"has more than {_MAX_STOPS} strings")
-    return stops
-
-
 def _short(stop: str) -> str:
     if len(stop) > _MAX_STOP_LENGTH:
         raise wrong("invalid_value", f"has more than {_MAX_STOP_LENGTH} characters")
@@ -72,7 +70,8 @@ def small_form(form: Any) -> Any:
 Stops = Annotated[
     list[Annotated[str, AfterValidator(_short)]],
     FailFast(),
-    BeforeValidator(_as_list),
+    max_items(_MAX_STOPS),
+    or_text(str),
     AfterValidator(lambda stops: list(filter(None, stops))),
 ]
 Schema = Annotated[dict[str, Any], AfterValidator(small_form)]

@@ -22,13 +22,21 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field
+from pydantic import FailFast, Field
 
 from mixchat.face.events import End
 from mixchat.face.request import Request
 from mixchat.serving.requests import shared, tool_fields
 from mixchat.serving.requests.errors import RequestError, field_error
-from mixchat.serving.requests.fields import JSON, RequestObject, max_items, read_known, validated
+from mixchat.serving.requests.fields import (
+    JSON,
+    RequestObject,
+    as_part,
+    max_items,
+    or_text,
+    read_known,
+    validated,
+)
 from mixchat.serving.requests.shared import APIRequest
 from mixchat.serving.web.blocks import Block, BlockResponses, Change
 from mixchat.serving.web.responses import call_arguments, to_event
@@ -60,13 +68,7 @@ class _Block(RequestObject):
     is_error: bool = False
 
 
-def _as_blocks(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-_Blocks = Annotated[
-    list[_Block], FailFast(), max_items(shared.MAX_PARTS), BeforeValidator(_as_blocks)
-]
+_Blocks = Annotated[list[_Block], FailFast(), max_items(shared.MAX_PARTS), or_text(as_part)]
 
 
 class _Message(RequestObject):

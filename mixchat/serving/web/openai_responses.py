@@ -32,8 +32,10 @@ from mixchat.serving.requests.errors import RequestError, field_error, value_err
 from mixchat.serving.requests.fields import (
     JSON,
     RequestObject,
+    as_part,
     max_items,
     only,
+    or_text,
     read_known,
     validated,
 )
@@ -66,11 +68,7 @@ class _Part(_Item):
     text: Annotated[str, Field(validation_alias=AliasChoices("text", "refusal"))]
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-_Parts = Annotated[list[_Part], FailFast(), max_items(shared.MAX_PARTS), BeforeValidator(_as_parts)]
+_Parts = Annotated[list[_Part], FailFast(), max_items(shared.MAX_PARTS), or_text(as_part)]
 
 
 class _MessageItem(_Item):
@@ -115,14 +113,13 @@ class _FunctionChoice(RequestObject):
     name: str
 
 
-def _as_items(input: Any) -> Any:
-    return [{"role": "user", "content": input}] if isinstance(input, str) else input
-
-
 class _Fields(RequestObject):
     ignored: ClassVar[tuple[str, ...]] = ("model", *_LABELS)
     input: Annotated[
-        list[JSON], FailFast(), max_items(shared.MAX_MESSAGES), BeforeValidator(_as_items)
+        list[JSON],
+        FailFast(),
+        max_items(shared.MAX_MESSAGES),
+        or_text(lambda text: {"role": "user", "content": text}),
     ]
     instructions: str = ""
     max_output_tokens: shared.Length = None
