@@ -134,14 +134,6 @@ def test_an_answer_keeps_to_a_grammar_as_at_the_server_of_llama_cpp(client, gram
     assert (error.value.param, error.value.code) == ("grammar", "invalid_grammar")
 
 
-def test_a_schema_that_cannot_be_met_is_refused_with_its_place(client):
-    never = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
-    asked = {"type": "json_schema", "json_schema": {"name": "never", "schema": never}}
-    with pytest.raises(BadRequestError, match="cannot be met at #/properties/a: ") as error:
-        ask(client, 0, response_format=asked)
-    assert (error.value.param, error.value.code) == ("response_format", "invalid_schema")
-
-
 def test_an_answer_of_a_form_is_continued_in_it(client):
     """The beginning that a client sends back counts: the rest alone is no JSON."""
     begun = '{"name": "Cat", "le'
@@ -151,12 +143,3 @@ def test_an_answer_of_a_form_is_continued_in_it(client):
     ]
     done = ask(client, 0, messages=messages, response_format=BY_SCHEMA, max_tokens=300)
     assert json.loads(begun + done.choices[0].message.content)["name"] == "Cat"
-
-
-def test_a_beginning_of_another_form_is_refused(client):
-    messages = [
-        {"role": "user", "content": "Describe a cat as JSON."},
-        {"role": "assistant", "content": "Sure! Here"},
-    ]
-    with pytest.raises(BadRequestError, match="the answer so far does not have the form"):
-        ask(client, 0, messages=messages, response_format=BY_SCHEMA)
