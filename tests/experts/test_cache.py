@@ -149,6 +149,14 @@ def test_a_smaller_limit_evicts_and_a_larger_one_lets_in_again():
     assert len(cache) == 3
 
 
+def test_a_limit_is_at_least_one_and_at_most_all_slots():
+    cache = filled(A, B)
+    cache.resize(0)
+    assert (cache.limit, set(cache)) == (1, {B})
+    cache.resize(9)
+    assert cache.limit == 2
+
+
 def test_what_is_pinned_may_exceed_a_limit_until_it_is_pinned_no_more():
     cache = filled(A, B, C)
     cache.resize(1, pinned=[A, B])

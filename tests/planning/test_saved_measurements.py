@@ -89,6 +89,7 @@ DAMAGED = [
     entry(memory_bandwidth=0),
     entry(disk_bandwidth_idle="3e9"),
     entry(memory_bandwidth=float("nan")),
+    entry(memory_bandwidth=float("inf")),
     entry(memory_bandwidth=10**400),
     entry(expert_seconds={"cpu": []}),
     entry(expert_seconds={"cpu": {"1": 1.0}}),
