@@ -57,6 +57,11 @@ def test_the_limit_of_a_container_counts_and_cached_files_do_not(tree):
     assert cgroups.memory_limit(process) == 1000
 
 
+def test_more_memory_used_than_allowed_leaves_none(tree):
+    process = tree("0::/\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2", "500", 700, 150))
+    assert cgroups.memory_room(process) == 0
+
+
 def test_no_limit_is_none(tree, tmp_path):
     process = tree("0::/a\n", {"v2": "cgroup2 cgroup2 rw"}, version_2("v2/a", "max", 700))
     assert cgroups.memory_room(process) is None
@@ -97,6 +102,16 @@ def test_version_1_counts_the_groups_below_too(tree):
     assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (1300, 5000)
 
 
+def test_both_versions_at_once_count_together(tree):
+    files = {**version_1("memory/a", 5000, 4000), **version_2("unified/b", "900", 100)}
+    process = tree(
+        "4:memory:/a\n0::/b\n",
+        {"memory": "cgroup cgroup rw,memory", "unified": "cgroup2 cgroup2 rw"},
+        files,
+    )
+    assert (cgroups.memory_room(process), cgroups.memory_limit(process)) == (800, 900)
+
+
 def test_a_container_sees_its_own_group_where_the_host_s_path_leads_nowhere(tree):
     process = tree(
         "4:memory:/docker/1234\n",
@@ -117,6 +132,13 @@ def test_a_group_of_another_name_with_the_same_beginning_is_not_below(tree):
         "0::/job10\n", {"/job1 v2": "cgroup2 cgroup2 rw"}, version_2("v2/0", "1000", 700)
     )
     assert next(iter(cgroups.groups(process, cgroups.VERSION_2))).name == "v2"
+
+
+def test_a_mount_point_may_have_a_space_in_its_name(tree, tmp_path):
+    process = tree("0::/\n", {}, version_2("the groups", "1000", 700))
+    point = f"{tmp_path}/the\\040groups"
+    (process / "mountinfo").write_text(f"35 31 0:32 / {point} rw - cgroup2 cgroup2 rw\n")
+    assert cgroups.memory_room(process) == 300
 
 
 def test_missing_mounts_are_no_limit(tree):

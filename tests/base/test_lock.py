@@ -58,6 +58,13 @@ def test_the_lock_is_a_file_beside_the_model_that_is_removed_afterwards(target):
     assert list(target.parent.iterdir()) == []
 
 
+def test_the_lock_is_released_after_an_error(target):
+    with pytest.raises(KeyboardInterrupt), exclusive_lock(target):
+        raise KeyboardInterrupt
+    with exclusive_lock(target):
+        pass
+
+
 def test_a_second_process_is_busy_while_the_first_holds_the_lock(target, holder):
     with pytest.raises(Busy), exclusive_lock(target):
         pass

@@ -23,6 +23,12 @@ def test_a_new_file_is_created_and_one_that_the_flag_wrote_is_replaced(tmp_path)
         assert (tmp_path / "f").read_bytes() == data
 
 
+def test_an_empty_file_is_replaced(tmp_path):
+    (tmp_path / "f").touch()
+    output(tmp_path / "f").write(OURS)
+    assert (tmp_path / "f").read_bytes() == OURS
+
+
 @pytest.mark.parametrize("streams", [True, False])
 def test_a_file_that_the_flag_did_not_write_is_not_replaced(tmp_path, streams):
     (tmp_path / "f").write_bytes(b"notes")
@@ -68,6 +74,11 @@ def test_a_device_that_is_not_there_is_wrong_use(tmp_path, monkeypatch):
     monkeypatch.setattr(OutputFile, "_descriptor", refuse)
     with pytest.raises(UsageError, match="cannot be written"):
         OutputFile("--trace", tmp_path / "x").open()
+
+
+def test_a_directory_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="was not written by --out"):
+        output(tmp_path).check()
 
 
 def test_a_missing_directory_is_reported_beforehand(tmp_path):

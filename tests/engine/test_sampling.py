@@ -159,6 +159,12 @@ def test_draws_follow_the_distribution():
     torch.testing.assert_close(counts / 6000, torch.tensor([1, 2, 3]) / 6, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_may_come_in_any_float_type(dtype):
+    sampler = Sampler(SamplingOptions(temperature=1.0, top_p=0.9, seed=0))
+    assert 0 <= sampler.sample(random_logits(0).to(dtype), []) < 50
+
+
 @pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-6, 2e-5, 1e30])
 @pytest.mark.parametrize("penalty", [0.01, 100.0])
 def test_extreme_values_still_give_a_token(temperature, penalty):

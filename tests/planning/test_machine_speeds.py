@@ -16,6 +16,12 @@ def test_time_is_linear_between_what_was_measured_and_beyond(rows, seconds):
     assert known.expert_time("cpu", rows) == pytest.approx(seconds)
 
 
+def test_time_never_falls_beyond_what_was_measured():
+    known = dataclasses.replace(SPEEDS, expert_seconds={"cuda": {64: 2.0, 512: 1.5}})
+    assert known.expert_time("cuda", 100_000) == 1.5
+    assert known.expert_time("cuda", 1) == 2.0
+
+
 def test_the_typical_figures_are_the_medians_of_all_samples():
     samples = (
         SPEEDS,

@@ -75,6 +75,18 @@ def test_a_word_keeps_its_space_only_after_a_prompt(v1):
 abc = st.text("ab\n", max_size=12)
 
 
+def test_a_word_keeps_its_space_after_many_control_tokens(v1):
+    assert "".join(streamed(v1, [22557, *[1] * 100, 22557])) == "Hello Hello"
+    assert "".join(streamed(v1, [22557], [*v1.encode("Say"), *[2] * 100])) == " Hello"
+
+
+def test_flushing_twice_shows_nothing_twice(v1):
+    detokenizer = Detokenizer(v1.token_bytes)
+    detokenizer.add(3 + 0xE2)
+    assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ""
+
+
 def shown(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
     stop = StopStrings(stops)
     text, stopped = "", False

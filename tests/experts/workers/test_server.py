@@ -303,6 +303,17 @@ def test_rows_that_never_come_end_the_chat(worker, link, monkeypatch):
     assert_serves(worker)
 
 
+def test_a_fault_of_the_experts_ends_the_chat_only(worker, link):
+    """Here the result has a wrong shape: a fault of mixchat, which the worker survives."""
+    compute = worker.model.compute
+    worker.model.compute = lambda *arguments: compute(*arguments)[:, 1:]
+    link.start(1, TOKEN, row())
+    with pytest.raises(ConnectionLostError, match="AssertionError"):
+        link.finish()
+    worker.model.compute = compute
+    assert_serves(worker)
+
+
 def test_the_memory_is_looked_at_before_a_chat_and_while_nothing_is_asked_in_one(worker):
     assert worker.model.has_followed.wait(PATIENCE)
     link = worker.open()
