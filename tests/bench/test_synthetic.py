@@ -12,7 +12,7 @@ from mixchat.bench import synthetic
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.blueprint import SHARED_FILE
 from mixchat.weights.format.manifest import read_manifest
-from mixchat.weights.known_models import KNOWN, KnownModel
+from mixchat.weights.known_models import KNOWN
 from mixchat.weights.make import quantize_options
 
 SMALL = {
@@ -33,10 +33,9 @@ def small(monkeypatch):
     """Makes the shapes of a known model small, with changes. Small models count as large ones."""
 
     def small(name, **changes):
-        known = KNOWN[name]
-        values = {key: SMALL[key] for key in SMALL if key in known.config}
-        config = {**known.config, **values, **changes}
-        monkeypatch.setitem(synthetic.KNOWN, name, KnownModel(known.repo, config))
+        config = KNOWN[name].config
+        values = {key: SMALL[key] for key in SMALL if key in config}
+        monkeypatch.setitem(vars(KNOWN[name]), "config", {**config, **values, **changes})
 
     monkeypatch.setattr(quantize_options, "_SMALL_DENSE_BYTES", 0)
     return small
