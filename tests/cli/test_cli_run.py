@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 from command_line import FAKE, Done
@@ -167,7 +168,7 @@ def test_a_pipe_that_nobody_reads_ends_any_command_silently(process, arguments):
     assert (done.stderr, done.returncode) == (b"", 141)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_a_full_disk_under_stdout_is_one_line(process):
     done = process("run", "Hi", shell=">/dev/full")
     assert done == Done(b"", b"error: No space left on device\n", 7)
