@@ -18,7 +18,7 @@ from tiny_tokenizer import metadata
 from mixchat.base.errors import CheckpointError
 from mixchat.text.choose import load_template, load_tokenizer
 from mixchat.text.messages import Message
-from mixchat.text.spm import _piece_types
+from mixchat.text.spm import _user_defined
 from mixchat.text.tokenizer import Tokenizer
 from mixchat.weights.source.gguf_text import text_files
 
@@ -86,11 +86,20 @@ def test_sentencepiece_is_the_original_s(file: str, tmp_path: Path) -> None:
     data = (DATA / file).read_bytes()
     model = SentencePieceProcessor(model_proto=data)
     ids = range(model.vocab_size())
+    typed = _user_defined(data)
+
+    def token_type(n: int) -> int:
+        if model.is_unknown(n):
+            return 2
+        if model.is_control(n):
+            return 3
+        return 4 if n in typed else 6 if model.is_byte(n) else 1
+
     found = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [model.id_to_piece(n) for n in ids],
         "tokenizer.ggml.scores": [model.get_score(n) for n in ids],
-        "tokenizer.ggml.token_type": [kind for _, kind in _piece_types(data)],
+        "tokenizer.ggml.token_type": [token_type(n) for n in ids],
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
