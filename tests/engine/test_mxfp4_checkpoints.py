@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import CPU, TOKENS, assert_as_near, logits, prompt
 from test_prequantized import save_sharded
+from test_tiny_models import CPU, TOKENS, assert_as_near, logits, prompt
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

@@ -11,7 +11,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import CPU, TOKENS, assert_as_near, logits, oracle, prompt
+from test_tiny_models import CPU, TOKENS, assert_as_near, logits, oracle, prompt
 
 from mixchat.base.errors import UsageError
 from mixchat.loading.loader import load_engine
