@@ -60,6 +60,15 @@ def change(session: ChatSession, name: str, text: str) -> None:
         raise UsageError(f"there is no parameter {name!r}", hint=hint)
 
 
+def completions(text: str) -> list[str]:
+    """Return the names, or the values of a parameter that takes one of a few words."""
+    if text.startswith("overflow "):
+        return [f"overflow {policy}" for policy in OVERFLOWS]
+    if text.startswith("think "):
+        return [f"think {mode}" for mode in THINKS]
+    return [f"{name} " for name in NAMES]
+
+
 def unquoted(text: str) -> str:
     """Return the text without quotes around it, as a shell would."""
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""

@@ -130,6 +130,7 @@ class ChatSession:
             for name, value in vars(self.sampling).items()
             if value != getattr(self.advised, name)
         }
+        # Ids mean something else to another tokenizer, and its prompts have other lengths.
         if opened.model.identity != self.model.identity:
             self.history = _without_ids(self.history)
             self._undone = [_without_ids(messages) for messages in self._undone]

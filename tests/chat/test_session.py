@@ -46,19 +46,13 @@ def test_an_answer_comes_in_pieces_and_ends_with_why(session_of):
 
 
 def test_the_next_turn_is_built_from_the_generated_ids(session_of):
-    session = session_of("Hello", "Fine")
-    listen(session.ask("Hi"))
-    listen(session.ask("How are you?"))
-    assert prompt_of(session, 1) == "[user]Hi[assistant]Hello[user]How are you?"
+    session = session_of("Hello", "Fine", "b", system="Be brief")
+    turns_of(session, "Hi", "How are you?")
+    assert prompt_of(session, 1) == "[system]Be brief[user]Hi[assistant]Hello[user]How are you?"
     assert session.history[1].ids == tuple(map(ord, "Hello"))
-
-
-def test_the_system_prompt_comes_first_and_outlives_clear(session_of):
-    session = session_of("a", "b", system="Be brief")
-    listen(session.ask("Hi"))
     session.clear()
-    listen(session.ask("Hi again"))
-    assert prompt_of(session, 1) == "[system]Be brief[user]Hi again"
+    turns_of(session, "Hi again")
+    assert prompt_of(session, 2) == "[system]Be brief[user]Hi again"
 
 
 def test_an_answer_is_a_quarter_of_the_context_long_by_default(session_of):
@@ -85,20 +79,24 @@ def test_a_full_context_says_so(session_of, max_tokens):
     assert (text, finished.reason) == ("He", "context")
 
 
-def test_a_stop_string_is_not_shown_nor_remembered(session_of):
-    session = session_of("One.\n\nTwo.", "x", stop=["\n\n"])
+@pytest.mark.parametrize(
+    ("script", "said", "reason"),
+    [
+        ("One.END two", "One.", "stop_string"),
+        ("END of it", "", "stop_string"),
+        ("A\nEN", "A\nEN", "stop"),
+        ([*"ABE", KeyboardInterrupt()], "AB", "interrupted"),
+    ],
+)
+def test_a_stop_string_is_neither_shown_nor_remembered(session_of, script, said, reason):
+    """An answer that began with it was not remembered, and scripts printed the one before."""
+    session = session_of(script, "x", stop=["END"])
     text, finished = listen(session.ask("Count"))
-    assert (text, finished.reason) == ("One.", "stop_string")
-    assert session.engine.closed == 1
-    listen(session.ask("On"))
-    assert prompt_of(session, 1) == "[user]Count[assistant]One.[user]On"
-    assert session.history[1].ids == tuple(map(ord, "One."))
-
-
-def test_the_beginning_of_a_stop_string_is_shown_when_the_answer_ends(session_of):
-    session = session_of("A\n", stop=["\n\n"])
-    text, finished = listen(session.ask("x"))
-    assert (text, finished.reason) == ("A\n", "stop")
+    assert (text, finished.reason, session.engine.closed) == (said, reason, 1)
+    assert session.history[-1].partial == (reason == "interrupted")
+    turns_of(session, "On")
+    assert prompt_of(session, 1) == f"[user]Count[assistant]{said}[user]On"
+    assert session.history[1].ids == (tuple(map(ord, said)) or None)
 
 
 @pytest.mark.parametrize("way", ["interrupt", "close", "KeyboardInterrupt"])
@@ -120,13 +118,6 @@ def test_an_interrupted_answer_is_remembered_as_far_as_it_was_shown(session_of, 
     assert prompt_of(session, 1) == f"[user]Hi[assistant]{shown}[user]Go on"
 
 
-def test_a_held_back_stop_string_is_not_remembered_when_interrupted(session_of):
-    """ "END" may begin at "E": it was not shown, so the next turn does not know it."""
-    session = session_of([*"ABE", KeyboardInterrupt()], "Fine", stop=["END"])
-    text, _ = listen(session.ask("Hi"))
-    assert (text, session.history[-1].ids) == ("AB", tuple(map(ord, "AB")))
-
-
 @pytest.mark.parametrize("failure", [PromptError("too long"), RuntimeError("broken")])
 @pytest.mark.parametrize("said", ["", "Hel"])
 def test_a_failing_turn_leaves_no_trace(session_of, failure, said):
@@ -137,18 +128,6 @@ def test_a_failing_turn_leaves_no_trace(session_of, failure, said):
         list(session.ask("What?"))
     assert session.history == before
     assert listen(session.ask("Again"))[0] == "Fine"
-
-
-def test_a_turn_that_is_stopped_before_it_says_anything_leaves_no_trace(session_of):
-    session = session_of([KeyboardInterrupt()])
-    assert listen(session.ask("Hi"))[1].reason == "interrupted"
-    assert session.history == []
-
-
-def test_an_empty_answer_is_an_answer(session_of):
-    session = session_of("")
-    assert listen(session.ask("Hi"))[0] == ""
-    assert session.history[-1].ids == ()
 
 
 def test_a_question_asked_again_gets_another_seed_and_a_new_session_the_same(session_of):
@@ -190,39 +169,6 @@ def test_without_an_answer_there_is_nothing_to_do_again(session_of, way):
         session.ask_instead("x")
 
 
-def test_a_continued_answer_is_one_answer(session_of):
-    session = session_of("Hel", "lo, you", "Fine", max_tokens=3)
-    turns_of(session, "Hi")
-    text, _ = listen(session.continue_answer())
-    assert text == "lo,"
-    assert prompt_of(session, 1) == "[user]HiHel"
-    assert session.history[-1].content == "Hello,"
-    turns_of(session, "And you?")
-    assert prompt_of(session, 2) == "[user]Hi[assistant]Hello,[user]And you?"
-
-
-def test_undo_takes_whole_turns_back(session_of):
-    session = session_of("a", "b", "c")
-    turns_of(session, "one", "two", "three")
-    session.undo(2)
-    assert [message.content for message in session.history] == ["one", "a"]
-    session.undo()
-    assert session.history == []
-
-
-def test_undo_of_more_turns_than_there_are_changes_nothing(session_of):
-    """It removed all of them."""
-    session = session_of("a", "b")
-    with pytest.raises(PromptError):
-        session.undo()
-    turns_of(session, "one", "two")
-    before = list(session.history)
-    with pytest.raises(PromptError, match="fewer than 3"):
-        session.undo(3)
-    assert session.history == before
-    assert session.redo() == 0
-
-
 def test_redo_restores_what_each_undo_removed_the_last_one_first(session_of):
     session = session_of("a", "b", "c")
     turns_of(session, "one", "two", "three")
@@ -237,23 +183,18 @@ def test_redo_restores_what_each_undo_removed_the_last_one_first(session_of):
 
 
 def test_redo_restores_nothing_of_before_the_last_answer_or_of_another_chat(session_of):
-    session = session_of("a", "b", "c")
+    session = session_of("a", "b", context_size=60)
     turns_of(session, "one")
+    session.undo()
+    with pytest.raises(PromptError, match="too long"):
+        listen(session.ask("x" * 70))
+    assert session.redo() == 1  # a question without an answer changes nothing
     session.undo()
     turns_of(session, "two")
     assert session.redo() == 0
     session.undo()
     session.clear()
     assert session.redo() == 0
-
-
-def test_a_question_without_an_answer_keeps_what_redo_restores(session_of):
-    session = session_of("a", context_size=60)
-    turns_of(session, "one")
-    session.undo()
-    with pytest.raises(PromptError, match="too long"):
-        listen(session.ask("x" * 70))
-    assert session.redo() == 1
 
 
 def test_turns_that_are_restored_after_a_change_of_model_have_none_of_its_ids(session_of):
@@ -263,17 +204,8 @@ def test_turns_that_are_restored_after_a_change_of_model_have_none_of_its_ids(se
     session.undo()
     session.take_model(other)
     session.redo()
-    assert [(message.content, message.ids) for message in session.history] == [
-        ("one", None),
-        ("a", None),
-    ]
-
-
-def test_used_counts_the_tokens_of_the_conversation(session_of):
-    session = session_of("abc", system="Be brief")
-    assert session.used_tokens == 0
-    turns_of(session, "Hi")
-    assert session.used_tokens == len("[system]Be brief[user]Hi" + "abc")
+    restored = [(message.content, message.ids) for message in session.history]
+    assert restored == [("one", None), ("a", None)]
 
 
 def answers_under(session, count):
@@ -352,14 +284,6 @@ def test_an_answer_is_remembered_if_the_program_has_to_end(session_of):
     assert session.history[-1].partial
 
 
-def test_an_answer_that_begins_with_a_stop_string_is_an_empty_one(session_of):
-    """It was not remembered, and scripts printed the answer before it as this one."""
-    session = session_of("Hello", "END of it", stop=["END"])
-    turns_of(session, "one", "two")
-    assert [m.content for m in session.history] == ["one", "Hello", "two", ""]
-    assert session.history[-1].partial is False
-
-
 def test_a_restored_chat_continues_with_its_seeds(session_of):
     """/regen after a resume gave the same answer again."""
     session = session_of("a", "b", sampling=SamplingOptions(seed=5))
@@ -398,19 +322,14 @@ def test_a_question_that_cannot_fit_is_refused_before_it_is_made_into_tokens(ses
 
 def test_leaving_out_old_turns_is_offered_only_if_it_helps(session_of):
     """A first question got the hint /set overflow drop-oldest, with no turn that could go."""
-    session = session_of("a" * 20, "b", context_size=60)
-    with pytest.raises(PromptError) as first:
-        listen(session.ask("x" * 70))
-    assert first.value.hint == "Shorten it, or use --ctx-size 128."
-    turns_of(session, "one")
-    with pytest.raises(PromptError) as second:
-        listen(session.ask("x" * 40))
+    session, hints = session_of("a" * 20, context_size=60), []
+    for question in ("x" * 70, "one", "x" * 40, "x" * 70):
+        try:
+            listen(session.ask(question))
+        except PromptError as error:
+            hints.append("drop-oldest" in error.hint)
+    assert hints == [False, True, False]
     assert len(session.history) == 2
-    assert "drop-oldest" in second.value.hint
-    assert second.value.hint.endswith(" Shorten it, or use --ctx-size 128.")
-    with pytest.raises(PromptError) as alone:
-        listen(session.ask("x" * 70))
-    assert alone.value.hint == "Shorten it, or use --ctx-size 256."
 
 
 def asked_of(session):

@@ -50,7 +50,8 @@ _MAX_NESTING = 20  # levels, below which markdown-it drops everything
 _ESCAPED = set("\\`*_~#+-.!|<>$")
 # Unicode's line and paragraph separators, which terminals show differently.
 _SEPARATORS = {0x2028: "\n", 0x2029: "\n"}
-# Formulas, and code outside a fence, have no emphasis and no escapes.
+# Formulas, and code outside a fence, have no emphasis and no escapes. Without a limit, a text with
+# many `\(` and no end would be searched to its end from each of them.
 _VERBATIM = re.compile(
     r"""\\\(.{1,1000}?\\\) | \\\[.{1,1000}?\\\] | \$\$.{1,1000}?\$\$
     | (?<=[0-9A-Za-z)]) \* (?=[0-9A-Za-z(])                            # 2*3*4

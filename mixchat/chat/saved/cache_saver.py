@@ -99,6 +99,7 @@ class CacheSaver:
         path, self._loaded = self._path, None
         if not self._has_engine:
             return
+        # Only the model's own thread works with the engine.
         self._model.do(lambda engine: engine.forget())  # what it holds may be of another chat
         if not _has_content(path):
             return

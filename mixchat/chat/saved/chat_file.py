@@ -113,9 +113,11 @@ def read_chat(path: Path) -> SavedChat:
         raw = json.loads(data)
         _check(isinstance(raw, dict), "it is not a JSON object")
         version = raw.get("format")
+        # Not isinstance: for Python, true is an int.
         _check(type(version) is int, "it does not say its format")
         if version == _FORMAT:
             return _chat(path.stem, raw)
+    # Python's parser recurses, and a file of 100,000 brackets is no chat.
     except (ValueError, RecursionError, UsageError) as error:
         hint = f"To remove it: mixchat chats --rm {path.stem}"
         raise CheckpointError(f"{path} is damaged ({short_message(error)})", hint=hint) from None

@@ -91,6 +91,7 @@ class ActiveChat:
         text = prompt.read(draft).strip()
         command = _COMMAND.fullmatch(text) or _SYSTEM.fullmatch(text)
         typed = not prompt.quoted and text != draft
+        # `exit` alone went to the model, which said good-bye, and the chat went on.
         if typed and text.lower() in LEAVING:
             self.left = True
         elif command and typed:
@@ -122,6 +123,7 @@ class ActiveChat:
         """Show an answer, or the rest of one that has `said` something, and save the chat."""
         history = self.session.history
         try:
+            # The first Ctrl-C waits for a token, which is remembered. The next one does not.
             with interrupts.stopping(self.session.interrupt), unseen_keys(self.screen.pause):
                 end = self.screen.show(
                     events,
@@ -177,6 +179,7 @@ class ActiveChat:
     def start_new(self) -> None:
         """Start a new chat. The old one stays as it was saved."""
         self._cache.leave_chat()
+        # Ctrl-C in between would save the new conversation over the old one.
         with interrupts.deferred():
             self.session.clear()
             self.saver.start_new()

@@ -117,14 +117,6 @@ def completions(chat: ActiveChat) -> Mapping[str, CommandCompletion]:
     }
 
 
-def _parameter_names(text: str) -> Iterable[str]:
-    if text.startswith("overflow "):
-        return [f"overflow {policy}" for policy in parameters.OVERFLOWS]
-    if text.startswith("think "):
-        return [f"think {mode}" for mode in parameters.THINKS]
-    return [f"{name} " for name in parameters.NAMES]
-
-
 def _saved_chats(chat: ActiveChat) -> CompleteArgument:
     # Names and IDs, with the text for the menu, by the time of the directory's last change.
     known: dict[int, list[tuple[str, str]]] = {}
@@ -176,7 +168,7 @@ def _clear(chat: ActiveChat, argument: str) -> None:
     "[NAME VALUE]",
     "set a parameter",
     "show the parameters, or change one: /set temp 0.2; /set temp none restores its default",
-    lambda chat: _parameter_names,
+    lambda chat: parameters.completions,
 )
 def _set(chat: ActiveChat, argument: str) -> None:
     name, _, value = argument.partition(" ")

@@ -51,16 +51,22 @@ def file_names(text: str) -> Iterator[str]:
         plain = sanitize(name) == name and not {"\n", "\t"} & set(name)
         return name.startswith(start) and not hidden and plain
 
+    def is_directory(entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:  # a link in a circle
+            return False
+
     try:
         with os.scandir(os.path.expanduser(folder + slash) or ".") as entries:
             offered = islice((entry for entry in entries if is_offered(entry.name)), _MAX_FILES)
-            files = sorted((entry.name, _is_directory(entry)) for entry in offered)
+            files = sorted((entry.name, is_directory(entry)) for entry in offered)
     except (OSError, ValueError):  # the latter for a NUL in the text
         return
-    for name, is_directory in files:
+    for name, has_files in files:
         has_meaning = name.startswith((*_QUOTES, "~"))
         parent = folder + slash or ("./" if has_meaning else "")
-        yield quote + parent + name + ("/" if is_directory else quote)
+        yield quote + parent + name + ("/" if has_files else quote)
 
 
 FILES: CompleteArgument = file_names
@@ -72,13 +78,6 @@ def file_argument(text: str) -> Path:
     if text[:1] in _QUOTES:
         text = text[1:].removesuffix(text[0])
     return Path(os.path.expanduser(text))
-
-
-def _is_directory(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
 
 
 class CommandCompleter(Completer):
@@ -101,24 +100,25 @@ class CommandCompleter(Completer):
                         display=f"/{known}",
                         display_meta=candidate.help,
                     )
-        elif (command := self._commands.get(name)) and command.argument:
-            yield from _arguments(command.argument, argument.lstrip())
-
-
-def _arguments(completes: CompleteArgument, typed: str) -> Iterator[Completion]:
-    try:
-        candidates = [(each, "") if isinstance(each, str) else each for each in completes(typed)]
-    except OSError:
-        return
-    for candidate, note in candidates:
-        display = candidate
-        if completes is FILES:  # `b/` for `a/b/`, and `b'` for `a/b'`
-            display = candidate[candidate.rfind("/", 0, -1) + 1 :]
-        elif not candidate.casefold().startswith(typed.casefold()):
-            continue
-        yield Completion(
-            candidate,
-            start_position=-len(typed),
-            display=one_line(display),
-            display_meta=one_line(note),
-        )
+            return
+        command = self._commands.get(name)
+        if command is None or command.argument is None:
+            return
+        typed = argument.lstrip()
+        try:
+            words = command.argument(typed)
+            offered = [(word, "") if isinstance(word, str) else word for word in words]
+        except OSError:
+            return
+        for word, note in offered:
+            display = word
+            if command.argument is FILES:  # `b/` for `a/b/`, and `b'` for `a/b'`
+                display = word[word.rfind("/", 0, -1) + 1 :]
+            elif not word.casefold().startswith(typed.casefold()):
+                continue
+            yield Completion(
+                word,
+                start_position=-len(typed),
+                display=one_line(display),
+                display_meta=one_line(note),
+            )

@@ -91,6 +91,7 @@ class InputHistory(History):
         self._entries = _entries_in(_read(path)) if os.path.lexists(path) else []
         with _alone(path):
             _append(path, b"")  # makes the file, for its owner alone
+            # Another chat may have written since, and lines that it adds must not be lost.
             data = _read(path)
             entries = _entries_in(data)
             self._entries = entries[-_MAX_ENTRIES:]
@@ -147,6 +148,7 @@ def _append(path: Path, data: bytes) -> None:
     """Append all of it or nothing, because a cut character would spoil the file. May create it."""
     fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600, follow=False)
     with open(fd, "ab", buffering=0) as file:
+        # A backup or another program may have given it other rights.
         os.fchmod(fd, 0o600)
         size = os.fstat(fd).st_size
         try:

@@ -160,6 +160,7 @@ class OpenChat:
         fails as well, the session's engine stays closed.
         """
         is_local, former = self.session.model.engine is not None, self.saver.model
+        # Two models may not fit into memory together, so the old one goes before the new one comes.
         if is_local:
             save_report(self.session, former)
             self.session.model.close()

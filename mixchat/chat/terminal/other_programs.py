@@ -37,6 +37,7 @@ def edited(text: str) -> str:
     command = _editor_command()
     with tempfile.TemporaryDirectory(prefix="mixchat-") as folder:
         file = Path(folder, "message.md")
+        # Many editors give the rights of a file to their backups of it.
         with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stream:
             stream.write((text + "\n").encode("utf-8", "replace"))
         # The terminal sends Ctrl-C to both processes, and it is the editor's. That does not inherit

@@ -229,4 +229,5 @@ class _VisibleText(Processor):
 
 def _encodable(text: str) -> str:
     """Return `text` with `?` for each byte that was not UTF-8."""
+    # prompt-toolkit reads such a byte as a lone surrogate, which no file takes.
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -82,6 +82,7 @@ class Screen:
         if shows_thinking and self._terminal:
             thinking = self._new_writer(below, note=lambda: f"({thought_note(self._thought)})")
         try:
+            # An iterator that is left open goes on computing until it is collected.
             with closing(cast("Generator[Event, None, None]", events)):
                 for event in events:
                     if isinstance(event, Reading):
@@ -229,6 +230,7 @@ class _WaitingLine:
 
     def _write(self, text: str) -> None:
         self._shown = True
+        # In the last column some terminals wrap, and `\r` would return to the second row.
         self._out.write(_ERASE + text[: printing.columns(self._out) - 1])
         self._out.flush()
 

@@ -43,6 +43,7 @@ def unseen_keys(pause: Callable[[], object] = lambda: None) -> Iterator[None]:
     def suspend(number: int, frame: FrameType | None) -> None:
         pause()
         _set(usual, _NO_MARKS)
+        # Only the default action stops the process. A handler has to take its own place again.
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # until `fg`
         signal.signal(number, suspend)
@@ -61,7 +62,7 @@ def _set(mode: list[Any], marks: bytes) -> None:
     system.set_terminal_mode(sys.stdin, mode)
     with suppress(OSError):  # the terminal went away
         if os.isatty(1) and os.environ.get("TERM") != "dumb":
-            sys.stdout.flush()
+            sys.stdout.flush()  # what Python buffers belongs before the mark
             os.write(1, marks)
 
 
@@ -71,6 +72,7 @@ def reading_keys(source: Input) -> Iterator[None]:
 
     Raises `KeyboardInterrupt` at the end if Ctrl-C came after the Enter that ended the prompt.
     """
+    # Only in raw mode is half a line there, too, and no line can come after the look.
     with source.raw_mode():
         _take(source)
         yield

@@ -4,19 +4,10 @@ import io
 from dataclasses import replace
 
 import pytest
-from rich.color import Color, ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-from mixchat.chat.draw.heatmap import (
-    ASCII_MARKS,
-    LEVEL_NAMES,
-    MARKS,
-    STYLES,
-    Heatmap,
-    drawn,
-    relative_uses,
-)
+from mixchat.chat.draw.heatmap import LEVEL_NAMES, STYLES, Heatmap, drawn
 from mixchat.engine.report import ExpertReport
 
 TINY = ExpertReport(
@@ -65,17 +56,6 @@ def test_a_tiny_model():
     ]
 
 
-def test_experts_of_workers_have_a_mark_of_their_own():
-    tiers = [["host", "worker", "worker", "disk"], ["host", "disk", "worker", "disk"]]
-    report = replace(TINY, tiers=tiers, slots={"host": 2, "worker": 3})
-    shown = [line.rstrip() for line in lines(report)]
-    assert shown[1] == "  0   20○    -◆   40◆   40·    75%"
-    assert shown[4] == "experts  ○ RAM 2 of 2 slots   ◆ worker 3 of 3 slots   · disk 3"
-    assert "◆" not in "".join(lines(TINY))
-    lost = replace(report, tiers=TINY.tiers, slots={"host": 2, "worker": 0})
-    assert "◆ worker 0 of 0 slots" in lines(lost)[4]
-
-
 def test_a_second_gpu_has_a_mark_of_its_own():
     tiers = [["device", "other-device", "host", "device"], ["other-device"] * 4]
     report = replace(TINY, tiers=tiers, slots={"device": 3, "other-device": 5, "host": 1})
@@ -98,22 +78,8 @@ def test_a_run_that_did_nothing_divides_by_nothing():
     ]
 
 
-def test_uses_are_compared_within_their_layer():
-    report = replace(TINY, hits=[[3, 0, 0, 3], [900, 0, 0, 900]], misses=[[0, 6, 0, 0], [0] * 4])
-    assert relative_uses(report) == [[1, 2, 0, 1], [2, 0, 0, 2]]
-
-
-def test_mixtral_fits_a_small_terminal():
-    """80 columns, and 40 lines with the command above it."""
-    shown = lines(report_of(32, 8))
-    assert len(shown) < 40
-    assert max(map(len, shown)) <= 80
-    assert [line[:4] for line in shown[1:33]] == [f"{layer:>3} " for layer in range(32)]
-    assert all(line.endswith("25%") for line in shown[1:33])
-
-
-@pytest.mark.parametrize("width", [1, 5, 20, 40, 79, 80, 200])
-@pytest.mark.parametrize("experts", [1, 8, 16, 60, 128])
+@pytest.mark.parametrize("width", [1, 20, 79, 200])
+@pytest.mark.parametrize("experts", [1, 8, 60])
 def test_no_line_is_wider_than_the_terminal(width, experts):
     assert max(map(len, lines(report_of(3, experts), width))) <= width
 
@@ -129,13 +95,6 @@ def test_many_experts_go_on_below_and_none_is_left_out():
     assert cells == "".join(f"{level}{'●○·'[e % 3]}" for e, level in enumerate(levels))
 
 
-def test_without_unicode_the_marks_are_ascii():
-    shown = lines(TINY, encoding="ascii")
-    assert shown[1].split()[1:5] == ["20#", "-.", "40+", "40#"]
-    assert shown[4].split()[1::6] == ["#", "+", "."]
-    assert set(MARKS) == set(ASCII_MARKS)
-
-
 def test_colour_tells_the_level_of_use():
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True, color_system="256", no_color=False)
@@ -145,11 +104,6 @@ def test_colour_tells_the_level_of_use():
     assert styles["40○"] == styles["<2"] == Style.parse(STYLES[4]).bgcolor
     assert set(styles) >= set(LEVEL_NAMES[1:])
     assert not [text for text in styles if text.startswith("-")]
-
-
-def test_levels_differ_in_a_terminal_of_16_colours():
-    colours = [Color.parse(style.split()[-1]) for style in STYLES if style]
-    assert len({c.downgrade(ColorSystem.STANDARD).number for c in colours}) == len(LEVEL_NAMES) - 1
 
 
 def test_no_color_leaves_no_colour(monkeypatch):

@@ -6,7 +6,7 @@ import re
 from contextlib import closing
 
 import pytest
-from markdown_texts import fence, items, markdown, paragraph, table
+from markdown_texts import markdown
 from markdown_tools import TEXTS, Clock, Eager, assert_same, pieces, printed, streamed
 from screens import Terminal
 
@@ -30,13 +30,6 @@ def test_a_streamed_text_looks_as_if_it_had_been_printed_whole(batch):
                 assert (terminal.rows, terminal.cursor) == (reference.rows, reference.cursor)
             else:
                 assert_same(terminal, reference)
-
-
-@pytest.mark.parametrize("make", [paragraph, fence, items, table])
-def test_every_piece_may_be_drawn(make):
-    text = "\n\n".join(make(random.Random(seed)) for seed in range(3))
-    terminal = streamed(Terminal(40, 5), pieces(text, 2), frames=10**4)
-    assert_same(terminal, printed(text, 40, 5))
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,9 @@ from contextlib import closing
 import pytest
 from markdown_texts import fence
 from markdown_tools import Eager, pieces, printed, rows_of
-from rich.console import Console
 from screens import Terminal
 
 from mixchat.chat.draw.markdown import blocks
-from mixchat.chat.draw.markdown_stream import MarkdownStream
 
 CLASS = '''\
 class Pair(Base):
@@ -93,17 +91,3 @@ def test_a_resumed_block_looks_as_in_the_whole_text(seed, mark):
 @pytest.mark.parametrize("before", ["", "Hello", "```\na\n```\n", "```\na\n```", "- a\n  b", "`a"])
 def test_what_broke_off_in_no_code_block_is_resumed_as_it_comes(before):
     assert resumed(before, "# x\n").rows == ["x"]
-
-
-def test_where_nothing_more_comes_nothing_is_drawn():
-    terminal = Terminal()
-    MarkdownStream(terminal.console, earlier="```\na").close()
-    assert terminal.rows == []
-
-
-def test_a_file_gets_the_rest_of_the_code(tmp_path):
-    with open(tmp_path / "out", "w+") as file:
-        with closing(MarkdownStream(Console(file=file, width=40), earlier="```\na\n")) as stream:
-            stream.feed("# b\n")
-        file.seek(0)
-        assert file.read().split("\n")[1:3] == ["a", "# b"]

@@ -214,25 +214,6 @@ def test_a_chat_that_was_removed_elsewhere_is_saved_again(session_of, store):
     assert questions_in(store) == [["Hi", "And you?"]]
 
 
-def test_taking_the_last_turn_back_reaches_the_disk(session_of, store):
-    saver = saver_after(store, session := session_of("Hello"), "Hi")
-    session.undo()
-    saver.save()
-    assert store.load(saver.chat.id).messages == ()
-
-
-def test_a_loaded_chat_is_saved_only_if_all_are(session_of, store):
-    saver_after(store, session_of("a"), "one")
-    other = session_of("c", "d")
-    saver = ChatSaver(other, store, "demo", autosave=False)
-    talk(other, "mine")
-    saver.rename("mine")
-    saver.resume(store.load(next(k.id for k in store.all() if k.name is None)))
-    talk(other, "a secret")
-    saver.save()
-    assert sorted(saved.turns for saved in store.all()) == [1, 1]
-
-
 def test_after_clear_a_chat_is_saved_only_if_all_are(session_of, store):
     """It was saved for ever after one /save in a run with --no-save."""
     session = session_of("a", "b")

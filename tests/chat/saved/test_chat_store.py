@@ -52,11 +52,6 @@ class TestRoundTrip:
             store.save(chat)
             assert store.load(ID) == chat
 
-    def test_ten_megabytes_come_back(self, store):
-        chat = chat_of(messages=(Message("user", "añ😀\n" * 2_500_000),))
-        store.save(chat)
-        assert store.load(ID) == chat
-
     def test_what_json_has_no_word_for_is_not_written(self, store):
         with pytest.raises(ValueError, match="not JSON compliant"):
             store.save(chat_of(sampling={"temperature": float("nan")}))
@@ -147,48 +142,31 @@ class TestFinding:
         assert store.new_id(BEGAN).endswith("-aab")
 
     @pytest.mark.parametrize(
-        "wanted",
-        ["20261125-1630-k3f", "20261125-1630-k3", "20261125-1630-K3F", " 20261125-1630-k3"],
+        "wanted", ["20261125-1630-k3f", "20261125-1630-K3", " 20261125-1630-k3"]
     )
     def test_any_beginning_that_no_other_has_will_do(self, three, wanted):
         assert three.load(wanted).id == "20261125-1630-k3f"
-        assert three.load("20261124").id == "20261124-0900-abc"
 
     def test_a_beginning_of_several_lists_them(self, three):
-        with pytest.raises(ChatNotFoundError) as caught:
+        with pytest.raises(
+            ChatNotFoundError, match="2 chats: 20261125-1630-k3f, 20261125-1630-k4f"
+        ):
             three.load("20261125")
-        assert str(caught.value) == "'20261125' means 2 chats: 20261125-1630-k3f, 20261125-1630-k4f"
-
-    def test_many_are_not_all_listed(self, store):
-        for letter in "abcdefg":
-            store.save(chat_of(f"20261125-1630-aa{letter}"))
-        with pytest.raises(ChatNotFoundError, match=r"means 7 chats: .*aae and 2 more$"):
-            store.find("2")
-
-    def test_a_name_finds_its_chat(self, three):
-        three.rename(three.load("20261124"), "Holiday plans")
-        assert three.load("Holiday plans").id == "20261124-0900-abc"
 
     def test_near_misses_are_named(self, three):
         three.rename(three.load("20261124"), "Holiday plans")
-        with pytest.raises(ChatNotFoundError) as caught:
-            three.load("Holiday plan")
-        assert caught.value.hint == (
-            "Did you mean Holiday plans? 'mixchat chats', or /chats in a chat, lists them."
-        )
-        with pytest.raises(ChatNotFoundError) as caught:
-            three.load("unheard of")
-        assert "mixchat chats" in caught.value.hint
-        assert caught.value.exit_code == 4
+        for wanted, hint in (
+            ("Holiday plan", "Did you mean Holiday plans?"),
+            ("x", "mixchat chats"),
+        ):
+            with pytest.raises(ChatNotFoundError) as caught:
+                three.load(wanted)
+            assert hint in caught.value.hint
 
-    def test_the_latest_is_the_one_saved_last(self, three):
+    def test_the_latest_is_the_one_saved_last(self, three, tmp_path):
         assert three.latest().id == three.load("last").id == "20261124-0900-abc"
-
-    def test_without_chats_there_is_no_latest(self, store):
-        for find in (store.latest, lambda: store.load("")):
-            with pytest.raises(ChatNotFoundError):
-                find()
-        assert store.all() == []
+        with pytest.raises(ChatNotFoundError):
+            ChatStore(tmp_path / "none").latest()
 
 
 class TestNames:
@@ -200,22 +178,9 @@ class TestNames:
 
     @pytest.mark.parametrize(
         "name",
-        [
-            "  ",
-            "a\nb",
-            "a\tb",
-            "a\x1b[2J",
-            "a\u2028b",
-            "x" * 81,
-            "2026",
-            "20261125-",
-            ID.upper(),
-            "-x",
-        ],
+        ["  ", "a\nb", "a\x1b[2J", "a\u2028b", "x" * 81, "2026", "20261125-", ID.upper(), "-x"],
     )
     def test_what_cannot(self, store, name):
-        with pytest.raises(UsageError, match="the chat's name"):
-            checked_name(name)
         with pytest.raises(UsageError, match="the chat's name"):
             store.save(chat_of(name=name))
         assert store.all() == []
@@ -248,27 +213,15 @@ class TestNamesAlone:
         assert len(three.names()) == 2
 
     @pytest.mark.parametrize(
-        "head", [b"", b"{", b"[]", b'{"name": "x"}', b'{"format": 1, "name": 5', b"\xff" * 99]
+        "head", [b"", b"[]", b'{"name": "x"}', b'{"format": 1, "name": "a\\u001b"', b"\xff" * 99]
     )
     def test_a_file_that_is_not_a_chat_has_none(self, three, head):
         for id in three.ids():
             file_of(three, id).write_bytes(head)
         assert three.names() == []
 
-    def test_a_name_that_cannot_be_one_is_none(self, three):
-        file_of(three).write_bytes(b'{"format": 1, "name": "a\\u001b[2J"')
-        assert three.names() == []
-
 
 class TestAll:
-    def test_the_newest_is_first(self, three):
-        ids = [summary.id for summary in three.all()]
-        assert ids == ["20261124-0900-abc", "20261125-1630-k4f", "20261125-1630-k3f"]
-
-    def test_ids_are_known_without_opening_a_file(self, three):
-        file_of(three).write_bytes(b"{")
-        assert three.ids() == ["20261124-0900-abc", "20261125-1630-k3f", "20261125-1630-k4f"]
-
     def test_a_summary_says_what_it_is_about(self, store):
         store.save(chat_of(name="sky", messages=(Message("user", " a\n  b " + "x" * 999), *TALK)))
         (summary,) = store.all()
@@ -277,13 +230,13 @@ class TestAll:
         assert summary.question.startswith("a b xxx")
         assert len(summary.question) == 200
 
-    def test_a_damaged_file_does_not_hide_the_others(self, three):
+    def test_a_damaged_file_does_not_hide_the_others_of_which_the_newest_is_first(self, three):
         file_of(three).write_bytes(b"{")
         os.utime(file_of(three), (0, 0))
-        *others, damaged = three.all()
-        assert (damaged.id, len(others)) == (ID, 2)
+        *whole, damaged = three.all()
+        assert [chat.id for chat in whole] == ["20261124-0900-abc", "20261125-1630-k4f"]
+        assert damaged.id == ID
         assert f"{file_of(three)} is damaged" in damaged.problem
-        assert three.latest().id == "20261124-0900-abc"
 
     def test_what_is_not_ours_is_not_listed(self, three):
         (three.directory / "notes.json").write_text("{}")
@@ -328,6 +281,3 @@ class TestRemoving:
             os.utime(path, (0, 0))
         assert sorted(three.sweep()) == sorted((three.directory / name, 3) for name in names)
         assert sorted(os.listdir(three.directory)) == sorted([*before, f"{ID}.kv", *foreign])
-
-    def test_there_is_nothing_to_sweep_without_a_directory(self, store):
-        assert list(store.sweep()) == []

@@ -20,42 +20,27 @@ def edit(store, **values):
     file_of(store).write_text(json.dumps(raw | values))
 
 
+VALUES = [
+    *(("format", None), ("format", "1"), ("more", 1), ("system", ["x"])),
+    *(("name", 1), ("name", " spaces "), ("name", "2026"), ("model", None), ("identity", 7)),
+    *(("created", None), ("created", "yesterday"), ("created", "2026-11-25T16:30:00")),
+    *(("created", "2026-11-25T16:30:00+02:00"), ("updated", "0001-01-01T00:00:00+00:00")),
+    *(("updated", "9999-12-31T23:59:59+00:00"), ("sampling", None), ("sampling", {"top_k": "40"})),
+    *(("sampling", {"top_k": float("inf")}), ("sampling", {"top_k": 10**400}), ("messages", {})),
+    *(("messages", [{"role": "user"}]), ("messages", [{"role": "system", "content": "x"}])),
+    ("messages", [{"role": "user", "content": None}]),
+    *(
+        ("messages", [{"role": "user", "content": "x", **more}])
+        for more in (
+            *({"ids": [1.0]}, {"ids": [-1]}, {"partial": 1}, {"thinking": 1}, {"more": 1}),
+            *({"thinking_tokens": -1}, {"thinking_tokens": True}),
+        )
+    ),
+]
+
+
 class TestDamage:
-    @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("format", None),
-            ("format", "1"),
-            ("name", 1),
-            ("name", " spaces "),
-            ("name", "2026"),
-            ("model", None),
-            ("identity", 7),
-            ("created", None),
-            ("created", "yesterday"),
-            ("created", "2026-11-25T16:30:00"),
-            ("created", "2026-11-25T16:30:00+02:00"),
-            ("updated", "0001-01-01T00:00:00+00:00"),
-            ("updated", "9999-12-31T23:59:59+00:00"),
-            ("system", ["x"]),
-            ("sampling", None),
-            ("sampling", {"top_k": "40"}),
-            ("sampling", {"top_k": float("inf")}),
-            ("sampling", {"top_k": 10**400}),
-            ("messages", {}),
-            ("messages", [{"role": "user"}]),
-            ("messages", [{"role": "system", "content": "x"}]),
-            ("messages", [{"role": "user", "content": None}]),
-            ("messages", [{"role": "user", "content": "x", "ids": [1.0]}]),
-            ("messages", [{"role": "user", "content": "x", "ids": [-1]}]),
-            ("messages", [{"role": "user", "content": "x", "partial": 1}]),
-            ("messages", [{"role": "user", "content": "x", "thinking": 1}]),
-            ("messages", [{"role": "user", "content": "x", "thinking_tokens": -1}]),
-            ("messages", [{"role": "user", "content": "x", "thinking_tokens": True}]),
-            ("messages", [{"role": "user", "content": "x", "more": 1}]),
-            ("more", 1),
-        ],
-    )
+    @pytest.mark.parametrize(("key", "value"), VALUES)
     def test_a_value_of_a_wrong_kind_is_damage(self, store, key, value):
         store.save(chat_of())
         edit(store, **{key: value})

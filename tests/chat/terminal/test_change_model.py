@@ -7,7 +7,6 @@ from chat_typing import CTRL_D, Chat, OneModel, prompts_of
 from mixchat.base.errors import CheckpointError, MixchatError
 from mixchat.base.options import SamplingOptions
 from mixchat.chat.saved.chat_store import ChatStore
-from mixchat.chat.terminal.commands import completions
 from mixchat.face.reading_time import ReadingTime
 
 
@@ -61,11 +60,6 @@ def test_model_alone_says_which_it_is_and_which_there_are(session_of):
     assert alone.text == "demo (there is no other one here)\n"
 
 
-def test_names_of_the_other_models_complete(session_of):
-    chat = typed(session_of())
-    assert list(completions(chat.active)["model"].argument("")) == ["broken", "small"]
-
-
 @pytest.mark.parametrize(
     ("name", "error"), [("broken", "broken is damaged"), ("none", "there is no model 'none'")]
 )
@@ -80,15 +74,11 @@ def test_a_model_that_cannot_be_had_leaves_the_old_one(session_of, name, error):
 
 def test_the_saved_chat_notes_the_model_at_once(session_of, tmp_path):
     store = ChatStore(tmp_path)
+    typed(session_of(), "/model small", store=store)
+    assert store.ids() == []  # there is nothing to save yet
     typed(session_of("One"), "Hi", "/model small", store=store)
     chat = store.latest()
     assert (chat.model, chat.identity) == ("small", "another")
-
-
-def test_no_chat_is_saved_that_has_no_answer(session_of, tmp_path):
-    store = ChatStore(tmp_path)
-    typed(session_of(), "/model small", store=store)
-    assert store.ids() == []
 
 
 def test_figures_after_an_answer_are_the_new_models(session_of):

@@ -45,9 +45,11 @@ def test_help_explains_one_command(session_of):
         ("/zzz", "/help shows them all."),
     ],
 )
-def test_an_unknown_command_gets_a_suggestion(session_of, line, hint):
-    (error,) = typed(session_of(), line).errors
+def test_an_unknown_command_gets_a_suggestion_and_is_not_sent(session_of, line, hint):
+    session = session_of()
+    (error,) = typed(session, line).errors
     assert error.hint == hint
+    assert session.engine.prompts == []
 
 
 @pytest.mark.parametrize("line", ["exit", "quit", "bye", "Exit", " quit "])
@@ -65,27 +67,16 @@ def test_a_question_that_only_begins_like_it_is_asked(session_of, line):
     assert len(session.engine.prompts) == 1
 
 
-@pytest.mark.parametrize("line", ["/set system be nice", "/set  system  be nice"])
-def test_set_system_sets_the_system_prompt(session_of, line):
-    """As elsewhere; it said "Did you mean temp?"."""
-    session = session_of("a")
-    assert (
-        typed(session, line, "/set system").text == "(takes effect with the next answer)\nbe nice\n"
-    )
-    assert session.system == "be nice"
-
-
-def test_every_command_completes(session_of):
-    chat = typed(session_of())
-    offered = completions(chat.active)
-    assert list(offered) == list(COMMANDS)
-    assert all(one.help for one in offered.values())
-
-
-def test_an_unknown_command_is_not_sent(session_of):
-    session = session_of()
-    assert error_of(typed(session, "/nonsense and more")) == "there is no command /nonsense"
-    assert session.engine.prompts == []
+@pytest.mark.parametrize("command", ["/set system", "/set  system", "/system"])
+def test_system_changes_the_system_prompt(session_of, command):
+    """`/set system` said "Did you mean temp?"."""
+    session = session_of("a", "b", system="Old")
+    lines = ("/system", f"{command} Be brief.\nBe kind.", "Hi", "/system none", "Again")
+    assert typed(session, *lines).text.startswith("Old\n")
+    assert prompts_of(session) == [
+        "[system]Be brief.\nBe kind.[user]Hi",
+        "[user]Hi[assistant]a[user]Again",
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("bye", "save")])
@@ -132,60 +123,43 @@ def test_clear_starts_a_new_chat_and_the_old_one_is_saved(session_of, store):
 
 
 def test_set_changes_a_parameter_in_the_middle_of_a_chat(session_of):
-    session = session_of("a", "b", "c", sampling=SamplingOptions(temperature=0.2))
-    changes = ("/set temperature 0.25", "/set top-k 7")
-    typed(session, "Hi", *changes, "Again", "/set temp none", "More")
-    first, second, third = session.engine.samplings
-    assert (first.temperature, first.top_k) == (0.2, 0)
-    assert (second.temperature, second.top_k) == (0.25, 7)
-    assert (third.temperature, third.top_k) == (0.2, 7)
-
-
-def test_set_changes_lengths_stop_strings_and_the_policy(session_of):
-    session = session_of("Hello world")
-    typed(session, "/set max-tokens 9", "/set stop wor", "/set overflow drop-oldest", "Hi")
+    session = session_of("a", "b", "world", sampling=SamplingOptions(temperature=0.2))
+    changes = ("/set temperature 0.25", "/set top-k 7", "/set max-tokens 9")
+    more = ("/set temp none", "/set stop ld", "/set overflow drop-oldest", "More")
+    typed(session, "Hi", *changes, "Again", *more)
+    samplings = [(sampling.temperature, sampling.top_k) for sampling in session.engine.samplings]
+    assert samplings == [(0.2, 0), (0.25, 7), (0.2, 7)]
     assert (session.max_tokens, session.overflow) == (9, "drop-oldest")
-    assert session.history[-1].content == "Hello "
+    assert session.history[-1].content == "wor"
 
 
-def test_set_without_a_name_shows_them_all(session_of):
-    text = typed(session_of(), "/set").text
-    assert re.findall(r"^\S+", text, re.M) == [
+def test_set_without_a_value_shows_one_or_all(session_of):
+    """`/set temp` was an error."""
+    lines = typed(session_of(), "/set top-p", "/set think", "/set").text.splitlines()
+    assert lines[:2] == ["top-p  1.0", "think  show"]
+    assert [line.split()[0] for line in lines[2:]] == [
         *("temp", "top-p", "top-k", "min-p", "repeat-penalty", "seed"),
         *("max-tokens", "stop", "overflow", "think"),
     ]
 
 
-def test_set_with_a_name_alone_shows_that_parameter(session_of):
-    """`/set temp` was an error."""
-    assert typed(session_of(), "/set top-p", "/set think").text == "top-p  1.0\nthink  show\n"
-
-
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    "argument",
     [
-        ("temp warm", "temp has to be 0 or more, not 'warm'"),
-        ("temp nan", "temp has to be 0 or more, not nan"),
-        ("top-p 0", "top-p has to be above 0 and at most 1, not 0.0"),
-        ("top-k 1.5", "top-k has to be 0 or more, not '1.5'"),
-        ("max-tokens -1", "max-tokens has to be 1 or more, or 0 for what fits, not -1"),
-        ("overflow never", "overflow has to be stop or drop-oldest, not 'never'"),
-        ("tmp 1", "there is no parameter 'tmp'"),
+        "temp warm",
+        "temp nan",
+        "top-k 1.5",
+        "max-tokens -1",
+        "overflow never",
+        "think loud",
+        "tmp 1",
     ],
 )
-def test_set_says_what_a_parameter_has_to_be(session_of, argument, said):
+def test_set_refuses_what_a_parameter_cannot_be(session_of, argument):
     session = session_of()
-    before = session.sampling
-    assert error_of(typed(session, f"/set {argument}")) == said
-    assert session.sampling == before
-
-
-def test_system_changes_the_system_prompt(session_of):
-    session = session_of("a", "b", system="Old")
-    chat = typed(session, "/system", "/system Be brief", "Hi", "/system none", "Again")
-    assert chat.text.startswith("Old\n")
-    assert prompts_of(session)[0] == "[system]Be brief[user]Hi"
-    assert prompts_of(session)[1] == "[user]Hi[assistant]a[user]Again"
+    sampling = session.sampling
+    assert argument.split()[0] in error_of(typed(session, f"/set {argument}"))
+    assert (session.sampling, session.think) == (sampling, "show")
 
 
 def test_show_says_what_holds(session_of, store):
@@ -207,10 +181,11 @@ def test_save_gives_the_chat_a_name_by_which_load_finds_it(session_of, store):
 
 def test_save_under_another_name_says_from_which_one(session_of, store):
     """The first name was gone without a word."""
-    session = session_of("Hello")
-    chat = typed(session, "Hi", "/save", "/save 'one of two'", "/save two", "/save", store=store)
+    lines = ("Hi", "/save", "/save 'one of two'", "/save two", "/save")
+    chat = typed(session_of("Hello"), *lines, store=store)
     said = re.findall(r"^\((saved|renamed from .*);", chat.text, re.M)
     assert said == ["saved", "saved", "renamed from 'one of two'", "saved"]
+    assert "--resume 'one of two' resumes" in chat.text  # as a shell wants it
     assert [saved.name for saved in store.all()] == ["two"]
 
 
@@ -223,14 +198,6 @@ def test_a_chat_without_a_turn_is_listed_nowhere_and_found_by_its_name(session_o
     assert "mine" not in dict(completions(chat.active)["load"].argument(""))
     assert store.load("last").messages[0].content == "Hi"
     assert store.load("mine").messages == ()
-
-
-def test_load_keeps_the_chat_if_there_is_no_other(session_of, store):
-    session = session_of("Hello")
-    assert "there is no saved chat 'nothing'" in error_of(
-        typed(session, "Hi", "/load nothing", store=store)
-    )
-    assert len(session.history) == 2
 
 
 def test_chats_lists_them(session_of, store):
@@ -275,14 +242,6 @@ def test_redo_restores_the_turns_in_the_chat_and_in_its_file(session_of, store):
     assert len(session.history) == 6
 
 
-def test_redo_says_if_there_is_nothing_to_restore(session_of):
-    session = session_of("a", "b")
-    chat = typed(session, "one", "/undo", "two", "/redo")
-    assert "no turn was removed" in error_of(chat)
-    assert chat.errors[0].hint.startswith("/regen ")
-    assert [message.content for message in session.history] == ["two", "b"]
-
-
 @pytest.mark.parametrize("argument", ["0", "-1", "x", "1.5"])
 def test_undo_wants_a_count(session_of, argument):
     session = session_of("a")
@@ -291,16 +250,13 @@ def test_undo_wants_a_count(session_of, argument):
 
 
 def test_edit_offers_the_last_question_and_asks_the_new_one_instead(session_of):
-    session = session_of("a", "b", "c")
-    typed(session, "one", "two", "/edit", " and a half")
+    session = session_of("a", "b", "c", "d")
+    typed(session, "one", "two", "/edit", " and a half", "/edit", CTRL_U, "three")
     assert prompts_of(session)[2] == "[user]one[assistant]a[user]two and a half"
-    assert [message.content for message in session.history] == ["one", "a", "two and a half", "c"]
-
-
-def test_an_edit_that_is_given_up_changes_nothing(session_of):
-    session = session_of("a", "b")
-    typed(session, "one", "/edit", CTRL_U, "two")
-    assert prompts_of(session)[1] == "[user]one[assistant]a[user]two"
+    assert [message.content for message in session.history[2:]] == [
+        *("two and a half", "c"),
+        *("three", "d"),  # the second edit was given up
+    ]
 
 
 def test_continue_continues_the_answer_from_its_end(session_of):
@@ -328,8 +284,7 @@ def test_continue_tells_the_screen_what_was_said(session_of, monkeypatch):
 def test_load_completes_to_each_chat_with_its_question(session_of, store):
     chat = typed(session_of("Hello"), "What is  a mixture?", "/save mine", store=store)
     offered = list(completions(chat.active)["load"].argument(""))
-    assert offered[0] == ("mine", "What is a mixture?")
-    assert offered[1] == (store.ids()[0], "What is a mixture?")
+    assert offered == [(name, "What is a mixture?") for name in ("mine", store.ids()[0])]
 
 
 @pytest.mark.parametrize("line", ["/clear x", "/bye now", "/regen please", "/raw 1"])
@@ -347,16 +302,6 @@ def test_several_lines_are_a_question_though_they_begin_like_a_command(session_o
     assert prompts_of(session)[1].endswith("[user]/clear\nWhat is 2+2?")
 
 
-@pytest.mark.parametrize(
-    ("given", "name", "hint"),
-    [("my chat", "my chat", "'my chat'"), ("'quoted'", "quoted", "quoted")],
-)
-def test_a_name_is_hinted_at_as_a_shell_wants_it(session_of, store, given, name, hint):
-    chat = typed(session_of("a"), "Hi", f"/save {given}", store=store)
-    assert store.all()[0].name == name
-    assert f"--resume {hint} resumes" in chat.text
-
-
 def test_tokens_says_how_full_the_context_is(session_of):
     text = typed(session_of("Hello"), "Hi", "/tokens").text
     assert re.search(r"^context +13 of 1,000 tokens \(1%\)$", text, re.M)
@@ -367,31 +312,18 @@ def test_raw_switches_markdown_off_and_on(session_of):
     assert chat.text == "(answers are shown as plain text)\n(answers are shown as Markdown)\n"
 
 
-@pytest.mark.parametrize("command", ["/system", "/set system"])
-def test_a_system_prompt_may_have_several_lines(session_of, command):
-    session = session_of()
-    typed(session, f"{command} Be brief.\nBe kind.")
-    assert session.system == "Be brief.\nBe kind."
-
-
 @pytest.mark.parametrize(
     ("thinking", "argument", "said"),
     [
-        (ThinkingFormat("tags", ("enable_thinking",)), "off", "takes effect with the next answer"),
-        (ThinkingFormat("harmony"), "hide", "takes effect with the next answer"),
-        (ThinkingFormat("harmony"), "off", "the model has no switch that turns thinking off"),
-        (None, "off", "the model has no switch that turns thinking off"),
+        (ThinkingFormat("tags", ("enable_thinking",)), "off", "takes effect"),
+        (ThinkingFormat("harmony"), "hide", "takes effect"),
+        (None, "off", "no switch"),
     ],
 )
 def test_set_think_says_what_it_does(session_of, thinking, argument, said):
     session = session_of(thinking=thinking)
     assert said in typed(session, f"/set think {argument}").text
     assert session.think == argument
-
-
-def test_set_think_takes_three_words(session_of):
-    said = error_of(typed(session_of(), "/set think loud"))
-    assert said == "think has to be show or hide or off, not 'loud'"
 
 
 def test_an_answer_cut_off_while_thinking_says_so(session_of):

@@ -109,11 +109,6 @@ def test_export_writes_the_chat_once(session_of, store, tmp_path, name):
         assert "Hello" in path.read_text()
 
 
-def test_export_says_why_it_cannot(session_of):
-    said = error_of(typed(session_of("a"), "Hi", "/export no/such/place.md"))
-    assert "there is no directory" in said
-
-
 def test_of_a_file_that_cannot_fit_no_more_is_read_than_would(session_of, tmp_path):
     """/read of an endless file took all memory."""
     with open(tmp_path / "endless", "wb") as file:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from prompt_toolkit.history import FileHistory
 
 from mixchat.chat.terminal import input_history
 from mixchat.chat.terminal.input_history import InputHistory
@@ -41,11 +40,6 @@ ODD = ["two\nlines", "\n", "a\n\n# no comment\n+b", "é 模 🙂", "line\u2028se
 def test_entries_come_back_as_they_were(path):
     keep(path, "one", *ODD)
     assert saved(path) == ["one", *ODD]
-
-
-def test_prompt_toolkits_own_class_reads_them_too(path):
-    keep(path, "one", "two\nlines")
-    assert list(FileHistory(str(path)).load_history_strings()) == ["two\nlines", "one"]
 
 
 def test_only_the_owner_can_read_them(path):

@@ -13,13 +13,6 @@ from mixchat.chat.terminal.completion import CommandCompleter, CommandCompletion
 from mixchat.chat.terminal.prompt import ChatPrompt
 
 
-def test_the_bottom_line_shows_its_text_as_it_is_below_no_room_for_a_menu():
-    with look() as screen:
-        screen.wait_for("demo <b>&[x]")
-        assert screen.reversed("demo")
-        assert [line[:4] for line in screen.lines] == [">>>", "demo"]
-
-
 def test_the_bottom_line_is_one_line_of_any_window():
     with look(width=20, status=lambda: "模型 · 1,234 of\n8,192 tokens\x1b[2J") as screen:
         screen.wait_for("模")

@@ -65,10 +65,6 @@ def test_a_model_of_any_name_stays_one_harmless_line():
     assert line(model="a\x1b[31m\nb\t<b>&").startswith("a[31m b <b>&")
 
 
-def test_a_context_of_no_tokens_is_full():
-    assert status_line("demo", 0, 0) == "demo · ! 0 of 0 tokens (0%)"
-
-
 def test_wide_characters_are_not_cut_in_half():
     assert cut("模型名", 4) == "模…"
     assert cut("模型名", 6) == "模型名"

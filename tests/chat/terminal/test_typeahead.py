@@ -35,22 +35,6 @@ def type_keys(keys: bytes, person: int, source: Input) -> None:
     select.select([source.fileno()], [], [], 10)
 
 
-@pytest.mark.parametrize(
-    ("typed", "keys"),
-    [
-        (b"hi\r", ["h", "i", Keys.ControlM]),
-        (b"a\rb\r", ["a", Keys.ControlM, "b", Keys.ControlM]),
-        (b"hi\r\x04", ["h", "i", Keys.ControlM, Keys.ControlD]),
-    ],
-)
-def test_a_line_typed_before_the_prompt_is_sent(typed, keys):
-    """It lay at the prompt unsent: its Enter had become a newline after the look at what waits."""
-    with terminal() as (person, source):
-        os.write(person, typed)
-        with typeahead.reading_keys(source):
-            assert [press.key for press in get_typeahead(source)] == keys
-
-
 def test_what_is_typed_at_the_prompt_stays_what_it_is():
     with terminal() as (person, source), typeahead.reading_keys(source):
         assert get_typeahead(source) == []

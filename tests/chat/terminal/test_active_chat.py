@@ -1,4 +1,4 @@
-"""The chat loop, with keys from a pipe in place of a keyboard."""
+"""The chat in the terminal, with keys from a pipe in place of a keyboard."""
 
 import os
 import signal
@@ -19,18 +19,6 @@ def test_it_answers_turn_after_turn_until_the_user_leaves(session_of, leave):
     assert chat.text.startswith("Hello\n\nFine\n\n")
     assert prompts_of(session)[1] == "[user]Hi[assistant]Hello[user]How are you?"
     assert [turn.reason for turn in chat.turns] == ["stop", "stop"]
-
-
-def test_an_empty_line_asks_nothing(session_of):
-    session = session_of()
-    Chat(session, "\r   \r" + CTRL_D)
-    assert session.engine.prompts == []
-
-
-def test_ctrl_c_clears_the_line(session_of):
-    session = session_of("Hello")
-    Chat(session, "forget this" + CTRL_C + "Hi\r" + CTRL_D)
-    assert prompts_of(session) == ["[user]Hi"]
 
 
 def test_ctrl_c_after_typing_again_does_not_leave(session_of):
@@ -55,34 +43,23 @@ def test_only_commands_that_worked_are_suggested_and_saved(session_of, tmp_path)
     keys = "".join(f"{line}\r" for line in [*lines, "/etc/hosts is empty", "/nosuch"])
     suggest = Chat(session, keys + CTRL_D, history=path).prompt.history.suggested
     assert [suggest(start) for start in ("/u", "/s", "/e", "/n", "H")] == [
-        *("ndo", "how", "tc/hosts is empty", "", "i"),
+        *("ndo", "how", "tc/hosts is empty", "", "i")
     ]
     saved = reversed(list(InputHistory(path).load_history_strings()))
     assert list(saved) == ["/show", "Hi", "/undo", "/etc/hosts is empty"]
 
 
-def test_a_command_that_works_at_last_is_suggested_again(session_of, tmp_path):
-    session, path = session_of("Hello"), tmp_path / "history"
-    chat = Chat(session, "/undo\rHi\r/undo\r" + CTRL_D, history=path)
-    assert chat.prompt.history.suggested("/u") == "ndo"
-    assert list(InputHistory(path).load_history_strings()) == ["/undo", "Hi"]
-
-
-def test_ctrl_c_right_after_enter_stops_the_answer_and_does_not_leave(session_of):
+def test_ctrl_c_right_after_enter_stops_the_answer_and_does_not_leave(session_of, tmp_path):
     """It was taken for a key at the next prompt, if it came before the prompt's end: the answer was
     given, and another Ctrl-C would have left."""
-    session = session_of("Fine")
-    chat = Chat(session, CTRL_C + "Hi\r" + CTRL_C + "And?\r" + CTRL_D)
-    assert chat.text.endswith("(stopped)\n\nFine\n\n")
-    assert prompts_of(session) == ["[user]And?"]
-
-
-def test_a_file_stays_before_the_question_after_one_that_was_stopped_at_once(session_of, tmp_path):
     (tmp_path / "a").write_text("text")
-    session = session_of("Fine")
-    keys = f"/read {tmp_path / 'a'}\rHi\r" + CTRL_C + "And?\r" + CTRL_D
-    assert "still goes before the next question" in Chat(session, keys).text
-    assert prompts_of(session) == ["[user]text\n\nAnd?"]
+    read = f"/read {tmp_path / 'a'}\r"
+    for first, said in ((CTRL_C, "leaves)\n(stopped)\n\n"), (read, "still goes before the next")):
+        session = session_of("Fine")
+        chat = Chat(session, first + "Hi\r" + CTRL_C + "And?\r" + CTRL_D)
+        assert said in chat.text
+        file = "text\n\n" if first == read else ""  # it was not lost
+        assert prompts_of(session) == [f"[user]{file}And?"]
 
 
 def test_a_turn_that_fails_does_not_rewrite_the_chat(session_of, tmp_path):
@@ -100,14 +77,12 @@ def test_a_quoted_question_that_looks_like_a_command_stays_one_when_it_is_edited
     assert prompts_of(session) == ["[user]/bye", "[user]/bye"]
 
 
-def test_an_answer_without_a_word_says_so(session_of):
-    assert "(the model ended the answer at once)" in Chat(session_of(""), "Hi\r" + CTRL_D).text
-
-
-def test_a_path_is_not_a_command(session_of):
-    session = session_of("So it is")
-    Chat(session, "/etc/hosts is empty\r" + CTRL_D)
-    assert prompts_of(session) == ["[user]/etc/hosts is empty"]
+@pytest.mark.parametrize(
+    ("answer", "note"), [("", "ended the answer at once"), ("Hello", "is full")]
+)
+def test_an_answer_that_is_not_whole_says_so(session_of, answer, note):
+    session = session_of(answer, context_size=10, max_tokens=0)
+    assert note in Chat(session, "Hi\r" + CTRL_D).text
 
 
 @pytest.mark.parametrize("error", [PromptError("too long"), RuntimeError("broken")])
@@ -119,20 +94,17 @@ def test_a_failing_turn_is_reported_and_the_chat_continues(session_of, error):
     assert prompts_of(session)[1] == "[user]Again"
 
 
-def test_an_answer_that_was_cut_off_by_the_context_says_so(session_of):
-    session = session_of("Hello", context_size=10, max_tokens=0)
-    assert "the context is full" in Chat(session, "Hi\r" + CTRL_D).text
-
-
 def press_ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(session_of):
     session = session_of([*"Hel", press_ctrl_c, *"lo world"], "Fine")
+    before = signal.getsignal(signal.SIGINT)
     chat = Chat(session, "Hi\rGo on\r" + CTRL_D)
     assert chat.text.startswith("Hel\n(stopped; /continue resumes it)\n\nFine")
     assert prompts_of(session)[1] == "[user]Hi[assistant]Hel[user]Go on"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_before_the_first_token_does_not_wait_for_it(session_of):
@@ -157,12 +129,6 @@ def test_ctrl_c_does_not_wait_long_for_a_token(session_of):
     assert chat.text.startswith("H\n(stopped; /continue resumes it)")
     assert session.history[-1].content == "H"
     assert 0.2 < waited[0] < 60
-
-
-def test_ctrl_c_is_given_back_after_an_answer(session_of):
-    before = signal.getsignal(signal.SIGINT)
-    Chat(session_of("Hello"), "Hi\r" + CTRL_D)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_between_answer_and_prompt_does_not_leave(session_of):
