@@ -15,15 +15,8 @@ https://example.org/a/very/long/address/that/fits/into/no/row/of/a/small/termina
 WORDS = [*_TYPED.split(), "\u200b", "\u202e", "\x1b[31m", "\x9b2J", "e\u0301", "a\tb"]
 CODE = [
     *("def f(x):", "    return x  # why", '    """doc', '"""', "", "", "/* open", "*/ int main("),
-    *(
-        "    int argc) {",
-        "<b>&amp;</b>",
-        "x" * 90,
-        "s = '日本語 ✅'",
-        "`` `",
-        "- no item",
-        "\ta < [b]",
-    ),
+    *("    int argc) {", "<b>&amp;</b>", "x" * 90, "s = '日本語 ✅'", "`` `", "- no item"),
+    "\ta < [b]",
 ]
 LANGUAGES = ("python", "c", "js", "html", "php", "nonsense", "", "diff", "Python title=x", "json")
 
@@ -105,19 +98,8 @@ def other(made):
 
 
 OTHERS = [
-    *(
-        "---",
-        "***",
-        "-",
-        "|",
-        "#",
-        ">",
-        "```",
-        "| a |\n|--",
-        "- a\n+",
-        "+ a\n\n\n  b",
-        "1. 1. 1. x",
-    ),
+    *("---", "***", "-", "|", "#", ">", "```", "| a |\n|--", "- a\n+", "1. 1. 1. x"),
+    "+ a\n\n\n  b",
     *("[x]: http://u.v", "[y]: <a b> 'title'", "<div>\n*x*\n</div>", "<!-- no -->", "a\u2028b"),
     *("> " * 25 + "deep", "- " * 15 + "deep", "*" * 50 + "a" + "*" * 50, "\t- tab\n\t\t- tab"),
     "\\[\na *b* \\\\\n\\]",

@@ -43,10 +43,7 @@ class InputHistory(History):
         return reversed(self._entries)
 
     def append_string(self, string: str) -> None:
-        """Save an entry, unless it starts with a space or repeats the one before.
-
-        What may be a command waits for `command_ended`.
-        """
+        """Save an entry, unless it starts with a space or repeats the one before."""
         self._command = string if string.startswith("/") else None
         if string.startswith(" ") or not string or string in self._entries[-1:]:
             return
@@ -54,20 +51,23 @@ class InputHistory(History):
         super().append_string(string)
 
     def store_string(self, string: str) -> None:
-        if self._command is None:
-            self._store(string)
+        """Write an entry to the file. What may be a command waits for `command_ended`."""
+        if self._command is not None:
+            return
+        self._stored = string
+        if self._path is not None:
+            with self._faults_recorded(self._path), _alone(self._path):
+                _append(self._path, _written(string))
 
     def command_ended(self, *, worked: bool) -> None:
         """Save the entry that may be a command, or note that it failed."""
-        if (command := self._command) is None:
-            return
-        self._command = None
-        if not worked:
+        command, self._command = self._command, None
+        if command is not None and not worked:
             self._failed.add(command)
-        else:
+        elif command is not None:
             self._failed.discard(command)
             if command != self._stored:
-                self._store(command)
+                self.store_string(command)
 
     def suggested(self, typed: str) -> str:
         """Return the rest of the newest line that begins with `typed`, or nothing.
@@ -79,12 +79,6 @@ class InputHistory(History):
                 if line.startswith(typed):
                     return line[len(typed) :]
         return ""
-
-    def _store(self, string: str) -> None:
-        self._stored = string
-        if self._path is not None:
-            with self._faults_recorded(self._path), _alone(self._path):
-                _append(self._path, _written(string))
 
     def _open(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -75,10 +75,10 @@ class OpenChat:
         form: OutputConstraint | None = None,
         resumed: Resumed | None = None,
     ) -> None:
-        self.models, self._options, self._reporter = models, options, reporter
         from mixchat.chat.saved.chat_saver import ChatSaver
         from mixchat.chat.saved.chat_store import ChatStore
 
+        self.models, self._options, self._reporter = models, options, reporter
         self._new_report, self._form, self._saving = new_report, form, saving
         self.session = self._open(name, None if resumed is None else resumed.chat)
         self.saver = ChatSaver(

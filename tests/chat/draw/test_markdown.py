@@ -35,20 +35,9 @@ def test_a_streamed_text_looks_as_if_it_had_been_printed_whole(batch):
 @pytest.mark.parametrize(
     "text",
     [
-        "- a\n+",
-        "- a\n-",
-        "- a\n--- b",
-        "a\n- b",
-        "a\n===\nb",
-        "a\n| b |\n|---|\n| c |\nd",
-        "- a\n\n\n- b\n\n  c\n\n\n  d",
-        "1. a\n2",
-        "1. a\n2. b\n3) c",
-        "```\na\n``",
-        "```\n\n\n",
-        "> a\nb\n\n> c\n>\n> d",
-        "\n\n \na",
-        "",
+        *("- a\n+", "- a\n-", "- a\n--- b", "a\n- b", "a\n===\nb", "a\n| b |\n|---|\n| c |\nd"),
+        *("- a\n\n\n- b\n\n  c\n\n\n  d", "1. a\n2", "1. a\n2. b\n3) c", "```\na\n``"),
+        *("```\n\n\n", "> a\nb\n\n> c\n>\n> d", "\n\n \na", ""),
     ],
 )
 def test_what_the_next_letter_changes_is_not_yet_final(text):

@@ -135,22 +135,10 @@ BRACKETS = r"""
 @pytest.mark.parametrize(
     "text",
     [
-        "<think>",
-        "[/INST] [bold]x[/bold] [ ] [[ ]] [link=u] [1]",
-        "vector<T>",
-        "a <b>x</b> c",
-        "&amp; &lt; &#65;",
-        r"\(a*b*c\) and \[x_1\]",
-        r"\( alone and \{x\}",
-        "2*3*4 is a*b*c",
-        "[x]: http://u",
-        "[text][x]",
-        "<http://u.v>",
-        "<div>\na\n</div>",
-        "one\ntwo",
-        "Title\n===",
-        ":smile: __",
-        "snake_case_name",
+        *("<think>", "[/INST] [bold]x[/bold] [ ] [[ ]] [link=u] [1]", "vector<T>"),
+        *("a <b>x</b> c", "&amp; &lt; &#65;", r"\(a*b*c\) and \[x_1\]", r"\( alone and \{x\}"),
+        *("2*3*4 is a*b*c", "[x]: http://u", "[text][x]", "<http://u.v>", "<div>\na\n</div>"),
+        *("one\ntwo", "Title\n===", ":smile: __", "snake_case_name"),
     ],
 )
 def test_text_that_is_not_markdown_stays_as_typed(text):

@@ -43,11 +43,6 @@ def questions_in(store):
     return sorted([m.content for m in chat.messages if m.role == "user"] for chat in whole)
 
 
-def test_nothing_is_written_before_something_was_said(session_of, store):
-    ChatSaver(session_of(), store, "demo").save()
-    assert not store.directory.exists()
-
-
 def test_each_save_has_all_that_was_said(session_of, store):
     session = session_of("Hello", "Fine")
     saver = ChatSaver(session, store, "demo")
@@ -69,12 +64,6 @@ def test_a_chat_comes_back_as_it_was(session_of, store):
     assert (other.sampling.temperature, other.sampling.top_k, other.sampling.seed) == (0.25, 7, 9)
     talk(other, "Again")
     assert other.engine.prompts[0][: len("[system]Be brief")] == [*map(ord, "[system]Be brief")]
-
-
-def test_a_resumed_chat_is_written_to_its_own_file(session_of, store):
-    first = saver_after(store, session_of("Hello"), "Hi")
-    resumed(store, session_of("Fine"), "Again").save()
-    assert [(saved.id, saved.turns) for saved in store.all()] == [(first.chat.id, 2)]
 
 
 def test_what_a_flag_gives_is_not_taken_from_the_chat(session_of, store):

@@ -90,11 +90,7 @@ def test_nothing_in_a_question_passes_for_a_heading_of_ours(question):
 @pytest.mark.parametrize(
     "answer",
     [
-        "```\nx = 1",
-        "~~~~\n```\n~~~",
-        "<!-- x",
-        "<pre>\n\nx",
-        "1. a\n   ```\n   b",
+        *("```\nx = 1", "~~~~\n```\n~~~", "<!-- x", "<pre>\n\nx", "1. a\n   ```\n   b"),
         "- x\n\n  ```py",
     ],
 )

@@ -146,12 +146,7 @@ def test_set_without_a_value_shows_one_or_all(session_of):
 @pytest.mark.parametrize(
     "argument",
     [
-        "temp warm",
-        "temp nan",
-        "top-k 1.5",
-        "max-tokens -1",
-        "overflow never",
-        "think loud",
+        *("temp warm", "temp nan", "top-k 1.5", "max-tokens -1", "overflow never", "think loud"),
         "tmp 1",
     ],
 )

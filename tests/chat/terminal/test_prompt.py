@@ -72,21 +72,11 @@ def test_quotes_hold_several_lines(typing):
 @pytest.mark.parametrize(
     ("text", "inner"),
     [
-        ('"""a"""', "a"),
-        ('""""""', ""),
-        (' """a""" ', "a"),
-        ('"""a\nb"""', "a\nb"),
-        ('"""\n  a\n"""', "  a"),
-        ('"""\n\na\n\n"""', "\na\n"),
-        ('"""\n"""Doc."""\nx\n"""', '"""Doc."""\nx'),
-        ('"""', None),
-        ('"""""', None),
-        ('"""a', None),
-        ('"""\na', None),
-        ('a"""', None),
-        ('"""Doc."""\nx = 1', None),
-        ('"""a""" or """b"""', None),
-        ('"""a""" is a string', None),
+        *(('"""a"""', "a"), ('""""""', ""), (' """a""" ', "a"), ('"""a\nb"""', "a\nb")),
+        *(('"""\n  a\n"""', "  a"), ('"""\n\na\n\n"""', "\na\n")),
+        *(('"""\n"""Doc."""\nx\n"""', '"""Doc."""\nx'), ('"""', None), ('"""""', None)),
+        *(('"""a', None), ('"""\na', None), ('a"""', None), ('"""Doc."""\nx = 1', None)),
+        *(('"""a""" or """b"""', None), ('"""a""" is a string', None)),
     ],
 )
 def test_what_stands_in_quotes(text, inner):

@@ -38,12 +38,8 @@ def test_what_is_not_known_is_left_out():
         (77, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits · 24.0 GB experts"),
         (75, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s · 94% hits"),
         (57, "demo · 1,234 of 8,192 tokens (15%) · 31.2 tok/s"),
-        (46, "demo · 1,234 of 8,192 tokens (15%)"),
-        (33, "1,234 of 8,192 tokens (15%)"),
-        (20, "1,234/8,192 (15%)"),
-        (10, "15%"),
-        (2, "1…"),
-        (0, ""),
+        *((46, "demo · 1,234 of 8,192 tokens (15%)"), (33, "1,234 of 8,192 tokens (15%)")),
+        *((20, "1,234/8,192 (15%)"), (10, "15%"), (2, "1…"), (0, "")),
     ],
 )
 def test_the_least_important_goes_first_in_less_room(width, shown):
