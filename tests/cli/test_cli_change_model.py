@@ -221,7 +221,8 @@ def test_the_kv_cache_of_the_new_model_is_saved_in_place_of_the_old_one_s(start,
 def test_a_chat_types_it(start, reports):
     opened = start()
     typed = "hell\r/model second\rhe\r/model\r" + CTRL_D
-    chat = Chat(opened.session, typed, models=lambda _: opened)
+    opened.models.change = opened.change
+    chat = Chat(opened.session, typed, models=lambda _: opened.models)
     assert chat.errors == []
     assert len(reports["second"]) == 1
     assert "(the model is second from here on)" in chat.text
