@@ -188,13 +188,14 @@ class OpenChat:
         """Return a session with a model, whose context holds the `resumed` chat if possible."""
         from mixchat.chat.saved.chat_store import ChatStore
         from mixchat.chat.session import ChatSession
-        from mixchat.engine.prompt_cache import saved_tokens
 
         def least_context(template: Template) -> int:
             """Return the tokens of the chat or of its KV cache, and of one more answer.
 
             A chat that leaves out old turns fits into every context. Its KV cache need not.
             """
+            from mixchat.engine.prompt_cache import saved_tokens
+
             tokens = 0 if self._saving.cache is None else saved_tokens(self._saving.cache)
             if resumed is not None:
                 tokens = max(tokens, saved_tokens(ChatStore().kv_path(resumed.id)))
