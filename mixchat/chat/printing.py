@@ -65,6 +65,7 @@ def show_path(path: Path) -> None:
     if sys.stdout.isatty():
         show(one_line(str(path)))
         return
+    # print() would turn bytes that are no UTF-8 into question marks, and no script would find it.
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(path) + b"\n")
     sys.stdout.flush()

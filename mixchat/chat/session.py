@@ -240,6 +240,7 @@ class ChatSession:
             self._remember(events, asked, first)
             raise
         finally:
+            # An answer that was left early has to end before the next question comes.
             events.close()
             self._events, self._stats = None, events.stats if end is None else end.stats
         self._remember(events, asked, first)

@@ -342,6 +342,7 @@ class _RichMarkdown(Markdown):
         **{"heading_open": _Heading, "fence": _Code, "code_block": _Code},
         **{"table_open": _Table, "hr": _Rule},
     }
+    # A link's text is underlined. Rich's own links hide their addresses, or repeat them.
     inlines = Markdown.inlines | {"u"}
 
     def __init__(self, tokens: list[Token]) -> None:

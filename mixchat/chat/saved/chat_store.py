@@ -119,6 +119,7 @@ class ChatStore:
         path, fault = self._path(id), "the chat cannot be saved"
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # One lock for all chats, because a rename looks for its name in all of them.
             with exclusive_lock(
                 self.directory / "chats", on_wait=lambda: None, timeout=_LOCK_TIMEOUT_S
             ):

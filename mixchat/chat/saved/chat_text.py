@@ -146,6 +146,7 @@ def _swallows_what_follows(text: str) -> bool:
 
 
 def _quoted(text: str) -> str:
+    # In Markdown a carriage return alone ends a line, too, and would end the quote.
     lines = re.split(r"\r\n|\n|\r", text.rstrip("\r\n"))
     return "\n".join(f"> {line}" if line else ">" for line in lines)
 

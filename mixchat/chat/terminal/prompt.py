@@ -68,11 +68,20 @@ class ChatPrompt:
         self.typed = False  # there was text when Ctrl-C was pressed
         self.sent = False  # the last text was sent, so a Ctrl-C stops its answer
         self.quoted = False  # the last text was in quotes, so it is not a command
-        self._status = status
         self._warn = warn
         self._to_editor = False
         self.history = InputHistory(history)
         self._warned = False
+
+        def bottom_line() -> StyleAndTextTuples:
+            app = get_app()
+            text = sanitize(status()).replace("\n", " ").replace("\t", " ")
+            if app.editing_mode == EditingMode.VI:
+                # As bash can show it, because the keys of both modes look alike.
+                normal = app.vi_state.input_mode == InputMode.NAVIGATION
+                text = f"{'[normal]' if normal else '[insert]'} {text}"
+            return [("", cut(text, app.output.get_size().columns))]
+
         self._session = PromptSession[str](
             history=self.history,
             completer=CommandCompleter(commands),
@@ -83,7 +92,7 @@ class ChatPrompt:
             prompt_continuation=lambda width, line, wraps: [
                 ("class:prompt", " " * width if wraps else _CONTINUED)
             ],
-            bottom_toolbar=self._bottom_line,
+            bottom_toolbar=bottom_line,
             key_bindings=self._keys(),
             vi_mode=vi,
             enable_suspend=True,
@@ -128,14 +137,6 @@ class ChatPrompt:
         if self.history.fault and not self._warned:
             self._warned = True
             self._warn(self.history.fault)
-
-    def _bottom_line(self) -> StyleAndTextTuples:
-        app = get_app()
-        text = sanitize(self._status()).replace("\n", " ").replace("\t", " ")
-        if app.editing_mode == EditingMode.VI:
-            normal = app.vi_state.input_mode == InputMode.NAVIGATION
-            text = f"{'[normal]' if normal else '[insert]'} {text}"
-        return [("", cut(text, app.output.get_size().columns))]
 
     def _keys(self) -> KeyBindings:
         def within_quotes() -> bool:

@@ -93,6 +93,7 @@ class Figures:
         width, model = shutil.get_terminal_size().columns, self._saver.model
         if not is_answering:
             return status_line(model, self.used, self.size, width=width, **self._measured)
+        # `used_tokens` would make the whole prompt anew twice a second.
         stats = self._session.stats
         used = stats.prompt_tokens + stats.generated_tokens
         # A server tells the tokens of its prompt at the end.
