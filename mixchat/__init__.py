@@ -13,11 +13,11 @@
 CONTRIBUTING shows the rooms, which are the folders here, and how data passes through them.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+# Nothing is imported here, because __main__ has to answer Ctrl-C before that.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mixchat.base.errors import MixchatError
     from mixchat.face.events import End, LeftOut, Piece, Reading
     from mixchat.face.load import load
@@ -47,7 +47,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a name when it is first used, because torch takes a second."""
     from importlib import import_module
 

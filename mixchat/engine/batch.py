@@ -8,17 +8,16 @@ V = vocab_size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
-from mixchat.base.options import SamplingOptions
+from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.chunk_sizer import PassSizer
 from mixchat.engine.passes import CachedPrefix, ForwardPasses, SequenceTokens, shared_beginning
-from mixchat.engine.sampling import Constraint, Sampler
+from mixchat.engine.sampling import Sampler
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.engine.stats import GenerationStats
 
@@ -27,23 +26,7 @@ _MIN_SHARED_TO_WAIT = 16
 # Tokens. All prompts of a model share the first ones of its template.
 _MIN_SHARED_TO_COPY = 4
 
-OnPrefill = Callable[[int, int], object]  # is called with the tokens done, and their total
 _Pass = list[tuple["BatchedAnswer", SequenceTokens]]
-
-
-@dataclass(frozen=True)
-class AnswerRequest:
-    """A prompt and how to answer it.
-
-    max_tokens: None for as many as fit. on_prefill: is called after layers.
-    """
-
-    ids: Sequence[int]
-    sampling: SamplingOptions
-    stop_ids: Set[int]
-    max_tokens: int | None = None
-    constraint: Constraint | None = None
-    on_prefill: OnPrefill = lambda done, total: None
 
 
 class BatchedAnswer:

@@ -11,7 +11,8 @@ from mixchat.base import gpu, machine
 from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
 from mixchat.base.progress import Note
-from mixchat.engine.batch import AnswerRequest, Batch, OnPrefill
+from mixchat.engine.answer_request import AnswerRequest, OnPrefill
+from mixchat.engine.batch import Batch
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import Transformer

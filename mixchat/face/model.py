@@ -16,12 +16,17 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.batch import AnswerRequest
+from mixchat.engine.answer_request import AnswerRequest
 from mixchat.face.events import End, Event, Failed, LeftOut, Piece, Reading
 from mixchat.face.forms import FormCompiler
-from mixchat.face.numbers import request_of
 from mixchat.face.prompt import Prompt, PromptMaker
-from mixchat.face.request import QueueFullError, Request, ShuttingDownError, shown_message
+from mixchat.face.request import (
+    QueueFullError,
+    Request,
+    ShuttingDownError,
+    request_of,
+    shown_message,
+)
 from mixchat.face.running_answer import RunningAnswer, Sink
 from mixchat.text.form.output_constraint import PATIENT_S
 from mixchat.text.messages import Message

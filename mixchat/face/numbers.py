@@ -1,17 +1,14 @@
-"""The options of a request by their names, with limits: of Python's callers, flags and bodies."""
+"""The numbers of a request by their names, with limits: of Python's callers, flags and bodies."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mixchat.base.errors import PromptError, UsageError
-from mixchat.face.request import Request, ToolOffer
-from mixchat.text.messages import Message
-from mixchat.text.tool_call import Tool
+from mixchat.base.errors import UsageError
 
 if TYPE_CHECKING:
     from mixchat.base.options import RequestedSampling, SamplingOptions
@@ -61,56 +58,6 @@ LENGTHS = {
     ),
     "ctx-size": NumberParameter("ctx_size", int, lambda x: x >= 1, "1 or more"),
 }
-
-
-def request_of(
-    advised: SamplingOptions,
-    messages: Sequence[Message | Mapping[str, Any]] = (),
-    **options: Any,
-) -> Request:
-    """Return a request with options by the names of `Request` and `SamplingOptions`.
-
-    What is not given of the sampling is as `advised`. Tools are OpenAI's objects. Raises
-    `UsageError` for an unknown option or a value outside its limits.
-    """
-    known = {number.field: (name, number) for name, number in (SAMPLING | LENGTHS).items()}
-    fields = {field.name for field in dataclasses.fields(Request)}
-    sampled = {field.name for field in dataclasses.fields(advised)}
-    for name, value in options.items():
-        if name not in fields | sampled:
-            names = ", ".join(sorted((fields | sampled) - {"messages", "prompt", "sampling"}))
-            raise UsageError(f"there is no option {name!r}", hint=f"The options are {names}.")
-        if name in known and value is not None:
-            label, number = known[name]
-            number.check(label, value)
-    numbers = {name: options.pop(name) for name in sampled & options.keys()}
-    numbers = {name: value for name, value in numbers.items() if value is not None}
-    if isinstance(options.get("stop"), str):
-        options["stop"] = [options["stop"]]
-    options["stop"] = tuple(options.get("stop") or ())
-    if (tools := options.get("tools")) is not None and not isinstance(tools, ToolOffer):
-        offered = tuple(_tool(tool) for tool in tools)
-        options["tools"] = ToolOffer(offered, offered) if offered else None
-    sampling = dataclasses.replace(options.pop("sampling", None) or advised, **numbers)
-    return Request(tuple(map(_message, messages)), sampling=sampling, **options)
-
-
-def _message(message: Message | Mapping[str, Any]) -> Message:
-    if isinstance(message, Message):
-        return message
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
-        raise PromptError("a message needs a role (system, user, assistant, tool) and its content")
-    return Message(role, content, call_id=str(message.get("tool_call_id") or ""))
-
-
-def _tool(tool: Tool | Mapping[str, Any]) -> Tool:
-    if isinstance(tool, Tool):
-        return tool
-    function = tool.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise UsageError('a tool is {"type": "function", "function": {"name": ..., ...}}')
-    return Tool(function["name"], function.get("description"), function.get("parameters"))
 
 
 def numbers_of(sampling: SamplingOptions | RequestedSampling) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from mixchat.base.errors import ResourceError, UsageError
+from mixchat.base.errors import PromptError, ResourceError, UsageError
 from mixchat.base.options import Overflow, RequestedSampling, SamplingOptions
 from mixchat.face.events import Event, Piece
+from mixchat.face.numbers import LENGTHS, SAMPLING
 from mixchat.text.form.call_form import CallForm
 from mixchat.text.form.output_constraint import OutputConstraint
 from mixchat.text.messages import Message
@@ -140,6 +141,56 @@ class ChatModel(Protocol):
 
     def close(self) -> None:
         """Give the memory back. Answers that run are cut off."""
+
+
+def request_of(
+    advised: SamplingOptions,
+    messages: Sequence[Message | Mapping[str, Any]] = (),
+    **options: Any,
+) -> Request:
+    """Return a request with options by the names of `Request` and `SamplingOptions`.
+
+    What is not given of the sampling is as `advised`. Tools are OpenAI's objects. Raises
+    `UsageError` for an unknown option or a value outside its limits.
+    """
+    known = {number.field: (name, number) for name, number in (SAMPLING | LENGTHS).items()}
+    names = {field.name for field in fields(Request)}
+    sampled = {field.name for field in fields(advised)}
+    for name, value in options.items():
+        if name not in names | sampled:
+            listed = ", ".join(sorted((names | sampled) - {"messages", "prompt", "sampling"}))
+            raise UsageError(f"there is no option {name!r}", hint=f"The options are {listed}.")
+        if name in known and value is not None:
+            label, number = known[name]
+            number.check(label, value)
+    numbers = {name: options.pop(name) for name in sampled & options.keys()}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    if isinstance(options.get("stop"), str):
+        options["stop"] = [options["stop"]]
+    options["stop"] = tuple(options.get("stop") or ())
+    if (tools := options.get("tools")) is not None and not isinstance(tools, ToolOffer):
+        offered = tuple(_tool(tool) for tool in tools)
+        options["tools"] = ToolOffer(offered, offered) if offered else None
+    sampling = replace(options.pop("sampling", None) or advised, **numbers)
+    return Request(tuple(map(_message, messages)), sampling=sampling, **options)
+
+
+def _message(message: Message | Mapping[str, Any]) -> Message:
+    if isinstance(message, Message):
+        return message
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
+        raise PromptError("a message needs a role (system, user, assistant, tool) and its content")
+    return Message(role, content, call_id=str(message.get("tool_call_id") or ""))
+
+
+def _tool(tool: Tool | Mapping[str, Any]) -> Tool:
+    if isinstance(tool, Tool):
+        return tool
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UsageError('a tool is {"type": "function", "function": {"name": ..., ...}}')
+    return Tool(function["name"], function.get("description"), function.get("parameters"))
 
 
 def shown_message(earlier: Message, pieces: Sequence[Piece]) -> Message | None:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from mixchat.engine.batch import AnswerRequest, Batch, BatchedAnswer
-from mixchat.engine.sampling import log_probabilities
+from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.stats import GenerationStats
 from mixchat.face.answer import AnswerLimits, AnswerState
 from mixchat.face.events import End, Failed, LeftOut, Piece, Reading, Reason, TokenLogprob
 from mixchat.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
+    from mixchat.engine.batch import Batch, BatchedAnswer
     from mixchat.engine.sampling import Constraint
     from mixchat.experts.cache import ExpertStats
     from mixchat.face.prompt import Prompt
@@ -166,6 +166,8 @@ class RunningAnswer:
         """Take a token, and report a piece if it shows something or counts as thinking."""
         token = answer.ids[-1]
         if self._request.top_logprobs is not None and answer.logits is not None:
+            from mixchat.engine.sampling import log_probabilities
+
             own, top = log_probabilities(answer.logits, token, self._request.top_logprobs)
             self._tokens.append(TokenLogprob(token, own, top))
         state = self._state

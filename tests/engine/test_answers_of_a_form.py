@@ -14,7 +14,7 @@ from tiny_tokenizer import write_tokenizer
 
 from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions, SamplingOptions
-from mixchat.engine.batch import AnswerRequest
+from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
 from mixchat.kernels.compile import kernels_available

@@ -13,7 +13,8 @@ from engine_tools import WAYS, answer
 from mixchat.base.errors import CheckpointError
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.engine.batch import AnswerRequest, Batch, BatchedAnswer
+from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.batch import Batch, BatchedAnswer
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import ForwardPasses
 from mixchat.kernels.compile import kernels_available

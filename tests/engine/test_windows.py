@@ -13,7 +13,7 @@ from test_kv_cache import CONFIG, CPU, SINKS, held, needs_kernel
 
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.engine import kv_cache, paged_cache
-from mixchat.engine.batch import AnswerRequest
+from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache, cache_bytes
 from mixchat.engine.paged_cache import PagedKVCache

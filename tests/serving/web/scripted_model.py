@@ -21,7 +21,8 @@ from character_tokens import character_bytes
 from mixchat.base.errors import ResourceError
 from mixchat.base.model_config import Context
 from mixchat.base.options import SamplingOptions
-from mixchat.engine.batch import AnswerRequest, BatchedAnswer
+from mixchat.engine.answer_request import AnswerRequest
+from mixchat.engine.batch import BatchedAnswer
 from mixchat.engine.speculation import Proposals
 from mixchat.experts.cache import ExpertStats
 from mixchat.face.model import Model, ModelText
