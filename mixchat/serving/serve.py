@@ -13,8 +13,6 @@ from mixchat.base.progress import Reporter
 from mixchat.chat.printing import say
 from mixchat.engine.environment import prepare_environment
 from mixchat.face.load import find_or_build, open_model
-from mixchat.serving.installed_models import InstalledModels
-from mixchat.text.form.output_constraint import HASTY_S
 
 if TYPE_CHECKING:
     from mixchat.face.model import Model
@@ -70,6 +68,9 @@ def serve_http(model: str, load: LoadOptions, options: ServeOptions, reporter: R
 def _served_models(
     name: str, load: LoadOptions, options: ServeOptions, reporter: Reporter
 ) -> ServedModels:
+    from mixchat.serving.installed_models import InstalledModels
+    from mixchat.text.form.output_constraint import HASTY_S
+
     tokens: dict[str, int] = {}  # of models that were loaded before
 
     def open_served(name: str) -> Model:
