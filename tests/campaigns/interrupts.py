@@ -57,22 +57,22 @@ class Presser:
 def open_session(model: Path, experts: int | None) -> Any:
     """A conversation with an engine that holds so many experts, or all."""
     from chat_doubles import CharacterTokenizer, TinyTemplate
-    from mixchat.chat.engine_backend import EngineBackend
 
     from mixchat.base.options import ChatOptions, LoadOptions, SamplingOptions
     from mixchat.base.quantities import MemoryBudget
     from mixchat.chat.session import ChatSession
+    from mixchat.face.model import Model, ModelText
     from mixchat.loading.loader import load_engine
     from mixchat.weights.format.installed_model import InstalledModel
 
     stride = InstalledModel(model).blueprint.expert.stride
     budget = None if experts is None else MemoryBudget(size=experts * stride)
     options = LoadOptions(device="cpu", context_size=256, host_memory=budget)
-    engine = load_engine(model, options)
-    assert experts is None or engine.experts.slots == experts
     greedy = SamplingOptions(temperature=0.0)
-    backend = EngineBackend(engine, CharacterTokenizer(), TinyTemplate())
-    return ChatSession(backend, greedy, ChatOptions(max_tokens=LONGEST))
+    text = ModelText(CharacterTokenizer(), TinyTemplate(), greedy)
+    opened = Model("tiny", lambda: load_engine(model, options), text)
+    assert experts is None or opened.engine.experts.slots == experts
+    return ChatSession(opened, greedy, ChatOptions(max_tokens=LONGEST))
 
 
 def interrupted(session: Any, question: str, in_chat: bool, presser: Presser, at: float) -> str:
