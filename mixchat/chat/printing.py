@@ -35,7 +35,9 @@ def say(*lines: str, stream: TextIO | None = None, style: str = "") -> None:
     """
     stream = stream or sys.stderr
     text = "\n".join(fitted(one_line(line), stream) for line in lines)
-    print(painted(text, style, stream) if style else text, file=stream, flush=True)
+    # One write, because threads that print at once would tear a line from its end.
+    line = painted(text, style, stream) if style else text
+    print(f"{line}\n", end="", file=stream, flush=True)
 
 
 def show(text: str, stream: TextIO | None = None) -> None:

@@ -101,10 +101,12 @@ def _quick(id: str, questions: list[str], outputs: list[Path]) -> list[int | Non
             from mixchat.chat.saved.chat_saver import ChatSaver
             from mixchat.chat.saved.chat_store import ChatStore
             from mixchat.chat.terminal.open_chat import find_chat
+            from mixchat.cli.output.progress import TerminalReporter
 
             os.close(opened)
-            session = make_session("An answer")
-            saver = ChatSaver(session, ChatStore(), "demo")
+            session, reporter = make_session("An answer"), TerminalReporter()
+            notes = {"warn": reporter.error, "note": reporter.note}
+            saver = ChatSaver(session, ChatStore(), "demo", **notes)
             chat = find_chat(id)
             assert chat
             saver.resume(chat)

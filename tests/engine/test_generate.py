@@ -119,7 +119,8 @@ def test_the_progress_of_the_prefill_is_reported_after_each_layer(engine, chunk)
     answer(engine, PROMPT, max_tokens=3, on_prefill=lambda done, total: seen.append((done, total)))
     layers = engine.config.num_hidden_layers
     chunks = [PROMPT[start : start + chunk] for start in range(0, len(PROMPT), chunk)]
-    assert seen == [
+    assert seen[0] == (0, len(PROMPT))
+    assert seen[1:] == [
         (number * chunk + len(ids) * (layer + 1) // layers, len(PROMPT))
         for number, ids in enumerate(chunks)
         for layer in range(layers)
