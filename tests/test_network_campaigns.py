@@ -1,0 +1,19 @@
+"""The campaigns of hostile servers, requests and files, each for a few rounds."""
+
+import pytest
+from campaign_runs import assert_finds_no_fault
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["hub_faults.py", "--rounds", "2"],
+        ["hostile_requests.py", "--rounds", "0.02"],
+        ["crowd.py", "--count", "200", "--files", "160", "--seconds", "2"],
+        ["hostile.py", "--parts", "mutations", "--mutations", "40"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_finds_no_fault(command, tmp_path):
+    assert_finds_no_fault(command, tmp_path)
