@@ -33,11 +33,13 @@ def speeds(copy: float, expert: float) -> Measurement:
 
 def settled(paper: PaperRuntime) -> tuple[int, int]:
     """The first GPU's bytes taken and the blocks locked, without engines of earlier tests."""
-    before, now = [-1], [0]
-    while now != before:
-        before, now = now, [*(memory.taken for memory in paper.memories), len(paper.locked)]
-        time.sleep(0.05)  # the threads that move experts end
+    looks: list[list[int]] = []
+    # The threads that move experts end some time after their engine.
+    while len(looks) < 6 or looks[-6:] != [looks[-1]] * 6:
         gc.collect()
+        time.sleep(0.05)
+        looks.append([*(memory.taken for memory in paper.memories), len(paper.locked)])
+    now = looks[-1]
     return now[0], now[-1]
 
 
