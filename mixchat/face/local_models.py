@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast
 
 from mixchat.base.errors import MixchatError, UsageError
@@ -75,20 +74,20 @@ class LocalModels:
         return speed_predictor(installed_directory(name), self._load.device, engine)
 
     def others(self, current: str) -> list[str]:
-        from mixchat.weights.models import installed_directory, installed_names
+        from mixchat.weights.models import other_models
 
-        directory = _directory_of(current)
-        return [name for name in installed_names() if installed_directory(name) != directory]
+        return list(other_models(current))
 
     def check(self, name: str, current: str) -> None:
         """Raise `MixchatError` if a chat cannot change. The demo is built for it."""
         from mixchat.text.checkpoint_text import CheckpointText
         from mixchat.weights.format.installed_model import InstalledModel
+        from mixchat.weights.models import find_installed
 
         if self._load.trace is not None:
             raise UsageError("the model cannot change: --trace records the routing of one model")
         directory = find_or_build(name, self._reporter)
-        if directory == _directory_of(current):
+        if directory == find_installed(current):
             raise UsageError(f"this chat already has the model {name}")
         with (
             closing(CheckpointText(directory)) as text,
@@ -97,11 +96,3 @@ class LocalModels:
         ):
             Context.of(installed.config, self._load.context_size)
             text.tokenizer()
-
-
-def _directory_of(name: str) -> Path | None:
-    from mixchat.weights.models import installed_directory
-
-    with suppress(MixchatError):
-        return installed_directory(name)
-    return None

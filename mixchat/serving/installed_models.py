@@ -11,7 +11,7 @@ from mixchat.base.errors import MixchatError
 from mixchat.base.model_config import DEFAULT_TOKENS, Context
 from mixchat.weights.families.read_config import read_config_file
 from mixchat.weights.format.manifest import MANIFEST_FILE, read_manifest
-from mixchat.weights.models import installed_directory, installed_names
+from mixchat.weights.models import installed_directory, other_models
 
 if TYPE_CHECKING:
     from mixchat.serving.web.served_models import ModelFacts
@@ -29,13 +29,8 @@ class InstalledModels:
 
         A model that cannot load has the usual one.
         """
-        contexts, own = dict[str, Context](), None
-        with suppress(MixchatError):
-            own = installed_directory(current)
-        for name in installed_names():
-            directory = installed_directory(name)
-            if directory == own:
-                continue
+        contexts = dict[str, Context]()
+        for name, directory in other_models(current).items():
             contexts[name] = Context(DEFAULT_TOKENS, DEFAULT_TOKENS, is_chosen=False)
             with suppress(MixchatError):
                 config = read_config_file(directory / "config.json")

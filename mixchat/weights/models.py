@@ -210,6 +210,21 @@ def installed_names() -> list[str]:
     return [name for name in names_here() if is_installed(resolve(name).directory)]
 
 
+def find_installed(name: str) -> Path | None:
+    """Return the directory of an installed model, or None."""
+    try:
+        return installed_directory(name)
+    except MixchatError:
+        return None
+
+
+def other_models(current: str) -> dict[str, Path]:
+    """Return the directories of the installed models but `current`, by their names."""
+    own = find_installed(current)
+    directories = {name: installed_directory(name) for name in installed_names()}
+    return {name: path for name, path in directories.items() if path != own}
+
+
 def names_here() -> list[str]:
     """Return the shortest name of every model in `models_dir()`, in any state."""
     short = {resolve(name).key: name for name in (*ALIASES, DEMO)}
