@@ -176,9 +176,10 @@ class RunningAnswer:
         if state.has_ended:
             answer.cancel()  # a stop string is none of the batch's business
         self._is_thinking = (self._is_thinking or new.thinking != "") and not new.text
-        piece = Piece(new.text, new.thinking, new.calls, tuple(self._tokens), state.thinking_tokens)
         shows = new.text or new.thinking or new.calls or (state.has_ended and self._tokens)
-        if shows or (self._is_thinking and not state.has_ended):
-            self.sink(piece if shows else replace(piece, tokens=()))
-            if shows:
-                self._tokens.clear()
+        if not shows and (state.has_ended or not self._is_thinking):
+            return
+        tokens: tuple[TokenLogprob, ...] = ()
+        if shows:
+            tokens, self._tokens = tuple(self._tokens), []
+        self.sink(Piece(new.text, new.thinking, new.calls, tokens, state.thinking_tokens))
