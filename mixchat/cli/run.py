@@ -25,9 +25,8 @@ from mixchat.serving.client.server_url import SERVER_IDENTITY, SERVER_PORT
 if TYPE_CHECKING:
     from mixchat.base.model_config import Context
     from mixchat.chat.saved.chat_file import SavedChat
-    from mixchat.chat.session import ChatSession
+    from mixchat.chat.session import ChatSession, ModelProvider
     from mixchat.chat.terminal.active_chat import AfterTurn
-    from mixchat.chat.terminal.open_chat import ModelProvider
     from mixchat.face.reading_time import Predictor
 
 

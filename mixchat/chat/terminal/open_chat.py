@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from mixchat.chat.saved.cache_saver import CacheSaver
     from mixchat.chat.saved.chat_file import SavedChat
-    from mixchat.chat.session import ChatSession
-    from mixchat.chat.session import ModelProvider as ModelProvider
+    from mixchat.chat.session import ChatSession, ModelProvider
     from mixchat.chat.terminal.active_chat import AfterTurn
     from mixchat.face.events import End
     from mixchat.text.form.output_constraint import OutputConstraint
