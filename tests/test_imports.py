@@ -39,7 +39,7 @@ ORDER = (
     "weights/format",
     "weights/matrix",
     "weights/families",
-    "kernels",
+    "kernels/cpu",
     "base",
 )
 

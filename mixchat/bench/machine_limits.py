@@ -11,7 +11,7 @@ import torch
 
 from mixchat.base import gpu
 from mixchat.engine.kv_cache import bytes_seen
-from mixchat.kernels.pages import Bits
+from mixchat.kernels.cpu.pages import Bits
 from mixchat.planning.disk_speed import measure_disk
 from mixchat.weights.format.blueprint import HEAD, Blueprint
 

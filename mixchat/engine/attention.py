@@ -15,8 +15,8 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.rope import RotaryEmbedding
-from mixchat.kernels import rows
-from mixchat.kernels.program import Stage, Step, alone, together
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.program import Stage, Step, alone, together
 from mixchat.weights.matrix.linear import as_packed
 from mixchat.weights.matrix.quant_type import Linear, RecordingLinear, RecordRows
 

@@ -17,8 +17,8 @@ from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import AfterLayer, Block, Output
 from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.experts.holder import LayerExperts
-from mixchat.kernels import rows
-from mixchat.kernels.program import Program, Stage, Step, alone, together
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import PackedLinear
 

@@ -14,7 +14,7 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
-from mixchat.kernels.pages import PAGE, Bits
+from mixchat.kernels.cpu.pages import PAGE, Bits
 
 # Tokens before a window that stay, so that the end of a text can be cut off. A pass over a prompt
 # needs as much room anyway.

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from mixchat.engine.attention import SingleTokenContext
-from mixchat.kernels import rows
-from mixchat.kernels.program import Stage, alone, together
-from mixchat.kernels.router import Router
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.program import Stage, alone, together
+from mixchat.kernels.cpu.router import Router
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.quant_type import RecordingLinear, RecordRows
 

@@ -19,9 +19,9 @@ from mixchat.engine.moe import Routing, SparseMoE
 from mixchat.engine.norm import RMSNorm
 from mixchat.engine.rope import RotaryEmbedding
 from mixchat.experts.holder import ExpertRunner
-from mixchat.kernels import rows
-from mixchat.kernels.program import Stage, alone
-from mixchat.kernels.router import Router
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.program import Stage, alone
+from mixchat.kernels.cpu.router import Router
 from mixchat.weights.format.blueprint import HEAD, Blueprint
 from mixchat.weights.format.expert import Expert, swiglu_of
 from mixchat.weights.matrix.linear import LinearSpec

@@ -12,9 +12,9 @@ import torch
 from mixchat.engine.attention import SingleTokenContext
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.holder import ExpertRunner
-from mixchat.kernels import rows
-from mixchat.kernels.program import Stage, alone, together
-from mixchat.kernels.router import Router, look_up_step
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.program import Stage, alone, together
+from mixchat.kernels.cpu.router import Router, look_up_step
 from mixchat.weights.format.expert import Expert
 
 Routing = tuple[torch.Tensor, torch.Tensor]  # selected experts [T, K], int64, and weights, fp32

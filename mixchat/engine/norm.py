@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from mixchat.kernels import rows
-from mixchat.kernels.program import Stage, Step, alone
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.program import Stage, Step, alone
 
 
 class RMSNorm:

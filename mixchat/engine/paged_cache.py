@@ -13,10 +13,10 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.kv_cache import KVCache, bits_of
 from mixchat.engine.tensor_cache import TensorKVCache
-from mixchat.kernels import attention, pages
-from mixchat.kernels.compile import kernels_available
-from mixchat.kernels.pages import KEY_BLOCK, PAGE, Bits, CacheShape
-from mixchat.kernels.program import Step
+from mixchat.kernels.cpu import attention, pages
+from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.pages import KEY_BLOCK, PAGE, Bits, CacheShape
+from mixchat.kernels.cpu.program import Step
 
 # Of a call to the kernel. Pairs are of a new token and one that it may see. With more, the parts
 # that it merges leave the CPU's caches, and each call waits for new memory.

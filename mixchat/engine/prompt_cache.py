@@ -27,7 +27,7 @@ from mixchat.base.files import open_private_file, write_all, write_error
 from mixchat.base.safetensors import SafetensorsFile, TensorSpec, header_bytes, tensor_bytes
 from mixchat.engine.generate import Engine
 from mixchat.engine.kv_cache import KVCache
-from mixchat.kernels.pages import PAGE
+from mixchat.kernels.cpu.pages import PAGE
 from mixchat.weights.format.manifest import Manifest
 
 _FORMAT = 2

@@ -11,8 +11,8 @@ import math
 import torch
 
 from mixchat.base.model_config import ModelConfig, RopeParameters
-from mixchat.kernels import rows
-from mixchat.kernels.program import Step
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.program import Step
 
 
 class RotaryEmbedding:

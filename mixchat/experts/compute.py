@@ -16,8 +16,8 @@ from mixchat.experts.fetcher import MISSING, Fetcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.memory import CPU
 from mixchat.experts.sources import HostSource
-from mixchat.kernels.program import Program, alone
-from mixchat.kernels.router import look_up_step
+from mixchat.kernels.cpu.program import Program, alone
+from mixchat.kernels.cpu.router import look_up_step
 from mixchat.weights.format.expert import Expert, compute_together
 
 _LOADS_AHEAD = 2  # experts on their way while one is computed

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 
 from mixchat.experts.cache import ExpertKey
-from mixchat.kernels import rows
+from mixchat.kernels.cpu import rows
 
 
 class LayerRows:

@@ -13,8 +13,8 @@ import torch
 
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.tuner import Tuner
-from mixchat.kernels.dense import dense_matmul
-from mixchat.kernels.router import Scoring
+from mixchat.kernels.cpu.dense import dense_matmul
+from mixchat.kernels.cpu.router import Scoring
 
 # Layers to look ahead in decoding, in the order of trying them.
 DEPTHS = (3, 6, 0, 1)

@@ -29,8 +29,8 @@ from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import in_proportion
 from mixchat.experts.trace import RecordingRunner, TraceWriter
-from mixchat.kernels import rows
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
 from mixchat.planning.fitting import FreeMemory, fit_model

@@ -27,7 +27,7 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.compute import RowExperts
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.memory import CPU
-from mixchat.kernels import rows
+from mixchat.kernels.cpu import rows
 from mixchat.planning.machine_speeds import interpolate
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.expert import Expert

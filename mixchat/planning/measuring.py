@@ -19,7 +19,7 @@ from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
 from mixchat.experts.memory import CPU
-from mixchat.kernels.compile import KERNELS
+from mixchat.kernels.cpu.compile import KERNELS
 from mixchat.planning.compute_speed import SAMPLE_EFFORT, Copy, Effort, ExpertTimer, layer_probe
 from mixchat.planning.disk_speed import measure_disk
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement

@@ -16,7 +16,7 @@ from mixchat.base import machine
 from mixchat.base.errors import CheckpointError
 from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
-from mixchat.kernels.compile import KERNELS
+from mixchat.kernels.cpu.compile import KERNELS
 from mixchat.planning.compute_speed import thread_seconds
 from mixchat.weights.format.blueprint import Blueprint
 

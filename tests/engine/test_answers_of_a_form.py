@@ -17,7 +17,7 @@ from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
 from mixchat.engine.speculation import Speculation
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 from mixchat.text.choose import load_tokenizer
 from mixchat.text.form.constraint import ConstraintCompiler, StartConstraint

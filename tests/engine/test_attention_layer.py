@@ -21,8 +21,8 @@ from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.rope import rotary_embeddings
 from mixchat.engine.tensor_cache import TensorKVCache
 from mixchat.experts.cache import ExpertKey
-from mixchat.kernels.compile import kernels_available
-from mixchat.kernels.pages import PAGE
+from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.pages import PAGE
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.linear import LinearSpec

@@ -17,7 +17,7 @@ from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.batch import Batch, BatchedAnswer
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import ForwardPasses
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 

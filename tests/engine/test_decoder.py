@@ -15,8 +15,8 @@ from mixchat.engine.decoder import Decoder
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import SequenceTokens
 from mixchat.experts.trace import RecordingRunner
-from mixchat.kernels.compile import kernels_available
-from mixchat.kernels.program import Program
+from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.program import Program
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 

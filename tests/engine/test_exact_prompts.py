@@ -16,7 +16,7 @@ from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.engine.generate import Engine
 from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.prompt_cache import PromptCache
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import chunks_are_exact, load_engine
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization

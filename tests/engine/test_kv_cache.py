@@ -11,7 +11,7 @@ from mixchat.engine import paged_cache
 from mixchat.engine.kv_cache import KVCache, bytes_seen, cache_bytes
 from mixchat.engine.paged_cache import PagedKVCache, new_cache
 from mixchat.engine.tensor_cache import TensorKVCache, attention_mask
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 from mixchat.weights.families.read_config import read_config
 

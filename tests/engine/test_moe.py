@@ -16,9 +16,9 @@ from mixchat.engine.attention import SingleTokenContext
 from mixchat.engine.moe import SparseMoE
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.kernels.compile import kernels_available
-from mixchat.kernels.program import Program
-from mixchat.kernels.router import Router
+from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.program import Program
+from mixchat.kernels.cpu.router import Router
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.expert import Expert
 

@@ -23,7 +23,7 @@ from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.paged_cache import PagedKVCache
 from mixchat.engine.prompt_cache import PromptCache, saved_tokens
 from mixchat.engine.tensor_cache import TensorKVCache
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 
 PROMPT = [5, 17, 42, 8, 90, 3, 3, 61, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]

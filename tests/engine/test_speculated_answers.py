@@ -23,7 +23,7 @@ from mixchat.engine.passes import SequenceTokens
 from mixchat.engine.speculation import Proposals
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.trace import RecordingRunner
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.loading.loader import load_engine
 
 # Cold enough for random models to repeat themselves now and then.

@@ -12,7 +12,7 @@ from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
 from mixchat.experts.sources import DiskSource
 from mixchat.experts.store import ExpertSource, ExpertStore
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")

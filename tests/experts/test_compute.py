@@ -13,7 +13,7 @@ from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.mover import ExpertLoad, Mover, Steps
 from mixchat.experts.sources import DiskSource
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.expert import compute_together
 from mixchat.weights.format.installed_model import InstalledModel
 

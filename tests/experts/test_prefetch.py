@@ -15,7 +15,7 @@ import torch
 from mixchat.experts import prefetch
 from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.prefetch import DEPTHS, NextRouters, Prefetch, ranked_keys
-from mixchat.kernels.router import Scoring
+from mixchat.kernels.cpu.router import Scoring
 
 L, E, D, K = 5, 8, 32, 2
 

@@ -9,7 +9,7 @@ import torch
 from mixchat.engine.attention import Attention
 from mixchat.engine.model import Block
 from mixchat.experts.compute import RowExperts
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.planning import compute_speed
 from mixchat.planning.compute_speed import Effort, ExpertTimer, layer_probe
 from mixchat.weights.format.blueprint import Blueprint

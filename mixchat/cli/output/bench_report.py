@@ -90,7 +90,7 @@ def task_table(tasks: Sequence[BenchTask]) -> list[tuple[str, ...]]:
 def _machine(bench: Bench) -> str:
     import torch
 
-    from mixchat.kernels.compile import instruction_set
+    from mixchat.kernels.cpu.compile import instruction_set
 
     count = torch.get_num_threads()
     threads = f"{count} {'thread' if count == 1 else 'threads'}"

@@ -19,7 +19,7 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, TensorSpec
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.expert import ExpertSpec, swiglu_of
 from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, Scales
 from mixchat.weights.matrix.quant_type import QuantType

@@ -18,8 +18,8 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import ALIGNMENT, TensorSpec
-from mixchat.kernels.program import Program, Stage, Step, alone, together
-from mixchat.kernels.rows import Swiglu, can_compute
+from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
+from mixchat.kernels.cpu.rows import Swiglu, can_compute
 from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
 from mixchat.weights.matrix.quant_type import Linear
 

@@ -9,7 +9,7 @@ import torch
 from mixchat.base import gpu
 from mixchat.base.errors import UsageError
 from mixchat.base.model_config import ModelConfig
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.blueprint import HEAD, Blueprint, Quantization
 from mixchat.weights.matrix.linear import TYPES, Layout, Scales, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType

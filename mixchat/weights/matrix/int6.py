@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import torch
 
-from mixchat.kernels.plane_units import CODES_OF_LOW, FIVE_BITS, LOW_BITS, SIX_BITS
-from mixchat.kernels.units import BAND, UnitSet
+from mixchat.kernels.cpu.plane_units import CODES_OF_LOW, FIVE_BITS, LOW_BITS, SIX_BITS
+from mixchat.kernels.cpu.units import BAND, UnitSet
 from mixchat.weights.matrix.encode import Grid, encode
 from mixchat.weights.matrix.int8 import in_whole_bands
 from mixchat.weights.matrix.quant_type import (

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from mixchat.kernels.units import BAND, EIGHT_BITS
+from mixchat.kernels.cpu.units import BAND, EIGHT_BITS
 from mixchat.weights.matrix.encode import each_in_threads
 from mixchat.weights.matrix.quant_type import (
     BLOCKSIZE,

@@ -15,15 +15,15 @@ from torch.nn import functional
 from mixchat.base import gpu
 from mixchat.base.errors import CheckpointError
 from mixchat.base.safetensors import TensorSpec
-from mixchat.kernels.compile import instruction_set
-from mixchat.kernels.program import Step
-from mixchat.kernels.quantized_matmul import (
+from mixchat.kernels.cpu.compile import instruction_set
+from mixchat.kernels.cpu.program import Step
+from mixchat.kernels.cpu.quantized_matmul import (
     QuantizedMatrix,
     grouped_matmul_steps,
     quantized_matmul,
     quantized_matmul_steps,
 )
-from mixchat.kernels.units import MANY
+from mixchat.kernels.cpu.units import MANY
 from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
 from mixchat.weights.matrix.mxfp4 import MXFP4

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from mixchat.kernels.four_bit_units import MXFP4_UNITS
+from mixchat.kernels.cpu.four_bit_units import MXFP4_UNITS
 from mixchat.weights.matrix.encode import each_in_threads
 from mixchat.weights.matrix.nf4 import NibbleCodes, two_a_byte
 from mixchat.weights.matrix.quant_type import Encoded, Inputs, RowCodes, absmax_size, in_blocks

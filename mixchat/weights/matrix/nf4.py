@@ -6,9 +6,9 @@ weight is its level times the scale of its block.
 
 - "bitsandbytes": row after row, two codes a byte, the even column in the high nibble; `absmax` is
   one value a block, in the same order.
-- "cpu-packed": the kernel for CPUs (`kernels/`) reads it. Rows are taken 32 at a time. For a pair
-  of columns (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes,
-  the first 32 codes in the low nibbles. `absmax` is transposed, [columns / 64, rows].
+- "cpu-packed": kernels for CPUs read it. Rows are taken 32 at a time. For a pair of columns
+  (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes, the first 32
+  codes in the low nibbles. `absmax` is transposed, [columns / 64, rows].
 
 `absmax` is stored in bf16. For bf16 weights that is exact.
 """
@@ -24,8 +24,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mixchat.kernels.four_bit_units import FOUR_BITS
-from mixchat.kernels.units import BAND
+from mixchat.kernels.cpu.four_bit_units import FOUR_BITS
+from mixchat.kernels.cpu.units import BAND
 from mixchat.weights.matrix.encode import Grid, encode
 from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, Inputs, Shape
 

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from mixchat.base.safetensors import TensorSpec
-from mixchat.kernels import rows as row_kernels
-from mixchat.kernels.dense import dense_matmul
-from mixchat.kernels.units import BLOCK, UnitSet
+from mixchat.kernels.cpu import rows as row_kernels
+from mixchat.kernels.cpu.dense import dense_matmul
+from mixchat.kernels.cpu.units import BLOCK, UnitSet
 
 BLOCKSIZE = BLOCK  # weights that share a scale, in all types but MXFP4
 _REORDERED = 2**21  # weights whose codes are reordered at once

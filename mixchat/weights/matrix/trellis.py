@@ -28,8 +28,8 @@ import torch
 from torch.nn import functional
 
 from mixchat.base.safetensors import TensorSpec
-from mixchat.kernels.trellis_units import RING, TRELLIS_2, TRELLIS_3
-from mixchat.kernels.units import UnitSet
+from mixchat.kernels.cpu.trellis_units import RING, TRELLIS_2, TRELLIS_3
+from mixchat.kernels.cpu.units import UnitSet
 from mixchat.weights.matrix import trellis_layout
 from mixchat.weights.matrix.encode import best_way
 from mixchat.weights.matrix.quant_type import (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from mixchat.kernels.trellis_units import RING
+from mixchat.kernels.cpu.trellis_units import RING
 from mixchat.weights.matrix.gptq import (
     corrected,
     feedback_of,

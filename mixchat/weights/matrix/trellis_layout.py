@@ -1,4 +1,4 @@
-"""The two layouts of a trellis' codes. `kernels/trellis_units.py` describes "cpu-packed".
+"""The two layouts of a trellis' codes. `kernels/cpu/trellis_units.py` describes "cpu-packed".
 
 "bitsandbytes": for each band of 64 rows and each column the ring in 64 bits, then each plane. Bit r
 is of row r. R = rows, C = columns.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mixchat.kernels.trellis_units import COLUMNS, RING, TURNS
+from mixchat.kernels.cpu.trellis_units import COLUMNS, RING, TURNS
 
 _FOURS = COLUMNS // 4
 _ROW_WORDS = RING // 16  # of a column

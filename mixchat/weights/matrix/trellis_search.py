@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from mixchat.kernels.compile import kernels_available
-from mixchat.kernels.trellis_encode import encode_trellis
-from mixchat.kernels.trellis_units import RING, WINDOW
+from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.kernels.cpu.trellis_encode import encode_trellis
+from mixchat.kernels.cpu.trellis_units import RING, WINDOW
 from mixchat.weights.matrix.trellis_table import SUBSETS, Table, words_of
 
 _HALF = 1 << WINDOW - 1

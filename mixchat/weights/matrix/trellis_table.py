@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mixchat.kernels.trellis_encode import subset
-from mixchat.kernels.trellis_units import RING, SCALE_EXPONENT, SUBSET_BITS, WINDOW
+from mixchat.kernels.cpu.trellis_encode import subset
+from mixchat.kernels.cpu.trellis_units import RING, SCALE_EXPONENT, SUBSET_BITS, WINDOW
 
 SUBSETS = 1 << SUBSET_BITS
 _ONE = 64  # the integer that stands for the number 1

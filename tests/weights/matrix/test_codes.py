@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixchat.base.errors import CheckpointError
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format import manifest
 from mixchat.weights.matrix import encode, int8, mxfp4, nf4, quant_type, trellis, trellis_encode
 from mixchat.weights.matrix.int6 import INT5, INT6

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixchat.kernels.compile import kernels_available
+from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.matrix import trellis_layout, trellis_search
 from mixchat.weights.matrix.quant_type import Inputs, Way
 from mixchat.weights.matrix.trellis import TABLE_2, TABLE_3, TRELLIS2, TRELLIS3, TrellisCodes

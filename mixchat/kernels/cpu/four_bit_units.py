@@ -1,0 +1,183 @@
+"""Turns codes of 4 bits into numbers by a table, and multiplies them, with each kind of CPU.
+
+A line is 32 bytes for a pair of columns, with two codes in a byte. Rows 0 to 15 have the low bits,
+rows 16 to 31 the high bits. Levels in bytes are unsigned on x86, so 128 is added to each.
+"""
+
+from __future__ import annotations
+
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i8, i16, vector
+from mixchat.kernels.cpu.units import BYTES_AT, ByteUnit, Unit, UnitSet, WordUnit, on, on_each
+
+LINE = 32  # bytes
+
+
+class Avx512FourBits(WordUnit):
+    """4-bit codes with AVX-512, where one instruction looks up 32 words by 5 bits each."""
+
+    unrolled = 4
+
+    def __init__(self, function: Function, table: Pointer) -> None:
+        super().__init__(function, table)
+        self._twice = table.load(vector(i16, 16)).shuffled([*range(16), *range(16)])
+
+    def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
+        """Return the levels of rows 0 to 15, and of rows 16 to 31."""
+        line = codes.load(vector(i8, LINE), offset).widened(self.words)
+        # vpermw reads 5 bits of each index. The 5th is part of the other code, so the table of 16
+        # levels is there twice, and no instruction masks the codes.
+        name = "llvm.x86.avx512.permvar.hi.512"
+        nibbles = line, line >> 4
+        return [[self.function.call(name, self.words, self._twice, codes) for codes in nibbles]]
+
+
+class _InHalves(Unit):
+    """Interleaves bytes in each half of a vector alone, as AVX2 does with 8 lanes.
+
+    So sums are of rows 0-3 and 8-11, then of 4-7 and 12-15.
+    """
+
+    def in_order(self, sums: list[Value]) -> list[Value]:
+        if self.lanes == 16:
+            return sums
+        lower, upper = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+        return [
+            first.shuffled(rows, second)
+            for first, second in (sums[:2], sums[2:])
+            for rows in (lower, upper)
+        ]
+
+
+def _interleaved(even: Value, odd: Value) -> list[Value]:
+    """Return the numbers of two vectors by turns."""
+    # In the order of vpunpcklbw and vpunpckhbw, which interleave within each 128 bits.
+    count = even.type.count
+    half, quarter = count // 2, count // 4
+    mixed = []
+    for start in (0, quarter):
+        lanes = [*range(start, start + quarter), *range(start + half, start + half + quarter)]
+        mixed.append(even.shuffled([at + count * second for at in lanes for second in (0, 1)], odd))
+    return mixed
+
+
+class FourBits(_InHalves, WordUnit):
+    """4-bit codes. It looks up the low and the high bytes of the levels."""
+
+    unrolled = 2
+
+    def __init__(self, function: Function, table: Pointer) -> None:
+        super().__init__(function, table)
+        both = table.load(self.bytes)
+        self._low, self._high = (both.shuffled(2 * [*range(odd, 32, 2)]) for odd in (0, 1))
+
+    @classmethod
+    def widths(cls) -> tuple[int, ...]:
+        """Return fewer for AVX-VNNI and NEON, which are slow with sums on the stack."""
+        return (2, 1) if cls.cpu.multiplies_bytes or cls.apart else (4, 3, 2, 1)
+
+    def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
+        line = codes.load(self.bytes, offset)
+        nibbles = line & 0xF, _shifted(line, 4) & 0xF
+        return [[words for indices in nibbles for words in self._words_at(indices)]]
+
+    def _words_at(self, indices: Value) -> list[Value]:
+        low, high = (self.looked_up(table, indices) for table in (self._low, self._high))
+        return [mixed.bits_as(self.words) for mixed in _interleaved(low, high)]
+
+
+class NeonFourBits(FourBits):
+    """4-bit codes with NEON, which interleaves bytes as it needs them for products."""
+
+    apart = True
+
+    def _words_at(self, indices: Value) -> list[Value]:
+        low, high = (self.looked_up(table, indices) for table in (self._low, self._high))
+        mixed = []
+        for first in (0, LINE // 2):
+            rows = [*range(first, first + 16, 2), *range(first + 1, first + 16, 2)]
+            order = [at + LINE * is_high for at in rows for is_high in (0, 1)]
+            mixed.append(low.shuffled(order, high).bits_as(self.words))
+        return mixed
+
+    def in_order(self, sums: list[Value]) -> list[Value]:
+        return sums
+
+
+def _shifted(line: Value, by: int) -> Value:
+    """Return bytes with their bits shifted right. Any bits can be above them."""
+    # x86 has no shift of bytes.
+    words = vector(i16, line.type.count // 2)
+    return (line.bits_as(words) >> by).bits_as(line.type)
+
+
+class FourBitsInBytes(_InHalves, ByteUnit):
+    """4-bit codes with x in 8 bits, with AVX-512 twice as fast as words, with AVX2 1.7 times."""
+
+    columns, level_of_one, offset = 4, 127, 128
+
+    def __init__(self, function: Function, table: Pointer) -> None:
+        super().__init__(function, table)
+        levels = table.plus(BYTES_AT).load(vector(i8, 16))
+        self._levels = levels.shuffled([*range(16)] * (self.lanes // 4))
+
+    @classmethod
+    def widths(cls) -> tuple[int, ...]:
+        """Return 7 for AVX-512, whose registers then hold the sums of a block and the totals."""
+        return (7, 4, 3, 2, 1) if cls.lanes == 16 else super().widths()
+
+    def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
+        """Return the levels of rows 0 to 15, then of 16 to 31, with a row's four together."""
+        # Words are two columns of a row. Those of the next two columns come beside them.
+        if self.lanes == 16:
+            # An instruction that takes two vectors would keep others from multiplying.
+            turns = [at + 16 * odd for at in range(16) for odd in (0, 1)]
+            words = [codes.load(vector(i16, LINE), offset).shuffled(turns)]
+        else:
+            first, second = (
+                codes.load(vector(i8, LINE), offset + start).bits_as(vector(i16, LINE // 2))
+                for start in (0, LINE)
+            )
+            words = _interleaved(first, second)
+        low = [pairs.bits_as(self.bytes) for pairs in words]
+        high = [_shifted(pairs, 4) for pairs in low]
+        return [[self.looked_up(self._levels, nibbles & 0xF) for nibbles in (*low, *high)]]
+
+
+class SignedFourBits(FourBitsInBytes):
+    """4-bit codes with signed levels, of which 128 is taken off again."""
+
+    offset = 0
+
+    def __init__(self, function: Function, table: Pointer) -> None:
+        super().__init__(function, table)
+        self._levels = self._levels - 128
+
+
+class _Mxfp4(Unit):
+    """MXFP4. A level is a multiple of 1/2 up to 6, and exact in 16 bits and in 8.
+
+    The scale of 32 weights is the exponent of a float. The exponent 0 (2^-127) is read as 0.
+    """
+
+    block, scale_bytes = 32, 1
+
+    def scales(self, absmax: Pointer, index: Value) -> Value:
+        # Shifted to the exponent's place in fp32, whose denormal numbers 2^-127 would need.
+        exponents = absmax.load(vector(i8, self.lanes), index).widened(self.totals)
+        return (exponents << 23).bits_as(vector(f32, self.lanes))
+
+
+def _four_bits(words: int, of_bytes: int, *added: type) -> UnitSet:
+    """Return units of 4 bits, with the level of 1 in words and in bytes."""
+    return UnitSet(
+        4,
+        on_each(FourBits, *added, level_of_one=words)
+        | {"avx512": on("avx512", Avx512FourBits, *added, level_of_one=words)}
+        | {"neon": on("neon", NeonFourBits, *added, level_of_one=words)},
+        on_each(FourBitsInBytes, *added, level_of_one=of_bytes)
+        | {"neon": on("neon", SignedFourBits, *added, level_of_one=of_bytes)},
+    )
+
+
+FOUR_BITS = _four_bits(4095, 127)
+MXFP4_UNITS = _four_bits(682, 20, _Mxfp4)

@@ -1,0 +1,238 @@
+"""Kernels with their arguments, and programs of many steps in one call, without Python.
+
+For one token, Python takes as long to prepare a small kernel as the kernel takes. A program is
+prepared once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mixchat.kernels.cpu import threads
+from mixchat.kernels.cpu.compile import compiled_here, instruction_set
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, i32, i64, void
+from mixchat.kernels.cpu.threads import NativeFunction
+
+Numbers = ctypes.Array[ctypes.c_int64]  # the arguments of a kernel
+
+
+def copy_of(numbers: Numbers) -> Numbers:
+    """Return the same arguments in another array."""
+    return type(numbers).from_buffer_copy(numbers)
+
+
+def fp32_bits(number: float) -> int:
+    """Return the bits of a number in fp32, as a kernel's argument."""
+    bits: int = struct.unpack("i", struct.pack("f", number))[0]
+    return bits
+
+
+class Signature:
+    """The names of a kernel's arguments, in their order. Each is a 64-bit number.
+
+    The counter of `Function.each_item` comes before them.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._indices = {name: index for index, name in enumerate(("next", *names))}
+        self._array: type[Numbers] = ctypes.c_int64 * len(self._indices)
+
+    def numbers(self, **arguments: int) -> Numbers:
+        """Return an array with these arguments. The others are 0."""
+        array = self._array()
+        self.set(array, **arguments)
+        return array
+
+    def set(self, numbers: Numbers, **arguments: int) -> None:
+        for name, number in arguments.items():
+            numbers[self._indices[name]] = number
+
+    def get(self, numbers: Numbers, name: str) -> int:
+        return numbers[self._indices[name]]
+
+    def address(self, numbers: Numbers, name: str) -> int:
+        return ctypes.addressof(numbers) + 8 * self._indices[name]
+
+    def read_by(self, function: Function) -> Arguments:
+        return Arguments(function, self._indices)
+
+
+class Arguments:
+    """The arguments of a function that is being written."""
+
+    def __init__(self, function: Function, indices: dict[str, int]) -> None:
+        self.function, self._indices = function, indices
+
+    def load(self, name: str, value_type: Any) -> Value:
+        """Load an argument from the lowest of its 64 bits."""
+        return self.function.pointer.load(value_type, 8 * self._indices[name])
+
+    def number(self, name: str) -> Value:
+        return self.load(name, i64)
+
+    def address(self, name: str) -> Pointer:
+        """Return the address of an argument."""
+        return self.function.pointer.plus(8 * self._indices[name])
+
+    def pointer(self, name: str) -> Pointer:
+        return self.function.address(self.number(name))
+
+
+@dataclass
+class Step:
+    """A kernel with its arguments."""
+
+    function: NativeFunction
+    signature: Signature
+    numbers: Numbers
+    keeps: tuple[torch.Tensor | None, ...]  # that the arguments point to
+    threads: int | None = None  # that `run` uses, None for all
+
+    def run(self) -> None:
+        self.function.run(self.numbers, self.threads or torch.get_num_threads())
+        self.numbers[0] = 0
+
+    def copy(self) -> Step:
+        """Return the step with its own array of arguments, for the same tensors."""
+        return Step(self.function, self.signature, copy_of(self.numbers), self.keeps, self.threads)
+
+    def set(self, **arguments: int) -> None:
+        self.signature.set(self.numbers, **arguments)
+
+    def get(self, name: str) -> int:
+        return self.signature.get(self.numbers, name)
+
+    def address(self, name: str) -> int:
+        """Return the address of an argument."""
+        return self.signature.address(self.numbers, name)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps of a program between two points at which all threads wait for each other.
+
+    All threads share the work of the steps, which must not need each other. One thread runs them in
+    order if the stage is `alone`.
+    """
+
+    steps: Sequence[Step]
+    alone: bool = False
+
+
+def together(*steps: Step) -> Stage:
+    """Return a stage whose work all threads share."""
+    return Stage(steps)
+
+
+def alone(*steps: Step) -> Stage:
+    """Return a stage that one thread runs in this order."""
+    return Stage(steps, alone=True)
+
+
+_SIGNATURE = Signature("steps", "stages", "count", "team_size", "give_way", "done")
+_STEP_BYTES = 16  # in `steps`: the addresses of function and arguments
+# In `stages`: the ends of the shared steps and of the others, and the threads that arrived.
+_STAGE_BYTES = 24
+# Looks at the other threads' progress, some microseconds. Then a thread gives way to others,
+# because another program may have the core of the thread that it waits for.
+_SPINS = 400
+
+
+class Program:
+    """Stages, to be run again and again."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._steps = [step for stage in stages for step in stage.steps]
+        addresses = [(s.function.address, ctypes.addressof(s.numbers)) for s in self._steps]
+        ends = _ends(stages)
+        self._tables = torch.tensor(addresses), torch.tensor(ends)
+        self._numbers = _SIGNATURE.numbers(
+            steps=self._tables[0].data_ptr(),
+            stages=self._tables[1].data_ptr(),
+            count=len(ends),
+            team_size=threads.team_size_function() or 0,
+            give_way=threads.give_way_function(),
+        )
+
+    def run(self) -> None:
+        if threads.team_size_function() is None:
+            for step in self._steps:
+                step.run()
+            return
+        _SIGNATURE.set(self._numbers, done=0)
+        _compiled().function("walk").run(self._numbers, torch.get_num_threads())
+
+
+def _ends(stages: Sequence[Stage]) -> list[list[int]]:
+    """Return the table `stages`. The thread that is ready last runs what follows alone.
+
+    For 2 shared steps, 1 alone, 3 alone and 1 shared it is [[2, 6, 0], [7, 7, 0]].
+    """
+    ends: list[list[int]] = []
+    end = 0
+    for stage in stages:
+        end += len(stage.steps)
+        if not stage.alone:
+            ends.append([end, end, 0])
+        elif ends:
+            ends[-1][1] = end
+        else:
+            ends.append([0, end, 0])
+    return ends
+
+
+@compiled_here
+def _compiled(module: Any, lanes: int) -> None:
+    _Walk(module).write()
+
+
+class _Walk:
+    """The function `walk`, in which each thread goes through all stages."""
+
+    def __init__(self, module: Any) -> None:
+        self._function = Function(module, "walk")
+        self._args = _SIGNATURE.read_by(self._function)
+
+    def write(self) -> None:
+        function, args = self._function, self._args
+        stages, start = args.pointer("stages"), function.constant(i64, 0)
+        team = function.call_address(args.number("team_size"), i32).sign_extended(i64)
+        with function.loop(0, args.number("count"), 1, [start]) as (stage, carried):
+            entry, first = stages.plus(stage * _STAGE_BYTES), carried[0]
+            shared_end, end = entry.load(i64), entry.load(i64, 8)
+            with function.loop(first, shared_end, 1) as (step, _):
+                self._call(step)
+            # The last thread to arrive has seen all results ("acq_rel"). It resets what the next
+            # run counts, and only then lets the others go on ("release").
+            arrived = entry.plus(16)
+            with function.when(arrived.take_next("acq_rel").compare("==", team - 1)):
+                arrived.store(function.constant(i64, 0))
+                with function.loop(first, shared_end, 1) as (step, _):
+                    self._arguments_of(step).store(function.constant(i64, 0))
+                with function.loop(shared_end, end, 1) as (step, _):
+                    self._call(step)
+                    self._arguments_of(step).store(function.constant(i64, 0))
+                args.address("done").publish(stage + 1)
+            with function.wait(args.address("done"), stage + 1) as spins:
+                # Lets the core's other hyperthread compute for a moment. Hint 1 of ARM is `yield`.
+                if instruction_set() == "neon":
+                    function.call("llvm.aarch64.hint", void, function.constant(i32, 1))
+                else:
+                    function.call("llvm.x86.sse2.pause", void)
+                with function.when(spins.compare(">", _SPINS)):
+                    function.call_address(args.number("give_way"), void)
+            carried[0] = end
+        function.finish()
+
+    def _call(self, step: Value) -> None:
+        kernel = self._args.pointer("steps").load(i64, step * _STEP_BYTES)
+        self._function.call_address(kernel, void, self._arguments_of(step))
+
+    def _arguments_of(self, step: Value) -> Pointer:
+        return self._function.address(self._args.pointer("steps").load(i64, step * _STEP_BYTES + 8))

@@ -1,0 +1,370 @@
+"""x times a matrix of codes of 2 to 8 bits, at the speed at which memory can be read.
+
+The layout "cpu-packed" of `weights/matrix/` interleaves the rows of a band, 32 or in a trellis 64,
+some columns at a time. `round_x` rounds x to integers, in the blocks of the weights with a scale
+for each. `multiply` adds the products of a block up exactly, and only then scales them as floats.
+
+For codes of 4 bits and a few tokens x has 13 bits and a sign. The error against a product in double
+precision is about 1.5e-4 of the result. For more bits x has 15 bits and a sign. The error is
+2e-5, while rounding the weights to 8 bits has cost 6e-3. For many tokens x has 7 bits and a sign
+for codes of 4 to 6 bits, if the CPU multiplies bytes. The error is 8e-3, while rounding the weights
+to 4 bits has cost 9e-2, and to 6 bits 2.4e-2. For a trellis x always has 7 bits and a sign, and
+rounding the weights has cost 0.14 or more.
+
+N = tokens, R = rows (out features), C = columns (in features), B = blocks of 64 columns, or of 32
+in MXFP4.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from mixchat.kernels.cpu.arithmetic import as_fp32
+from mixchat.kernels.cpu.compile import compiled_here, instruction_set
+from mixchat.kernels.cpu.emit import Function, Value, f32, i32, i64, vector
+from mixchat.kernels.cpu.program import Arguments, Step, copy_of
+from mixchat.kernels.cpu.tile import SIGNATURE, DecodedTile, Tile, write_decode
+from mixchat.kernels.cpu.trellis_units import Trellis
+from mixchat.kernels.cpu.units import BAND, Unit, UnitSet
+
+# Bands that are read at once for one token. Memory was slower with more.
+_STREAMS = 2
+# Bytes of a stream in one item of work, if each thread still gets enough items.
+_STREAM_BYTES, _ITEMS = 2**20, 8
+_DECODING = 8  # trellises that share a stage with several tokens, which bounds their memory
+_X_BYTES = 2**19  # of x in one item of work, which fit in the second-level cache
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class QuantizedMatrix(NamedTuple):
+    """A matrix whose codes have the layout "cpu-packed"."""
+
+    codes: torch.Tensor  # of `units.bits` bits
+    absmax: torch.Tensor  # flat [B * R], or [R / 32, B, 32], in the form that the units load
+    levels: torch.Tensor | None  # of `UnitSet.level_tables`; None if codes are numbers themselves
+    shape: tuple[int, int]  # R, a multiple of the units' band, and C, of their block
+    units: UnitSet
+    bias: torch.Tensor | None = None  # fp32 [R]
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Return the addresses of codes, absmax and bias, 0 without one."""
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return self.codes.data_ptr(), self.absmax.data_ptr(), bias
+
+    @property
+    def of_bands(self) -> QuantizedMatrix:
+        """Return the matrix with a copy of absmax [R / 32, B, 32], which is read faster."""
+        assert self.units.band == BAND  # others are decoded by halves
+        bands = self.absmax.view(-1, self.shape[0] // BAND, BAND)
+        return self._replace(absmax=bands.transpose(0, 1).contiguous())
+
+    @property
+    def absmax_strides(self) -> tuple[int, int]:
+        """Return how many numbers of absmax one row and one block count for."""
+        return (self.absmax.shape[1], BAND) if self.absmax.dim() == 3 else (1, self.shape[0])
+
+
+def quantized_matmul(
+    x: torch.Tensor, matrix: QuantizedMatrix, *, exact: bool = False
+) -> torch.Tensor:
+    """Return x [..., C] times the transposed matrix, plus the bias, [..., R] in the type of x.
+
+    On the CPU. Types but fp32 and bf16 are computed as fp32. With codes of 4 to 6 bits
+    many rows are rounded more coarsely than few, unless `exact`.
+    """
+    rows, columns = matrix.shape
+    rounded = x if x.dtype in _DTYPES else x.float()
+    flat = rounded.reshape(-1, columns).contiguous()
+    out = torch.empty(*x.shape[:-1], rows, dtype=flat.dtype)
+    for step in quantized_matmul_steps(flat, matrix, out.view(-1, rows), exact=exact):
+        step.run()
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def quantized_matmul_steps(
+    flat: torch.Tensor, matrix: QuantizedMatrix, out: torch.Tensor, *, exact: bool = False
+) -> tuple[Step, Step]:
+    """Return `quantized_matmul` as steps for contiguous x [N, C], which write `out` [N, R].
+
+    The second one needs the first. `grouped_matmul_steps` says what they keep alive.
+    """
+    (round_x,), ((multiply,),) = grouped_matmul_steps(flat, [matrix], [out], exact=exact)
+    return round_x, multiply
+
+
+def grouped_matmul_steps(
+    flat: torch.Tensor,
+    matrices: Sequence[QuantizedMatrix],
+    outs: Sequence[torch.Tensor],
+    x_rows: torch.Tensor | None = None,
+    *,
+    exact: bool = False,
+) -> tuple[list[Step], list[list[Step]]]:
+    """Return steps that round rows of x [N, C], and steps that write each `out` [n, R], by stages.
+
+    Rows of x are in the order of the matrices, as many as each `out` has. Or x has one row, for all
+    of them. `x_rows`, int64, choose the rows of x instead. All matrices have the same form. The
+    steps do not keep codes, absmax and bias alive, which may be replaced. If each `out` has one
+    row, they can run again.
+    """
+    shared = x_rows is None and flat.shape[0] == 1
+    rounds: list[Step] = []
+    products: list[Step] = []
+    counts = [out.shape[0] for out in outs]
+    assert shared or sum(counts) == (flat if x_rows is None else x_rows).shape[0]
+    units = [_unit(matrices[0], 1 if exact else count) for count in counts]
+    first = 0
+    for unit, numbers in itertools.groupby(range(len(outs)), key=units.__getitem__):
+        group = [*numbers]
+        end = first + sum(counts[number] for number in group)
+        source = flat if shared or x_rows is not None else flat[first:end]
+        chosen = None if x_rows is None else x_rows[first:end]
+        most = max(counts[number] for number in group)
+        round_x, multiply = _steps(source, chosen, matrices[0], unit, len(group), most)
+        rounds.append(round_x)
+        parts, row = _Parts(multiply), 0
+        for index, number in enumerate(group):
+            decoded = index % _DECODING * _decoded_bytes(unit, matrices[0])
+            products.append(parts.step(row, matrices[number], outs[number], decoded))
+            row += 0 if shared else counts[number]
+        first = end
+    # All units of a trellis are the same.
+    together = _DECODING if issubclass(units[0], Trellis) and max(counts) > 1 else len(products)
+    return rounds, [products[at : at + together] for at in range(0, len(products), together)]
+
+
+class _Parts:
+    """Products of some rows of the rounded x, as steps of their own."""
+
+    def __init__(self, multiply: Step) -> None:
+        self._multiply, tokens = multiply, multiply.get("tokens") or 1
+        x, scales, sums = (multiply.get(name) for name in ("x_integers", "x_scales", "x_sums"))
+        self._starts = x, scales, sums
+        self._sizes = (scales - x) // tokens, (sums - scales) // tokens  # of a row
+
+    def step(self, row: int, matrix: QuantizedMatrix, out: torch.Tensor, decoded: int) -> Step:
+        """Return the step for the rows of x from `row` on, which writes `out` [n, R].
+
+        Its decoded levels lie `decoded` bytes after the first ones.
+        """
+        codes, absmax, bias = matrix.addresses
+        (x, scales, sums), (of_x, of_scales) = self._starts, self._sizes
+        whole = self._multiply
+        numbers = copy_of(whole.numbers)
+        step = Step(whole.function, whole.signature, numbers, (*whole.keeps, out))
+        step.set(
+            x_integers=x + row * of_x,
+            x_scales=scales + row * of_scales,
+            x_sums=sums + row * of_scales,
+            tokens=out.shape[0],
+            out=out.data_ptr(),
+            codes=codes,
+            absmax=absmax,
+            bias=bias,
+            decoded=whole.get("decoded") + decoded,
+        )
+        return step
+
+
+def _decoded_bytes(unit: type[Unit], matrix: QuantizedMatrix) -> int:
+    """Return the bytes for half a decoded band of each thread."""
+    return matrix.shape[1] * BAND * torch.get_num_threads() if issubclass(unit, Trellis) else 0
+
+
+def _unit(matrix: QuantizedMatrix, tokens: int) -> type[Unit]:
+    instructions = instruction_set()
+    assert instructions is not None
+    return matrix.units.unit_for(instructions, tokens)
+
+
+def _steps(
+    flat: torch.Tensor,
+    x_rows: torch.Tensor | None,
+    matrix: QuantizedMatrix,
+    unit: type[Unit],
+    alike: int,
+    most: int,
+) -> tuple[Step, Step]:
+    """Return a step that rounds rows of x, and one that multiplies them with a matrix.
+
+    The second one is to be divided into `alike` steps with up to `most` rows, by `_Parts`.
+    """
+    (rows, columns), units, levels = matrix.shape, matrix.units, matrix.levels
+    of_row, of_block = matrix.absmax_strides
+    tokens = flat.shape[0] if x_rows is None else x_rows.shape[0]
+    bf16 = flat.dtype == torch.bfloat16
+    size, block = unit.x_type.width // 8, unit.block
+    width = unit.widths()[0]
+    # Enough items for all threads, if `alike` matrices share the stage.
+    items = max(1, _ITEMS // alike) * torch.get_num_threads()
+    most_bands = rows // unit.band // (_STREAMS * items)
+    # Threads may be at different steps of a stage, so each step has its own bytes.
+    decoded = _decoded_bytes(unit, matrix) * min(alike, _DECODING) if most > 1 else 0
+    # Three allocations would take as long as rounding one token.
+    blocks = tokens * columns // block
+    scratch = torch.empty(blocks * (8 + block * size) + decoded, dtype=torch.uint8)
+    start = scratch.data_ptr()
+    numbers = SIGNATURE.numbers(
+        x=flat.data_ptr(),
+        x_rows=0 if x_rows is None else x_rows.data_ptr(),
+        x_integers=start,
+        x_scales=start + blocks * block * size,
+        x_sums=start + blocks * (block * size + 4),
+        absmax_of_row=of_row,
+        absmax_of_block=of_block,
+        levels=0 if levels is None else levels.data_ptr(),
+        rows=rows,
+        columns=columns,
+        tokens=tokens,
+        chunk=max(width, _X_BYTES * (4 if decoded else 1) // (size * columns) // width * width),
+        run=max(1, min(most_bands, _STREAM_BYTES // (columns * unit.band * units.bits // 8))),
+        decoded=start + blocks * (8 + block * size),
+        slots=torch.get_num_threads(),
+    )
+    compiled = _compiled(unit, bf16, matrix.bias is not None)
+    round_x = compiled.function("round_x" if x_rows is None else "round_chosen")
+    keeps = flat, x_rows, levels, scratch
+    return (
+        Step(round_x, SIGNATURE, copy_of(numbers), keeps, threads=1 if tokens == 1 else None),
+        Step(compiled.function("multiply"), SIGNATURE, numbers, keeps),
+    )
+
+
+@compiled_here
+def _compiled(module: Any, lanes: int, unit: type[Unit], bf16: bool, biased: bool) -> None:
+    for chosen in (False, True):
+        _write_round_x(module, unit, bf16, chosen)
+    wide = Tile(module, unit, bf16, biased, _STREAMS, 1)
+    if issubclass(unit, Trellis):
+        decoded = unit.decoded
+        widths = decoded.widths()
+        tiles = [DecodedTile(module, decoded, bf16, biased, 1, width) for width in widths]
+        alone = Tile(module, unit, bf16, biased, 1, 1)
+        decodes = [write_decode(module, unit, half) for half in (0, 1)]
+        _write_multiply(module, unit, wide, alone, _DecodedTokens(tiles, decodes))
+    else:
+        plain = [Tile(module, unit, bf16, biased, 1, width) for width in unit.widths()]
+        _write_multiply(module, unit, wide, plain[-1], _Tokens(plain))
+
+
+def _write_round_x(module: Any, unit: type[Unit], bf16: bool, chosen: bool) -> None:
+    """Write `round_x`, or `round_chosen` for the rows of x that `x_rows` names.
+
+    An item of work is a token.
+    """
+    function = Function(module, "round_chosen" if chosen else "round_x")
+    args = SIGNATURE.read_by(function)
+    x, x_integers = args.pointer("x"), args.pointer("x_integers")
+    scales, sums = args.pointer("x_scales"), args.pointer("x_sums")
+    columns, lanes = args.number("columns"), unit.lanes
+    blocks, size = columns // unit.block, unit.x_type.width // 8
+    integers, size_of_order = vector(i32, lanes), len(unit.x_order)
+    order = [start + at for start in range(0, lanes, size_of_order) for at in unit.x_order]
+    with (
+        function.each_item(function.pointer, args.number("tokens")) as token,
+        function.loop(0, blocks, 1) as (block, _),
+    ):
+        first = token * columns + block * unit.block
+        row = args.pointer("x_rows").load(i64, token * 8) if chosen else token
+        source = row * columns + block * unit.block
+        pieces = [as_fp32(x, source + at, bf16, lanes) for at in range(0, unit.block, lanes)]
+        # Bits of magnitudes rise like the numbers. NaN comes last, and makes every result NaN.
+        bits = [piece.bits_as(integers) & 0x7FFFFFFF for piece in pieces]
+        largest = functools.reduce(lambda lhs, rhs: lhs.compare("<", rhs).choose(rhs, lhs), bits)
+        name = f"llvm.vector.reduce.umax.v{lanes}i32"
+        absmax = function.call(name, i32, largest).bits_as(f32)
+        factor = function.constant(f32, unit.largest_x) / absmax
+        factor = absmax.compare(">", 1e-30).choose(factor, 0.0)
+        scale = absmax * (1 / (unit.largest_x * unit.level_of_one))
+        scales.store(scale, (token * blocks + block) * 4)
+        total = function.constant(integers, 0)
+        for number, piece in enumerate(pieces):
+            rounded = function.rounded(piece * factor.broadcast(lanes)).as_integer(integers)
+            total = total + rounded
+            narrow = rounded.narrowed(vector(unit.x_type, lanes)).shuffled(order)
+            x_integers.store(narrow, (first + number * lanes) * size)
+        if unit.offset:
+            total_of_lanes = function.call(f"llvm.vector.reduce.add.v{lanes}i32", i32, total)
+            sums.store(total_of_lanes * -unit.offset, (token * blocks + block) * 4)
+    function.finish()
+
+
+class _Tokens:
+    """Writes the products of a band with some tokens."""
+
+    def __init__(self, tiles: Sequence[Tile]) -> None:
+        self._tiles = tiles  # the last one is for one token
+
+    def may_start(self, args: Arguments) -> Value | None:
+        """Return whether a thread takes part, or None if all do."""
+        return None
+
+    def write(self, args: Arguments, band: Value, start: Value, end: Value) -> None:
+        self._each_tile(args.function, band, start, end, args.number("run"))
+
+    def _each_tile(
+        self, function: Function, band: Value, start: Value, end: Value, last: Value
+    ) -> None:
+        done = start
+        for tile in self._tiles:
+            turns = (end - done) // tile.tokens * tile.tokens
+            with function.loop(done, done + turns, tile.tokens) as (token, _):
+                function.call_own(tile.function, function.pointer, band, token, last)
+            done = done + turns
+
+
+class _DecodedTokens(_Tokens):
+    """Decodes each half of a band once. Each thread has its own slot for that."""
+
+    def __init__(self, tiles: Sequence[Tile], decodes: Sequence[Function]) -> None:
+        super().__init__(tiles)
+        self._decodes = decodes
+
+    def may_start(self, args: Arguments) -> Value:
+        self._slot = args.address("slots_taken").take_next()
+        with_slot = self._slot.compare("<", args.number("slots"))
+        return args.number("tokens").compare("==", 1) | with_slot
+
+    def write(self, args: Arguments, band: Value, start: Value, end: Value) -> None:
+        function, slot = args.function, self._slot * args.number("columns") * BAND
+        for half, decode in enumerate(self._decodes):
+            function.call_own(decode, function.pointer, band, slot)
+            self._each_tile(function, band * 2 + half, start, end, slot)
+
+
+def _write_multiply(module: Any, unit: type[Unit], wide: Tile, alone: Tile, many: _Tokens) -> None:
+    """Write `multiply`. An item of work is `_STREAMS` runs of bands and one chunk of tokens.
+
+    `wide` and `alone` are for one token.
+    """
+    function = Function(module, "multiply")
+    args = SIGNATURE.read_by(function)
+    rows, tokens, chunk, run = (args.number(name) for name in ("rows", "tokens", "chunk", "run"))
+    bands, size = rows // unit.band, run * _STREAMS
+    groups = (bands + size - 1) // size
+    chunks = (tokens + chunk - 1) // chunk
+    items = groups * chunks
+    may_start = many.may_start(args)
+    if may_start is not None:
+        items = may_start.choose(items, 0)
+    is_one = tokens.compare("==", 1)
+    with function.each_item(function.pointer, items) as item:
+        start = item // groups * chunk
+        end = function.minimum(start + chunk, tokens)
+        first = item % groups * size
+        last = function.minimum(first + size, bands)
+        together = is_one & (last - first).compare("==", size)
+        with function.when(together), function.loop(first, first + run, 1) as (band, _):
+            function.call_own(wide.function, function.pointer, band, start, run)
+        apart = is_one & together.compare("==", 0)
+        with function.when(apart), function.loop(first, last, 1) as (band, _):
+            function.call_own(alone.function, function.pointer, band, start, run)
+        with function.when(is_one.compare("==", 0)), function.loop(first, last, 1) as (band, _):
+            many.write(args, band, start, end)
+    function.finish()

@@ -1,0 +1,336 @@
+"""Chooses the best experts of each token, by their logits or by scores that are made of them.
+
+T = tokens, D = columns, E = experts, K = experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from llvmlite import ir
+from torch.nn import functional
+
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.arithmetic import as_fp32, exponential, sigmoid
+from mixchat.kernels.cpu.compile import compiled_here
+from mixchat.kernels.cpu.emit import Function, Value, f32, i64, vector
+from mixchat.kernels.cpu.program import Signature, Step, copy_of, fp32_bits
+
+_LEAST_SUM = 1e-20  # is added to a sum of scores, which may be 0
+_FEW = 4  # tokens that one thread finishes before a second one has started
+_TOGETHER = 4  # logits of a token that are summed up at once, so that no sum waits for itself
+# Ranks. Experts not yet chosen are above `_START`, however low their logits are. As in torch, NaN
+# is above all numbers.
+_CHOSEN, _START, _LOWEST, _NO_NUMBER = -3.4e38, -3.3e38, -3.2e38, 3.4e38
+_SIGNATURE = Signature(
+    "x",
+    "gate",
+    "bias",
+    "logits",
+    "ranks",
+    "experts",
+    "weights",
+    "tokens",
+    "columns",
+    "count",
+    "choices",
+    "unchosen",
+    "correction",
+    "scaling",
+)
+_LOOK_UP = Signature("experts", "table", "targets", "choices", "columns")
+
+Scoring = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Router:
+    """Chooses the experts [T, K] with the largest logits, the first of equal ones.
+
+    gate: fp32 or bf16 [E, D], contiguous. bias: fp32 [E], which is added to the logits.
+    normalized: whether the weights of the K chosen experts sum to one.
+    scoring: makes an expert's weight of the logits.
+    correction: fp32 [E], which is added to these scores for the choice, and not for the weights.
+    scaling: multiplies the weights.
+    """
+
+    gate: torch.Tensor
+    choices: int
+    normalized: bool = True
+    bias: torch.Tensor | None = None
+    scoring: Scoring = "softmax"
+    correction: torch.Tensor | None = None
+    scaling: float = 1.0
+
+    @property
+    def _scores(self) -> Scoring | None:
+        """Return the scores that the choice is made by, or None if it is made by the logits."""
+        plain = self.scoring == "softmax" and self.correction is None and self.scaling == 1
+        return None if plain else self.scoring
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the experts [T, K], int64, best first, and their weights [T, K], fp32.
+
+        The logits are x [T, D] times the gate in fp32, because rounding could change the choice.
+        """
+        if not rows.can_compute(x.dtype, x.shape[1], x.device.type):
+            return self._by_torch(x)
+        x, tokens = x.contiguous(), x.shape[0]
+        experts = torch.empty(tokens, self.choices, dtype=torch.int64)
+        weights = torch.empty(tokens, self.choices)
+        for step in self.steps(x, experts, weights):
+            step.run()
+        return experts, weights
+
+    def _by_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = functional.linear(x.float(), self.gate.float(), self.bias)  # [T, E]
+        if self._scores is not None:
+            scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(dim=-1)
+            ranks = scores if self.correction is None else scores + self.correction
+            order = ranks.sort(dim=-1, descending=True, stable=True).indices[:, : self.choices]
+            chosen = scores.gather(1, order)
+            if self.normalized:
+                chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + _LEAST_SUM)
+            return order, chosen * self.scaling
+        # Of equal logits, topk takes any.
+        ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+        counted = ranked[:, : self.choices] if self.normalized else ranked
+        return order[:, : self.choices], counted.softmax(dim=-1)[:, : self.choices]
+
+    def steps(
+        self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[Step, Step]:
+        """Return `__call__` as steps that write experts and weights. x is contiguous.
+
+        The second one needs the first.
+        """
+        tokens, count = experts.shape[0], self.gate.shape[0]
+        logits, ranks = torch.empty(2, tokens, count)
+        correction = torch.zeros(count) if self.correction is None else self.correction
+        numbers = _SIGNATURE.numbers(
+            x=x.data_ptr(),
+            gate=self.gate.data_ptr(),
+            bias=0 if self.bias is None else self.bias.data_ptr(),
+            logits=logits.data_ptr(),
+            ranks=ranks.data_ptr(),
+            experts=experts.data_ptr(),
+            weights=weights.data_ptr(),
+            tokens=tokens,
+            columns=x.shape[1],
+            count=count,
+            choices=self.choices,
+            unchosen=0 if self.normalized else count,
+            correction=correction.data_ptr(),
+            scaling=fp32_bits(self.scaling),
+        )
+        bf16 = x.dtype == torch.bfloat16, self.gate.dtype == torch.bfloat16
+        compiled = _compiled(*bf16, self.bias is not None, self._scores)
+        keeps = (x, self.gate, self.bias, correction, experts, weights, logits, ranks)
+        score, choose = (compiled.function(name) for name in ("score", "choose"))
+        threads = 1 if tokens <= _FEW else None
+        return (
+            Step(score, _SIGNATURE, numbers, keeps, threads),
+            Step(choose, _SIGNATURE, copy_of(numbers), keeps, threads),
+        )
+
+
+def look_up_step(experts: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> Step:
+    """Return a step that writes, for each chosen expert, the numbers that a table has for it.
+
+    All are contiguous int64. `experts` [K] choose rows of `table` [E, n]. `targets` [K, n] are the
+    addresses to write to.
+    """
+    numbers = _LOOK_UP.numbers(
+        experts=experts.data_ptr(),
+        table=table.data_ptr(),
+        targets=targets.data_ptr(),
+        choices=targets.shape[0],
+        columns=targets.shape[1],
+    )
+    function = _compiled(False, False, False, None).function("look_up")
+    return Step(function, _LOOK_UP, numbers, (experts, table, targets), threads=1)
+
+
+@compiled_here
+def _compiled(
+    module: ir.Module,
+    lanes: int,
+    x_bf16: bool,
+    gate_bf16: bool,
+    biased: bool,
+    scores: Scoring | None,
+) -> None:
+    _Score(module, lanes, x_bf16, gate_bf16, biased).write()
+    (_Choose(module) if scores is None else _ChooseByScores(module, scores)).write()
+    _write_look_up(module)
+
+
+def _write_look_up(module: ir.Module) -> None:
+    function = Function(module, "look_up")
+    args = _LOOK_UP.read_by(function)
+    experts, table, targets = (args.pointer(name) for name in ("experts", "table", "targets"))
+    columns = args.number("columns")
+    with (
+        function.each_item(function.pointer, function.constant(i64, 1)),
+        function.loop(0, args.number("choices"), 1) as (choice, _),
+        function.loop(0, columns, 1) as (column, _),
+    ):
+        number = table.load(i64, (experts.load(i64, choice * 8) * columns + column) * 8)
+        target = targets.load(i64, (choice * columns + column) * 8)
+        function.address(target).store(number)
+    function.finish()
+
+
+class _Score:
+    """A function that computes logits. An item of work is `_TOGETHER` experts of a token."""
+
+    def __init__(
+        self, module: ir.Module, lanes: int, x_bf16: bool, gate_bf16: bool, biased: bool
+    ) -> None:
+        self._function, self._lanes = Function(module, "score"), lanes
+        self._x_bf16, self._gate_bf16, self._biased = x_bf16, gate_bf16, biased
+        self._args = _SIGNATURE.read_by(self._function)
+
+    def write(self) -> None:
+        function, args = self._function, self._args
+        count = args.number("count")
+        groups = (count + _TOGETHER - 1) // _TOGETHER
+        with function.each_item(function.pointer, args.number("tokens") * groups) as item:
+            token, first = item // groups, item % groups * _TOGETHER
+            # Beyond the last expert, the last one is computed again.
+            experts = [function.minimum(first + number, count - 1) for number in range(_TOGETHER)]
+            for expert, logit in zip(experts, self._logits(token, experts), strict=True):
+                target = (token * count + expert) * 4
+                args.pointer("logits").store(logit, target)
+                args.pointer("ranks").store(_rank(function, logit), target)
+        function.finish()
+
+    def _logits(self, token: Value, experts: Sequence[Value]) -> list[Value]:
+        function, args, lanes = self._function, self._args, self._lanes
+        columns, zeros = args.number("columns"), function.constant(vector(f32, lanes), 0.0)
+        with function.loop(0, columns, lanes, [zeros] * len(experts)) as (column, sums):
+            x = as_fp32(args.pointer("x"), token * columns + column, self._x_bf16, lanes)
+            for number, expert in enumerate(experts):
+                index = expert * columns + column
+                row = as_fp32(args.pointer("gate"), index, self._gate_bf16, lanes)
+                sums[number] = function.multiply_add(x, row, sums[number])
+        logits = [function.total(lanes_sum) for lanes_sum in sums]
+        if not self._biased:
+            return logits
+        bias = args.pointer("bias")
+        return [
+            logit + bias.load(f32, expert * 4)
+            for expert, logit in zip(experts, logits, strict=True)
+        ]
+
+
+def _rank(function: Function, logit: Value) -> Value:
+    """Return the logit, or a finite number for NaN."""
+    finite = function.maximum(logit, function.constant(f32, _LOWEST))
+    return logit.compare("==", logit).choose(finite, _NO_NUMBER)
+
+
+class _Choose:
+    """A function that chooses experts by their logits. An item of work is a token."""
+
+    def __init__(self, module: ir.Module) -> None:
+        self._function = Function(module, "choose")
+        self._args = _SIGNATURE.read_by(self._function)
+
+    def write(self) -> None:
+        function, args = self._function, self._args
+        count, choices = args.number("count"), args.number("choices")
+        with function.each_item(function.pointer, args.number("tokens")) as token:
+            first = token * choices
+            self._score(token * count, count)
+            with function.loop(first, first + choices, 1) as (index, _):
+                # The best expert not yet chosen, and its logit in the place of its weight.
+                ranks = args.pointer("ranks")
+                start = [function.constant(i64, 0), function.constant(f32, _START)]
+                with function.loop(0, count, 1, start) as (expert, best):
+                    rank = ranks.load(f32, (token * count + expert) * 4)
+                    is_better = rank.compare(">", best[1])
+                    best[:] = is_better.choose(expert, best[0]), is_better.choose(rank, best[1])
+                offset = (token * count + best[0]) * 4
+                ranks.store(function.constant(f32, _CHOSEN), offset)
+                logit = args.pointer("logits").load(f32, offset)
+                args.pointer("experts").store(best[0], index * 8)
+                args.pointer("weights").store(logit, index * 4)
+            self._soften(token, first, choices)
+        function.finish()
+
+    def _score(self, first: Value, count: Value) -> None:
+        """Turn the token's logits into what it is chosen by, which logits are already."""
+
+    def _soften(self, token: Value, first: Value, choices: Value) -> None:
+        """Turn logits into weights. The first logit is the largest."""
+        function, weights = self._function, self._args.pointer("weights")
+        largest = weights.load(f32, first * 4)
+        zero = function.constant(f32, 0.0)
+        with function.loop(first, first + choices, 1, [zero]) as (index, sums):
+            power = self._power(weights.load(f32, index * 4) - largest)
+            weights.store(power, index * 4)
+            sums[0] = sums[0] + power
+        total = sums[0] + self._unchosen(token, largest)
+        with function.loop(first, first + choices, 1) as (index, _):
+            weights.store(weights.load(f32, index * 4) / total, index * 4)
+
+    def _unchosen(self, token: Value, largest: Value) -> Value:
+        """Return the sum of the powers of the experts that were not chosen, if they count."""
+        function, args = self._function, self._args
+        zero, first = function.constant(f32, 0.0), token * args.number("count")
+        with function.loop(0, args.number("unchosen"), 1, [zero]) as (expert, sums):
+            offset = (first + expert) * 4
+            is_unchosen = args.pointer("ranks").load(f32, offset).compare(">", _START)
+            logit = args.pointer("logits").load(f32, offset)
+            sums[0] = sums[0] + is_unchosen.choose(self._power(logit - largest), 0.0)
+        return sums[0]
+
+    def _power(self, below: Value) -> Value:
+        """Return e^below. NaN stays NaN."""
+        return below.compare("==", below).choose(exponential(self._function, below), below)
+
+
+class _ChooseByScores(_Choose):
+    """A function that turns logits into scores, and chooses experts by them and a correction."""
+
+    def __init__(self, module: ir.Module, scores: Scoring) -> None:
+        super().__init__(module)
+        self._scores = scores
+
+    def _score(self, first: Value, count: Value) -> None:
+        function, args = self._function, self._args
+        logits, ranks = args.pointer("logits"), args.pointer("ranks")
+        if self._scores == "softmax":
+            start = function.constant(f32, _CHOSEN)
+            with function.loop(first, first + count, 1, [start]) as (index, best):
+                best[0] = function.maximum(logits.load(f32, index * 4), best[0])
+            largest, zero = best[0], function.constant(f32, 0.0)
+            with function.loop(first, first + count, 1, [zero]) as (index, sums):
+                sums[0] = sums[0] + self._power(logits.load(f32, index * 4) - largest)
+            total = sums[0]
+        with function.loop(0, count, 1) as (expert, _):
+            offset = (first + expert) * 4
+            logit = logits.load(f32, offset)
+            if self._scores == "softmax":
+                score = self._power(logit - largest) / total
+            else:
+                # NaN stays NaN, so that a broken token is noticed.
+                score = logit.compare("==", logit).choose(sigmoid(function, logit), logit)
+            logits.store(score, offset)
+            corrected = score + args.pointer("correction").load(f32, expert * 4)
+            ranks.store(_rank(function, corrected), offset)
+
+    def _soften(self, token: Value, first: Value, choices: Value) -> None:
+        """Normalize the scores of the chosen experts, if asked, and scale them."""
+        function, args, weights = self._function, self._args, self._args.pointer("weights")
+        zero, scaling = function.constant(f32, 0.0), args.load("scaling", f32)
+        with function.loop(first, first + choices, 1, [zero]) as (index, sums):
+            sums[0] = sums[0] + weights.load(f32, index * 4)
+        is_normalized = args.number("unchosen").compare("==", 0)
+        total = is_normalized.choose(sums[0] + _LEAST_SUM, 1.0)
+        with function.loop(first, first + choices, 1) as (index, _):
+            weights.store(weights.load(f32, index * 4) / total * scaling, index * 4)

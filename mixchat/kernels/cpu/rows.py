@@ -1,0 +1,336 @@
+"""The operations on a token's row between the matrices, each in one pass over the row.
+
+torch takes four to nine operations for what is one here, and 20 us in place of 2. The kernels
+compute in fp32 and round once. Functions fall back to torch if their kernel does not take the rows.
+
+T = tokens, D = columns, K = experts of a token, h = head_dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from llvmlite import ir
+from torch.nn import functional
+
+from mixchat.kernels.cpu.arithmetic import as_fp32, rounded_to_bf16, sigmoid, store_fp32
+from mixchat.kernels.cpu.compile import LANES, compiled_here, instruction_set
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i64, vector
+from mixchat.kernels.cpu.program import Signature, Step, fp32_bits
+
+_DTYPES = (torch.float32, torch.bfloat16)
+# Numbers that one thread finishes before a second one has started.
+_FEW = 2**16
+_SIGNATURE = Signature(
+    "x",
+    "weight",
+    "cos",
+    "sin",
+    "out",
+    "tokens",
+    "columns",
+    "stride",
+    "count",
+    "eps",
+    "limit",
+    "alpha",
+    "rotated",
+    "places",
+)
+
+
+def can_compute(dtype: torch.dtype, columns: int, device_type: str = "cpu") -> bool:
+    """Return whether the kernels take rows of `columns` numbers of this type."""
+    instructions = instruction_set()
+    if device_type != "cpu" or instructions is None or dtype not in _DTYPES:
+        return False
+    return columns % LANES[instructions] == 0
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return x [T, D] / rms(x), rounded to the type of x, times weight [D].
+
+    Or of x [T, heads, D]. `out` is as in `rms_norm_step`.
+    """
+    if not can_compute(x.dtype, x.shape[-1], x.device.type):
+        wide = x.float()
+        mean = (wide * wide).mean(-1, keepdim=True)
+        normed = (wide * torch.rsqrt(mean + eps)).to(x.dtype) * weight
+        return normed if out is None else out.copy_(normed)
+    if out is None:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+    rms_norm_step(x, weight, eps, out).run()
+    return out
+
+
+def rms_norm_step(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> Step:
+    """Return `rms_norm` as a step.
+
+    The numbers of a token follow one another. `out` has the strides of x, and may be x.
+    """
+    arguments = {"weight": weight.data_ptr(), "columns": x.shape[-1], "eps": fp32_bits(eps)}
+    heads = x.shape[1] if x.dim() == 3 else 1
+    return _step("rms_norm", x, out, weight, **arguments, count=heads, stride=x.stride(0))
+
+
+def clamp_step(x: torch.Tensor, limit: float) -> Step:
+    """Return x.clamp_(-limit, limit) as a step, for contiguous x [T, D]."""
+    return _step("clamp", x, x, columns=x.shape[-1], limit=fp32_bits(limit))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x [T, heads, h] times cos [T, h], plus x with its halves swapped times sin [T, h].
+
+    The numbers of a token's heads follow one another. If cos and sin have fewer columns than x, the
+    other columns of x stay as they are.
+    """
+    (tokens, heads, width), rotated = x.shape, cos.shape[-1]
+    parts = rotated // 2, width - rotated
+    if not all(can_compute(x.dtype, columns, x.device.type) for columns in parts):
+        turned, kept = x[..., :rotated], x[..., rotated:]
+        swapped = turned.roll(rotated // 2, dims=-1)
+        return torch.cat((turned * cos[:, None] + swapped * sin[:, None], kept), dim=-1)
+    out = torch.empty(tokens, heads, width, dtype=x.dtype)
+    step = rotate_step(x, out, rotated)
+    step.set(cos=cos.data_ptr(), sin=sin.data_ptr())
+    step.run()
+    return out
+
+
+def rotate_step(x: torch.Tensor, out: torch.Tensor, rotated: int) -> Step:
+    """Return `rotate` of the first `rotated` columns as a step. `cos` and `sin` are not set yet."""
+    arguments = {"columns": x.shape[2], "count": x.shape[1], "stride": x.stride(0)}
+    return _step("rotate", x, out, **arguments, rotated=rotated)
+
+
+@dataclass(frozen=True)
+class Swiglu:
+    """The product of gate and up, after silu(x) = x * sigmoid(x) of the gate.
+
+    With a limit it is (up + 1) * gate * sigmoid(alpha * gate). Up is clamped to the limit on both
+    sides, and gate above.
+    """
+
+    limit: float | None = None
+    alpha: float = 1.702
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return the product [T, D] for gate and up, [T, 2 * D]."""
+        columns = gate_up.shape[-1] // 2
+        if not can_compute(gate_up.dtype, columns, gate_up.device.type):
+            return self._by_torch(*gate_up.chunk(2, dim=-1))
+        gate_up = gate_up.contiguous()
+        out = torch.empty(gate_up.shape[0], columns, dtype=gate_up.dtype)
+        self.step(gate_up, out).run()
+        return out
+
+    def _by_torch(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.limit is None:
+            return functional.silu(gate) * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+    def step(self, gate_up: torch.Tensor, out: torch.Tensor) -> Step:
+        """Return `__call__` as a step, for contiguous tensors."""
+        if self.limit is None:
+            return _step("swiglu", gate_up, out, columns=out.shape[-1])
+        arguments = {"limit": fp32_bits(self.limit), "alpha": fp32_bits(self.alpha)}
+        return _step("limited_swiglu", gate_up, out, columns=out.shape[-1], **arguments)
+
+
+def weighted_sum(
+    x: torch.Tensor, weights: torch.Tensor, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the sum [T, D] of x [T, K, D] times its weights [T, K], fp32.
+
+    `places` [T, K], int64, choose rows of x [n, D] instead.
+    """
+    if not can_compute(x.dtype, x.shape[-1], x.device.type):
+        wide = (x if places is None else x[places]).float()
+        return (wide * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+    x, weights = x.contiguous(), weights.contiguous()
+    out = torch.empty(weights.shape[0], x.shape[-1], dtype=x.dtype)
+    weighted_sum_step(x, weights, out, places).run()
+    return out
+
+
+def weighted_sum_step(
+    x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, places: torch.Tensor | None = None
+) -> Step:
+    """Return `weighted_sum` as a step, for contiguous tensors."""
+    if places is None:
+        places = torch.arange(weights.numel())
+    arguments = {"weight": weights.data_ptr(), "columns": x.shape[-1], "count": weights.shape[1]}
+    return _step("weighted_sum", x, out, weights, places, **arguments, places=places.data_ptr())
+
+
+def add_step(x: torch.Tensor, addend: torch.Tensor, out: torch.Tensor) -> Step:
+    """Return x + addend [T, D] as a step, for contiguous tensors."""
+    return _step("add", x, out, addend, weight=addend.data_ptr(), columns=x.shape[-1])
+
+
+def _step(
+    name: str, x: torch.Tensor, out: torch.Tensor, *operands: torch.Tensor, **arguments: int
+) -> Step:
+    function = _compiled(out.dtype == torch.bfloat16).function(name)
+    addresses = {"x": x.data_ptr(), "out": out.data_ptr()}
+    numbers = _SIGNATURE.numbers(**addresses, tokens=out.shape[0], **arguments)
+    threads = 1 if out.numel() <= _FEW else None
+    return Step(function, _SIGNATURE, numbers, (x, out, *operands), threads)
+
+
+@compiled_here
+def _compiled(module: ir.Module, lanes: int, bf16: bool) -> None:
+    for operation in (_RMSNorm, _Clamp, _Rotate, _Swiglu, _LimitedSwiglu, _WeightedSum, _Add):
+        operation(module, lanes, bf16).write()
+
+
+class _Rows(ABC):
+    """A function that computes row after row. An item of work is a token."""
+
+    name: str
+
+    def __init__(self, module: ir.Module, lanes: int, bf16: bool) -> None:
+        self.function, self.lanes, self._bf16 = Function(module, self.name), lanes, bf16
+        args = self.args = _SIGNATURE.read_by(self.function)
+        self.x, self.out = args.pointer("x"), args.pointer("out")
+        self.columns = args.number("columns")
+
+    def write(self) -> None:
+        with self.function.each_item(self.function.pointer, self.args.number("tokens")) as token:
+            self.row(token)
+        self.function.finish()
+
+    @abstractmethod
+    def row(self, token: Value) -> None: ...
+
+    def load(self, pointer: Pointer, index: Value) -> Value:
+        return as_fp32(pointer, index, self._bf16, self.lanes)
+
+    def store(self, value: Value, index: Value) -> None:
+        store_fp32(self.out, value, index, self._bf16)
+
+    def rounded(self, value: Value) -> Value:
+        """Round to the type of the rows, and return to fp32."""
+        # Transformers' norms round here, before they multiply with the weight.
+        if not self._bf16:
+            return value
+        whole = rounded_to_bf16(value).widened(vector(ir.IntType(32), self.lanes))
+        return (whole << 16).bits_as(value.type)
+
+    @property
+    def zeros(self) -> Value:
+        return self.function.constant(vector(f32, self.lanes), 0.0)
+
+
+class _RMSNorm(_Rows):
+    name = "rms_norm"
+
+    def row(self, token: Value) -> None:
+        function, args, lanes = self.function, self.args, self.lanes
+        with function.loop(0, args.number("count"), 1) as (head, _):
+            first = token * args.number("stride") + head * self.columns
+            with function.loop(0, self.columns, lanes, [self.zeros]) as (column, sums):
+                numbers = self.load(self.x, first + column)
+                sums[0] = function.multiply_add(numbers, numbers, sums[0])
+            mean = function.total(sums[0]) / self.columns.as_float(f32) + args.load("eps", f32)
+            root = function.call("llvm.sqrt.f32", f32, mean)
+            factor = (function.constant(f32, 1.0) / root).broadcast(lanes)
+            with function.loop(0, self.columns, lanes) as (column, _):
+                normed = self.rounded(self.load(self.x, first + column) * factor)
+                weights = self.load(args.pointer("weight"), column)
+                self.store(normed * weights, first + column)
+
+
+class _Clamp(_Rows):
+    name = "clamp"
+
+    def row(self, token: Value) -> None:
+        limit = self.args.load("limit", f32).broadcast(self.lanes)
+        with self.function.loop(0, self.columns, self.lanes) as (column, _):
+            index = token * self.columns + column
+            # `minimum` and `maximum` return their second operand if one is NaN, so NaN stays NaN.
+            number = self.function.minimum(limit, self.load(self.x, index))
+            self.store(self.function.maximum(-limit, number), index)
+
+
+class _Rotate(_Rows):
+    name = "rotate"
+
+    def row(self, token: Value) -> None:
+        function, args, width = self.function, self.args, self.columns
+        heads, rotated = args.number("count"), args.number("rotated")
+        half = rotated // 2
+        cos, sin = args.pointer("cos"), args.pointer("sin")
+        with function.loop(0, heads, 1) as (head, _):
+            source = token * args.number("stride") + head * width
+            target = (token * heads + head) * width
+            with function.loop(0, half, self.lanes) as (column, _):
+                low, high = (self.load(self.x, source + at) for at in (column, column + half))
+                for at, number, partner in ((column, low, high), (column + half, high, low)):
+                    angle = token * rotated + at
+                    swapped = partner * self.load(sin, angle)
+                    turned = function.multiply_add(number, self.load(cos, angle), swapped)
+                    self.store(turned, target + at)
+            with function.loop(rotated, width, self.lanes) as (column, _):
+                self.store(self.load(self.x, source + column), target + column)
+
+
+class _Swiglu(_Rows):
+    name = "swiglu"
+
+    def row(self, token: Value) -> None:
+        function, columns = self.function, self.columns
+        with function.loop(0, columns, self.lanes) as (column, _):
+            index = token * columns + column
+            gate = self.load(self.x, index + token * columns)
+            up = self.load(self.x, index + (token + 1) * columns)
+            self.store(self.product(gate, up), index)
+
+    def product(self, gate: Value, up: Value) -> Value:
+        return gate * sigmoid(self.function, gate) * up
+
+
+class _LimitedSwiglu(_Swiglu):
+    name = "limited_swiglu"
+
+    def product(self, gate: Value, up: Value) -> Value:
+        function = self.function
+        limit, alpha = (
+            self.args.load(name, f32).broadcast(self.lanes) for name in ("limit", "alpha")
+        )
+        # In this order NaN stays NaN, as in `_Clamp`.
+        gate = function.minimum(limit, gate)
+        up = function.maximum(-limit, function.minimum(limit, up))
+        return gate * sigmoid(function, gate * alpha) * (up + 1.0)
+
+
+class _WeightedSum(_Rows):
+    name = "weighted_sum"
+
+    def row(self, token: Value) -> None:
+        function, count = self.function, self.args.number("count")
+        weights, places = self.args.pointer("weight"), self.args.pointer("places")
+        with function.loop(0, self.columns, self.lanes) as (column, _):
+            with function.loop(0, count, 1, [self.zeros]) as (choice, sums):
+                number = token * count + choice
+                weight = weights.load(f32, number * 4).broadcast(self.lanes)
+                row = places.load(i64, number * 8)
+                numbers = self.load(self.x, row * self.columns + column)
+                sums[0] = function.multiply_add(numbers, weight, sums[0])
+            self.store(sums[0], token * self.columns + column)
+
+
+class _Add(_Rows):
+    name = "add"
+
+    def row(self, token: Value) -> None:
+        addend = self.args.pointer("weight")
+        with self.function.loop(0, self.columns, self.lanes) as (column, _):
+            index = token * self.columns + column
+            self.store(self.load(self.x, index) + self.load(addend, index), index)

@@ -1,0 +1,246 @@
+"""Turns the codes of a trellis into numbers and multiplies them, with each kind of instructions.
+
+A band is 64 rows. In a column of a band each row has one bit in a ring, and one in each plane. The
+window of row r is the `WINDOW` bits of the ring from bit r on. Bits 12 to 15 of its product with
+`FACTOR` are its subset. With the row's bits of the planes above them, they are an index into a
+table of levels.
+
+Row r is 16 j + 8 p + i. A pass computes the rows of one p. A turn computes the rows of one i:
+
+- A word of 16 bits holds the bits of the ring for one j. A lane of 32 bits holds words of two
+  columns, and the next lane those of j + 1. So one shift makes windows in all words.
+- The windows of columns 0 and 2 of four are in one vector, and of columns 1 and 3 in another. Their
+  subsets together are bytes of four columns in a lane, as the instructions for bytes need them.
+- The planes are stored as such bytes, with the bits of the 8 turns in a byte (two planes: in two).
+
+So lanes have different columns, which are added up after a block. Memory holds 16 columns of a band
+one after the other: 64 bytes with the ring of columns 0 and 2 of each four, 64 bytes of columns 1
+and 3, and the planes of the first pass, then of the second.
+
+x has 7 bits and a sign, for one token and for many, so that all have the same bits. A level has 7
+bits without a sign, because AVX2 adds two products in 16 bits: 127 * 127 * 2 = 32,258 < 2^15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+from mixchat.kernels.cpu.compile import has_feature
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, f32, i8, i16, i32, vector
+from mixchat.kernels.cpu.units import BAND, ByteUnit, Unit, UnitSet, on, on_each
+
+RING = 64  # rows
+WINDOW = 7  # bits
+# The best factor of those tried, by the error of normal numbers. In 16 bits, bits above the window
+# do not change the product.
+FACTOR = 61 << 16 - WINDOW
+COLUMNS = 16  # whose codes lie together
+TURNS = 8
+SUBSET_BITS = 4  # of an index
+SCALE_EXPONENT = 102  # of the number that a scale of 8 bits is multiplied with
+_VECTOR = 64  # bytes, in memory
+_ROWS_OF_LANES = RING // 16  # lanes with the same columns
+
+
+class _Levels(ByteUnit):
+    """Multiplies levels of 7 bits with x in 7 bits and a sign."""
+
+    scale_bytes, level_of_one, offset = 1, 64, 64
+
+    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
+        if self.cpu.multiplies_bytes:
+            return super().add_products(sums, levels, x)
+        x = x if x.type == self.totals else x.broadcast(self.lanes)
+        x, cpu = x.bits_as(self.bytes), self.cpu
+        # Pairs of products are added up in words, and then pairs of words.
+        if cpu.add_pairs is not None and cpu.add_words is not None:
+            words = self.function.call(cpu.add_pairs, self.words, levels, x)
+            ones = self.function.constant(self.words, 1)
+            return sums + self.function.call(cpu.add_words, self.totals, words, ones)
+        wide = vector(i16, self.bytes.count)
+        products = levels.sign_extended(wide) * x.sign_extended(wide)
+        words = products.every_second(0) + products.every_second(1)
+        for first in (0, 1):
+            sums = sums + words.every_second(first).sign_extended(self.totals)
+        return sums
+
+    def scales(self, absmax: Pointer, index: Value) -> Value:
+        """Load 5 bits of exponent and 3 of mantissa as fp32."""
+        # Shifted to their place in fp32 they are tiny. A power of two makes up for the exponent.
+        bits = absmax.load(vector(i8, self.lanes), index).widened(self.totals)
+        return (bits << 20).bits_as(vector(f32, self.lanes)) * 2.0**SCALE_EXPONENT
+
+    def rows_of_pass(self, first: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
+        """Yield totals of a pass, which have the j of turn 0, then of turn 1, by rows."""
+        vectors = totals
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [low.shuffled([*range(2 * low.type.count)], high) for low, high in pairs]
+        for j in range(_ROWS_OF_LANES):
+            lanes = [_ROWS_OF_LANES * turn + j for turn in range(TURNS)]
+            yield first + 16 * j, vectors[0].shuffled(lanes)
+
+
+class Trellis(_Levels):
+    """Codes of 2 or 3 bits. An object computes the rows of one pass."""
+
+    bits, band, columns = 2, RING, COLUMNS
+    decoded: ClassVar[type[Decoded]]
+
+    def __init__(self, function: Function, table: Pointer, half: int = 0) -> None:
+        super().__init__(function, table)
+        self._half, self._planes = half, self.bits - 1
+        self._table = table.load(vector(i8, 2 ** (SUBSET_BITS + self._planes)))
+
+    @classmethod
+    def passes(cls, function: Function, table: Pointer) -> list[Unit]:
+        return [cls(function, table, half) for half in (0, 1)]
+
+    @property
+    def sums(self) -> int:
+        return TURNS
+
+    @property
+    def columns_at_once(self) -> int:
+        return 4 * self.lanes // _ROWS_OF_LANES
+
+    def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
+        """Yield the levels of `columns_at_once` columns, for each turn."""
+        rows, first_plane = _ROWS_OF_LANES, (2 + self._half * self._planes) * _VECTOR
+        turns_of_byte = 8 // self._planes
+        for start in range(0, _VECTOR, 4 * self.lanes):
+            rings = []
+            for parity in (0, 1):
+                ring = codes.load(self.words, offset + start + parity * _VECTOR)
+                # The second pass begins 8 rows on. Its last windows reach into the next j's words.
+                if self._half:
+                    next_j = [at - at % rows + (at + 1) % rows for at in range(self.lanes)]
+                    after = ring.bits_as(self.totals).shuffled(next_j).bits_as(self.words)
+                    ring = ring >> 8 | after << 8
+                rings.append(ring)
+            even, odd = rings
+            planes = [
+                codes.load(self.words, offset + start + first_plane + plane * _VECTOR)
+                for plane in range(self._planes)
+            ]
+            levels = []
+            for turn in range(TURNS):
+                high = (odd >> turn) * (FACTOR >> 4) & 0x0F00
+                subsets = (even >> turn) * FACTOR >> 12 | high
+                number, turn_of_byte = divmod(turn, turns_of_byte)
+                levels.append(self._level_of(subsets, planes[number], turn_of_byte * self._planes))
+            yield levels
+
+    def _level_of(self, subsets: Value, planes: Value, first: int) -> Value:
+        """Return the levels of bytes. The bits of their planes begin at bit `first`."""
+        codes = subsets.bits_as(self.bytes)
+        starts = range(0, self._table.type.count, 16)
+        levels = [self.looked_up(self._repeated(start, 16), codes) for start in starts]
+        for plane in range(self._planes):
+            is_set = (planes << 7 - first - plane).bits_as(self.bytes).compare("<", 0)
+            pairs = zip(levels[::2], levels[1::2], strict=True)
+            levels = [is_set.choose(upper, lower) for lower, upper in pairs]
+        return levels[0]
+
+    def _repeated(self, start: int, count: int) -> Value:
+        """Return some levels of the table, again and again."""
+        return self._table.shuffled([start + at % count for at in range(self.bytes.count)])
+
+    def load_x(self, x: Pointer, offset: Value) -> Value:
+        fours = x.load(vector(i32, self.lanes // _ROWS_OF_LANES), offset)
+        return fours.shuffled([lane // _ROWS_OF_LANES for lane in range(self.lanes)])
+
+    def start(self, total: Value) -> Value:
+        # Only in the lanes of the first columns, because the lanes of a row are added up.
+        once = [-1] * _ROWS_OF_LANES + [0] * (self.lanes - _ROWS_OF_LANES)
+        return super().start(total) & self.function.constant(self.totals, once)
+
+    def in_order(self, sums: list[Value]) -> list[Value]:
+        """Add up the lanes of different columns."""
+        size = self.lanes
+        while size > _ROWS_OF_LANES:
+            size //= 2
+            sums = [low + high for low, high in self._halves(sums, size)]
+        return sums
+
+    def _halves(self, vectors: list[Value], size: int) -> Iterator[tuple[Value, Value]]:
+        """Yield each first `size` of twice as many numbers of two vectors, and each second."""
+        low = [at for at in range(2 * self.lanes) if at // size % 2 == 0]
+        high = [at + size for at in low]
+        for first, second in zip(vectors[::2], vectors[1::2], strict=True):
+            yield first.shuffled(low, second), first.shuffled(high, second)
+
+    def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
+        size = len(totals) // 2
+        for half in (0, 1):
+            first = band * RING + 8 * half
+            yield from self.rows_of_pass(first, totals[half * size : (half + 1) * size])
+
+    def decode(self, codes: Pointer, offset: Value, out: Pointer, column: Value) -> None:
+        """Store the levels of `COLUMNS` columns, in bytes, as `Decoded` reads them."""
+        for group, levels in enumerate(self.levels(codes, offset)):
+            # Vectors hold all columns for one turn. Halving them ends with four columns in each.
+            fours, size = [[level.bits_as(self.totals) for level in levels]], self.lanes
+            while size > _ROWS_OF_LANES:
+                size //= 2
+                pairs = [[*zip(*self._halves(vectors, size), strict=True)] for vectors in fours]
+                fours = [[*half] for pair in pairs for half in pair]
+            first = column + group * self.columns_at_once
+            for number, vectors in enumerate(fours):
+                for index, rows in enumerate(vectors):
+                    out.store(rows, (first + 4 * number) * BAND + index * 4 * self.lanes)
+
+
+class Decoded(_Levels):
+    """Levels that `Trellis.decode` has stored. A band is the rows of one pass."""
+
+    bits, columns = 8, 4
+
+    def levels(self, codes: Pointer, offset: Value) -> Iterator[list[Value]]:
+        size = 4 * self.lanes
+        yield [codes.load(self.bytes, offset + start) for start in range(0, 4 * BAND, size)]
+
+    def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
+        yield from self.rows_of_pass(band // 2 * RING + band % 2 * 8, totals)
+
+
+class WholeTableTrellis(Trellis):
+    """Looks up among all levels at once, as NEON and AVX-512 with VBMI can."""
+
+    def _level_of(self, subsets: Value, planes: Value, first: int) -> Value:
+        is_wide = self.lanes == 16
+        if is_wide and not has_feature("avx512vbmi"):
+            return super()._level_of(subsets, planes, first)
+        up = SUBSET_BITS - first
+        moved = planes << up if up > 0 else planes >> -up
+        mask, count = 0x1010 * (2**self._planes - 1), self._table.type.count
+        codes = (subsets | moved & mask).bits_as(self.bytes)
+        if is_wide:
+            name, tables = "llvm.x86.avx512.permvar.qi.512", [self._repeated(0, count)]
+        else:
+            name = f"llvm.aarch64.neon.tbl{count // 16}.v16i8"
+            tables = [self._repeated(start, 16) for start in range(0, count, 16)]
+        return self.function.call_by_parts(name, self.cpu.operand_bytes, *tables, codes)
+
+
+class TrellisSet(UnitSet):
+    """The units for a trellis, in bytes for any count of tokens."""
+
+    def level_tables(self, levels: torch.Tensor) -> torch.Tensor:
+        """Return the table that units read, uint8, of 32 or 64 levels from -63/64 to 63/64."""
+        return (levels * Trellis.level_of_one + Trellis.offset).round().to(torch.uint8)
+
+
+def _trellis(bits: int) -> TrellisSet:
+    units = {
+        name: on(name, Trellis if name == "avx2" else WholeTableTrellis, bits=bits, decoded=decoded)
+        for name, decoded in _DECODED.items()
+    }
+    return TrellisSet(bits, units, {})
+
+
+_DECODED = on_each(Decoded) | {"avx512": on("avx512", Decoded, unrolled=4)}
+TRELLIS_2, TRELLIS_3 = _trellis(2), _trellis(3)

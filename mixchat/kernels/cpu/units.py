@@ -1,0 +1,212 @@
+"""Turns codes into numbers and multiplies them, with the instructions of each kind of CPU.
+
+A unit turns codes of a band of rows, 32 or in a trellis 64, into levels (integers, the codes'
+numbers times `level_of_one`), and adds their products with x (integers up to `largest_x`) to sums
+of 32 bits. "Words" have 16 bits. The sum over a block of 64 columns never overflows:
+
+    4 bits, words:        8191 * 4095 * 64 = 2,146,697,280 < 2^31   (x has 13 bits and a sign)
+    4 bits, bytes:         127 *  255 * 64 =     2,072,640          (x has 7 bits and a sign)
+    5 and 6 bits, words: 32767 *   63 * 64 =   132,116,544          (x has 15 bits and a sign)
+    5 and 6 bits, bytes:   127 *   63 * 64 =       512,064          (x has 7 bits and a sign)
+    8 bits, words:       32767 *  127 * 64 =   266,330,176          (x has 15 bits and a sign)
+    trellis, bytes:        127 *  127 * 64 =     1,032,256          (x has 7 bits and a sign)
+
+Levels in bytes are signed for NEON, and unsigned for the others. The sums of levels with
+an offset start at minus the offset times the sum of x.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+
+from mixchat.kernels.cpu.arithmetic import as_fp32
+from mixchat.kernels.cpu.compile import CPUS, LANES, Cpu, InstructionSet
+from mixchat.kernels.cpu.emit import Function, Pointer, Value, i8, i16, i32, vector
+
+MANY = 16  # tokens from which on x has 8 bits
+BAND = 32  # rows, in most types
+BLOCK = 64  # weights that share a scale in most types
+BYTES_AT = 32  # bytes of the table with the levels as words, before the levels as bytes
+
+
+class Unit(ABC):
+    """A choice of instructions, for one function that is being written.
+
+    `table` points to the result of `UnitSet.level_tables`. Units for codes that are numbers
+    themselves do not read it. `on` completes a unit for a set of instructions.
+    """
+
+    cpu: ClassVar[Cpu]
+    lanes: ClassVar[int]  # sums in a vector
+    bits: ClassVar[int] = 4  # of a code
+    band: ClassVar[int] = BAND  # rows that are interleaved
+    block: ClassVar[int] = BLOCK  # columns whose weights share a scale, and whose x do
+    scale_bytes: ClassVar[int] = 2
+    columns: ClassVar[int] = 2  # whose codes are read at once
+    x_type: ClassVar[Any] = i16
+    largest_x: ClassVar[int] = 8191
+    level_of_one: ClassVar[int] = 4095  # the level of a code that stands for 1
+    offset: ClassVar[int] = 0  # added to each level
+    # The order of columns in x, within as many columns, if levels are not in their order.
+    x_order: ClassVar[tuple[int, ...]] = (0,)
+    unrolled: ClassVar[int] = 1  # steps of the loop over columns that are written out
+
+    def __init__(self, function: Function, table: Pointer) -> None:
+        self.function, self.table = function, table
+        self.bytes, self.words, self.totals = (
+            vector(element, 32 * self.lanes // element.width) for element in (i8, i16, i32)
+        )
+
+    @classmethod
+    def widths(cls) -> tuple[int, ...]:
+        """Return how many tokens are computed at once, the most first, as registers allow."""
+        return (8, 4, 3, 2, 1) if cls.lanes == 16 else (2, 1)
+
+    @abstractmethod
+    def levels(self, codes: Pointer, offset: Value) -> Iterable[list[Value]]:
+        """Load the codes of `columns` columns, `offset` bytes on, and return their levels.
+
+        Each list has a vector of levels for each vector of sums. A lane is one row.
+        """
+
+    @abstractmethod
+    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
+        """Return the sums plus, lane by lane, the products of the levels with x.
+
+        `x` is 32 bits that hold as many numbers as a lane has levels.
+        """
+
+    @classmethod
+    def passes(cls, function: Function, table: Pointer) -> list[Unit]:
+        """Return the units whose sums, one after the other, are those of a band."""
+        return [cls(function, table)]
+
+    @property
+    def sums(self) -> int:
+        """Return the count of vectors of sums."""
+        return self.band // self.lanes
+
+    @property
+    def columns_at_once(self) -> int:
+        """Return the columns of a list of levels."""
+        return 32 // int(self.x_type.width)
+
+    def load_x(self, x: Pointer, offset: Value) -> Value:
+        """Load x of `columns_at_once` columns, `offset` bytes on, for `add_products`."""
+        return x.load(i32, offset)
+
+    def start(self, total: Value) -> Value:
+        """Return sums that start at `total`, 32 bits."""
+        return total.broadcast(self.lanes)
+
+    def scales(self, absmax: Pointer, index: Value) -> Value:
+        """Load the scales of `lanes` rows as fp32, from number `index` on."""
+        return as_fp32(absmax, index, True, self.lanes)
+
+    def in_order(self, sums: list[Value]) -> list[Value]:
+        """Return a block's sums in the order of the scales."""
+        return sums
+
+    def in_rows(self, band: Value, totals: list[Value]) -> Iterator[tuple[Value, Value]]:
+        """Yield the first row of some totals of a band, and the totals, in the order of rows."""
+        for number, total in enumerate(totals):
+            yield band * self.band + number * self.lanes, total
+
+    def looked_up(self, table: Value, indices: Value) -> Value:
+        """Return the bytes of a table at these indices, below 16."""
+        # pshufb looks up within each 128 bits, so the table repeats its 16 bytes in all of them.
+        return self.function.call_by_parts(self.cpu.look_up, self.cpu.operand_bytes, table, indices)
+
+
+class WordUnit(Unit):
+    """Multiplies words, with two products in a lane."""
+
+    apart: ClassVar[bool] = False  # whether all of a column's levels come before the other's
+
+    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
+        # With VNNI, LLVM joins pmaddwd and the addition to one instruction, vpdpwssd.
+        if self.cpu.add_words is not None:
+            pairs = x.broadcast(self.lanes).bits_as(self.words)
+            return sums + self.function.call(self.cpu.add_words, self.totals, levels, pairs)
+        # NEON: LLVM makes smlal of this, which widens, multiplies and adds.
+        for column in (0, 1):
+            factor = (x >> 16 * column).narrowed(i16).broadcast(self.lanes)
+            of_column = levels.half(column) if self.apart else levels.every_second(column)
+            sums = sums + of_column.sign_extended(self.totals) * factor.sign_extended(self.totals)
+        return sums
+
+
+class ByteUnit(Unit):
+    """Multiplies levels of 8 bits with x in 8 bits, with four products in a lane."""
+
+    x_type, largest_x = i8, 127
+
+    def add_products(self, sums: Value, levels: Value, x: Value) -> Value:
+        operand_type = self.totals if self.cpu.operand_bits == 32 else self.bytes
+        levels = levels.bits_as(operand_type)
+        x = x if x.type == self.totals else x.broadcast(self.lanes)
+        x = x.bits_as(operand_type)
+        cpu = self.cpu
+        return self.function.call_by_parts(cpu.add_bytes, cpu.operand_bytes, sums, levels, x)
+
+
+class EightBits(WordUnit):
+    """8-bit codes, loaded as words with their sign."""
+
+    bits, largest_x, level_of_one, unrolled = 8, 32767, 127, 2
+
+    def levels(self, codes: Pointer, offset: Value) -> list[list[Value]]:
+        size = 2 * self.lanes
+        starts = range(0, 2 * BAND, size)
+        loaded = (codes.load(vector(i8, size), offset + start) for start in starts)
+        return [[line.sign_extended(self.words) for line in loaded]]
+
+
+def on(instructions: InstructionSet, unit: type, *added: type, **changes: Any) -> type[Unit]:
+    """Return a unit for a set of instructions, with more or other members."""
+    members = {"cpu": CPUS[instructions], "lanes": LANES[instructions], **changes}
+    return cast(type[Unit], type(f"{unit.__name__}_{instructions}", (*added, unit), members))
+
+
+def on_each(unit: type, *added: type, **changes: Any) -> dict[InstructionSet, type[Unit]]:
+    """Return a unit for each set of instructions."""
+    return {instructions: on(instructions, unit, *added, **changes) for instructions in CPUS}
+
+
+class UnitSet(NamedTuple):
+    """The units for codes of `bits` bits."""
+
+    bits: int
+    words: dict[InstructionSet, type[Unit]]
+    bytes: dict[InstructionSet, type[Unit]]
+
+    @property
+    def band(self) -> int:
+        """Return the rows that are interleaved."""
+        return next(iter(self.words.values())).band
+
+    @property
+    def block(self) -> int:
+        """Return the columns whose weights share a scale."""
+        return next(iter(self.words.values())).block
+
+    def unit_for(self, instructions: InstructionSet, tokens: int) -> type[Unit]:
+        """Return the unit for `tokens` tokens: bytes for many, if the CPU multiplies bytes."""
+        if tokens >= MANY and self.bytes and CPUS[instructions].multiplies_bytes:
+            return self.bytes[instructions]
+        return self.words[instructions]
+
+    def level_tables(self, levels: torch.Tensor) -> torch.Tensor:
+        """Return the table that units read, uint8, of 16 levels, fp32, as words and bytes."""
+        words, of_bytes = (next(iter(units.values())) for units in (self.words, self.bytes))
+        integers = (levels * words.level_of_one).round().to(torch.int16).view(torch.uint8)
+        assert len(integers) == BYTES_AT
+        short = (levels * of_bytes.level_of_one).round() + of_bytes.offset
+        return torch.cat((integers, short.to(torch.uint8)))
+
+
+EIGHT_BITS = UnitSet(8, on_each(EightBits) | {"avx512": on("avx512", EightBits, unrolled=4)}, {})

@@ -1,0 +1,137 @@
+"""Kernels for ARM: their machine code has the bits of x86 under qemu.
+
+`test_quantized_matmul.py` runs the units for NEON with emulated instructions, on every x86 CPU.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llvmlite import ir
+from neon_tools import ArmModule, arm_code, can_emulate, run_under_qemu
+
+from mixchat.kernels.cpu import attention, dense, pages, program, router, rows, trellis_encode
+from mixchat.kernels.cpu import compile as compiling
+from mixchat.kernels.cpu import quantized_matmul as kernel
+from mixchat.kernels.cpu.compile import CPUS, LANES, InstructionSet, compiled_here, instruction_set
+from mixchat.kernels.cpu.pages import PAGE, CacheShape
+from mixchat.kernels.cpu.quantized_matmul import QuantizedMatrix
+from mixchat.kernels.cpu.units import MANY
+from mixchat.weights.matrix.int6 import INT5, INT6
+from mixchat.weights.matrix.int8 import INT8
+from mixchat.weights.matrix.mxfp4 import MXFP4
+from mixchat.weights.matrix.nf4 import NF4
+from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3
+
+TYPES = {kind.name: kind for kind in (INT8, INT6, INT5, NF4, MXFP4, TRELLIS2, TRELLIS3)}
+MODULES = (kernel, attention, dense, pages, program, router, rows, trellis_encode)
+SHAPE = CacheShape(8, 2, 48, 16)
+under_qemu = pytest.mark.skipif(
+    instruction_set() in (None, "neon") or not can_emulate(),
+    reason="no qemu-aarch64, no aarch64-linux-gnu-gcc, or no AVX2",
+)
+
+Use = Callable[..., None]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+    """Let the kernels be compiled for a set of instructions, NEON for `run_under_qemu`."""
+    compiler = compiling.compile_module
+
+    def use(instructions: InstructionSet, *, dotprod: bool = True) -> None:
+        if instructions == "neon":
+            monkeypatch.setattr(compiling, "has_feature", lambda name: dotprod)
+        how = ArmModule if instructions == "neon" else compiler
+        monkeypatch.setattr(compiling, "compile_module", how)
+        monkeypatch.setattr(compiling, "instruction_set", lambda: instructions)
+        for module in MODULES:
+            if hasattr(module, "instruction_set"):
+                monkeypatch.setattr(module, "instruction_set", lambda: instructions)
+            again = compiled_here(inspect.unwrap(module._compiled))
+            monkeypatch.setattr(module, "_compiled", again)
+
+    return use
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@under_qemu
+@pytest.mark.parametrize("tokens", [3, 21])
+@pytest.mark.parametrize(
+    ("name", "dotprod"), [*((name, True) for name in TYPES), ("trellis2", False)]
+)
+def test_products_with_codes_have_the_bits_of_x86(
+    use: Use, tmp_path: Path, name: str, dotprod: bool, tokens: int
+) -> None:
+    kind = TYPES[name]
+    own = CPUS[instruction_set() or "avx2"].multiplies_bytes
+    if tokens >= MANY and kind.units.bytes and not own:
+        pytest.skip("this CPU rounds many tokens otherwise")
+    dtype = torch.bfloat16 if tokens == 3 else torch.float32
+    matrix, bias = random(192, 256), random(1, 192, seed=2)[0]
+    codes, absmax = kind.to_packed_layout(*kind.codes(matrix.bfloat16()), 192, 256)
+    packed = QuantizedMatrix(codes, absmax, kind.level_table, (192, 256), kind.units, bias)
+    x, out = random(tokens, 256, seed=1).to(dtype), torch.empty(tokens, 192, dtype=dtype)
+    expected = kernel.quantized_matmul(x, packed)
+    use("neon", dotprod=dotprod)
+    steps = kernel.quantized_matmul_steps(x, packed, out)
+    run_under_qemu(tmp_path, steps, codes, absmax, bias)
+    assert torch.equal(out, expected)
+
+
+@under_qemu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_have_the_bits_of_avx2(use: Use, tmp_path: Path, dtype: torch.dtype) -> None:
+    x, weight, out = random(3, 256).to(dtype), random(256, seed=1).to(dtype), random(3, 256)
+    use("avx2")
+    expected = rows.rms_norm(x, weight, 1e-5)
+    use("neon")
+    out = torch.empty_like(x)
+    run_under_qemu(tmp_path, [rows.rms_norm_step(x, weight, 1e-5, out)], weight)
+    assert torch.equal(out, expected)
+
+
+@under_qemu
+def test_attention_has_the_bits_of_avx2(use: Use, tmp_path: Path) -> None:
+    page = torch.zeros(SHAPE.page_bytes, dtype=torch.uint8)
+    addresses = torch.tensor([page.data_ptr()])
+    keys, values, queries = (random(20, heads, 48, seed=heads).bfloat16() for heads in (2, 2, 8))
+    use("avx2")
+    pages.store(SHAPE, addresses, 0, keys, values)
+    expected = attention.attend(SHAPE, addresses, 0, queries, 7)
+    use("neon")
+    out = torch.empty_like(queries)
+    steps = attention.attend_steps(SHAPE, queries, out, PAGE)
+    for step in steps:
+        attention.set_window(SHAPE, step, 7, None)
+        step.set(pages=addresses.data_ptr(), past=0, splits=1)
+    sinks = attention._no_sinks(SHAPE.heads)
+    run_under_qemu(tmp_path, steps, page, addresses, sinks)
+    assert torch.equal(out, expected)
+
+
+def test_arm_gets_its_own_instructions_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them LLVM would need a dozen instructions for four products."""
+    codes: list[str] = []
+    monkeypatch.setattr(compiling, "has_feature", lambda name: True)
+    four, trellis = NF4.units, TRELLIS2.units
+    for unit in (four.words["neon"], four.bytes["neon"], trellis.words["neon"]):
+        module = ir.Module()
+        inspect.unwrap(kernel._compiled)(module, LANES["neon"], unit, True, False)
+        codes.append(arm_code(module, as_text=True))
+    words, of_bytes, of_trellis = codes
+    assert all(name in words for name in ("smlal2", "tbl", "trn2"))
+    assert "sdot" not in words
+    assert all(name in code for code in (of_bytes, of_trellis) for name in ("sdot", "tbl"))
+
+
+def test_a_program_pauses_with_an_instruction_of_arm(use: Use) -> None:
+    use("neon")
+    module: Any = program._compiled()
+    assert module.function("walk").code.startswith(b"\x7fELF")

@@ -1,0 +1,54 @@
+"""The kernel that finds the codes of a trellis, against a slow search in torch."""
+
+import pytest
+import torch
+from matmul_tools import three_threads
+
+from mixchat.kernels.cpu import compile as compiling
+from mixchat.kernels.cpu import trellis_encode
+from mixchat.kernels.cpu.compile import LANES, InstructionSet, instruction_set, kernels_available
+from mixchat.kernels.cpu.trellis_encode import encode_trellis
+from mixchat.weights.matrix.trellis import TABLE_2, TABLE_3
+from mixchat.weights.matrix.trellis_search import search
+from mixchat.weights.matrix.trellis_table import Table
+
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
+each_table = pytest.mark.parametrize("table", [TABLE_2, TABLE_3], ids=["2 bits", "3 bits"])
+
+
+def columns(count: int, table: Table) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return normal numbers that suit the table, and weights of their errors."""
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, 64, generator=generator) * table.sigma
+    return x, torch.rand(count, 64, generator=generator) + 0.1
+
+
+@each_table
+@pytest.mark.parametrize("instructions", LANES)
+def test_it_finds_the_numbers_that_a_slow_search_finds(
+    table: Table, instructions: InstructionSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if instructions == "avx512" and instruction_set() != "avx512":
+        pytest.skip("the CPU has no AVX-512")
+    for module in (compiling, trellis_encode):
+        monkeypatch.setattr(module, "instruction_set", lambda: instructions)
+    assert [one.shape for one in encode_trellis(*columns(0, table), table.levels)][1] == (0, 64)
+    for count in (1, 37):
+        x, weights = columns(count, table)
+        with three_threads():
+            words, numbers = encode_trellis(x, weights, table.levels)
+        _, expected = search(table, x, weights)
+        assert torch.equal(numbers, expected)
+        assert torch.equal(table.numbers(words.view(torch.uint8).view(count, -1, 8)), numbers)
+        assert torch.equal(encode_trellis(numbers, weights, table.levels)[1], numbers)
+
+
+def test_rows_without_weight_cost_nothing() -> None:
+    """Rows that fill up a ring have none. Their numbers are free to serve the others."""
+    x, weights = columns(20, TABLE_2)
+    errors = []
+    for number in (0.0, 1.0):
+        weights[:, 40:], x[:, 40:] = 0, number
+        _, numbers = encode_trellis(x, weights, TABLE_2.levels)
+        errors.append((weights * (x - numbers).square()).sum())
+    assert errors[0] == errors[1]
