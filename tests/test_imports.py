@@ -39,6 +39,7 @@ ORDER = (
     "weights/format",
     "weights/matrix",
     "weights/families",
+    "kernels/gpu",
     "kernels/cpu",
     "base",
 )

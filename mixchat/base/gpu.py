@@ -9,6 +9,7 @@ import contextlib
 import re
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ def count() -> int:
 def use(device: torch.device) -> None:
     """Make the GPU this thread's default."""
     _runtime().set_device(device)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which the GPU is this thread's current one."""
+    if not is_gpu(device):
+        return contextlib.nullcontext()
+    inside: AbstractContextManager[object] = _runtime().device(device)
+    return inside
 
 
 def name(device: torch.device) -> str:

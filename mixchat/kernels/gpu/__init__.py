@@ -1,0 +1,6 @@
+"""Kernels for GPUs in Triton, which PyTorch's wheels for CUDA and ROCm bring.
+
+Import these modules only if a GPU computes: they import Triton.
+
+- launch.py: starts every kernel
+"""
