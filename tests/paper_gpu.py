@@ -15,11 +15,13 @@ and is as strict as a GPU is:
   that move experts.
 - A copy from page-locked RAM that does not block is carried out late: when its stream is waited
   for, or works on. Who reads the target too early, or overwrites the source, sees wrong numbers.
-- A copy to the CPU that does not block is an error: nobody would know when the numbers are there.
+- A copy to page-locked RAM that does not block arrives when the host waits for it. To other RAM it
+  is an error: nobody would know when the numbers are there.
 - Where page-locking is refused, the next kernel of that thread fails, as CUDA reports it.
+- Kernels in Triton run by its interpreter. Graphs record and replay what is started, and refuse
+  what CUDA refuses. `paper_runtime.py` describes the order of streams that is checked.
 
-What they cannot show: speed, most races between streams, the sizes that CUDA's allocator rounds to,
-and bitsandbytes' kernels, whose place a product with the dequantized matrix takes.
+What they cannot show: speed, and the sizes that CUDA's allocator rounds to.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from typing import Any
 
 import pytest
 import torch
-from paper_runtime import RUNTIME, PaperRuntime
+from paper_runtime import RUNTIME, PaperRuntime, Work
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from mixchat.base import gpu
-from mixchat.weights.matrix.nf4 import FourBitCodes
+from mixchat.kernels.gpu import launch
 
 KIND = "paper"
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
@@ -97,20 +99,39 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in _COPIES:
         if target.type != KIND:
             RUNTIME.wait(ours[0].device, blocks=not kwargs.get("non_blocking"))
-        for tensor in ours:
-            RUNTIME.current_stream(tensor.device).finish()
     else:
         _check_memories(name, tensors)
-        alias = returns[0].alias_info if returns else None
-        RUNTIME.launch(target, views=alias is not None and not alias.is_write)
     if name in _LOOKS or (name == "aten::index" and any(_is_mask(index) for index in args[1])):
         RUNTIME.wait(target)
-    result = function(
-        *_mapped(_inner, args), **{key: _inner(value) for key, value in kwargs.items()}
-    )
-    if returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
-        return kwargs.get("out", args[0])
-    return _mapped(lambda leaf: _placed(leaf, target), result)
+
+    def compute() -> Any:
+        inner = {key: _inner(value) for key, value in kwargs.items()}
+        return function(*_mapped(_inner, args), **inner)
+
+    alias = returns[0].alias_info if returns else None
+    if alias is not None and not alias.is_write:
+        return _mapped(lambda leaf: _placed(leaf, target), compute())
+    in_place = alias is not None
+    made: list[Any] = []
+    touches = [(tensor.inner.untyped_storage(), in_place) for tensor in ours]
+    on = next((tensor.device for tensor in ours), target)
+
+    def run(stream: Any, number: int) -> None:
+        result = compute()
+        if not in_place:
+            made.append(_mapped(lambda leaf: _placed(leaf, target), result))
+            for leaf in _leaves([made[-1]]):
+                if isinstance(leaf, PaperTensor):
+                    RUNTIME.wrote(stream, number, leaf.inner.untyped_storage())
+
+    if not in_place and not name.startswith(("aten::empty", "aten::new_empty")):
+        RUNTIME.refuse_in_capture(f"memory for {name}")
+    if on.type == KIND:
+        is_kernel = not name.startswith(("aten::empty", "aten::new_empty"))
+        RUNTIME.start(Work(RUNTIME.index_of(on), lambda: touches, run, is_kernel))
+    else:
+        run(None, 0)
+    return kwargs.get("out", args[0]) if in_place else made[0]
 
 
 # torch's own functions for trees know many kinds, and took half of a test's time.
@@ -132,21 +153,37 @@ def _mapped(change: Callable[[Any], Any], nested: Any) -> Any:
 
 def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Copy between any two memories: also what torch calls past `__torch_dispatch__`."""
-    down = isinstance(source, PaperTensor) and not isinstance(target, PaperTensor)
-    up = isinstance(target, PaperTensor) and not isinstance(source, PaperTensor)
-    devices = {tensor.device for tensor in (source, target) if isinstance(tensor, PaperTensor)}
-    if down or (up and source.dim()):
-        (device,) = devices
-        if up and non_blocking and RUNTIME.is_locked(source):
-            RUNTIME.current_stream(device).late.append((source, target.inner))
-            return target
+    ours = [tensor for tensor in (source, target) if isinstance(tensor, PaperTensor)]
+    if not ours:
+        return target.copy_(source)
+    down = not isinstance(target, PaperTensor)
+    outside = target if down else source
+    on_paper = len(ours) == 2
+    late = not on_paper and non_blocking and RUNTIME.is_locked(outside)
+    if not on_paper and not late:
         # Without a lock the bytes are taken to another place first: the source may change then.
-        RUNTIME.wait(device, blocks=down or not non_blocking)
         assert not (down and non_blocking), "nobody knows when these numbers are on the CPU"
-    for device in devices:
-        RUNTIME.current_stream(device).finish()
-    _inner(target).copy_(_inner(source))
+        RUNTIME.wait(ours[0].device, blocks=down or not non_blocking)
+        RUNTIME.refuse_in_capture("a copy of RAM that is not locked")
+
+    def run(stream: Any, number: int) -> None:
+        if late and down:
+            stream.arriving.append((number, _inner(source).clone(), target))
+        elif late:
+            stream.late.append((source, _inner(target)))
+        else:
+            _inner(target).copy_(_inner(source))
+
+    touches = [(tensor.inner.untyped_storage(), tensor is target) for tensor in ours]
+    for device in {RUNTIME.index_of(tensor.device) for tensor in ours}:
+        # A copy between two GPUs is work of both.
+        last = device == RUNTIME.index_of(ours[-1].device)
+        RUNTIME.start(Work(device, lambda: touches, run if last else _nothing, on_paper))
     return target
+
+
+def _nothing(stream: Any, number: int) -> None:
+    """Stand in for the part of a copy that another device does."""
 
 
 def _check_memories(name: str, tensors: list[torch.Tensor]) -> None:
@@ -207,24 +244,32 @@ def _install() -> None:
 _install()
 
 
+def _start(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any]) -> None:
+    """Run a Triton kernel by the interpreter, as work of its tensors' device."""
+    tensors = [item for item in arguments if isinstance(item, torch.Tensor)]
+    assert all(isinstance(tensor, PaperTensor) for tensor in tensors), "a kernel reads RAM"
+    (device,) = {RUNTIME.index_of(tensor.device) for tensor in tensors}
+    inner = [_inner(item) for item in arguments]
+
+    def touches() -> list[tuple[Any, bool]]:
+        found = [(tensor.inner.untyped_storage(), True) for tensor in tensors]
+        # Addresses in a table are read, too.
+        tables = [tensor.inner for tensor in tensors if tensor.dtype == torch.int64]
+        addresses = [address for table in tables for address in table.flatten().tolist()]
+        return found + [(storage, False) for storage in RUNTIME.storages_at(addresses)]
+
+    def run(stream: Any, number: int) -> None:
+        kernel[grid](*inner, **constants)
+
+    loaded = kernel.__name__, tuple(sorted((key, str(value)) for key, value in constants.items()))
+    RUNTIME.start(Work(device, touches, run), kernel=loaded)
+
+
 @contextlib.contextmanager
 def in_place_of_cuda() -> Iterator[PaperRuntime]:
     """Let mixchat take paper GPUs for those of CUDA, of which there is one, with 4 GB free."""
-    matmul = FourBitCodes.matmul
-
-    def on_paper(
-        kind: FourBitCodes, x: Any, codes: Any, absmax: Any, shape: Any, *, exact: bool = False
-    ) -> Any:
-        if not isinstance(x, PaperTensor):
-            return matmul(kind, x, codes, absmax, shape, exact=exact)
-        absmax = absmax.float()
-        _check_memories("matmul_4bit", [x, codes, absmax])
-        RUNTIME.launch(x.device, views=False)
-        weight = kind.dequantize(codes.inner, absmax.inner, shape, x.dtype)
-        return _placed(torch.nn.functional.linear(x.inner, weight), x.device)
-
     RUNTIME.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "KIND", KIND)
-        patch.setattr(FourBitCodes, "matmul", on_paper)
+        patch.setattr(launch, "start", _start)
         yield RUNTIME

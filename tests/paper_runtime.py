@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,36 @@ GB = 10**9
 
 
 class Stream:
-    """A queue of a device's work, of which only copies that do not block are carried out late."""
+    """A queue of a device's work, which knows what of other streams' work was done before.
+
+    Copies from RAM that do not block are carried out late. Copies to RAM arrive when the host
+    waits. `seen` holds, for each stream that this one has waited for, how much of its work.
+    """
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         index = getattr(device, "index", device)
         self.index: int = RUNTIME.current_device() if index is None else index
         self.late: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.arriving: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.done = 0
+        self.seen: dict[Stream, int] = {}
+
+    def begin(self) -> int:
+        """Count a piece of work, which comes after all that the host has waited for."""
+        self.finish()
+        self.done += 1
+        self.see(RUNTIME.host_saw)
+        return self.done
+
+    def see(self, seen: dict[Stream, int]) -> None:
+        for stream, done in seen.items():
+            self.seen[stream] = max(self.seen.get(stream, 0), done)
+
+    def snapshot(self) -> dict[Stream, int]:
+        return {**self.seen, self: self.done}
+
+    def has_seen(self, stream: Stream, done: int) -> bool:
+        return stream is self or self.seen.get(stream, 0) >= done
 
     def finish(self) -> None:
         """Carry out what is late."""
@@ -30,9 +54,14 @@ class Stream:
             source, target = self.late.pop(0)
             target.copy_(source)
 
+    def deliver(self, done: int) -> None:
+        """Let the host see copies to RAM of the first `done` pieces of work."""
+        while self.arriving and self.arriving[0][0] <= done:
+            _, source, target = self.arriving.pop(0)
+            target.copy_(source)
+
     def synchronize(self) -> None:
-        RUNTIME.wait(self.index)
-        self.finish()
+        RUNTIME.wait(self.index, stream=self)
 
 
 class Event:
@@ -40,21 +69,50 @@ class Event:
 
     _stream: Stream
 
+    def __init__(self, *, blocking: bool = False) -> None:
+        self._saw: dict[Stream, int] = {}
+
     def record(self, stream: Stream | None = None) -> None:
+        RUNTIME.refuse_in_capture("an event")
         stream = stream or RUNTIME.current_stream()
         if hasattr(self, "_stream") and self._stream.index != stream.index:
             raise RuntimeError("an event of one device is recorded on another one's stream")
-        self._stream = stream
+        self._stream, self._saw = stream, stream.snapshot()
 
     def wait(self, stream: Stream | None = None) -> None:
         self._stream.finish()
+        (stream or RUNTIME.current_stream()).see(self._saw)
 
     def synchronize(self) -> None:
-        RUNTIME.wait(self._stream.index)
+        RUNTIME.wait(self._stream.index, saw=self._saw)
         self._stream.finish()
+        self._stream.deliver(self._saw[self._stream])
 
     def query(self) -> bool:
         return not self._stream.late
+
+
+class Graph:
+    """A `torch.cuda.CUDAGraph`: work that was captured, each piece with what it touches."""
+
+    def __init__(self) -> None:
+        self.work: list[Work] = []
+
+    def replay(self) -> None:
+        RUNTIME.refuse_in_capture("a replay")
+        RUNTIME.launches += 1
+        for work in self.work:
+            RUNTIME.carry_out(work)
+
+
+@dataclass
+class Work:
+    """A kernel or a copy on a device. `touches`: storages, and whether each is written."""
+
+    device: int
+    touches: Callable[[], list[tuple[Any, bool]]]
+    run: Callable[[Stream, int], object]
+    is_kernel: bool = True
 
 
 @dataclass
@@ -66,15 +124,20 @@ class _Memory:
 class PaperRuntime:
     """Stands in for `torch.cuda`: the functions that mixchat asks, under the same names.
 
-    `fail_at`: raise `torch.OutOfMemoryError` at the allocation with this number, counted in
-    `allocations`. `refuses_locks`: page-lock nothing.
+    `launches` counts what the host starts: kernels, copies and graphs. `kernels` counts those that
+    run, in graphs too. Work on memory that another stream wrote, without having waited for it, is
+    an error, and so is writing what another stream may still read. A capture takes kernels that
+    have run before, copies that do not block, and operations in place. `fail_at`: raise
+    `torch.OutOfMemoryError` at the allocation with this number, counted in `allocations`.
+    `refuses_locks`: page-lock nothing.
     """
 
-    Stream, Event = Stream, Event
+    Stream, Event, CUDAGraph = Stream, Event, Graph
 
     def __init__(self) -> None:
         self._thread = threading.local()
         self._taken: dict[int, int] = {}  # bytes of each allocation that is alive
+        self._places: dict[int, Any] = {}  # allocations by their addresses
         self.locked: dict[int, int] = {}  # bytes by address
         self.memories = [_Memory(0) for _ in range(DEVICES)]
         self.reset()
@@ -83,7 +146,11 @@ class PaperRuntime:
         """Count from 0 again; memory that is taken or locked stays so, until it is given back."""
         for memory in self.memories:
             memory.total = 4 * GB
-        self.waits = self.side_waits = self.allocations = 0
+        self.waits = self.side_waits = self.allocations = self.launches = self.kernels = 0
+        self.host_saw: dict[Stream, int] = {}
+        self._written: dict[int, tuple[Stream, int]] = {}
+        self._read: dict[int, dict[Stream, int]] = {}
+        self._loaded: set[Any] = set()
         self.fail_at: int | None = None
         self.refuses_locks = False
         self.devices = 1
@@ -142,6 +209,26 @@ class PaperRuntime:
         streams: dict[int, Stream] = self._thread.__dict__.setdefault("streams", {})
         return streams
 
+    @contextlib.contextmanager
+    def device(self, device: torch.device | int) -> Iterator[None]:
+        before = self.current_device()
+        self.set_device(device)
+        try:
+            yield
+        finally:
+            self.set_device(before)
+
+    @contextlib.contextmanager
+    def graph(self, graph: Graph, *, capture_error_mode: str = "global") -> Iterator[None]:
+        """Record work in a graph, instead of doing it."""
+        self.refuse_in_capture("a capture")
+        assert capture_error_mode == "thread_local", "other threads lock memory meanwhile"
+        self._thread.graph = graph
+        try:
+            yield
+        finally:
+            self._thread.graph = None
+
     def cudart(self) -> PaperRuntime:
         return self
 
@@ -173,25 +260,77 @@ class PaperRuntime:
     def memory(self, device: torch.device) -> _Memory:
         return self.memories[self.index_of(device)]
 
-    def wait(self, device: torch.device | int | None = None, *, blocks: bool = True) -> None:
-        """Count a wait, unless the operation does not block; then its stream has done its work."""
+    @property
+    def capturing(self) -> Graph | None:
+        return getattr(self._thread, "graph", None)
+
+    def refuse_in_capture(self, what: str) -> None:
+        if self.capturing is not None:
+            raise RuntimeError(f"CUDA error: operation not permitted in a capture: {what}")
+
+    def wait(
+        self,
+        device: torch.device | int | None = None,
+        *,
+        blocks: bool = True,
+        stream: Stream | None = None,
+        saw: dict[Stream, int] | None = None,
+    ) -> None:
+        """Count a wait of the host, for a stream or for the part of its work that `saw` names."""
         if not blocks:
             return
-        stream = self.current_stream(device)
-        if stream in self._defaults:
+        self.refuse_in_capture("a wait")
+        stream = stream or self.current_stream(device)
+        if self.current_stream(device) in self._defaults:
             self.waits += 1
         else:
             self.side_waits += 1
         stream.finish()
+        for each, done in (saw or stream.snapshot()).items():
+            self.host_saw[each] = max(self.host_saw.get(each, 0), done)
+        if saw is None:
+            stream.deliver(stream.done)
 
-    def launch(self, device: torch.device, *, views: bool) -> None:
-        """Start a kernel, which finds what its stream has copied; CUDA tells of errors here."""
-        if views:
+    def start(self, work: Work, *, kernel: Any = None) -> None:
+        """Do a piece of work, or record it. `kernel` is what has to be loaded first."""
+        if self.capturing is not None:
+            if kernel is not None and kernel not in self._loaded:
+                raise RuntimeError(f"CUDA error: a kernel is loaded in a capture: {kernel}")
+            self.capturing.work.append(work)
             return
-        self.current_stream(device).finish()
+        if kernel is not None:
+            self._loaded.add(kernel)
+        self.launches += 1
+        self.carry_out(work)
+
+    def carry_out(self, work: Work) -> None:
+        """Do a piece of work in the current stream; CUDA tells of earlier errors here."""
+        stream = self.current_stream(work.device)
+        number = stream.begin()
+        self.kernels += work.is_kernel
         error, self._thread.error = getattr(self._thread, "error", None), None
         if error is not None:
             raise RuntimeError(error)
+        for storage, writes in work.touches():
+            self._touch(stream, number, storage._cdata, writes)
+        work.run(stream, number)
+
+    def wrote(self, stream: Stream, number: int, storage: Any) -> None:
+        """Note who made a new tensor."""
+        self._written[storage._cdata] = stream, number
+
+    def _touch(self, stream: Stream, number: int, storage: int, writes: bool) -> None:
+        writer = self._written.get(storage)
+        if writer is not None and not stream.has_seen(*writer):
+            raise RuntimeError("a stream uses what another one writes, and did not wait for it")
+        readers = self._read.setdefault(storage, {})
+        if writes:
+            if not all(stream.has_seen(*reader) for reader in readers.items()):
+                raise RuntimeError("a stream writes what another one may still read")
+            readers.clear()
+            self._written[storage] = stream, number
+        else:
+            readers[stream] = number
 
     def is_locked(self, tensor: torch.Tensor) -> bool:
         first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -209,12 +348,22 @@ class PaperRuntime:
                 f"paper out of memory. Tried to allocate {size} bytes. GPU {self.index_of(device)} "
                 f"has a total capacity of {memory.total} bytes"
             )
+        self.refuse_in_capture("memory")
         self._taken[key] = size
+        self._places[storage.data_ptr()] = weakref.ref(storage)
         memory.taken += size
-        weakref.finalize(storage, self._freed, key, memory).atexit = False
+        weakref.finalize(storage, self._freed, key, storage.data_ptr(), memory).atexit = False
 
-    def _freed(self, key: int, memory: _Memory) -> None:
+    def _freed(self, key: int, address: int, memory: _Memory) -> None:
         memory.taken -= self._taken.pop(key)
+        self._places.pop(address, None)
+        self._written.pop(key, None)
+        self._read.pop(key, None)
+
+    def storages_at(self, addresses: Iterable[int]) -> list[Any]:
+        """Return the allocations that begin at some of these addresses."""
+        found = (self._places[address]() for address in addresses if address in self._places)
+        return [storage for storage in found if storage is not None]
 
 
 RUNTIME = PaperRuntime()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -93,6 +93,20 @@ def page_lock(block: torch.Tensor, device: torch.device) -> None:
         return
     # The memory goes back to the system, which may give the address to another block.
     weakref.finalize(block, runtime.cudaHostUnregister, address).atexit = False
+
+
+@contextlib.contextmanager
+def captured(device: torch.device) -> Iterator[Any]:
+    """Yield a graph of the kernels and copies that are started inside. `replay` starts them.
+
+    They do not run before. All have to have run once, because loading a kernel cannot be captured.
+    Nothing inside may wait for the GPU or take memory.
+    """
+    runtime = _runtime()
+    graph = runtime.CUDAGraph()
+    # By default a capture forbids other threads much, and one thread moves experts meanwhile.
+    with current(device), runtime.graph(graph, capture_error_mode="thread_local"):
+        yield graph
 
 
 def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

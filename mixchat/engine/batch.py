@@ -16,7 +16,13 @@ from mixchat.base import interrupts
 from mixchat.base.errors import MixchatError
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.chunk_sizer import PassSizer
-from mixchat.engine.passes import CachedPrefix, ForwardPasses, SequenceTokens, shared_beginning
+from mixchat.engine.passes import (
+    CachedPrefix,
+    ForwardPasses,
+    PassTooLargeError,
+    SequenceTokens,
+    shared_beginning,
+)
 from mixchat.engine.sampling import Sampler
 from mixchat.engine.speculation import Proposals, Speculation
 from mixchat.engine.stats import GenerationStats
@@ -135,6 +141,7 @@ class Batch:
         answer = BatchedAnswer(request, limit, Proposals(self._speculation, request.stop_ids))
         answer.stats.prefill_seconds = time.perf_counter() - start
         self._answers.append(answer)
+        self._sizer.recover()
         return answer
 
     def step(self) -> list[BatchedAnswer]:
@@ -153,6 +160,8 @@ class Batch:
                 self._run_pass(chunks)
             except _AllCancelledError:
                 pass
+            except PassTooLargeError:
+                self._sizer.shrink(max(len(chunk.ids) for _, chunk in chunks))
             except MixchatError as error:
                 for answer in computed:
                     answer.error = error

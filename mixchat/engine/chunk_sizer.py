@@ -5,7 +5,7 @@ from __future__ import annotations
 # Tokens. Chunks are large, because each reads most experts on disk again.
 PREFILL_CHUNK = 2048
 # Tokens of prompts in a pass in which other answers decode.
-_FIRST_CHUNK, _SMALLEST_CHUNK = 32, 16
+_FIRST_CHUNK, SMALLEST_CHUNK = 32, 16
 # Seconds that a pass may take if other answers decode in it, and if none do.
 _DECODING_TARGET_S, _PREFILL_TARGET_S = 0.7, 8.0
 # On a slow machine, the first target as a multiple of a pass that only decodes.
@@ -19,18 +19,28 @@ class PassSizer:
 
     def __init__(self, fixed: int | None = None) -> None:
         self._fixed, self._decoding_seconds = fixed, 0.0
+        self._most = PREFILL_CHUNK  # that a GPU's memory has room for
         # By whether other answers decode in the pass.
         self._sizers = {
-            False: ChunkSizer(PREFILL_CHUNK, _SMALLEST_CHUNK, PREFILL_CHUNK),
-            True: ChunkSizer(_FIRST_CHUNK, _SMALLEST_CHUNK, PREFILL_CHUNK),
+            False: ChunkSizer(PREFILL_CHUNK, SMALLEST_CHUNK, PREFILL_CHUNK),
+            True: ChunkSizer(_FIRST_CHUNK, SMALLEST_CHUNK, PREFILL_CHUNK),
         }
 
     def choose(self, *, decodes: bool) -> int:
         """Return the tokens of prompts in the next pass."""
         if self._fixed is not None:
-            return self._fixed
+            return min(self._fixed, self._most)
         slowest = max(_DECODING_TARGET_S, _DECODING_TARGET_RATIO * self._decoding_seconds)
-        return self._sizers[decodes].choose(slowest if decodes else _PREFILL_TARGET_S)
+        chosen = self._sizers[decodes].choose(slowest if decodes else _PREFILL_TARGET_S)
+        return min(chosen, self._most)
+
+    def shrink(self, tokens: int) -> None:
+        """Take fewer than so many tokens, for which a GPU's memory was too small."""
+        self._most = max(tokens // 2, SMALLEST_CHUNK)
+
+    def recover(self) -> None:
+        """Take more tokens again, since memory may be free by now."""
+        self._most = min(2 * self._most, PREFILL_CHUNK)
 
     def add(self, prompt_tokens: int, seconds: float, *, decodes: bool) -> None:
         if prompt_tokens:

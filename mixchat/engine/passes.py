@@ -15,10 +15,11 @@ from operator import eq
 
 import torch
 
-from mixchat.base import interrupts
+from mixchat.base import gpu, interrupts
 from mixchat.base.errors import CheckpointError, PromptError
 from mixchat.base.model_config import Context
 from mixchat.base.progress import Note
+from mixchat.engine.chunk_sizer import SMALLEST_CHUNK
 from mixchat.engine.kv_cache import KVCache
 from mixchat.engine.model import LAST, AfterLayer, Transformer
 from mixchat.experts.holder import ExpertHolder
@@ -113,6 +114,10 @@ class SequenceTokens:
         return [*self.ids, *self.proposal]
 
 
+class PassTooLargeError(Exception):
+    """A GPU's memory ran out. It may suffice for fewer tokens of a prompt."""
+
+
 class ForwardPasses:
     """Computes passes, and counts their tokens and seconds.
 
@@ -134,7 +139,8 @@ class ForwardPasses:
         """Return the logits [n, V] of the last token of each chunk, and of each proposed token.
 
         Ctrl-C is handled between layers that are not in one program, and while an expert is
-        loading. An interrupted pass leaves all caches as they were.
+        loading. An interrupted pass leaves all caches as they were. Raises `PassTooLargeError` if a
+        GPU lacks the memory for so many tokens.
         """
         ids = [token for chunk in chunks for token in chunk.all_ids]
 
@@ -153,9 +159,18 @@ class ForwardPasses:
                 after_layer=between_layers,
             )
 
+        def compute_or_shrink() -> torch.Tensor:
+            try:
+                return compute()
+            except torch.OutOfMemoryError:
+                gpu.release_unused(self.model.device)
+                if max(len(chunk.ids) for chunk in chunks) > SMALLEST_CHUNK:
+                    raise PassTooLargeError from None
+                raise
+
         start = time.perf_counter()
         with interrupts.deferred(), torch.inference_mode():
-            logits = within_memory(self.experts, compute, self._note)
+            logits = within_memory(self.experts, compute_or_shrink, self._note)
             for chunk in chunks:
                 # Proposed tokens join the cache as they are accepted, one after the other.
                 chunk.prefix.cache.length -= len(chunk.proposal)

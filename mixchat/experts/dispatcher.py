@@ -5,15 +5,14 @@ T = tokens, D = hidden_size, K = num_experts_per_tok.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
+from itertools import islice
 from typing import Protocol
 
 import torch
 
-from mixchat.base import gpu
 from mixchat.experts.cache import ExpertKey, ExpertStats
-from mixchat.experts.compute import DeviceCompute
-from mixchat.experts.fetcher import Fetcher
+from mixchat.experts.compute import HostCompute
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.prefetch import Prefetch, ranked_keys
@@ -43,115 +42,106 @@ class WorkerExperts(Protocol):
 
 
 class Dispatcher:
-    """An `ExpertHolder`: the devices of this machine, and workers on others.
+    """An `ExpertHolder`: experts in this machine's RAM, and workers on others.
 
-    devices: the first one computes the rest of the model. owner: the index of the device that
-    computes an expert unless a worker does. copies: experts of workers that this machine is to
-    hold, too.
-
-    If a worker fails, this machine computes its experts from the same rows.
+    copies: experts of workers that this machine is to hold, too. If a worker fails, this machine
+    computes its experts from the same rows.
     """
 
     def __init__(
         self,
-        devices: Sequence[DeviceCompute],
+        local: HostCompute,
         stats: ExpertStats,
         *,
-        owner: Callable[[ExpertKey], int] = lambda key: 0,
         prefetch: Prefetch | None = None,
         workers: Sequence[WorkerExperts] = (),
         copies: Set[ExpertKey] = frozenset(),
     ) -> None:
-        self._devices, self._stats, self._owner = devices, stats, owner
-        self._fetchers = [device.fetcher for device in devices]
+        self._local, self._fetcher, self._stats = local, local.fetcher, stats
         self._prefetch, self._workers, self._copies = prefetch, workers, copies
+        self._on_gpus: Set[ExpertKey] = frozenset()
         # The last layer's outputs, which nobody reads any more. New memory would take as long as
         # some matrix products.
         self._memory: torch.Tensor | None = None
-        self._note_workers()
+        self._note_elsewhere()
 
     @property
     def stats(self) -> ExpertStats:
-        for fetcher in self._fetchers:
-            fetcher.count_hits()
+        self._fetcher.count_hits()
         return self._stats
 
     @property
     def slots(self) -> int:
-        return sum(fetcher.slots for fetcher in self._fetchers)
+        return self._fetcher.slots
 
     @property
     def slots_by_tier(self) -> dict[str, int]:
-        slots: dict[str, int] = {}
-        counts = [item for fetcher in self._fetchers for item in fetcher.slots_by_tier.items()]
-        for tier, count in sorted(counts, key=lambda item: item[0] == "host"):  # RAM comes last
-            slots[tier] = slots.get(tier, 0) + count
+        slots = {"host": self.slots}
         if self._workers:
             slots["worker"] = sum(len(worker.held) for worker in self._workers)
         return slots
 
     @property
     def bytes_held(self) -> int:
-        return sum(fetcher.bytes_held for fetcher in self._fetchers)
+        return self._fetcher.bytes_held
 
     def tier(self, key: ExpertKey) -> str:
-        fetcher = self._fetcher(key)
         on_worker = any(key in worker.held for worker in self._workers)
-        return "worker" if on_worker and not fetcher.holds(key) else fetcher.tier(key)
+        return "worker" if on_worker and not self.holds(key) else self._fetcher.tier(key)
 
     def holds(self, key: ExpertKey) -> bool:
-        return self._fetcher(key).holds(key)
+        return self._fetcher.holds(key)
 
     @property
     def is_filling(self) -> bool:
-        return any(fetcher.is_filling for fetcher in self._fetchers)
+        return self._fetcher.is_filling
 
     def fill(self, keys: Sequence[ExpertKey]) -> None:
         """Load experts in this order while nothing else is to be loaded, if all fit."""
-        for number, fetcher in enumerate(self._fetchers):
-            fetcher.fill([key for key in keys if self._owner(key) == number])
+        self._fetcher.fill(keys)
 
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
-        """Return the first of these experts that each device has slots for."""
-        room = [fetcher.slots for fetcher in self._fetchers]
-        fit = []
-        for key in keys:
-            if room[self._owner(key)]:
-                room[self._owner(key)] -= 1
-                fit.append(key)
-        return fit
+        """Return the first of these experts that there are slots for."""
+        return list(islice(keys, self.slots))
 
     def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
-        """Bring an expert into the memory of its device, and evict none in `pinned`."""
-        self._fetcher(key).load(key, pinned)
+        """Bring an expert into RAM, and evict none in `pinned`."""
+        self._fetcher.load(key, pinned)
+
+    def leave_to_gpus(self, keys: Set[ExpertKey]) -> None:
+        """Note the experts that GPUs hold, which nobody has to bring into RAM."""
+        self._on_gpus = keys
+        self._note_elsewhere()
+
+    def borrow(self, key: ExpertKey) -> torch.Tensor | None:
+        """Return the block of an expert in RAM, which stays there until `give_back`."""
+        return self._fetcher.borrow(key)
+
+    def give_back(self, key: ExpertKey) -> None:
+        self._fetcher.give_back(key)
 
     def follow_memory(self) -> None:
-        for fetcher in self._fetchers:
-            fetcher.follow_memory()
+        self._fetcher.follow_memory()
 
     def close(self) -> None:
-        for fetcher in self._fetchers:
-            fetcher.close()
+        self._fetcher.close()
         for worker in self._workers:
             worker.close()
 
-    def halve(self, number: int | None = None) -> bool:
-        full = [each.fetcher for each in self._devices if number in (None, each.device.index)]
-        halved = [fetcher.halve() for fetcher in full or self._fetchers]
-        return any(halved)
+    def give_way(self, gpu: int | None = None) -> bool:
+        return False
 
     def begin_turn(self) -> None:
         for worker in self._workers:
             worker.begin_turn()
-        self._note_workers()
+        self._note_elsewhere()
 
     def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
-        is_alone = len(self._fetchers) == 1 and not self._workers
         self._memory = None  # a prompt's, which one token does not need
-        return self._fetchers[0].resident(layers) if is_alone else ()
+        return () if self._workers else self._fetcher.resident(layers)
 
     def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
-        self._fetchers[0].note_hits(layer, selected)
+        self._fetcher.note_hits(layer, selected)
 
     def run(
         self,
@@ -176,50 +166,22 @@ class Dispatcher:
         exact: bool = False,
     ) -> LayerRows:
         """Return the experts' outputs. The arguments are as in `run`."""
-        rows, predicted = self._read(layer, hidden_states, selected_experts, exact)
+        memory, self._memory = self._memory, None
+        rows = LayerRows(layer, hidden_states, selected_experts, exact=exact, memory=memory)
         local, sent = self._divide(rows)
         # The workers compute while this machine does, and its disk reads what comes next.
         for worker, keys in sent:
             worker.begin(rows, keys)
-        self._begin(rows, local)
-        self._look_ahead(rows, predicted)
+        self._local.begin(rows, local)
+        self._look_ahead(rows)
         self._finish(rows)
         failed = [key for worker, _ in sent for key in worker.finish(rows)]
         self._stats.hits.update(key for _, keys in sent for key in keys if key not in failed)
         if failed:
-            self._note_workers()
-            self._begin(rows, failed)
+            self._note_elsewhere()
+            self._local.begin(rows, failed)
             self._finish(rows)
         return rows
-
-    def _read(
-        self, layer: int, hidden_states: torch.Tensor, selected: torch.Tensor, exact: bool
-    ) -> tuple[LayerRows, torch.Tensor | None]:
-        """Return the rows of each expert, and the predicted experts on the CPU.
-
-        A GPU that decodes is waited for only here, so all is read at once. Otherwise the
-        predicted experts are None, so that the next experts are on their way first.
-        """
-        decodes = hidden_states.shape[0] == 1 and gpu.is_gpu(hidden_states.device)
-        needs_copy = decodes and (
-            bool(self._workers) or any(device.may_use_rows_on_cpu for device in self._devices)
-        )
-        predicts = decodes and self._predicts
-        wanted = [selected]
-        if needs_copy:
-            wanted.append(hidden_states)
-        if predicts:
-            assert self._prefetch is not None
-            wanted.append(self._prefetch.predict(layer, hidden_states))
-        tensors = gpu.read(wanted)
-        copy = tensors[1] if needs_copy else None
-        memory, self._memory = self._memory, None
-        rows = LayerRows(layer, hidden_states, tensors[0], copy=copy, exact=exact, memory=memory)
-        return rows, tensors[-1] if predicts else None
-
-    @property
-    def _predicts(self) -> bool:
-        return self._prefetch is not None and not all(each.holds_all for each in self._fetchers)
 
     def _divide(
         self, rows: LayerRows
@@ -237,32 +199,18 @@ class Dispatcher:
         local = shares.pop(_LOCAL, [])
         return local, [(self._workers[number - 1], keys) for number, keys in shares.items()]
 
-    def _begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        for number, device in enumerate(self._devices):
-            device.begin(rows, [key for key in keys if self._owner(key) == number])
-
     def _finish(self, rows: LayerRows) -> None:
-        # In turns, so that no device waits for another one's loads. The first one has most to do
-        # and comes last.
-        busy = list(reversed(self._devices))
-        while busy:
-            busy = [device for device in busy if device.compute_next(rows)]
+        while self._local.compute_next(rows):
+            pass
 
-    def _look_ahead(self, rows: LayerRows, predicted: torch.Tensor | None) -> None:
+    def _look_ahead(self, rows: LayerRows) -> None:
         """Prefetch the copies of this layer's experts, then the predicted experts."""
-        if self._prefetch is None or not self._predicts:
+        if self._prefetch is None or self._fetcher.holds_all:
             return
-        if predicted is None:
-            (predicted,) = gpu.read([self._prefetch.predict(rows.layer, rows.hidden_states)])
+        predicted = self._prefetch.predict(rows.layer, rows.hidden_states)
         copies = [key for key in rows.counts if key in self._copies]
-        keys = [*copies, *ranked_keys(rows.layer, predicted)]
-        for number, device in enumerate(self._devices):
-            device.prefetch(key for key in keys if self._owner(key) == number)
+        self._local.prefetch([*copies, *ranked_keys(rows.layer, predicted)])
 
-    def _note_workers(self) -> None:
+    def _note_elsewhere(self) -> None:
         held = frozenset(key for worker in self._workers for key in worker.held) - self._copies
-        for number, fetcher in enumerate(self._fetchers):
-            fetcher.on_workers = frozenset(key for key in held if self._owner(key) == number)
-
-    def _fetcher(self, key: ExpertKey) -> Fetcher:
-        return self._fetchers[self._owner(key)]
+        self._fetcher.elsewhere = held | self._on_gpus

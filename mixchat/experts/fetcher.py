@@ -1,4 +1,4 @@
-"""Brings the experts of one device into their slots, on request, by prediction or to fill them."""
+"""Brings experts into their slots in RAM, on request, by prediction or to fill them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterable, Sequence, Set
 from contextlib import suppress
 from itertools import repeat
 
+import torch
+
 from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.memory import MemoryWatch
 from mixchat.experts.mover import FILL, PREDICTED, REQUESTED, ExpertLoad, Mover
-from mixchat.experts.placement import MIN_SLOTS, Placement
+from mixchat.experts.placement import Placement
 from mixchat.experts.store import ExpertStore
 from mixchat.weights.format.expert import Expert
 
@@ -23,11 +25,10 @@ _MAX_UNCOUNTED = 64  # tokens
 
 
 class Fetcher:
-    """Holds the experts of one device. A cache assigns their slots, a mover fills them.
+    """Holds the experts in RAM. A cache assigns their slots, a mover fills them.
 
     An expert in the cache may still be on its way, in `_loads`, or in `_fills` if nobody has needed
-    it yet. Workers compute those in `on_workers` as long as they can. Several fetchers may share
-    `stats`.
+    it yet. Workers and GPUs compute the experts in `elsewhere`.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Fetcher:
     ) -> None:
         self._cache, self._store, self._placement = cache, store, placement
         self._passes, self.stats, self._watch = passes, stats, watch
-        self.on_workers: Set[ExpertKey] = frozenset()
-        self._mover = Mover(store.stream, watch.is_ample if watch else lambda: True)
+        self.elsewhere: Set[ExpertKey] = frozenset()
+        self._borrowed: set[ExpertKey] = set()  # nobody else may get their slots
+        self._mover = Mover(may_fill=watch.is_ample if watch else lambda: True)
         self._loads: dict[ExpertKey, ExpertLoad] = {}
         self._fills: OrderedDict[ExpertKey, ExpertLoad] = OrderedDict()
         # The experts of layers of which all are held. They stay there while all experts fit.
@@ -54,22 +56,17 @@ class Fetcher:
         return self._cache.limit
 
     @property
-    def slots_by_tier(self) -> dict[str, int]:
-        host = {"host": self._placement.host_slots} if self._placement.host_slots else {}
-        return {self._store.name: self.slots, **host}
-
-    @property
     def bytes_held(self) -> int:
         return self._store.nbytes
 
     @property
     def holds_all(self) -> bool:
-        """Return whether the device holds all experts that no worker computes."""
-        needed = self._placement.experts - len(self.on_workers)
+        """Return whether RAM holds all experts that are not elsewhere."""
+        needed = self._placement.experts - len(self.elsewhere)
         if self._loads or self.is_filling or len(self._cache) < needed:
             return False
-        own = (key for key in self._cache if key not in self.on_workers)
-        return not self.on_workers or sum(1 for _ in own) == needed
+        own = (key for key in self._cache if key not in self.elsewhere)
+        return not self.elsewhere or sum(1 for _ in own) == needed
 
     @property
     def is_filling(self) -> bool:
@@ -84,7 +81,7 @@ class Fetcher:
 
         One that fails, or whose turn comes while memory is short, stays missing.
         """
-        missing = [key for key in keys if key not in self._cache and key not in self.on_workers]
+        missing = [key for key in keys if key not in self._cache and key not in self.elsewhere]
         if len(self._cache) + len(missing) <= self.slots:
             with suppress(ResourceError):  # no thread
                 for key in missing:
@@ -105,8 +102,8 @@ class Fetcher:
         return True
 
     def tier(self, key: ExpertKey) -> str:
-        """Return the expert's fastest tier: `device`, `host` or `disk`."""
-        return self._store.tier(key, resident=self.holds(key))
+        """Return the expert's faster tier, `host` or `disk`."""
+        return "host" if self.holds(key) else "disk"
 
     def holds(self, key: ExpertKey) -> bool:
         return self.state(key) == RESIDENT
@@ -191,7 +188,7 @@ class Fetcher:
         room = min(_MAX_PREFETCHES, self.slots // 4) - len(self._prefetches)
         for key in keys:
             is_new = key not in self._cache
-            if key in self.on_workers or not (is_new or key in self._fills):
+            if key in self.elsewhere or not (is_new or key in self._fills):
                 continue
             if room <= 0 or (is_new and not self._start(ExpertLoad(key, PREDICTED), pinned)):
                 return
@@ -220,12 +217,17 @@ class Fetcher:
             without = len(self._fills) - 1 if self.is_filling else 0
             self.resize(self._watch.limit(len(self._store.blocks) - without))
 
-    def halve(self) -> bool:
-        limit = self._cache.limit // 2
-        if limit < MIN_SLOTS:
-            return False
-        self.resize(limit)
-        return True
+    def borrow(self, key: ExpertKey) -> torch.Tensor | None:
+        """Return an expert's block, which stays in RAM until `give_back`, or None without it."""
+        if not self.holds(key):
+            return None
+        self._borrowed.add(key)
+        slot = self._cache.slot_of(key)
+        assert slot is not None
+        return self._store.block(slot)
+
+    def give_back(self, key: ExpertKey) -> None:
+        self._borrowed.discard(key)
 
     def resize(self, limit: int) -> None:
         """Hold no more than `limit` experts, and free the memory of the others."""
@@ -233,7 +235,7 @@ class Fetcher:
             self.count_hits()
             self._held_layers.clear()
             self._end_fills()
-            self._cache.resize(limit, pinned=self._loads)
+            self._cache.resize(limit, pinned={*self._loads, *self._borrowed})
             self._release_surplus(self._cache.limit)  # all that are free
 
     def close(self) -> None:
@@ -287,10 +289,11 @@ class Fetcher:
         # To look for one among thousands takes too long for each of thousands of fills.
         preferred = () if load.priority == FILL else held
         self.count_hits()
-        slot = self._cache.admit(key, {*pinned, *self._prefetches}, preferred)
+        kept = {*pinned, *self._borrowed}
+        slot = self._cache.admit(key, {*kept, *self._prefetches}, preferred)
         if slot is None and load.priority == REQUESTED:
             # A requested expert may take the slot of a prefetch.
-            slot = self._cache.admit(key, pinned, held)
+            slot = self._cache.admit(key, kept, held)
         # Loads whose slot was taken are useless. If all experts fit, no fill has lost its slot, and
         # looking through thousands of them takes long.
         evicts = load.priority != FILL and self.slots < self._placement.experts

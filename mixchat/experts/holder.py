@@ -82,8 +82,8 @@ class ExpertHolder(ExpertRunner, Protocol):
     def begin_turn(self) -> None:
         """Connect again to lost workers. This is called before each prompt."""
 
-    def halve(self, number: int | None = None) -> bool:
-        """Hold half as many experts, on one GPU or on all. Return False if that is too few."""
+    def give_way(self, number: int | None = None) -> bool:
+        """Hold fewer experts on a GPU whose memory ran out, or on all. Return False without any."""
 
     def close(self) -> None:
         """Free all experts, and leave the workers. Nothing can be computed then."""

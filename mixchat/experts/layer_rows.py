@@ -17,9 +17,9 @@ from mixchat.kernels.cpu import rows
 class LayerRows:
     """One call of a layer's experts. Each expert is to be used once, with all of its rows.
 
-    hidden_states: [T, D]. selected: [T, K], int64, on the CPU. copy: the hidden states on the CPU,
-    if they were read. counts: the rows of each expert, those with the most rows first. memory: the
-    outputs, [T * K, D], expert by expert. What an earlier call used is used again if it fits.
+    hidden_states: [T, D]. selected: [T, K], int64, on the CPU. counts: the rows of each expert,
+    those with the most rows first. memory: the outputs, [T * K, D], expert by expert. What an
+    earlier call used is used again if it fits.
     """
 
     def __init__(
@@ -28,11 +28,10 @@ class LayerRows:
         hidden_states: torch.Tensor,
         selected: torch.Tensor,
         *,
-        copy: torch.Tensor | None = None,
         exact: bool = False,
         memory: torch.Tensor | None = None,
     ) -> None:
-        self.layer, self.hidden_states, self.exact, self._copy = layer, hidden_states, exact, copy
+        self.layer, self.hidden_states, self.exact = layer, hidden_states, exact
         device, (tokens, choices) = hidden_states.device, selected.shape
         if self.is_one_token:
             experts, counts = selected[0].tolist(), [1] * choices
@@ -76,12 +75,6 @@ class LayerRows:
     def tokens_of(self, keys: Sequence[ExpertKey]) -> torch.Tensor:
         """Return the numbers of the rows that `of` returns for several tokens."""
         return torch.cat([self._tokens[self._parts[key]] for key in keys])
-
-    def on_cpu(self, *keys: ExpertKey) -> torch.Tensor:
-        """Return `of` on the CPU. This may wait for a GPU."""
-        if self.is_one_token and self._copy is not None:
-            return self._copy
-        return self.of(*keys).cpu()
 
     def output_of(self, key: ExpertKey) -> torch.Tensor:
         """Return an expert's place for its output [n, D], on the hidden states' device."""

@@ -64,19 +64,19 @@ class MemoryWatch:
 def within_memory(
     holder: ExpertHolder, compute: Callable[[], torch.Tensor], note: Note
 ) -> torch.Tensor:
-    """Call `compute`, again with half the experts if a GPU's memory runs out.
+    """Call `compute`, again with fewer experts if a GPU's memory runs out.
 
-    Raises `ResourceError` if they would be fewer than two.
+    Raises `ResourceError` if it holds none.
     """
     while True:
         try:
             return compute()
         except torch.OutOfMemoryError as error:
             number = gpu.number_in(error)
-            name = "the device" if number is None else f"GPU {number}"
-            if not holder.halve(number):
+            name = "the GPU" if number is None else f"GPU {number}"
+            if not holder.give_way(number):
                 raise ResourceError(
-                    f"{name} ran out of memory, with two experts in it",
+                    f"{name} ran out of memory, without any expert in it",
                     hint="A smaller --ctx-size needs less; --device cpu takes the RAM instead.",
                 ) from None
-            note(f"{name} ran out of memory: {holder.slots} experts fit now")
+            note(f"{name} ran out of memory: it holds fewer experts now")

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.quantities import MemoryBudget, format_least, format_size
-from mixchat.experts.sharing import in_proportion, owner_counts
+from mixchat.experts.sharing import in_proportion
 
 MIN_SLOTS = 2
 # Of slots of different sizes. One for the expert that is computed, the others for loads.
 _MIN_SLOTS_PER_LAYER = 3
-# Fewer would not help a GPU, and loads that were put off need slots, too.
-MIN_HOST_SLOTS = 4
 # For the rest of the machine and temporary tensors, if no budget is given (see memory.py).
 RESERVE_FRACTION = 0.04
 RESERVE_BYTES = 10**9
@@ -51,7 +49,8 @@ class Demand:
     """The bytes that a model needs. `context` is the full KV cache.
 
     expert: the largest one. experts: their count. whole: all of them together, which is less if
-    some are smaller. sizes: of slots, None if each has room for the largest expert.
+    some are smaller. sizes: of slots, None if each has room for the largest expert. layers: with
+    and without experts.
     """
 
     shared: int
@@ -60,15 +59,16 @@ class Demand:
     experts: int
     whole: int
     sizes: SlotSizes | None = None
+    layers: int = 1
 
     def taken(self, slots: int) -> int:
-        """Return the bytes of RAM that slots take."""
+        """Return the bytes that slots take."""
         if self.sizes is not None:
             return self.sizes.for_slots(slots, self.experts).total(slots)
         return self.whole if slots >= self.experts else slots * self.expert
 
     def fitting(self, room: int) -> int:
-        """Return how many slots fit into RAM."""
+        """Return how many slots fit into `room` bytes."""
         if room >= self.whole:
             return self.experts
         if self.sizes is not None:
@@ -86,8 +86,9 @@ class Demand:
 class Placement:
     """The numbers of experts that fit, out of `experts`.
 
-    slots: on the first device. other_slots: on each other GPU, 0 if it is not used. host_slots: in
-    RAM for GPUs, 0 if the CPU computes. reserve: the bytes of RAM that are left free.
+    slots: on the first device. other_slots: on each other GPU. host_slots: in RAM behind GPUs, 0 if
+    the CPU computes alone. layers: the layers of each GPU, 0 if it is not used. reserve: the bytes
+    of RAM that are left free.
     """
 
     slots: int
@@ -95,38 +96,26 @@ class Placement:
     experts: int
     reserve: int = RESERVE_BYTES
     other_slots: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
 
     @property
     def by_device(self) -> tuple[int, ...]:
         return self.slots, *self.other_slots
 
+    @property
+    def held(self) -> int:
+        """Return how many experts fast memory and RAM can hold."""
+        return min(sum(self.by_device) + self.host_slots, self.experts)
+
     def at_most(self, experts: int) -> Placement:
         """Return the placement of `experts` experts, or fewer."""
-        first, *later = map(min, self.by_device, owner_counts(experts, self.by_device))
-        return replace(self, slots=first, other_slots=tuple(later))
+        if self.layers:
+            return replace(self, host_slots=max(min(self.host_slots, experts), MIN_SLOTS))
+        return replace(self, slots=min(self.slots, experts))
 
-    def parts(self, owned: Sequence[int]) -> list[Placement]:
-        """Return the placement of the experts that each device owns. `owned` has their numbers.
-
-        A device's slots in RAM are in proportion to the experts that it does not hold.
-        """
-        lacking = [count - own for count, own in zip(owned, self.by_device, strict=True)]
-        host_slots = [0] * len(owned)
-        while any(lacking):
-            share = owned
-            if self.host_slots < sum(owned):
-                share = in_proportion(self.host_slots, lacking)
-            counts = list(map(min, share, owned))
-            # A device with too few slots to be of use leaves them to the others.
-            few = [n for n, count in enumerate(counts) if lacking[n] and count < MIN_HOST_SLOTS]
-            if not few:
-                host_slots = [count if lacking[n] else 0 for n, count in enumerate(counts)]
-                break
-            lacking[min(few, key=counts.__getitem__)] = 0
-        return [
-            Placement(slots, host, count, self.reserve)
-            for slots, host, count in zip(self.by_device, host_slots, owned, strict=True)
-        ]
+    def in_ram(self) -> Placement:
+        """Return the part in RAM of a placement with GPUs, for the CPU."""
+        return Placement(self.host_slots, 0, self.experts, self.reserve)
 
 
 @dataclass(frozen=True)
@@ -161,30 +150,41 @@ def place_on_cpu(demand: Demand, free: int, budget: MemoryBudget | None) -> Plac
 def place_on_gpus(
     demand: Demand, rooms: Sequence[DeviceRoom], free_host: int, host_budget: MemoryBudget | None
 ) -> Placement:
-    """Place experts on GPUs, and in RAM, of which `free_host` bytes are free.
+    """Place experts on GPUs, and others in RAM, of which `free_host` bytes are free.
 
-    The first GPU also has the shared weights and the context. Others without room for two experts
-    are not used. A fraction as a budget is of a GPU's free memory. `host_budget` and the errors
-    are as in `place_on_cpu`.
+    Each GPU gets whole layers, in proportion to its room, with their weights, their part of the
+    context, and experts. A fraction as a budget is of a GPU's free memory. `host_budget` and the
+    errors are as in `place_on_cpu`.
     """
-    first, *later = rooms
-    slots = [_first_slots(demand, first), *(_other_slots(demand, room) for room in later)]
-    host_slots = 0
-    # Each slot in RAM is locked, with room for the largest expert.
-    locked = replace(demand, whole=demand.experts * demand.expert, sizes=None)
-    if sum(slots) < demand.experts and (host_budget is None or host_budget.of(locked.whole)):
-        if host_budget is None:
-            count = (free_host - reserve_of(free_host)) // locked.expert
-        else:
-            count = _budgeted(locked, host_budget, MIN_HOST_SLOTS, "four experts")
-            _check_budget(locked, min(count, locked.experts), free_host)
-        count = min(count, locked.experts)
-        host_slots = count if count >= MIN_HOST_SLOTS else 0
-    placement = Placement(slots[0], host_slots, demand.experts, other_slots=tuple(slots[1:]))
-    return placement.at_most(demand.experts)
+    rooms_left = [max(_allowed(room) - _spare(room), 0) for room in rooms]
+    layers = in_proportion(demand.layers, rooms_left) if any(rooms_left) else [demand.layers]
+    slots = []
+    for room, count in zip(rooms, layers, strict=True):
+        part = replace(
+            demand,
+            shared=demand.shared * count // demand.layers,
+            context=demand.context * count // demand.layers,
+            experts=demand.experts * count // demand.layers,
+            whole=demand.whole * count // demand.layers,
+        )
+        slots.append(_slots_on_gpu(part, room) if count else 0)
+    # The CPU computes what GPUs do not hold, out of two slots if all is on GPUs.
+    in_ram = replace(demand, shared=0, context=0)
+    missing = demand.experts - sum(slots)
+    placed = Placement(MIN_SLOTS, 0, demand.experts)
+    if missing:
+        placed = place_on_cpu(in_ram, free_host, host_budget)
+    return Placement(
+        slots[0],
+        placed.slots,
+        demand.experts,
+        placed.reserve,
+        other_slots=tuple(slots[1:]),
+        layers=tuple(layers),
+    )
 
 
-def _first_slots(demand: Demand, room: DeviceRoom) -> int:
+def _slots_on_gpu(demand: Demand, room: DeviceRoom) -> int:
     if room.budget is not None and (allowed := room.budget.of(room.free)) < demand.least:
         raise UsageError(
             f"--device-memory {format_size(allowed)} is too small for {room.name}: the model needs "
@@ -195,19 +195,11 @@ def _first_slots(demand: Demand, room: DeviceRoom) -> int:
     free = _allowed(room)
     _check(demand, free, room.name)
     free -= demand.shared + demand.context + _spare(room)
-    slots = free // demand.expert if demand.sizes is None else demand.fitting(free)
-    return min(max(slots, MIN_SLOTS), demand.experts)
-
-
-def _other_slots(demand: Demand, room: DeviceRoom) -> int:
-    least = MIN_SLOTS * demand.expert
-    if room.budget is not None and (allowed := room.budget.of(room.free)) < least:
-        raise UsageError(
-            f"--device-memory {format_size(allowed)} is too small for {room.name}: two experts "
-            f"take {format_least(least)}"
-        )
-    count = (_allowed(room) - _spare(room)) // demand.expert
-    return min(count, demand.experts) if count >= MIN_SLOTS else 0
+    slots = demand.fitting(free)
+    if slots >= demand.experts:
+        return demand.experts
+    # A prompt's experts pass through two more slots, for which there was room in `least`.
+    return max(demand.fitting(free - MIN_SLOTS * demand.expert), 0)
 
 
 def _allowed(room: DeviceRoom) -> int:

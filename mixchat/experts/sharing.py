@@ -58,22 +58,6 @@ def divide(
     return held
 
 
-def assign_owners(keys: Iterable[ExpertKey], slots: Sequence[int]) -> dict[ExpertKey, int]:
-    """Return the owner of each expert, the number of the GPU that computes it.
-
-    slots: how many each GPU can hold. If all fit, all own the same part of every layer, as far
-    as their slots allow. Otherwise each owns experts in proportion to its slots.
-    """
-    keys = list(keys)
-    held = _assign(keys, owner_counts(len(keys), slots), {})
-    return {key: number for number, own in enumerate(held) for key in own}
-
-
-def owner_counts(experts: int, slots: Sequence[int]) -> list[int]:
-    """Return how many experts each GPU owns, as in `assign_owners`."""
-    return _quotas(experts, slots) if sum(slots) >= experts else in_proportion(experts, slots)
-
-
 def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
     """Return whole numbers that sum to `total`, in proportion to weights, of which one is not 0."""
     every = sum(weights)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Protocol
 
 import torch
 
-from mixchat.base import gpu
 from mixchat.experts.cache import ExpertKey, ExpertStats
-from mixchat.experts.memory import CPU
 from mixchat.experts.mover import Steps
 from mixchat.weights.format.expert import Expert, ExpertSpec
 
@@ -21,69 +18,40 @@ Layouts = Callable[[int], ExpertSpec]  # the form of a layer's experts
 
 
 class ExpertSource(Protocol):
-    """Brings every expert from the slower tiers, on demand."""
+    """Brings every expert from a slower tier, on demand."""
 
-    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
-        """Fill the beginning of `block` (uint8, on any device) with the expert's bytes.
-
-        `evicted` is the expert that is in the block now, if any.
-        """
-
-    def tier(self, key: ExpertKey) -> str:
-        """Return the tier of the expert: `host` or `disk`."""
+    def load(self, key: ExpertKey, block: torch.Tensor) -> Steps:
+        """Fill the beginning of `block` (uint8) with the expert's bytes."""
 
 
 class ExpertStore:
-    """Slots: blocks of memory on `device`, each ready to compute the expert it holds.
+    """Slots: blocks of memory in RAM, each ready to compute the expert it holds.
 
-    stored: returns a layer's layout at the source. used: the layout that this device computes. If
-    they differ a block is reordered after its load, which takes a GPU a millisecond and a CPU a
-    second. size: the bytes of a slot, by its number. A smaller expert leaves the end of a slot
-    alone. name: the tier of slots on a GPU.
+    layouts: returns the form of a layer's experts. size: the bytes of a slot, by its number. A
+    smaller expert leaves the end of a slot alone.
     """
 
     def __init__(
         self,
         source: ExpertSource,
-        *,
-        stored: Layouts,
-        used: Layouts,
+        layouts: Layouts,
         size: Callable[[int], int],
-        device: torch.device,
         stats: ExpertStats,
-        name: str = "device",
     ) -> None:
-        self.name = "host" if device == CPU else name
-        self._source, self._stored, self._used, self._stats = source, stored, used, stats
-        self._size, self._device = size, device
-        self._streams = gpu.streams(device)
-        self._side = self._streams.Stream(device)
+        self._source, self._layouts, self._size, self._stats = source, layouts, size, stats
         self._slots: dict[int, _Slot] = {}
 
-    def stream(self) -> AbstractContextManager[object]:
-        """Return the context in which loads overlap with computing."""
-        inside: AbstractContextManager[object] = self._streams.stream(self._side)
-        return inside
-
     def load(self, key: ExpertKey, slot: int) -> Steps:
-        """Return the steps that load an expert into a slot, which the device may still read."""
-        target, was_read = self._slot(slot), self._streams.Event()
-        was_read.record(self._streams.current_stream(self._device))
+        """Return the steps that load an expert into a slot."""
+        target = self._slot(slot)
 
         def steps() -> Steps:
-            was_read.wait(self._side)
-            evicted, target.holds = target.holds, None
-            layout, new_memory = self._used(key.layer), target.block
+            layout, new_memory = self._layouts(key.layer), target.block
             if new_memory is None:
                 raise MemoryError  # the slot was freed before its load began
             block = new_memory()
-            yield from self._source.load(key, block, evicted)
-            self._stored(key.layer).convert(block, layout)
+            yield from self._source.load(key, block)
             target.take(layout, block)
-            arrived = self._streams.Event()
-            arrived.record(self._side)
-            arrived.synchronize()
-            target.holds = key
             self._stats.bytes_moved += layout.nbytes
 
         return steps()
@@ -94,14 +62,11 @@ class ExpertStore:
         assert expert is not None
         return expert
 
-    def tier(self, key: ExpertKey, *, resident: bool) -> str:
-        """Return the tier of the expert, at the source unless it is `resident`."""
-        return self.name if resident else self._source.tier(key)
-
-    def reserve(self, slots: int) -> None:
-        """Take the memory of slots 0 .. slots-1. Raises torch's error if it runs out."""
-        for slot in range(slots):
-            self._slot(slot)
+    def block(self, slot: int) -> torch.Tensor:
+        """Return the bytes of a slot that an expert was loaded into."""
+        block = self._slots[slot].block
+        assert block is not None
+        return block()
 
     @property
     def blocks(self) -> Collection[int]:
@@ -110,9 +75,7 @@ class ExpertStore:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of memory that slots take. Untouched pages of a CPU take none."""
-        if self._device != CPU:
-            return sum(map(self._size, self._slots))
+        """Return the bytes of memory that slots take. Untouched pages take none."""
         return sum(slot.filled for slot in self._slots.values())
 
     def release(self, slot: int) -> None:
@@ -124,11 +87,7 @@ class ExpertStore:
 
     def _slot(self, number: int) -> _Slot:
         if number not in self._slots:
-            block = cache(partial(new_block, self._size(number), self._device))
-            if self._device != CPU:
-                # Memory belongs to the stream that takes it, which is not to be the mover's.
-                block()
-            self._slots[number] = _Slot(block)
+            self._slots[number] = _Slot(cache(partial(new_block, self._size(number))))
         return self._slots[number]
 
 
@@ -136,14 +95,13 @@ class ExpertStore:
 class _Slot:
     """A slot's memory and the expert in it.
 
-    block: takes the memory when it is first called, None after the slot was freed. holds: the key
-    that was completely loaded. filled: counts bytes that were touched.
+    block: takes the memory when it is first called, None after the slot was freed. filled: counts
+    bytes that were touched.
     """
 
     block: Callable[[], torch.Tensor] | None
     layout: ExpertSpec | None = None
     expert: Expert | None = None
-    holds: ExpertKey | None = None
     filled: int = 0
 
     def take(self, layout: ExpertSpec, block: torch.Tensor) -> None:
@@ -154,10 +112,10 @@ class _Slot:
             self.filled = max(self.filled, layout.stride)
 
 
-def new_block(size: int, device: torch.device) -> torch.Tensor:
+def new_block(size: int) -> torch.Tensor:
     """Return `size` bytes from a page's start on. A CPU commits them as they are filled."""
     # Slots are also made in inference mode, and filled by a thread that is not in it.
     with torch.inference_mode(False):
-        whole = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
+        whole = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
         start = -whole.data_ptr() % _ALIGNMENT
         return whole[start : start + size]

@@ -104,7 +104,7 @@ class _NoisyRunner(RecordingRunner):
         blueprint = self._installed.blueprint
         stored = blueprint.expert_of(key.layer)
         used = blueprint.computed_on(device).expert_of(key.layer)
-        block = new_block(stored.stride, torch.device("cpu"))
+        block = new_block(stored.stride)
         self._installed.read_expert(*key, block)
         block = block.to(device)
         stored.convert(block, used)

@@ -13,6 +13,7 @@ from mixchat.base.progress import Note
 from mixchat.engine.prompt_cache import identity_of
 from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
+from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.memory import within_memory
 from mixchat.loading.loader import choose_devices
 from mixchat.loading.tiers import build_experts
@@ -23,6 +24,9 @@ from mixchat.weights.format.installed_model import InstalledModel
 
 if TYPE_CHECKING:
     from mixchat.experts.workers.messages import Hello
+
+
+_Experts = Dispatcher | GpuExperts
 
 
 class ServedExperts:
@@ -48,7 +52,7 @@ class ServedExperts:
         self.placement = fit_experts(installed.blueprint, FreeMemory.now(devices), options)
         self._exact = False
         self._held: list[ExpertKey] = []
-        self._built: Dispatcher | None = self._build()
+        self._built: _Experts | None = self._build()
 
     @property
     def slots(self) -> int:
@@ -64,8 +68,6 @@ class ServedExperts:
         return used.expert_arithmetic(self._device, exact=self._exact)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
-        if len(self._devices) > 1 and set(keys) != set(self._held):
-            self._drop()  # other experts go to other GPUs
         self._held = list(keys)
 
     def follow_memory(self) -> None:
@@ -112,7 +114,7 @@ class ServedExperts:
         return within_memory(self._experts, compute, self._note)
 
     @property
-    def _experts(self) -> Dispatcher:
+    def _experts(self) -> _Experts:
         if self._built is None:
             self._built = self._build()
         return self._built
@@ -122,7 +124,7 @@ class ServedExperts:
             self._built.close()
         self._built = None
 
-    def _build(self) -> Dispatcher:
+    def _build(self) -> _Experts:
         return build_experts(
             self._installed,
             Share(self.placement, frozenset(self._held)),

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 
 from mixchat.base import gpu, machine
 from mixchat.base.errors import ResourceError
+from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
-from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, ExpertStats, Passes
-from mixchat.experts.compute import DeviceCompute, HostCompute
+from mixchat.engine.report import report_path_by_key, saved_uses
+from mixchat.experts.cache import POLICIES, ExpertCache, ExpertStats, Passes
+from mixchat.experts.compute import HostCompute
+from mixchat.experts.disk_source import DiskSource
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import Fetcher
-from mixchat.experts.memory import CPU, MemoryWatch
-from mixchat.experts.placement import MIN_SLOTS, Placement, SlotSizes
+from mixchat.experts.gpu_experts import GpuExperts
+from mixchat.experts.memory import MemoryWatch
+from mixchat.experts.placement import MIN_SLOTS, Placement, SlotSizes, reserve_of
 from mixchat.experts.prefetch import NextRouters, Prefetch
-from mixchat.experts.sharing import assign_owners
-from mixchat.experts.sources import DiskSource, HostSource
 from mixchat.experts.store import ExpertStore
+from mixchat.experts.vram import VramSlots
 from mixchat.loading.workers import Share
 from mixchat.planning.fitting import slot_sizes
 from mixchat.planning.measuring import measure_machine, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
+
+_COPY_BANDWIDTH = 1e10  # bytes a second to a GPU that could not be measured
 
 
 def build_experts(
@@ -37,121 +42,105 @@ def build_experts(
     *,
     exact: bool = False,
     predicts: bool = True,
-) -> Dispatcher:
+) -> Dispatcher | GpuExperts:
     """Return the holder of an installed model's experts, which computes them on `devices`.
 
-    On "cpu" the slots are in RAM. With GPUs, RAM is another tier, and each GPU owns some of the
-    experts. With `exact` an expert is always computed by the same device. Raises `ResourceError` if
-    a device cannot hold two experts.
+    With GPUs, RAM is another tier. Raises `ResourceError` if a GPU cannot hold two experts.
     """
     placement = share.placement
-    for device, slots in zip(devices, placement.by_device, strict=True):
-        if not slots:
-            note(f"{device} is not used: it has too little memory free for two experts")
-    used = [device for device, slots in zip(devices, placement.by_device, strict=True) if slots]
-    placement = replace(placement, other_slots=tuple(filter(None, placement.other_slots)))
-    config, stats = installed.config, ExpertStats()
-    every = {
-        ExpertKey(layer, expert)
-        for layer in range(config.num_moe_layers)
-        for expert in range(config.num_local_experts)
-    }
-    here = every if share.here is None else share.here
-    # If workers are lost, the GPUs compute their experts, too.
-    room = placement.by_device
-    owner = assign_owners(here, room) | assign_owners(every - here, room)
-    counts = Counter(owner.values())
-    placements = placement.parts([counts[number] for number in range(len(used))])
+    if not placement.layers:
+        return _in_ram(installed, share, placement, policy, predicts=predicts)
+    host = _in_ram(installed, share, placement.in_ram(), policy, predicts=predicts)
+    layers = moe_layers(installed.config, placement)
+    gpus = []
+    for device, own, slots in zip(devices, layers, placement.by_device, strict=True):
+        if own:
+            gpus.append(_in_vram(installed, host, device, own, slots, note))
+        else:
+            note(f"{device} is not used: it has too little memory free")
+    uses = saved_uses(report_path_by_key(installed.directory.name))
+    for vram in gpus:
+        vram.residents.expect(uses)
+    speeds = _known_speeds(installed, devices[0], note)
+    return GpuExperts(
+        host,
+        gpus,
+        copy_seconds=lambda layer: installed.blueprint.expert_of(layer).stride / speeds.copy,
+        host_seconds=speeds.host_seconds,
+    )
+
+
+def moe_layers(config: ModelConfig, placement: Placement) -> list[range]:
+    """Return the layers with experts of each GPU, counted without dense layers."""
+    ends = [*accumulate(placement.layers, initial=0)]
+    first = config.first_k_dense_replace
+    return [range(max(start - first, 0), max(end - first, 0)) for start, end in pairwise(ends)]
+
+
+def _in_ram(
+    installed: InstalledModel, share: Share, placement: Placement, policy: str, *, predicts: bool
+) -> Dispatcher:
+    """Return the holder of experts in RAM, which the CPU computes."""
+    stats, passes = ExpertStats(), Passes(installed.config.num_moe_layers)
+    blueprint = installed.blueprint
+    reads_once = placement.slots >= placement.experts
     # If the page cache can hold all experts, the next start reads none from the disk.
-    held = placement.slots if used[0] == CPU else placement.host_slots
-    cacheable = machine.free_memory() - held * installed.blueprint.mean_expert
-    stays_cached = cacheable >= installed.blueprint.experts_size
-    holders = [
-        _on_device(
-            installed,
-            own_placement,
-            device,
-            policy,
-            stats,
-            note,
-            exact=exact,
-            stays_cached=stays_cached,
-            is_first=number == 0,
-            in_sizes=share.here is None and len(devices) == 1,
-        )
-        for number, (device, own_placement) in enumerate(zip(used, placements, strict=True))
-    ]
+    cacheable = machine.free_memory() - placement.slots * blueprint.mean_expert
+    stays_cached = cacheable >= blueprint.experts_size
+    # Through the page cache, a model that just fit was read at a third of the disk's speed.
+    disk = DiskSource(installed, stats, choose=not (reads_once and stays_cached))
+    # Slots of the largest size made a mix hold as few experts as the larger type alone.
+    sizes = SlotSizes((blueprint.expert.stride,))
+    if share.here is None:
+        sizes = slot_sizes(blueprint).for_slots(placement.slots, placement.experts)
+    store = ExpertStore(disk, blueprint.expert_of, sizes.of, stats)
+    cache = ExpertCache(placement.slots, POLICIES[policy](passes), sizes.of)
+    fetcher = Fetcher(cache, store, placement, passes, stats, _watch(installed, placement))
+    layers = range(installed.config.num_moe_layers)
     return Dispatcher(
-        holders,
+        HostCompute(fetcher, [id(blueprint.expert_of(layer)) for layer in layers]),
         stats,
-        owner=owner.__getitem__,
-        prefetch=_prefetch(installed, stats, used[0]) if predicts else None,
+        prefetch=_prefetch(installed, stats) if predicts else None,
         workers=share.workers,
         copies=share.copies,
     )
 
 
-def _on_device(
+def _in_vram(
     installed: InstalledModel,
-    placement: Placement,
+    host: Dispatcher,
     device: torch.device,
-    policy: str,
-    stats: ExpertStats,
+    layers: range,
+    slots: int,
     note: Note,
-    *,
-    exact: bool,
-    stays_cached: bool,
-    is_first: bool,
-    in_sizes: bool,
-) -> DeviceCompute:
-    """Return the holder of a device's experts. Only its mover reads its files and RAM.
-
-    in_sizes: give slots the sizes of the layers' experts, if the device may hold any of them.
-    """
-    passes = Passes(installed.config.num_moe_layers)
+) -> VramSlots:
+    """Return the slots in the memory of a GPU, or half as many if it has less than it says."""
     blueprint = installed.blueprint
-    used, size = blueprint.computed_on(device), blueprint.expert.stride
-    reads_once = max(placement.slots, placement.host_slots) >= placement.experts
-    # Through the page cache, a model that just fit was read at a third of the disk's speed.
-    disk = DiskSource(installed, stats, choose=not (reads_once and stays_cached))
-    in_ram = None
-    if placement.host_slots:
-        # Experts that come down from a device are only of use in the file's layout.
-        same = blueprint.all_in_layout_of(used.expert)
-        swaps = placement.host_slots < placement.experts and same
-        order, stored = POLICIES[policy](passes), blueprint.expert_of
-        is_locked = gpu.is_gpu(device)
-        in_ram = HostSource(
-            disk,
-            placement.host_slots,
-            stored,
-            order,
-            size=size,
-            swaps=swaps,
-            lock=lambda block: gpu.page_lock(block, device) if is_locked else None,
-        )
-    # Slots of the largest size made a mix hold as few experts as the larger type alone.
-    sizes = SlotSizes((size,))
-    if in_sizes:
-        sizes = slot_sizes(blueprint).for_slots(placement.slots, placement.experts)
-    name = "device" if is_first else "other-device"
-    store = ExpertStore(
-        in_ram or disk,
-        stored=blueprint.expert_of,
-        used=used.expert_of,
-        size=sizes.of,
-        device=device,
-        stats=stats,
-        name=name,
-    )
-    cache = ExpertCache(placement.slots, POLICIES[policy](passes), sizes.of)
-    watch = _watch(installed, placement) if device == CPU else None
-    if device != CPU:
-        cache.resize(_reserve(store, placement.slots, device, note))
-    fetcher = Fetcher(cache, store, placement, passes, stats, watch)
-    host = None if in_ram is None or exact else _host_compute(installed, in_ram, device, note)
-    layers = range(installed.config.num_moe_layers)
-    return DeviceCompute(fetcher, device, host, [id(used.expert_of(layer)) for layer in layers])
+    strides = [blueprint.expert_of(layer).stride for layer in layers]
+    experts = installed.config.num_local_experts
+    while True:
+        slots = min(slots, len(layers) * experts)
+        try:
+            return VramSlots(
+                device,
+                layers,
+                experts,
+                blueprint.expert_of,
+                # One of each layer by turns, so that in a mix each size gets its part.
+                [strides[slot % len(strides)] for slot in range(slots)],
+                lambda key, block, start: installed.read_expert(*key, block, start),
+                host,
+                reserve_of(gpu.total_memory(device)),
+            )
+        except torch.OutOfMemoryError:
+            if not slots:
+                raise ResourceError(
+                    f"{device} has less memory than it says: not even two experts fit",
+                    hint="--device chooses others, or the RAM (cpu).",
+                ) from None
+            slots //= 2
+            gpu.release_unused(device)
+            note(f"{device} has less memory than it says: it holds {slots} experts")
 
 
 def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
@@ -166,50 +155,31 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
     )
 
 
-def _reserve(store: ExpertStore, slots: int, device: torch.device, note: Note) -> int:
-    """Reserve `slots` slots, or half of them until they fit. Return their count."""
-    while True:
-        try:
-            store.reserve(slots)
-            return slots
-        except torch.OutOfMemoryError:
-            for slot in range(slots):
-                store.release(slot)
-            slots //= 2
-            if slots < MIN_SLOTS:
-                raise ResourceError(
-                    f"{device} has less memory than it says: not even two experts fit",
-                    hint="--device chooses others, or the RAM (cpu).",
-                ) from None
-            note(f"{device} has less memory than it says: it holds {slots} experts")
+class _Speeds(NamedTuple):
+    copy: float  # bytes a second, from RAM to a GPU
+    host_seconds: Callable[[int, int], float]  # of an expert of a layer with so many rows
 
 
-def _host_compute(
-    installed: InstalledModel, source: HostSource, device: torch.device, note: Note
-) -> HostCompute | None:
+def _known_speeds(installed: InstalledModel, device: torch.device, note: Note) -> _Speeds:
+    """Return what this machine was measured to do, after measuring it if it was not."""
     blueprint, directory = installed.blueprint, installed.directory
-    if not blueprint.all_in_layout_of(blueprint.computed_on(CPU).expert):
-        return None  # the CPU computes this layout slowly, or not at all
     known = saved_measurement(blueprint, directory, device)
     if known is None:
         note("measuring this machine, 20 s at most (only the first time)")
         known = measure_machine(blueprint, directory, device)
-    measured = known.typical
-    if measured.copy_bandwidth is None:
-        return None
-    return HostCompute(
-        source,
-        copy_seconds=blueprint.mean_expert / measured.copy_bandwidth,
-        host_seconds=lambda rows: measured.expert_time("cpu", rows),
+    typical = known.typical
+    return _Speeds(
+        typical.copy_bandwidth or _COPY_BANDWIDTH,
+        lambda layer, rows: typical.expert_time("cpu", rows),
     )
 
 
-def _prefetch(installed: InstalledModel, stats: ExpertStats, device: torch.device) -> Prefetch:
+def _prefetch(installed: InstalledModel, stats: ExpertStats) -> Prefetch:
     config, blueprint = installed.config, installed.blueprint
     layers = range(config.first_k_dense_replace, config.num_hidden_layers)
 
     def tensors(spec: Callable[[int], TensorSpec]) -> list[torch.Tensor]:
-        return [installed.tensor(spec(layer)).to(device) for layer in layers]
+        return [installed.tensor(spec(layer)) for layer in layers]
 
     routers = NextRouters(
         tensors(blueprint.gate),

@@ -77,7 +77,7 @@ def divide_experts(
     if not workers:
         return Share(placement)
     config = installed.config
-    slots = [sum(placement.by_device), *(worker.slots for worker in workers)]
+    slots = [placement.held, *(worker.slots for worker in workers)]
     uses = saved_uses(report_path_by_key(installed.directory.name))
     here, *there = divide(config.num_moe_layers, config.num_local_experts, slots, uses)
     for worker, keys in zip(workers, there, strict=True):

@@ -20,8 +20,7 @@ import torch
 from mixchat.base import machine, system
 from mixchat.base.files import read_all
 from mixchat.base.safetensors import ALIGNMENT
-from mixchat.experts.memory import CPU
-from mixchat.experts.sources import AT_ONCE, STEP
+from mixchat.experts.disk_source import AT_ONCE, STEP
 from mixchat.experts.store import new_block
 
 _SYNC_BYTES = 2**24  # that are written between two syncs
@@ -174,7 +173,7 @@ class _Disk:
         self._set_direct(direct)
         spent = 0.0
         for fd, start in islice(self._places, self._count):
-            taken.append(new_block(self._block, CPU))
+            taken.append(new_block(self._block))
             spent += self._read(fd, start, taken[-1].numpy().data)
             if spent > _FRESH * self._seconds or len(taken) * self._block > most or self._is_over:
                 break

@@ -15,7 +15,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
 from mixchat.experts.placement import Placement
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
-from mixchat.planning.routing import busiest_share, expected_hit_rate
+from mixchat.planning.routing import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
 
 # The part that is read of what could be read while the cores compute, by
@@ -117,7 +117,7 @@ def expect(
     """
     held = held_together(blueprint, device, placement)
     hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))
-    busiest = busiest_share(blueprint.config, placement.by_device)
+    busiest = 1.0
     host_hit_rate = expected_hit_rate(blueprint.config, held)
     uses = expected_distinct(blueprint.config, answers)
     costs = [

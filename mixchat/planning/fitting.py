@@ -195,6 +195,7 @@ def _demand(blueprint: Blueprint, computed: Blueprint, options: LoadOptions) -> 
         expert=blueprint.expert.stride,
         experts=blueprint.expert_count,
         whole=blueprint.experts_size,
+        layers=blueprint.config.num_hidden_layers,
     )
 
 
@@ -213,7 +214,8 @@ def _context_bytes(blueprint: Blueprint, options: LoadOptions, tokens: int) -> i
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
     """Return the places of a worker's experts. Raises as `fit_model`."""
     expert, whole = blueprint.expert.stride, blueprint.experts_size
-    demand = Demand(0, 0, expert, blueprint.expert_count, whole)
+    layers = blueprint.config.num_hidden_layers
+    demand = Demand(0, 0, expert, blueprint.expert_count, whole, layers=layers)
     return _place(demand, free, options)
 
 

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import random
-from collections import Counter
-from collections.abc import Sequence
-from itertools import combinations, product
-
 import numpy as np
 
 from mixchat.base.model_config import ModelConfig
-from mixchat.experts.cache import ExpertKey
-from mixchat.experts.sharing import assign_owners
 
 _MAX_CHOICES = 1000  # of a router, to go through one by one. 8 of 128 experts have 1e12
 _MIXTRAL = (8, 2)  # experts of a layer, and experts of a token
@@ -41,30 +33,3 @@ def repeats_as_mixtral(config: ModelConfig) -> bool:
     No counts of repeated experts are published for other shapes.
     """
     return (config.num_local_experts, config.num_experts_per_tok) == _MIXTRAL
-
-
-def busiest_share(config: ModelConfig, slots: Sequence[int]) -> float:
-    """Return the mean part of a token's experts, 0 to 1, on the GPU with most of them in a layer.
-
-    Every choice of the router is as likely. With 4 of 8 experts on each of two GPUs, both of a
-    token's experts are on the same GPU 3 times in 7, so the busiest has 1.43 of 2.
-    """
-    if len(slots) == 1:
-        return 1.0
-    layers, experts, chosen = (
-        config.num_moe_layers,
-        config.num_local_experts,
-        config.num_experts_per_tok,
-    )
-    owner = assign_owners(map(ExpertKey._make, product(range(layers), range(experts))), slots)
-    if math.comb(experts, chosen) <= _MAX_CHOICES:
-        choices = list(combinations(range(experts), chosen))
-    else:
-        generator = random.Random(0)
-        choices = [tuple(generator.sample(range(experts), chosen)) for _ in range(_MAX_CHOICES)]
-    most = sum(
-        max(Counter(owner[ExpertKey(layer, expert)] for expert in choice).values())
-        for layer in range(layers)
-        for choice in choices
-    )
-    return most / len(choices) / (layers * chosen)

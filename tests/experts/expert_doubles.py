@@ -5,14 +5,13 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
-from mixchat.experts.compute import DeviceCompute
+from mixchat.experts.compute import HostCompute
+from mixchat.experts.disk_source import DiskSource
 from mixchat.experts.dispatcher import Dispatcher, WorkerExperts
 from mixchat.experts.fetcher import Fetcher
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
-from mixchat.experts.sources import DiskSource
 from mixchat.experts.store import ExpertSource, ExpertStore
-from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
@@ -25,24 +24,19 @@ def runner(
     workers: Sequence[WorkerExperts] = (),
     copies: Iterable[ExpertKey] = (),
 ) -> Dispatcher:
-    layout = "cpu-packed" if kernels_available() else "bitsandbytes"
-    used = installed.blueprint.in_layout(layout)
-    stats = ExpertStats()
+    blueprint, stats = installed.blueprint, ExpertStats()
     store = ExpertStore(
         source or DiskSource(installed, ExpertStats(), choose=False),
-        stored=installed.blueprint.expert_of,
-        used=used.expert_of,
-        size=lambda slot: used.expert.stride,
-        device=CPU,
-        stats=stats,
+        blueprint.expert_of,
+        lambda slot: blueprint.expert.stride,
+        stats,
     )
     fetcher = Fetcher(ExpertCache(slots), store, Placement(slots, 0, 8), Passes(2), stats)
-    experts = DeviceCompute(fetcher, CPU)
-    return Dispatcher([experts], stats, workers=workers, copies=frozenset(copies))
+    return Dispatcher(HostCompute(fetcher), stats, workers=workers, copies=frozenset(copies))
 
 
 def fetcher_of(dispatcher: Dispatcher) -> Fetcher:
-    return dispatcher._devices[0].fetcher
+    return dispatcher._fetcher
 
 
 def routing(tokens: int, choices: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:

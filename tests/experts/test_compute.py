@@ -10,9 +10,9 @@ from expert_doubles import fetcher_of, routing, runner
 from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts import compute
 from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.disk_source import DiskSource
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.mover import ExpertLoad, Mover, Steps
-from mixchat.experts.sources import DiskSource
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.expert import compute_together
 from mixchat.weights.format.installed_model import InstalledModel

@@ -13,10 +13,10 @@ from expert_doubles import fetcher_of, routing, runner
 
 from mixchat.base.errors import CheckpointError
 from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.disk_source import DiskSource
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.fetcher import LOADING, MISSING, RESIDENT, Fetcher
 from mixchat.experts.mover import ExpertLoad, Mover, Steps
-from mixchat.experts.sources import DiskSource
 from mixchat.weights.format.installed_model import InstalledModel
 
 EVERYTHING = [ExpertKey(*key) for key in product(range(2), range(4))]

@@ -11,8 +11,8 @@ from served_workers import hello_of
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
+from mixchat.experts.disk_source import DiskSource
 from mixchat.experts.mover import Steps
-from mixchat.experts.sources import DiskSource
 from mixchat.experts.store import ExpertStore
 from mixchat.loading.loader import load_engine
 from mixchat.loading.served_experts import load_served_experts

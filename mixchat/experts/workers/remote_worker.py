@@ -64,7 +64,7 @@ class RemoteWorker:
             self._hold_planned()
 
     def begin(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        x = rows.on_cpu(*keys)  # first, since a GPU's memory may run out in it
+        x = rows.of(*keys)
         unanswered, self._unanswered = self._unanswered, keys
         try:
             assert self._link is not None

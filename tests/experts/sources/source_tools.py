@@ -8,8 +8,8 @@ import torch
 
 from mixchat.base.errors import CheckpointError
 from mixchat.experts.cache import LRU, ExpertCache, ExpertKey, ExpertStats
+from mixchat.experts.disk_source import DiskSource, HostSource
 from mixchat.experts.mover import Steps
-from mixchat.experts.sources import DiskSource, HostSource
 from mixchat.experts.store import ExpertSource, ExpertStore, new_block
 from mixchat.weights.format.installed_model import InstalledModel
 

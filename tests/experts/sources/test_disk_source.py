@@ -18,7 +18,7 @@ from source_tools import CPU, EXPERTS, KEYS, A, B, C, D, digest, load, whole
 from mixchat.base.errors import CheckpointError, ResourceError
 from mixchat.experts import sources
 from mixchat.experts.cache import ExpertKey, ExpertStats
-from mixchat.experts.sources import DiskSource
+from mixchat.experts.disk_source import DiskSource
 from mixchat.experts.store import new_block
 from mixchat.weights.format.installed_model import InstalledModel
 

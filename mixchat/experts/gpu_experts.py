@@ -1,0 +1,236 @@
+"""Computes experts on GPUs, and on the CPU those that GPUs do not hold.
+
+T = tokens, D = hidden_size, K = num_experts_per_tok, n = rows of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate, chain, islice
+
+import numpy as np
+import torch
+
+from mixchat.base import gpu, interrupts
+from mixchat.experts.cache import ExpertKey, ExpertStats
+from mixchat.experts.dispatcher import Dispatcher
+from mixchat.experts.holder import LayerExperts
+from mixchat.experts.layer_rows import LayerRows
+from mixchat.experts.vram import GUESTS, VramSlots
+
+# Seconds to copy an expert of a layer to a GPU, and to compute so many rows of it on the CPU.
+CopySeconds = Callable[[int], float]
+HostSeconds = Callable[[int, int], float]
+
+
+class GpuExperts:
+    """An `ExpertHolder`: experts in the memory of GPUs, in front of RAM, workers and the disk.
+
+    Each GPU holds experts of its own layers. A token's experts that a GPU holds are computed there.
+    The CPU computes the others meanwhile, because it reads them faster than the bus carries them. A
+    prompt's experts with many rows are carried to the GPU.
+
+    host: computes the others, and lends their blocks.
+    """
+
+    def __init__(
+        self,
+        host: Dispatcher,
+        gpus: Sequence[VramSlots],
+        *,
+        copy_seconds: CopySeconds,
+        host_seconds: HostSeconds,
+    ) -> None:
+        self.host, self.gpus = host, gpus
+        self._copy_seconds, self._host_seconds = copy_seconds, host_seconds
+        self._by_layer = {layer: vram for vram in gpus for layer in vram.layers}
+        self._hits, self._misses = (
+            {vram: np.zeros(vram.table.shape, np.int64) for vram in gpus} for _ in range(2)
+        )
+
+    @property
+    def stats(self) -> ExpertStats:
+        stats = self.host.stats.copy()
+        stats.hits.clear()
+        stats.misses.clear()
+        for counts, counter in ((self._hits, stats.hits), (self._misses, stats.misses)):
+            for vram, array in counts.items():
+                for layer, expert in np.argwhere(array):
+                    key = ExpertKey(vram.layers.start + int(layer), int(expert))
+                    counter[key] = int(array[layer, expert])
+        stats.bytes_moved = sum(vram.bytes_moved for vram in self.gpus)
+        return stats
+
+    @property
+    def slots(self) -> int:
+        return sum(vram.slots for vram in self.gpus) + self.host.slots
+
+    @property
+    def slots_by_tier(self) -> dict[str, int]:
+        first, *others = (vram.slots for vram in self.gpus)
+        return (
+            {"device": first}
+            | ({"other-device": sum(others)} if others else {})
+            | (self.host.slots_by_tier)
+        )
+
+    @property
+    def bytes_held(self) -> int:
+        return sum(vram.nbytes for vram in self.gpus) + self.host.bytes_held
+
+    @property
+    def is_filling(self) -> bool:
+        return self.host.is_filling
+
+    def tier(self, key: ExpertKey) -> str:
+        vram = self._by_layer[key.layer]
+        if vram.holds(key):
+            return "device" if vram is self.gpus[0] else "other-device"
+        return self.host.tier(key)
+
+    def holds(self, key: ExpertKey) -> bool:
+        return self._by_layer[key.layer].holds(key) or self.host.holds(key)
+
+    def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
+        """Return the first of these experts that there are slots for."""
+        return list(islice(keys, self.slots))
+
+    def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
+        """Bring an expert into RAM, from where GPUs take it by its uses."""
+        self.host.load(key, pinned)
+
+    def fill(self, keys: Sequence[ExpertKey]) -> None:
+        """Load experts in this order into RAM, if there is room for all that GPUs do not get."""
+        for vram in self.gpus:
+            vram.fill(vram.slots)
+        on_gpus = {key for vram in self.gpus for key in vram.expected}
+        self.host.leave_to_gpus(on_gpus)
+        self.host.fill([key for key in keys if key not in on_gpus])
+
+    def follow_memory(self) -> None:
+        self.host.follow_memory()
+
+    def begin_turn(self) -> None:
+        self.host.begin_turn()
+        for vram in self.gpus:
+            vram.grow(gpu.free_memory(vram.device) - vram.reserve)
+
+    def give_way(self, number: int | None = None) -> bool:
+        full = [vram for vram in self.gpus if number in (None, vram.device.index)]
+        freed = [vram.give_way() for vram in full or self.gpus]
+        return any(freed)
+
+    def close(self) -> None:
+        for vram in self.gpus:
+            vram.close()
+        self.host.close()
+
+    def resident(self, layers: Sequence[Sequence[ExpertKey]]) -> Sequence[LayerExperts]:
+        return ()
+
+    def note_hits(self, layer: int, selected: Sequence[Sequence[int]]) -> None:
+        raise AssertionError("GPUs' decoders call `note_token`")
+
+    def publish(self) -> None:
+        """Let experts be used that have come to GPUs. Only between two tokens."""
+        if any([vram.publish() for vram in self.gpus]):
+            self.host.leave_to_gpus({key for vram in self.gpus for key in vram.expected})
+
+    def note_token(self, selected: np.ndarray) -> None:
+        """Count the experts that a token's layers have used [layers, K]."""
+        for vram in self.gpus:
+            layers = np.arange(len(vram.layers))[:, None]
+            own = selected[vram.layers.start : vram.layers.stop]
+            is_hit = vram.residents.note_token(own)
+            self._hits[vram][layers, own] += is_hit
+            self._misses[vram][layers, own] += ~is_hit
+
+    def missing(self, layer: int, selected: Sequence[int]) -> list[int]:
+        """Return which of a token's choices the GPU does not hold, by their index."""
+        vram = self._by_layer[layer]
+        return [
+            index
+            for index, expert in enumerate(selected)
+            if not vram.holds(ExpertKey(layer, expert))
+        ]
+
+    def run(
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        routing_weights: torch.Tensor,
+        *,
+        exact: bool = False,
+    ) -> torch.Tensor:
+        rows = self.compute(layer, hidden_states, selected_experts, exact=exact)
+        return rows.combine(routing_weights)
+
+    def compute(
+        self,
+        layer: int,
+        hidden_states: torch.Tensor,
+        selected_experts: torch.Tensor,
+        *,
+        exact: bool = False,
+    ) -> LayerRows:
+        """Return the experts' outputs. The arguments are as in `run`."""
+        vram = self._by_layer[layer]
+        self.publish()
+        (selected,) = gpu.read([selected_experts])
+        rows = LayerRows(layer, hidden_states, selected, exact=exact)
+        for key, count in rows.counts.items():
+            vram.residents.note_rows(key, count)
+            counts = self._hits if vram.holds(key) else self._misses
+            counts[vram][layer - vram.layers.start, key.expert] += count
+        held = [key for key in rows.counts if vram.holds(key)]
+        arriving = [key for key in rows.counts if vram.request(key)]
+        missing = {
+            key: count for key, count in rows.counts.items() if key not in {*held, *arriving}
+        }
+        on_host = self._for_host(layer, missing)
+        # The GPU has work while the CPU computes its part.
+        for key in held:
+            interrupts.check()
+            rows.put(key, vram.expert(key)(rows.of(key)))
+        carried = [key for key in missing if key not in on_host]
+        # The first guests are on their way while the CPU computes.
+        loads = {key: vram.invite(key, n) for n, key in enumerate(carried[:GUESTS])}
+        if on_host:
+            self._compute_on_host(rows, on_host)
+        for key in arriving:
+            vram.wait_for(key)
+            rows.put(key, vram.expert(key)(rows.of(key)))
+        for number, key in enumerate(carried):
+            interrupts.check()
+            guest = number % GUESTS
+            rows.put(key, vram.guest(loads.pop(key), guest)(rows.of(key)))
+            if (following := number + GUESTS) < len(carried):
+                loads[carried[following]] = vram.invite(carried[following], guest)
+        return rows
+
+    def _for_host(self, layer: int, missing: Mapping[ExpertKey, int]) -> list[ExpertKey]:
+        """Return the experts that the CPU computes, so that it and the bus end at one time.
+
+        missing: the rows of each. Few rows come first, because a copy's time hangs on no rows.
+        """
+        if not self._by_layer[layer].takes_guests:
+            return list(missing)
+        by_rows = sorted(missing, key=missing.__getitem__)
+        copy = self._copy_seconds(layer)
+        each = (self._host_seconds(layer, missing[key]) for key in by_rows)
+        ends = accumulate(each, initial=0.0)
+        spans = [max(on_host, (len(by_rows) - count) * copy) for count, on_host in enumerate(ends)]
+        return by_rows[: spans.index(min(spans))]
+
+    def _compute_on_host(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
+        x, counts = rows.hidden_states, [rows.counts[key] for key in keys]
+        if rows.is_one_token:
+            selected = torch.tensor([[key.expert for key in keys]])
+        else:
+            x = rows.of(*keys)
+            chosen = chain(*([key.expert] * count for key, count in zip(keys, counts, strict=True)))
+            selected = torch.tensor([*chosen])[:, None]
+        outputs = self.host.compute(rows.layer, x.cpu(), selected, exact=rows.exact).outputs
+        for key, output in zip(keys, torch.split(outputs, counts), strict=True):
+            rows.put(key, output.to(rows.hidden_states.device))
