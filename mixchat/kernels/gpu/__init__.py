@@ -3,4 +3,5 @@
 Import these modules only if a GPU computes: they import Triton.
 
 - launch.py: starts every kernel
+- norm.py: adds a part's output to the hidden states, and normalizes them
 """

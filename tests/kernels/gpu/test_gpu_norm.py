@@ -1,0 +1,44 @@
+"""`add_norm` beside the CPU's kernels."""
+
+import pytest
+import torch
+
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.gpu.norm import add_norm
+
+
+def difference_in_roundings(some: torch.Tensor, others: torch.Tensor) -> float:
+    """Return the largest difference, in roundings of a bf16."""
+    wide, expected = some.float(), others.float()
+    return ((wide - expected).abs() / expected.abs().clamp(min=1e-3)).max().item() * 2**8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("count", "columns"),
+    [(0, 64), (1, 48), (4, 2048), (5, 2880), (9, 2048), (64, 768), (70, 1024), (3, 8192)],
+)
+def test_a_sum_is_added_and_normalized_as_on_a_cpu(dtype, count, columns):
+    x, weight = torch.randn(1, columns).to(dtype), torch.randn(columns).to(dtype)
+    partials, finished = torch.randn(count, columns), torch.zeros(1, dtype=torch.int32)
+    added = x + partials.sum(0).to(dtype)
+    expected = rows.rms_norm(added, weight, 1e-5)
+    normed = torch.full((columns,), torch.nan).to(dtype)
+    for _ in range(2):  # the counter is 0 again
+        summed = x.view(-1).clone()
+        add_norm(summed, partials, weight, normed, 1e-5, finished)
+        # Sums in another order may fall on the other side of a rounding, which the norm sees, too.
+        assert difference_in_roundings(summed, added[0]) <= 2
+        assert difference_in_roundings(normed, expected[0]) <= 4
+        assert not finished.item()
+    if count <= 1:  # there is one order only
+        assert torch.equal(summed, added[0])
+
+
+def test_the_norm_is_rounded_before_it_is_multiplied():
+    """The CPU rounds twice, as transformers does. Rounded once, a hundred numbers differ."""
+    x, weight = torch.randn(1, 2048).bfloat16(), torch.randn(2048).bfloat16()
+    normed, finished = torch.empty_like(weight), torch.zeros(1, dtype=torch.int32)
+    add_norm(x.view(-1), torch.empty(0, 2048), weight, normed, 1e-5, finished)
+    expected = rows.rms_norm(x, weight, 1e-5).view(-1)
+    assert (normed != expected).sum() < 5
