@@ -50,6 +50,11 @@ class RotaryEmbedding:
         """Rotate x [T, heads, head_dim], whose tokens are at these T positions."""
         return rows.rotate(x, self._cos[positions], self._sin[positions])
 
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin [context, h]. The first half of sin is negative."""
+        return self._cos, self._sin
+
     def set_position(self, step: Step, position: int) -> None:
         """Let a step of `rows.rotate_step` rotate one token at `position`."""
         step.set(cos=self._cos[position].data_ptr(), sin=self._sin[position].data_ptr())

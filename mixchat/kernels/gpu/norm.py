@@ -68,14 +68,7 @@ def _add_norm(
     inside = columns < D
     numbers = tl.load(x + columns, inside, 0.0)
     if P > 0:
-        sums = tl.zeros((PART,), tl.float32)
-        for start in tl.static_range(0, P, ROWS):
-            if ROWS == 1:
-                sums += tl.load(partials + start * D + columns, inside, 0.0)
-            else:
-                rows = start + tl.arange(0, ROWS)[:, None]
-                mask = (rows < P) & inside[None, :]
-                sums += tl.sum(tl.load(partials + rows * D + columns[None, :], mask, 0.0), 0)
+        sums = summed(partials, columns, inside, P, D, ROWS)
         added = sums.to(numbers.dtype).to(tl.float32)
         numbers = (numbers.to(tl.float32) + added).to(numbers.dtype)
         tl.store(x + columns, numbers, inside)
@@ -99,3 +92,17 @@ def _normalize(numbers, weight, normed, columns, inside, eps, D: tl.constexpr):
     scaled = (wide * factor).to(numbers.dtype).to(tl.float32)
     weights = tl.load(weight + columns, inside, 0.0).to(tl.float32)
     tl.store(normed + columns, scaled * weights, inside)
+
+
+@triton.jit
+def summed(partials, columns, inside, P: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Return the sums of some columns of partials [P, D], ROWS partials at a time."""
+    sums = tl.zeros(columns.shape, tl.float32)
+    for start in tl.static_range(0, P, ROWS):
+        if ROWS == 1:
+            sums += tl.load(partials + start * D + columns, inside, 0.0)
+        else:
+            rows = start + tl.arange(0, ROWS)[:, None]
+            mask = (rows < P) & inside[None, :]
+            sums += tl.sum(tl.load(partials + rows * D + columns[None, :], mask, 0.0), 0)
+    return sums
