@@ -118,29 +118,29 @@ class Attention:
         sinks: torch.Tensor | None = None,
     ) -> None:
         self._layer, self._config = layer, config
-        self._qkv_proj, self._o_proj, self._rope = qkv_proj, o_proj, rope
-        self._qk_norms, self._sinks = qk_norms, None if sinks is None else sinks.float()
+        self.qkv_proj, self.o_proj, self.rope = qkv_proj, o_proj, rope
+        self.qk_norms, self.sinks = qk_norms, None if sinks is None else sinks.float()
 
     def record_inputs(self, of_qkv: RecordRows, of_o: RecordRows) -> None:
         """Record the inputs of both matrices from now on. No step can be made then."""
-        self._qkv_proj = RecordingLinear(self._qkv_proj, of_qkv)
-        self._o_proj = RecordingLinear(self._o_proj, of_o)
+        self.qkv_proj = RecordingLinear(self.qkv_proj, of_qkv)
+        self.o_proj = RecordingLinear(self.o_proj, of_o)
 
     def __call__(self, x: torch.Tensor, cache: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
         config, tokens = self._config, x.shape[0]
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        qkv = self._qkv_proj(x, exact=exact)
+        qkv = self.qkv_proj(x, exact=exact)
         qkv = qkv.view(tokens, heads + 2 * groups, config.head_dim)  # [T, H + 2G, h]
         for norm, normed in self._normed(qkv):
             norm.normalize_heads(normed)
         if config.clip_qkv is not None:
             qkv.clamp_(-config.clip_qkv, config.clip_qkv)
-        rotated = self._rope(qkv[:, : heads + groups], cache.positions(tokens))  # [T, H + G, h]
+        rotated = self.rope(qkv[:, : heads + groups], cache.positions(tokens))  # [T, H + G, h]
         queries, keys = rotated[:, :heads], rotated[:, heads:]  # [T, H, h], [T, G, h]
         values = qkv[:, heads + groups :]  # [T, G, h]
-        attended = cache.attend(self._layer, queries, keys, values, self._sinks)  # [T, H, h]
-        return self._o_proj(attended.reshape(tokens, -1), exact=exact)
+        attended = cache.attend(self._layer, queries, keys, values, self.sinks)  # [T, H, h]
+        return self.o_proj(attended.reshape(tokens, -1), exact=exact)
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token, from `normed` to `added`."""
@@ -149,17 +149,17 @@ class Attention:
         qkv = context.tensor("qkv", 1, heads + 2 * groups, config.head_dim)
         rotated = context.tensor("rotated", 1, heads + groups, config.head_dim)
         attended = context.tensor("attended", 1, heads, config.head_dim)
-        round_x, project = as_packed(self._qkv_proj).steps(context.normed, qkv.view(1, -1))
+        round_x, project = as_packed(self.qkv_proj).steps(context.normed, qkv.view(1, -1))
         # Each of these steps needs the step before it, so one thread runs them in order.
         prepare = [norm.heads_step(normed) for norm, normed in self._normed(qkv)]
         if config.clip_qkv is not None:
             prepare.append(rows.clamp_step(qkv.view(1, -1), config.clip_qkv))
-        rotate = context.rotate(self._rope, qkv[:, : heads + groups], rotated)
+        rotate = context.rotate(self.rope, qkv[:, : heads + groups], rotated)
         queries, keys = rotated[:, :heads], rotated[:, heads:]
         store, attend, merge = context.attend(
-            self._layer, queries, keys, qkv[:, heads + groups :], self._sinks, attended
+            self._layer, queries, keys, qkv[:, heads + groups :], self.sinks, attended
         )
-        o_proj = as_packed(self._o_proj)
+        o_proj = as_packed(self.o_proj)
         round_attended, project_out = o_proj.steps(attended.view(1, -1), context.added)
         return [
             alone(round_x),
@@ -174,4 +174,4 @@ class Attention:
     def _normed(self, qkv: torch.Tensor) -> Iterable[tuple[RMSNorm, torch.Tensor]]:
         """Return the norms, if there are any, each with its queries [T, H, h] or keys [T, G, h]."""
         heads, groups = self._config.num_attention_heads, self._config.num_key_value_heads
-        return zip(self._qk_norms, (qkv[:, :heads], qkv[:, heads : heads + groups]), strict=False)
+        return zip(self.qk_norms, (qkv[:, :heads], qkv[:, heads : heads + groups]), strict=False)

@@ -24,34 +24,34 @@ class DenseMLP:
     """
 
     def __init__(self, network: Expert, gate: Router | None = None) -> None:
-        self._network, self._gate = network, gate
+        self.network, self.gate = network, gate
 
     def __call__(self, x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        out = self._network(x, exact=exact)
-        if self._gate is None:
+        out = self.network(x, exact=exact)
+        if self.gate is None:
             return out
-        _, weights = self._gate(x)
+        _, weights = self.gate(x)
         return rows.weighted_sum(out.unsqueeze(1), weights)
 
     def record_inputs(self, of_w13: RecordRows, of_w2: RecordRows) -> None:
         """Record the inputs of both matrices from now on. No step can be made then."""
-        up, down = self._network.gate_up, self._network.down
+        up, down = self.network.gate_up, self.network.down
         recording = RecordingLinear(up, of_w13), RecordingLinear(down, of_w2)
-        self._network = replace(self._network, gate_up=recording[0], down=recording[1])
+        self.network = replace(self.network, gate_up=recording[0], down=recording[1])
 
     def stages(self, context: SingleTokenContext) -> list[Stage]:
         """Return `__call__` for one token, from `normed` to `dense`."""
         out = context.dense
-        if self._gate is None:
-            return self._network.stages(context.normed, out)[0]
+        if self.gate is None:
+            return self.network.stages(context.normed, out)[0]
         ungated = context.tensor("ungated", 1, *out.shape)
         weight = torch.empty(1, 1)
-        score, choose = self._gate.steps(
+        score, choose = self.gate.steps(
             context.normed, torch.empty(1, 1, dtype=torch.int64), weight
         )
         return [
-            *self._network.stages(context.normed, ungated[0])[0],
+            *self.network.stages(context.normed, ungated[0])[0],
             together(score),
             alone(choose, rows.weighted_sum_step(ungated, weight, out)),
         ]

@@ -53,14 +53,18 @@ class Block:
         moe: SparseMoE | None,
         mlp: DenseMLP | None,
     ) -> None:
-        self._attention_norm, self.attention = attention_norm, attention
-        self._mlp_norm, self._moe, self.mlp = mlp_norm, moe, mlp
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self._moe, self.mlp = mlp_norm, moe, mlp
 
     @property
     def moe(self) -> SparseMoE:
         """Return the part with experts of a layer that has them."""
         assert self._moe is not None
         return self._moe
+
+    @property
+    def device(self) -> torch.device:
+        return self.attention_norm.weight.device
 
     @property
     def is_dense(self) -> bool:
@@ -90,8 +94,8 @@ class Block:
 
     def __call__(self, x: torch.Tensor, cache: KVContext, *, exact: bool = False) -> torch.Tensor:
         """Map x [T, D] to [T, D]."""
-        x = x + self.attention(self._attention_norm(x), cache, exact=exact)
-        normed = self._mlp_norm(x)
+        x = x + self.attention(self.attention_norm(x), cache, exact=exact)
+        normed = self.mlp_norm(x)
         outputs = [network(normed, exact=exact) for network in (self._moe, self.mlp) if network]
         # Both outputs are added first, as in transformers, since sums in bf16 depend on the order.
         return x + (outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1])
@@ -110,10 +114,10 @@ class Block:
     def _stages_up_to_experts(self, context: SingleTokenContext) -> list[Stage]:
         x, normed = context.x, context.normed
         return [
-            self._attention_norm.stage(x, normed),
+            self.attention_norm.stage(x, normed),
             *self.attention.stages(context),
             alone(rows.add_step(x, context.added, x)),
-            self._mlp_norm.stage(x, normed),
+            self.mlp_norm.stage(x, normed),
             *(self.mlp.stages(context) if self.mlp else ()),
         ]
 
@@ -213,7 +217,8 @@ class Transformer:
 
     @property
     def device(self) -> torch.device:
-        return self.output.norm.weight.device
+        """Return the device of the first layer."""
+        return self.blocks[0].device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -256,7 +261,7 @@ class Transformer:
             logits = self._decoder.run(x, cache, after_layer)
         if logits is None:
             for layer, block in enumerate(self.blocks):
-                x = block(x, cache, exact=exact)
+                x = block(x.to(block.device), cache, exact=exact)
                 after_layer(layer)
             self._record_head(x)
             # Only these rows go through the head, whose matrix is the largest dense one.

@@ -24,26 +24,26 @@ class SparseMoE:
     """Selects K experts for each token, and lets an `ExpertRunner` compute them."""
 
     def __init__(self, layer: int, router: Router, runner: ExpertRunner) -> None:
-        self._layer, self._router, self.runner = layer, router, runner
+        self.layer, self.router, self.runner = layer, router, runner
 
     def __call__(self, hidden_states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Map hidden_states [T, D] to [T, D]."""
         return self.runner.run(
-            self._layer, hidden_states, *self._router(hidden_states), exact=exact
+            self.layer, hidden_states, *self.router(hidden_states), exact=exact
         )
 
     @property
     def keys(self) -> list[ExpertKey]:
-        return [ExpertKey(self._layer, expert) for expert in range(self._router.gate.shape[0])]
+        return [ExpertKey(self.layer, expert) for expert in range(self.router.gate.shape[0])]
 
     @property
     def choices(self) -> int:
         """Return K."""
-        return self._router.choices
+        return self.router.choices
 
     def router_stages(self, routing: Routing, context: SingleTokenContext) -> list[Stage]:
         """Return the router for one token as stages that fill `routing`."""
-        score, choose = self._router.steps(context.normed, *routing)
+        score, choose = self.router.steps(context.normed, *routing)
         return [together(score), alone(choose)]
 
     def expert_stages(
@@ -54,7 +54,7 @@ class SparseMoE:
         `experts` are the layer's E.
         """
         selected, weights = routing
-        outputs = context.tensor("outputs", 1, self._router.choices, context.x.shape[1])
+        outputs = context.tensor("outputs", 1, self.router.choices, context.x.shape[1])
         stages, places = experts[0].stages(context.normed, outputs[0])
         addresses = torch.tensor([expert.addresses for expert in experts])
         return [
@@ -67,4 +67,4 @@ class SparseMoE:
         """Return what the runner adds for `normed`."""
         # Copies, because a runner may hold on to what it is given.
         selected, weights = (tensor.clone() for tensor in routing)
-        return self.runner.run(self._layer, context.normed.clone(), selected, weights)
+        return self.runner.run(self.layer, context.normed.clone(), selected, weights)

@@ -153,7 +153,7 @@ class ForwardPasses:
             return self.model.forward(
                 torch.tensor(ids),
                 # A lone cache itself, since the decoder of single tokens takes no other context.
-                cache if len(chunks) == 1 else _SequencesContext(chunks, self.model.device),
+                cache if len(chunks) == 1 else _SequencesContext(chunks),
                 exact=exact,
                 logits_of=_logit_rows(chunks),
                 after_layer=between_layers,
@@ -199,14 +199,14 @@ class _SequencesContext:
     With 5 and 7 tokens in the caches, and 1 and 2 new ones, the positions are 5, 7, 8.
     """
 
-    def __init__(self, chunks: Sequence[SequenceTokens], device: torch.device) -> None:
+    def __init__(self, chunks: Sequence[SequenceTokens]) -> None:
         self._caches = [chunk.prefix.cache for chunk in chunks]
         self._counts = [len(chunk.all_ids) for chunk in chunks]
         positions = [
             torch.arange(cache.length, cache.length + count)
             for cache, count in zip(self._caches, self._counts, strict=True)
         ]
-        self._positions = torch.cat(positions).to(device)
+        self._positions = torch.cat(positions)
 
     def positions(self, tokens: int) -> torch.Tensor:
         assert tokens == self._positions.shape[0]
