@@ -98,6 +98,16 @@ class Graph:
     def __init__(self) -> None:
         self.work: list[Work] = []
 
+    def capture_begin(self, *, capture_error_mode: str = "global") -> None:
+        """Record work of this thread, instead of doing it, until `capture_end`."""
+        RUNTIME.refuse_in_capture("a capture")
+        assert not RUNTIME.is_default(RUNTIME.current_stream()), "CUDA captures no default stream"
+        assert capture_error_mode == "thread_local", "other threads lock memory meanwhile"
+        RUNTIME.capturing = self
+
+    def capture_end(self) -> None:
+        RUNTIME.capturing = None
+
     def replay(self) -> None:
         RUNTIME.refuse_in_capture("a replay")
         RUNTIME.launches += 1
@@ -218,17 +228,6 @@ class PaperRuntime:
         finally:
             self.set_device(before)
 
-    @contextlib.contextmanager
-    def graph(self, graph: Graph, *, capture_error_mode: str = "global") -> Iterator[None]:
-        """Record work in a graph, instead of doing it."""
-        self.refuse_in_capture("a capture")
-        assert capture_error_mode == "thread_local", "other threads lock memory meanwhile"
-        self._thread.graph = graph
-        try:
-            yield
-        finally:
-            self._thread.graph = None
-
     def cudart(self) -> PaperRuntime:
         return self
 
@@ -264,6 +263,13 @@ class PaperRuntime:
     def capturing(self) -> Graph | None:
         return getattr(self._thread, "graph", None)
 
+    @capturing.setter
+    def capturing(self, graph: Graph | None) -> None:
+        self._thread.graph = graph
+
+    def is_default(self, stream: Stream) -> bool:
+        return stream in self._defaults
+
     def refuse_in_capture(self, what: str) -> None:
         if self.capturing is not None:
             raise RuntimeError(f"CUDA error: operation not permitted in a capture: {what}")
@@ -281,7 +287,7 @@ class PaperRuntime:
             return
         self.refuse_in_capture("a wait")
         stream = stream or self.current_stream(device)
-        if self.current_stream(device) in self._defaults:
+        if self.is_default(self.current_stream(device)):
             self.waits += 1
         else:
             self.side_waits += 1
