@@ -6,14 +6,14 @@ cache chooses an expert's slot. The mover chooses the order of loading. The stor
 - holder.py: the interface through which the model uses experts
 - dispatcher.py: sends each layer's rows to the holders of its experts, and combines the outputs
 - layer_rows.py: the rows of each expert, and their outputs
-- sharing.py: divides the experts, and the work of a layer, among their holders
-- compute.py: computes experts on one device, and some experts of a GPU on the CPU
+- sharing.py: divides the experts, and the work of a layer, among this machine and workers
+- compute.py: computes experts in RAM
 - fetcher.py: brings experts into their slots
 - cache.py: slots, eviction policies, and counts of uses
 - prefetch.py: predicts which experts the next layers need
 - mover.py: loads experts in the background, requested ones first
 - store.py: moves bytes into slots, without a policy
-- sources.py: the disk, and RAM in front of it, as sources of experts
+- disk_source.py: the files on disk, as a source of experts
 - placement.py: how many experts fit in each memory
 - memory.py: follows how much memory is free
 - tuner.py: tries variants of the same work and uses the cheapest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.quantities import MemoryBudget, format_least, format_size
@@ -49,8 +50,8 @@ class Demand:
     """The bytes that a model needs. `context` is the full KV cache.
 
     expert: the largest one. experts: their count. whole: all of them together, which is less if
-    some are smaller. sizes: of slots, None if each has room for the largest expert. layers: with
-    and without experts.
+    some are smaller. sizes: of slots in RAM, None if each has room for the largest expert. layers:
+    the bytes of an expert of each layer, 0 if a layer has none.
     """
 
     shared: int
@@ -59,16 +60,16 @@ class Demand:
     experts: int
     whole: int
     sizes: SlotSizes | None = None
-    layers: int = 1
+    layers: tuple[int, ...] = ()
 
     def taken(self, slots: int) -> int:
-        """Return the bytes that slots take."""
+        """Return the bytes of RAM that slots take."""
         if self.sizes is not None:
             return self.sizes.for_slots(slots, self.experts).total(slots)
         return self.whole if slots >= self.experts else slots * self.expert
 
     def fitting(self, room: int) -> int:
-        """Return how many slots fit into `room` bytes."""
+        """Return how many slots fit into `room` bytes of RAM."""
         if room >= self.whole:
             return self.experts
         if self.sizes is not None:
@@ -76,6 +77,21 @@ class Demand:
             if self.taken(slots) <= room:
                 return slots
         return min(room // self.expert, self.experts - 1)
+
+    def of_layers(self, start: int, end: int) -> Demand:
+        """Return the part of these layers, with slots of their sizes."""
+        own, total = self.layers[start:end], len(self.layers)
+        sizes = tuple(size for size in own if size)
+        each = self.experts // sum(1 for size in self.layers if size)
+        return Demand(
+            shared=self.shared * len(own) // total,
+            context=self.context * len(own) // total,
+            expert=max(sizes, default=0),
+            experts=each * len(sizes),
+            whole=each * sum(sizes),
+            sizes=SlotSizes(sizes),
+            layers=own,
+        )
 
     @property
     def least(self) -> int:
@@ -156,32 +172,43 @@ def place_on_gpus(
     context, and experts. A fraction as a budget is of a GPU's free memory. `host_budget` and the
     errors are as in `place_on_cpu`.
     """
-    rooms_left = [max(_allowed(room) - _spare(room), 0) for room in rooms]
-    layers = in_proportion(demand.layers, rooms_left) if any(rooms_left) else [demand.layers]
-    slots = []
-    for room, count in zip(rooms, layers, strict=True):
-        part = replace(
-            demand,
-            shared=demand.shared * count // demand.layers,
-            context=demand.context * count // demand.layers,
-            experts=demand.experts * count // demand.layers,
-            whole=demand.whole * count // demand.layers,
-        )
-        slots.append(_slots_on_gpu(part, room) if count else 0)
-    # The CPU computes what GPUs do not hold, out of two slots if all is on GPUs.
-    in_ram = replace(demand, shared=0, context=0)
-    missing = demand.experts - sum(slots)
+    parts = _divide(demand, rooms)
+    slots = [
+        _slots_on_gpu(*part) if part[0].layers else 0 for part in zip(parts, rooms, strict=True)
+    ]
+    # The CPU computes what GPUs do not hold, out of two slots if they hold all.
     placed = Placement(MIN_SLOTS, 0, demand.experts)
-    if missing:
-        placed = place_on_cpu(in_ram, free_host, host_budget)
+    if sum(slots) < demand.experts:
+        placed = place_on_cpu(replace(demand, shared=0, context=0), free_host, host_budget)
     return Placement(
         slots[0],
         placed.slots,
         demand.experts,
         placed.reserve,
         other_slots=tuple(slots[1:]),
-        layers=tuple(layers),
+        layers=tuple(len(part.layers) for part in parts),
     )
+
+
+def _divide(demand: Demand, rooms: Sequence[DeviceRoom]) -> list[Demand]:
+    """Return each GPU's part, without layers for GPUs that have too little room."""
+    weights = [max(_allowed(room) - _spare(room), 0) for room in rooms]
+    if not any(weights):  # the error names the largest
+        weights[max(range(len(rooms)), key=lambda number: rooms[number].free)] = 1
+    while True:
+        counts = in_proportion(len(demand.layers), weights)
+        ends = accumulate(counts)
+        parts = [
+            demand.of_layers(end - count, end) for count, end in zip(counts, ends, strict=True)
+        ]
+        small = [
+            number
+            for number, (part, room) in enumerate(zip(parts, rooms, strict=True))
+            if part.layers and room.budget is None and room.free < part.least
+        ]
+        if not small or sum(map(bool, weights)) == 1:
+            return parts
+        weights[min(small, key=weights.__getitem__)] = 0
 
 
 def _slots_on_gpu(demand: Demand, room: DeviceRoom) -> int:
@@ -195,11 +222,12 @@ def _slots_on_gpu(demand: Demand, room: DeviceRoom) -> int:
     free = _allowed(room)
     _check(demand, free, room.name)
     free -= demand.shared + demand.context + _spare(room)
-    slots = demand.fitting(free)
-    if slots >= demand.experts:
+    if free >= demand.whole:
         return demand.experts
     # A prompt's experts pass through two more slots, for which there was room in `least`.
-    return max(demand.fitting(free - MIN_SLOTS * demand.expert), 0)
+    free -= MIN_SLOTS * demand.expert
+    assert demand.sizes is not None
+    return max(bisect_right(range(demand.experts), free, key=demand.sizes.total) - 1, 0)
 
 
 def _allowed(room: DeviceRoom) -> int:

@@ -100,7 +100,7 @@ def _fit(
     blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions
 ) -> MemoryPlan:
     demand = _demand(blueprint, computed, options)
-    if blueprint.layers and not (options.workers or free.other_gpus):
+    if blueprint.layers and not options.workers:
         demand = replace(demand, sizes=slot_sizes(blueprint))
     context = Context.of(blueprint.config, options.context_size).tokens
     if options.context_size is None:
@@ -195,12 +195,16 @@ def _demand(blueprint: Blueprint, computed: Blueprint, options: LoadOptions) -> 
         expert=blueprint.expert.stride,
         experts=blueprint.expert_count,
         whole=blueprint.experts_size,
-        layers=blueprint.config.num_hidden_layers,
+        layers=_layers(blueprint),
     )
 
 
+def _layers(blueprint: Blueprint) -> tuple[int, ...]:
+    return (0,) * blueprint.config.first_k_dense_replace + slot_sizes(blueprint).layers
+
+
 def slot_sizes(blueprint: Blueprint) -> SlotSizes:
-    """Return the sizes of slots on one device, without workers."""
+    """Return the sizes of slots in RAM, without workers."""
     layers = range(blueprint.config.num_moe_layers)
     return SlotSizes(tuple(blueprint.expert_of(layer).stride for layer in layers))
 
@@ -214,8 +218,7 @@ def _context_bytes(blueprint: Blueprint, options: LoadOptions, tokens: int) -> i
 def fit_experts(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> Placement:
     """Return the places of a worker's experts. Raises as `fit_model`."""
     expert, whole = blueprint.expert.stride, blueprint.experts_size
-    layers = blueprint.config.num_hidden_layers
-    demand = Demand(0, 0, expert, blueprint.expert_count, whole, layers=layers)
+    demand = Demand(0, 0, expert, blueprint.expert_count, whole, layers=_layers(blueprint))
     return _place(demand, free, options)
 
 

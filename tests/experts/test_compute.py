@@ -114,10 +114,10 @@ def test_experts_in_the_cache_are_used_before_others_evict_them(installed):
 def test_for_one_token_experts_in_their_slots_are_computed_together_with_the_same_bits(installed):
     one, (hidden, selected, weights) = runner(installed, 8), routing(1, choices=3)
     one.run(1, hidden, selected, weights)  # brings them in
-    rows, (device,) = LayerRows(1, hidden, selected), one._devices
-    device.begin(rows, list(rows.counts))
-    assert device.compute_next(rows)
-    assert not device.compute_next(rows)
+    rows = LayerRows(1, hidden, selected)
+    one._local.begin(rows, list(rows.counts))
+    assert one._local.compute_next(rows)
+    assert not one._local.compute_next(rows)
     experts = [fetcher_of(one).ready(key) for key in rows.counts]
     assert torch.equal(rows.outputs, torch.cat([expert(hidden) for expert in experts]))
 
@@ -183,14 +183,11 @@ class Failing:
     def __init__(self, installed: InstalledModel) -> None:
         self.source, self.fail = DiskSource(installed, ExpertStats(), choose=False), True
 
-    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+    def load(self, key: ExpertKey, block: torch.Tensor) -> Steps:
         if self.fail:
             block.fill_(255)
             raise CheckpointError("cut short")
-        yield from self.source.load(key, block, evicted)
-
-    def tier(self, key: ExpertKey) -> str:
-        return "disk"
+        yield from self.source.load(key, block)
 
 
 def test_a_load_that_fails_leaves_no_half_expert_behind(installed):
@@ -225,9 +222,9 @@ def test_the_next_experts_are_on_their_way_while_one_is_computed(installed):
     started: list[int] = []
 
     class Noting(DiskSource):
-        def load(self, key, block, evicted):
+        def load(self, key, block):
             started.append(key.expert)
-            yield from super().load(key, block, evicted)
+            yield from super().load(key, block)
 
     fetcher = fetcher_of(runner(installed, 4, Noting(installed, ExpertStats(), choose=False)))
     fetcher.request([ExpertKey(0, expert) for expert in (3, 0, 2)])

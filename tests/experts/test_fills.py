@@ -31,14 +31,14 @@ class Source(DiskSource):
         self.held: dict[ExpertKey, threading.Event] = {}
         self.bad: set[ExpertKey] = set()
 
-    def load(self, key: ExpertKey, block: torch.Tensor, evicted: ExpertKey | None) -> Steps:
+    def load(self, key: ExpertKey, block: torch.Tensor) -> Steps:
         self.begun.append(key)
         if key in self.held:
             self.held[key].wait()
         if key in self.bad:
             block.fill_(255)
             raise CheckpointError("cut short")
-        yield from super().load(key, block, evicted)
+        yield from super().load(key, block)
 
     def wait_for(self, key: ExpertKey) -> None:
         while key not in self.begun:
@@ -110,7 +110,7 @@ def test_none_comes_unasked_if_they_do_not_all_fit(installed, source):
 def test_experts_of_workers_stay_there(installed, source):
     experts = runner(installed, 5, source)
     fetcher = fetcher_of(experts)
-    fetcher.on_workers = frozenset(EVERYTHING[2:5])
+    fetcher.elsewhere = frozenset(EVERYTHING[2:5])
     experts.fill(EVERYTHING)
     finish(source, experts)
     assert source.begun == EVERYTHING[:2] + EVERYTHING[5:]
@@ -190,11 +190,11 @@ def test_a_fill_that_makes_room_for_another_expert_does_not_overwrite_it(install
     """A worker was lost while fills ran. Their slots went to its experts, and were filled again."""
     experts = runner(installed, 4, source)
     fetcher = fetcher_of(experts)
-    fetcher.on_workers = frozenset(EVERYTHING[4:])
+    fetcher.elsewhere = frozenset(EVERYTHING[4:])
     source.held = {EVERYTHING[0]: threading.Event()}
     experts.fill(EVERYTHING)
     source.wait_for(EVERYTHING[0])
-    fetcher.on_workers = frozenset()
+    fetcher.elsewhere = frozenset()
     fetcher.request(EVERYTHING[4:6])
     (gone, *_) = [key for key in EVERYTHING[:4] if fetcher.state(key) == MISSING]
     source.go()

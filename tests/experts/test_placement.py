@@ -16,10 +16,16 @@ from mixchat.experts.placement import (
     place_on_cpu,
     place_on_gpus,
 )
-from mixchat.experts.sharing import owner_counts
 
 GB = 10**9
-MIXTRAL = Demand(shared=3 * GB, context=GB, expert=GB // 10, experts=256, whole=256 * (GB // 10))
+MIXTRAL = Demand(
+    shared=3 * GB,
+    context=GB,
+    expert=GB // 10,
+    experts=256,
+    whole=256 * (GB // 10),
+    layers=(GB // 10,) * 32,
+)
 
 
 def budget(text: str | None) -> MemoryBudget | None:
@@ -56,17 +62,22 @@ def test_slots_on_a_cpu(free, slots):
 @pytest.mark.parametrize(
     ("free", "free_host", "slots", "host_slots"),
     [
-        (40, 64, 256, 0),  # with all on the GPU, RAM has nothing to add
-        (24, 64, 190, 256),  # 24 - 4 - 1
-        (24, 16, 190, 150),  # 16 - 1
-        (8, 1.4, 30, 4),
-        (8, 1.399, 30, 0),  # three in RAM would help nothing
-        (8, 0.5, 30, 0),  # less than the reserve
-        (4.2, 16, 2, 150),
+        (40, 64, 256, 2),  # with all on the GPU, RAM has nothing to add
+        (30.84, 64, 256, 2),  # 30.84 - 4 - 1.2336: just enough without slots for guests
+        (30.7, 64, 252, 256),
+        (24, 64, 188, 256),  # 24 - 4 - 1, and two for guests
+        (24, 16, 188, 150),  # 16 - 1
+        (8, 1.4, 28, 4),
+        (8, 0.5, 28, 2),  # less than the reserve
+        (5.3, 16, 1, 150),
+        (4.2, 16, 0, 150),  # the least
     ],
 )
-def test_slots_on_a_gpu(free, free_host, slots, host_slots):
-    assert on_gpu(free, free_host) == Placement(slots, host_slots, 256)
+def test_slots_on_a_gpu_and_in_ram_behind_it(free, free_host, slots, host_slots):
+    placement = on_gpu(free, free_host)
+    assert (placement.slots, placement.host_slots) == (slots, host_slots)
+    assert (placement.experts, placement.layers) == (256, (32,))
+    assert placement.held == min(slots + host_slots, 256)
 
 
 def test_a_budget_on_a_cpu_is_bytes_of_experts_or_a_share_of_them():
@@ -84,10 +95,10 @@ def test_a_budget_on_a_cpu_may_take_what_would_be_left_alone():
 
 
 def test_a_budget_on_a_gpu_is_for_all_that_is_there_and_leaves_nothing_beside_it():
-    assert on_gpu(24, device="10GB").slots == 60  # 10 - 3 - 1
-    assert on_gpu(24, device="50%").slots == 80  # of what is free: 12 - 4
-    assert on_gpu(24, device="100%").slots == 200
-    assert on_gpu(24, device="4.2GB").slots == 2
+    assert on_gpu(24, device="10GB").slots == 58  # 10 - 3 - 1, and two for guests
+    assert on_gpu(24, device="50%").slots == 78  # of what is free: 12 - 4
+    assert on_gpu(24, device="100%").slots == 198
+    assert on_gpu(24, device="4.2GB").slots == 0
     assert on_gpu(64, device="60GB").slots == 256
 
 
@@ -96,14 +107,19 @@ def test_a_budget_for_ram_behind_a_gpu_is_bytes_of_experts_or_a_share_of_them():
     assert on_gpu(24, host="50%").host_slots == 128
     assert on_gpu(24, host="1TB").host_slots == 256
     assert on_gpu(24, 2, host="2GB").host_slots == 20  # the whole of it
-    assert on_gpu(24, 0, host="0").host_slots == 0
+    assert on_gpu(40, host="0").host_slots == 2  # all are on the GPU
 
 
 def test_too_small_a_budget_for_ram_behind_a_gpu_names_the_least():
-    assert on_gpu(24, host="400MB").host_slots == 4
-    said = r"--host-memory 399 MB is too small: four experts take 400\.0 MB$"
+    assert on_gpu(24, host="200MB").host_slots == 2
+    said = r"--host-memory 199 MB is too small: two experts take 200\.0 MB$"
     with pytest.raises(UsageError, match=said):
-        on_gpu(24, host="399MB")
+        on_gpu(24, host="199MB")
+
+
+def test_ram_without_room_for_two_experts_is_refused():
+    with pytest.raises(ResourceError, match=r"at least 200\.0 MB .*, 199 MB are free"):
+        on_gpu(24, 0.199)
 
 
 @pytest.mark.parametrize(
@@ -173,61 +189,77 @@ def on_gpus(*free: float, free_host: float = 64, host: str | None = None) -> Pla
 
 
 @pytest.mark.parametrize(
-    ("free", "slots", "host_slots"),
+    ("free", "layers", "slots", "host_slots"),
     [
-        ((24, 24), (128, 128), 0),  # 190 and 230 fit: all, half of them on each
-        ((16, 16), (110, 146), 0),  # 16 - 4 - 1 and 16 - 1
-        ((12, 12), (70, 110), 256),
-        ((12, 12, 8), (70, 110, 70), 256),
-        ((12, 1.1), (70, 0), 256),  # without room for two experts
-        ((12, 1.2), (70, 2), 256),
-        ((4.2, 12), (2, 110), 256),
+        ((24, 24), (16, 16), (128, 128), 2),  # 16 - 2 - 1 each has room for all of its layers
+        ((16, 16), (16, 16), (128, 128), 2),  # 16 - 2 - 1, for 12.8
+        ((12, 12), (16, 16), (88, 88), 256),
+        ((12, 12, 8), (12, 12, 8), (93, 93, 58), 256),
+        ((24, 8), (25, 7), (196, 56), 256),  # 24 - 3.125 - 1, and two for guests; 7 - 0.875
+        ((12, 1.1), (32, 0), (68, 0), 256),  # in proportion to 11 and 0.1
+        ((12, 1.2), (31, 1), (69, 0), 256),  # 0.2 - 0.125 - 0.2: no room beside two guests
+        ((12, 0.2), (32, 0), (68, 0), 256),
+        ((0.2, 0.3, 12), (0, 0, 32), (0, 0, 68), 256),
+        ((4.2, 12), (7, 25), (21, 76), 256),
     ],
 )
-def test_slots_on_several_gpus(free, slots, host_slots):
-    first, *others = slots
-    assert on_gpus(*free) == Placement(first, host_slots, 256, other_slots=tuple(others))
+def test_layers_and_slots_of_several_gpus(free, layers, slots, host_slots):
+    placement = on_gpus(*free)
+    assert placement.layers == layers
+    assert placement.by_device == slots
+    assert placement.host_slots == host_slots
+
+
+def test_a_gpu_without_room_for_its_layers_and_two_experts_is_left_out():
+    """A screen's GPU may have nothing free. Whoever names no budget gets what the others hold."""
+    heavy = replace(MIXTRAL, shared=64 * GB)  # 2 GB a layer
+    rooms = [DeviceRoom("cuda:0", 80 * GB), DeviceRoom("cuda:1", 4 * GB)]
+    assert place_on_gpus(heavy, rooms, 64 * GB, None).layers == (31, 1)
+    rooms = [DeviceRoom("cuda:0", 80 * GB), DeviceRoom("cuda:1", int(3.2 * GB))]
+    assert place_on_gpus(heavy, rooms, 64 * GB, None).layers == (31, 1)
+    heavy = replace(MIXTRAL, shared=96 * GB)
+    rooms = [DeviceRoom("cuda:0", 110 * GB), DeviceRoom("cuda:1", int(3.2 * GB))]
+    assert place_on_gpus(heavy, rooms, 64 * GB, None).layers == (32, 0)
+
+
+def test_where_no_gpu_has_room_the_error_names_the_largest():
+    for free in ((0.1, 0.9, 0.2), (1.01, 2.0)):
+        with pytest.raises(ResourceError, match=r"not enough memory: .* on cuda:1"):
+            on_gpus(*free)
+
+
+def test_gpus_that_are_too_small_alone_hold_a_model_together():
+    assert on_gpus(1.5, 4.1, 2.0).layers == (3, 22, 7)
 
 
 def test_a_budget_of_a_gpu_names_it_in_errors():
     room = DeviceRoom("cuda:0", 24 * GB)
     for text, error, said in [
-        ("100MB", UsageError, "100 MB is too small for cuda:1: two experts take 200.0 MB"),
-        ("0.1%", UsageError, "24 MB is too small for cuda:1"),
+        ("1GB", UsageError, "1 GB is too small for cuda:1: the model needs at least"),
+        ("4%", UsageError, "960 MB is too small for cuda:1"),
         ("30GB", ResourceError, "asks for 30 GB, 24 GB are free on cuda:1"),
     ]:
+        rooms = [room, DeviceRoom("cuda:1", 24 * GB, budget(text))]
         with pytest.raises(error, match=said):
-            place_on_gpus(MIXTRAL, [room, DeviceRoom("cuda:1", 24 * GB, budget(text))], GB, None)
-    with pytest.raises(ResourceError, match="4 GB are free on cuda:0"):
-        place_on_gpus(MIXTRAL, [DeviceRoom("cuda:0", 4 * GB), room], GB, None)
+            place_on_gpus(replace(MIXTRAL, shared=64 * GB), rooms, GB, None)
 
 
-def test_a_gpu_s_part_of_ram_is_in_proportion_to_what_it_lacks():
-    parts = Placement(60, 83, 256, other_slots=(30,)).parts([171, 85])
-    assert [(part.slots, part.host_slots, part.experts) for part in parts] == [
-        (60, 56, 171),
-        (30, 27, 85),
-    ]
-    all_in_ram = Placement(60, 256, 256, other_slots=(30,)).parts([171, 85])
-    assert [part.host_slots for part in all_in_ram] == [171, 85]
-    assert Placement(60, 83, 256).parts([256]) == [Placement(60, 83, 256)]
-    # Four slots are the least that help.
-    few = Placement(60, 7, 256, other_slots=(30,)).parts([171, 85])
-    assert [part.host_slots for part in few] == [7, 0]
+def test_layers_without_experts_take_no_slots():
+    """Qwen's and DeepSeek's first layers may be dense. A GPU has them, too."""
+    dense = replace(MIXTRAL, layers=(0,) * 4 + (GB // 10,) * 32)
+    rooms = [DeviceRoom(f"cuda:{number}", 32 * GB) for number in range(2)]
+    placement = place_on_gpus(dense, rooms, 64 * GB, None)
+    assert placement.layers == (18, 18)
+    assert placement.by_device == (14 * 8, 18 * 8)
+    assert placement.host_slots == 2
 
 
-@given(st.integers(2, 300), st.lists(st.integers(1, 90), min_size=1, max_size=4), st.data())
-def test_parts_of_a_placement_are_the_whole_or_less(experts, slots, data):
-    slots = list(map(min, slots, owner_counts(experts, slots)))
-    host = data.draw(st.integers(0, experts)) if sum(slots) < experts else 0
-    whole = Placement(slots[0], host, experts, other_slots=tuple(slots[1:]))
-    parts = whole.parts(owner_counts(experts, slots))
-    assert [part.slots for part in parts] == slots
-    assert sum(part.experts for part in parts) == experts
-    assert sum(part.host_slots for part in parts) <= host
-    for part in parts:
-        assert part.slots <= part.experts
-        assert part.host_slots == 0 or 4 <= part.host_slots <= part.experts
+def test_a_workers_part_of_what_fits_takes_no_more_ram_than_its_experts():
+    placement = on_gpu(24).at_most(100)
+    assert (placement.slots, placement.host_slots) == (188, 100)
+    assert on_gpu(24).at_most(1).host_slots == 2
+    assert on_cpu(64).at_most(100).slots == 100
+    assert on_gpu(24).in_ram() == Placement(256, 0, 256, on_gpu(24).reserve)
 
 
 budgets = (
@@ -242,6 +274,7 @@ mixed_demands = st.builds(
         experts=len(layers) * each,
         whole=sum(layers) * each,
         sizes=SlotSizes(tuple(layers)),
+        layers=tuple(layers),
     ),
     layers=st.lists(st.integers(1, 100), min_size=1, max_size=6),
     each=st.integers(2, 10),
@@ -263,29 +296,47 @@ demands = st.builds(
 )
 
 
-@given(demands | mixed_demands, st.integers(0, 10**4), st.integers(0, 10**4), budgets, budgets)
-def test_what_is_placed_fits_and_what_is_refused_says_why(
-    demand, free, free_host, memory, host_memory
-):
-    for on_device in (False, True):
-        try:
-            placement = (
-                place_on_gpus(demand, [DeviceRoom("GPU", free, memory)], free_host, host_memory)
-                if on_device
-                else place_on_cpu(demand, free, memory)
-            )
-        except (ResourceError, UsageError):
-            continue
-        assert 2 <= placement.slots <= demand.experts
-        slots = placement.slots
-        taken = demand.taken(slots)
-        if on_device and demand.sizes is None:
-            taken = slots * demand.expert
-        assert demand.shared + demand.context + taken <= free
-        assert placement.host_slots == 0 or 4 <= placement.host_slots <= demand.experts
-        assert placement.host_slots * demand.expert <= free_host
-        assert placement.reserve > 0
-        assert on_device or placement.host_slots == 0
+@given(demands | mixed_demands, st.integers(0, 10**4), budgets)
+def test_what_is_placed_in_ram_fits_and_what_is_refused_says_why(demand, free, memory):
+    try:
+        placement = place_on_cpu(demand, free, memory)
+    except (ResourceError, UsageError):
+        return
+    assert 2 <= placement.slots <= demand.experts
+    assert demand.shared + demand.context + demand.taken(placement.slots) <= free
+    assert placement.reserve > 0
+    assert placement.host_slots == 0
+
+
+@given(
+    mixed_demands,
+    st.lists(st.tuples(st.integers(0, 10**4), budgets), min_size=1, max_size=4),
+    st.integers(0, 10**4),
+    budgets,
+    st.integers(0, 3),
+)
+def test_what_is_placed_on_gpus_fits(demand, free, free_host, host_memory, dense):
+    demand = replace(demand, layers=(0,) * dense + demand.layers)
+    rooms = [DeviceRoom(f"GPU {n}", size, memory) for n, (size, memory) in enumerate(free)]
+    try:
+        placement = place_on_gpus(demand, rooms, free_host, host_memory)
+    except (ResourceError, UsageError):
+        return
+    assert sum(placement.layers) == len(demand.layers)
+    end = 0
+    for room, count, slots in zip(rooms, placement.layers, placement.by_device, strict=True):
+        end += count
+        part = demand.of_layers(end - count, end)
+        assert 0 <= slots <= part.experts
+        assert count or not slots
+        if part.experts:
+            assert part.sizes is not None
+            guests = 0 if slots == part.experts else 2 * part.expert
+            assert part.shared + part.context + part.sizes.total(slots) + guests <= room.free
+    assert 2 <= placement.host_slots <= demand.experts
+    if sum(placement.by_device) < demand.experts:
+        assert demand.taken(placement.host_slots) <= free_host
+    assert placement.reserve > 0
 
 
 def test_slots_of_several_sizes_hold_more_experts_than_slots_of_the_largest():
@@ -311,8 +362,20 @@ def test_a_layer_s_experts_have_slots_in_turn():
     assert sizes.for_slots(8, 20) == SlotSizes((4,))
 
 
-def test_ram_for_a_gpu_has_room_for_the_largest_expert_in_each_slot():
-    """A budget was compared with the sum of all experts, and 5 bytes were to lock 8 of slots."""
-    demand = Demand(shared=0, context=0, expert=2, experts=4, whole=5)
-    with pytest.raises(ResourceError, match="asks for 8 bytes, 5 bytes are free"):
-        place_on_gpus(demand, [DeviceRoom("GPU", 4)], 5, MemoryBudget(size=8))
+def test_experts_of_several_sizes_take_slots_of_a_gpu_in_turn():
+    """Of two GPUs, one has the layers with the larger experts."""
+    mega, layers = 10**6, (70,) * 16 + (50,) * 16
+    demand = Demand(
+        shared=0,
+        context=0,
+        expert=70 * mega,
+        experts=256,
+        whole=8 * sum(layers) * mega,
+        layers=tuple(size * mega for size in layers),
+    )
+    rooms = [DeviceRoom(f"cuda:{number}", 5_000 * mega) for number in range(2)]
+    placement = place_on_gpus(demand, rooms, 64 * GB, None)
+    assert placement.layers == (16, 16)
+    assert placement.by_device == (3_860 // 70, 3_900 // 50)
+    (one,) = place_on_gpus(demand, [DeviceRoom("cuda:0", 5_000 * mega)], 64 * GB, None).by_device
+    assert one == 64  # two for each layer take 3,840 of 3,860 MB

@@ -4,19 +4,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from source_tools import KEYS, LAYERS, digest, whole
 
-from mixchat.experts import sources
+from mixchat.experts import disk_source
 from mixchat.experts.cache import ExpertKey
 from mixchat.weights.format.installed_model import InstalledModel
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_steps() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "STEP", 4096)
-        yield
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_source, "STEP", 4096)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +34,3 @@ def truth(installed: InstalledModel) -> dict[ExpertKey, str]:
     digests = {key: digest(whole(installed, key)) for key in KEYS}
     assert len(set(digests.values())) == len(KEYS)
     return digests
-
-
-@pytest.fixture
-def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks on the CPU pass for blocks elsewhere: they are on `cpu`, which is not `cpu:0`."""
-    monkeypatch.setattr(sources, "CPU", torch.device("cpu:0"))
