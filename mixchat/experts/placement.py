@@ -206,7 +206,7 @@ def _divide(demand: Demand, rooms: Sequence[DeviceRoom]) -> list[Demand]:
             for number, (part, room) in enumerate(zip(parts, rooms, strict=True))
             if part.layers and room.budget is None and room.free < part.least
         ]
-        if not small or sum(map(bool, weights)) == 1:
+        if not small or sum(map(bool, counts)) == 1:
             return parts
         weights[min(small, key=weights.__getitem__)] = 0
 

@@ -146,7 +146,8 @@ def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(
         "mixchat.loading.loader.predict_speed", lambda *given: placements.append(given[-1])
     )
     predict()
-    engine.experts.halve()
+    holder: Any = engine.experts
+    holder._fetcher.resize(2)
     predict()
     counts = [(each.slots, each.host_slots, each.experts) for each in placements]
     assert counts == [(4, 0, 8), (2, 0, 8)]
