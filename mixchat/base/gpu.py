@@ -104,7 +104,7 @@ def captured(device: torch.device) -> Iterator[Any]:
     """
     runtime = _runtime()
     graph, stream = runtime.CUDAGraph(), runtime.Stream(device)
-    # `torch.cuda.graph` would collect Python's garbage each time, which takes longer than a capture.
+    # `torch.cuda.graph` would collect Python's garbage each time, longer than a capture takes.
     with current(device), runtime.stream(stream):
         # By default a capture forbids other threads much, and one thread moves experts meanwhile.
         graph.capture_begin(capture_error_mode="thread_local")

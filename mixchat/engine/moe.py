@@ -28,9 +28,7 @@ class SparseMoE:
 
     def __call__(self, hidden_states: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Map hidden_states [T, D] to [T, D]."""
-        return self.runner.run(
-            self.layer, hidden_states, *self.router(hidden_states), exact=exact
-        )
+        return self.runner.run(self.layer, hidden_states, *self.router(hidden_states), exact=exact)
 
     @property
     def keys(self) -> list[ExpertKey]:
