@@ -37,7 +37,7 @@ os.environ["MIXCHAT_HOME"] = _HOME.name
 TINY: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -52,24 +52,24 @@ TINY: dict[str, Any] = {
 # The changes that make a family's tiny model of `TINY`, with all that the family has.
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
-    "qwen3_moe": {"moe_intermediate_size": 96, "norm_topk_prob": True},
+    "qwen3_moe": {"moe_intermediate_size": 128, "norm_topk_prob": True},
     "qwen2_moe": {
         "num_experts": 4,
-        "moe_intermediate_size": 96,
-        "shared_expert_intermediate_size": 160,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 192,
     },
     "ernie4_5_moe": {
         "moe_num_experts": 4,
         "moe_k": 2,
-        "moe_intermediate_size": 96,
-        "intermediate_size": 160,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 192,
         "num_hidden_layers": 3,
     },
     "dots1": {
         "n_routed_experts": 4,
         "n_shared_experts": 2,
-        "moe_intermediate_size": 96,
-        "intermediate_size": 160,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 192,
         "num_hidden_layers": 3,
         "first_k_dense_replace": 1,
         "norm_topk_prob": True,
@@ -77,8 +77,8 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {
         "n_routed_experts": 4,
-        "moe_intermediate_size": 96,
-        "intermediate_size": 160,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 192,
         "num_hidden_layers": 3,
         "head_dim": 32,
         "attention_bias": True,
@@ -87,7 +87,7 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "minimax_m2": {"rotary_dim": 8},
     "mellum": {
-        "moe_intermediate_size": 96,
+        "moe_intermediate_size": 128,
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 9,
     },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from mixchat.weights.care.repair import Damage
 
 _YES = option("--yes -y", "Do not ask for confirmation.")
-_LAYOUT = option(
-    "--layout LAYOUT",
-    "Order of the quantized weights, cpu-packed or bitsandbytes.",
-    show_default="the fastest on this machine",
-)
 _DENSE_BITS = dense_bits("as they are", ("8", "6", "5"))
 _UNFINISHED = option("--unfinished", "Also delete unfinished downloads, calibrations and the like.")
 _LAST_MODEL = model_argument(INSTALLED.help, show_default="the model of the last run")
@@ -150,17 +145,12 @@ def repair(model: str = INSTALLED) -> None:
 
 def convert(
     model: str = INSTALLED,
-    layout: Literal["cpu-packed", "bitsandbytes"] | None = _LAYOUT,
     dense_bits: str | None = _DENSE_BITS,
 ) -> None:
-    """Change the layout of a model, or round its attention and head.
+    """Round a model's attention and head.
 
-    A layout is an order of the quantized weights. CPUs read cpu-packed, and GPUs read bitsandbytes.
-    A model in the other layout runs, too, but then each expert is reordered whenever it is loaded,
-    which takes a CPU about a second. Changing the layout loses nothing.
-
-    --dense-bits 8, 6 or 5 rounds attention and head from 16 bits, as 'mixchat download' does. The
-    model gets smaller and faster, but only another download brings its 16 bits back.
+    --dense-bits 8, 6 or 5 rounds them from 16 bits, as 'mixchat download' does. The model gets
+    smaller and faster, but only another download brings its 16 bits back.
 
     The disk holds the model twice meanwhile. The old one runs until the new one takes its place,
     and the same command resumes an interrupted conversion.
@@ -168,6 +158,8 @@ def convert(
     from mixchat.weights import models
 
     bits = parse_dense_bits(dense_bits)
+    if not any(bits):
+        raise UsageError("nothing to convert", hint="Give the bits, such as --dense-bits 8.")
     directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     from mixchat.weights.care.convert import convert as convert_model
@@ -177,9 +169,9 @@ def convert(
     from mixchat.weights.make.download import local_errors
 
     with local_errors(), not_in_use(directory), show_progress() as progress, resumable(progress):
-        target = find_target(directory, layout, bits)
+        target = find_target(directory, bits)
         previous = read_manifest(directory).quantization
-        changed = convert_model(directory, target, progress)
+        convert_model(directory, target, progress)
     rounded = [name for name in bits._fields if previous[name] != getattr(target, name)]
     if rounded:
         by_bits: dict[int, list[str]] = {}
@@ -187,10 +179,8 @@ def convert(
             by_bits.setdefault(getattr(bits, name), []).append(name)
         has = [f"{count} bits in {' and '.join(names)}" for count, names in by_bits.items()]
         say(f"{model} has {' and '.join(has)} now: that cannot be undone")
-    elif any(bits):
+    else:
         say(f"{model} has the requested bits already")
-    if layout or not (rounded or any(bits)):
-        say(f"{model} has the layout {target.layout} {'now' if changed else 'already'}")
 
 
 def gc(unfinished: bool = _UNFINISHED) -> None:

@@ -93,11 +93,11 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     mix = size if size is not None and is_for_calibration(size) else None
     bits = None if size is None or mix is not None else size.whole
     told = ToldMachine(**figures)
-    catalog = {} if is_given(context, "model") else known_blueprints(told.layout)
+    catalog = {} if is_given(context, "model") else known_blueprints()
 
     def report_on(ref: models.ModelRef) -> PlanReport:
         with reporter.progress() as progress:
-            planned = outline(ref, progress, bits, told.free_disk, told.layout)
+            planned = outline(ref, progress, bits, told.free_disk)
         if mix is not None:
             planned = in_mix(planned, mix)
         machine_plan = plan_machine(

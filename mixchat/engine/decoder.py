@@ -100,8 +100,8 @@ def new_decoder(
     """Return the decoder of a model that computes `used`, or None if kernels cannot do it."""
     config, dtype = used.config, used.quantization.dtype
     matrices = used.typical_matrices
-    packed = all(matrix.packed and matrix.stored_rows == matrix.rows for matrix in matrices)
-    if not isinstance(cache, PagedKVCache) or not packed:
+    whole = all(matrix.has_kernel and matrix.stored_rows == matrix.rows for matrix in matrices)
+    if not isinstance(cache, PagedKVCache) or not whole:
         return None
     rotated = [rope.rotated(config.head_dim) for rope in config.ropes]
     columns = (

@@ -72,18 +72,17 @@ def build_engine(
         on_error.callback(installed.close)
         devices = choose_devices(options.device)
         device = devices[0]
-        config, stored = installed.config, installed.blueprint
+        config, blueprint = installed.config, installed.blueprint
         exact = options.exact_prompts
-        fit = fit_model(stored, FreeMemory.now(devices), options)
-        used = fit.computed.computed_on(device)
-        dtype = stored.quantization.dtype
+        fit = fit_model(blueprint, FreeMemory.now(devices), options)
+        dtype = blueprint.quantization.dtype
         context = fit.context
-        arithmetic = used.expert_arithmetic(device, exact=exact)
+        arithmetic = blueprint.expert_arithmetic(device, exact=exact)
         # Workers first: what they hold need not be read here.
         workers = connect_workers(installed, options, arithmetic, note)
         share = divide_experts(installed, fit.placement, workers)
         # Before the kernels' steps are made, since they are made for a count of threads.
-        choose_threads(stored)
+        choose_threads(blueprint)
         experts = build_experts(installed, share, devices, options.cache_policy, note, exact=exact)
         layers, each = range(config.num_moe_layers), range(config.num_local_experts)
         runner = wrap(experts)
@@ -93,13 +92,13 @@ def build_engine(
             runner = RecordingRunner(runner, TraceWriter(options.trace, repo, *shape).record)
         # Workers compute many rows otherwise than one. A record has only the text's tokens.
         alone = not workers and runner is experts
-        speculates = options.speculation and alone and passes_are_exact(used, device)
-        model = _build_model(installed, used, runner, context, device)
+        speculates = options.speculation and alone and passes_are_exact(blueprint, device)
+        model = _build_model(installed, runner, context, device)
         caches = [
             new_cache(config, context, dtype, device, options.kv_bits)
             for _ in range(options.parallel)
         ]
-        model.decode_by(new_decoder(used, model.blocks, caches[0], model.output))
+        model.decode_by(new_decoder(blueprint, model.blocks, caches[0], model.output))
         # The first prompt waited for the disk although a person had typed for ten seconds.
         experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
         directory = installed.directory
@@ -107,8 +106,8 @@ def build_engine(
             model,
             caches,
             experts,
-            fit.computed,
-            prefill_chunk=1 if exact and not chunks_are_exact(used, device) else PREFILL_CHUNK,
+            blueprint,
+            prefill_chunk=1 if exact and not chunks_are_exact(blueprint, device) else PREFILL_CHUNK,
             exact_prompts=exact,
             speculation=Speculation() if speculates else None,
             note=note,
@@ -184,48 +183,49 @@ def speed_predictor(
     return predict
 
 
-def chunks_are_exact(used: Blueprint, device: torch.device) -> bool:
+def chunks_are_exact(blueprint: Blueprint, device: torch.device) -> bool:
     """Return whether prefill gives a token the same bits alone as in a chunk."""
     if device.type != "cpu" or not kernels_available():
         return False
-    norms = (*used.norms(0), *used.qk_norms(0))
+    norms = (*blueprint.norms(0), *blueprint.qk_norms(0))
     return all(rows.can_compute(norm.dtype, norm.shape[-1]) for norm in norms) and all(
-        matrix.can_be_exact for matrix in used.typical_matrices
+        matrix.can_be_exact for matrix in blueprint.typical_matrices
     )
 
 
-def passes_are_exact(used: Blueprint, device: torch.device) -> bool:
+def passes_are_exact(blueprint: Blueprint, device: torch.device) -> bool:
     """Return whether chunks are exact, and their logits, too."""
-    head = used.head
-    return chunks_are_exact(used, device) and (head is None or head.can_be_exact)
+    head = blueprint.head
+    return chunks_are_exact(blueprint, device) and (head is None or head.can_be_exact)
 
 
 def _build_model(
     installed: InstalledModel,
-    used: Blueprint,
     runner: ExpertRunner,
     context: int,
     device: torch.device,
 ) -> Transformer:
-    config, tensors = used.config, _InstalledTensors(installed, device)
-    ropes = rotary_embeddings(config, context, used.quantization.dtype, device)
+    blueprint, tensors = installed.blueprint, _InstalledTensors(installed, device)
+    config = blueprint.config
+    ropes = rotary_embeddings(config, context, blueprint.quantization.dtype, device)
     # The embedding's table is in memory only if it is the head.
-    stored = installed.blueprint
     embedding: Embedding
-    if stored.head is None or used.head is None:
-        table = installed.tensor(stored.embedding).to(device)
+    if blueprint.head is None:
+        table = installed.tensor(blueprint.embedding).to(device)
         head = dense_linear(table)
 
         def embedding(ids: torch.Tensor) -> torch.Tensor:
             return functional.embedding(ids.to(device, non_blocking=True), table)
     else:
-        head = installed.linear(used.head, device)
+        head = installed.linear(blueprint.head, device)
 
         def embedding(ids: torch.Tensor) -> torch.Tensor:
-            return installed.rows(stored.embedding, ids).to(device, non_blocking=True)
+            return installed.rows(blueprint.embedding, ids).to(device, non_blocking=True)
 
-    norm = RMSNorm(tensors.tensor(used.norm), config.rms_norm_eps)
-    blocks = [Block.build(layer, used, tensors, rope, runner) for layer, rope in enumerate(ropes)]
+    norm = RMSNorm(tensors.tensor(blueprint.norm), config.rms_norm_eps)
+    blocks = [
+        Block.build(layer, blueprint, tensors, rope, runner) for layer, rope in enumerate(ropes)
+    ]
     return Transformer(config, embedding, blocks, norm, head)
 
 

@@ -46,22 +46,19 @@ def plan(
     Raises `MixchatError` if the model does not fit, or an option cannot be used.
     """
     devices, blueprint = choose_devices(options.device), outline.blueprint
-    if told.layout is not None:  # which an installed model need not have here
-        blueprint = blueprint.in_layout(told.layout)
     here, device = devices[0], told.device(devices[0])
     machine = told.machine(Machine.now(outline.directory, devices))
     fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
     choose_threads(blueprint)
-    shape = told.measurable(fit, here)
-    known = _measurement(outline, shape, here, reporter, programs, again=again)
-    measurement = told.measurement(known, fit.computed, device)
+    known = _measurement(outline, blueprint, here, reporter, programs, again=again)
+    measurement = told.measurement(known, blueprint, device)
     planned = plan_model(machine, device, fit, measurement)
 
     def by_arithmetic(form: MemoryPlan) -> Measurement:
         # Figures of another moment would compare the machine's load, and not the models. On a busy
         # machine 4 bits had 1.6 to 7 tok/s, and 3 bits of a second measurement 8 to 9.6.
-        scaled_figures = scaled(known, shape, told.measurable(form, here))
-        return told.measurement(scaled_figures, form.computed, device)
+        scaled_figures = scaled(known, blueprint, form.blueprint)
+        return told.measurement(scaled_figures, form.blueprint, device)
 
     sizes = [Size("4", fit, planned.expected)]
     for bits in tuple(DEMO_LOSS)[1:]:

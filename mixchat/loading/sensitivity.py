@@ -101,14 +101,10 @@ class _NoisyRunner(RecordingRunner):
         return rows.combine(routing_weights)
 
     def _expert(self, key: ExpertKey, device: torch.device) -> Expert:
-        blueprint = self._installed.blueprint
-        stored = blueprint.expert_of(key.layer)
-        used = blueprint.computed_on(device).expert_of(key.layer)
-        block = new_block(stored.stride)
+        form = self._installed.blueprint.expert_of(key.layer)
+        block = new_block(form.stride)
         self._installed.read_expert(*key, block)
-        block = block.to(device)
-        stored.convert(block, used)
-        expert, matrix = used.build(block), self.noisy_matrix[1]
+        expert, matrix = form.build(block.to(device)), self.noisy_matrix[1]
         # By the expert, so that a measurement can be repeated.
         seed = 2 * (key.layer * 2**10 + key.expert)
         if matrix == "down":

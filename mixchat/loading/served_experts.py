@@ -64,8 +64,7 @@ class ServedExperts:
             self._exact = hello.exact_prompts
             self._drop()
         self.follow_memory()
-        used = self._installed.blueprint.computed_on(self._device)
-        return used.expert_arithmetic(self._device, exact=self._exact)
+        return self._installed.blueprint.expert_arithmetic(self._device, exact=self._exact)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
         self._held = list(keys)

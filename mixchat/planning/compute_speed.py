@@ -76,8 +76,8 @@ def thread_seconds(
                 break
             torch.set_num_threads(count)  # first, because steps are made for a count
             # One token through a few layers, with experts in memory.
-            used, choices = blueprint.computed_on(CPU), blueprint.config.num_experts_per_tok
-            pool = _filled_experts(used, CPU, effort.pool_bytes)[1]
+            choices = blueprint.config.num_experts_per_tok
+            pool = _filled_experts(blueprint, CPU, effort.pool_bytes)[1]
             numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
             runners = [(number, _PoolRunner(pool, number * choices)) for number in numbers]
             layers = _Layers(blueprint, CPU, runners)
@@ -111,11 +111,11 @@ class ExpertTimer:
     """Computes experts on a device in turn, and measures the time."""
 
     def __init__(self, blueprint: Blueprint, device: torch.device, effort: Effort) -> None:
-        used = blueprint.computed_on(device)
-        self._blocks, experts = _filled_experts(used, device, effort.pool_bytes)
+        self._blocks, experts = _filled_experts(blueprint, device, effort.pool_bytes)
         self._turns = itertools.cycle(experts)
-        self._choices, self._are_alike = used.config.num_experts_per_tok, not used.layers
-        self._columns, self._dtype = used.config.hidden_size, blueprint.quantization.dtype
+        config, self._are_alike = blueprint.config, len(blueprint.expert_forms) == 1
+        self._choices, self._columns = config.num_experts_per_tok, config.hidden_size
+        self._dtype = blueprint.quantization.dtype
         self._device, self._effort = device, effort
         self._one_row = self._rows(1)
 
@@ -166,15 +166,16 @@ class ExpertTimer:
 
 
 def _filled_experts(
-    used: Blueprint, device: torch.device, pool_bytes: int
+    blueprint: Blueprint, device: torch.device, pool_bytes: int
 ) -> tuple[torch.Tensor, list[Expert]]:
     """Return blocks of at least `pool_bytes`, and experts of all layers over them."""
-    size, layers = used.expert.stride, used.config.num_moe_layers
+    size, layers = blueprint.expert.stride, blueprint.config.num_moe_layers
     count = max(2, -(-pool_bytes // size))
-    if used.layers:
+    if len(blueprint.expert_forms) > 1:
         count = max(count, layers)
     blocks = torch.full((count, size), _FILLING, dtype=torch.uint8, device=device)
-    return blocks, [used.expert_of(n % layers).build(block) for n, block in enumerate(blocks)]
+    forms = map(blueprint.expert_of, itertools.cycle(range(layers)))
+    return blocks, [form.build(block) for form, block in zip(forms, blocks, strict=False)]
 
 
 def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None]:
@@ -194,12 +195,12 @@ class _Layers:
         runners: Sequence[tuple[int, _PoolRunner]],
     ) -> None:
         config, dtype = blueprint.config, blueprint.quantization.dtype
-        self._used, tensors = blueprint.computed_on(device), _FilledTensors(device)
+        self._blueprint, tensors = blueprint, _FilledTensors(device)
         ropes = rotary_embeddings(config, 2 * _CONTEXT, dtype, device)
         dense = config.first_k_dense_replace
         runners = [(dense + number, runner) for number, runner in runners]
         self.blocks = [
-            Block.build(layer, self._used, tensors, ropes[layer], runner)
+            Block.build(layer, blueprint, tensors, ropes[layer], runner)
             for layer, runner in runners
         ]
         self._cache = cache = new_cache(config, 2 * _CONTEXT, dtype, device)
@@ -213,7 +214,7 @@ class _Layers:
 
     def computing(self, blocks: Sequence[Block]) -> Callable[[], None]:
         """Return a function that computes one token through these blocks."""
-        decoder = new_decoder(self._used, blocks, self._cache)
+        decoder = new_decoder(self._blueprint, blocks, self._cache)
 
         @torch.inference_mode()
         def compute() -> None:

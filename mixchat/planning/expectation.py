@@ -115,7 +115,7 @@ def expect(
     Each of `answers` gets a token in each pass. All GPUs count as fast as `device`, and share the
     disk. The busiest one decides. Sending rows counts as no time.
     """
-    held = held_together(blueprint, device, placement)
+    held = held_together(placement)
     hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))
     busiest = 1.0
     host_hit_rate = expected_hit_rate(blueprint.config, held)
@@ -208,12 +208,9 @@ def moving_cost(
     )
 
 
-def held_together(blueprint: Blueprint, device: torch.device, placement: Placement) -> int:
+def held_together(placement: Placement) -> int:
     """Return how many different experts the slots and RAM can hold together."""
-    slots, behind = sum(placement.by_device), placement.host_slots
-    # If the layout on the GPU is not the file's, the experts on the GPU are in RAM, too.
-    apart = blueprint.expert == blueprint.computed_on(device).expert
-    return min(slots + behind if apart else max(slots, behind), placement.experts)
+    return min(sum(placement.by_device) + placement.host_slots, placement.experts)
 
 
 def size_of(blueprint: Blueprint) -> ModelSize:
@@ -281,7 +278,7 @@ def prompt_speed(
     missing = read = 1.0
     if placement is not None:
         missing = 1 - sum(placement.by_device) / placement.experts
-        read = 1 - held_together(blueprint, device, placement) / placement.experts
+        read = 1 - held_together(placement) / placement.experts
     costs = [
         prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read)
         for sample in measurement.samples

@@ -73,7 +73,6 @@ class MemoryPlan:
     blueprint: Blueprint
     free: FreeMemory
     options: LoadOptions
-    computed: Blueprint  # the model as it is in memory, in the layout of its files
     context: int  # tokens
     largest_context: int  # tokens with which the fewest experts still fit
     demand: Demand
@@ -81,25 +80,8 @@ class MemoryPlan:
 
 
 def fit_model(blueprint: Blueprint, free: FreeMemory, options: LoadOptions) -> MemoryPlan:
-    """Return the places of the model. Raises `UsageError` and `ResourceError` if it cannot.
-
-    A GPU would widen matrices of 5 to 8 bits for each token. So they are widened once if all
-    experts fit nevertheless.
-    """
-    # Widening once costs memory, widening for each token costs time.
-    wide = blueprint.widened()
-    if free.device is not None and wide != blueprint:
-        with suppress(ResourceError, UsageError):  # it does not fit so
-            plan = _fit(blueprint, wide, free, options)
-            if sum(plan.placement.by_device) == blueprint.expert_count:
-                return plan
-    return _fit(blueprint, blueprint, free, options)
-
-
-def _fit(
-    blueprint: Blueprint, computed: Blueprint, free: FreeMemory, options: LoadOptions
-) -> MemoryPlan:
-    demand = _demand(blueprint, computed, options)
+    """Return the places of the model. Raises `UsageError` and `ResourceError` if it cannot."""
+    demand = _demand(blueprint, options)
     if blueprint.layers and not options.workers:
         demand = replace(demand, sizes=slot_sizes(blueprint))
     context = Context.of(blueprint.config, options.context_size).tokens
@@ -117,7 +99,7 @@ def _fit(
     room -= demand.shared + demand.taken(least_slots)
     counts = range(1, blueprint.config.largest_context + 1)
     largest = bisect_right(counts, room, key=partial(_context_bytes, blueprint, options))
-    return MemoryPlan(blueprint, free, options, computed, context, largest, demand, placement)
+    return MemoryPlan(blueprint, free, options, context, largest, demand, placement)
 
 
 def _default_context(
@@ -183,14 +165,14 @@ def expert_budget(blueprint: Blueprint, bits: ExpertSize) -> int:
     """
     if bits.memory is None:
         return budget_of(blueprint, bits.bits or 0.0)
-    demand = _demand(blueprint, blueprint, LoadOptions(context_size=bits.context_size))
+    demand = _demand(blueprint, LoadOptions(context_size=bits.context_size))
     return bits.memory - demand.shared - demand.context - reserve_of(bits.memory)
 
 
-def _demand(blueprint: Blueprint, computed: Blueprint, options: LoadOptions) -> Demand:
+def _demand(blueprint: Blueprint, options: LoadOptions) -> Demand:
     context = Context.of(blueprint.config, options.context_size).tokens
     return Demand(
-        shared=computed.shared_size,
+        shared=blueprint.shared_size,
         context=_context_bytes(blueprint, options, context),
         expert=blueprint.expert.stride,
         experts=blueprint.expert_count,

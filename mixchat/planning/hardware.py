@@ -10,10 +10,9 @@ import torch
 
 from mixchat.base import gpu, machine
 from mixchat.planning.compute_speed import ROWS
-from mixchat.planning.fitting import FreeMemory, MemoryPlan
+from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.machine_speeds import Measurement
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.matrix.linear import Layout
 
 # Bytes that other programs need on a described machine, and the largest part of all.
 _TAKEN_RAM, _TAKEN_GPU, _TAKEN_PART = 2 * 10**9, 5 * 10**8, 0.25
@@ -81,16 +80,6 @@ class ToldMachine:
         """Return the device that computes there, if `here` does on this machine."""
         return torch.device(gpu.KIND, 0) if self.gpus else here
 
-    @property
-    def layout(self) -> Layout | None:
-        """Return the layout of a download there, None for the one of a download here."""
-        return "bitsandbytes" if self.gpus else None
-
-    def measurable(self, fit: MemoryPlan, here: torch.device) -> Blueprint:
-        """Return the form of the model that `here` can measure."""
-        # A model that a GPU would have in 16 bits is measured as stored if only a CPU is here.
-        return fit.computed if here.type == self.device(here).type else fit.blueprint
-
     def machine(self, here: Machine) -> Machine:
         """Return this machine, `here`, with the figures that are told."""
         there = here
@@ -114,10 +103,10 @@ class ToldMachine:
         )
 
     def measurement(
-        self, here: Measurement, computed: Blueprint, device: torch.device
+        self, here: Measurement, blueprint: Blueprint, device: torch.device
     ) -> Measurement:
         """Return a measurement of this machine with what is told."""
-        expert = computed.expert
+        expert = blueprint.expert
         weights = sum(linear.rows * linear.columns for linear in (expert.gate_up, expert.down))
         samples = []
         for sample in here.samples:
@@ -129,13 +118,13 @@ class ToldMachine:
                     disk_bandwidth_fresh=rate,
                 )
             if str(device) not in sample.expert_seconds:
-                reading = computed.mean_expert / GPU_MEMORY
+                reading = blueprint.mean_expert / GPU_MEMORY
                 on_gpu = {rows: reading + 2 * weights * rows / GPU_COMPUTE for rows in ROWS}
                 sample = replace(
                     sample,
                     copy_bandwidth=GPU_BUS,
                     expert_seconds={**sample.expert_seconds, str(device): on_gpu},
-                    layer_seconds=_STARTING + computed.attention_size / GPU_MEMORY,
+                    layer_seconds=_STARTING + blueprint.attention_size / GPU_MEMORY,
                 )
             samples.append(sample)
         return replace(here, samples=tuple(samples))

@@ -90,10 +90,9 @@ def take_sample(
 
 def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
     """Return all that a measurement depends on, as a line."""
-    computed = blueprint.computed_on(CPU)
-    layout = computed.expert
-    mixed = [f"{computed.mean_expert} on average"] if computed.layers else []
-    gate_up, (qkv, _, *beside) = layout.gate_up, blueprint.dense_matrices()
+    expert, forms = blueprint.expert, blueprint.expert_forms
+    mixed = [f"{blueprint.mean_expert} on average"] if len(forms) > 1 else []
+    gate_up, (qkv, _, *beside) = expert.gate_up, blueprint.dense_matrices()
     accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
     return "; ".join(
         (
@@ -104,7 +103,7 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
             f"{device}: {accelerator}",
             f"disk {machine.nearest_existing(directory).stat().st_dev}",
             f"experts {gate_up.rows}x{gate_up.columns} {gate_up.quant_type} {gate_up.dtype} "
-            f"{'packed' if gate_up.packed else 'plain'} {layout.stride}",
+            f"{expert.stride}",
             *mixed,
             f"attention {qkv.rows}x{qkv.columns} {qkv.quant_type}",
             *(f"beside it {matrix.rows}x{matrix.columns}" for matrix in beside),

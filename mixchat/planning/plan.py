@@ -86,7 +86,7 @@ class MachinePlan:
 
 def expect_fit(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Expectation:
     """Return the speed of decoding with the places and the answers at once of a fit."""
-    return expect(fit.computed, device, measurement, fit.placement, fit.options.parallel)
+    return expect(fit.blueprint, device, measurement, fit.placement, fit.options.parallel)
 
 
 def plan_model(
@@ -99,7 +99,7 @@ def plan_model(
         fit,
         measurement,
         expect_fit(device, fit, measurement),
-        prompt_speed(fit.computed, device, measurement, fit.placement),
+        prompt_speed(fit.blueprint, device, measurement, fit.placement),
         first_token(fit.blueprint, device, measurement),
     )
 

@@ -90,7 +90,7 @@ def record(model: LlamaForCausalLM, windows: torch.Tensor) -> dict[Key, torch.Te
 
 def rounded(kind: QuantType, weight: torch.Tensor, inputs: Inputs | None) -> torch.Tensor:
     """The matrix with codes of this type."""
-    spec = LinearSpec("w", *weight.shape, kind, "bitsandbytes", torch.bfloat16, "search")
+    spec = LinearSpec("w", *weight.shape, kind, torch.bfloat16, "search")
     return spec.build(spec.encode(weight, inputs))(torch.eye(weight.shape[1])).T.contiguous()
 
 

@@ -125,7 +125,7 @@ class Workshop:
             if rounded == "all":
                 place = copied(place, place.with_name(f"{place.name}-8"))
                 if blueprint_of(place).quantization.head != "int8":
-                    convert(place, find_target(place, None, DenseBits(8, 8)), NoProgress())
+                    convert(place, find_target(place, DenseBits(8, 8)), NoProgress())
             return place, rounded_bits(blueprint_of(place), rounded)
 
         return Form("mixchat", name + calibrated, rounded, make)

@@ -46,13 +46,11 @@ class Calibrations:
         self._commands = [
             ("calibrate", NAME),
             ("calibrate", NAME, "--calibrate-text", str(text)),
-            ("convert", NAME, "--layout", "bitsandbytes"),
-            ("convert", NAME, "--layout", "bitsandbytes", "--dense-bits", "8"),
+            ("convert", NAME, "--dense-bits", "8"),
         ]
         self._source = rig.make_checkpoint(work / "source", seed, **rig.SMALL)
         download = ("download", str(self._source), "--name", NAME, "--dense-bits", "16")
         self._expect(0, *download)
-        self._expect(0, "convert", NAME, "--layout", "cpu-packed")
         shutil.copytree(self._model, self._base)
         self._answers = {self._answer()}
         self._in_peace(0)  # measures the machine and compiles the kernels

@@ -168,7 +168,7 @@ def _journal(home: Path, key: str, value: Any) -> None:
     place = home.parent / rig.WORKSPACE
     place.mkdir(parents=True)
     source = {"repo": rig.REPO, "commit": COMMIT, "revision": None}
-    how = {"quant_type": "nf4", "blocksize": 64, "scales": "absmax", "layout": "cpu-packed"}
+    how = {"quant_type": "nf4", "blocksize": 64, "scales": "absmax"}
     how |= {"attention": "int8", "head": "int8", "dtype": "bfloat16"}
     head = {"format": 3, "source": source, "quantization": how, "fingerprint": COMMIT}
     line = {"file": "shared.safetensors", "sha256": {"model.norm.weight": "0" * 64}}

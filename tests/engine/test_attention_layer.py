@@ -194,7 +194,7 @@ def blocks(used: Blueprint) -> list[Block]:
 @torch.inference_mode()
 def test_steps_for_one_token_and_chunks_have_the_same_bits(name, dtype):
     config = replace(SHAPE, **FEATURES.get(name, {}))
-    quantization = Quantization(layout="cpu-packed", attention="int8", dtype=dtype)
+    quantization = Quantization(attention="int8", dtype=dtype)
     used = Blueprint(config, quantization)
     layers = blocks(used)
     bits = 32 if dtype == torch.float32 else 16

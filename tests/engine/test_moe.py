@@ -178,7 +178,7 @@ def test_a_program_has_the_bits_of_the_layer_for_any_choices(
     kind, quant_type, dtype, experts, choices
 ):
     config = config_of(kind, experts, choices, 64, 128)
-    moe = Weights(config).moe(Quantization(quant_type, "cpu-packed", dtype=dtype))
+    moe = Weights(config).moe(Quantization(quant_type, dtype=dtype))
     # The context's cache is only for attention.
     context: Any = SingleTokenContext(None, 64, dtype)  # type: ignore[arg-type]
     routing = torch.empty(1, choices, dtype=torch.int64), torch.empty(1, choices)

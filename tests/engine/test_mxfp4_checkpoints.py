@@ -16,12 +16,10 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mixchat.base.errors import CheckpointError, UsageError
-from mixchat.base.options import DenseBits
 from mixchat.base.progress import NoProgress
 from mixchat.base.safetensors import split_part
 from mixchat.loading.calibrate import Text, calibrate_model
 from mixchat.loading.loader import load_engine
-from mixchat.weights.care.convert import convert, find_target
 from mixchat.weights.care.repair import repair, verify
 from mixchat.weights.format.blueprint import experts_file
 from mixchat.weights.format.installed_model import InstalledModel
@@ -93,10 +91,10 @@ def changed(published: Published, tmp_path: Path) -> Callable[[Callable[[Tensors
 def matrices(model: Path, layer: int, expert: int) -> list[torch.Tensor]:
     """Return w13 and w2 of an expert, and their biases, in fp32."""
     with InstalledModel(model) as installed:
-        layout = installed.blueprint.expert_of(layer)
-        block = torch.empty(layout.stride, dtype=torch.uint8)
+        form = installed.blueprint.expert_of(layer)
+        block = torch.empty(form.stride, dtype=torch.uint8)
         installed.read_expert(layer, expert, block)
-        built = layout.build(block)
+        built = form.build(block)
     both: tuple[Linear, Linear] = (built.gate_up, built.down)
     found = []
     for linear, columns in zip(
@@ -107,9 +105,8 @@ def matrices(model: Path, layer: int, expert: int) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
-def test_each_code_is_taken_over(published, install, layout):
-    model = install(published.quantized, layout=layout)
+def test_each_code_is_taken_over(published, install):
+    model = install(published.quantized)
     with InstalledModel(model) as installed:
         made = installed.manifest.quantization
         assert (made["quant_type"], made["blocksize"], made["scales"]) == ("mxfp4", 32, "given")
@@ -191,13 +188,10 @@ def test_other_bits_of_experts_are_refused(published, kind):
         make_blueprint(index, QuantizeOptions(kind))
 
 
-def test_experts_cannot_be_calibrated_and_the_layout_can_be_converted(published, install):
-    model, other = (install(published.quantized, layout=x) for x in ("cpu-packed", "bitsandbytes"))
+def test_experts_cannot_be_calibrated(published, install):
+    model = install(published.quantized)
     with pytest.raises(UsageError, match=r"stay as they are: .* has them in 4 bits \(mxfp4\)"):
         calibrate_model(model, Text(None, 1), NoProgress(), nullcontext(lambda *_: None))
-    assert convert(model, find_target(model, "bitsandbytes", DenseBits()), NoProgress())
-    file = experts_file(1)
-    assert (model / file).read_bytes() == (other / file).read_bytes()
 
 
 def test_a_damaged_expert_is_mended_from_the_checkpoint(published, install):

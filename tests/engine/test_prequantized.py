@@ -18,6 +18,7 @@ from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.quantize_options import QuantizeOptions, make_blueprint
+from mixchat.weights.matrix.nf4 import FOUR_BIT
 from mixchat.weights.source.checkpoint import DirectoryCheckpoint
 
 # bitsandbytes dequantizes whole blocks a row rightly, and only those.
@@ -98,17 +99,20 @@ def test_no_code_is_changed(kind, make_checkpoint, install, tmp_path):
     )
     (shard,) = quantized.glob("*.safetensors")
     source = load_file(shard)
-    with InstalledModel(install(quantized, layout="bitsandbytes")) as installed:
+    with InstalledModel(install(quantized)) as installed:
         assert installed.manifest.quantization["quant_type"] == kind
         assert installed.manifest.quantization["attention"] == kind
-        layout = installed.blueprint.expert
-        block = torch.empty(layout.stride, dtype=torch.uint8)
+        form = installed.blueprint.expert
+        block = torch.empty(form.stride, dtype=torch.uint8)
         installed.read_expert(1, 2, block)
-        gate_up, down = layout._views(block)
         prefix = "model.layers.1.block_sparse_moe.experts.2."
-        parts = [source[f"{prefix}{name}.weight"].flatten() for name in ("w1", "w3")]
-        assert torch.equal(gate_up[1], torch.cat(parts))
-        assert torch.equal(down[1], source[f"{prefix}w2.weight"].flatten())
+        for spec, found, names in zip(
+            (form.gate_up, form.down), form._views(block), (("w1", "w3"), ("w2",)), strict=True
+        ):
+            codes = torch.cat([source[f"{prefix}{name}.weight"].flatten() for name in names])
+            scales = torch.zeros(spec.rows * spec.columns // 64, dtype=torch.bfloat16)
+            _, packed = FOUR_BIT[kind].pack(codes, scales, spec.columns)
+            assert torch.equal(found[1], packed)
         gate = installed.blueprint.gate(0)
         expected = load_file(reference / "model.safetensors")[gate.name].to(torch.bfloat16)
         assert torch.equal(installed.tensor(gate), expected)

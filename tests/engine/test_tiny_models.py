@@ -16,7 +16,7 @@ from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.loading.loader import load_engine
 from mixchat.weights.format.installed_model import InstalledModel
-from mixchat.weights.matrix.nf4 import NF4
+from mixchat.weights.matrix.nf4 import NF4, Quantized4bit
 
 CPU = LoadOptions(device="cpu")
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -51,10 +51,10 @@ def prompt(vocab_size: int) -> torch.Tensor:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [1, 7])
-@pytest.mark.parametrize("kind", ["no packed layout", "correction and dense layer"])
+@pytest.mark.parametrize("kind", ["some dense experts", "correction and dense layer"])
 def test_the_inputs_of_dense_parts_are_recorded_for_each_token(kind, chunk, model_of):
     """By the recorded rows, the matrices give what the model computes."""
-    engine: Any = load_engine(model_of(FAMILIES.get(kind, {}), {}), CPU)
+    engine: Any = load_engine(model_of(FAMILIES.get(kind, {"intermediate_size": 96}), {}), CPU)
     model, used = engine.passes.model, engine.blueprint
     ids = prompt(model.config.vocab_size)
     expected = logits(engine, ids, chunk)
@@ -122,7 +122,7 @@ def by_bitsandbytes(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 def in_4_bits(weight: torch.Tensor, name: str) -> torch.Tensor:
     """An expert's matrix taken to NF4 and back; searched scales are tested by the definition."""
-    return NF4.dequantize(*NF4.codes(weight, search=True), tuple(weight.shape), torch.float32)
+    return Quantized4bit(NF4, *weight.shape, *NF4.codes(weight, search=True)).dense(torch.float32)
 
 
 TAKEN = {
@@ -174,10 +174,9 @@ def test_a_checkpoint_in_fp16_that_is_not_quantized_loses_nothing(make_checkpoin
 
 
 @pytest.mark.parametrize(("kind", "scales"), TAKEN)
-@pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
-@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 128}])
+@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 96}])
 def test_few_bits_equal_a_dequantized_reference_to_bf16_rounding(
-    changes, kind, scales, layout, make_checkpoint, install, tmp_path
+    changes, kind, scales, make_checkpoint, install, tmp_path
 ):
     """bf16 rounding is what transformers itself loses when it runs the reference in bf16.
 
@@ -189,16 +188,16 @@ def test_few_bits_equal_a_dequantized_reference_to_bf16_rounding(
     with torch.inference_mode():
         exact = oracle(reference)(ids[None]).logits[0]
         rounded = oracle(reference, torch.bfloat16)(ids[None]).logits[0].float()
-    how = {"quant_type": kind, "scales": scales, "layout": layout, "attention": 16, "head": 16}
+    how = {"quant_type": kind, "scales": scales, "attention": 16, "head": 16}
     engine = load_engine(install(checkpoint, **how), CPU)
     ours = logits(engine, ids, TOKENS).float()
     assert_as_near(ours, exact, rounded)
     assert (rounded - exact).norm() < 0.03 * exact.norm()  # or the comparison would say nothing
 
 
-@pytest.mark.parametrize("kind", ["no packed layout", *WAYS])
+@pytest.mark.parametrize("kind", ["some dense experts", *WAYS])
 def test_the_answer_is_the_same_for_every_size_of_the_cache(kind, model_of):
-    shape = {"intermediate_size": 128, **FAMILIES[kind]} if kind in FAMILIES else {}
+    shape = FAMILIES.get(kind, {"intermediate_size": 96})
     installed = model_of(shape, {})
     with InstalledModel(installed) as model:
         config, size = model.config, model.blueprint.expert.stride

@@ -56,17 +56,14 @@ Cases = Callable[[str], Case]  # by the kind of quantization
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"quant_type": "none"},
     "fp16": {"quant_type": "none", "stored_as": "float16"},
-    "nf4": {"layout": "bitsandbytes"},
-    "nf4, reordered": {"layout": "cpu-packed"},
-    "trellis3": {"quant_type": "trellis3", "layout": "bitsandbytes"},
-    "trellis3, reordered": {"quant_type": "trellis3", "layout": "cpu-packed"},
-    "16 bits": {"layout": "bitsandbytes", "attention": 16, "head": 16},
-    "all in nf4": {"layout": "bitsandbytes", "attention": 4, "head": 4},
-    "all in nf4, reordered": {"layout": "cpu-packed", "attention": 4, "head": 4},
+    "nf4": {},
+    "trellis3": {"quant_type": "trellis3"},
+    "16 bits": {"attention": 16, "head": 16},
+    "all in nf4": {"attention": 4, "head": 4},
 }
 # Relative, 0.03 for others: in 4 bits, kernels of CPUs round differently. With attention in 4 bits
 # two of the 25 tokens get another expert for it, of two that are all but equally good.
-TOLERANCES = {"fp32": 1e-5, "fp16": 0.01, "all in nf4": 0.05, "all in nf4, reordered": 0.05}
+TOLERANCES = {"fp32": 1e-5, "fp16": 0.01, "all in nf4": 0.05}
 
 
 def load(

@@ -101,7 +101,7 @@ def test_gpus_are_named_in_any_order_and_number(paper, case, exact):
 
 
 @pytest.mark.parametrize("name", ["one over RAM for all", "two over RAM for all"])
-@pytest.mark.parametrize("kind", ["fp32", "nf4, reordered"])
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
 def test_what_the_cpu_computes_for_gpus_is_right(paper, case, monkeypatch, kind, name):
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1.0, expert=1e-9))
     computed = defaultdict(list)  # rows, for each GPU
@@ -114,11 +114,10 @@ def test_what_the_cpu_computes_for_gpus_is_right(paper, case, monkeypatch, kind,
         engine.forget()
         found = logits(engine)
     assert apart(found, case(kind).expected) < TOLERANCES.get(kind, 0.03)
-    if case(kind).blueprint.expert == case(kind).blueprint.computed_on(torch.device("cpu")).expert:
-        assert len(computed) == paper.devices
-        for rows in computed.values():
-            assert 1 in rows  # in decoding
-            assert max(rows) > 1  # in prefill
+    assert len(computed) == paper.devices
+    for rows in computed.values():
+        assert 1 in rows  # in decoding
+        assert max(rows) > 1  # in prefill
 
 
 @pytest.mark.parametrize(
@@ -267,9 +266,9 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(paper, case):
     notes: list[str] = []
     budget = MemoryBudget(size=3 * expert)
     settled(paper)
-    for number in range(2):  # no room for the experts of two chats
+    for number in range(2):  # beside the experts, room to dequantize one
         memory = paper.memory(torch.device("paper", number))
-        memory.total = memory.taken + 4 * expert + 60_000
+        memory.total = memory.taken + 4 * expert + 400_000
     options = LoadOptions(MemoryBudget(size=0), (budget,))
     served = load_served_experts(case("nf4").directory, options, notes.append)
     assert served.slots == 6

@@ -20,21 +20,19 @@ from mixchat.loading.served_experts import ServedExperts, load_served_experts
 CPU = LoadOptions(MemoryBudget(fraction=0.5), device="cpu")
 
 
-@pytest.mark.parametrize(
-    "kind", [{}, {"quant_type": "none"}, {"layout": "cpu-packed"}], ids=["nf4", "fp32", "packed"]
-)
-@pytest.mark.parametrize("shape", [(64, 96), (50, 49), (80, 112)], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"quant_type": "none"}], ids=["nf4", "fp32"])
+@pytest.mark.parametrize("shape", [(64, 96), (64, 128), (50, 49), (80, 112)], ids=str)
 def test_rows_get_the_bits_that_they_get_in_a_prompt(make_checkpoint, install, shape, kind):
     """MKL rounds otherwise where rows lie at odd addresses, as they do in what a chat sends."""
-    if shape == (50, 49) and kind != {"quant_type": "none"}:
-        pytest.skip("4 bits need an even number of columns")
     hidden_size, intermediate_size = shape
     checkpoint = make_checkpoint(hidden_size=hidden_size, intermediate_size=intermediate_size)
     model = install(checkpoint, **kind)
     served = load_served_experts(model, CPU, lambda line: None)
-    served.begin(hello_of(served, "float32"))
     engine = load_engine(model, CPU)
+    dtype = engine.blueprint.quantization.dtype
+    served.begin(hello_of(served, str(dtype).removeprefix("torch.")))
     hidden_states = torch.randn(17, hidden_size, generator=torch.Generator().manual_seed(1))
+    hidden_states = hidden_states.to(dtype)
     # One row for expert 1, after five for expert 0.
     selected = torch.tensor([[0, 1], *[[0, 2]] * 4, *[[2, 3]] * 12])
     rows = LayerRows(1, hidden_states, selected)

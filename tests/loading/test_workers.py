@@ -24,8 +24,7 @@ PROMPT = list(range(5, 25))
 CONTEXT = 128
 
 KINDS: dict[str, dict[str, Any]] = {
-    "nf4": {"layout": "bitsandbytes"},
-    "nf4, packed": {"layout": "cpu-packed"},
+    "nf4": {},
     "nf4, odd shapes": {"hidden_size": 80, "intermediate_size": 112},
     "fp32, odd shapes": {"quant_type": "none", "hidden_size": 50, "intermediate_size": 49},
     "bf16, odd shapes": {
@@ -41,7 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots1 after a dense layer": {"model_type": "dots1", "num_hidden_layers": LAYERS + 1},
 }
 FAST = "fp32, odd shapes"  # no kernel has to be compiled for it in a new process
-INSTALLED = ("quant_type", "layout")
+INSTALLED = ("quant_type",)
 
 # Slots of this machine, and of each worker.
 SPLITS = {
@@ -181,7 +180,7 @@ def text(engine: Engine, prompt: Sequence[int] = PROMPT, tokens: int = 12) -> li
     [
         *((FAST, split, False) for split in SPLITS),
         *((kind, "two, some twice", False) for kind in KINDS if kind != FAST),
-        ("nf4, packed", "one, half each", True),
+        ("nf4", "one, half each", True),
         (FAST, "two, unequal", True),
         ("gpt_oss in mxfp4", "one, too few", False),
         *((kind, "two, some twice", True) for kind in FAMILIES),
@@ -220,7 +219,7 @@ def test_an_answer_does_not_show_that_a_worker_fails_in_it(
     assert len(notes) == 1
 
 
-@pytest.mark.parametrize("kind", [FAST, "nf4, packed"])
+@pytest.mark.parametrize("kind", [FAST, "nf4"])
 def test_a_line_tells_of_a_worker_that_computes_otherwise(kind, load, fork, model, monkeypatch):
     others = {"bytes": "words", "words": "bytes"}
     real = LinearSpec.arithmetic

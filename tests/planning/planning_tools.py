@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 GPU = torch.device("cpu:0")  # another device by its name
 CONFIG = read_config(KNOWN["instruct"].config)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
-BLUEPRINT = Blueprint(CONFIG, Quantization()).computed_on(CPU)
+BLUEPRINT = Blueprint(CONFIG, Quantization())
 SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
 GPU_SPEEDS = replace(
     SPEEDS,

@@ -55,14 +55,6 @@ def test_ram_behind_a_gpu_holds_other_experts_than_the_gpu_does():
     assert held_together(BLUEPRINT, GPU, Placement(200, 92, 256)) == 256
 
 
-def test_ram_holds_the_same_experts_where_their_layout_on_the_gpu_differs():
-    layouts = {"cpu-packed", "bitsandbytes"} - {BLUEPRINT.quantization.layout}
-    other = BLUEPRINT.in_layout(layouts.pop())
-    same = other.expert == BLUEPRINT.expert
-    held = held_together(other, GPU, Placement(100, 92, 256))
-    assert held == (192 if same else 100)
-
-
 @pytest.mark.parametrize(("experts", "chosen"), [(3, 2), (32, 4), (128, 8)])
 def test_experts_of_other_shapes_than_mixtral_s_hit_by_chance(experts, chosen):
     """Eight of 64 share an expert by chance more often than Mixtral's table says."""

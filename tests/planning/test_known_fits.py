@@ -37,7 +37,7 @@ def test_a_gpu_starts_kernels_for_a_small_part_too():
 
 def rows(free, **options):
     def measurement(fit):
-        return scaled(measured(SPEEDS), BLUEPRINT, fit.computed)
+        return scaled(measured(SPEEDS), BLUEPRINT, fit.blueprint)
 
     known, load = known_blueprints(), LoadOptions(**options)
     return list(fit_known(known, FreeMemory(int(free * GB)), CPU, load, measurement))

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,10 @@ def taking(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Callable[[float], N
 
 @pytest.fixture
 def blueprint(tiny_model: Path) -> Blueprint:
+    """The tiny model with a dense w2, so that experts are computed one by one."""
     with InstalledModel(tiny_model) as installed:
-        return installed.blueprint
+        config = replace(installed.config, intermediate_size=96)
+        return replace(installed.blueprint, config=config)
 
 
 def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint, tmp_path):

@@ -13,31 +13,17 @@ from mixchat.weights.care.housekeeping import not_in_use
 from mixchat.weights.make import build
 from mixchat.weights.make.parts import ModelPart
 from mixchat.weights.make.writer import ModelWriter
-from mixchat.weights.matrix.linear import Layout
 
-LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
 FIRST, LAST = "experts-000.safetensors", "experts-001.safetensors"
 ALL_4BIT: dict[str, Any] = {"attention": 4, "head": 4}
 DENSE: dict[str, Any] = {"attention": 16, "head": 16}
-AS_STORED, EIGHT = DenseBits(), DenseBits(8, 8)
+EIGHT = DenseBits(8, 8)
+SHARED, HEAD = "shared.safetensors", "lm_head.weight"
 
 
-def reform(
-    directory: Path,
-    layout: Layout | None = None,
-    bits: DenseBits = AS_STORED,
-    meter: Meter | None = None,
-) -> bool:
+def reform(directory: Path, bits: DenseBits = EIGHT, meter: Meter | None = None) -> bool:
     with not_in_use(directory):
-        return convert(directory, find_target(directory, layout, bits), meter or Meter())
-
-
-def pack(directory: Path, meter: Meter | None = None) -> bool:
-    return reform(directory, "cpu-packed", meter=meter)
-
-
-def layout_of_target(directory: Path, asked: Layout | None) -> Layout:
-    return find_target(directory, asked, AS_STORED).layout
+        return convert(directory, find_target(directory, bits), meter or Meter())
 
 
 def text_of(directory: Path) -> list[int]:
@@ -47,11 +33,11 @@ def text_of(directory: Path) -> list[int]:
 
 
 def stop_at(patch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
-    """Raise this at the first part of a file. The journal has all parts before."""
+    """Raise this at a part, or the first part of a file. The journal has all parts before."""
     write = ModelWriter.write
 
     def stopping(writer: ModelWriter, part: ModelPart, tensors: Any) -> dict[str, str]:
-        if part.file == name:
+        if name in (part.file, part.name):
             raise error
         return write(writer, part, tensors)
 

@@ -28,7 +28,6 @@ QUANTIZATION = {
     "quant_type": "nf4",
     "blocksize": 64,
     "scales": "absmax",
-    "layout": "bitsandbytes",
     "attention": "none",
     "head": "none",
     "dtype": "bfloat16",

@@ -119,8 +119,7 @@ def _model(outline: Outline, plan: MachinePlan) -> Iterator[tuple[str, str]]:
         f"{format_size(demand.whole)}{came}: {each}, {of_a_layer} in each of "
         f"{config.num_moe_layers} layers",
     )
-    wide = ", in 16 bits" if plan.fit.computed != plan.fit.blueprint else ""
-    yield "shared", f"{format_size(demand.shared)}: the weights that every token needs{wide}"
+    yield "shared", f"{format_size(demand.shared)}: the weights that every token needs"
     parallel = plan.fit.options.parallel
     each = f" for each of {parallel} answers at once" if parallel > 1 else ""
     chosen = "" if plan.fit.options.context_size else ", chosen by the free memory"
@@ -184,7 +183,7 @@ def _expected(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     else:
         held = f"{hits} are on {gpus_text(plan)}"
         yield "cache hits", f"{held}, {expected.host_hit_rate:.0%} there or in RAM"
-    config = plan.fit.computed.config
+    config = plan.fit.blueprint.config
     if expected.hit_rate < 1 and not repeats_as_mixtral(config):
         shape = f"{config.num_experts_per_tok} of {config.num_local_experts}"
         yield "", f"assuming that all are chosen alike: no figures are published for {shape}"

@@ -82,7 +82,7 @@ class ModelDetails(Report):
             "context": f"{facts['context']} tokens",
         }
         names = (
-            *("path", "source", "commit", "revision", "size", "experts", "scales", "layout"),
+            *("path", "source", "commit", "revision", "size", "experts", "scales"),
             *("attention", "head", "dtype", "model_type", "layers", "experts_per_layer"),
             *("hidden_size", "context"),
         )
@@ -92,7 +92,7 @@ class ModelDetails(Report):
         """Return the keys of `mixchat list --json` and more.
 
         `revision` is the requested branch, tag or commit, or null. `weight_bytes` counts the files
-        of weights. `scales` and `layout` are the method and the order of the experts' codes.
+        of weights. `scales` is the method of the experts' scales.
         """
         manifest, config, quantization = self.manifest, self.config, self.manifest.quantization
         # The manifest's values, even of a damaged model.
@@ -105,7 +105,6 @@ class ModelDetails(Report):
             "revision": manifest.source.revision,
             "weight_bytes": manifest.size,
             "scales": quantization["scales"],
-            "layout": quantization["layout"],
             "attention": weight_type(quantization["attention"], quantization["dtype"]),
             "head": weight_type(quantization["head"], quantization["dtype"]),
             "model_type": config.model_type,

@@ -1,4 +1,4 @@
-"""Converts an installed model to another layout, or rounds its attention and head."""
+"""Rounds attention and head of an installed model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from mixchat.weights.format.blueprint import SHARED_FILE, Blueprint, Quantizatio
 from mixchat.weights.format.installed_model import installed_blueprint
 from mixchat.weights.format.manifest import check_files, read_manifest
 from mixchat.weights.make.calibrator import is_calibrated
-from mixchat.weights.make.quantize_options import best_layout
 from mixchat.weights.make.rebuild import Rebuild
-from mixchat.weights.matrix.linear import TYPES, Layout, type_of_bits
+from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 
 _BITS = (8, 6, 5)  # to which 16 can be rounded
 
 
-def find_target(directory: Path, layout: Layout | None, bits: DenseBits) -> Quantization:
-    """Return the quantization to convert to, by default the layout that is fastest here.
+def find_target(directory: Path, bits: DenseBits) -> Quantization:
+    """Return the quantization to convert to.
 
     Raises `UsageError` if a conversion cannot make it.
     """
@@ -30,11 +29,8 @@ def find_target(directory: Path, layout: Layout | None, bits: DenseBits) -> Quan
         raise UsageError(
             f"{directory.name!r} has no experts in 3 or 4 bits: there is nothing to convert"
         )
-    if not any(bits):
-        layout = layout or best_layout()
     return replace(
         now,
-        layout=layout or now.layout,
         attention=_rounded(directory, "attention", now.attention, bits.attention),
         head=_rounded(directory, "head", now.head, bits.head),
     )
@@ -71,7 +67,7 @@ def convert(directory: Path, target: Quantization, progress: Progress) -> bool:
 
 
 def _converted(old: Blueprint, target: Quantization) -> Blueprint:
-    """Return the model in the target's layout, and with its attention and head."""
+    """Return the model with the target's attention and head."""
     shared = replace(target, scales=old.quantization.scales)
     before, after = (
         any(map(is_calibrated, model.shared_matrices.values()))
@@ -80,7 +76,7 @@ def _converted(old: Blueprint, target: Quantization) -> Blueprint:
     if shared.scales == "calibrated" and after and not before:
         shared = replace(shared, scales="search")  # rounded just now, without inputs
     layers = [
-        replace(form, layout=target.layout, attention=target.attention, head=target.head)
+        replace(form, attention=target.attention, head=target.head)
         for name, form in old.quantizations().items()
         if name != SHARED_FILE
     ]

@@ -4,7 +4,8 @@
 `experts-LLL.safetensors`. These layers are counted from 0, without dense layers before them.
 Some matrices are fused, because one large multiplication is faster. `qkv_proj` is q above k above
 v, and an expert's `w13` is w1 (gate) above w3 (up). w2 is the down projection, out = w2(silu(w1 x)
-* w3 x), or another product of w1 x and w3 x. A bias of a matrix comes after it, fp32.
+* w3 x), or another product of w1 x and w3 x. A bias of a matrix comes after it, fp32. If a matrix's
+shape does not fit its type, the matrix is dense.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import Header, TensorSpec
-from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.expert import ExpertSpec, swiglu_of
-from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, Scales
+from mixchat.weights.matrix.linear import TYPES, LinearSpec, Scales
 from mixchat.weights.matrix.quant_type import QuantType
 
 SHARED_FILE = "shared.safetensors"
@@ -51,7 +51,6 @@ class Quantization:
     """
 
     quant_type: QuantType = "nf4"
-    layout: Layout = "bitsandbytes"
     attention: QuantType = "none"
     head: QuantType = "none"
     dtype: torch.dtype = torch.bfloat16
@@ -104,17 +103,11 @@ class Blueprint:
     def expert_of(self, layer: int) -> ExpertSpec:
         return self._layer_experts[layer] if self.layers else self.expert
 
-    def all_in_layout_of(self, used: ExpertSpec) -> bool:
-        """Return whether the experts of all layers have the layout of `used`."""
-        layers = range(self.config.num_moe_layers)
-        return all(self.expert_of(layer).gate_up.layout == used.gate_up.layout for layer in layers)
-
     @cached_property
     def expert(self) -> ExpertSpec:
-        """Return the largest expert, in the layout of `quantization`."""
-        forms = dict.fromkeys(self.in_layout(self.quantization.layout).layers)
-        experts = map(self._expert, forms or [self.quantization])
-        return max(experts, key=lambda expert: expert.stride)
+        """Return the largest expert."""
+        forms = dict.fromkeys(self.layers) or [self.quantization]
+        return max(map(self._expert, forms), key=lambda expert: expert.stride)
 
     @cached_property
     def _layer_experts(self) -> tuple[ExpertSpec, ...]:
@@ -126,7 +119,7 @@ class Blueprint:
         up, scales, bias = form.quant_type, form.scales, self.config.moe_bias
         down, own = form.down or up, Blueprint(self.config, form)
         return ExpertSpec(
-            replace(own._linear("w13", 2 * inner, hidden, up), scales=scales, bias=bias),
+            replace(own._linear("w13", 2 * inner, hidden, up, 2), scales=scales, bias=bias),
             replace(own._linear("w2", hidden, inner, down), scales=scales, bias=bias),
             swiglu_of(self.config),
         )
@@ -152,12 +145,14 @@ class Blueprint:
         config = self.config
         rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         name = f"{layer_prefix(layer)}self_attn.qkv_proj"
-        return self._dense(name, rows, config.hidden_size, config.attention_bias or config.qkv_bias)
+        bias = config.attention_bias or config.qkv_bias
+        return self._dense(name, rows, config.hidden_size, bias=bias)
 
     def o(self, layer: int) -> LinearSpec:
         columns = self.config.num_attention_heads * self.config.head_dim
         name = f"{layer_prefix(layer)}self_attn.o_proj"
-        return self._dense(name, self.config.hidden_size, columns, self.config.attention_bias)
+        bias = self.config.attention_bias
+        return self._dense(name, self.config.hidden_size, columns, bias=bias)
 
     def mlp(self, layer: int) -> tuple[LinearSpec, LinearSpec] | None:
         """Return w13 and w2 of a layer's dense part, if it has one."""
@@ -166,7 +161,7 @@ class Blueprint:
             return None
         name = f"{layer_prefix(layer)}mlp"
         return (
-            self._dense(f"{name}.w13", 2 * inner, hidden),
+            self._dense(f"{name}.w13", 2 * inner, hidden, parts=2),
             self._dense(f"{name}.w2", hidden, inner),
         )
 
@@ -189,10 +184,9 @@ class Blueprint:
     @property
     def head(self) -> LinearSpec | None:
         """Return the output head, or None if it is the embedding (tied, not quantized)."""
-        if self.config.head_is_embedding and self.quantization.head == "none":
-            return None
         config = self.config
-        return self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
+        head = self._linear(HEAD, config.vocab_size, config.hidden_size, self.quantization.head)
+        return None if config.head_is_embedding and head.quant_type == "none" else head
 
     @cached_property
     def shared_matrices(self) -> dict[str, LinearSpec]:
@@ -284,9 +278,8 @@ class Blueprint:
 
     def expert_tensors(self, layer: int) -> Iterator[TensorSpec]:
         """Yield the tensors of a layer's experts, in their order."""
-        layout = self.expert_of(layer)
         for expert in range(self.config.num_local_experts):
-            yield from layout.tensors(expert)
+            yield from self.expert_of(layer).tensors(expert)
 
     def files(self) -> dict[str, list[TensorSpec]]:
         """Return the files of weights by name, with their tensors in order."""
@@ -333,38 +326,29 @@ class Blueprint:
     def expert_count(self) -> int:
         return self.config.num_moe_layers * self.config.num_local_experts
 
-    def computed_on(self, device: torch.device) -> Blueprint:
-        """Return the same model in the layout that this device computes fastest."""
-        # Only the compiled kernels for CPUs read the packed layout.
-        packed = device.type == "cpu" and kernels_available()
-        return self.in_layout("cpu-packed" if packed else "bitsandbytes")
-
-    def in_layout(self, layout: Layout) -> Blueprint:
-        shared = replace(self.quantization, layout=layout)
-        layers = (replace(form, layout=layout, scales=shared.scales) for form in self.layers)
-        return Blueprint(self.config, shared, layers_unlike(shared, layers))
-
-    def widened(self) -> Blueprint:
-        """Return the same model with its matrices in 5 to 8 bits made dense."""
-        # A tied head in few bits stays so. Dense, it would be the embedding, another matrix.
-        stored, head = self.quantization, self.quantization.head
-        if not self.config.head_is_embedding:
-            head = _widened(head)
-        attention = _widened(stored.attention)
-        return replace(self, quantization=replace(stored, attention=attention, head=head))
-
     def _tensor(self, layer: int, name: str, *shape: int) -> TensorSpec:
         return TensorSpec(f"{layer_prefix(layer)}{name}", self.quantization.dtype, shape)
 
-    def _dense(self, name: str, rows: int, columns: int, bias: bool = False) -> LinearSpec:
-        matrix = self._linear(name, rows, columns, self.quantization.attention)
+    def _dense(
+        self, name: str, rows: int, columns: int, *, bias: bool = False, parts: int = 1
+    ) -> LinearSpec:
+        matrix = self._linear(name, rows, columns, self.quantization.attention, parts)
         return replace(matrix, bias=bias)
 
-    def _linear(self, name: str, rows: int, columns: int, quant_type: QuantType) -> LinearSpec:
+    def _linear(
+        self, name: str, rows: int, columns: int, quant_type: QuantType, parts: int = 1
+    ) -> LinearSpec:
+        """Return a matrix of this type, or a dense one if its shape does not fit the type.
+
+        parts: how many matrices lie one above the other and are used apart. Each has to be of whole
+        bands. Of a single one, rows of zeros fill up the last band.
+        """
         stored, scales = self.quantization, self.quantization.scales
+        if not TYPES[quant_type].fits(columns, rows // parts if parts > 1 else 0):
+            quant_type = "none"
         if scales == "calibrated" and not TYPES[quant_type].calibrated_dense_parts:
             scales = "search"
-        return LinearSpec(name, rows, columns, quant_type, stored.layout, stored.dtype, scales)
+        return LinearSpec(name, rows, columns, quant_type, stored.dtype, scales)
 
 
 def layers_unlike(shared: Quantization, layers: Iterable[Quantization]) -> tuple[Quantization, ...]:
@@ -376,7 +360,3 @@ def layers_unlike(shared: Quantization, layers: Iterable[Quantization]) -> tuple
 def layer_prefix(layer: int) -> str:
     """Return the prefix of the names of a layer's tensors."""
     return f"model.layers.{layer}."
-
-
-def _widened(quant_type: QuantType) -> QuantType:
-    return "none" if TYPES[quant_type].widened_on_gpu else quant_type

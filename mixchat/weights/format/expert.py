@@ -122,10 +122,6 @@ class ExpertSpec:
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in (*self.gate_up.tensors, *self.down.tensors))
 
-    @property
-    def packed(self) -> tuple[bool, bool]:
-        return self.gate_up.packed, self.down.packed
-
     @cached_property
     def stride(self) -> int:
         """Return the bytes of the block, in whole pages."""
@@ -146,12 +142,6 @@ class ExpertSpec:
         """Return the expert over a block of `stride` bytes, which is used in place."""
         gate_up, down = self._views(block)
         return Expert(self.gate_up.build(gate_up), self.down.build(down), self.swiglu)
-
-    def convert(self, block: torch.Tensor, to: ExpertSpec) -> None:
-        """Rewrite the block in place from this layout to the layout of `to`."""
-        gate_up, down = self._views(block)
-        self.gate_up.convert(gate_up, to.gate_up)
-        self.down.convert(down, to.down)
 
     def _views(self, block: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         views, start = [], 0

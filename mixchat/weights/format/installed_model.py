@@ -87,18 +87,10 @@ class InstalledModel:
         """Read rows [n, ...] of a shared tensor to the CPU. Their numbers [n] may repeat."""
         return self._shared.read_rows(spec.name, numbers)
 
-    def linear(self, target: LinearSpec, device: torch.device) -> Linear:
-        """Read the shared matrix with the name of `target` to `device`, in the layout of `target`.
-
-        A matrix in 5 to 8 bits is widened if `target` is dense.
-        """
-        spec = self.blueprint.shared_matrices[target.name]
+    def linear(self, spec: LinearSpec, device: torch.device) -> Linear:
+        """Read a shared matrix to `device`."""
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
-        if spec.quant_type != target.quant_type:
-            bias = tensors[-1:] if spec.bias else []
-            return target.build([spec.dequantized(tensors), *bias])
-        spec.convert(tensors, target)
-        return target.build(tensors, in_place=False)
+        return spec.build(tensors, in_place=False)
 
     def open_direct(self) -> bool:
         """Prepare `direct` reads and return whether they are possible."""

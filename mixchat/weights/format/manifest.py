@@ -1,9 +1,9 @@
 """The manifest of an installed model, `mixchat.json`, written last to mark a finished model.
 
-{"format": 5,
+{"format": 6,
  "source": {"repo": "mistralai/Mixtral-8x7B-Instruct-v0.1", "commit": "...", "revision": null},
- "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "search", "layout": "cpu-packed",
-                  "attention": "int8", "head": "int8", "dtype": "bfloat16"},
+ "quantization": {"quant_type": "nf4", "blocksize": 64, "scales": "search", "attention": "int8",
+                  "head": "int8", "dtype": "bfloat16"},
  "files": {"config.json": {"size": 123, "sha256": "..."}, ...},
  "weights": {"shared.safetensors": {"size": 456, "sha256": {"model.norm.weight": "...", ...},
                                     "quantization": {}}, ...},
@@ -33,20 +33,19 @@ from mixchat.base.settings import models_dir
 MANIFEST_FILE = "mixchat.json"
 MANIFEST_COPY = "mixchat.copy.json"
 MANIFESTS = (MANIFEST_FILE, MANIFEST_COPY)
-FORMAT = 5
+FORMAT = 6
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 _EXPERT_TYPES = ("nf4", "fp4", "mxfp4", "trellis2", "trellis3", "none")
 _QUANTIZATION: dict[str, tuple[object, ...]] = {
     "quant_type": _EXPERT_TYPES,
     "down": (None, *_EXPERT_TYPES),
     "scales": ("absmax", "search", "calibrated", "given"),
-    "layout": ("bitsandbytes", "cpu-packed"),
     "dtype": ("bfloat16", "float16", "float32"),
 }
 _DENSE_PARTS = ("attention", "head")
 _MIXED = ("quant_type", "down", "blocksize")
 _OF_A_FILE = ("scales", *_MIXED)
-_KEYS = ("quant_type", "blocksize", "scales", "layout", *_DENSE_PARTS, "dtype")
+_KEYS = ("quant_type", "blocksize", "scales", *_DENSE_PARTS, "dtype")
 
 
 @dataclass(frozen=True)

@@ -183,10 +183,10 @@ def _part_memory(part: ModelPart, index: CheckpointIndex) -> int:
 
 def _quantizing_seconds(index: CheckpointIndex, blueprint: Blueprint) -> float:
     """Return the seconds in which this machine quantizes all experts."""
-    layout = blueprint.expert
-    weights = layout.gate_up.rows * layout.gate_up.columns + layout.down.rows * layout.down.columns
+    expert = blueprint.expert
+    weights = sum(matrix.rows * matrix.columns for matrix in (expert.gate_up, expert.down))
     rows, columns = _SAMPLE_SHAPE
-    spec = replace(layout.down, rows=rows, columns=columns, bias=False)
+    spec = replace(expert.down, rows=rows, columns=columns, bias=False)
     if index.experts_quant_type:
         spec = replace(spec, quant_type="none")  # 4-bit codes are copied, or nearly so
     sample = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0)).to(

@@ -150,7 +150,7 @@ def squared_error(kind: QuantType) -> float:
     """Return the squared error of a type on normal numbers, relative to their squares."""
     rows, columns = _SAMPLE_SHAPE
     weight = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
-    spec = LinearSpec("w", rows, columns, kind, "bitsandbytes", torch.float32, "search")
+    spec = LinearSpec("w", rows, columns, kind, torch.float32, "search")
     wrong = spec.dequantized(spec.encode(weight)) - weight
     return float(wrong.square().sum() / weight.square().sum())
 

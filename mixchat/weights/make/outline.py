@@ -22,7 +22,7 @@ from mixchat.weights.make.download_plan import DownloadPlan, find_disk_needs, ma
 from mixchat.weights.make.from_checkpoint import CheckpointBuild
 from mixchat.weights.make.needs import Need
 from mixchat.weights.make.quantize_options import QuantizeOptions, default_blueprint, make_blueprint
-from mixchat.weights.matrix.linear import TYPES, Layout, type_of_bits
+from mixchat.weights.matrix.linear import TYPES, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 from mixchat.weights.source.checkpoint_index import CheckpointIndex, expected_index
 from mixchat.weights.source.open_checkpoint import open_checkpoint
@@ -56,12 +56,11 @@ def outline(
     progress: Progress,
     bits: int | None = None,
     free_disk: int | None = None,
-    layout: Layout | None = None,
 ) -> Outline:
     """Return the outline of a model, with the default options if it is not installed.
 
     bits: of its experts. If it is installed with others, the outline is of a second download.
-    free_disk: the free bytes of another machine's disk. layout: of a download there. Asks the hub
+    free_disk: the free bytes of another machine's disk. Asks the hub
     only for one of its models that is neither installed nor known.
     """
     source, target = None, ref.directory
@@ -77,7 +76,7 @@ def outline(
         elif free_disk is None:
             return Outline(ref.name, installed, directory, installed=True)
     source = source or ref.find_source(Journal(workspace(target)).source)
-    options = QuantizeOptions(type_of_bits(bits or 4), layout=layout)
+    options = QuantizeOptions(type_of_bits(bits or 4))
     made = _before_download(source, target, options, free_disk, progress)
     arguments = (ref.name if ref.source_repo else source.repo, *flags)
     return replace(made, name=ref.name, arguments=arguments)
@@ -89,13 +88,13 @@ def known_index(known: KnownModel) -> CheckpointIndex:
     return expected_index(read_config(known.config), known.repo, _SHARD_BYTES_MAX, mxfp4=mxfp4)
 
 
-def known_blueprints(layout: Layout | None = None) -> dict[tuple[str, ...], Blueprint]:
+def known_blueprints() -> dict[tuple[str, ...], Blueprint]:
     """Return the known models as a download makes them by default, by the names of a shape."""
     names: dict[tuple[ModelConfig, QuantType], list[str]] = {}
     for name, known in KNOWN.items():
         kind: QuantType = known.experts_quant_type or "nf4"
         names.setdefault((read_config(known.config), kind), []).append(name)
-    return {tuple(same): default_blueprint(*shape, layout=layout) for shape, same in names.items()}
+    return {tuple(same): default_blueprint(*shape) for shape, same in names.items()}
 
 
 def _before_download(

@@ -124,11 +124,11 @@ def model_parts(blueprint: Blueprint) -> Iterator[ModelPart]:
 
 
 def _expert(blueprint: Blueprint, layer: int, expert: int) -> Iterator[ModelPart]:
-    layout, file = blueprint.expert_of(layer), experts_file(layer)
+    form, file = blueprint.expert_of(layer), experts_file(layer)
     prefix = layer_prefix(blueprint.config.first_k_dense_replace + layer)
-    specs = tuple(layout.tensors(expert))
-    cut = len(layout.gate_up.tensors)
-    for linear, tensors in ((layout.gate_up, specs[:cut]), (layout.down, specs[cut:])):
+    specs = tuple(form.tensors(expert))
+    cut = len(form.gate_up.tensors)
+    for linear, tensors in ((form.gate_up, specs[:cut]), (form.down, specs[cut:])):
         part = _matrix(file, tensors, linear, expert_prefix(prefix, expert))
         yield replace(part, expert=(layer, expert))
 

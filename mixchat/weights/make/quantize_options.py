@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mixchat.base import gpu
 from mixchat.base.errors import UsageError
 from mixchat.base.model_config import ModelConfig
-from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format.blueprint import HEAD, Blueprint, Quantization
-from mixchat.weights.matrix.linear import TYPES, Layout, Scales, type_of_bits
+from mixchat.weights.matrix.linear import TYPES, Scales, type_of_bits
 from mixchat.weights.matrix.quant_type import QuantType
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 
@@ -36,35 +34,24 @@ class QuantizeOptions:
     """The options of quantization. `quant_type` is the experts' type.
 
     attention, head: the bits of their weights, 16, 8, 6, 5 or 4. None is `default_dense_bits`, or
-    16 if the experts are not quantized. `layout` None takes `best_layout`.
+    16 if the experts are not quantized.
     """
 
     quant_type: QuantType = "nf4"
     attention: int | None = None
     head: int | None = None
     scales: Scales = "search"
-    layout: Layout | None = None
 
 
-def best_layout() -> Layout:
-    """Return the layout that this machine computes with."""
-    if gpu.count() or not kernels_available():
-        return "bitsandbytes"
-    return "cpu-packed"
+def default_dense_bits(config: ModelConfig) -> int:
+    """Return the bits of attention and head in a download of this model, 6 or 8.
 
-
-def default_dense_bits(config: ModelConfig, layout: Layout) -> int:
-    """Return the bits of attention and head in a download of this model and layout, 6 or 8.
-
-    8 if there is little to gain, and 8 if no kernel for CPUs multiplies the matrices. Without one,
-    as on a GPU, 6 bits take three times the steps of 8 bits.
+    8 if there is little to gain.
     """
-    model = Blueprint(config, Quantization(layout=layout, attention="int8", head="int8"))
-    matrices = model.shared_matrices.values()
-    size = sum(spec.nbytes for matrix in matrices for spec in matrix.tensors)
+    model = Blueprint(config, Quantization(attention="int8", head="int8"))
+    size = sum(spec.nbytes for matrix in model.shared_matrices.values() for spec in matrix.tensors)
     experts = config.num_moe_layers * config.num_experts_per_tok * model.expert.stride
-    gains = size > max(_SMALL_DENSE_BYTES, _LARGE_DENSE_PART * experts)
-    return 6 if gains and all(matrix.packed for matrix in matrices) else 8
+    return 6 if size > max(_SMALL_DENSE_BYTES, _LARGE_DENSE_PART * experts) else 8
 
 
 def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprint:
@@ -76,7 +63,6 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
     if given_4bit and TYPES[given_4bit].bits != TYPES[options.quant_type].bits:
         raise _has_4_bits(index, "experts", given_4bit)
     unquantized = options.quant_type == "none" and given_4bit is None
-    layout = options.layout or best_layout()
     quant_type = given_4bit or options.quant_type
 
     def type_of(part: str, matrices: list[str], bits: int | None) -> QuantType:
@@ -90,12 +76,11 @@ def make_blueprint(index: CheckpointIndex, options: QuantizeOptions) -> Blueprin
             return given_4bit
         if bits is None:
             unrounded = options.quant_type == "none"
-            bits = 16 if unrounded else default_dense_bits(index.config, layout)
+            bits = 16 if unrounded else default_dense_bits(index.config)
         return type_of_bits(bits, quant_type)
 
     quantization = Quantization(
         quant_type=quant_type,
-        layout=layout,
         attention=type_of("attention", _attention(index), options.attention),
         head=type_of("head", _head(index), options.head),
         dtype=_exact_dtype(index) if unquantized else torch.bfloat16,
@@ -108,18 +93,16 @@ def default_blueprint(
     config: ModelConfig,
     quant_type: QuantType = "nf4",
     dense_bits: int | None = None,
-    layout: Layout | None = None,
 ) -> Blueprint:
     """Return the blueprint of the model that a download makes by default.
 
     The checkpoint is in 16 bits, or has experts in MXFP4.
     """
-    layout = layout or best_layout()
-    dense = type_of_bits(dense_bits or default_dense_bits(config, layout))
+    dense = type_of_bits(dense_bits or default_dense_bits(config))
     scales: Scales = "given" if quant_type == "mxfp4" else QuantizeOptions.scales
     return Blueprint(
         config,
-        Quantization(quant_type, layout, attention=dense, head=dense, scales=scales),
+        Quantization(quant_type, attention=dense, head=dense, scales=scales),
     )
 
 

@@ -1,4 +1,4 @@
-"""Makes a model anew of the installed one: in another layout, calibrated, or repaired.
+"""Makes a model anew of the installed one: rounded, calibrated, or repaired.
 
 A part is made of the installed model's codes, or of the checkpoint. Files in which no part changes
 are linked.
@@ -114,8 +114,9 @@ class Rebuild(Build):
 
     def _changes(self, part: ModelPart) -> bool:
         old = self._old_part(part)
-        same = old.tensors == part.tensors and _packed(old) == _packed(part)
-        return not same or (self._remake is not None and self._remake.parts(part))
+        return old.tensors != part.tensors or (
+            self._remake is not None and self._remake.parts(part)
+        )
 
     def _old_part(self, part: ModelPart) -> ModelPart:
         """Return the part of the installed model that a part is made of.
@@ -131,7 +132,6 @@ class Rebuild(Build):
             return tensors
         if old.linear is None or old.linear.quant_type != new.linear.quant_type:
             return new.linear.encode(tensors[0], bias=tensors[-1] if new.linear.bias else None)
-        old.linear.convert(tensors[: len(old.linear.tensors)], new.linear)
         return tensors
 
     def _read(self, part: ModelPart) -> list[torch.Tensor]:
@@ -151,10 +151,6 @@ class Rebuild(Build):
                     )
                 tensors.append(tensor)
         return tensors
-
-
-def _packed(part: ModelPart) -> bool:
-    return part.linear is not None and part.linear.packed
 
 
 def _has_links(directory: Path) -> bool:

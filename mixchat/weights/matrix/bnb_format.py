@@ -100,7 +100,7 @@ def read_matrix(
     # Not bit by bit, because devices round the table differently.
     if not torch.allclose(levels, quantization.levels, rtol=0, atol=1e-6):
         raise CheckpointError(f"{name}.quant_map: not the table of {named}")
-    codes, size = matrix.read(name), quantization.codes_size(rows, columns)
+    codes, size = matrix.read(name), (rows * columns + 1) // 2
     if codes.dtype not in _STORAGE:
         raise CheckpointError(f"{name}: 4-bit codes cannot be stored as {codes.dtype}")
     if tuple(codes.shape) != (codes.numel(), 1) or codes.nbytes != size:

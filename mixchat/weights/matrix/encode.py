@@ -29,14 +29,7 @@ from mixchat.weights.matrix.gptq import (
     nearest_levels,
     round_with_fitted_scales,
 )
-from mixchat.weights.matrix.quant_type import (
-    BLOCKSIZE,
-    Encoded,
-    Inputs,
-    Way,
-    absmax_size,
-    in_blocks,
-)
+from mixchat.weights.matrix.quant_type import BLOCKSIZE, Encoded, Inputs, Way
 
 Pack = Callable[[torch.Tensor], torch.Tensor]  # of codes [B, 64], one a byte
 # The least absmax that bitsandbytes divides by.
@@ -87,11 +80,10 @@ def encode(
     search: bool = False,
     inputs: Inputs | None = None,
 ) -> Encoded:
-    """Return packed codes, flat, and scales (bf16 [ceil(N / 64)]) of a matrix on the CPU.
+    """Return packed codes, flat, and scales (bf16 [N / 64]) of a matrix on the CPU.
 
-    `weight` [rows, C] is of any float type and finite. It is rounded to bf16, which makes absmax
-    exact. A short last block is filled up with zeros and has absmax for its scale. With `search` no
-    block's squared error grows.
+    `weight` [rows, C] is of any float type and finite, and C is a multiple of 64. It is rounded to
+    bf16, which makes absmax exact. With `search` no block's squared error grows.
     """
     if inputs is None:
         codes, scales = _rounded(grid, weight, search, None, pack)
@@ -99,7 +91,7 @@ def encode(
 
     def dense(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         values = grid.levels[codes.int()].mul_(scales.float().unsqueeze(-1))
-        return values.view(-1)[: weight.numel()].view(weight.shape)
+        return values.view(weight.shape)
 
     codes, scales = best_way(_ways(grid, weight, inputs), dense, weight, inputs)
     return pack(codes).view(-1), scales
@@ -128,27 +120,26 @@ def best_way(
 
 
 def _ways(grid: Grid, weight: torch.Tensor, inputs: Inputs) -> Iterator[tuple[Way, Encoded]]:
-    """Yield the codes and scales of each way. GPTQ needs C to be a multiple of 64."""
+    """Yield the codes and scales of each way."""
     importance = mean_squares(inputs.fit)
     yield "plain", _rounded(grid, weight, True, None)
     codes, scales = _rounded(grid, weight, True, importance)
     yield "weighted", (codes, scales)
-    if weight.shape[-1] % BLOCKSIZE == 0:
-        feedback = feedback_of(inputs.fit)
-        if inputs.exact is not None:
-            weight = corrected(weight, feedback, inputs)
-            scales = _rounded(grid, weight, True, importance)[1]
-        by_column = torch.empty(weight.T.shape, dtype=torch.uint8)
-        rounder = nearest_levels(grid.levels, by_column)
-        fitted = round_with_fitted_scales(
-            weight.float(),
-            scales.float().view(len(weight), -1),
-            rounder,
-            feedback,
-            lambda scales: scales.bfloat16().float(),
-        )
-        scales = fitted.bfloat16().view(-1)
-        yield "gptq", (by_column.T.contiguous().view(-1, BLOCKSIZE), scales)
+    feedback = feedback_of(inputs.fit)
+    if inputs.exact is not None:
+        weight = corrected(weight, feedback, inputs)
+        scales = _rounded(grid, weight, True, importance)[1]
+    by_column = torch.empty(weight.T.shape, dtype=torch.uint8)
+    rounder = nearest_levels(grid.levels, by_column)
+    fitted = round_with_fitted_scales(
+        weight.float(),
+        scales.float().view(len(weight), -1),
+        rounder,
+        feedback,
+        lambda scales: scales.bfloat16().float(),
+    )
+    scales = fitted.bfloat16().view(-1)
+    yield "gptq", (by_column.T.contiguous().view(-1, BLOCKSIZE), scales)
 
 
 def _rounded(
@@ -163,7 +154,7 @@ def _rounded(
     `importance` is fp32 [C]. `pack` is applied to each piece, which bounds the memory.
     """
     flat, columns = weight.detach().reshape(-1), weight.shape[-1]
-    count = absmax_size(*weight.shape)
+    count = len(flat) // BLOCKSIZE
     size = pack(torch.zeros(1, BLOCKSIZE, dtype=torch.uint8)).numel()
     codes = torch.empty(count, size, dtype=torch.uint8)
     scales = torch.empty(count, dtype=torch.bfloat16)
@@ -176,7 +167,7 @@ def _rounded(
         if importance is not None:
             # Pieces are cut from the flat matrix, so a piece may begin within a row.
             indices = torch.arange(number * _PIECE, number * _PIECE + len(weights)) % columns
-            of_weights = in_blocks(importance[indices])
+            of_weights = importance[indices].view(-1, BLOCKSIZE)
         separate = torch.empty(len(packed), BLOCKSIZE, dtype=torch.uint8)
         _quantize_piece(grid, weights, separate, scales, search=search, importance=of_weights)
         packed.copy_(pack(separate).view(packed.shape))
@@ -218,20 +209,15 @@ def _quantize_piece(
     search: bool,
     importance: torch.Tensor | None,
 ) -> None:
-    """Fill `codes` and `scales` for some blocks, of which the last may be short."""
-    whole = weight.numel() // BLOCKSIZE  # blocks
-    blocks = in_blocks(weight.to(torch.bfloat16)).float()
+    """Fill `codes` and `scales` for some blocks."""
+    blocks = weight.to(torch.bfloat16).view(-1, BLOCKSIZE).float()
     absmax = blocks.abs().amax(-1)
-    # A product with 1 / absmax, because bitsandbytes rounds so. In a short last block it divides,
-    # but no bf16 number gets another code (a test tries all).
+    # A product with 1 / absmax, because bitsandbytes rounds so.
     scaled = blocks * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)
     codes.copy_(grid.nearest(scaled))
     scales.copy_(absmax)
-    # bitsandbytes does this in a short block only.
-    scales[whole:].clamp_(min=_TINY)
-    if search and whole:
-        of_blocks = None if importance is None else importance[:whole]
-        _search(grid, scaled[:whole], absmax[:whole], codes[:whole], scales[:whole], of_blocks)
+    if search:
+        _search(grid, scaled, absmax, codes, scales, importance)
 
 
 def _search(

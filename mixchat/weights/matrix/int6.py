@@ -1,20 +1,18 @@
-"""6-bit and 5-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
+"""6-bit and 5-bit codes with one scale (`absmax`) for each block of 64 weights.
 
 A code is a number from 0 to 63 (or 31), and a weight is (code - 32) / 32 (or 16) times the scale of
 its block. The scale is chosen for the least error (`encode.py`) and can be negative, so that the
 largest weight of a block is at the end that has one level more.
 
-The low four bits of codes and the others lie apart:
+The low four bits of codes and the others lie apart. Rows are taken 32 at a time, and columns 8 (or
+16) at a time. A line is 32 words of 16 bits, for row 0 of one column, row 0 of the next, row 1 of
+the first, and so on up to row 15. Code 2p of a word is of a pair of columns p, and code 2p + 1 of
+the same pair, 16 rows on. Low lines hold the low bits of four codes in a word. The last line holds
+the other bits of them all. Scales are ordered as in `nf4.py`.
 
-- "bitsandbytes": each block of a row has 32 bytes with the low bits of two codes, the earlier one
-  in the low nibble. Then come 16 bytes (or 8) with the other bits of 4 codes (or 8), the first one
-  lowest. The last block is filled up.
-- "cpu-packed": rows are taken 32 at a time, and columns 8 (or 16) at a time. A line is 32 words of
-  16 bits, for row 0 of one column, row 0 of the next, row 1 of the first, and so on up to row 15.
-  Code 2p of a word is of a pair of columns p, and code 2p + 1 of the same pair, 16 rows on. Low
-  lines hold the low bits of four codes in a word. The last line holds the other bits of them all.
-
-Rows of zeros fill up the last band, as in `int8.py`. S rows are stored.
+In the order of the rows each block has 32 bytes with the low bits of two codes, the earlier one in
+the low nibble. Then come 16 bytes (or 8) with the other bits of 4 codes (or 8), the first one
+lowest.
 
 N = weights, B = blocks of 64 weights, R = rows, C = columns.
 """
@@ -26,15 +24,7 @@ import torch
 from mixchat.kernels.cpu.plane_units import CODES_OF_LOW, FIVE_BITS, LOW_BITS, SIX_BITS
 from mixchat.kernels.cpu.units import BAND, UnitSet
 from mixchat.weights.matrix.encode import Grid, encode
-from mixchat.weights.matrix.int8 import in_whole_bands
-from mixchat.weights.matrix.quant_type import (
-    BLOCKSIZE,
-    Encoded,
-    Inputs,
-    QuantType,
-    RowCodes,
-    absmax_size,
-)
+from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, Inputs, QuantType
 
 # Rows that are encoded at once. A head of 151,936 rows and 2,048 columns is 1.2 GB in fp32.
 ROWS_AT_ONCE = 2**14
@@ -49,8 +39,8 @@ class _EvenGrid(Grid):
         return (scaled * (count // 2)).round_().add_(count // 2).clamp_(0, count - 1).byte()
 
 
-class _EvenCodes(RowCodes):
-    for_experts, widened_on_gpu, calibrated_dense_parts = False, True, True
+class _EvenCodes(BlockCodes):
+    for_experts, calibrated_dense_parts = False, True
 
     def __init__(self, name: QuantType, units: UnitSet) -> None:
         self.name, self.bits, self.units = name, units.bits, units
@@ -60,46 +50,30 @@ class _EvenCodes(RowCodes):
         levels = torch.arange(-self._half, self._half) / self._half
         self._grid = _EvenGrid(levels, 0.94, 1.09)  # 1 is one of the factors
 
-    def stored_rows(self, rows: int, columns: int) -> int:
-        return in_whole_bands(rows, columns)
-
-    def codes_size(self, rows: int, columns: int) -> int:
-        return absmax_size(rows, columns) * BLOCKSIZE * self.bits // 8
-
     def codes(
         self, weight: torch.Tensor, *, search: bool = True, inputs: Inputs | None = None
     ) -> Encoded:
-        """Search always. Codes are flat [S * C / 64 * bytes of a block]."""
-        rows, columns = weight.shape
-        stored, blocks = self.stored_rows(rows, columns), ROWS_AT_ONCE * columns // BLOCKSIZE
-        codes = torch.zeros(self.codes_size(stored, columns), dtype=torch.uint8)
-        absmax = torch.zeros(absmax_size(stored, columns), dtype=torch.bfloat16)
-        for piece, *targets in zip(
-            torch.split(weight, ROWS_AT_ONCE),
-            torch.split(codes, blocks * BLOCKSIZE * self.bits // 8),
-            torch.split(absmax, blocks),
-            strict=True,
-        ):
-            encoded = encode(self._grid, piece, self._pack_blocks, search=True, inputs=inputs)
-            for result, target in zip(encoded, targets, strict=True):
-                target[: len(result)] = result
-        return codes, absmax
-
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        numbers: torch.Tensor = (self.unpack(codes).view(-1).float() - self._half) / self._half
-        return numbers
+        """Search always. Codes are flat [R * C / 64 * bytes of a block]."""
+        pieces = [
+            encode(self._grid, piece, self._pack_blocks, search=True, inputs=inputs)
+            for piece in torch.split(weight, ROWS_AT_ONCE)
+        ]
+        codes, absmax = zip(*pieces, strict=True)
+        return torch.cat(codes), torch.cat(absmax)
 
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
         # [bands, half, row in it, group of columns, pair of columns, column in it]
         pairs = self._columns // 2
-        separate = self.unpack(codes).view(-1, 2, BAND // 2, columns // self._columns, pairs, 2)
+        separate = self._unpack_blocks(codes).view(
+            -1, 2, BAND // 2, columns // self._columns, pairs, 2
+        )
         lines = separate.permute(0, 3, 4, 1, 2, 5).reshape(-1, self._columns, BAND)
         low = (lines & 0xF).view(-1, self._columns // CODES_OF_LOW, CODES_OF_LOW, BAND)
         together = _joined(low.transpose(-1, -2), LOW_BITS).flatten(1)
         high = _joined((lines >> LOW_BITS).transpose(-1, -2), self._extra).flatten(1)
         return torch.cat((together, high), dim=-1)
 
-    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
         groups = codes.view(-1, BAND * self._columns * self.bits // 8)
         cut = BAND * self._columns * LOW_BITS // 8
         low = _separate(groups[:, :cut], LOW_BITS).view(len(groups), -1, BAND, CODES_OF_LOW)
@@ -107,15 +81,16 @@ class _EvenCodes(RowCodes):
         lines = low.transpose(-1, -2).reshape(len(groups), -1, BAND)
         lines = lines | high.transpose(-1, -2) << LOW_BITS
         separate = lines.view(-1, columns // self._columns, self._columns // 2, 2, BAND // 2, 2)
-        return self._pack_blocks(separate.permute(0, 3, 4, 1, 2, 5).reshape(-1, BLOCKSIZE))
+        numbers = separate.permute(0, 3, 4, 1, 2, 5).reshape(-1, columns).float()
+        return numbers.sub_(self._half).div_(self._half)
 
     def _pack_blocks(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes [B, 64], one a byte, as [B, bytes of a block]."""
         low, high = _joined(codes & 0xF, LOW_BITS), _joined(codes >> LOW_BITS, self._extra)
         return torch.cat((low, high), dim=-1)
 
-    def unpack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return codes [B, 64], one a byte, of flat ones in the layout "bitsandbytes"."""
+    def _unpack_blocks(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return codes [B, 64], one a byte, of flat ones in the order of the rows."""
         blocks, low = codes.view(-1, BLOCKSIZE * self.bits // 8), BLOCKSIZE * LOW_BITS // 8
         high = _separate(blocks[:, low:], self._extra) << LOW_BITS
         together: torch.Tensor = _separate(blocks[:, :low], LOW_BITS) | high

@@ -6,14 +6,13 @@ R = rows (out features), C = columns (in features).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional
 
 from mixchat.base import gpu
-from mixchat.base.errors import CheckpointError
 from mixchat.base.safetensors import TensorSpec
 from mixchat.kernels.cpu.compile import instruction_set
 from mixchat.kernels.cpu.program import Step
@@ -50,7 +49,6 @@ TYPES: dict[QuantType, QuantizationType] = {
     "int8": INT8,
     "none": DENSE,
 }
-Layout = Literal["bitsandbytes", "cpu-packed"]
 Scales = Literal["absmax", "search", "calibrated", "given"]
 
 
@@ -65,7 +63,7 @@ def type_of_bits(bits: int, preferred: QuantType = "nf4") -> QuantType:
 
 
 class PackedLinear:
-    """Codes in the layout of the kernel for CPUs."""
+    """Codes that the kernels for CPUs multiply."""
 
     def __init__(self, matrix: QuantizedMatrix, rows: int) -> None:
         self._matrix = matrix
@@ -132,26 +130,24 @@ class LinearSpec:
     rows: int
     columns: int
     quant_type: QuantType
-    layout: Layout  # requested for codes, which get it if they are `packed`
     dtype: torch.dtype  # of a dense matrix
     scales: Scales = "absmax"
     bias: bool = False
 
     @property
-    def can_be_exact(self) -> bool:
-        """Return whether CPUs can compute this matrix batch-invariantly."""
-        return self.packed or TYPES[self.quant_type].can_be_exact(self.columns, self.dtype)
+    def has_kernel(self) -> bool:
+        """Return whether this CPU multiplies the matrix with a kernel for codes."""
+        return self.quant_type != "none" and instruction_set() is not None
 
     @property
-    def packed(self) -> bool:
-        """Return whether the packed layout is requested and possible."""
-        quantization = TYPES[self.quant_type]
-        return self.layout == "cpu-packed" and quantization.can_pack(self.stored_rows, self.columns)
+    def can_be_exact(self) -> bool:
+        """Return whether CPUs can compute this matrix batch-invariantly."""
+        return self.has_kernel or TYPES[self.quant_type].can_be_exact(self.columns, self.dtype)
 
     @property
     def stored_rows(self) -> int:
         """Return the count of rows that `tensors` hold, with rows of zeros."""
-        return TYPES[self.quant_type].stored_rows(self.rows, self.columns)
+        return TYPES[self.quant_type].stored_rows(self.rows)
 
     @property
     def _codes(self) -> BlockCodes:
@@ -164,7 +160,7 @@ class LinearSpec:
         instructions = instruction_set()
         if device.type != "cpu":
             return gpu.name(device)
-        if not self.packed or instructions is None:
+        if self.quant_type == "none" or instructions is None:
             return torch.backends.cpu.get_cpu_capability()
         unit = self._codes.units.unit_for(instructions, 1 if exact else MANY)
         return "bytes" if unit.x_type.width == 8 else "words"
@@ -188,44 +184,28 @@ class LinearSpec:
         """
         quantization, search = TYPES[self.quant_type], self.scales == "search"
         tensors = quantization.encode(weight, self.dtype, search=search, inputs=inputs)
-        return self._arranged(tensors, bias)
+        return self._with_bias(tensors, bias)
 
     def stack_quantized(
         self, matrices: Sequence[Quantized4bit], bias: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         """Return the tensors that hold these 4-bit matrices, one above the other.
 
-        absmax is rounded to the type's own. Raises `CheckpointError` if one has another type, or
-        ends within a block and is not the last.
+        They have the type of the spec. absmax is rounded to the type's own.
         """
         quantization = self._codes
         assert sum(matrix.rows for matrix in matrices) == self.rows
         assert all(matrix.columns == self.columns for matrix in matrices)
-        for matrix in matrices:
-            if matrix.quantization is not quantization:
-                name = matrix.quantization.name
-                raise CheckpointError(f"{self.name}: a part of it is {name}, not {self.quant_type}")
-        block = quantization.blocksize
-        if any(matrix.rows * matrix.columns % block for matrix in matrices[:-1]):
-            raise CheckpointError(
-                f"{self.name}: a part of it does not end with a whole block of {block} weights"
-            )
+        assert all(matrix.quantization is quantization for matrix in matrices)
         absmax = torch.cat([matrix.absmax for matrix in matrices]).to(quantization.scale_dtype)
-        return self._arranged([absmax, torch.cat([matrix.codes for matrix in matrices])], bias)
+        codes = torch.cat([matrix.codes for matrix in matrices])
+        return self._with_bias(quantization.pack(codes, absmax, self.columns), bias)
 
-    def _arranged(
+    def _with_bias(
         self, tensors: list[torch.Tensor], bias: torch.Tensor | None
     ) -> list[torch.Tensor]:
         assert self.bias == (bias is not None)
-        arranged = self._reordered(tensors, packed=True) if self.packed else tensors
-        return arranged if bias is None else [*arranged, bias.float()]
-
-    def _reordered(self, tensors: Sequence[torch.Tensor], *, packed: bool) -> list[torch.Tensor]:
-        absmax, codes, *bias = tensors
-        quantization = self._codes
-        reorder = quantization.to_packed_layout if packed else quantization.to_bitsandbytes_layout
-        codes, absmax = reorder(codes, absmax, self.stored_rows, self.columns)
-        return [absmax, codes, *bias]
+        return tensors if bias is None else [*tensors, bias.float()]
 
     def build(self, tensors: Sequence[torch.Tensor], *, in_place: bool = True) -> Linear:
         """Return the map over these tensors.
@@ -233,10 +213,9 @@ class LinearSpec:
         With `in_place` they are used as they are. Otherwise absmax may be copied to an order that
         is read faster.
         """
-        if self.bias and not self.packed:
-            return BiasedLinear(replace(self, bias=False).build(tensors[:-1]), tensors[-1])
-        if not self.packed:
-            return TYPES[self.quant_type].build(tensors, (self.rows, self.columns))
+        if not self.has_kernel or tensors[0].device.type != "cpu":
+            linear = TYPES[self.quant_type].build(tensors, (self.rows, self.columns))
+            return BiasedLinear(linear, tensors[-1]) if self.bias else linear
         shape, quantization = (self.stored_rows, self.columns), self._codes
         absmax, codes, bias = *tensors[:2], tensors[2] if self.bias else None
         # The kernel adds a bias to the rows of zeros, too.
@@ -248,13 +227,7 @@ class LinearSpec:
         return PackedLinear(matrix if in_place else matrix.of_bands, self.rows)
 
     def dequantized(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the matrix [R, C] as `dtype`, the same in each layout."""
-        absmax, codes, *_ = self._reordered(tensors, packed=False) if self.packed else tensors
-        return self._codes.dequantize(codes, absmax, (self.rows, self.columns), self.dtype)
-
-    def convert(self, tensors: Sequence[torch.Tensor], to: LinearSpec) -> None:
-        """Rewrite these tensors in place in the layout of `to`. Lossless."""
-        if self.packed == to.packed:
-            return
-        for tensor, new in zip(tensors, self._reordered(tensors, packed=to.packed), strict=True):
-            tensor.copy_(new)
+        """Return the matrix [R, C] as `dtype`."""
+        if self.quant_type == "none":
+            return tensors[0]
+        return self._codes.dequantize(tensors, (self.rows, self.columns), self.dtype)

@@ -2,7 +2,7 @@
 
 A code is a float of 4 bits (e2m1): a sign, two bits of exponent and one of mantissa. A weight is
 that number times a power of two. `absmax` holds the exponent of the power plus 127 (E8M0) in a
-byte, so that a weight takes 4.25 bits. The layouts are as in `nf4.py`.
+byte, so that a weight takes 4.25 bits. Codes and scales are ordered as in `nf4.py`.
 
 Models are published in MXFP4. It has fewer levels near 0 than NF4, and its scales are coarse, so
 that nothing else is quantized to it.
@@ -15,7 +15,7 @@ import torch
 from mixchat.kernels.cpu.four_bit_units import MXFP4_UNITS
 from mixchat.weights.matrix.encode import each_in_threads
 from mixchat.weights.matrix.nf4 import NibbleCodes, two_a_byte
-from mixchat.weights.matrix.quant_type import Encoded, Inputs, RowCodes, absmax_size, in_blocks
+from mixchat.weights.matrix.quant_type import Encoded, Inputs
 
 LARGEST_SCALE = 252  # 2^125, with which 6 is still a float
 _BLOCKSIZE = 32
@@ -24,7 +24,7 @@ _BOUNDARIES = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
 _PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
 
-class _Mxfp4Codes(NibbleCodes, RowCodes):
+class _Mxfp4Codes(NibbleCodes):
     name, units = "mxfp4", MXFP4_UNITS
     blocksize, scale_dtype, for_dense_parts = _BLOCKSIZE, torch.uint8, False
     levels = torch.cat((_MAGNITUDES, -_MAGNITUDES))
@@ -32,9 +32,9 @@ class _Mxfp4Codes(NibbleCodes, RowCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
     ) -> Encoded:
-        (rows, columns), flat = weight.shape, weight.detach().reshape(-1)
-        codes = flat.new_empty(self.codes_size(rows, columns), dtype=torch.uint8)
-        absmax = codes.new_empty(absmax_size(rows, columns, _BLOCKSIZE))
+        flat = weight.detach().reshape(-1)
+        codes = flat.new_empty(len(flat) // 2, dtype=torch.uint8)
+        absmax = codes.new_empty(len(flat) // _BLOCKSIZE)
         each_in_threads(
             _encode_piece,
             torch.split(flat, _PIECE),
@@ -47,21 +47,17 @@ class _Mxfp4Codes(NibbleCodes, RowCodes):
         # 2^-127 alone is too small for the exponent of a float, and has half of the least one's.
         return (absmax.int() << 23).clamp(min=1 << 22).view(torch.float32)
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1).view(-1)
-        return self.levels.to(codes.device)[nibbles.int()]
-
 
 MXFP4 = _Mxfp4Codes()
 
 
 @torch.inference_mode()  # a caller's holds for its own thread only
 def _encode_piece(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-    blocks = in_blocks(weight.float(), _BLOCKSIZE)
+    blocks = weight.float().view(-1, _BLOCKSIZE)
     largest = blocks.abs().amax(-1).view(torch.int32)
     # It becomes 3.5 to 7, which is rounded to 4 or 6. The exponent begins at bit 23.
     absmax.copy_(((largest + (1 << 21) >> 23) - 2).clamp(0, LARGEST_SCALE))
     scaled = blocks / MXFP4.scales(absmax).unsqueeze(-1)
     nearest = torch.bucketize(scaled.abs(), _BOUNDARIES, out_int32=True)
     signed = nearest + 8 * torch.signbit(scaled)
-    codes.copy_(two_a_byte(signed.to(torch.uint8)).view(-1)[: len(codes)])
+    codes.copy_(two_a_byte(signed.to(torch.uint8)).view(-1))

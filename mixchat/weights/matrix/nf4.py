@@ -1,14 +1,15 @@
-"""4-bit codes with one scale (`absmax`) for each block of 64 weights, in two layouts.
+"""4-bit codes with one scale (`absmax`) for each block of 64 weights.
 
 A code is an index into a table of 16 levels from -1 to 1, NF4's (QLoRA, arXiv:2305.14314) or FP4's
 (three bits of a float and a sign). FP4 occurs only in checkpoints that were quantized elsewhere. A
 weight is its level times the scale of its block.
 
-- "bitsandbytes": row after row, two codes a byte, the even column in the high nibble; `absmax` is
-  one value a block, in the same order.
-- "cpu-packed": kernels for CPUs read it. Rows are taken 32 at a time. For a pair of columns
-  (2j, 2j+1) the 64 codes row0[2j], row0[2j+1], row1[2j], ... are one line of 32 bytes, the first 32
-  codes in the low nibbles. `absmax` is transposed, [columns / 64, rows].
+Rows are taken 32 at a time. For a pair of columns (2j, 2j+1) the 64 codes row0[2j], row0[2j+1],
+row1[2j], ... are one line of 32 bytes, the first 32 codes in the low nibbles. `absmax` is
+transposed, [columns / 64, rows].
+
+In the order of the rows, as bitsandbytes has them, a byte holds two codes of a row, the even column
+in the high nibble, and `absmax` goes row after row.
 
 `absmax` is stored in bf16. For bf16 weights that is exact.
 """
@@ -27,19 +28,18 @@ import torch
 from mixchat.kernels.cpu.four_bit_units import FOUR_BITS
 from mixchat.kernels.cpu.units import BAND
 from mixchat.weights.matrix.encode import Grid, encode
-from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, Inputs, Shape
+from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, Inputs, on_device
 
 FourBit = Literal["nf4", "fp4"]
 _CHUNK = 2**23  # weights, for which quantize_4bit's temporary tensors take 150 MB
+_DENSE_PIECE = 2**20  # weights that are dequantized at once
 
 
 class NibbleCodes(BlockCodes):
-    """Codes of 4 bits in their two layouts."""
+    """Codes of 4 bits."""
 
     bits = 4
-
-    def codes_size(self, rows: int, columns: int) -> int:
-        return (rows * columns + 1) // 2
+    levels: torch.Tensor
 
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
         nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1)  # [n * columns / 2, 2], n rows
@@ -47,16 +47,16 @@ class NibbleCodes(BlockCodes):
         lines = bands.reshape(-1, 2, BAND)  # [n * columns / 64, 2, 32]
         return lines[:, 0] | (lines[:, 1] << 4)
 
-    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
         packed = codes.view(-1, BAND)
         lines = torch.stack((packed & 0xF, packed >> 4), dim=1)  # [n * columns / 64, 2, 32]
-        nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, 2)
-        return (nibbles[:, 0] << 4) | nibbles[:, 1]
+        nibbles = lines.view(-1, columns // 2, BAND, 2).transpose(1, 2).reshape(-1, columns)
+        return on_device(self.levels, codes.device)[nibbles.int()]
 
 
 @dataclass(frozen=True)
 class Quantized4bit:
-    """A matrix in 4 bits, with flat codes and scales in the layout "bitsandbytes"."""
+    """A matrix in 4 bits, with flat codes and scales in the order of the rows."""
 
     quantization: NibbleCodes
     rows: int
@@ -67,8 +67,19 @@ class Quantized4bit:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
-        shape = (self.rows, self.columns)
-        return self.quantization.dequantize(self.codes, self.absmax, shape, dtype)
+        quantization, weight = self.quantization, torch.empty(self.rows * self.columns, dtype=dtype)
+        scales, block = quantization.scales(self.absmax), quantization.blocksize
+        for codes, scale, piece in zip(
+            torch.split(self.codes, _DENSE_PIECE // 2),
+            torch.split(scales, _DENSE_PIECE // block),
+            torch.split(weight, _DENSE_PIECE),
+            strict=True,
+        ):
+            nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1).view(-1)
+            numbers = quantization.levels[nibbles[: len(piece)].int()]
+            # A block may begin within a row, and the last one may be short.
+            piece.copy_(numbers * scale.repeat_interleave(block)[: len(piece)])
+        return weight.view(self.rows, self.columns)
 
     def cut(self, rows: range) -> Quantized4bit:
         """Return some of the rows, which have to be whole blocks."""
@@ -85,44 +96,6 @@ class FourBitCodes(NibbleCodes):
 
     units = FOUR_BITS
     name: FourBit
-    levels: torch.Tensor
-
-    def matmul(
-        self,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        absmax: torch.Tensor,
-        shape: Shape,
-        *,
-        exact: bool = False,
-    ) -> torch.Tensor:
-        if x.device.type == "cpu" and shape[1] % BLOCKSIZE:
-            # bitsandbytes' AVX512 kernel is wrong here. It starts a new block with each row.
-            weight = self.dequantize(codes, absmax, shape, x.dtype)
-            return torch.nn.functional.linear(x, weight)
-        state = self._quant_state(absmax, shape, x.dtype)
-        result: torch.Tensor = _package().matmul_4bit(x, codes.view(-1, 1), state)
-        return result
-
-    def dequantize(
-        self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
-    ) -> torch.Tensor:
-        # As one long row, because on a CPU bitsandbytes reads wrong blocks of 16, 32, 48, 80, ...
-        # columns, and compiles a kernel first for an odd count.
-        state = self._quant_state(absmax, (1, 2 * codes.numel()), dtype)
-        flat: torch.Tensor = _functional().dequantize_4bit(codes.view(-1, 1), state)
-        return flat.view(-1)[: shape[0] * shape[1]].view(shape)
-
-    def _quant_state(self, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype) -> Any:
-        """Return bitsandbytes' description of a matrix, which it computes as `dtype`."""
-        return _functional().QuantState(
-            absmax=absmax.float(),
-            shape=torch.Size(shape),
-            code=_levels_on(self, absmax.device),
-            blocksize=BLOCKSIZE,
-            quant_type=self.name,
-            dtype=dtype,
-        )
 
 
 # fmt: off
@@ -142,8 +115,7 @@ class _NF4Codes(FourBitCodes):
     def codes(
         self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
     ) -> Encoded:
-        codes, scales = encode(self._grid, weight, two_a_byte, search=search, inputs=inputs)
-        return codes[: self.codes_size(*weight.shape)], scales
+        return encode(self._grid, weight, two_a_byte, search=search, inputs=inputs)
 
 
 # fmt: off
@@ -183,12 +155,6 @@ def _package() -> Any:
 
 def _functional() -> Any:
     return _package().functional
-
-
-@functools.cache
-def _levels_on(codes: FourBitCodes, device: torch.device) -> torch.Tensor:
-    """Keep a copy on each device. A new one in each product would wait for a GPU."""
-    return codes.levels.to(device)
 
 
 def two_a_byte(codes: torch.Tensor) -> torch.Tensor:

@@ -66,15 +66,17 @@ class QuantizationType(ABC):
     mixable = False
     # True if plain rounding to it ruins a model.
     needs_calibration = False
-    # True if a GPU with room computes with it as a dense matrix.
-    widened_on_gpu = False
 
-    def stored_rows(self, rows: int, columns: int) -> int:
+    def fits(self, columns: int, part_rows: int = 0) -> bool:
+        """Return whether a matrix of C columns can have the type.
+
+        part_rows: the rows of each of its parts, if they are used apart.
+        """
+        return True
+
+    def stored_rows(self, rows: int) -> int:
+        """Return the count of rows that are stored for R rows, with rows of zeros."""
         return rows
-
-    def can_pack(self, rows: int, columns: int) -> bool:
-        """Return whether a matrix of this shape can have the layout "cpu-packed"."""
-        return False
 
     def can_be_exact(self, columns: int, dtype: torch.dtype) -> bool:
         """Return whether `build`'s map can be batch invariant on a CPU."""
@@ -88,7 +90,7 @@ class QuantizationType(ABC):
     def encode(
         self, weight: torch.Tensor, dtype: torch.dtype, *, search: bool, inputs: Inputs | None
     ) -> list[torch.Tensor]:
-        """Return the tensors that hold `weight` [R, C], in the layout that every device reads.
+        """Return the tensors that hold `weight` [R, C].
 
         With `search`, scales are searched. With `inputs`, codes suit them. Some types ignore both.
         """
@@ -136,10 +138,13 @@ DENSE = _DenseType()
 
 
 class BlockCodes(QuantizationType):
-    """Codes with one scale (`absmax`) for each block of weights, in two layouts.
+    """Codes with one scale (`absmax`) for each block of weights.
 
-    "bitsandbytes" goes row after row. "cpu-packed" interleaves bands of 32 rows, with `absmax`
-    transposed, [C / blocksize, R].
+    Their order is the same on disk and in every memory. Bands of 32 rows (64 in a trellis) come one
+    after the other, and within a band the rows are interleaved, as the kernels read them. Rows of
+    zeros fill up the last band, so that S rows are stored. `absmax` is [C / blocksize, S].
+
+    Only while a model is made there are codes in the order of the rows. `pack` orders them.
     """
 
     units: UnitSet  # of the kernel
@@ -150,160 +155,113 @@ class BlockCodes(QuantizationType):
     def level_table(self) -> torch.Tensor | None:
         return None if self.levels is None else self.units.level_tables(self.levels)
 
-    def can_pack(self, rows: int, columns: int) -> bool:
-        return rows % self.units.band == 0 and columns % self.blocksize == 0
+    def fits(self, columns: int, part_rows: int = 0) -> bool:
+        return columns % self.blocksize == 0 and part_rows % self.units.band == 0
+
+    def stored_rows(self, rows: int) -> int:
+        return -(-rows // self.units.band) * self.units.band
 
     def tensors(self, name: str, shape: Shape, dtype: torch.dtype) -> list[TensorSpec]:
         """Return absmax and codes. absmax is first, so that it is aligned."""
-        rows, columns = self.stored_rows(*shape), shape[1]
-        scales = absmax_size(rows, columns, self.blocksize)
-        size = self.codes_size(rows, columns)
+        weights = self.stored_rows(shape[0]) * shape[1]
         return [
-            TensorSpec(f"{name}.absmax", self.scale_dtype, (scales,)),
-            TensorSpec(f"{name}.codes", self.codes_dtype, (size,)),
+            TensorSpec(f"{name}.absmax", self.scale_dtype, (weights // self.blocksize,)),
+            TensorSpec(f"{name}.codes", self.codes_dtype, (weights * self.bits // 8,)),
         ]
 
     def encode(
         self, weight: torch.Tensor, dtype: torch.dtype, *, search: bool, inputs: Inputs | None
     ) -> list[torch.Tensor]:
         codes, absmax = self.codes(weight, search=search, inputs=inputs)
-        return [absmax, codes]
+        return self.pack(codes, absmax, weight.shape[1])
 
     def build(self, tensors: Sequence[torch.Tensor], shape: Shape) -> Linear:
-        absmax, codes = tensors
-        return functools.partial(self.matmul, codes=codes, absmax=absmax, shape=shape)
+        """Return the map for devices without a kernel. It is right, and slow."""
 
-    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Return what the numbers of the codes are multiplied with, fp32."""
-        return absmax.float()
+        def multiply(x: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+            pieces = self.rows_of(tensors, shape, x.dtype)
+            return torch.cat([dense_matmul(x, piece, exact=exact) for piece in pieces], dim=-1)
 
-    @abstractmethod
-    def codes_size(self, rows: int, columns: int) -> int:
-        """Return the bytes of the codes of so many stored rows."""
+        return multiply
 
     @abstractmethod
     def codes(
         self, weight: torch.Tensor, *, search: bool = False, inputs: Inputs | None = None
     ) -> Encoded:
-        """Return flat codes and absmax of `weight` [R, C], finite floats on the CPU.
+        """Return flat codes and absmax of `weight` [R, C], in the order of the rows.
 
-        Layout "bitsandbytes".
+        The weights are finite floats on the CPU.
         """
-
-    @abstractmethod
-    def matmul(
-        self,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        absmax: torch.Tensor,
-        shape: Shape,
-        *,
-        exact: bool = False,
-    ) -> torch.Tensor:
-        """Return x [..., C] times the transposed matrix, [..., R]. Layout "bitsandbytes".
-
-        It is right on every device, and slow on a CPU.
-        """
-
-    @abstractmethod
-    def dequantize(
-        self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return the matrix as `dtype`. Layout "bitsandbytes"."""
 
     @abstractmethod
     def packed(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        """Return the codes of some bands as "cpu-packed", in any shape and type."""
+        """Return the codes of some bands in the order of the kernels, in any shape and type."""
 
     @abstractmethod
-    def unpacked(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
-        """Return packed codes of some bands as "bitsandbytes"."""
+    def decode(self, codes: torch.Tensor, columns: int) -> torch.Tensor:
+        """Return the numbers of some bands before their scale, fp32 [rows, C]."""
 
-    def to_packed_layout(
-        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-    ) -> Encoded:
-        """Reorder from "bitsandbytes" to "cpu-packed" into new tensors. `rows` are stored ones."""
-        scales = _transposed(absmax, rows, columns // self.blocksize)
-        return self._reordered(self.packed, codes, columns), scales
+    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
+        """Return what the numbers of the codes are multiplied with, fp32."""
+        return absmax.float()
 
-    def to_bitsandbytes_layout(
-        self, codes: torch.Tensor, absmax: torch.Tensor, rows: int, columns: int
-    ) -> Encoded:
-        """Reorder from "cpu-packed" to "bitsandbytes" into new tensors."""
-        scales = _transposed(absmax, columns // self.blocksize, rows)
-        return self._reordered(self.unpacked, codes, columns), scales
+    def packed_scales(self, absmax: torch.Tensor) -> torch.Tensor:
+        """Return scales [S, C / blocksize] in the order of the kernels."""
+        return absmax.T
 
-    def _reordered(
-        self,
-        reorder: Callable[[torch.Tensor, int], torch.Tensor],
-        codes: torch.Tensor,
-        columns: int,
-    ) -> torch.Tensor:
-        """Reorder some bands at a time, which bounds the memory."""
-        result = torch.empty_like(codes)
+    def unpacked_scales(self, absmax: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return stored scales as [S, C / blocksize]. `rows` is S."""
+        return absmax.view(-1, rows).T
+
+    def pack(self, codes: torch.Tensor, absmax: torch.Tensor, columns: int) -> list[torch.Tensor]:
+        """Return the tensors that hold flat codes and absmax, which are in the order of the rows.
+
+        Rows of zeros are added.
+        """
+        rows = self.stored_rows(len(absmax) * self.blocksize // columns)
+        scales = _filled_up(absmax, rows * columns // self.blocksize).view(rows, -1)
+        result = codes.new_empty(rows * columns * self.bits // 8)
+        # Some bands at a time, which bounds the memory.
         band = columns * self.units.band  # weights
         size = max(1, _REORDERED // band) * band * self.bits // 8
         for old, new in zip(torch.split(codes, size), torch.split(result, size), strict=True):
-            reordered = reorder(old, columns)
-            new.view(reordered.dtype).view(reordered.shape).copy_(reordered)
-        return result
-
-
-class RowCodes(BlockCodes):
-    """Codes that are multiplied as dense rows, some at a time."""
-
-    @abstractmethod
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the numbers of codes before their scale, fp32."""
+            packed = self.packed(_filled_up(old, len(new)), columns)
+            new.view(packed.dtype).view(packed.shape).copy_(packed)
+        return [self.packed_scales(scales).reshape(-1), result]
 
     def rows_of(
-        self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
+        self, tensors: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
-        """Yield the matrix as `dtype`, some rows at a time. Layout "bitsandbytes"."""
-        (rows, columns), block = shape, self.blocksize
-        # `blocksize` rows end with a whole block, whatever the columns.
-        size = max(1, _PIECE // (columns * block)) * block * columns
-        scales = torch.split(absmax[: absmax_size(rows, columns, block)], size // block)
-        for number, scale in enumerate(scales):
-            start, end = number * size, min((number + 1) * size, rows * columns)
-            last = start + len(scale) * block  # the end of the last block, which may be short
-            numbers = self.decode(codes[start * self.bits // 8 : last * self.bits // 8])
-            blocks = in_blocks(numbers[: end - start], block) * self.scales(scale).unsqueeze(-1)
-            yield blocks.view(-1)[: end - start].view(-1, columns).to(dtype)
-
-    def matmul(
-        self,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        absmax: torch.Tensor,
-        shape: Shape,
-        *,
-        exact: bool = False,
-    ) -> torch.Tensor:
-        pieces = self.rows_of(codes, absmax, shape, x.dtype)
-        return torch.cat([dense_matmul(x, piece, exact=exact) for piece in pieces], dim=-1)
+        """Yield the matrix as `dtype`, some bands at a time."""
+        (rows, columns), band, (absmax, codes) = shape, self.units.band, tensors[:2]
+        count = max(1, _PIECE // (columns * band)) * band  # rows
+        scales = self.unpacked_scales(self.scales(absmax), self.stored_rows(rows))
+        pieces = torch.split(codes, count * columns * self.bits // 8)
+        for start, piece, scale in zip(
+            range(0, rows, count), pieces, torch.split(scales, count), strict=True
+        ):
+            numbers = self.decode(piece, columns).view(*scale.shape, self.blocksize)
+            weight = (numbers * scale.unsqueeze(-1)).view(-1, columns)
+            yield weight[: rows - start].to(dtype)
 
     def dequantize(
-        self, codes: torch.Tensor, absmax: torch.Tensor, shape: Shape, dtype: torch.dtype
+        self, tensors: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype
     ) -> torch.Tensor:
-        weight = torch.empty(shape, dtype=dtype, device=codes.device)
+        """Return the matrix [R, C] of absmax and codes as `dtype`."""
+        weight = torch.empty(shape, dtype=dtype, device=tensors[0].device)
         start = 0
-        for rows in self.rows_of(codes, absmax, shape, dtype):
+        for rows in self.rows_of(tensors, shape, dtype):
             weight[start : start + len(rows)] = rows
             start += len(rows)
         return weight
 
 
-def absmax_size(rows: int, columns: int, blocksize: int = BLOCKSIZE) -> int:
-    """Return the count of a matrix's scales."""
-    return -(-rows * columns // blocksize)
+@functools.cache
+def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy of a constant that each device keeps. A new one would wait for a GPU."""
+    return table.to(device)
 
 
-def in_blocks(numbers: torch.Tensor, blocksize: int = BLOCKSIZE) -> torch.Tensor:
-    """Return the numbers [N] as blocks [B, blocksize], the last one filled up with zeros."""
-    return functional.pad(numbers, (0, -len(numbers) % blocksize)).view(-1, blocksize)
-
-
-def _transposed(absmax: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return scales [height, width] as [width, height], in a new tensor."""
-    return absmax.view(height, width).T.contiguous().view(-1)
+def _filled_up(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `count` numbers, with zeros at the end."""
+    return functional.pad(tensor, (0, count - len(tensor))) if count > len(tensor) else tensor

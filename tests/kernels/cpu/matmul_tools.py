@@ -39,12 +39,11 @@ class Matrix:
     """A random matrix: packed, and as the numbers that its codes stand for."""
 
     def __init__(self, rows: int, columns: int, kind: BlockCodes = NF4) -> None:
-        self.rows = kind.stored_rows(rows, columns)
+        self.rows = kind.stored_rows(rows)
         shape = self.rows, columns
-        codes, absmax = kind.codes(random(*shape).bfloat16())
-        self.exact = kind.dequantize(codes, absmax, shape, torch.float32).double()
-        packed = kind.to_packed_layout(codes, absmax, *shape)
-        self.packed = QuantizedMatrix(*packed, kind.level_table, shape, kind.units)
+        absmax, codes = kind.pack(*kind.codes(random(*shape).bfloat16()), columns)
+        self.exact = kind.dequantize([absmax, codes], shape, torch.float32).double()
+        self.packed = QuantizedMatrix(codes, absmax, kind.level_table, shape, kind.units)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return kernel.quantized_matmul(x, self.packed)

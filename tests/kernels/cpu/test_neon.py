@@ -75,7 +75,7 @@ def test_products_with_codes_have_the_bits_of_x86(
         pytest.skip("this CPU rounds many tokens otherwise")
     dtype = torch.bfloat16 if tokens == 3 else torch.float32
     matrix, bias = random(192, 256), random(1, 192, seed=2)[0]
-    codes, absmax = kind.to_packed_layout(*kind.codes(matrix.bfloat16()), 192, 256)
+    absmax, codes = kind.pack(*kind.codes(matrix.bfloat16()), 256)
     packed = QuantizedMatrix(codes, absmax, kind.level_table, (192, 256), kind.units, bias)
     x, out = random(tokens, 256, seed=1).to(dtype), torch.empty(tokens, 192, dtype=dtype)
     expected = kernel.quantized_matmul(x, packed)

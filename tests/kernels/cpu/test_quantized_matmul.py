@@ -154,12 +154,9 @@ def test_it_is_nearer_to_the_codes_than_levels_in_bf16_are(unit: str) -> None:
         pytest.skip("that is for speed")
     matrix, x = Matrix(256, 1024), random(4, 1024, seed=1)
     expected = x.double() @ matrix.exact.T
-    packed = matrix.packed
-    codes, absmax = NF4.to_bitsandbytes_layout(packed.codes, packed.absmax, 256, 1024)
-    levels = NF4.levels.bfloat16().double()
-    both = torch.stack((codes >> 4, codes & 15), dim=-1).view(256, 1024 // 64, 64).int()
-    rounded = levels[both] * absmax.double().view(256, -1, 1)
-    assert error(matrix(x), expected) < error(x.double() @ rounded.view(256, 1024).T, expected) / 4
+    scales = matrix.packed.absmax.double().view(-1, 256).T.repeat_interleave(64, -1)
+    rounded = (matrix.exact / scales).bfloat16().double() * scales
+    assert error(matrix(x), expected) < error(x.double() @ rounded.T, expected) / 4
 
 
 @pytest.mark.parametrize("kind", [NF4, FP4, MXFP4, *EVEN], ids=lambda kind: kind.name)
@@ -318,9 +315,9 @@ def test_weights_of_mxfp4_are_multiplied_as_they_are(unit: str, kind: BlockCodes
     """Each code, and scales from the least to the largest, are exact in the kernel's integers."""
     codes = (17 * torch.arange(16, dtype=torch.uint8)).repeat(32 * 3)
     exponents = torch.arange(32 * 3).view(32, 3).T.reshape(-1).to(torch.uint8) + 80
-    shape, packed = (32, 96), kind.to_packed_layout(codes, exponents, 32, 96)
-    matrix = QuantizedMatrix(*packed, kind.level_table, shape, kind.units)
-    weight = kind.dequantize(codes, exponents, shape, torch.float32)
+    shape, (absmax, packed) = (32, 96), kind.pack(codes, exponents, 96)
+    matrix = QuantizedMatrix(packed, absmax, kind.level_table, shape, kind.units)
+    weight = kind.dequantize([absmax, packed], shape, torch.float32)
     result = kernel.quantized_matmul(torch.eye(96), matrix)
     torch.testing.assert_close(result, weight.T, rtol=1e-6, atol=0)
 
@@ -351,7 +348,7 @@ def test_the_shape_and_type_of_x_are_kept() -> None:
 )
 def test_a_map_with_one_unit_is_exact(quant_type: QuantType, asked: bool) -> None:
     """Codes of 8 bits have no bytes for many tokens, and those of a trellis always have them."""
-    spec = LinearSpec("w", 96, 128, quant_type, "cpu-packed", torch.bfloat16)
+    spec = LinearSpec("w", 96, 128, quant_type, torch.bfloat16)
     assert spec.can_be_exact
     linear: Any = spec.build(spec.encode(random(96, 128)))
     x = random(40, 128, seed=1).bfloat16()

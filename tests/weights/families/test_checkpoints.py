@@ -24,6 +24,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.format.manifest import Source
 from mixchat.weights.make.quantize_options import QuantizeOptions
 from mixchat.weights.make.unfinished import Spill
+from mixchat.weights.matrix.nf4 import NF4
 from mixchat.weights.source.checkpoint_index import CheckpointIndex
 from mixchat.weights.source.open_checkpoint import open_checkpoint
 
@@ -129,11 +130,11 @@ def installed_expert(checkpoint: Path, directory: Path, **options: Any) -> dict[
     """Install the checkpoint, and return the tensors in the block of the same expert."""
     quantize(checkpoint, directory, QuantizeOptions(**options))
     with InstalledModel(directory) as installed:
-        layout = installed.blueprint.expert
-        block = torch.empty(layout.stride, dtype=torch.uint8)
+        form = installed.blueprint.expert
+        block = torch.empty(form.stride, dtype=torch.uint8)
         installed.read_expert(LAYER - installed.config.first_k_dense_replace, EXPERT, block)
-    specs = [*layout.gate_up.tensors, *layout.down.tensors]
-    views = block[: layout.nbytes].split([spec.nbytes for spec in specs])
+    specs = [*form.gate_up.tensors, *form.down.tensors]
+    views = block[: form.nbytes].split([spec.nbytes for spec in specs])
     return {
         spec.name: view.view(spec.dtype).view(spec.shape)
         for spec, view in zip(specs, views, strict=True)
@@ -151,8 +152,7 @@ def test_an_installed_expert_is_that_of_transformers(checkpoint, tmp_path):
 
 @torch.inference_mode()
 def test_an_expert_in_nf4_has_the_codes_and_scales_of_bitsandbytes(checkpoint, tmp_path):
-    options: dict[str, Any] = {"scales": "absmax", "layout": "bitsandbytes"}
-    found = installed_expert(checkpoint, tmp_path / "model", **options)
+    found = installed_expert(checkpoint, tmp_path / "model", scales="absmax")
     for name, tensor in experts_of(checkpoint).items():
         matrix, kind = name.split(".")
         if kind == "bias":
@@ -160,8 +160,9 @@ def test_an_expert_in_nf4_has_the_codes_and_scales_of_bitsandbytes(checkpoint, t
             continue
         rounded = tensor.to(torch.bfloat16)
         codes, state = bnb.quantize_4bit(rounded, blocksize=64, quant_type="nf4")
-        assert torch.equal(found.pop(f"{matrix}.codes"), codes.view(-1))
-        assert torch.equal(found.pop(f"{matrix}.absmax").float(), state.absmax)
+        absmax, packed = NF4.pack(codes.view(-1), state.absmax.bfloat16(), tensor.shape[1])
+        assert torch.equal(found.pop(f"{matrix}.codes"), packed)
+        assert torch.equal(found.pop(f"{matrix}.absmax"), absmax)
     assert not found
 
 

@@ -12,20 +12,19 @@ from mixchat.base.model_config import ModelConfig, RopeParameters
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.known_models import KNOWN
-from mixchat.weights.matrix.linear import Layout
 from mixchat.weights.matrix.quant_type import QuantType
 
 KINDS: tuple[QuantType, ...] = ("trellis3", "nf4", "none")
 
 
 def blueprint(
-    hidden: int, inner: int, kind: QuantType, layout: Layout, *, bias: bool, dtype: torch.dtype
+    hidden: int, inner: int, kind: QuantType, *, bias: bool, dtype: torch.dtype
 ) -> Blueprint:
     config = ModelConfig(
         "any", 97, hidden, inner, 2, 4, 2, 16, 8, 2, 128, 1e-5, RopeParameters(1e4), moe_bias=bias
     )
     config.check()
-    return Blueprint(config, Quantization(kind, layout, dtype=dtype))
+    return Blueprint(config, Quantization(kind, dtype=dtype))
 
 
 @settings(max_examples=60)
@@ -37,45 +36,84 @@ def blueprint(
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 2**31),
 )
-def test_a_block_of_any_size_holds_an_expert_in_place_and_can_be_converted(
-    hidden, inner, kind, bias, dtype, seed
-):
-    old, new = (
-        blueprint(hidden, inner, kind, layout, bias=bias, dtype=dtype).expert
-        for layout in ("bitsandbytes", "cpu-packed")
-    )
-    names = [spec.name for spec in old.tensors(3)]
+def test_a_block_of_any_size_holds_an_expert_in_place(hidden, inner, kind, bias, dtype, seed):
+    form = blueprint(hidden, inner, kind, bias=bias, dtype=dtype).expert
+    names = [spec.name for spec in form.tensors(3)]
     assert ("3.w13.bias" in names) == ("3.w2.bias" in names) == bias
-    assert sum(spec.nbytes for spec in old.tensors(3)) == old.stride == new.stride
-    assert old.stride % 4096 == 0
+    assert sum(spec.nbytes for spec in form.tensors(3)) == form.stride
+    assert form.stride % 4096 == 0
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    weights = (old.gate_up, random(2 * inner, hidden)), (old.down, random(hidden, inner))
+    weights = (form.gate_up, random(2 * inner, hidden)), (form.down, random(hidden, inner))
     biases = [random(spec.rows) if bias else None for spec, _ in weights]
     tensors = [
         spec.encode(weight, bias=added)
         for (spec, weight), added in zip(weights, biases, strict=True)
     ]
-    block = torch.zeros(old.stride, dtype=torch.uint8)
-    expert = old.build(block)  # before its bytes are there
+    block = torch.zeros(form.stride, dtype=torch.uint8)
+    expert = form.build(block)  # before its bytes are there
     data = torch.cat([each.view(-1).view(torch.uint8) for each in [*tensors[0], *tensors[1]]])
-    assert len(data) == old.nbytes
-    block[: old.nbytes] = data
+    assert len(data) == form.nbytes
+    block[: form.nbytes] = data
     x = random(3, hidden).to(dtype)
-    gate_up, down = old.gate_up.build(tensors[0]), old.down.build(tensors[1])
-    assert torch.equal(expert(x), down(old.swiglu(gate_up(x))))
-    before = block.clone()
-    old.convert(block, new)
-    new.convert(block, old)
-    assert torch.equal(block, before)
+    gate_up, down = form.gate_up.build(tensors[0]), form.down.build(tensors[1])
+    assert torch.equal(expert(x), down(form.swiglu(gate_up(x))))
+
+
+def coded(blueprint: Blueprint) -> dict[str, bool]:
+    """Return whether each matrix of the last layer has codes."""
+    expert = blueprint.expert
+    matrices = [expert.gate_up, expert.down, *blueprint.dense_matrices(), blueprint.head]
+    return {matrix.name.split(".", 3)[-1]: matrix.quant_type != "none" for matrix in matrices}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "kind", "dense"),
+    [
+        (64, 128, "nf4", []),
+        (64, 64, "trellis3", []),
+        (64, 96, "nf4", ["w2"]),  # columns of one block and a half
+        (64, 96, "mxfp4", []),
+        (64, 96, "trellis3", ["w13", "w2"]),  # halves of one band and a half
+        (64, 48, "mxfp4", ["w13", "w2"]),
+        (96, 64, "nf4", ["w13", "self_attn.qkv_proj", "lm_head"]),
+        (96, 64, "mxfp4", ["self_attn.qkv_proj", "lm_head"]),
+    ],
+)
+def test_a_matrix_whose_shape_does_not_fit_its_type_is_dense(hidden, inner, kind, dense):
+    model = blueprint(hidden, inner, kind, bias=False, dtype=torch.bfloat16)
+    both = replace(model.quantization, attention="int8", head="int8")
+    found = coded(replace(model, quantization=both))
+    assert [name for name, has_codes in found.items() if not has_codes] == dense
+
+
+def test_a_tied_head_that_does_not_fit_its_type_is_the_embedding():
+    model = blueprint(96, 64, "nf4", bias=False, dtype=torch.bfloat16)
+    config = replace(model.config, tie_word_embeddings=True)
+    tied = Blueprint(config, replace(model.quantization, head="int8"))
+    assert tied.head is None
+    assert not any("lm_head" in spec.name for spec in tied.shared_tensors())
+
+
+def test_every_matrix_of_the_known_models_fits_every_type():
+    parts: tuple[tuple[QuantType, QuantType], ...] = (
+        *((experts, "int8") for experts in ("nf4", "fp4", "mxfp4", "trellis2", "trellis3")),
+        *(("nf4", dense) for dense in ("nf4", "int6", "int5")),
+    )
+    for name, known in KNOWN.items():
+        config = read_config(known.config)
+        for experts, dense in parts:
+            model = Blueprint(config, Quantization(experts, attention=dense, head=dense))
+            assert all(coded(model).values()), (name, experts, dense)
+            assert all(spec.quant_type == dense for spec in model.shared_matrices.values())
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_only_models_with_biases_have_one_of_their_router(bias):
-    model = blueprint(64, 64, "nf4", "bitsandbytes", bias=bias, dtype=torch.bfloat16)
+    model = blueprint(64, 64, "nf4", bias=bias, dtype=torch.bfloat16)
     specs = {spec.name: spec for spec in model.shared_tensors()}
     name = "model.layers.1.block_sparse_moe.gate.bias"
     assert (name in specs) == bias

@@ -118,7 +118,7 @@ def test_a_model_of_an_unknown_type_is_one_line_with_what_to_do(installed: Path,
         {"weights": {"../a": {"size": 1, "sha256": {}}}},
         {"weights": {"a": {"size": True, "sha256": {}}}},
         {"weights": {"a": {"size": 1, "sha256": {}, "quantization": {"dtype": "float32"}}}},
-        {"weights": {"a": {"size": 1, "sha256": {}, "quantization": {"layout": "?"}}}},
+        {"weights": {"a": {"size": 1, "sha256": {}, "quantization": {"head": "none"}}}},
         {"checkpoint": {"a": 1}},
     ],
 )
@@ -129,7 +129,7 @@ def test_a_malformed_manifest_is_refused(installed: Path, changes: dict[str, Any
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("quant_type", "int2"), ("layout", []), ("blocksize", 128), ("blocksize", 32), ("head", 1)],
+    [("quant_type", "int2"), ("scales", []), ("blocksize", 128), ("blocksize", 32), ("head", 1)],
 )
 def test_an_unknown_quantization_is_refused(installed: Path, key: str, value: object) -> None:
     quantization = json.loads((installed / MANIFEST_FILE).read_text())["quantization"]
@@ -160,8 +160,8 @@ def test_other_words_are_refused(installed: Path, part: str, value: object) -> N
     assert f"{part} {value!r} is not known" in refusal(installed)
 
 
-def test_a_manifest_names_format_5_and_the_types(installed: Path) -> None:
+def test_a_manifest_names_format_6_and_the_types(installed: Path) -> None:
     document = json.loads((installed / MANIFEST_FILE).read_text())
-    assert document["format"] == 5
+    assert document["format"] == 6
     quantization = document["quantization"]
     assert (quantization["attention"], quantization["head"]) == ("int8", "int8")

@@ -82,7 +82,7 @@ def error(weight: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor) -> floa
 
 def test_products_with_an_experts_own_inputs_get_better(wide_checkpoint, config, inputs):
     opened = DirectoryCheckpoint(wide_checkpoint, Source("test"))
-    options = QuantizeOptions(layout="bitsandbytes")
+    options = QuantizeOptions()
     blueprint = make_blueprint(opened.index, options)
     dense = make_blueprint(opened.index, QuantizeOptions("none"))
     exact, plain, calibrated = (
@@ -110,7 +110,7 @@ def test_a_few_windows_harm_no_expert(wide_checkpoint, config, tmp_path, kind):
             rows = torch.randn(50, config.hidden_size)
             writer.add(layer, rows, torch.rand(50, 3).argsort(-1)[:, :2])
     opened = DirectoryCheckpoint(wide_checkpoint, Source("test"))
-    options = QuantizeOptions(kind, layout="bitsandbytes")  # type: ignore[arg-type]
+    options = QuantizeOptions(kind)  # type: ignore[arg-type]
     blueprint = make_blueprint(opened.index, options)
     dense = make_blueprint(opened.index, QuantizeOptions("none"))
     exact, plain, calibrated = (
@@ -218,7 +218,7 @@ def test_inputs_may_be_larger_than_other_files_of_a_model(tmp_path, config, monk
         writer.add(0, torch.ones(7, config.hidden_size), torch.zeros(7, 2))
         writer.add_dense("lm_head", torch.ones(12, 64))
     inputs = ExpertInputs(tmp_path / "inputs", config)
-    linear = LinearSpec("lm_head", 8, 64, "int6", "bitsandbytes", torch.bfloat16)
+    linear = LinearSpec("lm_head", 8, 64, "int6", torch.bfloat16)
     assert len(inputs.of(0, 0)[0]) == 7
     assert inputs.dense(linear).shape == (10, 64)
 

@@ -1,6 +1,5 @@
 """The bits that attention and head get if nobody chooses them."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.manifest import read_manifest
 from mixchat.weights.known_models import KNOWN
 from mixchat.weights.make import quantize_options
-from mixchat.weights.make.outline import known_blueprints
 from mixchat.weights.make.quantize_options import (
     QuantizeOptions,
     default_dense_bits,
@@ -36,7 +34,7 @@ def for_small_models_too(monkeypatch):
 def dense_bits(config: ModelConfig, **options: Any) -> tuple[str, str]:
     """The types of attention and head in a download."""
     index = expected_index(config, "x", 5e9)
-    made = make_blueprint(index, QuantizeOptions(**{"layout": "cpu-packed", **options}))
+    made = make_blueprint(index, QuantizeOptions(**options))
     return made.quantization.attention, made.quantization.head
 
 
@@ -49,21 +47,9 @@ def test_models_of_small_experts_get_6_bits_and_mixtral_and_the_demo_8(name):
 @pytest.mark.parametrize("limit", ["_SMALL_DENSE_BYTES", "_LARGE_DENSE_PART"])
 @pytest.mark.parametrize("factor", [0.6, 1.7])
 def test_no_known_model_is_near_the_limits(monkeypatch, limit, factor):
-    before = [default_dense_bits(config, "cpu-packed") for config in CONFIGS.values()]
+    before = [default_dense_bits(config) for config in CONFIGS.values()]
     monkeypatch.setattr(quantize_options, limit, factor * getattr(quantize_options, limit))
-    assert [default_dense_bits(config, "cpu-packed") for config in CONFIGS.values()] == before
-
-
-def test_without_kernels_and_on_a_gpu_all_get_8_bits():
-    """There, 6 bits are unpacked in many steps for each token."""
-    assert {default_dense_bits(config, "bitsandbytes") for config in CONFIGS.values()} == {8}
-    for blueprint in known_blueprints("bitsandbytes").values():
-        assert blueprint.quantization.attention == blueprint.quantization.head == "int8"
-
-
-def test_matrices_that_no_kernel_reads_get_8_bits():
-    """The blocks of 64 weights would not end with a row."""
-    assert dense_bits(replace(QWEN3, hidden_size=2080)) == ("int8", "int8")
+    assert [default_dense_bits(config) for config in CONFIGS.values()] == before
 
 
 def test_bits_that_are_requested_are_taken():
@@ -82,5 +68,5 @@ def test_a_download_without_flags_finds_a_model_of_an_earlier_default(tiny_check
     assert read_manifest(installed).quantization["attention"] == "int8"
     with pytest.raises(UsageError, match="quantized differently"):
         get(source, key="mine", options=QuantizeOptions(attention=6, head=6))
-    other = get(source, key="other", options=QuantizeOptions(layout="cpu-packed"))
+    other = get(source, key="other", options=QuantizeOptions())
     assert read_manifest(other).quantization["attention"] == "int6"

@@ -28,7 +28,7 @@ from mixchat.weights.make.mix import (
     usual_type,
 )
 
-MIXTRAL = Blueprint(read_config(KNOWN["instruct"].config), Quantization(layout="cpu-packed"))
+MIXTRAL = Blueprint(read_config(KNOWN["instruct"].config), Quantization())
 SHORT = replace(MIXTRAL, config=replace(MIXTRAL.config, num_hidden_layers=2))
 costs = st.floats(0.01, 10)
 

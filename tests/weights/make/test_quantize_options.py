@@ -87,12 +87,12 @@ def test_an_expert_is_its_three_matrices_one_behind_the_other(tiny_checkpoint, t
     quantize(tiny_checkpoint, tmp_path / "model", QuantizeOptions(quant_type="none"))
     source = load_file(tiny_checkpoint / "model.safetensors")
     with InstalledModel(tmp_path / "model") as installed:
-        layout = installed.blueprint.expert
-        block = torch.empty(layout.stride, dtype=torch.uint8)
+        form = installed.blueprint.expert
+        block = torch.empty(form.stride, dtype=torch.uint8)
         installed.read_expert(1, 3, block)
         prefix = "model.layers.1.block_sparse_moe.experts.3."
         parts = [source[f"{prefix}{name}.weight"].flatten() for name in ("w1", "w3", "w2")]
-        assert torch.equal(block[: layout.nbytes].view(torch.float32), torch.cat(parts))
+        assert torch.equal(block[: form.nbytes].view(torch.float32), torch.cat(parts))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from care_tools import EXPERTS, flip, mend, verify
-from convert_tools import DENSE, EIGHT, FIRST, LAST, LAYOUTS, pack, reform, stop_at
+from convert_tools import DENSE, EIGHT, FIRST, HEAD, LAST, reform, stop_at
 from weight_tools import Meter, files_of
 
 from mixchat.base import system
@@ -74,14 +74,14 @@ def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def both(tiny_checkpoint: Path, install: Callable[..., Path]) -> dict[str, Path]:
-    """The same model quantized straight into either layout. Do not write into it."""
-    return {layout: install(tiny_checkpoint, layout=layout) for layout in LAYOUTS}
+    """A model with attention and head in 16 bits, and rounded. Do not write into them."""
+    return {"wide": install(tiny_checkpoint, **DENSE), "rounded": install(tiny_checkpoint)}
 
 
 @pytest.fixture
 def installed(both: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy in the layout "bitsandbytes" that a test may change."""
-    return Path(shutil.copytree(both["bitsandbytes"], tmp_path / "models" / "mine"))
+    """A copy of the wide one that a test may change."""
+    return Path(shutil.copytree(both["wide"], tmp_path / "models" / "mine"))
 
 
 @pytest.fixture
@@ -104,22 +104,19 @@ class TestKilled:
     """A model of which some files were new could not be used without this command, for good."""
 
     @pytest.mark.parametrize("foreign", [{}, FOREIGN], ids=["alone", "with notes"])
-    def test_a_conversion(self, tiny_checkpoint, install, home, exchanges, foreign):
-        before, after = (
-            install(tiny_checkpoint, **options)
-            for options in ({"layout": "bitsandbytes", **DENSE}, {"layout": "cpu-packed"})
-        )
+    def test_a_conversion(self, both, home, exchanges, foreign):
+        before, after = both["wide"], both["rounded"]
         step, killed, states = 0, True, set()
         while killed:
             mine = Path(shutil.copytree(before, models.models_dir() / "mine"))
             write(mine, foreign)
-            killed = kill_at(step, lambda mine=mine: reform(mine, "cpu-packed", EIGHT))
+            killed = kill_at(step, lambda mine=mine: reform(mine))
             if exchanges:
                 assert is_whole(mine)
                 states.add(files_of(mine).keys() >= foreign.keys())
             list(sweep())
             assert files_of(mine) in (files_of(before) | foreign, files_of(after) | foreign)
-            reform(mine, "cpu-packed", EIGHT)
+            reform(mine)
             assert files_of(mine) == files_of(after) | foreign
             assert os.listdir(models.models_dir()) == ["mine"]
             shutil.rmtree(mine)
@@ -160,46 +157,46 @@ class TestKilled:
 class TestResumed:
     def test_twice_in_a_row(self, both, installed):
         for step in (12, 8, 4):
-            assert kill_at(step, lambda: pack(installed))
-        pack(installed)
-        assert files_of(installed) == files_of(both["cpu-packed"])
+            assert kill_at(step, lambda: reform(installed))
+        reform(installed)
+        assert files_of(installed) == files_of(both["rounded"])
 
-    @pytest.mark.parametrize("name", [FIRST, LAST])
+    @pytest.mark.parametrize("name", ["model.layers.1.self_attn.o_proj.weight", HEAD])
     def test_what_is_made_is_not_made_again(self, both, installed, monkeypatch, name):
         with monkeypatch.context() as patch:
             stop_at(patch, name, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
-                pack(installed)
-        assert files_of(installed) == files_of(both["bitsandbytes"])
+                reform(installed)
+        assert files_of(installed) == files_of(both["wide"])
         meter = Meter()
-        pack(installed, meter)
+        reform(installed, EIGHT, meter)
         assert meter.bar("converting mine").first > 0
         assert meter.notes[0].startswith("converting takes")
-        assert files_of(installed) == files_of(both["cpu-packed"])
+        assert files_of(installed) == files_of(both["rounded"])
 
     def test_after_a_full_disk(self, both, installed, monkeypatch):
         with monkeypatch.context() as patch:
-            stop_at(patch, LAST, OSError(errno.ENOSPC, "No space left on device"))
+            stop_at(patch, HEAD, OSError(errno.ENOSPC, "No space left on device"))
             with pytest.raises(OSError, match="No space"):
-                pack(installed)
+                reform(installed)
         assert is_whole(installed)
-        pack(installed)
-        assert files_of(installed) == files_of(both["cpu-packed"])
+        reform(installed)
+        assert files_of(installed) == files_of(both["rounded"])
 
     def test_work_of_another_command_starts_again(
         self, both, installed, tiny_checkpoint, monkeypatch
     ):
         with monkeypatch.context() as patch:
-            stop_at(patch, LAST, KeyboardInterrupt())
+            stop_at(patch, HEAD, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
-                pack(installed)
+                reform(installed)
         flip(installed / LAST, 5000)
         mend(installed, tiny_checkpoint)
-        assert files_of(installed) == files_of(both["bitsandbytes"])
+        assert files_of(installed) == files_of(both["wide"])
         meter = Meter()
-        pack(installed, meter)
+        reform(installed, EIGHT, meter)
         assert meter.bar("converting mine").first == 0
-        assert files_of(installed) == files_of(both["cpu-packed"])
+        assert files_of(installed) == files_of(both["rounded"])
 
 
 def test_a_file_that_was_linked_and_is_damaged_since_is_not_written_in_place(
@@ -216,7 +213,7 @@ def test_a_file_that_was_linked_and_is_damaged_since_is_not_written_in_place(
     with InstalledModel(installed) as model:
         before = (installed / LAST).read_bytes()
         mend(installed, tiny_checkpoint)
-        assert files_of(installed) == files_of(both["bitsandbytes"])
+        assert files_of(installed) == files_of(both["wide"])
         with open(f"/proc/self/fd/{model._experts[1]._fd}", "rb") as file:
             assert file.read() == before
 
@@ -225,14 +222,14 @@ def test_without_links_files_are_copied_and_the_disk_is_counted(
     tiny_checkpoint, install, tmp_path, monkeypatch
 ):
     meters = [Meter(), Meter()]
-    wide = install(tiny_checkpoint, layout="bitsandbytes", **DENSE)
+    wide = install(tiny_checkpoint, **DENSE)
     dense, other = (Path(shutil.copytree(wide, tmp_path / name)) for name in ("dense", "other"))
 
     def refused(*_: object) -> None:
         raise OSError(errno.EPERM, "no links")
 
-    reform(dense, None, EIGHT, meters[0])
+    reform(dense, EIGHT, meters[0])
     monkeypatch.setattr(os, "link", refused)
-    reform(other, None, EIGHT, meters[1])
+    reform(other, EIGHT, meters[1])
     assert files_of(other) == files_of(dense)
     assert meters[0].notes[0].split(" of ")[0] != meters[1].notes[0].split(" of ")[0]

@@ -1,4 +1,4 @@
-"""Codes of every type, in both layouts, against what they stand for in double precision."""
+"""Codes of every type against what they stand for in double precision."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,29 +6,22 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mixchat.base.errors import CheckpointError
 from mixchat.kernels.cpu.compile import kernels_available
 from mixchat.weights.format import manifest
-from mixchat.weights.matrix import encode, int8, mxfp4, nf4, quant_type, trellis, trellis_encode
+from mixchat.weights.matrix import encode, int8, linear, mxfp4, nf4, quant_type, trellis_encode
 from mixchat.weights.matrix.int6 import INT5, INT6
 from mixchat.weights.matrix.int8 import INT8
-from mixchat.weights.matrix.linear import TYPES, Layout, LinearSpec, as_packed, type_of_bits
+from mixchat.weights.matrix.linear import TYPES, LinearSpec, as_packed, type_of_bits
 from mixchat.weights.matrix.mxfp4 import MXFP4
-from mixchat.weights.matrix.nf4 import FP4, NF4, NibbleCodes, Quantized4bit
+from mixchat.weights.matrix.nf4 import FP4, NF4
 from mixchat.weights.matrix.quant_type import BlockCodes, Linear
 from mixchat.weights.matrix.trellis import TRELLIS2, TRELLIS3, TrellisCodes
 
-LAYOUTS: tuple[Layout, Layout] = ("bitsandbytes", "cpu-packed")
 needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernel needs AVX2")
-each_layout = pytest.mark.parametrize(
-    "layout", ["bitsandbytes", pytest.param("cpu-packed", marks=needs_kernel)]
-)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (1, 7, 33)
-SHAPES = ((64, 128), (40, 128), (64, 96), (3, 65), (1, 1))
+SHAPES = ((64, 128), (40, 128), (192, 64), (33, 320))
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class Kind:
 
     type: BlockCodes
     numbers: Callable[[torch.Tensor], list[float]]
-    packed_error: float  # of the product of a few tokens
+    decode_error: float  # of the product of a few tokens
     prompt_error: float  # of that of many
 
 
@@ -128,82 +121,72 @@ def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator)
 
 
-def spec(kind: Kind, layout: Layout, rows: int = 64, columns: int = 128) -> LinearSpec:
-    return LinearSpec("w", rows, columns, kind.type.name, layout, torch.bfloat16)
+def spec(kind: Kind, rows: int = 64, columns: int = 128) -> LinearSpec:
+    return LinearSpec("w", rows, columns, kind.type.name, torch.bfloat16)
 
 
-def build(kind: Kind, linear: LinearSpec, seed: int = 0) -> tuple[Linear, torch.Tensor]:
+@pytest.fixture(params=["kernel", "no kernel"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Return whether a kernel computes products. GPUs and old CPUs have none."""
+    if request.param == "kernel" and not kernels_available():
+        pytest.skip("the kernel needs AVX2")
+    if request.param == "no kernel":
+        monkeypatch.setattr(linear, "instruction_set", lambda: None)
+    return bool(request.param == "kernel")
+
+
+def build(kind: Kind, form: LinearSpec, seed: int = 0) -> tuple[Linear, torch.Tensor]:
     """A map with random weights, and its matrix in double precision."""
-    weight = random(linear.rows, linear.columns, seed)
+    weight = random(form.rows, form.columns, seed)
     codes, absmax = kind.type.codes(weight)
-    return linear.build(linear.encode(weight)), exact(kind, codes, absmax, weight.shape)
+    return form.build(form.encode(weight)), exact(kind, codes, absmax, weight.shape)
 
 
 def test_pieces_leave_no_seam(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random(200, 33)
-    whole = kind.type.codes(weight)
-    matrix = kind.type.dequantize(*whole, (200, 33), torch.float32)
-    for module in (quant_type, int8, mxfp4, encode, trellis, trellis_encode):
+    form, weight = spec(kind, 200, 192), random(200, 192)
+    whole = form.encode(weight)
+    matrix = form.dequantized(whole)
+    monkeypatch.setattr(quant_type, "_REORDERED", 2 * 32 * 192)
+    for module in (quant_type, int8, mxfp4, encode, trellis_encode):
         monkeypatch.setattr(module, "_PIECE", 128)
     monkeypatch.setattr(nf4, "_CHUNK", 128)
-    assert all(map(torch.equal, kind.type.codes(weight), whole))
-    assert torch.equal(kind.type.dequantize(*whole, (200, 33), torch.float32), matrix)
+    assert all(map(torch.equal, form.encode(weight), whole))
+    assert torch.equal(form.dequantized(whole), matrix)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dequantizing_is_the_definition_to_rounding(kind: Kind, shape: tuple[int, int]) -> None:
     codes, absmax = kind.type.codes(random(*shape))
     expected = exact(kind, codes, absmax, shape)
+    tensors = kind.type.pack(codes, absmax, shape[1])
     for dtype, rounding in (
         (torch.bfloat16, 2**-8),
         (torch.float16, 2**-10),
         (torch.float32, 2**-22),
     ):
-        result = kind.type.dequantize(codes, absmax, shape, dtype)
+        result = replace(spec(kind, *shape), dtype=dtype).dequantized(tensors)
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), expected, rtol=rounding, atol=1e-7)
-
-
-@settings(max_examples=50)
-@given(st.sampled_from(KINDS), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31))
-def test_packing_loses_nothing(kind: Kind, bands: int, blocks: int, seed: int) -> None:
-    columns = 64 * blocks
-    rows = kind.type.stored_rows(32 * bands, columns)
-    codes, absmax = kind.type.codes(random(rows, columns, seed))
-    packed = kind.type.to_packed_layout(codes, absmax, rows, columns)
-    again = kind.type.to_bitsandbytes_layout(*packed, rows, columns)
-    assert torch.equal(again[0], codes)
-    assert torch.equal(again[1], absmax)
-
-
-def test_bands_are_packed_in_pieces_without_a_seam(
-    kind: Kind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    codes, absmax = kind.type.codes(random(192, 64))
-    whole, _ = kind.type.to_packed_layout(codes, absmax, 192, 64)
-    monkeypatch.setattr(quant_type, "_REORDERED", 2 * 32 * 64)
-    assert torch.equal(kind.type.to_packed_layout(codes, absmax, 192, 64)[0], whole)
-    assert torch.equal(kind.type.to_bitsandbytes_layout(whole, absmax, 192, 64)[0], codes)
 
 
 def test_a_block_of_zeros_gives_zeros(kind):
     weight = random(2, 64)
     weight[1] = 0
-    again = kind.type.dequantize(*kind.type.codes(weight), (2, 64), torch.float32)
+    form = spec(kind, 2, 64)
+    again = form.dequantized(form.encode(weight))
     assert again[0].any()
     assert not again[1].any()
 
 
-@pytest.mark.parametrize(("rows", "stored"), [(1, 32), (32, 32), (40, 64), (32002, 32032)])
-@pytest.mark.parametrize("kind", ["int8", "int6", "int5"])
-def test_rows_of_zeros_fill_up_the_last_band(kind, rows, stored):
+@pytest.mark.parametrize("rows", [1, 32, 40, 32002])
+def test_rows_of_zeros_fill_up_the_last_band(kind: Kind, rows: int) -> None:
     """The vocabularies of some models have 32002 tokens."""
-    asked = LinearSpec("w", rows, 64, kind, "cpu-packed", torch.bfloat16)
-    assert asked.packed
-    assert asked.can_be_exact
-    assert asked.stored_rows == stored
-    nbytes = stored * (8 * TYPES[kind].bits + 2)
-    assert sum(spec.nbytes for spec in asked.tensors) == nbytes
+    form, band = spec(kind, rows, 64), kind.type.units.band
+    assert form.stored_rows % band == 0
+    assert rows <= form.stored_rows < rows + band
+    scales = 64 // kind.type.blocksize * kind.type.scale_dtype.itemsize
+    nbytes = form.stored_rows * (8 * kind.type.bits + scales)
+    assert sum(tensor.nbytes for tensor in form.tensors) == nbytes
 
 
 def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
@@ -212,62 +195,46 @@ def test_scales_of_a_block_of_columns_lie_together(kind: Kind) -> None:
     absmax = torch.arange(32 * 3).to(torch.bfloat16)  # three blocks in each row
     columns = 3 * kind.type.blocksize
     codes, _ = kind.type.codes(torch.zeros(32, columns))
-    _, scales = kind.type.to_packed_layout(codes, absmax, 32, columns)
+    scales, _ = kind.type.pack(codes, absmax, columns)
     assert scales[:3].tolist() == [0, 3, 6]
     assert scales[32:35].tolist() == [1, 4, 7]
 
 
-@each_layout
-def test_sizes_announced_are_sizes_written(kind: Kind, layout: Layout) -> None:
+def test_sizes_announced_are_sizes_written(kind: Kind) -> None:
     for shape in SHAPES:
-        linear = spec(kind, layout, *shape)
-        written = linear.encode(random(*shape))
-        assert [one.shape for one in linear.tensors] == [tuple(tensor.shape) for tensor in written]
-        assert [one.dtype for one in linear.tensors] == [tensor.dtype for tensor in written]
+        form = spec(kind, *shape)
+        written = form.encode(random(*shape))
+        assert [one.shape for one in form.tensors] == [tuple(tensor.shape) for tensor in written]
+        assert [one.dtype for one in form.tensors] == [tensor.dtype for tensor in written]
 
 
-@pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
-def test_converting_in_place_gives_what_encoding_gives(
-    kind: Kind, layouts: tuple[Layout, Layout]
-) -> None:
-    weight = random(64, 128)
-    old, new = (spec(kind, layout) for layout in layouts)
-    tensors = old.encode(weight)
-    assert not torch.equal(tensors[1], new.encode(weight)[1])
-    old.convert(tensors, new)
-    for one, other in zip(tensors, new.encode(weight), strict=True):
-        assert torch.equal(one, other)
+def test_a_type_takes_whole_blocks_of_columns_and_parts_of_whole_bands(kind: Kind) -> None:
+    block, band = kind.type.blocksize, kind.type.units.band
+    assert kind.type.fits(3 * block)
+    assert kind.type.fits(3 * block, 5 * band)
+    assert not kind.type.fits(3 * block + block // 2)
+    assert not kind.type.fits(3 * block, 5 * band + band // 2)
 
 
-def test_a_shape_the_packed_layout_cannot_take_stays_portable(kind: Kind) -> None:
-    asked = spec(kind, "cpu-packed", columns=80)
-    assert not asked.packed
-    assert not asked.can_be_exact
-    tensors = asked.encode(random(64, 80))
-    before = [tensor.clone() for tensor in tensors]
-    asked.convert(tensors, spec(kind, "bitsandbytes", columns=80))
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
-
-
-@each_layout
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("kernel")
 def test_a_product_is_that_of_the_exact_matrix_to_rounding(
-    kind: Kind, layout: Layout, shape: tuple[int, int]
+    kind: Kind, shape: tuple[int, int]
 ) -> None:
-    linear, matrix = build(kind, spec(kind, layout, *shape))
+    linear, matrix = build(kind, spec(kind, *shape))
     for tokens, dtype in product(TOKENS, DTYPES):
         x = random(tokens, shape[1], seed=tokens).to(dtype)
         result, expected = linear(x), x.double() @ matrix.T
         assert (result.dtype, result.shape) == (dtype, (tokens, shape[0]))
         # Weights and result are rounded, and so is x where codes are multiplied.
         within = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 0}[dtype]
-        within += kind.prompt_error if tokens >= 16 else kind.packed_error
+        within += kind.prompt_error if tokens >= 16 else kind.decode_error
         assert (result.double() - expected).norm() <= within * expected.norm()
 
 
-@each_layout
-def test_what_is_no_number_stays_visible_and_to_its_token(kind: Kind, layout: Layout) -> None:
-    linear, _ = build(kind, spec(kind, layout))
+@pytest.mark.usefixtures("kernel")
+def test_what_is_no_number_stays_visible_and_to_its_token(kind: Kind) -> None:
+    linear, _ = build(kind, spec(kind))
     x = random(3, 128)
     for bad in (torch.nan, torch.inf):
         x[1, 77] = bad
@@ -276,34 +243,24 @@ def test_what_is_no_number_stays_visible_and_to_its_token(kind: Kind, layout: La
         assert not finite[1].any()
 
 
-def test_dequantizing_piece_by_piece_gives_the_rows_in_order(
-    kind: Kind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quant_type, "_PIECE", 64 * 128)  # 64 rows at a time
-    linear, matrix = build(kind, spec(kind, "bitsandbytes", 200, 128))
-    x = random(2, 128, seed=1)
-    torch.testing.assert_close(linear(x).double(), x.double() @ matrix.T, rtol=1e-4, atol=1e-4)
-
-
-@each_layout
-def test_the_map_reads_its_tensors_anew_each_time(kind: Kind, layout: Layout) -> None:
+@pytest.mark.usefixtures("kernel")
+def test_the_map_reads_its_tensors_anew_each_time(kind: Kind) -> None:
     """A slot is filled again with other bytes."""
     one, other = random(64, 128), random(64, 128, seed=1)
-    tensors = spec(kind, layout).encode(one)
-    linear, x = spec(kind, layout).build(tensors), random(1, 128, seed=2)
-    for old, new in zip(tensors, spec(kind, layout).encode(other), strict=True):
+    tensors = spec(kind).encode(one)
+    linear, x = spec(kind).build(tensors), random(1, 128, seed=2)
+    for old, new in zip(tensors, spec(kind).encode(other), strict=True):
         old.copy_(new)
-    _, matrix = build(kind, spec(kind, layout), seed=1)
+    _, matrix = build(kind, spec(kind), seed=1)
     expected = x.double() @ matrix.T
     assert (linear(x).double() - expected).norm() <= 0.012 * expected.norm()
 
 
-@each_layout
-@pytest.mark.parametrize("shape", [(64, 128), (7, 33)])
+@pytest.mark.parametrize("shape", [(64, 128), (7, 64)])
 def test_a_bias_is_added_to_each_row_and_read_anew(
-    kind: Kind, layout: Layout, shape: tuple[int, int]
+    kind: Kind, kernel: bool, shape: tuple[int, int]
 ) -> None:
-    plain = spec(kind, layout, *shape)
+    plain = spec(kind, *shape)
     biased, weight = replace(plain, bias=True), random(*shape)
     tensors = biased.encode(weight, bias=torch.zeros(shape[0]))
     assert [one.shape for one in biased.tensors] == [tuple(tensor.shape) for tensor in tensors]
@@ -311,28 +268,14 @@ def test_a_bias_is_added_to_each_row_and_read_anew(
     linear, without = biased.build(tensors), plain.build(plain.encode(weight))
     for tokens, dtype in product(TOKENS, DTYPES):
         x, bias = random(tokens, shape[1], seed=tokens).to(dtype), random(1, shape[0], tokens)
-        if biased.stored_rows == shape[0] or not biased.packed:
+        if biased.stored_rows == shape[0] or not kernel:
             tensors[-1].copy_(bias[0])
         else:  # filled up with zeros, it is a copy
             linear = biased.build(biased.encode(weight, bias=bias[0]))
-        expected = without(x.float() if biased.packed else x).double() + bias
+        expected = without(x.float() if kernel else x).double() + bias
         rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}[dtype]
         assert linear(x).dtype == dtype
         torch.testing.assert_close(linear(x).double(), expected, rtol=rounding, atol=rounding)
-
-
-@pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
-def test_a_bias_stays_the_last_when_a_matrix_is_converted(
-    kind: Kind, layouts: tuple[Layout, Layout]
-) -> None:
-    old, new = (replace(spec(kind, layout), bias=True) for layout in layouts)
-    weight, bias = random(64, 128), random(1, 64)[0]
-    tensors = old.encode(weight, bias=bias)
-    old.convert(tensors, new)
-    assert all(map(torch.equal, tensors, new.encode(weight, bias=bias)))
-    plain = replace(new, layout="bitsandbytes")
-    new.convert(tensors, plain)
-    assert plain.dequantized(tensors).shape == weight.shape
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -341,26 +284,15 @@ def test_a_bias_stays_the_last_when_a_matrix_is_converted(
 def test_the_steps_of_a_packed_map_have_its_bits(
     kind: Kind, dtype: torch.dtype, bias: bool
 ) -> None:
-    linear = replace(spec(kind, "cpu-packed"), bias=bias)
+    form = replace(spec(kind), bias=bias)
     packed = as_packed(
-        linear.build(linear.encode(random(64, 128), bias=random(1, 64)[0] if bias else None))
+        form.build(form.encode(random(64, 128), bias=random(1, 64)[0] if bias else None))
     )
     assert (packed.addresses[2] != 0) == bias
     x, out = random(1, 128).to(dtype), torch.empty(1, 64, dtype=dtype)
     for step in packed.steps(x, out):
         step.run()
     assert torch.equal(out, packed(x))
-
-
-@pytest.mark.parametrize(
-    ("part", "whole"), [(NF4, INT8), (NF4, TRELLIS3), (FP4, NF4), (MXFP4, NF4), (FP4, MXFP4)]
-)
-def test_a_part_of_another_type_is_refused(part: NibbleCodes, whole: BlockCodes) -> None:
-    parts = [Quantized4bit(part, 64, 128, *part.codes(random(64, 128)))]
-    linear = LinearSpec("w", 64, 128, whole.name, "bitsandbytes", torch.bfloat16)
-    expected = rf"^w: a part of it is {part.name}, not {whole.name}$"
-    with pytest.raises(CheckpointError, match=expected):
-        linear.stack_quantized(parts)
 
 
 def test_each_type_is_known_by_its_name_and_to_manifests() -> None:

@@ -35,17 +35,15 @@ def assert_as_bitsandbytes(weight: torch.Tensor) -> None:
 
 
 def squared_errors(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Of each block, in float64; the last one may be short."""
-    nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1).view(-1)[: weight.numel()].int()
-    each = scales.double().repeat_interleave(BLOCKSIZE)[: weight.numel()]
-    error = (weight.view(-1).double() - each * LEVELS.double()[nibbles]).square()
-    missing = -len(error) % BLOCKSIZE
-    return torch.nn.functional.pad(error, (0, missing)).view(-1, BLOCKSIZE).sum(-1)
+    """Of each block, in float64."""
+    nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1).view(-1, BLOCKSIZE).int()
+    numbers = scales.double().unsqueeze(-1) * LEVELS.double()[nibbles]
+    return (weight.view(-1, BLOCKSIZE).double() - numbers).square().sum(-1)
 
 
-# Blocks of any bits: short ones, odd counts, zeros of both signs, denormals, extremes.
+# Blocks of any bits, which are repeated: zeros of both signs, denormals, extremes.
 any_bits = st.binary(min_size=2, max_size=400).map(
-    lambda data: np.frombuffer(data[: len(data) // 2 * 2], np.uint16)
+    lambda data: np.resize(np.frombuffer(data[: len(data) // 2 * 2], np.uint16), 3 * BLOCKSIZE)
 )
 # The same with exponents close together, so that all codes occur.
 alike_bits = st.builds(
@@ -58,7 +56,6 @@ alike_bits = st.builds(
 @settings(max_examples=200)
 @given(st.one_of(any_bits, alike_bits))
 @example(np.zeros(64, np.uint16))
-@example(np.zeros(65, np.uint16))  # bitsandbytes gives a short block of zeros absmax 1e-38
 @example(np.full(64, 0x8000, np.uint16))
 @example(np.arange(64, dtype=np.uint16))  # denormals only
 @example(np.full(64, 0x7F7F, np.uint16))
@@ -83,15 +80,8 @@ def test_all_weights_around_a_boundary_are_coded_as_bitsandbytes_codes_them():
     assert_as_bitsandbytes(torch.cat((absmax.unsqueeze(-1).expand(-1, 4), around), dim=1))
 
 
-def test_to_divide_as_bitsandbytes_does_in_a_short_block_gives_the_same_codes():
-    absmax, around = around_the_boundaries()
-    divisor = absmax.float().clamp(min=1e-38).unsqueeze(-1)
-    one, other = around.float() * (1.0 / divisor), around.float() / divisor
-    assert torch.equal(torch.bucketize(one, BOUNDARIES), torch.bucketize(other, BOUNDARIES))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(64, 64), (3, 65)])
+@pytest.mark.parametrize("shape", [(64, 64), (3, 320)])
 def test_every_type_is_rounded_to_bf16_first(dtype, shape):
     generator = torch.Generator().manual_seed(0)
     assert_as_bitsandbytes(torch.randn(shape, generator=generator).to(dtype))
@@ -99,7 +89,7 @@ def test_every_type_is_rounded_to_bf16_first(dtype, shape):
 
 @each_way
 def test_neither_pieces_nor_threads_nor_neighbours_change_a_block(monkeypatch, search):
-    weight = random_weight(63, 193)
+    weight = random_weight(63, 192)
     codes, scales = NF4.codes(weight, search=search)
     monkeypatch.setattr(encode, "_PIECE", 7 * BLOCKSIZE)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)

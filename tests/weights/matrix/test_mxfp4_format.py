@@ -44,19 +44,17 @@ def test_a_part_of_a_stack_is_what_transformers_reads(stored, expert):
     assert torch.equal(matrix.dense(torch.bfloat16), expected.T)
 
 
-@pytest.mark.parametrize("layout", ["bitsandbytes", "cpu-packed"])
-def test_rows_that_alternate_are_taken_over_one_above_the_other(stored, layout):
+def test_rows_that_alternate_are_taken_over_one_above_the_other(stored):
     matrix = read_matrix("X[1]", lambda name: part(stored, name))
     gate, up = (matrix.cut(range(first, ROWS, 2)) for first in (0, 1))
-    spec = LinearSpec("w13", ROWS, COLUMNS, "mxfp4", layout, torch.bfloat16)
-    absmax, codes = spec.stack_quantized([gate, up])
-    if spec.packed:
-        codes, absmax = MXFP4.to_bitsandbytes_layout(codes, absmax, ROWS, COLUMNS)
+    spec = LinearSpec("w13", ROWS, COLUMNS, "mxfp4", torch.float32)
+    tensors = spec.stack_quantized([gate, up])
     whole = matrix.dense(torch.float32)
-    stacked = MXFP4.dequantize(codes, absmax, (ROWS, COLUMNS), torch.float32)
-    assert torch.equal(stacked, torch.cat((whole[::2], whole[1::2])))
-    nibbles = part(stored, "X_blocks[1]").reshape(ROWS, -1)
-    assert torch.equal(codes.view(ROWS, -1), torch.cat([swapped(nibbles[n::2]) for n in (0, 1)]))
+    assert torch.equal(spec.dequantized(tensors), torch.cat((whole[::2], whole[1::2])))
+    nibbles = swapped(part(stored, "X_blocks[1]").reshape(ROWS, -1))
+    by_rows = torch.cat((nibbles[::2], nibbles[1::2])).reshape(-1)
+    scales = torch.cat([cut.absmax for cut in (gate, up)])
+    assert all(map(torch.equal, tensors, MXFP4.pack(by_rows, scales, COLUMNS)))
 
 
 def swapped(codes: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mixchat.kernels.cpu.compile import kernels_available
-from mixchat.weights.matrix import trellis_layout, trellis_search
+from mixchat.weights.matrix import trellis_order, trellis_search
 from mixchat.weights.matrix.quant_type import Inputs, Way
 from mixchat.weights.matrix.trellis import TABLE_2, TABLE_3, TRELLIS2, TRELLIS3, TrellisCodes
 from mixchat.weights.matrix.trellis_table import Table, bytes_of_scales, scales_of_bytes
@@ -15,6 +15,11 @@ each_type = pytest.mark.parametrize("kind", [TRELLIS2, TRELLIS3], ids=["2", "3"]
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def there_and_back(kind: TrellisCodes, weight: torch.Tensor) -> torch.Tensor:
+    tensors = kind.encode(weight, torch.float32, search=True, inputs=None)
+    return kind.dequantize(tensors, (len(weight), weight.shape[1]), torch.float32)
 
 
 def weighted(x: torch.Tensor, numbers: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -68,26 +73,26 @@ def test_normal_numbers_err_as_little_as_the_docstring_says(
 ) -> None:
     """Four separate levels leave 0.117 without the error of a scale, and eight leave 0.035."""
     weight = random(256, 256)
-    again = kind.dequantize(*kind.codes(weight), (256, 256), torch.float32)
+    again = there_and_back(kind, weight)
     assert (again - weight).square().mean() < most
 
 
 @pytest.mark.parametrize(("plane", "bits"), [(0, 0b01010101), (1, 0b10101010)])
-def test_each_of_two_planes_has_its_own_bits_in_the_packed_layout(plane: int, bits: int) -> None:
+def test_each_of_two_planes_has_its_own_bits_in_the_kernels_order(plane: int, bits: int) -> None:
     """Planes that were exchanged on the way there and back passed this file's tests."""
     codes = torch.zeros(2, 16, 3, 8, dtype=torch.uint8)  # [bands, columns, ring and planes, bytes]
     codes[:, :, 1 + plane] = 0xFF
-    packed = trellis_layout.packed(codes, 16, 2).view(2, -1)
+    packed = trellis_order.packed(codes, 16, 2).view(2, -1)
     assert not packed[:, :128].any()  # the ring
     assert (packed[:, 128:] == bits).all()
-    assert torch.equal(trellis_layout.unpacked(packed, 16, 2).reshape(codes.shape), codes)
+    assert torch.equal(trellis_order.unpacked(packed, 16, 2).reshape(codes.shape), codes)
 
 
 @each_type
 def test_an_outlier_is_not_cut_off(kind: TrellisCodes) -> None:
     weight = random(64, 64)
     weight[3, 5] = 6
-    again = kind.dequantize(*kind.codes(weight), (64, 64), torch.float32)
+    again = there_and_back(kind, weight)
     assert abs(again[3, 5] - 6) < 1.5
 
 

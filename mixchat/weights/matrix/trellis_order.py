@@ -1,7 +1,7 @@
-"""The two layouts of a trellis' codes. `kernels/cpu/trellis_units.py` describes "cpu-packed".
+"""The order of a trellis' codes, which `kernels/cpu/trellis_units.py` describes.
 
-"bitsandbytes": for each band of 64 rows and each column the ring in 64 bits, then each plane. Bit r
-is of row r. R = rows, C = columns.
+In the order of the rows, for each band of 64 rows and each column, there is the ring in 64 bits,
+then each plane. Bit r is of row r. S = stored rows, C = columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ROW_WORDS = RING // 16  # of a column
 
 
 def packed(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
-    """Return the codes of some bands, uint8, as "cpu-packed"."""
+    """Return the codes of some bands, uint8, in the order of the kernels."""
     count = columns // COLUMNS
     # [bands, groups of columns, four, column in it, ring or plane, j, pass]
     whole = codes.view(-1, count, _FOURS, 4, planes + 1, _ROW_WORDS, 2)
@@ -34,7 +34,7 @@ def packed(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
 
 
 def unpacked(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
-    """Return packed codes of some bands, uint8, as "bitsandbytes"."""
+    """Undo `packed`. Return [bands, C / 16, 4, 4, ring or plane, 4, 2]."""
     count = columns // COLUMNS
     groups = codes.view(-1, count, (planes + 1) * RING * COLUMNS // 8)
     size = RING * COLUMNS // 8
@@ -54,13 +54,14 @@ def unpacked(codes: torch.Tensor, columns: int, planes: int) -> torch.Tensor:
     return torch.cat((ring, bits), dim=4)
 
 
-def packed_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return scales [R, C / 64], flat, as [C / 64, R] in the kernel's order of the rows."""
-    bands = scales.view(rows // RING, _ROW_WORDS, 16, -1)  # [band, j, turn of both passes, C / 64]
-    return bands.permute(3, 0, 2, 1).reshape(-1)
+def packed_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales [S, C / 64] as [C / 64, S] in the kernel's order of the rows."""
+    # [band, j, turn of both passes, C / 64]
+    bands = scales.view(len(scales) // RING, _ROW_WORDS, 16, -1)
+    return bands.permute(3, 0, 2, 1)
 
 
 def unpacked_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
-    """Undo `packed_scales`."""
+    """Undo `packed_scales` for flat scales of `rows` rows."""
     bands = scales.view(-1, rows // RING, 16, _ROW_WORDS)
-    return bands.permute(1, 3, 2, 0).reshape(-1)
+    return bands.permute(1, 3, 2, 0).reshape(rows, -1)
