@@ -145,6 +145,25 @@ class GpuExperts:
             self._hits[vram][layers, own] += is_hit
             self._misses[vram][layers, own] += ~is_hit
 
+    def holds_all(self, device: torch.device) -> bool:
+        """Return whether a GPU holds all experts of its layers."""
+        return all(vram.holds_all for vram in self.gpus if vram.device == device)
+
+    def table(self, layer: int) -> torch.Tensor:
+        """Return the addresses of a layer's experts, int64 [E], on the GPU that computes it."""
+        vram = self._by_layer[layer]
+        return vram.table[layer - vram.layers.start]
+
+    def row_on_host(
+        self, layer: int, x: torch.Tensor, experts: Sequence[int], weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what some experts add for a token, fp32 [D], computed by the CPU.
+
+        x: [D], and weights: fp32 [k], in RAM.
+        """
+        rows = self.host.compute(layer, x[None], torch.tensor([experts]))
+        return weights @ rows.outputs.float()
+
     def missing(self, layer: int, selected: Sequence[int]) -> list[int]:
         """Return which of a token's choices the GPU does not hold, by their index."""
         vram = self._by_layer[layer]

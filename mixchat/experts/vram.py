@@ -81,6 +81,10 @@ class VramSlots:
         return sum(self._sizes[slot] for slot in self._blocks)
 
     @property
+    def holds_all(self) -> bool:
+        return len(self.residents) == self.table.numel()
+
+    @property
     def expected(self) -> set[ExpertKey]:
         """Return the experts that the GPU holds, or is to hold."""
         return {*self.residents, *self._uploads}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mixchat.base import gpu
 from mixchat.base.errors import UsageError
+from mixchat.base.model_config import ModelConfig
 from mixchat.base.options import LoadOptions, device_names
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
@@ -25,6 +26,7 @@ from mixchat.engine.prompt_cache import identity_of
 from mixchat.engine.rope import rotary_embeddings
 from mixchat.engine.speculation import Speculation
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.holder import ExpertRunner
 from mixchat.experts.placement import Placement
 from mixchat.experts.sharing import in_proportion
@@ -93,12 +95,18 @@ def build_engine(
         # Workers compute many rows otherwise than one. A record has only the text's tokens.
         alone = not workers and runner is experts
         speculates = options.speculation and alone and passes_are_exact(blueprint, device)
-        model = _build_model(installed, runner, context, device)
+        on = devices_of_layers(config, fit.placement, devices)
+        model = _build_model(installed, runner, context, on)
         caches = [
-            new_cache(config, context, dtype, device, options.kv_bits)
-            for _ in range(options.parallel)
+            new_cache(config, context, dtype, on, options.kv_bits) for _ in range(options.parallel)
         ]
-        model.decode_by(new_decoder(blueprint, model.blocks, caches[0], model.output))
+        if isinstance(runner, GpuExperts):
+            # Triton is imported only if a GPU computes.
+            from mixchat.engine.gpu_decoder import GpuDecoder
+
+            model.decode_by(GpuDecoder(blueprint, model.blocks, caches, model.output, runner))
+        else:
+            model.decode_by(new_decoder(blueprint, model.blocks, caches[0], model.output))
         # The first prompt waited for the disk although a person had typed for ten seconds.
         experts.fill([ExpertKey(layer, expert) for layer in layers for expert in each])
         directory = installed.directory
@@ -117,6 +125,15 @@ def build_engine(
         )
         on_error.pop_all()
     return engine
+
+
+def devices_of_layers(
+    config: ModelConfig, placement: Placement, devices: Sequence[torch.device]
+) -> list[torch.device]:
+    """Return the device that computes each layer."""
+    layers = placement.layers or (config.num_hidden_layers,)
+    pairs = zip(devices, layers, strict=True)
+    return [device for device, count in pairs for _ in range(count)]
 
 
 def choose_devices(text: str | None) -> list[torch.device]:
@@ -174,10 +191,14 @@ def speed_predictor(
         if "worker" in engine.slots_by_tier:
             return None
         held = dict(engine.slots_by_tier)
-        elsewhere = held.pop("other-device", 0)
-        slots, *behind = held.values()
-        spread = tuple(in_proportion(elsewhere, [1 for _ in more])) if elsewhere else ()
-        placement = Placement(slots, sum(behind), engine.blueprint.expert_count, other_slots=spread)
+        elsewhere, in_ram = held.pop("other-device", 0), held.pop("host")
+        slots = held.pop("device", None)
+        count = engine.blueprint.expert_count
+        if slots is None:
+            placement = Placement(in_ram, 0, count)
+        else:
+            spread = tuple(in_proportion(elsewhere, [1 for _ in more])) if elsewhere else ()
+            placement = Placement(slots, in_ram, count, other_slots=spread)
         return predict_speed(engine.blueprint, directory, first, placement)
 
     return predict
@@ -203,28 +224,32 @@ def _build_model(
     installed: InstalledModel,
     runner: ExpertRunner,
     context: int,
-    device: torch.device,
+    on: Sequence[torch.device],
 ) -> Transformer:
-    blueprint, tensors = installed.blueprint, _InstalledTensors(installed, device)
-    config = blueprint.config
-    ropes = rotary_embeddings(config, context, blueprint.quantization.dtype, device)
+    """Build the model with each layer on its device, and the head on the last layer's."""
+    blueprint, first, last = installed.blueprint, on[0], on[-1]
+    config, dtype = blueprint.config, blueprint.quantization.dtype
+    tensors = {device: _InstalledTensors(installed, device) for device in dict.fromkeys(on)}
+    ropes = {device: rotary_embeddings(config, context, dtype, device) for device in tensors}
     # The embedding's table is in memory only if it is the head.
     embedding: Embedding
     if blueprint.head is None:
-        table = installed.tensor(blueprint.embedding).to(device)
+        table = installed.tensor(blueprint.embedding).to(last)
         head = dense_linear(table)
 
         def embedding(ids: torch.Tensor) -> torch.Tensor:
-            return functional.embedding(ids.to(device, non_blocking=True), table)
+            rows = functional.embedding(ids.to(last, non_blocking=True), table)
+            return rows.to(first, non_blocking=True)
     else:
-        head = installed.linear(blueprint.head, device)
+        head = installed.linear(blueprint.head, last)
 
         def embedding(ids: torch.Tensor) -> torch.Tensor:
-            return installed.rows(blueprint.embedding, ids).to(device, non_blocking=True)
+            return installed.rows(blueprint.embedding, ids).to(first, non_blocking=True)
 
-    norm = RMSNorm(tensors.tensor(blueprint.norm), config.rms_norm_eps)
+    norm = RMSNorm(tensors[last].tensor(blueprint.norm), config.rms_norm_eps)
     blocks = [
-        Block.build(layer, blueprint, tensors, rope, runner) for layer, rope in enumerate(ropes)
+        Block.build(layer, blueprint, tensors[device], ropes[device][layer], runner)
+        for layer, device in enumerate(on)
     ]
     return Transformer(config, embedding, blocks, norm, head)
 

@@ -165,6 +165,11 @@ class Blueprint:
             self._dense(f"{name}.w2", hidden, inner),
         )
 
+    def mlp_expert(self, layer: int) -> ExpertSpec | None:
+        """Return a layer's dense part as an expert that is always chosen, if it has one."""
+        matrices = self.mlp(layer)
+        return None if matrices is None else ExpertSpec(*matrices, swiglu_of(self.config))
+
     def dense_matrices(self, layer: int | None = None) -> list[LinearSpec]:
         """Return the matrices of a layer that every token passes, the last layer's if None."""
         layer = self.config.num_hidden_layers - 1 if layer is None else layer

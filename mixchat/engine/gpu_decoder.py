@@ -1,0 +1,270 @@
+"""Decodes one token on GPUs as CUDA graphs.
+
+If GPUs hold all experts, a token is one graph on each GPU, and the host waits once, for the logits.
+Otherwise a layer is two graphs: up to its router, and its experts. The host waits for the choice of
+the router, while the GPU computes the experts that it holds. The CPU computes the others.
+
+D = hidden_size, K = num_experts_per_tok, V = vocab_size, L = layers of a GPU with experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from mixchat.base import gpu
+from mixchat.engine.attention import KVContext
+from mixchat.engine.device_cache import DeviceKVCache
+from mixchat.engine.gpu_layer import (
+    Kernels,
+    TokenTensors,
+    attention_kernels,
+    expert_kernels,
+    mlp_kernels,
+    router_kernels,
+)
+from mixchat.engine.model import AfterLayer, Block, Output
+from mixchat.experts.gpu_experts import GpuExperts
+from mixchat.experts.store import new_block
+from mixchat.kernels.gpu.matrix import GpuExpertForm, as_gpu, expert_form
+from mixchat.kernels.gpu.norm import add_norm
+from mixchat.kernels.gpu.product import product, split
+from mixchat.weights.format.blueprint import Blueprint
+
+_ALIGNMENT = 64  # bytes, of tensors in page-locked RAM
+
+
+class GpuDecoder:
+    """Computes the next token of one of these caches (a `SingleTokenDecoder`).
+
+    Making it compiles all kernels, and runs each once.
+    """
+
+    def __init__(
+        self,
+        used: Blueprint,
+        blocks: Sequence[Block],
+        caches: Sequence[DeviceKVCache],
+        output: Output,
+        experts: GpuExperts,
+    ) -> None:
+        self._experts = experts
+        by_device = groupby(enumerate(blocks), key=lambda item: item[1].device)
+        layers = [dict(items) for _, items in by_device]
+        self._sections = [
+            _Section(used, own, output if own is layers[-1] else None, caches, experts)
+            for own in layers
+        ]
+
+    def run(
+        self, x: torch.Tensor, cache: KVContext, after_layer: AfterLayer
+    ) -> torch.Tensor | None:
+        if not isinstance(cache, DeviceKVCache):
+            return None
+        self._experts.publish()
+        for section in self._sections:
+            with gpu.current(section.device):
+                x = section.run(x, cache, after_layer)
+        self._experts.note_token(np.concatenate([each.selected for each in self._sections]))
+        return x
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """The graphs of a GPU's layers for one cache.
+
+    whole: all of them, if the GPU holds all experts. layers: for each layer with experts, what is
+    up to its router, with dense layers before it, and its experts. last: what follows.
+    """
+
+    whole: Any
+    layers: Sequence[tuple[Any, Any]]
+    last: Any
+
+
+class _Section:
+    """The layers of one GPU, with the norm and the head if `output` is given."""
+
+    def __init__(
+        self,
+        used: Blueprint,
+        blocks: dict[int, Block],
+        output: Output | None,
+        caches: Sequence[DeviceKVCache],
+        experts: GpuExperts,
+    ) -> None:
+        self._used, self._blocks, self._output, self._experts = used, blocks, output, experts
+        self.device = next(iter(blocks.values())).device
+        self._sparse = [number for number, block in blocks.items() if not block.is_dense]
+        self._reached = gpu.streams(self.device).Event()
+        with gpu.current(self.device), torch.inference_mode():
+            self._forms = {number: self._forms_of(number) for number in blocks}
+            config, sums = used.config, max(map(self._count_sums, blocks))
+            selected = len(self._sparse), config.num_experts_per_tok
+            dtype = used.quantization.dtype
+            self._tokens = TokenTensors.new(config.hidden_size, dtype, sums, selected, self.device)
+            self._sources = self._told_tensors()
+            self._host = _locked_copies(self._sources, self.device)
+            self._graphs = {id(cache): self._capture(cache) for cache in caches}
+
+    @property
+    def selected(self) -> np.ndarray:
+        """Return the experts of the last token's layers [L, K]."""
+        return np.asarray(self._host["selected"].numpy())
+
+    def run(self, x: torch.Tensor, cache: DeviceKVCache, after_layer: AfterLayer) -> torch.Tensor:
+        """Map a token's row [1, D] to its row after these layers, or to logits [1, V] in RAM."""
+        tokens, graphs = self._tokens, self._graphs[id(cache)]
+        tokens.x.copy_(x[0], non_blocking=True)
+        tokens.past.fill_(cache.length)
+        if self._experts.holds_all(self.device):
+            graphs.whole.replay()
+        else:
+            for place, (up_to_router, own) in enumerate(graphs.layers):
+                up_to_router.replay()
+                self._reached.record()
+                own.replay()
+                self._reached.synchronize()
+                self._add_missing(place)
+                after_layer(self._sparse[place])
+            graphs.last.replay()
+        self._reached.record()
+        self._reached.synchronize()
+        after_layer(max(self._blocks))
+        return tokens.x[None] if self._output is None else self._host["logits"].sum(0)
+
+    def _add_missing(self, place: int) -> None:
+        """Let the CPU compute a layer's experts that the GPU does not hold, and add their part."""
+        host, layer = self._host, self._blocks[self._sparse[place]].moe.layer
+        chosen = host["selected"][place].tolist()
+        if missing := self._experts.missing(layer, chosen):
+            experts, weights = [chosen[index] for index in missing], host["weights"][missing]
+            row = self._experts.row_on_host(layer, host["normed"], experts, weights)
+            host["row"].copy_(row)
+            self._tokens.sums[0].copy_(host["row"], non_blocking=True)
+
+    def _forms_of(self, number: int) -> dict[str, GpuExpertForm]:
+        """Return the forms of a layer's experts, and of its dense part."""
+        block, forms = self._blocks[number], {}
+        if not block.is_dense:
+            forms["experts"] = expert_form(self._used.expert_of(block.moe.layer), self.device)
+        if block.mlp is not None:
+            spec = self._used.mlp_expert(number)
+            assert spec is not None
+            forms["mlp"] = expert_form(spec, self.device)
+        return forms
+
+    def _count_sums(self, number: int) -> int:
+        """Return the partial sums of a layer."""
+        choices = {"experts": self._used.config.num_experts_per_tok, "mlp": 1}
+        return sum(form.sums(choices[part]) for part, form in self._forms[number].items())
+
+    def _told_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that the host reads, and the row that it writes."""
+        tokens = self._tokens
+        told = {
+            "selected": tokens.selected,
+            "weights": tokens.weights,
+            "normed": tokens.normed,
+            "row": tokens.sums[0],
+        }
+        if self._output is not None:
+            head = as_gpu(self._output.head).matrix.form
+            shape = split(head).count, 1, head.rows
+            told["logits"] = tokens.tensor("logits", *shape, dtype=torch.float32)
+        return told
+
+    def _capture(self, cache: DeviceKVCache) -> _Graphs:
+        """Capture the graphs for a cache, which is empty."""
+        *layers, (last, _) = self._kernels(cache, with_host=False)
+        whole = [kernel for up, own in layers for kernel in (*up, *own)]
+        *layers, (last_of_split, _) = self._kernels(cache, with_host=True)
+        graphs: list[tuple[Any, Any]] = []
+        pending: Kernels = []
+        for (up, own), block in zip(layers, self._blocks.values(), strict=True):
+            pending += up
+            if block.is_dense:
+                pending += own
+                continue
+            pending += [self._telling(name) for name in ("selected", "weights", "normed")]
+            # The host's part of the layer before is none of this layer's.
+            graphs.append((self._graph(pending), self._graph([self._tokens.sums[0].zero_, *own])))
+            pending = []
+        last_graph = self._graph([*pending, *last_of_split])
+        return _Graphs(self._graph([*whole, *last]), graphs, last_graph)
+
+    def _kernels(
+        self, cache: DeviceKVCache, *, with_host: bool
+    ) -> Iterator[tuple[Kernels, Kernels]]:
+        """Yield the kernels of each layer up to its router, and the others, then the last ones.
+
+        with_host: whether the host adds to the outputs of layers with experts.
+        """
+        tokens, added = self._tokens, self._tokens.sums[:0]
+        for number, block in self._blocks.items():
+            up = attention_kernels(block, added, cache, number, tokens)
+            own: Kernels = []
+            first, end = 1, 1
+            if (form := self._forms[number].get("experts")) is not None:
+                first = 0 if with_host else 1
+                selected = tokens.selected[self._sparse.index(number)]
+                up += router_kernels(block.moe.router, selected, tokens.weights, tokens)
+                table, end = self._experts.table(block.moe.layer), end + form.sums(len(selected))
+                out = tokens.sums[1:end]
+                own += expert_kernels(form, table, selected, tokens.weights, out, tokens)
+            if (form := self._forms[number].get("mlp")) is not None:
+                assert block.mlp is not None
+                out = tokens.sums[end : end + form.sums(1)]
+                own += mlp_kernels(form, block.mlp, out, tokens)
+                end += len(out)
+            yield up, own
+            added = tokens.sums[first:end]
+        yield self._last_kernels(added), []
+
+    def _last_kernels(self, added: torch.Tensor) -> Kernels:
+        """Return the kernels after the layers, which add what the last one left to add."""
+        tokens = self._tokens
+        output, eps = self._output, self._used.config.rms_norm_eps
+        norm = next(iter(self._blocks.values())).mlp_norm if output is None else output.norm
+        kernels: Kernels = [
+            partial(add_norm, tokens.x, added, norm.weight, tokens.normed, eps, tokens.finished),
+            self._telling("selected"),
+        ]
+        if output is not None:
+            head = as_gpu(output.head).matrix
+            kernels.append(partial(product, tokens.normed[None], head, self._sources["logits"]))
+            kernels.append(self._telling("logits"))
+        return kernels
+
+    def _telling(self, name: str) -> Callable[[], object]:
+        """Return the copy of a tensor to the host."""
+        return partial(self._host[name].copy_, self._sources[name], non_blocking=True)
+
+    def _graph(self, kernels: Kernels) -> Any:
+        """Capture kernels, after each has run once. Loading a kernel cannot be captured."""
+        for kernel in kernels:
+            kernel()
+        with gpu.captured(self.device) as graph:
+            for kernel in kernels:
+                kernel()
+        return graph
+
+
+def _locked_copies(
+    tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return tensors of the same types and shapes in page-locked RAM."""
+    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]
+    block = new_block(sum(sizes))
+    gpu.page_lock(block, device)
+    parts = zip(tensors.items(), torch.split(block, sizes), strict=True)
+    return {
+        name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), part in parts
+    }
