@@ -302,7 +302,18 @@ def _exponents(word):
 @triton.jit
 def row_of(TYPE: tl.constexpr):
     """Return the rows of a band in the order of parts and their rows, int32 [band]."""
-    index = tl.arange(0, tile("band", TYPE))
+    return _row(tl.arange(0, tile("band", TYPE)), TYPE)
+
+
+@triton.jit
+def rows_of(part, TYPE: tl.constexpr):
+    """Return the rows of parts [T] in a band, int32 [T, rows]."""
+    COUNT: tl.constexpr = tile("band", TYPE) // tile("parts", TYPE)
+    return _row((part * COUNT)[:, None] + tl.arange(0, COUNT)[None, :], TYPE)
+
+
+@triton.jit
+def _row(index, TYPE: tl.constexpr):
     if TYPE == "trellis2" or TYPE == "trellis3":
         return index // 4 % 4 * 16 + index // 16 * 4 + index % 4
     elif tile("bits", TYPE) >= 8:

@@ -2,6 +2,7 @@
 
 - blueprint.py: the tensors of an installed model, by file
 - expert.py: the block of an expert, and how it is computed
+- gpu_expert.py: the block of an expert, for the kernels of GPUs
 - own_files.py: the names by which mixchat knows its own files
 - manifest.py: mixchat.json with source, quantization, sizes and SHA-256s
 - journal.py: the finished tensors of an unfinished model

@@ -63,17 +63,18 @@ def stored(
     seed: int = 0,
 ) -> Stored:
     """Return a random matrix. Codes are any bits, since all mean something."""
-    spec = LinearSpec("m", rows, columns, quant_type, "cpu-packed", dtype, bias=bias)
+    spec = spec_of(rows, columns, quant_type, dtype, bias=bias)
     generator = torch.Generator().manual_seed(seed)
     tensors = [_random(tensor, quant_type, generator) for tensor in spec.tensors]
-    dense = tensors[0] if quant_type == "none" else spec_in_fp32(spec).dequantized(tensors)
+    in_fp32 = spec_of(rows, columns, quant_type, torch.float32)
+    dense = tensors[0] if quant_type == "none" else in_fp32.dequantized(tensors[:2])
     return Stored(spec, tensors, dense.double(), tensors[-1] if bias else None)
 
 
-def spec_in_fp32(spec: LinearSpec) -> LinearSpec:
-    return LinearSpec(
-        spec.name, spec.rows, spec.columns, spec.quant_type, "cpu-packed", torch.float32
-    )
+def spec_of(
+    rows: int, columns: int, quant_type: QuantType, dtype: torch.dtype, *, bias: bool = False
+) -> LinearSpec:
+    return LinearSpec("m", rows, columns, quant_type, "cpu-packed", dtype, bias=bias)
 
 
 def _random(tensor: TensorSpec, quant_type: QuantType, generator: Any) -> torch.Tensor:
@@ -81,7 +82,7 @@ def _random(tensor: TensorSpec, quant_type: QuantType, generator: Any) -> torch.
     first, end = 0, 256
     if tensor.name.endswith("absmax") and tensor.dtype == torch.uint8:
         # 0 is a scale, too: that of a block of zeros.
-        first, end = (118, 130) if quant_type == "mxfp4" else (180, 210)
+        first, end = (112, 126) if quant_type == "mxfp4" else (180, 210)
     if not tensor.dtype.is_floating_point:
         numbers = torch.randint(first, end, tensor.shape, generator=generator, dtype=torch.int16)
         if tensor.dtype == torch.int8:
