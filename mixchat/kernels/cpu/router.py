@@ -19,7 +19,7 @@ from mixchat.kernels.cpu.compile import compiled_here
 from mixchat.kernels.cpu.emit import Function, Value, f32, i64, vector
 from mixchat.kernels.cpu.program import Signature, Step, copy_of, fp32_bits
 
-_LEAST_SUM = 1e-20  # is added to a sum of scores, which may be 0
+LEAST_SUM = 1e-20  # is added to a sum of scores, which may be 0
 _FEW = 4  # tokens that one thread finishes before a second one has started
 _TOGETHER = 4  # logits of a token that are summed up at once, so that no sum waits for itself
 # Ranks. Experts not yet chosen are above `_START`, however low their logits are. As in torch, NaN
@@ -93,7 +93,7 @@ class Router:
             order = ranks.sort(dim=-1, descending=True, stable=True).indices[:, : self.choices]
             chosen = scores.gather(1, order)
             if self.normalized:
-                chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + _LEAST_SUM)
+                chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + LEAST_SUM)
             return order, chosen * self.scaling
         # Of equal logits, topk takes any.
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -331,6 +331,6 @@ class _ChooseByScores(_Choose):
         with function.loop(first, first + choices, 1, [zero]) as (index, sums):
             sums[0] = sums[0] + weights.load(f32, index * 4)
         is_normalized = args.number("unchosen").compare("==", 0)
-        total = is_normalized.choose(sums[0] + _LEAST_SUM, 1.0)
+        total = is_normalized.choose(sums[0] + LEAST_SUM, 1.0)
         with function.loop(first, first + choices, 1) as (index, _):
             weights.store(weights.load(f32, index * 4) / total * scaling, index * 4)

@@ -8,6 +8,7 @@ Import these modules only if a GPU computes: they import Triton.
 - kv_store.py: stores keys and values in the memory of a KV cache
 - codes.py: turns codes of each type into numbers
 - product.py: a few rows times a matrix
+- route.py: the best experts of a token
 - experts.py: the chosen experts of a token, found by their addresses
 - dequantize.py: codes to dense rows, for products with many rows
 """

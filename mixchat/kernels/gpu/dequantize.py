@@ -37,7 +37,6 @@ def dequantize(matrix: Matrix, out: torch.Tensor, first_row: int = 0) -> None:
         LANES=coded.lanes(),
         TYPE=form.kernel_type,
         num_warps=_THREADS // coded.lanes(),
-        enable_fp_fusion=True,
     )
 
 

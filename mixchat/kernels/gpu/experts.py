@@ -106,7 +106,6 @@ def experts_up(
         LANES=coded.lanes(),
         TYPE=matrix.kernel_type,
         num_warps=_HALVES * _THREADS_UP // coded.lanes(),
-        enable_fp_fusion=True,
     )
     return out
 
@@ -149,7 +148,6 @@ def experts_down(
         LANES=coded.lanes(),
         TYPE=matrix.kernel_type,
         num_warps=parts.threads // coded.lanes(),
-        enable_fp_fusion=True,
     )
     return out
 

@@ -17,7 +17,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """
     device = next(item.device for item in arguments if isinstance(item, torch.Tensor))
     with gpu.current(device):
-        start(kernel, grid, arguments, constants)
+        # Triton's default, to join a product and a sum, is to change.
+        start(kernel, grid, arguments, {"enable_fp_fusion": True, **constants})
 
 
 def start(

@@ -120,7 +120,6 @@ def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor | None = None) ->
         LANES=coded.lanes(),
         TYPE=form.kernel_type,
         num_warps=parts.threads // coded.lanes(),
-        enable_fp_fusion=True,
     )
     return out
 

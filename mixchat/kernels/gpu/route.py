@@ -1,0 +1,143 @@
+"""Chooses the best experts of one token on a GPU, as `kernels/cpu/router.py` does.
+
+E = experts, D = columns of x, K = experts of a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from mixchat.kernels.cpu.router import LEAST_SUM, Router
+from mixchat.kernels.gpu.launch import launch
+
+_BLOCK = 1024  # columns that a program reads at once
+_LEAST_SUM = tl.constexpr(LEAST_SUM)
+# The least rank of an expert that was not chosen yet, and the rank of NaN.
+_LOWEST, _NO_NUMBER = tl.constexpr(-3.2e38), tl.constexpr(3.4e38)
+
+
+class Choice(NamedTuple):
+    """The memory of a choice. Kernels that use it one after the other can share it."""
+
+    selected: torch.Tensor  # int32 [K], best first
+    weights: torch.Tensor  # fp32 [K]
+    logits: torch.Tensor  # fp32 [E]
+    finished: torch.Tensor  # int32 [1], 0 between two calls
+
+    @classmethod
+    def of(cls, router: Router, device: torch.device) -> Choice:
+        """Return the memory for a router."""
+        count, choices = len(router.gate), router.choices
+        return cls(
+            torch.zeros(choices, dtype=torch.int32, device=device),
+            torch.zeros(choices, device=device),
+            torch.zeros(count, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+
+def route(x: torch.Tensor, router: Router, choice: Choice) -> None:
+    """Write the experts of x [D] and their weights to `choice`. Tensors are on one GPU.
+
+    Of equal logits, the first one is best.
+    """
+    count, columns = router.gate.shape
+    launch(
+        _route,
+        (count,),
+        *(x, router.gate, router.bias, router.correction, *choice),
+        E=count,
+        D=columns,
+        K=router.choices,
+        PLAIN=router.scoring == "softmax" and router.correction is None and router.scaling == 1,
+        SIGMOID=router.scoring == "sigmoid",
+        NORMALIZED=router.normalized,
+        SCALING=router.scaling,
+        EXPERTS=triton.next_power_of_2(count),
+        CHOICES=triton.next_power_of_2(router.choices),
+        BLOCK=min(_BLOCK, triton.next_power_of_2(columns)),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _route(
+    x,
+    gate,
+    bias,
+    correction,
+    selected,
+    weights,
+    logits,
+    finished,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    PLAIN: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    SCALING: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute the logit of an expert. The last program to finish chooses."""
+    expert = tl.program_id(0)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, D, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        numbers = tl.load(x + column, column < D, 0.0).to(tl.float32)
+        row = tl.load(gate + expert * D + column, column < D, 0.0).to(tl.float32)
+        products = tl.fma(numbers, row, products)
+    logit = tl.sum(products)
+    if bias is not None:
+        logit += tl.load(bias + expert)
+    tl.store(logits + expert, logit)
+    # All threads have stored before one of them counts the program.
+    tl.debug_barrier()
+    if tl.atomic_add(finished, 1) == E - 1:
+        tl.store(finished, 0)
+        experts, choices = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+        # Other programs have stored these, and the first-level cache is each one's own.
+        all_logits = tl.load(logits + experts, experts < E, float("-inf"), cache_modifier=".cg")
+        ranks, largest, total = all_logits, 0.0, 1.0
+        if SIGMOID:
+            ranks = tl.sigmoid(all_logits)
+        elif not PLAIN or not NORMALIZED:
+            largest = tl.max(all_logits)
+            powers = tl.where(experts < E, tl.exp(all_logits - largest), 0.0)
+            total = tl.sum(powers)
+            ranks = all_logits if PLAIN else powers / total
+        if correction is not None:
+            ranks += tl.load(correction + experts, experts < E, 0.0)
+        chosen = _best(ranks, experts, choices, E, K)
+        values = tl.load(logits + chosen, cache_modifier=".cg")
+        if SIGMOID:
+            values = tl.sigmoid(values)
+        elif PLAIN and NORMALIZED:
+            values = tl.exp(values - tl.max(values))
+        else:
+            values = tl.exp(values - largest) / total
+        if NORMALIZED:
+            values /= tl.sum(tl.where(choices < K, values, 0.0)) + (0.0 if PLAIN else _LEAST_SUM)
+        tl.store(selected + choices, chosen, choices < K)
+        tl.store(weights + choices, values * SCALING, choices < K)
+
+
+@triton.jit
+def _best(ranks, experts, choices, E: tl.constexpr, K: tl.constexpr):
+    """Return the K best of E experts, best first, and the best one again in further places."""
+    # As in torch, NaN is above all numbers. -0 becomes 0, so that the first of equal ones is best.
+    ranks = tl.where(ranks == ranks, tl.maximum(ranks, _LOWEST) + 0.0, _NO_NUMBER)
+    ranks = tl.where(experts < E, ranks, float("-inf"))
+    best = tl.argmax(ranks, 0)
+    chosen = tl.full(choices.shape, best, tl.int32)
+    for number in tl.static_range(1, K):
+        ranks = tl.where(experts == best, float("-inf"), ranks)
+        best = tl.argmax(ranks, 0)
+        chosen = tl.where(choices == number, best, chosen)
+    return chosen
