@@ -87,7 +87,7 @@ class VramSlots:
     @property
     def expected(self) -> set[ExpertKey]:
         """Return the experts that the GPU holds, or is to hold."""
-        return {*self.residents, *self._uploads}
+        return {*self.residents.keys}
 
     @property
     def takes_guests(self) -> bool:
@@ -162,8 +162,10 @@ class VramSlots:
             gone = self.residents.give_up()
             if gone is None:
                 return False
-            self._forget(gone[0])
-            del self._blocks[gone[1]]
+            slot, key = gone
+            if key is not None:
+                self._forget(key)
+            del self._blocks[slot]
         gpu.release_unused(self.device)
         return True
 

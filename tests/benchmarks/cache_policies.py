@@ -4,7 +4,8 @@
 
 Without a trace it makes a synthetic one, with the repetitions that the Mixtral paper measured. The
 policies are those of mixchat, `lfu` (least frequently used), and Belady's, which knows the future:
-no policy can do better. Hit rates are those of decode.
+no policy can do better. They bring each missing expert in. `gpu` is what a GPU holds, which brings
+one expert a token at most. Hit rates are those of decode, with the experts that a token brings in.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from routing_simulation import Replay, Trace, Visit, replay_visits, synthetic_trace, visits
+import numpy as np
+from routing_simulation import Counts, Replay, Trace, Visit, replay_visits, synthetic_trace, visits
 
 from mixchat.experts.cache import POLICIES, ExpertKey, Passes, Policy
+from mixchat.experts.residents import Residents
 
 NAMES = [*POLICIES, "lfu", "belady"]
 FRACTIONS = (0.25, 0.5, 0.75)
@@ -114,6 +117,33 @@ def replay(trace: Trace, slots: int, name: str) -> Replay:
     return replay_visits(order, slots, policy, passes)
 
 
+def replay_on_gpu(trace: Trace, slots: int) -> tuple[Counts, int]:
+    """Return the hits of the experts that a GPU holds, in decoding, and the exchanges."""
+    residents = Residents(0, [1] * trace.layers, trace.experts, [1] * slots)
+    counts, exchanges = Counts(), 0
+
+    def exchange() -> bool:
+        exchange = residents.next_exchange()
+        if exchange is not None:
+            residents.begin(exchange)
+            residents.end(exchange.key, arrived=True)
+        return exchange is not None
+
+    for _ in range(slots):
+        exchange()
+    for forward in trace.forwards:
+        if (tokens := trace.tokens(forward)) > 1:
+            for layer, selected in enumerate(forward):
+                for expert, rows in Counter(selected).items():
+                    residents.note_rows(ExpertKey(layer, expert), rows / tokens)
+            continue
+        hits = residents.note_token(np.array(forward))
+        counts.hits += int(hits.sum())
+        counts.misses += int((~hits).sum())
+        exchanges += exchange()
+    return counts, exchanges
+
+
 def read_trace(path: Path) -> Trace:
     """Return the trace in a file; ignore a last line that was cut short."""
     header, *lines = path.read_text().splitlines(keepends=True)
@@ -128,12 +158,15 @@ def main() -> None:
     parser.add_argument("trace", type=Path, nargs="?")
     path = parser.parse_args().trace
     trace = synthetic_trace(tokens=TOKENS) if path is None else read_trace(path)
-    print(f"{trace.model}: {trace.layers} layers of {trace.experts} experts")
-    print("capacity", *(f"{name:>8}" for name in NAMES))
+    tokens = sum(trace.tokens(forward) == 1 for forward in trace.forwards) or 1
+    print(f"{trace.model}: {trace.layers} layers of {trace.experts} experts, {tokens} tokens")
+    print("capacity", *(f"{name:>14}" for name in [*NAMES, "gpu"]), "(and experts a token)")
     for fraction in FRACTIONS:
         slots = max(1, int(fraction * trace.layers * trace.experts))
-        rates = (replay(trace, slots, name).decode.hit_rate for name in NAMES)
-        print(f"{fraction:8.0%}", *(" " * 8 if rate is None else f"{rate:8.1%}" for rate in rates))
+        found = [replay(trace, slots, name).decode for name in NAMES]
+        moves = [(counts, counts.misses) for counts in found] + [replay_on_gpu(trace, slots)]
+        rates = (f"{counts.hit_rate or 0:8.1%} {moved / tokens:5.2f}" for counts, moved in moves)
+        print(f"{fraction:8.0%}", *rates)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from contextlib import closing
 from itertools import permutations
 
-from cache_policies import LFU, NAMES, read_trace, replay
+from cache_policies import LFU, NAMES, read_trace, replay, replay_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_simulation import Counts, Trace
@@ -114,6 +114,22 @@ def test_of_two_that_are_used_next_together_the_oracle_keeps_the_right_one():
     made = trace([[1, 2]], [[1, 2]], [[1, 1]], [[1, 1]])
     assert replay(made, 1, "belady").decode == Counts(3, 3)
     assert fewest_misses(made, 1, hits_first=True) == 3
+
+
+def test_a_gpu_finds_the_favourites_and_keeps_them():
+    made = trace(*[[[2, 3], [0, 3]]] * 100)
+    counts, exchanges = replay_on_gpu(made, 4)
+    assert exchanges == 3  # it begins with 0 and 1 of both layers
+    assert counts.hits >= 4 * 80
+    every, _ = replay_on_gpu(made, 8)
+    assert (every.hits, every.misses) == (400, 0)
+
+
+def test_a_prompts_favourites_are_on_a_gpu_before_the_first_token():
+    """Their rows count as one token's uses."""
+    prompt = [[2, 3] * 100, [2, 3] * 100]
+    assert replay_on_gpu(trace(*[prompt] * 8, [[2, 3], [2, 3]]), 4)[1] == 1
+    assert replay_on_gpu(trace(prompt, [[2, 3], [2, 3]]), 4)[1] == 0
 
 
 def test_a_trace_that_was_recorded_is_read(tmp_path):

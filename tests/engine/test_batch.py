@@ -98,7 +98,7 @@ def run(batch: Batch, waiting: Sequence[AnswerRequest], seed: int = 0) -> list[l
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read prompts a few tokens at a time."""
     monkeypatch.setattr("mixchat.engine.chunk_sizer.PREFILL_CHUNK", 5)
-    monkeypatch.setattr("mixchat.engine.chunk_sizer._SMALLEST_CHUNK", 3)
+    monkeypatch.setattr("mixchat.engine.chunk_sizer.SMALLEST_CHUNK", 3)
     monkeypatch.setattr("mixchat.engine.chunk_sizer._FIRST_CHUNK", 4)
 
 
