@@ -114,8 +114,8 @@ class Residents:
                 best, gain = (candidate, victim), lead
         if best is None:
             return None
-        candidate, victim = map(self._key, best)
-        return Exchange(candidate, self._slots[victim], victim)
+        key, evicted = map(self._key, best)
+        return Exchange(key, self._slots[evicted], evicted)
 
     def begin(self, exchange: Exchange) -> None:
         """Take the slot for an expert that is not there yet."""
