@@ -110,7 +110,8 @@ class TestMacos:
         chat = [*ANSWER, "--json", "--save", "--keep-cache"]
         done = run(
             environment,
-            ["download", REPO, "--name", "mine"],
+            ["download", REPO, "--name", "mine", "--dense-bits", "16"],
+            ["convert", "mine", "--dense-bits", "8"],
             ["verify", "mine"],
             ask,
             [*ask, "--prompt-cache", str(cache)],
@@ -120,7 +121,6 @@ class TestMacos:
             [*ANSWER, "--jsonl", str(lines), "--resume-from", str(answers)],
             ["download", REPO, "--name", "kept", "--keep-source"],
             ["download", str(checkpoint), "--name", "other", "--expert-bits", "3"],
-            ["convert", "mine", "--layout", "bitsandbytes"],
             ask,
             ["show", "mine"],
             ["stats", "mine"],

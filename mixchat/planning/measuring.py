@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
         (
             f"{machine.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
             f"{machine.usable_cores()} cores, {torch.get_num_threads()} threads",
-            f"torch {torch.__version__}, bitsandbytes {version('bitsandbytes')}",
+            f"torch {torch.__version__}",
             f"kernels {KERNELS}",
             f"{device}: {accelerator}",
             f"disk {machine.nearest_existing(directory).stat().st_dev}",

@@ -21,7 +21,7 @@ REPO = "org/tiny-mixtral"
 KEY = "org--tiny-mixtral"
 WORKSPACE = f"home/models/.{KEY}.mixchat.unfinished"
 SMALL = {"vocab_size": 32000, "hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 4}
-TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 CONFIG = {
     "model_type": "mixtral",
     "num_attention_heads": 4,

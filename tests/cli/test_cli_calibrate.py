@@ -125,16 +125,13 @@ def test_cut_off_while_experts_are_made_it_answers_and_resumes_with_the_same_inp
     assert not (workspace(installed) / INPUTS_DIR).exists()
 
 
-def test_conversions_and_calibrations_may_be_interrupted_by_each_other(
-    run, cut_off, installed, text
-):
+def test_a_calibration_may_be_interrupted_by_a_conversion(run, cut_off, install, text):
+    installed, eight = install("--dense-bits", "16"), ("--dense-bits", "8")
     straight = shutil.copytree(installed, installed.parent / "straight")
-    layout = ("--layout", other_layout(installed))
     run("calibrate", "straight", "--calibrate-text", text)
-    run("convert", "straight", *layout)
+    run("convert", "straight", *eight)
     cut_off("calibrate", "mine", "--calibrate-text", text)
-    cut_off("convert", "mine", *layout)
-    run("convert", "mine", *layout)
+    run("convert", "mine", *eight)
     run("verify", "mine")
     run("calibrate", "mine")
     assert contents(installed, MODEL) == contents(straight, MODEL)
@@ -149,11 +146,6 @@ def test_inputs_of_a_calibration_can_be_given_up(run, cut_off, installed, text):
     assert not (workspace(installed) / INPUTS_DIR).exists()
     run("calibrate", "mine", "--calibrate-text", text)
     run("verify", "mine")
-
-
-def other_layout(installed):
-    now = read_manifest(installed).quantization["layout"]
-    return "bitsandbytes" if now == "cpu-packed" else "cpu-packed"
 
 
 def test_cut_off_while_it_reads_the_model_is_as_before(run, installed, text, monkeypatch):

@@ -87,15 +87,6 @@ def test_flipped_bits_are_found_and_mended(run, installed):
     assert contents(installed) == whole
 
 
-def test_another_layout_changes_no_answer_and_goes_back(run, installed, ask):
-    whole, ids = contents(installed), ask()["ids"]
-    run("convert", "mine", "--layout", "bitsandbytes")
-    assert ask()["ids"] == ids
-    run("verify", "mine")
-    run("convert", "mine")
-    assert contents(installed) == whole
-
-
 def test_experts_are_calibrated_unless_they_came_in_4_bits(run, checkpoint, installed, ask):
     whole = contents(installed)
     if "quantization_config" in json.loads((checkpoint / "config.json").read_text()):

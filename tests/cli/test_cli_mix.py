@@ -70,9 +70,6 @@ def test_cut_off_it_answers_and_resumes_with_the_same_types(run, cut_off, checkp
     run("calibrate", "mine")
     assert contents(models / "mine", MODEL) == contents(whole, MODEL)
     assert not workspace(models / "mine").exists()
-    run("convert", "mine", "--layout", "bitsandbytes")
-    assert forms_of(blueprint_of(models / "mine")) == forms_of(blueprint_of(whole))
-    run("verify", "mine")
 
 
 def test_two_bits_give_all_layers_one_type_and_are_always_calibrated(run, checkpoint, models, text):

@@ -1,7 +1,7 @@
 """x times a matrix of codes of 2 to 8 bits, at the speed at which memory can be read.
 
-The layout "cpu-packed" of `weights/matrix/` interleaves the rows of a band, 32 or in a trellis 64,
-some columns at a time. `round_x` rounds x to integers, in the blocks of the weights with a scale
+The codes of `weights/matrix/` interleave the rows of a band, 32 or in a trellis 64, some columns at
+a time. `round_x` rounds x to integers, in the blocks of the weights with a scale
 for each. `multiply` adds the products of a block up exactly, and only then scales them as floats.
 
 For codes of 4 bits and a few tokens x has 13 bits and a sign. The error against a product in double
@@ -42,7 +42,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class QuantizedMatrix(NamedTuple):
-    """A matrix whose codes have the layout "cpu-packed"."""
+    """A matrix of codes, in the order that `weights/matrix/` describes."""
 
     codes: torch.Tensor  # of `units.bits` bits
     absmax: torch.Tensor  # flat [B * R], or [R / 32, B, 32], in the form that the units load

@@ -1,8 +1,8 @@
 """The product of some rows of a matrix of codes with some tokens, in the CPU's registers.
 
-A band is 32 rows, or 64 in a trellis, interleaved in the layout "cpu-packed". A block is 64
-columns, or 32 in MXFP4, whose weights share a scale (`absmax`) in each row. x has a scale for each
-block, too (`x_scales`).
+A band is 32 rows, or 64 in a trellis, whose codes are interleaved. A block is 64 columns, or 32 in
+MXFP4, whose weights share a scale (`absmax`) in each row. x has a scale for each block, too
+(`x_scales`).
 """
 
 from __future__ import annotations

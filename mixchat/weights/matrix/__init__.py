@@ -6,13 +6,13 @@ In a trellis, a code of 2 or 3 bits, a number depends on the bits of several row
 - quant_type.py: the bases of quantization types, and the dense one
 - trellis.py: a trellis as a quantization type
 - trellis_table.py: the numbers of a trellis, and the words that choose them
-- trellis_layout.py: the two layouts of a trellis' codes
+- trellis_order.py: the order of a trellis' codes
 - trellis_search.py: the best sequence of numbers for given ones (Viterbi)
 - trellis_encode.py: from a matrix to a trellis, with searched scales
-- nf4.py: 4-bit codes in their two layouts, computed with bitsandbytes
+- nf4.py: 4-bit codes, whose levels are bitsandbytes' NF4 and FP4
 - mxfp4.py: 4-bit codes as published models have them
-- int6.py: 5-bit and 6-bit codes in their two layouts
-- int8.py: 8-bit codes in their two layouts
+- int6.py: 5-bit and 6-bit codes
+- int8.py: 8-bit codes
 - encode.py: from a matrix to codes of levels, fast, or the best of three ways for its inputs
 - gptq.py: rounding for the least error of products with given inputs
 - gpu_linear.py: y = x W^T on a GPU
