@@ -139,7 +139,7 @@ class PaperRuntime:
     an error, and so is writing what another stream may still read. A capture takes kernels that
     have run before, copies that do not block, and operations in place. `fail_at`: raise
     `torch.OutOfMemoryError` at the allocation with this number, counted in `allocations`.
-    `refuses_locks`: page-lock nothing.
+    `refuses_locks`: page-lock nothing. `capability`: CUDA's, of all devices.
     """
 
     Stream, Event, CUDAGraph = Stream, Event, Graph
@@ -164,6 +164,7 @@ class PaperRuntime:
         self.fail_at: int | None = None
         self.refuses_locks = False
         self.devices = 1
+        self.capability = (8, 6)
         self._thread.__dict__.clear()
         self._defaults = [Stream(number) for number in range(DEVICES)]
 
@@ -186,6 +187,9 @@ class PaperRuntime:
 
     def get_device_properties(self, device: torch.device) -> Any:
         return SimpleNamespace(name="GPU on paper", total_memory=self.memory(device).total)
+
+    def get_device_capability(self, device: torch.device) -> tuple[int, int]:
+        return self.capability
 
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         memory = self.memory(device)

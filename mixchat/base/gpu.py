@@ -56,6 +56,14 @@ def free_memory(device: torch.device) -> int:
     return int(_runtime().mem_get_info(device)[0])
 
 
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Return a GPU's compute capability, None for a GPU of AMD."""
+    if torch.version.hip is not None:
+        return None  # torch gives the numbers of the architecture, as 11 and 0 of gfx1100
+    major, minor = _runtime().get_device_capability(device)
+    return int(major), int(minor)
+
+
 def number_in(error: torch.OutOfMemoryError) -> int | None:
     """Return the number of the GPU whose memory ran out, or None."""
     match = re.search(r"\bGPU (\d+)\b", str(error))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +10,9 @@ import torch
 from mixchat.base import gpu
 from mixchat.engine.kv_cache import bytes_seen
 from mixchat.kernels.cpu.pages import Bits
+from mixchat.planning.bandwidth import MemoryMeter, ProductMeter, bus_bandwidth
 from mixchat.planning.disk_speed import measure_disk
 from mixchat.weights.format.blueprint import HEAD, Blueprint
-
-_SUMMED_FLOATS = 250_000_000  # more than any cache of a CPU holds
-_TOKENS, _COLUMNS, _ROWS = 2048, 4096, 4096  # of the matrix product
-_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -36,34 +31,11 @@ class LimitsMeter:
     """Measures the limits again and again, because they change."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._data = torch.ones(_SUMMED_FLOATS, device=device)
-        self._products = [
-            (
-                torch.randn(_TOKENS, _COLUMNS).to(device, dtype),
-                torch.randn(_ROWS, _COLUMNS).to(device, dtype),
-            )
-            for dtype in (torch.bfloat16, torch.float32)
-        ]
-        # CPUs without instructions for bf16 multiply it more slowly than fp32.
-        self._fastest = min((0, 1), key=self._product_seconds)
+        self._memory, self._product = MemoryMeter(device), ProductMeter(device)
 
     def measure(self) -> Limits:
         """Return the best of a few tries."""
-        # A try can only be slowed, by other programs, and never hastened.
-        memory = min(self._seconds(lambda: self._data.sum()) for _ in range(_TRIES))
-        product = min(self._product_seconds(self._fastest) for _ in range(2))
-        return Limits(self._data.nbytes / memory, 2 * _TOKENS * _COLUMNS * _ROWS / product)
-
-    def _product_seconds(self, product: int) -> float:
-        x, weight = self._products[product]
-        return self._seconds(lambda: torch.nn.functional.linear(x, weight))
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        gpu.synchronize(self._device)
-        return time.perf_counter() - start
+        return Limits(self._memory.rate(), self._product.rate())
 
 
 def disk_bandwidth(directory: Path, block: int) -> float | None:
@@ -74,19 +46,7 @@ def disk_bandwidth(directory: Path, block: int) -> float | None:
 
 def copy_bandwidth(device: torch.device, size: int) -> float | None:
     """Return bytes a second from page-locked RAM to a GPU, None for another device."""
-    if not gpu.is_gpu(device):
-        return None
-    source = torch.ones(size, dtype=torch.uint8)
-    gpu.page_lock(source, device)
-    target = torch.empty_like(source, device=device)
-    seconds = []
-    for _ in range(_TRIES):
-        gpu.synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        gpu.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return size / min(seconds)
+    return bus_bandwidth(device, size) if gpu.is_gpu(device) else None
 
 
 def bytes_per_token(blueprint: Blueprint, context: int, kv_bits: Bits | None) -> int:

@@ -16,6 +16,7 @@ from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.settings import MACHINE, is_given, option
 from mixchat.cli.output.progress import TerminalReporter
 from mixchat.engine.environment import prepare_environment
+from mixchat.planning.cards import parse_cards
 
 _PER_SECOND = re.compile(r"\s*/\s*s\s*$", re.IGNORECASE)
 
@@ -29,8 +30,8 @@ class PlanFlags(load_flags.MemoryFlags):
         "--ram SIZE", "Plan for a machine with this RAM, such as 16GB.", MACHINE
     )
     gpu: str | None = option(
-        "--gpu SIZE",
-        "Plan for a machine with this GPU, such as 24GB, or 12GB,8GB for two.",
+        "--gpu CARD",
+        "Plan for a machine with this GPU, such as 'RTX 4060', '2x RTX 3090' or 24GB.",
         MACHINE,
     )
     disk_speed: str | None = option(
@@ -60,16 +61,16 @@ def plan(context: typer.Context, flags: PlanFlags) -> None:
     the fastest. 'mixchat run --verbose' prints the predicted speed next to the measured one.
 
     --ram, --gpu, --disk-speed and --free-disk describe another machine, or this one with more
-    memory. Everything else is taken from this machine, also the speed of the CPU. A GPU that cannot
-    be measured here gets the speeds of a cheap card, which the plan names. Workers do not count.
-    'mixchat bench --worker HOST' measures the speed with them.
+    memory. Everything else is taken from this machine, also the speed of the CPU. The names of
+    common cards of NVIDIA and AMD stand for the figures of their data sheets. A size alone stands
+    for a cheap card. --details says what is measured, known of the card or assumed. Workers do not
+    count. 'mixchat bench --worker HOST' measures the speed with them.
     """
     programs = OtherPrograms()
     options = load_flags.load_options(flags)
     figures = {
         "ram": _told("--ram", flags.ram, parse_size),
-        "gpus": _told("--gpu", flags.gpu, lambda text: tuple(map(parse_size, text.split(","))))
-        or (),
+        "gpus": _told("--gpu", flags.gpu, parse_cards) or (),
         "disk_speed": _told(
             "--disk-speed", flags.disk_speed, lambda text: parse_size(_PER_SECOND.sub("", text))
         ),

@@ -51,14 +51,13 @@ def plan(
     fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
     choose_threads(blueprint)
     known = _measurement(outline, blueprint, here, reporter, programs, again=again)
-    measurement = told.measurement(known, blueprint, device)
+    measurement = told.measurement(known)
     planned = plan_model(machine, device, fit, measurement)
 
     def by_arithmetic(form: MemoryPlan) -> Measurement:
         # Figures of another moment would compare the machine's load, and not the models. On a busy
         # machine 4 bits had 1.6 to 7 tok/s, and 3 bits of a second measurement 8 to 9.6.
-        scaled_figures = scaled(known, blueprint, form.blueprint)
-        return told.measurement(scaled_figures, form.blueprint, device)
+        return told.measurement(scaled(known, blueprint, form.blueprint))
 
     sizes = [Size("4", fit, planned.expected)]
     for bits in tuple(DEMO_LOSS)[1:]:

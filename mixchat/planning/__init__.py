@@ -7,9 +7,11 @@
 - hardware.py: the machine that a plan is for, this one or one that a person describes
 - fitting.py: places a model in memory, for a plan and for loading
 - expectation.py: how fast it decodes and reads prompts
-- routing.py: hit rates, and the share of the busiest GPU, from a router's choices
-- machine_speeds.py: the measured speeds of a machine
+- gpu_cost.py: the seconds of a token and of a prompt on GPUs
+- routing.py: hit rates from a router's choices
+- cards.py: the published figures of common GPUs
+- machine_speeds.py, gpu_speeds.py: the speeds of a machine and of a GPU
 - measuring.py: measures this machine, and remembers the figures in machine.json
-- compute_speed.py, disk_speed.py: the single measurements
+- compute_speed.py, disk_speed.py, gpu_measuring.py, bandwidth.py: the single measurements
 - torch_threads.py: how many threads torch uses
 """

@@ -1,4 +1,4 @@
-"""Measures how fast experts and layers are computed, and experts copied.
+"""Measures how fast a CPU computes experts and layers.
 
 All speeds are means of a few repetitions. Medians miss it if other programs take the cores now and
 then. They promised 2.9 times the speed. Counts of threads are compared by their fastest repetition,
@@ -17,7 +17,6 @@ from statistics import mean
 
 import torch
 
-from mixchat.base import gpu
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.decoder import new_decoder
 from mixchat.engine.model import Block
@@ -33,8 +32,6 @@ from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.expert import Expert
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear
-
-Copy = Callable[[torch.Tensor, torch.Tensor], object]  # to a block on the device, from one in RAM
 
 ROWS = (1, 8, 64, 512)
 # With this in each byte, codes, scales and weights are ordinary numbers, which slow no arithmetic.
@@ -77,46 +74,43 @@ def thread_seconds(
             torch.set_num_threads(count)  # first, because steps are made for a count
             # One token through a few layers, with experts in memory.
             choices = blueprint.config.num_experts_per_tok
-            pool = _filled_experts(blueprint, CPU, effort.pool_bytes)[1]
+            pool = _filled_experts(blueprint, effort.pool_bytes)
             numbers = range(min(_COPIES, blueprint.config.num_moe_layers))
             runners = [(number, _PoolRunner(pool, number * choices)) for number in numbers]
-            layers = _Layers(blueprint, CPU, runners)
+            layers = _Layers(blueprint, runners)
             compute = layers.computing(layers.blocks)
-            seconds[count] = min(seconds[count], *samples_of(compute, CPU, effort))
+            seconds[count] = min(seconds[count], *samples_of(compute, effort))
     finally:
         torch.set_num_threads(previous)
     return seconds
 
 
-def samples_of(run: Callable[[], object], device: torch.device, effort: Effort) -> list[float]:
+def samples_of(run: Callable[[], object], effort: Effort) -> list[float]:
     """Return the seconds that `run` takes each time but the first."""
     samples: list[float] = []
     least, most = effort.seconds, 3 * effort.seconds
-    _seconds_of(run, device)  # compiles kernels, and brings memory into the caches
+    _seconds_of(run)  # compiles kernels, and brings memory into the caches
     while (spent := sum(samples)) < least or (len(samples) < 5 and spent < most):
         if samples and effort.is_over:
             break
-        samples.append(_seconds_of(run, device))
+        samples.append(_seconds_of(run))
     return samples
 
 
-def _seconds_of(run: Callable[[], object], device: torch.device) -> float:
+def _seconds_of(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
-    gpu.synchronize(device)
     return time.perf_counter() - start
 
 
 class ExpertTimer:
-    """Computes experts on a device in turn, and measures the time."""
+    """Computes experts in turn, and measures the time."""
 
-    def __init__(self, blueprint: Blueprint, device: torch.device, effort: Effort) -> None:
-        self._blocks, experts = _filled_experts(blueprint, device, effort.pool_bytes)
-        self._turns = itertools.cycle(experts)
+    def __init__(self, blueprint: Blueprint, effort: Effort) -> None:
+        self._turns = itertools.cycle(_filled_experts(blueprint, effort.pool_bytes))
         config, self._are_alike = blueprint.config, len(blueprint.expert_forms) == 1
         self._choices, self._columns = config.num_experts_per_tok, config.hidden_size
-        self._dtype = blueprint.quantization.dtype
-        self._device, self._effort = device, effort
+        self._dtype, self._effort = blueprint.quantization.dtype, effort
         self._one_row = self._rows(1)
 
     def compute_next(self) -> None:
@@ -133,54 +127,36 @@ class ExpertTimer:
             seconds[count] = self._seconds_for(self._rows(count))
         return seconds
 
-    def copy_bandwidth(self, copy: Copy) -> float:
-        """Return bytes a second from page-locked RAM."""
-        source = torch.full_like(self._blocks[0], _FILLING, device=CPU)
-        if gpu.is_gpu(self._device):
-            gpu.page_lock(source, self._device)
-        targets = itertools.cycle(self._blocks)
-        return source.nbytes / self.mean_of(lambda: copy(next(targets), source))
-
     def _rows(self, count: int) -> torch.Tensor:
-        numbers = torch.linspace(-1, 1, count * self._columns, device=self._device)
+        numbers = torch.linspace(-1, 1, count * self._columns)
         return numbers.view(count, self._columns).to(self._dtype)
 
     def _seconds_for(self, x: torch.Tensor) -> float:
         first, count = next(self._turns), self._choices
-        joins = x.shape[0] == 1 and self._device == CPU and self._are_alike
-        if joins and first.has_stages(x):
+        if x.shape[0] == 1 and self._are_alike and first.has_stages(x):
             program = RowExperts(first, x, count)  # as a token's experts are computed
             return self.mean_of(lambda: program(x, [*itertools.islice(self._turns, count)])) / count
-        # Other devices work while the next call is prepared.
-        calls = 1 if self._device == CPU else len(self._blocks)
-
-        def run() -> None:
-            for _ in range(calls):
-                next(self._turns)(x)
-
-        return self.mean_of(run) / calls
+        return self.mean_of(lambda: next(self._turns)(x))
 
     def mean_of(self, run: Callable[[], object]) -> float:
         """Return the seconds that `run` takes after the first time."""
-        return mean(samples_of(run, self._device, self._effort))
+        return mean(samples_of(run, self._effort))
 
 
-def _filled_experts(
-    blueprint: Blueprint, device: torch.device, pool_bytes: int
-) -> tuple[torch.Tensor, list[Expert]]:
-    """Return blocks of at least `pool_bytes`, and experts of all layers over them."""
+def _filled_experts(blueprint: Blueprint, pool_bytes: int) -> list[Expert]:
+    """Return experts of all layers in at least `pool_bytes`."""
     size, layers = blueprint.expert.stride, blueprint.config.num_moe_layers
     count = max(2, -(-pool_bytes // size))
     if len(blueprint.expert_forms) > 1:
         count = max(count, layers)
-    blocks = torch.full((count, size), _FILLING, dtype=torch.uint8, device=device)
+    blocks = torch.full((count, size), _FILLING, dtype=torch.uint8)
     forms = map(blueprint.expert_of, itertools.cycle(range(layers)))
-    return blocks, [form.build(block) for form, block in zip(forms, blocks, strict=False)]
+    return [form.build(block) for form, block in zip(forms, blocks, strict=False)]
 
 
-def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None]:
+def layer_probe(blueprint: Blueprint) -> Callable[[], None]:
     """Return a function that computes one token through a layer without experts."""
-    layers = _Layers(blueprint, device, [(0, _PoolRunner())] * _COPIES)
+    layers = _Layers(blueprint, [(0, _PoolRunner())] * _COPIES)
     turns = itertools.cycle([layers.computing([block]) for block in layers.blocks])
     return lambda: next(turns)()
 
@@ -188,29 +164,24 @@ def layer_probe(blueprint: Blueprint, device: torch.device) -> Callable[[], None
 class _Layers:
     """Layers for the given runners, each with its number, and a cache that is half full."""
 
-    def __init__(
-        self,
-        blueprint: Blueprint,
-        device: torch.device,
-        runners: Sequence[tuple[int, _PoolRunner]],
-    ) -> None:
+    def __init__(self, blueprint: Blueprint, runners: Sequence[tuple[int, _PoolRunner]]) -> None:
         config, dtype = blueprint.config, blueprint.quantization.dtype
-        self._blueprint, tensors = blueprint, _FilledTensors(device)
-        ropes = rotary_embeddings(config, 2 * _CONTEXT, dtype, device)
+        self._blueprint, tensors = blueprint, FilledTensors(CPU)
+        ropes = rotary_embeddings(config, 2 * _CONTEXT, dtype, CPU)
         dense = config.first_k_dense_replace
         runners = [(dense + number, runner) for number, runner in runners]
         self.blocks = [
             Block.build(layer, blueprint, tensors, ropes[layer], runner)
             for layer, runner in runners
         ]
-        self._cache = cache = new_cache(config, 2 * _CONTEXT, dtype, device)
+        self._cache = cache = new_cache(config, 2 * _CONTEXT, dtype, CPU)
         groups, heads = config.num_key_value_heads, config.num_attention_heads
-        earlier = torch.ones(_CONTEXT, groups, config.head_dim, dtype=dtype, device=device)
-        queries = torch.ones(_CONTEXT, heads, config.head_dim, dtype=dtype, device=device)
+        earlier = torch.ones(_CONTEXT, groups, config.head_dim, dtype=dtype)
+        queries = torch.ones(_CONTEXT, heads, config.head_dim, dtype=dtype)
         for layer in {layer for layer, _ in runners}:
             cache.attend(layer, queries, earlier, earlier)
         cache.length = _CONTEXT
-        self._x = torch.ones(1, config.hidden_size, dtype=dtype, device=device)
+        self._x = torch.ones(1, config.hidden_size, dtype=dtype)
 
     def computing(self, blocks: Sequence[Block]) -> Callable[[], None]:
         """Return a function that computes one token through these blocks."""
@@ -242,7 +213,7 @@ class _PoolRunner:
         *,
         exact: bool = False,
     ) -> torch.Tensor:
-        selected = selected_experts[0].tolist()  # as every runner does, which waits for a GPU
+        selected = selected_experts[0].tolist()  # as every runner does
         if not self._pool:
             return hidden_states
         outputs = [self._expert(expert)(hidden_states) for expert in selected]
@@ -257,7 +228,7 @@ class _PoolRunner:
         return self._pool[(self._start + number) % len(self._pool)]
 
 
-class _FilledTensors:
+class FilledTensors:
     """Tensors with `_FILLING` in each byte."""
 
     def __init__(self, device: torch.device) -> None:

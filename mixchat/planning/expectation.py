@@ -13,7 +13,9 @@ import torch
 
 from mixchat.base.model_config import ModelConfig
 from mixchat.engine.chunk_sizer import PREFILL_CHUNK
+from mixchat.experts.memory import CPU
 from mixchat.experts.placement import Placement
+from mixchat.planning.gpu_cost import GPUWork, parts_of
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.planning.routing import expected_hit_rate
 from mixchat.weights.format.blueprint import Blueprint
@@ -50,15 +52,18 @@ class TokenCost:
     copied: float
     read: float
     slowed: float = 1.0  # the part of its speed that the disk has while the cores compute
+    waiting: float = 0.0  # seconds that GPUs wait for `missed` experts, which the CPU computes
+    missed: float = 0.0
 
     @property
     def hidden(self) -> float:
         """Return the seconds saved because moving and computing overlap."""
-        return OVERLAP * min(self.computing * self.slowed, self.copying + self.reading)
+        computing = self.computing + self.waiting
+        return OVERLAP * min(computing * self.slowed, self.copying + self.reading)
 
     @property
     def seconds(self) -> float:
-        return self.computing + self.copying + self.reading - self.hidden
+        return self.computing + self.waiting + self.copying + self.reading - self.hidden
 
 
 @dataclass(frozen=True)
@@ -112,27 +117,25 @@ def expect(
 ) -> Expectation:
     """Return the speed of the model in decoding on `device`, and on the other GPUs of a placement.
 
-    Each of `answers` gets a token in each pass. All GPUs count as fast as `device`, and share the
-    disk. The busiest one decides. Sending rows counts as no time.
+    Each of `answers` gets a token in each pass.
     """
     held = held_together(placement)
     hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))
-    busiest = 1.0
     host_hit_rate = expected_hit_rate(blueprint.config, held)
     uses = expected_distinct(blueprint.config, answers)
-    costs = [
-        token_cost(
-            size_of(blueprint),
-            speeds,
-            str(device),
-            hit_rate,
-            host_hit_rate,
-            busiest,
-            answers=answers,
-            uses=uses,
-        )
-        for speeds in measurement.in_use
-    ]
+    parts = size_of(blueprint)
+    if device == CPU:
+        costs = [
+            token_cost(parts, speeds, hit_rate, answers=answers, uses=uses)
+            for speeds in measurement.in_use
+        ]
+    else:
+        costs = [
+            gpu_token_cost(
+                blueprint, speeds, placement.by_device, hit_rate, host_hit_rate, answers=answers
+            )
+            for speeds in measurement.in_use
+        ]
     speed = speed_range(costs, measurement.measured_at)
     return Expectation(held, hit_rate, host_hit_rate, costs[0], speed, answers)
 
@@ -150,58 +153,71 @@ def speed_range(
 def token_cost(
     size: ModelSize,
     speeds: MachineSpeeds,
-    device: str,
     hit_rate: float,
-    host_hit_rate: float,
-    busiest: float = 1.0,
     *,
     answers: int = 1,
     uses: float | None = None,
 ) -> TokenCost | None:
-    """Return the cost of a decoded token of each of several answers on `device`.
+    """Return the cost of a decoded token of each of several answers on a CPU.
 
-    The slots hold the part `hit_rate` of the experts used, together with RAM `host_hit_rate`. The
-    busiest GPU has the part `busiest` of a layer's chosen experts. All answers use `uses` experts
-    of a layer together, None for one answer.
+    RAM holds the part `hit_rate` of the experts used. All answers use `uses` experts of a layer
+    together, None for one answer.
     """
-    row_s = speeds.expert_time(device, 1)
+    row_s = speeds.expert_time("cpu", 1)
     # More rows slow all matrices alike.
-    slowdown = speeds.expert_time(device, answers) / row_s
+    slowdown = speeds.expert_time("cpu", answers) / row_s
     uses = uses or float(size.experts_per_token)
-    expert_s = speeds.expert_time(device, answers * size.experts_per_token / uses)
+    expert_s = speeds.expert_time("cpu", answers * size.experts_per_token / uses)
     uses *= size.layers
     computing = (
         slowdown * size.layers * speeds.layer_seconds
-        + uses * busiest * expert_s
+        + uses * expert_s
         + slowdown * (size.head + size.first_layers) / size.expert * row_s
     )
-    missing, read = uses * (1 - hit_rate), uses * (1 - host_hit_rate)
-    return moving_cost(size, speeds, computing, missing=missing, read=read, busiest=busiest)
+    return moving_cost(size.expert, speeds, computing, read=uses * (1 - hit_rate))
+
+
+def gpu_token_cost(
+    blueprint: Blueprint,
+    speeds: MachineSpeeds,
+    slots: Sequence[int],
+    hit_rate: float,
+    host_hit_rate: float,
+    *,
+    answers: int = 1,
+) -> TokenCost | None:
+    """Return the cost of a decoded token on GPUs with so many `slots` each.
+
+    The slots hold the part `hit_rate` of the experts used, together with RAM `host_hit_rate`. The
+    CPU computes the experts that are in no slot.
+    """
+    config = blueprint.config
+    uses = expected_distinct(config, answers)
+    rows = answers * config.num_experts_per_tok / uses
+    work = GPUWork(blueprint, parts_of(speeds.gpus, slots))
+    time = work.token(hit_rate, uses, speeds.expert_time("cpu", rows))
+    uses *= config.num_moe_layers
+    cost = moving_cost(
+        blueprint.mean_expert, speeds, time.computing, read=uses * (1 - host_hit_rate)
+    )
+    return cost and replace(cost, waiting=time.waiting, missed=uses * (1 - hit_rate))
 
 
 def moving_cost(
-    size: ModelSize,
-    speeds: MachineSpeeds,
-    computing: float,
-    *,
-    missing: float,
-    read: float,
-    busiest: float = 1.0,
+    expert: int, speeds: MachineSpeeds, computing: float, *, copied: float = 0.0, read: float
 ) -> TokenCost | None:
-    """Return the cost of `computing` seconds and of `missing` experts that are in no slot.
+    """Return the cost of `computing` seconds, of experts copied to a GPU, and of experts read.
 
-    `read` of the missing ones come from disk. The busiest GPU brings up the part `busiest`.
+    An expert has `expert` bytes.
     """
     if read and speeds.disk_bandwidth is None:
         return None
-    # A CPU computes experts where they are. Only a GPU has them copied.
-    copied = missing if speeds.copy_bandwidth else 0.0
     busy = speeds.disk_bandwidth or 1.0
     alone = max(speeds.disk_bandwidth_idle or busy, busy)
     return TokenCost(
         computing=computing,
-        copying=copied * busiest * size.expert / (speeds.copy_bandwidth or 1.0),
-        reading=read * size.expert / alone,
+        copying=copied * expert / speeds.gpus[0].bus if copied else 0.0,
+        reading=read * expert / alone,
         copied=copied,
         read=read,
         slowed=busy / alone if read else 1.0,
@@ -276,11 +292,13 @@ def prompt_speed(
 ) -> SpeedRange | None:
     """Return the tokens a second of a prompt of `prompt` tokens, with empty slots for None."""
     missing = read = 1.0
+    slots: Sequence[int] = (1,)
     if placement is not None:
+        slots = placement.by_device
         missing = 1 - sum(placement.by_device) / placement.experts
         read = 1 - held_together(placement) / placement.experts
     costs = [
-        prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read)
+        prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read, slots=slots)
         for sample in measurement.samples
         for speeds in (sample.cold if placement is None else sample.in_use,)
     ]
@@ -295,23 +313,28 @@ def prompt_cost(
     *,
     missing: float,
     read: float,
+    slots: Sequence[int] = (1,),
 ) -> TokenCost | None:
     """Return the cost of a prompt of `prompt` tokens, computed in chunks.
 
     In each chunk no slot holds the part `missing` of the experts used, 0 to 1, and the part `read`
-    comes from disk.
+    comes from disk. A GPU has missing experts copied. `slots` are those of each GPU.
     """
-    config, name = blueprint.config, str(device)
-    row_s, size = speeds.expert_time(name, 1), size_of(blueprint)
-    computing, uses = size.head / size.expert * row_s, 0.0
-    for start in range(0, prompt, PREFILL_CHUNK):
-        tokens = min(PREFILL_CHUNK, prompt - start)
-        distinct = expected_distinct(config, tokens)
-        rows = math.ceil(tokens * config.num_experts_per_tok / distinct)
+    config, size = blueprint.config, size_of(blueprint)
+    chunks = [min(PREFILL_CHUNK, prompt - start) for start in range(0, prompt, PREFILL_CHUNK)]
+    distinct = [expected_distinct(config, tokens) for tokens in chunks]
+    uses = config.num_moe_layers * sum(distinct)
+    if device != CPU:
+        work = GPUWork(blueprint, parts_of(speeds.gpus, slots))
+        computing = work.head() + sum(map(work.chunk, chunks, distinct))
+        return moving_cost(size.expert, speeds, computing, copied=uses * missing, read=uses * read)
+    row_s = speeds.expert_time("cpu", 1)
+    computing = size.head / size.expert * row_s
+    for tokens, experts in zip(chunks, distinct, strict=True):
+        rows = math.ceil(tokens * config.num_experts_per_tok / experts)
         # More rows slow all matrices alike.
-        slowdown = speeds.expert_time(name, tokens) / row_s
-        layer_s = slowdown * speeds.layer_seconds + distinct * speeds.expert_time(name, rows)
+        slowdown = speeds.expert_time("cpu", tokens) / row_s
+        layer_s = slowdown * speeds.layer_seconds + experts * speeds.expert_time("cpu", rows)
         first_layers_s = slowdown * size.first_layers / size.expert * row_s
         computing += first_layers_s + config.num_moe_layers * layer_s
-        uses += config.num_moe_layers * distinct
-    return moving_cost(size, speeds, computing, missing=uses * missing, read=uses * read)
+    return moving_cost(size.expert, speeds, computing, read=uses * read)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from mixchat.base import gpu, machine
-from mixchat.planning.compute_speed import ROWS
+from mixchat.planning.cards import Card
 from mixchat.planning.fitting import FreeMemory
+from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import Measurement
-from mixchat.weights.format.blueprint import Blueprint
 
 # Bytes that other programs need on a described machine, and the largest part of all.
 _TAKEN_RAM, _TAKEN_GPU, _TAKEN_PART = 2 * 10**9, 5 * 10**8, 0.25
-# A cheap card's speeds stand for a described GPU. They are bytes a second of its memory and of the
-# bus to it, operations a second, and the seconds to start the kernels of a layer.
-GPU_MEMORY, GPU_BUS, GPU_COMPUTE = 3e11, 1.2e10, 2e13
-_STARTING = 2e-4
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,12 @@ class Machine:
 class ToldMachine:
     """The figures that a person tells about a machine, in bytes and bytes a second.
 
-    Figures that are not told are this machine's. So is the speed of the CPU.
+    Figures that are not told are this machine's. So is the speed of the CPU, and of a GPU that is
+    told without a name.
     """
 
     ram: int | None = None
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[Card, ...] = ()
     disk_speed: int | None = None
     free_disk: int | None = None
 
@@ -92,22 +90,21 @@ class ToldMachine:
             return there
         first, *more = self.gpus
         names = [f"{gpu.KIND}:{number}" for number in range(1, len(self.gpus))]
-        first_free, *more_free = (_free(size, _TAKEN_GPU) for size in self.gpus)
+        first_free, *more_free = (_free(card.memory, _TAKEN_GPU) for card in self.gpus)
         other_gpus = dict(zip(names, more_free, strict=True))
         return replace(
             there,
             free=replace(there.free, device=first_free, other_gpus=other_gpus),
-            gpu=there.gpu or "a GPU",
-            gpu_memory=first,
-            other_gpus=tuple(map(OtherGPU, names, ["a GPU"] * len(names), more)),
+            gpu=first.name if first.is_known else there.gpu or first.name,
+            gpu_memory=first.memory,
+            other_gpus=tuple(
+                OtherGPU(name, card.name, card.memory)
+                for name, card in zip(names, more, strict=True)
+            ),
         )
 
-    def measurement(
-        self, here: Measurement, blueprint: Blueprint, device: torch.device
-    ) -> Measurement:
+    def measurement(self, here: Measurement) -> Measurement:
         """Return a measurement of this machine with what is told."""
-        expert = blueprint.expert
-        weights = sum(linear.rows * linear.columns for linear in (expert.gate_up, expert.down))
         samples = []
         for sample in here.samples:
             if (rate := self.disk_speed) is not None:
@@ -117,15 +114,12 @@ class ToldMachine:
                     disk_bandwidth_idle=rate,
                     disk_bandwidth_fresh=rate,
                 )
-            if str(device) not in sample.expert_seconds:
-                reading = blueprint.mean_expert / GPU_MEMORY
-                on_gpu = {rows: reading + 2 * weights * rows / GPU_COMPUTE for rows in ROWS}
-                sample = replace(
-                    sample,
-                    copy_bandwidth=GPU_BUS,
-                    expert_seconds={**sample.expert_seconds, str(device): on_gpu},
-                    layer_seconds=_STARTING + blueprint.attention_size / GPU_MEMORY,
-                )
+            if self.gpus:
+                speeds = [
+                    GPUSpeeds.of_card(card) if card.is_known or measured is None else measured
+                    for card, measured in zip_longest(self.gpus, sample.gpus[: len(self.gpus)])
+                ]
+                sample = replace(sample, gpus=tuple(speeds))
             samples.append(sample)
         return replace(here, samples=tuple(samples))
 

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from mixchat.base.quantities import format_age
+from mixchat.planning.gpu_speeds import GPUSpeeds, typical_gpu
 
 _LIFETIME_S = 30 * 86400  # of a measurement
 _BUSY_LIFETIME_S = 600  # of a measurement while other programs were busy
@@ -24,7 +25,6 @@ _FIGURES = (
     "disk_bandwidth_idle",
     "disk_bandwidth_fresh",
     "memory_bandwidth",
-    "copy_bandwidth",
     "layer_seconds",
 )
 
@@ -37,25 +37,28 @@ class MachineSpeeds:
     disk_bandwidth_idle: float | None  # while the CPU does not compute
     disk_bandwidth_fresh: float | None  # idle, into memory that was not used before
     memory_bandwidth: float  # at which the CPU computes experts of one row that are in RAM
-    copy_bandwidth: float | None  # from page-locked RAM to the device; None for a CPU
-    expert_seconds: dict[str, dict[int, float]]  # for "cpu" and the device, by count of rows
-    layer_seconds: float  # for all of a layer but its experts, one token, on the device
+    expert_seconds: dict[str, dict[int, float]]  # on "cpu", by count of rows
+    layer_seconds: float  # for all of a layer but its experts, one token, on the CPU
+    gpus: tuple[GPUSpeeds, ...] = ()
 
     @classmethod
-    def from_dict(cls, entry: Any, devices: set[str]) -> MachineSpeeds:
-        """Read what `dataclasses.asdict` wrote.
+    def from_dict(cls, entry: Any, gpus: int) -> MachineSpeeds:
+        """Read what `dataclasses.asdict` wrote of a machine with so many GPUs.
 
-        Raises one of several errors if a figure is missing, impossible or of other devices.
+        Raises one of several errors if a figure is missing or impossible.
         """
-        seconds = {
-            device: {int(rows): _figure(seconds) for rows, seconds in by_rows.items()}
-            for device, by_rows in entry["expert_seconds"].items()
-        }
-        if set(seconds) != devices or any(len(by_rows) < 2 for by_rows in seconds.values()):
+        by_rows = entry["expert_seconds"]["cpu"].items()
+        seconds = {int(rows): _figure(seconds) for rows, seconds in by_rows}
+        speeds = tuple(map(GPUSpeeds.from_dict, entry["gpus"]))
+        if len(seconds) < 2 or len(speeds) != gpus:
             raise ValueError
-        needed = [name for name in _FIGURES if name != "copy_bandwidth" or len(devices) > 1]
-        figures = dict.fromkeys(_FIGURES) | {name: _figure(entry[name]) for name in needed}
-        return cls(expert_seconds=seconds, **figures)  # type: ignore[arg-type]
+        figures = {name: _figure(entry[name]) for name in _FIGURES}
+        return cls(expert_seconds={"cpu": seconds}, gpus=speeds, **figures)
+
+    @property
+    def copy_bandwidth(self) -> float | None:
+        """Return the bytes a second from page-locked RAM to the first GPU, None without one."""
+        return self.gpus[0].bus if self.gpus else None
 
     @property
     def in_use(self) -> MachineSpeeds:
@@ -74,7 +77,7 @@ class MachineSpeeds:
         return replace(self, disk_bandwidth=fresh, disk_bandwidth_idle=fresh)
 
     def expert_time(self, device: str, rows: float) -> float:
-        """Return the seconds of one expert for `rows` rows, at least 1, on "cpu" or the device.
+        """Return the seconds of one expert for `rows` rows, at least 1, on "cpu".
 
         With 1 s for 8 rows and 5 s for 64, 36 rows take 3 s. Time grows on beyond the last count.
         """
@@ -92,10 +95,10 @@ class Measurement:
     other_programs: float = 0.0  # the part of the cores' time that they took, 0 to 1
 
     @classmethod
-    def from_dict(cls, entry: Any, devices: set[str]) -> Measurement | None:
+    def from_dict(cls, entry: Any, gpus: int) -> Measurement | None:
         """Read what `dataclasses.asdict` wrote, or None if it is damaged."""
         try:
-            samples = tuple(MachineSpeeds.from_dict(sample, devices) for sample in entry["samples"])
+            samples = tuple(MachineSpeeds.from_dict(sample, gpus) for sample in entry["samples"])
             measured_at = _figure(entry["measured_at"])
             other_programs = float(entry["other_programs"])
             datetime.fromtimestamp(measured_at)  # `plan` shows it
@@ -137,13 +140,13 @@ class Measurement:
             values = [getattr(sample, name) for sample in self.samples]
             known = [value for value in values if value is not None]
             figures[name] = median(known) if known else None
-        seconds = {}
-        for device in self.samples[0].expert_seconds:
-            by_sample = [sample.expert_seconds[device] for sample in self.samples]
-            # A slow machine leaves out the large counts of rows, not in every sample the same.
-            counts = sorted(set.intersection(*map(set, by_sample)))
-            seconds[device] = {rows: median(s[rows] for s in by_sample) for rows in counts}
-        return MachineSpeeds(expert_seconds=seconds, **figures)
+        by_sample = [sample.expert_seconds["cpu"] for sample in self.samples]
+        # A slow machine leaves out the large counts of rows, not in every sample the same.
+        counts = sorted(set.intersection(*map(set, by_sample)))
+        seconds = {rows: median(s[rows] for s in by_sample) for rows in counts}
+        by_gpu = zip(*(sample.gpus for sample in self.samples), strict=True)
+        gpus = tuple(map(typical_gpu, by_gpu))
+        return MachineSpeeds(expert_seconds={"cpu": seconds}, gpus=gpus, **figures)
 
 
 def interpolate(seconds: dict[int, float], rows: float) -> float:

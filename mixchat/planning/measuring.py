@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
 from mixchat.experts.memory import CPU
 from mixchat.kernels.cpu.compile import KERNELS
-from mixchat.planning.compute_speed import SAMPLE_EFFORT, Copy, Effort, ExpertTimer, layer_probe
+from mixchat.planning.cards import too_old
+from mixchat.planning.compute_speed import SAMPLE_EFFORT, Effort, ExpertTimer, layer_probe
 from mixchat.planning.disk_speed import measure_disk
+from mixchat.planning.gpu_measuring import measure_gpu
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-_FORMAT = 4  # of machine.json
+_FORMAT = 5  # of machine.json
 SAMPLES = 3  # of a measurement
 MOST_SECONDS = 20.0  # unless one try of each figure takes longer
 _MAX_ENTRIES = 32  # because the numbers of some disks change with every start
@@ -35,56 +37,62 @@ def saved_measurement(
 ) -> Measurement | None:
     """Return the saved measurement for a model of this shape in `directory`."""
     key = measurement_key(blueprint, directory, device)
-    return load_measurement(measurement_file(), key, device)
+    return load_measurement(measurement_file(), key, len(gpus_with(device)))
 
 
 def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device) -> Measurement:
     """Measure this machine, and save the result in place of what was known."""
-    key, layer = measurement_key(blueprint, directory, device), layer_probe(blueprint, device)
+    key, layer = measurement_key(blueprint, directory, device), layer_probe(blueprint)
     until = time.perf_counter() + MOST_SECONDS
     effort = replace(SAMPLE_EFFORT, until=until)
 
     def sample() -> MachineSpeeds:
-        return take_sample(blueprint, directory, device, layer, effort=effort)
+        return take_sample(blueprint, directory, gpus_with(device), layer, effort=effort)
 
     existing = machine.nearest_existing(directory)
     return measure_and_save(measurement_file(), key, existing, sample, until)
+
+
+def gpus_with(device: torch.device) -> list[torch.device]:
+    """Return a GPU and then this machine's others, none for the CPU."""
+    if not gpu.is_gpu(device):
+        return []
+    first = torch.device(gpu.KIND, device.index or 0)
+    every = [torch.device(gpu.KIND, number) for number in range(gpu.count())]
+    usable = (other for other in every if not too_old(gpu.capability(other)))
+    return [first, *(other for other in usable if other != first)]
 
 
 @torch.inference_mode()
 def take_sample(
     blueprint: Blueprint,
     directory: Path,
-    device: torch.device,
+    gpus: Sequence[torch.device],
     layer: Callable[[], object],
     *,
-    copy: Copy = torch.Tensor.copy_,
     effort: Effort = SAMPLE_EFFORT,
 ) -> MachineSpeeds:
-    """Take one sample for a model of this shape, computed on `device`.
+    """Take one sample for a model of this shape, on the CPU and on `gpus`.
 
-    `layer` computes all of a layer but its experts, for one token. If no model is in `directory`, a
-    file without a name is written.
+    `layer` computes all of a layer but its experts, for one token on the CPU. If no model is in
+    `directory`, a file without a name is written.
     """
-    # The CPU is measured even if a GPU computes, because it may compute experts that are in RAM.
+    # The CPU is measured even if a GPU computes, because it computes experts that are in RAM.
     stride = blueprint.expert.stride
-    host = ExpertTimer(blueprint, CPU, effort)
-    seconds = {str(CPU): host.seconds()}
+    host = ExpertTimer(blueprint, effort)
+    seconds = host.seconds()
     size = max(4 * stride, effort.file_bytes)
     disk = measure_disk(directory, stride, size, host.compute_next, effort.seconds, effort.until)
-    copy_bandwidth = None
-    if device == CPU:
-        layer_seconds = host.mean_of(layer)
-    else:
-        timer = ExpertTimer(blueprint, device, effort)
-        layer_seconds = timer.mean_of(layer)
-        seconds[str(device)] = timer.seconds()
-        copy_bandwidth = timer.copy_bandwidth(copy)
-        del timer
-        gpu.release_unused(device)  # or it would count as taken
-    memory = blueprint.mean_expert / seconds[str(CPU)][1]
     busy, idle, fresh = disk or (None, None, None)
-    return MachineSpeeds(busy, idle, fresh, memory, copy_bandwidth, seconds, layer_seconds)
+    return MachineSpeeds(
+        busy,
+        idle,
+        fresh,
+        memory_bandwidth=blueprint.mean_expert / seconds[1],
+        expert_seconds={str(CPU): seconds},
+        layer_seconds=host.mean_of(layer),
+        gpus=tuple(measure_gpu(blueprint, device) for device in gpus),
+    )
 
 
 def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device) -> str:
@@ -92,14 +100,14 @@ def measurement_key(blueprint: Blueprint, directory: Path, device: torch.device)
     expert, forms = blueprint.expert, blueprint.expert_forms
     mixed = [f"{blueprint.mean_expert} on average"] if len(forms) > 1 else []
     gate_up, (qkv, _, *beside) = expert.gate_up, blueprint.dense_matrices()
-    accelerator = gpu.name(device) if gpu.is_gpu(device) else "no GPU"
+    gpus = [gpu.name(device) for device in gpus_with(device)]
     return "; ".join(
         (
             f"{machine.cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
             f"{machine.usable_cores()} cores, {torch.get_num_threads()} threads",
             f"torch {torch.__version__}",
             f"kernels {KERNELS}",
-            f"{device}: {accelerator}",
+            f"{device}: {', '.join(gpus) or 'no GPU'}",
             f"disk {machine.nearest_existing(directory).stat().st_dev}",
             f"experts {gate_up.rows}x{gate_up.columns} {gate_up.quant_type} {gate_up.dtype} "
             f"{expert.stride}",
@@ -115,9 +123,12 @@ def measurement_file() -> Path:
     return data_dir() / "machine.json"
 
 
-def load_measurement(path: Path, key: str, device: torch.device) -> Measurement | None:
-    """Return the measurement of `path` under `key`, or None if it is missing or damaged."""
-    return Measurement.from_dict(_read(path).get(key), {str(CPU), str(device)})
+def load_measurement(path: Path, key: str, gpus: int) -> Measurement | None:
+    """Return the measurement of `path` under `key`, or None if it is missing or damaged.
+
+    It has the figures of so many GPUs.
+    """
+    return Measurement.from_dict(_read(path).get(key), gpus)
 
 
 def measure_and_save(

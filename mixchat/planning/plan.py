@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from mixchat.base import gpu
 from mixchat.base.errors import ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.experts.memory import CPU
@@ -27,14 +26,14 @@ from mixchat.planning.expectation import (
     prompt_speed,
 )
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
+from mixchat.planning.gpu_speeds import GPUSpeeds, Origin
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
 from mixchat.planning.machine_speeds import Measurement
 from mixchat.planning.measuring import saved_measurement
 from mixchat.weights.format.blueprint import Blueprint
 
-_KERNEL_START_S = 5e-5  # of an expert on a GPU, whatever its size
 # Of a layer on a CPU, whatever its size. Granite's took 0.13 ms longer than reading its bytes.
-_LAYER_START_S = 1e-4
+LAYER_START_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,20 @@ class MachinePlan:
     known: tuple[KnownFit, ...] = ()  # other models, if they were asked for
 
     @property
-    def gpu_is_assumed(self) -> bool:
-        """Return whether the GPU counts as a cheap card, because none is here."""
-        return bool(self.told.gpus) and not gpu.count()
+    def gpus(self) -> tuple[GPUSpeeds, ...]:
+        """Return the figures of the GPUs that compute, none for a CPU."""
+        return self.measurement.typical.gpus if self.device != CPU else ()
+
+    @property
+    def types_on_gpu(self) -> dict[str, tuple[float, Origin]]:
+        """Return the part of the first GPU's bandwidth for each type, and its origin."""
+        first, model = self.gpus[0], self.fit.blueprint
+        matrices = [*model.typical_matrices, *([model.head] if model.head else [])]
+        types = dict.fromkeys(matrix.quant_type for matrix in matrices)
+        return {
+            name: (first.efficiency_of(name), "measured" if name in first.efficiency else "assumed")
+            for name in types
+        }
 
 
 def expect_fit(device: torch.device, fit: MemoryPlan, measurement: Measurement) -> Expectation:
@@ -125,27 +135,21 @@ def fit_known(
 
 
 def scaled(measurement: Measurement, measured: Blueprint, blueprint: Blueprint) -> Measurement:
-    """Return the measurement of one model, scaled to the sizes of another.
+    """Return the measurement of one model's shape on a CPU, scaled to the sizes of another.
 
-    On a CPU an expert takes bytes / bandwidth, and a layer that plus a constant. On a GPU an expert
-    takes at least the start of its kernels, and a layer the same time in every model.
+    An expert takes bytes / bandwidth, and a layer that plus a constant.
     """
     expert_ratio = blueprint.mean_expert / measured.mean_expert
     layer_ratio = blueprint.attention_size / measured.attention_size
     samples = []
     for sample in measurement.samples:
-        on_gpu = len(sample.expert_seconds) > 1
-        expert_seconds = {
-            device: {
-                rows: max(expert_ratio * seconds, 0.0 if device == str(CPU) else _KERNEL_START_S)
-                for rows, seconds in by_rows.items()
-            }
-            for device, by_rows in sample.expert_seconds.items()
-        }
-        whole = sample.layer_seconds
-        constant = whole if on_gpu else min(_LAYER_START_S, whole)
-        layer_seconds = constant + layer_ratio * (whole - constant)
-        samples.append(replace(sample, expert_seconds=expert_seconds, layer_seconds=layer_seconds))
+        by_rows = sample.expert_seconds["cpu"].items()
+        seconds = {rows: expert_ratio * seconds for rows, seconds in by_rows}
+        constant = min(LAYER_START_S, sample.layer_seconds)
+        layer_seconds = constant + layer_ratio * (sample.layer_seconds - constant)
+        samples.append(
+            replace(sample, expert_seconds={"cpu": seconds}, layer_seconds=layer_seconds)
+        )
     return replace(measurement, samples=tuple(samples))
 
 

@@ -1,4 +1,4 @@
-"""Predicts hit rates of caches, and the share of the busiest of several GPUs."""
+"""Predicts hit rates of caches from a router's choices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 
 from mixchat.base.model_config import ModelConfig
 
-_MAX_CHOICES = 1000  # of a router, to go through one by one. 8 of 128 experts have 1e12
 _MIXTRAL = (8, 2)  # experts of a layer, and experts of a token
 # The hit rates of the default policy with slots for 0, 1/4, 2/4 ... of such a model's experts. They
 # come from `tests/routing_simulation.py`, which repeats experts as often as table 5 of the Mixtral

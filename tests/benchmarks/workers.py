@@ -73,7 +73,6 @@ def measure_expert() -> float:
     prepare_environment()
     import torch
 
-    from mixchat.experts.memory import CPU
     from mixchat.planning.compute_speed import Effort, ExpertTimer
     from mixchat.weights.families.read_config import read_config
     from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -81,7 +80,7 @@ def measure_expert() -> float:
 
     blueprint = Blueprint(read_config(KNOWN["instruct"].config), Quantization())
     with torch.inference_mode():
-        return ExpertTimer(blueprint, CPU, Effort(seconds=1)).seconds()[1]
+        return ExpertTimer(blueprint, Effort(seconds=1)).seconds()[1]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def measured(monkeypatch):
     time; counts how often."""
     calls = []
 
-    def measure(blueprint, directory, device, layer, **how):
+    def measure(blueprint, directory, gpus, layer, **how):
         calls.append(blueprint.expert.stride)
         return SPEEDS
 

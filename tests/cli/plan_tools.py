@@ -12,7 +12,7 @@ from mixchat.planning.machine_speeds import MachineSpeeds
 
 GB = 10**9
 SPEEDS = MachineSpeeds(
-    2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001
+    2e9, 3e9, 3e9, 3e10, {"cpu": {1: 0.003, 8: 0.005, 64: 0.03, 512: 0.2}}, 0.001
 )
 BLIND = dataclasses.replace(
     SPEEDS, disk_bandwidth=None, disk_bandwidth_idle=None, disk_bandwidth_fresh=None

@@ -16,6 +16,7 @@ from mixchat.engine.generate import Engine
 from mixchat.experts.placement import Demand
 from mixchat.loading.loader import load_engine
 from mixchat.planning.fitting import FreeMemory, fit_model
+from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
@@ -27,7 +28,9 @@ CONTEXT = 64
 
 def speeds(copy: float, expert: float) -> Measurement:
     """A machine that copies `copy` bytes a second, whose CPU takes `expert` s for an expert."""
-    sample = MachineSpeeds(1e9, 1e9, 1e9, 1e9, copy, {"cpu": {1: expert, 8: 8 * expert}}, 1e-3)
+    gpu = GPUSpeeds("GPU on paper", memory=1e11, bus=copy, compute=1e13)
+    seconds = {"cpu": {1: expert, 8: 8 * expert}}
+    sample = MachineSpeeds(1e9, 1e9, 1e9, 1e9, seconds, 1e-3, (gpu,))
     return Measurement(time.time(), (sample,))
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain, product
 from typing import Any
 
@@ -32,7 +31,6 @@ from mixchat.base import interrupts
 from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.bench import machine_limits
 from mixchat.bench.machine_limits import LimitsMeter, copy_bandwidth
 from mixchat.engine.generate import Engine
 from mixchat.engine.report import report_of
@@ -43,9 +41,9 @@ from mixchat.experts.placement import Placement
 from mixchat.loading import loader, tiers
 from mixchat.loading.loader import choose_devices, speed_predictor
 from mixchat.loading.served_experts import load_served_experts
-from mixchat.planning import expectation, plan
+from mixchat.planning import bandwidth, expectation, gpu_measuring, plan
 from mixchat.planning.compute_speed import Effort, layer_probe
-from mixchat.planning.machine_speeds import Measurement
+from mixchat.planning.gpu_measuring import measure_gpu
 from mixchat.planning.measuring import measurement_key, take_sample
 from mixchat.planning.plan import Machine
 
@@ -314,8 +312,7 @@ def test_planning_looks_at_every_gpu(paper, tmp_path):
 
 
 def test_the_speed_with_the_slots_of_all_gpus_is_predicted(paper, case, monkeypatch):
-    (sample,) = speeds(copy=1e9, expert=1e-3).samples
-    known = Measurement(1.7e9, (replace(sample, expert_seconds={"paper:0": {1: 1e-4, 8: 2e-4}}),))
+    known = speeds(copy=1e9, expert=1e-3)
     monkeypatch.setattr(plan, "saved_measurement", lambda *_: known)
     directory, blueprint = case("nf4").directory, case("nf4").blueprint
     for name, placement in {
@@ -355,23 +352,48 @@ def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_re
     assert paper.current_device() == 1
 
 
-def test_planning_looks_at_a_gpu_and_measures_it(paper, case, tmp_path):
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products on paper are the CPU's."""
+    for dimension in ("_TOKENS", "_COLUMNS", "_ROWS"):
+        monkeypatch.setattr(bandwidth, dimension, 8)
+    monkeypatch.setattr(gpu_measuring, "_MATRIX_BYTES", 10**6)
+
+
+def test_planning_looks_at_a_gpu_and_measures_it(paper, case, tmp_path, small_products):
     device, blueprint = torch.device("paper", 0), case("nf4").blueprint
     there = Machine.now(tmp_path, [device])
     assert (there.gpu, there.gpu_memory) == ("GPU on paper", 4 * 10**9)
     assert "paper:0: GPU on paper" in measurement_key(blueprint, tmp_path, device)
     little = Effort(file_bytes=100_000, pool_bytes=100_000, seconds=1e-3)
-    found = take_sample(blueprint, tmp_path, device, layer_probe(blueprint, device), effort=little)
-    assert set(found.expert_seconds) == {"cpu", "paper:0"}
-    assert found.copy_bandwidth is not None
-    assert found.copy_bandwidth > 0
+    found = take_sample(blueprint, tmp_path, [device], layer_probe(blueprint), effort=little)
+    (measured,) = found.gpus
+    assert (measured.name, measured.origin) == ("GPU on paper", "measured")
+    assert min(measured.memory, measured.bus, measured.compute) > 0
+    assert set(measured.efficiency) == {"nf4", "int8"}
+    assert found.copy_bandwidth == measured.bus
 
 
-def test_the_bench_measures_a_gpus_limits(paper, monkeypatch):
+def test_a_gpu_is_measured_beside_a_model_that_fills_it(paper, case):
+    """The bench took 1.15 GB after the slots had taken all but one."""
+    device, blueprint = torch.device("paper", 0), case("nf4").blueprint
+    memory = paper.memory(device)
+    memory.total = memory.taken + 100_000_000
+    most, allocate = [memory.taken], paper.allocated
+
+    def watch(tensor, device):
+        allocate(tensor, device)
+        most.append(memory.taken)
+
+    paper.allocated = watch
+    measured = measure_gpu(blueprint, device)
+    limits = LimitsMeter(device)
+    assert min(limits.measure().memory, measured.memory) > 0
+    assert max(most) - most[0] < 50_000_000
+
+
+def test_the_bench_measures_a_gpus_limits(paper, small_products):
     device = torch.device("paper", 0)
-    monkeypatch.setattr(machine_limits, "_SUMMED_FLOATS", 1000)
-    for dimension in ("_TOKENS", "_COLUMNS", "_ROWS"):
-        monkeypatch.setattr(machine_limits, dimension, 8)
     limits = LimitsMeter(device).measure()
     assert min(limits.memory, limits.gemm) > 0
     assert (copy_bandwidth(device, 4096) or 0) > 0

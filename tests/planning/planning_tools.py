@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
@@ -14,13 +15,8 @@ GPU = torch.device("cpu:0")  # another device by its name
 CONFIG = read_config(KNOWN["instruct"].config)
 # As both devices compute it here, so that what leaves the "GPU" can go into RAM.
 BLUEPRINT = Blueprint(CONFIG, Quantization())
-SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, None, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
-GPU_SPEEDS = replace(
-    SPEEDS,
-    copy_bandwidth=2e10,
-    expert_seconds={"cpu": {1: 0.003, 8: 0.005}, "cpu:0": {1: 2e-4, 8: 4e-4}},
-    layer_seconds=1e-4,
-)
+SPEEDS = MachineSpeeds(2e9, 3e9, 3e9, 3e10, {"cpu": {1: 0.003, 8: 0.005}}, 0.001)
+GPU_SPEEDS = replace(SPEEDS, gpus=(GPUSpeeds("a GPU", memory=5e11, bus=2e10, compute=5e13),))
 
 
 def without_disk(speeds: MachineSpeeds) -> MachineSpeeds:

@@ -35,7 +35,7 @@ def test_each_call_takes_one_token_through_the_next_of_several_layers(blueprint,
         return outputs[-1]
 
     monkeypatch.setattr(Block, "__call__", watch)
-    compute = layer_probe(blueprint, CPU)
+    compute = layer_probe(blueprint)
     for _ in range(2 * compute_speed._COPIES):
         compute()
     assert len(set(layers)) == compute_speed._COPIES
@@ -52,7 +52,7 @@ def test_it_attends_to_the_tokens_before_however_often_it_is_called(blueprint, m
         return attend(attention, x, cache, **how)
 
     monkeypatch.setattr(Attention, "__call__", watch)
-    compute = layer_probe(blueprint, CPU)
+    compute = layer_probe(blueprint)
     for _ in range(3):
         compute()
     assert before == [compute_speed._CONTEXT] * 3
@@ -77,6 +77,6 @@ def test_experts_for_one_row_are_measured_as_a_token_computes_them(
         return call(program, x, experts)
 
     monkeypatch.setattr(RowExperts, "__call__", watch)
-    seconds = ExpertTimer(blueprint, CPU, Effort(pool_bytes=0, seconds=0.01)).seconds()
+    seconds = ExpertTimer(blueprint, Effort(pool_bytes=0, seconds=0.01)).seconds()
     assert seconds[1] > 0
     assert set(counts) == (set() if mixed else {blueprint.config.num_experts_per_tok})

@@ -1,20 +1,16 @@
 """The speed that is predicted: hit rates without a model, and the cost of tokens with them."""
 
 import itertools
-from collections import Counter
 from dataclasses import replace
-from statistics import mean
 
 import pytest
 import torch
 from planning_tools import BLUEPRINT, CONFIG, CPU, GPU, GPU_SPEEDS, SPEEDS
 
-from mixchat.experts.cache import ExpertKey
 from mixchat.experts.placement import Placement
-from mixchat.experts.sharing import assign_owners
 from mixchat.planning.expectation import TokenCost, expect, size_of
+from mixchat.planning.gpu_speeds import SYNC_S
 from mixchat.planning.machine_speeds import IN_USE, MachineSpeeds, Measurement
-from mixchat.planning.routing import busiest_share
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 
 
@@ -71,27 +67,14 @@ def test_a_decoded_token_is_computed_with_what_is_not_at_hand_read():
     assert found.reading == pytest.approx(found.read * BLUEPRINT.expert.stride / (IN_USE * 3e9))
 
 
-@pytest.mark.parametrize("slots", [(64,), (64, 64), (96, 32), (80, 48, 16), (10, 40)])
-@pytest.mark.parametrize("chosen", [1, 2, 3])
-def test_the_busiest_gpu_has_what_counting_all_choices_says(slots, chosen):
-    config = replace(CONFIG, num_experts_per_tok=chosen)
-    every = [ExpertKey(*key) for key in itertools.product(range(32), range(8))]
-    home = assign_owners(every, slots)
-    most = [
-        max(Counter(home[ExpertKey(layer, expert)] for expert in choice).values())
-        for layer in range(32)
-        for choice in itertools.combinations(range(8), chosen)
-    ]
-    assert busiest_share(config, slots) == pytest.approx(mean(most) / chosen)
-
-
-def test_two_gpus_compute_and_copy_side_by_side_and_share_the_disk():
-    one = decode_cost(BLUEPRINT, GPU, GPU_SPEEDS, Placement(100, 92, 256))
-    two = decode_cost(BLUEPRINT, GPU, GPU_SPEEDS, Placement(50, 92, 256, other_slots=(50,)))
-    share = 10 / 14  # both experts on one GPU 3 times in 7
-    assert two.computing == pytest.approx(one.computing - 64 * (1 - share) * 2e-4)
-    assert two.copying == pytest.approx(one.copying * share)
-    assert (two.read, two.reading, two.copied) == (one.read, one.reading, one.copied)
+def test_layers_on_two_gpus_are_computed_one_after_the_other():
+    one = decode_cost(BLUEPRINT, GPU, GPU_SPEEDS, Placement(256, 0, 256))
+    two = decode_cost(BLUEPRINT, GPU, GPU_SPEEDS, Placement(128, 0, 256, other_slots=(128,)))
+    assert two.computing == pytest.approx(one.computing + SYNC_S)
+    slow = replace(GPU_SPEEDS.gpus[0], memory=GPU_SPEEDS.gpus[0].memory / 2)
+    speeds = replace(GPU_SPEEDS, gpus=(GPU_SPEEDS.gpus[0], slow))
+    mixed = decode_cost(BLUEPRINT, GPU, speeds, Placement(128, 0, 256, other_slots=(128,)))
+    assert 1.4 * two.computing < mixed.computing < 1.7 * two.computing
 
 
 def test_slots_of_all_gpus_count_for_the_hit_rate():

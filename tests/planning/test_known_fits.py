@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from planning_tools import BLUEPRINT, CPU, GPU_SPEEDS, SPEEDS, measured
+from planning_tools import BLUEPRINT, CPU, SPEEDS, measured
 
 from mixchat.base.options import LoadOptions
 from mixchat.planning.expectation import expect
@@ -25,14 +25,6 @@ def test_a_cpu_takes_as_long_for_a_part_as_its_bytes_and_a_constant_time_for_a_l
     # Of q, o and each of k and v, with 32, 32 and 8 heads, q and o have 8 now.
     assert sample.layer_seconds == pytest.approx(0.0001 + 0.0009 * 32 / 80)
     assert sample.expert_time("cpu", 1) == pytest.approx(0.003, rel=1e-3)
-
-
-def test_a_gpu_starts_kernels_for_a_small_part_too():
-    tiny = Blueprint(replace(BLUEPRINT.config, intermediate_size=128), BLUEPRINT.quantization)
-    (sample,) = scaled(measured(GPU_SPEEDS), BLUEPRINT, tiny).samples
-    assert sample.expert_time("cpu:0", 1) == 5e-5
-    assert sample.expert_time("cpu", 1) < 5e-5
-    assert sample.layer_seconds == GPU_SPEEDS.layer_seconds
 
 
 def rows(free, **options):

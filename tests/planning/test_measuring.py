@@ -19,7 +19,6 @@ from mixchat.weights.format.expert import Expert
 from mixchat.weights.format.installed_model import InstalledModel
 
 CPU = torch.device("cpu")
-OTHER = torch.device("cpu:0")  # another device by its name
 QUICK = Effort(file_bytes=1_000_000, pool_bytes=200_000, seconds=0.01)
 
 
@@ -75,11 +74,11 @@ def blueprint(tiny_model: Path) -> Blueprint:
 
 
 def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint, tmp_path):
-    result = take_sample(blueprint, tmp_path / "not there yet", CPU, no_layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path / "not there yet", [], no_layer, effort=QUICK)
     assert set(result.expert_seconds) == {"cpu"}
     assert set(result.expert_seconds["cpu"]) >= {1, 8}  # the others too, unless cores are busy
     assert all(seconds > 0 for seconds in result.expert_seconds["cpu"].values())
-    assert result.copy_bandwidth is None
+    assert (result.gpus, result.copy_bandwidth) == ((), None)
     assert result.disk_bandwidth is not None
     assert result.disk_bandwidth_idle is not None
     assert 1e5 < result.disk_bandwidth < 1e12
@@ -89,7 +88,7 @@ def test_a_cpu_is_measured_and_nothing_stays_behind(blueprint, tmp_path):
 
 def test_figures_are_those_of_what_ran(blueprint, tmp_path, taking):
     taking(0.0005)
-    result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path, [], no_layer, effort=QUICK)
     seconds = result.expert_seconds["cpu"]
     assert seconds[1] == pytest.approx(0.0005, rel=0.05)
     assert seconds[8] == pytest.approx(0.004, rel=0.05)
@@ -99,19 +98,18 @@ def test_figures_are_those_of_what_ran(blueprint, tmp_path, taking):
 
 def test_a_fast_cpu_is_measured_with_all_counts_of_rows(blueprint, tmp_path, taking):
     taking(0)
-    result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path, [], no_layer, effort=QUICK)
     assert set(result.expert_seconds["cpu"]) == {1, 8, 64, 512}
 
 
-@pytest.mark.parametrize("device", [CPU, OTHER], ids=str)
-def test_a_layer_is_measured_on_its_device(blueprint, tmp_path, device, clock, taking):
+def test_a_layer_is_measured_without_gradients(blueprint, tmp_path, clock, taking):
     taking(0)
 
     def layer():
         assert torch.is_inference_mode_enabled()
         clock.sleep(0.004)
 
-    result = take_sample(blueprint, tmp_path, device, layer, effort=QUICK)
+    result = take_sample(blueprint, tmp_path, [], layer, effort=QUICK)
     assert result.layer_seconds == pytest.approx(0.004, rel=0.05)
 
 
@@ -130,7 +128,7 @@ def test_a_figure_is_the_mean_of_what_came_after_the_first_time(
 ):
     taking(0)
     effort = dataclasses.replace(QUICK, seconds=0.1)
-    result = take_sample(blueprint, tmp_path, CPU, lambda: clock.sleep(next(pauses)), effort=effort)
+    result = take_sample(blueprint, tmp_path, [], lambda: clock.sleep(next(pauses)), effort=effort)
     assert result.layer_seconds == pytest.approx(seconds, rel=0.05)
 
 
@@ -164,23 +162,6 @@ def test_measuring_a_busy_machine_has_an_end(
         assert tries == {"expert": 4, "disk": 1}
 
 
-def test_another_device_is_measured_beside_the_cpu(blueprint, tmp_path, clock, taking):
-    taking(0)
-    copied = []
-
-    def copy(target, source):
-        copied.append((target.data_ptr(), target.nbytes, source.nbytes))
-        clock.sleep(0.001)
-
-    result = take_sample(blueprint, tmp_path, OTHER, no_layer, copy=copy, effort=QUICK)
-    stride = blueprint.expert.stride
-    assert set(result.expert_seconds) == {"cpu", "cpu:0"}
-    assert result.copy_bandwidth is not None
-    assert result.copy_bandwidth == pytest.approx(stride / 0.001, rel=0.05)
-    assert {(target, source) for _, target, source in copied} == {(stride, stride)}
-    assert len({place for place, _, _ in copied}) > 1
-
-
 def test_experts_larger_than_the_caches_are_computed_in_turn(
     blueprint, tmp_path, clock, monkeypatch
 ):
@@ -193,7 +174,7 @@ def test_experts_larger_than_the_caches_are_computed_in_turn(
         return x
 
     monkeypatch.setattr(Expert, "__call__", watch)
-    take_sample(blueprint, tmp_path, CPU, no_layer, effort=QUICK)
+    take_sample(blueprint, tmp_path, [], no_layer, effort=QUICK)
     assert len(seen) * blueprint.expert.stride >= QUICK.pool_bytes
 
 
@@ -217,7 +198,7 @@ def test_the_disk_is_measured_with_four_experts_at_least_while_the_cpu_computes_
     monkeypatch.setattr(Expert, "__call__", watch)
     for file_bytes in (1, 10**6):
         effort = dataclasses.replace(QUICK, file_bytes=file_bytes)
-        result = take_sample(blueprint, tmp_path, CPU, no_layer, effort=effort)
+        result = take_sample(blueprint, tmp_path, [], no_layer, effort=effort)
         assert (result.disk_bandwidth, result.disk_bandwidth_idle) == (2e9, 3e9)
         assert result.disk_bandwidth_fresh == 1e9
     stride = blueprint.expert.stride

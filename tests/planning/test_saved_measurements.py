@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planning_tools import CPU, GPU, SPEEDS, without_disk
+from planning_tools import CPU, GPU, GPU_SPEEDS, SPEEDS, without_disk
 
 from mixchat.base import machine
 from mixchat.planning import measuring
@@ -48,11 +48,11 @@ def test_measuring_again_replaces_what_was_known(tmp_path):
     left = iter(samples)
     made = measure_and_save(path, "here", PLACE, lambda: next(left))
     assert made == dataclasses.replace(MADE, samples=tuple(samples))
-    assert load_measurement(path, "here", CPU) == made
+    assert load_measurement(path, "here", 0) == made
     slower = dataclasses.replace(SPEEDS, memory_bandwidth=1e9)
     made = measure_and_save(path, "here", PLACE, lambda: slower)
     assert made.samples == (slower,) * SAMPLES
-    assert load_measurement(path, "here", CPU) == made
+    assert load_measurement(path, "here", 0) == made
 
 
 def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path):
@@ -62,29 +62,29 @@ def test_each_key_has_its_own_result_and_the_last_ones_stay(tmp_path):
         measure_and_save(path, str(index), PLACE, lambda result=result: result)
         for index, result in enumerate(results)
     ]
-    assert load_measurement(path, "39", CPU) == made[39]
-    assert load_measurement(path, "8", CPU) == made[8]
-    assert load_measurement(path, "7", CPU) is None
-    assert load_measurement(path, "39", GPU) is None
+    assert load_measurement(path, "39", 0) == made[39]
+    assert load_measurement(path, "8", 0) == made[8]
+    assert load_measurement(path, "7", 0) is None
+    assert load_measurement(path, "39", 1) is None
 
 
 def entry(**changes: Any) -> str:
     sample = {**dataclasses.asdict(SPEEDS), **changes}
     made = {**dataclasses.asdict(MADE), "samples": [sample] * SAMPLES}
-    return json.dumps({"format": 4, "machines": {"here": made}})
+    return json.dumps({"format": 5, "machines": {"here": made}})
 
 
 DAMAGED = [
     "",
     "{",
     "[" * 100_000,
-    '{"format": 4}',
-    '{"format": 4, "machines": []}',
-    '{"format": 4, "machines": {"here": null}}',
-    '{"format": 4, "machines": {"here": [1]}}',
-    '{"format": 4, "machines": {"here": {}}}',
-    '{"format": 4, "machines": {"here": {"measured_at": 1, "samples": []}}}',
-    entry().replace('"format": 4', '"format": 0'),
+    '{"format": 5}',
+    '{"format": 5, "machines": []}',
+    '{"format": 5, "machines": {"here": null}}',
+    '{"format": 5, "machines": {"here": [1]}}',
+    '{"format": 5, "machines": {"here": {}}}',
+    '{"format": 5, "machines": {"here": {"measured_at": 1, "samples": []}}}',
+    entry().replace('"format": 5', '"format": 0'),
     entry().replace('"measured_at": 1700000000.0', '"measured_at": "today"'),
     entry(memory_bandwidth=0),
     entry(disk_bandwidth_idle="3e9"),
@@ -97,19 +97,32 @@ DAMAGED = [
     entry(expert_seconds={"cpu": {"one": 1.0, "8": 1.0}}),
     entry(expert_seconds={"cpu": {"1": 1.0, "8": None}}),
     entry(layer_seconds=0),
+    entry(gpus=[{"name": "a GPU"}]),
+    entry(gpus=None),
     entry().replace(', "cpu": "a CPU"', ""),
     entry().replace('"other_programs": 0.1', '"other_programs": "some"'),
     entry().replace(', "layer_seconds": 0.001', ""),
 ]
 
 
+def test_the_figures_of_gpus_are_saved_and_damaged_ones_are_not_read(tmp_path):
+    path = tmp_path / "machine.json"
+    made = measure_and_save(path, "here", PLACE, lambda: GPU_SPEEDS)
+    assert load_measurement(path, "here", 1) == made
+    assert load_measurement(path, "here", 2) is None
+    figures = dataclasses.asdict(GPU_SPEEDS.gpus[0])
+    for damaged in ({"memory": 0}, {"bus": "fast"}, {"efficiency": {"nf4": -1}}, {"name": "X"}):
+        path.write_text(entry(gpus=[figures | damaged]))
+        assert (load_measurement(path, "here", 1) is None) == ("name" not in damaged)
+
+
 def test_a_damaged_or_old_file_is_measured_and_written_again(tmp_path):
     path = tmp_path / "machine.json"
     for text in DAMAGED:
         path.write_text(text)
-        assert load_measurement(path, "here", CPU) is None, text
+        assert load_measurement(path, "here", 0) is None, text
         assert measure_and_save(path, "here", PLACE, lambda: SPEEDS) == MADE
-        assert load_measurement(path, "here", CPU) == MADE
+        assert load_measurement(path, "here", 0) == MADE
 
 
 def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
@@ -120,7 +133,7 @@ def test_a_link_in_its_place_is_neither_read_nor_written_through(tmp_path):
     assert measure_and_save(path, "here", PLACE, lambda: other).typical == other
     assert precious.read_text() == entry()
     assert not path.is_symlink()
-    assert load_measurement(path, "here", CPU) == dataclasses.replace(
+    assert load_measurement(path, "here", 0) == dataclasses.replace(
         MADE, samples=(other,) * SAMPLES
     )
 

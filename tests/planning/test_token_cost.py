@@ -1,32 +1,37 @@
 """The cost of a token: computing, copying, reading, and the part that runs at the same time."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning_tools import without_disk
+from planning_tools import BLUEPRINT, GPU_SPEEDS, without_disk
 
-from mixchat.planning.expectation import OVERLAP, ModelSize, TokenCost, token_cost
+from mixchat.planning.expectation import OVERLAP, ModelSize, TokenCost, gpu_token_cost, token_cost
+from mixchat.planning.gpu_cost import GPUWork, parts_of
+from mixchat.planning.gpu_speeds import KERNEL_S, KERNELS_PER_LAYER, SYNC_S
 from mixchat.planning.machine_speeds import MachineSpeeds
 
 # 8 uses of experts a token. A head as large as three experts.
 SIZE = ModelSize(layers=4, experts_per_token=2, expert=1_000_000, head=3_000_000)
-CPU = MachineSpeeds(1e9, 2e9, 2e9, 3e10, None, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
-GPU = dataclasses.replace(
-    CPU, copy_bandwidth=1e10, expert_seconds={"cpu": {1: 0.01, 8: 0.02}, "cuda": {1: 1e-3, 8: 2e-3}}
-)
+CPU = MachineSpeeds(1e9, 2e9, 2e9, 3e10, {"cpu": {1: 0.01, 8: 0.02}}, 0.002)
 rates = st.floats(0, 1)
 
 
-def cost(speeds: MachineSpeeds, device: str, hit_rate: float, host_hit_rate: float) -> TokenCost:
-    found = token_cost(SIZE, speeds, device, hit_rate, host_hit_rate)
+def cost(speeds: MachineSpeeds, hit_rate: float) -> TokenCost:
+    found = token_cost(SIZE, speeds, hit_rate)
+    assert found is not None
+    return found
+
+
+def gpu_cost(hit_rate: float, host_hit_rate: float) -> TokenCost:
+    found = gpu_token_cost(BLUEPRINT, GPU_SPEEDS, (100,), hit_rate, host_hit_rate)
     assert found is not None
     return found
 
 
 def test_on_a_cpu_that_holds_all_a_token_is_only_computed():
-    found = cost(CPU, "cpu", 1, 1)
+    found = cost(CPU, 1)
     # 4 layers, 8 experts, and the head at the pace of an expert.
     assert found.computing == pytest.approx(4 * 0.002 + 8 * 0.01 + 3 * 0.01)
     assert (found.copying, found.reading, found.copied, found.read) == (0, 0, 0, 0)
@@ -35,25 +40,49 @@ def test_on_a_cpu_that_holds_all_a_token_is_only_computed():
 
 def test_first_layers_without_experts_count_at_the_pace_of_an_expert():
     """They cost no time at all once."""
-    more = token_cost(dataclasses.replace(SIZE, first_layers=5_000_000), CPU, "cpu", 1, 1)
+    more = token_cost(replace(SIZE, first_layers=5_000_000), CPU, 1)
     assert more is not None
-    assert more.computing == pytest.approx(cost(CPU, "cpu", 1, 1).computing + 5 * 0.01)
+    assert more.computing == pytest.approx(cost(CPU, 1).computing + 5 * 0.01)
 
 
 def test_what_a_cpu_does_not_hold_is_read_more_slowly_while_it_computes():
-    found = cost(CPU, "cpu", 0.75, 0.75)
+    found = cost(CPU, 0.75)
     assert found.read == pytest.approx(2)
     assert found.reading == pytest.approx(2 * 1e6 / 2e9)  # with nothing beside it
     assert found.slowed == pytest.approx(0.5)
     assert (found.copied, found.copying) == (0, 0)
 
 
-def test_what_a_gpu_does_not_hold_is_copied_and_read_only_where_ram_does_not_hold_it():
-    found = cost(GPU, "cuda", 0.25, 0.75)
-    assert found.computing == pytest.approx(4 * 0.002 + 11 * 1e-3)  # by the GPU
-    assert (found.copied, found.read) == (pytest.approx(6), pytest.approx(2))
-    assert found.copying == pytest.approx(6 * 1e6 / 1e10)
-    assert found.reading == pytest.approx(2 * 1e6 / 2e9)
+def test_a_gpu_reads_what_it_holds_while_the_cpu_computes_the_rest():
+    """Missing experts were copied to the GPU, which takes 8 times as long as to compute them."""
+    found, gpu = gpu_cost(0.25, 0.75), GPU_SPEEDS.gpus[0]
+    expert = BLUEPRINT.expert.nbytes / (0.8 * gpu.memory)
+    assert (found.missed, found.read) == (pytest.approx(48), pytest.approx(16))
+    longest = 0.25**2 * 2 * expert + 2 * 0.25 * 0.75 * 0.003 + 0.75**2 * 2 * 0.003
+    assert found.waiting == pytest.approx(32 * longest - 16 * expert)
+    assert found.reading == pytest.approx(16 * BLUEPRINT.expert.stride / 3e9)
+    assert (found.copied, found.copying) == (0, 0)
+    everything = gpu_cost(1, 1)
+    assert (everything.waiting, everything.missed, everything.read) == (0, 0, 0)
+    waits = 32 * SYNC_S
+    assert found.computing == pytest.approx(everything.computing - 48 * expert + waits)
+
+
+def test_with_all_in_vram_a_token_takes_its_bytes_its_kernels_and_one_wait():
+    """Every type had 300 GB/s, so that a plan for any card and any bits was the same."""
+    gpu, work = GPU_SPEEDS.gpus[0], GPUWork(BLUEPRINT, parts_of(GPU_SPEEDS.gpus, (1,)))
+    kernels = 32 * KERNELS_PER_LAYER * KERNEL_S
+    seconds = gpu_cost(1, 1).seconds
+    assert seconds == pytest.approx(
+        work.bytes_per_token / (0.8 * gpu.memory) + kernels + SYNC_S, rel=1e-3
+    )
+    faster = replace(gpu, memory=2 * gpu.memory)
+    assert gpu_token_cost(
+        BLUEPRINT, replace(GPU_SPEEDS, gpus=(faster,)), (1,), 1, 1
+    ).seconds == pytest.approx((seconds - kernels - SYNC_S) / 2 + kernels + SYNC_S)
+    measured = replace(gpu, efficiency={"nf4": 0.4})
+    slower = gpu_token_cost(BLUEPRINT, replace(GPU_SPEEDS, gpus=(measured,)), (1,), 1, 1)
+    assert slower.seconds > seconds
 
 
 def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other():
@@ -62,19 +91,19 @@ def test_a_part_of_the_shorter_of_both_is_hidden_behind_the_other():
     assert slow.seconds == pytest.approx(0.9 - OVERLAP * 0.1)
     fast = TokenCost(computing=1.0, copying=0.1, reading=0.1, copied=1, read=1)
     assert fast.seconds == pytest.approx(1.2 - OVERLAP * 0.2)
-    slowed = dataclasses.replace(slow, slowed=0.6)
+    slowed = replace(slow, slowed=0.6)
     assert slowed.hidden == pytest.approx(OVERLAP * 0.06)
 
 
 def test_without_figures_of_the_disk_only_what_needs_none_has_a_cost():
     blind = without_disk(CPU)
-    assert cost(blind, "cpu", 1, 1) == cost(CPU, "cpu", 1, 1)
-    assert token_cost(SIZE, blind, "cpu", hit_rate=0.5, host_hit_rate=0.5) is None
+    assert cost(blind, 1) == cost(CPU, 1)
+    assert token_cost(SIZE, blind, hit_rate=0.5) is None
 
 
-@given(rates, rates, rates, st.sampled_from([CPU, GPU]))
-def test_more_hits_never_cost_more(one, other, slots, known):
+@given(rates, rates, rates)
+def test_more_hits_never_cost_more(one, other, slots):
     worse, better = sorted((one, other))
-    device = "cuda" if known is GPU else "cpu"
-    assert cost(known, device, slots, better).seconds <= cost(known, device, slots, worse).seconds
-    assert cost(known, device, better, 1).seconds <= cost(known, device, worse, 1).seconds
+    assert cost(CPU, better).seconds <= cost(CPU, worse).seconds
+    assert gpu_cost(slots, better).seconds <= gpu_cost(slots, worse).seconds
+    assert gpu_cost(better, 1).seconds <= gpu_cost(worse, 1).seconds + 1e-12

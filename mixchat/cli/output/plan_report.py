@@ -11,8 +11,8 @@ from mixchat.base.quantities import format_least, format_size
 from mixchat.cli.output import plan_text
 from mixchat.cli.output.plan_text import count_text, gpus_text, section, speed_text
 from mixchat.cli.output.reports import DownloadReport, Report, aligned, disk_as_json
+from mixchat.planning import gpu_speeds
 from mixchat.planning.expectation import LONG_PROMPT, PROMPT
-from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.weights.make.quantize_options import DEMO_LOSS
 
 if TYPE_CHECKING:
@@ -76,7 +76,6 @@ class PlanReport(Report):
         outline, plan = self.outline, self.plan
         fit, expected, first, prompt = plan.fit, plan.expected, plan.first_token, plan.prompt
         cost, measurement = expected.cost, plan.measurement
-        assumed = {"gpu_memory": GPU_MEMORY, "gpu_bus": GPU_BUS, "gpu_compute": GPU_COMPUTE}
         return {
             "model": outline.name,
             "path": str(outline.directory),
@@ -90,7 +89,12 @@ class PlanReport(Report):
             "verdict": expected.speed and expected.speed.in_words,
             "command": self.command,
             "told": asdict(plan.told),
-            "assumed": assumed if plan.gpu_is_assumed else None,
+            "gpus": [
+                asdict(card)
+                | {"efficiency": {name: part for name, (part, _) in plan.types_on_gpu.items()}}
+                for card in plan.gpus
+            ],
+            "assumed": assumed_figures(plan),
             "machine": asdict(plan.machine),
             "device": str(plan.device),
             "speeds": asdict(measurement.typical),
@@ -164,14 +168,30 @@ class PlanReport(Report):
             together = speed_text(expected.together)
             text = f"{text} for each of {expected.answers} answers at once, {together} together"
         yield "speed", f"{text}, {expected.speed.in_words}" if expected.speed else text
-        if plan.gpu_is_assumed:
-            yield "", "the GPU's speed is assumed"
+        if plan.gpus and plan.gpus[0].origin != "measured":
+            card = "a cheap card" if plan.gpus[0].origin == "assumed" else "the card's data sheet"
+            yield "", f"the GPU's speed is predicted by {card}, not measured"
         elif plan.measurement.busy:
             yield "", "measured on a busy machine: use --measure when it is idle"
         if self.command:
             yield "next", self.command
         else:
             yield "next", "free some disk, or set MIXCHAT_HOME to a directory on a larger one"
+
+
+def assumed_figures(plan: MachinePlan) -> dict[str, Any] | None:
+    """Return the figures of GPUs that nobody measured or published, None without a GPU."""
+    if not plan.gpus:
+        return None
+    parts = plan.types_on_gpu.items()
+    return {
+        "efficiency": [name for name, (_, origin) in parts if origin == "assumed"],
+        "kernels_per_layer": gpu_speeds.KERNELS_PER_LAYER,
+        "kernel_seconds": gpu_speeds.KERNEL_S,
+        "sync_seconds": gpu_speeds.SYNC_S,
+        "bus_part": gpu_speeds.BUS_PART,
+        "compute_part": gpu_speeds.COMPUTE_PART,
+    }
 
 
 def _speed_as_json(expected: Expectation | None) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from mixchat.base.quantities import format_age, format_rates, format_size, format_time, format_times
 from mixchat.cli.output.reports import aligned
+from mixchat.planning import gpu_speeds
 from mixchat.planning.expectation import LONG_PROMPT, PROMPT
-from mixchat.planning.hardware import GPU_BUS, GPU_COMPUTE, GPU_MEMORY
 from mixchat.planning.machine_speeds import IN_USE
 from mixchat.planning.routing import repeats_as_mixtral
 from mixchat.weights.make.quantize_options import DEMO_LOSS
@@ -63,16 +63,9 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
         yield "GPU", "not used"
     yield from _disk(plan)
     measurement, speeds = plan.measurement, plan.measurement.typical
-    for device in speeds.expert_seconds:
-        name = "the CPU" if device == "cpu" else "the GPU"
-        pace = f", reading {_rate(speeds.memory_bandwidth)} of weights" if device == "cpu" else ""
-        yield "expert", f"takes {_time(speeds.expert_time(device, 1))} for a token on {name}{pace}"
-    if speeds.copy_bandwidth is not None:
-        yield "copies", f"{_rate(speeds.copy_bandwidth)} from RAM to the GPU"
-    if plan.gpu_is_assumed:
-        yield "assumed", "the speeds of the GPU, because this machine has none to measure:"
-        memory, compute = _rate(GPU_MEMORY), f"{GPU_COMPUTE / 1e12:.0f} TFLOP/s"
-        yield "", f"{memory} from its memory, {_rate(GPU_BUS)} from RAM, {compute}"
+    reading = f"reading {_rate(speeds.memory_bandwidth)} of weights"
+    yield "expert", f"takes {_time(speeds.expert_time('cpu', 1))} for a token on the CPU, {reading}"
+    yield from _gpus(plan)
     when = datetime.fromtimestamp(measurement.measured_at).strftime("%Y-%m-%d %H:%M")
     age = format_age(time.time() - measurement.measured_at)
     samples = count_text(len(measurement.samples), "sample")
@@ -80,6 +73,39 @@ def _machine(plan: MachinePlan) -> Iterator[tuple[str, str]]:
     yield "", f"on {measurement.cpu}, and the disk of {measurement.directory}"
     if measurement.busy:
         yield "", "measured on a busy machine: better figures come when it is idle"
+
+
+# Where the figures of a GPU come from.
+_ORIGINS = {"measured": "measured", "card": "data sheet", "assumed": "assumed"}
+
+
+def _gpus(plan: MachinePlan) -> Iterator[tuple[str, str]]:
+    """Yield the figures of the GPUs, and which are measured, known and assumed."""
+    for number, card in enumerate(plan.gpus):
+        figures = (
+            f"{_rate(card.memory)} from its memory, {_rate(card.bus)} from RAM, "
+            f"{card.compute / 1e12:.3g} TFLOP/s"
+        )
+        yield "speed" if not number else f"cuda:{number}", f"{figures} ({_ORIGINS[card.origin]})"
+    if not plan.gpus:
+        return
+    for origin in ("measured", "assumed"):
+        parts = [
+            f"{part:.0%} for {name}"
+            for name, (part, known) in plan.types_on_gpu.items()
+            if known == origin
+        ]
+        if parts:
+            yield origin, f"kernels reach of that memory's speed {', '.join(parts)}"
+    yield (
+        "assumed",
+        f"{gpu_speeds.KERNEL_S * 1e6:.0f} us for each of {gpu_speeds.KERNELS_PER_LAYER} kernels a "
+        f"layer, {gpu_speeds.SYNC_S * 1e6:.0f} us a wait",
+    )
+    if plan.gpus[0].origin != "measured":
+        # Both are in the figures above.
+        bus, compute = gpu_speeds.BUS_PART, gpu_speeds.COMPUTE_PART
+        yield "", f"{bus:.0%} of the data sheet's bus, and {compute:.0%} of its TFLOP/s"
 
 
 def _memory(size: int, free: int, flag: str | None) -> str:
@@ -229,6 +255,9 @@ def _sizes(plan: MachinePlan) -> str:
 
 def _reasons(cost: TokenCost) -> Iterator[str]:
     yield f"{_time(cost.computing)} computing"
+    if cost.waiting:
+        missed = f"{_number(cost.missed)} experts that the CPU computes meanwhile"
+        yield f"{_time(cost.waiting)} waiting for {missed}"
     if cost.copied:
         yield f"{_time(cost.copying)} copying {_number(cost.copied)} experts from RAM to the GPU"
     if cost.read:

@@ -1,0 +1,271 @@
+"""The published figures of common GPUs by their names, and the search for a name.
+
+The figures are those of NVIDIA's and AMD's data sheets and architecture white papers, the compute
+capabilities those of developer.nvidia.com/cuda-gpus. Real cards differ by some percent, and a
+laptop's compute rate by its power limit.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+
+from mixchat.base.errors import UsageError
+from mixchat.base.quantities import parse_size
+
+# Of NVIDIA's cards. Triton's and bitsandbytes' code begins with Turing.
+_MIN_CAPABILITY = (7, 5)
+_GIB = 2**30
+_NEAREST = 4  # names that an error gives
+_LONGEST = 60  # characters of a name
+_MOST_CARDS = 16  # of a machine
+
+# Bytes a second of a PCI Express slot after its encoding, by generation and lanes, in GB/s.
+_PCIE = {"3x8": 7.9, "3x16": 15.8, "4x8": 15.8, "4x16": 31.5, "5x8": 31.5, "5x16": 63.0}
+
+# Name, GiB of memory, GB/s of memory, PCI Express, compute capability (of AMD the architecture),
+# and TFLOP/s of 16-bit matrix products with sums in fp32, without sparsity, 0 without such units.
+# If a name has several sizes, the first one is the usual one.
+_CARDS = """
+GTX 1060              6   192   3x16  6.1   0
+GTX 1070              8   256   3x16  6.1   0
+GTX 1080              8   320   3x16  6.1   0
+GTX 1080 Ti          11   484   3x16  6.1   0
+GTX 1650              4   128   3x16  7.5   6
+GTX 1650 SUPER        4   192   3x16  7.5   9
+GTX 1660              6   192   3x16  7.5  10
+GTX 1660 SUPER        6   336   3x16  7.5  10
+GTX 1660 Ti           6   288   3x16  7.5  11
+RTX 2060              6   336   3x16  7.5  26
+RTX 2060 12GB        12   336   3x16  7.5  29
+RTX 2060 SUPER        8   448   3x16  7.5  29
+RTX 2070              8   448   3x16  7.5  30
+RTX 2070 SUPER        8   448   3x16  7.5  36
+RTX 2080              8   448   3x16  7.5  40
+RTX 2080 SUPER        8   496   3x16  7.5  45
+RTX 2080 Ti          11   616   3x16  7.5  54
+TITAN RTX            24   672   3x16  7.5  130
+RTX 3050              8   224   4x8   8.6  18
+RTX 3050 6GB          6   168   4x8   8.6  14
+RTX 3060             12   360   4x16  8.6  25
+RTX 3060 8GB          8   240   4x16  8.6  25
+RTX 3060 Ti           8   448   4x16  8.6  32
+RTX 3070              8   448   4x16  8.6  41
+RTX 3070 Ti           8   608   4x16  8.6  43
+RTX 3080             10   760   4x16  8.6  60
+RTX 3080 12GB        12   912   4x16  8.6  61
+RTX 3080 Ti          12   912   4x16  8.6  68
+RTX 3090             24   936   4x16  8.6  71
+RTX 3090 Ti          24  1008   4x16  8.6  80
+RTX 4060              8   272   4x8   8.9  30
+RTX 4060 Ti           8   288   4x8   8.9  44
+RTX 4060 Ti 16GB     16   288   4x8   8.9  44
+RTX 4070             12   504   4x16  8.9  58
+RTX 4070 SUPER       12   504   4x16  8.9  71
+RTX 4070 Ti          12   504   4x16  8.9  80
+RTX 4070 Ti SUPER    16   672   4x16  8.9  88
+RTX 4080             16   717   4x16  8.9  97
+RTX 4080 SUPER       16   736   4x16  8.9  104
+RTX 4090             24  1008   4x16  8.9  165
+RTX 5050              8   320   5x8   12.0  26
+RTX 5060              8   448   5x8   12.0  38
+RTX 5060 Ti          16   448   5x8   12.0  47
+RTX 5060 Ti 8GB       8   448   5x8   12.0  47
+RTX 5070             12   672   5x16  12.0  62
+RTX 5070 Ti          16   896   5x16  12.0  88
+RTX 5080             16   960   5x16  12.0  113
+RTX 5090             32  1792   5x16  12.0  210
+RTX 2060 Laptop       6   336   3x16  7.5  18
+RTX 2070 Laptop       8   448   3x16  7.5  26
+RTX 2080 Laptop       8   384   3x16  7.5  37
+RTX 3050 Laptop       4   192   4x8   8.6  14
+RTX 3050 Ti Laptop    4   192   4x8   8.6  17
+RTX 3060 Laptop       6   336   4x16  8.6  22
+RTX 3070 Laptop       8   448   4x16  8.6  32
+RTX 3070 Ti Laptop    8   448   4x16  8.6  33
+RTX 3080 Laptop       8   448   4x16  8.6  38
+RTX 3080 16GB Laptop 16   448   4x16  8.6  38
+RTX 3080 Ti Laptop   16   512   4x16  8.6  47
+RTX 4050 Laptop       6   192   4x8   8.9  18
+RTX 4060 Laptop       8   256   4x8   8.9  23
+RTX 4070 Laptop       8   256   4x8   8.9  31
+RTX 4080 Laptop      12   432   4x16  8.9  49
+RTX 4090 Laptop      16   576   4x16  8.9  66
+RTX 5060 Laptop       8   384   5x8   12.0  26
+RTX 5070 Laptop       8   384   5x8   12.0  36
+RTX 5070 Ti Laptop   12   672   5x16  12.0  47
+RTX 5080 Laptop      16   896   5x16  12.0  55
+RTX 5090 Laptop      24   896   5x16  12.0  64
+P40                  24   346   3x16  6.1   0
+P100                 16   732   3x16  6.0   0
+V100                 16   900   3x16  7.0  112
+V100 32GB            32   900   3x16  7.0  112
+T4                   16   320   3x16  7.5  65
+A2                   16   200   4x8   8.6  18
+A10                  24   600   4x16  8.6  125
+A10G                 24   600   4x16  8.6  70
+A30                  24   933   4x16  8.0  165
+A40                  48   696   4x16  8.6  150
+A100                 40  1555   4x16  8.0  312
+A100 80GB            80  1935   4x16  8.0  312
+L4                   24   300   4x16  8.9  121
+L40                  48   864   4x16  8.9  181
+L40S                 48   864   4x16  8.9  362
+H100                 80  3350   5x16  9.0  989
+H100 PCIe            80  2000   5x16  9.0  756
+H100 NVL             94  3900   5x16  9.0  835
+H200                141  4800   5x16  9.0  989
+B200                180  8000   5x16  10.0  2250
+Quadro RTX 4000       8   416   3x16  7.5  57
+Quadro RTX 5000      16   448   3x16  7.5  89
+Quadro RTX 6000      24   672   3x16  7.5  130
+Quadro RTX 8000      48   672   3x16  7.5  130
+RTX A2000             6   288   4x16  8.6  32
+RTX A2000 12GB       12   288   4x16  8.6  32
+RTX A4000            16   448   4x16  8.6  77
+RTX A4500            20   640   4x16  8.6  95
+RTX A5000            24   768   4x16  8.6  111
+RTX A5500            24   768   4x16  8.6  136
+RTX A6000            48   768   4x16  8.6  155
+RTX 2000 Ada         16   224   4x8   8.9  48
+RTX 4000 Ada         20   360   4x16  8.9  107
+RTX 4500 Ada         24   432   4x16  8.9  159
+RTX 5000 Ada         32   576   4x16  8.9  261
+RTX 6000 Ada         48   960   4x16  8.9  364
+RTX PRO 4000         24   672   5x16  12.0  187
+RTX PRO 4500         32   896   5x16  12.0  219
+RTX PRO 5000         48  1344   5x16  12.0  294
+RTX PRO 6000         96  1792   5x16  12.0  504
+RX 7600 XT           16   288   4x8   gfx1102  45
+RX 7700 XT           12   432   4x16  gfx1101  70
+RX 7800 XT           16   624   4x16  gfx1101  75
+RX 7900 GRE          16   576   4x16  gfx1100  92
+RX 7900 XT           20   800   4x16  gfx1100  103
+RX 7900 XTX          24   960   4x16  gfx1100  123
+PRO W7900            48   864   4x16  gfx1100  123
+RX 9060 XT           16   320   5x16  gfx1200  103
+RX 9070              16   640   5x16  gfx1201  145
+RX 9070 XT           16   640   5x16  gfx1201  195
+MI210                64  1638   4x16  gfx90a  181
+MI300X              192  5300   5x16  gfx942  1307
+"""
+# What people and drivers write around a name, and the size that may end it.
+_NOISE = re.compile(
+    r"\b(nvidia|geforce|amd|radeon|instinct|tesla|gpu|graphics|generation|blackwell|workstation"
+    r"|server|edition|tensor core|max q|hbm[23]e?|sxm[0-9]?|(?<=a100 )pcie)\b"
+    r"|\((r|tm)\)|[\u00ae\u2122]"
+)
+_SIZE = re.compile(r"\b([0-9]{1,3}) ?gb\b")
+_AMOUNT = re.compile(r"[0-9.]+\s*([KMGT]?I?B?|%)", re.IGNORECASE)  # of memory
+_UNKNOWN = "a GPU"
+_SERIES = ("", "rtx", "gtx", "rx")  # which people leave out
+_COUNT = re.compile(r"\s*([0-9]{1,2})\s*[x*\u00d7]\s*(\S.*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Card:
+    """The figures of a card.
+
+    memory: bytes. bandwidth: bytes a second of its memory. bus: bytes a second from RAM. compute:
+    floating-point operations a second of 16-bit matrix products. capability: of CUDA, None for a
+    card of AMD. is_known: false for a GPU of which only the memory is known.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    bus: float
+    compute: float
+    capability: tuple[int, int] | None = None
+    is_known: bool = True
+
+    @classmethod
+    def of_size(cls, memory: int) -> Card:
+        """Return a cheap card with this memory, which stands for an unknown one."""
+        return cls(_UNKNOWN, memory, 3e11, _PCIE["3x16"] * 1e9, 4e13, (8, 0), is_known=False)
+
+
+def too_old(capability: tuple[int, int] | None) -> str | None:
+    """Return why a GPU of this compute capability cannot be used, as the end of a sentence."""
+    if capability is None or capability >= _MIN_CAPABILITY:
+        return None
+    has, needs = (".".join(map(str, version)) for version in (capability, _MIN_CAPABILITY))
+    return f"its compute capability is {has}, and {needs} is needed (GTX 16, RTX 20 or later)"
+
+
+@cache
+def cards() -> tuple[Card, ...]:
+    """Return all cards."""
+    table = []
+    for line in _CARDS.strip().splitlines():
+        *words, memory, bandwidth, pcie, version, compute = line.split()
+        major, _, minor = version.partition(".")
+        table.append(
+            Card(
+                " ".join(words),
+                int(memory) * _GIB,
+                float(bandwidth) * 1e9,
+                _PCIE[pcie] * 1e9,
+                float(compute) * 1e12,
+                (int(major), int(minor)) if minor else None,
+            )
+        )
+    return tuple(table)
+
+
+def find_card(name: str, memory: int | None = None) -> Card | None:
+    """Return the card with a name as a person or a driver writes it, None if it is unknown.
+
+    Of cards with the same name, the one with about `memory` bytes is returned.
+    """
+    text, size = _plain(name)
+    memory = size if memory is None else memory
+    for series in _SERIES:
+        named = [card for card in cards() if _plain(card.name)[0] == series + text]
+        if memory is not None:
+            named = [card for card in named if abs(card.memory - memory) < 0.1 * card.memory]
+        if named:
+            return named[0]
+    return None
+
+
+def parse_cards(text: str) -> tuple[Card, ...]:
+    """Return the GPUs that `24GB`, `RTX 4060`, `2x RTX 3090` or `12GB, RTX 3060` name.
+
+    Raises `UsageError` if a name is unknown, with the nearest ones, or if a card is too old.
+    """
+    named: list[Card] = []
+    for item in text.split(","):
+        match = _COUNT.fullmatch(item)
+        count, name = (int(match[1]), match[2]) if match else (1, item)
+        if not 1 <= len(named) + count <= _MOST_CARDS:
+            raise UsageError(f"a machine has 1 to {_MOST_CARDS} GPUs, not {len(named) + count}")
+        named += [_card_named(name.strip())] * count
+    return tuple(named)
+
+
+def _card_named(name: str) -> Card:
+    card = find_card(name)
+    if card is None and _AMOUNT.fullmatch(name):
+        return Card.of_size(parse_size(name))
+    if card is None:
+        known = {_plain(card.name)[0]: card.name for card in reversed(cards())}
+        near = get_close_matches(_plain(name)[0], known, _NEAREST, cutoff=0.5)
+        names = f"The nearest: {', '.join(known[key] for key in near)}. " if near else ""
+        raise UsageError(
+            f"no card is known as {name[:_LONGEST]!r}", hint=f"{names}A size works, too: 24GB."
+        )
+    if problem := too_old(card.capability):
+        raise UsageError(f"{card.name} cannot be used: {problem}")
+    return card
+
+
+@cache
+def _plain(name: str) -> tuple[str, int | None]:
+    """Return a name without case, spaces, makers and size, and the size in bytes."""
+    text = _NOISE.sub(" ", name[:_LONGEST].lower().replace("-", " "))
+    size = _SIZE.search(text)
+    text = re.sub(r"\s+", "", _SIZE.sub(" ", text))
+    return text, int(size[1]) * _GIB if size else None
