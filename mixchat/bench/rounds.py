@@ -19,6 +19,7 @@ import torch
 
 from mixchat.base import system
 from mixchat.base.options import LoadOptions, SamplingOptions
+from mixchat.base.progress import Note
 from mixchat.bench.machine_limits import (
     Limits,
     LimitsMeter,
@@ -98,10 +99,17 @@ class ColdStart:
 
 
 class Bench:
-    """Measures an installed model on a device."""
+    """Measures an installed model on a device. `note` gets messages for a person."""
 
-    def __init__(self, directory: Path, load: LoadOptions, options: BenchOptions) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        load: LoadOptions,
+        options: BenchOptions,
+        note: Note = lambda text: None,
+    ) -> None:
         self._directory, self._load, self._options = directory, load, options
+        self._note = note
         self._random = random.Random(0)
         with InstalledModel(directory) as installed:
             self.blueprint: Blueprint = installed.blueprint
@@ -125,7 +133,8 @@ class Bench:
                     os.close(fd)
         start = time.perf_counter()
         # Models with random weights repeat themselves, which speculation would predict too well.
-        self.engine = load_engine(self._directory, replace(self._load, speculation=False))
+        load = replace(self._load, speculation=False)
+        self.engine = load_engine(self._directory, load, self._note)
         loaded = time.perf_counter()
         self._rate(self._prompt(COLD_PROMPT), 0)
         ended = time.perf_counter()

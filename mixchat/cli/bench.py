@@ -15,6 +15,7 @@ from mixchat.base.options import ExpertSize
 from mixchat.cli.flags import load_flags
 from mixchat.cli.flags.settings import AGAIN, MEASURING, is_given, option
 from mixchat.cli.flags.shell_completion import known_shapes, one_of
+from mixchat.cli.output.messages import note
 from mixchat.cli.output.progress import status
 from mixchat.engine.environment import prepare_environment
 
@@ -97,7 +98,7 @@ def bench(context: typer.Context, flags: BenchFlags) -> None:
     load = load_flags.load_options(flags, context_size=options.context_size)
     form = size, flags.shape, flags.dense_bits and int(flags.dense_bits)
     with _model(flags.model, synthetic, *form) as directory:
-        measured = Bench(directory, load, options)
+        measured = Bench(directory, load, options, note)
         choose_threads(measured.blueprint)
         with status("the first token, from disk"):
             measured.start_cold()

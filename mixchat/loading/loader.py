@@ -10,9 +10,8 @@ import torch
 from torch.nn import functional
 
 from mixchat.base import gpu
-from mixchat.base.errors import UsageError
 from mixchat.base.model_config import ModelConfig
-from mixchat.base.options import LoadOptions, device_names
+from mixchat.base.options import LoadOptions
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
 from mixchat.base.settings import models_dir
@@ -33,6 +32,7 @@ from mixchat.experts.sharing import in_proportion
 from mixchat.experts.trace import RecordingRunner, TraceWriter
 from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.compile import kernels_available
+from mixchat.loading.devices import devices_for, usable_devices
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import connect_workers, divide_experts
 from mixchat.planning.fitting import FreeMemory, fit_model
@@ -72,9 +72,9 @@ def build_engine(
     """
     with ExitStack() as on_error:
         on_error.callback(installed.close)
-        devices = choose_devices(options.device)
-        device = devices[0]
         config, blueprint = installed.config, installed.blueprint
+        devices = devices_for(blueprint, installed.directory, options, note)
+        device = devices[0]
         exact = options.exact_prompts
         fit = fit_model(blueprint, FreeMemory.now(devices), options)
         dtype = blueprint.quantization.dtype
@@ -136,48 +136,6 @@ def devices_of_layers(
     return [device for device, count in pairs for _ in range(count)]
 
 
-def choose_devices(text: str | None) -> list[torch.device]:
-    """Return the named devices, else all GPUs, else the CPU. Raises `UsageError`.
-
-    The first one computes all but experts.
-    """
-    if text is None:
-        text = gpu.KIND if gpu.count() else "cpu"
-    names = device_names(text)
-    devices = [_device(name) for name in names]
-    if names == [gpu.KIND]:
-        devices = [torch.device(gpu.KIND, number) for number in range(gpu.count())]
-    if len(devices) > 1 and not all(map(gpu.is_gpu, devices)):
-        raise UsageError(f"--device {text!r}: only GPUs compute together; use cpu or cuda")
-    if gpu.is_gpu(devices[0]):
-        gpu.use(devices[0])  # streams and events belong to the current one
-    return devices
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name!r} is not a device; use cpu or cuda") from None
-    if device.type not in ("cpu", gpu.KIND):
-        raise UsageError(f"--device {name!r} is not supported; use cpu or cuda")
-    last = gpu.count() - 1
-    # Torch takes numbers from 128 on for negative ones.
-    if not gpu.is_gpu(device) or 0 <= (device.index or 0) <= last:
-        return device
-    if last < 0:
-        reason = "" if torch.version.cuda else ", because this PyTorch is built for CPUs alone"
-        raise UsageError(
-            f"--device {name!r}: torch sees no GPU here{reason}",
-            hint="Leave --device out, to compute on the CPU.",
-        )
-    usable = f"{gpu.KIND}:0" + (f" to {gpu.KIND}:{last}" if last else "")
-    raise UsageError(
-        f"--device {name!r}: torch sees {last + 1} GPU{'s' if last else ''} here",
-        hint=f"Use {usable}, or leave --device out.",
-    )
-
-
 def speed_predictor(
     directory: Path, device_name: str | None, engine: Engine
 ) -> Callable[[], Prediction | None]:
@@ -185,11 +143,13 @@ def speed_predictor(
 
     It returns None if this machine was not measured for such a model, or if there are workers.
     """
-    first, *more = choose_devices(device_name)
 
     def predict() -> Prediction | None:
         if "worker" in engine.slots_by_tier:
             return None
+        first, more = engine.device, []
+        if gpu.is_gpu(first):
+            first, *more = usable_devices(device_name).devices
         held = dict(engine.slots_by_tier)
         elsewhere, in_ram = held.pop("other-device", 0), held.pop("host")
         slots = held.pop("device", None)

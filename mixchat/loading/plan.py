@@ -15,8 +15,10 @@ from mixchat.base.machine import OtherPrograms
 from mixchat.base.options import ExpertSize, LoadOptions
 from mixchat.base.progress import Reporter
 from mixchat.base.quantities import format_age
-from mixchat.loading.loader import choose_devices
-from mixchat.planning.fitting import MemoryPlan, expected_mix, fit_model, has_bits
+from mixchat.experts.memory import CPU
+from mixchat.loading.devices import is_free_to_choose, on_cpu_because, usable_devices
+from mixchat.planning.faster_device import fit_on_faster, without_gpus
+from mixchat.planning.fitting import FreeMemory, MemoryPlan, expected_mix, fit_model, has_bits
 from mixchat.planning.hardware import Machine, ToldMachine
 from mixchat.planning.machine_speeds import BUSY, Measurement
 from mixchat.planning.measuring import measure_machine, saved_measurement
@@ -45,13 +47,20 @@ def plan(
     in fewer bits follow from it by arithmetic.
     Raises `MixchatError` if the model does not fit, or an option cannot be used.
     """
-    devices, blueprint = choose_devices(options.device), outline.blueprint
+    choice, blueprint = usable_devices(options.device), outline.blueprint
+    devices, reason = choice.devices, choice.reason
     here, device = devices[0], told.device(devices[0])
     machine = told.machine(Machine.now(outline.directory, devices))
-    fit = fit_model(blueprint, machine.free, options)  # refuses before anything is measured
+    chooses = machine.gpu is not None and is_free_to_choose(options)
+    fit = _first_fit(blueprint, machine.free, options, chooses=chooses)
     choose_threads(blueprint)
     known = _measurement(outline, blueprint, here, reporter, programs, again=again)
     measurement = told.measurement(known)
+    if chooses:
+        fit, why = fit_on_faster(blueprint, machine.free, options, measurement)
+        if why is not None:
+            reason = on_cpu_because(machine.gpu or "", why)
+            device, machine = CPU, machine.without_gpus()
     planned = plan_model(machine, device, fit, measurement)
 
     def by_arithmetic(form: MemoryPlan) -> Measurement:
@@ -70,7 +79,19 @@ def plan(
     if outline.installed or "--expert-bits" in outline.arguments or len(sizes) == 1:
         sizes = []  # a person chose already, or has no choice
     fits = fit_known(catalog or {}, machine.free, device, options, by_arithmetic)
-    return replace(planned, told=told, known=tuple(fits), sizes=tuple(sizes))
+    return replace(planned, told=told, known=tuple(fits), sizes=tuple(sizes), reason=reason)
+
+
+def _first_fit(
+    blueprint: Blueprint, free: FreeMemory, options: LoadOptions, *, chooses: bool
+) -> MemoryPlan:
+    """Return the places on the GPUs or, if it may be, on the CPU, before anything is measured."""
+    try:
+        return fit_model(blueprint, free, options)
+    except ResourceError:
+        if not chooses:
+            raise
+        return fit_model(blueprint, without_gpus(free), options)
 
 
 def in_mix(outline: Outline, bits: ExpertSize) -> Outline:

@@ -15,7 +15,7 @@ from mixchat.experts.cache import ExpertKey
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.memory import within_memory
-from mixchat.loading.loader import choose_devices
+from mixchat.loading.devices import usable_devices
 from mixchat.loading.tiers import build_experts
 from mixchat.loading.workers import Share
 from mixchat.planning.fitting import FreeMemory, fit_experts
@@ -137,11 +137,13 @@ class ServedExperts:
 
 def load_served_experts(directory: Path, options: LoadOptions, note: Note) -> ServedExperts:
     """Open an installed model for a worker. Raises as `load_engine` does."""
-    devices = choose_devices(options.device)
+    choice = usable_devices(options.device)
+    if choice.reason is not None:
+        note(choice.reason)
     installed = InstalledModel(directory)
     try:
         choose_threads(installed.blueprint)
-        return ServedExperts(installed, options, devices, note)
+        return ServedExperts(installed, options, choice.devices, note)
     except BaseException:
         installed.close()
         raise

@@ -6,6 +6,7 @@
 - plan.py: the plan of one model or of all known ones, and the predicted speed of a loaded one
 - hardware.py: the machine that a plan is for, this one or one that a person describes
 - fitting.py: places a model in memory, for a plan and for loading
+- faster_device.py: places it on the GPUs, or on the CPU if that is faster
 - expectation.py: how fast it decodes and reads prompts
 - gpu_cost.py: the seconds of a token and of a prompt on GPUs
 - routing.py: hit rates from a router's choices

@@ -192,7 +192,7 @@ def too_old(capability: tuple[int, int] | None) -> str | None:
     if capability is None or capability >= _MIN_CAPABILITY:
         return None
     has, needs = (".".join(map(str, version)) for version in (capability, _MIN_CAPABILITY))
-    return f"its compute capability is {has}, and {needs} is needed (GTX 16, RTX 20 or later)"
+    return f"compute capability {has}, and {needs} is needed (GTX 16, RTX 20 or later)"
 
 
 @cache

@@ -119,9 +119,8 @@ def expect(
 
     Each of `answers` gets a token in each pass.
     """
-    held = held_together(placement)
     hit_rate = expected_hit_rate(blueprint.config, sum(placement.by_device))
-    host_hit_rate = expected_hit_rate(blueprint.config, held)
+    host_hit_rate = expected_hit_rate(blueprint.config, placement.held)
     uses = expected_distinct(blueprint.config, answers)
     parts = size_of(blueprint)
     if device == CPU:
@@ -132,12 +131,12 @@ def expect(
     else:
         costs = [
             gpu_token_cost(
-                blueprint, speeds, placement.by_device, hit_rate, host_hit_rate, answers=answers
+                blueprint, speeds, _shares(placement), hit_rate, host_hit_rate, answers=answers
             )
             for speeds in measurement.in_use
         ]
     speed = speed_range(costs, measurement.measured_at)
-    return Expectation(held, hit_rate, host_hit_rate, costs[0], speed, answers)
+    return Expectation(placement.held, hit_rate, host_hit_rate, costs[0], speed, answers)
 
 
 def speed_range(
@@ -180,21 +179,21 @@ def token_cost(
 def gpu_token_cost(
     blueprint: Blueprint,
     speeds: MachineSpeeds,
-    slots: Sequence[int],
+    shares: Sequence[int],
     hit_rate: float,
     host_hit_rate: float,
     *,
     answers: int = 1,
 ) -> TokenCost | None:
-    """Return the cost of a decoded token on GPUs with so many `slots` each.
+    """Return the cost of a decoded token on GPUs with `shares` as in `parts_of`.
 
-    The slots hold the part `hit_rate` of the experts used, together with RAM `host_hit_rate`. The
+    VRAM holds the part `hit_rate` of the experts used, together with RAM `host_hit_rate`. The
     CPU computes the experts that are in no slot.
     """
     config = blueprint.config
     uses = expected_distinct(config, answers)
     rows = answers * config.num_experts_per_tok / uses
-    work = GPUWork(blueprint, parts_of(speeds.gpus, slots))
+    work = GPUWork(blueprint, parts_of(speeds.gpus, shares))
     time = work.token(hit_rate, uses, speeds.expert_time("cpu", rows))
     uses *= config.num_moe_layers
     cost = moving_cost(
@@ -224,9 +223,8 @@ def moving_cost(
     )
 
 
-def held_together(placement: Placement) -> int:
-    """Return how many different experts the slots and RAM can hold together."""
-    return min(sum(placement.by_device) + placement.host_slots, placement.experts)
+def _shares(placement: Placement) -> tuple[int, ...]:
+    return placement.layers or placement.by_device
 
 
 def size_of(blueprint: Blueprint) -> ModelSize:
@@ -292,13 +290,13 @@ def prompt_speed(
 ) -> SpeedRange | None:
     """Return the tokens a second of a prompt of `prompt` tokens, with empty slots for None."""
     missing = read = 1.0
-    slots: Sequence[int] = (1,)
+    shares: Sequence[int] = (1,)
     if placement is not None:
-        slots = placement.by_device
+        shares = _shares(placement)
         missing = 1 - sum(placement.by_device) / placement.experts
-        read = 1 - held_together(placement) / placement.experts
+        read = 1 - placement.held / placement.experts
     costs = [
-        prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read, slots=slots)
+        prompt_cost(blueprint, device, speeds, prompt, missing=missing, read=read, shares=shares)
         for sample in measurement.samples
         for speeds in (sample.cold if placement is None else sample.in_use,)
     ]
@@ -313,19 +311,19 @@ def prompt_cost(
     *,
     missing: float,
     read: float,
-    slots: Sequence[int] = (1,),
+    shares: Sequence[int] = (1,),
 ) -> TokenCost | None:
     """Return the cost of a prompt of `prompt` tokens, computed in chunks.
 
     In each chunk no slot holds the part `missing` of the experts used, 0 to 1, and the part `read`
-    comes from disk. A GPU has missing experts copied. `slots` are those of each GPU.
+    comes from disk. A GPU has missing experts copied. `shares` are as in `parts_of`.
     """
     config, size = blueprint.config, size_of(blueprint)
     chunks = [min(PREFILL_CHUNK, prompt - start) for start in range(0, prompt, PREFILL_CHUNK)]
     distinct = [expected_distinct(config, tokens) for tokens in chunks]
     uses = config.num_moe_layers * sum(distinct)
     if device != CPU:
-        work = GPUWork(blueprint, parts_of(speeds.gpus, slots))
+        work = GPUWork(blueprint, parts_of(speeds.gpus, shares))
         computing = work.head() + sum(map(work.chunk, chunks, distinct))
         return moving_cost(size.expert, speeds, computing, copied=uses * missing, read=uses * read)
     row_s = speeds.expert_time("cpu", 1)

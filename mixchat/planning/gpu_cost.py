@@ -20,8 +20,8 @@ class Part:
     share: float
 
 
-def parts_of(gpus: Sequence[GPUSpeeds], slots: Sequence[int]) -> list[Part]:
-    """Return the shares of the layers that GPUs hold, by their slots for experts.
+def parts_of(gpus: Sequence[GPUSpeeds], shares: Sequence[int]) -> list[Part]:
+    """Return the GPUs that hold some of the layers. `shares` has the layers of each, or its slots.
 
     Several GPUs hold whole layers apart. A token passes one GPU after the other. The bandwidth of
     one GPU counts at a time, and a row of 4 KB (Qwen3-30B) or 8 KB (Mixtral) goes from one to the
@@ -41,8 +41,8 @@ def parts_of(gpus: Sequence[GPUSpeeds], slots: Sequence[int]) -> list[Part]:
     They also need graphs of all GPUs at once, an exchange within them, and cards that are alike.
     Layers apart take any cards, and llama.cpp does the same by default.
     """
-    whole = sum(slots)
-    used = [(gpus[min(n, len(gpus) - 1)], count) for n, count in enumerate(slots) if count]
+    whole = sum(shares)
+    used = [(gpus[min(n, len(gpus) - 1)], count) for n, count in enumerate(shares) if count]
     return [Part(gpu, count / whole) for gpu, count in used]
 
 

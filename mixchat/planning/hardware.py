@@ -11,6 +11,7 @@ import torch
 
 from mixchat.base import gpu, machine
 from mixchat.planning.cards import Card
+from mixchat.planning.faster_device import without_gpus
 from mixchat.planning.fitting import FreeMemory
 from mixchat.planning.gpu_speeds import GPUSpeeds
 from mixchat.planning.machine_speeds import Measurement
@@ -55,6 +56,11 @@ class Machine:
             gpu_memory=gpu.total_memory(device) if gpu.is_gpu(device) else None,
             other_gpus=tuple(OtherGPU(str(d), gpu.name(d), gpu.total_memory(d)) for d in more),
         )
+
+    def without_gpus(self) -> Machine:
+        """Return the machine if only its CPU computes."""
+        free = without_gpus(self.free)
+        return replace(self, free=free, gpu=None, gpu_memory=None, other_gpus=())
 
 
 @dataclass(frozen=True)

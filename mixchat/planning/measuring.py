@@ -19,16 +19,20 @@ from mixchat.base.files import read_json_object, write_private_file
 from mixchat.base.settings import data_dir
 from mixchat.experts.memory import CPU
 from mixchat.kernels.cpu.compile import KERNELS
-from mixchat.planning.cards import too_old
-from mixchat.planning.compute_speed import SAMPLE_EFFORT, Effort, ExpertTimer, layer_probe
+from mixchat.planning.bandwidth import MemoryMeter
+from mixchat.planning.cards import Card, find_card, too_old
+from mixchat.planning.compute_speed import ROWS, SAMPLE_EFFORT, Effort, ExpertTimer, layer_probe
 from mixchat.planning.disk_speed import measure_disk
 from mixchat.planning.gpu_measuring import measure_gpu
-from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
+from mixchat.planning.gpu_speeds import GPUSpeeds
+from mixchat.planning.machine_speeds import LAYER_START_S, MachineSpeeds, Measurement
 from mixchat.weights.format.blueprint import Blueprint
 
 _FORMAT = 5  # of machine.json
 SAMPLES = 3  # of a measurement
 MOST_SECONDS = 20.0  # unless one try of each figure takes longer
+_READ_BYTES = 2**28  # of RAM, for an estimate
+_DISK_BANDWIDTH = 2e9  # bytes a second, assumed in an estimate
 _MAX_ENTRIES = 32  # because the numbers of some disks change with every start
 
 
@@ -38,6 +42,31 @@ def saved_measurement(
     """Return the saved measurement for a model of this shape in `directory`."""
     key = measurement_key(blueprint, directory, device)
     return load_measurement(measurement_file(), key, len(gpus_with(device)))
+
+
+def estimate(blueprint: Blueprint, gpus: Sequence[torch.device]) -> Measurement:
+    """Return quick figures of this machine, by the speed of its RAM and the names of its GPUs.
+
+    They take a tenth of a second. They are good enough to choose a device, and are not saved.
+    """
+    memory = MemoryMeter(CPU, _READ_BYTES).rate()
+    expert_s = blueprint.mean_expert / memory
+    sample = MachineSpeeds(
+        _DISK_BANDWIDTH,
+        _DISK_BANDWIDTH,
+        _DISK_BANDWIDTH,
+        memory_bandwidth=memory,
+        expert_seconds={str(CPU): {1: expert_s, ROWS[-1]: ROWS[-1] * expert_s}},
+        layer_seconds=LAYER_START_S + blueprint.attention_size / memory,
+        gpus=tuple(map(_by_name, gpus)),
+    )
+    return Measurement(time.time(), (sample,), machine.cpu_name())
+
+
+def _by_name(device: torch.device) -> GPUSpeeds:
+    """Return the figures of a GPU's data sheet, or those of a cheap one."""
+    memory = gpu.total_memory(device)
+    return GPUSpeeds.of_card(find_card(gpu.name(device), memory) or Card.of_size(memory))
 
 
 def measure_machine(blueprint: Blueprint, directory: Path, device: torch.device) -> Measurement:

@@ -28,12 +28,9 @@ from mixchat.planning.expectation import (
 from mixchat.planning.fitting import FreeMemory, MemoryPlan, fit_model
 from mixchat.planning.gpu_speeds import GPUSpeeds, Origin
 from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
-from mixchat.planning.machine_speeds import Measurement
+from mixchat.planning.machine_speeds import LAYER_START_S, Measurement
 from mixchat.planning.measuring import saved_measurement
 from mixchat.weights.format.blueprint import Blueprint
-
-# Of a layer on a CPU, whatever its size. Granite's took 0.13 ms longer than reading its bytes.
-LAYER_START_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,7 @@ class MachinePlan:
     sizes: tuple[Size, ...] = ()  # the planned one and smaller ones, if there is a choice
     told: ToldMachine = NOTHING_TOLD  # about the machine, and not measured
     known: tuple[KnownFit, ...] = ()  # other models, if they were asked for
+    reason: str | None = None  # why not all GPUs compute, as a sentence
 
     @property
     def gpus(self) -> tuple[GPUSpeeds, ...]:

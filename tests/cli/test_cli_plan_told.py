@@ -84,11 +84,29 @@ def test_a_gpu_is_planned_by_the_name_that_a_person_or_a_driver_gives_it(mixchat
     assert two["tokens_per_second"] == pytest.approx(faster["tokens_per_second"], rel=0.05)
 
 
+def test_a_machine_whose_gpu_is_too_small_is_planned_for_its_cpu_within_80_columns(
+    mixchat, measured
+):
+    """It was an error, although the CPU has room."""
+    arguments = ("plan", "qwen3", "--ram", "64GB", "--gpu", "2GB")
+    done = mixchat(*arguments, fake=False)
+    assert done.returncode == 0
+    lines = verdict_text(done).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "the CPU computes, not a GPU: too little memory" in " ".join(verdict_text(done).split())
+    found = json.loads(mixchat(*arguments, "--json", fake=False).stdout)
+    assert (found["device"], found["gpus"]) == ("cpu", [])
+    assert "too little memory" in found["reason"]
+    assert found["tokens_per_second"] > 0
+    sized = mixchat(*arguments, "--device-memory", "1GB", fake=False)
+    assert sized.returncode == 2  # a person asked for the GPU
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("RTX 4061", b"The nearest: RTX 4060, "),
-        ("GTX 1080 Ti", b"its compute capability is 6.1, and 7.5 is needed"),
+        ("GTX 1080 Ti", b"compute capability 6.1, and 7.5 is needed"),
         ("0x RTX 3090", b"a machine has 1 to 16 GPUs"),
     ],
 )

@@ -39,7 +39,8 @@ from mixchat.experts.compute import HostCompute
 from mixchat.experts.layer_rows import LayerRows
 from mixchat.experts.placement import Placement
 from mixchat.loading import loader, tiers
-from mixchat.loading.loader import choose_devices, speed_predictor
+from mixchat.loading.devices import usable_devices
+from mixchat.loading.loader import speed_predictor
 from mixchat.loading.served_experts import load_served_experts
 from mixchat.planning import bandwidth, expectation, gpu_measuring, plan
 from mixchat.planning.compute_speed import Effort, layer_probe
@@ -287,8 +288,9 @@ def test_a_worker_spreads_what_a_chat_lets_it_hold_over_its_gpus(paper, case):
 
 def test_devices_that_do_not_go_together_are_refused(paper):
     paper.devices = 2
-    assert [str(device) for device in choose_devices("paper")] == ["paper:0", "paper:1"]
-    assert choose_devices(None) == choose_devices("paper:0,paper:1") == choose_devices("paper")
+    assert [str(device) for device in usable_devices("paper").devices] == ["paper:0", "paper:1"]
+    for names in (None, "paper:0,paper:1"):
+        assert usable_devices(names) == usable_devices("paper")
     assert paper.current_device() == 0
     for names, said in {
         "paper:0,paper:0": "names 'paper:0' twice",
@@ -299,13 +301,13 @@ def test_devices_that_do_not_go_together_are_refused(paper):
         "paper:0,": "has to stand alone",
     }.items():
         with pytest.raises(UsageError, match=said):
-            choose_devices(names)
+            usable_devices(names)
 
 
 def test_planning_looks_at_every_gpu(paper, tmp_path):
     paper.devices = 2
     paper.memory(torch.device("paper", 1)).total = 10**9
-    there = Machine.now(tmp_path, choose_devices(None))
+    there = Machine.now(tmp_path, usable_devices(None).devices)
     (other,) = there.other_gpus
     assert (other.device, other.name, other.memory) == ("paper:1", "GPU on paper", 10**9)
     assert there.free.other_gpus["paper:1"] <= 10**9 < (there.free.device or 0)
@@ -344,11 +346,11 @@ def test_an_event_of_one_gpu_is_not_recorded_on_the_stream_of_another(paper):
 
 
 def test_the_first_gpu_is_taken_if_none_is_named_and_one_that_is_not_there_is_refused(paper):
-    assert choose_devices(None) == [torch.device("paper:0")]
+    assert usable_devices(None).devices == [torch.device("paper:0")]
     with pytest.raises(UsageError, match="torch sees 1 GPU here"):
-        choose_devices("paper:1")
+        usable_devices("paper:1")
     paper.devices = 2
-    assert choose_devices("paper:1") == [torch.device("paper:1")]
+    assert usable_devices("paper:1").devices == [torch.device("paper:1")]
     assert paper.current_device() == 1
 
 

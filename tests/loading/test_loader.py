@@ -16,7 +16,8 @@ from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
 from mixchat.experts.memory import free_on
 from mixchat.experts.placement import Placement
-from mixchat.loading.loader import choose_devices, load_engine, speed_predictor
+from mixchat.loading.devices import usable_devices
+from mixchat.loading.loader import load_engine, speed_predictor
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -29,14 +30,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:0,cuda:1"])
 def test_without_a_gpu_a_device_is_best_left_out(name):
     with pytest.raises(UsageError, match="no GPU") as caught:
-        choose_devices(name)
+        usable_devices(name)
     assert "Leave --device out" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("name", ["", "tpu", "cuda:99", "cuda:128", "mps", "meta", "cpu:x"])
 def test_devices_that_cannot_be_used_are_refused(name):
     with pytest.raises(UsageError, match="--device"):
-        choose_devices(name)
+        usable_devices(name)
 
 
 @pytest.mark.gpu
@@ -136,8 +137,8 @@ def test_the_predicted_speed_is_that_of_the_slots_that_the_engine_has_by_then(
 
 def test_no_speed_is_predicted_with_workers_whose_speed_is_not_known(tiny_model, monkeypatch):
     monkeypatch.setattr("mixchat.loading.loader.predict_speed", lambda *given: 1.0)
-    blueprint = SimpleNamespace(expert_count=8)
-    engine: Any = SimpleNamespace(slots_by_tier={"host": 4}, blueprint=blueprint)
+    device, blueprint = torch.device("cpu"), SimpleNamespace(expert_count=8)
+    engine: Any = SimpleNamespace(slots_by_tier={"host": 4}, blueprint=blueprint, device=device)
     predict = speed_predictor(tiny_model, "cpu", engine)
     assert predict() == 1.0
     engine.slots_by_tier["worker"] = 4

@@ -150,7 +150,7 @@ class MemoryFlags:
         MEMORY,
         check=_check_device,
         autocompletion=one_of("cpu", "cuda"),
-        show_default="cuda if there is a GPU, else cpu",
+        show_default="the GPUs or the CPU, whichever is faster by the plan",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from mixchat.base.quantities import format_least, format_size
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from mixchat.planning.expectation import Expectation
     from mixchat.planning.plan import MachinePlan
     from mixchat.weights.make.outline import Outline
+
+_REASON_WIDTH = 66  # columns
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class PlanReport(Report):
             "assumed": assumed_figures(plan),
             "machine": asdict(plan.machine),
             "device": str(plan.device),
+            "reason": plan.reason,
             "speeds": asdict(measurement.typical),
             "fit": {
                 "context": fit.context,
@@ -173,6 +177,8 @@ class PlanReport(Report):
             yield "", f"the GPU's speed is predicted by {card}, not measured"
         elif plan.measurement.busy:
             yield "", "measured on a busy machine: use --measure when it is idle"
+        for number, line in enumerate(wrap(plan.reason or "", _REASON_WIDTH)):
+            yield "" if number else "device", line
         if self.command:
             yield "next", self.command
         else:

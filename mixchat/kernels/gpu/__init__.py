@@ -1,7 +1,8 @@
 """Kernels for GPUs in Triton, which PyTorch's wheels for CUDA and ROCm bring.
 
-Import these modules only if a GPU computes: they import Triton.
+Import these modules only if a GPU computes: all but toolchain.py import Triton.
 
+- toolchain.py: finds what Triton needs on this machine
 - launch.py: starts every kernel
 - norm.py: adds a part's output to the hidden states, and normalizes them
 - heads.py: sums queries, keys and values of one token, normalizes and rotates them
