@@ -22,7 +22,7 @@ from mixchat.kernels.gpu.heads import heads
 from mixchat.kernels.gpu.matrix import GpuExpertForm, as_gpu
 from mixchat.kernels.gpu.norm import add_norm
 from mixchat.kernels.gpu.product import product, split
-from mixchat.kernels.gpu.route import route
+from mixchat.kernels.gpu.route import Choice, route
 
 Kernels = list[Callable[[], object]]
 
@@ -109,8 +109,9 @@ def router_kernels(
     router: Router, selected: torch.Tensor, weights: torch.Tensor, tokens: TokenTensors
 ) -> Kernels:
     """Return the kernels that choose experts of the normed row [K], with their weights [K]."""
-    scores = tokens.tensor("scores", router.gate.shape[0], dtype=torch.float32)
-    return [partial(route, tokens.normed, router, scores, selected, weights, tokens.finished)]
+    logits = tokens.tensor("logits of experts", len(router.gate), dtype=torch.float32)
+    choice = Choice(selected, weights, logits, tokens.finished)
+    return [partial(route, tokens.normed, router, choice)]
 
 
 def expert_kernels(

@@ -64,6 +64,11 @@ class Residents:
         """Return the experts with slots, of which some may still be on their way."""
         return self._slots.keys()
 
+    @property
+    def is_complete(self) -> bool:
+        """Return whether all experts have arrived."""
+        return bool((self._states == _RESIDENT).all())
+
     def slot_of(self, key: ExpertKey) -> int | None:
         """Return the slot of an expert that has arrived."""
         has_arrived = self._states[self._index(key)] == _RESIDENT

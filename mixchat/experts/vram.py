@@ -82,7 +82,7 @@ class VramSlots:
 
     @property
     def holds_all(self) -> bool:
-        return len(self.residents) == self.table.numel()
+        return self.residents.is_complete
 
     @property
     def expected(self) -> set[ExpertKey]:
@@ -109,6 +109,8 @@ class VramSlots:
 
         Only between two tokens, because kernels of a token read the table.
         """
+        if not self._uploads and self.holds_all:
+            return False
         ended = [key for key, load in self._uploads.items() if load.ended]
         for key in ended:
             self._end(key)
