@@ -5,8 +5,6 @@ E = experts, D = columns of x, K = experts of a token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -20,36 +18,24 @@ _LEAST_SUM = tl.constexpr(LEAST_SUM)
 _LOWEST, _NO_NUMBER = tl.constexpr(-3.2e38), tl.constexpr(3.4e38)
 
 
-class Choice(NamedTuple):
-    """The memory of a choice. Kernels that use it one after the other can share it."""
+def route(
+    x: torch.Tensor,
+    router: Router,
+    logits: torch.Tensor,
+    selected: torch.Tensor,
+    weights: torch.Tensor,
+    finished: torch.Tensor,
+) -> None:
+    """Write the experts of x [D], int32 [K], best first, and their weights, fp32 [K].
 
-    selected: torch.Tensor  # int32 [K], best first
-    weights: torch.Tensor  # fp32 [K]
-    logits: torch.Tensor  # fp32 [E]
-    finished: torch.Tensor  # int32 [1], 0 between two calls
-
-    @classmethod
-    def of(cls, router: Router, device: torch.device) -> Choice:
-        """Return the memory for a router."""
-        count, choices = len(router.gate), router.choices
-        return cls(
-            torch.zeros(choices, dtype=torch.int32, device=device),
-            torch.zeros(choices, device=device),
-            torch.zeros(count, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
-        )
-
-
-def route(x: torch.Tensor, router: Router, choice: Choice) -> None:
-    """Write the experts of x [D] and their weights to `choice`. Tensors are on one GPU.
-
-    Of equal logits, the first one is best.
+    Of equal logits, the first one is best. logits: fp32 [E]. `finished`, int32, is a counter that
+    is 0 between two calls.
     """
     count, columns = router.gate.shape
     launch(
         _route,
         (count,),
-        *(x, router.gate, router.bias, router.correction, *choice),
+        *(x, router.gate, router.bias, router.correction, logits, selected, weights, finished),
         E=count,
         D=columns,
         K=router.choices,
@@ -70,9 +56,9 @@ def _route(
     gate,
     bias,
     correction,
+    logits,
     selected,
     weights,
-    logits,
     finished,
     E: tl.constexpr,
     D: tl.constexpr,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part
@@ -10,17 +12,21 @@ from mixchat.weights.matrix.gpu_linear import form_of, levels_on
 from mixchat.weights.matrix.linear import LinearSpec
 
 
-def expert_form(spec: ExpertSpec) -> ExpertForm:
-    """Return the form of an expert's block. `ExpertForm.is_supported` tells if kernels take it."""
+class GpuExpertForm(NamedTuple):
+    """The form of an expert's block, and the levels of its matrices on a GPU."""
+
+    form: ExpertForm
+    levels: Levels
+
+
+def expert_form(spec: ExpertSpec, device: torch.device) -> GpuExpertForm:
+    """Return the form of an expert's block. `form.is_supported` tells if kernels take it."""
     down_at = sum(tensor.nbytes for tensor in spec.gate_up.tensors)
-    gate_up, down = _part(spec.gate_up, 0), _part(spec.down, down_at)
-    return ExpertForm(gate_up, down, spec.swiglu.limit, spec.swiglu.alpha)
-
-
-def levels_of(spec: ExpertSpec, device: torch.device) -> Levels:
-    """Return the levels of both matrices."""
+    form = ExpertForm(
+        _part(spec.gate_up, 0), _part(spec.down, down_at), spec.swiglu.limit, spec.swiglu.alpha
+    )
     matrices = spec.gate_up, spec.down
-    return Levels(*(levels_on(matrix.quant_type, device) for matrix in matrices))
+    return GpuExpertForm(form, Levels(*(levels_on(part.quant_type, device) for part in matrices)))
 
 
 def _part(spec: LinearSpec, start: int) -> Part:

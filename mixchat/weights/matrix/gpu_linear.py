@@ -15,7 +15,7 @@ from mixchat.kernels.gpu.codes import level_table
 from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.product import MANY, Form, Matrix, product
 from mixchat.weights.matrix.linear import TYPES, LinearSpec
-from mixchat.weights.matrix.quant_type import QuantType
+from mixchat.weights.matrix.quant_type import Linear, QuantType
 
 _PIECE = 2**25  # weights that are dense at once: 64 MiB in 16 bits
 
@@ -53,6 +53,12 @@ class GpuLinear:
             dequantize(self.matrix, piece, start)
             torch.matmul(x, piece.T, out=result[:, start : start + len(piece)])
         return result if bias is None else result.add_(bias)
+
+
+def as_gpu(linear: Linear) -> GpuLinear:
+    """Return a map that is known to be a `GpuLinear`."""
+    assert isinstance(linear, GpuLinear)
+    return linear
 
 
 def build_on_gpu(spec: LinearSpec, tensors: Sequence[torch.Tensor]) -> GpuLinear | None:

@@ -74,7 +74,7 @@ def stored(
 def spec_of(
     rows: int, columns: int, quant_type: QuantType, dtype: torch.dtype, *, bias: bool = False
 ) -> LinearSpec:
-    return LinearSpec("m", rows, columns, quant_type, "cpu-packed", dtype, bias=bias)
+    return LinearSpec("m", rows, columns, quant_type, dtype, bias=bias)
 
 
 def _random(tensor: TensorSpec, quant_type: QuantType, generator: Any) -> torch.Tensor:

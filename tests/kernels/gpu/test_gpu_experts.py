@@ -8,7 +8,7 @@ from mixchat.kernels.cpu.rows import Swiglu
 from mixchat.kernels.gpu import experts as kernel
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.weights.format.expert import ExpertSpec
-from mixchat.weights.format.gpu_expert import expert_form, levels_of
+from mixchat.weights.format.gpu_expert import expert_form
 from mixchat.weights.matrix.quant_type import QuantType
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ class Experts:
             numbers = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
             block[: len(numbers)] = numbers
         self.addresses = torch.tensor([block.data_ptr() for block in self.blocks])
-        self.form, self.levels = expert_form(self.spec), levels_of(self.spec, CPU)
+        self.form, self.levels = expert_form(self.spec, CPU)
 
     def __call__(self, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor):
         """Return the gated numbers [K, I], and the weighted outputs [K, D], of the kernels."""
@@ -129,16 +129,11 @@ def test_splits_of_the_second_matrix_add_its_bias_once(monkeypatch):
 def test_a_form_that_the_kernels_do_not_take_says_so():
     def form(up: QuantType, inner: int) -> kernel.ExpertForm:
         specs = spec_of(2 * inner, 64, up, torch.bfloat16), spec_of(64, 64, "nf4", torch.bfloat16)
-        return expert_form(ExpertSpec(*specs, Swiglu()))
+        return expert_form(ExpertSpec(*specs, Swiglu()), CPU).form
 
     assert form("nf4", 96).is_supported
     assert not form("trellis2", 96).is_supported  # a band would have rows of gate and up
     assert not form("nf4", 48).is_supported
     assert form("none", 48).is_supported
-    assert not expert_form(
-        ExpertSpec(
-            spec_of(72, 64, "none", torch.bfloat16),
-            spec_of(64, 36, "none", torch.bfloat16),
-            Swiglu(),
-        )
-    ).is_supported
+    specs = spec_of(72, 64, "none", torch.bfloat16), spec_of(64, 36, "none", torch.bfloat16)
+    assert not expert_form(ExpertSpec(*specs, Swiglu()), CPU).form.is_supported

@@ -1,27 +1,34 @@
 """The choice of experts on a GPU, run by Triton's interpreter, beside the CPU's router."""
 
 from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from mixchat.kernels.cpu.router import Router
-from mixchat.kernels.gpu.route import Choice, route
+from mixchat.kernels.gpu.route import route
 
-CPU = torch.device("cpu")
 ROUTERS = [
     ("softmax", normalized, corrected, scaling)
     for normalized, corrected, scaling in product((True, False), (True, False), (1.0, 2.5))
 ] + [("sigmoid", True, True, 2.5), ("sigmoid", False, False, 1.0)]
 
 
+class Choice(NamedTuple):
+    selected: torch.Tensor
+    weights: torch.Tensor
+
+
 def choice_of(x: torch.Tensor, router: Router) -> Choice:
     """Choose twice: the counter has to be 0 again."""
-    choice = Choice.of(router, CPU)
+    logits, finished = torch.zeros(len(router.gate)), torch.zeros(1, dtype=torch.int32)
+    selected = torch.full((router.choices,), -1, dtype=torch.int32)
+    weights = torch.full((router.choices,), torch.nan)
     for _ in range(2):
-        route(x, router, choice)
-    assert not choice.finished.any()
-    return choice
+        route(x, router, logits, selected, weights, finished)
+    assert not finished.any()
+    return Choice(selected, weights)
 
 
 def assert_chosen_as_on_a_cpu(x: torch.Tensor, router: Router) -> None:
