@@ -99,8 +99,10 @@ def page_lock(block: torch.Tensor, device: torch.device) -> None:
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)
         return
-    # The memory goes back to the system, which may give the address to another block.
-    weakref.finalize(block, runtime.cudaHostUnregister, address).atexit = False
+    # The memory goes back to the system, which may give the address to another block. Views of the
+    # block may outlive it, but not its storage.
+    storage = block.untyped_storage()
+    weakref.finalize(storage, runtime.cudaHostUnregister, address).atexit = False
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ class ExpertCache:
     ) -> None:
         assert slots > 0
         self.slots = self.limit = slots
+        self.changes = 0  # of the experts in it
         self._size_of = size_of
         self._policy = LRU() if policy is None else policy
         self._slots: dict[ExpertKey, int] = {}
@@ -88,6 +89,7 @@ class ExpertCache:
         if slot not in free:
             slot = next(iter(free.intersection(preferred) or free))
         self._slots[key] = slot
+        self.changes += 1
         free.discard(slot)
         self._policy.use(key)
         return slot
@@ -95,6 +97,7 @@ class ExpertCache:
     def discard(self, key: ExpertKey) -> None:
         """Free the expert's slot, if it has one."""
         if key in self._slots:
+            self.changes += 1
             self._free[self._size_of(key.layer)].add(self._slots.pop(key))
         self._policy.forget(key)
 

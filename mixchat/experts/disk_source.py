@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from mixchat.weights.format.installed_model import InstalledModel
 STEP = 8 << 20
 AT_ONCE = 4  # reads in flight
 _TUNER_ROUND = 2  # experts
+_T = TypeVar("_T")
 
 
 class _Piece(NamedTuple):
@@ -37,8 +39,22 @@ class _Mode(NamedTuple):
     staged: bool = False
 
 
-def _new_readers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(AT_ONCE, thread_name_prefix="read")
+class Readers:
+    """Threads that read."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self._new = partial(ThreadPoolExecutor, count, thread_name_prefix=name)
+        self._threads = self._new()
+
+    def submit(self, read: Callable[..., _T], *arguments: object) -> Future[_T]:
+        """Return the result to be. Raises `ResourceError` if no thread can be started."""
+        try:
+            return self._threads.submit(read, *arguments)
+        except RuntimeError as error:
+            # The read is queued nevertheless, and a running thread would still do it.
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = self._new()
+            raise no_thread() from error
 
 
 def _pieces(block: torch.Tensor) -> deque[_Piece]:
@@ -66,7 +82,7 @@ class DiskSource:
         if choose and model.open_direct():
             modes = [_Mode(direct=True), _Mode(direct=True, staged=True), *modes]
         self._tuner = Tuner(modes, length=_TUNER_ROUND * model.blueprint.expert.stride)
-        self._readers = _new_readers()
+        self._readers = Readers("read", AT_ONCE)
         self._reads: deque[Future[int]] = deque()  # in flight
         self._stages: Sequence[torch.Tensor] = ()
         self._free_stages = SimpleQueue[torch.Tensor]()
@@ -103,13 +119,7 @@ class DiskSource:
     def _begin(self, key: ExpertKey, piece: _Piece, mode: _Mode) -> Future[int]:
         if mode.staged:
             self._staging()
-        try:
-            return self._readers.submit(self._read, key, piece, mode)
-        except RuntimeError as error:
-            # The read is queued nevertheless, and a running thread would still do it.
-            self._readers.shutdown(cancel_futures=True)
-            self._readers = _new_readers()
-            raise no_thread() from error
+        return self._readers.submit(self._read, key, piece, mode)
 
     def _read(self, key: ExpertKey, piece: _Piece, mode: _Mode) -> int:
         if not mode.staged:

@@ -108,6 +108,11 @@ class Dispatcher:
         """Bring an expert into RAM, and evict none in `pinned`."""
         self._fetcher.load(key, pinned)
 
+    @property
+    def on_workers(self) -> Set[ExpertKey]:
+        """Return the experts that workers hold, and this machine need not."""
+        return self._on_workers
+
     def leave_to_gpus(self, keys: Set[ExpertKey]) -> None:
         """Note the experts that GPUs hold, which nobody has to bring into RAM."""
         self._on_gpus = keys
@@ -212,5 +217,6 @@ class Dispatcher:
         self._local.prefetch([*copies, *ranked_keys(rows.layer, predicted)])
 
     def _note_elsewhere(self) -> None:
-        held = frozenset(key for worker in self._workers for key in worker.held) - self._copies
-        self._fetcher.elsewhere = held | self._on_gpus
+        held = frozenset(key for worker in self._workers for key in worker.held)
+        self._on_workers = held - self._copies
+        self._fetcher.elsewhere = self._on_workers | self._on_gpus

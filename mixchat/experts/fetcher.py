@@ -44,6 +44,8 @@ class Fetcher:
         self._passes, self.stats, self._watch = passes, stats, watch
         self.elsewhere: Set[ExpertKey] = frozenset()
         self._borrowed: set[ExpertKey] = set()  # nobody else may get their slots
+        # For `holds_all`: what it depends on, and what it was.
+        self._whole: tuple[tuple[int, Set[ExpertKey]], bool] = (-1, frozenset()), False
         self._mover = Mover(may_fill=watch.is_ample if watch else lambda: True)
         self._loads: dict[ExpertKey, ExpertLoad] = {}
         self._fills: OrderedDict[ExpertKey, ExpertLoad] = OrderedDict()
@@ -65,8 +67,11 @@ class Fetcher:
         needed = self._placement.experts - len(self.elsewhere)
         if self._loads or self.is_filling or len(self._cache) < needed:
             return False
-        own = (key for key in self._cache if key not in self.elsewhere)
-        return not self.elsewhere or sum(1 for _ in own) == needed
+        # To look at thousands of experts takes longer than some layers.
+        if self.elsewhere and self._whole[0] != (now := (self._cache.changes, self.elsewhere)):
+            own = sum(1 for key in self._cache if key not in self.elsewhere)
+            self._whole = now, own == needed
+        return not self.elsewhere or self._whole[1]
 
     @property
     def is_filling(self) -> bool:

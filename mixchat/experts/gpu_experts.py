@@ -6,7 +6,7 @@ T = tokens, D = hidden_size, K = num_experts_per_tok, n = rows of an expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from mixchat.experts.cache import ExpertKey, ExpertStats
 from mixchat.experts.dispatcher import Dispatcher
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.layer_rows import LayerRows
-from mixchat.experts.vram import GUESTS, VramSlots
+from mixchat.experts.vram import VramSlots
 
 # Seconds to copy an expert of a layer to a GPU, and to compute so many rows of it on the CPU.
 CopySeconds = Callable[[int], float]
@@ -80,7 +80,7 @@ class GpuExperts:
 
     @property
     def is_filling(self) -> bool:
-        return self.host.is_filling
+        return self.host.is_filling or any(vram.is_filling for vram in self.gpus)
 
     def tier(self, key: ExpertKey) -> str:
         vram = self._by_layer[key.layer]
@@ -102,10 +102,10 @@ class GpuExperts:
     def fill(self, keys: Sequence[ExpertKey]) -> None:
         """Load experts in this order into RAM, if there is room for all that GPUs do not get."""
         for vram in self.gpus:
-            vram.fill(vram.slots)
-        on_gpus = {key for vram in self.gpus for key in vram.expected}
-        self.host.leave_to_gpus(on_gpus)
-        self.host.fill([key for key in keys if key not in on_gpus])
+            vram.residents.exclude(self.host.on_workers)
+            vram.fill()
+        self._leave_to_gpus()
+        self.host.fill(keys)
 
     def follow_memory(self) -> None:
         self.host.follow_memory()
@@ -113,11 +113,13 @@ class GpuExperts:
     def begin_turn(self) -> None:
         self.host.begin_turn()
         for vram in self.gpus:
-            vram.grow(gpu.free_memory(vram.device) - vram.reserve)
+            vram.grow()
+        self._leave_to_gpus()
 
     def give_way(self, number: int | None = None) -> bool:
         full = [vram for vram in self.gpus if number in (None, vram.device.index)]
         freed = [vram.give_way() for vram in full or self.gpus]
+        self._leave_to_gpus()
         return any(freed)
 
     def close(self) -> None:
@@ -133,8 +135,9 @@ class GpuExperts:
 
     def publish(self) -> None:
         """Let experts be used that have come to GPUs. Only between two tokens."""
-        if any([vram.publish() for vram in self.gpus]):
-            self.host.leave_to_gpus({key for vram in self.gpus for key in vram.expected})
+        for vram in self.gpus:
+            vram.publish()
+        self._leave_to_gpus()
 
     def note_token(self, selected: np.ndarray) -> None:
         """Count the experts that a token's layers have used [layers, K]."""
@@ -195,61 +198,68 @@ class GpuExperts:
     ) -> LayerRows:
         """Return the experts' outputs. The arguments are as in `run`."""
         vram = self._by_layer[layer]
-        self.publish()
+        vram.publish()
+        self._leave_to_gpus()
         (selected,) = gpu.read([selected_experts])
         rows = LayerRows(layer, hidden_states, selected, exact=exact)
-        for key, count in rows.counts.items():
-            vram.residents.note_rows(key, count)
-            counts = self._hits if vram.holds(key) else self._misses
-            counts[vram][layer - vram.layers.start, key.expert] += count
+        self._count(vram, rows)
         held = [key for key in rows.counts if vram.holds(key)]
         arriving = [key for key in rows.counts if vram.request(key)]
-        missing = {
-            key: count for key, count in rows.counts.items() if key not in {*held, *arriving}
-        }
+        on_gpu = {*held, *arriving}
+        missing = {key: count for key, count in rows.counts.items() if key not in on_gpu}
         on_host = self._for_host(layer, missing)
-        # The GPU has work while the CPU computes its part.
-        for key in held:
-            interrupts.check()
-            rows.put(key, vram.expert(key)(rows.of(key)))
         carried = [key for key in missing if key not in on_host]
-        # The first guests are on their way while the CPU computes.
-        loads = {key: vram.invite(key, n) for n, key in enumerate(carried[:GUESTS])}
-        if on_host:
-            self._compute_on_host(rows, on_host)
-        for key in arriving:
-            vram.wait_for(key)
-            rows.put(key, vram.expert(key)(rows.of(key)))
-        for number, key in enumerate(carried):
-            interrupts.check()
-            guest = number % GUESTS
-            rows.put(key, vram.guest(loads.pop(key), guest)(rows.of(key)))
-            if (following := number + GUESTS) < len(carried):
-                loads[carried[following]] = vram.invite(carried[following], guest)
+        with vram.invite(carried) as guests:
+            # What the CPU and the bus need would wait for all that the GPU has been given before.
+            x = rows.of(*on_host).cpu() if on_host else None
+            for key in held:
+                interrupts.check()
+                rows.put(key, vram.expert(key)(rows.of(key)))
+            if x is not None:
+                self._compute_on_host(rows, on_host, x)
+            for key in arriving:
+                vram.wait_for(key)
+                rows.put(key, vram.expert(key)(rows.of(key)))
+            for key, expert in guests:
+                interrupts.check()
+                rows.put(key, expert(rows.of(key)))
         return rows
+
+    def _count(self, vram: VramSlots, rows: LayerRows) -> None:
+        for key, count in rows.counts.items():
+            vram.residents.note_rows(key, count / len(rows.hidden_states))
+            counts = self._hits if vram.holds(key) else self._misses
+            counts[vram][rows.layer - vram.layers.start, key.expert] += count
 
     def _for_host(self, layer: int, missing: Mapping[ExpertKey, int]) -> list[ExpertKey]:
         """Return the experts that the CPU computes, so that it and the bus end at one time.
 
         missing: the rows of each. Few rows come first, because a copy's time hangs on no rows.
         """
-        if not self._by_layer[layer].takes_guests:
-            return list(missing)
-        by_rows = sorted(missing, key=missing.__getitem__)
+        # Workers' experts are not in RAM.
+        others = [key for key in missing if key not in self.host.on_workers]
+        by_rows = sorted(others, key=missing.__getitem__)
         copy = self._copy_seconds(layer)
         each = (self._host_seconds(layer, missing[key]) for key in by_rows)
         ends = accumulate(each, initial=0.0)
         spans = [max(on_host, (len(by_rows) - count) * copy) for count, on_host in enumerate(ends)]
-        return by_rows[: spans.index(min(spans))]
+        of_workers = [key for key in missing if key in self.host.on_workers]
+        return of_workers + by_rows[: spans.index(min(spans))]
 
-    def _compute_on_host(self, rows: LayerRows, keys: Sequence[ExpertKey]) -> None:
-        x, counts = rows.hidden_states, [rows.counts[key] for key in keys]
-        if rows.is_one_token:
-            selected = torch.tensor([[key.expert for key in keys]])
-        else:
-            x = rows.of(*keys)
-            chosen = chain(*([key.expert] * count for key, count in zip(keys, counts, strict=True)))
-            selected = torch.tensor([*chosen])[:, None]
-        outputs = self.host.compute(rows.layer, x.cpu(), selected, exact=rows.exact).outputs
+    def _compute_on_host(self, rows: LayerRows, keys: Sequence[ExpertKey], x: torch.Tensor) -> None:
+        """Compute experts on the CPU for their rows x [n, D], one expert's after another's."""
+        counts = [rows.counts[key] for key in keys]
+        selected = torch.tensor([[key.expert for key in keys]])
+        if not rows.is_one_token:
+            selected = selected[0].repeat_interleave(torch.tensor(counts))[:, None]
+        outputs = self.host.compute(rows.layer, x, selected, exact=rows.exact).outputs
+        outputs = outputs.to(rows.hidden_states.device, non_blocking=True)
         for key, output in zip(keys, torch.split(outputs, counts), strict=True):
-            rows.put(key, output.to(rows.hidden_states.device))
+            rows.put(key, output)
+
+    def _leave_to_gpus(self) -> None:
+        if any(vram.has_changed for vram in self.gpus):
+            held = (vram.residents.keys for vram in self.gpus)
+            self.host.leave_to_gpus(frozenset[ExpertKey]().union(*held))
+            for vram in self.gpus:
+                vram.has_changed = False

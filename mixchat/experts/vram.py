@@ -5,14 +5,19 @@ L = layers of the GPU, E = num_local_experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from itertools import cycle, islice
 from typing import Any, Protocol
 
 import torch
 
 from mixchat.base import gpu
+from mixchat.base.errors import ResourceError
 from mixchat.experts.cache import ExpertKey
+from mixchat.experts.disk_source import Readers
 from mixchat.experts.mover import FILL, REQUESTED, ExpertLoad, Mover, Steps
 from mixchat.experts.residents import Exchange, Residents
 from mixchat.experts.store import Layouts, new_block
@@ -20,7 +25,7 @@ from mixchat.weights.format.expert import Expert
 
 # Page-locked RAM, through which all bytes go to the GPU: 32 MB, whatever the model's size.
 _STAGE_BYTES, _STAGES = 8 << 20, 4
-GUESTS = 2  # slots for experts of a prompt that are not to stay
+_GUESTS = 2  # slots for experts of a prompt that are not to stay
 
 ReadExpert = Callable[[ExpertKey, torch.Tensor, int], None]  # fills a tensor from a byte on
 
@@ -38,10 +43,11 @@ class VramSlots:
     """The experts that a GPU holds, and where: `table` [L, E], int64, has their addresses.
 
     The address 0 says that an expert is not there. Kernels read the table, so that the host need
-    not know a router's choice before they start. It changes in `publish` alone, between tokens.
+    not know a router's choice before they start. It changes between two tokens alone.
 
     layers: those with experts that the GPU computes. sizes: the bytes of each slot. read: reads a
-    part of an expert from the disk. reserve: bytes to leave free.
+    part of an expert from the disk. reserve: bytes to leave free. `has_changed`: whether
+    `residents.keys` have, since somebody set it to False.
     """
 
     def __init__(
@@ -55,22 +61,19 @@ class VramSlots:
         lender: Lender,
         reserve: int = 0,
     ) -> None:
-        self.device, self.layers, self.reserve = device, layers, reserve
+        self.device, self.layers, self._reserve = device, layers, reserve
         self._layouts, self._sizes, self._lender = layouts, sizes, lender
-        strides = [layouts(layer).stride for layer in layers]
-        self.residents = Residents(layers.start, strides, experts, sizes)
+        self._strides = [layouts(layer).stride for layer in layers]
+        self.residents = Residents(layers.start, self._strides, experts, sizes)
         self.table = torch.zeros(len(layers), experts, dtype=torch.int64, device=device)
-        self._blocks: dict[int, torch.Tensor] = {}
-        for slot, size in enumerate(sizes):
-            self._blocks[slot] = torch.empty(size, dtype=torch.uint8, device=device)
-        self._guests = [
-            torch.empty(max(strides), dtype=torch.uint8, device=device)
-            for _ in range(GUESTS if len(sizes) < len(layers) * experts else 0)
-        ]
+        self._blocks = {slot: self._new_block(size) for slot, size in enumerate(sizes)}
+        self._guests: list[torch.Tensor] = []
+        if len(sizes) < len(layers) * experts:
+            self._make_guests()
         self._experts: dict[ExpertKey, Expert] = {}
-        self._uploads: dict[ExpertKey, ExpertLoad] = {}
-        self._upload = Uploader(device, read)
-        self.bytes_moved = 0
+        self._loads: dict[ExpertKey, ExpertLoad] = {}
+        self._uploader = Uploader(device, read)
+        self.bytes_moved, self.has_changed = 0, False
 
     @property
     def slots(self) -> int:
@@ -85,13 +88,9 @@ class VramSlots:
         return self.residents.is_complete
 
     @property
-    def expected(self) -> set[ExpertKey]:
-        """Return the experts that the GPU holds, or is to hold."""
-        return {*self.residents.keys}
-
-    @property
-    def takes_guests(self) -> bool:
-        return bool(self._guests)
+    def is_filling(self) -> bool:
+        """Return whether experts that nobody needs yet are on their way."""
+        return any(not load.ended for load in self._loads.values())
 
     def holds(self, key: ExpertKey) -> bool:
         return self.residents.slot_of(key) is not None
@@ -104,85 +103,81 @@ class VramSlots:
             self._experts[key] = self._layouts(key.layer).build(self._blocks[slot])
         return self._experts[key]
 
-    def publish(self) -> bool:
-        """Let experts that have arrived be used, and begin the next exchange. Return any change.
+    def publish(self) -> None:
+        """Let experts that have arrived be used, and begin the next exchange.
 
         Only between two tokens, because kernels of a token read the table.
         """
-        if not self._uploads and self.holds_all:
-            return False
-        ended = [key for key, load in self._uploads.items() if load.ended]
-        for key in ended:
+        for key in [key for key, load in self._loads.items() if load.ended]:
             self._end(key)
-        if not self._uploads and (exchange := self.residents.next_exchange()) is not None:
-            self._begin(exchange)
-            return True
-        return bool(ended)
+        if self._loads or self.holds_all:
+            return
+        if (exchange := self.residents.next_exchange()) is not None:
+            with suppress(ResourceError):  # no thread
+                self._begin(exchange)
 
-    def fill(self, count: int) -> None:
-        """Begin to load the first `count` experts into free slots, one after the other."""
-        for _ in range(count):
-            exchange = self.residents.next_exchange()
-            if exchange is None or exchange.evicted is not None:
-                return
-            self._begin(exchange)
+    def fill(self) -> None:
+        """Begin to load experts into all free slots, one after the other."""
+        with suppress(ResourceError):  # no thread
+            while (exchange := self.residents.next_exchange()) is not None:
+                if exchange.evicted is not None:
+                    return
+                self._begin(exchange)
 
     def request(self, key: ExpertKey) -> bool:
         """Bring an expert soon that is on its way. Return False if it is not."""
-        load = self._uploads.get(key)
-        return load is not None and self._upload.mover.reorder(load, REQUESTED)
+        load = self._loads.get(key)
+        return load is not None and self._uploader.mover.reorder(load, REQUESTED)
 
     def wait_for(self, key: ExpertKey) -> None:
         """Wait for an expert that is on its way. Raise the error of its load."""
-        load = self._uploads[key]
+        load = self._loads[key]
         try:
             load.wait()
         finally:
             if load.ended:
                 self._end(key)
 
-    def invite(self, key: ExpertKey, guest: int) -> ExpertLoad:
-        """Begin to bring an expert that is not to stay."""
-        load = ExpertLoad(key)
-        target = self._guests[guest][: self._layouts(key.layer).stride]
-        self._upload.begin(load, target, self._lender.borrow(key))
-        return load
-
-    def guest(self, load: ExpertLoad, guest: int) -> Expert:
-        """Wait for a guest, and return it. It goes when its place is given to another."""
-        try:
-            load.wait()
-        finally:
-            self._lender.give_back(load.key)
-        layout = self._layouts(load.key.layer)
-        self.bytes_moved += layout.stride
-        return layout.build(self._guests[guest])
+    def invite(self, keys: Sequence[ExpertKey]) -> Guests:
+        """Begin to bring experts that are not to stay."""
+        if keys and not self._guests:
+            self._make_guests()
+        blocks = zip(keys, cycle(self._guests), strict=False)
+        return Guests(self._uploader, self._layouts, self._lender, blocks)
 
     def give_way(self) -> bool:
-        """Give the memory of an eighth of the slots back. Return False if none is left."""
-        for _ in range(max(1, len(self._blocks) // 8)):
-            gone = self.residents.give_up()
-            if gone is None:
-                return False
-            slot, key = gone
+        """Give the memory of an eighth of the slots back. Return False if there are none."""
+        count = -(-len(self._blocks) // 8)
+        for _ in range(count):
+            given = self.residents.give_up()
+            assert given is not None
+            slot, key = given
             if key is not None:
                 self._forget(key)
+            # A load that has begun keeps the memory until its next step.
             del self._blocks[slot]
         gpu.release_unused(self.device)
-        return True
+        return count > 0
 
-    def grow(self, free: int) -> None:
-        """Take slots again that were given up, if `free` bytes have room for them."""
+    def grow(self) -> None:
+        """Take slots again that were given up, as far as the memory has room, and fill them."""
+        free = gpu.free_memory(self.device) - self._reserve
         for slot, size in enumerate(self._sizes):
-            if slot not in self._blocks and free >= size:
-                self._blocks[slot] = torch.empty(size, dtype=torch.uint8, device=self.device)
-                self.residents.add_slot(slot, size)
-                free -= size
+            if slot in self._blocks or free < size:
+                continue
+            try:
+                self._blocks[slot] = self._new_block(size)
+            except torch.OutOfMemoryError:
+                break
+            self.residents.add_slot(slot, size)
+            free -= size
+        self.fill()
 
     def close(self) -> None:
         """Free the memory. Nothing can be computed after that."""
-        for load in self._uploads.values():
+        for load in self._loads.values():
             load.cancelled = True
+        self._loads.clear()
         self._experts.clear()
         self._blocks.clear()
         self._guests.clear()
@@ -192,24 +187,92 @@ class VramSlots:
         if evicted is not None:
             self._forget(evicted)
         self.residents.begin(exchange)
-        load = self._uploads[key] = ExpertLoad(key, FILL)
-        target = self._blocks[slot][: self._layouts(key.layer).stride]
-        self._upload.begin(load, target, self._lender.borrow(key))
+        self.has_changed = True
+        load = self._loads[key] = ExpertLoad(key, FILL)
+        try:
+            # The slot may be given up before its turn comes.
+            block, size = self._lender.borrow(key), self._layouts(key.layer).stride
+            self._uploader.begin(load, lambda: self._blocks.get(slot), size, block)
+        except BaseException as error:
+            load.end(error)
+            raise
 
     def _end(self, key: ExpertKey) -> None:
-        load = self._uploads.pop(key)
+        load = self._loads.pop(key)
         self._lender.give_back(key)
         slot = self.residents.end(key, arrived=not load.failed)
-        if not load.failed:
+        if load.failed:
+            self.has_changed = True
+        else:
             self._set(key, self._blocks[slot].data_ptr())
             self.bytes_moved += self._layouts(key.layer).stride
 
     def _forget(self, key: ExpertKey) -> None:
-        self._experts.pop(key, None)
-        self._set(key, 0)
+        self.has_changed = True
+        if (load := self._loads.pop(key, None)) is not None:
+            load.cancelled = True
+            self._lender.give_back(key)
+        else:
+            self._experts.pop(key, None)
+            self._set(key, 0)
 
     def _set(self, key: ExpertKey, address: int) -> None:
         self.table[key.layer - self.layers.start, key.expert].fill_(address)
+
+    def _make_guests(self) -> None:
+        self._guests = [self._new_block(max(self._strides)) for _ in range(_GUESTS)]
+
+    def _new_block(self, size: int) -> torch.Tensor:
+        # A thread that is not in inference mode fills it.
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+
+class Guests:
+    """Experts that pass through a few slots of a GPU, one after the other, as a context.
+
+    queue: the experts and their slots. The first ones are on their way from the beginning.
+    """
+
+    def __init__(
+        self,
+        uploader: Uploader,
+        layouts: Layouts,
+        lender: Lender,
+        queue: Iterator[tuple[ExpertKey, torch.Tensor]],
+    ) -> None:
+        self._uploader, self._layouts, self._lender, self._queue = uploader, layouts, lender, queue
+        self._loads = deque[tuple[ExpertLoad, torch.Tensor]]()
+        self.bytes_moved = 0
+
+    def __enter__(self) -> Guests:
+        for key, block in islice(self._queue, _GUESTS):
+            self._invite(key, block)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for load, _ in self._loads:
+            load.cancelled = True
+            # The mover may read the block although it is another expert's. Nobody reads the copy.
+            self._lender.give_back(load.key)
+
+    def __iter__(self) -> Iterator[tuple[ExpertKey, Expert]]:
+        """Wait for each expert, and yield it. It may be used until the next one is asked for."""
+        while self._loads:
+            load, block = self._loads[0]
+            load.wait()
+            self._loads.popleft()
+            self._lender.give_back(load.key)
+            layout = self._layouts(load.key.layer)
+            self.bytes_moved += layout.stride
+            yield load.key, layout.build(block)
+            for following in islice(self._queue, 1):
+                self._invite(*following)
+
+    def _invite(self, key: ExpertKey, block: torch.Tensor) -> None:
+        load, size = ExpertLoad(key), self._layouts(key.layer).stride
+        self._loads.append((load, block))
+        self._uploader.begin(load, lambda: block, size, self._lender.borrow(key))
 
 
 class Uploader:
@@ -220,41 +283,53 @@ class Uploader:
         self._streams = gpu.streams(device)
         self._side = self._streams.Stream(device)
         self.mover = Mover(lambda: self._streams.stream(self._side))
-        self._readers = ThreadPoolExecutor(_STAGES, thread_name_prefix="upload")
+        self._readers = Readers("upload", _STAGES)
         self._stages: Sequence[torch.Tensor] = ()
 
-    def begin(self, load: ExpertLoad, target: torch.Tensor, block: torch.Tensor | None) -> None:
-        """Queue the copy of an expert into `target`, from its block in RAM or from the disk."""
+    def begin(
+        self,
+        load: ExpertLoad,
+        slot: Callable[[], torch.Tensor | None],
+        size: int,
+        block: torch.Tensor | None,
+    ) -> None:
+        """Queue the copy of an expert of `size` bytes from its block in RAM, or from the disk.
+
+        `slot` returns the expert's slot when its turn has come, or None if nobody wants it there.
+        """
         was_read = self._streams.Event()
         was_read.record(self._streams.current_stream(self._device))
-        self.mover.begin(load, self._steps(load.key, target, block, was_read))
+        self.mover.begin(load, self._steps(load.key, slot, size, block, was_read))
 
     def _steps(
-        self, key: ExpertKey, target: torch.Tensor, block: torch.Tensor | None, was_read: Any
+        self,
+        key: ExpertKey,
+        slot: Callable[[], torch.Tensor | None],
+        size: int,
+        block: torch.Tensor | None,
+        was_read: Any,
     ) -> Steps:
-        if not self._stages:
-            whole = new_block(_STAGES * _STAGE_BYTES)
-            gpu.page_lock(whole, self._device)
-            self._stages = torch.split(whole, _STAGE_BYTES)
+        if (whole := slot()) is None:
+            raise MemoryError
+        stages = self._locked_stages()
         # The last kernel that reads the slot's former expert may still run.
         was_read.wait(self._side)
-        for start in range(0, target.numel(), _STAGES * _STAGE_BYTES):
-            pieces = torch.split(target[start : start + _STAGES * _STAGE_BYTES], _STAGE_BYTES)
-            offsets = range(start, target.numel(), _STAGE_BYTES)
-            filled = [
-                self._readers.submit(self._fill, key, stage[: len(piece)], offset, block)
-                for piece, stage, offset in zip(pieces, self._stages, offsets, strict=False)
-            ]
+        for start in range(0, size, _STAGES * _STAGE_BYTES):
+            end = min(start + _STAGES * _STAGE_BYTES, size)
+            fills, pieces = list[Future[None]](), torch.split(whole[start:end], _STAGE_BYTES)
             try:
-                for piece, stage, fill in zip(pieces, self._stages, filled, strict=False):
+                for number, piece in enumerate(pieces):
+                    stage, offset = stages[number][: len(piece)], start + number * _STAGE_BYTES
+                    fills.append(self._readers.submit(self._fill, key, stage, offset, block))
+                for piece, stage, fill in zip(pieces, stages, fills, strict=False):
                     fill.result()
                     piece.copy_(stage[: len(piece)], non_blocking=True)
             finally:
-                wait(filled)
-            # Stages are filled again, perhaps by another load.
-            copied = self._streams.Event(blocking=True)
-            copied.record(self._side)
-            copied.synchronize()
+                wait(fills)
+                # Stages are filled again, perhaps by another load.
+                copied = self._streams.Event(blocking=True)
+                copied.record(self._side)
+                copied.synchronize()
             yield
 
     def _fill(
@@ -265,3 +340,10 @@ class Uploader:
         else:
             # torch's copy would set other threads to work.
             stage.numpy()[:] = block[offset : offset + len(stage)].numpy()
+
+    def _locked_stages(self) -> Sequence[torch.Tensor]:
+        if not self._stages:
+            whole = new_block(_STAGES * _STAGE_BYTES)
+            gpu.page_lock(whole, self._device)
+            self._stages = torch.split(whole, _STAGE_BYTES)
+        return self._stages

@@ -115,7 +115,7 @@ def test_where_no_thread_can_be_started_reads_that_wait_for_one_end_too(
 
     source = DiskSource(installed, ExpertStats(), choose=False)
     readers: Any = Full()
-    monkeypatch.setattr(source, "_readers", readers)
+    monkeypatch.setattr(source._readers, "_threads", readers)
     with pytest.raises(ResourceError, match="cannot start a thread"):
         load(source, A, installed.blueprint.expert.stride)
     assert load(source, B, installed.blueprint.expert.stride) == truth[B]
