@@ -73,7 +73,7 @@ class VramSlots:
         self._experts: dict[ExpertKey, Expert] = {}
         self._loads: dict[ExpertKey, ExpertLoad] = {}
         self._uploader = Uploader(device, read)
-        self.bytes_moved, self.has_changed = 0, False
+        self.has_changed = False
 
     @property
     def slots(self) -> int:
@@ -82,6 +82,11 @@ class VramSlots:
     @property
     def nbytes(self) -> int:
         return sum(self._sizes[slot] for slot in self._blocks)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Return the bytes of all experts that were copied to the GPU."""
+        return self._uploader.bytes_moved
 
     @property
     def holds_all(self) -> bool:
@@ -205,7 +210,6 @@ class VramSlots:
             self.has_changed = True
         else:
             self._set(key, self._blocks[slot].data_ptr())
-            self.bytes_moved += self._layouts(key.layer).stride
 
     def _forget(self, key: ExpertKey) -> None:
         self.has_changed = True
@@ -243,7 +247,6 @@ class Guests:
     ) -> None:
         self._uploader, self._layouts, self._lender, self._queue = uploader, layouts, lender, queue
         self._loads = deque[tuple[ExpertLoad, torch.Tensor]]()
-        self.bytes_moved = 0
 
     def __enter__(self) -> Guests:
         for key, block in islice(self._queue, _GUESTS):
@@ -263,9 +266,7 @@ class Guests:
             load.wait()
             self._loads.popleft()
             self._lender.give_back(load.key)
-            layout = self._layouts(load.key.layer)
-            self.bytes_moved += layout.stride
-            yield load.key, layout.build(block)
+            yield load.key, self._layouts(load.key.layer).build(block)
             for following in islice(self._queue, 1):
                 self._invite(*following)
 
@@ -285,6 +286,7 @@ class Uploader:
         self.mover = Mover(lambda: self._streams.stream(self._side))
         self._readers = Readers("upload", _STAGES)
         self._stages: Sequence[torch.Tensor] = ()
+        self.bytes_moved = 0
 
     def begin(
         self,
@@ -331,6 +333,7 @@ class Uploader:
                 copied.record(self._side)
                 copied.synchronize()
             yield
+        self.bytes_moved += size
 
     def _fill(
         self, key: ExpertKey, stage: torch.Tensor, offset: int, block: torch.Tensor | None

@@ -1,0 +1,116 @@
+"""Slots of a GPU on paper, with experts of 1,000 bytes that come through four stages of 64."""
+
+import gc
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from paper_runtime import PaperRuntime
+
+from mixchat.experts.cache import ExpertKey
+from mixchat.experts.vram import VramSlots
+
+GPU = torch.device("paper", 0)
+LAYERS, EXPERTS, SIZE = 2, 4, 1000
+KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+STAGE = 64
+
+
+def bytes_of(key: ExpertKey, size: int = SIZE) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * key.layer + key.expert)
+    return torch.randint(256, (size,), dtype=torch.uint8, generator=generator)
+
+
+class Form:
+    """Stands in for an `ExpertSpec`: an expert is its block."""
+
+    def __init__(self, size: int) -> None:
+        self.stride = self.nbytes = size
+
+    def build(self, block: torch.Tensor) -> torch.Tensor:
+        return block[: self.stride]
+
+
+class Memories:
+    """RAM, which lends the blocks of some experts, and the disk.
+
+    Reads of the experts in `held` wait until `go`, and those of `bad` ones fail after a stage.
+    """
+
+    def __init__(self, sizes: tuple[int, ...] = (SIZE,) * LAYERS) -> None:
+        self.sizes = sizes
+        self.in_ram: dict[ExpertKey, torch.Tensor] = {}
+        self.lent: list[ExpertKey] = []
+        self.read_bytes: dict[ExpertKey, int] = {}
+        self.held: set[ExpertKey] = set()
+        self.bad: set[ExpertKey] = set()
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def borrow(self, key: ExpertKey) -> torch.Tensor | None:
+        if key not in self.in_ram:
+            return None
+        self.lent.append(key)
+        return self.in_ram[key]
+
+    def give_back(self, key: ExpertKey) -> None:
+        if key in self.lent:
+            self.lent.remove(key)
+
+    def read(self, key: ExpertKey, block: torch.Tensor, start: int) -> None:
+        if key in self.held:
+            self.reached.set()
+            self.go.wait()
+        if key in self.bad and start:
+            raise OSError("the disk says no")
+        block.copy_(bytes_of(key, self.sizes[key.layer])[start : start + len(block)])
+        self.read_bytes[key] = self.read_bytes.get(key, 0) + len(block)
+
+    def slots(self, *sizes: int, reserve: int = 0) -> VramSlots:
+        """Return slots of a GPU, of these sizes."""
+        forms: Any = [Form(size) for size in self.sizes]
+        return VramSlots(
+            GPU, range(LAYERS), EXPERTS, forms.__getitem__, sizes, self.read, self, reserve
+        )
+
+
+def quiet(paper: PaperRuntime) -> int:
+    """Return the GPU's bytes taken, once the threads of earlier tests have ended."""
+    looks = list[int]()
+    while len(looks) < 5 or set(looks[-5:]) != {looks[-1]}:
+        gc.collect()
+        time.sleep(0.03)
+        looks.append(paper.memory(GPU).taken + len(paper.locked))
+    return paper.memory(GPU).taken
+
+
+def settle(vram: VramSlots) -> None:
+    """Wait until nothing is on its way."""
+    for load in list(vram._loads.values()):
+        load._ended.wait()
+
+
+def filled(memories: Memories, count: int = 4) -> VramSlots:
+    """Return slots with the first experts of both layers."""
+    vram = memories.slots(*[SIZE] * count)
+    vram.fill()
+    settle(vram)
+    vram.publish()
+    return vram
+
+
+def use(vram: VramSlots, key: ExpertKey, tokens: int = 20) -> None:
+    """Count an expert in so many tokens."""
+    for _ in range(tokens):
+        vram.residents.note_rows(key, 1)
+
+
+def content(vram: VramSlots, key: ExpertKey) -> torch.Tensor:
+    """Return the bytes that kernels of the current stream read."""
+    expert: Any = vram.expert(key)
+    return (expert ^ 0).cpu()
+
+
+def table_of(vram: VramSlots) -> np.ndarray:
+    return np.asarray(vram.table.cpu().numpy())
