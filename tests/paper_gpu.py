@@ -261,6 +261,7 @@ def _start(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any]) ->
     def run(stream: Any, number: int) -> None:
         kernel[grid](*inner, **constants)
 
+    run.label = kernel.__name__, grid  # type: ignore
     loaded = kernel.__name__, tuple(sorted((key, str(value)) for key, value in constants.items()))
     RUNTIME.start(Work(device, touches, run), kernel=loaded)
 

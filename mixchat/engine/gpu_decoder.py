@@ -32,10 +32,11 @@ from mixchat.engine.gpu_layer import (
 from mixchat.engine.model import AfterLayer, Block, Output
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.store import new_block
-from mixchat.kernels.gpu.matrix import GpuExpertForm, as_gpu, expert_form
 from mixchat.kernels.gpu.norm import add_norm
 from mixchat.kernels.gpu.product import product, split
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.gpu_expert import GpuExpertForm, expert_form
+from mixchat.weights.matrix.gpu_linear import as_gpu
 
 _ALIGNMENT = 64  # bytes, of tensors in page-locked RAM
 

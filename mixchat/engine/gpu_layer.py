@@ -19,10 +19,11 @@ from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.experts import experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
-from mixchat.kernels.gpu.matrix import GpuExpertForm, as_gpu
 from mixchat.kernels.gpu.norm import add_norm
 from mixchat.kernels.gpu.product import product, split
-from mixchat.kernels.gpu.route import Choice, route
+from mixchat.kernels.gpu.route import route
+from mixchat.weights.format.gpu_expert import GpuExpertForm
+from mixchat.weights.matrix.gpu_linear import as_gpu
 
 Kernels = list[Callable[[], object]]
 
@@ -110,8 +111,8 @@ def router_kernels(
 ) -> Kernels:
     """Return the kernels that choose experts of the normed row [K], with their weights [K]."""
     logits = tokens.tensor("logits of experts", len(router.gate), dtype=torch.float32)
-    choice = Choice(selected, weights, logits, tokens.finished)
-    return [partial(route, tokens.normed, router, choice)]
+    finished = tokens.finished
+    return [partial(route, tokens.normed, router, logits, selected, weights, finished)]
 
 
 def expert_kernels(

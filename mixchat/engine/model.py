@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from mixchat.base import gpu
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.attention import Attention, KVContext, SingleTokenContext
@@ -23,7 +24,7 @@ from mixchat.kernels.cpu import rows
 from mixchat.kernels.cpu.program import Stage, alone
 from mixchat.kernels.cpu.router import Router
 from mixchat.weights.format.blueprint import HEAD, Blueprint
-from mixchat.weights.format.expert import Expert, swiglu_of
+from mixchat.weights.format.expert import Expert, ExpertSpec
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import Linear, RecordRows
 
@@ -39,7 +40,10 @@ class ModelTensors(Protocol):
     def tensor(self, spec: TensorSpec) -> torch.Tensor: ...
 
     def linear(self, spec: LinearSpec) -> Linear:
-        """Return a matrix in this form, which may differ from the stored one."""
+        """Return a matrix."""
+
+    def expert(self, spec: ExpertSpec) -> Expert:
+        """Return a layer's dense part, which has the form of an expert."""
 
 
 class Block:
@@ -156,11 +160,10 @@ def _router(layer: int, used: Blueprint, tensors: ModelTensors) -> Router:
 
 
 def _mlp(layer: int, used: Blueprint, tensors: ModelTensors) -> DenseMLP | None:
-    specs = used.mlp(layer)
-    if specs is None:
+    spec = used.mlp_expert(layer)
+    if spec is None:
         return None
-    gate_up, down = (tensors.linear(spec) for spec in specs)
-    network = Expert(gate_up, down, swiglu_of(used.config))
+    network = tensors.expert(spec)
     if not used.config.shared_expert_gate or layer < used.config.first_k_dense_replace:
         return DenseMLP(network)
     gate = _gate(used.mlp_gate(layer), tensors)
@@ -169,7 +172,7 @@ def _mlp(layer: int, used: Blueprint, tensors: ModelTensors) -> DenseMLP | None:
 
 def _gate(spec: TensorSpec, tensors: ModelTensors) -> torch.Tensor:
     gate = tensors.tensor(spec).contiguous()
-    if rows.can_compute(gate.dtype, gate.shape[1], gate.device.type):
+    if gpu.is_gpu(gate.device) or rows.can_compute(gate.dtype, gate.shape[1]):
         return gate
     # The router computes in fp32. Without a kernel the gate is widened once, not for each token.
     return gate.float()

@@ -6,9 +6,11 @@ h = head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from mixchat.base import interrupts
+from mixchat.base import gpu, interrupts
 from mixchat.base.model_config import ModelConfig
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.kv_cache import KVCache, bits_of
@@ -28,10 +30,19 @@ def new_cache(
     config: ModelConfig,
     capacity: int,
     dtype: torch.dtype,
-    device: torch.device,
+    on: Sequence[torch.device],
     bits: Bits | None = None,
 ) -> KVCache:
-    """Return the fastest kind of cache on the device. bits: None for the bits of `dtype`."""
+    """Return the fastest kind of cache, for layers on these devices.
+
+    bits: None for the bits of `dtype`.
+    """
+    device = on[0]
+    if gpu.is_gpu(device):
+        # Triton is imported only if a GPU computes.
+        from mixchat.engine.device_cache import DeviceKVCache
+
+        return DeviceKVCache(config, capacity, dtype, on, quantized=bits == 8)
     if device.type == "cpu" and dtype != torch.float16 and kernels_available():
         return PagedKVCache(config, capacity, bits or bits_of(dtype))
     return TensorKVCache(config, capacity, dtype, device, quantized=bits == 8)

@@ -38,10 +38,12 @@ from mixchat.loading.workers import connect_workers, divide_experts
 from mixchat.planning.fitting import FreeMemory, fit_model
 from mixchat.planning.plan import Prediction, predict_speed
 from mixchat.planning.torch_threads import choose_threads
-from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.format.blueprint import HEAD, Blueprint
+from mixchat.weights.format.expert import Expert, ExpertSpec
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.matrix.linear import LinearSpec
-from mixchat.weights.matrix.quant_type import Linear, dense_linear
+from mixchat.weights.matrix.on_device import build_linear
+from mixchat.weights.matrix.quant_type import Linear
 
 Wrap = Callable[[ExpertRunner], ExpertRunner]
 
@@ -195,7 +197,8 @@ def _build_model(
     embedding: Embedding
     if blueprint.head is None:
         table = installed.tensor(blueprint.embedding).to(last)
-        head = dense_linear(table)
+        weight = LinearSpec(HEAD, len(table), table.shape[1], "none", dtype)
+        head = build_linear(weight, [table])
 
         def embedding(ids: torch.Tensor) -> torch.Tensor:
             rows = functional.embedding(ids.to(last, non_blocking=True), table)
@@ -223,3 +226,11 @@ class _InstalledTensors:
 
     def linear(self, spec: LinearSpec) -> Linear:
         return self._installed.linear(spec, self._device)
+
+    def expert(self, spec: ExpertSpec) -> Expert:
+        if not gpu.is_gpu(self._device):
+            return Expert(self.linear(spec.gate_up), self.linear(spec.down), spec.swiglu)
+        # In one block, like an expert, so that the same kernels compute it.
+        tensors = map(self._installed.tensor, (*spec.gate_up.tensors, *spec.down.tensors))
+        block = torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors])
+        return spec.build(block.to(self._device))

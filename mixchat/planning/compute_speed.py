@@ -29,8 +29,9 @@ from mixchat.experts.memory import CPU
 from mixchat.kernels.cpu import rows
 from mixchat.planning.machine_speeds import interpolate
 from mixchat.weights.format.blueprint import Blueprint
-from mixchat.weights.format.expert import Expert
+from mixchat.weights.format.expert import Expert, ExpertSpec
 from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.on_device import build_linear
 from mixchat.weights.matrix.quant_type import Linear
 
 ROWS = (1, 8, 64, 512)
@@ -239,4 +240,8 @@ class FilledTensors:
         return filled.view(spec.dtype).view(spec.shape)
 
     def linear(self, spec: LinearSpec) -> Linear:
-        return spec.build([self.tensor(tensor) for tensor in spec.tensors], in_place=False)
+        tensors = [self.tensor(tensor) for tensor in spec.tensors]
+        return build_linear(spec, tensors, in_place=False)
+
+    def expert(self, spec: ExpertSpec) -> Expert:
+        return Expert(self.linear(spec.gate_up), self.linear(spec.down), spec.swiglu)

@@ -152,7 +152,7 @@ def logits(engine: Engine) -> torch.Tensor:
             engine.passes.model.forward(torch.tensor(ids), engine.held()[1], logits_of=slice(None))
             for ids in (PROMPT, [33], [60], [2], [95], [8])
         ]
-        return torch.cat(found).float().cpu()
+        return torch.cat([rows.float().cpu() for rows in found])
 
 
 def text(engine: Engine) -> list[int]:

@@ -21,6 +21,7 @@ from mixchat.base.safetensors import ALIGNMENT, TensorSpec
 from mixchat.kernels.cpu.program import Program, Stage, Step, alone, together
 from mixchat.kernels.cpu.rows import Swiglu, can_compute
 from mixchat.weights.matrix.linear import LinearSpec, PackedLinear, as_packed
+from mixchat.weights.matrix.on_device import build_linear
 from mixchat.weights.matrix.quant_type import Linear
 
 
@@ -141,7 +142,8 @@ class ExpertSpec:
     def build(self, block: torch.Tensor) -> Expert:
         """Return the expert over a block of `stride` bytes, which is used in place."""
         gate_up, down = self._views(block)
-        return Expert(self.gate_up.build(gate_up), self.down.build(down), self.swiglu)
+        both = build_linear(self.gate_up, gate_up), build_linear(self.down, down)
+        return Expert(*both, self.swiglu)
 
     def _views(self, block: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         views, start = [], 0

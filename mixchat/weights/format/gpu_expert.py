@@ -18,6 +18,10 @@ class GpuExpertForm(NamedTuple):
     form: ExpertForm
     levels: Levels
 
+    def sums(self, choices: int) -> int:
+        """Return the rows of partial sums of so many experts."""
+        return choices * self.form.split(choices).count
+
 
 def expert_form(spec: ExpertSpec, device: torch.device) -> GpuExpertForm:
     """Return the form of an expert's block. `form.is_supported` tells if kernels take it."""

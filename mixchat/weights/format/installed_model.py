@@ -25,6 +25,7 @@ from mixchat.weights.format.manifest import (
     repair_hint,
 )
 from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.on_device import build_linear
 from mixchat.weights.matrix.quant_type import Linear
 
 
@@ -90,7 +91,7 @@ class InstalledModel:
     def linear(self, spec: LinearSpec, device: torch.device) -> Linear:
         """Read a shared matrix to `device`."""
         tensors = [self._shared.read(tensor.name).to(device) for tensor in spec.tensors]
-        return spec.build(tensors, in_place=False)
+        return build_linear(spec, tensors, in_place=False)
 
     def open_direct(self) -> bool:
         """Prepare `direct` reads and return whether they are possible."""

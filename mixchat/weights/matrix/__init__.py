@@ -16,6 +16,7 @@ In a trellis, a code of 2 or 3 bits, a number depends on the bits of several row
 - encode.py: from a matrix to codes of levels, fast, or the best of three ways for its inputs
 - gptq.py: rounding for the least error of products with given inputs
 - gpu_linear.py: y = x W^T on a GPU
+- on_device.py: chooses between both
 - bnb_format.py: reads matrices that bitsandbytes has quantized already
 - mxfp4_format.py: reads matrices that are published in MXFP4
 - gguf_format.py, fp8_format.py: reads matrices of GGUF files, and matrices in FP8

@@ -1,0 +1,25 @@
+"""Builds a matrix with the kernels of the device that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mixchat.base import gpu
+from mixchat.weights.matrix.linear import LinearSpec
+from mixchat.weights.matrix.quant_type import Linear
+
+
+def build_linear(
+    spec: LinearSpec, tensors: Sequence[torch.Tensor], *, in_place: bool = True
+) -> Linear:
+    """Return the map over these tensors, as `LinearSpec.build` does on a CPU."""
+    if gpu.is_gpu(tensors[0].device):
+        # Triton is imported only if a GPU computes.
+        from mixchat.weights.matrix.gpu_linear import build_on_gpu
+
+        linear = build_on_gpu(spec, tensors)
+        if linear is not None:
+            return linear
+    return spec.build(tensors, in_place=in_place)
