@@ -46,6 +46,18 @@ def name(device: torch.device) -> str:
     return str(_runtime().get_device_name(device))
 
 
+def is_amd() -> bool:
+    """Return whether torch is built for AMD's GPUs."""
+    return torch.version.hip is not None
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a GPU's matrix units take bf16, as those of NVIDIA's since 2020 do."""
+    if is_amd() or not is_gpu(device):
+        return True
+    return capability(device) >= (8, 0)
+
+
 def total_memory(device: torch.device) -> int:
     """Return the bytes of a GPU's memory."""
     return int(_runtime().get_device_properties(device).total_memory)

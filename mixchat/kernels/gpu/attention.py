@@ -1,0 +1,269 @@
+"""Attention of new tokens over a GPU's KV cache, with the softmax online and no mask in memory.
+
+Milakov & Gimelshein, arXiv:1805.02867. The keys of a few tokens are split over many programs, as in
+flash decoding, since a single token has less work than a GPU has processors.
+
+T = new tokens, P = tokens before them, H = num_attention_heads, G = num_key_value_heads (of
+R = H / G heads each), h = head_dim, S = splits. A row is a pair of a new token and one of R heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from mixchat.base import gpu
+from mixchat.kernels.gpu.kv_store import KVTensors
+from mixchat.kernels.gpu.launch import launch
+
+# Twice the processors of the largest cards. Each then has something to load while another computes.
+_PROGRAMS = 256
+_PARTS = 8  # that are merged at once
+# Scores. If all keys so far are masked, the largest score is _LOWEST, and 2^(masked - lowest) is 0.
+# With infinities the difference would be NaN.
+_MASKED, _LOWEST = tl.constexpr(-3e38), tl.constexpr(-1e38)
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+class Parts(NamedTuple):
+    """Room for what programs compute of splits, in fp32.
+
+    sums: weighted values [T * H, S, h]. weights: the largest score of each split and the sum of its
+    weights [2, T * H, S]. Both are empty if the keys are not split.
+    """
+
+    sums: torch.Tensor
+    weights: torch.Tensor
+    splits: int
+
+    @classmethod
+    def for_tokens(cls, tokens: int, heads: int, tensors: KVTensors, window: int | None) -> Parts:
+        """Return room for T tokens, which depends on the size of the cache, not on its length."""
+        groups, room, width = tensors.numbers.shape[1:]
+        rows, tile = tokens * heads // groups, _Tile.of(tokens, heads, tensors)
+        wanted = _PROGRAMS // (triton.cdiv(rows, tile.rows) * groups)
+        useful = triton.cdiv(min(room, (window or room) + tokens), tile.keys)
+        splits = triton.next_power_of_2(max(1, min(wanted, useful)))
+        rooms = (tokens * heads, splits) if splits > 1 else (0, 0)
+        device = tensors.numbers.device
+        sums = torch.empty(*rooms, width, dtype=torch.float32, device=device)
+        return cls(sums, torch.empty(2, *rooms, dtype=torch.float32, device=device), splits)
+
+
+class _Tile(NamedTuple):
+    """The rows and the keys that a program computes at once, and Triton's options for it.
+
+    They leave no number in local memory, as the assembly for each card shows. Decoding in 16 bits
+    leaves the registers for half of a card's threads.
+    """
+
+    rows: int
+    keys: int
+    options: dict[str, int]
+
+    @classmethod
+    def of(cls, tokens: int, heads: int, tensors: KVTensors) -> _Tile:
+        numbers = tensors.numbers
+        _, groups, _, width = numbers.shape
+        eight_bits, rows = numbers.dtype == torch.int8, tokens * heads // groups
+        if gpu.is_amd():
+            keys, options = 32 if width <= 64 else 16, {"num_warps": 4, "num_stages": 1}
+            return cls(16 if rows <= 16 else 32, keys, options)
+        if not gpu.has_bf16(numbers.device):
+            # For these cards Triton has no product of matrices but by single numbers.
+            return cls(16, 32 if width <= 64 else 16, {"num_warps": 8, "num_stages": 1})
+        keys = min(64, (4096 if eight_bits else 8192) // triton.next_power_of_2(width))
+        options = {"num_warps": 8, "num_stages": 2}
+        if rows > 16:
+            few = eight_bits or width > 128 or rows <= 64
+            return cls(64 if few else 128, min(keys, 32) if eight_bits else keys, options)
+        if width <= 128 and not eight_bits:
+            options |= {"num_warps": 4 if width <= 64 else 8, "maxnreg": 64}
+        return cls(16, keys, options)
+
+
+def attend(
+    queries: torch.Tensor,
+    tensors: KVTensors,
+    past: torch.Tensor,
+    out: torch.Tensor,
+    parts: Parts,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Store the attention of `queries` [T, H, h] in `out` [T, H, h].
+
+    The cache holds the keys and values of these tokens already, after `past` tokens, int32 on the
+    GPU. A token attends to itself and all before it, or to the last `window` of these. `sinks` are
+    logits [H], fp32, of which each joins the sum of a head's softmax. `parts` are for T tokens.
+    """
+    (tokens, heads, width), groups = queries.shape, tensors.numbers.shape[1]
+    shared = heads // groups
+    tile = _Tile.of(tokens, heads, tensors)
+    shape = {"WINDOW": window or 0, "H": heads, "R": shared, "WIDTH": width}
+    shape |= {"ROWS": tile.rows, "KEYS": tile.keys, "SPLITS": parts.splits}
+    shape["BLOCK"] = triton.next_power_of_2(width)
+    launch(
+        _attend,
+        (triton.cdiv(tokens * shared, tile.rows), groups, parts.splits),
+        *(queries, *tensors, past, out, *parts[:2]),
+        *(sinks if parts.splits == 1 else None, tokens, tensors.room),
+        **shape,
+        **tile.options,
+    )
+    if parts.splits > 1:
+        grid = (tokens * heads,)
+        launch(_merge, grid, *parts[:2], past, out, sinks, tokens, **shape, PARTS=_PARTS)
+
+
+@triton.jit
+def _keys_of(
+    block,
+    past,
+    tokens,
+    WINDOW: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Return the first key that a block of rows sees, the end of these, and the keys of a split."""
+    end = past + tl.minimum((block * ROWS + ROWS - 1) // R + 1, tokens)
+    first = tl.maximum(past + block * ROWS // R + 1 - WINDOW, 0) if WINDOW else 0
+    return first, end, tl.cdiv(tl.cdiv(end - first, SPLITS), KEYS) * KEYS
+
+
+@triton.jit(do_not_specialize=["tokens", "room"])
+def _attend(
+    queries,
+    numbers,
+    scales,
+    past,
+    out,
+    part_sums,
+    part_weights,
+    sinks,
+    tokens,
+    room,
+    WINDOW: tl.constexpr,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Attend with some rows of a group to the keys of a split."""
+    block, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(past)
+    first, end, part = _keys_of(block, length, tokens, WINDOW, R, ROWS, KEYS, SPLITS)
+    start = first + split * part
+    stop = tl.minimum(start + part, end)
+    if start >= stop:
+        return
+    rows = block * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    token, wide = rows // R, columns[None, :] < WIDTH
+    inside = (token < tokens)[:, None] & wide
+    row = token * H + group * R + rows % R  # in queries and `out`
+    query = tl.load(queries + row[:, None] * WIDTH + columns[None, :], inside, 0.0)
+    position = (length + token)[:, None]
+    # A group's keys, and how far its values are behind them.
+    behind = room.to(tl.int64) * (H // R)
+    numbers += group.to(tl.int64) * room * WIDTH
+    largest = tl.full((ROWS,), _LOWEST, tl.float32)
+    weights = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(start, stop, KEYS):
+        keys = begin + tl.arange(0, KEYS)
+        places = keys
+        if WINDOW:
+            places = begin % room + tl.arange(0, KEYS)
+            places = tl.where(places < room, places, places - room)
+        at = places[:, None] * WIDTH + columns[None, :]
+        held = (keys < stop)[:, None] & wide
+        key = tl.load(numbers + at, held, 0).to(query.dtype)
+        value = tl.load(numbers + behind * WIDTH + at, held, 0).to(query.dtype)
+        scores = tl.dot(query, tl.trans(key)) * (_LOG2_E / WIDTH**0.5)
+        if scales is not None:
+            scale = scales + group.to(tl.int64) * room + places
+            scores *= tl.load(scale, keys < stop, 0.0)[None, :]
+        seen = keys[None, :] <= position
+        if WINDOW:
+            seen &= keys[None, :] > position - WINDOW
+        scores = tl.where(seen, scores, _MASKED)
+        highest = tl.maximum(largest, tl.max(scores, 1))
+        weight = tl.exp2(scores - highest[:, None])
+        factor = tl.exp2(largest - highest)
+        weights = weights * factor + tl.sum(weight, 1)
+        largest = highest
+        if scales is not None:
+            weight *= tl.load(scale + behind, keys < stop, 0.0)[None, :]
+        sums = tl.dot(weight.to(query.dtype), value, sums * factor[:, None])
+    if SPLITS == 1:
+        if sinks is not None:
+            sink = tl.load(sinks + group * R + rows % R) * _LOG2_E
+            highest = tl.maximum(largest, sink)
+            factor = tl.exp2(largest - highest)
+            weights = weights * factor + tl.exp2(sink - highest)
+            sums *= factor[:, None]
+        # A row that no token has may have seen no key.
+        sums /= tl.maximum(weights, 1e-30)[:, None]
+        tl.store(out + row[:, None] * WIDTH + columns[None, :], sums, inside)
+    else:
+        place = row.to(tl.int64) * SPLITS + split
+        tl.store(part_sums + place[:, None] * WIDTH + columns[None, :], sums, inside)
+        tl.store(part_weights + place, largest, token < tokens)
+        tl.store(part_weights + tokens * H * SPLITS + place, weights, token < tokens)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _merge(
+    part_sums,
+    part_weights,
+    past,
+    out,
+    sinks,
+    tokens,
+    WINDOW: tl.constexpr,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Merge the splits of a token's head."""
+    row = tl.program_id(0)
+    token, head = row // H, row % H
+    block = (token * R + head % R) // ROWS
+    first, end, part = _keys_of(block, tl.load(past), tokens, WINDOW, R, ROWS, KEYS, SPLITS)
+    splits = tl.arange(0, SPLITS)
+    used = splits * part < end - first
+    part_weights += row.to(tl.int64) * SPLITS
+    largest = tl.load(part_weights + splits, used, _LOWEST)
+    weights = tl.load(part_weights + tokens * H * SPLITS + splits, used, 0.0)
+    highest = tl.max(largest)
+    if sinks is not None:
+        sink = tl.load(sinks + head) * _LOG2_E
+        highest = tl.maximum(highest, sink)
+    total = tl.sum(weights * tl.exp2(largest - highest))
+    if sinks is not None:
+        total += tl.exp2(sink - highest)
+    columns = tl.arange(0, BLOCK)
+    sums = tl.zeros((PARTS, BLOCK), tl.float32)
+    for start in range(0, tl.cdiv(end - first, part), PARTS):
+        some = start + tl.arange(0, PARTS)
+        held = some * part < end - first
+        factor = tl.exp2(tl.load(part_weights + some, held, _LOWEST) - highest)
+        place = (row.to(tl.int64) * SPLITS + some)[:, None] * WIDTH + columns[None, :]
+        mask = held[:, None] & (columns[None, :] < WIDTH)
+        sums += tl.load(part_sums + place, mask, 0.0) * factor[:, None]
+    tl.store(out + row * WIDTH + columns, tl.sum(sums, 0) / total, columns < WIDTH)

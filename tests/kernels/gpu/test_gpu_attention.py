@@ -1,0 +1,105 @@
+"""`attend` beside softmax in fp64, with a mask and repeated keys."""
+
+import pytest
+import torch
+from gpu_tools import kv_tensors, length_of
+
+from mixchat.engine.tensor_cache import attention_mask
+from mixchat.kernels.gpu import attention
+from mixchat.kernels.gpu.attention import Parts, attend
+from mixchat.kernels.gpu.kv_store import KVTensors, store
+
+CPU = torch.device("cpu")
+
+
+def filled(tensors: KVTensors, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Store so many random tokens. Return keys and values [2, G, tokens, h] as they are stored."""
+    _, groups, _, width = tensors.numbers.shape
+    rows = torch.randn(2, tokens, groups, width).to(dtype)
+    for start in range(0, tokens, 32):
+        chunk = rows[:, start : start + 32]
+        store(tensors, chunk[0], chunk[1], length_of(start))
+    if tensors.scales is None:
+        return rows.transpose(1, 2)
+    scales = rows.float().abs().amax(-1, keepdim=True) / 127
+    return ((rows / scales).round() * scales).transpose(1, 2)
+
+
+def expected(queries, rows, window, sinks):
+    """Return the attention [T, H, h] of queries [T, H, h] over rows [2, G, P + T, h]."""
+    tokens, heads, width = queries.shape
+    keys, values = rows.double().repeat_interleave(heads // rows.shape[1], 1)
+    scores = queries.double().transpose(0, 1) @ keys.mT / width**0.5  # [H, T, P + T]
+    mask = attention_mask(keys.shape[1] - tokens, tokens, window, CPU)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.double().view(-1, 1, 1).expand(heads, tokens, 1)
+        scores = torch.cat([scores, sink], -1)
+    return (scores.softmax(-1)[..., : keys.shape[1]] @ values).transpose(0, 1)
+
+
+def check(heads, groups, width, room, past, tokens, *, window=None, sinks=None, bits=16, dtype):
+    tensors = kv_tensors(groups, room, width, dtype, bits)
+    rows = filled(tensors, past + tokens, dtype)
+    queries = (2 * torch.randn(tokens, heads, width)).to(dtype)
+    out = torch.full_like(queries, torch.nan)
+    parts = Parts.for_tokens(tokens, heads, tensors, window)
+    attend(queries, tensors, length_of(past), out, parts, window, sinks)
+    within = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 1e-5}[dtype]
+    right = expected(queries, rows, window, sinks).to(dtype)
+    torch.testing.assert_close(out, right, rtol=within, atol=within)
+    return parts.splits
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_every_width_of_a_head(width, bits, tokens):
+    assert check(4, 2, width, 300, 197, tokens, bits=bits, dtype=torch.bfloat16) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_every_type(dtype, bits):
+    check(6, 2, 64, 300, 99, 3, bits=bits, dtype=dtype)
+
+
+@pytest.mark.parametrize("past", [0, 1, 62, 63, 64, 127, 128, 200])
+@pytest.mark.parametrize("has_sinks", [True, False])
+def test_a_token_after_any_count_of_others(past, has_sinks):
+    sinks = 3 * torch.randn(6) if has_sinks else None
+    check(6, 2, 64, 256, past, 1, sinks=sinks, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("past", "tokens", "window"),
+    [(0, 1, 9), (8, 1, 9), (9, 1, 9), (150, 1, 64), (300, 1, 65), (70, 30, 9), (111, 20, 128)],
+)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_window_in_a_ring(past, tokens, window, bits):
+    """The ring has just the room of a window and the new tokens."""
+    sinks = torch.randn(4)
+    shape = 4, 1, 64, window + tokens - 1, past, tokens
+    check(*shape, window=window, sinks=sinks, bits=bits, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "past", "tokens", "programs"),
+    [(4, 4, 0, 130, 1), (8, 1, 40, 33, 1), (10, 2, 3, 40, 1), (12, 1, 9, 11, 1), (5, 1, 80, 9, 9)],
+)
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("has_sinks", [True, False])
+def test_a_prompt(heads, groups, past, tokens, programs, window, has_sinks, monkeypatch):
+    sinks = torch.randn(heads) if has_sinks else None
+    shape = heads, groups, 64, past + tokens, past, tokens
+    monkeypatch.setattr(attention, "_PROGRAMS", programs)
+    splits = check(*shape, window=window, sinks=sinks, dtype=torch.bfloat16)
+    assert splits == (1 if programs == 1 or window else 2)
+
+
+def test_a_long_prompt_is_not_split():
+    tensors = kv_tensors(8, 4096, 128, torch.bfloat16, 16)
+    assert Parts.for_tokens(1, 64, tensors, None).splits == 32
+    assert Parts.for_tokens(2048, 64, tensors, None).splits == 1
+    assert Parts.for_tokens(1, 64, tensors, 128).splits == 4
