@@ -47,6 +47,7 @@ class ExpertCache:
         self._free: dict[int, set[int]] = {}  # by their size
         for slot in range(slots):
             self._free.setdefault(size_of(slot), set()).add(slot)
+        self._counts = {size: len(free) for size, free in self._free.items()}
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._slots
@@ -67,6 +68,10 @@ class ExpertCache:
     def slot_of(self, key: ExpertKey) -> int | None:
         """Return the expert's slot, without counting a use."""
         return self._slots.get(key)
+
+    def slots_for(self, key: ExpertKey) -> int:
+        """Return how many slots the expert may take."""
+        return min(self._counts[self._size_of(key.layer)], self.limit)
 
     def admit(
         self, key: ExpertKey, pinned: Collection[ExpertKey] = (), preferred: Collection[int] = ()

@@ -15,7 +15,7 @@ from mixchat.experts.cache import ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.holder import LayerExperts
 from mixchat.experts.memory import MemoryWatch
 from mixchat.experts.mover import FILL, PREDICTED, REQUESTED, ExpertLoad, Mover
-from mixchat.experts.placement import Placement
+from mixchat.experts.placement import MIN_SLOTS, Placement
 from mixchat.experts.store import ExpertStore
 from mixchat.weights.format.expert import Expert
 
@@ -223,8 +223,12 @@ class Fetcher:
             self.resize(self._watch.limit(len(self._store.blocks) - without))
 
     def borrow(self, key: ExpertKey) -> torch.Tensor | None:
-        """Return an expert's block, which stays in RAM until `give_back`, or None without it."""
-        if not self.holds(key):
+        """Return an expert's block, which stays in RAM until `give_back`.
+
+        Return None without the expert, or if too few slots of its size would be left.
+        """
+        left = self._cache.slots_for(key) - len(self._borrowed) - 1
+        if left < MIN_SLOTS or not self.holds(key):
             return None
         self._borrowed.add(key)
         slot = self._cache.slot_of(key)

@@ -275,6 +275,17 @@ def test_guests_that_nobody_waits_for_any_more_are_cancelled_and_given_back(pape
             assert torch.equal((expert ^ 0).cpu(), bytes_of(key))
 
 
+def test_guests_that_were_cancelled_are_not_read(paper, memories):
+    memories.held = {A}
+    vram = memories.slots()
+    with vram.invite([A, B]):
+        memories.reached.wait()
+    memories.go.set()
+    with vram.invite([C]) as guests:
+        assert len(list(guests)) == 1
+    assert list(memories.read_bytes) == [A, C]
+
+
 def test_a_guest_that_cannot_be_read_ends_the_prompt_alone(paper, memories):
     memories.bad = {C}
     vram = filled(memories, 2)
