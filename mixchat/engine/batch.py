@@ -162,6 +162,7 @@ class Batch:
                 pass
             except PassTooLargeError:
                 self._sizer.shrink(max(len(chunk.ids) for _, chunk in chunks))
+                computed = []  # the same tokens come with the next passes
             except MixchatError as error:
                 for answer in computed:
                     answer.error = error
