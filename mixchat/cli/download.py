@@ -81,7 +81,7 @@ def download(context: typer.Context, flags: DownloadFlags) -> None:
     --dry-run says how long that takes.
 
     Attention and head get 8 bits, at hardly any cost in quality. In models of small experts, such
-    as Qwen3, a token reads as many bytes of them as of experts. So they get 6 bits there on a CPU.
+    as Qwen3, a token reads as many bytes of them as of experts. So they get 6 bits there.
     Decoding is then a tenth faster, and perplexity rises by 1 to 2%. For Mixtral, --dense-bits 16
     takes 1.4 GB more than 8, and 4 takes 0.7 GB less, at some cost in quality.
     """

@@ -158,9 +158,9 @@ def convert(
     from mixchat.weights import models
 
     bits = parse_dense_bits(dense_bits)
+    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     if not any(bits):
         raise UsageError("nothing to convert", hint="Give the bits, such as --dense-bits 8.")
-    directory = models.installed_directory(checked(model, "the model's name"), anywhere=False)
     prepare_environment()
     from mixchat.weights.care.convert import convert as convert_model
     from mixchat.weights.care.convert import find_target
