@@ -77,7 +77,7 @@ def test_a_gpu_is_planned_by_the_name_that_a_person_or_a_driver_gives_it(mixchat
     assert found["machine"]["gpu_memory"] == 8 * 2**30
     (card,) = found["gpus"]
     assert (card["memory"], card["origin"]) == (272e9, "card")
-    assert {"nf4", "int8"} <= set(found["assumed"]["efficiency"])
+    assert {"nf4", "int6"} <= set(found["assumed"]["efficiency"])
     faster, two = plan_on("RTX 3090"), plan_on("2x rtx3090")
     assert faster["tokens_per_second"] > 2 * found["tokens_per_second"]
     assert len(two["gpus"]) == 2
