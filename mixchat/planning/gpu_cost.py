@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import comb
 
-from mixchat.planning.gpu_speeds import KERNEL_S, KERNELS_PER_LAYER, SYNC_S, GPUSpeeds
+from mixchat.planning.gpu_speeds import EFFICIENCY, KERNEL_S, KERNELS_PER_LAYER, SYNC_S, GPUSpeeds
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.matrix.linear import LinearSpec
 
@@ -96,7 +96,7 @@ class GPUWork:
         """Return the seconds of the logits of one token."""
         if not self._heads:
             gpu = self._parts[-1].gpu
-            reading = self._blueprint.embedding.nbytes / (gpu.memory * gpu.efficiency_of("none"))
+            reading = self._blueprint.embedding.nbytes / (gpu.memory * EFFICIENCY["none"])
         else:
             reading = self._parts[-1].gpu.reading(self._heads)
         return reading + SYNC_S

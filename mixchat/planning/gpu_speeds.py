@@ -17,9 +17,8 @@ from mixchat.planning.cards import Card
 from mixchat.weights.matrix.linear import LinearSpec
 from mixchat.weights.matrix.quant_type import QuantType
 
-# The part of a memory's bandwidth at which a kernel reads each type. Assumed until a card measures
-# it. A weight of 4 or 8 bits takes a look into a table or a conversion, codes of 5 and 6 bits lie
-# in two planes, and a trellis takes a multiplication and a look into a table.
+# The part of a memory's bandwidth at which a kernel reads each type, if arithmetic does not hold it
+# up. Assumed until a card measures it. Codes of 5 and 6 bits lie in two planes.
 EFFICIENCY: dict[QuantType, float] = {
     "none": 0.80,
     "int8": 0.80,
@@ -28,11 +27,26 @@ EFFICIENCY: dict[QuantType, float] = {
     "mxfp4": 0.80,
     "int6": 0.75,
     "int5": 0.75,
-    "trellis3": 0.60,
-    "trellis2": 0.60,
+    "trellis3": 0.75,
+    "trellis2": 0.75,
+}
+# Instructions of a thread for each weight in the loop of `kernels/gpu/product.py`, compiled for
+# sm_89. `tests/kernels/gpu/assembly.py` counts them. An RTX 3090 has time for 12 a weight of 4 bits
+# and 6 a weight of 2 bits, and an H100 for half as many.
+INSTRUCTIONS: dict[QuantType, float] = {
+    "none": 3.7,
+    "int8": 3.3,
+    "nf4": 4.4,
+    "fp4": 4.4,
+    "mxfp4": 4.7,
+    "int6": 6.6,
+    "int5": 6.2,
+    "trellis3": 12.3,
+    "trellis2": 8.7,
 }
 # Assumed figures of all cards.
 BUS_PART = 0.8  # of a slot's bandwidth that a copy from page-locked RAM reaches
+LANES_PART = 0.8  # of a card's instructions that a kernel without waits gets
 COMPUTE_PART = 0.5  # of a card's rate that matrix products of a prompt reach
 KERNELS_PER_LAYER = 12  # of one token; `tests/benchmarks/gpu_budget.py` counts them
 KERNEL_S = 2e-6  # to start and end one kernel of a CUDA graph
@@ -50,9 +64,9 @@ class GPUSpeeds:
     """The figures of one GPU.
 
     memory: bytes a second of its memory. bus: bytes a second of copies from page-locked RAM.
-    compute: operations a second of 16-bit matrix products. efficiency: by type, the part of
-    `memory` at which a kernel reads codes; the others are assumed. origin: of the first three
-    figures.
+    compute: operations a second of 16-bit matrix products. efficiency: by type, the measured part
+    of `memory` at which a kernel reads codes. lanes: instructions a second of single threads, None
+    if unknown. origin: of the first three figures.
     """
 
     name: str
@@ -61,6 +75,7 @@ class GPUSpeeds:
     compute: float
     efficiency: dict[str, float] = field(default_factory=dict)
     origin: Origin = "measured"
+    lanes: float | None = None
 
     @classmethod
     def of_card(cls, card: Card) -> GPUSpeeds:
@@ -69,7 +84,8 @@ class GPUSpeeds:
         if card.capability is not None and card.capability < _BF16_CAPABILITY:
             compute *= _BF16_PART
         origin: Origin = "card" if card.is_known else "assumed"
-        return cls(card.name, card.bandwidth, BUS_PART * card.bus, compute, origin=origin)
+        bus, lanes = BUS_PART * card.bus, LANES_PART * card.lanes
+        return cls(card.name, card.bandwidth, bus, compute, origin=origin, lanes=lanes)
 
     @classmethod
     def from_dict(cls, entry: Any) -> GPUSpeeds:
@@ -82,16 +98,20 @@ class GPUSpeeds:
             raise ValueError
         return cls(str(entry["name"]), memory, bus, compute, efficiency)
 
-    def efficiency_of(self, quant_type: QuantType) -> float:
-        return self.efficiency.get(quant_type, EFFICIENCY[quant_type])
+    def part_for(self, matrix: LinearSpec) -> float:
+        """Return the part of `memory` at which a product of one row reads a matrix."""
+        name = matrix.quant_type
+        if name in self.efficiency:
+            return self.efficiency[name]
+        weights = matrix.stored_rows * matrix.columns
+        most = math.inf
+        if self.lanes is not None:
+            most = self.lanes / INSTRUCTIONS[name] * _size(matrix) / weights / self.memory
+        return min(EFFICIENCY[name], most)
 
     def reading(self, matrices: Iterable[LinearSpec]) -> float:
         """Return the seconds of products of one row with these matrices."""
-        return sum(
-            sum(tensor.nbytes for tensor in matrix.tensors)
-            / (self.memory * self.efficiency_of(matrix.quant_type))
-            for matrix in matrices
-        )
+        return sum(_size(matrix) / (self.memory * self.part_for(matrix)) for matrix in matrices)
 
     def multiplying(self, matrices: Iterable[LinearSpec], rows: float) -> float:
         """Return the seconds of products of a prompt's `rows` rows with these matrices."""
@@ -104,6 +124,10 @@ class GPUSpeeds:
             seconds += max(2 * weights * rows / self.compute, dense)
             seconds += _PROMPT_LAUNCHES * _LAUNCH_S
         return seconds
+
+
+def _size(matrix: LinearSpec) -> int:
+    return sum(tensor.nbytes for tensor in matrix.tensors)
 
 
 def typical_gpu(samples: Sequence[GPUSpeeds]) -> GPUSpeeds:

@@ -85,10 +85,12 @@ class MachinePlan:
         """Return the part of the first GPU's bandwidth for each type, and its origin."""
         first, model = self.gpus[0], self.fit.blueprint
         matrices = [*model.typical_matrices, *([model.head] if model.head else [])]
-        types = dict.fromkeys(matrix.quant_type for matrix in matrices)
         return {
-            name: (first.efficiency_of(name), "measured" if name in first.efficiency else "assumed")
-            for name in types
+            matrix.quant_type: (
+                first.part_for(matrix),
+                "measured" if matrix.quant_type in first.efficiency else "assumed",
+            )
+            for matrix in matrices
         }
 
 

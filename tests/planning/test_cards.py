@@ -36,7 +36,7 @@ def test_a_name_is_found_however_it_is_written(text, names):
 def test_a_card_has_the_figures_of_its_data_sheet():
     card = find_card("RTX 4060")
     assert (card.memory, card.bandwidth, card.bus) == (8 * GIB, 272e9, 15.8e9)
-    assert (card.compute, card.capability) == (30e12, (8, 9))
+    assert (card.compute, card.lanes, card.capability) == (30e12, 7.5e12, (8, 9))
     assert find_card("MI300X").capability is None
 
 

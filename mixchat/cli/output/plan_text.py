@@ -170,10 +170,11 @@ def _places(plan: MachinePlan) -> Iterator[tuple[str, str]]:
             spare = size - count * demand.expert
             held = count_text(count, "expert") if count else "not used, for two experts do not fit"
             yield name, f"{held}; {format_size(spare)} left free"
-        host = placement.host_slots
+        # If GPUs hold all, the CPU's own engine has a few slots that nobody uses.
+        host = placement.host_slots if sum(placement.by_device) < placement.experts else 0
         spare = free.host - host * demand.expert
         behind = count_text(host, "expert") if host else "no experts"
-        if count := copies(plan):
+        if host and (count := copies(plan)):
             behind += f", {count} of them copies of experts on {gpus_text(plan)}"
         yield "RAM", f"{behind}; {format_size(spare)} left free"
     unheld = placement.experts - plan.expected.held
