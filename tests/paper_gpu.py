@@ -32,8 +32,10 @@ from typing import Any
 
 import pytest
 import torch
+from paper_kernels import DOUBLES
 from paper_runtime import RUNTIME, PaperRuntime, Work
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from triton_interpreter import compute_bf16
 
 from mixchat.base import gpu
 from mixchat.kernels.gpu import launch, toolchain
@@ -242,10 +244,11 @@ def _install() -> None:
 
 
 _install()
+compute_bf16()
 
 
 def _start(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any]) -> None:
-    """Run a Triton kernel by the interpreter, as work of its tensors' device."""
+    """Run a Triton kernel, by the interpreter or its double, as work of its tensors' device."""
     tensors = [item for item in arguments if isinstance(item, torch.Tensor)]
     assert all(isinstance(tensor, PaperTensor) for tensor in tensors), "a kernel reads RAM"
     (device,) = {RUNTIME.index_of(tensor.device) for tensor in tensors}
@@ -259,9 +262,11 @@ def _start(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any]) ->
         return found + [(storage, False) for storage in RUNTIME.storages_at(addresses)]
 
     def run(stream: Any, number: int) -> None:
-        kernel[grid](*inner, **constants)
+        if kernel.__name__ in DOUBLES and not RUNTIME.interprets:
+            DOUBLES[kernel.__name__](*inner, **constants)
+        else:
+            kernel[grid](*inner, **constants)
 
-    run.label = kernel.__name__, grid  # type: ignore
     loaded = kernel.__name__, tuple(sorted((key, str(value)) for key, value in constants.items()))
     RUNTIME.start(Work(device, touches, run), kernel=loaded)
 

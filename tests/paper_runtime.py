@@ -162,7 +162,7 @@ class PaperRuntime:
         self._read: dict[int, dict[Stream, int]] = {}
         self._loaded: set[Any] = set()
         self.fail_at: int | None = None
-        self.refuses_locks = False
+        self.refuses_locks = self.interprets = False
         self.devices = 1
         self.capability = (8, 6)
         self._thread.__dict__.clear()

@@ -1,4 +1,5 @@
 """STUB."""
+
 from __future__ import annotations
 import torch
 from mixchat.engine.kv_cache import KVCache
@@ -12,24 +13,47 @@ class DeviceKVCache(KVCache):
         g, h = config.num_key_value_heads, config.head_dim
         self._layers = []
         for d in on:
-            self._layers.append(KVTensors(
-                torch.zeros(2, g, capacity, h, dtype=torch.int8 if quantized else dtype, device=d),
-                torch.zeros(2, g, capacity, device=d) if quantized else None))
+            self._layers.append(
+                KVTensors(
+                    torch.zeros(
+                        2, g, capacity, h, dtype=torch.int8 if quantized else dtype, device=d
+                    ),
+                    torch.zeros(2, g, capacity, device=d) if quantized else None,
+                )
+            )
 
     form = "x"
-    def layer(self, n): return self._layers[n]
-    def specs(self, layer, tokens, first): return []
-    def content(self, layer, tokens): return {}
-    def clear(self): self.length = 0
+
+    def layer(self, n):
+        return self._layers[n]
+
+    def specs(self, layer, tokens, first):
+        return []
+
+    def content(self, layer, tokens):
+        return {}
+
+    def clear(self):
+        self.length = 0
+
     def restore(self, *a): ...
     def store(self, layer, keys, values):
         t = self._layers[layer]
         past = torch.tensor([self.length], dtype=torch.int32).to(keys.device, non_blocking=True)
         store(t, keys, values, past)
+
     def attend(self, layer, queries, keys, values, sinks=None):
         t = self._layers[layer]
         past = torch.tensor([self.length], dtype=torch.int32).to(queries.device, non_blocking=True)
         store(t, keys, values, past)
         out = torch.empty_like(queries)
-        attend(queries.contiguous(), t, past, out, Parts.for_tokens(len(queries), queries.shape[1], t, self.config.window(layer)), self.config.window(layer), sinks)
+        attend(
+            queries.contiguous(),
+            t,
+            past,
+            out,
+            Parts.for_tokens(len(queries), queries.shape[1], t, self.config.window(layer)),
+            self.config.window(layer),
+            sinks,
+        )
         return out

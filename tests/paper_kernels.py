@@ -1,0 +1,128 @@
+"""What the kernels with weights compute on GPUs on paper, by torch instead of the interpreter.
+
+The interpreter takes a tenth of a second for a program. tests/kernels/gpu/ compares the kernels
+themselves with the CPU's, and some tests of engines use them.
+
+R = rows, C = columns, n = rows of x, K = chosen experts, S = splits.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mixchat.kernels.gpu.codes import TILES
+from mixchat.weights.matrix.linear import TYPES, LinearSpec
+
+Tensor = torch.Tensor
+
+
+def at(address: int, spec_bytes: int) -> Tensor:
+    """Return bytes of memory as a tensor."""
+    memory = (ctypes.c_uint8 * spec_bytes).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def dense(
+    kind: str, codes: int, absmax: int, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the matrix fp32 [rows, C] at these addresses, with rows of zeros."""
+    name = "none" if kind == "none32" else kind
+    spec = LinearSpec("m", rows, columns, name, dtype)  # type: ignore[arg-type]
+    places = [codes] if name == "none" else [absmax, codes]
+    tensors = [
+        at(place, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        for place, tensor in zip(places, spec.tensors, strict=True)
+    ]
+    if name == "none":
+        return tensors[0].float()
+    return TYPES[spec.quant_type].dequantize(tensors, (rows, columns), torch.float32)  # type: ignore
+
+
+def product(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    n: int,
+    **shape: Any,
+) -> None:
+    rows, columns, kind = shape["ROWS"], shape["C"], shape["TYPE"]
+    weight = dense(kind, codes.data_ptr(), absmax.data_ptr(), shape["R"], columns, codes.dtype)
+    _splits(x.view(n, columns).float(), weight[:rows], bias, out.view(-1, n, rows), shape)
+
+
+def _splits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shape: Any) -> None:
+    """Write the products with parts of the columns to out [S, n, R]."""
+    part = shape["PER"] * TILES[shape["TYPE"]].block
+    for number, sums in enumerate(out):
+        columns = slice(number * part, (number + 1) * part)
+        sums.copy_(functional.linear(x[:, columns], weight[:, columns]))
+    if bias is not None:
+        out[0] += bias
+
+
+def dequantize(
+    codes: Tensor, absmax: Tensor, levels: Tensor, out: Tensor, first: int, rows: int, **shape: Any
+) -> None:
+    places = codes.data_ptr(), absmax.data_ptr()
+    weight = dense(shape["TYPE"], *places, shape["R"], shape["C"], torch.float32)
+    out[:rows] = weight[first : first + rows].to(out.dtype)
+
+
+def experts_up(
+    x: Tensor, selected: Tensor, addresses: Tensor, levels: Tensor, out: Tensor, **shape: Any
+) -> None:
+    inner, limit, alpha = shape["INNER"], shape["LIMIT"], shape["ALPHA"]
+    for expert, gated in zip(selected.tolist(), out, strict=True):
+        address = int(addresses[expert])
+        if not address:
+            gated.zero_()
+            continue
+        places = address + shape["CODES_AT"], address + shape["ABSMAX_AT"]
+        weight = dense(shape["TYPE"], *places, shape["R"], shape["C"], x.dtype)[: 2 * inner]
+        both = functional.linear(x.float(), weight)
+        if shape["BIAS_AT"] is not None:
+            both += at(address + shape["BIAS_AT"], 8 * inner).view(torch.float32)
+        gate, up = both.split(inner)
+        if limit is None:
+            gated.copy_(functional.silu(gate) * up)
+        else:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            gated.copy_((up + 1) * (gate * (gate * alpha).sigmoid()))
+
+
+def experts_down(
+    gated: Tensor,
+    selected: Tensor,
+    weights: Tensor,
+    addresses: Tensor,
+    levels: Tensor,
+    out: Tensor,
+    **shape: Any,
+) -> None:
+    rows = shape["ROWS"]
+    by_expert = out.view(len(selected), -1, 1, rows)
+    for number, expert in enumerate(selected.tolist()):
+        address, sums = int(addresses[expert]), by_expert[number]
+        if not address:
+            sums.zero_()
+            continue
+        places = address + shape["CODES_AT"], address + shape["ABSMAX_AT"]
+        weight = dense(shape["TYPE"], *places, shape["R"], shape["C"], gated.dtype)[:rows]
+        at_bias = shape["BIAS_AT"]
+        bias = None if at_bias is None else at(address + at_bias, 4 * rows).view(torch.float32)
+        _splits(gated[number].float()[None], weight, bias, sums, shape)
+        sums *= weights[number]
+
+
+DOUBLES: dict[str, Callable[..., None]] = {
+    "_product": product,
+    "_dequantize": dequantize,
+    "_experts_up": experts_up,
+    "_experts_down": experts_down,
+}
