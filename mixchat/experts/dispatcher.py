@@ -45,7 +45,8 @@ class Dispatcher:
     """An `ExpertHolder`: experts in this machine's RAM, and workers on others.
 
     copies: experts of workers that this machine is to hold, too. If a worker fails, this machine
-    computes its experts from the same rows.
+    computes its experts from the same rows. `on_workers` and `on_gpus` are experts that RAM need
+    not hold.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Dispatcher:
     ) -> None:
         self._local, self._fetcher, self._stats = local, local.fetcher, stats
         self._prefetch, self._workers, self._copies = prefetch, workers, copies
-        self._on_gpus: Set[ExpertKey] = frozenset()
+        self.on_gpus: Set[ExpertKey] = frozenset()
         # The last layer's outputs, which nobody reads any more. New memory would take as long as
         # some matrix products.
         self._memory: torch.Tensor | None = None
@@ -108,14 +109,9 @@ class Dispatcher:
         """Bring an expert into RAM, and evict none in `pinned`."""
         self._fetcher.load(key, pinned)
 
-    @property
-    def on_workers(self) -> Set[ExpertKey]:
-        """Return the experts that workers hold, and this machine need not."""
-        return self._on_workers
-
     def leave_to_gpus(self, keys: Set[ExpertKey]) -> None:
         """Note the experts that GPUs hold, which nobody has to bring into RAM."""
-        self._on_gpus = keys
+        self.on_gpus = keys
         self._note_elsewhere()
 
     def borrow(self, key: ExpertKey) -> torch.Tensor | None:
@@ -218,5 +214,5 @@ class Dispatcher:
 
     def _note_elsewhere(self) -> None:
         held = frozenset(key for worker in self._workers for key in worker.held)
-        self._on_workers = held - self._copies
-        self._fetcher.elsewhere = self._on_workers | self._on_gpus
+        self.on_workers: Set[ExpertKey] = held - self._copies
+        self._fetcher.elsewhere = self.on_workers | self.on_gpus

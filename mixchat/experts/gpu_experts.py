@@ -5,8 +5,8 @@ T = tokens, D = hidden_size, K = num_experts_per_tok, n = rows of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import accumulate, islice
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -93,18 +93,23 @@ class GpuExperts:
 
     def fitting(self, keys: Iterable[ExpertKey]) -> list[ExpertKey]:
         """Return the first of these experts that there are slots for."""
-        return list(islice(keys, self.slots))
+        on_gpus, keys = self._fill_gpus(), list(keys)
+        in_ram = self.host.fitting(key for key in keys if key not in on_gpus)
+        held = {*on_gpus, *in_ram}
+        return [key for key in keys if key in held]
 
     def load(self, key: ExpertKey, pinned: Collection[ExpertKey]) -> None:
-        """Bring an expert into RAM, from where GPUs take it by its uses."""
-        self.host.load(key, pinned)
+        """Bring an expert to its GPU if it has a slot there, else into RAM."""
+        vram = self._by_layer[key.layer]
+        if key not in vram.residents.keys:
+            self.host.load(key, pinned)
+        elif not vram.holds(key):
+            vram.request(key)
+            vram.wait_for(key)
 
     def fill(self, keys: Sequence[ExpertKey]) -> None:
         """Load experts in this order into RAM, if there is room for all that GPUs do not get."""
-        for vram in self.gpus:
-            vram.residents.exclude(self.host.on_workers)
-            vram.fill()
-        self._leave_to_gpus()
+        self._fill_gpus()
         self.host.fill(keys)
 
     def follow_memory(self) -> None:
@@ -201,7 +206,7 @@ class GpuExperts:
         vram.publish()
         self._leave_to_gpus()
         (selected,) = gpu.read([selected_experts])
-        rows = LayerRows(layer, hidden_states, selected, exact=exact)
+        rows = LayerRows(layer, hidden_states.to(vram.device), selected, exact=exact)
         self._count(vram, rows)
         held = [key for key in rows.counts if vram.holds(key)]
         arriving = [key for key in rows.counts if vram.request(key)]
@@ -256,6 +261,13 @@ class GpuExperts:
         outputs = outputs.to(rows.hidden_states.device, non_blocking=True)
         for key, output in zip(keys, torch.split(outputs, counts), strict=True):
             rows.put(key, output)
+
+    def _fill_gpus(self) -> Set[ExpertKey]:
+        """Begin to load experts into all free slots. Return those that have slots."""
+        for vram in self.gpus:
+            vram.fill()
+        self._leave_to_gpus()
+        return self.host.on_gpus
 
     def _leave_to_gpus(self) -> None:
         if any(vram.has_changed for vram in self.gpus):

@@ -59,10 +59,6 @@ class Residents:
         for slot, size in reversed([*enumerate(slots)]):
             self.add_slot(slot, size)
 
-    def __len__(self) -> int:
-        """Return how many experts have arrived."""
-        return int(np.count_nonzero(self._states == _RESIDENT))
-
     @property
     def keys(self) -> Set[ExpertKey]:
         """Return the experts with slots, of which some may still be on their way."""

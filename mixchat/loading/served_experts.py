@@ -67,6 +67,8 @@ class ServedExperts:
         return self._installed.blueprint.expert_arithmetic(self._device, exact=self._exact)
 
     def hold(self, keys: Sequence[ExpertKey]) -> None:
+        if self.placement.layers and set(keys) != set(self._held):
+            self._drop()  # GPUs hold others then
         self._held = list(keys)
 
     def follow_memory(self) -> None:
@@ -107,8 +109,7 @@ class ServedExperts:
         """Return the outputs [n * k, D] of experts `selected` [n, k] for x [n, D], on the CPU."""
 
         def compute() -> torch.Tensor:
-            on_device = x.to(self._device), selected.to(self._device)
-            return self._experts.compute(layer, *on_device, exact=self._exact).outputs.cpu()
+            return self._experts.compute(layer, x, selected, exact=self._exact).outputs.cpu()
 
         return within_memory(self._experts, compute, self._note)
 

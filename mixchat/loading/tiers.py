@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from mixchat.base.model_config import ModelConfig
 from mixchat.base.progress import Note
 from mixchat.base.safetensors import TensorSpec
 from mixchat.engine.report import report_path_by_key, saved_uses
-from mixchat.experts.cache import POLICIES, ExpertCache, ExpertStats, Passes
+from mixchat.experts.cache import POLICIES, ExpertCache, ExpertKey, ExpertStats, Passes
 from mixchat.experts.compute import HostCompute
 from mixchat.experts.disk_source import DiskSource
 from mixchat.experts.dispatcher import Dispatcher
@@ -51,16 +51,22 @@ def build_experts(
     if not placement.layers:
         return _in_ram(installed, share, placement, policy, predicts=predicts)
     host = _in_ram(installed, share, placement.in_ram(), policy, predicts=predicts)
-    layers = moe_layers(installed.config, placement)
-    gpus = []
-    for device, own, slots in zip(devices, layers, placement.by_device, strict=True):
-        if own:
-            gpus.append(_in_vram(installed, host, device, own, slots, note))
-        else:
-            note(f"{device} is not used: it has too little memory free")
+    own_layers = moe_layers(installed.config, placement)
     uses = saved_uses(report_path_by_key(installed.directory.name))
-    for vram in gpus:
-        vram.residents.expect(uses)
+    gpus = []
+    for device, count, layers, slots in zip(
+        devices, placement.layers, own_layers, placement.by_device, strict=True
+    ):
+        if not count:
+            note(f"{device} is not used: it has too little memory free")
+        elif layers:
+            vram = _in_vram(installed, host, device, layers, slots, note)
+            vram.residents.expect(uses)
+            if share.here is not None:
+                each = range(installed.config.num_local_experts)
+                every = (ExpertKey(*key) for key in product(layers, each))
+                vram.residents.exclude(key for key in every if key not in share.here)
+            gpus.append(vram)
     speeds = _known_speeds(installed, devices[0], note)
     return GpuExperts(
         host,

@@ -90,6 +90,8 @@ def on_gpus(
             vram_of(installed, host, count, range(layer, layer + 1), torch.device("paper", layer))
             for layer, count in enumerate(slots)
         ]
+    for vram in gpus:
+        vram.residents.exclude(key for key in host.on_workers if key.layer in vram.layers)
     copy, row = SPLITS[split]
     return GpuExperts(
         host,
@@ -434,6 +436,35 @@ def test_a_token_that_the_decoder_computes_needs_only_what_is_missing(paper, ins
     addresses = experts.table(1).cpu()
     assert [bool(address) for address in addresses] == [True, False, False, False]
     assert arrived(on_gpus(installed, (8,), 2)).holds_all(GPU)
+
+
+def test_a_worker_brings_what_a_chat_asks_for_to_its_gpus_then_into_ram(paper, installed):
+    experts = on_gpus(installed, (2, 1), 2)
+    wanted = [*EVERYTHING[:3], *EVERYTHING[4:]]
+    for vram in experts.gpus:
+        vram.residents.exclude([EVERYTHING[3]])
+    fitting = experts.fitting(wanted)
+    assert fitting == [*EVERYTHING[:3], *EVERYTHING[4:6]]
+    for key in fitting:
+        experts.load(key, pinned=fitting)
+        assert experts.holds(key)
+    assert Counter(map(experts.tier, EVERYTHING)) == {
+        "device": 2,
+        "other-device": 1,
+        "host": 2,
+        "disk": 3,
+    }
+    assert experts.tier(EVERYTHING[3]) == "disk"
+    assert is_right(installed, experts)
+
+
+def test_rows_from_ram_are_computed_on_the_layers_gpu(paper, installed):
+    experts, (x, selected, _) = arrived(on_gpus(installed, (4, 4))), routing(9)
+    for layer in range(2):
+        rows = experts.compute(layer, x, selected)
+        expected = runner(installed, 8).compute(layer, x, selected).outputs
+        assert rows.outputs.device.index == layer
+        assert (rows.outputs.cpu() - expected).norm() < TOLERANCE * expected.norm()
 
 
 def test_closed_experts_hold_no_memory(paper, installed):
