@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from mixchat.base.safetensors import SafetensorsWriter, TensorSpec, tensor_sha25
 from mixchat.base.settings import models_dir
 from mixchat.planning.fitting import expected_mix
 from mixchat.weights.families.read_config import read_config
-from mixchat.weights.format.blueprint import EMBEDDING
+from mixchat.weights.format.blueprint import EMBEDDING, Blueprint
 from mixchat.weights.format.manifest import (
     FileRecord,
     Manifest,
@@ -77,6 +78,11 @@ def write_synthetic(
     blueprint = replace(whole_model, config=read_config(config))
     if expert_bits.whole is None:
         blueprint = expected_mix(blueprint, expert_bits)
+    write_random(directory, config, blueprint)
+
+
+def write_random(directory: Path, config: dict[str, Any], blueprint: Blueprint) -> None:
+    """Write an installed model of this blueprint with random weights. config: of a checkpoint."""
     directory.mkdir(parents=True)
     text = json.dumps(config).encode()
     write_file(directory / "config.json", text)

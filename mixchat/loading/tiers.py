@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise, product
-from typing import NamedTuple
 
 import torch
 
@@ -27,10 +26,8 @@ from mixchat.experts.store import ExpertStore
 from mixchat.experts.vram import VramSlots
 from mixchat.loading.workers import Share
 from mixchat.planning.fitting import slot_sizes
-from mixchat.planning.measuring import measure_machine, saved_measurement
+from mixchat.planning.measuring import estimate, saved_measurement
 from mixchat.weights.format.installed_model import InstalledModel
-
-_COPY_BANDWIDTH = 1e10  # bytes a second to a GPU that could not be measured
 
 
 def build_experts(
@@ -67,12 +64,14 @@ def build_experts(
                 every = (ExpertKey(*key) for key in product(layers, each))
                 vram.residents.exclude(key for key in every if key not in share.here)
             gpus.append(vram)
-    speeds = _known_speeds(installed, devices[0], note)
+    blueprint, first = installed.blueprint, gpus[0].device
+    known = saved_measurement(blueprint, installed.directory, first) or estimate(blueprint, [first])
+    typical = known.typical
     return GpuExperts(
         host,
         gpus,
-        copy_seconds=lambda layer: installed.blueprint.expert_of(layer).stride / speeds.copy,
-        host_seconds=speeds.host_seconds,
+        copy_seconds=lambda layer: blueprint.expert_of(layer).stride / typical.gpus[0].bus,
+        host_seconds=lambda layer, rows: typical.expert_time("cpu", rows),
     )
 
 
@@ -158,25 +157,6 @@ def _watch(installed: InstalledModel, placement: Placement) -> MemoryWatch:
         expert=min(sizes) if placement.slots >= placement.experts else max(sizes),
         slots=placement.slots,
         least=MIN_SLOTS,
-    )
-
-
-class _Speeds(NamedTuple):
-    copy: float  # bytes a second, from RAM to a GPU
-    host_seconds: Callable[[int, int], float]  # of an expert of a layer with so many rows
-
-
-def _known_speeds(installed: InstalledModel, device: torch.device, note: Note) -> _Speeds:
-    """Return what this machine was measured to do, after measuring it if it was not."""
-    blueprint, directory = installed.blueprint, installed.directory
-    known = saved_measurement(blueprint, directory, device)
-    if known is None:
-        note("measuring this machine, 20 s at most (only the first time)")
-        known = measure_machine(blueprint, directory, device)
-    typical = known.typical
-    return _Speeds(
-        typical.copy_bandwidth or _COPY_BANDWIDTH,
-        lambda layer, rows: typical.expert_time("cpu", rows),
     )
 
 

@@ -175,7 +175,7 @@ class _Layers:
             Block.build(layer, blueprint, tensors, ropes[layer], runner)
             for layer, runner in runners
         ]
-        self._cache = cache = new_cache(config, 2 * _CONTEXT, dtype, CPU)
+        self._cache = cache = new_cache(config, 2 * _CONTEXT, dtype, [CPU])
         groups, heads = config.num_key_value_heads, config.num_attention_heads
         earlier = torch.ones(_CONTEXT, groups, config.head_dim, dtype=dtype)
         queries = torch.ones(_CONTEXT, heads, config.head_dim, dtype=dtype)
