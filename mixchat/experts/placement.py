@@ -215,8 +215,7 @@ def _slots_on_gpu(demand: Demand, room: DeviceRoom) -> int:
     if room.budget is not None and (allowed := room.budget.of(room.free)) < demand.least:
         raise UsageError(
             f"--device-memory {format_size(allowed)} is too small for {room.name}: the model needs "
-            f"at least {format_least(demand.least)} (a full context of "
-            f"{format_size(demand.context)} in it)",
+            f"at least {_least(demand)}",
             hint="A smaller --ctx-size needs less.",
         )
     free = _allowed(room)
@@ -252,12 +251,17 @@ def reserve_of(free: int) -> int:
 
 def _check(demand: Demand, free: int, name: str | None = None) -> None:
     if free < demand.least:
+        where = "" if name is None else f" on {name}"
         raise ResourceError(
-            f"not enough memory: the model needs at least {format_least(demand.least)} "
-            f"(a full context of {format_size(demand.context)} in it), {format_size(free)} are "
-            f"free{'' if name is None else f' on {name}'}",
+            f"not enough memory: the model needs at least {_least(demand)}, "
+            f"{format_size(free)} are free{where}",
             hint="A smaller --ctx-size needs less; on a GPU, --device cpu takes the RAM instead.",
         )
+
+
+def _least(demand: Demand) -> str:
+    context = f" (a full context of {format_size(demand.context)} in it)" if demand.context else ""
+    return format_least(demand.least) + context
 
 
 def _budgeted(demand: Demand, budget: MemoryBudget, least: int, needed: str) -> int:
