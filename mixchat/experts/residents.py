@@ -50,11 +50,13 @@ class Residents:
     def __init__(
         self, first: int, layers: Sequence[int], experts: int, slots: Sequence[int]
     ) -> None:
-        self._first, self._sizes = first, np.array(layers)
+        self._first, self._sizes = first, layers
         # Without uses, each layer gets the same number of experts.
-        self._uses = np.tile(1e-6 * np.arange(experts, 0, -1), (len(layers), 1))
-        self._states = np.full((len(layers), experts), _MISSING)
+        order = np.arange(experts, 0, -1, dtype=np.float32)
+        self._uses = np.tile(1e-6 * order, (len(layers), 1))
+        self._states = np.full((len(layers), experts), _MISSING, np.int8)
         self._slots: dict[ExpertKey, int] = {}
+        self._arriving: set[ExpertKey] = set()
         self._free: dict[int, list[int]] = {}
         for slot, size in reversed([*enumerate(slots)]):
             self.add_slot(slot, size)
@@ -67,12 +69,11 @@ class Residents:
     @property
     def is_complete(self) -> bool:
         """Return whether all experts have arrived."""
-        return bool((self._states == _RESIDENT).all())
+        return len(self._slots) - len(self._arriving) == self._states.size
 
     def slot_of(self, key: ExpertKey) -> int | None:
         """Return the slot of an expert that has arrived."""
-        has_arrived = self._states[self._index(key)] == _RESIDENT
-        return self._slots[key] if has_arrived else None
+        return None if key in self._arriving else self._slots.get(key)
 
     def expect(self, uses: Mapping[ExpertKey, int]) -> None:
         """Begin with the uses of earlier runs, as if they were of one half-life."""
@@ -101,17 +102,18 @@ class Residents:
     def next_exchange(self) -> Exchange | None:
         """Return the exchange that gains most, or None if none is worth it."""
         best, gain = None, 0.0
-        for size in np.unique(self._sizes):
-            of_size = (self._sizes == size)[:, None]
+        for size in sorted({*self._sizes}):
+            of_size = np.equal(self._sizes, size)[:, None]
             missing = np.where(of_size & (self._states == _MISSING), self._uses, -np.inf)
             candidate = int(missing.argmax())
-            if np.isneginf(missing.flat[candidate]):
+            more = float(missing.flat[candidate])
+            if more < 0:
                 continue
-            if free := self._free.get(int(size)):
+            if free := self._free.get(size):
                 return Exchange(self._key(candidate), free[-1], None)
             resident = np.where(of_size & (self._states == _RESIDENT), self._uses, np.inf)
             victim = int(resident.argmin())
-            more, less = float(missing.flat[candidate]), float(resident.flat[victim])
+            less = float(resident.flat[victim])
             # Each exchange takes a share of the bus and of RAM. Counts of experts that are used
             # alike differ by about the root of their sum, and should not make them take turns.
             lead = more - less - 1 - math.sqrt(more + less)
@@ -126,15 +128,18 @@ class Residents:
         """Take the slot for an expert that is not there yet."""
         key, slot, evicted = exchange
         if evicted is None:
-            self._free[self._size(key)].remove(slot)
+            given = self._free[self._size(key)].pop()
+            assert given == slot
         else:
             del self._slots[evicted]
             self._states[self._index(evicted)] = _MISSING
         self._slots[key] = slot
+        self._arriving.add(key)
         self._states[self._index(key)] = _ARRIVING
 
     def end(self, key: ExpertKey, *, arrived: bool) -> int:
         """Note that an expert has arrived, or that nobody can bring it. Return the slot."""
+        self._arriving.remove(key)
         self._states[self._index(key)] = _RESIDENT if arrived else _MISSING
         if arrived:
             return self._slots[key]
@@ -157,6 +162,7 @@ class Residents:
         uses = np.where(self._states == _MISSING, np.inf, self._uses)
         key = self._key(int(uses.argmin()))
         self._states[self._index(key)] = _MISSING
+        self._arriving.discard(key)
         return self._slots.pop(key), key
 
     def add_slot(self, slot: int, size: int) -> None:
@@ -167,7 +173,7 @@ class Residents:
         return key.layer - self._first, key.expert
 
     def _size(self, key: ExpertKey) -> int:
-        return int(self._sizes[key.layer - self._first])
+        return self._sizes[key.layer - self._first]
 
     def _key(self, index: int) -> ExpertKey:
         layer, expert = divmod(index, self._uses.shape[1])
