@@ -118,6 +118,27 @@ def test_no_code_is_changed(kind, make_checkpoint, install, tmp_path):
         assert torch.equal(installed.tensor(gate), expected)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_matrix_whose_blocks_do_not_end_with_rows_is_dequantized(
+    kind, make_checkpoint, install, tmp_path
+):
+    checkpoint = make_checkpoint(intermediate_size=96)
+    quantized, _ = prequantize(checkpoint, tmp_path, quant_type=kind)
+    weight = load_file(checkpoint / "model.safetensors")[
+        "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    ]
+    # bitsandbytes reads one long row rightly.
+    flat = weight.to(torch.bfloat16).view(1, -1)
+    codes, state = bnb.quantize_4bit(flat, blocksize=64, quant_type=kind)
+    expected = bnb.dequantize_4bit(codes, state).view(weight.shape)
+    with InstalledModel(install(quantized)) as installed:
+        form = installed.blueprint.expert
+        block = torch.empty(form.stride, dtype=torch.uint8)
+        installed.read_expert(1, 2, block)
+    assert (form.gate_up.quant_type, form.down.quant_type) == (kind, "none")
+    assert torch.equal(form._views(block)[1][0], expected)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

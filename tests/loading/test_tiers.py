@@ -99,18 +99,9 @@ def test_a_damaged_expert_is_an_error_when_it_is_needed_and_not_before(
 SMALL_FIRST = [("trellis3", "trellis3"), ("nf4", None)]
 
 
-@pytest.mark.parametrize(
-    ("layout", "forms"),
-    [
-        ("cpu-packed", [("trellis3", None)] * 2),
-        ("cpu-packed", SMALL_FIRST),
-        ("bitsandbytes", SMALL_FIRST[::-1]),
-    ],
-)
-def test_nor_does_it_with_experts_in_3_bits_or_of_several_types(
-    tiny_checkpoint, install, layout, forms
-):
-    model = install(tiny_checkpoint, forms, layout=layout)
+@pytest.mark.parametrize("forms", [[("trellis3", None)] * 2, SMALL_FIRST, SMALL_FIRST[::-1]])
+def test_nor_does_it_with_experts_in_3_bits_or_of_several_types(tiny_checkpoint, install, forms):
+    model = install(tiny_checkpoint, forms)
     with InstalledModel(model) as installed:
         size = installed.blueprint.expert.stride
     engine = load_engine(model, LoadOptions(device="cpu"))

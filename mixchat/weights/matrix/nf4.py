@@ -24,15 +24,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from mixchat.kernels.cpu.four_bit_units import FOUR_BITS
 from mixchat.kernels.cpu.units import BAND
-from mixchat.weights.matrix.encode import Grid, encode
+from mixchat.weights.matrix.encode import Grid, each_in_threads, encode
 from mixchat.weights.matrix.quant_type import BLOCKSIZE, BlockCodes, Encoded, Inputs, on_device
 
 FourBit = Literal["nf4", "fp4"]
 _CHUNK = 2**23  # weights, for which quantize_4bit's temporary tensors take 150 MB
-_DENSE_PIECE = 2**20  # weights that are dequantized at once
+_DENSE_PIECE = 2**18  # weights, whose temporary tensors fit in the caches
 
 
 class NibbleCodes(BlockCodes):
@@ -68,17 +69,23 @@ class Quantized4bit:
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [rows, columns] as `dtype` (bf16, fp16, fp32)."""
         quantization, weight = self.quantization, torch.empty(self.rows * self.columns, dtype=dtype)
-        scales, block = quantization.scales(self.absmax), quantization.blocksize
-        for codes, scale, piece in zip(
-            torch.split(self.codes, _DENSE_PIECE // 2),
-            torch.split(scales, _DENSE_PIECE // block),
-            torch.split(weight, _DENSE_PIECE),
-            strict=True,
-        ):
+        block = quantization.blocksize
+
+        @torch.inference_mode()  # a caller's holds for its own thread only
+        def decode(codes: torch.Tensor, absmax: torch.Tensor, piece: torch.Tensor) -> None:
             nibbles = torch.stack((codes >> 4, codes & 0xF), dim=-1).view(-1)
-            numbers = quantization.levels[nibbles[: len(piece)].int()]
+            numbers = quantization.levels[nibbles.int()]
             # A block may begin within a row, and the last one may be short.
-            piece.copy_(numbers * scale.repeat_interleave(block)[: len(piece)])
+            blocks = functional.pad(numbers, (0, len(absmax) * block - len(numbers)))
+            weights = blocks.view(-1, block) * quantization.scales(absmax).unsqueeze(-1)
+            piece.copy_(weights.view(-1)[: len(piece)])
+
+        each_in_threads(
+            decode,
+            torch.split(self.codes, _DENSE_PIECE // 2),
+            torch.split(self.absmax, _DENSE_PIECE // block),
+            torch.split(weight, _DENSE_PIECE),
+        )
         return weight.view(self.rows, self.columns)
 
     def cut(self, rows: range) -> Quantized4bit:
