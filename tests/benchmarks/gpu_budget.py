@@ -47,7 +47,7 @@ from mixchat.weights.format.blueprint import Blueprint, Quantization  # noqa: E4
 from mixchat.weights.format.gpu_expert import expert_form  # noqa: E402
 from mixchat.weights.known_models import KNOWN  # noqa: E402
 from mixchat.weights.matrix.gpu_linear import build_on_gpu  # noqa: E402
-from mixchat.weights.matrix.linear import TYPES, LinearSpec  # noqa: E402
+from mixchat.weights.matrix.linear import TYPES  # noqa: E402
 from mixchat.weights.matrix.quant_type import QuantType  # noqa: E402
 
 LAYERS, EXPERTS, CHOICES = 2, 8, 2
@@ -165,7 +165,7 @@ def bytes_read(quant_type: QuantType) -> float:
 
 @contextmanager
 def first_rows_alone() -> Iterator[list[int]]:
-    """Let kernels run the programs of the first rows alone. Yield the count of all rows' programs."""
+    """Let kernels run the programs of the first rows alone. Yield how many the rows have."""
     counts: list[int] = []
     usual = launch.start
 
