@@ -122,6 +122,9 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = compute()
         if not in_place:
             made.append(_mapped(lambda leaf: _placed(leaf, target), result))
+            if target.type == KIND and on.type == KIND:
+                # A copy to another GPU is work of both.
+                stream, number = RUNTIME.joined(on, target)
             for leaf in _leaves([made[-1]]):
                 if isinstance(leaf, PaperTensor):
                     RUNTIME.wrote(stream, number, leaf.inner.untyped_storage())
@@ -177,15 +180,10 @@ def _copy(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False
             _inner(target).copy_(_inner(source))
 
     touches = [(tensor.inner.untyped_storage(), tensor is target) for tensor in ours]
-    for device in {RUNTIME.index_of(tensor.device) for tensor in ours}:
-        # A copy between two GPUs is work of both.
-        last = device == RUNTIME.index_of(ours[-1].device)
-        RUNTIME.start(Work(device, lambda: touches, run if last else _nothing, on_paper))
+    if on_paper:
+        RUNTIME.joined(source.device, target.device)  # a copy between two GPUs is work of both
+    RUNTIME.start(Work(RUNTIME.index_of(ours[-1].device), lambda: touches, run, on_paper))
     return target
-
-
-def _nothing(stream: Any, number: int) -> None:
-    """Stand in for the part of a copy that another device does."""
 
 
 def _check_memories(name: str, tensors: list[torch.Tensor]) -> None:

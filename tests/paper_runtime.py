@@ -325,6 +325,14 @@ class PaperRuntime:
             self._touch(stream, number, storage._cdata, writes)
         work.run(stream, number)
 
+    def joined(self, source: torch.device, target: torch.device) -> tuple[Stream, int]:
+        """Let the streams of a copy wait for each other. Return the target's, and its work."""
+        streams = self.current_stream(source), self.current_stream(target)
+        if streams[0] is not streams[1]:
+            streams[0].see(streams[1].snapshot())
+            streams[1].see(streams[0].snapshot())
+        return streams[1], streams[1].done
+
     def wrote(self, stream: Stream, number: int, storage: Any) -> None:
         """Note who made a new tensor."""
         self._written[storage._cdata] = stream, number
@@ -360,6 +368,8 @@ class PaperRuntime:
             )
         self.refuse_in_capture("memory")
         self._taken[key] = size
+        self._written.pop(key, None)
+        self._read.pop(key, None)
         self._places[storage.data_ptr()] = weakref.ref(storage)
         memory.taken += size
         weakref.finalize(storage, self._freed, key, storage.data_ptr(), memory).atexit = False

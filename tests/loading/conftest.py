@@ -1,17 +1,14 @@
 """GPUs on paper, and the models that are computed on them."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import functools
+from collections.abc import Iterator
 
 import paper_gpu
 import pytest
 from paper_runtime import PaperRuntime
-from paper_tools import CONTEXT, KINDS, LAYERS, Case, Cases, logits, speeds
+from paper_tools import PASSES, Case, Cases, random_case, speeds
 
-from mixchat.base.options import LoadOptions
 from mixchat.loading import tiers
-from mixchat.loading.loader import load_engine
-from mixchat.weights.format.installed_model import InstalledModel
 
 
 @pytest.fixture
@@ -23,20 +20,22 @@ def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperRuntime]:
 
 
 @pytest.fixture(scope="module")
-def case(make_checkpoint: Callable[..., Path], install: Callable[..., Path]) -> Cases:
+def case(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """Return the case of a kind, made when it is first asked for."""
-    made: dict[str, Case] = {}
+
+    @functools.cache
+    def case(kind: str) -> Case:
+        return random_case(tmp_path_factory.mktemp("case") / "model", kind, PASSES)
+
+    return case
+
+
+@pytest.fixture(scope="module")
+def small_case(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    """Return a case of one layer and short passes, for Triton's interpreter."""
 
     def case(kind: str) -> Case:
-        if kind not in made:
-            options = dict(KINDS[kind])
-            stored_as = options.pop("stored_as", "float32")
-            checkpoint = make_checkpoint(std=0.05, stored_as=stored_as, num_hidden_layers=LAYERS)
-            directory = install(checkpoint, **options)
-            with InstalledModel(directory) as model:
-                blueprint = model.blueprint
-            engine = load_engine(directory, LoadOptions(device="cpu", context_size=CONTEXT))
-            made[kind] = Case(directory, blueprint, logits(engine))
-        return made[kind]
+        directory = tmp_path_factory.mktemp("small") / "model"
+        return random_case(directory, kind, ([5, 9, 33], [60], [2]), num_hidden_layers=1)
 
     return case
