@@ -53,9 +53,8 @@ def is_amd() -> bool:
 
 def has_bf16(device: torch.device) -> bool:
     """Return whether a GPU's matrix units take bf16, as those of NVIDIA's since 2020 do."""
-    if is_amd() or not is_gpu(device):
-        return True
-    return capability(device) >= (8, 0)
+    version = capability(device) if is_gpu(device) else None
+    return version is None or version >= (8, 0)
 
 
 def total_memory(device: torch.device) -> int:

@@ -15,7 +15,7 @@
 - moe.py: the router, and the steps of experts
 - mlp.py: the dense part of a layer
 - kv_cache.py: keys and values of the tokens so far
-- paged_cache.py, tensor_cache.py: the kinds of caches, and what new tokens see of them
+- paged_cache.py, tensor_cache.py, device_cache.py: the kinds of caches, for CPUs and for GPUs
 - prompt_cache.py: the KV cache in a file
 - stats.py: counts of one answer
 - report.py: the report of a run's experts

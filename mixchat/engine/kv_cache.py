@@ -22,7 +22,7 @@ MAX_CUT_TOKENS = PREFILL_CHUNK
 
 
 class KVCache(ABC):
-    """Room for `capacity` tokens of each layer, taken as the cache fills.
+    """Room for `capacity` tokens of each layer, taken as the cache fills, or at once on a GPU.
 
     `length` counts the tokens that all layers have stored. An interrupted forward pass leaves it as
     it was.
@@ -106,7 +106,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Empty the cache, and give its memory back."""
+        """Empty the cache. All but a GPU's gives its memory back."""
 
     @abstractmethod
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -138,13 +138,23 @@ class KVCache(ABC):
         """
 
 
+def layer_room(config: ModelConfig, capacity: int, layer: int) -> int:
+    """Return the most tokens that a layer keeps."""
+    window = config.window(layer)
+    return capacity if window is None else min(capacity, _window_room(window))
+
+
+def _window_room(window: int) -> int:
+    # A page more, because the oldest token that is kept may be the last one of its page.
+    return -(-window // PAGE) * PAGE + MAX_CUT_TOKENS + PAGE
+
+
 def cache_bytes(
     config: ModelConfig, capacity: int, dtype: torch.dtype, bits: Bits | None = None
 ) -> int:
     """Return the bytes that a full cache takes."""
-    window = -(-(config.sliding_window or 0) // PAGE) * PAGE
-    # A page more, because the oldest token that is kept may be the last one of its page.
-    return _bytes(config, capacity, window + MAX_CUT_TOKENS + PAGE, bits or bits_of(dtype))
+    most = _window_room(config.sliding_window or 0)
+    return _bytes(config, capacity, most, bits or bits_of(dtype))
 
 
 def bytes_seen(

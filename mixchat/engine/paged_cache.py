@@ -37,15 +37,14 @@ def new_cache(
 
     bits: None for the bits of `dtype`.
     """
-    device = on[0]
-    if gpu.is_gpu(device):
+    if gpu.is_gpu(on[0]):
         # Triton is imported only if a GPU computes.
         from mixchat.engine.device_cache import DeviceKVCache
 
         return DeviceKVCache(config, capacity, dtype, on, quantized=bits == 8)
-    if device.type == "cpu" and dtype != torch.float16 and kernels_available():
+    if dtype != torch.float16 and kernels_available():
         return PagedKVCache(config, capacity, bits or bits_of(dtype))
-    return TensorKVCache(config, capacity, dtype, device, quantized=bits == 8)
+    return TensorKVCache(config, capacity, dtype, quantized=bits == 8)
 
 
 class PagedKVCache(KVCache):

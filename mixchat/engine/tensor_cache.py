@@ -19,26 +19,18 @@ _SINK_TOKENS = 64  # that torch computes at once
 _MASKS = 2  # of a pass, for layers with a window and others
 
 
-class TensorKVCache(KVCache):
-    """A cache for torch's attention, on any device, of keys and values [G, tokens, h].
+class PlainKVCache(KVCache):
+    """What caches of keys and values [G, tokens, h] have in common.
 
-    With `quantized` it stores 8 bits a number and a scale for each key and value. Each tensor has a
-    number, its first token.
+    With `quantized` they store 8 bits a number and a scale for each key and value.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        quantized: bool = False,
+        self, config: ModelConfig, capacity: int, dtype: torch.dtype, *, quantized: bool = False
     ) -> None:
         super().__init__(config, capacity)
-        self._dtype, self._device, self._quantized = dtype, device, quantized
-        self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
-        self.clear()
+        self._dtype, self._quantized = dtype, quantized
+        self._stored_dtype = torch.int8 if quantized else dtype
 
     @property
     def form(self) -> str:
@@ -47,25 +39,38 @@ class TensorKVCache(KVCache):
     def specs(self, layer: int, tokens: int, first: int) -> list[TensorSpec]:
         """Return specs of keys and values [G, tokens, h], and of scales [G, tokens, 1]."""
         tokens -= self._start(layer, first)
-        groups, width = self.config.num_key_value_heads, self.config.head_dim
-        dtype = torch.int8 if self._quantized else self._dtype
-        specs = [TensorSpec(name, dtype, (groups, tokens, width)) for name in ("keys", "values")]
+        groups, shape = self.config.num_key_value_heads, (tokens, self.config.head_dim)
+        names = ("keys", "values")
+        specs = [TensorSpec(name, self._stored_dtype, (groups, *shape)) for name in names]
         if self._quantized:
             scales = ("key_scales", "value_scales")
             specs += [TensorSpec(name, torch.float32, (groups, tokens, 1)) for name in scales]
         return specs
 
+
+class TensorKVCache(PlainKVCache):
+    """A cache for torch's attention on a CPU that has no kernel.
+
+    Each tensor has a number, its first token.
+    """
+
+    def __init__(
+        self, config: ModelConfig, capacity: int, dtype: torch.dtype, *, quantized: bool = False
+    ) -> None:
+        super().__init__(config, capacity, dtype, quantized=quantized)
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
+        self.clear()
+
     def content(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
         kept = slice(self._start(layer, self.first), tokens)
-        return {name: self._part(name, layer, kept).cpu() for name in self._stored}
+        return {name: self._part(name, layer, kept) for name in self._stored}
 
     def clear(self) -> None:
         self.length = 0
         layers = self.config.num_hidden_layers
         self._firsts = [0] * layers
         self._stored = {  # of each layer
-            spec.name: [(0, torch.empty(spec.shape, dtype=spec.dtype, device=self._device))]
-            * layers
+            spec.name: [(0, torch.empty(spec.shape, dtype=spec.dtype))] * layers
             for spec in self.specs(0, 0, 0)
         }
 
@@ -76,7 +81,7 @@ class TensorKVCache(KVCache):
         self._firsts[layer] = start = self._start(layer, first)
         for name, tensor in content.items():
             # A copy, because the content may be a view of a saved file's longer tensor.
-            self._stored[name][layer] = start, tensor.to(self._device, copy=True)
+            self._stored[name][layer] = start, tensor.clone()
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, new in (("key", keys), ("value", values)):
@@ -132,10 +137,10 @@ class TensorKVCache(KVCache):
         if pass_key not in self._masks:
             if len(self._masks) == _MASKS:
                 self._masks.clear()
-            self._masks[pass_key] = attention_mask(*pass_key, self._device)
+            self._masks[pass_key] = attention_mask(*pass_key)
         mask = self._masks[pass_key]
-        # The R = H / G heads that share a key are joined like R times as many tokens. On a CPU
-        # `enable_gqa` would read each key R times.
+        # The R = H / G heads that share a key are joined like R times as many tokens. `enable_gqa`
+        # would read each key R times.
         grouped = queries.reshape(tokens, groups, shared, -1).permute(1, 2, 0, 3)  # [G, R, T, h]
         if sinks is None:
             attended = functional.scaled_dot_product_attention(
@@ -176,9 +181,7 @@ def _attention_with_sinks(
     return torch.cat(attended, dim=2)
 
 
-def attention_mask(
-    past: int, tokens: int, window: int | None, device: torch.device
-) -> torch.Tensor | None:
+def attention_mask(past: int, tokens: int, window: int | None) -> torch.Tensor | None:
     """Return which of P + T keys each of T queries may see [T, P + T], or None for all keys.
 
     Past 1, tokens 2 and window 2 give [[1, 1, 0], [0, 1, 1]].
@@ -186,7 +189,7 @@ def attention_mask(
     sees_all = window is None or past + tokens <= window
     if tokens == 1 and sees_all:
         return None
-    query = torch.arange(past, past + tokens, device=device)[:, None]
-    key = torch.arange(past + tokens, device=device)[None]
+    query = torch.arange(past, past + tokens)[:, None]
+    key = torch.arange(past + tokens)[None]
     mask = key <= query
     return mask if window is None else mask & (key > query - window)

@@ -64,7 +64,7 @@ SIZES = {  # heads, of keys and values, of a head
 }
 CACHES: dict[str, Callable[[ModelConfig], KVCache]] = {
     "pages": lambda config: PagedKVCache(config, CONTEXT, 32),
-    "tensors": lambda config: TensorKVCache(config, CONTEXT, torch.float32, CPU),
+    "tensors": lambda config: TensorKVCache(config, CONTEXT, torch.float32),
 }
 needs_kernel = pytest.mark.skipif(not kernels_available(), reason="the kernels need AVX2")
 

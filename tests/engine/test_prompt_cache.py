@@ -11,7 +11,7 @@ from typing import Any
 import engine_tools
 import pytest
 import torch
-from test_kv_cache import CONFIG, CPU, needs_kernel
+from test_kv_cache import CONFIG, needs_kernel
 
 from mixchat.base import files
 from mixchat.base.errors import CheckpointError, MixchatError, ResourceError
@@ -307,7 +307,7 @@ def test_after_a_pass_that_was_broken_off_what_is_whole_is_saved(
 
 def caches(bits: int) -> list[KVCache]:
     dtype = torch.float32 if bits == 32 else torch.bfloat16
-    tensors = TensorKVCache(CONFIG, 2000, dtype, CPU, quantized=bits == 8)
+    tensors = TensorKVCache(CONFIG, 2000, dtype, quantized=bits == 8)
     kernel = kernels_available()
     return [tensors, PagedKVCache(CONFIG, 2000, bits)] if kernel else [tensors]
 

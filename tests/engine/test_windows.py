@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_tools import FAMILIES, answer
-from test_kv_cache import CONFIG, CPU, SINKS, held, needs_kernel
+from test_kv_cache import CONFIG, SINKS, held, needs_kernel
 
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.engine import kv_cache, paged_cache
@@ -30,7 +30,7 @@ def paged(bits: int) -> KVCache:
 
 
 def of_tensors(bits: int) -> KVCache:
-    return TensorKVCache(WIDE, CAPACITY, torch.bfloat16, CPU, quantized=bits == 8)
+    return TensorKVCache(WIDE, CAPACITY, torch.bfloat16, quantized=bits == 8)
 
 
 LONG_KINDS = [pytest.param(paged, marks=needs_kernel), of_tensors]

@@ -9,8 +9,6 @@ from mixchat.kernels.gpu import attention
 from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.kv_store import KVTensors, store
 
-CPU = torch.device("cpu")
-
 
 def filled(tensors: KVTensors, tokens: int, dtype: torch.dtype) -> torch.Tensor:
     """Store so many random tokens. Return keys and values [2, G, tokens, h] as they are stored."""
@@ -30,7 +28,7 @@ def expected(queries, rows, window, sinks):
     tokens, heads, width = queries.shape
     keys, values = rows.double().repeat_interleave(heads // rows.shape[1], 1)
     scores = queries.double().transpose(0, 1) @ keys.mT / width**0.5  # [H, T, P + T]
-    mask = attention_mask(keys.shape[1] - tokens, tokens, window, CPU)
+    mask = attention_mask(keys.shape[1] - tokens, tokens, window)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
