@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper_gpu import KIND, in_place_of_cuda
 from test_kv_cache import CONFIG, CPU, SINKS
 from triton_interpreter import compute_bf16
 
@@ -228,3 +229,23 @@ def test_2048_tokens_can_be_cut_off(window, monkeypatch):
     cache.length = cache.usable(0)
     cache.advance(1)
     assert cache.first == 0
+
+
+def test_layers_on_two_gpus_are_saved_and_restored():
+    with in_place_of_cuda():
+        on = [torch.device(KIND, number) for number in range(2)]
+        one, two = (DeviceKVCache(SMALL, CAPACITY, torch.bfloat16, on) for _ in range(2))
+        reference = other()
+        for seed in range(2):
+            x = tokens_of(9, seed)
+            expected = attend(reference, x)
+            for layer, (y, device) in enumerate(zip(x, on, strict=True)):
+                y, sinks = y.to(device), SINKS[layer]
+                sinks = None if sinks is None else sinks.to(device)
+                seen = one.attend(layer, y[:, :4], y[:, 4:6], y[:, 6:], sinks)
+                assert close([seen.cpu()], [expected[layer]])
+            one.advance(9)
+            reference.advance(9)
+        for layer in range(2):
+            two.restore(layer, one.content(layer, 18), 18)
+            assert all(map(torch.equal, *(c.content(layer, 18).values() for c in (two, reference))))
