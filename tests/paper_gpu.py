@@ -111,12 +111,16 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return function(*_mapped(_inner, args), **inner)
 
     alias = returns[0].alias_info if returns else None
+    on = next((tensor.device for tensor in ours), target)
+    if name == "aten::to" and RUNTIME.index_of(on) != RUNTIME.index_of(target):
+        # On the inner tensors it would return the same one.
+        function, alias = torch.ops.aten._to_copy.default, None
+        args, kwargs = args[:1], {"dtype": ours[0].dtype, "device": target}
     if alias is not None and not alias.is_write:
         return _mapped(lambda leaf: _placed(leaf, target), compute())
     in_place = alias is not None
     made: list[Any] = []
     touches = [(tensor.inner.untyped_storage(), in_place) for tensor in ours]
-    on = next((tensor.device for tensor in ours), target)
 
     def run(stream: Any, number: int) -> None:
         result = compute()

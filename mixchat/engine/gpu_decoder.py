@@ -29,14 +29,15 @@ from mixchat.engine.gpu_layer import (
     mlp_kernels,
     router_kernels,
 )
-from mixchat.engine.model import AfterLayer, Block, Output
+from mixchat.engine.kv_cache import KVCache
+from mixchat.engine.model import AfterLayer, Block, Output, Transformer
 from mixchat.experts.gpu_experts import GpuExperts
 from mixchat.experts.store import new_block
 from mixchat.kernels.gpu.norm import add_norm
 from mixchat.kernels.gpu.product import product, split
 from mixchat.weights.format.blueprint import Blueprint
 from mixchat.weights.format.gpu_expert import GpuExpertForm, expert_form
-from mixchat.weights.matrix.gpu_linear import as_gpu
+from mixchat.weights.matrix.gpu_linear import as_gpu, form_of
 
 _ALIGNMENT = 64  # bytes, of tensors in page-locked RAM
 
@@ -74,6 +75,22 @@ class GpuDecoder:
                 x = section.run(x, cache, after_layer)
         self._experts.note_token(np.concatenate([each.selected for each in self._sections]))
         return x
+
+
+def new_gpu_decoder(
+    used: Blueprint, model: Transformer, caches: Sequence[KVCache], experts: GpuExperts
+) -> GpuDecoder | None:
+    """Return the decoder of a model on GPUs, or None if kernels do not take a matrix of it."""
+    device_caches = [cache for cache in caches if isinstance(cache, DeviceKVCache)]
+    experts_taken = (
+        expert_form(spec, model.device).form.is_supported for spec in used.expert_forms
+    )
+    matrices = [*used.shared_matrices.values()]
+    if len(device_caches) < len(caches) or not all(experts_taken):
+        return None
+    if not all(form_of(matrix).is_supported for matrix in matrices):
+        return None
+    return GpuDecoder(used, model.blocks, device_caches, model.output, experts)
 
 
 @dataclass(frozen=True)

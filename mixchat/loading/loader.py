@@ -104,9 +104,9 @@ def build_engine(
         ]
         if isinstance(runner, GpuExperts):
             # Triton is imported only if a GPU computes.
-            from mixchat.engine.gpu_decoder import GpuDecoder
+            from mixchat.engine.gpu_decoder import new_gpu_decoder
 
-            model.decode_by(GpuDecoder(blueprint, model.blocks, caches, model.output, runner))
+            model.decode_by(new_gpu_decoder(blueprint, model, caches, runner))
         else:
             model.decode_by(new_decoder(blueprint, model.blocks, caches[0], model.output))
         # The first prompt waited for the disk although a person had typed for ten seconds.
