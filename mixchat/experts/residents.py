@@ -76,16 +76,16 @@ class Residents:
         return None if key in self._arriving else self._slots.get(key)
 
     def expect(self, uses: Mapping[ExpertKey, int]) -> None:
-        """Begin with the uses of earlier runs, as if they were of one half-life."""
-        total = sum(uses.values()) or 1
-        for key, count in uses.items():
-            if 0 <= key.layer - self._first < len(self._uses):
-                self._uses[self._index(key)] += HALF_LIFE_TOKENS * count * len(self._uses) / total
+        """Begin with the uses of earlier runs, as if layers had `HALF_LIFE_TOKENS` on average."""
+        own = {key: count for key, count in uses.items() if self._is_own(key)}
+        each = HALF_LIFE_TOKENS * len(self._uses) / (sum(own.values()) or 1)
+        for key, count in own.items():
+            self._uses[self._index(key)] += each * count
 
     def exclude(self, keys: Iterable[ExpertKey]) -> None:
         """Give these experts no slots."""
         for key in keys:
-            if 0 <= key.layer - self._first < len(self._uses):
+            if self._is_own(key):
                 self._uses[self._index(key)] = -np.inf
 
     def note_token(self, selected: np.ndarray) -> np.ndarray:
@@ -168,6 +168,9 @@ class Residents:
     def add_slot(self, slot: int, size: int) -> None:
         """Use a slot, which may have been given up."""
         self._free.setdefault(size, []).append(slot)
+
+    def _is_own(self, key: ExpertKey) -> bool:
+        return 0 <= key.layer - self._first < len(self._uses)
 
     def _index(self, key: ExpertKey) -> tuple[int, int]:
         return key.layer - self._first, key.expert

@@ -170,6 +170,7 @@ def test_the_most_used_experts_of_earlier_runs_come_first():
     uses = {KEYS[6]: 30, KEYS[11]: 40, ExpertKey(0, 0): 10**6, ExpertKey(FIRST + LAYERS, 1): 10**6}
     residents.expect(uses)
     assert take(residents, 3) == [KEYS[11], KEYS[6], KEYS[0]]
+    assert residents._uses.sum() == pytest.approx(LAYERS * HALF_LIFE_TOKENS, rel=1e-4)
 
 
 def test_an_expert_comes_once_it_leads_by_more_than_counts_of_equals_differ():

@@ -4,12 +4,14 @@ import gc
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import paper_gpu
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from paper_runtime import Event, PaperRuntime
 from vram_doubles import (
     GPU,
@@ -447,6 +449,67 @@ def test_without_a_thread_nothing_comes_and_nobody_waits(paper, memories, monkey
     for key in vram.residents.keys:
         if vram.holds(key):
             assert torch.equal(content(vram, key), bytes_of(key))
+
+
+steps = st.one_of(
+    st.tuples(st.just("tokens"), st.sampled_from(KEYS), st.integers(1, 30)),
+    st.tuples(st.just("publish")),
+    st.tuples(st.just("settle")),
+    st.tuples(st.just("prompt"), st.lists(st.sampled_from(KEYS), unique=True)),
+    st.tuples(st.just("interrupt"), st.lists(st.sampled_from(KEYS), unique=True)),
+    st.tuples(st.just("give way")),
+    st.tuples(st.just("grow")),
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 8), st.sets(st.sampled_from(KEYS)), st.lists(steps, max_size=25))
+def test_kernels_read_whole_experts_whatever_comes_and_goes(paper, slots, in_ram, events):
+    """The paper GPU checks the order of streams beside that."""
+    memories = Memories()
+    memories.in_ram = {key: bytes_of(key) for key in in_ram}
+    vram, outputs = memories.slots(*[SIZE] * slots), list[tuple[ExpertKey, torch.Tensor]]()
+
+    def compute(keys: Iterable[ExpertKey]) -> None:
+        addresses = vram.table.inner.clone()  # type: ignore[attr-defined]
+        for key in KEYS:
+            assert bool(addresses[key]) == vram.holds(key)
+        outputs.extend((key, vram.expert(key) ^ 0) for key in keys if vram.holds(key))
+
+    vram.fill()
+    for what, *arguments in events:
+        match what, *arguments:
+            case "tokens", key, count:
+                use(vram, key, count)
+            case "publish", *_:
+                vram.publish()
+            case "settle", *_:
+                settle(vram)
+            case "prompt" | "interrupt", keys:
+                arriving = [key for key in keys if vram.request(key)]
+                missing = [key for key in keys if not vram.holds(key) and key not in arriving]
+                with vram.invite(missing) as guests:
+                    compute(keys)
+                    for key in arriving:
+                        vram.wait_for(key)
+                    for key, expert in guests:
+                        outputs.append((key, expert ^ 0))
+                        if what == "interrupt":
+                            break
+            case "give way", *_:
+                vram.give_way()
+            case "grow", *_:
+                vram.grow()
+        compute(KEYS)
+    settle(vram)
+    assert not any(load.failed for load in vram._loads.values())
+    vram.publish()
+    settle(vram)
+    vram.publish()
+    compute(KEYS)
+    assert all(torch.equal(output.cpu(), bytes_of(key)) for key, output in outputs)
+    assert set(memories.lent) <= set(vram._loads)
+    vram.close()
 
 
 def test_what_has_slots_is_told_to_have_changed(paper, memories):
