@@ -17,6 +17,7 @@ from mixchat.base import gpu
 _TRIES = 5
 _FREE_PART = 16
 _SUMMED_BYTES = 10**9  # of RAM, more than any CPU's cache
+_FLOAT_BYTES = 4
 _COPIED_BYTES = 2**28  # within a GPU, more than any GPU's cache
 _LOCKED_BYTES = 2**26  # of RAM that is page-locked for the bus
 _TOKENS, _COLUMNS, _ROWS = 2048, 4096, 4096  # of a matrix product
@@ -27,11 +28,12 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device, most: int = _SUMMED_BYTES) -> None:
         self._device = device
-        self._source = self._target = torch.ones(most // 4 if not gpu.is_gpu(device) else 0)
         if gpu.is_gpu(device):
             size = room_on(device, _COPIED_BYTES)
             self._source = torch.ones(size, dtype=torch.uint8, device=device)
             self._target = torch.empty_like(self._source)
+        else:
+            self._source = torch.ones(most // _FLOAT_BYTES)
 
     def rate(self) -> float:
         """Return the best of a few tries."""

@@ -15,6 +15,7 @@ from paper_tools import CONTEXT, Case, speeds
 from mixchat.base.errors import MissingDependencyError, ResourceError, UsageError
 from mixchat.base.options import LoadOptions
 from mixchat.base.quantities import MemoryBudget
+from mixchat.bench.rounds import Bench, BenchOptions
 from mixchat.kernels.gpu import toolchain
 from mixchat.loading import devices
 from mixchat.loading.devices import Choice, devices_for, usable_devices
@@ -159,3 +160,15 @@ def test_loading_tells_why_the_cpu_computes(paper, case, measured):
     assert engine.device == CPU
     assert "slower by the plan" in notes[0]
     engine.close()
+
+
+def test_the_bench_tells_it_too(paper, case, measured):
+    measured(slow_gpu())
+    notes: list[str] = []
+    options = BenchOptions(prompts=(12,), tokens=1)
+    load = LoadOptions(context_size=options.context_size)
+    bench = Bench(case("nf4").directory, load, options, notes.append)
+    bench.start_cold()
+    assert bench.engine.device == CPU
+    assert "slower by the plan" in notes[0]
+    bench.engine.close()
