@@ -170,10 +170,9 @@ def numbers(codes, pair: tl.constexpr, levels, TYPE: tl.constexpr):
     codes: from `load`. levels: from `table`.
     """
     if TYPE == "trellis2" or TYPE == "trellis3":
-        planes = codes[2]
-        even = _trellis_codes(codes[0], planes, pair, 0, TYPE)
-        odd = _trellis_codes(codes[1], planes, pair, 1, TYPE)
-        return _looked_up(levels, even), _looked_up(levels, odd)
+        even = _trellis_numbers(levels, codes[0], codes[2], pair, 0, TYPE)
+        odd = _trellis_numbers(levels, codes[1], codes[2], pair, 1, TYPE)
+        return even, odd
     elif TYPE == "int5" or TYPE == "int6":
         return _plane_numbers(codes, pair, TYPE)
     elif TYPE == "int8":
@@ -235,8 +234,10 @@ def _shifted(word, by: tl.constexpr):
 
 
 @triton.jit
-def _trellis_codes(ring, planes, half: tl.constexpr, odd: tl.constexpr, TYPE: tl.constexpr):
-    """Return the indices of levels, [T, 4 * 4], for each j and turn.
+def _trellis_numbers(
+    levels, ring, planes, half: tl.constexpr, odd: tl.constexpr, TYPE: tl.constexpr
+):
+    """Return the numbers of a column, [T, 4 * 4], for each j and turn.
 
     half: of words, one for each of two columns. odd: whether these are columns 1 and 3.
     """
@@ -244,10 +245,11 @@ def _trellis_codes(ring, planes, half: tl.constexpr, odd: tl.constexpr, TYPE: tl
     result = ()
     for turn in tl.static_range(4):
         # The factor puts subsets into the second byte of each half. Bits of planes go above them.
-        subset = ((ring >> turn) & 0x007F007F) * (61 << 5)
+        subset = ((ring >> turn) & 0x007F007F) * (61 << 5) & 0x0F000F00
         above = _shifted(planes, turn * PLANES + odd * 8 - 12) & ((16 << PLANES) - 16) * 0x01000100
-        result += (((subset & 0x0F000F00) | above) >> 8 + half * 16,)
-    return join4(result[0], result[1], result[2], result[3]) & (16 << PLANES) - 1
+        result += ((subset | above) >> 8 + half * 16,)
+    index = join4(result[0], result[1], result[2], result[3]) & (16 << PLANES) - 1
+    return _looked_up(levels, index)
 
 
 @triton.jit

@@ -41,8 +41,10 @@ class Form(NamedTuple):
 
     @property
     def kernel_type(self) -> str:
-        """Return the name that kernels know."""
-        return "none32" if self.quant_type == "none" and self.wide else self.quant_type
+        """Return the name that kernels know. Only the levels of FP4 are others than NF4's."""
+        if self.quant_type == "none" and self.wide:
+            return "none32"
+        return "nf4" if self.quant_type == "fp4" else self.quant_type
 
     @property
     def is_supported(self) -> bool:
@@ -176,7 +178,8 @@ def _coded_product(
     totals = _zeros(len(rows), thread.shape[0], COUNT)
     for start in range(first, end, T // THREADS):
         block = start + thread // THREADS
-        # Threads beyond the end compute the last block again, with zeros for x.
+        # Threads beyond the end compute the last block again, with zeros for x. For AMD, each load
+        # with a mask would become a branch.
         is_inside, block = block < end, tl.minimum(block, end - 1)
         words = coded.load(codes, row, block, place, C, TYPE)
         sums = _zeros(len(rows), thread.shape[0], COUNT)
@@ -185,8 +188,8 @@ def _coded_product(
             column = block * coded.tile("block", TYPE) + coded.column(place, pair, TYPE)
             added = ()
             for index in tl.static_range(len(rows)):
-                both = x + (rows[index] * C + column)[:, None] + tl.arange(0, 2)[None, :]
-                pair_of_x = tl.load(both, mask=is_inside[:, None], other=0).to(tl.float32)
+                at = x + (rows[index] * C + column)[:, None] + tl.arange(0, 2)[None, :]
+                pair_of_x = tl.where(is_inside[:, None], tl.load(at).to(tl.float32), 0.0)
                 left, right = tl.split(pair_of_x)
                 with_left = tl.fma(even, left[:, None], sums[index])
                 added += (tl.fma(odd, right[:, None], with_left),)
@@ -227,7 +230,7 @@ def _dense_product(
         added = ()
         for index in tl.static_range(len(rows)):
             at = x + rows[index] * C + columns
-            numbers_of_x = tl.load(at, mask=is_inside[:, None], other=0).to(tl.float32)
+            numbers_of_x = tl.where(is_inside[:, None], tl.load(at).to(tl.float32), 0.0)
             sums = ()
             for of_band in tl.static_range(8):
                 sums += (tl.sum(numbers[of_band] * numbers_of_x, 1)[:, None],)

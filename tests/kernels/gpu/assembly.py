@@ -1,0 +1,388 @@
+"""Compiles the kernels for cards that are not here, just as they are launched, and reads the code.
+
+    python tests/kernels/gpu/assembly.py                     all kernels for all cards, as a table
+    python tests/kernels/gpu/assembly.py --cards sm_86 --only product --json
+
+A call of `CALLS` calls the launching functions with tensors that have no memory. What they launch
+is recorded and compiled, with the arguments specialized as Triton does at a launch. To add kernels,
+add a function to `CALLS`. Triton must not interpret, so this runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mixchat.kernels.cpu.router import Router
+from mixchat.kernels.gpu import codes, launch
+from mixchat.kernels.gpu.dequantize import dequantize
+from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part, experts_down, experts_up
+from mixchat.kernels.gpu.heads import heads
+from mixchat.kernels.gpu.kv_store import KVTensors
+from mixchat.kernels.gpu.norm import add_norm
+from mixchat.kernels.gpu.product import Form, Matrix, product
+from mixchat.kernels.gpu.route import route
+
+BF16, FP32, INT32, UINT8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_KINDS = {
+    BF16: "bf16",
+    torch.float16: "fp16",
+    FP32: "fp32",
+    UINT8: "u8",
+    torch.int8: "i8",
+    INT32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Card(NamedTuple):
+    """A kind of GPU. Threads and programs are those that a multiprocessor holds at most."""
+
+    target: GPUTarget
+    threads: int
+    programs: int
+    registers: int = 65536  # of 32 bits, of a multiprocessor; on AMD, of a thread's share
+
+
+CARDS = {
+    "sm_75": Card(GPUTarget("cuda", 75, 32), 1024, 16),
+    "sm_80": Card(GPUTarget("cuda", 80, 32), 2048, 32),
+    "sm_86": Card(GPUTarget("cuda", 86, 32), 1536, 16),
+    "sm_89": Card(GPUTarget("cuda", 89, 32), 1536, 24),
+    "sm_90": Card(GPUTarget("cuda", 90, 32), 2048, 32),
+    "sm_120": Card(GPUTarget("cuda", 120, 32), 1536, 24),
+    # Threads of a SIMD, and the registers that it has for each of a warp's.
+    "gfx1100": Card(GPUTarget("hip", "gfx1100", 32), 16 * 32, 16, 1536),
+    "gfx942": Card(GPUTarget("hip", "gfx942", 64), 8 * 64, 16, 512),
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def form_of(quant_type: str, rows: int, columns: int) -> Form:
+    band = codes.TILES[quant_type].band
+    return Form(quant_type, rows, -(-rows // band) * band, columns)
+
+
+def levels_of(quant_type: str) -> torch.Tensor | None:
+    return empty(64, dtype=FP32) if codes.TILES[quant_type].bits <= 4 else None
+
+
+def scale_size(quant_type: str) -> int:
+    return 1 if quant_type == "mxfp4" or quant_type.startswith("trellis") else 2
+
+
+def matrix_of(quant_type: str, rows: int, columns: int, *, bias: bool = False) -> Matrix:
+    form = form_of(quant_type, rows, columns)
+    added = empty(rows, dtype=FP32) if bias else None
+    if quant_type == "none":
+        return Matrix(form, empty(rows, columns), bias=added)
+    scale = UINT8 if scale_size(quant_type) == 1 else BF16
+    return Matrix(form, empty(1, dtype=UINT8), empty(1, dtype=scale), levels_of(quant_type), added)
+
+
+def part_of(quant_type: str, rows: int, columns: int, start: int, bias: bool) -> tuple[Part, int]:
+    form = form_of(quant_type, rows, columns)
+    scales = 0
+    if quant_type != "none":
+        scales = form.stored_rows * columns // form.tile.block * scale_size(quant_type)
+    bias_at = start + scales + form.stored_rows * columns * form.tile.bits // 8
+    return Part(form, start + scales, start, bias_at if bias else None), bias_at + 4 * rows
+
+
+def call_product(quant_type: str, rows: int, columns: int, n: int = 1, **options: Any) -> None:
+    product(empty(n, columns), matrix_of(quant_type, rows, columns, **options))
+
+
+def call_experts(
+    quant_type: str, width: int, inner: int, choices: int, *, limit: float | None = None
+) -> None:
+    bias = limit is not None
+    up, end = part_of(quant_type, 2 * inner, width, 0, bias)
+    down, _ = part_of(quant_type, width, inner, end, bias)
+    form, levels = ExpertForm(up, down, limit), Levels(*[levels_of(quant_type)] * 2)
+    selected, addresses = empty(choices, dtype=INT32), empty(128, dtype=torch.int64)
+    gated = experts_up(empty(width), selected, addresses, form, levels)
+    experts_down(gated, selected, empty(choices, dtype=FP32), addresses, form, levels)
+
+
+def call_dequantize(quant_type: str, rows: int, columns: int) -> None:
+    dequantize(matrix_of(quant_type, rows, columns), empty(rows, columns))
+
+
+def call_route(experts: int, columns: int, choices: int, **options: Any) -> None:
+    router = Router(empty(experts, columns), choices, **options)
+    logits, weights = empty(experts, dtype=FP32), empty(choices, dtype=FP32)
+    counter, selected = empty(1, dtype=INT32), empty(choices, dtype=INT32)
+    route(empty(columns), router, logits, selected, weights, counter)
+
+
+def call_add_norm(columns: int, partials: int) -> None:
+    added, counter = empty(partials, columns, dtype=FP32), empty(1, dtype=INT32)
+    add_norm(empty(columns), added, empty(columns), empty(columns), 1e-5, counter)
+
+
+def call_heads(count: int, groups: int, width: int, partials: int, *, norms: bool) -> None:
+    qkv = empty(partials, (count + 2 * groups) * width, dtype=FP32)
+    tensors = KVTensors(empty(2, groups, 4096, width), None)
+    rope = empty(4096, width), empty(4096, width)
+    own = (empty(width), empty(width)) if norms else ()
+    heads(qkv, empty(count, width), tensors, empty(1, dtype=INT32), rope, own, 1e-6)
+
+
+# FP4's kernels are NF4's.
+TYPES = [name for name in codes.TILES if name not in ("fp4", "none32")]
+CODED = [name for name in TYPES if name != "none"]
+CALLS: dict[str, Callable[[], None]] = {
+    **{f"product {name}": partial(call_product, name, 5120, 2048) for name in TYPES},
+    **{f"mixtral {name}": partial(call_experts, name, 4096, 14336, 2) for name in TYPES},
+    "qwen3 nf4": partial(call_experts, "nf4", 2048, 768, 8),
+    "gpt-oss mxfp4": partial(call_experts, "mxfp4", 2880, 2880, 4, limit=7.0),
+    "gpt-oss qkv int8": partial(call_product, "int8", 5120, 2880, bias=True),
+    "qwen3 head int8": partial(call_product, "int8", 151936, 2048),
+    "two rows nf4": partial(call_product, "nf4", 5120, 2048, 2),
+    "two rows int8": partial(call_product, "int8", 5120, 2048, 2),
+    **{f"dequantize {name}": partial(call_dequantize, name, 5120, 2048) for name in CODED},
+    "route mixtral": partial(call_route, 8, 4096, 2),
+    "route qwen3": partial(call_route, 128, 2048, 8),
+    "route glm4": partial(
+        call_route,
+        128,
+        4096,
+        8,
+        scoring="sigmoid",
+        correction=empty(128, dtype=FP32),
+        scaling=2.5,
+    ),
+    "add_norm mixtral": partial(call_add_norm, 4096, 8),
+    "heads qwen3": partial(call_heads, 32, 4, 128, 4, norms=True),
+}
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+def launches_of(call: Callable[[], None], card: Card) -> list[Launch]:
+    """Return what a call launches on a card."""
+    recorded: list[Launch] = []
+    start, lanes = launch.start, codes.lanes
+    launch.start = lambda *parts: recorded.append(Launch(*parts))
+    codes.lanes = lambda: card.target.warp_size
+    try:
+        call()
+    finally:
+        launch.start, codes.lanes = start, lanes
+    return recorded
+
+
+def compiled(started: Launch, card: Card) -> Any:
+    """Compile a launch, specialized for its arguments."""
+    kinds: dict[str, str] = {}
+    attributes, constants = {}, {}
+    parameters = started.kernel.params
+    for index, parameter in enumerate(parameters):
+        value = started.constants.get(parameter.name)
+        if index < len(started.arguments):
+            value = started.arguments[index]
+        kind, is_aligned = kind_of(value, parameter)
+        kinds[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(index,)] = value
+        elif is_aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    names = {parameter.name for parameter in parameters}
+    options = {name: value for name, value in started.constants.items() if name not in names}
+    source = ASTSource(started.kernel, kinds, constants, attributes)
+    return triton.compile(source, target=card.target, options=options)
+
+
+def kind_of(value: Any, parameter: Any) -> tuple[str, bool]:
+    """Return the type of an argument, and whether Triton knows that 16 divides it."""
+    if isinstance(value, torch.Tensor):
+        offset = value.storage_offset() * value.itemsize
+        return f"*{_KINDS[value.dtype]}", offset % 16 == 0
+    if parameter.is_constexpr or value is None:
+        return "constexpr", False
+    if isinstance(value, float):
+        return "fp32", False
+    specialized = not parameter.do_not_specialize
+    if value == 1 and specialized:
+        return "constexpr", False
+    return "i32", specialized and value % 16 == 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel on a card. Loads are instructions. Wide ones have 128 bits, narrow ones one byte."""
+
+    call: str
+    kernel: str
+    card: str
+    programs: int
+    threads: int
+    registers: int
+    spills: int
+    wide_loads: int
+    narrow_loads: int
+    shared_in_loop: int  # instructions for shared memory in the innermost loop
+    loop: int  # instructions of the loop
+    loop_by_unit: dict[str, int]
+    occupancy: float  # threads, of those that fit
+
+
+def row_of(name: str, started: Launch, card_name: str) -> Row:
+    card = CARDS[card_name]
+    made = compiled(started, card)
+    threads = made.metadata.num_warps * card.target.warp_size
+    is_nvidia = card.target.backend == "cuda"
+    registers, spills, code = _nvidia(made) if is_nvidia else _amd(made)
+    loop = loop_of(code)
+    shared = re.compile(r"(LDS|STS|LDSM|BAR)\b|ds_|s_barrier")
+    wide = r"LDG\.[\w.]*128|global_load_(dwordx4|b128)"
+    narrow = r"LDG\.[\w.]*[US]8\b|global_load_(ubyte|sbyte|u8|i8)"
+    # On AMD, a permutation of a warp's registers is called like an access to shared memory.
+    in_loop = [name for name in loop if shared.match(name) and "permute" not in name]
+    return Row(
+        call=name,
+        kernel=started.kernel.fn.__name__,
+        card=card_name,
+        programs=math.prod(started.grid),
+        threads=threads,
+        registers=registers,
+        spills=spills,
+        wide_loads=sum(bool(re.match(wide, name)) for name in code),
+        narrow_loads=sum(bool(re.match(narrow, name)) for name in code),
+        shared_in_loop=len(in_loop),
+        loop=len(loop),
+        loop_by_unit=dict(collections.Counter(name.split(".")[0] for name in loop)),
+        occupancy=round(occupancy_of(card, registers, threads, made.metadata.shared), 2),
+    )
+
+
+def occupancy_of(card: Card, registers: int, threads: int, shared: int) -> float:
+    if card.target.backend == "hip":
+        granule = 24 if card.target.warp_size == 32 else 8
+        warps = card.registers // (-(-registers // granule) * granule)
+        return min(warps * card.target.warp_size, card.threads) / card.threads
+    programs = card.registers // (-(-registers // 8) * 8 * threads)
+    programs = min(programs, card.programs, card.threads // threads, 65536 // max(shared, 1))
+    return programs * threads / card.threads
+
+
+def _nvidia(made: Any) -> tuple[int, int, list[str]]:
+    """Return registers, spills, and the instructions' names, with jumps as `_jump` has them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+)", usage)
+    assert found is not None, usage
+    instruction = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*)")
+    names = list(_lines(code, instruction, r"(\.L\w+):", r"BRA", r"`\((\.L\w+)\)"))
+    spills = sum(name.startswith(("STL", "LDL")) for name in names)
+    return int(found[1]), spills, names
+
+
+def _amd(made: Any) -> tuple[int, int, list[str]]:
+    text = made.asm["amdgcn"]
+    numbers = [
+        int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    ]
+    code = text[: text.index(".amdhsa_kernel")]
+    instruction = re.compile(r"\s+([a-z]\w+)(.*)")
+    names = list(_lines(code, instruction, r"(\.LBB\w+):", r"s_c?branch", r"(\.LBB\w+)"))
+    return numbers[0], numbers[1] + numbers[2], names
+
+
+def _lines(code: str, instruction: Any, label: str, jump: str, target: str) -> Iterator[str]:
+    """Yield the names of instructions, ":label" for a label, and "jump>label" for a jump."""
+    for line in code.splitlines():
+        if found := re.match(label, line):
+            yield f":{found[1]}"
+        elif found := instruction.match(line):
+            goal = re.search(target, found[2])
+            yield f"jump>{goal[1]}" if re.match(jump, found[1]) and goal else found[1]
+
+
+def loop_of(code: list[str]) -> list[str]:
+    """Return the instructions of the largest loop without a loop in it."""
+    labels: dict[str, int] = {}
+    loops = []
+    for index, name in enumerate(code):
+        if name.startswith(":"):
+            labels[name[1:]] = index
+        elif name.startswith("jump>") and name[5:] in labels:
+            loops.append(range(labels[name[5:]], index))
+    innermost = [
+        loop
+        for loop in loops
+        if not any(loop.start < other.start and other.stop < loop.stop for other in loops)
+    ]
+    bodies = (
+        [name for name in code[loop.start : loop.stop] if not name.startswith((":", "jump>"))]
+        for loop in innermost
+    )
+    return max(bodies, key=len, default=[])
+
+
+def rows_of(only: str, cards: list[str]) -> Iterator[Row]:
+    """Yield a row for each kernel of the calls whose names match, and each card."""
+    calls = {name: call for name, call in CALLS.items() if re.search(only, name)}
+    for card in cards:
+        for name, call in calls.items():
+            for started in launches_of(call, CARDS[card]):
+                yield row_of(name, started, card)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=list(CARDS))
+    parser.add_argument("--only", default="", help="a regular expression for names of calls")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows = []
+    columns = ("call", "kernel", "card", "programs", "threads", "registers", "spills")
+    columns += ("wide_loads", "narrow_loads", "shared_in_loop", "loop", "occupancy")
+    for row in rows_of(arguments.only, arguments.cards):
+        rows.append(asdict(row))
+        if not arguments.json:
+            if len(rows) == 1:
+                print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+            print("| " + " | ".join(str(rows[-1][name]) for name in columns) + " |", flush=True)
+    if arguments.json:
+        json.dump(rows, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    assert not os.environ.get("TRITON_INTERPRET"), "Triton must not interpret here"
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        main()

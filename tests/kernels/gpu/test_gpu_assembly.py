@@ -1,0 +1,60 @@
+"""The machine code of the kernels for cards that are not here.
+
+`python tests/kernels/gpu/assembly.py` prints the whole table.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("assembly.py")
+# It has two tables, and is bound by arithmetic, which fewer threads do as fast.
+LEAST_OCCUPANCY = {"product trellis3": 0.3}
+
+
+def rows_of(only: str, *cards: str) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--json", "--only", only, "--cards", *cards]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows: list[dict[str, Any]] = json.loads(result.stdout)
+    assert {row["card"] for row in rows} == set(cards)
+    return rows
+
+
+def complaints(row: dict[str, Any]) -> list[str]:
+    least = LEAST_OCCUPANCY.get(row["call"], 0.5)
+    # Norms and the router read no codes.
+    reads_codes = row["kernel"] in ("_product", "_experts_up", "_experts_down", "_dequantize")
+    found = {
+        "spills": row["spills"] > 0,
+        "loads codes in less than 128 bits": reads_codes and row["wide_loads"] < 3,
+        "loads bytes": row["narrow_loads"] > 0,
+        "uses shared memory in its loop": reads_codes and row["shared_in_loop"] > 0,
+        f"fills a card to less than {least}": row["occupancy"] < least,
+    }
+    name = f"{row['kernel']} of {row['call']} on {row['card']}"
+    return [f"{name}: {complaint}" for complaint, holds in found.items() if holds]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize(
+    ("only", "cards"),
+    [
+        (
+            "^product|mixtral (trellis2|none)|qwen3 nf4|gpt-oss mxfp4|dequantize nf4"
+            "|route glm4|add_norm|heads",
+            ["sm_86"],
+        ),
+        ("^product nf4", ["sm_75", "sm_80", "sm_90", "sm_120", "gfx1100", "gfx942"]),
+    ],
+    ids=["all", "others"],
+)
+def test_kernels_are_compiled_to_wide_loads_few_registers_and_no_spills(only, cards):
+    rows = rows_of(only, *cards)
+    assert not [complaint for row in rows for complaint in complaints(row)]
