@@ -25,13 +25,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mixchat.base import gpu
 from mixchat.kernels.cpu.router import Router
 from mixchat.kernels.gpu import codes, launch
+from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part, experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
@@ -150,6 +153,30 @@ def call_heads(count: int, groups: int, width: int, partials: int, *, norms: boo
     heads(qkv, empty(count, width), tensors, empty(1, dtype=INT32), rope, own, 1e-6)
 
 
+@dataclass(frozen=True)
+class Attention:
+    """The attention of some tokens, in a model's shape."""
+
+    heads: int
+    groups: int
+    width: int
+    tokens: int = 1
+    window: int | None = None
+    sinks: bool = False
+    bits: int = 16
+
+    def __call__(self) -> None:
+        numbers = empty(2, self.groups, 2**15, self.width)
+        cache = KVTensors(numbers, None)
+        if self.bits == 8:
+            cache = KVTensors(numbers.to(torch.int8), empty(2, self.groups, 2**15, dtype=FP32))
+        queries = empty(self.tokens, self.heads, self.width)
+        parts = Parts.for_tokens(self.tokens, self.heads, cache, self.window)
+        sinks = empty(self.heads, dtype=FP32) if self.sinks else None
+        past = empty(1, dtype=INT32)
+        attend(queries, cache, past, torch.empty_like(queries), parts, self.window, sinks)
+
+
 # FP4's kernels are NF4's.
 TYPES = [name for name in codes.TILES if name not in ("fp4", "none32")]
 CODED = [name for name in TYPES if name != "none"]
@@ -176,6 +203,10 @@ CALLS: dict[str, Callable[[], None]] = {
     ),
     "add_norm mixtral": partial(call_add_norm, 4096, 8),
     "heads qwen3": partial(call_heads, 32, 4, 128, 4, norms=True),
+    "attend qwen3": Attention(32, 4, 128),
+    "attend qwen3 in 8 bits": Attention(32, 4, 128, bits=8),
+    "attend gpt-oss": Attention(64, 8, 64, window=128, sinks=True),
+    "prompt attend qwen3": Attention(32, 4, 128, tokens=512),
 }
 
 
@@ -189,13 +220,13 @@ class Launch(NamedTuple):
 def launches_of(call: Callable[[], None], card: Card) -> list[Launch]:
     """Return what a call launches on a card."""
     recorded: list[Launch] = []
-    start, lanes = launch.start, codes.lanes
-    launch.start = lambda *parts: recorded.append(Launch(*parts))
-    codes.lanes = lambda: card.target.warp_size
-    try:
+    target = card.target
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "start", lambda *parts: recorded.append(Launch(*parts)))
+        patch.setattr(codes, "lanes", lambda: target.warp_size)
+        patch.setattr(gpu, "is_amd", lambda: target.backend == "hip")
+        patch.setattr(gpu, "has_bf16", lambda device: target.arch != 75)
         call()
-    finally:
-        launch.start, codes.lanes = start, lanes
     return recorded
 
 
@@ -251,7 +282,8 @@ class Row:
     shared_in_loop: int  # instructions for shared memory in the innermost loop
     loop: int  # instructions of the loop
     loop_by_unit: dict[str, int]
-    occupancy: float  # threads, of those that fit
+    shared: int  # bytes of shared memory of a program
+    occupancy: float  # the part of a card's threads for which there are registers
 
 
 def row_of(name: str, started: Launch, card_name: str) -> Row:
@@ -262,7 +294,7 @@ def row_of(name: str, started: Launch, card_name: str) -> Row:
     registers, spills, code = _nvidia(made) if is_nvidia else _amd(made)
     loop = loop_of(code)
     shared = re.compile(r"(LDS|STS|LDSM|BAR)\b|ds_|s_barrier")
-    wide = r"LDG\.[\w.]*128|global_load_(dwordx4|b128)"
+    wide = r"LDG(STS)?\.[\w.]*128|global_load_(dwordx4|b128)"
     narrow = r"LDG\.[\w.]*[US]8\b|global_load_(ubyte|sbyte|u8|i8)"
     # On AMD, a permutation of a warp's registers is called like an access to shared memory.
     in_loop = [name for name in loop if shared.match(name) and "permute" not in name]
@@ -279,17 +311,18 @@ def row_of(name: str, started: Launch, card_name: str) -> Row:
         shared_in_loop=len(in_loop),
         loop=len(loop),
         loop_by_unit=dict(collections.Counter(name.split(".")[0] for name in loop)),
-        occupancy=round(occupancy_of(card, registers, threads, made.metadata.shared), 2),
+        shared=made.metadata.shared,
+        occupancy=round(occupancy_of(card, registers, threads), 2),
     )
 
 
-def occupancy_of(card: Card, registers: int, threads: int, shared: int) -> float:
+def occupancy_of(card: Card, registers: int, threads: int) -> float:
     if card.target.backend == "hip":
         granule = 24 if card.target.warp_size == 32 else 8
         warps = card.registers // (-(-registers // granule) * granule)
         return min(warps * card.target.warp_size, card.threads) / card.threads
     programs = card.registers // (-(-registers // 8) * 8 * threads)
-    programs = min(programs, card.programs, card.threads // threads, 65536 // max(shared, 1))
+    programs = min(programs, card.programs, card.threads // threads)
     return programs * threads / card.threads
 
 
@@ -370,7 +403,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     columns = ("call", "kernel", "card", "programs", "threads", "registers", "spills")
-    columns += ("wide_loads", "narrow_loads", "shared_in_loop", "loop", "occupancy")
+    columns += ("wide_loads", "narrow_loads", "shared", "shared_in_loop", "loop", "occupancy")
     for row in rows_of(arguments.only, arguments.cards):
         rows.append(asdict(row))
         if not arguments.json:

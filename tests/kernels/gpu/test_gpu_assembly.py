@@ -48,7 +48,7 @@ def complaints(row: dict[str, Any]) -> list[str]:
     [
         (
             "^product|mixtral (trellis2|none)|qwen3 nf4|gpt-oss mxfp4|dequantize nf4"
-            "|route glm4|add_norm|heads",
+            "|route glm4|add_norm|heads|^attend (qwen3|gpt-oss)$",
             ["sm_86"],
         ),
         ("^product nf4", ["sm_75", "sm_80", "sm_90", "sm_120", "gfx1100", "gfx942"]),

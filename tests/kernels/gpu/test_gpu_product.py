@@ -26,6 +26,28 @@ def test_a_product_is_that_of_the_dequantized_matrix(quant_type, rows, columns):
     assert error_of(sums.sum(0), matrix(x)) < _ERROR
 
 
+@pytest.mark.parametrize(
+    ("quant_type", "rows", "columns"),
+    [
+        # hidden_size and intermediate_size of experts, attention and dense parts of the families.
+        ("trellis2", 64, 4096),
+        ("nf4", 32, 14336),
+        ("mxfp4", 96, 2880),
+        ("nf4", 64, 768),
+        ("int8", 32, 2048),
+        ("trellis3", 64, 1408),
+        ("int6", 32, 1536),
+        ("int5", 96, 704),
+        ("none", 24, 5632),
+        ("fp4", 32, 512),
+        ("int8", 2880, 64),
+    ],
+)
+def test_matrices_have_the_columns_of_the_families(quant_type, rows, columns):
+    matrix, x = stored(quant_type, rows, columns), torch.randn(1, columns).bfloat16()
+    assert error_of(product(x, matrix.matrix).sum(0), matrix(x)) < _ERROR
+
+
 @each_type
 def test_each_of_several_rows_has_the_bits_that_it_has_alone(quant_type):
     matrix, x = stored(quant_type, 64, 128).matrix, torch.randn(5, 128).bfloat16()
