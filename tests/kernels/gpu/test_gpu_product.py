@@ -4,6 +4,7 @@ import pytest
 import torch
 from gpu_matrices import CODED, each_type, stored
 
+from mixchat.kernels.gpu import codes as coded
 from mixchat.kernels.gpu import product as kernel
 from mixchat.kernels.gpu.product import Form, product, split
 from mixchat.weights.matrix.linear import TYPES
@@ -45,6 +46,14 @@ def test_a_product_is_that_of_the_dequantized_matrix(quant_type, rows, columns):
 )
 def test_matrices_have_the_columns_of_the_families(quant_type, rows, columns):
     matrix, x = stored(quant_type, rows, columns), torch.randn(1, columns).bfloat16()
+    assert error_of(product(x, matrix.matrix).sum(0), matrix(x)) < _ERROR
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "mxfp4", "trellis2", "trellis3"])
+def test_warps_can_have_64_threads(quant_type, monkeypatch):
+    """Levels are in the registers of a warp. AMD's are larger, and hold 64 levels at once."""
+    monkeypatch.setattr(coded, "lanes", lambda: 64)
+    matrix, x = stored(quant_type, 64, 128), torch.randn(1, 128).bfloat16()
     assert error_of(product(x, matrix.matrix).sum(0), matrix(x)) < _ERROR
 
 
