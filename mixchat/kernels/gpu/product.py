@@ -23,6 +23,7 @@ MANY = 8  # rows of x that a product takes at most
 _AT_ONCE = 2  # rows of x in one program, whose sums fit in its registers
 _PROGRAMS = 4 * 132  # that keep a large GPU busy
 _THREADS = 128  # of a program
+_WASTE = 1.15  # blocks that are read for each block, from which on fewer threads read them
 _LEAST_STEPS = 2  # of a program, which has to add up its threads' sums at the end
 
 
@@ -81,11 +82,12 @@ def split(form: Form, products: int = 1) -> Split:
     """Return the split for so many products with matrices of this form at the same time."""
     tile = form.tile
     blocks = form.columns // tile.block
-    threads = _THREADS
-    # With half the threads, fewer of them may be idle in the last step.
-    step = threads // tile.threads
-    if -(-blocks // step) * step >= blocks * 1.25 and step > 1:
-        threads, step = threads // 2, step // 2
+
+    threads, step = _THREADS, _THREADS // tile.threads
+    half = max(1, step // 2)
+    # In the last step, threads may have no block. Half of them may read far fewer blocks in all.
+    if -(-blocks // step) * step > _WASTE * -(-blocks // half) * half:
+        threads, step = threads // 2, half
     steps = -(-blocks // step)
     programs = -(-form.stored_rows // tile.band) * products
     count = max(1, min(_PROGRAMS // programs, steps // _LEAST_STEPS))
