@@ -31,6 +31,7 @@ from mixchat.planning.hardware import NOTHING_TOLD, Machine, ToldMachine
 from mixchat.planning.machine_speeds import LAYER_START_S, Measurement
 from mixchat.planning.measuring import saved_measurement
 from mixchat.weights.format.blueprint import Blueprint
+from mixchat.weights.matrix.quant_type import QuantType
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class MachinePlan:
         return self.measurement.typical.gpus if self.device != CPU else ()
 
     @property
-    def types_on_gpu(self) -> dict[str, tuple[float, Origin]]:
+    def types_on_gpu(self) -> dict[QuantType, tuple[float, Origin]]:
         """Return the part of the first GPU's bandwidth for each type, and its origin."""
         first, model = self.gpus[0], self.fit.blueprint
         matrices = [*model.typical_matrices, *([model.head] if model.head else [])]

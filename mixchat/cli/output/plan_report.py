@@ -189,14 +189,16 @@ def assumed_figures(plan: MachinePlan) -> dict[str, Any] | None:
     """Return the figures of GPUs that nobody measured or published, None without a GPU."""
     if not plan.gpus:
         return None
-    parts = plan.types_on_gpu.items()
+    types = [name for name, (_, origin) in plan.types_on_gpu.items() if origin == "assumed"]
     return {
-        "efficiency": [name for name, (_, origin) in parts if origin == "assumed"],
+        "efficiency": types,
         "kernels_per_layer": gpu_speeds.KERNELS_PER_LAYER,
         "kernel_seconds": gpu_speeds.KERNEL_S,
         "sync_seconds": gpu_speeds.SYNC_S,
         "bus_part": gpu_speeds.BUS_PART,
         "compute_part": gpu_speeds.COMPUTE_PART,
+        "instructions_part": gpu_speeds.LANES_PART,
+        "instructions_per_weight": {name: gpu_speeds.INSTRUCTIONS[name] for name in types},
     }
 
 
