@@ -98,22 +98,22 @@ def streams(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
 
-def page_lock(block: torch.Tensor, device: torch.device) -> None:
+def page_lock(block: torch.Tensor, device: torch.device) -> bool:
     """Pin the pages of a tensor in RAM, so that copies to a GPU run at the bus's speed.
 
-    `torch.empty(pin_memory=True)` would round 24 GB up to 32. If the system refuses (WSL2 limits
-    it), copies are slower.
+    Return whether the system allows it. WSL2 limits it. Copies are slower then.
     """
     runtime, address = _runtime().cudart(), block.data_ptr()
     if int(runtime.cudaHostRegister(address, block.nbytes, 0)):
         # CUDA reports the refusal once more, at this thread's next kernel.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)
-        return
+        return False
     # The memory goes back to the system, which may give the address to another block. Views of the
     # block may outlive it, but not its storage.
     storage = block.untyped_storage()
     weakref.finalize(storage, runtime.cudaHostUnregister, address).atexit = False
+    return True
 
 
 @contextlib.contextmanager

@@ -80,7 +80,10 @@ class GpuDecoder:
 def new_gpu_decoder(
     used: Blueprint, model: Transformer, caches: Sequence[KVCache], experts: GpuExperts
 ) -> GpuDecoder | None:
-    """Return the decoder of a model on GPUs, or None if kernels do not take a matrix of it."""
+    """Return the decoder of a model on GPUs, or None if they cannot decode by graphs.
+
+    Kernels may not take a matrix, or the system may refuse to lock RAM, which graphs write to.
+    """
     device_caches = [cache for cache in caches if isinstance(cache, DeviceKVCache)]
     experts_taken = (
         expert_form(spec, model.device).form.is_supported for spec in used.expert_forms
@@ -89,6 +92,8 @@ def new_gpu_decoder(
     if len(device_caches) < len(caches) or not all(experts_taken):
         return None
     if not all(form_of(matrix).is_supported for matrix in matrices):
+        return None
+    if not gpu.page_lock(new_block(_ALIGNMENT), model.device):
         return None
     return GpuDecoder(used, model.blocks, device_caches, model.output, experts)
 

@@ -22,11 +22,12 @@ from mixchat.planning.machine_speeds import MachineSpeeds, Measurement
 from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
+from mixchat.weights.make.mix import mixed
 
 GREEDY = SamplingOptions(temperature=0)
 LAYERS, EXPERTS = 3, 12
 PROMPT = list(range(5, 25))
-PASSES = (PROMPT, [33], [60], [2], [95], [8])
+PASSES = (PROMPT, [33], [60], [2])
 CONTEXT = 64
 
 
@@ -65,11 +66,11 @@ KINDS: dict[str, Quantization] = {
     "fp16": Quantization("none", dtype=torch.float16),
     "16 bits": Quantization("none"),
     "nf4": Quantization("nf4", attention="int8", head="int8"),
-    "fp4": Quantization("fp4", attention="nf4", head="nf4"),
+    "fp4": Quantization("fp4"),
     "mxfp4": Quantization("mxfp4", attention="int8", head="int8"),
     "trellis3": Quantization("trellis3", attention="int6", head="int8"),
     "trellis2": Quantization("trellis2", attention="int5", head="int6"),
-    "a mix": Quantization("trellis3", attention="int8", head="int8", down="nf4"),
+    "a mix": Quantization("nf4", attention="int8", head="int8"),
 }
 TINY = {
     "model_type": "mixtral",
@@ -93,7 +94,11 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 0.01}
 def random_case(directory: Path, kind: str, ids: Sequence[Sequence[int]], **changes: Any) -> Case:
     """Install a random model of a kind, and let the CPU compute the logits of passes."""
     config = {**TINY, **changes}
-    write_random(directory, config, Blueprint(read_config(config), KINDS[kind]))
+    blueprint = Blueprint(read_config(config), KINDS[kind])
+    if kind == "a mix":
+        forms = [("trellis3", "nf4"), ("nf4", None), ("trellis2", "trellis3")]
+        blueprint = mixed(blueprint, forms[: blueprint.config.num_moe_layers])  # type: ignore
+    write_random(directory, config, blueprint)
     return installed_case(directory, ids)
 
 
@@ -149,7 +154,7 @@ SPREADS = {
     "half in RAM": Spread(8, (), EXPERTS, {"device": 6, "host": EXPERTS}),
     "few, and the disk": Spread(5, (), 4, {"device": 3, "host": 4}),
     "two hold all": Spread(8, (8,), 0, {"device": 8, "other-device": 4, "host": 2}),
-    "two over RAM for some": Spread(6, (3,), 6, {"device": 4, "other-device": 1, "host": 6}),
+    "two over RAM for some": Spread(6, (5,), 6, {"device": 5, "other-device": 1, "host": 6}),
 }
 
 
