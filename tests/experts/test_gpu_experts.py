@@ -243,6 +243,24 @@ def test_uses_are_hits_if_the_gpu_held_the_expert_and_misses_otherwise(paper, in
     assert experts.stats.bytes_moved >= 3 * size
 
 
+def test_each_gpu_counts_the_uses_of_its_layers(paper, installed):
+    experts = arrived(on_gpus(installed, (2, 1)))
+    experts.note_token(np.array([[0, 2], [3, 0]]))
+    assert experts.stats.hits == {(0, 0): 1, (1, 0): 1}
+    assert experts.stats.misses == {(0, 2): 1, (1, 3): 1}
+    first, second = (vram.residents._uses for vram in experts.gpus)
+    assert first[0].round().tolist() == [1, 0, 1, 0]
+    assert second[0].round().tolist() == [1, 0, 0, 1]
+
+
+def test_a_prompts_rows_count_as_one_tokens_uses(paper, installed):
+    experts = arrived(on_gpus(installed, (8,), 2))
+    selected = torch.tensor([[0, 1], [0, 2], [0, 2], [3, 2]])
+    compute(experts, 1, torch.randn(4, 64), selected, torch.ones(4, 2))
+    uses = experts.gpus[0].residents._uses[1]
+    assert uses.round(decimals=2).tolist() == pytest.approx([0.75, 0.25, 0.75, 0.25])
+
+
 def test_tiers_and_slots_are_told_apart(paper, installed):
     expert = installed.blueprint.expert.stride
     one = arrived(on_gpus(installed, (3,), 5))
@@ -263,6 +281,12 @@ def test_ram_is_filled_with_what_gpus_do_not_hold(paper, installed):
     assert fetcher.elsewhere == {(0, 0), (0, 1), (1, 0)}
     assert fetcher.holds_all
     assert fetcher.stats.bytes_moved == 5 * installed.blueprint.expert.nbytes
+    fetcher.load(ExpertKey(0, 0), [])  # in the place of another one
+    assert not fetcher.holds_all
+    for key in EVERYTHING:
+        if key not in fetcher.elsewhere:
+            fetcher.load(key, [])
+    assert fetcher.holds_all
     # An expert that leaves the GPU is missing in RAM.
     assert experts.give_way()
     assert len(fetcher.elsewhere) == 2
@@ -298,6 +322,10 @@ def test_a_borrowed_expert_stays_in_ram_until_the_gpu_has_it(paper, installed, m
         fetcher.load(key, [])
         assert fetcher.holds(ExpertKey(0, 2))
     fetcher.resize(2)
+    assert fetcher.holds(ExpertKey(0, 2))
+    fetcher.resize(5)
+    for key in EVERYTHING:
+        fetcher.load(key, [])
     assert torch.equal(block, expected)
     experts.host.give_back(ExpertKey(0, 2))
     for key in EVERYTHING:
