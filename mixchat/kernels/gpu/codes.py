@@ -31,6 +31,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mixchat.kernels.cpu.trellis_units import FACTOR, SCALE_EXPONENT
+
 
 class Tile(NamedTuple):
     """The share of a thread in the codes of a band."""
@@ -44,8 +46,7 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "nf4": Tile(32, 64, 16, 2, 4, 4),
-    "fp4": Tile(32, 64, 16, 2, 4, 4),
+    "nf4": Tile(32, 64, 16, 2, 4, 4),  # and FP4, which has other levels
     "mxfp4": Tile(32, 32, 8, 2, 4, 4),
     "int8": Tile(32, 64, 32, 4, 4, 8),
     "int6": Tile(32, 64, 32, 4, 4, 6),
@@ -57,6 +58,8 @@ TILES = {
     "none32": Tile(8, 4, 1, 1, 2, 32),
 }
 _UPPER = tl.constexpr(-65536)  # the upper half of a word
+_FACTOR = tl.constexpr(FACTOR >> 4)  # puts the subset of a window into bits 8 to 11
+_EXPONENT = tl.constexpr(2.0**SCALE_EXPONENT)  # makes up for the exponent of scales of 8 bits
 
 
 @triton.constexpr_function
@@ -206,9 +209,9 @@ def _looked_up(levels, index):
 def _plane_numbers(codes, pair: tl.constexpr, TYPE: tl.constexpr):
     """Return integers. Bits of both columns become floats of 16 bits, upper halves of fp32."""
     EXTRA: tl.constexpr = tile("bits", TYPE) - 4
-    # A code's last bit in bf16, whose codes have all bits below the exponent.
+    # The lowest bit of a code in bf16, if the code is the first bits of the mantissa.
     FIRST: tl.constexpr = 7 - tile("bits", TYPE)
-    # 64 or 32 as bf16, whose mantissa has room for the code. Codes are half as much too large, too.
+    # 64 or 32 as bf16, to which the code is added. The code itself is 32 or 16 too large.
     FLOAT: tl.constexpr = 0x42804280 if TYPE == "int6" else 0x42004200
     OFFSET: tl.constexpr = 96.0 if TYPE == "int6" else 48.0
     low, high = codes[pair // 2], codes[len(codes) - 1]
@@ -244,8 +247,8 @@ def _trellis_numbers(
     PLANES: tl.constexpr = tile("bits", TYPE) - 1
     result = ()
     for turn in tl.static_range(4):
-        # The factor puts subsets into the second byte of each half. Bits of planes go above them.
-        subset = ((ring >> turn) & 0x007F007F) * (61 << 5) & 0x0F000F00
+        # Both halves of a word have a window. Bits of planes go above the subsets.
+        subset = ((ring >> turn) & 0x007F007F) * _FACTOR & 0x0F000F00
         above = _shifted(planes, turn * PLANES + odd * 8 - 12) & ((16 << PLANES) - 16) * 0x01000100
         result += ((subset | above) >> 8 + half * 16,)
     index = join4(result[0], result[1], result[2], result[3]) & (16 << PLANES) - 1
@@ -288,8 +291,7 @@ def _trellis_scales(words):
     """Return 16 floats of 8 bits from each address on, in the order of j and turns."""
     turns = _words(words, 4)
     bits = join4(turns << 20, turns << 12, turns << 4, turns >> 4) & 0x0FF00000
-    # Bits in their place in fp32 are tiny. A power of two makes up for the exponent.
-    numbers = fp32(bits) * 5070602400912917605986812821504.0
+    numbers = fp32(bits) * _EXPONENT
     return _in_threads(numbers.reshape(bits.shape[0], 4, 4).permute(0, 2, 1))
 
 

@@ -50,7 +50,7 @@ class Form(NamedTuple):
     @property
     def is_supported(self) -> bool:
         """Return whether the kernels take this matrix."""
-        if self.quant_type not in TILES or self.columns % self.tile.block:
+        if self.kernel_type not in TILES or self.columns % self.tile.block:
             return False
         return self.quant_type == "none" or self.stored_rows % self.tile.band == 0
 

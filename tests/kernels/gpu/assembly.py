@@ -177,8 +177,7 @@ class Attention:
         attend(queries, cache, past, torch.empty_like(queries), parts, self.window, sinks)
 
 
-# FP4's kernels are NF4's.
-TYPES = [name for name in codes.TILES if name not in ("fp4", "none32")]
+TYPES = [name for name in codes.TILES if name != "none32"]
 CODED = [name for name in TYPES if name != "none"]
 CALLS: dict[str, Callable[[], None]] = {
     **{f"product {name}": partial(call_product, name, 5120, 2048) for name in TYPES},
