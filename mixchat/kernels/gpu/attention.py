@@ -22,6 +22,7 @@ from mixchat.kernels.gpu.launch import launch
 
 # Twice the processors of the largest cards. Each then has something to load while another computes.
 _PROGRAMS = 256
+_MOST_SPLITS = 256
 _PARTS = 8  # that are merged at once
 # Scores. If all keys so far are masked, the largest score is _LOWEST, and 2^(masked - lowest) is 0.
 # With infinities the difference would be NaN.
@@ -47,7 +48,7 @@ class Parts(NamedTuple):
         rows, tile = tokens * heads // groups, _Tile.of(tokens, heads, tensors)
         wanted = _PROGRAMS // (triton.cdiv(rows, tile.rows) * groups)
         useful = triton.cdiv(min(room, (window or room) + tokens), tile.keys)
-        splits = triton.next_power_of_2(max(1, min(wanted, useful)))
+        splits = max(1, min(wanted, useful, _MOST_SPLITS))
         rooms = (tokens * heads, splits) if splits > 1 else (0, 0)
         device = tensors.numbers.device
         sums = torch.empty(*rooms, width, dtype=torch.float32, device=device)
@@ -105,19 +106,21 @@ def attend(
     shared = heads // groups
     tile = _Tile.of(tokens, heads, tensors)
     shape = {"WINDOW": window or 0, "H": heads, "R": shared, "WIDTH": width}
-    shape |= {"ROWS": tile.rows, "KEYS": tile.keys, "SPLITS": parts.splits}
+    shape |= {"ROWS": tile.rows, "KEYS": tile.keys}
     shape["BLOCK"] = triton.next_power_of_2(width)
     launch(
         _attend,
         (triton.cdiv(tokens * shared, tile.rows), groups, parts.splits),
         *(queries, *tensors, past, out, *parts[:2]),
-        *(sinks if parts.splits == 1 else None, tokens, tensors.room),
+        *(sinks if parts.splits == 1 else None, tokens, tensors.room, parts.splits),
         **shape,
+        WHOLE=parts.splits == 1,
         **tile.options,
     )
     if parts.splits > 1:
         grid = (tokens * heads,)
-        launch(_merge, grid, *parts[:2], past, out, sinks, tokens, **shape, PARTS=_PARTS)
+        arguments = *parts[:2], past, out, sinks, tokens, parts.splits
+        launch(_merge, grid, *arguments, **shape, PARTS=_PARTS, SPLITS=_MOST_SPLITS)
 
 
 @triton.jit
@@ -125,19 +128,19 @@ def _keys_of(
     block,
     past,
     tokens,
+    splits,
     WINDOW: tl.constexpr,
     R: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Return the first key that a block of rows sees, the end of these, and the keys of a split."""
     end = past + tl.minimum((block * ROWS + ROWS - 1) // R + 1, tokens)
     first = tl.maximum(past + block * ROWS // R + 1 - WINDOW, 0) if WINDOW else 0
-    return first, end, tl.cdiv(tl.cdiv(end - first, SPLITS), KEYS) * KEYS
+    return first, end, tl.cdiv(tl.cdiv(end - first, splits), KEYS) * KEYS
 
 
-@triton.jit(do_not_specialize=["tokens", "room"])
+@triton.jit(do_not_specialize=["tokens", "room", "splits"])
 def _attend(
     queries,
     numbers,
@@ -149,19 +152,20 @@ def _attend(
     sinks,
     tokens,
     room,
+    splits,
     WINDOW: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Attend with some rows of a group to the keys of a split."""
     block, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(past)
-    first, end, part = _keys_of(block, length, tokens, WINDOW, R, ROWS, KEYS, SPLITS)
+    first, end, part = _keys_of(block, length, tokens, splits, WINDOW, R, ROWS, KEYS)
     start = first + split * part
     stop = tl.minimum(start + part, end)
     if start >= stop:
@@ -189,7 +193,7 @@ def _attend(
         held = (keys < stop)[:, None] & wide
         key = tl.load(numbers + at, held, 0).to(query.dtype)
         value = tl.load(numbers + behind * WIDTH + at, held, 0).to(query.dtype)
-        scores = tl.dot(query, tl.trans(key)) * (_LOG2_E / WIDTH**0.5)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (_LOG2_E / WIDTH**0.5)
         if scales is not None:
             scale = scales + group.to(tl.int64) * room + places
             scores *= tl.load(scale, keys < stop, 0.0)[None, :]
@@ -204,8 +208,8 @@ def _attend(
         largest = highest
         if scales is not None:
             weight *= tl.load(scale + behind, keys < stop, 0.0)[None, :]
-        sums = tl.dot(weight.to(query.dtype), value, sums * factor[:, None])
-    if SPLITS == 1:
+        sums = tl.dot(weight.to(query.dtype), value, sums * factor[:, None], input_precision="ieee")
+    if WHOLE:
         if sinks is not None:
             sink = tl.load(sinks + group * R + rows % R) * _LOG2_E
             highest = tl.maximum(largest, sink)
@@ -216,13 +220,13 @@ def _attend(
         sums /= tl.maximum(weights, 1e-30)[:, None]
         tl.store(out + row[:, None] * WIDTH + columns[None, :], sums, inside)
     else:
-        place = row.to(tl.int64) * SPLITS + split
+        place = row.to(tl.int64) * splits + split
         tl.store(part_sums + place[:, None] * WIDTH + columns[None, :], sums, inside)
         tl.store(part_weights + place, largest, token < tokens)
-        tl.store(part_weights + tokens * H * SPLITS + place, weights, token < tokens)
+        tl.store(part_weights + tokens * H * splits + place, weights, token < tokens)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def _merge(
     part_sums,
     part_weights,
@@ -230,26 +234,27 @@ def _merge(
     out,
     sinks,
     tokens,
+    splits,
     WINDOW: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """Merge the splits of a token's head."""
     row = tl.program_id(0)
     token, head = row // H, row % H
     block = (token * R + head % R) // ROWS
-    first, end, part = _keys_of(block, tl.load(past), tokens, WINDOW, R, ROWS, KEYS, SPLITS)
-    splits = tl.arange(0, SPLITS)
-    used = splits * part < end - first
-    part_weights += row.to(tl.int64) * SPLITS
-    largest = tl.load(part_weights + splits, used, _LOWEST)
-    weights = tl.load(part_weights + tokens * H * SPLITS + splits, used, 0.0)
+    first, end, part = _keys_of(block, tl.load(past), tokens, splits, WINDOW, R, ROWS, KEYS)
+    split = tl.arange(0, SPLITS)
+    used = split * part < end - first
+    part_weights += row.to(tl.int64) * splits
+    largest = tl.load(part_weights + split, used, _LOWEST)
+    weights = tl.load(part_weights + tokens * H * splits + split, used, 0.0)
     highest = tl.max(largest)
     if sinks is not None:
         sink = tl.load(sinks + head) * _LOG2_E
@@ -263,7 +268,7 @@ def _merge(
         some = start + tl.arange(0, PARTS)
         held = some * part < end - first
         factor = tl.exp2(tl.load(part_weights + some, held, _LOWEST) - highest)
-        place = (row.to(tl.int64) * SPLITS + some)[:, None] * WIDTH + columns[None, :]
+        place = (row.to(tl.int64) * splits + some)[:, None] * WIDTH + columns[None, :]
         mask = held[:, None] & (columns[None, :] < WIDTH)
         sums += tl.load(part_sums + place, mask, 0.0) * factor[:, None]
     tl.store(out + row * WIDTH + columns, tl.sum(sums, 0) / total, columns < WIDTH)
