@@ -77,12 +77,14 @@ class _Tile(NamedTuple):
         if not gpu.has_bf16(numbers.device):
             # For these cards Triton has no product of matrices but by single numbers.
             return cls(16, 32 if width <= 64 else 16, {"num_warps": 8, "num_stages": 1})
-        keys = min(64, (4096 if eight_bits else 8192) // triton.next_power_of_2(width))
-        options = {"num_warps": 8, "num_stages": 2}
+        keys, options = 64 if width <= 128 else 32, {"num_warps": 8, "num_stages": 2}
         if rows > 16:
             few = eight_bits or width > 128 or rows <= 64
-            return cls(64 if few else 128, min(keys, 32) if eight_bits else keys, options)
-        if width <= 128 and not eight_bits:
+            return cls(64 if few else 128, 32 if eight_bits else keys, options)
+        if eight_bits:
+            # They take many registers to become 16 bits, so little is computed at once.
+            return cls(16, 16, {"num_warps": 4 if width <= 128 else 8, "num_stages": 3})
+        if width <= 128:
             options |= {"num_warps": 4 if width <= 64 else 8, "maxnreg": 64}
         return cls(16, keys, options)
 
