@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from mixchat.kernels.gpu.attention import Parts, attend
 from mixchat.kernels.gpu.dequantize import dequantize
 from mixchat.kernels.gpu.experts import ExpertForm, Levels, Part, experts_down, experts_up
 from mixchat.kernels.gpu.heads import heads
-from mixchat.kernels.gpu.kv_store import KVTensors
+from mixchat.kernels.gpu.kv_store import KVTensors, store
 from mixchat.kernels.gpu.norm import add_norm
 from mixchat.kernels.gpu.product import Form, Matrix, product
 from mixchat.kernels.gpu.route import route
@@ -145,12 +145,23 @@ def call_add_norm(columns: int, partials: int) -> None:
     add_norm(empty(columns), added, empty(columns), empty(columns), 1e-5, counter)
 
 
-def call_heads(count: int, groups: int, width: int, partials: int, *, norms: bool) -> None:
-    qkv = empty(partials, (count + 2 * groups) * width, dtype=FP32)
-    tensors = KVTensors(empty(2, groups, 4096, width), None)
+def kv_tensors(groups: int, width: int, bits: int) -> KVTensors:
+    numbers = empty(2, groups, 2**15, width, dtype=torch.int8 if bits == 8 else BF16)
+    return KVTensors(numbers, empty(2, groups, 2**15, dtype=FP32) if bits == 8 else None)
+
+
+def call_heads(count: int, groups: int, width: int, norms: Sequence[int], bits: int = 16) -> None:
+    """Norms are named by the sizes of their weights."""
+    qkv = empty(4, (count + 2 * groups) * width, dtype=FP32)
     rope = empty(4096, width), empty(4096, width)
-    own = (empty(width), empty(width)) if norms else ()
-    heads(qkv, empty(count, width), tensors, empty(1, dtype=INT32), rope, own, 1e-6)
+    own, past = [empty(size) for size in norms], empty(1, dtype=INT32)
+    tensors = kv_tensors(groups, width, bits)
+    heads(qkv, empty(count, width), tensors, past, rope, own, 1e-6)
+
+
+def call_store(groups: int, width: int, bits: int) -> None:
+    rows, past = empty(512, groups, width), empty(1, dtype=INT32)
+    store(kv_tensors(groups, width, bits), rows, rows, past)
 
 
 @dataclass(frozen=True)
@@ -166,10 +177,7 @@ class Attention:
     bits: int = 16
 
     def __call__(self) -> None:
-        numbers = empty(2, self.groups, 2**15, self.width)
-        cache = KVTensors(numbers, None)
-        if self.bits == 8:
-            cache = KVTensors(numbers.to(torch.int8), empty(2, self.groups, 2**15, dtype=FP32))
+        cache = kv_tensors(self.groups, self.width, self.bits)
         queries = empty(self.tokens, self.heads, self.width)
         parts = Parts.for_tokens(self.tokens, self.heads, cache, self.window)
         sinks = empty(self.heads, dtype=FP32) if self.sinks else None
@@ -201,11 +209,19 @@ CALLS: dict[str, Callable[[], None]] = {
         scaling=2.5,
     ),
     "add_norm mixtral": partial(call_add_norm, 4096, 8),
-    "heads qwen3": partial(call_heads, 32, 4, 128, 4, norms=True),
+    "add_norm of few gpt-oss": partial(call_add_norm, 2880, 4),
+    "heads qwen3": partial(call_heads, 32, 4, 128, [128, 128]),
+    "heads olmoe in 8 bits": partial(call_heads, 16, 16, 128, [2048, 2048], bits=8),
+    "store qwen3": partial(call_store, 4, 128, 16),
+    "store qwen3 in 8 bits": partial(call_store, 4, 128, 8),
     "attend qwen3": Attention(32, 4, 128),
     "attend qwen3 in 8 bits": Attention(32, 4, 128, bits=8),
     "attend gpt-oss": Attention(64, 8, 64, window=128, sinks=True),
+    "attend gpt-oss in 8 bits": Attention(64, 8, 64, bits=8, sinks=True),
+    "attend heads of 80 columns": Attention(32, 8, 80),
     "prompt attend qwen3": Attention(32, 4, 128, tokens=512),
+    "prompt attend qwen3 in 8 bits": Attention(32, 4, 128, tokens=512, bits=8),
+    "prompt attend gpt-oss": Attention(64, 8, 64, tokens=512, window=128, sinks=True),
 }
 
 
