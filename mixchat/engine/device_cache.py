@@ -40,6 +40,7 @@ class DeviceKVCache(PlainKVCache):
         for device in dict.fromkeys(on):
             layers |= self._new_layers(device, [n for n, each in enumerate(on) if each == device])
         self._layers = [layers[number] for number in range(len(on))]
+        self._rings = [n for n, tensors in enumerate(self._layers) if tensors.room < capacity]
         devices = {tensors.numbers.device for tensors in self._layers}
         # The tokens before a pass, as a number and as what the kernels of each GPU read.
         self._past = {
@@ -81,17 +82,17 @@ class DeviceKVCache(PlainKVCache):
         past = self.length
         super().advance(tokens)
         # Graphs store a token without a call of `store`.
-        for layer in range(len(self._layers)):
+        for layer in self._rings:
             self._keep(layer, past, self.length)
 
     def _keep(self, layer: int, past: int, end: int) -> None:
-        """Note the first token that a layer keeps as it stores those up to `end`.
+        """Note the first token that a layer keeps as it stores those before `end`.
 
         It counts one more, which a graph may have stored in a pass that was interrupted. All that
         the token after `past` sees is kept, as in the other caches.
         """
         first, room = self._firsts[layer] if past else 0, self._layers[layer].room
-        if room < self.capacity and end + 1 - first > room:
+        if layer in self._rings and end + 1 - first > room:
             first = -(-(end + 1 - room) // PAGE) * PAGE
         self._firsts[layer] = first
 
