@@ -12,6 +12,8 @@
 - attention.py: attention of a layer
 - rope.py: rotary position embedding
 - decoder.py: computes one token faster than model.py, with the same bits, by kernels
+- gpu_decoder.py: computes one token on GPUs as CUDA graphs
+- gpu_layer.py: the kernels of a layer for these graphs
 - moe.py: the router, and the steps of experts
 - mlp.py: the dense part of a layer
 - kv_cache.py: keys and values of the tokens so far

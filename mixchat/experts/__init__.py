@@ -14,6 +14,9 @@ cache chooses an expert's slot. The mover chooses the order of loading. The stor
 - mover.py: loads experts in the background, requested ones first
 - store.py: moves bytes into slots, without a policy
 - disk_source.py: the files on disk, as a source of experts
+- gpu_experts.py: computes experts on GPUs, and lets RAM's holder compute the others
+- vram.py: the slots in a GPU's memory, and what brings experts there
+- residents.py: chooses the experts that a GPU holds, by their uses
 - placement.py: how many experts fit in each memory
 - memory.py: follows how much memory is free
 - tuner.py: tries variants of the same work and uses the cheapest
