@@ -59,10 +59,7 @@ class ServedExperts:
         return self._experts.slots
 
     def begin(self, hello: Hello) -> str:
-        # The holder of the experts is built for exact prompts or for fast ones.
-        if hello.exact_prompts != self._exact:
-            self._exact = hello.exact_prompts
-            self._drop()
+        self._exact = hello.exact_prompts
         self.follow_memory()
         return self._installed.blueprint.expert_arithmetic(self._device, exact=self._exact)
 
@@ -131,7 +128,6 @@ class ServedExperts:
             self._devices,
             self._options.cache_policy,
             self._note,
-            exact=self._exact,
             predicts=False,
         )
 

@@ -37,7 +37,6 @@ def build_experts(
     policy: str,
     note: Note,
     *,
-    exact: bool = False,
     predicts: bool = True,
 ) -> Dispatcher | GpuExperts:
     """Return the holder of an installed model's experts, which computes them on `devices`.

@@ -136,14 +136,17 @@ def test_a_gpu_holds_no_expert_that_is_left_to_workers(paper, installed):
     assert on_gpus(build(installed, placement, share=Share(placement, here))) == here
 
 
-def test_a_machine_with_a_gpu_is_measured_at_the_first_start(paper, installed, monkeypatch):
-    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: None)
-    monkeypatch.setattr(tiers, "measure_machine", lambda *_: speeds(copy=2e9, expert=0.5))
-    notes: list[str] = []
-    experts = build(installed, placed((2,), (2,)), notes.append)
-    assert notes == ["measuring this machine, 20 s at most (only the first time)"]
-    assert experts._copy_seconds(0) == installed.blueprint.expert.stride / 2e9
-    assert experts._host_seconds(0, 1) == 0.5
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_the_bus_and_the_cpu_are_as_fast_as_measured_or_as_estimated(
+    paper, installed, monkeypatch, is_measured
+):
+    measured = speeds(copy=1e9, expert=0.25) if is_measured else None
+    monkeypatch.setattr(tiers, "saved_measurement", lambda *_: measured)
+    monkeypatch.setattr(tiers, "estimate", lambda *_: speeds(copy=2e9, expert=0.5))
+    experts = build(installed, placed((2,), (2,)))
+    bus, row = (1e9, 0.25) if is_measured else (2e9, 0.5)
+    assert experts._copy_seconds(0) == installed.blueprint.expert.stride / bus
+    assert experts._host_seconds(0, 1) == row
 
 
 def test_each_gpu_takes_the_memory_that_it_was_said_to_take(paper, installed):
