@@ -19,7 +19,7 @@ import triton.language as tl
 
 from mixchat.kernels.gpu import codes as coded
 from mixchat.kernels.gpu.launch import launch
-from mixchat.kernels.gpu.product import Form, Split, band_product, split
+from mixchat.kernels.gpu.product import Form, Split, band_product, options, split
 
 _HALVES = 2  # of the first matrix: gate and up
 _THREADS_UP = 128  # for each of them
@@ -105,7 +105,7 @@ def experts_up(
         T=_THREADS_UP,
         LANES=coded.lanes(),
         TYPE=matrix.kernel_type,
-        num_warps=_HALVES * _THREADS_UP // coded.lanes(),
+        **options(matrix, _HALVES * _THREADS_UP),
     )
     return out
 
@@ -147,7 +147,7 @@ def experts_down(
         T=parts.threads,
         LANES=coded.lanes(),
         TYPE=matrix.kernel_type,
-        num_warps=parts.threads // coded.lanes(),
+        **options(matrix, parts.threads),
     )
     return out
 

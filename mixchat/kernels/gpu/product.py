@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mixchat.base import gpu
 from mixchat.kernels.gpu import codes as coded
 from mixchat.kernels.gpu.codes import TILES
 from mixchat.kernels.gpu.launch import launch
@@ -24,6 +25,7 @@ _AT_ONCE = 2  # rows of x in one program, whose sums fit in its registers
 _PROGRAMS = 4 * 132  # that keep a large GPU busy
 _THREADS = 128  # of a program
 _WASTE = 1.15  # blocks that are read for each block, from which on fewer threads read them
+_REGISTERS = 64  # of a thread, at most
 _LEAST_STEPS = 2  # of a program, which has to add up its threads' sums at the end
 
 
@@ -95,6 +97,17 @@ def split(form: Form, products: int = 1) -> Split:
     return Split(threads, per, -(-blocks // per))
 
 
+def options(form: Form, threads: int, rows: int = 1) -> dict[str, int]:
+    """Return Triton's options for a program that multiplies so many rows of x.
+
+    Codes of 4 to 8 bits then leave registers for half of the threads of any card of NVIDIA, and no
+    number is in local memory, as `tests/kernels/gpu/assembly.py` shows.
+    """
+    warps = {"num_warps": threads // coded.lanes()}
+    is_limited = 4 <= form.tile.bits <= 8 and rows == 1 and not gpu.is_amd()
+    return warps | {"maxnreg": _REGISTERS} if is_limited else warps
+
+
 def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [n, C] times the transposed matrix, and its bias, as sums fp32 [S, n, R].
 
@@ -123,7 +136,7 @@ def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor | None = None) ->
         T=parts.threads,
         LANES=coded.lanes(),
         TYPE=form.kernel_type,
-        num_warps=parts.threads // coded.lanes(),
+        **options(form, parts.threads, at_once),
     )
     return out
 
