@@ -1,4 +1,4 @@
-"""What the kernels with weights compute on GPUs on paper, by torch instead of the interpreter.
+"""What a token's kernels compute on GPUs on paper, by torch instead of the interpreter.
 
 The interpreter takes a tenth of a second for a program. tests/kernels/gpu/ compares the kernels
 themselves with the CPU's, and some tests of engines use them.
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from mixchat.kernels.cpu import rows
+from mixchat.kernels.cpu.router import Router, Scoring
 from mixchat.kernels.gpu.codes import TILES
 from mixchat.weights.matrix.linear import TYPES, LinearSpec
 
@@ -51,9 +53,9 @@ def product(
     n: int,
     **shape: Any,
 ) -> None:
-    rows, columns, kind = shape["ROWS"], shape["C"], shape["TYPE"]
+    height, columns, kind = shape["ROWS"], shape["C"], shape["TYPE"]
     weight = dense(kind, codes.data_ptr(), absmax.data_ptr(), shape["R"], columns, codes.dtype)
-    _splits(x.view(n, columns).float(), weight[:rows], bias, out.view(-1, n, rows), shape)
+    _splits(x.view(n, columns).float(), weight[:height], bias, out.view(-1, n, height), shape)
 
 
 def _splits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, shape: Any) -> None:
@@ -120,9 +122,81 @@ def experts_down(
         sums *= weights[number]
 
 
+def add_norm(
+    x: Tensor,
+    partials: Tensor,
+    weight: Tensor,
+    normed: Tensor,
+    finished: Tensor,
+    eps: float,
+    **shape: Any,
+) -> None:
+    if shape["P"]:
+        x += partials.sum(0).to(x.dtype)
+    normed.copy_(rows.rms_norm(x[None], weight, eps)[0])
+
+
+def route(
+    x: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    logits: Tensor,
+    selected: Tensor,
+    weights: Tensor,
+    finished: Tensor,
+    **shape: Any,
+) -> None:
+    scoring: Scoring = "sigmoid" if shape["SIGMOID"] else "softmax"
+    more = bias, scoring, correction, shape["SCALING"]
+    router = Router(gate, shape["K"], shape["NORMALIZED"], *more)
+    chosen = router._by_torch(x[None])
+    selected.copy_(chosen[0][0])
+    weights.copy_(chosen[1][0])
+
+
+def heads(
+    qkv: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    queries: Tensor,
+    numbers: Tensor,
+    scales: Tensor | None,
+    past: Tensor,
+    eps: float,
+    clip: float | None,
+    room: int,
+    **shape: Any,
+) -> None:
+    count, groups, width = shape["H"], shape["G"], shape["WIDTH"]
+    whole = qkv.view(shape["S"], -1).sum(0).to(queries.dtype).view(1, -1, width)
+    for norm, part in ((query_norm, whole[:, :count]), (key_norm, whole[:, count:-groups])):
+        if norm is not None:
+            apart = part.reshape(1, -1, len(norm))
+            part.copy_(rows.rms_norm(apart, norm, eps).view(part.shape))
+    if clip is not None:
+        whole.clamp_(-clip, clip)
+    place = past.long()
+    rotated = rows.rotate(whole[:, : count + groups], cos[place], sin[place])[0]
+    queries.copy_(rotated[:count])
+    for number, new in enumerate((rotated[count:], whole[0, count + groups :])):
+        at_place = numbers[number, :, int(place) % room]
+        if scales is None:
+            at_place.copy_(new)
+        else:
+            scale = new.float().abs().amax(-1) / 127
+            scales[number, :, int(place) % room] = scale
+            at_place.copy_((new.float() / scale.clamp(min=1e-30)[:, None]).round())
+
+
 DOUBLES: dict[str, Callable[..., None]] = {
     "_product": product,
     "_dequantize": dequantize,
     "_experts_up": experts_up,
     "_experts_down": experts_down,
+    "_add_norm": add_norm,
+    "_route": route,
+    "_heads": heads,
 }

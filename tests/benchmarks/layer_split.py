@@ -23,7 +23,7 @@ prepare_environment()
 
 from mixchat.base.options import LoadOptions, SamplingOptions  # noqa: E402
 from mixchat.base.quantities import MemoryBudget  # noqa: E402
-from mixchat.experts.compute import DeviceCompute  # noqa: E402
+from mixchat.experts.compute import HostCompute  # noqa: E402
 from mixchat.experts.workers.link import Link  # noqa: E402
 from mixchat.experts.workers.remote_worker import RemoteWorker  # noqa: E402
 from mixchat.loading.loader import load_engine  # noqa: E402
@@ -71,7 +71,7 @@ def main() -> None:
     clock.watch(RemoteWorker, "begin", "sending")
     clock.watch(RemoteWorker, "finish", "waiting")
     for method in ("begin", "prefetch", "compute_next"):
-        clock.watch(DeviceCompute, method, "computing")
+        clock.watch(HostCompute, method, "computing")
     options = LoadOptions(given.memory, workers=tuple(given.workers), key_file=given.key_file)
     engine = load_engine(given.model, options)
     greedy = SamplingOptions(temperature=0)

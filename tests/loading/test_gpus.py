@@ -90,11 +90,10 @@ def test_every_family_gives_the_cpu_s_logits(paper, make_checkpoint, install, fa
     assert apart(logits(engine, passes), known.expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["one holds all", "half in RAM", "two over RAM for some"])
+@pytest.mark.parametrize("name", ["one holds all", "two over RAM for some"])
 def test_an_answer_after_a_prompt_is_the_same_the_second_time(paper, case, name):
     engine = spread_out(paper, case("nf4"), name, kv_bits=8)
-    first = text(engine)
-    assert [text(engine), text(engine)] == [first, first]
+    assert text(engine) == text(engine)
 
 
 def test_answers_at_once_are_those_of_one_after_the_other(paper, case):
@@ -226,12 +225,11 @@ def test_workers_compute_what_a_gpu_leaves_to_them(paper, case, monkeypatch):
     assert text(engine) == expected
 
 
-@pytest.mark.parametrize("name", ["one holds all", "half in RAM"])
-def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(paper, case, name):
+def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(paper, case):
     """Pinned pages stayed so; the next block at that address could not be pinned."""
     model = case("nf4")
     before = settled(paper)
-    engine = spread_out(paper, model, name)
+    engine = spread_out(paper, model, "half in RAM")
     text(engine)
     assert sum(paper.locked.values()) < 34 * 2**20
     del engine
