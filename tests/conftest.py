@@ -25,8 +25,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-# Kernels for GPUs run on the CPU. Triton reads this as it defines them.
-os.environ["TRITON_INTERPRET"] = "1"
+# Kernels for GPUs run on the CPU, unless tests/gpu.sh names a card. Triton reads this as it defines
+# them.
+if os.environ.get("MIXCHAT_TEST_GPU", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 # Nothing here may reach a hub: transformers and huggingface_hub read these when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

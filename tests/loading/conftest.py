@@ -1,20 +1,27 @@
 """GPUs on paper, and the models that are computed on them."""
 
 import functools
+import os
 from collections.abc import Iterator
 
 import paper_gpu
 import pytest
 from paper_runtime import PaperRuntime
-from paper_tools import PASSES, Case, Cases, random_case, speeds
+from paper_tools import PASSES, Card, Case, Cases, random_case, speeds
 
 from mixchat.loading import tiers
 
 
 @pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperRuntime]:
-    """GPUs on paper in place of CUDA's; nothing is measured, and everything is copied up."""
+def paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperRuntime | Card]:
+    """GPUs on paper in place of CUDA's; nothing is measured, and everything is copied up.
+
+    They are real ones if MIXCHAT_TEST_GPU is cuda.
+    """
     monkeypatch.setattr(tiers, "saved_measurement", lambda *_: speeds(copy=1e12, expert=1.0))
+    if os.environ.get("MIXCHAT_TEST_GPU", "cpu") != "cpu":
+        yield Card()
+        return
     with paper_gpu.in_place_of_cuda() as runtime:
         yield runtime
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from paper_runtime import PaperRuntime
 
+from mixchat.base import gpu
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.progress import Note
 from mixchat.base.quantities import MemoryBudget
@@ -23,6 +25,23 @@ from mixchat.weights.families.read_config import read_config
 from mixchat.weights.format.blueprint import Blueprint, Quantization
 from mixchat.weights.format.installed_model import InstalledModel
 from mixchat.weights.make.mix import mixed
+
+
+class Card:
+    """Stands in for the runtime of GPUs on paper if there are real ones.
+
+    A test is skipped when it asks for what only those on paper tell.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        pytest.skip(f"only GPUs on paper have {name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "devices" and value > gpu.count():
+            pytest.skip(f"there are not {value} GPUs")
+        if name not in ("devices", "interprets"):
+            pytest.skip(f"only GPUs on paper have {name}")
+
 
 GREEDY = SamplingOptions(temperature=0)
 LAYERS, EXPERTS = 3, 12

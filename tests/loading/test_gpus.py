@@ -27,7 +27,7 @@ from paper_tools import (
     tokens_agree,
 )
 
-from mixchat.base import interrupts
+from mixchat.base import gpu, interrupts
 from mixchat.base.options import LoadOptions
 from mixchat.engine.answer_request import AnswerRequest
 from mixchat.engine.generate import Engine
@@ -57,7 +57,7 @@ FAMILIES = (
 )
 def test_gpus_compute_what_the_cpu_computes(paper, case, kind, name):
     engine = spread_out(paper, case(kind), name)
-    assert engine.device == torch.device("paper", 0)
+    assert engine.device == torch.device(gpu.KIND, 0)
     assert kind == "a mix" or engine.slots_by_tier == SPREADS[name].tiers
     found = logits(engine)
     assert apart(found, case(kind).expected) < TOLERANCES.get(kind, 0.03)

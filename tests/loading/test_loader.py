@@ -14,7 +14,6 @@ import torch
 from mixchat.base.errors import UsageError
 from mixchat.base.options import LoadOptions, SamplingOptions
 from mixchat.base.quantities import MemoryBudget
-from mixchat.experts.memory import free_on
 from mixchat.experts.placement import Placement
 from mixchat.loading.devices import usable_devices
 from mixchat.loading.loader import load_engine, speed_predictor
@@ -38,35 +37,6 @@ def test_without_a_gpu_a_device_is_best_left_out(name):
 def test_devices_that_cannot_be_used_are_refused(name):
     with pytest.raises(UsageError, match="--device"):
         usable_devices(name)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("host", [True, False], ids=["over RAM", "over the file"])
-@pytest.mark.parametrize(
-    "options",
-    [{"quant_type": "none"}, {}],
-    ids=["fp32", "nf4"],
-)
-def test_a_gpu_gives_what_the_cpu_gives(make_checkpoint, install, monkeypatch, options, host):
-    installed = install(make_checkpoint(std=0.05), **options)
-    real = free_on
-    if not host:
-        monkeypatch.setattr(
-            "mixchat.planning.fitting.free_on",
-            lambda device: real(device) if device.type == "cuda" else 0,
-        )
-    results = []
-    for device in ("cuda", "cpu"):
-        if device == "cpu":
-            monkeypatch.undo()
-        engine = load_engine(installed, LoadOptions(MemoryBudget(fraction=0.5), device=device))
-        ids = torch.arange(5, 45)
-        with torch.inference_mode():
-            result = engine.passes.model.forward(ids, engine.held()[1], logits_of=slice(None))
-        results.append(result.float().cpu())
-    tolerance = 1e-4 if options == {"quant_type": "none"} else 0.03
-    assert (results[0] - results[1]).norm() < tolerance * results[1].norm()
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")

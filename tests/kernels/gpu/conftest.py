@@ -1,5 +1,15 @@
-"""Kernels for GPUs run in Triton's interpreter."""
+"""Kernels for GPUs run in Triton's interpreter, or on the card that MIXCHAT_TEST_GPU names."""
 
+import pytest
+from gpu_tools import CARD, start_on_card
 from triton_interpreter import compute_bf16
 
+from mixchat.kernels.gpu import launch
+
 compute_bf16()
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    if CARD is not None:
+        monkeypatch.setattr(launch, "start", start_on_card)

@@ -1,10 +1,41 @@
-"""Tensors of a KV cache as the kernels for GPUs read them."""
+"""Runs kernels on a card if there is one, and makes tensors of a KV cache as they read them."""
 
 from __future__ import annotations
+
+import os
+from typing import Any
 
 import torch
 
 from mixchat.kernels.gpu.kv_store import KVTensors
+
+# The device on which kernels run, if tests/gpu.sh names one. It may be the CPU, with copies, too.
+CARD = os.environ.get("MIXCHAT_TEST_GPU")
+
+
+def start_on_card(
+    kernel: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """Run a kernel on the card with copies of tensors in RAM, and bring back what it wrote.
+
+    So tests have all their tensors in RAM. Addresses in a table have to be those of the card.
+    """
+    memories: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def on_card(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        storage = item.untyped_storage()
+        if storage.data_ptr() not in memories:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+            memories[storage.data_ptr()] = whole, whole.to(CARD, copy=True)
+        memory = memories[storage.data_ptr()][1]
+        numbers = memory[: len(memory) // item.itemsize * item.itemsize].view(item.dtype)
+        return numbers.as_strided(item.shape, item.stride(), item.storage_offset())
+
+    kernel[grid](*map(on_card, arguments), **constants)
+    for whole, copy in memories.values():
+        whole.copy_(copy)
 
 
 def kv_tensors(groups: int, room: int, width: int, dtype: torch.dtype, bits: int) -> KVTensors:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gpu_matrices import each_type, spec_of, stored
+from gpu_tools import CARD
 
 from mixchat.kernels.cpu.rows import Swiglu
 from mixchat.kernels.gpu import experts as kernel
@@ -46,6 +47,7 @@ class Experts:
             tensors = [tensor for matrix in matrices for tensor in matrix.tensors]
             numbers = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
             block[: len(numbers)] = numbers
+        self.blocks = self.blocks.to(CARD or "cpu")
         self.addresses = torch.tensor([block.data_ptr() for block in self.blocks])
         self.form, self.levels = expert_form(self.spec, CPU)
 
