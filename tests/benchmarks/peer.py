@@ -31,10 +31,13 @@ def require(python: str) -> None:
 
 
 class Peer:
-    """llama.cpp with one model. Use it as a context manager."""
+    """llama.cpp with one model. Use it as a context manager.
 
-    def __init__(self, python: str, model: Path, context: int) -> None:
-        command = [python, str(_CHILD), "serve", str(model), str(context)]
+    gpu_layers: those that a GPU computes, -1 for all.
+    """
+
+    def __init__(self, python: str, model: Path, context: int, gpu_layers: int = 0) -> None:
+        command = [python, str(_CHILD), "serve", str(model), str(context), str(gpu_layers)]
         # A file, because llama.cpp may print more than a pipe holds.
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(

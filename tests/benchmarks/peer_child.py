@@ -3,7 +3,7 @@
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python==0.3.36 gguf     (compiles a while)
     python peer_child.py make FILE.gguf LAYERS [FORMAT] [--shape NAME]    Q4_0, Q4_K_M, ...
     python peer_child.py bench FILE.gguf PROMPT TOKENS
-    python peer_child.py serve FILE.gguf CONTEXT
+    python peer_child.py serve FILE.gguf CONTEXT GPU_LAYERS
 
 It imports only the shapes of mixchat, which need nothing else. A layer takes 0.8 GB in Mixtral's
 shapes in Q4_0. The weights are random like those of `mixchat/bench/synthetic.py`: a large embedding
@@ -40,6 +40,7 @@ VOCAB = 32000  # tokens that every model has
 LARGE, SMALL = 0.22, 0.00014  # scales of blocks: weights of 1, and of 0.0006 in the mean
 PIECE = 2**24  # weights that are written at once
 SEQUENCES = 8  # at once, at most
+_ALL_LAYERS = 999  # more than any model has; not all versions of llama.cpp take -1 for it
 
 Tensor = tuple[str, tuple[int, ...], float, str]  # name, shape, scale of its blocks, type
 
@@ -205,15 +206,17 @@ class Llama:
 
     `repack`: the weights are copied into the order that its kernels like best, which takes all of
     them in memory; without, they stay in the mapped file, as they must where it is larger.
+    `gpu_layers`: those that a GPU computes, -1 for all.
     """
 
-    def __init__(self, path: Path, context: int, repack: bool) -> None:
+    def __init__(self, path: Path, context: int, repack: bool, gpu_layers: int = 0) -> None:
         import llama_cpp
 
         self._llama = llama_cpp
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
         options.use_extra_bufts = repack
+        options.n_gpu_layers = gpu_layers if gpu_layers >= 0 else _ALL_LAYERS
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, 2048, 512
@@ -274,13 +277,13 @@ def bench(path: Path, prompt: int, tokens: int) -> None:
     print(f"llama.cpp: {rate:.2f} tok/s (median {middle:.2f}), first token after {first:.1f} s")
 
 
-def serve(path: Path, context: int) -> None:
+def serve(path: Path, context: int, gpu_layers: int) -> None:
     """Measure what the lines of standard input ask for: "CONTEXT: COUNT COUNT ..." are the tokens
     of one pass each, behind so many; "NxPASSES" are passes of one token each of N sequences. Prints
     the seconds of each pass in a line."""
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # llama.cpp may print
-    model = Llama(path, context, repack=True)
+    model = Llama(path, context, repack=True, gpu_layers=gpu_layers)
     print("ready", file=output)
     for line in sys.stdin:
         if "x" in line:
@@ -297,7 +300,7 @@ def serve(path: Path, context: int) -> None:
 COMMANDS: dict[Callable[..., None], tuple[str, ...]] = {
     make: ("layers",),
     bench: ("prompt", "tokens"),
-    serve: ("context",),
+    serve: ("context", "gpu_layers"),
 }
 
 

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     require(given.python)
     with models(given) as (directory, gguf):
-        with Peer(given.python, gguf, options.context_size) as peer:
+        with Peer(given.python, gguf, options.context_size, given.gpu_layers) as peer:
             bench = Bench(directory, load, options)
             choose_threads(bench.blueprint)
             bench.start_cold()
@@ -141,6 +141,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dense-bits", type=int, metavar="N", help="of --synthetic")
     parser.add_argument("--format", choices=FORMATS, default="Q4_0", help="of --synthetic")
     parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="of llama.cpp")
     parser.add_argument("--context", type=int, action="append", metavar="N")
     parser.add_argument("--prompt", type=int, action="append", metavar="N")
     parser.add_argument("--tokens", type=int, default=48, metavar="N")

@@ -40,6 +40,14 @@ def test_rates_come_from_the_seconds_of_each_pass(tmp_path):
         assert running.decode(50, 10) == pytest.approx(1 / 50.5)
 
 
+def test_llama_cpp_is_told_how_many_layers_a_gpu_computes(tmp_path):
+    """It was not, and computed on the CPU beside mixchat on a GPU."""
+    program = "import sys\nfor line in ['ready', *sys.stdin]: print(sys.argv[-1], flush=True)"
+    python = python_that_runs(tmp_path, program)
+    with Peer(python, tmp_path / "model.gguf", 100, gpu_layers=16) as running:
+        assert running.prefill(64) == 64 / 16
+
+
 class LlamaCpp:
     """llama.cpp's memory, in which the positions of each sequence have to follow each other."""
 

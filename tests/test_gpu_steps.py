@@ -1,0 +1,73 @@
+"""tests/gpu.sh, with short steps on a GPU on paper."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpu_steps import LEFT_OUT, Step, run_all
+
+SCRIPT = Path(__file__).with_name("gpu.sh")
+
+
+def programs(**texts: str) -> tuple[list[Step], dict[str, list[str]]]:
+    steps = [Step(name, f"{name} is proved", 20, lambda trial: None) for name in texts]
+    return steps, {name: [sys.executable, "-c", text] for name, text in texts.items()}
+
+
+def test_a_step_that_fails_is_reported_and_does_not_end_the_run(tmp_path):
+    steps, commands = programs(
+        first="print('7 GB/s')",
+        crash="import os; print('half'); os.abort()",
+        error="raise SystemExit('no card')",
+        absent=f"print('torch sees one GPU'); raise SystemExit({LEFT_OUT})",
+        last="print('9 GB/s')",
+    )
+    report = tmp_path / "gpu.txt"
+    assert run_all(steps, report, lambda step: commands[step.name]) == 1
+    rows = [line.split()[:2] for line in report.read_text().split("\n\n")[1:]]
+    results = [["first", "ok"], ["crash", "FAILED"], ["error", "FAILED"]]
+    assert rows == [*results, ["absent", "left"], ["last", "ok"]]
+    for figure in ("    7 GB/s", "    half", "    | no card", "    9 GB/s", "first is proved"):
+        assert figure in report.read_text()
+
+
+def test_a_step_ends_with_its_time_and_all_steps_with_theirs(tmp_path):
+    steps, commands = programs(slow="import time; time.sleep(60)", next="print(1)")
+    steps[0] = steps[0]._replace(limit_s=2)
+    report = tmp_path / "gpu.txt"
+    assert run_all(steps, report, lambda step: commands[step.name], seconds=3.5) == 1
+    assert "FAILED: over 2 s" in report.read_text()
+    assert run_all(steps[1:], report, lambda step: commands[step.name], seconds=0) == 1
+    assert "no time left" in report.read_text()
+
+
+def test_steps_without_a_failure_end_with_0(tmp_path):
+    steps, commands = programs(first="print(1)")
+    assert run_all(steps, tmp_path / "gpu.txt", lambda step: commands[step.name]) == 0
+
+
+@pytest.mark.slow
+def test_the_steps_run_on_a_gpu_on_paper(tmp_path):
+    names = ["card", "trace", "copies", "llama"]
+    report = tmp_path / "gpu.txt"
+    command = [SCRIPT, *names, "--paper", "--report", report, "--models", tmp_path / "models"]
+    done = subprocess.run(
+        ["bash", *command], env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}, check=False
+    )
+    text = report.read_text()
+    assert not done.returncode, text
+    assert "GPU on paper" in text
+    assert "nf4, 3 layers, all in VRAM: 4 launches" in text
+    assert "through the stages of experts" in text
+    assert "llama      left out" in text
+
+
+def test_a_profile_tells_launches_and_waits_of_the_host_from_the_gpu_s_work():
+    from gpu_trace import Counts, Event, counted
+
+    host = ["cudaGraphLaunch", "cudaMemcpyAsync", "cuLaunchKernelEx", "cudaLaunchKernel"]
+    host += ["cudaEventSynchronize", "cudaStreamWaitEvent", "cudaEventRecord", "aten::copy_"]
+    device = ["_product", "_add_norm", "Memcpy DtoH (Device -> Pinned)"]
+    events = [Event(name, False) for name in host] + [Event(name, True) for name in device]
+    assert counted(events) == Counts(launches=4, kernels=3, syncs=1)
