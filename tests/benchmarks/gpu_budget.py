@@ -3,11 +3,12 @@
     python tests/benchmarks/gpu_budget.py [--json]
 
 Launches, kernels and waits are counted on a GPU on paper (tests/paper_gpu.py), with a tiny model of
-each type. `resident` is the share of the experts in VRAM. `launches` are those of a layer that the
-host starts, beside one copy for each layer with missing experts, and a graph is one. Bytes are
-counted in the kernels themselves, which Triton's interpreter runs with Mixtral's shapes for the
-first rows of each matrix: what a token reads, as a multiple of the weights that it needs. What
-several threads of a program read counts once.
+each type. `resident` is the share of the experts in VRAM. If all are there, launches (a graph is
+one) and waits are those of a token. Otherwise they are those of one more layer, beside the copy of
+what the CPU computed. Kernels are those of one more layer. Bytes are counted in the kernels
+themselves, which Triton's interpreter runs with Mixtral's shapes for the first rows of each matrix:
+what a token reads, as a multiple of the weights that it needs. What several threads of a program
+read counts once.
 """
 
 from __future__ import annotations
@@ -50,13 +51,12 @@ from mixchat.weights.matrix.gpu_linear import build_on_gpu  # noqa: E402
 from mixchat.weights.matrix.linear import TYPES  # noqa: E402
 from mixchat.weights.matrix.quant_type import QuantType  # noqa: E402
 
-LAYERS, EXPERTS, CHOICES = 2, 8, 2
+EXPERTS, CHOICES = 8, 2
 TINY = {
     "model_type": "mixtral",
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -76,10 +76,10 @@ class Row:
 
     type: QuantType
     resident: float
-    launches: float  # of a layer
-    kernels_a_layer: float
-    syncs: int  # of a token
-    bytes_of_weights: float
+    launches: int
+    kernels_a_layer: int
+    syncs: int
+    bytes_of_weights: float = 0.0
 
 
 def rows() -> Iterator[Row]:
@@ -101,11 +101,21 @@ def blueprint_of(quant_type: QuantType, config: dict[str, Any]) -> Blueprint:
 
 
 def counted(quant_type: QuantType, resident: float) -> Row:
-    """Return what a token of a tiny model costs."""
-    blueprint = blueprint_of(quant_type, TINY)
+    """Return what a token costs, or one more layer if not all experts are in VRAM."""
+    one, two = (_token(quant_type, resident, layers) for layers in (1, 2))
+    launches, kernels, syncs = (second - first for first, second in zip(one, two, strict=True))
+    if resident == 1:
+        launches, _, syncs = two
+    return Row(quant_type, resident, launches, kernels, syncs)
+
+
+def _token(quant_type: QuantType, resident: float, layers: int) -> tuple[int, int, int]:
+    """Return the launches, kernels and waits of a token of a tiny model."""
+    config = TINY | {"num_hidden_layers": layers}
+    blueprint = blueprint_of(quant_type, config)
     with paper_gpu.in_place_of_cuda(), tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "model"
-        write_random(directory, TINY, blueprint)
+        write_random(directory, config, blueprint)
         options = LoadOptions(context_size=64)
         demand = fit_model(blueprint, FreeMemory(10**12), options).demand
         held = int(resident * demand.experts)
@@ -124,10 +134,9 @@ def counted(quant_type: QuantType, resident: float) -> Row:
             RUNTIME.waits = RUNTIME.launches = RUNTIME.kernels = 0
             forward(torch.tensor([5]), cache)
         missing = {key.layer for key in (engine.experts.stats.misses - misses)}
-        launches, kernels = RUNTIME.launches - len(missing), RUNTIME.kernels
-        row = Row(quant_type, resident, launches / LAYERS, kernels / LAYERS, RUNTIME.waits, 0.0)
+        counts = RUNTIME.launches - len(missing), RUNTIME.kernels, RUNTIME.waits
         engine.close()
-    return row
+    return counts
 
 
 def bytes_read(quant_type: QuantType) -> float:
@@ -216,12 +225,12 @@ def main() -> None:
     if options.json:
         print(json.dumps([asdict(row) for row in rows()], indent=1))
         return
-    names = ("type", "resident", "launches a layer", "kernels a layer", "syncs", "bytes of weights")
+    names = ("type", "resident", "launches", "kernels a layer", "syncs", "bytes of weights")
     print("| " + " | ".join(names) + " |")
     print("|---" * len(names) + "|")
     for row in rows():
-        numbers = (row.launches, row.kernels_a_layer, row.syncs, row.bytes_of_weights)
-        cells = (row.type, f"{row.resident:.0%}", *(f"{number:.2f}" for number in numbers))
+        counts = (row.launches, row.kernels_a_layer, row.syncs)
+        cells = (row.type, f"{row.resident:.0%}", *map(str, counts), f"{row.bytes_of_weights:.2f}")
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -9,16 +9,16 @@ from mixchat.weights.matrix.linear import TYPES
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_a_token_is_one_graph_and_one_wait_if_vram_holds_all_experts(quant_type):
     row = gpu_budget.counted(quant_type, 1.0)
-    assert row.kernels_a_layer * gpu_budget.LAYERS <= 12 * gpu_budget.LAYERS + 4
-    assert row.launches * gpu_budget.LAYERS <= 4  # the row, its position, and the graph
+    assert row.kernels_a_layer <= 12
+    assert row.launches <= 4  # the row and its position come before the graph
     assert row.syncs == 1
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_a_layer_is_two_graphs_and_one_wait_if_ram_holds_half_of_the_experts(quant_type):
     row = gpu_budget.counted(quant_type, 0.5)
-    assert row.launches * gpu_budget.LAYERS <= 2 * gpu_budget.LAYERS + 4
-    assert row.syncs == gpu_budget.LAYERS + 1
+    assert row.launches <= 3
+    assert row.syncs == 1
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
