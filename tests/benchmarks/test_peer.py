@@ -32,6 +32,14 @@ for line in sys.stdin:
     print(*(0.5 * int(count) + int(context) for count in counts.split()), flush=True)
 """
 
+# It answers with its last argument.
+GPU_LAYERS = """
+import sys
+print("ready", flush=True)
+for line in sys.stdin:
+    print(sys.argv[-1], flush=True)
+"""
+
 
 def test_rates_come_from_the_seconds_of_each_pass(tmp_path):
     with Peer(python_that_runs(tmp_path, ECHO), tmp_path / "model.gguf", 100) as running:
@@ -42,8 +50,7 @@ def test_rates_come_from_the_seconds_of_each_pass(tmp_path):
 
 def test_llama_cpp_is_told_how_many_layers_a_gpu_computes(tmp_path):
     """It was not, and computed on the CPU beside mixchat on a GPU."""
-    program = "import sys\nfor line in ['ready', *sys.stdin]: print(sys.argv[-1], flush=True)"
-    python = python_that_runs(tmp_path, program)
+    python = python_that_runs(tmp_path, GPU_LAYERS)
     with Peer(python, tmp_path / "model.gguf", 100, gpu_layers=16) as running:
         assert running.prefill(64) == 64 / 16
 
