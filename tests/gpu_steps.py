@@ -31,7 +31,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 LEFT_OUT = 77  # a step's exit status if it says why it cannot be done here
 _KEPT_LINES = 12  # of a failure
-_SECONDS = 1500  # of all steps
+_SECONDS = 1500.0  # of all steps
 _GB = 10**9
 
 
@@ -558,6 +558,9 @@ def main() -> int:
     parser.add_argument(
         "--gigabytes", type=float, default=8, metavar="N", help="of a model, at most (8)"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=_SECONDS, metavar="N", help="of all steps, at most (1500)"
+    )
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := [name for name in options.steps if name not in names]:
@@ -583,7 +586,7 @@ def main() -> int:
     own += [f"--models={options.models}", f"--gigabytes={options.gigabytes}"]
     own += ["--paper"] if options.paper else []
     try:
-        return run_all(chosen, trial.report, lambda step: [*own, step.name])
+        return run_all(chosen, trial.report, lambda step: [*own, step.name], options.seconds)
     finally:
         if not options.steps:
             shutil.rmtree(trial.folder, ignore_errors=True)
