@@ -67,7 +67,8 @@ def test_a_closed_engine_that_something_keeps_holds_no_tensors(tiny_model):
 
     def tensors():
         gc.collect()
-        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+        # Those of GPUs on paper, which other tests have left, are of another class.
+        return sum(type(one) in (torch.Tensor, torch.nn.Parameter) for one in gc.get_objects())
 
     def used_engine():
         engine = load_engine(tiny_model, LoadOptions(device="cpu", context_size=64))
