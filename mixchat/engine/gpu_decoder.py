@@ -126,6 +126,7 @@ class _Section:
         self.device = next(iter(blocks.values())).device
         self._sparse = [number for number, block in blocks.items() if not block.is_dense]
         self._reached = gpu.streams(self.device).Event()
+        self._captured: list[Kernels] = []
         with gpu.current(self.device), torch.inference_mode():
             self._forms = {number: self._forms_of(number) for number in blocks}
             config, sums = used.config, max(map(self._count_sums, blocks))
@@ -276,6 +277,8 @@ class _Section:
         with gpu.captured(self.device) as graph:
             for kernel in kernels:
                 kernel()
+        # A graph has addresses alone, and keeps no tensor alive.
+        self._captured.append(kernels)
         return graph
 
 

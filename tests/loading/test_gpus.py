@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paper_runtime import Graph
 from paper_tools import (
     EXPERTS,
     GREEDY,
@@ -235,6 +236,22 @@ def test_an_engine_that_is_dropped_gives_back_its_gpus_memory_and_unlocks_ram(pa
     assert sum(paper.locked.values()) < 34 * 2**20
     del engine
     assert settled(paper) == before
+
+
+def test_what_graphs_read_is_kept_by_something_else(paper, make_checkpoint, install, monkeypatch):
+    """A graph of CUDA keeps nothing: a dense part's table was freed, and replays read it."""
+    graphs: list[Graph] = []
+    monkeypatch.setattr(paper, "CUDAGraph", lambda: graphs.append(Graph()) or graphs[-1])
+    checkpoint = make_checkpoint(model_type="qwen2_moe", std=0.05, stored_as="float32")
+    known = installed_case(install(checkpoint), ([5, 9],))
+    engine = load(known, known.blueprint.expert_count)
+    while engine.experts.is_filling:
+        time.sleep(0.001)
+    taken = settled(paper)
+    assert graphs
+    for graph in graphs:
+        graph.work.clear()
+    assert settled(paper) == taken
 
 
 @pytest.mark.parametrize("after", [1, 40, 200, 500])
