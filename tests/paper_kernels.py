@@ -1,4 +1,4 @@
-"""What a token's kernels compute on GPUs on paper, by torch instead of the interpreter.
+"""Doubles of a token's kernels on GPUs on paper, by torch instead of the interpreter.
 
 The interpreter takes a tenth of a second for a program. tests/kernels/gpu/ compares the kernels
 themselves with the CPU's, and some tests of engines use them.

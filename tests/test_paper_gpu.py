@@ -1,4 +1,4 @@
-"""What GPUs on paper are strict about, as CUDA's are."""
+"""GPUs on paper refuse what CUDA refuses."""
 
 import paper_gpu
 import pytest

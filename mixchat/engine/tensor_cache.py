@@ -20,7 +20,7 @@ _MASKS = 2  # of a pass, for layers with a window and others
 
 
 class PlainKVCache(KVCache):
-    """What caches of keys and values [G, tokens, h] have in common.
+    """The common part of caches of keys and values [G, tokens, h].
 
     With `quantized` they store 8 bits a number and a scale for each key and value.
     """

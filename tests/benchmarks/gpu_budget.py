@@ -72,7 +72,7 @@ _SECTOR = 32  # bytes that a GPU reads from its memory at least
 
 @dataclass(frozen=True)
 class Row:
-    """What a token costs with one type of codes and a share of the experts in VRAM."""
+    """The costs of a token with one type of codes and a share of the experts in VRAM."""
 
     type: QuantType
     resident: float

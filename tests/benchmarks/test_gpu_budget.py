@@ -1,4 +1,4 @@
-"""What a token may cost on a GPU, for every type of codes."""
+"""The budget of a token on a GPU, for every type of codes."""
 
 import gpu_budget
 import pytest
