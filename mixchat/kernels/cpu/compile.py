@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec
 
 import llvmlite.binding as llvm
@@ -122,15 +124,20 @@ def compiled_here(write: Callable[Concatenate[Any, int, _P], None]) -> Callable[
     """Turn a function that writes a module into one that returns the module compiled.
 
     `write` gets the module, the lanes of a vector, and positional arguments. Each set of
-    instructions is compiled once for the same arguments.
+    instructions is compiled once for the same arguments, and kept in files. So the `repr` of an
+    argument has to tell it from all others, in every process.
     """
     writer: Callable[..., None] = write
 
     @functools.cache
     def compiled(instructions: InstructionSet, *arguments: Any) -> Compiled:
-        module = ir.Module(write.__module__)
-        writer(module, LANES[instructions], *arguments)
-        return compile_module(module, instructions)
+        def text() -> str:
+            module = ir.Module(write.__module__)
+            writer(module, LANES[instructions], *arguments)
+            return str(module)
+
+        key = f"{write.__module__} {instructions} {arguments} {_sources_digest()}"
+        return compile_module(text, instructions, key)
 
     @functools.wraps(write)
     def for_this_cpu(*arguments: _P.args, **named: _P.kwargs) -> Compiled:
@@ -165,8 +172,11 @@ def multiplies_bf16() -> bool:
     return native and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
-    """Compile a module for this CPU, with no other instructions than these."""
+def compile_module(text: Callable[[], str], instructions: InstructionSet, key: str) -> Compiled:
+    """Compile the module whose text is written by `text`, with no other instructions than these.
+
+    The machine code is cached for this CPU. `key` tells the text from all others.
+    """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
@@ -180,19 +190,31 @@ def compile_module(module: Any, instructions: InstructionSet) -> Compiled:
         opt=3,
         jit=True,
     )
-    source = str(module)
     target = (machine.triple, llvm.get_host_cpu_name(), features.flatten(), llvm.llvm_version_info)
-    cache = ObjectCache(source, f"{target} {KERNELS}")
-    parsed = llvm.parse_assembly(source)
+    cache = ObjectCache(key, f"{target} {KERNELS}")
     code = cache.load()
-    # MCJIT asks for the module's object file, and compiles only if there is none.
     if code is None:
+        parsed = llvm.parse_assembly(text())
         parsed.verify()
         optimize(parsed, machine)
-    engine = llvm.create_mcjit_compiler(parsed, machine)
-    engine.set_object_cache(lambda module, compiled: cache.save(compiled), lambda module: code)
+        code = machine.emit_object(parsed)
+        cache.save(code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return Compiled(engine)
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """Return a digest of the kernels' sources.
+
+    Writing the text of all modules takes .3 s, so a module's text is not the key of its code.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def optimize(parsed: Any, machine: Any) -> None:

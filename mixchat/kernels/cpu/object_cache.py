@@ -34,7 +34,7 @@ class ObjectCache:
     """
 
     def __init__(self, source: str, target: str, directory: Path | None = None) -> None:
-        """`source` is the module's text, `target` everything else that the code depends on."""
+        """`source` tells the module's text, `target` all else that the code depends on."""
         key = "\0".join((source, target, llvmlite.__version__))
         self._directory = data_dir() / "kernels" if directory is None else directory
         self._name = f"{hashlib.sha256(key.encode()).hexdigest()}.o"

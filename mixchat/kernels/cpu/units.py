@@ -167,9 +167,15 @@ class EightBits(WordUnit):
 
 
 def on(instructions: InstructionSet, unit: type, *added: type, **changes: Any) -> type[Unit]:
-    """Return a unit for a set of instructions, with more or other members."""
+    """Return a unit for a set of instructions, with more or other members.
+
+    Its name tells it from all others, because it is a part of the key of its machine code.
+    """
     members = {"cpu": CPUS[instructions], "lanes": LANES[instructions], **changes}
-    return cast(type[Unit], type(f"{unit.__name__}_{instructions}", (*added, unit), members))
+    bases = (*added, unit)
+    name = "_".join([*(base.__name__ for base in bases), instructions])
+    details = "".join(f" {member}={value}" for member, value in changes.items())
+    return cast(type[Unit], type(name + details, bases, members))
 
 
 def on_each(unit: type, *added: type, **changes: Any) -> dict[InstructionSet, type[Unit]]:

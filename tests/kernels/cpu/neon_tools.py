@@ -3,7 +3,7 @@
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,17 +65,17 @@ define <4 x i32> @sdot(<4 x i32> %s0, <16 x i8> %one, <16 x i8> %other) {{
 }}"""
 
 
-def compile_emulated(module: Any, instructions: InstructionSet) -> Compiled:
+def compile_emulated(write: Callable[[], str], instructions: InstructionSet, key: str) -> Compiled:
     """Compile a module for this CPU, with NEON's instructions as functions."""
     assert instructions == "neon"
-    lines = str(module).splitlines()
+    lines = write().splitlines()
     lines = [line for line in lines if not ("llvm.aarch64" in line and line.startswith("declare"))]
     text = "\n".join([*lines, _dot(), *map(_look_up, range(1, 5))])
     text = text.replace('"llvm.aarch64.neon.sdot.v4i32.v16i8"', "sdot")
     for tables in range(1, 5):
         text = text.replace(f'"llvm.aarch64.neon.tbl{tables}.v16i8"', f"tbl{tables}")
     assert "aarch64" not in text
-    return compile_module(text, instruction_set() or "avx2")
+    return compile_module(lambda: text, instruction_set() or "avx2", text)
 
 
 def arm_code(module: Any, *, as_text: bool = False) -> Any:
@@ -103,8 +103,8 @@ class _ArmFunction(NamedTuple):
 class ArmModule:
     """Stands for a compiled module. Its functions are for `run_under_qemu`."""
 
-    def __init__(self, module: Any, instructions: InstructionSet) -> None:
-        self._code = arm_code(module)
+    def __init__(self, text: Callable[[], str], instructions: InstructionSet, key: str) -> None:
+        self._code = arm_code(text())
 
     def function(self, name: str) -> _ArmFunction:
         return _ArmFunction(self._code, name)

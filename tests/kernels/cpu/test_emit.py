@@ -19,7 +19,7 @@ def run(write: Callable[[Function], None], *numbers: int, threads: int = 1) -> l
     write(function)
     function.finish()
     arguments = (ctypes.c_int64 * len(numbers))(*numbers)
-    compiled = compile_module(module, instruction_set() or "avx2")
+    compiled = compile_module(lambda: str(module), instruction_set() or "avx2", str(module))
     compiled.function("tested").run(arguments, threads)
     return list(arguments)
 

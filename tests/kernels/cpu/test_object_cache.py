@@ -6,15 +6,21 @@ import os
 import pwd
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llvmlite import ir
 
 from mixchat.kernels.cpu import compile as compiling
 from mixchat.kernels.cpu import object_cache
-from mixchat.kernels.cpu.compile import compile_module, instruction_set
+from mixchat.kernels.cpu.compile import compile_module, compiled_here, instruction_set
 from mixchat.kernels.cpu.emit import Function, i64
+from mixchat.kernels.cpu.four_bit_units import FOUR_BITS, MXFP4_UNITS
 from mixchat.kernels.cpu.object_cache import _MOST_FILES, ObjectCache
+from mixchat.kernels.cpu.pages import CacheShape
+from mixchat.kernels.cpu.plane_units import FIVE_BITS, SIX_BITS
+from mixchat.kernels.cpu.trellis_units import TRELLIS_2, TRELLIS_3
+from mixchat.kernels.cpu.units import EIGHT_BITS
 
 
 @pytest.fixture
@@ -25,12 +31,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def adding(number: int) -> int:
     """Compile a function that adds a number, and let it add that to 40."""
-    module = ir.Module("test")
-    function = Function(module, "tested")
-    function.pointer.store(function.pointer.load(i64) + number)
-    function.finish()
+
+    def text() -> str:
+        module = ir.Module("test")
+        function = Function(module, "tested")
+        function.pointer.store(function.pointer.load(i64) + number)
+        function.finish()
+        return str(module)
+
     space = (ctypes.c_int64 * 1)(40)
-    compile_module(module, instruction_set() or "avx2").function("tested").run(space, 1)
+    compiled = compile_module(text, instruction_set() or "avx2", f"adds {number}")
+    compiled.function("tested").run(space, 1)
     return space[0]
 
 
@@ -41,11 +52,40 @@ def test_what_was_compiled_before_is_not_compiled_again(place, monkeypatch):
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
     optimized = []
-    monkeypatch.setattr(compiling, "optimize", lambda *module: optimized.append(module))
+    optimize = compiling.optimize
+
+    def counting(*module: Any) -> None:
+        optimized.append(module)
+        optimize(*module)
+
+    monkeypatch.setattr(compiling, "optimize", counting)
     assert adding(2) == 42
     assert optimized == []
     assert adding(3) == 43  # another module
     assert len(optimized) == 1
+
+
+@pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
+def test_what_was_compiled_before_is_not_written_again(place):
+    """A third of a second of each start went into the text of modules that were compiled."""
+    written = []
+
+    def write(module: Any, lanes: int, shape: CacheShape) -> None:
+        written.append(shape)
+        Function(module, "tested").finish()
+
+    shapes = CacheShape(8, 2, 48, 16), CacheShape(8, 2, 48, 8)
+    for shape in (*shapes, *shapes):
+        compiled_here(write)(shape).function("tested")
+    assert written == [*shapes]
+
+
+def test_units_have_names_of_their_own():
+    """They are parts of the keys of machine code."""
+    sets = (FOUR_BITS, MXFP4_UNITS, FIVE_BITS, SIX_BITS, EIGHT_BITS, TRELLIS_2, TRELLIS_3)
+    units = {unit for each in sets for unit in (*each.words.values(), *each.bytes.values())}
+    assert len({repr(unit) for unit in units}) == len(units)
+    assert not [unit for unit in units if " at 0x" in repr(unit)]
 
 
 @pytest.mark.skipif(instruction_set() is None, reason="kernels need AVX2")
